@@ -1,4 +1,4 @@
-"""LoRA on plain arrays: forward, backward, merge. Layers do the same with their own arrays."""
+"""LoRA on plain arrays: forward, backward and merge, which layers compute on their own arrays."""
 
 from __future__ import annotations
 
@@ -163,8 +163,8 @@ def merge_lora(
             - "nearest": to nearest, ties to even. In float16, sums above 65504 become infinite, and
               `unmerge_lora` cannot restore them.
             - "stochastic", for float16 and bfloat16: up or down at random, so that the expected value is the
-              exact sum. Many updates that are each smaller than W's precision are then not lost. Sums beyond
-              the largest finite number are rounded to nearest.
+              exact sum. Updates smaller than W's precision then add up over many merges, instead of being
+              lost. Sums beyond the largest finite number are rounded to nearest.
         rng: a random generator or a seed, for "stochastic". The same seed gives the same bits with any number
             of threads.
     Returns:

@@ -74,8 +74,10 @@ class MergeReport:
     def __str__(self) -> str:
         row, column = self.worst_block
         if math.isinf(self.error):
-            size = f"{self.storage}, {self.nbytes:,} bytes"
-            return f"{self.name}: {size}, ΔW is 0, only rounding changed the weight"
+            return (
+                f"{self.name}: {self.storage}, {self.nbytes:,} bytes, ΔW is 0, "
+                "only rounding changed the weight"
+            )
         return (
             f"{self.name}: {self.storage}, {self.nbytes:,} bytes, {self.kept:.1%} of ΔW kept, noise "
             f"{self.noise:.3g} times ΔW, relative error {self.error:.3g}, at worst {self.worst_error:.3g} "

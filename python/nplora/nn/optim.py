@@ -206,8 +206,9 @@ class Optimizer:
         else:
             steps = np.asarray(state["steps"])
             if steps.shape or steps.dtype.kind not in "iu" or steps < 0:
-                got = np.array2string(steps, threshold=5)
-                problems.append(f"steps is {got}, expected an integer of at least 0")
+                problems.append(
+                    f"steps is {np.array2string(steps, threshold=5)}, expected an integer of at least 0"
+                )
         for moment, held in wanted.items():
             problems += _differences(moment, loaded[moment], held)
         return problems

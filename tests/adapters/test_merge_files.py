@@ -796,7 +796,7 @@ def test_the_command_merges_and_reports(
     assert re.fullmatch(r"the merged weights keep \d+\.\d% of the adapter's change \(ΔW\)", lines[1])
     noise = r"rounding also adds random noise: 0\.\d+% of the weights' size \(0\.\d+ times ΔW\)"
     assert re.fullmatch(noise, lines[2])
-    assert lines[3] == "the tensors that keep the least:"
+    assert lines[3] == "the tensors that keep the least of ΔW:"
     assert len(lines) == 7
     kept = [float(re.findall(r"([\d.]+)% of ΔW", line)[0]) for line in lines[4:]]
     assert kept == sorted(kept)

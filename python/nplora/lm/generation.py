@@ -186,7 +186,7 @@ def stream_all(
 def _longest_before_switch(config: Any) -> float:
     """The maximum length for which LongRoPE uses its short factors; infinite without LongRoPE.
 
-    When a sequence grows beyond this length, all its tokens are computed again with the long factors, as in
+    When a sequence outgrows this maximum, all its tokens are computed again with the long factors, as in
     transformers. So the text does not depend on `max_new_tokens`.
     """
     long = config.rope.long

@@ -47,8 +47,8 @@ class AttentionSaved(Saved):
 class Attention(Module):
     """Computes softmax(q kᵀ · scale) v; a token attends to itself and earlier tokens (Vaswani et al. 2017).
 
-    The layers `q_proj`, `k_proj` and `v_proj` are computed in one call. One layer `qkv_proj`, which contains
-    the rows of all three, can replace them. Each key/value head is shared by a group of query heads
+    The layers `q_proj`, `k_proj` and `v_proj` are computed in one call. A single layer `qkv_proj` with the
+    rows of all three can replace these layers. Each key/value head is shared by a group of query heads
     (grouped-query attention, Ainslie et al. 2023). The optional norms `q_norm` and `k_norm` are applied to q
     and k before the rotation. If a norm's weight is as long as one head, each head is normalised alone;
     otherwise all heads are normalised together.

@@ -37,9 +37,9 @@ class MLPSaved(Saved):
 class MLP(Module):
     """A SwiGLU or GeGLU layer. `gate_proj` and `up_proj` are computed in one call.
 
-    One layer `gate_up_proj`, with the rows of `gate_proj` and then those of `up_proj`, can replace both. The
-    backward pass computes act(gate) ∘ up again. If the products compute in bfloat16, gate and up are stored
-    in bfloat16 too, because they take most of the memory.
+    One layer `gate_up_proj`, with the rows of `gate_proj` and then those of `up_proj`, can replace these two
+    layers. The backward pass computes act(gate) ∘ up again. If the products compute in bfloat16, gate and up
+    are stored in bfloat16 too, because they take most of the memory.
 
     Args:
         act: the activation of the gate, named as in `ModelConfig.hidden_act`.

@@ -114,7 +114,7 @@ def _open_safetensors(base: StrPath) -> ModelFiles:
 
 
 def _is_tied(fields: Fields, names: Mapping[str, Any], family: Family) -> bool:
-    """Whether the head shares the embedding's weight. A separate head in the file is then unused."""
+    """Whether the head shares the embedding's weight, even if the file has a separate (unused) head."""
     if fields.boolean("tie_word_embeddings", family.ties_embeddings):
         return True
     return "model.embed_tokens.weight" in names and "lm_head.weight" not in names

@@ -276,7 +276,7 @@ MISSING = ("pointer", "shard missing", "link to nothing")
 
 
 def warns_of_missing_weights(expected: bool = True) -> AbstractContextManager[Any]:
-    words = "hf: weights are missing, so whether the adapter is of this model is not known"
+    words = "hf: weights are missing, so nplora cannot check that the adapter belongs to this model"
     return pytest.warns(UserWarning, match=words) if expected else nullcontext()
 
 

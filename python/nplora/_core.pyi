@@ -25,7 +25,7 @@ class PackedWeight:
         """w: (d_out, d_in) float32 (float64 for "float64"), or uint16 bit patterns for the 16-bit storages.
 
         compute: "float" computes in float32 (float64 for "float64"). "bfloat16" rounds x, dy, W and B to
-        bfloat16, and sums in float32; in the backward pass and for many rows, all factors of the low-rank
+        bfloat16, and sums in float32; in the backward pass and for many rows, all operands of the low-rank
         products are rounded. "int8" multiplies a small batch of x with GGUF's blocks in int8, and computes
         everything else as "bfloat16" does.
         """

@@ -1696,7 +1696,7 @@ def test_a_fifo_with_the_name_of_a_file_is_an_error(name: str, tmp_path: Path) -
     [
         ("write", r"bytes were to be written, 0 were"),
         ("fsync", r"no checkpoint is written"),
-        ("ftruncate", r"was to be cut to 0 bytes"),
+        ("ftruncate", r"cutting the log to 0 bytes failed"),
     ],
 )
 def test_an_error_of_the_log_names_it(

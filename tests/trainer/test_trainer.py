@@ -692,7 +692,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]
         ValueError,
         "validation is a list_iterator, which can be read only once",
     ),
-    "open end": ({"schedule": "linear"}, {"x": iter([(X, Y)]), "y": None}, ValueError, "needs the number of steps"),
+    "open end": ({"schedule": "linear"}, {"x": iter([(X, Y)]), "y": None}, ValueError, "the number of steps"),
 }
 
 

@@ -33,7 +33,7 @@ class FusedLoss(Protocol):
     def count(self, x: Any, y: Any) -> int:
         """The number of items over which the loss is averaged, such as trained tokens.
 
-        If the number is 0, the batch is skipped.
+        A batch with the count 0 is skipped.
         """
 
     def forward_backward(self, model: Module, x: Any, y: Any, factor: float) -> float:

@@ -249,7 +249,7 @@ def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
 
 
 def _in_layers(change: str, layers: list[str]) -> str:
-    """The text of a change, with the name of its layer, or the number of layers with the same change."""
+    """The text of a changed setting, with its layer's name or the number of layers that share the change."""
     return f"{change} in {len(layers)} layers" if len(layers) > 1 else f"{layers[0]}.{change}".lstrip(".")
 
 

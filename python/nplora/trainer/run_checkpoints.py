@@ -106,8 +106,8 @@ class RunCheckpoints:
         """Write a checkpoint; return False if there is nothing new to save, or if it could not be written.
 
         Args:
-            must: whether a failed write raises an error. If not, a failed write gives a warning, because the
-                next call tries again.
+            must: whether a failed write raises an error instead of giving a warning. (After a warning, the
+                next call of `save` tries again.)
         Raises:
             NonFiniteLossError: the last update made a parameter infinite; nothing is written.
             OSError: the log cannot be written, or `must` is set and the checkpoint cannot be written. The

@@ -279,7 +279,7 @@ class RunDirectory:
 
     def cut_log(self, size: int) -> None:
         """Cut the log after the last complete line in its first `size` bytes."""
-        with files.disk_errors(self.path / LOG, f"the log was to be cut to {size:,} bytes"):
+        with files.disk_errors(self.path / LOG, f"cutting the log to {size:,} bytes failed"):
             self.log_bytes = min(self.log_bytes, size)
             start = max(0, self.log_bytes - _LONGEST_LINE)
             self.log_bytes = start + os.pread(self._log, self.log_bytes - start, start).rfind(b"\n") + 1
@@ -298,7 +298,7 @@ class RunDirectory:
             self.cut_log(0)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint over the older of the two. The first checkpoint of a new run replaces both.
+        """Replace the directory's older checkpoint. The first save of a new run replaces both checkpoints.
 
         A checkpoint of the same step as the newest one replaces that one, so the two checkpoints always have
         different steps.
@@ -381,7 +381,10 @@ class RunDirectory:
             self.log_bytes += progress.done
 
     def close(self) -> None:
-        """Unlock the directory. The lock file is removed first: once unlocked, another run could lock it."""
+        """Unlock the directory.
+
+        The lock file is removed while it is still locked, because another run could lock it afterwards.
+        """
         if self._locked_by == os.getpid():
             with contextlib.suppress(OSError):
                 if self._has_lock():

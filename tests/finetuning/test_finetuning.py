@@ -749,7 +749,10 @@ def test_a_run_that_diverges_leaves_its_last_good_adapter_and_continues_with_a_l
     assert error.endswith(f"{output} holds the adapter as of step 3")
     assert files_of(output) == files_of(evaluated)
     assert cli.main([*line.split(), "--resume"]) == 2
-    assert "lower --lr (the optimizer's lr) continues from step 3; --overwrite" in capsys.readouterr().err
+    assert (
+        "lower --lr (the optimizer's lr), the run continues from step 3; --overwrite"
+        in capsys.readouterr().err
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.main([*line.replace("0.01", "0.001").split(), "--resume"]) == 0

@@ -16,7 +16,7 @@ Batch = tuple[Any, Any]
 
 @runtime_checkable
 class Batches(Protocol):
-    """A source of batches (x, y), read epoch by epoch. `Trainer.fit` accepts such a source as `x`.
+    """A source of batches (x, y), read epoch by epoch. Such a source can be the `x` of `Trainer.fit`.
 
     >>> import nplora, numpy as np
     >>> class Noise:

@@ -261,7 +261,7 @@ def _add_log(
 ) -> list[tuple[str, StepRecord | EpochRecord]]:
     """Complete the history from the log; return the records that the log lacks.
 
-    If the log has lost records that are not in the history either, a warning is given.
+    A warning is given if the log is incomplete, or if the history stays incomplete.
     """
     log, reason = b"", "missing, cut or damaged"
     try:

@@ -546,7 +546,7 @@ def test_a_run_does_not_resume_with_other_data(model: Path, data: Path, tmp_path
     finetune(model, data, tmp_path / "out", **QUICK)
     with (data / "train.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
-    with pytest.raises(CorruptError, match="the data file, or how it is read, has changed since"):
+    with pytest.raises(CorruptError, match="the data file or the way it is read has changed"):
         finetune(model, data, tmp_path / "out", **QUICK, resume=True)
 
 
@@ -559,9 +559,9 @@ def test_a_run_that_cannot_resume_is_one_error_with_a_way_out(
         ({"rank": 3}, r"settings: rank was 2, is 3 in \d layers"),
         (
             {"targets": "q_proj"},
-            r"settings: \d layers had adapters, \d have \(no longer: .*v_proj; new: none\)",
+            r"settings: \d layers had adapters, now \d have them \(removed: .*v_proj; new: none\)",
         ),
-        ({"epochs": 1}, "of step 20, this run ends at step 5"),
+        ({"epochs": 1}, "of step 20, but this run ends at step 5"),
     ):
         with pytest.raises(ValueError, match=message + way_out):
             finetune(
@@ -749,7 +749,10 @@ def test_a_run_that_diverges_leaves_its_last_good_adapter_and_continues_with_a_l
     assert error.endswith(f"{output} holds the adapter as of step 3")
     assert files_of(output) == files_of(evaluated)
     assert cli.main([*line.split(), "--resume"]) == 2
-    assert "lower --lr (the optimizer's lr) continues from step 3; --overwrite" in capsys.readouterr().err
+    assert (
+        "lower --lr (the optimizer's lr), the run continues from step 3; --overwrite"
+        in capsys.readouterr().err
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.main([*line.replace("0.01", "0.001").split(), "--resume"]) == 0

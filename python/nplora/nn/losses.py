@@ -35,7 +35,7 @@ class NonFiniteLossError(FloatingPointError):
         ...     trainer.fit([[1, np.nan]], [[1, 1]])
         ... except nplora.NonFiniteLossError as error:
         ...     print(error)
-        step 1 (epoch 1): the loss of batch 1 is nan: its input x is not finite
+        step 1 (epoch 1): the loss of batch 1 is nan: the input x is not finite
 
     Attributes:
         good_step: the step of the checkpoint from which to continue with a lower learning rate, or None if

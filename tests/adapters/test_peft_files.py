@@ -479,7 +479,7 @@ def test_new_tensors_beside_a_configuration_that_they_do_not_replace_are_refused
     edit(tmp_path, lora_alpha=61)
     model = Net()
     before = state(model)
-    with pytest.raises(CorruptError, match=r"not the one that was saved with adapter_model\.safetensors"):
+    with pytest.raises(CorruptError, match=r"not the file that was saved with adapter_model\.safetensors"):
         load_adapter(model, tmp_path)
     assert state(model) == before
     load_adapter(model, tmp_path, edited_config=True)

@@ -203,7 +203,7 @@ def test_a_directory_that_is_no_whole_adapter_is_refused(tmp_path: Path) -> None
     pairs = factors(alike())
     wrong = Settings(alike().rank | {"lm_head": 3}, alike().alpha)
     write_peft(tmp_path / "a", wrong, pairs)
-    with pytest.raises(FormatError, match=r"cannot be used for 1 reason:\n"):
+    with pytest.raises(FormatError, match=r"cannot be used, for 1 reason:\n"):
         nplora.read_adapter(tmp_path / "a")
     write_peft(tmp_path / "b", alike(), pairs, use_dora=True)
     with pytest.raises(
@@ -232,7 +232,7 @@ def test_the_command_combines_and_reports(
     error = f"{combined.errors['q']:.3g}"
     assert lines == [
         f"{tmp_path / 'both'}: 1 layer of rank 2, 40 numbers, relative error {error} over all layers; "
-        "the largest:",
+        "layers with the largest errors:",
         f"  q  rank   2  relative error {error}",
     ]
     assert cli.main(["combine", *arguments, "--verbose"]) == 0

@@ -109,7 +109,7 @@ HOSTILE = {
         LimitError,
         "9 tensors, but the 72 bytes that follow hold at most 2",
     ),
-    "more metadata than bytes": (container(n_metadata=9), LimitError, "9 metadata entries, the 72 bytes"),
+    "more metadata than bytes": (container(n_metadata=9), LimitError, "9 metadata entries, but the 72 bytes"),
     "key length 2^64 - 1": (
         container((u64(2**64 - 1) + bytes(99),)),
         LimitError,
@@ -236,8 +236,8 @@ HOSTILE = {
         UnsupportedError,
         "tensor 'w': nplora does not know its type, 99",
     ),
-    "a removed type": (one(kind=4), UnsupportedError, "type 4"),
-    "a negative type": (one(kind=-1), UnsupportedError, "type -1"),
+    "a removed type": (one(kind=4), UnsupportedError, "its type, 4"),
+    "a negative type": (one(kind=-1), UnsupportedError, "its type, -1"),
     "rows that are no whole blocks": (
         one((33, 2), kind=2),
         FormatError,

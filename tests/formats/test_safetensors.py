@@ -327,7 +327,7 @@ def test_tensors_that_the_format_cannot_hold_are_type_errors(
 
 
 def test_metadata_that_is_not_text_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="'step': 3"):
+    with pytest.raises(TypeError, match="'step' to 3"):
         safetensors.dumps({}, {"step": 3})  # type: ignore[dict-item]
 
 

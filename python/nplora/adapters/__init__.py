@@ -4,13 +4,13 @@ Arguments and errors that several functions of this package share:
 
     base: the base model of the adapter: a GGUF file, a config.json, or the directory that holds one. If the
         base model's weights are present, the adapter's names and shapes are checked against them. A llama.cpp
-        adapter for the Llama family cannot be read without the base model, because the order of the
-        adapter's rows depends on the model's number of heads.
+        adapter for the Llama family cannot be read without the base model, because the order of the adapter's
+        rows depends on the model's number of heads.
     any_base: accept an adapter that was trained on another language model with the same shapes. An adapter
         stores a digest (SHA-256) of its base model's norm weights. Without `any_base`, a digest that differs
         from the model's is an error. An adapter without a digest is always accepted.
-    edited_config: accept an adapter_config.json that was edited after `save_adapter` wrote it. If the loaded
-        adapter is saved again, its new file can be read without this option.
+    edited_config: accept an adapter_config.json that was edited after `save_adapter` wrote it. After the
+        loaded adapter is saved again, `edited_config` is no longer needed.
     overwrite: replace an existing adapter at the output path.
 
     FormatError: a file breaks its format, or the adapter belongs to another model or does not fit this one.

@@ -39,7 +39,7 @@ class Adapter(AdapterContent):
 
     @staticmethod
     def from_model(model: Module) -> Adapter:
-        """Return the adapter of a model's LoRA layers. Its factors are the layers' own arrays, not copies.
+        """Return a model's LoRA layers as an adapter. The factors are the layers' own arrays, not copies.
 
         Raises:
             ValueError: the model has no LoRA layer.
@@ -89,7 +89,7 @@ class Adapter(AdapterContent):
         Raises:
             ValueError: the model has an adapter and `replace` is not set; or a layer to be replaced was made
                 with init="pissa" or "olora", which changed its frozen weight.
-            RuntimeError: a layer to be replaced has its update merged into its weight.
+            RuntimeError: the update of a layer to be replaced is merged into the layer's weight.
             FormatError: the adapter does not fit the model or belongs to another model, or it has fully
                 trained layers.
         """
@@ -113,9 +113,9 @@ class Adapter(AdapterContent):
                 an `Adapter`. The weight is any finite number.
             rank: the largest rank that a layer may get. A sum of higher rank is truncated to its largest
                 singular values, and the result's `errors` gives the relative error of each layer.
-            any_base: also add up adapters of different base models. Two base models count as different if
-                the adapters' digests of their norm weights differ. If an adapter has no digest, the last
-                parts of the base models' names are compared too. A missing name equals every other name.
+            any_base: also add up adapters of different base models. Base models count as different if the
+                adapters store different digests of the models' norm weights. If an adapter has no digest, the
+                last parts of the base models' names are compared too. A missing name matches every name.
         Returns:
             an adapter whose layers all have scale 1.
         Raises:

@@ -1,4 +1,4 @@
-"""The weighted sum of several adapters as one adapter. `nplora.lora.weighted_sum` adds up one layer."""
+"""The weighted sum of several adapters as one adapter. `nplora.lora.weighted_sum` computes one layer."""
 
 import heapq
 import math
@@ -27,9 +27,9 @@ class Combination(AdapterContent):
     """A weighted sum of adapters.
 
     Attributes:
-        errors: for each layer, the relative error ‖ΔW - exact ΔW‖ / ‖exact ΔW‖ (Frobenius norm) that the
-            truncation of its rank causes; 0 for a layer that is not truncated. The rounding of the factors to
-            float32 is not counted.
+        errors: for each layer, the relative error ‖ΔW - exact ΔW‖ / ‖exact ΔW‖ (Frobenius norm) that
+            truncation to a lower rank causes; 0 without truncation. The rounding of the factors to float32 is
+            not counted.
         norms: for each layer, the Frobenius norm of the exact ΔW.
     """
 
@@ -60,7 +60,10 @@ class Combination(AdapterContent):
             return f"{size}, nothing is truncated"
         worst = self.table(heapq.nlargest(_SHOWN, self, key=self.errors.__getitem__))
         table = textwrap.indent(worst, "  ")
-        return f"{size}, relative error {self.error:.3g} over all layers; the largest:\n{table}"
+        return (
+            f"{size}, relative error {self.error:.3g} over all layers; layers with the largest errors:\n"
+            f"{table}"
+        )
 
 
 def combine(
@@ -122,7 +125,7 @@ def _require_one_base(adapters: list[AdapterContent], base: StrPath | None, base
         theirs = next(model_digest.described(name, digest) for _, name, digest in bases if digest is not None)
         raise ValueError(
             f"combine: base is {model_digest.described(files.name(base), base_digest)}, but the adapters "
-            f"belong to another model ({theirs}); name that model, or {model_digest.TAKEN}"
+            f"belong to another model ({theirs}); pass that model as base, or {model_digest.TAKEN}"
         )
     if base is not None:
         bases.append((files.name(base), None, base_digest))

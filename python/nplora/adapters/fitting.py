@@ -17,7 +17,7 @@ _KINDS = ("a linear layer", "an embedding")
 
 @dataclass(frozen=True)
 class Place:
-    """The expected properties of the weight that a layer of an adapter changes. None accepts any value.
+    """The properties of the weight that a layer of an adapter must fit. A property of None fits every layer.
 
     Attributes:
         title: the weight's name in messages.
@@ -47,8 +47,8 @@ class Target:
         whole: the model's arrays of fully trained layers: layer -> parameter -> array. None accepts any fully
             trained layer.
         require_kind: a function that raises UnsupportedError if the target cannot hold this kind of adapter.
-            Its arguments are the adapter's source, whether the adapter has DoRA, and the adapter's fully
-            trained layers.
+            The arguments of the function are the adapter's source, whether the adapter has DoRA, and the
+            adapter's fully trained layers.
     """
 
     title: str = ""
@@ -82,7 +82,7 @@ class Target:
         return place
 
     def check(self, adapter: AdapterContent, any_base: bool) -> None:
-        """Raise FormatError if an adapter does not fit here, belongs to another model, or has no layers."""
+        """Raise FormatError if an adapter does not fit, belongs to another model, or has no layers."""
         self.require_kind(adapter.source, adapter.use_dora, adapter.modules_to_save)
         problems = list[str]()
         for name, delta in adapter.items():
@@ -96,7 +96,7 @@ class Target:
         if problems and not self.title:
             lines = "".join(f"\n  {problem}" for problem in problems)
             reasons = counted(len(problems), "reason")
-            raise FormatError(f"{adapter.source}: the adapter cannot be used for {reasons}:{lines}")
+            raise FormatError(f"{adapter.source}: the adapter cannot be used, for {reasons}:{lines}")
         if problems:
             subject = model_digest.subject(*base, self.digest)
             raise FormatError(f"{adapter.source}: {subject} does not fit {self.title} {in_places(problems)}")

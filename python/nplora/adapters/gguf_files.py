@@ -5,9 +5,10 @@ Both formats name the factors lora_a and lora_b (see `letters`). The formats dif
     names      PEFT's "model.layers.0.self_attn.q_proj" is "blk.0.attn_q.weight"
     rows       in architecture llama, GGUF permutes the rows of q and k, and so those of their lora_b
     scale      PEFT has alpha / r or, with rsLoRA, alpha / sqrt(r), and alpha and r may differ by layer;
-               llama.cpp has alpha / r with one alpha for all layers, and reads alpha = 0 as a scale of 1. If
-               a layer needs another alpha, its scale is folded into lora_b: lora_b is multiplied by the ratio
-               of the two alphas.
+               llama.cpp has alpha / r with one alpha for all layers, and reads alpha = 0 as a scale of 1
+
+If a layer needs another alpha than the file has, its scale is folded into lora_b: lora_b is multiplied by the
+ratio of the two alphas.
 """
 
 import errno
@@ -115,7 +116,7 @@ def convert_adapter(
 
 
 def _target(model: BaseModel | None, family: Family) -> Target:
-    """The `Target` for a base model, or for a whole family if no model is given."""
+    """The `Target` for a base model or, if no model is given, for every model of the family."""
     title, digest = ("its architecture", None) if model is None else (model.source, model.digest)
     shapes = None if model is None else model.shapes
 
@@ -168,10 +169,9 @@ def adapter_to_gguf(
 ) -> AdapterConversion:
     """Convert a PEFT adapter directory to a LoRA adapter file for llama.cpp, with factors in float32.
 
-    At llama.cpp's default scale of 1, the file adds the same ΔW as the PEFT adapter. Only for layers whose
-    scale is multiplied into lora_b, ΔW differs by the rounding of lora_b to float32. The file stores the
-    digest of the base model's norm weights, if known. See `nplora.adapters` for the arguments and the other
-    errors.
+    With the default scale of 1, llama.cpp then adds the same ΔW as PEFT. If a layer's scale is multiplied
+    into lora_b, ΔW differs by the rounding of lora_b to float32. The file stores the digest of the base
+    model's norm weights, if known. See `nplora.adapters` for the arguments and the other errors.
 
     Raises:
         ValueError: `path` does not end in .gguf, or is a file of the adapter or of the base model.
@@ -257,7 +257,7 @@ def _folded(where: str, lora_b: Array, factor: float) -> Array:
     with np.errstate(over="ignore"):
         product = (lora_b.astype(np.float64) * factor).astype(np.float32)
     if not np.isfinite(product).all():
-        raise FormatError(f"{where}: folding its scale into lora_B (times {factor:g}) exceeds float32")
+        raise FormatError(f"{where}: lora_B times {factor:g}, to fold the layer's scale in, exceeds float32")
     return product
 
 

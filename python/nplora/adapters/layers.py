@@ -47,8 +47,8 @@ def save_adapter(
         base_model_name_or_path: the name of the base model, to be stored with the adapter.
     Raises:
         ValueError: the model has no LoRA layer; a value is NaN or infinite; or PEFT's format cannot express
-            the adapter, because layers differ in rsLoRA or DoRA, or because PEFT would take a layer's
-            name for that of another layer too.
+            the adapter, because layers differ in rsLoRA or DoRA, or because PEFT would apply a layer's
+            name to another layer too.
         FileExistsError: the directory holds a model. OSError: a file cannot be written.
 
     >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2, rng=0))
@@ -131,16 +131,16 @@ def load_adapter(
     """Load a PEFT adapter directory into the LoRA layers of a model.
 
     The layers take over the rank, alpha and rsLoRA setting of the file. If a layer's rank stays the same, the
-    values are written into its arrays A and B. Otherwise A and B become new arrays; an optimiser that holds
-    the old arrays must then be created anew. The file and the model must have the same adapted layers; if
-    they differ, use `Adapter.attach` with `replace=True`. All checks precede the first change of the model,
-    and the sizes of tensors are checked before tensors are read. See `nplora.adapters` for the arguments and
-    the other errors.
+    values are written into its arrays A and B. If the rank changes, A and B become new arrays, and an
+    optimiser that holds the old arrays must be created anew. The file and the model must have the same
+    adapted layers; if they differ, use `Adapter.attach` with `replace=True`. All checks precede the first
+    change of the model, and the sizes of tensors are checked before tensors are read. See `nplora.adapters`
+    for the arguments and the other errors.
 
     Returns:
         the loaded layers and the changed settings.
     Raises:
-        RuntimeError: a layer has its update merged into its weight.
+        RuntimeError: the update of a layer is merged into the layer's weight.
         ValueError: the model has no LoRA layer, or a layer was made with init="pissa" or "olora".
     Warns:
         UserWarning: adapter_config.json has unknown keys, or the file has copies of the base model's weights.
@@ -299,7 +299,7 @@ def _target(model: Module, live: bool, **more: Any) -> Target:
             return f"the model has no such layer{words}"
         if not isinstance(module, LoRALayer if live else Linear | Embedding | LoRALayer):
             wanted = "a LoRA layer" if live else "a linear layer or an embedding"
-            return f"the model has a {type(module).__name__} there, expected {wanted}"
+            return f"the model's layer is a {type(module).__name__}, expected {wanted}"
         if isinstance(module, Linear | Embedding) and module.trainable:
             return "the model's layer is fully trained"
         assert isinstance(module.weight, FrozenWeight)

@@ -54,7 +54,7 @@ def merge_adapter(
     overwrite: bool = False,
     lossy: bool = False,
 ) -> ModelMerge:
-    """Write a model with an adapter merged into it. Adapted weights become W + ΔW, the rest is copied.
+    """Write a model with an adapter merged into it. Adapted weights become W + ΔW; all else is copied.
 
     Sums are computed in float32 and then rounded to the storage type. Only a block of rows is in memory at a
     time, never a whole weight. The output file is complete on the disk before it appears under its name.
@@ -64,8 +64,8 @@ def merge_adapter(
         adapter: a PEFT directory, a llama.cpp file or an `Adapter`. DoRA is supported.
         output: a file of the same kind as the base, but not the base itself. If the base is a directory,
             `output` may be a directory too, which then also gets the base's configuration and tokenizer.
-        dtype: the storage type of the merged weights. "same" keeps the base's type; otherwise, a type of
-            `FrozenWeight` that the output file can hold.
+        dtype: the storage type of the merged weights: "same" for the base's type, or a type of `FrozenWeight`
+            that the output file can hold.
         any_base: see `nplora.adapters`.
         overwrite: replace existing files.
         lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW.
@@ -79,8 +79,8 @@ def merge_adapter(
         CorruptError: another program wrote to the base during the merge.
         ValueError: `output` or `dtype` does not fit the kind of the base; `output` is the base or the
             adapter, or holds an index of other weights; a sum is too large for the storage type; or rounding
-            to the storage type would keep less than 90 % of ΔW and `lossy` is not set. In this last case, the
-            message names the smallest type that keeps 90 %. No output file is written.
+            to the storage type would keep less than 90 % of ΔW and `lossy` is not set. If less than 90 %
+            would be kept, the message names the smallest type that keeps it. No output file is written.
         FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
             training run (only a .gguf file may be written there).
 
@@ -132,7 +132,7 @@ def _checked(
 
 
 def _require_kept(model: ModelFiles, merges: Mapping[str, Merge]) -> None:
-    """Raise ValueError if rounding keeps too little of ΔW. The message names a type that keeps enough."""
+    """Raise ValueError if rounding keeps too little of ΔW. The message names a storage type that suffices."""
     kept = least_kept(merge.report for merge in merges.values())
     if kept >= _ENOUGH:
         return

@@ -83,7 +83,7 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
 
 
 def _warn_of_copies(opened: PeftAdapter) -> None:
-    """Warn that the adapter's copies of frozen weights are ignored. They may differ from the model's."""
+    """Warn that copies of frozen weights in the adapter are ignored, as they may differ from the model's."""
     if layers := opened.base_copies():
         shown = [*map(brief, layers[:_MOST_NAMED]), *(["…"] if len(layers) > _MOST_NAMED else [])]
         warn_user(
@@ -206,7 +206,7 @@ def _require_unmistakable(name: str, others: Iterable[str]) -> None:
 
 
 def _common(setting: str, adapter: AdapterContent) -> bool:
-    """The value of a setting that PEFT stores once for all layers. ValueError if layers differ."""
+    """The value of a setting that PEFT stores once for all layers. Raises ValueError if layers differ."""
     values = {name: bool(getattr(delta, setting)) for name, delta in adapter.items()}
     if len(set(values.values())) > 1:
         found = ", ".join(f"{name} {value}" for name, value in values.items())

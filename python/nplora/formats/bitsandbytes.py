@@ -1,4 +1,4 @@
-"""4-bit matrices of bitsandbytes (QLoRA's NF4). A safetensors file stores each as several tensors.
+"""4-bit matrices of bitsandbytes (QLoRA's NF4). A safetensors file stores a matrix as several tensors.
 
     NAME                                uint8 (ceil(n / 2), 1): the codes of n values, row after row
     NAME.absmax                         the largest magnitude of each block of 64 values: float32, or uint8
@@ -166,7 +166,9 @@ def _part(file: File, name: str, dtype: str, size: int) -> Array:
         raise FormatError(f"{where} is missing")
     tensor: Tensor = file[name]
     if tensor.dtype != dtype or tensor.array.size != size:
-        raise FormatError(f"{where} is {tensor.dtype} {tensor.shape}, expected {size:,} values of {dtype}")
+        raise FormatError(
+            f"{where} is {tensor.dtype} of shape {tensor.shape}, expected {size:,} values of {dtype}"
+        )
     if dtype == "float32" and not np.isfinite(tensor.array).all():
         raise FormatError(f"{where} holds NaN or an infinity")
     return tensor.array.reshape(-1)

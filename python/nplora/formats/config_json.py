@@ -23,7 +23,7 @@ class Fields:
         self.source, self._values = source, values
 
     def items(self) -> ItemsView[str, Any]:
-        """The names and values of all fields, without a check of types."""
+        """The names and values of all fields, without a check of their types."""
         return self._values.items()
 
     def __contains__(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The errors that file readers raise. All derive from FormatError, so one `except` catches every kind."""
+"""The errors that file readers raise. All of the errors derive from FormatError."""
 
 import difflib
 import itertools
@@ -17,7 +17,7 @@ class TruncatedError(FormatError):
 
 
 class LimitError(FormatError):
-    """A size or count exceeds a documented limit. The check comes before memory is allocated."""
+    """A size or count exceeds a documented limit. Limits are checked before memory is allocated."""
 
 
 class UnsupportedError(FormatError):
@@ -60,7 +60,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """The `count` names that resemble `name` most, best first. The time is bounded, even for long names."""
+    """The `count` names that resemble `name` most, best first. The running time is bounded."""
     short = [known for known in itertools.islice(names, _MOST_NAMES) if len(known) <= _LONGEST_NAME]
     return difflib.get_close_matches(name[:_LONGEST_NAME], short, n=count, cutoff=0.5)
 

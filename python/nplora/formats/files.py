@@ -1,4 +1,4 @@
-"""Reads, maps and replaces regular files. Files are replaced as a whole, so none is ever half-written.
+"""Reads, maps and replaces regular files. Files are replaced as a whole: no reader sees a half-written file.
 
 All file-system calls of nplora's formats are in this module.
 """
@@ -120,7 +120,7 @@ class Stamp(NamedTuple):
     def require_unchanged(self) -> None:
         """Raise CorruptError if the file was modified after this stamp, so that its mapping shows other data.
 
-        Another file renamed over this one is not an error, because the mapping still shows the old content.
+        It is no error if another file was renamed over this one: the mapping still shows the old content.
         """
         try:
             found = os.stat(self.name)
@@ -173,7 +173,7 @@ class Reader:
             return False
 
     def map(self) -> mmap.mmap | memoryview:
-        """Map the whole file read-only. The mapping outlives the reader. An empty file gives an empty buffer.
+        """Map the whole file read-only. The mapping stays valid after the reader closes.
 
         If the file is truncated later, an access beyond its new end terminates the process with a message
         (see `mappings.watch`).
@@ -213,7 +213,7 @@ def reading(path: StrPath, follow_links: bool = True) -> Iterator[Reader]:
 
 
 def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> memoryview:
-    """Read a whole regular file. Raises like `reading`, and LimitError if it is larger than `limit` bytes."""
+    """Read a whole regular file. Raises like `reading`, and LimitError for more than `limit` bytes."""
     with reading(path, follow_links) as reader:
         if limit is not None and len(reader) > limit:
             raise LimitError(f"{name(path)}: {len(reader):,} bytes, at most {limit:,} are read")
@@ -385,8 +385,8 @@ def replace(files: Sequence[NewFile], directory: Directory | None = None) -> Non
     another call is writing in the same directory.
 
     Args:
-        directory: an open directory that all files are written into. Only the last component of each path
-            then names the file; the whole path is used in messages.
+        directory: an open directory that all files are written into. With `directory`, only the last
+            component of a path names the file, and the whole path appears in messages.
     Raises:
         OSError: a target exists and is not a regular file (or a link to one), or the disk fails. After a
             disk failure, the temporary files are removed, and the message gives the number of needed bytes.

@@ -6,9 +6,11 @@
     adapter.lora.alpha      float32
     W.lora_a, W.lora_b      (r, d_in) and (d_out, r) for each adapted tensor W: "blk.0.attn_q.weight.lora_a"
 
-As in PEFT, lora_a is nplora's B, and lora_b is nplora's A. The update that llama.cpp adds to W is
-user_scale * s * lora_b @ lora_a, where s is alpha / r, or 1 if alpha is 0 or missing. For token_embd.weight,
-lora_a is stored transposed, with shape (vocab, r), and lora_b has shape (dim, r).
+As in PEFT, lora_a is nplora's B, and lora_b is nplora's A. To W, llama.cpp adds the update
+
+    user_scale * s * lora_b @ lora_a        with s = alpha / r, or 1 if alpha is 0 or missing
+
+For token_embd.weight, lora_a is stored transposed, with shape (vocab, r), and lora_b has shape (dim, r).
 
 Source: llama.cpp's src/llama-adapter.cpp and convert_lora_to_gguf.py.
 """

@@ -37,7 +37,7 @@ def is_index(path: StrPath) -> bool:
 
 
 def require_no_hub_name(path: StrPath, kind: str = "a model") -> None:
-    """Raise an error for a Hugging Face Hub name ("HuggingFaceTB/SmolLM2-135M") or a page's address there.
+    """Raise an error for a Hugging Face Hub name, such as "HuggingFaceTB/SmolLM2-135M", or web address.
 
     A path that exists is accepted, and so is a name with the suffix of a file, such as "model.gguf".
 
@@ -90,7 +90,7 @@ def files_of(path: StrPath) -> list[Path]:
 
 
 def require_no_model(directory: StrPath) -> None:
-    """Raise an error before an adapter is saved into a model's directory, which would then be ambiguous.
+    """Raise an error if a directory holds a model, because an adapter must not be saved beside a model.
 
     Raises:
         FileExistsError: the directory holds a model's configuration or weights.

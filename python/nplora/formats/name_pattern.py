@@ -124,7 +124,7 @@ class NamePattern:
         self.only_name = self._as_name()
 
     def _as_name(self) -> str | None:
-        """The only name that matches if the pattern is `^` followed by single characters; otherwise None."""
+        """The only name that matches if the pattern is `^` followed by literal characters; otherwise None."""
         pieces = self._root.branches[0]
         if len(self._root.branches) > 1 or pieces[:1] != (_End(at_start=True),):
             return None
@@ -143,7 +143,7 @@ class NamePattern:
         )
 
     def _next(self, expected: str = "") -> str:
-        """Consume and return the next character; if `expected` is given without that character, return ""."""
+        """Consume and return the next character. If `expected` lacks the character, return "" instead."""
         character = self.text[self._position : self._position + 1]
         if expected and (not character or character not in expected):
             return ""

@@ -7,7 +7,7 @@ the reader uses the copy in the metadata. A configuration file that matches neit
 hand.
 
 The metadata also hold a digest of the base model (`model_digest`). PEFT ignores these metadata entries and
-does not write them. Without the entries, nplora compares no digests.
+does not write them. Without these entries, nplora compares no digests.
 """
 
 import contextlib
@@ -159,7 +159,7 @@ class PeftAdapter:
             )
 
     def array(self, name: str, dtype: npt.DTypeLike = np.float32) -> NDArray[Any]:
-        """Read a float tensor as a new array. Raises FormatError if it has another type or is not finite."""
+        """Read a float tensor as a new array. Raises FormatError for other types, NaN and infinities."""
         tensor = self.tensors[name]
         if tensor.dtype not in ("float32", "float16", "bfloat16", "float64"):
             raise FormatError(f"tensor {brief(name, 200)} is {tensor.dtype}, expected floats")
@@ -236,7 +236,7 @@ def _pair(
 
     The tensors are opened first, because a save replaces them before the configuration. If the opened file is
     still at its path after the configuration was read, the configuration is not newer than the tensors. If
-    another file is there, both files are read again.
+    another file replaced the opened one, both files are read again.
     """
     for _ in range(_MOST_REPLACED):
         with contextlib.ExitStack() as attempt:
@@ -264,7 +264,7 @@ def files_of(path: StrPath) -> list[Path]:
 
 
 def require_ours(directory: StrPath, overwrite: bool) -> None:
-    """Raise an error if `save` would replace a symbolic link or, without `overwrite`, a file of other kind.
+    """Raise an error if `save` would replace a symbolic link or, without `overwrite`, another kind of file.
 
     Raises:
         UnsafeError: a file is a symbolic link.

@@ -94,7 +94,7 @@ class Patterns:
         )
 
     def value(self, name: str, default: Number) -> Number:
-        """The value for the module `name`. Every inexact pattern takes time, so call this once per name."""
+        """The value for the module `name`. The search tries every inexact pattern, so make it only once."""
         places, exact = Name(name), self._exact.get(name, len(self.pairs))
         position = next((at for at, pattern in self.inexact if at < exact and pattern.matches(places)), exact)
         return self.pairs[position][1] if position < len(self.pairs) else default
@@ -171,7 +171,7 @@ def loads(raw: bytes, source: str) -> PeftConfig:
         FormatError: a value has the wrong type.
         LimitError: a rank is above 65,536, or the patterns have too much text.
         UnsupportedError: the file describes another kind of adapter.
-        UnsafeError: a name could make a reader run code, or a pattern could make it hang.
+        UnsafeError: a name could make a reader run code, or a pattern could make a reader hang.
     """
     fields = strict_json.loads(raw, source)
     if not isinstance(fields, dict):
@@ -208,7 +208,7 @@ def loads(raw: bytes, source: str) -> PeftConfig:
 
 
 def _targets(value: object) -> tuple[str, ...] | str:
-    """Read `target_modules`. Entries of a wrong type are ignored: nplora does not match modules with them."""
+    """Read `target_modules`, which nplora does not match with modules. Wrong types are therefore ignored."""
     if isinstance(value, str):
         return value
     return tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()

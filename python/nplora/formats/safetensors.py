@@ -6,7 +6,8 @@
     the rest    the arrays, row-major and little-endian, without gaps; offsets count from here
 
 Source: https://github.com/huggingface/safetensors, section Format. The reference implementation accepts every
-file that this reader accepts. This reader is stricter: a tensor's entry must have exactly three fields.
+file that this reader accepts. This reader is stricter: a tensor's entry must have exactly the fields dtype,
+shape and data_offsets.
 """
 
 import contextlib

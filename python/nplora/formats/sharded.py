@@ -14,7 +14,7 @@ MAX_SHARDS = 1_000  # each mapped file uses a file descriptor
 
 
 class ShardedFile(Mapping[str, Tensor]):
-    """The tensors of all shards by name, in the index's order. `metadata` is that of the index."""
+    """The tensors of all shards by name, in the index's order. `metadata` holds the index's metadata."""
 
     def __init__(self, source: str, shards: dict[str, SafetensorsFile], metadata: dict[str, Any]) -> None:
         self.source = source

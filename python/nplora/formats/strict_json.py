@@ -1,6 +1,6 @@
 """A strict JSON parser for untrusted text, which follows RFC 8259 and serde_json.
 
-Python's own parser also accepts NaN, duplicate keys, lone surrogates and any depth. This parser refuses them.
+Unlike Python's own parser, this parser refuses NaN, duplicate keys, lone surrogates and deep nesting.
 """
 
 import json

@@ -35,7 +35,7 @@ def main_type(tensors: Mapping[str, _Tensor]) -> str:
 
 
 def describe(tensors: Mapping[str, _Tensor]) -> dict[str, Typed]:
-    """The metadata entries about the types of `tensors`. A main type without a known number gets no entry."""
+    """The metadata entries about the types of `tensors`. A type without a known number gets no entry."""
     number = _NUMBERS.get(main_type(tensors))
     entries = {} if number is None else {FILE_TYPE: Typed(number, "UINT32")}
     if any(GGML_TYPES[tensor.type].dtype is None for tensor in tensors.values()):

@@ -24,7 +24,7 @@ class Typed:
     Attributes:
         value: a scalar, or a list or array of scalars.
         type: "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64", "FLOAT32", "FLOAT64",
-            "BOOL" or "STRING". The type of a list or array is that of its elements.
+            "BOOL" or "STRING". For a list or array, `type` is that of the elements.
 
     >>> from nplora.formats import gguf
     >>> file = gguf.loads(gguf.dumps({}, {"n": Typed(32, "UINT32"), "names": ["a", "b"]}))
@@ -38,7 +38,7 @@ class Typed:
 
 @dataclass(frozen=True)
 class ArrayEntry:
-    """The position of an array in the file. All values are validated, except that strings are UTF-8.
+    """The position of an array in the file. The array is validated, except that strings are UTF-8.
 
     Attributes:
         type: the type of the elements.
@@ -51,7 +51,7 @@ class ArrayEntry:
 
 
 class StringArray(Sequence[str]):
-    """An array of strings in the file. Access decodes a string, or raises FormatError if it is not UTF-8.
+    """An array of strings in the file. A string is decoded on access; bad UTF-8 then raises FormatError.
 
     >>> from nplora.formats import gguf
     >>> names = gguf.loads(gguf.dumps({}, {"names": ["a", "b", "c"]})).metadata["names"]
@@ -85,7 +85,7 @@ class StringArray(Sequence[str]):
         return self._text(index, int(self._begins[index]))[0]
 
     def _find(self) -> Array:
-        """The position of each string. Indexing needs the positions; iteration does not."""
+        """The position of each string. Only access by index needs the positions."""
         begins, begin = np.empty(len(self), np.int64), self._entry.begin
         for index in range(len(self)):
             begins[index] = begin

@@ -880,7 +880,7 @@ LINEAR = {f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2)}
         (
             LINEAR | {f"{Q}.lora_A.weight": (2, 31)},
             {},
-            "for a weight (32, 31), but the model's layer is (32, 32)",
+            "for a weight of shape (32, 31), but the model's layer has shape (32, 32)",
         ),
         (
             {name.replace("model.layers.0.self_attn.", ""): shape for name, shape in LINEAR.items()},

@@ -114,7 +114,7 @@ HOSTILE = {
     ),
     "trailing bytes": (one() + b"\x00", FormatError, "1 bytes after the last tensor"),
     "data missing": (one()[:-1], TruncatedError, "end at byte"),
-    "shape and extent differ": (one(shape="[2]"), FormatError, "takes 8 bytes, data_offsets give 4"),
+    "shape and extent differ": (one(shape="[2]"), FormatError, "takes 8 bytes, but data_offsets give 4"),
     "shape product wraps": (one(shape="[4294967296,4294967296]"), LimitError, "2^63"),
     "shape product wraps to the extent": (one(shape="[4611686018427387905,4]"), LimitError, "2^63"),
     "shape product wraps beside a zero": (

@@ -93,8 +93,8 @@ def convert_adapter(
 
     >>> print(nplora.adapters.convert_adapter("adapter", "adapter.gguf", base="model.gguf"))
     adapter.gguf: 14 layers of llama, alpha 16
-    >>> print(nplora.adapters.convert_adapter("adapter.gguf", "again", base="model.gguf"))
-    again: 14 layers of llama, alpha 16
+    >>> print(nplora.adapters.convert_adapter("adapter.gguf", "converted", base="model.gguf"))
+    converted: 14 layers of llama, alpha 16
     """
     files.require_named("convert", source=source, target=target, base=base)
     if not Path(source).is_dir():
@@ -291,8 +291,8 @@ def adapter_from_gguf(
         UnsupportedError: the factors are quantised, or nplora does not know the model's family.
 
     >>> done = nplora.adapter_to_gguf("adapter", "adapter.gguf", base="model.gguf")
-    >>> print(nplora.adapter_from_gguf("adapter.gguf", "again", base="model.gguf"))
-    again: 14 layers of llama, alpha 16
+    >>> print(nplora.adapter_from_gguf("adapter.gguf", "converted", base="model.gguf"))
+    converted: 14 layers of llama, alpha 16
     """
     files.require_named("convert", path=path, base=base)
     require_no_other(directory, overwrite)

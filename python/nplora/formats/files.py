@@ -67,7 +67,7 @@ def name(path: StrPath) -> str:
 def require_named(op: str, **paths: StrPath | None) -> None:
     """Raise an error if an argument is not a path, or is an empty path.
 
-    An empty path often comes from an unset shell variable. As a path, it would mean the working directory.
+    An empty path would mean the working directory, and often comes from an unset shell variable.
 
     Raises:
         TypeError: an argument is not a path. ValueError: a path is empty.

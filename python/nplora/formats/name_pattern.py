@@ -4,11 +4,12 @@ PEFT passes a file's patterns to a backtracking engine, where `(a+)+$` can run f
 only the syntax below. The matcher follows all alternatives of a pattern at once, so its time grows only with
 the product of the pattern's length and the name's length.
 
-    letters, digits, _ - / : space     match themselves; after a backslash, other ASCII punctuation too
-    .   \\d   \\w   [a-z0-9_]   [^.]      one character
-    *   +   ?   (also *? +? ??)         after one character, never after a group
-    (a|b)   (?:a|b)                     alternatives, nested at most 8 deep
-    ^   $                               the start and end of the name
+- Letters, digits, the space and the characters _ - / : match themselves. Other ASCII punctuation matches
+  itself after a backslash.
+- One character is matched by `.`, `\\d`, `\\w`, or a set such as `[a-z0-9_]` or `[^.]`.
+- One character can be repeated with `*`, `+`, `?` or their lazy forms `*?`, `+?`, `??`. A group cannot.
+- Alternatives are written `(a|b)` or `(?:a|b)`, nested at most 8 deep.
+- `^` is the start and `$` is the end of the name.
 """
 
 import functools

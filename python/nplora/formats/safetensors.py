@@ -393,8 +393,10 @@ def _entry(name: str, fields: object, start: int, source: str) -> Entry:
     nbytes = math.prod(shape) * itemsize
     begin, end = offsets
     if end - begin != nbytes:
-        found = f"data_offsets give {end - begin:,}"
-        raise FormatError(f"{where}: {tag} of shape {brief(shape)} takes {nbytes:,} bytes, {found}")
+        raise FormatError(
+            f"{where}: {tag} of shape {brief(shape)} takes {nbytes:,} bytes, but data_offsets give "
+            f"{end - begin:,}"
+        )
     return Entry(tag, tuple(shape), start + begin, start + end)
 
 
@@ -417,6 +419,6 @@ def _check_layout(entries: dict[str, Entry], start: int, size: int, source: str)
             raise FormatError(f"{source}: tensor {brief(name)} {kind}: {where}")
         end = entry.end
     if end > size:
-        raise TruncatedError(f"{source}: the tensors end at byte {end:,}, the file has {size:,}")
+        raise TruncatedError(f"{source}: the tensors end at byte {end:,}, but the file has {size:,} bytes")
     if end < size:
         raise FormatError(f"{source}: {size - end:,} bytes after the last tensor, which ends at byte {end:,}")

@@ -123,12 +123,12 @@ class _Cursor:
         if end > MAX_HEADER:
             raise LimitError(
                 f"{self.source}: {what} at byte {begin:,} takes {count:,} bytes, "
-                f"a header of at most {MAX_HEADER:,} is read"
+                f"but at most {MAX_HEADER:,} bytes of a header are read"
             )
         if end > len(self.data):
             raise TruncatedError(
                 f"{self.source}: {what} at byte {begin:,} takes {count:,} bytes, "
-                f"the file has {len(self.data):,}"
+                f"but the file has {len(self.data):,}"
             )
         self.at = end
         return begin
@@ -277,5 +277,5 @@ def _check_layout(entries: Mapping[str, TensorEntry], size: int, source: str) ->
         if entry.begin < end:
             raise FormatError(f"{where} begins at byte {entry.begin:,}, but another tensor ends at {end:,}")
         if entry.end > size:
-            raise TruncatedError(f"{where} ends at byte {entry.end:,}, the file has {size:,}")
+            raise TruncatedError(f"{where} ends at byte {entry.end:,}, but the file has {size:,} bytes")
         end = entry.end

@@ -38,7 +38,7 @@ class Typed:
 
 @dataclass(frozen=True)
 class ArrayEntry:
-    """The position of an array in the file. The array is validated, except that strings are UTF-8.
+    """The position of an array in the file. The array is validated, except for the UTF-8 of strings.
 
     Attributes:
         type: the type of the elements.

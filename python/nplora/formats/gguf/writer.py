@@ -290,6 +290,6 @@ def _raw(where: str, tensor: Tensor) -> tuple[GgmlType, tuple[int, ...], Array]:
         raise TypeError(f"{where} has data of {held}, expected an array of uint8")
     if tensor.nbytes != nbytes:
         raise ValueError(
-            f"{where} has {tensor.nbytes:,} bytes, {kind.name} of shape {shape} takes {nbytes:,}"
+            f"{where} has {tensor.nbytes:,} bytes, but {kind.name} of shape {shape} takes {nbytes:,}"
         )
     return kind, shape, np.ascontiguousarray(tensor.data).reshape(-1).view(kind.dtype or np.uint8)

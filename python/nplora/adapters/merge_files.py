@@ -80,7 +80,8 @@ def merge_adapter(
         ValueError: `output` or `dtype` does not fit the kind of the base; `output` is the base or the
             adapter, or holds an index of other weights; a sum is too large for the storage type; or rounding
             to the storage type would keep less than 90 % of ΔW and `lossy` is not set. If less than 90 %
-            would be kept, the message names the smallest type that keeps it. No output file is written.
+            would be kept, the message names the smallest type, if any, that keeps 90 %. No output file is
+            written.
         FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
             training run (only a .gguf file may be written there).
 

@@ -419,7 +419,7 @@ def replace(files: Sequence[NewFile], directory: Directory | None = None) -> Non
 
 
 def _require_replaceable(target: Path, directory: int | None = None) -> None:
-    """Raise an error if a target is not a regular file, because a rename would replace a FIFO or device."""
+    """Raise an error if an existing target is not a regular file. A rename would replace even a device."""
     place = target if directory is None else target.name or "."
     try:
         kind = stat.S_IFMT(os.stat(place, dir_fd=directory).st_mode)

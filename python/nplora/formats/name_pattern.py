@@ -54,7 +54,7 @@ class _Character:
 
     @property
     def only_letter(self) -> str:
-        """The only character that this part matches, or an empty string if the part matches others too."""
+        """The character, if this part matches exactly one character and only once; else an empty string."""
         plain = len(self.characters) == 1 and not self.negated and not self.repeat
         return "".join(self.characters) if plain else ""
 

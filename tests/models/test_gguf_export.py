@@ -247,7 +247,7 @@ def test_an_existing_file_with_the_name_of_the_new_model_is_not_lost(
     source = directory / "model.safetensors"
     before = source.read_bytes()
     os.link(source, target)
-    with pytest.raises(ValueError, match=r"model\.gguf is the model itself, which is left as it is"):
+    with pytest.raises(ValueError, match=r"model\.gguf is the model itself, which is never overwritten"):
         nplora.model_to_gguf(directory, target, overwrite=True)
     assert source.read_bytes() == before
 

@@ -298,7 +298,7 @@ def test_the_shards_with_the_norms_are_enough_to_detect_another_base(adapter: Pa
     nplora.combine([(adapter, 1)], base=base)
     nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", base)
     with pytest.raises(
-        ValueError, match=r"/other', sha256 .*, but the adapters belong to another model \(.*; name that"
+        ValueError, match=r"/other', sha256 .*, but the adapters belong to another model \(.*; pass that"
     ):
         nplora.combine([(adapter, 1)], base=other)
     for named in (other, other / "config.json"):

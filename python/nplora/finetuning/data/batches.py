@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.finetuning.data.dataset import Dataset
-from nplora.models.packing import PackedBatch, pack
+from nplora.models.packing import PackedBatch
 
 Array = npt.NDArray[Any]
 
@@ -76,8 +76,7 @@ class TokenBatches:
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[PackedBatch, Array]]:
         """The batches of an epoch (from 0), each with its targets, without the first `skip`."""
         for members in self.members(epoch, skip):
-            batch = pack(self.dataset[int(index)] for index in members)
-            yield batch, batch.targets
+            yield self.dataset.batch(members)
 
     def members(self, epoch: int, skip: int = 0) -> Iterator[Array]:
         """The indices of the examples in each batch of an epoch (from 0), without the first `skip`."""

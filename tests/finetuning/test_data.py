@@ -483,11 +483,19 @@ BAD = [
 ]
 
 
+def neighbour(line: bytes) -> dict[str, Any]:
+    """A good row of the kind that a bad line seems to be."""
+    if b'"messages"' in line:
+        return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    return {"prompt": "a", "completion": "b"} if b'"prompt"' in line else {"text": "a"}
+
+
 @pytest.mark.parametrize(("line", "error", "message"), BAD, ids=range(len(BAD)))
 def test_a_bad_line_is_named_or_skipped_and_counted(
     tmp_path: Path, line: bytes, error: type[FormatError], message: str
 ) -> None:
-    path = write(tmp_path, {"text": "a"}, line, {"text": "b"})
+    good = neighbour(line)
+    path = write(tmp_path, good, line, good)
     with pytest.raises(error, match=rf"data\.jsonl, line 2: .*{message}") as caught:
         read_dataset(path, tokenizer())
     assert caught.type is error

@@ -31,6 +31,7 @@ WITH_EXAMPLES = [
     "nplora.adapters",
     "nplora.finetuning",
     "nplora.finetuning.data",
+    "nplora.finetuning.planning",
     "nplora.formats.gguf",
     "nplora.lm",
     "nplora.lora",

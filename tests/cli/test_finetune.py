@@ -138,7 +138,7 @@ def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         "rises to its peak (default: 0) ", "LoRA dropout probability (default: 0.0) ",
         "q_proj,v_proj (repeatable) (default: all-linear) ", "plain text, not a chat (repeatable)",
-        "first:N (default: all) ", "backward pass; slower, less memory --memory SIZE ",
+        "first:N (default: all) ", "backward pass; slower, but saves memory --memory SIZE ",
     ):  # fmt: skip
         assert words in text
 
@@ -147,7 +147,7 @@ def test_resuming_without_a_run_says_that_a_new_one_starts(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --steps 1 --resume".split()
-    message = f"{tmp_path / 'out'}: no run to resume, a new one starts\n"
+    message = f"{tmp_path / 'out'}: there is no run to resume, so a new run starts\n"
     assert cli.main(line) == 0
     assert message in capsys.readouterr().err
     assert cli.main(line) == 0

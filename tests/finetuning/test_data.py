@@ -230,7 +230,7 @@ def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_fil
     with pytest.warns(UserWarning, match="tools or documents") as caught:
         report = read_dataset(path, tokenizer()).report
     assert [str(warning.message) for warning in caught] == [
-        f"{path}: 4 examples with tools or documents that the chat template does not write: "
+        f"{path}: 4 examples with tools or documents that the chat template leaves out: "
         "the model does not see them"
     ]
     assert report.unused == 4
@@ -538,8 +538,8 @@ def test_an_empty_file_has_no_examples(tmp_path: Path, content: bytes, suffix: s
             b'text\n"' + b"a\n" * 9_000_000, "field larger than field limit", marks=pytest.mark.slow
         ),
         (b"prompt,completion\na,\n", "line 2: completion is empty"),
-        (b"prompt,completion,text\na,b,c\n", "line 2: has both text and prompt"),
-        (b"messages,text\na,b\n", "line 2: has both messages and text"),
+        (b"prompt,completion,text\na,b,c\n", "line 2: the row has both text and prompt"),
+        (b"messages,text\na,b\n", "line 2: the row has both messages and text"),
     ],
 )
 def test_a_bad_csv_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -565,9 +565,7 @@ def test_a_path_that_is_not_a_data_file_is_refused(tmp_path: Path) -> None:
         read_dataset(tmp_path / "nowhere", tokenizer(), max_length=8)
     with pytest.raises(FileNotFoundError):
         read_dataset(tmp_path / "missing.jsonl", tokenizer())
-    with pytest.raises(
-        ValueError, match=r"max_length is None, and .*bad\.txt is a plain text, which needs one"
-    ):
+    with pytest.raises(ValueError, match=r"max_length is None, but the plain text .*bad\.txt needs one"):
         read_dataset(tmp_path / "bad.txt", tokenizer())
 
 
@@ -591,7 +589,7 @@ def test_faults_of_the_model_are_not_blamed_on_the_rows(tmp_path: Path) -> None:
         read_dataset(path, tokenizer(""))
     with pytest.raises(DataError, match=r"line 1: .*the chat template writes the messages before message 2"):
         read_dataset(path, tokenizer("{{ messages | length }}" + CHATML))
-    with pytest.raises(ValueError, match="the model names no EOS token"):
+    with pytest.raises(ValueError, match="the model has no EOS token"):
         read_dataset(path, tokenizer(eos_token_id=None))
 
 

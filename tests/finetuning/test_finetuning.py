@@ -614,7 +614,7 @@ def test_targets_may_be_one_text_as_on_the_command_line() -> None:
 def test_a_finished_run_that_is_resumed_trains_nothing_and_says_so(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
-    words = "the run was finished: nothing was trained"
+    words = "the run was already finished: nothing was trained"
     first = finetune(model, data, tmp_path / "out", **QUICK)
     resumed = finetune(model, data, tmp_path / "out", **QUICK, resume=True)
     assert words not in str(first)
@@ -650,7 +650,7 @@ def test_a_resumed_run_does_not_measure_the_baseline_again(
     (data / "valid.jsonl").write_text('{"text": "other"}\n')
     with (
         pytest.warns(UserWarning, match="total_steps was 8, is 9"),
-        pytest.warns(UserWarning, match="evaluated on validation data, and continues with others$") as caught,
+        pytest.warns(UserWarning, match="validation data before, and continues with other data$") as caught,
     ):
         other = finetune(model, data, **{**options, "sample": ("x",)}, steps=9, resume=True)
     assert __file__ in {warning.filename for warning in caught}
@@ -659,7 +659,7 @@ def test_a_resumed_run_does_not_measure_the_baseline_again(
     (data / "valid.jsonl").unlink()
     with (
         pytest.warns(UserWarning, match="total_steps was 9, is 10"),
-        pytest.warns(UserWarning, match="evaluated on validation data, and continues without any$"),
+        pytest.warns(UserWarning, match="the run used validation data before, and continues without any$"),
     ):
         finetune(model, data, **options, steps=10, resume=True)
     finetune(model, data, **options, steps=10, resume=True)  # nothing is left to do
@@ -1126,7 +1126,7 @@ def test_a_text_with_tokens_that_the_model_does_not_have_is_refused(data: Path, 
     lm = load_model(save_small_llama(tmp_path / "model.gguf", vocab=200))
     rows = [{"text": "plain"}, {"text": "<tool>"}]
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = r"train\.jsonl: its text has token 265 of .*, the model's vocabulary ends with 199"
+    words = r"train\.jsonl: the text has token 265 of .*, but the model's vocabulary ends with 199"
     with pytest.raises(FormatError, match=words):
         finetune(lm, data, tmp_path / "out")
     (data / "valid.jsonl").unlink()
@@ -1330,7 +1330,7 @@ def test_a_weight_that_is_not_finite_is_refused_in_the_name_of_the_caller(model:
 def test_int8_for_a_model_without_quantised_weights_is_warned_of(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = r"compute='int8' needs weights in GGUF's quantised formats, and .*model.gguf has none"
+    words = r"compute='int8' needs weights in GGUF's quantised formats, but .*model.gguf has none"
     with pytest.warns(UserWarning, match=f"^evaluate: {words}") as caught:
         evaluate(model, data, compute="int8")
     assert [warning.filename for warning in caught] == [__file__]

@@ -1,4 +1,4 @@
-"""Adapters from files or from memory, attached to a language model."""
+"""Attach adapters to a language model, from files or from memory."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Adapters: TypeAlias = OneAdapter | tuple[OneAdapter, float] | Sequence[OneAdapte
 def load_with_adapter(
     model: StrPath, adapter: Adapters | None = None, compute: str = "float32", any_base: bool = False
 ) -> LanguageModel:
-    """Load a model and attach an adapter, or the sum of several.
+    """Load a model and attach an adapter, or the weighted sum of several adapters.
 
     Args:
-        model, compute: as for `load_model`.
-        adapter, any_base: as for `attach_adapter`; None: no adapter.
-    Raises as `load_model` and `attach_adapter`.
+        model, compute: see `load_model`.
+        adapter, any_base: see `attach_adapter`. The default attaches no adapter.
+    Raises the same errors as `load_model` and `attach_adapter`.
 
     >>> lm = nplora.finetuning.load_with_adapter("model.gguf", "adapter")
     >>> lm.num_trainable > 0
@@ -46,19 +46,20 @@ def load_with_adapter(
 def attach_adapter(
     lm: LanguageModel, adapter: Adapters, any_base: bool = False, replace: bool = False
 ) -> None:
-    """Attach an adapter to a model, as `Adapter.attach` does; several add up, as in `combine`.
+    """Attach an adapter to a model, as `Adapter.attach` does. Several adapters add up, as in `combine`.
 
     Args:
-        adapter: a PEFT directory, llama.cpp's file or an `Adapter`; or a pair of one of these and its weight;
-            or a list of all of these.
+        adapter: a PEFT directory, a llama.cpp file or an `Adapter`; or a pair (one of these, weight); or a
+            list of adapters and pairs.
         any_base: accept an adapter that was trained on another model with the same shapes.
-        replace: drop the adapter that the model has.
+        replace: first remove the adapter that the model already has.
     Raises:
-        TypeError: `adapter` is of another kind. ValueError: a weight is not finite, or the list is empty.
-        Others as `Adapter.attach`, and for several adapters as `combine`.
+        TypeError: `adapter` has the wrong type.
+        ValueError: the weight of an adapter is not finite, or the list of adapters is empty.
+        Other errors: see `Adapter.attach`, and `combine` for several adapters.
     Warns:
-        UserWarning: an adapter is given more than once, its adapter_config.json has unknown keys, or it has
-            copies of the base model's weights.
+        UserWarning: an adapter is given more than once, its adapter_config.json has unknown keys, or its file
+            holds copies of the base model's weights.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> nplora.finetuning.attach_adapter(lm, nplora.read_adapter("adapter"))
@@ -70,14 +71,14 @@ def attach_adapter(
 def attach(
     op: str, lm: LanguageModel, adapter: Adapters, any_base: bool = False, replace: bool = False
 ) -> None:
-    """As `attach_adapter`, for the function `op`."""
+    """Do what `attach_adapter` does. Error messages begin with `op`, the name of the public function."""
     if not replace:
         require_no_adapter(lm)
     _sum(op, lm, adapter, any_base).attach(lm, any_base, replace)
 
 
 def with_adapters(op: str, lm: LanguageModel, adapter: Adapters, any_base: bool) -> LanguageModel:
-    """A model that shares the weights of `lm` and has the adapter; `lm` stays as it is."""
+    """Return a model that shares the weights of `lm` and has the adapter. `lm` itself does not change."""
     require_plain(op, lm)
     return lm.with_adapter(_sum(op, lm, adapter, any_base), any_base)
 
@@ -92,7 +93,7 @@ def _sum(op: str, lm: LanguageModel, adapter: Adapters, any_base: bool) -> Adapt
 
 
 def _weighted(op: str, adapter: object) -> list[tuple[OneAdapter, float]]:
-    """Adapters and their weights."""
+    """Pair each adapter with its weight, which is 1 by default."""
     given = adapter if isinstance(adapter, list | tuple) and not _is_pair(adapter) else [adapter]
     if not given:
         raise ValueError(f"{op}: adapter is {adapter!r}, expected at least one adapter")

@@ -27,9 +27,10 @@ class Baseline(Callback):
     """Evaluates the model before the first step. A resumed run reads the results from its log.
 
     Attributes:
-        loss: validation loss; None without validation data, or if the log has none for these data.
-        was_finished: the resumed run had made all of its steps before.
-        answers: the texts after the prompts; "" if the log does not have one.
+        loss: validation loss before training; None without validation data, or if the log of a resumed run
+            has no loss for the present validation data.
+        was_finished: whether the resumed run had already made all of its steps.
+        answers: the generated text for each prompt; "" if the log of a resumed run does not have it.
     """
 
     def __init__(
@@ -65,12 +66,12 @@ class Baseline(Callback):
         run.log(_EVENT, {"loss": self.loss, "data": self._data, "answers": answers})
 
     def _recall(self, run: Run) -> None:
-        """Read the results of the baseline from the log."""
+        """Read the baseline's results from the log of a resumed run."""
         logged = run.logged(_EVENT)
         data, loss, answers = logged.get("data"), logged.get("loss"), logged.get("answers")
         if data not in (None, self._data) and not self.was_finished:
-            now = "without any" if self._data is None else "with others"
-            warn_user(f"finetune: the run was evaluated on validation data, and continues {now}")
+            now = "without any" if self._data is None else "with other data"
+            warn_user(f"finetune: the run used validation data before, and continues {now}")
         if self._data is not None and data == self._data and type(loss) is float:
             self.loss = loss
         if isinstance(answers, dict):

@@ -1,4 +1,4 @@
-"""EarlierRun: the way in which a run computed its steps so far; a resumed run keeps it."""
+"""EarlierRun: how a run has computed its steps so far. A resumed run computes its steps in the same way."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class EarlierRun:
     """The choices that a resumed run keeps, even if another plan would fit now.
 
     Attributes:
-        compute: arithmetic of the frozen products; None: the checkpoint does not have it.
-        micro_tokens: maximum tokens of its micro-batches; None: batches were not cut.
-        step: the number of steps so far.
+        compute: arithmetic of the products with frozen weights; None: the checkpoint does not name it.
+        micro_tokens: maximum tokens of a micro-batch; None: the run did not cut its batches.
+        step: the number of steps that the run has made.
     """
 
     compute: str | None
@@ -29,14 +29,14 @@ class EarlierRun:
     step: int
 
     def keep_compute(self, options: FinetuneOptions) -> FinetuneOptions:
-        """The options. If they set no arithmetic, they get the arithmetic of the run."""
+        """Return the options. Options without an arithmetic get the arithmetic of the earlier run."""
         if options.compute is None and self.compute is not None:
             return dataclasses.replace(options, compute=self.compute)
         return options
 
 
 def find_earlier_run(output: StrPath) -> EarlierRun | None:
-    """The run in a directory, if it has a whole checkpoint."""
+    """Describe the run in a directory. The result is None if the directory has no complete checkpoint."""
     if not holds_run(output):
         return None
     with RunDirectory(output) as directory:
@@ -45,7 +45,7 @@ def find_earlier_run(output: StrPath) -> EarlierRun | None:
 
 
 def _described(checkpoint: Checkpoint) -> EarlierRun:
-    """The run that the settings of a checkpoint describe. The trainer refuses wrong settings later."""
+    """Read an earlier run from a checkpoint's settings. The trainer refuses wrong settings later."""
     fixed = checkpoint.settings.get("fixed")
     settings: dict[str, Any] = fixed if isinstance(fixed, dict) else {}
     layers, micro_tokens = settings.get("layers"), settings.get("micro_tokens")

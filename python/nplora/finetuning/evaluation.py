@@ -25,12 +25,12 @@ class MeanLoss(TypedDict):
 
 
 class Evaluation(MeanLoss):
-    """The result of `evaluate`, a dict.
+    """The dict that `evaluate` returns.
 
     Keys:
         loss, tokens: the mean loss, and the number of tokens in the mean.
-        source: the file.
-        examples, truncated, emptied, skipped: as in `DataReport`.
+        source: the name of the file.
+        examples, truncated, emptied, skipped: counts of examples and rows, see `DataReport`.
 
     >>> result: nplora.finetuning.Evaluation = nplora.evaluate("model.gguf", "valid.jsonl")
     >>> result["tokens"], result["examples"]
@@ -61,30 +61,30 @@ def evaluate(
     """Compute the mean loss of a language model over a file of text.
 
     Args:
-        model: a GGUF file or a Hugging Face directory, as for `load_model`; or a model.
-        data: a .jsonl, .csv or .txt file, as for `nplora.data.read_dataset`; or a directory, of which
+        model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
+        data: a .jsonl, .csv or .txt file, as for `nplora.data.read_dataset`; or a directory. In a directory,
             valid.jsonl is read, or train.jsonl if there is no valid.jsonl.
-        adapter: adapter to evaluate the model with, which does not change a given model: a PEFT directory,
-            llama.cpp's file or an `Adapter`; or a pair of one of these and its weight; or a list, whose
-            adapters add up.
+        adapter: adapter to evaluate the model with: a PEFT directory, a llama.cpp file or an `Adapter`; or a
+            pair (one of these, weight); or a list, whose adapters add up. A loaded model is not changed.
         any_base: accept an adapter that was trained on another model with the same shapes.
-        progress: print a report of the data on stderr; None: on a terminal or in a notebook.
+        progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
         max_length: maximum tokens of an example; longer examples are cut (default: the model's context).
         learn: tokens in the loss: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
         strict: refuse examples that are longer than `max_length`.
-        compute: arithmetic of the frozen products: float32, bfloat16, or int8 for quantised weights and few
-            tokens (default: float32).
+        compute: arithmetic of the products with frozen weights: float32, bfloat16, or int8 for quantised
+            weights and few tokens (default: float32).
     Returns:
-        the loss, the number of tokens in it, and a report of the data.
+        the mean loss, the number of tokens in the mean, and a report of the data.
     Raises:
         DataError: a line of the data is wrong.
         ValueError, TypeError: an option is out of range, `compute` is given for a model that is loaded
-            already, or `adapter` for a model that has one.
-        FormatError: a file breaks its format, or the adapter does not fit the model or is of another model.
+            already, or `adapter` is given for a model that already has an adapter.
+        FormatError: a file is invalid, or the adapter does not fit the model or was trained on another model.
         OSError: a file cannot be read.
     Warns:
-        UserWarning: `compute` is "int8", and no weight can use it. Others as `attach_adapter`.
+        UserWarning: `compute` is "int8", but no weight can use int8.
+        Other warnings: see `attach_adapter`.
 
     >>> result = nplora.evaluate("model.gguf", "valid.jsonl", adapter="adapter")
     >>> result["loss"] > 0

@@ -1,4 +1,4 @@
-"""How a run computes its steps: as its options say, so that it fits into memory, or as before a resume."""
+"""Decide how a run computes its steps: from its options, from its memory limit, or from an earlier run."""
 
 from collections.abc import Callable, Sequence
 
@@ -70,18 +70,19 @@ def plan(
     sample: Sequence[str] = (),
     checkpoint_blocks: bool = False,
 ) -> MemoryPlan:
-    """Predict the memory and the time of `finetune` with the same arguments; nothing is trained or written.
+    """Predict the memory and the time of `finetune` with the same arguments. Nothing is trained or written.
 
-    With `memory`, find how `finetune` would compute its steps to stay below that limit. The arithmetic of a
-    model that is loaded already is not changed.
+    If `memory` is set, find how `finetune` would compute its steps to stay below that limit. The arithmetic
+    of a model that is already loaded does not change.
 
     Args:
-        model, data, valid and all options: as for `finetune`.
+        model, data, valid and all options: see `finetune`.
     Returns:
-        the execution plan, its bytes and its seconds; `print` shows them.
+        the execution plan, with its predicted memory and time; `print` shows them.
     Raises:
-        BudgetError: no plan fits into `memory`; the message says how much is needed, and what would fit.
-        Others as `finetune`.
+        BudgetError: no plan fits into `memory`. The message says how much memory is needed, and which options
+            would fit.
+        Other errors: see `finetune`.
 
     >>> plan = nplora.plan("model.gguf", "train.jsonl", batch_examples=4, memory="2G")
     >>> plan.memory.total < 2e9
@@ -102,17 +103,18 @@ def choose_execution(
     earlier: EarlierRun | None,
     say: Callable[[str], None],
 ) -> ExecutionPlan:
-    """Decide how `finetune` computes its steps. With `memory`, a plan that fits is chosen and printed.
+    """Decide how `finetune` computes its steps. If `memory` is set, choose a plan that fits, and print it.
 
-    If the plan needs another arithmetic, the model of the inputs is loaded again with it.
+    If the plan uses another arithmetic than the loaded model, the model in `inputs` is loaded again.
 
     Args:
-        earlier: the run that is resumed; its micro-batches stay.
-        say: prints a text.
+        earlier: the run to resume, whose size of micro-batches is kept; None for a new run.
+        say: function that prints a text.
     Raises:
-        BudgetError: no plan fits into `memory`. ValueError: the options do not fit the model.
+        BudgetError: no plan fits into `memory`.
+        ValueError: the options do not fit the model.
     Warns:
-        UserWarning: without `memory`, the run needs more memory than is available.
+        UserWarning: `memory` is not set, and the run needs more memory than is available.
     """
     adapters = adapters_of("finetune", inputs, options)
     if options.memory is None:
@@ -129,18 +131,20 @@ def choose_execution(
     found = _planned("finetune", inputs, adapters, options, constraints)
     say(str(found))
     if found.chosen.compute != inputs.lm.compute:
-        assert not isinstance(model, LanguageModel), "the arithmetic of a loaded model stays"
+        assert not isinstance(model, LanguageModel), "the arithmetic of a loaded model cannot change"
         inputs.reload(model, found.chosen.compute)
     return found.chosen
 
 
 def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> str | None:
-    """The arithmetic that a loaded model or the options set. None: it is chosen later."""
+    """The arithmetic of a loaded model, or else of the options. None: the arithmetic is not fixed yet."""
     return model.compute if isinstance(model, LanguageModel) else options.compute
 
 
 def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapters:
-    """The adapted layers of a run. All layers of an adapter to continue from count with its largest rank.
+    """The adapted layers of a run.
+
+    If the run continues from an adapter, every layer counts with the largest rank in that adapter.
 
     Raises:
         ValueError: the layers do not fit the model, or `keep_prefix` is set and the lowest block is adapted.
@@ -172,8 +176,9 @@ def _planned(
 def _warn_if_short(
     inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, execution: ExecutionPlan, done: int
 ) -> None:
-    """Warn if the remaining steps need more memory than is available. The work of the first epoch is assumed
-    for every epoch.
+    """Warn if the remaining steps need more memory than is available.
+
+    Only the batches of the first epoch are listed: all epochs are assumed to need the same memory.
 
     Args:
         done: the number of steps that the run has made.
@@ -187,10 +192,10 @@ def _warn_if_short(
 
 
 def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | None = None) -> Work:
-    """The batches of a run with these options.
+    """List the batches of a run with these options.
 
     Args:
-        most_epochs: maximum number of epochs whose batches are listed; None: about `_MOST_EXAMPLES` examples.
+        most_epochs: maximum number of epochs to list; None: as many as have about `_MOST_EXAMPLES` examples.
     """
     train, held_out = inputs.train, inputs.held_out
     batches = training_batches(train, options)

@@ -1,4 +1,4 @@
-"""The inputs of a run: the model, the text, and the adapter that it continues from."""
+"""The inputs of a run: the model, the data, and the adapter to continue from."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read_inputs(
     """Read all inputs of a run with these options, and check that they fit together.
 
     Args:
-        check: as in `load_model`.
+        check: whether `load_model` looks for NaN and infinities in the weights.
     """
     files.require_named(op, data=data, valid=valid)
     train_path, found = find_splits(data)
@@ -81,14 +81,14 @@ def read_inputs(
 
 
 def require_plain(op: str, lm: LanguageModel) -> None:
-    """Refuse a model with an adapter."""
+    """Raise a ValueError if the model has an adapter."""
     if layers := lm.adapter_layers():
         on = counted(len(layers), "layer")
         raise ValueError(f"{op}: the model already has an adapter, on {on}; expected a model without one")
 
 
 def opened(op: str, model: StrPath | LanguageModel, compute: str | None, check: bool = True) -> LanguageModel:
-    """The model, loaded if it is given as a path."""
+    """Return the model. If `model` is a path, load the model."""
     if not isinstance(model, LanguageModel):
         return loaded(op, model, compute or COMPUTES[0], check)
     if compute is not None:
@@ -99,12 +99,12 @@ def opened(op: str, model: StrPath | LanguageModel, compute: str | None, check: 
 
 
 def loaded(op: str, path: StrPath, compute: str, check: bool = True) -> LanguageModel:
-    """Load a model as `load_model` does. Warn if int8 is asked for and no weight can use it."""
+    """Load a model as `load_model` does. Warn if `compute` is "int8" and no weight can use int8."""
     lm = load_model(path, compute, check=check)
     if compute == "int8" and not any(weight.meets_int8 for weight in _frozen_weights(lm)):
         warn_user(
-            f"{op}: compute='int8' needs weights in GGUF's quantised formats, and {files.name(path)} has "
-            "none: it computes as with 'bfloat16'"
+            f"{op}: compute='int8' needs weights in GGUF's quantised formats, but {files.name(path)} has "
+            "none, so compute='bfloat16' is used"
         )
     return lm
 
@@ -128,10 +128,10 @@ def _read(lm: LanguageModel, path: Path, options: FinetuneOptions) -> Dataset:
 
 
 def require_vocabulary(lm: LanguageModel, dataset: Dataset) -> None:
-    """Refuse a text with a token that the model does not have."""
+    """Raise a FormatError if a token of the text is not in the model's vocabulary."""
     if dataset.largest_id >= lm.config.vocab_size:
         raise FormatError(
-            f"{dataset.report.source}: its text has token {dataset.largest_id} of {lm.tokenizer}, "
+            f"{dataset.report.source}: the text has token {dataset.largest_id} of {lm.tokenizer}, but "
             f"the model's vocabulary ends with {lm.config.vocab_size - 1}"
         )
 

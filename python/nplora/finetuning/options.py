@@ -1,7 +1,7 @@
-"""FinetuneOptions and EvaluateOptions: the options of a run and of an evaluation, and the help of each.
+"""FinetuneOptions and EvaluateOptions: the options of a run and of an evaluation, with their help texts.
 
-A help text names other options in backticks. The docstrings of `finetune` and `evaluate` repeat the texts as
-they are; on the command line `max_length` reads --max-length.
+A help text names other options in backticks. The docstrings of `finetune` and `evaluate` repeat the help
+texts word for word. The command line shows `max_length` as --max-length.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def _unplanned(group: str, default: Any, text: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """The options of `finetune` and `plan`, checked.
+    """The options of `finetune` and `plan`. The constructor checks all values.
 
     Raises:
-        ValueError, TypeError: a value is out of its range, or two options exclude each other.
+        ValueError, TypeError: a value is out of range, or two options exclude each other.
 
     >>> options = nplora.finetuning.FinetuneOptions(rank=16, targets="q_proj,v_proj")
     >>> options.targets
@@ -75,14 +75,15 @@ class FinetuneOptions:
     init: str = _option(
         _ADAPTER,
         "zero",
-        "initial factors: zero (the model is unchanged at first), gaussian (both random; the model changes "
-        "at once), pissa or olora (the principal part of each weight; unquantised weights only)",
+        "initial factors: zero (the model is unchanged at first), gaussian (both factors are random, so that "
+        "the model changes at once), pissa or olora (the principal part of each weight; unquantised weights "
+        "only)",
         choices=LoRALinear.inits,
     )
     adapter: str | os.PathLike[str] | Adapter | None = _option(  # noqa: RUF009
         _ADAPTER,
         None,
-        "adapter to continue from, with its layers, ranks and alphas: PEFT directory or llama.cpp file",
+        "adapter to continue from: PEFT directory or llama.cpp file; its layers, ranks and alphas are kept",
         kind="adapter",
         metavar="PATH",
     )
@@ -109,7 +110,7 @@ class FinetuneOptions:
         _BATCHES, None, f"examples in a batch (default: {DEFAULT_EXAMPLES}, unless `batch_tokens` is given)"
     )
     batch_tokens: int | None = _option(
-        _BATCHES, None, "maximum tokens in a batch; it holds as many examples as fit, at least one"
+        _BATCHES, None, "maximum tokens in a batch; a batch holds as many examples as fit, at least one"
     )
     accumulate: int = _option(_BATCHES, 1, "batches in one step (gradient accumulation)")
     max_length: int = _option(_DATA, 1024, "maximum tokens of an example; longer examples are cut")
@@ -124,33 +125,35 @@ class FinetuneOptions:
     compute: str | None = _option(
         _SPEED,
         None,
-        "arithmetic of the frozen products: float32 or bfloat16 (default: float32, unless `memory` is too "
-        "small for it)",
+        "arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32, unless "
+        "`memory` is too small for float32)",
         choices=tuple(COMPUTES),
     )
     recompute: bool = _option(
         _SPEED,
         False,
-        "gradient checkpointing: recompute activations in the backward pass; slower, less memory",
+        "gradient checkpointing: recompute activations in the backward pass; slower, but saves memory",
         alias="checkpoint_blocks",
     )
     memory: str | int | None = _option(
         _SPEED,
         None,
-        "memory limit of the whole process, as in 600M or 1.5G: the fastest plan that fits is used",
+        "memory limit of the whole process, such as 600M or 1.5G; the fastest plan that fits is used",
         metavar="SIZE",
     )
     keep_prefix: str = _option(
         _SPEED,
         "off",
-        "cache of the outputs of the frozen blocks below the lowest adapter, for later epochs: off, memory, "
-        "or disk (in the output directory, while the run lasts); 4 bytes x hidden size per token",
+        "where to cache the outputs of the frozen blocks below the lowest adapter for later epochs: off, "
+        "memory, or disk (in the output directory, during the run); takes 4 bytes x hidden size per token",
         choices=KEEP_PREFIX,
     )
     save_every: int = _unplanned(_RUN, 100, "steps between checkpoints")
     save_minutes: float = _unplanned(_RUN, 5.0, "maximum minutes between checkpoints; 0: no limit")
     resume: bool = _unplanned(
-        _RUN, False, "continue the run in the output directory, bit for bit as without a stop"
+        _RUN,
+        False,
+        "continue the run in the output directory; the results are bit for bit the same as without a stop",
     )
     overwrite: bool = _unplanned(_RUN, False, "delete the run and the adapter in the output directory")
     sample: tuple[str, ...] = _unplanned(
@@ -214,10 +217,10 @@ class FinetuneOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The options of `evaluate`, checked.
+    """The options of `evaluate`. The constructor checks all values.
 
     Raises:
-        ValueError, TypeError: a value is out of its range.
+        ValueError, TypeError: a value is out of range.
 
     >>> nplora.finetuning.EvaluateOptions(learn="all").learn
     'all'
@@ -237,8 +240,8 @@ class EvaluateOptions:
     compute: str | None = _option(
         _SPEED,
         None,
-        "arithmetic of the frozen products: float32, bfloat16, or int8 for quantised weights and few tokens "
-        "(default: float32)",
+        "arithmetic of the products with frozen weights: float32, bfloat16, or int8 for quantised weights "
+        "and few tokens (default: float32)",
         choices=INFERENCE_COMPUTES,
     )
     op: InitVar[str] = "evaluate"  # begins the messages of errors
@@ -252,11 +255,12 @@ class EvaluateOptions:
 
 
 def from_arguments(op: str, options: Callable[..., T], arguments: Mapping[str, Any]) -> T:
-    """The options among the arguments of a function, which has a keyword for each of them.
+    """Make options from the arguments of a function that has a keyword for each option.
 
     Args:
-        arguments: the function's `locals()` at its begin.
-    Raises the errors of the options.
+        options: class of the options.
+        arguments: the result of `locals()` at the start of the function.
+    Raises the errors that the class `options` raises.
     """
     names = [name for name in inspect.signature(options).parameters if name != "op"]
     return options(op=op, **{name: arguments[name] for name in names})

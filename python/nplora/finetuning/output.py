@@ -32,7 +32,10 @@ def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | Adap
 
 
 def require_free(output: StrPath, options: FinetuneOptions) -> None:
-    """Refuse a directory that is in use, that holds a model, or that holds a run or an adapter to be kept."""
+    """Refuse an output directory that is in use or holds a model.
+
+    A directory with a run or an adapter is refused too, unless the options allow to continue or replace it.
+    """
     model_directory.require_no_model(output)
     if peft_adapter.lies_in(output) and not (holds_run(output) or options.overwrite):
         raise FileExistsError(

@@ -41,16 +41,16 @@ class FinetuneReport:
 
     Attributes:
         output: the directory with the adapter.
-        train, valid: what the files of data contain.
+        train, valid: summaries of the training data and the validation data.
         loss_before, loss_after: validation loss before and after training; None without validation data.
-            `loss_before` is also None if the log of a resumed run does not have it, and `loss_after` if the
-            run was interrupted.
+            `loss_before` is also None if the log of a resumed run does not have it. `loss_after` is also None
+            if the run was interrupted.
         samples: prompts, with the texts before and after training.
         history: the records of the trainer.
         trained: number of trained values.
         parameters: number of all values of the model.
-        was_finished: the resumed run was finished already, so nothing was trained.
-        tokens: trained tokens of all steps, including the steps before a resume.
+        was_finished: whether the resumed run was already finished, so that nothing was trained.
+        tokens: number of trained tokens in all steps, including the steps before a resume.
 
     >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", steps=2, batch_examples=4)
     >>> len(report.history.steps), report.train.examples
@@ -83,7 +83,7 @@ class FinetuneReport:
             for sample in self.samples
         ]
         if self.was_finished:
-            lines.insert(0, "the run was finished: nothing was trained")
+            lines.insert(0, "the run was already finished: nothing was trained")
         if self.loss_after is not None:
             before = "" if self.loss_before is None else f"{self.loss_before:.4f} -> "
             lines.append(f"validation loss {before}{self.loss_after:.4f}")

@@ -1,6 +1,6 @@
 """Fine-tuning a language model on a file of text.
 
-The rooms `lm` and `trainer` do not import each other; this module brings them together.
+The packages `nplora.lm` and `nplora.trainer` do not import each other; this module connects them.
 """
 
 import contextlib
@@ -81,21 +81,22 @@ def finetune(
 ) -> FinetuneReport:
     """Fine-tune a language model with LoRA on a file of text, and save the adapter in PEFT's format.
 
-    The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run: the adapter is saved and
-    returned as it is then. `resume=True` continues the run, with the same results bit for bit as without a
+    The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run and saves the adapter as
+    it is at that moment. `resume=True` continues the run; the results are bit for bit the same as without a
     stop. Nothing is written before all input is read and checked.
 
-    After an error in a step the run is saved too, and a note on the error says so. If a loss is not finite,
-    the model and the output directory get the adapter of the last checkpoint before the step that went wrong,
-    unless that is the checkpoint of step 0.
+    If a step raises an error, the run is saved too, and a note on the error says so. If a loss is not finite,
+    the model and the output directory get the adapter of the last checkpoint before the failed step, unless
+    that is the checkpoint of step 0.
 
     Args:
-        model: a GGUF file or a Hugging Face directory, as for `load_model`; or a model without an adapter.
+        model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model without an
+            adapter.
         data: a .jsonl, .csv or .txt file, as for `nplora.data.read_dataset`; or a directory with train.jsonl
             and perhaps valid.jsonl.
         output: directory for the adapter, the checkpoints and the log.
         valid: file to evaluate on, before training and after every epoch.
-        progress: print progress on stderr; None: on a terminal or in a notebook.
+        progress: print progress on stderr; None: only on a terminal or in a notebook.
         rank: rank of the LoRA factors.
         alpha: LoRA alpha: the update is scaled by alpha / rank.
         targets: layers that get an adapter: all-linear, or a list of names such as q_proj,v_proj.
@@ -103,10 +104,11 @@ def finetune(
         dropout: LoRA dropout probability.
         use_rslora: scale the update by alpha / sqrt(rank) (rsLoRA).
         use_dora: also train the magnitude of each row of the weights (DoRA).
-        init: initial factors: zero (the model is unchanged at first), gaussian (both random; the model
-            changes at once), pissa or olora (the principal part of each weight; unquantised weights only).
-        adapter: adapter to continue from, with its layers, ranks and alphas: PEFT directory or llama.cpp
-            file.
+        init: initial factors: zero (the model is unchanged at first), gaussian (both factors are random, so
+            that the model changes at once), pissa or olora (the principal part of each weight; unquantised
+            weights only).
+        adapter: adapter to continue from: PEFT directory or llama.cpp file; its layers, ranks and alphas are
+            kept.
         any_base: accept an `adapter` that was trained on another model with the same shapes.
         lr: peak learning rate.
         schedule: learning rate schedule: cosine, linear or constant.
@@ -117,22 +119,24 @@ def finetune(
         steps: optimiser steps, instead of `epochs`.
         seed: random seed of the initial factors, the dropout and the order of the data.
         batch_examples: examples in a batch (default: 8, unless `batch_tokens` is given).
-        batch_tokens: maximum tokens in a batch; it holds as many examples as fit, at least one.
+        batch_tokens: maximum tokens in a batch; a batch holds as many examples as fit, at least one.
         accumulate: batches in one step (gradient accumulation).
         max_length: maximum tokens of an example; longer examples are cut.
         learn: tokens to train on: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
         strict: refuse examples that are longer than `max_length`.
-        compute: arithmetic of the frozen products: float32 or bfloat16 (default: float32, unless `memory` is
-            too small for it).
-        recompute: gradient checkpointing: recompute activations in the backward pass; slower, less memory.
-        memory: memory limit of the whole process, as in 600M or 1.5G: the fastest plan that fits is used.
-        keep_prefix: cache of the outputs of the frozen blocks below the lowest adapter, for later epochs:
-            off, memory, or disk (in the output directory, while the run lasts); 4 bytes x hidden size per
-            token.
+        compute: arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32, unless
+            `memory` is too small for float32).
+        recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
+            memory.
+        memory: memory limit of the whole process, such as 600M or 1.5G; the fastest plan that fits is used.
+        keep_prefix: where to cache the outputs of the frozen blocks below the lowest adapter for later
+            epochs: off, memory, or disk (in the output directory, during the run); takes 4 bytes x hidden
+            size per token.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
-        resume: continue the run in the output directory, bit for bit as without a stop.
+        resume: continue the run in the output directory; the results are bit for bit the same as without a
+            stop.
         overwrite: delete the run and the adapter in the output directory.
         sample: prompt to complete before and after training; plain text, not a chat.
         checkpoint_blocks: the old name of `recompute`.
@@ -142,16 +146,18 @@ def finetune(
         DataError: a line of the data is wrong.
         ValueError, TypeError: an option is out of range or does not fit the model, `compute` is given for a
             model that is loaded already, or the run would write to one of the files that it reads.
-        FormatError: a file breaks its format, or `adapter` does not fit the model or is of another model.
-        BudgetError: no plan fits into `memory`; the message says what would fit.
+        FormatError: a file is invalid, or `adapter` does not fit the model or was trained on another model.
+        BudgetError: no plan fits into `memory`. The message says which options would fit.
         NotADirectoryError: the output is not a directory.
-        FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set; or an
-            adapter without a run, and `overwrite` is not set; or a file that nplora did not make and that has
-            the name of one of the run's files. UnsafeError: that file is a link.
-        NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.
+        FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set; or it
+            holds an adapter without a run, and `overwrite` is not set; or nplora did not make a file there
+            that has the name of one of the run's files.
+        UnsafeError: a file with the name of one of the run's files is a link.
+        NonFiniteLossError, CorruptError, OSError: see `Trainer.fit`.
     Warns:
-        UserWarning: without `memory`, the remaining steps need more memory than is available; or a resumed
-            run has other validation data than before, or none. Others as `Trainer.fit`.
+        UserWarning: `memory` is not set, and the remaining steps need more memory than is available; or a
+            resumed run has no validation data, or other validation data than before.
+        Other warnings: see `Trainer.fit`.
 
     >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", valid="valid.jsonl", lr=1e-2, epochs=4)
     >>> report.loss_after < report.loss_before
@@ -196,7 +202,7 @@ def _finetune(
         baseline = Baseline(lm, validation, chosen.sample, say)
         if not (chosen.resume and holds_run(directory)):
             if chosen.resume:
-                say(f"{files.name(output)}: no run to resume, a new one starts")
+                say(f"{files.name(output)}: there is no run to resume, so a new run starts")
             baseline.measure()
         loss = TokenLoss(execution.micro_tokens)
         callbacks = [baseline, *([TokenProgress(loss=loss)] if speaks(progress) else [])]
@@ -209,7 +215,7 @@ def _finetune(
 
 
 def _put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOptions) -> None:
-    """Attach the adapter that is trained: a new adapter, or the adapter that the run continues from."""
+    """Attach the adapter to train: a new adapter, or the adapter that the run continues from."""
     if start is None:
         lm.add_lora(
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,
@@ -224,7 +230,11 @@ def _put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneO
 
 
 def _new_prefix(inputs: RunInputs, output: StrPath, where: str) -> PrefixCache | None:
-    """Room for the outputs of the blocks below the adapters, for all examples, if they are to be kept."""
+    """A cache with room for the outputs of the blocks below the adapters, for all examples.
+
+    Args:
+        where: the option `keep_prefix`. "off": there is no cache, and the result is None.
+    """
     if where == "off":
         return None
     lm, directory = inputs.lm, output if where == "disk" else None
@@ -281,7 +291,7 @@ def _train(
 
 @contextlib.contextmanager
 def _saved_as_of_a_good_step(lm: LanguageModel, output: StrPath, base: str | None) -> Iterator[None]:
-    """After a loss that is not finite, save the adapter of the last good checkpoint, if it is not step 0."""
+    """If a loss is not finite, save the adapter of the last good checkpoint, unless that is step 0."""
     try:
         yield
     except NonFiniteLossError as error:
@@ -291,7 +301,7 @@ def _saved_as_of_a_good_step(lm: LanguageModel, output: StrPath, base: str | Non
 
 
 def _save_as_of(lm: LanguageModel, output: StrPath, base: str | None, step: int) -> str:
-    """Save the adapter of a checkpoint's step; return a note that says so, or why it is not saved."""
+    """Save the adapter of the checkpoint of `step`. Return a note that says whether the adapter was saved."""
     try:
         with RunDirectory(output) as directory:
             good = directory.before(step + 1)

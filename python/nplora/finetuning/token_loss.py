@@ -1,4 +1,4 @@
-"""TokenLoss: the loss of a language model, in the form that the trainer calls."""
+"""TokenLoss: the loss of a language model, with the methods that the trainer calls."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class TokenLoss(FusedLoss):
     """The mean of -log p(token) over the trained tokens. The logits are never in memory all at once.
 
     Args:
-        micro_tokens: maximum tokens of the micro-batches that a batch is cut into; None: it is not cut.
+        micro_tokens: maximum tokens of a micro-batch; None: batches are not cut into micro-batches.
     Attributes:
-        tokens: all tokens, trained or not, that `forward_backward` has had.
+        tokens: number of tokens, trained or not, that `forward_backward` has processed.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> lm.add_lora(rank=2)

@@ -17,12 +17,12 @@ from nplora.trainer import Callback, EpochRecord, Run, StepRecord
 
 
 def speaks(progress: bool | None) -> bool:
-    """Whether progress is printed: if asked for, or by default if stderr is a terminal or a notebook's."""
+    """Whether progress is printed. None: it is printed if stderr is a terminal or belongs to a notebook."""
     return sys.stderr is not None and (stderr.is_watched() if progress is None else progress)
 
 
 def speaker(progress: bool | None) -> Callable[[str], None]:
-    """A function that prints a text on stderr, or that does nothing."""
+    """A function that prints a text on stderr, or that does nothing if progress is not printed."""
     if not speaks(progress):
         return lambda text: None
     return lambda text: print(text, file=stderr, flush=True)
@@ -31,11 +31,11 @@ def speaker(progress: bool | None) -> Callable[[str], None]:
 class TokenProgress(Callback):
     """A line with the mean loss of the last steps, tokens per second, peak memory and the time left.
 
-    A terminal and a notebook show one line that is redrawn; elsewhere a new line is printed now and then.
+    A terminal and a notebook show one line that is redrawn. Elsewhere a new line appears every few seconds.
 
     Args:
-        every: seconds between two lines, if no line is redrawn.
-        loss: the loss of the run, which counts all tokens; None: only the trained tokens are shown.
+        every: seconds between two lines, where the line is not redrawn.
+        loss: the loss object of the run, which counts all tokens. None: only trained tokens are shown.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> lm.add_lora(rank=2)
@@ -73,7 +73,7 @@ class TokenProgress(Callback):
         self._break()
 
     def _text(self, run: Run, record: StepRecord) -> str:
-        """The line. If the terminal is too narrow, its least important parts are left out."""
+        """The text of the line. If the terminal is too narrow, the least important parts are left out."""
         recent = self._recent
         seconds = max(1e-9, sum(r.seconds for r in recent))
         total = "" if run.total_steps is None else f"/{run.total_steps}"
@@ -92,7 +92,7 @@ class TokenProgress(Callback):
         return "".join(parts.values())
 
     def _rate(self, seconds: float) -> str:
-        """The tokens per second of the last steps, which took this many seconds."""
+        """The tokens per second of the last steps, which took `seconds` seconds in total."""
         trained = sum(record.count for record in self._recent) / seconds
         if self._loss is None:
             return f"{trained:.0f} trained tokens/s"
@@ -119,6 +119,6 @@ class TokenProgress(Callback):
 
 
 def _duration(seconds: int) -> str:
-    """1:05 for 65 seconds, 2:00:05 for two hours and five seconds."""
+    """A duration as text: 65 seconds are 1:05, two hours and five seconds are 2:00:05."""
     minutes, rest = divmod(seconds, 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""Batches of a dataset's examples, packed without padding. Only (seed, epoch) decide their order."""
+"""Batches of a dataset's examples, packed without padding. The order depends only on seed and epoch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,22 +16,24 @@ EVALUATION_TOKENS = 1024  # maximum tokens in a batch of an evaluation, unless o
 
 
 class TokenBatches:
-    """Packed batches of a fixed number of examples, or of as many as fit into a number of tokens.
+    """Packed batches with a fixed number of examples, or with as many examples as a token limit allows.
 
     With `batch_tokens`, the examples are grouped into batches once, in an order that the seed decides. Each
-    epoch takes these batches in another order, so all epochs have the same number of batches. With
-    `batch_examples`, each epoch draws new batches. Any batch can be made without the batches before it.
+    epoch then uses the same batches in another order, so all epochs have the same number of batches. With
+    `batch_examples`, each epoch forms new batches. Any batch can be made without the batches before it.
 
     Args:
         dataset: the examples.
         batch_tokens: maximum tokens in a batch; a longer example is a batch by itself.
-        batch_examples: examples in a batch; the last batch may have fewer. Give this or `batch_tokens`.
+        batch_examples: number of examples in a batch; the last batch may have fewer. Set either
+            `batch_examples` or `batch_tokens`.
         shuffle: False keeps the order of the file in every epoch.
-        seed: random seed of the order, at least 0.
+        seed: random seed for the order of the examples, at least 0.
     Attributes:
         length: the number of batches in an epoch.
     Raises:
-        ValueError: both sizes or none are given, or a number is out of range.
+        ValueError: `batch_tokens` and `batch_examples` are both given or both missing, or a number is out of
+            range.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> dataset = nplora.data.read_dataset("train.jsonl", lm.tokenizer)
@@ -74,12 +76,20 @@ class TokenBatches:
         return self.length
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[PackedBatch, Array]]:
-        """The batches of an epoch (from 0), each with its targets, without the first `skip`."""
+        """Make the batches of an epoch (counted from 0) and their targets.
+
+        Args:
+            skip: number of batches to leave out at the start of the epoch.
+        """
         for members in self.members(epoch, skip):
             yield self.dataset.batch(members)
 
     def members(self, epoch: int, skip: int = 0) -> Iterator[Array]:
-        """The indices of the examples in each batch of an epoch (from 0), without the first `skip`."""
+        """The indices of the examples in each batch of an epoch (counted from 0).
+
+        Args:
+            skip: number of batches to leave out at the start of the epoch.
+        """
         if self._examples is None:
             order = self._order(len(self._groups), 1 + epoch)
             yield from (self._groups[index] for index in order[skip:])
@@ -92,7 +102,7 @@ class TokenBatches:
         return self.epoch(0)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that must be the same when a run is resumed, as JSON."""
+        """The settings that a resumed run must have in common with the first run, as JSON values."""
         return {
             "data": self.dataset.fingerprint(),
             "batch_tokens": self._tokens,
@@ -102,7 +112,7 @@ class TokenBatches:
         }
 
     def _grouped(self, batch_tokens: int) -> list[Array]:
-        """The indices of the examples of each batch."""
+        """The indices of the examples in each batch."""
         lengths, order = self.dataset.lengths, self._order(len(self.dataset), 0)
         groups, begin, size = list[Array](), 0, 0
         for place, length in enumerate(lengths[order].tolist()):
@@ -113,7 +123,7 @@ class TokenBatches:
         return [*groups, order[begin:]]
 
     def _order(self, count: int, key: int) -> Array:
-        """A permutation from the raw output of PCG64, which is the same in all versions of NumPy."""
+        """A random permutation. The raw output of PCG64 makes it the same in all versions of NumPy."""
         if not self.shuffle:
             return np.arange(count)
         stream = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(key,)))

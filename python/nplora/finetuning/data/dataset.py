@@ -36,16 +36,16 @@ class DataReport:
 
     Attributes:
         source: the file.
-        examples: rows that are used, or windows of a plain text.
+        examples: the number of used rows, or of windows of a plain text.
         tokens: the number of tokens in all examples.
         learned: the number of tokens that count in the loss.
         shortest, median, longest: lengths of the examples, in tokens.
-        truncated: examples that were cut to the maximum length.
-        emptied: examples that are left out, because the cut left no trained token.
-        skipped: bad rows that were skipped.
+        truncated: the number of examples that were cut to the maximum length.
+        emptied: the number of examples that are left out because no trained token remained after the cut.
+        skipped: the number of bad rows that were skipped.
         problems: the errors of the first few skipped rows.
-        unused: examples with tools or documents that the chat template does not write, so that the model does
-            not see them.
+        unused: the number of examples with tools or documents that the chat template leaves out, so that the
+            model does not see them.
         kind: the format of the rows, as `format` in `read_dataset`, or "plain text".
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -83,9 +83,9 @@ class DataReport:
 
 
 class Dataset(Sequence[tuple[Array, Array]]):
-    """Examples (ids, labels): two int32 arrays of the same length. Label -100: the token is not trained.
+    """A sequence of examples. Each example is a pair (ids, labels) of int32 arrays of the same length.
 
-    All examples are in one array, which takes 5 bytes per token.
+    The label -100 marks a token that is not trained. A dataset takes 5 bytes of memory per token.
 
     Attributes:
         report: a summary of the file.
@@ -145,7 +145,7 @@ class Dataset(Sequence[tuple[Array, Array]]):
         return int(self._ids.max())
 
     def fingerprint(self) -> str:
-        """SHA-256 of all tokens and marks. It changes with the file and with the way the file is read."""
+        """SHA-256 of the examples. Datasets with the same tokens and the same trained tokens share it."""
         digest = hashlib.sha256()
         for part in (self._ids, self._trained, self._starts):
             digest.update(part.tobytes())
@@ -219,44 +219,57 @@ def read_dataset(
     skip_bad: bool = False,
     strict: bool = False,
 ) -> Dataset:
-    """Read training data. The fields of its rows tell their format:
+    """Read training data. The fields of a row decide how it becomes an example:
 
-        {"messages": [{"role": …, "content": …}]}    the chat template; the assistant's turns are trained
-        {"messages": …, "tools": […], "documents": […]}    the template writes these too, as in transformers
-        {"conversations": [{"from": …, "value": …}]}    ShareGPT; as messages, perhaps with system and tools
-        {"instruction": …, "input": …, "output": …}    Alpaca; as messages, if the model has a chat template
-        {"prompt": "…", "completion": "…"}     both joined, then EOS; the completion and EOS are trained
-        {"prompt": […], "completion": […]}     as messages; only those of the completion are trained
-        {"text": "…"}                          the text, then EOS; all tokens are trained
-        a plain .txt file                      one text, in windows of max_length tokens
+    - {"messages": [{"role": …, "content": …}]}: the chat template writes the messages. The assistant's turns
+      are trained.
+    - {"messages": …, "tools": […], "documents": […]}: the chat template also gets the tools and the
+      documents, as in transformers.
+    - {"conversations": [{"from": …, "value": …}]} (ShareGPT): the same as messages. The row may also have
+      "system" and "tools".
+    - {"instruction": …, "input": …, "output": …} (Alpaca): a chat. Without a chat template, the text that
+      Stanford Alpaca was trained with. "input", "system" and "history" may be missing.
+    - {"prompt": "…", "completion": "…"}: both texts are joined and end with EOS. The completion and EOS are
+      trained.
+    - {"prompt": […], "completion": […]}: lists of messages. The assistant's turns in the completion are
+      trained.
+    - {"text": "…"}: the text ends with EOS. All tokens are trained.
 
-    All rows of a file have one format. An assistant's message with "weight": 0 is read but not trained. A
-    field that is null counts as missing.
+    All rows of a file have the same format. A plain .txt file is one text, which is split into windows of
+    max_length tokens. A message of the assistant with "weight": 0 is read but not trained. A field that is
+    null counts as missing.
 
     Args:
-        data: a .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow file, the text ones perhaps as .gz; or
-            rows: an iterable of dictionaries, a data frame of pandas or polars, or a `Dataset` of Hugging
-            Face; or a list of paths or pairs (path, weight). A weight says how many times an epoch has each
-            example; a fraction takes that share of the examples, always the same.
+        data: one of these:
+
+            - a .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow file. Text files may end in .gz too. A
+              .json file holds an array, or an object with an array as its "data".
+            - rows: an iterable of dictionaries, a data frame of pandas or polars, or a `Dataset` of Hugging
+              Face.
+            - a list of paths, or of pairs (path, weight). An epoch has each example of a file `weight` times.
+              A fraction takes that share of the examples, which stays the same in every epoch.
         tokenizer: the model's tokenizer.
-        max_length: maximum tokens of an example; longer examples are cut. A plain text needs it.
-        learn: "completion", as above, or "all": prompts and all turns are trained too.
-        format: the format of the rows: "messages", "sharegpt", "alpaca", "completion" or "text"; None: the
-            fields tell it.
-        columns: the names that the rows have for our fields, as in {"prompt": "question"}.
-        chat: completions go through the chat template: the prompt is the user's message.
+        max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
+        learn: "completion" trains what is listed above; "all" also trains prompts and all turns.
+        format: format of the rows: "messages", "sharegpt", "alpaca", "completion" or "text"; None: the fields
+            decide.
+        columns: names of fields in the data, by the name that is listed above: {"prompt": "question"}.
+        chat: write prompts and completions with the chat template, as messages of the user and the assistant.
         skip_bad: skip bad rows, and count them.
         strict: refuse an example of more than max_length tokens.
     Raises:
-        DataError: there are no rows, or a row is wrong: its format is none or two of the above, or not that
-            of the rows before; a field is missing, empty or of another type; a role is unknown or out of
-            order; a tool call has no name; a weight is neither 0 nor 1, or is not in an assistant's message;
-            or no token can be trained. The message names the file and the line.
-        LimitError: a line is over a limit. UnsafeError, FormatError: the model's chat template is wrong.
-        ValueError: an argument is none of the above, or the model has no EOS or no chat template.
-        ModuleNotFoundError: the file needs the package `pyarrow`. OSError: the file cannot be read.
+        DataError: the file has no rows, no token can be trained, or a row is wrong. A row is wrong if its
+            fields fit no format, two formats, or another format than the rows before; if a field is missing,
+            empty or of another type; if a role is unknown or out of order; if a tool call has no name; or if
+            a weight is neither 0 nor 1, or belongs to a message that is not the assistant's. The error
+            message names the file and the line.
+        LimitError: a line is too long, or its JSON exceeds a limit.
+        UnsafeError, FormatError: the model's chat template is invalid.
+        ValueError: an argument is out of range, or the model has no EOS token or no chat template.
+        ModuleNotFoundError: the package `pyarrow` is needed and not installed.
+        OSError: the file cannot be read.
     Warns:
-        UserWarning: some rows have tools or documents that the chat template does not write.
+        UserWarning: some rows have tools or documents that the chat template leaves out.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> dataset = nplora.data.read_dataset("train.jsonl", tokenizer, max_length=32)
@@ -290,7 +303,7 @@ def read_sources(
     if dataset.report.unused:
         rows = counted(dataset.report.unused, "example")
         warnings.warn(
-            f"{dataset.report.source}: {rows} with tools or documents that the chat template does not write: "
+            f"{dataset.report.source}: {rows} with tools or documents that the chat template leaves out: "
             "the model does not see them",
             stacklevel=3,
         )
@@ -301,8 +314,7 @@ def _add_text(op: str, builder: _Builder, source: Source, tokenizer: Tokenizer, 
     """Add a plain text in windows. Neighbours share a token, so that each token but the first is a target."""
     length = options.max_length
     if length is None:
-        raise ValueError(f"{op}: max_length is None, and {source.name} is a plain text, which needs one")
-    builder.kind = "plain text"
+        raise ValueError(f"{op}: max_length is None, and {source.name} XX = "plain text"
     encoder = Encoder(tokenizer, learn_all=True, max_length=None)
     texts = (str(row.values["text"]) for row in source.read())
     ids = itertools.chain.from_iterable(encoder.text_parts(texts))

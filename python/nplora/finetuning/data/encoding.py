@@ -53,7 +53,7 @@ class Encoder:
         self, tokenizer: Tokenizer, learn_all: bool, max_length: int | None, chat: bool = False
     ) -> None:
         if tokenizer.eos_id is None:
-            raise ValueError(f"{tokenizer.source}: the model names no EOS token, which ends each example")
+            raise ValueError(f"{tokenizer.source}: the model has no EOS token to end each example with")
         self._tokenizer, self._eos = tokenizer, tokenizer.eos_id
         self._all, self._chat = learn_all, chat
         self._most = None if max_length is None else max_length + 1

@@ -371,12 +371,13 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
     if len(found) > 1:
         (one, first), (other, second) = list(found.items())[:2]
         raise DataError(
-            f"{where}: has both {first} and {second}, two kinds of rows; format={one!r} or {other!r} decides"
+            f"{where}: the row has both {first} and {second}, expected only one of them; format={one!r} or "
+            f"{other!r} decides"
         )
     if not found:
         *others, last = (kind.fields for kind in KINDS)
         wanted = f"{'; '.join(others)}; or {last}"
-        raise DataError(f"{where}: has {brief(list(values))}, expected one of: {wanted}")
+        raise DataError(f"{where}: the row has {brief(list(values))}, expected {wanted}")
     return BY_NAME[next(iter(found))]
 
 

@@ -186,7 +186,10 @@ def _separated(path: StrPath, delimiter: str) -> Iterator[Row]:
 
 
 def _next(reader: Any) -> list[str] | None:
-    """The next record. Its fields may be as long as a line; csv's limit is global, so it is restored."""
+    """Read the next record, with fields as long as a line may be.
+
+    The csv module's limit for fields is global, so its old value is restored afterwards.
+    """
     before = csv.field_size_limit(MAX_LINE)
     try:
         return next(reader, None)
@@ -195,9 +198,9 @@ def _next(reader: Any) -> list[str] | None:
 
 
 def _text(path: StrPath) -> Iterator[Row]:
-    """Parts of a text. Each begins at a line that begins with a letter: every tokenizer splits there too.
+    """Split a plain text into parts. Newlines at the end of the text are dropped.
 
-    Line ends at the end of the text are dropped.
+    Each part begins with a line whose first character is a letter, because every tokenizer splits there too.
     """
     part, size, first = list[str](), 0, 1
     for number, line in _lines(path):

@@ -1,4 +1,4 @@
-"""The memory and the time of training, predicted before it runs, and the choice of a plan that fits."""
+"""Predict the memory and the time of training, and choose a plan that fits into memory."""
 
 from nplora.finetuning.planning.choice import (
     BudgetError,

@@ -1,4 +1,4 @@
-"""The choice of an execution plan that fits into memory. If no plan fits, the error advises other options."""
+"""Choose an execution plan that fits into memory. If no plan fits, the error suggests other options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MARGIN = 1.02
 
 
 class BudgetError(ValueError):
-    """No execution plan fits into the memory limit; the message says which options would fit.
+    """No execution plan fits into the memory limit. The message says which options would fit.
 
     >>> nplora.plan("model.gguf", "train.jsonl", memory="2M")
     Traceback (most recent call last):
@@ -36,10 +36,14 @@ class PlanConstraints:
     """The settings that are fixed before a plan is chosen.
 
     Attributes:
-        compute: arithmetic of the frozen products; None: it is chosen.
-        recompute: activations are recomputed in backward; False: this is chosen.
-        micro_tokens: sizes of micro-batches to choose from; None: all sizes.
-        resuming: the run has begun, so it may use the margin that its first plan kept free.
+        compute: arithmetic of the products with frozen weights; None: not fixed.
+        recompute: True: activations are recomputed in the backward pass; False: not fixed.
+        micro_tokens: sizes of micro-batches to choose from; None: any size.
+        resuming: whether the run is resumed. A resumed run may use the margin that its first plan kept free.
+
+    >>> constraints = nplora.finetuning.planning.PlanConstraints(compute="bfloat16")
+    >>> constraints.recompute, constraints.micro_tokens
+    (False, None)
     """
 
     compute: str | None = None
@@ -49,17 +53,34 @@ class PlanConstraints:
 
 
 def resident_memory(lm: LanguageModel) -> tuple[int, int]:
-    """The bytes that this process has in memory, and the bytes of the weights that are not read yet."""
+    """The bytes that this process has in memory, and the bytes of the weights that are not read yet.
+
+    >>> lm = nplora.load_model("model.gguf")
+    >>> current, unread = nplora.finetuning.planning.resident_memory(lm)
+    >>> current > 1e6, unread >= 0
+    (True, True)
+    """
     return current_memory(), unread(lm.config.source)
 
 
 def needed(
     lm: LanguageModel, adapters: Adapters, work: Work, plan: ExecutionPlan, resident: tuple[int, int]
 ) -> Memory:
-    """The peak memory of the process with this plan.
+    """Predict the peak memory of the process with this plan.
 
     Args:
-        resident: `resident_memory`, measured before the batches of the work were listed.
+        resident: the result of `resident_memory`, measured before the batches in `work` were listed.
+
+    >>> planning = nplora.finetuning.planning
+    >>> lm = nplora.load_model("model.gguf")
+    >>> adapters = planning.Adapters.of(lm, rank=2, targets="all-linear", layers=None)
+    >>> work = planning.Work([(np.array([8, 5]), np.array([3, 2]))], steps=10)
+    >>> kept = planning.ExecutionPlan("float32", recompute=False)
+    >>> recomputed = planning.ExecutionPlan("float32", recompute=True)
+    >>> resident = planning.resident_memory(lm)
+    >>> memory = planning.needed(lm, adapters, work, kept, resident)
+    >>> memory.kept > planning.needed(lm, adapters, work, recomputed, resident).kept
+    True
     """
     largest, threads = work.largest(plan.micro_tokens), get_num_threads()
     return predicted(lm, adapters, largest, work.evaluated, plan, threads, resident, work.prefix_tokens)
@@ -74,14 +95,25 @@ def choose(
     budget: int | None = None,
     op: str = "plan",
 ) -> MemoryPlan:
-    """The fastest plan that fits. Unless the arithmetic is fixed, it is in float32 if any such plan fits.
+    """Choose the fastest plan that fits. If the arithmetic is not fixed, any float32 plan is preferred.
 
     Args:
-        resident: as in `needed`.
-        budget: memory limit of the process in bytes; None: the plan of the constraints is predicted.
-        op: begins the messages of errors.
+        resident: the result of `resident_memory`, as in `needed`.
+        budget: memory limit of the process in bytes. None: nothing is chosen; settings that the constraints
+            leave open get their defaults, and this plan is predicted.
+        op: name of the public function, with which error messages begin.
     Raises:
         BudgetError: no plan fits.
+
+    >>> planning = nplora.finetuning.planning
+    >>> lm = nplora.load_model("model.gguf")
+    >>> adapters = planning.Adapters.of(lm, rank=2, targets="all-linear", layers=None)
+    >>> work = planning.Work([(np.array([8, 5]), np.array([3, 2]))], steps=10)
+    >>> resident = planning.resident_memory(lm)
+    >>> constraints = planning.PlanConstraints(recompute=True)
+    >>> plan = planning.choose(lm, adapters, work, constraints, resident)
+    >>> print(plan.chosen)
+    float32, activations recomputed
     """
     reached = peak_memory()
     limit = math.inf if budget is None else budget if constraints.resuming else budget / _MARGIN
@@ -112,7 +144,11 @@ def choose(
 def _plans(
     lm: LanguageModel, work: Work, constraints: PlanConstraints, free: bool
 ) -> Iterator[ExecutionPlan]:
-    """All plans that the constraints allow, float32 first: only one if the constraints fix everything."""
+    """The plans that the constraints allow, float32 first.
+
+    Args:
+        free: False: settings that the constraints leave open get their defaults.
+    """
     computes, policies = [constraints.compute or lm.compute], [constraints.recompute]
     if free and constraints.compute is None and lm.compute == "float32":
         computes.append("bfloat16")
@@ -133,7 +169,7 @@ def _halves(work: Work) -> Iterator[int]:
 
 
 def _seconds(lm: LanguageModel, adapters: Adapters, work: Work, plan: ExecutionPlan, speed: Speed) -> float:
-    """The seconds of an average step."""
+    """The predicted seconds of an average step."""
     times = [speed.step(lm, adapters, one, plan.recompute) for one in work.micro_batches(plan.micro_tokens)]
     return sum(times) / len(work.batches) * work.accumulate
 
@@ -141,7 +177,12 @@ def _seconds(lm: LanguageModel, adapters: Adapters, work: Work, plan: ExecutionP
 def _too_little(
     plan: ExecutionPlan, size: int, budget: int, constraints: PlanConstraints, shorter: str
 ) -> str:
-    """The message if even the smallest plan, which needs this size, does not fit into the budget."""
+    """The error message for a budget that is too small for every plan.
+
+    Args:
+        plan, size: the plan that needs the least memory, and the bytes that it needs.
+        shorter: a hint on --max-length, from `_shorter`.
+    """
     reserve = "" if constraints.resuming else f" plus {_MARGIN - 1:.0%} in reserve"
     enough = size * (_MARGIN if constraints.resuming else _MARGIN**2)
     return (
@@ -153,7 +194,7 @@ def _too_little(
 def _shorter(
     work: Work, plan: ExecutionPlan, limit: float, size: Callable[[ExecutionPlan, Work], int]
 ) -> str:
-    """A hint for a message: the largest power of two as --max-length for which a plan fits."""
+    """A hint for an error message: the largest power of two that fits as --max-length."""
     length = work.longest
     while length > _LEAST_MICRO_BATCH:
         length = 1 << ((length - 1).bit_length() - 1)  # the next smaller power of two

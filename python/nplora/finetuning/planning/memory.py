@@ -1,8 +1,4 @@
-"""The peak memory of training: a sum of terms that follow the code of `models`, array by array.
-
-Sizes are per token: d is the width of the residual stream, q and kv are the widths of all heads together, and
-f is the width of the MLP.
-"""
+"""The peak memory of training, predicted as a sum of the arrays that the code in `nplora.models` makes."""
 
 from __future__ import annotations
 
@@ -31,7 +27,16 @@ _HEAP = 10 << 20  # code read from the disk, small arrays, and memory that mallo
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The size of one forward and backward pass: its tokens, its trained tokens and its longest example."""
+    """The size of a micro-batch, the batch of one forward and backward pass.
+
+    Attributes:
+        tokens: the number of tokens.
+        targets: the number of trained tokens.
+        longest: the number of tokens of the longest example.
+
+    >>> nplora.finetuning.planning.MicroBatch(tokens=13, targets=5, longest=8)
+    MicroBatch(tokens=13, targets=5, longest=8)
+    """
 
     tokens: int
     targets: int
@@ -40,13 +45,15 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """An execution plan: how a step is computed. Plans differ in memory and time; their results differ by
-    rounding only.
+    """How a training step is computed. Plans differ in memory and time, but only by rounding in results.
 
     Attributes:
-        compute: arithmetic of the frozen products.
-        recompute: activations are recomputed in backward (gradient checkpointing).
-        micro_tokens: maximum tokens of the micro-batches that a batch is cut into; None: it is not cut.
+        compute: arithmetic of the products with frozen weights.
+        recompute: whether activations are recomputed in the backward pass (gradient checkpointing).
+        micro_tokens: maximum tokens of a micro-batch; None: batches are not cut into micro-batches.
+
+    >>> print(nplora.finetuning.planning.ExecutionPlan("bfloat16", recompute=True, micro_tokens=512))
+    bfloat16, activations recomputed, micro-batches of up to 512 tokens
     """
 
     compute: str
@@ -61,7 +68,12 @@ class ExecutionPlan:
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapted layers: dotted name -> (d_out, d_in)."""
+    """The layers that get an adapter. `shapes` maps the dotted name of a layer to its shape (d_out, d_in).
+
+    >>> adapters = nplora.finetuning.planning.Adapters({"model.layers.0.mlp.up_proj": (48, 16)}, rank=2)
+    >>> adapters.numbers  # (48 + 16) * 2
+    128
+    """
 
     shapes: Mapping[str, tuple[int, int]]
     rank: int
@@ -80,7 +92,12 @@ class Adapters:
         init: str = "zero",
         op: str = "add_lora",
     ) -> Self:
-        """The layers that `lm.add_lora` would adapt. Raises its errors; `op` begins their messages."""
+        """The layers that `lm.add_lora` would adapt.
+
+        Args:
+            op: name of the public function, with which error messages begin.
+        Raises the errors of `add_lora`.
+        """
         modules: dict[str, Any] = dict(lm.named_modules())
         names = adapting.targeted(lm, lm.config.num_hidden_layers, targets, layers, op)
         for name in names:
@@ -99,11 +116,11 @@ class Adapters:
         return self.rank * sum(map(sum, self.shapes.values())) + magnitudes
 
     def scratch(self, narrow: bool, tokens: int, threads: int) -> int:
-        """The maximum scratch, in bytes, for the factors of the layers of one call, and for their z and dz.
+        """The maximum scratch in bytes that a call needs for the factors of its layers, and for z and dz.
 
-        It is kLowGradients, kLowLanes, kLanes and kFactor in csrc/ops/scratch.h: B in two layouts, and the
-        sums of its gradient (a single float32 layer needs one layout less); A, or the sums of its gradient;
-        and layouts of A in bfloat16.
+        The scratch consists of four buffers in csrc/ops/scratch.h: kLowGradients, kLowLanes, kLanes and
+        kFactor. These buffers hold two layouts of B, the sums of B's gradient, A or the sums of A's gradient,
+        and the bfloat16 layouts of A. A call with a single float32 layer needs one layout of B less.
         """
         ranks: Counter[str] = Counter()
         inputs: Counter[str] = Counter()
@@ -126,7 +143,7 @@ class Adapters:
 
     @functools.cached_property
     def _blocks(self) -> dict[int, dict[str, int]]:
-        """The d_out of the adapted layers of each block."""
+        """For each block with adapted layers: the name of each adapted layer, and its d_out."""
         found: dict[int, dict[str, int]] = {}
         for name, shape in self.shapes.items():
             block = adapting.block_of(name)
@@ -139,13 +156,22 @@ class Adapters:
         return Adapted(self.rank, self.use_dora, self._blocks.get(block, {}))
 
     def first_block(self, blocks: int) -> int:
-        """The lowest block that keeps activations for backward."""
+        """The index of the lowest block that keeps activations for the backward pass.
+
+        Args:
+            blocks: the number of blocks, which is returned if no block keeps activations.
+        """
         return 0 if "model.embed_tokens" in self.shapes else min(self._blocks, default=blocks)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak memory in bytes, term by term; `total` is the peak of the whole process."""
+    """Peak memory in bytes, term by term; `total` is the peak of the whole process.
+
+    >>> memory = nplora.plan("model.gguf", "train.jsonl").memory
+    >>> memory.total > memory.process
+    True
+    """
 
     process: int = dataclasses.field(metadata={"text": "this process, with model, tokenizer and data"})
     weights: int = dataclasses.field(metadata={"text": "weights that are not read yet"})
@@ -176,13 +202,22 @@ def predicted(
     resident: tuple[int, int],
     prefix_tokens: int = 0,
 ) -> Memory:
-    """The peak memory of training.
+    """Predict the peak memory of training.
 
     Args:
         step: the largest micro-batch.
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
         resident: bytes in memory before the adapters are made, and bytes of the weights not read yet.
-        prefix_tokens: the number of tokens whose rows a `PrefixCache` holds in memory.
+        prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
+
+    >>> planning = nplora.finetuning.planning
+    >>> lm = nplora.load_model("model.gguf")
+    >>> adapters = planning.Adapters.of(lm, rank=2, targets="all-linear", layers=None)
+    >>> plan = planning.ExecutionPlan("float32", recompute=False)
+    >>> sizes = planning.MicroBatch(100, 50, 20), planning.MicroBatch(1000, 500, 20)
+    >>> small, large = (planning.predicted(lm, adapters, size, 0, plan, 1, (0, 0)) for size in sizes)
+    >>> large.kept == 10 * small.kept
+    True
     """
     narrow, config, layers = plan.compute == "bfloat16", lm.config, lm.model.layers
     first = adapters.first_block(len(layers))
@@ -221,13 +256,17 @@ def predicted(
 
 
 def _head(config: ModelConfig, targets: int) -> int:
-    """The logits of a chunk; its rows of the stream, after the norm, and their gradients."""
+    """The bytes that the head takes for one chunk of rows.
+
+    The head holds the chunk's logits, its rows of the residual stream before and after the norm, and the
+    gradients of these rows.
+    """
     rows = min(most_rows(targets, config.vocab_size), targets)
     return _FLOAT * rows * (config.vocab_size + 4 * config.hidden_size)
 
 
 def _calls(lm: LanguageModel) -> dict[str, str]:
-    """The layers of a model that are computed in one call: layer -> the first layer of the call."""
+    """The layers that are computed in the same call as an earlier layer: layer -> first layer of the call."""
     calls = dict[str, str]()
     for index, block in enumerate(lm.model.layers):
         for name, mixer in block.mixers.items():

@@ -12,7 +12,13 @@ from nplora.formats.errors import counted
 
 @dataclass(frozen=True)
 class Alternative:
-    """An execution plan that was not chosen, with its peak memory in bytes and its seconds per step."""
+    """An execution plan that was not chosen, with its peak memory in bytes and its seconds per step.
+
+    >>> planning = nplora.finetuning.planning
+    >>> plan = planning.ExecutionPlan("float32", recompute=True)
+    >>> print(planning.Alternative(plan, size=300_000_000, seconds=1.5))
+    float32, activations recomputed: 300 MB, 1.50 s per step
+    """
 
     plan: ExecutionPlan
     size: int
@@ -31,9 +37,9 @@ class MemoryPlan:
         memory: peak memory of the process in bytes, term by term.
         seconds: the time of an average step.
         steps: the number of steps of the run.
-        others: plans that do not fit, are slower or are less exact.
-        limit: maximum bytes of a plan: the memory limit without its reserve; infinite without a limit.
-        available: bytes that the process may have on this machine and in its container; None: unknown.
+        others: alternatives that do not fit, are slower, or are less exact than the chosen plan.
+        limit: maximum bytes of a plan, the memory limit minus a reserve; infinite if no limit is set.
+        available: bytes that the process may use on this machine and in its container; None: unknown.
 
     >>> plan = nplora.plan("model.gguf", "train.jsonl", batch_examples=4)
     >>> print(plan)
@@ -57,7 +63,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
     def table(self) -> str:
-        """The text of `print`, with a line for each alternative."""
+        """The text that `print` shows, but with a line for every alternative."""
         return "\n".join(self._lines(self.others))
 
     def _lines(self, others: Iterable[Alternative]) -> list[str]:
@@ -80,17 +86,22 @@ class MemoryPlan:
 
 
 def need(size: int) -> str:
-    """The needed bytes as a text, rounded up, so that a need above some `room` never looks equal to it."""
+    """Needed bytes as a text, rounded up. `room` rounds down, so that too large a need also looks larger."""
     return f"{math.ceil(size / 1e6)} MB"
 
 
 def room(size: int) -> str:
-    """The available bytes as a text, rounded down."""
+    """Available bytes as a text, rounded down."""
     return f"{size // 10**6} MB"
 
 
 def shortage(memory: Memory, available: int | None) -> str:
-    """A message if more is needed than is available; else empty."""
+    """A message if more memory is needed than is available, else an empty text.
+
+    >>> memory = nplora.plan("model.gguf", "train.jsonl").memory
+    >>> nplora.finetuning.planning.shortage(memory, available=1_000_000)
+    'the run needs ... MB of memory, and 1 MB are available: --memory 1M looks for a plan that fits'
+    """
     if available is None or memory.total <= available:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""The memory of this process: now, at its peak, available to it, and mapped but not read yet."""
+"""The memory of this process: used now, used at the peak, available, and mapped but not read yet."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _CACHES = ("active_file", "inactive_file", "slab_reclaimable")
 
 
 def parse_bytes(memory: int | str, op: str = "parse_bytes") -> int:
-    """The bytes in a text such as 600M, 1.5G or 512MiB, or in a plain number.
+    """Read a size such as 600M, 1.5G or 512MiB, or a plain number of bytes. Return the number of bytes.
 
     Raises:
-        ValueError: it is none of these or not above 0; or a number below 1 MiB without a unit, which was
-            surely forgotten.
+        ValueError: the text is not a size, or the size is not above 0; or the size is below 1 MiB and has no
+            unit, which was probably forgotten.
 
     >>> nplora.finetuning.planning.parse_bytes("600M")
     600000000
@@ -52,14 +52,22 @@ def parse_bytes(memory: int | str, op: str = "parse_bytes") -> int:
 
 
 def current_memory() -> int:
-    """The bytes of this process in memory now, including mapped files."""
+    """The bytes that this process has in memory now, including mapped files.
+
+    >>> nplora.finetuning.planning.current_memory() > 1e6
+    True
+    """
     return _status("VmRSS") or _largest()
 
 
 def available_memory() -> int | None:
-    """The most memory that this process can have, including its present memory, or None if it is unknown.
+    """The bytes that this process can have at most, including what it has now; None if unknown.
 
-    It is the lowest limit of the machine and of all control groups (containers) of the process.
+    The result is the lowest limit of the machine and of all control groups (containers) of the process.
+
+    >>> available = nplora.finetuning.planning.available_memory()
+    >>> available is None or available > 1e6
+    True
     """
     free = [*_sizes("proc/meminfo", "MemAvailable"), *_left_in_groups()]
     own = _status("RssAnon") + _status("RssShmem")  # pages of files count as free
@@ -69,7 +77,10 @@ def available_memory() -> int | None:
 def peak_memory() -> int:
     """The peak memory of this process in bytes, including mapped files.
 
-    `getrusage` is a fallback only: there, a child process begins with the peak of its parent.
+    `getrusage` is only the fallback, because it starts a child process with the peak of its parent.
+
+    >>> nplora.finetuning.planning.peak_memory() > 1e6
+    True
     """
     return _status("VmHWM") or _largest()
 
@@ -78,7 +89,7 @@ def unread(source: str) -> int:
     """The bytes of a model that are mapped but not read yet.
 
     Args:
-        source: the model's file, or its config.json, which is in the directory of the weights.
+        source: the model's file, or the config.json in the directory of the model's weights.
     """
     beside = Path(source).parent.glob("*.safetensors")
     weights = {os.path.realpath(path) for path in (Path(source), *beside)}
@@ -93,7 +104,7 @@ def unread(source: str) -> int:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """The bytes that are free under each limit of the process's groups. Caches count as free."""
+    """The bytes that each limit of the process's control groups leaves free. Caches count as free."""
     for controllers, path in re.findall(_GROUP, _text("proc/self/cgroup")):
         if not controllers:
             limits, use, total = ["memory.max", "memory.high"], "memory.current", ""
@@ -124,7 +135,10 @@ def _sizes(path: str, name: str) -> Iterator[int]:
 
 
 def _text(path: StrPath) -> str:
-    """A file of the kernel as text; empty if there is none. File names in it may hold any bytes."""
+    """The text of a file in /proc or /sys, or an empty text if the file does not exist.
+
+    The file may contain file names, which may hold any bytes.
+    """
     try:
         return os.fsdecode((_ROOT / path).read_bytes())
     except (OSError, ValueError):  # not Linux, or no such group; ValueError: not a file name

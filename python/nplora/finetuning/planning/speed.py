@@ -1,4 +1,4 @@
-"""The speed of a model on this machine, measured in about a second on one block and the head."""
+"""Measure the speed of a model on this machine, in about a second, on one block and the head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LOW_RANK = 2.0  # products with the factors run at about half the rate of the f
 
 @dataclass(frozen=True)
 class Cost:
-    """The fixed seconds of a call, and the seconds for each token in the call."""
+    """The time of a call: fixed seconds, and seconds for each token in the call."""
 
     call: float
     token: float
@@ -38,7 +38,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of one arithmetic: of a block forward, of a block backward, and of the head both ways."""
+    """The speed in one arithmetic: the cost of a block's forward pass and backward pass, and of the head.
+
+    The cost of the head includes both passes.
+    """
 
     forward: Cost
     backward: Cost
@@ -46,7 +49,7 @@ class Speed:
     operations: float  # floating-point operations per second in the products of a block
 
     def step(self, lm: LanguageModel, adapters: Adapters, one: MicroBatch, recompute: bool) -> float:
-        """Seconds of a forward and a backward pass."""
+        """The predicted seconds of a forward and a backward pass of the micro-batch `one`."""
         blocks = lm.config.num_hidden_layers
         trained = blocks - adapters.first_block(blocks)
         forwards = blocks + (trained if recompute else 0)
@@ -58,7 +61,7 @@ class Speed:
 
 
 def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
-    """The speed of each arithmetic, with the present number of threads."""
+    """Measure the speed in each arithmetic, with the current number of threads."""
     block = lm.model.layers[0]
     config = lm.config
     x = np.random.default_rng(0).standard_normal((_MANY, config.hidden_size), np.float32)
@@ -89,7 +92,7 @@ def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
 
 
 def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str) -> Speed:
-    """The speed of the frozen products only."""
+    """The speed of the products with frozen weights, without the other work of a block."""
     weights = [weight.with_compute(compute) for weight in linears]
     forward = _cost(weights, FrozenWeight.matmul, 1, (_FEW, _MANY))
     backward = _cost(weights, FrozenWeight.matmul_t, 0, (_FEW, _MANY))
@@ -108,7 +111,7 @@ def _matrices(module: Module) -> list[FrozenWeight]:
 def _cost(
     weights: list[FrozenWeight], product: Callable[..., Array], axis: int, sizes: tuple[int, int]
 ) -> Cost:
-    """The cost of one product with each weight, from its times for two numbers of rows."""
+    """The cost of one product with every weight, fitted to measured times for two numbers of rows."""
     few, many = (_seconds(partial(_multiply, weights, product, axis, rows)) for rows in sizes)
     token = max((many - few) / (sizes[1] - sizes[0]), 0.5 * many / sizes[1])
     return Cost(max(0.0, many - token * sizes[1]), token)

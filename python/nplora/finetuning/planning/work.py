@@ -1,4 +1,4 @@
-"""Work: the batches of a run, as a plan counts them."""
+"""Work: the batches of a run, described by the sizes of their examples."""
 
 from __future__ import annotations
 
@@ -20,14 +20,20 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Work:
-    """The batches of a run.
+    """The batches of a run, described by the sizes of their examples.
 
     Attributes:
-        batches: for each batch, the numbers of tokens and of trained tokens of each example.
+        batches: for each batch, two arrays: the number of tokens and of trained tokens of each example.
         steps: the number of steps of the run.
         accumulate: the number of batches in a step.
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
-        prefix_tokens: the number of tokens whose rows a `PrefixCache` holds in memory.
+        prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
+
+    >>> work = nplora.finetuning.planning.Work([(np.array([8, 5]), np.array([3, 2]))], steps=10)
+    >>> work.longest, work.batch_tokens
+    (8, 13)
+    >>> [batch.tokens for batch in work.micro_batches(micro_tokens=8)]
+    [8, 5]
     """
 
     batches: list[tuple[Array, Array]]
@@ -44,14 +50,14 @@ class Work:
                 yield MicroBatch(int(part.sum()), int(targets[first:last].sum()), int(part.max(initial=0)))
 
     def largest(self, micro_tokens: int | None) -> MicroBatch:
-        """The maximum of each size of a micro-batch. The maxima may come from different micro-batches."""
+        """The largest tokens, targets and longest of all micro-batches, each taken separately."""
         found = list(self.micro_batches(micro_tokens))
         return MicroBatch(
             *(max(getattr(one, name) for one in found) for name in ("tokens", "targets", "longest"))
         )
 
     def shortened(self, length: int) -> Work:
-        """The same work, with longer examples cut to this length."""
+        """The same work, with every longer example cut to this length."""
         batches = [(np.minimum(n, length), np.minimum(trained, length)) for n, trained in self.batches]
         evaluated = min(self.evaluated, max(EVALUATION_TOKENS, length))
         return dataclasses.replace(self, batches=batches, evaluated=evaluated)

@@ -4,7 +4,15 @@ from nplora.finetuning.data.batches import EVALUATION_TOKENS, TokenBatches
 from nplora.finetuning.data.dataset import DataReport, Dataset, read_dataset
 from nplora.finetuning.data.encoding import LEARN
 from nplora.finetuning.data.kinds import KINDS
-from nplora.finetuning.data.sources import Data, find_evaluated, find_splits
+from nplora.finetuning.data.sources import (
+    Data,
+    Source,
+    Splits,
+    find_evaluated,
+    find_splits,
+    sources_of,
+    splits_of,
+)
 
 FORMATS = tuple(kind.name for kind in KINDS)
 

@@ -164,7 +164,7 @@ class Dataset(Sequence[tuple[Array, Array]]):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How rows become examples; `read_dataset` says what each means.
+    """How rows become examples, as in `read_dataset`.
 
     Raises:
         ValueError, TypeError: a value is out of its range.
@@ -314,7 +314,8 @@ def _add_text(op: str, builder: _Builder, source: Source, tokenizer: Tokenizer, 
     """Add a plain text in windows. Neighbours share a token, so that each token but the first is a target."""
     length = options.max_length
     if length is None:
-        raise ValueError(f"{op}: max_length is None, and {source.name} XX = "plain text"
+        raise ValueError(f"{op}: max_length is None, but the plain text {source.name} needs one")
+    builder.kind = "plain text"
     encoder = Encoder(tokenizer, learn_all=True, max_length=None)
     texts = (str(row.values["text"]) for row in source.read())
     ids = itertools.chain.from_iterable(encoder.text_parts(texts))

@@ -60,6 +60,7 @@ def splits_of(op: str, data: Data) -> Splits:
         TypeError, ValueError: it is not a `Data`, a weight is not above 0, or there are no rows.
     """
     if isinstance(data, str | os.PathLike):
+        files.require_named(op, data=data)
         return _splits_of_path(data)
     if isinstance(data, Mapping):
         return _splits_of_mapping(op, data)
@@ -82,7 +83,7 @@ def sources_of(op: str, data: Data) -> list[Source]:
 
     Raises as `splits_of`.
     """
-    if isinstance(data, str | os.PathLike) and Path(data).is_dir():
+    if isinstance(data, str | os.PathLike) and os.fspath(data) and Path(data).is_dir():
         return [_file(find_evaluated(data))]
     splits = splits_of(op, data)
     return splits.valid or splits.train

@@ -4,15 +4,7 @@ from nplora.finetuning.data.batches import EVALUATION_TOKENS, TokenBatches
 from nplora.finetuning.data.dataset import DataReport, Dataset, read_dataset
 from nplora.finetuning.data.encoding import LEARN
 from nplora.finetuning.data.kinds import KINDS
-from nplora.finetuning.data.sources import (
-    Data,
-    Source,
-    Splits,
-    find_evaluated,
-    find_splits,
-    sources_of,
-    splits_of,
-)
+from nplora.finetuning.data.sources import Data, find_evaluated, find_splits
 
 FORMATS = tuple(kind.name for kind in KINDS)
 

@@ -13,8 +13,9 @@ from nplora.finetuning.data import (
     Dataset,
     TokenBatches,
 )
-from nplora.finetuning.data.dataset import Part, read_sources
+from nplora.finetuning.data.dataset import Part
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
+from nplora.finetuning.objectives import Objective, objective_of
 from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
 from nplora.formats import files
 from nplora.formats.errors import FormatError, brief, counted
@@ -35,6 +36,7 @@ class RunInputs:
         held_out: the examples to evaluate on, if any.
         start: the adapter to continue from, if any.
         paths: the files of the data, each with what it holds.
+        objective: what the run minimises.
     """
 
     lm: LanguageModel
@@ -42,6 +44,7 @@ class RunInputs:
     held_out: Dataset | None
     start: Adapter | None
     paths: list[tuple[str, Path]]
+    objective: Objective
 
     @property
     def datasets(self) -> list[Dataset]:
@@ -89,11 +92,14 @@ def read_inputs(
     parts: list[Part | None] = [None, None]
     if share is not None:
         held_out_sources, parts = sources, [Part(share, held_out) for held_out in (False, True)]
-    train = _read(op, lm, sources, options, parts[0])
-    held_out = None if held_out_sources is None else _read(op, lm, held_out_sources, options, parts[1])
+    objective = objective_of(options)
+    train = _read(op, lm, objective, sources, options, parts[0])
+    held_out = None
+    if held_out_sources is not None:
+        held_out = _read(op, lm, objective, held_out_sources, options, parts[1])
     read = {"training data": sources, "validation data": held_out_sources or []}
     paths = [(what, source.path) for what, given in read.items() for source in given if source.path]
-    return RunInputs(lm, train, held_out, _start(op, lm, options), paths)
+    return RunInputs(lm, train, held_out, _start(op, lm, options), paths, objective)
 
 
 def require_plain(op: str, lm: LanguageModel) -> None:
@@ -131,10 +137,15 @@ def _frozen_weights(lm: LanguageModel) -> Iterator[FrozenWeight]:
 
 
 def _read(
-    op: str, lm: LanguageModel, sources: list[Source], options: FinetuneOptions, part: Part | None = None
+    op: str,
+    lm: LanguageModel,
+    objective: Objective,
+    sources: list[Source],
+    options: FinetuneOptions,
+    part: Part | None,
 ) -> Dataset:
     reading = options.reading(min(options.max_length, lm.config.max_position_embeddings), op)
-    dataset = read_sources(op, sources, lm.tokenizer, reading, part)
+    dataset = objective.read(op, sources, lm.tokenizer, reading, part)
     require_vocabulary(lm, dataset)
     return dataset
 

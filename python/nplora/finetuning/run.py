@@ -15,10 +15,10 @@ from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.earlier_run import find_earlier_run
 from nplora.finetuning.execution import choose_execution
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
+from nplora.finetuning.objectives import TokenLoss
 from nplora.finetuning.options import FinetuneOptions, from_arguments
 from nplora.finetuning.output import require_free, require_not_read
 from nplora.finetuning.report import FinetuneReport, Sample
-from nplora.finetuning.token_loss import TokenLoss
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
 from nplora.formats import files
 from nplora.formats.errors import FormatError
@@ -208,12 +208,13 @@ def _finetune(
     lm.model.recompute = execution.recompute
 
     with files.Directory(place) as directory, _prefix_in_use(lm, prefix):
-        baseline = Baseline(lm, validation, chosen.sample, say)
+        inputs.objective.prepare(lm, inputs.datasets, directory, say)
+        loss = inputs.objective.loss(execution.micro_tokens)
+        baseline = Baseline(lm, loss, validation, chosen.sample, say)
         if not (chosen.resume and holds_run(directory)):
             if chosen.resume:
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")
             baseline.measure()
-        loss = TokenLoss(execution.micro_tokens)
         callbacks = [baseline, *([TokenProgress(loss=loss)] if speaks(progress) else [])]
         base = None if isinstance(model, LanguageModel) else os.fspath(model)
         with _saved_as_of_a_good_step(lm, directory, base):

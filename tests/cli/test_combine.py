@@ -15,7 +15,7 @@ def test_a_word_that_is_neither_a_path_nor_a_path_with_a_weight_is_refused(
         with pytest.raises(SystemExit) as exit_:
             cli.main(["combine", word, "--output", "o"])
         assert exit_.value.code == 2
-        message = f"no such file: '{word}'; and in PATH:WEIGHT, the weight '{weight}' is not a number"
+        message = f"no such file: '{word}'; nor is it PATH:WEIGHT, because '{weight}' is not a number"
         assert message in capsys.readouterr().err
     (tmp_path / "full:x").mkdir()
     assert cli.main(["combine", "full:x", "--output", "o"]) == 2
@@ -51,8 +51,8 @@ def test_a_weight_is_refused_where_one_adapter_is_taken_as_it_is(
         cli.main(line.split())
     assert exit_.value.code == 2
     message = (
-        "'out:0.5' has a weight, and this command takes an adapter without one: "
-        "nplora combine out:0.5 --output DIR writes an adapter of that weight"
+        "'out:0.5' has a weight, but this command takes no weights: "
+        "nplora combine out:0.5 --output DIR writes an adapter with that weight"
     )
     assert message in capsys.readouterr().err
     (tmp_path / "out:0.5").mkdir()
@@ -63,5 +63,5 @@ def test_a_weight_is_refused_where_one_adapter_is_taken_as_it_is(
 @pytest.mark.parametrize("name", ["c.gguf", "c.GGUF", "c.safetensors"])
 def test_an_output_that_is_a_file_name_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["combine", "a", "b", "--output", name]) == 2
-    message = f"--output is '{name}', expected a directory; nplora convert makes a .gguf file of it"
+    message = f"--output is '{name}', expected a directory; nplora convert turns a directory into .gguf"
     assert message in capsys.readouterr().err

@@ -5,7 +5,7 @@ import argparse
 from nplora.cli.errors import UsageError
 from nplora.cli.parser import path, weighted_path
 
-HELP = "Write the weighted sum of LoRA adapters as one adapter; the sum is exact."
+HELP = "Write the weighted sum of LoRA adapters as one adapter. The sum is exact unless --rank truncates it."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,9 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapters", metavar="ADAPTER[:WEIGHT]", nargs="+", type=weighted_path, help=text)
     text = "directory for the new adapter"
     parser.add_argument("--output", metavar="DIR", type=path, required=True, help=text)
-    text = "maximum rank; larger ranks are truncated to it (default: as large as the exact sum needs)"
+    text = "maximum rank; larger ranks are truncated (default: the rank that the exact sum needs)"
     parser.add_argument("--rank", type=int, help=text)
-    text = "model that the adapters were trained on, as for convert; some .gguf files need it"
+    text = "model that the adapters were trained on; some .gguf adapters need it"
     parser.add_argument("--base", metavar="MODEL", type=path, help=text)
     parser.add_argument(
         "--any-base", action="store_true", help="accept adapters that were trained on different models"
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
-    """Refuse an output that cannot be written, before any long work."""
+    """Refuse an output directory that cannot be written, before the slow work begins."""
     from nplora.formats import files
     from nplora.formats.model_directory import require_no_model
     from nplora.formats.output_directory import require_no_other
@@ -47,7 +47,7 @@ def _check_output(arguments: argparse.Namespace) -> None:
     output = arguments.output
     if files.suffix(output) in (".gguf", ".safetensors"):
         raise UsageError(
-            f"--output is {output!r}, expected a directory; nplora convert makes a .gguf file of it"
+            f"--output is {output!r}, expected a directory; nplora convert turns a directory into .gguf"
         )
     require_no_other(output, arguments.overwrite)
     require_no_model(output)

@@ -7,18 +7,18 @@ from nplora.cli.errors import UsageError
 from nplora.cli.parser import STORAGES, add_any_base, path
 
 HELP = (
-    "Convert a LoRA adapter from PEFT's directory to llama.cpp's GGUF file, or back; or a model from a "
-    "Hugging Face directory to GGUF."
+    "Convert a LoRA adapter from a PEFT directory to llama.cpp's GGUF file, or back. Or convert a model from "
+    "a Hugging Face directory to GGUF."
 )
 
-_EPILOG = "A model's tokenizer is converted too if it is a byte-level BPE."
+_EPILOG = "A model's tokenizer is converted too if it is a byte-level BPE tokenizer."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     text = "adapter (a directory or a .gguf file), or model (a directory or its model.safetensors)"
     parser.add_argument("source", metavar="SOURCE", type=path, help=text)
-    text = "new .gguf file, or new directory of an adapter"
+    text = "new .gguf file, or new directory for an adapter"
     parser.add_argument("target", metavar="TARGET", type=path, help=text)
     storages = tuple(name for name in STORAGES if name != "float64")
     text = "storage type of the model's matrices (default: same)"
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "model that the adapter was trained on: a GGUF file, a config.json or its directory"
     parser.add_argument("--base", metavar="MODEL", type=path, help=text)
     add_any_base(parser)
-    text = "replace TARGET, or the adapter in it"
+    text = "replace the file TARGET, or the adapter in the directory TARGET"
     parser.add_argument("--overwrite", action="store_true", help=text)
 
 
@@ -43,9 +43,9 @@ def _convert_model(arguments: argparse.Namespace) -> None:
     from nplora.models import gguf_export
 
     if arguments.base is not None:
-        raise UsageError("--base is for an adapter, and SOURCE is a model")
+        raise UsageError("--base is for adapters, but SOURCE is a model")
     if arguments.any_base:
-        raise UsageError("--any-base is for an adapter, and SOURCE is a model")
+        raise UsageError("--any-base is for adapters, but SOURCE is a model")
     dtype = arguments.dtype or "same"
     print(gguf_export.model_to_gguf(arguments.source, arguments.target, dtype, arguments.overwrite))
 
@@ -56,7 +56,7 @@ def _convert_adapter(arguments: argparse.Namespace) -> None:
     if arguments.dtype is not None:
         os.stat(arguments.source)  # a missing file is the first thing to report
         raise UsageError(
-            "--dtype is for a Hugging Face model, and SOURCE is not one; GGUF files are not quantised again"
+            "--dtype is for Hugging Face models, but SOURCE is not one; GGUF files are not quantised again"
         )
     print(
         adapters.convert_adapter(

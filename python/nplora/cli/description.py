@@ -1,6 +1,7 @@
 """The text that `nplora info` prints about a file or directory: GGUF, safetensors, a model or an adapter.
 
-Only the headers of weights are read. The factors of an adapter are read too, for their norms.
+For weights, only the header of a file is read. For an adapter, the factors are read too, to print their
+norms.
 """
 
 import errno
@@ -53,10 +54,11 @@ def describe(path: StrPath) -> str:
     Args:
         path: a file, or the directory of a PEFT adapter or of a Hugging Face model.
     Returns:
-        lines of text. Control characters in names and values of the file are escaped.
+        the description, in several lines. Control characters in names and values are escaped.
     Raises:
         ValueError: the path is empty.
-        FormatError: the file is none of these, or it breaks its format. OSError: the file cannot be read.
+        FormatError: the file is of another kind, or it is invalid.
+        OSError: the file cannot be read.
 
     >>> from nplora.cli.description import describe
     >>> print(describe("adapter"))
@@ -120,7 +122,7 @@ def _gguf(file: GgufFile, size: int) -> str:
 
 
 def _unknown(family: object, known: Collection[str], commands: str) -> str:
-    """A line about the commands that refuse a model or adapter of this family; empty if it is supported."""
+    """A line that says which commands refuse an unsupported family, or "" for a supported family."""
     if family is None or (isinstance(family, str) and family in known):
         return ""
     families = ", ".join(sorted(known))
@@ -128,7 +130,7 @@ def _unknown(family: object, known: Collection[str], commands: str) -> str:
 
 
 def _target(stored: str, architecture: object) -> str:
-    """The name of a tensor's layer in --targets; the tensor's own name if its family is unknown."""
+    """The name that --targets uses for a tensor's layer, or else the tensor's own name."""
     layer = stored.removesuffix(".weight")
     family = families.find_architecture(architecture) if isinstance(architecture, str) else None
     return (family or families.FAMILIES[0]).hf_layer(layer) or layer
@@ -154,7 +156,7 @@ def _safetensors(path: StrPath, size: int) -> str:
 
 
 def _is_trained(file: SafetensorsFile) -> bool:
-    """Whether the file holds an adapter's factors or a checkpoint. Such files have no layers to adapt."""
+    """Whether the file holds an adapter's factors or a checkpoint, and so has no layers to adapt."""
     return is_checkpoint(file.metadata) or any(".lora_" in name for name in file)
 
 
@@ -187,7 +189,7 @@ def _matrices(tensors: list[_Tensor]) -> dict[str, list[Row]]:
 
 
 def _tensors(file: model_directory.Tensors) -> list[_Tensor]:
-    """The tensors of a file. The parts of a bitsandbytes matrix count as one matrix."""
+    """The tensors of a file. All tensors that make up one bitsandbytes matrix count as one tensor."""
     if isinstance(file, SafetensorsFile):
         found = [_Tensor(name, e.dtype, e.shape, e.end - e.begin) for name, e in file.entries.items()]
     else:
@@ -207,7 +209,7 @@ def _tensors(file: model_directory.Tensors) -> list[_Tensor]:
 def _listed(
     tensors: list[_Tensor], is_read: Callable[[str], bool] = lambda name: True
 ) -> dict[str, list[Row]]:
-    """A table with a row for each tensor, and one with a row for each type."""
+    """Two tables: one with a row for each tensor, and one with a row for each type of tensor."""
     counts, nbytes = Counter[str](), Counter[str]()
     for tensor in tensors:
         counts[tensor.type] += 1
@@ -225,9 +227,9 @@ def _listed(
 
 
 def _trainable(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Row]]:
-    """A table of the matrices that LoRA can adapt, by kind, with the parameters of an adapter of rank 8.
+    """A table of the kinds of matrices that LoRA can adapt, with the parameters of an adapter of rank 8.
 
-    As in PEFT, "all-linear" means all matrices except the embedding and the output.
+    As in PEFT, "all-linear" means all matrices except the embedding and the output layer.
     """
     matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
     kinds: dict[str, list[str]] = {}
@@ -304,7 +306,10 @@ def _llama_cpp(file: GgufFile) -> str:
 
 
 def _layer(name: str, lora_a: Array, lora_b: Array, scale: float) -> Row:
-    """A row with the norms of a layer. ΔW is not formed: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ)."""
+    """A table row with the norms of a layer's factors and of its update ΔW = s b a, where s is the scale.
+
+    The norm is computed without forming ΔW: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ).
+    """
     a, b = lora_a.astype(np.float64), lora_b.astype(np.float64)
     delta = abs(scale) * math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
     norms = {"lora_A": np.linalg.norm(a), "lora_B": np.linalg.norm(b), "ΔW": delta}
@@ -321,7 +326,7 @@ def _targets(layers: Iterable[str]) -> list[Row]:
 
 
 def _text(*head: str, **sections: list[Row]) -> str:
-    """The head lines, and each table under its name. Empty lines and empty tables are left out."""
+    """Join the lines of `head` and the tables of `sections` with their titles. Skip what is empty."""
     lines = [_printable(line) for line in head if line]
     for title, rows in sections.items():
         if rows:
@@ -333,5 +338,5 @@ def _text(*head: str, **sections: list[Row]) -> str:
 
 
 def _printable(text: str) -> str:
-    """The text with control characters escaped, because they might control the terminal."""
+    """Escape the control characters of a text, because they might control the terminal."""
     return text if text.isprintable() else repr(text)[1:-1]

@@ -1,4 +1,4 @@
-"""The entry point: it runs one command, and prints its errors as one line."""
+"""The entry point: run one command, and print its error as one line."""
 
 import contextlib
 import io
@@ -16,22 +16,22 @@ _INTERRUPTED = 128 + 2  # what a shell reports for a program that Ctrl-C ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status.
+    """Run the command line. Return the exit status:
 
-        0           success
-        1           the command failed, or the reader of stdout is gone
-        2           wrong arguments, a wrong file, a disk error, a missing package, or --memory is too small
-        130         Ctrl-C
-        129, 143    SIGHUP or SIGTERM ended a training run, which is saved
-        135         a mapped model file was cut short
+    - 0: success.
+    - 1: the command failed, or the program that reads stdout has ended.
+    - 2: the arguments or a file are wrong, the disk failed, a package is missing, or --memory is too small.
+    - 130: the user pressed Ctrl-C.
+    - 129 or 143: SIGHUP or SIGTERM ended a training run, which is saved.
+    - 135: another program shortened a model file while it was mapped into memory.
 
-    For 1, 2 and 135, one line on stderr says why, unless the reader of stdout is gone. Each warning is one
-    line. If stderr cannot be written, these lines are lost and the status stays the same.
+    With status 1, 2 or 135, one line on stderr states the reason, unless the reader of stdout has ended. Each
+    warning is one line too. If stderr cannot be written, these lines are lost, but the status is the same.
 
     Args:
         arguments: the words after `nplora`; None: the arguments of this process.
     Raises:
-        SystemExit: --help, --version, wrong arguments, or SIGHUP or SIGTERM during training.
+        SystemExit: on --help, --version or wrong arguments, or after SIGHUP or SIGTERM during training.
 
     >>> nplora.cli.main(["eval", "model.gguf", "--data", "valid.jsonl"])
     loss ... over 12 tokens
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _status(arguments: list[str]) -> int:
-    """Run the command; return the exit status."""
+    """Run the command, and return the exit status."""
     try:
         parsed, unknown = parser_of(arguments).parse_known_args(arguments)
         if unknown:
@@ -74,7 +74,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def _discard_unwritable(stream: TextIO | None) -> None:
-    """If a stream's buffered text cannot be written, send it to /dev/null. Else Python would fail at exit."""
+    """Send a stream's buffered text to /dev/null if it cannot be written, or else Python fails at exit."""
     if stream is None:
         return
     try:

@@ -19,12 +19,12 @@ def show_error(error: Exception, hint: str = "") -> None:
 
 
 def show_warning(message: Warning | str, *where: object, **more: object) -> None:
-    """Print a warning; `warnings.showwarning` calls this with more arguments."""
+    """Print a warning. `where` and `more` take the other arguments that Python passes to `showwarning`."""
     print(f"nplora: warning: {one_line(str(message))}", file=stderr)
 
 
 def message_of(error: Exception) -> str:
-    """The message of an error, with the file that it names, but without the system's error number."""
+    """The message of an error, with the name of its file, but without the number of a system error."""
     if not isinstance(error, OSError) or error.strerror is None or error.errno is None:
         return str(error) or "out of memory"
     text, file = error.strerror, error.filename
@@ -38,7 +38,7 @@ def message_of(error: Exception) -> str:
 
 
 def one_line(text: str) -> str:
-    """A message as one line: semicolons separate the items of a list that follows a colon."""
+    """Put a message on one line. Semicolons separate the items of a list that follows a colon."""
     head, colon, items = text.partition(":\n  ")
     if len(items) > _LONG_LIST and "\n  " in items:
         items = f"{items.partition(chr(10))[0]}\n  …"

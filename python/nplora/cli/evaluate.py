@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import EvaluateOptions
 
     add_model(parser)
-    add_data(parser, "valid.jsonl, or else train.jsonl")
+    add_data(parser, "valid.jsonl or, if that is missing, train.jsonl")
     add_adapters(parser)
     add_options(parser, EvaluateOptions)
     text = 'print JSON: {"loss": ..., "tokens": ..., "examples": ..., ...}'

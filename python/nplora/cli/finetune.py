@@ -4,7 +4,7 @@ import argparse
 
 from nplora.cli.parser import add_data, add_model, add_options, checked, given_data, given_options, path
 
-HELP = "Fine-tune a language model with LoRA on a file of text; the adapter is saved in PEFT's format."
+HELP = "Fine-tune a language model with LoRA on a file of text. The adapter is saved in PEFT's format."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_model(parser)
     add_data(parser)
-    text = "validation file: its loss is printed before training and after every epoch"
+    text = "validation file; the loss on it is printed before training and after every epoch"
     parser.add_argument("--valid", metavar="FILE", type=path, help=text)
     text = "directory for the adapter, the checkpoints and log.jsonl"
     parser.add_argument("--output", metavar="DIR", type=path, required=True, help=text)

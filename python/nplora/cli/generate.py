@@ -16,11 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.lm.generation import Sampling
 
     add_model(parser)
-    parser.add_argument("prompt", metavar="PROMPT", help="prompt; - reads it from standard input")
+    parser.add_argument("prompt", metavar="PROMPT", help="prompt; - reads the prompt from standard input")
     add_adapters(parser)
     text = "send the prompt as a user's message, in the model's chat template"
     parser.add_argument("--chat", action="store_true", help=text)
-    parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+    parser.add_argument("--system", metavar="TEXT", help="system message; only with --chat")
     add_compute(parser)
     add_options(parser, Sampling)
 
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora.lm.generation import Sampling, stream
 
     if arguments.system is not None and not arguments.chat:
-        raise UsageError("--system is for a chat: give --chat too")
+        raise UsageError("--system works only in a chat: add --chat")
     sampling = checked(Sampling, given_options(arguments, Sampling))
     lm = finetuning.load_with_adapter(
         arguments.model, arguments.adapter, arguments.compute, arguments.any_base
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _prompt(arguments: argparse.Namespace) -> Any:
-    """The prompt as text, or as messages with --chat."""
+    """The prompt as text or, with --chat, as a list of messages."""
     text = _text(arguments.prompt)
     if not arguments.chat:
         return text
@@ -53,7 +53,7 @@ def _prompt(arguments: argparse.Namespace) -> Any:
 
 
 def _text(given: str) -> str:
-    """The prompt on the command line, or standard input for "-"."""
+    """The prompt from the command line. For "-", the prompt is read from standard input."""
     if given == "-" and sys.stdin is None:
         raise ValueError("the prompt cannot be read: standard input is closed")
     text = sys.stdin.buffer.read() if given == "-" else os.fsencode(given)

@@ -5,8 +5,8 @@ import argparse
 from nplora.cli.parser import path
 
 HELP = (
-    "Describe a model or adapter file. Without FILE: print versions, instruction set and threads, for a bug "
-    "report."
+    "Describe a model or adapter file. Without FILE, print what a bug report needs: versions, instruction "
+    "set and threads."
 )
 
 

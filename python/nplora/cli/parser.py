@@ -51,14 +51,14 @@ _OTHER_COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all others."""
+    """A parser that prints an error as one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"nplora: error: {one_line(message)} (try {self.prog} --help)\n")
 
 
 class CommandParser(Parser):
-    """The parser of one command. For an unknown option it suggests a similar option."""
+    """The parser of one command. If an option is unknown, the parser suggests a similar one."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         for word in itertools.takewhile("--".__ne__, args or ()):
@@ -66,7 +66,7 @@ class CommandParser(Parser):
         return super().parse_known_args(args, namespace)
 
     def _require_option(self, word: str) -> None:
-        """Refuse an unknown option if a known one is like it. argparse refuses the other unknown options."""
+        """Refuse an unknown option that resembles a known one. argparse refuses all other unknown options."""
         options = [option for option in self._option_string_actions if option.startswith("--")]
         begun = [option for option in options if option.startswith(word)]
         if not word.startswith("-") or " " in word or word in self._option_string_actions or len(begun) == 1:
@@ -77,10 +77,9 @@ class CommandParser(Parser):
 
 
 def parser_of(words: Sequence[str]) -> Parser:
-    """The parser for these words: it has the arguments of the command that they name, and of no other
-    command.
+    """Make the parser for `words`, with the arguments of the one command that `words` name.
 
-    The modules of the other commands, and their imports, need not be loaded.
+    If `words` name a command, the modules of the other commands are not loaded.
 
     Raises:
         SystemExit: there is no such command.
@@ -133,7 +132,7 @@ def given_data(data: list[tuple[str, float]]) -> Any:
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
     text = (
-        "PEFT directory or llama.cpp file, and its weight (default: 1); repeatable, several adapters add up"
+        "PEFT directory or llama.cpp file, and its weight (default: 1); repeatable: several adapters add up"
     )
     parser.add_argument("--adapter", metavar="PATH[:WEIGHT]", type=weighted_path, action="append", help=text)
     add_any_base(parser)
@@ -145,22 +144,25 @@ def add_any_base(parser: argparse.ArgumentParser) -> None:
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
-    text = "arithmetic of the frozen products; int8: for quantised weights and few tokens (default: float32)"
+    text = (
+        "arithmetic of the products with frozen weights; int8 is for quantised weights and few tokens "
+        "(default: float32)"
+    )
     parser.add_argument("--compute", choices=INFERENCE_COMPUTES, default="float32", help=text)
 
 
 def path(text: str) -> str:
-    """A path. An empty path, as from an unset variable of the shell, is refused."""
+    """Check a path. An empty path, such as from an unset shell variable, is refused."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return text
 
 
 def weighted_path(text: str) -> tuple[str, float]:
-    """PATH:WEIGHT or PATH. An existing path is taken as it is, even if it ends like a weight.
+    """Read PATH:WEIGHT or PATH. A path that exists is taken whole, even if it ends in a colon and a number.
 
     Raises:
-        FileNotFoundError: it is the address of an adapter on the Hugging Face Hub.
+        FileNotFoundError: the text is the address of an adapter on the Hugging Face Hub.
     """
     before, colon, weight = text.rpartition(":")
     if not colon or os.path.exists(text):
@@ -169,7 +171,7 @@ def weighted_path(text: str) -> tuple[str, float]:
         found = path(before), float(weight)
     except ValueError:
         model_directory.require_no_hub_name(text, "an adapter")
-        problem = f"no such file: {text!r}; and in PATH:WEIGHT, the weight {weight!r} is not a number"
+        problem = f"no such file: {text!r}; nor is it PATH:WEIGHT, because {weight!r} is not a number"
         raise argparse.ArgumentTypeError(problem) from None
     if not math.isfinite(found[1]):
         raise argparse.ArgumentTypeError(f"the weight of {before!r} is {weight}, expected a finite number")
@@ -181,8 +183,8 @@ def adapter_path(text: str) -> str:
     before, colon, _ = text.rpartition(":")
     if colon and os.path.exists(before) and not os.path.exists(text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} has a weight, and this command takes an adapter without one: "
-            f"nplora combine {text} --output DIR writes an adapter of that weight"
+            f"{text!r} has a weight, but this command takes no weights: "
+            f"nplora combine {text} --output DIR writes an adapter with that weight"
         )
     return path(text)
 
@@ -204,10 +206,10 @@ _KINDS = {"adapter": adapter_path, "columns": columns}  # by the `kind` in the m
 
 
 def add_options(parser: argparse.ArgumentParser, options: type, shown: str = "help") -> None:
-    """Add an option for every field of a dataclass, with the help and the group in the field's metadata.
+    """Add an option for every field of a dataclass. The field's metadata give its help and its group.
 
     Args:
-        shown: if the metadata of a field are False for this, the option is hidden from the help.
+        shown: a key of the metadata. An option whose field has False under this key is hidden in --help.
     """
     kinds = typing.get_type_hints(options)
     groups: dict[str | None, argparse._ActionsContainer] = {None: parser}
@@ -223,7 +225,7 @@ def add_options(parser: argparse.ArgumentParser, options: type, shown: str = "he
 
 
 def _help_of(field: "dataclasses.Field[Any]") -> str:
-    """The help of a field, which names other fields in backticks: `max_length` becomes --max-length."""
+    """The help text of a field. A field name in backticks becomes an option: `max_length`, --max-length."""
     text = re.sub(r"`(\w+)`", lambda match: _option(match[1]), field.metadata["help"]).replace("%", "%%")
     default = field.default
     if isinstance(default, tuple):
@@ -271,7 +273,7 @@ def given_options(arguments: argparse.Namespace, options: type) -> dict[str, Any
 
 
 def checked(options: Callable[..., T], given: dict[str, Any]) -> T:
-    """A dataclass made of these fields; a wrong value ends the program like a wrong argument."""
+    """Make the dataclass `options` from the given fields. A wrong value raises a UsageError."""
     try:
         return options(**given)
     except (ValueError, TypeError) as error:

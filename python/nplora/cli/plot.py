@@ -4,7 +4,7 @@ import argparse
 
 from nplora.cli.parser import path
 
-HELP = "Plot the losses and the learning rate of a run, as a PNG file."
+HELP = "Plot the losses and the learning rate of a run in a PNG file."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

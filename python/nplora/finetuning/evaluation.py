@@ -71,7 +71,8 @@ def evaluate(
             `nplora.data.read_dataset`; or a directory. In a directory, valid.jsonl is read, or train.jsonl if
             there is no valid.jsonl.
         adapter: adapter to evaluate the model with: a PEFT directory, a llama.cpp file or an `Adapter`; or a
-            pair (one of these, weight); or a list, whose adapters add up. A loaded model is not changed.
+            pair (one of these, weight); or a list, whose adapters add up. The adapter does not change a
+            loaded model.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
         format: format of the rows (default: the names of their fields decide).

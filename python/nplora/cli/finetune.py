@@ -2,7 +2,7 @@
 
 import argparse
 
-from nplora.cli.parser import add_data, add_model, add_options, checked, given_options, path
+from nplora.cli.parser import add_data, add_model, add_options, checked, given_data, given_options, path
 
 HELP = "Fine-tune a language model with LoRA on a file of text. The adapter is saved in PEFT's format."
 
@@ -26,7 +26,12 @@ def run(arguments: argparse.Namespace) -> None:
     options = given_options(arguments, FinetuneOptions)
     checked(FinetuneOptions, options)
     report = finetuning.finetune(
-        arguments.model, arguments.data, arguments.output, valid=arguments.valid, progress=True, **options
+        arguments.model,
+        given_data(arguments.data),
+        arguments.output,
+        valid=arguments.valid,
+        progress=True,
+        **options,
     )
     try:
         print(report, flush=True)

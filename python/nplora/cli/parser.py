@@ -116,8 +116,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser, directory: str = "train.jsonl and perhaps valid.jsonl") -> None:
-    text = f".jsonl, .csv or .txt file; or directory with {directory}"
-    parser.add_argument("--data", metavar="FILE", type=path, required=True, help=text)
+    text = (
+        f"file of rows (.jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow), or directory with {directory}; "
+        "and how often an epoch has each example (default: 1); repeatable"
+    )
+    parser.add_argument(
+        "--data", metavar="FILE[:WEIGHT]", type=weighted_path, action="append", required=True, help=text
+    )
+
+
+def given_data(data: list[tuple[str, float]]) -> Any:
+    """The data as Python's functions take them: a path, or pairs (path, weight)."""
+    return data[0][0] if len(data) == 1 and data[0][1] == 1 else data
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +189,17 @@ def adapter_path(text: str) -> str:
     return path(text)
 
 
-_KINDS = {"adapter": adapter_path}  # by the `kind` in the metadata of a field
+def columns(text: str) -> dict[str, str]:
+    """Names of fields: "prompt=question,completion=answer"."""
+    from nplora.finetuning.options import parse_columns
+
+    try:
+        return dict(parse_columns(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
+
+
+_KINDS = {"adapter": adapter_path, "columns": columns}  # by the `kind` in the metadata of a field
 
 
 # ---- options that are the fields of a dataclass ----

@@ -3,7 +3,7 @@
 import argparse
 import functools
 
-from nplora.cli.parser import add_data, add_model, add_options, checked, given_options, path
+from nplora.cli.parser import add_data, add_model, add_options, checked, given_data, given_options, path
 
 HELP = (
     "Predict the memory and the time that finetune takes. With --memory, find the fastest plan that fits. "
@@ -29,5 +29,5 @@ def run(arguments: argparse.Namespace) -> None:
 
     options = given_options(arguments, FinetuneOptions)
     checked(functools.partial(FinetuneOptions, op="plan"), options)
-    found = finetuning.plan(arguments.model, arguments.data, valid=arguments.valid, **options)
+    found = finetuning.plan(arguments.model, given_data(arguments.data), valid=arguments.valid, **options)
     print(found.table() if arguments.verbose else found)

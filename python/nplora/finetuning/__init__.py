@@ -3,10 +3,10 @@
 from nplora.finetuning.attach import attach_adapter, load_with_adapter
 from nplora.finetuning.evaluation import Evaluation, MeanLoss, evaluate, evaluate_batches
 from nplora.finetuning.execution import plan
+from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.options import EvaluateOptions, FinetuneOptions
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.run import finetune
-from nplora.finetuning.token_loss import TokenLoss
 from nplora.finetuning.token_progress import TokenProgress
 
 __all__ = [

@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from nplora.finetuning.data import TokenBatches
-from nplora.finetuning.evaluation import evaluate_batches
+from nplora.finetuning.objectives import TokenLoss
 from nplora.lm import LanguageModel
 from nplora.lm.generation import Sampling, generate
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer import Callback, Run
+from nplora.trainer.evaluation import evaluate
 
 _EVENT = "before"  # the event of this line in the log
 _SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)  # the penalty: small models repeat themselves
@@ -36,11 +37,12 @@ class Baseline(Callback):
     def __init__(
         self,
         lm: LanguageModel,
+        loss: TokenLoss,
         validation: TokenBatches | None,
         prompts: Sequence[str],
         say: Callable[[str], None],
     ) -> None:
-        self._lm, self._validation, self._prompts, self._say = lm, validation, prompts, say
+        self._lm, self._loss, self._validation, self._prompts, self._say = lm, loss, validation, prompts, say
         self._data = None if validation is None else validation.dataset.fingerprint()
         self.loss: float | None = None
         self.answers = [""] * len(prompts)
@@ -50,7 +52,7 @@ class Baseline(Callback):
     def measure(self) -> None:
         """Evaluate the model, and generate a text after each prompt."""
         if self._validation is not None:
-            self.loss = evaluate_batches(self._lm, self._validation)["loss"]
+            self.loss = evaluate(self._lm, self._loss, self._validation)["loss"]
             self._say(f"validation loss {self.loss:.4f} before training")
         self.answers = answers_of(self._lm, self._prompts)
         self._is_measured = True

@@ -1,14 +1,16 @@
 """The loss of a language model over a file."""
 
+from collections.abc import Mapping
 from typing import TypedDict
 
 from nplora import _check
 from nplora.finetuning.attach import Adapters, with_adapters
-from nplora.finetuning.data import TokenBatches, find_evaluated, read_dataset
+from nplora.finetuning.data import Data, TokenBatches
+from nplora.finetuning.data.dataset import read_sources
+from nplora.finetuning.data.sources import sources_of
 from nplora.finetuning.load import evaluation_batches, opened, require_vocabulary
 from nplora.finetuning.options import EvaluateOptions, from_arguments
 from nplora.finetuning.token_progress import speaker
-from nplora.formats import files
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
 
@@ -47,11 +49,14 @@ class Evaluation(MeanLoss):
 @_check.keywords
 def evaluate(
     model: StrPath | LanguageModel,
-    data: StrPath,
+    data: Data,
     *,
     adapter: Adapters | None = None,
     any_base: bool = False,
     progress: bool | None = None,
+    format: str | None = None,
+    columns: Mapping[str, str] | str | None = None,
+    chat: bool = False,
     max_length: int | None = None,
     learn: str = "completion",
     skip_bad: bool = False,
@@ -62,13 +67,18 @@ def evaluate(
 
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
-        data: a .jsonl, .csv or .txt file, as for `nplora.data.read_dataset`; or a directory. In a directory,
-            valid.jsonl is read, or train.jsonl if there is no valid.jsonl.
+        data: rows to evaluate on: a file, an iterable of dictionaries, a data frame, or several files, as for
+            `nplora.data.read_dataset`; or a directory. In a directory, valid.jsonl is read, or train.jsonl if
+            there is no valid.jsonl.
         adapter: adapter to evaluate the model with: a PEFT directory, a llama.cpp file or an `Adapter`; or a
             pair (one of these, weight); or a list, whose adapters add up. The adapter does not change a
             loaded model.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
+        format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default:
+            the names of the fields decide).
+        columns: names of fields in the data, as in prompt=question,completion=answer.
+        chat: write prompts and completions with the model's chat template.
         max_length: maximum tokens of an example; longer examples are cut (default: the model's context).
         learn: tokens in the loss: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
@@ -92,19 +102,12 @@ def evaluate(
     True
     """
     chosen = from_arguments("evaluate", EvaluateOptions, locals())
-    files.require_named("evaluate", data=data)
-    path = find_evaluated(data)
+    sources = sources_of("evaluate", data)
     lm = opened("evaluate", model, chosen.compute)
     if adapter is not None:
         lm = with_adapters("evaluate", lm, adapter, any_base)
-    dataset = read_dataset(
-        path,
-        lm.tokenizer,
-        max_length=lm.config.max_position_embeddings if chosen.max_length is None else chosen.max_length,
-        learn=chosen.learn,
-        skip_bad=chosen.skip_bad,
-        strict=chosen.strict,
-    )
+    reading = chosen.reading(chosen.max_length or lm.config.max_position_embeddings)
+    dataset = read_sources("evaluate", sources, lm.tokenizer, reading)
     require_vocabulary(lm, dataset)
     report = dataset.report
     speaker(progress)(str(report))

@@ -1,10 +1,10 @@
 """Decide how a run computes its steps: from its options, from its memory limit, or from an earlier run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from nplora import _check
 from nplora.adapters import Adapter
-from nplora.finetuning.data import Dataset
+from nplora.finetuning.data import Data, Dataset
 from nplora.finetuning.earlier_run import EarlierRun
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
 from nplora.finetuning.options import FinetuneOptions, from_arguments
@@ -31,9 +31,9 @@ _MOST_EXAMPLES = 1_000_000  # a plan lists the batches of epochs with about this
 @_check.keywords
 def plan(
     model: StrPath | LanguageModel,
-    data: StrPath,
+    data: Data,
     *,
-    valid: StrPath | None = None,
+    valid: Data | None = None,
     rank: int = 8,
     alpha: float = 16.0,
     targets: str | Sequence[str] = ("all-linear",),
@@ -55,6 +55,10 @@ def plan(
     batch_examples: int | None = None,
     batch_tokens: int | None = None,
     accumulate: int = 1,
+    format: str | None = None,
+    columns: Mapping[str, str] | str | None = None,
+    chat: bool = False,
+    valid_split: float | None = None,
     max_length: int = 1024,
     learn: str = "completion",
     skip_bad: bool = False,

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nplora.adapters import Adapter, read_for
-from nplora.finetuning.data import EVALUATION_TOKENS, Dataset, TokenBatches, find_splits, read_dataset
+from nplora.finetuning.data import (
+    EVALUATION_TOKENS,
+    Data,
+    Dataset,
+    TokenBatches,
+)
+from nplora.finetuning.data.dataset import Part
+from nplora.finetuning.data.sources import Source, sources_of, splits_of
+from nplora.finetuning.objectives import Objective, objective_of
 from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
 from nplora.formats import files
 from nplora.formats.errors import FormatError, brief, counted
@@ -27,12 +35,16 @@ class RunInputs:
         train: the examples to train on.
         held_out: the examples to evaluate on, if any.
         start: the adapter to continue from, if any.
+        paths: the files of the data, each with what it holds.
+        objective: what the run minimises.
     """
 
     lm: LanguageModel
     train: Dataset
     held_out: Dataset | None
     start: Adapter | None
+    paths: list[tuple[str, Path]]
+    objective: Objective
 
     @property
     def datasets(self) -> list[Dataset]:
@@ -52,8 +64,8 @@ class RunInputs:
 def read_inputs(
     op: str,
     model: StrPath | LanguageModel,
-    data: StrPath,
-    valid: StrPath | None,
+    data: Data,
+    valid: Data | None,
     options: FinetuneOptions,
     check: bool = True,
 ) -> RunInputs:
@@ -62,9 +74,11 @@ def read_inputs(
     Args:
         check: whether `load_model` looks for NaN and infinities in the weights.
     """
-    files.require_named(op, data=data, valid=valid)
-    train_path, found = find_splits(data)
-    valid_path = found if valid is None else Path(valid)
+    sources, found = splits_of(op, data)
+    held_out_sources = found if valid is None else sources_of(op, valid)
+    share = options.valid_split
+    if share is not None and held_out_sources is not None:
+        raise ValueError(f"{op}: valid_split is {share}, but there are validation data already")
     lm = opened(op, model, options.compute, check)
     if lm.compute not in COMPUTES:
         raise ValueError(
@@ -75,9 +89,17 @@ def read_inputs(
     lm.require_trainable(op)  # fails if a named adapter is selected
     for prompt in options.sample:
         prompt_ids(f"{op}: sample {brief(prompt)}", lm, prompt)
-    train = _read(lm, train_path, options)
-    held_out = None if valid_path is None else _read(lm, valid_path, options)
-    return RunInputs(lm, train, held_out, _start(op, lm, options))
+    parts: list[Part | None] = [None, None]
+    if share is not None:
+        held_out_sources, parts = sources, [Part(share, held_out) for held_out in (False, True)]
+    objective = objective_of(options)
+    train = _read(op, lm, objective, sources, options, parts[0])
+    held_out = None
+    if held_out_sources is not None:
+        held_out = _read(op, lm, objective, held_out_sources, options, parts[1])
+    read = {"training data": sources, "validation data": held_out_sources or []}
+    paths = [(what, source.path) for what, given in read.items() for source in given if source.path]
+    return RunInputs(lm, train, held_out, _start(op, lm, options), paths, objective)
 
 
 def require_plain(op: str, lm: LanguageModel) -> None:
@@ -114,15 +136,16 @@ def _frozen_weights(lm: LanguageModel) -> Iterator[FrozenWeight]:
         yield from (weight for weight in module.local_frozen() if isinstance(weight, FrozenWeight))
 
 
-def _read(lm: LanguageModel, path: Path, options: FinetuneOptions) -> Dataset:
-    dataset = read_dataset(
-        path,
-        lm.tokenizer,
-        max_length=min(options.max_length, lm.config.max_position_embeddings),
-        learn=options.learn,
-        skip_bad=options.skip_bad,
-        strict=options.strict,
-    )
+def _read(
+    op: str,
+    lm: LanguageModel,
+    objective: Objective,
+    sources: list[Source],
+    options: FinetuneOptions,
+    part: Part | None,
+) -> Dataset:
+    reading = options.reading(min(options.max_length, lm.config.max_position_embeddings), op)
+    dataset = objective.read(op, sources, lm.tokenizer, reading, part)
     require_vocabulary(lm, dataset)
     return dataset
 

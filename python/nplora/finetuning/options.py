@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from nplora import _check
 from nplora.adapters import Adapter
-from nplora.finetuning.data import LEARN
+from nplora.finetuning.data import FORMATS, LEARN
+from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.planning import parse_bytes
 from nplora.lm.adapting import parse_blocks, target_names
 from nplora.nn import LoRALinear
@@ -113,6 +114,24 @@ class FinetuneOptions:
         _BATCHES, None, "maximum tokens in a batch; a batch holds as many examples as fit, at least one"
     )
     accumulate: int = _option(_BATCHES, 1, "batches in one step (gradient accumulation)")
+    format: str | None = _option(
+        _DATA,
+        None,
+        "format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default: the "
+        "names of the fields decide)",
+        choices=FORMATS,
+    )
+    columns: Mapping[str, str] | str | None = _option(
+        _DATA,
+        None,
+        "names of fields in the data, as in prompt=question,completion=answer",
+        kind="columns",
+        metavar="OURS=THEIRS",
+    )
+    chat: bool = _option(_DATA, False, "write prompts and completions with the model's chat template")
+    valid_split: float | None = _option(
+        _DATA, None, "share of the examples to hold out for validation; a hash of each example decides"
+    )
     max_length: int = _option(_DATA, 1024, "maximum tokens of an example; longer examples are cut")
     learn: str = _option(
         _DATA,
@@ -169,6 +188,7 @@ class FinetuneOptions:
         self._check_exclusions(op)
         self._check_choices(op)
         self._check_numbers(op)
+        self.reading(self.max_length, op)
         self._set("sample", _check.texts(op, "sample", self.sample))
         if self.memory is not None:
             parse_bytes(self.memory, op)
@@ -191,7 +211,7 @@ class FinetuneOptions:
 
     def _check_choices(self, op: str) -> None:
         for name, words in (
-            ("schedule", SCHEDULES), ("learn", LEARN), ("init", LoRALinear.inits),
+            ("schedule", SCHEDULES), ("init", LoRALinear.inits),
             ("keep_prefix", KEEP_PREFIX),
         ):  # fmt: skip
             _check.choice(op, name, getattr(self, name), words)
@@ -204,7 +224,7 @@ class FinetuneOptions:
                 _check.integer(op, name, getattr(self, name), least=1)
         _check.rank(op, self.rank)
         for name, least in (
-            ("accumulate", 1), ("save_every", 1), ("warmup", 0), ("seed", 0), ("max_length", 2),
+            ("accumulate", 1), ("save_every", 1), ("warmup", 0), ("seed", 0),
         ):  # fmt: skip
             _check.integer(op, name, getattr(self, name), least=least)
         for name in ("lr", "alpha", "max_grad_norm"):
@@ -213,6 +233,12 @@ class FinetuneOptions:
         _check.probability(op, "dropout", self.dropout)
         for name in ("weight_decay", "save_minutes"):
             _check.at_least(op, name, getattr(self, name), 0)
+        if self.valid_split is not None and not 0 < _check.number(op, "valid_split", self.valid_split) < 1:
+            raise ValueError(f"{op}: valid_split is {self.valid_split}, expected between 0 and 1")
+
+    def reading(self, max_length: int, op: str = "finetune") -> ReadOptions:
+        """How the data are read, with this maximum length."""
+        return _reading(self, max_length, op)
 
 
 @dataclass(frozen=True)
@@ -226,6 +252,21 @@ class EvaluateOptions:
     'all'
     """
 
+    format: str | None = _option(
+        _DATA,
+        None,
+        "format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default: the "
+        "names of the fields decide)",
+        choices=FORMATS,
+    )
+    columns: Mapping[str, str] | str | None = _option(
+        _DATA,
+        None,
+        "names of fields in the data, as in prompt=question,completion=answer",
+        kind="columns",
+        metavar="OURS=THEIRS",
+    )
+    chat: bool = _option(_DATA, False, "write prompts and completions with the model's chat template")
     max_length: int | None = _option(
         _DATA, None, "maximum tokens of an example; longer examples are cut (default: the model's context)"
     )
@@ -247,11 +288,39 @@ class EvaluateOptions:
     op: InitVar[str] = "evaluate"  # begins the messages of errors
 
     def __post_init__(self, op: str) -> None:
-        if self.max_length is not None:
-            _check.integer(op, "max_length", self.max_length, least=2)
-        _check.choice(op, "learn", self.learn, LEARN)
+        self.reading(self.max_length, op)
         if self.compute is not None:
             _check.choice(op, "compute", self.compute, INFERENCE_COMPUTES)
+
+    def reading(self, max_length: int | None, op: str = "evaluate") -> ReadOptions:
+        """How the data are read, with this maximum length."""
+        return _reading(self, max_length, op)
+
+
+def _reading(options: FinetuneOptions | EvaluateOptions, max_length: int | None, op: str) -> ReadOptions:
+    return ReadOptions(
+        max_length, options.learn, options.format, parse_columns(options.columns, op), options.chat,
+        options.skip_bad, options.strict, op,
+    )  # fmt: skip
+
+
+def parse_columns(columns: Mapping[str, str] | str | None, op: str = "finetune") -> Mapping[str, str]:
+    """The names in "prompt=question,completion=answer": ours -> theirs. A mapping is returned as it is.
+
+    Raises:
+        ValueError: the text does not have this form. TypeError: it is neither a text nor a mapping.
+    """
+    if columns is None or isinstance(columns, Mapping):
+        return columns or {}
+    if not isinstance(columns, str):
+        raise TypeError(f"{op}: columns is {_check.kind(columns)}, expected a dictionary")
+    found = dict[str, str]()
+    for pair in columns.split(","):
+        ours, equals, theirs = (part.strip() for part in pair.partition("="))
+        if not (ours and equals and theirs) or ours in found:
+            raise ValueError(f"{op}: columns is {columns!r}, expected prompt=question,completion=answer")
+        found[ours] = theirs
+    return found
 
 
 def from_arguments(op: str, options: Callable[..., T], arguments: Mapping[str, Any]) -> T:

@@ -23,11 +23,9 @@ def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | Adap
     """
     names = (*run_files.NAMES, peft_adapter.CONFIG, peft_adapter.TENSORS)
     read = [("model", path) for path in model_directory.files_of(inputs.lm.config.source)]
-    read.append(("training data", Path(inputs.train.report.source)))
+    read += inputs.paths
     if adapter is not None and not isinstance(adapter, Adapter):
         read += [("adapter", path) for path in peft_adapter.files_of(adapter)]
-    if inputs.held_out is not None:
-        read.append(("validation data", Path(inputs.held_out.report.source)))
     files.require_not_read("finetune", [Path(output, name) for name in names], read)
 
 

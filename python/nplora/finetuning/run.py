@@ -5,20 +5,20 @@ The packages `nplora.lm` and `nplora.trainer` do not import each other; this mod
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nplora import _check
 from nplora.adapters import Adapter, rollback_on_error, save_adapter
 from nplora.finetuning.baseline import Baseline, answers_of
-from nplora.finetuning.data import TokenBatches
+from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.earlier_run import find_earlier_run
 from nplora.finetuning.execution import choose_execution
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
+from nplora.finetuning.objectives import TokenLoss
 from nplora.finetuning.options import FinetuneOptions, from_arguments
 from nplora.finetuning.output import require_free, require_not_read
 from nplora.finetuning.report import FinetuneReport, Sample
-from nplora.finetuning.token_loss import TokenLoss
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
 from nplora.formats import files
 from nplora.formats.errors import FormatError
@@ -38,10 +38,10 @@ from nplora.trainer.run_directory import RunDirectory
 @_check.keywords
 def finetune(
     model: StrPath | LanguageModel,
-    data: StrPath,
+    data: Data,
     output: StrPath,
     *,
-    valid: StrPath | None = None,
+    valid: Data | None = None,
     progress: bool | None = None,
     rank: int = 8,
     alpha: float = 16.0,
@@ -64,6 +64,10 @@ def finetune(
     batch_examples: int | None = None,
     batch_tokens: int | None = None,
     accumulate: int = 1,
+    format: str | None = None,
+    columns: Mapping[str, str] | str | None = None,
+    chat: bool = False,
+    valid_split: float | None = None,
     max_length: int = 1024,
     learn: str = "completion",
     skip_bad: bool = False,
@@ -92,10 +96,11 @@ def finetune(
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model without an
             adapter.
-        data: a .jsonl, .csv or .txt file, as for `nplora.data.read_dataset`; or a directory with train.jsonl
-            and perhaps valid.jsonl.
+        data: rows to train on: a file, an iterable of dictionaries, a data frame, or several files with
+            weights, as for `nplora.data.read_dataset`; or a directory with train.jsonl and perhaps
+            valid.jsonl.
         output: directory for the adapter, the checkpoints and the log.
-        valid: file to evaluate on, before training and after every epoch.
+        valid: rows to evaluate on, before training and after every epoch; of the same kinds as `data`.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
         rank: rank of the LoRA factors.
         alpha: LoRA alpha: the update is scaled by alpha / rank.
@@ -121,6 +126,11 @@ def finetune(
         batch_examples: examples in a batch (default: 8, unless `batch_tokens` is given).
         batch_tokens: maximum tokens in a batch; a batch holds as many examples as fit, at least one.
         accumulate: batches in one step (gradient accumulation).
+        format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default:
+            the names of the fields decide).
+        columns: names of fields in the data, as in prompt=question,completion=answer.
+        chat: write prompts and completions with the model's chat template.
+        valid_split: share of the examples to hold out for validation; a hash of each example decides.
         max_length: maximum tokens of an example; longer examples are cut.
         learn: tokens to train on: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
@@ -170,9 +180,9 @@ def finetune(
 
 def _finetune(
     model: StrPath | LanguageModel,
-    data: StrPath,
+    data: Data,
     output: StrPath,
-    valid: StrPath | None,
+    valid: Data | None,
     progress: bool | None,
     chosen: FinetuneOptions,
 ) -> FinetuneReport:
@@ -199,12 +209,13 @@ def _finetune(
     lm.model.recompute = execution.recompute
 
     with files.Directory(place) as directory, _prefix_in_use(lm, prefix):
-        baseline = Baseline(lm, validation, chosen.sample, say)
+        inputs.objective.prepare(lm, inputs.datasets, directory, say)
+        loss = inputs.objective.loss(execution.micro_tokens)
+        baseline = Baseline(lm, loss, validation, chosen.sample, say)
         if not (chosen.resume and holds_run(directory)):
             if chosen.resume:
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")
             baseline.measure()
-        loss = TokenLoss(execution.micro_tokens)
         callbacks = [baseline, *([TokenProgress(loss=loss)] if speaks(progress) else [])]
         base = None if isinstance(model, LanguageModel) else os.fspath(model)
         with _saved_as_of_a_good_step(lm, directory, base):

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.planning import peak_memory
 from nplora.finetuning.report import RECENT, mean_loss
-from nplora.finetuning.token_loss import TokenLoss
 from nplora.runtime.stderr import stderr
 from nplora.trainer import Callback, EpochRecord, Run, StepRecord
 

@@ -1,18 +1,18 @@
-"""Training data: files of text become tokens and labels, and these become packed batches."""
+"""Training data: rows of files or of Python become tokens and labels, and these become packed batches."""
 
 from nplora.finetuning.data.batches import EVALUATION_TOKENS, TokenBatches
-from nplora.finetuning.data.dataset import (
-    LEARN,
-    DataReport,
-    Dataset,
-    find_evaluated,
-    find_splits,
-    read_dataset,
-)
+from nplora.finetuning.data.dataset import DataReport, Dataset, read_dataset
+from nplora.finetuning.data.encoding import LEARN
+from nplora.finetuning.data.kinds import KINDS
+from nplora.finetuning.data.sources import Data, find_evaluated, find_splits
+
+FORMATS = tuple(kind.name for kind in KINDS)
 
 __all__ = [
     "EVALUATION_TOKENS",
+    "FORMATS",
     "LEARN",
+    "Data",
     "DataReport",
     "Dataset",
     "TokenBatches",

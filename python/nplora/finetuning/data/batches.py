@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.finetuning.data.dataset import Dataset
-from nplora.models.packing import PackedBatch, pack
+from nplora.models.packing import PackedBatch
 
 Array = npt.NDArray[Any]
 
@@ -82,8 +82,7 @@ class TokenBatches:
             skip: number of batches to leave out at the start of the epoch.
         """
         for members in self.members(epoch, skip):
-            batch = pack(self.dataset[int(index)] for index in members)
-            yield batch, batch.targets
+            yield self.dataset.batch(members)
 
     def members(self, epoch: int, skip: int = 0) -> Iterator[Array]:
         """The indices of the examples in each batch of an epoch (counted from 0).

@@ -1,15 +1,19 @@
-"""Read the rows of JSONL, CSV and plain text files, each with its line number.
+"""Rows of files of training data, each with its place in the file.
 
-Files are read in parts. An invalid line gives a DataError, and a line over a limit gives a LimitError. Both
-errors name the file and the line.
+Files are read in parts. A wrong line is a DataError, and a line over a limit is a LimitError. Both name the
+file and the line.
 """
 
 import csv
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from nplora.finetuning.data.json_array import elements
+from nplora.finetuning.data.tables import read_arrow, read_parquet
 from nplora.formats import files, strict_json
 from nplora.formats.errors import DataError, FormatError, LimitError, brief, counted
 from nplora.formats.files import StrPath
@@ -17,7 +21,7 @@ from nplora.formats.files import StrPath
 MAX_LINE = 1 << 24  # bytes
 _PART = 1 << 20
 _BOM = b"\xef\xbb\xbf"
-_CSV_COLUMNS = ({"prompt", "completion"}, {"text"})
+_GZIP = 31  # zlib's window size for gzip's header
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +29,8 @@ class Row:
     """A row, or the error that occurred when the row was read.
 
     Attributes:
-        where: the file and the line of the row, for error messages.
-        values: the fields of the row; empty if there is an error.
-        error: why the row could not be read, or None.
+        where: its file and line, for messages.
+        values: its fields; empty if there is an error.
     """
 
     where: str
@@ -36,38 +39,75 @@ class Row:
 
 
 def read_rows(path: StrPath) -> Iterator[Row]:
-    """Read the rows of a .jsonl, .csv or .txt file. Each part of a plain text becomes a row {"text": ...}.
+    """The rows of a file. The parts of a plain text are rows {"text": ...}.
 
     Raises:
-        DataError: the file has another suffix, a CSV file lacks the expected columns, or a CSV or plain text
-            is not UTF-8.
-        FormatError: the path is a directory, FIFO or device.
-        OSError: the file cannot be read.
+        DataError: another suffix, or a file that cannot be divided into rows.
+        FormatError: a directory, FIFO or device. OSError: the file cannot be read.
+        ModuleNotFoundError: the file needs the package `pyarrow`.
     """
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _text}
-    suffix = files.suffix(path)
-    if suffix not in readers:
+    suffix = suffix_of(path)
+    if suffix not in _READERS:
         os.stat(path)
-        raise DataError(f"{files.name(path)}: expected a file that ends in {', '.join(readers)}")
-    return readers[suffix](path)
+        raise DataError(f"{files.name(path)}: expected a file that ends in {', '.join(SUFFIXES)}")
+    return _READERS[suffix](path)
 
 
-def _lines(path: StrPath) -> Iterator[tuple[int, bytes | LimitError]]:
-    """The number (from 1) and the content of each line. After a line that is too long, reading ends."""
-    number, rest = 0, b""
+def suffix_of(path: StrPath) -> str:
+    """The suffix that decides how a file is read: ".jsonl" of train.jsonl and of train.jsonl.gz."""
+    plain = Path(path)
+    if files.suffix(plain) == ".gz":
+        plain = plain.with_suffix("")
+        return f"{files.suffix(plain)}.gz" if files.suffix(plain) in _BINARY else files.suffix(plain)
+    return files.suffix(plain)
+
+
+def is_text(path: StrPath) -> bool:
+    """Whether a file is one plain text, which has no rows."""
+    return suffix_of(path) == ".txt"
+
+
+# ---- bytes and lines ----
+
+
+def _parts(path: StrPath) -> Iterator[bytes]:
+    """The bytes of a file, decompressed if its name ends in .gz."""
     with files.reading(path) as reader:
-        for begin in range(0, len(reader), _PART):
-            *whole, rest = (rest + bytes(reader[begin : begin + _PART])).split(b"\n")
-            for line in whole:
-                number += 1
-                yield number, _bare(line, number)
-            if len(rest) > MAX_LINE:
-                where = f"{files.name(path)}, line {number + 1}"
-                yield (
-                    number + 1,
-                    LimitError(f"{where}: more than {MAX_LINE:,} bytes, the limit for a line"),
-                )
-                return
+        parts = (bytes(reader[begin : begin + _PART]) for begin in range(0, len(reader), _PART))
+        yield from _decompressed(parts, files.name(path)) if files.suffix(path) == ".gz" else parts
+
+
+def _decompressed(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
+    """The content of one or several gzip streams, in parts of limited size."""
+    stream = zlib.decompressobj(_GZIP)
+    try:
+        for part in parts:
+            while part:
+                if stream.eof:
+                    stream = zlib.decompressobj(_GZIP)
+                yield stream.decompress(part, _PART)
+                part = stream.unconsumed_tail or stream.unused_data
+    except zlib.error as error:
+        raise DataError(f"{name}: not a gzip file: {error}") from error
+    if not stream.eof:
+        raise DataError(f"{name}: the gzip file is cut short")
+
+
+def _lines(path: StrPath) -> Iterator[tuple[int, bytes]]:
+    """The number (from 1) and the content of each line.
+
+    Raises:
+        LimitError: a line is too long.
+    """
+    number, rest = 0, b""
+    for part in _parts(path):
+        *whole, rest = (rest + part).split(b"\n")
+        for line in whole:
+            number += 1
+            yield number, _bare(line, number)
+        if len(rest) > MAX_LINE:
+            where = f"{files.name(path)}, line {number + 1}"
+            raise LimitError(f"{where}: more than {MAX_LINE:,} bytes, the limit for a line")
     if rest:
         yield number + 1, _bare(rest, number + 1)
 
@@ -77,45 +117,57 @@ def _bare(line: bytes, number: int) -> bytes:
     return (line.removeprefix(_BOM) if number == 1 else line).removesuffix(b"\r")
 
 
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
+
+
 # ---- the formats ----
 
 
 def _jsonl(path: StrPath) -> Iterator[Row]:
     for number, line in _lines(path):
-        where = f"{files.name(path)}, line {number}"
-        if isinstance(line, LimitError):
-            raise line
-        if not line.strip():
-            continue
-        try:
-            value = strict_json.loads(line, where)
-        except LimitError as error:
-            yield Row(where, {}, error)
-        except FormatError as error:
-            yield Row(where, {}, DataError(str(error)))
-        else:
-            if isinstance(value, dict):
-                yield Row(where, value)
-            else:
-                yield Row(where, {}, DataError(f"{where}: the row is {brief(value)}, expected an object"))
+        if line.strip():
+            yield _parsed(line, f"{files.name(path)}, line {number}")
+
+
+def _json(path: StrPath) -> Iterator[Row]:
+    name = files.name(path)
+    for number, element in enumerate(elements(_parts(path), name, MAX_LINE), 1):
+        yield _parsed(element, f"{name}, row {number}")
+
+
+def _parsed(text: bytes, where: str) -> Row:
+    try:
+        value = strict_json.loads(text, where)
+    except LimitError as error:
+        return Row(where, {}, error)
+    except FormatError as error:
+        return Row(where, {}, DataError(str(error)))
+    if isinstance(value, dict):
+        return Row(where, value)
+    return Row(where, {}, DataError(f"{where}: the row is {brief(value)}, expected an object"))
 
 
 def _csv(path: StrPath) -> Iterator[Row]:
+    return _separated(path, ",")
+
+
+def _tsv(path: StrPath) -> Iterator[Row]:
+    return _separated(path, "\t")
+
+
+def _separated(path: StrPath, delimiter: str) -> Iterator[Row]:
+    """The rows of a table in text, whose first line names the columns."""
     name = files.name(path)
-
-    def decoded() -> Iterator[str]:
-        for number, line in _lines(path):
-            if isinstance(line, LimitError):
-                raise line
-            yield _decoded(line, f"{name}, line {number}") + "\n"
-
-    reader, begin = csv.reader(decoded(), strict=True), 1
+    lines = (_decoded(line, f"{name}, line {number}") + "\n" for number, line in _lines(path))
+    reader, begin = csv.reader(lines, strict=True, delimiter=delimiter), 1
     try:
-        columns = _next(reader) or []
-        if not any(wanted <= set(columns) for wanted in _CSV_COLUMNS):
-            raise DataError(
-                f"{name}: the columns are {brief(columns)}, expected prompt and completion, or text"
-            )
+        columns = next(filter(None, iter(lambda: _next(reader), None)), [])
+        if len(set(columns)) < len(columns):
+            raise DataError(f"{name}: the columns are {brief(columns)}, two of them with the same name")
         while True:
             begin = reader.line_num + 1
             fields = _next(reader)
@@ -152,8 +204,6 @@ def _text(path: StrPath) -> Iterator[Row]:
     """
     part, size, first = list[str](), 0, 1
     for number, line in _lines(path):
-        if isinstance(line, LimitError):
-            raise line
         text = _decoded(line, f"{files.name(path)}, line {number}") + "\n"
         if size > _PART and text[0].isalpha():
             yield Row(f"{files.name(path)}, line {first}", {"text": "".join(part)})
@@ -165,8 +215,23 @@ def _text(path: StrPath) -> Iterator[Row]:
         yield Row(f"{files.name(path)}, line {first}", {"text": last})
 
 
-def _decoded(line: bytes, where: str) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
+def _table(read: Callable[[StrPath], Iterator[dict[str, Any]]]) -> Callable[[StrPath], Iterator[Row]]:
+    def rows(path: StrPath) -> Iterator[Row]:
+        for number, values in enumerate(read(path), 1):
+            yield Row(f"{files.name(path)}, row {number}", values)
+
+    return rows
+
+
+_READERS: dict[str, Callable[[StrPath], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".txt": _text,
+    ".parquet": _table(read_parquet),
+    ".arrow": _table(read_arrow),
+}
+_BINARY = (".parquet", ".arrow")
+SUFFIXES = tuple(_READERS)
+COMPRESSED = tuple(f"{suffix}.gz" for suffix in SUFFIXES if suffix not in _BINARY)

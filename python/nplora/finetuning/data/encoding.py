@@ -1,0 +1,134 @@
+"""Encoder: the examples of a data set as tokens, with a mark for each trained token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from nplora.finetuning.data.examples import (
+    Answered,
+    Chat,
+    Completion,
+    Example,
+    Instruction,
+    Judged,
+    Preference,
+    Text,
+    through_template,
+)
+from nplora.formats.errors import DataError, FormatError, LimitError, UnsafeError, UnsupportedError
+from nplora.tokenizer import Tokenizer
+
+LEARN = ("completion", "all")
+_NOTHING = "nothing to train on, expected an assistant turn of weight 1 with a token before it"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sequence of tokens.
+
+    Attributes:
+        ids: the tokens.
+        trained: whether each is trained.
+        unused: whether the example has tools or documents that the template did not write.
+    """
+
+    ids: list[int]
+    trained: list[bool]
+    unused: bool = False
+
+
+class Encoder:
+    """Turns examples into tokens.
+
+    Args:
+        learn_all: all tokens are trained, prompts too.
+        max_length: the maximum number of tokens, or None. Of a longer example one token more is encoded.
+        chat: completions go through the chat template, too.
+    Raises:
+        ValueError: the model has no EOS token.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, learn_all: bool, max_length: int | None, chat: bool = False
+    ) -> None:
+        if tokenizer.eos_id is None:
+            raise ValueError(f"{tokenizer.source}: the model has no EOS token to end each example with")
+        self._tokenizer, self._eos = tokenizer, tokenizer.eos_id
+        self._all, self._chat = learn_all, chat
+        self._most = None if max_length is None else max_length + 1
+
+    def encode(self, example: Example, where: str) -> list[Encoded]:
+        """The sequences of an example: two for a preference, the chosen first; one for any other.
+
+        Raises:
+            DataError: nothing can be trained, or the chat template refuses the messages. UnsafeError,
+                FormatError: the chat template is at fault.
+        """
+        if self._chat:
+            example = through_template(example)
+        if isinstance(example, Preference):
+            sequences = [self._answered(side, where) for side in (example.chosen, example.rejected)]
+        elif isinstance(example, Judged):
+            sequences = [self._answered(example.answer, where)]
+        elif isinstance(example, Text):
+            ids = [*self._tokenizer.encode_prompt(example.text, self._most), self._eos]
+            sequences = [Encoded(ids, [True] * len(ids))]
+        elif isinstance(example, Instruction):
+            has_template = self._tokenizer.chat_template is not None
+            sequences = [
+                self._answered(example.as_chat() if has_template else example.as_completion(), where)
+            ]
+        else:
+            sequences = [self._answered(example, where)]
+        for one in sequences:
+            is_cut = self._most is not None and len(one.ids) >= self._most
+            if not is_cut and not any(one.trained[1:]):
+                raise DataError(f"{where}: {_NOTHING}")
+        return sequences
+
+    def text_parts(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """The tokens of each part of one text, then EOS."""
+        for index, text in enumerate(texts):
+            encode = self._tokenizer.encode_continuation if index else self._tokenizer.encode_prompt
+            yield encode(text)
+        yield [self._eos]
+
+    def _answered(self, example: Answered, where: str) -> Encoded:
+        return (
+            self._messages(example, where) if isinstance(example, Chat) else self._completion(example, where)
+        )
+
+    def _completion(self, example: Completion, where: str) -> Encoded:
+        """Encode both as one text, or separately if the prompt's tokens change in the joined text."""
+        prompt, completion = example.prompt, example.completion
+        before, ids = (
+            self._tokenizer.encode_prompt(prompt, self._most),
+            self._tokenizer.encode_prompt(prompt + completion, self._most),
+        )
+        if not before:
+            raise DataError(f"{where}: prompt is empty, and the model has no BOS token to begin with")
+        if ids[: len(before)] != before:
+            ids = before + self._tokenizer.encode_continuation(completion, self._most)
+        ids.append(self._eos)
+        return Encoded(ids, [self._all or place >= len(before) for place in range(len(ids))])
+
+    def _messages(self, example: Chat, where: str) -> Encoded:
+        messages = example.messages
+        if not self._all and not any(map(example.is_trained, range(len(messages)))):
+            raise DataError(f"{where}: {_NOTHING}")
+        try:
+            chat = self._tokenizer.encode_conversation(
+                messages, tools=example.tools, documents=example.documents, most=self._most
+            )
+        except ValueError as error:
+            is_template = isinstance(error, FormatError) and not isinstance(error, UnsupportedError)
+            if is_template:
+                kind = UnsafeError if isinstance(error, LimitError) else type(error)
+                raise kind(f"{where}: {error}") from error
+            raise DataError(f"{where}: {error}") from error
+        trained = [True] * len(chat.ids) if self._all else chat.is_reply
+        for index, turn in chat.turns.items():
+            if not example.is_trained(index):
+                trained[turn.start : turn.stop] = [False] * len(turn)
+        return Encoded(chat.ids, trained, bool(chat.unused))

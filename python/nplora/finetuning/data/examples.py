@@ -1,0 +1,121 @@
+"""What a row of training data says, whatever its format: a text, a completion, a chat, or a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+Message: TypeAlias = dict[str, Any]
+Objects: TypeAlias = list[dict[str, Any]]
+
+# The prompt that Stanford Alpaca was trained with, for models without a chat template.
+_ALPACA = (
+    "Below is an instruction that describes a task{also}. Write a response that appropriately completes \
+the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+_ALSO = ", paired with an input that provides further context"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text; all of it is trained."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt as plain text, and the text that follows it."""
+
+    prompt: str
+    completion: str
+
+    def as_chat(self) -> Chat:
+        """The same as a question and an answer."""
+        turns = ("user", self.prompt), ("assistant", self.completion)
+        return Chat([{"role": role, "content": content} for role, content in turns])
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages for the model's chat template.
+
+    Attributes:
+        messages: each has a role and a content, as in OpenAI's API; the arguments of tool calls are objects.
+        tools, documents: what the template gets besides; None: nothing.
+        prompt: the number of messages that belong to the prompt, and are never trained.
+    """
+
+    messages: list[Message]
+    tools: Objects | None = None
+    documents: Objects | None = None
+    prompt: int = 0
+
+    def is_trained(self, index: int) -> bool:
+        """Whether a message is the assistant's, and neither in the prompt nor of weight 0."""
+        message = self.messages[index]
+        return message["role"] == "assistant" and index >= self.prompt and message.get("weight") != 0
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An instruction as in Alpaca, perhaps with an input, and the output."""
+
+    instruction: str
+    output: str
+    input: str = ""
+    system: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+
+    def as_chat(self) -> Chat:
+        """The history and the instruction as a chat. The input follows the instruction on a new line."""
+        asked = f"{self.instruction}\n{self.input}" if self.input else self.instruction
+        turns = [("system", self.system)] if self.system else []
+        for question, answer in (*self.history, (asked, self.output)):
+            turns += [("user", question), ("assistant", answer)]
+        return Chat([{"role": role, "content": content} for role, content in turns])
+
+    def as_completion(self) -> Completion:
+        """The same in the words of Stanford Alpaca, for a model without a chat template."""
+        before = "".join(f"{_alpaca(question, '')}{answer}\n\n" for question, answer in self.history)
+        system = f"{self.system}\n\n" if self.system else ""
+        return Completion(f"{system}{before}{_alpaca(self.instruction, self.input)}", self.output)
+
+
+def _alpaca(instruction: str, context: str) -> str:
+    shown = f"### Input:\n{context}\n\n" if context else ""
+    return _ALPACA.format(also=_ALSO if context else "", instruction=instruction, input=shown)
+
+
+Answered: TypeAlias = Completion | Chat
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, of which the first is better."""
+
+    chosen: Answered
+    rejected: Answered
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer that somebody found good or bad."""
+
+    answer: Answered
+    good: bool
+
+
+Example: TypeAlias = Text | Completion | Chat | Instruction | Preference | Judged
+
+
+def through_template(example: Example) -> Example:
+    """The example with its completions as chats."""
+    if isinstance(example, Completion | Instruction):
+        return example.as_chat()
+    if isinstance(example, Preference):
+        sides = (s.as_chat() if isinstance(s, Completion) else s for s in (example.chosen, example.rejected))
+        return Preference(*sides)
+    if isinstance(example, Judged) and isinstance(example.answer, Completion):
+        return replace(example, answer=example.answer.as_chat())
+    return example

@@ -1,0 +1,207 @@
+"""Sources: where the rows of a data set come from, files or Python objects, each with a weight."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from nplora import _check
+from nplora.finetuning.data.rows import COMPRESSED, SUFFIXES, Row, is_text, read_rows
+from nplora.finetuning.data.tables import frame_rows
+from nplora.formats import files
+from nplora.formats.errors import DataError, brief
+from nplora.formats.files import StrPath
+
+# A file; rows; or several files, perhaps each with a weight.
+Data: TypeAlias = StrPath | Iterable[Any]
+
+_VALID = ("valid", "validation", "eval", "test")  # names of a split to evaluate on
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Attributes:
+        name: the file, or "data" for Python objects.
+        read: reads the rows; it can be called again.
+        path: the file; None for Python objects.
+        weight: how many times each example is in an epoch; a fraction takes that share of the examples.
+    """
+
+    name: str
+    read: Callable[[], Iterator[Row]]
+    path: Path | None = None
+    weight: float = 1.0
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is one plain text, without rows."""
+        return self.path is not None and is_text(self.path)
+
+
+class Splits(NamedTuple):
+    """The sources of the training data, and of the validation data, if there are any."""
+
+    train: list[Source]
+    valid: list[Source] | None
+
+
+def splits_of(op: str, data: Data) -> Splits:
+    """The training data in `data`, and the validation data that a directory or a mapping of splits has.
+
+    Raises:
+        FileNotFoundError: there is no such file, or a directory has no train.*.
+        TypeError, ValueError: it is not a `Data`, a weight is not above 0, or there are no rows.
+    """
+    if isinstance(data, str | os.PathLike):
+        files.require_named(op, data=data)
+        return _splits_of_path(data)
+    if isinstance(data, Mapping):
+        return _splits_of_mapping(op, data)
+    rows = frame_rows(data)
+    if rows is None and isinstance(data, Iterable) and not isinstance(data, bytes):
+        given = data if isinstance(data, Sequence) or hasattr(data, "column_names") else list(data)
+        first = next(iter(given), None)
+        if first is None:
+            raise DataError(f"{op}: data is empty, expected rows")
+        if not isinstance(first, Mapping):
+            return _splits_of_paths(op, list(given))
+        return Splits([_objects(given)], None)
+    if rows is None:
+        raise TypeError(f"{op}: data is {_check.kind(data)}, expected a path, paths, or rows")
+    return Splits([_objects(list(rows))], None)
+
+
+def sources_of(op: str, data: Data) -> list[Source]:
+    """The sources to evaluate on: the validation data of a directory, or else the training data.
+
+    Raises as `splits_of`.
+    """
+    if isinstance(data, str | os.PathLike) and os.fspath(data) and Path(data).is_dir():
+        return [_file(find_evaluated(data))]
+    if isinstance(data, Mapping):
+        return splits_of(op, _split_named(op, data, *_VALID, "train")).train
+    splits = splits_of(op, data)
+    return splits.valid or splits.train
+
+
+def _splits_of_path(path: StrPath) -> Splits:
+    train, valid = find_splits(path)
+    return Splits([_file(train)], None if valid is None else [_file(valid)])
+
+
+def _splits_of_paths(op: str, given: list[Any]) -> Splits:
+    """Several paths, or pairs (path, weight). Several directories have a validation set together."""
+    pairs = [item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0) for item in given]
+    for path, weight in pairs:
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(
+                f"{op}: data has {brief(path)}, expected paths, pairs (path, weight), or rows as dictionaries"
+            )
+        if _check.number(op, f"the weight of {files.name(path)}", weight) <= 0:
+            raise ValueError(f"{op}: the weight of {files.name(path)} is {weight}, expected above 0")
+    train, valid = list[Source](), list[Source]()
+    for path, weight in pairs:
+        found = _splits_of_path(path)
+        train += [_weighted(source, weight) for source in found.train]
+        valid += found.valid or []
+    return Splits(train, valid or None)
+
+
+def _weighted(source: Source, weight: float) -> Source:
+    return Source(source.name, source.read, source.path, float(weight))
+
+
+def _splits_of_mapping(op: str, data: Mapping[Any, Any]) -> Splits:
+    """The splits of a `DatasetDict` of Hugging Face, or of a dictionary like it."""
+    train = splits_of(op, _split_named(op, data, "train")).train
+    name = next((name for name in _VALID if name in data), None)
+    return Splits(train, None if name is None else splits_of(op, data[name]).train)
+
+
+def _split_named(op: str, data: Mapping[Any, Any], *names: str) -> Any:
+    """The first of these splits that the mapping has."""
+    for name in names:
+        if name in data:
+            return data[name]
+    wanted = " or ".join(map(repr, names))
+    raise TypeError(
+        f"{op}: data is a dictionary with the keys {brief(list(data))}, expected a split named {wanted}; "
+        "rows are a list of dictionaries"
+    )
+
+
+def _file(path: Path) -> Source:
+    return Source(files.name(path), lambda: read_rows(path), path)
+
+
+def _objects(rows: Iterable[Any]) -> Source:
+    def read() -> Iterator[Row]:
+        for number, values in enumerate(rows, 1):
+            where = f"data, row {number}"
+            if isinstance(values, Mapping):
+                yield Row(where, {str(key): value for key, value in values.items()})
+            else:
+                error = DataError(f"{where}: the row is {brief(values)}, expected a dictionary")
+                yield Row(where, {}, error)
+
+    return Source("data", read)
+
+
+# ---- directories ----
+
+
+def find_splits(path: StrPath) -> tuple[Path, Path | None]:
+    """Find the training file and the validation file, if any: in a directory, train.* and valid.*.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the directory has no train.jsonl (or .csv, .txt, …).
+
+    >>> train, valid = nplora.data.find_splits(".")
+    >>> train.name, valid.name
+    ('train.jsonl', 'valid.jsonl')
+    """
+    given = Path(path)
+    if not given.is_dir():
+        given.stat()
+        return given, None
+    return _required(given, "train"), _split(given, "valid", "validation")
+
+
+def find_evaluated(path: StrPath) -> Path:
+    """Find the file that a model is evaluated on: in a directory, valid.*, or train.* if there is no valid.*.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the directory has neither.
+
+    >>> nplora.data.find_evaluated(".").name
+    'valid.jsonl'
+    """
+    given = Path(path)
+    if given.is_dir():
+        return _required(given, "valid", "validation", "train")
+    given.stat()
+    return given
+
+
+def _required(directory: Path, *names: str) -> Path:
+    """The first of these splits that exists."""
+    found = _split(directory, *names)
+    if found is None:
+        wanted = ", ".join(f"{name}.*" for name in names)
+        ends = f"{', '.join(SUFFIXES)}, or one of the text formats with .gz"
+        raise FileNotFoundError(
+            errno.ENOENT, f"the directory has no {wanted} that ends in {ends}", os.fspath(directory)
+        )
+    return found
+
+
+def _split(directory: Path, *names: str) -> Path | None:
+    named = (directory / f"{name}{s}" for name, s in itertools.product(names, (*SUFFIXES, *COMPRESSED)))
+    return next((file for file in named if file.exists()), None)

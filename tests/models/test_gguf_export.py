@@ -1,4 +1,4 @@
-"""Models converted from Hugging Face's files to GGUF, read back by transformers, PyPI's gguf and nplora."""
+"""Models converted from Hugging Face's files to GGUF, read back by PyPI's gguf and nplora."""
 
 import json
 import os
@@ -24,10 +24,6 @@ from taken import assert_nothing_is_lost
 Array = np.ndarray[Any, Any]
 
 HEADS, KV_HEADS, WIDTH, FFN, VOCAB, LAYERS = 4, 2, 64, 96, 300, 2
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16, "rope_theta": 10000.0,
-}  # fmt: skip
 SIZES = {
     "hidden_size": WIDTH,
     "intermediate_size": FFN,
@@ -37,65 +33,11 @@ SIZES = {
     "num_key_value_heads": KV_HEADS,
     "max_position_embeddings": 128,
 }
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": False},
-    "llama with biases": {"attention_bias": True, "tie_word_embeddings": True},
-    "llama 3": {"rope_parameters": LLAMA3, "tie_word_embeddings": True},
-    "mistral": {"sliding_window": None, "head_dim": 24},
-    "mistral with a window": {"sliding_window": 7},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 32, "tie_word_embeddings": False},
-    "qwen3 with the usual heads": {"head_dim": 128},  # transformers' reader knows no others
-}
-
-
-def torch_model(directory: Path, name: str, dtype: str = "float32") -> Any:
-    """A small random model of transformers, saved to a directory."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    family = name.split()[0].capitalize()
-    torch.manual_seed(0)
-    settings = getattr(transformers, f"{family}Config")(**SIZES, **FAMILIES[name])
-    model = getattr(transformers, f"{family}ForCausalLM")(settings).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # all norms are 1 and biases 0, which hides a wrong order
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.to(getattr(torch, dtype)).save_pretrained(directory)
-    return model
-
-
-def torch_logits(model: Any, ids: Array) -> Array:
-    torch = pytest.importorskip("torch")
-    with torch.no_grad():
-        return np.asarray(model(torch.from_numpy(ids)).logits.numpy())
 
 
 @pytest.fixture
 def ids(rng: np.random.Generator) -> Array:
     return rng.integers(0, VOCAB, (2, 40))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_converted_model_gives_the_logits_of_transformers(name: str, ids: Array, tmp_path: Path) -> None:
-    expected = torch_logits(torch_model(tmp_path / "hf", name), ids)
-    nplora.model_to_gguf(tmp_path / "hf", tmp_path / "model.gguf")
-    got = nplora.load_model(tmp_path / "model.gguf").logits(ids)
-    np.testing.assert_allclose(got, expected, atol=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3 with the usual heads"])
-def test_transformers_reads_the_file_to_the_same_model(name: str, ids: Array, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torch")
-    expected = torch_logits(torch_model(tmp_path / "hf", name), ids)
-    nplora.model_to_gguf(tmp_path / "hf", tmp_path / "model.gguf")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
-    assert (model.config.num_key_value_heads, model.config.max_position_embeddings) == (KV_HEADS, 128)
-    np.testing.assert_allclose(torch_logits(model, ids), expected, atol=1e-3)
-
-
-# ---- without torch ----
 
 
 def hf_directory(directory: Path, rng: np.random.Generator, family: str = "llama", **changes: Any) -> Path:

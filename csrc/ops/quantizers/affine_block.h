@@ -18,7 +18,7 @@ struct AffineBlock {
 
 // The best of some grids with m <= 0 for one group, in unrounded numbers.
 template <size_t n>
-CodeGrid fit_group(const float* x, Codes codes) {
+CodeGrid fit_group(const float* x, CodeRange codes) {
   const auto [least, most] = std::minmax_element(x, x + n);
   const float low = std::min(*least, 0.0f), range = *most - low;
   CodeGrid best{range / codes.last, low};
@@ -39,7 +39,7 @@ CodeGrid fit_group(const float* x, Codes codes) {
 
 // Changes every scale and minimum by at most one, so that the results are nearest to the values.
 template <class Affine>
-void settle(const float* x, Codes codes, Affine& b) {
+void settle(const float* x, CodeRange codes, Affine& b) {
   b.error = 0;
   for (size_t j = 0; j < b.kGroups; ++j) {
     const float scale = b.scale[j], minimum = b.minimum[j];
@@ -60,7 +60,7 @@ void settle(const float* x, Codes codes, Affine& b) {
 // d and dmin by least squares for the codes, scales and minima of b. Returns false if these values do not
 // determine d and dmin.
 template <class Affine>
-bool refit(const float* x, Codes codes, Affine& b) {
+bool refit(const float* x, CodeRange codes, Affine& b) {
   double ss = 0, sm = 0, mm = 0, xs = 0, xm = 0;  // sums over products of s = scale q and m = minimum
   for (size_t j = 0; j < b.kGroups; ++j) {
     const Moments k = moments<Affine::kSize>(x + j * b.kSize, b.grid(j), codes);
@@ -78,7 +78,7 @@ bool refit(const float* x, Codes codes, Affine& b) {
 }
 
 template <class Affine>
-Affine best_affine(const float* x, Codes codes) {
+Affine best_affine(const float* x, CodeRange codes) {
   Affine best;
   CodeGrid fits[Affine::kGroups];
   float largest_d = 0, largest_m = 0;
@@ -106,7 +106,7 @@ Affine best_affine(const float* x, Codes codes) {
 
 // Q4_K and Q5_K, whose scales and minima have six bits.
 template <class Block>
-void quantize_six_bits(size_t blocks, const float* x, Block* out, Codes codes) {
+void quantize_six_bits(size_t blocks, const float* x, Block* out, CodeRange codes) {
   for (; blocks > 0; --blocks, x += Block::kElements, ++out) {
     const auto b = best_affine<AffineBlock<8, 32, 63>>(x, codes);
     *out = {};

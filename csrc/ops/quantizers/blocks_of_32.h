@@ -21,7 +21,7 @@ inline CodeGrid rounded(CodeGrid grid) {
 // Keeps the best of the tried grids, rounded to its stored form.
 struct Best {
   const float* x;
-  Codes codes;
+  CodeRange codes;
   CodeGrid grid;
   float error = squared_error<kElements>(x, grid, codes);
 
@@ -37,7 +37,7 @@ struct Best {
 
 // d q, q = -n ... n - 1
 inline CodeGrid best_scale(const float* x, float n) {
-  const Codes codes{-n, n - 1};
+  const CodeRange codes{-n, n - 1};
   const auto [low, high] = std::minmax_element(x, x + kElements);
   const float extreme = std::abs(*low) > std::abs(*high) ? *low : *high;
   Best best{x, codes, rounded({extreme / -n})};
@@ -51,7 +51,7 @@ inline CodeGrid best_scale(const float* x, float n) {
 
 // d q + m, q = 0 ... last
 inline CodeGrid best_affine(const float* x, float last) {
-  const Codes codes{0, last};
+  const CodeRange codes{0, last};
   const auto [low, high] = std::minmax_element(x, x + kElements);
   const float range = *high - *low;
   Best best{x, codes, rounded({range / last, *low})};
@@ -65,7 +65,7 @@ inline CodeGrid best_affine(const float* x, float last) {
 // Writes the codes, minus `first` so that they start at 0: the low four bits in nibbles, bit 4 in `high` if
 // the format has it.
 template <class Block>
-void store_codes(const float* x, CodeGrid grid, Codes codes, Block& out) {
+void store_codes(const float* x, CodeGrid grid, CodeRange codes, Block& out) {
   const Encoder code(grid, codes);
   uint8_t q[kElements];
   for (size_t i = 0; i < kElements; ++i) q[i] = static_cast<uint8_t>(code(x[i]) - codes.first);

@@ -5,11 +5,11 @@
 
 namespace nplora {
 
-// d q + m for the integers q of Codes.
+// d q + m for the integers q of a CodeRange.
 struct CodeGrid {
   float d, m = 0;
 };
-struct Codes {
+struct CodeRange {
   float first, last;
 };
 
@@ -22,7 +22,8 @@ inline float nearest_integer(float x) {
 // Maps x to the code of the nearest number of a grid.
 class Encoder {
  public:
-  Encoder(CodeGrid grid, Codes codes) : grid_(grid), inverse_(grid.d == 0 ? 0 : 1 / grid.d), codes_(codes) {}
+  Encoder(CodeGrid grid, CodeRange codes)
+      : grid_(grid), inverse_(grid.d == 0 ? 0 : 1 / grid.d), codes_(codes) {}
 
   float operator()(float x) const {
     const float q = (x - grid_.m) * inverse_;
@@ -33,7 +34,7 @@ class Encoder {
  private:
   CodeGrid grid_;
   float inverse_;
-  Codes codes_;
+  CodeRange codes_;
 };
 
 // The sum of term(i) for i < n. Each of eight partial sums takes every eighth term. Vectors of any width can
@@ -47,7 +48,7 @@ float sum(const Term& term) {
 }
 
 template <size_t n>
-float squared_error(const float* x, CodeGrid grid, Codes codes) {
+float squared_error(const float* x, CodeGrid grid, CodeRange codes) {
   const Encoder code(grid, codes);
   return sum<n>([&](size_t i) {
     const float error = x[i] - (grid.d * code(x[i]) + grid.m);
@@ -60,7 +61,7 @@ struct Moments {
   double n, x, q, xq, qq;
 };
 template <size_t n>
-Moments moments(const float* x, CodeGrid grid, Codes codes) {
+Moments moments(const float* x, CodeGrid grid, CodeRange codes) {
   const Encoder code(grid, codes);
   float q[n];
   for (size_t i = 0; i < n; ++i) q[i] = code(x[i]);

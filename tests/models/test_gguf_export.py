@@ -12,6 +12,7 @@ import pytest
 from gguf.quants import dequantize
 
 import nplora
+from block_formats import EXPECTED
 from nplora import cli
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError, UnsupportedError
@@ -72,12 +73,6 @@ def rows_in_order(values: Array, heads: int) -> Array:
     return moved
 
 
-# The types that llama.cpp uses for rows that are not whole blocks of 256.
-SHORT_ROWS = {
-    "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl", "iq4_xs": "iq4_nl",
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("dtype", model_conversion.DTYPES)
 def test_matrices_get_the_type_and_vectors_stay_float32(
     dtype: str, rng: np.random.Generator, tmp_path: Path
@@ -89,8 +84,9 @@ def test_matrices_get_the_type_and_vectors_stay_float32(
     assert len(found) == len(given) == sum(report.types.values())
     wanted = "float32" if dtype == "same" else dtype
     words = f"{LAYERS} of {7 * LAYERS + 2} matrices are {{}} instead of {dtype}: their rows are not whole"
-    short_rows = SHORT_ROWS.get(wanted, wanted)
-    assert (words.format(found["blk.0.ffn_down.weight"][0]) in str(report)) == (dtype in SHORT_ROWS)
+    of = EXPECTED.get(wanted)
+    short_rows = of.short_rows if of and of.short_rows else wanted
+    assert (words.format(found["blk.0.ffn_down.weight"][0]) in str(report)) == (short_rows != wanted)
     layer, stored = "model.layers.1", "blk.1"
     for name, gguf_name, storage, heads in (
         ("model.embed_tokens.weight", "token_embd.weight", wanted, 0),

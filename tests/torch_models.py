@@ -160,11 +160,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make(family: str, shape: str = "as usual", seed: int = 0) -> Any:
-    """A random model in float32. Its biases and norms are random too."""
+def make(family: str, shape: str = "as usual", seed: int = 0, **changes: Any) -> Any:
+    """A random model in float32, with some options changed. Its biases and norms are random too."""
     kind = KINDS[family]
     torch.manual_seed(zlib.crc32(family.encode()) + seed)
-    options = {**SIZES, **kind.options, **SHAPES[shape]}
+    options = {**SIZES, **kind.options, **SHAPES[shape], **changes}
     if kind.name == "Gemma3":  # the value that llama.cpp implies
         options.setdefault("query_pre_attn_scalar", options["head_dim"])
     if "partial_rotary_factor" in options:

@@ -25,7 +25,8 @@
   X(iq4_nl, IQ4_NL)           \
   X(q3_k, Q3_K)               \
   X(q2_k, Q2_K)               \
-  X(iq4_xs, IQ4_XS)
+  X(iq4_xs, IQ4_XS)           \
+  // New formats come above this line.
 
 namespace nplora {
 

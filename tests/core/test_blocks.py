@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 import nplora
+from block_formats import EXPECTED
 from figures import Figure
 from nplora import _core
 from nplora.formats import gguf as gguf_files
@@ -329,23 +330,8 @@ def test_numbers_of_a_grid_are_stored_exactly(name: str, rng: np.random.Generato
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_zeros_and_numbers_at_the_ends_of_the_range_keep_their_size(name: str) -> None:
-    largest = {
-        "q4_0": 8 * 65504,
-        "q5_0": 16 * 65504,
-        "q8_0": 127 * 65504,
-        "q4_1": 65504,
-        "q5_1": 65504,
-        "q4_k": 63 * 65504,
-        "q5_k": 63 * 65504,
-        "q6_k": 31 * 127 * 65504,
-        "iq4_nl": 113 * 65504,
-        "q3_k": 31 * 3 * 65504,
-        "q2_k": 15 * 65504,
-        "iq4_xs": 31 * 113 * 65504,
-    }[name]
+    largest, step, *_ = EXPECTED[name]
     ramp = np.linspace(-1, 1, 256, dtype=np.float32)
-    # The coarsest grid has 4 bits: 15 steps over [-1, 1] are 0.133 each. With 2 or 3 bits, some values clip.
-    step = {"q3_k": 0.16, "q2_k": 0.1, "iq4_nl": 0.11, "iq4_xs": 0.11}.get(name, 0.08)
     for size in (largest, 1.0, 2.0**-10, 2.0**-24, 1e-30, 1e-42, 0.0):
         for values in (ramp, np.abs(ramp), -np.abs(ramp), np.ones_like(ramp), -np.ones_like(ramp)):
             row = np.clip(values * np.float32(size), -largest, largest).reshape(1, -1)

@@ -13,6 +13,7 @@ import pytest
 
 import nplora
 import reference
+from block_formats import EXPECTED
 from figures import Figure
 from nplora import FrozenWeight
 from nplora.formats import UnsupportedError, gguf, safetensors
@@ -240,12 +241,15 @@ def test_a_weight_knows_its_storage(name: str, rng: np.random.Generator) -> None
         np.testing.assert_array_equal(loaded.to_numpy(), fw.to_numpy())
 
 
+def test_every_format_has_an_entry_in_block_formats() -> None:
+    assert set(EXPECTED) == set(FORMATS), "tests/block_formats.py needs one entry for each format"
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_quantised_values_are_near(name: str, rng: np.random.Generator) -> None:
     W = random(rng, 30, 512)
     error = np.sqrt(np.mean((FrozenWeight(W, name).to_numpy() - W) ** 2))
-    bits = next(letter for letter in name if letter.isdigit())
-    assert error < {"8": 0.01, "6": 0.03, "5": 0.06, "4": 0.12, "3": 0.2, "2": 0.35}[bits]
+    assert error < EXPECTED[name].error
 
 
 def test_float64_and_half_arrays_are_quantised_as_float32(rng: np.random.Generator) -> None:

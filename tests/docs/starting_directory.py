@@ -99,5 +99,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR", help="new directory to write to")
     given = parser.parse_args()
-    given.directory.mkdir()
+    if given.directory.exists():
+        parser.error(f"{given.directory} is there already; delete it, or name another one")
+    given.directory.mkdir(parents=True)
     make(given.directory)

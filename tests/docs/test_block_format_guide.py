@@ -15,9 +15,10 @@ GUIDE = ROOT / "docs" / "add-a-block-format.md"
 def test_the_changes_of_the_guide_fit_the_sources(tmp_path: Path) -> None:
     for folder in ("csrc", "tests/cpp"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "tests/block_formats.py", tmp_path / "tests")
     apply_guide.apply(GUIDE, tmp_path)
     listed = (tmp_path / "csrc/kernels/formats.h").read_text()
-    assert re.search(r"X\(iq4_xs, IQ4_XS\) +\\\n  X\(tq2_0, TQ2_0\)\n\n", listed)
+    assert re.search(r" +\\\n  X\(tq2_0, TQ2_0\) +\\\n  // New formats", listed)
     assert '#include "kernels/formats/tq2_0-inl.h"' in listed
     for file in ("csrc/kernels/formats/tq2_0-inl.h", "csrc/ops/quantizers/tq2_0.cpp"):
         assert max(map(len, (tmp_path / file).read_text().splitlines())) <= 110

@@ -12,6 +12,7 @@ import pytest
 import nplora
 from nplora.lm import LanguageModel
 from nplora.lm.generation import Sampling, generate
+from nplora.models import families
 from nplora.models.footprint import Adapted
 from nplora.models.packing import IGNORED, pack
 from nplora.models.positions import packed_positions
@@ -19,7 +20,7 @@ from nplora.nn.module import saved_nbytes
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 torch_models = pytest.importorskip("torch_models")
 
 pytestmark = [
@@ -45,6 +46,14 @@ def ids_for(theirs: Any, rows: int = 2, length: int = 19) -> Array:
 
 def relative(found: Array, wanted: Array) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def test_every_family_is_compared_with_transformers() -> None:
+    compared = {
+        getattr(transformers, torch_models.config_class(kind)).model_type
+        for kind in torch_models.FAMILIES.values()
+    }
+    assert compared == {family.model_type for family in families.FAMILIES}
 
 
 @pytest.mark.parametrize("seed", [1, 2])

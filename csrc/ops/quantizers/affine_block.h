@@ -20,7 +20,7 @@ struct AffineBlock {
 // Tries several grids d * q + m with m <= 0 for one group, and returns the best. The d and m of the result
 // are not rounded to the storage format.
 template <size_t n>
-CodeGrid fit_group(const float* x, Codes codes) {
+CodeGrid fit_group(const float* x, CodeRange codes) {
   const auto [least, most] = std::minmax_element(x, x + n);
   const float low = std::min(*least, 0.0f), range = *most - low;
   CodeGrid best{range / codes.last, low};
@@ -42,7 +42,7 @@ CodeGrid fit_group(const float* x, Codes codes) {
 // In each group, changes the integer scale and minimum by at most one, to the values with the smallest
 // squared error.
 template <class Affine>
-void settle(const float* x, Codes codes, Affine& b) {
+void settle(const float* x, CodeRange codes, Affine& b) {
   b.error = 0;
   for (size_t j = 0; j < b.kGroups; ++j) {
     const float scale = b.scale[j], minimum = b.minimum[j];
@@ -63,7 +63,7 @@ void settle(const float* x, Codes codes, Affine& b) {
 // Fits d and dmin to the codes, scales and minima of b by least squares. Returns false if there is no
 // solution with d > 0 and dmin >= 0.
 template <class Affine>
-bool refit(const float* x, Codes codes, Affine& b) {
+bool refit(const float* x, CodeRange codes, Affine& b) {
   double ss = 0, sm = 0, mm = 0, xs = 0, xm = 0;  // sums of products of x, s = scale * q and m = minimum
   for (size_t j = 0; j < b.kGroups; ++j) {
     const Moments k = moments<Affine::kSize>(x + j * b.kSize, b.grid(j), codes);
@@ -81,7 +81,7 @@ bool refit(const float* x, Codes codes, Affine& b) {
 }
 
 template <class Affine>
-Affine best_affine(const float* x, Codes codes) {
+Affine best_affine(const float* x, CodeRange codes) {
   Affine best;
   CodeGrid fits[Affine::kGroups];
   float largest_d = 0, largest_m = 0;
@@ -109,7 +109,7 @@ Affine best_affine(const float* x, Codes codes) {
 
 // Quantises to Q4_K or Q5_K, whose scales and minima have six bits.
 template <class Block>
-void quantize_six_bits(size_t blocks, const float* x, Block* out, Codes codes) {
+void quantize_six_bits(size_t blocks, const float* x, Block* out, CodeRange codes) {
   for (; blocks > 0; --blocks, x += Block::kElements, ++out) {
     const auto b = best_affine<AffineBlock<8, 32, 63>>(x, codes);
     *out = {};

@@ -22,7 +22,7 @@ inline CodeGrid rounded(CodeGrid grid) {
 // computed.
 struct Best {
   const float* x;
-  Codes codes;
+  CodeRange codes;
   CodeGrid grid;
   float error = squared_error<kElements>(x, grid, codes);
 
@@ -38,7 +38,7 @@ struct Best {
 
 // The best grid d * q for the codes q = -n ... n - 1.
 inline CodeGrid best_scale(const float* x, float n) {
-  const Codes codes{-n, n - 1};
+  const CodeRange codes{-n, n - 1};
   const auto [low, high] = std::minmax_element(x, x + kElements);
   const float extreme = std::abs(*low) > std::abs(*high) ? *low : *high;
   Best best{x, codes, rounded({extreme / -n})};
@@ -52,7 +52,7 @@ inline CodeGrid best_scale(const float* x, float n) {
 
 // The best grid d * q + m for the codes q = 0 ... last.
 inline CodeGrid best_affine(const float* x, float last) {
-  const Codes codes{0, last};
+  const CodeRange codes{0, last};
   const auto [low, high] = std::minmax_element(x, x + kElements);
   const float range = *high - *low;
   Best best{x, codes, rounded({range / last, *low})};
@@ -66,7 +66,7 @@ inline CodeGrid best_affine(const float* x, float last) {
 // Stores the codes of a block. codes.first is subtracted, so that the smallest code is 0. The low four bits
 // of a code are stored in a nibble, and bit 4 is stored in `high` if the format has it.
 template <class Block>
-void store_codes(const float* x, CodeGrid grid, Codes codes, Block& out) {
+void store_codes(const float* x, CodeGrid grid, CodeRange codes, Block& out) {
   const Encoder code(grid, codes);
   uint8_t q[kElements];
   for (size_t i = 0; i < kElements; ++i) q[i] = static_cast<uint8_t>(code(x[i]) - codes.first);

@@ -6,11 +6,11 @@
 
 namespace nplora {
 
-// A grid: the numbers d * q + m, where the codes q are the integers from Codes::first to Codes::last.
+// A grid: the numbers d * q + m, where the codes q are the integers from CodeRange::first to CodeRange::last.
 struct CodeGrid {
   float d, m = 0;
 };
-struct Codes {
+struct CodeRange {
   float first, last;
 };
 
@@ -23,7 +23,8 @@ inline float nearest_integer(float x) {
 // Maps x to the code of the nearest number on a grid.
 class Encoder {
  public:
-  Encoder(CodeGrid grid, Codes codes) : grid_(grid), inverse_(grid.d == 0 ? 0 : 1 / grid.d), codes_(codes) {}
+  Encoder(CodeGrid grid, CodeRange codes)
+      : grid_(grid), inverse_(grid.d == 0 ? 0 : 1 / grid.d), codes_(codes) {}
 
   float operator()(float x) const {
     const float q = (x - grid_.m) * inverse_;
@@ -34,7 +35,7 @@ class Encoder {
  private:
   CodeGrid grid_;
   float inverse_;
-  Codes codes_;
+  CodeRange codes_;
 };
 
 // The sum of term(i) for i < n. Each of eight partial sums takes every eighth term, so that vectors of any
@@ -48,7 +49,7 @@ float sum(const Term& term) {
 }
 
 template <size_t n>
-float squared_error(const float* x, CodeGrid grid, Codes codes) {
+float squared_error(const float* x, CodeGrid grid, CodeRange codes) {
   const Encoder code(grid, codes);
   return sum<n>([&](size_t i) {
     const float error = x[i] - (grid.d * code(x[i]) + grid.m);
@@ -61,7 +62,7 @@ struct Moments {
   double n, x, q, xq, qq;
 };
 template <size_t n>
-Moments moments(const float* x, CodeGrid grid, Codes codes) {
+Moments moments(const float* x, CodeGrid grid, CodeRange codes) {
   const Encoder code(grid, codes);
   float q[n];
   for (size_t i = 0; i < n; ++i) q[i] = code(x[i]);

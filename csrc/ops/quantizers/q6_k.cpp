@@ -12,9 +12,9 @@ struct Format : IntegerCodes<16, -32, 31> {
 ScaledBlock<Format> best_block(const float* x) {
   constexpr int kReach = 8;  // for the largest scale: 8 steps put the largest magnitude at codes 31 to 34
   ScaledBlock<Format> best;
-  best.d = unit_of(absmax(BlockQ6_K::kElements, x) / Format::kCodes.last, Format::kMostScale);
+  best.d = unit_of(absmax(BlockQ6_K::kElements, x) / Format::kCodeRange.last, Format::kMostScale);
   for (size_t j = 0; j < best.kGroups; ++j) {
-    const float scale = ratio(absmax(best.kSize, x + j * best.kSize) / -Format::kCodes.first, best.d);
+    const float scale = ratio(absmax(best.kSize, x + j * best.kSize) / -Format::kCodeRange.first, best.d);
     best.settle(x, j, {scale, -scale}, kReach);
   }
   return refined(x, best);
@@ -30,11 +30,11 @@ void quantize_blocks(size_t blocks, const float* x, BlockQ6_K* out) {
     out->d = to_half(b.d);
     for (size_t j = 0; j < b.kGroups; ++j) {
       out->scales[j] = static_cast<int8_t>(b.scale[j]);
-      const Encoder code({b.d * b.scale[j]}, Format::kCodes);
+      const Encoder code({b.d * b.scale[j]}, Format::kCodeRange);
       for (size_t i = 0; i < b.kSize; ++i) {
         const size_t at = j * b.kSize + i, half = at / 128, sub_block = at % 128 / kSubBlock,
                      l = at % kSubBlock;
-        const auto q = static_cast<unsigned>(code(x[at]) - Format::kCodes.first);
+        const auto q = static_cast<unsigned>(code(x[at]) - Format::kCodeRange.first);
         uint8_t &low = out->low[64 * half + sub_block % 2 * kSubBlock + l],
                 &high = out->high[half * kSubBlock + l];
         low = static_cast<uint8_t>(low | (q & 15) << (sub_block / 2 * 4));

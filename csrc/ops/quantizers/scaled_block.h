@@ -12,10 +12,10 @@ namespace nplora {
 template <size_t kGroupSize, int kFirst, int kLast>
 struct IntegerCodes {
   static constexpr size_t kSize = kGroupSize;
-  static constexpr Codes kCodes{kFirst, kLast};
+  static constexpr CodeRange kCodeRange{kFirst, kLast};
 
-  static float error(const float* x, float d) { return squared_error<kSize>(x, {d}, kCodes); }
-  static Moments sums(const float* x, float d) { return moments<kSize>(x, {d}, kCodes); }
+  static float error(const float* x, float d) { return squared_error<kSize>(x, {d}, kCodeRange); }
+  static Moments sums(const float* x, float d) { return moments<kSize>(x, {d}, kCodeRange); }
 };
 
 // A block and its error. `Format` provides the codes of a group (kSize, error, sums), the number of groups

@@ -202,7 +202,7 @@ class Part:
     held_out: bool
 
     def has(self, values: Mapping[str, Any]) -> bool:
-        text = json.dumps(values, sort_keys=True, default=str).encode()
+        text = json.dumps(values, sort_keys=True, default=str, skipkeys=True).encode()
         place = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
         return (place < self.share * 2.0**64) == self.held_out
 

@@ -171,7 +171,8 @@ def _message(row: Fields, message: object) -> Message:
     role = message["role"]
     if role not in _ROLES:
         raise row.error(f"the role of a message is {brief(role)}, expected one of {', '.join(_ROLES)}")
-    made = {**message, "content": _content(row, message)}
+    made = {name: value for name, value in message.items() if value is not None}
+    made["content"] = _content(row, message)
     if message.get("tool_calls"):
         made["tool_calls"] = _tool_calls(row, message)
     if role == "assistant" and not made["content"].strip() and not made.get("tool_calls"):

@@ -168,14 +168,18 @@ def preview(
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> print(nplora.data.preview("train.jsonl", tokenizer, examples=1))
-    train.jsonl (completion): 16 examples, 144 tokens (32 in the loss)
+    train.jsonl (completion): 16 examples, 116 tokens (42 in the loss)
     <BLANKLINE>
       tokens  examples
-           9        16  ########################################
+           6         6  ########################################
+           7         5  ##################################
+           8         0
+           9         5  ##################################
+      median         7
     <BLANKLINE>
     The first examples; what is trained is between [[ and ]]:
     <BLANKLINE>
-    train.jsonl, line 1: 9 tokens, 2 trained
+    train.jsonl, line 1: 6 tokens, 2 trained
     0+0=[[0<|end|>]]
     """
     op = "preview"

@@ -248,9 +248,7 @@ def test_a_table_without_the_columns_is_refused(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"question": ["a"], "answer": ["b"]}), tmp_path / "d.parquet")
     words = from_gguf(opened(byte_level()))
-    with pytest.raises(
-        DataError, match=r"d\.parquet, row 1: the row has \['question', 'answer'\], expected"
-    ):
+    with pytest.raises(DataError, match=r"d\.parquet, row 1: the row has \['question', 'answer'\], expected"):
         read_dataset(tmp_path / "d.parquet", words)
     with pytest.raises(DataError, match=r"d\.parquet, row 1: has no 'q', which columns names; it has"):
         read_dataset(tmp_path / "d.parquet", words, columns={"prompt": "q"})

@@ -13,9 +13,9 @@ namespace nplora {
 
 namespace {
 
-// From this size on, a buffer is a mapping of its own, which returns to the system as a whole. malloc would
-// keep the memory: batches of many sizes leave holes in its heap, and it returns almost no holes to the
-// system.
+// A buffer of this size or more is a memory mapping of its own, so freeing it returns all its memory to the
+// system. malloc would keep most of that memory: batches of different sizes leave holes in the heap, and
+// malloc rarely returns holes to the system.
 constexpr size_t kLeastMapped = size_t{64} << 10;
 std::atomic<size_t> allocated{0};
 

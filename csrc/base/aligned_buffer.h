@@ -9,8 +9,8 @@ namespace nplora {
 
 enum class Life { kShort, kLong };
 
-// Aligned to cache lines. Buffers of 2 MiB or more use huge pages if the system grants them; long-lived ones
-// do from 64 KiB on.
+// A buffer that starts at a cache line. Buffers of 2 MiB or more use huge pages if the system grants them;
+// long-lived buffers (Life::kLong) can use huge pages from 64 KiB on.
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
@@ -21,7 +21,7 @@ class AlignedBuffer {
   AlignedBuffer(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
 
-  // How many buffers this process has allocated.
+  // The number of buffers that this process has allocated so far.
   static size_t allocations();
 
   size_t size() const { return bytes_; }

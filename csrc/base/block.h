@@ -1,4 +1,5 @@
-// The parts of low-bit blocks. A block may start at any byte.
+// Types and constants that all formats of low-bit blocks share. A block need not be aligned: it may start at
+// any byte.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +7,7 @@
 
 namespace nplora {
 
-// The number of values in a sub-block. A block is a whole number of sub-blocks, and a row can be cut between
+// The number of values in a sub-block. A block consists of whole sub-blocks, and a row can be cut between
 // sub-blocks. Some formats have a scale for each half of a sub-block.
 inline constexpr size_t kSubBlock = 32;
 
@@ -20,8 +21,8 @@ inline constexpr float kSmallestHalf = 0x1p-24f, kLargestHalf = 65504;
 
 // Properties of a block format, apart from its layout.
 struct BlockFacts {
-  float largest;                  // the largest magnitude for which scale and minimum stay within float16
-  const char* shorter = nullptr;  // the format that llama.cpp uses for rows that are not whole blocks
+  float largest;  // the largest magnitude with which a block's scale and minimum still fit float16
+  const char* shorter = nullptr;  // the format that llama.cpp uses if a row is not a whole number of blocks
 };
 
 }  // namespace nplora

@@ -8,8 +8,8 @@ namespace nplora {
 
 namespace {
 
-// The most bytes an idle buffer may have to serve a request: batches differ a little in their number of
-// tokens, so up to a quarter more is accepted.
+// The largest idle buffer that is reused for a request of `bytes`. The buffer may be a quarter larger than
+// the request, because batches differ a little in their number of tokens.
 constexpr size_t most_for(size_t bytes) {
   return bytes + bytes / 4;
 }
@@ -33,8 +33,8 @@ AlignedBuffer BufferCache::take(size_t bytes) {
   return buffer;
 }
 
-// Frees idle buffers, the largest first, until a new buffer of this size fits without exceeding the most
-// memory that was ever in use.
+// Frees idle buffers, the largest first. Stops when a new buffer of this size fits without exceeding the
+// largest amount of memory that was ever in use.
 void BufferCache::make_room(size_t bytes) {
   const size_t most = std::max(most_used_, used_bytes_ + bytes);
   while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {
@@ -52,7 +52,7 @@ void BufferCache::give_back(AlignedBuffer buffer) noexcept {
     idle_.emplace(bytes, std::move(buffer));
     idle_bytes_ += bytes;
   } catch (const std::bad_alloc&) {
-    // There is no memory for the entry: the buffer is freed.
+    // There is no memory for an entry in the list of idle buffers, so the buffer is freed.
   }
 }
 

@@ -12,8 +12,8 @@ namespace nplora {
 // Used and idle buffers together never take more memory than the peak of the used buffers alone.
 class BufferCache {
  public:
-  // A buffer of at least this many bytes, with undefined contents: an idle buffer that is not much larger
-  // or, if there is none, a new buffer.
+  // Returns a buffer of at least this many bytes, with undefined contents. Reuses an idle buffer that is not
+  // much larger; if there is none, allocates a new buffer.
   AlignedBuffer take(size_t bytes);
   void give_back(AlignedBuffer buffer) noexcept;
 
@@ -28,8 +28,8 @@ class BufferCache {
   size_t used_bytes_ = 0, idle_bytes_ = 0, most_used_ = 0;
 };
 
-// The cache of this process. It is never destroyed, because arrays may give their buffers back while the
-// process ends.
+// The buffer cache of this process. The cache is never destroyed, because arrays may give their buffers back
+// while the process ends.
 BufferCache& buffer_cache();
 
 }  // namespace nplora

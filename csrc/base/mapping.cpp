@@ -17,15 +17,17 @@ namespace nplora {
 
 namespace {
 
-// kRegion: how much address space neighbours fill one after the other. kLargestNeighbour: the size up to
-// which weights share huge pages; larger weights lose little to the small pages at their ends.
+// kRegion: the size of a region of address space that weights fill one after the other. kLargestNeighbour:
+// the size up to which weights share huge pages. In larger weights, the small pages at the two ends are only
+// a small part.
 constexpr size_t kRegion = size_t{32} << 20, kLargestNeighbour = size_t{8} << 20;
 
 #ifdef __linux__
 constexpr int kCollapse = 25;  // MADV_COLLAPSE (Linux 6.1), which older headers lack
 #endif
 
-// Read at start, not in whole_pages: the child of a fork could wait for another thread that initialises it.
+// The page size is read when the library is loaded. If it were a static variable inside whole_pages, the
+// child of a fork could wait forever for a thread that was initialising the variable.
 const size_t page_size = static_cast<size_t>(sysconf(_SC_PAGESIZE));
 
 size_t whole_pages(size_t bytes) {
@@ -51,7 +53,7 @@ void advise_huge([[maybe_unused]] char* at, [[maybe_unused]] size_t bytes) {
 #endif
 }
 
-// Maps this many bytes, starting at a huge page.
+// Maps this many bytes of memory. The memory starts at a multiple of the huge page size.
 char* map_aligned(size_t bytes) {
   char* const first = map_pages(bytes + kHugePage);
   if (first == nullptr) return nullptr;
@@ -70,9 +72,9 @@ std::string setting(const char* name) {
   return line;
 }
 
-// Whether the system can move the content of small pages into a huge page; no value if there is no memory to
-// try it. MADV_COLLAPSE works even if the administrator wants no huge pages, so those settings are read
-// first.
+// Whether the system can move the content of small pages into a huge page. Returns no value if there is no
+// memory for a trial. MADV_COLLAPSE ignores the administrator's settings for huge pages, so these settings
+// are read first.
 std::optional<bool> can_collapse() {
   std::string enabled = setting("hugepages-2048kB/enabled");
   if (enabled.empty() || enabled.find("[inherit]") != std::string::npos) enabled = setting("enabled");
@@ -81,17 +83,19 @@ std::optional<bool> can_collapse() {
   char* const trial = map_aligned(kHugePage);
   if (trial == nullptr) return std::nullopt;
   *trial = 1;
-  // EINVAL: the kernel does not know kCollapse. Other errors: no huge page is free.
+  // The error EINVAL means that the kernel does not know kCollapse. Other errors mean that no huge page is
+  // free.
   const bool knows = madvise(trial, kHugePage, kCollapse) == 0 || errno != EINVAL;
   munmap(trial, kHugePage);
   return knows;
 }
 
-// Places weights one after the other. No thread waits for another thread here, because it would wait forever
-// in the child of a fork.
+// Places weights in memory one after the other, so that they share huge pages. No thread waits for the lock,
+// because in the child of a fork, the thread that holds the lock may not exist.
 class Neighbours {
  public:
-  // Returns nullptr if weights cannot share huge pages on this system.
+  // Returns nullptr if weights cannot share huge pages on this system, if another thread holds the lock, or
+  // if there is no memory.
   char* take(size_t size) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
@@ -110,15 +114,15 @@ class Neighbours {
     return at;
   }
 
-  // If part of a half-filled huge page is unmapped, other code may get that memory, so the page is never
-  // collapsed. A thread that is inside `take` at that moment may not see this. That can cost the other code
-  // memory, but never its data.
+  // Notes that a piece of memory will be unmapped, after which other code may map it. If the memory is part
+  // of a huge page that weights have not filled yet, the small pages there are never collapsed. A thread that
+  // is running `take` may miss the note. A missed note can cost other code memory, but never data.
   void leave(const char* at, size_t size) {
     if (at < end_ && at + size > small_pages_) has_hole_ = true;
   }
 
  private:
-  // Moves on to `start`; the space that is skipped goes back to the system.
+  // Continues at `start`, and returns the skipped address space to the system.
   void move_to(char* start) {
     if (start != next_) munmap(next_, static_cast<size_t>(start - next_));
     next_ = start;
@@ -131,7 +135,7 @@ class Neighbours {
     end_ = nullptr;
     char* const region = map_aligned(kRegion);
     if (region == nullptr) return false;
-    madvise(region, kRegion, MADV_NOHUGEPAGE);  // until weights take them
+    madvise(region, kRegion, MADV_NOHUGEPAGE);  // no huge page until weights fill it
     next_ = region;
     small_pages_ = region;
     end_ = region + kRegion;
@@ -142,7 +146,8 @@ class Neighbours {
   std::optional<bool> shares_;
   char* next_ = nullptr;
   std::atomic<char*> end_ = nullptr;  // of the region
-  // From this huge page on, everything is in small pages or not mapped yet.
+  // The start of the first huge page that weights do not fill yet. All pages of the region after this address
+  // are small or unused.
   std::atomic<char*> small_pages_ = nullptr;
   std::atomic<bool> has_hole_ = false;
 };

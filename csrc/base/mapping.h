@@ -6,20 +6,20 @@
 namespace nplora {
 
 // The size of a huge page on x86-64, and on aarch64 with pages of 4 KB. On systems with larger huge pages,
-// weights share none.
+// weights do not share huge pages.
 inline constexpr size_t kHugePage = size_t{2} << 20;
 
-// Both functions return nullptr if there is no memory. unmap undoes both.
+// map and map_beside return nullptr if there is no memory. unmap frees the memory of either function.
 
-// Mappings of 2 MiB or more start at a huge page, and the system is asked for huge pages. If it refuses, only
-// speed is lost.
+// A mapping of 2 MiB or more starts at a multiple of the huge page size, and the system is asked to use huge
+// pages for it. If the system refuses, only speed is lost.
 char* map(size_t bytes);
 
-// For weights, which are read from memory again and again. A huge page needs one address translation; the
-// same bytes in small pages need 512, more than the processor keeps. So weights are placed one after the
-// other, and a huge page is requested once weights fill all of it: it never makes a process larger while they
-// live. Memory that is unmapped inside a huge page returns to the system when it is short of memory, or
-// together with the rest of the page.
+// Maps memory for a weight, which is read from memory again and again. A huge page needs one address
+// translation; the same bytes in small pages need 512, more than the processor caches. So weights are placed
+// one after the other, and a huge page is requested only when weights fill all of it. While the weights
+// exist, huge pages therefore never make the process larger. If a part of a huge page is unmapped, the system
+// takes this memory back when it is short of memory, or when the rest of the page is unmapped.
 char* map_beside(size_t bytes);
 
 void unmap(void* at, size_t bytes);

@@ -13,11 +13,11 @@ namespace nplora {
 
 namespace {
 
-// One mapping. The signal handler reads the list without a lock, so an entry is never freed: the next mapping
-// reuses an entry that is not in use.
+// One watched mapping, as an entry of a list. The signal handler reads the list without a lock, so an entry
+// is never freed. A new mapping reuses an entry that is not in use.
 struct Watch {
   size_t number = 0;
-  std::atomic<uintptr_t> begin = 0, end = 0;  // both 0: not in use
+  std::atomic<uintptr_t> begin = 0, end = 0;  // `begin` and `end` are 0 if the entry is not in use
   char message[kLongestMessage];
   size_t length = 0;
   Watch* next = nullptr;
@@ -26,10 +26,10 @@ struct Watch {
 std::atomic<Watch*> watches = nullptr;
 static_assert(std::atomic<Watch*>::is_always_lock_free && std::atomic<uintptr_t>::is_always_lock_free);
 
-// Entries are added and removed with this lock and the interpreter's lock held, so no fork happens in
-// between.
+// Entries are added and removed while this mutex and the interpreter's lock are held, so Python cannot fork
+// in the middle of a change.
 std::mutex mutex;
-struct sigaction before;  // what handled SIGBUS before
+struct sigaction before;  // the handler of SIGBUS before ours
 
 const Watch* find(uintptr_t address) {
   for (const Watch* watch = watches.load(); watch != nullptr; watch = watch->next)
@@ -63,17 +63,17 @@ void call(const struct sigaction& action, int signal, siginfo_t* info, void* con
 }
 
 void on_bus_error(int signal, siginfo_t* info, void* context) {
-  const bool is_access = info->si_code > 0;  // not sent by a process
+  const bool is_access = info->si_code > 0;  // false if another process sent the signal
   if (is_access)
     if (const Watch* const watch = find(reinterpret_cast<uintptr_t>(info->si_addr)))
       end_with(*watch, signal, info, context);
   if (is_function(before)) return call(before, signal, info, context);
   if (before.sa_handler == SIG_IGN && !is_access) return;
   ::signal(signal, SIG_DFL);
-  if (!is_access) raise(signal);  // otherwise the access is repeated, and fails again
+  if (!is_access) raise(signal);  // after the handler returns, the failed access is repeated and fails again
 }
 
-// Installs the handler again if needed: other code may have restored an older handler, as
+// Installs our handler again if needed: other code may have restored an older handler, as
 // faulthandler.disable() does.
 void install() {
   struct sigaction current;
@@ -87,7 +87,8 @@ void install() {
   sigaction(SIGBUS, &ours, nullptr);
 }
 
-// An entry that is not in use. A new entry joins the list; at first it covers no memory.
+// Returns an entry that is not in use. If all entries are in use, adds a new entry, which covers no memory
+// yet.
 Watch* free_watch() {
   for (Watch* watch = watches.load(); watch != nullptr; watch = watch->next)
     if (watch->end.load() == 0) return watch;

@@ -22,16 +22,17 @@ namespace {
 std::atomic<size_t> thread_limit{0};
 std::atomic<bool (*)()> interrupt_hook{nullptr};
 
-// Whether this thread is inside the interrupt hook, and so inside a call. Work that the hook starts stays on
-// this thread.
+// Whether this thread is running the interrupt hook, in the middle of a call. Work that the hook starts stays
+// on this thread.
 thread_local bool asking = false;
 
-// About 5 µs of arithmetic on one core. Waking a worker costs as much.
+// The least number of operations for which another thread is worth starting. One core computes this many
+// operations in about 5 µs, which is also the time to wake a worker.
 constexpr double kOperationsPerThread = 5e5;
 
-// Hands out tasks one by one from a shared counter; the first exception stops the rest. All threads compute
-// in the caller's floating-point environment (rounding, flushing of subnormals). Otherwise results would
-// depend on which thread took a task.
+// Hands out tasks one by one from a shared counter. After the first exception, no more tasks are handed out.
+// All threads compute in the caller's floating-point environment (rounding, flushing of subnormals), so
+// results do not depend on which thread takes a task.
 class TaskRun {
  public:
   TaskRun(size_t tasks, Interruptible interruptible, void (*body)(const void*, size_t), const void* context)
@@ -107,7 +108,8 @@ Backend backend() {
   return chosen;
 }
 
-// The limit set by OMP_NUM_THREADS and threadpoolctl. Without OpenMP, only OMP_NUM_THREADS is read.
+// The number of threads that OMP_NUM_THREADS and threadpoolctl allow. A build without OpenMP reads only
+// OMP_NUM_THREADS.
 size_t most_threads() {
 #ifdef _OPENMP
   return static_cast<size_t>(std::max(1, omp_get_max_threads()));

@@ -1,4 +1,4 @@
-// Threads. This is the only user of OpenMP; all code above it sees tasks.
+// Runs tasks on several threads. Only parallel.cpp uses OpenMP; all other code deals with tasks.
 #pragma once
 
 #include <cstddef>
@@ -6,27 +6,27 @@
 
 namespace nplora {
 
-// The caller's hook asked to stop (Ctrl-C). Outputs are unfinished.
+// Thrown when the interrupt hook asks to stop (Ctrl-C). The outputs of the call are then incomplete.
 struct Interrupted : std::runtime_error {
   Interrupted() : std::runtime_error("interrupted") {}
 };
 
-// Our own limit; 0 means no limit. num_threads() is the smaller of this limit and omp_get_max_threads(), so
-// OMP_NUM_THREADS and threadpoolctl are honoured. It is always 1 in a forked child, where threads do not
-// survive.
+// Sets our own limit for the number of threads; 0 means no limit. num_threads() is the smaller of this limit
+// and omp_get_max_threads(), so OMP_NUM_THREADS and threadpoolctl are honoured. In a forked child
+// num_threads() is always 1, because threads do not survive a fork.
 void set_thread_limit(size_t n);
 size_t num_threads();
 
-// Where the threads come from: "openmp" or "pool" (pool.h). The variable NPLORA_PARALLEL chooses, and is read
-// once. Results do not depend on this choice. Throws std::invalid_argument if the variable has another value,
-// or names a backend that is not built in.
+// The backend that provides the threads: "openmp" or "pool" (pool.h). The environment variable
+// NPLORA_PARALLEL chooses the backend, and is read once. Results do not depend on the backend. Throws
+// std::invalid_argument if NPLORA_PARALLEL has another value, or names a backend that this build lacks.
 const char* parallel_backend();
 
 // The OpenMP version as its standard writes it (201511 is 4.5), or 0 if the build has no OpenMP.
 int openmp_version();
 
-// The hook is called between tasks, only on the thread that called parallel_for. If it returns true, the work
-// stops.
+// Sets the interrupt hook. parallel_for calls the hook between tasks, only on the thread that called
+// parallel_for. If the hook returns true, no more tasks are started and Interrupted is thrown.
 void set_interrupt_hook(bool (*hook)());
 
 enum class Interruptible { kNo, kYes };
@@ -41,8 +41,8 @@ void run_tasks(size_t tasks, size_t threads, Interruptible interruptible, void (
 size_t useful_threads(double operations);
 
 // Calls body(task) once for each task in [0, tasks), in any order, on at most `threads` threads. A reduction
-// is never split: each task owns its outputs, so results do not depend on the number of threads. The first
-// exception is rethrown here.
+// is never split: each task owns its outputs, so results do not depend on the number of threads. If tasks
+// throw, the first exception is rethrown.
 template <class Body>
 void parallel_for(size_t tasks, size_t threads, Interruptible interruptible, const Body& body) {
   detail::run_tasks(

@@ -20,21 +20,21 @@ namespace nplora {
 namespace {
 
 std::atomic<bool> in_child{false};
-// If the system has no memory for this registration, forked children may hang. Nothing else depends on the
-// registration.
+// Registers a function that notes in a forked child that it was forked. If the system has no memory for this
+// registration, forked children may hang. Nothing else depends on the registration.
 [[maybe_unused]] const int fork_watch = pthread_atfork(nullptr, nullptr, [] { in_child = true; });
 
-// How long an idle thread polls before it sleeps: longer than the gaps between the calls of a training step.
-// A sleeper may be woken onto the caller's own core (in a virtual machine, the other core is halted and does
-// not count as idle). It then waits for a time slice while the caller does all the work: with 20 µs, a step
-// took 8.0 ms on two cores instead of 4.3.
+// How long an idle thread polls before it sleeps. The polling time is longer than the gaps between the calls
+// of a training step. A sleeping thread may be woken on the caller's own core (in a virtual machine, the
+// other core is halted and does not count as idle). The woken thread then waits for a time slice while the
+// caller does all the work: with 20 µs of polling, a step took 8.0 ms on two cores instead of 4.3 ms.
 constexpr auto kSpinTime = std::chrono::microseconds(1000);
 
 struct Job {
   void (*work)(void*, bool);
   void* context;
-  size_t places;                   // workers that may still join; guarded by Pool::mutex_
-  std::atomic<size_t> working{0};  // workers that joined and have not returned
+  size_t places;                   // how many workers may still join; guarded by Pool::mutex_
+  std::atomic<size_t> working{0};  // how many workers have joined and not yet returned
 };
 
 class Pool {
@@ -43,7 +43,7 @@ class Pool {
     Job job{work, context, helpers};
     open(&job, helpers);
     work(context, true);
-    if (!forked()) close(&job);  // in a child, the workers are gone and the mutex may be locked
+    if (!forked()) close(&job);  // in a forked child, the workers are gone and the mutex may be locked
   }
 
  private:
@@ -70,8 +70,8 @@ class Pool {
     done_.wait(lock, all_returned);
   }
 
-  // If the system refuses a thread, or memory for it, only speed is lost. Workers block all signals, which
-  // belong to the program.
+  // If the system refuses a thread, or memory for a thread, only speed is lost. Workers block all signals, so
+  // that the program's own threads receive them.
   void start_workers(size_t wanted) {
     if (worker_threads_.size() >= wanted) return;
     sigset_t all, before;
@@ -90,9 +90,10 @@ class Pool {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
-  // Keeps the workers off the caller's processor. A sleeping worker would often be woken onto it, and would
-  // wait for a time slice while the caller does all the work. On the other processors a worker gets enough
-  // time even if other threads spin there, as the threads of a BLAS do for a while after each product.
+  // Keeps the workers off the caller's processor. A sleeping worker would often be woken on that processor,
+  // and would wait there for a time slice while the caller does all the work. On the other processors a
+  // worker gets enough time even if other threads spin there, as the threads of a BLAS do for a while after
+  // each product.
   void steer_workers() {
 #ifdef __linux__
     const int cpu = sched_getcpu();
@@ -111,7 +112,7 @@ class Pool {
       const bool seen = spin([this] { return open_places_.load(std::memory_order_acquire) > 0; }, kSpinTime);
       std::unique_lock lock(mutex_);
       Job* job = next_job();
-      if (!job && seen) continue;  // the job ended before this thread came; the next one is near
+      if (!job && seen) continue;  // the job ended before this thread joined; another job may follow soon
       wake_.wait(lock, [&] { return (job = next_job()) != nullptr; });
       --job->places;
       open_places_.fetch_sub(1, std::memory_order_relaxed);
@@ -135,7 +136,7 @@ class Pool {
   std::vector<Job*> jobs_;
   std::atomic<size_t> open_places_{0};     // of all jobs
   std::vector<pthread_t> worker_threads_;  // these never end
-  int steered_from_ = -1;                  // the caller's processor, which the workers keep off
+  int steered_from_ = -1;                  // the caller's processor, which the workers avoid
 };
 
 }  // namespace

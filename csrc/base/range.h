@@ -1,4 +1,4 @@
-// Cutting n items into blocks of one size, or into a given number of pieces.
+// Cuts n items into blocks of one size, or into a given number of pieces.
 #pragma once
 
 #include <algorithm>
@@ -18,13 +18,14 @@ struct Range {
   size_t first, count;
 };
 
-// Block i of n items in blocks of `size`; the last may be shorter.
+// Block i, if n items are cut into blocks of `size` items. The last block may be shorter.
 constexpr Range nth_block(size_t n, size_t size, size_t i) {
   return {i * size, std::min(size, n - i * size)};
 }
 
-// Piece i of n items, cut into `pieces` of about equal size that begin at multiples of `unit`. pieces is at
-// least 1 and at most the number of units. If the pieces differ, the last piece is among the shorter ones.
+// Piece i, if n items are cut into `pieces` pieces of about equal size that begin at multiples of `unit`.
+// `pieces` is at least 1 and at most the number of units. If the pieces differ in size, the last piece is one
+// of the shorter pieces.
 constexpr Range nth_piece(size_t n, size_t unit, size_t pieces, size_t i) {
   const size_t units = ceil_div(n, unit), first = ceil_div(units * i, pieces) * unit;
   return {first, std::min(n, ceil_div(units * (i + 1), pieces) * unit) - first};

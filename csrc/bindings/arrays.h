@@ -1,5 +1,5 @@
-// Arrays between Python and C++. dtype and C order are strict. Shapes are checked here; friendlier messages
-// come from python/nplora/_check.py.
+// NumPy arrays that Python passes to C++. An array must have the exact dtype and be in C order. Shapes are
+// checked here too; python/nplora/_check.py gives the friendlier error messages.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -20,13 +20,14 @@ namespace nplora::bindings {
 
 namespace py = pybind11;
 
-// Never converted: an array of another dtype or order is refused, so that writes reach the caller's buffer.
+// An array that is never converted. An array of another dtype or order is refused, so that writes reach the
+// caller's buffer.
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// Runs f without the GIL. gil_scoped_release is not used, because its destructor takes the GIL back. While
-// the interpreter shuts down, that ends a daemon thread by forced unwinding, which must not pass a destructor
-// or a catch.
+// Runs `f` without the GIL. pybind11's gil_scoped_release is not used, because its destructor takes the GIL
+// back. If a daemon thread takes the GIL while the interpreter shuts down, Python ends the thread by forced
+// unwinding, which must not pass a destructor or a catch block.
 template <class F>
 void without_gil(const F& f) {
   PyThreadState* state = PyEval_SaveThread();
@@ -58,7 +59,7 @@ inline void require_aligned(const py::array& array) {
   require(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_, "expected an aligned array");
 }
 
-// n elements, aligned for their type.
+// Requires an array of n elements, aligned for their type.
 template <class T>
 void require_size(const char* name, const Array<T>& array, size_t n) {
   require_aligned(array);
@@ -88,10 +89,10 @@ Matrix<T> write(std::optional<Array<T>>& array) {
   return array ? write(*array) : Matrix<T>{};
 }
 
-// Below this size NumPy's own memory is used, because malloc's caches are as fast.
+// Arrays below this size use NumPy's own memory, because malloc's caches are as fast for small arrays.
 inline constexpr size_t kLeastBufferBytes = size_t{1} << 16;
 
-// An array whose memory returns to the cache when its last view is gone.
+// An array whose memory returns to the buffer cache when the last view of the array is gone.
 py::array empty_array(const py::dtype& dtype, const std::vector<py::ssize_t>& shape);
 
 template <class T>
@@ -104,7 +105,7 @@ Array<T> empty_rows(size_t rows, size_t cols) {
 Storage storage_of(const std::string& name);
 const char* name_of(Storage storage);
 
-// A packed weight, or an array of the caller.
+// A weight as Python passes it: a packed weight, or an array.
 template <class T>
 using WeightArgument = std::variant<const PackedWeight*, Array<T>>;
 

@@ -11,7 +11,7 @@ namespace {
 using Floats = Array<float>;
 using Bytes = Array<uint8_t>;
 
-// A row format: any format but nf4.
+// Finds a row format by its name. Every block format except nf4 is a row format.
 BlockFormat row_format(const std::string& name) {
   std::string known;
   for (size_t i = 0; i < kRowFormats; ++i) {
@@ -21,7 +21,7 @@ BlockFormat row_format(const std::string& name) {
   throw std::invalid_argument("unknown block format '" + name + "', expected one of " + known);
 }
 
-// Checks that blocks has the size of (rows, cols) values.
+// Checks that the array `blocks` has the right size for (rows, cols) values.
 void require_blocks(BlockFormat format, const Bytes& blocks, size_t rows, size_t cols) {
   const BlockFormatInfo& of = info(format);
   require(cols % of.elements == 0, "rows of " + std::to_string(cols) +

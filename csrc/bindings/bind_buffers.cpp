@@ -19,7 +19,7 @@ py::array empty_array(const py::dtype& dtype, const std::vector<py::ssize_t>& sh
     const std::unique_ptr<AlignedBuffer> buffer(static_cast<AlignedBuffer*>(held));
     buffer_cache().give_back(std::move(*buffer));
   });
-  buffer.release();  // NOLINT: now the capsule owns it
+  buffer.release();  // NOLINT: the capsule now owns the buffer
   return py::array(dtype, shape, data, owner);
 }
 

@@ -9,7 +9,7 @@ namespace nplora::bindings {
 
 namespace {
 
-// y = x Wᵀ + scale (x Bᵀ) Aᵀ [+ bias]. Keeps the weight and the arrays alive.
+// A layer that computes y = x Wᵀ + scale (x Bᵀ) Aᵀ [+ bias]. The layer keeps the weight and the arrays alive.
 class InferenceLayer {
  public:
   template <class T>

@@ -40,7 +40,7 @@ void matmul_t(const WeightArgument<T>& weight, const Array<T>& dy, Array<T> out)
 template <class T>
 using Maybe = std::optional<Array<T>>;
 
-// A layer of a stack, as Python passes it.
+// The fields of one layer of a stack, as Python passes them.
 template <class T>
 struct ForwardFields {
   static constexpr const char* kType = "ForwardPart";
@@ -76,7 +76,8 @@ void forward(const Array<T>& x, const py::list& layers) {
 
 template <class T>
 void backward(const Maybe<T>& x, Maybe<T> dx, const py::list& layers) {
-  // Without x and dx, pybind11 cannot choose between float and double.
+  // pybind11 chooses between float and double by the dtype of x or dx. If x and dx are both None, the dtype
+  // of dy decides.
   if constexpr (std::is_same_v<T, float>)
     if (!x && !dx && !layers.empty() &&
         py::isinstance<Array<double>>(py::getattr(layers[0], "dy", py::none())))
@@ -113,7 +114,7 @@ void outer(const Array<T>& a, const Array<T>& b, double scale, Array<T> out) {
   without_gil([&] { add_outer(left, right, scale, to); });
 }
 
-// The rows of an array that is written in place. Each row is contiguous; rows may be any distance apart.
+// The rows of an array that is written in place. Each row must be contiguous; there may be gaps between rows.
 template <class T>
 Matrix<T> rows_of(py::array_t<T>& array) {
   require(array.ndim() == 2, "w must have 2 axes");
@@ -127,7 +128,7 @@ Matrix<T> rows_of(py::array_t<T>& array) {
   return {array.mutable_data(), size_t(rows), size_t(cols), size_t(stride / size)};
 }
 
-// W holds T, the factors hold F, which is float for the two 16-bit storages.
+// W has elements T, and the factors have elements F. For the two 16-bit storage formats, F is float.
 template <class T, class F>
 void merge(py::array_t<T> w, const Array<F>& a, const Array<F>& b, double scale, const std::string& name,
            std::optional<uint64_t> key) {
@@ -160,7 +161,7 @@ std::string in_words(const KernelPlan& plan) {
   return "the update is separate (" + separate + " operations, " + merged + " if merged into W on the fly)";
 }
 
-// The KernelPlan of forward and backward, in words.
+// Describes in words how forward and backward are computed (their KernelPlan).
 py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool dropout, bool keep_z) {
   require(rows >= 1 && rows <= PTRDIFF_MAX, "explain: rows is " + std::to_string(rows) +
                                                 ", expected at least 1 and no more than an array can have");

@@ -10,9 +10,9 @@ namespace nplora::bindings {
 
 namespace {
 
-// The buffers of a step come in tuples, which nobody can change while the GIL is released. They are checked
-// here one by one. Casting lists to vectors of array_t took a sixth of a step with the 420 factors of a
-// language model, and so did preparing messages that were never shown.
+// The buffers of an optimiser step come in tuples, which nobody can change while the GIL is released. The
+// buffers are checked here one by one. Casting lists to vectors of array_t took a sixth of a step with the
+// 420 factors of a language model, and so did preparing error messages that were never shown.
 [[noreturn]] void refuse(const std::string& message) {
   throw std::invalid_argument(message);
 }
@@ -44,7 +44,8 @@ void require_alike(const char* name, const py::array& array, const py::array& va
     refuse(std::string(name) + " must have the shape and dtype of its parameter");
 }
 
-// Buffers that are written must not overlap, because two threads may work on them.
+// Checks that the buffers to which a step writes do not overlap, because two threads may write to them at
+// once.
 void require_apart(const std::vector<Trained>& all) {
   static thread_local std::vector<std::pair<const char*, size_t>> written;
   written.clear();
@@ -58,14 +59,15 @@ void require_apart(const std::vector<Trained>& all) {
       refuse("two buffers of the step overlap");
 }
 
-// The learning rates of a step (LoRA+): one for parameters marked by is_a, one for all others.
+// The learning rates of a step (LoRA+): lr_of_a for the parameters that is_a marks, lr for all others.
 struct Rates {
   double lr, lr_of_a;
   const Array<bool>& is_a;
 };
 
-// The buffers of one step, checked against each other. They are valid until this thread's next call. A
-// parameter is (name, value, grad). second is null for SGD; first is null too without momentum.
+// Collects the buffers of one step, and checks that they fit each other. The result is valid until this
+// thread's next call. A parameter is a tuple (name, value, grad). For SGD, `second` is null; for SGD without
+// momentum, `first` is null too.
 const std::vector<Trained>& collect(const py::tuple& parameters, const py::tuple* first,
                                     const py::tuple* second, const Rates& rates) {
   static thread_local std::vector<Trained> all;
@@ -94,9 +96,9 @@ const std::vector<Trained>& collect(const py::tuple& parameters, const py::tuple
   return all;
 }
 
-// Calls step(scale) without the GIL. With a max_norm, the scale is lowered so that the norm of the gradients
-// is at most max_norm. Returns the norm before the scale was lowered. If the norm is not finite, there is no
-// step.
+// Calls step(scale) without the GIL. If max_norm is given, the scale is first lowered so that the norm of the
+// gradients is at most max_norm. Returns the norm before the scale was lowered. If the norm is not finite,
+// `step` is not called.
 template <class Step>
 std::optional<double> clip_and_step(const std::vector<Trained>& parameters, double scale,
                                     std::optional<double> max_norm, const Step& step) {

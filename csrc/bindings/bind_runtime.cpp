@@ -12,9 +12,10 @@ namespace {
 
 unsigned long main_thread = 0;  // Python's main thread, the only one that runs signal handlers
 
-// Called between tasks on the calling thread, which has released the GIL. A pending Ctrl-C becomes Python's
-// exception. Other threads have nothing to check, and taking the GIL could end a daemon thread while the
-// interpreter shuts down.
+// The interrupt hook. The hook is called between tasks, on the thread that called the core and released the
+// GIL. On Python's main thread, a pending Ctrl-C becomes a Python exception. Threads other than the main
+// thread have no signals to check, and must not take the GIL: while the interpreter shuts down, this could
+// end a daemon thread.
 bool signal_pending() {
   using Clock = std::chrono::steady_clock;
   constexpr auto kInterval = std::chrono::milliseconds(50);
@@ -24,7 +25,7 @@ bool signal_pending() {
   if (now - last < kInterval) return false;
   last = now;
   const py::gil_scoped_acquire acquire;
-  const ScratchFrame frame;  // a handler may call the core in the middle of a task
+  const ScratchFrame frame;  // a signal handler may call the core in the middle of a task
   return PyErr_CheckSignals() != 0;
 }
 

@@ -19,13 +19,13 @@ void require_like(const char* name, const Floats& array, const Floats& other) {
   require_shape(name, array, size_t(other.shape(0)), size_t(other.shape(1)));
 }
 
-// Indices are checked on a copy, which nobody can write to once the GIL is released.
+// Copies indices before they are checked. Nobody can write to the copy while the GIL is released.
 std::vector<int64_t> copied(const char* name, const Integers& array, size_t n) {
   require_size(name, array, n);
   return {array.data(), array.data() + n};
 }
 
-// Checks n integers: each is at least `least` and below `end`.
+// Copies n integers, and checks that each is at least `least` and below `end`.
 std::vector<int64_t> within(const char* name, const Integers& array, size_t n, int64_t least, int64_t end) {
   std::vector<int64_t> values = copied(name, array, n);
   for (const int64_t value : values)
@@ -36,7 +36,7 @@ std::vector<int64_t> within(const char* name, const Integers& array, size_t n, i
   return values;
 }
 
-// The activation of a name in transformers' hidden_act.
+// The activation for a value of hidden_act in a configuration of the transformers library.
 Activation activation_of(const std::string& act) {
   if (act == "silu") return Activation::kSilu;
   if (act == "gelu_pytorch_tanh") return Activation::kGeluTanh;
@@ -138,11 +138,11 @@ AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t k
   require(dim > 0 && width == heads * dim, "q must have a width of heads * head_dim");
   require(kv_width == kv_heads * dim, "k must have a width of kv_heads * head_dim");
   require(window >= 0, "window must be at least 0");
-  constexpr int64_t kMostKeys = int64_t{1} << 40;  // a larger window sees everything
+  constexpr int64_t kMostKeys = int64_t{1} << 40;  // a window of this size covers every sequence
   return {heads, kv_heads, dim, float(scale), size_t(std::min(window, kMostKeys))};
 }
 
-// Checks the rows at which sequences start; together they have n rows.
+// Checks the array `starts`: the first row of each sequence, and then n, the number of all rows.
 std::vector<int64_t> checked_starts(const Integers& array, size_t n) {
   const std::vector<int64_t> starts = copied("starts", array, size_t(array.size()));
   require(array.ndim() == 1 && !starts.empty() && starts.front() == 0 && starts.back() == int64_t(n) &&

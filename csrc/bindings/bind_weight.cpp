@@ -38,8 +38,8 @@ bool is_16_bit(Storage storage) {
   return !is_blocks(storage) && bytes_per_element(storage) == 2;
 }
 
-// The arrays that hold the values of a storage format: double for float64, bit patterns or float for 16 bits,
-// else float.
+// Whether an array of T can hold the values of a storage format: double for float64, bit patterns (uint16_t)
+// or float for a 16-bit format, float for all others.
 template <class T>
 bool fits(Storage storage) {
   if (sizeof(T) == 8) return storage == Storage::kFloat64;
@@ -60,8 +60,8 @@ std::unique_ptr<PackedWeight> pack(const Array<T>& w, const std::string& name,
   return packed;
 }
 
-// W in arrays that nobody writes to. The arrays are kept alive, not copied. (pybind11's keep_alive would also
-// run if the arguments did not fit, and would crash.)
+// A weight whose values stay in the caller's arrays. These arrays are kept alive, not copied, and nobody may
+// write to them. (pybind11's keep_alive would also run after a call with wrong arguments, and would crash.)
 template <class... Arrays>
 std::unique_ptr<PackedWeight> as_it_lies(const WeightView& w, const Arrays&... arrays) {
   return std::make_unique<PackedWeight>(w, std::make_shared<py::tuple>(py::make_tuple(arrays...)));
@@ -127,7 +127,7 @@ void gather_rows(const PackedWeight& w, const Array<int64_t>& ids, Array<T> out)
           "out has the wrong dtype");
   const size_t n = size_t(ids.size());
   require_shape("out", out, n, w.d_in());
-  // A copy of the ids, so that no other code writes to them after the check.
+  // The ids are copied, so that no other code can change them after the check.
   const std::vector<int64_t> id(ids.data(), ids.data() + n);
   for (size_t i = 0; i < n; ++i)
     if (id[i] < 0 || size_t(id[i]) >= w.d_out())

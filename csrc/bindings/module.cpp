@@ -2,8 +2,8 @@
 
 namespace {
 
-// pybind11, NumPy and the thread pool belong to the process. In a subinterpreter, pybind11 would wait for the
-// GIL forever.
+// pybind11, NumPy and the thread pool exist once in a process. In a subinterpreter, pybind11 would wait for
+// the GIL forever.
 constexpr const char* kOnlyInMain =
     "nplora cannot be imported in a subinterpreter, only in the main interpreter: use threads or processes "
     "(with mod_wsgi: WSGIApplicationGroup %{GLOBAL})";
@@ -14,9 +14,9 @@ bool in_main_interpreter() {
 
 }  // namespace
 
-// PYBIND11_MODULE defines PyInit__core. It is renamed here, so that our own PyInit__core below can check the
-// interpreter first. Python 3.13 calls PyInit__core in the main interpreter even if a subinterpreter imports,
-// so the body checks again.
+// PYBIND11_MODULE defines a function PyInit__core. A macro renames this function, so that our own
+// PyInit__core can check the interpreter first. Python 3.13 calls PyInit__core in the main interpreter even
+// if a subinterpreter imports the module, so the body of the module checks again.
 #define PyInit__core PyInit__core_of_pybind11
 PYBIND11_MODULE(_core, m) {
   if (!in_main_interpreter()) throw pybind11::import_error(kOnlyInMain);

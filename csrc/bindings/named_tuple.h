@@ -1,6 +1,6 @@
-// Structs that Python creates. The structs are named tuples, which Python creates faster than objects of a
-// bound class. Fields describes one struct: kType is its name, kNames the names of its fields, and Types a
-// std::tuple of their types, in the same order.
+// Structs that Python code creates. The structs are named tuples, which Python creates faster than objects of
+// a bound class. The template parameter `Fields` describes one struct: kType is its name, kNames holds the
+// names of its fields, and Types is a std::tuple of the field types, in the same order.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// The arrays of an NF4 weight from Python, checked against the number of values that they represent.
+// Checks the arrays of an NF4 weight from Python: their sizes must match n, the number of values.
 #pragma once
 
 #include "base/range.h"

@@ -1,16 +1,18 @@
-// The softmax of attention, and the steps around its products. Queries are in the SIMD lanes, so nothing is
-// summed across lanes. See kernel_table.h for the contract.
+// The kernels of attention: the softmax, its backward pass, and the products for a single query. The
+// softmax kernels keep one query in each SIMD lane, so they never sum across lanes. Each kernel is
+// documented in kernel_table.h.
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// How many bytes ahead keys or values are fetched if `rows` of them are read at once: a whole number of rows,
-// beyond those being read.
+// Returns how far ahead, in bytes, keys or values are prefetched if `rows` rows of them are read at once. The
+// distance is a whole number of rows and reaches past the rows that are being read.
 inline size_t fetch_distance(size_t rows, size_t stride) {
   const size_t bytes = stride * sizeof(float);
   return bytes * (rows * bytes > kFetchAhead ? rows : ceil_div(kFetchAhead, bytes));
 }
 
-// sums[j] (lanes) = the products of q (dim) and row j of k (kRows, dim), added up lane by lane.
+// Multiplies the query `q` (dim) with kRows rows of the keys `k` (kRows, dim). Each lane of `sums[j]` is a
+// partial sum of the dot product of `q` and row j.
 template <size_t kRows, bool kFetch>
 __attribute__((always_inline)) inline void row_products(size_t dim, const float* q, const float* k,
                                                         size_t stride, size_t ahead, Vec<float>* sums) {
@@ -42,9 +44,9 @@ inline Vec<float> sum_of(const Vec<float>* v) {
     return sum_of<kCount / 2>(v) + sum_of<kCount / 2>(v + kCount / 2);
 }
 
-// Takes two heads of a query at a time, and half as many rows of k as there are lanes. Each head and row
-// gives one vector of products; a transpose then sums the lanes of all vectors at once. The remaining rows
-// are taken one by one.
+// Processes two heads of a query and kRows rows of `k` at a time, where kRows is half the number of lanes.
+// Each pair of a head and a row gives one vector of partial sums. A transpose then sums the lanes of all
+// these vectors at once. The remaining rows are processed one by one.
 inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                      size_t k_stride, float* scores, size_t s_stride) {
   using V = Vec<float>;
@@ -72,7 +74,7 @@ inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const 
     }
 }
 
-// Takes kRows rows at a time, so that out is loaded and stored once for all kRows.
+// Adds kRows weighted rows of `v` at once, so that `out` is loaded and stored only once for all these rows.
 template <size_t kRows>
 inline void add_value_rows(size_t heads, size_t group, size_t dim, const float* weights, size_t w_stride,
                            const float* v, size_t v_stride, float* out) {
@@ -112,8 +114,9 @@ inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, 
   });
 }
 
-// The largest of `before` and a column (rows). Four independent maxima, because a single one would wait for
-// each result.
+// Finds the largest element of one column in each lane. A lane of the result is the largest of the column's
+// `rows` elements and of the same lane of `before`. The loop keeps four independent maxima, because a single
+// maximum would wait for the result of each comparison.
 template <class Span>
 inline Vec<float> largest_of_column(size_t rows, const float* column, size_t stride, Vec<float> before,
                                     const Span& span) {
@@ -146,9 +149,12 @@ inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float
   });
 }
 
-// p = softmax(s): ds = p (dp - delta) with delta = Σ p dp = Σ dout out (Dao et al. 2022, section 3.1). The
-// backward pass computes s again. If the new s is rounded differently, a large s could exceed lse until exp
-// overflows, hence the minimum.
+// The backward pass of p = softmax(s) is ds = p (dp - delta) with delta = Σ p dp = Σ dout out (Dao et al.
+// 2022, section 3.1), where `out` is the output of attention and dx is the gradient of the loss with respect
+// to x. The probabilities p are computed again as exp(s - lse), where `lse` is the logarithm of the forward
+// pass's sum of exp(s). The scores s are computed again too, and may be rounded differently than in the
+// forward pass. Because of this rounding, a large s could exceed `lse` until exp overflows, so s - lse is
+// limited to at most 0.
 inline void softmax_backward(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                              size_t stride) {
   using V = Vec<float>;
@@ -162,11 +168,13 @@ inline void softmax_backward(size_t rows, size_t n, const float* lse, const floa
   });
 }
 
-// softmax_backward for columns that have all their keys in these rows. delta is summed from the rounded p and
-// dp themselves, so equal terms cancel exactly: a single row has ds = 0.
+// Does the same as softmax_backward, without the arguments `lse` and `delta`, if the rows hold all keys of
+// each column. The sum delta = Σ p dp uses the rounded values of p and dp, so equal terms cancel exactly: a
+// column with a single row gets ds = 0.
 inline void whole_softmax_backward(size_t rows, size_t n, float* s, float* dp, size_t stride) {
   using V = Vec<float>;
-  constexpr float kLowest = -3.40282347e38f, kLeast = 0x1p-126f;  // kLeast: if all elements are -Inf
+  // `kLeast` prevents a division by 0 if all elements of a column are -Inf.
+  constexpr float kLowest = -3.40282347e38f, kLeast = 0x1p-126f;
   for_vectors(n, [&](size_t j, auto span) {
     const size_t end = j + rows * stride;
     const V top = largest_of_column(rows, s + j, stride, V(V::broadcast(kLowest)), span);

@@ -1,9 +1,11 @@
-// Low-bit blocks to float, and their products: one body for every instruction set and format. See
-// kernel_table.h for the contract and kernels/formats for the decoders.
+// Kernels that convert low-bit blocks to float and multiply with them. One implementation serves every
+// instruction set and every block format. Each kernel is documented in kernel_table.h. The decoders
+// are in kernels/formats.
 //
-// A fused multiply-add gives the same value as a product and a sum. A float16 has 11 significant bits, a
-// scale at most 7 and a code at most 6. The product of all three fits into the 24 bits of a float, so only
-// the sum is rounded.
+// A decoded value is the product of a float16, a scale and a code, sometimes plus a minimum. A fused
+// multiply-add gives the same value as a separate multiplication and addition, because the product is exact.
+// A float16 has 11 significant bits, a scale at most 7 and a code at most 6, so their product fits into the
+// 24 bits of a float. Only the addition of the minimum rounds.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -20,7 +22,8 @@ inline float to_float(Half half) {
 #endif
 }
 
-// Copies the 16 bits into every lane before the conversion, which saves a permutation after it.
+// Copies the 16 bits of `half` into every lane and then converts all lanes to float. Converting a single
+// number and then copying it would need a permutation.
 inline Vec<float> broadcast(const Half& half) {
 #if defined(NPLORA_SIMD_AVX512)
   return {_mm512_cvtph_ps(_mm256_set1_epi16(__builtin_bit_cast(int16_t, half)))};
@@ -30,7 +33,7 @@ inline Vec<float> broadcast(const Half& half) {
   return Vec<float>::broadcast(to_float(half));
 #endif
 }
-// to (4) = four float16 numbers, the lowest bits first.
+// Converts four float16 numbers to floats in `to`. The lowest 16 bits of `halves` are the first number.
 inline void to_four_floats(uint64_t halves, float* to) {
 #if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
   _mm_storeu_ps(to, _mm_cvtph_ps(_mm_cvtsi64_si128(static_cast<long long>(halves))));
@@ -42,8 +45,8 @@ inline void to_four_floats(uint64_t halves, float* to) {
 inline Half negative(Half half) {
   return __builtin_bit_cast(Half, static_cast<uint16_t>(__builtin_bit_cast(uint16_t, half) ^ 0x8000));
 }
-// Forces values into memory, from which their lanes are broadcast one by one. GCC would otherwise permute the
-// register that holds the values.
+// Forces `values` into memory, so that each value is later broadcast by a load. GCC would otherwise keep the
+// values in a register and permute that register for each broadcast.
 template <size_t kCount>
 inline void keep_in_memory(float (&values)[kCount]) {
   asm("" : "+m"(values));
@@ -52,8 +55,8 @@ inline void keep_in_memory(float (&values)[kCount]) {
 inline void put(const Floats& values, float* to) {
   for (size_t i = 0; i < kVectors; ++i) values.v[i].store(to + i * Vec<float>::kLanes);
 }
-// The functions below store d q or d q + m. A minimum is added by fma. Without a minimum there is no
-// addition, which keeps the sign of d * 0.
+// The functions below store d * q, or d * q + m for formats with a minimum m, where d is the scale and q the
+// code. Without a minimum, nothing is added, because adding 0 would turn a product of -0 into +0.
 inline void put(const Floats& q, Vec<float> d, float* to) {
   for (size_t i = 0; i < kVectors; ++i) (q.v[i] * d).store(to + i * Vec<float>::kLanes);
 }
@@ -66,8 +69,8 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, To to) {
   put(high, d, to + kBytes);
 }
 
-// A position in a row of DecodedRows. If panels are apart, the position is a multiple of kBytes, so that
-// kBytes elements are in one panel.
+// A position in a row of DecodedRows. If the two panels of a row are apart in memory, the position must be a
+// multiple of kBytes, so that the next kBytes elements are all in one panel.
 static_assert(kPanelColumns % kBytes == 0);
 struct DecodedRow {
   float* row;
@@ -77,15 +80,15 @@ struct DecodedRow {
   operator float*() const { return row + at + (at < kPanelColumns ? 0 : apart); }
 };
 
-// A destination like a row in memory, which multiplies the values with some tokens of x instead of storing
-// them. The products of a token are summed in several chains. Each run of kBytes elements uses the next
-// chain, so a fused multiply-add need not wait for the previous one.
+// A destination for decoded values that is not memory: it multiplies the values with kTokens rows of `x`. The
+// products of each token are added up in kChains independent sums. Each run of kBytes elements uses the next
+// of the kChains sums, so a fused multiply-add need not wait for the previous one.
 template <size_t kTokens, size_t kChains>
 struct Dot {
   const float* x;
   size_t x_stride;
   Vec<float> (*sums)[kTokens];  // (kChains, kTokens)
-  size_t at = 0;                // the element of x at which a run begins
+  size_t at = 0;                // index in a row of `x` at which the current run of elements begins
 
   Dot operator+(size_t elements) const { return {x, x_stride, sums, at + elements}; }
   Vec<float> x_of(size_t t, size_t i) const {
@@ -113,8 +116,9 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens, 
   for (size_t i = 0; i < kVectors; ++i) to.add(i, fma(q.v[i], d, m));
 }
 
-// A sub-block with one scale. For one token, the sum is multiplied by the scale, which takes fewer products
-// than scaling the codes. One chain of sums is then enough.
+// Adds the products of a sub-block that has a single scale `d`. For one token, the scale multiplies the sum
+// of the products, which takes fewer multiplications than scaling each code. For one token, only the first of
+// the kChains sums is used.
 template <size_t kTokens, size_t kChains>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens, kChains>& to) {
   if constexpr (kTokens > 1) {
@@ -130,13 +134,15 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<k
   }
 }
 
-// ---- one block: the values that its sub-blocks share, and sub-block j ----
+// ---- decoders of a single block ----
 
-// sub_block(j, to) stores sub-block j of the block.
+// A decoder prepares the scales of one block. The decoder's member `sub_block(j, to)` stores sub-block
+// j as floats.
 template <class Block>
 struct Decoder;
 
-// Element i of a sub-block has bit i of `high`.
+// The fifth bits of the 32 codes of a sub-block, one byte for each code: 16 if bit i of `bits` is set for
+// element i, else 0. `low` holds elements 0 to 15, and `high` holds elements 16 to 31.
 struct HighBits {
   Bytes low, high;
   explicit HighBits(const uint8_t (&bits)[4])
@@ -144,7 +150,8 @@ struct HighBits {
         high(each_bit(static_cast<uint16_t>(bits[2] | bits[3] << 8), 16)) {}
 };
 
-// d scale_j and -dmin min_j of the sub-blocks of Q4_K and Q5_K.
+// The factors d * scale_j and the negated minima -dmin * min_j of the eight sub-blocks j of a Q4_K or Q5_K
+// block. The factors are d[0] to d[7], and the negated minima are m_from_8[8] to m_from_8[15].
 struct SubScales {
   float d[16], m_from_8[16];
 
@@ -170,10 +177,11 @@ struct SubScales {
 
 // ---- rows of blocks ----
 //
-// The unit defines kUnrolledSubBlocks: how many sub-blocks of a block are unrolled.
+// Each kernel unit (isa_*.cpp) defines kUnrolledSubBlocks, the number of sub-blocks of a block that the loops
+// over sub-blocks unroll.
 
-// Fetches the columns of a row that is decoded kRowsAhead rows later. The bytes of a row are too few for the
-// hardware to detect a stream.
+// Prefetches the columns of a row that is decoded kRowsAhead rows later. The hardware does not prefetch these
+// columns, because they are too few bytes to be detected as a stream.
 constexpr size_t kRowsAhead = 8;
 inline void fetch_columns(const void* at, size_t bytes) {
   constexpr size_t kMost = 4 * kCacheLine;
@@ -195,7 +203,7 @@ void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t r
     for (size_t sub_block = first / kSubBlock, end = (first + cols) / kSubBlock; sub_block < end;) {
       const Decoder<Block> block{in_row[sub_block / kSubBlocks]};
       const size_t j = sub_block % kSubBlocks, n = smaller(kSubBlocks - j, end - sub_block);
-      // Unrolled, so that j is a constant in each copy.
+      // The loop is unrolled so that the index of the sub-block is a constant in each copy.
 #pragma GCC unroll kUnrolledSubBlocks
       for (size_t i = 0; i < kSubBlocks; ++i)
         if (i - j < n) block.sub_block(i, out + (i - j) * kSubBlock);
@@ -205,17 +213,18 @@ void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t r
   }
 }
 
-// ---- the products of a few rows of x with rows of blocks ----
+// ---- products of a few tokens with rows of blocks ----
 
-// All tokens are multiplied with this many rows before the next rows are read. Meanwhile, these products
-// fetch the same columns of later rows, at least kFetchAhead bytes ahead.
+// All tokens are multiplied with kFewRows rows of W before the next rows are read. Meanwhile, the same
+// columns of later rows are prefetched, at least kFetchAhead bytes ahead.
 inline constexpr size_t kFewRows = 8;
 inline size_t fetch_ahead(size_t row_bytes) {
   const size_t few = kFewRows * row_bytes;
   return few == 0 ? 0 : ceil_div(kFetchAhead, few) * few;
 }
 
-// Fetches other memory into L2: the part of it that belongs to kFewRows of the remaining rows.
+// Prefetches a part of the memory `next` into L2. If `next` is spread evenly over the `rows` remaining rows
+// of W, the prefetched part belongs to the next kFewRows rows.
 inline void fetch_share(Fetch& next, size_t rows) {
   const size_t n = rows <= kFewRows ? next.lines : ceil_div(next.lines * kFewRows, rows);
   next.lines -= n;
@@ -223,7 +232,8 @@ inline void fetch_share(Fetch& next, size_t rows) {
     __builtin_prefetch(next.at, 0, 2);
 }
 
-// Decoders of at most kTogether blocks of each row of a tile. Row r begins at at[r].
+// Makes the decoders of up to kTogether neighbouring blocks in each row of a tile. The first of the blocks in
+// row r is at[r].
 inline constexpr size_t kTogether = 16;
 template <class Block, size_t kRows>
 struct Decoders {
@@ -232,9 +242,9 @@ struct Decoders {
   Decoder<Block> get(size_t r, size_t i) const { return Decoder<Block>{at[r][i]}; }
 };
 
-// The decoders of blocks that have only one sub-block. Their factors are converted to float together, before
-// they are used, and then broadcast from memory. Tiles of two rows, which have more tokens, gain nothing from
-// this.
+// The decoders of formats whose block is a single sub-block. These decoders convert the scales and minima of
+// several rows to float together, and later broadcast them from memory. Tiles of two rows use the general
+// decoders above, because they have more tokens and gain nothing from the joint conversion.
 template <class Block, size_t kRows>
   requires(Block::kElements == kSubBlock && kRows > 2)
 struct Decoders<Block, kRows> {
@@ -245,13 +255,14 @@ struct Decoders<Block, kRows> {
   Decoders(const Block* const (&at)[kRows], size_t n) : at(at) {
     static_assert(offsetof(Block, d) == 0);
     if constexpr (kFactors == 2) static_assert(offsetof(Block, m) == sizeof(Half));
-    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // rows whose factors fill 64 bits
+    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // rows whose scales and minima fit into 64 bits
     for (size_t i = 0; i < n; ++i)
       for (size_t r = 0; r < kRows; r += kAtOnce) {
         uint64_t halves = 0;
         for (size_t k = kAtOnce; k-- > 0;) {
           uint64_t some = 0;
-          __builtin_memcpy(&some, at[r + k] + i, kFactors * sizeof(Half));  // d, followed by m
+          // The scale d is copied and, if the format has one, the minimum m that follows it.
+          __builtin_memcpy(&some, at[r + k] + i, kFactors * sizeof(Half));
           halves = halves << kBits | some;
         }
         to_four_floats(halves, factors[i] + r * kFactors);
@@ -273,7 +284,8 @@ struct BlockRows {
   size_t row_bytes;
   size_t ahead = fetch_ahead(row_bytes);
 
-  // Passes the elements of row rows[r] to to(r, i), kElements of them at a time, from element i on.
+  // Decodes the rows of W that `rows` lists, block by block. The destination of the block that begins at
+  // element i of row rows[r] is `to(r, i)`.
   template <size_t kRows, class To>
   void add(const size_t (&rows)[kRows], size_t cols, const To& to) const {
     const Block* at[kRows];
@@ -298,8 +310,9 @@ struct BlockRows {
   }
 };
 
-// The sums of kTokens rows of x with at most kRows rows of W, for part (tokens, all, lanes). Missing rows
-// repeat the last row.
+// Multiplies kTokens rows of `x` with up to kRows rows of W. The sums of each lane are stored in `part`
+// (tokens, all, lanes), where `all` is the number of rows of W. If fewer than kRows rows are left, the last
+// row is repeated and its additional sums are dropped.
 template <size_t kTokens, size_t kRows, class Rows>
 inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, const float* x, size_t x_stride,
                      float* part, size_t all) {
@@ -325,7 +338,7 @@ struct RowRange {
   size_t first, count;
 };
 
-// m tokens in groups of 4, 2 and 1. The later groups find the rows in L1.
+// Processes the `m` tokens in groups of 4, then 2, then 1. After the first group, the rows of W are in L1.
 template <size_t kTokens, class Rows>
 inline void dot_tiles(const Rows& w, RowRange few, size_t m, size_t cols, const float* x, size_t x_stride,
                       float* part, size_t all) {

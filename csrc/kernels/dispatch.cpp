@@ -1,4 +1,5 @@
-// Chooses the table: the best instruction set that this machine runs, or the one that NPLORA_ISA names.
+// Chooses the kernel table: the table of the best instruction set of this machine, or the table that the
+// environment variable NPLORA_ISA names.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -9,7 +10,7 @@
 
 namespace nplora::kernels {
 
-// The units in this build (see CMakeLists.txt).
+// The kernel tables in this build. CMakeLists.txt chooses them.
 extern const KernelTable k_generic_table;
 #if defined(NPLORA_X86_64)
 extern const KernelTable k_avx2_table, k_avx512_table, k_avx512bf16_table;
@@ -37,11 +38,11 @@ const KernelTable& amx_table() {
 struct Choice {
   const KernelTable* table;
   bool available;            // on this machine
-  const char* parts;         // what the processor must have
-  bool takes_tiles = false;  // needs AMX's tile registers, which Linux may refuse
+  const char* parts;         // required features of the processor
+  bool takes_tiles = false;  // needs the tile registers of AMX, which Linux may refuse
 };
 
-// The best table is last.
+// Returns the tables of this build, with the best table last.
 const Choice* choices(size_t* count) {
   using simd::cpu;
   static const Choice all[] = {
@@ -60,7 +61,7 @@ const Choice* choices(size_t* count) {
   return all;
 }
 
-// Prepares this process to use a table. Returns an empty string, or the reason why it cannot use the table.
+// Prepares this process to use a table. Returns an empty string on success, else the reason for the failure.
 std::string try_to_enable(const Choice& choice) {
   if (!choice.available) return std::string("this machine, or its operating system, lacks ") + choice.parts;
   if (choice.takes_tiles && !simd::ask_for_tiles())

@@ -1,11 +1,12 @@
-// The products of small batches. They read W once, in its storage layout: panel after panel, or along the
-// rows of a row-major matrix. See kernel_table.h for the contract.
+// Matrix products for small batches. These products read the weight W once, in the order in which it is
+// stored: panel by panel, or row by row if W is row-major. Each kernel is documented in kernel_table.h.
 //
-// The unit defines:
-//   kDotResident  the most vectors of x (of one panel) that stay in registers while the rows of W are read
-//   kDotRows      the number of rows that share each vector of x otherwise
-//   kDotSums      the number of partial sums of a row: FMA latency x throughput (4 x 2), divided by the rows
-//   in flight
+// Each kernel unit (isa_*.cpp) defines three constants.
+//   `kDotResident` is the largest number of vectors of `x`, for one panel, that stay in registers while rows
+//     of W are read.
+//   `kDotRows` is the number of rows of W that share each load of `x` if `x` does not stay in registers.
+//   `kDotSums` is the number of partial sums of a row: the latency of an FMA times its throughput (4 x 2),
+//     divided by the number of rows that are summed at once.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -13,7 +14,8 @@ namespace nplora::kernels::NPLORA_ISA {
 template <class W, size_t kInterleave>
 inline constexpr size_t kGroups = kPanelDepth<W> / kInterleave;
 
-// The first n elements of a group.
+// Loads the first `n` elements of a group, sets its other elements to zero, and repeats the group until all
+// lanes are full.
 template <class E, class W, size_t kInterleave>
 inline Vec<E> load_group_partial(const W* from, size_t n) {
   if constexpr (kInterleave == Vec<E>::kLanes) return Vec<E>::load_partial(from, n);
@@ -22,12 +24,13 @@ inline Vec<E> load_group_partial(const W* from, size_t n) {
   return Vec<E>::template load_group<kInterleave>(group);
 }
 
-// The number of partial sums of a row. A panel of few groups has only one partial sum, in the order of the
-// groups.
+// The number of partial sums of a row of W. If a panel has few groups, each row has only one partial sum,
+// which adds the groups in order.
 template <class W, size_t kInterleave>
 inline constexpr size_t kSideSums = kGroups<W, kInterleave> >= 2 * kDotSums ? kDotSums : 1;
 
-// Whether the interleave factor is two and the instruction set can zip the two elements.
+// Whether dots_zipped multiplies full panels: it does if the interleave factor is two and the instruction set
+// can interleave (zip) two vectors.
 template <class W, size_t kInterleave>
 inline constexpr bool kZipped =
 #if defined(NPLORA_SIMD_AVX512)
@@ -36,12 +39,12 @@ inline constexpr bool kZipped =
     false;
 #endif
 
-// The partial sums of kRows rows.
+// The partial sums of kRows rows of W.
 template <class W, size_t kInterleave, size_t kRows>
 using RowSums = Vec<Sum<W>>[kRows][kSideSums<W, kInterleave>];
 
-// sums[r][0] += the row w[r] of a full panel times x. The order is the same however W is stored. x_at(s) is
-// the x of group s.
+// Adds the product of row w[r] of a full panel with `x` to sums[r][0]. The order of the additions does not
+// depend on how W is stored. `x_at(s)` returns the vector of `x` for group s.
 template <class W, size_t kInterleave, size_t kRows, class XAt>
 [[gnu::always_inline]] inline void add_panel(const W* const (&w)[kRows], const XAt& x_at,
                                              RowSums<W, kInterleave, kRows>& sums) {
@@ -67,7 +70,7 @@ template <class W, size_t kInterleave, size_t kRows, class XAt>
       for (size_t i = 0; i < half; ++i) sums[r][i] = sums[r][i] + sums[r][i + half];
 }
 
-// Fetches the cache lines of one row of a panel into L2.
+// Prefetches one row of a panel into L2.
 template <class W>
 inline void fetch_panel(const W* at) {
 #pragma GCC unroll 8
@@ -83,10 +86,10 @@ struct Dots {
   const Operand<W>* xs;
   Sum<W>* part;
   bool accumulate;
-  const W* next;  // rows of the next panel, which are fetched meanwhile
+  const W* next;  // later rows of W, which are prefetched
 };
 
-// A full panel, kRows rows at a time, as long as so many rows are left.
+// Multiplies a full panel, kRows rows of W at a time, until fewer than kRows rows are left.
 template <class W, size_t kInterleave, size_t kRows>
 inline void dots_rows(Dots<W>& p) {
   using T = Sum<W>;
@@ -113,7 +116,7 @@ inline void dots_rows(Dots<W>& p) {
     for (size_t r = 0; r < kRows; ++r, p.next += p.row_stride) {
       fetch_panel(p.next);
       w[r] = p.w + r * p.row_stride;
-      keep(w[r]);  // otherwise GCC loads an offset for each element from the stack
+      keep(w[r]);  // without `keep`, GCC loads an offset for each element from the stack
       sums[r][0] = p.accumulate ? Vec<T>::load(p.part + r * kLanes) : Vec<T>::zero();
     }
     add_panel<W, kInterleave, kRows>(w, x_at, sums);
@@ -122,9 +125,9 @@ inline void dots_rows(Dots<W>& p) {
   }
 }
 
-// The products for an interleave factor of two, if the elements can be zipped. Two vectors of x are
-// rearranged so that each holds both elements, for one half of the tokens. One load of W then serves two
-// products.
+// Multiplies a full panel if the interleave factor is two and two vectors can be zipped. Two neighbouring
+// vectors of `x` hold two elements each for every token. Zipping rearranges two vectors so that each holds
+// four elements for half of the tokens. One load of four elements of W then serves two products.
 template <class W>
 inline void dots_zipped(Dots<W>& p) {
   using T = Sum<W>;
@@ -163,7 +166,7 @@ inline void dots_panel(Dots<W>& p) {
   dots_rows<W, kInterleave, 1>(p);
 }
 
-// A panel, or a matrix, with fewer columns than a full panel.
+// Multiplies a panel, or a whole matrix, that has fewer columns than a full panel.
 template <class W, size_t kInterleave>
 inline void dots_narrow(Dots<W> p, size_t width) {
   using T = Sum<W>;
@@ -181,9 +184,9 @@ inline void dots_narrow(Dots<W> p, size_t width) {
   }
 }
 
-// The full panels of a row-major W. kRows rows at a time run through all panels with their sums in registers,
-// as long as so many rows are left. Meanwhile they fetch the same columns of rows that come kFetchAhead bytes
-// later, or kRows rows later if rows are longer than that.
+// Multiplies the full panels of a row-major W, kRows rows at a time, until fewer than kRows rows are left.
+// The sums of the kRows rows stay in registers for all panels. Meanwhile, the same columns of later rows are
+// prefetched, at least kFetchAhead bytes and at least kRows rows ahead.
 template <class W, size_t kInterleave, size_t kRows>
 inline void dots_row_major(Dots<W>& p, size_t panels) {
   using T = Sum<W>;
@@ -219,8 +222,9 @@ template <class W, size_t kInterleave>
 inline void dots_interleaved(size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
                              bool accumulate) {
   constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
-  // W is row-major, or a single row. Zipped elements and pairs take the panels below: zipping keeps x in
-  // registers, and for pairs a vector holds more tokens.
+  // If W is row-major or has a single row, its full panels are multiplied here. Zipped products and products
+  // of bfloat16 pairs use the loop over panels below instead: zipping keeps `x` in registers, and pairs are
+  // used only for batches of more tokens.
   if constexpr (kValuesPerElement<W> == 1 && !kZipped<W, kInterleave>)
     if (const size_t panels = depth / kPanelDepth<W>; panels > 0 && w.panel_stride == kPanelDepth<W>) {
       Dots<W> p{rows, w.data, w.row_stride, xs, part, accumulate, nullptr};
@@ -232,9 +236,9 @@ inline void dots_interleaved(size_t rows, size_t depth, Panels<W> w, const Opera
       xs += panels * kGroups<W, kInterleave> * kLanes;
       accumulate = true;
     }
-  do {  // runs once even without columns, to set part to zero
+  do {  // runs once even if `depth` is 0, to set `part` to zero
     const size_t width = smaller(depth, kPanelDepth<W>);
-    // The last rows fetch the first rows of the next panel.
+    // The last rows of a panel prefetch the first rows of the next panel.
     const size_t last = smaller(rows, kFetchAhead / (kPanelDepth<W> * sizeof(W)));
     Dots<W> p{rows - last, w.data, w.row_stride, xs, part, accumulate, w.data + last * w.row_stride};
     if (width == kPanelDepth<W>) {
@@ -253,7 +257,7 @@ inline void dots_interleaved(size_t rows, size_t depth, Panels<W> w, const Opera
   } while (depth > 0);
 }
 
-// Calls body.operator()<factor>() for one of the factors that kernels::interleave_factor returns.
+// Makes the interleave factor a template argument: calls `body.operator()<interleave_factor>()`.
 template <class T, size_t kInterleave = Vec<T>::kLanes, class Body>
 inline void for_interleave_factor(size_t interleave_factor, const Body& body) {
   if (interleave_factor == kInterleave) return body.template operator()<kInterleave>();
@@ -270,7 +274,8 @@ void dots(size_t interleave_factor, size_t rows, size_t depth, const Panels<W>& 
   });
 }
 
-// xs (groups, lanes) = x (m, cols). Missing rows and columns are zero.
+// Rearranges `x` (m, cols) into `xs` (groups, lanes), where kInterleave neighbouring lanes belong to one
+// token. Missing rows and columns of `x` are replaced by zeros.
 template <class T, size_t kInterleave>
 inline void interleave_groups(size_t m, size_t cols, const T* x, size_t x_stride, T* xs) {
   constexpr size_t kLanes = Vec<T>::kLanes, kTokens = kLanes / kInterleave;
@@ -285,8 +290,8 @@ inline void interleave_groups(size_t m, size_t cols, const T* x, size_t x_stride
     }
 }
 
-// interleave_groups for groups that fit one register element U, by a transpose. It also fetches the next m
-// rows, which are used soon.
+// Does the same as interleave_groups, by a transpose, for groups that have the size of one vector element of
+// type U. The function also prefetches the next `m` rows of `x`, which are used soon.
 template <class T, class U>
 inline void interleave_transposed(size_t m, size_t cols, const T* x, size_t x_stride, T* xs) {
   constexpr size_t kLanes = Vec<T>::kLanes, kTokens = Vec<U>::kLanes, kInterleave = kLanes / kTokens;
@@ -322,8 +327,9 @@ void interleave(size_t m, size_t interleave_factor, size_t cols, const T* x, siz
   });
 }
 
-// y (m, rows) = each token's lanes of part (rows, lanes), added up in a tree [+ bias (rows)]. A block of
-// rows, as many as there are lanes, is transposed and then summed at once.
+// Sums the lanes of each token in `part` (rows, lanes) in a tree, adds `bias` (rows) if it is not null,
+// and stores the sums in `y` (m, rows). A block of kLanes rows is transposed, so that all its rows are
+// summed at once.
 template <class T>
 void sum_parts(size_t m, size_t interleave_factor, size_t rows, const T* part, const T* bias, T* y,
                size_t y_stride) {
@@ -352,9 +358,10 @@ void sum_parts(size_t m, size_t interleave_factor, size_t rows, const T* part, c
   });
 }
 
-// ---- y (m, rows) += z (m, depth) Aᵀ, where the rows of A (rows, depth) are as long as a rank ----
+// ---- add_dots: y += z aᵀ, where the depth is the rank of an adapter ----
 
-// The sums of kCount neighbouring lanes of kCount vectors, one vector after the other.
+// Sums each group of kCount neighbouring lanes in each of the kCount vectors `v`. The result has the sums of
+// the first vector, followed by those of the other vectors in order.
 template <size_t kCount, class T>
 inline Vec<T> sums_of_neighbours(Vec<T> (&v)[kCount]) {
 #pragma GCC unroll 4
@@ -372,7 +379,8 @@ inline void add_first(Vec<T> sums, size_t n, T* y) {
     (Vec<T>::load_partial(y, n) + sums).store_partial(y, n);
 }
 
-// y (rows) += a (rows, kDepth) z for at most kLanes rows. A vector holds several rows of a.
+// Adds the product of `a` (rows, kDepth) and `z` to `y` (rows), for at most kLanes rows. Each vector holds
+// several rows of `a`, because kDepth is less than kLanes.
 template <size_t kDepth, class T>
 inline void add_packed_rows(size_t rows, const T* a, Vec<T> z, T* y) {
   constexpr size_t kLanes = Vec<T>::kLanes;
@@ -388,7 +396,8 @@ inline void add_packed_rows(size_t rows, const T* a, Vec<T> z, T* y) {
   add_first(sums_of_neighbours(products), rows, y);
 }
 
-// y (m, rows) += z (m, kDepth) aᵀ, one block of a's rows at a time for all tokens.
+// Adds z aᵀ to `y` (m, rows), where `z` is (m, kDepth) and `a` is (rows, kDepth). A block of kLanes rows of
+// `a` is used for all tokens before the next block is loaded.
 template <size_t kDepth, class T>
 inline void add_packed_dots(size_t m, size_t rows, const T* a, const T* z, size_t z_stride, T* y,
                             size_t y_stride) {
@@ -400,8 +409,9 @@ inline void add_packed_dots(size_t m, size_t rows, const T* a, const T* z, size_
       add_packed_rows<kDepth>(smaller(rows - r, kLanes), a + r * kDepth, zs[t], y + t * y_stride + r);
 }
 
-// y (kTokens, rows) += z (kTokens, depth) aᵀ for at most kLanes / kTokens rows. Missing rows repeat the last
-// row.
+// Adds z aᵀ to `y` (kTokens, rows) for at most kLanes / kTokens rows, where `z` is (kTokens, depth) and `a`
+// is (rows, depth). If `rows` is less than kLanes / kTokens, the last row is repeated and its additional
+// sums are dropped.
 template <size_t kTokens, class T>
 inline void add_few_dots(size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
                          size_t y_stride) {
@@ -437,7 +447,7 @@ inline void add_few_dots(size_t rows, size_t depth, const T* a, const T* z, size
   }
 }
 
-// m tokens in groups of 4, 2 and 1. The later groups find a block of a's rows in L1.
+// Processes the `m` tokens in groups of 4, then 2, then 1. After the first group, the rows of `a` are in L1.
 template <size_t kTokens, class T>
 inline void add_block_dots(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
                            size_t y_stride) {

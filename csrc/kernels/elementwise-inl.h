@@ -1,19 +1,23 @@
-// Optimiser steps, sums of squares, dropout and 16-bit conversions: plain loops that the compiler vectorises
-// for each unit.
+// Optimiser steps, sums of squares, dropout and 16-bit conversions. These kernels are plain loops that the
+// compiler vectorises for each instruction set.
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// Optimiser steps are limited by memory, but they do not fetch ahead. A Zen 4 follows four streams by itself,
-// and fetching made a step a fifth slower.
+// Optimiser steps are limited by memory bandwidth, but they do not prefetch. The hardware prefetcher of a Zen
+// 4 can follow their four arrays, and software prefetching made a step a fifth slower.
 
-// p, g, m, v are (n).   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²;
-// p = p (1 - lr wd) - lr (m / bias1) / (sqrt(v / bias2) + eps)
+// One AdamW step for the parameters `p`, gradients `g` and moments `m` and `v`, which have n elements each.
+// The names b1 and b2 mean beta1 and beta2, wd is the weight decay, and bias1 and bias2 correct the moments.
+// The step is:
+//   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²;
+//   p = p (1 - lr wd) - lr (m / bias1) / (sqrt(v / bias2) + eps)
 template <class T>
 void adamw(size_t n, T* __restrict p, const T* __restrict g, T* __restrict m, T* __restrict v,
            const AdamWCoefficients& k) {
   const T beta1 = T(k.beta1), beta2 = T(k.beta2), rest1 = T(1 - k.beta1), rest2 = T(1 - k.beta2),
           grad_scale = T(k.grad_scale), decay = T(1 - k.lr * k.weight_decay);
-  // Numerator and denominator are multiplied by sqrt(bias2), which leaves one division instead of two.
+  // The numerator and the denominator of the update are multiplied by sqrt(bias2), which leaves one division
+  // instead of two.
   const double root_bias2 = __builtin_sqrt(k.bias2);
   const T step = T(k.lr / k.bias1 * root_bias2), eps = T(k.eps * root_bias2);
   for (size_t i = 0; i < n; ++i) {
@@ -27,8 +31,9 @@ void adamw(size_t n, T* __restrict p, const T* __restrict g, T* __restrict m, T*
   }
 }
 
-// p, g, buf are (n).   d = g + wd p;  without momentum  p -= lr d;
-// with it  buf = momentum buf + d;  p -= lr (nesterov ? d + momentum buf : buf)
+// One SGD step for the parameters `p` with gradients `g`, which have n elements each. Without momentum, the
+// step is p -= lr * d, where d = g + wd * p and wd is the weight decay. With momentum, the step is buf =
+// momentum * buf + d, followed by p -= lr * (d + momentum * buf) if `nesterov` is set, else by p -= lr * buf.
 template <class T>
 void sgd_plain(size_t n, T* __restrict p, const T* __restrict g, const SgdCoefficients& k) {
   const T lr = T(k.lr), decay = T(k.weight_decay), grad_scale = T(k.grad_scale);
@@ -56,8 +61,8 @@ void sgd(size_t n, T* p, const T* g, T* buf, const SgdCoefficients& k) {
     sgd_momentum<false>(n, p, g, buf, k);
 }
 
-// Sixteen partial sums: element i goes to sum i % 16. The partial sums are added in pairs at the end. The
-// order is the same on every instruction set.
+// Keeps sixteen partial sums: the square of element i is added to sum i % 16. The partial sums are added in
+// pairs at the end. The order of the additions is the same on every instruction set.
 template <class T>
 double sum_of_squares(size_t n, const T* x) {
   double sums[16] = {};
@@ -70,8 +75,8 @@ double sum_of_squares(size_t n, const T* x) {
   return sums[0];
 }
 
-// Philox4x32-10 (Salmon et al. 2011) on kPhiloxBlocks counters at once: words[w][i] is word w of counter
-// first + i.
+// Runs the random number generator Philox4x32-10 (Salmon et al. 2011) on kPhiloxBlocks counters at once. The
+// output words[w][i] is word w of the counter first + i.
 inline constexpr size_t kPhiloxBlocks = 16;
 inline void philox(uint64_t seed, uint64_t first, uint32_t (&words)[4][kPhiloxBlocks]) {
   for (size_t i = 0; i < kPhiloxBlocks; ++i) {
@@ -91,8 +96,8 @@ inline void philox(uint64_t seed, uint64_t first, uint32_t (&words)[4][kPhiloxBl
     }
 }
 
-// Calls body(i, word) for i < n, with the random word of element first + i: word (first + i) % 4 of counter
-// (first + i) / 4.
+// Calls `body(i, word)` for each i < n, where `word` is the random word of element e = first + i. The random
+// word of element e is output word e % 4 of the Philox counter e / 4.
 template <class Body>
 inline void for_words(size_t n, uint64_t seed, uint64_t first, const Body& body) {
   constexpr size_t kElements = 4 * kPhiloxBlocks;
@@ -106,7 +111,7 @@ inline void for_words(size_t n, uint64_t seed, uint64_t first, const Body& body)
   }
 }
 
-// Dropout: out[i] = x[i] * factor if the random 32-bit word of element i is at least threshold, else 0.
+// Dropout: out[i] is x[i] * factor if the random 32-bit word of element i is at least `threshold`, else 0.
 template <class T>
 void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out) {
   for_words(n, seed, first,
@@ -115,9 +120,10 @@ void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T fact
 
 // ---- stochastic rounding ----
 
-// Adds a random fraction of the last kept place, then rounds down. The random part has as many bits as
-// rounding drops. A carry into the exponent gives the right number. NaN, and numbers without a finite upper
-// neighbour, stay as they are.
+// Rounds a magnitude stochastically to a format that keeps all but the last `dropped` bits of a float. The
+// function adds random bits to the last `dropped` bits, then sets these bits to zero. If the addition carries
+// into the exponent, the result is still the right number. NaN and numbers of at least `largest` are not
+// changed, because they have no finite upper neighbour in the format.
 inline uint32_t dither_bits(uint32_t magnitude, uint32_t word, int dropped, uint32_t largest) {
   const uint32_t dithered = (magnitude + (word >> (32 - dropped))) >> dropped << dropped;
   return magnitude >= largest ? magnitude : dithered;
@@ -135,8 +141,8 @@ inline void dither_float16(size_t n, uint64_t seed, uint64_t first, float* x) {
     const uint32_t bits = __builtin_bit_cast(uint32_t, x[i]), sign = bits & 0x80000000u,
                    magnitude = bits ^ sign;
     const uint32_t normal = dither_bits(magnitude, word, 13, 0x477FE000u);
-    // Below 2^-14 the numbers of float16 are 2^-24 apart. So x is converted to units of 2^-24, a random part
-    // is added, and the sum is rounded down.
+    // Below 2^-14, neighbouring float16 numbers are 2^-24 apart, so the magnitude of x[i] is converted to
+    // units of 2^-24. A random fraction is added, and the sum is rounded down.
     const bool is_subnormal = magnitude < 0x38800000u;
     const float units = is_subnormal ? __builtin_bit_cast(float, magnitude) * 0x1p24f : 0.0f;
     const int32_t whole = int32_t(units), part = int32_t((units - float(whole)) * 0x1p24f);
@@ -146,14 +152,14 @@ inline void dither_float16(size_t n, uint64_t seed, uint64_t first, float* x) {
   });
 }
 
-// ---- bfloat16: the upper half of a float ----
+// ---- bfloat16, which is the upper half of a float ----
 
 inline void widen_bfloat16(size_t n, const uint16_t* from, float* to) {
   for (size_t i = 0; i < n; ++i) to[i] = __builtin_bit_cast(float, uint32_t(from[i]) << 16);
 }
 
-// Rounds to nearest even. A NaN keeps its upper bits and becomes quiet, so that rounding cannot carry it to
-// infinity.
+// Rounds `x` to the nearest bfloat16, with ties to even. A NaN is not rounded, because a carry could turn it
+// into infinity: it keeps its upper bits and becomes a quiet NaN.
 inline uint32_t bfloat16_bits(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
@@ -166,8 +172,9 @@ inline Bf16Pair bfloat16_pair(float first, float second) {
 }
 
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-// Narrows two vectors; the first goes to the low half. The instruction gives the same bits as bfloat16_bits,
-// except for subnormals. Subnormals are recognised by their bits, because a program may have set its
+// The next functions narrow two vectors of floats to bfloat16 in one instruction, with the first vector in
+// the low half of the result. The narrowing instruction gives the same bits as bfloat16_bits, except for
+// subnormal numbers. Subnormal numbers are recognised by their bits, because a program may have set its
 // processor to treat them as 0.
 inline __mmask16 subnormals(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
@@ -197,9 +204,9 @@ inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
 
 inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out) {
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-  // There are more rows than the hardware prefetcher can follow as streams. So each pair of rows is fetched
-  // here, kFetchAhead bytes before its use, or at least one pair before. It is cols + 1 because cols may be
-  // 0.
+  // Each pair of rows is prefetched kFetchAhead bytes before its use, or at least one pair before, because
+  // the hardware prefetcher cannot follow as many rows as `x` has. The divisor is cols + 1 because `cols`
+  // may be 0.
   const size_t ahead = (kFetchAhead / sizeof(float) / (cols + 1) + 2) * x_stride;
 #endif
   for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols) {
@@ -228,16 +235,16 @@ inline void pair_bits(size_t rows, size_t cols, const uint16_t* x, size_t x_stri
   for (size_t c = 0; rows == 1 && c < cols; ++c) out[c] = Bf16Pair(x[c]);
 }
 
-// ---- float16, for instruction sets without a conversion ----
+// ---- float16 conversions for instruction sets that have none ----
 
-// No intermediate value is a subnormal float, because a program may have set its processor to treat these as
-// 0.
+// No intermediate value of these conversions is a subnormal float, because a program may have set its
+// processor to treat subnormal floats as 0.
 inline void widen_float16_portable(size_t n, const uint16_t* from, float* to) {
   for (size_t i = 0; i < n; ++i) {
     const uint32_t sign = uint32_t(from[i] & 0x8000u) << 16, value = uint32_t(from[i] & 0x7FFFu) << 13;
-    const uint32_t normal = value + (112u << 23);  // rebias the exponent from 15 to 127
+    const uint32_t normal = value + (112u << 23);  // changes the exponent's bias from 15 to 127
     const uint32_t subnormal = __builtin_bit_cast(uint32_t, float(from[i] & 0x3FFu) * 0x1p-24f);
-    const uint32_t special = value | 0x7F800000u;  // Inf and NaN keep their fraction
+    const uint32_t special = value | 0x7F800000u;  // Inf and NaN keep their fraction bits
     const uint32_t exponent = from[i] & 0x7C00u;
     to[i] = __builtin_bit_cast(float, sign | (exponent == 0x7C00u ? special
                                               : exponent == 0     ? subnormal
@@ -252,12 +259,13 @@ inline void narrow_float16_portable(size_t n, const float* from, uint16_t* to) {
     uint32_t half;
     if (value > 0x7F800000u) {  // NaN
       half = 0x7E00u | ((value >> 13) & 0x3FFu);
-    } else if (value >= 0x477FF000u) {  // 65520 and above round to infinity
+    } else if (value >= 0x477FF000u) {  // magnitudes of at least 65520 round to infinity
       half = 0x7C00u;
     } else if (value < 0x38800000u) {
-      // Below 2^-14, adding 0.5 aligns the float's last place with the last place of a subnormal float16.
+      // Adding 0.5 gives the float's last bit the value 2^-24, which is also the value of a subnormal
+      // float16's last bit. The addition therefore rounds like a conversion to float16.
       half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, value) + 0.5f) - 0x3F000000u;
-    } else {  // rebias the exponent from 127 to 15, round to nearest even
+    } else {  // changes the exponent's bias from 127 to 15 and rounds to nearest, ties to even
       half = (value - 0x38000000u + 0xFFFu + ((value >> 13) & 1u)) >> 13;
     }
     to[i] = uint16_t(sign | half);

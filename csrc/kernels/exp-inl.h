@@ -1,16 +1,18 @@
-// exp, the same for all kernels, and loops over n floats in whole vectors and a last partial vector.
+// The exponential function of all kernels, and a loop over an array of floats in whole vectors and a last
+// partial vector.
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// exp(x) with a relative error below 2^-23. NaN stays NaN. Above 88.72 the result is Inf, below -104 it is 0,
-// with subnormals in between.
+// Computes exp(x) with a relative error below 2^-23. NaN stays NaN. For x above 88.72 the result is Inf, for
+// x below -104 it is 0, and from -104 to about -87.3 it is subnormal.
 //
-// x = n ln 2 + r with a whole n and |r| <= ln 2 / 2, so that exp(x) = 2^n exp(r). The polynomial is 1 + r,
-// then the coefficients that minimise its largest relative error, which is below 2^-28. ln 2 is split into
-// two parts. The first part has 9 bits, so that n times this part is exact.
+// The argument is split into x = n ln 2 + r with a whole number n and |r| <= ln 2 / 2, so that exp(x) = 2^n
+// exp(r). A polynomial approximates exp(r). The polynomial begins with 1 + r; the other coefficients minimise
+// its largest relative error, which is below 2^-28. The constant ln 2 is split into two parts, of which the
+// first has 9 bits, so that n times the first part is exact.
 inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
-  constexpr float kShift = 0x1.8p23f;  // floats of this size are whole numbers
+  constexpr float kShift = 0x1.8p23f;  // floats from 2^23 to 2^24 are whole numbers
   constexpr float kCoefficients[] = {
       0.0013814539f, 0.0083687454f, 0.041668389f, 0.16666521f, 0.49999994f, 1, 1};
   const V shift = V::broadcast(kShift);
@@ -25,8 +27,8 @@ inline Vec<float> exp(Vec<float> x) {
   return times_power_of_two(p, n);
 }
 
-// Access to a whole vector of floats, or to the first n lanes of one. The other lanes are zero or, after
-// load_or, taken from another vector.
+// `Whole` accesses a whole vector of floats, and `Part` only the first `n` lanes of a vector. The functions
+// of `Part` set the other lanes to zero, except that `load_or` takes them from another vector.
 struct Whole {
   Vec<float> load(const float* p) const { return Vec<float>::load(p); }
   Vec<float> load_or(Vec<float>, const float* p) const { return load(p); }
@@ -50,7 +52,8 @@ struct Part {
   }
 };
 
-// Calls body(i, span) for each vector of n floats, which begins at i.
+// Calls `body(i, span)` for each vector of an array of `n` floats. The vector begins at element i, and `span`
+// is a Whole or a Part that accesses it.
 template <class Body>
 inline void for_vectors(size_t n, const Body& body) {
   constexpr size_t kLanes = Vec<float>::kLanes;
@@ -59,7 +62,7 @@ inline void for_vectors(size_t n, const Body& body) {
   if (i < n) body(i, Part{n - i});
 }
 
-// Combines the lanes of v in pairs, then the results in pairs, and so on.
+// Combines the lanes of `v` in pairs, then combines the results in pairs, until one number is left.
 template <class Pair>
 inline float fold(Vec<float> v, const Pair& pair) {
   float lanes[Vec<float>::kLanes];

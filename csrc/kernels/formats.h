@@ -1,15 +1,18 @@
-// The list of the block formats. The file of a format holds its layout and, for kernel units only, its
-// decoder and its int8 codes. A new format needs such a file, two lines here that name it, and a quantiser in
-// ops/quantizers.
+// The list of all block formats. Each format has a file in kernels/formats that holds its block layout and,
+// for kernel units (isa_*.cpp) only, its decoder and its codes in int8. A new format needs a file in
+// kernels/formats, two lines below that name it, and a quantiser in ops/quantizers.
 //
-// In blocks of 32, the low nibbles of q are elements 0 ... 15, the high nibbles are elements 16 ... 31. Bit i
-// of `high` is bit 4 of element i.
+// In the 4-bit and 5-bit formats with blocks of 32 elements, the low nibbles of the bytes `q` belong to
+// elements 0 to 15, and the high nibbles to elements 16 to 31. Bit i of `high` is the fifth bit of the code
+// of element i.
 #ifndef NPLORA_KERNELS_FORMATS_H
 #define NPLORA_KERNELS_FORMATS_H
 
 #include "base/block.h"
 
-// X(name, Name) for each row format. BlockName is its layout, kName its number. Every table has this order.
+// Calls the macro X(name, Name) for each row format, which is a format whose blocks run along rows.
+// Block<Name> is the layout of the format, and BlockFormat::k<Name> is its number. Arrays with one kernel for
+// each format have the order of this list.
 #define NPLORA_ROW_FORMATS(X) \
   X(q4_0, Q4_0)               \
   X(q4_1, Q4_1)               \
@@ -36,8 +39,8 @@ inline constexpr size_t kRowFormats = static_cast<size_t>(BlockFormat::kNf4);
 
 #endif
 
-// A kernel unit includes this file a second time, after the parts that decoders are made of (see
-// table-inl.h).
+// Kernel units (isa_*.cpp) include this file twice: at first only for the list, and later from table-inl.h
+// for the layouts and decoders, when the functions that the decoders call are known.
 #if !defined(NPLORA_ISA) || defined(NPLORA_DECODERS)
 #include "kernels/formats/iq4_nl-inl.h"
 #include "kernels/formats/iq4_xs-inl.h"

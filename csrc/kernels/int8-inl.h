@@ -1,17 +1,18 @@
-// Products of a few rows of x in int8 with rows of low-bit blocks, in integers: one body for every
-// instruction set. See kernel_table.h for the contract.
+// Products of a few rows of `x`, quantised to int8, with rows of low-bit blocks, in integer arithmetic. One
+// implementation serves every instruction set. Each kernel is documented in kernel_table.h.
 //
-// An element of a block is a * code + b, with a and b for each sub-block or for each half of a sub-block. An
-// element of x is scale * code. The product of two sub-blocks is
-//   a scale Σ (codes of the block * codes of x) + b scale Σ codes of x.
-// The first sum is an integer. scale Σ codes of x is stored with x.
+// An element of a block is a * code + b, where the factors a and b belong to a sub-block or to half of it. An
+// element of `x` is scale * code. The product of two sub-blocks is
+//   a * scale * Σ (codes of the block * codes of x) + b * scale * Σ (codes of x).
+// The first sum, over products of codes, is computed in integers. The value scale * Σ (codes of x) is
+// stored with `x`.
 
 namespace nplora::kernels::NPLORA_ISA {
 
 // ---- x ----
 
-// The largest magnitude, as the bits of a float. Bits have the same order as the numbers, and NaN is above
-// all.
+// Returns the largest magnitude in a sub-block of `x`, as the bits of a float. The bits of magnitudes, read
+// as integers, have the same order as the magnitudes, and NaN is above all numbers.
 inline uint32_t largest_bits(const float* x) {
   EightBits most{};
   for (size_t i = 0; i < kSubBlock; i += 8) {
@@ -25,9 +26,9 @@ inline uint32_t largest_bits(const float* x) {
 
 inline void quantize_sub_block(const float* x, int8_t* codes, float& scale, float& sum_of_codes,
                                float* half_sums) {
-  constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // for smaller values, 1 / scale may be infinite
+  constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // below `kLeast`, 1 / scale may be infinite
   constexpr uint32_t kInfinite = 0x7F800000u;
-  constexpr float kShift = 0x1.8p23f;  // x + kShift has x as a whole number in its low bits
+  constexpr float kShift = 0x1.8p23f;  // x + kShift holds x, rounded to a whole number, in its low bits
   const uint32_t largest = largest_bits(x);
   if (largest >= kInfinite || __builtin_bit_cast(float, largest) < kLeast) {
     __builtin_memset(codes, 0, kSubBlock);
@@ -61,9 +62,9 @@ inline void quantize_row(size_t n, const float* x, int8_t* codes, float* scales,
                        half_sums + i / kSubBlock * 2);
 }
 
-// ---- one block: the factors (a, b) of its sub-blocks, and the codes of sub-block j ----
+// ---- the factors a and b of one block, and the codes of its sub-blocks ----
 
-// The factor of a block with one sub-block.
+// The factor of a block that is a single sub-block.
 struct One {
   float v;
   static One load(const float* p) { return {*p}; }
@@ -75,7 +76,7 @@ inline float sum(One x) {
   return x.v;
 }
 
-// The factors of a block with eight sub-blocks.
+// The factors of a block with eight sub-blocks, one for each sub-block.
 struct EightSubBlocks {
   Eight v;
   static EightSubBlocks load(const float* p) { return {load_eight(p)}; }
@@ -87,8 +88,8 @@ inline float sum(EightSubBlocks x) {
   return sum(x.v);
 }
 
-// The factors of the halves of eight sub-blocks. These factors are multiplied by the scales of x for whole
-// sub-blocks.
+// The factors of a block with eight sub-blocks, one for each half of a sub-block. Both factors of a sub-block
+// are multiplied by the scale of the whole matching sub-block of `x`.
 struct Halves {
   Eight v[8];
   Eight at(size_t j) const { return v[j]; }
@@ -107,7 +108,8 @@ inline Halves halves(const float (&factors)[16]) {
   return r;
 }
 
-// Minima for the halves of eight sub-blocks. The minima are multiplied by the sums of x over halves.
+// The minima of a block with eight sub-blocks, one for each half of a sub-block. Each minimum is multiplied
+// by the sum of `x` over the same half.
 struct HalfMinima {
   Eight low, high;
   static HalfMinima load(const float* p) { return {load_eight(p), load_eight(p + 8)}; }
@@ -122,8 +124,8 @@ inline float sum(const HalfMinima& x) {
   return sum(x.low + x.high);
 }
 
-// d and m of a block, which are neighbours. They are converted to float together if one instruction can do
-// it.
+// The scale d and the minimum m of a block, as floats. The two numbers are neighbours in memory and are
+// converted together if one instruction can do it.
 struct TwoFloats {
   float first, second;
 };
@@ -141,18 +143,18 @@ inline TwoFloats two_floats(const Block& block) {
 template <class Block>
 struct Codes;
 
-// Codes without a sign, and with a minimum.
+// For formats with unsigned codes: an element is a code times its scale, plus a minimum.
 struct Unsigned {
   static constexpr bool kHasMinimum = true;
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot(codes, x); }
 };
-// Codes with a sign: an element is a code times its scale.
+// For formats with signed codes: an element is a code times its scale.
 struct Signed {
   static constexpr bool kHasMinimum = false;
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot_signed(codes, x); }
 };
 
-// The 32 nibbles of 16 bytes.
+// Returns the 32 nibbles of 16 bytes, one in each byte: first all low nibbles, then all high nibbles.
 inline SubBlock nibbles(const uint8_t* q) {
   const Bytes b = load_bytes(q);
   return join(b, (Bytes)((Words)b >> 4)) & 15;
@@ -162,7 +164,8 @@ inline SubBlock high_bits(const uint8_t (&bits)[4]) {
   return join(high.low, high.high);
 }
 
-// The type of the minima b, and the sums of x by which they are multiplied.
+// The type of the minima of a format, and the sums of `x` that the minima multiply. The sums of `x` are over
+// whole sub-blocks in this template, and over halves of sub-blocks in the specialisation below.
 template <class Block>
 struct MinimaOf {
   using Type = typename Codes<Block>::Factors;
@@ -177,14 +180,16 @@ struct MinimaOf<Block> {
 
 // ---- rows ----
 
-// Rows of blocks. Meanwhile, the memory `ahead` bytes later is fetched.
+// Rows of blocks. While a block is read, the memory `ahead` bytes after it is prefetched.
 struct Rows {
   const uint8_t* blocks;
   size_t count, row_bytes, ahead;
   Rows after(size_t i) const { return {blocks + i * row_bytes, count - i, row_bytes, ahead}; }
 };
 
-// y (kTokens, all) = kTokens rows of x times at most kRows rows of W. Missing rows repeat the last row.
+// Multiplies kTokens rows of `x` with up to kRows rows of W and stores the products in `y`, whose rows are
+// `all` elements apart. If fewer than kRows rows are left, the last row is repeated and its additional
+// products are dropped.
 template <class Block, size_t kTokens, size_t kRows>
 inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float* y, size_t all) {
   using Factors = typename Codes<Block>::Factors;
@@ -227,7 +232,7 @@ inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float
     for (size_t t = 0; t < kTokens && r < w.count; ++t) y[t * all + r] = sum(sums[r][t]) + sum(minima[r][t]);
 }
 
-// m tokens in groups of 4, 2 and 1. The later groups find the rows in L1.
+// Processes the `m` tokens in groups of 4, then 2, then 1. After the first group, the rows of W are in L1.
 template <class Block, size_t kTokens>
 inline void int8_tiles(const Rows& w, size_t m, size_t sub_blocks, Int8Rows x, float* y, size_t all) {
   constexpr size_t kRows = 4 / kTokens;

@@ -1,6 +1,7 @@
-// AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits. Both products use 6 x 2 accumulators; with 4
-// x 3, gemm_outputs_in_lanes would read W from L2 1.5 times as often. In a dense panel, gemm_outputs_in_lanes
-// uses 2 x 6, because the hardware prefetches nothing if only one line in three is read.
+// AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits. Both matrix products use 6 x 2 accumulators
+// (rows x vectors). With 4 x 3 accumulators, gemm_outputs_in_lanes would read W 1.5 times as often from L2.
+// In a dense panel, gemm_outputs_in_lanes uses 2 x 6 accumulators, because the hardware prefetches nothing if
+// a product reads only one cache line in three.
 #define NPLORA_ISA avx2
 #define NPLORA_SIMD_AVX2
 

@@ -1,4 +1,5 @@
-// AVX-512 F, BW, DQ, VL (Skylake-X, Zen 4): 32 registers of 512 bits, 12 x 2 and 8 x 3 accumulators.
+// AVX-512 F, BW, DQ and VL (Skylake-X, Zen 4): 32 registers of 512 bits. The accumulators (rows x vectors)
+// are 12 x 2 in gemm_tokens_in_lanes and 8 x 3 in gemm_outputs_in_lanes.
 #define NPLORA_ISA avx512
 #define NPLORA_SIMD_AVX512
 

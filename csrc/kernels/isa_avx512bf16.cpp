@@ -1,5 +1,5 @@
-// AVX-512 with BF16 and VNNI (Cooper Lake, Sapphire Rapids, Zen 4). Pairs use vdpbf16ps, which reads and
-// writes subnormals as zero; bytes use vpdpbusd.
+// AVX-512 with BF16 and VNNI (Cooper Lake, Sapphire Rapids, Zen 4). Products of bfloat16 pairs use vdpbf16ps,
+// which treats subnormal inputs and results as zero. Products of bytes use vpdpbusd.
 #define NPLORA_ISA avx512bf16
 #define NPLORA_SIMD_AVX512
 #define NPLORA_SIMD_BF16

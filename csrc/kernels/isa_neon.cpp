@@ -1,5 +1,6 @@
-// aarch64 NEON: 32 registers of 128 bits, 12 x 2 and 8 x 3 accumulators. With pairs of bfloat16,
-// gemm_outputs_in_lanes uses all registers: 24 accumulators, 3 vectors that a mask splits into 6, the mask,
+// NEON on aarch64: 32 registers of 128 bits. The accumulators (rows x vectors) are 12 x 2 in
+// gemm_tokens_in_lanes and 8 x 3 in gemm_outputs_in_lanes. For pairs of bfloat16, gemm_outputs_in_lanes
+// uses all registers: 24 accumulators, the 6 vectors into which a mask splits 3 vectors of pairs, the mask,
 // and 1 scalar pair.
 #define NPLORA_ISA neon
 #define NPLORA_SIMD_NEON

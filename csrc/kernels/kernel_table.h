@@ -1,6 +1,10 @@
-// The whole contract between the kernels and the rest of the library: one table of function pointers per
-// instruction set, chosen once. A kernel touches only the elements that its shapes name. It allocates
-// nothing, throws nothing and does not know about threads.
+// The whole interface between the kernels and the rest of the library: one table of function pointers for
+// each instruction set. The library chooses one table when it first needs one. A kernel reads and writes only
+// the elements that the shapes in its comment name. A kernel allocates no memory, throws no exceptions and
+// does not know about threads.
+//
+// In the comments, a name before sizes, such as x (rows, cols), is an array of this shape. The depth of a
+// matrix product is the dimension that it sums over. An array is dense if there are no gaps between its rows.
 #pragma once
 
 #include <cstddef>
@@ -11,13 +15,13 @@
 
 namespace nplora::kernels {
 
-// W is stored in panels of this many columns: 48 = 3 AVX-512, 6 AVX2 or 12 NEON vectors of float. So one
-// layout serves every instruction set, and a tile of 8 rows x 48 columns (24 AVX-512 registers) hides the
-// latency of FMA.
+// A weight W is stored in panels of 48 columns: 48 floats are 3 AVX-512, 6 AVX2 or 12 NEON vectors, so one
+// layout serves every instruction set. A tile of 8 rows x 48 columns takes 24 AVX-512 registers, which is
+// enough to hide the latency of fused multiply-adds.
 inline constexpr size_t kPanelColumns = 48;
 
-// Element (row, col) of a panelled matrix is data[(col / 48) * panel_stride + row * row_stride + col % 48].
-// A plain row-major matrix is the special case panel_stride == 48.
+// A matrix in panels. Element (row, col) is data[(col / 48) * panel_stride + row * row_stride + col % 48]. A
+// row-major matrix is the special case panel_stride == 48.
 template <class T>
 struct Panels {
   const T* data;
@@ -25,7 +29,8 @@ struct Panels {
   size_t panel_stride;
 };
 
-// Element (i, step) is data[i * row_stride + step * step_stride].
+// A matrix with two strides. Element (i, step) is data[i * row_stride + step * step_stride], where `step` is
+// the index along the depth.
 template <class T>
 struct Strided {
   const T* data;
@@ -33,14 +38,15 @@ struct Strided {
   size_t step_stride;
 };
 
-// A bfloat16 value of a weight. The products of small batches widen it to float in registers.
+// A bfloat16 value of a weight. Products of small batches convert single bfloat16 values to float
+// in registers.
 enum class Bf16 : uint16_t {};
 
-// Two bfloat16 values that are neighbours along the depth, the first in the low half. The element type of the
-// bfloat16 products.
+// The element type of the bfloat16 products: two bfloat16 values that are neighbours along the depth, with
+// the first in the low half.
 enum class Bf16Pair : uint32_t {};
 
-// The type in which products of E are summed.
+// The type in which products of elements of type E are summed.
 template <class E>
 struct SumOf {
   using Type = E;
@@ -66,72 +72,80 @@ inline constexpr size_t kValuesPerElement<Bf16Pair> = 2;
 template <class E>
 inline constexpr size_t kPanelDepth = kPanelColumns / kValuesPerElement<E>;
 
-// Memory that a kernel brings into the cache while it works: nothing, given cache lines, or rows of w that it
-// reads later.
+// Memory that a kernel prefetches while it works: nothing, cache lines that the caller chooses, or rows of
+// the operand `w` that the kernel reads later.
 struct Fetch {
   const char* at = nullptr;
   size_t lines = 0, each = 0;
 
   static constexpr Fetch none() { return {}; }
 
-  // `lines` cache lines. gemm_outputs_in_lanes fetches `each` of them at each step, but never more than it
-  // reads of w. When too few lines are left for all steps, it fetches rows of w ahead instead. The products
-  // with blocks ignore `each` and spread the lines over their rows.
+  // Prefetches `lines` cache lines that begin at `from`. At each step, gemm_outputs_in_lanes prefetches
+  // `each` lines, but at most as many as it reads of `w`. When too few lines are left for all steps,
+  // gemm_outputs_in_lanes prefetches later rows of `w` instead. Products with low-bit blocks ignore `each`
+  // and spread the lines over the rows of W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }
 
-  // Only for gemm_outputs_in_lanes: the rows of w that are read kFetchAhead bytes later, or the rows of the
-  // next L1 block (see l1_block_bytes).
+  // Only for gemm_outputs_in_lanes: prefetches the rows of `w` that are kFetchAhead bytes further on, or the
+  // rows of the next L1 block (see l1_block_bytes).
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
 
-// How far ahead W is fetched, in bytes, where it is read once. Memory delivers 10 bytes in a cycle. The first
-// of them come more than 500 cycles after the request, or 1000 if other programs use the same memory.
+// How many bytes ahead a weight is prefetched if it is read only once. Memory delivers about 10 bytes in each
+// cycle. The first bytes arrive more than 500 cycles after the request, or 1000 cycles if other programs use
+// the same memory. kFetchAhead is more than 1000 cycles times 10 bytes.
 inline constexpr size_t kFetchAhead = 12288;
 
-// Each depth_unit (see Tiles) divides this number. If a depth is cut at multiples of
-// kDepthUnit, the sums are the same as for the whole depth, on every instruction set. The size of a panel of
-// floats is such a multiple. A panel of pairs has 24 elements, which is not a multiple (see kDepthCut).
+// A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
+// kDepthUnit elements, the sums are the same as for the whole depth. A panel of floats has 48 elements along
+// the depth, which is a multiple of kDepthUnit. A panel of bfloat16 pairs has 24 elements, which is no
+// multiple of kDepthUnit, so pairs are cut at multiples of kDepthCut (ops/blocking.h).
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
-// The two products on which everything else is built. depth counts elements. Both sum over the depth strictly
-// in order (by fused multiply-adds if the instruction set has them), or first sum each group of depth_unit
-// elements. If the depth is cut only at multiples of depth_unit, a result does not depend on tile sizes,
-// blocking or threads, and both products give the same bits.
+// The two matrix products on which the larger operations are built. In both products, the argument `depth`
+// counts elements. Both products sum over the depth strictly in order, or they first sum each group of
+// depth_unit elements. Both products use fused multiply-adds if the instruction set has them. If the depth is
+// cut only at multiples of depth_unit, the result does not depend on tile sizes, blocking or threads, and
+// both products give the same bits.
 template <class E>
 struct Tiles {
-  // Tokens in a full tile of gemm_tokens_in_lanes: two vectors. Small batches use one vector, lanes / 2.
+  // The number of tokens in a full tile of gemm_tokens_in_lanes, which fill two vectors. Small batches use
+  // one vector of lanes / 2 tokens.
   size_t lanes;
-  // The number of rows of w at which gemm_tokens_in_lanes is fastest. Any number is allowed.
+  // The number of rows of `w` in a full tile of gemm_tokens_in_lanes. Any number of rows is allowed, but full
+  // tiles are the fastest.
   size_t tile_rows;
-  // The number of rows of a at which gemm_outputs_in_lanes is fastest if the rows of w are not dense. It then
-  // reads tile_columns columns of w at a time, and reads w once for each group of tile_columns.
+  // The size of a full tile of gemm_outputs_in_lanes if the rows of `w` are not dense: tile_tokens rows of
+  // `a` times tile_columns columns of `w`. Each tile reads its columns of `w` once.
   size_t tile_tokens, tile_columns;
-  // gemm_outputs_in_lanes processes a dense panel in blocks of at most this many bytes, which stay in L1. 0:
-  // in one block.
+  // In a dense panel, gemm_outputs_in_lanes processes blocks of at most l1_block_bytes bytes, which stay in
+  // L1. If l1_block_bytes is 0, a panel is processed as a whole.
   size_t l1_block_bytes;
-  size_t depth_unit;  // in elements; divides kDepthUnit
+  size_t depth_unit;  // a number of elements, which divides kDepthUnit
 
-  // yt (rows, n_lanes) = [yt +] w (rows, depth) xt (depth, n_lanes).   n_lanes is `lanes` or `lanes / 2`.
-  // Tokens are in the SIMD lanes, and w is broadcast. xt and yt are dense.
+  // Computes yt = w xt, or yt += w xt if `accumulate` is set, for yt (rows, n_lanes), w (rows, depth) and xt
+  // (depth, n_lanes). The tokens are in the SIMD lanes, and the elements of `w` are broadcast. `n_lanes` is
+  // `lanes` or lanes / 2. `xt` and `yt` are dense.
   void (*gemm_tokens_in_lanes)(size_t n_lanes, size_t rows, size_t depth, const Panels<E>& w, const E* xt,
                                Sum<E>* yt, bool accumulate);
 
-  // c (m, n) = [c +] a (m, depth) w (depth, n),  n <= kPanelColumns.
-  // Outputs, the columns of c, are in the SIMD lanes, and a is broadcast.
+  // Computes c = a w, or c += a w if `accumulate` is set, for c (m, n), a (m, depth) and w (depth, n) with n
+  // <= kPanelColumns. The outputs, which are the columns of `c`, are in the SIMD lanes, and the elements of
+  // `a` are broadcast.
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<E>& a, const E* w,
                                 size_t w_stride, Sum<E>* c, size_t c_stride, bool accumulate,
                                 const Fetch& next);
 };
 
-// The most rows of a small batch: as many as a vector has lanes. A vector has at least kLeastSmallBatch
-// floats on every instruction set; no small batch has more than kMostSmallBatch rows.
+// A small batch has at most as many rows as a vector has lanes, and never more than kMostSmallBatch rows. On
+// every instruction set, a vector has at least kLeastSmallBatch floats.
 inline constexpr size_t kLeastSmallBatch = 4, kMostSmallBatch = 8;
 
-// The element type of x in products with a weight of type W: bfloat16 is widened to float, pairs are
-// multiplied by pairs.
+// The element type of `x` in products with a weight of type W. Single bfloat16 values of a weight are
+// converted to float, but pairs are multiplied by pairs.
 template <class W>
 struct OperandOf {
   using Type = Sum<W>;
@@ -143,8 +157,8 @@ struct OperandOf<Bf16Pair> {
 template <class W>
 using Operand = typename OperandOf<W>::Type;
 
-// The type in memory where gemm_outputs_in_lanes multiplies pairs: single bfloat16 values. It pairs the rows
-// of W itself.
+// The element type of a weight W in memory, as gemm_outputs_in_lanes reads it. For products of bfloat16
+// pairs, W holds single bfloat16 values, and gemm_outputs_in_lanes makes the pairs itself.
 template <class W>
 struct StoredOf {
   using Type = W;
@@ -154,31 +168,34 @@ struct StoredOf<Bf16Pair> {
   using Type = Bf16;
 };
 
-// Small batches have fewer rows than a vector has lanes. The interleave factor f puts every lane to work:
-// lane (token * f + i) holds the elements k of the depth with k % f == i. For m rows, f is as large as the
-// lanes allow.
+// Returns the interleave factor f for `m` rows: the largest power of two with f * m <= lanes, or 1. A small
+// batch may have fewer rows than a vector has lanes. To use all lanes, each token gets f neighbouring lanes,
+// where f is the interleave factor. Lane token * f + i holds the elements k along the depth with k % f == i.
 inline size_t interleave_factor(size_t m, size_t lanes) {
   size_t factor = lanes;
   while (factor > 1 && factor * m > lanes) factor /= 2;
   return factor;
 }
 
-// The products of small batches. W is read once, in its storage layout, and nothing is transposed.
+// Matrix products for small batches. The weight is read once, in the order in which it is stored, and it
+// is not transposed.
 template <class W>
 struct SmallProducts {
-  // part (rows, lanes / 2) = [part +] w (rows, depth) xs, one sum for each lane.   xs comes from interleave.
-  // If w has columns, row_stride > 0. A row is summed in the same order in panels and row-major. Pairs of
-  // bfloat16 need an interleave factor of at most 8.
+  // Multiplies the rows of `w` (rows, depth) with `xs`, which `interleave` has made. The sums of each lane
+  // are stored in `part` (rows, lanes / 2), or added to it if `accumulate` is set. If `depth` is not 0,
+  // row_stride must be greater than 0. The order of the additions is the same for panels and for row-major
+  // storage. Pairs of bfloat16 need an interleave factor of at most 8.
   void (*dots)(size_t interleave_factor, size_t rows, size_t depth, const Panels<W>& w, const Operand<W>* xs,
                Sum<W>* part, bool accumulate);
 
-  // gemm_outputs_in_lanes of Tiles, except that its depth counts rows of w.
+  // The same product as gemm_outputs_in_lanes in Tiles, except that `depth` counts rows of `w` even
+  // for pairs.
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                                 const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c,
                                 size_t c_stride, bool accumulate, const Fetch& next);
 };
 
-// The products of pairs that AMX adds to the table of another instruction set.
+// The products of bfloat16 pairs for AMX, which replace those in the table of another instruction set.
 struct PairProducts {
   Tiles<Bf16Pair> tiles;
   decltype(SmallProducts<Bf16Pair>::gemm_outputs_in_lanes) small_gemm_outputs_in_lanes;
@@ -186,7 +203,7 @@ struct PairProducts {
 
 struct AdamWCoefficients {
   double lr, beta1, beta2, eps, weight_decay;
-  double bias1, bias2;  // 1 - beta1^t, 1 - beta2^t
+  double bias1, bias2;  // bias corrections 1 - beta1^t and 1 - beta2^t at step t
   double grad_scale;
 };
 
@@ -197,78 +214,81 @@ struct SgdCoefficients {
 
 template <class T>
 struct Products : Tiles<T> {
-  // xt (cols, n_lanes) = x (rows, cols) transposed, rows <= n_lanes. Lanes without a row are set to zero.
+  // Transposes `x` (rows, cols) into `xt` (cols, n_lanes), for rows <= n_lanes. Lanes without a row are
+  // set to zero.
   void (*to_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt);
 
-  // y (rows, cols) = yt (cols, n_lanes) transposed [+ bias (cols)], rows <= n_lanes.   bias may be null.
+  // Transposes `yt` (cols, n_lanes) into `y` (rows, cols), for rows <= n_lanes, and adds `bias` (cols), which
+  // may be null.
   void (*from_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* yt, const T* bias, T* y,
                      size_t y_stride);
 
-  // xt (cols, rows) = x (rows, cols) transposed.
+  // Transposes `x` (rows, cols) into `xt` (cols, rows).
   void (*transpose)(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, size_t xt_stride);
 
-  // xs (ceil(cols / interleave_factor), lanes / 2) = x (m, cols), each element in its lane, with zeros where
-  // x has none.
-  // Pairs of bfloat16 are moved as floats.
+  // Copies each element of `x` (m, cols) to its lane (see interleave_factor) in `xs` (ceil(cols /
+  // interleave_factor), lanes / 2). Lanes without an element of `x` are set to zero. Pairs of bfloat16 are
+  // copied as if they were floats.
   void (*interleave)(size_t m, size_t interleave_factor, size_t cols, const T* x, size_t x_stride, T* xs);
 
-  // y (m, rows) = the sums over each token's lanes of part (rows, lanes / 2), in a fixed tree [+ bias
-  // (rows)].
-  // bias may be null.
+  // Sums the lanes of each token in `part` (rows, lanes / 2), in a fixed tree, and adds `bias` (rows), which
+  // may be null. The sums are stored in `y` (m, rows).
   void (*sum_parts)(size_t m, size_t interleave_factor, size_t rows, const T* part, const T* bias, T* y,
                     size_t y_stride);
 
-  // y (m, rows) += z (m, depth) aᵀ with a (rows, depth) dense. It adds the low-rank term of a small batch: m
-  // <= kMostSmallBatch, and depth is a rank.
+  // Adds z aᵀ to `y` (m, rows), for z (m, depth) and a dense a (rows, depth). The product is the low-rank
+  // term of a small batch: `m` is at most kMostSmallBatch, and `depth` is a rank.
   void (*add_dots)(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
                    size_t y_stride);
 
-  // One AdamW step on n elements (Loshchilov & Hutter 2019, algorithm 2, as torch computes it). g is first
-  // multiplied by grad_scale.
+  // Does one AdamW step on `n` elements (Loshchilov & Hutter 2019, algorithm 2, as torch computes it). The
+  // gradient `g` is first multiplied by grad_scale.
   void (*adamw)(size_t n, T* p, const T* g, T* m, T* v, const AdamWCoefficients& k);
 
-  // g = grad_scale * g + weight_decay * p;  buf = momentum * buf + g;  p -= lr * (nesterov ? g + momentum *
-  // buf : buf).
-  // buf may be null if momentum is 0.
+  // Does one SGD step on `n` elements: d = grad_scale * g + weight_decay * p; buf = momentum * buf + d; p -=
+  // lr * (nesterov ? d + momentum * buf : buf). `buf` may be null if momentum is 0.
   void (*sgd)(size_t n, T* p, const T* g, T* buf, const SgdCoefficients& k);
 
-  // The sum of squares, in double and in a fixed order.
+  // Returns the sum of the squares of `x`, in double and in a fixed order.
   double (*sum_of_squares)(size_t n, const T* x);
 
-  // out = keep(seed, first + i) ? x * factor : 0. Element i is dropped if its 32 bits from Philox4x32-10 are
-  // below threshold.
+  // Dropout: element i of `out` is x[i] * factor, or 0 if the element is dropped. Element i is dropped if the
+  // 32 random bits that Philox4x32-10 gives for `seed` and first + i are below `threshold`.
   void (*dropout)(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out);
 
-  // c (m, n) += a (m, depth) w (depth, n), summed in the order of gemm_outputs_in_lanes.   a is dense.
-  // panels holds w in panels of kPanelColumns columns, each dense; the last panel has the remaining columns.
-  // streams: c is too large for the cache and is fetched ahead.
+  // Adds the product of a dense `a` (m, depth) and w (depth, n) to `c` (m, n), and sums in the same order as
+  // gemm_outputs_in_lanes. `panels` holds w in dense panels of kPanelColumns columns; the last panel has the
+  // remaining columns. If `streams` is set, `c` is too large for the cache and is prefetched.
   void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                 bool streams);
 };
 
-// Conversions to and from 16-bit storage. Narrowing rounds to nearest even, keeps NaN and subnormals, and
-// overflows to Inf.
+// Conversions between float and 16-bit formats. The conversions from float round to nearest, with ties to
+// even. NaN and subnormal numbers are kept, and numbers that are too large become Inf.
 struct Conversions {
   void (*widen_bfloat16)(size_t n, const uint16_t* from, float* to);
   void (*narrow_bfloat16)(size_t n, const float* from, uint16_t* to);
   void (*widen_float16)(size_t n, const uint16_t* from, float* to);
   void (*narrow_float16)(size_t n, const float* from, uint16_t* to);
 
-  // Each x becomes one of its two neighbours in the format. The choice is random, so that the expected value
-  // is x (for float16 below 2^-14: to 2^-48). The random bits come from dropout's generator. Values beyond
-  // the largest finite number stay as they are.
+  // Rounds stochastically: each x[i] becomes one of its two neighbours in the 16-bit format. The neighbour is
+  // chosen at random, so that its expected value is x[i] (for float16 below 2^-14, with an error of at most
+  // 2^-48). The random bits come from the generator of dropout. Values beyond the largest finite number of
+  // the format stay as they are.
   void (*dither_bfloat16)(size_t n, uint64_t seed, uint64_t first, float* x);
   void (*dither_float16)(size_t n, uint64_t seed, uint64_t first, float* x);
 
-  // out (ceil(rows / 2), cols) = pairs of neighbours down the columns of x (rows, cols), narrowed if x is
-  // float. An odd last row is paired with zeros.
+  // Makes pairs of neighbours in the columns of `x` (rows, cols) and stores them in `out` (ceil(rows / 2),
+  // cols). If the number of rows is odd, the last row is paired with zeros. The function pair_rows first
+  // converts the floats to bfloat16.
   void (*pair_rows)(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out);
   void (*pair_bits)(size_t rows, size_t cols, const uint16_t* x, size_t x_stride, Bf16Pair* out);
 };
 
-// A weight in NF4: the nibbles of the flat tensor, and a scale for each block of 64. The scale of a block is
-// absmax[block] or, if absmax is null, absmax_book[absmax_codes[block]] * absmax_scales[block / kNf4Group] +
-// absmax_offset, rounded after each operation.
+// A weight in NF4: the 4-bit codes of the flattened tensor, and a scale for each block of 64 elements.
+// If `absmax` is not null, the scale of a block is absmax[block]. If `absmax` is null, the scale of a
+// block is absmax_book[absmax_codes[block]] * absmax_scales[block / kNf4Group] + absmax_offset, rounded
+// after each operation.
 struct Nf4 {
   const uint8_t* codes;
   const float* absmax;
@@ -277,8 +297,8 @@ struct Nf4 {
   float absmax_offset = 0;
 };
 
-// Rows of decoded floats. Columns from kPanelColumns on are stored `apart` elements further on, so that two
-// panels can each have rows without gaps.
+// The memory for rows of decoded floats. Columns from kPanelColumns on are stored `apart` elements further
+// on, so that each of two panels can have rows without gaps.
 struct DecodedRows {
   float* data;
   size_t stride, apart = 0;
@@ -287,120 +307,133 @@ struct DecodedRows {
 // Conversions of low-bit blocks (kernels/formats) to float. Every value is computed as if in float32 without
 // fused multiply-adds, so all instruction sets give the same bits.
 struct BlockDecoders {
-  // to (rows, cols) = columns first ... first + cols - 1 of rows of blocks, which begin row_bytes apart.
-  // first and cols are multiples of kSubBlock. One kernel for each row format, in the order of BlockFormat.
+  // Decodes the columns [first, first + cols) of rows of blocks to `to` (rows, cols). The rows of blocks
+  // begin `row_bytes` bytes apart. `first` and `cols` are multiples of kSubBlock. There is one kernel for
+  // each row format, in the order of BlockFormat.
   void (*decode[kRowFormats])(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
                               const DecodedRows& to);
 
-  // to (rows, cols): element (i, j) is number first + i * row_step + j of the flat tensor. Any numbers work;
-  // even numbers are fast. If panels are apart (see DecodedRows), first and row_step must be multiples of 16.
+  // Decodes NF4 to `to` (rows, cols). Element (i, j) of `to` is element first + i * row_step + j of the
+  // flattened tensor. Any `first` and `row_step` are allowed, but even numbers are faster. If the panels of
+  // `to` are apart (see DecodedRows), `first` and `row_step` must be multiples of 16.
   void (*decode_nf4)(size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const DecodedRows& to);
 };
 
-// The products of small batches with low-bit blocks, which are decoded in registers. W is read once, in its
-// storage layout.
+// Products of small batches with a weight in low-bit blocks, which are decoded in registers. The weight is
+// read once, in the order in which it is stored.
 struct BlockDots {
-  // part (m, rows, lanes / 2) = x (m, cols) times rows of blocks: lane i sums the elements k with k % (lanes
-  // / 2) == i. cols is a multiple of the block's elements. In the order of BlockFormat, without kNf4. A scale
-  // may multiply the sum of its sub-block, so x beyond 1e34 can overflow.
+  // Multiplies `x` (m, cols) with rows of blocks. The sums of each lane are stored in `part` (m, rows, lanes
+  // / 2): lane i sums the elements k with k % (lanes / 2) == i. `cols` is a multiple of the number of
+  // elements in a block. There is one kernel for each row format, in the order of BlockFormat. A scale may
+  // multiply the sum of its sub-block, so magnitudes of `x` above 1e34 can overflow.
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
                             const float* x, size_t x_stride, float* part, const Fetch& next);
 
-  // The function `dots` for NF4. Row i begins with number first + i * row_step of the flat tensor. first,
-  // row_step and cols are multiples of 64.
+  // Does the same as `dots` for NF4. Row i of the weight begins with element first + i * row_step of the
+  // flattened tensor. `first`, `row_step` and `cols` are multiples of 64.
   void (*dots_nf4)(size_t m, size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const float* x,
                    size_t x_stride, float* part, const Fetch& next);
 };
 
-// Rows of x in int8. Element i of a row is about codes[i] * scale, with one scale for each sub-block. sums =
-// scale * Σ codes over a sub-block; half_sums is the same over each half. The arrays are (m, cols), (m, cols
-// / kSubBlock) twice and (m, 2 * cols / kSubBlock).
+// Rows of `x` in int8. Element i of a row is about codes[i] * scale, with one scale for each sub-block. For
+// each sub-block, `sums` holds the scale times the sum of the codes; `half_sums` holds the same for each half
+// of a sub-block. The shapes are codes (m, cols), scales (m, cols / kSubBlock), sums (m, cols / kSubBlock)
+// and half_sums (m, 2 * cols / kSubBlock).
 struct Int8Rows {
   const int8_t* codes;
   const float *scales, *sums, *half_sums;
 };
 
-// The products of small batches with low-bit blocks, in integers.
+// Products of small batches with a weight in low-bit blocks, in integer arithmetic.
 struct Int8Products {
-  // One row of n elements, n a multiple of kSubBlock: scale = max |x| / 127, codes = x / scale, rounded to
-  // nearest. A sub-block whose values are all below 2^-119 counts as zero. A sub-block with a NaN or infinity
-  // counts as NaN.
+  // Quantises a row of `n` elements, where `n` is a multiple of kSubBlock. In each sub-block, scale = max |x|
+  // / 127, and a code is x / scale, rounded to nearest. A sub-block whose magnitudes are all below 2^-119
+  // counts as zero. A sub-block with a NaN or infinity counts as NaN.
   void (*quantize)(size_t n, const float* x, int8_t* codes, float* scales, float* sums, float* half_sums);
 
-  // y (m, rows) = x (m, cols) times rows of blocks.   cols is a multiple of the block's elements.
-  // In the order of BlockFormat, without kNf4.
+  // Multiplies `x` (m, cols) with rows of blocks and stores the products in `y` (m, rows). `cols` is a
+  // multiple of the number of elements in a block. There is one kernel for each row format, in the
+  // order of BlockFormat.
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
                             const Int8Rows& x, float* y, const Fetch& next);
 };
 
-// The activations of gated units: silu(g) = g / (1 + exp(-g)), and GELU in its tanh form.
+// The activation functions of gated units: silu(g) = g / (1 + exp(-g)), and GELU in its tanh form.
 enum class Activation : uint8_t { kSilu, kGeluTanh };
 inline constexpr size_t kActivations = 2;
 
-// The functions of a language model other than its products. If an output may be the same array as an input,
-// element i of the output is written after element i of the input was read.
+// The operations of a language model other than matrix products with weights. If an output may be the same
+// array as an input, the kernel reads element i of the input before it writes element i of the output.
 struct Transformer {
-  // y = x * weight / sqrt(mean x² + eps), of n elements.
+  // RMSNorm of `n` elements: y = x * weight / sqrt(mean x² + eps).
   void (*rms_norm)(size_t n, const float* x, const float* weight, float eps, float* y);
 
-  // dx = [dx +] r * (dn - x * r² * mean(dn * x))  with dn = dy * weight and r = 1 / sqrt(mean x² + eps).
-  // dx may be dy.
+  // The backward pass of RMSNorm: dx = r * (dn - x * r² * mean(dn * x)) with dn = dy * weight and r = 1 /
+  // sqrt(mean x² + eps). If `accumulate` is set, the gradient is added to `dx`. `dx` may be the same
+  // array as `dy`.
   void (*rms_norm_backward)(size_t n, const float* dy, const float* x, const float* weight, float eps,
                             float* dx, bool accumulate);
 
-  // The pairs (a, b) of x (heads, head_dim) become (a cos - b sin, b cos + a sin). A pair is elements i and
-  // half + i of a head, or 2i and 2i + 1 if interleaved. Elements of a head after its first 2 * half are
-  // neither read nor written. table holds half cosines, then half sines. inverse negates the sines.
+  // Rotary position encoding: each pair (a, b) in `x` (heads, head_dim) becomes (a cos - b sin, b cos + a
+  // sin). A pair is elements i and half + i of a head, or elements 2i and 2i + 1 if `interleaved` is set.
+  // Only the first 2 * half elements of a head are read or written. `table` holds `half` cosines, then `half`
+  // sines. If `inverse` is set, the sines are negated.
   void (*rotate)(size_t heads, size_t head_dim, size_t half, const float* table, bool interleaved,
                  bool inverse, float* x);
 
-  // out = act(gate) * up, for each Activation.
+  // A gated unit: out = act(gate) * up. There is one kernel for each Activation.
   void (*gated[kActivations])(size_t n, const float* gate, const float* up, float* out);
 
-  // dgate = dout * up * act'(gate);  dup = dout * act(gate).   dgate and dup may be any of the inputs.
+  // The backward pass of a gated unit: dgate = dout * up * act'(gate) and dup = dout * act(gate). `dgate` and
+  // `dup` may be the same arrays as inputs.
   void (*gated_backward[kActivations])(size_t n, const float* dout, const float* gate, const float* up,
                                        float* dgate, float* dup);
 
-  // The largest of n elements, or the lowest float if n is 0. If an element is NaN, the result may be NaN or
-  // not.
+  // Returns the largest of `n` elements, or the lowest finite float if `n` is 0. If an element is NaN, the
+  // result may or may not be NaN.
   float (*largest)(size_t n, const float* x);
 
-  // The sum of y = exp(x - shift), in as many partial sums as there are lanes.   y may be null, or x.
+  // Stores y = exp(x - shift) and returns the sum of `y`. Each lane adds up its own partial sum. `y` may be
+  // null, or the same array as `x`.
   float (*exp_sum)(size_t n, const float* x, float shift, float* y);
 
-  // y = [y +] factor * x.   y may be x.
+  // Computes y = factor * x, or y += factor * x if `accumulate` is set. `y` may be the same array as `x`.
   void (*scaled)(size_t n, float factor, const float* x, float* y, bool accumulate);
 
-  // The sum of a * b, in as many partial sums as there are lanes.
+  // Returns the dot product of `a` and `b`. Each lane adds up its own partial sum.
   float (*dot)(size_t n, const float* a, const float* b);
 
-  // The dot products of a query's heads with rows of keys: scores (heads, rows) = q (heads, dim) k (rows,
-  // heads / group * dim)ᵀ, where head h uses the columns h / group * dim ... of k.
+  // Stores the dot products of the heads of a query q (heads, dim) with rows of keys k (rows, heads / group *
+  // dim) in `scores` (heads, rows). Head h of the query uses the `dim` columns of `k` from column h / group *
+  // dim on, with h / group rounded down.
   void (*key_dots)(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                    size_t k_stride, float* scores, size_t s_stride);
 
-  // out (heads, dim) += weights (heads, rows) v (rows, heads / group * dim), where head h uses the columns h
-  // / group * dim ... of v.
+  // Adds rows of values v (rows, heads / group * dim), multiplied by weights (heads, rows), to `out` (heads,
+  // dim). Head h uses the `dim` columns of `v` from column h / group * dim on, with h / group rounded down.
   void (*add_values)(size_t rows, size_t heads, size_t group, size_t dim, const float* weights,
                      size_t w_stride, const float* v, size_t v_stride, float* out);
 
-  // x (rows, n) = x * factor (n).
+  // Multiplies column j of `x` (rows, n) by factor[j], for each column.
   void (*scale_columns)(size_t rows, size_t n, const float* factor, float* x, size_t x_stride);
 
-  // One step of a softmax down the columns of s (rows, n), whose rows arrive tile by tile (Milakov &
-  // Gimelshein 2018). If a tile has a new largest element, all earlier sums must shrink by `factor`.
+  // Does one step of a softmax down the columns of `s` (rows, n), whose rows arrive tile by tile (Milakov &
+  // Gimelshein 2018). If a tile has a new largest element, all earlier sums must be multiplied by `factor`.
+  // For each column, the step computes:
   //   new = max(largest, max s);  factor = exp(largest - new);  s = exp(s - new);
   //   sum = sum * factor + Σ s;  largest = new.
-  // Elements of -Inf have no weight, even if all are -Inf, provided that largest begins as the lowest float.
+  // Elements of -Inf become 0, even if all elements are -Inf, provided that `largest` begins as the
+  // lowest finite float.
   void (*softmax_step)(size_t rows, size_t n, float* s, size_t s_stride, float* largest, float* sum,
                        float* factor);
 
-  // p = exp(min(s - lse, 0));  ds = p * (dp - delta), down the columns of s and dp (rows, n), in place: s
-  // becomes p, dp becomes ds.
+  // The backward pass of the softmax, down the columns of `s` and `dp` (rows, n): p = exp(min(s - lse, 0))
+  // and ds = p * (dp - delta). The kernel works in place: `s` becomes p, and `dp` becomes ds.
   void (*softmax_backward)(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                            size_t stride);
 
-  // softmax_backward if the rows hold all keys of each column: p = softmax(s) and delta = Σ p * dp.
+  // Does the same as softmax_backward if the rows hold all keys of each column. This kernel computes p =
+  // softmax(s) and delta = Σ p * dp itself.
   void (*whole_softmax_backward)(size_t rows, size_t n, float* s, float* dp, size_t stride);
 };
 
@@ -419,8 +452,8 @@ struct KernelTable {
   Int8Products int8;
   Transformer transformer;
 
-  // Whether small_pairs.gemm_outputs_in_lanes pairs the rows of w in registers. Otherwise each call makes a
-  // paired copy.
+  // Whether small_pairs.gemm_outputs_in_lanes pairs the rows of `w` in registers, instead of making a copy of
+  // `w` in pairs at each call.
   bool pairs_in_registers = true;
 
   template <class T>
@@ -468,14 +501,16 @@ inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
   return small_pairs;
 }
 
-// The table in use: the best table that this machine runs, or the table that NPLORA_ISA names. The first call
-// chooses it. Linux is asked for the AMX registers only if they would be used. If Linux refuses, the next
-// best table is used, unless NPLORA_ISA=amx. Throws std::invalid_argument, with the reason, if NPLORA_ISA
-// names a table that is unknown, not built in or not runnable.
+// Returns the table in use: the best table that this machine can run, or the table that the environment
+// variable NPLORA_ISA names. The first call chooses the table. Linux is asked for the AMX registers only if
+// they would be used. If Linux refuses, the next best table is used, unless NPLORA_ISA is amx. Throws
+// std::invalid_argument, with the reason, if NPLORA_ISA names a table that is unknown, not in this build, or
+// not runnable on this machine.
 const KernelTable& table();
 
-// Every table that this build holds and this machine runs, best last. Does not ask Linux for AMX. For tests
-// and show_config.
+// Writes the tables of this build that this machine can run to `out`, with the best table last, and
+// returns their number. This function does not ask Linux for the AMX registers. Tests and show_config
+// use this function.
 size_t available_tables(const KernelTable** out, size_t capacity);
 
 }  // namespace nplora::kernels

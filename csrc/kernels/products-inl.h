@@ -1,22 +1,26 @@
-// The products and the transposes around them: one body for every instruction set. See kernel_table.h for the
-// contract.
+// The matrix products and the transposes around them. One implementation serves every instruction set. Each
+// kernel is documented in kernel_table.h.
 //
-// The unit defines its tile sizes. Everything that a tile uses must fit the register file.
-//   kTileRows       rows of w in gemm_tokens_in_lanes. It has kTileRows * 2 accumulators, 2 vectors of x
-//                   and 1 broadcast.
-//   kTileTokens     rows of a in gemm_outputs_in_lanes and merge
-//   kOutputVectors  vectors of w in gemm_outputs_in_lanes and merge. They have kTileTokens * kOutputVectors
-//                   accumulators, kOutputVectors vectors of w and 1 broadcast.
-//   kPanelVectors   vectors of w in gemm_outputs_in_lanes for a dense panel, with fewer rows of a: a whole
-//                   row of floats, or the same as kOutputVectors
-//   kNearRows       rows of a that gemm_outputs_in_lanes addresses from one pointer, by multiples of their
-//                   stride. For more rows, GCC runs out of general registers and keeps multiples in vector
-//                   registers. Moving a multiple back costs 3-4 % of the time.
-// Full tiles have at least the 8 independent accumulators that FMA latency x throughput (4 x 2) requires.
+// Each kernel unit (isa_*.cpp) defines the sizes of its tiles. All values that a tile uses must fit
+// into the registers.
+//   `kTileRows` is the number of rows of `w` in a tile of gemm_tokens_in_lanes. A tile of
+//     gemm_tokens_in_lanes has kTileRows * 2 accumulators, 2 vectors of `x` and 1 broadcast element.
+//   `kTileTokens` is the number of rows of `a` in a tile of gemm_outputs_in_lanes and merge.
+//   `kOutputVectors` is the number of vectors of `w` in a tile of gemm_outputs_in_lanes and merge. A tile of
+//     gemm_outputs_in_lanes has kTileTokens * kOutputVectors accumulators, kOutputVectors vectors of `w` and
+//     1 broadcast element.
+//   `kPanelVectors` is the number of vectors of `w` in a tile of gemm_outputs_in_lanes for a dense panel.
+//     `kPanelVectors` covers a whole row of floats, in tiles with fewer rows of `a`, or is the same as
+//     kOutputVectors.
+//   `kNearRows` is the number of rows of `a` that gemm_outputs_in_lanes addresses from one pointer, by
+//     multiples of their stride. With more rows, GCC runs out of general registers and keeps multiples of the
+//     stride in vector registers; moving a multiple back costs 3-4 % of the time.
+// Full tiles have at least 8 independent accumulators, because an FMA has a latency of 4 cycles and 2 FMAs
+// can start in each cycle.
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// ---- gemm_tokens_in_lanes: yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes) ----
+// ---- gemm_tokens_in_lanes: the product yt = w xt ----
 
 template <class E>
 struct TokensInLanes {
@@ -27,11 +31,12 @@ struct TokensInLanes {
   bool accumulate;
 };
 
-// kStride is the row stride of w if it is known at compile time (a full panel), else 0. In a panel, the rows
-// of the next tile follow in memory, where the hardware does not prefetch them. They are fetched evenly, at
-// most one line at each step. Tiles of fewer than 24 sums fetch into L2. On a Zen 4, if W is not in the
-// cache, this makes batches of 16 rows a quarter faster, and batches of 32 rows with AVX2 a tenth. Larger
-// tiles gain nothing.
+// Computes one tile. `kStride` is the row stride of `w` if it is known at compile time (in a full panel),
+// else 0. In a full panel, the rows of the next tile follow in memory, but the hardware does not prefetch
+// them. Each step prefetches at most one cache line of the next tile's rows. Tiles of fewer than 24
+// accumulators prefetch into L2, larger tiles into L1. On a Zen 4, if W is not in the cache, prefetching into
+// L2 makes batches of 16 rows a quarter faster, and with AVX2 batches of 32 rows a tenth faster. Larger tiles
+// gain nothing from prefetching into L2.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
   using T = Sum<E>;
@@ -74,7 +79,7 @@ inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
     for (size_t v = 0; v < kVectors; ++v) c[j][v].store(p.yt + j * kWidth + v * kLanes);
 }
 
-// Selects the instance for rows <= kRows.
+// Calls the template instance for a tile of `rows` rows, where rows <= kRows.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_upto(size_t rows, TokensInLanes<E> p) {
   if (rows == kRows) return gemm_tokens_in_lanes_fixed<E, kVectors, kRows, kStride>(p);
@@ -105,43 +110,45 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
                : gemm_tokens_in_lanes_rows<E, 2, 0>(rows, p);
 }
 
-// ---- gemm_outputs_in_lanes: c (m, n) = [c +] a (m, depth) w (depth, n) ----
+// ---- gemm_outputs_in_lanes: the product c = a w ----
 
-// The number of rows of w for one element E of a. It is two if E is a pair and W holds single bfloat16
-// values, which are paired in registers.
+// The number of rows of `w` for each element of `a`. The number is two if the elements of `a` are pairs and
+// `w` holds single bfloat16 values, which are paired in registers.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
 inline constexpr size_t kRowsOf<Bf16Pair, Bf16> = 2;
 
-// The number of rows of a in a full tile with this many vectors.
+// The number of rows of `a` in a full tile that has `vectors` vectors of `w`.
 constexpr size_t rows_beside(size_t vectors) {
   return smaller(kTileTokens, kTileTokens * kOutputVectors / vectors);
 }
 
-// The size of an L1 block: the largest part of a dense panel that wide tiles take at a time. Wide tiles have
-// so few rows that w has to come from L1 (AVX2: 2 x 6 sums take 6 cycles for 192 bytes of w). L1 has 32 KB or
-// more, and must also hold the rows of a and c. Pairs use no wide tiles, because AVX2 would have to split
-// them for each row of a.
+// The size of an L1 block in bytes, or 0 if no tiles are wide. A wide tile has kPanelVectors vectors of `w`,
+// and an L1 block is the part of a dense panel that wide tiles process at a time. Wide tiles have so few rows
+// that `w` has to come from L1: on AVX2, the 2 x 6 accumulators take 6 cycles for 192 bytes of `w`. L1 has 32
+// KB or more, and must also hold the rows of `a` and `c`. Products of pairs use no wide tiles, because AVX2
+// would have to split the pairs of `w` for each row of `a`.
 template <class E>
 inline constexpr size_t kL1BlockBytes =
     kValuesPerElement<E> == 1 && kPanelVectors > kOutputVectors ? size_t{24} << 10 : 0;
 
-// The Fetch of wide tiles. They fetch one line at each step, and never rows ahead. `each` is the distance
-// from one line to the next, in bytes.
+// Returns a Fetch for wide tiles. Wide tiles prefetch one cache line at each step, and never later rows of
+// `w`. In the Fetch for wide tiles, the member `each` is the distance from one line to the next, in bytes.
 inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
   return Fetch::memory(from, lines, bytes);
 }
 
-// The lines that a tile fetches at each step: lines of a Fetch or, if too few are left, rows of w that come
-// kFetchAhead bytes after the columns that the tile reads. Fetching other columns of w would only fetch from
-// L2.
+// The cache lines that a tile prefetches at each step: the lines of a Fetch or, if too few of these lines are
+// left, later rows of `w`. A tile prefetches its own columns of `w`, kFetchAhead bytes further on, because
+// other columns are in L2 already.
 struct FetchSteps {
   const char* at;
   size_t step, line;
 };
-// The most lines that a tile fetches at each step: as many as it reads. Two rows of w are separate lines,
-// even if the tile reads at most one line from each.
+// The largest number of cache lines that a tile prefetches at each step, which is the number that it reads
+// of `w`. If a step reads two rows of `w`, these are separate lines, even if the tile reads at most one
+// line from each.
 template <class W>
 inline constexpr size_t kRowBytes = kOutputVectors * Vec<Sum<W>>::kLanes * sizeof(W);
 template <class E, class W>
@@ -168,7 +175,8 @@ inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
   return taken;
 }
 
-// w holds elements E, or elements W that are widened to E or paired. depth counts the rows of w.
+// The operands of a product. `w` holds elements of the type E of `a`, or bfloat16 values that are converted
+// to float or paired. `depth` counts the rows of `w`.
 template <class E, class W>
 struct OutputsInLanes {
   size_t n, depth;
@@ -180,16 +188,17 @@ struct OutputsInLanes {
   bool accumulate;
 };
 
-// Tiles of kRows rows, one after the other. If rows of w are paired, there is only one tile, because no
-// register is left for the loop. n is kVectors full vectors or, if kPartial, the last vector is not full.
+// Computes `tiles` tiles of kRows rows, one below the other. If rows of `w` are paired, `tiles` is taken as
+// 1, because no register is left for a loop over tiles. The `n` columns are kVectors full vectors; if
+// `kPartial` is set, the last vector is not full.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>& tile, Fetch& fetch) {
   using T = Sum<E>;
-  OutputsInLanes<E, W> p = tile;  // a copy: the caller's object would stay in memory
+  OutputsInLanes<E, W> p = tile;  // copied, because GCC would keep the caller's object in memory
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = p.n - (kVectors - 1) * kLanes;
   constexpr bool kWide = kVectors > kOutputVectors;
-  constexpr int kLocality = kWide ? 2 : 3;  // L1 has no room for a second block
+  constexpr int kLocality = kWide ? 2 : 3;  // wide tiles use L2: L1 has no room for two L1 blocks
   static_assert(kRows <= 2 * kNearRows);
   const auto load = [last]<class V>(V, const auto* from, size_t v) __attribute__((always_inline)) {
     const auto* at = from + v * kLanes;
@@ -197,8 +206,8 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
   };
   if constexpr (kRowsOf<E, W> > 1) tiles = 1;
   for (; tiles > 0; --tiles) {
-    // Calls body(c, i, v) for each vector of c. One pointer walks over the rows; otherwise GCC would keep an
-    // address for each vector.
+    // Calls `body(c, i, v)` for each vector v of each row i of `c`. One pointer moves from row to row,
+    // because GCC would otherwise keep an address for each vector.
     const auto for_vectors = [&p](const auto& body) __attribute__((always_inline)) {
       T* c = p.c;
 #pragma GCC unroll 16
@@ -214,7 +223,7 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
                       __attribute__((always_inline)) { acc[i][v] = load(Vec<T>{}, c, v); });
     else
       for_vectors([&](T* c, size_t i, size_t v) __attribute__((always_inline)) {
-        // Otherwise stores that miss the cache would hold up later stores.
+        // Prefetches `c`, because stores that miss the cache would hold up later stores.
         __builtin_prefetch(c + v * kLanes, 1);
         acc[i][v] = Vec<T>::zero();
       });
@@ -234,14 +243,14 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
         return Vec<E>::broadcast(i < kNearRows ? a[i * p.a.row_stride]
                                                : far[(i - kNearRows) * p.a.row_stride]);
       };
-      if constexpr (kWide && kRows < kVectors) {  // a column of a needs fewer registers than a row of w
+      if constexpr (kWide && kRows < kVectors) {  // a column of `a` needs fewer registers than a row of `w`
         decltype(load_a(0)) x[kRows];
 #pragma GCC unroll 16
         for (size_t i = 0; i < kRows; ++i) x[i] = load_a(i);
 #pragma GCC unroll 8
         for (size_t v = 0; v < kVectors; ++v) {
           Vec<E> b = load_w(v);
-          keep(b);  // otherwise GCC loads it for each row
+          keep(b);  // without `keep`, GCC loads the vector for each row
 #pragma GCC unroll 16
           for (size_t i = 0; i < kRows; ++i) acc[i][v] = fma(x[i], b, acc[i][v]);
         }
@@ -292,7 +301,7 @@ inline void gemm_outputs_in_lanes_upto(size_t rows, const OutputsInLanes<E, W>& 
   if constexpr (kRows > 1) gemm_outputs_in_lanes_upto<E, W, kRows - 1, kVectors, kPartial>(rows, p, fetch);
 }
 
-// All m rows, in full tiles and a last smaller tile.
+// Computes all `m` rows, in full tiles and a last smaller tile.
 template <class E, class W, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_rows(size_t m, OutputsInLanes<E, W> p, Fetch& fetch) {
   constexpr size_t kRows = rows_beside(kVectors);
@@ -306,7 +315,7 @@ inline void gemm_outputs_in_lanes_rows(size_t m, OutputsInLanes<E, W> p, Fetch& 
     gemm_outputs_in_lanes_upto<E, W, kRows - 1, kVectors, kPartial>(m % kRows, p, fetch);
 }
 
-// Selects the instance for n <= kVectors full vectors.
+// Calls the template instance for the `n` columns, which are at most kVectors full vectors.
 template <class E, class W, size_t kVectors>
 inline void gemm_outputs_in_lanes_columns(size_t m, const OutputsInLanes<E, W>& p, Fetch& fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
@@ -318,7 +327,7 @@ inline void gemm_outputs_in_lanes_columns(size_t m, const OutputsInLanes<E, W>& 
     gemm_outputs_in_lanes_columns<E, W, kVectors - 1>(m, p, fetch);
 }
 
-// All columns, kVectors vectors at a time.
+// Computes all columns, kVectors vectors at a time.
 template <class E, class W, size_t kVectors>
 inline void gemm_outputs_in_lanes_groups(size_t m, OutputsInLanes<E, W> p, Fetch& fetch) {
   for (size_t left = p.n; left > 0; left -= p.n, p.w += p.n, p.c += p.n) {
@@ -327,27 +336,28 @@ inline void gemm_outputs_in_lanes_groups(size_t m, OutputsInLanes<E, W> p, Fetch
   }
 }
 
-// A dense panel, in L1 blocks of about equal size. Each block is read once for each tile of rows and each
-// group of columns. If the caller asks for rows ahead, the next block is fetched meanwhile, spread evenly
-// over the times that this block is read.
+// Multiplies with a dense panel, in L1 blocks of about equal size. Each block is read once for each tile of
+// rows and each group of columns. If the caller asks for Fetch::rows_ahead, the next block is prefetched
+// meanwhile, spread evenly over the readings of this block.
 template <class E, class W>
 inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fetch fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
   const size_t vectors = smaller(kPanelVectors, ceil_div(p.n, kLanes)), row_bytes = p.n * sizeof(W);
   const size_t readings = ceil_div(m, rows_beside(vectors)) * ceil_div(p.n, kPanelVectors * kLanes);
   size_t left = p.depth, blocks = left > 0 ? ceil_div(left * row_bytes, kL1BlockBytes<E>) : 1;
-  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller asks for rows ahead
+  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller asks for Fetch::rows_ahead
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
-  // If a block is read fewer times than a row has lines, it cannot fetch all of the next block. Then the
-  // hardware prefetches better without help, and best in blocks of 6 KB (on a Zen 4, 4 rows are a quarter
-  // faster than with 12 KB). If the panel is read only once, it needs no blocks.
+  // If a block is read fewer times than a row has cache lines, its readings cannot prefetch all of the next
+  // block, and the hardware prefetches better without help. The hardware prefetches best in blocks of 6 KB:
+  // on a Zen 4, products with 4 rows are a quarter faster than in blocks of 12 KB. A panel that is read only
+  // once needs no blocks.
   if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
     fetch = Fetch::none();
     blocks = readings == 1 ? 1 : 4 * blocks;
   }
   const size_t rows = ceil_div(left, blocks);
-  do {  // runs once even without rows of w, to set c to zero
+  do {  // runs once even if `depth` is 0, to set `c` to zero
     p.depth = smaller(left, rows);
     left -= p.depth;
     const W* next = p.w + p.depth * p.w_stride;
@@ -370,23 +380,25 @@ void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<E>& a
   gemm_outputs_in_lanes_groups<E, W, kOutputVectors>(m, p, fetch);
 }
 
-// ---- merge: c (m, n) += a (m, depth) w (depth, n) ----
+// ---- merge: adds the product a w to c ----
 
-// If c is read and written once, it is fetched at most this many panels ahead. The fetched c goes into L2,
-// because rows that are a multiple of 4 KB apart would evict each other from L1.
+// If `streams` is set, `c` is prefetched at most kPanelsAhead panels ahead. The prefetched part of `c` goes
+// into L2, because rows that are a multiple of 4 KB apart would evict each other from L1.
 inline constexpr size_t kPanelsAhead = 8;
 
-// A row of full tiles along `count` panels. Unlike gemm_outputs_in_lanes it fetches c, one row of a tile at
-// each step. If all rows were fetched at once, they would wait for each other, and a small rank has too few
-// steps to hide the wait. After the last panel, it fetches the rows below. The sizes are template parameters
-// so that tests/inner_loops.py can read them in the name.
+// Computes a row of full tiles along `count` panels. Unlike gemm_outputs_in_lanes, this function prefetches
+// `c`, one row of a tile at each step. If all rows of a tile were prefetched at once, they would wait for
+// each other, and a small rank has too few steps to hide the wait. In the last panels, this function
+// prefetches the next kRows rows of `c`. The sizes are template parameters so that tests/inner_loops.py can
+// read them in the function's name.
 template <class T, size_t kRows, size_t kVectors>
 inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                         bool streams) {
   constexpr size_t kLanes = Vec<T>::kLanes, kGroup = kVectors * kLanes;
   static_assert(kPanelColumns % kGroup == 0);
   const size_t ahead = smaller(count, kPanelsAhead);
-  const size_t to_next_rows = kRows * c_stride - count * kPanelColumns;  // from the end of a row's last panel
+  // The distance from the end of the last panel to the start of the next kRows rows.
+  const size_t to_next_rows = kRows * c_stride - count * kPanelColumns;
   for (; count > 0; --count, panels += depth * kPanelColumns)
     for (size_t j = 0; j < kPanelColumns; j += kGroup, c += kGroup) {
       Vec<T> acc[kRows][kVectors];
@@ -440,11 +452,11 @@ void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, 
   }
 }
 
-// ---- transposes into and out of the lanes ----
+// ---- transposes into and out of the SIMD lanes ----
 
-// xt (cols, n_lanes) = x (rows, cols) transposed. Lanes without a row are zero. The hardware does not
-// prefetch this many rows, so they are fetched kAhead columns ahead, and at their ends the next n_lanes rows
-// are fetched.
+// Transposes `x` (rows, cols) into `xt` (cols, n_lanes). Lanes without a row are set to zero. The hardware
+// prefetcher cannot follow as many rows as `x` has, so each row is prefetched kAhead columns ahead. At the
+// end of the rows, the start of the next n_lanes rows is prefetched.
 template <class T>
 void to_lanes(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt) {
   constexpr size_t kLanes = Vec<T>::kLanes, kAhead = 8 * kCacheLine / sizeof(T);
@@ -470,7 +482,7 @@ void to_lanes(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_str
   }
 }
 
-// y (rows, cols) = yt (cols, n_lanes) transposed [+ bias (cols)].
+// Transposes `yt` (cols, n_lanes) into `y` (rows, cols) and adds `bias` (cols) if it is not null.
 template <class T>
 void from_lanes(size_t n_lanes, size_t rows, size_t cols, const T* yt, const T* bias, T* y, size_t y_stride) {
   constexpr size_t kLanes = Vec<T>::kLanes;
@@ -498,7 +510,7 @@ void from_lanes(size_t n_lanes, size_t rows, size_t cols, const T* yt, const T* 
   }
 }
 
-// xt (cols, rows) = x (rows, cols) transposed.
+// Transposes `x` (rows, cols) into `xt` (cols, rows).
 template <class T>
 void transpose(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, size_t xt_stride) {
   constexpr size_t kLanes = Vec<T>::kLanes;

@@ -1,4 +1,5 @@
-// Fills the table of one unit from the kernels that the unit included before.
+// Fills the kernel table of a kernel unit (isa_*.cpp) with the kernels that the unit included
+// before this file.
 
 #define NPLORA_DECODERS
 #include "kernels/formats.h"

@@ -1,16 +1,18 @@
-// The products of pairs of bfloat16 in tile registers (simd/tile_registers.h). See kernel_table.h for the
-// contract.
+// Products of bfloat16 pairs in the tile registers of AMX (simd/tile_registers.h). Each kernel is
+// documented in kernel_table.h.
 //
-// Six registers hold sums: two rows of three tiles in gemm_outputs_in_lanes, three rows of two in
-// gemm_tokens_in_lanes. Each step loads tiles of a and b, of up to kTileSide pairs, into the other two
-// registers. Loading a tile takes 8 cycles and multiplying takes 16; six products need seven loads. The pairs
-// of a step are summed first, and the sum is then added to the result. Subnormals count as zero.
+// Six of the eight registers hold sums: two rows of three tiles in gemm_outputs_in_lanes, three rows of two
+// tiles in gemm_tokens_in_lanes. The other two of the eight registers hold a tile of `a` and a tile of `b`. A
+// step multiplies up to kTileSide pairs along the depth for all six sums. A step needs seven loads of 8
+// cycles and six products of 16 cycles. The products of a step are summed first, and their sum is then added
+// to the result. Subnormal numbers count as zero.
 
 namespace nplora::kernels::NPLORA_ISA {
 
 inline constexpr int kA = 6, kB = 7;
 
-// The shapes: tiles of sums are (rows, columns), of a (rows, steps), of b (steps, columns). Steps are pairs.
+// Sets the shapes of the tile registers: (rows, columns) for sums, (rows, steps) for `a`, and (steps,
+// columns) for `b`. Here, `steps` counts pairs along the depth.
 inline void set_shapes(size_t rows, size_t columns, size_t steps) {
   TileShapes shapes;
   for (int tile = 0; tile < kA; ++tile) shapes.set(tile, rows, columns);
@@ -19,7 +21,7 @@ inline void set_shapes(size_t rows, size_t columns, size_t steps) {
   set_tile_shapes(shapes);
 }
 
-// Calls body<row, column>() for each tile of sums, row by row.
+// Calls `body<row, column>()` for each tile of sums, row by row.
 template <int kRows, int kColumns, int kNth = 0, class Body>
 inline void for_sums(const Body& body) {
   if constexpr (kNth < kRows * kColumns) {
@@ -45,8 +47,8 @@ inline void store_sums(float* c, size_t c_stride) {
   });
 }
 
-// All sums += a b. Every other row of tiles runs backwards, because it can start with the tile of b that is
-// already loaded.
+// Adds the product of `a` and `b` to all sums. Every second row of tiles is processed backwards, because such
+// a row can start with the tile of `b` that is already loaded.
 template <int kRows, int kColumns>
 inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, size_t b_stride) {
   for_sums<kRows, kColumns>([&]<int kRow, int kNth>() __attribute__((always_inline)) {
@@ -57,13 +59,13 @@ inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, siz
   });
 }
 
-// A copy of the operands of a step, for operands that are not stored as tiles are read, or that end early.
-// Zeros fill the copy after the end of the operands.
+// A copy of the operands of a step, for operands that cannot be loaded as tiles or that end within the step.
+// After the end of the operands, the copy is filled with zeros.
 struct CopiedStep {
   alignas(64) Bf16Pair a[kPanelColumns * kTileSide];
   alignas(64) Bf16Pair b[kTileSide * kPanelColumns];
 
-  // Columns [first, end) of a.
+  // Copies elements to the columns [first, end) of `a`.
   void copy_a(size_t rows, size_t first, size_t end, const Strided<Bf16Pair>& from) {
     for (size_t i = 0; i < rows; ++i)
       for (size_t k = first; k < end; ++k)
@@ -80,7 +82,7 @@ struct CopiedStep {
   }
 };
 
-// ---- gemm_outputs_in_lanes: c (m, n) = [c +] a (m, depth) w (depth, n) ----
+// ---- gemm_outputs_in_lanes: the product c = a w ----
 
 struct OutputTiles {
   size_t depth;
@@ -91,11 +93,13 @@ struct OutputTiles {
   size_t c_stride;
   bool accumulate;
 
-  // A depth of less than a step, such as a rank, is one step of its own length.
+  // Returns the number of pairs in a step. A depth that is less than kTileSide, such as a rank, is a step of
+  // its own length.
   size_t steps() const { return a.step_stride == 1 && 0 < depth && depth < kTileSide ? depth : kTileSide; }
 };
 
-// kRows x kColumns tiles. The last tile is (rows, columns), which must match the call of set_shapes.
+// Computes kRows x kColumns tiles of `c`. The last tile has the shape (rows, columns), which must match the
+// last call of set_shapes.
 template <int kRows, int kColumns>
 inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
   const auto advance = [&p](size_t steps) {
@@ -121,7 +125,7 @@ inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
   store_sums<kRows, kColumns>(p.c, p.c_stride);
 }
 
-// All rows of a, with kColumns tiles of columns.
+// Computes all rows of `c`, for kColumns tiles of columns.
 template <int kColumns>
 inline void output_rows(size_t m, size_t columns, OutputTiles p) {
   const auto advance = [&](size_t rows) {
@@ -151,8 +155,8 @@ inline void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Stride
   release_tiles();
 }
 
-// The same product if w holds single values. It copies kPairedRows rows of w at a time as pairs; the copy
-// stays in L1.
+// Does the same as gemm_outputs_in_lanes for a `w` that holds single bfloat16 values. The function copies
+// kPairedRows rows of `w` at a time as pairs, and the copy stays in L1.
 inline constexpr size_t kPairedRows = 256;
 
 inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<Bf16Pair>& a,
@@ -161,7 +165,7 @@ inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const
   constexpr size_t kLanes = Vec<Bf16>::kLanes;
   alignas(64) Bf16Pair pairs[kPairedRows / 2 * kPanelColumns];
   size_t k = 0;
-  do {  // runs once even without rows, to set c to zero
+  do {  // runs once even if `depth` is 0, to set `c` to zero
     const size_t rows = smaller(depth - k, kPairedRows);
     for (size_t i = 0; i < rows; i += 2)
       for (size_t j = 0; j < n; j += kLanes) {
@@ -177,9 +181,10 @@ inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const
   } while (k < depth);
 }
 
-// ---- gemm_tokens_in_lanes: yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes) ----
+// ---- gemm_tokens_in_lanes: the product yt = w xt ----
 
-// If w is in panels, every third step is half in one panel and half in the next, and is copied.
+// Computes kRows x kColumns tiles of `yt`. If `w` is in panels, every third step has one half in a panel and
+// the other half in the next panel, so its part of `w` is copied.
 template <int kRows, int kColumns>
 inline void token_tiles(size_t rows, size_t depth, const Panels<Bf16Pair>& w, const Bf16Pair* xt, float* yt,
                         bool accumulate) {

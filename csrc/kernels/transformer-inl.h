@@ -1,9 +1,9 @@
-// RMSNorm, rotary positions, gated units, and kernels over rows of logits. See kernel_table.h for the
-// contract.
+// RMSNorm, rotary position encoding, gated units, and kernels over rows of logits. Each kernel is
+// documented in kernel_table.h.
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// 1 / sqrt(mean x² + eps). The squares are summed in as many partial sums as there are lanes.
+// Returns 1 / sqrt(mean x² + eps). Each lane adds up its own partial sum of squares.
 inline float inverse_rms(size_t n, const float* x, float eps) {
   Vec<float> squares = Vec<float>::zero();
   for_vectors(n, [&](size_t i, auto span) {
@@ -19,8 +19,8 @@ inline void rms_norm(size_t n, const float* x, const float* weight, float eps, f
       n, [&](size_t i, auto span) { span.store(span.load(x + i) * factor * span.load(weight + i), y + i); });
 }
 
-// The gradient of y = weight ∘ x r:  dx = r (dn - x r² mean(dn ∘ x)) with dn = dy ∘ weight, because dr/dx_j =
-// -r³ x_j / n.
+// The backward pass of y = weight ∘ x r, where r is 1 / sqrt(mean x² + eps). The gradient is dx = r (dn - x
+// r² mean(dn ∘ x)) with dn = dy ∘ weight, because dr/dx_j = -r³ x_j / n.
 inline void rms_norm_backward(size_t n, const float* dy, const float* x, const float* weight, float eps,
                               float* dx, bool accumulate) {
   using V = Vec<float>;
@@ -38,7 +38,8 @@ inline void rms_norm_backward(size_t n, const float* dy, const float* x, const f
   });
 }
 
-// One head. Pairs are kStep elements apart; the two elements of a pair are `distance` apart.
+// Rotates the pairs of one head. Neighbouring pairs are kStep elements apart, and the two elements of a pair
+// are `distance` elements apart.
 template <size_t kStep>
 inline void rotate_head(size_t half, size_t distance, const float* __restrict table, float sign,
                         float* __restrict x) {
@@ -66,15 +67,17 @@ inline Vec<float> sigmoid(Vec<float> g) {
   return one / (one + exp(Vec<float>::zero() - g));
 }
 
-// Activations g s(p(g)), with s = sigmoid. `inner` is p(g), `slope` is g p'(g).
+// Both activations are g s(p(g)), where s is the sigmoid function and p is a polynomial. In each struct,
+// `inner` returns p(g), and `slope` returns g p'(g) for the derivative p' of p.
 
 struct Silu {  // p = g
   static Vec<float> inner(Vec<float> g) { return g; }
   static Vec<float> slope(Vec<float> g) { return g; }
 };
 
-// g (1 + tanh u) / 2 with u = sqrt(2 / pi) (g + 0.044715 g³)      (Hendrycks and Gimpel 2016)
-// Since 1 + tanh u = 2 s(2 u), p = 2 u = a g + b g³.
+// The tanh form of GELU is g (1 + tanh u) / 2 with u = sqrt(2 / pi) (g + 0.044715 g³) (Hendrycks and Gimpel
+// 2016). Since 1 + tanh u = 2 s(2 u) for the sigmoid function s, the polynomial p of this activation is 2 u =
+// kA g + kB g³.
 struct GeluTanh {
   static constexpr float kA = 1.5957691216057308f, kB = 0.07135481282553024f;
   static Vec<float> inner(Vec<float> g) {
@@ -93,7 +96,7 @@ void gated(size_t n, const float* gate, const float* up, float* out) {
   });
 }
 
-// The gradient of out = g s up, by s' = s (1 - s) p'.
+// The backward pass of out = g s up, where s is the sigmoid of p(g) and its derivative is s (1 - s) p'.
 template <class Act>
 void gated_backward(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
                     float* dup) {
@@ -107,7 +110,7 @@ void gated_backward(size_t n, const float* dout, const float* gate, const float*
   });
 }
 
-// It keeps four independent maxima, because a single maximum would wait for each result.
+// Keeps four independent maxima, because a single maximum would wait for the result of each comparison.
 inline float largest(size_t n, const float* x) {
   constexpr size_t kLanes = Vec<float>::kLanes;
   const Vec<float> lowest = Vec<float>::broadcast(-3.40282347e38f);
@@ -120,7 +123,7 @@ inline float largest(size_t n, const float* x) {
   return fold(max(max(m[0], m[1]), max(m[2], m[3])), [](float a, float b) { return a > b ? a : b; });
 }
 
-// Meanwhile it fetches the next elements, as many as an L1 cache has room for.
+// Prefetches `x` kFetchAhead bytes ahead, because an L1 cache has room for that much.
 inline float exp_sum(size_t n, const float* x, float shift, float* y) {
   const Vec<float> less = Vec<float>::broadcast(shift);
   Vec<float> sum = Vec<float>::zero();

@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kElementsPerTask = 16384;
 
-// The cost of one element, in the operations that useful_threads counts.
+// The cost of one element of each function, in floating-point operations.
 constexpr double kErfOperations = 40, kPhiloxOperations = 20, kConversionOperations = 8;
 
 template <class Body>
@@ -28,15 +28,17 @@ void for_pieces(size_t n, double operations_per_element, const Body& body) {
 constexpr double kInverseRoot2 = 0.70710678118654752440, kInverseRoot2Pi = 0.39894228040143267794;
 constexpr double kTanhFactor = 0.79788456080286535588, kTanhCubic = 0.044715;  // sqrt(2 / pi)
 
-// The factor on x: Phi(x), or (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). Both forms are accurate for x < 0,
-// where 1 + tanh(u) would cancel.
+// The gate of GELU: gelu(x) = x * gate(x). The gate is Phi(x), the normal distribution function, or (1 +
+// tanh(u)) / 2 = 1 / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x³). The code uses erfc and exp,
+// which are accurate for x < 0, where 1 + tanh(u) would lose digits by cancellation.
 template <class T>
 T gate(T x, bool tanh) {
   if (!tanh) return T(0.5) * std::erfc(-x * T(kInverseRoot2));
   return 1 / (1 + std::exp(-2 * T(kTanhFactor) * (x + T(kTanhCubic) * x * x * x)));
 }
 
-// Beyond |x| = 40 the gate is 0 or 1 in both float and double, while x² and x³ may overflow.
+// For |x| > 40 the gate is 0 or 1 in both float and double, while x² and x³ may overflow. So the gate is
+// computed for |x| <= 40 only.
 template <class T>
 T gelu_of(T x, bool tanh) {
   return x < T(-40) ? T(0) : x * gate(std::min(x, T(40)), tanh);

@@ -8,11 +8,12 @@
 
 namespace nplora {
 
-// out (n) = x Phi(x), exactly by erf, or by the tanh formula (Hendrycks & Gimpel 2016).
+// out (n) = x Phi(x), where Phi is the normal distribution function: exactly by erf or, if `tanh` is true, by
+// the tanh formula (Hendrycks & Gimpel 2016).
 template <class T>
 void gelu(size_t n, const T* x, bool tanh, T* out);
 
-// out (n) = dy * gelu'(x).
+// The gradient of gelu: out (n) = dy * gelu'(x).
 template <class T>
 void gelu_backward(size_t n, const T* x, const T* dy, bool tanh, T* out);
 
@@ -20,7 +21,7 @@ void gelu_backward(size_t n, const T* x, const T* dy, bool tanh, T* out);
 template <class T>
 void dropout(size_t n, const T* x, double probability, uint64_t key, T* out);
 
-// Convert between float and the bit patterns of a 16-bit format.
+// Convert between float and the bit patterns of a 16-bit float format.
 void widen_bits(size_t n, const uint16_t* from, Storage storage, float* to);
 void narrow_bits(size_t n, const float* from, Storage storage, uint16_t* to);
 

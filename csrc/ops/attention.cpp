@@ -14,13 +14,15 @@ namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// The most tiles of a task. With more tiles, threads would be idle at the end of short sequences.
+// The largest number of tiles in a task. With longer tasks, threads would be idle at the end of short
+// sequences.
 constexpr size_t kTilesPerTask = 4;
 
-// With fewer lanes than this, too much of each vector would be idle.
+// A run of queries with fewer lanes than this is computed without tiles, because too much of each SIMD vector
+// would be idle.
 constexpr size_t kFewestLanes = 12;
 
-// The most keys in a piece of a single query.
+// The keys of a single query are cut into pieces of at most this many keys.
 constexpr size_t kPieceKeys = 256;
 
 const kernels::Transformer& kernel() {
@@ -28,7 +30,7 @@ const kernels::Transformer& kernel() {
 }
 
 struct Outputs {
-  Matrix<float> out, lse;  // lse may be empty
+  Matrix<float> out, lse;  // lse is not written if its data is null
 };
 
 struct ForwardBuffers {
@@ -50,8 +52,8 @@ struct ForwardBuffers {
   float *largest, *sum, *factor;  // (kTileLanes)
 };
 
-// Algorithm 1 of Dao 2023 for one tile of queries. It reads all keys once. When a larger score comes, the
-// earlier sums shrink.
+// Algorithm 1 of Dao 2023 (FlashAttention-2) for one tile of queries. All keys are read once. Whenever a tile
+// of keys has a larger score than all tiles before, the sums so far are scaled down.
 void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const ForwardBuffers b(dim);
@@ -82,7 +84,8 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
     });
 }
 
-// One task: lanes first_lane to end_lane - 1 of one run and one KV head, in tiles.
+// One task: the lanes first_lane to end_lane - 1 of one run and one key-value head, tile by tile. A lane is
+// one head of one query.
 struct TileTask {
   size_t run, kv_head, first_lane, end_lane;
 };
@@ -98,7 +101,7 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
     const size_t per_task = size_t(tiles) * kTileLanes;
     operations += per_lane * double(runs[i].count * shape.heads);
     for (size_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head)
-      for (size_t end = lanes; end > 0;) {  // the last queries see the most keys, so they run first
+      for (size_t end = lanes; end > 0;) {  // the last queries have the most keys, so they run first
         const size_t first = (end - 1) / per_task * per_task;
         tasks.push_back({i, kv_head, first, end});
         end = first;
@@ -113,8 +116,8 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
 
 // ---- single queries ----
 
-// Some of the keys that one query sees. The results are out (heads, head_dim), the largest scores (heads) and
-// the sums of exponentials (heads).
+// One query and a range of its keys. The results for this range are out (heads, head_dim), the largest scores
+// (heads) and the sums of exponentials (heads).
 struct Piece {
   const Run* run;
   size_t row;
@@ -139,8 +142,8 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
                       part);
 }
 
-// Adds up the sums of a query's pieces. Each sum is relative to the largest score of its piece; the total is
-// relative to the largest score of all pieces.
+// Combines the results of a query's pieces. The sum of exponentials of each piece is relative to the largest
+// score of the piece; the total is relative to the largest score of all pieces.
 void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const float* parts,
                  const Outputs& to) {
   const size_t dim = shape.head_dim, heads = shape.heads, stride = heads * (dim + 2);
@@ -159,12 +162,13 @@ void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const f
   }
 }
 
-// A few queries are too few for tiles and are limited by memory. For each query, keys and values are read
-// once, for all heads at once. Threads share the keys in pieces (Dao et al. 2023, Flash-Decoding).
+// Attention for runs of only a few queries, which would not fill a tile and are limited by the speed of
+// memory. For each query, keys and values are read once, for all heads at once. The keys are cut into pieces,
+// which threads share (Dao et al. 2023, Flash-Decoding).
 void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
                  const Outputs& to) {
   std::vector<Piece> pieces;
-  std::vector<size_t> first_piece;  // the first piece of each row, then the number of pieces
+  std::vector<size_t> first_piece;  // index of the first piece of each row, then the number of all pieces
   double operations = 0;
   for (const Run& run : runs)
     for (size_t i = 0; i < run.count; ++i) {
@@ -212,7 +216,7 @@ void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyVal
   const size_t stride = shape.kv_heads * shape.head_dim;
   std::vector<Run> runs;
   for (size_t i = 0; i < q.rows; ++i) {
-    // The next token of the same prompt.
+    // Row i is the next token of the same prompt, so it joins the run of row i - 1.
     if (i > 0 && slots[i] == slots[i - 1] && lengths[i] == lengths[i - 1] + 1) {
       ++runs.back().count;
       continue;

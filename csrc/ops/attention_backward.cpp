@@ -9,16 +9,16 @@ namespace nplora {
 
 namespace {
 
-// The least number of tasks on the first diagonal. This number must not depend on the number of threads,
-// because the order of the sums depends on the size of the blocks.
+// Blocks are made small enough for at least this many tasks on the first diagonal. kFewestTasks must not
+// depend on the number of threads, because the order of the sums depends on the size of the blocks.
 constexpr size_t kFewestTasks = 12;
 
 const kernels::Transformer& kernel() {
   return kernels::table().transformer;
 }
 
-// The inputs and outputs of all tiles. delta (n, heads) = Σ dout out of each head. The tiles of the first
-// diagonal write delta.
+// The inputs and outputs of all tiles. delta (n, heads) holds the dot product of dout and out for each token
+// and head. The tiles of the first diagonal compute delta.
 struct Operands {
   Matrix<const float> dout;
   AttentionSaved saved;
@@ -44,8 +44,8 @@ struct BackwardBuffers {
   float *lse, *delta;         // (kTileLanes)
 };
 
-// sums (keys, head_dim) += weights (keys, lanes) rows (lanes, head_dim), in groups of columns of about the
-// same width.
+// Adds weighted sums of rows: sums (keys, head_dim) += weights (keys, lanes) times rows (lanes, head_dim).
+// The columns are computed in groups of about equal width.
 void add_outer(size_t keys, size_t lanes, size_t dim, const float* weights, const float* rows, float* sums,
                size_t stride) {
   const size_t width = round_up(ceil_div(dim, ceil_div(dim, kernels::kPanelColumns)), 16);
@@ -55,7 +55,8 @@ void add_outer(size_t keys, size_t lanes, size_t dim, const float* weights, cons
                                                true, kernels::Fetch::none());
 }
 
-// b.delta (lanes) = the tile's part of x.delta, which is computed on the first diagonal.
+// Sets b.delta (lanes) to the delta of the tile. On the first diagonal, delta is computed and stored in
+// x.delta; on later diagonals, delta is copied from x.delta.
 void find_delta(const QueryTile& tile, const Operands& x, bool first, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim;
   if (first) tile.gather(x.saved.out, 1, b.q_rows);
@@ -67,13 +68,13 @@ void find_delta(const QueryTile& tile, const Operands& x, bool first, const Back
   });
 }
 
-// Algorithm 2 of Dao 2023 for one tile of queries and the keys of a block, with the queries in the lanes of
-// all products:
+// Algorithm 2 of Dao 2023 (FlashAttention-2) for one tile of queries and one block of keys, with the queries
+// in the SIMD lanes of all products. With the scores s:
 //   p = exp(s - lse);  dv += p dout;  dp = dout vᵀ;  ds = p ∘ (dp - delta);
 //   dq = scale ds k;  dk += ds (scale q).
-// dq is written for the first block of a tile, and added to for later ones.
-// If all keys of the tile fit one tile of scores, p and delta are computed from these scores. dp - delta
-// cancels most when there are few keys, and delta from the rounded `out` would then be too inexact.
+// The first block of a tile sets dq, and later blocks add to it. If one tile of scores holds all keys of the
+// queries, p and delta are computed from these scores. The difference dp - delta cancels most when there are
+// few keys, and a delta from the rounded `out` would then be too inexact.
 void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool first) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const Span seen = tile.visible(),
@@ -114,8 +115,8 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
   tile.scatter(b.q_rows, tile.shape.scale, x.dq, !first);
 }
 
-// The number of tokens in a block. The keys and values of a block and their gradients take 4 * 128 KB of L2.
-// Blocks are smaller if larger blocks gave too few tasks.
+// The number of tokens in a block. The keys and values of a block and their gradients take up to 4 * 128 KB
+// of L2. Blocks are halved as long as there are fewer than kFewestTasks tasks.
 size_t block_tokens(const AttentionShape& shape, const std::vector<Run>& runs) {
   size_t block = std::clamp<size_t>(32768 / shape.head_dim / kTileKeys, 1, 8) * kTileKeys;
   const auto tasks = [&] {
@@ -127,17 +128,17 @@ size_t block_tokens(const AttentionShape& shape, const std::vector<Run>& runs) {
   return block;
 }
 
-// One block of queries and one block of keys, for all heads that share kv_head.
+// One block of queries and one block of keys, for all query heads that share a key-value head.
 struct Task {
   size_t run, kv_head, query_block;
 };
 
 }  // namespace
 
-// dq sums over keys, dk and dv sum over queries. The blocks on one diagonal of the matrix (query block, key
-// block) share neither queries nor keys, so they are computed in parallel. The diagonals are computed one
-// after the other. So every sum has one fixed order, no product is computed twice, and no thread waits for
-// another within a diagonal.
+// dq is a sum over keys; dk and dv are sums over queries. Think of a matrix whose rows are query blocks and
+// whose columns are key blocks. The blocks on one diagonal of this matrix share neither queries nor keys, so
+// they are computed in parallel. The diagonals are computed one after the other. So every sum has one fixed
+// order, no product is computed twice, and no thread waits for another within a diagonal.
 void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
   std::vector<Run> runs;

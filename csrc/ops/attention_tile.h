@@ -1,5 +1,5 @@
 // Code that forward and backward attention share: tiles of queries in the SIMD lanes, and the range of keys
-// that a query sees.
+// that a query attends to.
 #pragma once
 
 #include <algorithm>
@@ -15,19 +15,19 @@
 namespace nplora {
 
 // A lane is one head of one query. The lanes of a run are ordered by token, then by head, and cut into tiles
-// of this many lanes. So all heads that share a key are in the same tile. In memory the lanes of a tile are
-// contiguous: (rows, kTileLanes).
+// of kTileLanes lanes. So heads that share a key-value head are neighbours. A tile is (rows, kTileLanes) in
+// memory: its lanes are contiguous.
 inline constexpr size_t kTileLanes = kernels::kPanelColumns;
-// The number of keys in a tile. Its scores are 64 x 48 floats = 12 KB.
+// The number of keys in a tile. The scores of a tile are 64 keys x 48 lanes of floats = 12 KB.
 inline constexpr size_t kTileKeys = 64;
 
-// Neighbouring queries, and the keys of their sequence. Their positions are first_position, first_position +
-// 1, ...
+// A run: neighbouring queries, and the keys of their sequence. The positions of the queries are
+// first_position, first_position + 1, and so on.
 struct Run {
   size_t row, count;      // rows of q
   size_t first_position;  // the position of the first query among the keys
   const float *k, *v;     // at position 0
-  size_t stride;          // of k and v
+  size_t stride;          // the row stride of k and v
 
   Matrix<const float> keys(size_t head, size_t dim, size_t position, size_t n) const {
     return {k + position * stride + head * dim, n, dim, stride};
@@ -37,24 +37,25 @@ struct Run {
   }
 };
 
-// The positions first ... end - 1.
+// The positions from `first` to end - 1.
 struct Span {
   size_t first, end;
 };
 
-// The keys that the queries at these positions see.
+// The range of all keys to which the queries from first_position to last_position attend.
 inline Span visible_keys(const AttentionShape& shape, size_t first_position, size_t last_position) {
   const size_t window = shape.window;
   return {window > 0 && first_position + 1 > window ? first_position + 1 - window : 0, last_position + 1};
 }
 
-// The lanes first ... first + lanes - 1 of a run. Their heads all share kv_head.
+// A tile: the lanes `first` to first + lanes - 1 of a run. All query heads of a tile share the key-value head
+// kv_head.
 struct QueryTile {
   const AttentionShape& shape;
   const Run& run;
   size_t kv_head, first, lanes;
 
-  // Takes kTileLanes lanes from first_lane on, or as many as there are before end_lane.
+  // Takes kTileLanes lanes from first_lane on, or fewer if the run of lanes ends at end_lane.
   QueryTile(const AttentionShape& s, const Run& r, size_t head, size_t first_lane, size_t end_lane)
       : shape(s),
         run(r),
@@ -64,10 +65,10 @@ struct QueryTile {
 
   size_t position(size_t lane) const { return run.first_position + (first + lane) / shape.group(); }
 
-  // The keys that at least one lane sees.
+  // The range of all keys to which the queries of the tile attend.
   Span visible() const { return visible_keys(shape, position(0), position(lanes - 1)); }
 
-  // Calls body(row of q, first head, number of heads, lane of the first head) for the lanes of each token.
+  // For each token of the tile, calls body(row of q, first head, number of heads, lane of the first head).
   template <class Body>
   void for_tokens(const Body& body) const {
     const size_t group = shape.group();
@@ -78,7 +79,7 @@ struct QueryTile {
     }
   }
 
-  // to (lanes, head_dim) = factor * the tile's rows of x (n, heads * head_dim).
+  // Copies the tile's heads of x (n, heads * head_dim) to `to` (lanes, head_dim), multiplied by `factor`.
   void gather(Matrix<const float> x, float factor, float* to) const {
     const size_t dim = shape.head_dim;
     for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
@@ -86,7 +87,8 @@ struct QueryTile {
                                           false);
     });
   }
-  // The tile's rows of x (n, heads * head_dim) = [these rows +] factor * from (lanes, head_dim).
+  // Writes `from` (lanes, head_dim), multiplied by `factor`, to the tile's heads of x (n, heads * head_dim).
+  // If `accumulate` is true, adds to these heads instead of overwriting them.
   void scatter(const float* from, float factor, Matrix<float> x, bool accumulate) const {
     const size_t dim = shape.head_dim;
     for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
@@ -95,7 +97,8 @@ struct QueryTile {
     });
   }
 
-  // Sets scores (keys.end - keys.first, kTileLanes) to -Inf where a lane does not see a key.
+  // Sets the score of a lane and a key to -Inf if the query of the lane does not attend to the key. `scores`
+  // is (keys.end - keys.first, kTileLanes).
   void mask(Span keys, float* scores) const {
     const size_t window = shape.window;
     if (keys.end <= position(0) + 1 && (window == 0 || keys.first + window > position(lanes - 1))) return;
@@ -107,7 +110,7 @@ struct QueryTile {
   }
 
  private:
-  // The first lane whose position is `at` or later.
+  // The first lane whose query has the position `at` or a later one.
   size_t lane_at(size_t at) const {
     if (at <= run.first_position) return 0;
     const size_t lane = (at - run.first_position) * shape.group();
@@ -115,7 +118,7 @@ struct QueryTile {
   }
 };
 
-// Calls body(keys) for tiles of about equal size, a multiple of 8.
+// Cuts a range of keys into tiles of about equal size, a multiple of 8, and calls body(keys) for each tile.
 template <class Body>
 void for_key_tiles(Span keys, const Body& body) {
   if (keys.end <= keys.first) return;
@@ -123,13 +126,15 @@ void for_key_tiles(Span keys, const Body& body) {
   for (size_t key = keys.first; key < keys.end; key += size) body(Span{key, std::min(key + size, keys.end)});
 }
 
-// scores (keys, kTileLanes) = k (keys, head_dim) times the queries in the lanes (head_dim, kTileLanes).
+// scores (keys, kTileLanes) = k (keys, head_dim) times queries (head_dim, kTileLanes). The queries are in the
+// SIMD lanes.
 inline void score(size_t lanes, Matrix<const float> k, const float* queries, float* scores) {
   kernels::table().f32.gemm_outputs_in_lanes(k.rows, lanes, k.cols, {k.data, k.stride, 1}, queries,
                                              kTileLanes, scores, kTileLanes, false, kernels::Fetch::none());
 }
 
-// sums (head_dim, kTileLanes) = [sums +] vᵀ (head_dim, keys) weights (keys, kTileLanes).
+// Weighted sums of the rows of v: sums (head_dim, kTileLanes) = [sums +] vᵀ (head_dim, keys) times weights
+// (keys, kTileLanes).
 inline void add_weighted(size_t lanes, Matrix<const float> v, const float* weights, float* sums,
                          bool accumulate) {
   kernels::table().f32.gemm_outputs_in_lanes(v.cols, lanes, v.rows, {v.data, 1, v.stride}, weights,

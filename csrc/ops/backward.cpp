@@ -1,5 +1,5 @@
-// dz = scale dy A, dx = sum of dy W + undrop(dz B), da += scale dyᵀ z, db += dzᵀ drop(x). drop applies
-// dropout's mask to x; undrop applies the same mask to a gradient.
+// The backward pass: dz = scale dy A, dx = sum of dy W + undrop(dz B), da += scale dyᵀ z, db += dzᵀ drop(x).
+// The function `drop` applies the dropout mask to x, and `undrop` applies the same mask to a gradient.
 #include <algorithm>
 #include <type_traits>
 
@@ -18,9 +18,10 @@ using kernels::Sum;
 
 namespace {
 
-// The gradients of a stack. Products use elements E, and blocks of the weight have elements W. Each token
-// block computes dz first, then dx and the sums of dA and dB, so that dy and x are read from memory once. The
-// sums are added to dA and dB at the end, so an interrupted call adds nothing.
+// Computes the gradients of a stack of layers. The products use elements of type E, and blocks of the weight
+// have elements of type W. For each token block, dz is computed first, then dx and the sums of dA and dB, so
+// that dy and x are read from memory once. The sums are added to the caller's dA and dB at the end, so an
+// interrupted call leaves dA and dB unchanged.
 template <class E, class W>
 void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, Matrix<Sum<E>> dx) {
   BackwardStack<E> stack(parts, x, dx);
@@ -59,8 +60,9 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const auto is_packed = [](const BackwardPart<T>& part) { return part.w.packed; };
     const bool all_bf16 = std::all_of(parts.begin(), parts.end(), is_bf16);
     const bool all_packed = std::all_of(parts.begin(), parts.end(), is_packed);
-    // Up to this many tokens, gemm_outputs_in_lanes pairs the rows of W itself. If it needs a copy for
-    // that, it would make a copy for every kFewTokens tokens. More tokens share a copy that is made before.
+    // Up to this many tokens, gemm_outputs_in_lanes pairs the rows of W itself. On some instruction sets
+    // gemm_outputs_in_lanes copies the rows to pair them, and makes one copy for every kFewTokens tokens.
+    // Larger batches share one copy, which is made before the products.
     const size_t most_paired = !all_packed                           ? kInPlaceBatch
                                : kernels::table().pairs_in_registers ? kPairedBatch
                                                                      : kFewTokens;

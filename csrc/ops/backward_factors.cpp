@@ -26,8 +26,9 @@ void FactorGradients<E>::cut(const Part* part, const Joined* joined, size_t cols
     tasks_.push_back({part, joined, {c, std::min(kColumnBlock, cols - c)}});
 }
 
-// Adds to the sum of dA transposed, (r, cols) += zᵀ dy[:, cols], or of dB, (r, cols) += dzᵀ drop(x)[:, cols].
-// Takes a few tokens at a time, so that the rows of dy or x stay in the cache.
+// Adds the product of a token block to the sums of a task. A task either owns some columns of dA transposed
+// (r, d_out) and adds zᵀ dy, or it owns some columns of dB (r, d_in) and adds dzᵀ drop(x). The function takes
+// a few tokens at a time, so that the rows of dy or x stay in the cache.
 template <class E>
 void FactorGradients<E>::add(Range token_block, size_t task) const {
   const Task& t = tasks_[task];
@@ -37,7 +38,8 @@ void FactorGradients<E>::add(Range token_block, size_t task) const {
     add_rows(t, token_block, {i, std::min(kSumDepth, token_block.count - i)}, sum, stride);
 }
 
-// dy[tokens, cols] or drop(x)[tokens, cols]. Tokens are counted in the batch.
+// Returns dy[tokens, cols] if the task computes dA, and drop(x)[tokens, cols] if it computes dB. `tokens` are
+// rows of the batch, not of a token block.
 template <class E>
 Matrix<const typename FactorGradients<E>::T> FactorGradients<E>::right_of(const Task& task,
                                                                           Range tokens) const {

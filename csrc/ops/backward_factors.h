@@ -8,30 +8,31 @@
 
 namespace nplora {
 
-// Sums over the token blocks. They are added to the caller's gradients at the end.
+// The gradients of the factors A and B, summed over the token blocks. The sums are added to the caller's
+// gradients at the end.
 template <class E>
 class FactorGradients {
  public:
   using T = kernels::Sum<E>;
   using Stack = BackwardStack<E>;
 
-  // Each task owns some columns of one gradient.
+  // Cuts the gradients into tasks. Each task owns some columns of one gradient.
   explicit FactorGradients(const Stack& stack);
   size_t tasks() const { return tasks_.size(); }
 
-  // Adds a token block to a task's sum.
+  // Adds the product of one token block to the sums of a task.
   void add(Range token_block, size_t task) const;
 
-  // Adds all sums to the caller's gradients. It cannot be interrupted, because nobody could tell half-added
-  // gradients from whole ones.
+  // Adds all sums to the caller's gradients. The addition cannot be interrupted, because the caller could not
+  // see which gradients were complete.
   void finish() const;
 
  private:
   using Part = typename Stack::Part;
   using Joined = typename Stack::Joined;
 
-  // Some columns of one gradient: either A's, of one part and transposed, or B's, of joined parts. The other
-  // pointer is null.
+  // Some columns of one gradient. For the gradient of A (kept transposed), `part` is the layer, and `joined`
+  // is null. For the gradient of B, `joined` is a group of layers that share the product, and `part` is null.
   struct Task {
     const Part* part;
     const Joined* joined;

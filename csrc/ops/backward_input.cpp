@@ -19,10 +19,10 @@ using kernels::Strided;
 
 namespace {
 
-// The memory of packed W that is read after a block: the next rows of the same panel, or the next panel. The
-// products of the first tokens fetch this memory if they take several tiles. A single tile fetches later rows
-// of its own block instead, and so does an L1 block in place. The products of later tokens fetch rows of the
-// block from L2 into L1.
+// The memory to prefetch during the product of some tokens with a block of W. If W is packed, the first
+// tokens of the block prefetch the memory that is read after the block: the next rows of its panel, or the
+// next panel. The first tokens prefetch later rows of the block itself if they fill only one tile, or if the
+// block is in place and processed in L1 blocks. Later tokens prefetch rows of the block from L2 into L1.
 template <class E>
 Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens, const void* block) {
   const kernels::Tiles<E>& k = kernels::table().tiles<E>();
@@ -45,14 +45,15 @@ InputGradient<E, W>::InputGradient(const Stack& stack) : stack_(stack) {
   }
 }
 
-// With double, two panels would not stay in L2.
+// Whether many tokens share a copy of each block of W. With double, a copy of two panels would not stay in
+// L2.
 template <class E, class W>
 bool InputGradient<E, W>::is_shared() const {
   return sizeof(W) <= sizeof(float) && stack_.tokens() > kInPlaceBatch;
 }
 
-// The most tokens of a task. If an update is added to blocks of W, one block serves a whole token block;
-// otherwise tasks are smaller, so that more threads have work.
+// The largest number of tokens in a token block. If the update is added to blocks of W, a token block is as
+// large as L3 allows, so that each of these blocks of W serves many tokens.
 template <class E, class W>
 size_t InputGradient<E, W>::block_tokens(size_t threads) const {
   const size_t tokens = stack_.tokens();
@@ -63,12 +64,16 @@ size_t InputGradient<E, W>::block_tokens(size_t threads) const {
   return most;
 }
 
+// The largest number of tokens in a task. If blocks of W have two panels, or if an update is merged into
+// them, one task takes a whole token block, so that each block of W serves all its tokens. In all other cases
+// tasks are smaller, so that more threads have work.
 template <class E, class W>
 size_t InputGradient<E, W>::task_tokens(size_t block_tokens) const {
   return merges_ || group_ > kPanelColumns ? block_tokens : kTaskTokens;
 }
 
-// Takes a group of panels at a time. dz B is added to each panel of dx after dy W of the last part.
+// Computes a group of panels at a time. As soon as dy W of the last part is added to a panel of dx, dz B is
+// added too.
 template <class E, class W>
 void InputGradient<E, W>::multiply(Range token_block, Range some, Range cols) const {
   const Matrix<T> all = stack_.dx();
@@ -88,8 +93,8 @@ void InputGradient<E, W>::multiply(Range token_block, Range some, Range cols) co
   }
 }
 
-// dx[:, group] = [dx +] dy W[:, group]. Calls after(panel, tokens) for some tokens at a time, when they are
-// done but still in L1.
+// Multiplies dy by a group of columns of W: dx[:, group] = [dx +] dy W[:, group]. When the outputs of a few
+// tokens in one panel are complete but still in L1, calls after(panel, tokens).
 template <class E, class W>
 template <class After>
 void InputGradient<E, W>::add_frozen(const Part& p, Strided<E> dy, Range group, Matrix<T> dx, bool accumulate,
@@ -100,7 +105,7 @@ void InputGradient<E, W>::add_frozen(const Part& p, Strided<E> dy, Range group, 
   for (size_t g = 0; g < group.count; g += width) {
     const Range cols{group.first + g, std::min(width, group.count - g)};
     size_t o = 0;
-    do {  // runs once even without rows, to set dx to zero
+    do {  // runs once even if W has no rows, to set dx to zero
       const Range rows{o, std::min(depth_block(w.d_out), w.d_out - o)};
       const ColumnBlock<W> block = column_block(w, rows, cols, is_shared(), made);
       for (size_t c = 0; c < cols.count; c += kPanelColumns) {
@@ -113,8 +118,8 @@ void InputGradient<E, W>::add_frozen(const Part& p, Strided<E> dy, Range group, 
   }
 }
 
-// dx[:, panel] = [dx +] dy[:, rows] block. If the update is merged on the fly, it is added to the block
-// first.
+// Multiplies some columns of dy by one block of W: dx[:, panel] = [dx +] dy[:, rows] W[rows, panel]. If the
+// update is merged on the fly, it is added to the block first.
 template <class E, class W>
 template <class After>
 void InputGradient<E, W>::add_block(const Part& p, Strided<E> dy, Range rows, Range panel,
@@ -138,8 +143,8 @@ void InputGradient<E, W>::add_block(const Part& p, Strided<E> dy, Range rows, Ra
   }
 }
 
-// dx[few, panel] += undrop(dz B[:, panel]). `some` are the same tokens counted in the token block, `few` are
-// rows of dx.
+// Adds the low-rank part of the gradient for a few tokens: dx[few, panel] += undrop(dz B[:, panel]). `few`
+// are rows of dx; `some` are the same tokens, counted from the start of the token block.
 template <class E, class W>
 void InputGradient<E, W>::add_low_rank(const Joined& all, Range token_block, Range some, Range panel,
                                        Matrix<T> dx, Range few) const {

@@ -1,11 +1,12 @@
-// The second of three steps of a backward pass: dx = the sum over the parts of dy W + undrop(dz B).
+// The second of three steps of a backward pass: dx = the sum of dy W + undrop(dz B) over all layers of a
+// stack.
 #pragma once
 
 #include "ops/backward_stack.h"
 
 namespace nplora {
 
-// dx in elements E, from blocks of W in elements W.
+// Computes dx with products of elements E and blocks of the weight in elements W.
 template <class E, class W>
 class InputGradient {
  public:
@@ -14,14 +15,14 @@ class InputGradient {
 
   explicit InputGradient(const Stack& stack);
 
-  // The number of columns that are computed at a time.
+  // The number of columns of dx that are computed at a time.
   size_t group() const { return group_; }
 
-  // The most tokens of a token block and of a task.
+  // The largest number of tokens in a token block, and in a task.
   size_t block_tokens(size_t threads) const;
   size_t task_tokens(size_t block_tokens) const;
 
-  // dx[some tokens of a token block, cols].
+  // Computes the columns `cols` of dx for the tokens `some` of a token block.
   void multiply(Range token_block, Range some, Range cols) const;
 
  private:
@@ -40,7 +41,7 @@ class InputGradient {
 
   const Stack& stack_;
   size_t group_ = kernels::kPanelColumns;
-  bool merges_ = false;  // an update is merged on the fly
+  bool merges_ = false;  // whether an update is merged on the fly
 };
 
 }  // namespace nplora

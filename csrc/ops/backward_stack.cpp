@@ -15,7 +15,7 @@ using kernels::Strided;
 template <class E>
 BackwardStack<E>::BackwardStack(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx)
     : x_(x), dx_(dx), tokens_(parts[0].dy.rows), d_in_(parts[0].w.d_in) {
-  joined_.reserve(parts.size());  // keeps pointers to the elements valid
+  joined_.reserve(parts.size());  // keeps pointers to the elements of joined_ valid
   for (const BackwardPart<T>& p : parts) {
     const size_t rank = p.low.rank();
     const LayerShape shape{tokens_,
@@ -54,7 +54,7 @@ void BackwardStack<E>::reserve(size_t block_tokens) {
     if (each.adds) bring_b(each);
 }
 
-// Divides scratch among the parts.
+// Divides the scratch memory among the layers of the stack.
 template <class E>
 void BackwardStack<E>::divide(Arena<T>& t, Arena<E>& e) {
   constexpr bool kPairs = kValuesPerElement<E> > 1;
@@ -74,10 +74,11 @@ void BackwardStack<E>::divide(Arena<T>& t, Arena<E>& e) {
   }
 }
 
-// The B of all joined parts, one below the other. The B of a single part is used in place.
+// Stacks the B matrices of all joined layers, one below the other. If there is only one layer, its B is used
+// in place, or converted to pairs.
 template <class E>
 void BackwardStack<E>::bring_b(Joined& all) const {
-  E* room = const_cast<E*>(all.b.data);  // `divide` reserved this memory, and it is written here
+  E* room = const_cast<E*>(all.b.data);  // memory that `divide` reserved for the stacked B
   T* stack = nullptr;
   for (const Part& p : parts_) {
     if (p.joined != &all) continue;
@@ -95,7 +96,7 @@ void BackwardStack<E>::bring_b(Joined& all) const {
   all.b = pairs_down_columns<E>({stack, all.rank, d_in_, d_in_}, room);
 }
 
-// A few tokens at a time, so that dy is in L2 when it is multiplied with A.
+// Takes a few tokens at a time, so that dy is in L2 when it is multiplied with A.
 template <class E>
 void BackwardStack<E>::prepare(Range token_block, Range some) const {
   for (size_t i = 0; i < some.count; i += kTokenUnit) {
@@ -129,7 +130,7 @@ void BackwardStack<E>::prepare(const Part& p, Range token_block, Range few) cons
     for (size_t j = 0; j < dz.cols; ++j) dz.row(i)[j] *= T(p.arrays.low.scale);
 }
 
-// Sets columns `few` of out (r, n) to rows of z or dz, transposed and in pairs.
+// Transposes the rows of z (or dz), and writes them in pairs to the columns `few` of `out` (r, n).
 template <class E>
 void BackwardStack<E>::transpose_pairs(Matrix<const T> z, E* out, Range few) const {
   if constexpr (kValuesPerElement<E> > 1) {

@@ -1,4 +1,4 @@
-// The block formats as a table, made from the list in kernels/formats.h and the layouts.
+// A table of the block formats, made from the list in kernels/formats.h and the layouts of the blocks.
 #pragma once
 
 #include <cstddef>

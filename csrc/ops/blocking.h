@@ -1,6 +1,6 @@
-// How the products divide their work. Block sizes do not change a result, because every sum runs over its
-// whole depth in order and is cut only at multiples of kDepthUnitValues. The limits below which a batch
-// counts as small do change results, because small batches are summed in another order.
+// How the matrix products are divided into blocks and tasks. Block sizes do not change a result, because
+// every sum runs over its whole depth in order and is cut only at multiples of kDepthUnitValues. The limits
+// below which a batch counts as small do change results, because small batches are summed in another order.
 #pragma once
 
 #include <algorithm>
@@ -13,62 +13,68 @@
 
 namespace nplora {
 
-// If the depth is cut at multiples of this many values (columns of W, or tokens), it is cut at multiples of
-// kDepthUnit elements, even if an element is a pair of values.
+// The depth of a product may be cut at multiples of this many values (columns of W, or tokens). A multiple of
+// this number is also a multiple of kDepthUnit elements, even if an element is a pair of values.
 inline constexpr size_t kDepthUnitValues =
     kernels::kValuesPerElement<kernels::Bf16Pair> * kernels::kDepthUnit;
-// The number of rows of W that are multiplied with the lanes of x at a time. A multiple of every tile_rows.
+// The number of rows of W that are multiplied with the lanes of x at a time: a multiple of tile_rows on every
+// instruction set.
 inline constexpr size_t kRowBlock = 48;
-// The most values along the depth for which a panel of W, a panel of its transposed blocks, or the lanes of x
-// stay in L2: 1056 x 48 floats = 198 KB. The depth is cut into blocks of about equal size. Each block loads
-// and stores the sums once.
+// The largest depth of a block, in values. With this depth, a panel of W, a panel of a transposed block of W,
+// or the lanes of x stay in L2: 1056 x 48 floats = 198 KB. The depth is cut into blocks of about equal size.
+// The sums are loaded and stored once for each block.
 inline constexpr size_t kDepthBlock = 22 * kernels::kPanelColumns;
-// Two panels. One panel has 48 values, which is not a multiple of kDepthUnitValues.
+// The depth is cut at multiples of two panels. A single panel has 48 values, which is not a multiple of
+// kDepthUnitValues.
 inline constexpr size_t kDepthCut = 2 * kernels::kPanelColumns;
 static_assert(kDepthBlock % kDepthCut == 0 && kDepthCut % kDepthUnitValues == 0);
 inline size_t depth_block(size_t depth) {
   return round_up(ceil_div(depth, std::max<size_t>(1, ceil_div(depth, kDepthBlock))), kDepthCut);
 }
-// The most tokens that a task keeps in L2 or L3, and the most bytes for the lanes of a token block.
+// kTaskTokens: the largest number of tokens that a task keeps in L2 or L3. kLanesBytes: the largest size of a
+// token block of x in lanes, in bytes.
 inline constexpr size_t kTaskTokens = 256, kLanesBytes = size_t{8} << 20;
-// Batches up to this size use the method that transposes nothing.
+// Batches of up to this many rows are computed by forward_small, which transposes neither x nor W.
 template <class T>
 size_t small_batch() {
   return std::min(kernels::kMostSmallBatch, kernels::table().products<T>().lanes / 2);
 }
-// Batches up to this size are computed in the weight's own float type, because with so few rows bfloat16
-// products are not faster.
+// Batches of up to this many rows are computed in the weight's own float type, because bfloat16 products are
+// not faster with so few rows.
 inline constexpr size_t kFloatBatch = 4;
-// In backward, batches above this size share a copy of W, unless W is packed (or double).
+// In the backward pass, batches above this size share a copy of each block of W, unless W is packed or
+// double.
 inline constexpr size_t kInPlaceBatch = 16;
-// In backward, batches up to these sizes widen (or pair) the bfloat16 values of W in registers for each tile,
-// without a copy.
+// In the backward pass, batches of up to this many tokens use the bfloat16 values of W without a copy. Up to
+// kWidenedBatch tokens, each tile widens the values to float in registers; up to kPairedBatch tokens, each
+// tile pairs the values in registers.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
 // The number of rows of a packed W whose partial sums stay in L2 (4128 x 16 lanes of floats = 258 KB) while
 // the panels are read.
 inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
-// kStreamedRows for bfloat16 and a single token. The products would wait for sums in L2, so the sums stay in
-// L1 (128 x 16 lanes of floats = 8 KB).
+// Replaces kStreamedRows for bfloat16 and a single token. The products of a single token would have to wait
+// for sums in L2, so the sums stay in L1 (128 x 16 lanes of floats = 8 KB).
 inline constexpr size_t kStreamedBf16Rows = 128;
-// The number of bytes of transposed blocks of W that are kept in L2 at a time.
+// The size of the transposed blocks of W that are kept in L2 at a time, in bytes.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
-// After the last block of W, this many tokens are processed at a time. Their outputs in one panel (64 x 48
-// floats = 12 KB) are still in L1 when the update is added.
+// The last block of W is multiplied with this many tokens at a time, so that their outputs in one panel (64 x
+// 48 floats = 12 KB) are still in L1 when the update is added.
 inline constexpr size_t kFewTokens = 64;
-// The number of columns of a gradient of A or B that one task owns, and the number of tokens whose products
-// it adds at a time.
+// kColumnBlock: the number of columns of a gradient of A or B that one task owns. kSumDepth: the number of
+// tokens whose products a task adds at a time.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;
 static_assert(kSumDepth % kDepthUnitValues == 0 && kTaskTokens % kDepthUnitValues == 0);
-// The number of floating-point operations of one task. On the slowest instruction set they take 0.1 s, so
-// that Ctrl-C is noticed between tasks.
+// The largest number of floating-point operations of one task. On the slowest instruction set, a task takes
+// 0.1 s, so that Ctrl-C is noticed between tasks.
 inline constexpr double kTaskFlops = 2e9;
 
 inline double flops(size_t n, size_t d_out, size_t d_in) {
   return 2.0 * static_cast<double>(n) * static_cast<double>(d_out) * static_cast<double>(d_in);
 }
 
-// The number of tokens of a token block (MC in BLIS): as many as fit `bytes` with `width` elements each, in
-// blocks of about equal size. Token blocks, and the tokens of tasks, are cut at multiples of kTokenUnit.
+// The number of tokens in a token block (MC in BLIS): as many as fit into `bytes`, at `width` elements for
+// each token. The blocks of a batch have about equal size. Token blocks, and the tokens of tasks, are cut at
+// multiples of kTokenUnit.
 inline constexpr size_t kTokenUnit = 32;
 static_assert(kTokenUnit % kDepthUnitValues == 0);
 inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes, size_t bytes = kLanesBytes) {
@@ -76,47 +82,49 @@ inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes,
   const size_t blocks = ceil_div(tokens, std::max(2 * kTokenUnit, most));
   return round_up(ceil_div(tokens, std::max<size_t>(1, blocks)), kTokenUnit);
 }
-// The number of tokens in a block if blocks of W are transposed or an update is added to them. The tokens of
-// a block must stay in a core's share of L3.
+// The number of tokens in a token block if blocks of W are transposed, or if an update is added to them. All
+// tokens of a token block must stay in a core's share of L3.
 inline constexpr size_t kL3BlockBytes = size_t{4} << 20;
 inline size_t tokens_of_l3_block(size_t tokens, size_t width, size_t element_bytes) {
   return tokens_of_block(tokens, width, element_bytes, kL3BlockBytes);
 }
 
-// The number of pieces for work that is shared evenly. A thread that starts late, or is slower, takes fewer
-// pieces, and Ctrl-C is noticed between pieces.
+// The number of pieces into which work is cut for this many threads. There are several pieces for each
+// thread: a thread that starts late, or is slower, takes fewer pieces. Ctrl-C is noticed between pieces.
 inline size_t pieces_for(size_t threads) {
   return 4 * std::max<size_t>(2, threads);
 }
 
-// Calls body(Range) for pieces of n items, which begin at multiples of `unit`.
+// Cuts n items into pieces that begin at multiples of `unit`, and calls body(Range) for each piece.
 template <class Body>
 void for_pieces(size_t n, size_t unit, size_t threads, const Body& body) {
   const size_t pieces = std::min(ceil_div(n, unit), pieces_for(threads));
   parallel_for(pieces, threads, Interruptible::kYes, [&](size_t i) { body(nth_piece(n, unit, pieces, i)); });
 }
 
-// The division of a product into tasks: by tokens, and by rows or columns of W. Tokens are cut as finely as
-// their reuse of W allows. W is cut if a task would be too long. For several threads, W is cut into shorter
-// and shorter pieces: each takes half of a thread's share of the remaining W (guided self-scheduling,
-// Polychronopoulos & Kuck 1987, with half shares). Long pieces come first, because W is read in order. Short
-// pieces come last, so that no thread waits long for another.
+// The division of a product into tasks: by tokens, and by rows or columns of W (`side`). Tokens are cut as
+// finely as is possible while each piece of W is still used by enough tokens. W is cut so that no task takes
+// too long. For several threads, W is cut into shorter and shorter pieces: each piece is half of a thread's
+// share of the remaining W (guided self-scheduling, Polychronopoulos & Kuck 1987, with half shares). The
+// first pieces are long, because W is read in order within a piece. The last pieces are short, so that no
+// thread waits long for another.
 class Grid {
  public:
   struct Cut {
-    size_t count, unit, most;  // cut into pieces of at most `most`, multiples of `unit`
+    size_t count, unit, most;  // `count` items, cut into pieces of at most `most`, a multiple of `unit`
   };
 
   Grid(Cut tokens, Cut side, double operations, size_t threads) {
     if (tokens.count == 0) return;
-    // At least 1, for tasks without columns.
+    // At least 1, so that there are tasks even if W has no rows or columns to cut.
     const size_t units = std::max<size_t>(1, ceil_div(side.count, side.unit));
     size_t pieces = ceil_div(tokens.count, std::max<size_t>(1, tokens.most));
-    // If there are too few columns for the threads, tokens are cut too. Tokens are not cut if the threads
-    // share the columns evenly, because W would be read and decoded again for each cut.
+    // If W has too few units for all threads, the tokens are cut too. If the threads can share the units of W
+    // evenly, the tokens are not cut, because W would be read and decoded again for each piece of the tokens.
     if (pieces * units < pieces_for(threads) && units % threads != 0)
       pieces = ceil_div(pieces_for(threads), units);
-    // As few pieces as possible without making the longest piece longer, because W is read once per piece.
+    // Uses as few pieces of tokens as possible without making the longest piece longer, because W is read
+    // once for each piece.
     const size_t token_units = ceil_div(tokens.count, tokens.unit);
     pieces = ceil_div(token_units, ceil_div(token_units, pieces));
     const size_t in_time = pieces * units / (static_cast<size_t>(operations / kTaskFlops) + 1);

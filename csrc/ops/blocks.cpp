@@ -19,10 +19,10 @@ namespace {
 
 constexpr size_t kElementsPerTask = 16384;
 
-// The cost of one element, in the operations that useful_threads counts.
+// The cost of one element of each function, in floating-point operations.
 constexpr double kSearchOperations = 100, kNf4Operations = 20, kDecodeOperations = 2, kCheckOperations = 1;
 
-// Calls body(range) for pieces of n items of `size` > 0 elements each.
+// Cuts n items of `size` > 0 elements into pieces, and calls body(range) for each piece.
 template <class Body>
 void for_pieces(size_t n, size_t size, double operations_per_element, const Body& body) {
   const size_t items = std::max<size_t>(1, kElementsPerTask / size);
@@ -30,10 +30,10 @@ void for_pieces(size_t n, size_t size, double operations_per_element, const Body
                Interruptible::kYes, [&](size_t task) { body(nth_block(n, items, task)); });
 }
 
-// ---- values that are refused ----
+// ---- checks of values ----
 
-// The bits of |x|. Compared as integers, they have the order of the numbers, with infinity and NaN above all
-// numbers.
+// The bits of |x| as an integer. These integers have the order of the numbers |x|, and those of infinity and
+// NaN are the largest.
 uint32_t magnitude(float x) {
   return std::bit_cast<uint32_t>(x) & 0x7FFFFFFFu;
 }
@@ -62,7 +62,8 @@ void require_storable(BlockFormat format, Matrix<const float> values) {
   });
   const size_t bad = size_t(std::find(good.begin(), good.end(), 0) - good.begin());
   if (bad == values.rows) return;
-  // Looks for the first such value. The search may fail, since another thread may write to the array.
+  // Finds the first value of the row that cannot be stored. The search may find no such value, because
+  // another thread may have written to the array.
   float x = 0;
   for (size_t i = values.cols; i > 0; --i)
     if (magnitude(values.row(bad)[i - 1]) > limit) x = values.row(bad)[i - 1];

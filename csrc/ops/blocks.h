@@ -10,29 +10,32 @@
 
 namespace nplora {
 
-// out (rows, cols) from blocks (rows, cols / elements * bytes), in any format but NF4.
+// Decodes blocks (rows, cols / elements * bytes) to out (rows, cols), in any format but NF4. `elements` and
+// `bytes` describe one block.
 void dequantize(BlockFormat format, Matrix<const uint8_t> blocks, Matrix<float> out);
 
-// The inverse conversion, close to the least squared error. Throws like require_storable, before anything is
-// written.
+// Quantises values (rows, cols) to blocks, with a squared error close to the smallest possible. Throws what
+// require_storable throws, before anything is written.
 void quantize(BlockFormat format, Matrix<const float> values, Matrix<uint8_t> blocks);
 
 // Throws std::invalid_argument, which names the row, if a value is not finite or too large for the format.
 void require_storable(BlockFormat format, Matrix<const float> values);
 
-// One row of storable values, on the calling thread.
+// Quantises one row on the calling thread. The format must be able to store the values.
 void quantize_row(BlockFormat format, size_t cols, const float* x, uint8_t* out);
 
-// ---- NF4: blocks of the flat tensor ----
+// ---- NF4, whose blocks cut the flat tensor ----
 
-// codes (ceil(n / 2)) and absmax (ceil(n / 64)) of n = rows * cols values without gaps. Throws like quantize.
+// Quantises n = rows * cols values, which have no gaps between rows, to codes (ceil(n / 2)) and absmax
+// (ceil(n / 64)). Throws what `quantize` throws.
 void quantize_nf4(Matrix<const float> values, uint8_t* codes, float* absmax);
 
-// The second quantisation, of absmax (n) itself. Fills codes (n), book (kNf4Book) and scales (ceil(n /
-// kNf4Group)), so that absmax[i] is about mean + scales[i / kNf4Group] * book[codes[i]]. Returns the mean.
+// The second quantisation of NF4, which quantises absmax (n) itself. Fills codes (n), book (kNf4Book) and
+// scales (ceil(n / kNf4Group)), so that absmax[i] is about mean + scales[i / kNf4Group] * book[codes[i]].
+// Returns the mean.
 float quantize_absmax(size_t n, const float* absmax, uint8_t* codes, float (&book)[kNf4Book], float* scales);
 
-// out (n)
+// Decodes the n values of w to out (n).
 void dequantize_nf4(size_t n, const kernels::Nf4& w, float* out);
 
 }  // namespace nplora

@@ -10,11 +10,12 @@ namespace nplora {
 
 inline constexpr int64_t kIgnoredTarget = -100;  // as in torch and transformers
 
-// losses (n) = log Σ exp(logits) - logits[target], 0 if the target is ignored. logits is (n, vocab), targets
-// is (n). If `gradient` is true, the logits become factor * (softmax - one_hot), 0 for ignored targets.
-// Otherwise they do not change. Σ runs in float32 over kPiece elements, in as many partial sums as there are
-// lanes L, and in float64 over the pieces. Its relative error is below gamma(kPiece / L + log2 L), plus the
-// error of one exponential.
+// losses (n) = log Σ exp(logits) - logits[target] for each row, or 0 if the target is ignored. logits is (n,
+// vocab), targets is (n). If `gradient` is true, the logits are overwritten by their gradient: factor *
+// (softmax - one_hot), or 0 for ignored targets. Otherwise the logits do not change. The sum Σ runs in
+// float32 within pieces of kPiece logits, as one partial sum for each of the L lanes of a vector, and in
+// float64 over the pieces. The relative error of Σ is below gamma(kPiece / L + log2 L), plus the error of one
+// exponential. Here gamma(m) = m u / (1 - m u), and u is the unit roundoff.
 void cross_entropy(Matrix<float> logits, const int64_t* targets, double factor, double* losses,
                    bool gradient);
 

@@ -1,4 +1,4 @@
-// Dropout on the low-rank path. The mask is never stored: it is drawn again from its key.
+// Dropout on the low-rank path. The mask is never stored: it is computed again from its key.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,8 @@
 
 namespace nplora {
 
-// The mask in the form that the kernels take.
+// The dropout probability in the form that the kernels take. An element is dropped if its random 32 bits are
+// below `threshold`; all other elements are multiplied by `factor`.
 struct Mask {
   uint32_t threshold;
   double factor;
@@ -19,8 +20,8 @@ struct Mask {
         factor(1 / (1 - probability)) {}
 };
 
-// out (rows, cols) = drop(x). x begins at (first_row, first_col) of a batch with `width` columns. Elements
-// are numbered by their place in the batch.
+// out (rows, cols) = drop(x). x is part of a batch with `width` columns, and begins at its row first_row and
+// column first_col. Whether an element is dropped depends on its place in the batch.
 template <class T>
 void drop_rows(double probability, uint64_t key, size_t first_row, size_t first_col, size_t width,
                Matrix<const T> x, Matrix<T> out) {

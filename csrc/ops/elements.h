@@ -1,4 +1,5 @@
-// Activations and factors in the element type of the products: unchanged, or as pairs of bfloat16.
+// Converts activations and factors to the element type of the products, which is their own type or pairs of
+// bfloat16.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +11,7 @@
 
 namespace nplora {
 
-// The number of elements E for n values along the depth.
+// The number of elements of type E that hold n values along the depth.
 template <class E>
 size_t depth_of(size_t n) {
   return ceil_div(n, kernels::kValuesPerElement<E>);
@@ -32,8 +33,8 @@ void lanes_of(size_t n_lanes, Matrix<const kernels::Sum<E>> x, E* xt) {
   }
 }
 
-// Row-major m (rows, cols) in elements E, with `depth` elements from one row to the next. Pairs run along the
-// rows; an odd last value is paired with zero.
+// Converts m (rows, cols) to pairs of bfloat16 in `out`, with `depth` elements from one row to the next. A
+// pair holds neighbours of one row; an odd last value is paired with zero.
 template <class E>
 void elements_of(Matrix<const float> m, E* out, size_t depth) {
   for (size_t i = 0; i < m.rows; ++i) {
@@ -43,7 +44,8 @@ void elements_of(Matrix<const float> m, E* out, size_t depth) {
   }
 }
 
-// As above, but floats are not converted: returns m itself, or `out`.
+// Returns m in elements E. If E is pairs, elements_of converts m into `out`; otherwise the result is m
+// itself.
 template <class E>
 kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
   if constexpr (kernels::kValuesPerElement<E> == 1) {
@@ -54,8 +56,8 @@ kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
   }
 }
 
-// Row-major m (rows, cols) in elements E, with pairs that run down the columns: (depth_of(rows), cols), in
-// `out`. Floats are not converted: returns m itself.
+// Returns m (rows, cols) in elements E. If E is pairs, neighbours of one column are paired, and the result is
+// (depth_of(rows), cols) in `out`; otherwise the result is m itself.
 template <class E>
 Matrix<const E> pairs_down_columns(Matrix<const kernels::Sum<E>> m, E* out) {
   if constexpr (kernels::kValuesPerElement<E> == 1) {

@@ -1,4 +1,4 @@
-// Memory to be fetched during a loop, a share in each iteration.
+// Memory that is prefetched during a loop, one share in each iteration.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,8 @@ class FetchList {
  public:
   FetchList(const kernels::Fetch& first, const kernels::Fetch& second) : left_{first, second} {}
 
-  // The next share, if `shares` are left. Usually a share is one piece of memory. It has a second piece if
-  // one memory ends within the share and the next begins.
+  // Takes the next share. `shares` is the number of shares that are left. Usually a share is one piece of
+  // memory. A share has two pieces if the first memory ends within the share and the second memory begins.
   std::array<kernels::Fetch, 2> share(size_t shares) {
     const size_t n = ceil_div(left_[0].lines + left_[1].lines, shares);
     std::array<kernels::Fetch, 2> taken{take(left_[0], n), kernels::Fetch::none()};

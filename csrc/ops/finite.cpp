@@ -13,7 +13,8 @@ namespace {
 
 constexpr size_t kTaskBytes = size_t{256} << 10;
 
-// In NaN and infinity all exponent bits are ones. There is no early exit, so that the loop is vectorised.
+// In NaN and infinity all exponent bits are ones. The loop has no early exit, so that the compiler can
+// vectorise it.
 template <class Bits>
 bool any_nonfinite(const Bits* bits, size_t n, Bits exponent) {
   Bits found = 0;

@@ -1,4 +1,4 @@
-// Whether all elements of an array are finite, at the speed of memory.
+// Checks that all elements of an array are finite, as fast as memory can be read.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]: chooses the method.
+// Chooses the method for the forward pass z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias].
 #include "ops/forward.h"
 
 #include <type_traits>

@@ -1,4 +1,4 @@
-// The three methods for the forward pass, and the code that they share. kernel_plan.h chooses one.
+// The three methods for the forward pass, and the code that they share. kernel_plan.h chooses the method.
 #pragma once
 
 #include <algorithm>
@@ -11,18 +11,18 @@
 
 namespace nplora {
 
-// For up to small_batch rows. W is read once, as elements W in the order of memory, and nothing is
-// transposed.
+// The method for batches of up to small_batch rows. The weight is read once, as elements of type W in the
+// order of memory, and nothing is transposed.
 template <class W>
 void forward_small(std::span<const ForwardPart<kernels::Sum<W>>> parts, Matrix<const kernels::Sum<W>> x);
 
-// Tokens are in the SIMD lanes, in elements E. x and y are transposed.
+// The method with tokens in the SIMD lanes, in elements of type E. This method transposes x and y.
 template <class E>
 void forward_lanes(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                    size_t threads);
 
-// Outputs are in the SIMD lanes. Blocks of W are transposed, and the update may be merged into them on the
-// fly.
+// The method with outputs in the SIMD lanes. Blocks of W are transposed, and the low-rank update may be added
+// to these blocks (merged on the fly).
 template <class E>
 void forward_rows(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                   size_t threads);
@@ -51,7 +51,8 @@ struct PartRows {
   Range rows;
 };
 
-// The rows of all parts, counted one after the other in whole blocks of kRowBlock.
+// The rows of all parts of a stack, as one sequence of blocks. Each part begins with a new block of kRowBlock
+// rows.
 template <class T>
 class StackRows {
  public:
@@ -63,7 +64,7 @@ class StackRows {
     return sum;
   }
 
-  // Calls body(PartRows) for the rows of each part in a range of blocks.
+  // For a range of blocks, calls body(PartRows) with the rows of each part in this range.
   template <class Body>
   void for_parts(Range blocks, const Body& body) const {
     size_t first = 0;

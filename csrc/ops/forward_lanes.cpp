@@ -1,4 +1,4 @@
-// z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] with the tokens in the SIMD lanes.
+// The forward pass z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] with the tokens in the SIMD lanes.
 #include <vector>
 
 #include "base/parallel.h"
@@ -18,9 +18,9 @@ using kernels::Tiles;
 
 namespace {
 
-// Tokens are in the SIMD lanes, in elements E. For a block of tokens, x is first moved into the lanes and z
-// is computed. Then the rows of W are multiplied with all tokens of the block. The update z Aᵀ is added in
-// the type of the sums.
+// The forward pass with tokens in the SIMD lanes, in elements E. For a block of tokens, x is first transposed
+// into the lanes, and z is computed. Then the rows of W are multiplied with all tokens of the block. The
+// update z Aᵀ is added in the type of the sums.
 template <class E>
 class LanesForward {
  public:
@@ -58,8 +58,8 @@ class LanesForward {
  private:
   struct Update {
     const ForwardPart<T>& part;
-    Strided<E> b;  // in elements E
-    T* zt;         // of a token block, (blocks, r, lanes)
+    Strided<E> b;  // B in elements E
+    T* zt;         // z of a token block, transposed (blocks, r, lanes), times the scale
   };
 
   void reserve() {
@@ -78,8 +78,8 @@ class LanesForward {
     }
   }
 
-  // The number of lanes for this many tokens: half of all lanes if that is enough, as in the last block of
-  // most batches.
+  // The number of lanes for this many tokens. Half of all lanes are used if that is enough, as in the last
+  // block of most batches.
   size_t width(size_t tokens) const { return tokens <= tiles_.lanes / 2 ? tiles_.lanes / 2 : tiles_.lanes; }
 
   Range lane_block(Range token_block, size_t b) const {
@@ -87,7 +87,7 @@ class LanesForward {
     return {token_block.first + block.first, block.count};
   }
 
-  // Computes xt for one block of tokens, and zt and z for all parts.
+  // Computes xt (x transposed) for one block of tokens, and zt (z transposed) and z for all parts.
   void prepare(Range token_block, size_t b) const {
     const Range tokens = lane_block(token_block, b);
     E* lanes = xt_ + b * depth_ * lanes_;
@@ -96,7 +96,8 @@ class LanesForward {
       if (update.part.low.rank()) project(update, tokens, b, lanes);
   }
 
-  // zt (r, lanes) = scale * B drop(x)ᵀ for one block of tokens. z (tokens, r) is without the scale.
+  // Multiplies B by one block of tokens: zt (r, lanes) = scale * B drop(x)ᵀ. The caller's z (tokens, r) is
+  // stored without the scale.
   void project(const Update& update, Range tokens, size_t b, const E* xt) const {
     const ForwardPart<T>& part = update.part;
     const size_t rank = part.low.rank(), lanes = width(tokens.count);
@@ -114,7 +115,8 @@ class LanesForward {
     for (size_t i = 0; i < rank * lanes; ++i) zt[i] *= T(part.low.scale);
   }
 
-  // The y of some rows of a part, for a range of the lane blocks of a token block.
+  // Computes the outputs y of some rows of a part, for a range of the lane blocks of a token block. A lane
+  // block consists of the tokens that fill all lanes once.
   void multiply(Range token_block, Range blocks, PartRows piece) const {
     const Update& update = updates_[piece.part];
     const ForwardPart<T>& part = update.part;
@@ -135,19 +137,20 @@ class LanesForward {
     }
   }
 
-  // yt (blocks, kRowBlock, lanes) = W[rows] xt. Calls after(block, its yt) when a block is done but still in
-  // L1.
+  // Multiplies some rows of W by several blocks of tokens: yt (blocks, kRowBlock, lanes) = W[rows] xt, where
+  // xt is x transposed. When the yt of a block is complete but still in L1, calls after(block, yt of the
+  // block).
   template <class After>
   void frozen(const ForwardPart<T>& part, Range token_block, Range rows, Range blocks, T* yt,
               const After& after) const {
     const WeightView& w = part.w;
     const size_t most = depth_block(w.d_in);
-    // Pairs may only be cut at multiples of kDepthCut. A full panel that remains is multiplied together with
-    // the narrower panel after it, if there is one.
+    // In pairs of bfloat16, the depth may only be cut at multiples of kDepthCut, which is two panels. A full
+    // panel that remains is multiplied together with the narrower last panel, if W has one.
     const size_t full = kValuesPerElement<E> == 1 ? full_columns(w.d_in) : w.d_in / kDepthCut * kDepthCut;
     E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * scratch_columns(most));
     size_t col = 0;
-    do {  // runs once even without columns, to set yt to zero
+    do {  // runs once even if W has no columns, to set yt to zero
       const size_t cols = std::min(most, (col < full ? full : w.d_in) - col);
       const Panels<E> panels = row_block(w, rows, {col, cols}, blocks.count > 1, decoded);
       for (size_t b = 0; b < blocks.count; ++b) {

@@ -1,5 +1,5 @@
-// z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] with the outputs in the SIMD lanes: the product of the
-// backward pass, on blocks of Wᵀ.
+// The forward pass z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] with the outputs in the SIMD lanes. This
+// method uses the same matrix product as the backward pass, on blocks of Wᵀ.
 #include <utility>
 #include <vector>
 
@@ -20,7 +20,8 @@ using kernels::Sum;
 
 namespace {
 
-// A block of Wᵀ is made once for all tokens of a task. The update may be merged into the block on the fly.
+// The forward pass with outputs in the SIMD lanes. Each block of W is transposed once for all tokens of a
+// task. The update may be merged into the block on the fly.
 template <class E>
 class RowsForward {
  public:
@@ -28,7 +29,7 @@ class RowsForward {
 
   RowsForward(std::span<const ForwardPart<T>> parts, Matrix<const T> x)
       : parts_(parts), x_(x), depth_(depth_of<E>(x.cols)) {
-    joined_.reserve(parts.size());  // keeps pointers to the elements valid
+    joined_.reserve(parts.size());  // keeps pointers to the elements of joined_ valid
     for (const auto& part : parts) {
       const bool keep_z = part.z.data != nullptr;
       const LayerShape shape{x.rows,
@@ -61,13 +62,13 @@ class RowsForward {
   }
 
  private:
-  // Parts whose z are columns of one product, so that x is read once. A part with dropout has its own
-  // product, because it drops different elements of x.
+  // A group of parts whose z are columns of one product, so that x is read once. A part with dropout is a
+  // group of its own, because it drops different elements of x.
   struct Joined {
     const LowRank<T>* dropped = nullptr;  // the part that uses dropout, or null
-    size_t rank = 0;                      // of all parts
+    size_t rank = 0;                      // the sum of the ranks of all parts
     E* b = nullptr;                       // the Bᵀ of all parts, side by side, (depth, rank)
-    T* z = nullptr;                       // of a token block, (n, rank)
+    T* z = nullptr;                       // the z of a token block, (n, rank)
   };
 
   struct PartUpdate {
@@ -76,8 +77,8 @@ class RowsForward {
     Joined* joined;             // null if z is not needed
     size_t column = 0;          // the part's first column in the joined z
     T* a = nullptr;             // scale * Aᵀ (r, d_out)
-    Matrix<const E> a_pairs{};  // the same in elements E
-    E* z_elements = nullptr;    // the part's z of a token block in elements E, if E is another type
+    Matrix<const E> a_pairs{};  // scale * Aᵀ in elements E
+    E* z_elements = nullptr;    // the part's z of a token block, if it is converted to elements E
 
     size_t rank() const { return part.low.rank(); }
   };
@@ -89,7 +90,7 @@ class RowsForward {
     return &joined_.emplace_back(Joined{drops ? &low : nullptr});
   }
 
-  // Divides scratch among the parts, and converts their factors to elements E.
+  // Divides the scratch memory among the parts, and converts their factors to elements E.
   void reserve() {
     for (PartUpdate& u : updates_)
       if (u.joined) u.column = std::exchange(u.joined->rank, u.joined->rank + u.rank());
@@ -120,13 +121,13 @@ class RowsForward {
     u.a_pairs = pairs_down_columns<E>({u.a, rank, d_out, d_out}, const_cast<E*>(u.a_pairs.data));
     const Strided<E> b = elements_or_self<E>(
         low.b, kValuesPerElement<E> == 1 ? nullptr : scratch<E>(Scratch::kFactor, rank * depth_));
-    // Pairs are moved as floats.
+    // A pair of bfloat16 is moved as if it were a float.
     transpose<T>({reinterpret_cast<const T*>(b.data), rank, depth_, b.row_stride},
                  reinterpret_cast<T*>(u.joined->b + u.column), u.joined->rank);
   }
 
-  // Computes z, and converts x to elements E, for some tokens of a token block. It takes a few tokens at a
-  // time, so that they are in L2 when they are projected.
+  // Computes z, and converts x to elements E, for some tokens of a token block. A few tokens are taken at a
+  // time, so that x is in L2 when it is multiplied with Bᵀ.
   void prepare(Range token_block, Range some) const {
     for (size_t i = 0; i < some.count; i += kTokenUnit) {
       const Range few{some.first + i, std::min(kTokenUnit, some.count - i)};
@@ -139,7 +140,7 @@ class RowsForward {
     }
   }
 
-  // The z of a few tokens of a token block.
+  // Computes the z of a few tokens of a token block.
   void project(const Joined& all, Range token_block, Range few) const {
     const Range tokens{token_block.first + few.first, few.count};
     const Strided<E> x =
@@ -170,7 +171,7 @@ class RowsForward {
       return {x_elements_ + first * depth_, depth_, 1};
   }
 
-  // The z of the tokens from `first` on, in elements E.
+  // Returns the z of the tokens from `first` on, in elements E.
   Strided<E> z_of(const PartUpdate& u, size_t first) const {
     const size_t depth = depth_of<E>(u.rank()), stride = u.joined->rank;
     if constexpr (kValuesPerElement<E> == 1)
@@ -179,8 +180,8 @@ class RowsForward {
       return {u.z_elements + first * depth, depth, 1};
   }
 
-  // The y of some rows of a part, for some tokens of a token block. Blocks of a few panels are made at a
-  // time, so that x is loaded into L2 once for all panels.
+  // Computes the outputs y of some rows of a part, for some tokens of a token block. The blocks of a few
+  // panels are transposed at a time, so that x is loaded into L2 once for all these panels.
   void multiply(Range token_block, Range some, PartRows piece) const {
     const PartUpdate& u = updates_[piece.part];
     const size_t depth = depth_block(x_.cols), block_size = depth_of<E>(depth) * kPanelColumns;
@@ -190,7 +191,7 @@ class RowsForward {
     for (size_t r = 0; r < piece.rows.count; r += most) {
       const Range rows{piece.rows.first + r, std::min(most, piece.rows.count - r)};
       size_t col = 0;
-      do {  // runs once even without columns, to set y to zero
+      do {  // runs once even if W has no columns, to set y to zero
         const Range cols{col, std::min(depth, x_.cols - col)};
         for_panels_of(rows,
                       [&](size_t i, Range panel) { make_block(u, panel, cols, blocks + i * block_size); });
@@ -205,7 +206,7 @@ class RowsForward {
     }
   }
 
-  // Calls body(index, rows) for every kPanelColumns rows.
+  // Calls body(index, rows) for each panel of kPanelColumns rows.
   template <class Body>
   static void for_panels_of(Range rows, const Body& body) {
     for (size_t i = 0; i * kPanelColumns < rows.count; ++i) {
@@ -214,7 +215,8 @@ class RowsForward {
     }
   }
 
-  // y (few, rows) = [y +] x[:, cols] block. The update follows after the last columns.
+  // Multiplies a few tokens by a block of Wᵀ: y[few, rows] = [y +] x[few, cols] W[rows, cols]ᵀ. The update is
+  // added after the last columns.
   void multiply(const PartUpdate& u, Range token_block, Range few, Range rows, Range cols,
                 const E* block) const {
     const Strided<E> x = elements(token_block, few.first);
@@ -226,7 +228,7 @@ class RowsForward {
     if (cols.first + cols.count == x_.cols) add_update(u, few, rows, y);
   }
 
-  // y (few, rows) += z (scale A)ᵀ [+ bias].
+  // Adds the update of a few tokens: y[few, rows] += z (scale A[rows])ᵀ [+ bias].
   void add_update(const PartUpdate& u, Range few, Range rows, T* y) const {
     const ForwardPart<T>& part = u.part;
     const size_t rank = part.low.rank();
@@ -239,12 +241,12 @@ class RowsForward {
                      true);
   }
 
-  // block (cols, kPanelColumns) = W[rows, cols] transposed, in elements E. If the update is merged on the
-  // fly, it is added to the block.
+  // Sets block (cols, kPanelColumns) to W[rows, cols] transposed, in elements E. If the update is merged on
+  // the fly, it is added to the block.
   void make_block(const PartUpdate& u, Range rows, Range cols, E* block) const {
     const auto& k = kernels::table().products<T>();
     const WeightView& w = u.part.w;
-    // Blocks that are read in place need not be cut.
+    // The number of columns to transpose at a time. A block that is read in place need not be cut.
     const size_t most = is_blocks(w.storage)          ? kDecodedColumns
                         : !w.packed && in_place<E>(w) ? std::max<size_t>(1, cols.count)
                                                       : kPanelColumns;
@@ -254,7 +256,7 @@ class RowsForward {
       const Panels<E> panel = row_block(w, rows, {cols.first + c, width}, false, decoded);
       E* out = block + c / kValuesPerElement<E> * kPanelColumns;
       k.to_lanes(kPanelColumns, rows.count, depth_of<E>(width), reinterpret_cast<const T*>(panel.data),
-                 panel.row_stride, reinterpret_cast<T*>(out));  // pairs are moved as floats
+                 panel.row_stride, reinterpret_cast<T*>(out));  // pairs are moved as if they were floats
     }
     if constexpr (kValuesPerElement<E> == 1)
       if (u.update == Update::kMergedOnTheFly) {

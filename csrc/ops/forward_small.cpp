@@ -1,4 +1,4 @@
-// z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] for a handful of rows.
+// The forward pass z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] for a batch of a few rows.
 #include <atomic>
 #include <type_traits>
 #include <vector>
@@ -23,20 +23,20 @@ using kernels::Sum;
 
 namespace {
 
-// x, interleaved once for all parts of a stack.
+// A small batch x, which is interleaved once for all parts of a stack (see kernels::interleave_factor).
 template <class T>
 struct SmallBatch {
   Matrix<const T> x;
   const Products<T>& k = kernels::table().products<T>();
   size_t lanes = k.lanes / 2, interleave_factor = kernels::interleave_factor(x.rows, lanes);
 
-  // Memory for rows of this many columns.
+  // The number of elements that interleaved rows of this many columns take.
   template <class E>
   size_t size(size_t cols) const {
     return lanes * ceil_div(depth_of<E>(cols), interleave_factor);
   }
 
-  // out = m interleaved, in elements E. Pairs are moved as floats.
+  // Interleaves m into `out`, in elements E. Pairs of bfloat16 are moved as if they were floats.
   template <class E>
   const E* interleave(Matrix<const T> m, E* out) const {
     const size_t depth = depth_of<E>(m.cols);
@@ -48,7 +48,7 @@ struct SmallBatch {
   }
 };
 
-// x in int8.
+// Quantises x to int8.
 kernels::Int8Rows quantized(Matrix<const float> x) {
   const size_t sub_blocks = x.cols / kSubBlock;
   auto* codes = scratch<int8_t>(Scratch::kCodes, x.rows * x.cols);
@@ -60,12 +60,12 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
   return {codes, scales, sums, half_sums};
 }
 
-// The memory of the factors that the update needs for some rows of W: their rows of A, and a share of B
-// (another worker may read the other shares).
+// The memory of the factors to prefetch for the update of some rows of W: the same rows of A, and a share of
+// B. Other workers may read the other shares of B.
 template <class T>
 FetchList factors(const LowRank<T>& low, Range rows) {
   if (low.rank() == 0 || rows.count == 0) return {Fetch::none(), Fetch::none()};
-  constexpr size_t kMostBytes = 256 << 10;  // of each row, so that they stay in L2
+  constexpr size_t kMostBytes = 256 << 10;  // the limit for A, and for B, so that both stay in L2
   const auto lines = [&](const T* from, size_t n) {
     return Fetch::memory(from, ceil_div(std::min(n * sizeof(T), kMostBytes), kCacheLine));
   };
@@ -74,14 +74,14 @@ FetchList factors(const LowRank<T>& low, Range rows) {
           lines(low.a.row(rows.first), rows.count * low.rank())};
 }
 
-// Fetches all the memory at once, into L2.
+// Prefetches a piece of memory into L2, all of it at once.
 void fetch(const Fetch& some) {
   for (size_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.at + i * kCacheLine, 0, 2);
 }
 
-// One part. W is read once, as elements W: in place, or panel after panel while the partial sums of its rows
-// stay in cache. The update comes last, when its factors are in the cache. The update is computed in the type
-// of the sums.
+// Computes one part of a stack. The weight is read once, as elements of type W: in place, or panel after
+// panel while the partial sums of its rows stay in the cache. The update is added last, when its factors are
+// in the cache. The update is computed in the type of the sums.
 template <class W>
 class SmallForward {
  public:
@@ -103,7 +103,8 @@ class SmallForward {
 
   size_t rank() const { return rank_; }
 
-  // y[:, rows] = x Wᵀ [+ bias]. Meanwhile, it fetches the factors of the update.
+  // Multiplies x by some rows of W: y[:, rows] = x W[rows]ᵀ [+ bias]. Meanwhile, the factors of the update
+  // are prefetched.
   void multiply(Range rows) const {
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
@@ -123,7 +124,8 @@ class SmallForward {
                  part_.y.data + rows.first, part_.y.stride);
   }
 
-  // z[:, ranks] = scale * drop(x) B[ranks]ᵀ. The caller's z is stored without the scale.
+  // Multiplies x by some rows of B: z[:, ranks] = scale * drop(x) B[ranks]ᵀ. The caller's z is stored without
+  // the scale.
   void project(Range ranks) const {
     const size_t n = x_.rows;
     const X* xs = xs_;
@@ -145,20 +147,21 @@ class SmallForward {
     }
   }
 
-  // y[:, rows] += z Aᵀ.
+  // Adds the update to the outputs of some rows of W: y[:, rows] += z A[rows]ᵀ.
   void update(Range rows) const {
     k_.add_dots(x_.rows, rows.count, rank_, part_.low.a.row(rows.first), z_, rank_, part_.y.data + rows.first,
                 part_.y.stride);
   }
 
  private:
-  // Calls body(some) for the rows, at most `most` at a time.
+  // Cuts the rows into ranges of at most `most` rows, and calls body(range) for each.
   template <class Body>
   static void for_blocks(Range rows, size_t most, const Body& body) {
     for (size_t r = 0; r < rows.count; r += most) body(Range{rows.first + r, std::min(most, rows.count - r)});
   }
 
-  // `multiply` for W in low-bit blocks, which are decoded in registers or multiplied in int8.
+  // Does the work of `multiply` if W is in low-bit blocks. The blocks are decoded in registers or multiplied
+  // in int8.
   void multiply_blocks(Range rows, const Fetch& next) const {
     const size_t n = x_.rows;
     T* part = scratch<T>(Scratch::kSums, n * rows.count * lanes_);
@@ -176,7 +179,7 @@ class SmallForward {
     }
   }
 
-  // sums (rows, lanes) = m[rows] xs for a row-major m.
+  // sums (rows, lanes) = m[rows] times xs, the interleaved x. m is row-major.
   template <class E>
   void dots(Strided<E> m, Range rows, size_t depth, const E* xs, T* sums) const {
     kernels::table().small<E>().dots(
@@ -184,7 +187,8 @@ class SmallForward {
         {m.data + rows.first * m.row_stride, m.row_stride, kernels::kPanelDepth<E>}, xs, sums, false);
   }
 
-  // part (rows, lanes) = W[rows] xs. If W must be decoded, a few rows are decoded at a time and stay in L2.
+  // part (rows, lanes) = W[rows] times xs, the interleaved x. If W must be decoded, a few rows are decoded at
+  // a time and stay in L2.
   void frozen(Range rows, T* part) const {
     const bool decodes = !in_place<W>(part_.w);
     const bool sums_in_l1 = std::is_same_v<W, Bf16> && part_.w.packed && x_.rows == 1;
@@ -195,13 +199,14 @@ class SmallForward {
                [&](Range some) { stream(some, most, decoded, part + (some.first - rows.first) * lanes_); });
   }
 
-  // part (rows, lanes) = W[rows] xs, for at most `most` columns of W at a time.
+  // part (rows, lanes) = W[rows] times xs, the interleaved x. At most `most` columns of W are multiplied at a
+  // time.
   void stream(Range rows, size_t most, W* decoded, T* part) const {
     const WeightView& w = part_.w;
     const size_t full = full_columns(w.d_in);
     most = std::max(most, kPanelColumns);
     size_t c = 0;
-    do {  // runs once even without columns, to set part to zero
+    do {  // runs once even if W has no columns, to set `part` to zero
       const size_t cols = std::min(most, (c < full ? full : w.d_in) - c);
       kernels::table().small<W>().dots(
           interleave_factor_, rows.count, depth_of<X>(cols), row_block(w, rows, {c, cols}, false, decoded),
@@ -217,13 +222,14 @@ class SmallForward {
   const size_t lanes_, interleave_factor_, rank_;
   const X* const xs_;               // x, interleaved
   const kernels::Int8Rows& codes_;  // x in int8, if W is multiplied in int8
-  T* const z_;                      // (n, r), times the scale
+  T* const z_;                      // z (n, r), times the scale
 };
 
-// The fewest rows of B for one worker, if there are several. Kernels sum up to four rows side by side.
+// Each worker takes at least this many rows of B, because kernels compute up to four rows side by side.
 constexpr size_t kLeastRanks = 4;
 
-// Counts finished work, because other threads wait for it. Work that ends with an exception counts too.
+// Adds one to a counter when a piece of work ends, because other threads wait for the count. Work that ends
+// with an exception counts too.
 class Counted {
  public:
   explicit Counted(std::atomic<size_t>& count) : count_(count) {}
@@ -272,14 +278,14 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
     const Grid grid({1, 1, 1}, {part.w.d_out, kRowBlock, kStreamedRows},
                     flops(x.rows, part.w.d_out, part.w.d_in), threads);
     for (size_t i = 0; i < grid.tasks(); ++i) tasks.push_back({product, grid.side(i)});
-    // With dropout, each task would have to drop x again.
+    // With dropout, all rows of B are one task, because each task would have to apply dropout to x again.
     const size_t step = part.low.dropout > 0 ? rank : std::max(kLeastRanks, ceil_div(rank, threads));
     for (size_t r = 0; r < rank; r += step) projections.push_back({product, {r, std::min(step, rank - r)}});
   }
-  // Each worker takes rows of W, one task after the other, and then rows of B. When no rows of B are left to
-  // take, it waits until z is complete. Then it adds the update to the outputs of its own rows of W. So a
-  // worker only waits for rows that another worker is computing. Large weights have more workers than
-  // threads, so that Ctrl-C is noticed between them.
+  // Each worker multiplies rows of W, one task after the other, and then rows of B. When no rows of B are
+  // left to take, the worker waits until z is complete. The worker then adds the update to the outputs of its
+  // own rows of W. So a worker only waits for rows of B that another worker is computing. Large weights have
+  // more workers than threads, so that Ctrl-C is noticed between two workers.
   const size_t in_time = static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops);
   const size_t workers = round_up(std::max(threads, in_time), threads);
   const size_t most_rows = workers > threads ? ceil_div(rows, workers) : rows;

@@ -1,4 +1,4 @@
-// float16, one number at a time: the scales of low-bit blocks.
+// Converts single numbers to and from float16, for the scales of low-bit blocks.
 #pragma once
 
 #include <bit>

@@ -1,5 +1,6 @@
-// Chooses how a product and its update are computed. The choice counts operations. The choice never depends
-// on timing, on the number of threads or on the instruction set, so that results do not change with them.
+// Chooses how a product and its low-rank update are computed. The choice compares numbers of operations. The
+// choice never depends on timing, on the number of threads or on the instruction set, so that none of these
+// changes a result.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,7 @@ enum class ForwardPath {
   kRows,   // W is transposed, which is fastest for large batches
 };
 
-// A block of W that was just decoded is in L1. Transposing this block is this many times cheaper than
+// Transposing a block of W that was just decoded, and is still in L1, is this many times cheaper than
 // transposing x and y.
 inline constexpr size_t kDecodedGain = 6;
 
@@ -36,27 +37,27 @@ inline bool computes_pairs(const WeightView& w, size_t tokens) {
 
 enum class Update {
   kNone,            // there is no update
-  kSeparate,        // z (backward: dz) is computed, and z Aᵀ (dz B) is added to the product
-  kMergedOnTheFly,  // scale A B is added to each block of W in cache, and the product then has no update
+  kSeparate,        // z Aᵀ (in backward: dz B) is computed and added to the product
+  kMergedOnTheFly,  // scale A B is added to each block of W in the cache before the product
 };
 
 struct LayerShape {
   size_t tokens, d_out, d_in, rank;
-  size_t element_bytes;  // of the type of the arithmetic: 8, 4, or 2 for bfloat16
-  bool dropout;          // the update reads another x than W
-  bool decoded;          // W is in low-bit blocks
+  size_t element_bytes;  // the bytes of a value in the arithmetic: 8, 4, or 2 for bfloat16
+  bool dropout;          // whether dropout makes the update read another x than W reads
+  bool decoded;          // whether W is in low-bit blocks
 };
 
 // Before an update is added to a block of W, the block is copied. The copy costs about this many operations
 // for each element.
 inline constexpr double kCopyOperations = 8;
 
-// The cost of each way to apply the update, in floating-point operations in addition to the bare product.
+// The cost of each way to apply the update, in floating-point operations beyond the product with W.
 struct UpdateCost {
   double separate, merged;
 };
 
-// The cost of merging on the fly, for tokens with rows of `width` elements.
+// The cost of merging the update on the fly. `width` is the number of elements of a token.
 inline double merge_cost(const LayerShape& s, size_t width) {
   const size_t blocks = ceil_div(s.tokens, tokens_of_l3_block(s.tokens, width, s.element_bytes));
   return double(blocks) *
@@ -69,16 +70,16 @@ struct KernelPlan {
   UpdateCost cost;
 };
 
-// The cheaper alternative. Only float and double may be merged on the fly: in bfloat16, rounding W + scale A
-// B would lose the update of a young adapter.
+// Chooses the cheaper alternative. Only float and double may be merged on the fly: in bfloat16, rounding W +
+// scale A B would lose the update of a young adapter, which is still small.
 inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
   if (s.rank == 0) return {Update::kNone, cost};
   const bool can_merge = s.element_bytes >= 4 && !s.dropout && s.tokens > kernels::kMostSmallBatch;
   return {can_merge && cost.merged < cost.separate ? Update::kMergedOnTheFly : Update::kSeparate, cost};
 }
 
-// The update needs z = x Bᵀ and z Aᵀ. Merging on the fly saves both products, or only z Aᵀ if z is kept for a
-// backward pass. Only the method that transposes W can merge.
+// A separate update needs the products z = x Bᵀ and z Aᵀ. Merging on the fly saves both products, or only z
+// Aᵀ if z is kept for a backward pass. Only the method that transposes W can merge.
 inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
   const double project = flops(s.tokens, s.rank, s.d_in), expand = flops(s.tokens, s.rank, s.d_out);
   KernelPlan plan = cheaper(s, {project + expand, merge_cost(s, s.d_in) + (keep_z ? project : 0)});
@@ -87,7 +88,8 @@ inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
   return plan;
 }
 
-// The update needs dz = dy A and dz B. The gradient of B needs dz as well.
+// A separate update needs the products dz = dy A and dz B. dz is always computed, because the gradient of B
+// needs it.
 inline KernelPlan plan_backward(const LayerShape& s) {
   const double project = flops(s.tokens, s.rank, s.d_out), expand = flops(s.tokens, s.rank, s.d_in);
   return cheaper(s, {project + expand, project + merge_cost(s, s.d_out)});

@@ -15,14 +15,15 @@ using kernels::Products;
 namespace {
 
 constexpr size_t kRowsPerTask = 48;  // a multiple of tile_tokens (for float) on every instruction set
-// The number of bytes of the columns of B that a task's rows are multiplied with at a time. On a Zen 4, whose
+// The rows of a task are multiplied with columns of B of at most this many bytes at a time. On a Zen 4, whose
 // L2 holds 1 MB, 128 KB was 2-3 % slower.
 constexpr size_t kColumnsBytes = size_t{320} << 10;
-// The number of columns of a tile of 16-bit weights while the tile is in float: 8 x 384 floats = 12 KB.
+// The number of columns of a tile. 16-bit weights are converted to float one tile at a time: 8 x 384 floats =
+// 12 KB.
 constexpr size_t kTileColumns = 8 * kPanelColumns;
 
-// B in panels of kPanelColumns columns, each dense. Rows of the caller's B may be a multiple of 4 KB apart,
-// and would then evict each other from L1.
+// Copies B to panels of kPanelColumns columns without gaps. Rows of the caller's B may be a multiple of 4 KB
+// apart, and would then evict each other from L1.
 template <class T>
 const T* panels_of(Matrix<const T> b) {
   T* panels = scratch<T>(Scratch::kLowLanes, b.rows * b.cols);
@@ -33,8 +34,8 @@ const T* panels_of(Matrix<const T> b) {
   return panels;
 }
 
-// Calls body(first, rows, scale * A[rows]) for blocks of rows. It cannot be interrupted, because W would be
-// left half merged.
+// Calls body(first, rows, scale * A[rows]) for blocks of rows of A. The loop cannot be interrupted, because
+// only a part of W would then be merged.
 template <class T, class Body>
 void for_row_blocks(Matrix<const T> a, size_t d_in, double scale, const Body& body) {
   const double work = 2.0 * double(a.rows) * double(d_in) * double(a.cols);

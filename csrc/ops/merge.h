@@ -1,4 +1,4 @@
-// W += scale * A B in place, in any storage format, without a temporary of W's size.
+// W += scale * A B in place, in any storage format but blocks, without a temporary of W's size.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,13 @@
 
 namespace nplora {
 
-// w (d_out, d_in), a (d_out, r), b (r, d_in).
+// w is (d_out, d_in), a is (d_out, r), b is (r, d_in).
 template <class T>
 void merge_lora(Matrix<T> w, Matrix<const T> a, Matrix<const T> b, double scale);
 
-// Merges into bit patterns of kBfloat16 or kFloat16. Sums are in float and rounded once, to nearest even.
-// With a key the sums are rounded stochastically, so that the expected value is the sum; element (i, j) uses
-// random number i * w.cols + j.
+// Merges into a matrix W of kBfloat16 or kFloat16 values, given as bit patterns. Sums are computed in float
+// and rounded once, to nearest even. If `key` is given, each sum is rounded up or down at random, so that the
+// expected value is the sum. Element (i, j) uses number i * w.cols + j of the random sequence.
 void merge_lora(Matrix<uint16_t> w, Storage storage, Matrix<const float> a, Matrix<const float> b,
                 double scale, std::optional<uint64_t> key);
 

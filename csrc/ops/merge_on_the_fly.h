@@ -9,7 +9,7 @@
 
 namespace nplora {
 
-// out (rows, r) = scale A[rows].
+// Writes some rows of A, times the scale, to out (rows, r).
 template <class T>
 const T* scaled_rows(Matrix<const T> a, Range rows, double scale, T* out) {
   for (size_t i = 0; i < rows.count; ++i)
@@ -17,7 +17,8 @@ const T* scaled_rows(Matrix<const T> a, Range rows, double scale, T* out) {
   return out;
 }
 
-// A block of W, at most a panel wide, plus scale A[rows] B[:, cols], in `out` (rows, cols).
+// Writes a block of W plus scale A[rows] B[:, cols] to `out` (rows, cols). The block is at most one panel
+// wide.
 template <class T>
 ColumnBlock<T> merged_block(const LowRank<T>& low, Range rows, Range cols, ColumnBlock<T> from, T* out) {
   const size_t rank = low.a.cols;

@@ -14,8 +14,8 @@ namespace {
 constexpr size_t kPieceElements = 16384;
 constexpr double kOperationsPerElement = 16;
 
-// A thread takes neighbouring pieces as long as there are enough tasks for all threads. After each jump, the
-// hardware must detect the access pattern again before it can prefetch.
+// A task is several neighbouring pieces, as long as there are enough tasks for all threads. After each jump
+// to another place in memory, the hardware must detect the access pattern again before it can prefetch.
 constexpr size_t kTaskPieces = 8, kTasksPerThread = 8;
 
 struct Piece {
@@ -24,9 +24,10 @@ struct Piece {
   double sum;
 };
 
-// Calls body(parameter, piece) for pieces of about equal size, so that many small buffers are shared among
-// threads as evenly as a few large buffers. Returns the pieces, which are valid until this thread's next
-// call. It cannot be interrupted, because nobody could tell a half-made step from a whole one.
+// Cuts the parameters into pieces of at most kPieceElements elements, and calls body(parameter, piece) for
+// each piece. So threads share many small buffers as evenly as a few large buffers. Returns the pieces, which
+// are valid until this thread's next call. The loop cannot be interrupted, because the caller could not see
+// which parameters had been changed.
 template <class Body>
 const std::vector<Piece>& for_pieces(const std::vector<Trained>& parameters, const Body& body) {
   static thread_local std::vector<Piece> kept;
@@ -94,7 +95,7 @@ void sgd_step(const std::vector<Trained>& parameters, kernels::SgdCoefficients s
   });
 }
 
-// One sum for each piece, added in the order of the pieces.
+// Each piece has a sum of its own, and these sums are added in the order of the pieces.
 double sum_of_squares(const std::vector<Trained>& parameters) {
   const std::vector<Piece>& pieces = for_pieces(parameters, [](const Trained& p, Piece& piece) {
     piece.sum = p.is_double ? squares<double>(p, piece.range) : squares<float>(p, piece.range);

@@ -1,4 +1,5 @@
-// Optimiser steps over a list of live buffers, in place. After a thread's first step, nothing is allocated.
+// Optimiser steps that change a list of parameters in place. After a thread's first step, nothing is
+// allocated.
 #pragma once
 
 #include <cstddef>
@@ -22,10 +23,11 @@ struct Trained {
 void adamw_step(const std::vector<Trained>& parameters, kernels::AdamWCoefficients shared);
 void sgd_step(const std::vector<Trained>& parameters, kernels::SgdCoefficients shared);
 
-// The sum over all gradients, in double.
+// The sum of the squares of all gradients, in double.
 double sum_of_squares(const std::vector<Trained>& parameters);
 
-// Returns the Euclidean norm of all gradients times *scale. If it is above max_norm, *scale is lowered.
+// Returns the Euclidean norm of all gradients, multiplied by `*scale`. If this norm is above max_norm,
+// `*scale` is lowered so that the norm becomes max_norm.
 double clip(const std::vector<Trained>& parameters, double max_norm, double* scale);
 
 }  // namespace nplora

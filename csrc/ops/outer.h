@@ -1,5 +1,5 @@
-// Products by gemm_outputs_in_lanes. The rows of the result are tokens (or a rank), and its columns are in
-// the SIMD lanes.
+// Products that the kernel gemm_outputs_in_lanes computes. The rows of a result are tokens (or the r rows of
+// a factor), and its columns are in the SIMD lanes.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +21,8 @@ const auto& gemm_outputs_in_lanes() {
     return kernels::table().small<W>().gemm_outputs_in_lanes;
 }
 
-// c (m, cols) = [c +] a (m, depth) w (depth, cols).   `next` is fetched with the first panel of columns; rows
-// ahead are fetched with each panel.
+// c (m, cols) = [c +] a (m, depth) times w (depth, cols). The columns are computed panel by panel. Memory in
+// `next` is prefetched only during the first panel; rows_ahead applies to every panel.
 template <class E>
 void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, const E* w, size_t w_stride,
                  kernels::Sum<E>* c, size_t c_stride, bool accumulate,
@@ -35,8 +35,8 @@ void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, con
   }
 }
 
-// The next rows of m, as many as `some` has or fewer. They are fetched while `some` is computed. No rows are
-// fetched if m is not dense.
+// The rows of m to prefetch while the range `some` is computed: those that follow `some`, at most as many as
+// `some` has. Nothing is prefetched if the rows of m have gaps.
 template <class T>
 kernels::Fetch rows_after(Matrix<const T> m, Range some) {
   const size_t end = some.first + some.count, count = std::min(some.count, m.rows - end);
@@ -44,9 +44,9 @@ kernels::Fetch rows_after(Matrix<const T> m, Range some) {
   return kernels::Fetch::memory(m.row(end), count * m.cols * sizeof(T) / kCacheLine, 1);
 }
 
-// Calls body(i, j) for the elements of a tall matrix (rows, cols), in an order that also suits its transpose.
-// The rows of the transpose are far apart and often evict each other from L1, so each step finishes a whole
-// cache line of every row.
+// Calls body(i, j) for the elements of a tall matrix (rows, cols), in an order that is also fast for its
+// transpose. The rows of the transpose are far apart and often evict each other from L1. So the loop fills
+// one cache line of every row before it begins the next cache lines.
 template <class Body>
 void for_transposed(size_t rows, size_t cols, const Body& body) {
   constexpr size_t kLine = 16;
@@ -55,7 +55,7 @@ void for_transposed(size_t rows, size_t cols, const Body& body) {
       for (size_t i = first, end = std::min(first + kLine, rows); i < end; ++i) body(i, j);
 }
 
-// out (cols, rows) = m (rows, cols) transposed. The rows of out are `stride` apart.
+// out (cols, rows) = m (rows, cols) transposed. The rows of `out` are `stride` elements apart.
 template <class T>
 void transpose(Matrix<const T> m, T* out, size_t stride) {
   kernels::table().products<T>().transpose(m.rows, m.cols, m.data, m.stride, out, stride);

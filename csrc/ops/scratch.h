@@ -8,43 +8,47 @@
 
 namespace nplora {
 
-// The use of a buffer. Buffers of different uses exist at the same time; no buffer outlives its call. The
-// comments give the largest size of each buffer, in elements: L is the number of lanes (at most 32), r the
-// sum of a stack's ranks.
+// The use of a scratch buffer. Buffers of different uses exist at the same time; the contents of a buffer are
+// not used after the call that wrote them. The comments give the largest size of each buffer, in elements
+// unless they name a unit. L is the number of SIMD lanes (at most 32), and r is the sum of the ranks of a
+// stack.
 enum class Scratch {
-  // x of a token block in lanes or pairs: kLanesBytes, or 64 d_in. In backward: dy, z and dz in pairs, and
-  // the factors.
+  // Holds x of a token block in lanes or pairs: kLanesBytes, or 64 d_in elements. In the backward pass, holds
+  // dy, z and dz in pairs, and the factors.
   kLanes,
-  // z of a token block in lanes or pairs: r for each token. A stack's factors: r (d_in + d_out). B in panels.
+  // Holds z of a token block in lanes or pairs, with r elements for each token. For other uses, holds a
+  // stack's factors, with r (d_in + d_out) elements, or B in panels.
   kLowLanes,
-  // z or dz of a token block: r for each token. A, or the sums of both gradients: r (d_in + d_out).
+  // Holds z or dz of a token block, with r elements for each token. For other uses, holds A, or the sums of
+  // the gradients of A and B, with r (d_in + d_out) elements.
   kLowGradients,
-  kSums,     // partial sums of outputs: L / 2 for each of kStreamedRows rows, or of r ranks
-  kWeight,   // decoded or transposed blocks of W: kBlocksBytes, or 48 kStreamedRows
-  kDecoded,  // a block of W before it is transposed, or with an update added: 48 kDepthBlock
-  kFewRows,  // a few rows of a block before they are paired: 18 KB
-  // B in pairs, or before pairing: r d_in. z or dz of a few tokens transposed: 32 r. Scaled rows of A:
-  // kDepthBlock r.
+  kSums,     // partial sums of outputs: L / 2 for each of kStreamedRows rows of W or r rows of B
+  kWeight,   // decoded or transposed blocks of W: kBlocksBytes, or 48 kStreamedRows elements
+  kDecoded,  // a block of W before it is transposed, or after the update is added: 48 kDepthBlock
+  kFewRows,  // a few rows of a block of W before they are paired: 18 KB
+  // Holds B in pairs, or B before it is paired, with r d_in elements. For other uses, holds z or dz of a few
+  // tokens, transposed, with 32 r elements, or rows of A times the scale, with kDepthBlock r elements.
   kFactor,
   kDropped,       // rows of x after dropout: 32 d_in
   kDroppedLanes,  // rows of x after dropout, in lanes or pairs: 32 d_in
   kPairing,       // rows of x before they are put into lanes: 48 L, or 8 d_in
   kCodes,         // a small batch of x in int8: 8 d_in
-  kCodeScales,    // the scales and sums of its sub-blocks: 32 d_in / 32
-  // A tile of attention: 48 (5 head_dim + 130). Scores of single queries: heads (256 + head_dim).
+  kCodeScales,    // for kCodes: 32 scales and sums for each of d_in / 32 sub-blocks
+  // Holds a tile of attention, with 48 (5 head_dim + 130) elements, or the scores of a single query, with
+  // heads (256 + head_dim) elements.
   kAttention,
-  // Each piece of a single query's keys: heads (head_dim + 2). In backward: heads for each token of the
-  // batch.
+  // Holds the results of each piece of a single query's keys: heads (head_dim + 2) elements. In the backward
+  // pass, holds one element for each head and token of the batch.
   kAttentionParts,
   kCount
 };
 
-// n elements of this thread's memory for one use, with undefined contents. The buffer is kept for the next
-// task and only grows, so nothing is allocated after the first call of a shape.
+// Returns memory of this thread for one use, with undefined contents. The buffer is kept for the next task
+// and only grows, so a repeated call with the same shapes allocates nothing.
 void* scratch_bytes(Scratch use, size_t bytes);
 
-// While a frame exists, this thread uses other buffers. It is for calls that a signal handler makes in the
-// middle of a task.
+// While a ScratchFrame exists, this thread uses a separate set of scratch buffers. A frame is needed if a
+// signal handler calls the library in the middle of a task.
 class ScratchFrame {
  public:
   ScratchFrame();
@@ -62,7 +66,7 @@ T* scratch(Scratch use, size_t n) {
   return static_cast<T*>(scratch_bytes(use, n * sizeof(T)));
 }
 
-// Hands out parts of a buffer. Without a buffer, it returns null pointers and only counts the size.
+// Hands out parts of a buffer. Without a buffer, an arena returns null pointers and only counts the size.
 template <class T>
 struct Arena {
   T* data = nullptr;
@@ -75,8 +79,8 @@ struct Arena {
   }
 };
 
-// Calls divide(arena of T, arena of E) twice: once to count, then to take the parts from two buffers of that
-// size.
+// Calls divide(arena of T, arena of E) twice. The first call only counts the sizes, and the second call takes
+// the parts from two buffers of these sizes.
 template <class T, class E, class Divide>
 void divide_scratch(Scratch use_t, Scratch use_e, const Divide& divide) {
   Arena<T> t;

@@ -10,7 +10,7 @@
 
 namespace nplora {
 
-// A pair of bfloat16 is written as two halves and read as one word, in memory and in files.
+// The code writes a pair of bfloat16 as two halves and reads it as one word, in memory and in files.
 static_assert(std::endian::native == std::endian::little, "nplora needs a little-endian machine");
 
 size_t bytes_per_element(Storage storage) {

@@ -7,7 +7,8 @@
 
 namespace nplora {
 
-// Formats of single elements, then low-bit blocks in the order of BlockFormat.
+// The storage formats: first the formats of single elements, then the low-bit blocks in the order of
+// BlockFormat.
 #define NPLORA_STORAGE(name, Name) k##Name,
 enum class Storage { kFloat32, kFloat64, kBfloat16, kFloat16, NPLORA_ROW_FORMATS(NPLORA_STORAGE) kNf4 };
 #undef NPLORA_STORAGE
@@ -19,11 +20,12 @@ inline BlockFormat format_of(Storage blocks) {
   return static_cast<BlockFormat>(static_cast<size_t>(blocks) - static_cast<size_t>(Storage::kFloat16) - 1);
 }
 
-// For storage formats that are not blocks.
+// The size of one element in bytes, for storage formats that are not blocks.
 size_t bytes_per_element(Storage storage);
 
-// Converts n elements from storage to T and back, rounded to nearest even. T is float, or double for
-// kFloat64. For the two 16-bit formats T may be uint16_t: the bit patterns themselves.
+// `widen` converts n elements from storage to T, and `narrow` converts them back, rounded to nearest even. T
+// is float, or double for kFloat64. For the two 16-bit formats T may also be uint16_t; then the bit patterns
+// are copied.
 template <class T>
 void widen(Storage storage, size_t n, const void* from, T* to);
 template <class T>

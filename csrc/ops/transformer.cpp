@@ -16,7 +16,7 @@ const kernels::Transformer& kernel() {
 
 constexpr size_t kElementsPerTask = 16384;
 
-// The cost of one element, in the operations that useful_threads counts.
+// The cost of one element of each function, in floating-point operations.
 constexpr double kNormOperations = 12, kRotationOperations = 8, kSigmoidOperations = 20;
 
 // Calls body(row) for n rows of `cols` elements each.
@@ -30,7 +30,7 @@ void for_rows(size_t n, size_t cols, double operations_per_element, const Body& 
                });
 }
 
-// Calls body(first, count) for pieces of n elements.
+// Cuts n elements into pieces, and calls body(first, count) for each piece.
 template <class Body>
 void for_pieces(size_t n, double operations_per_element, const Body& body) {
   parallel_for(ceil_div(n, kElementsPerTask), useful_threads(operations_per_element * double(n)),

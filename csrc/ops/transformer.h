@@ -1,4 +1,5 @@
-// The parts of a transformer between its products: RMSNorm, rotary positions, gated units. Rows are tokens.
+// The operations of a transformer between its matrix products: RMSNorm, rotary position embeddings and gated
+// units. Rows are tokens.
 #pragma once
 
 #include <cstddef>
@@ -9,34 +10,38 @@
 
 namespace nplora {
 
-// y = x ∘ weight / sqrt(mean x² + eps) (Zhang & Sennrich 2019).   x, y are (n, d), weight is (d).
-// Sums run in float32, in as many partial sums as there are lanes L. Their relative error is below gamma(d /
-// L + log2 L).
+// y = x ∘ weight / sqrt(mean(x²) + eps) for each row (Zhang & Sennrich 2019). The shapes are x (n, d), y (n,
+// d) and weight (d). The sum of squares runs in float32, as one partial sum for each of the L lanes of a
+// vector. The relative error of the sum is below gamma(d / L + log2 L). Here gamma(m) = m u / (1 - m u), and
+// u is the unit roundoff.
 void rms_norm(Matrix<const float> x, const float* weight, float eps, Matrix<float> y);
 
-// dx = [dx +] the gradient of x; weight is frozen.
+// dx = [dx +] the gradient of x. The weight is frozen, so its gradient is not computed.
 void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                        Matrix<float> dx, bool accumulate);
 
-// The cosines and sines of rotary positions. Row p of data is rotary_dim / 2 cosines, then as many sines.
-// interleaved: the elements of a pair are neighbours; otherwise they are rotary_dim / 2 apart.
+// The cosines and sines of rotary position embeddings. Row p of `data` holds rotary_dim / 2 cosines and then
+// as many sines, for position p. If `interleaved` is true, the two elements of a pair are neighbours;
+// otherwise they are rotary_dim / 2 apart.
 struct RotaryTable {
   const float* data;
   size_t rotary_dim;
   bool interleaved;
 };
 
-// Each pair (a, b) of each head of x (n, heads * head_dim) becomes (a cos - b sin, b cos + a sin), with row
-// positions[i] of the table (Su et al. 2021, equation 34). The pairs are in the first rotary_dim elements of
-// a head; the rest do not change. inverse rotates backwards, which gives the gradient.
+// Rotates pairs of elements in place (Su et al. 2021, equation 34). In row i of x (n, heads * head_dim), each
+// pair (a, b) of each head becomes (a cos - b sin, b cos + a sin). The cosines and sines are in row
+// positions[i] of the table. The pairs are in the first rotary_dim elements of a head; the other elements do
+// not change. If `inverse` is true, the pairs are rotated backwards, which computes the gradient.
 void rope(Matrix<float> x, size_t head_dim, const int64_t* positions, RotaryTable table, bool inverse);
 
 using kernels::Activation;
 
-// out (n) = act(gate) ∘ up (Shazeer 2020).
+// A gated unit: out (n) = act(gate) ∘ up (Shazeer 2020).
 void gated(Activation act, size_t n, const float* gate, const float* up, float* out);
 
-// dgate may be gate and dup may be up.
+// Computes the gradients of `gated`. `dgate` may be the same array as `gate`, and `dup` the same array as
+// `up`.
 void gated_backward(Activation act, size_t n, const float* dout, const float* gate, const float* up,
                     float* dgate, float* dup);
 

@@ -20,14 +20,14 @@ namespace {
 
 constexpr size_t kRowsPerTask = 64;
 
-// The offset of element (row, col) of packed W in bytes. col is a multiple of kPanelColumns.
+// The offset of element (row, col) of packed W in bytes. `col` is a multiple of kPanelColumns.
 size_t packed_offset(const WeightView& w, size_t row, size_t col) {
   const size_t width = std::min(kPanelColumns, w.d_in - col);
   return (col * w.d_out + row * width) * bytes_per_element(w.storage);
 }
 
-// The address of element (row, col) of W, and the distance to the next row of its panel. col is a multiple of
-// kPanelColumns.
+// The address of element (row, col) of W, and the distance to the next row of its panel, in elements. `col`
+// is a multiple of kPanelColumns.
 struct Location {
   const char* at;
   size_t row_stride;
@@ -39,13 +39,13 @@ Location locate(const WeightView& w, size_t row, size_t col) {
   return {data + (row * w.row_stride + col) * bytes_per_element(w.storage), w.row_stride};
 }
 
-// Calls body(col, width) for each panel of a row.
+// Calls body(first column, number of columns) for each panel of a row.
 template <class Body>
 void for_panels(size_t d_in, const Body& body) {
   for (size_t c = 0; c < d_in; c += kPanelColumns) body(c, std::min(kPanelColumns, d_in - c));
 }
 
-// Calls body(row) for each row of a matrix. A matrix without columns has no rows to visit.
+// Calls body(row) for each row of a matrix. If the matrix has no columns, `body` is not called.
 template <class Body>
 void for_rows(size_t rows, size_t cols, const Body& body) {
   if (cols == 0) return;
@@ -56,8 +56,8 @@ void for_rows(size_t rows, size_t cols, const Body& body) {
   });
 }
 
-// out (rows, cols) = W[rows, cols] of low-bit blocks. The columns begin and end with a sub-block (any columns
-// for NF4).
+// out (rows, cols) = W[rows, cols], decoded from low-bit blocks. The columns must be whole sub-blocks, except
+// in NF4.
 void decode(const WeightView& w, Range rows, Range cols, const DecodedRows& out) {
   const kernels::BlockDecoders& blocks = kernels::table().blocks;
   if (w.storage == Storage::kNf4)
@@ -67,7 +67,8 @@ void decode(const WeightView& w, Range rows, Range cols, const DecodedRows& out)
       w.row_stride, out);
 }
 
-// The columns to decode so that the wanted columns are there, and how many extra columns come before them.
+// The wanted columns of W, extended to whole sub-blocks for the decoder. `before` is the number of extra
+// columns before the wanted columns.
 struct WholeSubBlocks {
   Range cols;
   size_t before;
@@ -78,13 +79,14 @@ WholeSubBlocks sub_blocks_of(const WeightView& w, Range cols) {
   return {{cols.first - before, round_up(before + cols.count, kSubBlock)}, before};
 }
 
-// The distance of decoded rows. It is not a multiple of 4 KB, at which rows would evict each other from L1.
+// The distance from one decoded row to the next. Multiples of 1 KB are avoided, because rows at such
+// distances would evict each other from L1.
 size_t decoded_stride(size_t cols, size_t element_bytes) {
   return cols * element_bytes % 1024 == 0 ? cols + kPanelColumns / 3 : cols;
 }
 
-// Calls body(first, rows, values) for a few rows at a time (an even number of rows). Their values (rows,
-// cols) fit into L1.
+// Calls body(first, rows, values) for a few rows at a time. The number of rows is even, except in the last
+// call. `values` is memory for (rows, cols) floats, which fit into L1.
 template <class Body>
 void for_few_rows(Range rows, size_t cols, const Body& body) {
   constexpr size_t kValues = 4608;  // 18 KB
@@ -101,8 +103,8 @@ void copy_row(const WeightView& w, size_t row, T* out) {
   for_panels(w.d_in, [&](size_t c, size_t width) { widen(w.storage, width, locate(w, row, c).at, out + c); });
 }
 
-// Fetches columns of a few rows of W in place, where the hardware does not help: the rows are too few to
-// detect a stream, or a stream begins here.
+// Prefetches columns of a few rows of W in place. The hardware does not prefetch these columns, because there
+// are too few rows to detect a stream, or because a stream only begins here.
 void fetch(const WeightView& w, Range rows, Range cols) {
   if (w.packed || w.storage == Storage::kNf4) return;
   const bool blocks = is_blocks(w.storage);
@@ -115,19 +117,19 @@ void fetch(const WeightView& w, Range rows, Range cols) {
     for (size_t line = 0; line < count; line += kCacheLine) __builtin_prefetch(row + line);
 }
 
-// Fetches the rows at the columns that follow `cols`.
+// Prefetches the columns that follow `cols` in the same rows.
 void fetch_after(const WeightView& w, Range rows, Range cols) {
   const size_t end = cols.first + cols.count;
   fetch(w, rows, {end, std::min(cols.count, w.d_in - end)});
 }
 
-// Fetches the row two after row i of a block. A row has up to 8 KB, so three rows fit into L1.
+// Prefetches row i + 2 of a block, while row i is in use. A row has up to 8 KB, so three rows fit into L1.
 void fetch_next(const WeightView& w, Range rows, size_t i, Range cols) {
   if (i + 2 < rows.count) fetch(w, {rows.first + i + 2, 1}, cols);
 }
 
-// The panels of a block, one after the other, widened to T. Each has kPanelColumns columns except the last,
-// and contiguous rows. W that is not packed is read row by row.
+// Writes the panels of a block to `out`, one after the other, widened to T. Each panel has contiguous rows of
+// kPanelColumns columns; the last panel may be narrower. If W is not packed, it is read row by row.
 template <class T>
 void widen_block(const WeightView& w, Range rows, Range cols, T* out) {
   if (w.packed)
@@ -207,9 +209,9 @@ Panels<Bf16> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16*)
   return stored_rows<Bf16>(w, rows, cols);
 }
 
-// A full panel of bfloat16 is a panel of pairs in place. The last panel may have rows of odd width. It is
-// copied row by row like other storage, with a zero after an odd end, together with the panel before it if
-// both are wanted.
+// A full panel of bfloat16 values is read in place as a panel of pairs. The last panel may have an odd number
+// of columns. The last panel is therefore copied row by row, like other storage formats, and a zero is added
+// to an odd row. If the block also has the panel before the last one, both panels are copied.
 template <>
 Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16Pair* scratch) {
   constexpr size_t kPanelPairs = kPanelColumns / 2;
@@ -253,7 +255,8 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf
 
 namespace {
 
-// The layout of a column block in scratch: two whole panels one after the other, or rows with all columns.
+// The layout of a column block in scratch memory: two whole panels one after the other, or one panel with all
+// columns.
 struct Panelling {
   size_t panels, width;
 
@@ -266,11 +269,11 @@ struct Panelling {
   Range panel(Range cols, size_t i) const { return {cols.first + i * width, width}; }
 };
 
-// Calls body(first, rows) for a few rows at a time (an even number of rows). Meanwhile, it fetches the next
-// rows.
+// Calls body(first, rows) for a few rows at a time. The number of rows is even, except in the last call.
+// Before each call, the rows of the next call are prefetched.
 template <class Body>
 void for_fetched_rows(const WeightView& w, Range rows, Range cols, const Body& body) {
-  constexpr size_t kRows = 16;  // 6 KB of floats: they stay in L1, with the rows that are fetched
+  constexpr size_t kRows = 16;  // 6 KB of floats, which stay in L1 together with the prefetched rows
   for (size_t i = 0; i < rows.count; i += kRows) {
     const size_t end = std::min(i + kRows, rows.count);
     fetch(w, {rows.first + end, std::min(kRows, rows.count - end)}, cols);
@@ -278,7 +281,8 @@ void for_fetched_rows(const WeightView& w, Range rows, Range cols, const Body& b
   }
 }
 
-// out (rows, cols) = columns that are side by side in memory. In packed W, these are columns of one panel.
+// Widens the block W[rows, cols] to out (rows, cols). The columns of the block are side by side in memory; in
+// packed W, they are in one panel.
 template <class T>
 void widen_rows(const WeightView& w, Range rows, Range cols, T* out) {
   const Location from = locate(w, rows.first, cols.first);
@@ -287,7 +291,8 @@ void widen_rows(const WeightView& w, Range rows, Range cols, T* out) {
     widen(w.storage, cols.count, from.at + i * pitch, out + i * cols.count);
 }
 
-// out (ceil(rows / 2), cols) = the same columns, with rows in pairs.
+// Converts the block W[rows, cols] to pairs of neighbouring rows: out (ceil(rows / 2), cols). The columns of
+// the block are side by side in memory.
 void pair(const WeightView& w, Range rows, Range cols, Bf16Pair* out) {
   const kernels::Conversions& convert = kernels::table().convert;
   const Location from = locate(w, rows.first, cols.first);

@@ -1,6 +1,6 @@
-// The frozen matrix W (d_out, d_in). The library holds it packed in its storage format, or it is in the
+// The frozen matrix W (d_out, d_in). Either the library holds W packed in its storage format, or W is in the
 // caller's memory (often a mapped file) as a row-major array or low-bit blocks. Blocks are decoded a part at
-// a time, never as a whole.
+// a time; the whole W is never decoded at once.
 #pragma once
 
 #include <cstdint>
@@ -15,20 +15,20 @@
 
 namespace nplora {
 
-// The arithmetic of a weight's products. kFloat: the weight's own float type. kBfloat16: pairs of bfloat16
-// summed in float, for batches above kFloatBatch rows. kInt8: small batches of a forward pass with GGUF's
-// blocks in int8, all else like kBfloat16.
+// The arithmetic of the products with a weight. kFloat uses the weight's own float type. kBfloat16 uses pairs
+// of bfloat16 summed in float, for batches above kFloatBatch rows. kInt8 uses int8 for forward passes of
+// small batches with GGUF's block formats; all other products are computed like with kBfloat16.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
-// W in the form that the products read. Packed: panels of kPanelColumns columns with contiguous rows; the
-// last panel is narrower and not padded. Otherwise row-major, or rows of blocks, or NF4, whose blocks ignore
-// rows.
+// W in the form that the products read. If `packed` is true, W is panels of kPanelColumns columns with
+// contiguous rows; the last panel may be narrower and is not padded. Otherwise W is a row-major array, rows
+// of blocks, or NF4, whose blocks may contain the end of one row and the start of the next.
 struct WeightView {
   Storage storage;
   bool packed;
   const void* data;
   size_t d_out, d_in;
-  size_t row_stride;  // for row-major data in elements, for blocks in bytes
+  size_t row_stride;  // in elements for row-major data, in bytes for blocks
   Compute compute = Compute::kFloat;
   kernels::Nf4 nf4{};
 };
@@ -38,37 +38,40 @@ WeightView view_of(Matrix<const T> w) {
   return {sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64, false, w.data, w.rows, w.cols, w.stride};
 }
 
-// The first column of the last, narrower panel, or d_in if all panels are full. A row_block must not span
-// this column, unless its elements are Bf16Pair.
+// The first column of the last panel if that panel is narrower, or d_in if all panels are full. A row_block
+// must not have columns on both sides of this column, unless its elements are Bf16Pair.
 inline size_t full_columns(size_t d_in) {
   return d_in / kernels::kPanelColumns * kernels::kPanelColumns;
 }
 
-// The address of element (row, col) of packed W. col is a multiple of kPanelColumns.
+// The address of element (row, col) of packed W. `col` is a multiple of kPanelColumns.
 const char* stored_at(const WeightView& w, size_t row, size_t col);
 
-// Whether W is in memory as elements E. Otherwise it is decoded.
+// Whether W is stored as elements of type E, so that it can be read in place. Otherwise W is decoded.
 template <class E>
 bool in_place(const WeightView& w);
 
-// The elements of scratch per row that this many columns of W may take. Blocks are decoded in whole
-// sub-blocks, and rows have a distance at which they do not evict each other.
+// The number of elements of scratch memory that a decoded row of `cols` columns may take. The row may take
+// more than `cols` elements, because blocks are decoded in whole sub-blocks, and because rows are spaced so
+// that they do not evict each other from the cache.
 inline constexpr size_t scratch_columns(size_t cols) {
   return cols + kernels::kPanelColumns;
 }
 
-// Rows and columns of W in elements E. The first column is a multiple of kPanelColumns. The block is in place
-// if W is stored as elements E; otherwise it is decoded into scratch (rows * scratch_columns(cols) elements).
-// If many tokens share the block and W is not packed, it is copied too: rows that are a power of two apart
-// would evict each other from the cache. Bf16 is for bfloat16 storage only, in place. Bf16Pair pairs
-// neighbours along a row, because gemm_tokens_in_lanes reads along the rows of W.
+// The block W[rows, cols] in elements of type E. The first column is a multiple of kPanelColumns. The block
+// is read in place if W is stored as elements E; otherwise it is decoded into `scratch` (rows *
+// scratch_columns(cols) elements). If many tokens share the block and W is not packed, the block is copied
+// too: rows that are a power of two apart would evict each other from the cache. The element type Bf16 is for
+// bfloat16 storage only, which is read in place. The element type Bf16Pair pairs neighbours along a row,
+// because gemm_tokens_in_lanes reads along the rows of W.
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
-// The block for gemm_outputs_in_lanes, which reads down the columns of W, so Bf16Pair pairs neighbours down a
-// column. cols is one panel or, if makes_two_panels, up to kDecodedColumns that start at a multiple of
-// kDecodedColumns. Two panels are stored one after the other, because the hardware would also fetch gaps
-// between rows. (NF4 keeps the gaps if d_in is not a multiple of 16.)
+// The block W[rows, cols] for gemm_outputs_in_lanes. This kernel reads down the columns of W, so Bf16Pair
+// pairs neighbours down a column. `cols` is one panel or, if makes_two_panels is true, up to kDecodedColumns
+// columns that start at a multiple of kDecodedColumns. Two panels are stored one after the other. If each row
+// held both panels, the hardware would prefetch the half of the row that is not wanted. (NF4 does store rows
+// with both panels if d_in is not a multiple of 16.)
 inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // whole sub-blocks
 inline bool makes_two_panels(const WeightView& w, bool shared) {
   return is_blocks(w.storage) || (!w.packed && shared);
@@ -90,7 +93,7 @@ ColumnBlock<kernels::Bf16> column_block(const WeightView&, Range, Range, bool, k
 template <>
 ColumnBlock<kernels::Bf16Pair> column_block(const WeightView&, Range, Range, bool, kernels::Bf16Pair*);
 
-// Whether dots_of_blocks accepts W: low-bit blocks, with a whole number of them in each row.
+// Whether dots_of_blocks accepts W: W must be in low-bit blocks, with a whole number of blocks in each row.
 bool dots_blocks(const WeightView& w);
 
 // Whether small batches are multiplied with W in int8.
@@ -98,21 +101,22 @@ inline bool dots_int8(const WeightView& w) {
   return w.compute == Compute::kInt8 && is_blocks(w.storage) && w.storage != Storage::kNf4;
 }
 
-// part (m, rows, lanes / 2) = x W[rows]ᵀ, one sum for each lane, as BlockDots computes it.
+// Multiplies a small batch by low-bit blocks: part (m, rows, lanes / 2) = x W[rows]ᵀ, where each product is
+// left as lanes / 2 partial sums (see kernels::BlockDots).
 void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part,
                     const kernels::Fetch& next);
 
-// y (m, rows) = x W[rows]ᵀ for x in int8.
+// Multiplies a small batch in int8 by low-bit blocks: y (m, rows) = x W[rows]ᵀ.
 void int8_dots_of_blocks(const WeightView& w, Range rows, size_t m, const kernels::Int8Rows& x, float* y,
                          const kernels::Fetch& next);
 
 class PackedWeight {
  public:
-  // W in its storage layout, in memory that lives as long as its owner.
+  // W in its storage layout, in memory that exists as long as `owner` exists. Nothing is copied.
   PackedWeight(const WeightView& w, std::shared_ptr<const void> owner) : owner_(std::move(owner)), view_(w) {}
 
-  // From values of type T = float or double, rounded to the storage format, or from bit patterns of a 16-bit
-  // format.
+  // Packs a copy of w. The values of w are float or double, which are rounded to the storage format, or
+  // uint16_t, which are bit patterns of a 16-bit format.
   template <class T>
   PackedWeight(Matrix<const T> w, Storage storage, Compute compute);
 
@@ -123,11 +127,11 @@ class PackedWeight {
   size_t d_in() const { return view_.d_in; }
   size_t nbytes() const;
 
-  // out (d_out, d_in), in float (double for kFloat64) or the bit patterns of a 16-bit format.
+  // Writes W to out (d_out, d_in): in float, in double for kFloat64, or as bit patterns of a 16-bit format.
   template <class T>
   void unpack(Matrix<T> out) const;
 
-  // out (n, d_in) = W[ids].   ids must be in range.
+  // out (n, d_in) = the rows W[ids]. All ids must be at least 0 and below d_out.
   template <class T>
   void gather_rows(const int64_t* ids, Matrix<T> out) const;
 

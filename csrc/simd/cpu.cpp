@@ -10,7 +10,7 @@
 #endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
-#if !defined(HWCAP2_BF16)  // newer than some headers that we build with
+#if !defined(HWCAP2_BF16)  // older headers do not define HWCAP2_BF16
 #define HWCAP2_BF16 (1ul << 14)
 #endif
 #endif
@@ -35,8 +35,9 @@ bool bit(unsigned word, int i) {
   return (word >> i & 1) != 0;
 }
 
-// The XCR0 register: a bit for each set of registers that the operating system saves. An instruction on
-// registers that are not saved faults, even if CPUID lists it.
+// Returns the XCR0 register, which has a bit for each set of registers that the operating system saves.
+// An instruction faults if it uses registers that the operating system does not save, even if CPUID
+// lists the instruction.
 unsigned saved_state() {
   unsigned eax, edx;
   __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
@@ -59,7 +60,7 @@ bool linux_offers_tiles() {
 Cpu detect() {
   Cpu found;
   const Registers leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
-  if (!bit(leaf1.ecx, 27)) return found;  // OSXSAVE: whether xgetbv exists
+  if (!bit(leaf1.ecx, 27)) return found;  // OSXSAVE: whether the instruction xgetbv exists
   const unsigned state = saved_state();
   const bool ymm = (state & 0x06) == 0x06, zmm = (state & 0xe6) == 0xe6;
   const bool fma = bit(leaf1.ecx, 12), avx = bit(leaf1.ecx, 28), f16c = bit(leaf1.ecx, 29);
@@ -77,7 +78,7 @@ Cpu detect() {
 
 Cpu detect() {
   Cpu found;
-  found.neon = true;  // part of the architecture
+  found.neon = true;  // NEON is part of the aarch64 architecture
 #if defined(__linux__)
   found.neonbf16 = (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
 #endif

@@ -1,6 +1,7 @@
 // The tile registers of AMX: eight matrices of up to 16 rows of 64 bytes, whose shapes the program sets. One
 // instruction multiplies two registers, which hold pairs of bfloat16, and adds the product to a third
-// register: 16 x 16 x 32 multiply-adds. The compiler does not know these registers, hence the assembly.
+// register. One such instruction does up to 16 x 16 x 32 multiply-adds. The code uses assembly because the
+// compiler does not manage the tile registers.
 #pragma once
 
 #include <stddef.h>
@@ -21,7 +22,7 @@ struct alignas(64) TileShapes {
   }
 };
 
-// Also clears the registers.
+// Sets the shapes of all tile registers and clears the registers.
 inline void set_tile_shapes(const TileShapes& shapes) {
   __asm__ volatile("ldtilecfg %0" : : "m"(shapes) : "memory");
 }
@@ -48,8 +49,8 @@ inline void store_tile(float* to, size_t stride) {
                    : "r"(to), "r"(stride * sizeof(float)), "n"(kTile)
                    : "memory");
 }
-// sums += a b. a is (rows, pairs), b is (pairs, columns): each element is a pair of bfloat16 that are
-// neighbours along the depth.
+// Adds the product of register kA (rows, pairs) and register kB (pairs, columns) to register kSums. Each
+// element of the two operands is a pair of bfloat16 values that are neighbours along the depth.
 template <int kSums, int kA, int kB>
 inline void multiply_tiles() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "n"(kSums), "n"(kA), "n"(kB));

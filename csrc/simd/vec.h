@@ -1,22 +1,28 @@
-// Vec<float> and Vec<double>: the registers of one instruction set behind one small interface.
+// Vec<float> and Vec<double>: the vector registers of one instruction set behind one small interface.
 //
-// A kernel unit (isa_*.cpp) defines NPLORA_ISA, the namespace of all its code, and one NPLORA_SIMD_*, which
-// picks the registers. No other unit may see this code. If two units shared an inline function, the linker
-// could keep its AVX-512 version and crash an older machine. For this reason there are no std templates here
-// and in kernels/.
+// A kernel unit is one of the files kernels/isa_*.cpp. Each kernel unit defines NPLORA_ISA, the namespace of
+// all its code, and one macro NPLORA_SIMD_*, which selects the registers. Only kernel units may include this
+// file. If two units shared an inline function, the linker could keep the AVX-512 version of this function,
+// which would crash on an older machine. Kernel units use no templates of the standard library, because the
+// linker could share these too.
 //
-//   zero, load, store
-//   broadcast(x)   x in all lanes: a vector, or a type that fma takes as its b
-//   load_partial, store_partial   touch only the first n lanes; the others read as 0
-//   load_group<n>                 n elements, repeated until all lanes are full
-//   pair_rows(first, second)      of Bf16Pair: pairs made of one vector of bfloat16 from each of two rows
-//   fma(a, b, c) = a * b + c
-//   for float: a - b, a * b, a / b; max(a, b), min(a, b)   NaN if b is NaN
-//   times_power_of_two(a, n) = a * 2^n for whole n from -252 to 254, rounded once unless subnormal
-//                              NaN if a is NaN
-//   transpose(Vec (&)[kLanes])
-//   add_neighbours(a, b)   the sums of neighbouring lanes of a, then the sums of neighbouring lanes of b
-//   keep(v)   keeps a loaded v in its register
+//   `zero()`, `load(p)` and `store(p)` work on all lanes of a vector.
+//   `broadcast(x)` copies x to all lanes. `broadcast` returns a vector, or a type that `fma` accepts as its
+//     second argument.
+//   `load_partial(p, n)` and `store_partial(p, n)` access only the first n lanes. `load_partial` sets the
+//     other lanes to 0.
+//   `load_group<n>(p)` loads n elements and repeats them until all lanes are full.
+//   `pair_rows(first, second)` of Bf16Pair pairs each bfloat16 value of one row with the value below it in
+//     the next row.
+//   `fma(a, b, c)` returns a * b + c.
+//   `max(a, b)` and `min(a, b)` return NaN if b is NaN. The functions `max` and `min` exist for float only,
+//     like a - b, a * b and a / b.
+//   `times_power_of_two(a, n)` returns a * 2^n for whole numbers n from -252 to 254, for float only.
+//     `times_power_of_two` rounds once unless the result is subnormal, and returns NaN if a is NaN.
+//   `transpose(Vec (&)[kLanes])` transposes a square block of elements, with a row in each vector.
+//   `add_neighbours(a, b)` returns the sums of neighbouring lanes of a, then the sums of neighbouring lanes
+//     of b.
+//   `keep(v)` keeps a loaded vector in its register.
 #pragma once
 
 #if !defined(NPLORA_ISA)
@@ -42,13 +48,13 @@ constexpr size_t ceil_div(size_t a, size_t b) {
   return (a + b - 1) / b;
 }
 
-// Keeps a pointer in its register. GCC would otherwise compute it again from its parts.
+// Keeps the pointer `p` in a register. GCC would otherwise compute the address again for each use.
 template <class T>
 inline void keep(T*& p) {
   __asm__("" : "+r"(p));
 }
 
-// The bytes at p as an object of type Bits.
+// Returns the bytes at `p` as an object of type Bits.
 template <class Bits, class T>
 inline Bits bits_at(const T* p) {
   Bits bits;
@@ -70,7 +76,8 @@ struct Vec;
 #endif
 #endif
 
-// The vector extensions provide these operators for the registers of every instruction set.
+// The compilers' vector extensions provide the operators -, * and / for the registers of every
+// instruction set.
 inline Vec<float> operator-(Vec<float> a, Vec<float> b) {
   return {a.v - b.v};
 }

@@ -1,7 +1,7 @@
-// 8 floats or 4 doubles in one AVX register, with FMA3. Included by vec.h, inside the namespace of one
-// instruction set.
+// Vectors of 8 floats or 4 doubles in one AVX register, with FMA3. This file is included by vec.h, inside the
+// namespace of one instruction set.
 
-// Reading 8 words at 8 - n gives a mask: the first n words are all ones.
+// The 8 words from index 8 - n on are a mask that selects the first n words.
 alignas(32) inline constexpr int32_t kMaskWords[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
                                                        0,  0,  0,  0,  0,  0,  0,  0};
 
@@ -139,16 +139,16 @@ inline Vec<float> second(Vec<Bf16Pair> a) {
 }
 
 inline Vec<float> add_neighbours(Vec<float> a, Vec<float> b) {
-  const __m256d halves =
-      _mm256_castps_pd(_mm256_hadd_ps(a.v, b.v));  // low of a, low of b, high of a, high of b
+  // The sums are in the order low half of `a`, low half of `b`, high half of `a`, high half of `b`.
+  const __m256d halves = _mm256_castps_pd(_mm256_hadd_ps(a.v, b.v));
   return {_mm256_castpd_ps(_mm256_permute4x64_pd(halves, 0xd8))};
 }
 inline Vec<double> add_neighbours(Vec<double> a, Vec<double> b) {
   return {_mm256_permute4x64_pd(_mm256_hadd_pd(a.v, b.v), 0xd8)};
 }
 
-// Transposes an 8 x 8 block in 8 registers: first pairs of 32-bit lanes, then of 64-bit lanes, then 128-bit
-// halves.
+// Transposes an 8 x 8 block in 8 registers. The steps rearrange 32-bit lanes, then 64-bit lanes,
+// then 128-bit halves.
 inline void transpose(Vec<float> (&r)[8]) {
   __m256 t[8], u[8];
 #pragma GCC unroll 4
@@ -179,7 +179,7 @@ inline void transpose(Vec<double> (&r)[4]) {
   r[3].v = _mm256_permute2f128_pd(t1, t3, 0x31);
 }
 
-// Keeps v in its register. GCC would otherwise load it from memory again for each use.
+// Keeps `v` in a register. GCC would otherwise load `v` from memory again for each use.
 template <class T>
 inline void keep(Vec<T>& v) {
   __asm__("" : "+x"(v.v));

@@ -1,5 +1,5 @@
-// 16 floats or 8 doubles in one AVX-512 register. Included by vec.h, inside the namespace of one instruction
-// set.
+// Vectors of 16 floats or 8 doubles in one AVX-512 register. This file is included by vec.h, inside the
+// namespace of one instruction set.
 template <>
 struct Vec<float> {
   static constexpr size_t kLanes = 16;
@@ -115,7 +115,8 @@ inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second)
       _mm512_permutex2var_epi16(_mm512_castsi256_si512(first.v), order, _mm512_castsi256_si512(second.v))};
 }
 
-// Interleaves a and b in pairs of 32-bit lanes. The first half goes to a, the second half to b.
+// Interleaves `a` and `b` in pairs of 32-bit lanes. `a` receives the first half of the result, and `b`
+// the second half.
 template <class T>
 inline void zip_pairs(Vec<T>& a, Vec<T>& b) {
   const __m512i low = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0),
@@ -124,7 +125,7 @@ inline void zip_pairs(Vec<T>& a, Vec<T>& b) {
   a.v = reinterpret_cast<decltype(a.v)>(_mm512_permutex2var_epi64(x, low, y));
   b.v = reinterpret_cast<decltype(b.v)>(_mm512_permutex2var_epi64(x, high, y));
 }
-// The inverse of the function above: even pairs go to a, odd pairs to b.
+// The inverse of zip_pairs: `a` receives the even pairs, and `b` the odd pairs.
 template <class T>
 inline void unzip_pairs(Vec<T>& a, Vec<T>& b) {
   const __m512i even = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0),
@@ -157,8 +158,8 @@ inline Vec<double> add_neighbours(Vec<double> a, Vec<double> b) {
   return {_mm512_add_pd(a.v, b.v)};
 }
 
-// Transposes a 16 x 16 block in 16 registers: pairs of 32-bit lanes, pairs of 64-bit lanes, then 128-bit
-// quarters twice.
+// Transposes a 16 x 16 block in 16 registers. The steps rearrange 32-bit lanes, then 64-bit lanes, then
+// 128-bit quarters twice.
 inline void transpose(Vec<float> (&r)[16]) {
   __m512 t[16];
 #pragma GCC unroll 8
@@ -176,8 +177,8 @@ inline void transpose(Vec<float> (&r)[16]) {
     u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
     u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
   }
-  // u[4g + j] holds, in quarter q, column 4 q + j of the rows 4 g ... 4 g + 3. Now the quarters are gathered
-  // across the groups g.
+  // Now quarter q of u[4 g + j] holds column 4 q + j of the four rows from row 4 g on. The next step collects
+  // the four quarters of each column, one from each group g of four rows.
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m512 lo02 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88),
@@ -191,7 +192,7 @@ inline void transpose(Vec<float> (&r)[16]) {
   }
 }
 
-// 8 x 8 doubles: pairs, then 128-bit quarters twice.
+// Transposes an 8 x 8 block of doubles. The steps rearrange 64-bit lanes, then 128-bit quarters twice.
 inline void transpose(Vec<double> (&r)[8]) {
   __m512d t[8];
 #pragma GCC unroll 4
@@ -212,7 +213,7 @@ inline void transpose(Vec<double> (&r)[8]) {
   }
 }
 
-// Keeps v in its register. GCC would otherwise load it from memory again for each use.
+// Keeps `v` in a register. GCC would otherwise load `v` from memory again for each use.
 template <class T>
 inline void keep(Vec<T>& v) {
   __asm__("" : "+v"(v.v));

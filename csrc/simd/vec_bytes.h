@@ -1,13 +1,16 @@
-// Sixteen bytes: the codes of a low-bit block before they become floats. See vec.h for the rules of kernel
-// units.
+// Vectors of sixteen bytes, which are the codes of a low-bit block before they become floats. The rules of
+// kernel units are in vec.h.
 //
-//   move(b, from, to, mask)   in every byte: moves bit `from`, and the bits beside it, to bit `to`; masks
-//   each_bit(bits, value)     byte i is value if bit i is set, else 0
-//   interleave(a, b)          low = a0 b0 a1 b1 ... a7 b7, high = a8 b8 ... a15 b15
-//   widen(b)                  the signed bytes as floats
-//   lookup(levels, b)         levels[byte] for bytes below 16. levels holds floats, or bytes (as Bytes)
-//   low(nibbles, b)           the values of the low nibbles: d (q - offset), or d q + m
-//   high(nibbles, b)          the values of the high nibbles
+//   `move(b, from, to, mask)` moves bit `from` of each byte, with the bits beside it, to bit `to`, and clears
+//     the bits that are not in `mask`.
+//   `each_bit(bits, value)` sets byte i to `value` if bit i of `bits` is set, else to 0.
+//   `interleave(a, b)` returns the bytes a0 b0 a1 b1 ... a7 b7 as `low` and the bytes a8 b8 ... a15 b15 as
+//     `high`.
+//   `widen(b)` converts the bytes, as signed numbers, to floats.
+//   `lookup(levels, b)` returns levels[byte] for each byte, which must be below 16. The levels of `lookup`
+//     are floats or bytes.
+//   `low(nibbles, b)` decodes the low nibble q of each byte: the value is d * (q - offset) or d * q + m.
+//   `high(nibbles, b)` decodes the high nibble of each byte in the same way as `low`.
 #pragma once
 
 #include "simd/vec.h"
@@ -23,7 +26,7 @@ struct BytePair {
   Bytes low, high;
 };
 
-// One float for each byte.
+// One float for each of sixteen bytes.
 struct Floats {
   Vec<float> v[kVectors];
 };
@@ -38,8 +41,8 @@ inline Bytes pair(uint64_t low, uint64_t high) {
   return (Bytes)(Longs){low, high};
 }
 
-// Few machines can shift single bytes, so words are shifted. Bits then cross into the other byte of a word;
-// `mask` must drop these bits.
+// Few machines can shift single bytes, so words of two bytes are shifted. Bits that cross from one byte of a
+// word into the other must be cleared by `mask`.
 inline Bytes move(Bytes b, size_t from, size_t to, uint8_t mask) {
   return (Bytes)(from <= to ? (Words)b << (to - from) : (Words)b >> (from - to)) & mask;
 }
@@ -50,7 +53,7 @@ inline Floats widen(Bytes b) {
   return {{{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b))}}};
 }
 
-// Bytes as the indices of a permutation, which reads only the low four bits of each index.
+// The bytes as indices of a permutation, which reads only the low four bits of each index.
 typedef uint32_t Indices __attribute__((vector_size(64)));
 inline Indices indices(Bytes b) {
   return (Indices)_mm512_cvtepu8_epi32((__m128i)b);
@@ -75,8 +78,8 @@ inline BytePair interleave(Bytes a, Bytes b) {
   return {(Bytes)_mm_unpacklo_epi8((__m128i)a, (__m128i)b), (Bytes)_mm_unpackhi_epi8((__m128i)a, (__m128i)b)};
 }
 
-// The values of all 16 codes. One permutation then turns codes into values; it reads only the low four bits
-// of each index.
+// A table with the values of all 16 codes. One permutation turns codes into values. The permutation reads
+// only the low four bits of each index.
 struct Nibbles {
   __m512 values;
   Nibbles(int offset, Vec<float> d) : values(_mm512_mul_ps(codes(offset), d.v)) {}
@@ -116,7 +119,8 @@ struct Levels {
   explicit Levels(const float (&levels)[16])
       : low(_mm256_loadu_ps(levels)), high(_mm256_loadu_ps(levels + 8)) {}
 };
-// Bit 3 of the index selects the half. This bit is moved to the sign bit, which the blend reads.
+// Bit 3 of each index selects the low or the high half of the levels. The shift moves this bit to the sign
+// bit, which the blend instruction reads.
 inline Vec<float> lookup(const Levels& levels, __m256i at) {
   return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(levels.low, at),
                            _mm256_permutevar8x32_ps(levels.high, at),
@@ -146,7 +150,7 @@ inline Floats widen(Bytes b) {
            {vcvtq_f32_s32(vmovl_high_s16(high))}}};
 }
 
-// Plane i holds byte i of every level.
+// The levels as four planes of bytes: plane i holds byte i of every level.
 struct Levels {
   uint8x16x4_t planes;
   explicit Levels(const float (&levels)[16]) : planes(vld4q_u8(reinterpret_cast<const uint8_t*>(levels))) {}
@@ -171,8 +175,8 @@ inline BytePair interleave(Bytes a, Bytes b) {
 
 #else
 
-// The generic unit does not inline functions of many instructions. Few machines run it, and with inlining it
-// took two fifths of the library.
+// The generic unit does not inline long functions. Few machines run the generic unit, and with inlining it
+// made up two fifths of the library.
 [[gnu::noinline]] inline Bytes lookup(Bytes levels, Bytes b) {
   uint8_t from[kBytes], r[kBytes];
   __builtin_memcpy(from, &levels, sizeof from);

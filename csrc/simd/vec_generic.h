@@ -1,5 +1,6 @@
-// 4 floats or 2 doubles in the compiler's own vector types, for the baseline of any machine. It does not
-// assume fused multiply-adds. Included by vec.h, inside the namespace of one instruction set.
+// Vectors of 4 floats or 2 doubles in the compiler's own vector types, for any machine. This file does
+// not assume that the machine has fused multiply-adds. It is included by vec.h, inside the namespace of
+// one instruction set.
 typedef uint16_t FourHalves __attribute__((vector_size(8)));
 typedef uint32_t FourWords __attribute__((vector_size(16)));
 inline FourWords wider(FourHalves halves) {
@@ -72,8 +73,8 @@ typedef int32_t WholeNumbers __attribute__((vector_size(16)));
 inline Vec<float> power_of_two(WholeNumbers n) {
   return {__builtin_bit_cast(Vec<float>::Register, (n + 127) << 23)};
 }
-// Adding 1.5 * 2^23 leaves n as a whole number in the low bits. So no conversion is needed. A conversion of
-// NaN would be undefined.
+// Adding 1.5 * 2^23 leaves `n` as a whole number in the low bits of the float. The addition replaces a
+// conversion to integers, which would be undefined for NaN.
 inline Vec<float> times_power_of_two(Vec<float> a, Vec<float> n) {
   constexpr float kShift = 0x1.8p23f;
   const WholeNumbers whole =

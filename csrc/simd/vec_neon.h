@@ -1,8 +1,9 @@
-// 4 floats or 2 doubles in one NEON register. Included by vec.h, inside the namespace of one instruction set.
+// Vectors of 4 floats or 2 doubles in one NEON register. This file is included by vec.h, inside the namespace
+// of one instruction set.
 
-// The result of broadcast: one number, used by the multiply-by-element instructions. It costs a plain load
-// (ldr). A vector of copies (ld1r) would also take a slot of the multipliers' pipes (Neoverse and Cortex-A7x
-// optimisation guides), and one addition for each address.
+// The result of `broadcast`: one number, for the multiply-by-element instructions. Loading one number takes
+// only a plain load (ldr). Loading a vector of copies (ld1r) would also take a slot in the pipes of the
+// multipliers (Neoverse and Cortex-A7x optimisation guides), and one addition for each address.
 template <class T>
 struct Scalar;
 template <>
@@ -21,8 +22,8 @@ struct Scalar<Bf16Pair> {
   operator Vec<Bf16Pair>() const;
 };
 
-// The first n of 4 words, or of 4 half words, loaded straight into a register. A loop over the
-// words would go through the stack.
+// Returns the first `n` of 4 words, or of 4 half words, and zeros for the others. Both functions load
+// straight into a register, because a loop over the words would go through the stack.
 inline uint32x4_t first_words(const void* p, size_t n) {
   uint64_t pair = 0;
   uint32_t third = 0;
@@ -155,7 +156,7 @@ struct Vec<Bf16> {
   static Vec load_partial(const Bf16* p, size_t n) { return {first_halves(p, n)}; }
 };
 inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second) {
-  const uint16x4_t none = vdup_n_u16(0);  // for the upper halves, which zip1 ignores
+  const uint16x4_t none = vdup_n_u16(0);  // fills the upper halves, which zip1 ignores
   return {vreinterpretq_u32_u16(vzip1q_u16(vcombine_u16(first.v, none), vcombine_u16(second.v, none)))};
 }
 
@@ -173,7 +174,7 @@ inline Vec<float> first(Vec<Bf16Pair> a) {
 inline Vec<float> second(Vec<Bf16Pair> a) {
   return {vreinterpretq_f32_u32(vandq_u32(a.v, vdupq_n_u32(0xFFFF0000u)))};
 }
-// One shift splits both numbers of b, which are in lanes 0 and 1 of `halves`.
+// One shift turns both bfloat16 numbers of the pair `b` into floats, in lanes 0 and 1 of `halves`.
 inline Vec<float> fma(Vec<Bf16Pair> a, Scalar<Bf16Pair> b, Vec<float> c) {
   const float32x4_t halves = vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u32(b.v), 16));
   return {vfmaq_laneq_f32(vfmaq_laneq_f32(c.v, first(a).v, halves, 0), second(a).v, halves, 1)};
@@ -215,7 +216,7 @@ inline void transpose(Vec<double> (&r)[2]) {
   r[0].v = t;
 }
 
-// Keeps v in its register. GCC would otherwise load it from memory again for each use.
+// Keeps `v` in a register. GCC would otherwise load `v` from memory again for each use.
 template <class T>
 inline void keep(Vec<T>& v) {
   __asm__("" : "+w"(v.v));

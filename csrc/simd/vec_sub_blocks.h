@@ -1,13 +1,15 @@
-// The codes of sub-blocks: 32 bytes, multiplied as integers and summed in eight lanes. See vec.h for the
-// rules of kernel units.
+// Vectors of the 32 codes of a sub-block, which are multiplied as integers and summed in eight lanes. The
+// rules of kernel units are in vec.h.
 //
-//   load_sub_block(p), join(low, high), lookup(levels, s): as for Bytes
-//   dot(u, x)          lane i = the sum of u * x over four of the elements: of the first half for i < 4,
-//                      else of the second. u is from 0 to 127, x is at least -127
-//   dot_signed(w, x)   the same for any w
-//   to_floats(sums)
-//   spread(low, high)  low in lanes 0 ... 3, high in the others
-//   sum(v)             the sum of the lanes of an Eight, in a fixed tree
+//   `load_sub_block(p)` loads 32 bytes, `join(low, high)` joins two Bytes, and `lookup(levels, s)` works as
+//     for Bytes.
+//   `dot(u, x)` multiplies `u` and `x` byte by byte and sums four products in each of eight lanes. Lanes 0 to
+//     3 sum over the first half of the bytes, lanes 4 to 7 over the second half. The bytes of `u` must be
+//     from 0 to 127, and those of `x` from -127 to 127.
+//   `dot_signed(w, x)` does the same as `dot` for any signed bytes `w`.
+//   `to_floats(sums)` converts the eight integer sums to floats.
+//   `spread(low, high)` puts `low` into lanes 0 to 3 and `high` into lanes 4 to 7.
+//   `sum(v)` returns the sum of the eight lanes of `v`, added in a fixed tree.
 #pragma once
 
 #include "simd/vec_bytes.h"
@@ -45,7 +47,7 @@ inline float sum(Eight v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-// Like move for Bytes.
+// Does the same as `move` for Bytes.
 inline SubBlock move(SubBlock s, size_t from, size_t to, uint8_t mask) {
   return (SubBlock)(from <= to ? (SubBlockWords)s << (to - from) : (SubBlockWords)s >> (from - to)) & mask;
 }
@@ -63,12 +65,12 @@ inline SubBlock lookup(Bytes levels, SubBlock s) {
 inline EightInts dot(SubBlock u, SubBlock x) {
 #if defined(NPLORA_SIMD_VNNI)
   return (EightInts)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)u, (__m256i)x);
-#else  // the sum of two products of 127 * 127 fits into 16 bits
+#else  // the sum of two products of at most 127 * 127 fits into 16 bits
   return (EightInts)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)u, (__m256i)x), _mm256_set1_epi16(1));
 #endif
 }
-// Moves the sign of w to x. If |w| is 128, it is still an unsigned byte, and the sum of two products still
-// fits.
+// Moves the signs of `w` to `x`, because `dot` needs unsigned bytes. A magnitude of 128 still fits into an
+// unsigned byte, and the sum of two products still fits into 16 bits.
 inline EightInts dot_signed(SubBlock w, SubBlock x) {
   return dot((SubBlock)_mm256_abs_epi8((__m256i)w), (SubBlock)_mm256_sign_epi8((__m256i)x, (__m256i)w));
 }
@@ -90,7 +92,7 @@ inline SubBlock lookup(Bytes levels, SubBlock s) {
 
 #if defined(NPLORA_SIMD_NEON)
 
-// The sum of two products of 128 * 127 fits into 16 bits.
+// Sums four products in each lane. The sum of two products of at most 128 * 127 fits into 16 bits.
 inline int32x4_t dot_half(int8x16_t w, int8x16_t x) {
   const int16x8_t products = vmull_s8(vget_low_s8(w), vget_low_s8(x));
   return vpaddlq_s16(vmlal_s8(products, vget_high_s8(w), vget_high_s8(x)));

@@ -21,9 +21,11 @@ import os
 import sys
 
 try:
-    from nplora import _core  # first: later imports take the room that its thread-local storage needs
+    # Imported first: the core needs static thread-local storage, and later imports may use all of it up.
+    from nplora import _core
 except ImportError as error:
-    # A wrong environment variable: the command (or `python -m`) prints it in one line, as any other error.
+    # An NPLORA_ environment variable has a wrong value. The command `nplora` (or `python -m nplora`) prints
+    # this error in one line, like any other error.
     if str(error).startswith("NPLORA_") and os.path.basename(sys.argv[0]) in ("nplora", "-m"):
         print(f"nplora: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -76,8 +78,8 @@ if TYPE_CHECKING:
 
 __version__: str = _core.config()["version"]
 
-# Names that `import nplora` does not load at once: each with its module, and its name in that module. None
-# stands for the module itself.
+# Names that are imported at their first use: {name: (module, the name in that module)}. None stands for the
+# module itself.
 _LATE: dict[str, tuple[str, str | None]] = {
     **{name: (f"nplora.{name}", None) for name in ("adapters", "finetuning", "formats", "models")},
     **{name: (f"nplora.{name}", None) for name in ("tokenizer", "trainer")},

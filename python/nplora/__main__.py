@@ -1,4 +1,4 @@
-"""`python -m nplora`: the command `nplora`."""
+"""`python -m nplora` runs the command `nplora`."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""Checks of a user's arguments. A message names the operation, the expected value and the actual one."""
+"""Checks of the user's arguments. A message names the operation, the expected value and the actual one."""
 
-from __future__ import annotations  # np.random, which takes a while to import, is only named here
+from __future__ import annotations  # annotations do not import np.random, which is slow
 
 import difflib
 import functools
@@ -17,14 +17,15 @@ Array = npt.NDArray[Any]
 T = TypeVar("T")
 P = ParamSpec("P")
 
-_OVERLAP_WORK = 10_000  # candidates that np.shares_memory may try; after these, arrays count as overlapping
+_OVERLAP_WORK = 10_000  # limits the search of np.shares_memory; beyond it, overlap is assumed
 _INT64_MAX = 2**63 - 1
 
-MAX_RANK = 1 << 16  # of an adapter: a larger rank is a mistake, and might take all memory
+MAX_RANK = 1 << 16  # a larger rank of an adapter is surely a mistake, and might take all memory
 
 
 def is_bfloat16(array: Array) -> bool:
-    """Whether the array holds ml_dtypes.bfloat16. The dtype's name says so, without the package ml_dtypes."""
+    """Whether the array's dtype is ml_dtypes.bfloat16. Only the dtype's name is compared, so ml_dtypes is not
+    imported."""
     return array.dtype.name == "bfloat16"
 
 
@@ -32,7 +33,7 @@ def is_bfloat16(array: Array) -> bool:
 
 
 def kind(value: object) -> str:
-    """A short description of any value for a message. Classes of other packages get their module's name."""
+    """Describe any value briefly, for a message. Classes of other packages are named with their module."""
     if isinstance(value, type):
         return f"the class {_title(value)}, not one of its objects"
     return f"{value[:40]!r}" if isinstance(value, str) else f"a {_title(type(value))}"
@@ -45,7 +46,7 @@ def _title(cls: type) -> str:
 
 # ---- keywords ----
 
-# Our keywords, each with the names that other libraries give it.
+# nplora's keywords, each with the names that other libraries use for it.
 _OTHER_NAMES = {
     "rank": "r lora_r lora_rank lora_dim",
     "alpha": "lora_alpha",
@@ -85,7 +86,7 @@ _OTHER_NAMES = {
     "repetition_penalty": "repeat_penalty",
     "stop": "stop_sequences stop_strings",
 }
-# Names of other libraries for settings that nplora does not have, although some of our names look like them.
+# Keywords of other libraries for settings that nplora does not have. Some of them look like our keywords.
 _NOT_OURS = (
     *("eval_steps", "eval_every", "steps_per_eval", "logging_steps", "log_steps", "log_every"),
     *("steps_per_report", "save_strategy", "val_batches"),
@@ -94,14 +95,13 @@ _OTHER_UNITS = {"warmup_ratio": ", a number of steps"}
 
 
 def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
-    """The end of a message about an unknown name: "; did you mean rank?". It is empty if no known name is
-    similar.
+    """The end of a message about an unknown name, such as "; did you mean rank?".
 
-    A name that another library uses stands for ours, or for no name of ours. Other names are compared by
-    their spelling.
+    If another library uses the name, the suggestion is our name for the same setting. For any other name, the
+    suggestion is the known name with the most similar spelling. Without a suggestion, the text is empty.
 
     Args:
-        show: how a known name is shown.
+        show: a function that formats the suggested name.
     """
     if name in _NOT_OURS:
         return ""
@@ -112,7 +112,7 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
 
 
 def keywords(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function, so that an unknown keyword raises a TypeError that suggests a known keyword."""
+    """Decorate a function so that an unknown keyword raises a TypeError that suggests a known keyword."""
     known = inspect.signature(function).parameters
     op = function.__qualname__.removesuffix(".__init__")
 
@@ -130,7 +130,7 @@ def keywords(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def number(op: str, name: str, value: object) -> float:
-    """A finite real number. A bool is refused."""
+    """Check that a value is a finite real number; return it as a float. A bool is refused."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} is {value!r}, expected a number")
     try:
@@ -143,15 +143,15 @@ def number(op: str, name: str, value: object) -> float:
 
 
 def scale(op: str, value: object, dtype: npt.DTypeLike) -> float:
-    """A number that is finite in this dtype, in which it will be multiplied."""
+    """Check that a number is finite in `dtype`, the dtype of the arrays that it will multiply."""
     checked = number(op, "scale", value)
     if abs(checked) > float(np.finfo(dtype).max):
-        raise ValueError(f"{op}: scale is {value}, which {np.dtype(dtype).name} cannot hold")
+        raise ValueError(f"{op}: scale is {value}, beyond the range of {np.dtype(dtype).name}")
     return checked
 
 
 def at_least(op: str, name: str, value: object, least: float) -> float:
-    """A finite real number no smaller than `least`."""
+    """Check that a value is a finite real number of at least `least`."""
     checked = number(op, name, value)
     if checked < least:
         raise ValueError(f"{op}: {name} is {value}, expected at least {least:g}")
@@ -159,7 +159,7 @@ def at_least(op: str, name: str, value: object, least: float) -> float:
 
 
 def integer(op: str, name: str, value: object, least: int, most: int | None = None) -> int:
-    """An integer from `least` to `most`. A bool is refused."""
+    """Check that a value is an integer from `least` to `most`; return it as an int. A bool is refused."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} is {value!r}, expected an integer")
     if value < least:
@@ -170,12 +170,12 @@ def integer(op: str, name: str, value: object, least: int, most: int | None = No
 
 
 def rank(op: str, value: object) -> int:
-    """The rank of an adapter: an integer from 1 to MAX_RANK."""
+    """Check that the rank of an adapter is an integer from 1 to MAX_RANK."""
     return integer(op, "rank", value, least=1, most=MAX_RANK)
 
 
 def probability(op: str, name: str, value: object) -> float:
-    """A number in [0, 1)."""
+    """Check that a value is a number of at least 0 and below 1."""
     checked = number(op, name, value)
     if not 0 <= checked < 1:
         raise ValueError(f"{op}: {name} is {value}, expected at least 0 and below 1")
@@ -183,14 +183,14 @@ def probability(op: str, name: str, value: object) -> float:
 
 
 def texts(op: str, name: str, value: object) -> tuple[str, ...]:
-    """A list or tuple of str, as a tuple."""
+    """Check that a value is a list or tuple of str; return it as a tuple."""
     if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
         raise TypeError(f"{op}: {name} is {value!r}, expected a list of texts")
     return tuple(value)
 
 
 def choice(op: str, name: str, value: object, allowed: Iterable[str]) -> str:
-    """One of the allowed words."""
+    """Check that a value is one of the allowed words."""
     words = list(allowed)
     if not isinstance(value, str) or value not in words:
         raise ValueError(f"{op}: {name}={value!r} is not available; possible: {', '.join(map(repr, words))}")
@@ -198,7 +198,7 @@ def choice(op: str, name: str, value: object, allowed: Iterable[str]) -> str:
 
 
 def generator(op: str, rng: np.random.Generator | int | None) -> np.random.Generator:
-    """The generator itself, or a new one with an integer as its seed. None: a random seed."""
+    """Return a random generator: `rng` itself, or a new one with the seed `rng`. None gives a random seed."""
     try:
         return np.random.default_rng(rng)
     except (TypeError, ValueError) as error:
@@ -210,7 +210,7 @@ def generator(op: str, rng: np.random.Generator | int | None) -> np.random.Gener
 
 
 def as_array(op: str, name: str, value: npt.ArrayLike) -> Array:
-    """The value as NumPy converts it to an array."""
+    """Convert a value to a NumPy array."""
     try:
         return np.asarray(value)
     except ValueError as error:
@@ -220,7 +220,7 @@ def as_array(op: str, name: str, value: npt.ArrayLike) -> Array:
 
 
 def matrix(op: str, name: str, array: Array) -> Array:
-    """An array with the two axes of a weight."""
+    """Check that an array has the two axes of a weight (d_out, d_in)."""
     if array.ndim != 2:
         if array.ndim == 0 and array.dtype.kind not in "fiub" and not is_bfloat16(array):
             raise TypeError(
@@ -235,7 +235,7 @@ def _axes(array: Array) -> str:
 
 
 def floats(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Array:
-    """A real array as a C-contiguous, aligned array of `dtype`. It is copied only if needed."""
+    """Convert an array of real numbers to a C-contiguous, aligned array of `dtype`, copied only if needed."""
     if value is None:
         raise TypeError(f"{op}: {name} is None, expected an array")
     array = as_array(op, name, value)
@@ -245,7 +245,7 @@ def floats(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Ar
 
 
 def shaped(op: str, name: str, value: npt.ArrayLike, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-    """A real array of exactly this shape."""
+    """Convert an array of real numbers to `dtype`, and check that it has exactly the shape `shape`."""
     array = floats(op, name, value, dtype)
     if array.shape != shape:
         raise ValueError(f"{op}: {name} has shape {array.shape}, expected {shape}")
@@ -253,10 +253,10 @@ def shaped(op: str, name: str, value: npt.ArrayLike, shape: tuple[int, ...], dty
 
 
 def saved(op: str, value: object, kind: type) -> None:
-    """Refuse a `saved` that no forward pass of this kind returned.
+    """Check that `value`, which a forward pass returned beside its output, is of the class `kind`.
 
     Raises:
-        TypeError: it is of another kind.
+        TypeError: `value` is of another class.
     """
     if not isinstance(value, kind):
         raise TypeError(
@@ -266,10 +266,10 @@ def saved(op: str, value: object, kind: type) -> None:
 
 
 def kept(op: str, name: str, array: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Refuse an array in `saved` that another layer's forward pass kept.
+    """Check that an array kept by a forward pass has the shape and dtype that fit this layer.
 
     Raises:
-        ValueError: its shape or dtype is not this layer's.
+        ValueError: the shape or dtype differs, so the array comes from another layer's forward pass.
     """
     if array is not None and (array.shape != shape or array.dtype != dtype):
         raise ValueError(
@@ -279,10 +279,10 @@ def kept(op: str, name: str, array: Array | None, shape: tuple[int, ...], dtype:
 
 
 def own(op: str, saved: Any, layer: object) -> None:
-    """Refuse a `saved` that another layer's forward pass returned, even if all shapes fit. Call this last.
+    """Refuse the result `saved` of another layer's forward pass, even if all shapes fit. Call this last.
 
     Raises:
-        ValueError: another layer returned it.
+        ValueError: `saved` comes from another layer's forward pass.
     """
     if saved.layer is not None and saved.layer is not layer:
         kind = type(saved.layer).__name__
@@ -292,7 +292,7 @@ def own(op: str, saved: Any, layer: object) -> None:
 def rows(
     op: str, name: str, value: npt.ArrayLike, width: int, width_name: str, dtype: npt.DTypeLike
 ) -> tuple[Array, tuple[int, ...]]:
-    """An array (..., width) reshaped to (n, width), and the shape of its leading axes."""
+    """Reshape an array (..., width) to (n, width); return it, and the shape of the leading axes."""
     array = floats(op, name, value, dtype)
     if array.ndim == 0:
         raise ValueError(f"{op}: {name} is a single number, expected (..., {width_name}={width})")
@@ -303,7 +303,7 @@ def rows(
 
 
 def vector(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Array:
-    """A copy of an array with one axis."""
+    """Check that an array has one axis; return a copy of it as `dtype`."""
     array = floats(op, name, value, dtype)
     if array.ndim != 1:
         raise ValueError(f"{op}: {name} has {_axes(array)}, expected 1")
@@ -313,7 +313,7 @@ def vector(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Ar
 def factors(
     op: str, A: npt.ArrayLike, B: npt.ArrayLike, d_out: int, d_in: int, dtype: npt.DTypeLike
 ) -> tuple[Array, Array]:
-    """A (d_out, r) and B (r, d_in), r at least 1, checked against the weight's d_out and d_in."""
+    """Check that the factors A (d_out, r) and B (r, d_in) fit the weight. The rank r must be at least 1."""
     a, b = floats(op, "A", A, dtype), floats(op, "B", B, dtype)
     if a.ndim != 2 or a.shape[0] != d_out or a.shape[1] == 0:
         raise ValueError(f"{op}: A has shape {a.shape}, expected (d_out={d_out}, r) with r at least 1")
@@ -323,7 +323,7 @@ def factors(
 
 
 def integers(op: str, name: str, value: npt.ArrayLike) -> Array:
-    """An integer array of any shape, as int64. An empty list counts as an integer array."""
+    """Convert an array of integers, of any shape, to int64. An empty list counts as an array of integers."""
     array = as_array(op, name, value)
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{op}: {name} has dtype {array.dtype}, expected integers")
@@ -333,7 +333,7 @@ def integers(op: str, name: str, value: npt.ArrayLike) -> Array:
 
 
 def in_range(op: str, name: str, ids: Array, size: int) -> Array:
-    """The ids, after a check that all are in [0, size)."""
+    """Check that all ids are at least 0 and below `size`; return the ids."""
     if ids.size and (ids.min() < 0 or ids.max() >= size):
         worst = ids.min() if ids.min() < 0 else ids.max()
         raise ValueError(f"{op}: {name} holds {worst}, expected integers from 0 to {size - 1}")
@@ -344,7 +344,11 @@ def in_range(op: str, name: str, ids: Array, size: int) -> Array:
 
 
 def writable(op: str, name: str, array: object, *readers: tuple[str, Array]) -> Array:
-    """An array that can be written in place, and shares no memory with the arrays that are read."""
+    """Check that an array can be written in place, and shares no memory with the inputs in `readers`.
+
+    Args:
+        readers: the inputs of the operation, as pairs (name, array).
+    """
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{op}: {name} is a {type(array).__name__}, expected a NumPy array to write into")
     if not array.flags.writeable:
@@ -352,7 +356,7 @@ def writable(op: str, name: str, array: object, *readers: tuple[str, Array]) -> 
     if not array.dtype.isnative:
         raise TypeError(f"{op}: {name} is byte-swapped ({array.dtype.str}), expected native byte order")
     if not array.flags.aligned:
-        raise ValueError(f"{op}: {name} is not aligned to its elements")
+        raise ValueError(f"{op}: {name} is not aligned to the size of its elements")
     for reader, other in readers:
         if overlap(array, other):
             raise ValueError(f"{op}: {name} overlaps {reader} in memory")
@@ -360,7 +364,7 @@ def writable(op: str, name: str, array: object, *readers: tuple[str, Array]) -> 
 
 
 def overlap(a: Array, b: Array) -> bool:
-    """Whether two arrays share an element. True if finding out would take too long."""
+    """Whether two arrays share memory. The result is True if an exact search would take too long."""
     try:
         return bool(np.shares_memory(a, b, max_work=_OVERLAP_WORK))  # type: ignore[arg-type, unused-ignore]
     except np.exceptions.TooHardError:
@@ -368,9 +372,11 @@ def overlap(a: Array, b: Array) -> bool:
 
 
 def merge_target(op: str, W: object, dtype: str | None, *readers: tuple[str, Array]) -> tuple[Array, str]:
-    """The weight that `merge_lora` writes in place, as the core takes it, and the name of its storage.
+    """Check the weight W that `merge_lora` changes in place.
 
-    float32 and float64 arrays stay as they are; float16 and bfloat16 become views of their bit patterns.
+    Returns:
+        W as the core expects it, and the name of its storage. An array of float32 or float64 is returned as
+        it is, an array of float16 or bfloat16 as a uint16 view of its bit patterns.
     """
     array = writable(op, "W", W, *readers)
     storage = _storage_in_place(op, array, dtype)
@@ -381,7 +387,7 @@ def merge_target(op: str, W: object, dtype: str | None, *readers: tuple[str, Arr
 
 
 def _require_rows(op: str, W: Array) -> None:
-    """Require rows that are contiguous, and in increasing order in memory."""
+    """Check that each row of W is contiguous, and begins in memory after the end of the row before it."""
     row, inner = W.strides
     if W.shape[1] > 1 and inner != W.itemsize:
         raise ValueError(
@@ -389,7 +395,9 @@ def _require_rows(op: str, W: Array) -> None:
             f"expected {W.itemsize}): is W transposed?"
         )
     if W.shape[0] > 1 and row < W.shape[1] * W.itemsize:
-        raise ValueError(f"{op}: the rows of W run backwards or overlap ({row} bytes from one to the next)")
+        raise ValueError(
+            f"{op}: the rows of W run backwards or overlap ({row} bytes from one row to the next)"
+        )
 
 
 def _storage_in_place(op: str, array: Array, dtype: str | None) -> str:

@@ -1,9 +1,9 @@
-"""The compiled core. It requires exact shapes, dtypes and C order; `_check.py` makes the friendly checks.
+"""The compiled core. It requires exact shapes, dtypes and C order; `_check.py` makes the checks for users.
 
 Every array is C-contiguous. Arrays are float32, unless the weight is float64: then all of them are float64.
 A weight `w` is a `PackedWeight` or a C-contiguous (d_out, d_in) array. x is (n, d_in), dy (n, d_out),
-a (d_out, r), b (r, d_in), z (n, r). The caller gives the output arrays, which are written in place. Every
-call releases the GIL.
+a (d_out, r), b (r, d_in), z (n, r). The caller allocates the output arrays, which are written in place.
+Every call releases the GIL.
 """
 
 from typing import Any, NamedTuple, final
@@ -15,15 +15,19 @@ Array = ndarray[Any, Any]
 
 @final
 class PackedWeight:
-    """A frozen matrix, stored as "float32", "float64", "bfloat16" or "float16" and packed in panels. The
-    static methods instead use the given arrays in place. They keep them alive; they must not change."""
+    """A frozen matrix, stored as "float32", "float64", "bfloat16" or "float16" and packed in panels.
+
+    The static methods instead use the given arrays without a copy, and keep them alive. The caller must not
+    change these arrays.
+    """
 
     def __init__(self, w: Array, storage: str, compute: str = "float") -> None:
         """w: (d_out, d_in) float32 (float64 for "float64"), or uint16 bit patterns for the 16-bit storages.
 
-        compute: "float" (float32, or float64 for "float64"), or "bfloat16": x, dy, W and B are rounded (in
-        backward or for many rows, all parts of an update), sums are float32; or "int8": a small batch of x is
-        multiplied with GGUF's blocks in int8, and everything else computes as "bfloat16".
+        compute: "float" computes in float32 (float64 for "float64"). "bfloat16" rounds x, dy, W and B to
+        bfloat16, and sums in float32; in the backward pass and for many rows, all operands of the low-rank
+        products are rounded. "int8" multiplies a small batch of x with GGUF's blocks in int8, and computes
+        everything else as "bfloat16" does.
         """
     @staticmethod
     def of_array(w: Array, storage: str, compute: str) -> PackedWeight:
@@ -33,7 +37,7 @@ class PackedWeight:
         """blocks: (d_out, bytes) uint8, in any format of `block_formats` except NF4."""
     @staticmethod
     def of_nf4(codes: Array, absmax: Array, d_out: int, d_in: int, compute: str) -> PackedWeight:
-        """codes and absmax: as `quantize_nf4` makes them from (d_out, d_in) values."""
+        """codes and absmax: the results of `quantize_nf4` for a (d_out, d_in) array."""
     @staticmethod
     def of_nested_nf4(
         codes: Array,
@@ -55,7 +59,7 @@ class PackedWeight:
     @property
     def nbytes(self) -> int: ...
     def unpack(self, out: Array) -> None:
-        """Write the row-major matrix: float32 (float64 for "float64"), or uint16 bit patterns."""
+        """Write the row-major matrix to `out`: float32 (float64 for "float64"), or uint16 bit patterns."""
     def gather_rows(self, ids: Array, out: Array) -> None:
         """out (n, d_in) = W[ids]; ids is int64 and must be in range (IndexError)."""
     def row_sums_of_squares(self, out: Array) -> None:
@@ -75,7 +79,7 @@ def add_outer(a: Array, b: Array, scale: float, out: Array) -> None:
 class ForwardPart(NamedTuple):
     """One layer of a forward pass, and the arrays to fill: y (n, d_out) and z (None: not needed).
 
-    scale 0 leaves a and b unread (z = 0). key: the key of the dropout mask.
+    If scale is 0, a and b are not read, and z is 0. key: the 64-bit key of the dropout mask.
     """
 
     weight: Weight
@@ -96,7 +100,7 @@ def lora_forward(x: Array, layers: list[ForwardPart]) -> None:
 
 @final
 class InferenceLayer:
-    """A layer for `infer`. It keeps the weight and the arrays, and reads their values at each call."""
+    """A layer for `infer`. It keeps the weight and the arrays, and reads their values in each call."""
 
     def __init__(self, weight: Weight, a: Array, b: Array, scale: float, bias: Array | None) -> None: ...
 
@@ -133,14 +137,15 @@ def merge_lora(w: Array, a: Array, b: Array, scale: float, storage: str, key: in
     """W += scale · A B in place. With a 64-bit key (uint16 only), the sums are rounded stochastically.
 
     w: (d_out, d_in) float32, float64 or uint16 ("bfloat16", "float16"); rows contiguous, any row stride.
-    a and b are float32 (float64 if w is). Element i (flat) uses the same random word as in `dropout`.
+    a and b are float32 (float64 if w is). The element with flat index i uses the same random word as in
+    `dropout`.
     """
 
 def dropout(x: Array, probability: float, key: int, out: Array) -> None:
     """out = x where kept, scaled by 1 / (1 - probability).
 
-    Element i (flat) depends on Philox4x32-10 at counter i // 4, word i % 4, with the 64-bit `key`. It is
-    dropped if the word < floor(probability · 2³²).
+    The element with flat index i depends on a random word: word i % 4 of Philox4x32-10 at counter i // 4,
+    with the 64-bit `key`. The element is dropped if the word < floor(probability · 2³²).
     """
 
 def gelu(x: Array, tanh: bool, out: Array) -> None: ...
@@ -162,9 +167,10 @@ def adamw_step(
 ) -> float | None:
     """One AdamW step in place (Loshchilov & Hutter 2019).
 
-    A parameter is (name, value, grad); float32 and float64 may be mixed. is_a (bool) marks parameters with
-    rate lr_of_a. With max_norm, grad_scale is lowered so that the norm of all gradients together is at most
-    max_norm. Returns the norm before that. If it is not finite, nothing is written.
+    A parameter is (name, value, grad); float32 and float64 may be mixed. is_a (bool, one per parameter) marks
+    the parameters with the learning rate lr_of_a. With max_norm, grad_scale is lowered so that the norm of
+    all gradients together is at most max_norm. The norm before that is returned; if it is not finite, nothing
+    is written. Without max_norm, None is returned.
     """
 
 def sgd_step(
@@ -189,7 +195,7 @@ def narrow(values: Array, storage: str, out: Array) -> None:
     """float32 to uint16 bit patterns, round to nearest even."""
 
 def first_nonfinite(values: Array, storage: str) -> int:
-    """The flat index of the first NaN or infinity, or -1. Shapes are free; dtypes as in `of_array`."""
+    """The flat index of the first NaN or infinity, or -1. Any shape, and the dtypes of `of_array`."""
 
 class BlockFormat:
     """A low-bit format, as its file in csrc/kernels/formats defines it."""
@@ -220,17 +226,18 @@ def block_formats() -> dict[str, BlockFormat]:
     """The low-bit formats by name, "nf4" last."""
 
 def quantize(values: Array, format: str, blocks: Array) -> None:
-    """Quantise float32 (rows, cols) to uint8 (rows, bytes of cols values), near the least squared error.
+    """Quantise float32 (rows, cols) to uint8 (rows, bytes of cols values). The squared error is nearly least.
 
-    "q8_0" gives ggml's bits. No block of "q4_0" ... "q5_1" has a larger error than ggml's. All formats except
-    "nf4". Raises ValueError with the row if a value is not finite or too large; then nothing is written.
+    format: any of `block_formats` except "nf4". "q8_0" gives ggml's bits. No block of "q4_0" ... "q5_1" has a
+    larger error than ggml's. If a value is not finite or too large, ValueError names its row, and nothing is
+    written.
     """
 
 def dequantize(blocks: Array, format: str, out: Array) -> None:
-    """The inverse of `quantize`. out is float32 (rows, cols), computed by the format's float32 formula."""
+    """Decode the blocks of `quantize` by the format's float32 formula. out is float32 (rows, cols)."""
 
 def quantize_nf4(values: Array, codes: Array, absmax: Array) -> None:
-    """Quantise float32 (rows, cols), n = rows · cols, to NF4: uint8 (⌈n / 2⌉) and float32 (⌈n / 64⌉)."""
+    """Quantise n = rows · cols float32 values to NF4. codes: uint8 (⌈n / 2⌉). absmax: float32 (⌈n / 64⌉)."""
 
 def quantize_absmax(absmax: Array, codes: Array, book: Array, scales: Array) -> float:
     """The second quantisation: absmax ≈ book[codes] · scales[block // 256] + the returned offset.
@@ -250,7 +257,10 @@ def empty(dtype: np.dtype[Any], shape: tuple[int, ...]) -> ndarray[Any, Any]: ..
 def release_buffers() -> None: ...
 def allocations() -> int: ...
 def rms_norm(x: Array, weight: Array, eps: float, y: Array) -> None:
-    """y = weight ∘ x / sqrt(mean x² + eps). x and y are (n, d), weight (d,). All are float32 from here on."""
+    """y = weight ∘ x / sqrt(mean x² + eps). x and y are (n, d), weight is (d,).
+
+    All arrays of this function and of those below are float32.
+    """
 
 def rms_norm_backward(dy: Array, x: Array, weight: Array, eps: float, dx: Array, accumulate: bool) -> None:
     """dx = [dx +] the gradient of x. The weight is frozen."""
@@ -259,8 +269,9 @@ def rope(x: Array, positions: Array, table: Array, interleaved: bool, inverse: b
     """Rotate the heads of x (n, heads · head_dim) in place, using the rows `positions` (int64) of the table.
 
     table: (max_positions, rotary_dim): rotary_dim / 2 cosines, then as many sines. rotary_dim is at most
-    head_dim. The first rotary_dim values of each head rotate; the others stay as they are. The values of a
-    pair are rotary_dim / 2 apart, or neighbours if interleaved. inverse rotates back: that is the gradient.
+    head_dim. The first rotary_dim values of each head rotate in pairs; the others stay as they are. The two
+    values of a pair are rotary_dim / 2 apart, or neighbours if `interleaved` is true. If `inverse` is true,
+    the values are rotated back; the gradient needs this.
     """
 
 def gated(act: str, gate: Array, up: Array, out: Array) -> None:
@@ -284,7 +295,8 @@ def attention(
     """Causal attention within packed sequences, tile by tile.
 
     q, out: (n, heads · head_dim). k, v: (n, kv_heads · head_dim). starts: int64, the start of each sequence
-    and the end of the last. window: how many keys a query sees, including its own; 0: all keys up to its own.
+    and the end of the last. window: the number of keys that a query attends to, the last of which is its own;
+    0: all keys up to its own.
     lse (n, heads): log Σ exp(scale q kᵀ), for `attention_backward`.
     """
 
@@ -318,9 +330,9 @@ def attention_cached(
     window: int,
     out: Array,
 ) -> None:
-    """Row i of q sees the first lengths[i] tokens of slots[i]. Its own token is the last of them.
+    """Attention to a key-value cache. Row i of q attends to the first lengths[i] tokens of slots[i].
 
-    slots and lengths are int64.
+    The last of these tokens is the row's own. slots and lengths are int64.
     keys, values: (slots, capacity, kv_heads · head_dim).
     """
 
@@ -335,15 +347,15 @@ class Constants(NamedTuple):
     """Constants of the core, the same on every machine."""
 
     cache_line: int  # bytes
-    least_buffer_bytes: int  # NumPy allocates smaller arrays
-    least_small_batch: int  # this many rows of float32 are a small batch on every instruction set
-    most_small_batch: int  # up to this many rows, products may sum in another order than for more rows
+    least_buffer_bytes: int  # NumPy's own allocator serves smaller arrays
+    least_small_batch: int  # on every instruction set, this many float32 rows are a small batch
+    most_small_batch: int  # up to this many rows, a product may add up in another order
     float_batch: int  # up to this many rows, products are not rounded to bfloat16
-    task_tokens: int  # the most tokens of one task
-    lanes_bytes: int  # the most bytes of x in scratch, in lanes or in pairs
-    l3_block_bytes: int  # the most bytes of the tokens that share a transposed block of W
-    nf4_group: int  # quantised absmax that share one scale
-    nf4_book: int  # levels of a quantised absmax
+    task_tokens: int  # the most tokens that one task keeps in L2 or L3
+    lanes_bytes: int  # the most scratch bytes for the rows of x, rearranged for the products
+    l3_block_bytes: int  # the most bytes of the tokens that use one transposed block of W
+    nf4_group: int  # the number of quantised absmax values that share one scale
+    nf4_book: int  # the number of levels of a quantised absmax
 
 constants: Constants
 
@@ -355,11 +367,12 @@ def config() -> dict[str, Any]:
 def watch_mapping(mapping: Any, message: bytes) -> int:
     """Watch a mapping: a SIGBUS in it writes the message to stderr and ends the process with status 135.
 
-    Before that, the handler that was installed earlier is called. Returns a number for `unwatch_mapping`.
+    A SIGBUS handler that was installed earlier is called before the process ends. Returns a number for
+    `unwatch_mapping`.
     """
 
 def unwatch_mapping(number: int) -> None:
     """Stop watching a mapping. Unknown numbers are ignored."""
 
 def available_isas() -> list[str]:
-    """The values of NPLORA_ISA for this machine, best last. Linux may still refuse the registers of amx."""
+    """The values of NPLORA_ISA for this machine, the best last. Linux may still refuse to enable amx."""

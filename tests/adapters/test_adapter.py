@@ -50,12 +50,12 @@ HOSTILE: dict[str, tuple[Tensors, type[FormatError], str]] = {
         tensors() | {A: np.ones(2, "f4")}, FormatError, "lora_B (2,), expected rank 2"
     ),
     "one factor alone": (
-        {B: tensors()[B]}, FormatError, f"tensor {A!r} is missing, its other half is there"
+        {B: tensors()[B]}, FormatError, f"tensor {A!r} is missing, but the layer's other factor is present"
     ),
     "factors of two kinds": (
         tensors() | {PREFIX + f"fc.lora_embedding_{letter}": np.ones((2, 2), "f4") for letter in "AB"},
         FormatError,
-        "the layer has factors of another kind too",
+        "the layer has both linear and embedding factors",
     ),
     "a tensor that is no factor": (
         tensors() | {"bias": np.ones(3)}, FormatError, "tensor 'bias' is not a factor of a layer"
@@ -93,7 +93,7 @@ def test_a_hostile_pair_of_files_gives_its_exact_error(tmp_path: Path) -> None:
         ('"rank_pattern": {}', '"rank_pattern": {"(a+)+$": 1}', UnsafeError, "rank_pattern"),
         ('"peft_type": "LORA"', '"peft_type": "IA3"', UnsupportedError, "peft_type is 'IA3'"),
         ('"r": 2', '"r": 1000000000', LimitError, "r is 1,000,000,000"),
-        ('"lora_alpha": 4', '"lora_alpha": 5', CorruptError, "not the one that was saved with"),
+        ('"lora_alpha": 4', '"lora_alpha": 5', CorruptError, "not the file that was saved with"),
     ):
         config.write_text(text.replace(old, new))
         with refused(error, words, tmp_path):
@@ -250,7 +250,7 @@ def test_an_adapter_in_memory_is_saved_for_llama_cpp_as_its_directory_is(tmp_pat
         np.testing.assert_allclose(delta(back)[name], update, rtol=1e-5, atol=1e-5)
     with pytest.raises(FileExistsError):
         adapter.save(tmp_path / "two.gguf", base=base)
-    with pytest.raises(ValueError, match=r"three\.gguf: a GGUF adapter needs base, the base model"):
+    with pytest.raises(ValueError, match=r"three\.gguf: a GGUF adapter needs its base model"):
         adapter.save(tmp_path / "three.gguf")
     dora = Adapter("dora", {"q": LoraDelta(np.ones((2, 1)), np.ones((1, 2)), 1.0, np.ones(2))})
     with pytest.raises(UnsupportedError, match="dora: the adapter uses DoRA, which rescales the rows"):
@@ -271,7 +271,7 @@ def test_an_adapter_in_memory_is_saved_for_llama_cpp_as_its_directory_is(tmp_pat
             Adapter("broken", {down: broken}).save(tmp_path / "three.gguf", base=base)
     unfit = Adapter("unfit", {"model.layers.0.mlp.up_proj": LoraDelta(np.ones((2, 1)), np.ones((1, 2)), 1.0)})
     with pytest.raises(
-        FormatError, match=r"the adapter is for a weight \(2, 2\), but blk\.0\.ffn_up\.weight is \(28, 20\)"
+        FormatError, match=r"a weight of shape \(2, 2\), but blk\.0\.ffn_up\.weight has shape \(28, 20\)"
     ):
         unfit.save(tmp_path / "three.gguf", base=base)
     assert not (tmp_path / "three.gguf").exists()

@@ -127,7 +127,7 @@ def test_all_mismatches_are_listed_and_nothing_changes(tmp_path: Path) -> None:
     lines = [
         f"{tmp_path}: the adapter does not fit the model in 7 places:",
         f"  tensor '{PREFIX}blocks.1.lora_magnitude_vector' is not a factor of a layer",
-        f"  tensor '{PREFIX}blocks.7.lora_B.weight' is missing, its other half is there",
+        f"  tensor '{PREFIX}blocks.7.lora_B.weight' is missing, but the layer's other factor is present",
         "  tensor 'stray' is not a factor of a layer",
         "  'blocks.0': lora_A has shape (2, 6), lora_B (7, 3), expected rank 3",
         f"  tensor '{PREFIX}blocks.1.lora_A.weight' holds NaN or an infinity",
@@ -150,8 +150,8 @@ def test_layers_that_the_adapter_or_the_model_lacks_and_other_kinds_are_named(tm
     save_adapter(Net(), tmp_path)
     lines = [
         f"{tmp_path}: the adapter does not fit the model in 4 places:",
-        "  'blocks.0': the adapter is for a weight (7, 6), but the model's layer is (7, 5)",
-        "  'blocks.1': the model has a ReLU there, expected a LoRA layer",
+        "  'blocks.0': the adapter is for a weight of shape (7, 6), but the model's layer has shape (7, 5)",
+        "  'blocks.1': the model's layer is a ReLU, expected a LoRA layer",
         "  'emb': the adapter has an embedding, but the model's layer is a linear layer",
         "  'more': the adapter has no such layer",
     ]
@@ -382,7 +382,9 @@ def test_a_language_model_takes_an_adapter_in_the_place_of_another(tmp_path: Pat
     alone.add_lora(rank=2, init="gaussian")
     nplora.save_adapter(alone, tmp_path / "all")
     model.add_lora(rank=3, targets="q_proj", layers="last:1", init="gaussian")
-    with pytest.raises(FormatError, match=r"'.*k_proj': the model has a Linear there, expected a LoRA layer"):
+    with pytest.raises(
+        FormatError, match=r"'.*k_proj': the model's layer is a Linear, expected a LoRA layer"
+    ):
         nplora.load_adapter(model, tmp_path / "all")
     with pytest.raises(ValueError, match="already has an adapter, on 1 layer; replace=True"):
         attach_adapter(model, tmp_path / "all")

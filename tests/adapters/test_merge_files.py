@@ -434,7 +434,7 @@ def test_the_base_is_never_written_to(shards: int, rng: np.random.Generator, tmp
     (tmp_path / "link").symlink_to(base)
     adapter = random_adapter(rng)
     for output in (base, f"{base}/../base", tmp_path / "link"):
-        with pytest.raises(ValueError, match="is the base itself, which is left as it is"):
+        with pytest.raises(ValueError, match="is the base itself, which is never overwritten"):
             nplora.merge_adapter(base, adapter, output)
     with pytest.raises(
         ValueError, match="is the base itself" if shards == 1 else "already lists other weights"
@@ -479,7 +479,7 @@ def test_a_model_takes_no_place_of_an_adapter(rng: np.random.Generator, tmp_path
     file = base_gguf(tmp_path / "base.gguf", rng, "float32")
     random_adapter(rng).save(tmp_path / "adapter")
     nplora.adapter_to_gguf(tmp_path / "adapter", tmp_path / "adapter.gguf", file)
-    with pytest.raises(ValueError, match=r"adapter\.gguf is the adapter itself, which is left as it is"):
+    with pytest.raises(ValueError, match=r"adapter\.gguf is the adapter itself, which is never overwritten"):
         nplora.merge_adapter(file, tmp_path / "adapter.gguf", tmp_path / "adapter.gguf")
 
 
@@ -530,7 +530,7 @@ def test_no_file_that_a_merge_reads_is_replaced_under_another_name(
         for make in (os.link, os.symlink):
             before = source.read_bytes()
             make(source, out / name)
-            with pytest.raises(ValueError, match=f"{name} is the {words} itself, which is left as it is"):
+            with pytest.raises(ValueError, match=f"{name} is the {words} itself, which is never overwritten"):
                 nplora.merge_adapter(base, tmp_path / "adapter", out, overwrite=True)
             assert source.read_bytes() == before
             (out / name).unlink()
@@ -650,8 +650,8 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(rng: np.random.Gener
         nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
     assert "wrong: the adapter does not fit" in str(error.value)
     assert (
-        "in 2 places:\n  'lm_head': the adapter is for a weight (7, 256), but output.weight is (50, 256)"
-        in str(error.value)
+        "in 2 places:\n  'lm_head': the adapter is for a weight of shape (7, 256), "
+        "but output.weight has shape (50, 256)" in str(error.value)
     )
     assert "'model.layers.1.self_attn.q_proj': the model has no tensor for this layer" in str(error.value)
     good = random_adapter(rng)
@@ -796,7 +796,7 @@ def test_the_command_merges_and_reports(
     assert re.fullmatch(r"the merged weights keep \d+\.\d% of the adapter's change \(ΔW\)", lines[1])
     noise = r"rounding also adds random noise: 0\.\d+% of the weights' size \(0\.\d+ times ΔW\)"
     assert re.fullmatch(noise, lines[2])
-    assert lines[3] == "the tensors that keep the least:"
+    assert lines[3] == "the tensors that keep the least of ΔW:"
     assert len(lines) == 7
     kept = [float(re.findall(r"([\d.]+)% of ΔW", line)[0]) for line in lines[4:]]
     assert kept == sorted(kept)

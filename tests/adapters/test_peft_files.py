@@ -310,7 +310,7 @@ def test_an_edited_configuration_is_refused_until_it_is_said_to_be_edited(tmp_pa
     edit(tmp_path, lora_alpha=60)
     model = Net()
     before = state(model)
-    with pytest.raises(CorruptError, match=r"adapter_config\.json: not the one .*pass edited_config=True"):
+    with pytest.raises(CorruptError, match=r"adapter_config\.json: not the file .*pass edited_config=True"):
         load_adapter(model, tmp_path)
     assert state(model) == before
     load_adapter(model, tmp_path, edited_config=True)
@@ -479,7 +479,7 @@ def test_new_tensors_beside_a_configuration_that_they_do_not_replace_are_refused
     edit(tmp_path, lora_alpha=61)
     model = Net()
     before = state(model)
-    with pytest.raises(CorruptError, match=r"not the one that was saved with adapter_model\.safetensors"):
+    with pytest.raises(CorruptError, match=r"not the file that was saved with adapter_model\.safetensors"):
         load_adapter(model, tmp_path)
     assert state(model) == before
     load_adapter(model, tmp_path, edited_config=True)

@@ -228,7 +228,7 @@ def test_a_signal_that_ends_training_says_what_is_saved(
 
     def ended(arguments: Any) -> None:
         end = SystemExit(143)
-        end.add_note("the run is saved at step 3: --resume (resume=True) continues it")
+        end.add_note("the run is saved at step 3: --resume (resume=True) continues the run")
         raise end
 
     monkeypatch.setattr(demo, "run", ended)
@@ -236,5 +236,6 @@ def test_a_signal_that_ends_training_says_what_is_saved(
         cli.main(["demo"])
     assert raised.value.code == 143
     assert (
-        capsys.readouterr().err == "nplora: the run is saved at step 3: --resume (resume=True) continues it\n"
+        capsys.readouterr().err
+        == "nplora: the run is saved at step 3: --resume (resume=True) continues the run\n"
     )

@@ -440,7 +440,7 @@ def test_no_file_that_a_run_reads_is_replaced(
         with pytest.raises((ValueError, FileExistsError), match=name) as raised:
             finetune(model, source, out, valid=data / "valid.jsonl", **QUICK, **more)
         if "resume" not in more:  # then the first error is that the file is not one of a run
-            assert f"{name} is the training data itself, which is left as it is" in str(raised.value)
+            assert f"{name} is the training data itself, which is never overwritten" in str(raised.value)
     assert source.read_bytes() == rows
     assert os.listdir(out) == [name]
 
@@ -452,7 +452,7 @@ def test_the_files_of_an_interrupted_run_are_ours_or_stay(model: Path, data: Pat
     for name in files_of(out):
         kept = (out / name).read_bytes()
         (out / name).write_bytes(b"{}")
-        with pytest.raises(FileExistsError, match=rf"the file is not one of a LoRA adapter.*{name}"):
+        with pytest.raises(FileExistsError, match=rf"the file does not belong to a LoRA adapter.*{name}"):
             finetune(model, data, out, **QUICK, resume=True)
         assert (out / name).read_bytes() == b"{}"
         (out / name).unlink()
@@ -546,7 +546,7 @@ def test_a_run_does_not_resume_with_other_data(model: Path, data: Path, tmp_path
     finetune(model, data, tmp_path / "out", **QUICK)
     with (data / "train.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
-    with pytest.raises(CorruptError, match="the data file, or how it is read, has changed since"):
+    with pytest.raises(CorruptError, match="the data file or the way it is read has changed"):
         finetune(model, data, tmp_path / "out", **QUICK, resume=True)
 
 
@@ -559,9 +559,9 @@ def test_a_run_that_cannot_resume_is_one_error_with_a_way_out(
         ({"rank": 3}, r"settings: rank was 2, is 3 in \d layers"),
         (
             {"targets": "q_proj"},
-            r"settings: \d layers had adapters, \d have \(no longer: .*v_proj; new: none\)",
+            r"settings: \d layers had adapters, now \d have them \(removed: .*v_proj; new: none\)",
         ),
-        ({"epochs": 1}, "of step 20, this run ends at step 5"),
+        ({"epochs": 1}, "of step 20, but this run ends at step 5"),
     ):
         with pytest.raises(ValueError, match=message + way_out):
             finetune(
@@ -749,7 +749,10 @@ def test_a_run_that_diverges_leaves_its_last_good_adapter_and_continues_with_a_l
     assert error.endswith(f"{output} holds the adapter as of step 3")
     assert files_of(output) == files_of(evaluated)
     assert cli.main([*line.split(), "--resume"]) == 2
-    assert "lower --lr (the optimizer's lr) continues from step 3; --overwrite" in capsys.readouterr().err
+    assert (
+        "lower --lr (the optimizer's lr), the run continues from step 3; --overwrite"
+        in capsys.readouterr().err
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.main([*line.replace("0.01", "0.001").split(), "--resume"]) == 0
@@ -880,14 +883,14 @@ LINEAR = {f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2)}
         (
             LINEAR | {f"{Q}.lora_A.weight": (2, 31)},
             {},
-            "for a weight (32, 31), but the model's layer is (32, 32)",
+            "for a weight of shape (32, 31), but the model's layer has shape (32, 32)",
         ),
         (
             {name.replace("model.layers.0.self_attn.", ""): shape for name, shape in LINEAR.items()},
             {},
             "'q_proj': the model has no such layer",
         ),
-        ({f"{Q}.lora_A.weight": (2, 32)}, {}, "lora_B.weight' is missing, its other half is there"),
+        ({f"{Q}.lora_A.weight": (2, 32)}, {}, "lora_B.weight' is missing, but the layer's other factor"),
         (
             {f"{Q}.lora_embedding_A": (2, 32), f"{Q}.lora_embedding_B": (32, 2)},
             {},
@@ -1019,7 +1022,8 @@ def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> Non
     lm = load_model(save_small_llama(tmp_path / "other.gguf", vocab=200))
     words = (
         r"the combined adapter: the adapter does not fit the model in 1 place:\n"
-        r"  'lm_head': the adapter is for a weight \(\d+, 32\), but the model's layer is \(200, 32\)"
+        r"  'lm_head': the adapter is for a weight of shape \(\d+, 32\), "
+        r"but the model's layer has shape \(200, 32\)"
     )
     with pytest.raises(FormatError, match=words):
         attach_adapter(lm, [tmp_path / "a", tmp_path / "head"])
@@ -1098,12 +1102,12 @@ def test_a_run_cannot_continue_from_an_adapter_that_does_not_fit(
         (model, {"targets": "q_proj"}, ValueError, "finetune: targets is decided by the adapter"),
         (model, {"adapter": ""}, ValueError, "adapter"),
         (model, {"adapter": tmp_path / "nowhere"}, FileNotFoundError, "nowhere"),
-        (other, {}, FormatError, "'lm_head': the adapter is for a weight"),
+        (other, {}, FormatError, "'lm_head': the adapter is for a weight of shape"),
     ):
         with pytest.raises(error, match=words):
             finetune(target, data, tmp_path / "out", **{**CONTINUE, "adapter": start, **options})
     before = files_of(start)
-    with pytest.raises(ValueError, match="is the adapter itself, which is left as it is"):
+    with pytest.raises(ValueError, match="is the adapter itself, which is never overwritten"):
         finetune(model, data, start, **CONTINUE, adapter=start, overwrite=True)
     assert files_of(start) == before
     assert not (tmp_path / "out").exists()

@@ -212,8 +212,8 @@ def test_an_adapter_of_another_model_is_refused_with_names_and_shapes(
     assert "the adapter is of another model (" in error
     assert ", and does not fit the model in " in error
     assert error.endswith(
-        "'model.layers.0.self_attn.k_proj': the adapter is for a weight (16, 32), "
-        "but the model's layer is (32, 32); …\n"
+        "'model.layers.0.self_attn.k_proj': the adapter is for a weight of shape (16, 32), "
+        "but the model's layer has shape (32, 32); …\n"
     )
 
 

@@ -78,7 +78,7 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] =
     "a state of numbers": ({STATE: as_bytes([1])}, {}, FormatError, r"quant_state is \[1\]"),
     "a state that is not JSON": ({STATE: np.full(9, 255, np.uint8)}, {}, FormatError, "not UTF-8"),
     "an endless state": ({STATE: np.full(1 << 17, 32, np.uint8)}, {}, LimitError, "at most 65,536"),
-    "fp4": ({STATE: None, STATE[:-3] + "fp4": as_bytes({})}, {}, UnsupportedError, "'fp4' of bitsandbytes"),
+    "fp4": ({STATE: None, STATE[:-3] + "fp4": as_bytes({})}, {}, UnsupportedError, "bitsandbytes type 'fp4'"),
 }  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def test_matrices_in_4_bits_are_neither_merged_into_nor_converted(kind: str, tmp
     lm = nplora.load_model(tmp_path / "nf4")
     lm.add_lora(rank=2)
     nplora.save_adapter(lm, tmp_path / "adapter")
-    found = r"_proj\.weight' is in bitsandbytes' 4 bits, which nplora does not {}; use the unquantised model"
+    found = r"_proj\.weight' has a 4-bit type of bitsandbytes, which nplora does not {}; use the unquantised"
     with pytest.raises(UnsupportedError, match=found.format("merge into")):
         nplora.merge_adapter(tmp_path / kind, tmp_path / "adapter", tmp_path / "merged")
     with pytest.raises(UnsupportedError, match=found.format("convert")):

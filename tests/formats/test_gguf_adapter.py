@@ -118,17 +118,17 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], typ
     "lora_a without lora_b": (
         lambda tensors, _: tensors.pop(B),
         FormatError,
-        f"tensor '{B}' is missing, its other half is there",
+        f"tensor '{B}' is missing, but the layer's other factor is present",
     ),
     "lora_b without lora_a": (
         lambda tensors, _: tensors.pop(A),
         FormatError,
-        f"tensor '{A}' is missing, its other half is there",
+        f"tensor '{A}' is missing, but the layer's other factor is present",
     ),
     "a tensor that belongs to no pair": (
         lambda tensors, _: tensors.update({Q: np.ones((6, 5))}),
         FormatError,
-        f"tensor '{Q}', expected a name in .lora_a or .lora_b",
+        f"tensor '{Q}', expected a name that ends in .lora_a or .lora_b",
     ),
     "different ranks": (
         lambda tensors, _: tensors.update({B: np.ones((6, 3))}),

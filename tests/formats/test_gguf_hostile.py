@@ -107,15 +107,15 @@ HOSTILE = {
     "more tensors than bytes": (
         container(n_tensors=9),
         LimitError,
-        "9 tensors, the 72 bytes that follow hold 2",
+        "9 tensors, but the 72 bytes that follow hold at most 2",
     ),
-    "more metadata than bytes": (container(n_metadata=9), LimitError, "9 metadata entries, the 72 bytes"),
+    "more metadata than bytes": (container(n_metadata=9), LimitError, "9 metadata entries, but the 72 bytes"),
     "key length 2^64 - 1": (
         container((u64(2**64 - 1) + bytes(99),)),
         LimitError,
         "the key of metadata 0 has 18,446,744,073,709,551,615 bytes, at most 65,535",
     ),
-    "key past the end": (container((u64(999) + bytes(99),)), TruncatedError, "takes 999 bytes, the file has"),
+    "key past the end": (container((u64(999) + bytes(99),)), TruncatedError, "takes 999 bytes, but the"),
     "empty key": (
         container((scalar("UINT8", b"\0", b""),), data=bytes(99)),
         FormatError,
@@ -139,7 +139,7 @@ HOSTILE = {
     "value missing": (
         container((text(b"k" * 99),))[:133],
         TruncatedError,
-        "takes 4 bytes, the file has 133",
+        "takes 4 bytes, but the file has 133",
     ),
     "text past the end": (container((scalar("STRING", u64(999)),)), TruncatedError, "takes 999 bytes"),
     "text of 2^64 - 1": (container((scalar("STRING", u64(2**64 - 1)),)), LimitError, "at most 100,000,000"),
@@ -174,7 +174,7 @@ HOSTILE = {
     "token of 1 GiB": (
         container((array("STRING", 2, text(b"a") + u64(1 << 30), b"tokenizer.ggml.tokens"),)),
         LimitError,
-        "takes 1,073,741,841 bytes, a header of at most 100,000,000",
+        "takes 1,073,741,841 bytes, but at most 100,000,000 bytes",
     ),
     "string of an array of 2^64 - 1": (
         container((array("STRING", 2, text(b"a") + u64(2**64 - 1)),)),
@@ -218,7 +218,7 @@ HOSTILE = {
     "a negative dimension": (
         one((2**64 - 1, 4)),
         FormatError,
-        "tensor 'w': a negative size, -1, in its shape",
+        "tensor 'w': its shape holds the negative size -1",
     ),
     "elements wrap": (one((INT64_MAX, 2)), LimitError, "is beyond 2^63 bytes"),
     "elements wrap to a few": (one((2**62, 4)), LimitError, "is beyond 2^63 bytes"),
@@ -229,23 +229,23 @@ HOSTILE = {
     "two sizes whose sum wraps": (
         container(tensors=(tensor((2**62,), 24), tensor((2**62,), 24, 2**62, b"v"))),
         LimitError,
-        "tensor 'v': 4,611,686,018,427,387,904 bytes from 4,611,686,018,427,387,904 on end beyond 2^63",
+        "tensor 'v': 4,611,686,018,427,387,904 bytes from offset 4,611,686,018,427,387,904 end beyond 2^63",
     ),
     "an unknown type": (
         one(kind=99),
         UnsupportedError,
-        "tensor 'w': type 99, which is not a type that nplora knows",
+        "tensor 'w': nplora does not know its type, 99",
     ),
-    "a removed type": (one(kind=4), UnsupportedError, "type 4"),
-    "a negative type": (one(kind=-1), UnsupportedError, "type -1"),
+    "a removed type": (one(kind=4), UnsupportedError, "its type, 4"),
+    "a negative type": (one(kind=-1), UnsupportedError, "its type, -1"),
     "rows that are no whole blocks": (
         one((33, 2), kind=2),
         FormatError,
         "rows of 33 elements, Q4_0 needs a multiple of 32",
     ),
     "a scalar of a quantised type": (one((), kind=12), FormatError, "rows of 1 elements, Q4_K needs"),
-    "offset 2^64 - 1": (one(offset=2**64 - 1), FormatError, "begins at 18,446,744,073,709,551,615"),
-    "an unaligned offset": (one(offset=4), FormatError, "tensor 'w': begins at 4, expected a multiple of 32"),
+    "offset 2^64 - 1": (one(offset=2**64 - 1), FormatError, "begins at offset 18,446,744,073,709,551,615"),
+    "an unaligned offset": (one(offset=4), FormatError, "'w': begins at offset 4, expected a multiple of 32"),
     "an aligned offset beyond 2^63": (one(offset=2**64 - 32), LimitError, "end beyond 2^63"),
     "overlap": (
         container(tensors=(tensor((9,)), tensor((1,), offset=32, name=b"v"))),
@@ -257,7 +257,7 @@ HOSTILE = {
         FormatError,
         "tensor 'v' begins at byte 96, but another tensor ends at 112",
     ),
-    "a tensor past the end": (one((17,)), TruncatedError, "tensor 'w' ends at byte 132, the file has 128"),
+    "a tensor past the end": (one((17,)), TruncatedError, "'w' ends at byte 132, but the file has 128"),
     "blocks past the end": (one((2**58,), kind=2), TruncatedError, "tensor 'w' ends at byte"),
     "an empty tensor past the end": (one((0,), offset=96), TruncatedError, "tensor 'w' ends at byte 160"),
     "duplicate tensor": (
@@ -272,7 +272,7 @@ HOSTILE = {
     "a header over 100 MB": (
         container((scalar("STRING", u64(100_000_000)),)),
         LimitError,
-        "a header of at most 100,000,000 is read",
+        "but at most 100,000,000 bytes of a header are read",
     ),
 }
 
@@ -312,12 +312,12 @@ def test_a_file_may_end_with_its_metadata() -> None:
 def test_counts_are_compared_with_the_smallest_entries() -> None:
     smallest = container((scalar("UINT8", b"\7", b"k"),))[: 24 + 14]
     assert gguf.loads(smallest).metadata == {"k": 7}
-    with pytest.raises(LimitError, match="1 metadata entries, the 13 bytes that follow hold 0"):
+    with pytest.raises(LimitError, match="1 metadata entries, but the 13 bytes that follow hold at most 0"):
         gguf.loads(smallest[:-1])
     smallest = container(tensors=(tensor(()),))[: 24 + 25]
-    with pytest.raises(TruncatedError, match="tensor 'w' ends at byte 68, the file has 49"):
+    with pytest.raises(TruncatedError, match="tensor 'w' ends at byte 68, but the file has 49"):
         gguf.loads(smallest)
-    with pytest.raises(LimitError, match="1 tensors, the 24 bytes that follow hold 0"):
+    with pytest.raises(LimitError, match="1 tensors, but the 24 bytes that follow hold at most 0"):
         gguf.loads(smallest[:-1])
 
 

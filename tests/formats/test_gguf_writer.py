@@ -211,7 +211,7 @@ def test_a_tensor_that_the_format_cannot_hold_is_refused(
         (
             3,
             TypeError,
-            r'\'k\' is 3, whose type in the file is not determined: name one, as in Typed\(value, "UINT32"\)',
+            r'\'k\' is 3, whose type in the file is ambiguous: name one, as in Typed\(value, "UINT32"\)',
         ),
         (0.5, TypeError, "'k' is 0.5"),
         ([1, 2], TypeError, r"'k' is \[1, 2\]"),

@@ -9,9 +9,14 @@ from nplora.lora.delta import LoraDelta
 @pytest.mark.parametrize(
     ("a", "b", "m", "words"),
     [
-        ((4, 3), (2, 5), None, r"A has shape \(4, 3\), B \(2, 5\), expected \(d_out, r\) and \(r, d_in\)"),
-        ((4,), (1, 5), None, r"A has shape \(4,\), B \(1, 5\)"),
-        ((4, 2), (2,), None, r"A has shape \(4, 2\), B \(2,\)"),
+        (
+            (4, 3),
+            (2, 5),
+            None,
+            r"A has shape \(4, 3\), B has \(2, 5\), expected \(d_out, r\) and \(r, d_in\)",
+        ),
+        ((4,), (1, 5), None, r"A has shape \(4,\), B has \(1, 5\)"),
+        ((4, 2), (2,), None, r"A has shape \(4, 2\), B has \(2,\)"),
         ((4, 2), (2, 5), (5,), r"m has shape \(5,\), expected \(4,\)"),
     ],
 )

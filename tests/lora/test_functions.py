@@ -474,7 +474,7 @@ def test_bit_patterns_are_not_taken_for_integers() -> None:
 
 def test_a_scale_that_would_become_infinite_is_refused() -> None:
     W, A, B = np.ones((2, 2), np.float32), np.ones((2, 1)), np.ones((1, 2))
-    with pytest.raises(ValueError, match="merge_lora: scale is 1e\\+300, which float32 cannot hold"):
+    with pytest.raises(ValueError, match="merge_lora: scale is 1e\\+300, beyond the range of float32"):
         nplora.merge_lora(W, A, B, 1e300)
     assert (W == 1).all()
     nplora.merge_lora(W.astype(np.float64), A, B, 1e300)

@@ -156,7 +156,8 @@ def test_a_model_is_merged_as_a_whole_with_a_report_for_each_layer(rng: np.rando
         layer_of(rng, "q4_1"), nplora.ReLU(), nplora.LoRALinear(np.eye(48, D_OUT), 2, rng=0)
     )
     with pytest.raises(
-        ValueError, match="merge: 2: rows of 40 elements are not whole blocks of 32, which q8_0 needs"
+        ValueError,
+        match="merge: 2: rows of 40 elements do not divide into blocks of 32, the block length of q8_0",
     ):
         model.merge("q8_0")
     assert not model[0].merged
@@ -196,7 +197,7 @@ def test_an_update_of_zero_leaves_the_weight_to_the_bit(
     layer.unmerge()
     (report,) = layer.merge("q4_1")
     assert report.error == np.inf
-    assert str(report).endswith("ΔW is 0, only the rounding is new")
+    assert str(report).endswith("ΔW is 0, only rounding changed the weight")
 
 
 def test_an_update_of_zero_times_infinity_is_not_zero(rng: np.random.Generator) -> None:

@@ -276,7 +276,7 @@ MISSING = ("pointer", "shard missing", "link to nothing")
 
 
 def warns_of_missing_weights(expected: bool = True) -> AbstractContextManager[Any]:
-    words = "hf: weights are missing, so whether the adapter is of this model is not known"
+    words = "hf: weights are missing, so nplora cannot check that the adapter belongs to this model"
     return pytest.warns(UserWarning, match=words) if expected else nullcontext()
 
 
@@ -298,7 +298,7 @@ def test_the_shards_with_the_norms_are_enough_to_detect_another_base(adapter: Pa
     nplora.combine([(adapter, 1)], base=base)
     nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", base)
     with pytest.raises(
-        ValueError, match=r"/other', sha256 .*, but the adapters belong to another model \(.*; name that"
+        ValueError, match=r"/other', sha256 .*, but the adapters belong to another model \(.*; pass that"
     ):
         nplora.combine([(adapter, 1)], base=other)
     for named in (other, other / "config.json"):

@@ -687,7 +687,7 @@ def test_backward_after_inference_is_refused(rng: np.random.Generator) -> None:
     net = Peek()
     y = net(rng.standard_normal((N, D_IN)))
     assert net.saved.nbytes == 0
-    with pytest.raises(RuntimeError, match="this forward pass ran as inference and kept nothing"):
+    with pytest.raises(RuntimeError, match="this forward pass ran in inference mode and kept nothing"):
         net.layer.backward(y, net.saved)
 
 

@@ -385,8 +385,8 @@ def test_a_state_that_does_not_fit_is_refused_with_all_reasons(rng: np.random.Ge
     for wrong, message in (
         ({}, "the state has no 'steps'"),
         ({"steps": np.array(-1)}, "steps is -1"),
-        ({"steps": np.array(2.5)}, "steps is 2.5, expected a count"),
-        ({"steps": np.ones(2, np.int64)}, r"steps is \[1 1\], expected a count"),
+        ({"steps": np.array(2.5)}, "steps is 2.5, expected an integer of at least 0"),
+        ({"steps": np.ones(2, np.int64)}, r"steps is \[1 1\], expected an integer of at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             AdamW().load_state_dict(wrong)
@@ -403,7 +403,7 @@ def test_other_parameters_than_those_of_the_state_are_refused(rng: np.random.Gen
         [*params, params[0]._replace(name="new")],
         [params[0]._replace(name="x"), *params[1:]],
     ):
-        with pytest.raises(ValueError, match=r"AdamW\.step: these are not the parameters of the state"):
+        with pytest.raises(ValueError, match=r"AdamW\.step: the parameters do not fit the optimiser's state"):
             optimizer.step(others)
     with pytest.raises(ValueError, match="two parameters have the same name"):
         AdamW().step([params[0], params[0]])

@@ -143,7 +143,7 @@ def test_the_search_makes_no_matrix_of_the_weights_shape(rng: np.random.Generato
 def test_what_makes_no_sense_is_refused(rng: np.random.Generator, tmp_path: Path) -> None:
     W = decaying(rng)
     with pytest.raises(
-        ValueError, match=r"init='pissa' with use_dora=True: DoRA's magnitudes belong to the rows"
+        ValueError, match=r"init='pissa' with use_dora=True: DoRA needs the norms of the rows"
     ):
         nplora.LoRALinear(W, init="pissa", use_dora=True)
     with pytest.raises(ValueError, match=r"init='olora' is not available; possible: 'zero', 'gaussian'$"):

@@ -489,16 +489,16 @@ SAME = {"W": np.ones((130, 97))}
             {},
             r"layer 1: .* its x is .* shape \(9, 97\), expected .* shape \(9, 96\)$",
         ),
-        ({"use_dora": True}, {}, "layer 1: saved is of a layer without DoRA$"),
-        (SAME, {"u": np.ones((9, 7), np.float32)}, "layer 1: saved is of a layer with DoRA$"),
-        (SAME, {"x": None}, "layer 1: this pass kept no x, from which the gradient of B is computed$"),
+        ({"use_dora": True}, {}, "layer 1: saved is from a layer without DoRA$"),
+        (SAME, {"u": np.ones((9, 7), np.float32)}, "layer 1: saved is from a layer with DoRA$"),
+        (SAME, {"x": None}, "layer 1: this pass kept no x, which the gradient of B needs$"),
         (
             SAME,
             {"x": np.ones((3, 97), np.float32)},
             r"layer 1: .* its x is float32 of shape \(3, 97\), expected",
         ),
         (SAME, {"z": np.ones((9, 5))}, "layer 1: .* its z is float64 of shape"),
-        (SAME, {"lead": (3, 3)}, "saved is from passes of batches of different shapes$"),
+        (SAME, {"lead": (3, 3)}, "saved is from passes over batches of different shapes$"),
     ],
 )
 def test_the_pass_of_another_stack_adds_nothing_to_any_layer(

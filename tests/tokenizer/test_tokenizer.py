@@ -237,7 +237,7 @@ def test_only_llama_3_takes_a_whole_word_that_no_merges_lead_to() -> None:
 
 def test_a_byte_level_model_without_a_splitting_rule_is_read_with_a_warning() -> None:
     with pytest.warns(
-        UserWarning, match=r"<bytes>: tokenizer\.ggml\.pre is missing, so text is split as for GPT-2"
+        UserWarning, match=r"<bytes>: tokenizer\.ggml\.pre is missing, so text is split as in GPT-2"
     ):
         from_gguf(opened(byte_level(pre=None)))
 
@@ -738,7 +738,7 @@ PIECE_TOKENS = sentencepiece()["tokenizer.ggml.tokens"]
             FormatError,
             "byte token 3 is '<0x-1>', expected <0xNN>",
         ),
-        (sentencepiece(bos_token_id=268), FormatError, "bos_token_id is 268, there are 268 tokens"),
+        (sentencepiece(bos_token_id=268), FormatError, "bos_token_id is 268, but there are 268 tokens"),
         (sentencepiece(eos_token_id=Typed(-1, "INT32")), FormatError, "eos_token_id is -1"),
         (sentencepiece(bos_token_id="1"), FormatError, "expected an integer"),
         (sentencepiece(add_bos_token=1), FormatError, "expected a BOOL"),

@@ -252,7 +252,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="total_steps was 15, is 40"):
         history = fit(second, checkpoint_dir=tmp_path, resume=True)
     assert outcome(second, history) == expected
-    with pytest.raises(ValueError, match="of step 40, this run ends at step 5"):
+    with pytest.raises(ValueError, match="of step 40, but this run ends at step 5"):
         fit(trainer_of(net(), schedule="constant"), epochs=1, checkpoint_dir=tmp_path, resume=True)
 
 
@@ -596,7 +596,7 @@ def test_an_error_in_a_callback_loses_nothing(
     assert newest(tmp_path).step == saved
     if hook != "on_fit_end":
         assert raised.value.__notes__ == [
-            f"the run is saved at step {saved}: --resume (resume=True) continues it"
+            f"the run is saved at step {saved}: --resume (resume=True) continues the run"
         ]
     second = trainer_of(net(rng=99))
     assert outcome(second, fit(second, checkpoint_dir=tmp_path, resume=True)) == uninterrupted
@@ -696,7 +696,7 @@ def test_an_update_that_failed_halfway_is_not_saved(tmp_path: Path) -> None:
 
     with pytest.raises(ArithmeticError, match="halfway") as raised:
         fit(trainer_of(net(), optimizer=Torn(lr=0.02)), checkpoint_dir=tmp_path, checkpoint_every=3)
-    assert raised.value.__notes__ == ["the run is saved at step 3: --resume (resume=True) continues it"]
+    assert raised.value.__notes__ == ["the run is saved at step 3: --resume (resume=True) continues the run"]
     assert not any((array == 7).all() for array in newest(tmp_path).parameters.values())
 
 
@@ -852,7 +852,7 @@ def test_a_log_that_fails_at_the_end_says_that_the_run_is_saved(
     monkeypatch.setattr(RunDirectory, "log", log)
     with pytest.raises(OSError, match="No space") as raised:
         fit(trainer_of(net()), epochs=1, checkpoint_dir=tmp_path)
-    assert raised.value.__notes__ == ["the run is saved at step 5: --resume (resume=True) continues it"]
+    assert raised.value.__notes__ == ["the run is saved at step 5: --resume (resume=True) continues the run"]
 
 
 def test_bad_data_are_not_blamed_on_the_learning_rate(tmp_path: Path) -> None:
@@ -860,7 +860,7 @@ def test_bad_data_are_not_blamed_on_the_learning_rate(tmp_path: Path) -> None:
     batches = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, ROWS, BATCH)]
     batches[7] = (np.full_like(x[:4], np.nan), y[:4])
     trainer = trainer_of(net(rng=0))
-    with pytest.raises(nplora.NonFiniteLossError, match=r"its input x is not finite") as raised:
+    with pytest.raises(nplora.NonFiniteLossError, match=r"the input x is not finite") as raised:
         trainer.fit(batches, checkpoint_dir=tmp_path, checkpoint_every=50)
     assert raised.value.__notes__ == ["the run is saved at step 2"]
     assert newest(tmp_path).step == 2
@@ -1002,7 +1002,7 @@ def test_two_damaged_checkpoints_are_an_error_that_names_both(stopped: Path, tmp
         raw = bytearray((directory / name).read_bytes())
         damage_tensor(raw)
         (directory / name).write_bytes(raw)
-    with pytest.raises(CorruptError, match=r"no whole checkpoint is left: .*checkpoint-1.*checkpoint-0"):
+    with pytest.raises(CorruptError, match=r"no undamaged checkpoint is left: .*checkpoint-1.*checkpoint-0"):
         fit(trainer_of(net()), checkpoint_dir=directory, resume=True)
     with pytest.raises(FileExistsError):
         fit(trainer_of(net()), checkpoint_dir=directory)
@@ -1017,7 +1017,7 @@ def test_a_checkpoint_of_a_later_schema_is_not_skipped(
         later.setattr(checkpoint, "SCHEMA", 2)
         files.replace([checkpoint.new_file(path, changed)])
     with pytest.raises(
-        UnsupportedError, match=r"the checkpoint has schema '2', but this nplora reads only 1"
+        UnsupportedError, match=r"the checkpoint has schema '2', but this nplora reads only schema 1"
     ):
         fit(trainer_of(net()), checkpoint_dir=directory, resume=True)
 
@@ -1026,7 +1026,7 @@ def test_a_checkpoint_of_a_later_schema_is_not_skipped(
     ("changes", "message"),
     [
         ({"step": -1}, "step is -1"),
-        ({"step": 41}, "step 41 of a run of 40 steps"),
+        ({"step": 41}, "step is 41, but total_steps is 40"),
         ({"epoch": True}, "epoch is True"),
         ({"random_state": []}, r"random_state is \[\]"),
         ({"serial": -3}, "serial is -3"),
@@ -1037,7 +1037,7 @@ def test_a_checkpoint_of_a_later_schema_is_not_skipped(
         ({"random_state": {"0": [1, 2.5]}}, r"random_state of '0' is \[1, 2\.5\], expected"),
         ({"random_state": {"0": [1 << 64, 0]}}, r"random_state of '0' is .*expected"),
         ({"batch": 1 << 63}, "batch is 9223372036854775808, expected below"),
-        ({"epoch": 13}, "13 epochs in 12 steps"),
+        ({"epoch": 13}, "epoch is 13, but step is only 12"),
     ],
 )
 def test_a_checkpoint_that_contradicts_itself_is_corrupt(
@@ -1065,7 +1065,7 @@ def unchanged_by_failing_resume(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch": 14}, "batch 14 of an epoch of 13"),
+        ({"batch": 14}, "batch 14, but an epoch has only 13"),
         ({"epochs": [{}]}, "the checkpoint's history is not valid"),
         ({"epochs": [dict.fromkeys(("epoch", "step", "loss", "val_loss", "val_accuracy", "seconds"), "1")]},
          "the checkpoint's history is not valid"),
@@ -1169,7 +1169,9 @@ def test_a_run_resumes_with_other_settings_after_a_warning(stopped: Path, tmp_pa
 def test_another_instruction_set_is_a_warning(stopped: Path, tmp_path: Path) -> None:
     directory = copy_of(stopped, tmp_path)
     rewrite(directory, isa="abacus")
-    with pytest.warns(UserWarning, match="instruction set abacus, this is .*equal up to rounding") as warned:
+    with pytest.warns(
+        UserWarning, match="instruction set abacus, but this is .*equal up to rounding"
+    ) as warned:
         fit(trainer_of(net()), checkpoint_dir=directory, resume=True)
     assert [warning.filename for warning in warned] == [__file__]
 
@@ -1191,7 +1193,13 @@ def test_every_warning_of_a_resumed_run_names_the_line_that_calls_fit(stopped: P
         warnings.simplefilter("always")
         fit(trainer, checkpoint_dir=directory, resume=True)
     found = [str(warning.message) for warning in warned]
-    parts = ("left unfinished", "the other checkpoint, of step", "the log is", "other settings", "abacus")
+    parts = (
+        "left this file unfinished",
+        "the other checkpoint, of step",
+        "the log is",
+        "other settings",
+        "abacus",
+    )
     assert [part for part, text in zip(parts, found, strict=True) if part in text] == list(parts)
     assert {warning.filename for warning in warned} == {__file__}
 
@@ -1202,7 +1210,7 @@ def test_another_run_is_not_written_over_by_accident(
     directory = copy_of(stopped, tmp_path)
     before = {name: (directory / name).read_bytes() for name in NAMES}
     with pytest.raises(
-        FileExistsError, match=r"holds a run \(step 12\): resume=True continues it, overwrite"
+        FileExistsError, match=r"holds a run \(step 12\): resume=True continues the run, overwrite"
     ):
         fit(trainer_of(net()), checkpoint_dir=directory)
     assert {name: (directory / name).read_bytes() for name in NAMES} == before
@@ -1312,7 +1320,7 @@ def test_what_a_killed_writer_left_is_removed_and_named(stopped: Path, tmp_path:
     directory = copy_of(stopped, tmp_path)
     left = directory / ".checkpoint-1.safetensors.0123456789ab.tmp"
     left.write_bytes(b"half")
-    with pytest.warns(UserWarning, match=r"0123456789ab\.tmp: left unfinished"):
+    with pytest.warns(UserWarning, match=r"0123456789ab\.tmp: removed, because"):
         assert newest(directory).step == 12
     assert not left.exists()
 
@@ -1343,7 +1351,9 @@ def is_refused(directory: Path, error: type[Exception], message: str) -> None:
 def test_a_file_that_no_run_made_is_left_unchanged(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(FOREIGN[name])
     is_refused(
-        tmp_path, FileExistsError, rf"cannot be written: no run made the file {name} in it: move that file"
+        tmp_path,
+        FileExistsError,
+        rf"cannot be written: the file {name} was not made by a run: move that file",
     )
 
 
@@ -1478,7 +1488,7 @@ def test_a_crash_of_a_run_that_overwrites_another_leaves_one_of_them_whole(
         with pytest.raises(FileNotFoundError, match="a run that has no adapter yet: finish it with --resume"):
             nplora.load_adapter(adapted(), directory)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*left unfinished by a run that was killed")
+            warnings.filterwarnings("ignore", message=".*a run that was killed left this file unfinished")
             assert run(directory, resume=True) == expected
         events = [json.loads(line)["event"] for line in (directory / "log.jsonl").read_text().splitlines()]
         assert events == ["header", "start", "resume", *["step"] * 5, "epoch", "end"]
@@ -1570,7 +1580,7 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again_at_the_next(
     ]
     message = str(warned[0].message)
     assert "No space left on device" in message
-    assert message.endswith(f"Until then the checkpoint of step {before} is the newest")
+    assert message.endswith(f"The newest checkpoint is still that of step {before}")
     assert sorted(checkpoint.read(directory / name).step for name in NAMES) == [STEPS - 1, STEPS]
     assert not list(directory.glob(".*"))
 
@@ -1686,7 +1696,7 @@ def test_a_fifo_with_the_name_of_a_file_is_an_error(name: str, tmp_path: Path) -
     [
         ("write", r"bytes were to be written, 0 were"),
         ("fsync", r"no checkpoint is written"),
-        ("ftruncate", r"was to end after byte 0"),
+        ("ftruncate", r"cutting the log to 0 bytes failed"),
     ],
 )
 def test_an_error_of_the_log_names_it(
@@ -1788,7 +1798,7 @@ def kill_after(seconds: float, directory: Path, nursery: subprocess.Popen[str]) 
 def check_killed_run(directory: Path, uninterrupted: dict[str, Any]) -> None:
     trainer = trainer_of(net(rng=0))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*left unfinished by a run that was killed")
+        warnings.filterwarnings("ignore", message=".*a run that was killed left this file unfinished")
         history = fit(trainer, checkpoint_dir=directory, checkpoint_every=1, resume=True)
     assert outcome(trainer, history) == uninterrupted
     assert not list(directory.glob(".*")), "what a killed run left unfinished is still there"

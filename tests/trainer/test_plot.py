@@ -63,7 +63,7 @@ def test_a_picture_does_not_replace_its_log(run: Path) -> None:
     log = (run / "log.jsonl").read_bytes()
     for make in (os.link, os.symlink):
         make(run / "log.jsonl", run / "log.png")
-        with pytest.raises(ValueError, match=r"plot: .*log\.png is the log itself, which is left as it is"):
+        with pytest.raises(ValueError, match=r"plot: .*log\.png is the log itself, which is never"):
             plot.plot_run(run, run / "log.png", overwrite=True)
         (run / "log.png").unlink()
     assert (run / "log.jsonl").read_bytes() == log
@@ -123,10 +123,10 @@ def test_missing_losses_are_gaps(run: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "there is no step in it yet"),
-        ('{"event":"start"}\n', "there is no step in it yet"),
+        ("", "the log has no step yet"),
+        ('{"event":"start"}\n', "the log has no step yet"),
         ('{"event":"start"}\nnonsense\n', "line 2: not JSON"),
-        ("[1]\n", r"line 1: \[1\], expected an object with an event"),
+        ("[1]\n", r"line 1 is \[1\], expected a JSON object with an event"),
         ('{"event":"step","step":"1","loss":1,"lr":1}\n', "line 1: step is '1', expected a number"),
         ('{"event":"step","step":1,"loss":true,"lr":1}\n', "line 1: loss is True, expected a number"),
         ('{"event":"step","step":1,"loss":1,"lr":1e999}\n', "line 1: the number 1e999 is beyond float64"),

@@ -147,7 +147,7 @@ def test_a_run_without_a_labelled_row_changes_nothing_and_warns() -> None:
     model, (x, y) = net(), data(8)
     before, optimizer = values(model), nplora.AdamW()
     trainer = trainer_of(model, optimizer=optimizer)
-    with pytest.warns(UserWarning, match="no label counts in any step, so nothing was trained") as caught:
+    with pytest.warns(UserWarning, match="no step had a label to train on, so nothing was trained") as caught:
         history = trainer.fit(x, np.full_like(y, -100))
     assert caught[0].filename == __file__
     assert values(model) == before
@@ -330,16 +330,16 @@ def test_a_single_example_instead_of_rows_is_refused(batch_size: int, dtype: Any
     trainer = trainer_of(nplora.LoRALinear(weight, rank=2), loss="mse")
     x = np.ones(D_IN, dtype)
     with pytest.raises(
-        ValueError, match=r"^Trainer\.predict: x has shape \(6,\), .*single example is x\[None\]"
+        ValueError, match=r"^Trainer\.predict: x has shape \(6,\), .*single example as x\[None\]"
     ):
         trainer.predict(x, batch_size=batch_size)
     with pytest.raises(
-        ValueError, match=r"^Trainer\.evaluate: x has shape \(6,\), .*single example is x\[None\]"
+        ValueError, match=r"^Trainer\.evaluate: x has shape \(6,\), .*single example as x\[None\]"
     ):
         trainer.evaluate(x, x, batch_size=batch_size)
     assert trainer.predict(x[None], batch_size=batch_size).shape == (1, D_IN)
     narrow = trainer_of(nplora.LoRALinear(np.ones((3, 1)), rank=1), loss="mse")
-    with pytest.raises(ValueError, match=r"its output has shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"the output has shape \(3,\)"):
         narrow.predict(x[:1], batch_size=batch_size)
 
 
@@ -492,8 +492,8 @@ def failing_run(
 @pytest.mark.parametrize(
     ("poison", "where"),
     [
-        ("x", "its input x is not finite"),
-        ("y", "its targets y are not finite"),
+        ("x", "the input x is not finite"),
+        ("y", "the targets y are not finite"),
         ("layer", "the first layer whose output is not finite is '2' (LoRALinear)"),
         ("layer and y", "the first layer whose output is not finite is '2' (LoRALinear)"),
         ("loss", "the output of every layer is finite, but the loss is not"),
@@ -536,7 +536,7 @@ def test_a_loss_that_is_not_finite_stops_within_its_step_and_touches_nothing(
 def test_targets_that_are_not_an_array_are_searched_too() -> None:
     x, _ = data(8)
     for y, where in (
-        ((np.ones(3), [1.0, np.nan]), "its targets y are not finite"),
+        ((np.ones(3), [1.0, np.nan]), "the targets y are not finite"),
         ((np.ones(3), [1.0, 2.0], "name"), "the output of every layer is finite, but the loss is not"),
     ):
         trainer = trainer_of(net(), loss=lambda prediction, target: (np.inf, np.zeros_like(prediction)))
@@ -554,7 +554,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_as_a_loss_does(tmp_path: Pa
     y[16:] = -1
     message, trainer, before, moments = failing_run(model, x, y, tmp_path, loss=loss)
     hint = "; a lower lr may help"
-    assert message == f"step 3 (epoch 1): the loss is finite, the gradient of 0.A, 0.B, 2.A, 2.B is not{hint}"
+    assert (
+        message
+        == f"step 3 (epoch 1): the loss is finite, but the gradient of 0.A, 0.B, 2.A, 2.B is not{hint}"
+    )
     assert values(model) == before
     assert state(trainer.optimizer) == moments
 
@@ -584,7 +587,7 @@ def test_parameters_that_an_update_made_infinite_are_not_saved(tmp_path: Path) -
 
     trainer = trainer_of(net(), loss=loss, optimizer=nplora.SGD(lr=1e38))
     with pytest.raises(
-        nplora.NonFiniteLossError, match=r"step 1 made 0\.A, 2\.A not finite; it is not saved"
+        nplora.NonFiniteLossError, match=r"step 1 made 0\.A, 2\.A not finite, so this step is not saved"
     ):
         trainer.fit(x, y, batch_size=8, checkpoint_dir=tmp_path, checkpoint_every=1)
     assert saved_step(tmp_path) == 0
@@ -689,7 +692,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]
         ValueError,
         "validation is a list_iterator, which can be read only once",
     ),
-    "open end": ({"schedule": "linear"}, {"x": iter([(X, Y)]), "y": None}, ValueError, "needs to know"),
+    "open end": ({"schedule": "linear"}, {"x": iter([(X, Y)]), "y": None}, ValueError, "the number of steps"),
 }
 
 
@@ -1003,7 +1006,7 @@ def test_a_signal_that_ends_the_process_saves_first(tmp_path: Path, signum: sign
         child.send_signal(signum)
         assert child.wait(timeout=20) == 128 + signum
         last = out.read().splitlines()[-1]
-    assert re.fullmatch(r"the run is saved at step \d+: --resume \(resume=True\) continues it", last)
+    assert re.fullmatch(r"the run is saved at step \d+: --resume \(resume=True\) continues the run", last)
     assert saved_step(tmp_path) >= 5
 
 

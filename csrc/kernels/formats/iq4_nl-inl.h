@@ -4,11 +4,11 @@
 
 namespace nplora {
 
-// The values of the codes of IQ4_NL and IQ4_XS.
+// The levels of IQ4_NL and IQ4_XS: code q stands for kIQ4Levels[q].
 inline constexpr int8_t kIQ4Levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                           1,    13,   25,  38,  53,  69,  89,  113};
 
-// d kIQ4Levels[q]
+// An element with code q is d * kIQ4Levels[q].
 struct BlockIQ4_NL {
   static constexpr size_t kElements = 32;
   static constexpr BlockFacts kFacts{.largest = 113 * kLargestHalf};
@@ -22,7 +22,8 @@ static_assert(sizeof(BlockIQ4_NL) == 18);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// A copy of the levels, as floats and as bytes. It is in this namespace for the reason that vec.h gives.
+// A copy of the levels, as floats and as bytes. The copy is in the namespace of the kernel unit, because
+// kernel units share no inline code (see vec.h).
 struct IQ4Levels {
   float floats[16];
   int8_t bytes[16];
@@ -35,7 +36,7 @@ inline constexpr IQ4Levels kIQ4 = [] {
   return levels;
 }();
 
-// Puts d times the levels of the 32 codes in 16 bytes.
+// Decodes 32 codes, which are the nibbles of 16 bytes: stores `d` times their levels to `to`.
 template <class To>
 inline void put_iq4(const uint8_t* codes, Vec<float> d, To to) {
   const Bytes q = load_bytes(codes);

@@ -5,9 +5,10 @@
 
 namespace nplora {
 
-// Eight sub-blocks: (d (scale - 32)) kIQ4Levels[q]. Sub-block j starts at byte 16 j of q, laid out as in
-// IQ4_NL. A scale has six bits: the low four are a nibble of byte j / 2 of scales_low, the high two are at
-// bit 2 j of the 16-bit number scales_high.
+// A block has eight sub-blocks. An element with code q is d * (scale - 32) * kIQ4Levels[q], with one 6-bit
+// `scale` for each sub-block. Sub-block j starts at byte 16 j of `q` and is laid out as in IQ4_NL. The low
+// four bits of the scale of sub-block j are in byte j / 2 of `scales_low`, in the low nibble if j is even,
+// else in the high nibble. The high two bits of this scale are at bit 2 j of the 16-bit number `scales_high`.
 struct BlockIQ4_XS {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 113 * kLargestHalf, .shorter = "iq4_nl"};
@@ -23,11 +24,13 @@ static_assert(sizeof(BlockIQ4_XS) == 136);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// to (16) = d (scale - 32) of the eight sub-blocks, then eight numbers without meaning.
+// Stores the factors d * (scale - 32) of the eight sub-blocks to `to`, followed by eight numbers
+// without meaning.
 inline void put_scales(const BlockIQ4_XS& block, float* to) {
   uint32_t low;
   __builtin_memcpy(&low, block.scales_low, sizeof low);
-  // Spreads the eight pairs of bits over eight bytes: first halves move apart, then quarters, then eighths.
+  // Spreads eight 2-bit fields over eight bytes. Each step splits every run of adjacent fields into two
+  // halves and moves the halves apart.
   uint64_t high = block.scales_high[0] | uint64_t(block.scales_high[1]) << 32;
   high = (high | high << 12) & 0x000F000F000F000F;
   high = (high | high << 6) & 0x0303030303030303;

@@ -1,14 +1,16 @@
-// NF4 of bitsandbytes. NF4 is the only format whose blocks run through the flat tensor and not along rows.
+// The format NF4 of bitsandbytes. NF4 is the only format whose blocks run through the flattened tensor
+// instead of along its rows.
 #pragma once
 
 #include "base/block.h"
 
 namespace nplora {
 
-// absmax kNf4Levels[q]. A block is 64 elements of the flat tensor, and may begin and end within a row.
-// Element 2 i is in the high nibble of byte i. absmax is in a separate array, with one float for each block.
-// absmax may itself be quantised: then it is book[code] scale + offset, with a book of kNf4Book levels and
-// one scale for kNf4Group blocks.
+// An element with code q is absmax * kNf4Levels[q], where `absmax` is the scale of its block. A block is 64
+// elements of the flattened tensor, and may begin and end within a row. In a block, element 2 i is the high
+// nibble of byte i, and element 2 i + 1 is the low nibble. The scales are in a separate array, with one float
+// for each block. The scales may themselves be quantised. A quantised scale with code c is book[c] * s +
+// offset, where the book has kNf4Book levels and one factor s belongs to kNf4Group blocks.
 struct BlockNf4 {
   static constexpr size_t kElements = 64;
   static constexpr BlockFacts kFacts{.largest = 0x1.FFFFFEp127f};
@@ -17,7 +19,8 @@ struct BlockNf4 {
 static_assert(sizeof(BlockNf4) == 32);
 inline constexpr size_t kNf4Group = 256, kNf4Book = 256;
 
-// Dettmers et al. 2023, appendix E: the quantiles of a normal distribution, with an exact zero.
+// The levels of NF4 are quantiles of a normal distribution, with an exact zero (Dettmers et al. 2023,
+// appendix E).
 inline constexpr float kNf4Levels[16] = {-1.0f,
                                          -0.6961928009986877f,
                                          -0.5250730514526367f,
@@ -40,7 +43,8 @@ inline constexpr float kNf4Levels[16] = {-1.0f,
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// A copy of the levels. It is in this namespace for the reason that vec.h gives.
+// A copy of the levels. The copy is in the namespace of the kernel unit, because kernel units share no inline
+// code (see vec.h).
 struct Nf4Levels {
   float v[16];
 };
@@ -50,7 +54,8 @@ inline constexpr Nf4Levels kLevels = [] {
   return levels;
 }();
 
-// bitsandbytes rounds the product before it adds. volatile prevents a fused multiply-add.
+// Rounds the product before it adds the offset, as bitsandbytes does. The keyword `volatile` prevents a fused
+// multiply-add, which would not round the product.
 inline float absmax_of(const Nf4& w, size_t block) {
   if (w.absmax) return w.absmax[block];
   const volatile float product = w.absmax_book[w.absmax_codes[block]] * w.absmax_scales[block / kNf4Group];
@@ -61,7 +66,7 @@ inline float nf4_value(const uint8_t* codes, size_t i, float absmax) {
   return kLevels.v[i % 2 == 0 ? codes[i / 2] >> 4 : codes[i / 2] & 15] * absmax;
 }
 
-// to (n) = elements [i, i + n) of the flat tensor, all in one block.
+// Decodes the elements [i, i + n) of the flattened tensor to `to`. These elements are all in one block.
 inline void decode_nf4_run(const uint8_t* codes, size_t i, size_t n, float absmax, const Levels& levels,
                            DecodedRow to) {
   const Vec<float> d = Vec<float>::broadcast(absmax);
@@ -95,7 +100,7 @@ inline void decode_nf4(size_t rows, size_t cols, Nf4 w, size_t first, size_t row
   }
 }
 
-// For rows that begin at a block's start and have a whole number of blocks.
+// The rows of a weight in NF4 whose rows begin at the start of a block and have a whole number of blocks.
 struct Nf4Rows {
   static constexpr size_t kElements = BlockNf4::kElements;
   const Nf4& w;

@@ -4,8 +4,9 @@
 
 namespace nplora {
 
-// Eight sub-blocks: (d scale) q - (dmin min). Each half of a sub-block has a scale and a minimum: the low and
-// the high nibble of a byte of scales. Sub-block 4 h + t starts at byte 32 h of q, at bit 2 t.
+// A block has eight sub-blocks. An element with code q is d * scale * q - dmin * min. Each half of a
+// sub-block has one byte in `scales`: the low nibble is its `scale`, the high nibble its `min`. The codes of
+// sub-block 4 h + t start at byte 32 h of `q`, at bit 2 t of each byte.
 struct BlockQ2_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 15 * kLargestHalf, .shorter = "iq4_nl"};
@@ -20,7 +21,7 @@ static_assert(sizeof(BlockQ2_K) == 84);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// The values d scale and -(dmin min) for each half of a sub-block.
+// The factors d * scale and the negated minima -dmin * min, with one of each for every half of a sub-block.
 struct Q2Scales {
   float d[16], m[16];
 
@@ -48,8 +49,9 @@ struct Decoder<BlockQ2_K> {
       const size_t half = 2 * j + i / kBytes;
       const auto d = Vec<float>::broadcast(scales.d[half]), m = Vec<float>::broadcast(scales.m[half]);
 #if defined(NPLORA_SIMD_AVX512)
-      // A permutation reads four bits of each index: this code and, above it, the next code. The table holds
-      // each value four times, so the next code does not matter.
+      // The permutation reads four bits of each index: the two bits of this code and, above them, two
+      // bits of another code. The table holds each value four times, so the upper two bits of the index
+      // do not matter.
       const __m512 codes = _mm512_broadcast_f32x4(_mm_setr_ps(0, 1, 2, 3));
       const __m512 values = _mm512_fmadd_ps(codes, d.v, m.v);
       const Indices at = indices(q) >> (j % 4 * 2);

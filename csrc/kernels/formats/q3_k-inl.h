@@ -4,11 +4,11 @@
 
 namespace nplora {
 
-// Eight sub-blocks: (d (scale - 32)) (q - 4), with a scale for each half of a sub-block. The low two
-// bits of the codes of sub-block 4 h + t start at byte 32 h of `low`, at bit 2 t of each byte. The high bits
-// of sub-block j are bit j of each byte of `high`. A scale has six bits. The low four bits of scale i are in
-// a nibble of byte i % 8 (the low nibble for i < 8). Its high two bits are in byte 8 + i % 4, at bit
-// 2 (i / 4).
+// A block has eight sub-blocks. An element with the 3-bit code q is d * (scale - 32) * (q - 4), with one
+// 6-bit `scale` for each half of a sub-block. The low two bits of the codes of sub-block 4 h + t start at
+// byte 32 h of `low`, at bit 2 t of each byte. The high bits of the codes of sub-block j are bit j of each
+// byte of `high`. The low four bits of scale i are in byte i % 8 of `scales`, in the low nibble if i < 8,
+// else in the high nibble. The high two bits of scale i are in byte 8 + i % 4 of `scales`, at bit 2 (i / 4).
 struct BlockQ3_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 3 * kLargestHalf, .shorter = "iq4_nl"};
@@ -24,14 +24,14 @@ static_assert(sizeof(BlockQ3_K) == 110);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// to (16) = d (scale - 32).
+// Stores the 16 factors d * (scale - 32) of a block to `to`.
 inline void put_scales(const BlockQ3_K& block, float* to) {
   constexpr uint64_t kFour = 0x0F0F0F0F0F0F0F0F, kTwo = 0x3030303030303030;
   uint64_t low;
   uint32_t high;
   __builtin_memcpy(&low, block.scales, sizeof low);
   __builtin_memcpy(&high, block.scales + sizeof low, sizeof high);
-  // Moves the two high bits of each scale to bit 4 of a separate byte.
+  // Moves the high two bits of each scale to bits 4 and 5 of a separate byte.
   const uint64_t first = uint64_t(high) << 4 | uint64_t(high) << 34, second = high | uint64_t(high >> 2)
                                                                                          << 32;
   const Bytes codes = pair((low & kFour) | (first & kTwo), (low >> 4 & kFour) | (second & kTwo));
@@ -54,8 +54,8 @@ struct Decoder<BlockQ3_K> {
       const Bytes q = load_bytes(b.low + j / 4 * kSubBlock + i), high = load_bytes(b.high + i);
       const auto d = Vec<float>::broadcast(scales[2 * j + i / kBytes]);
 #if defined(NPLORA_SIMD_AVX512)
-      // A permutation reads four bits of each index: the three bits of this code and, above them, a stray
-      // bit. The table holds each value twice, so the stray bit does not matter.
+      // The permutation reads four bits of each index: the three bits of this code and, above them, one bit
+      // of another code. The table holds each value twice, so the highest of the four bits does not matter.
       const __m512 codes = _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3);
       const Indices low_bits = indices(q) >> (j % 4 * 2), bits = indices(high),
                     high_bit = j < 2 ? bits << (2 - j) : bits >> (j - 2);

@@ -4,7 +4,7 @@
 
 namespace nplora {
 
-// d (q - 8)
+// An element with code q is d * (q - 8).
 struct BlockQ4_0 {
   static constexpr size_t kElements = 32;
   static constexpr BlockFacts kFacts{.largest = 8 * kLargestHalf};

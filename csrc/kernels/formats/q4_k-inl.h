@@ -4,10 +4,13 @@
 
 namespace nplora {
 
-// Eight sub-blocks: (d scale_j) q - (dmin min_j). Scales and minima have six bits. For j < 4, scale_j is the
-// low bits of byte j, and min_j the low bits of byte 4 + j. For j >= 4, their low four bits are the nibbles
-// of byte 4 + j, and their high two bits are the top bits of bytes j - 4 and j. The 32 bytes at 32 (j / 2) of
-// q hold sub-blocks j (low nibbles) and j + 1 (high nibbles), for even j.
+// A block has eight sub-blocks. An element of sub-block j with code q is d * scale_j * q - dmin * min_j.
+// The scales and minima have six bits each and are packed into the 12 bytes `scales`. For j < 4, scale_j is
+// the low six bits of byte j, and min_j the low six bits of byte 4 + j. For j >= 4, byte 4 + j holds the
+// low four bits of scale_j in its low nibble and those of min_j in its high nibble. For j >= 4, the high
+// two bits of scale_j are the top bits of byte j - 4, and those of min_j are the top bits of byte j. For
+// even j, the 32 bytes from byte 16 j of `q` on hold sub-block j in their low nibbles and sub-block j + 1
+// in their high nibbles.
 struct BlockQ4_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 63 * kLargestHalf, .shorter = "q5_0"};

@@ -4,7 +4,7 @@
 
 namespace nplora {
 
-// d (q - 16)
+// An element with code q is d * (q - 16).
 struct BlockQ5_0 {
   static constexpr size_t kElements = 32;
   static constexpr BlockFacts kFacts{.largest = 16 * kLargestHalf};

@@ -4,7 +4,7 @@
 
 namespace nplora {
 
-// d q + m
+// An element with code q is d * q + m.
 struct BlockQ5_1 {
   static constexpr size_t kElements = 32;
   static constexpr BlockFacts kFacts{.largest = kLargestHalf};

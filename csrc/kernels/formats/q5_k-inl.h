@@ -4,7 +4,8 @@
 
 namespace nplora {
 
-// Like Q4_K; bit j of high[i] is bit 4 of element i of sub-block j.
+// The layout is that of Q4_K with a fifth bit for each code. The fifth bit of element i of sub-block j is bit
+// j of high[i].
 struct BlockQ5_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 63 * kLargestHalf, .shorter = "q5_1"};

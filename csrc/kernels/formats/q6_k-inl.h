@@ -4,9 +4,10 @@
 
 namespace nplora {
 
-// Eight sub-blocks: (d scale) (q - 32), with a scale for each half of a sub-block. Sub-block 4 h + t has its
-// low four bits at byte 64 h + 32 (t % 2) of low, in the low nibbles for t < 2, else in the high nibbles. Its
-// high two bits are at byte 32 h of high, at bit 2 t.
+// A block has eight sub-blocks. An element with code q is d * scale * (q - 32), with one `scale` for each
+// half of a sub-block. The low four bits of the codes of sub-block 4 h + t start at byte 64 h + 32 (t % 2) of
+// `low`, in the low nibbles if t < 2, else in the high nibbles. The high two bits of the codes of sub-block 4
+// h + t start at byte 32 h of `high`, at bit 2 t of each byte.
 struct BlockQ6_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 127 * kLargestHalf, .shorter = "q8_0"};

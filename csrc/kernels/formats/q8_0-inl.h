@@ -4,7 +4,7 @@
 
 namespace nplora {
 
-// d q
+// An element with code q is d * q.
 struct BlockQ8_0 {
   static constexpr size_t kElements = 32;
   static constexpr BlockFacts kFacts{.largest = 127 * kLargestHalf};

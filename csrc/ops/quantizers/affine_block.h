@@ -1,4 +1,5 @@
-// Scale groups with minima: (d scale) q - dmin minimum.
+// Formats with a scale and a minimum for each group of values. A value is (d * scale) * q - dmin * minimum,
+// where q is its integer code, and d and dmin are float16 numbers of the block.
 #pragma once
 
 #include "ops/quantizers/scale_groups.h"
@@ -16,7 +17,8 @@ struct AffineBlock {
   CodeGrid grid(size_t j) const { return {d * scale[j], -(dmin * minimum[j])}; }
 };
 
-// The best of some grids with m <= 0 for one group, in unrounded numbers.
+// Tries several grids d * q + m with m <= 0 for one group, and returns the best. The d and m of the result
+// are not rounded to the storage format.
 template <size_t n>
 CodeGrid fit_group(const float* x, Codes codes) {
   const auto [least, most] = std::minmax_element(x, x + n);
@@ -37,7 +39,8 @@ CodeGrid fit_group(const float* x, Codes codes) {
   return best;
 }
 
-// Changes every scale and minimum by at most one, so that the results are nearest to the values.
+// In each group, changes the integer scale and minimum by at most one, to the values with the smallest
+// squared error.
 template <class Affine>
 void settle(const float* x, Codes codes, Affine& b) {
   b.error = 0;
@@ -57,11 +60,11 @@ void settle(const float* x, Codes codes, Affine& b) {
   }
 }
 
-// d and dmin by least squares for the codes, scales and minima of b. Returns false if these values do not
-// determine d and dmin.
+// Fits d and dmin to the codes, scales and minima of b by least squares. Returns false if there is no
+// solution with d > 0 and dmin >= 0.
 template <class Affine>
 bool refit(const float* x, Codes codes, Affine& b) {
-  double ss = 0, sm = 0, mm = 0, xs = 0, xm = 0;  // sums over products of s = scale q and m = minimum
+  double ss = 0, sm = 0, mm = 0, xs = 0, xm = 0;  // sums of products of x, s = scale * q and m = minimum
   for (size_t j = 0; j < b.kGroups; ++j) {
     const Moments k = moments<Affine::kSize>(x + j * b.kSize, b.grid(j), codes);
     ss += b.scale[j] * b.scale[j] * k.qq;
@@ -104,7 +107,7 @@ Affine best_affine(const float* x, Codes codes) {
   return best;
 }
 
-// Q4_K and Q5_K, whose scales and minima have six bits.
+// Quantises to Q4_K or Q5_K, whose scales and minima have six bits.
 template <class Block>
 void quantize_six_bits(size_t blocks, const float* x, Block* out, Codes codes) {
   for (; blocks > 0; --blocks, x += Block::kElements, ++out) {

@@ -1,6 +1,6 @@
-// The search for the scale of a block in formats with blocks of 32. It starts with the scale of ggml's rule,
-// and tries scales near this one, fitted by least squares. The scale with the smallest squared error is kept,
-// so no block is worse than with ggml's rule.
+// Searches for the best scale of a block, in formats with blocks of 32 values. The search starts with the
+// scale of ggml's rule, and tries other scales near it, fitted by least squares. The scale with the smallest
+// squared error is kept, so no block is worse than with ggml's rule.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,8 @@ inline CodeGrid rounded(CodeGrid grid) {
   return {round_to_half(grid.d), round_to_half(grid.m)};
 }
 
-// Keeps the best of the tried grids, rounded to its stored form.
+// Keeps the best of the tried grids. A grid is rounded to float16, as it is stored, before its error is
+// computed.
 struct Best {
   const float* x;
   Codes codes;
@@ -28,14 +29,14 @@ struct Best {
   void show(CodeGrid other) {
     const CodeGrid stored = rounded(other);
     const float e = squared_error<kElements>(x, stored, codes);
-    if (e < error) {  // false if d became infinite, because then e is NaN
+    if (e < error) {  // false if `d` became infinite, because `e` is then NaN
       error = e;
       grid = stored;
     }
   }
 };
 
-// d q, q = -n ... n - 1
+// The best grid d * q for the codes q = -n ... n - 1.
 inline CodeGrid best_scale(const float* x, float n) {
   const Codes codes{-n, n - 1};
   const auto [low, high] = std::minmax_element(x, x + kElements);
@@ -49,7 +50,7 @@ inline CodeGrid best_scale(const float* x, float n) {
   return best.grid;
 }
 
-// d q + m, q = 0 ... last
+// The best grid d * q + m for the codes q = 0 ... last.
 inline CodeGrid best_affine(const float* x, float last) {
   const Codes codes{0, last};
   const auto [low, high] = std::minmax_element(x, x + kElements);
@@ -62,8 +63,8 @@ inline CodeGrid best_affine(const float* x, float last) {
   return best.grid;
 }
 
-// Writes the codes, minus `first` so that they start at 0: the low four bits in nibbles, bit 4 in `high` if
-// the format has it.
+// Stores the codes of a block. codes.first is subtracted, so that the smallest code is 0. The low four bits
+// of a code are stored in a nibble, and bit 4 is stored in `high` if the format has it.
 template <class Block>
 void store_codes(const float* x, CodeGrid grid, Codes codes, Block& out) {
   const Encoder code(grid, codes);
@@ -79,7 +80,7 @@ void store_codes(const float* x, CodeGrid grid, Codes codes, Block& out) {
     }
 }
 
-// n: half the number of codes.
+// `n` is half the number of codes.
 template <class Block>
 void quantize_scale(size_t blocks, const float* x, Block* out, float n) {
   for (; blocks > 0; --blocks, x += kElements, ++out) {

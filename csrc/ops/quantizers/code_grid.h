@@ -1,11 +1,12 @@
-// Grids of numbers, and the error of a few values on a grid: the tools of the quantisers' searches.
+// The tools of the quantisers' searches: grids of numbers, and the error of values that are rounded to a
+// grid.
 #pragma once
 
 #include <cstddef>
 
 namespace nplora {
 
-// d q + m for the integers q of Codes.
+// A grid: the numbers d * q + m, where the codes q are the integers from Codes::first to Codes::last.
 struct CodeGrid {
   float d, m = 0;
 };
@@ -13,13 +14,13 @@ struct Codes {
   float first, last;
 };
 
-// Rounds to nearest even for |x| < 2^22, in a form that every machine vectorises.
+// Rounds x to the nearest integer, to even in a tie, if |x| < 2^22. Every compiler can vectorise this form.
 inline float nearest_integer(float x) {
   constexpr float kShift = 0x1.8p23f;
   return (x + kShift) - kShift;
 }
 
-// Maps x to the code of the nearest number of a grid.
+// Maps x to the code of the nearest number on a grid.
 class Encoder {
  public:
   Encoder(CodeGrid grid, Codes codes) : grid_(grid), inverse_(grid.d == 0 ? 0 : 1 / grid.d), codes_(codes) {}
@@ -36,8 +37,8 @@ class Encoder {
   Codes codes_;
 };
 
-// The sum of term(i) for i < n. Each of eight partial sums takes every eighth term. Vectors of any width can
-// sum in this order.
+// The sum of term(i) for i < n. Each of eight partial sums takes every eighth term, so that vectors of any
+// width can sum in this order.
 template <size_t n, class Term>
 float sum(const Term& term) {
   float parts[8] = {};
@@ -55,7 +56,7 @@ float squared_error(const float* x, CodeGrid grid, Codes codes) {
   });
 }
 
-// Sums over n values x and their codes q.
+// Sums over n values x and their codes q: of 1, x, q, x * q and q * q.
 struct Moments {
   double n, x, q, xq, qq;
 };
@@ -68,8 +69,8 @@ Moments moments(const float* x, CodeGrid grid, Codes codes) {
           sum<n>([&](size_t i) { return x[i] * q[i]; }), sum<n>([&](size_t i) { return q[i] * q[i]; })};
 }
 
-// The grid whose decoded codes have the smallest squared error; it fits d, or d and m. Returns `otherwise`
-// if the codes do not determine the grid.
+// Fits a grid to the values by least squares, with their codes unchanged. fitted_scale finds d with m = 0,
+// and `fitted` finds d and m. Both return `otherwise` if the codes do not determine the grid.
 inline CodeGrid fitted_scale(const Moments& s, CodeGrid otherwise) {
   return s.qq > 0 ? CodeGrid{float(s.xq / s.qq)} : otherwise;
 }
@@ -80,8 +81,9 @@ inline CodeGrid fitted(const Moments& s, CodeGrid otherwise) {
   return {float(d), float((s.x - d * s.q) / s.n)};
 }
 
-// A quantiser's own range does not give the least error. A few grids around this range are tried. They
-// spread the values over fewer codes or, clipping the extremes, over more codes.
+// A grid that spans exactly the range of the values does not give the smallest error, so a few other grids
+// are tried. These grids spread the values over fewer codes, or over more codes than exist, which clips the
+// extreme values.
 inline constexpr int kTries = 8;
 inline float codes_of_try(int i) {
   constexpr float kFewest = -1.5f, kMost = 1.5f;

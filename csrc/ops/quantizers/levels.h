@@ -7,7 +7,7 @@
 
 namespace nplora {
 
-// Groups of kSize values. Each value is d times one of kLevels, which ascend.
+// A group has kSize values. Each value is d times one of kLevels, which are in ascending order.
 template <size_t kGroupSize, const int8_t (&kLevels)[16]>
 struct LevelCodes {
   static constexpr size_t kSize = kGroupSize;

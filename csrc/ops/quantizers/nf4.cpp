@@ -1,5 +1,6 @@
-// NF4 as bitsandbytes makes it (Dettmers et al. 2023): the level nearest to each value divided by its block's
-// absmax. The absmax are quantised in the same way, with other levels.
+// Quantises to NF4 as bitsandbytes does (Dettmers et al. 2023). Each value is divided by the largest
+// magnitude of its block (absmax) and rounded to the nearest of 16 levels. The absmax values can be quantised
+// in the same way, with other levels.
 #include <algorithm>
 #include <cmath>
 
@@ -9,7 +10,7 @@ namespace nplora {
 
 namespace {
 
-// A smaller absmax is replaced by this number, so that the inverse is finite.
+// A smaller absmax is replaced by this number, so that 1 / absmax is finite.
 constexpr float kSmallestAbsmax = 1e-38f;
 
 float absmax_of(size_t n, const float* x) {
@@ -22,8 +23,8 @@ float inverse_of(float absmax) {
   return 1 / std::max(absmax, kSmallestAbsmax);
 }
 
-// The level nearest to x, or the lower level if two are equally near. Its code is the number of midpoints
-// between levels that are below x.
+// The code of the level nearest to x, or of the lower level if two are equally near. This code is the number
+// of midpoints between neighbouring levels that are below x.
 uint8_t nearest_level(float x) {
   int middles = 0;
   for (size_t i = 0; i < 15; ++i) middles += x > (kNf4Levels[i] + kNf4Levels[i + 1]) / 2;
@@ -36,20 +37,22 @@ float quantize_nf4_block(size_t n, const float* x, uint8_t* codes) {
   const float absmax = absmax_of(n, x), inverse = inverse_of(absmax);
   uint8_t q[BlockNf4::kElements + 1];
   for (size_t i = 0; i < n; ++i) q[i] = nearest_level(x[i] * inverse);
-  q[n] = nearest_level(0);  // fills the byte at an odd end
+  q[n] = nearest_level(0);  // if n is odd, this code fills the last byte
   for (size_t i = 0; i < n; i += 2) codes[i / 2] = static_cast<uint8_t>(q[i] << 4 | q[i + 1]);
   return absmax;
 }
 
-// Dettmers 2016: for each of seven decimal exponents, the midpoints of 2^i equal parts of 0.1 ... 1, with
-// both signs; also 0 and 1.
+// The dynamic code book of Dettmers 2016. For each of seven decimal exponents, numbered i = 0 to 6, the range
+// from 0.1 to 1 is cut into 2^i equal parts. The book contains the midpoints of these parts, times 10^(i -
+// 6), with both signs, and also 0 and 1.
 void dynamic_book(float (&book)[kNf4Book]) {
   constexpr int kExponents = 7;
   float* end = book;
   for (int i = 0; i < kExponents; ++i) {
     const int parts = 1 << i;
     const float step = (1.0f - 0.1f) / float(parts), unit = float(std::pow(10.0, i - kExponents + 1));
-    // Computed from the nearer end and fused, like torch.linspace.
+    // The bound is computed from the nearer end of the range, with a fused multiply-add, like in
+    // torch.linspace.
     const auto bound = [&](int k) {
       return k < (parts + 1) / 2 ? std::fma(step, float(k), 0.1f) : std::fma(-step, float(parts - k), 1.0f);
     };

@@ -10,7 +10,7 @@ struct Format : IntegerCodes<16, -32, 31> {
 };
 
 ScaledBlock<Format> best_block(const float* x) {
-  constexpr int kReach = 8;  // for the largest scale: it puts the extreme at codes 31 ... 34
+  constexpr int kReach = 8;  // for the largest scale: 8 steps put the largest magnitude at codes 31 to 34
   ScaledBlock<Format> best;
   best.d = unit_of(absmax(BlockQ6_K::kElements, x) / Format::kCodes.last, Format::kMostScale);
   for (size_t j = 0; j < best.kGroups; ++j) {

@@ -1,4 +1,4 @@
-// ggml's rule, bit for bit.
+// Quantises to Q8_0 by ggml's rule, bit for bit.
 #include <algorithm>
 #include <cmath>
 
@@ -11,7 +11,7 @@ namespace {
 
 constexpr size_t kElements = BlockQ8_0::kElements;
 
-// Rounds halves away from zero.
+// Rounds to the nearest integer, and away from zero in a tie.
 int8_t rounded_away(float x) {
   const float whole = float(int(x)), rest = x - whole;
   return static_cast<int8_t>(whole + (rest >= 0.5f ? 1.0f : rest <= -0.5f ? -1.0f : 0.0f));
@@ -26,7 +26,7 @@ void quantize_blocks(size_t blocks, const float* x, BlockQ8_0* out) {
     for (size_t i = 0; i < kElements; ++i) absmax = std::max(absmax, std::abs(x[i]));
     const float d = absmax / 127, inverse = 1 / d;
     out->d = to_half(d);
-    // If the inverse of the scale is infinite, the scale is far below the smallest float16.
+    // If 1 / d is infinite, d is far below the smallest float16, and all codes are 0.
     for (size_t i = 0; i < kElements; ++i)
       out->q[i] = std::isinf(inverse) ? int8_t{0} : rounded_away(x[i] * inverse);
   }

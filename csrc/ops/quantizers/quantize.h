@@ -1,5 +1,5 @@
-// The quantisers for a run of blocks. ops/blocks.cpp distributes runs to threads. Values must be finite and
-// within the format's range.
+// The quantisers of the block formats. ops/blocks.cpp distributes the blocks to threads. Values must be
+// finite and within the format's range.
 #pragma once
 
 #include <cstddef>
@@ -9,17 +9,18 @@
 
 namespace nplora {
 
-// out (blocks) from x (blocks * Block::kElements).
+// Quantises x (blocks * Block::kElements) to out (blocks).
 template <class Block>
 void quantize_blocks(size_t blocks, const float* x, Block* out);
 
-// codes (ceil(n / 2)) of n <= BlockNf4::kElements values; returns their absmax.
+// Quantises n <= BlockNf4::kElements values to codes (ceil(n / 2)). Returns absmax, their largest magnitude.
 float quantize_nf4_block(size_t n, const float* x, uint8_t* codes);
 
-// The levels to which absmax is quantised (double quantisation): the dynamic 8-bit code book, ascending.
+// Fills `book` with the levels to which absmax is quantised (double quantisation): the dynamic 8-bit code
+// book, in ascending order.
 void dynamic_book(float (&book)[kNf4Book]);
 
-// codes (n) of n <= kNf4Group values; returns their scale.
+// Quantises n <= kNf4Group values to codes (n), with the levels of `book`. Returns their scale.
 float quantize_nf4_group(size_t n, const float* x, const float (&book)[kNf4Book], uint8_t* codes);
 
 }  // namespace nplora

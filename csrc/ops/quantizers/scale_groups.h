@@ -1,6 +1,7 @@
-// Formats with one float16 that scales small integers, where each integer scales a group of values (ggml's K
-// types). A group is a whole sub-block or half a sub-block. First a grid is fitted to every group alone. Then
-// two steps alternate: nearby integers are tried, and the float16 is fitted to the chosen integers.
+// Formats whose blocks have a small integer for each group of values (ggml's K types). The scale of a group
+// is its integer times a float16 that the whole block shares. A group is a whole sub-block or half a
+// sub-block. First a grid is fitted to every group alone. Then two steps alternate: nearby integers are
+// tried, and the float16 is fitted to the chosen integers.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +15,8 @@ namespace nplora {
 
 inline constexpr int kRounds = 3;
 
-// The float16 whose product with the largest integer is `largest`. Subnormal float16 numbers are sparse, so a
-// subnormal result is rounded up. Otherwise the product could be far too small.
+// The float16 whose product with largest_integer is about `largest`. Subnormal float16 numbers are sparse, so
+// a subnormal result is rounded up. If the result were rounded down, the product could be far too small.
 inline float unit_of(float largest, float largest_integer) {
   if (largest == 0) return 0;
   return round_to_half(std::min(largest / largest_integer, kLargestHalf) + kSmallestHalf / 2);

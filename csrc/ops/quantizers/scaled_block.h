@@ -1,4 +1,5 @@
-// Scale groups without minima: (d scale) q.
+// Formats with a scale for each group of values, but no minimum. A value is (d * scale) * q, where q is the
+// number that its code stands for, and d is a float16 number of the block.
 #pragma once
 
 #include <initializer_list>
@@ -7,7 +8,7 @@
 
 namespace nplora {
 
-// Groups of kSize values whose codes q are the integers from kFirst to kLast.
+// Codes for groups of kSize values. The codes q are the integers from kFirst to kLast.
 template <size_t kGroupSize, int kFirst, int kLast>
 struct IntegerCodes {
   static constexpr size_t kSize = kGroupSize;
@@ -17,8 +18,8 @@ struct IntegerCodes {
   static Moments sums(const float* x, float d) { return moments<kSize>(x, {d}, kCodes); }
 };
 
-// Format provides its codes (kSize, error, sums), kGroups, and the range of its scales, from kLeastScale to
-// kMostScale.
+// A block and its error. `Format` provides the codes of a group (kSize, error, sums), the number of groups
+// kGroups, and the range of the integer scales, from kLeastScale to kMostScale.
 template <class Format>
 struct ScaledBlock {
   static constexpr size_t kGroups = Format::kGroups, kSize = Format::kSize;
@@ -26,7 +27,8 @@ struct ScaledBlock {
   float scale[kGroups] = {};
   double error = 0;
 
-  // Gives group j the best integer within `reach` of one of `scales`, and adds its error.
+  // Sets the scale of group j to the best integer within `reach` of one of `scales`, and adds the error of
+  // the group to the error of the block.
   void settle(const float* x, size_t j, std::initializer_list<float> scales, int reach) {
     float least = INFINITY;
     for (float near : scales)
@@ -48,7 +50,8 @@ inline float absmax(size_t n, const float* x) {
   return most;
 }
 
-// Fits d to the chosen codes and scales, then codes and scales to d, and repeats this as long as it helps.
+// Fits d to the current codes and scales, then codes and scales to d. Repeats this as long as the error
+// becomes smaller, at most kRounds - 1 times.
 template <class Format>
 ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
   for (int i = 1; i < kRounds; ++i) {
@@ -69,9 +72,10 @@ ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
   return best;
 }
 
-// The best block for several values of d, whose multiples differ by fractions of a step of the largest scale.
-// `extreme` is the code at which the search first places the largest magnitude of a group. Integers near the
-// resulting scale are tried, with either sign.
+// Searches with several values of d, and returns the best block. The values of d are so close together that
+// the products of the largest scale with any two of them differ by less than d. In each group, the search
+// starts with the scale that puts the largest magnitude at the code `extreme`. The search then tries the
+// integers within `reach` of this scale, with either sign.
 template <class Format>
 ScaledBlock<Format> best_of_starts(const float* x, float unit, float extreme, int reach) {
   constexpr int kStarts = 4;

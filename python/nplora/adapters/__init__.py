@@ -1,25 +1,26 @@
 """LoRA adapters: in memory, in PEFT's directories, in llama.cpp's files, and in models.
 
-Arguments and errors that several functions here share:
+Arguments and errors that several functions of this package share:
 
-    base: the base model of the adapter: a GGUF file, a config.json, or the directory that holds one. If
-        tensors are there, the adapter's names and shapes are checked against them. A llama.cpp file for the
-        Llama family cannot be read without the base model, because the order of its rows depends on the
-        heads.
+    base: the base model of the adapter: a GGUF file, a config.json, or the directory that holds one. If the
+        base model's weights are present, the adapter's names and shapes are checked against them. A llama.cpp
+        adapter for the Llama family cannot be read without the base model, because the order of the adapter's
+        rows depends on the model's number of heads.
     any_base: accept an adapter that was trained on another language model with the same shapes. An adapter
-        keeps a digest of its base model's norms; without this option, a different digest is an error. An
-        adapter without a digest is always accepted.
-    edited_config: accept an adapter_config.json that was edited after `save_adapter` wrote it. Saving the
-        adapter again records the edited file as the right one.
-    overwrite: replace another adapter.
+        stores a digest (SHA-256) of its base model's norm weights. Without `any_base`, a digest that differs
+        from the model's is an error. An adapter without a digest is always accepted.
+    edited_config: accept an adapter_config.json that was edited after `save_adapter` wrote it. After the
+        loaded adapter is saved again, `edited_config` is no longer needed.
+    overwrite: replace an existing adapter at the output path.
 
-    FormatError: a file breaks its format, or the adapter belongs to another model or does not fit. The
-        message lists everything that does not fit. UnsupportedError: nplora does not know this kind of
-        adapter, or cannot use its fully trained layers or its DoRA magnitudes here. UnsafeError: the weights
-        are a pickle, or the configuration could run code or hang. CorruptError: adapter_config.json was
-        edited.
-    ValueError: a path is empty, or `base` is missing.
-    FileExistsError: the output exists and is never replaced, or is replaced only with `overwrite`.
+    FormatError: a file breaks its format, or the adapter belongs to another model or does not fit this one.
+        The message lists every mismatch. UnsupportedError: nplora does not know this kind of adapter, or the
+        operation does not support fully trained layers or DoRA magnitudes. UnsafeError: the weights are a
+        pickle, or the configuration could run code or make a reader hang. CorruptError: adapter_config.json
+        was edited.
+    ValueError: a path is empty, or `base` is required but missing.
+    FileExistsError: the output exists. With `overwrite`, an adapter is replaced, but never a model or a
+        training run.
     OSError: a file cannot be read or written. On a full disk the message says how many bytes were needed.
 """
 

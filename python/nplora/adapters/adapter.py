@@ -1,4 +1,4 @@
-"""An adapter in memory. It is read from a PEFT directory, a llama.cpp file or a model."""
+"""An adapter in memory, read from a PEFT directory, a llama.cpp file or a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from nplora.nn.module import Module
 
 
 class Adapter(AdapterContent):
-    """An adapter in memory: a mapping of layer name to `LoraDelta`. `AdapterContent` lists the attributes.
+    """An adapter in memory: a mapping of layer name to `LoraDelta`.
+
+    The attributes of an adapter are described in `AdapterContent`.
 
     >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2, rng=0))
     >>> nplora.save_adapter(model, "adapter")
@@ -32,12 +34,12 @@ class Adapter(AdapterContent):
 
     @staticmethod
     def of(content: AdapterContent) -> Adapter:
-        """Make an adapter of this content."""
+        """Return the content as an `Adapter`."""
         return content if isinstance(content, Adapter) else Adapter(**vars(content))
 
     @staticmethod
     def from_model(model: Module) -> Adapter:
-        """Return the adapter that a model holds. Its factors are the model's live arrays, not copies.
+        """Return a model's LoRA layers as an adapter. The factors are the layers' own arrays, not copies.
 
         Raises:
             ValueError: the model has no LoRA layer.
@@ -50,7 +52,7 @@ class Adapter(AdapterContent):
     ) -> Adapter:
         """Read a PEFT directory or a llama.cpp file.
 
-        This is `read_adapter`, except that the adapter may hold fully trained layers.
+        Unlike `read_adapter`, this method accepts an adapter with fully trained layers.
         """
         return Adapter.of(sources.read(source, base, edited_config, any_base))
 
@@ -62,33 +64,34 @@ class Adapter(AdapterContent):
         Returns:
             a report of the conversion to a llama.cpp file; None for a directory.
         Raises:
-            the errors of `save_adapter`; and
-            FileExistsError: the directory holds a training run, or an adapter and `overwrite` is not set.
+            The errors of `save_adapter`, and these:
+            FileExistsError: the directory holds a training run; or it holds an adapter, and `overwrite` is
+                not set.
             ValueError: the adapter has no layers, or the path ends in .gguf and `base` is missing.
         """
         if base is not None:
             return gguf_files.save(self, path, base, any_base, overwrite)
         if files.suffix(path) == ".gguf":
-            raise ValueError(f"Adapter.save: {files.name(path)}: a GGUF adapter needs base, the base model")
+            raise ValueError(f"Adapter.save: {files.name(path)}: a GGUF adapter needs its base model (base)")
         require_no_other(path, overwrite)
         peft_files.save(self, path)
         return None
 
     def attach(self, model: Module, any_base: bool = False, replace: bool = False) -> None:
-        """Put the adapter on a model, as new LoRA layers over its frozen weights.
+        """Attach the adapter to a model, as new LoRA layers over the model's frozen weights.
 
         The new layers have no dropout. If an error is raised, the model is unchanged.
 
         Args:
-            replace: first remove the adapter that the model has, from all layers. An optimiser
-                that holds the arrays of the removed layers must be made anew. (`load_adapter` keeps the
-                layers and writes into their arrays instead.)
+            replace: first remove the model's present adapter from all layers. Create a new optimiser
+                afterwards, because the old one holds the arrays of the removed layers. (`load_adapter`, in
+                contrast, keeps the layers and loads the adapter's values into them.)
         Raises:
             ValueError: the model has an adapter and `replace` is not set; or a layer to be replaced was made
                 with init="pissa" or "olora", which changed its frozen weight.
-            RuntimeError: a layer to be replaced is merged.
-            FormatError: the adapter does not fit the model, belongs to another model, or has fully trained
-                layers.
+            RuntimeError: the update of a layer to be replaced is merged into the layer's weight.
+            FormatError: the adapter does not fit the model or belongs to another model, or it has fully
+                trained layers.
         """
         layers.attach(self, model, any_base, replace)
 
@@ -99,26 +102,28 @@ class Adapter(AdapterContent):
         base: StrPath | None = None,
         any_base: bool = False,
     ) -> CombinedAdapter:
-        """Add up adapters: in every layer, the new ΔW is the sum of weight · ΔW.
+        """Add up adapters: each layer's new ΔW is the sum of weight · ΔW over all adapters.
 
-        The adapters may differ in ranks, alphas, rsLoRA and targets. The sum is computed in float64. Each
-        layer gets the smallest rank that holds its sum exactly. `nplora.adapters` describes `base`.
+        The adapters may differ in rank, alpha, the use of rsLoRA, and the layers that they adapt. The sum is
+        computed in float64. Each layer gets the smallest rank that represents its sum exactly. See
+        `nplora.adapters` for `base`.
 
         Args:
-            adapters: pairs of an adapter and its weight. A weight is any finite number. An adapter is a PEFT
-                directory, a llama.cpp file, a model, or an `Adapter`.
-            rank: the largest rank of a layer. Larger sums keep their largest singular values, and the
-                result's `errors` says what that costs.
-            any_base: also add up adapters of different base models. Two base models count as different if
-                the adapters hold different digests of their norms. If a digest is missing, the last part of
-                the base models' names is compared. A missing name counts as equal to any other name.
+            adapters: pairs (adapter, weight). The adapter is a PEFT directory, a llama.cpp file, a model, or
+                an `Adapter`. The weight is any finite number.
+            rank: the largest rank that a layer may get. A sum of higher rank is truncated to its largest
+                singular values, and the result's `errors` gives the relative error of each layer.
+            any_base: also add up adapters of different base models. Base models count as different if the
+                adapters store different digests of the models' norm weights. If an adapter has no digest, the
+                last parts of the base models' names are compared too. A missing name matches every name.
         Returns:
             an adapter whose layers all have scale 1.
         Raises:
-            the errors of `read_adapter`; and
-            UnsupportedError: an adapter uses DoRA, which rescales rows, so its changes do not add up.
-            ValueError: there are no adapters, a weight is not finite, `rank` is below 1, a sum is beyond
-                float32, or the adapters belong to different models or do not fit each other.
+            The errors of `read_adapter`, and these:
+            UnsupportedError: an adapter uses DoRA, which rescales the rows of W + ΔW, so its update cannot be
+                added to others.
+            ValueError: there are no adapters, a weight is not finite, `rank` is below 1, a sum exceeds the
+                range of float32, or the adapters belong to different models or do not fit each other.
             TypeError: `adapters` is not a list of pairs.
 
         >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(8, dtype=np.float32), rank=2, rng=0))
@@ -132,7 +137,7 @@ class Adapter(AdapterContent):
         return CombinedAdapter(**vars(combination.combine(adapters, rank, base, any_base)))
 
     def merge(self, base: StrPath, output: StrPath, **options: Any) -> ModelMerge:
-        """Write a model with this adapter merged into it. It takes the same options as `merge_adapter`."""
+        """Write a model with this adapter merged into it. `options` are the options of `merge_adapter`."""
         return merge_files.merge_adapter(base, self, output, **options)
 
 
@@ -154,14 +159,14 @@ combine = Adapter.combine
 def read_adapter(
     source: Source, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
 ) -> Adapter:
-    """Read an adapter from any source. `nplora.adapters` describes the other arguments and errors.
+    """Read an adapter of low-rank factors. See `nplora.adapters` for the other arguments and errors.
 
     Args:
         source: a PEFT adapter directory, a llama.cpp adapter file, a model with LoRA layers (the result then
             holds the model's live arrays), or an `Adapter`, which is returned unchanged.
     Raises:
         UnsupportedError: the adapter holds fully trained layers. ValueError: the model has no LoRA layer.
-        TypeError: `source` is something else.
+        TypeError: `source` has another type.
     Warns:
         UserWarning: the directory has copies of the base model's weights, which are ignored.
 

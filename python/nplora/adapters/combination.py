@@ -1,4 +1,4 @@
-"""The weighted sum of several adapters as one adapter. `nplora.lora.weighted_sum` adds up one layer."""
+"""The weighted sum of several adapters as one adapter. `nplora.lora.weighted_sum` computes one layer."""
 
 import heapq
 import math
@@ -27,9 +27,10 @@ class Combination(AdapterContent):
     """A weighted sum of adapters.
 
     Attributes:
-        errors: layer -> ‖ΔW - exact ΔW‖ / ‖exact ΔW‖ in the Frobenius norm, by truncation alone. It is 0 if
-            nothing was cut off. Rounding the factors to float32 is not counted.
-        norms: layer -> ‖exact ΔW‖.
+        errors: for each layer, the relative error ‖ΔW - exact ΔW‖ / ‖exact ΔW‖ (Frobenius norm) that
+            truncation to a lower rank causes; 0 without truncation. The rounding of the factors to float32 is
+            not counted.
+        norms: for each layer, the Frobenius norm of the exact ΔW.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
@@ -37,12 +38,12 @@ class Combination(AdapterContent):
 
     @property
     def error(self) -> float:
-        """The relative error of ΔW over all layers together."""
+        """The relative error of all layers' ΔW together."""
         squares = [self.errors[name] ** 2 for name in self.norms]
         return math.sqrt(weighted_mean(self.norms.values(), squares, 0.0))
 
     def table(self, layers: Iterable[str] | None = None) -> str:
-        """A table with one line for each layer."""
+        """A text table of the ranks and relative errors, with one line for each layer."""
         names = list(self if layers is None else layers)
         width = max(map(len, names), default=0)
         return "\n".join(
@@ -56,10 +57,13 @@ class Combination(AdapterContent):
         numbers = sum(update.A.size + update.B.size for update in self.values())
         size = f"{counted(len(self), 'layer')} of rank {rank}, {numbers:,} numbers"
         if not self.error:
-            return f"{size}, nothing is cut off"
+            return f"{size}, nothing is truncated"
         worst = self.table(heapq.nlargest(_SHOWN, self, key=self.errors.__getitem__))
         table = textwrap.indent(worst, "  ")
-        return f"{size}, relative error {self.error:.3g} over all layers; the largest:\n{table}"
+        return (
+            f"{size}, relative error {self.error:.3g} over all layers; layers with the largest errors:\n"
+            f"{table}"
+        )
 
 
 def combine(
@@ -81,8 +85,8 @@ def combine(
     for adapter, _ in weighted:
         if adapter.use_dora:
             raise UnsupportedError(
-                f"combine: {adapter.source} uses DoRA, which rescales the rows of W + ΔW, so its changes do "
-                "not add up; merge it into the model instead"
+                f"combine: {adapter.source} uses DoRA, which rescales the rows of W + ΔW, so its update "
+                "cannot be added to others; merge it into the model instead"
             )
     contents = [adapter for adapter, _ in weighted]
     if not any_base:
@@ -121,7 +125,7 @@ def _require_one_base(adapters: list[AdapterContent], base: StrPath | None, base
         theirs = next(model_digest.described(name, digest) for _, name, digest in bases if digest is not None)
         raise ValueError(
             f"combine: base is {model_digest.described(files.name(base), base_digest)}, but the adapters "
-            f"belong to another model ({theirs}); name that model, or {model_digest.TAKEN}"
+            f"belong to another model ({theirs}); pass that model as base, or {model_digest.TAKEN}"
         )
     if base is not None:
         bases.append((files.name(base), None, base_digest))
@@ -131,12 +135,12 @@ def _require_one_base(adapters: list[AdapterContent], base: StrPath | None, base
 
 
 def _last_part(name: str | None) -> str | None:
-    """The last part of a path or of a Hub name. The rest may differ between two copies of a model."""
+    """The last part of a path or Hugging Face Hub name. Copies of a model may differ in the other parts."""
     return Path(name or "").name.casefold() or None
 
 
 def _require_alike(adapters: list[AdapterContent]) -> None:
-    """Raise ValueError if a layer differs in shape or kind between the adapters."""
+    """Raise ValueError if a layer differs in shape or kind (linear or embedding) between the adapters."""
     first: dict[str, tuple[str, LoraDelta]] = {}
     problems = []
     for adapter in adapters:

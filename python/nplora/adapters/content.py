@@ -1,4 +1,4 @@
-"""The content of an adapter, independent of the file it is kept in.
+"""The content of an adapter, independent of its file format.
 
 Layers have Hugging Face's dotted names, as in PEFT: "model.layers.0.self_attn.q_proj".
 """
@@ -18,14 +18,14 @@ class AdapterContent(Mapping[str, LoraDelta]):
     """The data of an adapter: a mapping of layer name to `LoraDelta`.
 
     Attributes:
-        source: the file, directory or model it comes from, as messages name it.
+        source: the name that messages give to the adapter's file, directory or model.
         base_model_name_or_path: the name of the base model, or None.
         task_type: PEFT's name for the task, such as "CAUSAL_LM", or None.
         base_digest: the digest of the base model's norms (`models.model_digest.of`), or None.
         modules_to_save: the arrays of fully trained layers: layer -> parameter -> array.
         dropout: the LoRA dropout probability of most layers.
-        unknown: the unknown keys of adapter_config.json.
-        neighbours: the names of the model's other modules, if known.
+        unknown: the keys of adapter_config.json that nplora does not know.
+        neighbours: the names of the model's modules that are not LoRA layers, if known.
         uses_expression: whether the file selects layers by a regular expression instead of a list.
     """
 

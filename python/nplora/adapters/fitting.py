@@ -1,4 +1,4 @@
-"""The one check of whether an adapter fits its target: a model, or a file of weights."""
+"""Checks whether an adapter fits its target, which is a model or a file of weights."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,14 +17,14 @@ _KINDS = ("a linear layer", "an embedding")
 
 @dataclass(frozen=True)
 class Place:
-    """The weight that an adapter's layer belongs to. An attribute of None accepts anything.
+    """The properties of the weight that a layer of an adapter must fit. A property of None fits every layer.
 
     Attributes:
         title: the weight's name in messages.
         shape: (d_out, d_in).
         embedding: whether the weight is an embedding table.
         use_dora: whether the layer has DoRA magnitudes.
-        dtype: the dtype of the factors.
+        dtype: the dtype that the factors are converted to.
     """
 
     title: str = ""
@@ -40,13 +40,15 @@ class Target:
 
     Attributes:
         title: the target's name in messages; empty if every adapter fits.
-        place: a function of a layer's name and shape (d_out, d_in). It returns the layer's place, or the
-            reason why there is none.
+        place: a function that takes a layer's name and shape (d_out, d_in). The function returns the layer's
+            `Place`, or a text that says why the target has none.
         digest: the digest of the target's norms (`model_digest.of`), or None.
         required: the layers that the adapter must have.
-        whole: the live arrays of fully trained layers, by layer and parameter. None accepts any.
-        require_kind: a function with three arguments: an adapter's source, whether it has DoRA, and its fully
-            trained layers. It raises UnsupportedError if the target cannot hold them.
+        whole: the model's arrays of fully trained layers: layer -> parameter -> array. None accepts any fully
+            trained layer.
+        require_kind: a function that raises UnsupportedError if the target cannot hold this kind of adapter.
+            The arguments of the function are the adapter's source, whether the adapter has DoRA, and the
+            adapter's fully trained layers.
     """
 
     title: str = ""
@@ -57,7 +59,11 @@ class Target:
     require_kind: Callable[[str, bool, Collection[str]], None] = lambda source, has_dora, whole: None
 
     def place_of(self, layer: str, shape: tuple[int, ...], embedding: bool, use_dora: bool) -> Place:
-        """Find the place of a layer in the target. Raises FormatError if no place fits it."""
+        """Find the `Place` of an adapter's layer.
+
+        Raises:
+            FormatError: the target has no place for the layer, or the layer does not fit its place.
+        """
         place = self.place(layer, shape)
         if isinstance(place, str):
             raise FormatError(f"{brief(layer)}: {place}")
@@ -66,7 +72,8 @@ class Target:
             raise FormatError(f"{brief(layer)}: the adapter has {wanted}, but {place.title} is {found}")
         if place.shape not in (None, shape):
             raise FormatError(
-                f"{brief(layer)}: the adapter is for a weight {shape}, but {place.title} is {place.shape}"
+                f"{brief(layer)}: the adapter is for a weight of shape {shape}, but {place.title} has shape "
+                f"{place.shape}"
             )
         if place.use_dora not in (None, use_dora):
             raise FormatError(
@@ -84,12 +91,12 @@ class Target:
         self.require(adapter, problems, any_base)
 
     def require(self, adapter: AdapterContent, problems: list[str], any_base: bool) -> None:
-        """Do the rest of `check`, given the problems that were found while the adapter was read."""
+        """Finish `check`: report the `problems` of the layers, then check the base model."""
         base = adapter.base_model_name_or_path, adapter.base_digest
         if problems and not self.title:
             lines = "".join(f"\n  {problem}" for problem in problems)
             reasons = counted(len(problems), "reason")
-            raise FormatError(f"{adapter.source}: the adapter cannot be used for {reasons}:{lines}")
+            raise FormatError(f"{adapter.source}: the adapter cannot be used, for {reasons}:{lines}")
         if problems:
             subject = model_digest.subject(*base, self.digest)
             raise FormatError(f"{adapter.source}: {subject} does not fit {self.title} {in_places(problems)}")
@@ -104,7 +111,7 @@ ANYTHING = Target()
 
 @contextlib.contextmanager
 def collecting(problems: list[str]) -> Iterator[None]:
-    """Add a FormatError of the body to `problems` and continue, so that a message can list all of them."""
+    """Catch a FormatError of the `with` body and add its message to `problems`, to report all at once."""
     try:
         yield
     except FormatError as error:

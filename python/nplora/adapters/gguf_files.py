@@ -1,12 +1,14 @@
 """LoRA adapters of language models in llama.cpp's format, and conversion from and to PEFT directories.
 
-Both formats call the factors lora_a and lora_b (see `letters`). Three things differ:
+Both formats name the factors lora_a and lora_b (see `letters`). The formats differ in three things:
 
     names      PEFT's "model.layers.0.self_attn.q_proj" is "blk.0.attn_q.weight"
-    rows       in architecture llama, the rows of q and k, and so of their lora_b, are permuted
+    rows       in architecture llama, GGUF permutes the rows of q and k, and so those of their lora_b
     scale      PEFT has alpha / r or, with rsLoRA, alpha / sqrt(r), and alpha and r may differ by layer;
-               llama.cpp has alpha / r with one alpha for all layers, and reads alpha = 0 as a scale of 1. The
-               scale of any other layer is folded into lora_b.
+               llama.cpp has alpha / r with one alpha for all layers, and reads alpha = 0 as a scale of 1
+
+If a layer needs another alpha than the file has, its scale is folded into lora_b: lora_b is multiplied by the
+ratio of the two alphas.
 """
 
 import errno
@@ -35,20 +37,20 @@ from nplora.models.families import Family
 
 Array = NDArray[Any]
 
-_LEAST_ALPHA = 2.0**-126  # smaller numbers lose digits in float32
+_LEAST_ALPHA = 2.0**-126  # the smallest normal float32; smaller numbers lose digits
 
 
 @dataclass(frozen=True)
 class AdapterConversion:
-    """A summary of a conversion.
+    """A summary of an adapter's conversion.
 
     Attributes:
         target: the file or directory that was written.
         architecture: GGUF's name for the base model's family.
-        layers: the names of the adapted layers, in PEFT's form.
-        alpha: the alpha of the new adapter. If layers differ, this is the most common alpha.
-        folded: the layers whose scale was folded into lora_b.
-        passed_over: tensors of the source that are not LoRA factors. llama.cpp ignores them too.
+        layers: the names of the adapted layers, as PEFT writes them.
+        alpha: the alpha of the new adapter. If layers differ in alpha, this is the most common value.
+        folded: the layers whose scale was multiplied into lora_b.
+        passed_over: tensors of the source that are not LoRA factors, and are ignored as in llama.cpp.
 
     >>> done = nplora.adapter_to_gguf("adapter", "adapter.gguf", base="model.gguf")
     >>> done.architecture, len(done.layers), done.alpha, done.folded
@@ -81,24 +83,25 @@ def convert_adapter(
 ) -> AdapterConversion:
     """Convert a PEFT directory with `adapter_to_gguf`, or a llama.cpp file with `adapter_from_gguf`.
 
-    `nplora convert` calls this.
+    The command `nplora convert` calls this function.
 
     Raises:
-        ValueError: the target's name does not fit its kind. FormatError: the directory holds neither an
-            adapter nor a model. FileNotFoundError: it holds a training run that has no adapter yet. The other
-            errors are those of the two functions.
+        ValueError: the suffix of `target` does not match the kind of the output. FormatError: the directory
+            `source` holds neither an adapter nor a model. FileNotFoundError: the directory holds a training
+            run that has no adapter yet.
+        The errors of `adapter_to_gguf` and `adapter_from_gguf`.
 
     >>> print(nplora.adapters.convert_adapter("adapter", "adapter.gguf", base="model.gguf"))
     adapter.gguf: 14 layers of llama, alpha 16
-    >>> print(nplora.adapters.convert_adapter("adapter.gguf", "again", base="model.gguf"))
-    again: 14 layers of llama, alpha 16
+    >>> print(nplora.adapters.convert_adapter("adapter.gguf", "converted", base="model.gguf"))
+    converted: 14 layers of llama, alpha 16
     """
     files.require_named("convert", source=source, target=target, base=base)
     if not Path(source).is_dir():
         if files.suffix(target) in (".gguf", ".safetensors") and Path(source).exists():
             raise ValueError(
-                f"convert: {files.name(source)} is a file. A GGUF adapter can be converted to a directory, "
-                f"but the output {files.name(target)!r} is the name of a file"
+                f"convert: {files.name(source)} is a file. A GGUF adapter is converted to a directory, "
+                f"but the output {files.name(target)!r} has the suffix of a file"
             )
         return adapter_from_gguf(source, target, base, overwrite=overwrite, any_base=any_base)
     configs = (model_directory.CONFIG, peft_adapter.CONFIG)
@@ -113,7 +116,7 @@ def convert_adapter(
 
 
 def _target(model: BaseModel | None, family: Family) -> Target:
-    """The layers of a base model, or of a family if there is no model."""
+    """The `Target` for a base model or, if no model is given, for every model of the family."""
     title, digest = ("its architecture", None) if model is None else (model.source, model.digest)
     shapes = None if model is None else model.shapes
 
@@ -126,7 +129,7 @@ def _target(model: BaseModel | None, family: Family) -> Target:
             return f"{title} has no tensor {weight}"
         heads = 0 if model is None else model.permuted_heads(layer)
         if heads and shape[0] % (2 * heads):
-            return f"{shape[0]} rows cannot be divided into pairs of rows for {heads} heads"
+            return f"{shape[0]} rows cannot be divided into {heads} heads of an even number of rows"
         return Place(weight, None if shapes is None else shapes[weight], weight == EMBEDDING)
 
     return Target(title, place, digest, require_kind=_require_sums)
@@ -166,14 +169,15 @@ def adapter_to_gguf(
 ) -> AdapterConversion:
     """Convert a PEFT adapter directory to a LoRA adapter file for llama.cpp, with factors in float32.
 
-    With the default scale of 1, llama.cpp then adds the same ΔW as PEFT. If a layer's scale is folded into
-    its factor, ΔW differs by the rounding of that factor to float32. The file keeps the digest of the base
-    model's norms, if it is known. `nplora.adapters` describes the arguments and the other errors.
+    With the default scale of 1, llama.cpp then adds the same ΔW as PEFT. If a layer's scale is multiplied
+    into lora_b, ΔW differs by the rounding of lora_b to float32. The file stores the digest of the base
+    model's norm weights, if known. See `nplora.adapters` for the arguments and the other errors.
 
     Raises:
         ValueError: `path` does not end in .gguf, or is a file of the adapter or of the base model.
-        FileExistsError: `path` is a model. UnsupportedError: the adapter has DoRA or fully trained layers, or
-            nplora does not know the base model's family.
+        FileExistsError: `path` is a file that is not an adapter.
+        UnsupportedError: the adapter has DoRA or fully trained layers, or nplora does not know the base
+            model's family.
 
     >>> print(nplora.adapter_to_gguf("adapter", "adapter.gguf", base="model.gguf"))
     adapter.gguf: 14 layers of llama, alpha 16
@@ -196,7 +200,7 @@ def save(
 def _base_of(
     path: StrPath, adapter: StrPath | None, base: StrPath, any_base: bool, overwrite: bool
 ) -> BaseModel:
-    """Check that the path may be written, then read the facts of the base model."""
+    """Check that `path` may be written, then read the base model's family, shapes and digest."""
     files.require_named("convert", path=path, base=base)
     if files.suffix(path) != ".gguf":
         raise ValueError(f"convert: the output must end in .gguf, got {files.name(path)!r}")
@@ -216,7 +220,7 @@ def _is_adapter(path: StrPath) -> bool:
 
 
 def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: bool) -> AdapterConversion:
-    """Write an adapter that was checked to fit."""
+    """Write an adapter that already passed the checks of `_target`."""
     wanted = {name: delta.scale * delta.rank for name, delta in adapter.items()}
     alpha = _common_alpha(wanted.values())
     folded = tuple(name for name in adapter if wanted[name] != alpha)
@@ -238,13 +242,13 @@ def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: b
 
 
 def _common_alpha(wanted: Iterable[float]) -> float:
-    """The alpha that most layers need. It is never 0, which llama.cpp reads as a scale of 1."""
+    """The alpha that most layers need, but never 0, because llama.cpp reads 0 as a scale of 1."""
     usable = [alpha for alpha in wanted if _LEAST_ALPHA <= abs(_rounded(alpha)) < math.inf]
     return Counter(usable).most_common(1)[0][0] if usable else 1.0
 
 
 def _rounded(alpha: float) -> float:
-    """The number as the file holds it, rounded to float32."""
+    """`alpha` rounded to float32, as the file stores it."""
     with np.errstate(over="ignore", under="ignore"):
         return float(np.float32(alpha))
 
@@ -253,7 +257,7 @@ def _folded(where: str, lora_b: Array, factor: float) -> Array:
     with np.errstate(over="ignore"):
         product = (lora_b.astype(np.float64) * factor).astype(np.float32)
     if not np.isfinite(product).all():
-        raise FormatError(f"{where}: folding its scale into lora_B (times {factor:g}) exceeds float32")
+        raise FormatError(f"{where}: lora_B times {factor:g}, to fold the layer's scale in, exceeds float32")
     return product
 
 
@@ -276,19 +280,19 @@ def adapter_from_gguf(
     overwrite: bool = False,
     any_base: bool = False,
 ) -> AdapterConversion:
-    """Convert a llama.cpp LoRA adapter file to a PEFT adapter directory. ΔW stays the same.
+    """Convert a llama.cpp LoRA adapter file to a PEFT adapter directory. ΔW does not change.
 
     Args:
-        base_model_name_or_path: the name of the base model, to be stored with the adapter. `nplora.adapters`
-            describes the other arguments and errors.
+        base_model_name_or_path: the name of the base model, to be stored with the adapter. See
+            `nplora.adapters` for the other arguments and errors.
     Raises:
-        ValueError: a file to be written is the adapter or a file of the base model.
+        ValueError: an output file is the source adapter or a file of the base model.
         FileExistsError: the directory holds a model or a training run.
         UnsupportedError: the factors are quantised, or nplora does not know the model's family.
 
     >>> done = nplora.adapter_to_gguf("adapter", "adapter.gguf", base="model.gguf")
-    >>> print(nplora.adapter_from_gguf("adapter.gguf", "again", base="model.gguf"))
-    again: 14 layers of llama, alpha 16
+    >>> print(nplora.adapter_from_gguf("adapter.gguf", "converted", base="model.gguf"))
+    converted: 14 layers of llama, alpha 16
     """
     files.require_named("convert", path=path, base=base)
     require_no_other(directory, overwrite)
@@ -303,9 +307,9 @@ def adapter_from_gguf(
 
 
 def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[AdapterContent, GgufAdapter]:
-    """Read a llama.cpp adapter file for a base model. Returns the adapter, and the content of the file.
+    """Read a llama.cpp adapter file. Returns the adapter with PEFT's layer names, and the file's own content.
 
-    It has the arguments and errors of `adapter_from_gguf`.
+    The arguments and errors are those of `adapter_from_gguf`.
     """
     stored, source = gguf_adapter.load(path), files.name(path)
     family = families.find_architecture(stored.architecture)

@@ -1,4 +1,4 @@
-"""Adapters and a model's LoRA layers: take an adapter from them, load one into them, make new ones."""
+"""Saves a model's LoRA layers as an adapter, loads an adapter into them, and makes new LoRA layers."""
 
 import contextlib
 import itertools
@@ -27,7 +27,7 @@ from nplora.weights import FrozenWeight, buffers
 
 Array = NDArray[Any]
 
-_MOST_SUGGESTIONS = 10  # unknown names that get a suggestion
+_MOST_SUGGESTIONS = 10  # unknown layer names for which a message suggests similar names
 
 
 # ---- from a model ----
@@ -38,17 +38,17 @@ def save_adapter(
 ) -> None:
     """Save a model's LoRA layers and fully trained layers as a PEFT adapter directory.
 
-    The directory is made if needed. The files are replaced in one step: a reader finds the old adapter or
-    the new one, even during the save, after a crash, and on a full disk. New files keep the permissions of
-    the files they replace. A layer with init="pissa" or "olora" is saved as plain LoRA of twice the rank for
-    its original weight, as PEFT's `path_initial_model_for_weight_conversion` does.
+    The directory is created if needed. The files are replaced in one step: a reader finds the complete old
+    adapter or the complete new one, even during the save, after a crash, and on a full disk. New files keep
+    the permissions of the files they replace. A layer with init="pissa" or "olora" is saved as plain LoRA for
+    its original weight, with twice the rank. PEFT's `path_initial_model_for_weight_conversion` does the same.
 
     Args:
         base_model_name_or_path: the name of the base model, to be stored with the adapter.
     Raises:
         ValueError: the model has no LoRA layer; a value is NaN or infinite; or PEFT's format cannot express
-            the adapter, because layers differ in rsLoRA or DoRA, or PEFT would match a layer's name to
-            another layer too.
+            the adapter, because layers differ in rsLoRA or DoRA, or because PEFT would apply a layer's
+            name to another layer too.
         FileExistsError: the directory holds a model. OSError: a file cannot be written.
 
     >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2, rng=0))
@@ -62,7 +62,7 @@ def save_adapter(
 
 
 def from_model(model: Module, op: str) -> AdapterContent:
-    """Return the adapter that a model holds, with the arrays that `LoRALayer.plain_update` returns."""
+    """Return the adapter of a model's LoRA layers, with the factors that `LoRALayer.plain_update` returns."""
     layers, whole = _trained(op, model)
     return AdapterContent(
         type(model).__name__,
@@ -76,7 +76,7 @@ def from_model(model: Module, op: str) -> AdapterContent:
 
 
 def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, dict[str, Array]]]:
-    """The LoRA layers, and the arrays of the fully trained layers, by name."""
+    """The model's LoRA layers by name, and the arrays of its fully trained layers by layer and parameter."""
     layers, whole = dict[str, LoRALayer](), dict[str, dict[str, Array]]()
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
@@ -99,14 +99,14 @@ def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, di
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """A report about the adapter that `load_adapter` read from a directory.
+    """A report about the adapter that `load_adapter` loaded.
 
     Attributes:
         directory: the directory.
         layers: the names of the layers that were loaded.
-        changes: the changes of rank, alpha or rsLoRA that the file made, one line for each kind of change.
-        dropped: unknown keys of adapter_config.json. They are ignored with a warning.
-        base_model_name_or_path: the name of the base model in the file, or None.
+        changes: the changes of rank, alpha or rsLoRA, one line for all layers with the same change.
+        dropped: unknown keys of adapter_config.json, which are ignored with a warning.
+        base_model_name_or_path: the name of the base model that the file gives, or None.
 
     >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2, rng=0))
     >>> nplora.save_adapter(model, "mine", base_model_name_or_path="eye")
@@ -130,16 +130,17 @@ def load_adapter(
 ) -> AdapterReport:
     """Load a PEFT adapter directory into the LoRA layers of a model.
 
-    The layers take the rank, alpha and rsLoRA of the file. If the rank stays the same, the values are written
-    into the live arrays A and B. Otherwise A and B become new arrays, and an optimiser that holds the old
-    arrays must be made anew. The file and the model must have the same layers; for other layers, use
-    `Adapter.attach` with `replace=True`. Everything is checked before anything changes, and sizes are checked
-    before anything is read. `nplora.adapters` describes the arguments and the other errors.
+    The layers take over the rank, alpha and rsLoRA setting of the file. If a layer's rank stays the same, the
+    values are written into its arrays A and B. If the rank changes, A and B become new arrays, and an
+    optimiser that holds the old arrays must be created anew. The file and the model must have the same
+    adapted layers; if they differ, use `Adapter.attach` with `replace=True`. All checks precede the first
+    change of the model, and the sizes of tensors are checked before tensors are read. See `nplora.adapters`
+    for the arguments and the other errors.
 
     Returns:
         the loaded layers and the changed settings.
     Raises:
-        RuntimeError: a layer is merged.
+        RuntimeError: the update of a layer is merged into the layer's weight.
         ValueError: the model has no LoRA layer, or a layer was made with init="pissa" or "olora".
     Warns:
         UserWarning: adapter_config.json has unknown keys, or the file has copies of the base model's weights.
@@ -218,7 +219,7 @@ def attach(adapter: AdapterContent, model: Module, any_base: bool, replace: bool
 
 
 def new_layers(adapter: AdapterContent, model: Module, any_base: bool = False) -> dict[str, LoRALayer]:
-    """Make the LoRA layers of an adapter over a model's frozen weights. The model itself does not change.
+    """Make new LoRA layers from an adapter and a model's frozen weights. The model itself does not change.
 
     Raises:
         FormatError: the adapter does not fit the model, or belongs to another model.
@@ -246,7 +247,7 @@ def new_layers(adapter: AdapterContent, model: Module, any_base: bool = False) -
 
 
 def _new_layer(layer: Linear | Embedding | LoRALayer, delta: LoraDelta) -> LoRALayer:
-    """Make a LoRA layer with the settings of an update, over the frozen weight of a layer."""
+    """Make a LoRA layer with the rank, alpha and options of `delta`, over the frozen weight of `layer`."""
     settings: dict[str, Any] = {"use_rslora": delta.use_rslora, "rng": 0}
     if isinstance(layer, Embedding | LoRAEmbedding):
         return LoRAEmbedding(layer.weight, delta.rank, delta.stated_alpha, **settings)
@@ -257,7 +258,7 @@ def _new_layer(layer: Linear | Embedding | LoRALayer, delta: LoraDelta) -> LoRAL
 
 @contextlib.contextmanager
 def rollback_on_error(model: Module) -> Iterator[None]:
-    """If the body fails, put back the layers that it replaced.
+    """If the `with` body raises an error, restore the layers that the body replaced.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> try:
@@ -282,12 +283,12 @@ def rollback_on_error(model: Module) -> Iterator[None]:
 
 
 def plain_target(model: Module) -> Target:
-    """The layers of a model that an adapter can be attached to."""
+    """The `Target` of the layers that an adapter can be attached to."""
     return _target(model, live=False, whole={})
 
 
 def _target(model: Module, live: bool, **more: Any) -> Target:
-    """The LoRA layers of a model (live), or all of its layers that can become LoRA layers (not live)."""
+    """The `Target` of a model's LoRA layers if `live`, else of all layers that can become LoRA layers."""
     modules, asked = dict(model.named_modules()), itertools.count()
 
     def place(layer: str, shape: tuple[int, ...]) -> Place | str:
@@ -298,12 +299,12 @@ def _target(model: Module, live: bool, **more: Any) -> Target:
             return f"the model has no such layer{words}"
         if not isinstance(module, LoRALayer if live else Linear | Embedding | LoRALayer):
             wanted = "a LoRA layer" if live else "a linear layer or an embedding"
-            return f"the model has a {type(module).__name__} there, expected {wanted}"
+            return f"the model's layer is a {type(module).__name__}, expected {wanted}"
         if isinstance(module, Linear | Embedding) and module.trainable:
             return "the model's layer is fully trained"
         assert isinstance(module.weight, FrozenWeight)
         embedding = isinstance(module, Embedding | LoRAEmbedding)
-        use_dora = False if embedding else None  # any, of a new layer
+        use_dora = False if embedding else None  # a new layer may have DoRA or not
         if live and isinstance(module, LoRALayer):
             use_dora = module.use_dora
         return Place(

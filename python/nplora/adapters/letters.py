@@ -1,6 +1,7 @@
-"""Converts between this project's A and B and PEFT's or llama.cpp's. No other module does this.
+"""Converts between the factors A and B of nplora and those of PEFT and llama.cpp.
 
-Here the update is scale · A B with A (d_out, r) and B (r, d_in). The paper, PEFT and llama.cpp swap the two:
+In nplora, the update is scale · A B, with A of shape (d_out, r) and B of shape (r, d_in). The LoRA paper,
+PEFT and llama.cpp swap the names A and B:
 
     here             PEFT, a linear layer       PEFT, an embedding
     A (d_out, r)     lora_B (d_out, r)          lora_embedding_A (r, vocab), transposed
@@ -15,15 +16,15 @@ Array = NDArray[Any]
 
 
 def from_peft(lora_a: Array, lora_b: Array, embedding: bool) -> tuple[Array, Array]:
-    """A and B, from lora_A and lora_B."""
+    """Convert lora_A and lora_B to A and B."""
     return (lora_a.T, lora_b.T) if embedding else (lora_b, lora_a)
 
 
 def to_peft(a: Array, b: Array, embedding: bool) -> tuple[Array, Array]:
-    """lora_A and lora_B, from A and B."""
+    """Convert A and B to lora_A and lora_B."""
     return (a.T, b.T) if embedding else (b, a)
 
 
 def weight_shape(lora_a: tuple[int, ...], lora_b: tuple[int, ...], embedding: bool) -> tuple[int, int]:
-    """The shape (d_out, d_in) of the weight, from the shapes of lora_A and lora_B."""
+    """Derive the weight's shape (d_out, d_in) from the shapes of lora_A and lora_B."""
     return (lora_a[1], lora_b[0]) if embedding else (lora_b[0], lora_a[1])

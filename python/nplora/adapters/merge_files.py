@@ -1,4 +1,4 @@
-"""Merge an adapter into a model's file, a block of rows at a time while the new file is written."""
+"""Writes a copy of a model's file with an adapter merged into it, one block of rows at a time."""
 
 import contextlib
 import dataclasses
@@ -37,9 +37,11 @@ from nplora.weights.nonfinite import require_finite
 Array = NDArray[Any]
 
 _ENOUGH = 0.9  # the share of ΔW that a merge must keep, unless the caller accepts less
-_SAMPLED_ELEMENTS = 1 << 20  # of all tensors together, to estimate how much another storage type would keep
-_LEAST_SAMPLED = 1 << 14  # elements of each tensor
-# The storage type of a tensor in a file -> FrozenWeight's name for it
+# To estimate how much of ΔW another storage type would keep, about this many elements of all tensors together
+# are sampled, and at least this many of each tensor.
+_SAMPLED_ELEMENTS = 1 << 20
+_LEAST_SAMPLED = 1 << 14
+# Maps a file's name of a storage type to FrozenWeight's name.
 _STORAGES = {kind: name for name, kind in storages.GGML_NAMES.items()} | {s: s for s in storages.FLOATS}
 
 
@@ -52,7 +54,7 @@ def merge_adapter(
     overwrite: bool = False,
     lossy: bool = False,
 ) -> ModelMerge:
-    """Write a model with an adapter merged into it: W + ΔW for adapted weights, copies of everything else.
+    """Write a model with an adapter merged into it. Adapted weights become W + ΔW; all else is copied.
 
     Sums are computed in float32 and then rounded to the storage type. Only a block of rows is in memory at a
     time, never a whole weight. The output file is complete on the disk before it appears under its name.
@@ -60,26 +62,28 @@ def merge_adapter(
     Args:
         base: a GGUF file, a safetensors file or index, or a Hugging Face directory.
         adapter: a PEFT directory, a llama.cpp file or an `Adapter`. DoRA is supported.
-        output: a file of the same kind as the base. If the base is a directory, this may be a directory too,
-            which also gets the base's configuration and tokenizer. It cannot be the base itself.
-        dtype: the storage type of the merged weights: "same" as the base, or a type of `FrozenWeight` that
-            this kind of file can hold.
-        any_base: described in `nplora.adapters`.
+        output: a file of the same kind as the base, but not the base itself. If the base is a directory,
+            `output` may be a directory too, which then also gets the base's configuration and tokenizer.
+        dtype: the storage type of the merged weights: "same" for the base's type, or a type of `FrozenWeight`
+            that the output file can hold.
+        any_base: see `nplora.adapters`.
         overwrite: replace existing files.
         lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW.
     Returns:
-        a summary of the written model, with a report for each weight of how much of ΔW rounding kept.
+        a summary of the written model, which reports how much of each weight's ΔW is left after rounding.
     Raises:
-        FormatError: as in `nplora.adapters`; or nplora cannot decode the type of a weight; or a weight to be
-            merged holds NaN or an infinity. UnsupportedError: a weight is in bitsandbytes' NF4.
-        UnsafeError: a file beside the base's weights is a link that leads out of the model.
+        FormatError: a reason that `nplora.adapters` lists; or nplora cannot decode the type of a weight; or a
+            weight to be merged holds NaN or an infinity.
+        UnsupportedError: a weight to be merged is stored in bitsandbytes' NF4.
+        UnsafeError: a file beside the base's weights is a symbolic link that leads out of the directory.
         CorruptError: another program wrote to the base during the merge.
         ValueError: `output` or `dtype` does not fit the kind of the base; `output` is the base or the
-            adapter, or holds an index of other weights; a sum is too large for the storage type; or the
-            storage type would keep less than 90 % of ΔW and `lossy` is not set. The message then names the
-            smallest type that keeps more. Nothing is written.
+            adapter, or holds an index of other weights; a sum is too large for the storage type; or rounding
+            to the storage type would keep less than 90 % of ΔW and `lossy` is not set. If less than 90 %
+            would be kept, the message names the smallest type, if any, that keeps 90 %. No output file is
+            written.
         FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
-            training run (a .gguf file may be written there).
+            training run (only a .gguf file may be written there).
 
     >>> merged = nplora.merge_adapter("model.gguf", "adapter", "merged.gguf")
     >>> merged.delta_kept > 0.99
@@ -129,7 +133,7 @@ def _checked(
 
 
 def _require_kept(model: ModelFiles, merges: Mapping[str, Merge]) -> None:
-    """Raise ValueError if too little of ΔW is kept. The message names the smallest type that keeps enough."""
+    """Raise ValueError if rounding keeps too little of ΔW. The message names a storage type that suffices."""
     kept = least_kept(merge.report for merge in merges.values())
     if kept >= _ENOUGH:
         return
@@ -143,7 +147,7 @@ def _require_kept(model: ModelFiles, merges: Mapping[str, Merge]) -> None:
 
 
 def _smallest_that_keeps(model: ModelFiles, merges: Mapping[str, Merge]) -> tuple[str, float] | None:
-    """The smallest larger storage type that keeps enough of ΔW, and about how much it keeps."""
+    """Find the smallest larger storage type that keeps enough of ΔW, and estimate the share that it keeps."""
     shapes = [merge.shape for merge in merges.values()]
 
     def size(storage: str) -> int:
@@ -160,7 +164,7 @@ def _smallest_that_keeps(model: ModelFiles, merges: Mapping[str, Merge]) -> tupl
 
 
 def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], storage: str) -> float:
-    """Estimate `least_kept` from evenly spaced rows of each tensor. 0 if a sum is too large for the type."""
+    """Estimate `least_kept` from evenly spaced rows of each tensor; 0 if the storage type is too narrow."""
     elements = max(_LEAST_SAMPLED, _SAMPLED_ELEMENTS // len(updates))
     reports = []
     for name, update in updates.items():
@@ -190,7 +194,8 @@ def _require_output(model: ModelFiles, base: StrPath, adapter: Source, output: S
     weights = weights_path(output)
     files.require_not_read("merge", [output, weights], _inputs(model, base, adapter))
     found = trained(weights.parent)
-    if found is not None and model.suffix != ".gguf":  # any file of weights would be taken for theirs
+    # A reader could take a safetensors file in this directory for a part of the adapter or the run.
+    if found is not None and model.suffix != ".gguf":
         reason = f"the directory holds {found}; choose another one"
         raise FileExistsError(errno.EEXIST, reason, files.name(weights.parent))
     index = weights.with_name(model_directory.INDEX)
@@ -199,7 +204,7 @@ def _require_output(model: ModelFiles, base: StrPath, adapter: Source, output: S
 
 
 def _inputs(model: ModelFiles, base: StrPath, adapter: Source) -> list[tuple[str, StrPath]]:
-    """The files that the merge reads, and their directories."""
+    """The files and directories that the merge reads, each with "base" or "adapter" for messages."""
     of_base = (base, model.source, *model.shards, *model_directory.files_of(base))
     of_adapter = (adapter, *peft_adapter.files_of(adapter)) if isinstance(adapter, str | os.PathLike) else ()
     return [("base", path) for path in of_base] + [("adapter", path) for path in of_adapter]
@@ -207,7 +212,7 @@ def _inputs(model: ModelFiles, base: StrPath, adapter: Source) -> list[tuple[str
 
 @contextlib.contextmanager
 def _new_directory(path: Path) -> Iterator[None]:
-    """Make the directory. If the body fails and the directory is new, remove it again."""
+    """Create a directory for the `with` body. Remove a new directory again if the body raises an error."""
     is_new = not path.exists()
     path.mkdir(exist_ok=True)
     try:
@@ -223,7 +228,7 @@ def _new_directory(path: Path) -> Iterator[None]:
 
 
 def _placed(model: ModelFiles, adapter: AdapterContent, dtype: str, any_base: bool) -> dict[str, LoraDelta]:
-    """The updates, keyed by the names of the model's tensors, with rows in the order of the file."""
+    """Map the names of the model's tensors to their updates, with rows in the order of the file."""
     if dtype not in (possible := ("same", *_storages(model))):
         words = ", ".join(map(repr, possible))
         raise ValueError(f"merge: a {model.suffix} file cannot hold dtype={dtype!r}; possible: {words}")
@@ -257,7 +262,7 @@ def _target(model: ModelFiles) -> Target:
 
 
 def _require_blocks(model: ModelFiles, updates: Mapping[str, LoraDelta], dtype: str) -> None:
-    """Raise ValueError if the rows are not whole blocks of the dtype. The message names dtypes that fit."""
+    """Raise ValueError if rows are not whole blocks of `dtype`. The message names the dtypes that fit."""
     rows = {update.shape[1]: name for name, update in updates.items()}
     short = [d_in for d_in in rows if dtype != "same" and not storages.fits(dtype, d_in)]
     if short:
@@ -269,7 +274,7 @@ def _require_blocks(model: ModelFiles, updates: Mapping[str, LoraDelta], dtype: 
 
 
 def _storages(model: ModelFiles) -> tuple[str, ...]:
-    """The storage types that the model's kind of file can hold."""
+    """The storage types that a file of the model's format can hold."""
     return tuple(storages.GGML_NAMES if model.suffix == ".gguf" else storages.FLOATS)
 
 
@@ -295,7 +300,7 @@ def _unchanged(name: str, tensor: Tensor) -> MergeReport:
 
 
 def _merge(tensor: Tensor, name: str, update: LoraDelta, dtype: str, sample: Array | None = None) -> Merge:
-    """The merge of a tensor, or of a sample of its rows."""
+    """Set up the merge of a tensor, or only of the rows in `sample`."""
     storage = _STORAGES[_kind(tensor)]
     d_out, d_in = update.shape
     rows = _bytes(tensor).reshape(d_out, storages.row_nbytes(storage, d_in))

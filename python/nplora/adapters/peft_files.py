@@ -34,11 +34,11 @@ _MOST_NAMED = 3  # layers in a warning
 def read(
     directory: StrPath, target: Target = ANYTHING, edited_config: bool = False, any_base: bool = False
 ) -> AdapterContent:
-    """Read an adapter directory for a target. The shape of a tensor is checked before its values are read.
+    """Read an adapter directory and check that it fits `target`. Shapes are checked before values are read.
 
     Raises:
-        FormatError: a file breaks its format, or the adapter belongs to another model or does not fit; the
-            message lists everything that does not fit.
+        FormatError: a file breaks its format, or the adapter belongs to another model or does not fit. The
+            message lists every mismatch.
         CorruptError: adapter_config.json was edited. OSError: a file cannot be read.
     """
     with peft_adapter.reading(directory) as opened:
@@ -78,12 +78,12 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
         opened.require_pair()
     _warn_of_copies(opened)
     if not whole:
-        adapter.modules_to_save = {name: {} for name in config.modules_to_save}  # for messages
+        adapter.modules_to_save = {name: {} for name in config.modules_to_save}  # names for messages
     return adapter
 
 
 def _warn_of_copies(opened: PeftAdapter) -> None:
-    """Warn that the copies of frozen weights are ignored: they may differ from the model's weights."""
+    """Warn that copies of frozen weights in the adapter are ignored, as they may differ from the model's."""
     if layers := opened.base_copies():
         shown = [*map(brief, layers[:_MOST_NAMED]), *(["…"] if len(layers) > _MOST_NAMED else [])]
         warn_user(
@@ -183,7 +183,7 @@ def config_of(adapter: AdapterContent) -> PeftConfig:
 def _targets(adapter: AdapterContent) -> tuple[str, ...] | str:
     """The layer names as a list, or as one regular expression if the list would match other layers too.
 
-    PEFT matches by the end of the name: "0" matches "1.0".
+    PEFT compares a listed name with the end of each module's name, so "0" also matches "1.0".
     """
     if adapter.uses_expression or any(
         other.endswith(f".{name}") for name in adapter for other in adapter.neighbours
@@ -193,7 +193,7 @@ def _targets(adapter: AdapterContent) -> tuple[str, ...] | str:
 
 
 def _require_unmistakable(name: str, others: Iterable[str]) -> None:
-    """Raise ValueError if PEFT would save another module under this name too.
+    """Raise ValueError if a name in `modules_to_save` would make PEFT save another module too.
 
     PEFT saves every module whose name ends in `name`, and everything inside a module of that name.
     """
@@ -206,7 +206,7 @@ def _require_unmistakable(name: str, others: Iterable[str]) -> None:
 
 
 def _common(setting: str, adapter: AdapterContent) -> bool:
-    """A setting that PEFT's format stores once for all layers."""
+    """The value of a setting that PEFT stores once for all layers. Raises ValueError for different values."""
     values = {name: bool(getattr(delta, setting)) for name, delta in adapter.items()}
     if len(set(values.values())) > 1:
         found = ", ".join(f"{name} {value}" for name, value in values.items())

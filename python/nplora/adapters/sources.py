@@ -1,4 +1,4 @@
-"""Adapters as callers give them: a directory, a file, a model with LoRA layers, or an `Adapter`."""
+"""Reads an adapter from a directory, a file, a model with LoRA layers, or an `Adapter`."""
 
 import os
 from pathlib import Path
@@ -31,14 +31,15 @@ def read(
 def low_rank(
     source: Source, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
 ) -> AdapterContent:
-    """Read an adapter from any source. Raises the errors of `read_adapter`."""
+    """Read an adapter of low-rank factors from any `Source`. Raises the errors of `read_adapter`."""
     if isinstance(source, Module):
         source = layers.from_model(source, "read_adapter")
     elif isinstance(source, str | os.PathLike):
         source = read(source, base, edited_config, any_base)
     elif not isinstance(source, AdapterContent):
         raise TypeError(
-            f"read_adapter: got {source!r}, expected a PEFT directory, a llama.cpp file, a model, an Adapter"
+            f"read_adapter: got {source!r}, expected a PEFT directory, a llama.cpp file, a model or "
+            "an Adapter"
         )
     source.require_low_rank()
     return source

@@ -1,4 +1,4 @@
-"""File formats: bytes to {name: tensor} and back. This room knows nothing of layers."""
+"""File formats: conversion between bytes and {name: tensor}. This package knows nothing about layers."""
 
 from nplora.formats import gguf, safetensors, sharded
 from nplora.formats.errors import (

@@ -1,4 +1,4 @@
-"""The digest of a base model, as adapter files store it."""
+"""Validates the digest of a base model that an adapter file stores."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""bfloat16, which NumPy lacks. Its bit patterns are the upper halves of float32 bit patterns."""
+"""Converts bfloat16, a type that NumPy lacks. A bfloat16 number is the upper half of a float32."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from numpy.typing import NDArray
 
 
 def widen(bits: NDArray[Any]) -> NDArray[Any]:
-    """The exact float32 values of uint16 bfloat16 bit patterns."""
+    """Convert bfloat16 bit patterns (uint16) to float32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def narrow(values: NDArray[Any]) -> NDArray[Any]:
-    """The uint16 bit patterns of finite float32 values, rounded to nearest, ties to even."""
+    """Convert finite float32 values to bfloat16 bit patterns (uint16), rounded to nearest, ties to even."""
     bits = values.view(np.uint32).astype(np.uint64)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)

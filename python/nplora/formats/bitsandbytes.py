@@ -1,10 +1,11 @@
-"""4-bit matrices of bitsandbytes (QLoRA's NF4). Each takes several tensors of a safetensors file.
+"""4-bit matrices of bitsandbytes (QLoRA's NF4). A safetensors file stores a matrix as several tensors.
 
     NAME                                uint8 (ceil(n / 2), 1): the codes of n values, row after row
-    NAME.absmax                         float32, one for each 64 values; uint8 if quantised a second time
+    NAME.absmax                         the largest magnitude of each block of 64 values: float32, or uint8
+                                        codes if quantised a second time
     NAME.quant_map                      float32 (16,), the levels
-    NAME.nested_absmax                  float32, one for each 256 absmax        } of the second
-    NAME.nested_quant_map               float32 (256,), its levels              } quantisation
+    NAME.nested_absmax                  second quantisation: float32 scales, one for each 256 values of absmax
+    NAME.nested_quant_map               second quantisation: float32 (256,), the levels
     NAME.quant_state.bitsandbytes__nf4  uint8: JSON with the shape and the block sizes
 
 Source: bitsandbytes.functional.QuantState.as_dict(packed=True).
@@ -37,11 +38,11 @@ _MAX_OFFSET = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Nested:
-    """The second quantisation: absmax = levels[code] * scale + offset.
+    """The second quantisation, which stores absmax as codes: absmax = levels[code] * scale + offset.
 
     Attributes:
         levels: float32 (256,).
-        scales: float32, one for each 256 absmax.
+        scales: float32, one scale for each 256 values of absmax.
     """
 
     levels: Array
@@ -51,11 +52,11 @@ class Nested:
 
 @dataclass(frozen=True)
 class Nf4:
-    """A matrix in NF4: value = levels[code] * absmax of its block of 64.
+    """A matrix in NF4. Each value is levels[code] times the absmax of its block of 64 values.
 
     Attributes:
-        codes: uint8 (ceil(n / 2),). The upper four bits hold the first of two values.
-        absmax: float32 (ceil(n / 64),), or uint8 codes of it if `nested` is set.
+        codes: uint8 (ceil(n / 2),) for n values, two codes in a byte, the first in the upper four bits.
+        absmax: float32 (ceil(n / 64),), or uint8 codes of these floats if `nested` is set.
         levels: float32 (16,).
     """
 
@@ -72,16 +73,16 @@ def holds(file: Container[str], name: str) -> bool:
 
 
 def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
-    """Raise UnsupportedError if a tensor is in bitsandbytes' 4 bits; `deed` names the refused operation."""
+    """Raise UnsupportedError if a tensor has a 4-bit type. `deed` names the refused operation."""
     if holds(file, name):
         raise UnsupportedError(
-            f"{source}: tensor {brief(name)} is in bitsandbytes' 4 bits, which nplora does not {deed}; "
+            f"{source}: tensor {brief(name)} has a 4-bit type of bitsandbytes, which nplora does not {deed}; "
             "use the unquantised model that it was made from"
         )
 
 
 def parts(names: Collection[str]) -> dict[str, str]:
-    """The tensors in a file that hold auxiliary data of a 4-bit matrix, each with the matrix's name."""
+    """Map each tensor that holds auxiliary data of a 4-bit matrix to the matrix's name."""
     states = {name: name.partition(_STATE)[0] for name in names if _STATE in name}
     others = {f"{matrix}{part}": matrix for matrix in states.values() for part in _PARTS}
     return states | {name: others[name] for name in others.keys() & set(names)}
@@ -93,11 +94,11 @@ def shape(file: File, name: str) -> tuple[int, ...]:
 
 
 def read(file: File, name: str) -> Nf4:
-    """The parts of a matrix, as views of the file.
+    """Read a 4-bit matrix, whose arrays are views of the file.
 
     Raises:
         UnsupportedError: the matrix is not NF4, or its block size is not 64 (256 for absmax).
-        FormatError: a part is missing, has another dtype or shape, or is not finite.
+        FormatError: a tensor of the matrix is missing, has another dtype or shape, or is not finite.
     """
     where, state = _state(file, name)
     size = math.prod(_shape(where, state))
@@ -124,12 +125,12 @@ def read(file: File, name: str) -> Nf4:
 
 
 def _state(file: File, name: str) -> tuple[str, dict[str, Any]]:
-    """How error messages name the matrix (its file and tensor), and its quantisation state."""
+    """The name of a matrix for error messages (file and tensor), and the matrix's quantisation state."""
     where = f"{file.source}: tensor {brief(name)}"
     if f"{name}{_STATE}nf4" not in file:
         kinds = [part.partition(_STATE)[2] for part in file if part.startswith(f"{name}{_STATE}")]
         raise UnsupportedError(
-            f"{where} is {', '.join(map(brief, kinds)) or 'nothing'} of bitsandbytes, expected nf4"
+            f"{where} has the bitsandbytes type {', '.join(map(brief, kinds)) or 'none'}, expected nf4"
         )
     tensor = file[f"{name}{_STATE}nf4"]
     if tensor.dtype != "uint8":
@@ -159,13 +160,15 @@ def _require(where: str, state: dict[str, Any], name: str, expected: int) -> Non
 
 
 def _part(file: File, name: str, dtype: str, size: int) -> Array:
-    """One part as a flat array."""
+    """Read one of a matrix's tensors as a flat array, after checks of its dtype and size."""
     where = f"{file.source}: tensor {brief(name)}"
     if name not in file:
         raise FormatError(f"{where} is missing")
     tensor: Tensor = file[name]
     if tensor.dtype != dtype or tensor.array.size != size:
-        raise FormatError(f"{where} is {tensor.dtype} {tensor.shape}, expected {size:,} values of {dtype}")
+        raise FormatError(
+            f"{where} is {tensor.dtype} of shape {tensor.shape}, expected {size:,} values of {dtype}"
+        )
     if dtype == "float32" and not np.isfinite(tensor.array).all():
         raise FormatError(f"{where} holds NaN or an infinity")
     return tensor.array.reshape(-1)

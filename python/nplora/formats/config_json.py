@@ -23,7 +23,7 @@ class Fields:
         self.source, self._values = source, values
 
     def items(self) -> ItemsView[str, Any]:
-        """All fields, of any type."""
+        """The names and values of all fields, without a check of their types."""
         return self._values.items()
 
     def __contains__(self, name: str) -> bool:
@@ -77,7 +77,7 @@ class Fields:
         return value
 
     def object(self, name: str) -> Fields:
-        """A nested object; an empty one if the field is missing."""
+        """A nested object. A missing field gives an object without fields."""
         value = self._get(name, {})
         if not isinstance(value, dict):
             self._refuse(name, "an object")

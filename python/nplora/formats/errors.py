@@ -1,4 +1,4 @@
-"""The errors that file readers raise. All derive from FormatError, so one `except` catches every kind."""
+"""The errors that file readers raise. All of the errors derive from FormatError."""
 
 import difflib
 import itertools
@@ -17,7 +17,7 @@ class TruncatedError(FormatError):
 
 
 class LimitError(FormatError):
-    """A size or count exceeds a documented limit. No memory was allocated for it."""
+    """A size or count exceeds a documented limit. Limits are checked before memory is allocated."""
 
 
 class UnsupportedError(FormatError):
@@ -29,11 +29,11 @@ class NotFetchedError(FormatError):
 
 
 class UnsafeError(FormatError):
-    """Reading this file could run code, reach outside the directory, or hang."""
+    """Reading this file could run code, access files outside the directory, or hang."""
 
 
 class CorruptError(FormatError):
-    """The content contradicts its own checksum, or a record of how it was saved."""
+    """The content does not match the checksum, or the size and time, that were recorded for it."""
 
 
 class DataError(FormatError):
@@ -49,7 +49,7 @@ _MOST_PROBLEMS = 20  # problems listed in one message; the rest are only counted
 
 
 def in_places(problems: Sequence[str]) -> str:
-    """The list of problems that ends a message: "in 2 places:", then one line per problem."""
+    """Format a list of problems as the end of a message: "in 2 places:", then one line per problem."""
     shown = [*problems[:_MOST_PROBLEMS], *(["…"] if len(problems) > _MOST_PROBLEMS else [])]
     return f"in {counted(len(problems), 'place')}:" + "".join(f"\n  {problem}" for problem in shown)
 
@@ -60,13 +60,13 @@ def counted(count: int, noun: str) -> str:
 
 
 def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """The `count` names that resemble `name` most, best first. Takes bounded time, however long the names."""
+    """The `count` names that resemble `name` most, best first. The running time is bounded."""
     short = [known for known in itertools.islice(names, _MOST_NAMES) if len(known) <= _LONGEST_NAME]
     return difflib.get_close_matches(name[:_LONGEST_NAME], short, n=count, cutoff=0.5)
 
 
 def missing_name(source: str, name: object, names: Iterable[str], kind: str = "tensor") -> KeyError:
-    """The KeyError for a name that a mapping lacks. It suggests the most similar names, if there are any."""
+    """Make the KeyError for a name that a mapping lacks. The message suggests the most similar names."""
     near = ", ".join(map(repr, nearest_names(str(name), names)))
     return KeyError(f"{source}: no {kind} {brief(name)}{near and f', the nearest names: {near}'}")
 

@@ -1,4 +1,4 @@
-"""Files on disk. Only regular files are read or mapped, and no reader ever sees a half-written file.
+"""Reads, maps and replaces regular files. Files are replaced as a whole: no reader sees a half-written file.
 
 All file-system calls of nplora's formats are in this module.
 """
@@ -50,7 +50,7 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
 
 
 def kind_name(kind: int) -> str:
-    """The kind of file that stat.S_IFMT returned, in words."""
+    """Describe in words a kind of file that stat.S_IFMT returned."""
     return _KINDS.get(kind, "something else")
 
 
@@ -65,12 +65,12 @@ def name(path: StrPath) -> str:
 
 
 def require_named(op: str, **paths: StrPath | None) -> None:
-    """Refuse what is not a path, and an empty path, as from an unset shell variable.
+    """Raise an error if an argument is not a path, or is an empty path.
 
-    An empty path would mean the working directory.
+    An empty path would mean the working directory, and often comes from an unset shell variable.
 
     Raises:
-        TypeError: an argument is not a path. ValueError: it is empty.
+        TypeError: an argument is not a path. ValueError: a path is empty.
     """
     for what, path in paths.items():
         if path is None:
@@ -101,7 +101,7 @@ def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
 
 
 class Stamp(NamedTuple):
-    """Identifies one version of a file. Equal stamps mean an unchanged file, up to clock resolution."""
+    """Identifies one version of a file. Equal stamps mean an unchanged file, up to the clock's resolution."""
 
     name: str
     device: int
@@ -111,14 +111,16 @@ class Stamp(NamedTuple):
 
     @property
     def settled(self) -> bool:
-        """Whether any later write is certain to change the stamp. File-system clocks tick coarsely."""
+        """Whether the file is old enough that any later write changes the stamp.
+
+        A file system's clock may tick only every two seconds. Writes within one tick get equal times.
+        """
         return time.time_ns() - self.mtime_ns > _COARSEST_TICK_NS
 
     def require_unchanged(self) -> None:
-        """Raise CorruptError if the file was modified after this stamp: results from its mapping are wrong.
+        """Raise CorruptError if the file was modified after this stamp, so that its mapping shows other data.
 
-        If another file was renamed over this one, the mapping still shows the old content. This is not an
-        error.
+        It is no error if another file was renamed over this one: the mapping still shows the old content.
         """
         try:
             found = os.stat(self.name)
@@ -136,7 +138,7 @@ class Stamp(NamedTuple):
 
 
 class Reader:
-    """An open regular file. `reader[begin:end]` reads exactly these bytes."""
+    """An open regular file. `reader[begin:end]` reads the bytes from `begin` to `end`."""
 
     def __init__(self, fd: int, path: StrPath) -> None:
         self._fd = fd
@@ -157,21 +159,23 @@ class Reader:
         while begin < end:
             count = os.preadv(self._fd, [data[begin - end :]], begin)
             if count == 0:
-                raise TruncatedError(f"{self._name}: ends at byte {begin:,}, its size was {self._size:,}")
+                raise TruncatedError(
+                    f"{self._name}: ends at byte {begin:,}, but its size was {self._size:,} bytes"
+                )
             begin += count
         return data.toreadonly()
 
     def is_at(self, path: StrPath) -> bool:
-        """Whether `path` still leads to this file. Another file may have replaced it."""
+        """Whether `path` still leads to this file, and not to one that replaced it."""
         try:
             return os.path.samestat(os.stat(path), os.fstat(self._fd))
         except OSError:
             return False
 
     def map(self) -> mmap.mmap | memoryview:
-        """A read-only mapping of the whole file, valid after the reader closes. b"" for an empty file.
+        """Map the whole file read-only. The mapping stays valid after the reader closes.
 
-        If the file is truncated later, reading beyond its new end terminates the process with a message
+        If the file is truncated later, an access beyond its new end terminates the process with a message
         (see `mappings.watch`).
         """
         if not self._size:
@@ -179,19 +183,19 @@ class Reader:
         try:
             mapping = mmap.mmap(self._fd, self._size, access=mmap.ACCESS_READ)
         except ValueError as error:
-            raise TruncatedError(f"{self._name}: it was cut short, its size was {self._size:,}") from error
+            raise TruncatedError(f"{self._name}: was cut short, its size was {self._size:,} bytes") from error
         mappings.watch(mapping, self._name)
         return mapping
 
 
 def _memory(nbytes: int) -> memoryview:
-    """Writable memory. Large sizes get their own mapping, because malloc may not return freed memory."""
+    """Allocate writable memory. Large sizes get a mapping, which is returned to the system when freed."""
     return memoryview(bytearray(nbytes) if nbytes < _LEAST_MAPPED else mmap.mmap(-1, nbytes))
 
 
 @contextlib.contextmanager
 def reading(path: StrPath, follow_links: bool = True) -> Iterator[Reader]:
-    """Hold a regular file open, to be read in parts.
+    """Open a regular file for a `with` body that reads the file in parts.
 
     Raises:
         FormatError: the path is a directory, FIFO or device.
@@ -209,7 +213,7 @@ def reading(path: StrPath, follow_links: bool = True) -> Iterator[Reader]:
 
 
 def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> memoryview:
-    """All bytes of a regular file, read-only. Raises like `reading`; LimitError above `limit` bytes."""
+    """Read a whole regular file. Raises like `reading`, and LimitError for more than `limit` bytes."""
     with reading(path, follow_links) as reader:
         if limit is not None and len(reader) > limit:
             raise LimitError(f"{name(path)}: {len(reader):,} bytes, at most {limit:,} are read")
@@ -217,7 +221,7 @@ def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> 
 
 
 def sha256(path: StrPath) -> str:
-    """The SHA-256 of a regular file as hexadecimal digits. Reads the file in parts. Raises like `read`."""
+    """The SHA-256 of a regular file as hexadecimal digits, computed in parts. Raises like `reading`."""
     digest = hashlib.sha256()
     with reading(path) as reader:
         for begin in range(0, len(reader), _HASHED_AT_ONCE):
@@ -226,9 +230,10 @@ def sha256(path: StrPath) -> str:
 
 
 def cached(path: Path) -> Path:
-    """The target of a link in Hugging Face's cache (snapshots/REVISION/NAME -> blobs/DIGEST), else `path`.
+    """Follow a link of Hugging Face's cache (snapshots/REVISION/NAME -> blobs/DIGEST). Else return `path`.
 
-    Use it for file names that come from a model. For such names, no other links are followed.
+    File names that come from a model pass through this function, because no other links are followed for
+    them.
     """
     cache, target = path.parent.resolve().parent, path.resolve()
     is_cached = path.is_symlink() and cache.name == "snapshots" and target.parent == cache.parent / "blobs"
@@ -245,7 +250,7 @@ class NewFile:
 
 
 def exactly(nbytes: int, chunks: Iterable[Chunk], where: str) -> Iterator[Chunk]:
-    """Pass the chunks through and check their total size, because the header already states it."""
+    """Yield the chunks, then check that their total size is `nbytes`, as the header already states."""
     done = 0
     for chunk in chunks:
         done += memoryview(chunk).nbytes
@@ -256,7 +261,7 @@ def exactly(nbytes: int, chunks: Iterable[Chunk], where: str) -> Iterator[Chunk]
 
 @dataclass
 class Progress:
-    """How many bytes of a file are written. Its text ends the message of an OSError."""
+    """Counts the bytes of a file that are written. The count appears in the message of an OSError."""
 
     nbytes: int
     done: int = 0
@@ -267,7 +272,7 @@ class Progress:
 
 @contextlib.contextmanager
 def disk_errors(path: StrPath, note: object) -> Iterator[None]:
-    """Add the file's name and `note` to an OSError. A `Progress` note reports its state at that time."""
+    """Add the file's name and `note` to an OSError. If `note` is a `Progress`, its current state is added."""
     try:
         yield
     except OSError as error:
@@ -275,14 +280,14 @@ def disk_errors(path: StrPath, note: object) -> Iterator[None]:
 
 
 def absolute(path: StrPath) -> str:
-    """The path from the root. ".." is kept: after a symbolic link, it is the parent of the link's target."""
+    """Make a path absolute but keep "..", which after a symbolic link means the parent of its target."""
     return str(Path(path).absolute())
 
 
 class Directory(os.PathLike[str]):
-    """A directory held open. It stays the same directory when it is renamed or the process changes directory.
+    """A directory that is held open, so that neither a rename nor a change of working directory matters.
 
-    As a path, it is the directory's current location.
+    Used as a path, the object gives the directory's current location.
 
     Raises:
         OSError: the directory cannot be opened.
@@ -297,14 +302,14 @@ class Directory(os.PathLike[str]):
         )
 
     def is_at(self, path: StrPath) -> bool:
-        """Whether this path leads to the directory."""
+        """Whether `path` leads to this directory."""
         try:
             return os.path.samestat(os.stat(path), os.fstat(self.fd))
         except OSError:
             return False
 
     def seen_from(self, path: StrPath) -> Path:
-        """`path` itself while it leads to this directory, else the directory's current location."""
+        """Return `path` if it still leads to this directory, else the directory's current location."""
         return Path(path if self.is_at(path) else self)
 
     def __fspath__(self) -> str:
@@ -348,20 +353,19 @@ def require_new(path: StrPath, overwrite: bool) -> None:
 
 
 def require_not_read(op: str, outputs: Iterable[StrPath], inputs: Iterable[tuple[str, StrPath]]) -> None:
-    """Refuse to overwrite a file that the same call reads, even through a symbolic or hard link.
+    """Raise an error if an output is a file that the same call reads, even through a symbolic or hard link.
 
     Args:
-        inputs: for each input, its description for the message and its path. Missing paths are ignored.
+        inputs: pairs of a word for the message and a path. Paths that do not exist are ignored.
     Raises:
         ValueError: an output is also an input.
-        ValueError: an output is an input.
     """
     read = [(what, found) for what, path in inputs if (found := _stat(path)) is not None]
     for output in outputs:
         there = _stat(output)
         for what, found in read:
             if there is not None and os.path.samestat(there, found):
-                raise ValueError(f"{op}: {name(output)} is the {what} itself, which is left as it is")
+                raise ValueError(f"{op}: {name(output)} is the {what} itself, which is never overwritten")
 
 
 def _stat(path: StrPath) -> os.stat_result | None:
@@ -377,15 +381,15 @@ def replace(files: Sequence[NewFile], directory: Directory | None = None) -> Non
     No file is renamed until all bytes of all files are on disk, so a full disk leaves every old file intact.
     After a crash between two renames, the later files still have their old content. A new file takes the
     permissions of the file that it replaces. If a target is a symbolic link, the link is replaced and the
-    linked file stays unchanged. The next call removes temporary files that a crash left, unless another call
-    is writing in the same directory.
+    linked file stays unchanged. The next call of `replace` removes temporary files that a crash left, unless
+    another call is writing in the same directory.
 
     Args:
-        directory: the open directory that holds all these files. The files' paths then serve for messages
-            only; their last components are the names in the directory.
+        directory: an open directory that all files are written into. With `directory`, only the last
+            component of a path names the file, and the whole path appears in messages.
     Raises:
-        OSError: a target exists and is not a regular file (or a link to one), or the disk fails. The
-            temporary files are then removed, and the message says how many bytes were needed.
+        OSError: a target exists and is not a regular file (or a link to one), or the disk fails. After a
+            disk failure, the temporary files are removed, and the message gives the number of needed bytes.
     """
     targets = [Path(file.path) for file in files]
     temporaries: list[str] = []
@@ -415,7 +419,7 @@ def replace(files: Sequence[NewFile], directory: Directory | None = None) -> Non
 
 
 def _require_replaceable(target: Path, directory: int | None = None) -> None:
-    """Refuse a target that is not a regular file. A rename would replace a FIFO or device by a file."""
+    """Raise an error if an existing target is not a regular file. A rename would replace even a device."""
     place = target if directory is None else target.name or "."
     try:
         kind = stat.S_IFMT(os.stat(place, dir_fd=directory).st_mode)
@@ -442,7 +446,7 @@ def _permissions(target: str, directory: int) -> int | None:
 
 @contextlib.contextmanager
 def _parent(target: Path, held: Directory | None) -> Iterator[int]:
-    """Open the target's directory anew for each call, because a lock belongs to one open descriptor."""
+    """Open the target's directory with a new descriptor, because a lock belongs to one descriptor."""
     with disk_errors(target, "its directory cannot be opened"):
         directory = Directory(target.parent if held is None else held)
     with directory:
@@ -450,7 +454,7 @@ def _parent(target: Path, held: Directory | None) -> Iterator[int]:
 
 
 def unfinished(directory: int, targets: Container[str]) -> list[str]:
-    """Temporary files of `replace` for these targets: left by a crash, or being written now."""
+    """Temporary files of `replace` for these targets, which a crash left or another call is writing."""
     return [
         file
         for file in sorted(os.listdir(directory))
@@ -461,8 +465,8 @@ def unfinished(directory: int, targets: Container[str]) -> list[str]:
 def _clear_and_share(directory: int, targets: set[str]) -> None:
     """Remove temporary files that a crash left, then hold a shared lock so that no other call removes ours.
 
-    A file that another call is writing looks like a leftover. So nothing is removed while another call holds
-    the lock, or if the file system has no locks.
+    A temporary file that another call is writing looks like one that a crash left. So nothing is removed
+    while another call holds the lock, or if the file system has no locks.
     """
     with contextlib.suppress(OSError):
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -473,7 +477,7 @@ def _clear_and_share(directory: int, targets: set[str]) -> None:
 
 
 def _write_new(file: NewFile, directory: int, temporary: str, permissions: int | None) -> None:
-    """Write and fsync a file that does not exist yet."""
+    """Create a new file, write its chunks, and fsync it."""
     progress = Progress(file.nbytes)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with disk_errors(file.path, progress):
@@ -490,7 +494,7 @@ def _write_new(file: NewFile, directory: int, temporary: str, permissions: int |
 
 
 def write(fd: int, chunk: Chunk, progress: Progress) -> None:
-    """Write the whole chunk, however few bytes the system accepts per call, and count them."""
+    """Write the whole chunk, in several system calls if needed, and add its size to `progress`."""
     rest = memoryview(chunk)
     while rest:
         count = os.write(fd, rest)

@@ -6,9 +6,13 @@
     adapter.lora.alpha      float32
     W.lora_a, W.lora_b      (r, d_in) and (d_out, r) for each adapted tensor W: "blk.0.attn_q.weight.lora_a"
 
-As in PEFT, lora_a is this project's B and lora_b its A. llama.cpp adds user_scale * s * lora_b @ lora_a to W.
-s is alpha / r, or 1 if alpha is 0 or missing. For token_embd.weight, lora_a is stored transposed, (vocab, r),
-and lora_b is (dim, r). Source: llama.cpp's src/llama-adapter.cpp and convert_lora_to_gguf.py.
+As in PEFT, lora_a is nplora's B, and lora_b is nplora's A. To W, llama.cpp adds the update
+
+    user_scale * s * lora_b @ lora_a        with s = alpha / r, or 1 if alpha is 0 or missing
+
+For token_embd.weight, lora_a is stored transposed, with shape (vocab, r), and lora_b has shape (dim, r).
+
+Source: llama.cpp's src/llama-adapter.cpp and convert_lora_to_gguf.py.
 """
 
 import math
@@ -38,7 +42,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """The two factors of one tensor, float32, in the file's layout."""
+    """The two low-rank factors of one tensor, in float32 and in the file's layout."""
 
     lora_a: Array
     lora_b: Array
@@ -53,8 +57,8 @@ class GgufAdapter:
     """The content of an adapter file.
 
     Attributes:
-        pairs: the factors, by the name of the base model's tensor.
-        passed_over: norm tensors, which are ignored here and in llama.cpp.
+        pairs: the factors of each adapted tensor, by the tensor's name in the base model.
+        passed_over: the norm tensors of the file, which nplora and llama.cpp ignore.
         base_digest: the digest of the base model (see `models.model_digest.of`), or None if the file has
             none.
     """
@@ -66,7 +70,7 @@ class GgufAdapter:
     base_digest: str | None = None
 
     def scale(self, name: str) -> float:
-        """The factor that llama.cpp multiplies a pair's product by, before the user's own scale."""
+        """The factor s of a tensor's update: alpha / r, or 1 if alpha is 0 or missing."""
         return self.alpha / self.pairs[name].rank if self.alpha else 1.0
 
 
@@ -92,7 +96,7 @@ def load(path: StrPath) -> GgufAdapter:
 
 
 def from_file(file: GgufFile) -> GgufAdapter:
-    """Like `load`, for an open file."""
+    """Read an adapter from an open GGUF file. Raises like `load`."""
     kind = file.metadata.string("general.type")
     if kind != "adapter":
         raise FormatError(f"{file.source}: general.type is {brief(kind)}, expected 'adapter'")
@@ -129,7 +133,7 @@ def save(path: StrPath, adapter: GgufAdapter) -> None:
 
 
 def _adapted(file: GgufFile) -> tuple[list[str], tuple[str, ...]]:
-    """The base model's tensors that have both factors, and the norm tensors that are ignored."""
+    """The names of the base model's tensors that have both factors, and of the ignored norm tensors."""
     adapted: dict[str, None] = {}
     passed_over = []
     for name in file:
@@ -138,12 +142,15 @@ def _adapted(file: GgufFile) -> tuple[list[str], tuple[str, ...]]:
         elif name.endswith("_norm.weight"):
             passed_over.append(name)
         else:
-            raise FormatError(f"{file.source}: tensor {brief(name)}, expected a name in .lora_a or .lora_b")
+            raise FormatError(
+                f"{file.source}: tensor {brief(name)}, expected a name that ends in .lora_a or .lora_b"
+            )
     for name in adapted:
         for suffix in _SUFFIXES:
             if name + suffix not in file:
                 raise FormatError(
-                    f"{file.source}: tensor {brief(name + suffix)} is missing, its other half is there"
+                    f"{file.source}: tensor {brief(name + suffix)} is missing, but the layer's other factor "
+                    "is present"
                 )
     return list(adapted), tuple(passed_over)
 

@@ -1,6 +1,7 @@
-"""The row order of q and k in GGUF. Some architectures rotate neighbouring rows of a head together.
+"""Converts the rows of the q and k projections between Hugging Face's order and GGUF's.
 
-Hugging Face and the other architectures rotate row i of a head together with row half + i.
+A rotary embedding rotates the rows of a head in pairs. Hugging Face pairs row i of a head with row half + i,
+where half is half the number of the head's rows. In GGUF, some architectures pair neighbouring rows instead.
 Source: llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute.
 """
 
@@ -11,17 +12,20 @@ from numpy.typing import NDArray
 
 
 def interleave(rows: NDArray[Any], heads: int) -> NDArray[Any]:
-    """Reorder rows (heads * 2 * half, d) for GGUF: in each head, i moves to 2 i and half + i to 2 i + 1."""
+    """Reorder rows of shape (heads * 2 * half, d) from Hugging Face's order to GGUF's.
+
+    In each head, row i becomes row 2 i, and row half + i becomes row 2 i + 1.
+    """
     half = len(rows) // heads // 2
     return rows.reshape(heads, 2, half, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def row_order(rows: int, heads: int) -> NDArray[Any]:
-    """Indices that take rows from Hugging Face's order to GGUF's."""
+    """The indices that reorder an array of rows from Hugging Face's order to GGUF's."""
     return interleave(np.arange(rows)[:, None], heads)[:, 0]
 
 
 def deinterleave(rows: NDArray[Any], heads: int) -> NDArray[Any]:
-    """The inverse of `interleave`."""
+    """Reorder rows from GGUF's order to Hugging Face's: the inverse of `interleave`."""
     half = len(rows) // heads // 2
     return rows.reshape(heads, half, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)

@@ -19,8 +19,8 @@ INDEX = "model.safetensors.index.json"
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, chat template
 _MAX_COMPANION = 64 << 20
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# OWNER/NAME, perhaps as the address of the repository or of one of its pages, and perhaps with the
-# quantisation that Ollama takes after a colon.
+# Matches OWNER/NAME on the Hugging Face Hub, and the address of the repository or of one of its pages. A
+# quantisation may follow after a colon, as in Ollama's names.
 _HUB_NAME = re.compile(
     r"(?P<host>(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?"
     r"(?P<name>(?!(?:datasets|spaces)/)[a-z\d][\w.-]*/(?P<local>[a-z\d][\w.-]*))(?::\w+)?"
@@ -37,14 +37,14 @@ def is_index(path: StrPath) -> bool:
 
 
 def require_no_hub_name(path: StrPath, kind: str = "a model") -> None:
-    """Refuse a name on the Hugging Face Hub, such as "HuggingFaceTB/SmolLM2-135M", or a page's address there.
+    """Raise an error for a Hugging Face Hub name, such as "HuggingFaceTB/SmolLM2-135M", or web address.
 
-    A path that exists is accepted. So is a name with the suffix of a file, such as "model.gguf".
+    A path that exists is accepted, and so is a name with the suffix of a file, such as "model.gguf".
 
     Args:
         kind: "a model" or "an adapter", for the message.
     Raises:
-        FileNotFoundError: it is such a name; the message says how to get the files.
+        FileNotFoundError: the path is such a name or address. The message says how to download the files.
     """
     found = _HUB_NAME.fullmatch(files.name(path))
     if found is None or os.path.lexists(path):
@@ -90,7 +90,7 @@ def files_of(path: StrPath) -> list[Path]:
 
 
 def require_no_model(directory: StrPath) -> None:
-    """Refuse to save an adapter into a model's directory, because it would then be both.
+    """Raise an error if a directory holds a model, because an adapter must not be saved beside a model.
 
     Raises:
         FileExistsError: the directory holds a model's configuration or weights.
@@ -106,11 +106,11 @@ def open_tensors(
 ) -> Tensors:
     """Open a model's tensors from a file, an index, or a directory.
 
-    In a directory, the single weights file comes before the index, as in transformers.
+    In a directory, a single weights file takes precedence over an index, as in transformers.
 
     Args:
         mmap: as in `sharded.open`.
-        wanted: as in `sharded.open`, for an index. A single file always has all of its tensors.
+        wanted: as in `sharded.open`, but only for an index. A single file is opened with all its tensors.
     Raises:
         UnsafeError: the directory's weights are a pickle.
         FormatError: the directory has no weights, or a file breaks its format.
@@ -136,10 +136,10 @@ def _required_weights(directory: Path) -> Path:
 
 
 def companions(source: Path, target: Path) -> list[NewFile]:
-    """Copies of the files beside a model's weights (configuration, tokenizer), for another directory.
+    """Prepare copies of a model's configuration and tokenizer files for another directory.
 
     Raises:
-        UnsafeError: a file is a symbolic link, and not one of Hugging Face's cache.
+        UnsafeError: a file is a symbolic link that does not belong to Hugging Face's cache.
         LimitError: a file is too large.
     """
     found = []

@@ -1,14 +1,15 @@
 """The patterns of PEFT's `rank_pattern` and `alpha_pattern`: a small, safe subset of regular expressions.
 
 PEFT passes a file's patterns to a backtracking engine, where `(a+)+$` can run for ever. This module accepts
-only the syntax below. It follows all alternatives of a pattern at once, so matching takes time linear in
-pattern length x name length.
+only the syntax below. The matcher follows all alternatives of a pattern at once, so its time grows only with
+the product of the pattern's length and the name's length.
 
-    letters, digits, _ - / : space     themselves; any other ASCII punctuation after a backslash
-    .   \\d   \\w   [a-z0-9_]   [^.]      one character
-    *   +   ?   (also *? +? ??)         after one character, never after a group
-    (a|b)   (?:a|b)                     alternatives, nested at most 8 deep
-    ^   $                               the start and end of the name
+- Letters, digits, the space and the characters _ - / : match themselves. Other ASCII punctuation matches
+  itself after a backslash.
+- One character is matched by `.`, `\\d`, `\\w`, or a set such as `[a-z0-9_]` or `[^.]`.
+- One character can be repeated with `*`, `+`, `?` or their lazy forms `*?`, `+?`, `??`. A group cannot.
+- Alternatives are written `(a|b)` or `(?:a|b)`, nested at most 8 deep.
+- `^` is the start and `$` is the end of the name.
 """
 
 import functools
@@ -28,7 +29,7 @@ _RANGE = re.compile(r"([A-Za-z0-9])-([A-Za-z0-9])")
 
 
 class Name:
-    """A module's name. For each character, the bits of an integer mark its positions in the name."""
+    """A module's name. `places` maps each character to an integer whose set bits are its positions."""
 
     def __init__(self, text: str) -> None:
         self.everywhere = (1 << len(text)) - 1
@@ -41,8 +42,8 @@ class Name:
         return sum({self.places[character] for character in characters if character in self.places})
 
 
-# A set of positions is an integer, as in `Name`. `follow` returns the positions that one part of a pattern
-# can reach from `starts`.
+# A set of positions is an integer with one bit for each position, as in `Name`. The method `follow` returns
+# the positions at which one part of a pattern can end if it begins at one of the positions in `starts`.
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class _Character:
 
     @property
     def only_letter(self) -> str:
-        """The character, if this part matches exactly one character; else an empty string."""
+        """The character, if this part matches exactly one character and only once; else an empty string."""
         plain = len(self.characters) == 1 and not self.negated and not self.repeat
         return "".join(self.characters) if plain else ""
 
@@ -98,7 +99,7 @@ _Piece = _Character | _End | _Choice
 
 @functools.lru_cache(256)
 def _letter(character: str) -> _Character:
-    """A character that matches itself once. All patterns share these objects."""
+    """The part of a pattern that matches one given character once. All patterns share these objects."""
     return _Character(frozenset(character), False)
 
 
@@ -106,7 +107,7 @@ class NamePattern:
     """A compiled pattern.
 
     Raises:
-        UnsafeError: the pattern uses syntax outside the list above.
+        UnsafeError: the pattern uses syntax that is not listed at the top of this module.
         LimitError: the pattern is longer than 512 characters.
     """
 
@@ -124,7 +125,7 @@ class NamePattern:
         self.only_name = self._as_name()
 
     def _as_name(self) -> str | None:
-        """The only name that matches, if the pattern is `^` followed by plain or escaped characters."""
+        """The only name that matches if the pattern is `^` followed by literal characters; otherwise None."""
         pieces = self._root.branches[0]
         if len(self._root.branches) > 1 or pieces[:1] != (_End(at_start=True),):
             return None
@@ -132,7 +133,7 @@ class NamePattern:
         return "".join(letters) if len(letters) == len(pieces) - 1 and all(letters) else None
 
     def matches(self, name: Name) -> bool:
-        """Whether a name matches, as in PEFT: `(.*\\.)?(pattern)$` from the start of the name."""
+        """Whether a name matches `(.*\\.)?(pattern)$` from its start, as in PEFT."""
         starts = 1 | name.where(".") << 1
         return bool(self._root.follow(name, starts) & name.end)
 
@@ -143,7 +144,7 @@ class NamePattern:
         )
 
     def _next(self, expected: str = "") -> str:
-        """Take the next character. With `expected`, take it only if it is an expected character."""
+        """Consume and return the next character. If `expected` lacks the character, return "" instead."""
         character = self.text[self._position : self._position + 1]
         if expected and (not character or character not in expected):
             return ""

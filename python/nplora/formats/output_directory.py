@@ -1,4 +1,4 @@
-"""Checks whether a command may write into a directory that earlier training may have used."""
+"""Checks whether a command may write into a directory, which may hold results of earlier training."""
 
 import errno
 
@@ -8,14 +8,14 @@ from nplora.formats.run_files import holds_run
 
 
 def trained(directory: StrPath) -> str | None:
-    """The result of training that a directory holds, in words: a run, an adapter alone, or None."""
+    """Describe the result of training in a directory: "a run", "an adapter", or None."""
     if holds_run(directory):
         return "a run"
     return "an adapter" if peft_adapter.lies_in(directory) else None
 
 
 def require_untouched(directory: StrPath) -> None:
-    """Refuse a directory that holds a run or an adapter.
+    """Raise an error if a directory holds a training run or an adapter.
 
     Raises:
         NotADirectoryError: the path is not a directory.
@@ -28,7 +28,7 @@ def require_untouched(directory: StrPath) -> None:
 
 
 def require_no_other(directory: StrPath, overwrite: bool) -> None:
-    """Refuse to save an adapter beside a run's checkpoints, or to replace an adapter without `overwrite`.
+    """Raise an error if a directory holds a training run or, without `overwrite`, an adapter.
 
     Raises:
         ValueError: the directory's name is empty.
@@ -38,7 +38,7 @@ def require_no_other(directory: StrPath, overwrite: bool) -> None:
     files.require_named("adapter", output=directory)
     files.require_directory(directory)
     if holds_run(directory):
-        raise _occupied(directory, "a run, whose adapter it would replace; name another one")
+        raise _occupied(directory, "a run, whose adapter would be replaced; name another one")
     if peft_adapter.lies_in(directory) and not overwrite:
         raise _occupied(directory, f"an adapter; {files.OTHER_OR} replaces it")
 

@@ -1,13 +1,13 @@
 """PEFT's adapter directory: adapter_config.json and adapter_model.safetensors, read and written as a pair.
 
-Two files cannot be replaced at the same instant. So the tensors' file carries in its metadata a copy of its
-configuration, the SHA-256 of that copy, and the SHA-256 of the configuration that the save replaces. Renaming
-the tensors' file is the moment at which the new adapter replaces the old one. A reader that then still finds
-the old configuration uses the copy in the metadata. A configuration that matches neither digest was edited by
+Two files cannot be replaced at the same instant. So the metadata of the tensors' file hold a copy of the new
+configuration, the SHA-256 of that copy, and the SHA-256 of the old configuration. The new adapter takes
+effect when the tensors' file is renamed into place. If a reader then still finds the old configuration file,
+the reader uses the copy in the metadata. A configuration file that matches neither SHA-256 was edited by
 hand.
 
-The metadata also hold a digest of the base model (`model_digest`). PEFT ignores these entries and does not
-write them. If they are missing, nothing is compared.
+The metadata also hold a digest of the base model (`model_digest`). PEFT ignores these metadata entries and
+does not write them. Without these entries, nplora compares no digests.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ LINEAR = (".lora_A.weight", ".lora_B.weight")  # (r, d_in) and (d_out, r)
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")  # (r, vocab) and (dim, r)
 MAGNITUDE = ".lora_magnitude_vector"
 BASE_COPY = ".base_layer.weight"  # PEFT copies the frozen weight of an adapted embedding or head
-_MOST_REPLACED = 100  # how often to read a pair again because another process replaced it during the read
+_MOST_REPLACED = 100  # attempts to read both files of one adapter while other processes replace it
 MAX_PATTERN_WORK = 1 << 22  # layers times characters of patterns: about a second
 _LONG_NAME = 256  # characters; a name with more counts as several layers
 
@@ -61,9 +61,9 @@ class PeftAdapter:
     Attributes:
         directory: the directory's name for messages.
         tensors: the tensors, each read on access while the directory is open.
-        config: the configuration that was saved with the tensors, unless the file was edited.
+        config: the configuration that was saved with the tensors, or the edited one if it was edited.
         paired: False if the configuration is known to be edited.
-        base_digest: `models.model_digest.of` the base model, or None if the file has none.
+        base_digest: the digest of the base model (`models.model_digest.of`), or None if the file has none.
     """
 
     directory: str
@@ -89,12 +89,12 @@ class PeftAdapter:
         return found
 
     def factors(self, problems: list[str], passed_over: Collection[str] = ()) -> dict[str, tuple[str, str]]:
-        """The tensor names of each layer's two factors. Tensors that form no pair are added to `problems`.
+        """Map each layer to the names of its two factor tensors. Other tensors are listed in `problems`.
 
-        DoRA's magnitudes, the tensors in `passed_over` and those of `base_copies` are skipped.
+        DoRA magnitudes, the tensors in `passed_over` and copies of frozen weights are skipped.
 
         Raises:
-            LimitError: there are too many layers and patterns to look up ranks in reasonable time.
+            LimitError: there are too many layers and patterns to find each layer's rank in reasonable time.
         """
         found: dict[str, tuple[str, str]] = {}
         for tensor in self.tensors:
@@ -109,19 +109,23 @@ class PeftAdapter:
             halves = (stem + kind[0], stem + kind[1])
             missing = [half for half in halves if half not in self.tensors]
             if missing:
-                problems.append(f"tensor {brief(missing[0], 200)} is missing, its other half is there")
+                problems.append(
+                    f"tensor {brief(missing[0], 200)} is missing, but the layer's other factor is present"
+                )
             elif found.setdefault(stem.removeprefix(PREFIX), halves) != halves:
-                problems.append(f"tensor {brief(tensor, 200)}: the layer has factors of another kind too")
+                problems.append(
+                    f"tensor {brief(tensor, 200)}: the layer has both linear and embedding factors"
+                )
         self._limit_patterns(sum(1 + len(name) // _LONG_NAME for name in found))
         return found
 
     def base_copies(self) -> list[str]:
-        """The layers of which PEFT stored the frozen weight, too. Usually it equals the base model's."""
+        """The layers for which PEFT also stored the frozen weight, which usually equals the base model's."""
         found = filter(self._is_base_copy, self.tensors)
         return [tensor.removeprefix(PREFIX).removesuffix(BASE_COPY) for tensor in found]
 
     def _is_base_copy(self, tensor: str) -> bool:
-        """Whether a tensor has the name of a frozen weight, and the shape of its layer's factors."""
+        """Whether a tensor has a frozen weight's name, and the shape that its layer's factors require."""
         stem = tensor.removesuffix(BASE_COPY)
         if stem == tensor:
             return False
@@ -133,7 +137,7 @@ class PeftAdapter:
         return False
 
     def _limit_patterns(self, layers: int) -> None:
-        """Limit the work of comparing each layer with all patterns, except patterns that are a plain name."""
+        """Raise LimitError if comparing `layers` names with all inexact patterns would take too long."""
         both = (self.config.rank_pattern, self.config.alpha_pattern)
         text = sum(len(pattern.text) for patterns in both for _, pattern in patterns.inexact)
         self._limit(layers, "layers", text, "patterns")
@@ -155,7 +159,7 @@ class PeftAdapter:
             )
 
     def array(self, name: str, dtype: npt.DTypeLike = np.float32) -> NDArray[Any]:
-        """A float tensor as a new array. Raises FormatError if it is not of floats, or not finite."""
+        """Read a float tensor as a new array. Raises FormatError for other types, NaN and infinities."""
         tensor = self.tensors[name]
         if tensor.dtype not in ("float32", "float16", "bfloat16", "float64"):
             raise FormatError(f"tensor {brief(name, 200)} is {tensor.dtype}, expected floats")
@@ -170,7 +174,7 @@ class PeftAdapter:
         """Raise CorruptError if the configuration was not saved together with these tensors."""
         if not self.paired:
             raise CorruptError(
-                f"{Path(self.directory, CONFIG)}: not the one that was saved with {TENSORS} "
+                f"{Path(self.directory, CONFIG)}: not the file that was saved with {TENSORS} "
                 "(its SHA-256 differs): the file was edited, or a save of an older nplora was cut short; "
                 "if you edited it, pass edited_config=True in Python"
             )
@@ -187,11 +191,11 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
     """
     files.require_named("adapter", directory=directory)
     model_directory.require_no_hub_name(directory, "an adapter")
-    os.stat(directory)  # names the directory in the error if it is missing, rather than a file in it
+    os.stat(directory)  # if the directory is missing, the error names it rather than a file in it
     files.require_directory(directory)
     require_finished(directory)
     config_path, tensors_path, pickle = (Path(directory, name) for name in (CONFIG, TENSORS, PICKLE))
-    os.stat(config_path)  # names the configuration in the error if both files are missing
+    os.stat(config_path)  # if both files are missing, the error names the configuration
     if not tensors_path.exists() and pickle.exists():
         raise UnsafeError(f"{pickle}: a pickle can run any code; expected {TENSORS}")
     with contextlib.ExitStack() as opened:
@@ -204,7 +208,7 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
 
 
 def require_finished(directory: StrPath) -> None:
-    """Raise FileNotFoundError if a run has not written its adapter, even if an older run's adapter exists."""
+    """Raise FileNotFoundError if a directory holds a run whose own adapter is not written yet."""
     if not run_files.holds_run(directory):
         return
     is_whole = all(map(os.path.lexists, files_of(directory)))
@@ -220,7 +224,7 @@ def is_dropped(directory: StrPath) -> bool:
 
 
 def tensors_digest(directory: StrPath) -> str | None:
-    """The SHA-256 of the tensors' file in a directory, or None if there is none."""
+    """The SHA-256 of a directory's tensors file, or None if there is no such file."""
     path = Path(directory, TENSORS)
     return files.sha256(path) if os.path.lexists(path) else None
 
@@ -228,10 +232,11 @@ def tensors_digest(directory: StrPath) -> str | None:
 def _pair(
     config_path: Path, tensors_path: Path, opened: contextlib.ExitStack
 ) -> tuple[SafetensorsFile, bytes, bool]:
-    """Open the tensors and read the configuration. The last value is False if they are known not to match.
+    """Open the tensors and read the configuration. The returned bool is False if the two do not match.
 
-    The tensors are opened first, because a save replaces them before the configuration. While the tensors'
-    file is still at its path, the configuration is not newer. Otherwise, both are read again.
+    The tensors are opened first, because a save replaces them before the configuration. If the opened file is
+    still at its path after the configuration was read, the configuration is not newer than the tensors. If
+    another file replaced the opened one, both files are read again.
     """
     for _ in range(_MOST_REPLACED):
         with contextlib.ExitStack() as attempt:
@@ -259,7 +264,7 @@ def files_of(path: StrPath) -> list[Path]:
 
 
 def require_ours(directory: StrPath, overwrite: bool) -> None:
-    """Refuse to replace symbolic links, or (without `overwrite`) files that are not a LoRA adapter's.
+    """Raise an error if `save` would replace a symbolic link or, without `overwrite`, another kind of file.
 
     Raises:
         UnsafeError: a file is a symbolic link.
@@ -272,7 +277,7 @@ def require_ours(directory: StrPath, overwrite: bool) -> None:
             continue
         with files.reading(path, follow_links=False) as reader:
             if not (overwrite or is_ours(reader)):
-                reason = f"the file is not one of a LoRA adapter; {files.OTHER_OR} replaces it"
+                reason = f"the file does not belong to a LoRA adapter; {files.OTHER_OR} replaces it"
                 raise FileExistsError(errno.EEXIST, reason, files.name(path))
 
 
@@ -298,10 +303,10 @@ def save(
     tensors: Tensors,
     base_digest: str | None = None,
 ) -> None:
-    """Write both files. The directory is created if needed.
+    """Write both files of an adapter. The directory is created if needed.
 
-    Both files are complete on disk before either is renamed into place, the configuration last. At every
-    moment, even after a crash, nplora finds either the old or the new adapter.
+    Both files are complete on disk before either is renamed into place. The configuration is renamed last. At
+    every moment, even after a crash, nplora finds either the complete old or the complete new adapter.
 
     Raises:
         ValueError: the directory's name is empty.

@@ -1,8 +1,8 @@
 """`adapter_config.json` of a PEFT LoRA adapter: converts bytes to a validated, immutable record and back.
 
-Nothing in the file is run, imported or opened. Keys that PEFT writes and that do not change what a trained
-adapter computes are ignored. Keys that would change it are refused. Unknown keys are dropped and listed in
-`unknown`.
+nplora never runs, imports or opens anything that the file names. Keys of PEFT that do not change what a
+trained adapter computes are ignored. Keys that switch on a computation that nplora lacks are refused. Unknown
+keys are dropped and listed in `unknown`.
 """
 
 import json
@@ -21,9 +21,10 @@ from nplora.formats.name_pattern import Name, NamePattern
 
 MAX_BYTES = 16 << 20
 MAX_PATTERN_TEXT = 1 << 14  # each layer's name is compared with all of this text
-MAX_EXACT_TEXT = 1 << 18  # for patterns that match only one name, which are looked up
+MAX_EXACT_TEXT = 1 << 18  # characters of patterns that match only one name; a table holds these
 
-# PEFT writes these keys. They say how the factors were initialised or trained, not what they compute.
+# PEFT writes these keys. The keys say how the factors were initialised or trained, not what the adapter
+# computes.
 _PASSED_OVER = frozenset(
     [
         "ensure_weight_tying",
@@ -40,7 +41,7 @@ _PASSED_OVER = frozenset(
         "runtime_config",
     ]
 )
-# If switched on, these change what the adapter computes.
+# These keys, if switched on, change what the adapter computes.
 _MUST_BE_OFF = frozenset(
     [
         "alora_invocation_tokens",
@@ -59,7 +60,8 @@ _MUST_BE_OFF = frozenset(
         "velora_config",
     ]
 )
-# The other starts ("pissa", "olora", "loftq", ...) also change the base model's weights.
+# Initialisations that leave the base model's weights unchanged. The others ("pissa", "olora", "loftq", ...)
+# change these weights.
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 _CHECKED = frozenset(
     ["peft_type", "auto_mapping", "megatron_core", "trust_remote_code", "bias", "init_lora_weights"]
@@ -72,13 +74,13 @@ Number: TypeAlias = int | float
 
 @dataclass(frozen=True)
 class Patterns:
-    """Values for individual modules. The first pattern that matches a module's name decides."""
+    """Ranks or alphas for individual modules. The first pattern that matches a module's name decides."""
 
     pairs: tuple[tuple[NamePattern, Number], ...] = ()
 
     @cached_property
     def _exact(self) -> dict[str, int]:
-        """For each name that some pattern matches alone, the position of the first such pattern."""
+        """Map each name that is the only match of a pattern to the position of the first such pattern."""
         names = [(pattern.only_name, position) for position, (pattern, _) in enumerate(self.pairs)]
         return {name: position for name, position in reversed(names) if name is not None}
 
@@ -92,14 +94,14 @@ class Patterns:
         )
 
     def value(self, name: str, default: Number) -> Number:
-        """The value for a name. The time is proportional to the inexact patterns: call it once per name."""
+        """The value for the module `name`. The search tries every inexact pattern, so make it only once."""
         places, exact = Name(name), self._exact.get(name, len(self.pairs))
         position = next((at for at, pattern in self.inexact if at < exact and pattern.matches(places)), exact)
         return self.pairs[position][1] if position < len(self.pairs) else default
 
     @staticmethod
     def exact(values: dict[str, Number]) -> "Patterns":
-        """Patterns that match exactly these names ("0" alone would also match "1.0")."""
+        """Make patterns that match only these names. (As a pattern, "0" would also match "1.0".)"""
         return Patterns(
             tuple((NamePattern("^" + re.escape(name), name), value) for name, value in values.items())
         )
@@ -107,7 +109,7 @@ class Patterns:
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The settings that nplora uses from an `adapter_config.json`. `unknown` lists the dropped keys."""
+    """The settings that nplora uses from an `adapter_config.json`. `unknown` lists keys that were dropped."""
 
     r: int = 8
     lora_alpha: Number = 8
@@ -140,7 +142,7 @@ def short_number(value: float) -> Number:
 
 
 def dumps(config: PeftConfig) -> bytes:
-    """The file's text as PEFT writes it: sorted keys, indented by 2."""
+    """Format an `adapter_config.json` as PEFT does, with sorted keys and an indent of 2."""
     targets = config.target_modules
     fields = {
         "peft_type": "LORA",
@@ -163,13 +165,13 @@ def dumps(config: PeftConfig) -> bytes:
 
 
 def loads(raw: bytes, source: str) -> PeftConfig:
-    """Read the text of an `adapter_config.json`. `source` names the file in messages.
+    """Parse the text of an `adapter_config.json`. `source` is the file's name in messages.
 
     Raises:
         FormatError: a value has the wrong type.
         LimitError: a rank is above 65,536, or the patterns have too much text.
         UnsupportedError: the file describes another kind of adapter.
-        UnsafeError: a pattern or a name could run code or hang.
+        UnsafeError: a name could make a reader run code, or a pattern could make a reader hang.
     """
     fields = strict_json.loads(raw, source)
     if not isinstance(fields, dict):
@@ -206,26 +208,28 @@ def loads(raw: bytes, source: str) -> PeftConfig:
 
 
 def _targets(value: object) -> tuple[str, ...] | str:
-    """A pattern or a list of names. nplora does not match modules with them, so wrong types are ignored."""
+    """Read `target_modules`, which nplora does not match with modules. Wrong types are therefore ignored."""
     if isinstance(value, str):
         return value
     return tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()
 
 
 def _refuse_unsafe(fields: dict[str, Any], source: str) -> None:
-    """Refuse names of code to import or run, and patterns that could hang another reader."""
+    """Raise UnsafeError for names of code to run, and for patterns that could make another reader hang."""
     mapping = fields.get("auto_mapping")
     if mapping is not None and not _is_plain_module_mapping(mapping):
         raise UnsafeError(
-            f"{source}: auto_mapping is {brief(mapping)}; no class or library is taken from a file"
+            f"{source}: auto_mapping is {brief(mapping)}; nplora loads no class or library that a file names"
         )
     if fields.get("megatron_core") not in (None, _MEGATRON):  # PEFT writes this default into every file
         raise UnsafeError(
-            f"{source}: megatron_core is {brief(fields['megatron_core'])}; no library is taken from a file"
+            f"{source}: megatron_core is {brief(fields['megatron_core'])}; nplora loads no library that "
+            "a file names"
         )
     if fields.get("trust_remote_code") not in (None, False):
         raise UnsafeError(
-            f"{source}: trust_remote_code is {brief(fields['trust_remote_code'])}; no code is run"
+            f"{source}: trust_remote_code is {brief(fields['trust_remote_code'])}; nplora runs no code that "
+            "a file names"
         )
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         for text in fields[key] if isinstance(fields.get(key), list) else [fields.get(key)]:
@@ -234,9 +238,10 @@ def _refuse_unsafe(fields: dict[str, Any], source: str) -> None:
 
 
 def _is_plain_module_mapping(mapping: object) -> bool:
-    """Whether `auto_mapping` is the note that PEFT writes for a plain torch module. It is never imported.
+    """Whether `auto_mapping` is the entry that PEFT writes for a plain torch module.
 
-    No model's class is in the standard library, so PEFT did not write a note that names one.
+    nplora never imports the named class. PEFT never names a class of the standard library, because no model's
+    class is there.
     """
     if not isinstance(mapping, dict) or mapping.keys() != {"base_model_class", "parent_library"}:
         return False

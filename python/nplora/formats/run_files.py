@@ -1,8 +1,8 @@
-"""The names of a training run's files, and the record of its newest checkpoint about the files beside it.
+"""The names of a training run's files, and what the newest checkpoint records about an earlier run.
 
 A run that overwrites an earlier run deletes the earlier files as soon as its own first checkpoint is on disk.
-That checkpoint contains the new log and the SHA-256 of the old adapter. So after a crash between these steps,
-it is known which files belong to the earlier run.
+The first checkpoint contains the new log and the SHA-256 of the old adapter. So after a crash before the
+deletion, nplora still knows which files belong to the earlier run.
 """
 
 import os
@@ -23,7 +23,7 @@ DROPPED_ADAPTER = "dropped_adapter.sha256"
 
 
 def holds_run(directory: StrPath) -> bool:
-    """Whether a directory has checkpoints, damaged or not. Nothing is created, locked or read."""
+    """Whether a directory has checkpoint files, damaged or not. The files are neither locked nor read."""
     return any(os.path.lexists(Path(directory, name)) for name in CHECKPOINTS)
 
 

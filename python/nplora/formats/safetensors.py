@@ -6,7 +6,8 @@
     the rest    the arrays, row-major and little-endian, without gaps; offsets count from here
 
 Source: https://github.com/huggingface/safetensors, section Format. The reference implementation accepts every
-file that this reader accepts. This reader is stricter: a tensor's entry has exactly its three fields.
+file that this reader accepts. This reader is stricter: a tensor's entry must have exactly the fields dtype,
+shape and data_offsets.
 """
 
 import contextlib
@@ -36,8 +37,8 @@ MAX_METADATA = 1 << 14  # entries
 _MAX_WIDE = 1 << 25  # bytes of a header that is not ASCII; Python may need four times as many for the text
 MAX_DIMENSIONS = 32  # NumPy 1.26's own limit
 
-# Tag in the file: (nplora's name, NumPy's type). The order is that in which the reference implementation
-# sorts the data: widest type first, so that every array is aligned.
+# Maps the tag in the file to (nplora's name, NumPy's type). The types are in the order in which the reference
+# implementation sorts the data: the widest type first, so that every array is aligned.
 _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "U64": ("uint64", np.dtype("<u8")),
     "I64": ("int64", np.dtype("<i8")),
@@ -88,7 +89,7 @@ class Tensor:
         return self.array.nbytes
 
     def numpy(self) -> Array:
-        """The elements without a copy (bfloat16 as uint16 bit patterns)."""
+        """The elements as an array, without a copy. bfloat16 elements are uint16 bit patterns."""
         return self.array
 
     def __repr__(self) -> str:
@@ -101,7 +102,7 @@ class Stream:
 
     Attributes:
         dtype: as in `Tensor`.
-        chunks: a function that returns the bytes in order. It is called once.
+        chunks: a function that returns the bytes in order. The writer calls this function once.
     """
 
     dtype: str
@@ -134,10 +135,10 @@ class Entry:
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
-    """The tensors of an open file by name, in the header's order, and its `metadata` (text to text).
+    """The tensors of an open file by name, in the header's order. `metadata` maps text to text.
 
-    `entries` holds the tensors' shapes and element types without reading tensors. `mapped` holds the file's
-    stamp if the file is mapped.
+    `entries` gives the tensors' shapes and element types without reading the tensors. If the file is mapped,
+    `mapped` holds its `Stamp`, which shows later changes of the file.
     """
 
     def __init__(self, data: Buffer, source: str, mapped: tuple[files.Stamp, ...] = ()) -> None:
@@ -152,7 +153,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
         return Tensor(name, entry.dtype, self._array(name, entry))
 
     def load(self) -> None:
-        """Copy the file into memory. Nothing is read from disk afterwards."""
+        """Copy the file into memory, so that nothing is read from disk afterwards."""
         self._data = self._data[:]
 
     def _array(self, name: str, entry: Entry) -> Array:
@@ -162,7 +163,9 @@ class SafetensorsFile(Mapping[str, Tensor]):
         else:
             array = np.frombuffer(self._data[entry.begin : entry.end], dtype).reshape(entry.shape)
         if entry.tag == "BOOL" and array.view(np.uint8).max(initial=0) > 1:
-            raise FormatError(f"{self.source}: tensor {brief(name)}: a BOOL is a byte other than 0 and 1")
+            raise FormatError(
+                f"{self.source}: tensor {brief(name)}: a BOOL is stored as a byte other than 0 or 1"
+            )
         if not array.flags.aligned:
             array = array.copy()
         array.flags.writeable = False
@@ -187,9 +190,9 @@ def open(path: StrPath, mmap: bool = True, follow_links: bool = True) -> Safeten
     Args:
         path: the file.
         mmap: map the file, so that each part is read from disk on first use. If another program truncates a
-            mapped file, a process that reads the lost part ends with a message and status 135. False copies
-            the whole file into memory instead, after the header has been checked.
-        follow_links: False refuses a symbolic link. Use it for paths that come from another file.
+            mapped file, a process that reads the lost part ends with a message and status 135. `mmap=False`
+            copies the whole file into memory instead, after the header has been checked.
+        follow_links: whether `path` may be a symbolic link. Pass False for paths that come from another file.
     Returns:
         a mapping from name to `Tensor`, with the file's `.metadata`. The arrays are read-only views that keep
         the file mapped. A tensor that is not aligned in the file is copied.
@@ -217,14 +220,14 @@ def open(path: StrPath, mmap: bool = True, follow_links: bool = True) -> Safeten
 def reading(path: StrPath, follow_links: bool = True) -> Iterator[SafetensorsFile]:
     """Like `open`, but each tensor is read from disk on access, and only inside the `with` block.
 
-    Use it for untrusted files: `entries` gives the sizes before any memory is allocated.
+    Use this function for untrusted files, because `entries` gives the sizes before memory is allocated.
     """
     with files.reading(path, follow_links) as reader:
         yield SafetensorsFile(reader, files.name(path))
 
 
 def loads(data: bytes | bytearray | memoryview) -> SafetensorsFile:
-    """Like `open`, for bytes in memory. They must not change while the arrays are in use.
+    """Read a safetensors file from bytes in memory. The bytes must not change while the arrays are in use.
 
     >>> loads(dumps({"w": np.arange(3)}))["w"].numpy()
     array([0, 1, 2])
@@ -235,14 +238,14 @@ def loads(data: bytes | bytearray | memoryview) -> SafetensorsFile:
 def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file. If the write fails, an existing file stays as it was.
 
-    The bytes go to a temporary file beside the target, which is then renamed.
+    The bytes are written to a temporary file beside the target, which is then renamed to the target.
 
     Args:
         path: the file to write.
-        tensors: name -> array of any strides and byte order (also ml_dtypes.bfloat16), or a `Tensor` to store
-            uint16 bit patterns as bfloat16, or a `Stream`. The key is the name in the file; a `Tensor`'s own
-            name is ignored.
-        metadata: text to text.
+        tensors: a mapping of each tensor's name to an array of any strides and byte order (including
+            ml_dtypes.bfloat16), a `Tensor` or a `Stream`. A `Tensor` can store uint16 bit patterns as
+            bfloat16. The key becomes the name in the file; a `Tensor`'s own name is ignored.
+        metadata: a mapping of text to text.
     Raises:
         TypeError: the format has no such element type, or a name or metadata entry is not text.
         OSError: the disk fails; the message says how many bytes were needed.
@@ -267,9 +270,10 @@ def dumps(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
 
 
 def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> files.NewFile:
-    """The same file as `save` writes, but not yet written: the caller replaces several files together.
+    """Prepare the file that `save` would write, so that the caller can replace several files together.
 
-    Contiguous copies are made one tensor at a time. A `Stream` is called when its tensor is written.
+    At any time, at most one tensor is copied to make it contiguous. The function of a `Stream` is called when
+    the tensor is written.
     """
     tagged = [(name, *_tagged(name, value)) for name, value in tensors.items()]
     tagged.sort(key=lambda item: (_ORDER[item[1]], item[0]))
@@ -296,7 +300,7 @@ def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None
 
 
 def _tagged(name: str, value: ArrayLike | Tensor | Stream) -> tuple[str, Array | Stream]:
-    """The file's tag for an array, and the array as NumPy writes it."""
+    """The tag for an array's type in the file, and the array with a type that NumPy can write."""
     if not isinstance(name, str) or name == _METADATA:
         raise TypeError(f"safetensors.save: {name!r} cannot be the name of a tensor")
     if isinstance(value, Stream):
@@ -318,12 +322,12 @@ def _tagged(name: str, value: ArrayLike | Tensor | Stream) -> tuple[str, Array |
 def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     for key, value in metadata.items():
         if not (isinstance(key, str) and isinstance(value, str)):
-            raise TypeError(f"safetensors.save: metadata {key!r}: {value!r}, expected text to text")
+            raise TypeError(f"safetensors.save: metadata maps {key!r} to {value!r}, expected text to text")
     return dict(metadata)
 
 
 def _parse(data: Buffer, source: str) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Check everything that can be checked without reading the arrays."""
+    """Parse the header, and check everything that can be checked without reading the arrays."""
     header, start = _header(data, source)
     metadata = _parse_metadata(header.pop(_METADATA, {}), source)
     entries = {name: _entry(name, fields, start, source) for name, fields in header.items()}
@@ -342,7 +346,7 @@ def _header(data: Buffer, source: str) -> tuple[dict[str, Any], int]:
         found = f"{source}: the first 8 bytes ({brief(bytes(data[:8]))}) announce a header of {size:,} bytes"
         if size > MAX_HEADER:
             raise LimitError(f"{found}, at most {MAX_HEADER:,} are read")
-        raise TruncatedError(f"{found}, the file has {len(data) - 8:,} after them")
+        raise TruncatedError(f"{found}, but only {len(data) - 8:,} bytes follow")
     raw, where = data[8 : 8 + size], f"{source}: header"
     if bytes(raw[:1]) != b"{":
         raise FormatError(f"{source}: the header begins with {brief(bytes(raw[:8]))}, expected '{{'")
@@ -389,8 +393,10 @@ def _entry(name: str, fields: object, start: int, source: str) -> Entry:
     nbytes = math.prod(shape) * itemsize
     begin, end = offsets
     if end - begin != nbytes:
-        found = f"data_offsets give {end - begin:,}"
-        raise FormatError(f"{where}: {tag} of shape {brief(shape)} takes {nbytes:,} bytes, {found}")
+        raise FormatError(
+            f"{where}: {tag} of shape {brief(shape)} takes {nbytes:,} bytes, but data_offsets give "
+            f"{end - begin:,}"
+        )
     return Entry(tag, tuple(shape), start + begin, start + end)
 
 
@@ -404,7 +410,7 @@ def _integers(value: object, where: str) -> list[int]:
 
 
 def _check_layout(entries: dict[str, Entry], start: int, size: int, source: str) -> None:
-    """Check that the tensors, in the order of their offsets, cover the data exactly once."""
+    """Check that the tensors cover the whole data, without holes or overlaps."""
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end:
@@ -413,6 +419,6 @@ def _check_layout(entries: dict[str, Entry], start: int, size: int, source: str)
             raise FormatError(f"{source}: tensor {brief(name)} {kind}: {where}")
         end = entry.end
     if end > size:
-        raise TruncatedError(f"{source}: the tensors end at byte {end:,}, the file has {size:,}")
+        raise TruncatedError(f"{source}: the tensors end at byte {end:,}, but the file has {size:,} bytes")
     if end < size:
         raise FormatError(f"{source}: {size - end:,} bytes after the last tensor, which ends at byte {end:,}")

@@ -14,7 +14,7 @@ MAX_SHARDS = 1_000  # each mapped file uses a file descriptor
 
 
 class ShardedFile(Mapping[str, Tensor]):
-    """The tensors of all shards by name, in the index's order, and the index's `metadata`."""
+    """The tensors of all shards by name, in the index's order. `metadata` holds the index's metadata."""
 
     def __init__(self, source: str, shards: dict[str, SafetensorsFile], metadata: dict[str, Any]) -> None:
         self.source = source
@@ -37,12 +37,12 @@ class ShardedFile(Mapping[str, Tensor]):
 
     @property
     def shards(self) -> frozenset[str]:
-        """The files that hold the tensors."""
+        """The names of the files that hold the tensors."""
         return frozenset(shard.source for shard in self._shards.values())
 
     @property
     def mapped(self) -> tuple[Stamp, ...]:
-        """The stamps of the mapped shards."""
+        """The `Stamp` of each mapped shard, which shows later changes of the file."""
         return tuple(dict.fromkeys(stamp for shard in self._shards.values() for stamp in shard.mapped))
 
 
@@ -50,12 +50,13 @@ def open(path: StrPath, mmap: bool = True, wanted: Callable[[str], bool] = lambd
     """Open an index and every shard that it names.
 
     Args:
-        path: the `*.safetensors.index.json`. Its shards are in the same directory.
+        path: the file `*.safetensors.index.json`. The shards are in the same directory.
         mmap: as in `safetensors.open`.
-        wanted: returns whether a tensor of this name is needed. Shards without needed tensors stay closed.
+        wanted: a function that returns whether the tensor of a given name is needed. A shard without needed
+            tensors is not opened.
     Raises:
-        UnsafeError: a shard's name leaves the directory, or the shard is a symbolic link (except in Hugging
-            Face's cache).
+        UnsafeError: a shard's name leads out of the directory, or the shard is a symbolic link (except in
+            Hugging Face's cache).
         FormatError: the index or a shard breaks its format, or a shard lacks a tensor.
         OSError: a file cannot be read.
     """

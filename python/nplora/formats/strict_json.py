@@ -1,7 +1,6 @@
-"""JSON as defined by RFC 8259 and serde_json, for untrusted text.
+"""A strict JSON parser for untrusted text, which follows RFC 8259 and serde_json.
 
-Python's own parser accepts NaN, duplicate keys, lone surrogates and any depth. These readers must refuse
-them.
+Unlike Python's own parser, this parser refuses NaN, duplicate keys, lone surrogates and deep nesting.
 """
 
 import json
@@ -20,7 +19,7 @@ MAX_DEPTH = 64
 MAX_VALUES = 1 << 19  # per text; as Python objects they take up to 200 MB
 _MAX_DIGITS = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_PIECE = 1 << 18  # bytes that are measured together
+_PIECE = 1 << 18  # bytes of text that are measured at a time
 _STEP, _IS_MARK = np.zeros(256, np.int8), np.zeros(256, np.uint8)
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 _IS_MARK[list(b"[{]},")] = 1
@@ -34,12 +33,13 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
 
     Args:
         source: the text's name in messages, usually the file's path.
-        most: the largest number of values. A sequence limits the values at each depth, outermost first; its
-            last number limits all deeper values together. Values are counted before any object is created.
+        most: the largest accepted number of values. A sequence limits the values at each depth, outermost
+            first; its last number limits all deeper values together. Values are counted before any object is
+            created.
     Raises:
-        FormatError: the text is not UTF-8 or not JSON, or has a duplicate key, NaN, 1e999 or half a surrogate
-            pair.
-        LimitError: more than 64 levels, too many values, or a number of more than 100 characters.
+        FormatError: the text is not UTF-8 or not JSON, or has a duplicate key, NaN, a number beyond float64
+            or half a surrogate pair.
+        LimitError: the text has more than 64 levels, too many values, or a number of over 100 characters.
     """
     require_size(raw, source, most)
 
@@ -55,7 +55,7 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
 
     def integer(text: str) -> int | float:
         short(text)
-        return -0.0 if text == "-0" else int(text)  # like serde_json, because no integer is -0
+        return -0.0 if text == "-0" else int(text)  # a float as in serde_json, because no integer is -0
 
     def real(text: str) -> float:
         short(text)
@@ -85,7 +85,7 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
 
 
 def require_size(raw: Bytes, source: str, most: int | Sequence[int]) -> None:
-    """Count the values of a text and measure its nesting, without creating objects. Raises like `loads`."""
+    """Check a text's number of values and nesting depth without creating objects. Raises like `loads`."""
     short = isinstance(raw, bytes) and isinstance(most, int) and len(raw) <= most
     if short and bytes(raw).count(b"[") + bytes(raw).count(b"{") <= MAX_DEPTH:  # no limit can be exceeded
         return

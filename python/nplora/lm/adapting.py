@@ -1,4 +1,4 @@
-"""Which layers of a language model get a LoRA adapter, and making their LoRA layers."""
+"""Chooses the layers of a language model that get a LoRA adapter, and creates their LoRA layers."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ ALL_LINEAR = "all-linear"  # PEFT's word: every linear layer of the blocks, not 
 
 
 def target_names(targets: str | Iterable[str]) -> tuple[str, ...]:
-    """The names in "q_proj,v_proj", or in several such texts.
+    """Split a text like "q_proj,v_proj", or several of them, into names.
 
     Raises:
-        TypeError: targets is neither.
+        TypeError: `targets` is neither a text nor an iterable of texts.
     """
     given: list[Any] = [targets]
     if isinstance(targets, Iterable) and not isinstance(targets, str):
         given = list(targets)
     if not all(isinstance(text, str) for text in given):
-        raise TypeError(f"targets is {targets!r}, expected a name of layers or a list of names")
+        raise TypeError(f"targets is {targets!r}, expected the name of a layer, or a list of names")
     return tuple(name.strip() for text in given for name in text.split(","))
 
 
@@ -45,8 +45,8 @@ def targeted(
     """The dotted names of the layers that `targets` and `layers` choose, in the model's order.
 
     Raises:
-        ValueError: a target names no layer (the nearest names are listed) or an adapted layer; or
-            `layers` names none of the blocks; or no layer is chosen.
+        ValueError: the model has no layer for a target (the message lists the nearest names); or all layers
+            of a target have an adapter already; or a block of `layers` does not exist; or no layer is chosen.
     """
     plain = [name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)]
     blocks = chosen_blocks(layers, layer_count, op)
@@ -56,7 +56,7 @@ def targeted(
     for target in wanted:
         hits = {name for name in plain if _hits(name, target)}
         if not hits and any(_hits(name, target) for name in there):
-            raise ValueError(f"{op}: the layers that {target!r} names have an adapter already")
+            raise ValueError(f"{op}: all layers with the name {target!r} have an adapter already")
         if not hits:
             known = [ALL_LINEAR, *dict.fromkeys(name.rpartition(".")[2] for name in plain)]
             near = nearest_names(target, [*known, *plain])
@@ -76,7 +76,7 @@ def _hits(name: str, target: str) -> bool:
 
 
 def block_of(name: str) -> int | None:
-    """The block that a layer is in: 3 of "model.layers.3.mlp.up_proj"."""
+    """The number of the block that contains a layer: 3 for "model.layers.3.mlp.up_proj"."""
     parts = name.split(".")
     return int(parts[2]) if parts[:2] == ["model", "layers"] else None
 
@@ -85,7 +85,7 @@ def chosen_blocks(layers: str | Sequence[int] | None, count: int, op: str = "add
     """The blocks that `layers` chooses: None (all), "last:4", "first:4", a range or a list of numbers.
 
     Raises:
-        ValueError: layers is none of these, or the model does not have a block of such a number.
+        ValueError: `layers` is none of these, or the model has no block with one of the numbers.
     """
     if layers is None:
         return range(count)
@@ -111,7 +111,7 @@ def parse_blocks(text: str, op: str = "add_lora") -> tuple[str, int]:
 
 
 def factors_side_by_side(layers: Iterable[Linear | Embedding], rank: int) -> AbstractContextManager[None]:
-    """A context in which `adapted` makes the factors of these layers in one buffer."""
+    """A context in which `adapted` allocates the LoRA factors of these layers in one buffer."""
     rank = _check.rank("add_lora", rank)
     sizes = (rank * n * np.dtype(np.float32).itemsize for layer in layers for n in layer.shape)
     return buffers.side_by_side(*sizes)
@@ -120,7 +120,7 @@ def factors_side_by_side(layers: Iterable[Linear | Embedding], rank: int) -> Abs
 def adapted(
     name: str, layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]
 ) -> LoRALayer:
-    """A LoRA layer over the same frozen weight. With init="pissa" or "olora", this weight is changed.
+    """Create a LoRA layer over a layer's frozen weight. init="pissa" and "olora" change this weight.
 
     Raises:
         ValueError: an option does not fit the layer.
@@ -135,7 +135,11 @@ def adapted(
 
 
 def require_init(name: str, layer: Linear | Embedding, init: str, op: str = "add_lora") -> None:
-    """Refuse "pissa" and "olora" for a quantised weight: it would be rounded, and the model would change."""
+    """Raise ValueError if `init` is "pissa" or "olora" and the weight is quantised.
+
+    "pissa" and "olora" change the weight. A quantised weight would be rounded again, and the model would
+    change.
+    """
     storage = getattr(layer.weight, "dtype", None)
     if init in PRINCIPAL_INITS and storage in storages.BLOCKS:
         raise ValueError(
@@ -145,7 +149,10 @@ def require_init(name: str, layer: Linear | Embedding, init: str, op: str = "add
 
 
 def row_order(config: ModelConfig, name: str) -> Array | None:
-    """The order of a weight's rows in the file: row i is row order[i] in Hugging Face's. None: no change."""
+    """The order of a weight's rows in the file, or None if it is the order in Hugging Face's files.
+
+    Row i of the weight in the file is row `order[i]` of the weight in Hugging Face's files.
+    """
     counts = config.num_attention_heads, config.num_key_value_heads
     heads = families.of(config).permuted_heads(name, *counts) if config.interleaved else 0
     return gguf_rows.row_order(heads * config.head_dim, heads) if heads else None

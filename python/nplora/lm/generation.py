@@ -48,9 +48,9 @@ class Sampling:
         ('###',)
 
     Raises:
-        ValueError, TypeError: a value is out of its range.
+        ValueError, TypeError: a value is out of range, or has a wrong type.
     Warns:
-        UserWarning: top_k or top_p is given, and temperature is 0.
+        UserWarning: `top_k` or `top_p` is given, and `temperature` is 0.
     """
 
     max_new_tokens: int = _option(128, "maximum number of generated tokens")
@@ -59,13 +59,13 @@ class Sampling:
     )
     top_k: int | None = _option(None, "number of most likely tokens to sample from")
     top_p: float | None = _option(
-        None, "probability mass to sample from: the most likely tokens that together have at least this much"
+        None, "total probability of the most likely tokens to sample from, above 0 and at most 1"
     )
     repetition_penalty: float = _option(
         1.0, "repetition penalty; above 1, earlier tokens become less likely to be chosen again"
     )
-    stop: tuple[str, ...] = _option((), "text before which generation ends (repeatable)")
-    seed: int = _option(0, "seed of the sampling")
+    stop: tuple[str, ...] = _option((), "stop text: generation ends before it (repeatable)")
+    seed: int = _option(0, "random seed of the sampling")
 
     def __post_init__(self) -> None:
         _check.integer(_OP, "max_new_tokens", self.max_new_tokens, least=0)
@@ -92,8 +92,8 @@ class Sampling:
 def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[str]:
     """Generate a text after each prompt.
 
-    The prompts are computed together, as rows of one batch. A text depends on the other prompts only through
-    rounding, which differs between batches of different sizes.
+    The prompts are computed together, as rows of one batch. The other prompts affect a text only through
+    rounding, which depends on the size of the batch.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -103,13 +103,13 @@ def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling 
         2
 
     Args:
-        prompts: texts, or chats as lists of messages, which go through the model's chat template.
-        sampling: None: always the most likely token, up to 128 tokens.
+        prompts: texts, or chats. A chat is a list of messages; the model's chat template renders it as text.
+        sampling: how tokens are chosen, or None for always the most likely token, up to 128 tokens.
     Returns:
         the generated texts, without their prompts.
     Raises:
         TypeError: a prompt is neither a text nor a chat.
-        ValueError: a prompt is empty, has tokens that the model does not have, or fills its context.
+        ValueError: a prompt is empty, has tokens outside the model's vocabulary, or fills the context.
         FloatingPointError: the model's scores are NaN, or the largest one is infinite.
     Warns:
         UserWarning: a text ended early because the model's context was full.
@@ -121,7 +121,9 @@ def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling 
 
 
 def stream(lm: GeneratingModel, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
-    """Generate a text after one prompt, in pieces of whole characters. Raises as `generate`.
+    """Generate a text after one prompt, and yield it in pieces of whole characters.
+
+    The errors and warnings are those of `generate`.
 
     >>> import nplora
     >>> lm = nplora.load_model("model.gguf")
@@ -136,9 +138,9 @@ def stream(lm: GeneratingModel, prompt: Prompt, sampling: Sampling | None = None
 def stream_all(
     lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling | None = None
 ) -> Iterator[tuple[int, str]]:
-    """Generate a text after each prompt, as pairs (index of the prompt, piece of its text).
+    """Generate a text after each prompt, and yield pairs (index of the prompt, piece of its text).
 
-    It has the errors and warnings of `generate`.
+    The errors and warnings are those of `generate`.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -182,20 +184,21 @@ def stream_all(
 
 
 def _longest_before_switch(config: Any) -> float:
-    """The longest sequence that LongRoPE rotates by its short factors; infinite without LongRoPE.
+    """The maximum length for which LongRoPE uses its short factors; infinite without LongRoPE.
 
-    A sequence that grows beyond this length is read once more with the long factors, as transformers does.
-    So a text does not depend on `max_new_tokens`.
+    When a sequence outgrows this maximum, all its tokens are computed again with the long factors, as in
+    transformers. So the text does not depend on `max_new_tokens`.
     """
     long = config.rope.long
     return math.inf if long is None else int(long.original_length)
 
 
 def prompt_ids(op: str, lm: GeneratingModel, prompt: Prompt) -> list[int]:
-    """The tokens of a prompt: at least one, fewer than the context takes, and all in the vocabulary.
+    """Encode a prompt, and check its tokens.
 
     Raises:
-        TypeError: the prompt is neither a text nor a chat. ValueError: its tokens are not as above.
+        TypeError: the prompt is neither a text nor a chat.
+        ValueError: the prompt has no tokens, fills the context, or has tokens outside the vocabulary.
     """
     tokenizer, context, vocab = lm.tokenizer, lm.config.max_position_embeddings, lm.config.vocab_size
     chat = not isinstance(prompt, str)
@@ -215,7 +218,7 @@ def prompt_ids(op: str, lm: GeneratingModel, prompt: Prompt) -> list[int]:
 
 
 def _read(lm: GeneratingModel, ids: list[int], slot: int, cache: Any) -> Array:
-    """Read tokens into an empty slot of the cache; return the scores of the token that follows."""
+    """Add tokens to an empty slot of the cache, and return the scores of the next token."""
     for begin in range(0, len(ids), _PIECE):
         scores = lm.decode([ids[begin : begin + _PIECE]], [slot], cache)
     return np.asarray(scores[0])
@@ -259,17 +262,17 @@ class _Answer:
 
 
 class StopText:
-    """Passes text on until a stop text begins. It holds back characters that may begin a stop text.
+    """Cuts a text before the first stop text. Characters that may begin a stop text are held back.
 
     Attributes:
-        found: whether a stop text came. Nothing is passed on after that.
+        found: whether a stop text was found. After a stop text, no more text is returned.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop, self._held, self.found = tuple(stop), "", False
 
     def push(self, piece: str) -> str:
-        """Add a piece of text; return the text that may be passed on."""
+        """Add a piece of text, and return the text that certainly does not begin a stop text."""
         if self.found:
             return ""
         text = self._held + piece
@@ -284,7 +287,7 @@ class StopText:
         return text[:keep]
 
     def flush(self) -> str:
-        """End the text; return the characters that were held back."""
+        """End the text, and return the characters that were held back."""
         held, self._held = self._held, ""
         return held
 
@@ -296,7 +299,12 @@ class StopText:
 
 
 def choose(scores: Array, before: Sequence[int], sampling: Sampling, rng: np.random.Generator) -> int:
-    """Choose the next token from its scores (vocab,) and the tokens before it.
+    """Choose the next token.
+
+    Args:
+        scores: (vocab,), the score of each token of the vocabulary.
+        before: the tokens of the sequence so far, for the repetition penalty.
+        rng: the random generator for sampling.
 
     Raises:
         FloatingPointError: a score is NaN, or the largest one is infinite.
@@ -325,13 +333,13 @@ def choose(scores: Array, before: Sequence[int], sampling: Sampling, rng: np.ran
 
 
 def softmax(scores: Array) -> Array:
-    """exp(scores) over their sum. The largest score must be finite."""
+    """Compute exp(scores) / sum(exp(scores)). The largest score must be finite."""
     powers = np.exp(scores - scores.max())
     return np.asarray(powers / powers.sum())
 
 
 def penalise_repetition(scores: Array, before: Sequence[int], penalty: float) -> None:
-    """Lower the scores of earlier tokens (Keskar et al. 2019, section 4.1), in place. They stay finite."""
+    """Lower the scores of earlier tokens in place (Keskar et al. 2019, section 4.1). Scores stay finite."""
     seen = np.unique(np.asarray(before, np.int64))
     seen = seen[np.isfinite(scores[seen])]
     with np.errstate(over="ignore"):
@@ -347,7 +355,10 @@ def keep_top_k(scores: Array, k: int) -> None:
 
 
 def keep_top_p(scores: Array, p: float) -> None:
-    """Set the scores of the least likely tokens, at most 1 - p in total, to -inf (Holtzman et al. 2020)."""
+    """Set the scores of the least likely tokens, up to a total probability of 1 - p, to -inf.
+
+    The scores are changed in place (nucleus sampling, Holtzman et al. 2020).
+    """
     order = np.argsort(scores, kind="stable")
     unlikely = np.cumsum(softmax(scores)[order]) <= 1 - p
     unlikely[-1] = False

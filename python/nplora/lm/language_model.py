@@ -42,7 +42,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LanguageModelSaved(Saved):
-    """The values that `LanguageModel.backward` needs. They can be used once: backward frees each block's."""
+    """The values that `LanguageModel.backward` needs. `backward` frees these values when it uses them."""
 
     lead: tuple[int, ...]  # the shape of the ids
     x: Array
@@ -51,7 +51,7 @@ class LanguageModelSaved(Saved):
     unused: list[None]  # empty once a backward pass has begun
 
     def use_up(self, op: str) -> None:
-        """Mark it as used, or raise RuntimeError if a call has used it before."""
+        """Mark these values as used. Raise RuntimeError if an earlier call has used them."""
         try:
             self.unused.pop()
         except IndexError:
@@ -63,7 +63,10 @@ class LanguageModelSaved(Saved):
 class LanguageModel(Module):
     """A decoder-only language model with frozen weights; `nplora.load_model` makes it.
 
-    Its layers have the names that transformers gives them: `model.layers.0.self_attn.q_proj`, `lm_head`.
+    The layers have the names that transformers gives them: `model.layers.0.self_attn.q_proj`, `lm_head`.
+
+    Gradient checkpointing is off by default. With `lm.model.recompute = True`, the forward pass stores only
+    the input of each block, and the backward pass computes the block again.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -76,11 +79,9 @@ class LanguageModel(Module):
         >>> nplora.save_adapter(lm, "my-adapter")
 
     Attributes:
-        config: the sizes of the model.
+        config: the sizes and settings of the model.
         model: the embedding, the blocks and the last norm.
-        lm_head: the head. If `config.tie_word_embeddings` is set, its weight is the embedding's.
-        model.recompute: gradient checkpointing: backward computes each block again, and forward keeps only
-            the block's input.
+        lm_head: the head, which shares the embedding's weight if `config.tie_word_embeddings` is set.
     """
 
     task_type = "CAUSAL_LM"
@@ -103,7 +104,7 @@ class LanguageModel(Module):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that came with the model. It is read at the first use.
+        """The tokenizer that came with the model. The tokenizer is read at its first use.
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -116,7 +117,7 @@ class LanguageModel(Module):
 
     @property
     def compute(self) -> str:
-        """The arithmetic of the frozen products: "float32", "bfloat16" or "int8".
+        """The arithmetic of the products with frozen weights: "float32", "bfloat16" or "int8".
 
         >>> import nplora
         >>> nplora.load_model("model.gguf", compute="bfloat16").compute
@@ -125,10 +126,10 @@ class LanguageModel(Module):
         return getattr(self.lm_head.weight, "compute", "float32")
 
     def require_unchanged(self) -> None:
-        """Raise CorruptError if a file that the weights are mapped from was written to since it was opened.
+        """Raise CorruptError if a memory-mapped file of the weights was modified after it was opened.
 
-        Every call that returns losses, gradients or scores makes this check after it has computed them.
-        Renaming another file over the model's does no harm.
+        Every call that returns losses, gradients or scores does this check after computing them. Replacing
+        the model's file by renaming another file is safe, because the old file stays mapped.
 
             >>> import nplora
             >>> nplora.load_model("model.gguf").require_unchanged()
@@ -153,7 +154,7 @@ class LanguageModel(Module):
         return adapting.row_order(self.config, name)
 
     def base_digest(self) -> str | None:
-        """A digest of the norms, as in `models.model_digest`."""
+        """A hash of the norm weights, which identifies the model (see `models.model_digest`)."""
         norms = {name: m.weight for name, m in self.named_modules() if isinstance(m, RMSNorm)}
         family = families.of(self.config)
         return model_digest.of({f"{family.gguf_layer(name)}.weight": norm for name, norm in norms.items()})
@@ -182,16 +183,16 @@ class LanguageModel(Module):
             ['q_proj', 'down_proj']
 
         Args:
-            rank, alpha, dropout, use_rslora, use_dora: as in LoRALinear.
-            targets: "all-linear" (every linear layer of the blocks), "q_proj" (in every block), a whole
-                dotted name, several as "q_proj,v_proj", or a list. "all-linear" leaves out "embed_tokens" and
-                "lm_head": name them.
-            layers: the blocks: None (all), "last:4", "first:4", a range, or a list of numbers.
-            seed: seed of the initial factors. Each layer draws its own from (seed, its name).
-            init: initial factors, as in LoRALinear. "gaussian" changes the outputs at once. "pissa" and
-                "olora" need unquantised weights.
+            rank, alpha, dropout, use_rslora, use_dora: as in `LoRALinear`.
+            targets: the layers to adapt: "all-linear" (every linear layer of the blocks), "q_proj" (in every
+                block), a full dotted name, several names like "q_proj,v_proj", or a list of names. The layers
+                "embed_tokens" and "lm_head" are not part of "all-linear"; give their names to adapt them.
+            layers: the blocks to adapt: None (all), "last:4", "first:4", a range, or a list of numbers.
+            seed: seed of the initial factors. A layer's factors depend on this seed and the layer's name.
+            init: initial factors, as in `LoRALinear`. "gaussian" changes the model's outputs at once. "pissa"
+                and "olora" need unquantised weights.
         Raises:
-            ValueError: a target or block does not exist, or an option does not fit; nothing is changed.
+            ValueError: a target or block does not exist, or an option does not fit. The model is not changed.
         """
         names = adapting.targeted(self, self.config.num_hidden_layers, targets, layers)
         options = {
@@ -213,7 +214,7 @@ class LanguageModel(Module):
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """The named adapters by name, read-only.
+        """The named adapters, as a read-only mapping from their names.
 
         >>> import nplora
         >>> nplora.load_model("model.gguf").adapters
@@ -224,7 +225,7 @@ class LanguageModel(Module):
     def load_adapter(self, path: StrPath | Adapter, name: str, any_base: bool = False) -> None:
         """Load an adapter under a name; `set_adapter` then selects it.
 
-        It is kept beside the LoRA layers that are trained, and it may have other targets. Named adapters are
+        The adapter is kept beside the model's own LoRA layers, and may adapt other layers. Named adapters are
         for inference only.
 
             >>> import nplora
@@ -240,10 +241,10 @@ class LanguageModel(Module):
             path: a PEFT directory, a GGUF adapter file, or an `Adapter`.
             any_base: as in `nplora.load_adapter`.
         Raises:
-            ValueError: an adapter of this name is loaded already.
-            TypeError: path is none of these, or the name is not a text or is empty.
-            FormatError: the adapter does not fit the model, or belongs to another model. Others as
-                `nplora.load_adapter`.
+            ValueError: an adapter with this name is loaded already.
+            TypeError: `path` is neither a path nor an `Adapter`, or `name` is not a text or is empty.
+            FormatError: the adapter does not fit the model, or belongs to another model. The other errors are
+                those of `nplora.load_adapter`.
         """
         if isinstance(path, Adapter):
             adapter = path
@@ -257,11 +258,11 @@ class LanguageModel(Module):
         self._named.add(self, name, adapter, any_base)
 
     def set_adapter(self, names: str | Sequence[str] | None) -> None:
-        """Select the named adapter that later calls use, instead of the LoRA layers that the model trains.
+        """Select the named adapter that later calls use instead of the model's own LoRA layers.
 
-        The selection belongs to the thread (or asyncio task) that makes it. Another thread makes its own
-        selection, and has no named adapter at first. A call uses one adapter to its end, even if it is
-        deleted meanwhile.
+        The selection is valid only in the current thread (or asyncio task). Each thread makes its own
+        selection, and starts without a named adapter. A running call keeps its adapter, even if another
+        thread deletes the adapter.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -271,11 +272,11 @@ class LanguageModel(Module):
             >>> lm.set_adapter(None)      # none: the model's own LoRA layers
 
         Args:
-            names: a name, a list of names, whose adapters add up, or None for no named adapter.
+            names: a name; a list of names, whose adapters are added up; or None for no named adapter.
         Raises:
-            KeyError: there is no adapter of a name; the nearest names, or all of them, are listed.
-            TypeError: names is none of these.
-            UnsupportedError: there are several names, and an adapter has DoRA.
+            KeyError: no adapter has one of the names; the message lists the nearest names, or all names.
+            TypeError: `names` is not a name, a list of names or None.
+            UnsupportedError: there are several names, and one of the adapters uses DoRA.
         """
         given: Any = (names,) if isinstance(names, str) else () if names is None else names
         if not np.iterable(given) or not all(isinstance(name, str) for name in given):
@@ -285,9 +286,9 @@ class LanguageModel(Module):
         self._named.select(chosen)
 
     def delete_adapter(self, name: str) -> None:
-        """Forget a named adapter. If this context selected several, the others stay selected.
+        """Delete a named adapter. If the current thread selected several adapters, the others stay selected.
 
-        Other contexts that selected it get a KeyError from their next call.
+        If another thread (or asyncio task) selected this adapter, its next call raises KeyError.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -298,13 +299,13 @@ class LanguageModel(Module):
             0
 
         Raises:
-            KeyError: there is no adapter of this name; the nearest names, or all of them, are listed.
+            KeyError: no adapter has this name; the message lists the nearest names, or all names.
         """
         self._named.delete(name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[Self]:
-        """As `Module.disable_adapter`. No named adapter is used either.
+        """A context in which the model uses neither its LoRA layers nor named adapters.
 
         >>> import nplora, numpy as np
         >>> lm = nplora.load_model("model.gguf")
@@ -318,7 +319,7 @@ class LanguageModel(Module):
             yield self
 
     def with_adapter(self, adapter: Adapter, any_base: bool = False) -> Self:
-        """A new model that shares the frozen weights and has this adapter alone. This model is not changed.
+        """Create a model that shares the frozen weights and has only this adapter. `self` is not changed.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -329,7 +330,7 @@ class LanguageModel(Module):
             True
 
         Raises:
-            TypeError: adapter is not an Adapter.
+            TypeError: `adapter` is not an `Adapter`.
             FormatError: the adapter does not fit the model, or belongs to another model.
         """
         if not isinstance(adapter, Adapter):
@@ -349,11 +350,11 @@ class LanguageModel(Module):
         self._named.forget_models()
 
     def _selected(self, op: str) -> LanguageModel:
-        """The model with the named adapters that this context has selected; without any, this model."""
+        """The model with the named adapters that this thread has selected; if there are none, this model."""
         return self._named.model(self, op, self._named.selected)
 
     def merge(self, dtype: str | None = None) -> list[MergeReport]:
-        """See `Module.merge`. It does not merge named adapters; if one is selected, it raises RuntimeError.
+        """Like `Module.merge`, but raise RuntimeError if a named adapter is selected.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -365,7 +366,7 @@ class LanguageModel(Module):
         return super().merge(dtype)
 
     def merge_and_unload(self) -> Module:
-        """As `Module.merge_and_unload`. Raises RuntimeError if a named adapter is selected.
+        """Like `Module.merge_and_unload`, but raise RuntimeError if a named adapter is selected.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -379,7 +380,10 @@ class LanguageModel(Module):
     # ---- inference ----
 
     def logits(self, token_ids: npt.ArrayLike) -> Array:
-        """Scores of the next token: (batch, time, vocab) for ids (batch, time), (time, vocab) for (time,).
+        """Compute the scores of the next token at each position.
+
+        The result has shape (batch, time, vocab) for ids of shape (batch, time), and (time, vocab) for ids of
+        shape (time,).
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -387,14 +391,14 @@ class LanguageModel(Module):
             True
 
         Raises:
-            TypeError: ids are not integers.
-            ValueError: ids have the wrong number of axes, or an id is not in the vocabulary.
-            CorruptError: as `require_unchanged`.
+            TypeError: `token_ids` are not integers.
+            ValueError: `token_ids` have the wrong number of axes, or an id is not in the vocabulary.
+            CorruptError: as in `require_unchanged`.
         """
         return self(token_ids)
 
     def loss(self, token_ids: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-        """The mean over all labels of -log p(label); 0 if no label counts.
+        """The mean of -log p(label) over all labels that are not ignored; 0 if all are ignored.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -403,15 +407,17 @@ class LanguageModel(Module):
 
         Args:
             token_ids: integers (batch, time) or (time,).
-            labels: of the same shape, and unshifted: each label is compared with the prediction from the
-                tokens before it. -100 is ignored, and so is the first label.
+            labels: integers of the same shape, not shifted: each label is compared with the prediction from
+                the tokens before it. The first label and labels of -100 are ignored.
         Raises:
-            TypeError, ValueError, CorruptError: as `logits`.
+            TypeError, ValueError, CorruptError: as in `logits`.
         """
         return self.loss_packed(self._packed("loss", token_ids, labels))
 
     def loss_packed(self, batch: PackedBatch) -> float:
-        """As `loss`, for packed sequences. With compute="int8" it runs as decoding does, token by token.
+        """Like `loss`, for packed sequences.
+
+        With compute="int8", a few tokens are computed at a time, as in decoding.
 
             >>> import nplora
             >>> from nplora.models.packing import pack
@@ -421,7 +427,7 @@ class LanguageModel(Module):
             (3, True)
 
         Raises:
-            ValueError, CorruptError: as `logits`.
+            ValueError, CorruptError: as in `logits`.
         """
         self._check_batch("loss_packed", batch)
         if (lm := self._selected("loss_packed")) is not self:
@@ -438,9 +444,9 @@ class LanguageModel(Module):
     # ---- training ----
 
     def train_step(self, token_ids: npt.ArrayLike, labels: npt.ArrayLike, optimizer: Optimizer) -> float:
-        """One forward and backward pass and one update of the adapters; returns the loss before the update.
+        """Run a forward and a backward pass, and update the adapters. Return the loss before the update.
 
-        If no label counts, the loss is 0 and nothing is updated: no parameter, no moment, no step count.
+        If all labels are ignored, the loss is 0, and neither the parameters nor the optimiser's state change.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -452,9 +458,9 @@ class LanguageModel(Module):
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; nothing was updated.
-            ValueError: the model has no adapter. Others as `loss`.
-            TypeError: optimizer is not an optimiser of nplora. Others as `loss`.
-            RuntimeError: as `forward_backward`.
+            ValueError: the model has no adapter; or as in `loss`.
+            TypeError: `optimizer` is not an optimiser of nplora; or as in `loss`.
+            RuntimeError: as in `forward_backward`.
         """
         optim.require("train_step", optimizer)
         batch = self._packed("train_step", token_ids, labels)
@@ -469,8 +475,8 @@ class LanguageModel(Module):
     def forward_backward(self, batch: PackedBatch, factor: float) -> float:
         """Return the sum of a batch's losses; add `factor` times its gradient to the adapters' gradients.
 
-        For the mean over several batches, factor is 1 / (the number of all their targets). A batch without
-        targets is not computed: its loss is 0.
+        For the mean over several batches, set `factor` to 1 / (the number of targets of all batches). A batch
+        without targets is not computed, and its loss is 0.
 
             >>> import nplora
             >>> from nplora.models.packing import pack
@@ -484,7 +490,7 @@ class LanguageModel(Module):
         Raises:
             ValueError: the model has no adapter, or an id or target is not in the vocabulary.
             RuntimeError: a layer is merged or computes in int8, or a named adapter is selected.
-            CorruptError: as `require_unchanged`. The gradients are not valid then.
+            CorruptError: as in `require_unchanged`; the gradients are then not valid.
         """
         op = "forward_backward"
         self._check_batch(op, batch)
@@ -501,7 +507,9 @@ class LanguageModel(Module):
         return total
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LanguageModelSaved | None]:
-        """The logits of ids x, as `logits` returns them, and the values that `backward` needs for any loss.
+        """Return the logits of token ids `x`, as `logits` does, and the values that `backward` needs.
+
+        The loss may be any function of the logits.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -510,7 +518,7 @@ class LanguageModel(Module):
             >>> loss, dlogits = nplora.losses.cross_entropy(logits[:-1], [2, 3])
 
         Raises:
-            RuntimeError: a named adapter is selected. Others as `logits`.
+            RuntimeError: a named adapter is selected. The other errors are those of `logits`.
         """
         if not inferring():
             self._require_none_selected("LanguageModel.forward")
@@ -531,7 +539,7 @@ class LanguageModel(Module):
         return shaped, LanguageModelSaved(ids.shape, stream, saved, kept, [None], layer=self)
 
     def backward(self, dy: Array, saved: LanguageModelSaved, need_dx: bool = True) -> Gradient:
-        """Add to the gradients of the adapters. It frees `saved`, which then cannot be used again.
+        """Accumulate the gradients of the adapters. `saved` is freed, and cannot be used again.
 
             >>> import nplora, numpy as np
             >>> lm = nplora.load_model("model.gguf")
@@ -542,11 +550,11 @@ class LanguageModel(Module):
             True
 
         Args:
-            dy: the gradient of the loss with respect to the logits, of their shape.
+            dy: the gradient of the loss with respect to the logits, with the same shape.
         Raises:
-            ValueError: dy does not have the shape of the logits, or saved is of another model's pass.
-            TypeError: saved is not what `forward` returned.
-            RuntimeError: saved was used before, or a layer is merged or computes in int8.
+            ValueError: `dy` does not have the shape of the logits, or `saved` was returned by another model.
+            TypeError: `saved` was not returned by `forward`.
+            RuntimeError: `saved` was used before, or a layer is merged or computes in int8.
         """
         op, vocab = "LanguageModel.backward", self.lm_head.weight.shape[0]
         _check.saved(op, saved, LanguageModelSaved)
@@ -562,13 +570,13 @@ class LanguageModel(Module):
     # ---- decoding ----
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """A cache for `slots` sequences of at most `capacity` tokens, for the adapter selected now.
+        """Create a cache for `slots` sequences of at most `capacity` tokens, for the adapter selected now.
 
         A model with LongRoPE (Phi-3 with a long context) uses other rotation factors for sequences that are
-        longer than its original context. Here `cache.limits` decides: the length that each sequence may
-        reach. It is `capacity` at first; lower it before the first token of a sequence that stays short.
-        `generate` begins with the short factors, as transformers does, and reads a sequence again when it
-        outgrows the original context.
+        longer than its original context. The cache chooses the factors by `cache.limits`, the maximum length
+        of each sequence, which is `capacity` at first. For a sequence that stays short, lower its limit
+        before its first token. `generate` begins with the short factors, as transformers does, and computes
+        all tokens of a sequence again when it outgrows the original context.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -579,13 +587,14 @@ class LanguageModel(Module):
             array([3, 3])
 
         Raises:
-            CorruptError: as `require_unchanged`. KeyError: the selected adapter was deleted.
+            CorruptError: as in `require_unchanged`.
+            KeyError: the selected adapter was deleted.
         """
         self.require_unchanged()
         return KVCache(self.config, slots, capacity, self._selected("new_cache"))
 
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
-        """Add the next tokens of some sequences to a cache; return the logits (m, vocab) that follow.
+        """Add the next tokens of m sequences to a cache, and return the logits (m, vocab) of the next ones.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -599,14 +608,14 @@ class LanguageModel(Module):
             (5, 5)
 
         Args:
-            token_ids: integers (m, count) or (m,): the next tokens of each of these sequences. A long prompt
-                may be added in pieces.
-            slots: integers (m,): the sequence of each row. No sequence may come twice.
+            token_ids: integers (m, count) or (m,), the next tokens of each sequence. A long prompt may be
+                added in pieces.
+            slots: integers (m,), the cache slot of each row. No slot may occur twice.
         Raises:
-            TypeError: ids or slots are not integers.
-            ValueError: shapes do not fit, an id or slot is out of range, or the cache is full. The cache is
-                not changed.
-            CorruptError: as `require_unchanged`.
+            TypeError: `token_ids` or `slots` are not integers.
+            ValueError: the shapes do not fit, an id or slot is out of range, or the cache is full. In these
+                cases, the cache is not changed.
+            CorruptError: as in `require_unchanged`.
         """
         if isinstance(cache.owner, LanguageModel) and cache.owner is not self:
             return cache.owner.decode(token_ids, slots, cache)
@@ -665,8 +674,9 @@ class LanguageModel(Module):
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> str | list[str]:
-        """Generate a text after a prompt, or after each of several prompts. By default, always the most
-        likely token.
+        """Generate a text after a prompt, or after each of several prompts.
+
+        By default, each token is the most likely one.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -680,22 +690,23 @@ class LanguageModel(Module):
             prompt: a text; a chat, which is a list of messages {"role": ..., "content": ...}; or an iterable
                 of several texts or chats.
             max_new_tokens: the maximum number of generated tokens.
-            temperature: 0: always the most likely token; 1: sample from the model's own probabilities. Lower
-                values make likely tokens likelier, higher values make them less likely.
-            top_k: sample from this many of the most likely tokens only.
-            top_p: sample from the most likely tokens that together have at least this probability.
+            temperature: sampling temperature. At 0, the most likely token is always chosen; at 1, the model's
+                own probabilities are used. Lower values favour likely tokens, higher values favour unlikely
+                ones.
+            top_k: number of most likely tokens to sample from.
+            top_p: total probability of the most likely tokens to sample from, above 0 and at most 1.
             repetition_penalty: above 1, earlier tokens become less likely to be chosen again.
-            stop: texts before which generation ends.
-            seed: seed of the sampling. The same seed gives the same text.
+            stop: texts that end generation, and that are not part of the returned text.
+            seed: random seed of the sampling. The same seed gives the same text.
         Returns:
             the generated text without its prompt; a list of texts for several prompts.
         Raises:
             ValueError: an option is out of range, or a prompt is empty or fills the context.
             TypeError: an option is not known, or a prompt is neither a text nor a chat.
             FloatingPointError: the model's scores are NaN, or the largest one is infinite.
-            CorruptError: as `require_unchanged`.
+            CorruptError: as in `require_unchanged`.
         Warns:
-            UserWarning: the context was full before the text ended, or top_k or top_p has no effect.
+            UserWarning: the context was full before the text ended, or `top_k` or `top_p` has no effect.
         """
         options = max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop, seed
         sampling = Sampling(*options)  # type: ignore[arg-type]  # it makes a tuple of stop
@@ -707,7 +718,7 @@ class LanguageModel(Module):
         return generate(self, given, sampling)
 
     def require_trainable(self, what: str) -> None:
-        """As `Module.require_trainable`. Raises RuntimeError, too, if a named adapter is selected."""
+        """Like `Module.require_trainable`, but also raise RuntimeError if a named adapter is selected."""
         self._require_none_selected(what)
         super().require_trainable(what)
 
@@ -762,7 +773,7 @@ class LanguageModel(Module):
         return pack(zip(np.atleast_2d(ids), np.atleast_2d(wanted), strict=True))
 
     def _check_batch(self, op: str, batch: PackedBatch) -> None:
-        """Raise an error for a wrong batch now, not in the middle of a pass."""
+        """Check the ids and targets of a batch before the forward pass begins."""
         _check.in_range(op, "ids", batch.ids, self._vocab)
         _check.in_range(op, "targets", batch.targets[batch.targets != IGNORED], self._vocab)
         longest = int(np.diff(batch.starts).max(initial=0))
@@ -775,7 +786,7 @@ class LanguageModel(Module):
 
 
 def _ranks(layers: Iterable[Module]) -> str:
-    """The ranks and alphas of LoRA layers: "rank 8, alpha 16 on 14 layers"."""
+    """Describe the ranks and alphas of LoRA layers: "rank 8, alpha 16 on 14 layers"."""
     found = [layer for layer in layers if isinstance(layer, LoRALayer)]
     ranks, alphas = sorted({a.rank for a in found}), sorted({a.alpha for a in found})
     parts = [

@@ -22,7 +22,7 @@ from nplora.weights import INFERENCE_COMPUTES
 def load_model(
     path: StrPath, compute: str = "float32", mmap: bool = True, check: bool = True
 ) -> LanguageModel:
-    """Load a language model of one of the families in `nplora.models.families`. Its weights are frozen.
+    """Load a language model of one of the families in `nplora.models.families`. The weights are frozen.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -31,19 +31,21 @@ def load_model(
 
     Args:
         path: a GGUF file, or a directory with config.json and model.safetensors, in one file or in shards.
-        compute: arithmetic of the frozen products: "float32" or "bfloat16", as in FrozenWeight, or "int8",
-            for inference with GGUF's quantised weights.
-        mmap: map the files. Weights are then not copied, and the system keeps them in memory while there is
-            room. If another program cuts a mapped file short, the process ends with a message and status 135.
-            If it writes to a mapped file in place, the next call of the model raises CorruptError. Renaming
-            another file over a mapped file does no harm. False copies the files into memory.
-        check: look for NaN and infinities in all matrices, which reads the whole file once. False reads
-            a matrix when it is first used.
+        compute: arithmetic of the products with frozen weights: "float32" or "bfloat16", as in
+            `FrozenWeight`, or "int8", for inference with GGUF's quantised weights.
+        mmap: map the files into memory. Weights are then not copied, and the system keeps them in memory
+            while there is room. If another program truncates a mapped file, the process ends with a message
+            and status 135. If another program writes to a mapped file, the next call of the model raises
+            CorruptError. Replacing a file by renaming another file is safe. With False, the files are copied
+            into memory.
+        check: search all matrices for NaN and infinities, which reads the whole file once. With False, a
+            matrix is read only when it is first used.
     Raises:
         UnsupportedError: the architecture, or the type of a tensor, is not supported. The message lists the
-            supported architectures or types, and all tensors of other types.
-        FormatError: a file breaks its format, or does not describe a whole model. The message lists all that
-            is missing, with the nearest names. Or a weight is NaN or infinite: the first one is named.
+            supported architectures or types, and all tensors of unsupported types.
+        FormatError: a file breaks its format, does not describe a whole model, or holds a NaN or infinite
+            weight. The message lists all missing tensors with the nearest names, or names the first NaN or
+            infinity.
         UnsafeError: the weights are a pickle.
         OSError: a file cannot be read.
     """
@@ -65,7 +67,7 @@ def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool) -> Lan
     if not Path(path, model_directory.CONFIG).exists():
         reason = f"the directory holds no {model_directory.CONFIG}"
         if Path(path, peft_adapter.CONFIG).exists():
-            reason += ", but an adapter: load its base model, and pass this as the adapter (--adapter)"
+            reason += ", but an adapter: load its base model, and pass the directory as adapter (--adapter)"
         raise FileNotFoundError(errno.ENOENT, reason, os.fspath(path))
     config = hf_config.read(Path(path, model_directory.CONFIG))
     weights = SafetensorsWeights(model_directory.open_tensors(path, mmap), compute, check)

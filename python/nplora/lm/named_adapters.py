@@ -1,8 +1,8 @@
-"""Several named adapters of one language model. Each thread or asyncio task selects its own.
+"""Several named adapters of one language model. Each thread or asyncio task selects the adapters it uses.
 
-For each selection there is a copy of the model's modules over the same frozen weights, with its own LoRA
-layers. A call takes this copy once, when it begins. So it does not change when other threads select or delete
-adapters meanwhile.
+Each selection has its own copy of the model's modules, which shares the frozen weights but not the LoRA
+layers. A call fetches the copy of its selection once, when it begins. So other threads can select or delete
+adapters without an effect on a running call.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class NamedAdapters(Generic[Model]):
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """The adapters by name, read-only."""
+        """The adapters, as a read-only mapping from their names."""
         return MappingProxyType(self._adapters)
 
     def add(self, lm: Model, name: str, adapter: Adapter, any_base: bool) -> None:
-        """Keep a copy of an adapter that fits the model, under a new name."""
+        """Check that an adapter fits the model, and store a copy under a new name."""
         if not isinstance(name, str) or not name:
             raise TypeError(f"load_adapter: name is {name!r}, expected a non-empty text")
         adapter = copy.deepcopy(adapter)
@@ -69,7 +69,7 @@ class NamedAdapters(Generic[Model]):
             self._models[name,] = made
 
     def delete(self, name: str) -> None:
-        """Remove an adapter, from the selection of this context too. Raises KeyError if there is none."""
+        """Remove an adapter, also from this thread's selection. Raises KeyError for an unknown name."""
         with self._lock:
             self._require("delete_adapter", (name,))
             self._adapters = {known: adapter for known, adapter in self._adapters.items() if known != name}
@@ -78,17 +78,17 @@ class NamedAdapters(Generic[Model]):
 
     @property
     def selected(self) -> Names:
-        """The names that this context has selected."""
+        """The names that this thread (or asyncio task) has selected."""
         return _selected.get().get(weakref.ref(self), ())
 
     def select(self, names: Names) -> None:
-        """Use the sum of these adapters in this context."""
+        """Use the sum of these adapters in this thread (or asyncio task)."""
         others = {key: value for key, value in _selected.get().items() if key() not in (None, self)}
         _selected.set({**others, weakref.ref(self): names} if names else others)
 
     @contextlib.contextmanager
     def none_selected(self) -> Iterator[None]:
-        """Inside, no adapter is selected."""
+        """A context in which no named adapter is selected."""
         before = self.selected
         self.select(())
         try:
@@ -97,11 +97,11 @@ class NamedAdapters(Generic[Model]):
             self.select(before)
 
     def model(self, lm: Model, op: str, names: Names) -> Model:
-        """The model with these adapters.
+        """Return a copy of the model with the sum of these adapters, or the model itself if `names` is empty.
 
         Raises:
-            KeyError: there is no adapter of a name; the nearest names, or all of them, are listed.
-            UnsupportedError: several adapters are selected, and one of them has DoRA.
+            KeyError: no adapter has one of the names; the message lists the nearest names, or all names.
+            UnsupportedError: there are several names, and one of the adapters uses DoRA.
         """
         if not names:
             return lm
@@ -114,7 +114,7 @@ class NamedAdapters(Generic[Model]):
             return self._models[names]
 
     def forget_models(self) -> None:
-        """Drop the copies after the model's frozen layers were exchanged; new ones are made when needed."""
+        """Drop the copies of the model, because its layers were replaced. New copies are made when needed."""
         with self._lock:
             self._models = {}
 

@@ -18,11 +18,12 @@ class LoraDelta:
     """The change that an adapter makes to one weight: ΔW = scale · A·B with A (d_out, r) and B (r, d_in).
 
     Attributes:
-        m: DoRA's magnitudes (d_out,), or None. They become the norms of the rows of W + scale · A·B (Liu et
-            al. 2024, eq. 5).
-        embedding: whether W is an embedding table (vocab, dim), which PEFT stores in its own way.
-        alpha, use_rslora: the scale as a file or layer states it, for saving the adapter again. alpha None
-            stands for rank · scale.
+        m: DoRA's magnitudes (d_out,), to which the norms of the rows of W + scale · A·B are set (Liu et al.
+            2024, eq. 5). None without DoRA.
+        embedding: whether W is an embedding table (vocab, dim). PEFT stores the A and B of embeddings in
+            another layout.
+        alpha, use_rslora: the settings that give `scale`, for saving the adapter again. If `alpha` is None,
+            rank · scale is saved.
     Raises:
         ValueError: the shapes do not fit together.
 
@@ -42,7 +43,7 @@ class LoraDelta:
     def __post_init__(self) -> None:
         a, b = self.A.shape, self.B.shape
         if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
-            raise ValueError(f"LoraDelta: A has shape {a}, B {b}, expected (d_out, r) and (r, d_in)")
+            raise ValueError(f"LoraDelta: A has shape {a}, B has {b}, expected (d_out, r) and (r, d_in)")
         if self.m is not None and self.m.shape != a[:1]:
             raise ValueError(f"LoraDelta: m has shape {self.m.shape}, expected {a[:1]}")
 
@@ -50,17 +51,17 @@ class LoraDelta:
     def of_alpha(
         cls, a: Array, b: Array, alpha: float, use_rslora: bool, m: Array | None, embedding: bool
     ) -> "LoraDelta":
-        """A LoraDelta with scale alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        """Return a LoraDelta with scale alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         scale = alpha / (math.sqrt(len(b)) if use_rslora else len(b))
         return cls(a, b, scale, m, embedding, float(alpha), use_rslora)
 
     @property
     def stated_alpha(self) -> float:
-        """The alpha that a configuration states, together with `use_rslora`."""
+        """The alpha to write into an adapter configuration, together with `use_rslora`."""
         return self.scale * self.rank if self.alpha is None else self.alpha
 
     def rows(self, order: Array | None) -> "LoraDelta":
-        """The change of rows order[0], order[1], ... of W. None: all rows in their order."""
+        """Return the change of the rows order[0], order[1], ... of W. If `order` is None, return self."""
         if order is None:
             return self
         return dataclasses.replace(self, A=self.A[order], m=None if self.m is None else self.m[order])
@@ -80,13 +81,13 @@ class LoraDelta:
 
     @property
     def is_zero(self) -> bool:
-        """Whether ΔW is 0. A weight that keeps its storage is then left alone instead of rounded again."""
+        """Whether ΔW is 0. If so, a merge that keeps the storage format leaves the weight unchanged."""
         if self.m is not None or not all(np.isfinite(factor).all() for factor in (self.A, self.B)):
             return False
         return self.scale == 0 or not (self.A.any() and self.B.any())
 
     def apply(self, rows: Array, first: int) -> Array:
-        """A new array of the updated W, for `rows`, which are W's rows from `first` on, in their dtype."""
+        """Apply the change to `rows`, the rows of W from number `first` on. Return them as a new array."""
         merged = rows.copy()
         part = slice(first, first + len(rows))
         a, b = (np.ascontiguousarray(factor, rows.dtype) for factor in (self.A[part], self.B))
@@ -94,7 +95,7 @@ class LoraDelta:
         return merged if self.m is None else (merged * self._gain(merged, part)).astype(rows.dtype)
 
     def delta(self, rows: Array, first: int) -> Array:
-        """The exact change of these rows, float64."""
+        """Return the exact change of these rows, in float64. `rows` and `first` are as in `apply`."""
         part, w = slice(first, first + len(rows)), rows.astype(np.float64)
         if self.scale == 0:
             delta = np.zeros_like(w)

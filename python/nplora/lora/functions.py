@@ -1,4 +1,4 @@
-"""LoRA on plain arrays: forward, backward, merge. Layers do the same with the arrays that they own."""
+"""LoRA on plain arrays: forward, backward and merge, which layers compute on their own arrays."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def lora_forward(
         fw: the frozen weight, a FrozenWeight or an array (d_out, d_in). A float64 weight computes in
             float64, any other in float32.
         A, B: arrays (d_out, r) and (r, d_in).
-        scale: the factor of the update. With 0, A and B are not read.
+        scale: the factor of the update. If scale is 0, A and B are not read.
         bias: array (d_out,) or None.
-        out: array (..., d_out) to write y to. It must be C-contiguous and must not overlap any input.
+        out: C-contiguous array (..., d_out) to write y to, which must not overlap any input.
     Returns:
         y (..., d_out) and z (..., r). `lora_backward` takes z.
     Raises:
         ValueError: a shape does not fit, or scale is not finite.
-        TypeError: an array does not hold numbers, or out has another dtype.
+        TypeError: an array does not hold numbers, or `out` has another dtype.
 
     >>> x, W = np.ones((1, 2)), np.eye(2)
     >>> y, z = lora_forward(x, W, A=[[2.0], [0.0]], B=[[1.0, 1.0]], scale=0.5)
@@ -74,7 +74,7 @@ def lora_backward(
     out: tuple[Array | None, Array | None, Array | None] | None = None,
     need_dx: bool = True,
 ) -> tuple[Array | Any, Array, Array]:  # Any: see module.Gradient
-    """Compute the gradients of `lora_forward`. No gradient of W is formed.
+    """Compute the gradients of `lora_forward`. The gradient of W is not computed.
 
     dz = scale · dy A;  dx = dy W + dz B;  dA += scale · dyᵀ z;  dB += dzᵀ x
     for the forward pass  z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
@@ -82,10 +82,10 @@ def lora_backward(
     Args:
         dy: array (..., d_out).
         x: array (..., d_in), the input of the forward pass.
-        z: array (..., r), as the forward pass returned it. None computes it again.
+        z: array (..., r), as the forward pass returned it. If None, z is computed again.
         fw, A, B, scale: as in the forward pass.
-        out: (dx, dA, dB), each an array or None. dx is overwritten. The gradients are ADDED to dA and dB.
-            None creates a new array.
+        out: (dx, dA, dB): arrays for the results, or None for new arrays. dx is overwritten, but the
+            gradients are ADDED to dA and dB.
         need_dx: False skips the product with the frozen weight.
     Returns:
         dx (..., d_in) (None if need_dx is False), dA (d_out, r), dB (r, d_in).
@@ -154,24 +154,24 @@ def merge_lora(
 
     Args:
         W: array (d_out, d_in) of float32, float64, float16 or bfloat16 (an ml_dtypes array, or uint16 bit
-            patterns with dtype="bfloat16"). Each row must be contiguous; rows may be any distance apart.
+            patterns with dtype="bfloat16"). Each row must be contiguous, but rows may be any distance apart.
         A, B: arrays (d_out, r) and (r, d_in) that do not overlap W.
-        scale: the factor of the update. With 0, A and B are not read.
-        dtype: the name of W's format. Only bit patterns need it.
-        rounding: how sums (float32; float64 for float64) are rounded to W's format.
+        scale: the factor of the update. If scale is 0, A and B are not read.
+        dtype: the name of W's format, which is only needed for bit patterns.
+        rounding: how sums are rounded to W's format. Sums are float32, or float64 for a float64 W.
 
             - "nearest": to nearest, ties to even. In float16, sums above 65504 become infinite, and
               `unmerge_lora` cannot restore them.
             - "stochastic", for float16 and bfloat16: up or down at random, so that the expected value is the
-              exact sum. Many merges of updates smaller than W's precision are then not lost. Sums beyond the
-              largest finite number are rounded to nearest.
-        rng: random generator or seed for "stochastic". The same seed gives the same bits with any number of
-            threads.
+              exact sum. Updates smaller than W's precision then add up over many merges, instead of being
+              lost. Sums beyond the largest finite number are rounded to nearest.
+        rng: a random generator or a seed, for "stochastic". The same seed gives the same bits with any number
+            of threads.
     Returns:
         W.
     Raises:
-        TypeError: W is not an array, is byte-swapped, or has another format.
-        ValueError: W is read-only, not aligned or overlaps A or B; its rows are strided or overlap;
+        TypeError: W is not an array, is byte-swapped, or has none of the formats above.
+        ValueError: W is read-only, not aligned or overlaps A or B; its rows are not contiguous or overlap;
             a shape does not fit; scale is not finite; or "stochastic" is used with float32 or float64.
 
     >>> W = np.eye(2, dtype=np.float32)
@@ -194,8 +194,8 @@ def unmerge_lora(
 ) -> Array:
     """Subtract a low-rank update from a weight in place: W -= scale · A·B.
 
-    This reverses `merge_lora` up to rounding. (A layer's `unmerge` restores the weight exactly.) It has the
-    arguments, the result and the errors of `merge_lora`.
+    This function reverses `merge_lora` up to rounding. (A layer's `unmerge` restores the weight exactly.)
+    Arguments, result and errors are the same as for `merge_lora`.
 
     >>> W = np.eye(2, dtype=np.float32)
     >>> A, B = [[2.0], [0.0]], [[1.0, 1.0]]
@@ -234,7 +234,7 @@ def _merge(
 
 
 def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, int, int, np.dtype[Any]]:
-    """The weight as the core takes it, its shape, and the dtype of the computation."""
+    """Return the weight in the form that the core takes, d_out, d_in, and the dtype of the computation."""
     if isinstance(fw, FrozenWeight):
         return fw.packed, *fw.shape, fw.compute_dtype
     given = _check.as_array(op, "fw", fw)
@@ -246,7 +246,7 @@ def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, i
 
 
 def _arrays(*named: tuple[str, object]) -> list[tuple[str, Array]]:
-    """The values that are arrays. An output must not overlap them."""
+    """Return the pairs whose value is an array. An output must not overlap these arrays."""
     return [(name, value) for name, value in named if isinstance(value, np.ndarray)]
 
 

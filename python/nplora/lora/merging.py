@@ -1,7 +1,7 @@
-"""Merges W + scale · A·B into a chosen storage, a block of rows at a time, and measures the ΔW that it keeps.
+"""Merges an update ΔW = scale · A·B into a weight, a few rows at a time, and measures how much of ΔW is kept.
 
-The steps of low-bit blocks can be larger than the update, so a merge can lose it. The new weight is therefore
-made from a float32 sum, never in place, and is compared with the exact result.
+The quantisation steps of a low-bit format can be larger than the update, so a merge can lose the update. The
+new weight is therefore rounded from a float32 sum, not changed in place, and is compared with the exact sum.
 """
 
 import math
@@ -21,23 +21,23 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class MergeReport:
-    """How much of an update is left after it was merged into one weight.
+    """How much of an update is kept after a merge into one weight.
 
-    The effective ΔW below is the difference between the merged weight, as stored, and the original.
+    Below, the effective ΔW is the merged weight, as stored, minus the original weight.
 
     Attributes:
         name: the name of the layer or tensor.
         storage, nbytes: storage and size of the merged weight.
-        error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm. If ΔW is 0: 0, or infinite if a change of
-            storage changed the weight.
-        kept: ⟨effective ΔW, ΔW⟩ / ‖ΔW‖², the kept share of ΔW; 1 if ΔW is 0. Near 1, the error is rounding
-            noise, which hardly changes the outputs. Near 0, rounding has restored the original weight, and
-            the update is lost.
-        worst_block: row and first column of the block with the largest relative error. A block has the
-            storage's own length; it is a whole row for unquantised storage.
+        error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm. If ΔW is 0, the error is 0, or infinite if a
+            new storage format changed the weight.
+        kept: the kept share of ΔW, ⟨effective ΔW, ΔW⟩ / ‖ΔW‖², or 1 if ΔW is 0. If the share is near 1, the
+            error is rounding noise, which hardly changes the outputs. If the share is near 0, rounding has
+            restored the original weight, and the update is lost.
+        worst_block: row and first column of the block with the largest relative error. Unquantised formats
+            have no blocks, so a whole row counts as one.
         worst_error: the relative error of that block.
         norm: ‖ΔW‖.
-        weight_norm: ‖W‖ of the original.
+        weight_norm: ‖W‖ of the original weight.
     """
 
     name: str
@@ -52,17 +52,17 @@ class MergeReport:
 
     @property
     def noise(self) -> float:
-        """The part of the error that is orthogonal to ΔW, over ‖ΔW‖. It is no loss of ΔW."""
+        """The part of the relative error that is orthogonal to ΔW. It is noise, not a loss of ΔW."""
         return math.sqrt(max(0.0, self.error**2 - (1 - self.kept) ** 2))
 
     @classmethod
     def unchanged(cls, name: str, storage: str, nbytes: int) -> "MergeReport":
-        """The report of a weight that stays as it is because ΔW is 0."""
+        """Return the report of a weight that stays as it is because ΔW is 0."""
         return cls(name, storage, nbytes, 0.0, 1.0, (0, 0), 0.0)
 
     @classmethod
     def of_all(cls, name: str, reports: "Sequence[MergeReport]") -> "MergeReport":
-        """The report of several merged weights together, without a worst block."""
+        """Return one report of several merged weights together, without a worst block."""
         norms = [report.norm for report in reports]
         error = math.sqrt(weighted_mean(norms, [report.error**2 for report in reports], 0.0))
         kept = weighted_mean(norms, [report.kept for report in reports], 1.0)
@@ -74,7 +74,10 @@ class MergeReport:
     def __str__(self) -> str:
         row, column = self.worst_block
         if math.isinf(self.error):
-            return f"{self.name}: {self.storage}, {self.nbytes:,} bytes, ΔW is 0, only the rounding is new"
+            return (
+                f"{self.name}: {self.storage}, {self.nbytes:,} bytes, ΔW is 0, "
+                "only rounding changed the weight"
+            )
         return (
             f"{self.name}: {self.storage}, {self.nbytes:,} bytes, {self.kept:.1%} of ΔW kept, noise "
             f"{self.noise:.3g} times ΔW, relative error {self.error:.3g}, at worst {self.worst_error:.3g} "
@@ -83,9 +86,9 @@ class MergeReport:
 
 
 def weighted_mean(norms: Iterable[float], values: Iterable[float], nothing: float) -> float:
-    """The mean of kept shares (or squared errors) over several updates, weighted by ‖ΔW‖².
+    """Return the mean of `values`, such as kept shares, weighted by the squares of `norms`, such as ‖ΔW‖.
 
-    `nothing` is returned if all updates are 0.
+    If all norms are 0, return `nothing`.
     """
     weighted = [(norm**2, value) for norm, value in zip(norms, values, strict=True) if norm]
     if not weighted:
@@ -94,12 +97,14 @@ def weighted_mean(norms: Iterable[float], values: Iterable[float], nothing: floa
 
 
 class Merge:
-    """One weight's merge. `rows()` returns the new weight's bytes once; `report` is complete afterwards.
+    """The merge of one weight. `rows()` yields the bytes of the new weight, and then `report` is complete.
+
+    `rows()` can be used only once.
 
     Args:
-        read: reads rows first ... last - 1 of W (n, d_in), float32 or float64.
+        read: a function: read(first, stop) returns the rows W[first:stop], (n, d_in), float32 or float64.
     Raises:
-        ValueError: the storage needs rows of whole blocks, and W's rows are not.
+        ValueError: a row of W is not a whole number of blocks of the storage format.
     """
 
     def __init__(
@@ -113,8 +118,8 @@ class Merge:
         _check.choice("merge", "dtype", storage, storages.STORAGES)
         if not storages.fits(storage, shape[1]):
             raise ValueError(
-                f"merge: {name}: rows of {shape[1]} elements are not whole blocks of "
-                f"{storages.block_elements(storage)}, which {storage} needs"
+                f"merge: {name}: rows of {shape[1]} elements do not divide into blocks of "
+                f"{storages.block_elements(storage)}, the block length of {storage}"
             )
         self.name, self.shape, self.update, self.storage = name, shape, update, storage
         self.nbytes = shape[0] * storages.row_nbytes(storage, shape[1])
@@ -124,10 +129,11 @@ class Merge:
         self._worst = (-1.0, 0, 0)
 
     def rows(self) -> Iterator[tuple[int, Array]]:
-        """Blocks of rows in order: the number of the first row, and the bytes, uint8 (n, row_nbytes).
+        """Yield the new weight a few rows at a time: the first row's number, and the bytes (n, row_nbytes).
 
         Raises:
-            ValueError: a sum is not finite although W is, or it is too large for the storage.
+            ValueError: a finite value of W would become NaN or infinite, or a sum does not fit the storage
+                format.
         """
         d_out, d_in = self.shape
         for block in storages.row_blocks(d_out, d_in):
@@ -190,12 +196,13 @@ class Merge:
 def merge_weight(
     name: str, weight: FrozenWeight, update: LoraDelta, storage: str
 ) -> tuple[FrozenWeight, MergeReport]:
-    """Merge an update into a new weight of the given storage. W is decoded a few rows at a time.
+    """Merge an update into a new weight in the given storage. W is decoded a few rows at a time.
 
     Args:
-        storage: "same", or a storage of `FrozenWeight` that computes in W's dtype.
+        storage: a storage format of `FrozenWeight` that computes in the same dtype as `weight`, or "same" for
+            the format of `weight`.
     Raises:
-        ValueError: as in `Merge`, or the storage computes in another dtype.
+        ValueError: as in `Merge`, or the storage format computes in another dtype.
     """
     storage = (
         weight.dtype if storage == "same" else _check.choice("merge", "dtype", storage, storages.STORAGES)
@@ -214,6 +221,6 @@ def merge_weight(
 
 
 def _relative(lost: Array, asked: Array) -> Array:
-    """√(lost / asked), and 0 if nothing was lost."""
+    """Return √(lost / asked), or 0 where `lost` is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(lost == 0, 0.0, np.sqrt(lost / asked))

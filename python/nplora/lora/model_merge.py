@@ -1,4 +1,4 @@
-"""How much of an adapter the weights of a whole model kept when it was merged into them."""
+"""ModelMerge: reports how much of an adapter was kept when it was merged into a model."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from nplora.formats.errors import counted
 from nplora.lora.merging import MergeReport, weighted_mean
 from nplora.weights import storages
 
-_SHOWN = 3  # tensors in a summary
+_SHOWN = 3  # the number of tensors in a summary
 _FINER = dict.fromkeys(storages.BLOCKS, "q8_0") | {
     "q8_0": "float16", "bfloat16": "float16", "float16": "float32", "float32": None, "float64": None,
 }  # fmt: skip
-_LITTLE = 0.5  # of a tensor's ΔW that rounding kept: less is worth a warning
+_LITTLE = 0.5  # if rounding keeps less than this share of a tensor's ΔW, there is a warning
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ModelMerge:
     Attributes:
         target: the file or directory.
         reports: one `MergeReport` for each merged tensor, in the order of the file.
-        kept: how many tensors were copied as they are.
+        kept: the number of tensors that were copied unchanged.
         nbytes: the total size of the written files.
 
     >>> done = nplora.merge_adapter("model.gguf", "adapter", "merged.gguf")
@@ -43,26 +43,26 @@ class ModelMerge:
 
     @property
     def delta_kept(self) -> float:
-        """The share of ΔW that the merged weights keep, over all tensors together."""
+        """The share of ΔW that the merged weights keep, for all tensors together."""
         return self.total.kept
 
     @property
     def error(self) -> float:
-        """The relative error of all tensors' ΔW together."""
+        """The relative error of ΔW, for all tensors together."""
         return self.total.error
 
     @property
     def noise(self) -> float:
-        """The part of that error that is orthogonal to ΔW. Rounding adds it; it is not a loss of ΔW."""
+        """The part of the relative error that is orthogonal to ΔW. It is noise, not a loss of ΔW."""
         return self.total.noise
 
     @property
     def change(self) -> float:
-        """‖ΔW‖ / ‖W‖ of all merged weights together."""
+        """The relative change ‖ΔW‖ / ‖W‖, for all merged weights together."""
         return self.total.norm / self.total.weight_norm if self.total.weight_norm else 0.0
 
     def table(self) -> str:
-        """A line for every merged tensor."""
+        """Return one line for every merged tensor."""
         return "\n".join(map(str, self.reports))
 
     def __str__(self) -> str:
@@ -74,14 +74,17 @@ class ModelMerge:
             f"({', '.join(kinds)}), {self.kept} copied",
             f"the merged weights keep {self.delta_kept:.1%} of the adapter's change (ΔW)",
             f"rounding also adds random noise: {noise}",
-            "the tensors that keep the least:",
+            "the tensors that keep the least of ΔW:",
             *(f"  {report}" for report in worst[:_SHOWN]),
         ]
         return "\n".join(lines)
 
     @property
     def warning(self) -> str:
-        """A warning if rounding removed much of a tensor's ΔW, with a storage that keeps more; else empty."""
+        """A warning if rounding removed much of a tensor's ΔW, else an empty string.
+
+        The warning suggests a storage format that keeps more.
+        """
         worst = min(self.reports, key=lambda report: report.kept)
         if worst.kept >= _LITTLE:
             return ""
@@ -92,10 +95,10 @@ class ModelMerge:
 
 
 def least_kept(reports: Iterable[MergeReport]) -> float:
-    """The share of ΔW that is kept in all: as `ModelMerge.delta_kept`, or less.
+    """Return `ModelMerge.delta_kept`, or a second mean of the kept shares if that is smaller.
 
-    In that share, a matrix with large numbers hides the others. So a second mean weights each tensor by (‖ΔW‖
-    / ‖W‖)², its relative change. The smaller of the two is returned.
+    In `delta_kept`, a matrix with large numbers hides the others. The second mean therefore weights each
+    tensor by the square of its relative change, (‖ΔW‖ / ‖W‖)².
     """
     changed = [report for report in reports if report.norm]
     kept = [report.kept for report in changed]

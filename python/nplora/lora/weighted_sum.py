@@ -1,12 +1,14 @@
-"""The weighted sum of several updates of one weight, in the space of the factors.
+"""The weighted sum of several updates of one weight, computed from their factors.
 
-With the scales s and the weights w of the updates,
+Update i has the factors Aᵢ and Bᵢ of rank rᵢ, the scale sᵢ and the weight wᵢ. The factors A and B of the sum
+have rank R:
 
     Σ wᵢ sᵢ AᵢBᵢ = A·B     A = [A₁ A₂ …] (d_out, R),  B = [w₁s₁B₁; w₂s₂B₂; …] (R, d_in),  R = Σ rᵢ
 
-This is exact. Adding up the factors themselves, as is often done, adds cross terms AᵢBⱼ. With A = Qₐ Rₐ and
-Bᵀ = Q_b R_b, A·B has the singular values of Rₐ R_bᵀ (R, R). They give the smallest rank that holds
-the sum, and the best approximation of any lower rank (Eckart and Young 1936), without a (d_out, d_in) matrix.
+A·B is the exact sum. Adding up all Aᵢ and all Bᵢ instead, as is often done, adds cross terms AᵢBⱼ. With the
+QR decompositions A = Qₐ Rₐ and Bᵀ = Q_b R_b, A·B has the same singular values as Rₐ R_bᵀ (R, R). The singular
+values give the rank of the sum and its best approximation of any lower rank (Eckart and Young 1936). No
+matrix of shape (d_out, d_in) is needed.
 """
 
 from collections.abc import Sequence
@@ -19,17 +21,17 @@ from nplora.lora.delta import LoraDelta
 def weighted_sum(
     name: str, terms: Sequence[tuple[LoraDelta, float]], limit: int | None
 ) -> tuple[LoraDelta, float, float]:
-    """Add up weight · ΔW of several updates, and cut the sum to rank `limit`.
+    """Add up several updates ΔW, each times its weight, and cut the sum to rank `limit`.
 
     Args:
         name: the layer's name, for messages.
-        terms: pairs of an update and its weight. All updates are for the same weight, and none has DoRA.
-        limit: the largest rank of the sum, or None for the smallest rank that holds it exactly.
+        terms: pairs of an update and its weight in the sum. All updates are for the same layer, without DoRA.
+        limit: the largest rank of the result, or None for the rank of the exact sum.
     Returns:
-        the sum, with scale 1 and factors in float32;
-        ‖sum - exact sum‖ / ‖exact sum‖ in the Frobenius norm, by truncation alone; and ‖exact sum‖.
+        the sum, with scale 1 and factors in float32; its relative error by truncation,
+        ‖sum - exact sum‖ / ‖exact sum‖ in the Frobenius norm; and ‖exact sum‖.
     Raises:
-        ValueError: a factor holds NaN or an infinity, or the sum is beyond float32.
+        ValueError: a factor holds NaN or an infinity, or the sum is too large for float32.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         a = np.concatenate([update.A for update, _ in terms], axis=1, dtype=np.float64)
@@ -51,5 +53,5 @@ def weighted_sum(
         left = (q_a @ (u[:, :kept] * root)).astype(np.float32)
         right = ((root[:, None] * vt[:kept]) @ q_b.T).astype(np.float32)
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
-        raise ValueError(f"combine: the sum of {name} is beyond float32")
+        raise ValueError(f"combine: the sum of {name} is too large for float32")
     return LoraDelta(left, right, 1.0, None, terms[0][0].embedding), error, total

@@ -1,4 +1,4 @@
-"""The decoder of a language model: configuration, files, blocks, forward pass, and backward to adapters."""
+"""The decoder of a language model: configuration, files, blocks, forward pass, and gradients of adapters."""
 
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig

@@ -1,4 +1,7 @@
-"""Activations kept for backward: in bfloat16 if the products compute in it, which takes half the memory."""
+"""Stores activations for the backward pass.
+
+Activations are float32, or bfloat16 (half the memory) if the matrix products compute in bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ Array = npt.NDArray[Any]
 
 
 def keeps_bits(layer: Linear | LoRALinear) -> bool:
-    """Whether a layer's inputs and outputs are kept as bfloat16 bits."""
+    """Whether a layer's inputs and outputs are stored as bfloat16 bits."""
     return getattr(layer.weight, "compute", None) == "bfloat16"
 
 
 def narrowed(values: Array) -> Array:
-    """Round float32 values to bfloat16. Returns the bits as uint16."""
+    """Round float32 values to bfloat16, and return the bits as uint16."""
     bits = buffers.empty(values.shape, np.uint16)
     _core.narrow(values, "bfloat16", bits)
     return bits

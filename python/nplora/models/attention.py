@@ -1,4 +1,4 @@
-"""Causal self-attention with rotary positions and grouped heads of keys and values, forward and backward."""
+"""Causal self-attention with rotary position embeddings and grouped-query heads, forward and backward."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ AnyLinear = Linear | LoRALinear
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AttentionSaved(Saved):
-    """The arrays that backward needs besides its input x (n, d): n tokens, heads side by side in each row.
+    """The arrays that the backward pass needs, besides the layer's input `x` (n, d) of n tokens.
 
-    q and k are stored after the rotation. If they are normalised, they are stored before the norm, and norm
-    and rotation are computed again. They stay float32, because lse was computed from them. out may be
-    bfloat16 bits.
+    Each row holds the heads of one token side by side. `q` and `k` are stored after the rotation. If the
+    layer normalises `q` and `k`, both are stored before the norm instead, and the backward pass computes the
+    norm and the rotation again. `q` and `k` stay float32, because `lse`, the log-sum-exp of the scores, was
+    computed from them. `out` may be bfloat16 bits.
     """
 
     q: Array
@@ -44,16 +45,17 @@ class AttentionSaved(Saved):
 
 
 class Attention(Module):
-    """softmax(q kᵀ · scale) v, where each token sees itself and earlier tokens      (Vaswani et al. 2017)
+    """Computes softmax(q kᵀ · scale) v; a token attends to itself and earlier tokens (Vaswani et al. 2017).
 
-    q_proj, k_proj and v_proj read x in one call. Alternatively, one qkv_proj contains the rows of all three.
-    Each of the `num_key_value_heads` heads of k and v serves a group of heads of q (Ainslie et al. 2023).
-    The optional q_norm and k_norm normalise q and k before the rotation, in segments as long as their
-    weights: one head, or all heads.
+    The layers `q_proj`, `k_proj` and `v_proj` are computed in one call. A single layer `qkv_proj` with the
+    rows of all three can replace these layers. Each key/value head is shared by a group of query heads
+    (grouped-query attention, Ainslie et al. 2023). The optional norms `q_norm` and `k_norm` are applied to q
+    and k before the rotation. If a norm's weight is as long as one head, each head is normalised alone;
+    otherwise all heads are normalised together.
 
     Args:
-        layer: this layer's index in `config`.
-        rope: the rotation, or None.
+        layer: the index of this layer in the model.
+        rope: the rotation of q and k, or None for no rotation.
         modules: the projections and the norms, by name.
     """
 
@@ -76,7 +78,7 @@ class Attention(Module):
 
     @property
     def reads_x(self) -> bool:
-        """Whether the gradient of a trained factor needs x."""
+        """Whether the backward pass needs the input `x` for the gradients of LoRA factors."""
         return any(layer.local_parameters() for layer in self._inputs)
 
     @property
@@ -84,7 +86,7 @@ class Attention(Module):
         return tuple(getattr(self, name) for name in self.reading)
 
     def run(self, x: Array, positions: PackedPositions) -> tuple[Array, AttentionSaved]:
-        """Compute y (n, d) from x (n, d)."""
+        """Compute the output y (n, d) from the input x (n, d)."""
         outputs, qkv = stack_forward(self._inputs, x)
         q, k, v = self._split(outputs)
         rotated_q, rotated_k = self._rotated(q, k, positions)
@@ -100,7 +102,7 @@ class Attention(Module):
     def run_backward(
         self, dy: Array, saved: AttentionSaved, x: Array | None, positions: PackedPositions, need_dx: bool
     ) -> Gradient:
-        """Add to the factors' gradients. Returns dx (n, d), or None if need_dx is False."""
+        """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False."""
         deeper = need_dx or self.reads_x
         out = widened(saved.out) if self._narrow else saved.out
         dout = stack_backward((self.o_proj,), [dy], saved.o.with_x(out), deeper)
@@ -116,7 +118,7 @@ class Attention(Module):
         return stack_backward(self._inputs, self._joined(dq, dk, dv), saved.qkv.with_x(x), need_dx)
 
     def run_cached(self, x: Array, positions: CachePositions, keys: Array, values: Array) -> Array:
-        """Compute y (m, d) for the m newest tokens. Their keys and values are first stored in the cache."""
+        """Store the keys and values of the m newest tokens in the cache, and compute the output y (m, d)."""
         q, k, v = self._split(stack_infer(self._inputs, x))
         q, k = self._rotated(q, k, positions)
         keys[positions.cells], values[positions.cells] = k, v
@@ -127,7 +129,11 @@ class Attention(Module):
         return stack_infer((self.o_proj,), out)[0]
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
-        """The memory that forward and backward take. narrow: the products compute in bfloat16."""
+        """The memory per token of the forward and backward passes.
+
+        Args:
+            narrow: whether the products compute in bfloat16.
+        """
         d, (q, kv) = self.o_proj.weight.shape[0], self._widths
         lse, joint = self._heads[0], (q + 2 * kv if len(self.reading) == 1 else 0)
         normed = q + kv if self.q_norm is not None else 0
@@ -140,20 +146,23 @@ class Attention(Module):
         return Footprint(saved + low, forward, backward)
 
     def _split(self, outputs: Sequence[Array]) -> Sequence[Array]:
-        """Split one array into q, k and v; three arrays are returned as they are."""
+        """Split the output of `qkv_proj` into q, k and v; return three separate outputs as they are."""
         if len(outputs) == 3:
             return outputs
         q, kv = self._widths
         return [np.ascontiguousarray(part) for part in np.split(outputs[0], [q, q + kv], axis=1)]
 
     def _joined(self, *parts: Array) -> Sequence[Array]:
-        """The inverse of `_split`."""
+        """The inverse of `_split`: join three arrays if the layer has one `qkv_proj`."""
         return parts if len(self.reading) == 3 else [np.concatenate(parts, axis=1)]
 
     def _rotated(
         self, q: Array, k: Array, positions: PackedPositions | CachePositions
     ) -> tuple[Array, Array]:
-        """Rotate q and k by their positions, after the optional norms. Without norms this works in place."""
+        """Normalise q and k if the layer has norms, then rotate them by their positions.
+
+        Without norms, `q` and `k` are overwritten.
+        """
         if self.q_norm is not None and self.k_norm is not None:
             q, k = piecewise_norm_forward(self.q_norm, q), piecewise_norm_forward(self.k_norm, k)
         if self._rope is not None:
@@ -164,7 +173,7 @@ class Attention(Module):
     def _rotated_backward(
         self, dq: Array, dk: Array, saved: AttentionSaved, positions: PackedPositions
     ) -> tuple[Array, Array]:
-        """Turn gradients after the rotation into gradients before it, and before the norms."""
+        """Turn gradients of the rotated q and k into gradients of q and k before the norms and rotation."""
         if self._rope is not None:
             for rows in (dq, dk):
                 self._rope.rotate(rows, positions, inverse=True)

@@ -1,4 +1,4 @@
-"""The facts about a base model that converting an adapter needs: family, heads and, if known, shapes."""
+"""Facts about a base model that are needed to convert an adapter: family, heads and, if known, shapes."""
 
 import dataclasses
 import warnings
@@ -25,9 +25,9 @@ class BaseModel:
     Attributes:
         source: the file that the facts were read from.
         family: the description of the model's family.
-        heads, kv_heads: the number of heads of q, and of k and v.
-        shapes: the tensors' shapes by GGUF name, or None if the file does not contain them.
-        digest: `model_digest.of` the norms, or None if it is not known.
+        heads, kv_heads: the number of query heads, and the number of key/value heads.
+        shapes: the shapes of the tensors by GGUF name, or None if the facts come from a config.json.
+        digest: a hash of the norm weights (see `models.model_digest`), or None if it is not known.
     """
 
     source: str
@@ -38,7 +38,7 @@ class BaseModel:
     digest: str | None = None
 
     def permuted_heads(self, layer: str) -> int:
-        """The number of heads whose rows GGUF reorders in a layer (named as in Hugging Face); 0 for none."""
+        """The number of heads of a layer (named as in Hugging Face) if GGUF reorders its rows, else 0."""
         return self.family.permuted_heads(layer, self.heads, self.kv_heads)
 
 
@@ -48,7 +48,7 @@ def read(path: StrPath, any_base: bool = False) -> BaseModel:
     Args:
         any_base: as in `digest_of`.
     Raises:
-        UnsupportedError: nplora does not know the family. Other errors as in `digest_of`.
+        UnsupportedError: nplora does not know the model's family. The other errors are those of `digest_of`.
     """
     config = _config_of(path)
     if config is None:
@@ -58,9 +58,9 @@ def read(path: StrPath, any_base: bool = False) -> BaseModel:
 
 
 def digest_of(path: StrPath, any_base: bool = False) -> str | None:
-    """Read only `BaseModel.digest`, for a model of any family.
+    """Read only the digest of a model. nplora need not know the model's family.
 
-    A directory may have no weights, or weights in a pickle. The digest is then None.
+    For a directory without weights, or with weights in a pickle, the digest is None.
 
     Args:
         any_base: do not warn about a missing digest, because the caller accepts any base model.
@@ -68,8 +68,8 @@ def digest_of(path: StrPath, any_base: bool = False) -> str | None:
         FormatError: the path is not a model, or a file breaks its format.
         OSError: a file cannot be read.
     Warns:
-        UserWarning: the directory's weights are a Git LFS pointer, or one of their files is missing. Not with
-            any_base.
+        UserWarning: the directory's weights are a Git LFS pointer, or one of their files is missing. There is
+            no warning if `any_base` is set.
     """
     config = _config_of(path)
     if config is None:
@@ -87,7 +87,7 @@ def _config_of(path: StrPath) -> Path | None:
 
 
 def _digest_beside(config: Path, family: Family, any_base: bool) -> str | None:
-    """The digest of the weights in the directory of a config.json, or None if it has none."""
+    """The digest of the weights beside a config.json, or None if there are no weights."""
     if config.name != CONFIG or model_directory.weights_of(config.parent) is None:
         return None
     try:
@@ -96,7 +96,7 @@ def _digest_beside(config: Path, family: Family, any_base: bool) -> str | None:
         )
         return model_digest.of_tensors(tensors, family)
     except (NotFetchedError, FileNotFoundError):
-        words = "weights are missing, so whether the adapter is of this model is not known"
+        words = "weights are missing, so nplora cannot check that the adapter belongs to this model"
         if not any_base:
             warnings.warn(f"{files.name(config.parent)}: {words}", stacklevel=4)
         return None

@@ -1,4 +1,8 @@
-"""A block of the decoder: half-blocks that each add to the residual stream, forward, backward and cached."""
+"""A block of the decoder, with its forward pass, its backward pass, and a forward pass with a cache.
+
+A block consists of half-blocks. Each half-block is attention or an MLP, with optional norms before and after
+it, and adds its output to the residual stream.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +25,11 @@ Array = npt.NDArray[Any]
 
 
 class Mixer(Protocol):
-    """The computation of a half-block on its input x (n, d): attention, an MLP, or another layer.
+    """The part of a half-block between its norms: attention, an MLP, or another layer.
 
     Attributes:
-        reading: the names of the layers that read x, in one call.
-        reads_x: whether `run_backward` needs x.
+        reading: the names of the linear layers whose input is `x`; they are computed in one call.
+        reads_x: whether `run_backward` needs the input `x`.
     """
 
     reading: tuple[str, ...]
@@ -34,23 +38,30 @@ class Mixer(Protocol):
     def reads_x(self) -> bool: ...
 
     def run(self, x: Array, positions: PackedPositions) -> tuple[Array, Any]:
-        """Compute y (n, d), and the values that `run_backward` needs besides x."""
+        """Return the output y (n, d), and the values that `run_backward` needs besides the input `x`."""
 
     def run_backward(
         self, dy: Array, saved: Any, x: Array | None, positions: PackedPositions, need_dx: bool
     ) -> Gradient:
-        """Add to the factors' gradients. Returns dx (n, d), or None if need_dx is False."""
+        """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False."""
 
     def run_cached(self, x: Array, positions: CachePositions, keys: Array, values: Array) -> Array:
-        """Compute y (m, d) of the newest tokens. The layer's arrays in the cache store their state."""
+        """Compute the output y (m, d) for the m newest tokens. `keys` and `values` are the layer's cache."""
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
-        """The memory per token that forward and backward take. narrow: the products compute in bfloat16."""
+        """The memory per token of the forward and backward passes.
+
+        Args:
+            narrow: whether the products compute in bfloat16.
+        """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Half:
-    """x + scale · after(mixer(before(x))). The fields name the block's modules; None means no norm."""
+    """A half-block: x + scale · after(mixer(before(x))), where `before` and `after` are norms.
+
+    `mixer`, `before` and `after` are names of modules of the block. A missing norm is None.
+    """
 
     mixer: str
     before: str | None = None
@@ -60,12 +71,12 @@ class Half:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HalfSaved(Saved):
-    """The values of a half-block that backward needs.
+    """The values of a half-block that the backward pass needs.
 
     Attributes:
         x: the residual stream before the half-block, possibly as bfloat16 bits.
-        y: the mixer's output (possibly as bits) if a norm follows it, else None.
-        mixer: the values that the mixer keeps.
+        y: the mixer's output (possibly as bfloat16 bits) if a norm follows it, else None.
+        mixer: the values that the mixer's backward pass needs.
     """
 
     x: Array
@@ -75,18 +86,18 @@ class HalfSaved(Saved):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockSaved(Saved):
-    """The values of each half-block that backward needs."""
+    """The values of each half-block that the backward pass needs."""
 
     halves: tuple[HalfSaved, ...]
 
 
 class DecoderBlock(Module):
-    """Half-blocks in sequence. Each adds to the residual stream (n, d).
+    """Half-blocks in sequence. Each half-block adds its output to the residual stream (n, d).
 
     Args:
         halves: the half-blocks.
-        modules: mixers and norms, by the names that the half-blocks use.
-        narrow: keep activations in bfloat16.
+        modules: the mixers and norms, by the names that the half-blocks give them.
+        narrow: store activations for the backward pass in bfloat16.
     """
 
     def __init__(self, halves: Sequence[Half], modules: Mapping[str, Module], narrow: bool) -> None:
@@ -95,7 +106,7 @@ class DecoderBlock(Module):
         self._halves, self._narrow = tuple(halves), narrow
 
     def run(self, x: Array, positions: PackedPositions) -> tuple[Array, BlockSaved]:
-        """Compute y (n, d), and the values that `run_backward` needs."""
+        """Return the output y (n, d), and the values that `run_backward` needs."""
         saved = list[HalfSaved]()
         keep = narrowed if self._narrow and not inferring() else _unchanged
         for half in self._halves:
@@ -108,9 +119,10 @@ class DecoderBlock(Module):
     def run_backward(
         self, dy: Array, saved: BlockSaved, positions: PackedPositions, need_dx: bool
     ) -> Gradient:
-        """Add to the factors' gradients. Returns dx in dy's memory, or None if need_dx is False.
+        """Accumulate the gradients of the LoRA factors. Return dx, or None if `need_dx` is False.
 
-        The norms' outputs are computed again if a factor's gradient needs them.
+        The returned `dx` is in the memory of `dy`. The outputs of the norms were not stored, so they are
+        computed again if a gradient needs them.
         """
         for index in reversed(range(len(self._halves))):
             half, kept = self._halves[index], saved.halves[index]
@@ -124,7 +136,7 @@ class DecoderBlock(Module):
     def _half_backward(
         self, half: Half, dy: Array, kept: HalfSaved, positions: PackedPositions, need_dx: bool
     ) -> None:
-        """Turn dy into the gradient of the half-block's x, in place, if need_dx is True."""
+        """Accumulate the LoRA factors' gradients. If `need_dx`, overwrite `dy` with the input's gradient."""
         widen = widened if self._narrow else _unchanged
         mixer, before, x = self._mixer(half), self._norm(half.before), widen(kept.x)
         dmixed = self._added_backward(half, dy, None if kept.y is None else widen(kept.y))
@@ -139,14 +151,18 @@ class DecoderBlock(Module):
             norm_backward(before, dread, x, dy, accumulate=True)
 
     def run_cached(self, x: Array, positions: CachePositions, keys: Array, values: Array) -> Array:
-        """Compute y (m, d) of the newest tokens, in x's memory."""
+        """Compute the output y (m, d) for the m newest tokens."""
         for half in self._halves:
             y = self._mixer(half).run_cached(self._read(half, x), positions, keys, values)
             x = self._added(half, y, x)
         return x
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
-        """The memory per token that forward and backward take. narrow: the products compute in bfloat16."""
+        """The memory per token of the forward and backward passes.
+
+        Args:
+            narrow: whether the products compute in bfloat16.
+        """
         saved = forward = backward = 0
         for half in self._halves:
             mixer, stream = self._mixer(half).footprint(adapted, narrow), FLOAT * self._width
@@ -158,7 +174,7 @@ class DecoderBlock(Module):
 
     @property
     def mixers(self) -> dict[str, Mixer]:
-        """The mixers by name."""
+        """The mixers (attention and MLP) of the block, by name."""
         return {half.mixer: self._mixer(half) for half in self._halves}
 
     @property
@@ -174,12 +190,12 @@ class DecoderBlock(Module):
         return None if name is None else getattr(self, name)
 
     def _read(self, half: Half, x: Array) -> Array:
-        """The mixer's input: the residual stream after the first norm."""
+        """The mixer's input: the residual stream `x`, normalised if the half-block has a norm `before`."""
         norm = self._norm(half.before)
         return x if norm is None else norm_forward(norm, x)
 
     def _added(self, half: Half, y: Array, x: Array) -> Array:
-        """x + scale · after(y), in the memory of y or of the norm's output."""
+        """The output x + scale · after(y) of a half-block. Without a norm `after`, `y` is overwritten."""
         norm = self._norm(half.after)
         y = y if norm is None else norm_forward(norm, y)
         if half.scale != 1:
@@ -187,7 +203,7 @@ class DecoderBlock(Module):
         return np.add(y, x, out=y)
 
     def _added_backward(self, half: Half, dy: Array, y: Array | None) -> Array:
-        """The gradient of the mixer's output y."""
+        """The gradient of the mixer's output `y`, given the gradient `dy` of the half-block's output."""
         norm = self._norm(half.after)
         if half.scale != 1:
             dy = dy * np.float32(half.scale)

@@ -1,4 +1,4 @@
-"""Builds a decoder from its family's description and its files."""
+"""Builds a decoder from the description of its family and the tensors in its files."""
 
 from __future__ import annotations
 

@@ -18,14 +18,14 @@ class KVCache:
     """Memory for a batch of sequences, each in its own slot.
 
     Attributes:
-        slots, capacity: the number of sequences, and of tokens in each.
-        lengths: int64 (slots,), the number of tokens that each slot holds. Lowering it drops the last tokens.
-        limits: int64 (slots,), the number of tokens that each slot may hold; initially `capacity`. This
-            length decides how LongRoPE rotates a sequence. If it is known to be smaller, set it before the
-            first token.
-        keys, values: for each layer an array (slots, capacity, kv_heads · head_dim). Memory is used only as
-            the arrays are filled.
-        owner: the model that fills the cache, with its selected named adapters; None allows any model.
+        slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
+        lengths: int64 (slots,), the number of tokens in each slot. A lower number drops the last tokens.
+        limits: int64 (slots,), the number of tokens that each slot may hold; initially `capacity`. LongRoPE
+            chooses a sequence's rotation factors by the limit. If a sequence will be shorter, lower the limit
+            before its first token.
+        keys, values: for each layer an array (slots, capacity, kv_heads · head_dim). The arrays take memory
+            only as they are filled.
+        owner: the model (with its selected named adapters) that may fill the cache; None allows any model.
     """
 
     def __init__(self, config: ModelConfig, slots: int, capacity: int, owner: Module | None = None) -> None:
@@ -43,16 +43,16 @@ class KVCache:
         self.lengths[:] = 0
 
     def require_room(self, slots: Array, count: int) -> None:
-        """Check that each slot is named once and has room for `count` more tokens."""
+        """Check that no slot is given twice, and that each slot has room for `count` more tokens."""
         _check.in_range("decode", "slots", slots, self.slots)
         if len(np.unique(slots)) != len(slots):
-            raise ValueError(f"decode: slots are {slots.tolist()}, expected each one once")
+            raise ValueError(f"decode: slots are {slots.tolist()}, expected no slot twice")
         for slot in slots:
             most, limit = self.lengths[slot] + count, min(self.limits[slot], self.capacity)
             if most > limit:
-                raise ValueError(f"decode: {most} tokens in a slot, the cache has room for {limit}")
+                raise ValueError(f"decode: a slot would hold {most} tokens, the cache has room for {limit}")
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays when full."""
+        """The size of the arrays in bytes, when they are full."""
         return sum(array.nbytes for array in (*self.keys, *self.values))

@@ -27,28 +27,29 @@ _FACTORS = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches, named as in Hugging Face's config.json.
+    """The sizes and settings of a model, named as in Hugging Face's config.json.
 
     Attributes:
-        source: the file that they were read from.
-        model_type: the family's name in `models.families`.
+        source: the file that the configuration was read from.
+        model_type: the name of the model's family in `models.families`.
         max_position_embeddings: the context length that the model was trained for.
         rope: the rotation of q and k.
-        sliding_windows: for each layer, how many tokens a query sees, including its own; 0: all earlier
-            tokens.
+        sliding_windows: for each layer, how many of the last tokens a query attends to, including its own; 0:
+            all tokens.
         local_rope: the rotation in layers with a sliding window, or None if it is the same as in other
             layers.
-        unrotated: the layers without rotation.
-        rotary_dim: how many values of a head rotate, from the first; None: all values.
+        unrotated: the indices of the layers without rotation.
+        rotary_dim: how many values of each head are rotated, counted from the first; None: all values.
         qkv_bias, o_bias, mlp_bias: whether these linear layers have a bias.
         hidden_act: the MLP's activation: "silu", or "gelu_pytorch_tanh" (GELU approximated with tanh).
-        query_pre_attn_scalar: scores are divided by its square root. None: by the square root of head_dim.
-        attention_multiplier: the factor of the scores, which replaces that division; or None.
-        embedding_multiplier: the factor of the embeddings.
-        residual_multiplier: the factor of each half-block's output.
-        logits_scaling: the divisor of the logits.
-        interleaved: whether the values of a rotating pair are neighbours, as some GGUF files store them.
-            False: they are half the rotating part apart.
+        query_pre_attn_scalar: attention scores are divided by the square root of this number, or of
+            `head_dim` if it is None.
+        attention_multiplier: a factor for the attention scores, which replaces this division; or None.
+        embedding_multiplier: a factor for the embeddings.
+        residual_multiplier: a factor for the output of each half-block (attention or MLP).
+        logits_scaling: a divisor for the logits.
+        interleaved: whether rotated pairs are neighbouring values of a head, as in some GGUF files. If False,
+            value i of a head is paired with value i + rotary_dim / 2.
     """
 
     source: str
@@ -116,23 +117,23 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float:
-        """The factor of the scores, by default 1 / sqrt(head_dim)."""
+        """The factor of the attention scores, by default 1 / sqrt(head_dim)."""
         if self.attention_multiplier is not None:
             return self.attention_multiplier
         return 1 / math.sqrt(self.query_pre_attn_scalar or self.head_dim)
 
     @property
     def heads_width(self) -> int:
-        """The total width of q's heads."""
+        """The total width of the query heads."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def key_value_width(self) -> int:
-        """The total width of k's heads. v's heads have the same width."""
+        """The total width of the key heads, which is also that of the value heads."""
         return self.num_key_value_heads * self.head_dim
 
     def rope_of(self, layer: int) -> RopeConfig | None:
-        """The rotation in a layer, or None."""
+        """The rotation in a layer, or None if the layer has none."""
         if layer in self.unrotated:
             return None
         return self.local_rope if self.local_rope is not None and self.sliding_windows[layer] else self.rope

@@ -1,4 +1,4 @@
-"""The stack of blocks between the embedding and the last norm, and the activations kept for backward."""
+"""A decoder (token embedding, blocks and last norm), and the activations that its backward pass needs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockInput(Saved):
-    """The input of a block that backward will compute again.
+    """The input of a block that the backward pass will compute again.
 
     Attributes:
         x: the block's input.
-        streams: the state of the block's dropout streams before it ran.
-        context: the context variables, which record the disabled adapters.
+        streams: the state of the block's dropout generators before its forward pass.
+        context: the context variables of the forward pass, which record the disabled adapters.
     """
 
     x: Array
@@ -38,9 +38,9 @@ class BlockInput(Saved):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecoderSaved(Saved):
-    """The values that `run_backward` needs from the adapted blocks and from the blocks above them.
+    """The values that `run_backward` needs, for the lowest adapted block and all blocks above it.
 
-    It takes them from the end.
+    `run_backward` begins with the last block, and removes a block's values when it uses them.
     """
 
     positions: PackedPositions
@@ -49,14 +49,15 @@ class DecoderSaved(Saved):
 
 
 class Decoder(Module):
-    """Token embedding, blocks and last norm. The norm is computed with the head, only for the rows needed.
+    """Token embedding, blocks and last norm.
 
-    Blocks below the lowest adapted block keep nothing and compute no gradient.
+    The last norm is computed together with the head, only for the rows whose logits are needed. Blocks below
+    the lowest adapted block store nothing and compute no gradient.
 
     Attributes:
-        recompute: keep only each block's input and compute the rest again in backward (gradient
-            checkpointing, Chen et al. 2016). This takes a third more work and a tenth of the memory. The
-            gradients are identical to the bit.
+        recompute: use gradient checkpointing (Chen et al. 2016): store only each block's input, and compute
+            the block again in the backward pass. Training then takes a third more work and a tenth of the
+            memory. The gradients are identical to the bit.
         prefix: the cached outputs of the blocks below the lowest adapted block, or None.
     """
 
@@ -85,13 +86,13 @@ class Decoder(Module):
         self.recompute = on
 
     def infer(self, ids: Array, positions: PackedPositions) -> Array:
-        """Compute the residual stream (n, d) after the last block. Call it inside `inference()`."""
+        """Compute the residual stream (n, d) after the last block. Call this method in `with inference()`."""
         first = self.first_adapted()
         x = self._run_frozen(first, ids, positions)[0]
         return _run_through(self.layers[first:], x, positions)
 
     def run(self, ids: Array, positions: PackedPositions) -> tuple[Array, DecoderSaved]:
-        """Like `infer`, for training. Also returns the values that `run_backward` needs."""
+        """Like `infer`, but for training: also return the values that `run_backward` needs."""
         first = self.first_adapted()
         x, embedding = self._run_frozen(first, ids, positions)
         blocks: list[BlockSaved | BlockInput] = []
@@ -105,7 +106,7 @@ class Decoder(Module):
         return x, DecoderSaved(positions, embedding, blocks)
 
     def run_backward(self, dx: Array, saved: DecoderSaved) -> None:
-        """Add to the gradients of all factors. dx (n, d), the residual stream's gradient, is overwritten."""
+        """Accumulate the gradients of all LoRA factors. The stream's gradient `dx` (n, d) is overwritten."""
         whole = bool(self.embed_tokens.local_parameters())
         for block in reversed(self.layers[len(self.layers) - len(saved.blocks) :]):
             kept = saved.blocks.pop()
@@ -118,7 +119,7 @@ class Decoder(Module):
             )
 
     def run_cached(self, ids: Array, positions: CachePositions, cache: KVCache) -> Array:
-        """Compute the residual stream (m, d) of the newest tokens."""
+        """Compute the residual stream (m, d) after the last block, for the m newest tokens."""
         x = self._embedded(ids)[0]
         for block, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             x = block.run_cached(x, positions, keys, values)
@@ -130,13 +131,13 @@ class Decoder(Module):
         return y if self._readout == 1 else np.multiply(y, self._readout, out=y)
 
     def read_out_backward(self, dy: Array, x: Array) -> Array:
-        """The gradient of x."""
+        """The gradient of the residual stream `x`, given the gradient `dy` of the head's input."""
         dx = buffers.empty_like(x)
         norm_backward(self.norm, dy if self._readout == 1 else dy * self._readout, x, dx)
         return dx
 
     def _run_frozen(self, first: int, ids: Array, positions: PackedPositions) -> tuple[Array, Any]:
-        """The residual stream (n, d) that enters block `first`, and the values kept by the embedding."""
+        """The residual stream (n, d) before block `first`, and the values for the embedding's backward."""
         prefix = self.prefix if self.prefix is not None and self.prefix.blocks == first > 0 else None
         found = None if prefix is None else prefix.find(ids, positions.starts)
         if found is not None:
@@ -149,7 +150,7 @@ class Decoder(Module):
         return x, embedding
 
     def _embedded(self, ids: Array) -> tuple[Array, Any]:
-        """The embeddings (n, d), and the values that their backward needs."""
+        """The embeddings (n, d), and the values for the embedding's backward."""
         x, saved = self.embed_tokens.forward(ids)
         if self._multiplier != 1:
             np.multiply(x, self._multiplier, out=x)

@@ -1,4 +1,7 @@
-"""The memory that blocks need for each token. The layers compute it themselves, for plans before training."""
+"""The memory that a block needs per token, for memory plans before training.
+
+Attention and MLP compute their own memory, with a method `footprint`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ class Adapted:
     """The layers of a block that have or will have an adapter.
 
     Attributes:
-        outputs: d_out of each such layer, by the last part of its name: "q_proj".
+        outputs: the output width d_out of each of these layers, by the last part of the layer's name.
     """
 
     rank: int
@@ -21,11 +24,15 @@ class Adapted:
     outputs: Mapping[str, int]
 
     def any_of(self, names: Iterable[str]) -> bool:
-        """Whether one of these layers has an adapter."""
+        """Whether at least one of the named layers has an adapter."""
         return not self.outputs.keys().isdisjoint(names)
 
     def saved(self, names: Iterable[str]) -> int:
-        """Bytes per token that these layers' adapters keep: z, and with DoRA the outputs before rescaling."""
+        """Bytes per token that the adapters of the named layers store for the backward pass.
+
+        Each adapter stores the `rank` outputs of its first factor. With DoRA, an adapter also stores the
+        layer's outputs before rescaling.
+        """
         found = [self.outputs[name] for name in names if name in self.outputs]
         return FLOAT * (self.rank * len(found) + (sum(found) if self.use_dora else 0))
 
@@ -38,9 +45,9 @@ class Footprint:
     """Bytes per token.
 
     Attributes:
-        saved: kept for the backward pass.
-        forward: the peak in the forward pass, including `saved`.
-        backward: the peak in the backward pass, besides `saved` and the gradients of input and output.
+        saved: the memory that is kept for the backward pass.
+        forward: the peak memory in the forward pass, including `saved`.
+        backward: the peak memory in the backward pass, without `saved` and the gradients of input and output.
     """
 
     saved: int
@@ -49,5 +56,5 @@ class Footprint:
 
 
 def stored(narrow: bool) -> int:
-    """Bytes of a kept value, as in `activation_storage`."""
+    """Bytes of one activation stored for the backward pass: 2 if `narrow` (bfloat16), else 4."""
     return BITS if narrow else FLOAT

@@ -9,11 +9,12 @@ from nplora.models.config import ModelConfig
 
 
 def read(file: GgufFile) -> ModelConfig:
-    """The model that the metadata and the tensors' names describe.
+    """The configuration that a GGUF file's metadata and tensor names describe.
 
     Raises:
         UnsupportedError: nplora does not know the architecture or the scaling of its rotation.
-        FormatError: an entry is missing, has another type or an impossible value; or the file is not a model.
+        FormatError: an entry is missing, or has a wrong type or an impossible value; or the file is not a
+            model.
     """
     kind = file.metadata.string("general.type", "model")
     if kind != "model":

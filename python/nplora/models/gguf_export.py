@@ -43,7 +43,7 @@ class ModelConversion:
         types: the number of tensors of each ggml type.
         why_no_tokenizer: why the file has no tokenizer; empty if it has one.
         short: a sentence about matrices that could not get the requested type, because their rows are not
-            whole blocks of that type; empty if there are none.
+            whole blocks of that type; empty if all matrices got it.
     """
 
     target: str
@@ -70,7 +70,7 @@ class ModelConversion:
 
 
 def is_model(source: StrPath) -> bool:
-    """Whether this is a Hugging Face model: a safetensors file, an index, or a directory with one."""
+    """Whether the path is a Hugging Face model: a safetensors file, an index of shards, or a directory."""
     path = Path(source)
     if path.is_dir():
         return (path / CONFIG).exists() and not (path / "adapter_config.json").exists()
@@ -83,24 +83,24 @@ def model_to_gguf(
     """Convert a Hugging Face model to a GGUF file.
 
     The model must belong to one of the families in `nplora.models.families`. Matrices get the requested type.
-    If their rows are not whole blocks of it, they get the next type that fits, as in llama.cpp. Norms and
-    biases are float32. Rows of q and k are permuted if the architecture requires that.
+    A matrix whose rows are not whole blocks of that type gets the next type that fits, as in llama.cpp. Norms
+    and biases are float32. Rows of the q and k layers are permuted if the architecture requires that.
 
     Args:
         source: a directory with config.json and model.safetensors (one file or shards), or the file or index
             in such a directory.
         path: the GGUF file to write.
-        dtype: "same", "float32", "float16", "bfloat16", or ggml's type name in lower case: "q8_0", "q4_k",
-            ... (`nplora convert --help` lists them).
+        dtype: "same", "float32", "float16", "bfloat16", or a ggml type such as "q8_0" or "q4_k" (`nplora
+            convert --help` lists all).
         overwrite: replace an existing file.
     Returns:
-        the conversion's summary.
+        a summary of the conversion.
     Raises:
         UnsupportedError: nplora or GGUF does not support the family or a setting of config.json; or matrices
-            are in bitsandbytes' 4 bits.
+            are quantised to 4 bits by bitsandbytes.
         FormatError: a file breaks its format, does not match config.json, or has a NaN or infinite weight.
-        ValueError: path is not a .gguf file or is one of the model's files, dtype is not available, or a
-            value does not fit in it.
+        ValueError: `path` is not a .gguf file or is one of the model's files, `dtype` is not available, or a
+            weight is out of the range of `dtype`.
         FileExistsError: the file exists, and `overwrite` is not set.
         OSError: a file cannot be read, or the disk fails.
 
@@ -120,7 +120,7 @@ def model_to_gguf(
     op = "model_to_gguf"
     _check.choice(op, "dtype", dtype, DTYPES)
     if files.suffix(path) != ".gguf":
-        raise ValueError(f"{op}: a model is converted to a .gguf file, got {files.name(path)!r}")
+        raise ValueError(f"{op}: path is {files.name(path)!r}, expected a .gguf file")
     model_directory.require_no_hub_name(source)
     files.require_not_read(op, [path], [("model", file) for file in model_directory.files_of(source)])
     files.require_new(path, overwrite)
@@ -142,7 +142,7 @@ def model_to_gguf(
 
 
 def _tokenizer(directory: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
-    """The tokenizer's metadata, or the reason why there are none."""
+    """Return the tokenizer's metadata and an empty text, or no metadata and the reason why."""
     try:
         return gguf_metadata.from_directory(directory, vocab_size), ""
     except FileNotFoundError:
@@ -170,7 +170,11 @@ def _tensors(file: Tensors, config: ModelConfig, dtype: str) -> Iterator[tuple[s
 
 
 def _storage(given: str, shape: tuple[int, ...], dtype: str) -> str:
-    """The storage of a tensor. Vectors are float32, as ggml computes with them; rows must be whole blocks."""
+    """Choose the storage type of a tensor.
+
+    Vectors are float32, because ggml computes with float32 vectors. A matrix gets the requested type if its
+    rows are whole blocks of that type. Otherwise it gets a type with shorter blocks, or float16.
+    """
     if len(shape) == 1:
         return "float32"
     wanted = given if dtype == "same" else dtype
@@ -182,13 +186,13 @@ def _storage(given: str, shape: tuple[int, ...], dtype: str) -> str:
 
 
 def _short(tensors: dict[str, gguf.Stream], dtype: str) -> str:
-    """A sentence about the matrices that did not get the requested type; empty if there are none."""
+    """A sentence about the matrices that did not get the requested type; empty if all did."""
     matrices = [tensor for tensor in tensors.values() if len(tensor.shape) > 1]
     others = [t for t in matrices if dtype != "same" and t.type != storages.GGML_NAMES[dtype]]
     if not others:
         return ""
     kinds = ", ".join(dict.fromkeys(tensor.type for tensor in others))
-    rows = f"their rows are not whole blocks of {storages.block_elements(dtype)}"
+    rows = f"their rows are not whole blocks of {storages.block_elements(dtype)} values"
     return f"{len(others)} of {len(matrices)} matrices are {kinds} instead of {dtype}: {rows}"
 
 

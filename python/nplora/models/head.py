@@ -1,4 +1,4 @@
-"""The last norm, the head and the loss, a few rows at a time, so that memory never holds all logits."""
+"""Computes the last norm, the head and the loss for a few rows at a time, to keep few logits in memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def loss_and_gradient(
 ) -> tuple[float, Array]:
     """The sum of the losses, and `factor` times its gradient with respect to the residual stream x (n, d).
 
-    Adds to the gradients of an adapted head. Rows without a target are skipped: their gradient is 0.
+    If the head has an adapter, the adapter's gradients are accumulated too. Rows without a target have
+    gradient 0.
     """
     trained = np.flatnonzero(targets != IGNORED)
     dx, total = np.zeros_like(x), 0.0
@@ -43,7 +44,7 @@ def loss_and_gradient(
 def _chunk_gradient(
     model: Decoder, head: AnyLinear, x: Array, targets: Array, factor: float
 ) -> tuple[float, Array]:
-    """`loss_and_gradient` for a few rows. When it returns, the logits of these rows are freed."""
+    """Compute `loss_and_gradient` for a few rows. The logits of these rows are freed at the end."""
     (logits,), saved = stack_forward((head,), model.read_out(x))
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, factor, losses, True)
@@ -58,7 +59,7 @@ def loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> float:
 
 
 def _chunk_loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> float:
-    """`loss` for a few rows. When it returns, the logits of these rows are freed, as in `_chunk_gradient`."""
+    """Compute `loss` for a few rows. The logits of these rows are freed at the end."""
     logits = head.forward(model.read_out(x))[0]
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, 1.0, losses, False)
@@ -72,5 +73,5 @@ def most_rows(rows: int, vocab: int) -> int:
 
 
 def chunks(rows: Array, vocab: int) -> list[Array]:
-    """Split the rows into even chunks. A short last chunk would read the whole head for a few rows."""
+    """Split the rows into even chunks. A short chunk would read the whole head for only a few rows."""
     return np.array_split(rows, math.ceil(len(rows) / most_rows(len(rows), vocab))) if len(rows) else []

@@ -9,11 +9,11 @@ from nplora.models.config import ModelConfig
 
 
 def read(path: StrPath) -> ModelConfig:
-    """The model that a config.json describes.
+    """The configuration that a config.json describes.
 
     Raises:
-        UnsupportedError: nplora does not know the family, activation, scaling or quantisation.
-        FormatError: a field is missing, has another type or an impossible value.
+        UnsupportedError: nplora does not know the family, activation, rotation scaling or quantisation.
+        FormatError: a field is missing, or has a wrong type or an impossible value.
         OSError: the file cannot be read.
     """
     fields = read_fields(path)

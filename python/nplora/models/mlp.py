@@ -23,7 +23,10 @@ AnyLinear = Linear | LoRALinear
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MLPSaved(Saved):
-    """The arrays that backward needs besides its input x: gate and up (n, f), possibly as bfloat16 bits."""
+    """The arrays that the backward pass needs, besides the layer's input `x`.
+
+    `gate` and `up` (n, f) may be bfloat16 bits.
+    """
 
     gate: Array
     up: Array
@@ -32,10 +35,11 @@ class MLPSaved(Saved):
 
 
 class MLP(Module):
-    """SwiGLU or GeGLU. gate_proj and up_proj read x in one call. Backward computes act(gate) ∘ up again.
+    """A SwiGLU or GeGLU layer. `gate_proj` and `up_proj` are computed in one call.
 
-    One gate_up_proj can replace both; it contains the rows of gate, then the rows of up. If the products
-    compute in bfloat16, gate and up are also kept in bfloat16, because they are most of the memory.
+    One layer `gate_up_proj`, with the rows of `gate_proj` and then those of `up_proj`, can replace these two
+    layers. The backward pass computes act(gate) ∘ up again. If the products compute in bfloat16, gate and up
+    are stored in bfloat16 too, because they take most of the memory.
 
     Args:
         act: the activation of the gate, named as in `ModelConfig.hidden_act`.
@@ -54,7 +58,7 @@ class MLP(Module):
 
     @property
     def reads_x(self) -> bool:
-        """Whether the gradient of a trained factor needs x."""
+        """Whether the backward pass needs the input `x` for the gradients of LoRA factors."""
         return any(layer.local_parameters() for layer in self._inputs)
 
     @property
@@ -62,7 +66,7 @@ class MLP(Module):
         return tuple(getattr(self, name) for name in self.reading)
 
     def run(self, x: Array, positions: object = None) -> tuple[Array, MLPSaved]:
-        """Compute y (n, d) from x (n, d)."""
+        """Compute the output y (n, d) from the input x (n, d)."""
         outputs, inputs = stack_forward(self._inputs, x)
         gate, up = _split(outputs)
         (y,), down = stack_forward((self.down_proj,), self._gated(gate, up))
@@ -71,7 +75,7 @@ class MLP(Module):
         return y, MLPSaved(gate, up, inputs.with_x(None), down.with_x(None))
 
     def run_cached(self, x: Array, *state: object) -> Array:
-        """Compute y without keeping anything."""
+        """Compute the output y, and store nothing for a backward pass."""
         gate, up = _split(stack_infer(self._inputs, x))
         _core.gated(self._act, gate, up, gate)  # in place
         return stack_infer((self.down_proj,), gate)[0]
@@ -79,7 +83,10 @@ class MLP(Module):
     def run_backward(
         self, dy: Array, saved: MLPSaved, x: Array | None, positions: object, need_dx: bool
     ) -> Gradient:
-        """Add to the factors' gradients. Returns dx (n, d), or None if not need_dx. Overwrites `saved`."""
+        """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False.
+
+        The arrays in `saved` are overwritten.
+        """
         deeper = need_dx or self.reads_x
         gate, up = (widened(saved.gate), widened(saved.up)) if self._narrow else (saved.gate, saved.up)
         hidden = self._gated(gate, up) if self.down_proj.local_parameters() else None
@@ -91,7 +98,11 @@ class MLP(Module):
         return stack_backward(self._inputs, gradients, saved.inputs.with_x(x), need_dx)
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
-        """The memory per token that forward and backward take. narrow: the products compute in bfloat16."""
+        """The memory per token of the forward and backward passes.
+
+        Args:
+            narrow: whether the products compute in bfloat16.
+        """
         d, f = self.down_proj.weight.shape
         joint = 2 * f if len(self.reading) == 1 else 0
         low = adapted.saved((*self.reading, "down_proj"))
@@ -112,7 +123,7 @@ class MLP(Module):
 
 
 def _split(outputs: Sequence[Array]) -> Sequence[Array]:
-    """Split one array into gate and up; two arrays are returned as they are."""
+    """Split the output of `gate_up_proj` into gate and up; return two separate outputs as they are."""
     if len(outputs) == 2:
         return outputs
     return [np.ascontiguousarray(part) for part in np.split(outputs[0], 2, axis=1)]

@@ -1,7 +1,8 @@
-"""A digest of a model's norms. It identifies the model, and adapters store it to recognise their base.
+"""A hash of a model's norm weights, which identifies the model. An adapter stores the hash of its base model.
 
-Norm weights are 16- or 32-bit floats in every file, however the matrices are stored, and they are trained
-together with the matrices. Rounded to bfloat16, they are equal in all copies of a model.
+Norm weights are 16- or 32-bit floats in every file, even if the matrices are quantised. Rounded to bfloat16,
+norm weights are equal in all copies of a model. Norms are trained together with the matrices, so they differ
+between models.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ TAKEN = "use --any-base (any_base=True) to accept it anyway"
 
 
 def is_norm(name: str) -> bool:
-    """Whether a tensor (by its GGUF name) is part of the digest."""
+    """Whether the tensor with this GGUF name is part of the digest."""
     return name == "output_norm.weight" or (name.startswith("blk.") and name.endswith("_norm.weight"))
 
 
 def of(norms: Mapping[str, NDArray[Any]]) -> str | None:
-    """SHA-256 of the norms' GGUF names and values (d,), or None if there are none."""
+    """SHA-256 of the norms' GGUF names and values (d,), or None if there are no norms."""
     digest = hashlib.sha256()
     for name in sorted(norms):
         with np.errstate(over="ignore"):
@@ -38,7 +39,7 @@ def of(norms: Mapping[str, NDArray[Any]]) -> str | None:
 
 
 def of_tensors(tensors: Mapping[str, gguf.Tensor | safetensors.Tensor], family: Family) -> str | None:
-    """The digest (see `of`) of the norms among a file's tensors."""
+    """Find the norms among a file's tensors, and return their digest (see `of`)."""
     norms = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, gguf.Tensor):
@@ -53,14 +54,14 @@ def of_tensors(tensors: Mapping[str, gguf.Tensor | safetensors.Tensor], family: 
 
 
 def described(name: str | None, digest: str | None) -> str:
-    """A base model in words."""
+    """Describe a base model by its name and its digest, as far as they are known."""
     known = [] if name is None else [brief(name, 200)]
     known += [] if digest is None else [f"sha256 {digest[:_SHOWN]} of its norms"]
-    return ", ".join(known) or "a model that is not named"
+    return ", ".join(known) or "an unnamed model"
 
 
 def difference(name: str | None, digest: str | None, model: str | None) -> str:
-    """A sentence for messages if both digests are known and differ; else an empty string."""
+    """A sentence for messages if both digests are known and differ; otherwise an empty string."""
     if digest is None or model is None or digest == model:
         return ""
     return f"the adapter is of another model ({described(name, digest)}; this one has {model[:_SHOWN]})"

@@ -28,11 +28,11 @@ class ModelFiles:
     Attributes:
         suffix: the kind of file: ".gguf" or ".safetensors".
         family: the description of the model's family; Llama's if the family is not known.
-        place: returns the name of the tensor with a layer's weight (or None), and the order of its rows.
-        new_files: returns the files to write for given tensors, some of which may be streams.
-        tied: whether the output shares the embedding's weight.
-        mapped: the stamps of the mapped files.
-        shards: the files of the tensors if the model is an index.
+        place: a function that returns the tensor name of a layer's weight (or None), and its row order.
+        new_files: a function that returns the files to write for given tensors. A tensor may be a stream.
+        tied: whether the head shares the embedding's weight.
+        mapped: the stamps of the memory-mapped files, which show later changes.
+        shards: the names of the shard files, if the model has several.
     """
 
     source: str
@@ -114,7 +114,7 @@ def _open_safetensors(base: StrPath) -> ModelFiles:
 
 
 def _is_tied(fields: Fields, names: Mapping[str, Any], family: Family) -> bool:
-    """Whether the output is tied, by config.json or the family. A tied model may have an unused head."""
+    """Whether the head shares the embedding's weight, even if the file has a separate (unused) head."""
     if fields.boolean("tie_word_embeddings", family.ties_embeddings):
         return True
     return "model.embed_tokens.weight" in names and "lm_head.weight" not in names

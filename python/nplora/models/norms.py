@@ -1,4 +1,4 @@
-"""RMSNorm with a frozen weight in the compiled core. The gradient needs only the norm's input."""
+"""RMSNorm with a frozen weight, in the compiled core. The backward pass needs only the norm's input."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def norm_forward(norm: RMSNorm, x: Array) -> Array:
 
 
 def norm_backward(norm: RMSNorm, dy: Array, x: Array, dx: Array, accumulate: bool = False) -> None:
-    """dx = [dx +] the gradient of x. The factor 1 / sqrt(...) is computed again."""
+    """Write the gradient of `x` to `dx`, or add it to `dx` if `accumulate` is True."""
     _core.rms_norm_backward(dy, x, norm.weight, norm.eps, dx, accumulate)
 
 
 def piecewise_norm_forward(norm: RMSNorm, x: Array) -> Array:
-    """Normalise each segment of x's rows that is as long as the norm's weight, for example each head."""
+    """Cut the rows of `x` into segments as long as the norm's weight, and normalise each segment."""
     return norm_forward(norm, x.reshape(-1, len(norm.weight))).reshape(x.shape)
 
 
 def piecewise_norm_backward(norm: RMSNorm, dy: Array, x: Array) -> Array:
-    """The gradient of x in `piecewise_norm_forward`."""
+    """The gradient of the input `x` of `piecewise_norm_forward`."""
     dx = buffers.empty_like(x)
     dim = len(norm.weight)
     norm_backward(norm, dy.reshape(-1, dim), x.reshape(-1, dim), dx.reshape(-1, dim))

@@ -1,4 +1,4 @@
-"""Packed sequences of tokens: one after another, without padding. Language models read these."""
+"""Packs sequences of tokens one after another, without padding, for language models."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class PackedBatch:
     Attributes:
         ids: int64 (n,), the tokens of all sequences.
         starts: int64 (sequences + 1,), the start of each sequence; the last entry is n.
-        targets: int64 (n,), the token after each token, or IGNORED where nothing is trained.
+        targets: int64 (n,), the next token at each position, or IGNORED where no token is trained.
     Raises:
         TypeError: an array does not hold integers.
-        ValueError: an array does not have one axis, targets and ids differ in length, or starts do not ascend
-            from 0 to n.
+        ValueError: an array does not have one axis, `targets` and `ids` differ in length, or `starts` do not
+            ascend from 0 to n.
 
     >>> import nplora
     >>> batch = pack([([5, 6, 7], [5, 6, 7]), ([8, 9], [-100, 9])])
@@ -65,9 +65,9 @@ class PackedBatch:
         return int(np.count_nonzero(self.targets != IGNORED))
 
     def pieces(self, most_tokens: int | None) -> list[PackedBatch]:
-        """The same sequences in batches of at most `most_tokens` tokens, in order. None: all in one batch.
+        """Split into batches of at most `most_tokens` tokens, in order. With None, there is one batch.
 
-        A longer sequence gets its own batch.
+        A sequence with more tokens gets its own batch.
         """
         cuts = cut(np.diff(self.starts), most_tokens)
         return [self._piece(first, last) for first, last in itertools.pairwise(cuts)]
@@ -79,7 +79,10 @@ class PackedBatch:
 
 
 def cut(lengths: Array, most_tokens: int | None) -> list[int]:
-    """Divide sequences into batches of at most `most_tokens` tokens: the first index of each, and the end."""
+    """Divide sequences into batches of at most `most_tokens` tokens.
+
+    Returns the index of the first sequence of each batch, and the number of sequences.
+    """
     cuts, size = [0], 0
     for index, length in enumerate(lengths.tolist()):
         if most_tokens is not None and size and size + length > most_tokens:
@@ -90,7 +93,7 @@ def cut(lengths: Array, most_tokens: int | None) -> list[int]:
 
 
 def pack(sequences: Iterable[tuple[npt.ArrayLike, npt.ArrayLike]]) -> PackedBatch:
-    """Pack pairs (ids, labels) of integer sequences. Labels are unshifted, as in transformers.
+    """Pack pairs (ids, labels) of integer sequences. A label has its token's position, as in transformers.
 
     Raises:
         ValueError: the ids and labels of a sequence differ in length, or have more than one axis.

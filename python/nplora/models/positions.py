@@ -1,4 +1,4 @@
-"""The positions of rows in their sequences, either packed or in the slots of a cache."""
+"""The position of each row (token) in its sequence, for packed sequences and for sequences in a cache."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class PackedPositions:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CachePositions:
-    """The positions of new tokens of sequences in a cache.
+    """The positions of new tokens, which continue the sequences in a cache.
 
     Attributes:
-        slots, in_sequence: int64 (m,), each row's slot, and its position in that slot's sequence.
-        lengths: in_sequence + 1, the number of tokens that each row sees.
-        cells: the index of the rows' keys and values in an array (slots, capacity, ...).
+        slots, in_sequence: int64 (m,), the slot of each row, and its position in the slot's sequence.
+        lengths: `in_sequence` + 1, the number of tokens that each row attends to.
+        cells: the index of the rows in a cache array (slots, capacity, ...) of keys or values.
         longest: the length of the longest sequence, including the new tokens.
-        limits: int64 (m,), the length that each row's sequence may reach. All tokens of the sequence, even
-            the first, rotate by the factors for this length.
+        limits: int64 (m,), the length that each row's sequence may reach. LongRoPE rotates all tokens of the
+            sequence, even the first, by the factors for this length.
     """
 
     slots: Array
@@ -52,7 +52,7 @@ class CachePositions:
     limits: Array
 
     def sequence_lengths(self) -> Array:
-        """int64 (m,): the length that decides how each row's sequence rotates."""
+        """int64 (m,): the length by which LongRoPE chooses the factors of each row's sequence."""
         return self.limits
 
 
@@ -67,7 +67,7 @@ def cache_positions(slots: Array, lengths: Array, limits: Array, count: int) -> 
     """The positions of the next `count` tokens of the sequences in `slots`.
 
     Args:
-        lengths, limits: the number of tokens that these sequences hold and may hold.
+        lengths, limits: for each of these sequences, its number of tokens, and its maximum number.
     """
     in_sequence = (lengths[:, None] + np.arange(count)).reshape(-1)
     rows = np.repeat(slots, count)

@@ -24,7 +24,7 @@ SMALL_BATCH = _core.constants.most_small_batch
 
 
 class _Store(Protocol):
-    """Rows (capacity, width) of float32."""
+    """Storage for float32 rows of shape (capacity, width)."""
 
     def read(self, start: int, out: Array) -> None: ...
     def write(self, start: int, rows: Array) -> None: ...
@@ -32,21 +32,22 @@ class _Store(Protocol):
 
 
 class PrefixCache:
-    """The residual stream that enters the first adapted block, for sequences seen before.
+    """Stores the residual stream before the first adapted block, for each sequence.
 
-    It depends only on a sequence's own tokens, because all blocks below are frozen and attention stays within
-    a sequence. So it is looked up by the tokens, however they are packed. The result is identical, to the
-    bit, to computing it again.
+    The stream depends only on a sequence's own tokens, because all blocks below are frozen and attention
+    stays within a sequence. So sequences are looked up by their tokens, however they are packed. A stored
+    stream is identical, to the bit, to one that is computed again.
 
     Args:
-        blocks: the number of blocks below the first adapted block. A model with another number ignores the
-            cache.
-        capacity: the largest number of tokens of all sequences. Later sequences are not stored.
+        blocks: the number of blocks below the first adapted block. A model with a different number ignores
+            the cache.
+        capacity: the maximum number of tokens of all sequences. A sequence that no longer fits is not stored.
         width: values per token, `hidden_size`.
-        directory: where to create an unnamed file for the rows. The file disappears when the process ends,
-            for whatever reason. None: the rows stay in memory.
+        directory: where to create an unnamed file for the rows, or None to store them in memory. The file
+            disappears when the process ends, even in a crash.
     Raises:
-        OSError: the directory is not writable, or the disk is too small. The message says how much is needed.
+        OSError: the directory is not writable, or the disk is too small. The message says how much space is
+            needed.
     """
 
     def __init__(self, blocks: int, capacity: int, width: int, directory: StrPath | None = None) -> None:
@@ -59,11 +60,11 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored rows."""
+        """The size of the stored rows in bytes."""
         return 4 * self._used * self._width
 
     def find(self, ids: Array, starts: Array) -> Array | None:
-        """The rows (n, width) of packed sequences, as a new array; None if one sequence is not stored."""
+        """Return the rows (n, width) of packed sequences as a new array, or None if some are not stored."""
         if len(ids) <= SMALL_BATCH:
             return None
         places = [self._starts.get(ids[begin:end].tobytes()) for begin, end in _spans(starts)]
@@ -116,7 +117,7 @@ class _Memory:
 
 
 class _Disk:
-    """Reserves the whole file at the start, so that a full disk is reported before any work."""
+    """Stores rows in a file. The whole file is reserved at the start, to report a full disk early."""
 
     def __init__(self, capacity: int, width: int, directory: StrPath) -> None:
         self._row_bytes, self._directory = 4 * width, directory

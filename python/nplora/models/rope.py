@@ -20,7 +20,11 @@ _FIRST_ROWS = 256  # rows of a new table, which doubles when positions need it
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's scaling: slow rotations are divided by `factor`, fast ones kept, with a ramp between."""
+    """Llama 3.1's scaling of rotation frequencies.
+
+    Low frequencies are divided by `factor`, high frequencies stay the same. Between low and high frequencies,
+    the divisor changes gradually.
+    """
 
     factor: float
     low_freq_factor: float
@@ -37,12 +41,12 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LongRope:
-    """LongRoPE (Ding et al. 2024): sequences longer than the original context rotate by other factors.
+    """LongRoPE (Ding et al. 2024): sequences longer than the original context get other frequency divisors.
 
     Attributes:
-        original_length: the longest sequence that uses the short factors.
-        short, long: the divisor of each pair's frequency.
-        attention_factor: the factor of q and k when they rotate.
+        original_length: the length of the longest sequence that uses the divisors `short`.
+        short, long: a frequency divisor for each rotated pair, for short and for long sequences.
+        attention_factor: a factor for q and k, which is applied with the rotation.
     """
 
     original_length: int
@@ -56,8 +60,8 @@ class RopeConfig:
     """The speed at which each pair of values of a head rotates.
 
     Attributes:
-        theta: pair i of `dim` rotating values rotates by theta^(-2 i / dim) radians per token, divided by the
-            factors below.
+        theta: the base. Of `dim` rotated values, pair i rotates by theta^(-2 i / dim) radians per token,
+            divided by the factors below.
         linear_factor: one factor for all pairs ("linear" scaling).
         llama3: Llama 3.1's scaling, from config.json.
         factors: one factor per pair, from GGUF's tensor rope_freqs.weight.
@@ -71,7 +75,7 @@ class RopeConfig:
     long: LongRope | None = None
 
     def frequencies(self, dim: int) -> Array:
-        """Radians per token for each pair, float64 (dim / 2,). LongRoPE's factors are not applied yet."""
+        """Radians per token for each pair, float64 (dim / 2,). LongRoPE's divisors are not included."""
         frequencies = self.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
         if self.llama3 is not None:
             frequencies = frequencies / self.llama3.factors(frequencies)
@@ -84,7 +88,7 @@ class Rope:
     """Rotates the heads of q and k by the positions of their tokens.
 
     Args:
-        dim: how many values of each head rotate, from the first.
+        dim: how many values of each head are rotated, counted from the first.
         interleaved: as in `ModelConfig`.
     """
 
@@ -94,7 +98,7 @@ class Rope:
         self._tables: tuple[Array, int] = np.empty((0, dim), np.float32), 0
 
     def rotate(self, x: Array, positions: PackedPositions | CachePositions, inverse: bool = False) -> None:
-        """Rotate the heads of x (n, heads · head_dim) in place. `inverse` rotates back, as gradients need."""
+        """Rotate the heads of x (n, heads · head_dim) in place. `inverse` rotates back, for gradients."""
         rows, (table, first_long) = positions.in_sequence, self._table_for(positions.longest)
         if self._long is not None:
             is_long = positions.sequence_lengths() > self._long.original_length
@@ -102,9 +106,10 @@ class Rope:
         _core.rope(x, rows, table, self._interleaved, inverse, self._head_dim)
 
     def _table_for(self, length: int) -> tuple[Array, int]:
-        """The table for at least `length` positions. A row has dim / 2 cosines, then as many sines.
+        """The table for at least `length` positions. A row has dim / 2 cosines, then dim / 2 sines.
 
-        With LongRoPE, the rows for the short factors come first; their number is returned too.
+        With LongRoPE, the table begins with the rows for short sequences. The number of these rows is
+        returned too (0 without LongRoPE).
         """
         tables = self._tables  # read once, because another thread may replace it
         if len(tables[0]) - tables[1] < length:

@@ -1,4 +1,4 @@
-"""The loss computed like decoding, a few tokens at a time. It shows the rounding errors of compute="int8"."""
+"""Computes the loss a few tokens at a time, as decoding does with compute="int8"."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FEW = _core.constants.least_small_batch  # tokens at a time
 
 
 def loss(config: ModelConfig, model: Decoder, lm_head: Linear | LoRALinear, batch: PackedBatch) -> float:
-    """The sum of the losses of packed sequences. Call it inside `inference()`."""
+    """The sum of the losses of packed sequences. Call this function in `with inference()`."""
     total = 0.0
     for first, end in zip(batch.starts[:-1], batch.starts[1:], strict=True):
         cache, slot = KVCache(config, 1, max(1, int(end - first))), np.zeros(1, np.int64)

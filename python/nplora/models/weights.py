@@ -29,7 +29,7 @@ class Weights(Protocol):
     """A source of a model's tensors.
 
     Attributes:
-        mapped: the stamps of the mapped files.
+        mapped: the stamps of the memory-mapped files, which show later changes.
     """
 
     source: str
@@ -39,16 +39,16 @@ class Weights(Protocol):
         """The shapes of all tensors, by their names in the file."""
 
     def stored(self, tensor: TensorSpec) -> str:
-        """A tensor's name in the file."""
+        """The name of a tensor in the file."""
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
         """Names of tensors that the file may contain although the model does not use them."""
 
     def matrix(self, tensor: TensorSpec) -> FrozenWeight:
-        """A matrix as it is stored in the file. float64, which models do not use, becomes a float32 copy.
+        """A matrix in the format that the file stores. A float64 matrix is converted to float32.
 
         Raises:
-            FormatError: checks are on, and a value or the scale of a block is NaN or infinite.
+            FormatError: a value, or the scale of a quantised block, is NaN or infinite, and checks are on.
         """
 
     def vector(self, tensor: TensorSpec) -> Array:
@@ -56,13 +56,14 @@ class Weights(Protocol):
 
 
 def require_tensors(weights: Weights, config: ModelConfig) -> None:
-    """Check that the file holds all tensors of the model with the right shapes, and no others.
+    """Check that the file holds all tensors of the model with the right shapes, and no other tensors.
 
-    An unexpected tensor, for example a bias, means that the model is not the one described. Its output would
-    then look plausible and be wrong.
+    An unexpected tensor, for example a bias, means that the configuration describes another model. The
+    outputs would then look plausible but be wrong.
 
     Raises:
-        FormatError: the tensors do not match. All problems are listed, missing tensors with similar names.
+        FormatError: the tensors do not match. The message lists all problems, and similar names for missing
+            tensors.
     """
     tensors = families.of(config).tensors(config)
     found, wanted = weights.shapes(), {weights.stored(tensor): tensor.shape for tensor in tensors}
@@ -84,7 +85,7 @@ def require_decoded(file: GgufFile) -> None:
     """Check that nplora can read all tensor types of a file.
 
     Raises:
-        UnsupportedError: nplora cannot read some types; all tensors of these types are listed.
+        UnsupportedError: nplora cannot read some types; the message lists all tensors of these types.
     """
     known, unknown = storages.GGML_NAMES.values(), dict[str, list[str]]()
     for name, entry in file.entries.items():
@@ -101,7 +102,7 @@ def require_decoded(file: GgufFile) -> None:
 
 
 class GgufWeights:
-    """The tensors of a mapped GGUF file. Matrices stay in the file, in their blocks."""
+    """The tensors of a memory-mapped GGUF file. Matrices are not copied."""
 
     def __init__(self, file: GgufFile, compute: str, check: bool = True) -> None:
         self.source, self.mapped = file.source, file.mapped
@@ -131,7 +132,7 @@ class GgufWeights:
 
 
 class SafetensorsWeights:
-    """The tensors of one or several mapped safetensors files. Matrices stay in the files."""
+    """The tensors of one or several memory-mapped safetensors files. Matrices are not copied."""
 
     def __init__(self, file: SafetensorsFile | ShardedFile, compute: str, check: bool = True) -> None:
         self.source, self.mapped = file.source, file.mapped
@@ -150,7 +151,7 @@ class SafetensorsWeights:
         return tensor.name
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
-        """Old files also hold the rotation's frequencies, and some hold a head equal to the embedding."""
+        """Old files also hold the rotation's frequencies, and some hold a head that equals the embedding."""
         layers = range(config.num_hidden_layers)
         names = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in layers}
         return frozenset(names | ({"lm_head.weight"} if config.tie_word_embeddings else set()))

@@ -1,4 +1,7 @@
-"""Activations: elementwise functions without parameters. float64 stays float64, all others become float32."""
+"""Activations: elementwise functions without parameters.
+
+float64 inputs stay float64; all other inputs become float32.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +20,22 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ActivationSaved(Saved):
-    """The one array that the backward pass needs: x or y, depending on the derivative's formula."""
+    """The one array that the backward pass needs: the input x, or the output y if f' is computed from y."""
 
     array: Array | None
 
 
 class Activation(Module):
-    """The base of the activations: y = f(x) elementwise, dx = f'(x) ∘ dy, for x of any shape.
+    """Base class of the activations: y = f(x) and dx = f'(x) ∘ dy elementwise, for x of any shape.
 
-    Constants are converted to the dtype of x, because NumPy 1 makes float64 of a float32 scalar and a Python
-    number.
+    Constants are converted to the dtype of x, because in NumPy 1 a float32 scalar times a Python number is a
+    float64.
     """
 
     _keeps_output = False  # whether f' is computed from y, which the next layer keeps as its input
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, ActivationSaved]:
-        """y with the shape of x, and the values that `backward` needs.
+        """Return y with the shape of x, and the values that `backward` needs.
 
         >>> import nplora
         >>> y, saved = nplora.ReLU().forward([-1.0, 2.0])
@@ -47,7 +50,7 @@ class Activation(Module):
         return y, ActivationSaved(kept, layer=self)
 
     def backward(self, dy: npt.ArrayLike, saved: ActivationSaved, need_dx: bool = True) -> Gradient:
-        """dx of the shape of x, or None if need_dx is False.
+        """Return dx with the shape of x, or None if need_dx is False.
 
             >>> import nplora
             >>> relu = nplora.ReLU()
@@ -57,7 +60,8 @@ class Activation(Module):
 
         Raises:
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer.
-            TypeError: `saved` is from another kind of layer. RuntimeError: the forward pass ran as inference.
+            TypeError: `saved` is from another kind of layer.
+            RuntimeError: the forward pass ran in inference mode.
         """
         op = f"{type(self).__name__}.backward"
         _check.saved(op, saved, ActivationSaved)
@@ -66,7 +70,7 @@ class Activation(Module):
             return None
         kept = saved.array
         if kept is None:
-            raise RuntimeError(f"{op}: this forward pass ran as inference and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
         gradient = _check.shaped(op, "dy", dy, kept.shape, kept.dtype)
         _check.own(op, saved, self)
         return self._differentiate(kept, gradient)
@@ -99,7 +103,7 @@ class ReLU(Activation):
     def _differentiate(self, kept: Array, dy: Array) -> Array:
         dx = buffers.empty_like(dy)
         np.copyto(dx, dy)
-        dx[kept <= 0] = 0  # NaN > 0 and NaN <= 0 are false: the gradient of a NaN passes, so it is seen
+        dx[kept <= 0] = 0  # NaN <= 0 is false, so the gradient of a NaN is passed on
         return dx
 
 
@@ -143,14 +147,14 @@ class SiLU(Activation):
 
 
 class GELU(Activation):
-    """y = x Φ(x) (Hendrycks & Gimpel 2016).
+    """y = x Φ(x), with Φ the cumulative distribution of N(0, 1) (Hendrycks & Gimpel 2016).
 
         >>> import nplora
         >>> nplora.GELU(approximate="tanh")([0.0, 100.0])
         array([  0., 100.])
 
     Args:
-        approximate: "none": Φ from the error function; "tanh": the approximation that GPT-2 uses.
+        approximate: "none" computes Φ from the error function; "tanh" uses the approximation of GPT-2.
     """
 
     def __init__(self, approximate: str = "none") -> None:

@@ -1,4 +1,4 @@
-"""Embedding: rows of a table, which is frozen, trained as a whole, or has a LoRA update (LoRAEmbedding)."""
+"""Embedding looks up rows of a table that is frozen or trained as a whole; LoRAEmbedding adds an update."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _SAVED_IDS = "saved is from another layer: its array of ids"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EmbeddingSaved(Saved):
-    """The values that `Embedding.backward` needs: the ids (n,), if the table is trained."""
+    """The values that `Embedding.backward` needs: the token ids (n,), or None for a frozen table."""
 
     lead: tuple[int, ...]
     ids: Array | None = None
 
 
 class Embedding(Module):
-    """y = E[ids].
+    """Look up rows of a table E: y = E[ids].
 
         >>> import nplora, numpy as np
         >>> nplora.Embedding(np.eye(3))([2, 0])
@@ -39,13 +39,15 @@ class Embedding(Module):
     Args:
         W: the table E: a float array (vocab, dim), which is copied, or a FrozenWeight, which is shared
             (copied if trainable).
-        dtype: its storage, as in LoRALinear; a trainable table is "float32" or "float64".
-        trainable: train the table itself; its parameter is named "weight".
+        dtype: the storage format of the table, as in LoRALinear. A trainable table must be "float32" or
+            "float64".
+        trainable: whether the table itself is trained, as the parameter "weight".
     Attributes:
-        weight: a FrozenWeight, or the live array (vocab, dim) if trainable.
-        dweight: its gradient, or None.
+        weight: a FrozenWeight, or, if `trainable`, the array (vocab, dim) that optimisers update in place.
+        dweight: the gradient of `weight`, or None if the table is frozen.
     Raises:
-        ValueError: W does not have two axes, or dtype does not fit.
+        ValueError: W does not have two axes, or `dtype` is unknown, contradicts a FrozenWeight, or cannot be
+            trained.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Embedding(Module):
         return [] if self.trainable else [self.weight]
 
     def forward(self, ids: npt.ArrayLike) -> tuple[Array, EmbeddingSaved]:
-        """y (..., dim) for integer ids (...), and the values that `backward` needs.
+        """Return y (..., dim) for integer ids (...), and the values that `backward` needs.
 
             >>> import nplora, numpy as np
             >>> y, saved = nplora.Embedding(np.eye(3)).forward([[0, 2]])
@@ -83,7 +85,7 @@ class Embedding(Module):
         return y.reshape(*lead, self.shape[1]), EmbeddingSaved(lead, flat if keep else None, layer=self)
 
     def backward(self, dy: npt.ArrayLike, saved: EmbeddingSaved, need_dx: bool = True) -> None:
-        """dweight[ids] += dy, if trainable. Ids have no gradient, so the result is None.
+        """Add dy to dweight[ids] if the table is trained. Return None, because ids have no gradient.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.Embedding(np.zeros((3, 2)), trainable=True)
@@ -97,7 +99,7 @@ class Embedding(Module):
         Raises:
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer.
             TypeError: `saved` is from another kind of layer.
-            RuntimeError: the table is trained, and the forward pass ran as inference.
+            RuntimeError: the table is trained, but the forward pass ran in inference mode.
         """
         op = "Embedding.backward"
         _check.saved(op, saved, EmbeddingSaved)
@@ -107,7 +109,7 @@ class Embedding(Module):
             _check.own(op, saved, self)
             return
         if saved.ids is None:
-            raise RuntimeError(f"{op}: this forward pass ran as inference and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
         ids = _check.in_range(op, _SAVED_IDS, saved.ids, self.shape[0])
         _check.own(op, saved, self)
         _add_rows(self.dweight, ids, rows.reshape(-1, self.shape[1]))
@@ -118,7 +120,7 @@ class Embedding(Module):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoRAEmbeddingSaved(Saved):
-    """The values that `LoRAEmbedding.backward` needs: the ids (n,) and their rows of A (n, r)."""
+    """The values that `LoRAEmbedding.backward` needs: the token ids (n,) and the rows A[ids] (n, r)."""
 
     lead: tuple[int, ...]
     alone: bool = False
@@ -128,10 +130,11 @@ class LoRAEmbeddingSaved(Saved):
 
 
 class LoRAEmbedding(LoRALayer):
-    """A frozen table with a trainable low-rank update: y = E[ids] + scale · A[ids] B.
+    """A frozen table E with a trainable low-rank update: y = E[ids] + scale · A[ids] B.
 
-    A is (vocab, r) and starts at 0. B is (r, dim) and starts as N(0, 1). PEFT does the same, with the names A
-    and B swapped and the arrays transposed. There is no dropout, as in PEFT.
+    A is (vocab, r) and starts at 0. B is (r, dim) and starts with random numbers from N(0, 1). PEFT starts
+    its factors in the same way, but swaps the names A and B and transposes the arrays. Like the embedding
+    layer of PEFT, this layer has no dropout.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRAEmbedding(np.eye(4), rank=2, rng=0)
@@ -169,7 +172,7 @@ class LoRAEmbedding(LoRALayer):
         return rng.normal(0, 1, self.B.shape)
 
     def forward(self, ids: npt.ArrayLike) -> tuple[Array, LoRAEmbeddingSaved]:
-        """y (..., dim) for integer ids (...), and the values that `backward` needs.
+        """Return y (..., dim) for integer ids (...), and the values that `backward` needs.
 
             >>> import nplora, numpy as np
             >>> y, saved = nplora.LoRAEmbedding(np.eye(3), rank=1).forward([2])
@@ -198,7 +201,9 @@ class LoRAEmbedding(LoRALayer):
         return y.reshape(*lead, dim), saved
 
     def backward(self, dy: npt.ArrayLike, saved: LoRAEmbeddingSaved, need_dx: bool = True) -> None:
-        """dA[ids] += scale · dy Bᵀ;  dB += scale · A[ids]ᵀ dy. Ids have no gradient, so the result is None.
+        """Add to dA and dB; return None, because ids have no gradient.
+
+        dA[ids] += scale · dy Bᵀ;  dB += scale · A[ids]ᵀ dy
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRAEmbedding(np.eye(3), rank=1, rng=0)
@@ -211,7 +216,8 @@ class LoRAEmbedding(LoRALayer):
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, rank or
                 dtype.
             TypeError: `saved` is from another kind of layer.
-            RuntimeError: the layer is merged, or was in the forward pass, or that pass ran as inference.
+            RuntimeError: the layer is merged or was merged in the forward pass, or that pass ran in inference
+                mode.
         """
         op = "LoRAEmbedding.backward"
         self.require_unmerged("backward")
@@ -224,7 +230,7 @@ class LoRAEmbedding(LoRALayer):
             _check.own(op, saved, self)
             return
         if saved.ids is None or saved.rows is None:
-            raise RuntimeError(f"{op}: this forward pass ran as inference and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
         _check.kept(op, "A[ids]", saved.rows, (len(du), self.rank), dtype)
         ids = _check.in_range(op, _SAVED_IDS, saved.ids, len(self.A))
         _check.own(op, saved, self)
@@ -250,7 +256,7 @@ def _ids(op: str, ids: npt.ArrayLike, vocab: int) -> tuple[Array, tuple[int, ...
 
 
 def _add_rows(out: Array, ids: Array, rows: Array) -> None:
-    """out[ids] += rows. If an id repeats, its rows are summed first, in order."""
+    """Add `rows` to out[ids]. If an id repeats, its rows are summed first, in order."""
     if not ids.size:
         return
     order = np.argsort(ids, kind="stable")

@@ -1,4 +1,4 @@
-"""Linear: y = x Wᵀ + bias. The weight is frozen, or trained as a whole (a new head)."""
+"""Linear: y = x Wᵀ + bias. The weight is frozen, or trained as a whole, as for a new head."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LinearSaved(Saved):
-    """The values that `Linear.backward` needs: a shape, and x (n, d_in) if the weight is trained."""
+    """The values that `Linear.backward` needs: the shape of x, and x (n, d_in) if the weight is trained."""
 
-    lead: tuple[int, ...]
+    lead: tuple[int, ...]  # the axes of x before the last
     x: Array | None = None
 
 
@@ -41,17 +41,17 @@ class Linear(Prepared, Module):
         W: float array (d_out, d_in), which is copied, or a FrozenWeight, which is shared (copied if
             trainable).
         bias: array (d_out,) or None.
-        dtype: the storage of W, as in LoRALinear; a trainable weight is "float32" or "float64".
-        compute: arithmetic of the products of a frozen weight: "float32", "bfloat16" or "int8", as in
+        dtype: the storage format of W, as in LoRALinear. A trainable weight must be "float32" or "float64".
+        compute: the arithmetic of products with a frozen weight: "float32", "bfloat16" or "int8", as in
             FrozenWeight.
-        trainable: train W and bias themselves; their parameters are named "weight" and "bias". If
-            True, the products are computed in the dtype of the weight.
+        trainable: whether W and `bias` themselves are trained, as the parameters "weight" and "bias".
+            Products with a trainable weight are computed in its dtype.
     Attributes:
-        weight: a FrozenWeight, or the live array (d_out, d_in) if trainable.
-        dweight, dbias: the gradients, or None.
+        weight: a FrozenWeight, or, if `trainable`, the array (d_out, d_in) that optimisers update in place.
+        dweight, dbias: the gradients of `weight` and `bias`, or None if these are not trained.
     Raises:
-        ValueError: W does not have two axes, bias has another shape, dtype or compute is not available, or
-            one of them does not fit a trainable or a shared weight.
+        ValueError: W does not have two axes; `bias` does not have the shape (d_out,); `dtype` or `compute` is
+            unknown, contradicts a FrozenWeight, or cannot be combined with `trainable`.
         TypeError: W does not hold floats.
     """
 
@@ -85,7 +85,7 @@ class Linear(Prepared, Module):
         return [] if self.trainable else [a for a in (self.weight, self.bias) if a is not None]
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LinearSaved]:
-        """y (..., d_out) for x (..., d_in), and the values that `backward` needs.
+        """Return y (..., d_out) for x (..., d_in), and the values that `backward` needs.
 
             >>> import nplora, numpy as np
             >>> y, saved = nplora.Linear(np.eye(2, 3)).forward([1, 2, 3])
@@ -103,7 +103,9 @@ class Linear(Prepared, Module):
         return y.reshape(*lead, d_out), LinearSaved(lead, rows if keep else None, layer=self)
 
     def backward(self, dy: npt.ArrayLike, saved: LinearSaved, need_dx: bool = True) -> Gradient:
-        """dx = dy W, or None if need_dx is False. If trainable, also dweight += dyᵀ x and dbias += Σ dy.
+        """Return dx = dy W, or None if need_dx is False. If the layer is trained, add to dweight and dbias.
+
+        dweight += dyᵀ x;  dbias += the sum of dy over its rows
 
             >>> import nplora, numpy as np
             >>> layer = nplora.Linear(np.eye(2, 3), trainable=True)
@@ -118,7 +120,7 @@ class Linear(Prepared, Module):
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, shape or
                 dtype.
             TypeError: `saved` is from another kind of layer.
-            RuntimeError: the weight is trained, and the forward pass ran as inference.
+            RuntimeError: the weight is trained, but the forward pass ran in inference mode.
         """
         rows = self.backward_rows("Linear.backward", dy, saved)
         _check.own("Linear.backward", saved, self)
@@ -130,7 +132,7 @@ class Linear(Prepared, Module):
         return dx.reshape(*saved.lead, dx.shape[1])
 
     def _add_gradients(self, rows: Array, saved: LinearSaved) -> None:
-        """dweight += dyᵀ x;  dbias += Σ dy."""
+        """If the layer is trained, add dyᵀ x to dweight and the sum of the rows of dy to dbias."""
         if self.dweight is not None:
             assert saved.x is not None
             _core.add_outer(rows, saved.x, 1.0, self.dweight)
@@ -143,7 +145,11 @@ class Linear(Prepared, Module):
     def forward_part(
         self, rows: Array, lead: tuple[int, ...]
     ) -> tuple[_core.ForwardPart, Array, LinearSaved]:
-        """This layer's part of a core call on rows (n, d_in), its output y (n, d_out), and its `saved`."""
+        """Prepare one call of `_core.lora_forward` on `rows` (n, d_in), which several layers can share.
+
+        Return this layer's argument, the array y (n, d_out) that the call fills, and the values for
+        `backward`.
+        """
         y = buffers.empty((len(rows), self.shape[0]), self._dtype)
         a, b = self._factors
         part = _core.ForwardPart(
@@ -161,7 +167,7 @@ class Linear(Prepared, Module):
         return part, y, LinearSaved(lead, rows if keep else None, layer=self)
 
     def finish_forward(self, y: Array, saved: LinearSaved) -> tuple[Array, LinearSaved]:
-        """The result of `forward`, after the core has filled y."""
+        """Return the result of `forward`, after `_core.lora_forward` has filled y."""
         return y.reshape(*saved.lead, y.shape[1]), saved
 
     def _inference_state(self) -> tuple[Hashable, ...]:
@@ -172,18 +178,18 @@ class Linear(Prepared, Module):
         return _core.InferenceLayer(core_weight(self.weight), *self._factors, 0.0, self.bias)
 
     def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LinearSaved) -> Array:
-        """dy as rows (n, d_out), after all checks of `backward`."""
+        """Make all checks of `backward`, and return dy as rows (n, d_out)."""
         _check.saved(op, saved, LinearSaved)
         d_out = self.shape[0]
         rows = _check.shaped(op, "dy", dy, (*saved.lead, d_out), self._dtype)
         if self.dweight is not None:
             if saved.x is None:
-                raise RuntimeError(f"{op}: this forward pass ran as inference and kept nothing")
+                raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
             _check.kept(op, "x", saved.x, (math.prod(saved.lead), self.shape[1]), self._dtype)
         return rows.reshape(math.prod(saved.lead), d_out)
 
     def backward_part(self, rows: Array, saved: LinearSaved) -> _core.BackwardPart:
-        """This layer's part of a core call; it adds to dweight and dbias if trainable."""
+        """Add to dweight and dbias, if they exist; return the argument for `_core.lora_backward`."""
         self._add_gradients(rows, saved)
         weight, (a, b) = core_weight(self.weight), self._factors
         return _core.BackwardPart(
@@ -196,17 +202,17 @@ class Linear(Prepared, Module):
 
 @functools.cache
 def _no_factors(d_out: int, d_in: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """A and B of rank 0. Layers of the same shape share these arrays, because they have no elements."""
+    """Return empty factors A and B, of rank 0, which all layers of this shape share."""
     return np.empty((d_out, 0), dtype), np.empty((0, d_in), dtype)
 
 
 def core_weight(weight: FrozenWeight | Array) -> _core.Weight:
-    """A weight in the form that the core's products take."""
+    """Return a weight in the form that products of the C++ core take."""
     return weight.packed if isinstance(weight, FrozenWeight) else weight
 
 
 def trainable_copy(op: str, frozen: FrozenWeight) -> Array:
-    """A weight as a live array, to be trained as a whole."""
+    """Return a frozen weight as a new array, which can be trained as a whole."""
     if frozen.dtype not in ("float32", "float64"):
         raise ValueError(
             f"{op}: dtype={frozen.dtype!r} with trainable=True, expected dtype='float32' or 'float64'"

@@ -1,4 +1,4 @@
-"""LoRALinear: y = x Wᵀ + scale · (x Bᵀ) Aᵀ with W frozen; with rsLoRA, dropout, DoRA and LoRA-FA."""
+"""LoRALinear: y = x Wᵀ + scale · (x Bᵀ) Aᵀ with a frozen W. It supports rsLoRA, dropout, DoRA and LoRA-FA."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoRALinearSaved(Saved):
-    """The values that `LoRALinear.backward` needs: x (n, d_in) and z (n, r); with DoRA also u (n, d_out)."""
+    """The values that `LoRALinear.backward` needs: x (n, d_in) and z = x Bᵀ (n, r).
 
-    lead: tuple[int, ...]  # the leading axes of x
-    alone: bool = False  # the pass used W without the update
+    With DoRA, `backward` also needs u (n, d_out), the output before DoRA rescales it.
+    """
+
+    lead: tuple[int, ...]  # the axes of x before the last
+    alone: bool = False  # the pass used W or the merged weight, and added no update
     merged: bool = False
     dropout: float = 0.0
-    key: int = 0  # of the dropout mask, which backward draws again
+    key: int = 0  # the key of the dropout mask, from which `backward` draws the same mask again
     x: Array | None = None  # None if B is frozen
     z: Array | None = None
     u: Array | None = None  # DoRA: the output before rescaling
@@ -43,8 +46,8 @@ class LoRALinear(LoRALayer):
     y = x Wᵀ + scale · (x Bᵀ) Aᵀ [+ bias]      (Hu et al. 2021, eq. 3, with A and B named as in this project)
 
     With DoRA (Liu et al. 2024, eq. 5):  y = (m / ‖W + scale·A·B‖) ∘ (x Wᵀ + scale · (x Bᵀ) Aᵀ) [+ bias].
-    Here ‖·‖ is the norm of each row. It is computed without forming A·B, and `backward` takes it as constant
-    (section 4.3). A row of norm 0 stays 0.
+    Here ‖·‖ is the norm of each row. The norms are computed without forming A·B, and `backward` treats them
+    as constants (section 4.3 of the paper). If a row of W + scale·A·B is 0, it stays 0.
 
         >>> import nplora, numpy as np
         >>> W = np.random.default_rng(0).normal(size=(96, 64))
@@ -61,28 +64,32 @@ class LoRALinear(LoRALayer):
 
     Args:
         W: float array (d_out, d_in), which is copied and packed, or a FrozenWeight, which is shared.
-        rank: r, from 1 to 65536.
-        alpha: strength of the update: scale = alpha / rank.
-        bias: array (d_out,), frozen, or None.
-        dtype: the storage of W, as in FrozenWeight: "float32" (also for None), "float64", "bfloat16",
-            "float16", or quantised ("q8_0", "q4_1", "nf4", ...). With "float64" everything is float64,
+        rank: the rank r of the update, from 1 to 65536.
+        alpha: the strength of the update, which sets scale = alpha / rank.
+        bias: a frozen array (d_out,), or None.
+        dtype: the storage format of W, as in FrozenWeight: "float32" (also for None), "float64", "bfloat16",
+            "float16", or quantised ("q8_0", "q4_1", "nf4", ...). With "float64" all arrays are float64;
             otherwise x is converted to float32.
-        compute: arithmetic of the products with W, as in FrozenWeight: "float32" or "bfloat16", or "int8" for
-            inference only.
-        init: the initial factors. "zero": A = 0 and B ~ U(±1/sqrt(d_in)), so that the layer starts as W.
-            "gaussian": both N(0, 1/r), which changes the outputs at once. "pissa" and "olora": A and B take
-            over the principal part of W, and `weight` is the rest of W, in the same storage. Their sum starts
-            as W, up to the rounding of the rest, which is coarse for a quantised W. These two exclude DoRA.
-        dropout: the probability with which an element of x is dropped on the low-rank path, in training only.
-        use_rslora: scale = alpha / sqrt(rank) (Kalajdzievski 2023).
-        use_dora: also train the magnitudes m of the rows.
-        freeze_B: train A only (LoRA-FA, Zhang et al. 2023); the layer then keeps z, not x.
-        rng: a Generator or a seed, which draws the initial factors and seeds the dropout.
+        compute: the arithmetic of products with W, as in FrozenWeight: "float32", "bfloat16", or, for
+            inference only, "int8".
+        init: how the factors A and B start.
+
+            - "zero": A is 0, and B is drawn from U(±1/sqrt(d_in)). At first, the layer computes x Wᵀ.
+            - "gaussian": A and B are drawn from N(0, 1/r), which changes the outputs at once.
+            - "pissa", "olora": scale · A·B starts as the principal part of W, and `weight` is the rest of W
+              in the same storage format. At first, the two parts add up to W, up to the rounding of the rest,
+              which is coarse for a quantised W. "pissa" and "olora" cannot be combined with DoRA.
+        dropout: the probability that an element of x is dropped on the low-rank path, in training only.
+        use_rslora: use scale = alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).
+        use_dora: also train the norm m of each row (DoRA).
+        freeze_B: train A only (LoRA-FA, Zhang et al. 2023). A layer with a frozen B keeps z = x Bᵀ for
+            `backward`, but not x.
+        rng: a random generator or a seed, for the initial factors and the dropout.
     Raises:
-        ValueError: W does not have two axes; rank is below 1 or above 65536; alpha is not finite; dropout is
-            not in [0, 1); bias has another shape; dtype, compute or init is none of the above; "pissa" or
-            "olora" with DoRA, a rank above min(d_out, d_in), or an alpha that is not positive; "int8" for an
-            array that is not stored in GGUF's blocks.
+        ValueError: W does not have two axes; bias does not have the shape (d_out,); rank is not from 1 to
+            65536; alpha is not finite; dropout is not in [0, 1); dtype, compute or init is unknown; compute
+            is "int8" but W is not stored in GGUF's blocks; or init is "pissa" or "olora" with DoRA, a rank
+            above min(d_out, d_in), or an alpha that is not positive.
         TypeError: W does not hold floats; rank is not an integer.
     Warns:
         UserWarning: rank is above min(d_out, d_in).
@@ -108,7 +115,7 @@ class LoRALinear(LoRALayer):
         weight = freeze(op, W, dtype, compute)
         if use_dora and init in PRINCIPAL_INITS:
             raise ValueError(
-                f"{op}: init={init!r} with use_dora=True: DoRA's magnitudes belong to the rows of W, "
+                f"{op}: init={init!r} with use_dora=True: DoRA needs the norms of the rows of W, "
                 "but this init keeps only a part of W as the frozen weight"
             )
         self._dropout = _check.probability(op, "dropout", dropout)
@@ -125,12 +132,12 @@ class LoRALinear(LoRALayer):
 
     @property
     def bias(self) -> Array | None:
-        """Array (d_out,), frozen, or None."""
+        """The frozen bias (d_out,), or None."""
         return self._bias
 
     @property
     def dropout(self) -> float:
-        """The probability with which an element of x is dropped on the low-rank path, in training only."""
+        """The probability that an element of x is dropped on the low-rank path, in training only."""
         return self._dropout
 
     @dropout.setter
@@ -153,7 +160,7 @@ class LoRALinear(LoRALayer):
     # ---- the two passes ----
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LoRALinearSaved]:
-        """y (..., d_out) for x (..., d_in), and references to x and z for `backward`.
+        """Return y (..., d_out) for x (..., d_in), and references to x and z = x Bᵀ for `backward`.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(2, 3), rank=1)
@@ -173,7 +180,11 @@ class LoRALinear(LoRALayer):
     def forward_part(
         self, rows: Array, lead: tuple[int, ...]
     ) -> tuple[_core.ForwardPart, Array, LoRALinearSaved]:
-        """This layer's part of a core call on rows (n, d_in), its output y (n, d_out), and its `saved`."""
+        """Prepare one call of `_core.lora_forward` on `rows` (n, d_in), which several layers can share.
+
+        Return this layer's argument, the array y (n, d_out) that the call fills, and the values for
+        `backward`.
+        """
         y = buffers.empty((len(rows), len(self.A)), self.A.dtype)
         lone, merged = self._lone_weight()
         weight, scale, bias = self._core_terms(lone)
@@ -191,13 +202,13 @@ class LoRALinear(LoRALayer):
         return part, y, saved
 
     def _core_terms(self, lone: FrozenWeight | None) -> tuple[_core.PackedWeight, float, Array | None]:
-        """The weight, the scale of the update and the bias for the core. (DoRA adds its bias later.)"""
+        """Return the weight, the scale and the bias for the core. With DoRA, the bias is added later."""
         if lone is not None:
             return lone.packed, 0.0, self._bias  # scale 0: W alone
         return self._weight.packed, self.scale, None if self.use_dora else self._bias
 
     def finish_forward(self, y: Array, saved: LoRALinearSaved) -> tuple[Array, LoRALinearSaved]:
-        """The result of `forward`, after the core has filled y."""
+        """Return the result of `forward`, after `_core.lora_forward` has filled y."""
         if self.use_dora and not saved.alone:
             y, saved = self._rescale(y, saved, saved.z is not None)
         return y.reshape(*saved.lead, y.shape[1]), saved
@@ -215,7 +226,7 @@ class LoRALinear(LoRALayer):
         return _core.InferenceLayer(weight, self.A, self.B, scale, bias)
 
     def _rescale(self, u: Array, saved: LoRALinearSaved, training: bool) -> tuple[Array, LoRALinearSaved]:
-        """DoRA: y = m / ‖row‖ ∘ u + bias."""
+        """Rescale the output u as DoRA does: y = m / ‖row‖ ∘ u + bias, with the rows of W + scale·A·B."""
         assert self.m is not None
         with quiet():
             inverse_norm = self._inverse_norms()
@@ -229,7 +240,7 @@ class LoRALinear(LoRALayer):
         return y, saved
 
     def backward(self, dy: npt.ArrayLike, saved: LoRALinearSaved, need_dx: bool = True) -> Gradient:
-        """Add to dA, dB and dm; return dx (..., d_in), or None if need_dx is False.
+        """Add to the gradients dA, dB and dm; return dx (..., d_in), or None if need_dx is False.
 
         forward:   z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
         backward:  dz = scale · dy A;  dx = dy W + dz B;  dA += scale · dyᵀ z;  dB += dzᵀ x
@@ -246,8 +257,8 @@ class LoRALinear(LoRALayer):
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, shape,
                 rank or dtype.
             TypeError: `saved` is from another kind of layer.
-            RuntimeError: the layer is merged, or was in the forward pass; that pass ran as inference; or the
-                weight computes in int8.
+            RuntimeError: the layer is merged or was merged in the forward pass; that pass ran in inference
+                mode; or the weight computes in int8.
         """
         rows = self.backward_rows("LoRALinear.backward", dy, saved)
         _check.own("LoRALinear.backward", saved, self)
@@ -258,31 +269,31 @@ class LoRALinear(LoRALayer):
         return None if dx is None else dx.reshape(*saved.lead, dx.shape[1])
 
     def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LoRALinearSaved) -> Array:
-        """dy as rows (n, d_out), after all checks of `backward`."""
+        """Make all checks of `backward`, and return dy as rows (n, d_out)."""
         self.require_trainable("backward")
         _check.saved(op, saved, LoRALinearSaved)
         if saved.merged:
             raise RuntimeError(f"{op}: the layer was merged in this forward pass")
         if saved.z is None and not saved.alone:
-            raise RuntimeError(f"{op}: this forward pass ran as inference and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
         self._require_own(op, saved)
         d_out, dtype = self.weight.shape[0], self.weight.compute_dtype
         return _check.shaped(op, "dy", dy, (*saved.lead, d_out), dtype).reshape(math.prod(saved.lead), d_out)
 
     def _require_own(self, op: str, saved: LoRALinearSaved) -> None:
-        """Refuse a pass whose arrays do not fit this layer, and name the first of them."""
+        """Raise ValueError if an array in `saved` does not fit this layer. The message names the array."""
         if saved.z is None:
             return
         if saved.x is None and not self.freeze_B:
-            raise ValueError(f"{op}: this pass kept no x, from which the gradient of B is computed")
+            raise ValueError(f"{op}: this pass kept no x, which the gradient of B needs")
         if (saved.u is not None) != self.use_dora:
-            raise ValueError(f"{op}: saved is of a layer {'without' if self.use_dora else 'with'} DoRA")
+            raise ValueError(f"{op}: saved is from a layer {'without' if self.use_dora else 'with'} DoRA")
         n, (d_out, d_in) = math.prod(saved.lead), self.weight.shape
         for name, array, width in (("x", saved.x, d_in), ("z", saved.z, self.rank), ("u", saved.u, d_out)):
             _check.kept(op, name, array, (n, width), self.weight.compute_dtype)
 
     def backward_part(self, du: Array, saved: LoRALinearSaved) -> _core.BackwardPart:
-        """This layer's part of a core call; it adds to dm."""
+        """Add to dm; return this layer's argument for `_core.lora_backward`."""
         weight, a, b = self.weight.packed, self.A, self.B
         if saved.z is None:
             return _core.BackwardPart(
@@ -299,12 +310,12 @@ class LoRALinear(LoRALayer):
         )  # fmt: skip
 
     def explain(self, rows: int, training: bool = True) -> str:
-        """Explain how the passes on `rows` rows are computed, and the operations that each choice costs.
+        """Describe how the passes on `rows` rows are computed, with the operations that each method costs.
 
-        The choice is made by counting floating-point operations, never by timing, so the same call gives the
-        same bits everywhere on one instruction set. The text describes the layer's present state: without an
-        update if it is merged or switched off, without a backward pass if that is refused. The costs of DoRA
-        and of the gradients are the same for every choice and not shown.
+        The layer chooses a method by counting floating-point operations, never by timing. So the same call
+        gives the same bits on every machine with the same instruction set. The text describes the layer as it
+        is now. A merged or disabled adapter adds no update, and if `backward` would be refused, the text
+        omits it. The costs of DoRA and of the gradients are the same for every method, so they are not shown.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(64), rank=4)
@@ -314,20 +325,21 @@ class LoRALinear(LoRALayer):
             backward: ...
 
         Raises:
-            ValueError: rows is below 1, or more than an array can have. TypeError: rows is not an integer.
+            ValueError: `rows` is below 1, or more than an array can have.
+            TypeError: `rows` is not an integer.
         """
         rows = _check.integer("explain", "rows", rows, least=1, most=sys.maxsize)
         weight, scale, _ = self._core_terms(self._lone_weight()[0])
         dropout = bool(self.dropout) and training
         plan = _core.explain(weight, rows, self.rank if scale else 0, dropout, training)
         if not training or self.merged or self.weight.compute == "int8":
-            del plan["backward"]  # is refused
+            del plan["backward"]  # which would be refused
         return "\n".join(f"{name}: {text}" for name, text in plan.items())
 
     # ---- DoRA's norms ----
 
     def _row_norms(self) -> Array:
-        """‖W_o + s A_o B‖ for each row o, float64, without forming A·B.
+        """Return ‖W_o + s A_o B‖ for each row o, in float64, without forming A·B. Here s is `scale`.
 
         ‖W_o + s A_o B‖² = ‖W_o‖² + 2 s A_o · (B W_oᵀ) + s² A_o (B Bᵀ) A_oᵀ
         """

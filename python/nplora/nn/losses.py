@@ -1,7 +1,8 @@
-"""Losses: (prediction, target) -> (loss, dprediction), the mean over elements or over labelled rows.
+"""Loss functions: (prediction, target) -> (loss, dprediction), means over elements or labelled rows.
 
-A loss is any callable of that form. A built-in loss also has `count(prediction, target)`, the number of
-elements or rows in its mean, so that batches of different sizes can be weighted exactly.
+A loss function is any callable of that form, with dprediction the gradient of the loss with respect to the
+prediction. A built-in loss also has a method `count(prediction, target)`, the number of elements or rows in
+its mean. With this number, batches of different sizes can be weighted exactly.
 
     >>> import nplora
     >>> loss, gradient = nplora.losses.mse([1.0, 2.0], [1.0, 4.0])
@@ -34,10 +35,11 @@ class NonFiniteLossError(FloatingPointError):
         ...     trainer.fit([[1, np.nan]], [[1, 1]])
         ... except nplora.NonFiniteLossError as error:
         ...     print(error)
-        step 1 (epoch 1): the loss of batch 1 is nan: its input x is not finite
+        step 1 (epoch 1): the loss of batch 1 is nan: the input x is not finite
 
     Attributes:
-        good_step: the step of the checkpoint to continue from with a lower learning rate; None without one.
+        good_step: the step of the checkpoint from which to continue with a lower learning rate, or None if
+            there is no checkpoint.
     """
 
     good_step: int | None = None
@@ -45,25 +47,25 @@ class NonFiniteLossError(FloatingPointError):
 
 @runtime_checkable
 class Loss(Protocol):
-    """A loss that knows the number of elements or rows in its mean."""
+    """A loss function that can count the elements or rows in its mean."""
 
     def __call__(self, prediction: Array, target: Any) -> tuple[float, Array]:
-        """The loss, and its gradient with the shape and dtype of `prediction`."""
+        """Return the loss, and its gradient with the shape and dtype of `prediction`."""
 
     def count(self, prediction: Array, target: Any) -> int:
-        """The number of elements or labelled rows of the mean. If it is 0, loss and gradient are 0."""
+        """Return the number of elements or labelled rows in the mean. If it is 0, loss and gradient are 0."""
 
 
 class _Elementwise:
-    """The mean over all elements of f(prediction, target), both of the same shape."""
+    """The mean of f(prediction, target) over all elements. Both arrays have the same shape."""
 
     name = ""
 
     def __call__(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> tuple[float, Array]:
-        """The loss, and its gradient with the shape and dtype of `prediction`.
+        """Return the loss, and its gradient with the shape and dtype of `prediction`.
 
         Raises:
-            ValueError: target does not have the shape of prediction, or a value is out of the loss's range.
+            ValueError: `target` does not have the shape of `prediction`, or a target is out of range.
         """
         p = _prediction(self.name, prediction)
         t = _check.floats(self.name, "target", target, p.dtype)
@@ -75,17 +77,17 @@ class _Elementwise:
             return float(values.sum(dtype=np.float64)) / n, np.asarray(slopes / n, dtype=p.dtype)
 
     def count(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> int:
-        """The number of elements."""
+        """Return the number of elements of `prediction`."""
         return int(np.size(np.asarray(prediction)))
 
     def _terms(self, p: Array, t: Array) -> tuple[Array, Array]:
-        """f and df/dp of each element."""
+        """Return f(p, t) and its derivative by p, for each element."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class MeanSquaredError(_Elementwise):
-    """mean (p - t)².
+    """The mean of (p - t)² over predictions p and targets t.
 
     >>> import nplora
     >>> nplora.losses.mse([1.0, 2.0], [1.0, 4.0])[0]
@@ -101,7 +103,7 @@ class MeanSquaredError(_Elementwise):
 
 @dataclasses.dataclass(frozen=True)
 class Huber(_Elementwise):
-    """mean of e²/2 if |e| <= delta, else delta (|e| - delta/2), with e = p - t      (Huber 1964)
+    """The mean of e²/2 if |e| <= delta, else of delta (|e| - delta/2), with the error e = p - t (Huber 1964).
 
     >>> import nplora
     >>> nplora.losses.Huber(delta=1.0)([1.0, 2.0], [1.0, 4.0])[0]
@@ -123,7 +125,7 @@ class Huber(_Elementwise):
 
 @dataclasses.dataclass(frozen=True)
 class BinaryCrossEntropy(_Elementwise):
-    """mean of log(1 + eᵖ) - t p: the cross entropy of a logit p and a probability t in [0, 1].
+    """The mean of log(1 + eᵖ) - t p, the cross entropy of a logit p and a target probability t in [0, 1].
 
     >>> import nplora
     >>> round(nplora.losses.bce([0.0, 100.0], [1.0, 1.0])[0], 4)
@@ -150,18 +152,18 @@ class CrossEntropy:
         0.6931
 
     Args:
-        ignore_index: the label of a row that does not count.
+        ignore_index: the label of rows that are left out of the mean.
     """
 
     ignore_index: int = -100
     name = "cross_entropy"
 
     def __call__(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> tuple[float, Array]:
-        """The loss, and its gradient, for logits (..., C) and integer labels (...).
+        """Return the loss and its gradient, for logits (..., C) of C classes and integer labels (...).
 
         Raises:
-            ValueError: labels are not integers, have another shape, or a label is neither in [0, C) nor
-                ignore_index.
+            ValueError: the labels are not integers or do not have the shape (...), or a label is neither in
+                [0, C) nor ignore_index.
         """
         logits, labels, labelled = self._read(prediction, target)
         rows, found = logits[labelled], labels[labelled]
@@ -181,11 +183,11 @@ class CrossEntropy:
         return float(losses.mean(dtype=np.float64)), gradient.reshape(np.shape(prediction))
 
     def count(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> int:
-        """The number of labelled rows."""
+        """Return the number of labelled rows."""
         return int(np.count_nonzero(np.asarray(target) != self.ignore_index))
 
     def _read(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> tuple[Array, Array, Array]:
-        """Logits (n, C), labels (n,), and which rows are labelled."""
+        """Return logits (n, C), labels (n,), and a mask (n,) that is true for labelled rows."""
         op = "cross_entropy"
         logits, labels = _prediction(op, prediction), np.asarray(target)
         if labels.dtype.kind not in "iu" and labels.size:
@@ -200,7 +202,7 @@ class CrossEntropy:
 
 @dataclasses.dataclass(frozen=True)
 class CustomLoss:
-    """A user's function as a `Loss`. Its result is checked, and counts as a mean over rows.
+    """Wrap a user's function as a `Loss`. The function's result must be a mean over rows, and is checked.
 
     >>> import nplora, numpy as np
     >>> def absolute(prediction, target):
@@ -214,25 +216,25 @@ class CustomLoss:
     function: LossFunction
 
     def __call__(self, prediction: Array, target: Any) -> tuple[float, Array]:
-        """The function's loss and gradient.
+        """Call the user's function, and return its loss and gradient.
 
         Raises:
             TypeError: the function does not return a number and an array.
-            ValueError: the gradient does not have the shape of prediction.
+            ValueError: the gradient does not have the shape of `prediction`.
         """
         return _checked(self.function, self.function(prediction, target), prediction)
 
     def count(self, prediction: Array, target: Any) -> int:
-        """The number of rows of prediction."""
+        """Return the number of rows of `prediction`."""
         return len(prediction) if prediction.ndim else 1
 
 
 def call(loss: Loss, prediction: Array, target: Any) -> tuple[float, Array]:
-    """Call a loss. The result of a user's loss is checked.
+    """Call a loss function. The result of a user's function is checked.
 
     Raises:
-        TypeError: the loss does not return a number and an array.
-        ValueError: the gradient does not have the shape of prediction.
+        TypeError: the loss function does not return a number and an array.
+        ValueError: the gradient does not have the shape of `prediction`.
     """
     result = loss(prediction, target)
     return result if type(loss).__module__ == __name__ else _checked(loss, result, prediction)
@@ -255,7 +257,7 @@ def _checked(loss: object, result: Any, prediction: Array) -> tuple[float, Array
 
 
 def _title(loss: object) -> str:
-    """The name of a user's loss in messages."""
+    """Return the name of a user's loss function, for messages."""
     name = getattr(loss, "__name__", None)
     if name is None:
         return type(loss).__name__
@@ -271,16 +273,17 @@ _BY_NAME: dict[str, Loss] = {"mse": mse, "cross_entropy": cross_entropy, "bce": 
 
 
 def get(loss: str | Loss | LossFunction) -> Loss:
-    """A loss by its name. A callable with a `count` is returned as it is; any other callable is wrapped in a
-    CustomLoss.
+    """Return the loss function of this name.
+
+    A callable with a `count` method is returned as it is; any other callable is wrapped in a CustomLoss.
 
         >>> import nplora
         >>> nplora.losses.get("huber")
         Huber(delta=1.0)
 
     Raises:
-        ValueError: there is no loss of that name.
-        TypeError: loss is neither a name nor a callable.
+        ValueError: there is no loss function of that name.
+        TypeError: `loss` is neither a name nor a callable.
     """
     if isinstance(loss, str):
         return _BY_NAME[_check.choice("losses.get", "loss", loss, _BY_NAME)]
@@ -290,6 +293,6 @@ def get(loss: str | Loss | LossFunction) -> Loss:
 
 
 def _prediction(op: str, prediction: npt.ArrayLike) -> Array:
-    """A prediction as an array: float64 stays float64, all others become float32."""
+    """Return a prediction as an array. float64 stays float64; every other dtype becomes float32."""
     array = np.asarray(prediction)
     return _check.floats(op, "prediction", array, np.float64 if array.dtype == np.float64 else np.float32)

@@ -1,4 +1,4 @@
-"""LoRALayer: a frozen weight with a trainable low-rank update, and how the two are merged."""
+"""LoRALayer: a frozen weight with a trainable low-rank update, which can be merged into the weight."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ T = TypeVar("T", bound=Array | None)
 
 
 class LiveArray(Generic[T]):
-    """An array attribute that keeps its buffer: `layer.A = value` copies, and `layer.A -= step` is in place.
+    """An array attribute that is never replaced: `layer.A = value` copies the value into the same array.
 
-    Optimisers hold the buffers, so they must never be replaced by others.
+    Optimisers and the C++ core hold references to the arrays, so an assignment must write in place.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -50,7 +50,7 @@ class LiveArray(Generic[T]):
 
 
 class LoRALayer(Prepared, AdapterLayer):
-    """The base of `LoRALinear` and `LoRAEmbedding`: W + scale · A·B with W frozen.
+    """Base class of `LoRALinear` and `LoRAEmbedding`: W + scale · A·B with a frozen W.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(8), rank=2, alpha=4)
@@ -61,16 +61,19 @@ class LoRALayer(Prepared, AdapterLayer):
         (4.0, (8, 2), (2, 8))
 
     Attributes:
-        weight: the FrozenWeight W (d_out, d_in); the rest of it if init is "pissa" or "olora".
-        A, B: live arrays (d_out, r) and (r, d_in); float32, or float64 if W is float64.
-        m: DoRA's magnitudes (d_out,), or None.
-        dA, dB, dm: their gradients, which `backward` adds to; dB is None if B is frozen, dm if there is no m.
-        rank, use_rslora, use_dora, freeze_B: as given, read-only.
-        alpha: may be set, unless init is "pissa" or "olora"; scale changes with it.
-        scale: alpha / rank, with rsLoRA alpha / sqrt(rank); read-only.
-        dropout: may be set in LoRALinear.
-        row_order: if the rows of W have another order than in the model that adapter files belong to: row i
-            here is row row_order[i] there. None: the order is the same.
+        weight: the FrozenWeight W (d_out, d_in). With init "pissa" or "olora", this is the original weight
+            minus the initial scale · A·B.
+        A, B: arrays (d_out, r) and (r, d_in) that optimisers update in place, in float64 if W is float64,
+            else in float32.
+        m: DoRA's magnitudes (d_out,), one for each row of W, or None without DoRA.
+        dA, dB, dm: the gradients of A, B and m, which `backward` adds to. dB is None if B is frozen; dm is
+            None without DoRA.
+        rank, use_rslora, use_dora, freeze_B: the arguments of the constructor; read-only.
+        alpha: can be set, which also changes `scale`. With init "pissa" or "olora", alpha is read-only.
+        scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA; read-only.
+        dropout: the dropout probability, which can be set in LoRALinear and is 0 in LoRAEmbedding.
+        row_order: an array if W and adapter files order their rows differently: row i of W is row
+            row_order[i] in the file. None means that the order is the same.
     """
 
     A = LiveArray[Array]()
@@ -103,7 +106,7 @@ class LoRALayer(Prepared, AdapterLayer):
         self._alpha, self._use_rslora = _check.number(op, "alpha", alpha), bool(use_rslora)
         self._use_dora = use_dora
         self.init = _check.choice(op, "init", init, self.inits)
-        self._taken: tuple[Array, Array] | None = None  # "pissa", "olora": A and B at the start
+        self._taken: tuple[Array, Array] | None = None  # the initial A and B of "pissa" and "olora"
         self._merged: FrozenWeight | None = None
         d_out, d_in = weight.shape
         if init in PRINCIPAL_INITS and (rank > min(d_out, d_in) or self._alpha <= 0):
@@ -112,7 +115,9 @@ class LoRALayer(Prepared, AdapterLayer):
                 f"positive alpha, got rank {rank} and alpha {alpha:g}"
             )
         if rank > min(d_out, d_in):
-            warn_user(f"{op}: rank {rank} is above min(d_out, d_in) = {min(d_out, d_in)}, which is as good")
+            warn_user(
+                f"{op}: rank {rank} is above min(d_out, d_in) = {min(d_out, d_in)}, the largest useful rank"
+            )
         dtype = weight.compute_dtype
         a, da = buffers.value_and_gradient((d_out, rank), dtype)
         b, db = buffers.value_and_gradient((rank, d_in), dtype)
@@ -179,10 +184,11 @@ class LoRALayer(Prepared, AdapterLayer):
         }
 
     def prepare_adopt(self, delta: LoraDelta) -> Commit:
-        """Prepare to take over an update whose rows are in the file's order; the returned function does it.
+        """Prepare to copy into this layer an update whose rows are in the order of an adapter file.
 
-        The update has magnitudes if the layer has. If its rank is new, A and B become new arrays. The
-        returned function allocates no arrays and cannot fail.
+        The returned function makes the change; it allocates no arrays and cannot fail. The update must have
+        magnitudes m if the layer has them, and none otherwise. If the update has another rank than the layer,
+        the layer gets new arrays for A and B.
         """
         self.require_unmerged("prepare_adopt")
         self._require_whole_weight("load_adapter")
@@ -211,18 +217,20 @@ class LoRALayer(Prepared, AdapterLayer):
             )
 
     def plain_update(self) -> LoraDelta:
-        """The update as plain LoRA of the weight that the layer was given, with rows in the file's order.
+        """Return the update of the original W as plain LoRA, with rows in the order of an adapter file.
 
-        Its arrays are the live arrays, unless rows change places, or "pissa" or "olora" took a part A₀B₀ of
-        the weight. Then the update has rank 2r, as when PEFT converts such adapters:
-        W_rest + s·AB = W + s·[A, -A₀][B; B₀]. This ignores the rounding of W_rest to its storage.
+        The result usually holds the layer's own arrays. It holds new arrays if the rows must be reordered, or
+        if init is "pissa" or "olora". With "pissa" and "olora", the frozen weight is W_rest = W - s·A₀B₀,
+        with s the scale and A₀, B₀ the initial factors. The update of W then has rank 2r, as in the adapters
+        that PEFT converts: W_rest + s·AB = W + s·[A, -A₀][B; B₀]. This equation ignores the rounding of
+        W_rest to its storage format.
         """
         a, b, alpha = self.A, self.B, self.alpha
         if self._taken is not None:
             a, b = np.concatenate([a, -self._taken[0]], axis=1), np.concatenate([b, self._taken[1]])
             alpha *= math.sqrt(2) if self.use_rslora else 2
         delta = LoraDelta.of_alpha(a, b, alpha, self.use_rslora, self.m, self.is_embedding)
-        # row order[i] of the adapter is row i of the layer
+        # row row_order[i] of the adapter file is row i of the layer
         return delta if self.row_order is None else delta.rows(np.argsort(self.row_order))
 
     # ---- starting values and randomness ----
@@ -240,13 +248,13 @@ class LoRALayer(Prepared, AdapterLayer):
         self.dropout_stream = (int(rng.integers(2**63)), 0)
 
     def _take(self) -> tuple[Array, Array]:
-        """Factor a part of the weight, and make the rest the frozen weight."""
+        """Factor the principal part of the weight, and keep the rest as the frozen weight."""
         a, b = self._taken = principal_factors(self.init, self.weight, self.rank, self.scale)
         self._weight, _ = merge_weight("the rest of W", self.weight, LoraDelta(a, b, -self.scale), "same")
         return a, b
 
     def _draw_b(self, rng: np.random.Generator) -> Array:
-        """The initial B of init="zero", with which A is 0."""
+        """Draw the initial B for init="zero", in which A starts at 0."""
         raise NotImplementedError
 
     def reset(self, stream: np.random.SeedSequence) -> None:
@@ -254,7 +262,7 @@ class LoRALayer(Prepared, AdapterLayer):
         self._start(np.random.default_rng(stream))
 
     def _next_key(self) -> int:
-        """The 64-bit key of this pass's dropout mask."""
+        """Return the 64-bit key from which this pass draws its dropout mask."""
         seed, calls = self.dropout_stream
         self.dropout_stream = (seed, calls + 1)
         return int(np.random.SeedSequence((seed, calls)).generate_state(1, np.uint64)[0])
@@ -271,7 +279,7 @@ class LoRALayer(Prepared, AdapterLayer):
     # ---- the update as a dense matrix ----
 
     def delta_weight(self) -> Array:
-        """merged_weight() - W, an array (d_out, d_in). Without DoRA it is scale · A·B.
+        """Return merged_weight() - W, an array (d_out, d_in). Without DoRA this is scale · A·B.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(8), rank=2, init="gaussian")
@@ -283,7 +291,7 @@ class LoRALayer(Prepared, AdapterLayer):
         return delta
 
     def merged_weight(self) -> Array:
-        """W + scale · A·B (DoRA: with rescaled rows), a new array (d_out, d_in) of float32 or float64.
+        """Return W + scale · A·B as a new array (d_out, d_in), float32 or float64. DoRA rescales the rows.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(2), rank=1)
@@ -306,7 +314,7 @@ class LoRALayer(Prepared, AdapterLayer):
         return self._merged or self.weight.like(self._finite_still(self.merged_weight()))
 
     def _finite_still(self, merged: Array) -> Array:
-        """Return `merged`; refuse it if finite values become infinite in the sum or in the storage."""
+        """Return `merged`. Raise ValueError if finite values become infinite in the sum or the storage."""
         storage = self.weight.float_dtype
         lost = become_infinite(merged, storage).size
         if not lost and not np.isfinite(merged).all() and self._finite_factors():
@@ -364,10 +372,11 @@ class LoRALayer(Prepared, AdapterLayer):
         object.__setattr__(self, "__class__", UnloadedLayer)
 
     def _lone_weight(self) -> tuple[FrozenWeight | None, bool]:
-        """The weight to compute with if no update is added, else None; and whether it is the merged weight.
+        """Return the weight of a pass that adds no separate update, and whether that is the merged weight.
 
-        It is the merged weight, or W while the adapter is disabled. A pass calls this once, because another
-        thread may change the layer meanwhile.
+        The weight is W while the adapter is disabled, else the merged weight. For an enabled layer that is
+        not merged, the weight is None. A pass calls this method only once, because another thread may merge,
+        unmerge or disable the layer meanwhile.
         """
         enabled, merged = self.adapter_enabled, self._merged
         return (merged, merged is not None) if enabled else (self.weight, False)
@@ -379,7 +388,7 @@ class LoRALayer(Prepared, AdapterLayer):
         parts.append(f"dtype={self.weight.dtype!r}")
         if self.weight.rounds:
             parts.append(f"compute={self.weight.compute!r}")
-        if self._taken is not None:  # the weight is not the whole one
+        if self._taken is not None:  # the weight is only a part of the original W
             parts.append(f"init={self.init!r}")
         if self.dropout:
             parts.append(f"dropout={self.dropout:g}")
@@ -391,9 +400,9 @@ class LoRALayer(Prepared, AdapterLayer):
 
 
 class UnloadedLayer:
-    """The class of a layer that was unloaded. Every use raises an error that says so.
+    """The class of a layer that `merge_and_unload` replaced. Every use of the layer raises an error.
 
-    LoRALayer itself has no `__getattr__`, because that would slow down each attribute of a layer in use.
+    LoRALayer itself has no `__getattr__`, because that would slow down every access to an attribute.
     """
 
     _was = LoRALayer.__name__

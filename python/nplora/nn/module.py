@@ -1,4 +1,4 @@
-"""Module: the base of layers and models, with a forward and a backward pass. It finds its parts by name."""
+"""Module: the base class of layers and models, which finds the modules in its attributes by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _inferring: ContextVar[bool] = ContextVar("nplora_inferring", default=False)
 
 
 def inferring() -> bool:
-    """Whether this is inference (`model(x)`): no dropout, and nothing is kept for a backward pass."""
+    """Whether the current pass is inference, such as `model(x)`: without dropout and without saved values."""
     return _inferring.get()
 
 
@@ -43,13 +43,13 @@ def inference() -> Iterator[None]:
         _inferring.reset(token)
 
 
-# The adapters that are switched off here: for each `disable_adapter` block around, a dict of layers by id. It
-# holds the layers too, because an id could be reused after its layer is gone.
+# The disabled adapters: for each `disable_adapter` block that this code runs in, a dict of layers by id. The
+# dict also holds the layers, because the id of a deleted layer could be reused.
 _disabled: ContextVar[tuple[dict[int, AdapterLayer], ...]] = ContextVar("nplora_disabled", default=())
 
 
 def quiet() -> np.errstate:
-    """A context without NumPy's warnings about NaN and Inf. They propagate to the loss, which shows them."""
+    """Silence NumPy's warnings about NaN and infinity, because both reach the loss, which is checked."""
     return np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
@@ -62,9 +62,10 @@ def pair(module: Module, result: Any) -> tuple[Array, Any]:
 
 
 def name_error(error: ValueError, container: Module, culprit: Module | None = None) -> None:
-    """Begin an error's message with "layer " and the dotted name, in `container`, of the module at fault.
+    """Put "layer " and the dotted name of the module at fault before the error's message.
 
-    The innermost container names the culprit. The containers around it lengthen that name.
+    The innermost container passes `culprit`, the module at fault. Each enclosing container then replaces the
+    name in the message by the module's dotted name in that container.
     """
     if len(error.args) != 1 or not isinstance(error.args[0], str):
         return
@@ -76,7 +77,7 @@ def name_error(error: ValueError, container: Module, culprit: Module | None = No
 
 
 class Parameter(NamedTuple):
-    """A trainable array and its gradient. Both are live and writable, and have the same shape and dtype.
+    """A trainable array and its gradient. Both are writable arrays of the model, of the same shape and dtype.
 
     >>> import nplora, numpy as np
     >>> parameter = nplora.LoRALinear(np.eye(4), rank=2).parameters()[0]
@@ -91,25 +92,27 @@ class Parameter(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Saved:
-    """The values that a forward pass keeps for its backward pass: references, so do not change the arrays.
+    """The values that a forward pass keeps for its backward pass.
+
+    Arrays are kept without a copy, so do not change them before the backward pass.
 
     Attributes:
-        layer: the module whose pass it was. `backward` refuses a `saved` of another module, unless this is
-            None.
+        layer: the module that made the forward pass. `backward` refuses saved values of another module,
+            unless `layer` is None.
     """
 
     layer: Module | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays kept. An array that several layers share counts once."""
+        """The total bytes of the kept arrays. An array that several layers share counts once."""
         return saved_nbytes(self)
 
 
 def saved_nbytes(saved: object) -> int:
-    """Bytes of the arrays in a Saved or any nest of arrays, tuples, lists and dicts.
+    """Return the bytes of all arrays in a Saved, or in nested tuples, lists and dicts.
 
-    An array that is kept several times counts once. A view of a part of it counts too.
+    An array that is kept several times counts once. A view of a part of an array counts in addition.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(4), rank=2)
@@ -134,11 +137,11 @@ def _arrays(saved: object) -> Iterator[Array]:
 
 
 class Module:
-    """The base of every layer, and of your own networks.
+    """Base class of every layer, and of your own networks.
 
     A subclass defines `forward` and `backward`. Modules in its attributes, or in lists, tuples and dicts in
-    attributes, are found by name ("fc1", "blocks.0.q_proj"). There is nothing to register, and the __init__
-    of Module need not be called.
+    attributes, are found and named automatically ("fc1", "blocks.0.q_proj"). Modules need not be registered,
+    and a subclass need not call `Module.__init__`.
 
         >>> import nplora, numpy as np
         >>> class Net(nplora.Module):
@@ -163,20 +166,20 @@ class Module:
           fc2: LoRALinear((3, 32), rank=2, alpha=16, dtype='float32', num_trainable=70)
     """
 
-    task_type: str | None = None  # PEFT's word for what the model does, for the adapters that it saves
+    task_type: str | None = None  # PEFT's name for the model's task, which is written into saved adapters
 
     def base_digest(self) -> str | None:
-        """A text that identifies the frozen model in the adapters that it saves; None if there is none."""
+        """Return a text that identifies the frozen model in saved adapters, or None."""
         return None
 
     def stored_row_order(self, name: str) -> Array | None:
-        """The `LoRALayer.row_order` of the layer of this dotted name; None: the usual order."""
+        """Return the `LoRALayer.row_order` of the layer with this dotted name. None is the usual order."""
         return None
 
     # ---- the two passes ----
 
     def forward(self, x: Any) -> tuple[Array, Any]:
-        """The training pass: return the output, and the values that `backward` needs.
+        """Run a training pass: return the output, and the values that `backward` needs.
 
         >>> import nplora, numpy as np
         >>> y, saved = nplora.LoRALinear(np.eye(4), rank=1).forward(np.ones((2, 4)))
@@ -189,8 +192,8 @@ class Module:
         """Add to the gradients of the parameters; return dx, or None if need_dx is False.
 
         `saved` must come from a forward pass of this module: the layers of nplora raise ValueError otherwise.
-        A second call with the same `saved` adds the same gradients again. `LanguageModel` frees what it kept
-        while it computes, and raises RuntimeError at a second call.
+        A second call with the same `saved` adds the same gradients again. `LanguageModel`, however, frees the
+        saved values during its backward pass, so a second call raises RuntimeError.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(4), rank=1)
@@ -201,7 +204,7 @@ class Module:
         raise NotImplementedError(f"{type(self).__name__} has no backward")
 
     def __call__(self, x: Any) -> Array:
-        """Inference: the output of `forward` without dropout, keeping nothing.
+        """Run inference: return the output of `forward` without dropout, and keep nothing for `backward`.
 
         Raises:
             TypeError: forward did not return a pair.
@@ -217,7 +220,9 @@ class Module:
     # ---- what this module holds itself, apart from its children ----
 
     def local_parameters(self) -> list[Parameter]:
-        """The trainable arrays of this module alone, without its children. A layer of your own overrides it.
+        """Return the trainable arrays of this module, without its children.
+
+        A layer of your own overrides this method.
 
         >>> import nplora, numpy as np
         >>> class Scale(nplora.Module):
@@ -237,11 +242,11 @@ class Module:
         return []
 
     def local_frozen(self) -> list[FrozenWeight | Array]:
-        """The frozen arrays of this module alone, without its children. They are counted, not trained."""
+        """Return the frozen arrays of this module without its children, for `num_parameters`."""
         return []
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """The modules in this module's attributes, by name, in the order of their definition."""
+        """Yield the modules in this module's attributes, by name, in the order of their definition."""
         for name, value in vars(self).items():
             if isinstance(value, _HOLDERS):
                 yield from _modules_in(value, name)
@@ -249,9 +254,9 @@ class Module:
     # ---- the tree ----
 
     def named_modules(self) -> Iterator[tuple[str, Module]]:
-        """This module as "", then every module in it by dotted name.
+        """Yield this module under the name "", then every module inside it by its dotted name.
 
-        A module that is shared comes once, under its first name.
+        A module with several names is yielded once, under its first name.
 
             >>> import nplora, numpy as np
             >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(4), rank=1), nplora.ReLU())
@@ -277,7 +282,7 @@ class Module:
             yield from child._walk(_join(prefix, name), seen)
 
     def parameters(self) -> list[Parameter]:
-        """The trainable arrays by dotted name ("fc1.A"), in the order of their definition.
+        """Return the trainable arrays by dotted name ("fc1.A"), in the order of their definition.
 
         >>> import nplora, numpy as np
         >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(4), rank=1), nplora.ReLU())
@@ -316,7 +321,7 @@ class Module:
 
     @property
     def num_parameters(self) -> int:
-        """The number of elements, trainable and frozen. An array that several modules share counts once."""
+        """The number of trainable and frozen elements. An array that several modules share counts once."""
         held = {id(a): a.size for _, module in self.named_modules() for a in module.local_frozen()}
         return sum(held.values()) + self.num_trainable
 
@@ -334,7 +339,7 @@ class Module:
     # ---- the adapter layers of the whole tree ----
 
     def adapter_layers(self) -> dict[str, AdapterLayer]:
-        """The layers with an adapter, by dotted name.
+        """Return the layers with an adapter, by dotted name.
 
         >>> import nplora, numpy as np
         >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(4), rank=1), nplora.Linear(np.eye(4)))
@@ -347,7 +352,7 @@ class Module:
         """Raise RuntimeError if a layer has no gradients, because it is merged or for inference only.
 
         Args:
-            what: the operation that needs the gradients, for the message.
+            what: the name of the operation that needs the gradients, for the message.
         """
         for layer in self.adapter_layers().values():
             layer.require_trainable(what)
@@ -355,10 +360,10 @@ class Module:
     def merge(self, dtype: str | None = None) -> list[MergeReport]:
         """Add every adapter to a copy of its frozen weight. The layers use these copies until `unmerge`.
 
-        All merged weights are built before any is put in place: after a failure all layers are as they were.
-        `merge` and `unmerge` take effect in every thread. A pass that another thread is making meanwhile uses
-        each layer as it finds it, merged or not, so its result differs by the rounding of the merged weights.
-        If that pass is for training, its backward raises RuntimeError.
+        All merged weights are built before the first one is used, so a failure leaves every layer unchanged.
+        `merge` and `unmerge` take effect in every thread. If another thread runs a pass at the same time,
+        some layers of that pass may be merged and others not, so its result may differ by the rounding of the
+        merged weights. If a layer was merged in a training pass, its `backward` raises RuntimeError.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(4), rank=2, init="gaussian", rng=0)
@@ -368,16 +373,16 @@ class Module:
             (True, True)
 
         Args:
-            dtype: the storage of the merged weights: "same" as the frozen weight's, or another storage
-                of `FrozenWeight`, rounded from a float32 sum. None: the storage of the frozen weight, but
-                float32 for a quantised one, whose coarse steps may lose the update.
+            dtype: the storage format of the merged weights, rounded from a float32 sum: a format of
+                `FrozenWeight`, or "same" for the format of the frozen weight. None means "same", but float32
+                for a quantised weight, whose coarse steps may lose the update.
         Returns:
-            with a dtype, a report for each layer: how much of the update the storage kept. Without a dtype:
-                an empty list.
+            one report for each layer about how much of the update the storage format kept, or an empty list
+                if `dtype` is None.
         Raises:
             RuntimeError: a layer is merged already.
             ValueError: finite values would become infinite; a layer's rows do not divide into blocks of the
-                storage; or only one of the two computes in float64.
+                storage format; or exactly one of the frozen weight and `dtype` is float64.
         """
         prepared = [layer.prepare_merge(name, dtype) for name, layer in self.adapter_layers().items()]
         for commit, _ in prepared:
@@ -385,7 +390,7 @@ class Module:
         return [report for _, report in prepared if report is not None]
 
     def unmerge(self) -> None:
-        """Bring the frozen weights back, bit for bit.
+        """Restore the frozen weights, bit for bit.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(4), rank=2, init="gaussian")
@@ -395,7 +400,7 @@ class Module:
             True
 
         Raises:
-            RuntimeError: a layer is not merged. No layer is changed.
+            RuntimeError: a layer is not merged; no layer is changed.
         """
         commits = [layer.prepare_unmerge() for layer in self.adapter_layers().values()]
         for commit in commits:
@@ -404,9 +409,9 @@ class Module:
     def merge_and_unload(self) -> Module:
         """Replace every adapter layer by a plain frozen layer with the merged weight; return the model.
 
-        The model is changed in place and returned; a single layer returns its replacement. The factors and
-        the original weights are dropped. All replacements are built first: after a failure all layers are as
-        they were.
+        The model is changed in place and returned. If the model is a single layer, its replacement is
+        returned. The factors and the original weights are released. All replacements are built before the
+        first one is used, so a failure leaves every layer unchanged.
 
             >>> import nplora, numpy as np
             >>> nplora.LoRALinear(np.eye(4), rank=2).merge_and_unload()
@@ -423,13 +428,13 @@ class Module:
         return replaced.get(id(self), self)
 
     def exchange(self, replaced: Mapping[int, Module]) -> None:
-        """Replace the modules whose ids are the keys of `replaced` by its values."""
+        """Replace modules inside this module. `replaced` maps the ids of old modules to new modules."""
         for module in [m for _, m in self.named_modules() if id(m) not in replaced]:
             for name, value in vars(module).items():
                 vars(module)[name] = _replace(value, replaced)
 
     def copied(self, replaced: Mapping[int, Module]) -> Self:
-        """A copy of this module and its parts, with some replaced as in `exchange`. The arrays are shared."""
+        """Copy this module and its children, and replace modules as in `exchange`. Arrays are shared."""
         made = dict(replaced)
         return cast(Self, _copied(self, made))
 
@@ -437,9 +442,9 @@ class Module:
     def disable_adapter(self) -> Iterator[Self]:
         """Inside `with model.disable_adapter():` the model computes with its frozen weights alone.
 
-        This holds for the thread (or asyncio task) that enters the block. Other threads keep the adapters,
-        even threads that are started inside the block. As with every context variable, if a generator yields
-        inside the block, its caller is affected until the generator resumes.
+        Adapters are disabled only for the thread (or asyncio task) that enters the block. Other threads use
+        the adapters, even threads that are started inside the block. If a generator yields inside the block,
+        its caller also runs without adapters until the generator resumes, as with every context variable.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(2), rank=1, init="gaussian")
@@ -457,8 +462,8 @@ class Module:
     def seed(self, seed: int) -> None:
         """Draw the initial factors of every adapter layer again, and restart its dropout stream.
 
-        Each layer draws from its own stream, keyed by (seed, its dotted name). So two layers of the same
-        shape differ, and other layers or their order do not matter.
+        Each layer draws from its own random stream, which depends on the seed and the layer's dotted name
+        only. So two layers of the same shape start differently, and adding other layers changes nothing.
 
             >>> import nplora, numpy as np
             >>> one, other = (nplora.LoRALinear(np.eye(4), rank=2) for _ in range(2))
@@ -468,7 +473,7 @@ class Module:
             True
 
         Raises:
-            RuntimeError: a layer is merged. No layer is changed.
+            RuntimeError: a layer is merged; no layer is changed.
         """
         seed = _check.integer("seed", "seed", seed, least=0)
         layers = self.adapter_layers()
@@ -478,7 +483,7 @@ class Module:
             layer.reset(layer_stream(seed, name))
 
     def random_state(self) -> dict[str, list[int]]:
-        """The dropout streams: {dotted name of an adapter layer: [seed, number of passes so far]}.
+        """Return the dropout streams: {dotted name of an adapter layer: [seed, passes with dropout so far]}.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(4), rank=2, dropout=0.1)
@@ -491,7 +496,7 @@ class Module:
         return {name: list(layer.dropout_stream) for name, layer in self.adapter_layers().items()}
 
     def set_random_state(self, state: dict[str, list[int]]) -> None:
-        """Continue the dropout streams from the result of `random_state`, which has an example.
+        """Continue the dropout streams from a result of `random_state`, whose docstring has an example.
 
         Raises:
             ValueError: the names differ from the names of this model's adapter layers, or an entry is not two
@@ -524,17 +529,18 @@ class Module:
         return f"{type(self).__name__}: {self.num_trainable:,} of {self.num_parameters:,} values trained"
 
     def _one_line(self) -> str:
-        """The line of this module in the `repr` of the one that holds it."""
+        """Return the line for this module in the `repr` of the module that contains it."""
         if type(self).__repr__ is Module.__repr__:
             return self._heading()
         return repr(self).partition("\n")[0]
 
 
 class AdapterLayer(Module):
-    """The members that a layer with an adapter needs for the methods of `Module` that work on a whole model.
+    """Base class of layers with an adapter, with the methods that `Module` calls on all of them.
 
     Attributes:
-        dropout_stream: (seed, calls): the key of the dropout mask. Every training pass adds 1 to `calls`.
+        dropout_stream: the pair (seed, calls), from which a training pass draws its dropout mask. If dropout
+            is above 0, every training pass adds 1 to `calls`.
     """
 
     dropout_stream: tuple[int, int]
@@ -543,11 +549,11 @@ class AdapterLayer(Module):
 
     @property
     def adapter_enabled(self) -> bool:
-        """Whether the layer adds its update: not inside `disable_adapter`, and not if this was set to False.
+        """Whether the layer uses its adapter, which it does not inside `disable_adapter`.
 
-        Setting it takes effect in every thread.
+        Setting `adapter_enabled` to False disables the adapter in every thread.
         """
-        blocks = _disabled.get()  # mostly empty; decoding reads it for each layer and token
+        blocks = _disabled.get()  # usually empty; decoding gets it for each layer and token
         return self._enabled and not (blocks and any(id(self) in layers for layers in blocks))
 
     @adapter_enabled.setter
@@ -560,7 +566,7 @@ class AdapterLayer(Module):
         raise NotImplementedError
 
     def settings(self) -> dict[str, int | float | bool | str]:
-        """The settings that, with the arrays, decide the layer's results. Checkpoints compare them."""
+        """Return the settings that affect the layer's results. A resumed run must have the same settings."""
         raise NotImplementedError
 
     def require_unmerged(self, what: str) -> None:
@@ -573,25 +579,25 @@ class AdapterLayer(Module):
         self.require_unmerged(what)
 
     def prepare_merge(self, name: str, dtype: str | None) -> tuple[Commit, MergeReport | None]:
-        """Build the merged weight; the returned function puts it in place and cannot fail.
+        """Build the merged weight. The returned function makes the layer use it, and cannot fail.
 
-        With a dtype there is also a report, which names the layer by `name`.
+        If `dtype` is given, also return a report, in which the layer is called `name`.
         """
         raise NotImplementedError
 
     def prepare_unmerge(self) -> Commit:
-        """Check that the layer is merged; the returned function brings the original back and cannot fail."""
+        """Check that the layer is merged. The returned function restores its weight, and cannot fail."""
         raise NotImplementedError
 
     def unloaded(self) -> Module:
-        """A plain frozen layer of the merged weight."""
+        """Return a plain frozen layer with the merged weight."""
         raise NotImplementedError
 
     def frozen(self) -> Module:
-        """A plain layer that shares the frozen weight.
+        """Return a plain layer that shares the frozen weight.
 
         Raises:
-            ValueError: the adapter took a part of the weight.
+            ValueError: init "pissa" or "olora" moved a part of the weight into the adapter.
         """
         raise NotImplementedError
 
@@ -600,25 +606,25 @@ class AdapterLayer(Module):
         raise NotImplementedError
 
     def restart_dropout(self, stream: np.random.SeedSequence) -> None:
-        """Restart the dropout stream; the factors stay."""
+        """Restart the dropout stream. The factors stay as they are."""
         self.dropout_stream = (int(np.random.default_rng(stream).integers(2**63)), 0)
 
     def reset(self, stream: np.random.SeedSequence) -> None:
-        """Draw the initial factors and the dropout stream from `stream`."""
+        """Draw the initial factors and restart dropout, both from the random numbers of `stream`."""
         raise NotImplementedError
 
 
 def layer_stream(seed: int, name: str) -> np.random.SeedSequence:
-    """The random stream of the layer with this dotted name."""
+    """Return the random stream of the layer with this dotted name."""
     return np.random.SeedSequence(seed, spawn_key=tuple(name.encode()))
 
 
 _CONTAINERS = (dict, list, tuple)
-_HOLDERS = (Module, *_CONTAINERS)  # what may hold modules; most attributes are something else
+_HOLDERS = (Module, *_CONTAINERS)  # types that can hold modules; most attributes have other types
 
 
 def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Module]]:
-    """The modules in nested containers. `around` holds the ids of the containers around this one."""
+    """Yield the modules in nested containers. `around` holds the ids of the enclosing containers."""
     if isinstance(value, Module):
         yield name, value
     elif isinstance(value, _CONTAINERS) and id(value) not in around:
@@ -627,7 +633,7 @@ def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Itera
 
 
 def _replace(value: Any, replaced: Mapping[int, Module], around: tuple[int, ...] = ()) -> Any:
-    """`value` with modules replaced: lists and dicts are changed in place, tuples with a change are new."""
+    """Return `value` with modules replaced. Lists and dicts change in place; a changed tuple is new."""
     if isinstance(value, Module):
         return replaced.get(id(value), value)
     if id(value) in around:
@@ -646,7 +652,7 @@ def _replace(value: Any, replaced: Mapping[int, Module], around: tuple[int, ...]
 
 
 def _copied(value: Any, made: dict[int, Module]) -> Any:
-    """`value` with copies of its modules. `made` holds the copies by the ids of the originals."""
+    """Return `value` with copies of its modules. `made` maps the id of a module to its copy."""
     if isinstance(value, Module):
         if id(value) not in made:
             made[id(value)] = new = copy.copy(value)

@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NormSaved(Saved):
-    """The values that a norm's backward pass needs: normalised rows (n, d), and factors (n, 1)."""
+    """The values that the backward pass needs: the normalised rows (n, d), and their factors (n, 1)."""
 
     lead: tuple[int, ...]
     normalised: Array | None = None
@@ -26,7 +26,7 @@ class NormSaved(Saved):
 
 
 class _Norm(Module):
-    """The base of the two norms: y = weight ∘ normalised(x) [+ bias]."""
+    """Base class of the two norms: y = weight ∘ normalised(x) [+ bias]."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class _Norm(Module):
         return [] if self.trainable else [a for a in (self.weight, self.bias) if a is not None]
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, NormSaved]:
-        """y with the shape of x (..., d), and the values that `backward` needs.
+        """Return y with the shape of x (..., d), and the values that `backward` needs.
 
             >>> import nplora, numpy as np
             >>> y, saved = nplora.RMSNorm(np.ones(2), eps=0).forward([3, 3])
@@ -76,7 +76,7 @@ class _Norm(Module):
         return y.reshape(*lead, len(self.weight)), saved
 
     def backward(self, dy: npt.ArrayLike, saved: NormSaved, need_dx: bool = True) -> Gradient:
-        """dx of the shape of x, or None if need_dx is False. If trainable, adds to dweight and dbias.
+        """Return dx, or None if need_dx is False. If the weights are trained, add to dweight and dbias.
 
             >>> import nplora, numpy as np
             >>> norm = nplora.RMSNorm(np.ones(2), eps=0, trainable=True)
@@ -87,12 +87,13 @@ class _Norm(Module):
         Raises:
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, width or
                 dtype.
-            TypeError: `saved` is from another kind of layer. RuntimeError: the forward pass ran as inference.
+            TypeError: `saved` is from another kind of layer.
+            RuntimeError: the forward pass ran in inference mode.
         """
         op, d = f"{type(self).__name__}.backward", len(self.weight)
         _check.saved(op, saved, NormSaved)
         if saved.normalised is None or saved.factor is None:
-            raise RuntimeError(f"{op}: this forward pass ran as inference and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
         n = math.prod(saved.lead)
         _check.kept(op, "normalised x", saved.normalised, (n, d), self.weight.dtype)
         rows = _check.shaped(op, "dy", dy, (*saved.lead, d), self.weight.dtype).reshape(n, d)
@@ -108,15 +109,15 @@ class _Norm(Module):
         return dx.reshape(*saved.lead, d)
 
     def _normalise(self, x: Array) -> tuple[Array, Array]:
-        """The normalised rows, and the factor (n, 1) of each row."""
+        """Return the normalised rows, and the factors (n, 1) that multiplied them."""
         raise NotImplementedError
 
     def _differentiate(self, dn: Array, normalised: Array, factor: Array) -> Array:
-        """dx, from the gradient dn of the normalised rows."""
+        """Return dx, given `dn`, the gradient of the normalised rows."""
         raise NotImplementedError
 
     def _factor(self, x: Array) -> Array:
-        """1 / sqrt(mean x² + eps) of each row."""
+        """Return 1 / sqrt(mean x² + eps) for each row of x."""
         return np.asarray(1 / np.sqrt(_mean(x * x) + x.dtype.type(self.eps)))
 
     def __repr__(self) -> str:
@@ -132,9 +133,9 @@ class LayerNorm(_Norm):
 
     Args:
         weight, bias: arrays (d,), which are copied; bias may be None.
-        eps: added to the variance. The variance is the sum of squares divided by d.
-        trainable: train weight and bias; their parameters have these names.
-        dtype: dtype of weight, bias and output: "float32" (also for None) or "float64".
+        eps: a constant that is added to the variance. The variance is the sum of squares divided by d.
+        trainable: whether weight and bias are trained, as the parameters "weight" and "bias".
+        dtype: the dtype of weight, bias and output: "float32" (also for None) or "float64".
     """
 
     def __init__(
@@ -186,5 +187,5 @@ class RMSNorm(_Norm):
 
 
 def _mean(x: Array) -> Array:
-    """The mean of each row, (n, 1). It is 0 for d = 0, which np.mean warns about."""
+    """Return the mean of each row, (n, 1). A row without elements has the mean 0, without a warning."""
     return np.asarray(x.sum(axis=-1, keepdims=True) / max(1, x.shape[-1]), dtype=x.dtype)

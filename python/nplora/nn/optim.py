@@ -1,4 +1,4 @@
-"""Optimisers that write the live parameters in place, the norm of a gradient, and learning-rate schedules."""
+"""Optimisers, which update parameters in place; the norm of the gradients; and learning-rate schedules."""
 
 import itertools
 import math
@@ -23,10 +23,10 @@ _name_of = operator.itemgetter(0)  # of a Parameter
 
 
 class Optimizer:
-    """The base of AdamW and SGD.
+    """Base class of AdamW and SGD.
 
-    Every step gets the parameters of the model. For each parameter, by name, the optimiser keeps up to two
-    state arrays.
+    The parameters of the model are passed to every step. For each parameter name, the optimiser keeps up to
+    two state arrays, its moments.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
@@ -38,12 +38,12 @@ class Optimizer:
 
     Attributes:
         lr: the base learning rate.
-        lr_ratio: factor of the learning rate of every parameter named "A" (LoRA+, Hayou et al. 2024, eq. 6;
-            this project's A is the paper's B).
+        lr_ratio: the learning rate of every parameter named "A" is multiplied by this ratio (LoRA+, Hayou et
+            al. 2024, eq. 6). This project's A is B in the paper.
         steps: the number of steps made.
     """
 
-    _moments: tuple[str, ...] = ()  # the names of the state arrays that each parameter has
+    _moments: tuple[str, ...] = ()  # the names of the state arrays of each parameter
 
     def __init__(self, lr: float, weight_decay: float, lr_ratio: float) -> None:
         op = type(self).__name__
@@ -54,11 +54,11 @@ class Optimizer:
         self.lr_ratio = _check.at_least(op, "lr_ratio", lr_ratio, 0)
         self.steps = 0
         self._state: dict[str, tuple[Array, ...]] | None = None  # {moment: an array for each parameter}
-        self._names: tuple[str, ...] = ()  # of those parameters
-        self._is_a = np.zeros(0, bool)  # which of them are named "A"
+        self._names: tuple[str, ...] = ()  # of the parameters, in the order of the arrays
+        self._is_a = np.zeros(0, bool)  # which of the parameters are named "A"
 
     def init(self, parameters: Iterable[Parameter]) -> None:
-        """Reset for these parameters: the state is zero, and no steps are made. A first step does this, too.
+        """Start with zero state and zero steps for these parameters. The first `step` does this if needed.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(4), rank=1)
@@ -68,7 +68,7 @@ class Optimizer:
             ['exp_avg.A', 'exp_avg.B', 'exp_avg_sq.A', 'exp_avg_sq.B', 'steps']
 
         Raises:
-            TypeError: parameters is not what `model.parameters()` returns.
+            TypeError: `parameters` is not a list as `model.parameters()` returns it.
             ValueError: a parameter is not C-contiguous, or its gradient has another shape or dtype.
         """
         parameters = _checked(f"{type(self).__name__}.init", parameters)
@@ -95,18 +95,19 @@ class Optimizer:
             2.0
 
         Args:
-            parameters: from `model.parameters()`; the same parameters at every step.
-            lr: the learning rate of this step; None: `self.lr`.
-            grad_scale: factor of the gradients, such as 1 / the number of accumulated batches.
-            max_norm: the largest Euclidean norm of all gradients together, after `grad_scale`. Larger
-                gradients are scaled down to it. None: no limit, and the norm is not computed.
+            parameters: the result of `model.parameters()`, with the same parameters at every step.
+            lr: the learning rate of this step, or None for `self.lr`.
+            grad_scale: the gradients are multiplied by this number, such as 1 / the number of accumulated
+                batches.
+            max_norm: the largest Euclidean norm of all gradients together, after `grad_scale`. If the norm is
+                larger, all gradients are scaled down. None means no limit, and no norm is computed.
         Returns:
-            the norm before clipping; None without a max_norm. If it is not finite, no step is made
-            and nothing is changed.
+            the norm before clipping, or None if `max_norm` is None. If the norm is not finite, no step is
+            made and nothing is changed.
         Raises:
             ValueError: the parameters are not the same as in the first step.
-            TypeError: parameters is not what `model.parameters()` returns.
-            RuntimeError: a parameter is read-only, as it is while its layer is merged.
+            TypeError: `parameters` is not a list as `model.parameters()` returns it.
+            RuntimeError: a parameter is read-only, such as the factors of a merged layer.
         """
         op = f"{type(self).__name__}.step"
         rate = self.lr if lr is None else _check.at_least(op, "lr", lr, 0)
@@ -132,23 +133,25 @@ class Optimizer:
     def _update(
         self, parameters: tuple[Parameter, ...], lr: float, grad_scale: float, max_norm: float | None
     ) -> float | None:
-        """One call of the core, which checks all arrays before it writes to the first."""
+        """Make a step in one call of the C++ core, which checks all arrays before it writes to any."""
         raise NotImplementedError
 
     def _keep(self, state: Mapping[str, Mapping[str, Array]], names: tuple[str, ...]) -> None:
-        """Keep this state, in the order of these parameters."""
+        """Store the arrays of `state` in the order of the parameter names `names`."""
         self._state = {moment: tuple(held[name] for name in names) for moment, held in state.items()}
         self._names, self._is_a = names, np.array([_is_a(name) for name in names], bool)
 
     def _by_name(self) -> dict[str, dict[str, Array]]:
-        """The state as {moment: {parameter: array}}."""
+        """Return the state as {moment: {parameter name: array}}."""
         state = self._state or {}
         return {moment: dict(zip(self._names, arrays, strict=True)) for moment, arrays in state.items()}
 
     # ---- state ----
 
     def state_dict(self, copy: bool = True) -> dict[str, Array]:
-        """The state: "steps", and "<moment>.<parameter name>" for every array. copy=False: live arrays.
+        """Return the state: "steps", and every array as "<moment>.<parameter name>".
+
+        With copy=False, the arrays are the optimiser's own, which the next step changes.
 
         >>> import nplora, numpy as np
         >>> layer, optimizer = nplora.LoRALinear(np.eye(4), rank=1), nplora.AdamW()
@@ -164,14 +167,15 @@ class Optimizer:
         return arrays
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Continue from the result of `state_dict`, which has an example.
+        """Continue from a result of `state_dict`, whose docstring has an example.
 
-        If `init` was called before, the state must fit its parameters, and is copied into the existing
-        arrays. Otherwise the first step checks it. Live arrays, from `state_dict(copy=False)`, must keep
-        their names.
+        After `init` or a step, the state must fit the same parameters, and is copied into the existing
+        arrays. For a new optimiser, the first step checks whether the state fits. If the arrays are the
+        optimiser's own, from `state_dict(copy=False)`, each must keep its name.
 
         Raises:
-            ValueError: an array is missing, unknown, or has another shape or dtype. All of them are listed.
+            ValueError: an array is missing, unknown, or has another shape or dtype. The message lists all
+                such arrays.
         """
         op = f"{type(self).__name__}.load_state_dict"
         loaded, _ = self._by_moment(state)
@@ -189,12 +193,12 @@ class Optimizer:
         self.steps = steps
 
     def differences(self, state: Mapping[str, Array], parameters: Sequence[Parameter]) -> list[str]:
-        """One sentence for each reason why `load_state_dict` refuses a state after `init(parameters)`."""
+        """List the reasons why `load_state_dict` would refuse this state after `init(parameters)`."""
         values = {p.name: p.value for p in parameters}
         return self._misfits(state, dict.fromkeys(self._moments, values))
 
     def _misfits(self, state: Mapping[str, Array], wanted: Mapping[str, Mapping[str, Array]]) -> list[str]:
-        """One sentence for each difference of a state from {moment: {parameter: an array like it}}."""
+        """List how a state differs from `wanted` in the names, shapes and dtypes of its arrays."""
         loaded, unknown = self._by_moment(state)
         problems = [f"unknown entry {key!r}" for key in unknown]
         if "steps" not in state:
@@ -202,13 +206,15 @@ class Optimizer:
         else:
             steps = np.asarray(state["steps"])
             if steps.shape or steps.dtype.kind not in "iu" or steps < 0:
-                problems.append(f"steps is {np.array2string(steps, threshold=5)}, expected a count")
+                problems.append(
+                    f"steps is {np.array2string(steps, threshold=5)}, expected an integer of at least 0"
+                )
         for moment, held in wanted.items():
             problems += _differences(moment, loaded[moment], held)
         return problems
 
     def _by_moment(self, state: Mapping[str, Array]) -> tuple[dict[str, dict[str, Array]], list[str]]:
-        """The arrays of a state as {moment: {parameter: array}}, and the keys that belong to no array."""
+        """Return the arrays of a state as {moment: {parameter name: array}}, and its unknown keys."""
         loaded: dict[str, dict[str, Array]] = {moment: {} for moment in self._moments}
         unknown = []
         for key, array in state.items():
@@ -231,7 +237,8 @@ class Optimizer:
         problems = [p for moment, held in self._by_name().items() for p in _differences(moment, held, values)]
         if problems:
             raise ValueError(
-                f"{op}: these are not the parameters of the state ({'; '.join(problems)}); init() resets it"
+                f"{op}: the parameters do not fit the optimiser's state ({'; '.join(problems)}); "
+                "init() resets the state"
             )
 
     def __repr__(self) -> str:
@@ -257,6 +264,8 @@ class AdamW(Optimizer):
 
     m = β₁ m + (1 - β₁) g;  v = β₂ v + (1 - β₂) g²;  p = p (1 - lr λ) - lr m̂ / (√v̂ + eps)
 
+    Here p is a parameter and g its gradient. After t steps, m̂ = m / (1 - β₁ᵗ) and v̂ = v / (1 - β₂ᵗ).
+
         >>> import nplora
         >>> nplora.AdamW(lr=2e-4)
         AdamW(lr=0.0002, weight_decay=0.01, lr_ratio=1.0, betas=(0.9, 0.999), eps=1e-08, steps=0)
@@ -264,9 +273,9 @@ class AdamW(Optimizer):
     Args:
         lr: learning rate.
         betas: β₁ and β₂, each in [0, 1).
-        eps: at least 0.
+        eps: added to √v̂; at least 0.
         weight_decay: λ, at least 0.
-        lr_ratio: factor of the learning rate of every A (LoRA+).
+        lr_ratio: the learning rate of every A is multiplied by this ratio (LoRA+).
     """
 
     _moments = ("exp_avg", "exp_avg_sq")
@@ -315,9 +324,11 @@ class AdamW(Optimizer):
 
 
 class SGD(Optimizer):
-    """Stochastic gradient descent, as torch computes it.
+    """Stochastic gradient descent with torch's formulas.
 
-    g += λ p;  buf = momentum · buf + g;  p -= lr · (g + momentum · buf with nesterov, else buf)
+    g += λ p;  buf = momentum · buf + g;  p -= lr · buf, or with Nesterov p -= lr · (g + momentum · buf)
+
+    Here p is a parameter and g its gradient.
 
         >>> import nplora
         >>> nplora.SGD(lr=0.1, momentum=0.9)
@@ -325,10 +336,10 @@ class SGD(Optimizer):
 
     Args:
         lr: learning rate.
-        momentum: in [0, 1); with 0 no state is kept.
+        momentum: at least 0 and below 1. With 0, the optimiser keeps no state arrays.
         weight_decay: λ, at least 0.
-        nesterov: use Nesterov's momentum; needs momentum above 0.
-        lr_ratio: factor of the learning rate of every A (LoRA+).
+        nesterov: use Nesterov's momentum, which needs `momentum` above 0.
+        lr_ratio: the learning rate of every A is multiplied by this ratio (LoRA+).
     """
 
     @_check.keywords
@@ -367,10 +378,10 @@ class SGD(Optimizer):
 
 
 def require(op: str, optimizer: object) -> None:
-    """Refuse an optimiser that is not one of nplora's.
+    """Raise TypeError if `optimizer` is not an optimiser of nplora.
 
     Raises:
-        TypeError: optimizer is another object, such as an optimiser of torch.
+        TypeError: `optimizer` is another object, such as an optimiser of torch.
     """
     if not isinstance(optimizer, Optimizer):
         got = _check.kind(optimizer)
@@ -378,7 +389,7 @@ def require(op: str, optimizer: object) -> None:
 
 
 def global_norm(parameters: Iterable[Parameter]) -> float:
-    """The Euclidean norm of all gradients together, summed in float64.
+    """Return the Euclidean norm of all gradients together, summed in float64.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(4), rank=1)
@@ -387,16 +398,17 @@ def global_norm(parameters: Iterable[Parameter]) -> float:
         2.0
 
     Raises:
-        TypeError: parameters is not what `model.parameters()` returns.
+        TypeError: `parameters` is not a list as `model.parameters()` returns it.
     """
     return math.sqrt(_core.sum_of_squares(tuple(p[2] for p in _checked("global_norm", parameters))))
 
 
 def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
-    """The factor of the base learning rate at a step.
+    """Return the factor that multiplies the base learning rate at a step.
 
-    During the warm-up the factor rises in equal steps to 1, which it reaches at step `warmup`. Then it stays
-    there ("constant"), or falls along a line ("linear") or half a cosine ("cosine") to 0 at step `total`.
+    During the warm-up the factor rises in equal steps to 1, which it reaches at step `warmup`. After the
+    warm-up, the factor stays 1 ("constant"), or falls to 0 at step `total`, along a line ("linear") or half a
+    cosine wave ("cosine").
 
         >>> import nplora
         >>> [nplora.optim.schedule("linear", step, total=5, warmup=1) for step in range(5)]
@@ -404,7 +416,7 @@ def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
 
     Args:
         name: "constant", "linear" or "cosine".
-        step: counts from 0.
+        step: the number of the step, counted from 0.
         total: the number of steps of the run.
         warmup: the number of warm-up steps.
     Raises:
@@ -420,7 +432,10 @@ def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
 
 
 def _zeros(like: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
-    """Zeros for each of these arrays, in one block of memory; an earlier state may have left that block."""
+    """Return zeros in the shapes and dtypes of these arrays, in one block of memory.
+
+    The block can be the memory that an earlier state has released.
+    """
     sizes = [-(-array.nbytes // _LINE) * _LINE for held in like.values() for array in held.values()]
     block = buffers.empty((sum(sizes),), np.uint8)
     block.fill(0)
@@ -435,7 +450,7 @@ def _zeros(like: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array
 
 
 def _checked(op: str, parameters: Any) -> tuple[Parameter, ...]:
-    """The parameters as a tuple; a TypeError names an item that is not a parameter."""
+    """Return the parameters as a tuple. Raise TypeError if an item is not a parameter."""
     wanted = "expected what model.parameters() returns, a list of Parameter"
     if isinstance(parameters, str | bytes) or not np.iterable(parameters):
         raise TypeError(f"{op}: parameters is {_check.kind(parameters)}, {wanted}")
@@ -449,7 +464,7 @@ def _checked(op: str, parameters: Any) -> tuple[Parameter, ...]:
 
 
 def _check_scalar(op: str, name: str, value: object) -> None:
-    """Refuse a collection, such as `model.parameters()`, without printing all of it."""
+    """Raise TypeError for a collection, such as `model.parameters()`, without printing its items."""
     if isinstance(value, Sized | Iterator) and not isinstance(value, str):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a number")
 
@@ -459,7 +474,7 @@ def _is_a(name: str) -> bool:
 
 
 def _differences(moment: str, found: Mapping[str, Array], wanted: Mapping[str, Array]) -> list[str]:
-    """One sentence for every array that is missing, unknown, or of another shape or dtype."""
+    """Return a sentence for every array that is missing, unknown, or of another shape or dtype."""
     problems = [f"{moment}.{name} is missing" for name in wanted if name not in found]
     problems += [f"{moment}.{name} is unknown" for name in found if name not in wanted]
     for name in wanted.keys() & found.keys():

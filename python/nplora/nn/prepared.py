@@ -1,4 +1,4 @@
-"""The core's inference layer of a layer, kept from one token to the next."""
+"""Prepared: builds and keeps the object with which the C++ core runs a layer in inference."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from nplora import _core
 
 
 class Prepared:
-    """Keeps the argument for `_core.infer`, until the layer changes."""
+    """Keeps a layer's argument for `_core.infer` until the layer changes."""
 
     _prepared: tuple[tuple[Hashable, ...], _core.InferenceLayer | None] | None = None
 
     def inference_layer(self) -> _core.InferenceLayer | None:
-        """The argument for `_core.infer`, which reads the arrays when it runs. None: use `forward`."""
+        """Return the layer's argument for `_core.infer`, or None if only `forward` can compute the layer.
+
+        The argument refers to the layer's arrays, so it stays valid when values in the arrays change.
+        """
         kept, state = self._prepared, self._inference_state()
         if kept is not None and kept[0] == state:
             return kept[1]
@@ -24,15 +27,15 @@ class Prepared:
         return made
 
     def forget_prepared(self) -> None:
-        """Release the arrays that it holds."""
+        """Release the kept argument and the arrays to which it refers."""
         vars(self).pop("_prepared", None)
 
     def _inference_state(self) -> tuple[Hashable, ...]:
-        """The parts of the layer that `_inference_layer` reads, to see whether they have changed.
+        """Return the values on which the kept argument depends. If one changes, a new argument is built.
 
-        Arrays compare by element, so their id is used. The core's layer keeps the arrays, so no other array
-        can get the same id. It keeps only the packed part of a FrozenWeight, so a FrozenWeight is compared as
-        an object, not by id.
+        Arrays are represented by their ids, because == would compare their elements. The kept argument refers
+        to the arrays, so no other array can get the same id. It refers only to the packed part of a
+        FrozenWeight, however, so the FrozenWeight itself is compared, not its id.
         """
         raise NotImplementedError
 
@@ -40,5 +43,5 @@ class Prepared:
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for copies and pickles, without the prepared objects: a copy makes its own."""
+        """Return the state for copies and pickles. The kept argument is left out: a copy builds its own."""
         return {name: value for name, value in vars(self).items() if name != "_prepared"}

@@ -1,11 +1,13 @@
 """Initial factors from the principal part of a weight: PiSSA (Meng et al. 2024), OLoRA (Büyükakyüz 2024).
 
-Both factor a part of W and freeze the rest: W = W_rest + scale · A·B. As in PEFT,
+Both methods factor a part of the weight W and freeze the rest: W = W_rest + scale · A·B. The factors are the
+same as in PEFT. U S Vᵀ is the singular value decomposition of W, cut to rank r:
 
-    pissa   scale · A·B is the best approximation of W of rank r:  A = U √(S / scale),  B = √(S / scale) Vᵀ
-    olora   A = Q[:, :r],  B = R[:r]  with  W = Q R
+    - pissa: A = U √(S / scale),  B = √(S / scale) Vᵀ.
+    - olora: A = Q[:, :r],  B = R[:r]  with the QR decomposition W = Q R.
 
-Only products with the weight are computed, in float32 for every storage. It is never a dense matrix.
+The methods only multiply by the weight, in float32 (float64 for a float64 weight). They never decode the
+whole weight to a dense matrix.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ Array = npt.NDArray[Any]
 
 PRINCIPAL_INITS = ("pissa", "olora")
 
-_OVERSAMPLING = 16  # directions beyond the rank; they take up the tail, so the others converge faster
+_OVERSAMPLING = 16  # directions beyond the rank, with which the others converge faster
 _MOST_ITERATIONS = 60
-_SETTLED = 1e-7  # the relative change by one iteration that ends the search; float32's rounding
+_SETTLED = 1e-7  # a smaller relative change ends the search; about float32's rounding
 
 
 def principal_factors(init: str, weight: FrozenWeight, rank: int, scale: float) -> tuple[Array, Array]:
-    """A (d_out, r) and B (r, d_in) for this `init`, in the dtype that the weight computes in.
+    """Return A (d_out, r) and B (r, d_in) for this `init`, in the dtype that the weight computes in.
 
-    They depend on the weight alone, because the search begins with the same random directions every time.
+    The same arguments always give the same factors, because the search starts from fixed random directions.
 
     Raises:
         ValueError: the weight holds NaN or an infinity, or values whose products overflow.
@@ -53,17 +55,18 @@ def _pissa(weight: FrozenWeight, rank: int, scale: float) -> tuple[Array, Array]
 
 
 def _olora(weight: FrozenWeight, rank: int) -> tuple[Array, Array]:
-    """Q[:, :r] spans the first r columns of W, so only these are decomposed; R[:r] = Q[:, :r]ᵀ W."""
+    """In W = Q R, Q[:, :r] depends only on the first r columns of W, and R[:r] is Q[:, :r]ᵀ W."""
     first = np.eye(rank, weight.shape[1], dtype=weight.compute_dtype)
     q = np.linalg.qr(weight.matmul_unrounded(first).T)[0]
     return np.ascontiguousarray(q), weight.matmul_t_unrounded(q.T)
 
 
 def randomized_svd(weight: FrozenWeight, rank: int) -> tuple[Array, Array, Array]:
-    """The `rank` largest singular values S with U (d_out, rank) and Vᵀ (rank, d_in), float64.
+    """Return U (d_out, rank), the `rank` largest singular values S, and Vᵀ (rank, d_in), in float64.
 
-    Subspace iteration from a random start, orthonormal after every product (Halko, Martinsson and Tropp 2011,
-    algorithms 4.4 and 5.1), until the singular values settle.
+    The method is subspace iteration from a random start (Halko, Martinsson and Tropp 2011, algorithms 4.4 and
+    5.1). The basis is made orthonormal after every product. The iteration ends when the singular values have
+    converged.
     """
     d_out, d_in = weight.shape
     width = min(rank + _OVERSAMPLING, d_out, d_in)
@@ -81,5 +84,5 @@ def randomized_svd(weight: FrozenWeight, rank: int) -> tuple[Array, Array, Array
 
 
 def _orthonormal(rows: Array) -> Array:
-    """An orthonormal basis of the rows' span, as rows."""
+    """Return an orthonormal basis, as rows, of the space that `rows` spans."""
     return np.linalg.qr(rows.T.astype(np.float64))[0].T

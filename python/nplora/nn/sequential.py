@@ -23,7 +23,7 @@ class SequentialSaved(Saved):
 
 
 class Sequential(Module):
-    """Apply modules in order. Their names are "0", "1", ...
+    """Apply modules in order. The modules are named "0", "1", ...
 
         >>> import nplora, numpy as np
         >>> W1, W2 = np.ones((32, 16)), np.ones((3, 32))
@@ -37,7 +37,7 @@ class Sequential(Module):
         ((5, 3), 4)
 
     Args:
-        modules: any number of modules. The same module may come twice; its parameters are then shared.
+        modules: any number of modules. A module may be given twice; both places then share its parameters.
     Raises:
         TypeError: an argument is not a Module.
     """
@@ -53,7 +53,7 @@ class Sequential(Module):
             yield str(i), module
 
     def forward(self, x: Any) -> tuple[Array, SequentialSaved]:
-        """The output of the last module, and the values that `backward` needs.
+        """Return the output of the last module, and the values that `backward` needs.
 
             >>> import nplora, numpy as np
             >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(2), rank=1), nplora.ReLU())
@@ -62,7 +62,7 @@ class Sequential(Module):
             array([0., 2.], dtype=float32)
 
         Raises:
-            ValueError: a module raised it. The message begins with the module's dotted name.
+            ValueError: a module raised ValueError. The message begins with the module's dotted name.
         """
         items: list[Any] = []
         try:
@@ -75,7 +75,7 @@ class Sequential(Module):
         return np.asarray(x), SequentialSaved(tuple(items))
 
     def backward(self, dy: Array, saved: SequentialSaved, need_dx: bool = True) -> Gradient:
-        """dx, or None if need_dx is False or the first module's input has no gradient.
+        """Return dx, or None if need_dx is False or the first module's input has no gradient.
 
             >>> import nplora, numpy as np
             >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(2), rank=1), nplora.ReLU())
@@ -116,5 +116,5 @@ class Sequential(Module):
     @overload
     def __getitem__(self, index: slice) -> Sequential: ...
     def __getitem__(self, index: int | slice) -> Module | Sequential:
-        """One module, or a Sequential of the same modules for a slice."""
+        """Return one module, or, for a slice, a Sequential that shares its modules."""
         return Sequential(*self.modules[index]) if isinstance(index, slice) else self.modules[index]

@@ -1,4 +1,4 @@
-"""Layers that share one input, computed in one call: q, k and v, or gate and up."""
+"""Computes layers that share one input in one call, such as q, k and v, or gate and up."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ class StackSaved(Saved):
     items: tuple[Any, ...]
 
     def with_x(self, x: Array | None) -> StackSaved:
-        """The same saved values with another x: None to release x, then the recomputed x."""
+        """Return the same saved values with another x, or with None, which releases x."""
         return StackSaved(tuple(dataclasses.replace(item, x=x) for item in self.items))
 
 
 def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[Array], StackSaved]:
-    """The outputs of several layers for the same x. This is faster than one call each: x is packed only once.
+    """Return the outputs of several layers for the same x.
 
-    Each result equals the result of the layer's own `forward`, up to rounding.
+    One call for several layers is faster than one call for each, because x is packed only once.
+    Each output equals the output of the layer's own `forward`, up to rounding.
 
         >>> import nplora, numpy as np
         >>> q, k, v = (nplora.LoRALinear(np.ones((n, 16)), rank=2) for n in (16, 8, 8))
         >>> ys, saved = nplora.stack_forward([q, k, v], np.ones((5, 16)))
         >>> [y.shape for y in ys]
         [(5, 16), (5, 8), (5, 8)]
-        >>> nplora.stack_backward([q, k, v], ys, saved).shape     # the dys of real use come from a loss
+        >>> nplora.stack_backward([q, k, v], ys, saved).shape     # in real use, dys come from a loss
         (5, 16)
 
     Args:
@@ -50,7 +51,7 @@ def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[A
     Returns:
         the arrays (..., d_out) in the order of the layers, and the values that `stack_backward` needs.
     Raises:
-        ValueError: there is no layer, the layers do not fit each other, or the last axis of x is not d_in.
+        ValueError: `layers` is empty, d_in or the arithmetic differs, or the last axis of x is not d_in.
         TypeError: a layer is neither a LoRALinear nor a Linear.
     """
     op = "stack_forward"
@@ -63,11 +64,13 @@ def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[A
 
 
 def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
-    """The outputs (n, d_out) of `stack_forward`, for inference only. Decoding calls this for each token.
+    """Return the outputs (n, d_out) of `stack_forward`, for inference only.
+
+    Decoding calls this function for each token.
 
     Args:
         layers: one or more LoRALinear or Linear with the same d_in and arithmetic.
-        x: array (n, d_in), contiguous, of the layers' dtype: the core refuses other arrays.
+        x: contiguous array (n, d_in) in the layers' dtype; the core refuses other arrays.
     """
     parts = [part for layer in layers if (part := layer.inference_layer()) is not None]
     if len(parts) == len(layers):
@@ -79,7 +82,7 @@ def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
 def stack_backward(
     layers: Sequence[Stackable], dys: Sequence[npt.ArrayLike], saved: StackSaved, need_dx: bool = True
 ) -> Gradient:
-    """Add to each layer's gradients; return the sum of their dx (..., d_in), or None if need_dx is False.
+    """Add to each layer's gradients; return the sum of all dx (..., d_in), or None if need_dx is False.
 
         >>> import nplora, numpy as np
         >>> gate, up = (nplora.LoRALinear(np.ones((8, 4)), rank=2) for _ in range(2))
@@ -90,11 +93,11 @@ def stack_backward(
 
     Args:
         layers: the layers of the forward pass.
-        dys: the gradients (..., d_out) in their order.
+        dys: the gradients dy (..., d_out) of the layers' outputs, in the order of `layers`.
     Raises:
-        ValueError: a dy does not have the shape of its y, the numbers of dys and layers differ, or saved is
+        ValueError: a dy does not have the shape of its y, the numbers of dys and layers differ, or `saved` is
             from a pass of other layers.
-        TypeError, RuntimeError: as `LoRALinear.backward`.
+        TypeError, RuntimeError: as in `LoRALinear.backward`.
     """
     op = "stack_backward"
     d_in, dtype = _common(op, layers)
@@ -107,7 +110,7 @@ def stack_backward(
         for i, (layer, dy, item) in enumerate(zip(layers, dys, items, strict=True))
     ]
     if any(item.lead != items[0].lead for item in items):
-        raise ValueError(f"{op}: saved is from passes of batches of different shapes")
+        raise ValueError(f"{op}: saved is from passes over batches of different shapes")
     for i, (layer, item) in enumerate(zip(layers, items, strict=True)):
         _check.own(f"{op}: layer {i}", item, layer)
     parts = [layer.backward_part(du, item) for layer, du, item in zip(layers, rows, items, strict=True)]
@@ -118,7 +121,7 @@ def stack_backward(
 
 
 def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
-    """The d_in and the dtype of x that all layers share."""
+    """Check that the layers fit each other, and return their d_in and the dtype of x."""
     if not isinstance(layers, Sequence):
         raise TypeError(
             f"{op}: layers is of type {type(layers).__name__}, expected a list of LoRALinear or Linear"
@@ -138,7 +141,7 @@ def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
 
 
 def _kind(weight: FrozenWeight | Array) -> tuple[int, str, np.dtype[Any]]:
-    """A weight's d_in, the arithmetic of its products, and the dtype of x."""
+    """Return a weight's d_in, the arithmetic of its products, and the dtype of x."""
     if isinstance(weight, FrozenWeight):
         return weight.shape[1], weight.packed.compute, weight.compute_dtype
     return weight.shape[1], "float", weight.dtype

@@ -1,4 +1,4 @@
-"""The process that nplora runs in: its threads, the machine, mapped files, and standard error."""
+"""Support for the running process: threads, machine information, mapped files, and standard error."""
 
 from nplora.runtime.threads import get_num_threads, release_memory, set_num_threads, show_config
 

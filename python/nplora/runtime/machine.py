@@ -1,4 +1,4 @@
-"""The machine that a program runs on, in the words of a bug report or a log."""
+"""Describes the machine, for bug reports and logs."""
 
 import functools
 import platform
@@ -7,7 +7,7 @@ from pathlib import Path
 from nplora import _core
 
 _CPU_INFO = Path("/proc/cpuinfo")
-_KEYS = ("model name", "Model", "Hardware")  # the first is x86-64's; some ARM boards have one of the others
+_KEYS = ("model name", "Model", "Hardware")  # x86-64 has the first; some ARM boards have one of the others
 
 
 def machine() -> dict[str, str | int]:
@@ -17,7 +17,7 @@ def machine() -> dict[str, str | int]:
 
 @functools.cache
 def cpu_name() -> str:
-    """The name of the processor, such as "AMD EPYC 9B45"; the architecture if the system does not name it."""
+    """The processor's name, such as "AMD EPYC 9B45", or its architecture if the system gives no name."""
     try:
         lines = _CPU_INFO.read_text(errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Mapped files, as the compiled core knows them: it explains the SIGBUS of a file that was cut short."""
+"""Registers mapped files with the compiled core, which explains a SIGBUS after such a file was truncated."""
 
 import mmap
 import os
@@ -14,9 +14,9 @@ _LONGEST_NAME = 800
 
 
 def watch(mapping: mmap.mmap, name: str) -> None:
-    """Have a SIGBUS in this mapping print the file's name on stderr and end the process with status 135.
+    """Make a SIGBUS in `mapping` print the file's name on stderr and end the process with status 135.
 
-    If another handler of SIGBUS was set before the first mapping, such as faulthandler's, it is called too.
+    A SIGBUS handler that was set before the first mapping, such as faulthandler's, is called too.
     """
     shown = name if name.isprintable() else repr(name)[1:-1]
     message = b"nplora: error: " + os.fsencode(shown)[-_LONGEST_NAME:] + _REASON

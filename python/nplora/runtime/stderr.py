@@ -1,4 +1,4 @@
-"""Standard error for progress and warnings. If a write fails, the text is dropped and training goes on."""
+"""Standard error for progress and warnings. If a write fails, the text is lost and training continues."""
 
 import contextlib
 import sys
@@ -6,10 +6,10 @@ from typing import Any
 
 
 class _Stderr:
-    """A text stream that writes to the current `sys.stderr`. If a write fails, it drops the text silently.
+    """A text stream that writes to the current `sys.stderr`, and ignores a write that fails.
 
-    The reader may have gone away (BrokenPipeError), the terminal may be closed (EIO), the disk may be full,
-    or there may be no stderr at all (None). None of this may end a training run.
+    A write fails if the process at the other end of a pipe ended (BrokenPipeError), the terminal was closed
+    (EIO), the disk is full, or `sys.stderr` is None. Such a failure must not end a training run.
     """
 
     def write(self, text: str) -> int:
@@ -23,16 +23,16 @@ class _Stderr:
             sys.stderr.flush()
 
     def isatty(self) -> bool:
-        """Whether it is a terminal; False if it is closed."""
+        """Whether stderr is an open terminal."""
         try:
             return sys.stderr.isatty()
         except (OSError, ValueError, AttributeError):
             return False
 
     def is_watched(self) -> bool:
-        """Whether someone sees it while the program runs: in a terminal, or below a notebook's cell.
+        """Whether stderr is shown while the program runs, in a terminal or below a notebook's cell.
 
-        Both redraw a line after a carriage return.
+        Terminals and notebooks both redraw a line after a carriage return.
         """
         return self.isatty() or (sys.stderr is not None and in_notebook())
 
@@ -41,7 +41,7 @@ class _Stderr:
 
 
 def in_notebook() -> bool:
-    """Whether this process is the kernel of a Jupyter notebook, Colab included."""
+    """Whether this process is the kernel of a Jupyter or Colab notebook."""
     get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
     shell = get_shell() if get_shell is not None else None
     return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__)

@@ -1,4 +1,4 @@
-"""Threads, and the versions and settings that a bug report needs."""
+"""Sets the number of threads, releases idle memory, and prints the configuration for a bug report."""
 
 import platform
 import sys
@@ -12,9 +12,9 @@ _INT_MAX = 2**31 - 1  # the core counts threads in an int
 
 
 def set_num_threads(n: int) -> None:
-    """Use at most n threads. The results are the same, to the bit, with any number of threads.
+    """Use at most `n` threads. Results are bit-identical for any number of threads.
 
-    OMP_NUM_THREADS and threadpoolctl limit the number too; the smallest of the limits applies.
+    OMP_NUM_THREADS and threadpoolctl limit the number of threads too. The smallest limit applies.
 
         >>> import nplora
         >>> before = nplora.get_num_threads()
@@ -24,7 +24,7 @@ def set_num_threads(n: int) -> None:
         >>> nplora.set_num_threads(before)
 
     Raises:
-        TypeError: n is not an integer. ValueError: n is below 1 or above 2**31 - 1.
+        TypeError: `n` is not an integer. ValueError: `n` is below 1 or above 2**31 - 1.
     """
     _core.set_num_threads(_check.integer("set_num_threads", "n", n, least=1, most=_INT_MAX))
 
@@ -40,10 +40,10 @@ def get_num_threads() -> int:
 
 
 def release_memory() -> None:
-    """Return memory to the system that earlier results have left for later ones.
+    """Return idle memory to the system.
 
-    Large results reuse such memory. Without this call, idle memory and memory in use together never exceed
-    the largest amount that was in use at one time.
+    When a large result is freed, nplora keeps its memory for later results. Even without this call, idle
+    memory and memory in use together never exceed the largest amount that was in use at one time.
 
         >>> import nplora
         >>> nplora.release_memory()
@@ -78,7 +78,7 @@ def show_config() -> None:
 
 
 def _thread_pools() -> list[str]:
-    """The thread pools in this process, if threadpoolctl is installed."""
+    """Describe the thread pools of this process; an empty list if threadpoolctl is not installed."""
     try:
         from threadpoolctl import threadpool_info
     except ImportError:

@@ -1,4 +1,7 @@
-"""Converts text to tokens and back, and chats to text, as a given model does. Needs the extra "llm"."""
+"""Converts text to tokens and back, and chats to text, as the model's own tokenizer does.
+
+This package needs the extra "llm": pip install "nplora[llm]".
+"""
 
 from nplora.tokenizer.directory import from_directory
 from nplora.tokenizer.gguf_vocabulary import from_gguf

@@ -1,8 +1,8 @@
 """Checks whether a tokenizer.json is a byte-level BPE that GGUF metadata can describe.
 
-GGUF has a name for the rule that splits text (`pre`) and two switches for BOS and EOS. It cannot express the
-other settings of a tokenizer.json. So each of these settings must have the value that `gguf_vocabulary`
-assumes, otherwise the GGUF file would describe another tokenizer.
+GGUF metadata name the rule that splits text (`pre`), and state whether BOS and EOS are added. GGUF cannot
+express the other settings of a tokenizer.json. So each other setting must have the value that
+`gguf_vocabulary` assumes. Otherwise the GGUF file would describe a different tokenizer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SEVERAL = {  # the key of the steps in a Sequence
 
 
 def require_known(fields: dict[str, Any], source: str) -> str:
-    """Check that GGUF can describe the tokenizer. Returns llama.cpp's name of the rule that splits text.
+    """Check that GGUF can describe the tokenizer, and return the name of its rule that splits text (`pre`).
 
     Raises:
         UnsupportedError: a setting has a value that GGUF cannot express, or that nplora does not know.
@@ -53,7 +53,12 @@ def require_known(fields: dict[str, Any], source: str) -> str:
 
 
 def require_plain_token(token: dict[str, Any], pre: str, source: str) -> None:
-    """Refuse an added token that includes spaces or is matched in normalised text. Raises as above."""
+    """Check that GGUF can describe how an added token is found in text.
+
+    Raises:
+        UnsupportedError: the token includes the spaces around it, must be a whole word, or is searched for in
+            normalised text.
+    """
     switches = ("single_word", "lstrip", "rstrip", *(["normalized"] if pre == "qwen2" else []))
     for name in switches:
         if token.get(name):
@@ -61,7 +66,11 @@ def require_plain_token(token: dict[str, Any], pre: str, source: str) -> None:
 
 
 def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
-    """The tokens that are added before a text and after it. Raises UnsupportedError."""
+    """The ids of the tokens that are added before a text, and of those that are added after it.
+
+    Raises:
+        UnsupportedError: the post-processor does something else.
+    """
     whole = "post_processor"
     templates = [step for step in steps(fields, whole) if step.get("type") != "ByteLevel"]
     if not templates:
@@ -83,7 +92,7 @@ def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
 
 
 def steps(fields: dict[str, Any], part: str) -> list[dict[str, Any]]:
-    """The steps of a part, in order; empty if the part is null."""
+    """The steps of a part such as "normalizer", in order; empty if the part is null."""
     value = fields.get(part)
     if value is None:
         return []

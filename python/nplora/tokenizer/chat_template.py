@@ -1,8 +1,8 @@
-"""Chat templates: Jinja code from a model's file, which is untrusted, rendered within limits.
+"""Renders chat templates, which are untrusted Jinja code from a model's files.
 
-jinja2's sandbox keeps a template away from Python's internals. It does not stop a template that runs for
-ever, fills the memory or nests until Python crashes. So templates are rendered in a separate process, whose
-time and memory the operating system limits.
+jinja2's sandbox prevents access to Python's internals. The sandbox does not stop a template that runs for
+ever, fills the memory, or nests so deeply that Python crashes. So templates are rendered in a separate
+process, whose time and memory the operating system limits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ENDS: dict[int, str] = {
     signal.SIGVTALRM: "takes more than {compiling} s of CPU time to compile",
     signal.SIGPROF: "takes more than {rendering:.1f} s of CPU time",
     signal.SIGKILL: "takes too much memory",
-    signal.SIGSEGV: "nests too deep",
+    signal.SIGSEGV: "is nested too deeply",
 }
 _ERRORS = {"unsafe": UnsafeError, "format": FormatError, "value": ValueError}
 
@@ -38,7 +38,7 @@ class ChatTemplate:
 
     Args:
         text: the template's Jinja code.
-        source: the name of its file, for messages.
+        source: the name of the template's file, for messages.
     """
 
     def __init__(self, text: str, source: str) -> None:
@@ -54,15 +54,15 @@ class ChatTemplate:
         """Render a chat as text.
 
         Args:
-            messages: made of strings, numbers, lists and dictionaries.
-            add_generation_prompt: end with the start of the assistant's next turn.
-            now: the time that the template sees; None means the current time.
+            messages: dictionaries that consist of strings, numbers, lists and dictionaries.
+            add_generation_prompt: end the text with the start of the assistant's next turn.
+            now: the time that the template gets if it asks; None means the current time.
             variables: other variables of the template, such as bos_token.
         Raises:
             FormatError: the template is not valid Jinja.
             LimitError: the template is too long.
-            UnsafeError: the template reaches for Python's internals, or takes too much time or memory.
-            ValueError: the template refuses the messages, or they lack something that it needs.
+            UnsafeError: the template tries to access Python's internals, or takes too much time or memory.
+            ValueError: the template refuses the messages, or does not find something that it needs in them.
             ModuleNotFoundError: the package `jinja2` is not installed.
             OSError: the rendering process cannot be started.
             RuntimeError: the rendering process fails.
@@ -108,12 +108,12 @@ def plain(value: Any, change: Callable[[str], str] = str) -> Any:
 
     Raises:
         TypeError: the value holds an object that JSON cannot represent.
-        ValueError: it nests too deep.
+        ValueError: the value is nested too deeply.
     """
     try:
         return _plain(value, change)
     except RecursionError:
-        raise ValueError("a message of a chat nests too deep") from None
+        raise ValueError("a message of a chat is nested too deeply") from None
 
 
 def _plain(value: Any, change: Callable[[str], str]) -> Any:

@@ -28,9 +28,10 @@ _SEQUENCES = ("normalizers", "pretokenizers", "decoders", "processors")  # keys 
 def from_directory(path: StrPath) -> Tokenizer:
     """The tokenizer of a model's directory, as transformers writes it.
 
-    Only tokenizer.json is required. tokenizer_config.json names BOS, EOS and the chat template, which may
-    instead be in chat_template.jinja. generation_config.json may name more tokens that end a turn. Settings
-    for padding and truncation in tokenizer.json are ignored, because batches are made elsewhere.
+    Only the file tokenizer.json is required. The file tokenizer_config.json contains the names of BOS and
+    EOS, and the chat template, which may instead be in chat_template.jinja. The file generation_config.json
+    may list more tokens that end a turn. Settings for padding and truncation in tokenizer.json are ignored,
+    because nplora packs sequences without padding.
 
     Args:
         path: the directory.
@@ -83,7 +84,7 @@ def _backend(path: Path) -> Any:
 
 
 def _require_tokens(backend: Any, steps: list[dict[str, Any]], source: str) -> None:
-    """Refuse a post-processor that adds a token id without a token."""
+    """Raise FormatError if a post-processor adds a token id that does not exist."""
     for step in steps:
         ids = [step[key][1] for key in ("cls", "sep") if key in step]
         if step.get("type") == "TemplateProcessing":
@@ -94,7 +95,7 @@ def _require_tokens(backend: Any, steps: list[dict[str, Any]], source: str) -> N
 
 
 def _require_bounded(steps: list[dict[str, Any]], source: str) -> None:
-    """Refuse steps that could run for ever, or make a very long text or token list from a short text."""
+    """Raise UnsafeError if the steps could run for ever, or make a very long result from a short text."""
     growth = 1
     for step in steps:
         pattern = step.get("pattern")
@@ -109,7 +110,7 @@ def _require_bounded(steps: list[dict[str, Any]], source: str) -> None:
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """All steps of a part. Sequences may contain sequences."""
+    """All steps of a part of the tokenizer, including the steps inside sequences."""
     waiting = [part]
     while waiting:
         value = waiting.pop()
@@ -134,7 +135,7 @@ def _growth(step: dict[str, Any]) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; empty if there is no file."""
+    """Read a JSON object from a file. If the file does not exist, return an empty dictionary."""
     try:
         raw = files.read(path, MAX_CONFIG)
     except FileNotFoundError:

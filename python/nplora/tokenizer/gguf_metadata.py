@@ -1,4 +1,4 @@
-"""Converts a directory's tokenizer to GGUF metadata. Only byte-level BPE, and only from its JSON files."""
+"""Converts the JSON files of a byte-level BPE tokenizer to GGUF metadata."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
     """The tokenizer as metadata of a GGUF file, in the form that llama.cpp uses.
 
     Unused tokens fill the vocabulary up to `vocab_size`, the number of rows of the embedding. If the package
-    `tokenizers` is installed, both tokenizers are compared on a few texts.
+    `tokenizers` is installed, the original and the converted tokenizer are compared on a few texts.
 
     Raises:
-        UnsupportedError: GGUF metadata cannot describe this tokenizer without a change.
+        UnsupportedError: GGUF metadata cannot describe this tokenizer exactly.
         FormatError: tokenizer.json is damaged, or has token ids beyond the vocabulary.
         FileNotFoundError: there is no tokenizer.json.
     """
@@ -56,7 +56,7 @@ def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
     for key, ids in zip(("bos", "eos"), byte_level.ends(fields, source), strict=True):
         if ids and ids != [special.get(key)]:
             raise UnsupportedError(
-                f"{source}: a text gets the tokens {brief(ids)}, expected only {_SPECIAL[key]}"
+                f"{source}: the tokenizer adds the tokens {brief(ids)}, expected only {_SPECIAL[key]}"
             )
         metadata[f"{KEY}add_{key}_token"] = bool(ids)
     template = chat_template(directory, config)
@@ -74,7 +74,7 @@ def _special(config: dict[str, Any], ids: dict[str, int]) -> dict[str, int]:
 
 
 def _require_alike(directory: Path, metadata: dict[str, Any], added: list[str]) -> None:
-    """Check that both tokenizers give the same tokens for some texts. Raises UnsupportedError if not."""
+    """Raise UnsupportedError if the converted tokenizer gives other tokens than the original."""
     try:
         theirs = from_tokenizer_json(directory)
     except ModuleNotFoundError:
@@ -102,7 +102,7 @@ def _added(fields: dict[str, Any], source: str) -> list[dict[str, Any]]:
 def _tokens(
     model: dict[str, Any], added: list[dict[str, Any]], vocab_size: int, source: str
 ) -> tuple[list[str], list[int]]:
-    """All tokens by id, and their kinds. Ids without a token are marked unused."""
+    """The token of each id, and its kind (such as "normal"). Ids without a token get the kind "unused"."""
     found: dict[int, tuple[str, int]] = {}
     vocab = model.get("vocab")
     if not isinstance(vocab, dict):
@@ -112,7 +112,9 @@ def _tokens(
     entries += [(token["content"], token.get("id"), kinds[bool(token.get("special"))]) for token in added]
     for token, id_, kind in entries:
         if type(id_) is not int or not 0 <= id_ < vocab_size:
-            raise FormatError(f"{source}: token {brief(token)} has id {brief(id_)}, of {vocab_size:,}")
+            raise FormatError(
+                f"{source}: token {brief(token)} has id {brief(id_)}, expected below {vocab_size:,}"
+            )
         if found.get(id_, (token, 0))[0] != token:
             raise FormatError(
                 f"{source}: tokens {brief(found[id_][0])} and {brief(token)} both have id {id_}"
@@ -123,7 +125,7 @@ def _tokens(
 
 
 def _merges(model: dict[str, Any], source: str) -> list[str]:
-    """The merges as "left right". Newer files write them as two strings."""
+    """The merges, each as a text "left right". Newer files write a merge as two strings."""
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise FormatError(f"{source}: merges are {brief(merges)}, expected a list")

@@ -76,7 +76,7 @@ def from_gguf(file: GgufFile) -> Tokenizer:
 
 
 class _Vocabulary:
-    """The tokens of a file, with all checks done."""
+    """Reads the tokens of a file and checks them."""
 
     def __init__(self, metadata: Metadata, source: str) -> None:
         self.metadata, self.source = metadata, source
@@ -140,7 +140,9 @@ class _Vocabulary:
             return None
         id_ = self.metadata.integer(KEY + key)
         if not 0 <= id_ < len(self.tokens):
-            raise FormatError(f"{self.source}: {KEY}{key} is {id_}, there are {len(self.tokens):,} tokens")
+            raise FormatError(
+                f"{self.source}: {KEY}{key} is {id_}, but there are {len(self.tokens):,} tokens"
+            )
         return id_
 
     def _flag(self, key: str, default: bool) -> bool:
@@ -152,7 +154,7 @@ class _Vocabulary:
         package = backend_package()
         pre = self.metadata.string(f"{KEY}pre", "default")
         if f"{KEY}pre" not in self.metadata:
-            warnings.warn(f"{self.source}: {KEY}pre is missing, so text is split as for GPT-2", stacklevel=5)
+            warnings.warn(f"{self.source}: {KEY}pre is missing, so text is split as in GPT-2", stacklevel=5)
         if pre not in SPLITS:
             raise UnsupportedError(
                 f"{self.source}: {KEY}pre is {brief(pre)}, expected one of {', '.join(map(repr, SPLITS))}"
@@ -183,7 +185,7 @@ class _Vocabulary:
             yield self.tokens[self.ids[left]], self.tokens[self.ids[right]]  # existing strings: less memory
 
     def _sentencepiece(self, unknown: int | None) -> Any:
-        """A BPE that merges in the order of the scores. Characters without a token become bytes."""
+        """Build a BPE that merges pairs in the order of their scores. Unknown characters become bytes."""
         package = backend_package()
         scores = self.metadata.array(f"{KEY}scores", "FLOAT32", len(self.tokens))
         if not np.isfinite(scores).all():

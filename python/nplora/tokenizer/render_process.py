@@ -1,4 +1,4 @@
-"""Starts and asks the process that runs renderer.py."""
+"""Starts the process that runs renderer.py, and sends it chat templates to render."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class _Child(NamedTuple):
 
 
 class RenderProcess:
-    """The rendering process. It is started on first use and again after it ends. The process ends with its
-    parent.
+    """The process that renders chat templates.
 
-    Threads take turns.
+    The process starts at its first use, restarts if it has ended, and ends with its parent. Threads use the
+    process one after another.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class RenderProcess:
         os.register_at_fork(after_in_child=self._leave)
 
     def ask(self, question: bytes, length: int) -> tuple[str, str] | End:
-        """Send a question. Returns the answer (at most `length` bytes), or how the process ended instead.
+        """Send a request. Return the answer (at most `length` bytes), or how the process ended.
 
         Raises:
             ModuleNotFoundError: the package `jinja2` is not installed.
@@ -65,7 +65,7 @@ class RenderProcess:
         return kind, words
 
     def stop(self) -> None:
-        """End the process if it runs."""
+        """End the process if it is running."""
         with self._lock:
             self._stop()
 
@@ -118,7 +118,10 @@ class RenderProcess:
         return _Child(process, ours, process.stderr)
 
     def _leave(self) -> None:
-        """After a fork: forget the process, which is not our child, and renew the lock, which may be held."""
+        """Forget the process and make a new lock, in the child after a fork.
+
+        The process belongs to the parent, and another thread of the parent may have held the old lock.
+        """
         self._lock = threading.Lock()
         for end in self._pair:
             end.close()
@@ -130,7 +133,7 @@ class RenderProcess:
 
 
 def _searched() -> list[str]:
-    """The parts of sys.path that can be passed on."""
+    """The entries of `sys.path` that can be passed to another process."""
     return [path for path in sys.path if isinstance(path, str) and "\0" not in path]
 
 

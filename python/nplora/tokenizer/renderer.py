@@ -1,11 +1,15 @@
 """The program that renders chat templates, in a separate process that can be killed.
 
-    a line of standard input    {"template", "now", and limits: "compiling" and "rendering" in seconds of CPU
-                                time, "memory" in bytes}
-    the next line               {...}: the template's variables
-    a line of standard output   ["text", the rendered text] or [kind of refusal, reason]
+A request is two lines of JSON on standard input:
 
-It is started by its path and does not import the package, so that it starts in a tenth of a second.
+- an object with "template", "now", and the limits "compiling" and "rendering" (seconds of CPU time) and
+  "memory" (bytes);
+- an object with the template's variables.
+
+The answer is one line of JSON on standard output: ["text", the rendered text] or [kind of refusal, reason].
+
+The program is started by its path and does not import the package nplora, so that it starts in a tenth of a
+second.
 """
 
 import contextlib
@@ -35,11 +39,11 @@ _END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
 
 
 class RefusalError(Exception):
-    """Raised by a template's raise_exception."""
+    """Raised when a template calls `raise_exception`."""
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox, which here also raises an error for unsafe attributes instead of hiding them."""
+    """jinja2's sandbox, changed to raise an error for unsafe attributes instead of hiding them."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         # jinja2 replaces format and format_map itself. Before 3.1.6, the filter attr could still reach them.
@@ -47,15 +51,15 @@ class Environment(ImmutableSandboxedEnvironment):
         return not (formats or isinstance(obj, type)) and super().is_safe_attribute(obj, attr, value)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-        raise SecurityError(f"it reaches for {attribute!r} of a {type(obj).__name__}")
+        raise SecurityError(f"it tries to access {attribute!r} of a {type(obj).__name__}")
 
 
 def answer(request: dict[str, Any], variables: dict[str, Any]) -> tuple[str, str]:
-    """The rendered text, as "text", or the kind of refusal ("unsafe", "format" or "value") and its reason."""
+    """Return "text" and the rendered text, or a kind of refusal (such as "unsafe") and its reason."""
     try:
         kind, words = _answer(request, variables)
     except RecursionError:
-        kind, words = "unsafe", "nests too deep"
+        kind, words = "unsafe", "is nested too deeply"
     return kind, words if kind == "text" else words[:_LONGEST_REFUSAL]
 
 
@@ -73,7 +77,7 @@ def _answer(request: dict[str, Any], variables: dict[str, Any]) -> tuple[str, st
     except SecurityError as error:
         return "unsafe", f"is not safe: {error}"
     except (TemplateSyntaxError, SyntaxError) as error:
-        return "format", f"is not Jinja, in line {error.lineno}: {error}"
+        return "format", f"is not valid Jinja in line {error.lineno}: {error}"
     except OverflowError as error:
         return "unsafe", f"asks for too much: {error}"
     except RefusalError as error:
@@ -102,12 +106,12 @@ def _compiled(text: str) -> Any:
 
 @jinja2.pass_context
 def _unchanged(context: Any, value: Any) -> Any:
-    """Return the value. Because it takes the context, jinja2 does not compute constants while compiling."""
+    """Return the value. The parameter `context` keeps jinja2 from computing constants while compiling."""
     return value
 
 
 def _other(name: str) -> NoReturn:
-    raise SecurityError("it reaches for another template")
+    raise SecurityError("it tries to load another template")
 
 
 def _tojson(
@@ -126,7 +130,7 @@ def _raise_exception(message: Any) -> NoReturn:
 
 
 def size() -> int | None:
-    """The bytes of memory that this process has mapped; None if the system does not say (Linux does)."""
+    """The bytes of memory that this process has mapped; None on systems that do not report them."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[0]) * resource.getpagesize()
@@ -137,8 +141,8 @@ def size() -> int | None:
 def main() -> None:
     """Render templates until standard input ends.
 
-    The timers' signals end the process, even in the middle of a long Python operation. Memory is limited if
-    the system reports how much the process uses.
+    At a time limit, the signal of a timer ends the process, even in the middle of a long Python operation.
+    Memory is limited only if the system reports how much the process uses.
     """
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(kind, (0, 0))

@@ -1,9 +1,10 @@
-"""Decides whether a regular expression from a file is safe to run: a search must take about n² steps at most.
+"""Decides whether a regular expression from a file is safe to run.
 
-A pattern backtracks if one part can match in several ways and a later part can fail. This module counts such
-choices. An alternative may contain one such part of unlimited length, as in `\\s*[\\r\\n]+`, and a few
-bounded choices. Repeated groups must match in only one way. References and other syntax that no tokenizer
-needs are refused.
+An expression is safe if a search in a text of n characters takes at most about n² steps. A pattern backtracks
+if one part can match in several ways and a later part can fail. This module counts the ways in which parts
+can match. An alternative may contain one part of unlimited length that can match in several ways, as in
+`\\s*[\\r\\n]+`, and a few parts of limited length. Repeated groups must match in only one way. Backreferences
+and other syntax that no tokenizer needs are refused.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def is_safe(pattern: str) -> bool:
 
 
 class _UnknownError(Exception):
-    """The pattern contains syntax that is not known to be harmless."""
+    """Raised if a pattern contains syntax that is not known to be harmless."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Cost:
-    """The number of ways in which a part can match: `choices` times (text length) to the power `degree`."""
+    """In how many ways a part can match a text of n characters: `choices` times n to the power `degree`."""
 
     degree: int
     choices: int
@@ -86,7 +87,7 @@ class _Reader:
         self.pattern, self.place = pattern, 0
 
     def alternatives(self, depth: int) -> list[list[_Part]]:
-        """The alternatives up to the end of a group."""
+        """Parse the alternatives up to the end of a group."""
         if depth > _MAX_DEPTH:
             self._refuse()
         found: list[list[_Part]] = [[]]
@@ -118,7 +119,7 @@ class _Reader:
         return _Part(*self._times())
 
     def _class(self) -> None:
-        """A character class, which may contain other classes."""
+        """Skip a character class, which may contain other classes."""
         depth = 0
         while True:
             start = self.pattern[self.place : self.place + 1]

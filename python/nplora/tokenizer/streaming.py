@@ -1,4 +1,4 @@
-"""Decodes tokens that arrive one by one to text."""
+"""Decodes tokens to text while they arrive, one by one."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,10 +7,11 @@ _LONGEST = 64  # after this many tokens without a whole character, the bytes are
 
 
 class StreamDecoder:
-    """Returns the text of tokens as they arrive, never a part of a character.
+    """Decodes tokens one by one, and never returns a part of a character.
 
     One UTF-8 character may span several tokens, and a token may begin with a space only if it is not the
-    first. So the last tokens are decoded again together with each new token. `Tokenizer.stream` makes one.
+    first. So the last tokens are decoded again together with each new token. `Tokenizer.stream` creates a
+    decoder.
 
     >>> parts = [bytes([byte]) for byte in "€5".encode()]  # a euro sign has three bytes
     >>> decoder = StreamDecoder(lambda ids, skip: b"".join(parts[i] for i in ids).decode(errors="replace"))
@@ -30,7 +31,7 @@ class StreamDecoder:
         self._given = len(decode(self._ids, self._skip))  # characters of the text of _ids already returned
 
     def push(self, id_: int) -> str:
-        """Add a token. Returns the text that it completes, which may be empty."""
+        """Add a token, and return the text that the token completes, which may be empty."""
         self._ids.append(id_)
         text = self._decode(self._ids, self._skip)
         waiting = len(self._ids) - self._context <= _LONGEST
@@ -44,7 +45,7 @@ class StreamDecoder:
         return piece
 
     def flush(self) -> str:
-        """The remaining text at the end, with U+FFFD for an incomplete character."""
+        """Return the rest of the text, with U+FFFD for an incomplete character."""
         piece = self._decode(self._ids, self._skip)[self._given :]
         self._ids, self._context, self._given = [], 0, 0
         return piece

@@ -65,7 +65,7 @@ class Chat:
 
     Attributes:
         ids: the tokens.
-        turns: for each assistant message, by its index, the positions of its tokens, including its end token.
+        turns: for each assistant message (by its index), the positions of its tokens and its end token.
         unused: "tools" or "documents", if they were given but do not change the rendered text.
     """
 
@@ -83,13 +83,13 @@ class Chat:
 class Tokenizer:
     """Encodes and decodes text with a model's own vocabulary and rules.
 
-    `from_gguf` and `from_directory` create one. A model has its own tokenizer as `lm.tokenizer`.
+    `from_gguf` and `from_directory` create a tokenizer. A model has its own tokenizer as `lm.tokenizer`.
 
     Attributes:
         eos_id: the token that ends a text, or None.
         bos_id: the token that begins a text, or None.
         eos_ids: all tokens that end generation: `eos_id` and tokens that end a turn.
-        vocab_size: the largest id plus one.
+        vocab_size: the largest token id plus one.
         chat_template: the model's `ChatTemplate`, or None.
 
     >>> from nplora.formats import gguf
@@ -151,23 +151,23 @@ class Tokenizer:
             text: the text.
             add_special_tokens: add the tokens that the model puts around a text, such as BOS. Many models add
                 BOS; some add nothing.
-            parse_special: read names such as "<|im_end|>" as special tokens, as needed for
-                the output of `apply_chat_template`. With False, which is right for untrusted text, such names
-                are plain text.
-            most: how many tokens are needed. For a long text, only the first `most` are returned; the rest of
-                the text is not read. For a short text, all tokens are returned, which may be more.
+            parse_special: read names such as "<|im_end|>" as special tokens, as needed for the output of
+                `apply_chat_template`. False: read the names as plain text, which is right for untrusted text.
+            most: how many tokens are needed. Of a long text, only the beginning is encoded, and the first
+                `most` tokens are returned. Of a short text, all tokens are returned, even if more than
+                `most`.
         Returns:
             list of token ids.
         Raises:
             ValueError: the text holds half a surrogate pair, which UTF-8 cannot represent.
-            FormatError: the model's rules cannot encode the text, for example without an unknown token.
+            FormatError: the tokenizer cannot encode the text, for example because it has no unknown token.
         """
         return self._encode_beginning(text, most, add_special_tokens, parse_special)[0]
 
     def _encode_beginning(
         self, text: str, most: int | None, add_special_tokens: bool = False, parse_special: bool = False
     ) -> tuple[list[int], bool]:
-        """Like `encode`; also returns whether all tokens are there. If not, over `_UNSURE` more follow."""
+        """Like `encode`, but also return whether these are all tokens (else over `_UNSURE` more follow)."""
         _require_text(text)
         size = len(text) if most is None else _CHARACTERS * (most + _UNSURE)
         while most is not None and size < len(text):
@@ -185,7 +185,7 @@ class Tokenizer:
         return ids
 
     def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
-        """The tokens of a text that the model should continue: with the model's BOS, without EOS at the end.
+        """Encode a text that the model should continue, with the model's BOS but without EOS at the end.
 
         `most` is as in `encode`.
         """
@@ -193,7 +193,7 @@ class Tokenizer:
         return ids[:-1] if is_whole and ids and ids[-1] == self.eos_id else ids
 
     def encode_continuation(self, text: str, most: int | None = None) -> list[int]:
-        """The tokens of a text that follows another, without the space that some models add before a text.
+        """Encode a text that follows another, without the space that some models add before a text.
 
         `most` is as in `encode`.
         """
@@ -215,7 +215,7 @@ class Tokenizer:
             skip_special_tokens: leave out special tokens such as BOS.
         Raises:
             ValueError: an id is negative or not below `vocab_size`.
-            FormatError: the model's own rules fail.
+            FormatError: the tokenizer cannot decode the ids.
         """
         listed = [int(id_) for id_ in ids]
         if listed and (min(listed) < 0 or max(listed) >= self.vocab_size):
@@ -226,11 +226,11 @@ class Tokenizer:
         return text
 
     def stream(self, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> StreamDecoder:
-        """A decoder that takes one token after another and returns whole characters.
+        """Create a decoder that takes tokens one by one and returns whole characters.
 
         Args:
             skip_special_tokens: leave out special tokens such as BOS.
-            context: tokens that come before the first token. Their text is not returned.
+            context: tokens before the first token, whose text is not returned.
         """
         return StreamDecoder(self.decode, skip_special_tokens, context)
 
@@ -248,7 +248,7 @@ class Tokenizer:
 
         Args:
             messages: dictionaries with "role" and "content", and other keys that the template knows.
-            add_generation_prompt: end with the start of the assistant's next turn.
+            add_generation_prompt: end the text with the start of the assistant's next turn.
             tools: functions that the assistant may call, as JSON schemas.
             documents: texts that the assistant may read, as dictionaries with "title" and "text".
         Raises:
@@ -289,7 +289,7 @@ class Tokenizer:
     ) -> list[int]:
         """Encode a chat to tokens. Special tokens in the messages' own text are encoded as plain text.
 
-        It has the arguments and errors of `apply_chat_template`.
+        The arguments and errors are those of `apply_chat_template`.
         """
         given = self._quoted_given(tools, documents)
         return self._encode_rendered(
@@ -306,18 +306,18 @@ class Tokenizer:
     ) -> Chat:
         """Encode a whole chat to tokens, and find the tokens of the assistant's turns.
 
-        The template is rendered up to the start and up to the end of each assistant turn. The tokens in
-        between are the turn. A template that asks for the time gets `TRAINING_TIME`, so that the same chat
-        always has the same tokens.
+        For each assistant turn, the template is rendered up to the start and up to the end of the turn. The
+        tokens between these two points belong to the turn. A template that asks for the time gets
+        `TRAINING_TIME`, so that the same chat always has the same tokens.
 
         Args:
             messages, tools, documents: as in `apply_chat_template`.
-            most: as in `encode`. Turns that begin after these tokens are left out.
+            most: as in `encode`. Turns that begin after the first `most` tokens are left out.
         Raises:
-            UnsupportedError: the template changes earlier text when messages follow, so the tokens of a turn
-                are not known.
-            ValueError: the chat has too many turns and tokens, which would take minutes; or as
-                in `apply_chat_template`.
+            UnsupportedError: the template changes earlier text when more messages follow, so the tokens of a
+                turn are not known.
+            ValueError: the chat has so many turns and tokens that encoding would take minutes; or as in
+                `apply_chat_template`.
         """
         given = self._quoted_given(tools, documents)
         quoted = self._quoted(messages)
@@ -347,7 +347,7 @@ class Tokenizer:
         return Chat(ids, turns, unused)
 
     def _is_unused(self, name: str, quoted: Sequence[Message], given: dict[str, Any], text: str) -> bool:
-        """Whether the template writes the same text without the given tools (or documents)."""
+        """Whether the template renders the same text if the tools (or documents) are left out."""
         if not given[name]:
             return False
         try:
@@ -356,7 +356,7 @@ class Tokenizer:
             return False
 
     def _require_beginning(self, part: list[int], ids: list[int], is_whole: bool, which: str) -> None:
-        """Check that the tokens of the first messages are the first tokens of the chat, as far as encoded."""
+        """Check that the first messages alone have the same tokens as at the beginning of the whole chat."""
         if (part if is_whole else part[: len(ids)]) != ids[: len(part)]:
             raise UnsupportedError(
                 f"{self.source}: the chat template writes the messages {which} (the assistant's) differently "
@@ -373,7 +373,7 @@ class Tokenizer:
         return [self._quote(message) for message in messages]
 
     def _quote(self, message: Message) -> Message:
-        """The message, with a placeholder for every special token in its strings."""
+        """Copy a message, with a placeholder for every special token in its strings."""
         if not isinstance(message, Mapping):
             raise TypeError(f"a message of a chat is {brief(message)}, expected a dictionary")
         quoted: Message = plain(message, self._quote_text)
@@ -384,7 +384,7 @@ class Tokenizer:
         return self._special_pattern.sub(lambda found: f"{_QUOTE}{self._special[found[0]]}{_UNQUOTE}", text)
 
     def _encode_rendered(self, text: str, most: int | None = None) -> tuple[list[int], bool]:
-        """Like `_encode_beginning`, for text that a template wrote."""
+        """Like `_encode_beginning`, for text that a chat template rendered."""
         if _QUOTE not in text:
             return self._encode_beginning(text, most, parse_special=True)
         ids = list[int]()
@@ -404,7 +404,7 @@ class Tokenizer:
 
 
 def _pieces(text: str, special: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
-    """The special tokens of a text, and the text between them."""
+    """Split a text into its special tokens and the text between them."""
     end = 0
     for found in special.finditer(text):
         if found.start() > end:
@@ -426,13 +426,19 @@ def _require_text(text: str) -> None:
 
 
 def _cut(text: str, size: int) -> int:
-    """Where to cut: before a line that begins with a letter (all tokenizers split there), or at `size`."""
+    """Where to cut a text: before a line that begins with a letter, or else at `size`.
+
+    All tokenizers split a text before a line that begins with a letter.
+    """
     line = _LINE.search(text, size, 2 * size)
     return line.end() if line else size
 
 
 def _given(tools: Objects, documents: Objects) -> dict[str, Any]:
-    """Check tools and documents, the template's other variables. As in transformers, None counts as given."""
+    """Check `tools` and `documents`, and return them as variables for the template.
+
+    As in transformers, a template gets a variable even if its value is None.
+    """
     given = {"tools": tools, "documents": documents}
     for name, value in given.items():
         is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
@@ -445,7 +451,7 @@ def backend_package() -> Any:
     """Import the package `tokenizers`.
 
     Raises:
-        ModuleNotFoundError: the package is not installed. The message says how to install it.
+        ModuleNotFoundError: the package is not installed; the message says how to install it.
     """
     try:
         import tokenizers
@@ -457,7 +463,10 @@ def backend_package() -> Any:
 
 @contextmanager
 def backend_errors(what: str) -> Iterator[None]:
-    """Turn errors of the package `tokenizers` into FormatError, also Rust panics, which are no Exceptions."""
+    """Convert errors of the package `tokenizers` to FormatError.
+
+    Rust panics, which are not derived from `Exception`, are converted too.
+    """
     try:
         yield
     except BaseException as error:

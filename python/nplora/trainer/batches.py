@@ -1,4 +1,4 @@
-"""Batches: arrays that are shuffled and cut, or a user's iterable. Both can start at any position."""
+"""Batches: shuffled rows of arrays, or the items of a user's iterable. Reading can start at any batch."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -16,11 +16,11 @@ Batch = tuple[Any, Any]
 
 @runtime_checkable
 class Batches(Protocol):
-    """A source of pairs (x, y) that can be read epoch by epoch. `Trainer.fit` accepts it as the argument x.
+    """A source of batches (x, y), read epoch by epoch. Such a source can be the `x` of `Trainer.fit`.
 
     >>> import nplora, numpy as np
     >>> class Noise:
-    ...     "Ten batches an epoch, drawn as they are needed."
+    ...     "Ten random batches an epoch. Each batch is drawn when it is needed."
     ...     length = 10
     ...     def epoch(self, epoch, skip):
     ...         for number in range(skip, self.length):
@@ -35,26 +35,27 @@ class Batches(Protocol):
 
     @property
     def length(self) -> int | None:
-        """Batches in an epoch; None if unknown."""
+        """The number of batches in an epoch; None if unknown."""
 
     def epoch(self, epoch: int, skip: int) -> Iterator[Batch]:
-        """The batches of an epoch (from 0) after the first `skip`."""
+        """The batches of an epoch (counted from 0), without its first `skip` batches."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings that must be the same when a run is resumed, as JSON."""
+        """The settings that must be the same when a run is resumed, as values that JSON can hold."""
 
 
 class ArrayBatches:
     """Rows of two arrays, `batch_size` at a time; the last batch of an epoch may be smaller.
 
-    The order of an epoch depends on (seed, epoch) only. So a position in the data is a pair of numbers, and a
-    resumed run replays nothing. Rows are sorted by raw numbers of PCG64, which are the same in every version
-    of NumPy; the results of `Generator.permutation` may change.
+    The order of the rows in an epoch depends only on the seed and the number of the epoch. So a resumed run
+    finds its position in the data without reading the earlier batches. The rows are shuffled by sorting raw
+    numbers of PCG64, which are the same in every version of NumPy. The results of NumPy's
+    `Generator.permutation` may change from version to version.
 
     Args:
-        op: the caller, for messages.
-        x, y: arrays of the same length, at least 1. They are not copied.
-        names: the names of x and y, for messages.
+        op: the name of the calling function in messages.
+        x, y: arrays of the same length, which is at least 1. The arrays are not copied.
+        names: the names of x and y in messages.
     Raises:
         ValueError: x and y have different lengths, have no rows, or hold Python objects.
     """
@@ -73,7 +74,9 @@ class ArrayBatches:
         self.x, self.y = np.asarray(x), np.asarray(y)
         for name, array in zip(names, (self.x, self.y), strict=True):
             if array.ndim == 0 or array.dtype.kind == "O":
-                raise ValueError(f"{op}: {name} has dtype {array.dtype} and {array.ndim} axes, expected rows")
+                raise ValueError(
+                    f"{op}: {name} has dtype {array.dtype} and {array.ndim} axes, expected rows of numbers"
+                )
         if len(self.x) != len(self.y):
             raise ValueError(f"{op}: {x_name} has {len(self.x)} rows, {y_name} has {len(self.y)}")
         if not len(self.x):
@@ -107,12 +110,14 @@ class ArrayBatches:
 
 
 class IterableBatches:
-    """An iterable of (x, y). Each epoch iterates over it once more; used batches are skipped.
+    """The batches (x, y) of a user's iterable, which is iterated over once in each epoch.
+
+    A resumed run iterates from the beginning, and skips the batches that it has already used.
 
     Args:
-        batches: any iterable. A generator, which can be read only once, is enough for one epoch.
+        batches: any iterable. A generator can be read only once, so it is enough for one epoch.
     Attributes:
-        once: whether it can be read only once.
+        once: whether `batches` can be read only once.
     Raises:
         TypeError: `batches` is not an iterable.
     """
@@ -133,7 +138,10 @@ class IterableBatches:
         iterator = iter(self.batches)
         skipped = sum(1 for _ in itertools.islice(iterator, skip))
         if skipped < skip:
-            raise ValueError(f"{self.op}: the iterable has {skipped} batches, the checkpoint had used {skip}")
+            raise ValueError(
+                f"{self.op}: the iterable has only {skipped} batches, "
+                f"but the run to resume has already used {skip} batches"
+            )
         empty = not skip
         for number, batch in enumerate(iterator, skip + 1):
             if not isinstance(batch, tuple | list) or len(batch) != 2:
@@ -158,7 +166,7 @@ class IterableBatches:
 
 
 def batches_of(op: str, x: Any, y: Any, batch_size: int, shuffle: bool = False, seed: int = 0) -> Batches:
-    """The batches of `fit` and `evaluate`: of arrays x and y, or x itself, if y is None."""
+    """Make the batches of `fit` and `evaluate` from arrays x and y, or from an iterable x if y is None."""
     if y is not None:
         return ArrayBatches(op, x, y, batch_size, shuffle, seed)
     if isinstance(x, Batches):
@@ -169,10 +177,10 @@ def batches_of(op: str, x: Any, y: Any, batch_size: int, shuffle: bool = False, 
 
 
 def validation_of(op: str, validation: Any, batch_size: int, several: bool) -> Batches:
-    """The validation data: a tuple of two arrays, or an iterable of batches.
+    """Make the batches of the validation data from a tuple of two arrays, or from an iterable of batches.
 
     Args:
-        several: the data are read more than once, so a generator is refused.
+        several: whether the data will be read more than once; if so, a generator is refused.
     """
     if isinstance(validation, Batches):
         return validation
@@ -184,7 +192,7 @@ def validation_of(op: str, validation: Any, batch_size: int, several: bool) -> B
         raise TypeError(f"{op} is an array of shape {validation.shape} without its targets, {wanted}")
     if isinstance(validation, Sequence) and any(isinstance(part, np.ndarray) for part in validation):
         raise TypeError(
-            f"{op} is a {type(validation).__name__} of {len(validation)} with an array in it, {wanted}"
+            f"{op} is a {type(validation).__name__} of {len(validation)} that contains an array, {wanted}"
         )
     if not isinstance(validation, Iterable):
         raise TypeError(f"{op} is a {type(validation).__name__}, {wanted}")

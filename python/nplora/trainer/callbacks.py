@@ -7,9 +7,9 @@ from nplora.trainer.run import Run
 class Callback:
     """The base class of callbacks: override the hooks that you need.
 
-    Each hook gets the run, with `run.model`, `run.history`, `run.step` and `run.total_steps`. `run.stop()`
-    ends the run after the current step, as if this step were the last. An exception ends the run too, after
-    the run is saved.
+    Each hook gets the object `run`, with the attributes `model`, `history`, `step` and `total_steps`.
+    `run.stop()` ends the run after the current step, as if this step were the last. If a hook raises an
+    exception, the run is saved, and ends.
 
         >>> import nplora, numpy as np
         >>> class StopAt(nplora.trainer.Callback):
@@ -25,7 +25,7 @@ class Callback:
     """
 
     def on_fit_start(self, run: Run) -> None:
-        """Called before the first step. A resumed run has loaded its checkpoint by then."""
+        """Called before the first step. A resumed run has already loaded its checkpoint."""
 
     def on_step_end(self, run: Run, record: StepRecord) -> None:
         """Called after every update of the parameters."""

@@ -1,4 +1,4 @@
-"""Checkpoint: the state of a run as a file. Its SHA-256 shows whether the file is whole."""
+"""Checkpoint: the state of a run, stored in a file. A SHA-256 shows whether the file is damaged."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ from nplora.runtime.user_warning import warn_user
 
 SCHEMA = 1
 
-MARKS = {"schema", "state", "sha256"}  # the metadata that every checkpoint has
+MARKS = {"schema", "state", "sha256"}  # the metadata keys of every checkpoint
 _GROUPS = ("parameters", "optimizer", "best", "history")
 
 Array = npt.NDArray[Any]
@@ -30,18 +30,22 @@ class Checkpoint:
     """The state of a run between two steps.
 
     Attributes:
-        step, epoch, batch: steps made, epochs finished, and batches used of the current epoch.
-        total_steps: where the run will end; None if unknown.
-        random_state: the dropout streams, as `Module.random_state` returns them.
-        settings: how the run was started; compared when it is resumed.
-        base: the `base_fingerprint` of the model.
-        best: the best epoch for early stopping: "loss", "epoch", and "since", the epochs after it.
+        step, epoch, batch: the numbers of steps made, of epochs finished, and of batches used in the current
+            epoch.
+        total_steps: the number of steps in the whole run; None if unknown.
+        random_state: the state of each layer's dropout, from `Module.random_state`.
+        settings: the settings of the run, which are compared with those of a resumed run.
+        base: the fingerprint of the model's frozen weights, from `base_fingerprint`.
+        best: for early stopping, the lowest validation "loss", its "epoch", and "since", the number of epochs
+            after that epoch.
         epochs: the records of the last finished epochs.
-        log_bytes: the length of the log, which holds the records of all steps and epochs.
-        parameters, optimizer, best_parameters: arrays by name.
-        history: the columns of the last step records only, so that a checkpoint does not grow with its run.
-        isa, version: the instruction set and the version of nplora that made it.
-        serial: the number of the checkpoint in its directory.
+        log_bytes: the length of the log in bytes. The log holds the records of all steps and epochs.
+        parameters, optimizer, best_parameters: dictionaries of the model's factors, the optimiser's moments,
+            and the factors of the best epoch.
+        history: the records of the last steps, one array for each field. Earlier records are only in the log,
+            so a checkpoint does not grow with its run.
+        isa, version: the instruction set and the version of nplora with which the checkpoint was made.
+        serial: the number of the checkpoint. Each new checkpoint in a directory gets a higher number.
     """
 
     step: int
@@ -63,7 +67,7 @@ class Checkpoint:
     serial: int = 0
 
     def warn_if_moved(self) -> None:
-        """Warn if the bits of the run may change: the instruction set or the version of nplora differs."""
+        """Warn if the instruction set or the version of nplora differs: rounding may then differ too."""
         config = _core.config()
         for what, then, now in (
             ("instruction set", self.isa, config["isa"]),
@@ -71,12 +75,12 @@ class Checkpoint:
         ):
             if then != now:
                 warn_user(
-                    f"the checkpoint was made with {what} {then}, this is {now}: "
-                    "the results of the run will be equal up to rounding, not to the bit"
+                    f"the checkpoint was made with {what} {then}, but this is {now}: "
+                    "the results of the run will be equal up to rounding, not bit for bit"
                 )
 
 
-# ---- bytes ----
+# ---- the file ----
 
 _ARRAYS = dict(zip(("parameters", "optimizer", "best_parameters", "history"), _GROUPS, strict=True))
 _KINDS: dict[str, type | tuple[type, ...]] = {
@@ -108,14 +112,14 @@ def new_file(path: Path, checkpoint: Checkpoint, more: Mapping[str, str] | None 
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint array by array to check it, then map it.
+    """Read the arrays of a checkpoint one by one to check them; then map the file into memory.
 
-    The arrays are mapped because a resumed run may not have the memory for a copy of all of them. They are
-    read first, because an error of the disk in a mapped file would end the process.
+    The file is mapped because there may not be enough memory for a copy of all arrays. The arrays are read
+    first, because a disk error in a mapped file would end the process.
 
     Raises:
-        UnsupportedError: a later nplora made the file. FormatError: the file is damaged. OSError: the file
-            cannot be read.
+        UnsupportedError: a later version of nplora made the file. FormatError: the file is damaged. OSError:
+            the file cannot be read.
     """
     with files.reading(path, follow_links=False) as reader:
         content = SafetensorsFile(reader, str(path))
@@ -141,10 +145,10 @@ def is_checkpoint(metadata: Mapping[str, str]) -> bool:
 
 
 def read_header(path: Path) -> tuple[int, int]:
-    """The serial and the step of a checkpoint, read from its header; (0, 0) if it cannot be read.
+    """The serial and the step of a checkpoint, from the file's header; (0, 0) if the header is unreadable.
 
     Raises:
-        UnsupportedError: as `read`.
+        UnsupportedError: a later version of nplora made the file.
     """
     try:
         with safetensors.reading(path, follow_links=False) as content:
@@ -162,7 +166,7 @@ def _state(metadata: Mapping[str, str], path: Path) -> str:
         raise CorruptError(f"{path}: the metadata has no schema, so this is not a checkpoint")
     if schema != str(SCHEMA):
         raise UnsupportedError(
-            f"{path}: the checkpoint has schema {brief(schema)}, but this nplora reads only {SCHEMA}"
+            f"{path}: the checkpoint has schema {brief(schema)}, but this nplora reads only schema {SCHEMA}"
         )
     return metadata.get("state", "")
 
@@ -172,7 +176,7 @@ def _parsed(state: str, path: Path) -> dict[str, Any]:
 
 
 def _fields(state: object, path: Path) -> dict[str, Any]:
-    """The fields of the state, each checked for its type and range."""
+    """Check the type and range of every field of the state; return the fields."""
     if not isinstance(state, dict) or state.keys() != _KINDS.keys():
         found = sorted(state) if isinstance(state, dict) else state
         raise CorruptError(f"{path}: the state holds {brief(found)}, expected {', '.join(sorted(_KINDS))}")
@@ -185,15 +189,15 @@ def _fields(state: object, path: Path) -> dict[str, Any]:
         if isinstance(value, int) and value >= 1 << 63:
             raise CorruptError(f"{path}: {name} is {value}, expected below {1 << 63}")
     if state["total_steps"] is not None and state["step"] > state["total_steps"]:
-        raise CorruptError(f"{path}: step {state['step']} of a run of {state['total_steps']} steps")
+        raise CorruptError(f"{path}: step is {state['step']}, but total_steps is {state['total_steps']}")
     if state["epoch"] > state["step"]:
-        raise CorruptError(f"{path}: {state['epoch']} epochs in {state['step']} steps")
+        raise CorruptError(f"{path}: epoch is {state['epoch']}, but step is only {state['step']}")
     for name, stream in state["random_state"].items():
         if not isinstance(stream, list) or len(stream) != 2 or not all(_count(n, 1 << 64) for n in stream):
             wanted = "expected [seed, calls]"
             raise CorruptError(f"{path}: random_state of {brief(name)} is {brief(stream)}, {wanted}")
     if state["best"] is not None and not _is_best(state["best"]):
-        raise CorruptError(f"{path}: best is {brief(state['best'])}, expected a loss, an epoch and since")
+        raise CorruptError(f"{path}: best is {brief(state['best'])}, expected the keys loss, epoch, since")
     return state
 
 
@@ -209,7 +213,7 @@ def _is_best(best: dict[str, Any]) -> bool:
 
 
 def _digest(state: str, arrays: Iterable[tuple[str, Array]]) -> str:
-    """SHA-256 over the state and the name, dtype, shape and bytes of every array, in the order of names."""
+    """SHA-256 of the state and of each array's name, dtype, shape and bytes, in the order of the names."""
     digest = hashlib.sha256(state.encode())
     for name, array in arrays:
         digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())

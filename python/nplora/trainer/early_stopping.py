@@ -1,4 +1,4 @@
-"""EarlyStopping: ends a run whose validation loss no longer falls, and keeps its best factors."""
+"""EarlyStopping: ends a run whose validation loss no longer falls, and keeps the best epoch's factors."""
 
 import math
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ Array = npt.NDArray[Any]
 
 
 class EarlyStopping:
-    """Keeps the factors of the epoch with the lowest validation loss, and counts the epochs since.
+    """Keeps the factors of the epoch with the lowest validation loss, and counts the epochs after it.
 
     Args:
-        patience: a run ends after this number of epochs in a row without a lower loss. None: nothing is kept
-            or counted.
+        patience: the run ends after this number of epochs in a row without a lower validation loss. None:
+            there is no early stopping.
     Attributes:
-        best: "loss" and "epoch" of the best epoch, and "since", the epochs after it. The loss is None until
-            an epoch had a finite loss. `best` itself is None before the first epoch.
-        best_factors: the factors of that epoch.
+        best: the lowest validation "loss", its "epoch", and "since", the number of epochs after that epoch.
+            "loss" is None until an epoch has a finite loss. `best` itself is None before the first epoch.
+        best_factors: the factors of the best epoch.
     """
 
     def __init__(self, model: Module, patience: int | None) -> None:
@@ -31,7 +31,10 @@ class EarlyStopping:
         self._before: tuple[dict[str, Any] | None, Mapping[str, Array]] = None, {}
 
     def judge(self, epoch: int, loss: float | None) -> None:
-        """Record the validation loss of an epoch (from 1). A loss that is not finite is not lower."""
+        """Compare the validation loss of an epoch (counted from 1) with the lowest loss so far.
+
+        A loss that is NaN or infinite never counts as lower.
+        """
         self._before = self.best, self.best_factors
         if self._patience is None or loss is None:
             return
@@ -43,21 +46,21 @@ class EarlyStopping:
             self.best = {**best, "since": best["since"] + 1}
 
     def forget_last(self) -> None:
-        """Undo the last `judge`."""
+        """Undo the last call of `judge`."""
         self.best, self.best_factors = self._before
 
     def continue_from(self, best: dict[str, Any] | None, best_factors: Mapping[str, Array]) -> None:
-        """Continue with the best epoch of a checkpoint and its factors."""
+        """Take over the best epoch and its factors from a checkpoint."""
         if self._patience is not None:
             self.best, self.best_factors = best, _copies(best_factors)
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has had enough epochs without a lower loss."""
+        """Whether the last `patience` epochs had no lower validation loss."""
         return self._patience is not None and self.best is not None and self.best["since"] >= self._patience
 
     def restore_best(self) -> int | None:
-        """Give the model the factors of its best epoch; return that epoch, or None if there is none."""
+        """Set the model's factors to those of the best epoch; return its number, or None if there is none."""
         if self.best is None or self.best["loss"] is None:
             return None
         set_factors(self._model, self.best_factors)

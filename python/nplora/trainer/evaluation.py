@@ -1,4 +1,4 @@
-"""Evaluation: loss and accuracy of a model over batches, and its predictions."""
+"""Evaluation: the loss and accuracy of a model over batches, and the model's predictions."""
 
 from typing import Any
 
@@ -15,13 +15,16 @@ Array = npt.NDArray[Any]
 
 
 def evaluate(model: Module, loss: Loss | FusedLoss, batches: Batches) -> dict[str, float]:
-    """The mean loss over all examples, tokens or elements, and for class labels the accuracy. No dropout."""
+    """The mean loss over all examples, tokens or elements, without dropout.
+
+    For class labels, the result also has the accuracy.
+    """
     if isinstance(loss, FusedLoss):
         return _evaluate_fused(model, loss, batches)
     total, count, right, labelled = 0.0, 0, 0, 0
     classes = False
     for x, y in batches.epoch(0, 0):
-        with np.errstate(over="ignore", invalid="ignore"):  # the loss shows whether it is finite
+        with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows in the loss
             prediction = model(x)
             value, _ = losses.call(loss, prediction, y)
         weight = loss.count(prediction, y)
@@ -49,7 +52,7 @@ def _evaluate_fused(model: Module, loss: FusedLoss, batches: Batches) -> dict[st
 
 
 def predict(model: Module, x: npt.ArrayLike, batch_size: int) -> Array:
-    """model(x), `batch_size` rows at a time."""
+    """Compute model(x), `batch_size` rows at a time."""
     rows = np.asarray(x)
     if rows.ndim == 0:
         raise ValueError("Trainer.predict: x is a single number, expected rows")
@@ -59,13 +62,13 @@ def predict(model: Module, x: npt.ArrayLike, batch_size: int) -> Array:
 
 
 def check_rows(op: str, model: Module, x: Array) -> None:
-    """Refuse a single example if rows are expected.
+    """Refuse a single example if the model expects an array of examples.
 
-    An x with one axis holds n rows of a single number each, such as token ids. The model is called with the
-    first of them to see whether it accepts such rows.
+    If x has one axis, each number in x counts as one example, such as a token id. The model is called with
+    the first number, to see whether it accepts such examples.
 
     Raises:
-        ValueError: the model does not accept it.
+        ValueError: x has one axis, and the model does not accept a single number as an example.
     """
     if x.ndim != 1 or not len(x):
         return
@@ -77,9 +80,9 @@ def check_rows(op: str, model: Module, x: Array) -> None:
         reason = str(error) or type(error).__name__
     else:
         if np.shape(y)[:1] not in ((), (1,)):
-            reason = f"its output has shape {np.shape(y)}"
+            reason = f"the output has shape {np.shape(y)}"
     if reason:
         raise ValueError(
-            f"{op}: x has shape {x.shape}, {len(x)} rows of one number, and the model does not accept "
-            f"such a row ({reason}); a single example is x[None]"
+            f"{op}: x has shape {x.shape}, which is {len(x)} rows of one number, but the model does not "
+            f"accept such a row ({reason}); pass a single example as x[None]"
         )

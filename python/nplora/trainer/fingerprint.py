@@ -1,4 +1,4 @@
-"""A model as a checkpoint knows it: a fingerprint of its frozen weights, and its factors by name."""
+"""What a checkpoint stores of a model: a fingerprint of the frozen weights, and the factors by name."""
 
 import hashlib
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ Array = npt.NDArray[Any]
 def base_fingerprint(model: Module) -> str:
     """SHA-256 over the names, shapes and sampled rows of all frozen arrays.
 
-    It distinguishes base models. It does not detect every changed bit: reading all of a large model
-    would take longer than the first steps.
+    The fingerprint distinguishes base models. Not every changed bit is detected, because reading all of a
+    large model would take longer than the first training steps.
     """
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         for frozen in module.local_frozen():
             if isinstance(module, LoRALayer) and frozen is module.B:
-                continue  # it is in the checkpoint
+                continue  # the checkpoint contains a frozen B
             digest.update(f"\n{name} {fingerprint(frozen)}".encode())
     return digest.hexdigest()
 
@@ -43,7 +43,7 @@ def fingerprint(array: FrozenWeight | Array) -> str:
 
 
 def factors(model: Module) -> dict[str, Array]:
-    """The live arrays that a checkpoint keeps: the parameters, and B of layers that train only A."""
+    """The model's own arrays that a checkpoint stores: the parameters, and B of layers that train only A."""
     arrays = {p.name: p.value for p in model.parameters()}
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer) and module.freeze_B:
@@ -52,17 +52,22 @@ def factors(model: Module) -> dict[str, Array]:
 
 
 def set_factors(model: Module, values: Mapping[str, Array]) -> None:
-    """Write these values into the arrays that `factors` lists."""
+    """Write the values into the model's arrays of the same names, which `factors` returns."""
     for name, array in factors(model).items():
         array[...] = values[name]
 
 
 def differences(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> list[str]:
-    """One sentence for every array that is missing, unknown, or of another shape or dtype."""
+    """Compare named arrays with those of the model; return one sentence for each difference.
+
+    An array can be missing, be unknown to the model, or have another shape or dtype.
+    """
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is not in the model" for name in found if name not in wanted]
     for name, want in wanted.items():
         have = found.get(name, want)
         if have.shape != want.shape or have.dtype != want.dtype:
-            problems.append(f"{name} is {have.dtype} {have.shape}, in the model {want.dtype} {want.shape}")
+            problems.append(
+                f"{name} is {have.dtype} {have.shape}, but {want.dtype} {want.shape} in the model"
+            )
     return problems

@@ -7,15 +7,15 @@ from nplora.trainer.batches import Batches
 
 @dataclass(frozen=True)
 class FitConfig:
-    """The checked arguments of one call.
+    """The arguments of one call of `Trainer.fit`, after all checks.
 
     Attributes:
-        epochs, steps: where the run ends; exactly one of them is given.
-        total_steps: the number of steps; None if the number of batches is unknown.
-        patience: the run ends after this number of epochs in a row without a lower validation loss. None: no
-            early stopping.
-        checkpoint_every: steps between two checkpoints; None: about one checkpoint per epoch.
-        save_seconds: the longest time between two checkpoints; infinite: no limit.
+        epochs, steps: the length of the run; exactly one of the two is given.
+        total_steps: the number of steps in the whole run; None if the number of batches is unknown.
+        patience: the run ends after this number of epochs in a row without a lower validation loss. None:
+            there is no early stopping.
+        checkpoint_every: the number of steps between two checkpoints; None: about one checkpoint per epoch.
+        save_seconds: the longest time between two checkpoints, in seconds; infinity: no limit.
     """
 
     batches: Batches

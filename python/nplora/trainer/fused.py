@@ -7,7 +7,7 @@ from nplora.nn.module import Module
 
 @runtime_checkable
 class FusedLoss(Protocol):
-    """A loss for `Trainer` that runs forward, loss and backward in one call.
+    """A loss for `Trainer` that runs the forward pass, the loss and the backward pass in one call.
 
     >>> import nplora, numpy as np
     >>> class Distance:
@@ -31,16 +31,19 @@ class FusedLoss(Protocol):
     """
 
     def count(self, x: Any, y: Any) -> int:
-        """The number of items that the mean runs over, such as trained tokens; 0: the batch is skipped."""
+        """The number of items over which the loss is averaged, such as trained tokens.
+
+        A batch with the count 0 is skipped.
+        """
 
     def forward_backward(self, model: Module, x: Any, y: Any, factor: float) -> float:
-        """Return the sum of the losses of a batch; add `factor` times its gradient to the gradients."""
+        """Return the sum of a batch's losses; add `factor` times its gradient to the model's gradients."""
 
     def evaluate(self, model: Module, x: Any, y: Any) -> float:
         """The mean loss of a batch, without dropout."""
 
     def blame(self, model: Module, x: Any) -> str:
-        """A sentence that says where the first value that is not finite appears, after such a loss."""
+        """After a loss that is not finite: a sentence that says where NaN or infinity appears first."""
 
     def settings(self) -> dict[str, Any]:
-        """The settings that must be the same when a run is resumed, as JSON."""
+        """The settings that must be the same when a run is resumed, as values that JSON can hold."""

@@ -1,4 +1,4 @@
-"""The gradients of one step: each batch runs forward and backward, and the model adds up the gradients."""
+"""The gradients of one step: each batch runs forward and backward, and adds to the model's gradients."""
 
 import math
 import time
@@ -19,11 +19,11 @@ Array = npt.NDArray[Any]
 
 @dataclass
 class Gathered:
-    """The totals over the batches of one step. Their gradients are in the model."""
+    """The totals over the batches of one step. The model holds the sum of the batches' gradients."""
 
     batches: int = 0
     count: int = 0
-    first_count: int = 0  # the count of the first batch that has one; gradients are weighted relative to it
+    first_count: int = 0  # the first count that is not 0; gradients are weighted relative to it
     loss: float = 0.0  # the sum of loss · count
     started: float = field(default_factory=time.perf_counter)
 
@@ -35,14 +35,14 @@ class Gradients:
         self._setup, self._model = setup, setup.model
         self._parameters = self._model.parameters()
         self._adapters = list(self._model.adapter_layers().values())
-        self._checked = False  # that the model writes into the arrays that are trained
+        self._checked = False  # whether `_check_buffers` has passed
 
     def add(self, x: Any, y: Any, gathered: Gathered) -> str:
-        """Run one batch forward and backward; add its gradients, weighted by its count, to the others.
+        """Run one batch forward and backward; add the gradients, weighted by the batch's number of items.
 
         Returns:
-            what is wrong with the loss, to end a sentence: its value, and where NaN or infinity came from.
-            Empty if the loss is finite.
+            the end of an error message, with the value of the loss and the place where NaN or infinity
+            appears first; empty if the loss is finite.
         """
         streams = [layer.dropout_stream for layer in self._adapters]
         loss = self._setup.loss
@@ -54,13 +54,13 @@ class Gradients:
         if math.isfinite(value):
             return ""
         for layer, stream in zip(self._adapters, streams, strict=True):
-            layer.dropout_stream = stream  # so that the search below uses the same masks
+            layer.dropout_stream = stream  # so that the search below uses the same dropout masks
         if isinstance(loss, FusedLoss):
             return f"is {value}: {loss.blame(self._model, x)}"
         return f"is {value}: {first_nonfinite(self._model, x, y)}"
 
     def _add(self, loss: Loss, x: Any, y: Any, gathered: Gathered) -> float:
-        """Return the loss; add nothing if it is not finite."""
+        """Run one batch; return its loss. If the loss is not finite, the gradients stay unchanged."""
         with quiet():
             prediction, saved = self._forward(x)
             value, gradient = losses.call(loss, prediction, y)
@@ -98,12 +98,12 @@ class Gradients:
             got = ", ".join(type(part).__name__ for part in pair)
             raise TypeError(
                 f"{type(self._model).__name__}.forward returned ({got}), expected (y, saved): "
-                "the output, an array, and what backward needs"
+                "the output array, and the values that backward needs"
             )
         return pair[0], pair[1]
 
     def _check_buffers(self) -> None:
-        """Refuse a model that replaced the trained arrays by new ones, which are not updated."""
+        """Refuse a model that has replaced a trained array by a new one, which would not be updated."""
         if self._checked:
             return
         now = {p.name: p for p in self._model.parameters()}

@@ -14,7 +14,8 @@ from nplora.formats.errors import brief, counted
 
 Array = npt.NDArray[Any]
 
-KEPT = 64  # step records, and epoch records, in a checkpoint: some history survives the loss of the log
+# A checkpoint has this many step records and epoch records, so some history survives the loss of the log.
+KEPT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,9 @@ class StepRecord:
         (1, 0.75, 16)
 
     Attributes:
-        step: updates made, including this one.
-        epoch: the epoch, from 1.
-        loss: the mean loss of the step's batches, weighted by `count`, before the update.
+        step: the number of updates made, including this one.
+        epoch: the number of the epoch, counted from 1.
+        loss: the mean loss of the step's batches before the update, weighted by each batch's count.
         count: the number of examples, tokens or elements over which the loss is averaged.
         lr: the learning rate.
         grad_norm: the Euclidean norm of all gradients together, before clipping.
@@ -48,7 +49,7 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class EpochRecord:
-    """One pass over the data, or the part of a pass after which the run ended.
+    """One pass over the data, or the beginning of a pass if the run ended within it.
 
         >>> import nplora, numpy as np
         >>> x, labels = np.eye(3), np.array([0, 1, 2])
@@ -58,12 +59,12 @@ class EpochRecord:
         (2, 2, 1.0)
 
     Attributes:
-        epoch: the epoch, from 1.
-        step: updates made by its end.
-        loss: the mean loss of its steps, weighted by their counts.
-        val_loss, val_accuracy: the metrics of the validation data at its end; None without such data, and no
-            accuracy without class labels.
-        seconds: the time that its steps took.
+        epoch: the number of the epoch, counted from 1.
+        step: the number of updates made by the end of the epoch.
+        loss: the mean loss of the epoch's steps, weighted by each step's `count`.
+        val_loss, val_accuracy: the loss and accuracy on the validation data at the end of the epoch; None
+            without validation data. Without class labels, `val_accuracy` is None too.
+        seconds: the time that the epoch's steps took.
     """
 
     epoch: int
@@ -79,7 +80,7 @@ _KINDS: dict[str, type[StepRecord] | type[EpochRecord]] = {"step": StepRecord, "
 
 @dataclass
 class History:
-    """The records of a run, including the records from before it was resumed.
+    """All records of a run, including those made before the run was resumed.
 
         >>> import nplora, numpy as np
         >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1, rng=0), loss="mse")
@@ -90,9 +91,9 @@ class History:
         [1, 2, 3]
 
     Attributes:
-        steps, epochs: the records, in order.
+        steps, epochs: the records of all steps and all epochs, in order.
         ended: why the run ended: "complete", "patience" (early stopping), "callback" or "interrupted".
-        best_epoch: the epoch whose adapter was restored by early stopping, else None.
+        best_epoch: the epoch whose factors early stopping has restored, or None.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -117,11 +118,11 @@ class History:
 
     @property
     def seconds(self) -> float:
-        """The time that all steps took together."""
+        """The time in seconds that all steps took together."""
         return sum(record.seconds for record in self.steps)
 
     def epoch_record(self, epoch: int, validation: Mapping[str, float]) -> EpochRecord:
-        """The record of an epoch (from 1), made from the records of its steps and the validation metrics."""
+        """Make the record of an epoch (counted from 1) from its step records and the validation metrics."""
         steps = [record for record in _last(self.steps, epoch) if record.count]
         return EpochRecord(
             epoch=epoch,
@@ -149,17 +150,17 @@ class History:
         return {name: np.array([getattr(r, name) for r in last], kind) for name, kind in kinds.items()}
 
     def epoch_rows(self) -> list[dict[str, Any]]:
-        """The last epoch records as dictionaries for JSON, with null for NaN and infinities."""
+        """The last epoch records as dictionaries for JSON. NaN and infinity become None."""
         return [
             {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             for row in map(dataclasses.asdict, self.epochs[-KEPT:])
         ]
 
     def restore(self, columns: Mapping[str, Array], epochs: list[dict[str, Any]]) -> None:
-        """Replace the records by the ones that `step_columns` and `epoch_rows` returned earlier.
+        """Replace the records by those that `step_columns` and `epoch_rows` returned earlier.
 
         Raises:
-            ValueError, TypeError: the arguments do not have that form.
+            ValueError, TypeError: `columns` or `epochs` does not have the expected form.
         """
         names = [f.name for f in dataclasses.fields(StepRecord)]
         if columns.keys() != set(names):
@@ -169,9 +170,10 @@ class History:
         self.steps[:], self.epochs[:] = steps, [_epoch(row) for row in epochs]
 
     def add_log(self, log: bytes, step: int, epoch: int) -> None:
-        """Add the records of the log up to this step and this epoch; skip lines that are not records.
+        """Add the records of a log up to the given step and epoch; skip lines that are not records.
 
-        If `restore` brought the same record, the restored record is kept, because a checksum protects it.
+        A record that the history already has is not replaced: it comes from a checkpoint, which a checksum
+        protects.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
         for line in log.splitlines():
@@ -187,7 +189,7 @@ class History:
 
 
 def last_logged(log: bytes, event: str) -> dict[str, Any]:
-    """The content of the last line of this event in a log; empty if there is none."""
+    """The content of the last line with the event `event` in a log; empty if there is no such line."""
     for line in reversed(log.splitlines()):
         try:
             row = json.loads(line)
@@ -210,7 +212,7 @@ def _logged(line: bytes) -> StepRecord | EpochRecord | None:
 
 
 def _epoch(row: dict[str, Any]) -> EpochRecord:
-    """The record from which `epoch_rows` made this row."""
+    """Make a record from a row that `epoch_rows` has returned."""
     record = EpochRecord(**row)
     for f in dataclasses.fields(EpochRecord):
         try:
@@ -221,7 +223,7 @@ def _epoch(row: dict[str, Any]) -> EpochRecord:
 
 
 def _field(kind: Any, value: Any) -> Any:
-    """A number of a record from the log, where null stands for a number that was not finite."""
+    """Check a number in a record of the log; return it. A null stands for a number that was not finite."""
     if value is None and kind is not int:
         return math.nan if kind is float else None
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
@@ -230,7 +232,7 @@ def _field(kind: Any, value: Any) -> Any:
 
 
 def _last(steps: list[StepRecord], epoch: int) -> list[StepRecord]:
-    """The records of an epoch; no later epoch has records."""
+    """The step records of `epoch`, which must be the last epoch in the list."""
     start = len(steps)
     while start and steps[start - 1].epoch == epoch:
         start -= 1

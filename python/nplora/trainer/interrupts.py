@@ -1,4 +1,4 @@
-"""Signals during a run. They wait while parameters or a checkpoint are written."""
+"""Signals during a run, whose handling is delayed while parameters or a checkpoint are written."""
 
 import math
 import signal
@@ -17,10 +17,10 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 class Terminated(BaseException):
-    """A signal that ends the process has arrived.
+    """Raised when SIGTERM or SIGHUP arrives, to end the process.
 
     Attributes:
-        status: the exit status that a shell reports for a process that this signal ended.
+        status: the exit status that a shell reports for a process ended by the signal.
     """
 
     def __init__(self, signum: int) -> None:
@@ -33,16 +33,17 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 class Interrupts:
-    """While this is entered, SIGINT, SIGTERM and SIGHUP are handled at once, except inside `hold()`.
+    """A context manager that can delay SIGINT, SIGTERM and SIGHUP.
 
-    Inside `hold()` they wait until its end. The handlers stay the same: Python's own handler of SIGINT raises
-    KeyboardInterrupt, and a signal that is ignored stays ignored, like SIGHUP under nohup. If `terminate` is
-    true, SIGTERM and SIGHUP raise Terminated instead of ending the process at once. Only the main thread
-    receives signals; in other threads nothing changes.
+    A signal is handled at once, except inside a `hold()` block, where it waits until the block ends. The
+    existing handlers are kept. Python's handler of SIGINT raises KeyboardInterrupt, and an ignored signal
+    stays ignored, such as SIGHUP under nohup. If `terminate` is true, SIGTERM and SIGHUP raise Terminated
+    instead of ending the process at once. Python handles signals only in the main thread, so in any other
+    thread the context manager does nothing.
 
     Attributes:
-        repeated: the last Ctrl-C came soon after another Ctrl-C, perhaps in the previous run. The user wants
-            to end the whole program.
+        repeated: whether the last Ctrl-C came soon after another Ctrl-C, perhaps in the previous run. A
+            repeated Ctrl-C means that the user wants to end the whole program.
     """
 
     _last = -math.inf  # the time of the last Ctrl-C in any run
@@ -86,7 +87,7 @@ class Interrupts:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Finish this block before a signal is handled."""
+        """Delay the handling of signals until the end of the block."""
         self._held += 1
         try:
             yield

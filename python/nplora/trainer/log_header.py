@@ -9,15 +9,15 @@ from nplora import _core
 from nplora.nn.module import Module
 from nplora.runtime.machine import machine
 
-HEADER = "header"  # the event of the first line
+HEADER = "header"  # the event of the log's first line
 
-_MOST = 4000  # characters of a text, so that a line of the log stays short
+_MOST = 4000  # the most characters of a text, so that a line of the log stays short
 
 
 def log_header(model: Module) -> dict[str, Any]:
-    """The log's record of a program that begins or resumes a run, as JSON.
+    """Make the record for the log about the program that begins or resumes a run.
 
-    "command" is the command line of the program, which in a notebook is the command line of its kernel.
+    "command" is the command line of the program, or of the kernel in a notebook.
     """
     return {
         "nplora": str(_core.config()["version"]),
@@ -37,6 +37,6 @@ def _shown(model: Module) -> str:
 
 
 def _text(text: str) -> str:
-    """Text of a bounded length that JSON can hold: a file name may have bytes that are not UTF-8."""
+    """Shorten a text, and replace characters that JSON cannot hold, as in file names that are not UTF-8."""
     cut = text if len(text) <= _MOST else f"{text[:_MOST]}…"
     return cut.encode(errors="replace").decode()

@@ -1,4 +1,4 @@
-"""The search for the first NaN or infinity, made when a loss or a gradient is not finite."""
+"""The search for the first NaN or infinity, after a loss or a gradient was not finite."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,16 +10,16 @@ from nplora.nn.module import Module, Parameter
 
 Array = npt.NDArray[Any]
 
-INPUT = "its input x is not finite"
-TARGETS = "its targets y are not finite"
+INPUT = "the input x is not finite"
+TARGETS = "the targets y are not finite"
 
 
 def first_nonfinite(model: Module, x: Any, y: Any) -> str:
-    """A sentence that says where the first value that is not finite appears.
+    """Return a sentence that says where NaN or infinity appears first.
 
-    The batch is checked, then a repeated forward pass. Modules are checked when their forward returns, so the
-    innermost module is named, not the modules around it. Targets are checked last, because a user's loss may
-    mark rows without a label by NaN.
+    The input is checked first, then the output of each module in a repeated forward pass. A module is checked
+    when its `forward` returns, so the innermost module is named, not the modules around it. The targets are
+    checked last, because a user's loss may use NaN for rows without a label.
     """
     if _not_finite(x):
         return INPUT
@@ -37,7 +37,7 @@ def first_nonfinite(model: Module, x: Any, y: Any) -> str:
 
 
 def _watch(name: str, module: Module, found: list[str]) -> Callable[[], None]:
-    """Replace the `forward` of a module by one that checks the output; return a function that undoes this."""
+    """Make the `forward` of a module check its output; return a function that undoes the change."""
     attributes, forward = vars(module), module.forward
     before = attributes.get("forward")
 
@@ -59,7 +59,7 @@ def _watch(name: str, module: Module, found: list[str]) -> Callable[[], None]:
 
 
 def nonfinite_parameters(parameters: Iterable[Parameter], gradients: bool) -> list[str]:
-    """The names of the parameters whose values, or whose gradients, are not finite."""
+    """The names of the parameters whose values (or gradients, if `gradients` is true) are not finite."""
     return [p.name for p in parameters if _not_finite(p.grad if gradients else p.value)]
 
 

@@ -1,4 +1,4 @@
-"""The plot of a run: log.jsonl becomes a PNG."""
+"""The plot of a run: a PNG image drawn from its log.jsonl."""
 
 import io
 import math
@@ -15,14 +15,14 @@ PICTURE = "plot.png"
 
 _MAX_LOG = 1 << 30
 _STEEP = 30  # losses that span more than this factor get a logarithmic axis
-_WINDOWS = 25  # the smoothed curve averages over about one of this many parts of the run
-_FEWEST = 10  # steps that are worth smoothing
+_WINDOWS = 25  # the smoothed curve averages over about this fraction of a run: 1 / _WINDOWS
+_FEWEST = 10  # a run with fewer steps has no smoothed curve
 
 Records = list[dict[str, Any]]
 
 
 class RunLog(NamedTuple):
-    """The records of a log that are drawn.
+    """The records of a log that a plot shows.
 
     Attributes:
         steps, epochs: the records of all steps and epochs.
@@ -37,8 +37,8 @@ class RunLog(NamedTuple):
 def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool = False) -> Path:
     """Draw the losses, the accuracy and the learning rate of a run.
 
-    The loss of every step is drawn pale, with a smoothed curve over it. The validation losses begin with the
-    loss from before training, if the log has it.
+    The loss of every step is drawn in a pale colour, with a smoothed curve over it. The curve of validation
+    losses begins with the loss before training, if the log has it.
 
         >>> import nplora, numpy as np
         >>> rng = np.random.default_rng(0)
@@ -51,13 +51,13 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
 
     Args:
         directory: the `checkpoint_dir` of a run, finished or not.
-        output: the PNG; None: plot.png in the directory.
+        output: the path of the PNG; None: plot.png in the directory.
         overwrite: replace an existing file.
     Returns:
         the path of the PNG.
     Raises:
         ModuleNotFoundError: matplotlib, from the extra [plot], is not installed.
-        ValueError: a path is empty, or the name of the output does not end in .png, or it is the log.
+        ValueError: a path is empty, the name of the output does not end in .png, or the output is the log.
         FileExistsError: the output exists, and `overwrite` is not set.
         FileNotFoundError: the directory has no log.jsonl, so it is not the directory of a run.
         DataError: nplora did not write the log, or the log has no step yet.
@@ -79,7 +79,9 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
 
 
 def read_log(path: StrPath) -> RunLog:
-    """The records of the steps and epochs, and the loss before training. A last line cut short is skipped.
+    """Read the records of the steps and epochs, and the loss before training, from a log.
+
+    An incomplete last line is skipped.
 
         >>> import nplora, numpy as np
         >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1), loss="mse")
@@ -89,7 +91,7 @@ def read_log(path: StrPath) -> RunLog:
         ([1, 2, 3], None)
 
     Raises:
-        DataError: a line is not a record (its number is named), or there is no step yet.
+        DataError: a line is not a record (the message has the line's number), or the log has no step yet.
         OSError: the log cannot be read.
     """
     lines = bytes(files.read(path, _MAX_LOG)).split(b"\n")[:-1]
@@ -102,14 +104,14 @@ def read_log(path: StrPath) -> RunLog:
         except FormatError as error:
             raise DataError(str(error)) from error
         if not isinstance(record, dict) or not isinstance(record.get("event"), str):
-            raise DataError(f"{where}: {brief(record)}, expected an object with an event")
+            raise DataError(f"{where} is {brief(record)}, expected a JSON object with an event")
         if record["event"] in found:
             _check_record(record, where)
             found[record["event"]].append(record)
         elif record["event"] == "before":
             before = _number(record, "loss", where)
     if not found["step"]:
-        raise DataError(f"{files.name(path)}: there is no step in it yet")
+        raise DataError(f"{files.name(path)}: the log has no step yet")
     return RunLog(found["step"], found["epoch"], before)
 
 
@@ -122,7 +124,7 @@ def _check_record(record: dict[str, Any], where: str) -> None:
 
 
 def _number(record: dict[str, Any], name: str, where: str) -> float | None:
-    """A field of a record. If it is null or missing, the value was NaN or was not measured."""
+    """Return a field of a record as a number. None stands for NaN or for a value that was not measured."""
     value = record.get(name)
     if value is None:
         return None
@@ -139,15 +141,16 @@ class _Curve(NamedTuple):
 
 
 def _curve(label: str, records: Records, name: str, **style: Any) -> _Curve:
-    """The points of a curve, without records whose value is null."""
+    """Make a curve from the records, without those whose value is null."""
     points = [(record["step"], record[name]) for record in records if record[name] is not None]
     return _Curve(label, [x for x, _ in points], [y for _, y in points], style)
 
 
 def smoothed(values: Sequence[float], window: float) -> list[float]:
-    """The running mean of a curve. Its weights fall by the factor exp(-1 / window) with every step back.
+    """The exponential moving average of a curve.
 
-    The weights of each mean add up to 1, so the first mean is the first value.
+    The weight of a value falls by the factor exp(-1 / window) with every step back. The weights of each
+    average add up to 1, so the first average is the first value.
 
         >>> import nplora
         >>> nplora.plot.smoothed([4.0, 4.0, 4.0], window=2)

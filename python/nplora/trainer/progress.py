@@ -1,4 +1,4 @@
-"""The progress line: tqdm's if it is installed, else a plain line."""
+"""The progress line: tqdm's bar if tqdm is installed, otherwise a plain line."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ _INTERVAL = 0.1  # seconds between two redraws
 
 
 class ProgressLine(Callback):
-    """A callback that draws on stderr, until `close`."""
+    """A callback that shows progress on stderr until `close` is called."""
 
     def on_fit_end(self, run: Run) -> None:
         self.close()
@@ -26,8 +26,8 @@ def progress_line(progress: bool | None) -> ProgressLine | None:
     """A callback that shows progress on stderr, or None if nothing is to be shown.
 
     Args:
-        progress: show it; None: if stderr is a terminal or a notebook's. A process without stderr shows no
-            progress.
+        progress: whether to show progress; None: only in a terminal or a notebook. A process without stderr
+            shows no progress.
     """
     if sys.stderr is None or progress is False or (progress is None and not stderr.is_watched()):
         return None
@@ -39,7 +39,7 @@ def progress_line(progress: bool | None) -> ProgressLine | None:
 
 
 class TqdmLine(ProgressLine):
-    """A tqdm bar of steps."""
+    """A tqdm bar that counts steps."""
 
     def __init__(self, tqdm: Any) -> None:
         self._tqdm = tqdm

@@ -1,4 +1,4 @@
-"""Resuming: whether a checkpoint fits the run that continues from it, and the history that it brings."""
+"""Resuming a run: checks that a checkpoint fits the run, and restores the run's history."""
 
 import json
 from typing import Any
@@ -16,20 +16,20 @@ from nplora.trainer.run_directory import RunDirectory
 from nplora.trainer.run_state import RunState
 from nplora.trainer.training_setup import TrainingSetup
 
-NONFINITE = "nonfinite"  # the event of a log line that records a loss that was not finite
+NONFINITE = "nonfinite"  # the event of a log line about a loss that was not finite
 
-_MOST = 5  # differences that a message lists
-_LONGEST_ERROR = 500  # characters of an error that the log keeps
+_MOST = 5  # the most differences that a message lists
+_LONGEST_ERROR = 500  # the most characters of an error message in the log
 
 
 # ---- the settings that a checkpoint keeps ----
 
 
 def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
-    """How a run was started, as JSON reads it back.
+    """The settings of a run, as values that JSON writes and reads without a change.
 
-    "fixed" must be the same when the run is resumed: it decides what a position in the data and the model's
-    arrays mean. "free" may change, with a warning.
+    The settings under "fixed" must be the same when the run is resumed, because the position in the data and
+    the arrays of a checkpoint depend on them. A changed setting under "free" only gives a warning.
     """
     model, loss, optimizer = setup.model, setup.loss, setup.optimizer
     public = {k: v for k, v in vars(optimizer).items() if not k.startswith("_") and k != "steps"}
@@ -67,27 +67,31 @@ def _loss_name(loss: Loss | FusedLoss) -> str:
 
 
 def failure_record(step: int, error: Exception, settings: dict[str, Any]) -> dict[str, Any]:
-    """The log's record that the parameters of this step led to a loss that was not finite."""
+    """The record for the log when the parameters after a step led to a loss that was not finite."""
     return {"after": step, "error": str(error)[:_LONGEST_ERROR], "settings": _choices(settings)}
 
 
 def _choices(settings: dict[str, Any]) -> str:
-    """The settings that change the course of a run, as one text. A longer run meets the same loss again."""
+    """The settings that influence the losses of a run, as one text.
+
+    `total_steps` is left out, because a longer run would meet the same losses.
+    """
     free = {name: value for name, value in settings["free"].items() if name != "total_steps"}
     return json.dumps(free, sort_keys=True)
 
 
 def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[str, Any]) -> Checkpoint:
-    """The checkpoint to resume: the newest, unless its parameters led to a loss that was not finite.
+    """The checkpoint to resume: the newest, or an earlier one if the newest led to a loss of NaN or infinity.
 
-    The next loss depends on the parameters and the data only: it would be the same with any learning rate.
+    The first loss after a checkpoint depends only on the parameters and the data, so another learning rate
+    would not change this loss.
 
     Raises:
         ValueError: no setting has changed since the run diverged, or no earlier checkpoint is left.
     """
     try:
         log = directory.read_log(directory.log_bytes)
-    except (FormatError, OSError):  # `restored_history` warns about it
+    except (FormatError, OSError):  # `restored_history` warns that the log is not readable
         return newest
     failure = last_logged(log[newest.log_bytes :], NONFINITE)
     if not failure:
@@ -99,8 +103,8 @@ def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[s
         raise ValueError(f"{reason}; no earlier checkpoint is left")
     if failure.get("settings") == _choices(settings):
         raise ValueError(
-            f"{reason}; the same settings lead there again. A lower --lr (the optimizer's lr) continues from "
-            f"step {start.step}"
+            f"{reason}; the same settings would lead to the same error. With a lower --lr (the optimizer's "
+            f"lr), the run continues from step {start.step}"
         )
     return start
 
@@ -116,21 +120,21 @@ def restored_history(
     base: str,
     batches: int | None,
 ) -> tuple[History, list[tuple[str, StepRecord | EpochRecord]]]:
-    """Check a checkpoint against the run, change nothing, and return the history up to the checkpoint.
+    """Check that a checkpoint fits the run; return the history up to the checkpoint. Nothing is changed.
 
     Args:
         base: the fingerprint of the run's base model.
-        batches: the batches of an epoch; None if unknown.
+        batches: the number of batches in an epoch; None if unknown.
     Returns:
-        the history; and the records, each with its event, that are missing at the end of the log, as after a
-        full disk.
+        the history; and the records that the end of the log lacks, for example after a full disk, as pairs
+        (event, record).
     Raises:
-        CorruptError: the checkpoint is of another model, its arrays do not fit (the first few differences are
-            listed), or its position is not in the data.
+        CorruptError: the checkpoint belongs to another model or another data file, its arrays do not fit (the
+            message lists the first few differences), or its position is beyond the end of an epoch.
         ValueError: the run has other data or settings, or it ends before the checkpoint's step.
     Warns:
-        UserWarning: a setting that may change did, the instruction set differs, or the log lost records,
-            which the history then lacks.
+        UserWarning: a setting under "free" has changed, the instruction set or version differs, or the log
+            has lost records, so the history is incomplete.
     """
     path = directory.path
     if checkpoint.base != base:
@@ -157,10 +161,10 @@ def _refusal(path: object) -> str:
 
 
 def _check_settings(path: object, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
-    """Raise an error unless data, batches and optimiser are the same as in the checkpoint's run."""
+    """Raise an error if the data, the batches or the optimiser differ from those of the checkpoint's run."""
     fixed = checkpoint.settings.get("fixed")
     if isinstance(fixed, dict) and fixed.get("data") != settings["fixed"].get("data"):
-        raise CorruptError(f"{_refusal(path)}: the data file, or how it is read, has changed since")
+        raise CorruptError(f"{_refusal(path)}: the data file or the way it is read has changed")
     changed = _changes(fixed, settings["fixed"])
     if changed:
         raise ValueError(f"{_refusal(path)}: {changed}")
@@ -169,28 +173,30 @@ def _check_settings(path: object, checkpoint: Checkpoint, settings: dict[str, An
 def _check_position(
     path: object, checkpoint: Checkpoint, total_steps: int | None, batches: int | None
 ) -> None:
-    """The checkpoint's position must be in the data, and not after the end of the run."""
+    """Raise an error if the checkpoint's position is beyond the end of the run or of an epoch."""
     if total_steps is not None and checkpoint.step > total_steps:
         raise ValueError(
-            f"{path}: the checkpoint is of step {checkpoint.step}, this run ends at step {total_steps}"
+            f"{path}: the checkpoint is of step {checkpoint.step}, but this run ends at step {total_steps}"
         )
     if batches is not None and checkpoint.batch > batches:
-        raise CorruptError(f"{path}: the checkpoint is of batch {checkpoint.batch} of an epoch of {batches}")
+        raise CorruptError(
+            f"{path}: the checkpoint is of batch {checkpoint.batch}, but an epoch has only {batches} batches"
+        )
 
 
 def _check_layers(path: object, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
-    """The adapted layers must have the settings that they had."""
+    """Raise an error if the adapter layers have other settings than in the checkpoint's run."""
     changed = _layer_changes(checkpoint.settings["fixed"].get("layers"), settings["fixed"]["layers"])
     if changed:
         raise ValueError(f"{_refusal(path)}: {changed}")
 
 
 def _check_arrays(path: object, checkpoint: Checkpoint, state: RunState) -> None:
-    """Raise an error unless factors, dropout streams and moments match the model's."""
+    """Raise an error if the checkpoint's factors, dropout streams or moments do not fit the model."""
     model = state.model
     problems = differences(checkpoint.parameters, factors(model))
     if checkpoint.random_state.keys() != model.random_state().keys():
-        problems.append("the dropout streams are of other layers")
+        problems.append("the dropout streams belong to other layers")
     verdict = "is of another model" if problems else "does not fit the model"
     if checkpoint.best is not None and checkpoint.best.get("loss") is not None:
         problems += [f"best {p}" for p in differences(checkpoint.best_parameters, factors(model))]
@@ -200,13 +206,13 @@ def _check_arrays(path: object, checkpoint: Checkpoint, state: RunState) -> None
 
 
 def first_few(sentences: list[str], separator: str) -> str:
-    """The text of a list in a message: the first few items, and the number of items left out."""
+    """Join the first few items of a list for a message, and add the number of items left out."""
     more = f"{separator}and {len(sentences) - _MOST} more" if len(sentences) > _MOST else ""
     return separator.join(sentences[:_MOST]) + more
 
 
 def _changes(then: Any, now: dict[str, Any]) -> str:
-    """The settings that differ, except the settings of layers: "batch_size was 8, is 16"."""
+    """The text of all changed settings except those of layers, such as "batch_size was 8, is 16"."""
     if not isinstance(then, dict):
         return "the checkpoint does not state its settings"
     names = [name for name in {**then, **now} if name != "layers" and then.get(name) != now.get(name)]
@@ -219,9 +225,10 @@ def _changes(then: Any, now: dict[str, Any]) -> str:
 
 
 def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
-    """The settings of layers that differ: "0.alpha was 16.0, is 64.0", or "rank was 8, is 4 in 205 layers".
+    """The text of the layers' changed settings, such as "0.alpha was 16.0, is 64.0".
 
-    An old checkpoint has none: nothing is compared.
+    A change that several layers share is listed once, as in "rank was 8, is 4 in 205 layers". A checkpoint of
+    an early version has no settings of layers, so nothing is compared.
     """
     if then is None:
         return ""
@@ -231,7 +238,7 @@ def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
         lost, new = (
             first_few(sorted(a.keys() - b.keys()), ", ") or "none" for a, b in ((then, now), (now, then))
         )
-        return f"{len(then)} layers had adapters, {len(now)} have (no longer: {lost}; new: {new})"
+        return f"{len(then)} layers had adapters, now {len(now)} have them (removed: {lost}; new: {new})"
     changed: dict[str, list[str]] = {}
     for layer, settings in now.items():
         for name in {**then[layer], **settings}:
@@ -242,7 +249,7 @@ def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
 
 
 def _in_layers(change: str, layers: list[str]) -> str:
-    """The text of a change, with the name of its layer or the number of layers that share it."""
+    """The text of a changed setting, with its layer's name or the number of layers that share the change."""
     return f"{change} in {len(layers)} layers" if len(layers) > 1 else f"{layers[0]}.{change}".lstrip(".")
 
 
@@ -252,7 +259,10 @@ def _in_layers(change: str, layers: list[str]) -> str:
 def _add_log(
     history: History, checkpoint: Checkpoint, directory: RunDirectory
 ) -> list[tuple[str, StepRecord | EpochRecord]]:
-    """Complete the history from the log, warn of lost records, and return the records that the log lacks."""
+    """Complete the history from the log; return the records that the log lacks.
+
+    A warning is given if the log is incomplete, or if the history stays incomplete.
+    """
     log, reason = b"", "missing, cut or damaged"
     try:
         log = directory.read_log(checkpoint.log_bytes)
@@ -263,7 +273,7 @@ def _add_log(
     if len(log) != checkpoint.log_bytes or found != wanted:
         warn_user(
             f"{directory.path / LOG}: the log is {reason}: the run continues, "
-            f"the history has {len(history.steps)} of {checkpoint.step} steps "
+            f"but the history has {len(history.steps)} of {checkpoint.step} steps "
             f"and {len(history.epochs)} of {checkpoint.epoch} epochs"
         )
     last_step, last_epoch = (_number(last_logged(log, event).get(event)) for event in ("step", "epoch"))

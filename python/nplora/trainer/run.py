@@ -1,4 +1,4 @@
-"""Run: one call of `Trainer.fit`, as callbacks see it."""
+"""Run: the interface between a call of `Trainer.fit` and its callbacks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from nplora.trainer.run_state import RunState
 
 
 class Run:
-    """One call of `Trainer.fit`, as callbacks see it.
+    """The object through which callbacks read, log and stop a call of `Trainer.fit`.
 
     >>> import nplora, numpy as np
     >>> class Report(nplora.trainer.Callback):
@@ -24,7 +24,7 @@ class Run:
 
     def __init__(self, state: RunState, directory: RunDirectory | None) -> None:
         self._state, self._directory = state, directory
-        self._ended: str | None = None  # the reason, as `History.ended` has it
+        self._ended: str | None = None  # the reason for the end, as in `History.ended`
 
     def __repr__(self) -> str:
         total = "" if self.total_steps is None else f" of {self.total_steps}"
@@ -38,27 +38,27 @@ class Run:
 
     @property
     def history(self) -> History:
-        """The records so far."""
+        """The records of the run so far."""
         return self._state.history
 
     @property
     def step(self) -> int:
-        """Updates made."""
+        """The number of updates made."""
         return self._state.step
 
     @property
     def epoch(self) -> int:
-        """Epochs finished."""
+        """The number of epochs finished."""
         return self._state.epoch
 
     @property
     def batch(self) -> int:
-        """Batches used of the current epoch."""
+        """The number of batches used in the current epoch."""
         return self._state.batch
 
     @property
     def total_steps(self) -> int | None:
-        """Where the run will end; None if the number of batches is unknown."""
+        """The number of steps in the whole run; None if the number of batches is unknown."""
         return self._state.total_steps
 
     def stop(self) -> None:
@@ -66,7 +66,7 @@ class Run:
         self._ended = "callback"
 
     def log(self, event: str, record: Mapping[str, Any]) -> None:
-        """Append a line of JSON to the run's log, if it has one. NaN and infinities become null.
+        """Append a line of JSON to the run's log, if the run has a log. NaN and infinity become null.
 
         >>> import nplora, numpy as np
         >>> class Note(nplora.trainer.Callback):
@@ -82,7 +82,7 @@ class Run:
             self._directory.log({"event": event, **record})
 
     def logged(self, event: str) -> dict[str, Any]:
-        """The last line of this event in the run's log, as it was read; empty if there is none."""
+        """The content of the last line with the event `event` in the run's log; empty if there is none."""
         if self._directory is None:
             return {}
         return last_logged(self._directory.read_log(self._directory.log_bytes), event)

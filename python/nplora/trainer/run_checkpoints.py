@@ -1,4 +1,4 @@
-"""RunCheckpoints saves a run at intervals and after an error, and finds the checkpoint to resume."""
+"""RunCheckpoints saves a run at intervals and after an error, and loads the checkpoint to resume."""
 
 import dataclasses
 import math
@@ -24,18 +24,18 @@ from nplora.trainer.run_directory import RunDirectory
 from nplora.trainer.run_state import RunState
 from nplora.trainer.training_setup import TrainingSetup
 
-EPOCH_CHECKPOINT_SECONDS = 1.0  # short epochs share a checkpoint: two of them are at least this far apart
-RESUME_HINT = "--resume (resume=True) continues it"
+EPOCH_CHECKPOINT_SECONDS = 1.0  # the least time between the checkpoints of two epochs
+RESUME_HINT = "--resume (resume=True) continues the run"
 
-_RUINED = 3.0  # at this many times the first loss, the factors are not worth continuing from
+_RUINED = 3.0  # a run whose loss is this many times the first loss is not worth continuing
 
 
 class RunCheckpoints:
-    """The checkpoints of one run in its directory.
+    """Writes and loads the checkpoints of one run in its directory.
 
     Args:
-        directory: open and locked for this run.
-        interrupts: holds signals back while a checkpoint is written.
+        directory: the directory, which is open and locked for this run.
+        interrupts: delays signals while a checkpoint is written.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class RunCheckpoints:
         self._directory.log({"event": "start", **start})
 
     def resume(self) -> bool:
-        """Continue the run in the directory; return whether there is one.
+        """Load the state of the run in the directory; return False if the directory holds no run.
 
         Raises:
-            ValueError: the run cannot continue with these data and settings.
-            CorruptError: the checkpoint is damaged.
+            ValueError: the run cannot continue with the present data and settings.
+            CorruptError: the checkpoint is damaged, or does not fit the model.
         """
         newest, batches = self._directory.latest(), self._config.batches.length
         if newest is None:
@@ -87,8 +87,8 @@ class RunCheckpoints:
         self._directory.log({"event": "resume", "step": self._state.step, **log_header(self._state.model)})
         if checkpoint is not newest:
             self._saved = None
-            self.save(must=True)  # so that it becomes the newest
-        self._directory.newest = None  # its arrays are taken over
+            self.save(must=True)  # so that this older checkpoint becomes the newest
+        self._directory.newest = None  # its arrays have been copied
         return True
 
     # ---- during the run ----
@@ -106,11 +106,12 @@ class RunCheckpoints:
         """Write a checkpoint; return False if there is nothing new to save, or if it could not be written.
 
         Args:
-            must: raise an error of the disk. Otherwise it is a warning, because the next save tries again.
+            must: whether a failed write raises an error instead of giving a warning. (After a warning, the
+                next call of `save` tries again.)
         Raises:
             NonFiniteLossError: the last update made a parameter infinite; nothing is written.
-            OSError: the log cannot be written, or `must` is set and the checkpoint cannot. The earlier
-                checkpoints are still there.
+            OSError: the log cannot be written, or `must` is set and the checkpoint cannot be written. The
+                earlier checkpoints are kept.
         Warns:
             UserWarning: the checkpoint cannot be written, and `must` is not set.
         """
@@ -120,12 +121,12 @@ class RunCheckpoints:
         bad = nonfinite_parameters(state.parameters, gradients=False)
         if bad:
             state.divergence = NonFiniteLossError(
-                f"step {state.step} made {first_few(bad, ', ')} not finite; it is not saved: "
+                f"step {state.step} made {first_few(bad, ', ')} not finite, so this step is not saved: "
                 "a lower lr may help"
             )
             raise state.divergence
         with self._interrupts.hold():
-            self._directory.sync_log()  # the checkpoint relies on it
+            self._directory.sync_log()  # the checkpoint relies on the log's records
             try:
                 self._directory.save(state.checkpoint(self._settings, self._base))
             except OSError as error:
@@ -140,27 +141,27 @@ class RunCheckpoints:
     def _warn_unsaved(self, error: OSError, saved: int) -> None:
         warn_user(
             f"the checkpoint of step {self._state.step} could not be written ({error}); the run continues "
-            f"and tries again at the next checkpoint. Until then the checkpoint of step {saved} is the newest"
+            f"and tries again at the next checkpoint. The newest checkpoint is still that of step {saved}"
         )
 
     def _note_saved(self) -> None:
         self._saved, self._tried_at = self._state.position, time.monotonic()
 
     def _age(self) -> float:
-        """Seconds since the last checkpoint was written or tried."""
+        """The seconds since the last attempt to write a checkpoint."""
         return time.monotonic() - self._tried_at
 
     # ---- after an error ----
 
     def save_after(self, error: Exception) -> None:
-        """Save the last whole step when an error ends the run; a note on the error says which step it is."""
+        """Save the state of the last complete step after an error; add a note to the error that says so."""
         if self._saved is None:
             return
         with self._interrupts.hold():
             error.add_note(self._saved_after(error, self._saved[0]))
 
     def _saved_after(self, error: Exception, saved: int) -> str:
-        """Save the last whole step if the disk allows it; return a sentence that says which step is saved.
+        """Save the state of the last complete step, if possible; return a sentence that names the saved step.
 
         Args:
             saved: the step of the newest checkpoint.
@@ -181,9 +182,9 @@ class RunCheckpoints:
         return f"the run is saved at step {saved}{problem}{hint}"
 
     def _log_divergence(self, error: NonFiniteLossError) -> str:
-        """Log that the present parameters lead to this error; return advice for the user.
+        """Write to the log that the present parameters lead to an error; return advice for the user.
 
-        A resumed run then starts from an earlier checkpoint, and only with other settings.
+        A resumed run will start from an earlier checkpoint, and needs other settings.
         """
         step = self._state.step
         good = self._directory.before(step)
@@ -194,7 +195,7 @@ class RunCheckpoints:
         return self._way_out(good)
 
     def _way_out(self, good: Checkpoint) -> str:
-        """A sentence that says how to continue from this checkpoint, and whether that is worth it."""
+        """Advice for the user: how to continue from a checkpoint, or that a new run would be better."""
         words = f"--resume with a lower --lr (resume=True, a lower lr) continues from step {good.step}"
         losses = {record.step: record.loss for record in self._state.history.steps}
         first, then = losses.get(1, math.nan), losses.get(good.step + 1, math.nan)

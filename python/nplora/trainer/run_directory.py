@@ -1,16 +1,16 @@
-"""The directory of a training run, written so that a crash loses nothing.
+"""The directory of a training run, written so that a crash cannot damage the last checkpoint.
 
-It holds
+The directory holds
 
-    checkpoint-0.safetensors, checkpoint-1.safetensors     two generations, written in turn
+    checkpoint-0.safetensors, checkpoint-1.safetensors     the last two checkpoints, written in turn
     log.jsonl                                              a header, and a line for every step and epoch
-    lock                                                   while a run writes here; it contains the PID
+    lock                                                   exists while a run writes here; contains its PID
 
-A checkpoint is written to a temporary file and renamed over the older generation (`formats.files.replace`),
-so there is a whole checkpoint at every moment. Its SHA-256 shows whether it is still whole. Only
-`formats.files` and the class `RunDirectory` touch the disk. The class keeps the directory open, so a run
-stays in it even when it is renamed. It never follows a link, and never writes to a file that another program
-made.
+A new checkpoint is written to a temporary file, which is then renamed over the older checkpoint
+(`formats.files.replace`). So a complete checkpoint exists at every moment. A SHA-256 in each checkpoint shows
+whether it is damaged. Only `formats.files` and the class `RunDirectory` access the disk. `RunDirectory` keeps
+the directory open, so a run can continue after the directory is renamed. `RunDirectory` never follows a
+symbolic link, and never writes to a file that another program made.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from nplora.runtime.user_warning import warn_user
 from nplora.trainer import checkpoint as checkpoints
 from nplora.trainer.checkpoint import MARKS, Checkpoint
 
-# A log without a header is of an early version, or was cut or lost.
+# A log without a header was written by an early version, or has lost its beginning.
 _FIRST_RECORD = re.compile(
     rb'\{"event":"(header","nplora|start","total_steps|resume","step|step","step|epoch","epoch)":'
 )
@@ -51,27 +51,30 @@ _MAX_LOG = 1 << 30
 _LONGEST_LINE = 1 << 16
 
 
-# Checks, by file name, that a run made a file.
+# Checks that a file was made by a run, one for each file name.
 
 
 def _is_log(reader: files.Reader) -> bool:
-    """It begins with a record, or it is the part of the first record that fitted on a full disk."""
+    """Whether the file is a log: it begins with a record, or with a part of one if the disk was full."""
     head = bytes(reader[:64])
     is_cut = len(reader) < 64 and b"\n" not in head
     return bool(_FIRST_RECORD.match(head)) or (is_cut and b'{"event":"'.startswith(head[:10]))
 
 
 def _is_lock(reader: files.Reader) -> bool:
-    """It is empty or contains a PID."""
+    """Whether the file is a lock: it is empty or contains a process ID."""
     try:
         text = bytes(reader[:32]).strip()
-    except TruncatedError:  # a run is locking it now
+    except TruncatedError:  # a run is locking the file now
         return True
     return len(reader) <= 32 and (not text or text.isdigit())
 
 
 def _is_generation(reader: files.Reader) -> bool:
-    """A file that is not safetensors may be a damaged checkpoint; `RunDirectory.latest` decides."""
+    """Whether the file may be a checkpoint.
+
+    A file that is not safetensors may be a damaged checkpoint, which `RunDirectory.latest` reports.
+    """
     try:
         return bool(SafetensorsFile(reader, "checkpoint").metadata.keys() & MARKS)
     except FormatError:
@@ -82,22 +85,23 @@ _IS_OURS = {LOG: _is_log, LOCK: _is_lock, **dict.fromkeys(CHECKPOINTS, _is_gener
 
 
 class RunDirectory:
-    """The directory of a run: made if needed, locked and kept open until `close`.
+    """The directory of a run, which is created if needed, locked, and kept open until `close`.
 
     Args:
-        overwrite: a run that begins here drops the adapter of an earlier run.
+        overwrite: whether a new run deletes the adapter of an earlier run.
     Attributes:
-        newest: the newest whole checkpoint, or None; read when it is needed, released by the first `save`.
-        damaged: one sentence for each checkpoint that is not whole. If the newer checkpoint is whole, only
-            the header of the older checkpoint is read.
-        occupied: there was a checkpoint, whole or damaged.
+        newest: the newest undamaged checkpoint, or None; read at the first access, and released by the first
+            `save`.
+        damaged: one sentence for each damaged checkpoint. If the newer checkpoint is undamaged, only the
+            header of the older checkpoint is checked.
+        occupied: whether the directory held a checkpoint, damaged or not, when it was opened.
     Raises:
         BlockingIOError: another run writes to the directory; the message names its PID.
-        UnsupportedError: a later nplora wrote a checkpoint.
+        UnsupportedError: a later version of nplora wrote a checkpoint.
         UnsafeError: a symbolic link has the name of a file of the run.
         FileExistsError: a file that no run made has the name of one of the run's files. The file is left
             unchanged.
-        OSError: the directory cannot be made or written.
+        OSError: the directory cannot be created or written.
     Warns:
         UserWarning: an unfinished file of a crashed run was removed.
     """
@@ -105,14 +109,13 @@ class RunDirectory:
     def __init__(self, path: StrPath | files.Directory, overwrite: bool = False) -> None:
         self.damaged: list[str] = []
         self._overwrite = overwrite
-        self._serials = [0, 0]  # the serials of the two generations; 0: none
-        self._slot = 0  # the generation that is replaced next
-        self._step = 0  # the step of the newest generation
-        self._first_log: bytearray | None = (
-            None  # the log of a run that overwrites another, until its checkpoint
-        )
+        self._serials = [0, 0]  # the serials of the two checkpoints; 0: none
+        self._slot = 0  # the index of the checkpoint that is replaced next
+        self._step = 0  # the step of the newest checkpoint
+        # The log of a run that overwrites an earlier run, until the first checkpoint is written.
+        self._first_log: bytearray | None = None
         self._descriptors: list[int] = []
-        self._locked_by = 0  # the PID of the process that locked; its forked children do not unlock
+        self._locked_by = 0  # the PID of the process with the lock; its forked children must not unlock
         try:
             if not isinstance(path, files.Directory):
                 os.makedirs(path, exist_ok=True)
@@ -142,11 +145,11 @@ class RunDirectory:
 
     @property
     def path(self) -> Path:
-        """The present path of the directory."""
+        """The current path of the directory, which may have been renamed."""
         return Path(self._directory)
 
     def _require_ours(self) -> None:
-        """Check every file that the run may write to, before it writes to any."""
+        """Before any write, check that all files with the names of a run's files were made by a run."""
         for name in {LOG, *CHECKPOINTS}.intersection(os.listdir(self._directory.fd)):
             self._open(name, os.O_RDONLY)
             os.close(self._descriptors.pop())
@@ -166,12 +169,12 @@ class RunDirectory:
             what = files.kind_name(kind)
             raise FileExistsError(errno.EEXIST, f"{name} is {what}, expected a regular file")
         if not _IS_OURS[name](files.Reader(descriptor, self.path / name)):
-            reason = f"no run made the file {name} in it: move that file, or choose another directory"
+            reason = f"the file {name} was not made by a run: move that file, or choose another directory"
             raise FileExistsError(errno.EEXIST, reason)
         return descriptor
 
     def _lock(self) -> int:
-        """Lock the file; repeat this if an earlier run removed the file after it was opened here."""
+        """Open and lock the lock file. If an earlier run removes the file before it is locked, try again."""
         while not self._locked_by:
             descriptor = self._open(LOCK, os.O_RDWR | os.O_CREAT)
             try:
@@ -187,7 +190,7 @@ class RunDirectory:
         return descriptor
 
     def _has_lock(self) -> bool:
-        """Whether the file under the lock's name is still the file that this process locked."""
+        """Whether the lock file in the directory is still the file that this process locked."""
         try:
             found = os.stat(LOCK, dir_fd=self._directory.fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -197,7 +200,7 @@ class RunDirectory:
     def _remove_unfinished(self) -> None:
         for file in files.unfinished(self._directory.fd, run_files.NAMES):
             os.unlink(file, dir_fd=self._directory.fd)
-            warn_user(f"{self.path / file}: left unfinished by a run that was killed; removed")
+            warn_user(f"{self.path / file}: removed, because a run that was killed left this file unfinished")
 
     @functools.cached_property
     def newest(self) -> Checkpoint | None:
@@ -226,7 +229,7 @@ class RunDirectory:
     def latest(self) -> Checkpoint | None:
         """The checkpoint to continue from; None if there is none.
 
-        If that run had begun to drop the files of an earlier run, this is completed.
+        If the checkpoint's run had begun to delete an earlier run's files, the remaining files are deleted.
 
         Raises:
             CorruptError: all checkpoints are damaged.
@@ -235,7 +238,7 @@ class RunDirectory:
         """
         if self.newest is None and self.damaged:
             raise CorruptError(
-                f"{self.path}: no whole checkpoint is left: {'; '.join(self.damaged)}; "
+                f"{self.path}: no undamaged checkpoint is left: {'; '.join(self.damaged)}; "
                 "--overwrite (overwrite=True) starts a new run"
             )
         if self.newest is not None:
@@ -245,7 +248,7 @@ class RunDirectory:
         return self.newest
 
     def before(self, step: int) -> Checkpoint | None:
-        """The latest whole checkpoint from before this step; None if there is none."""
+        """The latest undamaged checkpoint of an earlier step than `step`; None if there is none."""
         found: Checkpoint | None = None
         for name in CHECKPOINTS:
             with contextlib.suppress(FormatError, OSError):
@@ -255,7 +258,7 @@ class RunDirectory:
         return found
 
     def _finish_dropping(self, newest: Checkpoint) -> None:
-        """Complete `_drop_other` after a crash: put the new log in its place, and remove the old adapter."""
+        """Complete `_drop_other` after a crash: replace the old log, and delete the old adapter."""
         log = self._newest_metadata().get(run_files.FIRST_LOG)
         if log is None:
             return
@@ -266,7 +269,7 @@ class RunDirectory:
             self._drop_adapter()
 
     def read_log(self, size: int) -> bytes:
-        """The whole lines among the first `size` bytes of the log; a shorter log has fewer.
+        """The complete lines in the first `size` bytes of the log, which may also be shorter.
 
         Raises:
             FormatError, OSError: the log cannot be read.
@@ -275,8 +278,8 @@ class RunDirectory:
         return log[: log.rfind(b"\n") + 1]
 
     def cut_log(self, size: int) -> None:
-        """Cut the log after `size` bytes, or before them if the last line has no end."""
-        with files.disk_errors(self.path / LOG, f"the log was to end after byte {size:,}"):
+        """Cut the log after the last complete line in its first `size` bytes."""
+        with files.disk_errors(self.path / LOG, f"cutting the log to {size:,} bytes failed"):
             self.log_bytes = min(self.log_bytes, size)
             start = max(0, self.log_bytes - _LONGEST_LINE)
             self.log_bytes = start + os.pread(self._log, self.log_bytes - start, start).rfind(b"\n") + 1
@@ -285,8 +288,9 @@ class RunDirectory:
     def begin(self) -> None:
         """Begin a new run, with an empty log.
 
-        The first checkpoint drops the files of an earlier run: its log, both its checkpoints, and its adapter
-        if `overwrite` is set. Until then they stay unchanged.
+        The files of an earlier run stay unchanged until the first checkpoint of the new run is written. That
+        checkpoint replaces the earlier log and checkpoints, and also the earlier adapter if `overwrite` is
+        set.
         """
         if self.occupied or (self._overwrite and peft_adapter.lies_in(self.path)):
             self._first_log, self.log_bytes = bytearray(), 0
@@ -294,15 +298,14 @@ class RunDirectory:
             self.cut_log(0)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint over the older generation; the first checkpoint of a new run replaces both
-        generations.
+        """Replace the directory's older checkpoint. The first save of a new run replaces both checkpoints.
 
-        A checkpoint of the same step as the newest checkpoint replaces the newest, so the two are always of
-        two steps.
+        A checkpoint of the same step as the newest one replaces that one, so the two checkpoints always have
+        different steps.
 
         Raises:
-            OSError: the disk refuses; both generations are unchanged, and the message says how many bytes
-                were needed.
+            OSError: the checkpoint cannot be written. Both checkpoints are unchanged, and the message says
+                how many bytes were needed.
         """
         is_again = False
         if self._first_log is not None:
@@ -313,12 +316,12 @@ class RunDirectory:
         self._step = checkpoint.step
 
     def sync_log(self) -> None:
-        """Bring the log to the disk; a checkpoint that is saved next has its history there.
+        """Flush the log to the disk, so that the next checkpoint finds its history there.
 
         Raises:
-            OSError: the disk refuses; lines of the log may be lost.
+            OSError: the flush has failed, and lines of the log may be lost.
         """
-        with files.disk_errors(self.path / LOG, "the log may have lost lines, no checkpoint is written"):
+        with files.disk_errors(self.path / LOG, "the log may have lost lines, so no checkpoint is written"):
             os.fsync(self._log)
 
     def _write(self, checkpoint: Checkpoint, slot: int, *more: files.NewFile, **metadata: str) -> None:
@@ -326,13 +329,13 @@ class RunDirectory:
         new = checkpoints.new_file(self.path / CHECKPOINTS[slot], numbered, metadata)
         files.replace([new, *more], self._directory)
         self.newest, self._serials[slot], self._slot = None, numbered.serial, 1 - slot
-        self.damaged.clear()  # a damaged checkpoint is the first to be replaced
+        self.damaged.clear()  # a damaged checkpoint is always replaced first
 
     def _drop_other(self, checkpoint: Checkpoint) -> None:
-        """Write the first checkpoint of a run that overwrites another, and drop the files of the other run.
+        """Write the first checkpoint of a run that overwrites an earlier run; delete the earlier run's files.
 
-        The checkpoint contains what `_finish_dropping` needs, so the new run replaces the old one at the
-        moment when the file of the checkpoint is renamed.
+        The new run replaces the old one at the moment when the file of the checkpoint is renamed. After a
+        crash, `_finish_dropping` deletes the remaining files; the checkpoint contains the data for this.
         """
         log = bytes(self._first_log or b"")
         metadata = {run_files.FIRST_LOG: log.decode()}
@@ -363,7 +366,7 @@ class RunDirectory:
             os.fsync(self._directory.fd)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append a line of JSON to the log. NaN and infinities become null."""
+        """Append a line of JSON to the log. NaN and infinity become null."""
         line = json.dumps(dict(_finite(record.items())), allow_nan=False, separators=(",", ":"))
         data = f"{line}\n".encode()
         if self._first_log is not None:
@@ -378,7 +381,10 @@ class RunDirectory:
             self.log_bytes += progress.done
 
     def close(self) -> None:
-        """Unlock the directory. The lock file is removed while it is locked, so it is surely our own."""
+        """Unlock the directory.
+
+        The lock file is removed while it is still locked, because another run could lock it afterwards.
+        """
         if self._locked_by == os.getpid():
             with contextlib.suppress(OSError):
                 if self._has_lock():
@@ -396,7 +402,7 @@ class RunDirectory:
 
 
 def _unwritable(path: StrPath, error: OSError) -> OSError:
-    """The error for a run directory, of the class that belongs to its number."""
+    """Make the error for a run directory that cannot be written. The errno selects the class of the error."""
     return OSError(error.errno, f"the run directory cannot be written: {error.strerror}", files.name(path))
 
 

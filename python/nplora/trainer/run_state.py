@@ -1,4 +1,4 @@
-"""RunState: where a run stands between two steps."""
+"""RunState: the state of a run between two steps."""
 
 from typing import Any
 
@@ -16,17 +16,17 @@ Array = npt.NDArray[Any]
 
 
 class RunState:
-    """All that the rest of a run depends on: position, factors, moments, dropout streams and best epoch.
+    """The state from which a run continues: position, factors, moments, dropout streams and best epoch.
 
     Attributes:
         model, optimizer, parameters: the objects that change in training.
-        history: the records so far.
-        early_stopping: the best epoch so far.
-        step: updates made.
-        epoch, batch: epochs finished, and batches used of the current epoch.
-        total_steps: where the run will end; None if the number of batches is unknown.
-        updating: an update has begun, and `step` does not count it yet.
-        divergence: the error to which the present parameters led, or None.
+        history: the records of the run so far.
+        early_stopping: keeps the best epoch so far.
+        step: the number of updates made.
+        epoch, batch: the numbers of epochs finished, and of batches used in the current epoch.
+        total_steps: the number of steps in the whole run; None if the number of batches is unknown.
+        updating: whether an update has begun that `step` does not count yet.
+        divergence: the error if the present parameters led to NaN or infinity; otherwise None.
     """
 
     def __init__(
@@ -43,17 +43,17 @@ class RunState:
 
     @property
     def position(self) -> tuple[int, int, int, int]:
-        """Step, epoch, batch and the number of closed epochs: a checkpoint is new if these have changed."""
+        """Step, epoch, batch and the number of epoch records. A new position needs a new checkpoint."""
         return self.step, self.epoch, self.batch, len(self.history.epochs)
 
     def prepare(self) -> None:
-        """Give the optimiser its moments if it has none yet, and clear the gradients."""
+        """Create the optimiser's moments if there are none yet, and clear the gradients."""
         if self.optimizer.steps == 0:
             self.optimizer.init(self.parameters)
         self._clear_gradients()
 
     def count_step(self, batches: int) -> None:
-        """Move on by one update, which used this many batches."""
+        """Count one update and the batches that it used; clear the gradients."""
         self._clear_gradients()
         self.step += 1
         self.batch += batches
@@ -61,20 +61,20 @@ class RunState:
         self.updating = False
 
     def roll_back(self) -> None:
-        """Forget the batches since the last update."""
+        """Undo the batches since the last update: clear the gradients and reset the dropout streams."""
         self._clear_gradients()
         for layer, stream in zip(self._adapters, self._streams, strict=True):
             layer.dropout_stream = stream
 
     def close_epoch(self, metrics: dict[str, float]) -> EpochRecord:
-        """Record the current epoch with its validation metrics, and use them for early stopping."""
+        """Record the current epoch with its validation metrics, and update early stopping."""
         record = self.history.epoch_record(self.epoch + 1, metrics)
         self.history.epochs.append(record)
         self.early_stopping.judge(self.epoch + 1, metrics.get("loss"))
         return record
 
     def reopen_epoch(self) -> None:
-        """Undo `close_epoch` if the current epoch was closed: a resumed run closes it at its end."""
+        """Undo `close_epoch` if it was called for the current epoch; a resumed run will call it again."""
         if self.history.epochs and self.history.epochs[-1].epoch == self.epoch + 1:
             self.history.epochs.pop()
             self.early_stopping.forget_last()
@@ -83,7 +83,7 @@ class RunState:
         self.epoch, self.batch = self.epoch + 1, 0
 
     def checkpoint(self, settings: dict[str, Any], base: str) -> Checkpoint:
-        """The state as a checkpoint. It shares the model's arrays instead of copying them."""
+        """The state as a checkpoint, which shares the model's arrays instead of copying them."""
         return Checkpoint(
             step=self.step,
             epoch=self.epoch,
@@ -102,7 +102,7 @@ class RunState:
         )
 
     def continue_from(self, checkpoint: Checkpoint, history: History) -> None:
-        """Set the state to a checkpoint's, and the history to the steps before it."""
+        """Restore the state from a checkpoint; `history` holds the records up to the checkpoint."""
         self.model.set_random_state(checkpoint.random_state)
         self._streams = self._dropout_streams()
         set_factors(self.model, checkpoint.parameters)

@@ -1,4 +1,4 @@
-"""Stepper: batches in, updates of the parameters out."""
+"""Stepper: computes the updates of the parameters from batches."""
 
 import math
 import time
@@ -15,7 +15,8 @@ from nplora.trainer.training_setup import TrainingSetup
 
 
 class Stepper:
-    """Makes the steps of a run: adds up the gradients of some batches, clips them, and updates."""
+    """Makes the steps of a run: adds up the gradients of several batches, clips them, and updates the
+    parameters."""
 
     def __init__(self, setup: TrainingSetup, state: RunState) -> None:
         self._setup, self._state = setup, state
@@ -23,12 +24,12 @@ class Stepper:
         self._gathered = Gathered()
 
     def begin(self) -> None:
-        """Begin a step: its time is measured from here."""
+        """Begin a step, whose time is measured from this call."""
         self._gathered = Gathered()
 
     @property
     def has_batches(self) -> bool:
-        """Whether the step has a batch."""
+        """Whether the step has at least one batch."""
         return self._gathered.batches > 0
 
     @property
@@ -40,7 +41,7 @@ class Stepper:
         """Run one batch forward and backward.
 
         Raises:
-            NonFiniteLossError: its loss is NaN or infinite.
+            NonFiniteLossError: the loss of the batch is NaN or infinite.
         """
         problem = self._gradients.add(x, y, self._gathered)
         if problem:
@@ -48,10 +49,10 @@ class Stepper:
             raise self._nonfinite(f"the loss of batch {batch} {problem}")
 
     def update(self) -> StepRecord:
-        """Clip, update the parameters, and move the state on.
+        """Clip the gradients, update the parameters, and count the step.
 
         Raises:
-            NonFiniteLossError: a gradient is NaN or infinite; nothing is changed.
+            NonFiniteLossError: a gradient is NaN or infinite; no parameter is changed.
         """
         state, setup, gathered = self._state, self._setup, self._gathered
         factor = schedule(setup.schedule, state.step, state.total_steps or 0, setup.warmup_steps)
@@ -71,7 +72,7 @@ class Stepper:
         return record
 
     def _clip_and_update(self, lr: float) -> float:
-        """Update the parameters; return the norm of the gradient before it was clipped."""
+        """Clip the gradients and update the parameters; return the norm of all gradients before clipping."""
         state, gathered, clip_norm = self._state, self._gathered, self._setup.clip_norm
         if not gathered.count:
             return 0.0
@@ -83,11 +84,14 @@ class Stepper:
         if not math.isfinite(norm):
             state.updating = False
             names = nonfinite_parameters(state.parameters, gradients=True)
-            raise self._nonfinite(f"the loss is finite, the gradient of {first_few(names, ', ')} is not")
+            raise self._nonfinite(f"the loss is finite, but the gradient of {first_few(names, ', ')} is not")
         return norm
 
     def _nonfinite(self, what: str) -> NonFiniteLossError:
-        """The error to raise. It blames the parameters, unless the data are bad or no step was made yet."""
+        """Make the error for NaN or infinity in a step.
+
+        The parameters are blamed, unless the data are not finite or no step was made yet.
+        """
         state = self._state
         blamed = state.step > 0 and not what.endswith((INPUT, TARGETS))
         hint = "; a lower lr may help" if blamed else ""

@@ -33,7 +33,7 @@ _EVALUATION_ROWS = 256
 
 
 class Trainer(TrainingSetup):
-    """Trains the trainable arrays of a model. Its frozen weights never change.
+    """Trains the trainable arrays of a model. The frozen weights never change.
 
         >>> import nplora, numpy as np
         >>> rng = np.random.default_rng(0)
@@ -47,19 +47,20 @@ class Trainer(TrainingSetup):
         model: a Module.
         loss: "mse", "cross_entropy", "bce", "huber", a callable (prediction, target) -> (loss, gradient), or
             a `FusedLoss` for a model whose output is too large to keep.
-        optimizer: AdamW or SGD; None: AdamW(). It keeps its state from one `fit` to the next.
+        optimizer: AdamW or SGD; None: AdamW(). The optimiser's state is kept from one call of `fit` to the
+            next.
         schedule: learning rate schedule after the warm-up: "constant", "linear" or "cosine".
-        warmup_steps: steps during which the learning rate rises to the `lr` of the optimiser.
-        accumulate: batches in one step. Their gradients are weighted by the number of labelled rows or
-            elements, so the step is the same as for one large batch. The last step of an epoch may have fewer
-            batches.
+        warmup_steps: the number of steps in which the learning rate rises to the `lr` of the optimiser.
+        accumulate: the number of batches in one step. The gradient of each batch is weighted by its number of
+            labelled rows or elements, so the step is the same as for one large batch. The last step of an
+            epoch may have fewer batches.
         clip_norm: the largest Euclidean norm of all gradients together; None: no limit.
-        seed: the seed of the order of the examples. (For the model's own randomness, see `model.seed`.)
-        callbacks: `Callback`s, called in this order.
-        progress: show a progress line on stderr (tqdm's if it is installed); None: show it in a terminal and
-            in a Jupyter notebook.
+        seed: the seed of the order of the examples. (`model.seed` seeds the initial factors and dropout.)
+        callbacks: a list of `Callback`s, which are called in the order of the list.
+        progress: whether to show a progress line on stderr (tqdm's if tqdm is installed); None: only in a
+            terminal or a Jupyter notebook.
     Raises:
-        ValueError, TypeError: an argument is none of the above.
+        ValueError, TypeError: an argument does not fit its description above.
     """
 
     @_check.keywords
@@ -103,13 +104,15 @@ class Trainer(TrainingSetup):
     ) -> History:
         """Train, and return the records of the run.
 
-        Ctrl-C ends the run early: the run so far is saved in the `checkpoint_dir`, if there is one,
-        and the history is returned with `interrupted` true. A second Ctrl-C during this, or within half a
-        second of the first, ends the program: it raises KeyboardInterrupt after the checkpoint is written.
-        SIGTERM and SIGHUP (a closed terminal) save and exit. An error in a step leaves parameters and moments
-        as they were after the last whole step. After any error that step is saved in the `checkpoint_dir`,
-        and a note on the error says so. If a checkpoint cannot be written during the run, as on a full disk,
-        the run warns, continues, and tries again at the next checkpoint.
+        Ctrl-C ends the run early. The run is then saved in the `checkpoint_dir`, if there is one, and the
+        history is returned with `interrupted` set to True. A second Ctrl-C within half a second, or while the
+        run is being saved, raises KeyboardInterrupt after the checkpoint is written, to end the program. If
+        there is a `checkpoint_dir`, SIGTERM and SIGHUP (a closed terminal) save the run and end the program.
+
+        An error in a step leaves the parameters and the optimiser's moments as they were after the last
+        complete step. After any error, the state of the last complete step is saved in the `checkpoint_dir`,
+        and a note on the error names this step. If a checkpoint cannot be written during the run, as on a
+        full disk, the run warns, continues, and tries again at the next checkpoint.
 
             >>> import nplora, numpy as np
             >>> rng = np.random.default_rng(0)
@@ -123,47 +126,53 @@ class Trainer(TrainingSetup):
             True
 
         Args:
-            x, y: arrays of the same length; or x alone, an iterable of batches (x, y) or a `Batches`, for
-                which `batch_size` and `shuffle` have no effect. To resume within an epoch, an iterable is
-                read from its beginning and the used batches are skipped, so it must yield the same batches.
-                It is read once per epoch; a generator is enough for one epoch only.
-            epochs, steps: passes over the data (1 if neither is given), or updates of the parameters.
-            batch_size: rows in a batch; the last batch of an epoch may have fewer.
-            shuffle: take the rows in a new random order in each epoch, drawn from (seed, epoch).
+            x, y: arrays of the same length. Without y, x is an iterable of batches (x, y) or a `Batches`, and
+                `batch_size` and `shuffle` have no effect. An iterable is read once per epoch, so a generator
+                is enough for one epoch only. To resume a run within an epoch, the iterable is read from its
+                beginning and the used batches are skipped, so it must yield the same batches again.
+            epochs, steps: the length of the run in passes over the data, or in updates of the parameters. At
+                most one of `epochs` and `steps` may be given; the default is 1 epoch.
+            batch_size: the number of rows in a batch; the last batch of an epoch may have fewer.
+            shuffle: whether each epoch has the rows in a new random order, which depends only on the seed and
+                the epoch.
             validation: a tuple of two arrays, or an iterable of batches, evaluated after every epoch.
             patience: stop after this many epochs in a row without a lower validation loss (early stopping).
-                A loss that is NaN or infinite is not lower. However the run ends, the model then has the
-                factors of the best epoch.
-            checkpoint_dir: a directory for checkpoints and `log.jsonl`, made if needed.
-            checkpoint_every: steps between checkpoints; None: a checkpoint at the end of an epoch, if the
-                last checkpoint is at least a second old. A run always writes a checkpoint at the beginning,
-                after the first step and at the end, also after Ctrl-C.
-            save_minutes: the most minutes between two checkpoints; 0: no limit.
-            resume: continue from the checkpoint in `checkpoint_dir`, with the same results bit for bit as
-                without a stop; if there is none, begin. The history before it is read from `log.jsonl`. A run
-                that ended with NonFiniteLossError continues from the checkpoint before the step that led
-                there, and only with other settings, such as a lower learning rate.
+                A loss that is NaN or infinite never counts as lower. At the end of the run, or after Ctrl-C,
+                the model gets the factors of the best epoch.
+            checkpoint_dir: a directory for checkpoints and `log.jsonl`, created if needed.
+            checkpoint_every: the number of steps between two checkpoints. None: a checkpoint is written at
+                the end of an epoch, if the last checkpoint is at least a second old. A run also writes a
+                checkpoint at the beginning, after the first step, and at the end or after Ctrl-C.
+            save_minutes: the longest time between two checkpoints in minutes; 0: no limit.
+            resume: continue from the checkpoint in `checkpoint_dir`, or begin a new run if there is none. The
+                results are the same, bit for bit, as those of a run without a break. The earlier history is
+                read from `log.jsonl`. A run that ended with NonFiniteLossError continues from the last
+                checkpoint before the step at fault, and only with other settings, such as a lower learning
+                rate.
             overwrite: begin a new run in a `checkpoint_dir` that holds an old run. The files of the old run,
                 and its adapter, are deleted when the first checkpoint of the new run is on the disk.
         Raises:
             NonFiniteLossError: a loss or a gradient is NaN or infinite. The message names the step, the batch
-                and the first layer at fault. Parameters and moments stay as they were after the last whole
-                step, which is saved. Or an update made a parameter infinite; that step is not saved.
-            ValueError: arguments, data or a checkpoint do not fit; labels are out of range.
+                and the first layer whose output is not finite. The parameters and moments stay as they were
+                after the last complete step, which is saved. The error is also raised if an update has made a
+                parameter NaN or infinite; the step of this update is not saved.
+            ValueError: the arguments, the data and the checkpoint do not fit each other, or a label is out of
+                range.
             TypeError: the validation data, or the results of the model or the loss, have the wrong type.
-            RuntimeError: the model replaces its parameters or gradients by other arrays; or a layer is
-                merged, or its adapter is switched off.
+            RuntimeError: the model has replaced the array of a parameter or gradient by another array, a
+                layer is merged, or an adapter is switched off.
             CorruptError: every checkpoint in the directory is damaged, or belongs to another model.
             FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set; or a file
-                that no run made has the name of one of the run's files. UnsafeError: a link has such a name.
+                that no run made has the name of one of the run's files. UnsafeError: one of the run's files
+                is a symbolic link.
             BlockingIOError: another process writes to the directory.
             OSError: the directory, the log, or the first or last checkpoint cannot be written. The earlier
-                checkpoint is still there, and the message says how many bytes were needed.
+                checkpoint is kept, and the message says how many bytes were needed.
         Warns:
-            UserWarning: a damaged checkpoint was skipped and an earlier one is used; settings, instruction
-                set or version differ from the checkpoint's; `log.jsonl` has lost records of the history; a
-                checkpoint cannot be written during the run; the run ends before the warm-up does; no label
-                counts in any step.
+            UserWarning: a damaged checkpoint was skipped, and an earlier one is used; the settings, the
+                instruction set or the version differ from the checkpoint's; `log.jsonl` has lost records; a
+                checkpoint cannot be written during the run; the run ends before the warm-up does; or no step
+                had a label to train on.
         """
         if checkpoint_dir is not None:
             files.require_named(_OP, checkpoint_dir=checkpoint_dir)
@@ -185,14 +194,14 @@ class Trainer(TrainingSetup):
             if directory.occupied and not (resume or overwrite):
                 raise FileExistsError(
                     f"{_OP}: {directory.path} holds a run{_at(directory)}: "
-                    "resume=True continues it, overwrite=True drops it"
+                    "resume=True continues the run, overwrite=True deletes it"
                 )
             return self._run(config, directory, resume)
 
     def evaluate(
         self, x: Any, y: npt.ArrayLike | None = None, *, batch_size: int = _EVALUATION_ROWS
     ) -> dict[str, float]:
-        """The mean loss over x and y, without dropout, as {"loss": ...}.
+        """Return the mean loss over x and y, without dropout, as {"loss": ...}.
 
             >>> import nplora, numpy as np
             >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(3), rank=1))
@@ -201,12 +210,12 @@ class Trainer(TrainingSetup):
 
         Args:
             x, y: as in `fit`.
-            batch_size: rows at a time.
+            batch_size: the number of rows that the model gets at a time.
         Returns:
-            "loss"; for integer labels (...) and predictions (..., C) also "accuracy", the share of the
-            labelled rows whose largest prediction is their label.
+            the "loss". For integer labels (...) and predictions (..., C), the result also has "accuracy": the
+            share of the labelled rows whose label has the largest prediction.
         Raises:
-            ValueError: the data do not fit each other, the loss or the model, or x is a single example.
+            ValueError: x and y do not fit each other, the loss or the model; or x is a single example.
         """
         op = "Trainer.evaluate"
         batches = batches_of(op, x, y, batch_size)
@@ -215,7 +224,7 @@ class Trainer(TrainingSetup):
         return evaluate(self.model, self.loss, batches)
 
     def predict(self, x: npt.ArrayLike, *, batch_size: int = _EVALUATION_ROWS) -> Array:
-        """The model's output for the rows of x (n, ...), `batch_size` at a time, without dropout.
+        """Compute the model's output for the rows of x (n, ...) without dropout, `batch_size` rows at a time.
 
             >>> import nplora, numpy as np
             >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(3), rank=1))
@@ -223,7 +232,7 @@ class Trainer(TrainingSetup):
             (5, 3)
 
         Raises:
-            ValueError: x does not fit the model, or it is a single example instead of rows: pass x[None].
+            ValueError: x does not fit the model. (A single example must be passed as x[None].)
         """
         return predict(self.model, x, _check.integer("Trainer.predict", "batch_size", batch_size, least=1))
 
@@ -263,7 +272,7 @@ class Trainer(TrainingSetup):
         save_minutes: float,
     ) -> FitConfig:
         if epochs is not None and steps is not None:
-            raise ValueError(f"{_OP}: epochs and steps are both given; one of them ends the run")
+            raise ValueError(f"{_OP}: epochs and steps are both given, expected only one of them")
         epochs = 1 if epochs is None and steps is None else epochs
         for name, value in (("patience", patience), ("checkpoint_every", checkpoint_every)):
             if value is not None:
@@ -277,7 +286,7 @@ class Trainer(TrainingSetup):
             total = _check.integer(_OP, "epochs", epochs, least=0) * -(-batches.length // self.accumulate)
         if total is None and self.schedule != "constant":
             raise ValueError(
-                f"{_OP}: schedule={self.schedule!r} needs to know where the run ends: "
+                f"{_OP}: schedule={self.schedule!r} needs the number of steps in the run: "
                 "give steps, or batches that have a len"
             )
         several = epochs is None or epochs > 1
@@ -298,12 +307,12 @@ class Trainer(TrainingSetup):
         return config
 
     def _check_model(self) -> None:
-        optim.require(_OP, self.optimizer)  # it may have been replaced since
+        optim.require(_OP, self.optimizer)  # the user may have replaced it after `__init__`
         if not self.model.parameters():
             raise ValueError(f"{_OP}: the model has no trainable parameters")
         self.model.require_trainable("fit")
         if not all(layer.adapter_enabled for layer in self.model.adapter_layers().values()):
-            raise RuntimeError(f"{_OP}: the adapters are switched off here, as inside disable_adapter()")
+            raise RuntimeError(f"{_OP}: the adapters are switched off here by disable_adapter()")
 
     def _check_labels(self, batches: ArrayBatches) -> None:
         """Check all labels before the first step. The output for one row shows the number of classes."""

@@ -1,4 +1,4 @@
-"""TrainingRun: one call of `Trainer.fit`, from its first step or a checkpoint to its end."""
+"""TrainingRun: carries out one call of `Trainer.fit`."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from nplora.trainer.training_setup import TrainingSetup
 
 
 class TrainingRun(Run):
-    """One call of `Trainer.fit`, from its beginning to its end."""
+    """Carries out one call of `Trainer.fit`, from the first step or a checkpoint to the end of the run."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class TrainingRun(Run):
         self._interrupts = Interrupts(terminate=directory is not None)
 
     def execute(self, resume: bool) -> History:
-        """Train until the end, Ctrl-C or an error."""
+        """Train until the run is complete, or until Ctrl-C or an error ends it."""
         try:
             with self._interrupts, self._saved_after_an_error():
                 self._train_until_interrupted(resume)
@@ -54,7 +54,10 @@ class TrainingRun(Run):
         return self.history
 
     def _train_until_interrupted(self, resume: bool) -> None:
-        """Train. A first Ctrl-C ends the run early; a signal that ends the process is raised as an error."""
+        """Train until the end or a signal. The first Ctrl-C only ends the run early.
+
+        A second Ctrl-C, SIGTERM and SIGHUP also raise an exception after the run is saved.
+        """
         try:
             with self._interrupts.hold():
                 self._begin(resume)
@@ -67,7 +70,7 @@ class TrainingRun(Run):
                 raise
 
     def _begin(self, resume: bool) -> None:
-        """Load the directory's checkpoint, or write a first one, which tests the disk before any work."""
+        """Load the directory's checkpoint, or write a first one, so that a disk error appears early."""
         self._state.prepare()
         if self._directory is None:
             return
@@ -94,7 +97,7 @@ class TrainingRun(Run):
         history.best_epoch = self._state.early_stopping.restore_best()
         history.ended = self._ended or "complete"
         if history.steps and not any(record.count for record in history.steps):
-            warn_user("Trainer.fit: no label counts in any step, so nothing was trained")
+            warn_user("Trainer.fit: no step had a label to train on, so nothing was trained")
         self.log("end", {"ended": history.ended, "step": self.step})
 
     # ---- the loop ----
@@ -119,7 +122,7 @@ class TrainingRun(Run):
         )
 
     def _make_steps_of_epoch(self) -> bool:
-        """Make the steps of an epoch, or the remaining steps; return False if the run is over before."""
+        """Make the remaining steps of the current epoch; return False if the run is over."""
         stepper = self._stepper
         stepper.begin()
         for x, y in self._config.batches.epoch(self.epoch, self.batch):
@@ -142,7 +145,7 @@ class TrainingRun(Run):
             self._save()
 
     def _close_epoch(self, complete: bool) -> None:
-        """Validate, record the epoch and, if it is complete, go to the next epoch."""
+        """Evaluate the validation data and record the epoch. If `complete` is true, go to the next epoch."""
         validation = self._config.validation
         metrics = evaluate(self.model, self._setup.loss, validation) if validation else {}
         with self._interrupts.hold():
@@ -162,7 +165,10 @@ class TrainingRun(Run):
             getattr(callback, hook)(self, *arguments)
 
     def _save(self, must: bool = False) -> None:
-        """Write a checkpoint if there is a directory and something new to save; `must`: or raise OSError."""
+        """Write a checkpoint if there is a directory and something new to save.
+
+        `must` is as in `RunCheckpoints.save`.
+        """
         if self._checkpoints is not None and self._checkpoints.save(must):
             self._call("on_checkpoint")
 

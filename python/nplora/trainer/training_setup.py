@@ -16,7 +16,7 @@ Array = npt.NDArray[Any]
 
 
 class TrainingSetup:
-    """The settings of a `Trainer`; see there."""
+    """The settings of a `Trainer`, which describes them."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class TrainingSetup:
         self._skips_dx = "need_dx" in parameters
 
     def backward(self, gradient: Array, saved: Any) -> None:
-        """The backward pass of the model, without the gradient of the data if the model can omit it."""
+        """Run the model's backward pass. The gradient of the input is left out if the model allows this."""
         if self._skips_dx:
             self.model.backward(gradient, saved, need_dx=False)
         else:

@@ -1,4 +1,4 @@
-"""Frozen weights, their storage formats, and the memory of results."""
+"""Frozen weights, their storage formats, and the memory for results."""
 
 from nplora.weights.frozen_weight import (
     COMPUTES,

@@ -1,4 +1,4 @@
-"""Memory of arrays: large arrays reuse freed buffers, and a model's factors share one buffer."""
+"""Memory for arrays: large arrays reuse freed memory, and the factors of a model share one buffer."""
 
 import contextlib
 import math
@@ -15,10 +15,11 @@ Array = npt.NDArray[Any]
 
 
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-    """np.empty in memory that earlier arrays have freed, if there is some.
+    """Return an array like np.empty, if possible in memory that earlier arrays have freed.
 
-    Fresh pages can cost the system more time than a product takes to fill them. Idle and used memory together
-    never exceed the largest amount that was in use at once. `release` returns idle memory to the system.
+    New memory pages can cost the system more time than a matrix product takes to fill them. Idle and used
+    memory together never exceed the largest amount that was in use at once. `release` returns idle memory to
+    the system.
     """
     dtype = np.dtype(dtype)
     if math.prod(shape) * dtype.itemsize < _core.constants.least_buffer_bytes:  # malloc's caches are as fast
@@ -27,14 +28,14 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
 
 
 def empty_like(array: Array) -> Array:
-    """`empty` with the shape and dtype of another array."""
+    """Like `empty`, with the shape and dtype of another array."""
     return empty(array.shape, array.dtype)
 
 
 def output(
     op: str, name: str, out: object, shape: tuple[int, ...], dtype: np.dtype[Any], *readers: tuple[str, Array]
 ) -> Array:
-    """Check `out` as the array for a result of this shape and dtype. None gives a new array."""
+    """Return `out`, checked for a result of this shape and dtype, or a new array if `out` is None."""
     if out is None:
         return empty(shape, dtype)
     array = _check.writable(op, name, out, *readers)
@@ -56,7 +57,7 @@ _LINE = _core.constants.cache_line
 
 
 class _Shelf:
-    """A buffer of zeros, from which arrays are cut one after another."""
+    """A buffer of zeros, which is divided among arrays one after another."""
 
     def __init__(self, nbytes: int) -> None:
         whole = np.zeros(nbytes + _LINE, np.uint8)
@@ -76,9 +77,9 @@ _shelves: ContextVar[tuple[_Shelf, _Shelf] | None] = ContextVar("nplora_shelves"
 
 @contextlib.contextmanager
 def side_by_side(*sizes: int) -> Iterator[None]:
-    """Within this context, arrays of these sizes share one buffer, and their gradients share another.
+    """Within this context, arrays of these sizes in bytes share one buffer; their gradients share another.
 
-    Hundreds of small arrays then need only a few large pages, if the system has them.
+    Hundreds of small arrays then fit into a few large memory pages, if the system offers large pages.
     """
     total = sum(map(_whole_lines, sizes))
     token = _shelves.set((_Shelf(total), _Shelf(total)))
@@ -89,7 +90,7 @@ def side_by_side(*sizes: int) -> Iterator[None]:
 
 
 def value_and_gradient(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """Two arrays of zeros, one for a value and one for its gradient."""
+    """Return two arrays of zeros, one for a value and one for its gradient."""
     found = [shelf.take(shape, dtype) for shelf in _shelves.get() or ()] or [None, None]
     value, gradient = (np.zeros(shape, dtype) if array is None else array for array in found)
     return value, gradient

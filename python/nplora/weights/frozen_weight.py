@@ -24,7 +24,7 @@ INFERENCE_COMPUTES = (*COMPUTES, "int8")
 _UNROUNDED_ROWS = _core.constants.float_batch
 
 # The smallest magnitude that becomes infinite: the largest finite value plus half a unit in its last place.
-# float64 reaches the 16-bit types through float32, so half a unit of float32 is subtracted for them.
+# float64 is rounded to float32 before a 16-bit type, so half a unit of float32 is subtracted for these types.
 _INFINITE_FROM = {
     "float64": np.inf,
     "float32": (2 - 2.0**-24) * 2.0**127,
@@ -36,36 +36,38 @@ _INFINITE_FROM = {
 class FrozenWeight:
     """A frozen (d_out, d_in) matrix, packed for the kernels. It is immutable, and layers may share it.
 
-    One copy serves the forward and the backward product. Sums are float32 for every storage except float64,
-    whose sums are float64. The products decode low-bit blocks themselves, a part at a time. `from_gguf` and
+    Forward and backward products use the same copy of the matrix. Sums are computed in float32, or in float64
+    for float64 storage. Products with a low-bit matrix decode only a few blocks at a time. `from_gguf` and
     `from_safetensors` use a matrix directly in its file, without a copy.
 
     Args:
-        W: float array (d_out, d_in), copied. bfloat16 is given as an ml_dtypes array, or as uint16 bit
+        W: a float array (d_out, d_in), which is copied. Pass bfloat16 as an ml_dtypes array, or as uint16 bit
             patterns with dtype="bfloat16".
         dtype: the storage format.
 
-            - "float32" (the default), "float64", "bfloat16" or "float16". Narrowing rounds to nearest, ties
+            - "float32" (the default), "float64", "bfloat16" or "float16". Values are rounded to nearest, ties
               to even.
-            - "q8_0", "q4_0", "q4_k", ...: GGUF's blocks along a row, by ggml's type name in lower case.
-            - "nf4": blocks of 64 values with a float32 absmax (Dettmers et al. 2023).
+            - "q8_0", "q4_0", "q4_k", ...: GGUF's blocks along a row, named like ggml's types in lower case.
+            - "nf4": blocks of 64 values with a float32 absmax, the largest magnitude (Dettmers et al. 2023).
         compute: the arithmetic of the products. A float64 weight always computes in float64.
 
             - "float32".
-            - "bfloat16": x, dy, W and an update's B are rounded to bfloat16 (in backward and for many rows,
-              the whole update). Sums stay float32. This is twice as fast if the CPU has bfloat16
-              instructions. Up to 4 rows are still computed in float32.
-            - "int8", for inference: up to 8 rows of x (4 without AVX) are rounded to 8 bits, with one scale
-              for each 32 values, and are multiplied with GGUF's blocks as integers. More rows, other storage
-              formats and `matmul_t` compute as with "bfloat16".
-        double_quant: also quantise NF4's absmax to 8 bits. A value then takes 4.13 bits instead of 4.5.
+            - "bfloat16": x, dy, W and the factor B of an update are rounded to bfloat16. In the backward
+              pass, or if x has many rows, A and z = x Bᵀ are rounded as well. Sums stay float32. Products are
+              twice as fast if the CPU has bfloat16 instructions. If x has up to 4 rows, products are still
+              computed in float32.
+            - "int8", for inference: if x has up to 8 rows (4 without AVX), it is rounded to 8 bits, with one
+              scale for every 32 values, and multiplied with GGUF's blocks as integers. With more rows, with
+              other storage formats, and in `matmul_t`, products are computed as with "bfloat16".
+        double_quant: also quantise the absmax of NF4 to 8 bits. A value of W then takes 4.13 bits instead of
+            4.5.
     Raises:
         ValueError: W does not have two axes; dtype or compute is not one of the above; compute is not
             "float32" for a float64 weight; d_in is not a multiple of the block length; a value is not finite
-            or too large for the blocks; or double_quant is used with another storage than "nf4".
-        TypeError: W does not hold floats, or dtype is not a dtype.
+            or too large for the blocks; or double_quant is used with another format than "nf4".
+        TypeError: W does not hold floats, or `dtype` is neither a name nor a dtype.
     Warns:
-        UserWarning: finite values exceed the storage's range and become infinite.
+        UserWarning: finite values exceed the range of the storage format and become infinite.
 
     >>> weight = FrozenWeight(np.ones((3, 64), np.float32), dtype="q8_0")
     >>> weight
@@ -78,7 +80,7 @@ class FrozenWeight:
     __slots__ = ("_arrays", "_packed")
 
     _packed: _core.PackedWeight
-    _arrays: tuple[Array, ...]  # arrays that the core reads in place: blocks with scales, or a mapped matrix
+    _arrays: tuple[Array, ...]  # arrays that the core reads in place: blocks with scales, or a mapped file
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ class FrozenWeight:
             )
 
     def _hold(self, storage: str, shape: tuple[int, ...], arrays: tuple[Array, ...], compute: str) -> None:
-        """Use these arrays in place: a matrix, blocks, or NF4's parts (5 with a quantised absmax, else 2)."""
+        """Use in place a matrix, blocks, or the arrays of NF4 (5 if the absmax is quantised, else 2)."""
         d_out, d_in = shape
         self._arrays = arrays
         if storage == "nf4" and len(arrays) == 2:
@@ -129,9 +131,10 @@ class FrozenWeight:
 
     @classmethod
     def from_gguf(cls, file: StrPath | gguf.GgufFile, name: str, compute: str = "float32") -> Self:
-        """A matrix of a GGUF file, used in place. No type of matrix is copied.
+        """Return a weight that uses a matrix of a GGUF file in place. No matrix is copied, whatever its type.
 
-        The weight keeps the file mapped. The system may drop pages of it and read them again.
+        The weight keeps the file mapped into memory. The system may drop pages of the file and read them
+        again.
 
         Args:
             file: a path, or a file opened with `formats.gguf.open` if several tensors are needed.
@@ -141,7 +144,7 @@ class FrozenWeight:
             UnsupportedError: nplora does not decode the tensor's type.
             FormatError, OSError: as in `formats.gguf.open`.
             KeyError: the file has no tensor of that name. The message suggests similar names.
-            ValueError: the tensor does not have two axes, or compute is not available.
+            ValueError: the tensor does not have two axes, or `compute` is not available.
 
         >>> import nplora
         >>> nplora.formats.gguf.save("toy.gguf", {"w": np.eye(2, dtype=np.float32)})
@@ -171,10 +174,10 @@ class FrozenWeight:
         name: str,
         compute: str = "float32",
     ) -> Self:
-        """A matrix used directly in a safetensors file: float32, float64, bfloat16, float16 or NF4.
+        """Return a weight that uses a matrix of a safetensors file in place.
 
-        NF4 means the format of bitsandbytes, with or without double quantisation. The weight keeps the file
-        mapped.
+        The matrix is float32, float64, bfloat16, float16 or NF4. NF4 means the format of bitsandbytes, with
+        or without double quantisation. The weight keeps the file mapped into memory.
 
         Args:
             file: a path, or a file opened with `formats.safetensors.open` (or `formats.sharded.open`) if
@@ -185,7 +188,7 @@ class FrozenWeight:
             UnsupportedError: the tensor holds neither floats nor NF4.
             FormatError, OSError: as in `formats.safetensors.open`.
             KeyError: the file has no tensor of that name. The message suggests similar names.
-            ValueError: the tensor does not have two axes, or compute is not available.
+            ValueError: the tensor does not have two axes, or `compute` is not available.
 
         >>> import nplora
         >>> nplora.formats.safetensors.save("toy.safetensors", {"w": np.eye(2, dtype=np.float16)})
@@ -213,7 +216,10 @@ class FrozenWeight:
 
     @classmethod
     def of_rows(cls, raw: Array, storage: str, d_in: int, compute: str = "float32") -> Self:
-        """A matrix from the bytes of its rows, as `storages.encode` makes them. Only NF4 is copied."""
+        """Return a weight from encoded rows, the result of `storages.encode`.
+
+        The bytes are used in place, except that the bytes of NF4 are copied.
+        """
         shape = (len(raw), d_in)
         if storage == "nf4":
             arrays: tuple[Array, ...] = storages.split_nf4(raw, d_in)
@@ -247,18 +253,18 @@ class FrozenWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the matrix, in memory or in its file."""
+        """The size of the matrix in bytes, in memory or in its file."""
         return self._packed.nbytes
 
     def with_compute(self, compute: str) -> FrozenWeight:
-        """The same matrix, with products in another arithmetic.
+        """Return a weight of the same matrix whose products use another arithmetic.
 
-        It shares the storage if the matrix is read in place, else it is a copy.
+        Both weights share a matrix that is used in place; any other matrix is copied.
 
         Args:
             compute: as in the constructor.
         Raises:
-            ValueError: compute is not available.
+            ValueError: `compute` is not available.
 
         >>> weight = FrozenWeight(np.ones((3, 64), np.float32), dtype="q8_0")
         >>> weight.with_compute("int8").compute
@@ -275,7 +281,7 @@ class FrozenWeight:
 
     @property
     def compute(self) -> str:
-        """The products' arithmetic: "bfloat16" (float32 sums), "int8", or the name of `compute_dtype`."""
+        """The arithmetic of products: "bfloat16" (with float32 sums), "int8", or `compute_dtype`'s name."""
         return self.compute_dtype.name if self._packed.compute == "float" else self._packed.compute
 
     @property
@@ -299,7 +305,7 @@ class FrozenWeight:
         return self._packed
 
     def to_numpy(self) -> Array:
-        """The decoded matrix as a new array (d_out, d_in).
+        """Return the decoded matrix as a new array (d_out, d_in).
 
         Its dtype is float64 for float64 storage, else float32. Decoding is exact.
 
@@ -312,10 +318,12 @@ class FrozenWeight:
         return out
 
     def to_gguf(self, name: str) -> gguf.Tensor | gguf.Stream:
-        """The matrix as a tensor for `gguf.save`, in its own storage. Matrices used in place are not copied.
+        """Return the matrix as a tensor for `gguf.save`, in its storage format.
+
+        A matrix that is used in place is not copied.
 
         Raises:
-            TypeError: GGUF has no such type ("nf4").
+            TypeError: GGUF does not have the storage format, which is the case for "nf4".
 
         >>> FrozenWeight(np.ones((2, 32), np.float32), dtype="q4_0").to_gguf("w")
         Tensor('w', Q4_0, (2, 32))
@@ -341,7 +349,7 @@ class FrozenWeight:
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
         if copy is False:
-            raise ValueError("FrozenWeight: the matrix is packed, so an array of it is always a copy")
+            raise ValueError("FrozenWeight: the matrix is packed, so an array of its values is always a copy")
         return self.to_numpy() if dtype is None else self.to_numpy().astype(dtype, copy=False)
 
     def matmul(self, x: npt.ArrayLike, out: Array | None = None) -> Array:
@@ -349,12 +357,13 @@ class FrozenWeight:
 
         Args:
             x: array (..., d_in). It is converted to `compute_dtype` if needed.
-            out: array (..., d_out) to write the result to, C-contiguous; None creates one.
+            out: C-contiguous array (..., d_out) for the result. If None, a new array is created.
         Returns:
             array (..., d_out) in `compute_dtype`.
         Raises:
-            ValueError: the last axis of x is not d_in, or out has another shape, is read-only or overlaps x.
-            TypeError: x does not hold numbers, or out has another dtype.
+            ValueError: the last axis of x is not d_in, or `out` has the wrong shape, is read-only or
+                overlaps x.
+            TypeError: x does not hold numbers, or `out` has the wrong dtype.
 
         >>> FrozenWeight([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]).matmul([1.0, 10.0])
         array([21., 43., 65.], dtype=float32)
@@ -370,7 +379,7 @@ class FrozenWeight:
 
         Args:
             dy: array (..., d_out). It is converted to `compute_dtype` if needed.
-            out: array (..., d_in) to write the result to, C-contiguous; None creates one.
+            out: C-contiguous array (..., d_in) for the result. If None, a new array is created.
         Returns:
             array (..., d_in) in `compute_dtype`.
         Raises:
@@ -398,7 +407,7 @@ class FrozenWeight:
         return _few_at_a_time(self.matmul_t, dy) if self.rounds else self.matmul_t(dy)
 
     def take(self, ids: npt.ArrayLike) -> Array:
-        """Decode the rows W[ids].
+        """Return the decoded rows W[ids].
 
         Args:
             ids: integer array (...).
@@ -427,15 +436,15 @@ class FrozenWeight:
 
     @property
     def float_dtype(self) -> str:
-        """The storage for a changed matrix: "float32" for low-bit blocks, which could lose the change."""
+        """The storage format for a changed W: never a low-bit format, which could lose the change."""
         return "float32" if self.dtype in storages.BLOCKS else self.dtype
 
     def like(self, W: Array) -> FrozenWeight:
-        """A weight of W in the storage `float_dtype`, with this weight's compute."""
+        """Return a weight that stores the matrix W as `float_dtype`, with this weight's `compute`."""
         return FrozenWeight(W, self.float_dtype, self._compute_word())
 
     def like_rows(self, raw: Array, storage: str) -> FrozenWeight:
-        """A weight from the bytes of its rows, with this weight's compute."""
+        """Return a weight from the bytes of its rows, with this weight's `compute`."""
         return FrozenWeight.of_rows(raw, storage, self.shape[1], self._compute_word())
 
     def _compute_word(self) -> str:
@@ -449,14 +458,14 @@ class FrozenWeight:
 
 
 def _restored(storage: str, shape: tuple[int, int], arrays: tuple[Array, ...], compute: str) -> FrozenWeight:
-    """Unpickle a weight. Its blocks are not quantised again."""
+    """Rebuild a pickled weight from its arrays, without quantising again."""
     weight = FrozenWeight.__new__(FrozenWeight)
     weight._hold(storage, shape, arrays, compute)
     return weight
 
 
 def _core_compute(op: str, storage: str, compute: str) -> str:
-    """`compute` under the core's name, where "float" means the weight's own type."""
+    """Return the C++ core's name for `compute`, in which "float" means the weight's own type."""
     _check.choice(op, "compute", compute, INFERENCE_COMPUTES)
     if storage == "float64" and compute != "float32":
         raise ValueError(f"{op}: a float64 weight computes in float64, got compute={compute!r}")
@@ -464,7 +473,7 @@ def _core_compute(op: str, storage: str, compute: str) -> str:
 
 
 def _quantized(op: str, W: Array, storage: str) -> tuple[Array, ...]:
-    """Quantise float32 W (d_out, d_in) to rows of blocks (d_out, bytes), or to NF4's codes and absmax."""
+    """Quantise a float32 W (d_out, d_in) to rows of blocks (d_out, bytes), or to NF4's codes and absmax."""
     (d_out, d_in), (length, nbytes) = W.shape, storages.BLOCKS[storage]
     try:
         if storage == "nf4":
@@ -481,7 +490,7 @@ def _quantized(op: str, W: Array, storage: str) -> tuple[Array, ...]:
 
 
 def _quantized_absmax(absmax: Array) -> tuple[Array, ...]:
-    """NF4's second quantisation: codes, levels, scales, and the offset as a 0-d array."""
+    """Quantise the absmax of NF4: return codes, levels, scales, and the offset as a 0-d array."""
     group, book = _core.constants.nf4_group, _core.constants.nf4_book
     codes, levels = np.empty(absmax.size, np.uint8), np.empty(book, np.float32)
     scales = np.empty(-(-absmax.size // group), np.float32)
@@ -490,7 +499,7 @@ def _quantized_absmax(absmax: Array) -> tuple[Array, ...]:
 
 
 def _nf4_levels() -> Array:
-    """The values of NF4's sixteen codes."""
+    """Return the values of NF4's sixteen codes."""
     codes = np.frombuffer(bytes.fromhex("0123456789abcdef"), np.uint8)
     levels = np.empty(16, np.float32)
     _core.dequantize_nf4(codes, np.ones(1, np.float32), levels)
@@ -498,7 +507,7 @@ def _nf4_levels() -> Array:
 
 
 def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> str:
-    """Check that a tensor has the two axes of a weight. Returns its name for messages."""
+    """Check that a tensor has the two axes of a weight. Return the tensor's name for messages."""
     from nplora.formats.errors import brief
 
     where = f"{op}: {source}: tensor {brief(name)}"
@@ -508,7 +517,7 @@ def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> 
 
 
 def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array:
-    """Compute the product in batches of few enough rows that none is rounded to bfloat16."""
+    """Compute a product in batches of so few rows that no batch is rounded to bfloat16."""
     x = np.asarray(x)
     lead, width = x.shape[:-1], x.shape[-1]
     rows = x.reshape(math.prod(lead), width)
@@ -519,7 +528,7 @@ def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array
 def freeze(
     op: str, W: npt.ArrayLike | FrozenWeight, dtype: npt.DTypeLike | None, compute: str = "float32"
 ) -> FrozenWeight:
-    """W itself if it is a FrozenWeight (shared, with its own compute), else a packed copy."""
+    """Return W itself if it is a FrozenWeight that fits `dtype` and `compute`; pack an array W."""
     if not isinstance(W, FrozenWeight):
         storage = dtype_name(op, dtype)
         if compute == "int8":
@@ -543,7 +552,10 @@ def _require_blocks(op: str, storage: str, words: str) -> None:
 
 
 def dtype_name(op: str, dtype: npt.DTypeLike | None) -> str:
-    """ "float32" for "float32", np.float32, np.dtype(np.float32) and None. A string is returned as it is."""
+    """Return the name of a dtype: "float32" for np.float32, np.dtype(np.float32) and None.
+
+    A string is returned unchanged.
+    """
     if dtype is None:
         return "float32"
     try:
@@ -554,7 +566,7 @@ def dtype_name(op: str, dtype: npt.DTypeLike | None) -> str:
 
 
 def become_infinite(W: Array, storage: str) -> Array:
-    """The magnitudes (n,) of the finite elements of W that `storage` would hold as infinity."""
+    """Return the magnitudes (n,) of the finite elements of W that `storage` would make infinite."""
     if _check.is_bfloat16(W) and storage == "float16":
         W = W.astype(np.float32)
     if W.dtype.kind != "f" or not W.size:  # bfloat16 and bit patterns fit every other storage
@@ -567,7 +579,7 @@ def become_infinite(W: Array, storage: str) -> Array:
 
 
 def _values(array: Array, storage: str) -> Array:
-    """W as the core takes it: bit patterns if W holds them, else float32 (float64 for float64 storage)."""
+    """Return W as the core takes it: 16-bit patterns, float32, or float64 for float64 storage."""
     _check.matrix("FrozenWeight", "W", array)
     bits = array.dtype == np.uint16 and storage == "bfloat16"
     if array.dtype.kind != "f" and not _check.is_bfloat16(array) and not bits:

@@ -1,4 +1,4 @@
-"""Finds NaN and infinity in a model's file, so that it is reported before anything is computed."""
+"""Finds NaN and infinite values in a model's file, to report them before anything is computed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ _INFINITE = 0x7C00  # float16's exponent, all ones: infinity or NaN
 
 
 def require_finite(source: str, tensor: gguf.Tensor | safetensors.Tensor) -> None:
-    """Check a tensor of floats, or the scales of its blocks. This takes about as long as reading it once.
+    """Check that all values of a tensor, or the scales of its blocks, are finite.
+
+    The check takes about as long as reading the tensor once. Tensors of other types, such as integers, are
+    not checked.
 
     Raises:
-        FormatError: a value or scale is NaN or infinite. The message names the file, the tensor and the first
-            such position. Tensors of other types are not checked.
+        FormatError: a value or scale is NaN or infinite. The message names the file, the tensor and the
+            position of the first such value.
     """
     if isinstance(tensor, gguf.Tensor) and tensor.type in storages.GGML_BLOCKS:
         _require_finite_scales(source, tensor)

@@ -1,8 +1,8 @@
 """Converts rows of a matrix to the bytes of a storage format and back.
 
-A storage has the name of `FrozenWeight.dtype`: "float32", "bfloat16", "q8_0", "q4_k", ... In this module, a
-row of "nf4" is its codes followed by its float32 absmax, so that rows can be made one by one. No file stores
-NF4 in this way.
+A storage format has the same name as in `FrozenWeight.dtype`: "float32", "bfloat16", "q8_0", "q4_k", and so
+on. In this module, a row of "nf4" is its codes followed by its float32 absmax values, so that rows can be
+encoded one by one. No file stores NF4 in this way.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ _ELEMENTS_AT_A_TIME = 1 << 18  # 1 MiB of float32
 
 
 def block_elements(storage: str) -> int:
-    """Elements in a block that shares scales; 1 for unquantised storage."""
+    """Return the number of elements in a block, which share scales, or 1 for an unquantised format."""
     return BLOCKS[storage][0] if storage in BLOCKS else 1
 
 
@@ -42,7 +42,7 @@ def fits(storage: str, d_in: int) -> bool:
 
 
 def row_nbytes(storage: str, d_in: int) -> int:
-    """Bytes of a row of d_in elements. The row must be whole blocks."""
+    """Return the bytes of a row of d_in elements. The row must be a whole number of blocks."""
     if storage in BLOCKS:
         elements, nbytes = BLOCKS[storage]
         return d_in // elements * nbytes
@@ -50,20 +50,21 @@ def row_nbytes(storage: str, d_in: int) -> int:
 
 
 def row_blocks(rows: int, d_in: int) -> Iterator[slice]:
-    """Slices of the rows, in order. Each covers the rows that are decoded at a time."""
+    """Yield slices of the rows, in order. The rows of a slice are decoded together."""
     step = max(1, _ELEMENTS_AT_A_TIME // max(1, d_in))
     return (slice(first, min(rows, first + step)) for first in range(0, rows, step))
 
 
 def compute_dtype(storage: str) -> np.dtype[Any]:
-    """The dtype that `decode` returns: float64 for float64, else float32. Both are exact."""
+    """Return the dtype of `decode`'s exact result: float64 for float64 storage, else float32."""
     return np.dtype(np.float64 if storage == "float64" else np.float32)
 
 
 def encode(rows: Array, storage: str) -> Array:
     """Encode float rows (n, d_in) to uint8 (n, row_nbytes).
 
-    Floats are rounded to nearest even. Low-bit formats minimise the squared error approximately.
+    Float formats round to nearest, ties to even. The codes of low-bit formats are chosen for a small squared
+    error.
 
     Raises:
         ValueError: a value is not finite, or too large for a low-bit format.
@@ -105,7 +106,7 @@ def _encode_nf4(rows: Array) -> Array:
 
 
 def split_nf4(raw: Array, d_in: int) -> tuple[Array, Array]:
-    """Split rows of whole blocks into codes and absmax, each flat and contiguous."""
+    """Split encoded rows of NF4 into codes and absmax, each a flat contiguous array."""
     codes, absmax = raw[:, : d_in // 2], raw[:, d_in // 2 :]
     return np.ascontiguousarray(codes).reshape(-1), np.ascontiguousarray(absmax).reshape(-1).view(np.float32)
 

@@ -5,13 +5,16 @@
     uint64      number of tensors
     uint64      number of metadata entries
     entries     key, uint32 type, value; an array is uint32 type, uint64 count, elements
-    tensors     name, uint32 n, n x uint64 ne (the shape in reverse order), int32 type, uint64 offset
+    tensors     name, uint32 n (number of axes), n x uint64 ne (the shape in reverse order), int32 type,
+                uint64 offset
     padding     to a multiple of general.alignment (32 by default)
     the rest    the tensors' bytes; offsets count from here and are multiples of the alignment
 
-All numbers are little-endian. A string is its uint64 length, then UTF-8. Source: ggml's docs/gguf.md. Arrays
-of arrays and big-endian files are refused. PyPI's gguf accepts every file that this reader accepts, except
-files with Q8_1 tensors, whose size it computes wrongly.
+All numbers are little-endian. A string is stored as its uint64 length, followed by UTF-8 bytes. This reader
+refuses arrays of arrays and big-endian files. PyPI's package gguf accepts every file that this reader
+accepts, except files with Q8_1 tensors, whose size that package computes wrongly.
+
+Source: ggml's docs/gguf.md.
 """
 
 from nplora.formats.gguf.metadata import Metadata, StringArray, Typed

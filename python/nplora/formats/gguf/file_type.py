@@ -1,4 +1,4 @@
-"""The metadata that describe a file's types as a whole: the most common type and the block version."""
+"""The metadata about a file's tensor types: the most common type, and the version of the block layouts."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _NUMBERS = {
     "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25,
     "IQ3_S": 26, "IQ2_S": 28, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37,
 }  # fmt: skip
-_QUANTIZATION_VERSION = 2  # version of the block layouts; unchanged since
+_QUANTIZATION_VERSION = 2  # the current version of ggml's block layouts
 
 
 class _Tensor(Protocol):
@@ -35,7 +35,7 @@ def main_type(tensors: Mapping[str, _Tensor]) -> str:
 
 
 def describe(tensors: Mapping[str, _Tensor]) -> dict[str, Typed]:
-    """The metadata entries for the file's type. A type without a known number gets no entry."""
+    """The metadata entries about the types of `tensors`. A type without a known number gets no entry."""
     number = _NUMBERS.get(main_type(tensors))
     entries = {} if number is None else {FILE_TYPE: Typed(number, "UINT32")}
     if any(GGML_TYPES[tensor.type].dtype is None for tensor in tensors.values()):
@@ -46,7 +46,7 @@ def describe(tensors: Mapping[str, _Tensor]) -> dict[str, Typed]:
 def redescribe(
     metadata: dict[str, Typed], before: Mapping[str, _Tensor], after: Mapping[str, _Tensor]
 ) -> dict[str, Typed]:
-    """Update a file's metadata after some of its tensors were stored in another type."""
+    """Update a file's metadata after some tensors changed their type between `before` and `after`."""
     if all(before[name].type == tensor.type for name, tensor in after.items()):
         return metadata
     if main_type(before) == main_type(after):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class GgmlType:
-    """How a tensor's elements are stored.
+    """A type in which the elements of a tensor are stored.
 
     Attributes:
         number: the type's number in a file.
@@ -26,7 +26,7 @@ class GgmlType:
     dtype: np.dtype[Any] | None = None
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor of this shape. Its rows must be whole blocks."""
+        """The size in bytes of a tensor of this shape. Each row must be a whole number of blocks."""
         return math.prod(shape) // self.block * self.block_nbytes
 
 
@@ -34,7 +34,7 @@ def _plain(name: str, number: int, dtype: str) -> GgmlType:
     return GgmlType(name, number, 1, np.dtype(dtype).itemsize, np.dtype(dtype))
 
 
-# ggml removed the numbers that are missing here. Q8_1 and Q8_K hold activations in memory only.
+# ggml no longer uses the numbers that are missing here. Q8_1 and Q8_K hold activations in memory only.
 GGML_TYPES = {
     entry.name: entry
     for entry in (
@@ -76,12 +76,12 @@ GGML_TYPES = {
 }
 BY_NUMBER = {entry.number: entry for entry in GGML_TYPES.values()}
 
-# The value types of metadata in the order of their numbers, then the struct module's letter for each type
-# of fixed size.
+# The value types of metadata, in the order of their numbers.
 VALUE_TYPES = (
     "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "FLOAT32", "BOOL", "STRING", "ARRAY",
     "UINT64", "INT64", "FLOAT64",
 )  # fmt: skip
+# The struct module's letter for each value type of fixed size.
 VALUE_LETTERS = {
     "UINT8": "B",
     "INT8": "b",
@@ -99,7 +99,7 @@ VALUE_DTYPES = {name: np.dtype("<" + letter) for name, letter in VALUE_LETTERS.i
 
 
 def elements(data: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """View bytes as elements, read-only. Copies only if the bytes are not aligned."""
+    """View bytes as a read-only array of elements. Bytes that are not aligned are copied."""
     array = data.view(dtype)
     if not array.flags.aligned:
         array = array.copy()

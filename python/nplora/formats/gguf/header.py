@@ -1,7 +1,7 @@
-"""Parses and checks the whole header of a GGUF file. It is a pure function of the file's bytes.
+"""Parses and checks the whole header of a GGUF file. The result depends only on the file's bytes.
 
-Sizes are exact integers. They are compared with the limits below and with the file's size before anything is
-read or allocated.
+Sizes are Python integers, which cannot overflow. Every size is compared with the limits below and with the
+file's size before memory is read or allocated.
 """
 
 import math
@@ -30,11 +30,12 @@ ALIGNMENT_KEY = "general.alignment"
 _MAX_BYTES = 2**63 - 1
 START = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of metadata entries
 _LEAST_METADATA = 14  # bytes of the smallest entry: a key of one letter and a value of one byte
-_LEAST_TENSOR = 25
+_LEAST_TENSOR = 25  # bytes of the smallest entry: a name of one letter and no axes
 _TYPE = struct.Struct("<I")
 _SCALARS = {name: struct.Struct("<" + letter) for name, letter in VALUE_LETTERS.items() if name != "BOOL"}
 _BOOL = struct.Struct("B")
-_TENSOR = [struct.Struct(f"<{count}QiQ") for count in range(MAX_DIMENSIONS + 1)]  # ne, type, offset
+# ne (the shape in reverse order), type and offset of a tensor, for each number of axes.
+_TENSOR = [struct.Struct(f"<{count}QiQ") for count in range(MAX_DIMENSIONS + 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """Everything in a file except the tensors' bytes."""
+    """The content of a file except the tensors' bytes."""
 
     version: int
     alignment: int
@@ -67,7 +68,7 @@ class Header:
 
 
 def parse(data: memoryview, source: str) -> Header:
-    """Check everything that can be checked without reading tensors or string arrays."""
+    """Parse the header, and check everything that can be checked without reading tensors or string arrays."""
     version, n_tensors, n_metadata = parse_start(data[: START.size], len(data), source)
     cursor = _Cursor(data, source, START.size)
     values, types = _parse_metadata(cursor, n_metadata)
@@ -101,32 +102,33 @@ def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, in
         (n_metadata, MAX_METADATA, _LEAST_METADATA, "metadata entries"),
     ):
         if count > limit:
-            raise LimitError(f"{source}: {count:,} {what}, at most {limit:,} are read")
+            raise LimitError(f"{source}: the header announces {count:,} {what}, at most {limit:,} are read")
         if count > rest // least:
             raise LimitError(
-                f"{source}: {count:,} {what}, the {rest:,} bytes that follow hold {rest // least:,}"
+                f"{source}: the header announces {count:,} {what}, but the {rest:,} bytes that follow hold "
+                f"at most {rest // least:,}"
             )
     return version, n_tensors, n_metadata
 
 
 class _Cursor:
-    """Advances through a header. It never passes the end of the file or MAX_HEADER."""
+    """A position in a header that only advances, never beyond the end of the file or `MAX_HEADER`."""
 
     def __init__(self, data: memoryview, source: str, at: int) -> None:
         self.data, self.source, self.at = data, source, at
 
     def skip(self, count: int, what: str) -> int:
-        """Skip `count` bytes and return the position of the first."""
+        """Skip `count` bytes and return the position of the first skipped byte."""
         begin, end = self.at, self.at + count
         if end > MAX_HEADER:
             raise LimitError(
                 f"{self.source}: {what} at byte {begin:,} takes {count:,} bytes, "
-                f"a header of at most {MAX_HEADER:,} is read"
+                f"but at most {MAX_HEADER:,} bytes of a header are read"
             )
         if end > len(self.data):
             raise TruncatedError(
                 f"{self.source}: {what} at byte {begin:,} takes {count:,} bytes, "
-                f"the file has {len(self.data):,}"
+                f"but the file has {len(self.data):,}"
             )
         self.at = end
         return begin
@@ -147,7 +149,7 @@ class _Cursor:
             ) from error
 
     def name(self, what: str, limit: int) -> str:
-        """Read a string that serves as a name: not empty, without NUL."""
+        """Read a name: a string that is not empty and has no NUL character."""
         begin, name = self.at, self.string(what, limit)
         if not name or "\0" in name:
             raise FormatError(
@@ -156,7 +158,7 @@ class _Cursor:
         return name
 
     def skip_strings(self, count: int, what: str) -> None:
-        self.skip(count * LENGTH.size, what)  # checks the smallest possible size first
+        self.skip(count * LENGTH.size, what)  # first checks the smallest possible size
         self.at -= count * LENGTH.size
         at, last, length = self.at, min(len(self.data), MAX_HEADER) - LENGTH.size, LENGTH.unpack_from
         for _ in range(count):
@@ -234,7 +236,7 @@ def _alignment(values: Mapping[str, Scalar | ArrayEntry], types: Mapping[str, st
 
 
 def _parse_tensor(cursor: _Cursor, number: int) -> tuple[str, GgmlType, tuple[int, ...], int]:
-    """The name, type, shape and offset."""
+    """Read the header's entry for one tensor: its name, type, shape and offset."""
     name = cursor.name(f"the name of tensor {number}", MAX_NAME)
     what = f"tensor {brief(name)}"
     (dimensions,) = cursor.unpack(_TYPE, what)
@@ -244,7 +246,7 @@ def _parse_tensor(cursor: _Cursor, number: int) -> tuple[str, GgmlType, tuple[in
         )
     *ne, kind, offset = cursor.unpack(_TENSOR[dimensions], what)
     if kind not in BY_NUMBER:
-        raise UnsupportedError(f"{cursor.source}: {what}: type {kind}, which is not a type that nplora knows")
+        raise UnsupportedError(f"{cursor.source}: {what}: nplora does not know its type, {kind}")
     return name, BY_NUMBER[kind], tuple(reversed(ne)), offset
 
 
@@ -253,7 +255,7 @@ def _place(
 ) -> TensorEntry:
     for size in shape:
         if size > _MAX_BYTES:
-            raise FormatError(f"{where}: a negative size, {size - 2**64}, in its shape")
+            raise FormatError(f"{where}: its shape holds the negative size {size - 2**64}")
     if math.prod(filter(None, shape)) * kind.block_nbytes > _MAX_BYTES * kind.block:
         raise LimitError(f"{where}: {kind.name} of shape {shape} is beyond 2^63 bytes")
     row = shape[-1] if shape else 1
@@ -261,9 +263,9 @@ def _place(
         raise FormatError(f"{where}: rows of {row:,} elements, {kind.name} needs a multiple of {kind.block}")
     nbytes = kind.nbytes(shape)
     if offset % alignment:
-        raise FormatError(f"{where}: begins at {offset:,}, expected a multiple of {alignment:,}")
+        raise FormatError(f"{where}: begins at offset {offset:,}, expected a multiple of {alignment:,}")
     if start + offset + nbytes > _MAX_BYTES:
-        raise LimitError(f"{where}: {nbytes:,} bytes from {offset:,} on end beyond 2^63")
+        raise LimitError(f"{where}: {nbytes:,} bytes from offset {offset:,} end beyond 2^63")
     return TensorEntry(kind, shape, start + offset, nbytes)
 
 
@@ -275,5 +277,5 @@ def _check_layout(entries: Mapping[str, TensorEntry], size: int, source: str) ->
         if entry.begin < end:
             raise FormatError(f"{where} begins at byte {entry.begin:,}, but another tensor ends at {end:,}")
         if entry.end > size:
-            raise TruncatedError(f"{where} ends at byte {entry.end:,}, the file has {size:,}")
+            raise TruncatedError(f"{where} ends at byte {entry.end:,}, but the file has {size:,} bytes")
         end = entry.end

@@ -24,7 +24,7 @@ class Typed:
     Attributes:
         value: a scalar, or a list or array of scalars.
         type: "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64", "FLOAT32", "FLOAT64",
-            "BOOL" or "STRING". For a list or array: the type of its elements.
+            "BOOL" or "STRING". For a list or array, `type` is that of the elements.
 
     >>> from nplora.formats import gguf
     >>> file = gguf.loads(gguf.dumps({}, {"n": Typed(32, "UINT32"), "names": ["a", "b"]}))
@@ -38,7 +38,7 @@ class Typed:
 
 @dataclass(frozen=True)
 class ArrayEntry:
-    """The position of an array in the file. Everything is validated except that strings are UTF-8.
+    """The position of an array in the file. The array is validated, except for the UTF-8 of strings.
 
     Attributes:
         type: the type of the elements.
@@ -51,7 +51,7 @@ class ArrayEntry:
 
 
 class StringArray(Sequence[str]):
-    """An array of strings in the file. Each string is decoded on access; FormatError if it is not UTF-8.
+    """An array of strings in the file. A string is decoded on access; bad UTF-8 then raises FormatError.
 
     >>> from nplora.formats import gguf
     >>> names = gguf.loads(gguf.dumps({}, {"names": ["a", "b", "c"]})).metadata["names"]
@@ -85,7 +85,7 @@ class StringArray(Sequence[str]):
         return self._text(index, int(self._begins[index]))[0]
 
     def _find(self) -> Array:
-        """The position of each string. Indexing needs the positions; iteration does not."""
+        """The position of each string. Only access by index needs the positions."""
         begins, begin = np.empty(len(self), np.int64), self._entry.begin
         for index in range(len(self)):
             begins[index] = begin
@@ -93,7 +93,7 @@ class StringArray(Sequence[str]):
         return begins
 
     def _text(self, index: int, begin: int) -> tuple[str, int]:
-        """The string that begins at `begin`, and the position of its end."""
+        """The string that begins at position `begin`, and the position of its end."""
         end = begin + LENGTH.size + LENGTH.unpack_from(self._data, begin)[0]
         raw = self._data[begin + LENGTH.size : end]
         try:
@@ -110,12 +110,13 @@ class StringArray(Sequence[str]):
 class Metadata(Mapping[str, Scalar | Array | StringArray]):
     """Maps each key to its value, in the order of the file.
 
-    Scalars are Python int, float, bool and str. An array of numbers is a read-only NumPy array over the
-    file. An array of strings is a `StringArray`. Arrays are not read until they are used. `types` maps each
-    key to its type in the file; for an array, that is the type of its elements.
+    Scalars are Python int, float, bool and str. An array of numbers is a read-only NumPy view of the file. An
+    array of strings is a `StringArray`. Arrays are not read until they are used. `types` maps each key to the
+    type of its value in the file, and the key of an array to the type of the array's elements.
 
-    The methods below return a value of one required type. They raise FormatError if the value is missing and
-    there is no default, if it has another type, or if an array has another length.
+    The methods `integer`, `number`, `boolean`, `string`, `array` and `strings` return a value of one required
+    type. These methods raise FormatError if the value is missing and there is no default, if the value has
+    another type, or if an array has another length.
 
     >>> from nplora.formats import gguf
     >>> metadata = gguf.loads(gguf.dumps({}, {"general.name": "toy", "sizes": np.arange(3)})).metadata
@@ -149,7 +150,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
         return key in self._values
 
     def typed(self) -> dict[str, Typed]:
-        """All values with their types in the file, as `save` takes them."""
+        """All values with their types in the file, in the form that `gguf.save` accepts."""
         return {key: Typed(self[key], self.types[key]) for key in self}
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -181,7 +182,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
         return value
 
     def array(self, key: str, type: str, count: int | None = None) -> Array:
-        """An array of numbers or BOOL; `type` is one of the types of `Typed`."""
+        """An array of numbers or BOOL. `type` names the type of its elements, as in `Typed`."""
         return self._array(key, self._array_entry(key, type, count))  # type: ignore[return-value]
 
     def strings(self, key: str, count: int | None = None) -> StringArray:

@@ -21,10 +21,10 @@ Content: TypeAlias = mmap.mmap | memoryview
 
 
 class GgufFile(Mapping[str, Tensor]):
-    """The tensors of an open file by name, in the file's order, and its `metadata`.
+    """The tensors of an open GGUF file by name, in the file's order. `metadata` holds the file's metadata.
 
-    `entries` holds the tensors' types, shapes and positions without creating tensors. `mapped` holds the
-    file's stamp if the file is mapped.
+    `entries` gives the tensors' types, shapes and positions without reading the tensors. If the file is
+    mapped, `mapped` holds its `Stamp`, which shows later changes of the file.
 
     >>> from nplora.formats import gguf
     >>> file = gguf.loads(gguf.dumps({"w": np.zeros((2, 3), np.float32)}, {"general.name": "toy"}))
@@ -63,16 +63,17 @@ class GgufFile(Mapping[str, Tensor]):
 def open(path: StrPath, mmap: bool = True) -> GgufFile:
     """Open a GGUF file and check its header.
 
-    The header is cached, and mappings that are still in use are shared, until the file's size or
-    modification time changes. So opening a file again for each of its tensors is cheap.
+    As long as the file's size and modification time do not change, its header is cached, and mappings that
+    are in use are shared. So it is cheap to open a file again for each of its tensors.
 
     Args:
         path: the file.
         mmap: map the file, so that each part is read from disk on first use. If another program truncates a
-            mapped file, a process that reads the lost part ends with a message and status 135. False copies
-            the whole file into memory instead.
+            mapped file, a process that reads the lost part ends with a message and status 135. `mmap=False`
+            copies the whole file into memory instead.
     Returns:
-        a mapping from name to `Tensor`, with the file's `.metadata`. Both keep the file mapped.
+        a mapping from name to `Tensor`, with the file's `.metadata`. Tensors and metadata keep the file
+        mapped.
     Raises:
         FormatError: the file breaks the format; the subclass says how.
         OSError: the file cannot be read.
@@ -90,7 +91,7 @@ def open(path: StrPath, mmap: bool = True) -> GgufFile:
         known = _known.get(reader.stamp)
         data: Content | None = known.mapping() if known and mmap else None
         if data is None:
-            parse_start(reader[: START.size], len(reader), source)  # before a wrong file is copied
+            parse_start(reader[: START.size], len(reader), source)  # refuses other formats early
             data = reader.map() if mmap else reader[:]
     view = memoryview(data)
     header = known.header if known else parse(view, source)
@@ -99,7 +100,7 @@ def open(path: StrPath, mmap: bool = True) -> GgufFile:
 
 
 def loads(data: bytes | bytearray | memoryview) -> GgufFile:
-    """Like `open`, for bytes in memory. They must not change while the file is in use.
+    """Read a GGUF file from bytes in memory. The bytes must not change while the result is in use.
 
     >>> from nplora.formats import gguf
     >>> list(loads(gguf.dumps({"w": np.zeros(3)})))

@@ -17,7 +17,7 @@ class Stream:
 
     Attributes:
         type, shape: as in `Tensor`.
-        chunks: a function that returns the bytes in order. It is called once.
+        chunks: a function that returns the bytes in order. The writer calls this function once.
 
     >>> from nplora.formats import gguf
     >>> zeros = gguf.Stream("F32", (2, 3), lambda: [bytes(12), bytes(12)])
@@ -32,13 +32,13 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A tensor's elements as they are stored in a file. `save` also accepts a `Tensor` of raw blocks.
+    """A tensor's elements as they are stored in a file. `gguf.save` also accepts a `Tensor` of raw blocks.
 
     Attributes:
         name: the tensor's name in the file.
         type: ggml's name of the element type: "F32", "BF16", "Q4_0", ...
         shape: the shape as in NumPy, rows first: the reverse of ggml's `ne`.
-        data: the bytes as uint8. Bytes from a file are read-only and keep the file mapped.
+        data: the elements' bytes as uint8. Bytes from a file are read-only and keep the file mapped.
         offset: the position of the bytes in the file, or None.
         source: the file's name for messages.
 
@@ -61,7 +61,7 @@ class Tensor:
         return self.data.nbytes
 
     def numpy(self) -> NDArray[Any]:
-        """The elements without a copy, read-only (BF16 as uint16 bit patterns).
+        """View the elements as a read-only array, without a copy. BF16 elements are uint16 bit patterns.
 
         Raises:
             UnsupportedError: the type is quantised, so NumPy has no element type for it.
@@ -70,7 +70,7 @@ class Tensor:
         if dtype is None:
             raise UnsupportedError(
                 f"{self.source}: tensor {brief(self.name)} is {self.type}, which NumPy does not have; "
-                "FrozenWeight.from_gguf reads the block types that nplora decodes"
+                "FrozenWeight.from_gguf reads the quantised types that nplora supports"
             )
         return elements(self.data.reshape(-1), dtype).reshape(self.shape)
 

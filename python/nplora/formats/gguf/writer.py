@@ -49,22 +49,24 @@ Tensors: TypeAlias = "Mapping[str, ArrayLike | Tensor | Stream | HasTensor]"
 def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> None:
     """Write a GGUF file. If the write fails, an existing file stays as it was.
 
-    The bytes go to a temporary file beside the target, which is then renamed.
+    The bytes are written to a temporary file beside the target, which is then renamed to the target.
 
     Args:
         path: the file to write.
-        tensors: name -> one of
+        tensors: a mapping of each tensor's name to one of these values:
 
             - an array of float16, float32, float64, bfloat16 (ml_dtypes) or int8 to int64, with at most four
               axes, any strides and any byte order;
-            - a `Tensor` of raw blocks, such as `Tensor("w", "Q4_0", (8, 64), blocks)`, or a `Stream` of them;
+            - a `Tensor` of raw blocks, such as `Tensor("w", "Q4_0", (8, 64), blocks)`, or a `Stream` of such
+              blocks;
             - a `FrozenWeight`, saved in its own storage type ("nf4" cannot be saved).
 
-            The key is the name in the file. A `Tensor`'s own name is ignored.
-        metadata: key -> str, bool, a list of them, a NumPy scalar or array, or `Typed`, which gives a Python
-            int or float one of the format's types. "general.alignment" sets the alignment of the tensors.
+            The key becomes the tensor's name in the file. A `Tensor`'s own name is ignored.
+        metadata: a mapping of each key to a str, a bool, a list of these, a NumPy scalar or array, or a
+            `Typed`. A Python int or float needs `Typed`, which names its type in the file. The key
+            "general.alignment" sets the alignment of the tensors.
     Raises:
-        TypeError: the format has no such element or value type, or the value's type is ambiguous.
+        TypeError: the format has no type for an element or a value, or a value's type is ambiguous.
         ValueError: the format does not allow a name, number, shape or size.
         OSError: the disk fails; the message says how many bytes were needed.
 
@@ -88,9 +90,10 @@ def dumps(tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> bytes:
 
 
 def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> files.NewFile:
-    """The same file as `save` writes, but not yet written: the caller replaces several files together.
+    """Prepare the file that `save` would write, so that the caller can replace several files together.
 
-    Contiguous copies are made one tensor at a time. A `Stream` is called when its tensor is written.
+    At any time, at most one tensor is copied to make it contiguous. The function of a `Stream` is called when
+    the tensor is written.
 
     >>> files.replace([new_file("a.gguf", {"w": np.zeros(2)}), new_file("b.gguf", {"w": np.ones(2)})])
     """
@@ -154,7 +157,7 @@ def _text(where: str, text: object) -> bytes:
 
 
 def _typed(key: str, value: Any) -> Typed:
-    """A value with its given type, or with the type that it determines."""
+    """Pair a value with its type in the file: the given type, or the one that follows from the value."""
     where = f"metadata {brief(key)}"
     if isinstance(value, Typed):
         if value.type != "STRING" and value.type not in VALUE_DTYPES:
@@ -167,13 +170,13 @@ def _typed(key: str, value: Any) -> Typed:
         if len(items) and all(isinstance(item, python_type) for item in items):
             return Typed(value, kind)
     raise TypeError(
-        f"gguf.save: {where} is {brief(value)}, whose type in the file is not determined: "
+        f"gguf.save: {where} is {brief(value)}, whose type in the file is ambiguous: "
         'name one, as in Typed(value, "UINT32")'
     )
 
 
 def _value(where: str, typed: Typed) -> bytes:
-    """The type and the value as the file stores them."""
+    """Encode a metadata value as the file stores it: its type, then its bytes."""
     many = _is_list(typed.value)
     items = typed.value if many else [typed.value]
     if typed.type == "STRING":
@@ -193,7 +196,7 @@ def _is_list(value: object) -> bool:
 
 
 def _numbers(where: str, kind: str, values: Any) -> Array:
-    """Convert numbers to the file's type. Raises if they do not fit; floats are rounded."""
+    """Convert numbers to the metadata type `kind`. Floats are rounded; numbers out of range are an error."""
     dtype, array = VALUE_DTYPES[kind], np.asarray(values)
     allowed = {"b": "b", "f": "fiu"}.get(dtype.kind, "iu")
     if array.ndim != 1 or (array.size and array.dtype.kind not in allowed):
@@ -227,7 +230,7 @@ def _alignment(typed: Typed | None) -> int:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor as the file stores it."""
+    """A tensor in the form in which the file stores it."""
 
     kind: GgmlType
     shape: tuple[int, ...]
@@ -268,7 +271,7 @@ def _few_axes(where: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _blocks(where: str, name: str, dimensions: tuple[int, ...]) -> tuple[GgmlType, tuple[int, ...]]:
-    """The type with this name, and the shape, checked for whole blocks."""
+    """Look up a type by name, and check that each row of the shape is a whole number of blocks."""
     if name not in GGML_TYPES:
         raise ValueError(f"{where} is {name!r}, expected one of {', '.join(GGML_TYPES)}")
     kind, shape = GGML_TYPES[name], tuple(map(operator.index, dimensions))
@@ -279,7 +282,7 @@ def _blocks(where: str, name: str, dimensions: tuple[int, ...]) -> tuple[GgmlTyp
 
 
 def _raw(where: str, tensor: Tensor) -> tuple[GgmlType, tuple[int, ...], Array]:
-    """The type, shape and bytes of raw blocks. Their number must match the shape."""
+    """The type, shape and bytes of a tensor of raw blocks. The number of bytes must match the shape."""
     kind, shape = _blocks(where, tensor.type, tensor.shape)
     nbytes = kind.nbytes(shape)
     held = getattr(tensor.data, "dtype", type(tensor.data).__name__)
@@ -287,6 +290,6 @@ def _raw(where: str, tensor: Tensor) -> tuple[GgmlType, tuple[int, ...], Array]:
         raise TypeError(f"{where} has data of {held}, expected an array of uint8")
     if tensor.nbytes != nbytes:
         raise ValueError(
-            f"{where} has {tensor.nbytes:,} bytes, {kind.name} of shape {shape} takes {nbytes:,}"
+            f"{where} has {tensor.nbytes:,} bytes, but {kind.name} of shape {shape} takes {nbytes:,}"
         )
     return kind, shape, np.ascontiguousarray(tensor.data).reshape(-1).view(kind.dtype or np.uint8)

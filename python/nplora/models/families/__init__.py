@@ -1,4 +1,4 @@
-"""The model families, found by their names in files."""
+"""Finds a model's family by its name in config.json or in GGUF metadata."""
 
 from __future__ import annotations
 
@@ -40,10 +40,12 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def by_model_type(source: str, name: str) -> Family:
-    """The family of a config.json's model_type. Raises UnsupportedError, which lists the known families.
+    """The family that a config.json names as its `model_type`.
 
     Args:
-        source: the file's name for messages.
+        source: the file's name, for error messages.
+    Raises:
+        UnsupportedError: the family is unknown; the message lists the known families.
 
     >>> by_model_type("config.json", "qwen3").architecture
     'qwen3'
@@ -52,8 +54,14 @@ def by_model_type(source: str, name: str) -> Family:
 
 
 def by_architecture(source: str, name: str) -> Family:
-    """The family of a GGUF file's general.architecture. If several families share it, the first of them.
-    Raises as above.
+    """The family that a GGUF file names as its `general.architecture`.
+
+    If several families share the name, the first family is returned.
+
+    Args:
+        source: the file's name, for error messages.
+    Raises:
+        UnsupportedError: the name is unknown; the message lists the known names.
 
     >>> by_architecture("model.gguf", "llama").model_type
     'llama'
@@ -68,7 +76,7 @@ def of(config: ModelConfig) -> Family:
 
 
 def find(model_type: str) -> Family | None:
-    """The family of a model_type, or None.
+    """The family with this `model_type`, or None if it is unknown.
 
     >>> find("gpt2") is None
     True
@@ -77,7 +85,7 @@ def find(model_type: str) -> Family | None:
 
 
 def find_architecture(architecture: str) -> Family | None:
-    """The first family of an architecture, or None.
+    """The first family with this GGUF architecture, or None if it is unknown.
 
     >>> find_architecture("gemma3").ties_embeddings
     True

@@ -17,7 +17,7 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_pyto
 
 
 def require_readable(fields: Fields) -> None:
-    """Refuse weights quantised by other libraries, except NF4. Raises UnsupportedError."""
+    """Raise UnsupportedError if the weights are quantised, except in bitsandbytes' NF4."""
     if "quantization_config" in fields:
         found = fields.object("quantization_config")
         if found.string("quant_method", "") != "bitsandbytes" or not found.boolean("load_in_4bit", False):
@@ -28,14 +28,14 @@ def require_readable(fields: Fields) -> None:
 
 
 def require_absent(fields: Fields, *names: str) -> None:
-    """Refuse settings that nplora does not implement. Raises UnsupportedError."""
+    """Raise UnsupportedError if one of these fields, which nplora does not implement, is set."""
     for name in names:
         if name in fields:
             raise UnsupportedError(f"{fields.source}: {name} is set, which nplora does not implement")
 
 
 def activation(fields: Fields, name: str, default: str) -> str:
-    """The core's name of the MLP's activation."""
+    """The name of the MLP's activation in the compiled core."""
     word = fields.string(name, default)
     if word not in _ACTIVATIONS:
         raise UnsupportedError(
@@ -45,23 +45,23 @@ def activation(fields: Fields, name: str, default: str) -> str:
 
 
 def with_attention_bias(config: ModelConfig, fields: Fields) -> ModelConfig:
-    """The configuration with biases on q, k, v and o if `attention_bias` is true."""
+    """A copy of the configuration, with biases on the q, k, v and o layers if `attention_bias` is true."""
     has_bias = fields.boolean("attention_bias", False)
     return dataclasses.replace(config, qkv_bias=has_bias, o_bias=has_bias)
 
 
 def require_whole_rotation(fields: Fields) -> None:
-    """Refuse heads of which only a part rotates. Raises UnsupportedError."""
+    """Raise UnsupportedError if only a part of each head is rotated."""
     for found in (fields, rope_fields(fields)):
         if found.number("partial_rotary_factor", 1.0) != 1:
             raise UnsupportedError(f"{found.source}: partial_rotary_factor is not 1, which is not supported")
 
 
 def rope_fields(fields: Fields) -> Fields:
-    """The fields `rope_parameters`, or `rope_scaling` (before transformers 5); possibly empty.
+    """The fields in `rope_parameters`, or in `rope_scaling` if the file is older than transformers 5.
 
     Raises:
-        FormatError: both are set and differ.
+        FormatError: `rope_parameters` and `rope_scaling` are both set, and differ.
     """
     new, old = fields.object("rope_parameters"), fields.object("rope_scaling")
     if new.items() and old.items() and dict(new.items()) != dict(old.items()):
@@ -70,12 +70,12 @@ def rope_fields(fields: Fields) -> Fields:
 
 
 def rope_kind(found: Fields) -> str:
-    """The kind of scaling of the rotation, as transformers names it."""
+    """How the rotation is scaled, by transformers' name: "default", "linear", "llama3", ..."""
     return found.string("rope_type", found.string("type", "default"))
 
 
 def rope(found: Fields, theta: float) -> RopeConfig:
-    """The rotation that these fields describe. `theta` is its base if the fields have none."""
+    """The rotation that these fields describe. `theta` is the base if they name none."""
     require_whole_rotation(found)
     theta = require_theta(found.source, found.number("rope_theta", theta))
     kind = rope_kind(found)
@@ -95,7 +95,7 @@ def rope(found: Fields, theta: float) -> RopeConfig:
 
 
 def positive(fields: Fields, name: str, default: float | None = None) -> float:
-    """A number above 0."""
+    """Read a number, and check that it is above 0."""
     value = fields.number(name, default)
     if not 0 < value < 1e30:
         raise FormatError(f"{fields.source}: {name} is {value}, expected above 0 and below 1e30")
@@ -106,12 +106,12 @@ def positive(fields: Fields, name: str, default: float | None = None) -> float:
 
 
 def has_window(fields: Fields) -> bool:
-    """Whether there is a sliding window, explicit or by default. Only null means that there is none."""
+    """Whether there is a sliding window: always, unless the field `sliding_window` is null."""
     return fields.integer_or_null("sliding_window", _WINDOW) is not None
 
 
 def windows(fields: Fields, kinds: list[str]) -> tuple[int, ...]:
-    """The window of each layer by its kind. `layer_types` overrides `kinds`."""
+    """The sliding window of each layer. `kinds` are the layers' types if `layer_types` is missing."""
     if "layer_types" in fields:
         kinds = fields.strings("layer_types", len(kinds))
     sizes = {"full_attention": NO_WINDOW}
@@ -128,7 +128,7 @@ def windows(fields: Fields, kinds: list[str]) -> tuple[int, ...]:
 
 
 def require_window(source: str, window: int) -> int:
-    """Check a sliding window and return it. A token must see itself."""
+    """Check that a sliding window is at least 1, because a token attends to itself, and return it."""
     if not 1 <= window < 1 << 31:
         raise FormatError(f"{source}: sliding_window is {window:,}, expected 1 to 2^31 - 1")
     return window

@@ -1,4 +1,7 @@
-"""A family of decoders, in files and in memory. Each family has its own file: llama, mistral, ..."""
+"""The base class of model families: how files describe a decoder, and what its blocks consist of.
+
+Each family has its own module: `llama`, `mistral`, ...
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,9 @@ class TensorSpec:
     """A tensor of a model, in Hugging Face's files and in GGUF.
 
     Attributes:
-        name, gguf: its names in the two kinds of files.
-        heads: the number of heads by which GGUF reorders its rows (`formats.gguf_rows`), or 0.
-        offset: the difference between its values in GGUF (and in memory) and in Hugging Face's files.
+        name, gguf: the tensor's name in Hugging Face's files, and in GGUF.
+        heads: the number of heads if GGUF reorders the rows of each head (`formats.gguf_rows`), or 0.
+        offset: a number to add to the values of Hugging Face's files; GGUF files store the sums.
     """
 
     name: str
@@ -50,24 +53,25 @@ class TensorSpec:
 
 
 class Family:
-    """The base class of all families. It describes Llama, which most other families resemble.
+    """The base class of all families. The base class itself describes Llama.
 
-    A block is x + attention(norm(x)), then h + mlp(norm(h)). It uses RMSNorm, rotary positions, grouped heads
-    of keys and values, and a gated MLP. A subclass states the differences.
+    A block computes h = x + attention(norm(x)), then y = h + mlp(norm(h)). Blocks use RMSNorm, rotary
+    position embeddings, grouped-query attention, and a gated MLP. A subclass defines only what differs from
+    Llama, which most families resemble.
 
     Attributes:
         model_type: Hugging Face's name for the family.
-        architecture: GGUF's name.
-        layers, norms: GGUF's names of a block's layers and norms, by Hugging Face's names.
-        halves: the half-blocks of a block.
-        head_dim: the default width of a head if config.json has none; None: hidden_size / heads.
+        architecture: GGUF's name for the family.
+        layers, norms: GGUF's names of a block's layers and norms, as mappings from Hugging Face's names.
+        halves: the half-blocks (attention and MLP) of a block.
+        head_dim: the default width of a head; None: hidden_size / number of heads.
         key_value_heads: the default number of key and value heads; None: the number of query heads.
         rms_norm_eps, rope_theta, ties_embeddings: the defaults of these fields of config.json.
         activation_field: the name of config.json's field for the activation.
-        hidden_act: the default activation. GGUF does not store it; the architecture implies it.
-        norm_offset: the difference between norm weights in GGUF (and in memory) and in Hugging Face's files.
-        permutes_rows: whether GGUF reorders the rows of q and k, so that neighbours rotate together.
-        rope_tensors: GGUF's tensors that describe the rotation.
+        hidden_act: the default activation. GGUF does not store the activation; the architecture implies it.
+        norm_offset: a number to add to the norm weights of Hugging Face's files; GGUF files store the sums.
+        permutes_rows: whether GGUF reorders the rows of q and k, so that neighbouring values rotate as pairs.
+        rope_tensors: the names of GGUF's tensors that describe the rotation.
     """
 
     model_type: ClassVar[str]
@@ -103,7 +107,7 @@ class Family:
     # ---- config.json ----
 
     def read_config(self, fields: Fields) -> ModelConfig:
-        """The model that a config.json describes. Raises FormatError, UnsupportedError."""
+        """The configuration that a config.json describes. Raises FormatError, UnsupportedError."""
         config_fields.require_readable(fields)
         layers, width = fields.integer("num_hidden_layers"), fields.integer("hidden_size")
         require_layers(fields.source, layers)
@@ -133,7 +137,7 @@ class Family:
         return config_fields.rope(config_fields.rope_fields(fields), theta)
 
     def attention_heads(self, fields: Fields) -> tuple[int, int]:
-        """The numbers of query heads and of key and value heads.
+        """The number of query heads, and the number of key/value heads.
 
         Raises:
             FormatError: a number is missing or not an integer, or there are no query heads.
@@ -147,7 +151,10 @@ class Family:
     # ---- GGUF's metadata ----
 
     def read_metadata(self, file: GgufFile) -> ModelConfig:
-        """The model that a GGUF file's metadata and names describe. Raises FormatError, UnsupportedError."""
+        """The configuration that a GGUF file's metadata and tensor names describe.
+
+        Raises FormatError, UnsupportedError.
+        """
         data = ArchitectureMetadata(file, self.architecture)
         layers = data.integer("block_count")
         require_layers(file.source, layers)
@@ -190,19 +197,19 @@ class Family:
         return head_dim
 
     def read_rope(self, data: ArchitectureMetadata, dim: int) -> RopeConfig:
-        """The rotation of `dim` values of each head."""
+        """The rotation that the metadata describe, for `dim` values of each head."""
         return gguf_fields.rope(data, dim, self.rope_theta)
 
     def metadata(self, config: ModelConfig) -> dict[str, Any]:
-        """A model's hyperparameters under llama.cpp's keys, without the architecture's prefix.
+        """A model's hyperparameters under llama.cpp's keys, without the architecture's name in front.
 
         Raises:
             UnsupportedError: GGUF cannot express a setting of the model.
         """
         if config.hidden_act != self.hidden_act:
             raise UnsupportedError(
-                f"{config.source}: hidden_act is {config.hidden_act}, which GGUF cannot express: its "
-                f"{self.architecture} has {self.hidden_act}"
+                f"{config.source}: hidden_act is {config.hidden_act}, which GGUF cannot express: "
+                f"architecture {self.architecture} implies {self.hidden_act}"
             )
         sizes = {
             "context_length": config.max_position_embeddings,
@@ -228,17 +235,17 @@ class Family:
         return metadata
 
     def metadata_window(self, config: ModelConfig) -> int:
-        """The sliding window for GGUF's metadata. Raises UnsupportedError if the layers differ."""
+        """The sliding window for GGUF's metadata. Raises UnsupportedError if the layers' windows differ."""
         windows = set(config.sliding_windows)
         if len(windows) > 1:
             raise UnsupportedError(
                 f"{config.source}: the layers have sliding windows of {sorted(windows)} tokens; GGUF needs "
-                "one for all"
+                "the same in all layers"
             )
         return windows.pop()
 
     def rope_factors(self, config: ModelConfig) -> dict[str, Array]:
-        """GGUF's tensors that describe the rotation."""
+        """The tensors (by name) that describe the rotation in a GGUF file."""
         if config.rope.llama3 is None:
             return {}
         pairs = np.arange(0, config.head_dim, 2, dtype=np.float64)
@@ -261,7 +268,7 @@ class Family:
         return None if stored is None else f"{stored}.{kind}"
 
     def hf_layer(self, stored: str) -> str | None:
-        """The inverse of `gguf_layer`."""
+        """Hugging Face's name of a layer or norm, given GGUF's name: the inverse of `gguf_layer`."""
         match = _BLOCK.fullmatch(stored)
         if match is None:
             return next((name for name, other in _OUTSIDE.items() if other == stored), None)
@@ -270,7 +277,11 @@ class Family:
         return None if found is None else f"model.layers.{match[1]}.{found}"
 
     def permuted_heads(self, name: str, heads: int, kv_heads: int) -> int:
-        """`TensorSpec.heads` of a layer, given Hugging Face's name."""
+        """`TensorSpec.heads` of a layer: its number of heads if GGUF reorders its rows, else 0.
+
+        Args:
+            name: Hugging Face's name of the layer.
+        """
         permuted = {"q_proj": heads, "k_proj": kv_heads} if self.permutes_rows else {}
         return permuted.get(name.rpartition(".")[2], 0)
 
@@ -317,7 +328,7 @@ class Family:
     def block(
         self, config: ModelConfig, layer: int, rope: Rope | None, modules: Mapping[str, Linear | RMSNorm]
     ) -> DecoderBlock:
-        """Build a block from its layers and norms, which are given by their names in the block."""
+        """Build a block from `modules`: its layers and norms, by their names in the block."""
         parts: dict[str, Module] = {}
         for half in self.block_halves(config):
             prefix = f"{half.mixer}."

@@ -1,8 +1,8 @@
-"""Gemma 3 (Gemma Team 2025), text only: 270M, 1B, and larger models as Gemma3ForCausalLM.
+"""Gemma 3 (Gemma Team 2025) for text only: 270M, 1B, and larger models stored as Gemma3ForCausalLM.
 
-Norms come before and after each half-block, and normalise each head of q and k. Hugging Face's files store a
-norm weight of 1 + w as w. Every sixth layer sees all tokens. The other layers have a sliding window, and
-rotate with another base.
+There are norms before and after each half-block (attention or MLP), and for each head of q and k. Hugging
+Face's files store a norm weight of 1 + w as w. Every sixth layer attends to all earlier tokens; the others
+have a sliding window, and a different base of the rotary position embeddings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nplora.models.families.family import Family
 from nplora.models.families.gguf_fields import ArchitectureMetadata
 from nplora.models.rope import RopeConfig, require_theta
 
-_PATTERN = 6  # every sixth layer sees all tokens
+_PATTERN = 6  # every sixth layer attends to all tokens
 _LOCAL_THETA = 10_000.0
 _LARGEST = 62  # layers of the 27B model, whose scores llama.cpp divides by another number
 
@@ -81,7 +81,7 @@ class Gemma3(Family):
         return config_fields.rope(found, fields.number("rope_theta", self.rope_theta))
 
     def _local_rope(self, fields: Fields) -> RopeConfig:
-        """The rotation of layers with a window. Files without rope_parameters never scale it."""
+        """The rotation in layers with a window. Only `rope_parameters` can set a scaling for these."""
         found = fields.object("rope_parameters").object("sliding_attention")
         return config_fields.rope(found, fields.number("rope_local_base_freq", _LOCAL_THETA))
 
@@ -104,7 +104,7 @@ class Gemma3(Family):
         if config.query_pre_attn_scalar != _implied_scalar(config):
             raise UnsupportedError(
                 f"{config.source}: query_pre_attn_scalar is {config.query_pre_attn_scalar:g}, which GGUF "
-                f"cannot express: it implies {_implied_scalar(config)}"
+                f"cannot store; the GGUF file would imply {_implied_scalar(config)}"
             )
         local = config.local_rope or config.rope
         if (local.linear_factor, local.llama3) != (1.0, None):
@@ -120,8 +120,8 @@ class Gemma3(Family):
             window if kind == "sliding_attention" else NO_WINDOW for kind in kinds
         ):
             raise UnsupportedError(
-                f"{config.source}: GGUF can describe Gemma 3 only if every sixth layer, and no other, sees "
-                "all tokens (layer_types)"
+                f"{config.source}: GGUF can describe Gemma 3 only if every sixth layer, and no other, has "
+                "no sliding window (layer_types)"
             )
         return window
 
@@ -131,14 +131,14 @@ class Gemma3(Family):
 
 
 def _kinds(source: str, layers: int, pattern: int) -> list[str]:
-    """The kind of each layer if every `pattern`-th layer sees all tokens."""
+    """The type of each layer, if every `pattern`-th layer attends to all tokens."""
     if pattern < 1:
         raise FormatError(f"{source}: sliding_window_pattern is {pattern}, expected at least 1")
     return ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
 
 
 def _implied_scalar(config: ModelConfig) -> int:
-    """The query_pre_attn_scalar that a GGUF file implies. GGUF has no entry for this number."""
+    """The `query_pre_attn_scalar` that llama.cpp assumes, because GGUF has no entry for it."""
     if config.num_hidden_layers == _LARGEST:
         return config.hidden_size // config.num_attention_heads
     return config.head_dim

@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 
 class ArchitectureMetadata:
-    """A GGUF file's metadata, by names without the architecture's prefix.
+    """The metadata of a GGUF file, without the architecture's prefix: "block_count", not "llama.block_count".
 
     The methods raise FormatError if an entry has the wrong type, or is missing and has no default.
     """
@@ -27,7 +27,7 @@ class ArchitectureMetadata:
         self.file, self.source, self._architecture = file, file.source, architecture
 
     def key(self, name: str) -> str:
-        """The full key of an entry."""
+        """The full key of an entry, with the architecture's prefix."""
         return f"{self._architecture}.{name}"
 
     def integer(self, name: str, default: int | None = None) -> int:
@@ -47,10 +47,10 @@ class ArchitectureMetadata:
 
 
 def heads_of_keys(data: ArchitectureMetadata, default: int) -> int:
-    """The number of key and value heads. A list gives the number for each layer.
+    """The number of key/value heads. A file may list the number of each layer.
 
     Raises:
-        UnsupportedError: the layers have different numbers.
+        UnsupportedError: the layers have different numbers of heads.
     """
     name = "attention.head_count_kv"
     listed = data.file.metadata.get(data.key(name))
@@ -62,7 +62,10 @@ def heads_of_keys(data: ArchitectureMetadata, default: int) -> int:
 
 
 def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int) -> list[bool]:
-    """Which layers have the sliding window: the layers that the file lists, or all but every `pattern`-th."""
+    """For each layer, whether it has the sliding window.
+
+    The file may list the layers with a window. Otherwise, all layers but every `pattern`-th have a window.
+    """
     name = "attention.sliding_window_pattern"
     if name in data and data.file.metadata.types[data.key(name)] == "BOOL":
         return [bool(flag) for flag in data.file.metadata.array(data.key(name), "BOOL", layers)]
@@ -73,23 +76,26 @@ def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int) -> lis
 
 
 def vocabulary(data: ArchitectureMetadata) -> int:
-    """The number of rows of the embedding. A wrong `vocab_size` is found later, when shapes are compared."""
+    """The size of the vocabulary, by default the number of rows of the embedding.
+
+    A wrong `vocab_size` in the file is found later, when the shapes of tensors are checked.
+    """
     entry = data.file.entries.get("token_embd.weight")
     return data.integer("vocab_size", entry.shape[0] if entry is not None and entry.shape else None)
 
 
 def require_length(data: ArchitectureMetadata, name: str, head_dim: int) -> None:
-    """Refuse keys, values or rotations with another length than head_dim. Raises UnsupportedError."""
+    """Raise UnsupportedError if an entry, such as the length of the value heads, is not `head_dim`."""
     found = data.integer(name, head_dim)
     if found != head_dim:
         raise UnsupportedError(
-            f"{data.source}: {data.key(name)} is {found}, expected head_dim={head_dim} (keys and values of "
-            "one length, rotated as a whole)"
+            f"{data.source}: {data.key(name)} is {found}, expected head_dim={head_dim} (keys and values must "
+            "have one length, and be rotated as a whole)"
         )
 
 
 def require_number(data: ArchitectureMetadata, name: str, value: float) -> None:
-    """Refuse an entry with another value, which nplora does not implement. Raises UnsupportedError."""
+    """Raise UnsupportedError if an entry is not `value`, the only value that nplora implements."""
     found = data.number(name, value)
     if found != value:
         raise UnsupportedError(
@@ -98,12 +104,12 @@ def require_number(data: ArchitectureMetadata, name: str, value: float) -> None:
 
 
 def scaling_kind(data: ArchitectureMetadata) -> str:
-    """The kind of scaling of the rotation. Without an entry, it is "linear"."""
+    """How the rotation is scaled; "linear" if the file does not say."""
     return data.string("rope.scaling.type", "linear")
 
 
 def rope(data: ArchitectureMetadata, dim: int, theta: float) -> RopeConfig:
-    """The rotation of `dim` values of each head. `theta` is its base if the file has none."""
+    """The rotation of `dim` values of each head. `theta` is the base if the file has none."""
     require_number(data, "rope.scaling.attn_factor", 1.0)
     factors = pair_factors(data.file, ROPE_FREQS, dim) if ROPE_FREQS in data.file else None
     return RopeConfig(base(data, theta), linear_factor(data), factors=factors)
@@ -115,12 +121,12 @@ def base(data: ArchitectureMetadata, theta: float) -> float:
 
 
 def linear_factor(data: ArchitectureMetadata, *others: str) -> float:
-    """The divisor of all frequencies. `rope.scale_linear` is an older name of the entry.
+    """The divisor of all rotation frequencies. `rope.scale_linear` is an older name of the entry.
 
     Args:
-        others: other kinds of scaling that the family supports.
+        others: other scalings that the family supports, besides "none" and "linear".
     Raises:
-        UnsupportedError: the rotation is scaled in another way.
+        UnsupportedError: the file names a scaling that the family does not support.
     """
     kind, known = scaling_kind(data), (*_KINDS, *others)
     if kind not in known:
@@ -135,7 +141,7 @@ def linear_factor(data: ArchitectureMetadata, *others: str) -> float:
 
 
 def pair_factors(file: GgufFile, name: str, dim: int) -> Array:
-    """The tensor with the divisor of each pair's frequency, for `dim` rotating values."""
+    """Read a tensor of frequency divisors, one for each of the `dim` / 2 rotated pairs of a head."""
     if name not in file:
         raise FormatError(f"{file.source}: tensor {name} is missing")
     tensor = file[name]

@@ -1,7 +1,7 @@
-"""Granite 3, dense (IBM 2024): Llama with multipliers for embeddings, half-blocks, scores and logits.
+"""Dense Granite 3 (IBM 2024): Llama with factors for embeddings, half-blocks, attention scores and logits.
 
-llama.cpp converts Granite 4's dense models to this architecture too. In Hugging Face's files, they are the
-family "granitemoehybrid", which nplora does not read.
+In GGUF, the dense models of Granite 4 have this architecture too. In Hugging Face's files, Granite 4 belongs
+to the family "granitemoehybrid", which nplora does not read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Granite(Family):
         return _multiplied(dataclasses.replace(config, mlp_bias=mlp_bias), multipliers)
 
     def read_metadata(self, file: GgufFile) -> ModelConfig:
-        """A missing multiplier, or 0, means none. The factor of the scores is then 1 / sqrt(head_dim)."""
+        """A multiplier of 0 counts as missing. By default, attention scores are divided by sqrt(head_dim)."""
         data = ArchitectureMetadata(file, self.architecture)
         config = super().read_metadata(file)
         found = {name: data.number(key, 0.0) for name, key in _MULTIPLIERS.items()}

@@ -1,4 +1,4 @@
-"""OLMo 2 (OLMo Team 2024): norms come only after the half-blocks, and cover all heads of q and k together."""
+"""OLMo 2 (OLMo Team 2024): norms come only after attention and MLP. One norm covers all heads of q (or k)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Olmo2(Family):
         return config_fields.with_attention_bias(super().read_config(fields), fields)
 
     def read_metadata(self, file: GgufFile) -> ModelConfig:
-        """OLMo 3 has the same architecture in GGUF, but a sliding window in three of four layers."""
+        """Refuse OLMo 3: GGUF files call it OLMo 2 too, but three of four layers have a sliding window."""
         config = super().read_metadata(file)
         if any(config.sliding_windows):
             raise UnsupportedError(f"{file.source}: a sliding window, as in OLMo 3, is not supported")

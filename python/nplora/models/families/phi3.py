@@ -1,6 +1,6 @@
 """Phi-3 and Phi-4-mini (Abdin et al. 2024): Llama with one layer for q, k and v, and one for gate and up.
 
-LongRoPE extends contexts, and only a part of each head may rotate.
+LongRoPE may extend the context, and only a part of each head may be rotated.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Phi3(Family):
         )
 
     def read_rope_fields(self, fields: Fields) -> RopeConfig:
-        """Only the base. `read_config` adds the factors, which need the width of a head."""
+        """Read only the rotation's base. `read_config` adds LongRoPE's factors, which need a head's width."""
         theta = config_fields.rope_fields(fields).number(
             "rope_theta", fields.number("rope_theta", self.rope_theta)
         )
@@ -127,7 +127,7 @@ def _rope(fields: Fields, found: Fields, config: ModelConfig, dim: int) -> RopeC
 
 
 def _require_length(source: str, name: str, length: int) -> None:
-    """Refuse an impossible original context length."""
+    """Raise FormatError if the original context length is impossible."""
     if not 1 < length <= MAX_POSITIONS:
         raise FormatError(f"{source}: {name} is {length:,}, expected 2 to {MAX_POSITIONS:,}")
 

@@ -1,4 +1,7 @@
-"""Qwen2 and Qwen2.5 (Yang et al. 2024): Llama with biases on q, k and v. Small models tie the embeddings."""
+"""Qwen2 and Qwen2.5 (Yang et al. 2024): Llama with biases on q, k and v.
+
+In small models, the head shares the weight of the embedding.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ class Qwen2(Family):
     key_value_heads = 32
 
     def read_config(self, fields: Fields) -> ModelConfig:
-        """If there is a sliding window, the first `max_window_layers` layers still see all tokens."""
+        """Even with a sliding window, the first `max_window_layers` layers attend to all earlier tokens."""
         config = super().read_config(fields)
         layers, first = config.num_hidden_layers, fields.integer("max_window_layers", 28)
         if not fields.boolean("use_sliding_window", False) or not config_fields.has_window(fields):

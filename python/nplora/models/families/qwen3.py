@@ -1,4 +1,7 @@
-"""Qwen3 (Yang et al. 2025): each head of q and k is normalised before it rotates. No biases by default."""
+"""Qwen3 (Yang et al. 2025): each head of q and k is normalised before the rotation.
+
+By default, there are no biases.
+"""
 
 from __future__ import annotations
 

@@ -402,4 +402,7 @@ def _unwritable(path: StrPath, error: OSError) -> OSError:
 
 def _finite(items: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
     for name, value in items:
-        yield name, None if isinstance(value, float) and not np.isfinite(value) else value
+        if isinstance(value, dict):
+            yield name, dict(_finite(value.items()))
+        else:
+            yield name, None if isinstance(value, float) and not np.isfinite(value) else value

@@ -56,17 +56,20 @@ def gradient_of_losses(
     """
     dx, trained = np.zeros_like(x), np.flatnonzero(targets != IGNORED)
     if head.parameters():
-        value, weights = of_losses(token_losses(model, head, x, targets))
+        streams = head.random_state()
+        losses = token_losses(model, head, x, targets)
+        head.set_random_state(streams)  # the second pass draws the same dropout masks
+        value, weights = of_losses(losses)
         weight = np.zeros(len(x), x.dtype)
         weight[trained] = weights
         for rows in _chunks_of(targets, head):
             _, dx[rows] = _chunk_gradient(model, head, x[rows], targets[rows], 1.0, weight[rows])
         return value, dx
-    losses = [np.empty(0)]
+    found = [np.empty(0)]
     for rows in _chunks_of(targets, head):
         of_chunk, dx[rows] = _chunk_gradient(model, head, x[rows], targets[rows], 1.0)
-        losses.append(of_chunk)
-    value, weights = of_losses(np.concatenate(losses))
+        found.append(of_chunk)
+    value, weights = of_losses(np.concatenate(found))
     dx[trained] *= np.asarray(weights, x.dtype)[:, None]
     return value, dx
 

@@ -195,9 +195,10 @@ class History:
         if columns.keys() - set(metrics) != set(names):
             raise ValueError(f"the history has the columns {sorted(columns)}, expected {sorted(names)}")
         rows = zip(*(columns[name].tolist() for name in [*names, *metrics]), strict=True)
-        steps = [
-            StepRecord(*row[: len(names)], metrics=_measured(metrics, row[len(names) :])) for row in rows
-        ]
+        steps = list[StepRecord]()
+        for row in rows:
+            values: dict[str, Any] = dict(zip(names, row, strict=False))
+            steps.append(StepRecord(**values, metrics=_measured(metrics, row[len(names) :])))
         self.steps[:], self.epochs[:] = steps, [_epoch(row) for row in epochs]
 
     def add_log(self, log: bytes, step: int, epoch: int) -> None:

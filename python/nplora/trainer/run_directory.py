@@ -4,6 +4,7 @@ It holds
 
     checkpoint-0.safetensors, checkpoint-1.safetensors     two generations, written in turn
     log.jsonl                                              a header, and a line for every step and epoch
+    reference.safetensors                                  of some objectives, written by nplora.finetuning
     lock                                                   while a run writes here; it contains the PID
 
 A checkpoint is written to a temporary file and renamed over the older generation (`formats.files.replace`),
@@ -37,7 +38,7 @@ from nplora.formats.errors import (
     UnsupportedError,
 )
 from nplora.formats.files import StrPath
-from nplora.formats.run_files import CHECKPOINTS, LOCK, LOG, holds_run
+from nplora.formats.run_files import CHECKPOINTS, LOCK, LOG, REFERENCE, REFERENCE_MARK, holds_run
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer import checkpoint as checkpoints
@@ -78,7 +79,20 @@ def _is_generation(reader: files.Reader) -> bool:
         return True
 
 
-_IS_OURS = {LOG: _is_log, LOCK: _is_lock, **dict.fromkeys(CHECKPOINTS, _is_generation)}
+def _is_reference(reader: files.Reader) -> bool:
+    """As `_is_generation`: a file that is not safetensors may be damaged."""
+    try:
+        return REFERENCE_MARK in SafetensorsFile(reader, REFERENCE).metadata
+    except FormatError:
+        return True
+
+
+_IS_OURS = {
+    LOG: _is_log,
+    LOCK: _is_lock,
+    REFERENCE: _is_reference,
+    **dict.fromkeys(CHECKPOINTS, _is_generation),
+}
 
 
 class RunDirectory:
@@ -147,7 +161,7 @@ class RunDirectory:
 
     def _require_ours(self) -> None:
         """Check every file that the run may write to, before it writes to any."""
-        for name in {LOG, *CHECKPOINTS}.intersection(os.listdir(self._directory.fd)):
+        for name in {LOG, REFERENCE, *CHECKPOINTS}.intersection(os.listdir(self._directory.fd)):
             self._open(name, os.O_RDONLY)
             os.close(self._descriptors.pop())
 

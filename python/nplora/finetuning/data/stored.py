@@ -74,11 +74,15 @@ class Examples(Protocol):
 
     Attributes:
         report: a summary of the file.
+        sequences: the number of sequences of an example.
         same_batches: whether the examples of a batch belong together, so that all epochs have the same
             batches.
     """
 
     report: DataReport
+
+    @property
+    def sequences(self) -> int: ...
 
     @property
     def same_batches(self) -> bool: ...

@@ -10,11 +10,11 @@ from nplora.adapters import Adapter, read_for
 from nplora.finetuning.data import (
     EVALUATION_TOKENS,
     Data,
-    Dataset,
     TokenBatches,
 )
 from nplora.finetuning.data.dataset import Part
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
+from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objectives import Objective, objective_of
 from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
 from nplora.formats import files
@@ -40,20 +40,21 @@ class RunInputs:
     """
 
     lm: LanguageModel
-    train: Dataset
-    held_out: Dataset | None
+    train: Examples
+    held_out: Examples | None
     start: Adapter | None
     paths: list[tuple[str, Path]]
     objective: Objective
 
     @property
-    def datasets(self) -> list[Dataset]:
+    def datasets(self) -> list[Examples]:
         return [dataset for dataset in (self.train, self.held_out) if dataset is not None]
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of all examples."""
-        return sum(dataset.report.tokens for dataset in self.datasets)
+        """The number of tokens of all sequences that the model reads."""
+        passes = 1 + self.objective.extra_passes  # an extra pass reads other sequences of the same length
+        return passes * sum(dataset.report.tokens for dataset in self.datasets)
 
     def reload(self, model: StrPath, compute: str) -> None:
         """Load the model again with another arithmetic. The memory of the old model is released first."""
@@ -143,14 +144,14 @@ def _read(
     sources: list[Source],
     options: FinetuneOptions,
     part: Part | None,
-) -> Dataset:
+) -> Examples:
     reading = options.reading(min(options.max_length, lm.config.max_position_embeddings), op)
     dataset = objective.read(op, sources, lm.tokenizer, reading, part)
     require_vocabulary(lm, dataset)
     return dataset
 
 
-def require_vocabulary(lm: LanguageModel, dataset: Dataset) -> None:
+def require_vocabulary(lm: LanguageModel, dataset: Examples) -> None:
     """Raise a FormatError if a token of the text is not in the model's vocabulary."""
     if dataset.largest_id >= lm.config.vocab_size:
         raise FormatError(
@@ -169,7 +170,7 @@ def _start(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter | No
     return read_for(lm, options.adapter, lm.source, options.any_base)
 
 
-def training_batches(dataset: Dataset, options: FinetuneOptions) -> TokenBatches:
+def training_batches(dataset: Examples, options: FinetuneOptions) -> TokenBatches:
     examples = options.batch_examples
     if examples is None and options.batch_tokens is None:
         examples = DEFAULT_EXAMPLES
@@ -178,5 +179,5 @@ def training_batches(dataset: Dataset, options: FinetuneOptions) -> TokenBatches
     )
 
 
-def evaluation_batches(dataset: Dataset) -> TokenBatches:
+def evaluation_batches(dataset: Examples) -> TokenBatches:
     return TokenBatches(dataset, batch_tokens=EVALUATION_TOKENS, shuffle=False)

@@ -17,6 +17,7 @@ from nplora import _check
 from nplora.adapters import Adapter
 from nplora.finetuning.data import FORMATS, LEARN
 from nplora.finetuning.data.dataset import ReadOptions
+from nplora.finetuning.objective_options import ALL_LOSS_TYPES, OBJECTIVES, check_objective
 from nplora.finetuning.planning import parse_bytes
 from nplora.lm.adapting import parse_blocks, target_names
 from nplora.nn import LoRALinear
@@ -30,8 +31,8 @@ KEEP_PREFIX = ("off", "memory", "disk")
 _OF_THE_ADAPTER = ("rank", "alpha", "targets", "layers", "use_rslora", "use_dora", "init")
 
 # Groups of options, as --help shows them.
-_ADAPTER, _TRAINING, _BATCHES, _DATA, _SPEED, _RUN = (
-    "adapter", "training", "batches", "data", "memory and speed", "run",
+_ADAPTER, _OBJECTIVE, _TRAINING, _BATCHES, _DATA, _SPEED, _RUN = (
+    "adapter", "objective", "training", "batches", "data", "memory and speed", "run",
 )  # fmt: skip
 
 
@@ -91,6 +92,33 @@ class FinetuneOptions:
     any_base: bool = _option(
         _ADAPTER, False, "accept an `adapter` that was trained on another model with the same shapes"
     )
+    objective: str = _option(
+        _OBJECTIVE,
+        "sft",
+        "goal of the training: sft (learn the answers), dpo or orpo (prefer chosen answers to rejected "
+        "ones), or kto (prefer good answers to bad ones)",
+        choices=OBJECTIVES,
+    )
+    beta: float = _unplanned(
+        _OBJECTIVE,
+        0.1,
+        "strength of the preference: of dpo and kto, larger values stay closer to the model without adapter; "
+        "of orpo, the weight of the comparison",
+    )
+    loss_type: str | None = _option(
+        _OBJECTIVE,
+        None,
+        "variant of the loss: of dpo, sigmoid (the default), hinge, ipo, robust or sigmoid_norm; of kto, kto "
+        "(the default) or apo_zero_unpaired",
+        choices=ALL_LOSS_TYPES,
+    )
+    label_smoothing: float = _unplanned(
+        _OBJECTIVE,
+        0.0,
+        "share of the pairs of dpo that may be the wrong way round, for sigmoid, sigmoid_norm and robust",
+    )
+    desirable_weight: float = _unplanned(_OBJECTIVE, 1.0, "weight of the good answers of kto")
+    undesirable_weight: float = _unplanned(_OBJECTIVE, 1.0, "weight of the bad answers of kto")
     lr: float = _unplanned(_TRAINING, 2e-4, "peak learning rate")
     schedule: str = _unplanned(
         _TRAINING, "cosine", "learning rate schedule: cosine, linear or constant", choices=tuple(SCHEDULES)
@@ -188,6 +216,7 @@ class FinetuneOptions:
         self._check_exclusions(op)
         self._check_choices(op)
         self._check_numbers(op)
+        check_objective(op, self, {field.name: field.default for field in dataclasses.fields(self)})
         self.reading(self.max_length, op)
         self._set("sample", _check.texts(op, "sample", self.sample))
         if self.memory is not None:

@@ -15,7 +15,7 @@ from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.earlier_run import find_earlier_run
 from nplora.finetuning.execution import choose_execution
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
-from nplora.finetuning.objectives import TokenLoss
+from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.options import FinetuneOptions, from_arguments
 from nplora.finetuning.output import require_free, require_not_read
 from nplora.finetuning.report import FinetuneReport, Sample
@@ -53,6 +53,12 @@ def finetune(
     init: str = "zero",
     adapter: StrPath | Adapter | None = None,
     any_base: bool = False,
+    objective: str = "sft",
+    beta: float = 0.1,
+    loss_type: str | None = None,
+    label_smoothing: float = 0.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
     lr: float = 2e-4,
     schedule: str = "cosine",
     warmup: int = 0,
@@ -115,6 +121,16 @@ def finetune(
         adapter: adapter to continue from: PEFT directory or llama.cpp file; its layers, ranks and alphas are
             kept.
         any_base: accept an `adapter` that was trained on another model with the same shapes.
+        objective: goal of the training: sft (learn the answers), dpo or orpo (prefer chosen answers to
+            rejected ones), or kto (prefer good answers to bad ones).
+        beta: strength of the preference: of dpo and kto, larger values stay closer to the model without
+            adapter; of orpo, the weight of the comparison.
+        loss_type: variant of the loss: of dpo, sigmoid (the default), hinge, ipo, robust or sigmoid_norm; of
+            kto, kto (the default) or apo_zero_unpaired.
+        label_smoothing: share of the pairs of dpo that may be the wrong way round, for sigmoid, sigmoid_norm
+            and robust.
+        desirable_weight: weight of the good answers of kto.
+        undesirable_weight: weight of the bad answers of kto.
         lr: peak learning rate.
         schedule: learning rate schedule: cosine, linear or constant.
         warmup: warm-up steps, in which the learning rate rises to its peak.
@@ -202,6 +218,7 @@ def _finetune(
     lm = inputs.lm
     batches = training_batches(inputs.train, chosen)
     validation = None if inputs.held_out is None else evaluation_batches(inputs.held_out)
+    plain = lm.copied({})  # shares the frozen weights, and stays without an adapter
     with rollback_on_error(lm):
         _put_on_adapter(lm, inputs.start, chosen)
         require_free(place, chosen)
@@ -209,7 +226,8 @@ def _finetune(
     lm.model.recompute = execution.recompute
 
     with files.Directory(place) as directory, _prefix_in_use(lm, prefix):
-        inputs.objective.prepare(lm, inputs.datasets, directory, say)
+        inputs.objective.prepare(plain, [batches, *([validation] if validation else [])], directory, say)
+        del plain
         loss = inputs.objective.loss(execution.micro_tokens)
         baseline = Baseline(lm, loss, validation, chosen.sample, say)
         if not (chosen.resume and holds_run(directory)):
@@ -264,7 +282,7 @@ def _prefix_in_use(lm: LanguageModel, prefix: PrefixCache | None) -> Iterator[No
 
 
 def _trainer(
-    lm: LanguageModel, loss: TokenLoss, options: FinetuneOptions, callbacks: list[Callback]
+    lm: LanguageModel, loss: PackedLoss, options: FinetuneOptions, callbacks: list[Callback]
 ) -> Trainer:
     return Trainer(
         lm,
@@ -343,6 +361,9 @@ def _report(
         train=inputs.train.report,
         valid=None if inputs.held_out is None else inputs.held_out.report,
         loss_before=baseline.loss,
+        unit=inputs.objective.loss(None).unit,
+        metrics_before=baseline.metrics,
+        metrics_after=history.epochs[-1].val_metrics if history.epochs and not stopped else {},
         loss_after=history.epochs[-1].val_loss if history.epochs and not stopped else None,
         samples=tuple(map(Sample, options.sample, baseline.answers, after)),
         history=history,

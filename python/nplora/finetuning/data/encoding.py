@@ -31,11 +31,13 @@ class Encoded:
         ids: the tokens.
         trained: whether each is trained.
         unused: whether the example has tools or documents that the template did not write.
+        good: whether somebody judged it to be a good answer.
     """
 
     ids: list[int]
     trained: list[bool]
     unused: bool = False
+    good: bool = False
 
 
 class Encoder:

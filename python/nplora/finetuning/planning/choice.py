@@ -138,7 +138,10 @@ def choose(
     exact = [plan for plan in fitting if plan.compute == fitting[0].compute]
     chosen = min(exact, key=lambda plan: seconds[plan])
     others = tuple(Alternative(plan, sizes[plan], seconds[plan]) for plan in plans if plan != chosen)
-    return MemoryPlan(chosen, memory(chosen), seconds[chosen], work.steps, others, limit, available_memory())
+    before = sum(speeds[chosen.compute].inference(lm, *one) for one in work.reference)
+    return MemoryPlan(
+        chosen, memory(chosen), seconds[chosen], work.steps, others, limit, available_memory(), before
+    )
 
 
 def _plans(
@@ -170,7 +173,11 @@ def _halves(work: Work) -> Iterator[int]:
 
 def _seconds(lm: LanguageModel, adapters: Adapters, work: Work, plan: ExecutionPlan, speed: Speed) -> float:
     """The predicted seconds of an average step."""
-    times = [speed.step(lm, adapters, one, plan.recompute) for one in work.micro_batches(plan.micro_tokens)]
+    times = [
+        speed.step(lm, adapters, one, plan.recompute)
+        + work.extra_passes * speed.inference(lm, one.tokens, one.targets)
+        for one in work.micro_batches(plan.micro_tokens)
+    ]
     return sum(times) / len(work.batches) * work.accumulate
 
 
@@ -195,10 +202,10 @@ def _shorter(
     work: Work, plan: ExecutionPlan, limit: float, size: Callable[[ExecutionPlan, Work], int]
 ) -> str:
     """A hint for an error message: the largest power of two that fits as --max-length."""
-    length = work.longest
+    length = -(-work.longest // work.sequences)
     while length > _LEAST_MICRO_BATCH:
         length = 1 << ((length - 1).bit_length() - 1)  # the next smaller power of two
-        needed = size(dataclasses.replace(plan, micro_tokens=length), work.shortened(length))
+        needed = size(dataclasses.replace(plan, micro_tokens=work.sequences * length), work.shortened(length))
         if needed <= limit:
             return f"; with --max-length {length} it needs {need(needed)}"
     return "; a smaller --max-length does not help"

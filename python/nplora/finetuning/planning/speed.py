@@ -59,6 +59,10 @@ class Speed:
         low = 6.0 * adapters.rank * sum(map(sum, adapters.shapes.values())) * one.tokens * _LOW_RANK
         return products + (scores + low) / self.operations + self.head.of(one.targets)
 
+    def inference(self, lm: LanguageModel, tokens: int, targets: int) -> float:
+        """The predicted seconds of a forward pass alone."""
+        return lm.config.num_hidden_layers * self.forward.of(tokens) + self.head.of(targets) / 2
+
 
 def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
     """Measure the speed in each arithmetic, with the current number of threads."""

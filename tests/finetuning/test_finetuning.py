@@ -549,8 +549,7 @@ def test_a_directory_with_a_model_gets_no_adapter(
 def test_a_run_does_not_resume_with_other_data(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "out", **QUICK)
     with (data / "train.jsonl").open("a") as file:
-        file.write('{"prompt": "more", "completion": "more"}
-')
+        file.write('{"prompt": "more", "completion": "more"}\n')
     with pytest.raises(CorruptError, match="the data file or the way it is read has changed"):
         finetune(model, data, tmp_path / "out", **QUICK, resume=True)
 

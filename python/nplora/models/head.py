@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,20 @@ from nplora.nn import Linear, LoRALinear, stack_backward, stack_forward
 Array = npt.NDArray[Any]
 AnyLinear = Linear | LoRALinear
 OfLosses: TypeAlias = Callable[[Array], tuple[float, Array]]
+
+
+class LogitLoss(Protocol):
+    """A loss that is a sum over rows of logits."""
+
+    def __call__(self, logits: Array, rows: Array, factor: float, gradient: bool) -> Array:
+        """The loss of each row, float64 (n,).
+
+        Args:
+            logits: float32 (n, vocabulary). With `gradient`, the loss overwrites them by `factor` times the
+                gradient; else it may overwrite them by anything.
+            rows: the positions of these rows in the batch.
+        """
+
 
 # Logits of a chunk. A chunk must be small enough to stay in the cache between head, loss and gradient, and
 # have enough rows that reading the head's weight costs little compared with the products. If more than
@@ -91,6 +105,40 @@ def _chunk_gradient(
     return losses, model.read_out_backward(dnormed, x)
 
 
+def gradient_of_logit_loss(
+    model: Decoder, head: AnyLinear, x: Array, targets: Array, of_logits: LogitLoss, factor: float
+) -> tuple[float, Array]:
+    """Like `loss_and_gradient`, for any loss of the logits of the rows that have a target."""
+    dx, total = np.zeros_like(x), 0.0
+    for rows in _chunks_of(targets, head):
+        losses, dx[rows] = _chunk_of_logit_loss(model, head, x[rows], rows, of_logits, factor)
+        total += float(losses.sum())
+    return total, dx
+
+
+def _chunk_of_logit_loss(
+    model: Decoder, head: AnyLinear, x: Array, rows: Array, of_logits: LogitLoss, factor: float
+) -> tuple[Array, Array]:
+    """`gradient_of_logit_loss` for a few rows. When it returns, the logits of these rows are freed."""
+    (logits,), saved = stack_forward((head,), model.read_out(x))
+    losses = of_logits(logits, rows, factor, True)
+    dnormed = stack_backward((head,), [logits], saved)
+    return losses, model.read_out_backward(dnormed, x)
+
+
+def logit_loss(model: Decoder, head: AnyLinear, x: Array, targets: Array, of_logits: LogitLoss) -> float:
+    """The sum of `of_logits` over the rows that have a target, without gradients."""
+    total = 0.0
+    for rows in _chunks_of(targets, head):
+        total += float(of_logits(logits_of(model, head, x[rows]), rows, 1.0, False).sum())
+    return total
+
+
+def logits_of(model: Decoder, head: AnyLinear, x: Array) -> Array:
+    """The logits of rows of the residual stream."""
+    return head.forward(model.read_out(x))[0]
+
+
 def loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> float:
     """The sum of the losses, without gradients."""
     pieces = _chunks_of(targets, head)
@@ -107,7 +155,7 @@ def token_losses(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> A
 
 def _chunk_losses(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> Array:
     """The losses of a few rows. When it returns, the logits of these rows are freed."""
-    logits = head.forward(model.read_out(x))[0]
+    logits = logits_of(model, head, x)
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, 1.0, losses, False)
     return losses

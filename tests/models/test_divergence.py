@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nplora.models.divergence import DIVERGENCES, Distillation, TopK
+from nplora.models.divergence import DIVERGENCES, Distillation, TopK, most_likely
 
 torch = pytest.importorskip("torch")
 
@@ -141,3 +141,28 @@ def test_very_sure_models_give_finite_losses_and_gradients(kl: str, k: int | Non
     assert np.isfinite(losses).all()
     assert np.isfinite(student).all()
     assert (losses > 10).all()
+
+
+@pytest.mark.parametrize("k", [1, 7, 32, 200, 2000])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_most_likely_tokens_are_those_of_torch(k: int, temperature: float) -> None:
+    teacher = logits(12, vocab=2000)
+    found, wanted = most_likely(teacher.copy(), k, temperature), best(teacher, k, temperature)
+    np.testing.assert_array_equal(found.ids, wanted.ids)
+    np.testing.assert_allclose(found.log_probs, wanted.log_probs, atol=3e-6)
+
+
+@pytest.mark.parametrize("k", [3, 40])
+def test_of_equally_likely_tokens_the_first_ones_are_taken(k: int) -> None:
+    tied = np.zeros((2, 3000), np.float32)
+    tied[1, 1000:1002] = 1
+    found = most_likely(tied, k).ids.tolist()
+    assert found == [list(range(k)), [1000, 1001, *range(k - 2)]]
+
+
+def test_the_rest_of_a_very_sure_teacher_keeps_its_probability() -> None:
+    """1 - Σ p of the k tokens would be 0 in float32, and mostly rounding in float64."""
+    sure = np.zeros((1, 5000), np.float32)
+    sure[0, 17] = 60
+    wanted = np.log(4998) - 60
+    assert most_likely(sure, 2).log_probs[0, -1] == pytest.approx(wanted, abs=1e-5)

@@ -60,6 +60,7 @@ class RunInputs:
         """Load the model again with another arithmetic. The memory of the old model is released first."""
         del self.lm
         self.lm = load_model(model, compute, check=False)  # it was checked before
+        self.objective.reload(compute)
 
 
 def read_inputs(
@@ -94,12 +95,14 @@ def read_inputs(
     if share is not None:
         held_out_sources, parts = sources, [Part(share, held_out) for held_out in (False, True)]
     objective = objective_of(options)
+    objective.open(op, lm, check)
     train = _read(op, lm, objective, sources, options, parts[0])
     held_out = None
     if held_out_sources is not None:
         held_out = _read(op, lm, objective, held_out_sources, options, parts[1])
     read = {"training data": sources, "validation data": held_out_sources or []}
     paths = [(what, source.path) for what, given in read.items() for source in given if source.path]
+    paths += [("teacher", path) for path in (objective.teacher.paths if objective.teacher else [])]
     return RunInputs(lm, train, held_out, _start(op, lm, options), paths, objective)
 
 

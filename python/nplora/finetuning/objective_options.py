@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nplora import _check
+from nplora.models.divergence import DIVERGENCES
 
-OBJECTIVES = ("sft", "dpo", "orpo", "kto")
+OBJECTIVES = ("sft", "dpo", "orpo", "kto", "distill")
+_COMPARING = ("dpo", "orpo", "kto")
 LOSS_TYPES = {
     "dpo": ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"),
     "kto": ("kto", "apo_zero_unpaired"),
@@ -20,6 +22,10 @@ _FOR = {  # the objectives that each option is for
     "label_smoothing": ("dpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
+    "teacher": ("distill",),
+    "kl": ("distill",),
+    "temperature": ("distill",),
+    "kd_ratio": ("distill",),
 }
 
 
@@ -43,15 +49,33 @@ def check_objective(op: str, options: Any, defaults: Mapping[str, Any]) -> None:
         if _check.number(op, name, getattr(options, name)) <= 0:
             raise ValueError(f"{op}: {name} is {getattr(options, name)}, expected above 0")
     _check_smoothing(op, options)
-    if objective != "sft" and options.learn != "completion":
+    _check_distillation(op, options)
+    if objective in _COMPARING and options.learn != "completion":
         raise ValueError(
-            f"{op}: learn={options.learn!r} is for objective 'sft'; {objective!r} compares answers"
+            f"{op}: learn={options.learn!r} is for objectives 'sft' and 'distill'; {objective!r} compares "
+            "answers"
         )
     if objective == "kto" and options.loss_type in (None, "kto") and options.batch_examples == 1:
         raise ValueError(
             f"{op}: batch_examples is 1, but objective 'kto' compares the answers of a batch; expected at "
             "least 2"
         )
+
+
+def _check_distillation(op: str, options: Any) -> None:
+    _check.choice(op, "kl", options.kl, DIVERGENCES)
+    if options.temperature is not None:
+        require_temperature(op, options.temperature)
+    if not 0 < _check.number(op, "kd_ratio", options.kd_ratio) <= 1:
+        raise ValueError(f"{op}: kd_ratio is {options.kd_ratio}, expected above 0 and at most 1")
+    if options.objective == "distill" and options.teacher is None:
+        raise ValueError(f"{op}: objective 'distill' needs a teacher: a model, or a file of nplora teach")
+
+
+def require_temperature(op: str, temperature: object) -> None:
+    """Raise an error unless the value is a number above 0."""
+    if _check.number(op, "temperature", temperature) <= 0:
+        raise ValueError(f"{op}: temperature is {temperature}, expected above 0")
 
 
 def _check_smoothing(op: str, options: Any) -> None:

@@ -59,6 +59,10 @@ def finetune(
     label_smoothing: float = 0.0,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
+    teacher: StrPath | LanguageModel | None = None,
+    kl: str = "forward",
+    temperature: float | None = None,
+    kd_ratio: float = 0.5,
     lr: float = 2e-4,
     schedule: str = "cosine",
     warmup: int = 0,
@@ -122,7 +126,8 @@ def finetune(
             kept.
         any_base: accept an `adapter` that was trained on another model with the same shapes.
         objective: goal of the training: sft (learn the answers), dpo or orpo (prefer chosen answers to
-            rejected ones), or kto (prefer good answers to bad ones).
+            rejected ones), kto (prefer good answers to bad ones), or distill (learn the predictions of a
+            `teacher`).
         beta: strength of the preference: of dpo and kto, larger values stay closer to the model without
             adapter; of orpo, the weight of the comparison.
         loss_type: variant of the loss: of dpo, sigmoid (the default), hinge, ipo, robust or sigmoid_norm; of
@@ -131,6 +136,12 @@ def finetune(
             and robust.
         desirable_weight: weight of the good answers of kto.
         undesirable_weight: weight of the bad answers of kto.
+        teacher: teacher of distill: a model with the same vocabulary, or a file that nplora teach made.
+        kl: divergence of distill: forward (cover all that the teacher may say) or reverse (say only what the
+            teacher would say).
+        temperature: softmax temperature of distill, of teacher and student (default: 1, or that of the stored
+            `teacher`).
+        kd_ratio: share of the divergence in the loss of distill; the rest is the loss of sft.
         lr: peak learning rate.
         schedule: learning rate schedule: cosine, linear or constant.
         warmup: warm-up steps, in which the learning rate rises to its peak.

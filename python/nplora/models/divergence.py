@@ -30,6 +30,8 @@ Array = npt.NDArray[Any]
 
 DIVERGENCES = ("forward", "reverse")
 _TINY = 1e-30  # the least probability of the rest, which float32 may round to 0
+_NEVER = np.float32(-1e30)  # the logit of a token that is left out; finite, as the kernels expect
+_GROUP = 32  # tokens whose largest logit stands for them all in the search for the largest
 _BLOCK_BYTES = 1 << 21  # logits that NumPy works on at once, few enough to stay in the cache
 
 
@@ -40,7 +42,7 @@ class TopK:
     Attributes:
         ids: integers (n, k), the tokens, each at most once in a row.
         log_probs: float64 (n, k + 1), their log-probabilities, and that of all other tokens together. The
-            probabilities of a row sum to 1. If k is the size of the vocabulary, the last column is ignored.
+            probabilities of a row sum to 1. The last column is -inf if there are no other tokens.
     """
 
     ids: Array
@@ -48,6 +50,55 @@ class TopK:
 
     def __getitem__(self, rows: Any) -> TopK:
         return TopK(self.ids[rows], self.log_probs[rows])
+
+
+def most_likely(logits: Array, k: int, temperature: float = 1.0) -> TopK:
+    """The k most likely tokens of each row of logits, the most likely first; of equal ones, the first.
+
+    Args:
+        logits: float32 (n, vocabulary), finite; overwritten.
+        k: at most the size of the vocabulary.
+    """
+    n, vocab = logits.shape
+    if temperature != 1:
+        logits *= np.float32(1 / temperature)
+    rows, ids = np.arange(n)[:, None], _largest(logits, k)
+    top = logits[rows, ids].astype(np.float64)
+    total = top[:, 0] + _losses(logits, ids[:, 0])
+    rest = np.full(n, -np.inf)
+    if k < vocab:
+        logits[rows, ids] = _NEVER
+        others = np.ones((n, k + 1), bool)
+        chosen = ids <= k
+        others[np.nonzero(chosen)[0], ids[chosen]] = False
+        first = others.argmax(axis=1)  # a token of the rest: k + 1 tokens cannot all be among the k
+        rest = logits[np.arange(n), first] + _losses(logits, first)
+    return TopK(ids, np.column_stack([top, rest]) - total[:, None])
+
+
+def _losses(logits: Array, targets: Array) -> Array:
+    """log Σ exp(logits) - logits[target], float64 (n,)."""
+    losses = np.empty(len(logits))
+    _core.cross_entropy(logits, targets.astype(np.int64), 1.0, losses, False)
+    return losses
+
+
+def _largest(values: Array, k: int) -> Array:
+    """The positions (n, k) of the k largest values of each row, the largest first.
+
+    The k-th largest of the maxima of groups is a bound that at least k values reach. So only the few values
+    above the bound are sorted, which is several times faster than a partition of the whole row.
+    """
+    n, size = values.shape
+    groups = size // _GROUP
+    if groups < 2 * k:
+        return np.argsort(-values, axis=1, kind="stable")[:, :k]
+    maxima = values[:, : groups * _GROUP].reshape(n, _GROUP, groups).max(axis=1)
+    bounds = np.partition(maxima, groups - k, axis=1)[:, groups - k]
+    rows, columns = np.nonzero(values >= bounds[:, None])
+    order = np.lexsort((columns, -values[rows, columns], rows))
+    begins = np.searchsorted(rows, np.arange(n))
+    return np.asarray(columns[order[begins[:, None] + np.arange(k)]])
 
 
 Teacher: TypeAlias = TopK | Array  # an array holds logits (n, vocabulary), which are overwritten
@@ -160,23 +211,28 @@ def _softmax(z: Array) -> Array:
 def _sparse(kl: str, z: Array, teacher: TopK, factor: float, gradient: bool) -> Array:
     """The divergences (n,), given the teacher's most likely tokens. The student's logits are overwritten."""
     ids, k = teacher.ids, teacher.ids.shape[1]
-    rows, classes = np.arange(len(z))[:, None], k + (k < z.shape[1])
-    log_p = teacher.log_probs[:, :classes]
+    rows, has_rest = np.arange(len(z))[:, None], bool(np.isfinite(teacher.log_probs[:, -1]).all())
+    log_p = teacher.log_probs if has_rest else teacher.log_probs[:, :-1]
     top, losses = z[rows, ids].astype(np.float64), np.empty(len(z))
     _core.cross_entropy(z, ids[:, 0].astype(np.int64), 1.0, losses, True)
     z[rows, ids] = 0  # z is q on the rest
-    rest = np.maximum(z.sum(axis=1), _TINY)  # a sum, not 1 - Σ q_i, which would cancel
-    log_q = np.column_stack([top - (losses + top[:, 0])[:, None], np.log(rest, dtype=np.float64)])
-    log_q = log_q[:, :classes]
-    log_ratio = log_p - log_q
+    log_q = top - (losses + top[:, 0])[:, None]
+    if has_rest:
+        rest = np.maximum(z.sum(axis=1, dtype=np.float32), _TINY)  # 1 - Σ q_i would cancel
+        log_q = np.column_stack([log_q, np.log(rest, dtype=np.float64)])
+    else:  # the student may have more tokens, which only pad its vocabulary
+        log_q -= np.log(np.exp(log_q).sum(axis=1, keepdims=True))
+    log_ratio, on_rest = log_p - log_q, np.zeros(len(z))
     if kl == "forward":
         kls = (np.exp(log_p) * log_ratio).sum(axis=1)
         slopes = np.exp(log_q) - np.exp(log_p)
-        on_rest = -np.expm1(log_ratio[:, -1])
+        if has_rest:
+            on_rest = -np.expm1(log_ratio[:, -1])
     else:
         kls = -(np.exp(log_q) * log_ratio).sum(axis=1)
         slopes = -np.exp(log_q) * (log_ratio + kls[:, None])
-        on_rest = -log_ratio[:, -1] - kls
+        if has_rest:
+            on_rest = -log_ratio[:, -1] - kls
     if gradient:
         z *= (factor * on_rest).astype(np.float32)[:, None]
         z[rows, ids] = factor * slopes[:, :k]

@@ -1,5 +1,6 @@
 """Objectives: what a fine-tuning run minimises. Each is a module with an `Objective`."""
 
+from nplora.finetuning.objectives.distill import DistillObjective
 from nplora.finetuning.objectives.kto import KtoObjective
 from nplora.finetuning.objectives.objective import Objective
 from nplora.finetuning.objectives.packed_loss import PackedLoss
@@ -7,7 +8,9 @@ from nplora.finetuning.objectives.pairs import DpoObjective, OrpoObjective
 from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.options import FinetuneOptions
 
-_BY_NAME = {kind.name: kind for kind in (Objective, DpoObjective, OrpoObjective, KtoObjective)}
+_BY_NAME = {
+    kind.name: kind for kind in (Objective, DpoObjective, OrpoObjective, KtoObjective, DistillObjective)
+}
 
 
 def objective_of(options: FinetuneOptions) -> Objective:

@@ -13,6 +13,7 @@ from nplora.finetuning.objectives import reference
 from nplora.finetuning.objectives.packed_loss import PackedLoss
 from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.options import FinetuneOptions
+from nplora.finetuning.teachers import Teacher
 from nplora.formats import files
 from nplora.lm import LanguageModel
 from nplora.tokenizer import Tokenizer
@@ -37,6 +38,21 @@ class Objective:
     @property
     def extra_passes(self) -> int:
         return 0
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher of a distillation, after `open`."""
+        return None
+
+    def open(self, op: str, lm: LanguageModel, check: bool) -> None:
+        """Open what the objective reads besides the data, and check that it fits the model.
+
+        Args:
+            check: whether `load_model` looks for NaN and infinities in the weights.
+        """
+
+    def reload(self, compute: str) -> None:
+        """Load models that the objective has opened again, with another arithmetic."""
 
     def read(
         self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions, part: Part | None

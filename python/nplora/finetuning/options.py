@@ -144,7 +144,7 @@ class FinetuneOptions:
     temperature: float | None = _option(
         _OBJECTIVE,
         None,
-        "softmax temperature of distill, of teacher and student (default: 1, or that of the stored `teacher`)",
+        "softmax temperature of distill, of teacher and student (default: 1, or that of a stored `teacher`)",
     )
     kd_ratio: float = _option(
         _OBJECTIVE, 0.5, "share of the divergence in the loss of distill; the rest is the loss of sft"

@@ -139,7 +139,7 @@ def finetune(
         teacher: teacher of distill: a model with the same vocabulary, or a file that nplora teach made.
         kl: divergence of distill: forward (cover all that the teacher may say) or reverse (say only what the
             teacher would say).
-        temperature: softmax temperature of distill, of teacher and student (default: 1, or that of the stored
+        temperature: softmax temperature of distill, of teacher and student (default: 1, or that of a stored
             `teacher`).
         kd_ratio: share of the divergence in the loss of distill; the rest is the loss of sft.
         lr: peak learning rate.

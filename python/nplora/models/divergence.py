@@ -10,10 +10,10 @@ al. 2015, arXiv:1503.02531, section 2).
 
 A teacher is given by all of its logits, or by its k most likely tokens. Then the other tokens form one class,
 "the rest", of probability p_r = 1 - Σ p_i and q_r = 1 - Σ q_i. The divergence of these k + 1 classes is a
-lower bound of the full divergence, and equal to it for k = the size of the vocabulary. Its gradient on a token
-j of the rest is q_j (1 - p_r / q_r) forward, and q_j (log(q_r / p_r) - KL) reverse. Without this class, the
-student would be pulled towards the teacher's k tokens alone, a distribution that is too sharp (Anshumann et
-al. 2025, arXiv:2503.16870). TRL computes the same (`loss_add_tail` of its server distillation).
+lower bound of the full divergence, and equal to it for k = the size of the vocabulary. Its gradient on a
+token j of the rest is q_j (1 - p_r / q_r) forward, and q_j (log(q_r / p_r) - KL) reverse. Without this class,
+the student would be pulled towards the teacher's k tokens alone, a distribution that is too sharp (Anshumann
+et al. 2025, arXiv:2503.16870). TRL computes the same (`loss_add_tail` of its server distillation).
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array
 
 
 def _dense(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
-    """The divergences (n,), given all logits of the teacher, t, and of the student, z. Both are overwritten."""
+    """The divergences (n,), given all logits of the teacher (t) and of the student (z), which are overwritten."""
     log_ratio = t - z
     log_ratio -= (_softmax(t) - _softmax(z))[:, None].astype(np.float32)  # log(p / q); t is p, and z is q
     if kl == "forward":
@@ -191,13 +191,13 @@ def _dense(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
         if gradient:
             z -= t
             z *= np.float32(factor)
-        return kls
+        return np.asarray(kls)
     kls = -np.einsum("ij,ij->i", z, log_ratio).astype(np.float64)
     if gradient:
         log_ratio += kls[:, None].astype(np.float32)
         z *= log_ratio
         z *= np.float32(-factor)
-    return kls
+    return np.asarray(kls)
 
 
 def _softmax(z: Array) -> Array:
@@ -236,4 +236,4 @@ def _sparse(kl: str, z: Array, teacher: TopK, factor: float, gradient: bool) -> 
     if gradient:
         z *= (factor * on_rest).astype(np.float32)[:, None]
         z[rows, ids] = factor * slopes[:, :k]
-    return kls
+    return np.asarray(kls)

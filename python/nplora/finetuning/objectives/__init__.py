@@ -8,9 +8,8 @@ from nplora.finetuning.objectives.pairs import DpoObjective, OrpoObjective
 from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.options import FinetuneOptions
 
-_BY_NAME = {
-    kind.name: kind for kind in (Objective, DpoObjective, OrpoObjective, KtoObjective, DistillObjective)
-}
+_ALL = (Objective, DpoObjective, OrpoObjective, KtoObjective, DistillObjective)
+_BY_NAME = {kind.name: kind for kind in _ALL}
 
 
 def objective_of(options: FinetuneOptions) -> Objective:

@@ -26,7 +26,7 @@ class ModelTeacher:
     """A model as a teacher. Its head computes the logits of a few rows at a time."""
 
     top_k = 0
-    temperature = None
+    temperature: float | None = None
 
     def __init__(self, lm: LanguageModel) -> None:
         self.model: LanguageModel | None = lm

@@ -98,9 +98,8 @@ class StoredTeacher:
         OSError: the file cannot be read.
     """
 
-    model = None
-
     def __init__(self, path: StrPath) -> None:
+        self.model: LanguageModel | None = None
         self.name, self.paths = files.name(path), [Path(path)]
         # The file is closed when this object is deleted.
         self._reader = contextlib.ExitStack().enter_context(_held(path))

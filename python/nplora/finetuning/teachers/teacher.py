@@ -31,8 +31,12 @@ class Teacher(Protocol):
     name: str
     model: LanguageModel | None
     top_k: int
-    temperature: float | None
-    paths: list[Path]
+
+    @property
+    def temperature(self) -> float | None: ...
+
+    @property
+    def paths(self) -> list[Path]: ...
 
     def require_student(self, op: str, student: LanguageModel) -> None:
         """Raise FormatError if the student has another vocabulary."""

@@ -23,6 +23,7 @@ T = TypeVar("T")
 COMMANDS = {
     "finetune": "finetune",
     "plan": "plan",
+    "teach": "teach",
     "eval": "evaluate",
     "generate": "generate",
     "demo": "demo",
@@ -47,6 +48,7 @@ _OTHER_COMMANDS = {
     **dict.fromkeys(("chat", "run", "infer", "inference"), "generate"),
     **dict.fromkeys(("export", "quantize"), "convert"),
     "fuse": "merge",
+    "distill": "teach",
 }
 
 
@@ -199,7 +201,11 @@ def columns(text: str) -> dict[str, str]:
         raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
 
 
-_KINDS = {"adapter": adapter_path, "columns": columns}  # by the `kind` in the metadata of a field
+_KINDS = {
+    "adapter": adapter_path,
+    "columns": columns,
+    "path": path,
+}  # by the `kind` in the metadata of a field
 
 
 # ---- options that are the fields of a dataclass ----

@@ -184,7 +184,9 @@ def _planned(
     op: str, inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, constraints: PlanConstraints
 ) -> MemoryPlan:
     budget = None if options.memory is None else parse_bytes(options.memory, op)
-    resident = resident_memory(inputs.lm)  # before the batches are listed, which takes memory too
+    resident = resident_memory(
+        inputs.lm, inputs.teacher_model
+    )  # before the batches are listed, which takes memory too
     return choose(inputs.lm, adapters, _work_of(inputs, options), constraints, resident, budget, op)
 
 
@@ -198,7 +200,10 @@ def _warn_if_short(
     Args:
         done: the number of steps that the run has made.
     """
-    resident, work = resident_memory(inputs.lm), _work_of(inputs, options, most_epochs=1)
+    resident, work = (
+        resident_memory(inputs.lm, inputs.teacher_model),
+        _work_of(inputs, options, most_epochs=1),
+    )
     if done >= work.steps:
         return
     short = shortage(needed(inputs.lm, adapters, work, execution, resident), available_memory())
@@ -229,6 +234,7 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
         prefix_tokens=inputs.tokens if options.keep_prefix == "memory" else 0,
         sequences=train.sequences,
         extra_passes=objective.extra_passes,
+        teaching=objective.teaching(inputs.lm),
         reference=[
             size for one in read_before for size in _sizes(one) for _ in range(1 + objective.extra_passes)
         ],

@@ -56,6 +56,11 @@ class RunInputs:
         passes = 1 + self.objective.extra_passes  # an extra pass reads other sequences of the same length
         return passes * sum(dataset.report.tokens for dataset in self.datasets)
 
+    @property
+    def teacher_model(self) -> LanguageModel | None:
+        """The teacher of a distillation, if it runs beside the model."""
+        return None if self.objective.teacher is None else self.objective.teacher.model
+
     def reload(self, model: StrPath, compute: str) -> None:
         """Load the model again with another arithmetic. The memory of the old model is released first."""
         del self.lm

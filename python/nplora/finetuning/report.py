@@ -21,7 +21,9 @@ def mean_loss(records: Sequence[StepRecord]) -> float:
     return sum(r.loss * r.count for r in records) / max(1, sum(r.count for r in records))
 
 
-_SHOWN = {"rewards/margins": "margin", "rewards/accuracies": "accuracy"}  # metrics in lines of text
+_SHOWN = {  # metrics in lines of text
+    "rewards/margins": "margin", "rewards/accuracies": "accuracy", "kl": "KL", "nll_loss": "cross-entropy",
+}  # fmt: skip
 
 
 def in_words(metrics: Mapping[str, float]) -> str:

@@ -32,7 +32,7 @@ DIVERGENCES = ("forward", "reverse")
 _TINY = 1e-30  # the least probability of the rest, which float32 may round to 0
 _NEVER = np.float32(-1e30)  # the logit of a token that is left out; finite, as the kernels expect
 _GROUP = 32  # tokens whose largest logit stands for them all in the search for the largest
-_BLOCK_BYTES = 1 << 21  # logits that NumPy works on at once, few enough to stay in the cache
+BLOCK_BYTES = 1 << 21  # logits that NumPy works on at once, few enough to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Distillation:
         """
         n, vocab = logits.shape
         kls, hard = np.empty(n), None if gradient and self.ratio == 1 else np.empty(n)
-        rows = max(1, _BLOCK_BYTES // (4 * vocab))
+        rows = max(1, BLOCK_BYTES // (4 * vocab))
         for begin in range(0, n, rows):
             block = slice(begin, begin + rows)
             label_losses = None if hard is None else hard[block]
@@ -183,7 +183,7 @@ def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array
 
 
 def _dense(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
-    """The divergences (n,), given all logits of the teacher (t) and of the student (z), which are overwritten."""
+    """The divergences (n,), given all logits of the teacher (t) and of the student (z). Overwrites both."""
     log_ratio = t - z
     log_ratio -= (_softmax(t) - _softmax(z))[:, None].astype(np.float32)  # log(p / q); t is p, and z is q
     if kl == "forward":

@@ -12,6 +12,7 @@ from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objectives.objective import Objective
 from nplora.finetuning.objectives.packed_loss import PackedLoss
 from nplora.finetuning.objectives.tally import Tally
+from nplora.finetuning.planning import Teaching
 from nplora.finetuning.teachers import ModelTeacher, StoredTeacher, Teacher, is_stored
 from nplora.formats import files
 from nplora.lm import LanguageModel, load_model
@@ -124,6 +125,9 @@ class DistillObjective(Objective):
         options = self.options
         temperature = options.temperature or self._teacher.temperature or 1.0
         return Distillation(options.kl, temperature, options.kd_ratio)
+
+    def teaching(self, lm: LanguageModel) -> Teaching:
+        return Teaching(lm, self._teacher.model, self._teacher.top_k, self.formula)
 
     def loss(self, micro_tokens: int | None) -> DistillLoss:
         return DistillLoss(self.formula, self._teacher, micro_tokens)

@@ -13,6 +13,7 @@ from nplora.finetuning.objectives import reference
 from nplora.finetuning.objectives.packed_loss import PackedLoss
 from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.options import FinetuneOptions
+from nplora.finetuning.planning import Teaching
 from nplora.finetuning.teachers import Teacher
 from nplora.formats import files
 from nplora.lm import LanguageModel
@@ -42,6 +43,10 @@ class Objective:
     @property
     def teacher(self) -> Teacher | None:
         """The teacher of a distillation, after `open`."""
+        return None
+
+    def teaching(self, lm: LanguageModel) -> Teaching | None:
+        """What a teacher takes besides the model, for the plan."""
         return None
 
     def open(self, op: str, lm: LanguageModel, check: bool) -> None:

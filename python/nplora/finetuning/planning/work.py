@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from nplora.finetuning.data import EVALUATION_TOKENS
 from nplora.finetuning.planning.memory import MicroBatch
+from nplora.finetuning.planning.teaching import Teaching
 from nplora.models.packing import cut
 
 Array = npt.NDArray[Any]
@@ -31,6 +32,7 @@ class Work:
         sequences: the number of sequences of an example, each of which has a maximum length.
         extra_passes: forward passes besides the step's own, over about the same number of tokens.
         reference: the tokens and the tokens in the loss of each forward pass before the first step.
+        teaching: what a distillation takes besides; None without a teacher.
 
     >>> work = nplora.finetuning.planning.Work([(np.array([8, 5]), np.array([3, 2]))], steps=10)
     >>> work.longest, work.batch_tokens
@@ -47,6 +49,7 @@ class Work:
     sequences: int = 1
     extra_passes: int = 0
     reference: Sequence[tuple[int, int]] = ()
+    teaching: Teaching | None = None
 
     def micro_batches(self, micro_tokens: int | None) -> Iterator[MicroBatch]:
         """The micro-batches that the batches are cut into."""

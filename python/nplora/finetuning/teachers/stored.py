@@ -101,8 +101,8 @@ class StoredTeacher:
     def __init__(self, path: StrPath) -> None:
         self.model: LanguageModel | None = None
         self.name, self.paths = files.name(path), [Path(path)]
-        # The file is closed when this object is deleted.
-        self._reader = contextlib.ExitStack().enter_context(_held(path))
+        self._opened = contextlib.ExitStack()  # closes the file when this object is deleted
+        self._reader = self._opened.enter_context(files.reading(path))
         file = SafetensorsFile(self._reader, self.name)
         if FORMAT not in file.metadata:
             raise FormatError(
@@ -250,9 +250,3 @@ class StoredTeacher:
             raise FormatError(f"{self.name}: token_ends do not ascend to {len(data)}, the bytes of tokens")
         texts = (data[begin:end] for begin, end in itertools.pairwise(bounds.tolist()))
         return [text.decode(errors="replace") or None for text in texts]
-
-
-@contextlib.contextmanager
-def _held(path: StrPath) -> Any:
-    with files.reading(path) as reader:
-        yield reader

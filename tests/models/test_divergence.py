@@ -1,4 +1,4 @@
-"""Divergences between a teacher and a student: losses and gradients beside torch in float64 and beside TRL."""
+"""Divergences between a teacher and a student, beside torch in float64 and beside TRL."""
 
 from typing import Any
 

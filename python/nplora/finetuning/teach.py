@@ -145,8 +145,8 @@ def teach(
     lm = opened("teach", model, compute)
     if adapter is not None:
         lm = with_adapters("teach", lm, adapter, any_base)
-    if top_k > lm.config.vocab_size:
-        raise ValueError(f"teach: top_k is {top_k}, but the vocabulary has {lm.config.vocab_size:,} tokens")
+    if top_k > _vocab(lm):
+        raise ValueError(f"teach: top_k is {top_k}, but the vocabulary has {_vocab(lm):,} tokens")
     _require_not_read(output, lm, groups)
     reading = options.reading(min(max_length, lm.config.max_position_embeddings))
     datasets = [read_sources("teach", group, lm.tokenizer, reading) for group in groups if group]
@@ -155,6 +155,11 @@ def teach(
         require_vocabulary(lm, dataset)
         say(str(dataset.report))
     return _Writer(lm, datasets, options, say).write(Path(output))
+
+
+def _vocab(lm: LanguageModel) -> int:
+    """The number of ids that stand for tokens. The ids after them only pad the model's head."""
+    return min(lm.tokenizer.vocab_size, lm.config.vocab_size)
 
 
 def _require_not_read(output: StrPath, lm: LanguageModel, groups: list[list[Source]]) -> None:
@@ -179,12 +184,10 @@ class _Writer:
         keys, counts = self._sequences()
         self._total = int(counts.sum())
         lm, k = self._lm, self._options.top_k
-        tokens = lm.tokenizer.tokens()
-        tokens += [None] * (lm.config.vocab_size - len(tokens))
         with _Spool(output.parent) as spool:
             streams = _Streams(self._rows, spool)
             new = stored.new_file(
-                output, keys, counts, tokens[: lm.config.vocab_size], self._metadata(), k,
+                output, keys, counts, lm.tokenizer.tokens()[: _vocab(lm)], self._metadata(), k,
                 self._options.dtype, lambda: streams.of(0), lambda: streams.of(1),
             )  # fmt: skip
             files.replace([new])
@@ -236,9 +239,10 @@ class _Writer:
         lm, options = self._lm, self._options
         hidden = lm.hidden_states(batch)
         for rows in chunks(np.flatnonzero(batch.targets != IGNORED), lm.config.vocab_size):
-            top = most_likely(lm.logits_of(hidden[rows]), options.top_k, options.temperature)
-            if not np.isfinite(top.log_probs[:, :-1]).all():
+            logits = np.ascontiguousarray(lm.logits_of(hidden[rows])[:, : _vocab(lm)])
+            if not np.isfinite(logits.max(axis=1)).all():
                 raise NonFiniteLossError(f"teach: the outputs of the teacher {lm.source} are not finite")
+            top = most_likely(logits, options.top_k, options.temperature)
             self._kept += float(np.exp(top.log_probs[:, :-1]).sum())
             dtype = np.dtype(options.dtype).newbyteorder("<")
             yield top.ids.astype("<i4").tobytes(), top.log_probs.astype(dtype).tobytes()

@@ -9,15 +9,25 @@ from typing import Any
 
 import pytest
 
-from nplora.finetuning import EvaluateOptions, FinetuneOptions, evaluate, finetune, plan
+from nplora.finetuning import (
+    EvaluateOptions,
+    FinetuneOptions,
+    TeachOptions,
+    evaluate,
+    finetune,
+    plan,
+    teach,
+)
 
 # The arguments of each function that are not options.
 OWN = {
     finetune: ["model", "data", "output", "valid", "progress"],
     plan: ["model", "data", "valid"],
     evaluate: ["model", "data", "adapter", "any_base", "progress"],
+    teach: ["model", "data", "output", "valid", "adapter", "any_base", "progress"],
 }
-FUNCTIONS = [(finetune, FinetuneOptions), (plan, FinetuneOptions), (evaluate, EvaluateOptions)]
+DESCRIBED = [(finetune, FinetuneOptions), (evaluate, EvaluateOptions), (teach, TeachOptions)]
+FUNCTIONS = [*DESCRIBED, (plan, FinetuneOptions)]
 # A function takes more kinds of values than the checked options hold.
 TAKEN = {"targets": str | Sequence[str], "sample": Sequence[str]}
 
@@ -41,7 +51,7 @@ def test_a_function_has_every_option_as_a_keyword_with_its_type_and_default(
         assert parameter.annotation == TAKEN.get(name, getattr(kind, "type", kind)), name
 
 
-@pytest.mark.parametrize(("function", "options"), [(finetune, FinetuneOptions), (evaluate, EvaluateOptions)])
+@pytest.mark.parametrize(("function", "options"), DESCRIBED)
 def test_a_docstring_describes_the_options_as_the_help_does(
     function: Callable[..., Any], options: Any
 ) -> None:
@@ -51,7 +61,7 @@ def test_a_docstring_describes_the_options_as_the_help_does(
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("options", [FinetuneOptions, EvaluateOptions])
+@pytest.mark.parametrize("options", [FinetuneOptions, EvaluateOptions, TeachOptions])
 def test_the_help_of_an_option_names_its_choices_and_other_options_that_exist(options: Any) -> None:
     fields = {field.name: field for field in dataclasses.fields(options)}
     for field in fields.values():

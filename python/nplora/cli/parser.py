@@ -24,6 +24,7 @@ COMMANDS = {
     "finetune": "finetune",
     "plan": "plan",
     "data": "data",
+    "teach": "teach",
     "eval": "evaluate",
     "generate": "generate",
     "demo": "demo",
@@ -49,6 +50,7 @@ _OTHER_COMMANDS = {
     **dict.fromkeys(("export", "quantize"), "convert"),
     **dict.fromkeys(("preview", "dataset", "tokenize"), "data"),
     "fuse": "merge",
+    "distill": "teach",
 }
 
 
@@ -201,7 +203,11 @@ def columns(text: str) -> dict[str, str]:
         raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
 
 
-_KINDS = {"adapter": adapter_path, "columns": columns}  # by the `kind` in the metadata of a field
+_KINDS = {
+    "adapter": adapter_path,
+    "columns": columns,
+    "path": path,
+}  # by the `kind` in the metadata of a field
 
 
 # ---- options that are the fields of a dataclass ----

@@ -4,9 +4,10 @@ from nplora.finetuning.attach import attach_adapter, load_with_adapter
 from nplora.finetuning.evaluation import Evaluation, MeanLoss, evaluate, evaluate_batches
 from nplora.finetuning.execution import plan
 from nplora.finetuning.objectives.token_loss import TokenLoss
-from nplora.finetuning.options import EvaluateOptions, FinetuneOptions
+from nplora.finetuning.options import EvaluateOptions, FinetuneOptions, TeachOptions
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.run import finetune
+from nplora.finetuning.teach import Taught, teach
 from nplora.finetuning.token_progress import TokenProgress
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "FinetuneReport",
     "MeanLoss",
     "Sample",
+    "Taught",
+    "TeachOptions",
     "TokenLoss",
     "TokenProgress",
     "attach_adapter",
@@ -24,4 +27,5 @@ __all__ = [
     "finetune",
     "load_with_adapter",
     "plan",
+    "teach",
 ]

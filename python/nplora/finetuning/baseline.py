@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from nplora.finetuning.data import TokenBatches
-from nplora.finetuning.objectives import TokenLoss
+from nplora.finetuning.objectives import PackedLoss
+from nplora.finetuning.report import in_words
 from nplora.lm import LanguageModel
 from nplora.lm.generation import Sampling, generate
 from nplora.runtime.user_warning import warn_user
@@ -30,6 +31,7 @@ class Baseline(Callback):
     Attributes:
         loss: validation loss before training; None without validation data, or if the log of a resumed run
             has no loss for the present validation data.
+        metrics: what else the loss measures on the validation data; empty if nothing.
         was_finished: whether the resumed run had already made all of its steps.
         answers: the generated text for each prompt; "" if the log of a resumed run does not have it.
     """
@@ -37,7 +39,7 @@ class Baseline(Callback):
     def __init__(
         self,
         lm: LanguageModel,
-        loss: TokenLoss,
+        loss: PackedLoss,
         validation: TokenBatches | None,
         prompts: Sequence[str],
         say: Callable[[str], None],
@@ -45,6 +47,7 @@ class Baseline(Callback):
         self._lm, self._loss, self._validation, self._prompts, self._say = lm, loss, validation, prompts, say
         self._data = None if validation is None else validation.dataset.fingerprint()
         self.loss: float | None = None
+        self.metrics: dict[str, float] = {}
         self.answers = [""] * len(prompts)
         self._is_measured = False
         self.was_finished = False
@@ -52,8 +55,9 @@ class Baseline(Callback):
     def measure(self) -> None:
         """Evaluate the model, and generate a text after each prompt."""
         if self._validation is not None:
-            self.loss = evaluate(self._lm, self._loss, self._validation)["loss"]
-            self._say(f"validation loss {self.loss:.4f} before training")
+            self.metrics = evaluate(self._lm, self._loss, self._validation)
+            self.loss = self.metrics.pop("loss")
+            self._say(f"validation loss {self.loss:.4f}{in_words(self.metrics)} before training")
         self.answers = answers_of(self._lm, self._prompts)
         self._is_measured = True
 
@@ -65,7 +69,8 @@ class Baseline(Callback):
         if not self._is_measured:
             self.measure()
         answers = dict(zip(self._prompts, self.answers, strict=True))
-        run.log(_EVENT, {"loss": self.loss, "data": self._data, "answers": answers})
+        metrics = {"metrics": self.metrics} if self.metrics else {}
+        run.log(_EVENT, {"loss": self.loss, "data": self._data, "answers": answers, **metrics})
 
     def _recall(self, run: Run) -> None:
         """Read the baseline's results from the log of a resumed run."""
@@ -75,6 +80,12 @@ class Baseline(Callback):
             now = "without any" if self._data is None else "with other data"
             warn_user(f"finetune: the run used validation data before, and continues {now}")
         if self._data is not None and data == self._data and type(loss) is float:
-            self.loss = loss
+            self.loss, self.metrics = loss, _numbers(logged.get("metrics"))
         if isinstance(answers, dict):
             self.answers = [str(answers.get(prompt, "")) for prompt in self._prompts]
+
+
+def _numbers(logged: object) -> dict[str, float]:
+    """The metrics in a line of the log, if they are metrics."""
+    values = logged if isinstance(logged, dict) else {}
+    return {str(name): value for name, value in values.items() if type(value) is float}

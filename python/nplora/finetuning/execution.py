@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from nplora import _check
 from nplora.adapters import Adapter
-from nplora.finetuning.data import Data, Dataset
+from nplora.finetuning.data import Data
+from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.earlier_run import EarlierRun
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
 from nplora.finetuning.options import FinetuneOptions, from_arguments
@@ -44,6 +45,16 @@ def plan(
     init: str = "zero",
     adapter: StrPath | Adapter | None = None,
     any_base: bool = False,
+    objective: str = "sft",
+    beta: float = 0.1,
+    loss_type: str | None = None,
+    label_smoothing: float = 0.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    teacher: StrPath | LanguageModel | None = None,
+    kl: str = "forward",
+    temperature: float | None = None,
+    kd_ratio: float = 0.5,
     lr: float = 2e-4,
     schedule: str = "cosine",
     warmup: int = 0,
@@ -173,7 +184,9 @@ def _planned(
     op: str, inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, constraints: PlanConstraints
 ) -> MemoryPlan:
     budget = None if options.memory is None else parse_bytes(options.memory, op)
-    resident = resident_memory(inputs.lm)  # before the batches are listed, which takes memory too
+    resident = resident_memory(
+        inputs.lm, inputs.teacher_model
+    )  # before the batches are listed, which takes memory too
     return choose(inputs.lm, adapters, _work_of(inputs, options), constraints, resident, budget, op)
 
 
@@ -187,7 +200,10 @@ def _warn_if_short(
     Args:
         done: the number of steps that the run has made.
     """
-    resident, work = resident_memory(inputs.lm), _work_of(inputs, options, most_epochs=1)
+    resident, work = (
+        resident_memory(inputs.lm, inputs.teacher_model),
+        _work_of(inputs, options, most_epochs=1),
+    )
     if done >= work.steps:
         return
     short = shortage(needed(inputs.lm, adapters, work, execution, resident), available_memory())
@@ -201,7 +217,8 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
     Args:
         most_epochs: maximum number of epochs to list; None: as many as have about `_MOST_EXAMPLES` examples.
     """
-    train, held_out = inputs.train, inputs.held_out
+    train, held_out, objective = inputs.train, inputs.held_out, inputs.objective
+    read_before = inputs.datasets if objective.has_reference else []
     batches = training_batches(train, options)
     steps = options.steps or (options.epochs or 1) * -(-batches.length // options.accumulate)
     most = 1 + _MOST_EXAMPLES // len(train) if most_epochs is None else most_epochs
@@ -211,12 +228,25 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
         [(lengths[batch], targets[batch]) for epoch in range(epochs) for batch in batches.members(epoch)],
         steps,
         options.accumulate,
-        evaluated=0 if held_out is None else _largest_evaluation(held_out),
+        evaluated=max(
+            [_largest_evaluation(one) for one in (held_out, *read_before) if one is not None] or [0]
+        ),
         prefix_tokens=inputs.tokens if options.keep_prefix == "memory" else 0,
+        sequences=train.sequences,
+        extra_passes=objective.extra_passes,
+        teaching=objective.teaching(inputs.lm),
+        reference=[
+            size for one in read_before for size in _sizes(one) for _ in range(1 + objective.extra_passes)
+        ],
     )
 
 
-def _largest_evaluation(held_out: Dataset) -> int:
+def _largest_evaluation(held_out: Examples) -> int:
     """The number of tokens in the largest batch of an evaluation."""
-    batches = evaluation_batches(held_out).members(0)
-    return max(int(held_out.lengths[batch].sum()) for batch in batches)
+    return max(tokens for tokens, _ in _sizes(held_out))
+
+
+def _sizes(dataset: Examples) -> list[tuple[int, int]]:
+    """The tokens, and the tokens in the loss, of each batch of an evaluation."""
+    batches, lengths, targets = evaluation_batches(dataset).members(0), dataset.lengths, dataset.targets
+    return [(int(lengths[batch].sum()), int(targets[batch].sum())) for batch in batches]

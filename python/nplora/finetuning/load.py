@@ -10,11 +10,11 @@ from nplora.adapters import Adapter, read_for
 from nplora.finetuning.data import (
     EVALUATION_TOKENS,
     Data,
-    Dataset,
     TokenBatches,
 )
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
 from nplora.finetuning.data.split import split_sources
+from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objectives import Objective, objective_of
 from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
 from nplora.formats import files
@@ -40,25 +40,32 @@ class RunInputs:
     """
 
     lm: LanguageModel
-    train: Dataset
-    held_out: Dataset | None
+    train: Examples
+    held_out: Examples | None
     start: Adapter | None
     paths: list[tuple[str, Path]]
     objective: Objective
 
     @property
-    def datasets(self) -> list[Dataset]:
+    def datasets(self) -> list[Examples]:
         return [dataset for dataset in (self.train, self.held_out) if dataset is not None]
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of all examples."""
-        return sum(dataset.report.tokens for dataset in self.datasets)
+        """The number of tokens of all sequences that the model reads."""
+        passes = 1 + self.objective.extra_passes  # an extra pass reads other sequences of the same length
+        return passes * sum(dataset.report.tokens for dataset in self.datasets)
+
+    @property
+    def teacher_model(self) -> LanguageModel | None:
+        """The teacher of a distillation, if it runs beside the model."""
+        return None if self.objective.teacher is None else self.objective.teacher.model
 
     def reload(self, model: StrPath, compute: str) -> None:
         """Load the model again with another arithmetic. The memory of the old model is released first."""
         del self.lm
         self.lm = load_model(model, compute, check=False)  # it was checked before
+        self.objective.reload(compute)
 
 
 def read_inputs(
@@ -92,12 +99,14 @@ def read_inputs(
     if share is not None:
         sources, held_out_sources = split_sources(op, sources, share)
     objective = objective_of(options)
+    objective.open(op, lm, check)
     train = _read(op, lm, objective, sources, options)
     held_out = None
     if held_out_sources is not None:
         held_out = _read(op, lm, objective, held_out_sources, options)
     read = {"training data": sources, "validation data": held_out_sources or []}
     paths = [(what, source.path) for what, given in read.items() for source in given if source.path]
+    paths += [("teacher", path) for path in (objective.teacher.paths if objective.teacher else [])]
     return RunInputs(lm, train, held_out, _start(op, lm, options), paths, objective)
 
 
@@ -141,14 +150,14 @@ def _read(
     objective: Objective,
     sources: list[Source],
     options: FinetuneOptions,
-) -> Dataset:
+) -> Examples:
     reading = options.reading(min(options.max_length, lm.config.max_position_embeddings), op)
     dataset = objective.read(op, sources, lm.tokenizer, reading, None)
     require_vocabulary(lm, dataset)
     return dataset
 
 
-def require_vocabulary(lm: LanguageModel, dataset: Dataset) -> None:
+def require_vocabulary(lm: LanguageModel, dataset: Examples) -> None:
     """Raise a FormatError if a token of the text is not in the model's vocabulary."""
     if dataset.largest_id >= lm.config.vocab_size:
         raise FormatError(
@@ -167,7 +176,7 @@ def _start(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter | No
     return read_for(lm, options.adapter, lm.source, options.any_base)
 
 
-def training_batches(dataset: Dataset, options: FinetuneOptions) -> TokenBatches:
+def training_batches(dataset: Examples, options: FinetuneOptions) -> TokenBatches:
     examples = options.batch_examples
     if examples is None and options.batch_tokens is None:
         examples = DEFAULT_EXAMPLES
@@ -176,5 +185,5 @@ def training_batches(dataset: Dataset, options: FinetuneOptions) -> TokenBatches
     )
 
 
-def evaluation_batches(dataset: Dataset) -> TokenBatches:
+def evaluation_batches(dataset: Examples) -> TokenBatches:
     return TokenBatches(dataset, batch_tokens=EVALUATION_TOKENS, shuffle=False)

@@ -17,8 +17,16 @@ from nplora import _check
 from nplora.adapters import Adapter
 from nplora.finetuning.data import FORMATS, LEARN
 from nplora.finetuning.data.dataset import ReadOptions
+from nplora.finetuning.objective_options import (
+    ALL_LOSS_TYPES,
+    OBJECTIVES,
+    check_objective,
+    require_temperature,
+)
 from nplora.finetuning.planning import parse_bytes
+from nplora.lm import LanguageModel
 from nplora.lm.adapting import parse_blocks, target_names
+from nplora.models.divergence import DIVERGENCES
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
 from nplora.weights import COMPUTES, INFERENCE_COMPUTES
@@ -26,12 +34,13 @@ from nplora.weights import COMPUTES, INFERENCE_COMPUTES
 T = TypeVar("T")
 
 DEFAULT_EXAMPLES = 8
+TEACHER_DTYPES = ("float16", "float32")
 KEEP_PREFIX = ("off", "memory", "disk")
 _OF_THE_ADAPTER = ("rank", "alpha", "targets", "layers", "use_rslora", "use_dora", "init")
 
 # Groups of options, as --help shows them.
-_ADAPTER, _TRAINING, _BATCHES, _DATA, _SPEED, _RUN = (
-    "adapter", "training", "batches", "data", "memory and speed", "run",
+_ADAPTER, _OBJECTIVE, _TEACHER, _TRAINING, _BATCHES, _DATA, _SPEED, _RUN = (
+    "adapter", "objective", "teacher", "training", "batches", "data", "memory and speed", "run",
 )  # fmt: skip
 
 
@@ -90,6 +99,55 @@ class FinetuneOptions:
     )
     any_base: bool = _option(
         _ADAPTER, False, "accept an `adapter` that was trained on another model with the same shapes"
+    )
+    objective: str = _option(
+        _OBJECTIVE,
+        "sft",
+        "goal of the training: sft (learn the answers), dpo or orpo (prefer chosen answers to rejected "
+        "ones), kto (prefer good answers to bad ones), or distill (learn the predictions of a `teacher`)",
+        choices=OBJECTIVES,
+    )
+    beta: float = _unplanned(
+        _OBJECTIVE,
+        0.1,
+        "strength of the preference: of dpo and kto, larger values stay closer to the model without adapter; "
+        "of orpo, the weight of the comparison",
+    )
+    loss_type: str | None = _option(
+        _OBJECTIVE,
+        None,
+        "variant of the loss: of dpo, sigmoid (the default), hinge, ipo, robust or sigmoid_norm; of kto, kto "
+        "(the default) or apo_zero_unpaired",
+        choices=ALL_LOSS_TYPES,
+    )
+    label_smoothing: float = _unplanned(
+        _OBJECTIVE,
+        0.0,
+        "share of the pairs of dpo that may be the wrong way round, for sigmoid, sigmoid_norm and robust",
+    )
+    desirable_weight: float = _unplanned(_OBJECTIVE, 1.0, "weight of the good answers of kto")
+    undesirable_weight: float = _unplanned(_OBJECTIVE, 1.0, "weight of the bad answers of kto")
+    teacher: str | os.PathLike[str] | LanguageModel | None = _option(  # noqa: RUF009
+        _OBJECTIVE,
+        None,
+        "teacher of distill: a model with the same vocabulary, or a file that nplora teach made",
+        kind="path",
+        metavar="PATH",
+    )
+    kl: str = _option(
+        _OBJECTIVE,
+        "forward",
+        "divergence of distill: forward (cover all that the teacher may say) or reverse (say only what the "
+        "teacher would say)",
+        choices=DIVERGENCES,
+    )
+    temperature: float | None = _option(
+        _OBJECTIVE,
+        None,
+        "softmax temperature of distill, of teacher and student (default: 1, or that of a stored `teacher`)",
+    )
+    kd_ratio: float = _option(
+        _OBJECTIVE, 0.5, "share of the divergence in the loss of distill; the rest is the loss of sft"
     )
     lr: float = _unplanned(_TRAINING, 2e-4, "peak learning rate")
     schedule: str = _unplanned(
@@ -188,6 +246,7 @@ class FinetuneOptions:
         self._check_exclusions(op)
         self._check_choices(op)
         self._check_numbers(op)
+        check_objective(op, self, {field.name: field.default for field in dataclasses.fields(self)})
         self.reading(self.max_length, op)
         self._set("sample", _check.texts(op, "sample", self.sample))
         if self.memory is not None:
@@ -316,7 +375,76 @@ class PreviewOptions:
     learn: str = _same_option("learn")
 
 
-def _reading(options: FinetuneOptions | EvaluateOptions, max_length: int | None, op: str) -> ReadOptions:
+@dataclass(frozen=True)
+class TeachOptions:
+    """The options of `teach`. The constructor checks all values.
+
+    Raises:
+        ValueError, TypeError: a value is out of range.
+
+    >>> nplora.finetuning.TeachOptions(top_k=8).dtype
+    'float16'
+    """
+
+    top_k: int = _option(_TEACHER, 32, "number of tokens to store for each trained token")
+    temperature: float = _option(
+        _TEACHER, 1.0, "softmax temperature of the stored probabilities, which fine-tuning uses too"
+    )
+    dtype: str = _option(
+        _TEACHER,
+        "float16",
+        "storage type of the log-probabilities: float16 or float32",
+        choices=TEACHER_DTYPES,
+    )
+    format: str | None = _option(
+        _DATA,
+        None,
+        "format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default: the "
+        "names of the fields decide)",
+        choices=FORMATS,
+    )
+    columns: Mapping[str, str] | str | None = _option(
+        _DATA,
+        None,
+        "names of fields in the data, as in prompt=question,completion=answer",
+        kind="columns",
+        metavar="OURS=THEIRS",
+    )
+    chat: bool = _option(_DATA, False, "write prompts and completions with the model's chat template")
+    max_length: int = _option(_DATA, 1024, "maximum tokens of an example; longer examples are cut")
+    learn: str = _option(
+        _DATA,
+        "completion",
+        "tokens to predict: completion (completions and assistant turns) or all",
+        choices=LEARN,
+    )
+    skip_bad: bool = _option(_DATA, False, "skip bad lines of the data, and count them")
+    strict: bool = _option(_DATA, False, "refuse examples that are longer than `max_length`")
+    compute: str | None = _option(
+        _SPEED,
+        None,
+        "arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32)",
+        choices=tuple(COMPUTES),
+    )
+    overwrite: bool = _option(_RUN, False, "replace an existing file")
+    op: InitVar[str] = "teach"  # begins the messages of errors
+
+    def __post_init__(self, op: str) -> None:
+        self.reading(self.max_length, op)
+        _check.integer(op, "top_k", self.top_k, least=1)
+        require_temperature(op, self.temperature)
+        _check.choice(op, "dtype", self.dtype, TEACHER_DTYPES)
+        if self.compute is not None:
+            _check.choice(op, "compute", self.compute, COMPUTES)
+
+    def reading(self, max_length: int, op: str = "teach") -> ReadOptions:
+        """How the data are read, with this maximum length."""
+        return _reading(self, max_length, op)
+
+
+def _reading(
+    options: FinetuneOptions | EvaluateOptions | TeachOptions, max_length: int | None, op: str
+) -> ReadOptions:
     return ReadOptions(
         max_length, options.learn, options.format, parse_columns(options.columns, op), options.chat,
         options.skip_bad, options.strict, op,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nplora.finetuning.data import DataReport
 from nplora.finetuning.planning import peak_memory
 from nplora.formats.errors import counted
 from nplora.trainer import History, StepRecord
+from nplora.trainer.history import mean_metrics
 
 RECENT = 20  # steps whose mean loss is shown, because the losses of single batches differ too much
 
@@ -18,6 +19,16 @@ RECENT = 20  # steps whose mean loss is shown, because the losses of single batc
 def mean_loss(records: Sequence[StepRecord]) -> float:
     """The mean loss over the trained tokens of these steps."""
     return sum(r.loss * r.count for r in records) / max(1, sum(r.count for r in records))
+
+
+_SHOWN = {  # metrics in lines of text
+    "rewards/margins": "margin", "rewards/accuracies": "accuracy", "kl": "KL", "nll_loss": "cross-entropy",
+}  # fmt: skip
+
+
+def in_words(metrics: Mapping[str, float]) -> str:
+    """The most telling metrics, to continue a line: ", margin 0.123, accuracy 0.90"."""
+    return "".join(f", {word} {metrics[name]:.3f}" for name, word in _SHOWN.items() if name in metrics)
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,11 @@ class FinetuneReport:
         trained: number of trained values.
         parameters: number of all values of the model.
         was_finished: whether the resumed run was already finished, so that nothing was trained.
-        tokens: number of trained tokens in all steps, including the steps before a resume.
+        unit: what the counts of the history count: trained tokens, or pairs or answers.
+        metrics_before, metrics_after: what else the loss measures on the validation data, such as the rewards
+            of DPO, before and after training.
+        tokens: number of trained tokens in all steps, including the steps before a resume. For pairs and
+            answers it is an estimate from their mean length.
 
     >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", steps=2, batch_examples=4)
     >>> len(report.history.steps), report.train.examples
@@ -71,10 +86,16 @@ class FinetuneReport:
     trained: int
     parameters: int
     was_finished: bool = False
+    unit: str = "trained tokens"
+    metrics_before: dict[str, float] = field(default_factory=dict)
+    metrics_after: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
-        return sum(record.count for record in self.history.steps)
+        counted = sum(record.count for record in self.history.steps)
+        if self.unit == "trained tokens":
+            return counted
+        return round(counted * self.train.learned / max(1, self.train.examples))
 
     def __str__(self) -> str:
         history = self.history
@@ -86,19 +107,35 @@ class FinetuneReport:
             lines.insert(0, "the run was already finished: nothing was trained")
         if self.loss_after is not None:
             before = "" if self.loss_before is None else f"{self.loss_before:.4f} -> "
-            lines.append(f"validation loss {before}{self.loss_after:.4f}")
+            lines.append(f"validation loss {before}{self.loss_after:.4f}{self._compared()}")
         last = history.steps[-RECENT:]
         losses = f", loss {history.loss[0]:.4f}" if last else ""
+        losses += in_words(mean_metrics(last)) if len(last) == 1 else ""
         if len(last) > 1:
             losses += f" in the first step, {mean_loss(last):.4f} on average in the last {len(last)} steps"
+            losses += in_words(mean_metrics(last))
         trained = self.tokens / max(1e-9, history.seconds)
         rate = trained * self.train.tokens / max(1, self.train.learned)  # exact for whole epochs
         lines.append(
             f"{counted(len(history.steps), 'step')} in {history.seconds:.1f} s, "
-            f"{rate:.0f} tokens/s ({trained:.0f} trained), "
+            f"{rate:.0f} tokens/s ({self._counted_rate()}), "
             f"peak memory {peak_memory() / 1e6:.0f} MB{losses}"
         )
         lines.append(f"trained {self.trained:,} of {self.parameters:,} values")
         ended = ", interrupted: --resume continues" if history.interrupted else ""
         lines.append(f"{self.output}{os.sep} holds the adapter (PEFT's format){ended}")
         return "\n".join(lines)
+
+    def _counted_rate(self) -> str:
+        """What the loss counts, per second."""
+        rate = sum(record.count for record in self.history.steps) / max(1e-9, self.history.seconds)
+        return f"{rate:.0f} trained" if self.unit == "trained tokens" else f"{rate:.1f} {self.unit}/s"
+
+    def _compared(self) -> str:
+        """The validation metrics before and after training, to continue a line."""
+        text = ""
+        for name, word in _SHOWN.items():
+            if name in self.metrics_after:
+                before = f"{self.metrics_before[name]:.3f} -> " if name in self.metrics_before else ""
+                text += f", {word} {before}{self.metrics_after[name]:.3f}"
+        return text

@@ -16,7 +16,7 @@ from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.earlier_run import find_earlier_run
 from nplora.finetuning.execution import choose_execution
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
-from nplora.finetuning.objectives import TokenLoss
+from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.options import FinetuneOptions, from_arguments
 from nplora.finetuning.output import require_free, require_not_read
 from nplora.finetuning.report import FinetuneReport, Sample
@@ -54,6 +54,16 @@ def finetune(
     init: str = "zero",
     adapter: StrPath | Adapter | None = None,
     any_base: bool = False,
+    objective: str = "sft",
+    beta: float = 0.1,
+    loss_type: str | None = None,
+    label_smoothing: float = 0.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    teacher: StrPath | LanguageModel | None = None,
+    kl: str = "forward",
+    temperature: float | None = None,
+    kd_ratio: float = 0.5,
     lr: float = 2e-4,
     schedule: str = "cosine",
     warmup: int = 0,
@@ -116,6 +126,23 @@ def finetune(
         adapter: adapter to continue from: PEFT directory or llama.cpp file; its layers, ranks and alphas are
             kept.
         any_base: accept an `adapter` that was trained on another model with the same shapes.
+        objective: goal of the training: sft (learn the answers), dpo or orpo (prefer chosen answers to
+            rejected ones), kto (prefer good answers to bad ones), or distill (learn the predictions of a
+            `teacher`).
+        beta: strength of the preference: of dpo and kto, larger values stay closer to the model without
+            adapter; of orpo, the weight of the comparison.
+        loss_type: variant of the loss: of dpo, sigmoid (the default), hinge, ipo, robust or sigmoid_norm; of
+            kto, kto (the default) or apo_zero_unpaired.
+        label_smoothing: share of the pairs of dpo that may be the wrong way round, for sigmoid, sigmoid_norm
+            and robust.
+        desirable_weight: weight of the good answers of kto.
+        undesirable_weight: weight of the bad answers of kto.
+        teacher: teacher of distill: a model with the same vocabulary, or a file that nplora teach made.
+        kl: divergence of distill: forward (cover all that the teacher may say) or reverse (say only what the
+            teacher would say).
+        temperature: softmax temperature of distill, of teacher and student (default: 1, or that of a stored
+            `teacher`).
+        kd_ratio: share of the divergence in the loss of distill; the rest is the loss of sft.
         lr: peak learning rate.
         schedule: learning rate schedule: cosine, linear or constant.
         warmup: warm-up steps, in which the learning rate rises to its peak.
@@ -203,6 +230,7 @@ def _finetune(
     lm = inputs.lm
     batches = training_batches(inputs.train, chosen)
     validation = None if inputs.held_out is None else evaluation_batches(inputs.held_out)
+    plain = lm.copied({})  # shares the frozen weights, and stays without an adapter
     with rollback_on_error(lm):
         _put_on_adapter(lm, inputs.start, chosen)
         require_free(place, chosen)
@@ -210,7 +238,8 @@ def _finetune(
     lm.model.recompute = execution.recompute
 
     with files.Directory(place) as directory, _prefix_in_use(lm, prefix):
-        inputs.objective.prepare(lm, inputs.datasets, directory, say)
+        inputs.objective.prepare(plain, [batches, *([validation] if validation else [])], directory, say)
+        del plain
         loss = inputs.objective.loss(execution.micro_tokens)
         baseline = Baseline(lm, loss, validation, chosen.sample, say)
         if not (chosen.resume and holds_run(directory)):
@@ -266,7 +295,7 @@ def _prefix_in_use(lm: LanguageModel, prefix: PrefixCache | None) -> Iterator[No
 
 
 def _trainer(
-    lm: LanguageModel, loss: TokenLoss, options: FinetuneOptions, callbacks: list[Callback]
+    lm: LanguageModel, loss: PackedLoss, options: FinetuneOptions, callbacks: list[Callback]
 ) -> Trainer:
     return Trainer(
         lm,
@@ -349,6 +378,9 @@ def _report(
         train=inputs.train.report,
         valid=None if inputs.held_out is None else inputs.held_out.report,
         loss_before=baseline.loss,
+        unit=inputs.objective.loss(None).unit,
+        metrics_before=baseline.metrics,
+        metrics_after=history.epochs[-1].val_metrics if history.epochs and not stopped else {},
         loss_after=history.epochs[-1].val_loss if history.epochs and not stopped else None,
         samples=tuple(map(Sample, options.sample, baseline.answers, after)),
         history=history,

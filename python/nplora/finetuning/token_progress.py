@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nplora.finetuning.objectives.token_loss import TokenLoss
+from nplora.finetuning.objectives.packed_loss import PackedLoss
 from nplora.finetuning.planning import peak_memory
-from nplora.finetuning.report import RECENT, mean_loss
+from nplora.finetuning.report import RECENT, in_words, mean_loss
 from nplora.runtime.stderr import stderr
 from nplora.trainer import Callback, EpochRecord, Run, StepRecord
+from nplora.trainer.history import mean_metrics
 
 
 def speaks(progress: bool | None) -> bool:
@@ -47,7 +48,7 @@ class TokenProgress(Callback):
     >>> history = trainer.fit(batches, steps=1)
     """
 
-    def __init__(self, every: float = 10.0, loss: TokenLoss | None = None) -> None:
+    def __init__(self, every: float = 10.0, loss: PackedLoss | None = None) -> None:
         self._loss, self._tokens = loss, [0 if loss is None else loss.tokens]
         self._redraws = stderr.is_watched()
         self._every = 0.1 if self._redraws else every
@@ -66,7 +67,8 @@ class TokenProgress(Callback):
 
     def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
         validation = "" if record.val_loss is None else f", validation loss {record.val_loss:.4f}"
-        self._draw(f"epoch {record.epoch}: loss {record.loss:.4f}{validation}")
+        validation += in_words(record.val_metrics)
+        self._draw(f"epoch {record.epoch}: loss {record.loss:.4f}{in_words(record.metrics)}{validation}")
         self._break()
 
     def on_fit_end(self, run: Run) -> None:
@@ -79,6 +81,7 @@ class TokenProgress(Callback):
         total = "" if run.total_steps is None else f"/{run.total_steps}"
         parts = {
             "step": f"step {record.step}{total}, loss {mean_loss(recent):.4f}",
+            "metrics": in_words(mean_metrics(recent)),
             "mean": f" (mean of {len(recent)} steps)" if len(recent) > 1 else "",
             "rate": f", {self._rate(seconds)}",
             "memory": f", {peak_memory() / 1e6:.0f} MB",
@@ -86,7 +89,7 @@ class TokenProgress(Callback):
         if run.total_steps is not None:
             left = round((run.total_steps - record.step) * seconds / len(recent))
             parts["left"] = f", {_duration(left)} left"
-        for name in ("mean", "memory", "rate", "left"):
+        for name in ("mean", "memory", "rate", "left", "metrics"):
             if len("".join(parts.values())) > self._columns:
                 parts.pop(name, None)
         return "".join(parts.values())
@@ -96,7 +99,10 @@ class TokenProgress(Callback):
         trained = sum(record.count for record in self._recent) / seconds
         if self._loss is None:
             return f"{trained:.0f} trained tokens/s"
-        return f"{(self._tokens[-1] - self._tokens[0]) / seconds:.0f} tokens/s ({trained:.0f} trained)"
+        rate = f"{(self._tokens[-1] - self._tokens[0]) / seconds:.0f} tokens/s"
+        if self._loss.unit == "trained tokens":
+            return f"{rate} ({trained:.0f} trained)"
+        return f"{rate} ({trained:.1f} {self._loss.unit}/s)"
 
     @property
     def _columns(self) -> int:

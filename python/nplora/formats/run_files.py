@@ -15,9 +15,11 @@ from nplora.formats.files import StrPath
 LOG = "log.jsonl"
 LOCK = "lock"
 CHECKPOINTS = ("checkpoint-0.safetensors", "checkpoint-1.safetensors")
-NAMES = (LOG, LOCK, *CHECKPOINTS)
+REFERENCE = "reference.safetensors"  # log-probabilities of the model without its adapter
+NAMES = (LOG, LOCK, *CHECKPOINTS, REFERENCE)
 # Metadata keys of a checkpoint. Only the first checkpoint of a run that overwrites another has the last two.
 STATE = "state"  # JSON
+REFERENCE_MARK = "reference"  # a metadata key that every file of log-probabilities has
 FIRST_LOG = "log"
 DROPPED_ADAPTER = "dropped_adapter.sha256"
 

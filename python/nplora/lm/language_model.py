@@ -441,6 +441,86 @@ class LanguageModel(Module):
         self.require_unchanged()
         return total / max(1, batch.num_targets)
 
+    def log_probs(self, batch: PackedBatch) -> Array:
+        """The log-probability of each target of a batch, float64 (m,), in the order of the targets.
+
+            >>> import nplora
+            >>> from nplora.models.packing import pack
+            >>> lm = nplora.load_model("model.gguf")
+            >>> batch = pack([([1, 2, 3], [1, 2, 3]), ([4, 5], [4, 5])])
+            >>> lm.log_probs(batch).shape
+            (3,)
+
+        Raises:
+            ValueError, CorruptError: as `logits`.
+        """
+        self._check_batch("log_probs", batch)
+        if (lm := self._selected("log_probs")) is not self:
+            return lm.log_probs(batch)
+        with inference():
+            x = self.model.infer(batch.ids, packed_positions(batch.starts))
+            losses = head.token_losses(self.model, self.lm_head, x, batch.targets)
+        self.require_unchanged()
+        return -losses
+
+    def hidden_states(self, batch: PackedBatch) -> Array:
+        """The residual stream after the last block, (n, hidden_size). `logits_of` makes logits of its rows.
+
+            >>> import nplora
+            >>> from nplora.models.packing import pack
+            >>> lm = nplora.load_model("model.gguf")
+            >>> x = lm.hidden_states(pack([([1, 2, 3], [1, 2, 3])]))
+            >>> x.shape == (3, lm.config.hidden_size)
+            True
+
+        Raises:
+            ValueError, CorruptError: as `logits`.
+        """
+        self._check_batch("hidden_states", batch)
+        if (lm := self._selected("hidden_states")) is not self:
+            return lm.hidden_states(batch)
+        with inference():
+            x = self.model.infer(batch.ids, packed_positions(batch.starts))
+        self.require_unchanged()
+        return x
+
+    def logits_of(self, hidden_states: Array) -> Array:
+        """The logits (m, vocab) of some rows (m, hidden_size) of what `hidden_states` returned.
+
+        >>> import nplora, numpy as np
+        >>> from nplora.models.packing import pack
+        >>> lm = nplora.load_model("model.gguf")
+        >>> x = lm.hidden_states(pack([([1, 2, 3], [1, 2, 3])]))
+        >>> np.allclose(lm.logits_of(x[1:]), lm.logits([1, 2, 3])[1:], atol=1e-4)
+        True
+        """
+        if (lm := self._selected("logits_of")) is not self:
+            return lm.logits_of(hidden_states)
+        with inference():
+            return head.logits_of(self.model, self.lm_head, hidden_states)
+
+    def loss_with(self, batch: PackedBatch, loss: head.LogitLoss) -> float:
+        """The sum of a loss over the rows of logits that have a target. `forward_backward_with` describes it.
+
+        Raises:
+            ValueError, CorruptError: as `logits`.
+
+        >>> import nplora, numpy as np
+        >>> from nplora.models.packing import pack
+        >>> lm = nplora.load_model("model.gguf")
+        >>> batch = pack([([1, 2, 3], [1, 2, 3])])
+        >>> lm.loss_with(batch, lambda logits, rows, factor, gradient: np.ones(len(rows)))
+        2.0
+        """
+        self._check_batch("loss_with", batch)
+        if (lm := self._selected("loss_with")) is not self:
+            return lm.loss_with(batch, loss)
+        with inference():
+            x = self.model.infer(batch.ids, packed_positions(batch.starts))
+            total = head.logit_loss(self.model, self.lm_head, x, batch.targets, loss)
+        self.require_unchanged()
+        return total
+
     # ---- training ----
 
     def train_step(self, token_ids: npt.ArrayLike, labels: npt.ArrayLike, optimizer: Optimizer) -> float:
@@ -492,12 +572,7 @@ class LanguageModel(Module):
             RuntimeError: a layer is merged or computes in int8, or a named adapter is selected.
             CorruptError: as in `require_unchanged`; the gradients are then not valid.
         """
-        op = "forward_backward"
-        self._check_batch(op, batch)
-        self._require_none_selected(op)
-        if not self.adapter_layers():
-            raise ValueError(f"{op}: the model has no adapter; call add_lora() first")
-        self.require_trainable(op)
+        self._require_ready("forward_backward", batch)
         if not batch.num_targets:
             return 0.0
         x, saved = self.model.run(batch.ids, packed_positions(batch.starts))
@@ -505,6 +580,76 @@ class LanguageModel(Module):
         self.model.run_backward(dx, saved)
         self.require_unchanged()
         return total
+
+    def forward_backward_of(self, batch: PackedBatch, loss: Callable[[Array], tuple[float, Array]]) -> float:
+        """Return a loss that is a function of log-probabilities; add its gradient to the adapters' gradients.
+
+            >>> import nplora, numpy as np
+            >>> from nplora.models.packing import pack
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.add_lora(rank=2)
+            >>> batch = pack([([1, 2, 3], [1, 2, 3])])
+            >>> def unlikely(log_probs):  # the loss makes the targets less likely
+            ...     return log_probs.sum(), np.ones_like(log_probs)
+            >>> lm.forward_backward_of(batch, unlikely) == lm.log_probs(batch).sum()
+            True
+
+        Args:
+            loss: takes the log-probability of each target of the batch, float64 (m,); returns the loss and
+                its derivative with respect to each log-probability (m,).
+        Raises as `forward_backward`.
+        """
+        self._require_ready("forward_backward_of", batch)
+        x, saved = self.model.run(batch.ids, packed_positions(batch.starts))
+
+        def of_losses(losses: Array) -> tuple[float, Array]:
+            value, gradient = loss(-losses)
+            return value, -gradient
+
+        value, dx = head.gradient_of_losses(self.model, self.lm_head, x, batch.targets, of_losses)
+        self.model.run_backward(dx, saved)
+        self.require_unchanged()
+        return value
+
+    def forward_backward_with(self, batch: PackedBatch, loss: head.LogitLoss, factor: float) -> float:
+        """Return the sum of a loss over the rows of logits; add `factor` times its gradient to the adapters'.
+
+        The logits of all tokens are never in memory at once: the loss sees a few rows at a time.
+
+            >>> import nplora, numpy as np
+            >>> from nplora.models.packing import pack
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.add_lora(rank=2)
+            >>> batch = pack([([1, 2, 3], [1, 2, 3])])
+            >>> def small(logits, rows, factor, gradient):  # the loss makes all logits small
+            ...     losses = np.square(logits).sum(axis=1, dtype=float)
+            ...     logits *= 2 * factor
+            ...     return losses
+            >>> lm.forward_backward_with(batch, small, 1 / batch.num_targets) > 0
+            True
+
+        Args:
+            loss: called as loss(logits, rows, factor, gradient) with the logits of some rows that have a
+                target, and the positions of these rows in the batch. It returns the loss of each row, and
+                overwrites the logits by `factor` times its gradient.
+        Raises the errors that `forward_backward` raises.
+        """
+        self._require_ready("forward_backward_with", batch)
+        if not batch.num_targets:
+            return 0.0
+        x, saved = self.model.run(batch.ids, packed_positions(batch.starts))
+        total, dx = head.gradient_of_logit_loss(self.model, self.lm_head, x, batch.targets, loss, factor)
+        self.model.run_backward(dx, saved)
+        self.require_unchanged()
+        return total
+
+    def _require_ready(self, op: str, batch: PackedBatch) -> None:
+        """Check that the model can be trained on a batch."""
+        self._check_batch(op, batch)
+        self._require_none_selected(op)
+        if not self.adapter_layers():
+            raise ValueError(f"{op}: the model has no adapter; call add_lora() first")
+        self.require_trainable(op)
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LanguageModelSaved | None]:
         """Return the logits of token ids `x`, as `logits` does, and the values that `backward` needs.

@@ -64,12 +64,16 @@ class PackedBatch:
         """The number of trained tokens. A mean loss is the sum of losses divided by this number."""
         return int(np.count_nonzero(self.targets != IGNORED))
 
-    def pieces(self, most_tokens: int | None) -> list[PackedBatch]:
+    def pieces(self, most_tokens: int | None, together: int = 1) -> list[PackedBatch]:
         """Split into batches of at most `most_tokens` tokens, in order. With None, there is one batch.
 
         A sequence with more tokens gets its own batch.
+
+        Args:
+            together: this number of sequences in a row always stay in one batch.
         """
-        cuts = cut(np.diff(self.starts), most_tokens)
+        lengths = np.diff(self.starts).reshape(-1, together).sum(axis=1)
+        cuts = [together * index for index in cut(lengths, most_tokens)]
         return [self._piece(first, last) for first, last in itertools.pairwise(cuts)]
 
     def _piece(self, first: int, last: int) -> PackedBatch:

@@ -137,6 +137,13 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer({self.source!r}, {self.vocab_size} tokens)"
 
+    def tokens(self) -> list[str | None]:
+        """The text of each token in the vocabulary's own spelling, by id; None for an id without a token.
+
+        The same token has the same spelling in a GGUF file and in a Hugging Face directory.
+        """
+        return [self._backend.id_to_token(id_) for id_ in range(self.vocab_size)]
+
     # ---- text ----
 
     def encode(

@@ -9,15 +9,15 @@ from nplora.nn import losses
 from nplora.nn.losses import Loss
 from nplora.nn.module import Module
 from nplora.trainer.batches import Batches
-from nplora.trainer.fused import FusedLoss
+from nplora.trainer.fused import FusedLoss, take_metrics
 
 Array = npt.NDArray[Any]
 
 
 def evaluate(model: Module, loss: Loss | FusedLoss, batches: Batches) -> dict[str, float]:
-    """The mean loss over all examples, tokens or elements, without dropout.
+    """The mean loss over all examples, tokens or elements, without dropout, and other metrics.
 
-    For class labels, the result also has the accuracy.
+    For class labels, the result also has the accuracy; for a `MeasuredLoss`, its own metrics.
     """
     if isinstance(loss, FusedLoss):
         return _evaluate_fused(model, loss, batches)
@@ -43,12 +43,13 @@ def evaluate(model: Module, loss: Loss | FusedLoss, batches: Batches) -> dict[st
 
 def _evaluate_fused(model: Module, loss: FusedLoss, batches: Batches) -> dict[str, float]:
     total, count = 0.0, 0
+    take_metrics(loss)  # forgets those of an evaluation that was not finished
     for x, y in batches.epoch(0, 0):
         weight = loss.count(x, y)
         with np.errstate(over="ignore", invalid="ignore"):
             total += loss.evaluate(model, x, y) * weight
         count += weight
-    return {"loss": total / max(1, count)}
+    return {"loss": total / max(1, count), **take_metrics(loss)}
 
 
 def predict(model: Module, x: npt.ArrayLike, batch_size: int) -> Array:

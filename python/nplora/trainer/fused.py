@@ -47,3 +47,16 @@ class FusedLoss(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """The settings that must be the same when a run is resumed, as values that JSON can hold."""
+
+
+@runtime_checkable
+class MeasuredLoss(FusedLoss, Protocol):
+    """A `FusedLoss` that also measures other things than the loss, such as an accuracy."""
+
+    def take_metrics(self) -> dict[str, float]:
+        """The means over all batches since the last call, by name."""
+
+
+def take_metrics(loss: Any) -> dict[str, float]:
+    """The metrics of a loss since the last call; empty if the loss measures nothing else."""
+    return loss.take_metrics() if isinstance(loss, MeasuredLoss) else {}

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ class StepRecord:
         lr: the learning rate.
         grad_norm: the Euclidean norm of all gradients together, before clipping.
         seconds: the time that the step took.
+        metrics: what else the loss measured, by name. Only some losses measure more than the loss itself.
     """
 
     step: int
@@ -45,6 +46,11 @@ class StepRecord:
     lr: float
     grad_norm: float
     seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """The record for the log."""
+        return _row(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,8 @@ class EpochRecord:
         val_loss, val_accuracy: the loss and accuracy on the validation data at the end of the epoch; None
             without validation data. Without class labels, `val_accuracy` is None too.
         seconds: the time that the epoch's steps took.
+        metrics: the means of the steps' metrics, weighted by their counts.
+        val_metrics: what else the loss measured on the validation data.
     """
 
     epoch: int
@@ -73,9 +81,25 @@ class EpochRecord:
     val_loss: float | None
     val_accuracy: float | None
     seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    val_metrics: dict[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """The record for the log."""
+        return _row(self)
+
+
+def _row(record: StepRecord | EpochRecord) -> dict[str, Any]:
+    """A record as a dictionary, without metrics if it has none."""
+    return {name: value for name, value in dataclasses.asdict(record).items() if value != {}}
 
 
 _KINDS: dict[str, type[StepRecord] | type[EpochRecord]] = {"step": StepRecord, "epoch": EpochRecord}
+_METRIC_FIELDS: dict[type, tuple[str, ...]] = {
+    StepRecord: ("metrics",),
+    EpochRecord: ("metrics", "val_metrics"),
+}
+_METRIC = "metrics."  # begins the names of a checkpoint's columns of metrics
 
 
 @dataclass
@@ -131,6 +155,8 @@ class History:
             val_loss=validation.get("loss"),
             val_accuracy=validation.get("accuracy"),
             seconds=sum(r.seconds for r in steps),
+            metrics=mean_metrics(steps),
+            val_metrics={k: v for k, v in validation.items() if k not in ("loss", "accuracy")},
         )
 
     def __repr__(self) -> str:
@@ -145,16 +171,19 @@ class History:
 
     def step_columns(self) -> dict[str, Array]:
         """The last step records, one array for each field. The log has all records."""
-        kinds = {f.name: np.int64 if f.type is int else np.float64 for f in dataclasses.fields(StepRecord)}
         last = self.steps[-KEPT:]
-        return {name: np.array([getattr(r, name) for r in last], kind) for name, kind in kinds.items()}
+        columns = {
+            f.name: np.array([getattr(r, f.name) for r in last], np.int64 if f.type is int else np.float64)
+            for f in _plain_fields(StepRecord)
+        }
+        names = dict.fromkeys(name for record in last for name in record.metrics)
+        return columns | {
+            f"{_METRIC}{name}": np.array([r.metrics.get(name, math.nan) for r in last]) for name in names
+        }
 
     def epoch_rows(self) -> list[dict[str, Any]]:
         """The last epoch records as dictionaries for JSON. NaN and infinity become None."""
-        return [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            for row in map(dataclasses.asdict, self.epochs[-KEPT:])
-        ]
+        return [_finite(record.row()) for record in self.epochs[-KEPT:]]
 
     def restore(self, columns: Mapping[str, Array], epochs: list[dict[str, Any]]) -> None:
         """Replace the records by those that `step_columns` and `epoch_rows` returned earlier.
@@ -162,11 +191,15 @@ class History:
         Raises:
             ValueError, TypeError: `columns` or `epochs` does not have the expected form.
         """
-        names = [f.name for f in dataclasses.fields(StepRecord)]
-        if columns.keys() != set(names):
+        names = [f.name for f in _plain_fields(StepRecord)]
+        metrics = [name for name in columns if name.startswith(_METRIC)]
+        if columns.keys() - set(metrics) != set(names):
             raise ValueError(f"the history has the columns {sorted(columns)}, expected {sorted(names)}")
-        rows = zip(*(columns[name].tolist() for name in names), strict=True)
-        steps = [StepRecord(*row) for row in rows]
+        rows = zip(*(columns[name].tolist() for name in [*names, *metrics]), strict=True)
+        steps = list[StepRecord]()
+        for row in rows:
+            values: dict[str, Any] = dict(zip(names, row, strict=False))
+            steps.append(StepRecord(**values, metrics=_measured(metrics, row[len(names) :])))
         self.steps[:], self.epochs[:] = steps, [_epoch(row) for row in epochs]
 
     def add_log(self, log: bytes, step: int, epoch: int) -> None:
@@ -205,21 +238,26 @@ def _logged(line: bytes) -> StepRecord | EpochRecord | None:
     try:
         row = json.loads(line)
         kind = _KINDS[row["event"]]
-        values = [_field(f.type, row[f.name]) for f in dataclasses.fields(kind)]
-    except (ValueError, TypeError, LookupError, RecursionError):
+        values = {f.name: _field(f.type, row[f.name]) for f in _plain_fields(kind)}
+        metrics: dict[str, Any] = {name: _metrics(row.get(name, {})) for name in _METRIC_FIELDS[kind]}
+    except (ValueError, TypeError, LookupError, RecursionError, AttributeError):
         return None
-    return kind(*values)
+    return kind(**values, **metrics)
 
 
 def _epoch(row: dict[str, Any]) -> EpochRecord:
     """Make a record from a row that `epoch_rows` has returned."""
     record = EpochRecord(**row)
-    for f in dataclasses.fields(EpochRecord):
+    for f in _plain_fields(EpochRecord):
         try:
             _field(f.type, row[f.name])
         except TypeError:
             raise TypeError(f"{f.name} of an epoch is {brief(row[f.name])}, expected a number") from None
-    return record
+    try:
+        metrics: dict[str, Any] = {name: _metrics(row.get(name, {})) for name in _METRIC_FIELDS[EpochRecord]}
+    except (TypeError, AttributeError):
+        raise TypeError("the metrics of an epoch are not numbers by name") from None
+    return dataclasses.replace(record, **metrics)
 
 
 def _field(kind: Any, value: Any) -> Any:
@@ -229,6 +267,43 @@ def _field(kind: Any, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         raise TypeError
     return value if kind is int else float(value)
+
+
+def _plain_fields(kind: type[StepRecord] | type[EpochRecord]) -> list[dataclasses.Field[Any]]:
+    """The fields of a record that are numbers."""
+    return [f for f in dataclasses.fields(kind) if f.name not in _METRIC_FIELDS[kind]]
+
+
+def _metrics(row: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a record from the log. Raises TypeError or AttributeError for another form."""
+    return {str(name): _field(float, value) for name, value in row.items()}
+
+
+def _measured(columns: list[str], values: Sequence[float]) -> dict[str, float]:
+    """The metrics of a step in a checkpoint's columns, where NaN may stand for a metric that it lacks."""
+    return {
+        name.removeprefix(_METRIC): value
+        for name, value in zip(columns, values, strict=True)
+        if not math.isnan(value)
+    }
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with None for NaN and infinities, at any depth."""
+    return {
+        k: _finite(v) if isinstance(v, dict) else None if isinstance(v, float) and not math.isfinite(v) else v
+        for k, v in row.items()
+    }
+
+
+def mean_metrics(steps: Sequence[StepRecord]) -> dict[str, float]:
+    """The means of the metrics of several steps, weighted by the counts of the steps that have them."""
+    means = dict[str, float]()
+    for name in dict.fromkeys(name for record in steps for name in record.metrics):
+        having = [record for record in steps if name in record.metrics]
+        total = sum(record.metrics[name] * record.count for record in having)
+        means[name] = total / max(1, sum(record.count for record in having))
+    return means
 
 
 def _last(steps: list[StepRecord], epoch: int) -> list[StepRecord]:

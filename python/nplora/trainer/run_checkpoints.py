@@ -1,6 +1,5 @@
 """RunCheckpoints saves a run at intervals and after an error, and loads the checkpoint to resume."""
 
-import dataclasses
 import math
 import time
 
@@ -83,7 +82,7 @@ class RunCheckpoints:
         self._note_saved()
         self._directory.cut_log(checkpoint.log_bytes)
         for event, record in unlogged:
-            self._directory.log({"event": event, **dataclasses.asdict(record)})
+            self._directory.log({"event": event, **record.row()})
         self._directory.log({"event": "resume", "step": self._state.step, **log_header(self._state.model)})
         if checkpoint is not newest:
             self._saved = None

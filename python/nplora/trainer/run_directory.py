@@ -4,6 +4,7 @@ The directory holds
 
     checkpoint-0.safetensors, checkpoint-1.safetensors     the last two checkpoints, written in turn
     log.jsonl                                              a header, and a line for every step and epoch
+    reference.safetensors                                  of some objectives, written by nplora.finetuning
     lock                                                   exists while a run writes here; contains its PID
 
 A new checkpoint is written to a temporary file, which is then renamed over the older checkpoint
@@ -37,7 +38,7 @@ from nplora.formats.errors import (
     UnsupportedError,
 )
 from nplora.formats.files import StrPath
-from nplora.formats.run_files import CHECKPOINTS, LOCK, LOG, holds_run
+from nplora.formats.run_files import CHECKPOINTS, LOCK, LOG, REFERENCE, REFERENCE_MARK, holds_run
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer import checkpoint as checkpoints
@@ -81,7 +82,20 @@ def _is_generation(reader: files.Reader) -> bool:
         return True
 
 
-_IS_OURS = {LOG: _is_log, LOCK: _is_lock, **dict.fromkeys(CHECKPOINTS, _is_generation)}
+def _is_reference(reader: files.Reader) -> bool:
+    """As `_is_generation`: a file that is not safetensors may be damaged."""
+    try:
+        return REFERENCE_MARK in SafetensorsFile(reader, REFERENCE).metadata
+    except FormatError:
+        return True
+
+
+_IS_OURS = {
+    LOG: _is_log,
+    LOCK: _is_lock,
+    REFERENCE: _is_reference,
+    **dict.fromkeys(CHECKPOINTS, _is_generation),
+}
 
 
 class RunDirectory:
@@ -150,7 +164,7 @@ class RunDirectory:
 
     def _require_ours(self) -> None:
         """Before any write, check that all files with the names of a run's files were made by a run."""
-        for name in {LOG, *CHECKPOINTS}.intersection(os.listdir(self._directory.fd)):
+        for name in {LOG, REFERENCE, *CHECKPOINTS}.intersection(os.listdir(self._directory.fd)):
             self._open(name, os.O_RDONLY)
             os.close(self._descriptors.pop())
 
@@ -409,4 +423,7 @@ def _unwritable(path: StrPath, error: OSError) -> OSError:
 
 def _finite(items: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
     for name, value in items:
-        yield name, None if isinstance(value, float) and not np.isfinite(value) else value
+        if isinstance(value, dict):
+            yield name, dict(_finite(value.items()))
+        else:
+            yield name, None if isinstance(value, float) and not np.isfinite(value) else value

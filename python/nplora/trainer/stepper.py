@@ -6,6 +6,7 @@ from typing import Any
 
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.optim import schedule
+from nplora.trainer.fused import take_metrics
 from nplora.trainer.gradients import Gathered, Gradients
 from nplora.trainer.history import StepRecord
 from nplora.trainer.nonfinite import INPUT, TARGETS, nonfinite_parameters
@@ -26,6 +27,7 @@ class Stepper:
     def begin(self) -> None:
         """Begin a step, whose time is measured from this call."""
         self._gathered = Gathered()
+        take_metrics(self._setup.loss)  # forgets those of a step that was not finished
 
     @property
     def has_batches(self) -> bool:
@@ -67,6 +69,7 @@ class Stepper:
             lr=lr,
             grad_norm=norm,
             seconds=time.perf_counter() - gathered.started,
+            metrics=take_metrics(setup.loss),
         )
         state.history.steps.append(record)
         return record

@@ -1,6 +1,5 @@
 """TrainingRun: carries out one call of `Trainer.fit`."""
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -139,7 +138,7 @@ class TrainingRun(Run):
     def _update(self) -> None:
         with self._interrupts.hold():
             record = self._stepper.update()
-            self.log("step", dataclasses.asdict(record))
+            self.log("step", record.row())
         self._call("on_step_end", record)
         if self._checkpoints is not None and self._checkpoints.is_due_after_step():
             self._save()
@@ -150,7 +149,7 @@ class TrainingRun(Run):
         metrics = evaluate(self.model, self._setup.loss, validation) if validation else {}
         with self._interrupts.hold():
             record = self._state.close_epoch(metrics)
-            self.log("epoch", dataclasses.asdict(record))
+            self.log("epoch", record.row())
             self._stop_if_patience_is_lost()
             if complete:
                 self._state.next_epoch()

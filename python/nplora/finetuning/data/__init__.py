@@ -1,11 +1,12 @@
 """Training data: rows of files or of Python become tokens and labels, and these become packed batches."""
 
 from nplora.finetuning.data.batches import EVALUATION_TOKENS, TokenBatches
-from nplora.finetuning.data.dataset import DataReport, Dataset, read_dataset
+from nplora.finetuning.data.dataset import Dataset, read_dataset
 from nplora.finetuning.data.encoding import LEARN
 from nplora.finetuning.data.kinds import KINDS
 from nplora.finetuning.data.preview import Preview, preview
 from nplora.finetuning.data.sources import Data, find_evaluated, find_splits
+from nplora.finetuning.data.stored import DataReport
 
 FORMATS = tuple(kind.name for kind in KINDS)
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.finetuning.data.dataset import Dataset
+from nplora.finetuning.data.stored import Examples
 from nplora.models.packing import PackedBatch
 
 Array = npt.NDArray[Any]
@@ -20,7 +20,8 @@ class TokenBatches:
 
     With `batch_tokens`, the examples are grouped into batches once, in an order that the seed decides. Each
     epoch then uses the same batches in another order, so all epochs have the same number of batches. With
-    `batch_examples`, each epoch forms new batches. Any batch can be made without the batches before it.
+    `batch_examples`, each epoch forms new batches, unless the examples of a batch belong together
+    (`dataset.same_batches`). Any batch can be made without the batches before it.
 
     Args:
         dataset: the examples.
@@ -47,7 +48,7 @@ class TokenBatches:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Examples,
         *,
         batch_tokens: int | None = None,
         batch_examples: int | None = None,
@@ -65,18 +66,21 @@ class TokenBatches:
             _check.integer(op, "batch_tokens", batch_tokens, least=1)
             self._groups = self._grouped(batch_tokens)
         else:
-            self._examples = _check.integer(op, "batch_examples", batch_examples, least=1)
+            count = self._examples = _check.integer(op, "batch_examples", batch_examples, least=1)
             self._groups = []
+            if dataset.same_batches:
+                order = self._order(len(dataset), 0)
+                self._groups = [order[begin : begin + count] for begin in range(0, len(order), count)]
 
     @property
     def length(self) -> int:
-        return len(self._groups) if self._examples is None else -(-len(self.dataset) // self._examples)
+        return len(self._groups) or -(-len(self.dataset) // (self._examples or 1))
 
     def __len__(self) -> int:
         return self.length
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[PackedBatch, Array]]:
-        """Make the batches of an epoch (counted from 0) and their targets.
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[PackedBatch, Any]]:
+        """Make the batches of an epoch (counted from 0), each with the second value of `dataset.batch`.
 
         Args:
             skip: number of batches to leave out at the start of the epoch.
@@ -90,7 +94,7 @@ class TokenBatches:
         Args:
             skip: number of batches to leave out at the start of the epoch.
         """
-        if self._examples is None:
+        if self._groups or self._examples is None:
             order = self._order(len(self._groups), 1 + epoch)
             yield from (self._groups[index] for index in order[skip:])
             return
@@ -98,7 +102,7 @@ class TokenBatches:
         for start in range(skip * self._examples, len(order), self._examples):
             yield order[start : start + self._examples]
 
-    def __iter__(self) -> Iterator[tuple[PackedBatch, Array]]:
+    def __iter__(self) -> Iterator[tuple[PackedBatch, Any]]:
         return self.epoch(0)
 
     def identity(self) -> dict[str, Any]:

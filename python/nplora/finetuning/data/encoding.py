@@ -32,12 +32,14 @@ class Encoded:
         trained: whether each is trained.
         unused: whether the example has tools or documents that the template did not write.
         is_chat: whether the chat template wrote it.
+        good: whether somebody judged it to be a good answer.
     """
 
     ids: list[int]
     trained: list[bool]
     unused: bool = False
     is_chat: bool = False
+    good: bool = False
 
 
 class Encoder:

@@ -1,13 +1,20 @@
 """Objectives: what a fine-tuning run minimises. Each is a module with an `Objective`."""
 
+from nplora.finetuning.objectives.distill import DistillObjective
+from nplora.finetuning.objectives.kto import KtoObjective
 from nplora.finetuning.objectives.objective import Objective
+from nplora.finetuning.objectives.packed_loss import PackedLoss
+from nplora.finetuning.objectives.pairs import DpoObjective, OrpoObjective
 from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.options import FinetuneOptions
+
+_ALL = (Objective, DpoObjective, OrpoObjective, KtoObjective, DistillObjective)
+_BY_NAME = {kind.name: kind for kind in _ALL}
 
 
 def objective_of(options: FinetuneOptions) -> Objective:
     """The objective that the options choose."""
-    return Objective()
+    return _BY_NAME[options.objective](options)
 
 
-__all__ = ["Objective", "TokenLoss", "objective_of"]
+__all__ = ["Objective", "PackedLoss", "TokenLoss", "objective_of"]

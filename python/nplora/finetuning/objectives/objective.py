@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-from nplora.finetuning.data import Dataset
+from nplora.finetuning.data import TokenBatches
 from nplora.finetuning.data.dataset import Part, ReadOptions, read_sources
 from nplora.finetuning.data.sources import Source
+from nplora.finetuning.data.stored import Examples
+from nplora.finetuning.objectives import reference
+from nplora.finetuning.objectives.packed_loss import PackedLoss
 from nplora.finetuning.objectives.token_loss import TokenLoss
+from nplora.finetuning.options import FinetuneOptions
+from nplora.finetuning.planning import Teaching
+from nplora.finetuning.teachers import Teacher
 from nplora.formats import files
 from nplora.lm import LanguageModel
 from nplora.tokenizer import Tokenizer
@@ -18,32 +24,64 @@ class Objective:
     """The base class is supervised fine-tuning ("sft"): the mean of -log p(token) over the trained tokens.
 
     An object of it belongs to one run.
+
+    Attributes:
+        has_reference: `prepare` needs the model without its adapter.
+        extra_passes: forward passes of about a batch's tokens that a step makes besides its own.
     """
 
     name: ClassVar[str] = "sft"
+    has_reference: ClassVar[bool] = False
+
+    def __init__(self, options: FinetuneOptions) -> None:
+        self.options = options
+
+    @property
+    def extra_passes(self) -> int:
+        return 0
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher of a distillation, after `open`."""
+        return None
+
+    def teaching(self, lm: LanguageModel) -> Teaching | None:
+        """What a teacher takes besides the model, for the plan."""
+        return None
+
+    def open(self, op: str, lm: LanguageModel, check: bool) -> None:
+        """Open what the objective reads besides the data, and check that it fits the model.
+
+        Args:
+            check: whether `load_model` looks for NaN and infinities in the weights.
+        """
+
+    def reload(self, compute: str) -> None:
+        """Load models that the objective has opened again, with another arithmetic."""
 
     def read(
         self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions, part: Part | None
-    ) -> Dataset:
+    ) -> Examples:
         """Read examples, as `read_sources` does."""
         return read_sources(op, sources, tokenizer, reading, part)
 
     def prepare(
         self,
         lm: LanguageModel,
-        datasets: list[Dataset],
+        batches: list[TokenBatches],
         directory: files.Directory,
         say: Callable[[str], None],
     ) -> None:
         """Compute what the loss needs besides the model, before the first step or after a resume.
 
         Args:
-            lm: the model with the adapter that is trained.
-            datasets: the training data, and the validation data, if there are any.
+            lm: the model without the adapter that is trained.
+            batches: the training data, and the validation data, if there are any.
             directory: the output directory.
             say: prints a text.
         """
+        reference.drop(directory)
 
-    def loss(self, micro_tokens: int | None) -> TokenLoss:
+    def loss(self, micro_tokens: int | None) -> PackedLoss:
         """The loss of a batch. The batch is computed in micro-batches of at most `micro_tokens` tokens."""
         return TokenLoss(micro_tokens)

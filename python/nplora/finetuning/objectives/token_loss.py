@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
+from nplora.finetuning.objectives.packed_loss import PackedLoss
 from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch
-from nplora.nn.module import Module, quiet
-from nplora.trainer import FusedLoss
+from nplora.nn.module import Module
 
 
-class TokenLoss(FusedLoss):
+class TokenLoss(PackedLoss):
     """The mean of -log p(token) over the trained tokens. The logits are never in memory all at once.
 
     Args:
@@ -31,13 +28,6 @@ class TokenLoss(FusedLoss):
     4
     """
 
-    def __init__(self, micro_tokens: int | None = None) -> None:
-        self.micro_tokens = micro_tokens
-        self.tokens = 0
-
-    def settings(self) -> dict[str, Any]:
-        return {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}
-
     def count(self, x: PackedBatch, y: Any) -> int:
         return x.num_targets
 
@@ -49,28 +39,3 @@ class TokenLoss(FusedLoss):
     def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:
         assert isinstance(model, LanguageModel)
         return model.loss_packed(x)
-
-    def blame(self, model: Module, x: PackedBatch) -> str:
-        assert isinstance(model, LanguageModel)
-        found: list[str] = []
-        prefix, model.model.prefix = model.model.prefix, None
-        for index, block in enumerate(model.model.layers):
-            vars(block)["run"] = _watched(block.run, f"model.layers.{index}", found)
-        try:
-            with quiet():
-                model.loss_packed(x)
-        finally:
-            for block in model.model.layers:
-                del vars(block)["run"]
-            model.model.prefix = prefix
-        return f"the first layer whose output is not finite is {(found or ['lm_head'])[0]!r}"
-
-
-def _watched(run: Callable[..., Any], name: str, found: list[str]) -> Callable[..., Any]:
-    def watching(*arguments: Any, **named: Any) -> Any:
-        result = run(*arguments, **named)
-        if not np.isfinite(result[0]).all():
-            found.append(name)
-        return result
-
-    return watching

@@ -10,6 +10,7 @@ from nplora.finetuning.planning.choice import (
 from nplora.finetuning.planning.memory import Adapters, ExecutionPlan, Memory, MicroBatch, predicted
 from nplora.finetuning.planning.memory_plan import Alternative, MemoryPlan, shortage
 from nplora.finetuning.planning.resident import available_memory, current_memory, parse_bytes, peak_memory
+from nplora.finetuning.planning.teaching import Teaching
 from nplora.finetuning.planning.work import Work
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MemoryPlan",
     "MicroBatch",
     "PlanConstraints",
+    "Teaching",
     "Work",
     "available_memory",
     "choose",

@@ -7,8 +7,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from nplora.finetuning.planning.memory import Adapters, ExecutionPlan, Memory, predicted
+from nplora.finetuning.planning.memory import NOTHING, Adapters, ExecutionPlan, Memory, MicroBatch, predicted
 from nplora.finetuning.planning.memory_plan import Alternative, MemoryPlan, need, room
 from nplora.finetuning.planning.resident import available_memory, current_memory, peak_memory, unread
 from nplora.finetuning.planning.speed import Speed, measured
@@ -52,15 +53,19 @@ class PlanConstraints:
     resuming: bool = False
 
 
-def resident_memory(lm: LanguageModel) -> tuple[int, int]:
+def resident_memory(lm: LanguageModel, teacher: LanguageModel | None = None) -> tuple[int, int]:
     """The bytes that this process has in memory, and the bytes of the weights that are not read yet.
+
+    Args:
+        teacher: a second model, whose weights are read too.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> current, unread = nplora.finetuning.planning.resident_memory(lm)
     >>> current > 1e6, unread >= 0
     (True, True)
     """
-    return current_memory(), unread(lm.config.source)
+    sources = {lm.config.source, *([] if teacher is None else [teacher.config.source])}
+    return current_memory(), sum(map(unread, sorted(sources)))
 
 
 def needed(
@@ -83,7 +88,10 @@ def needed(
     True
     """
     largest, threads = work.largest(plan.micro_tokens), get_num_threads()
-    return predicted(lm, adapters, largest, work.evaluated, plan, threads, resident, work.prefix_tokens)
+    extra = NOTHING if work.teaching is None else work.teaching.extra(largest, work.evaluated)
+    return predicted(
+        lm, adapters, largest, work.evaluated, plan, threads, resident, work.prefix_tokens, extra
+    )
 
 
 def choose(
@@ -134,11 +142,17 @@ def choose(
             f"{room(budget)}: plan and train in a new process"
         )
     speeds = measured(lm, tuple(dict.fromkeys(plan.compute for plan in plans)))
-    seconds = {plan: _seconds(lm, adapters, work, plan, speeds[plan.compute]) for plan in plans}
+    taught = _teaching_times(work, tuple(speeds))
+    seconds = {
+        plan: _seconds(lm, adapters, work, plan, speeds[plan.compute], taught[plan.compute]) for plan in plans
+    }
     exact = [plan for plan in fitting if plan.compute == fitting[0].compute]
     chosen = min(exact, key=lambda plan: seconds[plan])
     others = tuple(Alternative(plan, sizes[plan], seconds[plan]) for plan in plans if plan != chosen)
-    return MemoryPlan(chosen, memory(chosen), seconds[chosen], work.steps, others, limit, available_memory())
+    before = sum(speeds[chosen.compute].inference(lm, *one) for one in work.reference)
+    return MemoryPlan(
+        chosen, memory(chosen), seconds[chosen], work.steps, others, limit, available_memory(), before
+    )
 
 
 def _plans(
@@ -168,9 +182,37 @@ def _halves(work: Work) -> Iterator[int]:
         yield size
 
 
-def _seconds(lm: LanguageModel, adapters: Adapters, work: Work, plan: ExecutionPlan, speed: Speed) -> float:
-    """The predicted seconds of an average step."""
-    times = [speed.step(lm, adapters, one, plan.recompute) for one in work.micro_batches(plan.micro_tokens)]
+def _teaching_times(work: Work, computes: tuple[str, ...]) -> dict[str, Callable[[MicroBatch], float]]:
+    """For each arithmetic, the predicted seconds of a micro-batch that the teacher takes."""
+    teaching = work.teaching
+    if teaching is None:
+        return dict.fromkeys(computes, lambda one: 0.0)
+    row = teaching.measured_row()
+    if teaching.model is None:
+        return dict.fromkeys(computes, partial(teaching.step, None, row))
+    speeds = measured(teaching.model, computes)
+    return {compute: partial(teaching.step, speeds[compute], row) for compute in computes}
+
+
+def _seconds(
+    lm: LanguageModel,
+    adapters: Adapters,
+    work: Work,
+    plan: ExecutionPlan,
+    speed: Speed,
+    taught: Callable[[MicroBatch], float],
+) -> float:
+    """The predicted seconds of an average step.
+
+    Args:
+        taught: the seconds of a micro-batch that a teacher takes.
+    """
+    times = [
+        speed.step(lm, adapters, one, plan.recompute)
+        + work.extra_passes * speed.inference(lm, one.tokens, one.targets)
+        + taught(one)
+        for one in work.micro_batches(plan.micro_tokens)
+    ]
     return sum(times) / len(work.batches) * work.accumulate
 
 
@@ -195,10 +237,10 @@ def _shorter(
     work: Work, plan: ExecutionPlan, limit: float, size: Callable[[ExecutionPlan, Work], int]
 ) -> str:
     """A hint for an error message: the largest power of two that fits as --max-length."""
-    length = work.longest
+    length = -(-work.longest // work.sequences)
     while length > _LEAST_MICRO_BATCH:
         length = 1 << ((length - 1).bit_length() - 1)  # the next smaller power of two
-        needed = size(dataclasses.replace(plan, micro_tokens=length), work.shortened(length))
+        needed = size(dataclasses.replace(plan, micro_tokens=work.sequences * length), work.shortened(length))
         if needed <= limit:
             return f"; with --max-length {length} it needs {need(needed)}"
     return "; a smaller --max-length does not help"

@@ -195,6 +195,29 @@ class Memory:
         )
 
 
+@dataclass(frozen=True)
+class Extra:
+    """Bytes that a loss takes besides the head.
+
+    Attributes:
+        kept: kept during a whole micro-batch.
+        head: taken with the head, for one chunk of rows.
+        inference: taken before anything of the micro-batch is kept.
+        evaluation: taken besides the model's own inference in an evaluation.
+
+    >>> nplora.finetuning.planning.memory.Extra(kept=5).head
+    0
+    """
+
+    kept: int = 0
+    head: int = 0
+    inference: int = 0
+    evaluation: int = 0
+
+
+NOTHING = Extra()
+
+
 def predicted(
     lm: LanguageModel,
     adapters: Adapters,
@@ -204,6 +227,7 @@ def predicted(
     threads: int,
     resident: tuple[int, int],
     prefix_tokens: int = 0,
+    extra: Extra = NOTHING,
 ) -> Memory:
     """Predict the peak memory of training.
 
@@ -212,6 +236,7 @@ def predicted(
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
         resident: bytes in memory before the adapters are made, and bytes of the weights not read yet.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
+        extra: what the loss takes besides.
 
     >>> planning = nplora.finetuning.planning
     >>> lm = nplora.load_model("model.gguf")
@@ -227,7 +252,7 @@ def predicted(
     blocks = [layers[i].footprint(adapters.of_block(i), narrow) for i in range(first, len(layers))]
     width = _FLOAT * config.hidden_size
     stream = width * step.tokens
-    head = _head(config, step.targets) + 2 * stream  # the stream's gradient, and its last row
+    head = _head(config, step.targets) + extra.head + 2 * stream  # the stream's gradient, and its last row
     if plan.recompute:
         kept = len(blocks) * width
         works = [max(2 * width + block.saved + block.backward, block.forward) for block in blocks]
@@ -237,7 +262,10 @@ def predicted(
     kept *= step.tokens
     frozen = max(block.footprint(NOT_ADAPTED, False).forward for block in layers)
     inference = max(frozen * max(step.tokens if first else 0, evaluated), _head(config, evaluated))
-    work = max(head, step.tokens * max(works, default=0), inference - kept)  # inference comes first
+    inference = max(inference + extra.evaluation, extra.inference)
+    work = max(
+        head + extra.kept, step.tokens * max(works, default=0) + extra.kept, inference - kept
+    )  # inference comes first
     rows = min(most_rows(step.targets, config.vocab_size), step.targets)
     lanes = (
         _BITS * max(rows * config.vocab_size, step.tokens * config.intermediate_size)

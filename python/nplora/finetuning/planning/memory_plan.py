@@ -40,6 +40,7 @@ class MemoryPlan:
         others: alternatives that do not fit, are slower, or are less exact than the chosen plan.
         limit: maximum bytes of a plan, the memory limit minus a reserve; infinite if no limit is set.
         available: bytes that the process may use on this machine and in its container; None: unknown.
+        before: the seconds of the reference pass of DPO and KTO, before the first step.
 
     >>> plan = nplora.plan("model.gguf", "train.jsonl", batch_examples=4)
     >>> print(plan)
@@ -54,6 +55,7 @@ class MemoryPlan:
     others: tuple[Alternative, ...] = ()
     limit: float = math.inf
     available: int | None = None
+    before: float = 0.0
 
     def __str__(self) -> str:
         nearest = self._nearest()
@@ -69,7 +71,8 @@ class MemoryPlan:
     def _lines(self, others: Iterable[Alternative]) -> list[str]:
         return [
             f"{self.chosen}: {need(self.memory.total)} at most, {self.seconds:.2f} s per step, "
-            f"{counted(self.steps, 'step')} in {_time(self.steps * self.seconds)}",
+            f"{counted(self.steps, 'step')} in {_time(self.steps * self.seconds)}"
+            + (f", after {_time(self.before)} for the reference" if self.before else ""),
             str(self.memory),
             *filter(None, [shortage(self.memory, self.available)]),
             *(f"{'too large' if other.size > self.limit else 'or'}: {other}" for other in others),

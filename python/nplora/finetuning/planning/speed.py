@@ -59,6 +59,10 @@ class Speed:
         low = 6.0 * adapters.rank * sum(map(sum, adapters.shapes.values())) * one.tokens * _LOW_RANK
         return products + (scores + low) / self.operations + self.head.of(one.targets)
 
+    def inference(self, lm: LanguageModel, tokens: int, targets: int) -> float:
+        """The predicted seconds of a forward pass alone."""
+        return lm.config.num_hidden_layers * self.forward.of(tokens) + self.head.of(targets) / 2
+
 
 def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
     """Measure the speed in each arithmetic, with the current number of threads."""
@@ -73,12 +77,12 @@ def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
     def whole() -> None:
         block.run_backward(x.copy(), whole_forward(), positions, need_dx=True)
 
-    forward_seconds, seconds = _seconds(whole_forward), _seconds(whole)
+    forward_seconds, whole_seconds = seconds(whole_forward), seconds(whole)
     linears = [weight for _, module in block.named_modules() for weight in _matrices(module)]
     speeds = {compute: _products(lm, linears, compute) for compute in computes}
     reference = speeds.get(lm.compute) or _products(lm, linears, lm.compute)
     rest = max(0.0, forward_seconds - reference.forward.of(_MANY)) / _MANY
-    rest_backward = max(0.0, seconds - forward_seconds - reference.backward.of(_MANY)) / _MANY
+    rest_backward = max(0.0, whole_seconds - forward_seconds - reference.backward.of(_MANY)) / _MANY
     buffers.release()
     return {
         compute: Speed(
@@ -112,7 +116,7 @@ def _cost(
     weights: list[FrozenWeight], product: Callable[..., Array], axis: int, sizes: tuple[int, int]
 ) -> Cost:
     """The cost of one product with every weight, fitted to measured times for two numbers of rows."""
-    few, many = (_seconds(partial(_multiply, weights, product, axis, rows)) for rows in sizes)
+    few, many = (seconds(partial(_multiply, weights, product, axis, rows)) for rows in sizes)
     token = max((many - few) / (sizes[1] - sizes[0]), 0.5 * many / sizes[1])
     return Cost(max(0.0, many - token * sizes[1]), token)
 
@@ -124,7 +128,7 @@ def _multiply(weights: list[FrozenWeight], product: Callable[..., Array], axis: 
         product(weight, x, buffers.empty((rows, weight.shape[1 - axis]), np.float32))
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def seconds(run: Callable[[], Any]) -> float:
     """The shorter time of two runs, after a warm-up run."""
     times = []
     for _ in range(3):

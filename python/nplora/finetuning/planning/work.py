@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from nplora.finetuning.data import EVALUATION_TOKENS
 from nplora.finetuning.planning.memory import MicroBatch
+from nplora.finetuning.planning.teaching import Teaching
 from nplora.models.packing import cut
 
 Array = npt.NDArray[Any]
@@ -28,6 +29,10 @@ class Work:
         accumulate: the number of batches in a step.
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
+        sequences: the number of sequences of an example, each of which has a maximum length.
+        extra_passes: forward passes besides the step's own, over about the same number of tokens.
+        reference: the tokens and the tokens in the loss of each forward pass before the first step.
+        teaching: what a distillation takes besides; None without a teacher.
 
     >>> work = nplora.finetuning.planning.Work([(np.array([8, 5]), np.array([3, 2]))], steps=10)
     >>> work.longest, work.batch_tokens
@@ -41,6 +46,10 @@ class Work:
     accumulate: int = 1
     evaluated: int = 0
     prefix_tokens: int = 0
+    sequences: int = 1
+    extra_passes: int = 0
+    reference: Sequence[tuple[int, int]] = ()
+    teaching: Teaching | None = None
 
     def micro_batches(self, micro_tokens: int | None) -> Iterator[MicroBatch]:
         """The micro-batches that the batches are cut into."""
@@ -57,9 +66,10 @@ class Work:
         )
 
     def shortened(self, length: int) -> Work:
-        """The same work, with every longer example cut to this length."""
-        batches = [(np.minimum(n, length), np.minimum(trained, length)) for n, trained in self.batches]
-        evaluated = min(self.evaluated, max(EVALUATION_TOKENS, length))
+        """The same work, with every longer sequence cut to this length."""
+        most = self.sequences * length
+        batches = [(np.minimum(n, most), np.minimum(trained, most)) for n, trained in self.batches]
+        evaluated = min(self.evaluated, max(EVALUATION_TOKENS, most))
         return dataclasses.replace(self, batches=batches, evaluated=evaluated)
 
     @property

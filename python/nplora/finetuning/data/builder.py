@@ -1,0 +1,156 @@
+"""Builder: collects the examples of several sources into a data set, and counts what is cut or skipped."""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import hashlib
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from nplora.finetuning.data.encoding import Encoded
+from nplora.finetuning.data.sources import Source
+from nplora.finetuning.data.stored import DataReport, Stored
+from nplora.formats.errors import DataError, FormatError, counted
+
+_Made = TypeVar("_Made", bound=Stored)
+
+_QUOTED = 3  # bad lines that a report quotes
+
+
+class Builder(Generic[_Made]):
+    """Collects the examples of several sources into a dataset.
+
+    Args:
+        max_length, strict: as in `read_dataset`.
+        made: the class of the dataset, which says how many sequences an example has.
+        unit: what the report calls an example.
+    """
+
+    def __init__(
+        self, max_length: int | None, strict: bool, made: type[_Made], unit: str = "example"
+    ) -> None:
+        self._max_length, self._strict = max_length, strict
+        self._made, self._unit = made, unit
+        self._ids, self._trained, self._starts = array.array("i"), bytearray(), array.array("q", [0])
+        self._order = array.array("q")
+        self._sources: list[Source] = []
+        self._kinds: list[str] = []
+        self._first = self._skipped_before = self._emptied_before = 0
+        self._truncated = self._emptied = self._skipped = self._unused = 0
+        self._problems: list[str] = []
+        self._forms = set[bool]()
+        self.kind = ""
+
+    def begin(self, source: Source) -> None:
+        """Begin with a source; its examples follow."""
+        self._sources.append(source)
+        self._first = self.stored
+        self._skipped_before, self._emptied_before, self.kind = self._skipped, self._emptied, ""
+
+    @property
+    def stored(self) -> int:
+        """The number of examples so far."""
+        return (len(self._starts) - 1) // self._made.sequences
+
+    def add(self, sequences: list[Encoded], where: str, unused: bool = False) -> None:
+        """Add the sequences of an example. The example is left out if one of them has nothing to train.
+
+        Args:
+            unused: the row has tools or documents that no sequence has.
+        """
+        cut = [self._cut(sequence, where) for sequence in sequences]
+        is_cut = any(len(one.ids) < len(whole.ids) for one, whole in zip(cut, sequences, strict=True))
+        if is_cut and (not all(any(one.trained[1:]) for one in cut) or _are_equal(cut)):
+            self._emptied += 1
+            return
+        self._truncated += is_cut
+        self._unused += unused or any(sequence.unused for sequence in sequences)
+        self._forms.update(sequence.is_chat for sequence in sequences)
+        for one in cut:
+            self._ids.extend(one.ids)
+            self._trained.extend(one.trained)
+            self._starts.append(len(self._ids))
+
+    def _cut(self, sequence: Encoded, where: str) -> Encoded:
+        """The sequence without the tokens beyond the maximum length."""
+        most, count = self._max_length, len(sequence.ids)
+        if most is None or count <= most or self._sources[-1].is_text:
+            return sequence
+        if self._strict:
+            least = "at least " * (count <= most + 2)  # the rest may not have been read
+            raise DataError(f"{where}: {least}{count:,} tokens, expected at most {most:,}")
+        return Encoded(sequence.ids[:most], sequence.trained[:most])
+
+    def skip(self, error: FormatError) -> None:
+        self._skipped += 1
+        if len(self._problems) < _QUOTED:
+            self._problems.append(str(error))
+
+    def end(self) -> None:
+        """End a source: take its examples as often as its weight says.
+
+        Raises:
+            DataError: the source has no examples.
+        """
+        source, added = self._sources[-1], range(self._first, self.stored)
+        if not added:
+            raise DataError(f"{source.name}: no examples{self._why()}")
+        self._kinds.append(self.kind)
+        whole, fraction = divmod(source.weight, 1)
+        for index in added:
+            copies = int(whole) + (fraction > 0 and self._place(index) < fraction)
+            self._order.extend([index] * copies)
+
+    def _place(self, index: int) -> float:
+        """A number from 0 to 1 that only the tokens of an example decide."""
+        first, end = index * self._made.sequences, (index + 1) * self._made.sequences
+        ids = self._ids[self._starts[first] : self._starts[end]].tobytes()
+        return int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "big") / 2.0**64
+
+    def _why(self) -> str:
+        reasons = list[str]()
+        if skipped := self._skipped - self._skipped_before:
+            reasons.append(f"{counted(skipped, 'bad row')} skipped ({'; '.join(self._problems)})")
+        if emptied := self._emptied - self._emptied_before:
+            reasons.append(
+                f"{emptied} with nothing to train on within max_length={self._max_length}; "
+                "a larger max_length keeps more"
+            )
+        return f": {', '.join(reasons)}" if reasons else ""
+
+    def dataset(self) -> _Made:
+        """The dataset of all sources.
+
+        Raises:
+            DataError: the weights leave no example.
+        """
+        source = ", ".join(source.name for source in self._sources)
+        if not self._order:
+            raise DataError(f"{source}: the weights leave no example")
+        starts, order = np.array(self._starts, np.int64), np.array(self._order, np.int64)
+        report = DataReport(
+            source, 0, 0, 0, 0, 0, 0, self._truncated, self._emptied, self._skipped, tuple(self._problems),
+            self._unused, ", ".join(dict.fromkeys(self._kinds)), self._unit,
+            self._forms.pop() if len(self._forms) == 1 else None,
+        )  # fmt: skip
+        made = self._made(
+            np.array(self._ids, np.int32), np.array(self._trained, np.bool_), starts, report, order
+        )
+        lengths = made.sequence_lengths
+        made.report = dataclasses.replace(
+            report,
+            examples=len(made),
+            tokens=int(made.lengths.sum()),
+            learned=int(made.targets.sum()),
+            shortest=int(lengths.min()),
+            median=int(np.median(lengths)),
+            longest=int(lengths.max()),
+        )
+        return made
+
+
+def _are_equal(sequences: list[Encoded]) -> bool:
+    """Whether all of several sequences have the same tokens, as two long answers may have after a cut."""
+    return len(sequences) > 1 and all(one.ids == sequences[0].ids for one in sequences)

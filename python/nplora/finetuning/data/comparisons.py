@@ -1,0 +1,226 @@
+"""Data sets of comparisons: pairs of a chosen and a rejected answer, and answers that somebody judged."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.finetuning.data.builder import Builder
+from nplora.finetuning.data.dataset import Part, ReadOptions, add_rows
+from nplora.finetuning.data.encoding import Encoded
+from nplora.finetuning.data.examples import Example, Judged
+from nplora.finetuning.data.kinds import BY_NAME, Kind
+from nplora.finetuning.data.sources import Source
+from nplora.finetuning.data.stored import Stored
+from nplora.formats.errors import DataError
+from nplora.models.packing import PackedBatch, pack
+from nplora.tokenizer import Tokenizer
+
+Array = npt.NDArray[Any]
+Labelled = tuple[Array, Array]  # ids and labels of a sequence
+
+
+class PairDataset(Stored):
+    """Pairs of answers to one prompt. Each sequence is the prompt and an answer, the chosen answer first."""
+
+    sequences = 2
+
+    def __getitem__(self, index: int) -> tuple[Labelled, Labelled]:
+        """The ids and labels of the chosen and of the rejected sequence."""
+        first = 2 * int(self._order[index])
+        return self._labelled(first), self._labelled(first + 1)
+
+    def batch(self, indices: Array) -> tuple[PackedBatch, Array]:
+        """These pairs in one batch, and for each of its tokens whether the next token is of an answer."""
+        sequences = [sequence for index in indices for sequence in self[int(index)]]
+        batch = pack(sequences)
+        return batch, batch.targets >= 0
+
+
+class LearnedPairs(PairDataset):
+    """Pairs whose chosen sequence is also trained as a whole, the prompt included (ORPO)."""
+
+    def batch(self, indices: Array) -> tuple[PackedBatch, Array]:
+        _, is_answer = super().batch(indices)
+        sequences = [sequence for index in indices for sequence in self[int(index)]]
+        whole = pack((ids, labels if number % 2 else ids) for number, (ids, labels) in enumerate(sequences))
+        return whole, is_answer
+
+    def _trained_counts(self) -> Array:
+        counts = super()._trained_counts()
+        counts[::2] = np.diff(self._starts)[::2] - 1
+        return counts
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """What the loss of a batch of judged answers needs besides the batch.
+
+    Attributes:
+        good: whether each answer is good.
+        mismatched: each prompt with the answer to another prompt of the batch.
+    """
+
+    good: Array
+    mismatched: PackedBatch
+
+
+class JudgedDataset(Stored):
+    """Answers that somebody found good or bad.
+
+    Each prompt is also paired with the answer before it in its batch. This answer does not fit the prompt,
+    so that the mean log-ratio of these pairs estimates the KL divergence from the reference. As the batches
+    are the same in all epochs, the reference is computed once.
+    """
+
+    same_batches = True
+    good: Array  # of each stored example
+    max_length: int | None = None
+
+    def __getitem__(self, index: int) -> tuple[Array, Array, bool]:
+        """The ids and labels of the sequence, and whether the answer is good."""
+        stored = int(self._order[index])
+        return (*self._labelled(stored), bool(self.good[stored]))
+
+    def batch(self, indices: Array) -> tuple[PackedBatch, Judgements]:
+        """These answers in one batch, and their judgements."""
+        batch = pack(self[int(index)][:2] for index in indices)
+        others = np.roll(indices, 1) if len(indices) > 1 else (indices + 1) % len(self)
+        pairs = zip(indices.tolist(), others.tolist(), strict=True)
+        mismatched = pack(self._mismatched(one, other) for one, other in pairs)
+        return batch, Judgements(self.good[self._order[indices]], mismatched)
+
+    def _mismatched(self, one: int, other: int) -> Labelled:
+        """The prompt of one example and the answer of another, cut to the maximum length."""
+        (prompt, own), (ids, labels) = self[one][:2], self[other][:2]
+        begin, answer = _first_trained(own), _first_trained(labels)
+        joined = np.concatenate([prompt[:begin], ids[answer:]])
+        targets = np.concatenate([own[:begin], labels[answer:]])
+        return joined[: self.max_length], targets[: self.max_length]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(super().fingerprint().encode() + self.good.tobytes()).hexdigest()
+
+
+def _first_trained(labels: Array) -> int:
+    """The number of tokens before the first trained token, at least 1."""
+    return 1 + int(np.argmax(labels[1:] >= 0))
+
+
+# ---- reading ----
+
+
+def read_pairs(
+    op: str,
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    options: ReadOptions,
+    part: Part | None,
+    objective: str,
+    made: type[PairDataset],
+) -> PairDataset:
+    """The pairs of all sources; with `part`, of one side of them only.
+
+    Args:
+        objective: the name of the objective, for messages.
+    Raises as `read_dataset`. DataError: the rows are not comparisons.
+    """
+    builder = Builder(options.max_length, options.strict, made, "pair")
+    _read(op, builder, sources, tokenizer, options, part, _Wanted(objective, ("preference",)), _whole)
+    return builder.dataset()
+
+
+def read_judged(
+    op: str,
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    options: ReadOptions,
+    part: Part | None,
+    objective: str,
+) -> JudgedDataset:
+    """The judged answers of all sources. A pair counts as two: its chosen answer is good, the other bad.
+
+    Raises as `read_dataset`. DataError: the rows have no judgement, or there is only one answer.
+    """
+    builder = _JudgedBuilder(options.max_length, options.strict, JudgedDataset, "answer")
+    _read(op, builder, sources, tokenizer, options, part, _Wanted(objective, ("kto", "preference")), _each)
+    dataset = builder.dataset()
+    dataset.good, dataset.max_length = np.array(builder.good, np.bool_), options.max_length
+    if len(dataset) < 2:
+        raise DataError(
+            f"{dataset.report.source}: one answer, expected at least two: objective {objective!r} compares "
+            "each answer with another prompt's"
+        )
+    return dataset
+
+
+class _JudgedBuilder(Builder[JudgedDataset]):
+    """Also keeps whether each answer is good."""
+
+    def __init__(
+        self, max_length: int | None, strict: bool, made: type[JudgedDataset], unit: str = "answer"
+    ) -> None:
+        super().__init__(max_length, strict, made, unit)
+        self.good = list[bool]()
+
+    def add(self, sequences: list[Encoded], where: str, unused: bool = False) -> None:
+        before = self.stored
+        super().add(sequences, where, unused)
+        if self.stored > before:
+            self.good.append(sequences[0].good)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The kinds of rows that an objective reads."""
+
+    objective: str
+    kinds: tuple[str, ...]
+
+    @property
+    def fields(self) -> str:
+        return ", or ".join(BY_NAME[name].fields for name in self.kinds)
+
+    def require(self, kind: Kind, where: str) -> None:
+        if kind.name not in self.kinds:
+            raise DataError(
+                f"{where}: has {kind.fields}; objective {self.objective!r} needs rows with {self.fields}"
+            )
+
+
+def _read(
+    op: str,
+    builder: Builder[Any],
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    options: ReadOptions,
+    part: Part | None,
+    wanted: _Wanted,
+    examples_of: Callable[[Example, list[Encoded]], list[list[Encoded]]],
+) -> None:
+    for source in sources:
+        builder.begin(source)
+        if source.is_text:
+            raise DataError(
+                f"{op}: {source.name} is a plain text; objective {wanted.objective!r} needs rows with "
+                f"{wanted.fields}"
+            )
+        add_rows(builder, source, tokenizer, options, part, wanted.require, examples_of)
+        builder.end()
+
+
+def _whole(_: Example, sequences: list[Encoded]) -> list[list[Encoded]]:
+    """A pair is one example of two sequences."""
+    return [sequences]
+
+
+def _each(example: Example, sequences: list[Encoded]) -> list[list[Encoded]]:
+    """Each answer of a row is an example."""
+    good = [example.good] if isinstance(example, Judged) else [True, False]
+    return [[dataclasses.replace(one, good=is_good)] for one, is_good in zip(sequences, good, strict=True)]

@@ -1,0 +1,191 @@
+"""Stored: the examples of a data set as tokens, with a mark for each trained token, and a report on them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.formats.errors import counted
+from nplora.models.packing import IGNORED, PackedBatch
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """A summary of a data file; `print` shows it in a line or two.
+
+    Attributes:
+        source: the file.
+        examples: the number of used rows, or of windows of a plain text.
+        tokens: the number of tokens in all examples.
+        learned: the number of tokens that count in the loss.
+        shortest, median, longest: lengths of the examples, in tokens.
+        truncated: the number of examples that were cut to the maximum length.
+        emptied: the number of examples that are left out because no trained token remained after the cut.
+        skipped: the number of bad rows that were skipped.
+        problems: the errors of the first few skipped rows.
+        unused: the number of examples with tools or documents that the chat template leaves out, so that the
+            model does not see them.
+        kind: the format of the rows, as `format` in `read_dataset`, or "plain text".
+        unit: what an example is: "example", or "pair" or "answer" for a preference objective.
+        chat: whether the chat template wrote the examples; None if it wrote some of them.
+
+    >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+    >>> print(nplora.data.read_dataset("valid.jsonl", tokenizer).report)
+    valid.jsonl (completion): 4 examples, 36 tokens (12 in the loss); 9 to 9 tokens long, median 9
+    """
+
+    source: str
+    examples: int
+    tokens: int
+    learned: int
+    shortest: int
+    median: int
+    longest: int
+    truncated: int
+    emptied: int
+    skipped: int
+    problems: tuple[str, ...]
+    unused: int = 0
+    kind: str = ""
+    unit: str = "example"
+    chat: bool | None = None
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.source} ({self.kind}): {counted(self.examples, self.unit)}, "
+            f"{counted(self.tokens, 'token')} ({self.learned:,} in the loss); "
+            f"{self.shortest} to {self.longest} tokens long, median {self.median}"
+        )
+        if self.truncated:
+            text += f"; {self.truncated} cut to the maximum length"
+        if self.emptied:
+            text += f"; {self.emptied} left out, with nothing to train on within the maximum length"
+        if self.skipped:
+            text += f"; {counted(self.skipped, 'bad row')} skipped, such as: {'; '.join(self.problems)}"
+        return text
+
+
+class Examples(Protocol):
+    """What `TokenBatches` reads. An example may consist of several sequences, which stay together.
+
+    Attributes:
+        report: a summary of the file.
+        sequences: the number of sequences of an example.
+        same_batches: whether the examples of a batch belong together, so that all epochs have the same
+            batches.
+    """
+
+    report: DataReport
+
+    @property
+    def sequences(self) -> int: ...
+
+    @property
+    def same_batches(self) -> bool: ...
+
+    @property
+    def lengths(self) -> Array:
+        """The number of tokens of each example."""
+
+    @property
+    def targets(self) -> Array:
+        """The number of tokens of each example that count in the loss."""
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id."""
+
+    def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the examples."""
+
+    def batch(self, indices: Array) -> tuple[PackedBatch, Any]:
+        """These examples in one batch, and what the loss needs besides the batch."""
+
+
+class Stored:
+    """Examples of one or more sequences each, whose tokens lie one after another.
+
+    Attributes:
+        report: a summary of the file.
+        sequences: the number of sequences of an example.
+        same_batches: as in `Examples`.
+    """
+
+    sequences = 1
+    same_batches = False
+
+    def __init__(
+        self, ids: Array, trained: Array, starts: Array, report: DataReport, order: Array | None = None
+    ) -> None:
+        """
+        Args:
+            ids, trained: the tokens of all sequences, one after another, and whether each is trained.
+            starts: the start of each sequence, and the end.
+            order: which of the stored examples each example is; None: each stored example once.
+        """
+        self._ids, self._trained, self._starts = ids, trained, starts
+        self._order = np.arange((len(starts) - 1) // self.sequences) if order is None else order
+        self.report = report
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def _sequence(self, number: int) -> tuple[Array, Array]:
+        """The tokens of a stored sequence, and whether each is trained."""
+        part = slice(self._starts[number], self._starts[number + 1])
+        return self._ids[part], self._trained[part]
+
+    def _labelled(self, number: int) -> tuple[Array, Array]:
+        """The tokens and the labels of a stored sequence."""
+        ids, trained = self._sequence(number)
+        return ids, np.where(trained, ids, np.int32(IGNORED))
+
+    @property
+    def lengths(self) -> Array:
+        """The number of tokens of each example."""
+        return self._by_example(np.diff(self._starts))
+
+    @property
+    def sequence_lengths(self) -> Array:
+        """The number of tokens of each sequence of each example."""
+        return np.diff(self._starts).reshape(-1, self.sequences)[self._order].reshape(-1)
+
+    @property
+    def targets(self) -> Array:
+        """The number of trained tokens of each example. The first token of a sequence is never trained."""
+        return self._by_example(self._trained_counts())
+
+    def _trained_counts(self) -> Array:
+        """The number of trained tokens of each stored sequence."""
+        trained = self._trained.astype(np.int64)
+        trained[self._starts[:-1]] = 0
+        return np.asarray(np.add.reduceat(trained, self._starts[:-1]))
+
+    def _by_example(self, counts: Array) -> Array:
+        """The sums over the sequences of each example."""
+        return np.asarray(counts.reshape(-1, self.sequences).sum(axis=1)[self._order])
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id."""
+        return int(self._ids.max())
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the examples. Datasets with the same tokens and the same trained tokens share it."""
+        digest = hashlib.sha256()
+        for part in (self._ids, self._trained, self._starts):
+            digest.update(part.tobytes())
+        if not np.array_equal(self._order, np.arange((len(self._starts) - 1) // self.sequences)):
+            digest.update(self._order.tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.report})"

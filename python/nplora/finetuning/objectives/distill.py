@@ -1,0 +1,133 @@
+"""Distillation: the student learns the next-token distributions of a teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+
+from nplora.finetuning.data.dataset import Part, ReadOptions
+from nplora.finetuning.data.sources import Source
+from nplora.finetuning.data.stored import Examples
+from nplora.finetuning.objectives.objective import Objective
+from nplora.finetuning.objectives.packed_loss import PackedLoss
+from nplora.finetuning.objectives.tally import Tally
+from nplora.finetuning.planning import Teaching
+from nplora.finetuning.teachers import ModelTeacher, StoredTeacher, Teacher, is_stored
+from nplora.formats import files
+from nplora.lm import LanguageModel, load_model
+from nplora.models.divergence import Distillation
+from nplora.models.head import LogitLoss
+from nplora.models.packing import PackedBatch
+from nplora.nn.module import Module
+from nplora.tokenizer import Tokenizer
+
+Array = npt.NDArray[Any]
+
+
+class DistillLoss(PackedLoss):
+    """The mean over the trained tokens of ratio · T² · KL + (1 - ratio) · cross-entropy."""
+
+    def __init__(self, formula: Distillation, teacher: Teacher, micro_tokens: int | None = None) -> None:
+        super().__init__(micro_tokens)
+        self._formula, self._teacher, self._tally = formula, teacher, Tally()
+
+    def settings(self) -> dict[str, Any]:
+        chosen = {"kl": self._formula.kl, "temperature": self._formula.temperature}
+        teacher = {"kd_ratio": self._formula.ratio, "teacher": self._teacher.digest()}
+        return {"objective": "distill", **chosen, **teacher, **super().settings()}
+
+    def count(self, x: PackedBatch, y: Any) -> int:
+        return x.num_targets
+
+    def forward_backward(self, model: Module, x: PackedBatch, y: Any, factor: float) -> float:
+        assert isinstance(model, LanguageModel)
+        self.tokens += len(x.ids)
+        parts = (part for part in x.pieces(self.micro_tokens) if part.num_targets)
+        return sum(model.forward_backward_with(part, self._of(part), factor) for part in parts)
+
+    def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:
+        assert isinstance(model, LanguageModel)
+        return model.loss_with(x, self._of(x)) / x.num_targets if x.num_targets else 0.0
+
+    def take_metrics(self) -> dict[str, float]:
+        """The mean divergence, without T², and the mean cross-entropy, if it was computed."""
+        return self._tally.take()
+
+    def blame(self, model: Module, x: PackedBatch) -> str:
+        return self._teacher.blame(x) or super().blame(model, x)
+
+    def _of(self, batch: PackedBatch) -> LogitLoss:
+        """The loss of rows of a batch. The teacher's forward pass runs first, while little else is kept."""
+        teacher = self._teacher.of(batch)
+
+        def loss(logits: Array, rows: Array, factor: float, gradient: bool) -> Array:
+            targets = batch.targets[rows]
+            losses, kls, hard = self._formula(logits, targets, teacher(rows), factor, gradient)
+            self._tally.add("kl", kls)
+            if hard is not None:
+                self._tally.add("nll_loss", hard)
+            return losses
+
+        return loss
+
+
+class DistillObjective(Objective):
+    """Distillation from a model that runs beside the student, or from its stored log-probabilities."""
+
+    name = "distill"
+    _teacher: Teacher
+
+    @property
+    def teacher(self) -> Teacher:
+        return self._teacher
+
+    def open(self, op: str, lm: LanguageModel, check: bool) -> None:
+        given = self.options.teacher
+        if isinstance(given, LanguageModel):
+            if given is lm:
+                raise ValueError(f"{op}: the teacher is the model itself; expected another one")
+            self._teacher = ModelTeacher(given)
+        else:
+            assert given is not None  # FinetuneOptions has checked it
+            files.require_named(op, teacher=given)
+            stored = is_stored(given)
+            self._teacher = (
+                StoredTeacher(given) if stored else ModelTeacher(load_model(given, lm.compute, check=check))
+            )
+        self._teacher.require_student(op, lm)
+        self._require_temperature(op)
+
+    def _require_temperature(self, op: str) -> None:
+        wanted, stored = self.options.temperature, self._teacher.temperature
+        if wanted is not None and stored is not None and wanted != stored:
+            raise ValueError(
+                f"{op}: temperature is {wanted:g}, but the log-probabilities in {self._teacher.name} are of "
+                f"temperature {stored:g}: nplora teach --temperature {wanted:g} makes others"
+            )
+
+    def reload(self, compute: str) -> None:
+        given = self.options.teacher
+        if self._teacher.model is None or given is None or isinstance(given, LanguageModel):
+            return
+        del self._teacher  # frees its memory first
+        self._teacher = ModelTeacher(load_model(given, compute, check=False))
+
+    def read(
+        self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions, part: Part | None
+    ) -> Examples:
+        dataset = super().read(op, sources, tokenizer, reading, part)
+        self._teacher.require_data(op, dataset)
+        return dataset
+
+    @property
+    def formula(self) -> Distillation:
+        options = self.options
+        temperature = options.temperature or self._teacher.temperature or 1.0
+        return Distillation(options.kl, temperature, options.kd_ratio)
+
+    def teaching(self, lm: LanguageModel) -> Teaching:
+        return Teaching(lm, self._teacher.model, self._teacher.top_k, self.formula)
+
+    def loss(self, micro_tokens: int | None) -> DistillLoss:
+        return DistillLoss(self.formula, self._teacher, micro_tokens)

@@ -1,0 +1,143 @@
+"""Kahneman-Tversky optimisation: answers that were judged one by one, instead of pairs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.finetuning.data import EVALUATION_TOKENS
+from nplora.finetuning.data.batches import TokenBatches
+from nplora.finetuning.data.comparisons import JudgedDataset, Judgements, read_judged
+from nplora.finetuning.data.dataset import Part, ReadOptions
+from nplora.finetuning.data.sources import Source
+from nplora.finetuning.objectives import reference
+from nplora.finetuning.objectives.objective import Objective
+from nplora.finetuning.objectives.packed_loss import PackedLoss
+from nplora.finetuning.objectives.preference_losses import Kto
+from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
+from nplora.finetuning.objectives.tally import Tally
+from nplora.formats import files
+from nplora.lm import LanguageModel
+from nplora.models.packing import PackedBatch
+from nplora.nn.module import Module
+from nplora.tokenizer import Tokenizer
+
+Array = npt.NDArray[Any]
+
+
+class KtoLoss(PackedLoss):
+    """The mean of a loss over answers. Each answer is compared with the KL divergence of its batch.
+
+    The KL divergence is the mean log-ratio of answers that do not fit their prompts, but at least 0. It gets
+    no gradient.
+    """
+
+    unit = "answers"
+
+    def __init__(self, formula: Kto, of: Reference, micro_tokens: int | None = None) -> None:
+        super().__init__(micro_tokens)
+        self._formula, self._reference, self._tally = formula, of, Tally()
+
+    def settings(self) -> dict[str, Any]:
+        chosen = {"beta": self._formula.beta, "loss_type": self._formula.loss_type}
+        weights = {
+            "desirable_weight": self._formula.desirable,
+            "undesirable_weight": self._formula.undesirable,
+        }
+        return {"objective": "kto", **chosen, **weights, **super().settings()}
+
+    def count(self, x: PackedBatch, y: Judgements) -> int:
+        return len(y.good)
+
+    def forward_backward(self, model: Module, x: PackedBatch, y: Judgements, factor: float) -> float:
+        assert isinstance(model, LanguageModel)
+        self.tokens += len(x.ids)
+        kl, total, begin = self._kl(model, y), 0.0, 0
+        for part in x.pieces(self.micro_tokens):
+            end = begin + len(part.starts) - 1
+            loss = functools.partial(self._scaled, part, y.good[begin:end], kl, factor)
+            total += model.forward_backward_of(part, loss)
+            begin = end
+        return total
+
+    def evaluate(self, model: Module, x: PackedBatch, y: Judgements) -> float:
+        assert isinstance(model, LanguageModel)
+        value, _ = self._scaled(x, y.good, self._kl(model, y), 1.0, model.log_probs(x))
+        return value / len(y.good)
+
+    def take_metrics(self) -> dict[str, float]:
+        """The mean rewards of good and bad answers, their difference, the accuracy and the KL divergence.
+
+        The accuracy is the share of answers on the right side of the KL divergence.
+        """
+        means = self._tally.take()
+        if {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        return means
+
+    def _kl(self, model: LanguageModel, y: Judgements) -> float:
+        """The estimated KL divergence of a batch."""
+        if not self._formula.uses_kl:
+            return 0.0
+        ratios = [
+            sums(part, model.log_probs(part)) - self._reference.of(part)
+            for part in y.mismatched.pieces(EVALUATION_TOKENS)
+        ]
+        kl = max(0.0, float(np.concatenate(ratios).mean()))
+        self._tally.add("kl", np.full(len(y.good), kl))
+        return kl
+
+    def _scaled(
+        self, part: PackedBatch, good: Array, kl: float, factor: float, log_probs: Array
+    ) -> tuple[float, Array]:
+        """The sum of the losses, and `factor` times its derivative with respect to the log-probabilities."""
+        ratios = sums(part, log_probs) - self._reference.of(part)
+        values, slopes = self._formula(ratios, good, kl)
+        rewards = self._formula.beta * ratios
+        self._tally.add("rewards/chosen", rewards[good])
+        self._tally.add("rewards/rejected", rewards[~good])
+        self._tally.add("rewards/accuracies", np.where(good, ratios > kl, ratios < kl))
+        return float(values.sum()), factor * slopes[by_sequence(part)]
+
+
+class KtoObjective(Objective):
+    """Kahneman-Tversky optimisation: good answers become likelier, bad ones less likely."""
+
+    name = "kto"
+    has_reference = True
+    _reference = Reference()
+
+    def read(
+        self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions, part: Part | None
+    ) -> JudgedDataset:
+        return read_judged(op, sources, tokenizer, reading, part, self.name)
+
+    def prepare(
+        self,
+        lm: LanguageModel,
+        batches: list[TokenBatches],
+        directory: files.Directory,
+        say: Callable[[str], None],
+    ) -> None:
+        def sequences_of(x: PackedBatch, y: Judgements) -> list[PackedBatch]:
+            return [x, y.mismatched] if self._formula.uses_kl else [x]
+
+        self._reference = reference.computed(lm, batches, sequences_of, directory, say)
+
+    def loss(self, micro_tokens: int | None) -> KtoLoss:
+        return KtoLoss(self._formula, self._reference, micro_tokens)
+
+    @property
+    def extra_passes(self) -> int:
+        return int(self._formula.uses_kl)
+
+    @property
+    def _formula(self) -> Kto:
+        options = self.options
+        return Kto(
+            options.loss_type or "kto", options.beta, options.desirable_weight, options.undesirable_weight
+        )

@@ -1,0 +1,58 @@
+"""PackedLoss: what the losses of a language model have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from nplora.lm import LanguageModel
+from nplora.models.packing import PackedBatch
+from nplora.nn.module import Module, quiet
+from nplora.trainer import FusedLoss
+
+
+class PackedLoss(FusedLoss):
+    """The base class of losses over packed batches, which are computed in micro-batches.
+
+    Args:
+        micro_tokens: maximum tokens of a micro-batch; None: batches are not cut into micro-batches.
+    Attributes:
+        tokens: number of tokens, trained or not, that `forward_backward` has processed.
+        unit: what `count` counts, for progress lines.
+    """
+
+    unit = "trained tokens"
+
+    def __init__(self, micro_tokens: int | None = None) -> None:
+        self.micro_tokens = micro_tokens
+        self.tokens = 0
+
+    def settings(self) -> dict[str, Any]:
+        return {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}
+
+    def blame(self, model: Module, x: PackedBatch) -> str:
+        assert isinstance(model, LanguageModel)
+        found: list[str] = []
+        prefix, model.model.prefix = model.model.prefix, None
+        for index, block in enumerate(model.model.layers):
+            vars(block)["run"] = _watched(block.run, f"model.layers.{index}", found)
+        try:
+            with quiet():
+                model.loss_packed(x)
+        finally:
+            for block in model.model.layers:
+                del vars(block)["run"]
+            model.model.prefix = prefix
+        return f"the first layer whose output is not finite is {(found or ['lm_head'])[0]!r}"
+
+
+def _watched(run: Callable[..., Any], name: str, found: list[str]) -> Callable[..., Any]:
+    def watching(*arguments: Any, **named: Any) -> Any:
+        result = run(*arguments, **named)
+        if not np.isfinite(result[0]).all():
+            found.append(name)
+        return result
+
+    return watching

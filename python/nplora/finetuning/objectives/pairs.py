@@ -1,0 +1,185 @@
+"""Objectives on pairs of a chosen and a rejected answer: DPO with a reference, and ORPO without one."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.finetuning.data.batches import TokenBatches
+from nplora.finetuning.data.comparisons import LearnedPairs, PairDataset, read_pairs
+from nplora.finetuning.data.dataset import Part, ReadOptions
+from nplora.finetuning.data.sources import Source
+from nplora.finetuning.objectives import reference
+from nplora.finetuning.objectives.objective import Objective
+from nplora.finetuning.objectives.packed_loss import PackedLoss
+from nplora.finetuning.objectives.preference_losses import Dpo, odds_ratio
+from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
+from nplora.finetuning.objectives.tally import Tally
+from nplora.formats import files
+from nplora.lm import LanguageModel
+from nplora.models.packing import IGNORED, PackedBatch
+from nplora.nn.module import Module
+from nplora.tokenizer import Tokenizer
+
+Array = npt.NDArray[Any]
+
+
+class PairLoss(PackedLoss):
+    """The mean of a loss over pairs. A micro-batch never divides a pair."""
+
+    unit = "pairs"
+
+    def __init__(self, micro_tokens: int | None = None) -> None:
+        super().__init__(micro_tokens)
+        self._tally = Tally()
+
+    def count(self, x: PackedBatch, y: Array) -> int:
+        return (len(x.starts) - 1) // 2
+
+    def forward_backward(self, model: Module, x: PackedBatch, y: Array, factor: float) -> float:
+        assert isinstance(model, LanguageModel)
+        self.tokens += len(x.ids)
+        total, begin = 0.0, 0
+        for part in x.pieces(self.micro_tokens, together=2):
+            end = begin + len(part.ids)
+            loss = functools.partial(self._scaled, part, y[begin:end], self._weight(x), factor)
+            total += model.forward_backward_of(part, loss)
+            begin = end
+        return total
+
+    def evaluate(self, model: Module, x: PackedBatch, y: Array) -> float:
+        assert isinstance(model, LanguageModel)
+        return self._loss(x, y, self._weight(x), model.log_probs(x))[0] / self.count(x, y)
+
+    def take_metrics(self) -> dict[str, float]:
+        """The mean rewards and margin, and the share of pairs whose chosen answer has the larger reward."""
+        return self._tally.take()
+
+    def _scaled(
+        self, part: PackedBatch, is_answer: Array, weight: float, factor: float, log_probs: Array
+    ) -> tuple[float, Array]:
+        value, gradient = self._loss(part, is_answer, weight, log_probs)
+        return value, factor * gradient
+
+    @abstractmethod
+    def _loss(
+        self, part: PackedBatch, is_answer: Array, weight: float, log_probs: Array
+    ) -> tuple[float, Array]:
+        """The sum of the losses of a micro-batch, and its derivative with respect to the log-probabilities.
+
+        Args:
+            is_answer: for each token, whether the next token is of an answer.
+            weight: the result of `_weight` for the whole batch.
+            log_probs: the log-probabilities of all targets (m,).
+        """
+
+    def _weight(self, x: PackedBatch) -> float:
+        """What the loss of a micro-batch needs to know about the whole batch."""
+        return 1.0
+
+    def _measure(self, rewards: Array) -> None:
+        """Count the rewards (n, 2) of the chosen and the rejected answers. The names are TRL's."""
+        chosen, rejected = rewards.T
+        self._tally.add("rewards/chosen", chosen)
+        self._tally.add("rewards/rejected", rejected)
+        self._tally.add("rewards/margins", chosen - rejected)
+        self._tally.add("rewards/accuracies", chosen > rejected)
+
+
+class DpoLoss(PairLoss):
+    """A loss of the log-ratios between the model and its reference."""
+
+    def __init__(self, formula: Dpo, of: Reference, micro_tokens: int | None = None) -> None:
+        super().__init__(micro_tokens)
+        self._formula, self._reference = formula, of
+
+    def settings(self) -> dict[str, Any]:
+        chosen = {"beta": self._formula.beta, "loss_type": self._formula.loss_type}
+        smoothing = {"label_smoothing": self._formula.label_smoothing}
+        return {"objective": "dpo", **chosen, **smoothing, **super().settings()}
+
+    def _loss(
+        self, part: PackedBatch, is_answer: Array, weight: float, log_probs: Array
+    ) -> tuple[float, Array]:
+        places = by_sequence(part)
+        counts = np.bincount(places, minlength=len(part.starts) - 1)
+        ratios = sums(part, log_probs) - self._reference.of(part)
+        values, slopes = self._formula(ratios.reshape(-1, 2), counts.reshape(-1, 2))
+        self._measure(self._formula.beta * ratios.reshape(-1, 2))
+        return float(values.sum()), slopes.reshape(-1)[places]
+
+
+class OrpoLoss(PairLoss):
+    """The loss of the chosen text, prompt included, and a penalty for the odds of the rejected answer."""
+
+    def __init__(self, beta: float, micro_tokens: int | None = None) -> None:
+        super().__init__(micro_tokens)
+        self._beta = beta
+
+    def settings(self) -> dict[str, Any]:
+        return {"objective": "orpo", "beta": self._beta, **super().settings()}
+
+    def _weight(self, x: PackedBatch) -> float:
+        """The pairs of the batch for each token of its chosen texts: the first loss is a mean over tokens."""
+        tokens = np.bincount(by_sequence(x), minlength=len(x.starts) - 1)[::2].sum()
+        return (len(x.starts) - 1) / 2 / max(1, int(tokens))
+
+    def _loss(
+        self, part: PackedBatch, is_answer: Array, weight: float, log_probs: Array
+    ) -> tuple[float, Array]:
+        places, of_answer = by_sequence(part), is_answer[part.targets != IGNORED]
+        counts = np.maximum(1, np.bincount(places, of_answer, len(part.starts) - 1))
+        means = np.bincount(places, log_probs * of_answer, len(part.starts) - 1) / counts
+        values, slopes = odds_ratio(means.reshape(-1, 2), self._beta)
+        is_chosen = places % 2 == 0
+        gradient = of_answer * (slopes.reshape(-1) / counts)[places] - weight * is_chosen
+        learned = log_probs[is_chosen]
+        self._measure(self._beta * means.reshape(-1, 2))
+        self._tally.add("nll_loss", -learned)
+        return float(values.sum()) - weight * float(learned.sum()), gradient
+
+
+class DpoObjective(Objective):
+    """Direct preference optimisation: chosen answers become likelier, rejected ones less likely."""
+
+    name = "dpo"
+    has_reference = True
+    _reference = Reference()
+
+    def read(
+        self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions, part: Part | None
+    ) -> PairDataset:
+        return read_pairs(op, sources, tokenizer, reading, part, self.name, PairDataset)
+
+    def prepare(
+        self,
+        lm: LanguageModel,
+        batches: list[TokenBatches],
+        directory: files.Directory,
+        say: Callable[[str], None],
+    ) -> None:
+        self._reference = reference.computed(lm, batches, lambda x, y: [x], directory, say)
+
+    def loss(self, micro_tokens: int | None) -> DpoLoss:
+        options = self.options
+        formula = Dpo(options.loss_type or "sigmoid", options.beta, options.label_smoothing)
+        return DpoLoss(formula, self._reference, micro_tokens)
+
+
+class OrpoObjective(Objective):
+    """Odds ratio preference optimisation: learns the chosen answers and compares, without a reference."""
+
+    name = "orpo"
+
+    def read(
+        self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions, part: Part | None
+    ) -> PairDataset:
+        return read_pairs(op, sources, tokenizer, reading, part, self.name, LearnedPairs)
+
+    def loss(self, micro_tokens: int | None) -> OrpoLoss:
+        return OrpoLoss(self.options.beta, micro_tokens)

@@ -1,0 +1,115 @@
+"""The formulas of preference losses, with their derivatives, on float64 arrays.
+
+A log-ratio is log p(answer) - log p_ref(answer): how much likelier an answer became under the adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+# A token of probability 1 has odds that are infinite. ORPO counts larger mean log-probabilities as this.
+_ALMOST_CERTAIN = -1e-7
+
+
+def log_sigmoid(x: Array) -> Array:
+    return np.asarray(-np.logaddexp(0.0, -x))
+
+
+def sigmoid(x: Array) -> Array:
+    return np.exp(log_sigmoid(x))
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """Direct preference optimisation, and losses like it.
+
+    sigmoid: Rafailov et al. 2023, eq. 7; with label smoothing the conservative DPO of Mitchell 2023.
+    robust: Chowdhury et al. 2024. hinge: Zhao et al. 2023 (SLiC). ipo: Azar et al. 2023, eq. 17.
+    sigmoid_norm: the log-ratios divided by the numbers of tokens.
+    """
+
+    loss_type: str
+    beta: float
+    label_smoothing: float = 0.0
+
+    def __call__(self, ratios: Array, counts: Array) -> tuple[Array, Array]:
+        """The loss of each pair (n,), and its derivative with respect to the log-ratios (n, 2).
+
+        Args:
+            ratios: log-ratios (n, 2) of the chosen and the rejected answers.
+            counts: the tokens (n, 2) of these answers.
+        """
+        per_token = self.loss_type in ("ipo", "sigmoid_norm")
+        scale = 1 / np.maximum(counts, 1) if per_token else np.ones_like(ratios)
+        scores = ratios * scale
+        values, slopes = self._of_margin(scores[:, 0] - scores[:, 1])
+        return values, slopes[:, None] * scale * [1.0, -1.0]
+
+    def _of_margin(self, margin: Array) -> tuple[Array, Array]:
+        """The loss and its derivative, as functions of how much better the chosen answer scores."""
+        beta, smoothing = self.beta, self.label_smoothing
+        x = beta * margin
+        if self.loss_type == "ipo":
+            off = margin - 1 / (2 * beta)
+            return off**2, 2 * off
+        if self.loss_type == "hinge":
+            return np.maximum(0.0, 1 - x), np.where(x < 1, -beta, 0.0)
+        right, wrong = -log_sigmoid(x), -log_sigmoid(-x)
+        dright, dwrong = -beta * sigmoid(-x), beta * sigmoid(x)
+        if self.loss_type == "robust":
+            share = 1 - 2 * smoothing
+            return (
+                ((1 - smoothing) * right - smoothing * wrong) / share,
+                ((1 - smoothing) * dright - smoothing * dwrong) / share,
+            )
+        return (1 - smoothing) * right + smoothing * wrong, (1 - smoothing) * dright + smoothing * dwrong
+
+
+def odds_ratio(means: Array, beta: float) -> tuple[Array, Array]:
+    """ORPO's penalty of each pair (n,), and its derivative with respect to `means` (Hong et al. 2024, eq. 7).
+
+    Args:
+        means: mean log-probabilities (n, 2) of the tokens of the chosen and the rejected answers.
+    """
+    bounded = np.minimum(means, _ALMOST_CERTAIN)
+    log_odds = bounded - np.log(-np.expm1(bounded))
+    dlog_odds = np.where(means < _ALMOST_CERTAIN, -1 / np.expm1(bounded), 0.0)
+    x = log_odds[:, 0] - log_odds[:, 1]
+    return -beta * log_sigmoid(x), -beta * sigmoid(-x)[:, None] * dlog_odds * [1.0, -1.0]
+
+
+@dataclass(frozen=True)
+class Kto:
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, eq. 7 and 8), and apo_zero_unpaired without KL.
+
+    Attributes:
+        desirable, undesirable: the weights of good and of bad answers.
+    """
+
+    loss_type: str
+    beta: float
+    desirable: float = 1.0
+    undesirable: float = 1.0
+
+    @property
+    def uses_kl(self) -> bool:
+        return self.loss_type == "kto"
+
+    def __call__(self, ratios: Array, good: Array, kl: float) -> tuple[Array, Array]:
+        """The loss of each answer (n,), and its derivative with respect to the log-ratios (n,).
+
+        Args:
+            ratios: log-ratios (n,) of the answers.
+            good: whether each answer is good (n,).
+            kl: the estimated KL divergence, which counts as a constant.
+        """
+        sign = np.where(good, 1.0, -1.0)
+        weight = np.where(good, self.desirable, self.undesirable)
+        value = sigmoid(sign * self.beta * (ratios - kl))
+        return weight * (1 - value), -weight * sign * self.beta * value * (1 - value)

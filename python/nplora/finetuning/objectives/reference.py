@@ -1,0 +1,211 @@
+"""Reference: the log-probabilities of the model without its adapter, computed once and kept in a file.
+
+The file holds one number for each sequence. It is used only if it is of the same weights, arithmetic and
+instruction set, and if its SHA-256 shows that it is whole. Everything else is computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _core
+from nplora.finetuning.data import EVALUATION_TOKENS, TokenBatches
+from nplora.formats import files, safetensors
+from nplora.formats.errors import FormatError, counted
+from nplora.formats.run_files import REFERENCE, REFERENCE_MARK
+from nplora.lm import LanguageModel
+from nplora.models.packing import IGNORED, PackedBatch
+from nplora.nn.losses import NonFiniteLossError
+from nplora.runtime.user_warning import warn_user
+from nplora.trainer.fingerprint import base_fingerprint
+
+Array = npt.NDArray[Any]
+
+_SCHEMA = "1"
+_EVERY = 10.0  # seconds between two lines of progress
+
+
+class Reference:
+    """The log-probability of each sequence under the reference: the sum over its targets.
+
+    Sequences are known by a digest of their tokens and targets, so that the order of the data is free.
+    """
+
+    def __init__(self, found: dict[int, float] | None = None) -> None:
+        found = found or {}
+        self._keys = np.array(sorted(found), np.uint64)
+        self._values = np.array([found[int(key)] for key in self._keys], np.float64)
+
+    def of(self, batch: PackedBatch) -> Array:
+        """The log-probability of each sequence of a batch, float64."""
+        return np.asarray(self._values[np.searchsorted(self._keys, sequence_keys(batch))])
+
+
+def sequence_keys(batch: PackedBatch) -> Array:
+    """A digest of the tokens and targets of each sequence, uint64."""
+    spans = itertools.pairwise(batch.starts.tolist())
+    keys = [_key(batch.ids[begin:end].tobytes() + batch.targets[begin:end].tobytes()) for begin, end in spans]
+    return np.array(keys, np.uint64)
+
+
+def _key(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def by_sequence(batch: PackedBatch) -> Array:
+    """For each target of a batch, the number of its sequence."""
+    numbers = np.repeat(np.arange(len(batch.starts) - 1), np.diff(batch.starts))
+    return np.asarray(numbers[batch.targets != IGNORED])
+
+
+def sums(batch: PackedBatch, log_probs: Array) -> Array:
+    """The sum of the log-probabilities of each sequence."""
+    return np.bincount(by_sequence(batch), log_probs, len(batch.starts) - 1)
+
+
+def computed(
+    lm: LanguageModel,
+    batches: list[TokenBatches],
+    sequences_of: Callable[[PackedBatch, Any], Iterable[PackedBatch]],
+    directory: files.Directory,
+    say: Callable[[str], None],
+) -> Reference:
+    """The reference for all sequences of the data: read from the directory, or computed and written there.
+
+    Args:
+        lm: the model without the adapter.
+        batches: the training data, and the validation data, if there are any.
+        sequences_of: the sequences of a batch whose log-probabilities are needed.
+    Raises:
+        NonFiniteLossError: a log-probability is NaN or infinite.
+    Warns:
+        UserWarning: the file cannot be written. The run can continue without it.
+    """
+    model = _identity(lm)
+    kept, problem = _read(directory, model)
+    if problem:
+        say(f"{Path(directory, REFERENCE)}: {problem}; the reference is computed again")
+    found, new = dict[int, float](), False
+    counts = sum(len(source.dataset) for source in batches)
+    progress = _Progress(counts, say)
+    is_whole = False
+    try:
+        for source in batches:
+            for x, y in source.epoch(0):
+                for part in _parts(sequences_of(x, y)):
+                    keys = sequence_keys(part).tolist()
+                    # A part is computed as a whole, so that its bits do not depend on what the file has.
+                    if not all(key in kept for key in keys):
+                        progress.begin()
+                        kept |= zip(keys, _log_probs(lm, part).tolist(), strict=True)
+                        new = True
+                    found |= ((key, kept[key]) for key in keys)
+                progress.add(len(x.starts) - 1, source.dataset)
+        is_whole = True
+    finally:  # after Ctrl-C, too: the next start continues there
+        if new:
+            _write(directory, model, found if is_whole else kept)
+    return Reference(found)
+
+
+def drop(directory: files.Directory) -> None:
+    """Remove the file, which belongs to an earlier run with another objective."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(REFERENCE, dir_fd=directory.fd)
+
+
+def _parts(sequences: Iterable[PackedBatch]) -> Iterable[PackedBatch]:
+    for batch in sequences:
+        yield from batch.pieces(EVALUATION_TOKENS)
+
+
+def _log_probs(lm: LanguageModel, part: PackedBatch) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = sums(part, lm.log_probs(part))
+    if not np.isfinite(values).all():
+        bad = values[~np.isfinite(values)][0]
+        raise NonFiniteLossError(
+            f"finetune: without an adapter, the model gives an answer the log-probability {bad}, expected a "
+            "finite number"
+        )
+    return values
+
+
+class _Progress:
+    """Prints how far the reference is, if it takes longer than a moment."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self._total, self._say = total, say
+        self._done, self._last = 0.0, 0.0
+
+    def begin(self) -> None:
+        if not self._last:
+            self._last = time.monotonic()
+            self._say("computing the log-probabilities of the reference, the model without its adapter")
+
+    def add(self, sequences: int, dataset: Any) -> None:
+        self._done += sequences / dataset.sequences
+        if self._last and time.monotonic() - self._last >= _EVERY:
+            self._last = time.monotonic()
+            self._say(f"reference: {self._done / self._total:.0%} of the data")
+
+
+# ---- the file ----
+
+
+def _identity(lm: LanguageModel) -> str:
+    """What the log-probabilities depend on besides the tokens."""
+    config = _core.config()
+    parts = base_fingerprint(lm), lm.compute, str(config["isa"]), str(config["version"])
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str]:
+    """The content of the file, and what is wrong with the file. Without a file, both are empty."""
+    path = Path(directory, REFERENCE)
+    if not os.path.lexists(path):
+        return {}, ""
+    try:
+        with safetensors.reading(path, follow_links=False) as content:
+            metadata = content.metadata
+            if metadata.get(REFERENCE_MARK) != _SCHEMA or metadata.get("model") != model:
+                return {}, "it is of another model or arithmetic"
+            keys, values = (content[name].numpy() for name in ("keys", "values"))
+            if metadata.get("sha256") != _digest(keys, values):
+                return {}, "it is damaged"
+    except (FormatError, OSError, KeyError) as error:
+        return {}, f"it is damaged ({error})"
+    if len(keys) != len(values) or not np.isfinite(values).all():
+        return {}, "it is damaged"
+    return dict(zip(keys.tolist(), values.tolist(), strict=True)), ""
+
+
+def _write(directory: files.Directory, model: str, found: dict[int, float]) -> None:
+    """Write the file. If the disk is full, warn: the first checkpoint of the run will find that out."""
+    keys, values = np.array(list(found), np.uint64), np.array(list(found.values()), np.float64)
+    metadata = {REFERENCE_MARK: _SCHEMA, "model": model, "sha256": _digest(keys, values)}
+    path = Path(directory, REFERENCE)
+    try:
+        new = safetensors.new_file(path, {"keys": keys, "values": values}, metadata)
+        files.replace([new], directory)
+    except OSError as error:
+        size = counted(len(found), "log-probability").replace("ys", "ies")
+        warn_user(
+            f"finetune: {size} of the reference could not be saved ({error}); a resumed run computes "
+            "them again"
+        )
+
+
+def _digest(keys: Array, values: Array) -> str:
+    parts = f"{keys.dtype} {keys.shape} {values.dtype} {values.shape}\n".encode()
+    return hashlib.sha256(parts + keys.tobytes() + values.tobytes()).hexdigest()

@@ -1,0 +1,16 @@
+"""Teachers: models, or stored log-probabilities of one, that a student learns to imitate."""
+
+from nplora.finetuning.teachers.model_teacher import ModelTeacher, model_digest
+from nplora.finetuning.teachers.stored import StoredTeacher, is_stored
+from nplora.finetuning.teachers.teacher import RowsOf, Teacher
+from nplora.finetuning.teachers.vocabulary import require_same_vocabulary
+
+__all__ = [
+    "ModelTeacher",
+    "RowsOf",
+    "StoredTeacher",
+    "Teacher",
+    "is_stored",
+    "model_digest",
+    "require_same_vocabulary",
+]

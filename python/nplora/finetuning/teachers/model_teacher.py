@@ -1,0 +1,71 @@
+"""ModelTeacher: a model that runs beside the student."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.finetuning.data.stored import Examples
+from nplora.finetuning.teachers.teacher import RowsOf
+from nplora.finetuning.teachers.vocabulary import require_same_vocabulary
+from nplora.formats import model_directory
+from nplora.formats.errors import FormatError
+from nplora.lm import LanguageModel
+from nplora.models.packing import PackedBatch
+from nplora.nn.module import quiet
+from nplora.trainer.fingerprint import base_fingerprint, factors
+
+Array = npt.NDArray[Any]
+
+
+class ModelTeacher:
+    """A model as a teacher. Its head computes the logits of a few rows at a time."""
+
+    top_k = 0
+    temperature: float | None = None
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.model: LanguageModel | None = lm
+        self._lm = lm
+        self.name = str(lm.source)
+
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(path) for path in model_directory.files_of(self._lm.config.source)]
+
+    def require_student(self, op: str, student: LanguageModel) -> None:
+        theirs, ours = self._lm.tokenizer.tokens(), student.tokenizer.tokens()
+        require_same_vocabulary(op, self.name, theirs, str(student.source), ours)
+
+    def require_data(self, op: str, dataset: Examples) -> None:
+        size = self._lm.config.vocab_size
+        if dataset.largest_id >= size:
+            raise FormatError(
+                f"{op}: {dataset.report.source} has token {dataset.largest_id}, but the vocabulary of the "
+                f"teacher {self.name} ends with {size - 1}"
+            )
+
+    def of(self, batch: PackedBatch) -> RowsOf:
+        hidden = self._lm.hidden_states(batch)
+        return lambda rows: self._lm.logits_of(hidden[rows])
+
+    def digest(self) -> str:
+        return model_digest(self._lm)
+
+    def blame(self, batch: PackedBatch) -> str:
+        with quiet():
+            found = np.isfinite(self._lm.hidden_states(batch)).all()
+        return "" if found else f"the outputs of the teacher {self.name} are not finite"
+
+
+def model_digest(lm: LanguageModel) -> str:
+    """A hash of the model's weights, of its adapter and of its arithmetic."""
+    digest = hashlib.sha256(f"{lm.compute} {base_fingerprint(lm)}".encode())
+    for name, array in factors(lm).items():
+        digest.update(f"\n{name} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

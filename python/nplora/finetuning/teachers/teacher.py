@@ -1,0 +1,54 @@
+"""Teacher: what a distillation asks of a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy.typing as npt
+
+from nplora.finetuning.data.stored import Examples
+from nplora.lm import LanguageModel
+from nplora.models import divergence
+from nplora.models.packing import PackedBatch
+
+Array = npt.NDArray[Any]
+RowsOf: TypeAlias = Callable[[Array], divergence.Teacher]
+
+
+class Teacher(Protocol):
+    """A source of next-token distributions.
+
+    Attributes:
+        name: the file or directory, for messages.
+        model: the model that runs beside the student; None if the distributions are stored.
+        top_k: the number of stored tokens in each distribution; 0 for a model.
+        temperature: the temperature of the distributions; None: any, as they are computed from logits.
+        paths: the files that are read.
+    """
+
+    name: str
+    model: LanguageModel | None
+    top_k: int
+
+    @property
+    def temperature(self) -> float | None: ...
+
+    @property
+    def paths(self) -> list[Path]: ...
+
+    def require_student(self, op: str, student: LanguageModel) -> None:
+        """Raise FormatError if the student has another vocabulary."""
+
+    def require_data(self, op: str, dataset: Examples) -> None:
+        """Raise FormatError if the teacher cannot teach these examples."""
+
+    def of(self, batch: PackedBatch) -> RowsOf:
+        """Prepare a batch. The result gives the distributions at some positions that have a target."""
+
+    def digest(self) -> str:
+        """A hash that identifies the teacher's distributions."""
+
+    def blame(self, batch: PackedBatch) -> str:
+        """If the teacher's numbers for a batch are not finite, a sentence about it; else an empty text."""

@@ -1,0 +1,239 @@
+"""The Kullback-Leibler divergence between a teacher's and a student's next-token distributions.
+
+p is the teacher's distribution and q the student's, both softmax(logits / T) at temperature T.
+
+    forward  KL(p || q) = Σ p log(p / q)     dL/dz_j = q_j - p_j
+    reverse  KL(q || p) = Σ q log(q / p)     dL/dz_j = q_j (log(q_j / p_j) - KL)      z = student's logits / T
+
+A loss multiplies the divergence by T², so that its gradients keep their size at any temperature (Hinton et
+al. 2015, arXiv:1503.02531, section 2).
+
+A teacher is given by all of its logits, or by its k most likely tokens. Then the other tokens form one class,
+"the rest", of probability p_r = 1 - Σ p_i and q_r = 1 - Σ q_i. The divergence of these k + 1 classes is a
+lower bound of the full divergence, and equal to it for k = the size of the vocabulary. Its gradient on a
+token j of the rest is q_j (1 - p_r / q_r) forward, and q_j (log(q_r / p_r) - KL) reverse. Without this class,
+the student would be pulled towards the teacher's k tokens alone, a distribution that is too sharp (Anshumann
+et al. 2025, arXiv:2503.16870). TRL computes the same (`loss_add_tail` of its server distillation).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _core
+
+Array = npt.NDArray[Any]
+
+DIVERGENCES = ("forward", "reverse")
+_TINY = 1e-30  # the least probability of the rest, which float32 may round to 0
+_NEVER = np.float32(-1e30)  # the logit of a token that is left out; finite, as the kernels expect
+_GROUP = 32  # tokens whose largest logit stands for them all in the search for the largest
+BLOCK_BYTES = 1 << 21  # logits that NumPy works on at once, few enough to stay in the cache
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher's most likely tokens.
+
+    Attributes:
+        ids: integers (n, k), the tokens, each at most once in a row.
+        log_probs: float64 (n, k + 1), their log-probabilities, and that of all other tokens together. The
+            probabilities of a row sum to 1. The last column is -inf if there are no other tokens.
+    """
+
+    ids: Array
+    log_probs: Array
+
+    def __getitem__(self, rows: Any) -> TopK:
+        return TopK(self.ids[rows], self.log_probs[rows])
+
+
+def most_likely(logits: Array, k: int, temperature: float = 1.0) -> TopK:
+    """The k most likely tokens of each row of logits, the most likely first; of equal ones, the first.
+
+    Args:
+        logits: float32 (n, vocabulary), finite; overwritten.
+        k: at most the size of the vocabulary.
+    """
+    n, vocab = logits.shape
+    if temperature != 1:
+        logits *= np.float32(1 / temperature)
+    rows, ids = np.arange(n)[:, None], _largest(logits, k)
+    top = logits[rows, ids].astype(np.float64)
+    total = top[:, 0] + _losses(logits, ids[:, 0])
+    rest = np.full(n, -np.inf)
+    if k < vocab:
+        logits[rows, ids] = _NEVER
+        others = np.ones((n, k + 1), bool)
+        chosen = ids <= k
+        others[np.nonzero(chosen)[0], ids[chosen]] = False
+        first = others.argmax(axis=1)  # a token of the rest: k + 1 tokens cannot all be among the k
+        rest = logits[np.arange(n), first] + _losses(logits, first)
+    return TopK(ids, np.column_stack([top, rest]) - total[:, None])
+
+
+def _losses(logits: Array, targets: Array) -> Array:
+    """log Σ exp(logits) - logits[target], float64 (n,)."""
+    losses = np.empty(len(logits))
+    _core.cross_entropy(logits, targets.astype(np.int64), 1.0, losses, False)
+    return losses
+
+
+def _largest(values: Array, k: int) -> Array:
+    """The positions (n, k) of the k largest values of each row, the largest first.
+
+    The k-th largest of the maxima of groups is a bound that at least k values reach. So only the few values
+    above the bound are sorted, which is several times faster than a partition of the whole row.
+    """
+    n, size = values.shape
+    groups = size // _GROUP
+    if groups < 2 * k:
+        return np.argsort(-values, axis=1, kind="stable")[:, :k]
+    maxima = values[:, : groups * _GROUP].reshape(n, _GROUP, groups).max(axis=1)
+    bounds = np.partition(maxima, groups - k, axis=1)[:, groups - k]
+    rows, columns = np.nonzero(values >= bounds[:, None])
+    order = np.lexsort((columns, -values[rows, columns], rows))
+    begins = np.searchsorted(rows, np.arange(n))
+    return np.asarray(columns[order[begins[:, None] + np.arange(k)]])
+
+
+Teacher: TypeAlias = TopK | Array  # an array holds logits (n, vocabulary), which are overwritten
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A loss: ratio · T² · KL + (1 - ratio) · cross-entropy.
+
+    Attributes:
+        kl: "forward" or "reverse".
+        temperature: T.
+        ratio: the share of the divergence, from 0 to 1.
+    """
+
+    kl: str = "forward"
+    temperature: float = 1.0
+    ratio: float = 1.0
+
+    def __call__(
+        self, logits: Array, targets: Array, teacher: Teacher, factor: float, gradient: bool
+    ) -> tuple[Array, Array, Array | None]:
+        """The losses of some rows; their divergences, without T²; and their cross-entropies.
+
+        Args:
+            logits: float32 (n, vocabulary), the student's logits; overwritten. With `gradient`, they become
+                `factor` times the gradient.
+            targets: integers (n,), the labels.
+            teacher: for the same rows.
+        Returns:
+            three float64 arrays (n,). With `gradient` and ratio = 1, there are no cross-entropies.
+        """
+        n, vocab = logits.shape
+        kls, hard = np.empty(n), None if gradient and self.ratio == 1 else np.empty(n)
+        rows = max(1, BLOCK_BYTES // (4 * vocab))
+        for begin in range(0, n, rows):
+            block = slice(begin, begin + rows)
+            label_losses = None if hard is None else hard[block]
+            kls[block] = self._block(
+                logits[block], targets[block], teacher[block], factor, gradient, label_losses
+            )
+        losses = self.ratio * self.temperature**2 * kls
+        if hard is not None and self.ratio < 1:
+            losses += (1 - self.ratio) * hard
+        return losses, kls, hard
+
+    def _block(
+        self, z: Array, targets: Array, teacher: Teacher, factor: float, gradient: bool, hard: Array | None
+    ) -> Array:
+        """The divergences of a few rows. `hard` gets their cross-entropies."""
+        of_labels = None
+        if hard is not None:
+            of_labels = z.copy() if gradient else z
+            _core.cross_entropy(of_labels, targets, factor * (1 - self.ratio), hard, gradient)
+        if self.temperature != 1:
+            z *= np.float32(1 / self.temperature)
+        slope = factor * self.ratio * self.temperature  # T² / T: z is the logits divided by T
+        if isinstance(teacher, TopK):
+            kls = _sparse(self.kl, z, teacher, slope, gradient)
+        else:
+            if self.temperature != 1:
+                teacher *= np.float32(1 / self.temperature)
+            kls = _common(self.kl, z, teacher, slope, gradient)
+        if gradient and of_labels is not None:
+            z += of_labels
+        return kls
+
+
+def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
+    """The divergences on the tokens that both vocabularies have. The gradient on the others is 0.
+
+    One vocabulary may be longer than the other, by rows that pad a weight to a round size.
+    """
+    common = min(z.shape[1], t.shape[1])
+    if z.shape[1] == t.shape[1]:
+        return _dense(kl, z, t, factor, gradient)
+    ours = np.ascontiguousarray(z[:, :common])
+    kls = _dense(kl, ours, np.ascontiguousarray(t[:, :common]), factor, gradient)
+    if gradient:
+        z[:, :common], z[:, common:] = ours, 0
+    return kls
+
+
+def _dense(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
+    """The divergences (n,), given all logits of the teacher (t) and of the student (z). Overwrites both."""
+    log_ratio = t - z
+    log_ratio -= (_softmax(t) - _softmax(z))[:, None].astype(np.float32)  # log(p / q); t is p, and z is q
+    if kl == "forward":
+        kls = np.einsum("ij,ij->i", t, log_ratio).astype(np.float64)
+        if gradient:
+            z -= t
+            z *= np.float32(factor)
+        return np.asarray(kls)
+    kls = -np.einsum("ij,ij->i", z, log_ratio).astype(np.float64)
+    if gradient:
+        log_ratio += kls[:, None].astype(np.float32)
+        z *= log_ratio
+        z *= np.float32(-factor)
+    return np.asarray(kls)
+
+
+def _softmax(z: Array) -> Array:
+    """Replace logits (n, vocabulary) by their softmax. Return log Σ exp(z), float64 (n,)."""
+    first, losses = z[:, 0].astype(np.float64), np.empty(len(z))
+    _core.cross_entropy(z, np.zeros(len(z), np.int64), 1.0, losses, True)
+    z[:, 0] = np.exp(-losses)  # the core has subtracted 1 there
+    return losses + first
+
+
+def _sparse(kl: str, z: Array, teacher: TopK, factor: float, gradient: bool) -> Array:
+    """The divergences (n,), given the teacher's most likely tokens. The student's logits are overwritten."""
+    ids, k = teacher.ids, teacher.ids.shape[1]
+    rows, has_rest = np.arange(len(z))[:, None], bool(np.isfinite(teacher.log_probs[:, -1]).all())
+    log_p = teacher.log_probs if has_rest else teacher.log_probs[:, :-1]
+    top, losses = z[rows, ids].astype(np.float64), np.empty(len(z))
+    _core.cross_entropy(z, ids[:, 0].astype(np.int64), 1.0, losses, True)
+    z[rows, ids] = 0  # z is q on the rest
+    log_q = top - (losses + top[:, 0])[:, None]
+    if has_rest:
+        rest = np.maximum(z.sum(axis=1, dtype=np.float32), _TINY)  # 1 - Σ q_i would cancel
+        log_q = np.column_stack([log_q, np.log(rest, dtype=np.float64)])
+    else:  # the student may have more tokens, which only pad its vocabulary
+        log_q -= np.log(np.exp(log_q).sum(axis=1, keepdims=True))
+    log_ratio, on_rest = log_p - log_q, np.zeros(len(z))
+    if kl == "forward":
+        kls = (np.exp(log_p) * log_ratio).sum(axis=1)
+        slopes = np.exp(log_q) - np.exp(log_p)
+        if has_rest:
+            on_rest = -np.expm1(log_ratio[:, -1])
+    else:
+        kls = -(np.exp(log_q) * log_ratio).sum(axis=1)
+        slopes = -np.exp(log_q) * (log_ratio + kls[:, None])
+        if has_rest:
+            on_rest = -log_ratio[:, -1] - kls
+    if gradient:
+        z *= (factor * on_rest).astype(np.float32)[:, None]
+        z[rows, ids] = factor * slopes[:, :k]
+    return np.asarray(kls)

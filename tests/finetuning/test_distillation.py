@@ -1,0 +1,480 @@
+"""Distillation: teachers that run beside the student, stored ones, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora import cli
+from nplora.adapters import merge_adapter, save_adapter
+from nplora.finetuning import finetune, plan, teach
+from nplora.finetuning.data import read_dataset
+from nplora.finetuning.objectives.distill import DistillLoss
+from nplora.finetuning.teachers import ModelTeacher, StoredTeacher
+from nplora.formats import gguf, safetensors
+from nplora.formats.errors import CorruptError, FormatError
+from nplora.lm import LanguageModel, load_model
+from nplora.models.divergence import Distillation
+from nplora.models.packing import IGNORED, pack
+from nplora.nn.losses import NonFiniteLossError
+from small_llama import save_small_llama
+
+pytest.importorskip("tokenizers")
+
+Array = np.ndarray[Any, Any]
+QUICK: dict[str, Any] = {"rank": 2, "lr": 1e-2, "batch_examples": 4, "progress": False}
+DISTILL: dict[str, Any] = {"objective": "distill", **QUICK}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_llama(tmp_path_factory.mktemp("model") / "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def teacher(model: Path) -> Path:
+    """The same model with other weights."""
+    lm, path = load_model(model), model.parent / "teacher.gguf"
+    lm.add_lora(rank=8, init="gaussian")
+    for layer in lm.adapter_layers().values():
+        layer.A[...] *= 20  # type: ignore[attr-defined]
+    save_adapter(lm, model.parent / "adapter")
+    merge_adapter(model, model.parent / "adapter", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(24)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def taught(model: Path, teacher: Path, data: Path) -> Path:
+    path = model.parent / "taught.safetensors"
+    teach(teacher, data, path, top_k=8)
+    return path
+
+
+def other_tokens(path: Path, id_: int = 40, token: str = "other", **options: Any) -> Path:
+    """A model whose token `id_` is another one."""
+    save_small_llama(path, **options)
+    tokens = list(gguf.open(path).metadata.strings("tokenizer.ggml.tokens"))
+    tokens[id_] = token
+    return save_small_llama(path, changes={"tokenizer.ggml.tokens": tokens}, **options)
+
+
+def adapter_of(output: Path) -> dict[str, Array]:
+    file = safetensors.open(output / "adapter_model.safetensors")
+    return {name: file[name].numpy().copy() for name in file}
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_divergence_falls(
+    model: Path, teacher: Path, taught: Path, data: Path, tmp_path: Path, kl: str, stored: bool
+) -> None:
+    given = taught if stored else teacher
+    report = finetune(
+        model, data, tmp_path / "out", valid=data, teacher=given, kl=kl, kd_ratio=1.0, epochs=6, **DISTILL
+    )
+    assert report.loss_before is not None
+    assert report.loss_after is not None
+    assert report.loss_after < 0.7 * report.loss_before
+    assert report.metrics_before["kl"] == pytest.approx(report.loss_before)
+    assert report.metrics_after["kl"] == pytest.approx(report.loss_after)
+    assert "KL" in str(report)
+
+
+@pytest.mark.parametrize(("kl", "temperature"), [("forward", 1.0), ("reverse", 2.0)])
+def test_all_tokens_stored_teach_as_the_model_itself(
+    model: Path, teacher: Path, data: Path, tmp_path: Path, kl: str, temperature: float
+) -> None:
+    path = tmp_path / "all.safetensors"
+    vocab = load_model(model).config.vocab_size
+    teach(teacher, data, path, top_k=vocab, temperature=temperature, dtype="float32")
+    losses = []
+    for name, given in (("stored", path), ("model", teacher)):
+        report = finetune(
+            model, data, tmp_path / name, teacher=given, kl=kl, temperature=temperature, epochs=2, **DISTILL
+        )
+        losses.append(report.history.loss)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*total_steps was 2, is 5")
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_run_resumes_to_the_bit(
+    model: Path, teacher: Path, taught: Path, data: Path, tmp_path: Path, stored: bool
+) -> None:
+    options = DISTILL | {
+        "teacher": taught if stored else teacher, "accumulate": 2, "dropout": 0.1, "recompute": True,
+        "layers": "last:1", "keep_prefix": "disk", "batch_tokens": 40, "batch_examples": None,
+        "save_every": 1, "schedule": "constant",
+    }  # fmt: skip
+    finetune(model, data, tmp_path / "whole", steps=5, **options)
+    finetune(model, data, tmp_path / "parts", steps=2, **options)
+    report = finetune(model, data, tmp_path / "parts", steps=5, resume=True, **options)
+    assert len(report.history.steps) == 5
+    whole, parts = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "parts")
+    for name, array in whole.items():
+        np.testing.assert_array_equal(parts[name], array)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [({"kl": "reverse"}, "kl was forward, is reverse"), ({"kd_ratio": 0.9}, "kd_ratio was 0.5, is 0.9")],
+)
+def test_a_run_does_not_resume_with_another_divergence(
+    model: Path, taught: Path, data: Path, tmp_path: Path, changed: dict[str, Any], words: str
+) -> None:
+    finetune(model, data, tmp_path / "out", teacher=taught, steps=1, **DISTILL)
+    with pytest.raises(ValueError, match=words):
+        finetune(model, data, tmp_path / "out", teacher=taught, steps=2, resume=True, **DISTILL | changed)
+
+
+def test_a_run_does_not_resume_with_another_teacher(
+    model: Path, teacher: Path, taught: Path, data: Path, tmp_path: Path
+) -> None:
+    finetune(model, data, tmp_path / "out", teacher=taught, steps=1, **DISTILL)
+    with pytest.raises(ValueError, match="teacher was"):
+        finetune(model, data, tmp_path / "out", teacher=teacher, steps=2, resume=True, **DISTILL)
+
+
+def test_micro_batches_and_plans_within_a_budget_train_alike(
+    model: Path, teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    lm = load_model(model)
+    lm.add_lora(rank=2)
+    batch = pack(read_dataset(data, lm.tokenizer))
+    of_model = ModelTeacher(load_model(teacher))
+    losses = [DistillLoss(Distillation(ratio=0.5), of_model, cut) for cut in (None, 20)]
+    found = []
+    for loss in losses:
+        lm.zero_grad()
+        found.append((loss.forward_backward(lm, batch, None, 0.1), [p.grad.copy() for p in lm.parameters()]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for whole, cut in zip(found[0][1], found[1][1], strict=True):
+        np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-5 * abs(whole).max())
+
+
+def test_a_plan_counts_the_teacher(model: Path, teacher: Path, taught: Path, data: Path) -> None:
+    alone = plan(model, data).memory
+    for given in (teacher, taught):
+        with_teacher = plan(model, data, objective="distill", teacher=given).memory
+        assert with_teacher.work > alone.work
+
+
+def test_a_teacher_may_be_a_model_in_memory_with_an_adapter(
+    model: Path, teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    lm = nplora.finetuning.load_with_adapter(model, model.parent / "adapter")
+    loaded = finetune(model, data, tmp_path / "loaded", teacher=lm, steps=2, **DISTILL)
+    merged = finetune(model, data, tmp_path / "merged", teacher=teacher, steps=2, **DISTILL)
+    np.testing.assert_allclose(loaded.history.loss, merged.history.loss, rtol=1e-4)
+    assert lm.adapter_layers()
+
+
+def test_stored_examples_may_be_divided_and_weighted_otherwise(
+    model: Path, taught: Path, data: Path, tmp_path: Path
+) -> None:
+    report = finetune(
+        model, [(data, 2.0)], tmp_path / "out", teacher=taught, valid_split=0.3, steps=2, **DISTILL
+    )
+    assert report.valid is not None
+
+
+# ---- what teach stores ----
+
+
+def test_the_file_holds_the_most_likely_tokens(model: Path, teacher: Path, data: Path, taught: Path) -> None:
+    lm, k = load_model(teacher), 8
+    dataset = read_dataset(data, lm.tokenizer)
+    file = safetensors.open(taught)
+    ids, stored, starts = (file[name].numpy() for name in ("ids", "log_probs", "starts"))
+    assert (ids.dtype, stored.dtype) == (np.int32, np.float16)
+    assert stored.shape == (dataset.report.learned, k + 1)
+    for (tokens, labels), begin, end in zip(dataset, starts[:-1], starts[1:], strict=True):
+        scores = lm.logits(tokens)[:-1][labels[1:] != IGNORED].astype(np.float64)
+        log_probs = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+        order = np.argsort(-log_probs, axis=1)[:, :k]
+        np.testing.assert_array_equal(ids[begin:end], order)
+        top = np.take_along_axis(log_probs, order, 1)
+        np.testing.assert_allclose(stored[begin:end, :k], top, rtol=1e-3)
+        np.testing.assert_allclose(
+            stored[begin:end, k], np.log(1 - np.exp(top).sum(axis=1)), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_equal_examples_are_stored_once_and_validation_data_too(
+    teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    valid = tmp_path / "valid.jsonl"
+    rows = data.read_text().splitlines(keepends=True)
+    valid.write_text("".join([rows[0], '{"prompt": "new", "completion": "row"}\n', rows[0]]))
+    found = teach(teacher, [(data, 3.0)], tmp_path / "t", valid=valid, top_k=2)
+    assert found.examples == 25
+    assert found.nbytes == (tmp_path / "t").stat().st_size
+
+
+def test_a_file_is_not_replaced_unless_asked(teacher: Path, data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        teach(teacher, data, path, top_k=2)
+    assert path.read_text() == "mine"
+    with pytest.raises(ValueError, match="is the data itself, which is never overwritten"):
+        teach(teacher, data, data, top_k=2, overwrite=True)
+    teach(teacher, data, path, top_k=2, overwrite=True)
+    assert StoredTeacher(path).top_k == 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_failure_leaves_nothing_behind(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    calls = []
+
+    def fail(lm: LanguageModel, hidden: Array) -> Array:
+        calls.append(len(hidden))
+        raise error
+
+    monkeypatch.setattr(LanguageModel, "logits_of", fail)
+    with pytest.raises(error):
+        teach(teacher, data, tmp_path / "t", top_k=2)
+    assert calls
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_whose_outputs_are_not_finite_is_an_error(
+    teacher: Path, model: Path, data: Path, tmp_path: Path
+) -> None:
+    lm = load_model(teacher)
+    lm.model.norm.weight[...] = np.inf
+    with pytest.raises(NonFiniteLossError, match=r"teach: the outputs of the teacher .* are not finite"):
+        teach(lm, data, tmp_path / "t", top_k=2)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- numbers that are not finite ----
+
+
+def test_a_teacher_that_diverges_is_blamed(model: Path, teacher: Path, data: Path, tmp_path: Path) -> None:
+    lm = load_model(teacher)
+    lm.model.layers[1].input_layernorm.weight[...] = np.nan  # type: ignore[attr-defined]
+    with pytest.raises(NonFiniteLossError, match=r"the outputs of the teacher .* are not finite"):
+        finetune(model, data, tmp_path / "out", teacher=lm, steps=2, **DISTILL)
+
+
+def test_a_student_that_diverges_is_blamed(model: Path, taught: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLossError, match=r"output is not finite|gradient"):
+        finetune(model, data, tmp_path / "out", teacher=taught, steps=9, **DISTILL | {"lr": 1e30})
+
+
+# ---- what is refused ----
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(
+    model: Path, teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    other, stored = other_tokens(tmp_path / "other.gguf"), tmp_path / "t"
+    teach(other, data, stored, top_k=2)
+    for given in (other, stored):
+        with pytest.raises(FormatError) as caught:
+            finetune(model, data, tmp_path / "out", teacher=given, **DISTILL)
+        words = "another vocabulary than .*: token 40 is 'other', expected '.*' .1 of .* tokens differ."
+        assert caught.match(f"^finetune: the teacher .* has {words}$")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("padded", ["model", "teacher"])
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_a_vocabulary_may_be_padded(
+    model: Path, teacher: Path, data: Path, tmp_path: Path, padded: str, kl: str
+) -> None:
+    more = load_model(model).config.vocab_size + 7
+    longer, stored = save_small_llama(tmp_path / "longer.gguf", vocab=more), tmp_path / "t"
+    student, teaching = (longer, teacher) if padded == "model" else (model, longer)
+    teach(teaching, data, stored, top_k=more - 7)  # as many tokens as the tokenizer has
+    for name, given in (("stored", stored), ("model", teaching)):
+        report = finetune(student, data, tmp_path / name, teacher=given, kl=kl, steps=2, **DISTILL)
+        assert np.isfinite(report.history.loss).all()
+
+
+def test_log_probabilities_of_other_data_are_refused(
+    model: Path, taught: Path, data: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text() + '{"prompt": "a", "completion": "b"}\n')
+    for options, words in (
+        ({"data": other}, "of 1 of 25 examples"),
+        ({"data": data, "valid": other}, "other.jsonl: the teacher .* of 1 of 25 examples"),
+        ({"data": data, "learn": "all"}, r"of 24 of 24 examples: .* .max_length 1024, learn completion"),
+        ({"data": data, "max_length": 6}, "has no log-probabilities of 5 of 11 examples"),
+    ):
+        with pytest.raises(FormatError, match=words):
+            finetune(model, output=tmp_path / "out", teacher=taught, **options, **DISTILL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_temperature_than_the_stored_one_is_refused(
+    model: Path, taught: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"temperature is 2, but .* of temperature 1: nplora teach --temp"):
+        finetune(model, data, tmp_path / "out", teacher=taught, temperature=2.0, **DISTILL)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"objective": "distill"}, "objective 'distill' needs a teacher"),
+        ({"teacher": "t"}, "teacher is for objective 'distill', and the objective is 'sft'"),
+        ({"kl": "reverse"}, "kl is for objective 'distill'"),
+        (
+            {"objective": "distill", "teacher": "t", "kl": "both"},
+            "kl='both' is not available; possible: 'forward'",
+        ),
+        ({"objective": "distill", "teacher": "t", "kd_ratio": 0}, "kd_ratio is 0, expected above 0"),
+        ({"objective": "distill", "teacher": "t", "kd_ratio": 1.5}, "kd_ratio is 1.5"),
+        ({"objective": "distill", "teacher": "t", "temperature": -1}, "temperature is -1"),
+        ({"objective": "distill", "teacher": ""}, "teacher is an empty path"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    model: Path, data: Path, tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    for call in (lambda: plan(model, data, **options), lambda: finetune(model, data, tmp_path, **options)):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_the_model_does_not_teach_itself(model: Path, data: Path, tmp_path: Path) -> None:
+    lm = load_model(model)
+    with pytest.raises(ValueError, match="the teacher is the model itself"):
+        finetune(lm, data, tmp_path / "out", teacher=lm, **DISTILL)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"top_k": 0}, "teach: top_k is 0"), ({"top_k": 10**6}, "teach: top_k is 1000000, but the vocab"),
+        ({"temperature": 0}, "teach: temperature is 0"), ({"dtype": "int8"}, "teach: dtype='int8' is not"),
+        ({"compute": "int8"}, "teach: compute='int8' is not"),
+    ],
+)  # fmt: skip
+def test_teach_refuses_wrong_options(
+    teacher: Path, data: Path, tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        teach(teacher, data, tmp_path / "t", **options)
+
+
+def changed(name: str, value: Any) -> Callable[[dict[str, Any], dict[str, str]], None]:
+    def change(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+        if name in metadata:
+            metadata[name] = value
+        elif callable(value):
+            tensors[name] = value(tensors[name].copy())
+        else:
+            del tensors[name]
+
+    return change
+
+
+def put(place: Any, value: Any) -> Callable[[Array], Array]:
+    def change(array: Array) -> Array:
+        array[place] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (changed("nplora teacher", "9"), "is of version '9', expected 1"),
+        (changed("ids", None), "ids is missing"),
+        (changed("ids", lambda a: a.astype(np.int64)), r"ids is I64 .*, expected I32 with 2 axes"),
+        (changed("log_probs", lambda a: a[:, 1:]), "do not fit together"),
+        (changed("starts", put(1, 10**9)), "starts do not ascend"),
+        (changed("starts", put(-1, 7)), "starts do not ascend"),
+        (changed("token_ends", put(3, 2**40)), "token_ends do not ascend"),
+        (changed("temperature", "warm"), "temperature is 'warm', expected a number"),
+        (changed("temperature", "-1"), "temperature is '-1', expected a number"),
+        (changed("ids", put(slice(None), 9999)), "ids holds 9999 to 9999, expected tokens from 0"),
+        (changed("ids", put(slice(None), -1)), "ids holds -1 to -1"),
+        (changed("ids", np.zeros_like), "a token twice"),
+        (changed("log_probs", put(slice(None), np.nan)), "no log-probability"),
+        (changed("log_probs", put(slice(None), 3)), "no log-probability"),
+    ],
+)
+def test_a_damaged_file_is_refused(
+    model: Path,
+    taught: Path,
+    data: Path,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any], dict[str, str]], None],
+    words: str,
+) -> None:
+    file = safetensors.open(taught)
+    tensors, metadata = {name: file[name].numpy() for name in file}, dict(file.metadata)
+    change(tensors, metadata)
+    safetensors.save(tmp_path / "t", tensors, metadata)
+    with pytest.raises(FormatError, match=words):
+        finetune(model, data, tmp_path / "out", teacher=tmp_path / "t", steps=1, **DISTILL)
+
+
+def test_a_file_of_another_kind_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    safetensors.save(tmp_path / "t", {"w": np.eye(2, dtype=np.float32)})
+    with pytest.raises(FormatError, match="is neither a model nor made by nplora teach"):
+        finetune(model, data, tmp_path / "out", teacher=tmp_path / "t", **DISTILL)
+
+
+def test_a_file_that_changes_during_a_run_is_an_error(
+    model: Path, taught: Path, data: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "t"
+    shutil.copy(taught, path)
+    stored, lm = StoredTeacher(path), load_model(model)
+    batch = pack(read_dataset(data, lm.tokenizer))
+    stored.of(batch)
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(CorruptError, match="changed while it was in use"):
+        stored.of(batch)
+
+
+# ---- the command line ----
+
+
+def test_the_command_line_teaches_and_distils(
+    model: Path, teacher: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = str(tmp_path / "t"), str(tmp_path / "out")
+    words = [
+        "teach",
+        str(teacher),
+        "--data",
+        str(data),
+        "--output",
+        path,
+        "--top-k",
+        "4",
+        "--temperature",
+        "2",
+    ]
+    assert cli.main(words) == 0
+    assert "24 examples, 66 tokens, the 4 most likely of each" in capsys.readouterr().out
+    options = ["--objective", "distill", "--teacher", path, "--kd-ratio", "1", "--steps", "2"]
+    assert cli.main(["finetune", str(model), "--data", str(data), "--output", out, *options]) == 0
+    assert "KL" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from nplora import _check, _core
@@ -205,15 +205,23 @@ _KINDS = {"adapter": adapter_path, "columns": columns}  # by the `kind` in the m
 # ---- options that are the fields of a dataclass ----
 
 
-def add_options(parser: argparse.ArgumentParser, options: type, shown: str = "help") -> None:
+def add_options(
+    parser: argparse.ArgumentParser,
+    options: type,
+    shown: str = "help",
+    names: Container[str] | None = None,
+) -> None:
     """Add an option for every field of a dataclass. The field's metadata give its help and its group.
 
     Args:
         shown: a key of the metadata. An option whose field has False under this key is hidden in --help.
+        names: the fields that become options; None: all of them.
     """
     kinds = typing.get_type_hints(options)
     groups: dict[str | None, argparse._ActionsContainer] = {None: parser}
     for field in dataclasses.fields(options):
+        if names is not None and field.name not in names:
+            continue
         title = field.metadata.get("group")
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -264,7 +272,7 @@ def _option(name: str) -> str:
 
 def given_options(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
     """The fields of a dataclass that were given on the command line."""
-    found = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(options)}
+    found = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(options)}
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in found.items()

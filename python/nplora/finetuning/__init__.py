@@ -3,6 +3,7 @@
 from nplora.finetuning.attach import attach_adapter, load_with_adapter
 from nplora.finetuning.evaluation import Evaluation, MeanLoss, evaluate, evaluate_batches
 from nplora.finetuning.execution import plan
+from nplora.finetuning.merge_check import merge_adapter
 from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.options import EvaluateOptions, FinetuneOptions
 from nplora.finetuning.report import FinetuneReport, Sample
@@ -23,5 +24,6 @@ __all__ = [
     "evaluate_batches",
     "finetune",
     "load_with_adapter",
+    "merge_adapter",
     "plan",
 ]

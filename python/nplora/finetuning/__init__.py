@@ -9,6 +9,7 @@ from nplora.finetuning.options import EvaluateOptions, FinetuneOptions
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.run import finetune
 from nplora.finetuning.token_progress import TokenProgress
+from nplora.finetuning.tuning import Trial, TuneOptions, TuneReport, tune
 
 __all__ = [
     "EvaluateOptions",
@@ -19,6 +20,9 @@ __all__ = [
     "Sample",
     "TokenLoss",
     "TokenProgress",
+    "Trial",
+    "TuneOptions",
+    "TuneReport",
     "attach_adapter",
     "evaluate",
     "evaluate_batches",
@@ -26,4 +30,5 @@ __all__ = [
     "load_with_adapter",
     "merge_adapter",
     "plan",
+    "tune",
 ]

@@ -135,19 +135,20 @@ class Search:
         Returns:
             the number of the next rung.
         """
-        survivors = [trial.settings for trial in _finite(before)][:_SURVIVORS]
+        made, number, best = _finite(before)[:_SURVIVORS], 3, math.inf
         lengths = [count * self.epoch_steps for count in self.space.epochs] or [self.full]
-        best, number = math.inf, 3
-        for length in lengths if survivors else []:
-            decided = last_rung(self._left, self._pace, len(survivors), before[0].steps, length)
-            rung = self._rung(number, decided)
-            if not rung.count or (rung.steps < length and number > 3):
-                break
-            made = self._trials(number, survivors[: rung.count], rung.steps)
-            number += 1
-            if rung.steps < length or not _finite(made) or made[0].loss >= best:
-                break
-            best, survivors = made[0].loss, [trial.settings for trial in _finite(made)]
+        for length in lengths:
+            least = made[0].steps if made and length == lengths[0] else length
+            while made and least <= length:
+                rung = self._rung(number, last_rung(self._left, self._pace, len(made), least, length))
+                if not rung.count:
+                    return number
+                made = self._trials(number, [trial.settings for trial in made[: rung.count]], rung.steps)
+                made, number = _finite(made), number + 1
+                least = rung.steps if rung.steps < length else length + 1
+            if not made or made[0].loss >= best:
+                return number
+            best = made[0].loss
         return number
 
     def _neighbours(self, number: int) -> None:
@@ -177,26 +178,28 @@ class Search:
         return [rounded(math.sqrt(best * second))]
 
     def _with_combination(self, number: int, made: list[Trial]) -> list[Trial]:
-        """Put first the combination of all changes that helped, if there are several."""
+        """Put first the best learning rate with all changes that helped, unless that was tried."""
         start = self.space.settings(0.0)
-        base = next((t for t in made if all(t.settings[k] == v for k, v in start.items() if k != "lr")), None)
-        better = [] if base is None else [trial for trial in made if trial.loss < base.loss]
-        merged, changed = dict(made[0].settings), 0
-        for trial in reversed(better):
+        combined = dict(made[0].settings)
+        for trial in reversed(made):  # of two values of one option, the better one is taken last
             change = {k: v for k, v in trial.settings.items() if k != "lr" and v != start[k]}
-            changed, merged = changed + bool(change), merged | change
-        merged["lr"] = made[0].settings["lr"]
-        if changed < 2 or any(trial.settings == merged for trial in made):
+            before = self.log.find(key_of({**start, "lr": trial.settings["lr"]}, trial.steps))
+            if change and before is not None and trial.loss < before.loss:
+                combined |= change
+        if any(trial.settings == combined for trial in made):
             return made
-        return [*self._trials(number, [merged], made[0].steps), *made]
+        return [*self._trials(number, [combined], made[0].steps), *made]
 
     # ---- trials ----
 
     def _rung(self, number: int, decided: Rung) -> Rung:
-        """The rung of this number: as it was logged, or else as it is decided now."""
-        if number not in self.log.rungs:
+        """The rung of this number: as it was logged, or else as it is decided now.
+
+        A rung without trials is not logged, because a search that resumes with more time may fill it.
+        """
+        if number not in self.log.rungs and decided.count:
             self.log.add_rung(number, decided)
-        return self.log.rungs[number]
+        return self.log.rungs.get(number, decided)
 
     def _trials(self, rung: int, candidates: Iterable[Settings], steps: int) -> list[Trial]:
         """Make the trials that are not made yet. Return all of them, the lowest loss first."""

@@ -120,7 +120,7 @@ def test_a_budget_for_less_than_two_trials_says_how_much_is_needed(tmp_path: Pat
     needed = re.search(r"need about (\d+)s; (\S+) is enough", str(e.value))
     assert needed is not None
     assert len(search_in(tmp_path / "b", float(needed[1]), Made()).log.trials) >= 2
-    enough = search_in(tmp_path / "c", parse_budget(needed[2]), Made())
+    enough = search_in(tmp_path / "a", parse_budget(needed[2]), Made())
     winner = winner_of(enough.log.trials, enough.full)
     assert winner is not None
     assert winner.steps >= enough.full
@@ -169,12 +169,18 @@ def test_a_search_resumes_after_any_event_with_the_same_trials(tmp_path: Path) -
         assert rest.keys == whole.keys[done:]
 
 
-def test_a_larger_budget_continues_a_search(tmp_path: Path) -> None:
-    small = search_in(tmp_path, 300, Made())
+@pytest.mark.parametrize("budget", [60, 150, 300])
+def test_a_larger_budget_continues_a_search(budget: float, tmp_path: Path) -> None:
+    small = search_in(tmp_path, budget, Made())
     before = list(small.log.trials)
     large = search_in(tmp_path, 3000, Made(), resume=True)
     assert large.log.trials[: len(before)] == before
     assert len(large.log.trials) > len(before)
+    winner = winner_of(large.log.trials, large.full)
+    assert winner is not None
+    assert winner.steps >= large.full
+    again = search_in(tmp_path, 3000, rest := Made(), resume=True)
+    assert (again.log.trials, rest.keys) == (large.log.trials, [])
 
 
 def test_rungs_divide_a_budget() -> None:
@@ -232,6 +238,10 @@ def test_a_log_of_another_search_or_behind_a_link_is_refused(tmp_path: Path) -> 
         search_in(tmp_path / "one", 300, Made(), other, resume=True)
     with pytest.raises(FileExistsError, match="the directory holds a search: --resume"):
         search_in(tmp_path / "one", 300, Made())
+    (tmp_path / "note").mkdir()
+    (tmp_path / "note" / NAME).write_text("mine")
+    with pytest.raises(FileExistsError, match="the directory holds a search: --resume"):
+        search_in(tmp_path / "note", 300, Made())
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / NAME).symlink_to(tmp_path / "one" / NAME)
     with pytest.raises(UnsafeError, match="a symbolic link"):

@@ -23,8 +23,8 @@ T = TypeVar("T")
 COMMANDS = {
     "finetune": "finetune",
     "plan": "plan",
-    "tune": "tune",
     "eval": "evaluate",
+    "tune": "tune",
     "generate": "generate",
     "demo": "demo",
     "plot": "plot",

@@ -11,7 +11,7 @@ from typing import Any
 from nplora.finetuning.tuning.schedule import Rung
 from nplora.finetuning.tuning.trial import Trial, settings_of
 from nplora.formats import files, strict_json
-from nplora.formats.errors import CorruptError
+from nplora.formats.errors import CorruptError, FormatError
 from nplora.formats.files import StrPath
 
 NAME = "tune.jsonl"
@@ -41,13 +41,13 @@ class TuneLog:
         """Begin a new log, or read the log of the search that is resumed.
 
         Raises:
-            FileExistsError: there is a log, and neither `resume` nor `overwrite` is set.
+            FileExistsError: there is a log with trials, and neither `resume` nor `overwrite` is set.
             CorruptError: the log is damaged.
             ValueError: the log belongs to another search.
         """
         start = json.loads(json.dumps({"event": "start", **start}))
         if self.path.exists():
-            if not (resume or overwrite):
+            if not (resume or overwrite) and self._holds_trials():
                 raise FileExistsError(
                     errno.EEXIST,
                     "the directory holds a search: --resume (resume=True) continues it, "
@@ -61,6 +61,15 @@ class TuneLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.start = start
         self._add(start)
+
+    def _holds_trials(self) -> bool:
+        """Whether the file holds trials, or is no log at all. A search that made no trial left nothing."""
+        found = TuneLog(self.path.parent)
+        try:
+            found._read()
+        except (FormatError, OSError):
+            return True
+        return bool(found.trials)
 
     def add_baseline(self, loss: float, seconds: float) -> None:
         self.baseline = loss, seconds

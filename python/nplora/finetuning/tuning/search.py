@@ -143,6 +143,9 @@ class Search:
                 rung = self._rung(number, last_rung(self._left, self._pace, len(made), least, length))
                 if not rung.count:
                     return number
+                if rung.steps < least:  # of an earlier search with a smaller budget
+                    number += 1
+                    continue
                 made = self._trials(number, [trial.settings for trial in made[: rung.count]], rung.steps)
                 made, number = _finite(made), number + 1
                 least = rung.steps if rung.steps < length else length + 1

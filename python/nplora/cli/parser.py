@@ -23,6 +23,7 @@ T = TypeVar("T")
 COMMANDS = {
     "finetune": "finetune",
     "plan": "plan",
+    "data": "data",
     "eval": "evaluate",
     "tune": "tune",
     "generate": "generate",
@@ -48,6 +49,7 @@ _OTHER_COMMANDS = {
     **dict.fromkeys(("chat", "run", "infer", "inference"), "generate"),
     **dict.fromkeys(("export", "quantize"), "convert"),
     **dict.fromkeys(("sweep", "search", "optimize"), "tune"),
+    **dict.fromkeys(("preview", "dataset", "tokenize"), "data"),
     "fuse": "merge",
 }
 

@@ -82,11 +82,16 @@ def _decompressed(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
     stream = zlib.decompressobj(_GZIP)
     try:
         for part in parts:
-            while part:
+            size = 0
+            while part or size == _PART:  # a full part: more may be waiting in the stream
                 if stream.eof:
+                    part = part.lstrip(b"\0")  # padding, as gzip has it
+                    if not part:
+                        break
                     stream = zlib.decompressobj(_GZIP)
-                yield stream.decompress(part, _PART)
-                part = stream.unconsumed_tail or stream.unused_data
+                content = stream.decompress(part, _PART)
+                part, size = stream.unconsumed_tail or stream.unused_data, len(content)
+                yield content
     except zlib.error as error:
         raise DataError(f"{name}: not a gzip file: {error}") from error
     if not stream.eof:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from nplora import _check
 from nplora.finetuning.data.rows import COMPRESSED, SUFFIXES, Row, is_text, read_rows
-from nplora.finetuning.data.tables import frame_rows
+from nplora.finetuning.data.tables import frame_rows, plain, without_nulls
 from nplora.formats import files
 from nplora.formats.errors import DataError, brief
 from nplora.formats.files import StrPath
@@ -142,11 +142,14 @@ def _file(path: Path) -> Source:
 
 
 def _objects(rows: Iterable[Any]) -> Source:
+    is_table = hasattr(rows, "column_names")  # a dataset of Hugging Face
+
     def read() -> Iterator[Row]:
         for number, values in enumerate(rows, 1):
             where = f"data, row {number}"
             if isinstance(values, Mapping):
-                yield Row(where, {str(key): value for key, value in values.items()})
+                row = plain(values)
+                yield Row(where, without_nulls(row) if is_table else row)
             else:
                 error = DataError(f"{where}: the row is {brief(values)}, expected a dictionary")
                 yield Row(where, {}, error)

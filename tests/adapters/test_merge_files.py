@@ -16,7 +16,7 @@ from test_gguf_files import HEADS, KV_HEADS, in_llama_order
 
 import nplora
 from nplora import cli
-from nplora.adapters import Adapter, merge_files
+from nplora.adapters import Adapter, merge_gate
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError, UnsafeError
 from nplora.formats.gguf import Typed
@@ -154,8 +154,8 @@ def test_noise_larger_than_the_update_is_shown_beside_the_size_of_the_weights(
     assert done.noise > 5
     assert 0.05 < done.noise * done.change < 0.12
     lines = str(done).splitlines()
-    assert lines[1] == f"the merged weights keep {done.delta_kept:.1%} of the adapter's change (ΔW)"
-    assert lines[2] == (
+    assert lines[2] == f"the merged weights keep {done.delta_kept:.1%} of the adapter's change (ΔW)"
+    assert lines[3] == (
         f"rounding also adds random noise: {100 * done.noise * done.change:.3g}% of the weights' size "
         f"({done.noise:.3g} times ΔW)"
     )
@@ -195,7 +195,7 @@ def test_a_merge_that_loses_the_update_is_refused_and_leaves_nothing(
     assert all(other.delta_kept < 0.92 for other in smaller)
     assert cli.main([*arguments, "--lossy", "--overwrite"]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[1] == f"the merged weights keep {said[1]}% of the adapter's change (ΔW)"
+    assert out.splitlines()[2] == f"the merged weights keep {said[1]}% of the adapter's change (ΔW)"
     assert gguf.open(output)["blk.0.attn_q.weight"].type == "Q4_1"
 
 
@@ -252,12 +252,12 @@ def test_an_estimate_by_a_sample_of_rows_is_near_to_the_whole(
     gguf.save(tmp_path / "base.gguf", {"fc": gguf.Tensor("fc", "Q4_0", (2048, 256), weights.reshape(-1))})
     a, b = rng.standard_normal((2048, 4), np.float32), rng.standard_normal((4, 256), np.float32)
     adapter, model = Adapter("a", {"fc": LoraDelta(a, b, 0.01)}), model_files.open(tmp_path / "base.gguf")
-    monkeypatch.setattr(merge_files, "_SAMPLED_ELEMENTS", 1 << 17)
+    monkeypatch.setattr(merge_gate, "_SAMPLED_ELEMENTS", 1 << 17)
     for dtype in ("q5_0", "q6_k", "q8_0"):
         done = nplora.merge_adapter(
             tmp_path / "base.gguf", adapter, tmp_path / "o.gguf", dtype, overwrite=True, lossy=True
         )
-        estimated = merge_files._estimated_kept(model, {"fc": adapter["fc"]}, dtype)
+        estimated = merge_gate._estimated_kept(model, {"fc": adapter["fc"]}, dtype)
         assert estimated == pytest.approx(done.delta_kept, abs=0.02)
         assert estimated != done.delta_kept
 
@@ -793,18 +793,19 @@ def test_the_command_merges_and_reports(
     assert err == ""
     size = (tmp_path / "out.gguf").stat().st_size
     assert lines[0] == f"{tmp_path / 'out.gguf'}: {size:,} bytes, 5 tensors merged (q8_0), 2 copied"
-    assert re.fullmatch(r"the merged weights keep \d+\.\d% of the adapter's change \(ΔW\)", lines[1])
+    assert lines[1] == "held-out loss not measured: --check FILE (check=) compares it with the adapter's"
+    assert re.fullmatch(r"the merged weights keep \d+\.\d% of the adapter's change \(ΔW\)", lines[2])
     noise = r"rounding also adds random noise: 0\.\d+% of the weights' size \(0\.\d+ times ΔW\)"
-    assert re.fullmatch(noise, lines[2])
-    assert lines[3] == "the tensors that keep the least of ΔW:"
-    assert len(lines) == 7
-    kept = [float(re.findall(r"([\d.]+)% of ΔW", line)[0]) for line in lines[4:]]
+    assert re.fullmatch(noise, lines[3])
+    assert lines[4] == "the tensors that keep the least of ΔW:"
+    assert len(lines) == 8
+    kept = [float(re.findall(r"([\d.]+)% of ΔW", line)[0]) for line in lines[5:]]
     assert kept == sorted(kept)
     assert cli.main([*arguments, "--dtype", "q8_0", "--verbose", "--overwrite"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[5:] == lines
     assert table[0].startswith("blk.0.attn_q.weight: q8_0, 17,408 bytes, ")
-    assert set(map(str.strip, lines[4:])) <= set(table[:5])
+    assert set(map(str.strip, lines[5:])) <= set(table[:5])
     with pytest.raises(SystemExit, match="2"):
         cli.main([*arguments, "--dtype", "int4"])
     assert "argument --dtype: invalid choice: 'int4'" in capsys.readouterr().err

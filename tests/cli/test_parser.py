@@ -139,10 +139,10 @@ def test_the_storages_are_those_that_can_be_written() -> None:
 
 
 # The options of these commands are in rooms that take time to load.
-HEAVY = {"finetune", "plan", "eval", "generate"}
+HEAVY = {"finetune", "plan", "eval", "generate", "merge", "tune"}
 
 
-@pytest.mark.parametrize("word", ["generate", "info", "merge", "--help"])
+@pytest.mark.parametrize("word", ["generate", "info", "combine", "--help"])
 def test_a_parser_loads_what_its_command_needs_and_no_other_command(word: str) -> None:
     program = (
         "import sys; from nplora.cli.parser import COMMANDS, parser_of; parser_of([sys.argv[1]])\n"

@@ -29,13 +29,14 @@ from nplora.adapters.gguf_files import AdapterConversion, adapter_from_gguf, ada
 from nplora.adapters.layers import AdapterReport, load_adapter, new_layers, rollback_on_error, save_adapter
 from nplora.adapters.merge_files import merge_adapter
 from nplora.lora.delta import LoraDelta
-from nplora.lora.model_merge import ModelMerge
+from nplora.lora.model_merge import HeldOutLoss, ModelMerge
 
 __all__ = [
     "Adapter",
     "AdapterConversion",
     "AdapterReport",
     "CombinedAdapter",
+    "HeldOutLoss",
     "LoraDelta",
     "ModelMerge",
     "adapter_from_gguf",

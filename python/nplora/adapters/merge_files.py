@@ -1,48 +1,27 @@
 """Writes a copy of a model's file with an adapter merged into it, one block of rows at a time."""
 
 import contextlib
-import dataclasses
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from nplora.adapters import sources
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import Place, Target
+from nplora.adapters.merge_gate import TOLERANCE, Check, MergeGate, Verdict, require_tolerance
+from nplora.adapters.merged_tensors import STORAGES, MergedTensors, kind_of, possible_storages
 from nplora.adapters.sources import Source
-from nplora.formats import (
-    bitsandbytes,
-    files,
-    gguf,
-    model_directory,
-    peft_adapter,
-    safetensors,
-)
+from nplora.formats import bitsandbytes, files, model_directory, peft_adapter
 from nplora.formats.errors import brief
-from nplora.formats.files import Chunk, StrPath
+from nplora.formats.files import StrPath
 from nplora.formats.output_directory import trained
 from nplora.lora.delta import LoraDelta
-from nplora.lora.merging import Merge, MergeReport
-from nplora.lora.model_merge import ModelMerge, least_kept
+from nplora.lora.model_merge import ModelMerge
 from nplora.models import model_digest, model_files
-from nplora.models.model_files import ModelFiles, Stream, Tensor, is_directory, weights_path
+from nplora.models.model_files import ModelFiles, is_directory, weights_path
 from nplora.weights import storages
 from nplora.weights.nonfinite import require_finite
-
-Array = NDArray[Any]
-
-_ENOUGH = 0.9  # the share of ΔW that a merge must keep, unless the caller accepts less
-# To estimate how much of ΔW another storage type would keep, about this many elements of all tensors together
-# are sampled, and at least this many of each tensor.
-_SAMPLED_ELEMENTS = 1 << 20
-_LEAST_SAMPLED = 1 << 14
-# Maps a file's name of a storage type to FrozenWeight's name.
-_STORAGES = {kind: name for name, kind in storages.GGML_NAMES.items()} | {s: s for s in storages.FLOATS}
 
 
 def merge_adapter(
@@ -53,6 +32,8 @@ def merge_adapter(
     any_base: bool = False,
     overwrite: bool = False,
     lossy: bool = False,
+    check: Check | None = None,
+    tolerance: float = TOLERANCE,
 ) -> ModelMerge:
     """Write a model with an adapter merged into it. Adapted weights become W + ΔW; all else is copied.
 
@@ -69,6 +50,11 @@ def merge_adapter(
         any_base: see `nplora.adapters`.
         overwrite: replace existing files.
         lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW.
+        check: a function that returns the loss on held-out data of a model, by its path, with an adapter (or
+            None for the model alone). The new model is loaded and measured before it appears under its name.
+            `nplora.merge_adapter` takes the data instead.
+        tolerance: the largest accepted rise of that loss, in nats per token. 0.02 raises the perplexity by 2
+            %.
     Returns:
         a summary of the written model, which reports how much of each weight's ΔW is left after rounding.
     Raises:
@@ -79,13 +65,13 @@ def merge_adapter(
         CorruptError: another program wrote to the base during the merge.
         ValueError: `output` or `dtype` does not fit the kind of the base; `output` is the base or the
             adapter, or holds an index of other weights; a sum is too large for the storage type; or rounding
-            to the storage type would keep less than 90 % of ΔW and `lossy` is not set. If less than 90 %
-            would be kept, the message names the smallest type, if any, that keeps 90 %. No output file is
-            written.
+            to the storage type would keep less than 90 % of ΔW and `lossy` is not set; or the held-out loss
+            would rise by more than `tolerance`. In the last two cases the message names the smallest type, if
+            any, that keeps enough. No output file is written, and an existing file stays.
         FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
             training run (only a .gguf file may be written there).
 
-    >>> merged = nplora.merge_adapter("model.gguf", "adapter", "merged.gguf")
+    >>> merged = nplora.adapters.merge_adapter("model.gguf", "adapter", "merged.gguf")
     >>> merged.delta_kept > 0.99
     True
     """
@@ -94,90 +80,44 @@ def merge_adapter(
     _require_output(model, base, adapter, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
     updates = _placed(model, sources.low_rank(adapter, facts, any_base=any_base), dtype, any_base)
-    merges = {
-        name: _merge(model.tensors[name], name, update, dtype)
-        for name, update in updates.items()
-        if dtype != "same" or not update.is_zero
-    }
-    for name in merges:
+    merged = MergedTensors(model, updates, dtype)
+    for name in merged.merges:
         require_finite(model.source, model.tensors[name])
-    streams = {name: _stream(model, merge) for name, merge in merges.items()}
+    gate = MergeGate(base, lossy, check, require_tolerance(tolerance))
     with _new_directory(Path(output)) if is_directory(output) else contextlib.nullcontext():
-        new = model.new_files(output, {**model.tensors, **streams})
+        new = merged.new_files(output)
         for file in new:
             files.require_new(file.path, overwrite)
         files.require_not_read("merge", [file.path for file in new], _inputs(model, base, adapter))
-        # The check runs after the last byte is computed and before any file appears under its name.
-        checked = _checked(new[-1].chunks, model, merges, lossy)
-        new[-1] = dataclasses.replace(new[-1], chunks=checked)
-        files.replace(new)
-    reports = tuple(
-        merges[name].report if name in merges else _unchanged(name, model.tensors[name]) for name in updates
-    )
-    nbytes = sum(file.nbytes for file in new)
-    return ModelMerge(files.name(output), reports, len(model.tensors) - len(reports), nbytes)
-
-
-# ---- how much is kept ----
-
-
-def _checked(
-    chunks: Iterable[Chunk], model: ModelFiles, merges: Mapping[str, Merge], lossy: bool
-) -> Iterator[Chunk]:
-    """Yield the chunks, then check that the base did not change and that enough of ΔW is kept."""
-    yield from chunks
-    for stamp in model.mapped:
-        stamp.require_unchanged()
-    if not lossy:
-        _require_kept(model, merges)
-
-
-def _require_kept(model: ModelFiles, merges: Mapping[str, Merge]) -> None:
-    """Raise ValueError if rounding keeps too little of ΔW. The message names a storage type that suffices."""
-    kept = least_kept(merge.report for merge in merges.values())
-    if kept >= _ENOUGH:
-        return
-    kinds = ", ".join(dict.fromkeys(merge.storage for merge in merges.values()))
-    enough = _smallest_that_keeps(model, merges)
-    remedy = f"--dtype {enough[0]} keeps about {enough[1]:.0%}" if enough else "no other type keeps more"
-    raise ValueError(
-        f"merge: rounding to {kinds} would keep {kept:.1%} of the adapter's change (ΔW), "
-        f"expected at least {_ENOUGH:.0%}; {remedy}; --lossy (lossy=True) merges anyway"
-    )
-
-
-def _smallest_that_keeps(model: ModelFiles, merges: Mapping[str, Merge]) -> tuple[str, float] | None:
-    """Find the smallest larger storage type that keeps enough of ΔW, and estimate the share that it keeps."""
-    shapes = [merge.shape for merge in merges.values()]
-
-    def size(storage: str) -> int:
-        return sum(rows * storages.row_nbytes(storage, d_in) for rows, d_in in shapes)
-
-    fitting = [name for name in _storages(model) if all(storages.fits(name, d_in) for _, d_in in shapes)]
-    present = sum(merge.nbytes for merge in merges.values())
-    for storage in sorted(fitting, key=size):
-        if size(storage) > present or (size(storage) == present and storage in storages.FLOATS):
-            kept = _estimated_kept(model, {name: merge.update for name, merge in merges.items()}, storage)
-            if kept >= _ENOUGH:
-                return storage, kept
-    return None
-
-
-def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], storage: str) -> float:
-    """Estimate `least_kept` from evenly spaced rows of each tensor; 0 if the storage type is too narrow."""
-    elements = max(_LEAST_SAMPLED, _SAMPLED_ELEMENTS // len(updates))
-    reports = []
-    for name, update in updates.items():
-        count = max(1, elements // max(1, update.shape[1]))
-        rows = np.arange(0, len(update.A), max(1, -(-len(update.A) // count)))
-        merge = _merge(model.tensors[name], name, update, storage, rows)
+        gate.measure(adapter)
         try:
-            for _ in merge.rows():
-                pass
-        except ValueError:
-            return 0.0
-        reports.append(merge.report)
-    return least_kept(reports)
+            verdict = _replace(new, merged, gate)
+        except _RefusedError as refused:
+            raise gate.refusal(refused.verdict, merged, output) from None
+    reports = merged.reports()
+    nbytes = sum(file.nbytes for file in new)
+    kept = len(model.tensors) - len(reports)
+    return ModelMerge(files.name(output), reports, kept, nbytes, verdict.loss)
+
+
+class _RefusedError(Exception):
+    """A merge loses too much."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+
+
+def _replace(new: list[files.NewFile], merged: MergedTensors, gate: MergeGate) -> Verdict:
+    """Write the files, and rename them if they pass the gate. Else no file is left."""
+    verdicts = list[Verdict]()
+
+    def check(written: list[Path]) -> None:
+        verdicts.append(gate.judge(merged, written))
+        if not verdicts[0].passes:
+            raise _RefusedError(verdicts[0])
+
+    files.replace(new, check=check)
+    return verdicts[0]
 
 
 # ---- the output ----
@@ -229,7 +169,7 @@ def _new_directory(path: Path) -> Iterator[None]:
 
 def _placed(model: ModelFiles, adapter: AdapterContent, dtype: str, any_base: bool) -> dict[str, LoraDelta]:
     """Map the names of the model's tensors to their updates, with rows in the order of the file."""
-    if dtype not in (possible := ("same", *_storages(model))):
+    if dtype not in (possible := ("same", *possible_storages(model))):
         words = ", ".join(map(repr, possible))
         raise ValueError(f"merge: a {model.suffix} file cannot hold dtype={dtype!r}; possible: {words}")
     places = {layer: model.place(layer, delta.shape[0]) for layer, delta in adapter.items()}
@@ -254,8 +194,8 @@ def _target(model: ModelFiles) -> Target:
         if (other := taken.setdefault(name, layer)) != layer:
             return f"its tensor {name} also belongs to {brief(other)}"
         tensor = model.tensors[name]
-        if tensor.shape == shape and _kind(tensor) not in _STORAGES:
-            return f"{name} has type {_kind(tensor)}, which nplora cannot decode"
+        if tensor.shape == shape and kind_of(tensor) not in STORAGES:
+            return f"{name} has type {kind_of(tensor)}, which nplora cannot decode"
         return Place(name, tensor.shape)
 
     return Target(model.source, place, model_digest.of_tensors(model.tensors, model.family))
@@ -266,50 +206,10 @@ def _require_blocks(model: ModelFiles, updates: Mapping[str, LoraDelta], dtype: 
     rows = {update.shape[1]: name for name, update in updates.items()}
     short = [d_in for d_in in rows if dtype != "same" and not storages.fits(dtype, d_in)]
     if short:
-        fitting = [name for name in _storages(model) if all(storages.fits(name, d_in) for d_in in rows)]
+        fitting = [
+            name for name in possible_storages(model) if all(storages.fits(name, d_in) for d_in in rows)
+        ]
         raise ValueError(
             f"merge: dtype {dtype} needs rows of a multiple of {storages.block_elements(dtype)} elements, "
             f"but {rows[short[0]]} has rows of {short[0]}; possible: {', '.join(('same', *fitting))}"
         )
-
-
-def _storages(model: ModelFiles) -> tuple[str, ...]:
-    """The storage types that a file of the model's format can hold."""
-    return tuple(storages.GGML_NAMES if model.suffix == ".gguf" else storages.FLOATS)
-
-
-def _stream(model: ModelFiles, merge: Merge) -> Stream:
-    def chunks() -> Iterator[memoryview]:
-        return (raw.reshape(-1).data for _, raw in merge.rows())
-
-    if model.suffix == ".gguf":
-        return gguf.Stream(storages.GGML_NAMES[merge.storage], merge.shape, chunks)
-    return safetensors.Stream(merge.storage, merge.shape, chunks)
-
-
-def _bytes(tensor: Tensor) -> Array:
-    return tensor.data if isinstance(tensor, gguf.Tensor) else tensor.array.reshape(-1).view(np.uint8)
-
-
-def _kind(tensor: Tensor) -> str:
-    return tensor.type if isinstance(tensor, gguf.Tensor) else tensor.dtype
-
-
-def _unchanged(name: str, tensor: Tensor) -> MergeReport:
-    return MergeReport.unchanged(name, _STORAGES[_kind(tensor)], tensor.nbytes)
-
-
-def _merge(tensor: Tensor, name: str, update: LoraDelta, dtype: str, sample: Array | None = None) -> Merge:
-    """Set up the merge of a tensor, or only of the rows in `sample`."""
-    storage = _STORAGES[_kind(tensor)]
-    d_out, d_in = update.shape
-    rows = _bytes(tensor).reshape(d_out, storages.row_nbytes(storage, d_in))
-    if sample is not None:
-        rows, update = rows[sample], update.rows(sample)
-    return Merge(
-        name,
-        update.shape,
-        lambda first, last: storages.decode(rows[first:last], storage, d_in),
-        update,
-        storage if dtype == "same" else dtype,
-    )

@@ -1,16 +1,28 @@
 """`nplora merge`"""
 
 import argparse
+import functools
 
 from nplora.cli.errors import show_warning
-from nplora.cli.parser import STORAGES, adapter_path, add_any_base, path
+from nplora.cli.parser import (
+    STORAGES,
+    adapter_path,
+    add_any_base,
+    add_options,
+    checked,
+    given_options,
+    path,
+)
 
 HELP = (
-    "Merge a LoRA adapter into a model, write the new model, and report how much of the adapter's change it "
-    "kept."
+    "Merge a LoRA adapter into a model, write the new model, and report how much of what the adapter learned "
+    "it kept."
 )
 
 _EPILOG = (
+    "With --check, the new model is loaded before it appears under its name, and its loss is compared with "
+    "that of the base with the adapter. If it loses too much, no file is written, and the error names a "
+    "storage type that keeps it. "
     "ΔW is the adapter's change of the weights. 'ΔW kept' is the share of ΔW that the stored weights hold; a "
     "merge that keeps less than 90 % is refused. Noise is every other change that rounding makes. Noise "
     "spreads over all directions, while ΔW acts in a few, so noise that is larger than ΔW can still be "
@@ -20,6 +32,9 @@ _EPILOG = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from nplora.finetuning import EvaluateOptions
+    from nplora.finetuning.merge_check import READING
+
     parser.epilog = _EPILOG
     text = "GGUF or safetensors file, or Hugging Face directory"
     parser.add_argument("base", metavar="BASE", type=path, help=text)
@@ -35,12 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
     text = "print how much of the adapter each tensor kept"
     parser.add_argument("--verbose", action="store_true", help=text)
+    text = "held-out data: write the model only if its loss on them stays that of the adapter"
+    parser.add_argument("--check", metavar="FILE", type=path, help=text)
+    text = "accepted rise of the loss, in nats per token (default: 0.02, which is 2 %% of the perplexity)"
+    parser.add_argument("--tolerance", metavar="NATS", type=float, default=0.02, help=text)
+    add_options(parser, EvaluateOptions, names=READING)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from nplora import adapters
+    from nplora import finetuning
+    from nplora.finetuning import EvaluateOptions
 
-    merged = adapters.merge_adapter(
+    reading = given_options(arguments, EvaluateOptions)
+    checked(functools.partial(EvaluateOptions, op="merge"), reading)
+    merged = finetuning.merge_adapter(
         arguments.base,
         arguments.adapter,
         arguments.output,
@@ -48,6 +71,10 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.any_base,
         arguments.overwrite,
         arguments.lossy,
+        check=arguments.check,
+        tolerance=arguments.tolerance,
+        progress=True,
+        **reading,
     )
     if arguments.verbose:
         print(merged.table())

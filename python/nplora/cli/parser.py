@@ -9,7 +9,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from nplora import _check, _core
@@ -26,6 +26,7 @@ COMMANDS = {
     "data": "data",
     "teach": "teach",
     "eval": "evaluate",
+    "tune": "tune",
     "generate": "generate",
     "demo": "demo",
     "plot": "plot",
@@ -48,6 +49,7 @@ _OTHER_COMMANDS = {
     **dict.fromkeys(("evaluate", "test", "perplexity"), "eval"),
     **dict.fromkeys(("chat", "run", "infer", "inference"), "generate"),
     **dict.fromkeys(("export", "quantize"), "convert"),
+    **dict.fromkeys(("sweep", "search", "optimize"), "tune"),
     **dict.fromkeys(("preview", "dataset", "tokenize"), "data"),
     "fuse": "merge",
     "distill": "teach",
@@ -213,15 +215,23 @@ _KINDS = {
 # ---- options that are the fields of a dataclass ----
 
 
-def add_options(parser: argparse.ArgumentParser, options: type, shown: str = "help") -> None:
+def add_options(
+    parser: argparse.ArgumentParser,
+    options: type,
+    shown: str = "help",
+    names: Container[str] | None = None,
+) -> None:
     """Add an option for every field of a dataclass. The field's metadata give its help and its group.
 
     Args:
         shown: a key of the metadata. An option whose field has False under this key is hidden in --help.
+        names: the fields that become options; None: all of them.
     """
     kinds = typing.get_type_hints(options)
     groups: dict[str | None, argparse._ActionsContainer] = {None: parser}
     for field in dataclasses.fields(options):
+        if names is not None and field.name not in names:
+            continue
         title = field.metadata.get("group")
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -272,7 +282,7 @@ def _option(name: str) -> str:
 
 def given_options(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
     """The fields of a dataclass that were given on the command line."""
-    found = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(options)}
+    found = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(options)}
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in found.items()

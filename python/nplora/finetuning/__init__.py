@@ -3,12 +3,14 @@
 from nplora.finetuning.attach import attach_adapter, load_with_adapter
 from nplora.finetuning.evaluation import Evaluation, MeanLoss, evaluate, evaluate_batches
 from nplora.finetuning.execution import plan
+from nplora.finetuning.merge_check import merge_adapter
 from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.options import EvaluateOptions, FinetuneOptions, TeachOptions
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.run import finetune
 from nplora.finetuning.teach import Taught, teach
 from nplora.finetuning.token_progress import TokenProgress
+from nplora.finetuning.tuning import Trial, TuneOptions, TuneReport, tune
 
 __all__ = [
     "EvaluateOptions",
@@ -21,11 +23,16 @@ __all__ = [
     "TeachOptions",
     "TokenLoss",
     "TokenProgress",
+    "Trial",
+    "TuneOptions",
+    "TuneReport",
     "attach_adapter",
     "evaluate",
     "evaluate_batches",
     "finetune",
     "load_with_adapter",
+    "merge_adapter",
     "plan",
     "teach",
+    "tune",
 ]

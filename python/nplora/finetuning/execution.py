@@ -151,6 +151,15 @@ def choose_execution(
     return found.chosen
 
 
+def predicted(
+    op: str, inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, execution: ExecutionPlan
+) -> MemoryPlan:
+    """The predicted memory and time of a run that computes its steps in this way."""
+    fixed = PlanConstraints(execution.compute, execution.recompute, (execution.micro_tokens,))
+    resident = resident_memory(inputs.lm)
+    return choose(inputs.lm, adapters, _work_of(inputs, options), fixed, resident, None, op)
+
+
 def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> str | None:
     """The arithmetic of a loaded model, or else of the options. None: the arithmetic is not fixed yet."""
     return model.compute if isinstance(model, LanguageModel) else options.compute

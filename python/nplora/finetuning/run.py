@@ -232,7 +232,7 @@ def _finetune(
     validation = None if inputs.held_out is None else evaluation_batches(inputs.held_out)
     plain = lm.copied({})  # shares the frozen weights, and stays without an adapter
     with rollback_on_error(lm):
-        _put_on_adapter(lm, inputs.start, chosen)
+        put_on_adapter(lm, inputs.start, chosen)
         require_free(place, chosen)
         prefix = _new_prefix(inputs, place, chosen.keep_prefix)
     lm.model.recompute = execution.recompute
@@ -250,13 +250,13 @@ def _finetune(
         base = None if isinstance(model, LanguageModel) else os.fspath(model)
         save = functools.partial(save_adapter, chat_template=inputs.train.report.chat)
         with _saved_as_of_a_good_step(lm, directory, base, save):
-            history = _train(_trainer(lm, loss, chosen, callbacks), batches, validation, chosen, directory)
+            history = _train(new_trainer(lm, loss, chosen, callbacks), batches, validation, chosen, directory)
         _save(lm, directory, base, save)
         found_at = directory.seen_from(output)
     return _report(found_at, inputs, chosen, baseline, history)
 
 
-def _put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOptions) -> None:
+def put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOptions) -> None:
     """Attach the adapter to train: a new adapter, or the adapter that the run continues from."""
     if start is None:
         lm.add_lora(
@@ -294,9 +294,10 @@ def _prefix_in_use(lm: LanguageModel, prefix: PrefixCache | None) -> Iterator[No
             prefix.close()
 
 
-def _trainer(
+def new_trainer(
     lm: LanguageModel, loss: PackedLoss, options: FinetuneOptions, callbacks: list[Callback]
 ) -> Trainer:
+    """The trainer of a run with these options."""
     return Trainer(
         lm,
         loss,

@@ -13,7 +13,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self, TypeAlias
@@ -375,7 +375,11 @@ def _stat(path: StrPath) -> os.stat_result | None:
         return None
 
 
-def replace(files: Sequence[NewFile], directory: Directory | None = None) -> None:
+def replace(
+    files: Sequence[NewFile],
+    directory: Directory | None = None,
+    check: Callable[[list[Path]], None] = lambda paths: None,
+) -> None:
     """Write each file to a temporary name beside its target, then rename them all in the given order.
 
     No file is renamed until all bytes of all files are on disk, so a full disk leaves every old file intact.
@@ -387,12 +391,41 @@ def replace(files: Sequence[NewFile], directory: Directory | None = None) -> Non
     Args:
         directory: an open directory that all files are written into. With `directory`, only the last
             component of a path names the file, and the whole path appears in messages.
+        check: called with the temporary files before they are renamed. If it raises an error, they are
+            removed, and every old file stays.
     Raises:
         OSError: a target exists and is not a regular file (or a link to one), or the disk fails. After a
             disk failure, the temporary files are removed, and the message gives the number of needed bytes.
     """
+    with _temporaries(files, directory) as written:
+        check([target.parent / temporary for _, temporary, target in written])
+        for place, temporary, target in written:
+            os.replace(temporary, target.name, src_dir_fd=place, dst_dir_fd=place)
+            with disk_errors(target.parent, f"{target.name} is in place, but a power cut may undo that"):
+                os.fsync(place)  # makes the renames reach the disk in order
+
+
+@contextlib.contextmanager
+def written(files: Sequence[NewFile]) -> Iterator[list[Path]]:
+    """Write files to temporary names beside their targets for a `with` body, then remove them again.
+
+    Raises:
+        OSError: as in `replace`.
+    """
+    with _temporaries(files, None) as found:
+        yield [target.parent / temporary for _, temporary, target in found]
+
+
+@contextlib.contextmanager
+def _temporaries(
+    files: Sequence[NewFile], directory: Directory | None
+) -> Iterator[list[tuple[int, str, Path]]]:
+    """Write files to temporary names. At the end, remove those that still have their temporary name.
+
+    Yields for each file: the descriptor of its directory, its temporary name, and its target.
+    """
     targets = [Path(file.path) for file in files]
-    temporaries: list[str] = []
+    temporaries: list[tuple[int, str, Path]] = []
     with contextlib.ExitStack() as opened:
         parents = {target.parent: target for target in reversed(targets)}
         descriptors = {
@@ -405,17 +438,13 @@ def replace(files: Sequence[NewFile], directory: Directory | None = None) -> Non
             _clear_and_share(descriptor, {target.name for target in targets if target.parent == parent})
         try:
             for file, place, target in zip(files, places, targets, strict=True):
-                temporaries.append(f".{target.name}.{secrets.token_hex(6)}.tmp")
-                _write_new(file, place, temporaries[-1], _permissions(target.name, place))
-            for place, temporary, target in zip(places, temporaries, targets, strict=True):
-                os.replace(temporary, target.name, src_dir_fd=place, dst_dir_fd=place)
-                with disk_errors(target.parent, f"{target.name} is in place, but a power cut may undo that"):
-                    os.fsync(place)  # makes the renames reach the disk in order
-        except BaseException:
-            for place, temporary in zip(places, temporaries, strict=False):
+                temporaries.append((place, f".{target.name}.{secrets.token_hex(6)}.tmp", target))
+                _write_new(file, place, temporaries[-1][1], _permissions(target.name, place))
+            yield temporaries
+        finally:
+            for place, temporary, _ in temporaries:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary, dir_fd=place)
-            raise
 
 
 def _require_replaceable(target: Path, directory: int | None = None) -> None:

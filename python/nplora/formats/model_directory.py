@@ -1,9 +1,11 @@
 """A model's files under Hugging Face's names: config.json, and safetensors in one file or in shards."""
 
+import contextlib
 import errno
 import os
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -148,3 +150,19 @@ def companions(source: Path, target: Path) -> list[NewFile]:
             text = files.read(files.cached(path), _MAX_COMPANION, follow_links=False)
             found.append(NewFile(target / path.name, len(text), [text]))
     return found
+
+
+@contextlib.contextmanager
+def linked(source: Path, weights: Path) -> Iterator[Path]:
+    """A temporary directory that holds links to a model's configuration and tokenizer, and to other weights.
+
+    Args:
+        source: the directory with the configuration and the tokenizer.
+        weights: a safetensors file of any name.
+    """
+    with tempfile.TemporaryDirectory(prefix="nplora-") as made:
+        for path in source.iterdir():
+            if files.suffix(path) in _COMPANIONS and not is_index(path) and path.is_file():
+                os.symlink(path.absolute(), Path(made, path.name))
+        os.symlink(weights.absolute(), Path(made, WEIGHTS))
+        yield Path(made)

@@ -1,5 +1,6 @@
 """ModelMerge: reports how much of an adapter was kept when it was merged into a model."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,7 +12,43 @@ _SHOWN = 3  # the number of tensors in a summary
 _FINER = dict.fromkeys(storages.BLOCKS, "q8_0") | {
     "q8_0": "float16", "bfloat16": "float16", "float16": "float32", "float32": None, "float64": None,
 }  # fmt: skip
+_UNAFFECTED = 0.005  # nats per token: the perplexity changes by less than half a percent
+_NOT_MEASURED = "held-out loss not measured: --check FILE (check=) compares it with the adapter's"
 _LITTLE = 0.5  # if rounding keeps less than this share of a tensor's ΔW, there is a warning
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The loss on held-out data before and after a merge, in nats per token.
+
+    Attributes:
+        on_the_fly: the loss of the base with the adapter beside it.
+        merged: the loss of the merged model.
+        tolerance: the largest accepted rise.
+
+    >>> print(nplora.adapters.HeldOutLoss(3.6618, 3.6640, tolerance=0.02))
+    held-out loss unaffected: 3.6618 -> 3.6640
+    >>> print(nplora.adapters.HeldOutLoss(3.6618, 4.3153, tolerance=0.02))
+    held-out loss rises by 0.6535: 3.6618 -> 4.3153
+    """
+
+    on_the_fly: float
+    merged: float
+    tolerance: float
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the loss stays within the tolerance. A loss that is not finite does not."""
+        return math.isfinite(self.merged) and self.merged - self.on_the_fly <= self.tolerance
+
+    def __str__(self) -> str:
+        rise = self.merged - self.on_the_fly
+        words = (
+            "unaffected"
+            if abs(rise) < _UNAFFECTED
+            else f"{'rises' if rise > 0 else 'falls'} by {abs(rise):.4f}"
+        )
+        return f"held-out loss {words}: {self.on_the_fly:.4f} -> {self.merged:.4f}"
 
 
 @dataclass(frozen=True)
@@ -23,6 +60,7 @@ class ModelMerge:
         reports: one `MergeReport` for each merged tensor, in the order of the file.
         kept: the number of tensors that were copied unchanged.
         nbytes: the total size of the written files.
+        loss: the held-out loss before and after the merge, if it was measured.
 
     >>> done = nplora.merge_adapter("model.gguf", "adapter", "merged.gguf")
     >>> done.target, len(done.reports), done.nbytes == os.path.getsize("merged.gguf")
@@ -35,6 +73,7 @@ class ModelMerge:
     reports: tuple[MergeReport, ...]
     kept: int
     nbytes: int
+    loss: HeldOutLoss | None = None
 
     @property
     def total(self) -> MergeReport:
@@ -69,9 +108,12 @@ class ModelMerge:
         worst = sorted(self.reports, key=lambda report: report.kept)
         kinds = dict.fromkeys(report.storage for report in self.reports)
         noise = f"{100 * self.noise * self.change:.3g}% of the weights' size ({self.noise:.3g} times ΔW)"
-        lines = [
+        head = (
             f"{self.target}: {self.nbytes:,} bytes, {counted(len(self.reports), 'tensor')} merged "
-            f"({', '.join(kinds)}), {self.kept} copied",
+            f"({', '.join(kinds)}), {self.kept} copied"
+        )
+        lines = [
+            *([str(self.loss), head] if self.loss else [head, _NOT_MEASURED]),
             f"the merged weights keep {self.delta_kept:.1%} of the adapter's change (ΔW)",
             f"rounding also adds random noise: {noise}",
             "the tensors that keep the least of ΔW:",

@@ -1,0 +1,216 @@
+"""The merge gate: a merged model is kept only if it keeps what the adapter learned.
+
+Two measures decide: the share of ΔW that rounding keeps, and the loss on held-out data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from nplora.adapters.merged_tensors import MergedTensors, merge_of, possible_storages
+from nplora.adapters.sources import Source
+from nplora.formats import files, model_directory
+from nplora.formats.files import StrPath
+from nplora.lora.delta import LoraDelta
+from nplora.lora.model_merge import HeldOutLoss, least_kept
+from nplora.models.model_files import ModelFiles
+from nplora.weights import storages
+
+# Returns the loss on held-out data of a model, with an adapter on the fly or without any.
+Check: TypeAlias = Callable[[StrPath, Source | None], float]
+
+# The largest accepted rise of the held-out loss, in nats per token: the perplexity rises by 2 %. On SmolLM2,
+# Q8_0 costs 0.002 nats, a tenth of it, and the least harmful of the types that lose the update costs 0.04,
+# twice as much.
+TOLERANCE = 0.02
+_ENOUGH = 0.9  # the share of ΔW that a merge must keep, unless the caller accepts less
+# To estimate how much of ΔW another storage type would keep, about this many elements of all tensors together
+# are sampled, and at least this many of each tensor.
+_SAMPLED_ELEMENTS = 1 << 20
+_LEAST_SAMPLED = 1 << 14
+
+
+@dataclass
+class MergeGate:
+    """Decides whether a new model may appear under its name.
+
+    Attributes:
+        base: the path of the base model.
+        lossy: accept a merge that keeps little of ΔW.
+        check: measures the loss; None: the loss is not measured.
+        tolerance: the largest accepted rise of the loss.
+        before: the loss of the base with the adapter on the fly, if it is measured.
+    """
+
+    base: StrPath
+    lossy: bool
+    check: Check | None
+    tolerance: float
+    before: float | None = None
+
+    def measure(self, adapter: Source) -> None:
+        """Measure the loss with the adapter on the fly."""
+        if self.check is not None:
+            with _loadable_base(self.base) as model:
+                self.before = self.check(model, adapter)
+
+    def judge(self, merged: MergedTensors, written: list[Path]) -> Verdict:
+        """Measure a merge whose files have their temporary names.
+
+        Raises:
+            CorruptError: another program wrote to the base.
+        """
+        for stamp in merged.model.mapped:
+            stamp.require_unchanged()
+        kept = least_kept(merge.report for merge in merged.merges.values())
+        return Verdict(kept, self.lossy or kept >= _ENOUGH, self._loss(merged.model, written))
+
+    def refusal(self, verdict: Verdict, merged: MergedTensors, output: StrPath) -> ValueError:
+        """The error for a merge that loses too much. Its message names a storage type that keeps enough."""
+        problems = list[str]()
+        kinds = ", ".join(dict.fromkeys(merge.storage for merge in merged.merges.values()))
+        if not verdict.keeps_delta:
+            problems.append(
+                f"rounding to {kinds} would keep {verdict.kept:.1%} of the adapter's change (ΔW), expected "
+                f"at least {_ENOUGH:.0%}"
+            )
+        if verdict.loss is not None:
+            problems.append(_problem(verdict.loss, kinds))
+        remedy = self._remedy(merged, output)
+        return ValueError(f"merge: {', and '.join(problems)}; {remedy}; {self._anyway(verdict)}")
+
+    def _loss(self, model: ModelFiles, written: list[Path]) -> HeldOutLoss | None:
+        if self.check is None or self.before is None:
+            return None
+        with _loadable(model, self.base, written[0]) as path:
+            return HeldOutLoss(self.before, self.check(path, None), self.tolerance)
+
+    def _remedy(self, merged: MergedTensors, output: StrPath) -> str:
+        """Name the smallest larger storage type that keeps enough, and what it keeps."""
+        for storage, kept in _candidates(merged):
+            named = f"--dtype {storage} keeps about {kept:.0%}"
+            if self.check is None:
+                return named
+            loss = self._trial(MergedTensors(merged.model, merged.updates, storage), output)
+            if loss is None:
+                return f"{named} of ΔW by an estimate"
+            if loss.is_kept:
+                return f"{named} of ΔW, and its loss is {loss.merged:.4f} (measured)"
+        if self.check is None:
+            return "no other type keeps more"
+        return "no type that the file can hold keeps the loss: use the adapter beside the model"
+
+    def _trial(self, merged: MergedTensors, output: StrPath) -> HeldOutLoss | None:
+        """The loss of another merge, whose files are removed again; None if the disk is too small for it."""
+        try:
+            with files.written(merged.new_files(output)[:1]) as written:
+                return self._loss(merged.model, written)
+        except (OSError, ValueError):
+            return None
+
+    def _anyway(self, verdict: Verdict) -> str:
+        if verdict.loss is None or verdict.loss.is_kept:
+            return "--lossy (lossy=True) merges anyway"
+        return "--lossy (lossy=True) without --check merges anyway"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How much a merge keeps.
+
+    Attributes:
+        kept: the share of ΔW.
+        keeps_delta: whether that is enough, or any share is accepted.
+        loss: the losses, if they are measured.
+    """
+
+    kept: float
+    keeps_delta: bool
+    loss: HeldOutLoss | None
+
+    @property
+    def passes(self) -> bool:
+        return self.keeps_delta and (self.loss is None or self.loss.is_kept)
+
+
+def _problem(loss: HeldOutLoss, kinds: str) -> str:
+    if loss.is_kept:
+        return f"the held-out loss stays within the tolerance ({loss.on_the_fly:.4f} -> {loss.merged:.4f})"
+    return (
+        f"the held-out loss would go from {loss.on_the_fly:.4f} to {loss.merged:.4f} in {kinds}, expected at "
+        f"most {loss.tolerance:g} more"
+    )
+
+
+# ---- other storage types ----
+
+
+def _candidates(merged: MergedTensors) -> Iterator[tuple[str, float]]:
+    """The larger storage types that keep enough of ΔW, smallest first, and the estimated share of each."""
+    merges, model = merged.merges, merged.model
+    shapes = [merge.shape for merge in merges.values()]
+
+    def size(storage: str) -> int:
+        return sum(rows * storages.row_nbytes(storage, d_in) for rows, d_in in shapes)
+
+    fitting = [name for name in possible_storages(model) if all(storages.fits(name, n) for _, n in shapes)]
+    present = sum(merge.nbytes for merge in merges.values())
+    for storage in sorted(fitting, key=size):
+        if size(storage) > present or (size(storage) == present and storage in storages.FLOATS):
+            kept = _estimated_kept(model, {name: merge.update for name, merge in merges.items()}, storage)
+            if kept >= _ENOUGH:
+                yield storage, kept
+
+
+def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], storage: str) -> float:
+    """Estimate `least_kept` from evenly spaced rows of each tensor; 0 if the storage type is too narrow."""
+    elements = max(_LEAST_SAMPLED, _SAMPLED_ELEMENTS // max(1, len(updates)))
+    reports = []
+    for name, update in updates.items():
+        count = max(1, elements // max(1, update.shape[1]))
+        rows = np.arange(0, len(update.A), max(1, -(-len(update.A) // count)))
+        merge = merge_of(model.tensors[name], name, update, storage, rows)
+        try:
+            for _ in merge.rows():
+                pass
+        except ValueError:
+            return 0.0
+        reports.append(merge.report)
+    return least_kept(reports)
+
+
+# ---- models to load ----
+
+
+@contextlib.contextmanager
+def _loadable_base(base: StrPath) -> Iterator[StrPath]:
+    """A path that `load_model` reads the base from."""
+    if Path(base).is_dir() or files.suffix(base) != ".safetensors":
+        yield Path(base).parent if model_directory.is_index(base) else base
+    else:
+        with model_directory.linked(Path(base).parent, Path(base)) as directory:
+            yield directory
+
+
+@contextlib.contextmanager
+def _loadable(model: ModelFiles, base: StrPath, weights: Path) -> Iterator[Path]:
+    """A path that `load_model` reads the new weights from."""
+    if model.suffix == ".gguf":
+        yield weights
+    else:
+        with model_directory.linked(model_directory.of(base), weights) as directory:
+            yield directory
+
+
+def require_tolerance(tolerance: float) -> float:
+    """Raise ValueError if the tolerance is not a number from 0."""
+    if not (isinstance(tolerance, int | float) and math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(f"merge: tolerance is {tolerance!r}, expected a number of at least 0")
+    return tolerance

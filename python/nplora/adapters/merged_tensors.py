@@ -1,0 +1,100 @@
+"""The merges of a model's tensors, and the tensors that a new file gets from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora.formats import gguf, safetensors
+from nplora.formats.files import NewFile, StrPath
+from nplora.lora.delta import LoraDelta
+from nplora.lora.merging import Merge, MergeReport
+from nplora.models.model_files import ModelFiles, Stream, Tensor
+from nplora.weights import storages
+
+Array = NDArray[Any]
+
+# Maps a file's name of a storage type to FrozenWeight's name.
+STORAGES = {kind: name for name, kind in storages.GGML_NAMES.items()} | {s: s for s in storages.FLOATS}
+
+
+@dataclass
+class MergedTensors:
+    """The merges of all updates of a model in one storage type. Each merge can be written once.
+
+    Attributes:
+        updates: the update of each tensor, with rows in the order of the file.
+        merges: the merge of each tensor that changes.
+    """
+
+    model: ModelFiles
+    updates: Mapping[str, LoraDelta]
+    dtype: str
+    merges: dict[str, Merge] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.merges = {
+            name: merge_of(self.model.tensors[name], name, update, self.dtype)
+            for name, update in self.updates.items()
+            if self.dtype != "same" or not update.is_zero
+        }
+
+    def new_files(self, output: StrPath) -> list[NewFile]:
+        """The files of the new model. The weights come first."""
+        streams = {name: _stream(self.model, merge) for name, merge in self.merges.items()}
+        return self.model.new_files(output, {**self.model.tensors, **streams})
+
+    def reports(self) -> tuple[MergeReport, ...]:
+        """The reports, in the order of the updates, after the files are written."""
+        return tuple(
+            self.merges[name].report if name in self.merges else _unchanged(name, self.model.tensors[name])
+            for name in self.updates
+        )
+
+
+def possible_storages(model: ModelFiles) -> tuple[str, ...]:
+    """The storage types that a file of the model's format can hold."""
+    return tuple(storages.GGML_NAMES if model.suffix == ".gguf" else storages.FLOATS)
+
+
+def kind_of(tensor: Tensor) -> str:
+    """The file's name of a tensor's storage type."""
+    return tensor.type if isinstance(tensor, gguf.Tensor) else tensor.dtype
+
+
+def merge_of(tensor: Tensor, name: str, update: LoraDelta, dtype: str, sample: Array | None = None) -> Merge:
+    """Set up the merge of a tensor, or only of the rows in `sample`."""
+    storage = STORAGES[kind_of(tensor)]
+    d_out, d_in = update.shape
+    rows = _bytes(tensor).reshape(d_out, storages.row_nbytes(storage, d_in))
+    if sample is not None:
+        rows, update = rows[sample], update.rows(sample)
+    return Merge(
+        name,
+        update.shape,
+        lambda first, last: storages.decode(rows[first:last], storage, d_in),
+        update,
+        storage if dtype == "same" else dtype,
+    )
+
+
+def _stream(model: ModelFiles, merge: Merge) -> Stream:
+    def chunks() -> Iterator[memoryview]:
+        return (raw.reshape(-1).data for _, raw in merge.rows())
+
+    if model.suffix == ".gguf":
+        return gguf.Stream(storages.GGML_NAMES[merge.storage], merge.shape, chunks)
+    return safetensors.Stream(merge.storage, merge.shape, chunks)
+
+
+def _bytes(tensor: Tensor) -> Array:
+    return tensor.data if isinstance(tensor, gguf.Tensor) else tensor.array.reshape(-1).view(np.uint8)
+
+
+def _unchanged(name: str, tensor: Tensor) -> MergeReport:
+    return MergeReport.unchanged(name, STORAGES[kind_of(tensor)], tensor.nbytes)

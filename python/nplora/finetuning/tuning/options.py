@@ -1,0 +1,63 @@
+"""TuneOptions: the options of `tune` besides those of `finetune`, with their help texts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass
+from typing import Any
+
+from nplora import _check
+from nplora.finetuning.tuning.schedule import parse_budget
+from nplora.finetuning.tuning.space import checked_values
+
+SAMPLERS = ("halving", "optuna")
+# Options of `finetune` that a search decides itself, or that belong to one run.
+NOT_PASSED = ("resume", "overwrite", "sample", "save_every", "save_minutes")
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"group": "search", "help": text, **more})
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """The options of `tune` besides those of `finetune`. The constructor checks all values.
+
+    Raises:
+        ValueError, TypeError: a value is out of range.
+
+    >>> nplora.finetuning.TuneOptions(budget="10m", search={"lr": [1e-3, 3e-3]}).search
+    {'lr': (0.001, 0.003)}
+    """
+
+    budget: str | float = _option(
+        "30m", "time for all trials, such as 90s, 30m or 1.5h; a number counts minutes", metavar="TIME"
+    )
+    search: Mapping[str, Sequence[Any]] = dataclasses.field(
+        default_factory=dict,
+        metadata={
+            "group": "search",
+            "help": "values to try, as in lr=1e-4,1e-3 or targets=all-linear,q_proj+v_proj (default: usual "
+            "values of lr, rank, targets and epochs); an option that you give is not searched",
+            "metavar": "NAME=VALUES",
+        },
+    )
+    sampler: str = _option(
+        "halving",
+        "where the first trials come from: halving (a grid of learning rates) or optuna (its TPE sampler)",
+        choices=SAMPLERS,
+    )
+    resume: bool = _option(False, "continue the search in the output directory; no trial is repeated")
+    overwrite: bool = _option(False, "delete the search in the output directory")
+    op: InitVar[str] = "tune"  # begins the messages of errors
+
+    def __post_init__(self, op: str) -> None:
+        parse_budget(self.budget, op)
+        _check.choice(op, "sampler", self.sampler, SAMPLERS)
+        if not isinstance(self.search, Mapping):
+            raise TypeError(f"{op}: search is {_check.kind(self.search)}, expected a dictionary of lists")
+        checked = {name: checked_values(op, name, values) for name, values in self.search.items()}
+        object.__setattr__(self, "search", checked)
+        if self.resume and self.overwrite:
+            raise ValueError(f"{op}: resume and overwrite are both given, expected only one of them")

@@ -1,0 +1,119 @@
+"""TuneReport: the trials of a search, the winner, and the command that trains it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shlex
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nplora.finetuning.options import FinetuneOptions
+from nplora.finetuning.tuning.schedule import shown_time
+from nplora.finetuning.tuning.search import shown_value
+from nplora.finetuning.tuning.trial import Trial
+from nplora.formats.errors import counted
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """The results of a search; `print` shows them.
+
+    Attributes:
+        output: the directory with tune.jsonl.
+        trials: all trials, in the order in which they were made.
+        winner: the trial of the lowest loss among the longest ones; None if all of them diverged.
+        options: the options of `finetune` for the winner, with those that the search was given.
+        command: the `nplora finetune` line for the winner; "" without a winner.
+        loss_before: the validation loss before training.
+        seconds: the time that the trials took.
+        budget: the time that they were allowed to take.
+        ended: why the search ended: "complete", "budget" or "interrupted".
+        notes: hints on the results.
+
+    >>> report = nplora.finetuning.tune("model.gguf", "train.jsonl", "search", budget="3s", progress=False)
+    >>> report.winner.loss < report.loss_before
+    True
+    >>> print(report)
+    rung  steps  lr ...
+    ...
+    nplora finetune model.gguf --data train.jsonl --output search/best ...
+    """
+
+    output: Path
+    trials: tuple[Trial, ...]
+    winner: Trial | None
+    options: Mapping[str, Any]
+    command: str
+    loss_before: float
+    seconds: float
+    budget: float
+    ended: str
+    notes: tuple[str, ...] = ()
+
+    def table(self) -> str:
+        """One line for each trial: by rung, the lowest loss first. A star marks the winner."""
+        names = list(dict.fromkeys(name for trial in self.trials for name in trial.settings))
+        rows = [["rung", "steps", *names, "loss", "seconds", ""]]
+        for trial in sorted(self.trials, key=lambda trial: (trial.rung, trial.steps, trial.loss)):
+            loss = f"{trial.loss:.4f}" if math.isfinite(trial.loss) else "diverged"
+            values = [shown_value(trial.settings.get(name, "")) for name in names]
+            star = "*" if trial is self.winner else ""
+            rows.append([str(trial.rung), str(trial.steps), *values, loss, f"{trial.seconds:.1f}", star])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+    def __str__(self) -> str:
+        used = f"{shown_time(self.seconds)} of {shown_time(self.budget)}"
+        ended = {"interrupted": "; interrupted: --resume continues", "budget": "; the time is used up"}
+        lines = [self.table(), f"{counted(len(self.trials), 'trial')} in {used}{ended.get(self.ended, '')}"]
+        if self.winner is None:
+            lines.append("no trial has a finite loss: search smaller learning rates")
+            return "\n".join(lines)
+        lines.append(f"validation loss {self.loss_before:.4f} -> {self.winner.loss:.4f} (*)")
+        return "\n".join([*lines, *self.notes, self.command])
+
+
+def command_of(
+    model: str, data: Sequence[tuple[str, float]], valid: str | None, output: Path, options: Mapping[str, Any]
+) -> str:
+    """The command line of a run.
+
+    Args:
+        data: the files, each with its weight.
+        options: the options of `finetune` that differ from the defaults.
+    """
+    words = ["nplora", "finetune", model]
+    for path, weight in data:
+        words += ["--data", path if weight == 1 else f"{path}:{weight:g}"]
+    words += [] if valid is None else ["--valid", valid]
+    words += ["--output", os.fspath(output)]
+    kinds = typing.get_type_hints(FinetuneOptions)
+    for field in dataclasses.fields(FinetuneOptions):
+        if field.name in options:
+            words += _option(field.name, options[field.name], kinds[field.name])
+    return shlex.join(words)
+
+
+def _option(name: str, value: Any, kind: Any) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    if kind is bool:
+        return [option] if value else []
+    if value is None:
+        return []
+    if isinstance(value, Mapping):
+        return [option, ",".join(f"{key}={value[key]}" for key in value)]
+    if isinstance(value, tuple | list):
+        return [option, ",".join(map(str, value))]
+    return [
+        option,
+        shown_value(value)
+        if isinstance(value, float)
+        else os.fspath(value)
+        if isinstance(value, os.PathLike)
+        else str(value),
+    ]

@@ -1,0 +1,111 @@
+"""How a time budget is divided into rungs of trials: successive halving.
+
+Each rung trains fewer candidates for more steps (Jamieson and Talwalkar 2016; Li et al. 2018, "Hyperband").
+Every trial begins anew with its own learning rate schedule, which ends with the trial. If a survivor were
+continued instead, its schedule would have to be constant or be stretched afterwards. Then the rungs would
+compare runs that `finetune` never makes: a high learning rate shows its worth when the rate has come down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LEAST_STEPS = 10  # fewer say nothing about a learning rate
+# The shares of the budget: of the learning rates, of the variations, and of the full runs with the rest.
+RATES, VARIATIONS = 0.15, 0.35
+_TRIALS = 6  # at most in a rung of variations; fewer learning rates do not get longer trials
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The seconds of a step and of an evaluation."""
+
+    step: float
+    evaluation: float
+
+    def seconds(self, steps: int) -> float:
+        """The time of a trial."""
+        return steps * self.step + self.evaluation
+
+    def steps(self, seconds: float) -> int:
+        """The steps of a trial that takes so long; 0 if there is no time for any."""
+        return max(0, int((seconds - self.evaluation) / self.step))
+
+
+@dataclass(frozen=True)
+class Rung:
+    """Some trials of the same length.
+
+    Attributes:
+        count: the number of trials.
+        steps: the steps of each; 0: there is no time for this rung.
+    """
+
+    count: int
+    steps: int
+
+
+def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
+    """The rung of learning rates: all of them if at least LEAST_STEPS steps fit, else as many as fit.
+
+    Args:
+        full: the steps of the run that is tuned.
+    """
+    least = min(LEAST_STEPS, full)
+    count = min(rates, int(budget / pace.seconds(least)))
+    if not count:
+        return Rung(0, 0)
+    return Rung(count, min(full, max(least, pace.steps(RATES * budget / max(count, _TRIALS)))))
+
+
+def second_rung(budget: float, left: float, pace: Pace, candidates: int, least: int, full: int) -> Rung:
+    """The rung of variations. It has at least twice the steps of the first, if the run is that long.
+
+    Args:
+        left: the seconds that are left of the budget.
+        least: the steps of the trials in the first rung.
+    """
+    least = min(full, 2 * least)
+    share = min(left, VARIATIONS * budget)
+    count = min(candidates, _TRIALS, int(share / pace.seconds(least)))
+    if count < 2:
+        return Rung(0, 0)
+    return Rung(count, min(full, max(least, pace.steps(share / count))))
+
+
+def last_rung(left: float, pace: Pace, survivors: int, least: int, full: int) -> Rung:
+    """The rung of full runs, or of the longest runs that fit if they are longer than those before.
+
+    Args:
+        least: the steps of the trials in the rung before.
+    """
+    for count in range(survivors, 0, -1):
+        if count * pace.seconds(full) <= left:
+            return Rung(count, full)
+    steps = pace.steps(left / 2)
+    return Rung(2, steps) if survivors > 1 and steps >= 1.5 * least else Rung(0, 0)
+
+
+def parse_budget(budget: str | float, op: str = "tune") -> float:
+    """The seconds in "90s", "30m", "1.5h", or in a number of minutes.
+
+    Raises:
+        ValueError: the text has another form, or the time is not above 0.
+    """
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    text = str(budget).strip().lower()
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 60.0)
+    try:
+        seconds = float(number) * unit
+    except ValueError:
+        seconds = -1.0
+    if isinstance(budget, bool) or not 0 < seconds < float("inf"):
+        raise ValueError(f"{op}: budget is {budget!r}, expected a time such as 30m, 90s or 1.5h")
+    return seconds
+
+
+def shown_time(seconds: float) -> str:
+    """A duration for people: 45s, 12m, 1.5h."""
+    if seconds < 100:
+        return f"{seconds:.0f}s"
+    return f"{seconds / 60:.0f}m" if seconds < 6000 else f"{seconds / 3600:.1f}h"

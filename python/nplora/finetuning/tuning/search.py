@@ -1,0 +1,268 @@
+"""Search: decides which trials a search makes, rung by rung."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nplora.finetuning.tuning.log import TuneLog
+from nplora.finetuning.tuning.schedule import (
+    LEAST_STEPS,
+    Pace,
+    Rung,
+    first_rung,
+    last_rung,
+    second_rung,
+    shown_time,
+)
+from nplora.finetuning.tuning.space import Settings, Space, rounded
+from nplora.finetuning.tuning.trial import Trial, key_of
+
+_SURVIVORS = 2
+_SAMPLED = 10  # trials of a sampler in the first rung
+_NEIGHBOUR = 10**0.25  # half a step of the grid of learning rates
+_ROUNDS = 4  # of neighbours
+
+
+class Sampler(Protocol):
+    """Proposes the settings of the first rung one by one."""
+
+    def propose(self) -> Settings: ...
+    def tell(self, loss: float) -> None: ...
+
+
+class OutOfBudgetError(Exception):
+    """There is no time for the next trial."""
+
+
+@dataclass
+class Search:
+    """A search over a space within a budget.
+
+    Attributes:
+        epoch_steps: the steps of an epoch.
+        full: the steps of the run that is tuned, of one epoch if the number of epochs is searched.
+        budget: the seconds that the trials may take.
+        planned: the predicted seconds of a step, until trials have shown them.
+        train: makes a trial: the settings and the steps -> the loss, and the seconds of training and
+            evaluation.
+        sampler: proposes the settings of the first rung; None: the learning rates of the space.
+        say: prints a text.
+    """
+
+    space: Space
+    epoch_steps: int
+    full: int
+    budget: float
+    planned: float
+    log: TuneLog
+    train: Callable[[Settings, int], tuple[float, float, float]]
+    sampler: Sampler | None
+    say: Callable[[str], None]
+    ended: str = "complete"
+
+    def run(self) -> None:
+        """Make all trials that the budget allows.
+
+        Raises:
+            ValueError: the budget is too small for two trials.
+        """
+        try:
+            self._run()
+        except OutOfBudgetError:
+            self.ended = "budget"
+
+    def _run(self) -> None:
+        best = self._first()
+        best = self._second(best) if self.sampler is None else self._halved(2, best)
+        number = self._full_runs(best)
+        if len(self.space.rates) > 1:
+            self._neighbours(number)
+
+    # ---- rungs ----
+
+    def _first(self) -> list[Trial]:
+        """Learning rates, or the proposals of a sampler."""
+        rates = len(self.space.rates) if self.sampler is None else _SAMPLED
+        rung = self._rung(1, first_rung(self._left, self._pace, rates, self.full))
+        if rung.count < min(2, rates):
+            least = min(LEAST_STEPS, self.full)
+            one = self._pace.seconds(least)
+            needed = shown_time(math.ceil(max(1.0, 2 * one + self.log.seconds)))
+            raise ValueError(
+                f"tune: the budget is {shown_time(self.budget)}, but two trials of {least} steps need about "
+                f"{needed}; {shown_time(math.ceil(20 * one + 8 * self._pace.seconds(self.full)))} is enough "
+                "for a whole search"
+            )
+        if self.sampler is None:
+            middle_first = sorted(self.space.rates, key=lambda lr: abs(math.log(lr / self._middle)))
+            rates_tried = sorted(middle_first[: rung.count])
+            return self._trials(1, [self.space.settings(lr) for lr in rates_tried], rung.steps)
+        made = list[Trial]()
+        for _ in range(rung.count):
+            made += self._trials(1, [self.sampler.propose()], rung.steps)
+            self.sampler.tell(made[-1].loss)
+        return _by_loss(made)
+
+    def _second(self, first: list[Trial]) -> list[Trial]:
+        """The best learning rates, one between or beyond them, and variations of the other options."""
+        rates = [trial.settings["lr"] for trial in _finite(first)[:_SURVIVORS]]
+        if not rates:
+            return []
+        nearby = self._nearby([trial.settings["lr"] for trial in _finite(first)])
+        candidates = [self.space.settings(lr) for lr in dict.fromkeys((*rates, *nearby))]
+        candidates += [self.space.settings(rates[0], **{name: v}) for name, v in self.space.variations()]
+        steps = first[0].steps
+        decided = second_rung(self.budget, self._left, self._pace, len(candidates), steps, self.full)
+        rung = self._rung(2, decided)
+        if rung.count < 2 or len(candidates) < 2:
+            return first
+        return self._with_combination(2, self._trials(2, candidates[: rung.count], rung.steps))
+
+    def _halved(self, number: int, before: list[Trial]) -> list[Trial]:
+        """The better third of the trials before, for more steps."""
+        survivors = [trial.settings for trial in _finite(before)][: max(_SURVIVORS, -(-len(before) // 3))]
+        steps = before[0].steps if before else 1
+        decided = second_rung(self.budget, self._left, self._pace, len(survivors), steps, self.full)
+        rung = self._rung(number, decided)
+        return self._trials(number, survivors[: rung.count], rung.steps) if rung.count > 1 else before
+
+    def _full_runs(self, before: list[Trial]) -> int:
+        """The survivors at full length, and then with more epochs, as long as these help.
+
+        Returns:
+            the number of the next rung.
+        """
+        made, number, best = _finite(before)[:_SURVIVORS], 3, math.inf
+        lengths = [count * self.epoch_steps for count in self.space.epochs] or [self.full]
+        for length in lengths:
+            least = made[0].steps if made and length == lengths[0] else length
+            while made and least <= length:
+                rung = self._rung(number, last_rung(self._left, self._pace, len(made), least, length))
+                if not rung.count:
+                    return number
+                if rung.steps < least:  # of an earlier search with a smaller budget
+                    number += 1
+                    continue
+                made = self._trials(number, [trial.settings for trial in made[: rung.count]], rung.steps)
+                made, number = _finite(made), number + 1
+                least = rung.steps if rung.steps < length else length + 1
+            if not made or made[0].loss >= best:
+                return number
+            best = made[0].loss
+        return number
+
+    def _neighbours(self, number: int) -> None:
+        """The time that is left: learning rates beside the winner's, as long as one of them is better."""
+        for turn in range(_ROUNDS):
+            winner = winner_of(self.log.trials, self.full)
+            if winner is None or winner.steps < self.full:
+                return
+            lr = winner.settings["lr"]
+            candidates = [winner.settings | {"lr": rounded(lr * _NEIGHBOUR**sign)} for sign in (1, -1)]
+            new = [settings for settings in candidates if not self.log.find(key_of(settings, winner.steps))]
+            count = sum(i * self._pace.seconds(winner.steps) <= self._left for i in range(1, len(new) + 1))
+            rung = self._rung(number + turn, Rung(count, winner.steps))
+            self._trials(number + turn, new[: rung.count], rung.steps)
+            if winner_of(self.log.trials, self.full) is winner:
+                return
+
+    def _nearby(self, rates: Sequence[float]) -> list[float]:
+        """A learning rate between the best two, or beyond the best if it is the smallest or largest tried."""
+        tried = sorted(rates)
+        if len(tried) < 2:
+            return []
+        best, second = rates[0], rates[1]
+        if best in (tried[0], tried[-1]):
+            inner = tried[1] if best == tried[0] else tried[-2]
+            return [rounded(best * best / inner)]
+        return [rounded(math.sqrt(best * second))]
+
+    def _with_combination(self, number: int, made: list[Trial]) -> list[Trial]:
+        """Put first the best learning rate with all changes that helped, unless that was tried."""
+        start = self.space.settings(0.0)
+        combined = dict(made[0].settings)
+        for trial in reversed(made):  # of two values of one option, the better one is taken last
+            change = {k: v for k, v in trial.settings.items() if k != "lr" and v != start[k]}
+            before = self.log.find(key_of({**start, "lr": trial.settings["lr"]}, trial.steps))
+            if change and before is not None and trial.loss < before.loss:
+                combined |= change
+        if any(trial.settings == combined for trial in made):
+            return made
+        return [*self._trials(number, [combined], made[0].steps), *made]
+
+    # ---- trials ----
+
+    def _rung(self, number: int, decided: Rung) -> Rung:
+        """The rung of this number: as it was logged, or else as it is decided now.
+
+        A rung without trials is not logged, because a search that resumes with more time may fill it.
+        """
+        if number not in self.log.rungs and decided.count:
+            self.log.add_rung(number, decided)
+        return self.log.rungs.get(number, decided)
+
+    def _trials(self, rung: int, candidates: Iterable[Settings], steps: int) -> list[Trial]:
+        """Make the trials that are not made yet. Return all of them, the lowest loss first."""
+        return _by_loss([self._trial(rung, settings, steps) for settings in candidates])
+
+    def _trial(self, rung: int, settings: Settings, steps: int) -> Trial:
+        if (found := self.log.find(key_of(settings, steps))) is not None:
+            return found
+        if len(self.log.trials) >= 2 and self._pace.seconds(steps) > 1.1 * self._left:
+            raise OutOfBudgetError
+        loss, seconds, evaluation = self.train(settings, steps)
+        epochs = steps // self.epoch_steps if steps % self.epoch_steps == 0 else None
+        number = len(self.log.trials) + 1
+        trial = Trial(number, rung, settings, steps, epochs, loss, seconds, evaluation)
+        self.log.add_trial(trial)
+        words = "diverged" if math.isinf(loss) else f"loss {loss:.4f}"
+        used = f"{shown_time(self.log.seconds)} of {shown_time(self.budget)}"
+        self.say(f"trial {number} (rung {rung}): {_shown(settings)}, {steps} steps: {words} ({used})")
+        return trial
+
+    @property
+    def _left(self) -> float:
+        return self.budget - self.log.seconds
+
+    @property
+    def _pace(self) -> Pace:
+        """The measured speed, or the predicted speed before the first trial."""
+        steps = sum(trial.steps for trial in self.log.trials)
+        evaluation = self.log.baseline[1] if self.log.baseline else 0.0
+        if not steps:
+            return Pace(self.planned, evaluation)
+        return Pace(sum(trial.seconds for trial in self.log.trials) / steps, evaluation)
+
+    @property
+    def _middle(self) -> float:
+        return math.exp(sum(map(math.log, self.space.rates)) / len(self.space.rates))
+
+
+def winner_of(trials: Sequence[Trial], full: int) -> Trial | None:
+    """The trial of the lowest loss among the full runs, or, without any, among the longest trials."""
+    finite = _finite(trials)
+    longest = max((trial.steps for trial in finite), default=0)
+    candidates = [trial for trial in finite if trial.steps >= min(full, longest)]
+    return min(candidates, key=lambda trial: trial.loss, default=None)
+
+
+def _by_loss(trials: Sequence[Trial]) -> list[Trial]:
+    return sorted(trials, key=lambda trial: trial.loss)
+
+
+def _finite(trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials if math.isfinite(trial.loss)]
+
+
+def _shown(settings: Settings) -> str:
+    return ", ".join(f"{name} {shown_value(value)}" for name, value in settings.items())
+
+
+def shown_value(value: object) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

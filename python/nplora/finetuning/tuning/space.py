@@ -1,0 +1,140 @@
+"""The options that a search tries, and the values of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from nplora import _check
+from nplora.finetuning.options import FinetuneOptions
+from nplora.lm import LanguageModel
+from nplora.lm.adapting import ALL_LINEAR, block_of, target_names
+from nplora.nn import Linear
+
+Settings: TypeAlias = dict[str, Any]  # options of `finetune`, by name
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(FinetuneOptions)}
+_RATES = range(-2, 4)  # half decades around the default: from a tenth of it to thirty times as much
+_RANKS = (4, 32)  # besides the default
+_EPOCHS = (1, 2, 4)
+# What belongs to one run, not to a search.
+UNSEARCHED = (
+    "resume", "overwrite", "sample", "save_every", "save_minutes", "seed", "steps", "valid_split", "memory",
+    "keep_prefix", "compute", "recompute", "format", "columns", "chat", "learn", "max_length", "skip_bad",
+    "strict", "adapter", "any_base", "layers",
+)  # fmt: skip
+_OF_AN_ADAPTER = ("rank", "alpha", "targets", "use_rslora", "use_dora", "init")
+
+
+@dataclass(frozen=True)
+class Space:
+    """The values that a search tries.
+
+    Attributes:
+        rates: learning rates, from small to large.
+        others: values of other options; the first is where the search starts.
+        epochs: numbers of epochs, from small to large; empty if the length of the run is given.
+        alpha_ratio: alpha / rank of a trial, if ranks are searched and alpha is not given.
+    """
+
+    rates: tuple[float, ...]
+    others: Mapping[str, tuple[Any, ...]]
+    epochs: tuple[int, ...]
+    alpha_ratio: float | None
+
+    def settings(self, lr: float, **changes: Any) -> Settings:
+        """The settings of a trial: the start of the search with this learning rate and these changes."""
+        made = {"lr": lr, **{name: values[0] for name, values in self.others.items()}, **changes}
+        if self.alpha_ratio is not None:
+            made["alpha"] = self.alpha_ratio * made["rank"]
+        return made
+
+    def variations(self) -> Iterator[tuple[str, Any]]:
+        """Every other value of every option, taking turns between the options."""
+        rows = [[(name, value) for value in values[1:]] for name, values in self.others.items()]
+        for turn in range(max(map(len, rows), default=0)):
+            yield from (row[turn] for row in rows if turn < len(row))
+
+    @property
+    def names(self) -> list[str]:
+        """The searched options, except the length of the run."""
+        return ["lr", *self.others, *(["alpha"] if self.alpha_ratio is not None else [])]
+
+    def described(self) -> dict[str, Any]:
+        """The values as JSON."""
+        return {"lr": self.rates, **self.others, "epochs": self.epochs}
+
+
+def space_of(
+    lm: LanguageModel,
+    given: Mapping[str, Any],
+    search: Mapping[str, Sequence[Any]],
+    op: str = "tune",
+) -> Space:
+    """The values to try: those in `search`, and the usual ones of options that are neither there nor given.
+
+    Args:
+        given: the options of `finetune` that the user has fixed.
+    Raises:
+        ValueError: a searched option is unknown, fixed or without values, or a value is out of range.
+    """
+    wanted = {name: checked_values(op, name, values) for name, values in search.items()}
+    for name in wanted:
+        if name in given:
+            raise ValueError(f"{op}: {name} is given and searched, expected only one of them")
+    continues = given.get("adapter") is not None
+    if continues and (own := [name for name in wanted if name in _OF_AN_ADAPTER]):
+        raise ValueError(f"{op}: {own[0]} is decided by the adapter to continue from; do not search it")
+    rates = wanted.pop("lr", (given["lr"],) if "lr" in given else rates_around(_DEFAULTS["lr"]))
+    is_fixed = "epochs" in given or "steps" in given
+    if is_fixed and "epochs" in wanted:
+        raise ValueError(f"{op}: epochs are searched, but the length of the run is given")
+    epochs = wanted.pop("epochs", () if is_fixed else _EPOCHS)
+    usual = {} if continues else {"rank": (_DEFAULTS["rank"], *_RANKS), "targets": _target_sets(lm)}
+    others = {name: values for name, values in usual.items() if name not in given} | wanted
+    ratio = _DEFAULTS["alpha"] / _DEFAULTS["rank"]
+    keeps_ratio = "rank" in others and "alpha" not in given and "alpha" not in others
+    return Space(tuple(sorted(rates)), others, tuple(sorted(epochs)), ratio if keeps_ratio else None)
+
+
+def checked_values(op: str, name: str, values: Iterable[Any]) -> tuple[Any, ...]:
+    """The values of one option, each checked as `finetune` does.
+
+    Raises:
+        ValueError, TypeError: the option cannot be searched, or a value is out of range.
+    """
+    if name not in _DEFAULTS or name in UNSEARCHED:
+        known = ", ".join(key for key in _DEFAULTS if key not in UNSEARCHED)
+        near = _check.suggestion(name, [key for key in _DEFAULTS if key not in UNSEARCHED])
+        raise ValueError(f"{op}: {name} cannot be searched{near or f', expected one of {known}'}")
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{op}: search has {name}: {_check.kind(values)}, expected a list of values")
+    given = list(dict.fromkeys(target_names(v) if name == "targets" else v for v in values))
+    if not given:
+        raise ValueError(f"{op}: search has no values for {name}")
+    for value in given:
+        FinetuneOptions(**{name: value}, op=op)  # type: ignore[arg-type]
+    return tuple(given)
+
+
+def rates_around(default: float) -> tuple[float, ...]:
+    """Learning rates around the default, half a decade apart."""
+    return tuple(rounded(default * 10 ** (step / 2)) for step in _RATES)
+
+
+def rounded(rate: float) -> float:
+    """A learning rate with two significant digits, as people write it."""
+    return float(f"{rate:.2g}")
+
+
+def _target_sets(lm: LanguageModel) -> tuple[tuple[str, ...], ...]:
+    """All linear layers; those of attention; those of the MLP."""
+    kinds: dict[str, list[str]] = {"self_attn": [], "mlp": []}
+    for name, module in lm.named_modules():
+        parts = name.split(".")
+        if isinstance(module, Linear) and block_of(name) is not None and parts[-2] in kinds:
+            kinds[parts[-2]].append(parts[-1])
+    sets = [tuple(dict.fromkeys(names)) for names in kinds.values() if names]
+    return ((ALL_LINEAR,), *sets)

@@ -1,0 +1,343 @@
+"""tune: search for the learning rate, the rank, the targets and the epochs of a fine-tuning run."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nplora import _check
+from nplora.finetuning.data import Data
+from nplora.finetuning.data.batches import TokenBatches
+from nplora.finetuning.data.sources import Source, splits_of
+from nplora.finetuning.execution import adapters_of, choose_execution, predicted
+from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
+from nplora.finetuning.options import FinetuneOptions
+from nplora.finetuning.planning import ExecutionPlan, available_memory
+from nplora.finetuning.run import new_trainer, put_on_adapter
+from nplora.finetuning.token_progress import speaker
+from nplora.finetuning.tuning.bayes import OptunaSampler
+from nplora.finetuning.tuning.log import TuneLog
+from nplora.finetuning.tuning.options import NOT_PASSED, TuneOptions
+from nplora.finetuning.tuning.report import TuneReport, command_of
+from nplora.finetuning.tuning.schedule import parse_budget
+from nplora.finetuning.tuning.search import Search, winner_of
+from nplora.finetuning.tuning.space import Settings, Space, space_of
+from nplora.finetuning.tuning.trial import Trial
+from nplora.formats import files
+from nplora.formats.files import StrPath
+from nplora.lm import LanguageModel
+from nplora.models import PrefixCache
+from nplora.nn.losses import NonFiniteLossError
+from nplora.trainer.evaluation import evaluate
+
+_SPLIT = 0.1  # the share that is held out if there are no validation data
+_PREFIX_SHARE = 0.25  # of the available memory: a larger cache of the frozen blocks is not made unasked
+
+
+def tune(
+    model: StrPath | LanguageModel,
+    data: Data,
+    output: StrPath,
+    *,
+    valid: Data | None = None,
+    progress: bool | None = None,
+    budget: str | float = "30m",
+    search: Mapping[str, Sequence[Any]] | None = None,
+    sampler: str = "halving",
+    resume: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> TuneReport:
+    """Search for the learning rate, the rank, the targets and the epochs of `finetune`, within a time budget.
+
+    The search makes short runs, and compares their losses on held-out data. It begins with the learning rate,
+    which matters most. Then it varies the rank and the targets. The best settings are trained at full length,
+    and then for more epochs, as long as these help. All trials share the loaded model, the tokenised data
+    and, if only upper blocks are adapted, the outputs of the frozen blocks below.
+
+    Every trial begins anew, with a learning rate schedule that ends with the trial. The last trials are
+    exactly the runs that `finetune` makes with the same options. `tune.jsonl` in the output directory records
+    every decision and every trial. Ctrl-C ends the search, and `resume=True` continues it.
+
+    Args:
+        model, data: as for `finetune`.
+        output: directory for tune.jsonl.
+        valid: held-out rows to compare the trials on. Without any, here or in a directory `data`, a tenth of
+            the examples is held out (`valid_split=0.1`).
+        progress: print progress on stderr; None: only on a terminal or in a notebook.
+        budget: time for all trials, such as "90s", "30m" or "1.5h"; a number counts minutes. Loading the
+            model and the data comes on top.
+        search: values to try, such as {"lr": [1e-4, 1e-3], "dropout": [0, 0.05]}, for any option of
+            `finetune` that changes the training; of a list, the first value is where the search starts. The
+            learning rate, the rank, the targets and the epochs are searched anyway, unless they are given.
+        sampler: where the first trials come from: "halving" (a grid of learning rates) or "optuna" (its TPE
+            sampler, over all searched options but the epochs).
+        resume: continue the search in the output directory; no trial is repeated. The budget counts the time
+            of the earlier trials too, and may be larger than before.
+        overwrite: delete the search in the output directory.
+        options: options of `finetune` for all trials, such as `layers="last:8"`. An option that is given is
+            not searched.
+    Returns:
+        the trials, the winner, and the command that trains it; `print` shows them.
+    Raises:
+        ValueError, TypeError: an option is out of range, or the budget is too small for two trials. The
+            message says how much is needed.
+        FileExistsError: the output directory holds a search, and neither `resume` nor `overwrite` is set.
+        CorruptError: tune.jsonl is damaged.
+        ModuleNotFoundError: `sampler` is "optuna", and Optuna is not installed.
+        Other errors: see `finetune`.
+
+    >>> report = nplora.finetuning.tune(
+    ...     "model.gguf", "train.jsonl", "tuned", budget="4s", search={"lr": [1e-3, 1e-2]}, rank=4, epochs=2
+    ... )
+    >>> sorted(report.options)
+    ['epochs', 'lr', 'rank', 'targets', 'valid_split']
+    >>> best = nplora.finetune("model.gguf", "train.jsonl", "tuned/best", **report.options)
+    """
+    chosen = TuneOptions(budget, search or {}, sampler, resume, overwrite)
+    _require_options(options)
+    files.require_named("tune", output=output)
+    files.require_directory(output)
+    rows = list(data) if isinstance(data, Iterator) else data
+    base = FinetuneOptions(**_with_split(rows, valid, options), op="tune")
+    return _Tuning(model, rows, valid, Path(output), base, options, chosen, speaker(progress)).run()
+
+
+def _require_options(options: Mapping[str, Any]) -> None:
+    """Raise TypeError for a keyword that is no option of `finetune`, or that belongs to one run."""
+    known = {field.name for field in dataclasses.fields(FinetuneOptions)} - {*NOT_PASSED}
+    for name in options:
+        if name in NOT_PASSED:
+            raise TypeError(f"tune: unexpected keyword {name!r}, which belongs to one run, not to a search")
+        if name not in known:
+            raise TypeError(f"tune: unexpected keyword {name!r}{_check.suggestion(name, known)}")
+
+
+def _with_split(data: Data, valid: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with a share to hold out if there are no validation data."""
+    if valid is not None or options.get("valid_split") is not None or splits_of("tune", data).valid:
+        return dict(options)
+    return {**options, "valid_split": _SPLIT}
+
+
+@dataclass
+class _Tuning:
+    """A search: its arguments, and what its trials share."""
+
+    model: StrPath | LanguageModel
+    data: Data
+    valid: Data | None
+    output: Path
+    base: FinetuneOptions
+    given: Mapping[str, Any]
+    chosen: TuneOptions
+    say: Callable[[str], None]
+
+    def run(self) -> TuneReport:
+        inputs = read_inputs("tune", self.model, self.data, self.valid, self.base)
+        assert inputs.held_out is not None, "a share is held out if there are no validation data"
+        space = space_of(inputs.lm, self.given, self.chosen.search)
+        sampler = OptunaSampler(space, self.base.seed) if self.chosen.sampler == "optuna" else None
+        batches = training_batches(inputs.train, self.base)
+        epoch = -(-batches.length // self.base.accumulate)
+        full = self.base.steps or (self.base.epochs or 1) * epoch
+        largest = self._largest(space, full)
+        execution = choose_execution(self.model, inputs, largest, None, self.say)
+        planned = predicted("tune", inputs, adapters_of("tune", inputs, largest), largest, execution)
+        for dataset in inputs.datasets:
+            self.say(str(dataset.report))
+
+        log = TuneLog(self.output)
+        log.begin(self._identity(inputs, space), self.chosen.resume, self.chosen.overwrite)
+        trials = _Trials(inputs, self.base, execution, full, self.output, self.say)
+        search = Search(
+            space, epoch, full, parse_budget(self.chosen.budget), planned.seconds, log, trials.make, sampler,
+            self.say,
+        )  # fmt: skip
+        with trials:
+            if log.baseline is None:
+                log.add_baseline(*trials.baseline())
+            self.say(f"validation loss {log.baseline[0]:.4f} before training")  # type: ignore[index]
+            try:
+                search.run()
+            except KeyboardInterrupt:
+                search.ended = "interrupted"
+        return self._report(search)
+
+    def _largest(self, space: Space, full: int) -> FinetuneOptions:
+        """The options of the trial that needs the most memory."""
+        settings = space.settings(space.rates[0])
+        for name in ("rank", "targets"):
+            if name in space.others:
+                values = space.others[name]
+                settings[name] = max(values) if name == "rank" else values[0]
+        settings.pop("alpha", None)
+        return dataclasses.replace(self.base, **settings, epochs=None, steps=full)
+
+    def _identity(self, inputs: RunInputs, space: Space) -> dict[str, Any]:
+        """What the results of the trials depend on, as JSON values."""
+        assert inputs.held_out is not None
+        changed = {
+            field.name: getattr(self.base, field.name)
+            for field in dataclasses.fields(self.base)
+            if field.name in self.given or field.name == "valid_split"
+        }
+        return {
+            "model": inputs.lm.base_digest(),
+            "data": inputs.train.fingerprint(),
+            "validation data": inputs.held_out.fingerprint(),
+            "options": {name: _plain(value) for name, value in changed.items() if value is not None},
+            "search": {name: _plain(values) for name, values in space.described().items()},
+            "sampler": self.chosen.sampler,
+        }
+
+    def _report(self, search: Search) -> TuneReport:
+        log = search.log
+        assert log.baseline is not None
+        winner = winner_of(log.trials, search.full)
+        options: dict[str, Any] = {}
+        command = ""
+        if winner is not None:
+            options = self._options(winner, search)
+            command = self._command(options)
+        return TuneReport(
+            self.output, tuple(log.trials), winner, options, command, log.baseline[0], log.seconds,
+            search.budget, search.ended, tuple(_notes(winner, log.trials, search.full)),
+        )  # fmt: skip
+
+    def _options(self, winner: Trial, search: Search) -> dict[str, Any]:
+        """The options of `finetune` for the winner."""
+        options = dict(self.given)
+        if self.base.valid_split is not None:
+            options["valid_split"] = self.base.valid_split
+        options |= winner.settings
+        if "steps" not in options and "epochs" not in options:
+            options["epochs"] = winner.epochs if winner.steps >= search.full and winner.epochs else 1
+        return options
+
+    def _command(self, options: Mapping[str, Any]) -> str:
+        model = self.model.source if isinstance(self.model, LanguageModel) else self.model
+        sources = splits_of("tune", self.data).train
+        data = [(_named(source), source.weight) for source in sources]
+        if isinstance(self.data, str | Path):
+            data = [(files.name(self.data), 1.0)]
+        valid = None
+        if self.valid is not None:
+            valid = files.name(self.valid) if isinstance(self.valid, str | Path) else "VALID"
+        return command_of(files.name(model), data, valid, self.output / "best", options)
+
+
+def _named(source: Source) -> str:
+    return "DATA" if source.path is None else source.name
+
+
+def _notes(winner: Trial | None, trials: Sequence[Trial], full: int) -> Iterator[str]:
+    if winner is None:
+        return
+    rates = sorted({trial.settings["lr"] for trial in trials})
+    if len(rates) > 1 and winner.settings["lr"] in (rates[0], rates[-1]):
+        which = "smallest" if winner.settings["lr"] == rates[0] else "largest"
+        yield f"the best learning rate is the {which} that was tried: --search lr=... tries others"
+    epochs = [trial.epochs for trial in trials if trial.epochs and trial.steps >= full]
+    if winner.epochs and len(set(epochs)) > 1 and winner.epochs == max(epochs):
+        yield "the most epochs that were tried are the best: --search epochs=... tries more"
+    if winner.steps < full:
+        yield (
+            f"the longest trials had {winner.steps} of the run's {full} steps: a larger --budget compares "
+            "full runs"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON."""
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | Mapping) else str(value)
+
+
+class _Trials:
+    """Makes trials on one model. They share its weights, the data, and the outputs of the frozen blocks."""
+
+    def __init__(
+        self,
+        inputs: RunInputs,
+        base: FinetuneOptions,
+        execution: ExecutionPlan,
+        full: int,
+        output: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        assert inputs.held_out is not None
+        self._inputs, self._base, self._execution, self._full = inputs, base, execution, full
+        self._output, self._say = output, say
+        self._validation: TokenBatches = evaluation_batches(inputs.held_out)
+        self._prefix: PrefixCache | None = None
+
+    def __enter__(self) -> _Trials:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._prefix is not None:
+            self._prefix.close()
+
+    def baseline(self) -> tuple[float, float]:
+        """The validation loss before training, and the seconds of the evaluation."""
+        lm = self._model(self._base)
+        return self._evaluated(lm)
+
+    def make(self, settings: Settings, steps: int) -> tuple[float, float, float]:
+        """Train with these settings. Return the validation loss and the seconds of training and evaluation.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C ended the training.
+        """
+        warmup = self._base.warmup if steps >= self._full else self._base.warmup * steps // self._full
+        options = dataclasses.replace(self._base, **settings, warmup=warmup, epochs=None, steps=steps)
+        start = time.perf_counter()
+        lm = self._model(options)
+        loss = self._inputs.objective.loss(self._execution.micro_tokens)
+        trainer = new_trainer(lm, loss, options, [])
+        try:
+            history = trainer.fit(training_batches(self._inputs.train, options), steps=steps)
+        except NonFiniteLossError:
+            return float("inf"), time.perf_counter() - start, 0.0
+        if history.interrupted:
+            raise KeyboardInterrupt
+        seconds = time.perf_counter() - start
+        return self._evaluated(lm)[0], seconds, time.perf_counter() - start - seconds
+
+    def _model(self, options: FinetuneOptions) -> LanguageModel:
+        """The model with a new adapter. It shares the frozen weights with all others."""
+        lm = self._inputs.lm.copied({})
+        put_on_adapter(lm, self._inputs.start, options)
+        lm.model.recompute = self._execution.recompute
+        with files.Directory(self._made_output()) as directory:
+            self._inputs.objective.prepare(lm, self._inputs.datasets, directory, self._say)
+        lm.model.prefix = self._shared_prefix(lm)
+        return lm
+
+    def _made_output(self) -> Path:
+        self._output.mkdir(parents=True, exist_ok=True)
+        return self._output
+
+    def _evaluated(self, lm: LanguageModel) -> tuple[float, float]:
+        start = time.perf_counter()
+        loss = self._inputs.objective.loss(self._execution.micro_tokens)
+        found = evaluate(lm, loss, self._validation)["loss"]
+        return found, time.perf_counter() - start
+
+    def _shared_prefix(self, lm: LanguageModel) -> PrefixCache | None:
+        """The cache of the outputs below the adapters: as the options say, or in memory if it is small."""
+        first, nbytes = lm.model.first_adapted(), 4 * self._inputs.tokens * lm.config.hidden_size
+        if self._prefix is None and first:
+            where = self._base.keep_prefix
+            if where == "off" and self._base.memory is None:
+                where = "memory" if nbytes < _PREFIX_SHARE * (available_memory() or 0) else "off"
+            if where != "off":
+                directory = self._output if where == "disk" else None
+                self._prefix = PrefixCache(first, self._inputs.tokens, lm.config.hidden_size, directory)
+        return self._prefix

@@ -1,0 +1,505 @@
+"""Searches for the options of a run: trials within a budget, which finetune repeats to the bit."""
+
+import dataclasses
+import errno
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nplora
+from nplora import cli
+from nplora.finetuning import TuneOptions, evaluate, finetune, tune
+from nplora.finetuning.tuning import tune as tune_module
+from nplora.finetuning.tuning.log import NAME, TuneLog
+from nplora.finetuning.tuning.schedule import Pace, first_rung, last_rung, parse_budget, second_rung
+from nplora.finetuning.tuning.search import Search, winner_of
+from nplora.finetuning.tuning.space import Settings, Space, space_of
+from nplora.finetuning.tuning.trial import Trial, key_of
+from nplora.formats import files
+from nplora.formats.errors import CorruptError, UnsafeError
+from small_llama import save_small_llama
+
+pytest.importorskip("tokenizers")
+
+tuning = sys.modules["nplora.finetuning.tuning.tune"]
+assert tune_module is tune  # the package's name is the function's
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_llama(tmp_path_factory.mktemp("model") / "model.gguf")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(40)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- the decisions of a search, on losses that a formula gives ----
+
+SPACE = Space((1e-4, 1e-3, 1e-2), {"rank": (8, 4, 32), "targets": (("all",), ("q",))}, (1, 2, 4), 2.0)
+
+
+def loss_of(settings: Settings, steps: int) -> float:
+    """The best: a learning rate of 2.5e-3, rank 32, all targets, and 200 steps, which are two epochs."""
+    rate = math.log10(settings["lr"] / 2.5e-3) ** 2
+    rank = {4: 0.1, 8: 0.05, 32: 0.0}[settings["rank"]]
+    targets = 0.2 * (settings["targets"] != ("all",))
+    return 1 + rate + rank + targets + 0.1 * math.log2(steps / 200) ** 2
+
+
+class Made:
+    """Makes the trials of a search by the formula, and counts them."""
+
+    def __init__(self, diverge: float = math.inf) -> None:
+        self.keys = list[tuple[Any, ...]]()
+        self.diverge = diverge
+
+    def __call__(self, settings: Settings, steps: int) -> tuple[float, float, float]:
+        self.keys.append(key_of(settings, steps))
+        loss = math.inf if settings["lr"] > self.diverge else loss_of(settings, steps)
+        return loss, 1.0 * steps, 2.0
+
+
+def search_in(directory: Path, budget: float, made: Made, space: Space = SPACE, **more: Any) -> Search:
+    log = TuneLog(directory)
+    log.begin({"search": space.described()}, resume=more.pop("resume", False), overwrite=False)
+    if log.baseline is None:
+        log.add_baseline(5.0, 2.0)
+    search = Search(space, 100, 100, budget, 1.0, log, made, more.pop("sampler", None), lambda text: None)
+    search.run()
+    return search
+
+
+def test_a_search_finds_the_best_of_every_option(tmp_path: Path) -> None:
+    made = Made()
+    search = search_in(tmp_path, 10_000, made)
+    winner = winner_of(search.log.trials, search.full)
+    assert winner is not None
+    assert abs(math.log10(winner.settings["lr"] / 2.5e-3)) < 0.13
+    assert (winner.settings["rank"], winner.settings["alpha"]) == (32, 64.0)
+    assert winner.settings["targets"] == ("all",)
+    assert (winner.epochs, winner.steps) == (2, 200)
+    assert search.ended == "complete"
+    assert len(made.keys) == len(set(made.keys))
+    steps = {trial.rung: trial.steps for trial in search.log.trials}
+    assert list(steps) == sorted(steps)
+
+
+@pytest.mark.parametrize("budget", [40, 60, 100, 200, 400, 1000, 3000])
+def test_a_search_stays_within_its_budget_and_uses_it(budget: float, tmp_path: Path) -> None:
+    search = search_in(tmp_path, budget, Made())
+    trials = search.log.trials
+    assert len(trials) >= 2
+    assert search.log.seconds <= 1.1 * budget
+    if budget >= 200:
+        assert search.log.seconds >= 0.5 * budget or search.ended == "complete"
+    assert min(trial.steps for trial in trials) >= 10
+    if budget >= 1000:
+        winner = winner_of(trials, search.full)
+        assert winner is not None
+        assert winner.steps >= search.full
+
+
+def test_a_budget_for_less_than_two_trials_says_how_much_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^tune: the budget is 20s, but two trials of 10 steps need about"
+    ) as e:
+        search_in(tmp_path / "a", 20, Made())
+    needed = re.search(r"need about (\d+)s; (\S+) is enough", str(e.value))
+    assert needed is not None
+    assert len(search_in(tmp_path / "b", float(needed[1]), Made()).log.trials) >= 2
+    enough = search_in(tmp_path / "a", parse_budget(needed[2]), Made())
+    winner = winner_of(enough.log.trials, enough.full)
+    assert winner is not None
+    assert winner.steps >= enough.full
+
+
+def test_trials_that_diverge_are_left_behind(tmp_path: Path) -> None:
+    search = search_in(tmp_path / "some", 5000, Made(diverge=2e-3))
+    winner = winner_of(search.log.trials, search.full)
+    assert winner is not None
+    assert winner.settings["lr"] <= 2e-3
+    assert any(math.isinf(trial.loss) for trial in search.log.trials)
+    search = search_in(tmp_path / "all", 5000, Made(diverge=0))
+    assert winner_of(search.log.trials, search.full) is None
+    assert len(search.log.trials) == 3
+
+
+def test_a_fixed_learning_rate_and_fixed_epochs_are_not_searched(tmp_path: Path) -> None:
+    space = Space((1e-3,), {"rank": (8, 32)}, (), None)
+    made = Made()
+
+    def train(settings: Settings, steps: int) -> tuple[float, float, float]:
+        return made({**settings, "targets": ("all",)}, steps)
+
+    search = search_in(tmp_path, 5000, train, space)  # type: ignore[arg-type]
+    assert {trial.settings["lr"] for trial in search.log.trials} == {1e-3}
+    assert {trial.steps for trial in search.log.trials if trial.rung > 2} <= {100}
+    winner = winner_of(search.log.trials, search.full)
+    assert winner is not None
+    assert winner.settings == {"lr": 1e-3, "rank": 32}
+
+
+def test_a_search_resumes_after_any_event_with_the_same_trials(tmp_path: Path) -> None:
+    whole = Made()
+    search = search_in(tmp_path / "whole", 1500, whole)
+    lines = (tmp_path / "whole" / NAME).read_text().splitlines(keepends=True)
+    assert len(lines) > 15
+    for count in (1, 2, 3, 7, 8, 12, len(lines) - 1, len(lines)):
+        directory = tmp_path / str(count)
+        directory.mkdir()
+        (directory / NAME).write_text("".join(lines[:count]))
+        rest = Made()
+        resumed = search_in(directory, 1500, rest, resume=True)
+        assert resumed.log.trials == search.log.trials, count
+        assert (directory / NAME).read_text() == "".join(lines), count
+        done = sum('"trial"' in line.partition(",")[0] for line in lines[:count])
+        assert rest.keys == whole.keys[done:]
+
+
+@pytest.mark.parametrize("budget", [60, 150, 300])
+def test_a_larger_budget_continues_a_search(budget: float, tmp_path: Path) -> None:
+    small = search_in(tmp_path, budget, Made())
+    before = list(small.log.trials)
+    large = search_in(tmp_path, 3000, Made(), resume=True)
+    assert large.log.trials[: len(before)] == before
+    assert len(large.log.trials) > len(before)
+    winner = winner_of(large.log.trials, large.full)
+    assert winner is not None
+    assert winner.steps >= large.full
+    again = search_in(tmp_path, 3000, rest := Made(), resume=True)
+    assert (again.log.trials, rest.keys) == (large.log.trials, [])
+
+
+def test_rungs_divide_a_budget() -> None:
+    pace = Pace(step=1.0, evaluation=2.0)
+    assert first_rung(1000, pace, rates=6, full=100).steps == 1000 * 0.15 / 6 - 2
+    assert first_rung(1e6, pace, rates=6, full=100).steps == 100
+    assert first_rung(40, pace, rates=6, full=100).count == 3
+    rung = second_rung(1000, 850, pace, candidates=9, least=23, full=100)
+    assert (rung.count, rung.steps) == (6, 56)
+    assert last_rung(500, pace, survivors=2, least=56, full=100) == last_rung(204, pace, 2, 56, 100)
+    assert last_rung(200, pace, survivors=2, least=56, full=100).count == 1
+    assert last_rung(90, pace, survivors=2, least=20, full=100).steps == 43
+    assert last_rung(90, pace, survivors=2, least=40, full=100).count == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("2", 120), (0.5, 30), (" 1M ", 60)]
+)
+def test_a_budget_is_a_time(text: str | float, seconds: float) -> None:
+    assert parse_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "0", "-3m", "nan", "inf", "1d", "1:30", True])
+def test_what_is_no_time_is_refused(text: Any) -> None:
+    with pytest.raises(ValueError, match=r"^tune: budget is .*, expected a time such as 30m, 90s or 1\.5h"):
+        parse_budget(text)
+
+
+# ---- the log ----
+
+
+def test_a_damaged_log_is_refused(tmp_path: Path) -> None:
+    search_in(tmp_path / "good", 300, Made())
+    lines = (tmp_path / "good" / NAME).read_text().splitlines()
+    trial = json.loads(next(line for line in lines if '"trial"' in line))
+    for changed in (
+        lines[3][:20], "[]", "{}", '{"event": "dance"}', json.dumps(trial | {"loss": "low"}),
+        json.dumps(trial | {"steps": -1}), json.dumps(trial | {"settings": []}), "\x00",
+    ):  # fmt: skip
+        directory = tmp_path / "bad"
+        directory.mkdir(exist_ok=True)
+        (directory / NAME).write_text("\n".join([*lines[:3], changed, *lines[4:]]) + "\n")
+        with pytest.raises(ValueError, match=r"tune\.jsonl, line 4") as caught:
+            search_in(directory, 300, Made(), resume=True)
+        assert type(caught.value).__name__ in ("CorruptError", "FormatError"), changed
+    (tmp_path / "bad" / NAME).write_text("\n".join(lines[1:]))
+    with pytest.raises(CorruptError, match="does not begin with the start of a search"):
+        search_in(tmp_path / "bad", 300, Made(), resume=True)
+
+
+def test_a_log_of_another_search_or_behind_a_link_is_refused(tmp_path: Path) -> None:
+    search_in(tmp_path / "one", 300, Made())
+    other = dataclasses.replace(SPACE, epochs=(1,))
+    with pytest.raises(ValueError, match=r"belongs to a search with search other than now"):
+        search_in(tmp_path / "one", 300, Made(), other, resume=True)
+    with pytest.raises(FileExistsError, match="the directory holds a search: --resume"):
+        search_in(tmp_path / "one", 300, Made())
+    (tmp_path / "note").mkdir()
+    (tmp_path / "note" / NAME).write_text("mine")
+    with pytest.raises(FileExistsError, match="the directory holds a search: --resume"):
+        search_in(tmp_path / "note", 300, Made())
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / NAME).symlink_to(tmp_path / "one" / NAME)
+    with pytest.raises(UnsafeError, match="a symbolic link"):
+        search_in(tmp_path / "two", 300, Made(), resume=True)
+
+
+# ---- searches on a model ----
+
+QUICK: dict[str, Any] = {"batch_examples": 12, "rank": 2, "targets": "q_proj", "seed": 3}
+
+
+@pytest.mark.slow
+def test_finetune_repeats_the_winner_to_the_bit(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line that the command prints is run, and the loss of its adapter is that of the trial."""
+    words = ["--batch-examples", "12", "--rank", "2", "--targets", "q_proj,v_proj", "--layers", "last:1"]
+    output = tmp_path / "a search"
+    line = ["tune", str(model), "--data", str(data), "--output", str(output), "--budget", "10m", *words]
+    assert cli.main([*line, "--search", "lr=1e-3,1e-2", "--search", "epochs=1,2"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    starred = next(row.split() for row in out if row.endswith("*"))
+    command = shlex.split(out[-1])
+    assert command[:3] == ["nplora", "finetune", str(model)]
+    assert command[command.index("--output") + 1] == str(output / "best")
+    assert cli.main(command[1:]) == 0
+    said = re.search(r"validation loss [\d.]+ -> ([\d.]+)", capsys.readouterr().out)
+    assert said is not None
+    assert said[1] == starred[-3]
+    assert [path.name for path in output.iterdir() if path.name != "best"] == [NAME]
+    assert cli.main([*line, "--search", "lr=1e-3,1e-2", "--search", "epochs=1,2", "--resume"]) == 0
+    assert capsys.readouterr().out.splitlines() == out
+
+
+def test_trials_share_the_outputs_of_the_frozen_blocks(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches, found = list[Any](), list[bool]()
+
+    class Counting(nplora.models.PrefixCache):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            caches.append(self)
+
+        def find(self, *arguments: Any) -> Any:
+            rows = super().find(*arguments)
+            found.append(rows is not None)
+            return rows
+
+    monkeypatch.setattr(tuning, "PrefixCache", Counting)
+    options = QUICK | {"layers": "last:1", "epochs": 1, "batch_examples": 36}
+    report = tune(model, data, tmp_path / "out", budget="5m", search={"lr": [1e-3, 1e-2]}, **options)
+    assert len(caches) == 1
+    assert caches[0].nbytes == 0  # it was closed
+    assert found[0] is False
+    assert sum(found) > len(report.trials)
+    assert report.winner is not None
+    done = finetune(model, data, tmp_path / "best", progress=False, **report.options)
+    assert done.loss_after == report.winner.loss
+
+
+@pytest.mark.slow
+def test_a_tenth_is_held_out_unless_there_are_validation_data(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    few: dict[str, Any] = QUICK | {"epochs": 1, "lr": 1e-2, "progress": False, "budget": 1}
+    report = tune(model, data, tmp_path / "a", **few, dropout=0.1)
+    assert report.options["valid_split"] == 0.1
+    assert "--valid-split 0.1" in report.command
+    directory = tmp_path / "both"
+    directory.mkdir()
+    for name in ("train", "valid"):
+        (directory / f"{name}.jsonl").write_text(data.read_text())
+    for given in (
+        tune(model, directory, tmp_path / "b", **few),
+        tune(model, data, tmp_path / "c", valid=data, **few),
+    ):
+        assert "valid_split" not in given.options
+        assert given.winner is not None
+        assert given.loss_before == evaluate(model, data)["loss"]
+    rows = iter([json.loads(line) for line in data.read_text().splitlines()])
+    lm = nplora.load_model(model)
+    report = tune(lm, rows, tmp_path / "d", valid=[{"prompt": "1+1=", "completion": "2"}], **few)
+    assert f"finetune {model} --data DATA --valid VALID" in report.command
+    assert not lm.adapter_layers()
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_a_full_disk_end_a_search_that_resumes(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trials, write = tuning._Trials, files.write
+    line = ["tune", str(model), "--data", str(data), "--output", str(tmp_path / "out"), "--budget", "5m"]
+    line += ["--rank", "2", "--targets", "q_proj", "--epochs", "1", "--search", "lr=1e-3,1e-2"]
+    make, count = trials.make, 0
+
+    def interrupted(self: Any, settings: Settings, steps: int) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        return make(self, settings, steps)
+
+    def full(fd: int, chunk: files.Chunk, progress: files.Progress) -> None:
+        if bytes(chunk).count(b"\n") > 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(fd, chunk, progress)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trials, "make", interrupted)
+        assert cli.main(line) == 130
+    assert "1 trial in " in (out := capsys.readouterr().out)
+    assert "interrupted: --resume continues" in out
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write", full)
+        assert cli.main([*line, "--resume"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert (tmp_path / "out" / NAME).read_text().count("\n") == 5
+    assert os.listdir(tmp_path / "out") == [NAME]
+    assert cli.main(line) == 2
+    assert "the directory holds a search: --resume" in capsys.readouterr().err
+    assert cli.main([*line, "--resume"]) == 0
+    resumed = capsys.readouterr().out
+    assert cli.main([*line, "--overwrite"]) == 0
+    again = capsys.readouterr().out
+    without_times = [re.sub(r"in \S+ of|\b\d+\.\d\b *", "", text) for text in (resumed, again)]
+    assert without_times[0] == without_times[1]
+
+
+def test_a_trial_that_diverges_is_reported(model: Path, data: Path, tmp_path: Path) -> None:
+    few: dict[str, Any] = QUICK | {"epochs": 1, "progress": False, "budget": 1}
+    report = tune(model, data, tmp_path / "out", search={"lr": [1e20, 1e-2]}, **few)
+    assert report.winner is not None
+    assert report.winner.settings["lr"] < 1
+    assert "diverged" in report.table()
+    report = tune(model, data, tmp_path / "none", lr=1e20, **few)
+    assert (report.winner, report.command) == (None, "")
+    assert "no trial has a finite loss: search smaller learning rates" in str(report)
+
+
+# ---- arguments ----
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"budget": "soon"}, ValueError, "budget is 'soon', expected a time"),
+        ({"sampler": "grid"}, ValueError, "sampler='grid' is not available; possible: 'halving', 'optuna'"),
+        ({"search": {"lr": []}}, ValueError, "search has no values for lr"),
+        ({"search": {"lr": [0]}}, ValueError, "lr is 0, expected above 0"),
+        ({"search": {"lr": 1e-3}}, TypeError, "search has lr: a float, expected a list of values"),
+        ({"search": {"rate": [1]}}, ValueError, "rate cannot be searched"),
+        ({"search": {"seed": [1, 2]}}, ValueError, "seed cannot be searched"),
+        ({"search": {"lr": [1e-3]}, "lr": 1e-3}, ValueError, "lr is given and searched"),
+        ({"search": {"epochs": [1]}, "steps": 5}, ValueError, "the length of the run is given"),
+        ({"learning_rate": 1}, TypeError, "unexpected keyword 'learning_rate'; did you mean lr?"),
+        ({"sample": "Hi"}, TypeError, "unexpected keyword 'sample', which belongs to one run"),
+        ({"resume": True, "overwrite": True}, ValueError, "resume and overwrite are both given"),
+        ({"rank": 0}, ValueError, "rank is 0"),
+        ({"layers": "last:9"}, ValueError, "the model has 2 blocks"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    options: dict[str, Any], error: type[Exception], words: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=re.escape(words)):
+        tune(model, data, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_reads_values_to_try(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["tune", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
+    for text, words in (
+        ("lr", "expected NAME=VALUE,VALUE"), ("lr=", "expected NAME=VALUE,VALUE"),
+        ("lr=fast", "expected values of the type float for lr"),
+        ("rank=8.5", "expected values of the type int for rank"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*line, "--search", text])
+        assert words in capsys.readouterr().err
+    from nplora.cli.tune import searched
+
+    assert searched("targets=all-linear,q_proj+v_proj") == (
+        "targets",
+        [("all-linear",), ("q_proj", "v_proj")],
+    )
+    assert searched("use-dora=false,true") == ("use_dora", [False, True])
+    assert searched("lr=1e-3") == ("lr", [1e-3])
+
+
+@pytest.mark.slow
+def test_a_search_that_continues_an_adapter_leaves_its_ranks(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "first", progress=False, **QUICK, steps=2)
+    lm = nplora.load_model(model)
+    space = space_of(lm, {"adapter": tmp_path / "first"}, {})
+    assert space.names == ["lr"]
+    with pytest.raises(ValueError, match="rank is decided by the adapter to continue from"):
+        space_of(lm, {"adapter": tmp_path / "first"}, {"rank": [4]})
+    report = tune(
+        model, data, tmp_path / "out", budget=1, progress=False, adapter=tmp_path / "first",
+        search={"lr": [1e-2, 1e-3]}, epochs=1,
+    )  # fmt: skip
+    assert f"--adapter {tmp_path / 'first'}" in report.command
+    assert "--rank" not in report.command
+    done = finetune(model, data, tmp_path / "best", progress=False, **report.options)
+    assert report.winner is not None
+    assert done.loss_after == report.winner.loss
+
+
+def test_the_usual_space_is_made_for_the_model(model: Path) -> None:
+    space = space_of(nplora.load_model(model), {}, {})
+    assert space.rates == (2e-5, 6.3e-5, 2e-4, 6.3e-4, 2e-3, 6.3e-3)
+    assert space.others["targets"] == (
+        ("all-linear",), ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"),
+    )  # fmt: skip
+    assert space.settings(1e-3, rank=4) == {"lr": 1e-3, "rank": 4, "targets": ("all-linear",), "alpha": 8.0}
+
+
+def test_the_signature_has_every_option_of_a_search() -> None:
+    parameters = inspect.signature(tune).parameters
+    for field in dataclasses.fields(TuneOptions):
+        default = None if field.name == "search" else field.default
+        assert parameters[field.name].default == default, field.name
+
+
+# ---- Optuna ----
+
+
+@pytest.mark.slow
+def test_optuna_proposes_the_same_trials_after_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    from nplora.finetuning.tuning.bayes import OptunaSampler
+
+    def run(directory: Path, made: Made, **more: Any) -> list[Trial]:
+        return search_in(directory, 1500, made, sampler=OptunaSampler(SPACE, seed=1), **more).log.trials
+
+    whole = run(tmp_path / "whole", Made())
+    assert len({trial.settings["lr"] for trial in whole if trial.rung == 1}) > 5
+    assert run(tmp_path / "again", Made()) == whole
+    lines = (tmp_path / "whole" / NAME).read_text().splitlines(keepends=True)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / NAME).write_text("".join(lines[:9]))
+    rest = Made()
+    assert run(tmp_path / "part", rest, resume=True) == whole
+    assert len(rest.keys) == len(whole) - 6
+    diverging = run(tmp_path / "diverging", Made(diverge=1e-3))
+    assert any(math.isinf(trial.loss) for trial in diverging)
+
+
+def test_a_search_without_optuna_names_the_extra(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs the package optuna: pip install 'nplora\[tune\]'"):
+        tune(model, data, tmp_path / "out", sampler="optuna", progress=False)

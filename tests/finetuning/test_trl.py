@@ -1,7 +1,6 @@
 """Preference objectives against TRL: losses, gradients and metrics of the same pairs and judged answers."""
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,6 @@ from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.sources import sources_of
 from nplora.finetuning.objectives import objective_of
 from nplora.formats import files
-from nplora.lm import LanguageModel
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -133,7 +131,9 @@ def ours_of(model: Path, trainer: Any, output: Path, rows: list[dict[str, Any]],
 
 def padded(sequences: list[Array], value: int) -> Any:
     longest = max(map(len, sequences))
-    return torch.tensor(np.stack([np.pad(s, (0, longest - len(s)), constant_values=value) for s in sequences]))
+    return torch.tensor(
+        np.stack([np.pad(s, (0, longest - len(s)), constant_values=value) for s in sequences])
+    )
 
 
 def split(x: Any) -> list[tuple[Array, Array]]:

@@ -45,7 +45,7 @@ def check_objective(op: str, options: Any, defaults: Mapping[str, Any]) -> None:
     _check_smoothing(op, options)
     if objective != "sft" and options.learn != "completion":
         raise ValueError(
-            f"{op}: learn={options.learn!r} is for objective 'sft'; {objective!r} compares answers"
+            f"{op}: learn={options.learn!r} is for objective 'sft', and the objective is {objective!r}"
         )
     if objective == "kto" and options.loss_type in (None, "kto") and options.batch_examples == 1:
         raise ValueError(

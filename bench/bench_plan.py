@@ -138,7 +138,7 @@ TESTED = (
     *SETTINGS[4:6],
     SETTINGS[11],
     Setting(2, 512, options={"memory": "350M"}),
-    Setting(2, 96, 32, {"objective": "dpo", "memory": "330M"}),
+    Setting(2, 64, 32, {"objective": "dpo"}),
     Setting(2, 64, 32, {"objective": "kto"}),
 )
 

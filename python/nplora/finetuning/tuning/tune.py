@@ -278,6 +278,10 @@ class _Trials:
         self._prefix: PrefixCache | None = None
 
     def __enter__(self) -> _Trials:
+        self._output.mkdir(parents=True, exist_ok=True)
+        batches = [training_batches(self._inputs.train, self._base), self._validation]
+        with files.Directory(self._output) as directory:
+            self._inputs.objective.prepare(self._inputs.lm, batches, directory, self._say)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -315,14 +319,8 @@ class _Trials:
         lm = self._inputs.lm.copied({})
         put_on_adapter(lm, self._inputs.start, options)
         lm.model.recompute = self._execution.recompute
-        with files.Directory(self._made_output()) as directory:
-            self._inputs.objective.prepare(lm, self._inputs.datasets, directory, self._say)
         lm.model.prefix = self._shared_prefix(lm)
         return lm
-
-    def _made_output(self) -> Path:
-        self._output.mkdir(parents=True, exist_ok=True)
-        return self._output
 
     def _evaluated(self, lm: LanguageModel) -> tuple[float, float]:
         start = time.perf_counter()

@@ -441,6 +441,28 @@ class LanguageModel(Module):
         self.require_unchanged()
         return total / max(1, batch.num_targets)
 
+    def log_probs(self, batch: PackedBatch) -> Array:
+        """The log-probability of each target of a batch, float64 (m,), in the order of the targets.
+
+            >>> import nplora
+            >>> from nplora.models.packing import pack
+            >>> lm = nplora.load_model("model.gguf")
+            >>> batch = pack([([1, 2, 3], [1, 2, 3]), ([4, 5], [4, 5])])
+            >>> lm.log_probs(batch).shape
+            (3,)
+
+        Raises:
+            ValueError, CorruptError: as `logits`.
+        """
+        self._check_batch("log_probs", batch)
+        if (lm := self._selected("log_probs")) is not self:
+            return lm.log_probs(batch)
+        with inference():
+            x = self.model.infer(batch.ids, packed_positions(batch.starts))
+            losses = head.token_losses(self.model, self.lm_head, x, batch.targets)
+        self.require_unchanged()
+        return -losses
+
     # ---- training ----
 
     def train_step(self, token_ids: npt.ArrayLike, labels: npt.ArrayLike, optimizer: Optimizer) -> float:
@@ -492,12 +514,7 @@ class LanguageModel(Module):
             RuntimeError: a layer is merged or computes in int8, or a named adapter is selected.
             CorruptError: as in `require_unchanged`; the gradients are then not valid.
         """
-        op = "forward_backward"
-        self._check_batch(op, batch)
-        self._require_none_selected(op)
-        if not self.adapter_layers():
-            raise ValueError(f"{op}: the model has no adapter; call add_lora() first")
-        self.require_trainable(op)
+        self._require_ready("forward_backward", batch)
         if not batch.num_targets:
             return 0.0
         x, saved = self.model.run(batch.ids, packed_positions(batch.starts))
@@ -505,6 +522,44 @@ class LanguageModel(Module):
         self.model.run_backward(dx, saved)
         self.require_unchanged()
         return total
+
+    def forward_backward_of(self, batch: PackedBatch, loss: Callable[[Array], tuple[float, Array]]) -> float:
+        """Return a loss that is a function of log-probabilities; add its gradient to the adapters' gradients.
+
+            >>> import nplora, numpy as np
+            >>> from nplora.models.packing import pack
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.add_lora(rank=2)
+            >>> batch = pack([([1, 2, 3], [1, 2, 3])])
+            >>> def unlikely(log_probs):  # the loss makes the targets less likely
+            ...     return log_probs.sum(), np.ones_like(log_probs)
+            >>> lm.forward_backward_of(batch, unlikely) == lm.log_probs(batch).sum()
+            True
+
+        Args:
+            loss: takes the log-probability of each target of the batch, float64 (m,); returns the loss and
+                its derivative with respect to each log-probability (m,).
+        Raises as `forward_backward`.
+        """
+        self._require_ready("forward_backward_of", batch)
+        x, saved = self.model.run(batch.ids, packed_positions(batch.starts))
+
+        def of_losses(losses: Array) -> tuple[float, Array]:
+            value, gradient = loss(-losses)
+            return value, -gradient
+
+        value, dx = head.gradient_of_losses(self.model, self.lm_head, x, batch.targets, of_losses)
+        self.model.run_backward(dx, saved)
+        self.require_unchanged()
+        return value
+
+    def _require_ready(self, op: str, batch: PackedBatch) -> None:
+        """Check that the model can be trained on a batch."""
+        self._check_batch(op, batch)
+        self._require_none_selected(op)
+        if not self.adapter_layers():
+            raise ValueError(f"{op}: the model has no adapter; call add_lora() first")
+        self.require_trainable(op)
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LanguageModelSaved | None]:
         """Return the logits of token ids `x`, as `logits` does, and the values that `backward` needs.

@@ -1,9 +1,10 @@
-"""Computes the last norm, the head and the loss for a few rows at a time, to keep few logits in memory."""
+"""The last norm, the head and the loss, a few rows at a time, so that memory never holds all logits."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from nplora.nn import Linear, LoRALinear, stack_backward, stack_forward
 
 Array = npt.NDArray[Any]
 AnyLinear = Linear | LoRALinear
+OfLosses: TypeAlias = Callable[[Array], tuple[float, Array]]
 
 # Logits of a chunk. A chunk must be small enough to stay in the cache between head, loss and gradient, and
 # have enough rows that reading the head's weight costs little compared with the products. If more than
@@ -33,37 +35,84 @@ def loss_and_gradient(
     If the head has an adapter, the adapter's gradients are accumulated too. Rows without a target have
     gradient 0.
     """
-    trained = np.flatnonzero(targets != IGNORED)
     dx, total = np.zeros_like(x), 0.0
-    for rows in chunks(trained, head.weight.shape[0]):
-        chunk_loss, dx[rows] = _chunk_gradient(model, head, x[rows], targets[rows], factor)
-        total += chunk_loss
+    for rows in _chunks_of(targets, head):
+        losses, dx[rows] = _chunk_gradient(model, head, x[rows], targets[rows], factor)
+        total += float(losses.sum())
     return total, dx
 
 
-def _chunk_gradient(
-    model: Decoder, head: AnyLinear, x: Array, targets: Array, factor: float
+def gradient_of_losses(
+    model: Decoder, head: AnyLinear, x: Array, targets: Array, of_losses: OfLosses
 ) -> tuple[float, Array]:
-    """Compute `loss_and_gradient` for a few rows. The logits of these rows are freed at the end."""
+    """The value of a function of the tokens' losses, and its gradient with respect to x (n, d).
+
+    The gradient of a token's loss depends on its own row alone. With a frozen head, one pass therefore
+    computes all losses and their gradients; the derivatives of the function then weight the rows. A trained
+    head needs weighted gradients of the logits, and therefore a second pass.
+
+    Args:
+        of_losses: takes the losses of all rows with a target, float64 (m,); returns the value of the function
+            and its derivative with respect to each loss (m,).
+    """
+    dx, trained = np.zeros_like(x), np.flatnonzero(targets != IGNORED)
+    if head.parameters():
+        value, weights = of_losses(token_losses(model, head, x, targets))
+        weight = np.zeros(len(x), x.dtype)
+        weight[trained] = weights
+        for rows in _chunks_of(targets, head):
+            _, dx[rows] = _chunk_gradient(model, head, x[rows], targets[rows], 1.0, weight[rows])
+        return value, dx
+    losses = [np.empty(0)]
+    for rows in _chunks_of(targets, head):
+        of_chunk, dx[rows] = _chunk_gradient(model, head, x[rows], targets[rows], 1.0)
+        losses.append(of_chunk)
+    value, weights = of_losses(np.concatenate(losses))
+    dx[trained] *= np.asarray(weights, x.dtype)[:, None]
+    return value, dx
+
+
+def _chunk_gradient(
+    model: Decoder, head: AnyLinear, x: Array, targets: Array, factor: float, weights: Array | None = None
+) -> tuple[Array, Array]:
+    """The losses of a few rows, and their gradients times `factor` and the row's weight.
+
+    When it returns, the logits of these rows are freed.
+    """
     (logits,), saved = stack_forward((head,), model.read_out(x))
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, factor, losses, True)
+    if weights is not None:
+        logits *= weights[:, None]
     dnormed = stack_backward((head,), [logits], saved)
-    return float(losses.sum()), model.read_out_backward(dnormed, x)
+    return losses, model.read_out_backward(dnormed, x)
 
 
 def loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> float:
     """The sum of the losses, without gradients."""
-    pieces = chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0])
-    return sum((_chunk_loss(model, head, x[rows], targets[rows]) for rows in pieces), 0.0)
+    pieces = _chunks_of(targets, head)
+    return sum((float(_chunk_losses(model, head, x[rows], targets[rows]).sum()) for rows in pieces), 0.0)
 
 
-def _chunk_loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> float:
-    """Compute `loss` for a few rows. The logits of these rows are freed at the end."""
+def token_losses(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> Array:
+    """The loss -log p of each row that has a target, float64."""
+    pieces = _chunks_of(targets, head)
+    return np.concatenate(
+        [np.empty(0), *(_chunk_losses(model, head, x[rows], targets[rows]) for rows in pieces)]
+    )
+
+
+def _chunk_losses(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> Array:
+    """The losses of a few rows. When it returns, the logits of these rows are freed."""
     logits = head.forward(model.read_out(x))[0]
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, 1.0, losses, False)
-    return float(losses.sum())
+    return losses
+
+
+def _chunks_of(targets: Array, head: AnyLinear) -> list[Array]:
+    """The rows that have a target, in chunks."""
+    return chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0])
 
 
 def most_rows(rows: int, vocab: int) -> int:
@@ -73,5 +122,5 @@ def most_rows(rows: int, vocab: int) -> int:
 
 
 def chunks(rows: Array, vocab: int) -> list[Array]:
-    """Split the rows into even chunks. A short chunk would read the whole head for only a few rows."""
+    """Split the rows into even chunks. A short last chunk would read the whole head for a few rows."""
     return np.array_split(rows, math.ceil(len(rows) / most_rows(len(rows), vocab))) if len(rows) else []

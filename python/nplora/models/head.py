@@ -102,6 +102,22 @@ def token_losses(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> A
     )
 
 
+def token_scores(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> tuple[Array, Array]:
+    """The loss of each row that has a target, float64, and whether the target is the most likely token."""
+    pieces = [_chunk_scores(model, head, x[rows], targets[rows]) for rows in _chunks_of(targets, head)]
+    losses, tops = zip((np.empty(0), np.empty(0, np.bool_)), *pieces, strict=True)
+    return np.concatenate(losses), np.concatenate(tops)
+
+
+def _chunk_scores(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> tuple[Array, Array]:
+    """Compute `token_scores` for a few rows. The logits of these rows are freed at the end."""
+    logits = head.forward(model.read_out(x))[0]
+    is_top = logits.argmax(axis=1) == targets
+    losses = np.empty(len(x))
+    _core.cross_entropy(logits, targets, 1.0, losses, False)
+    return losses, is_top
+
+
 def _chunk_losses(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> Array:
     """The losses of a few rows. When it returns, the logits of these rows are freed."""
     logits = head.forward(model.read_out(x))[0]

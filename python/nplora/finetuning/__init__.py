@@ -1,8 +1,10 @@
 """Fine-tuning and evaluation of a language model on a file of text."""
 
 from nplora.finetuning.attach import attach_adapter, load_with_adapter
-from nplora.finetuning.evaluation import Evaluation, MeanLoss, evaluate, evaluate_batches
+from nplora.finetuning.comparison import Comparison, compare
+from nplora.finetuning.evaluation import evaluate, evaluate_batches
 from nplora.finetuning.execution import plan
+from nplora.finetuning.judging.results import Difference, Evaluation, MeanLoss, Score
 from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.options import EvaluateOptions, FinetuneOptions
 from nplora.finetuning.report import FinetuneReport, Sample
@@ -10,15 +12,19 @@ from nplora.finetuning.run import finetune
 from nplora.finetuning.token_progress import TokenProgress
 
 __all__ = [
+    "Comparison",
+    "Difference",
     "EvaluateOptions",
     "Evaluation",
     "FinetuneOptions",
     "FinetuneReport",
     "MeanLoss",
     "Sample",
+    "Score",
     "TokenLoss",
     "TokenProgress",
     "attach_adapter",
+    "compare",
     "evaluate",
     "evaluate_batches",
     "finetune",

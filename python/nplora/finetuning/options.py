@@ -17,6 +17,7 @@ from nplora import _check
 from nplora.adapters import Adapter
 from nplora.finetuning.data import FORMATS, LEARN
 from nplora.finetuning.data.dataset import ReadOptions
+from nplora.finetuning.judging.metrics import MetricFunction
 from nplora.finetuning.planning import parse_bytes
 from nplora.lm.adapting import parse_blocks, target_names
 from nplora.nn import LoRALinear
@@ -30,8 +31,8 @@ KEEP_PREFIX = ("off", "memory", "disk")
 _OF_THE_ADAPTER = ("rank", "alpha", "targets", "layers", "use_rslora", "use_dora", "init")
 
 # Groups of options, as --help shows them.
-_ADAPTER, _TRAINING, _BATCHES, _DATA, _SPEED, _RUN = (
-    "adapter", "training", "batches", "data", "memory and speed", "run",
+_ADAPTER, _TRAINING, _BATCHES, _DATA, _SPEED, _RUN, _ANSWERS = (
+    "adapter", "training", "batches", "data", "memory and speed", "run", "generated answers",
 )  # fmt: skip
 
 
@@ -248,6 +249,15 @@ class EvaluateOptions:
     'all'
     """
 
+    metric: tuple[str | MetricFunction, ...] = _option(
+        _ANSWERS,
+        (),
+        "metric of generated answers: exact_match, f1, or module:function, a function of the answer, the "
+        "reference and the row; several are separated by commas",
+        kind="metric",
+        metavar="NAMES",
+    )
+    max_new_tokens: int = _option(_ANSWERS, 128, "maximum tokens of a generated answer")
     format: str | None = _option(
         _DATA, None, "format of the rows (default: the names of their fields decide)", choices=FORMATS
     )
@@ -280,6 +290,10 @@ class EvaluateOptions:
     op: InitVar[str] = "evaluate"  # begins the messages of errors
 
     def __post_init__(self, op: str) -> None:
+        metrics = self.metric
+        single = isinstance(metrics, str) or callable(metrics)
+        object.__setattr__(self, "metric", (metrics,) if single else tuple(metrics))
+        _check.integer(op, "max_new_tokens", self.max_new_tokens, least=1)
         self.reading(self.max_length, op)
         if self.compute is not None:
             _check.choice(op, "compute", self.compute, INFERENCE_COMPUTES)

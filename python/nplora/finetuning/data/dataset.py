@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, overload
 
@@ -349,7 +349,21 @@ def _add_rows(
         builder.add(dataclasses.replace(sequence, unused=unused), row.where)
 
 
-def kind_of(row: Row, before: Kind | None, options: ReadOptions) -> Kind:
+def _require_one_answer(kind: Kind, where: str) -> None:
+    if kind.name in ("preference", "kto"):
+        raise DataError(f"{where}: has {kind.fields}, a comparison; expected one answer to learn")
+    if kind.name == "choice":
+        raise DataError(
+            f"{where}: has {kind.fields}, a question for `nplora eval`; expected one answer to learn"
+        )
+
+
+def kind_of(
+    row: Row,
+    before: Kind | None,
+    options: ReadOptions,
+    require: Callable[[Kind, str], None] = _require_one_answer,
+) -> Kind:
     """The kind of a row, which must be that of the rows before it.
 
     Raises the row's own error, and DataError.
@@ -357,10 +371,10 @@ def kind_of(row: Row, before: Kind | None, options: ReadOptions) -> Kind:
     if row.error is not None:
         raise row.error
     if options.format is not None and before is not None:
+        require(before, row.where)
         return before
     kind = recognise(renamed(row.values, options.columns, row.where), row.where)
-    if kind.name in ("preference", "kto"):
-        raise DataError(f"{row.where}: has {kind.fields}, a comparison; expected one answer to learn")
+    require(kind, row.where)
     if before is not None and before is not kind:
         raise DataError(
             f"{row.where}: has {kind.fields}, and the rows before have {before.fields}; "

@@ -15,7 +15,7 @@ fuzz() {
   local reader=$1 log=$here/$1.log command
   rm -rf "$here/corpus-$reader" "$here/planted-$reader"
   mkdir "$here/corpus-$reader" "$here/planted-$reader"
-  command=(env "TMPDIR=$memory" "$work/environments/atheris/bin/python" tests/fuzz/fuzz.py "$reader" -seed=1 -runs=100000 -timeout=20
+  command=(env "TMPDIR=$memory" "$work/environments/atheris/bin/python" tests/fuzz/fuzz.py "$reader" -seed=1 -runs=100000 -max_total_time=30 -timeout=20
     -malloc_limit_mb=512 -rss_limit_mb=1536 "-artifact_prefix=$here/$reader-")
   "$work/environments/atheris/bin/python" tests/fuzz/seeds.py "$reader" "$here/seeds-$reader"
   must_find 'Uncaught Python exception' "${command[@]}" --planted-bug "$here/planted-$reader" "$here/seeds-$reader" >/dev/null

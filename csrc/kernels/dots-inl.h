@@ -327,9 +327,9 @@ void interleave(size_t m, size_t interleave_factor, size_t cols, const T* x, siz
   });
 }
 
-// Sums the lanes of each token in `part` (rows, lanes) in a tree, adds `bias` (rows) if it is not null,
-// and stores the sums in `y` (m, rows). A block of kLanes rows is transposed, so that all its rows are
-// summed at once.
+// Adds up the lanes of each token pairwise, as a tree; adds `bias` (rows) unless it is null; stores the sums
+// in `y` (m, rows). `part` (rows, lanes) has the lanes of all tokens, one token after another. A block of
+// kLanes rows is transposed, so that all its rows are summed at once.
 template <class T>
 void sum_parts(size_t m, size_t interleave_factor, size_t rows, const T* part, const T* bias, T* y,
                size_t y_stride) {

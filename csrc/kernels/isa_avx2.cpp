@@ -1,7 +1,7 @@
 // AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits. Both matrix products use 6 x 2 accumulators
 // (rows x vectors). With 4 x 3 accumulators, gemm_outputs_in_lanes would read W 1.5 times as often from L2.
-// In a dense panel, gemm_outputs_in_lanes uses 2 x 6 accumulators, because the hardware prefetches nothing if
-// a product reads only one cache line in three.
+// For a dense panel, gemm_outputs_in_lanes uses 2 x 6 accumulators. With two vectors, it would read one cache
+// line in three, and the hardware would then prefetch nothing.
 #define NPLORA_ISA avx2
 #define NPLORA_SIMD_AVX2
 

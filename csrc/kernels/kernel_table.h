@@ -297,8 +297,8 @@ struct Nf4 {
   float absmax_offset = 0;
 };
 
-// The memory for rows of decoded floats. Columns from kPanelColumns on are stored `apart` elements further
-// on, so that each of two panels can have rows without gaps.
+// The memory for rows of decoded floats. Columns from number kPanelColumns are stored `apart` elements
+// further on, so that each of two panels can have rows without gaps.
 struct DecodedRows {
   float* data;
   size_t stride, apart = 0;

@@ -36,7 +36,7 @@ class BackwardStack {
     Matrix<const E> b{};  // the B of all parts, one below the other, (rank, d_in), or with rows in pairs
     T* dz = nullptr;      // the dz of a token block, (n, rank)
     E *elements = nullptr, *rows = nullptr;  // if E is pairs: dz, and dz transposed (rank, n / 2)
-    T* db = nullptr;                         // the sums of dB, (rank, d_in)
+    T* db = nullptr;                         // the sums of dB, (r, d_in)
   };
 
   struct Part {

@@ -1,7 +1,7 @@
 // Vectors of 8 floats or 4 doubles in one AVX register, with FMA3. This file is included by vec.h, inside the
 // namespace of one instruction set.
 
-// The 8 words from index 8 - n on are a mask that selects the first n words.
+// The 8 words that start at index 8 - n are a mask that selects the first n words.
 alignas(32) inline constexpr int32_t kMaskWords[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
                                                        0,  0,  0,  0,  0,  0,  0,  0};
 

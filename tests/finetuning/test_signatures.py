@@ -9,17 +9,28 @@ from typing import Any
 
 import pytest
 
-from nplora.finetuning import EvaluateOptions, FinetuneOptions, evaluate, finetune, plan
+from nplora.finetuning import EvaluateOptions, FinetuneOptions, compare, evaluate, finetune, plan
+from nplora.finetuning.judging.metrics import MetricFunction
 
 # The arguments of each function that are not options.
 OWN = {
     finetune: ["model", "data", "output", "valid", "progress"],
     plan: ["model", "data", "valid"],
-    evaluate: ["model", "data", "adapter", "any_base", "progress"],
+    evaluate: ["model", "data", "adapter", "any_base", "progress", "record"],
+    compare: ["model", "data", "adapters", "any_base", "progress", "record"],
 }
-FUNCTIONS = [(finetune, FinetuneOptions), (plan, FinetuneOptions), (evaluate, EvaluateOptions)]
+FUNCTIONS = [
+    (finetune, FinetuneOptions),
+    (plan, FinetuneOptions),
+    (evaluate, EvaluateOptions),
+    (compare, EvaluateOptions),
+]
 # A function takes more kinds of values than the checked options hold.
-TAKEN = {"targets": str | Sequence[str], "sample": Sequence[str]}
+TAKEN = {
+    "targets": str | Sequence[str],
+    "sample": Sequence[str],
+    "metric": str | MetricFunction | Sequence[str | MetricFunction],
+}
 
 
 @pytest.mark.parametrize(("function", "options"), FUNCTIONS)

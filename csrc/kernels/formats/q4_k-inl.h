@@ -9,8 +9,8 @@ namespace nplora {
 // the low six bits of byte j, and min_j the low six bits of byte 4 + j. For j >= 4, byte 4 + j holds the
 // low four bits of scale_j in its low nibble and those of min_j in its high nibble. For j >= 4, the high
 // two bits of scale_j are the top bits of byte j - 4, and those of min_j are the top bits of byte j. For
-// even j, the 32 bytes from byte 16 j of `q` on hold sub-block j in their low nibbles and sub-block j + 1
-// in their high nibbles.
+// even j, the 32 bytes of `q` that start at byte 16 j hold sub-block j in their low nibbles and sub-block
+// j + 1 in their high nibbles.
 struct BlockQ4_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 63 * kLargestHalf, .shorter = "q5_0"};

@@ -73,9 +73,9 @@ ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
 }
 
 // Searches with several values of d, and returns the best block. The values of d are so close together that
-// the products of the largest scale with any two of them differ by less than d. In each group, the search
-// starts with the scale that puts the largest magnitude at the code `extreme`. The search then tries the
-// integers within `reach` of this scale, with either sign.
+// the largest scale times the largest d and the largest scale times the smallest d differ by less than d. In
+// each group, the search starts with the scale that puts the largest magnitude at the code `extreme`. The
+// search then tries the integers within `reach` of this scale, with either sign.
 template <class Format>
 ScaledBlock<Format> best_of_starts(const float* x, float unit, float extreme, int reach) {
   constexpr int kStarts = 4;

@@ -116,7 +116,11 @@ class FinetuneOptions:
     )
     accumulate: int = _option(_BATCHES, 1, "batches in one step (gradient accumulation)")
     format: str | None = _option(
-        _DATA, None, "format of the rows (default: the names of their fields decide)", choices=FORMATS
+        _DATA,
+        None,
+        "format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default: the "
+        "names of the fields decide)",
+        choices=FORMATS,
     )
     columns: Mapping[str, str] | str | None = _option(
         _DATA,
@@ -259,7 +263,11 @@ class EvaluateOptions:
     )
     max_new_tokens: int = _option(_ANSWERS, 128, "maximum tokens of a generated answer")
     format: str | None = _option(
-        _DATA, None, "format of the rows (default: the names of their fields decide)", choices=FORMATS
+        _DATA,
+        None,
+        "format of the rows: messages, sharegpt, alpaca, completion, text, preference, kto or choice "
+        "(default: the names of the fields decide)",
+        choices=(*FORMATS, "choice"),
     )
     columns: Mapping[str, str] | str | None = _option(
         _DATA,

@@ -38,7 +38,11 @@ class BaseModel:
     digest: str | None = None
 
     def permuted_heads(self, layer: str) -> int:
-        """The number of heads of a layer (named as in Hugging Face) if GGUF reorders its rows, else 0."""
+        """The number of heads of a layer if GGUF reorders the layer's rows, else 0.
+
+        Args:
+            layer: its name in Hugging Face.
+        """
         return self.family.permuted_heads(layer, self.heads, self.kv_heads)
 
 

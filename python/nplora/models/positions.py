@@ -52,7 +52,7 @@ class CachePositions:
     limits: Array
 
     def sequence_lengths(self) -> Array:
-        """int64 (m,): the length by which LongRoPE chooses the factors of each row's sequence."""
+        """int64 (m,): the length of each row's sequence, which decides between LongRoPE's factors."""
         return self.limits
 
 

@@ -383,7 +383,8 @@ class RunDirectory:
     def close(self) -> None:
         """Unlock the directory.
 
-        The lock file is removed while it is still locked, because another run could lock it afterwards.
+        The lock file is removed before it is unlocked. Otherwise another run could lock it in between, and
+        would lose its lock file.
         """
         if self._locked_by == os.getpid():
             with contextlib.suppress(OSError):

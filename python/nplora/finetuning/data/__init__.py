@@ -6,7 +6,7 @@ from nplora.finetuning.data.encoding import LEARN
 from nplora.finetuning.data.kinds import KINDS
 from nplora.finetuning.data.sources import Data, find_evaluated, find_splits
 
-FORMATS = tuple(kind.name for kind in KINDS)
+FORMATS = tuple(kind.name for kind in KINDS if kind.name != "choice")
 
 __all__ = [
     "EVALUATION_TOKENS",

@@ -1,7 +1,5 @@
 """Compare a model with and without adapters on the same examples."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from nplora.finetuning.judging.tables import markdown_table, text_table
 from nplora.finetuning.load import require_plain
 from nplora.finetuning.options import EvaluateOptions, from_arguments
 from nplora.finetuning.token_progress import speaker
+from nplora.formats.errors import brief
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
 
@@ -51,7 +50,7 @@ class Comparison:
     base     ...
     adapter  ...
     <BLANKLINE>
-    adapter is worse than the base: loss ...
+    no clear difference between adapter and the base: loss ... (95 % interval ... to ..., p = ...)
     """
 
     evaluations: dict[str, Evaluation]
@@ -157,7 +156,7 @@ def _named(adapters: object) -> dict[str, Adapters]:
             raise ValueError(f"compare: adapter {twice[0]} is given twice; a dictionary names adapters")
         found = dict(zip(names, adapters, strict=True))
     else:
-        raise TypeError(f"compare: adapters is {_check.kind(adapters)}, expected a list or a dictionary")
+        raise TypeError(f"compare: adapters is {brief(adapters)}, expected a list or a dictionary")
     if not found:
         raise ValueError("compare: adapters is empty, expected at least one adapter")
     if BASE in found:
@@ -175,4 +174,4 @@ def _name(adapter: Any) -> str:
         return adapter.source
     if isinstance(adapter, str | os.PathLike):
         return os.path.normpath(adapter)
-    raise TypeError(f"compare: an adapter is {_check.kind(adapter)}, expected a path, a pair or an Adapter")
+    raise TypeError(f"compare: an adapter is {brief(adapter)}, expected a path, a pair or an Adapter")

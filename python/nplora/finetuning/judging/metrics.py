@@ -141,7 +141,7 @@ def _imported(op: str, name: str, module: str, attribute: str) -> MetricFunction
             raise ValueError(f"{op}: metric {name!r}: {module} has no {part!r}{near}")
         value = getattr(value, part)
     if not callable(value):
-        raise ValueError(f"{op}: metric {name!r} is {_check.kind(value)}, expected a function")
+        raise ValueError(f"{op}: metric {name!r} is {brief(value)}, expected a function")
     return value  # type: ignore[no-any-return]
 
 

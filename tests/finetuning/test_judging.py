@@ -184,11 +184,11 @@ def test_prompts_are_answered_in_groups_of_limited_size(
     from nplora.finetuning.judging import answers
 
     prompts = [[1] * length for length in (3, 3, 9, 1, 1, 1)]
-    assert [len(group) for group in answers._groups(prompts, 4)] == [6]
+    assert [len(group) for group in answers.groups(prompts, 4)] == [6]
     monkeypatch.setattr(answers, "_MOST_TOKENS", 26)
-    assert [len(group) for group in answers._groups(prompts, 4)] == [2, 2, 2]
+    assert [len(group) for group in answers.groups(prompts, 4)] == [2, 2, 2]
     monkeypatch.setattr(answers, "_MOST_PROMPTS", 1)
-    assert [len(group) for group in answers._groups(prompts, 4)] == [1] * 6
+    assert [len(group) for group in answers.groups(prompts, 4)] == [1] * 6
 
 
 METRICS = """

@@ -87,11 +87,11 @@ def _of_chat(tokenizer: Tokenizer, chat: Chat) -> tuple[list[int], str]:
 def answers(lm: LanguageModel, questions: list[Asked], max_new_tokens: int) -> Iterator[str]:
     """The answer of the model to each prompt, by greedy decoding, without white space around it."""
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    for group in _groups([question.ids for question in questions], max_new_tokens):
+    for group in groups([question.ids for question in questions], max_new_tokens):
         yield from map(str.strip, generate_ids(lm, group, sampling))
 
 
-def _groups(prompts: list[list[int]], max_new_tokens: int) -> list[list[list[int]]]:
+def groups(prompts: list[list[int]], max_new_tokens: int) -> list[list[list[int]]]:
     """Divide the prompts, in order, into groups that are answered together."""
     found, longest = list[list[list[int]]](), 0
     for ids in prompts:

@@ -41,7 +41,13 @@ WITH_EXAMPLES = [
     "nplora.trainer",
 ]
 
-_NOT_IMPORTED = {"nplora.__main__", "nplora._core", "nplora.tokenizer.renderer"}  # programs, and the core
+# Programs, the core, and a module that needs the package lm_eval.
+_NOT_IMPORTED = {
+    "nplora.__main__",
+    "nplora._core",
+    "nplora.tokenizer.renderer",
+    "nplora.finetuning.judging.harness",
+}
 _NEEDS_TOKENIZERS = "model.gguf"
 
 

@@ -1,12 +1,16 @@
 """`nplora eval`"""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+import nplora
 from commands import command
-from nplora.finetuning import evaluate
+from nplora import cli
+from nplora.finetuning import compare, evaluate
+from nplora.formats import safetensors
 
 
 @pytest.mark.slow
@@ -33,3 +37,103 @@ def test_an_unknown_option_of_evaluate_is_an_error_that_names_the_nearest(model:
         TypeError, match=r"^evaluate: unexpected keyword 'max_lenth'; did you mean max_length\?$"
     ):
         evaluate(model, data, max_lenth=3)
+
+
+@pytest.fixture
+def adapter(model: Path, tmp_path: Path) -> Path:
+    lm = nplora.load_model(model)
+    lm.add_lora(rank=2, init="gaussian")
+    nplora.save_adapter(lm, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """The status of a command, and what it printed."""
+    status = cli.main(["eval", *map(str, words)])
+    return status, *capsys.readouterr()
+
+
+def test_eval_prints_each_metric_with_its_interval(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run(capsys, model, "--data", data, "--metric", "exact_match,f1", "--max-new-tokens", 2)
+    found, number = evaluate(model, data), r"-?[0-9.]+"
+    interval = rf" \(95 % interval {number} to {number}\)"
+    lines = [
+        rf"loss {found['loss']:.4f} over 8 tokens{interval}", rf"perplexity {number}",
+        *(rf"{name} {number}{interval}" for name in ("token_accuracy", "exact_match", "f1")),
+    ]  # fmt: skip
+    assert status == 0
+    for line, pattern in zip(out.splitlines(), lines, strict=True):
+        assert re.fullmatch(pattern, line), line
+
+
+def test_the_json_of_eval_is_that_of_python(
+    model: Path, data: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = model, "--data", data, "--adapter", adapter, "--json"
+    assert json.loads(run(capsys, *words)[1]) == evaluate(model, data, adapter=adapter)
+    expected = compare(model, data, [adapter]).as_json()
+    assert json.loads(run(capsys, *words, "--compare")[1]) == expected
+
+
+def test_compare_prints_a_table_with_a_row_for_each_adapter(
+    model: Path, data: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--data", data, "--compare", "--adapter", adapter, "--adapter", f"{adapter}:0.5"
+    status, out, err = run(capsys, model, *words)
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["base", str(adapter), f"{adapter}:0.5"]
+    assert "base: loss " in err
+    status, out, _ = run(capsys, model, *words, "--markdown")
+    assert out.splitlines()[2].startswith("| base | ")
+    status, out, _ = run(capsys, model, "--data", data, "--markdown")
+    assert out.splitlines()[2].startswith(f"| {model} | ")
+
+
+def test_eval_writes_the_answers_to_a_file(
+    model: Path, data: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--metric", "f1", "--max-new-tokens", 2, "--answers", tmp_path / "a.jsonl", "--compare"
+    assert run(capsys, model, "--data", data, "--adapter", adapter, *words)[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["system"] for row in rows] == ["base"] * 4 + [str(adapter)] * 4
+    assert rows[1].keys() == {"system", "row", "answer", "reference", "f1"}
+    assert rows[1]["row"].endswith("valid.jsonl, line 2")
+
+
+def test_a_loss_that_is_not_finite_fails_after_the_table(
+    model: Path, data: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = {name: tensor.numpy().copy() for name, tensor in safetensors.open(file).items()}
+    next(iter(tensors.values()))[...] = 1e38
+    safetensors.save(file, tensors)
+    words = model, "--data", data, "--adapter", adapter, "--compare"
+    status, out, err = run(capsys, *words, "--json")
+    assert status != 0
+    assert json.loads(out)["evaluations"][str(adapter)]["loss"] is None
+    assert re.search(r"error: eval: the loss of .*adapter is (nan|inf), expected a finite number", err)
+    status, out, _ = run(capsys, *words)
+    assert f"no clear difference between {adapter} and the base: loss" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--compare"], "--compare needs an adapter to compare the model with: add --adapter PATH"),
+        (["--json", "--markdown"], "not allowed with argument"),
+        (["--metric", "exactmatch"], "no metric 'exactmatch'; did you mean exact_match?"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0, expected at least 1"),
+        (["--metric", "nowhere_to_be_found:f"], "no module 'nowhere_to_be_found'"),
+    ],
+)
+def test_wrong_options_of_eval_are_errors(
+    model: Path, data: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status, _, err = run(capsys, model, "--data", data, *words)
+    except SystemExit as error:
+        status, err = error.code, capsys.readouterr().err  # type: ignore[assignment]
+    assert status == 2
+    assert message in err

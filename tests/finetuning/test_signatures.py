@@ -13,23 +13,30 @@ from nplora.finetuning import (
     EvaluateOptions,
     FinetuneOptions,
     TeachOptions,
+    compare,
     evaluate,
     finetune,
     plan,
     teach,
 )
+from nplora.finetuning.judging.metrics import MetricFunction
 
 # The arguments of each function that are not options.
 OWN = {
     finetune: ["model", "data", "output", "valid", "progress"],
     plan: ["model", "data", "valid"],
-    evaluate: ["model", "data", "adapter", "any_base", "progress"],
+    evaluate: ["model", "data", "adapter", "any_base", "progress", "record"],
+    compare: ["model", "data", "adapters", "any_base", "progress", "record"],
     teach: ["model", "data", "output", "valid", "adapter", "any_base", "progress"],
 }
 DESCRIBED = [(finetune, FinetuneOptions), (evaluate, EvaluateOptions), (teach, TeachOptions)]
-FUNCTIONS = [*DESCRIBED, (plan, FinetuneOptions)]
+FUNCTIONS = [*DESCRIBED, (plan, FinetuneOptions), (compare, EvaluateOptions)]
 # A function takes more kinds of values than the checked options hold.
-TAKEN = {"targets": str | Sequence[str], "sample": Sequence[str]}
+TAKEN = {
+    "targets": str | Sequence[str],
+    "sample": Sequence[str],
+    "metric": str | MetricFunction | Sequence[str | MetricFunction],
+}
 
 
 @pytest.mark.parametrize(("function", "options"), FUNCTIONS)

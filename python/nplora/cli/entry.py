@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: on --help, --version or wrong arguments, or after SIGHUP or SIGTERM during training.
 
     >>> nplora.cli.main(["eval", "model.gguf", "--data", "valid.jsonl"])
-    loss ... over 12 tokens
+    loss ... over 12 tokens (95 % interval ...)
+    perplexity ...
+    token_accuracy ...
     0
     """
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -1,9 +1,13 @@
 """`nplora eval`"""
 
 import argparse
+import contextlib
 import json
 import math
+from collections.abc import Iterator
+from typing import Any
 
+from nplora.cli.errors import UsageError
 from nplora.cli.parser import (
     add_adapters,
     add_data,
@@ -12,9 +16,10 @@ from nplora.cli.parser import (
     checked,
     given_data,
     given_options,
+    path,
 )
 
-HELP = "Print the mean loss of a language model over a file of text."
+HELP = "Print the mean loss of a language model over a file of text, and other metrics."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,31 +28,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_data(parser, "valid.jsonl or, if that is missing, train.jsonl")
     add_adapters(parser)
+    text = "evaluate the model alone and each adapter alone, and test the differences"
+    parser.add_argument("--compare", action="store_true", help=text)
     add_options(parser, EvaluateOptions)
+    text = "file to write the generated answers and their scores to, as JSON lines"
+    parser.add_argument("--answers", metavar="FILE", type=path, help=text)
+    shown = parser.add_mutually_exclusive_group()
     text = 'print JSON: {"loss": ..., "tokens": ..., "examples": ..., ...}'
-    parser.add_argument("--json", action="store_true", help=text)
+    shown.add_argument("--json", action="store_true", help=text)
+    shown.add_argument("--markdown", action="store_true", help="print a table in Markdown")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from nplora import finetuning
     from nplora.finetuning import EvaluateOptions
-    from nplora.formats.errors import counted
 
+    if arguments.compare and not arguments.adapter:
+        raise UsageError("--compare needs an adapter to compare the model with: add --adapter PATH")
     options = given_options(arguments, EvaluateOptions)
     checked(EvaluateOptions, options)
-    result = finetuning.evaluate(
-        arguments.model,
-        given_data(arguments.data),
-        adapter=arguments.adapter,
-        any_base=arguments.any_base,
-        progress=True,
-        **options,
-    )
-    loss, tokens = result["loss"], counted(result["tokens"], "token")
+    with _recorder(arguments.answers) as record:
+        common = {"any_base": arguments.any_base, "progress": True, "record": record, **options}
+        (_compare if arguments.compare else _evaluate)(arguments, common)
+
+
+def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    from nplora import finetuning
+    from nplora.finetuning.judging.results import json_values
+    from nplora.finetuning.judging.tables import evaluation_text, markdown_table
+    from nplora.formats.errors import counted
+
+    data = given_data(arguments.data)
+    result = finetuning.evaluate(arguments.model, data, adapter=arguments.adapter, **options)
+    is_finite = math.isfinite(result["loss"])
     if arguments.json:
-        shown = result if math.isfinite(loss) else result | {"loss": None}
-        print(json.dumps(shown, allow_nan=False), flush=True)
-    elif math.isfinite(loss):
-        print(f"loss {loss:.4f} over {tokens}")
-    if not math.isfinite(loss):
+        print(json.dumps(json_values(result), allow_nan=False), flush=True)
+    elif arguments.markdown:
+        print(markdown_table({arguments.model: result}), flush=True)
+    elif is_finite:
+        print(evaluation_text(result), flush=True)
+    if not is_finite:
+        loss, tokens = result["loss"], counted(result["tokens"], "token")
         raise FloatingPointError(f"eval: the loss over {tokens} is {loss}, expected a finite number")
+
+
+def _compare(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    from nplora import finetuning
+
+    found = finetuning.compare(arguments.model, given_data(arguments.data), arguments.adapter, **options)
+    if arguments.json:
+        print(json.dumps(found.as_json(), allow_nan=False), flush=True)
+    else:
+        print(found.markdown() if arguments.markdown else found, flush=True)
+    for name, result in found.evaluations.items():
+        if not math.isfinite(loss := result["loss"]):
+            raise FloatingPointError(f"eval: the loss of {name} is {loss}, expected a finite number")
+
+
+@contextlib.contextmanager
+def _recorder(file: str | None) -> Iterator[Any]:
+    """A function that writes a record as a line of JSON; None without a file."""
+    if file is None:
+        yield None
+        return
+    with open(file, "w", encoding="utf-8") as stream:
+        yield lambda entry: stream.write(json.dumps(entry, ensure_ascii=False) + "\n")

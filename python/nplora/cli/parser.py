@@ -205,11 +205,12 @@ def columns(text: str) -> dict[str, str]:
         raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[str], Any]] = {  # by the `kind` in the metadata of a field
     "adapter": adapter_path,
     "columns": columns,
+    "metric": str,
     "path": path,
-}  # by the `kind` in the metadata of a field
+}
 
 
 # ---- options that are the fields of a dataclass ----
@@ -265,7 +266,7 @@ def _add_value(
     several = typing.get_origin(kind) is tuple
     plain = [part for part in typing.get_args(kind) if part not in (types.NoneType, ...)] or [kind]
     kind_name = field.metadata.get("kind", "")
-    metavar = field.metadata.get("metavar", plain[0].__name__.upper().replace("STR", "TEXT"))
+    metavar = field.metadata.get("metavar") or plain[0].__name__.upper().replace("STR", "TEXT")
     group.add_argument(
         _option(field.name),
         type=_KINDS.get(kind_name, plain[0]),

@@ -1,8 +1,10 @@
 """Fine-tuning and evaluation of a language model on a file of text."""
 
 from nplora.finetuning.attach import attach_adapter, load_with_adapter
-from nplora.finetuning.evaluation import Evaluation, MeanLoss, evaluate, evaluate_batches
+from nplora.finetuning.comparison import Comparison, compare
+from nplora.finetuning.evaluation import evaluate, evaluate_batches
 from nplora.finetuning.execution import plan
+from nplora.finetuning.judging.results import Difference, Evaluation, MeanLoss, Score
 from nplora.finetuning.merge_check import merge_adapter
 from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.options import EvaluateOptions, FinetuneOptions, TeachOptions
@@ -13,12 +15,15 @@ from nplora.finetuning.token_progress import TokenProgress
 from nplora.finetuning.tuning import Trial, TuneOptions, TuneReport, tune
 
 __all__ = [
+    "Comparison",
+    "Difference",
     "EvaluateOptions",
     "Evaluation",
     "FinetuneOptions",
     "FinetuneReport",
     "MeanLoss",
     "Sample",
+    "Score",
     "Taught",
     "TeachOptions",
     "TokenLoss",
@@ -27,6 +32,7 @@ __all__ = [
     "TuneOptions",
     "TuneReport",
     "attach_adapter",
+    "compare",
     "evaluate",
     "evaluate_batches",
     "finetune",

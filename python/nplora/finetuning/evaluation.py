@@ -1,49 +1,19 @@
-"""The loss of a language model over a file."""
+"""The loss of a language model over a file, its accuracy, and scores of the answers that it generates."""
 
-from collections.abc import Mapping
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
 
 from nplora import _check
 from nplora.finetuning.attach import Adapters, warn_of_form, with_adapters
 from nplora.finetuning.data import Data, TokenBatches
-from nplora.finetuning.data.dataset import read_sources
 from nplora.finetuning.data.sources import sources_of
-from nplora.finetuning.load import evaluation_batches, opened, require_vocabulary
+from nplora.finetuning.judging.judge import Judge, Record, read_judge
+from nplora.finetuning.judging.metrics import MetricFunction, metrics_of
+from nplora.finetuning.judging.results import Evaluation, MeanLoss, evaluation_of
+from nplora.finetuning.load import opened
 from nplora.finetuning.options import EvaluateOptions, from_arguments
 from nplora.finetuning.token_progress import speaker
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
-
-
-class MeanLoss(TypedDict):
-    """A mean loss, and the number of tokens in the mean.
-
-    >>> nplora.finetuning.MeanLoss(loss=2.5, tokens=100)
-    {'loss': 2.5, 'tokens': 100}
-    """
-
-    loss: float
-    tokens: int
-
-
-class Evaluation(MeanLoss):
-    """The dict that `evaluate` returns.
-
-    Keys:
-        loss, tokens: the mean loss, and the number of tokens in the mean.
-        source: the name of the file.
-        examples, truncated, emptied, skipped: counts of examples and rows, see `DataReport`.
-
-    >>> result: nplora.finetuning.Evaluation = nplora.evaluate("model.gguf", "valid.jsonl")
-    >>> result["tokens"], result["examples"]
-    (12, 4)
-    """
-
-    source: str
-    examples: int
-    truncated: int
-    emptied: int
-    skipped: int
 
 
 @_check.keywords
@@ -54,6 +24,9 @@ def evaluate(
     adapter: Adapters | None = None,
     any_base: bool = False,
     progress: bool | None = None,
+    record: Record | None = None,
+    metric: str | MetricFunction | Sequence[str | MetricFunction] = (),
+    max_new_tokens: int = 128,
     format: str | None = None,
     columns: Mapping[str, str] | str | None = None,
     chat: bool = False,
@@ -63,7 +36,10 @@ def evaluate(
     strict: bool = False,
     compute: str | None = None,
 ) -> Evaluation:
-    """Compute the mean loss of a language model over a file of text.
+    """Compute the mean loss of a language model over a file of text, and other metrics.
+
+    Multiple-choice rows {"prompt": …, "choices": […], "answer": …} are answered by the likelihood of each
+    choice. Their loss is that of the right choice. The answer is a choice, its index from 0, or its letter.
 
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
@@ -75,8 +51,12 @@ def evaluate(
             loaded model.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
-        format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default:
-            the names of the fields decide).
+        record: is called with a dictionary for each generated answer and each multiple-choice question.
+        metric: metric of generated answers: exact_match, f1, or module:function, a function of the answer,
+            the reference and the row; several are separated by commas. Python also takes functions and lists.
+        max_new_tokens: maximum tokens of a generated answer.
+        format: format of the rows: messages, sharegpt, alpaca, completion, text, preference, kto or choice
+            (default: the names of the fields decide).
         columns: names of fields in the data, as in prompt=question,completion=answer.
         chat: write prompts and completions with the model's chat template.
         max_length: maximum tokens of an example; longer examples are cut (default: the model's context).
@@ -86,42 +66,44 @@ def evaluate(
         compute: arithmetic of the products with frozen weights: float32, bfloat16, or int8 for quantised
             weights and few tokens (default: float32).
     Returns:
-        the mean loss, the number of tokens in the mean, and a report of the data.
+        the mean loss, the number of tokens in the mean, the other metrics, and a report of the data.
     Raises:
-        DataError: a line of the data is wrong.
-        ValueError, TypeError: an option is out of range, `compute` is given for a model that is loaded
-            already, or `adapter` is given for a model that already has an adapter.
+        DataError: a line of the data is wrong, or a line has no prompt, and `metric` is given.
+        ValueError, TypeError: an option is out of range, a metric is not found, `compute` is given for a
+            model that is loaded already, or `adapter` is given for a model that already has an adapter.
         FormatError: a file is invalid, or the adapter does not fit the model or was trained on another model.
         OSError: a file cannot be read.
     Warns:
-        UserWarning: `compute` is "int8", but no weight can use int8; or the adapter was trained with the chat
-            template and these rows do not go through it, or the other way round.
+        UserWarning: `compute` is "int8", but no weight can use int8; a metric failed in some examples; or the
+            adapter was trained with the chat template and these rows do not go through it, or the other way
+            round.
         Other warnings: see `attach_adapter`.
 
     >>> result = nplora.evaluate("model.gguf", "valid.jsonl", adapter="adapter")
     >>> result["loss"] > 0
     True
+    >>> result = nplora.evaluate("model.gguf", "valid.jsonl", metric="exact_match", max_new_tokens=4)
+    >>> result["metrics"]["exact_match"]["examples"]
+    4
     """
     chosen = from_arguments("evaluate", EvaluateOptions, locals())
-    sources = sources_of("evaluate", data)
-    lm = opened("evaluate", model, chosen.compute)
+    lm, judge = read_all("evaluate", model, data, chosen, progress)
     if adapter is not None:
         lm = with_adapters("evaluate", lm, adapter, any_base)
-    reading = chosen.reading(chosen.max_length or lm.config.max_position_embeddings)
-    dataset = read_sources("evaluate", sources, lm.tokenizer, reading)
-    require_vocabulary(lm, dataset)
-    report = dataset.report
-    if adapter is not None:
-        warn_of_form("evaluate", adapter, report.chat, "this text", "chat=True (--chat) does that")
-    speaker(progress)(str(report))
-    return Evaluation(
-        **evaluate_batches(lm, evaluation_batches(dataset)),
-        source=report.source,
-        examples=report.examples,
-        truncated=report.truncated,
-        emptied=report.emptied,
-        skipped=report.skipped,
-    )
+        warn_of_form("evaluate", adapter, judge.report.chat, "this text", "chat=True (--chat) does that")
+    return evaluation_of(judge.report, judge.measure(lm, record or (lambda entry: None)))
+
+
+def read_all(
+    op: str, model: StrPath | LanguageModel, data: Data, options: EvaluateOptions, progress: bool | None
+) -> tuple[LanguageModel, Judge]:
+    """Read the model and the data. Print a report of the data."""
+    sources, metrics = sources_of(op, data), metrics_of(op, options.metric)
+    lm = opened(op, model, options.compute)
+    reading = options.reading(options.max_length or lm.config.max_position_embeddings)
+    judge = read_judge(op, lm, sources, reading, metrics, options.max_new_tokens)
+    speaker(progress)(str(judge.report))
+    return lm, judge
 
 
 def evaluate_batches(lm: LanguageModel, batches: TokenBatches) -> MeanLoss:

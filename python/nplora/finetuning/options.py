@@ -17,6 +17,7 @@ from nplora import _check
 from nplora.adapters import Adapter
 from nplora.finetuning.data import FORMATS, LEARN
 from nplora.finetuning.data.dataset import ReadOptions
+from nplora.finetuning.judging.metrics import MetricFunction
 from nplora.finetuning.objective_options import (
     ALL_LOSS_TYPES,
     OBJECTIVES,
@@ -39,8 +40,9 @@ KEEP_PREFIX = ("off", "memory", "disk")
 _OF_THE_ADAPTER = ("rank", "alpha", "targets", "layers", "use_rslora", "use_dora", "init")
 
 # Groups of options, as --help shows them.
-_ADAPTER, _OBJECTIVE, _TEACHER, _TRAINING, _BATCHES, _DATA, _SPEED, _RUN = (
+_ADAPTER, _OBJECTIVE, _TEACHER, _TRAINING, _BATCHES, _DATA, _SPEED, _RUN, _ANSWERS = (
     "adapter", "objective", "teacher", "training", "batches", "data", "memory and speed", "run",
+    "generated answers",
 )  # fmt: skip
 
 
@@ -317,12 +319,21 @@ class EvaluateOptions:
     'all'
     """
 
+    metric: tuple[str | MetricFunction, ...] = _option(
+        _ANSWERS,
+        (),
+        "metric of generated answers: exact_match, f1, or module:function, a function of the answer, the "
+        "reference and the row; several are separated by commas",
+        kind="metric",
+        metavar="NAMES",
+    )
+    max_new_tokens: int = _option(_ANSWERS, 128, "maximum tokens of a generated answer")
     format: str | None = _option(
         _DATA,
         None,
-        "format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default: the "
-        "names of the fields decide)",
-        choices=FORMATS,
+        "format of the rows: messages, sharegpt, alpaca, completion, text, preference, kto or choice "
+        "(default: the names of the fields decide)",
+        choices=(*FORMATS, "choice"),
     )
     columns: Mapping[str, str] | str | None = _option(
         _DATA,
@@ -353,6 +364,10 @@ class EvaluateOptions:
     op: InitVar[str] = "evaluate"  # begins the messages of errors
 
     def __post_init__(self, op: str) -> None:
+        metrics = self.metric
+        single = isinstance(metrics, str) or callable(metrics)
+        object.__setattr__(self, "metric", (metrics,) if single else tuple(metrics))
+        _check.integer(op, "max_new_tokens", self.max_new_tokens, least=1)
         self.reading(self.max_length, op)
         if self.compute is not None:
             _check.choice(op, "compute", self.compute, INFERENCE_COMPUTES)

@@ -151,13 +151,32 @@ def stream_all(
         >>> texts == lm.generate(["Hello", "Good"], max_new_tokens=4)
         True
     """
-    sampling = sampling or Sampling()
+    return _stream_ids(lm, [prompt_ids(_OP, lm, prompt) for prompt in prompts], sampling or Sampling())
+
+
+def generate_ids(lm: GeneratingModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
+    """Generate a text after each prompt, given as token ids. The errors and warnings are those of `generate`.
+
+    >>> import nplora
+    >>> lm = nplora.load_model("model.gguf")
+    >>> sampling = nplora.generate.Sampling(max_new_tokens=4)
+    >>> nplora.generate.generate_ids(lm, [lm.tokenizer.encode_prompt("Hello")], sampling) == [
+    ...     lm.generate("Hello", max_new_tokens=4)
+    ... ]
+    True
+    """
+    texts = [""] * len(prompts)
+    for index, piece in _stream_ids(lm, [_checked_ids(_OP, lm, list(ids)) for ids in prompts], sampling):
+        texts[index] += piece
+    return texts
+
+
+def _stream_ids(
+    lm: GeneratingModel, prompts: Sequence[list[int]], sampling: Sampling
+) -> Iterator[tuple[int, str]]:
     context = int(lm.config.max_position_embeddings)
     longest = _longest_before_switch(lm.config)
-    answers = [
-        _Answer(lm.tokenizer, index, prompt_ids(_OP, lm, prompt), sampling)
-        for index, prompt in enumerate(prompts)
-    ]
+    answers = [_Answer(lm.tokenizer, index, ids, sampling) for index, ids in enumerate(prompts)]
     if not answers or not sampling.max_new_tokens:
         return
     limits = [min(context, len(answer.ids) + sampling.max_new_tokens) for answer in answers]
@@ -200,11 +219,16 @@ def prompt_ids(op: str, lm: GeneratingModel, prompt: Prompt) -> list[int]:
         TypeError: the prompt is neither a text nor a chat.
         ValueError: the prompt has no tokens, fills the context, or has tokens outside the vocabulary.
     """
-    tokenizer, context, vocab = lm.tokenizer, lm.config.max_position_embeddings, lm.config.vocab_size
-    chat = not isinstance(prompt, str)
+    tokenizer, chat = lm.tokenizer, not isinstance(prompt, str)
     if chat and not (isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)):
         raise TypeError(f"{op}: prompt is {prompt!r}, expected a text or a chat (a list of messages)")
     ids = tokenizer.encode_chat(prompt, True) if chat else tokenizer.encode_prompt(prompt)  # type: ignore[arg-type]
+    return _checked_ids(op, lm, ids)
+
+
+def _checked_ids(op: str, lm: GeneratingModel, ids: list[int]) -> list[int]:
+    """Check the tokens of a prompt. Raises as `prompt_ids`."""
+    tokenizer, context, vocab = lm.tokenizer, lm.config.max_position_embeddings, lm.config.vocab_size
     if not ids:
         raise ValueError(f"{op}: the prompt is empty")
     if max(ids) >= vocab:

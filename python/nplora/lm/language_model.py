@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, NamedTuple, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,8 @@ from nplora.lora.merging import MergeReport
 from nplora.models import families, head, model_digest, stepwise
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
+from nplora.models.continuations import MOST_ROWS, Question, groups
+from nplora.models.continuations import token_scores as score_continuations
 from nplora.models.decoder import Decoder, DecoderSaved
 from nplora.models.packing import IGNORED, PackedBatch, pack
 from nplora.models.positions import cache_positions, packed_positions
@@ -58,6 +60,24 @@ class LanguageModelSaved(Saved):
             raise RuntimeError(
                 f"{op}: saved was used by an earlier backward pass, which freed it; call forward again"
             ) from None
+
+
+class TokenScores(NamedTuple):
+    """How likely a model finds each of several tokens.
+
+    Attributes:
+        log_probs: log p of each token, float64 (m,).
+        is_top: whether each token is the most likely one, bool (m,).
+
+    >>> import nplora
+    >>> lm = nplora.load_model("model.gguf")
+    >>> [[scores]] = lm.continuation_scores([[1, 2]], [[[3, 4]]])
+    >>> bool((scores.log_probs <= 0).all())
+    True
+    """
+
+    log_probs: Array
+    is_top: Array
 
 
 class LanguageModel(Module):
@@ -521,6 +541,81 @@ class LanguageModel(Module):
         self.require_unchanged()
         return total
 
+    def token_scores(self, batch: PackedBatch) -> TokenScores:
+        """The log-probability of each target of a batch, and whether the target is the most likely token.
+
+        The targets are in the order of the batch. With compute="int8", a few tokens are computed at a time,
+        as in decoding.
+
+            >>> import nplora
+            >>> from nplora.models.packing import pack
+            >>> lm = nplora.load_model("model.gguf")
+            >>> batch = pack([([1, 2, 3], [1, 2, 3]), ([4, 5], [4, 5])])
+            >>> scores = lm.token_scores(batch)
+            >>> scores.log_probs.shape, scores.is_top.dtype
+            ((3,), dtype('bool'))
+
+        Raises:
+            ValueError, CorruptError: as in `logits`.
+        """
+        self._check_batch("token_scores", batch)
+        if (lm := self._selected("token_scores")) is not self:
+            return lm.token_scores(batch)
+        with inference():
+            if self.compute == "int8":
+                losses, is_top = stepwise.token_scores(self.config, self.model, self.lm_head, batch)
+            else:
+                x = self.model.infer(batch.ids, packed_positions(batch.starts))
+                losses, is_top = head.token_scores(self.model, self.lm_head, x, batch.targets)
+        self.require_unchanged()
+        return TokenScores(-losses, is_top)
+
+    def continuation_scores(
+        self, prompts: Sequence[npt.ArrayLike], continuations: Sequence[Sequence[npt.ArrayLike]]
+    ) -> list[list[TokenScores]]:
+        """The scores of the tokens of several continuations of each prompt, as in `token_scores`.
+
+        A prompt is computed once, for all its continuations.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> [[one, other]] = lm.continuation_scores([[1, 2, 3]], [[[4], [5, 6]]])
+            >>> one.log_probs.shape, other.log_probs.shape
+            ((1,), (2,))
+
+        Args:
+            prompts: the token ids of each prompt, at least one.
+            continuations: for each prompt, the token ids of each continuation, at least one.
+        Raises:
+            ValueError: a prompt or continuation is empty, or a prompt has no continuation; or as in `logits`.
+            TypeError, CorruptError: as in `logits`.
+        """
+        op = "continuation_scores"
+        questions = [
+            Question(self._sequence(op, prompt), [self._sequence(op, tokens) for tokens in several])
+            for prompt, several in zip(prompts, continuations, strict=True)
+        ]
+        if not all(question.continuations for question in questions):
+            raise ValueError(f"{op}: a prompt has no continuation, expected at least one")
+        self._warn_if_longer(op, max((question.length for question in questions), default=0))
+        lm = self._selected(op)
+        rows, found = stepwise.FEW if self.compute == "int8" else MOST_ROWS, list[list[TokenScores]]()
+        with inference():
+            for group in groups(questions):
+                scores = score_continuations(lm.config, lm.model, lm.lm_head, group, rows)
+                found += [[TokenScores(-losses, is_top) for losses, is_top in each] for each in scores]
+        self.require_unchanged()
+        return found
+
+    def _sequence(self, op: str, token_ids: npt.ArrayLike) -> Array:
+        """Check the ids of one sequence, which must not be empty."""
+        ids = self._ids(op, token_ids)
+        if ids.ndim != 1 or not ids.size:
+            raise ValueError(
+                f"{op}: a sequence has shape {ids.shape}, expected (time,) with at least 1 token"
+            )
+        return ids
+
     # ---- training ----
 
     def train_step(self, token_ids: npt.ArrayLike, labels: npt.ArrayLike, optimizer: Optimizer) -> float:
@@ -591,7 +686,7 @@ class LanguageModel(Module):
             >>> batch = pack([([1, 2, 3], [1, 2, 3])])
             >>> def unlikely(log_probs):  # the loss makes the targets less likely
             ...     return log_probs.sum(), np.ones_like(log_probs)
-            >>> lm.forward_backward_of(batch, unlikely) == lm.log_probs(batch).sum()
+            >>> bool(lm.forward_backward_of(batch, unlikely) == lm.log_probs(batch).sum())
             True
 
         Args:
@@ -921,12 +1016,15 @@ class LanguageModel(Module):
         """Check the ids and targets of a batch before the forward pass begins."""
         _check.in_range(op, "ids", batch.ids, self._vocab)
         _check.in_range(op, "targets", batch.targets[batch.targets != IGNORED], self._vocab)
-        longest = int(np.diff(batch.starts).max(initial=0))
+        self._warn_if_longer(op, int(np.diff(batch.starts).max(initial=0)))
+
+    def _warn_if_longer(self, op: str, longest: int) -> None:
+        """Warn if the longest sequence does not fit into the model's context."""
         if longest > self.config.max_position_embeddings:
             warnings.warn(
                 f"{op}: a sequence has {longest} tokens, but the model was trained for at most "
                 f"{self.config.max_position_embeddings}",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

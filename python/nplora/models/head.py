@@ -1,4 +1,4 @@
-"""Computes the last norm, the head and the loss for a few rows at a time, to keep few logits in memory."""
+"""The last norm, the head and the loss, a few rows at a time, so that memory never holds all logits."""
 
 from __future__ import annotations
 
@@ -153,6 +153,22 @@ def token_losses(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> A
     )
 
 
+def token_scores(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> tuple[Array, Array]:
+    """The loss of each row that has a target, float64, and whether the target is the most likely token."""
+    pieces = [_chunk_scores(model, head, x[rows], targets[rows]) for rows in _chunks_of(targets, head)]
+    losses, tops = zip((np.empty(0), np.empty(0, np.bool_)), *pieces, strict=True)
+    return np.concatenate(losses), np.concatenate(tops)
+
+
+def _chunk_scores(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> tuple[Array, Array]:
+    """Compute `token_scores` for a few rows. The logits of these rows are freed at the end."""
+    logits = logits_of(model, head, x)
+    is_top = logits.argmax(axis=1) == targets
+    losses = np.empty(len(x))
+    _core.cross_entropy(logits, targets, 1.0, losses, False)
+    return losses, is_top
+
+
 def _chunk_losses(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> Array:
     """The losses of a few rows. When it returns, the logits of these rows are freed."""
     logits = logits_of(model, head, x)
@@ -173,5 +189,5 @@ def most_rows(rows: int, vocab: int) -> int:
 
 
 def chunks(rows: Array, vocab: int) -> list[Array]:
-    """Split the rows into even chunks. A short chunk would read the whole head for only a few rows."""
+    """Split the rows into even chunks. A short last chunk would read the whole head for a few rows."""
     return np.array_split(rows, math.ceil(len(rows) / most_rows(len(rows), vocab))) if len(rows) else []

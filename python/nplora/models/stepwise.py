@@ -1,45 +1,53 @@
-"""Computes the loss a few tokens at a time, as decoding does with compute="int8"."""
+"""Computes losses a few tokens at a time, as decoding does with compute="int8"."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _core
+from nplora.models import head
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder
-from nplora.models.packing import IGNORED, PackedBatch
+from nplora.models.packing import PackedBatch
 from nplora.models.positions import cache_positions
 from nplora.nn import Linear, LoRALinear
 
 Array = npt.NDArray[Any]
+AnyLinear = Linear | LoRALinear
 
-_FEW = _core.constants.least_small_batch  # tokens at a time
+FEW = _core.constants.least_small_batch  # tokens at a time
 
 
-def loss(config: ModelConfig, model: Decoder, lm_head: Linear | LoRALinear, batch: PackedBatch) -> float:
+def loss(config: ModelConfig, model: Decoder, lm_head: AnyLinear, batch: PackedBatch) -> float:
     """The sum of the losses of packed sequences. Call this function in `with inference()`."""
-    total = 0.0
+    return sum((head.loss(model, lm_head, x, targets) for x, targets in _steps(config, model, batch)), 0.0)
+
+
+def token_scores(
+    config: ModelConfig, model: Decoder, lm_head: AnyLinear, batch: PackedBatch
+) -> tuple[Array, Array]:
+    """The loss of each target, and whether it is the most likely token, as `head.token_scores`.
+
+    Call this function in `with inference()`.
+    """
+    pieces = (head.token_scores(model, lm_head, x, targets) for x, targets in _steps(config, model, batch))
+    losses, tops = zip((np.empty(0), np.empty(0, np.bool_)), *pieces, strict=True)
+    return np.concatenate(losses), np.concatenate(tops)
+
+
+def _steps(config: ModelConfig, model: Decoder, batch: PackedBatch) -> Iterator[tuple[Array, Array]]:
+    """The residual stream of a few tokens after the last block, and their targets."""
     for first, end in zip(batch.starts[:-1], batch.starts[1:], strict=True):
         cache, slot = KVCache(config, 1, max(1, int(end - first))), np.zeros(1, np.int64)
-        for start in range(int(first), int(end), _FEW):
-            rows = slice(start, min(start + _FEW, int(end)))
+        for start in range(int(first), int(end), FEW):
+            rows = slice(start, min(start + FEW, int(end)))
             count = rows.stop - rows.start
             positions = cache_positions(slot, cache.lengths, cache.limits, count)
             x = model.run_cached(batch.ids[rows], positions, cache)
             cache.lengths[:] += count
-            total += _head_loss(model, lm_head, x, batch.targets[rows])
-    return total
-
-
-def _head_loss(model: Decoder, lm_head: Linear | LoRALinear, x: Array, targets: Array) -> float:
-    trained = targets != IGNORED
-    if not trained.any():
-        return 0.0
-    logits = lm_head.forward(model.read_out(x[trained]))[0]
-    losses = np.empty(len(logits))
-    _core.cross_entropy(logits, targets[trained], 1.0, losses, False)
-    return float(losses.sum())
+            yield x, batch.targets[rows]

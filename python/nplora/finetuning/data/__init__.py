@@ -8,7 +8,7 @@ from nplora.finetuning.data.preview import Preview, preview
 from nplora.finetuning.data.sources import Data, find_evaluated, find_splits
 from nplora.finetuning.data.stored import DataReport
 
-FORMATS = tuple(kind.name for kind in KINDS)
+FORMATS = tuple(kind.name for kind in KINDS if kind.name != "choice")
 
 __all__ = [
     "EVALUATION_TOKENS",

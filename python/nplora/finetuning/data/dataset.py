@@ -272,6 +272,10 @@ def _require_one_answer(kind: Kind, where: str) -> None:
             f"{where}: has {kind.fields}, a comparison; expected one answer to learn. Rows like this are for "
             f"finetune --objective {objective} (objective={objective!r})"
         )
+    if kind.name == "choice":
+        raise DataError(
+            f"{where}: has {kind.fields}, a question for `nplora eval`; expected one answer to learn"
+        )
 
 
 def _single(_: Example, sequences: list[Encoded]) -> list[list[Encoded]]:

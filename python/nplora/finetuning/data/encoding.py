@@ -12,6 +12,7 @@ from nplora.finetuning.data.examples import (
     Example,
     Instruction,
     Judged,
+    MultipleChoice,
     Preference,
     Text,
     through_template,
@@ -83,6 +84,8 @@ class Encoder:
             sequences = [
                 self._answered(example.as_chat() if has_template else example.as_completion(), where)
             ]
+        elif isinstance(example, MultipleChoice):
+            sequences = [self._answered(example.as_answer(), where)]
         else:
             sequences = [self._answered(example, where)]
         for one in sequences:

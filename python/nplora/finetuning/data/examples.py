@@ -106,7 +106,35 @@ class Judged:
     good: bool
 
 
-Example: TypeAlias = Text | Completion | Chat | Instruction | Preference | Judged
+@dataclass(frozen=True)
+class MultipleChoice:
+    """A question with several answers, of which one is right.
+
+    Attributes:
+        prompt: the question, as a text or as messages.
+        answer: the index of the right choice.
+    """
+
+    prompt: str | list[Message]
+    choices: tuple[str, ...]
+    answer: int
+
+    @property
+    def messages(self) -> list[Message]:
+        """The question as messages."""
+        if isinstance(self.prompt, str):
+            return [{"role": "user", "content": self.prompt}]
+        return self.prompt
+
+    def as_answer(self) -> Answered:
+        """The question and the right choice."""
+        right = self.choices[self.answer]
+        if isinstance(self.prompt, str):
+            return Completion(self.prompt, right)
+        return Chat([*self.prompt, {"role": "assistant", "content": right}], prompt=len(self.prompt))
+
+
+Example: TypeAlias = Text | Completion | Chat | Instruction | Preference | Judged | MultipleChoice
 
 
 def through_template(example: Example) -> Example:

@@ -16,6 +16,7 @@ from nplora.finetuning.data.examples import (
     Instruction,
     Judged,
     Message,
+    MultipleChoice,
     Objects,
     Preference,
     Text,
@@ -349,6 +350,56 @@ def _judged(row: Fields) -> Example:
     return Judged(_answer(row, "completion"), label)
 
 
+# ---- multiple choice ----
+
+
+def _multiple_choice(row: Fields) -> Example:
+    name = "question" if row.has("question") and not row.has("prompt") else "prompt"
+    prompt = row.get(name)
+    if isinstance(prompt, list) and prompt:
+        prompt = _messages(row, name, prompt)
+        if prompt[-1]["role"] == "assistant":
+            raise row.error(f"{name} ends with a message of the assistant, expected the user's question")
+    else:
+        prompt = row.text(name)
+    choices, labels = _choices(row)
+    return MultipleChoice(prompt, choices, _right_choice(row, choices, labels))
+
+
+def _choices(row: Fields) -> tuple[tuple[str, ...], list[str]]:
+    """The choices and their labels: texts, or {"text": […], "label": […]} as in ARC."""
+    wanted = "expected a list of two or more different texts"
+    value: Any = row.get("choices")
+    labels: Any = None
+    if isinstance(value, dict):
+        value, labels = value.get("text"), value.get("label")
+    if not isinstance(value, list | tuple) or not all(isinstance(c, str) and c.strip() for c in value):
+        raise row.error(f"choices is {brief(row.get('choices'))}, {wanted}")
+    if len(value) < 2 or len(set(value)) < len(value):
+        raise row.error(f"choices is {brief(value)}, {wanted}")
+    if labels is None:
+        labels = [chr(ord("A") + index) for index in range(min(len(value), 26))]
+    elif not isinstance(labels, list) or len(labels) != len(value):
+        raise row.error(f"the labels of choices are {brief(labels)}, expected one for each choice")
+    return tuple(value), list(map(str, labels))
+
+
+def _right_choice(row: Fields, choices: tuple[str, ...], labels: list[str]) -> int:
+    """The index of the answer, which is a choice, its label (A, B, … if it has none), or its index."""
+    answer = row.get("answer")
+    if isinstance(answer, str):
+        if answer in choices:
+            return choices.index(answer)
+        if answer in labels:
+            return labels.index(answer)
+        answer = int(answer) if answer.isascii() and answer.isdigit() and len(answer) < 9 else answer
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        return answer
+    raise row.error(
+        f"answer is {brief(row.get('answer'))}, expected one of the choices, or 0 to {len(choices) - 1}"
+    )
+
+
 # ---- which kind ----
 
 KINDS = (
@@ -359,6 +410,7 @@ KINDS = (
     Kind("text", "text", ("text",), _text),
     Kind("preference", "chosen and rejected", ("chosen", "rejected"), _preference),
     Kind("kto", "prompt, completion and label", (), _judged),
+    Kind("choice", "prompt, choices and answer", ("choices",), _multiple_choice),
 )
 BY_NAME = {kind.name: kind for kind in KINDS}
 _EXPECTED = (

@@ -1,0 +1,177 @@
+"""Compare a model with and without adapters on the same examples."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nplora import _check
+from nplora.adapters import Adapter
+from nplora.finetuning.attach import Adapters, with_adapters
+from nplora.finetuning.data import Data
+from nplora.finetuning.evaluation import read_all
+from nplora.finetuning.judging.judge import Record
+from nplora.finetuning.judging.metrics import MetricFunction
+from nplora.finetuning.judging.results import (
+    BASE,
+    Difference,
+    Evaluation,
+    difference_of,
+    evaluation_of,
+    json_values,
+    shown,
+)
+from nplora.finetuning.judging.statistics import Measured
+from nplora.finetuning.judging.tables import markdown_table, text_table
+from nplora.finetuning.load import require_plain
+from nplora.finetuning.options import EvaluateOptions, from_arguments
+from nplora.finetuning.token_progress import speaker
+from nplora.formats.errors import brief
+from nplora.formats.files import StrPath
+from nplora.lm import LanguageModel
+
+_LEFT_OUT = ("token_accuracy", "acc_token")  # of the sentences: other metrics say the same
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results of `compare`; `print` shows a table, and a sentence for each difference.
+
+    Attributes:
+        evaluations: the results of each system, by its name. The first is "base", the model alone.
+        differences: each adapter compared with the base by every metric. With several adapters, the one with
+            the lowest loss is also compared with the others.
+
+    >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
+    >>> list(comparison.evaluations)
+    ['base', 'adapter']
+    >>> print(comparison)
+             loss ...
+    base     ...
+    adapter  ...
+    <BLANKLINE>
+    no clear difference between adapter and the base: loss ... (95 % interval ... to ..., p = ...)
+    """
+
+    evaluations: dict[str, Evaluation]
+    differences: tuple[Difference, ...]
+
+    def __str__(self) -> str:
+        return f"{text_table(self.evaluations)}\n\n" + "\n".join(self.sentences())
+
+    def markdown(self) -> str:
+        """The table and the sentences in Markdown."""
+        return f"{markdown_table(self.evaluations)}\n\n" + "\n".join(f"- {s}" for s in self.sentences())
+
+    def sentences(self) -> list[str]:
+        """A sentence for each difference, without those that other sentences imply."""
+        return [str(one) for one in self.differences if one.metric not in _LEFT_OUT]
+
+    def as_json(self) -> dict[str, Any]:
+        """The results as values that JSON has: numbers that are not finite become None."""
+        differences = [{**vars(one), "values": list(one.values)} for one in self.differences]
+        found: dict[str, Any] = json_values({
+            "evaluations": self.evaluations, "differences": differences, "summary": self.sentences()
+        })  # fmt: skip
+        return found
+
+
+@_check.keywords
+def compare(
+    model: StrPath | LanguageModel,
+    data: Data,
+    adapters: Sequence[Adapters] | Mapping[str, Adapters],
+    *,
+    any_base: bool = False,
+    progress: bool | None = None,
+    record: Record | None = None,
+    metric: str | MetricFunction | Sequence[str | MetricFunction] = (),
+    max_new_tokens: int = 128,
+    format: str | None = None,
+    columns: Mapping[str, str] | str | None = None,
+    chat: bool = False,
+    max_length: int | None = None,
+    learn: str = "completion",
+    skip_bad: bool = False,
+    strict: bool = False,
+    compute: str | None = None,
+) -> Comparison:
+    """Evaluate a model alone and with each of several adapters, on the same examples.
+
+    Each difference has a 95 % confidence interval and a p-value, both over the examples. The model is loaded
+    once.
+
+    Args:
+        adapters: the adapters, each as for `evaluate`; or a dictionary of them, whose keys name them.
+        model, data, any_base, progress, and all options: see `evaluate`.
+        record: as in `evaluate`; each dictionary also has the name of the system, as "system".
+    Raises:
+        ValueError: there are no adapters, or two have the same name. The other errors are those of
+            `evaluate`.
+
+    >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", {"mine": "adapter"})
+    >>> difference = comparison.differences[0]
+    >>> difference.metric, round(difference.values[0] - difference.values[1] - difference.difference, 6)
+    ('loss', 0.0)
+    """
+    chosen = from_arguments("compare", EvaluateOptions, locals())
+    named = _named(adapters)
+    lm, judge = read_all("compare", model, data, chosen, progress)
+    require_plain("compare", lm)
+    say, measured = speaker(progress), dict[str, list[Measured]]()
+    made = {name: with_adapters("compare", lm, adapter, any_base) for name, adapter in named.items()}
+    for name, system in {BASE: lm, **made}.items():
+        measured[name] = judge.measure(system, _recorder(name, record))
+        say(f"{name}: loss {shown('loss', measured[name][0].value)}")
+    evaluations = {name: evaluation_of(judge.report, found) for name, found in measured.items()}
+    return Comparison(evaluations, tuple(_differences(measured)))
+
+
+def _recorder(name: str, record: Record | None) -> Record:
+    if record is None:
+        return lambda entry: None
+    return lambda entry: record({"system": name, **entry})
+
+
+def _differences(measured: dict[str, list[Measured]]) -> list[Difference]:
+    """Each adapter against the base; then the adapter with the lowest loss against the others."""
+    names = [name for name in measured if name != BASE]
+    pairs = [(name, BASE) for name in names]
+    best = min(names, key=lambda name: measured[name][0].value)
+    pairs += [(best, name) for name in names if name != best]
+    return [
+        difference_of(one, metric, other, of_other)
+        for one, other in pairs
+        for metric, of_other in zip(measured[one], measured[other], strict=True)
+    ]
+
+
+def _named(adapters: object) -> dict[str, Adapters]:
+    """The adapters by their names."""
+    if isinstance(adapters, Mapping):
+        found = {str(name): adapter for name, adapter in adapters.items()}
+    elif isinstance(adapters, Sequence) and not isinstance(adapters, str | tuple):
+        names = list(map(_name, adapters))
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"compare: adapter {twice[0]} is given twice; a dictionary names adapters")
+        found = dict(zip(names, adapters, strict=True))
+    else:
+        raise TypeError(f"compare: adapters is {brief(adapters)}, expected a list or a dictionary")
+    if not found:
+        raise ValueError("compare: adapters is empty, expected at least one adapter")
+    if BASE in found:
+        raise ValueError(f"compare: an adapter has the name {BASE!r}, which is that of the model alone")
+    return found
+
+
+def _name(adapter: Any) -> str:
+    """The name of an adapter: its path, perhaps with its weight; those of a sum are joined."""
+    if isinstance(adapter, tuple) and len(adapter) == 2 and isinstance(adapter[1], int | float):
+        return _name(adapter[0]) if adapter[1] == 1 else f"{_name(adapter[0])}:{adapter[1]:g}"
+    if isinstance(adapter, list | tuple):
+        return " + ".join(map(_name, adapter))
+    if isinstance(adapter, Adapter):
+        return adapter.source
+    if isinstance(adapter, str | os.PathLike):
+        return os.path.normpath(adapter)
+    raise TypeError(f"compare: an adapter is {brief(adapter)}, expected a path, a pair or an Adapter")

@@ -1,0 +1,136 @@
+"""Generated answers: the prompts of rows, the model's answers, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nplora.finetuning.data.examples import (
+    Chat,
+    Completion,
+    Example,
+    Instruction,
+    MultipleChoice,
+    through_template,
+)
+from nplora.finetuning.judging.metrics import Metric
+from nplora.finetuning.judging.statistics import Measured
+from nplora.formats.errors import DataError, counted
+from nplora.lm import LanguageModel
+from nplora.lm.generation import Sampling, generate_ids
+from nplora.runtime.user_warning import warn_user
+from nplora.tokenizer import Tokenizer
+
+_MOST_PROMPTS = 32  # that are answered together
+_MOST_TOKENS = 8192  # of the prompts and answers that are in memory together
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt and the reference answer.
+
+    Attributes:
+        ids: the tokens of the prompt.
+        row: the fields of its row.
+        where: its file and line.
+    """
+
+    ids: list[int]
+    reference: str
+    row: dict[str, Any]
+    where: str
+
+
+def asked(tokenizer: Tokenizer, example: Example, row: dict[str, Any], where: str, chat: bool) -> Asked:
+    """The prompt of an example, and the last text that it trains as the reference.
+
+    Args:
+        chat: texts go through the chat template, too.
+    Raises:
+        DataError: the example has no prompt, or its answer is no text; or the chat template refuses it.
+    """
+    if isinstance(example, Instruction) and not chat:
+        has_template = tokenizer.chat_template is not None
+        example = example.as_chat() if has_template else example.as_completion()
+    elif isinstance(example, MultipleChoice):
+        example = example.as_answer()
+    example = through_template(example) if chat else example
+    try:
+        if isinstance(example, Completion):
+            ids, reference = tokenizer.encode_prompt(example.prompt), example.completion
+        elif isinstance(example, Chat):
+            ids, reference = _of_chat(tokenizer, example)
+        else:
+            raise DataError("the row has no prompt, which a metric of generated answers needs")
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+    if not ids:
+        raise DataError(f"{where}: prompt is empty, and the model has no BOS token to begin with")
+    return Asked(ids, reference.strip(), row, where)
+
+
+def _of_chat(tokenizer: Tokenizer, chat: Chat) -> tuple[list[int], str]:
+    """The messages before the last assistant turn that is trained, and the text of this turn."""
+    place = max((i for i in range(len(chat.messages)) if chat.is_trained(i)), default=0)
+    message = chat.messages[place]
+    if not place:
+        raise DataError("no assistant turn of weight 1 has a message before it")
+    if message.get("tool_calls"):
+        raise DataError("the last assistant turn calls a tool, expected a text to compare answers with")
+    ids = tokenizer.encode_chat(chat.messages[:place], True, tools=chat.tools, documents=chat.documents)
+    return ids, message["content"]
+
+
+def answers(lm: LanguageModel, questions: list[Asked], max_new_tokens: int) -> Iterator[str]:
+    """The answer of the model to each prompt, by greedy decoding, without white space around it."""
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    for group in groups([question.ids for question in questions], max_new_tokens):
+        yield from map(str.strip, generate_ids(lm, group, sampling))
+
+
+def groups(prompts: list[list[int]], max_new_tokens: int) -> list[list[list[int]]]:
+    """Divide the prompts, in order, into groups that are answered together."""
+    found, longest = list[list[list[int]]](), 0
+    for ids in prompts:
+        longest = max(longest, len(ids))
+        full = not found or len(found[-1]) == _MOST_PROMPTS
+        if full or (len(found[-1]) + 1) * (longest + max_new_tokens) > _MOST_TOKENS:
+            found.append([])
+            longest = len(ids)
+        found[-1].append(ids)
+    return found
+
+
+def measure_answers(
+    lm: LanguageModel,
+    questions: list[Asked],
+    metrics: list[Metric],
+    max_new_tokens: int,
+    record: Callable[[dict[str, Any]], None],
+) -> list[Measured]:
+    """The scores of the generated answers, by each metric.
+
+    Args:
+        record: is called with the answer and the scores of each prompt.
+    """
+    scores = np.zeros((len(metrics), len(questions)))
+    before = [metric.failed for metric in metrics]
+    for place, answer in enumerate(answers(lm, questions, max_new_tokens)):
+        question = questions[place]
+        for index, metric in enumerate(metrics):
+            scores[index, place] = metric.score(answer, question.reference, question.row, question.where)
+        named = {metric.name: float(score) for metric, score in zip(metrics, scores[:, place], strict=True)}
+        record({"row": question.where, "answer": answer, "reference": question.reference, **named})
+    failed = [metric.failed - count for metric, count in zip(metrics, before, strict=True)]
+    for metric, count in zip(metrics, failed, strict=True):
+        if count:
+            examples = counted(len(questions), "example")
+            warn_user(f"the metric {metric.name} failed in {count} of {examples}, which count as 0")
+    ones = np.ones(len(questions))
+    return [
+        Measured(metric.name, row, ones, failed=count)
+        for metric, row, count in zip(metrics, scores, failed, strict=True)
+    ]

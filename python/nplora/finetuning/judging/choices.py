@@ -1,0 +1,111 @@
+"""Multiple choice: the log-probability of each choice after the question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nplora.finetuning.data.examples import MultipleChoice
+from nplora.finetuning.judging.statistics import Measured
+from nplora.formats.errors import DataError
+from nplora.lm import LanguageModel
+from nplora.tokenizer import Tokenizer
+
+_TOGETHER = 16  # questions; the model divides them further by their tokens
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A question as tokens.
+
+    Attributes:
+        prompt: the tokens of the question.
+        continuations: the tokens of each choice.
+        texts: the text of each choice.
+        answer: the index of the right choice.
+        where: the file and line of the row.
+    """
+
+    prompt: list[int]
+    continuations: list[list[int]]
+    texts: tuple[str, ...]
+    answer: int
+    where: str
+
+    @property
+    def longest(self) -> int:
+        return len(self.prompt) + max(map(len, self.continuations))
+
+
+def encode_choices(tokenizer: Tokenizer, example: MultipleChoice, where: str, chat: bool) -> Choices:
+    """The tokens of a question and of each choice.
+
+    A choice follows a prompt as in lm-evaluation-harness: after a space, unless white space is there already.
+    White space at the end of the prompt becomes the beginning of each choice, because tokens begin with it.
+
+    Args:
+        chat: write the question with the chat template.
+    Raises:
+        DataError: the prompt has no tokens, or the chat template refuses it.
+    """
+    try:
+        if chat or not isinstance(example.prompt, str):
+            prompt = tokenizer.encode_chat(example.messages, True)
+            continuations = [tokenizer.encode_continuation(text) for text in example.choices]
+        else:
+            before = example.prompt.rstrip()
+            gap = example.prompt[len(before) :]
+            prompt = tokenizer.encode_prompt(before)
+            texts = [(gap or " " * (not text[0].isspace())) + text for text in example.choices]
+            continuations = [_continuation(tokenizer, before, prompt, text) for text in texts]
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+    if not prompt:
+        raise DataError(f"{where}: prompt is empty, and the model has no BOS token to begin with")
+    return Choices(prompt, continuations, example.choices, example.answer, where)
+
+
+def _continuation(tokenizer: Tokenizer, before: str, prompt: list[int], text: str) -> list[int]:
+    """The tokens of a text after the prompt.
+
+    The text is encoded alone if the prompt's tokens change in the joined text.
+    """
+    ids = tokenizer.encode_prompt(before + text)
+    return ids[len(prompt) :] if ids[: len(prompt)] == prompt else tokenizer.encode_continuation(text)
+
+
+def measure_choices(
+    lm: LanguageModel, questions: list[Choices], record: Callable[[dict[str, Any]], None]
+) -> list[Measured]:
+    """The loss and token accuracy of the right choices, and how often each rule chooses them.
+
+    `acc` chooses the most likely choice, `acc_norm` divides its log-probability by its characters, and
+    `acc_token` by its tokens. The first two are those of lm-evaluation-harness.
+    """
+    loss, tokens, top = (np.zeros(len(questions)) for _ in range(3))
+    hits = {name: np.zeros(len(questions)) for name in ("acc", "acc_norm", "acc_token")}
+    for begin in range(0, len(questions), _TOGETHER):
+        group = questions[begin : begin + _TOGETHER]
+        found = lm.continuation_scores([q.prompt for q in group], [q.continuations for q in group])
+        for place, (question, scores) in enumerate(zip(group, found, strict=True), begin):
+            sums = np.array([score.log_probs.sum() for score in scores])
+            right = scores[question.answer]
+            loss[place], tokens[place] = -sums[question.answer], len(right.log_probs)
+            top[place] = right.is_top.sum()
+            characters = np.array([len(text) for text in question.texts])
+            counts = np.array([len(score.log_probs) for score in scores])
+            for name, size in (("acc", 1), ("acc_norm", characters), ("acc_token", counts)):
+                hits[name][place] = np.argmax(sums / size) == question.answer
+            record({
+                "row": question.where, "log_probs": sums.tolist(), "answer": question.answer,
+                **{name: values[place] for name, values in hits.items()},
+            })  # fmt: skip
+    ones = np.ones(len(questions))
+    return [
+        Measured("loss", loss, tokens, lower_is_better=True),
+        Measured("token_accuracy", top, tokens),
+        *(Measured(name, values, ones) for name, values in hits.items()),
+    ]

@@ -1,0 +1,196 @@
+"""NploraLM: a model class for lm-evaluation-harness (the package `lm_eval`, of the extra `eval`).
+
+Importing this module registers the class under the name "nplora". As a program, it is the command `lm_eval`
+with this model:
+
+    python -m nplora.finetuning.judging.harness run --model nplora \
+        --model_args pretrained=model.gguf,adapter=out --tasks arc_easy
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from nplora.finetuning.attach import Adapters, with_adapters
+from nplora.finetuning.judging.answers import groups
+from nplora.finetuning.load import opened
+from nplora.formats.files import StrPath
+from nplora.lm import LanguageModel
+from nplora.lm.generation import Sampling, generate_ids
+
+Request = Any  # lm_eval's Instance
+Pair = tuple[list[int], list[int]]
+
+_TOGETHER = 16  # contexts; the model divides them further by their tokens
+
+
+@register_model("nplora")
+class NploraLM(LM):  # type: ignore[misc]
+    """A language model with an adapter, for lm-evaluation-harness.
+
+    Contexts that several continuations share are computed once. A text that is too long loses its beginning,
+    as with the harness's own models. Special tokens in texts are read as such.
+
+    Args:
+        pretrained: a GGUF file, a Hugging Face directory, or a loaded `LanguageModel`.
+        adapter: as in `nplora.evaluate`; or several paths, separated by "+", whose adapters add up.
+        compute: arithmetic of the products with frozen weights.
+        any_base: accept an adapter that was trained on another model with the same shapes.
+        max_length: the maximum number of tokens of a text; None: the model's context.
+        max_gen_toks: the maximum number of generated tokens, if a task does not say.
+        batch_size, max_batch_size, device: accepted for the harness, and not used.
+    """
+
+    def __init__(
+        self,
+        pretrained: StrPath | LanguageModel,
+        adapter: Adapters | None = None,
+        compute: str | None = None,
+        any_base: bool = False,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        batch_size: object = None,
+        max_batch_size: object = None,
+        device: object = None,
+    ) -> None:
+        super().__init__()
+        lm = opened("NploraLM", pretrained, compute)
+        if isinstance(adapter, str) and not os.path.exists(adapter) and "+" in adapter:
+            adapter = adapter.split("+")
+        self.lm = lm if adapter is None else with_adapters("NploraLM", lm, adapter, any_base)
+        context = lm.config.max_position_embeddings
+        self.max_length = context if max_length is None else min(int(max_length), context)
+        self.max_gen_toks = int(max_gen_toks)
+        tokenizer = lm.tokenizer
+        self._bos = tokenizer.bos_id if tokenizer.encode_prompt("a")[0] == tokenizer.bos_id else None
+        self._prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+    # ---- what the harness asks ----
+
+    def loglikelihood(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The log-probability of each continuation, and whether greedy decoding generates it."""
+        pairs = [self._pair(*request.args) for request in requests]
+        found = self._scores(pairs)
+        for request, result in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, result)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Request], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each whole text, in windows as long as the model's context."""
+        found = list[float]()
+        for request in requests:
+            (text,) = request.args
+            windows = get_rolling_token_windows(
+                self.lm.tokenizer.encode(text, parse_special=True), self._prefix, self.max_length, 1
+            )
+            scores = self._scores([make_disjoint_window(window) for window in windows])
+            found.append(sum(score for score, _ in scores))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
+        return found
+
+    def generate_until(self, requests: list[Request], disable_tqdm: bool = False) -> list[str]:
+        """The text that the model generates after each context, up to a stop text."""
+        found = [""] * len(requests)
+        alike: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            alike.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+        for indices in alike.values():
+            sampling = self._sampling(requests[indices[0]].args[1])
+            room = max(1, self.max_length - sampling.max_new_tokens)
+            prompts = [self._encode(requests[index].args[0])[-room:] for index in indices]
+            texts = [
+                text
+                for group in groups(prompts, sampling.max_new_tokens)
+                for text in generate_ids(self.lm, group, sampling)
+            ]
+            for index, text in zip(indices, texts, strict=True):
+                found[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return found
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The chat as text."""
+        return self.lm.tokenizer.apply_chat_template(chat_history, add_generation_prompt)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.lm.source).replace("/", "__")
+
+    # ---- tokens ----
+
+    def _encode(self, text: str) -> list[int]:
+        """The tokens of a text, with the model's BOS, unless the text begins with it."""
+        ids = self.lm.tokenizer.encode(text, parse_special=True)
+        if self._bos is None or ids[:1] == [self._bos]:
+            return ids or [self._prefix_id()]
+        return [self._bos, *ids]
+
+    def _prefix_id(self) -> int:
+        """The token before a text without a context."""
+        if self._prefix is None:
+            raise ValueError(f"{self.lm.source}: the model has neither BOS nor EOS to begin a text with")
+        return self._prefix
+
+    def _pair(self, context: str, continuation: str) -> Pair:
+        """The tokens of a context and of a continuation, together at most one more than `max_length`.
+
+        White space at the end of the context is moved to the continuation.
+        """
+        before = context.rstrip()
+        continuation = context[len(before) :] + continuation
+        if context:
+            prompt = self._encode(before)
+            tokens = self._encode(before + continuation)[len(prompt) :]
+        else:
+            prompt = [self._prefix_id()]
+            tokens = self.lm.tokenizer.encode(continuation, parse_special=True)
+            tokens = tokens[1:] if tokens[:1] == prompt else tokens
+        tokens = tokens[-self.max_length :]
+        return prompt[-(self.max_length + 1 - len(tokens)) :], tokens
+
+    def _scores(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        """The sum of the log-probabilities of each continuation, and whether each token is the top one."""
+        places: dict[tuple[int, ...], list[int]] = {}
+        found = [(0.0, True)] * len(pairs)
+        for index, (prompt, tokens) in enumerate(pairs):
+            if tokens:
+                places.setdefault(tuple(prompt), []).append(index)
+        prompts = list(places)
+        for begin in range(0, len(prompts), _TOGETHER):
+            group = prompts[begin : begin + _TOGETHER]
+            scores = self.lm.continuation_scores(
+                group, [[pairs[index][1] for index in places[key]] for key in group]
+            )
+            for key, several in zip(group, scores, strict=True):
+                for index, score in zip(places[key], several, strict=True):
+                    found[index] = float(score.log_probs.sum()), bool(score.is_top.all())
+        return found
+
+    def _sampling(self, options: dict[str, Any]) -> Sampling:
+        """How to generate, from the options of a task, which are those of transformers."""
+        until = options.get("until") or []
+        stop = [until] if isinstance(until, str) else list(until)
+        count = options.get("max_gen_toks", options.get("max_new_tokens", self.max_gen_toks))
+        if not options.get("do_sample", bool(options.get("temperature"))):
+            return Sampling(max_new_tokens=int(count), stop=tuple(filter(None, stop)))
+        return Sampling(
+            max_new_tokens=int(count),
+            temperature=float(options.get("temperature", 1.0)),
+            top_k=options.get("top_k") or None,
+            top_p=options.get("top_p"),
+            stop=tuple(filter(None, stop)),
+        )
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

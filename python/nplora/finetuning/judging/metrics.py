@@ -1,0 +1,156 @@
+"""Metrics of a generated answer: exact match, F1, and functions of the user."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib
+import math
+import os
+import re
+import string
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from nplora import _check
+from nplora.formats.errors import brief
+from nplora.runtime.stderr import stderr
+
+# Takes the answer, the reference and the row of the data; returns a number, higher for better answers.
+MetricFunction: TypeAlias = Callable[[str, str, dict[str, Any]], float]
+
+_SHOWN = 3  # tracebacks of a metric, each of another kind
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalised(text: str) -> str:
+    """Lower-case text without punctuation and English articles, with single spaces, as in SQuAD.
+
+    Rajpurkar et al. 2016; the same steps in the same order as the data set's script evaluate-v1.1.py.
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(answer: str, reference: str, row: Mapping[str, Any] | None = None) -> float:
+    """1 if both texts are the same after `normalised`, otherwise 0."""
+    return float(normalised(answer) == normalised(reference))
+
+
+def f1(answer: str, reference: str, row: Mapping[str, Any] | None = None) -> float:
+    """The harmonic mean of precision and recall over the words of both texts, after `normalised`.
+
+    If one of the texts has no words, 1 if both have none, otherwise 0, as in SQuAD 2.0.
+    """
+    found, wanted = normalised(answer).split(), normalised(reference).split()
+    if not found or not wanted:
+        return float(found == wanted)
+    shared = sum((collections.Counter(found) & collections.Counter(wanted)).values())
+    return 2 * shared / (len(found) + len(wanted))
+
+
+BY_NAME: dict[str, MetricFunction] = {"exact_match": exact_match, "f1": f1}
+
+
+@dataclass
+class Metric:
+    """A metric by its name. It counts the examples in which the function failed."""
+
+    name: str
+    function: MetricFunction
+
+    def __post_init__(self) -> None:
+        self.failed = 0
+        self._seen = set[tuple[Any, ...]]()
+
+    def score(self, answer: str, reference: str, row: dict[str, Any], where: str) -> float:
+        """The score of an answer. If the function fails, its traceback is printed, and the score is 0."""
+        try:
+            found: Any = self.function(answer, reference, dict(row))
+            score = float(found)
+            if math.isnan(score):
+                raise ValueError(f"the metric returned {found!r}, expected a number")
+        except Exception as error:
+            self.failed += 1
+            self._show(error, where)
+            return 0.0
+        return score
+
+    def _show(self, error: Exception, where: str) -> None:
+        """Print the traceback, but only of the first few kinds of errors."""
+        frames = traceback.extract_tb(error.__traceback__)
+        kind = (type(error), frames[-1].filename, frames[-1].lineno)
+        if kind in self._seen or len(self._seen) == _SHOWN:
+            return
+        self._seen.add(kind)
+        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # without our own frame
+        text = "".join(traceback.format_exception(error))
+        print(f"metric {self.name} failed in {where}:\n{text}", file=stderr, end="", flush=True)
+
+
+def metrics_of(op: str, given: object) -> list[Metric]:
+    """The metrics that a user names: "exact_match,f1", "module:function", a function, or several of these.
+
+    Raises:
+        ValueError: there is no such metric, module or function; or a metric is given twice. TypeError: a
+            metric is neither a text nor a function.
+    """
+    several = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    found = list[Metric]()
+    for item in several:
+        if callable(item):
+            found.append(Metric(getattr(item, "__name__", type(item).__name__), item))
+        elif isinstance(item, str):
+            found += [_named(op, name.strip()) for name in item.split(",")]
+        else:
+            raise TypeError(f"{op}: metric is {brief(item)}, expected a name or a function")
+    names = [metric.name for metric in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{op}: metric {twice[0]} is given twice")
+    return found
+
+
+def _named(op: str, name: str) -> Metric:
+    module, colon, attribute = name.partition(":")
+    if colon:
+        return Metric(name, _imported(op, name, module, attribute))
+    if name not in BY_NAME:
+        known = ", ".join(BY_NAME)
+        near = _check.suggestion(name, BY_NAME) or f", expected {known} or module:function"
+        raise ValueError(f"{op}: no metric {name!r}{near}")
+    return Metric(name, BY_NAME[name])
+
+
+def _imported(op: str, name: str, module: str, attribute: str) -> MetricFunction:
+    """The function of a module. The module may be a file in the working directory."""
+    with _working_directory():
+        try:
+            value: Any = importlib.import_module(module) if module else None
+        except ModuleNotFoundError as error:
+            if error.name != module.partition(".")[0] and error.name != module:
+                raise
+            raise ValueError(
+                f"{op}: metric {name!r}: no module {module!r}, neither in {os.getcwd()} nor installed"
+            ) from None
+    for part in attribute.split("."):
+        if value is None or not part or not hasattr(value, part):
+            near = _check.suggestion(part, [known for known in dir(value) if known[0] != "_"])
+            raise ValueError(f"{op}: metric {name!r}: {module} has no {part!r}{near}")
+        value = getattr(value, part)
+    if not callable(value):
+        raise ValueError(f"{op}: metric {name!r} is {brief(value)}, expected a function")
+    return value  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _working_directory() -> Iterator[None]:
+    """A context in which modules are imported from the working directory first."""
+    place = os.getcwd()
+    sys.path.insert(0, place)
+    try:
+        yield
+    finally:
+        sys.path.remove(place)

@@ -1,0 +1,196 @@
+"""The results of an evaluation: scores with confidence intervals, and the differences of two systems."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+
+from nplora.finetuning.data import DataReport
+from nplora.finetuning.judging.statistics import (
+    LEVEL,
+    Measured,
+    difference_interval,
+    interval,
+    paired_p,
+)
+
+SIGNIFICANT = 0.05
+_RATES = 3  # decimals of a metric between 0 and 1
+_LOSS = "loss"
+
+
+class Score(TypedDict):
+    """A metric with its 95 % confidence interval.
+
+    Keys:
+        value: the metric.
+        low, high: the interval, by a bootstrap over the examples; None for fewer than two examples.
+        examples: the number of examples.
+        failed: the number of examples that the metric could not score. Each counts as 0.
+
+    >>> nplora.evaluate("model.gguf", "valid.jsonl")["metrics"]["token_accuracy"]["examples"]
+    4
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    examples: int
+    failed: int
+
+
+class MeanLoss(TypedDict):
+    """A mean loss, and the number of tokens in the mean.
+
+    >>> nplora.finetuning.MeanLoss(loss=2.5, tokens=100)
+    {'loss': 2.5, 'tokens': 100}
+    """
+
+    loss: float
+    tokens: int
+
+
+class Evaluation(MeanLoss):
+    """The dict that `evaluate` returns.
+
+    Keys:
+        loss, tokens: the mean loss, and the number of tokens in the mean.
+        source: the name of the file.
+        examples, truncated, emptied, skipped: counts of examples and rows, see `DataReport`.
+        perplexity: e to the power of the loss.
+        token_accuracy: the share of these tokens that are the model's most likely token.
+        metrics: every metric by its name, "loss" and "token_accuracy" too, each as a `Score`. For
+            multiple-choice rows: "acc", "acc_norm" and "acc_token".
+
+    >>> result: nplora.finetuning.Evaluation = nplora.evaluate("model.gguf", "valid.jsonl")
+    >>> result["tokens"], result["examples"]
+    (12, 4)
+    """
+
+    source: str
+    examples: int
+    truncated: int
+    emptied: int
+    skipped: int
+    perplexity: float
+    token_accuracy: float
+    metrics: dict[str, Score]
+
+
+def evaluation_of(report: DataReport, measured: list[Measured]) -> Evaluation:
+    """The results of one system."""
+    scores = {one.name: _score(one) for one in measured}
+    loss = scores[_LOSS]["value"]
+    return Evaluation(
+        loss=loss,
+        tokens=int(measured[0].weights.sum()),
+        source=report.source,
+        examples=report.examples,
+        truncated=report.truncated,
+        emptied=report.emptied,
+        skipped=report.skipped,
+        perplexity=perplexity(loss),
+        token_accuracy=scores["token_accuracy"]["value"],
+        metrics=scores,
+    )
+
+
+def _score(measured: Measured) -> Score:
+    found = interval(measured)
+    low, high = (None, None) if found is None else found
+    return Score(
+        value=measured.value, low=low, high=high, examples=len(measured.values), failed=measured.failed
+    )
+
+
+def perplexity(loss: float) -> float:
+    """e to the power of the loss; infinite if it is too large for a float."""
+    return float(np.exp(np.float64(min(loss, 1e3)))) if loss == loss else math.nan
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much a metric of one system differs from that of another on the same examples; `print` shows it.
+
+    Attributes:
+        one, other: the names of the systems.
+        metric: the name of the metric.
+        values: the metric of both.
+        difference: that of `one` minus that of `other`.
+        low, high: its 95 % confidence interval, by a bootstrap over the examples, which are drawn for both
+            systems together; None for fewer than two examples.
+        p: the probability of a difference at least as large, if the systems were equally good: the p-value of
+            a paired permutation test; None for fewer than two examples.
+        is_better: True or False if p is below 0.05: whether `one` is better; None if no difference is shown.
+
+    >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
+    >>> comparison.differences[0].one, comparison.differences[0].other
+    ('adapter', 'base')
+    """
+
+    one: str
+    other: str
+    metric: str
+    values: tuple[float, float]
+    difference: float
+    low: float | None
+    high: float | None
+    p: float | None
+    is_better: bool | None
+
+    def __str__(self) -> str:
+        other = "the base" if self.other == BASE else self.other
+        judgement = {
+            True: f"{self.one} is better than {other}",
+            False: f"{self.one} is worse than {other}",
+            None: f"no clear difference between {self.one} and {other}",
+        }[self.is_better]
+        value, of_other, difference = (
+            shown(self.metric, number) for number in (*self.values, self.difference)
+        )
+        if self.difference == 0:
+            return f"{self.one} and {other} have the same {self.metric}: {value}"
+        text = f"{judgement}: {self.metric} {value} against {of_other}, difference {difference}"
+        if self.low is None or self.high is None or self.p is None:
+            return f"{text} (too few examples, or values that are not finite, for an interval)"
+        low, high = (shown(self.metric, number) for number in (self.low, self.high))
+        return f"{text} ({LEVEL:.0%} interval {low} to {high}, {_shown_p(self.p)})".replace("%", " %")
+
+
+BASE = "base"  # the name of the model without an adapter
+
+
+def difference_of(name: str, one: Measured, other_name: str, other: Measured) -> Difference:
+    """Compare two systems by one metric."""
+    found, p, difference = difference_interval(one, other), paired_p(one, other), one.value - other.value
+    is_better = None
+    if p is not None and p < SIGNIFICANT:
+        is_better = (difference < 0) == one.lower_is_better
+    low, high = (None, None) if found is None else found
+    values = one.value, other.value
+    return Difference(name, other_name, one.name, values, difference, low, high, p, is_better)
+
+
+def shown(metric: str, value: float) -> str:
+    """A value of a metric as text."""
+    if not math.isfinite(value):
+        return str(value)
+    if metric == "perplexity":
+        return f"{value:.4g}" if value < 1e4 else f"{value:.3e}"
+    return f"{value:.4f}" if metric == _LOSS else f"{value:.{_RATES}f}"
+
+
+def _shown_p(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def json_values(value: Any) -> Any:
+    """The same with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: json_values(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,23 @@
+"""The loss of each example, and how many of its trained tokens are the most likely ones."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nplora.finetuning.data import Dataset
+from nplora.finetuning.judging.statistics import Measured
+from nplora.finetuning.load import evaluation_batches
+from nplora.lm import LanguageModel
+from nplora.models.packing import IGNORED
+
+
+def measure_tokens(lm: LanguageModel, dataset: Dataset) -> list[Measured]:
+    """The loss and the token accuracy of the model on all examples."""
+    loss, tokens, top = (np.zeros(len(dataset)) for _ in range(3))
+    for members in evaluation_batches(dataset).members(0):
+        batch, targets = dataset.batch(members)
+        scores = lm.token_scores(batch)
+        example = np.repeat(np.arange(len(members)), np.diff(batch.starts))[targets != IGNORED]
+        for total, values in ((loss, -scores.log_probs), (tokens, None), (top, scores.is_top)):
+            total[members] = np.bincount(example, values, minlength=len(members))
+    return [Measured("loss", loss, tokens, lower_is_better=True), Measured("token_accuracy", top, tokens)]

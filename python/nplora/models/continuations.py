@@ -1,0 +1,149 @@
+"""Scores several continuations of a prompt. The prompt is computed once, and its keys and values are shared.
+
+The tokens of several prompts are computed together, without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.models import head
+from nplora.models.cache import KVCache
+from nplora.models.config import ModelConfig
+from nplora.models.decoder import Decoder
+from nplora.models.positions import CachePositions
+from nplora.nn import Linear, LoRALinear
+
+Array = npt.NDArray[Any]
+Scores = tuple[Array, Array]  # the loss of each token, and whether it is the most likely token
+
+MOST_ROWS = 512  # tokens that are computed at a time, which limits the memory that they take
+_MOST_CELLS = 2048  # tokens in the caches of the prompts that are computed together
+
+
+class Question(NamedTuple):
+    """The tokens of a prompt, and those of each continuation; none of them is empty."""
+
+    prompt: Array
+    continuations: list[Array]
+
+    @property
+    def long(self) -> list[Array]:
+        """The continuations with more than one token: only these need a sequence of their own."""
+        return [tokens for tokens in self.continuations if len(tokens) > 1]
+
+    @property
+    def slots(self) -> int:
+        return max(1, len(self.long))
+
+    @property
+    def length(self) -> int:
+        """The number of tokens of the longest sequence. Its last token is only predicted."""
+        return len(self.prompt) + max(map(len, self.continuations)) - 1
+
+
+class _Rows(NamedTuple):
+    """Tokens, each with its slot and its position there, and with the length that its sequence may reach."""
+
+    ids: Array
+    slots: Array
+    in_sequence: Array
+    limits: Array
+
+
+def groups(questions: Sequence[Question]) -> list[list[Question]]:
+    """Divide the questions, in order, into groups that are computed together."""
+    found, slots, length = list[list[Question]](), 0, 0
+    for question in questions:
+        slots, length = slots + question.slots, max(length, question.length)
+        if not found or slots * length > _MOST_CELLS:
+            found.append([])
+            slots, length = question.slots, question.length
+        found[-1].append(question)
+    return found
+
+
+def token_scores(
+    config: ModelConfig,
+    model: Decoder,
+    lm_head: Linear | LoRALinear,
+    questions: Sequence[Question],
+    most_rows: int = MOST_ROWS,
+) -> list[list[Scores]]:
+    """The scores of each continuation of each question. Call this function in `with inference()`.
+
+    Args:
+        most_rows: the number of tokens that are computed at a time.
+    """
+    starts = np.cumsum([0, *(question.slots for question in questions)])
+    cache = KVCache(config, int(starts[-1]), max(question.length for question in questions))
+    lasts = _run_prompts(model, questions, starts, cache, most_rows)
+    more = _run_continuations(model, questions, starts, cache, most_rows)
+    scores = list[list[Scores]]()
+    for question, last in zip(questions, lasts, strict=True):
+        scores.append([])
+        for tokens in question.continuations:
+            x, more = np.concatenate([last[None], more[: len(tokens) - 1]]), more[len(tokens) - 1 :]
+            pieces = range(0, len(x), most_rows)
+            found = [
+                head.token_scores(model, lm_head, x[i : i + most_rows], tokens[i : i + most_rows])
+                for i in pieces
+            ]
+            losses, tops = zip(*found, strict=True)
+            scores[-1].append((np.concatenate(losses), np.concatenate(tops)))
+    return scores
+
+
+def _run_prompts(
+    model: Decoder, questions: Sequence[Question], starts: Array, cache: KVCache, most_rows: int
+) -> Array:
+    """Compute each prompt in the first slot of its question. Copy its keys and values to the other slots.
+
+    Returns the residual stream (questions, d) of the last token of each prompt.
+    """
+    rows = [
+        _rows(question.prompt, int(slot), 0, question.length)
+        for question, slot in zip(questions, starts[:-1], strict=True)
+    ]
+    ends = np.cumsum([len(question.prompt) for question in questions]) - 1
+    lasts = _run(model, rows, cache, most_rows, ends)
+    for question, slot in zip(questions, starts[:-1], strict=True):
+        others, length = slice(slot + 1, slot + question.slots), len(question.prompt)
+        for held in (*cache.keys, *cache.values):
+            held[others, :length] = held[slot, :length]
+    return lasts
+
+
+def _run_continuations(
+    model: Decoder, questions: Sequence[Question], starts: Array, cache: KVCache, most_rows: int
+) -> Array:
+    """The residual stream (n, d) of all tokens of the continuations but the last of each."""
+    rows = [
+        _rows(tokens[:-1], int(slot), len(question.prompt), question.length)
+        for question, first in zip(questions, starts[:-1], strict=True)
+        for slot, tokens in enumerate(question.long, first)
+    ]
+    return _run(model, rows, cache, most_rows, np.arange(sum(len(part.ids) for part in rows)))
+
+
+def _rows(ids: Array, slot: int, begin: int, limit: int) -> _Rows:
+    count = len(ids)
+    return _Rows(ids, np.full(count, slot), np.arange(begin, begin + count), np.full(count, limit))
+
+
+def _run(model: Decoder, parts: list[_Rows], cache: KVCache, most_rows: int, kept: Array) -> Array:
+    """Compute rows in order, a few at a time. Return the residual stream of the rows `kept`, which ascend."""
+    if not parts:
+        return np.empty((0, model.norm.weight.shape[0]), np.float32)
+    rows, found = _Rows(*map(np.concatenate, zip(*parts, strict=True))), list[Array]()
+    for begin in range(0, len(rows.ids), most_rows):
+        ids, slots, places, limits = (column[begin : begin + most_rows] for column in rows)
+        positions = CachePositions(slots, places, places + 1, (slots, places), int(places.max()) + 1, limits)
+        x = model.run_cached(ids, positions, cache)
+        inside = kept[(kept >= begin) & (kept < begin + len(ids))] - begin
+        found.append(x[inside])
+    return np.concatenate(found)

@@ -1,0 +1,591 @@
+"""Evaluation: losses, accuracies, generated answers, multiple choice, and comparisons of adapters."""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import nplora
+from nplora.finetuning import compare, evaluate, evaluate_batches
+from nplora.finetuning.data import TokenBatches, read_dataset
+from nplora.finetuning.judging import metrics
+from nplora.formats import gguf
+from nplora.formats.errors import DataError, FormatError
+from nplora.lm import LanguageModel, load_model
+from small_llama import save_small_llama
+
+pytest.importorskip("tokenizers")
+
+ROWS = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(12)]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+QUESTIONS = [
+    {"prompt": f"{n}+{n}=", "choices": [str(2 * n), f"{2 * n + 1}", "no idea"], "answer": n % 3}
+    for n in range(9)
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_llama(tmp_path_factory.mktemp("model") / "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def lm(path: Path) -> LanguageModel:
+    return load_model(path)
+
+
+@pytest.fixture(scope="module")
+def adapters(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with two adapters: "trained" on ROWS, and "random"."""
+    directory, made = tmp_path_factory.mktemp("adapters"), load_model(path)
+    made.add_lora(rank=2, init="gaussian")
+    nplora.save_adapter(made, directory / "random")
+    options: dict[str, Any] = {"rank": 4, "lr": 1e-2, "epochs": 5, "batch_examples": 4}
+    nplora.finetune(path, ROWS, directory / "trained", progress=False, **options)
+    return directory
+
+
+def log_probs(lm: LanguageModel, ids: list[int]) -> npt.NDArray[np.float64]:
+    """log p of each next token, from the logits of the whole sequence, in float64."""
+    logits = lm.logits(ids).astype(np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+# ---- tokens ----
+
+
+def test_loss_and_token_accuracy_are_those_of_the_logits(lm: LanguageModel, adapters: Path) -> None:
+    adapted = lm.with_adapter(nplora.read_adapter(adapters / "trained"))
+    found = evaluate(lm, ROWS, adapter=adapters / "trained")
+    dataset = read_dataset(ROWS, lm.tokenizer)
+    losses, hits = list[float](), list[bool]()
+    for ids, labels in dataset:
+        likely = log_probs(adapted, ids.tolist())
+        for place in np.flatnonzero(labels[1:] != -100):
+            losses.append(-likely[place, ids[place + 1]])
+            hits.append(bool(likely[place].argmax() == ids[place + 1]))
+    assert found["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+    assert found["token_accuracy"] == pytest.approx(np.mean(hits))
+    assert 0 < found["token_accuracy"] < 1
+    assert found["tokens"] == len(losses)
+    assert found["metrics"]["loss"]["low"] < found["loss"] < found["metrics"]["loss"]["high"]
+
+
+def test_the_loss_is_that_of_the_batches(lm: LanguageModel) -> None:
+    batches = TokenBatches(read_dataset(ROWS, lm.tokenizer), batch_examples=5)
+    found = evaluate(lm, ROWS)
+    assert evaluate_batches(lm, batches) == pytest.approx({name: found[name] for name in ("loss", "tokens")})
+
+
+def test_int8_has_a_token_accuracy(tmp_path: Path) -> None:
+    path = save_small_llama(tmp_path / "model.gguf", "q8_0")
+    assert evaluate(path, ROWS, compute="int8")["loss"] == pytest.approx(
+        evaluate(path, ROWS)["loss"], abs=0.02
+    )
+
+
+# ---- metrics of answers ----
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "exact", "f1"),
+    [
+        ("The Eiffel Tower!", "eiffel tower", 1, 1),
+        ("an   apple, a day", "Apple day.", 1, 1),
+        ("theatre", "atre", 0, 0),  # "the" is an article only as a word
+        ("U.S.", "us", 1, 1),
+        ("the cat sat", "the cat slept here", 0, 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3)),
+        ("no no yes", "no yes yes", 0, 2 / 3),  # each word counts as often as in both
+        ("", "", 1, 1), ("", "x", 0, 0), ("the", "", 1, 1), ("a", "b", 0, 0),
+        ("1 2 3", "3 2 1", 0, 1),
+    ],
+)  # fmt: skip
+def test_exact_match_and_f1_are_those_of_squad(answer: str, reference: str, exact: float, f1: float) -> None:
+    assert metrics.exact_match(answer, reference) == exact
+    assert metrics.f1(answer, reference) == pytest.approx(f1)
+
+
+def test_answers_are_generated_from_the_prompts_and_compared(lm: LanguageModel) -> None:
+    entries = list[dict[str, Any]]()
+    found = evaluate(
+        lm, ROWS, metric=["exact_match,f1", lambda answer, reference, row: len(answer) + len(row["prompt"])],
+        max_new_tokens=4, record=entries.append,
+    )  # fmt: skip
+    expected = lm.generate([row["prompt"] for row in ROWS], max_new_tokens=4)
+    assert [entry["answer"] for entry in entries] == [text.strip() for text in expected]
+    assert [entry["reference"] for entry in entries] == [row["completion"] for row in ROWS]
+    lengths = [len(e["answer"]) + len(r["prompt"]) for e, r in zip(entries, ROWS, strict=True)]
+    assert found["metrics"]["<lambda>"]["value"] == pytest.approx(np.mean(lengths))
+    assert found["metrics"]["exact_match"]["value"] == 0
+    assert found["loss"] == evaluate(lm, ROWS)["loss"]
+
+
+def test_a_model_that_answers_as_the_references_matches_all(lm: LanguageModel) -> None:
+    rows = [
+        {"prompt": row["prompt"], "completion": lm.generate(row["prompt"], max_new_tokens=3)} for row in ROWS
+    ]
+    rows = [row for row in rows if row["completion"].strip()]
+    found = evaluate(lm, rows, metric="exact_match,f1", max_new_tokens=3)
+    assert found["metrics"]["exact_match"]["value"] == 1 == found["metrics"]["f1"]["value"]
+
+
+CHATS: list[dict[str, Any]] = [
+    {"messages": [
+        {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "thanks"},
+    ]},
+    {"conversations": [
+        {"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"},
+        {"from": "human", "value": "2+2="}, {"from": "gpt", "value": "4"},
+    ]},
+    {"instruction": "2+2=", "output": "4", "history": [["1+1=", "2"]]},
+    {"prompt": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"},
+                {"role": "user", "content": "2+2="}], "completion": "4"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", CHATS, ids=["messages", "sharegpt", "alpaca", "completion"])
+def test_a_chat_is_answered_up_to_its_last_assistant_turn(lm: LanguageModel, row: dict[str, Any]) -> None:
+    entries = list[dict[str, Any]]()
+    evaluate(lm, [row], metric="f1", max_new_tokens=5, record=entries.append)
+    messages = [
+        {"role": role, "content": content}
+        for role, content in (("user", "1+1="), ("assistant", "2"), ("user", "2+2="))
+    ]
+    assert entries[0]["reference"] == "4"
+    assert entries[0]["answer"] == lm.generate(messages, max_new_tokens=5).strip()
+
+
+def test_chat_puts_prompts_into_the_chat_template(path: Path, tmp_path: Path) -> None:
+    lm = load_model(save_small_llama(tmp_path / "m.gguf", changes={"tokenizer.chat_template": TEMPLATE}))
+    entries = list[dict[str, Any]]()
+    for chat in (False, True):
+        evaluate(lm, ROWS[:1], metric="f1", max_new_tokens=5, record=entries.append, chat=chat)
+    assert entries[0]["answer"] == lm.generate("0+0=", max_new_tokens=5).strip()
+    assert entries[1]["answer"] == lm.generate("<user>0+0=<assistant>", max_new_tokens=5).strip()
+    assert entries[0]["answer"] != entries[1]["answer"]
+
+
+def test_prompts_are_answered_in_groups_of_limited_size(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nplora.finetuning.judging import answers
+
+    prompts = [[1] * length for length in (3, 3, 9, 1, 1, 1)]
+    assert [len(group) for group in answers.groups(prompts, 4)] == [6]
+    monkeypatch.setattr(answers, "_MOST_TOKENS", 26)
+    assert [len(group) for group in answers.groups(prompts, 4)] == [2, 2, 2]
+    monkeypatch.setattr(answers, "_MOST_PROMPTS", 1)
+    assert [len(group) for group in answers.groups(prompts, 4)] == [1] * 6
+
+
+METRICS = """
+def half(answer, reference, row):
+    return 0.5 if row["prompt"] else 0
+
+def breaks(answer, reference, row):
+    if reference in ("2", "6"):
+        raise KeyError("no such word")
+    if reference == "4":
+        return "many"
+    if reference == "8":
+        return float("nan")
+    return 1
+
+number = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module in the working directory, which is not on Python's path."""
+    (tmp_path / "my_metrics.py").write_text(METRICS)
+    (tmp_path / "broken_metrics.py").write_text("import no_such_package_at_all\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_metrics", "broken_metrics"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return "my_metrics"
+
+
+def test_a_function_of_the_user_is_found_in_the_working_directory(lm: LanguageModel, module: str) -> None:
+    before = list(sys.path)
+    found = evaluate(lm, ROWS, metric=f"{module}:half", max_new_tokens=1)
+    assert found["metrics"]["my_metrics:half"]["value"] == 0.5
+    assert sys.path == before
+
+
+def test_a_function_that_fails_shows_its_traceback_and_the_run_goes_on(
+    lm: LanguageModel, module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.warns(
+        UserWarning, match=r"^the metric my_metrics:breaks failed in 4 of 12 examples, which count as 0$"
+    ):
+        found = evaluate(lm, ROWS, metric=f"{module}:breaks", max_new_tokens=1)
+    score = found["metrics"]["my_metrics:breaks"]
+    assert (score["value"], score["failed"], score["examples"]) == (pytest.approx(8 / 12), 4, 12)
+    shown = capsys.readouterr().err
+    assert shown.count("KeyError: 'no such word'") == 1  # the second one is the same
+    assert "metric my_metrics:breaks failed in data, row 2:\nTraceback" in shown
+    assert 'line 7, in breaks\n    raise KeyError("no such word")' in shown
+    assert "could not convert string to float: 'many'" in shown
+    assert "the metric returned nan, expected a number" in shown
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("exactmatch", "evaluate: no metric 'exactmatch'; did you mean exact_match?"),
+        ("rouge", "evaluate: no metric 'rouge', expected exact_match, f1 or module:function"),
+        ("", "evaluate: no metric '', expected exact_match, f1 or module:function"),
+        ("f1,,", "evaluate: no metric '', expected exact_match, f1 or module:function"),
+        ("f1,f1", "evaluate: metric f1 is given twice"),
+        ("my_metrics:haf", "evaluate: metric 'my_metrics:haf': my_metrics has no 'haf'; did you mean half?"),
+        ("my_metrics:", "evaluate: metric 'my_metrics:': my_metrics has no ''"),
+        ("my_metrics:number", "evaluate: metric 'my_metrics:number' is 3, expected a function"),
+        (":half", "evaluate: metric ':half':  has no 'half'"),
+    ],
+)
+def test_a_metric_that_is_not_found_is_an_error(
+    lm: LanguageModel, module: str, metric: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        evaluate(lm, ROWS, metric=metric)
+
+
+def test_a_module_that_is_not_found_or_fails_is_an_error(lm: LanguageModel, module: str) -> None:
+    with pytest.raises(ValueError, match=r"no module 'my_metric', neither in .* nor installed$"):
+        evaluate(lm, ROWS, metric="my_metric:half")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package_at_all"):
+        evaluate(lm, ROWS, metric="broken_metrics:half")
+    with pytest.raises(TypeError, match="metric is 3, expected a name or a function"):
+        evaluate(lm, ROWS, metric=[3])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "abc"}, "data, row 1: the row has no prompt"),
+        (
+            {"messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "tool_calls": [{"name": "f", "arguments": {}}]},
+            ]},
+            "data, row 1: the last assistant turn calls a tool",
+        ),
+        (
+            {"prompt": "x" * 80, "completion": "y"},
+            "data, row 1: the prompt has 80 tokens, the model's context is 64",
+        ),
+    ],
+)  # fmt: skip
+def test_a_row_without_a_prompt_has_no_answer(lm: LanguageModel, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"^{re.escape(message)}"):
+        evaluate(lm, [row], metric="f1", max_length=200)
+
+
+def test_a_plain_text_has_no_answers(lm: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("some text\n")
+    with pytest.raises(DataError, match=r"t\.txt: a plain text has no prompts"):
+        evaluate(lm, tmp_path / "t.txt", metric="f1")
+
+
+# ---- multiple choice ----
+
+
+def test_choices_are_chosen_by_their_log_probability(lm: LanguageModel) -> None:
+    entries = list[dict[str, Any]]()
+    found = evaluate(lm, QUESTIONS, record=entries.append)
+    sums, counts = np.zeros((9, 3)), np.zeros((9, 3))
+    for i, row in enumerate(QUESTIONS):
+        for j, text in enumerate(row["choices"]):  # type: ignore[arg-type]
+            prompt = lm.tokenizer.encode_prompt(row["prompt"])  # type: ignore[arg-type]
+            ids = lm.tokenizer.encode_prompt(f"{row['prompt']} {text}")
+            likely = log_probs(lm, ids)[np.arange(len(ids) - 1), ids[1:]][len(prompt) - 1 :]
+            sums[i, j], counts[i, j] = likely.sum(), len(likely)
+    np.testing.assert_allclose([entry["log_probs"] for entry in entries], sums, atol=1e-4)
+    right = np.array([row["answer"] for row in QUESTIONS])
+    characters = np.array([[len(text) for text in row["choices"]] for row in QUESTIONS])  # type: ignore[attr-defined]
+    for name, scores in (("acc", sums), ("acc_norm", sums / characters), ("acc_token", sums / counts)):
+        assert found["metrics"][name]["value"] == pytest.approx(np.mean(scores.argmax(axis=1) == right)), name
+    rows = np.arange(9)
+    assert found["loss"] == pytest.approx(-sums[rows, right].sum() / counts[rows, right].sum(), abs=1e-5)
+    assert found["tokens"] == counts[rows, right].sum()
+    assert len({found["metrics"][name]["value"] for name in ("acc", "acc_norm", "acc_token")}) > 1
+
+
+@pytest.mark.parametrize(
+    ("row", "right"),
+    [
+        ({"question": "q", "choices": ["x", "y"], "answer": 1}, 1),
+        ({"prompt": "q", "choices": ["x", "y"], "answer": "y"}, 1),
+        ({"prompt": "q", "choices": ["x", "y"], "answer": "B"}, 1),
+        ({"prompt": "q", "choices": ["x", "y"], "answer": "1"}, 1),
+        ({"prompt": "q", "choices": ["1", "0"], "answer": "0"}, 1),  # a choice before an index
+        ({"prompt": "q", "choices": ["B", "C"], "answer": "B"}, 0),  # a choice before a letter
+        ({"prompt": "q", "choices": {"text": ["x", "y"], "label": ["3", "4"]}, "answer": "4"}, 1),
+        ({"prompt": [{"role": "user", "content": "q"}], "choices": ["x", "y"], "answer": 1}, 1),
+    ],
+)
+def test_the_answer_is_a_choice_a_letter_or_an_index(
+    lm: LanguageModel, row: dict[str, Any], right: int
+) -> None:
+    entries = list[dict[str, Any]]()
+    evaluate(lm, [row], record=entries.append)
+    assert entries[0]["answer"] == right
+
+
+def test_columns_rename_the_fields_of_choices(lm: LanguageModel) -> None:
+    rows = [{"ctx": "1+1=", "endings": ["2", "3"], "label": "0"}]
+    found = evaluate(lm, rows, columns="prompt=ctx,choices=endings,answer=label")
+    assert found == evaluate(lm, [{"prompt": "1+1=", "choices": ["2", "3"], "answer": 0}])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "choice", "joined"),
+    [
+        ("q:", "x", "q: x"),
+        ("q: ", "x", "q: x"),
+        ("q:\n", "x", "q:\nx"),
+        ("q:", " x", "q: x"),
+        ("q:", "\nx", "q:\nx"),
+    ],
+)
+def test_a_choice_follows_white_space(lm: LanguageModel, prompt: str, choice: str, joined: str) -> None:
+    from nplora.finetuning.data.examples import MultipleChoice
+    from nplora.finetuning.judging.choices import encode_choices
+
+    found = encode_choices(lm.tokenizer, MultipleChoice(prompt, (choice, "other"), 0), "here", chat=False)
+    assert lm.tokenizer.decode([*found.prompt, *found.continuations[0]]) == joined
+    assert lm.tokenizer.decode(found.prompt) == "q:"
+
+
+def test_choices_in_a_chat_follow_the_template(tmp_path: Path) -> None:
+    lm = load_model(save_small_llama(tmp_path / "m.gguf", changes={"tokenizer.chat_template": TEMPLATE}))
+    entries = list[dict[str, Any]]()
+    evaluate(lm, [{"prompt": "q", "choices": ["xy", "z"], "answer": 0}], chat=True, record=entries.append)
+    ids = lm.tokenizer.encode("<user>q<assistant>xy")
+    expected = log_probs(lm, ids)[np.arange(len(ids) - 1), ids[1:]][-2:].sum()
+    assert entries[0]["log_probs"][0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_right_choice_is_the_reference_of_a_generated_answer(lm: LanguageModel) -> None:
+    entries = list[dict[str, Any]]()
+    found = evaluate(lm, QUESTIONS, metric="f1", max_new_tokens=2, record=entries.append)
+    assert {"acc", "f1"} <= found["metrics"].keys()
+    assert entries[-1]["reference"] == "no idea"
+
+
+GOOD: dict[str, Any] = {"prompt": "1+1=", "choices": ["2", "3"], "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": None}, "prompt is None, expected a string"),
+        ({"prompt": 3}, "prompt is 3, expected a string"),
+        ({"prompt": " "}, "prompt is empty, expected a text"),
+        ({"prompt": []}, r"prompt is \[\], expected a string"),
+        ({"prompt": [{"role": "user"}]}, "the content of a message of role 'user' is None"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "prompt ends with a message of the assistant",
+        ),
+        ({"choices": "2"}, "choices is '2', expected a list of two or more different texts"),
+        ({"choices": []}, r"choices is \[\], expected a list of two or more different texts"),
+        ({"choices": ["2"]}, r"choices is \['2'\], expected a list of two or more different texts"),
+        ({"choices": ["2", "2"]}, ".* expected a list of two or more different texts"),
+        ({"choices": ["2", 3]}, ".* expected a list of two or more different texts"),
+        ({"choices": ["2", " "]}, ".* expected a list of two or more different texts"),
+        (
+            {"choices": {"text": ["2", "3"], "label": ["A"]}},
+            "the labels of choices are .*, expected one for each",
+        ),
+        ({"choices": {"label": ["A"]}}, ".* expected a list of two or more different texts"),
+        ({"answer": None}, "answer is None, expected one of the choices, or 0 to 1"),
+        ({"answer": 2}, "answer is 2, expected one of the choices, or 0 to 1"),
+        ({"answer": -1}, "answer is -1, expected one of the choices, or 0 to 1"),
+        ({"answer": True}, "answer is True, expected one of the choices, or 0 to 1"),
+        ({"answer": 0.0}, "answer is 0.0, expected one of the choices, or 0 to 1"),
+        ({"answer": "C"}, "answer is 'C', expected one of the choices, or 0 to 1"),
+        ({"answer": "9" * 5000}, "answer is '999"),
+        ({"answer": ["2"]}, r"answer is \['2'\], expected one of the choices, or 0 to 1"),
+        ({"completion": "x"}, "the row has both completion and choices, expected only one of them"),
+        ({"prompt": "x" * 80}, "the prompt and a choice have 8[0-9] tokens, expected at most 64"),
+    ],
+)
+def test_a_malformed_question_is_an_error_with_file_and_line(
+    lm: LanguageModel, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "q.jsonl").write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD | change)}\n")
+    with pytest.raises(DataError, match=rf"q\.jsonl, line 2: {message}"):
+        evaluate(lm, tmp_path / "q.jsonl")
+    found = evaluate(lm, tmp_path / "q.jsonl", skip_bad=True, metric="f1", max_new_tokens=1)
+    assert (found["examples"], found["skipped"]) == (1, 1)
+    assert found["metrics"]["f1"]["examples"] == 1
+
+
+@pytest.mark.parametrize("field", ["prompt", "answer"])
+def test_a_question_without_a_field_names_it(lm: LanguageModel, field: str) -> None:
+    row = {name: value for name, value in GOOD.items() if name != field}
+    with pytest.raises(DataError, match=rf"data, row 1: {field} is missing; the row has \["):
+        evaluate(lm, [row])
+
+
+def test_questions_and_other_rows_do_not_mix(lm: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match="row 2: has prompt and completion, and the rows before have prompt, choices"
+    ):
+        evaluate(lm, [GOOD, ROWS[0]])
+    with pytest.raises(DataError, match="row 2: has prompt, choices and answer"):
+        evaluate(lm, [ROWS[0], GOOD])
+    with pytest.raises(
+        DataError, match="row 1: has prompt, choices and answer, a question for `nplora eval`"
+    ):
+        nplora.finetune(lm, [GOOD], tmp_path / "out")
+    with pytest.raises(
+        DataError, match="row 1: has prompt, choices and answer, a question for `nplora eval`"
+    ):
+        read_dataset([GOOD], lm.tokenizer, format="choice")
+
+
+@pytest.mark.parametrize("metric", [(), "f1"])
+def test_empty_data_are_an_error(lm: LanguageModel, tmp_path: Path, metric: Any) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"empty\.jsonl: no examples"):
+        evaluate(lm, tmp_path / "empty.jsonl", metric=metric)
+    (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD | {"answer": 5}) + "\n")
+    with pytest.raises(
+        DataError, match=r"bad\.jsonl: no examples: 1 bad row skipped \(.*bad\.jsonl, line 1: answer is 5"
+    ):
+        evaluate(lm, tmp_path / "bad.jsonl", skip_bad=True, metric=metric)
+
+
+# ---- comparisons ----
+
+
+def test_each_adapter_is_compared_with_the_base_and_the_best_with_the_others(
+    lm: LanguageModel, adapters: Path
+) -> None:
+    found = compare(lm, ROWS, [adapters / "random", adapters / "trained"])
+    names = [str(adapters / name) for name in ("random", "trained")]
+    assert list(found.evaluations) == ["base", *names]
+    assert found.evaluations["base"] == evaluate(lm, ROWS)
+    for name in names:
+        assert found.evaluations[name] == evaluate(lm, ROWS, adapter=name)
+    pairs = [(one.one, one.other) for one in found.differences if one.metric == "loss"]
+    assert pairs == [(names[0], "base"), (names[1], "base"), (names[1], names[0])]
+    trained = found.differences[2]
+    assert trained.is_better is True
+    base, after = (found.evaluations[name]["loss"] for name in ("base", names[1]))
+    assert trained.difference == pytest.approx(after - base)
+    assert trained.low is not None
+    assert trained.high is not None
+    assert trained.p is not None
+    assert trained.low < trained.difference < trained.high < 0
+    assert trained.p < 0.001
+    sentence = (
+        f"{names[1]} is better than the base: loss {after:.4f} against {base:.4f}, "
+        f"difference {after - base:.4f} (95 % interval {trained.low:.4f} to {trained.high:.4f}, p < 0.001)"
+    )
+    assert sentence in str(found).splitlines()
+
+
+def test_a_worse_adapter_and_an_equal_one_are_named_so(lm: LanguageModel, adapters: Path) -> None:
+    trained = nplora.read_adapter(adapters / "trained")
+    found = compare(lm, ROWS, {"none": (trained, 0.0), "harmful": (trained, -1.0)})
+    lines = str(found).splitlines()
+    loss = found.evaluations["base"]["loss"]
+    assert f"none and the base have the same loss: {loss:.4f}" in lines
+    assert any(line.startswith("harmful is worse than the base: loss ") for line in lines)
+    assert not any("token_accuracy" in line for line in lines[1:])
+
+
+def test_a_higher_metric_is_better(lm: LanguageModel, adapters: Path) -> None:
+    lengths = compare(
+        lm,
+        ROWS,
+        {"a": adapters / "trained"},
+        metric=lambda answer, reference, row: len(answer),
+        max_new_tokens=6,
+    )
+    difference = next(one for one in lengths.differences if one.metric == "<lambda>")
+    assert difference.difference < 0
+    assert difference.is_better is False
+
+
+def test_few_examples_have_no_interval(lm: LanguageModel, adapters: Path) -> None:
+    found = compare(lm, ROWS[:1], [adapters / "trained"])
+    assert "(too few examples, or values that are not finite, for an interval)" in str(found)
+    assert found.evaluations["base"]["metrics"]["loss"]["low"] is None
+
+
+def test_a_comparison_can_be_written_as_json_and_markdown(lm: LanguageModel, adapters: Path) -> None:
+    found = compare(lm, QUESTIONS, {"a|b": adapters / "random"}, metric="f1", max_new_tokens=1)
+    again = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert again["evaluations"]["a|b"]["metrics"].keys() == found.evaluations["base"]["metrics"].keys()
+    assert again["differences"][0]["values"] == list(found.differences[0].values)
+    assert again["summary"] == found.sentences()
+    head, rule, *rows = found.markdown().splitlines()
+    assert head == "|  | loss | perplexity | token_accuracy | acc | acc_norm | acc_token | f1 |"
+    assert rule == "|" + " --- |" * 8
+    assert rows[1].startswith("| a\\|b | ")
+    assert rows[3].startswith("- ")
+
+
+@pytest.mark.parametrize(
+    ("adapters", "error", "message"),
+    [
+        ([], ValueError, "compare: adapters is empty, expected at least one adapter"),
+        ({}, ValueError, "compare: adapters is empty, expected at least one adapter"),
+        (["a", "b", "./a"], ValueError, "compare: adapter a is given twice; a dictionary names adapters"),
+        ("a", TypeError, "compare: adapters is 'a', expected a list or a dictionary"),
+        ([3], TypeError, "compare: an adapter is 3, expected a path, a pair or an Adapter"),
+        ({"base": "a"}, ValueError, "compare: an adapter has the name 'base'"),
+    ],
+)
+def test_wrong_adapters_are_an_error(
+    lm: LanguageModel, adapters: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        compare(lm, ROWS, adapters)
+
+
+def test_an_adapter_of_another_model_is_an_error(lm: LanguageModel, adapters: Path, tmp_path: Path) -> None:
+    file = gguf.open(lm.source)
+    tensors = {
+        name: 1 + tensor.numpy() if name.endswith("_norm.weight") else tensor for name, tensor in file.items()
+    }
+    gguf.save(tmp_path / "other.gguf", tensors, file.metadata.typed())
+    other = load_model(tmp_path / "other.gguf")
+    other.add_lora(rank=2, init="gaussian")
+    nplora.save_adapter(other, tmp_path / "stranger")
+    with pytest.raises(FormatError, match="stranger: the adapter is of another model"):
+        compare(lm, ROWS, [adapters / "random", tmp_path / "stranger"])
+    assert compare(lm, ROWS, [tmp_path / "stranger"], any_base=True).evaluations
+    with pytest.raises(FileNotFoundError):
+        compare(lm, ROWS, [tmp_path / "nowhere"])
+
+
+def test_a_model_with_an_adapter_is_no_base(path: Path, adapters: Path) -> None:
+    lm = load_model(path)
+    lm.add_lora(rank=2)
+    with pytest.raises(ValueError, match="compare: the model already has an adapter"):
+        compare(lm, ROWS, [adapters / "random"])
+
+
+def test_records_name_the_system(lm: LanguageModel, adapters: Path) -> None:
+    entries = list[dict[str, Any]]()
+    compare(lm, ROWS[:2], {"mine": adapters / "random"}, metric="f1", max_new_tokens=1, record=entries.append)
+    assert [entry["system"] for entry in entries] == ["base", "base", "mine", "mine"]

@@ -121,6 +121,11 @@ def _check_record(record: dict[str, Any], where: str) -> None:
         raise DataError(f"{where}: step is None, expected a number")
     for name in ("loss", *(("lr",) if record["event"] == "step" else ("val_loss", "val_accuracy"))):
         record[name] = _number(record, name, where)
+    for group in ("metrics", "val_metrics"):
+        metrics = record.get(group, {})
+        if not isinstance(metrics, dict):
+            raise DataError(f"{where}: {group} is {brief(metrics)}, expected an object")
+        record |= {f"{group}.{name}": _number(metrics, name, where) for name in metrics}
 
 
 def _number(record: dict[str, Any], name: str, where: str) -> float | None:
@@ -141,8 +146,8 @@ class _Curve(NamedTuple):
 
 
 def _curve(label: str, records: Records, name: str, **style: Any) -> _Curve:
-    """Make a curve from the records, without those whose value is null."""
-    points = [(record["step"], record[name]) for record in records if record[name] is not None]
+    """Make a curve from the records, without those whose value is null or missing."""
+    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     return _Curve(label, [x for x, _ in points], [y for _, y in points], style)
 
 
@@ -179,6 +184,18 @@ def _loss_curves(log: RunLog) -> list[_Curve]:
     ]
 
 
+def _reward_curves(log: RunLog) -> list[_Curve]:
+    """The rewards of a preference objective, of the steps and of the validation data."""
+    sides = ("chosen", "C0"), ("rejected", "C3")
+    steps = [
+        _curve(side, log.steps, f"metrics.rewards/{side}", color=color, linewidth=1) for side, color in sides
+    ]
+    return steps + [
+        _curve(f"{side}, validation", log.epochs, f"val_metrics.rewards/{side}", color=color, marker=".")
+        for side, color in sides
+    ]
+
+
 def _draw(log: RunLog, title: str) -> bytes:
     try:
         from matplotlib.figure import Figure
@@ -188,6 +205,11 @@ def _draw(log: RunLog, title: str) -> bytes:
         ) from error
     curves = {
         "loss": _loss_curves(log),
+        "reward": _reward_curves(log),
+        "reward accuracy": [
+            _curve("step", log.steps, "metrics.rewards/accuracies", color="0.75", linewidth=1),
+            _curve("validation", log.epochs, "val_metrics.rewards/accuracies", color="C1", marker="."),
+        ],
         "validation accuracy": [_curve("", log.epochs, "val_accuracy", color="C2", marker=".")],
         "learning rate": [_curve("", log.steps, "lr", color="C3")],
     }
@@ -199,8 +221,9 @@ def _draw(log: RunLog, title: str) -> bytes:
             axis.plot(line.x, line.y, label=line.label, **line.style)
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
-        if name == "loss":
+        if len(lines) > 1:
             axis.legend()
+        if name == "loss":
             axis.set_yscale(_scale([value for line in lines for value in line.y]))
     axes[0].set_title(title, parse_math=False)  # a name may contain dollar signs
     axes[-1].set_xlabel("step")

@@ -28,7 +28,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 QUESTIONS = [
-    {"prompt": f"{n}+{n}=", "choices": [str(2 * n), f"{2 * n + 1}", "no idea"], "answer": n % 3}
+    {"prompt": f"{n}+{n}=", "choices": [str(2 * n), "öööööö", "no idea"], "answer": n % 3}
     for n in range(9)
 ]
 
@@ -322,7 +322,7 @@ def test_choices_are_chosen_by_their_log_probability(lm: LanguageModel) -> None:
     rows = np.arange(9)
     assert found["loss"] == pytest.approx(-sums[rows, right].sum() / counts[rows, right].sum(), abs=1e-5)
     assert found["tokens"] == counts[rows, right].sum()
-    assert len({found["metrics"][name]["value"] for name in ("acc", "acc_norm", "acc_token")}) > 1
+    assert len({found["metrics"][name]["value"] for name in ("acc", "acc_norm", "acc_token")}) == 3
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,8 @@ class Setting:
                 "steps": STEPS,
                 **self.options,
             }
+            if "objective" in self.options and "teacher" not in self.options:
+                given["teacher"] = given["model"]  # which takes the memory and the time of any other
             plan = in_fresh_process(PLAN, {"threads": threads, "options": given})
             run = {**given, "output": f"{directory}/out", "schedule": "constant"}
             again = [{}] if not resumes else [{"steps": STEPS - 1}, {"resume": True}]
@@ -112,6 +114,8 @@ SETTINGS = (
     Setting(2, 256, options={"use_dora": True}),
     Setting(2, 256, options={"rank": 256}),
     Setting(4, 256, options={"layers": "last:4", "keep_prefix": "memory"}),
+    Setting(1, 64, options={"objective": "distill"}),
+    Setting(4, 256, options={"objective": "distill"} | BFLOAT16 | RECOMPUTE),
     Setting(8, 512, options={"memory": "350M"}),
     Setting(4, 256, options={"memory": "600M"}),
 )

@@ -14,6 +14,7 @@ import numpy as np
 
 from bench import (
     bench_adamw,
+    bench_dpo,
     bench_import,
     bench_inference,
     bench_lora_step,
@@ -39,6 +40,7 @@ NAMES = (
     "transformer",
     "inference",
     "train",
+    "dpo",
     "plan",
     "threads",
     "import",
@@ -89,6 +91,8 @@ def measure(name: str, quick: bool, threads: list[int], formats: list[str] | Non
                 "kept_prefix": kept,
                 "train_peak": [] if quick else bench_train.run_memory(threads[-1]),
             }
+        case "dpo":
+            return {name: bench_dpo.run(quick, threads[-1])}
         case "plan":
             return {name: bench_plan.run(quick, threads[-1])}
         case "threads":
@@ -122,7 +126,7 @@ def machine() -> dict[str, Any]:
     found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     cpu = found[1] if found else platform.machine()
     cores, isa = len(os.sched_getaffinity(0)), nplora._core.config()["isa"]
-    peers = {name: version(name) for name in ("torch", "peft") if find_spec(name)}
+    peers = {name: version(name) for name in ("torch", "peft", "trl") if find_spec(name)}
     print(f"{cpu}, {cores} cores")
     print(f"nplora {nplora.__version__} on {isa}, NumPy {np.__version__} with {numpy_blas()}", end="")
     print("".join(f", {name} {number}" for name, number in peers.items()))

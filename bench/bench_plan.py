@@ -20,7 +20,10 @@ WORDS = ("the", "a", "of", "and", "to", "in", "is", "it", "that", "for", "was", 
 
 @dataclass(frozen=True)
 class Setting:
-    """`batch` rows of `length` tokens in a step. `answer`: how many of them are trained; 0: all."""
+    """`batch` rows of `length` tokens in a step. `answer`: how many of them are trained; 0: all.
+
+    A row of a preference objective has two sequences of this length.
+    """
 
     batch: int
     length: int
@@ -39,10 +42,20 @@ class Setting:
         for _ in range(self.batch * STEPS):
             words = [f" {WORDS[i]}" for i in rng.integers(len(WORDS), size=self.length - 1)]
             prompt = self.length - 1 - self.answer if self.answer else 1
-            rows.append({"prompt": "".join(words[:prompt]), "completion": "".join(words[prompt:])})
+            rows.append(self._row("".join(words[:prompt]), "".join(words[prompt:]), rng))
         path = directory / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
+
+    def _row(self, prompt: str, answer: str, rng: np.random.Generator) -> dict[str, Any]:
+        match self.options.get("objective"):
+            case "dpo" | "orpo":
+                other = "".join(rng.permutation([f" {word}" for word in answer.split()]))
+                return {"prompt": prompt, "chosen": answer, "rejected": other}
+            case "kto":
+                return {"prompt": prompt, "completion": answer, "label": bool(rng.integers(2))}
+            case _:
+                return {"prompt": prompt, "completion": answer}
 
     def measure(self, threads: int, resumes: bool = False) -> dict[str, Any]:
         """The plan and the run, in another process. `resumes`: two processes; the larger peak counts."""
@@ -56,7 +69,7 @@ class Setting:
                 "steps": STEPS,
                 **self.options,
             }
-            if "objective" in self.options and "teacher" not in self.options:
+            if self.options.get("objective") == "distill":
                 given["teacher"] = given["model"]  # which takes the memory and the time of any other
             plan = in_fresh_process(PLAN, {"threads": threads, "options": given})
             run = {**given, "output": f"{directory}/out", "schedule": "constant"}
@@ -118,8 +131,21 @@ SETTINGS = (
     Setting(4, 256, options={"objective": "distill"} | BFLOAT16 | RECOMPUTE),
     Setting(8, 512, options={"memory": "350M"}),
     Setting(4, 256, options={"memory": "600M"}),
+    Setting(4, 128, 64, {"objective": "dpo"}),
+    Setting(4, 128, 64, {"objective": "dpo", "memory": "350M"}),
+    Setting(4, 128, 64, {"objective": "orpo", "recompute": True}),
+    Setting(4, 256, 64, {"objective": "kto"} | BFLOAT16),
+    Setting(4, 128, 64, {"objective": "kto", "layers": "last:4", "keep_prefix": "memory"}),
 )
-TESTED = (*SETTINGS[4:6], SETTINGS[11], Setting(2, 512, options={"memory": "350M"}))
+PREFERENCES = tuple(s for s in SETTINGS if s.options.get("objective") in ("dpo", "orpo", "kto"))
+TESTED = (
+    *SETTINGS[4:6],
+    SETTINGS[11],
+    Setting(2, 512, options={"memory": "350M"}),
+    Setting(2, 64, 32, {"objective": "dpo"}),
+    Setting(2, 64, 32, {"objective": "kto"}),
+    Setting(1, 64, options={"objective": "distill"}),
+)
 
 
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:

@@ -128,6 +128,36 @@ def test_a_disk_that_fills_up_ends_the_run_which_resumes_later(
     assert adapter_of(output) == whole
 
 
+@pytest.mark.parametrize("disturbance", ["killed", "full disk"])
+def test_a_run_on_pairs_that_is_disturbed_ends_with_the_same_adapter(
+    model: Path, tmp_path: Path, disturbance: str
+) -> None:
+    """SIGKILL in the reference or in the steps; or a limit on the size of files, which the log reaches."""
+    data, output = tmp_path / "pairs.jsonl", tmp_path / "out"
+    pairs = ({"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": "no"} for n in range(24))
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    more = "--objective", "dpo"
+    assert run(model, data, tmp_path / "whole", *more).returncode == 0
+    if disturbance == "full disk":
+
+        def starve() -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
+
+        started = run(model, data, output, "--keep-prefix", "off", *more, preexec_fn=starve)
+        assert (started.returncode, "File too large: " in started.stderr) == (2, True)
+    for file in ("reference.safetensors", "log.jsonl") if disturbance == "killed" else ():
+        before = changed_at(output / file)
+        process = subprocess.Popen(line(model, data, output, *more, "--resume"), stderr=subprocess.DEVNULL)
+        while process.poll() is None and changed_at(output / file) == before:
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    done = run(model, data, output, *more, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert adapter_of(output) == adapter_of(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("stream", ["stderr", "stdout"])
 def test_a_reader_that_goes_away_does_not_end_training(
     model: Path, data: Path, tmp_path: Path, whole: tuple[bytes, bytes], stream: str

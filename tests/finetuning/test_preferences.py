@@ -1,0 +1,701 @@
+"""Preference objectives: data, derivatives, the reference, and runs. test_trl.py compares them with TRL."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora import cli
+from nplora.finetuning import FinetuneOptions, finetune, plan, run
+from nplora.finetuning.data.batches import TokenBatches
+from nplora.finetuning.data.comparisons import PairDataset
+from nplora.finetuning.data.sources import sources_of
+from nplora.finetuning.objective_options import LOSS_TYPES
+from nplora.finetuning.objectives import objective_of, pairs, reference
+from nplora.finetuning.objectives.pairs import PairLoss
+from nplora.finetuning.objectives.preference_losses import Dpo, Kto, odds_ratio
+from nplora.formats import files, safetensors
+from nplora.formats.errors import DataError
+from nplora.formats.run_files import REFERENCE
+from nplora.lm import LanguageModel, load_model
+from nplora.models.packing import IGNORED, pack
+from nplora.nn.losses import NonFiniteLossError
+from nplora.trainer import Callback
+from nplora.trainer.history import History, StepRecord
+from small_llama import save_small_llama
+
+pytest.importorskip("tokenizers")
+
+Array = np.ndarray[Any, Any]
+OBJECTIVES = ["dpo", "orpo", "kto"]
+WITH_REFERENCE = ["dpo", "kto"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_llama(tmp_path_factory.mktemp("model") / "model.gguf")
+
+
+@pytest.fixture
+def lm(model: Path) -> LanguageModel:
+    return load_model(model)
+
+
+PAIRS = [{"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": "no" * (1 + n % 3)} for n in range(14)]
+HELD_OUT = [{"prompt": f"{n}-{n}=", "chosen": "0", "rejected": str(n)} for n in range(1, 5)]
+QUICK: dict[str, Any] = {"rank": 2, "lr": 1e-2, "batch_examples": 4, "epochs": 2, "save_every": 2}
+
+
+def read(lm: LanguageModel, rows: Any, objective: str = "dpo", length: int = 64, **options: Any) -> Any:
+    chosen = FinetuneOptions(objective=objective, **options)
+    return objective_of(chosen).read(
+        "finetune", sources_of("finetune", rows), lm.tokenizer, chosen.reading(length), None
+    )
+
+
+def text_of(lm: LanguageModel, labelled: tuple[Array, Array]) -> tuple[str, str]:
+    """The text of a sequence, and the part that is trained."""
+    ids, labels = labelled
+    return lm.tokenizer.decode(ids), lm.tokenizer.decode(labels[labels != IGNORED])
+
+
+# ---- data ----
+
+
+def test_a_pair_is_the_prompt_with_both_answers_the_chosen_first(lm: LanguageModel) -> None:
+    dataset = read(lm, [{"prompt": "1+1=", "chosen": "2", "rejected": "33"}, *PAIRS])
+    assert [text_of(lm, side) for side in dataset[0]] == [
+        ("1+1=2<|end|>", "2<|end|>"),
+        ("1+1=33<|end|>", "33<|end|>"),
+    ]
+    batch, is_answer = dataset.batch(np.array([0, 2]))
+    assert len(batch.starts) == 5
+    np.testing.assert_array_equal(is_answer, batch.targets != IGNORED)
+    report = dataset.report
+    assert report.examples == len(dataset) == 15
+    assert report.tokens == dataset.lengths.sum() == sum(len(ids) for pair in dataset for ids, _ in pair)
+    assert report.learned == dataset.targets.sum()
+    assert "(preference): 15 pairs, " in str(report)
+    assert dataset.targets.tolist() == [dataset.batch(np.array([i]))[0].num_targets for i in range(15)]
+
+
+def test_orpo_also_learns_the_chosen_text_with_its_prompt(lm: LanguageModel) -> None:
+    pairs, learned = read(lm, PAIRS), read(lm, PAIRS, "orpo")
+    (batch, is_answer), (plain, _) = learned.batch(np.arange(3)), pairs.batch(np.arange(3))
+    np.testing.assert_array_equal(batch.ids, plain.ids)
+    np.testing.assert_array_equal(is_answer, plain.targets != IGNORED)
+    lengths, counts = np.diff(batch.starts), np.add.reduceat(batch.targets != IGNORED, batch.starts[:-1])
+    assert counts[::2].tolist() == (lengths[::2] - 1).tolist()
+    assert (
+        counts[1::2].tolist() == np.add.reduceat(plain.targets != IGNORED, plain.starts[:-1])[1::2].tolist()
+    )
+    assert learned.targets.tolist() == [learned.batch(np.array([i]))[0].num_targets for i in range(14)]
+
+
+def test_answers_are_cut_and_pairs_without_a_difference_are_left_out(lm: LanguageModel) -> None:
+    rows = [
+        {"prompt": "abc", "chosen": "defghij", "rejected": "x"},  # cut
+        {"prompt": "abcdefghijkl", "chosen": "m", "rejected": "x"},  # the prompt fills the length
+        {"prompt": "abc", "chosen": "defgh1", "rejected": "defgh2"},  # the same after the cut
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ]
+    dataset = read(lm, rows, length=8)
+    assert (dataset.report.examples, dataset.report.truncated, dataset.report.emptied) == (2, 1, 2)
+    assert text_of(lm, dataset[0][0]) == ("abcdefgh", "defgh")
+    with pytest.raises(DataError, match=r"data, row 1: 11 tokens, expected at most 8"):
+        read(lm, rows, length=8, strict=True)
+
+
+def test_judged_answers_come_from_their_own_rows_or_from_pairs(lm: LanguageModel) -> None:
+    judged = [
+        {"prompt": "1+1=", "completion": "2", "label": True},
+        {"prompt": "a", "completion": "b", "label": False},
+    ]
+    dataset = read(lm, judged, "kto")
+    assert [(text_of(lm, dataset[i][:2]), dataset[i][2]) for i in range(2)] == [
+        (("1+1=2<|end|>", "2<|end|>"), True), (("ab<|end|>", "b<|end|>"), False),
+    ]  # fmt: skip
+    unpaired = read(lm, [{"prompt": "1+1=", "chosen": "2", "rejected": "3"}], "kto")
+    assert [unpaired[i][2] for i in range(2)] == [True, False]
+    assert "(kto): 2 answers, " in str(dataset.report)
+    assert dataset.fingerprint() != read(lm, [judged[0], judged[1] | {"label": True}], "kto").fingerprint()
+
+
+def test_each_prompt_also_gets_the_answer_before_it_in_the_batch(lm: LanguageModel) -> None:
+    rows = [{"prompt": "x" * n, "completion": "y" * n, "label": True} for n in (1, 2, 3)]
+    dataset = read(lm, rows, "kto", length=6)
+    _, judgements = dataset.batch(np.array([2, 0, 1]))
+    found = judgements.mismatched
+    spans = zip(found.starts[:-1], found.starts[1:], strict=True)
+    assert [lm.tokenizer.decode(found.ids[begin:end]) for begin, end in spans] == [
+        "xxxyy<|end|>", "xyyy", "xxy<|end|>",
+    ]  # fmt: skip
+    alone = dataset.batch(np.array([2]))[1].mismatched
+    assert lm.tokenizer.decode(alone.ids) == "xxxy<|end|>", "not its own answer"
+
+
+def test_judged_answers_have_the_same_batches_in_every_epoch(lm: LanguageModel) -> None:
+    batches = TokenBatches(read(lm, PAIRS, "kto"), batch_examples=5)
+    assert len(batches) == 6
+    epochs = [sorted(tuple(members.tolist()) for members in batches.members(epoch)) for epoch in range(3)]
+    assert epochs[0] == epochs[1] == epochs[2]
+    orders = [[members[0] for members in batches.members(epoch)] for epoch in range(3)]
+    assert orders[0] != orders[1]
+    assert [len(members) for members in batches.members(1, skip=4)] == [
+        len(members) for members in batches.members(1)
+    ][4:]
+
+
+@pytest.mark.parametrize(
+    ("rows", "objective", "message"),
+    [
+        (PAIRS, "sft", r"data, row 1: has chosen and rejected, a comparison; expected one answer to learn\. "
+         r"Rows like this are for finetune --objective dpo \(objective='dpo'\)$"),
+        ([{"prompt": "a", "completion": "b", "label": True}], "sft", r"finetune --objective kto"),
+        ([{"text": "a"}], "dpo", r"row 1: has text; objective 'dpo' needs rows with chosen and rejected$"),
+        ([{"prompt": "a", "completion": "b"}], "orpo", "objective 'orpo' needs rows with chosen and rej"),
+        ([{"prompt": "a", "completion": "b"}], "kto",
+         r"objective 'kto' needs rows with prompt, completion and label, or chosen and rejected$"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "dpo", "chosen and rejected are the same answer"),
+        ([{"prompt": "a", "chosen": "b"}], "dpo", r"row 1: rejected is missing"),
+        ([{"prompt": "a", "chosen": "b", "rejected": 3}], "dpo", r"row 1: rejected is 3, expected a string"),
+        ([{"prompt": "a", "completion": "b", "label": 1}], "kto", "label is 1, expected true or false"),
+        ([{"prompt": "a", "completion": "b", "label": True}], "kto", "data: one answer, expected at least"),
+    ],
+)  # fmt: skip
+def test_rows_that_do_not_fit_the_objective_are_one_clear_error(
+    lm: LanguageModel, rows: list[dict[str, Any]], objective: str, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read(lm, rows, objective)
+
+
+def test_a_plain_text_has_no_comparisons(lm: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(
+        DataError, match=r"a\.txt is a plain text; objective 'dpo' needs rows with chosen and rej"
+    ):
+        read(lm, tmp_path / "a.txt")
+
+
+def test_weights_skipped_rows_and_a_held_out_share_are_as_for_other_data(model: Path, tmp_path: Path) -> None:
+    bad = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    for name, rows in (("a", [*PAIRS, bad]), ("b", HELD_OUT)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    weighted = [(tmp_path / "a.jsonl", 2.0), (tmp_path / "b.jsonl", 1.0)]
+    lm = load_model(model)
+    dataset = read(lm, weighted, skip_bad=True)
+    assert (len(dataset), dataset.report.skipped) == (2 * 14 + 4, 1)
+    report = finetune(model, PAIRS, tmp_path / "out", objective="dpo", valid_split=0.4, steps=1)
+    assert report.valid is not None
+    assert (report.train.unit, report.train.examples + report.valid.examples) == ("pair", 14)
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "ppo"}, "objective='ppo' is not available"),
+        ({"beta": 0.2}, "beta is for objective 'dpo' or 'orpo' or 'kto', and the objective is 'sft'"),
+        ({"objective": "orpo", "loss_type": "ipo"}, "loss_type is for objective 'dpo' or 'kto', and the obj"),
+        ({"objective": "kto", "loss_type": "ipo"}, "loss_type"),
+        ({"objective": "kto", "label_smoothing": 0.1}, "label_smoothing is for objective 'dpo'"),
+        ({"objective": "dpo", "desirable_weight": 2.0}, "desirable_weight is for objective 'kto'"),
+        ({"objective": "dpo", "label_smoothing": 0.5}, "label_smoothing is 0.5, expected at least 0 and bel"),
+        ({"objective": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing is for loss_ty"),
+        ({"objective": "dpo", "beta": 0.0}, "beta is 0.0, expected above 0"),
+        ({"objective": "dpo", "learn": "all"}, "learn='all' is for objective 'sft' or 'distill', and the"),
+        ({"objective": "kto", "batch_examples": 1}, "batch_examples is 1, but objective 'kto' compares"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^finetune: {message}"):
+        FinetuneOptions(**options)
+
+
+# ---- formulas ----
+
+
+def slopes(value: Callable[[Array], Array], at: Array) -> Array:
+    """The derivative of the sum of a function by central differences."""
+    found = np.empty_like(at)
+    for index in np.ndindex(at.shape):
+        step = np.zeros_like(at)
+        step[index] = 1e-6
+        found[index] = (value(at + step).sum() - value(at - step).sum()) / 2e-6
+    return found
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES["dpo"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_derivatives_of_dpo_match_finite_differences(
+    loss_type: str, smoothing: float, rng: np.random.Generator
+) -> None:
+    formula, counts = Dpo(loss_type, 0.3, smoothing), rng.integers(1, 9, (6, 2))
+    ratios = 3 * rng.standard_normal((6, 2))
+    expected = slopes(lambda r: formula(r, counts)[0], ratios)
+    np.testing.assert_allclose(formula(ratios, counts)[1], expected, atol=1e-8)
+    assert np.isfinite(formula(1e4 * ratios, counts)[0]).all()
+
+
+def test_the_derivatives_of_orpo_match_finite_differences(rng: np.random.Generator) -> None:
+    means = -rng.uniform(0.05, 6, (6, 2))
+    expected = slopes(lambda m: odds_ratio(m, 0.7)[0], means)
+    np.testing.assert_allclose(odds_ratio(means, 0.7)[1], expected, rtol=1e-6)
+    for certain in ([[0.0, -1.0]], [[-1.0, 0.0]], [[0.0, 0.0]], [[-800.0, -1e-12]]):
+        value, gradient = odds_ratio(np.array(certain), 0.1)
+        assert np.isfinite(value).all()
+        assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("kl", [0.0, 1.3])
+def test_the_derivatives_of_kto_match_finite_differences(kl: float, rng: np.random.Generator) -> None:
+    formula, good = Kto("kto", 0.4, 1.5, 0.7), rng.random(8) < 0.5
+    ratios = 3 * rng.standard_normal(8)
+    expected = slopes(lambda r: formula(r, good, kl)[0], ratios)
+    np.testing.assert_allclose(formula(ratios, good, kl)[1], expected, atol=1e-8)
+
+
+# ---- batches and micro-batches ----
+
+
+def one_batch(lm: LanguageModel, objective: str, directory: Path, micro: int | None) -> Any:
+    """The loss and the gradients of one batch of all pairs."""
+    chosen = objective_of(FinetuneOptions(objective=objective))
+    dataset = chosen.read(
+        "finetune", sources_of("finetune", PAIRS), lm.tokenizer, FinetuneOptions().reading(64), None
+    )
+    batches = TokenBatches(dataset, batch_examples=len(dataset), shuffle=False)
+    with lm.disable_adapter(), files.Directory(directory) as held:
+        chosen.prepare(lm, [batches], held, lambda text: None)
+    [(x, y)] = batches.epoch(0)
+    loss: Any = chosen.loss(micro)
+    lm.zero_grad()
+    value = loss.forward_backward(lm, x, y, 1 / loss.count(x, y))
+    mean = loss.evaluate(lm, x, y)
+    assert value / loss.count(x, y) == pytest.approx(mean, rel=1e-6)
+    return value, [p.grad.copy() for p in lm.parameters()], loss.take_metrics()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_micro_batches_give_the_loss_the_gradient_and_the_metrics_of_the_batch(
+    objective: str, lm: LanguageModel, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    lm.add_lora(rank=2)
+    for layer in lm.adapter_layers().values():
+        layer.A[...] = 0.1 * rng.standard_normal(layer.A.shape)
+    whole, cut = one_batch(lm, objective, tmp_path, None), one_batch(lm, objective, tmp_path, 40)
+    assert cut[0] == pytest.approx(whole[0], rel=1e-6)
+    assert cut[2] == pytest.approx(whole[2], rel=1e-4, abs=1e-5)
+    for a, b in zip(cut[1], whole[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * abs(b).max())
+
+
+def test_a_micro_batch_never_divides_a_pair(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm.add_lora(rank=2)
+    sizes: list[int] = []
+    computed = LanguageModel.forward_backward_of
+
+    def watched(self: LanguageModel, batch: Any, loss: Any) -> float:
+        sizes.append(len(batch.starts) - 1)
+        return computed(self, batch, loss)
+
+    monkeypatch.setattr(LanguageModel, "forward_backward_of", watched)
+    for micro in (1, 20, 33, None):
+        sizes.clear()
+        one_batch(lm, "dpo", tmp_path, micro)
+        assert sum(sizes) == 2 * len(PAIRS)
+        assert not any(size % 2 for size in sizes)
+
+
+# ---- the reference ----
+
+
+def reference_of(lm: LanguageModel, directory: Path, rows: Any = None, said: list[str] | None = None) -> Any:
+    """The batch of all pairs, and its reference."""
+    chosen = FinetuneOptions(objective="dpo")
+    dataset = read(lm, rows or PAIRS)
+    batches = TokenBatches(dataset, batch_examples=len(dataset), shuffle=False)
+    directory.mkdir(exist_ok=True)
+    with files.Directory(directory) as held:
+        say = (said if said is not None else []).append
+        found = reference.computed(lm, [batches], lambda x, y: [x], held, say)
+    assert isinstance(objective_of(chosen), pairs.DpoObjective)
+    return found.of(next(batches.epoch(0))[0]), dataset
+
+
+def test_the_reference_is_the_sum_of_the_log_probabilities_of_the_answers(
+    lm: LanguageModel, tmp_path: Path
+) -> None:
+    """Against a softmax in float64 of the logits of each sequence by itself."""
+    found, dataset = reference_of(lm, tmp_path)
+    expected = []
+    for ids, labels in (side for pair in dataset for side in pair):
+        logits = lm.logits(ids).astype(np.float64)
+        rows = np.flatnonzero(labels[1:] != IGNORED)
+        logs = logits[rows] - np.log(np.exp(logits[rows]).sum(axis=1, keepdims=True))
+        expected.append(logs[np.arange(len(rows)), ids[1:][rows]].sum())
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_reference_in_the_directory_is_used_without_computing(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = reference_of(lm, tmp_path)
+    before = (tmp_path / REFERENCE).read_bytes()
+
+    def fail(*arguments: Any) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(LanguageModel, "log_probs", fail)
+    said: list[str] = []
+    again, _ = reference_of(lm, tmp_path, said=said)
+    np.testing.assert_array_equal(again, first)
+    assert (tmp_path / REFERENCE).read_bytes() == before
+    assert said == []
+    with pytest.raises(AssertionError, match="computed again"):
+        reference_of(lm, tmp_path, rows=HELD_OUT)
+
+
+def spoil(path: Path, how: str, lm: LanguageModel) -> None:
+    content = path.read_bytes()
+    with safetensors.reading(path) as opened:
+        metadata = dict(opened.metadata)
+        keys, values = opened["keys"].numpy().copy(), opened["values"].numpy().copy()
+    if how == "cut":
+        path.write_bytes(content[:-9])
+    elif how == "a changed bit":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "another model":
+        safetensors.save(path, {"keys": keys, "values": values}, metadata | {"model": "0" * 64})
+    elif how == "a later schema":
+        safetensors.save(path, {"keys": keys, "values": values}, metadata | {"reference": "2"})
+    elif how == "no values":
+        safetensors.save(path, {"keys": keys}, metadata)
+    elif how == "nan":
+        values[0] = np.nan
+        digest = reference._digest(keys, values)
+        safetensors.save(path, {"keys": keys, "values": values}, metadata | {"sha256": digest})
+    elif how == "other kinds":
+        floats, names = keys.astype(np.float64), np.array([["a"]]).view(np.uint32)
+        digest = reference._digest(floats, names)
+        safetensors.save(path, {"keys": floats, "values": names}, metadata | {"sha256": digest})
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["cut", "a changed bit", "empty", "another model", "a later schema", "no values", "nan", "other kinds"],
+)
+def test_a_damaged_or_foreign_reference_is_computed_again(
+    how: str, lm: LanguageModel, tmp_path: Path
+) -> None:
+    first, _ = reference_of(lm, tmp_path)
+    whole = (tmp_path / REFERENCE).read_bytes()
+    spoil(tmp_path / REFERENCE, how, lm)
+    said: list[str] = []
+    again, _ = reference_of(lm, tmp_path, said=said)
+    np.testing.assert_array_equal(again, first)
+    assert f"{REFERENCE}: it is " in said[0]
+    assert said[0].endswith("; the reference is computed again")
+    assert (tmp_path / REFERENCE).read_bytes() == whole
+
+
+def test_another_arithmetic_has_another_reference(model: Path, tmp_path: Path) -> None:
+    first, _ = reference_of(load_model(model), tmp_path)
+    said: list[str] = []
+    again, _ = reference_of(load_model(model, "bfloat16"), tmp_path, said=said)
+    assert "of another model or arithmetic" in said[0]
+    assert not np.array_equal(again, first)
+
+
+def test_ctrl_c_in_the_reference_keeps_what_is_computed(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "EVALUATION_TOKENS", 64)
+    whole, _ = reference_of(lm, tmp_path / "whole")
+    calls: list[int] = []
+    computed = LanguageModel.log_probs
+
+    def stopping(self: LanguageModel, batch: Any) -> Array:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return computed(self, batch)
+
+    monkeypatch.setattr(LanguageModel, "log_probs", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        reference_of(lm, tmp_path / "cut")
+    assert len(safetensors.open(tmp_path / "cut" / REFERENCE)["keys"].numpy()) < len(whole)
+    again, _ = reference_of(lm, tmp_path / "cut")
+    np.testing.assert_array_equal(again, whole)
+    assert (tmp_path / "cut" / REFERENCE).read_bytes() == (tmp_path / "whole" / REFERENCE).read_bytes()
+
+
+def test_a_reference_that_is_not_finite_ends_the_run_before_it_begins(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LanguageModel, "log_probs", lambda self, batch: np.full(batch.num_targets, np.nan))
+    with pytest.raises(
+        NonFiniteLossError, match="without an adapter, the model gives an answer the log-probab"
+    ):
+        finetune(model, PAIRS, tmp_path / "out", objective="dpo", **QUICK)
+    assert not (tmp_path / "out" / "checkpoint-0.safetensors").exists()
+    assert not (tmp_path / "out" / REFERENCE).exists()
+
+
+@pytest.mark.parametrize("options", [{"init": "gaussian"}, {"init": "pissa"}, {"adapter": "first"}], ids=str)
+def test_the_reference_is_the_model_without_any_adapter(
+    options: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    """Also if the adapter changes the model from the start, or takes a part of the frozen weights."""
+    plain = reference_of(load_model(model), tmp_path / "plain")[0]
+    if "adapter" in options:
+        finetune(model, PAIRS, tmp_path / "first", objective="dpo", **QUICK)
+        options = {"adapter": tmp_path / "first"}
+    quick = {name: value for name, value in QUICK.items() if name != "rank"}
+    finetune(model, PAIRS, tmp_path / "out", objective="dpo", **quick, **options)
+    found = reference_of(load_model(model), tmp_path / "out")[0]
+    np.testing.assert_allclose(found, plain, rtol=1e-6)
+    record = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[3])
+    is_changed = options.get("init") != "pissa"
+    assert (abs(record["metrics"]["rewards/margins"]) > 1e-4) == is_changed
+
+
+# ---- runs ----
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {
+        name: (directory / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")
+    }
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_prefers_the_chosen_answers_and_reports_it(
+    objective: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = finetune(
+        model, PAIRS, tmp_path / "out", valid=PAIRS[:6], objective=objective, progress=True,
+        **{**QUICK, "epochs": 10},
+    )  # fmt: skip
+    after = report.metrics_after
+    assert report.loss_after is not None
+    assert report.loss_after < (report.loss_before or 0)
+    assert after["rewards/margins"] > report.metrics_before["rewards/margins"] + 0.1
+    assert after["rewards/accuracies"] > 0.8
+    printed, summary = capsys.readouterr().err, str(report)
+    assert (
+        f", margin {report.metrics_before['rewards/margins']:.3f} -> {after['rewards/margins']:.3f}"
+        in summary
+    )
+    assert ("answers/s)" if objective == "kto" else "pairs/s)") in summary
+    assert f"margin {after['rewards/margins']:.3f}, accuracy" in printed
+    steps = [
+        r
+        for r in map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines())
+        if r["event"] == "step"
+    ]
+    assert steps[-1]["metrics"]["rewards/chosen"] == report.history.steps[-1].metrics["rewards/chosen"]
+    assert report.history.epochs[-1].val_metrics == after
+    assert nplora.evaluate(model, [{"text": "a"}], adapter=tmp_path / "out")["loss"] > 0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_of_any_objective_resumes_to_the_bit(
+    objective: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**QUICK, "objective": objective, "valid": HELD_OUT, "accumulate": 2, "dropout": 0.2}
+    options |= {"layers": "last:1", "keep_prefix": "memory"}
+    whole = finetune(model, PAIRS, tmp_path / "whole", **options)
+    assert len(whole.history.steps) > 3
+
+    class Stop(Callback):
+        def on_step_end(self, run: Any, record: Any) -> None:
+            if record.step == 3:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as within:
+        within.setattr(run, "speaks", lambda progress: True)
+        within.setattr(run, "TokenProgress", lambda loss: Stop())
+        stopped = finetune(model, PAIRS, tmp_path / "out", **options)
+    assert (stopped.history.interrupted, len(stopped.history.steps)) == (True, 3)
+    if objective in WITH_REFERENCE:
+        (tmp_path / "out" / REFERENCE).unlink()  # it is computed again, with the same bits
+    resumed = finetune(model, PAIRS, tmp_path / "out", **options, resume=True)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert resumed.history.loss == whole.history.loss
+    assert [r.metrics for r in resumed.history.steps] == [r.metrics for r in whole.history.steps]
+    assert (resumed.metrics_before, resumed.metrics_after) == (whole.metrics_before, whole.metrics_after)
+    assert (resumed.loss_before, resumed.loss_after) == (whole.loss_before, whole.loss_after)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_recomputed_activations_and_cached_prefixes_give_the_same_adapter(
+    objective: str, model: Path, tmp_path: Path
+) -> None:
+    options = {**QUICK, "objective": objective, "layers": "last:1", "dropout": 0.1}
+    for name, more in (("plain", {}), ("re", {"recompute": True}), ("kept", {"keep_prefix": "disk"})):
+        finetune(model, PAIRS, tmp_path / name, **options, **more)
+    assert files_of(tmp_path / "re") == files_of(tmp_path / "plain") == files_of(tmp_path / "kept")
+
+
+def test_steps_of_accumulated_batches_are_the_steps_of_the_whole_batch(model: Path, tmp_path: Path) -> None:
+    rows, found = PAIRS[:12], []
+    for size, accumulate in ((12, 1), (3, 4)):
+        report = finetune(
+            model, rows, tmp_path / str(size), objective="dpo", rank=2, lr=1e-3, steps=3, batch_examples=size,
+            accumulate=accumulate,
+        )  # fmt: skip
+        found.append(report.history.steps)
+    for one, other in zip(*found, strict=True):
+        assert one.count == other.count == 12
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
+        assert one.metrics == pytest.approx(other.metrics, rel=1e-2, abs=1e-5)
+    assert found[0][-1].metrics["rewards/margins"] > 1e-3
+
+
+def test_a_run_does_not_resume_with_another_objective_or_strength(model: Path, tmp_path: Path) -> None:
+    finetune(model, PAIRS, tmp_path / "out", objective="dpo", **QUICK)
+    with pytest.raises(ValueError, match=r"beta was 0\.1, is 0\.2"):
+        finetune(model, PAIRS, tmp_path / "out", objective="dpo", beta=0.2, **QUICK, resume=True)
+    with pytest.raises(ValueError, match="objective was dpo, is orpo"):
+        finetune(model, PAIRS, tmp_path / "out", objective="orpo", **QUICK, resume=True)
+
+
+def test_another_run_over_the_directory_drops_the_reference(model: Path, tmp_path: Path) -> None:
+    finetune(model, PAIRS, tmp_path / "out", objective="dpo", **QUICK)
+    assert (tmp_path / "out" / REFERENCE).exists()
+    finetune(model, PAIRS, tmp_path / "out", objective="orpo", **QUICK, overwrite=True)
+    assert not (tmp_path / "out" / REFERENCE).exists()
+
+
+def test_a_file_of_the_reference_s_name_that_no_run_made_is_kept(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    safetensors.save(output / REFERENCE, {"mine": np.ones(3)})
+    before = (output / REFERENCE).read_bytes()
+    for objective in ("dpo", "orpo"):
+        with pytest.raises(FileExistsError, match=f"no run made the file {REFERENCE} in it"):
+            finetune(model, PAIRS, output, objective=objective, **QUICK)
+    assert (output / REFERENCE).read_bytes() == before
+    (output / REFERENCE).unlink()
+    (output / REFERENCE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Exception, match="symbolic link"):
+        finetune(model, PAIRS, output, objective="dpo", **QUICK)
+
+
+def test_a_disk_without_room_for_the_reference_warns_and_the_run_says_what_it_needs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = files.replace
+
+    def full(new: Any, *more: Any) -> None:
+        if any(Path(file.path).name == REFERENCE for file in new):
+            raise OSError(28, os.strerror(28))
+        replace(new, *more)
+
+    monkeypatch.setattr(files, "replace", full)
+    with pytest.warns(
+        UserWarning, match=r"log-probabilities of the reference could not be saved .*No space left"
+    ):
+        report = finetune(model, PAIRS, tmp_path / "out", objective="dpo", **QUICK)
+    monkeypatch.undo()
+    assert report.history.ended == "complete"
+    finetune(model, PAIRS, tmp_path / "whole", objective="dpo", **QUICK)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, calls = PairLoss.forward_backward, [0]
+
+    def failing(self: PairLoss, *arguments: Any) -> float:
+        calls[0] += 1
+        return math.nan if calls[0] == 4 else computed(self, *arguments)
+
+    monkeypatch.setattr(PairLoss, "forward_backward", failing)
+    options = {**QUICK, "epochs": None, "steps": 6, "schedule": "constant"}
+    with pytest.raises(NonFiniteLossError, match=r"step 4 \(epoch 1\): the loss of batch 4 is nan") as caught:
+        finetune(model, PAIRS, tmp_path / "out", objective="dpo", **options)
+    assert any("lower --lr" in note for note in caught.value.__notes__)
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="lr was"):
+        finetune(model, PAIRS, tmp_path / "out", objective="dpo", **{**options, "lr": 1e-3}, resume=True)
+
+
+def test_the_command_line_trains_on_pairs(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --steps 2 --rank 2"
+    assert cli.main(line.split()) == 2
+    assert "--objective dpo" in capsys.readouterr().err
+    assert cli.main([*line.split(), "--objective", "dpo", "--loss-type", "ipo", "--beta", "0.2"]) == 0
+    settings = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[1])["settings"]["fixed"]
+    assert (settings["objective"], settings["loss_type"], settings["beta"]) == ("dpo", "ipo", 0.2)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_plan_counts_whole_pairs_and_the_reference(objective: str, model: Path) -> None:
+    found = plan(model, PAIRS, objective=objective, batch_examples=4)
+    assert (found.before > 0) == (objective in WITH_REFERENCE)
+    assert ("for the reference" in str(found)) == (objective in WITH_REFERENCE)
+    assert found.steps == (7 if objective == "kto" else 4)
+
+
+# ---- records ----
+
+
+def test_records_without_metrics_from_before_are_still_read() -> None:
+    history = History()
+    plain = {"epoch": 1, "loss": 2.0, "count": 3, "lr": 0.1, "grad_norm": 1.0, "seconds": 0.5}
+    lines = [
+        {"event": "step", "step": 1, **plain},
+        {"event": "step", "step": 2, **plain, "metrics": {"kl": 0.5, "x": None}},
+        {"event": "step", "step": 3, **plain, "metrics": [1]},
+        {"event": "step", "step": 4, **plain, "metrics": {"kl": "high"}},
+    ]
+    history.add_log("".join(json.dumps(line) + "\n" for line in lines).encode(), 4, 0)
+    assert [record.step for record in history.steps] == [1, 2]
+    assert history.steps[0].metrics == {}
+    assert history.steps[1].metrics["kl"] == 0.5
+    assert math.isnan(history.steps[1].metrics["x"])
+
+
+def test_the_columns_of_a_checkpoint_keep_metrics_and_need_none() -> None:
+    history = History(
+        [StepRecord(1, 1, 2.0, 3, 0.1, 1.0, 0.5), StepRecord(2, 1, 2.0, 3, 0.1, 1.0, 0.5, {"kl": 0.25})]
+    )
+    restored = History()
+    restored.restore(history.step_columns(), [])
+    assert restored.steps == history.steps
+    plain = History(history.steps[:1])
+    assert set(plain.step_columns()) == {"step", "epoch", "loss", "count", "lr", "grad_norm", "seconds"}
+    row = {"epoch": 1, "step": 2, "loss": 1.0, "val_loss": None, "val_accuracy": None, "seconds": 1.0}
+    restored.restore(plain.step_columns(), [row])
+    assert restored.epochs[0].val_metrics == {}
+    with pytest.raises(TypeError, match="the metrics of an epoch are not numbers by name"):
+        restored.restore(plain.step_columns(), [row | {"val_metrics": {"kl": "x"}}])
+
+
+def test_pairs_keep_together_when_a_packed_batch_is_cut() -> None:
+    lengths = (3, 5, 2, 2, 9, 1)
+    batch = pack([(np.arange(n), np.arange(n)) for n in lengths])
+    assert [np.diff(part.starts).tolist() for part in batch.pieces(12, together=2)] == [[3, 5, 2, 2], [9, 1]]
+    assert [np.diff(part.starts).tolist() for part in batch.pieces(1, together=2)] == [[3, 5], [2, 2], [9, 1]]
+    assert PairDataset.sequences == 2

@@ -212,7 +212,7 @@ def test_weights_skipped_rows_and_a_held_out_share_are_as_for_other_data(model: 
         ({"objective": "dpo", "label_smoothing": 0.5}, "label_smoothing is 0.5, expected at least 0 and bel"),
         ({"objective": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing is for loss_ty"),
         ({"objective": "dpo", "beta": 0.0}, "beta is 0.0, expected above 0"),
-        ({"objective": "dpo", "learn": "all"}, "learn='all' is for objective 'sft', and the objective is"),
+        ({"objective": "dpo", "learn": "all"}, "learn='all' is for objective 'sft' or 'distill', and the"),
         ({"objective": "kto", "batch_examples": 1}, "batch_examples is 1, but objective 'kto' compares"),
     ],
 )  # fmt: skip

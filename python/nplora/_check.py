@@ -71,6 +71,9 @@ _OTHER_NAMES = {
     "seed": "random_state random_seed",
     "save_every": "save_steps steps_per_save checkpoint_every",
     "checkpoint_every": "save_steps steps_per_save save_every",
+    "eval_every": "eval_steps steps_per_eval val_check_interval eval_interval eval_freq",
+    "patience": "early_stopping_patience early_stopping_rounds early_stopping",
+    "keep": "load_best_model_at_end restore_best_weights restore_best save_best keep_best",
     "resume": "resume_from_checkpoint",
     "overwrite": "overwrite_output_dir force",
     "output": "output_dir out out_dir save_path adapter_path",
@@ -87,7 +90,7 @@ _OTHER_NAMES = {
 }
 # Names of other libraries for settings that nplora does not have, although some of our names look like them.
 _NOT_OURS = (
-    *("eval_steps", "eval_every", "steps_per_eval", "logging_steps", "log_steps", "log_every"),
+    *("logging_steps", "log_steps", "log_every"),
     *("steps_per_report", "save_strategy", "val_batches"),
 )
 _OTHER_UNITS = {"warmup_ratio": ", a number of steps"}

@@ -1,6 +1,6 @@
 """Callback: user code that a run calls after steps, epochs and checkpoints."""
 
-from nplora.trainer.history import EpochRecord, StepRecord
+from nplora.trainer.history import EpochRecord, EvaluationRecord, StepRecord
 from nplora.trainer.run import Run
 
 
@@ -29,6 +29,9 @@ class Callback:
 
     def on_step_end(self, run: Run, record: StepRecord) -> None:
         """Called after every update of the parameters."""
+
+    def on_evaluation(self, run: Run, record: EvaluationRecord) -> None:
+        """Called after every evaluation of the validation data, also after one at the end of an epoch."""
 
     def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
         """Called after every epoch and its validation."""

@@ -17,7 +17,8 @@ from nplora.formats.errors import CorruptError, FormatError, UnsupportedError, b
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.runtime.user_warning import warn_user
 
-SCHEMA = 1
+SCHEMA = 2
+OLDEST = 1  # which has no evaluations, and no step in best
 
 MARKS = {"schema", "state", "sha256"}  # the metadata that every checkpoint has
 _GROUPS = ("parameters", "optimizer", "best", "history")
@@ -35,8 +36,8 @@ class Checkpoint:
         random_state: the dropout streams, as `Module.random_state` returns them.
         settings: how the run was started; compared when it is resumed.
         base: the `base_fingerprint` of the model.
-        best: the best epoch for early stopping: "loss", "epoch", and "since", the epochs after it.
-        epochs: the records of the last finished epochs.
+        best: the best evaluation, as `EarlyStopping` keeps it.
+        epochs, evaluations: the records of the last finished epochs, and of the last evaluations.
         log_bytes: the length of the log, which holds the records of all steps and epochs.
         parameters, optimizer, best_parameters: arrays by name.
         history: the columns of the last step records only, so that a checkpoint does not grow with its run.
@@ -53,6 +54,7 @@ class Checkpoint:
     base: str
     best: dict[str, Any] | None
     epochs: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
     log_bytes: int
     parameters: Mapping[str, Array]
     optimizer: Mapping[str, Array]
@@ -89,6 +91,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "base": str,
     "best": (dict, type(None)),
     "epochs": list,
+    "evaluations": list,
     "log_bytes": int,
     "isa": str,
     "version": str,
@@ -160,9 +163,10 @@ def _state(metadata: Mapping[str, str], path: Path) -> str:
     schema = metadata.get("schema")
     if schema is None:
         raise CorruptError(f"{path}: the metadata has no schema, so this is not a checkpoint")
-    if schema != str(SCHEMA):
+    if schema not in map(str, range(OLDEST, SCHEMA + 1)):
         raise UnsupportedError(
-            f"{path}: the checkpoint has schema {brief(schema)}, but this nplora reads only {SCHEMA}"
+            f"{path}: the checkpoint has schema {brief(schema)}, "
+            f"but this nplora reads only {OLDEST} to {SCHEMA}"
         )
     return metadata.get("state", "")
 
@@ -173,6 +177,7 @@ def _parsed(state: str, path: Path) -> dict[str, Any]:
 
 def _fields(state: object, path: Path) -> dict[str, Any]:
     """The fields of the state, each checked for its type and range."""
+    state = _completed(state)
     if not isinstance(state, dict) or state.keys() != _KINDS.keys():
         found = sorted(state) if isinstance(state, dict) else state
         raise CorruptError(f"{path}: the state holds {brief(found)}, expected {', '.join(sorted(_KINDS))}")
@@ -193,8 +198,18 @@ def _fields(state: object, path: Path) -> dict[str, Any]:
             wanted = "expected [seed, calls]"
             raise CorruptError(f"{path}: random_state of {brief(name)} is {brief(stream)}, {wanted}")
     if state["best"] is not None and not _is_best(state["best"]):
-        raise CorruptError(f"{path}: best is {brief(state['best'])}, expected a loss, an epoch and since")
+        raise CorruptError(
+            f"{path}: best is {brief(state['best'])}, expected a loss, an epoch, a step and since"
+        )
     return state
+
+
+def _completed(state: object) -> object:
+    """The state of an older schema with the fields that it lacks. Step 0 of the best: it is not known."""
+    if not isinstance(state, dict) or "evaluations" in state:
+        return state
+    best = state.get("best")
+    return {**state, "evaluations": [], "best": {"step": 0, **best} if isinstance(best, dict) else best}
 
 
 def _count(value: object, end: int = 1 << 63) -> bool:
@@ -202,10 +217,12 @@ def _count(value: object, end: int = 1 << 63) -> bool:
 
 
 def _is_best(best: dict[str, Any]) -> bool:
-    if best.keys() != {"loss", "epoch", "since"}:
+    if best.keys() != {"loss", "epoch", "step", "since"}:
         return False
     loss = best["loss"]
-    return (loss is None or isinstance(loss, float)) and _count(best["epoch"]) and _count(best["since"])
+    return (loss is None or isinstance(loss, float)) and all(
+        map(_count, (best[n] for n in best if n != "loss"))
+    )
 
 
 def _digest(state: str, arrays: Iterable[tuple[str, Array]]) -> str:

@@ -4,65 +4,72 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from nplora.nn.module import Module
 from nplora.trainer.fingerprint import factors, set_factors
+from nplora.trainer.history import EvaluationRecord
 
 Array = npt.NDArray[Any]
 
 
 class EarlyStopping:
-    """Keeps the factors of the epoch with the lowest validation loss, and counts the epochs since.
+    """Keeps the factors of the evaluation with the lowest loss, and counts the evaluations since.
 
     Args:
-        patience: a run ends after this number of epochs in a row without a lower loss. None: nothing is kept
-            or counted.
+        patience: a run ends after this number of evaluations in a row without a lower loss. None: never.
+        keeps_factors: keep a copy of the best factors.
     Attributes:
-        best: "loss" and "epoch" of the best epoch, and "since", the epochs after it. The loss is None until
-            an epoch had a finite loss. `best` itself is None before the first epoch.
-        best_factors: the factors of that epoch.
+        best: "loss", "epoch" and "step" of the best evaluation, and "since", the evaluations after it. The
+            loss is None until an evaluation had a finite loss. `best` itself is None before the first
+            evaluation.
+        best_factors: the factors of that evaluation; empty if they are not kept.
     """
 
-    def __init__(self, model: Module, patience: int | None) -> None:
-        self._model, self._patience = model, patience
+    def __init__(self, model: Module, patience: int | None, keeps_factors: bool) -> None:
+        self._model, self._patience, self._keeps_factors = model, patience, keeps_factors
         self.best: dict[str, Any] | None = None
-        self.best_factors: Mapping[str, Array] = {}
-        self._before: tuple[dict[str, Any] | None, Mapping[str, Array]] = None, {}
+        self.best_factors: dict[str, Array] = {}
 
-    def judge(self, epoch: int, loss: float | None) -> None:
-        """Record the validation loss of an epoch (from 1). A loss that is not finite is not lower."""
-        self._before = self.best, self.best_factors
-        if self._patience is None or loss is None:
-            return
-        best = self.best or {"loss": None, "epoch": 0, "since": 0}
+    def judge(self, record: EvaluationRecord) -> None:
+        """Compare an evaluation with the best one. A loss that is not finite is not lower."""
+        best, loss = self.best or {"loss": None, "epoch": 0, "step": 0, "since": 0}, record.val_loss
         if math.isfinite(loss) and (best["loss"] is None or loss < best["loss"]):
-            self.best = {"loss": loss, "epoch": epoch, "since": 0}
-            self.best_factors = _copies(factors(self._model))
+            self.best = {"loss": loss, "epoch": record.epoch, "step": record.step, "since": 0}
+            self._keep(factors(self._model))
         else:
             self.best = {**best, "since": best["since"] + 1}
 
-    def forget_last(self) -> None:
-        """Undo the last `judge`."""
-        self.best, self.best_factors = self._before
-
     def continue_from(self, best: dict[str, Any] | None, best_factors: Mapping[str, Array]) -> None:
-        """Continue with the best epoch of a checkpoint and its factors."""
-        if self._patience is not None:
-            self.best, self.best_factors = best, _copies(best_factors)
+        """Continue with the best evaluation of a checkpoint and its factors.
+
+        If the factors are wanted, but the checkpoint has none, the best is chosen among the evaluations to
+        come.
+        """
+        if best is not None and best["loss"] is not None and self._keeps_factors and not best_factors:
+            best = None
+        self.best = best
+        self._keep(best_factors)
+
+    def _keep(self, values: Mapping[str, Array]) -> None:
+        """Copy these factors into the arrays of the earlier best ones, or into new arrays."""
+        if not self._keeps_factors:
+            return
+        for name, value in values.items():
+            if name in self.best_factors:
+                np.copyto(self.best_factors[name], value)
+            else:
+                self.best_factors[name] = value.copy()
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has had enough epochs without a lower loss."""
+        """Whether the run has had enough evaluations without a lower loss."""
         return self._patience is not None and self.best is not None and self.best["since"] >= self._patience
 
-    def restore_best(self) -> int | None:
-        """Give the model the factors of its best epoch; return that epoch, or None if there is none."""
-        if self.best is None or self.best["loss"] is None:
+    def restore_best(self) -> dict[str, Any] | None:
+        """Give the model its best factors, and return `best`; None if there are no such factors."""
+        if self.best is None or self.best["loss"] is None or not self.best_factors:
             return None
         set_factors(self._model, self.best_factors)
-        return int(self.best["epoch"])
-
-
-def _copies(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: array.copy() for name, array in arrays.items()}
+        return self.best

@@ -1,11 +1,11 @@
-"""History: the records of all steps and epochs of a run."""
+"""History: the records of all steps, evaluations and epochs of a run."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from nplora.formats.errors import brief, counted
 
 Array = npt.NDArray[Any]
 
-KEPT = 64  # step records, and epoch records, in a checkpoint: some history survives the loss of the log
+KEPT = 64  # records of each kind in a checkpoint: some history survives the loss of the log
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,31 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """One evaluation of the validation data: after some steps, or at the end of an epoch.
+
+        >>> import nplora, numpy as np
+        >>> x, labels = np.eye(3), np.array([0, 1, 2])
+        >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(3), rank=1, rng=0))
+        >>> history = trainer.fit(x, labels, steps=5, validation=(x, labels), eval_every=2)
+        >>> [record.step for record in history.evaluations]      # each step is an epoch here
+        [1, 2, 3, 4, 5]
+
+    Attributes:
+        step: updates made before it.
+        epoch: the epoch, from 1.
+        val_loss, val_accuracy: the metrics of the validation data; no accuracy without class labels.
+        seconds: the time that it took.
+    """
+
+    step: int
+    epoch: int
+    val_loss: float
+    val_accuracy: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class EpochRecord:
     """One pass over the data, or the part of a pass after which the run ended.
 
@@ -74,7 +99,14 @@ class EpochRecord:
     seconds: float
 
 
-_KINDS: dict[str, type[StepRecord] | type[EpochRecord]] = {"step": StepRecord, "epoch": EpochRecord}
+R = TypeVar("R", EpochRecord, EvaluationRecord)
+Record: TypeAlias = StepRecord | EvaluationRecord | EpochRecord
+
+EVALUATION = "evaluation"  # the event of an evaluation in the log
+
+_KINDS: dict[str, type[StepRecord] | type[EvaluationRecord] | type[EpochRecord]] = {
+    "step": StepRecord, EVALUATION: EvaluationRecord, "epoch": EpochRecord,
+}  # fmt: skip
 
 
 @dataclass
@@ -90,15 +122,19 @@ class History:
         [1, 2, 3]
 
     Attributes:
-        steps, epochs: the records, in order.
+        steps, evaluations, epochs: the records, in order.
         ended: why the run ended: "complete", "patience" (early stopping), "callback" or "interrupted".
-        best_epoch: the epoch whose adapter was restored by early stopping, else None.
+        best_step, best_epoch, best_loss: the evaluation whose factors the model has after the run: its step,
+            its epoch (from 1) and its validation loss. None if the model has the factors of the last step.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
     epochs: list[EpochRecord] = field(default_factory=list)
     ended: str = "complete"
     best_epoch: int | None = None
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    best_step: int | None = None
+    best_loss: float | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -120,21 +156,21 @@ class History:
         """The time that all steps took together."""
         return sum(record.seconds for record in self.steps)
 
-    def epoch_record(self, epoch: int, validation: Mapping[str, float]) -> EpochRecord:
-        """The record of an epoch (from 1), made from the records of its steps and the validation metrics."""
+    def epoch_record(self, epoch: int, evaluation: EvaluationRecord | None) -> EpochRecord:
+        """The record of an epoch (from 1), made from the records of its steps and its last evaluation."""
         steps = [record for record in _last(self.steps, epoch) if record.count]
         return EpochRecord(
             epoch=epoch,
             step=self.steps[-1].step if self.steps else 0,
             loss=sum(r.loss * r.count for r in steps) / max(1, sum(r.count for r in steps)),
-            val_loss=validation.get("loss"),
-            val_accuracy=validation.get("accuracy"),
+            val_loss=None if evaluation is None else evaluation.val_loss,
+            val_accuracy=None if evaluation is None else evaluation.val_accuracy,
             seconds=sum(r.seconds for r in steps),
         )
 
     def __repr__(self) -> str:
         losses = f", loss {self.steps[0].loss:.4g} -> {self.steps[-1].loss:.4g}" if self.steps else ""
-        validated = [record.val_loss for record in self.epochs if record.val_loss is not None]
+        validated = [record.val_loss for record in self.evaluations]
         if validated:
             losses += f", validation loss {validated[0]:.4g} -> {validated[-1]:.4g}"
         steps, epochs = counted(len(self.steps), "step"), counted(len(self.epochs), "epoch")
@@ -150,13 +186,16 @@ class History:
 
     def epoch_rows(self) -> list[dict[str, Any]]:
         """The last epoch records as dictionaries for JSON, with null for NaN and infinities."""
-        return [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            for row in map(dataclasses.asdict, self.epochs[-KEPT:])
-        ]
+        return _rows(self.epochs[-KEPT:])
 
-    def restore(self, columns: Mapping[str, Array], epochs: list[dict[str, Any]]) -> None:
-        """Replace the records by the ones that `step_columns` and `epoch_rows` returned earlier.
+    def evaluation_rows(self) -> list[dict[str, Any]]:
+        """The last evaluation records, as `epoch_rows` writes those of epochs."""
+        return _rows(self.evaluations[-KEPT:])
+
+    def restore(
+        self, columns: Mapping[str, Array], epochs: list[dict[str, Any]], evaluations: list[dict[str, Any]]
+    ) -> None:
+        """Replace the records by those that `step_columns`, `epoch_rows` and `evaluation_rows` returned.
 
         Raises:
             ValueError, TypeError: the arguments do not have that form.
@@ -166,24 +205,34 @@ class History:
             raise ValueError(f"the history has the columns {sorted(columns)}, expected {sorted(names)}")
         rows = zip(*(columns[name].tolist() for name in names), strict=True)
         steps = [StepRecord(*row) for row in rows]
-        self.steps[:], self.epochs[:] = steps, [_epoch(row) for row in epochs]
+        restored = [_restored(EpochRecord, row) for row in epochs]
+        self.evaluations[:] = [_restored(EvaluationRecord, row) for row in evaluations]
+        self.steps[:], self.epochs[:] = steps, restored
 
     def add_log(self, log: bytes, step: int, epoch: int) -> None:
         """Add the records of the log up to this step and this epoch; skip lines that are not records.
 
         If `restore` brought the same record, the restored record is kept, because a checksum protects it.
+        An older log has no evaluations; those at the ends of its epochs are added.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
+        evaluations = dict[int, EvaluationRecord]()
         for line in log.splitlines():
             record = _logged(line)
             if isinstance(record, StepRecord):
                 steps[record.step] = record
+            elif isinstance(record, EvaluationRecord):
+                evaluations[record.step] = record
             elif record is not None:
                 epochs[record.epoch] = record
         steps |= {record.step: record for record in self.steps}
         epochs |= {record.epoch: record for record in self.epochs}
+        evaluations |= {record.step: record for record in self.evaluations}
         self.steps[:] = [steps[number] for number in sorted(steps) if 0 < number <= step]
         self.epochs[:] = [epochs[number] for number in sorted(epochs) if 0 < number <= epoch]
+        older = {e.step: _of_epoch(e, e.val_loss) for e in self.epochs if e.val_loss is not None}
+        evaluations = older | evaluations
+        self.evaluations[:] = [evaluations[number] for number in sorted(evaluations) if number <= step]
 
 
 def last_logged(log: bytes, event: str) -> dict[str, Any]:
@@ -198,7 +247,18 @@ def last_logged(log: bytes, event: str) -> dict[str, Any]:
     return {}
 
 
-def _logged(line: bytes) -> StepRecord | EpochRecord | None:
+def _of_epoch(epoch: EpochRecord, loss: float) -> EvaluationRecord:
+    return EvaluationRecord(epoch.step, epoch.epoch, loss, epoch.val_accuracy, 0.0)
+
+
+def _rows(records: Sequence[EpochRecord] | Sequence[EvaluationRecord]) -> list[dict[str, Any]]:
+    return [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        for row in map(dataclasses.asdict, records)
+    ]
+
+
+def _logged(line: bytes) -> Record | None:
     """The record in a line of the log; None if the line is not a record."""
     try:
         row = json.loads(line)
@@ -209,15 +269,17 @@ def _logged(line: bytes) -> StepRecord | EpochRecord | None:
     return kind(*values)
 
 
-def _epoch(row: dict[str, Any]) -> EpochRecord:
-    """The record from which `epoch_rows` made this row."""
-    record = EpochRecord(**row)
-    for f in dataclasses.fields(EpochRecord):
+def _restored(kind: type[R], row: dict[str, Any]) -> R:
+    """The record from which `epoch_rows` or `evaluation_rows` made this row."""
+    kind(**row)  # refuses other fields
+    values = []
+    for f in dataclasses.fields(kind):
         try:
-            _field(f.type, row[f.name])
+            values.append(_field(f.type, row[f.name]))
         except TypeError:
-            raise TypeError(f"{f.name} of an epoch is {brief(row[f.name])}, expected a number") from None
-    return record
+            what = "epoch" if kind is EpochRecord else "evaluation"
+            raise TypeError(f"{f.name} of an {what} is {brief(row[f.name])}, expected a number") from None
+    return kind(*values)
 
 
 def _field(kind: Any, value: Any) -> Any:

@@ -10,18 +10,18 @@ from nplora.nn.optim import Optimizer
 from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.early_stopping import EarlyStopping
 from nplora.trainer.fingerprint import factors, set_factors
-from nplora.trainer.history import EpochRecord, History
+from nplora.trainer.history import EpochRecord, EvaluationRecord, History
 
 Array = npt.NDArray[Any]
 
 
 class RunState:
-    """All that the rest of a run depends on: position, factors, moments, dropout streams and best epoch.
+    """All that the rest of a run depends on: position, factors, moments, dropout streams and best factors.
 
     Attributes:
         model, optimizer, parameters: the objects that change in training.
         history: the records so far.
-        early_stopping: the best epoch so far.
+        early_stopping: the best evaluation so far.
         step: updates made.
         epoch, batch: epochs finished, and batches used of the current epoch.
         total_steps: where the run will end; None if the number of batches is unknown.
@@ -30,21 +30,34 @@ class RunState:
     """
 
     def __init__(
-        self, model: Module, optimizer: Optimizer, total_steps: int | None, patience: int | None
+        self,
+        model: Module,
+        optimizer: Optimizer,
+        total_steps: int | None,
+        patience: int | None,
+        keeps_best: bool,
     ) -> None:
         self.model, self.optimizer, self.parameters = model, optimizer, model.parameters()
-        self.history, self.early_stopping = History(), EarlyStopping(model, patience)
+        self.history, self.early_stopping = History(), EarlyStopping(model, patience, keeps_best)
         self.step = self.epoch = self.batch = 0
         self.total_steps = total_steps
         self.updating = False
         self.divergence: NonFiniteLossError | None = None
         self._adapters = list(model.adapter_layers().values())
         self._streams = self._dropout_streams()
+        self._closing: EvaluationRecord | None = None  # the evaluation that closing the last epoch made
 
     @property
-    def position(self) -> tuple[int, int, int, int]:
-        """Step, epoch, batch and the number of closed epochs: a checkpoint is new if these have changed."""
-        return self.step, self.epoch, self.batch, len(self.history.epochs)
+    def position(self) -> tuple[int, ...]:
+        """Where the run stands; a checkpoint is new if this has changed."""
+        history = self.history
+        return self.step, self.epoch, self.batch, len(history.epochs), len(history.evaluations)
+
+    @property
+    def last_evaluation(self) -> EvaluationRecord | None:
+        """The evaluation of the present factors; None if they have not been evaluated."""
+        last = self.history.evaluations[-1:]
+        return last[0] if last and last[0].step == self.step else None
 
     def prepare(self) -> None:
         """Give the optimiser its moments if it has none yet, and clear the gradients."""
@@ -66,21 +79,29 @@ class RunState:
         for layer, stream in zip(self._adapters, self._streams, strict=True):
             layer.dropout_stream = stream
 
-    def close_epoch(self, metrics: dict[str, float]) -> EpochRecord:
-        """Record the current epoch with its validation metrics, and use them for early stopping."""
-        record = self.history.epoch_record(self.epoch + 1, metrics)
+    def add_evaluation(self, record: EvaluationRecord) -> None:
+        """Record an evaluation of the present factors, and use it for early stopping."""
+        self.history.evaluations.append(record)
+        self.early_stopping.judge(record)
+
+    def close_epoch(self, record: EpochRecord, evaluation: EvaluationRecord | None, complete: bool) -> None:
+        """Record the current epoch and the evaluation that was made for it; if complete, go to the next."""
+        if evaluation is not None:
+            self.add_evaluation(evaluation)
         self.history.epochs.append(record)
-        self.early_stopping.judge(self.epoch + 1, metrics.get("loss"))
-        return record
+        self._closing = evaluation
+        if complete:
+            self.epoch, self.batch = self.epoch + 1, 0
 
     def reopen_epoch(self) -> None:
-        """Undo `close_epoch` if the current epoch was closed: a resumed run closes it at its end."""
+        """Undo `close_epoch` if the current epoch is closed: a resumed run closes it at its end.
+
+        The state before it is in the last checkpoint, so the best factors may stay as they are.
+        """
         if self.history.epochs and self.history.epochs[-1].epoch == self.epoch + 1:
             self.history.epochs.pop()
-            self.early_stopping.forget_last()
-
-    def next_epoch(self) -> None:
-        self.epoch, self.batch = self.epoch + 1, 0
+            if self._closing is not None:
+                self.history.evaluations.pop()
 
     def checkpoint(self, settings: dict[str, Any], base: str) -> Checkpoint:
         """The state as a checkpoint. It shares the model's arrays instead of copying them."""
@@ -94,6 +115,7 @@ class RunState:
             base=base,
             best=self.early_stopping.best,
             epochs=self.history.epoch_rows(),
+            evaluations=self.history.evaluation_rows(),
             log_bytes=0,
             parameters=factors(self.model),
             optimizer=self.optimizer.state_dict(copy=False),
@@ -109,8 +131,13 @@ class RunState:
         self.optimizer.init(self.parameters)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.history.steps, self.history.epochs = history.steps, history.epochs
+        self.history.evaluations = history.evaluations
         self.step, self.epoch, self.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
-        self.early_stopping.continue_from(checkpoint.best, checkpoint.best_parameters)
+        best = checkpoint.best
+        if best is not None and best["epoch"] and not best["step"]:  # an older schema: the end of an epoch
+            steps = [record.step for record in history.epochs if record.epoch == best["epoch"]]
+            best = {**best, "step": max(steps, default=0)}
+        self.early_stopping.continue_from(best, checkpoint.best_parameters)
 
     def _dropout_streams(self) -> list[tuple[int, int]]:
         return [layer.dropout_stream for layer in self._adapters]

@@ -18,7 +18,7 @@ from nplora.runtime.user_warning import warn_user
 from nplora.trainer.batches import ArrayBatches, batches_of, validation_of
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.evaluation import check_rows, evaluate, predict
-from nplora.trainer.fit_config import FitConfig
+from nplora.trainer.fit_config import KEEP, FitConfig
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History
 from nplora.trainer.progress import progress_line
@@ -94,7 +94,9 @@ class Trainer(TrainingSetup):
         batch_size: int = 32,
         shuffle: bool = True,
         validation: tuple[npt.ArrayLike, npt.ArrayLike] | Iterable[Any] | None = None,
+        eval_every: int | None = None,
         patience: int | None = None,
+        keep: str = "best",
         checkpoint_dir: StrPath | None = None,
         checkpoint_every: int | None = None,
         save_minutes: float = 5.0,
@@ -130,10 +132,14 @@ class Trainer(TrainingSetup):
             epochs, steps: passes over the data (1 if neither is given), or updates of the parameters.
             batch_size: rows in a batch; the last batch of an epoch may have fewer.
             shuffle: take the rows in a new random order in each epoch, drawn from (seed, epoch).
-            validation: a tuple of two arrays, or an iterable of batches, evaluated after every epoch.
-            patience: stop after this many epochs in a row without a lower validation loss (early stopping).
-                A loss that is NaN or infinite is not lower. However the run ends, the model then has the
-                factors of the best epoch.
+            validation: a tuple of two arrays, or an iterable of batches, evaluated after every epoch and at
+                the end of the run.
+            eval_every: steps between two evaluations, besides those.
+            patience: stop after this many evaluations in a row without a lower validation loss (early
+                stopping). A loss that is NaN or infinite is not lower.
+            keep: with validation data, the factors that the model has after the run: "best", those of the
+                evaluation with the lowest loss, or "last". Without validation data, and after Ctrl-C or an
+                error, they are those of the last step. Checkpoints hold both.
             checkpoint_dir: a directory for checkpoints and `log.jsonl`, made if needed.
             checkpoint_every: steps between checkpoints; None: a checkpoint at the end of an epoch, if the
                 last checkpoint is at least a second old. A run always writes a checkpoint at the beginning,
@@ -169,8 +175,9 @@ class Trainer(TrainingSetup):
             files.require_named(_OP, checkpoint_dir=checkpoint_dir)
             files.require_directory(checkpoint_dir)
         config = self._fit_config(
-            x, y, epochs, steps, batch_size, shuffle, validation, patience, checkpoint_every, save_minutes
-        )
+            x, y, epochs, steps, batch_size, shuffle, validation, eval_every, patience, keep,
+            checkpoint_every, save_minutes,
+        )  # fmt: skip
         self._check_model()
         for batches in (config.batches, config.validation):
             if isinstance(batches, ArrayBatches):
@@ -258,19 +265,23 @@ class Trainer(TrainingSetup):
         batch_size: int,
         shuffle: bool,
         validation: Any,
+        eval_every: int | None,
         patience: int | None,
+        keep: str,
         checkpoint_every: int | None,
         save_minutes: float,
     ) -> FitConfig:
         if epochs is not None and steps is not None:
             raise ValueError(f"{_OP}: epochs and steps are both given; one of them ends the run")
         epochs = 1 if epochs is None and steps is None else epochs
-        for name, value in (("patience", patience), ("checkpoint_every", checkpoint_every)):
+        counts = {"eval_every": eval_every, "patience": patience, "checkpoint_every": checkpoint_every}
+        for name, value in counts.items():
             if value is not None:
                 _check.integer(_OP, name, value, least=1)
+                if name != "checkpoint_every" and validation is None:
+                    raise ValueError(f"{_OP}: {name} needs validation data")
         minutes = _check.at_least(_OP, "save_minutes", save_minutes, 0)
-        if patience is not None and validation is None:
-            raise ValueError(f"{_OP}: patience needs validation data")
+        _check.choice(_OP, "keep", keep, KEEP)
         batches = batches_of(_OP, x, y, batch_size, shuffle, self.seed)
         total = steps
         if epochs is not None and batches.length is not None:
@@ -280,7 +291,7 @@ class Trainer(TrainingSetup):
                 f"{_OP}: schedule={self.schedule!r} needs to know where the run ends: "
                 "give steps, or batches that have a len"
             )
-        several = epochs is None or epochs > 1
+        several = epochs is None or epochs > 1 or eval_every is not None
         config = FitConfig(
             batches=batches,
             validation=None
@@ -289,7 +300,9 @@ class Trainer(TrainingSetup):
             epochs=None if epochs is None else _check.integer(_OP, "epochs", epochs, least=0),
             steps=None if steps is None else _check.integer(_OP, "steps", steps, least=0),
             total_steps=total,
+            eval_every=eval_every,
             patience=patience,
+            keep=keep,
             checkpoint_every=checkpoint_every,
             save_seconds=60 * minutes or math.inf,
         )

@@ -1,6 +1,7 @@
 """TrainingRun: one call of `Trainer.fit`, from its first step or a checkpoint to its end."""
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from nplora.runtime.user_warning import warn_user
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.evaluation import evaluate
 from nplora.trainer.fit_config import FitConfig
-from nplora.trainer.history import History
+from nplora.trainer.history import EVALUATION, EvaluationRecord, History
 from nplora.trainer.interrupts import Interrupts, Terminated
 from nplora.trainer.run import Run
 from nplora.trainer.run_checkpoints import RESUME_HINT, RunCheckpoints
@@ -29,7 +30,8 @@ class TrainingRun(Run):
         callbacks: list[Callback],
         directory: RunDirectory | None = None,
     ) -> None:
-        state = RunState(setup.model, setup.optimizer, config.total_steps, config.patience)
+        keeps_best = config.validation is not None and config.keep == "best"
+        state = RunState(setup.model, setup.optimizer, config.total_steps, config.patience, keeps_best)
         super().__init__(state, directory)
         self._setup, self._config, self._callbacks = setup, config, callbacks
         self._stepper = Stepper(setup, state)
@@ -91,16 +93,19 @@ class TrainingRun(Run):
 
     def _finish(self) -> None:
         history = self.history
-        history.best_epoch = self._state.early_stopping.restore_best()
         history.ended = self._ended or "complete"
+        if not history.interrupted and (best := self._state.early_stopping.restore_best()):
+            history.best_step, history.best_epoch = best["step"], best["epoch"]
+            history.best_loss = best["loss"]
         if history.steps and not any(record.count for record in history.steps):
             warn_user("Trainer.fit: no label counts in any step, so nothing was trained")
-        self.log("end", {"ended": history.ended, "step": self.step})
+        self.log("end", {"ended": history.ended, "step": self.step, "best_step": history.best_step})
 
     # ---- the loop ----
 
     def _train(self) -> None:
         self._call("on_fit_start")
+        self._evaluate_if_due()  # a run may have stopped between a step and its evaluation
         while not self._is_over():
             if self._make_steps_of_epoch():
                 self._close_epoch(complete=True)
@@ -138,19 +143,46 @@ class TrainingRun(Run):
             record = self._stepper.update()
             self.log("step", dataclasses.asdict(record))
         self._call("on_step_end", record)
+        self._evaluate_if_due()
         if self._checkpoints is not None and self._checkpoints.is_due_after_step():
             self._save()
 
+    def _evaluate_if_due(self) -> None:
+        """Evaluate after every `eval_every` steps."""
+        every, state = self._config.eval_every, self._state
+        if every is None or not self.step or self.step % every or state.last_evaluation is not None:
+            return
+        record = self._evaluation(state.history.steps[-1].epoch)
+        assert record is not None, "eval_every needs validation data"
+        with self._interrupts.hold():
+            self.log(EVALUATION, dataclasses.asdict(record))
+            state.add_evaluation(record)
+            self._stop_if_patience_is_lost()
+        self._call("on_evaluation", record)
+
+    def _evaluation(self, epoch: int) -> EvaluationRecord | None:
+        """Evaluate the validation data, if there are any."""
+        validation, started = self._config.validation, time.perf_counter()
+        if validation is None:
+            return None
+        metrics = evaluate(self.model, self._setup.loss, validation)
+        seconds = time.perf_counter() - started
+        return EvaluationRecord(self.step, epoch, metrics["loss"], metrics.get("accuracy"), seconds)
+
     def _close_epoch(self, complete: bool) -> None:
         """Validate, record the epoch and, if it is complete, go to the next epoch."""
-        validation = self._config.validation
-        metrics = evaluate(self.model, self._setup.loss, validation) if validation else {}
+        state = self._state
+        found = state.last_evaluation
+        made = self._evaluation(state.epoch + 1) if found is None else None
+        record = state.history.epoch_record(state.epoch + 1, found or made)
         with self._interrupts.hold():
-            record = self._state.close_epoch(metrics)
+            if made is not None:
+                self.log(EVALUATION, dataclasses.asdict(made))
             self.log("epoch", dataclasses.asdict(record))
+            state.close_epoch(record, made, complete)
             self._stop_if_patience_is_lost()
-            if complete:
-                self._state.next_epoch()
+        if made is not None:
+            self._call("on_evaluation", made)
         self._call("on_epoch_end", record)
 
     def _stop_if_patience_is_lost(self) -> None:

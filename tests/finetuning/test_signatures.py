@@ -13,7 +13,7 @@ from nplora.finetuning import EvaluateOptions, FinetuneOptions, evaluate, finetu
 
 # The arguments of each function that are not options.
 OWN = {
-    finetune: ["model", "data", "output", "valid", "progress"],
+    finetune: ["model", "data", "output", "valid", "progress", "callbacks"],
     plan: ["model", "data", "valid"],
     evaluate: ["model", "data", "adapter", "any_base", "progress"],
 }

@@ -63,6 +63,9 @@ def plan(
     learn: str = "completion",
     skip_bad: bool = False,
     strict: bool = False,
+    eval_every: int | None = None,
+    patience: int | None = None,
+    keep: str = "best",
     compute: str | None = None,
     recompute: bool = False,
     memory: str | int | None = None,
@@ -212,6 +215,7 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
         steps,
         options.accumulate,
         evaluated=0 if held_out is None else _largest_evaluation(held_out),
+        keeps_best=held_out is not None and options.keep == "best",
         prefix_tokens=inputs.tokens if options.keep_prefix == "memory" else 0,
     )
 

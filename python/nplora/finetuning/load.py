@@ -92,6 +92,7 @@ def read_inputs(
     parts: list[Part | None] = [None, None]
     if share is not None:
         held_out_sources, parts = sources, [Part(share, held_out) for held_out in (False, True)]
+    require_validation(op, options, held_out_sources is not None)
     objective = objective_of(options)
     train = _read(op, lm, objective, sources, options, parts[0])
     held_out = None
@@ -100,6 +101,13 @@ def read_inputs(
     read = {"training data": sources, "validation data": held_out_sources or []}
     paths = [(what, source.path) for what, given in read.items() for source in given if source.path]
     return RunInputs(lm, train, held_out, _start(op, lm, options), paths, objective)
+
+
+def require_validation(op: str, options: FinetuneOptions, given: bool) -> None:
+    """Raise a ValueError if an option needs validation data, and there are none."""
+    for name in ("eval_every", "patience"):
+        if getattr(options, name) is not None and not given:
+            raise ValueError(f"{op}: {name} needs validation data: give valid or valid_split")
 
 
 def require_plain(op: str, lm: LanguageModel) -> None:

@@ -21,6 +21,7 @@ from nplora.finetuning.planning import parse_bytes
 from nplora.lm.adapting import parse_blocks, target_names
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
+from nplora.trainer.fit_config import KEEP
 from nplora.weights import COMPUTES, INFERENCE_COMPUTES
 
 T = TypeVar("T")
@@ -30,8 +31,8 @@ KEEP_PREFIX = ("off", "memory", "disk")
 _OF_THE_ADAPTER = ("rank", "alpha", "targets", "layers", "use_rslora", "use_dora", "init")
 
 # Groups of options, as --help shows them.
-_ADAPTER, _TRAINING, _BATCHES, _DATA, _SPEED, _RUN = (
-    "adapter", "training", "batches", "data", "memory and speed", "run",
+_ADAPTER, _TRAINING, _BATCHES, _DATA, _VALIDATION, _SPEED, _RUN = (
+    "adapter", "training", "batches", "data", "validation", "memory and speed", "run",
 )  # fmt: skip
 
 
@@ -137,6 +138,20 @@ class FinetuneOptions:
     )
     skip_bad: bool = _option(_DATA, False, "skip bad lines of the data, and count them")
     strict: bool = _option(_DATA, False, "refuse examples that are longer than `max_length`")
+    eval_every: int | None = _unplanned(
+        _VALIDATION, None, "steps between evaluations of the validation data, besides those after every epoch"
+    )
+    patience: int | None = _unplanned(
+        _VALIDATION,
+        None,
+        "evaluations in a row without a lower validation loss after which the run ends (early stopping)",
+    )
+    keep: str = _option(
+        _VALIDATION,
+        "best",
+        "adapter that is saved if there are validation data: best (of the lowest validation loss) or last",
+        choices=KEEP,
+    )
     compute: str | None = _option(
         _SPEED,
         None,
@@ -208,14 +223,14 @@ class FinetuneOptions:
     def _check_choices(self, op: str) -> None:
         for name, words in (
             ("schedule", SCHEDULES), ("init", LoRALinear.inits),
-            ("keep_prefix", KEEP_PREFIX),
+            ("keep_prefix", KEEP_PREFIX), ("keep", KEEP),
         ):  # fmt: skip
             _check.choice(op, name, getattr(self, name), words)
         if self.compute is not None:
             _check.choice(op, "compute", self.compute, COMPUTES)
 
     def _check_numbers(self, op: str) -> None:
-        for name in ("epochs", "steps", "batch_tokens", "batch_examples"):
+        for name in ("epochs", "steps", "batch_tokens", "batch_examples", "eval_every", "patience"):
             if getattr(self, name) is not None:
                 _check.integer(op, name, getattr(self, name), least=1)
         _check.rank(op, self.rank)

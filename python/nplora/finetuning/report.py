@@ -42,11 +42,12 @@ class FinetuneReport:
     Attributes:
         output: the directory with the adapter.
         train, valid: summaries of the training data and the validation data.
-        loss_before, loss_after: validation loss before and after training; None without validation data.
-            `loss_before` is also None if the log of a resumed run does not have it. `loss_after` is also None
-            if the run was interrupted.
+        loss_before, loss_after: validation loss before training, and of the saved adapter; None without
+            validation data. `loss_before` is also None if the log of a resumed run does not have it.
+            `loss_after` is also None if the run was interrupted.
         samples: prompts, with the texts before and after training.
-        history: the records of the trainer.
+        history: the records of the trainer. `history.best_step` is the step of the saved adapter if it is
+            the best one.
         trained: number of trained values.
         parameters: number of all values of the model.
         was_finished: whether the resumed run was already finished, so that nothing was trained.
@@ -86,7 +87,7 @@ class FinetuneReport:
             lines.insert(0, "the run was already finished: nothing was trained")
         if self.loss_after is not None:
             before = "" if self.loss_before is None else f"{self.loss_before:.4f} -> "
-            lines.append(f"validation loss {before}{self.loss_after:.4f}")
+            lines.append(f"validation loss {before}{self.loss_after:.4f}{self._best()}")
         last = history.steps[-RECENT:]
         losses = f", loss {history.loss[0]:.4f}" if last else ""
         if len(last) > 1:
@@ -100,5 +101,14 @@ class FinetuneReport:
         )
         lines.append(f"trained {self.trained:,} of {self.parameters:,} values")
         ended = ", interrupted: --resume continues" if history.interrupted else ""
+        if history.ended == "patience":
+            lines.append("the validation loss did not fall any more, so the run ended early (patience)")
         lines.append(f"{self.output}{os.sep} holds the adapter (PEFT's format){ended}")
         return "\n".join(lines)
+
+    def _best(self) -> str:
+        """The step of the saved adapter, if there was a choice."""
+        evaluations, best = self.history.evaluations, self.history.best_step
+        if best is None or len(evaluations) < 2:
+            return ""
+        return f" (step {best}, the lowest of {len(evaluations)} evaluations)"

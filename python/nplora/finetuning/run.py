@@ -31,6 +31,7 @@ from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import layer_stream
 from nplora.nn.optim import AdamW
 from nplora.trainer import Callback, History, Trainer
+from nplora.trainer.callbacks import checked_callbacks
 from nplora.trainer.fingerprint import set_factors
 from nplora.trainer.run_directory import RunDirectory
 
@@ -43,6 +44,7 @@ def finetune(
     *,
     valid: Data | None = None,
     progress: bool | None = None,
+    callbacks: Sequence[Callback] = (),
     rank: int = 8,
     alpha: float = 16.0,
     targets: str | Sequence[str] = ("all-linear",),
@@ -72,6 +74,9 @@ def finetune(
     learn: str = "completion",
     skip_bad: bool = False,
     strict: bool = False,
+    eval_every: int | None = None,
+    patience: int | None = None,
+    keep: str = "best",
     compute: str | None = None,
     recompute: bool = False,
     memory: str | int | None = None,
@@ -86,8 +91,9 @@ def finetune(
     """Fine-tune a language model with LoRA on a file of text, and save the adapter in PEFT's format.
 
     The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run and saves the adapter as
-    it is at that moment. `resume=True` continues the run; the results are bit for bit the same as without a
-    stop. Nothing is written before all input is read and checked.
+    it is at that moment, even if an earlier one had a lower validation loss. `resume=True` continues the run;
+    the results are bit for bit the same as without a stop. Nothing is written before all input is read and
+    checked.
 
     If a step raises an error, the run is saved too, and a note on the error says so. If a loss is not finite,
     the model and the output directory get the adapter of the last checkpoint before the failed step, unless
@@ -100,8 +106,10 @@ def finetune(
             weights, as for `nplora.data.read_dataset`; or a directory with train.jsonl and perhaps
             valid.jsonl.
         output: directory for the adapter, the checkpoints and the log.
-        valid: rows to evaluate on, before training and after every epoch; of the same kinds as `data`.
+        valid: rows to evaluate on, before training and after every epoch; of the same kinds as `data`. The
+            adapter of the lowest loss is saved; see `keep`.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
+        callbacks: `Callback`s of your own; `run.model` is the language model.
         rank: rank of the LoRA factors.
         alpha: LoRA alpha: the update is scaled by alpha / rank.
         targets: layers that get an adapter: all-linear, or a list of names such as q_proj,v_proj.
@@ -134,6 +142,11 @@ def finetune(
         learn: tokens to train on: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
         strict: refuse examples that are longer than `max_length`.
+        eval_every: steps between evaluations of the validation data, besides those after every epoch.
+        patience: evaluations in a row without a lower validation loss after which the run ends (early
+            stopping).
+        keep: adapter that is saved if there are validation data: best (of the lowest validation loss) or
+            last.
         compute: arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32, unless
             `memory` is too small for float32).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
@@ -174,7 +187,8 @@ def finetune(
     >>> lm = nplora.finetuning.load_with_adapter("model.gguf", "out")
     """
     chosen = from_arguments("finetune", FinetuneOptions, locals())
-    return _finetune(model, data, output, valid, progress, chosen)
+    checked = checked_callbacks("finetune", callbacks)
+    return _finetune(model, data, output, valid, progress, checked, chosen)
 
 
 def _finetune(
@@ -183,6 +197,7 @@ def _finetune(
     output: StrPath,
     valid: Data | None,
     progress: bool | None,
+    own: list[Callback],
     chosen: FinetuneOptions,
 ) -> FinetuneReport:
     files.require_named("finetune", output=output)
@@ -215,7 +230,7 @@ def _finetune(
             if chosen.resume:
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")
             baseline.measure()
-        callbacks = [baseline, *([TokenProgress(loss=loss)] if speaks(progress) else [])]
+        callbacks = [baseline, *own, *([TokenProgress(loss=loss)] if speaks(progress) else [])]
         base = None if isinstance(model, LanguageModel) else os.fspath(model)
         with _saved_as_of_a_good_step(lm, directory, base):
             history = _train(_trainer(lm, loss, chosen, callbacks), batches, validation, chosen, directory)
@@ -291,6 +306,9 @@ def _train(
         epochs=options.epochs,
         steps=options.steps,
         validation=validation,
+        eval_every=options.eval_every,
+        patience=options.patience,
+        keep=options.keep,
         checkpoint_dir=directory,
         checkpoint_every=options.save_every,
         save_minutes=options.save_minutes,
@@ -342,10 +360,17 @@ def _report(
         train=inputs.train.report,
         valid=None if inputs.held_out is None else inputs.held_out.report,
         loss_before=baseline.loss,
-        loss_after=history.epochs[-1].val_loss if history.epochs and not stopped else None,
+        loss_after=None if stopped else _loss_after(history),
         samples=tuple(map(Sample, options.sample, baseline.answers, after)),
         history=history,
         trained=lm.num_trainable,
         parameters=lm.num_parameters,
         was_finished=baseline.was_finished,
     )
+
+
+def _loss_after(history: History) -> float | None:
+    """The validation loss of the saved adapter."""
+    if history.best_loss is not None:
+        return history.best_loss
+    return history.epochs[-1].val_loss if history.epochs else None

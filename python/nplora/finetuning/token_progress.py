@@ -13,7 +13,7 @@ from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.planning import peak_memory
 from nplora.finetuning.report import RECENT, mean_loss
 from nplora.runtime.stderr import stderr
-from nplora.trainer import Callback, EpochRecord, Run, StepRecord
+from nplora.trainer import Callback, EpochRecord, EvaluationRecord, Run, StepRecord
 
 
 def speaks(progress: bool | None) -> bool:
@@ -63,6 +63,11 @@ class TokenProgress(Callback):
         if last or time.monotonic() - self._drawn >= self._every:
             self._drawn = time.monotonic()
             self._draw(self._text(run, record))
+
+    def on_evaluation(self, run: Run, record: EvaluationRecord) -> None:
+        if not run.history.epochs or run.history.epochs[-1].step != record.step:
+            self._draw(f"step {record.step}: validation loss {record.val_loss:.4f}")
+            self._break()
 
     def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
         validation = "" if record.val_loss is None else f", validation loss {record.val_loss:.4f}"

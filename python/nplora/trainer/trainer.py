@@ -16,7 +16,7 @@ from nplora.nn.module import Module
 from nplora.nn.optim import Optimizer
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer.batches import ArrayBatches, batches_of, validation_of
-from nplora.trainer.callbacks import Callback
+from nplora.trainer.callbacks import Callback, checked_callbacks
 from nplora.trainer.evaluation import check_rows, evaluate, predict
 from nplora.trainer.fit_config import KEEP, FitConfig
 from nplora.trainer.fused import FusedLoss
@@ -78,7 +78,7 @@ class Trainer(TrainingSetup):
         progress: bool | None = None,
     ) -> None:
         super().__init__(model, loss, optimizer, schedule, warmup_steps, accumulate, clip_norm, seed)
-        self.callbacks = _callbacks(callbacks)
+        self.callbacks = checked_callbacks("Trainer", callbacks)
         if not isinstance(progress, bool | None):
             raise TypeError(f"Trainer: progress is {_check.kind(progress)}, expected True, False or None")
         self.progress = progress
@@ -325,16 +325,6 @@ class Trainer(TrainingSetup):
                 classes = self.model(batches.x[:1]).shape[-1]
             labelled = batches.y[batches.y != self.loss.ignore_index]
             _check.in_range(_OP, "y", labelled, classes)
-
-
-def _callbacks(callbacks: Any) -> list[Callback]:
-    if not isinstance(callbacks, Iterable):
-        raise TypeError(f"Trainer: callbacks is {_check.kind(callbacks)}, expected a list of Callbacks")
-    checked = list(callbacks)
-    for number, callback in enumerate(checked):
-        if not isinstance(callback, Callback):
-            raise TypeError(f"Trainer: callbacks[{number}] is {_check.kind(callback)}, expected a Callback")
-    return checked
 
 
 def _at(directory: RunDirectory) -> str:

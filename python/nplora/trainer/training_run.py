@@ -35,6 +35,7 @@ class TrainingRun(Run):
         super().__init__(state, directory)
         self._setup, self._config, self._callbacks = setup, config, callbacks
         self._stepper = Stepper(setup, state)
+        self._gradient_callbacks = [callback for callback in callbacks if _sees_gradients(callback)]
         self._checkpoints: RunCheckpoints | None = None
         self._interrupts = Interrupts(terminate=directory is not None)
 
@@ -139,6 +140,10 @@ class TrainingRun(Run):
         return not self._is_over()
 
     def _update(self) -> None:
+        if self._gradient_callbacks and self._stepper.has_gradients:
+            gradients = self._stepper.gradients()
+            for callback in self._gradient_callbacks:
+                callback.on_before_optimizer_step(self, gradients)
         with self._interrupts.hold():
             record = self._stepper.update()
             self.log("step", dataclasses.asdict(record))
@@ -206,3 +211,9 @@ class TrainingRun(Run):
             if self._checkpoints is not None:
                 self._checkpoints.save_after(error)
             raise
+
+
+def _sees_gradients(callback: Callback) -> bool:
+    """Whether a callback has a hook of its own before the optimiser's step."""
+    hook = callback.on_before_optimizer_step
+    return getattr(hook, "__func__", hook) is not Callback.on_before_optimizer_step

@@ -83,7 +83,9 @@ def needed(
     True
     """
     largest, threads = work.largest(plan.micro_tokens), get_num_threads()
-    return predicted(lm, adapters, largest, work.evaluated, plan, threads, resident, work.prefix_tokens)
+    return predicted(
+        lm, adapters, largest, work.evaluated, plan, threads, resident, work.prefix_tokens, work.keeps_best
+    )
 
 
 def choose(

@@ -204,6 +204,7 @@ def predicted(
     threads: int,
     resident: tuple[int, int],
     prefix_tokens: int = 0,
+    keeps_best: bool = False,
 ) -> Memory:
     """Predict the peak memory of training.
 
@@ -212,6 +213,7 @@ def predicted(
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
         resident: bytes in memory before the adapters are made, and bytes of the weights not read yet.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
+        keeps_best: whether a copy of the best factors is kept.
 
     >>> planning = nplora.finetuning.planning
     >>> lm = nplora.load_model("model.gguf")
@@ -248,7 +250,7 @@ def predicted(
     return Memory(
         process,
         weights,
-        4 * _FLOAT * adapters.numbers + adapters.taken,
+        (5 if keeps_best else 4) * _FLOAT * adapters.numbers + adapters.taken,
         _FLOAT * config.hidden_size * prefix_tokens,
         kept,
         work,

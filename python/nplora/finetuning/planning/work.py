@@ -27,6 +27,7 @@ class Work:
         steps: the number of steps of the run.
         accumulate: the number of batches in a step.
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
+        keeps_best: whether a copy of the best factors is kept.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
 
     >>> work = nplora.finetuning.planning.Work([(np.array([8, 5]), np.array([3, 2]))], steps=10)
@@ -40,6 +41,7 @@ class Work:
     steps: int
     accumulate: int = 1
     evaluated: int = 0
+    keeps_best: bool = False
     prefix_tokens: int = 0
 
     def micro_batches(self, micro_tokens: int | None) -> Iterator[MicroBatch]:

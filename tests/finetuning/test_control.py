@@ -1,0 +1,186 @@
+"""Control of a fine-tuning run: evaluations at steps, early stopping and the adapter that is kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nplora
+from nplora import cli
+from nplora.finetuning import evaluate, finetune, plan
+from nplora.trainer import Callback, Run, StepRecord
+from small_llama import save_small_llama
+
+pytest.importorskip("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_llama(tmp_path_factory.mktemp("model") / "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with train.jsonl and valid.jsonl."""
+    rows = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(24)]
+    directory = tmp_path_factory.mktemp("data")
+    for name, part in (("train", rows[4:]), ("valid", rows[:4])):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return directory
+
+
+# A learning rate at which the validation loss falls and rises. An epoch has 5 steps.
+WILD: dict[str, Any] = {
+    "rank": 2,
+    "lr": 0.1,
+    "batch_examples": 4,
+    "steps": 18,
+    "eval_every": 2,
+    "schedule": "constant",
+}
+
+
+def factors_of(directory: Path) -> bytes:
+    return (directory / "adapter_model.safetensors").read_bytes()
+
+
+class StopAfter(Callback):
+    """Ctrl-C after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
+        if record.step == self.step:
+            raise KeyboardInterrupt
+
+
+# ---- the adapter that is kept ----
+
+
+def test_the_adapter_of_the_lowest_validation_loss_is_saved(model: Path, data: Path, tmp_path: Path) -> None:
+    best = finetune(model, data, tmp_path / "best", **WILD)
+    history = best.history
+    losses = {record.step: record.val_loss for record in history.evaluations}
+    assert list(losses) == [2, 4, 5, 6, 8, 10, 12, 14, 15, 16, 18]
+    step = min(losses, key=losses.__getitem__)
+    assert 2 < step < 18, "the test needs a best evaluation in the middle"
+    assert (history.best_step, best.loss_after, history.best_loss) == (step, losses[step], losses[step])
+    measured = evaluate(model, data, adapter=tmp_path / "best")["loss"]
+    assert measured == pytest.approx(losses[step], rel=1e-6)
+    assert f"-> {losses[step]:.4f} (step {step}, the lowest of 11 evaluations)" in str(best)
+
+    last = finetune(model, data, tmp_path / "last", **WILD, keep="last")
+    assert (last.history.best_step, last.loss_after) == (None, losses[18])
+    assert evaluate(model, data, adapter=tmp_path / "last")["loss"] == pytest.approx(losses[18], rel=1e-6)
+    assert f"-> {losses[18]:.4f}\n" in str(last)
+    alone = finetune(model, data / "train.jsonl", tmp_path / "alone", **WILD | {"eval_every": None})
+    assert alone.history.best_step is None
+    assert factors_of(tmp_path / "alone") == factors_of(tmp_path / "last") != factors_of(tmp_path / "best")
+
+
+def test_patience_ends_a_run_and_keeps_its_best_adapter(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = WILD | {"steps": 60, "patience": 3}
+    report = finetune(model, data, tmp_path / "out", **options, progress=True)
+    history = report.history
+    end = len(history.steps)
+    expected = [step for step in range(1, end + 1) if step % 2 == 0 or step % 5 == 0]
+    assert history.ended == "patience"
+    assert [record.step for record in history.evaluations] == expected
+    after = [record.step for record in history.evaluations if record.step > (history.best_step or 60)]
+    assert len(after) == 3
+    assert "ended early (patience)" in str(report)
+    assert "step 2: validation loss" in capsys.readouterr().err
+    again = finetune(model, data, tmp_path / "out", **options, resume=True)
+    assert again.history.evaluations == history.evaluations
+    assert again.loss_after == report.loss_after
+
+
+@pytest.mark.parametrize("step", [3, 4, 5, 9, 12, 17])
+def test_a_stopped_run_saves_its_last_adapter_and_resumes_to_the_best(
+    step: int, model: Path, data: Path, tmp_path: Path
+) -> None:
+    whole = finetune(model, data, tmp_path / "whole", **WILD)
+    stopped = finetune(model, data, tmp_path / "out", **WILD, callbacks=[StopAfter(step)])
+    assert (stopped.history.ended, stopped.loss_after, stopped.history.best_step) == (
+        "interrupted",
+        None,
+        None,
+    )
+    finetune(model, data / "train.jsonl", tmp_path / "short", **WILD | {"eval_every": None, "steps": step})
+    assert factors_of(tmp_path / "out") == factors_of(tmp_path / "short")
+    resumed = finetune(model, data, tmp_path / "out", **WILD, resume=True)
+    assert factors_of(tmp_path / "out") == factors_of(tmp_path / "whole")
+    assert (resumed.loss_after, resumed.history.loss) == (whole.loss_after, whole.history.loss)
+
+
+@pytest.mark.parametrize("option", ["eval_every", "patience"])
+def test_options_about_evaluations_need_validation_data(
+    option: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=f"^finetune: {option} needs validation data: give valid or valid_split"
+    ):
+        finetune(model, data / "train.jsonl", tmp_path / "out", **{option: 2})
+    with pytest.raises(ValueError, match=f"^finetune: {option} is 0, expected at least 1"):
+        finetune(model, data, tmp_path / "out", **{option: 0})
+    assert not (tmp_path / "out").exists()
+    finetune(model, data / "train.jsonl", tmp_path / "out", **{option: 2}, valid_split=0.3, steps=1)
+
+
+def test_callbacks_run_in_a_fine_tuning_run(model: Path, data: Path, tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Noted(Callback):
+        def __getattribute__(self, name: str) -> Any:
+            if name.startswith("on_"):
+                calls.append(name)
+            return super().__getattribute__(name)
+
+        def on_before_optimizer_step(self, run: Run, gradients: Any) -> None:
+            assert isinstance(run.model, nplora.LanguageModel)
+            names = {p.name for p in run.model.parameters()}
+            assert gradients.keys() == names
+            for gradient in gradients.values():
+                gradient[...] = 0
+
+    options = WILD | {"steps": 2}
+    finetune(model, data, tmp_path / "out", **options, callbacks=[Noted()])
+    assert (
+        calls[1:]
+        == [
+            "on_fit_start",
+            "on_checkpoint",
+            "on_before_optimizer_step",
+            "on_step_end",
+            "on_checkpoint",
+            "on_before_optimizer_step",
+            "on_step_end",
+            "on_evaluation",
+            "on_checkpoint",
+            "on_epoch_end",
+            "on_fit_end",
+        ]
+        or calls
+    )
+    adapter = nplora.read_adapter(tmp_path / "out")
+    assert all(not delta.A.any() for delta in adapter.values()), "without gradients A stays zero"
+    with pytest.raises(TypeError, match=r"^finetune: callbacks\[0\] is a builtin_f.*expected a Callback"):
+        finetune(model, data, tmp_path / "other", callbacks=[print])  # type: ignore[list-item]
+
+
+def test_a_plan_counts_the_copy_of_the_best_factors(model: Path, data: Path) -> None:
+    best, last = (plan(model, data, keep=keep).memory for keep in ("best", "last"))
+    assert best.factors - last.factors == last.factors // 4 > 0
+    assert plan(model, data / "train.jsonl").memory.factors == last.factors
+
+
+def test_the_command_line_has_the_options(model: Path, data: Path, tmp_path: Path) -> None:
+    words = ["finetune", str(model), "--data", str(data), "--output", str(tmp_path / "out"), "--lr", "0.1"]
+    assert cli.main([*words, "--steps", "30", "--eval-every", "1", "--patience", "1", "--keep", "last"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert lines[-1]["ended"] == "patience"
+    assert lines[-1]["best_step"] is None

@@ -74,6 +74,7 @@ _OTHER_NAMES = {
     "eval_every": "eval_steps steps_per_eval val_check_interval eval_interval eval_freq",
     "patience": "early_stopping_patience early_stopping_rounds early_stopping",
     "keep": "load_best_model_at_end restore_best_weights restore_best save_best keep_best",
+    "report_to": "log_with loggers tracker trackers",
     "resume": "resume_from_checkpoint",
     "overwrite": "overwrite_output_dir force",
     "output": "output_dir out out_dir save_path adapter_path",

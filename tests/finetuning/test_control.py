@@ -1,5 +1,6 @@
 """Control of a fine-tuning run: evaluations at steps, early stopping and the adapter that is kept."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,56 @@ def test_the_command_line_has_the_options(model: Path, data: Path, tmp_path: Pat
     lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     assert lines[-1]["ended"] == "patience"
     assert lines[-1]["best_step"] is None
+
+
+# ---- reports ----
+
+
+def test_reports_lie_in_the_output_directory_and_have_the_settings(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    options = WILD | {"report_to": "csv", "steps": 8}
+    out = tmp_path / "out"
+    finetune(model, data, out, **options, callbacks=[StopAfter(5)])
+    report = finetune(model, data, out, **options, resume=True)
+    with open(out / "reports/metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["loss"]) for row in rows if row["loss"]] == report.history.loss
+    losses = [record.val_loss for record in report.history.evaluations]
+    assert [float(row["eval_loss"]) for row in rows if row["eval_loss"]] == losses
+    rates = [float(row["tokens_per_second"] or 0) for row in rows if row["loss"]]
+    assert [rate > 0 for rate in rates] == [True] * 4 + [False] + [True] * 3, "Ctrl-C came before step 5's"
+    settings = json.loads((out / "reports/settings.json").read_text())
+    assert settings["model"] == str(model)
+    assert (settings["rank"], settings["targets"], settings["compute"]) == (2, "all-linear", "float32")
+
+
+def test_the_command_line_reports_to_tensorboard(model: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    out = tmp_path / "out"
+    words = ["finetune", str(model), "--data", str(data), "--output", str(out), "--steps", "3"]
+    assert cli.main([*words, "--report-to", "csv,tensorboard"]) == 0
+    assert (out / "reports/metrics.csv").exists()
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(out / "reports/tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/tokens_per_second")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("value", "error", "message"), [
+    ("csv,comet", ValueError, "report_to='comet' is not available; possible: 'tensorboard'"),
+    (3, TypeError, "report_to is 3, expected a list of texts"),
+    ([3], TypeError, r"report_to is \[3\], expected a list of texts"),
+])  # fmt: skip
+def test_wrong_reporters_are_refused(value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^finetune: {message}"):
+        finetune("m", "d", "o", report_to=value)
+
+
+def test_a_missing_library_stops_the_run_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    with pytest.raises(ModuleNotFoundError, match=r"^finetune: wandb needs wandb, .*pip install wandb$"):
+        finetune("no-model", "no-data", tmp_path / "out", report_to="wandb")
+    assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ OWN = {
 }
 FUNCTIONS = [(finetune, FinetuneOptions), (plan, FinetuneOptions), (evaluate, EvaluateOptions)]
 # A function takes more kinds of values than the checked options hold.
-TAKEN = {"targets": str | Sequence[str], "sample": Sequence[str]}
+TAKEN = {"targets": str | Sequence[str], "report_to": str | Sequence[str], "sample": Sequence[str]}
 
 
 @pytest.mark.parametrize(("function", "options"), FUNCTIONS)

@@ -72,6 +72,7 @@ def plan(
     keep_prefix: str = "off",
     save_every: int = 100,
     save_minutes: float = 5.0,
+    report_to: str | Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     sample: Sequence[str] = (),

@@ -22,6 +22,7 @@ from nplora.lm.adapting import parse_blocks, target_names
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
 from nplora.trainer.fit_config import KEEP
+from nplora.trainer.reporters import REPORTERS
 from nplora.weights import COMPUTES, INFERENCE_COMPUTES
 
 T = TypeVar("T")
@@ -180,6 +181,13 @@ class FinetuneOptions:
     )
     save_every: int = _unplanned(_RUN, 100, "steps between checkpoints")
     save_minutes: float = _unplanned(_RUN, 5.0, "maximum minutes between checkpoints; 0: no limit")
+    report_to: tuple[str, ...] = _unplanned(
+        _RUN,
+        (),
+        "where to report metrics: csv, tensorboard, wandb, mlflow; csv and tensorboard write into reports/ "
+        "in the output directory",
+        metavar="NAMES",
+    )
     resume: bool = _unplanned(
         _RUN,
         False,
@@ -200,6 +208,7 @@ class FinetuneOptions:
         self._check_choices(op)
         self._check_numbers(op)
         self.reading(self.max_length, op)
+        self._set("report_to", _reporter_names(self.report_to, op))
         self._set("sample", _check.texts(op, "sample", self.sample))
         if self.memory is not None:
             parse_bytes(self.memory, op)
@@ -309,6 +318,13 @@ def _reading(options: FinetuneOptions | EvaluateOptions, max_length: int | None,
         max_length, options.learn, options.format, parse_columns(options.columns, op), options.chat,
         options.skip_bad, options.strict, op,
     )  # fmt: skip
+
+
+def _reporter_names(given: Any, op: str) -> tuple[str, ...]:
+    """The names in "csv,wandb", or in several such texts."""
+    texts = _check.texts(op, "report_to", [given] if isinstance(given, str) else given)
+    names = (name.strip() for text in texts for name in text.split(","))
+    return tuple(_check.choice(op, "report_to", name, REPORTERS) for name in dict.fromkeys(names))
 
 
 def parse_columns(columns: Mapping[str, str] | str | None, op: str = "finetune") -> Mapping[str, str]:

@@ -4,9 +4,11 @@ The packages `nplora.lm` and `nplora.trainer` do not import each other; this mod
 """
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter, rollback_on_error, save_adapter
@@ -33,7 +35,10 @@ from nplora.nn.optim import AdamW
 from nplora.trainer import Callback, History, Trainer
 from nplora.trainer.callbacks import checked_callbacks
 from nplora.trainer.fingerprint import set_factors
+from nplora.trainer.reporters import reporting, require_reporters
 from nplora.trainer.run_directory import RunDirectory
+
+REPORTS = "reports"  # the directory in the output directory for the reports of `report_to`
 
 
 @_check.keywords
@@ -83,6 +88,7 @@ def finetune(
     keep_prefix: str = "off",
     save_every: int = 100,
     save_minutes: float = 5.0,
+    report_to: str | Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     sample: Sequence[str] = (),
@@ -157,6 +163,8 @@ def finetune(
             size per token.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
+        report_to: where to report metrics: csv, tensorboard, wandb, mlflow; csv and tensorboard write into
+            reports/ in the output directory.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
@@ -203,6 +211,7 @@ def _finetune(
     files.require_named("finetune", output=output)
     files.require_directory(output)
     place, say = files.absolute(output), speaker(progress)
+    require_reporters("finetune", chosen.report_to)
     earlier = find_earlier_run(place) if chosen.resume else None
     if earlier is not None and not isinstance(model, LanguageModel):
         chosen = earlier.keep_compute(chosen)
@@ -230,9 +239,15 @@ def _finetune(
             if chosen.resume:
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")
             baseline.measure()
-        callbacks = [baseline, *own, *([TokenProgress(loss=loss)] if speaks(progress) else [])]
         base = None if isinstance(model, LanguageModel) else os.fspath(model)
-        with _saved_as_of_a_good_step(lm, directory, base):
+        with (
+            reporting(
+                chosen.report_to, Path(directory, REPORTS), _shown(chosen, lm), lambda: loss.tokens
+            ) as sent,
+            _saved_as_of_a_good_step(lm, directory, base),
+        ):
+            line = [TokenProgress(loss=loss)] if speaks(progress) else []
+            callbacks = [baseline, *own, *sent, *line]
             history = _train(_trainer(lm, loss, chosen, callbacks), batches, validation, chosen, directory)
         _save(lm, directory, base)
         found_at = directory.seen_from(output)
@@ -275,6 +290,14 @@ def _prefix_in_use(lm: LanguageModel, prefix: PrefixCache | None) -> Iterator[No
         lm.model.prefix = None
         if prefix is not None:
             prefix.close()
+
+
+def _shown(options: FinetuneOptions, lm: LanguageModel) -> dict[str, Any]:
+    """The settings that reports show as hyper-parameters."""
+    chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return {"model": lm.source, "trained_values": lm.num_trainable, "compute": lm.compute} | {
+        name: value for name, value in chosen.items() if name != "compute"
+    }
 
 
 def _trainer(

@@ -9,7 +9,7 @@ import pytest
 
 import nplora
 from nplora import cli
-from nplora.finetuning import evaluate, finetune, plan
+from nplora.finetuning import evaluate, finetune, load_with_adapter, plan
 from nplora.trainer import Callback, Run, StepRecord
 from small_llama import save_small_llama
 
@@ -238,3 +238,74 @@ def test_a_missing_library_stops_the_run_before_anything_is_read(
     with pytest.raises(ModuleNotFoundError, match=r"^finetune: wandb needs wandb, .*pip install wandb$"):
         finetune("no-model", "no-data", tmp_path / "out", report_to="wandb")
     assert not (tmp_path / "out").exists()
+
+
+# ---- ranks of their own, and LoRA+ ----
+
+
+def test_a_run_trains_and_saves_layers_of_their_own_ranks(model: Path, data: Path, tmp_path: Path) -> None:
+    words = ["finetune", str(model), "--data", str(data), "--output", str(tmp_path / "out"), "--rank", "2"]
+    patterns = ["--rank-pattern", "q_proj=5,layers.1.mlp=3", "--alpha-pattern", "q_proj=10"]
+    assert cli.main([*words, "--steps", "2", *patterns]) == 0
+    adapter = nplora.read_adapter(tmp_path / "out")
+    ranks = {name.removeprefix("model.layers."): delta.rank for name, delta in adapter.items()}
+    assert {rank for name, rank in ranks.items() if name.endswith("q_proj")} == {5}
+    assert {rank for name, rank in ranks.items() if name.startswith("1.mlp")} == {3}
+    assert {rank for name, rank in ranks.items() if not name.endswith("q_proj") and "1.mlp" not in name} == {
+        2
+    }
+    scales = {delta.scale for name, delta in adapter.items() if name.endswith("q_proj")}
+    assert scales == {2.0}
+    assert any(delta.A.any() for name, delta in adapter.items() if name.endswith("q_proj"))
+    planned = plan(model, data, rank=2, rank_pattern="q_proj=5,layers.1.mlp=3")
+    lm = load_with_adapter(model, tmp_path / "out")
+    assert planned.memory.factors == 5 * 4 * lm.num_trainable
+    with pytest.raises(
+        ValueError, match=r"the run cannot continue with other data or settings: .*rank was 5"
+    ):
+        finetune(model, data, tmp_path / "out", rank=2, steps=2, resume=True)
+
+
+@pytest.mark.parametrize("function", [finetune, plan])
+def test_a_pattern_that_matches_no_layer_is_refused(
+    function: Any, model: Path, data: Path, tmp_path: Path
+) -> None:
+    output = [tmp_path / "out"] if function is finetune else []
+    with pytest.raises(
+        ValueError, match=f"^{function.__name__}: rank_pattern has 'q', which matches no adapted"
+    ):
+        function(model, data, *output, rank_pattern={"q": 3})
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="rank_pattern is decided by the adapter to continue from"):
+        function(model, data, *output, rank_pattern={"q_proj": 3}, adapter="adapter")
+
+
+def test_an_adapter_to_continue_from_is_planned_with_its_own_ranks(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    lm = nplora.load_model(model)
+    lm.add_lora(rank=2, targets="q_proj,up_proj", rank_pattern={"q_proj": 5})
+    nplora.save_adapter(lm, tmp_path / "adapter")
+    planned = plan(model, data, adapter=tmp_path / "adapter")
+    assert planned.memory.factors == 5 * 4 * lm.num_trainable
+
+
+def test_lora_plus_gives_a_its_own_learning_rate(model: Path, data: Path, tmp_path: Path) -> None:
+    """Adam's first step changes every number with a gradient by the learning rate."""
+    sizes = {}
+    for ratio in (1, 16):
+        options = {
+            "lora_plus_ratio": ratio,
+            "lr": 1e-3,
+            "steps": 1,
+            "weight_decay": 0,
+            "schedule": "constant",
+        }
+        finetune(model, data, tmp_path / str(ratio), **options)  # type: ignore[arg-type]
+        adapter = nplora.read_adapter(tmp_path / str(ratio))
+        sizes[ratio] = max(float(abs(delta.A).max()) for delta in adapter.values())  # A starts at zero
+    assert sizes == pytest.approx({1: 1e-3, 16: 16e-3}, rel=1e-3)
+    with pytest.raises(ValueError, match=r"^finetune: lora_plus_ratio is 0, expected above 0"):
+        finetune(model, data, tmp_path / "out", lora_plus_ratio=0)
+    with pytest.raises(TypeError, match=r"'loraplus_lr_ratio'; did you mean lora_plus_ratio\?"):
+        finetune(model, data, tmp_path / "out", loraplus_lr_ratio=16)  # type: ignore[call-arg]

@@ -199,7 +199,11 @@ def columns(text: str) -> dict[str, str]:
         raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
 
 
-_KINDS = {"adapter": adapter_path, "columns": columns}  # by the `kind` in the metadata of a field
+_KINDS: dict[str, Callable[[str], Any]] = {  # by the `kind` in the metadata of a field
+    "adapter": adapter_path,
+    "columns": columns,
+    "pattern": str,
+}
 
 
 # ---- options that are the fields of a dataclass ----

@@ -18,7 +18,7 @@ from nplora.adapters import Adapter
 from nplora.finetuning.data import FORMATS, LEARN
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.planning import parse_bytes
-from nplora.lm.adapting import parse_blocks, target_names
+from nplora.lm.adapting import parse_blocks, parse_pattern, target_names
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
 from nplora.trainer.fit_config import KEEP
@@ -29,7 +29,9 @@ T = TypeVar("T")
 
 DEFAULT_EXAMPLES = 8
 KEEP_PREFIX = ("off", "memory", "disk")
-_OF_THE_ADAPTER = ("rank", "alpha", "targets", "layers", "use_rslora", "use_dora", "init")
+_OF_THE_ADAPTER = (
+    "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "layers", "use_rslora", "use_dora", "init",
+)  # fmt: skip
 
 # Groups of options, as --help shows them.
 _ADAPTER, _TRAINING, _BATCHES, _DATA, _VALIDATION, _SPEED, _RUN = (
@@ -63,6 +65,20 @@ class FinetuneOptions:
 
     rank: int = _option(_ADAPTER, 8, "rank of the LoRA factors")
     alpha: float = _unplanned(_ADAPTER, 16.0, "LoRA alpha: the update is scaled by alpha / rank")
+    rank_pattern: Mapping[str, int] | str | None = _option(
+        _ADAPTER,
+        None,
+        "ranks of layers that differ from `rank`, by parts of their names, as in q_proj=16,layers.3.mlp=4",
+        kind="pattern",
+        metavar="NAME=RANK",
+    )
+    alpha_pattern: Mapping[str, float] | str | None = _unplanned(
+        _ADAPTER,
+        None,
+        "alphas of layers that differ from `alpha`, in the same form",
+        kind="pattern",
+        metavar="NAME=ALPHA",
+    )
     targets: tuple[str, ...] = _option(
         _ADAPTER,
         ("all-linear",),
@@ -94,6 +110,9 @@ class FinetuneOptions:
         _ADAPTER, False, "accept an `adapter` that was trained on another model with the same shapes"
     )
     lr: float = _unplanned(_TRAINING, 2e-4, "peak learning rate")
+    lora_plus_ratio: float = _unplanned(
+        _TRAINING, 1.0, "learning rate of A divided by that of B (LoRA+); 16 is usual"
+    )
     schedule: str = _unplanned(
         _TRAINING, "cosine", "learning rate schedule: cosine, linear or constant", choices=tuple(SCHEDULES)
     )
@@ -208,6 +227,8 @@ class FinetuneOptions:
         self._check_choices(op)
         self._check_numbers(op)
         self.reading(self.max_length, op)
+        for name in ("rank_pattern", "alpha_pattern"):
+            parse_pattern(op, name, getattr(self, name))
         self._set("report_to", _reporter_names(self.report_to, op))
         self._set("sample", _check.texts(op, "sample", self.sample))
         if self.memory is not None:
@@ -247,7 +268,7 @@ class FinetuneOptions:
             ("accumulate", 1), ("save_every", 1), ("warmup", 0), ("seed", 0),
         ):  # fmt: skip
             _check.integer(op, name, getattr(self, name), least=least)
-        for name in ("lr", "alpha", "max_grad_norm"):
+        for name in ("lr", "lora_plus_ratio", "alpha", "max_grad_norm"):
             if _check.number(op, name, getattr(self, name)) <= 0:
                 raise ValueError(f"{op}: {name} is {getattr(self, name)}, expected above 0")
         _check.probability(op, "dropout", self.dropout)

@@ -52,6 +52,8 @@ def finetune(
     callbacks: Sequence[Callback] = (),
     rank: int = 8,
     alpha: float = 16.0,
+    rank_pattern: Mapping[str, int] | str | None = None,
+    alpha_pattern: Mapping[str, float] | str | None = None,
     targets: str | Sequence[str] = ("all-linear",),
     layers: str | None = None,
     dropout: float = 0.0,
@@ -61,6 +63,7 @@ def finetune(
     adapter: StrPath | Adapter | None = None,
     any_base: bool = False,
     lr: float = 2e-4,
+    lora_plus_ratio: float = 1.0,
     schedule: str = "cosine",
     warmup: int = 0,
     weight_decay: float = 0.01,
@@ -118,6 +121,9 @@ def finetune(
         callbacks: `Callback`s of your own; `run.model` is the language model.
         rank: rank of the LoRA factors.
         alpha: LoRA alpha: the update is scaled by alpha / rank.
+        rank_pattern: ranks of layers that differ from `rank`, by parts of their names, as in
+            q_proj=16,layers.3.mlp=4.
+        alpha_pattern: alphas of layers that differ from `alpha`, in the same form.
         targets: layers that get an adapter: all-linear, or a list of names such as q_proj,v_proj.
         layers: blocks that get an adapter: last:N or first:N (default: all).
         dropout: LoRA dropout probability.
@@ -130,6 +136,7 @@ def finetune(
             kept.
         any_base: accept an `adapter` that was trained on another model with the same shapes.
         lr: peak learning rate.
+        lora_plus_ratio: learning rate of A divided by that of B (LoRA+); 16 is usual.
         schedule: learning rate schedule: cosine, linear or constant.
         warmup: warm-up steps, in which the learning rate rises to its peak.
         weight_decay: weight decay of AdamW.
@@ -259,7 +266,7 @@ def _put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneO
     if start is None:
         lm.add_lora(
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,
-            options.use_dora, options.seed, options.init,
+            options.use_dora, options.seed, options.init, options.rank_pattern, options.alpha_pattern,
         )  # fmt: skip
         return
     start.attach(lm, options.any_base)
@@ -306,7 +313,7 @@ def _trainer(
     return Trainer(
         lm,
         loss,
-        AdamW(options.lr, weight_decay=options.weight_decay),
+        AdamW(options.lr, weight_decay=options.weight_decay, lr_ratio=options.lora_plus_ratio),
         schedule=options.schedule,
         warmup_steps=options.warmup,
         accumulate=options.accumulate,

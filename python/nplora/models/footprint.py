@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -13,12 +14,15 @@ class Adapted:
     """The layers of a block that have or will have an adapter.
 
     Attributes:
+        rank: the rank of the layers that are not in `ranks`.
         outputs: d_out of each such layer, by the last part of its name: "q_proj".
+        ranks: the other ranks, by these names.
     """
 
     rank: int
     use_dora: bool
     outputs: Mapping[str, int]
+    ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def any_of(self, names: Iterable[str]) -> bool:
         """Whether one of these layers has an adapter."""
@@ -26,8 +30,9 @@ class Adapted:
 
     def saved(self, names: Iterable[str]) -> int:
         """Bytes per token that these layers' adapters keep: z, and with DoRA the outputs before rescaling."""
-        found = [self.outputs[name] for name in names if name in self.outputs]
-        return FLOAT * (self.rank * len(found) + (sum(found) if self.use_dora else 0))
+        found = {name: self.outputs[name] for name in names if name in self.outputs}
+        ranks = sum(self.ranks.get(name, self.rank) for name in found)
+        return FLOAT * (ranks + (sum(found.values()) if self.use_dora else 0))
 
 
 NOT_ADAPTED = Adapted(1, False, {})

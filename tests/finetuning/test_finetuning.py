@@ -202,7 +202,11 @@ def test_every_option_reaches_trainer_optimiser_and_layers(
 
 
 def test_every_option_of_the_data_reaches_the_reader(model: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": "1234", "completion": "5"}, {"text": "x" * 40}, {"nothing": ""}]
+    rows = [
+        {"prompt": "1234", "completion": "5"},
+        {"prompt": "1", "completion": "x" * 40},
+        {"nothing": ""},
+    ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = finetune(
         model, tmp_path, tmp_path / "out", steps=1, learn="all", skip_bad=True, max_length=20
@@ -545,7 +549,7 @@ def test_a_directory_with_a_model_gets_no_adapter(
 def test_a_run_does_not_resume_with_other_data(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "out", **QUICK)
     with (data / "train.jsonl").open("a") as file:
-        file.write('{"text": "more"}\n')
+        file.write('{"prompt": "more", "completion": "more"}\n')
     with pytest.raises(CorruptError, match="the data file, or how it is read, has changed since"):
         finetune(model, data, tmp_path / "out", **QUICK, resume=True)
 
@@ -638,7 +642,7 @@ def test_a_resumed_run_does_not_measure_the_baseline_again(
     def fail(*arguments: Any) -> None:
         raise AssertionError("evaluated before training")
 
-    monkeypatch.setattr(baseline, "evaluate_batches", fail)
+    monkeypatch.setattr(baseline, "evaluate", fail)
     with monkeypatch.context() as within:
         within.setattr(baseline, "generate", fail)
         with pytest.raises(ValueError, match="rank was 2, is 3"):
@@ -1066,7 +1070,8 @@ def test_a_run_continues_from_an_adapter(model: Path, data: Path, tmp_path: Path
         found = (delta.rank, delta.stated_alpha, delta.use_rslora)
         assert found == (before[name].rank, before[name].stated_alpha, True)
         assert not np.array_equal(delta.B, before[name].B)
-    finetune(load_model(model), data, tmp_path / "again", **options, adapter=tmp_path / "start")
+    again = tmp_path / "again"
+    finetune(load_model(model), data, again, **options, valid=valid, adapter=tmp_path / "start")
     assert nplora.read_adapter(tmp_path / "again")[name].A.tobytes() == delta.A.tobytes()
     assert nplora.plan(model, data, **options, adapter=str(tmp_path / "start"))
 
@@ -1272,7 +1277,7 @@ def test_an_adapter_in_memory_is_taken_as_its_directory_is(model: Path, data: Pa
     finetune(model, data, tmp_path / "one", **options, adapter=read)
     finetune(model, data, tmp_path / "other", **options, adapter=tmp_path / "a")
     assert files_of(tmp_path / "one") == files_of(tmp_path / "other")
-    assert plan(model, data, **options, adapter=read).memory.factors == 16 * read_size(tmp_path / "a")
+    assert plan(model, data, **options, adapter=read).memory.factors == 20 * read_size(tmp_path / "a")
     with pytest.warns(UserWarning, match=r"^evaluate: .*a is given 2 times, and is added 2 times$"):
         evaluate(model, data, adapter=[read, read])
 
@@ -1390,7 +1395,7 @@ def test_a_notebook_shows_progress_by_default_in_one_line(
     )
     finetune(model, data, tmp_path / "notebook", **options)
     printed = capsys.readouterr().err
-    assert "train.jsonl: 20 examples" in printed
+    assert "train.jsonl (completion): 20 examples" in printed
     assert "\rstep 3/3, loss " in printed
     finetune(model, data, tmp_path / "quiet", **options, progress=False)
     assert capsys.readouterr().err == ""

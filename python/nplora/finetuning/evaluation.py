@@ -75,7 +75,8 @@ def evaluate(
             loaded model.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
-        format: format of the rows (default: the names of their fields decide).
+        format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default:
+            the names of the fields decide).
         columns: names of fields in the data, as in prompt=question,completion=answer.
         chat: write prompts and completions with the model's chat template.
         max_length: maximum tokens of an example; longer examples are cut (default: the model's context).

@@ -136,7 +136,11 @@ class FinetuneOptions:
     )
     accumulate: int = _option(_BATCHES, 1, "batches in one step (gradient accumulation)")
     format: str | None = _option(
-        _DATA, None, "format of the rows (default: the names of their fields decide)", choices=FORMATS
+        _DATA,
+        None,
+        "format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default: the "
+        "names of the fields decide)",
+        choices=FORMATS,
     )
     columns: Mapping[str, str] | str | None = _option(
         _DATA,
@@ -294,7 +298,11 @@ class EvaluateOptions:
     """
 
     format: str | None = _option(
-        _DATA, None, "format of the rows (default: the names of their fields decide)", choices=FORMATS
+        _DATA,
+        None,
+        "format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default: the "
+        "names of the fields decide)",
+        choices=FORMATS,
     )
     columns: Mapping[str, str] | str | None = _option(
         _DATA,

@@ -147,7 +147,8 @@ def finetune(
         batch_examples: examples in a batch (default: 8, unless `batch_tokens` is given).
         batch_tokens: maximum tokens in a batch; a batch holds as many examples as fit, at least one.
         accumulate: batches in one step (gradient accumulation).
-        format: format of the rows (default: the names of their fields decide).
+        format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default:
+            the names of the fields decide).
         columns: names of fields in the data, as in prompt=question,completion=answer.
         chat: write prompts and completions with the model's chat template.
         valid_split: share of the examples to hold out for validation; a hash of each example decides.

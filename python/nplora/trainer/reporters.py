@@ -48,7 +48,7 @@ class Reporter(Callback):
     >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
     >>> trainer = nplora.Trainer(layer, loss="mse", callbacks=[report])
     >>> history = trainer.fit(np.eye(4), np.ones((4, 4)), steps=2)
-    >>> print(open("reports/metrics.csv").read())
+    >>> print(Path("reports/metrics.csv").read_text())
     step,epoch,loss,learning_rate,grad_norm,tokens_per_second,items_per_second,eval_loss,eval_accuracy
     1,1,0.75,0.001,...
     2,2,0.74...,0.001,...

@@ -358,6 +358,9 @@ KINDS = (
     Kind("kto", "prompt, completion and label", (), _judged),
 )
 BY_NAME = {kind.name: kind for kind in KINDS}
+_EXPECTED = (
+    "messages, conversations, instruction and output, prompt and completion, text, or chosen and rejected"
+)
 
 
 def recognise(values: Mapping[str, Any], where: str) -> Kind:
@@ -375,9 +378,7 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
             f"{other!r} decides"
         )
     if not found:
-        *others, last = (kind.fields for kind in KINDS)
-        wanted = f"{'; '.join(others)}; or {last}"
-        raise DataError(f"{where}: the row has {brief(list(values))}, expected {wanted}")
+        raise DataError(f"{where}: the row has {brief(list(values))}, expected {_EXPECTED}")
     return BY_NAME[next(iter(found))]
 
 

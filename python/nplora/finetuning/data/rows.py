@@ -165,7 +165,7 @@ def _separated(path: StrPath, delimiter: str) -> Iterator[Row]:
     lines = (_decoded(line, f"{name}, line {number}") + "\n" for number, line in _lines(path))
     reader, begin = csv.reader(lines, strict=True, delimiter=delimiter), 1
     try:
-        columns = _next(reader) or []
+        columns = next(filter(None, iter(lambda: _next(reader), None)), [])
         if len(set(columns)) < len(columns):
             raise DataError(f"{name}: the columns are {brief(columns)}, two of them with the same name")
         while True:

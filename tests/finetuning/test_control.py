@@ -10,6 +10,7 @@ import pytest
 import nplora
 from nplora import cli
 from nplora.finetuning import evaluate, finetune, load_with_adapter, plan
+from nplora.formats.errors import UnsafeError
 from nplora.trainer import Callback, Run, StepRecord
 from small_llama import save_small_llama
 
@@ -207,6 +208,16 @@ def test_reports_lie_in_the_output_directory_and_have_the_settings(
     settings = json.loads((out / "reports/settings.json").read_text())
     assert settings["model"] == str(model)
     assert (settings["rank"], settings["targets"], settings["compute"]) == (2, "all-linear", "float32")
+
+
+def test_reports_follow_no_link(model: Path, data: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    out.mkdir()
+    other.mkdir()
+    (out / "reports").symlink_to(other)
+    with pytest.raises(UnsafeError, match="reports: a symbolic link, expected a directory for reports"):
+        finetune(model, data, out, steps=1, report_to="csv")
+    assert not list(other.iterdir())
 
 
 def test_the_command_line_reports_to_tensorboard(model: Path, data: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from nplora.finetuning.execution import choose_execution
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
 from nplora.finetuning.objectives import TokenLoss
 from nplora.finetuning.options import FinetuneOptions, from_arguments
-from nplora.finetuning.output import require_free, require_not_read
+from nplora.finetuning.output import REPORTS, require_free, require_not_read
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
 from nplora.formats import files
@@ -37,8 +37,6 @@ from nplora.trainer.callbacks import checked_callbacks
 from nplora.trainer.fingerprint import set_factors
 from nplora.trainer.reporters import reporting, require_reporters
 from nplora.trainer.run_directory import RunDirectory
-
-REPORTS = "reports"  # the directory in the output directory for the reports of `report_to`
 
 
 @_check.keywords

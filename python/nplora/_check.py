@@ -75,6 +75,7 @@ _OTHER_NAMES = {
     "save_every": "save_steps steps_per_save checkpoint_every",
     "checkpoint_every": "save_steps steps_per_save save_every",
     "eval_every": "eval_steps steps_per_eval val_check_interval eval_interval eval_freq",
+    "valid_split": "val_size test_size validation_split val_split eval_split",
     "patience": "early_stopping_patience early_stopping_rounds early_stopping",
     "keep": "load_best_model_at_end restore_best_weights restore_best save_best keep_best",
     "report_to": "log_with loggers tracker trackers",

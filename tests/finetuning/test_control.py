@@ -114,6 +114,10 @@ def test_a_stopped_run_saves_its_last_adapter_and_resumes_to_the_best(
     )
     finetune(model, data / "train.jsonl", tmp_path / "short", **WILD | {"eval_every": None, "steps": step})
     assert factors_of(tmp_path / "out") == factors_of(tmp_path / "short")
+    losses = {record.step: record.val_loss for record in stopped.history.evaluations}
+    best = min(losses, key=losses.__getitem__, default=0)
+    line = f"lowest validation loss was {losses.get(best, 0):.4f}, at step {best}: --resume --patience 1"
+    assert (line in str(stopped)) == (best < max(losses, default=0))
     resumed = finetune(model, data, tmp_path / "out", **WILD, resume=True)
     assert factors_of(tmp_path / "out") == factors_of(tmp_path / "whole")
     assert (resumed.loss_after, resumed.history.loss) == (whole.loss_after, whole.history.loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ class FinetuneReport:
         )
         lines.append(f"trained {self.trained:,} of {self.parameters:,} values")
         ended = ", interrupted: --resume continues" if history.interrupted else ""
+        if best := self._lost_best():
+            lines.append(best)
         if history.ended == "patience":
             lines.append("the validation loss did not fall any more, so the run ended early (patience)")
         lines.append(f"{self.output}{os.sep} holds the adapter (PEFT's format){ended}")
@@ -112,3 +115,15 @@ class FinetuneReport:
         if best is None or len(evaluations) < 2:
             return ""
         return f" (step {best}, the lowest of {len(evaluations)} evaluations)"
+
+    def _lost_best(self) -> str:
+        """After Ctrl-C, a line about a validation loss that was lower before, if there was one."""
+        history = self.history
+        finite = [record for record in history.evaluations if math.isfinite(record.val_loss)]
+        best = min(finite, key=lambda record: record.val_loss, default=None)
+        if not history.interrupted or best is None or best.step == history.evaluations[-1].step:
+            return ""
+        return (
+            f"the lowest validation loss was {best.val_loss:.4f}, at step {best.step}: "
+            "--resume --patience 1 ends the run now and saves that adapter"
+        )

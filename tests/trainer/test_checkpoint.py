@@ -1487,7 +1487,7 @@ def test_a_crash_of_a_run_that_overwrites_another_leaves_one_of_them_whole(
             warnings.filterwarnings("ignore", message=".*left unfinished by a run that was killed")
             assert run(directory, resume=True) == expected
         events = [json.loads(line)["event"] for line in (directory / "log.jsonl").read_text().splitlines()]
-        assert events == ["header", "start", "resume", *["step"] * 5, "epoch", "end"]
+        assert events == ["header", "start", "resume", *["step"] * 5, "evaluation", "epoch", "end"]
         assert not (directory / "adapter_model.safetensors").exists()
     assert states == sorted(states, reverse=True)
     assert states.count("old") >= 4  # no call yet, the lock, and the flushes of the new files

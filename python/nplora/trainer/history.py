@@ -213,7 +213,8 @@ class History:
         """Add the records of the log up to this step and this epoch; skip lines that are not records.
 
         If `restore` brought the same record, the restored record is kept, because a checksum protects it.
-        An older log has no evaluations; those at the ends of its epochs are added.
+        Only evaluations before the restored ones are added. An older log has none; those at the ends of its
+        epochs are added.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
         evaluations = dict[int, EvaluationRecord]()
@@ -227,12 +228,13 @@ class History:
                 epochs[record.epoch] = record
         steps |= {record.step: record for record in self.steps}
         epochs |= {record.epoch: record for record in self.epochs}
-        evaluations |= {record.step: record for record in self.evaluations}
+        first = min((record.step for record in self.evaluations), default=step + 1)
+        evaluations = {n: record for n, record in evaluations.items() if n < first and self.evaluations}
         self.steps[:] = [steps[number] for number in sorted(steps) if 0 < number <= step]
         self.epochs[:] = [epochs[number] for number in sorted(epochs) if 0 < number <= epoch]
-        older = {e.step: _of_epoch(e, e.val_loss) for e in self.epochs if e.val_loss is not None}
-        evaluations = older | evaluations
-        self.evaluations[:] = [evaluations[number] for number in sorted(evaluations) if number <= step]
+        validated = [(e, e.val_loss) for e in self.epochs if e.val_loss is not None and e.step < first]
+        evaluations = {e.step: _of_epoch(e, loss) for e, loss in validated} | evaluations
+        self.evaluations[:0] = [evaluations[number] for number in sorted(evaluations)]
 
 
 def last_logged(log: bytes, event: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class RunState:
         self.divergence: NonFiniteLossError | None = None
         self._adapters = list(model.adapter_layers().values())
         self._streams = self._dropout_streams()
-        self._closing: EvaluationRecord | None = None  # the evaluation that closing the last epoch made
+        self._evaluated_at_the_end = False  # the last evaluation belongs to the end of the run, in an epoch
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -79,29 +79,32 @@ class RunState:
         for layer, stream in zip(self._adapters, self._streams, strict=True):
             layer.dropout_stream = stream
 
-    def add_evaluation(self, record: EvaluationRecord) -> None:
-        """Record an evaluation of the present factors, and use it for early stopping."""
+    def add_evaluation(self, record: EvaluationRecord, at_the_end: bool = False) -> None:
+        """Record an evaluation of the present factors, and use it for early stopping.
+
+        Args:
+            at_the_end: the run ends within an epoch, and a longer run would not evaluate here.
+        """
         self.history.evaluations.append(record)
         self.early_stopping.judge(record)
+        self._evaluated_at_the_end = at_the_end
 
-    def close_epoch(self, record: EpochRecord, evaluation: EvaluationRecord | None, complete: bool) -> None:
-        """Record the current epoch and the evaluation that was made for it; if complete, go to the next."""
-        if evaluation is not None:
-            self.add_evaluation(evaluation)
+    def close_epoch(self, record: EpochRecord, complete: bool) -> None:
+        """Record the current epoch; if it is complete, go to the next one."""
         self.history.epochs.append(record)
-        self._closing = evaluation
         if complete:
             self.epoch, self.batch = self.epoch + 1, 0
 
     def reopen_epoch(self) -> None:
-        """Undo `close_epoch` if the current epoch is closed: a resumed run closes it at its end.
+        """Undo what ended a run within an epoch: a resumed run does it again at its own end.
 
         The state before it is in the last checkpoint, so the best factors may stay as they are.
         """
+        if self._evaluated_at_the_end:
+            self.history.evaluations.pop()
+            self._evaluated_at_the_end = False
         if self.history.epochs and self.history.epochs[-1].epoch == self.epoch + 1:
             self.history.epochs.pop()
-            if self._closing is not None:
-                self.history.evaluations.pop()
 
     def checkpoint(self, settings: dict[str, Any], base: str) -> Checkpoint:
         """The state as a checkpoint. It shares the model's arrays instead of copying them."""

@@ -177,14 +177,14 @@ class TrainingRun(Run):
     def _close_epoch(self, complete: bool) -> None:
         """Validate, record the epoch and, if it is complete, go to the next epoch."""
         state = self._state
-        found = state.last_evaluation
-        made = self._evaluation(state.epoch + 1) if found is None else None
-        record = state.history.epoch_record(state.epoch + 1, found or made)
+        made = self._evaluation(state.epoch + 1) if state.last_evaluation is None else None
         with self._interrupts.hold():
             if made is not None:
                 self.log(EVALUATION, dataclasses.asdict(made))
+                state.add_evaluation(made, at_the_end=not complete)
+            record = state.history.epoch_record(state.epoch + 1, state.last_evaluation)
             self.log("epoch", dataclasses.asdict(record))
-            state.close_epoch(record, made, complete)
+            state.close_epoch(record, complete)
             self._stop_if_patience_is_lost()
         if made is not None:
             self._call("on_evaluation", made)

@@ -76,10 +76,10 @@ def test_dollar_signs_in_the_name_of_a_directory_are_not_a_formula(run: Path) ->
 
 
 def test_the_log_is_read_back(run: Path) -> None:
-    steps, epochs, before = plot.read_log(run / "log.jsonl")
+    steps, epochs, before, evaluations = plot.read_log(run / "log.jsonl")
     assert before is None
     assert [r["step"] for r in steps] == list(range(1, 16))
-    assert [r["step"] for r in epochs] == [5, 10, 15]
+    assert [r["step"] for r in epochs] == [r["step"] for r in evaluations] == [5, 10, 15]
     assert all(0 <= r["val_accuracy"] <= 1 for r in epochs)
 
 

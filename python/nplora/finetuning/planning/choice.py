@@ -90,8 +90,9 @@ def needed(
     largest, threads = work.largest(plan.micro_tokens), get_num_threads()
     extra = NOTHING if work.teaching is None else work.teaching.extra(largest, work.evaluated)
     return predicted(
-        lm, adapters, largest, work.evaluated, plan, threads, resident, work.prefix_tokens, extra
-    )
+        lm, adapters, largest, work.evaluated, plan, threads, resident, work.prefix_tokens, extra,
+        work.keeps_best,
+    )  # fmt: skip
 
 
 def choose(

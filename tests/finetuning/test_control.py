@@ -247,12 +247,16 @@ def test_wrong_reporters_are_refused(value: Any, error: type[Exception], message
 
 
 def test_a_missing_library_stops_the_run_before_anything_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     with pytest.raises(ModuleNotFoundError, match=r"^finetune: wandb needs wandb, .*pip install wandb$"):
         finetune("no-model", "no-data", tmp_path / "out", report_to="wandb")
     assert not (tmp_path / "out").exists()
+    words = ["finetune", "no-model", "--data", "no-data", "--output", str(tmp_path / "out")]
+    assert cli.main([*words, "--report-to", "mlflow"]) == 2
+    message = "nplora: error: finetune: mlflow needs mlflow, which is not installed: pip install mlflow\n"
+    assert capsys.readouterr().err == message
 
 
 # ---- ranks of their own, and LoRA+ ----

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import importlib
 import importlib.util
 import io
 import json
@@ -314,9 +315,15 @@ REPORTERS: dict[str, type[Reporter]] = {
 
 
 def require_reporters(op: str, names: Iterable[str]) -> None:
-    """Raise an error if a reporter does not exist, or if its library is not installed."""
+    """Raise an error if a reporter does not exist, or if its library is not installed.
+
+    The libraries are imported here, so that a memory plan that is made afterwards counts them.
+    """
     for name in names:
-        REPORTERS[_check.choice(op, "report_to", name, REPORTERS)].require_package(op)
+        kind = REPORTERS[_check.choice(op, "report_to", name, REPORTERS)]
+        kind.require_package(op)
+        if kind.package is not None:
+            importlib.import_module(kind.package)
 
 
 @contextlib.contextmanager

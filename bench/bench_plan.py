@@ -69,6 +69,8 @@ class Setting:
                 "steps": STEPS,
                 **self.options,
             }
+            if self.options.get("objective") == "distill":
+                given["teacher"] = given["model"]  # which takes the memory and the time of any other
             plan = in_fresh_process(PLAN, {"threads": threads, "options": given})
             run = {**given, "output": f"{directory}/out", "schedule": "constant"}
             again = [{}] if not resumes else [{"steps": STEPS - 1}, {"resume": True}]
@@ -125,6 +127,8 @@ SETTINGS = (
     Setting(2, 256, options={"use_dora": True}),
     Setting(2, 256, options={"rank": 256}),
     Setting(4, 256, options={"layers": "last:4", "keep_prefix": "memory"}),
+    Setting(1, 64, options={"objective": "distill"}),
+    Setting(4, 256, options={"objective": "distill"} | BFLOAT16 | RECOMPUTE),
     Setting(8, 512, options={"memory": "350M"}),
     Setting(4, 256, options={"memory": "600M"}),
     Setting(4, 128, 64, {"objective": "dpo"}),
@@ -133,13 +137,14 @@ SETTINGS = (
     Setting(4, 256, 64, {"objective": "kto"} | BFLOAT16),
     Setting(4, 128, 64, {"objective": "kto", "layers": "last:4", "keep_prefix": "memory"}),
 )
-PREFERENCES = tuple(setting for setting in SETTINGS if "objective" in setting.options)
+PREFERENCES = tuple(s for s in SETTINGS if s.options.get("objective") in ("dpo", "orpo", "kto"))
 TESTED = (
     *SETTINGS[4:6],
     SETTINGS[11],
     Setting(2, 512, options={"memory": "350M"}),
     Setting(2, 64, 32, {"objective": "dpo"}),
     Setting(2, 64, 32, {"objective": "kto"}),
+    Setting(1, 64, options={"objective": "distill"}),
 )
 
 

@@ -100,6 +100,11 @@ def test_eval_writes_the_answers_to_a_file(
     assert [row["system"] for row in rows] == ["base"] * 4 + [str(adapter)] * 4
     assert rows[1].keys() == {"system", "row", "answer", "reference", "f1"}
     assert rows[1]["row"].endswith("valid.jsonl, line 2")
+    before = (tmp_path / "a.jsonl").read_text()
+    status, _, err = run(capsys, model, "--data", data, *words[:-1])
+    assert status == 2
+    assert "the file exists already; choose another for --answers" in err
+    assert (tmp_path / "a.jsonl").read_text() == before
 
 
 def test_a_loss_that_is_not_finite_fails_after_the_table(
@@ -115,7 +120,7 @@ def test_a_loss_that_is_not_finite_fails_after_the_table(
     assert json.loads(out)["evaluations"][str(adapter)]["loss"] is None
     assert re.search(r"error: eval: the loss of .*adapter is (nan|inf), expected a finite number", err)
     status, out, _ = run(capsys, *words)
-    assert f"no clear difference between {adapter} and the base: loss" in out
+    assert f"4 examples are too few to tell {adapter} from the base: loss" in out
 
 
 @pytest.mark.parametrize(

@@ -829,7 +829,7 @@ def test_ctrl_c_in_the_samples_before_training_leaves_room_for_the_next_run(
 def test_an_adapter_that_cannot_be_written_is_written_by_resume(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: Any) -> None:
+    def full(*arguments: Any, **more: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     options = {**QUICK, "epochs": 1}

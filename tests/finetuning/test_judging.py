@@ -28,8 +28,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 QUESTIONS = [
-    {"prompt": f"{n}+{n}=", "choices": [str(2 * n), f"{2 * n + 1}", "no idea"], "answer": n % 3}
-    for n in range(9)
+    {"prompt": f"{n}+{n}=", "choices": [str(2 * n), "öööööö", "no idea"], "answer": n % 3} for n in range(9)
 ]
 
 
@@ -322,7 +321,7 @@ def test_choices_are_chosen_by_their_log_probability(lm: LanguageModel) -> None:
     rows = np.arange(9)
     assert found["loss"] == pytest.approx(-sums[rows, right].sum() / counts[rows, right].sum(), abs=1e-5)
     assert found["tokens"] == counts[rows, right].sum()
-    assert len({found["metrics"][name]["value"] for name in ("acc", "acc_norm", "acc_token")}) > 1
+    assert len({found["metrics"][name]["value"] for name in ("acc", "acc_norm", "acc_token")}) == 3
 
 
 @pytest.mark.parametrize(
@@ -527,8 +526,19 @@ def test_a_higher_metric_is_better(lm: LanguageModel, adapters: Path) -> None:
 
 def test_few_examples_have_no_interval(lm: LanguageModel, adapters: Path) -> None:
     found = compare(lm, ROWS[:1], [adapters / "trained"])
-    assert "(too few examples, or values that are not finite, for an interval)" in str(found)
+    assert "(no interval: fewer than two examples, or values that are not finite)" in str(found)
     assert found.evaluations["base"]["metrics"]["loss"]["low"] is None
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_fewer_than_six_examples_cannot_show_a_difference(
+    lm: LanguageModel, adapters: Path, count: int
+) -> None:
+    found = compare(lm, ROWS[:count], {"mine": adapters / "trained"})
+    p = found.differences[0].p
+    assert p == pytest.approx(2 / 2**count)  # the adapter is better on each example
+    begin = "5 examples are too few to tell mine from the base: loss" if count == 5 else "mine is better than"
+    assert found.sentences()[0].startswith(begin)
 
 
 def test_a_comparison_can_be_written_as_json_and_markdown(lm: LanguageModel, adapters: Path) -> None:

@@ -21,7 +21,7 @@ from nplora.finetuning.objectives import objective_of, pairs, reference
 from nplora.finetuning.objectives.pairs import PairLoss
 from nplora.finetuning.objectives.preference_losses import Dpo, Kto, odds_ratio
 from nplora.formats import files, safetensors
-from nplora.formats.errors import DataError
+from nplora.formats.errors import DataError, UnsafeError
 from nplora.formats.run_files import REFERENCE
 from nplora.lm import LanguageModel, load_model
 from nplora.models.packing import IGNORED, pack
@@ -212,7 +212,7 @@ def test_weights_skipped_rows_and_a_held_out_share_are_as_for_other_data(model: 
         ({"objective": "dpo", "label_smoothing": 0.5}, "label_smoothing is 0.5, expected at least 0 and bel"),
         ({"objective": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing is for loss_ty"),
         ({"objective": "dpo", "beta": 0.0}, "beta is 0.0, expected above 0"),
-        ({"objective": "dpo", "learn": "all"}, "learn='all' is for objective 'sft', and the objective is"),
+        ({"objective": "dpo", "learn": "all"}, "learn='all' is for objective 'sft' or 'distill', and the"),
         ({"objective": "kto", "batch_examples": 1}, "batch_examples is 1, but objective 'kto' compares"),
     ],
 )  # fmt: skip
@@ -403,6 +403,7 @@ def test_a_damaged_or_foreign_reference_is_computed_again(
 ) -> None:
     first, _ = reference_of(lm, tmp_path)
     whole = (tmp_path / REFERENCE).read_bytes()
+    (tmp_path / "checkpoint-0.safetensors").touch()  # without a run, a file that is cut may be anybody's
     spoil(tmp_path / REFERENCE, how, lm)
     said: list[str] = []
     again, _ = reference_of(lm, tmp_path, said=said)
@@ -594,10 +595,15 @@ def test_a_file_of_the_reference_s_name_that_no_run_made_is_kept(model: Path, tm
         with pytest.raises(FileExistsError, match=f"no run made the file {REFERENCE} in it"):
             finetune(model, PAIRS, output, objective=objective, **QUICK)
     assert (output / REFERENCE).read_bytes() == before
-    (output / REFERENCE).unlink()
-    (output / REFERENCE).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(Exception, match="symbolic link"):
+    (output / REFERENCE).write_text("notes")
+    with pytest.raises(FileExistsError, match="no run made the file"):
         finetune(model, PAIRS, output, objective="dpo", **QUICK)
+    finetune(model, PAIRS, output, objective="orpo", **QUICK)
+    assert (output / REFERENCE).read_text() == "notes"
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / REFERENCE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafeError, match="symbolic link"):
+        finetune(model, PAIRS, tmp_path / "linked", objective="dpo", **QUICK)
 
 
 def test_a_disk_without_room_for_the_reference_warns_and_the_run_says_what_it_needs(

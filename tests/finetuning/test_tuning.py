@@ -112,6 +112,19 @@ def test_a_search_stays_within_its_budget_and_uses_it(budget: float, tmp_path: P
         assert winner.steps >= search.full
 
 
+def test_a_machine_that_becomes_slower_ends_a_search_in_time(tmp_path: Path) -> None:
+    class Slower(Made):
+        def __call__(self, settings: Settings, steps: int) -> tuple[float, float, float]:
+            loss, seconds, evaluation = super().__call__(settings, steps)
+            return loss, seconds * (1 if len(self.keys) < 5 else 6), evaluation
+
+    search = search_in(tmp_path, 1000, Slower())
+    assert search.ended == "budget"
+    last = search.log.trials[-1]
+    assert search.log.seconds - last.seconds - last.evaluation <= 1000
+    assert winner_of(search.log.trials, search.full) is not None
+
+
 def test_a_budget_for_less_than_two_trials_says_how_much_is_needed(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"^tune: the budget is 20s, but two trials of 10 steps need about"

@@ -120,3 +120,16 @@ def test_a_bad_sequence_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         lm.continuation_scores(prompts, several)
+
+
+def test_questions_are_grouped_by_the_size_of_their_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [
+        continuations.Question(np.array(prompt), [np.array(tokens) for tokens in several])
+        for prompt, several in zip(PROMPTS, CONTINUATIONS, strict=True)
+    ]
+    # Slots: only continuations of more than one token need one. Lengths: without the last token.
+    assert [(question.slots, question.length) for question in questions] == [(1, 4), (1, 1), (2, 11), (1, 2)]
+    monkeypatch.setattr(continuations, "_MOST_CELLS", 8)
+    assert [len(group) for group in continuations.groups(questions)] == [2, 1, 1]
+    monkeypatch.setattr(continuations, "_MOST_CELLS", 44)
+    assert [len(group) for group in continuations.groups(questions)] == [3, 1]

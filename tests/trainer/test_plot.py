@@ -1,5 +1,6 @@
 """plot: the log of a run becomes a PNG, and errors say why there is nothing to draw."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -169,3 +170,35 @@ def test_without_matplotlib_the_extra_is_named(run: Path, monkeypatch: pytest.Mo
     with pytest.raises(ModuleNotFoundError, match=r'pip install "nplora\[plot\]"'):
         plot.plot_run(run)
     assert not (run / "plot.png").exists()
+
+
+def test_rewards_are_drawn_below_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    step = {"event": "step", "loss": 0.6, "lr": 0.1}
+    metrics = {"rewards/chosen": 0.5, "rewards/rejected": -0.25, "rewards/accuracies": 0.75}
+    rows = [{**step, "step": n, "metrics": metrics} for n in (1, 2)]
+    epoch = {"event": "epoch", "epoch": 1, "step": 2, "loss": 0.6, "val_loss": 0.5, "val_accuracy": None}
+    rows.append({**epoch, "val_metrics": metrics})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn: dict[str, list[float]] = {}
+    from matplotlib.axes import Axes
+
+    draw = Axes.plot
+
+    def watched(self: Axes, x: Any, y: Any, **style: Any) -> Any:
+        drawn[style["label"]] = list(y)
+        return draw(self, x, y, **style)
+
+    monkeypatch.setattr(Axes, "plot", watched)
+    plot.plot_run(tmp_path)
+    assert drawn["chosen"] == [0.5, 0.5]
+    assert drawn["rejected, validation"] == [-0.25]
+    evaluation = {"event": "evaluation", "epoch": 1, "val_loss": 0.7, "val_accuracy": None}
+    rows.append({**evaluation, "step": 1, "val_metrics": {"rewards/rejected": -0.125}})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot.plot_run(tmp_path, overwrite=True)
+    assert drawn["rejected, validation"] == [-0.125, -0.25]
+    for bad in ({"metrics": [1]}, {"metrics": {"kl": "x"}}):
+        (tmp_path / "log.jsonl").write_text(json.dumps({**step, "step": 1, **bad}) + "\n")
+        with pytest.raises(DataError, match=r"line 1: (metrics|kl) is "):
+            plot.plot_run(tmp_path, overwrite=True)

@@ -2,10 +2,11 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import math
-from collections.abc import Iterator
-from typing import Any
+import os
+from typing import Any, TextIO
 
 from nplora.cli.errors import UsageError
 from nplora.cli.parser import (
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "evaluate the model alone and each adapter alone, and test the differences"
     parser.add_argument("--compare", action="store_true", help=text)
     add_options(parser, EvaluateOptions)
-    text = "file to write the generated answers and their scores to, as JSON lines"
+    text = "new file to write the generated answers and their scores to, as JSON lines"
     parser.add_argument("--answers", metavar="FILE", type=path, help=text)
     shown = parser.add_mutually_exclusive_group()
     text = 'print JSON: {"loss": ..., "tokens": ..., "examples": ..., ...}'
@@ -46,7 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--compare needs an adapter to compare the model with: add --adapter PATH")
     options = given_options(arguments, EvaluateOptions)
     checked(EvaluateOptions, options)
-    with _recorder(arguments.answers) as record:
+    record = None if arguments.answers is None else _Recorder(arguments.answers)
+    with contextlib.nullcontext() if record is None else contextlib.closing(record):
         common = {"any_base": arguments.any_base, "progress": True, "record": record, **options}
         (_compare if arguments.compare else _evaluate)(arguments, common)
 
@@ -84,11 +86,20 @@ def _compare(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
             raise FloatingPointError(f"eval: the loss of {name} is {loss}, expected a finite number")
 
 
-@contextlib.contextmanager
-def _recorder(file: str | None) -> Iterator[Any]:
-    """A function that writes a record as a line of JSON; None without a file."""
-    if file is None:
-        yield None
-        return
-    with open(file, "w", encoding="utf-8") as stream:
-        yield lambda entry: stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+class _Recorder:
+    """Writes records as lines of JSON to a new file. The file is created with the first record."""
+
+    def __init__(self, file: str) -> None:
+        if os.path.lexists(file):
+            raise FileExistsError(errno.EEXIST, "the file exists already; choose another for --answers", file)
+        self._file = file
+        self._stream: TextIO | None = None
+
+    def __call__(self, entry: dict[str, Any]) -> None:
+        if self._stream is None:
+            self._stream = open(self._file, "x", encoding="utf-8")  # noqa: SIM115  # see `close`
+        self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()

@@ -50,7 +50,7 @@ class Comparison:
     base     ...
     adapter  ...
     <BLANKLINE>
-    no clear difference between adapter and the base: loss ... (95 % interval ... to ..., p = ...)
+    4 examples are too few to tell adapter from the base: loss ... (95 % interval ... to ..., p = ...)
     """
 
     evaluations: dict[str, Evaluation]

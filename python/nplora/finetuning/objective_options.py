@@ -52,8 +52,8 @@ def check_objective(op: str, options: Any, defaults: Mapping[str, Any]) -> None:
     _check_distillation(op, options)
     if objective in _COMPARING and options.learn != "completion":
         raise ValueError(
-            f"{op}: learn={options.learn!r} is for objectives 'sft' and 'distill'; {objective!r} compares "
-            "answers"
+            f"{op}: learn={options.learn!r} is for objective 'sft' or 'distill', and the objective is "
+            f"{objective!r}"
         )
     if objective == "kto" and options.loss_type in (None, "kto") and options.batch_examples == 1:
         raise ValueError(

@@ -700,7 +700,7 @@ class LanguageModel(Module):
             >>> lm.add_lora(rank=2)
             >>> batch = pack([([1, 2, 3], [1, 2, 3])])
             >>> def unlikely(log_probs):  # the loss makes the targets less likely
-            ...     return log_probs.sum(), np.ones_like(log_probs)
+            ...     return float(log_probs.sum()), np.ones_like(log_probs)
             >>> bool(lm.forward_backward_of(batch, unlikely) == lm.log_probs(batch).sum())
             True
 

@@ -188,6 +188,11 @@ def most_rows(rows: int, vocab: int) -> int:
     return most if rows <= _MANY_CHUNKS * most else min(most + most // 2, _MOST_ROWS)
 
 
+def largest_chunk(rows: int, vocab: int) -> int:
+    """The number of rows in the largest of the chunks that `chunks` makes of this number of rows."""
+    return math.ceil(rows / math.ceil(rows / most_rows(rows, vocab))) if rows else 0
+
+
 def chunks(rows: Array, vocab: int) -> list[Array]:
     """Split the rows into even chunks. A short last chunk would read the whole head for a few rows."""
     return np.array_split(rows, math.ceil(len(rows) / most_rows(len(rows), vocab))) if len(rows) else []

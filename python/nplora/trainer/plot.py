@@ -131,6 +131,11 @@ def _check_record(record: dict[str, Any], where: str) -> None:
         raise DataError(f"{where}: step is None, expected a number")
     for name in _FIELDS[record["event"]]:
         record[name] = _number(record, name, where)
+    for group in ("metrics", "val_metrics"):
+        metrics = record.get(group, {})
+        if not isinstance(metrics, dict):
+            raise DataError(f"{where}: {group} is {brief(metrics)}, expected an object")
+        record |= {f"{group}.{name}": _number(metrics, name, where) for name in metrics}
 
 
 def _number(record: dict[str, Any], name: str, where: str) -> float | None:
@@ -151,8 +156,8 @@ class _Curve(NamedTuple):
 
 
 def _curve(label: str, records: Records, name: str, **style: Any) -> _Curve:
-    """Make a curve from the records, without those whose value is null."""
-    points = [(record["step"], record[name]) for record in records if record[name] is not None]
+    """Make a curve from the records, without those whose value is null or missing."""
+    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     return _Curve(label, [x for x, _ in points], [y for _, y in points], style)
 
 
@@ -195,6 +200,18 @@ def _validated(log: RunLog) -> Records:
     return [found[step] for step in sorted(found)]
 
 
+def _reward_curves(log: RunLog) -> list[_Curve]:
+    """The rewards of a preference objective, of the steps and of the validation data."""
+    sides = ("chosen", "C0"), ("rejected", "C3")
+    steps = [
+        _curve(side, log.steps, f"metrics.rewards/{side}", color=color, linewidth=1) for side, color in sides
+    ]
+    return steps + [
+        _curve(f"{side}, validation", _validated(log), f"val_metrics.rewards/{side}", color=color, marker=".")
+        for side, color in sides
+    ]
+
+
 def _draw(log: RunLog, title: str) -> bytes:
     try:
         from matplotlib.figure import Figure
@@ -202,9 +219,15 @@ def _draw(log: RunLog, title: str) -> bytes:
         raise ModuleNotFoundError(
             'plot: matplotlib is not installed: pip install "nplora[plot]"', name=error.name
         ) from error
+    validated = _validated(log)
     curves = {
         "loss": _loss_curves(log),
-        "validation accuracy": [_curve("", _validated(log), "val_accuracy", color="C2", marker=".")],
+        "reward": _reward_curves(log),
+        "reward accuracy": [
+            _curve("step", log.steps, "metrics.rewards/accuracies", color="0.75", linewidth=1),
+            _curve("validation", validated, "val_metrics.rewards/accuracies", color="C1", marker="."),
+        ],
+        "validation accuracy": [_curve("", validated, "val_accuracy", color="C2", marker=".")],
         "learning rate": [_curve("", log.steps, "lr", color="C3")],
     }
     panels = {name: drawn for name, lines in curves.items() if (drawn := [c for c in lines if c.x])}
@@ -215,8 +238,9 @@ def _draw(log: RunLog, title: str) -> bytes:
             axis.plot(line.x, line.y, label=line.label, **line.style)
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
-        if name == "loss":
+        if len(lines) > 1:
             axis.legend()
+        if name == "loss":
             axis.set_yscale(_scale([value for line in lines for value in line.y]))
     axes[0].set_title(title, parse_math=False)  # a name may contain dollar signs
     axes[-1].set_xlabel("step")

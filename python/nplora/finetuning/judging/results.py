@@ -18,6 +18,7 @@ from nplora.finetuning.judging.statistics import (
 )
 
 SIGNIFICANT = 0.05
+_LEAST = 6  # examples; the least p of fewer, 2 / 2^n, is not below SIGNIFICANT
 _RATES = 3  # decimals of a metric between 0 and 1
 _LOSS = "loss"
 
@@ -125,6 +126,8 @@ class Difference:
         p: the probability of a difference at least as large, if the systems were equally good: the p-value of
             a paired permutation test; None for fewer than two examples.
         is_better: True or False if p is below 0.05: whether `one` is better; None if no difference is shown.
+            With fewer than 6 examples, p is never below 0.05.
+        examples: the number of examples.
 
     >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
     >>> comparison.differences[0].one, comparison.differences[0].other
@@ -140,6 +143,7 @@ class Difference:
     high: float | None
     p: float | None
     is_better: bool | None
+    examples: int
 
     def __str__(self) -> str:
         other = "the base" if self.other == BASE else self.other
@@ -148,6 +152,8 @@ class Difference:
             False: f"{self.one} is worse than {other}",
             None: f"no clear difference between {self.one} and {other}",
         }[self.is_better]
+        if self.is_better is None and 1 < self.examples < _LEAST:
+            judgement = f"{self.examples} examples are too few to tell {self.one} from {other}"
         value, of_other, difference = (
             shown(self.metric, number) for number in (*self.values, self.difference)
         )
@@ -155,7 +161,7 @@ class Difference:
             return f"{self.one} and {other} have the same {self.metric}: {value}"
         text = f"{judgement}: {self.metric} {value} against {of_other}, difference {difference}"
         if self.low is None or self.high is None or self.p is None:
-            return f"{text} (too few examples, or values that are not finite, for an interval)"
+            return f"{text} (no interval: fewer than two examples, or values that are not finite)"
         low, high = (shown(self.metric, number) for number in (self.low, self.high))
         return f"{text} ({LEVEL:.0%} interval {low} to {high}, {_shown_p(self.p)})".replace("%", " %")
 
@@ -171,7 +177,9 @@ def difference_of(name: str, one: Measured, other_name: str, other: Measured) ->
         is_better = (difference < 0) == one.lower_is_better
     low, high = (None, None) if found is None else found
     values = one.value, other.value
-    return Difference(name, other_name, one.name, values, difference, low, high, p, is_better)
+    return Difference(
+        name, other_name, one.name, values, difference, low, high, p, is_better, len(one.values)
+    )
 
 
 def shown(metric: str, value: float) -> str:

@@ -7,6 +7,7 @@ instruction set, and if its SHA-256 shows that it is whole. Everything else is c
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import os
@@ -22,7 +23,7 @@ from nplora import _core
 from nplora.finetuning.data import EVALUATION_TOKENS, TokenBatches
 from nplora.formats import files, safetensors
 from nplora.formats.errors import FormatError, counted
-from nplora.formats.run_files import REFERENCE, REFERENCE_MARK
+from nplora.formats.run_files import REFERENCE, REFERENCE_MARK, holds_run
 from nplora.lm import LanguageModel
 from nplora.models.packing import IGNORED, PackedBatch
 from nplora.nn.losses import NonFiniteLossError
@@ -119,9 +120,12 @@ def computed(
 
 
 def drop(directory: files.Directory) -> None:
-    """Remove the file, which belongs to an earlier run with another objective."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(REFERENCE, dir_fd=directory.fd)
+    """Remove the file if an earlier run with another objective made it."""
+    with contextlib.suppress(FormatError, FileNotFoundError):
+        with safetensors.reading(Path(directory, REFERENCE), follow_links=False) as content:
+            is_ours = REFERENCE_MARK in content.metadata
+        if is_ours:
+            os.unlink(REFERENCE, dir_fd=directory.fd)
 
 
 def _parts(sequences: Iterable[PackedBatch]) -> Iterable[PackedBatch]:
@@ -171,7 +175,11 @@ def _identity(lm: LanguageModel) -> str:
 
 
 def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str]:
-    """The content of the file, and what is wrong with the file. Without a file, both are empty."""
+    """The content of the file, and what is wrong with the file. Without a file, both are empty.
+
+    Raises:
+        FileExistsError: the file is not in the safetensors format, and there is no run that it may belong to.
+    """
     path = Path(directory, REFERENCE)
     if not os.path.lexists(path):
         return {}, ""
@@ -183,7 +191,12 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
             keys, values = (content[name].numpy() for name in ("keys", "values"))
             if metadata.get("sha256") != _digest(keys, values):
                 return {}, "it is damaged"
-    except (FormatError, OSError, KeyError) as error:
+    except KeyError:
+        return {}, "it is damaged"
+    except (FormatError, OSError) as error:
+        if not holds_run(directory):
+            reason = "no run made the file: move it, or choose another directory"
+            raise FileExistsError(errno.EEXIST, reason, str(path)) from error
         return {}, f"it is damaged ({error})"
     if len(keys) != len(values) or not np.isfinite(values).all():
         return {}, "it is damaged"

@@ -88,7 +88,10 @@ def needed(
     True
     """
     largest, threads = work.largest(plan.micro_tokens), get_num_threads()
-    extra = NOTHING if work.teaching is None else work.teaching.extra(largest, work.evaluated)
+    extra = NOTHING
+    if work.teaching is not None:
+        targets = (one.targets for one in work.micro_batches(plan.micro_tokens))
+        extra = work.teaching.extra(largest, targets, work.evaluated)
     return predicted(
         lm, adapters, largest, work.evaluated, plan, threads, resident, work.prefix_tokens, extra,
         work.keeps_best,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from nplora.finetuning.planning.speed import Speed, seconds
 from nplora.lm import LanguageModel
 from nplora.models.divergence import BLOCK_BYTES, Distillation, Teacher, TopK
 from nplora.models.footprint import NOT_ADAPTED
-from nplora.models.head import most_rows
+from nplora.models.head import largest_chunk
 
 Array = npt.NDArray[Any]
 
@@ -49,9 +50,14 @@ class Teaching:
             return _FLOAT * self.model.config.hidden_size * tokens
         return targets * (_FLOAT * self.top_k + (_FLOAT // 2 + _DOUBLE) * (self.top_k + 1))
 
-    def head(self, targets: int) -> int:
-        """The bytes that the teacher and the divergence take for one chunk of rows."""
-        rows = min(most_rows(targets, self.student.config.vocab_size), targets)
+    def head(self, targets: Iterable[int]) -> int:
+        """The bytes that the teacher and the divergence take for one chunk of rows, at most.
+
+        Args:
+            targets: the number of trained tokens of each micro-batch.
+        """
+        vocab = self.student.config.vocab_size
+        rows = max((largest_chunk(count, vocab) for count in set(targets)), default=0)
         blocks = 2 * BLOCK_BYTES  # log(p / q), and the gradient of the cross-entropy
         if self.model is not None:
             config = self.model.config
@@ -65,12 +71,18 @@ class Teaching:
         block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in self.model.model.layers)
         return (block + _FLOAT * self.model.config.hidden_size) * tokens
 
-    def extra(self, step: MicroBatch, evaluated: int) -> Extra:
-        """All of this for the largest micro-batch, and for an evaluation of so many tokens."""
-        in_evaluation = self.kept(evaluated, evaluated) + self.head(evaluated) if evaluated else 0
+    def extra(self, step: MicroBatch, targets: Iterable[int], evaluated: int) -> Extra:
+        """All of this for a run.
+
+        Args:
+            step: the largest micro-batch.
+            targets: the number of trained tokens of each micro-batch.
+            evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
+        """
+        in_evaluation = self.kept(evaluated, evaluated) + self.head([evaluated]) if evaluated else 0
         return Extra(
             self.kept(step.tokens, step.targets),
-            self.head(step.targets),
+            self.head(targets),
             self.inference(max(step.tokens, evaluated)),
             in_evaluation,
         )

@@ -592,7 +592,7 @@ def test_a_file_of_the_reference_s_name_that_no_run_made_is_kept(model: Path, tm
     safetensors.save(output / REFERENCE, {"mine": np.ones(3)})
     before = (output / REFERENCE).read_bytes()
     for objective in ("dpo", "orpo"):
-        with pytest.raises(FileExistsError, match=f"no run made the file {REFERENCE} in it"):
+        with pytest.raises(FileExistsError, match=f"the file {REFERENCE} was not made by a run"):
             finetune(model, PAIRS, output, objective=objective, **QUICK)
     assert (output / REFERENCE).read_bytes() == before
     (output / REFERENCE).write_text("notes")

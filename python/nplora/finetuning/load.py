@@ -160,7 +160,7 @@ def _read(
     options: FinetuneOptions,
 ) -> Examples:
     reading = options.reading(min(options.max_length, lm.config.max_position_embeddings), op)
-    dataset = objective.read(op, sources, lm.tokenizer, reading, None)
+    dataset = objective.read(op, sources, lm.tokenizer, reading)
     require_vocabulary(lm, dataset)
     return dataset
 

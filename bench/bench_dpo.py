@@ -71,7 +71,7 @@ def nplora_run(setting: Setting, threads: int) -> tuple[Step, int]:
     model, options = nplora.load_model(str(model_file())), FinetuneOptions(objective="dpo")
     objective = objective_of(options)
     data = sources_of("bench", rows(STEPS * setting.pairs))
-    dataset = objective.read("bench", data, model.tokenizer, options.reading(1024), None)
+    dataset = objective.read("bench", data, model.tokenizer, options.reading(1024))
     batches = TokenBatches(dataset, batch_examples=setting.pairs, shuffle=False)
     plain = model.copied({})
     model.add_lora(rank=RANK, alpha=ALPHA)

@@ -39,7 +39,7 @@ STRANGERS = [("trainer", "models"), ("trainer", "lm"), ("formats", "_core")]  # 
 OPTIONAL_PACKAGES = {
     "runtime": {"threadpoolctl"},
     "tokenizer": {"jinja2", "tokenizers"},
-    "trainer": {"matplotlib", "tqdm"},
+    "trainer": {"matplotlib", "mlflow", "tensorboardX", "tqdm", "wandb"},
     "finetuning": {"lm_eval", "optuna", "pyarrow"},
     "cli": {"sklearn"},
 }

@@ -55,6 +55,9 @@ _OTHER_NAMES = {
     "dropout": "lora_dropout",
     "init": "init_lora_weights",
     "lr": "learning_rate peak_lr",
+    "lora_plus_ratio": "loraplus_lr_ratio loraplus_ratio lr_ratio lora_plus_lr_ratio",
+    "lr_ratio": "loraplus_lr_ratio loraplus_ratio lora_plus_ratio",
+    "rank_pattern": "ranks r_pattern",
     "schedule": "lr_scheduler_type lr_scheduler lr_schedule scheduler",
     "warmup": "warmup_ratio warmup_steps num_warmup_steps",
     "warmup_steps": "warmup_ratio warmup num_warmup_steps",
@@ -72,6 +75,11 @@ _OTHER_NAMES = {
     "seed": "random_state random_seed",
     "save_every": "save_steps steps_per_save checkpoint_every",
     "checkpoint_every": "save_steps steps_per_save save_every",
+    "eval_every": "eval_steps steps_per_eval val_check_interval eval_interval eval_freq",
+    "valid_split": "val_size test_size validation_split val_split eval_split",
+    "patience": "early_stopping_patience early_stopping_rounds early_stopping",
+    "keep": "load_best_model_at_end restore_best_weights restore_best save_best keep_best",
+    "report_to": "log_with loggers tracker trackers",
     "resume": "resume_from_checkpoint",
     "overwrite": "overwrite_output_dir force",
     "output": "output_dir out out_dir save_path adapter_path",
@@ -88,7 +96,7 @@ _OTHER_NAMES = {
 }
 # Keywords of other libraries for settings that nplora does not have. Some of them look like our keywords.
 _NOT_OURS = (
-    *("eval_steps", "eval_every", "steps_per_eval", "logging_steps", "log_steps", "log_every"),
+    *("logging_steps", "log_steps", "log_every"),
     *("steps_per_report", "save_strategy", "val_batches"),
 )
 _OTHER_UNITS = {"warmup_ratio": ", a number of steps"}

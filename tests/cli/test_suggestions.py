@@ -28,7 +28,7 @@ def test_an_option_of_another_program_is_refused_with_ours(
     assert capsys.readouterr().err == message
 
 
-@pytest.mark.parametrize("option", ["--eval-steps", "--logging-steps", "--eval_steps", "--eval-every"])
+@pytest.mark.parametrize("option", ["--logging-steps", "--log-every"])
 def test_an_option_that_has_no_match_here_gets_no_suggestion(
     option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

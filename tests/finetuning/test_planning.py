@@ -420,8 +420,9 @@ def memory_of(lm: Any, one: MicroBatch, planned: ExecutionPlan, **adapters: Any)
         {"targets": ["q_proj", "down_proj"]},
         {"use_dora": True},
         {"layers": "first:1", "use_dora": True},
+        {"rank_pattern": {"q_proj": 32, "layers.0.mlp": 24}},
     ],
-    ids=["all", "last", "some", "dora", "first"],
+    ids=["all", "last", "some", "dora", "first", "ranks"],
 )
 def test_kept_activations_are_those_of_a_pass(
     model: Path, compute: str, recompute: bool, adapters: dict[str, Any]
@@ -508,8 +509,23 @@ def test_scratch_is_that_of_the_largest_call() -> None:
     assert Adapters({"model.embed_tokens": (1000, 64)}, 8).scratch(False, 1, 1) == 0
 
 
+def test_scratch_counts_each_layer_with_its_own_rank() -> None:
+    q, k = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
+    shapes, calls = dict.fromkeys((q, k), (64, 64)), dict.fromkeys((q, k), "the call")
+    equal = [Adapters(shapes, rank, calls=calls).scratch(False, 9, 1) for rank in (8, 6)]
+    mixed = Adapters(shapes, 8, calls=calls, ranks={k: 4}).scratch(False, 9, 1)
+    assert equal[0] > mixed == equal[1]
+    alone = Adapters({q: (64, 64)}, 8, ranks={q: 4}).scratch(False, 9, 1)
+    assert alone == Adapters({q: (64, 64)}, 4).scratch(False, 9, 1)
+
+
 def test_numbers_of_adapters_are_those_that_are_trained(model: Path) -> None:
-    for options in ({}, {"targets": ["lm_head", "embed_tokens", "q_proj"]}, {"use_dora": True}):
+    for options in (
+        {},
+        {"targets": ["lm_head", "embed_tokens", "q_proj"]},
+        {"use_dora": True},
+        {"rank_pattern": {"layers.1.mlp": 7, "k_proj": 1}},
+    ):
         lm = load_model(model)
         given = {"rank": 3, "targets": "all-linear", "layers": "last:1", "use_dora": False, **options}
         counted = Adapters.of(lm, **given).numbers

@@ -509,7 +509,10 @@ def test_a_run_prefers_the_chosen_answers_and_reports_it(
         if r["event"] == "step"
     ]
     assert steps[-1]["metrics"]["rewards/chosen"] == report.history.steps[-1].metrics["rewards/chosen"]
-    assert report.history.epochs[-1].val_metrics == after
+    history = report.history
+    best = min(history.evaluations, key=lambda record: record.val_loss)
+    assert (best.step, best.val_loss, best.val_metrics) == (history.best_step, report.loss_after, after)
+    assert f" (step {best.step}, the lowest of 10 evaluations), " in summary
     assert nplora.evaluate(model, [{"text": "a"}], adapter=tmp_path / "out")["loss"] > 0
 
 
@@ -688,15 +691,15 @@ def test_the_columns_of_a_checkpoint_keep_metrics_and_need_none() -> None:
         [StepRecord(1, 1, 2.0, 3, 0.1, 1.0, 0.5), StepRecord(2, 1, 2.0, 3, 0.1, 1.0, 0.5, {"kl": 0.25})]
     )
     restored = History()
-    restored.restore(history.step_columns(), [])
+    restored.restore(history.step_columns(), [], [])
     assert restored.steps == history.steps
     plain = History(history.steps[:1])
     assert set(plain.step_columns()) == {"step", "epoch", "loss", "count", "lr", "grad_norm", "seconds"}
     row = {"epoch": 1, "step": 2, "loss": 1.0, "val_loss": None, "val_accuracy": None, "seconds": 1.0}
-    restored.restore(plain.step_columns(), [row])
+    restored.restore(plain.step_columns(), [row], [])
     assert restored.epochs[0].val_metrics == {}
     with pytest.raises(TypeError, match="the metrics of an epoch are not numbers by name"):
-        restored.restore(plain.step_columns(), [row | {"val_metrics": {"kl": "x"}}])
+        restored.restore(plain.step_columns(), [row | {"val_metrics": {"kl": "x"}}], [])
 
 
 def test_pairs_keep_together_when_a_packed_batch_is_cut() -> None:

@@ -23,7 +23,7 @@ from nplora.finetuning.judging.metrics import MetricFunction
 
 # The arguments of each function that are not options.
 OWN = {
-    finetune: ["model", "data", "output", "valid", "progress"],
+    finetune: ["model", "data", "output", "valid", "progress", "callbacks"],
     plan: ["model", "data", "valid"],
     evaluate: ["model", "data", "adapter", "any_base", "progress", "record"],
     compare: ["model", "data", "adapters", "any_base", "progress", "record"],
@@ -34,6 +34,7 @@ FUNCTIONS = [*DESCRIBED, (plan, FinetuneOptions), (compare, EvaluateOptions)]
 # A function takes more kinds of values than the checked options hold.
 TAKEN = {
     "targets": str | Sequence[str],
+    "report_to": str | Sequence[str],
     "sample": Sequence[str],
     "metric": str | MetricFunction | Sequence[str | MetricFunction],
 }

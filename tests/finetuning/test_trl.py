@@ -118,7 +118,7 @@ def ours_of(model: Path, trainer: Any, output: Path, rows: list[dict[str, Any]],
     lm = nplora.load_model(model)
     chosen = FinetuneOptions(rank=4, alpha=6.0, targets=tuple(TARGETS), **options)
     objective = objective_of(chosen)
-    dataset = objective.read("finetune", sources_of("finetune", rows), lm.tokenizer, chosen.reading(64), None)
+    dataset = objective.read("finetune", sources_of("finetune", rows), lm.tokenizer, chosen.reading(64))
     batches = TokenBatches(dataset, batch_examples=len(dataset), shuffle=False)
     output.mkdir(exist_ok=True)
     with files.Directory(output) as directory:

@@ -418,6 +418,13 @@ def test_a_trial_that_diverges_is_reported(model: Path, data: Path, tmp_path: Pa
         ({"search": {"epochs": [1]}, "steps": 5}, ValueError, "the length of the run is given"),
         ({"learning_rate": 1}, TypeError, "unexpected keyword 'learning_rate'; did you mean lr?"),
         ({"sample": "Hi"}, TypeError, "unexpected keyword 'sample', which belongs to one run"),
+        ({"patience": 2}, TypeError, "unexpected keyword 'patience', which belongs to one run"),
+        ({"search": {"keep": ["last"]}}, ValueError, "keep cannot be searched"),
+        (
+            {"rank_pattern": {"up_proj": 2}, "search": {"targets": ["all-linear", "q_proj"]}},
+            ValueError,
+            "tune: rank_pattern has 'up_proj', which matches no adapted layer",
+        ),
         ({"resume": True, "overwrite": True}, ValueError, "resume and overwrite are both given"),
         ({"rank": 0}, ValueError, "rank is 0"),
         ({"layers": "last:9"}, ValueError, "the model has 2 blocks"),

@@ -196,9 +196,9 @@ def read_checkpoint(data: bytes) -> None:
     state = checkpoint._fields(strict_json.loads(raw, "the state"), directory())
     history = History()
     with contextlib.suppress(ValueError, TypeError):  # resuming turns these into CorruptError
-        history.restore(COLUMNS, state["epochs"])
+        history.restore(COLUMNS, state["epochs"], state["evaluations"])
     history.add_log(log, state["step"], state["epoch"])
-    assert all(0 < record.step <= state["step"] for record in history.steps)
+    assert all(record.step <= state["step"] for record in [*history.steps, *history.evaluations])
 
 
 ROW_FILES = {"a": ".json", "c": ".csv", "s": ".tsv", "t": ".txt", "z": ".jsonl.gz", "y": ".json.gz",

@@ -394,17 +394,22 @@ def checkpoint_seeds() -> Seeds:
         "base": "0",
         "best": None,
         "epochs": [epoch],
+        "evaluations": [],
         "log_bytes": 0,
         "isa": "avx2",
         "version": "0",
         "serial": 1,
     }
     log = b"\n".join([dumps({"event": "step", **step}), dumps({"event": "epoch", **epoch}), b""])
-    best = {"loss": 0.5, "epoch": 1, "since": 0}
+    best = {"loss": 0.5, "epoch": 1, "step": 2, "since": 0}
+    evaluation = {"step": 2, "epoch": 1, "val_loss": 0.5, "val_accuracy": None, "seconds": 1.0}
+    older = {name: value for name, value in state.items() if name != "evaluations"}
     return {
         "first": dumps(state | {"epochs": []}) + b"\0",
         "logged": dumps(state) + b"\0" + log,
         "best": dumps(state | {"best": best, "total_steps": 9}) + b"\0" + log,
+        "evaluated": dumps(state | {"evaluations": [evaluation]}) + b"\0" + log,
+        "older": dumps(older | {"best": {"loss": 0.5, "epoch": 1, "since": 0}}) + b"\0" + log,
     }
 
 

@@ -96,7 +96,7 @@ def outcome(trainer: Trainer, history: History) -> dict[str, Any]:
         "factors": {name: a.tobytes() for name, a in fingerprint.factors(trainer.model).items()},
         "moments": {name: a.tobytes() for name, a in trainer.optimizer.state_dict().items()},
         "streams": trainer.model.random_state(),
-        "history": (steps, epochs, history.ended, history.best_epoch),
+        "history": (steps, epochs, history.ended, history.best_epoch, history.best_step),
     }
 
 
@@ -271,7 +271,9 @@ def test_the_log_of_a_resumed_run_has_every_record_once(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, STEPS + 1))
     assert [r["epoch"] for r in records if r["event"] == "epoch"] == list(range(1, EPOCHS + 1))
-    others = [record["event"] for record in records if record["event"] not in ("step", "epoch")]
+    assert [r["epoch"] for r in records if r["event"] == "evaluation"] == list(range(1, EPOCHS + 1))
+    usual = ("step", "evaluation", "epoch")
+    others = [record["event"] for record in records if record["event"] not in usual]
     assert others == ["header", "start", "resume", "end"]
 
 
@@ -1014,10 +1016,10 @@ def test_a_checkpoint_of_a_later_schema_is_not_skipped(
     directory = copy_of(stopped, tmp_path)
     changed, path = newest(directory), newest_file(directory)
     with monkeypatch.context() as later:
-        later.setattr(checkpoint, "SCHEMA", 2)
+        later.setattr(checkpoint, "SCHEMA", 3)
         files.replace([checkpoint.new_file(path, changed)])
     with pytest.raises(
-        UnsupportedError, match=r"the checkpoint has schema '2', but this nplora reads only schema 1"
+        UnsupportedError, match=r"the checkpoint has schema '3', but this nplora reads only schemas 1 to 2"
     ):
         fit(trainer_of(net()), checkpoint_dir=directory, resume=True)
 
@@ -1031,8 +1033,9 @@ def test_a_checkpoint_of_a_later_schema_is_not_skipped(
         ({"random_state": []}, r"random_state is \[\]"),
         ({"serial": -3}, "serial is -3"),
         ({"best": {}}, r"best is \{\}"),
-        ({"best": {"loss": "low", "epoch": 1, "since": 0}}, "best is .*expected"),
-        ({"best": {"loss": 1.0, "epoch": 1, "since": None}}, "best is .*expected"),
+        ({"best": {"loss": "low", "epoch": 1, "step": 5, "since": 0}}, "best is .*expected"),
+        ({"best": {"loss": 1.0, "epoch": 1, "step": 5, "since": None}}, "best is .*expected"),
+        ({"best": {"loss": 1.0, "epoch": 1, "since": 0}}, "best is .*expected"),
         ({"random_state": {"0": 3}}, r"random_state of '0' is 3, expected"),
         ({"random_state": {"0": [1, 2.5]}}, r"random_state of '0' is \[1, 2\.5\], expected"),
         ({"random_state": {"0": [1 << 64, 0]}}, r"random_state of '0' is .*expected"),
@@ -1069,6 +1072,9 @@ def unchanged_by_failing_resume(
         ({"epochs": [{}]}, "the checkpoint's history is not valid"),
         ({"epochs": [dict.fromkeys(("epoch", "step", "loss", "val_loss", "val_accuracy", "seconds"), "1")]},
          "the checkpoint's history is not valid"),
+        ({"evaluations": [{"step": 1}]}, "the checkpoint's history is not valid"),
+        ({"evaluations": [dict.fromkeys(("step", "epoch", "val_loss", "val_accuracy", "seconds"), "1")]},
+         "step of an evaluation is '1', expected a number"),
     ],
 )  # fmt: skip
 def test_an_impossible_position_or_history_changes_nothing(
@@ -1491,7 +1497,7 @@ def test_a_crash_of_a_run_that_overwrites_another_leaves_one_of_them_whole(
             warnings.filterwarnings("ignore", message=".*a run that was killed left this file unfinished")
             assert run(directory, resume=True) == expected
         events = [json.loads(line)["event"] for line in (directory / "log.jsonl").read_text().splitlines()]
-        assert events == ["header", "start", "resume", *["step"] * 5, "epoch", "end"]
+        assert events == ["header", "start", "resume", *["step"] * 5, "evaluation", "epoch", "end"]
         assert not (directory / "adapter_model.safetensors").exists()
     assert states == sorted(states, reverse=True)
     assert states.count("old") >= 4  # no call yet, the lock, and the flushes of the new files

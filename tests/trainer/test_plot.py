@@ -77,10 +77,10 @@ def test_dollar_signs_in_the_name_of_a_directory_are_not_a_formula(run: Path) ->
 
 
 def test_the_log_is_read_back(run: Path) -> None:
-    steps, epochs, before = plot.read_log(run / "log.jsonl")
+    steps, epochs, before, evaluations = plot.read_log(run / "log.jsonl")
     assert before is None
     assert [r["step"] for r in steps] == list(range(1, 16))
-    assert [r["step"] for r in epochs] == [5, 10, 15]
+    assert [r["step"] for r in epochs] == [r["step"] for r in evaluations] == [5, 10, 15]
     assert all(0 <= r["val_accuracy"] <= 1 for r in epochs)
 
 
@@ -193,6 +193,11 @@ def test_rewards_are_drawn_below_the_loss(tmp_path: Path, monkeypatch: pytest.Mo
     plot.plot_run(tmp_path)
     assert drawn["chosen"] == [0.5, 0.5]
     assert drawn["rejected, validation"] == [-0.25]
+    evaluation = {"event": "evaluation", "epoch": 1, "val_loss": 0.7, "val_accuracy": None}
+    rows.append({**evaluation, "step": 1, "val_metrics": {"rewards/rejected": -0.125}})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot.plot_run(tmp_path, overwrite=True)
+    assert drawn["rejected, validation"] == [-0.125, -0.25]
     for bad in ({"metrics": [1]}, {"metrics": {"kl": "x"}}):
         (tmp_path / "log.jsonl").write_text(json.dumps({**step, "step": 1, **bad}) + "\n")
         with pytest.raises(DataError, match=r"line 1: (metrics|kl) is "):

@@ -210,6 +210,7 @@ _KINDS: dict[str, Callable[[str], Any]] = {  # by the `kind` in the metadata of 
     "columns": columns,
     "metric": str,
     "path": path,
+    "pattern": str,
 }
 
 

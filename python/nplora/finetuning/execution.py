@@ -24,6 +24,7 @@ from nplora.finetuning.planning import (
 )
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
+from nplora.lm.adapting import parse_pattern
 from nplora.runtime.user_warning import warn_user
 
 _MOST_EXAMPLES = 1_000_000  # a plan lists the batches of epochs with about this many examples in total
@@ -37,6 +38,8 @@ def plan(
     valid: Data | None = None,
     rank: int = 8,
     alpha: float = 16.0,
+    rank_pattern: Mapping[str, int] | str | None = None,
+    alpha_pattern: Mapping[str, float] | str | None = None,
     targets: str | Sequence[str] = ("all-linear",),
     layers: str | None = None,
     dropout: float = 0.0,
@@ -56,6 +59,7 @@ def plan(
     temperature: float | None = None,
     kd_ratio: float = 0.5,
     lr: float = 2e-4,
+    lora_plus_ratio: float = 1.0,
     schedule: str = "cosine",
     warmup: int = 0,
     weight_decay: float = 0.01,
@@ -74,12 +78,16 @@ def plan(
     learn: str = "completion",
     skip_bad: bool = False,
     strict: bool = False,
+    eval_every: int | None = None,
+    patience: int | None = None,
+    keep: str = "best",
     compute: str | None = None,
     recompute: bool = False,
     memory: str | int | None = None,
     keep_prefix: str = "off",
     save_every: int = 100,
     save_minutes: float = 5.0,
+    report_to: str | Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     sample: Sequence[str] = (),
@@ -168,19 +176,19 @@ def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> s
 def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapters:
     """The adapted layers of a run.
 
-    If the run continues from an adapter, every layer counts with the largest rank in that adapter.
-
     Raises:
         ValueError: the layers do not fit the model, or `keep_prefix` is set and the lowest block is adapted.
     """
     lm, start = inputs.lm, inputs.start
     if start is None:
         adapters = Adapters.of(
-            lm, options.rank, options.targets, options.layers, options.use_dora, options.init, op
-        )
+            lm, options.rank, options.targets, options.layers, options.use_dora, options.init, op,
+            parse_pattern(op, "rank_pattern", options.rank_pattern),
+        )  # fmt: skip
     else:
         shapes = {name: delta.shape for name, delta in start.items()}
-        adapters = Adapters(shapes, max(delta.rank for delta in start.values()), start.use_dora)
+        ranks = {name: delta.rank for name, delta in start.items()}
+        adapters = Adapters(shapes, max(ranks.values()), start.use_dora, ranks=ranks)
     if options.keep_prefix != "off" and not adapters.first_block(lm.config.num_hidden_layers):
         raise ValueError(
             f"{op}: keep_prefix={options.keep_prefix!r}, but there is no frozen block below the adapters; "
@@ -240,6 +248,7 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
         evaluated=max(
             [_largest_evaluation(one) for one in (held_out, *read_before) if one is not None] or [0]
         ),
+        keeps_best=held_out is not None and options.keep == "best",
         prefix_tokens=inputs.tokens if options.keep_prefix == "memory" else 0,
         sequences=train.sequences,
         extra_passes=objective.extra_passes,

@@ -98,6 +98,7 @@ def read_inputs(
         prompt_ids(f"{op}: sample {brief(prompt)}", lm, prompt)
     if share is not None:
         sources, held_out_sources = split_sources(op, sources, share)
+    require_validation(op, options, held_out_sources is not None)
     objective = objective_of(options)
     objective.open(op, lm, check)
     train = _read(op, lm, objective, sources, options)
@@ -108,6 +109,13 @@ def read_inputs(
     paths = [(what, source.path) for what, given in read.items() for source in given if source.path]
     paths += [("teacher", path) for path in (objective.teacher.paths if objective.teacher else [])]
     return RunInputs(lm, train, held_out, _start(op, lm, options), paths, objective)
+
+
+def require_validation(op: str, options: FinetuneOptions, given: bool) -> None:
+    """Raise a ValueError if an option needs validation data, and there are none."""
+    for name in ("eval_every", "patience"):
+        if getattr(options, name) is not None and not given:
+            raise ValueError(f"{op}: {name} needs validation data: give valid or valid_split")
 
 
 def require_plain(op: str, lm: LanguageModel) -> None:
@@ -152,7 +160,7 @@ def _read(
     options: FinetuneOptions,
 ) -> Examples:
     reading = options.reading(min(options.max_length, lm.config.max_position_embeddings), op)
-    dataset = objective.read(op, sources, lm.tokenizer, reading, None)
+    dataset = objective.read(op, sources, lm.tokenizer, reading)
     require_vocabulary(lm, dataset)
     return dataset
 

@@ -26,10 +26,12 @@ from nplora.finetuning.objective_options import (
 )
 from nplora.finetuning.planning import parse_bytes
 from nplora.lm import LanguageModel
-from nplora.lm.adapting import parse_blocks, target_names
+from nplora.lm.adapting import parse_blocks, parse_pattern, target_names
 from nplora.models.divergence import DIVERGENCES
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
+from nplora.trainer.fit_config import KEEP
+from nplora.trainer.reporters import REPORTERS
 from nplora.weights import COMPUTES, INFERENCE_COMPUTES
 
 T = TypeVar("T")
@@ -37,11 +39,13 @@ T = TypeVar("T")
 DEFAULT_EXAMPLES = 8
 TEACHER_DTYPES = ("float16", "float32")
 KEEP_PREFIX = ("off", "memory", "disk")
-_OF_THE_ADAPTER = ("rank", "alpha", "targets", "layers", "use_rslora", "use_dora", "init")
+_OF_THE_ADAPTER = (
+    "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "layers", "use_rslora", "use_dora", "init",
+)  # fmt: skip
 
 # Groups of options, as --help shows them.
-_ADAPTER, _OBJECTIVE, _TEACHER, _TRAINING, _BATCHES, _DATA, _SPEED, _RUN, _ANSWERS = (
-    "adapter", "objective", "teacher", "training", "batches", "data", "memory and speed", "run",
+_ADAPTER, _OBJECTIVE, _TEACHER, _TRAINING, _BATCHES, _DATA, _VALIDATION, _SPEED, _RUN, _ANSWERS = (
+    "adapter", "objective", "teacher", "training", "batches", "data", "validation", "memory and speed", "run",
     "generated answers",
 )  # fmt: skip
 
@@ -72,6 +76,20 @@ class FinetuneOptions:
 
     rank: int = _option(_ADAPTER, 8, "rank of the LoRA factors")
     alpha: float = _unplanned(_ADAPTER, 16.0, "LoRA alpha: the update is scaled by alpha / rank")
+    rank_pattern: Mapping[str, int] | str | None = _option(
+        _ADAPTER,
+        None,
+        "ranks of layers that differ from `rank`, by parts of their names, as in q_proj=16,layers.3.mlp=4",
+        kind="pattern",
+        metavar="NAME=RANK",
+    )
+    alpha_pattern: Mapping[str, float] | str | None = _unplanned(
+        _ADAPTER,
+        None,
+        "alphas of layers that differ from `alpha`, in the same form",
+        kind="pattern",
+        metavar="NAME=ALPHA",
+    )
     targets: tuple[str, ...] = _option(
         _ADAPTER,
         ("all-linear",),
@@ -152,6 +170,9 @@ class FinetuneOptions:
         _OBJECTIVE, 0.5, "share of the divergence in the loss of distill; the rest is the loss of sft"
     )
     lr: float = _unplanned(_TRAINING, 2e-4, "peak learning rate")
+    lora_plus_ratio: float = _unplanned(
+        _TRAINING, 1.0, "learning rate of A divided by that of B (LoRA+); 16 is usual"
+    )
     schedule: str = _unplanned(
         _TRAINING, "cosine", "learning rate schedule: cosine, linear or constant", choices=tuple(SCHEDULES)
     )
@@ -201,6 +222,20 @@ class FinetuneOptions:
     )
     skip_bad: bool = _option(_DATA, False, "skip bad lines of the data, and count them")
     strict: bool = _option(_DATA, False, "refuse examples that are longer than `max_length`")
+    eval_every: int | None = _unplanned(
+        _VALIDATION, None, "steps between evaluations of the validation data, besides those after every epoch"
+    )
+    patience: int | None = _unplanned(
+        _VALIDATION,
+        None,
+        "evaluations in a row without a lower validation loss after which the run ends (early stopping)",
+    )
+    keep: str = _option(
+        _VALIDATION,
+        "best",
+        "adapter that is saved if there are validation data: best (of the lowest validation loss) or last",
+        choices=KEEP,
+    )
     compute: str | None = _option(
         _SPEED,
         None,
@@ -229,6 +264,13 @@ class FinetuneOptions:
     )
     save_every: int = _unplanned(_RUN, 100, "steps between checkpoints")
     save_minutes: float = _unplanned(_RUN, 5.0, "maximum minutes between checkpoints; 0: no limit")
+    report_to: tuple[str, ...] = _unplanned(
+        _RUN,
+        (),
+        "where to report metrics: csv, tensorboard, wandb, mlflow; csv and tensorboard write into reports/ "
+        "in the output directory",
+        metavar="NAMES",
+    )
     resume: bool = _unplanned(
         _RUN,
         False,
@@ -250,6 +292,9 @@ class FinetuneOptions:
         self._check_numbers(op)
         check_objective(op, self, {field.name: field.default for field in dataclasses.fields(self)})
         self.reading(self.max_length, op)
+        for name in ("rank_pattern", "alpha_pattern"):
+            parse_pattern(op, name, getattr(self, name))
+        self._set("report_to", _reporter_names(self.report_to, op))
         self._set("sample", _check.texts(op, "sample", self.sample))
         if self.memory is not None:
             parse_bytes(self.memory, op)
@@ -273,14 +318,14 @@ class FinetuneOptions:
     def _check_choices(self, op: str) -> None:
         for name, words in (
             ("schedule", SCHEDULES), ("init", LoRALinear.inits),
-            ("keep_prefix", KEEP_PREFIX),
+            ("keep_prefix", KEEP_PREFIX), ("keep", KEEP),
         ):  # fmt: skip
             _check.choice(op, name, getattr(self, name), words)
         if self.compute is not None:
             _check.choice(op, "compute", self.compute, COMPUTES)
 
     def _check_numbers(self, op: str) -> None:
-        for name in ("epochs", "steps", "batch_tokens", "batch_examples"):
+        for name in ("epochs", "steps", "batch_tokens", "batch_examples", "eval_every", "patience"):
             if getattr(self, name) is not None:
                 _check.integer(op, name, getattr(self, name), least=1)
         _check.rank(op, self.rank)
@@ -288,7 +333,7 @@ class FinetuneOptions:
             ("accumulate", 1), ("save_every", 1), ("warmup", 0), ("seed", 0),
         ):  # fmt: skip
             _check.integer(op, name, getattr(self, name), least=least)
-        for name in ("lr", "alpha", "max_grad_norm"):
+        for name in ("lr", "lora_plus_ratio", "alpha", "max_grad_norm"):
             if _check.number(op, name, getattr(self, name)) <= 0:
                 raise ValueError(f"{op}: {name} is {getattr(self, name)}, expected above 0")
         _check.probability(op, "dropout", self.dropout)
@@ -464,6 +509,13 @@ def _reading(
         max_length, options.learn, options.format, parse_columns(options.columns, op), options.chat,
         options.skip_bad, options.strict, op,
     )  # fmt: skip
+
+
+def _reporter_names(given: Any, op: str) -> tuple[str, ...]:
+    """The names in "csv,wandb", or in several such texts."""
+    texts = _check.texts(op, "report_to", [given] if isinstance(given, str) else given)
+    names = (name.strip() for text in texts for name in text.split(","))
+    return tuple(_check.choice(op, "report_to", name, REPORTERS) for name in dict.fromkeys(names))
 
 
 def parse_columns(columns: Mapping[str, str] | str | None, op: str = "finetune") -> Mapping[str, str]:

@@ -10,9 +10,12 @@ from nplora.adapters import Adapter
 from nplora.finetuning.load import RunInputs
 from nplora.finetuning.options import FinetuneOptions
 from nplora.formats import files, model_directory, peft_adapter, run_files
+from nplora.formats.errors import UnsafeError
 from nplora.formats.files import StrPath
 from nplora.formats.run_files import holds_run
 from nplora.trainer.run_directory import RunDirectory
+
+REPORTS = "reports"  # the directory in the output directory for the reports of `report_to`
 
 
 def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | Adapter | None) -> None:
@@ -35,6 +38,8 @@ def require_free(output: StrPath, options: FinetuneOptions) -> None:
     A directory with a run or an adapter is refused too, unless the options allow to continue or replace it.
     """
     model_directory.require_no_model(output)
+    if options.report_to and Path(output, REPORTS).is_symlink():
+        raise UnsafeError(f"{Path(output, REPORTS)}: a symbolic link, expected a directory for reports")
     if peft_adapter.lies_in(output) and not (holds_run(output) or options.overwrite):
         raise FileExistsError(
             errno.EEXIST,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,11 +54,12 @@ class FinetuneReport:
     Attributes:
         output: the directory with the adapter.
         train, valid: summaries of the training data and the validation data.
-        loss_before, loss_after: validation loss before and after training; None without validation data.
-            `loss_before` is also None if the log of a resumed run does not have it. `loss_after` is also None
-            if the run was interrupted.
+        loss_before, loss_after: validation loss before training, and of the saved adapter; None without
+            validation data. `loss_before` is also None if the log of a resumed run does not have it.
+            `loss_after` is also None if the run was interrupted.
         samples: prompts, with the texts before and after training.
-        history: the records of the trainer.
+        history: the records of the trainer. `history.best_step` is the step of the saved adapter if it is
+            the best one.
         trained: number of trained values.
         parameters: number of all values of the model.
         was_finished: whether the resumed run was already finished, so that nothing was trained.
@@ -107,7 +109,7 @@ class FinetuneReport:
             lines.insert(0, "the run was already finished: nothing was trained")
         if self.loss_after is not None:
             before = "" if self.loss_before is None else f"{self.loss_before:.4f} -> "
-            lines.append(f"validation loss {before}{self.loss_after:.4f}{self._compared()}")
+            lines.append(f"validation loss {before}{self.loss_after:.4f}{self._best()}{self._compared()}")
         last = history.steps[-RECENT:]
         losses = f", loss {history.loss[0]:.4f}" if last else ""
         losses += in_words(mean_metrics(last)) if len(last) == 1 else ""
@@ -123,6 +125,10 @@ class FinetuneReport:
         )
         lines.append(f"trained {self.trained:,} of {self.parameters:,} values")
         ended = ", interrupted: --resume continues" if history.interrupted else ""
+        if best := self._lost_best():
+            lines.append(best)
+        if history.ended == "patience":
+            lines.append("the validation loss did not fall any more, so the run ended early (patience)")
         lines.append(f"{self.output}{os.sep} holds the adapter (PEFT's format){ended}")
         return "\n".join(lines)
 
@@ -139,3 +145,22 @@ class FinetuneReport:
                 before = f"{self.metrics_before[name]:.3f} -> " if name in self.metrics_before else ""
                 text += f", {word} {before}{self.metrics_after[name]:.3f}"
         return text
+
+    def _best(self) -> str:
+        """The step of the saved adapter, if there was a choice."""
+        evaluations, best = self.history.evaluations, self.history.best_step
+        if best is None or len(evaluations) < 2:
+            return ""
+        return f" (step {best}, the lowest of {len(evaluations)} evaluations)"
+
+    def _lost_best(self) -> str:
+        """After Ctrl-C, a line about a validation loss that was lower before, if there was one."""
+        history = self.history
+        finite = [record for record in history.evaluations if math.isfinite(record.val_loss)]
+        best = min(finite, key=lambda record: record.val_loss, default=None)
+        if not history.interrupted or best is None or best.step == history.evaluations[-1].step:
+            return ""
+        return (
+            f"the lowest validation loss was {best.val_loss:.4f}, at step {best.step}: "
+            "--resume --patience 1 ends the run now and saves that adapter"
+        )

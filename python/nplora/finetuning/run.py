@@ -4,10 +4,12 @@ The packages `nplora.lm` and `nplora.trainer` do not import each other; this mod
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter, rollback_on_error, save_adapter
@@ -18,7 +20,7 @@ from nplora.finetuning.execution import choose_execution
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
 from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.options import FinetuneOptions, from_arguments
-from nplora.finetuning.output import require_free, require_not_read
+from nplora.finetuning.output import REPORTS, require_free, require_not_read
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
 from nplora.formats import files
@@ -32,7 +34,9 @@ from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import layer_stream
 from nplora.nn.optim import AdamW
 from nplora.trainer import Callback, History, Trainer
+from nplora.trainer.callbacks import checked_callbacks
 from nplora.trainer.fingerprint import set_factors
+from nplora.trainer.reporters import reporting, require_reporters
 from nplora.trainer.run_directory import RunDirectory
 
 
@@ -44,8 +48,11 @@ def finetune(
     *,
     valid: Data | None = None,
     progress: bool | None = None,
+    callbacks: Sequence[Callback] = (),
     rank: int = 8,
     alpha: float = 16.0,
+    rank_pattern: Mapping[str, int] | str | None = None,
+    alpha_pattern: Mapping[str, float] | str | None = None,
     targets: str | Sequence[str] = ("all-linear",),
     layers: str | None = None,
     dropout: float = 0.0,
@@ -65,6 +72,7 @@ def finetune(
     temperature: float | None = None,
     kd_ratio: float = 0.5,
     lr: float = 2e-4,
+    lora_plus_ratio: float = 1.0,
     schedule: str = "cosine",
     warmup: int = 0,
     weight_decay: float = 0.01,
@@ -83,12 +91,16 @@ def finetune(
     learn: str = "completion",
     skip_bad: bool = False,
     strict: bool = False,
+    eval_every: int | None = None,
+    patience: int | None = None,
+    keep: str = "best",
     compute: str | None = None,
     recompute: bool = False,
     memory: str | int | None = None,
     keep_prefix: str = "off",
     save_every: int = 100,
     save_minutes: float = 5.0,
+    report_to: str | Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     sample: Sequence[str] = (),
@@ -97,8 +109,9 @@ def finetune(
     """Fine-tune a language model with LoRA on a file of text, and save the adapter in PEFT's format.
 
     The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run and saves the adapter as
-    it is at that moment. `resume=True` continues the run; the results are bit for bit the same as without a
-    stop. Nothing is written before all input is read and checked.
+    it is at that moment, even if an earlier one had a lower validation loss. `resume=True` continues the run;
+    the results are bit for bit the same as without a stop. Nothing is written before all input is read and
+    checked.
 
     If a step raises an error, the run is saved too, and a note on the error says so. If a loss is not finite,
     the model and the output directory get the adapter of the last checkpoint before the failed step, unless
@@ -111,10 +124,15 @@ def finetune(
             weights, as for `nplora.data.read_dataset`; or a directory with train.jsonl and perhaps
             valid.jsonl.
         output: directory for the adapter, the checkpoints and the log.
-        valid: rows to evaluate on, before training and after every epoch; of the same kinds as `data`.
+        valid: rows to evaluate on, before training and after every epoch; of the same kinds as `data`. The
+            adapter of the lowest loss is saved; see `keep`.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
+        callbacks: `Callback`s of your own; `run.model` is the language model.
         rank: rank of the LoRA factors.
         alpha: LoRA alpha: the update is scaled by alpha / rank.
+        rank_pattern: ranks of layers that differ from `rank`, by parts of their names, as in
+            q_proj=16,layers.3.mlp=4.
+        alpha_pattern: alphas of layers that differ from `alpha`, in the same form.
         targets: layers that get an adapter: all-linear, or a list of names such as q_proj,v_proj.
         layers: blocks that get an adapter: last:N or first:N (default: all).
         dropout: LoRA dropout probability.
@@ -144,6 +162,7 @@ def finetune(
             `teacher`).
         kd_ratio: share of the divergence in the loss of distill; the rest is the loss of sft.
         lr: peak learning rate.
+        lora_plus_ratio: learning rate of A divided by that of B (LoRA+); 16 is usual.
         schedule: learning rate schedule: cosine, linear or constant.
         warmup: warm-up steps, in which the learning rate rises to its peak.
         weight_decay: weight decay of AdamW.
@@ -163,6 +182,11 @@ def finetune(
         learn: tokens to train on: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
         strict: refuse examples that are longer than `max_length`.
+        eval_every: steps between evaluations of the validation data, besides those after every epoch.
+        patience: evaluations in a row without a lower validation loss after which the run ends (early
+            stopping).
+        keep: adapter that is saved if there are validation data: best (of the lowest validation loss) or
+            last.
         compute: arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32, unless
             `memory` is too small for float32).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
@@ -173,6 +197,8 @@ def finetune(
             size per token.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
+        report_to: where to report metrics: csv, tensorboard, wandb, mlflow; csv and tensorboard write into
+            reports/ in the output directory.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
@@ -203,7 +229,8 @@ def finetune(
     >>> lm = nplora.finetuning.load_with_adapter("model.gguf", "out")
     """
     chosen = from_arguments("finetune", FinetuneOptions, locals())
-    return _finetune(model, data, output, valid, progress, chosen)
+    checked = checked_callbacks("finetune", callbacks)
+    return _finetune(model, data, output, valid, progress, checked, chosen)
 
 
 def _finetune(
@@ -212,11 +239,13 @@ def _finetune(
     output: StrPath,
     valid: Data | None,
     progress: bool | None,
+    own: list[Callback],
     chosen: FinetuneOptions,
 ) -> FinetuneReport:
     files.require_named("finetune", output=output)
     files.require_directory(output)
     place, say = files.absolute(output), speaker(progress)
+    require_reporters("finetune", chosen.report_to)
     earlier = find_earlier_run(place) if chosen.resume else None
     if earlier is not None and not isinstance(model, LanguageModel):
         chosen = earlier.keep_compute(chosen)
@@ -246,10 +275,16 @@ def _finetune(
             if chosen.resume:
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")
             baseline.measure()
-        callbacks = [baseline, *([TokenProgress(loss=loss)] if speaks(progress) else [])]
         base = None if isinstance(model, LanguageModel) else os.fspath(model)
         save = functools.partial(save_adapter, chat_template=inputs.train.report.chat)
-        with _saved_as_of_a_good_step(lm, directory, base, save):
+        with (
+            reporting(
+                chosen.report_to, Path(directory, REPORTS), _shown(chosen, lm), lambda: loss.tokens
+            ) as sent,
+            _saved_as_of_a_good_step(lm, directory, base, save),
+        ):
+            line = [TokenProgress(loss=loss)] if speaks(progress) else []
+            callbacks = [baseline, *own, *sent, *line]
             history = _train(new_trainer(lm, loss, chosen, callbacks), batches, validation, chosen, directory)
         _save(lm, directory, base, save)
         found_at = directory.seen_from(output)
@@ -261,7 +296,7 @@ def put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOp
     if start is None:
         lm.add_lora(
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,
-            options.use_dora, options.seed, options.init,
+            options.use_dora, options.seed, options.init, options.rank_pattern, options.alpha_pattern,
         )  # fmt: skip
         return
     start.attach(lm, options.any_base)
@@ -294,6 +329,14 @@ def _prefix_in_use(lm: LanguageModel, prefix: PrefixCache | None) -> Iterator[No
             prefix.close()
 
 
+def _shown(options: FinetuneOptions, lm: LanguageModel) -> dict[str, Any]:
+    """The settings that reports show as hyper-parameters."""
+    chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return {"model": lm.source, "trained_values": lm.num_trainable, "compute": lm.compute} | {
+        name: value for name, value in chosen.items() if name != "compute"
+    }
+
+
 def new_trainer(
     lm: LanguageModel, loss: PackedLoss, options: FinetuneOptions, callbacks: list[Callback]
 ) -> Trainer:
@@ -301,7 +344,7 @@ def new_trainer(
     return Trainer(
         lm,
         loss,
-        AdamW(options.lr, weight_decay=options.weight_decay),
+        AdamW(options.lr, weight_decay=options.weight_decay, lr_ratio=options.lora_plus_ratio),
         schedule=options.schedule,
         warmup_steps=options.warmup,
         accumulate=options.accumulate,
@@ -324,6 +367,9 @@ def _train(
         epochs=options.epochs,
         steps=options.steps,
         validation=validation,
+        eval_every=options.eval_every,
+        patience=options.patience,
+        keep=options.keep,
         checkpoint_dir=directory,
         checkpoint_every=options.save_every,
         save_minutes=options.save_minutes,
@@ -374,6 +420,7 @@ def _report(
 ) -> FinetuneReport:
     lm, stopped = inputs.lm, history.interrupted
     after = [""] * len(options.sample) if stopped else answers_of(lm, options.sample)
+    loss_after, metrics_after = (None, dict[str, float]()) if stopped else _validated(history)
     return FinetuneReport(
         output=output,
         train=inputs.train.report,
@@ -381,11 +428,20 @@ def _report(
         loss_before=baseline.loss,
         unit=inputs.objective.loss(None).unit,
         metrics_before=baseline.metrics,
-        metrics_after=history.epochs[-1].val_metrics if history.epochs and not stopped else {},
-        loss_after=history.epochs[-1].val_loss if history.epochs and not stopped else None,
+        metrics_after=metrics_after,
+        loss_after=loss_after,
         samples=tuple(map(Sample, options.sample, baseline.answers, after)),
         history=history,
         trained=lm.num_trainable,
         parameters=lm.num_parameters,
         was_finished=baseline.was_finished,
     )
+
+
+def _validated(history: History) -> tuple[float | None, dict[str, float]]:
+    """The validation loss and metrics of the saved adapter."""
+    if history.best_loss is not None:
+        best = [record for record in history.evaluations if record.step == history.best_step]
+        return history.best_loss, best[-1].val_metrics if best else {}  # a lost log may have had the record
+    last = history.epochs[-1:]
+    return (last[0].val_loss, last[0].val_metrics) if last else (None, {})

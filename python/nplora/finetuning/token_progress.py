@@ -13,7 +13,7 @@ from nplora.finetuning.objectives.packed_loss import PackedLoss
 from nplora.finetuning.planning import peak_memory
 from nplora.finetuning.report import RECENT, in_words, mean_loss
 from nplora.runtime.stderr import stderr
-from nplora.trainer import Callback, EpochRecord, Run, StepRecord
+from nplora.trainer import Callback, EpochRecord, EvaluationRecord, Run, StepRecord
 from nplora.trainer.history import mean_metrics
 
 
@@ -64,6 +64,12 @@ class TokenProgress(Callback):
         if last or time.monotonic() - self._drawn >= self._every:
             self._drawn = time.monotonic()
             self._draw(self._text(run, record))
+
+    def on_evaluation(self, run: Run, record: EvaluationRecord) -> None:
+        if not run.history.epochs or run.history.epochs[-1].step != record.step:
+            metrics = in_words(record.val_metrics)
+            self._draw(f"step {record.step}: validation loss {record.val_loss:.4f}{metrics}")
+            self._break()
 
     def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
         validation = "" if record.val_loss is None else f", validation loss {record.val_loss:.4f}"

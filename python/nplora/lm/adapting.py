@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -69,6 +69,68 @@ def targeted(
     return chosen
 
 
+def parse_pattern(op: str, option: str, given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """The numbers in "q_proj=16,layers.3.mlp=4", by the names of layers. A mapping is copied.
+
+    Args:
+        option: "rank_pattern" or "alpha_pattern".
+    Raises:
+        ValueError: the text does not have this form, or a number is out of range.
+        TypeError: it is neither a text nor a mapping.
+    """
+    wanted = "expected names of layers and their numbers, such as q_proj=16,layers.3.mlp=4"
+    if given is None:
+        return {}
+    if isinstance(given, str):
+        pairs = [pair.rpartition("=") for pair in given.split(",")]
+        values = {name.strip(): _parsed(value) for name, _, value in pairs}
+        if not all(values) or None in values.values() or len(values) < len(pairs):
+            raise ValueError(f"{op}: {option} is {given!r}, {wanted}")
+    elif isinstance(given, Mapping) and all(isinstance(name, str) for name in given):
+        values = dict(given)
+    else:
+        raise TypeError(
+            f"{op}: {option} is {_check.kind(given)}, expected a dictionary from names to numbers"
+        )
+    for name, value in values.items():
+        what = f"{option}[{name!r}]"
+        if option == "rank_pattern":
+            _check.integer(op, what, value, least=1, most=_check.MAX_RANK)
+        elif _check.number(op, what, value) <= 0:
+            raise ValueError(f"{op}: {what} is {value}, expected above 0")
+    return values
+
+
+def _parsed(text: str) -> float | None:
+    """The number in a text, as an integer if it is one; None if it is no number."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else number
+
+
+def by_layer(op: str, option: str, pattern: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The numbers of the layers that a pattern names. The first name that matches a layer decides.
+
+    A name matches the layers that have it as a part: "q_proj", "layers.3" or "layers.3.mlp".
+
+    Args:
+        names: the dotted names of the adapted layers.
+    Raises:
+        ValueError: a name matches none of the layers (the nearest names are listed).
+    """
+    found = dict[str, Any]()
+    for part, value in pattern.items():
+        hits = [name for name in names if f".{part}." in f".{name}."]
+        if not hits:
+            near = nearest_names(part, [*dict.fromkeys(name.rpartition(".")[2] for name in names), *names])
+            hint = f"; the nearest names: {', '.join(near)}" if near else ""
+            raise ValueError(f"{op}: {option} has {part!r}, which matches no adapted layer{hint}")
+        found = dict.fromkeys(hits, value) | found
+    return found
+
+
 def _hits(name: str, target: str) -> bool:
     if target == ALL_LINEAR:
         return block_of(name) is not None
@@ -110,10 +172,13 @@ def parse_blocks(text: str, op: str = "add_lora") -> tuple[str, int]:
     return side, int(number)
 
 
-def factors_side_by_side(layers: Iterable[Linear | Embedding], rank: int) -> AbstractContextManager[None]:
-    """A context in which `adapted` allocates the LoRA factors of these layers in one buffer."""
-    rank = _check.rank("add_lora", rank)
-    sizes = (rank * n * np.dtype(np.float32).itemsize for layer in layers for n in layer.shape)
+def factors_side_by_side(layers: Iterable[tuple[Linear | Embedding, int]]) -> AbstractContextManager[None]:
+    """A context in which `adapted` allocates the LoRA factors of these layers in one buffer.
+
+    Args:
+        layers: the layers, each with its rank.
+    """
+    sizes = (rank * n * np.dtype(np.float32).itemsize for layer, rank in layers for n in layer.shape)
     return buffers.side_by_side(*sizes)
 
 

@@ -191,6 +191,8 @@ class LanguageModel(Module):
         use_dora: bool = False,
         seed: int = 0,
         init: str = "zero",
+        rank_pattern: Mapping[str, int] | str | None = None,
+        alpha_pattern: Mapping[str, float] | str | None = None,
     ) -> None:
         """Put a LoRA adapter on frozen layers. With init="zero" the model's outputs stay the same at first.
 
@@ -201,6 +203,11 @@ class LanguageModel(Module):
             >>> lm.add_lora(rank=2, targets=["q_proj", "down_proj"], layers="last:1")
             >>> [name.rpartition(".")[2] for name in lm.adapter_layers()]
             ['q_proj', 'down_proj']
+            >>> other = nplora.load_model("model.gguf")
+            >>> ranks = {"layers.0.mlp": 4, "q_proj": 1}
+            >>> other.add_lora(rank=2, targets="q_proj,up_proj", rank_pattern=ranks)
+            >>> [layer.rank for layer in other.adapter_layers().values()]
+            [1, 4, 1, 2]
 
         Args:
             rank, alpha, dropout, use_rslora, use_dora: as in `LoRALinear`.
@@ -211,20 +218,28 @@ class LanguageModel(Module):
             seed: seed of the initial factors. A layer's factors depend on this seed and the layer's name.
             init: initial factors, as in `LoRALinear`. "gaussian" changes the model's outputs at once. "pissa"
                 and "olora" need unquantised weights.
+            rank_pattern, alpha_pattern: ranks and alphas of layers that differ from `rank` and `alpha`, by
+                parts of their names: {"q_proj": 16, "layers.3.mlp": 4}, or "q_proj=16,layers.3.mlp=4". The
+                first name that matches decides. The scale of a layer is its alpha divided by its rank.
         Raises:
             ValueError: a target or block does not exist, or an option does not fit. The model is not changed.
         """
         names = adapting.targeted(self, self.config.num_hidden_layers, targets, layers)
-        options = {
-            "rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora,
-            "init": init,
-        }  # fmt: skip
+        rank = _check.rank("add_lora", rank)
+        ranks, alphas = (
+            adapting.by_layer("add_lora", option, adapting.parse_pattern("add_lora", option, given), names)
+            for option, given in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern))
+        )
+        options = {"dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora, "init": init}
         modules: dict[str, Any] = dict(self.named_modules())
-        with adapting.factors_side_by_side([modules[name] for name in names], rank):
+        with adapting.factors_side_by_side((modules[name], ranks.get(name, rank)) for name in names):
             made = {
-                name: adapting.adapted(name, modules[name], self.stored_row_order(name), options)
+                name: adapting.adapted(
+                    name, modules[name], self.stored_row_order(name),
+                    {**options, "rank": ranks.get(name, rank), "alpha": alphas.get(name, alpha)},
+                )
                 for name in names
-            }
+            }  # fmt: skip
         seed = _check.integer("add_lora", "seed", seed, least=0)
         for name, layer in made.items():
             layer.reset(layer_stream(seed, name))

@@ -5,6 +5,7 @@ Attention and MLP compute their own memory, with a method `footprint`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -16,12 +17,15 @@ class Adapted:
     """The layers of a block that have or will have an adapter.
 
     Attributes:
+        rank: the rank of the layers that are not in `ranks`.
         outputs: the output width d_out of each of these layers, by the last part of the layer's name.
+        ranks: the ranks that differ from `rank`, by the same names.
     """
 
     rank: int
     use_dora: bool
     outputs: Mapping[str, int]
+    ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def any_of(self, names: Iterable[str]) -> bool:
         """Whether at least one of the named layers has an adapter."""
@@ -30,11 +34,12 @@ class Adapted:
     def saved(self, names: Iterable[str]) -> int:
         """Bytes per token that the adapters of the named layers store for the backward pass.
 
-        Each adapter stores the `rank` outputs of its first factor. With DoRA, an adapter also stores the
-        layer's outputs before rescaling.
+        Each adapter stores the outputs of its first factor, as many as its rank. With DoRA, an adapter also
+        stores the layer's outputs before rescaling.
         """
-        found = [self.outputs[name] for name in names if name in self.outputs]
-        return FLOAT * (self.rank * len(found) + (sum(found) if self.use_dora else 0))
+        found = {name: self.outputs[name] for name in names if name in self.outputs}
+        ranks = sum(self.ranks.get(name, self.rank) for name in found)
+        return FLOAT * (ranks + (sum(found.values()) if self.use_dora else 0))
 
 
 NOT_ADAPTED = Adapted(1, False, {})

@@ -3,8 +3,18 @@
 from nplora.trainer.batches import Batches
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.fused import FusedLoss
-from nplora.trainer.history import EpochRecord, History, StepRecord
+from nplora.trainer.history import EpochRecord, EvaluationRecord, History, StepRecord
 from nplora.trainer.run import Run
 from nplora.trainer.trainer import Trainer
 
-__all__ = ["Batches", "Callback", "EpochRecord", "FusedLoss", "History", "Run", "StepRecord", "Trainer"]
+__all__ = [
+    "Batches",
+    "Callback",
+    "EpochRecord",
+    "EvaluationRecord",
+    "FusedLoss",
+    "History",
+    "Run",
+    "StepRecord",
+    "Trainer",
+]

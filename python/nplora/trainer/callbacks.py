@@ -1,6 +1,12 @@
-"""Callback: user code that a run calls after steps, epochs and checkpoints."""
+"""Callback: user code that a run calls before and after steps, evaluations, epochs and checkpoints."""
 
-from nplora.trainer.history import EpochRecord, StepRecord
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.trainer.history import EpochRecord, EvaluationRecord, StepRecord
 from nplora.trainer.run import Run
 
 
@@ -10,6 +16,9 @@ class Callback:
     Each hook gets the object `run`, with the attributes `model`, `history`, `step` and `total_steps`.
     `run.stop()` ends the run after the current step, as if this step were the last. If a hook raises an
     exception, the run is saved, and ends.
+
+    A callback that must remember something across a stop can write it with `run.log` in `on_step_end`, and
+    read the last line with `run.logged` in `on_fit_start`: a resumed run has the log of its checkpoint.
 
         >>> import nplora, numpy as np
         >>> class StopAt(nplora.trainer.Callback):
@@ -27,8 +36,31 @@ class Callback:
     def on_fit_start(self, run: Run) -> None:
         """Called before the first step. A resumed run has already loaded its checkpoint."""
 
+    def on_before_optimizer_step(self, run: Run, gradients: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Called before every update of the parameters, with their gradients, and before these are clipped.
+
+        The gradients are the live arrays by the names of the parameters, added up over all batches of the
+        step, of the step's mean loss. They may be changed in place: the norm, the clipping and the update
+        follow, and NaN is found then. Nothing is called for a step in which no label counts.
+
+        >>> import nplora, numpy as np
+        >>> class FreezeB(nplora.trainer.Callback):
+        ...     def on_before_optimizer_step(self, run, gradients):
+        ...         gradients["B"][...] = 0
+        >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
+        >>> before = layer.B.copy()
+        >>> optimizer = nplora.AdamW(weight_decay=0)
+        >>> trainer = nplora.Trainer(layer, loss="mse", optimizer=optimizer, callbacks=[FreezeB()])
+        >>> history = trainer.fit(np.eye(4), np.ones((4, 4)), steps=5)
+        >>> np.array_equal(layer.B, before)
+        True
+        """
+
     def on_step_end(self, run: Run, record: StepRecord) -> None:
         """Called after every update of the parameters."""
+
+    def on_evaluation(self, run: Run, record: EvaluationRecord) -> None:
+        """Called after every evaluation of the validation data, also after one at the end of an epoch."""
 
     def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
         """Called after every epoch and its validation."""
@@ -38,3 +70,18 @@ class Callback:
 
     def on_fit_end(self, run: Run) -> None:
         """Called at the end of the run, also after Ctrl-C, but not after an error."""
+
+
+def checked_callbacks(op: str, callbacks: Any) -> list[Callback]:
+    """The callbacks as a list.
+
+    Raises:
+        TypeError: it is not a list of `Callback`s.
+    """
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(f"{op}: callbacks is {_check.kind(callbacks)}, expected a list of Callbacks")
+    checked = list(callbacks)
+    for number, callback in enumerate(checked):
+        if not isinstance(callback, Callback):
+            raise TypeError(f"{op}: callbacks[{number}] is {_check.kind(callback)}, expected a Callback")
+    return checked

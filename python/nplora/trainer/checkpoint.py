@@ -17,7 +17,8 @@ from nplora.formats.errors import CorruptError, FormatError, UnsupportedError, b
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.runtime.user_warning import warn_user
 
-SCHEMA = 1
+SCHEMA = 2
+OLDEST = 1  # which has no evaluations, and no step in best
 
 MARKS = {"schema", "state", "sha256"}  # the metadata keys of every checkpoint
 _GROUPS = ("parameters", "optimizer", "best", "history")
@@ -36,12 +37,12 @@ class Checkpoint:
         random_state: the state of each layer's dropout, from `Module.random_state`.
         settings: the settings of the run, which are compared with those of a resumed run.
         base: the fingerprint of the model's frozen weights, from `base_fingerprint`.
-        best: for early stopping, the lowest validation "loss", its "epoch", and "since", the number of epochs
-            after that epoch.
-        epochs: the records of the last finished epochs.
-        log_bytes: the length of the log in bytes. The log holds the records of all steps and epochs.
+        best: the lowest validation "loss", its "epoch" and "step", and "since", the number of evaluations
+            after that evaluation.
+        epochs, evaluations: the records of the last finished epochs and of the last evaluations.
+        log_bytes: the length of the log in bytes. The log holds all records.
         parameters, optimizer, best_parameters: dictionaries of the model's factors, the optimiser's moments,
-            and the factors of the best epoch.
+            and the factors of the best evaluation.
         history: the records of the last steps, one array for each field. Earlier records are only in the log,
             so a checkpoint does not grow with its run.
         isa, version: the instruction set and the version of nplora with which the checkpoint was made.
@@ -57,6 +58,7 @@ class Checkpoint:
     base: str
     best: dict[str, Any] | None
     epochs: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
     log_bytes: int
     parameters: Mapping[str, Array]
     optimizer: Mapping[str, Array]
@@ -93,6 +95,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "base": str,
     "best": (dict, type(None)),
     "epochs": list,
+    "evaluations": list,
     "log_bytes": int,
     "isa": str,
     "version": str,
@@ -164,9 +167,10 @@ def _state(metadata: Mapping[str, str], path: Path) -> str:
     schema = metadata.get("schema")
     if schema is None:
         raise CorruptError(f"{path}: the metadata has no schema, so this is not a checkpoint")
-    if schema != str(SCHEMA):
+    if schema not in map(str, range(OLDEST, SCHEMA + 1)):
         raise UnsupportedError(
-            f"{path}: the checkpoint has schema {brief(schema)}, but this nplora reads only schema {SCHEMA}"
+            f"{path}: the checkpoint has schema {brief(schema)}, "
+            f"but this nplora reads only schemas {OLDEST} to {SCHEMA}"
         )
     return metadata.get("state", "")
 
@@ -177,6 +181,7 @@ def _parsed(state: str, path: Path) -> dict[str, Any]:
 
 def _fields(state: object, path: Path) -> dict[str, Any]:
     """Check the type and range of every field of the state; return the fields."""
+    state = _completed(state)
     if not isinstance(state, dict) or state.keys() != _KINDS.keys():
         found = sorted(state) if isinstance(state, dict) else state
         raise CorruptError(f"{path}: the state holds {brief(found)}, expected {', '.join(sorted(_KINDS))}")
@@ -197,8 +202,17 @@ def _fields(state: object, path: Path) -> dict[str, Any]:
             wanted = "expected [seed, calls]"
             raise CorruptError(f"{path}: random_state of {brief(name)} is {brief(stream)}, {wanted}")
     if state["best"] is not None and not _is_best(state["best"]):
-        raise CorruptError(f"{path}: best is {brief(state['best'])}, expected the keys loss, epoch, since")
+        wanted = "expected the keys loss, epoch, step, since"
+        raise CorruptError(f"{path}: best is {brief(state['best'])}, {wanted}")
     return state
+
+
+def _completed(state: object) -> object:
+    """Add the fields that the state of an older schema lacks. The step of the best is then 0: not known."""
+    if not isinstance(state, dict) or "evaluations" in state:
+        return state
+    best = state.get("best")
+    return {**state, "evaluations": [], "best": {"step": 0, **best} if isinstance(best, dict) else best}
 
 
 def _count(value: object, end: int = 1 << 63) -> bool:
@@ -206,10 +220,12 @@ def _count(value: object, end: int = 1 << 63) -> bool:
 
 
 def _is_best(best: dict[str, Any]) -> bool:
-    if best.keys() != {"loss", "epoch", "since"}:
+    if best.keys() != {"loss", "epoch", "step", "since"}:
         return False
     loss = best["loss"]
-    return (loss is None or isinstance(loss, float)) and _count(best["epoch"]) and _count(best["since"])
+    return (loss is None or isinstance(loss, float)) and all(
+        map(_count, (best[n] for n in best if n != "loss"))
+    )
 
 
 def _digest(state: str, arrays: Iterable[tuple[str, Array]]) -> str:

@@ -1,71 +1,79 @@
-"""EarlyStopping: ends a run whose validation loss no longer falls, and keeps the best epoch's factors."""
+"""EarlyStopping: ends a run whose validation loss no longer falls, and keeps the best factors."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from nplora.nn.module import Module
 from nplora.trainer.fingerprint import factors, set_factors
+from nplora.trainer.history import EvaluationRecord
 
 Array = npt.NDArray[Any]
 
 
 class EarlyStopping:
-    """Keeps the factors of the epoch with the lowest validation loss, and counts the epochs after it.
+    """Keeps the factors of the evaluation with the lowest loss, and counts the evaluations after it.
 
     Args:
-        patience: the run ends after this number of epochs in a row without a lower validation loss. None:
-            there is no early stopping.
+        patience: the run ends after this number of evaluations in a row without a lower validation loss.
+            None: there is no early stopping.
+        keeps_factors: whether a copy of the best factors is kept.
     Attributes:
-        best: the lowest validation "loss", its "epoch", and "since", the number of epochs after that epoch.
-            "loss" is None until an epoch has a finite loss. `best` itself is None before the first epoch.
-        best_factors: the factors of the best epoch.
+        best: the lowest validation "loss", its "epoch" and "step", and "since", the number of evaluations
+            after that evaluation. "loss" is None until an evaluation has a finite loss. `best` itself is None
+            before the first evaluation.
+        best_factors: the factors of the best evaluation; empty if they are not kept.
     """
 
-    def __init__(self, model: Module, patience: int | None) -> None:
-        self._model, self._patience = model, patience
+    def __init__(self, model: Module, patience: int | None, keeps_factors: bool) -> None:
+        self._model, self._patience, self._keeps_factors = model, patience, keeps_factors
         self.best: dict[str, Any] | None = None
-        self.best_factors: Mapping[str, Array] = {}
-        self._before: tuple[dict[str, Any] | None, Mapping[str, Array]] = None, {}
+        self.best_factors: dict[str, Array] = {}
 
-    def judge(self, epoch: int, loss: float | None) -> None:
-        """Compare the validation loss of an epoch (counted from 1) with the lowest loss so far.
+    def judge(self, record: EvaluationRecord) -> None:
+        """Compare the validation loss of an evaluation with the lowest loss so far.
 
         A loss that is NaN or infinite never counts as lower.
         """
-        self._before = self.best, self.best_factors
-        if self._patience is None or loss is None:
-            return
-        best = self.best or {"loss": None, "epoch": 0, "since": 0}
+        best, loss = self.best or {"loss": None, "epoch": 0, "step": 0, "since": 0}, record.val_loss
         if math.isfinite(loss) and (best["loss"] is None or loss < best["loss"]):
-            self.best = {"loss": loss, "epoch": epoch, "since": 0}
-            self.best_factors = _copies(factors(self._model))
+            self.best = {"loss": loss, "epoch": record.epoch, "step": record.step, "since": 0}
+            self._keep(factors(self._model))
         else:
             self.best = {**best, "since": best["since"] + 1}
 
-    def forget_last(self) -> None:
-        """Undo the last call of `judge`."""
-        self.best, self.best_factors = self._before
-
     def continue_from(self, best: dict[str, Any] | None, best_factors: Mapping[str, Array]) -> None:
-        """Take over the best epoch and its factors from a checkpoint."""
-        if self._patience is not None:
-            self.best, self.best_factors = best, _copies(best_factors)
+        """Take over the best evaluation and its factors from a checkpoint.
+
+        If the factors are kept, but the checkpoint has none, the best is chosen among the evaluations to
+        come.
+        """
+        if best is not None and best["loss"] is not None and self._keeps_factors and not best_factors:
+            best = None
+        self.best = best
+        self._keep(best_factors)
+
+    def _keep(self, values: Mapping[str, Array]) -> None:
+        """Copy these factors into the arrays of the earlier best ones, or into new arrays."""
+        if not self._keeps_factors:
+            return
+        for name, value in values.items():
+            if name in self.best_factors:
+                np.copyto(self.best_factors[name], value)
+            else:
+                self.best_factors[name] = value.copy()
 
     @property
     def is_over(self) -> bool:
-        """Whether the last `patience` epochs had no lower validation loss."""
+        """Whether the last `patience` evaluations had no lower validation loss."""
         return self._patience is not None and self.best is not None and self.best["since"] >= self._patience
 
-    def restore_best(self) -> int | None:
-        """Set the model's factors to those of the best epoch; return its number, or None if there is none."""
-        if self.best is None or self.best["loss"] is None:
+    def restore_best(self) -> dict[str, Any] | None:
+        """Set the model's factors to the best ones and return `best`; None if there are no such factors."""
+        if self.best is None or self.best["loss"] is None or not self.best_factors:
             return None
         set_factors(self._model, self.best_factors)
-        return int(self.best["epoch"])
-
-
-def _copies(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: array.copy() for name, array in arrays.items()}
+        return self.best

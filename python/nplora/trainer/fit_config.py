@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from nplora.trainer.batches import Batches
 
+KEEP = ("best", "last")  # the factors that a model may have after a run
+
 
 @dataclass(frozen=True)
 class FitConfig:
@@ -12,8 +14,11 @@ class FitConfig:
     Attributes:
         epochs, steps: the length of the run; exactly one of the two is given.
         total_steps: the number of steps in the whole run; None if the number of batches is unknown.
-        patience: the run ends after this number of epochs in a row without a lower validation loss. None:
-            there is no early stopping.
+        eval_every: the number of steps between two evaluations, besides those after every epoch; None: only
+            those.
+        patience: the run ends after this number of evaluations in a row without a lower validation loss.
+            None: there is no early stopping.
+        keep: the factors that the model has after the run, "best" or "last".
         checkpoint_every: the number of steps between two checkpoints; None: about one checkpoint per epoch.
         save_seconds: the longest time between two checkpoints, in seconds; infinity: no limit.
     """
@@ -23,6 +28,8 @@ class FitConfig:
     epochs: int | None
     steps: int | None
     total_steps: int | None
+    eval_every: int | None
     patience: int | None
+    keep: str
     checkpoint_every: int | None
     save_seconds: float

@@ -1,11 +1,11 @@
-"""History: the records of all steps and epochs of a run."""
+"""History: the records of all steps, evaluations and epochs of a run."""
 
 import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from nplora.formats.errors import brief, counted
 
 Array = npt.NDArray[Any]
 
-# A checkpoint has this many step records and epoch records, so some history survives the loss of the log.
+# A checkpoint has this many records of each kind, so some history survives the loss of the log.
 KEPT = 64
 
 
@@ -47,6 +47,38 @@ class StepRecord:
     grad_norm: float
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """The record for the log."""
+        return _row(self)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """One evaluation of the validation data: after some steps, or at the end of an epoch.
+
+        >>> import nplora, numpy as np
+        >>> x, labels = np.eye(3), np.array([0, 1, 2])
+        >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(3), rank=1, rng=0))
+        >>> history = trainer.fit(x, labels, steps=5, validation=(x, labels), eval_every=2)
+        >>> [record.step for record in history.evaluations]      # each step is an epoch here
+        [1, 2, 3, 4, 5]
+
+    Attributes:
+        step: the number of updates made before the evaluation.
+        epoch: the number of the epoch, counted from 1.
+        val_loss, val_accuracy: the loss and accuracy on the validation data. Without class labels,
+            `val_accuracy` is None.
+        seconds: the time that the evaluation took.
+        val_metrics: what else the loss measured on the validation data, by name.
+    """
+
+    step: int
+    epoch: int
+    val_loss: float
+    val_accuracy: float | None
+    seconds: float
+    val_metrics: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """The record for the log."""
@@ -89,14 +121,22 @@ class EpochRecord:
         return _row(self)
 
 
-def _row(record: StepRecord | EpochRecord) -> dict[str, Any]:
+def _row(record: "Record") -> dict[str, Any]:
     """A record as a dictionary, without metrics if it has none."""
     return {name: value for name, value in dataclasses.asdict(record).items() if value != {}}
 
 
-_KINDS: dict[str, type[StepRecord] | type[EpochRecord]] = {"step": StepRecord, "epoch": EpochRecord}
+R = TypeVar("R", EpochRecord, EvaluationRecord)
+Record: TypeAlias = StepRecord | EvaluationRecord | EpochRecord
+
+EVALUATION = "evaluation"  # the event of an evaluation in the log
+
+_KINDS: dict[str, type[StepRecord] | type[EvaluationRecord] | type[EpochRecord]] = {
+    "step": StepRecord, EVALUATION: EvaluationRecord, "epoch": EpochRecord,
+}  # fmt: skip
 _METRIC_FIELDS: dict[type, tuple[str, ...]] = {
     StepRecord: ("metrics",),
+    EvaluationRecord: ("val_metrics",),
     EpochRecord: ("metrics", "val_metrics"),
 }
 _METRIC = "metrics."  # begins the names of a checkpoint's columns of metrics
@@ -115,15 +155,20 @@ class History:
         [1, 2, 3]
 
     Attributes:
-        steps, epochs: the records of all steps and all epochs, in order.
+        steps, evaluations, epochs: the records of all steps, evaluations and epochs, in order.
         ended: why the run ended: "complete", "patience" (early stopping), "callback" or "interrupted".
-        best_epoch: the epoch whose factors early stopping has restored, or None.
+        best_step, best_epoch, best_loss: the evaluation whose factors the model has after the run: its step,
+            its epoch (counted from 1) and its validation loss. None if the model has the factors of the last
+            step.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
     epochs: list[EpochRecord] = field(default_factory=list)
     ended: str = "complete"
     best_epoch: int | None = None
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    best_step: int | None = None
+    best_loss: float | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -145,23 +190,23 @@ class History:
         """The time in seconds that all steps took together."""
         return sum(record.seconds for record in self.steps)
 
-    def epoch_record(self, epoch: int, validation: Mapping[str, float]) -> EpochRecord:
-        """Make the record of an epoch (counted from 1) from its step records and the validation metrics."""
+    def epoch_record(self, epoch: int, evaluation: EvaluationRecord | None) -> EpochRecord:
+        """Make the record of an epoch (counted from 1) from its step records and its last evaluation."""
         steps = [record for record in _last(self.steps, epoch) if record.count]
         return EpochRecord(
             epoch=epoch,
             step=self.steps[-1].step if self.steps else 0,
             loss=sum(r.loss * r.count for r in steps) / max(1, sum(r.count for r in steps)),
-            val_loss=validation.get("loss"),
-            val_accuracy=validation.get("accuracy"),
+            val_loss=None if evaluation is None else evaluation.val_loss,
+            val_accuracy=None if evaluation is None else evaluation.val_accuracy,
             seconds=sum(r.seconds for r in steps),
             metrics=mean_metrics(steps),
-            val_metrics={k: v for k, v in validation.items() if k not in ("loss", "accuracy")},
+            val_metrics={} if evaluation is None else dict(evaluation.val_metrics),
         )
 
     def __repr__(self) -> str:
         losses = f", loss {self.steps[0].loss:.4g} -> {self.steps[-1].loss:.4g}" if self.steps else ""
-        validated = [record.val_loss for record in self.epochs if record.val_loss is not None]
+        validated = [record.val_loss for record in self.evaluations]
         if validated:
             losses += f", validation loss {validated[0]:.4g} -> {validated[-1]:.4g}"
         steps, epochs = counted(len(self.steps), "step"), counted(len(self.epochs), "epoch")
@@ -185,11 +230,17 @@ class History:
         """The last epoch records as dictionaries for JSON. NaN and infinity become None."""
         return [_finite(record.row()) for record in self.epochs[-KEPT:]]
 
-    def restore(self, columns: Mapping[str, Array], epochs: list[dict[str, Any]]) -> None:
-        """Replace the records by those that `step_columns` and `epoch_rows` returned earlier.
+    def evaluation_rows(self) -> list[dict[str, Any]]:
+        """The last evaluation records, in the form of `epoch_rows`."""
+        return [_finite(record.row()) for record in self.evaluations[-KEPT:]]
+
+    def restore(
+        self, columns: Mapping[str, Array], epochs: list[dict[str, Any]], evaluations: list[dict[str, Any]]
+    ) -> None:
+        """Replace the records by those that `step_columns`, `epoch_rows` and `evaluation_rows` returned.
 
         Raises:
-            ValueError, TypeError: `columns` or `epochs` does not have the expected form.
+            ValueError, TypeError: one of the arguments does not have the expected form.
         """
         names = [f.name for f in _plain_fields(StepRecord)]
         metrics = [name for name in columns if name.startswith(_METRIC)]
@@ -200,25 +251,36 @@ class History:
         for row in rows:
             values: dict[str, Any] = dict(zip(names, row, strict=False))
             steps.append(StepRecord(**values, metrics=_measured(metrics, row[len(names) :])))
-        self.steps[:], self.epochs[:] = steps, [_epoch(row) for row in epochs]
+        restored = [_restored(EpochRecord, row) for row in epochs]
+        self.evaluations[:] = [_restored(EvaluationRecord, row) for row in evaluations]
+        self.steps[:], self.epochs[:] = steps, restored
 
     def add_log(self, log: bytes, step: int, epoch: int) -> None:
         """Add the records of a log up to the given step and epoch; skip lines that are not records.
 
         A record that the history already has is not replaced: it comes from a checkpoint, which a checksum
-        protects.
+        protects. Only evaluations before those of the checkpoint are added. The log of an earlier version has
+        no evaluations; its epochs stand for them.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
+        evaluations = dict[int, EvaluationRecord]()
         for line in log.splitlines():
             record = _logged(line)
             if isinstance(record, StepRecord):
                 steps[record.step] = record
+            elif isinstance(record, EvaluationRecord):
+                evaluations[record.step] = record
             elif record is not None:
                 epochs[record.epoch] = record
         steps |= {record.step: record for record in self.steps}
         epochs |= {record.epoch: record for record in self.epochs}
+        first = min((record.step for record in self.evaluations), default=step + 1)
+        evaluations = {n: record for n, record in evaluations.items() if n < first and self.evaluations}
         self.steps[:] = [steps[number] for number in sorted(steps) if 0 < number <= step]
         self.epochs[:] = [epochs[number] for number in sorted(epochs) if 0 < number <= epoch]
+        validated = [(e, e.val_loss) for e in self.epochs if e.val_loss is not None and e.step < first]
+        evaluations = {e.step: _of_epoch(e, loss) for e, loss in validated} | evaluations
+        self.evaluations[:0] = [evaluations[number] for number in sorted(evaluations)]
 
 
 def last_logged(log: bytes, event: str) -> dict[str, Any]:
@@ -233,7 +295,11 @@ def last_logged(log: bytes, event: str) -> dict[str, Any]:
     return {}
 
 
-def _logged(line: bytes) -> StepRecord | EpochRecord | None:
+def _of_epoch(epoch: EpochRecord, loss: float) -> EvaluationRecord:
+    return EvaluationRecord(epoch.step, epoch.epoch, loss, epoch.val_accuracy, 0.0, epoch.val_metrics)
+
+
+def _logged(line: bytes) -> Record | None:
     """The record in a line of the log; None if the line is not a record."""
     try:
         row = json.loads(line)
@@ -245,19 +311,21 @@ def _logged(line: bytes) -> StepRecord | EpochRecord | None:
     return kind(**values, **metrics)
 
 
-def _epoch(row: dict[str, Any]) -> EpochRecord:
-    """Make a record from a row that `epoch_rows` has returned."""
-    record = EpochRecord(**row)
-    for f in _plain_fields(EpochRecord):
+def _restored(kind: type[R], row: dict[str, Any]) -> R:
+    """Make a record from a row that `epoch_rows` or `evaluation_rows` has returned."""
+    kind(**row)  # refuses other fields
+    what = "epoch" if kind is EpochRecord else "evaluation"
+    values = dict[str, Any]()
+    for f in _plain_fields(kind):
         try:
-            _field(f.type, row[f.name])
+            values[f.name] = _field(f.type, row[f.name])
         except TypeError:
-            raise TypeError(f"{f.name} of an epoch is {brief(row[f.name])}, expected a number") from None
+            raise TypeError(f"{f.name} of an {what} is {brief(row[f.name])}, expected a number") from None
     try:
-        metrics: dict[str, Any] = {name: _metrics(row.get(name, {})) for name in _METRIC_FIELDS[EpochRecord]}
+        values |= {name: _metrics(row.get(name, {})) for name in _METRIC_FIELDS[kind]}
     except (TypeError, AttributeError):
-        raise TypeError("the metrics of an epoch are not numbers by name") from None
-    return dataclasses.replace(record, **metrics)
+        raise TypeError(f"the metrics of an {what} are not numbers by name") from None
+    return kind(**values)
 
 
 def _field(kind: Any, value: Any) -> Any:
@@ -269,7 +337,7 @@ def _field(kind: Any, value: Any) -> Any:
     return value if kind is int else float(value)
 
 
-def _plain_fields(kind: type[StepRecord] | type[EpochRecord]) -> list[dataclasses.Field[Any]]:
+def _plain_fields(kind: type[Record]) -> list[dataclasses.Field[Any]]:
     """The fields of a record that are numbers."""
     return [f for f in dataclasses.fields(kind) if f.name not in _METRIC_FIELDS[kind]]
 

@@ -10,6 +10,7 @@ from nplora.formats import files, strict_json
 from nplora.formats.errors import DataError, FormatError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.run_files import LOG
+from nplora.trainer.history import EVALUATION
 
 PICTURE = "plot.png"
 
@@ -21,17 +22,26 @@ _FEWEST = 10  # a run with fewer steps has no smoothed curve
 Records = list[dict[str, Any]]
 
 
+_FIELDS = {
+    "step": ("loss", "lr"),
+    "epoch": ("loss", "val_loss", "val_accuracy"),
+    EVALUATION: ("val_loss", "val_accuracy"),
+}
+
+
 class RunLog(NamedTuple):
     """The records of a log that a plot shows.
 
     Attributes:
         steps, epochs: the records of all steps and epochs.
         loss_before: the validation loss before the first step; None if it was not measured.
+        evaluations: the records of all evaluations. An older log has them in its epochs only.
     """
 
     steps: Records
     epochs: Records
     loss_before: float | None
+    evaluations: Records = []  # noqa: RUF012
 
 
 def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool = False) -> Path:
@@ -79,15 +89,15 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
 
 
 def read_log(path: StrPath) -> RunLog:
-    """Read the records of the steps and epochs, and the loss before training, from a log.
+    """Read the records of the steps, evaluations and epochs, and the loss before training, from a log.
 
     An incomplete last line is skipped.
 
         >>> import nplora, numpy as np
         >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1), loss="mse")
         >>> history = trainer.fit(np.eye(4), np.eye(4), epochs=3, checkpoint_dir="run", overwrite=True)
-        >>> steps, epochs, loss_before = nplora.plot.read_log("run/log.jsonl")
-        >>> [record["step"] for record in steps], loss_before
+        >>> log = nplora.plot.read_log("run/log.jsonl")
+        >>> [record["step"] for record in log.steps], log.loss_before
         ([1, 2, 3], None)
 
     Raises:
@@ -95,7 +105,7 @@ def read_log(path: StrPath) -> RunLog:
         OSError: the log cannot be read.
     """
     lines = bytes(files.read(path, _MAX_LOG)).split(b"\n")[:-1]
-    found: dict[str, Records] = {"step": [], "epoch": []}
+    found: dict[str, Records] = {"step": [], "epoch": [], EVALUATION: []}
     before: float | None = None
     for number, line in enumerate(lines, 1):
         where = f"{files.name(path)}: line {number}"
@@ -112,14 +122,14 @@ def read_log(path: StrPath) -> RunLog:
             before = _number(record, "loss", where)
     if not found["step"]:
         raise DataError(f"{files.name(path)}: the log has no step yet")
-    return RunLog(found["step"], found["epoch"], before)
+    return RunLog(found["step"], found["epoch"], before, found[EVALUATION])
 
 
 def _check_record(record: dict[str, Any], where: str) -> None:
     """Refuse a record whose fields are not numbers."""
     if _number(record, "step", where) is None:
         raise DataError(f"{where}: step is None, expected a number")
-    for name in ("loss", *(("lr",) if record["event"] == "step" else ("val_loss", "val_accuracy"))):
+    for name in _FIELDS[record["event"]]:
         record[name] = _number(record, name, where)
     for group in ("metrics", "val_metrics"):
         metrics = record.get(group, {})
@@ -180,8 +190,14 @@ def _loss_curves(log: RunLog) -> list[_Curve]:
     return [
         *curves,
         _curve("epoch mean", log.epochs, "loss", color="C0", marker=".", linestyle="none"),
-        _curve("validation", [*before, *log.epochs], "val_loss", color="C1", marker="."),
+        _curve("validation", [*before, *_validated(log)], "val_loss", color="C1", marker="."),
     ]
+
+
+def _validated(log: RunLog) -> Records:
+    """The evaluations of a log in the order of their steps, also those that only its epochs have."""
+    found = {record["step"]: record for record in [*log.epochs, *log.evaluations]}
+    return [found[step] for step in sorted(found)]
 
 
 def _reward_curves(log: RunLog) -> list[_Curve]:
@@ -191,7 +207,7 @@ def _reward_curves(log: RunLog) -> list[_Curve]:
         _curve(side, log.steps, f"metrics.rewards/{side}", color=color, linewidth=1) for side, color in sides
     ]
     return steps + [
-        _curve(f"{side}, validation", log.epochs, f"val_metrics.rewards/{side}", color=color, marker=".")
+        _curve(f"{side}, validation", _validated(log), f"val_metrics.rewards/{side}", color=color, marker=".")
         for side, color in sides
     ]
 
@@ -203,14 +219,15 @@ def _draw(log: RunLog, title: str) -> bytes:
         raise ModuleNotFoundError(
             'plot: matplotlib is not installed: pip install "nplora[plot]"', name=error.name
         ) from error
+    validated = _validated(log)
     curves = {
         "loss": _loss_curves(log),
         "reward": _reward_curves(log),
         "reward accuracy": [
             _curve("step", log.steps, "metrics.rewards/accuracies", color="0.75", linewidth=1),
-            _curve("validation", log.epochs, "val_metrics.rewards/accuracies", color="C1", marker="."),
+            _curve("validation", validated, "val_metrics.rewards/accuracies", color="C1", marker="."),
         ],
-        "validation accuracy": [_curve("", log.epochs, "val_accuracy", color="C2", marker=".")],
+        "validation accuracy": [_curve("", validated, "val_accuracy", color="C2", marker=".")],
         "learning rate": [_curve("", log.steps, "lr", color="C3")],
     }
     panels = {name: drawn for name, lines in curves.items() if (drawn := [c for c in lines if c.x])}

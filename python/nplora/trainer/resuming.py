@@ -11,7 +11,7 @@ from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.fingerprint import differences, factors
 from nplora.trainer.fit_config import FitConfig
 from nplora.trainer.fused import FusedLoss
-from nplora.trainer.history import EpochRecord, History, StepRecord, last_logged
+from nplora.trainer.history import EVALUATION, History, Record, last_logged
 from nplora.trainer.run_directory import RunDirectory
 from nplora.trainer.run_state import RunState
 from nplora.trainer.training_setup import TrainingSetup
@@ -119,7 +119,7 @@ def restored_history(
     settings: dict[str, Any],
     base: str,
     batches: int | None,
-) -> tuple[History, list[tuple[str, StepRecord | EpochRecord]]]:
+) -> tuple[History, list[tuple[str, Record]]]:
     """Check that a checkpoint fits the run; return the history up to the checkpoint. Nothing is changed.
 
     Args:
@@ -145,7 +145,7 @@ def restored_history(
     _check_arrays(path, checkpoint, state)
     history = History()
     try:
-        history.restore(checkpoint.history, checkpoint.epochs)
+        history.restore(checkpoint.history, checkpoint.epochs, checkpoint.evaluations)
     except (ValueError, TypeError) as error:
         raise CorruptError(f"{path}: the checkpoint's history is not valid: {error}") from error
     unlogged = _add_log(history, checkpoint, directory)
@@ -198,7 +198,7 @@ def _check_arrays(path: object, checkpoint: Checkpoint, state: RunState) -> None
     if checkpoint.random_state.keys() != model.random_state().keys():
         problems.append("the dropout streams belong to other layers")
     verdict = "is of another model" if problems else "does not fit the model"
-    if checkpoint.best is not None and checkpoint.best.get("loss") is not None:
+    if checkpoint.best_parameters:
         problems += [f"best {p}" for p in differences(checkpoint.best_parameters, factors(model))]
     problems += state.optimizer.differences(checkpoint.optimizer, state.parameters)
     if problems:
@@ -256,9 +256,7 @@ def _in_layers(change: str, layers: list[str]) -> str:
 # ---- the history ----
 
 
-def _add_log(
-    history: History, checkpoint: Checkpoint, directory: RunDirectory
-) -> list[tuple[str, StepRecord | EpochRecord]]:
+def _add_log(history: History, checkpoint: Checkpoint, directory: RunDirectory) -> list[tuple[str, Record]]:
     """Complete the history from the log; return the records that the log lacks.
 
     A warning is given if the log is incomplete, or if the history stays incomplete.
@@ -277,8 +275,13 @@ def _add_log(
             f"and {len(history.epochs)} of {checkpoint.epoch} epochs"
         )
     last_step, last_epoch = (_number(last_logged(log, event).get(event)) for event in ("step", "epoch"))
-    steps = [("step", record) for record in history.steps if record.step > last_step]
-    return [*steps, *(("epoch", record) for record in history.epochs if record.epoch > last_epoch)]
+    last_evaluated = _number(last_logged(log, EVALUATION).get("step"))
+    lost = {row["step"] for row in checkpoint.evaluations if row["step"] > last_evaluated}
+    return [
+        *(("step", record) for record in history.steps if record.step > last_step),
+        *((EVALUATION, record) for record in history.evaluations if record.step in lost),
+        *(("epoch", record) for record in history.epochs if record.epoch > last_epoch),
+    ]
 
 
 def _number(value: object) -> int:

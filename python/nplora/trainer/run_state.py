@@ -10,18 +10,18 @@ from nplora.nn.optim import Optimizer
 from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.early_stopping import EarlyStopping
 from nplora.trainer.fingerprint import factors, set_factors
-from nplora.trainer.history import EpochRecord, History
+from nplora.trainer.history import EpochRecord, EvaluationRecord, History
 
 Array = npt.NDArray[Any]
 
 
 class RunState:
-    """The state from which a run continues: position, factors, moments, dropout streams and best epoch.
+    """The state from which a run continues: position, factors, moments, dropout streams and best factors.
 
     Attributes:
         model, optimizer, parameters: the objects that change in training.
         history: the records of the run so far.
-        early_stopping: keeps the best epoch so far.
+        early_stopping: keeps the best evaluation so far.
         step: the number of updates made.
         epoch, batch: the numbers of epochs finished, and of batches used in the current epoch.
         total_steps: the number of steps in the whole run; None if the number of batches is unknown.
@@ -30,21 +30,34 @@ class RunState:
     """
 
     def __init__(
-        self, model: Module, optimizer: Optimizer, total_steps: int | None, patience: int | None
+        self,
+        model: Module,
+        optimizer: Optimizer,
+        total_steps: int | None,
+        patience: int | None,
+        keeps_best: bool,
     ) -> None:
         self.model, self.optimizer, self.parameters = model, optimizer, model.parameters()
-        self.history, self.early_stopping = History(), EarlyStopping(model, patience)
+        self.history, self.early_stopping = History(), EarlyStopping(model, patience, keeps_best)
         self.step = self.epoch = self.batch = 0
         self.total_steps = total_steps
         self.updating = False
         self.divergence: NonFiniteLossError | None = None
         self._adapters = list(model.adapter_layers().values())
         self._streams = self._dropout_streams()
+        self._evaluated_at_the_end = False  # the last evaluation belongs to the end of the run, in an epoch
 
     @property
-    def position(self) -> tuple[int, int, int, int]:
-        """Step, epoch, batch and the number of epoch records. A new position needs a new checkpoint."""
-        return self.step, self.epoch, self.batch, len(self.history.epochs)
+    def position(self) -> tuple[int, ...]:
+        """Step, epoch, batch and the numbers of records. A new position needs a new checkpoint."""
+        history = self.history
+        return self.step, self.epoch, self.batch, len(history.epochs), len(history.evaluations)
+
+    @property
+    def last_evaluation(self) -> EvaluationRecord | None:
+        """The evaluation of the present factors; None if they have not been evaluated."""
+        last = self.history.evaluations[-1:]
+        return last[0] if last and last[0].step == self.step else None
 
     def prepare(self) -> None:
         """Create the optimiser's moments if there are none yet, and clear the gradients."""
@@ -66,21 +79,32 @@ class RunState:
         for layer, stream in zip(self._adapters, self._streams, strict=True):
             layer.dropout_stream = stream
 
-    def close_epoch(self, metrics: dict[str, float]) -> EpochRecord:
-        """Record the current epoch with its validation metrics, and update early stopping."""
-        record = self.history.epoch_record(self.epoch + 1, metrics)
+    def add_evaluation(self, record: EvaluationRecord, at_the_end: bool = False) -> None:
+        """Record an evaluation of the present factors, and update early stopping.
+
+        Args:
+            at_the_end: the run ends within an epoch, and a longer run would not evaluate here.
+        """
+        self.history.evaluations.append(record)
+        self.early_stopping.judge(record)
+        self._evaluated_at_the_end = at_the_end
+
+    def close_epoch(self, record: EpochRecord, complete: bool) -> None:
+        """Record the current epoch. If `complete` is true, go to the next epoch."""
         self.history.epochs.append(record)
-        self.early_stopping.judge(self.epoch + 1, metrics.get("loss"))
-        return record
+        if complete:
+            self.epoch, self.batch = self.epoch + 1, 0
 
     def reopen_epoch(self) -> None:
-        """Undo `close_epoch` if it was called for the current epoch; a resumed run will call it again."""
+        """Undo what ended the run within an epoch; a resumed run will do it again at its own end.
+
+        The best factors may stay: a resumed run takes them from the last checkpoint, which is earlier.
+        """
+        if self._evaluated_at_the_end:
+            self.history.evaluations.pop()
+            self._evaluated_at_the_end = False
         if self.history.epochs and self.history.epochs[-1].epoch == self.epoch + 1:
             self.history.epochs.pop()
-            self.early_stopping.forget_last()
-
-    def next_epoch(self) -> None:
-        self.epoch, self.batch = self.epoch + 1, 0
 
     def checkpoint(self, settings: dict[str, Any], base: str) -> Checkpoint:
         """The state as a checkpoint, which shares the model's arrays instead of copying them."""
@@ -94,6 +118,7 @@ class RunState:
             base=base,
             best=self.early_stopping.best,
             epochs=self.history.epoch_rows(),
+            evaluations=self.history.evaluation_rows(),
             log_bytes=0,
             parameters=factors(self.model),
             optimizer=self.optimizer.state_dict(copy=False),
@@ -109,8 +134,13 @@ class RunState:
         self.optimizer.init(self.parameters)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.history.steps, self.history.epochs = history.steps, history.epochs
+        self.history.evaluations = history.evaluations
         self.step, self.epoch, self.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
-        self.early_stopping.continue_from(checkpoint.best, checkpoint.best_parameters)
+        best = checkpoint.best
+        if best is not None and best["epoch"] and not best["step"]:  # an older schema: the end of an epoch
+            steps = [record.step for record in history.epochs if record.epoch == best["epoch"]]
+            best = {**best, "step": max(steps, default=0)}
+        self.early_stopping.continue_from(best, checkpoint.best_parameters)
 
     def _dropout_streams(self) -> list[tuple[int, int]]:
         return [layer.dropout_stream for layer in self._adapters]

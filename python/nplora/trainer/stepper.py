@@ -2,7 +2,11 @@
 
 import math
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
+
+import numpy.typing as npt
 
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.optim import schedule
@@ -13,6 +17,8 @@ from nplora.trainer.nonfinite import INPUT, TARGETS, nonfinite_parameters
 from nplora.trainer.resuming import first_few
 from nplora.trainer.run_state import RunState
 from nplora.trainer.training_setup import TrainingSetup
+
+Array = npt.NDArray[Any]
 
 
 class Stepper:
@@ -38,6 +44,25 @@ class Stepper:
     def is_full(self) -> bool:
         """Whether the step has all of its batches."""
         return self._gathered.batches == self._setup.accumulate
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a label counted in a batch of the step."""
+        return self._gathered.count > 0
+
+    def gradients(self) -> Mapping[str, Array]:
+        """The gradients of the step's mean loss, as live arrays by the names of their parameters."""
+        self._weight_gradients()
+        return MappingProxyType({p.name: p.grad for p in self._state.parameters})
+
+    def _weight_gradients(self) -> None:
+        """Turn the sum of the gradients, weighted relative to the first batch, into that of the mean loss."""
+        gathered = self._gathered
+        if gathered.first_count != gathered.count:
+            for parameter in self._state.parameters:
+                gradient = parameter.grad
+                gradient *= gradient.dtype.type(gathered.first_count / gathered.count)
+            gathered.first_count = gathered.count  # they are weighted once
 
     def add(self, x: Any, y: Any) -> None:
         """Run one batch forward and backward.
@@ -79,10 +104,10 @@ class Stepper:
         state, gathered, clip_norm = self._state, self._gathered, self._setup.clip_norm
         if not gathered.count:
             return 0.0
-        scale = gathered.first_count / gathered.count
+        self._weight_gradients()
         max_norm = math.inf if clip_norm is None else clip_norm
         state.updating = True
-        norm = state.optimizer.step(state.parameters, lr=lr, grad_scale=scale, max_norm=max_norm)
+        norm = state.optimizer.step(state.parameters, lr=lr, max_norm=max_norm)
         assert norm is not None, "an optimizer's step returns the norm if it is given a max_norm"
         if not math.isfinite(norm):
             state.updating = False

@@ -16,9 +16,9 @@ from nplora.nn.module import Module
 from nplora.nn.optim import Optimizer
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer.batches import ArrayBatches, batches_of, validation_of
-from nplora.trainer.callbacks import Callback
+from nplora.trainer.callbacks import Callback, checked_callbacks
 from nplora.trainer.evaluation import check_rows, evaluate, predict
-from nplora.trainer.fit_config import FitConfig
+from nplora.trainer.fit_config import KEEP, FitConfig
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History
 from nplora.trainer.progress import progress_line
@@ -79,7 +79,7 @@ class Trainer(TrainingSetup):
         progress: bool | None = None,
     ) -> None:
         super().__init__(model, loss, optimizer, schedule, warmup_steps, accumulate, clip_norm, seed)
-        self.callbacks = _callbacks(callbacks)
+        self.callbacks = checked_callbacks("Trainer", callbacks)
         if not isinstance(progress, bool | None):
             raise TypeError(f"Trainer: progress is {_check.kind(progress)}, expected True, False or None")
         self.progress = progress
@@ -95,7 +95,9 @@ class Trainer(TrainingSetup):
         batch_size: int = 32,
         shuffle: bool = True,
         validation: tuple[npt.ArrayLike, npt.ArrayLike] | Iterable[Any] | None = None,
+        eval_every: int | None = None,
         patience: int | None = None,
+        keep: str = "best",
         checkpoint_dir: StrPath | None = None,
         checkpoint_every: int | None = None,
         save_minutes: float = 5.0,
@@ -135,10 +137,14 @@ class Trainer(TrainingSetup):
             batch_size: the number of rows in a batch; the last batch of an epoch may have fewer.
             shuffle: whether each epoch has the rows in a new random order, which depends only on the seed and
                 the epoch.
-            validation: a tuple of two arrays, or an iterable of batches, evaluated after every epoch.
-            patience: stop after this many epochs in a row without a lower validation loss (early stopping).
-                A loss that is NaN or infinite never counts as lower. At the end of the run, or after Ctrl-C,
-                the model gets the factors of the best epoch.
+            validation: a tuple of two arrays, or an iterable of batches, evaluated after every epoch and at
+                the end of the run.
+            eval_every: the number of steps between two evaluations, besides those.
+            patience: stop after this many evaluations in a row without a lower validation loss (early
+                stopping). A loss that is NaN or infinite never counts as lower.
+            keep: with validation data, the factors that the model gets at the end of the run: "best" (those
+                of the evaluation with the lowest loss) or "last". Without validation data, and after Ctrl-C
+                or an error, the model has the factors of the last step. Checkpoints hold both.
             checkpoint_dir: a directory for checkpoints and `log.jsonl`, created if needed.
             checkpoint_every: the number of steps between two checkpoints. None: a checkpoint is written at
                 the end of an epoch, if the last checkpoint is at least a second old. A run also writes a
@@ -178,8 +184,9 @@ class Trainer(TrainingSetup):
             files.require_named(_OP, checkpoint_dir=checkpoint_dir)
             files.require_directory(checkpoint_dir)
         config = self._fit_config(
-            x, y, epochs, steps, batch_size, shuffle, validation, patience, checkpoint_every, save_minutes
-        )
+            x, y, epochs, steps, batch_size, shuffle, validation, eval_every, patience, keep,
+            checkpoint_every, save_minutes,
+        )  # fmt: skip
         self._check_model()
         for batches in (config.batches, config.validation):
             if isinstance(batches, ArrayBatches):
@@ -267,19 +274,23 @@ class Trainer(TrainingSetup):
         batch_size: int,
         shuffle: bool,
         validation: Any,
+        eval_every: int | None,
         patience: int | None,
+        keep: str,
         checkpoint_every: int | None,
         save_minutes: float,
     ) -> FitConfig:
         if epochs is not None and steps is not None:
             raise ValueError(f"{_OP}: epochs and steps are both given, expected only one of them")
         epochs = 1 if epochs is None and steps is None else epochs
-        for name, value in (("patience", patience), ("checkpoint_every", checkpoint_every)):
+        counts = {"eval_every": eval_every, "patience": patience, "checkpoint_every": checkpoint_every}
+        for name, value in counts.items():
             if value is not None:
                 _check.integer(_OP, name, value, least=1)
+                if name != "checkpoint_every" and validation is None:
+                    raise ValueError(f"{_OP}: {name} needs validation data")
         minutes = _check.at_least(_OP, "save_minutes", save_minutes, 0)
-        if patience is not None and validation is None:
-            raise ValueError(f"{_OP}: patience needs validation data")
+        _check.choice(_OP, "keep", keep, KEEP)
         batches = batches_of(_OP, x, y, batch_size, shuffle, self.seed)
         total = steps
         if epochs is not None and batches.length is not None:
@@ -289,7 +300,7 @@ class Trainer(TrainingSetup):
                 f"{_OP}: schedule={self.schedule!r} needs the number of steps in the run: "
                 "give steps, or batches that have a len"
             )
-        several = epochs is None or epochs > 1
+        several = epochs is None or epochs > 1 or eval_every is not None
         config = FitConfig(
             batches=batches,
             validation=None
@@ -298,7 +309,9 @@ class Trainer(TrainingSetup):
             epochs=None if epochs is None else _check.integer(_OP, "epochs", epochs, least=0),
             steps=None if steps is None else _check.integer(_OP, "steps", steps, least=0),
             total_steps=total,
+            eval_every=eval_every,
             patience=patience,
+            keep=keep,
             checkpoint_every=checkpoint_every,
             save_seconds=60 * minutes or math.inf,
         )
@@ -321,16 +334,6 @@ class Trainer(TrainingSetup):
                 classes = self.model(batches.x[:1]).shape[-1]
             labelled = batches.y[batches.y != self.loss.ignore_index]
             _check.in_range(_OP, "y", labelled, classes)
-
-
-def _callbacks(callbacks: Any) -> list[Callback]:
-    if not isinstance(callbacks, Iterable):
-        raise TypeError(f"Trainer: callbacks is {_check.kind(callbacks)}, expected a list of Callbacks")
-    checked = list(callbacks)
-    for number, callback in enumerate(checked):
-        if not isinstance(callback, Callback):
-            raise TypeError(f"Trainer: callbacks[{number}] is {_check.kind(callback)}, expected a Callback")
-    return checked
 
 
 def _at(directory: RunDirectory) -> str:

@@ -1,5 +1,6 @@
 """TrainingRun: carries out one call of `Trainer.fit`."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +9,7 @@ from nplora.runtime.user_warning import warn_user
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.evaluation import evaluate
 from nplora.trainer.fit_config import FitConfig
-from nplora.trainer.history import History
+from nplora.trainer.history import EVALUATION, EvaluationRecord, History
 from nplora.trainer.interrupts import Interrupts, Terminated
 from nplora.trainer.run import Run
 from nplora.trainer.run_checkpoints import RESUME_HINT, RunCheckpoints
@@ -28,10 +29,12 @@ class TrainingRun(Run):
         callbacks: list[Callback],
         directory: RunDirectory | None = None,
     ) -> None:
-        state = RunState(setup.model, setup.optimizer, config.total_steps, config.patience)
+        keeps_best = config.validation is not None and config.keep == "best"
+        state = RunState(setup.model, setup.optimizer, config.total_steps, config.patience, keeps_best)
         super().__init__(state, directory)
         self._setup, self._config, self._callbacks = setup, config, callbacks
         self._stepper = Stepper(setup, state)
+        self._gradient_callbacks = [callback for callback in callbacks if _sees_gradients(callback)]
         self._checkpoints: RunCheckpoints | None = None
         self._interrupts = Interrupts(terminate=directory is not None)
 
@@ -93,16 +96,19 @@ class TrainingRun(Run):
 
     def _finish(self) -> None:
         history = self.history
-        history.best_epoch = self._state.early_stopping.restore_best()
         history.ended = self._ended or "complete"
+        if not history.interrupted and (best := self._state.early_stopping.restore_best()):
+            history.best_step, history.best_epoch = best["step"], best["epoch"]
+            history.best_loss = best["loss"]
         if history.steps and not any(record.count for record in history.steps):
             warn_user("Trainer.fit: no step had a label to train on, so nothing was trained")
-        self.log("end", {"ended": history.ended, "step": self.step})
+        self.log("end", {"ended": history.ended, "step": self.step, "best_step": history.best_step})
 
     # ---- the loop ----
 
     def _train(self) -> None:
         self._call("on_fit_start")
+        self._evaluate_if_due()  # a run may have stopped between a step and its evaluation
         while not self._is_over():
             if self._make_steps_of_epoch():
                 self._close_epoch(complete=True)
@@ -136,23 +142,55 @@ class TrainingRun(Run):
         return not self._is_over()
 
     def _update(self) -> None:
+        if self._gradient_callbacks and self._stepper.has_gradients:
+            gradients = self._stepper.gradients()
+            for callback in self._gradient_callbacks:
+                callback.on_before_optimizer_step(self, gradients)
         with self._interrupts.hold():
             record = self._stepper.update()
             self.log("step", record.row())
         self._call("on_step_end", record)
+        self._evaluate_if_due()
         if self._checkpoints is not None and self._checkpoints.is_due_after_step():
             self._save()
 
+    def _evaluate_if_due(self) -> None:
+        """Evaluate after every `eval_every` steps."""
+        every, state = self._config.eval_every, self._state
+        if every is None or not self.step or self.step % every or state.last_evaluation is not None:
+            return
+        record = self._evaluation(state.history.steps[-1].epoch)
+        assert record is not None, "eval_every needs validation data"
+        with self._interrupts.hold():
+            self.log(EVALUATION, record.row())
+            state.add_evaluation(record)
+            self._stop_if_patience_is_lost()
+        self._call("on_evaluation", record)
+
+    def _evaluation(self, epoch: int) -> EvaluationRecord | None:
+        """Evaluate the validation data, if there are any."""
+        validation, started = self._config.validation, time.perf_counter()
+        if validation is None:
+            return None
+        metrics = evaluate(self.model, self._setup.loss, validation)
+        seconds = time.perf_counter() - started
+        loss, accuracy = metrics.pop("loss"), metrics.pop("accuracy", None)
+        return EvaluationRecord(self.step, epoch, loss, accuracy, seconds, metrics)
+
     def _close_epoch(self, complete: bool) -> None:
         """Evaluate the validation data and record the epoch. If `complete` is true, go to the next epoch."""
-        validation = self._config.validation
-        metrics = evaluate(self.model, self._setup.loss, validation) if validation else {}
+        state = self._state
+        made = self._evaluation(state.epoch + 1) if state.last_evaluation is None else None
         with self._interrupts.hold():
-            record = self._state.close_epoch(metrics)
+            if made is not None:
+                self.log(EVALUATION, made.row())
+                state.add_evaluation(made, at_the_end=not complete)
+            record = state.history.epoch_record(state.epoch + 1, state.last_evaluation)
             self.log("epoch", record.row())
+            state.close_epoch(record, complete)
             self._stop_if_patience_is_lost()
-            if complete:
-                self._state.next_epoch()
+        if made is not None:
+            self._call("on_evaluation", made)
         self._call("on_epoch_end", record)
 
     def _stop_if_patience_is_lost(self) -> None:
@@ -179,3 +217,9 @@ class TrainingRun(Run):
             if self._checkpoints is not None:
                 self._checkpoints.save_after(error)
             raise
+
+
+def _sees_gradients(callback: Callback) -> bool:
+    """Whether a callback has a hook of its own before the optimiser's step."""
+    hook = callback.on_before_optimizer_step
+    return getattr(hook, "__func__", hook) is not Callback.on_before_optimizer_step

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.finetuning.data.builder import Builder
-from nplora.finetuning.data.dataset import Part, ReadOptions, add_rows
+from nplora.finetuning.data.dataset import ReadOptions, add_rows
 from nplora.finetuning.data.encoding import Encoded
 from nplora.finetuning.data.examples import Example, Judged
 from nplora.finetuning.data.kinds import BY_NAME, Kind
@@ -121,18 +121,17 @@ def read_pairs(
     sources: list[Source],
     tokenizer: Tokenizer,
     options: ReadOptions,
-    part: Part | None,
     objective: str,
     made: type[PairDataset],
 ) -> PairDataset:
-    """The pairs of all sources; with `part`, of one side of them only.
+    """The pairs of all sources.
 
     Args:
         objective: the name of the objective, for messages.
     Raises as `read_dataset`. DataError: the rows are not comparisons.
     """
     builder = Builder(options.max_length, options.strict, made, "pair")
-    _read(op, builder, sources, tokenizer, options, part, _Wanted(objective, ("preference",)), _whole)
+    _read(op, builder, sources, tokenizer, options, _Wanted(objective, ("preference",)), _whole)
     return builder.dataset()
 
 
@@ -141,7 +140,6 @@ def read_judged(
     sources: list[Source],
     tokenizer: Tokenizer,
     options: ReadOptions,
-    part: Part | None,
     objective: str,
 ) -> JudgedDataset:
     """The judged answers of all sources. A pair counts as two: its chosen answer is good, the other bad.
@@ -149,7 +147,7 @@ def read_judged(
     Raises as `read_dataset`. DataError: the rows have no judgement, or there is only one answer.
     """
     builder = _JudgedBuilder(options.max_length, options.strict, JudgedDataset, "answer")
-    _read(op, builder, sources, tokenizer, options, part, _Wanted(objective, ("kto", "preference")), _each)
+    _read(op, builder, sources, tokenizer, options, _Wanted(objective, ("kto", "preference")), _each)
     dataset = builder.dataset()
     dataset.good, dataset.max_length = np.array(builder.good, np.bool_), options.max_length
     if len(dataset) < 2:
@@ -200,7 +198,6 @@ def _read(
     sources: list[Source],
     tokenizer: Tokenizer,
     options: ReadOptions,
-    part: Part | None,
     wanted: _Wanted,
     examples_of: Callable[[Example, list[Encoded]], list[list[Encoded]]],
 ) -> None:
@@ -211,7 +208,7 @@ def _read(
                 f"{op}: {source.name} is a plain text; objective {wanted.objective!r} needs rows with "
                 f"{wanted.fields}"
             )
-        add_rows(builder, source, tokenizer, options, part, wanted.require, examples_of)
+        add_rows(builder, source, tokenizer, options, wanted.require, examples_of)
         builder.end()
 
 

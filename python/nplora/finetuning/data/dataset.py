@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,24 +87,6 @@ class ReadOptions:
             raise TypeError(f"{op}: columns is {_check.kind(self.columns)}, expected a dictionary")
 
 
-@dataclass(frozen=True)
-class Part:
-    """One side of a data set that is divided by a hash of each row, so that a row stays on its side.
-
-    Attributes:
-        share: the share of the rows that are held out, on average.
-        held_out: this is the side of the rows that are held out.
-    """
-
-    share: float
-    held_out: bool
-
-    def has(self, values: Mapping[str, Any]) -> bool:
-        text = json.dumps(values, sort_keys=True, default=str, skipkeys=True).encode()
-        place = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-        return (place < self.share * 2.0**64) == self.held_out
-
-
 def read_dataset(
     data: Data,
     tokenizer: Tokenizer,
@@ -185,19 +165,15 @@ def read_dataset(
     return read_sources(op, sources_of(op, data), tokenizer, options)
 
 
-def read_sources(
-    op: str, sources: list[Source], tokenizer: Tokenizer, options: ReadOptions, part: Part | None = None
-) -> Dataset:
-    """The examples of all sources; with `part`, of one side of them only. Raises as `read_dataset`."""
+def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: ReadOptions) -> Dataset:
+    """The examples of all sources. Raises as `read_dataset`."""
     builder = Builder(options.max_length, options.strict, Dataset)
     for source in sources:
         builder.begin(source)
         if source.is_text:
-            if part is not None:
-                raise ValueError(f"{op}: {source.name} is a plain text, which has no rows to hold out")
             _add_text(op, builder, source, tokenizer, options)
         else:
-            add_rows(builder, source, tokenizer, options, part, _require_one_answer, _single)
+            add_rows(builder, source, tokenizer, options, _require_one_answer, _single)
         builder.end()
     dataset = builder.dataset()
     if dataset.report.unused:
@@ -232,7 +208,6 @@ def add_rows(
     source: Source,
     tokenizer: Tokenizer,
     options: ReadOptions,
-    part: Part | None,
     require: Callable[[Kind, str], None],
     examples_of: Callable[[Example, list[Encoded]], list[list[Encoded]]],
 ) -> None:
@@ -246,8 +221,6 @@ def add_rows(
     encoder = Encoder(tokenizer, options.learn == "all", options.max_length, options.chat)
     kind = None if options.format is None else BY_NAME[options.format]
     for row in source.read():
-        if part is not None and not part.has(row.values):
-            continue
         try:
             kind = kind_of(row, kind, options, require)
             values = renamed(row.values, options.columns, row.where)

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from nplora.finetuning.data.dataset import Part
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source
 from nplora.formats.errors import DataError, counted
+
+
+@dataclass(frozen=True)
+class Part:
+    """One side of a data set that is divided by a hash of each row, so that a row stays on its side.
+
+    Attributes:
+        share: the share of the rows that are held out, on average.
+        held_out: this is the side of the rows that are held out.
+    """
+
+    share: float
+    held_out: bool
+
+    def has(self, values: Mapping[str, Any]) -> bool:
+        text = json.dumps(values, sort_keys=True, default=str, skipkeys=True).encode()
+        place = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+        return (place < self.share * 2.0**64) == self.held_out
 
 
 def split_sources(op: str, sources: list[Source], share: float) -> tuple[list[Source], list[Source]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from nplora.finetuning.data.dataset import Part, ReadOptions
+from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objectives.objective import Objective
@@ -113,10 +113,8 @@ class DistillObjective(Objective):
         del self._teacher  # frees its memory first
         self._teacher = ModelTeacher(load_model(given, compute, check=False))
 
-    def read(
-        self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions, part: Part | None
-    ) -> Examples:
-        dataset = super().read(op, sources, tokenizer, reading, part)
+    def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> Examples:
+        dataset = super().read(op, sources, tokenizer, reading)
         self._teacher.require_data(op, dataset)
         return dataset
 

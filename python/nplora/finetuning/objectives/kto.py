@@ -12,7 +12,7 @@ import numpy.typing as npt
 from nplora.finetuning.data import EVALUATION_TOKENS
 from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.comparisons import JudgedDataset, Judgements, read_judged
-from nplora.finetuning.data.dataset import Part, ReadOptions
+from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.objectives import reference
 from nplora.finetuning.objectives.objective import Objective
@@ -112,9 +112,9 @@ class KtoObjective(Objective):
     _reference = Reference()
 
     def read(
-        self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions, part: Part | None
+        self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions
     ) -> JudgedDataset:
-        return read_judged(op, sources, tokenizer, reading, part, self.name)
+        return read_judged(op, sources, tokenizer, reading, self.name)
 
     def prepare(
         self,

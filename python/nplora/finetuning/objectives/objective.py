@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from nplora.finetuning.data import TokenBatches
-from nplora.finetuning.data.dataset import Part, ReadOptions, read_sources
+from nplora.finetuning.data.dataset import ReadOptions, read_sources
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objectives import reference
@@ -59,11 +59,9 @@ class Objective:
     def reload(self, compute: str) -> None:
         """Load models that the objective has opened again, with another arithmetic."""
 
-    def read(
-        self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions, part: Part | None
-    ) -> Examples:
+    def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> Examples:
         """Read examples, as `read_sources` does."""
-        return read_sources(op, sources, tokenizer, reading, part)
+        return read_sources(op, sources, tokenizer, reading)
 
     def prepare(
         self,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.comparisons import LearnedPairs, PairDataset, read_pairs
-from nplora.finetuning.data.dataset import Part, ReadOptions
+from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.objectives import reference
 from nplora.finetuning.objectives.objective import Objective
@@ -151,10 +151,8 @@ class DpoObjective(Objective):
     has_reference = True
     _reference = Reference()
 
-    def read(
-        self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions, part: Part | None
-    ) -> PairDataset:
-        return read_pairs(op, sources, tokenizer, reading, part, self.name, PairDataset)
+    def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> PairDataset:
+        return read_pairs(op, sources, tokenizer, reading, self.name, PairDataset)
 
     def prepare(
         self,
@@ -176,10 +174,8 @@ class OrpoObjective(Objective):
 
     name = "orpo"
 
-    def read(
-        self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions, part: Part | None
-    ) -> PairDataset:
-        return read_pairs(op, sources, tokenizer, reading, part, self.name, LearnedPairs)
+    def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> PairDataset:
+        return read_pairs(op, sources, tokenizer, reading, self.name, LearnedPairs)
 
     def loss(self, micro_tokens: int | None) -> OrpoLoss:
         return OrpoLoss(self.options.beta, micro_tokens)

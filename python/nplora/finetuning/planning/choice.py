@@ -93,8 +93,9 @@ def needed(
         targets = (one.targets for one in work.micro_batches(plan.micro_tokens))
         extra = work.teaching.extra(largest, targets, work.evaluated)
     return predicted(
-        lm, adapters, largest, work.evaluated, plan, threads, resident, work.prefix_tokens, extra
-    )
+        lm, adapters, largest, work.evaluated, plan, threads, resident, work.prefix_tokens, extra,
+        work.keeps_best,
+    )  # fmt: skip
 
 
 def choose(

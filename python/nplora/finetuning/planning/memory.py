@@ -73,9 +73,14 @@ class ExecutionPlan:
 class Adapters:
     """The layers that get an adapter. `shapes` maps the dotted name of a layer to its shape (d_out, d_in).
 
+    All layers have the rank `rank`, except those whose rank is in `ranks`.
+
     >>> adapters = nplora.finetuning.planning.Adapters({"model.layers.0.mlp.up_proj": (48, 16)}, rank=2)
     >>> adapters.numbers  # (48 + 16) * 2
     128
+    >>> mlp = {f"model.layers.0.mlp.{name}": (48, 16) for name in ("gate_proj", "up_proj")}
+    >>> nplora.finetuning.planning.Adapters(mlp, rank=2, ranks={"model.layers.0.mlp.up_proj": 3}).numbers
+    320
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -83,6 +88,7 @@ class Adapters:
     use_dora: bool = False
     taken: int = 0  # bytes of the new frozen weights that init="pissa" and "olora" make
     calls: Mapping[str, str] = dataclasses.field(default_factory=dict)  # layer -> the call that computes it
+    ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -94,6 +100,7 @@ class Adapters:
         use_dora: bool = False,
         init: str = "zero",
         op: str = "add_lora",
+        rank_pattern: Mapping[str, int] | None = None,
     ) -> Self:
         """The layers that `lm.add_lora` would adapt.
 
@@ -106,7 +113,8 @@ class Adapters:
         for name in names:
             adapting.require_init(name, modules[name], init, op)
         shapes = {name: modules[name].weight.shape for name in names}
-        made = cls(shapes, rank, use_dora, calls=_calls(lm))
+        ranks = adapting.by_layer(op, "rank_pattern", rank_pattern or {}, names)
+        made = cls(shapes, rank, use_dora, calls=_calls(lm), ranks=ranks)
         if init not in PRINCIPAL_INITS:
             return made
         weights = sum(modules[name].weight.nbytes for name in names)
@@ -116,7 +124,11 @@ class Adapters:
     def numbers(self) -> int:
         """The number of trained values."""
         magnitudes = sum(d_out for d_out, _ in self.shapes.values()) if self.use_dora else 0
-        return self.rank * sum(map(sum, self.shapes.values())) + magnitudes
+        return magnitudes + sum(self.rank_of(name) * sum(shape) for name, shape in self.shapes.items())
+
+    def rank_of(self, name: str) -> int:
+        """The rank of a layer."""
+        return self.ranks.get(name, self.rank)
 
     def scratch(self, narrow: bool, tokens: int, threads: int) -> int:
         """The maximum scratch in bytes that a call needs for the factors of its layers, and for z and dz.
@@ -125,16 +137,19 @@ class Adapters:
         kFactor. These buffers hold two layouts of B, the sums of B's gradient, A or the sums of A's gradient,
         and the bfloat16 layouts of A. A call with a single float32 layer needs one layout of B less.
         """
+        layers: Counter[str] = Counter()
         ranks: Counter[str] = Counter()
         inputs: Counter[str] = Counter()
         outputs: Counter[str] = Counter()
         for name, (d_out, d_in) in self.shapes.items():
             call = self.calls.get(name, name)
             if not name.endswith("embed_tokens"):  # NumPy computes the embedding
-                ranks[call] += self.rank
-                inputs[call] += self.rank * d_in
-                outputs[call] += self.rank * d_out
-        copies = {call: 3 if narrow or n > self.rank else 2 for call, n in ranks.items()}
+                rank = self.rank_of(name)
+                layers[call] += 1
+                ranks[call] += rank
+                inputs[call] += rank * d_in
+                outputs[call] += rank * d_out
+        copies = {call: 3 if narrow or n > 1 else 2 for call, n in layers.items()}
         of_inputs = max((n * copies[call] for call, n in inputs.items()), default=0)
         of_ranks, of_outputs = (max(n.values(), default=0) for n in (ranks, outputs))
         narrowest = max(1, min(map(min, self.shapes.values()), default=1))
@@ -156,7 +171,12 @@ class Adapters:
 
     def of_block(self, block: int) -> Adapted:
         """The adapted layers of a block."""
-        return Adapted(self.rank, self.use_dora, self._blocks.get(block, {}))
+        ranks = {
+            name.rpartition(".")[2]: rank
+            for name, rank in self.ranks.items()
+            if adapting.block_of(name) == block
+        }
+        return Adapted(self.rank, self.use_dora, self._blocks.get(block, {}), ranks)
 
     def first_block(self, blocks: int) -> int:
         """The index of the lowest block that keeps activations for the backward pass.
@@ -228,6 +248,7 @@ def predicted(
     resident: tuple[int, int],
     prefix_tokens: int = 0,
     extra: Extra = NOTHING,
+    keeps_best: bool = False,
 ) -> Memory:
     """Predict the peak memory of training.
 
@@ -237,6 +258,7 @@ def predicted(
         resident: bytes in memory before the adapters are made, and bytes of the weights not read yet.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
         extra: what the loss takes besides.
+        keeps_best: whether a copy of the best factors is kept.
 
     >>> planning = nplora.finetuning.planning
     >>> lm = nplora.load_model("model.gguf")
@@ -276,7 +298,7 @@ def predicted(
     return Memory(
         process,
         weights,
-        4 * _FLOAT * adapters.numbers + adapters.taken,
+        (5 if keeps_best else 4) * _FLOAT * adapters.numbers + adapters.taken,
         _FLOAT * config.hidden_size * prefix_tokens,
         kept,
         work,

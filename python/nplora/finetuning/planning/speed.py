@@ -56,7 +56,8 @@ class Speed:
         products = forwards * self.forward.of(one.tokens) + trained * self.backward.of(one.tokens)
         longer = one.tokens * max(0, one.longest - _MANY) / 2 * lm.config.num_attention_heads
         scores = longer * lm.config.head_dim * (forwards * _ATTENTION[0] + trained * _ATTENTION[1])
-        low = 6.0 * adapters.rank * sum(map(sum, adapters.shapes.values())) * one.tokens * _LOW_RANK
+        factors = sum(adapters.rank_of(name) * sum(shape) for name, shape in adapters.shapes.items())
+        low = 6.0 * factors * one.tokens * _LOW_RANK
         return products + (scores + low) / self.operations + self.head.of(one.targets)
 
     def inference(self, lm: LanguageModel, tokens: int, targets: int) -> float:

@@ -28,6 +28,7 @@ class Work:
         steps: the number of steps of the run.
         accumulate: the number of batches in a step.
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
+        keeps_best: whether a copy of the best factors is kept.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
         sequences: the number of sequences of an example, each of which has a maximum length.
         extra_passes: forward passes besides the step's own, over about the same number of tokens.
@@ -45,6 +46,7 @@ class Work:
     steps: int
     accumulate: int = 1
     evaluated: int = 0
+    keeps_best: bool = False
     prefix_tokens: int = 0
     sequences: int = 1
     extra_passes: int = 0

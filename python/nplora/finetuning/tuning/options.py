@@ -13,7 +13,10 @@ from nplora.finetuning.tuning.space import checked_values
 
 SAMPLERS = ("halving", "optuna")
 # Options of `finetune` that a search decides itself, or that belong to one run.
-NOT_PASSED = ("resume", "overwrite", "sample", "save_every", "save_minutes")
+NOT_PASSED = (
+    "resume", "overwrite", "sample", "save_every", "save_minutes", "eval_every", "patience", "keep",
+    "report_to",
+)  # fmt: skip
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from nplora import _check
 from nplora.finetuning.options import FinetuneOptions
 from nplora.lm import LanguageModel
-from nplora.lm.adapting import ALL_LINEAR, block_of, target_names
+from nplora.lm.adapting import ALL_LINEAR, block_of, by_layer, parse_pattern, target_names, targeted
 from nplora.nn import Linear
 
 Settings: TypeAlias = dict[str, Any]  # options of `finetune`, by name
@@ -23,8 +23,10 @@ _EPOCHS = (1, 2, 4)
 UNSEARCHED = (
     "resume", "overwrite", "sample", "save_every", "save_minutes", "seed", "steps", "valid_split", "memory",
     "keep_prefix", "compute", "recompute", "format", "columns", "chat", "learn", "max_length", "skip_bad",
-    "strict", "adapter", "any_base", "layers",
+    "strict", "adapter", "any_base", "layers", "rank_pattern", "alpha_pattern", "eval_every", "patience",
+    "keep", "report_to",
 )  # fmt: skip
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _OF_AN_ADAPTER = ("rank", "alpha", "targets", "use_rslora", "use_dora", "init")
 
 
@@ -75,10 +77,14 @@ def space_of(
 ) -> Space:
     """The values to try: those in `search`, and the usual ones of options that are neither there nor given.
 
+    If the user gives ranks or alphas of named layers, the targets are searched only if the user asks for it:
+    not all of the usual targets have these layers.
+
     Args:
         given: the options of `finetune` that the user has fixed.
     Raises:
-        ValueError: a searched option is unknown, fixed or without values, or a value is out of range.
+        ValueError: a searched option is unknown, fixed or without values, a value is out of range, or some of
+            the targets do not have a layer that has its own rank or alpha.
     """
     wanted = {name: checked_values(op, name, values) for name, values in search.items()}
     for name in wanted:
@@ -93,10 +99,22 @@ def space_of(
         raise ValueError(f"{op}: epochs are searched, but the length of the run is given")
     epochs = wanted.pop("epochs", () if is_fixed else _EPOCHS)
     usual = {} if continues else {"rank": (_DEFAULTS["rank"], *_RANKS), "targets": _target_sets(lm)}
+    if any(given.get(option) for option in _PATTERNS):
+        usual.pop("targets", None)
     others = {name: values for name, values in usual.items() if name not in given} | wanted
+    for targets in others.get("targets", ()):
+        _require_layers(op, lm, targets, given)
     ratio = _DEFAULTS["alpha"] / _DEFAULTS["rank"]
     keeps_ratio = "rank" in others and "alpha" not in given and "alpha" not in others
     return Space(tuple(sorted(rates)), others, tuple(sorted(epochs)), ratio if keeps_ratio else None)
+
+
+def _require_layers(op: str, lm: LanguageModel, targets: Any, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError if these targets lack a layer that `rank_pattern` or `alpha_pattern` names."""
+    for option in _PATTERNS:
+        if pattern := parse_pattern(op, option, given.get(option)):
+            names = targeted(lm, lm.config.num_hidden_layers, targets, given.get("layers"), op)
+            by_layer(op, option, pattern, names)
 
 
 def checked_values(op: str, name: str, values: Iterable[Any]) -> tuple[Any, ...]:

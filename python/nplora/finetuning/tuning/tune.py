@@ -60,9 +60,10 @@ def tune(
     and then for more epochs, as long as these help. All trials share the loaded model, the tokenised data
     and, if only upper blocks are adapted, the outputs of the frozen blocks below.
 
-    Every trial begins anew, with a learning rate schedule that ends with the trial. The last trials are
-    exactly the runs that `finetune` makes with the same options. `tune.jsonl` in the output directory records
-    every decision and every trial. Ctrl-C ends the search, and `resume=True` continues it.
+    Every trial begins anew, with a learning rate schedule that ends with the trial. It is evaluated after its
+    last step. The last trials are trained exactly as `finetune` trains with the same options. `tune.jsonl` in
+    the output directory records every decision and every trial. Ctrl-C ends the search, and `resume=True`
+    continues it.
 
     Args:
         model, data: as for `finetune`.

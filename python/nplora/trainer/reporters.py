@@ -1,0 +1,390 @@
+"""Reporters: callbacks that send the metrics of a run to CSV files, TensorBoard, Weights & Biases or MLflow.
+
+Each reporter except `CsvReporter` needs a library of its own, which is imported at the start of the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import importlib
+import importlib.util
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from nplora import _check
+from nplora.formats import files
+from nplora.formats.files import StrPath
+from nplora.runtime.user_warning import warn_user
+from nplora.trainer.callbacks import Callback
+from nplora.trainer.history import EvaluationRecord, StepRecord
+from nplora.trainer.run import Run
+
+_PROJECT = "nplora"  # the default name of the project, or of the experiment
+_LONGEST = 500  # characters of a setting, as MLflow allows
+_MAX_CSV = 1 << 30
+_FLUSH_SECONDS = 10
+
+
+class Reporter(Callback):
+    """The base class of reporters. A resumed run appends to the report of the run that was stopped.
+
+    If a report fails during the run, as without a network, the run warns and continues without it.
+
+    Args:
+        directory: where files of the report go; made if needed.
+        settings: the hyper-parameters that the report shows.
+        tokens: a function that returns the number of tokens processed so far. None: the rate counts what the
+            loss averages over.
+
+    >>> import nplora, numpy as np
+    >>> from nplora.trainer.reporters import CsvReporter
+    >>> report = CsvReporter("reports", {"rank": 1})
+    >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
+    >>> trainer = nplora.Trainer(layer, loss="mse", callbacks=[report])
+    >>> history = trainer.fit(np.eye(4), np.ones((4, 4)), steps=2)
+    >>> print(Path("reports/metrics.csv").read_text())
+    step,epoch,loss,learning_rate,grad_norm,tokens_per_second,items_per_second,eval_loss,eval_accuracy
+    1,1,0.75,0.001,...
+    2,2,0.74...,0.001,...
+    """
+
+    name: ClassVar[str]
+    package: ClassVar[str | None] = None
+    pip: ClassVar[str] = ""  # what pip installs to get the package
+
+    def __init__(
+        self,
+        directory: StrPath,
+        settings: Mapping[str, Any] | None = None,
+        tokens: Callable[[], int] | None = None,
+    ) -> None:
+        self.require_package(type(self).__name__)
+        self._directory, self._settings = Path(directory), _plain(settings or {})
+        self._tokens, self._seen = tokens, 0
+        self._is_open = False
+
+    @classmethod
+    def require_package(cls, op: str) -> None:
+        """Raise a ModuleNotFoundError that names pip's command if the library is not installed."""
+        if cls.package is not None and importlib.util.find_spec(cls.package) is None:
+            raise ModuleNotFoundError(
+                f"{op}: {cls.name} needs {cls.package}, which is not installed: pip install {cls.pip}",
+                name=cls.package,
+            )
+
+    # ---- what a kind of report does ----
+
+    def _open(self, run: Run) -> None:
+        """Open the report, or open it again if the run is resumed."""
+        raise NotImplementedError
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        raise NotImplementedError
+
+    def _close(self, ended: str | None) -> None:
+        """Close the report. `ended` is the reason, as `History.ended` has it, or None after an error."""
+
+    # ---- hooks ----
+
+    def on_fit_start(self, run: Run) -> None:
+        self._seen = self._tokens() if self._tokens else 0
+        self._open(run)
+        self._is_open = True
+
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
+        metrics = _of_step(record)
+        seconds = max(1e-9, record.seconds)
+        if self._tokens is None:
+            metrics["train/items_per_second"] = record.count / seconds
+        else:
+            before, self._seen = self._seen, self._tokens()
+            metrics["train/tokens_per_second"] = (self._seen - before) / seconds
+        self._report(lambda: self._write(record.step, metrics))
+
+    def on_evaluation(self, run: Run, record: EvaluationRecord) -> None:
+        self._report(lambda: self._write(record.step, _of_evaluation(record)))
+
+    def on_fit_end(self, run: Run) -> None:
+        self.close(run.history.ended)
+
+    def close(self, ended: str | None = None) -> None:
+        """Close the report, if it is open. A run does this at its end, but not after an error.
+
+        >>> from nplora.trainer.reporters import CsvReporter
+        >>> CsvReporter("reports").close()
+
+        Args:
+            ended: the reason, as `History.ended` has it; None: an error.
+        """
+        self._report(lambda: self._close(ended))
+        self._is_open = False
+
+    def _report(self, action: Callable[[], None]) -> None:
+        """Do something with the report. If it fails, warn and end the report, but not the run."""
+        if not self._is_open:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._is_open = False
+            warn_user(f"the {self.name} report ends here, the run continues: {error}")
+
+
+class CsvReporter(Reporter):
+    """Writes a row into metrics.csv for each step and each evaluation; `Reporter` has an example.
+
+    Metrics of the loss, such as the rewards of DPO, get further columns. The settings go into settings.json,
+    beside it.
+    """
+
+    name = "csv"
+    _usual = (
+        "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "items_per_second",
+        "eval_loss", "eval_accuracy",
+    )  # fmt: skip
+
+    def _open(self, run: Run) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._path = self._directory / "metrics.csv"
+        rows = self._rows_before(run)
+        settings = json.dumps(self._settings, indent=2) + "\n"
+        files.replace([_new_file(self._directory / "settings.json", settings)])
+        self._begin(rows)
+
+    def _begin(self, rows: list[dict[str, str]], more: Iterable[str] = ()) -> None:
+        """Write the file with these rows, and open it to append to it. `more`: columns for later rows."""
+        self._names = tuple(dict.fromkeys([*self._usual, *(name for row in rows for name in row), *more]))
+        text = _csv_text([self._names, *map(self._cells, rows)])
+        files.replace([_new_file(self._path, text)])
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._file = open(os.open(self._path, flags), "a", newline="", encoding="utf-8")  # noqa: SIM115
+
+    def _rows_before(self, run: Run) -> list[dict[str, str]]:
+        """The rows of an earlier part of this run. Its later rows are dropped, because they are repeated.
+
+        A row that is missing, as after Ctrl-C between a step and its report, is made from the run's history.
+        """
+        rows = self._rows() if os.path.lexists(self._path) else []
+        found = {(row["step"], "loss" not in row): row for row in rows if "step" in row}
+        steps = {(str(r.step), False): _row(r.step, _of_step(r)) for r in run.history.steps}
+        evaluated = {(str(r.step), True): _row(r.step, _of_evaluation(r)) for r in run.history.evaluations}
+        wanted = steps | evaluated
+        order = sorted(wanted, key=lambda key: (int(key[0]), key[1]))
+        return [found.get(key, wanted[key]) for key in order]
+
+    def _rows(self) -> list[dict[str, str]]:
+        """The complete rows of the file, without their empty cells.
+
+        Raises:
+            FileExistsError: the file has other columns, so that no run of nplora wrote it.
+        """
+        text = bytes(files.read(self._path, _MAX_CSV)).decode(errors="replace")
+        header, *rows = list(csv.reader(io.StringIO(text))) or [[]]
+        if tuple(header[: len(self._usual)]) != self._usual:
+            raise FileExistsError(errno.EEXIST, "the file is there, and no run wrote it", str(self._path))
+        complete = (zip(header, row, strict=True) for row in rows if len(row) == len(header))
+        return [{name: cell for name, cell in row if cell} for row in complete]
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        row = _row(step, metrics)
+        if not row.keys() <= set(self._names):
+            self._file.close()
+            self._begin(self._rows(), row)
+        self._file.write(_csv_text([self._cells(row)]))
+        self._file.flush()
+
+    def _cells(self, row: Mapping[str, str]) -> list[str]:
+        return [row.get(name, "") for name in self._names]
+
+    def _close(self, ended: str | None) -> None:
+        self._file.close()
+
+
+class TensorBoardReporter(Reporter):
+    """Writes event files for TensorBoard, with tensorboardX: `tensorboard --logdir DIRECTORY` shows them."""
+
+    name = "tensorboard"
+    package, pip = "tensorboardX", '"nplora[report]"'
+
+    def _open(self, run: Run) -> None:
+        from tensorboardX import SummaryWriter
+        from tensorboardX.summary import hparams
+
+        # TensorBoard drops the earlier events of the steps that are made again, also those of a replaced run.
+        self._writer = SummaryWriter(
+            str(self._directory),
+            purge_step=run.step + 1,
+            filename_suffix=f".{run.step:09}",  # two writers within a second would have the same file
+            flush_secs=_FLUSH_SECONDS,
+        )
+        if not run.step:
+            for summary in hparams(self._settings, {"train/loss": 0.0, "eval/loss": 0.0}):
+                self._writer.file_writer.add_summary(summary)
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def _close(self, ended: str | None) -> None:
+        self._writer.close()
+
+
+class WandbReporter(Reporter):
+    """Sends the metrics to Weights & Biases.
+
+    Its environment variables decide where to: WANDB_PROJECT (default: nplora), WANDB_MODE=offline and others.
+    """
+
+    name = "wandb"
+    package, pip = "wandb", "wandb"
+
+    def _open(self, run: Run) -> None:
+        import wandb
+
+        self._directory.mkdir(parents=True, exist_ok=True)
+        known = run.logged(self.name).get("id") if run.step else None
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", _PROJECT),
+            name=os.environ.get("WANDB_NAME", self._directory.resolve().parent.name),
+            dir=str(self._directory),
+            config=dict(self._settings),
+            id=known,
+            resume="allow" if known else None,
+        )
+        run.log(self.name, {"id": self._run.id})
+        self._run.define_metric("train/global_step")
+        self._run.define_metric("*", step_metric="train/global_step")  # W&B's own steps cannot go back
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log({**metrics, "train/global_step": step})
+
+    def _close(self, ended: str | None) -> None:
+        self._run.finish(exit_code=1 if ended is None else 0)
+
+
+class MlflowReporter(Reporter):
+    """Sends the metrics to MLflow.
+
+    Its environment variables decide where to: MLFLOW_TRACKING_URI, and MLFLOW_EXPERIMENT_NAME (default:
+    nplora).
+    """
+
+    name = "mlflow"
+    package, pip = "mlflow", "mlflow"
+
+    def _open(self, run: Run) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        self._client = MlflowClient()
+        known = run.logged(self.name).get("id") if run.step else None
+        if known:
+            self._id = str(known)
+            self._client.update_run(self._id, status="RUNNING")
+            return
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        found = self._client.get_experiment_by_name(experiment)
+        place = self._client.create_experiment(experiment) if found is None else found.experiment_id
+        name = self._directory.resolve().parent.name
+        self._id = self._client.create_run(place, run_name=name).info.run_id
+        params = [Param(name, str(value)) for name, value in self._settings.items()]
+        self._client.log_batch(self._id, params=params)
+        run.log(self.name, {"id": self._id})
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        self._client.log_batch(self._id, [Metric(name, value, now, step) for name, value in metrics.items()])
+
+    def _close(self, ended: str | None) -> None:
+        status = {None: "FAILED", "interrupted": "KILLED"}.get(ended, "FINISHED")
+        self._client.set_terminated(self._id, status)
+
+
+REPORTERS: dict[str, type[Reporter]] = {
+    kind.name: kind for kind in (TensorBoardReporter, WandbReporter, MlflowReporter, CsvReporter)
+}
+
+
+def require_reporters(op: str, names: Iterable[str]) -> None:
+    """Raise an error if a reporter does not exist, or if its library is not installed.
+
+    The libraries are imported here, so that a memory plan that is made afterwards counts them.
+    """
+    for name in names:
+        kind = REPORTERS[_check.choice(op, "report_to", name, REPORTERS)]
+        kind.require_package(op)
+        if kind.package is not None:
+            importlib.import_module(kind.package)
+
+
+@contextlib.contextmanager
+def reporting(
+    names: Iterable[str], directory: Path, settings: Mapping[str, Any], tokens: Callable[[], int] | None
+) -> Iterator[list[Reporter]]:
+    """The reporters of these names. Each has its files in this directory. All are closed in the end."""
+    made = [
+        REPORTERS[name](directory / name if name == "tensorboard" else directory, settings, tokens)
+        for name in names
+    ]
+    try:
+        yield list(made)
+    finally:
+        for reporter in made:
+            reporter.close()
+
+
+def _row(step: int, metrics: Mapping[str, float]) -> dict[str, str]:
+    """The cells of a row by the names of their columns: "eval/loss" is in the column "eval_loss"."""
+    names = {name: name.removeprefix("train/") for name in metrics}
+    names |= {name: f"eval_{name[5:]}" for name in metrics if name.startswith("eval/")}
+    return {"step": str(step), **{names[name]: str(value) for name, value in metrics.items()}}
+
+
+def _of_step(record: StepRecord) -> dict[str, float]:
+    return {
+        **{f"train/{name}": value for name, value in record.metrics.items()},
+        "train/epoch": record.epoch,
+        "train/loss": record.loss,
+        "train/learning_rate": record.lr,
+        "train/grad_norm": record.grad_norm,
+    }
+
+
+def _of_evaluation(record: EvaluationRecord) -> dict[str, float]:
+    accuracy = {} if record.val_accuracy is None else {"eval/accuracy": record.val_accuracy}
+    measured = {f"eval/{name}": value for name, value in record.val_metrics.items()}
+    return {**measured, "eval/loss": record.val_loss, **accuracy}
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """The settings as numbers and short texts. A setting that is None is left out."""
+    found = dict[str, str | int | float | bool]()
+    for name, value in settings.items():
+        if isinstance(value, tuple | list):
+            value = ",".join(map(str, value))
+        if value is not None:
+            found[name] = value if isinstance(value, bool | int | float) else str(value)[:_LONGEST]
+    return found
+
+
+def _csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _new_file(path: Path, text: str) -> files.NewFile:
+    content = text.encode()
+    return files.NewFile(path, len(content), [content])
+
+
+__all__ = ["CsvReporter", "MlflowReporter", "Reporter", "TensorBoardReporter", "WandbReporter"]

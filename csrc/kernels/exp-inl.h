@@ -1,5 +1,5 @@
-// The exponential function of all kernels, and a loop over an array of floats in whole vectors and a last
-// partial vector.
+// The exponential function of all kernels, and a loop over the vectors of an array of floats, of which the
+// last may be partial.
 
 namespace nplora::kernels::NPLORA_ISA {
 

@@ -114,9 +114,9 @@ inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, 
   });
 }
 
-// Each lane holds a different column. Returns, in each lane, the largest of the `rows` elements of its column
-// and of the previous maximum `before`. The loop keeps four independent maxima, because a single maximum
-// would wait for the result of each comparison.
+// Each lane holds a different column. Returns, in each lane, the maximum of `before` and the `rows` elements
+// of the lane's column. The loop keeps four independent maxima, because a single maximum would wait for the
+// result of each comparison.
 template <class Span>
 inline Vec<float> largest_of_column(size_t rows, const float* column, size_t stride, Vec<float> before,
                                     const Span& span) {

@@ -89,7 +89,7 @@ inline float sum(EightSubBlocks x) {
 }
 
 // The factors of a block with eight sub-blocks, one for each half of a sub-block. The two factors of a
-// sub-block are both multiplied by the one scale of the matching sub-block of `x`.
+// sub-block are multiplied by the same scale, which belongs to the matching sub-block of `x`.
 struct Halves {
   Eight v[8];
   Eight at(size_t j) const { return v[j]; }

@@ -135,18 +135,24 @@ def _target(model: BaseModel | None, family: Family) -> Target:
     return Target(title, place, digest, require_kind=_require_sums)
 
 
-def _require_sums(source: str, has_dora: bool, whole: Collection[str]) -> None:
+def _require_sums(source: str, has_dora: bool, whole: Collection[str], tokens: Collection[str]) -> None:
     if has_dora:
         raise UnsupportedError(
             f"{source}: the adapter uses DoRA, which rescales the rows of W + ΔW. llama.cpp only adds ΔW, so "
             "merge the adapter into the model instead"
         )
     if whole:
-        names = ", ".join(map(brief, whole))
-        raise UnsupportedError(
-            f"{source}: the adapter holds fully trained layers ({names}); a llama.cpp adapter can only hold "
-            "low-rank factors"
-        )
+        _refuse(source, "fully trained layers", whole)
+    if tokens:
+        _refuse(source, "trained tokens", tokens)
+
+
+def _refuse(source: str, what: str, layers: Collection[str]) -> None:
+    names = ", ".join(map(brief, layers))
+    raise UnsupportedError(
+        f"{source}: the adapter holds {what} ({names}); a llama.cpp adapter can only hold low-rank factors, "
+        "so merge the adapter into the model instead (nplora merge)"
+    )
 
 
 def _require_not_read(outputs: Iterable[StrPath], adapter: StrPath | None, base: StrPath | None) -> None:

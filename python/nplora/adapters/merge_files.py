@@ -15,6 +15,7 @@ from nplora.adapters import sources
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import Place, Target
 from nplora.adapters.sources import Source
+from nplora.adapters.trained_rows import EMBEDDING, HEAD
 from nplora.formats import (
     bitsandbytes,
     files,
@@ -27,8 +28,9 @@ from nplora.formats.errors import brief
 from nplora.formats.files import Chunk, StrPath
 from nplora.formats.output_directory import trained
 from nplora.lora.delta import LoraDelta
-from nplora.lora.merging import Merge, MergeReport
+from nplora.lora.merging import Merge, MergeReport, RowsMerge
 from nplora.lora.model_merge import ModelMerge, least_kept
+from nplora.lora.new_rows import NewRows
 from nplora.models import model_digest, model_files
 from nplora.models.model_files import ModelFiles, Stream, Tensor, is_directory, weights_path
 from nplora.weights import storages
@@ -41,6 +43,8 @@ _ENOUGH = 0.9  # the share of ΔW that a merge must keep, unless the caller acce
 # are sampled, and at least this many of each tensor.
 _SAMPLED_ELEMENTS = 1 << 20
 _LEAST_SAMPLED = 1 << 14
+_SHARED = ("embed_tokens", "lm_head")
+_BOTH = "the model's embedding and its output share one weight, so a merge would change both"
 # Maps a file's name of a storage type to FrozenWeight's name.
 _STORAGES = {kind: name for name, kind in storages.GGML_NAMES.items()} | {s: s for s in storages.FLOATS}
 
@@ -93,7 +97,7 @@ def merge_adapter(
     model = model_files.open(base)
     _require_output(model, base, adapter, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
-    updates = _placed(model, sources.low_rank(adapter, facts, any_base=any_base), dtype, any_base)
+    updates = _placed(model, sources.whole(adapter, facts, any_base=any_base), dtype, any_base)
     merges = {
         name: _merge(model.tensors[name], name, update, dtype)
         for name, update in updates.items()
@@ -163,13 +167,13 @@ def _smallest_that_keeps(model: ModelFiles, merges: Mapping[str, Merge]) -> tupl
     return None
 
 
-def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], storage: str) -> float:
+def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows], storage: str) -> float:
     """Estimate `least_kept` from evenly spaced rows of each tensor; 0 if the storage type is too narrow."""
     elements = max(_LEAST_SAMPLED, _SAMPLED_ELEMENTS // len(updates))
     reports = []
     for name, update in updates.items():
         count = max(1, elements // max(1, update.shape[1]))
-        rows = np.arange(0, len(update.A), max(1, -(-len(update.A) // count)))
+        rows = _sampled(update, count)
         merge = _merge(model.tensors[name], name, update, storage, rows)
         try:
             for _ in merge.rows():
@@ -178,6 +182,14 @@ def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], storage
             return 0.0
         reports.append(merge.report)
     return least_kept(reports)
+
+
+def _sampled(update: LoraDelta | NewRows, count: int) -> Array:
+    """The numbers of about `count` rows: evenly spaced, or some of those that are replaced."""
+    if isinstance(update, NewRows) and update.ids is not None:
+        return np.sort(update.ids)[:count]
+    d_out = update.shape[0]
+    return np.arange(0, d_out, max(1, -(-d_out // count)))
 
 
 # ---- the output ----
@@ -227,41 +239,83 @@ def _new_directory(path: Path) -> Iterator[None]:
 # ---- which tensor each layer belongs to ----
 
 
-def _placed(model: ModelFiles, adapter: AdapterContent, dtype: str, any_base: bool) -> dict[str, LoraDelta]:
+def _placed(
+    model: ModelFiles, adapter: AdapterContent, dtype: str, any_base: bool
+) -> dict[str, LoraDelta | NewRows]:
     """Map the names of the model's tensors to their updates, with rows in the order of the file."""
     if dtype not in (possible := ("same", *_storages(model))):
         words = ", ".join(map(repr, possible))
         raise ValueError(f"merge: a {model.suffix} file cannot hold dtype={dtype!r}; possible: {words}")
-    places = {layer: model.place(layer, delta.shape[0]) for layer, delta in adapter.items()}
-    for name, _ in places.values():
+    layers = [*adapter, *adapter.token_rows, *adapter.modules_to_save]
+    for name in (model.place(layer, 0)[0] for layer in layers):
         if name is not None:
             bitsandbytes.refuse(model.tensors, name, model.source, "merge into")
-    _target(model).check(adapter, any_base)
-    deltas = {name: adapter[layer].rows(order) for layer, (name, order) in places.items() if name is not None}
+    _target(model, adapter).check(adapter, any_base)
+    deltas = dict[str, LoraDelta | NewRows]()
+    for layer, delta in adapter.items():
+        name, order = model.place(layer, delta.shape[0])
+        deltas[name or ""] = delta.rows(order)
+    for layer in adapter.trained_rows if model.tied else (*adapter.token_rows, *adapter.modules_to_save):
+        name, tokens = model.place(layer, 0)[0] or "", adapter.token_rows.get(layer)
+        ids, values = (
+            (tokens.ids, tokens.values) if tokens else (None, adapter.modules_to_save[layer]["weight"])
+        )
+        deltas[name] = NewRows(ids, values, model.tensors[name].shape)  # type: ignore[arg-type]
     _require_blocks(model, deltas, dtype)
     return {name: deltas[name] for name in model.tensors if name in deltas}
 
 
-def _target(model: ModelFiles) -> Target:
+def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
     taken: dict[str, str] = {}
 
-    def place(layer: str, shape: tuple[int, ...]) -> Place | str:
-        name, _ = model.place(layer, shape[0])
-        if model.tied and layer.rpartition(".")[2] in ("embed_tokens", "lm_head"):
-            return "the model's embedding and its output share one weight, so a merge would change both"
+    def tensor(layer: str, rows: int = 0) -> Tensor | str:
+        """The tensor of a layer's weight, or a text that says why nothing can be merged into it."""
+        name, _ = model.place(layer, rows)
         if name is None:
             return "the model has no tensor for this layer"
         if (other := taken.setdefault(name, layer)) != layer:
             return f"its tensor {name} also belongs to {brief(other)}"
-        tensor = model.tensors[name]
-        if tensor.shape == shape and _kind(tensor) not in _STORAGES:
-            return f"{name} has type {_kind(tensor)}, which nplora cannot decode"
-        return Place(name, tensor.shape)
+        return model.tensors[name]
 
-    return Target(model.source, place, model_digest.of_tensors(model.tensors, model.family))
+    def place(layer: str, shape: tuple[int, ...]) -> Place | str:
+        if model.tied and layer.rpartition(".")[2] in _SHARED:
+            return _BOTH
+        found = tensor(layer, shape[0])
+        if isinstance(found, str):
+            return found
+        if found.shape == shape and _kind(found) not in _STORAGES:
+            return f"{found.name} has type {_kind(found)}, which nplora cannot decode"
+        return Place(found.name, found.shape)
+
+    def rows(layer: str) -> tuple[int, int] | str:
+        """The shape of a weight whose rows an adapter replaces."""
+        if model.tied and layer in adapter.trained_rows and not _replaces_both(layer, adapter):
+            return _BOTH
+        found = tensor(layer)
+        if isinstance(found, str):
+            return found
+        if _kind(found) not in _STORAGES:
+            return f"{found.name} has type {_kind(found)}, which nplora cannot decode"
+        return found.shape  # type: ignore[return-value]
+
+    whole = dict[str, dict[str, Place]]()
+    for layer in adapter.trained_rows if model.tied else adapter.modules_to_save:
+        if layer in adapter.modules_to_save and not isinstance(shape := rows(layer), str):
+            whole[layer] = {"weight": Place(shape=shape)}
+    if model.tied and adapter.is_tied:
+        whole[HEAD] = whole.get(EMBEDDING, {})
+    digest = model_digest.of_tensors(model.tensors, model.family)
+    return Target(model.source, place, digest, whole=whole, rows=rows)
 
 
-def _require_blocks(model: ModelFiles, updates: Mapping[str, LoraDelta], dtype: str) -> None:
+def _replaces_both(layer: str, adapter: AdapterContent) -> bool:
+    """Whether the new rows of a layer are for the embedding and for the head that shares its weight."""
+    if layer in adapter.modules_to_save:
+        return adapter.is_tied
+    return layer == EMBEDDING and HEAD not in adapter.token_rows
+
+
+def _require_blocks(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows], dtype: str) -> None:
     """Raise ValueError if rows are not whole blocks of `dtype`. The message names the dtypes that fit."""
     rows = {update.shape[1]: name for name, update in updates.items()}
     short = [d_in for d_in in rows if dtype != "same" and not storages.fits(dtype, d_in)]
@@ -299,13 +353,17 @@ def _unchanged(name: str, tensor: Tensor) -> MergeReport:
     return MergeReport.unchanged(name, _STORAGES[_kind(tensor)], tensor.nbytes)
 
 
-def _merge(tensor: Tensor, name: str, update: LoraDelta, dtype: str, sample: Array | None = None) -> Merge:
+def _merge(
+    tensor: Tensor, name: str, update: LoraDelta | NewRows, dtype: str, sample: Array | None = None
+) -> Merge:
     """Set up the merge of a tensor, or only of the rows in `sample`."""
     storage = _STORAGES[_kind(tensor)]
     d_out, d_in = update.shape
     rows = _bytes(tensor).reshape(d_out, storages.row_nbytes(storage, d_in))
     if sample is not None:
         rows, update = rows[sample], update.rows(sample)
+    if dtype in ("same", storage) and isinstance(update, NewRows):
+        return RowsMerge(name, update.shape, lambda first, last: rows[first:last], update, storage)
     return Merge(
         name,
         update.shape,

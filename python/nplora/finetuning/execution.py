@@ -23,6 +23,7 @@ from nplora.finetuning.planning import (
 )
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
+from nplora.lm.trained_rows import wanted as wanted_rows
 from nplora.runtime.user_warning import warn_user
 
 _MOST_EXAMPLES = 1_000_000  # a plan lists the batches of epochs with about this many examples in total
@@ -42,6 +43,8 @@ def plan(
     use_rslora: bool = False,
     use_dora: bool = False,
     init: str = "zero",
+    trainable_tokens: str | Sequence[str | int] | None = None,
+    modules_to_save: str | Sequence[str] | None = None,
     adapter: StrPath | Adapter | None = None,
     any_base: bool = False,
     lr: float = 2e-4,
@@ -158,9 +161,12 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
         adapters = Adapters.of(
             lm, options.rank, options.targets, options.layers, options.use_dora, options.init, op
         )
+        tokens, modules = options.trainable_tokens or (), options.modules_to_save or ()
+        adapters = adapters.with_rows(lm, wanted_rows(lm, op, tokens, modules, adapters.shapes))
     else:
         shapes = {name: delta.shape for name, delta in start.items()}
         adapters = Adapters(shapes, max(delta.rank for delta in start.values()), start.use_dora)
+        adapters = adapters.with_rows(lm, start.trained_rows)
     if options.keep_prefix != "off" and not adapters.first_block(lm.config.num_hidden_layers):
         raise ValueError(
             f"{op}: keep_prefix={options.keep_prefix!r}, but there is no frozen block below the adapters; "

@@ -14,7 +14,7 @@ from nplora.models.cache import KVCache
 from nplora.models.norms import norm_backward, norm_forward
 from nplora.models.positions import CachePositions, PackedPositions
 from nplora.models.prefix_cache import PrefixCache
-from nplora.nn import Embedding, LoRAEmbedding, RMSNorm
+from nplora.nn import Embedding, LoRAEmbedding, RMSNorm, TrainedEmbedding
 from nplora.nn.module import Module, Saved, inference
 from nplora.weights import buffers
 
@@ -63,7 +63,7 @@ class Decoder(Module):
 
     def __init__(
         self,
-        embed_tokens: Embedding | LoRAEmbedding,
+        embed_tokens: Embedding | LoRAEmbedding | TrainedEmbedding,
         layers: list[DecoderBlock],
         norm: RMSNorm,
         embedding_multiplier: float = 1.0,

@@ -11,10 +11,10 @@ import numpy.typing as npt
 from nplora import _core
 from nplora.models.decoder import Decoder
 from nplora.models.packing import IGNORED
-from nplora.nn import Linear, LoRALinear, stack_backward, stack_forward
+from nplora.nn import Linear, LoRALinear, TrainedHead, stack_backward, stack_forward
 
 Array = npt.NDArray[Any]
-AnyLinear = Linear | LoRALinear
+AnyHead = Linear | LoRALinear | TrainedHead
 
 # Logits of a chunk. A chunk must be small enough to stay in the cache between head, loss and gradient, and
 # have enough rows that reading the head's weight costs little compared with the products. If more than
@@ -26,7 +26,7 @@ _LEAST_ROWS, _MOST_ROWS = 64, 256
 
 
 def loss_and_gradient(
-    model: Decoder, head: AnyLinear, x: Array, targets: Array, factor: float
+    model: Decoder, head: AnyHead, x: Array, targets: Array, factor: float
 ) -> tuple[float, Array]:
     """The sum of the losses, and `factor` times its gradient with respect to the residual stream x (n, d).
 
@@ -42,23 +42,42 @@ def loss_and_gradient(
 
 
 def _chunk_gradient(
-    model: Decoder, head: AnyLinear, x: Array, targets: Array, factor: float
+    model: Decoder, head: AnyHead, x: Array, targets: Array, factor: float
 ) -> tuple[float, Array]:
     """Compute `loss_and_gradient` for a few rows. The logits of these rows are freed at the end."""
-    (logits,), saved = stack_forward((head,), model.read_out(x))
+    logits, saved = logits_forward(head, model.read_out(x))
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, factor, losses, True)
-    dnormed = stack_backward((head,), [logits], saved)
+    dnormed = logits_backward(head, logits, saved)
     return float(losses.sum()), model.read_out_backward(dnormed, x)
 
 
-def loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> float:
+def logits_forward(head: AnyHead, x: Array) -> tuple[Array, Any]:
+    """The logits (n, vocab) of the head's input x (n, d), and the values for `logits_backward`."""
+    if isinstance(head, TrainedHead):
+        return head.forward(x)
+    (logits,), saved = stack_forward((head,), x)
+    return logits, saved
+
+
+def logits_backward(head: AnyHead, dlogits: Array, saved: Any) -> Array:
+    """The gradient of the head's input. The gradients of a trained head are accumulated too.
+
+    `dlogits` may be overwritten.
+    """
+    if isinstance(head, TrainedHead):
+        dx: Array = head.backward(dlogits, saved, overwrite_dy=True)
+        return dx
+    return stack_backward((head,), [dlogits], saved)
+
+
+def loss(model: Decoder, head: AnyHead, x: Array, targets: Array) -> float:
     """The sum of the losses, without gradients."""
     pieces = chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0])
     return sum((_chunk_loss(model, head, x[rows], targets[rows]) for rows in pieces), 0.0)
 
 
-def _chunk_loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> float:
+def _chunk_loss(model: Decoder, head: AnyHead, x: Array, targets: Array) -> float:
     """Compute `loss` for a few rows. The logits of these rows are freed at the end."""
     logits = head.forward(model.read_out(x))[0]
     losses = np.empty(len(x))

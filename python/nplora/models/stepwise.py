@@ -11,16 +11,16 @@ from nplora import _core
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder
+from nplora.models.head import AnyHead
 from nplora.models.packing import IGNORED, PackedBatch
 from nplora.models.positions import cache_positions
-from nplora.nn import Linear, LoRALinear
 
 Array = npt.NDArray[Any]
 
 _FEW = _core.constants.least_small_batch  # tokens at a time
 
 
-def loss(config: ModelConfig, model: Decoder, lm_head: Linear | LoRALinear, batch: PackedBatch) -> float:
+def loss(config: ModelConfig, model: Decoder, lm_head: AnyHead, batch: PackedBatch) -> float:
     """The sum of the losses of packed sequences. Call this function in `with inference()`."""
     total = 0.0
     for first, end in zip(batch.starts[:-1], batch.starts[1:], strict=True):
@@ -35,7 +35,7 @@ def loss(config: ModelConfig, model: Decoder, lm_head: Linear | LoRALinear, batc
     return total
 
 
-def _head_loss(model: Decoder, lm_head: Linear | LoRALinear, x: Array, targets: Array) -> float:
+def _head_loss(model: Decoder, lm_head: AnyHead, x: Array, targets: Array) -> float:
     trained = targets != IGNORED
     if not trained.any():
         return 0.0

@@ -207,6 +207,15 @@ class Tokenizer:
                 return ids[len(head) :]
         return self.encode(text, most=most)
 
+    def id_of(self, token: str) -> int | None:
+        """The id of the token with this text, such as "<|im_end|>", or None if there is no such token."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+    def tokens(self) -> list[str]:
+        """The texts of all tokens, as the vocabulary writes them."""
+        return list(self._backend.get_vocab())
+
     def decode(self, ids: Iterable[int] | npt.NDArray[Any], skip_special_tokens: bool = False) -> str:
         """Convert tokens to text. Bytes that are not UTF-8 become U+FFFD.
 

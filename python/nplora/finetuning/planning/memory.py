@@ -82,6 +82,7 @@ class Adapters:
     rank: int
     use_dora: bool = False
     taken: int = 0  # bytes of the new frozen weights that init="pissa" and "olora" make
+    rows: Mapping[str, int] = dataclasses.field(default_factory=dict)  # layer -> values of its trained rows
     calls: Mapping[str, str] = dataclasses.field(default_factory=dict)  # layer -> the call that computes it
 
     @classmethod
@@ -112,11 +113,17 @@ class Adapters:
         weights = sum(modules[name].weight.nbytes for name in names)
         return dataclasses.replace(made, taken=weights + _FLOAT * made.numbers)  # with the initial factors
 
+    def with_rows(self, lm: LanguageModel, rows: Mapping[str, Any]) -> Self:
+        """The same layers, and trained rows: layer -> ids of the rows, or None for all rows."""
+        vocab, width = lm.config.vocab_size, lm.config.hidden_size
+        counts = {name: width * (vocab if ids is None else len(ids)) for name, ids in rows.items()}
+        return dataclasses.replace(self, rows=counts)
+
     @property
     def numbers(self) -> int:
         """The number of trained values."""
         magnitudes = sum(d_out for d_out, _ in self.shapes.values()) if self.use_dora else 0
-        return self.rank * sum(map(sum, self.shapes.values())) + magnitudes
+        return self.rank * sum(map(sum, self.shapes.values())) + magnitudes + sum(self.rows.values())
 
     def scratch(self, narrow: bool, tokens: int, threads: int) -> int:
         """The maximum scratch in bytes that a call needs for the factors of its layers, and for z and dz.
@@ -164,7 +171,9 @@ class Adapters:
         Args:
             blocks: the number of blocks, which is returned if no block keeps activations.
         """
-        return 0 if "model.embed_tokens" in self.shapes else min(self._blocks, default=blocks)
+        return (
+            0 if "model.embed_tokens" in {**self.shapes, **self.rows} else min(self._blocks, default=blocks)
+        )
 
 
 @dataclass(frozen=True)

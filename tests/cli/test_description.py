@@ -357,3 +357,15 @@ def test_adapters_and_checkpoints_have_no_layers_to_adapt(tmp_path: Path) -> Non
         text = description.describe(path)
         assert "types" in text.splitlines()
         assert "LoRA of rank" not in text
+
+
+def test_trained_tokens_and_layers_trained_as_a_whole_are_listed(tmp_path: Path) -> None:
+    model = save_small_llama(tmp_path / "m.gguf")
+    for number, options in enumerate(({"trainable_tokens": [0, 5]}, {"modules_to_save": "lm_head"})):
+        lm = nplora.load_model(model)
+        lm.add_lora(rank=2, targets="q_proj", **options)  # type: ignore[arg-type]
+        nplora.save_adapter(lm, tmp_path / str(number))
+    tokens, whole = (description.describe(tmp_path / name).split("\n\n") for name in "01")
+    wanted = "trained tokens\n  lm_head             2 tokens  0, 5\n  model.embed_tokens  2 tokens  0, 5"
+    assert tokens[-1] == wanted
+    assert whole[-1] == "trained as a whole\n  lm_head  266 x 32"

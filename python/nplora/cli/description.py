@@ -269,7 +269,10 @@ def _peft(adapter: PeftAdapter) -> str:
     config = adapter.config
     others: list[str] = []
     layers = []
-    for name, halves in adapter.factors(others).items():
+    whole, tokens = adapter.whole(), adapter.tokens(others)
+    taken = {tensor for parameters in whole.values() for tensor in parameters.values()}
+    taken |= {tensor for tensor, _ in tokens.values()}
+    for name, halves in adapter.factors(others, taken).items():
         try:
             adapter.require_rank(name, halves)
             lora_a, lora_b = (adapter.array(half) for half in halves)
@@ -285,8 +288,32 @@ def _peft(adapter: PeftAdapter) -> str:
         "" if adapter.paired else "the configuration is not the one that was saved with the tensors",
         targets=_targets(layer[0] for layer in layers),
         layers=layers,
+        **_trained_rows(adapter, tokens, whole),
         others=[(other,) for other in others],
     )
+
+
+def _trained_rows(
+    adapter: PeftAdapter,
+    tokens: Mapping[str, tuple[str, tuple[int, ...]]],
+    whole: Mapping[str, Mapping[str, str]],
+) -> dict[str, list[Row]]:
+    """Tables of the tokens whose rows are trained, and of the layers that are trained as a whole."""
+    shapes = {
+        layer: [" x ".join(map(str, adapter.tensors.entries[tensor].shape)) for tensor in parameters.values()]
+        for layer, parameters in whole.items()
+    }
+    return {
+        "trained tokens": [
+            (layer, counted(len(ids), "token"), _shortened(", ".join(map(str, ids))))
+            for layer, (_, ids) in tokens.items()
+        ],
+        "trained as a whole": [(layer, ", ".join(found)) for layer, found in shapes.items()],
+    }
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
 def _llama_cpp(file: GgufFile) -> str:

@@ -40,6 +40,7 @@ OPTIONAL_PACKAGES = {
     "runtime": {"threadpoolctl"},
     "tokenizer": {"jinja2", "tokenizers"},
     "trainer": {"matplotlib", "tqdm"},
+    "finetuning": {"pyarrow"},
     "cli": {"sklearn"},
 }
 

@@ -28,7 +28,7 @@ def test_the_version_is_printed() -> None:
         ([], 2, "the following arguments are required: COMMAND (try nplora --help)"),
         (["plto"], 2, "no command 'plto'; did you mean plot? (try nplora --help)"),
         (["train"], 2, "no command 'train'; did you mean finetune? (try nplora --help)"),
-        (["?"], 2, "no command '?', expected one of finetune, plan, eval, "),
+        (["?"], 2, "no command '?', expected one of finetune, plan, data, eval, "),
         (
             ["plot", "r", "--outptu", "o"],
             2,

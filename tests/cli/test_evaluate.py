@@ -11,7 +11,8 @@ from nplora.finetuning import evaluate
 
 @pytest.mark.slow
 def test_eval_reports_the_examples_that_it_does_not_count(model: Path, data: Path) -> None:
-    rows = [{"text": "x" * 9}, {"prompt": "y" * 9, "completion": "z"}, {"nothing": ""}, {"text": "z"}]
+    texts = [("x", "x" * 8), ("y" * 9, "z"), ("y", ""), ("z", "z")]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
     (data / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = ["eval", model, "--data", data, "--max-length", 5]
     done = command(*line, "--skip-bad", "--json")

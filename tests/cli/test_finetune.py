@@ -32,7 +32,7 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
         "--targets", "q_proj,v_proj", "--targets", "o_proj", "--sample", "1+1=", "--batch-examples", 4,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "train.jsonl: 20 examples" in done.stderr
+    assert "train.jsonl (completion): 20 examples" in done.stderr
     assert re.search(r"^step 1/10, loss [\d.]+, \d+ tokens/s \(\d+ trained\), ", done.stderr, re.MULTILINE)
     assert re.search(r"^step 10/10, loss [\d.]+ \(mean of 10 steps\), ", done.stderr, re.MULTILINE)
     assert re.search(
@@ -49,7 +49,7 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     assert f"-> {adapted['loss']:.4f}" in done.stdout
     plain = command("eval", model, "--data", data)
     assert plain.stdout == f"loss {base['loss']:.4f} over {base['tokens']:,} tokens\n"
-    assert plain.stderr.startswith(f"{data / 'valid.jsonl'}: 4 examples, ")
+    assert plain.stderr.startswith(f"{data / 'valid.jsonl'} (completion): 4 examples, ")
     answer = command("generate", model, "1+1=", "--adapter", output, "--max-new-tokens", 5)
     lm = load_with_adapter(model, output)
     assert answer.stdout == f"{lm.generate('1+1=', 5)}\n"

@@ -84,10 +84,21 @@ def test_an_empty_path_is_refused_in_python(
     ("call", "message"),
     [
         (
-            lambda: nplora.finetune("m.gguf", data=[{"text": "a"}], output="out"),
-            r"finetune: data is \[\{'text': 'a'\}\], expected a path",
+            lambda: nplora.finetune("m.gguf", data=3, output="out"),
+            "finetune: data is a int, expected a path, paths, or rows",
         ),
-        (lambda: nplora.evaluate("m.gguf", data={"text": "a"}), r"evaluate: data is \{.*, expected a path"),
+        (
+            lambda: nplora.finetune("m.gguf", data=["a.jsonl", 3], output="out"),
+            r"finetune: data has 3, expected paths, pairs \(path, weight\), or rows",
+        ),
+        (
+            lambda: nplora.finetune("m.gguf", data={"text": "a"}, output="out"),
+            r"finetune: data is a dictionary with the keys \['text'\], expected a split named 'train'; rows ",
+        ),
+        (
+            lambda: nplora.evaluate("m.gguf", data={"text": "a"}),
+            r"evaluate: data is a dictionary with the keys \['text'\], expected a split named 'valid' or ",
+        ),
         (
             lambda: nplora.finetune("m.gguf", data="d.jsonl", output=3),
             "finetune: output is 3, expected a path",

@@ -64,7 +64,7 @@ def test_the_command_reference_has_what_help_prints(name: str, monkeypatch: pyte
 
 
 def test_a_command_is_shown_with_what_it_needs() -> None:
-    assert "\nnplora finetune MODEL --data FILE --output DIR [options]\n" in generated.commands()
+    assert "\nnplora finetune MODEL --data FILE[:WEIGHT] --output DIR [options]\n" in generated.commands()
     assert "\nnplora info [FILE]\n" in generated.commands()
 
 

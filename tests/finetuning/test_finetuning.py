@@ -202,7 +202,11 @@ def test_every_option_reaches_trainer_optimiser_and_layers(
 
 
 def test_every_option_of_the_data_reaches_the_reader(model: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": "1234", "completion": "5"}, {"text": "x" * 40}, {"nothing": ""}]
+    rows = [
+        {"prompt": "1234", "completion": "5"},
+        {"prompt": "1", "completion": "x" * 40},
+        {"nothing": ""},
+    ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = finetune(
         model, tmp_path, tmp_path / "out", steps=1, learn="all", skip_bad=True, max_length=20
@@ -545,7 +549,7 @@ def test_a_directory_with_a_model_gets_no_adapter(
 def test_a_run_does_not_resume_with_other_data(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "out", **QUICK)
     with (data / "train.jsonl").open("a") as file:
-        file.write('{"text": "more"}\n')
+        file.write('{"prompt": "more", "completion": "more"}\n')
     with pytest.raises(CorruptError, match="the data file or the way it is read has changed"):
         finetune(model, data, tmp_path / "out", **QUICK, resume=True)
 
@@ -638,7 +642,7 @@ def test_a_resumed_run_does_not_measure_the_baseline_again(
     def fail(*arguments: Any) -> None:
         raise AssertionError("evaluated before training")
 
-    monkeypatch.setattr(baseline, "evaluate_batches", fail)
+    monkeypatch.setattr(baseline, "evaluate", fail)
     with monkeypatch.context() as within:
         within.setattr(baseline, "generate", fail)
         with pytest.raises(ValueError, match="rank was 2, is 3"):
@@ -825,7 +829,7 @@ def test_ctrl_c_in_the_samples_before_training_leaves_room_for_the_next_run(
 def test_an_adapter_that_cannot_be_written_is_written_by_resume(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: Any) -> None:
+    def full(*arguments: Any, **more: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     options = {**QUICK, "epochs": 1}
@@ -1394,7 +1398,7 @@ def test_a_notebook_shows_progress_by_default_in_one_line(
     )
     finetune(model, data, tmp_path / "notebook", **options)
     printed = capsys.readouterr().err
-    assert "train.jsonl: 20 examples" in printed
+    assert "train.jsonl (completion): 20 examples" in printed
     assert "\rstep 3/3, loss " in printed
     finetune(model, data, tmp_path / "quiet", **options, progress=False)
     assert capsys.readouterr().err == ""

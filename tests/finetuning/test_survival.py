@@ -148,6 +148,7 @@ def test_a_reader_that_goes_away_does_not_end_training(
 # ---- wrong files ----
 
 ROW = '{"prompt": "1+1=", "completion": "2"}\n'
+LONG_ROW = json.dumps({"prompt": "1", "completion": "x" * 90}) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_an_unknown_or_incomplete_model_is_one_line_and_writes_nothing(
     [
         (ROW.encode() + b'{"prompt": "\xff", "completion": "2"}\n', "line 2: .*UTF-8"),
         (b'{"prompt": "1", "completion": " "}\n', "line 1: completion is empty"),
-        (ROW.encode() + json.dumps({"text": "x" * 90}).encode(), "line 2: 91 tokens, expected at most 64"),
+        (ROW.encode() + LONG_ROW.encode(), "line 2: 92 tokens, expected at most 64"),
     ],
     ids=["bytes", "empty", "long"],
 )
@@ -194,7 +195,7 @@ def test_wrong_data_are_an_error_that_names_the_line_and_nothing_is_written(
 def test_without_strict_an_example_longer_than_the_context_is_cut_and_counted(
     model: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "train.jsonl").write_text(ROW + json.dumps({"text": "x" * 90}) + "\n")
+    (tmp_path / "train.jsonl").write_text(ROW + LONG_ROW)
     report = finetune(model, tmp_path, tmp_path / "out", steps=1)
     assert (report.train.truncated, report.train.longest) == (1, 64)
     assert "1 cut to the maximum length" in str(report.train)

@@ -24,6 +24,9 @@ SMALL_FILES = [
     ("checkpoint", "best"),
     ("rows", "jsonl"),
     ("rows", "csv"),
+    ("rows", "array"),
+    ("rows", "gzip"),
+    ("rows", "alpaca"),
 ]
 
 

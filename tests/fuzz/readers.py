@@ -201,9 +201,13 @@ def read_checkpoint(data: bytes) -> None:
     assert all(0 < record.step <= state["step"] for record in history.steps)
 
 
+ROW_FILES = {"a": ".json", "c": ".csv", "s": ".tsv", "t": ".txt", "z": ".jsonl.gz", "y": ".json.gz",
+             "p": ".parquet", "w": ".arrow"}  # fmt: skip
+
+
 def read_rows(data: bytes) -> None:
     """A letter for the kind of file, then a file of training data."""
-    suffix = {b"c": ".csv", b"t": ".txt"}.get(data[:1], ".jsonl")
+    suffix = ROW_FILES.get(data[:1].decode(errors="replace"), ".jsonl")
     path = file(f"train{suffix}", data[1:])
     for ids, labels in read_dataset(path, _tokenizer(), max_length=8, skip_bad=True):
         assert 2 <= len(ids) == len(labels) <= 8

@@ -3,6 +3,7 @@
 Without arguments, it prints the readers' names.
 """
 
+import gzip
 import json
 import sys
 from collections.abc import Callable
@@ -410,12 +411,41 @@ def checkpoint_seeds() -> Seeds:
 def rows_seeds() -> Seeds:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "ab"}]
     rows = [{"prompt": "a", "completion": "ab"}, {"text": "a b"}, {"messages": chat}, {}]
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    called = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}"}]}
     return {
         "jsonl": b"j" + b"\n".join(map(dumps, rows)),
         "csv": b'cprompt,completion\r\na,"b ""\n"\r\nb,\r\n',
         "text csv": b"c\xef\xbb\xbftext,more\nab,1\n",
         "plain": "ta b\né\n\nab".encode(),
-    }
+        "array": b"a[" + b" , ".join(map(dumps, rows)) + b"]\n",
+        "object": b'a{"version": "1", "a": [{}], "data": [' + dumps(rows[0]) + b'], "more": []}',
+        "tsv": b"stext\tmore\nab\t1\n",
+        "gzip": b"z" + gzip.compress(dumps(rows[0])) + gzip.compress(b"\n" + dumps(rows[0])),
+        "array gzip": b"y" + gzip.compress(dumps(rows[:1])),
+        "sharegpt": b"j" + dumps({"conversations": turns, "tools": "[]"}),
+        "alpaca": b"j" + dumps({"instruction": "a", "input": "b", "output": "ab", "history": [["a", "b"]]}),
+        "calls": b"j" + dumps({"messages": [*chat, called], "tools": [{"name": "f"}]}),
+        "columns": b"j" + dumps({"prompt": chat[:1], "completion": chat[1:], "label": True}),
+    } | _tables(rows[:1])
+
+
+def _tables(rows: list[dict[str, str]]) -> Seeds:
+    """The rows as Parquet and Arrow, if pyarrow is installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        return {}
+    table = pyarrow.Table.from_pylist(rows)
+    parquet, arrow, stream = (pyarrow.BufferOutputStream() for _ in range(3))
+    pyarrow.parquet.write_table(table, parquet)
+    for sink, new in ((arrow, pyarrow.ipc.new_file), (stream, pyarrow.ipc.new_stream)):
+        with new(sink, table.schema) as writer:
+            writer.write_table(table)
+    named = {"parquet": b"p", "arrow": b"w", "arrow stream": b"w"}
+    sinks = zip(named.items(), (parquet, arrow, stream), strict=True)
+    return {name: letter + sink.getvalue().to_pybytes() for (name, letter), sink in sinks}
 
 
 SEEDS: dict[str, Callable[[], Seeds]] = {

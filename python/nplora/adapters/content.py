@@ -30,6 +30,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
         unknown: the keys of adapter_config.json that nplora does not know.
         neighbours: the names of the model's modules that are not LoRA layers, if known.
         uses_expression: whether the file selects layers by a regular expression instead of a list.
+        chat_template: whether the training data went through the chat template; None if that is not known.
     """
 
     source: str
@@ -44,6 +45,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
     unknown: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
     uses_expression: bool = False
+    chat_template: bool | None = None
 
     def __post_init__(self) -> None:
         self.deltas, self.modules_to_save = dict(self.deltas), dict(self.modules_to_save or {})

@@ -44,7 +44,11 @@ _MOST_SUGGESTIONS = 10  # unknown layer names for which a message suggests simil
 
 
 def save_adapter(
-    model: Module, directory: StrPath | files.Directory, base_model_name_or_path: str | None = None
+    model: Module,
+    directory: StrPath | files.Directory,
+    base_model_name_or_path: str | None = None,
+    *,
+    chat_template: bool | None = None,
 ) -> None:
     """Save a model's LoRA layers, trained tokens and fully trained layers as a PEFT adapter directory.
 
@@ -55,6 +59,8 @@ def save_adapter(
 
     Args:
         base_model_name_or_path: the name of the base model, to be stored with the adapter.
+        chat_template: whether the training data went through the model's chat template, to be stored with the
+            adapter; None: not known. `nplora generate` warns if its use of the template differs.
     Raises:
         ValueError: the model has no LoRA layer; a value is NaN or infinite; or PEFT's format cannot express
             the adapter, because layers differ in rsLoRA or DoRA, or because PEFT would apply a layer's
@@ -68,6 +74,7 @@ def save_adapter(
     """
     adapter = from_model(model, "save_adapter")
     adapter.base_model_name_or_path = base_model_name_or_path
+    adapter.chat_template = chat_template
     peft_files.save(adapter, directory)
 
 

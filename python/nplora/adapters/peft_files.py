@@ -83,6 +83,7 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
         config.lora_dropout,
         config.unknown,
         uses_expression=isinstance(config.target_modules, str),
+        chat_template=opened.chat_template,
     )
     target.require(adapter, problems, any_base)
     if not edited_config:
@@ -173,7 +174,7 @@ def save(adapter: AdapterContent, directory: StrPath | files.Directory) -> None:
     for layer, rows in adapter.token_rows.items():
         _require_finite(layer, {"rows": rows.values})
         tensors[PREFIX + layer + TOKENS] = rows.values
-    peft_adapter.save(directory, config_of(adapter), tensors, adapter.base_digest)
+    peft_adapter.save(directory, config_of(adapter), tensors, adapter.base_digest, adapter.chat_template)
 
 
 def _require_finite(layer: str, arrays: Mapping[str, Array]) -> None:

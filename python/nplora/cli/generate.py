@@ -35,6 +35,10 @@ def run(arguments: argparse.Namespace) -> None:
     lm = finetuning.load_with_adapter(
         arguments.model, arguments.adapter, arguments.compute, arguments.any_base
     )
+    if arguments.adapter is not None:
+        finetuning.attach.warn_of_form(
+            "generate", arguments.adapter, arguments.chat, "this prompt", "add --chat"
+        )
     with warnings.catch_warnings(record=True) as found:  # shown after the text, not inside it
         for piece in stream(lm, _prompt(arguments), sampling):
             print(piece, end="", flush=True)

@@ -23,6 +23,7 @@ T = TypeVar("T")
 COMMANDS = {
     "finetune": "finetune",
     "plan": "plan",
+    "data": "data",
     "eval": "evaluate",
     "generate": "generate",
     "demo": "demo",
@@ -46,6 +47,7 @@ _OTHER_COMMANDS = {
     **dict.fromkeys(("evaluate", "test", "perplexity"), "eval"),
     **dict.fromkeys(("chat", "run", "infer", "inference"), "generate"),
     **dict.fromkeys(("export", "quantize"), "convert"),
+    **dict.fromkeys(("preview", "dataset", "tokenize"), "data"),
     "fuse": "merge",
 }
 

@@ -13,6 +13,7 @@ from nplora.adapters.layers import require_no_adapter
 from nplora.finetuning.load import loaded, require_plain
 from nplora.formats import files
 from nplora.formats.files import StrPath
+from nplora.formats.peft_adapter import trained_with_template
 from nplora.lm import LanguageModel
 from nplora.runtime.user_warning import warn_user
 
@@ -81,6 +82,22 @@ def with_adapters(op: str, lm: LanguageModel, adapter: Adapters, any_base: bool)
     """Return a model that shares the weights of `lm` and has the adapter. `lm` itself does not change."""
     require_plain(op, lm)
     return lm.with_adapter(_sum(op, lm, adapter, any_base), any_base)
+
+
+def warn_of_form(op: str, adapter: Adapters, chat: bool | None, use: str, remedy: str) -> None:
+    """Warn if an adapter's training data went through the chat template and this use does not, or vice versa.
+
+    Args:
+        chat: whether this use goes through the template; None: not known, so there is no warning.
+        use: what does or does not go through the template, for the warning.
+        remedy: what to do if it does not.
+    """
+    for one, _ in _weighted(op, adapter):
+        trained = one.chat_template if isinstance(one, Adapter) else trained_with_template(one)
+        if None not in (trained, chat) and trained != chat:
+            with_or_without = "with" if trained else "without"
+            does = f"does not go through it; {remedy}" if trained else "goes through it"
+            warn_user(f"{op}: {_name(one)} was trained {with_or_without} the chat template, but {use} {does}")
 
 
 def _sum(op: str, lm: LanguageModel, adapter: Adapters, any_base: bool) -> Adapter:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TypedDict
 
 from nplora import _check
-from nplora.finetuning.attach import Adapters, with_adapters
+from nplora.finetuning.attach import Adapters, warn_of_form, with_adapters
 from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.data.dataset import read_sources
 from nplora.finetuning.data.sources import sources_of
@@ -75,7 +75,8 @@ def evaluate(
             loaded model.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
-        format: format of the rows (default: the names of their fields decide).
+        format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default:
+            the names of the fields decide).
         columns: names of fields in the data, as in prompt=question,completion=answer.
         chat: write prompts and completions with the model's chat template.
         max_length: maximum tokens of an example; longer examples are cut (default: the model's context).
@@ -93,7 +94,8 @@ def evaluate(
         FormatError: a file is invalid, or the adapter does not fit the model or was trained on another model.
         OSError: a file cannot be read.
     Warns:
-        UserWarning: `compute` is "int8", but no weight can use int8.
+        UserWarning: `compute` is "int8", but no weight can use int8; or the adapter was trained with the chat
+            template and these rows do not go through it, or the other way round.
         Other warnings: see `attach_adapter`.
 
     >>> result = nplora.evaluate("model.gguf", "valid.jsonl", adapter="adapter")
@@ -109,6 +111,8 @@ def evaluate(
     dataset = read_sources("evaluate", sources, lm.tokenizer, reading)
     require_vocabulary(lm, dataset)
     report = dataset.report
+    if adapter is not None:
+        warn_of_form("evaluate", adapter, report.chat, "this text", "chat=True (--chat) does that")
     speaker(progress)(str(report))
     return Evaluation(
         **evaluate_batches(lm, evaluation_batches(dataset)),

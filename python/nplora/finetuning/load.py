@@ -13,8 +13,8 @@ from nplora.finetuning.data import (
     Dataset,
     TokenBatches,
 )
-from nplora.finetuning.data.dataset import Part
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
+from nplora.finetuning.data.split import split_sources
 from nplora.finetuning.objectives import Objective, objective_of
 from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
 from nplora.formats import files
@@ -89,14 +89,13 @@ def read_inputs(
     lm.require_trainable(op)  # fails if a named adapter is selected
     for prompt in options.sample:
         prompt_ids(f"{op}: sample {brief(prompt)}", lm, prompt)
-    parts: list[Part | None] = [None, None]
     if share is not None:
-        held_out_sources, parts = sources, [Part(share, held_out) for held_out in (False, True)]
+        sources, held_out_sources = split_sources(op, sources, share)
     objective = objective_of(options)
-    train = _read(op, lm, objective, sources, options, parts[0])
+    train = _read(op, lm, objective, sources, options)
     held_out = None
     if held_out_sources is not None:
-        held_out = _read(op, lm, objective, held_out_sources, options, parts[1])
+        held_out = _read(op, lm, objective, held_out_sources, options)
     read = {"training data": sources, "validation data": held_out_sources or []}
     paths = [(what, source.path) for what, given in read.items() for source in given if source.path]
     return RunInputs(lm, train, held_out, _start(op, lm, options), paths, objective)
@@ -142,10 +141,9 @@ def _read(
     objective: Objective,
     sources: list[Source],
     options: FinetuneOptions,
-    part: Part | None,
 ) -> Dataset:
     reading = options.reading(min(options.max_length, lm.config.max_position_embeddings), op)
-    dataset = objective.read(op, sources, lm.tokenizer, reading, part)
+    dataset = objective.read(op, sources, lm.tokenizer, reading, None)
     require_vocabulary(lm, dataset)
     return dataset
 

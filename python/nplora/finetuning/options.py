@@ -39,7 +39,7 @@ _ADAPTER, _TRAINING, _BATCHES, _DATA, _SPEED, _RUN = (
 )  # fmt: skip
 
 
-def _option(group: str, default: Any, text: str, **more: Any) -> Any:
+def _option(group: str | None, default: Any, text: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"group": group, "help": text, **more})
 
 
@@ -132,7 +132,11 @@ class FinetuneOptions:
     )
     accumulate: int = _option(_BATCHES, 1, "batches in one step (gradient accumulation)")
     format: str | None = _option(
-        _DATA, None, "format of the rows (default: the names of their fields decide)", choices=FORMATS
+        _DATA,
+        None,
+        "format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default: the "
+        "names of the fields decide)",
+        choices=FORMATS,
     )
     columns: Mapping[str, str] | str | None = _option(
         _DATA,
@@ -264,6 +268,12 @@ class FinetuneOptions:
         return _reading(self, max_length, op)
 
 
+def _same_option(name: str) -> Any:
+    """An option of `finetune`, without its group."""
+    field = next(field for field in dataclasses.fields(FinetuneOptions) if field.name == name)
+    return dataclasses.field(default=field.default, metadata={**field.metadata, "group": None})
+
+
 @dataclass(frozen=True)
 class EvaluateOptions:
     """The options of `evaluate`. The constructor checks all values.
@@ -276,7 +286,11 @@ class EvaluateOptions:
     """
 
     format: str | None = _option(
-        _DATA, None, "format of the rows (default: the names of their fields decide)", choices=FORMATS
+        _DATA,
+        None,
+        "format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default: the "
+        "names of the fields decide)",
+        choices=FORMATS,
     )
     columns: Mapping[str, str] | str | None = _option(
         _DATA,
@@ -314,6 +328,19 @@ class EvaluateOptions:
     def reading(self, max_length: int | None, op: str = "evaluate") -> ReadOptions:
         """How the data are read, with this maximum length."""
         return _reading(self, max_length, op)
+
+
+@dataclass(frozen=True)
+class PreviewOptions:
+    """The options of the command `data`, besides the files."""
+
+    examples: int = _option(None, 3, "how many of the first examples are shown")
+    format: str | None = _same_option("format")
+    columns: Mapping[str, str] | str | None = _same_option("columns")
+    chat: bool = _same_option("chat")
+    valid_split: float | None = _same_option("valid_split")
+    max_length: int = _same_option("max_length")
+    learn: str = _same_option("learn")
 
 
 def _reading(options: FinetuneOptions | EvaluateOptions, max_length: int | None, op: str) -> ReadOptions:

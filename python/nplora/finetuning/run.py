@@ -4,8 +4,9 @@ The packages `nplora.lm` and `nplora.trainer` do not import each other; this mod
 """
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nplora import _check
@@ -131,7 +132,8 @@ def finetune(
         batch_examples: examples in a batch (default: 8, unless `batch_tokens` is given).
         batch_tokens: maximum tokens in a batch; a batch holds as many examples as fit, at least one.
         accumulate: batches in one step (gradient accumulation).
-        format: format of the rows (default: the names of their fields decide).
+        format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default:
+            the names of the fields decide).
         columns: names of fields in the data, as in prompt=question,completion=answer.
         chat: write prompts and completions with the model's chat template.
         valid_split: share of the examples to hold out for validation; a hash of each example decides.
@@ -222,9 +224,10 @@ def _finetune(
             baseline.measure()
         callbacks = [baseline, *([TokenProgress(loss=loss)] if speaks(progress) else [])]
         base = None if isinstance(model, LanguageModel) else os.fspath(model)
-        with _saved_as_of_a_good_step(lm, directory, base):
+        save = functools.partial(save_adapter, chat_template=inputs.train.report.chat)
+        with _saved_as_of_a_good_step(lm, directory, base, save):
             history = _train(_trainer(lm, loss, chosen, callbacks), batches, validation, chosen, directory)
-        _save(lm, directory, base)
+        _save(lm, directory, base, save)
         found_at = directory.seen_from(output)
     return _report(found_at, inputs, chosen, baseline, history)
 
@@ -306,17 +309,21 @@ def _train(
 
 
 @contextlib.contextmanager
-def _saved_as_of_a_good_step(lm: LanguageModel, output: StrPath, base: str | None) -> Iterator[None]:
+def _saved_as_of_a_good_step(
+    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None]
+) -> Iterator[None]:
     """If a loss is not finite, save the adapter of the last good checkpoint, unless that is step 0."""
     try:
         yield
     except NonFiniteLossError as error:
         if error.good_step:
-            error.add_note(_save_as_of(lm, output, base, error.good_step))
+            error.add_note(_save_as_of(lm, output, base, save, error.good_step))
         raise
 
 
-def _save_as_of(lm: LanguageModel, output: StrPath, base: str | None, step: int) -> str:
+def _save_as_of(
+    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None], step: int
+) -> str:
     """Save the adapter of the checkpoint of `step`. Return a note that says whether the adapter was saved."""
     try:
         with RunDirectory(output) as directory:
@@ -324,15 +331,15 @@ def _save_as_of(lm: LanguageModel, output: StrPath, base: str | None, step: int)
         if good is None:
             return "the adapter is not saved: its checkpoint is gone"
         set_factors(lm, good.parameters)
-        save_adapter(lm, output, base)
+        save(lm, output, base)
     except (OSError, FormatError) as error:
         return f"the adapter could not be saved: {error}"
     return f"{files.name(output)} holds the adapter as of step {step}"
 
 
-def _save(lm: LanguageModel, output: StrPath, base: str | None) -> None:
+def _save(lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None]) -> None:
     try:
-        save_adapter(lm, output, base)
+        save(lm, output, base)
     except OSError as error:
         error.add_note("the run is saved, but its adapter is not: --resume (resume=True) writes it")
         raise

@@ -44,6 +44,7 @@ PICKLE = "adapter_model.bin"
 CONFIG_DIGEST = "adapter_config.sha256"
 REPLACED_DIGEST = "replaced_adapter_config.sha256"
 BASE_DIGEST = "base_norms.sha256"
+CHAT_TEMPLATE = "chat_template"
 PREFIX = "base_model.model."  # precedes each layer's name
 LINEAR = (".lora_A.weight", ".lora_B.weight")  # (r, d_in) and (d_out, r)
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")  # (r, vocab) and (dim, r)
@@ -67,6 +68,7 @@ class PeftAdapter:
         config: the configuration that was saved with the tensors, or the edited one if it was edited.
         paired: False if the configuration is known to be edited.
         base_digest: the digest of the base model (`models.model_digest.of`), or None if the file has none.
+        chat_template: whether the training data went through the chat template; None if that is not known.
     """
 
     directory: str
@@ -74,6 +76,7 @@ class PeftAdapter:
     tensors: SafetensorsFile
     paired: bool
     base_digest: str | None
+    chat_template: bool | None
 
     def whole(self) -> dict[str, dict[str, str]]:
         """The fully trained layers of `modules_to_save`: layer -> parameter -> tensor's name.
@@ -244,7 +247,23 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
         digest = tensors.metadata.get(BASE_DIGEST)
         if digest is not None:
             digest = base_digest.parsed(digest, f"{tensors_path}: {BASE_DIGEST}")
-        yield PeftAdapter(files.name(directory), config, tensors, paired, digest)
+        yield PeftAdapter(files.name(directory), config, tensors, paired, digest, _with_template(tensors))
+
+
+def trained_with_template(path: StrPath) -> bool | None:
+    """Whether the training data of an adapter directory went through the chat template.
+
+    None: that is not known, as for the file of another program.
+    """
+    tensors = Path(path, TENSORS)
+    if not tensors.is_file():
+        return None
+    with files.reading(tensors) as reader:
+        return _with_template(SafetensorsFile(reader, files.name(tensors)))
+
+
+def _with_template(tensors: SafetensorsFile) -> bool | None:
+    return {"true": True, "false": False}.get(tensors.metadata.get(CHAT_TEMPLATE, ""))
 
 
 def require_finished(directory: StrPath) -> None:
@@ -342,6 +361,7 @@ def save(
     config: PeftConfig,
     tensors: Tensors,
     base_digest: str | None = None,
+    chat_template: bool | None = None,
 ) -> None:
     """Write both files of an adapter. The directory is created if needed.
 
@@ -360,6 +380,8 @@ def save(
     metadata = {"format": "pt", CONFIG: text.decode(), CONFIG_DIGEST: _digest(text)}
     if base_digest is not None:
         metadata[BASE_DIGEST] = base_digest
+    if chat_template is not None:
+        metadata[CHAT_TEMPLATE] = str(chat_template).lower()
     if not isinstance(directory, files.Directory):
         os.makedirs(directory, exist_ok=True)
     with files.Directory(directory) as held:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
 
 from nplora.formats.errors import FormatError, UnsupportedError, brief
+from nplora.tokenizer import turns as turns_of
 from nplora.tokenizer.chat_template import ChatTemplate, plain
 from nplora.tokenizer.streaming import StreamDecoder
 
@@ -315,29 +317,53 @@ class Tokenizer:
     ) -> Chat:
         """Encode a whole chat to tokens, and find the tokens of the assistant's turns.
 
-        For each assistant turn, the template is rendered up to the start and up to the end of the turn. The
-        tokens between these two points belong to the turn. A template that asks for the time gets
-        `TRAINING_TIME`, so that the same chat always has the same tokens.
+        The template is rendered up to the start and up to the end of each assistant turn. The tokens in
+        between are the turn. If the template writes earlier messages differently when others follow, special
+        tokens around the message bound the turn, see `nplora.tokenizer.turns`. A template that asks for the
+        time gets `TRAINING_TIME`, so that the same chat always has the same tokens.
 
         Args:
             messages, tools, documents: as in `apply_chat_template`.
             most: as in `encode`. Turns that begin after the first `most` tokens are left out.
         Raises:
-            UnsupportedError: the template changes earlier text when more messages follow, so the tokens of a
-                turn are not known.
-            ValueError: the chat has so many turns and tokens that encoding would take minutes; or as in
-                `apply_chat_template`.
+            UnsupportedError: the template changes earlier text when messages follow, and has no special
+                tokens around it, so the tokens of a turn are not known.
+            ValueError: the chat has too many turns and tokens, which would take minutes; or as
+                in `apply_chat_template`.
         """
         given = self._quoted_given(tools, documents)
         quoted = self._quoted(messages)
         text = self._render(quoted, False, TRAINING_TIME, given)
         ids, is_whole = self._encode_rendered(text, most)
         indices = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
-        if len(indices) * (len(messages) + len(ids) / _TOKENS_PER_MESSAGE) > _MOST_RENDERED:
+        unused = tuple(name for name in given if self._is_unused(name, quoted, given, text))
+        is_long = len(indices) * (len(messages) + len(ids) / _TOKENS_PER_MESSAGE) > _MOST_RENDERED
+        try:
+            if not is_long:
+                turns = self._turns_by_beginnings(quoted, given, ids, is_whole, indices, most)
+                return Chat(ids, turns, unused)
+        except UnsupportedError as error:
+            with suppress(UnsupportedError):
+                return Chat(ids, self._turns_by_marks(quoted, given, text, ids), unused)
+            raise error from None
+        try:
+            return Chat(ids, self._turns_by_marks(quoted, given, text, ids), unused)
+        except UnsupportedError:
             raise ValueError(
                 f"a chat of {len(messages):,} messages and {len(ids):,} tokens is too long to find its "
                 f"{len(indices):,} assistant turns: split it"
-            )
+            ) from None
+
+    def _turns_by_beginnings(
+        self,
+        quoted: list[Message],
+        given: dict[str, Any],
+        ids: list[int],
+        is_whole: bool,
+        indices: list[int],
+        most: int | None,
+    ) -> dict[int, range]:
+        """The turns, from the chat rendered up to the start and the end of each."""
         turns = {}
         for index in indices:
             before, _ = self._encode_rendered(self._render(quoted[:index], True, TRAINING_TIME, given), most)
@@ -348,12 +374,62 @@ class Tokenizer:
                 self._render(quoted[: index + 1], False, TRAINING_TIME, given), most
             )
             self._require_beginning(said, ids, is_whole, f"up to message {index + 1}")
-            ends = [place for place in range(len(before), len(said)) if said[place] in self.eos_ids]
-            # text that a template writes after the end token is never generated
-            stop = ends[-1] + 1 if ends and said_whole else len(said)
+            stop = self._end_of_turn(said, len(before)) if said_whole else len(said)
             turns[index] = range(len(before), min(stop, len(ids)))
-        unused = tuple(name for name in given if self._is_unused(name, quoted, given, text))
-        return Chat(ids, turns, unused)
+        return turns
+
+    def _end_of_turn(self, said: list[int], begin: int) -> int:
+        """The place after the token that ends the turn. What a template writes after it is never generated.
+
+        Some templates write the turn's end and then the text's end, perhaps on a new line.
+        """
+        ends = [place for place in range(begin, len(said)) if said[place] in self.eos_ids]
+        last = ends.pop() if ends else len(said) - 1
+        while ends and not self.decode(said[ends[-1] + 1 : last]).strip():
+            last = ends.pop()
+        return last + 1
+
+    def _turns_by_marks(
+        self, quoted: list[Message], given: dict[str, Any], text: str, ids: list[int]
+    ) -> dict[int, range]:
+        """The turns, from the special tokens around them. Turns that begin after `ids` are left out."""
+        mark = turns_of.mark_of([text])
+        marked = self._render(turns_of.with_marks(quoted, mark), False, TRAINING_TIME, given)
+        found = turns_of.find_turns(
+            quoted,
+            self._split(text),
+            self._split(marked),
+            mark,
+            self._prompt_pieces(quoted, given),
+            lambda name: self._special[name] in self.eos_ids,
+        )
+        special = set(self._special.values())
+        places = [place for place, id_ in enumerate(ids) if id_ in special]
+        heads = {head: self._encode_rendered(head)[0] for head in {turn.head for turn in found.values()}}
+        turns = {}
+        for index, turn in found.items():
+            if turn.first >= len(places):
+                break
+            begin, head = places[turn.first], heads[turn.head]
+            pairs = zip(head, ids[begin : begin + len(head)], strict=False)
+            # A token that holds the end of the head and the start of the message belongs to the message.
+            begin += sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            ends = places[turn.last] + 1 if turn.last is not None and turn.last < len(places) else len(ids)
+            turns[index] = range(begin, ends)
+        return turns
+
+    def _prompt_pieces(self, quoted: list[Message], given: dict[str, Any]) -> turns_of.Pieces:
+        """What the template writes where the assistant's first answer should begin."""
+        index = next(index for index, message in enumerate(quoted) if message.get("role") == "assistant")
+        asked, told = (
+            self._split(self._render(quoted[:index] or quoted, begins, TRAINING_TIME, given))
+            for begins in (True, False)
+        )
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(asked, told, strict=False))
+        return asked[sum(1 for _ in same) :]
+
+    def _split(self, text: str) -> turns_of.Pieces:
+        return list(_pieces(text, self._special_pattern))
 
     def _is_unused(self, name: str, quoted: Sequence[Message], given: dict[str, Any], text: str) -> bool:
         """Whether the template renders the same text if the tools (or documents) are left out."""

@@ -135,8 +135,8 @@ class DemoReport:
 
         untouched = ": W did not change" if self.digests[0] == self.digests[1] else " DIFFER"
         return f"""\
-A network reads handwritten digits (layers 64-512-512-10, {self.parameters:,} frozen parameters). LoRA adapts
-it to images that are rotated by 90 degrees and inverted, with {self.examples} examples.
+A network reads handwritten digits (layers 64-512-512-10, {self.parameters:,} frozen parameters).
+LoRA adapts it to images that are rotated by 90 degrees and inverted, with {self.examples} examples.
 
   {f"{self.held_out} held-out digits":24}{"before":>8}{"after":>9}{"adapter off":>14}
 {row("changed images", self.before.new, self.after.new, self.off.new)}

@@ -4,6 +4,7 @@ from nplora.finetuning.data.batches import EVALUATION_TOKENS, TokenBatches
 from nplora.finetuning.data.dataset import DataReport, Dataset, read_dataset
 from nplora.finetuning.data.encoding import LEARN
 from nplora.finetuning.data.kinds import KINDS
+from nplora.finetuning.data.preview import Preview, preview
 from nplora.finetuning.data.sources import Data, find_evaluated, find_splits
 
 FORMATS = tuple(kind.name for kind in KINDS)
@@ -15,8 +16,10 @@ __all__ = [
     "Data",
     "DataReport",
     "Dataset",
+    "Preview",
     "TokenBatches",
     "find_evaluated",
     "find_splits",
+    "preview",
     "read_dataset",
 ]

@@ -47,6 +47,7 @@ class DataReport:
         unused: the number of examples with tools or documents that the chat template leaves out, so that the
             model does not see them.
         kind: the format of the rows, as `format` in `read_dataset`, or "plain text".
+        chat: whether the chat template wrote the examples; None if it wrote some of them.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> print(nplora.data.read_dataset("valid.jsonl", tokenizer).report)
@@ -66,6 +67,7 @@ class DataReport:
     problems: tuple[str, ...]
     unused: int = 0
     kind: str = ""
+    chat: bool | None = None
 
     def __str__(self) -> str:
         text = (
@@ -202,7 +204,7 @@ class Part:
     held_out: bool
 
     def has(self, values: Mapping[str, Any]) -> bool:
-        text = json.dumps(values, sort_keys=True, default=str).encode()
+        text = json.dumps(values, sort_keys=True, default=str, skipkeys=True).encode()
         place = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
         return (place < self.share * 2.0**64) == self.held_out
 
@@ -381,6 +383,7 @@ class _Builder:
         self._first = self._skipped_before = self._emptied_before = 0
         self._truncated = self._emptied = self._skipped = self._unused = 0
         self._problems: list[str] = []
+        self._forms = set[bool]()
         self.kind = ""
 
     def begin(self, source: Source) -> None:
@@ -403,6 +406,7 @@ class _Builder:
                 return
             self._truncated += 1
         self._unused += sequence.unused
+        self._forms.add(sequence.is_chat)
         self._ids.extend(ids)
         self._trained.extend(trained)
         self._starts.append(len(self._ids))
@@ -456,6 +460,7 @@ class _Builder:
         report = DataReport(
             source, 0, 0, 0, 0, 0, 0, self._truncated, self._emptied, self._skipped, tuple(self._problems),
             self._unused, ", ".join(dict.fromkeys(self._kinds)),
+            self._forms.pop() if len(self._forms) == 1 else None,
         )  # fmt: skip
         made = Dataset(
             np.array(self._ids, np.int32), np.array(self._trained, np.bool_), starts, report, order

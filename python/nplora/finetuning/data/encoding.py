@@ -31,11 +31,13 @@ class Encoded:
         ids: the tokens.
         trained: whether each is trained.
         unused: whether the example has tools or documents that the template did not write.
+        is_chat: whether the chat template wrote it.
     """
 
     ids: list[int]
     trained: list[bool]
     unused: bool = False
+    is_chat: bool = False
 
 
 class Encoder:
@@ -131,4 +133,4 @@ class Encoder:
         for index, turn in chat.turns.items():
             if not example.is_trained(index):
                 trained[turn.start : turn.stop] = [False] * len(turn)
-        return Encoded(chat.ids, trained, bool(chat.unused))
+        return Encoded(chat.ids, trained, bool(chat.unused), is_chat=True)

@@ -1,5 +1,7 @@
 """The elements of a JSON array that is too large to be parsed as a whole."""
 
+import itertools
+import json
 import re
 from collections.abc import Iterator
 
@@ -10,12 +12,9 @@ from nplora.formats.errors import DataError, LimitError, brief
 _IS_MARK, _STEP = np.zeros(256, np.uint8), np.zeros(256, np.int8)
 _IS_MARK[list(b"[{]},")] = 1
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
-_SPACE = rb"[ \t\r\n]*"
-_PAIR = rb'"[^"\\]*"' + _SPACE + rb":" + _SPACE + rb'(?:"[^"\\]*"|[^][{}",]*)' + _SPACE + rb"," + _SPACE
-_HEAD = re.compile(
-    rb"(?:\xef\xbb\xbf)?" + _SPACE + rb"(\[|\{" + _SPACE + rb"(?:" + _PAIR + rb')*"data"'
-    + _SPACE + rb":" + _SPACE + rb"\[)"
-)  # fmt: skip
+_SPACE = re.compile(r"[ \t\r\n]*")
+_HEAD = 1 << 20  # bytes in which the array must begin
+_NEXT = json.JSONDecoder()
 
 
 def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
@@ -24,19 +23,20 @@ def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
     The elements are not parsed. What follows the array in such an object is not read.
 
     Args:
-        parts: the text. The part with the beginning must hold all of the object before the array.
+        parts: the text. The array must begin within the first megabyte.
         name: the name of the text, for messages.
         most: the largest number of bytes of an element.
     Raises:
-        DataError: the text is neither, or the array does not end. LimitError: an element is too long.
+        DataError: the text is neither, the array does not end, or text follows the array.
+        LimitError: an element is too long.
     """
-    head = next(parts, b"")
-    begin = _HEAD.match(head)
-    if begin is None:
-        shown = brief(head.lstrip()[:40].decode(errors="replace"))
-        raise DataError(f'{name}: begins with {shown}, expected an array, or an object with "data": an array')
+    joined = bytearray()
+    while len(joined) < _HEAD and (more := next(parts, None)) is not None:
+        joined += more
+    head = bytes(joined)
+    begin, is_object = _begin(head, name)
     held, depth, in_string, escape, number = b"", 1, False, b"", 0
-    part: bytes | None = head[begin.end() :]
+    part: bytes | None = head[begin:]
     while part is not None:
         text = escape + part
         hidden = text.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")  # an escaped quote does not end a string
@@ -60,9 +60,50 @@ def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
             if element.strip() or end != last or number > 1:
                 yield element
         if last is not None:
+            rest = itertools.chain([text[last + 1 :]], parts)
+            if not is_object and (after := next((part for part in rest if part.strip()), None)):
+                raise DataError(
+                    f"{name}: {brief(after.strip()[:40].decode(errors='replace'))} follows the array"
+                )
             return
         held += text[start:]
         if len(held) > most:
             raise LimitError(f"{name}, row {number + 1}: more than {most:,} bytes, the limit for a row")
         part = next(parts, None)
     raise DataError(f"{name}: the array does not end")
+
+
+def _begin(head: bytes, name: str) -> tuple[int, bool]:
+    """Where the first element begins, and whether the array is in an object."""
+    text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    before = len(head) - len(text.encode("utf-8", "surrogateescape"))
+    place = _skip(text, 0)
+    is_object = text[place : place + 1] == "{"
+    if is_object:
+        place = _skip(text, place + 1)
+        try:
+            while True:
+                key, place = _NEXT.raw_decode(text, place)
+                place = _skip(text, place)
+                if text[place : place + 1] != ":":
+                    break
+                place = _skip(text, place + 1)
+                if key == "data":
+                    break
+                _, place = _NEXT.raw_decode(text, place)
+                place = _skip(text, place)
+                if text[place : place + 1] != ",":
+                    break
+                place = _skip(text, place + 1)
+        except (ValueError, RecursionError):
+            place = len(text)
+    if text[place : place + 1] != "[":
+        shown = brief(text.lstrip()[:40].encode("utf-8", "surrogateescape").decode(errors="replace"))
+        raise DataError(f'{name}: begins with {shown}, expected an array, or an object with "data": an array')
+    return before + len(text[: place + 1].encode("utf-8", "surrogateescape")), is_object
+
+
+def _skip(text: str, place: int) -> int:
+    """The place after white space."""
+    found = _SPACE.match(text, place)
+    return found.end() if found else place

@@ -171,7 +171,8 @@ def _message(row: Fields, message: object) -> Message:
     role = message["role"]
     if role not in _ROLES:
         raise row.error(f"the role of a message is {brief(role)}, expected one of {', '.join(_ROLES)}")
-    made = {**message, "content": _content(row, message)}
+    made = {name: value for name, value in message.items() if value is not None}
+    made["content"] = _content(row, message)
     if message.get("tool_calls"):
         made["tool_calls"] = _tool_calls(row, message)
     if role == "assistant" and not made["content"].strip() and not made.get("tool_calls"):
@@ -269,6 +270,8 @@ def _conversation(row: Fields) -> list[Message]:
             raise row.error(
                 f"turn {place + 1} of the conversation is from {turn['from']!r}, expected {wanted}"
             )
+    for before, message in zip([None, *messages], messages, strict=False):
+        _check_order(row, before, message)
     if messages[0]["role"] != "system" and (system := row.text("system", True, "")):
         messages.insert(0, {"role": "system", "content": system})
     return messages
@@ -358,6 +361,9 @@ KINDS = (
     Kind("kto", "prompt, completion and label", (), _judged),
 )
 BY_NAME = {kind.name: kind for kind in KINDS}
+_EXPECTED = (
+    "messages, conversations, instruction and output, prompt and completion, text, or chosen and rejected"
+)
 
 
 def recognise(values: Mapping[str, Any], where: str) -> Kind:
@@ -375,15 +381,13 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
             f"{other!r} decides"
         )
     if not found:
-        *others, last = (kind.fields for kind in KINDS)
-        wanted = f"{'; '.join(others)}; or {last}"
-        raise DataError(f"{where}: the row has {brief(list(values))}, expected {wanted}")
+        raise DataError(f"{where}: the row has {brief(list(values))}, expected {_EXPECTED}")
     return BY_NAME[next(iter(found))]
 
 
 def _kinds_with(names: list[str]) -> dict[str, str]:
     """The kinds that these fields tell, each with the field that tells it."""
-    found = {kind.name: name for kind in KINDS for name in kind.known_by if name in names}
+    found = {kind.name: name for kind in KINDS for name in reversed(kind.known_by) if name in names}
     if "completion" in found and "label" in names:
         found["kto"] = found.pop("completion")
     if "preference" in found and not {"chosen", "rejected"}.isdisjoint(names):

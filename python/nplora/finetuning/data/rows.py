@@ -82,11 +82,16 @@ def _decompressed(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
     stream = zlib.decompressobj(_GZIP)
     try:
         for part in parts:
-            while part:
+            size = 0
+            while part or size == _PART:  # a full part: more may be waiting in the stream
                 if stream.eof:
+                    part = part.lstrip(b"\0")  # padding, as gzip has it
+                    if not part:
+                        break
                     stream = zlib.decompressobj(_GZIP)
-                yield stream.decompress(part, _PART)
-                part = stream.unconsumed_tail or stream.unused_data
+                content = stream.decompress(part, _PART)
+                part, size = stream.unconsumed_tail or stream.unused_data, len(content)
+                yield content
     except zlib.error as error:
         raise DataError(f"{name}: not a gzip file: {error}") from error
     if not stream.eof:
@@ -165,7 +170,7 @@ def _separated(path: StrPath, delimiter: str) -> Iterator[Row]:
     lines = (_decoded(line, f"{name}, line {number}") + "\n" for number, line in _lines(path))
     reader, begin = csv.reader(lines, strict=True, delimiter=delimiter), 1
     try:
-        columns = _next(reader) or []
+        columns = next(filter(None, iter(lambda: _next(reader), None)), [])
         if len(set(columns)) < len(columns):
             raise DataError(f"{name}: the columns are {brief(columns)}, two of them with the same name")
         while True:

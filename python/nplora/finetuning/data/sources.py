@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from nplora import _check
 from nplora.finetuning.data.rows import COMPRESSED, SUFFIXES, Row, is_text, read_rows
-from nplora.finetuning.data.tables import frame_rows
+from nplora.finetuning.data.tables import frame_rows, plain, without_nulls
 from nplora.formats import files
 from nplora.formats.errors import DataError, brief
 from nplora.formats.files import StrPath
@@ -85,6 +85,8 @@ def sources_of(op: str, data: Data) -> list[Source]:
     """
     if isinstance(data, str | os.PathLike) and os.fspath(data) and Path(data).is_dir():
         return [_file(find_evaluated(data))]
+    if isinstance(data, Mapping):
+        return splits_of(op, _split_named(op, data, *_VALID, "train")).train
     splits = splits_of(op, data)
     return splits.valid or splits.train
 
@@ -96,15 +98,16 @@ def _splits_of_path(path: StrPath) -> Splits:
 
 def _splits_of_paths(op: str, given: list[Any]) -> Splits:
     """Several paths, or pairs (path, weight). Several directories have a validation set together."""
-    train, valid = list[Source](), list[Source]()
-    for item in given:
-        path, weight = item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0)
+    pairs = [item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0) for item in given]
+    for path, weight in pairs:
         if not isinstance(path, str | os.PathLike):
             raise TypeError(
-                f"{op}: data has {brief(item)}, expected paths, pairs (path, weight), or rows as dictionaries"
+                f"{op}: data has {brief(path)}, expected paths, pairs (path, weight), or rows as dictionaries"
             )
         if _check.number(op, f"the weight of {files.name(path)}", weight) <= 0:
             raise ValueError(f"{op}: the weight of {files.name(path)} is {weight}, expected above 0")
+    train, valid = list[Source](), list[Source]()
+    for path, weight in pairs:
         found = _splits_of_path(path)
         train += [_weighted(source, weight) for source in found.train]
         valid += found.valid or []
@@ -117,11 +120,21 @@ def _weighted(source: Source, weight: float) -> Source:
 
 def _splits_of_mapping(op: str, data: Mapping[Any, Any]) -> Splits:
     """The splits of a `DatasetDict` of Hugging Face, or of a dictionary like it."""
-    if "train" not in data:
-        raise ValueError(f"{op}: data has {brief(list(data))}, expected a split named 'train'")
+    train = splits_of(op, _split_named(op, data, "train")).train
     name = next((name for name in _VALID if name in data), None)
-    train = splits_of(op, data["train"]).train
     return Splits(train, None if name is None else splits_of(op, data[name]).train)
+
+
+def _split_named(op: str, data: Mapping[Any, Any], *names: str) -> Any:
+    """The first of these splits that the mapping has."""
+    for name in names:
+        if name in data:
+            return data[name]
+    wanted = " or ".join(map(repr, names))
+    raise TypeError(
+        f"{op}: data is a dictionary with the keys {brief(list(data))}, expected a split named {wanted}; "
+        "rows are a list of dictionaries"
+    )
 
 
 def _file(path: Path) -> Source:
@@ -129,11 +142,14 @@ def _file(path: Path) -> Source:
 
 
 def _objects(rows: Iterable[Any]) -> Source:
+    is_table = hasattr(rows, "column_names")  # a dataset of Hugging Face
+
     def read() -> Iterator[Row]:
         for number, values in enumerate(rows, 1):
             where = f"data, row {number}"
             if isinstance(values, Mapping):
-                yield Row(where, {str(key): value for key, value in values.items()})
+                row = plain(values)
+                yield Row(where, without_nulls(row) if is_table else row)
             else:
                 error = DataError(f"{where}: the row is {brief(values)}, expected a dictionary")
                 yield Row(where, {}, error)
@@ -181,9 +197,10 @@ def _required(directory: Path, *names: str) -> Path:
     """The first of these splits that exists."""
     found = _split(directory, *names)
     if found is None:
-        wanted = ", ".join(f"{name}{suffix}" for name in names for suffix in SUFFIXES)
+        wanted = ", ".join(f"{name}.*" for name in names)
+        ends = f"{', '.join(SUFFIXES)}, or one of the text formats with .gz"
         raise FileNotFoundError(
-            errno.ENOENT, f"the directory has none of these: {wanted}", os.fspath(directory)
+            errno.ENOENT, f"the directory has no {wanted} that ends in {ends}", os.fspath(directory)
         )
     return found
 

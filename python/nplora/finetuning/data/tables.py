@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nplora.formats import files
-from nplora.formats.errors import DataError
+from nplora.formats.errors import DataError, FormatError
 from nplora.formats.files import StrPath
 
 _ROWS = 1024  # that are Python objects at a time
@@ -30,7 +30,7 @@ def read_parquet(path: StrPath) -> Iterator[dict[str, Any]]:
 
     with _errors(arrow, path), pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(_ROWS):
-            yield from batch.to_pylist()
+            yield from _rows(batch)
 
 
 def read_arrow(path: StrPath) -> Iterator[dict[str, Any]]:
@@ -52,23 +52,49 @@ def read_arrow(path: StrPath) -> Iterator[dict[str, Any]]:
             batches = pyarrow.ipc.open_stream(mapped)
         for batch in batches:
             for begin in range(0, batch.num_rows, _ROWS):
-                yield from batch.slice(begin, _ROWS).to_pylist()
+                yield from _rows(batch.slice(begin, _ROWS))
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a batch from a file, which pyarrow does not check by itself."""
+    batch.validate(full=True)
+    return map(without_nulls, batch.to_pylist())
 
 
 def frame_rows(table: Any) -> Iterator[dict[str, Any]] | None:
     """The rows of a data frame of pandas or polars, or of a table of pyarrow; None for anything else."""
     if hasattr(table, "iter_rows") and hasattr(table, "columns"):  # polars
-        rows: Iterator[dict[str, Any]] = iter(table.iter_rows(named=True))
-        return rows
+        return map(without_nulls, table.iter_rows(named=True))
     if hasattr(table, "to_pylist") and hasattr(table, "to_batches"):  # pyarrow
-        return (row for batch in table.to_batches(_ROWS) for row in batch.to_pylist())
+        return (without_nulls(row) for batch in table.to_batches(_ROWS) for row in batch.to_pylist())
     if hasattr(table, "itertuples") and hasattr(table, "columns"):  # pandas
         names = list(map(str, table.columns))
         return (
-            {name: _present(value) for name, value in zip(names, row, strict=True)}
+            without_nulls(dict(zip(names, map(_present, map(plain, row)), strict=True)))
             for row in table.itertuples(index=False, name=None)
         )
     return None
+
+
+def without_nulls(row: Any) -> Any:
+    """The row without the nulls inside its lists of objects.
+
+    In a table, all objects of a list have the same fields, so a field that an object lacks is null there.
+    """
+    if isinstance(row, Mapping):
+        return {str(name): without_nulls(value) for name, value in row.items() if value is not None}
+    return [without_nulls(item) for item in row] if isinstance(row, list) else row
+
+
+def plain(value: Any) -> Any:
+    """The value made of Python's own objects: arrays become lists, and NumPy's scalars become numbers."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist") and not isinstance(value, str | bytes):
+        return plain(value.tolist()) if hasattr(value, "dtype") else value
+    return value
 
 
 def _present(value: Any) -> Any:
@@ -94,8 +120,8 @@ def _errors(arrow: Any, path: StrPath) -> Iterator[None]:
     """Turn the errors of pyarrow into DataErrors."""
     try:
         yield
-    except (arrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+    except (arrow.ArrowException, OSError, ValueError, OverflowError, SystemError) as error:
+        if isinstance(error, FormatError) or (isinstance(error, OSError) and error.errno is not None):
             raise
         first = str(error).partition("\n")[0]
         raise DataError(f"{files.name(path)}: {first}") from error

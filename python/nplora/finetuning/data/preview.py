@@ -1,0 +1,322 @@
+"""A preview of training data: its format, its lengths, what is trained, what is cut, and duplicates."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from nplora import _check
+from nplora.finetuning.data.dataset import ReadOptions
+from nplora.finetuning.data.encoding import Encoded, Encoder
+from nplora.finetuning.data.kinds import BY_NAME, Fields, Kind, recognise, renamed
+from nplora.finetuning.data.rows import Row
+from nplora.finetuning.data.sources import Data, Source, sources_of, splits_of
+from nplora.finetuning.data.split import split_sources
+from nplora.formats.errors import DataError, LimitError, counted
+from nplora.tokenizer import Tokenizer
+
+_QUOTED = 3  # bad rows that are shown
+_BAR = 40  # characters of the longest bar
+_MOST_SHOWN = 2000  # characters of an example
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # may change a terminal
+_TRAINED, _PLAIN = "\x1b[1;32m", "\x1b[0m"
+_PARTS = {"preference": ("chosen", "rejected")}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example of a preview.
+
+    Attributes:
+        where: its file and line.
+        name: "chosen" or "rejected" if it is an answer of a pair, else empty.
+        pieces: its text in pieces, each with whether it is trained.
+        tokens, trained: the number of its tokens, and of those that count in the loss.
+    """
+
+    where: str
+    name: str
+    pieces: tuple[tuple[str, bool], ...]
+    tokens: int
+    trained: int
+
+    def text(self, colour: bool) -> str:
+        """The text with the trained parts in colour, or between [[ and ]]."""
+        begin, end = (_TRAINED, _PLAIN) if colour else ("[[", "]]")
+        shown, left = list[str](), _MOST_SHOWN
+        for piece, is_trained in self.pieces:
+            safe = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", piece[:left])
+            shown.append(f"{begin}{safe}{end}" if is_trained else safe)
+            left -= len(piece)
+            if left < 0:
+                shown.append(" …")
+                break
+        name = f", {self.name}" if self.name else ""
+        return (
+            f"{self.where}{name}: {counted(self.tokens, 'token')}, {self.trained:,} trained\n{''.join(shown)}"
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """The examples to train on, or those to evaluate on.
+
+    Attributes:
+        source: the files.
+        kinds: the formats of the rows.
+        lengths: the number of tokens of each example before it is cut. A pair counts as two.
+        trained: the number of tokens that count in the loss, before examples are cut.
+        cut: the number of examples that are longer than the maximum length.
+        lost: the number of tokens that the cut takes away.
+        emptied: the number of examples that have nothing to train on after the cut.
+        unused: the number of examples with tools or documents that the chat template leaves out.
+        repeated: the number of examples that are there before.
+        bad: the number of rows that cannot be used.
+        problems: the errors of the first of them.
+    """
+
+    source: str
+    kinds: tuple[str, ...]
+    lengths: tuple[int, ...]
+    trained: int
+    cut: int
+    lost: int
+    emptied: int
+    unused: int
+    repeated: int
+    bad: int
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `preview` returns; `print` shows it.
+
+    >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+    >>> found: nplora.data.Preview = nplora.data.preview("train.jsonl", tokenizer, valid_split=0.2)
+    >>> len(found.train.lengths) + len(found.valid.lengths), found.train.cut, found.shared
+    (16, 0, 0)
+
+    Attributes:
+        train, valid: the examples to train on, and those to evaluate on, if any.
+        max_length: the maximum length, to which examples are cut.
+        examples: the first examples to train on.
+        shared: the number of examples to evaluate on that are among those to train on.
+    """
+
+    train: Part
+    valid: Part | None
+    max_length: int
+    examples: tuple[Example, ...]
+    shared: int
+
+    def text(self, colour: bool = False) -> str:
+        """The preview as text. With `colour`, the trained parts are green, for a terminal."""
+        blocks = [_summary(self.train, self.max_length)]
+        if self.valid is not None:
+            blocks.append(_summary(self.valid, self.max_length))
+            if self.shared:
+                blocks.append(
+                    f"{counted(self.shared, 'example')} to evaluate on, of {len(self.valid.lengths):,}, also "
+                    "to train on: the validation loss is too low"
+                )
+        blocks.append("\n".join(_histogram(self.train.lengths)))
+        if self.examples:
+            marks = "in green" if colour else "between [[ and ]]"
+            blocks.append(f"The first examples; what is trained is {marks}:")
+            blocks += [example.text(colour) for example in self.examples]
+        return "\n\n".join(block for block in blocks if block)
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+def preview(
+    data: Data,
+    tokenizer: Tokenizer,
+    *,
+    valid: Data | None = None,
+    valid_split: float | None = None,
+    examples: int = 3,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    chat: bool = False,
+    max_length: int = 1024,
+    learn: str = "completion",
+) -> Preview:
+    """Show how training data are read: what is trained, how long the examples are, and what is wrong.
+
+    Bad rows do not end the preview. It counts them and shows the first errors.
+
+    Args:
+        data, tokenizer, format, columns, chat, max_length, learn: as for `read_dataset`. The rows may be
+            comparisons, too.
+        valid: rows to evaluate on, to look for examples that are also in `data`.
+        valid_split: share of the examples to hold out, as for `finetune`.
+        examples: how many of the first examples are shown.
+    Returns:
+        the preview; `print` shows it.
+    Raises:
+        DataError: there are no rows, or a file cannot be divided into rows.
+        ValueError, TypeError: an argument is wrong, both `valid` and `valid_split` are given, or the data are
+            plain text, which has no rows.
+        Other errors: see `read_dataset`.
+
+    >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+    >>> print(nplora.data.preview("train.jsonl", tokenizer, examples=1))
+    train.jsonl (completion): 16 examples, 116 tokens (42 in the loss)
+    <BLANKLINE>
+      tokens  examples
+           6         6  ########################################
+           7         5  ##################################
+           8         0
+           9         5  ##################################
+      median         7
+    <BLANKLINE>
+    The first examples; what is trained is between [[ and ]]:
+    <BLANKLINE>
+    train.jsonl, line 1: 6 tokens, 2 trained
+    0+0=[[0<|end|>]]
+    """
+    op = "preview"
+    options = ReadOptions(max_length, learn, format, columns or {}, chat, op=op)
+    _check.integer(op, "examples", examples, least=0)
+    sources, found = splits_of(op, data)
+    if valid_split is not None:
+        if valid is not None:
+            raise ValueError(f"{op}: valid and valid_split are both given, expected only one of them")
+        if not 0 < _check.number(op, "valid_split", valid_split) < 1:
+            raise ValueError(f"{op}: valid_split is {valid_split}, expected between 0 and 1")
+        sources, found = split_sources(op, sources, valid_split)
+    elif valid is not None:
+        found = sources_of(op, valid)
+    reader = _Reader(op, tokenizer, options, max_length)
+    train, seen, shown = reader.read(sources, examples)
+    if found is None:
+        return Preview(train, None, max_length, shown, 0)
+    held_out, others, _ = reader.read(found, 0)
+    shared = sum(count for digest, count in others.items() if digest in seen)
+    return Preview(train, held_out, max_length, shown, shared)
+
+
+class _Reader:
+    """Reads sources as `read_dataset` does, but goes on after a bad row and keeps whole examples."""
+
+    def __init__(self, op: str, tokenizer: Tokenizer, options: ReadOptions, max_length: int) -> None:
+        self._op, self._tokenizer, self._options, self._most = op, tokenizer, options, max_length
+        self._encoder = Encoder(tokenizer, options.learn == "all", None, options.chat)
+
+    def read(self, sources: list[Source], shown: int) -> tuple[Part, dict[bytes, int], tuple[Example, ...]]:
+        """The summary, how often each example is there, and the first examples."""
+        lengths, seen, examples, problems = list[int](), dict[bytes, int](), list[Example](), list[str]()
+        trained = cut = lost = emptied = unused = bad = 0
+        kinds = list[str]()
+        for row, kind, sequences in self._rows(sources):
+            if isinstance(sequences, Exception):
+                bad += 1
+                problems += [str(sequences)] if len(problems) < _QUOTED else []
+                continue
+            kinds.append(kind)
+            lengths += [len(sequence.ids) for sequence in sequences]
+            trained += sum(sum(sequence.trained[1:]) for sequence in sequences)
+            cut += sum(len(sequence.ids) > self._most for sequence in sequences)
+            lost += sum(max(0, len(sequence.ids) - self._most) for sequence in sequences)
+            emptied += any(not any(sequence.trained[1 : self._most]) for sequence in sequences)
+            unused += any(sequence.unused for sequence in sequences)
+            digest = hashlib.blake2b(repr([(s.ids, s.trained) for s in sequences]).encode(), digest_size=16)
+            seen[digest.digest()] = seen.get(digest.digest(), 0) + 1
+            if len(examples) < shown * len(sequences):
+                examples += self._shown(row, kind, sequences)
+        names = ", ".join(source.name for source in sources)
+        if not lengths and not bad:
+            raise DataError(f"{names}: no examples")
+        repeated = sum(seen.values()) - len(seen)
+        part = Part(
+            names, tuple(dict.fromkeys(kinds)), tuple(lengths), trained, cut, lost, emptied, unused, repeated,
+            bad, tuple(problems),
+        )  # fmt: skip
+        return part, seen, tuple(examples)
+
+    def _rows(self, sources: list[Source]) -> Iterator[tuple[Row, str, list[Encoded] | Exception]]:
+        for source in sources:
+            if source.is_text:
+                raise ValueError(f"{self._op}: {source.name} is a plain text, which has no rows to show")
+            before = None if self._options.format is None else BY_NAME[self._options.format]
+            for row in source.read():
+                try:
+                    before, sequences = self._encoded(row, before)
+                    yield row, before.name, sequences
+                except (DataError, LimitError) as error:
+                    yield row, "", error
+
+    def _encoded(self, row: Row, before: Kind | None) -> tuple[Kind, list[Encoded]]:
+        if row.error is not None:
+            raise row.error
+        values = renamed(row.values, self._options.columns, row.where)
+        kind = before if before and self._options.format is not None else recognise(values, row.where)
+        if before is not None and before is not kind:
+            raise DataError(
+                f"{row.where}: has {kind.fields}, and the rows before have {before.fields}; "
+                "expected one format in a file"
+            )
+        return kind, self._encoder.encode(kind.parse(Fields(values, row.where)), row.where)
+
+    def _shown(self, row: Row, kind: str, sequences: list[Encoded]) -> Iterator[Example]:
+        names = _PARTS.get(kind, ("",))
+        for name, sequence in zip(names, sequences, strict=True):
+            pairs = zip(sequence.ids, [False, *sequence.trained[1:]], strict=True)
+            runs = itertools.groupby(pairs, key=lambda pair: pair[1])
+            pieces = tuple((self._tokenizer.decode(id_ for id_, _ in run), is_in) for is_in, run in runs)
+            yield Example(row.where, name, pieces, len(sequence.ids), sum(sequence.trained[1:]))
+
+
+def _summary(part: Part, max_length: int) -> str:
+    tokens = sum(part.lengths)
+    lines = [
+        f"{part.source} ({', '.join(part.kinds) or 'no format'}): "
+        f"{counted(len(part.lengths), 'example')}, {counted(tokens, 'token')} ({part.trained:,} in the loss)"
+    ]
+    if part.cut:
+        lines.append(
+            f"  {counted(part.cut, 'example')} longer than {max_length:,} tokens: cut, without the last "
+            f"{part.lost:,} of {tokens:,} tokens"
+        )
+    if part.emptied:
+        lines.append(f"  {counted(part.emptied, 'example')} with nothing to train on after the cut: left out")
+    if part.repeated:
+        lines.append(f"  {counted(part.repeated, 'example')} already there before")
+    if part.unused:
+        lines.append(
+            f"  {counted(part.unused, 'example')} with tools or documents that the template leaves out"
+        )
+    if part.bad:
+        lines.append(f"  {counted(part.bad, 'bad row')}, which finetune refuses, or skips with skip_bad:")
+        lines += [f"    {problem}" for problem in part.problems]
+    return "\n".join(lines)
+
+
+def _histogram(lengths: tuple[int, ...]) -> Iterator[str]:
+    """A line for each of about ten ranges of lengths, and the median."""
+    if not lengths:
+        return
+    least, most = min(lengths), max(lengths)
+    width = -(-(most - least + 1) // 10)
+    counts = [0] * ((most - least) // width + 1)
+    for length in lengths:
+        counts[(length - least) // width] += 1
+    names = [_range(least + n * width, min(least + (n + 1) * width - 1, most)) for n in range(len(counts))]
+    column = max(8, *(len(name) + 2 for name in names))
+    yield f"{'tokens':>{column}}  examples"
+    for name, count in zip(names, counts, strict=True):
+        bar = "#" * -(-_BAR * count // max(counts))
+        yield f"{name:>{column}}  {count:>8,}  {bar}".rstrip()
+    if most > least:
+        yield f"{'median':>{column}}  {statistics.median_low(lengths):>8,}"
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"

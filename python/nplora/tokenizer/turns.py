@@ -1,0 +1,179 @@
+"""Finds the assistant's turns in a chat that a template wrote.
+
+Many templates write a message differently when other messages follow: Qwen 3 drops the reasoning of earlier
+turns. So a turn cannot always be found by rendering the chat up to it. Here the chat is rendered a second
+time, with marks in place of the messages' own text. The marks show between which special tokens a message is.
+Only the template can write special tokens, so the same tokens bound the message in the first text.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from nplora.formats.errors import UnsupportedError
+
+Pieces = list[tuple[str, bool]]  # of a text: special tokens (True) and the text between them
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templates have for it
+_MARKS = range(0xE200, 0xE300)  # private characters, which no template changes
+
+
+class Turn(NamedTuple):
+    """Where an assistant's turn is. Special tokens are counted from the beginning of the text.
+
+    Attributes:
+        first: the special token that the head begins with, as in "<|im_start|>assistant\\n".
+        head: the text of the head, which the model does not write itself.
+        last: the special token that ends the turn; None: the end of the text.
+    """
+
+    first: int
+    head: str
+    last: int | None
+
+
+def mark_of(texts: Sequence[str]) -> str:
+    """A character that is in none of these texts."""
+    try:
+        return next(chr(code) for code in _MARKS if not any(chr(code) in text for text in texts))
+    except StopIteration:
+        raise UnsupportedError("the chat has all characters that could mark its turns") from None
+
+
+def with_marks(messages: Sequence[Mapping[str, Any]], mark: str) -> list[Mapping[str, Any]]:
+    """The messages with a mark and their number in place of their text."""
+    return [_with_mark(message, f"{mark}{index}{mark}") for index, message in enumerate(messages)]
+
+
+def _with_mark(message: Mapping[str, Any], mark: str) -> Mapping[str, Any]:
+    if message.get("role") in ("system", "developer"):  # templates look for settings in them
+        return message
+    fields = ("content", *_REASONING) if message.get("role") == "assistant" else ("content",)
+    made = dict(message)
+    for name in fields:
+        if isinstance(made.get(name), str) and made[name]:
+            made[name] = mark
+    calls = made.get("tool_calls")
+    if isinstance(calls, list) and message.get("role") == "assistant":
+        made["tool_calls"] = [_named(call, mark) for call in calls]
+    return made
+
+
+def _named(call: Any, mark: str) -> Any:
+    """The tool call with a mark in place of the name of its function."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": {**call["function"], "name": mark}}
+    return {**call, "name": mark} if "name" in call else call
+
+
+def find_turns(
+    messages: Sequence[Mapping[str, Any]],
+    text: Pieces,
+    marked: Pieces,
+    mark: str,
+    prompt: Pieces,
+    is_end: Callable[[str], bool],
+) -> dict[int, Turn]:
+    """The turn of each assistant message, by its index.
+
+    Args:
+        messages: the chat.
+        text, marked: the chat as the template writes it, and with marks.
+        mark: the character of the marks.
+        prompt: what the template writes where the assistant's answer should begin.
+        is_end: whether a special token ends a turn.
+    Raises:
+        UnsupportedError: the turns are not known for certain.
+    """
+    specials = [place for place, (_, is_special) in enumerate(text) if is_special]
+    names = [text[place][0] for place in specials]
+    if names != [piece for piece, is_special in marked if is_special]:
+        raise UnsupportedError("the special tokens depend on the text of the messages")
+    places = _marked_places(marked, mark)
+    heads = _heads(text, specials, prompt, sum(m.get("role") == "assistant" for m in messages))
+    begins = sorted(heads)
+    seen = sorted((place, index) for index, found in places.items() for place in found)
+    turns, before = dict[int, Turn](), -1
+    for index, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        if index not in places:
+            raise UnsupportedError(f"message {index + 1} is not in the text")
+        place = places[index][0]  # the number of special tokens before the message
+        number = bisect.bisect_left(begins, place) - 1
+        if number < 0 or begins[number] <= before:
+            raise UnsupportedError(f"message {index + 1} has no beginning of its own")
+        first = before = begins[number]
+        following = begins[number + 1] if number + 1 < len(begins) else len(names)
+        last = next((n for n in range(place, following) if is_end(names[n])), None)
+        end = following if last is None else last
+        inside = seen[
+            bisect.bisect_right(seen, (first, len(messages))) : bisect.bisect_left(seen, (end + 1, 0))
+        ]
+        if any(other != index for _, other in inside):
+            raise UnsupportedError(f"message {index + 1} does not end before another message")
+        if last is None and index < len(messages) - 1:
+            raise UnsupportedError(f"message {index + 1} has no token that ends it")
+        turns[index] = Turn(first, heads[first], last)
+    return turns
+
+
+def _marked_places(marked: Pieces, mark: str) -> dict[int, list[int]]:
+    """For each message whose mark was written: the numbers of special tokens before each mark, in order."""
+    places, count = dict[int, list[int]](), 0
+    for piece, is_special in marked:
+        if is_special:
+            count += 1
+            continue
+        for number in piece.split(mark)[1::2]:
+            if number.isdecimal():
+                places.setdefault(int(number), []).append(count)
+    return places
+
+
+def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> dict[int, str]:
+    """Where the assistant's turns begin: the number of the special token, and the text of the head.
+
+    A prompt may end with text that only the last turn has, such as "<think>". Then a turn begins with a part
+    of the prompt, and the part must be so long that only the assistant's turns begin with it.
+    """
+    begin = next((place for place, (_, is_special) in enumerate(prompt) if is_special), None)
+    if begin is None:
+        raise UnsupportedError("it begins an answer without a special token")
+    parts = list(_parts(prompt[begin:]))
+    for shortest in range(len(parts)):
+        allowed = parts[: shortest + 1]
+        found = dict[int, str]()
+        for number, place in enumerate(specials):
+            if head := next((head for head in allowed if _begins(text, place, head)), None):
+                found[number] = "".join(piece for piece, _ in head)
+        if len(found) == wanted or (len(found) > wanted and shortest == 0):
+            return found
+    raise UnsupportedError("it begins the assistant's messages in several ways")
+
+
+def _parts(prompt: Pieces) -> list[Pieces]:
+    """The prompt and its beginnings, the longest first: they end with a line or a special token."""
+    parts = list[Pieces]()
+    for length in range(len(prompt), 0, -1):
+        *before, (piece, is_special) = prompt[:length]
+        if is_special:
+            parts.append([*before, (piece, True)])
+            continue
+        lines = list(itertools.accumulate(piece.splitlines(keepends=True)))
+        parts += [[*before, (line, False)] for line in reversed(lines)]
+    return parts
+
+
+def _begins(text: Pieces, place: int, head: Pieces) -> bool:
+    """Whether the pieces from `place` on begin with the head."""
+    *whole, (last, is_special) = head
+    end = place + len(whole)
+    if end >= len(text) or text[place:end] != whole or text[end][1] != is_special:
+        return False
+    return text[end][0] == last if is_special else text[end][0].startswith(last)

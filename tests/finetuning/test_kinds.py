@@ -1,0 +1,278 @@
+"""Every kind of row, good and malformed in each field: errors name the line, the field and both values."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nplora.finetuning.data import read_dataset
+from nplora.finetuning.data.examples import Chat, Completion, Example, Instruction, Judged, Preference
+from nplora.finetuning.data.kinds import BY_NAME, Fields, recognise, renamed
+from nplora.formats.errors import DataError
+from nplora.tokenizer import from_gguf
+from vocabularies import byte_level, opened
+
+
+def parsed(row: dict[str, Any], kind: str | None = None) -> Example:
+    found = recognise(row, "d.jsonl, line 7") if kind is None else BY_NAME[kind]
+    return found.parse(Fields(row, "d.jsonl, line 7"))
+
+
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "5"}
+HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
+FUNCTION = {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}
+ALPACA = {"instruction": "a", "input": "b", "output": "c", "system": "s", "history": [["d", "e"]]}
+
+
+# ---- good rows ----
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [USER, CALLING, RESULT, ANSWER], "tools": [{"name": "f"}]},
+         Chat([USER, {**CALLING, "content": ""}, RESULT, ANSWER],
+              [{"type": "function", "function": {"name": "f"}}])),
+        ({"messages": [USER, {**CALLING, "tool_calls": [{"name": "f", "arguments": '{"x": 1}'}]}]},
+         Chat([USER, {**CALLING, "content": "", "tool_calls": [
+             {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}])),
+        ({"messages": [USER, {**ANSWER, "name": None, "tool_calls": None}], "tools": " ", "documents": None},
+         Chat([USER, ANSWER])),
+        ({"conversations": [HUMAN, GPT], "system": "s"},
+         Chat([{"role": "system", "content": "s"}, USER, ANSWER])),
+        ({"conversations": [HUMAN, FUNCTION, {"from": "observation", "value": "5"}, GPT]},
+         Chat([USER, {"role": "assistant", "content": "", "tool_calls": [
+             {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}, RESULT, ANSWER])),
+        ({"conversations": [HUMAN, {**GPT, "weight": 0}]}, Chat([USER, {**ANSWER, "weight": 0}])),
+        (ALPACA, Instruction("a", "c", "b", "s", (("d", "e"),))),
+        ({"instruction": "a", "output": "c", "input": None, "history": None}, Instruction("a", "c")),
+        ({"prompt": [USER], "completion": [ANSWER]}, Chat([USER, ANSWER], prompt=1)),
+        ({"prompt": [USER], "completion": "b"}, Chat([USER, ANSWER], prompt=1)),
+        ({"prompt": [USER], "completion": ANSWER}, Chat([USER, ANSWER], prompt=1)),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"},
+         Preference(Completion("a", "b"), Completion("a", "c"))),
+        ({"chosen": "ab", "rejected": "ac"}, Preference(Completion("a", "b"), Completion("a", "c"))),
+        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "c"}]},
+         Preference(Chat([USER, ANSWER], prompt=1), Chat([USER, {**ANSWER, "content": "c"}], prompt=1))),
+        ({"prompt": "a", "chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "c"}]},
+         Preference(Chat([USER, ANSWER], prompt=1), Chat([USER, {**ANSWER, "content": "c"}], prompt=1))),
+        ({"conversations": [HUMAN], "chosen": GPT, "rejected": {**GPT, "value": "c"}},
+         Preference(Chat([USER, ANSWER], prompt=1), Chat([USER, {**ANSWER, "content": "c"}], prompt=1))),
+        ({"prompt": "a", "completion": "b", "label": True}, Judged(Completion("a", "b"), True)),
+        ({"prompt": "a", "completion": "b", "label": "False"}, Judged(Completion("a", "b"), False)),
+        ({"prompt": [USER], "completion": [ANSWER], "label": False},
+         Judged(Chat([USER, ANSWER], prompt=1), False)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_row_means_its_example(row: dict[str, Any], expected: Example) -> None:
+    assert parsed(row) == expected
+
+
+def test_a_row_is_not_changed() -> None:
+    row = {"messages": [USER, {**CALLING, "tool_calls": [{"name": "f", "arguments": "{}"}]}]}
+    before = json.dumps(row)
+    parsed(row)
+    assert json.dumps(row) == before
+
+
+# ---- malformed rows ----
+
+
+def chat(*messages: Any) -> dict[str, Any]:
+    return {"messages": [USER, *messages]}
+
+
+def called(**changes: Any) -> dict[str, Any]:
+    call = {"name": "f", "arguments": {"x": 1}} | changes
+    return chat({**CALLING, "tool_calls": [{k: v for k, v in call.items() if v is not ...}]})
+
+
+def talk(*turns: Any) -> dict[str, Any]:
+    return {"conversations": list(turns)}
+
+
+def pair(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "a", "chosen": "b", "rejected": "c"} | changes
+
+
+def judged(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "a", "completion": "b", "label": True} | changes
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    # messages
+    ({"messages": {}}, r"messages is \{\}, expected a list of objects with a role and a content"),
+    (chat(3), "a message is 3, expected"),
+    (chat({"content": "b"}), r"a message is \{'content': 'b'\}, expected"),
+    (chat({"role": ["user"], "content": "b"}), "a message is"),
+    (chat({"role": "bot", "content": "b"}), "the role of a message is 'bot', expected one of system, user, "),
+    (chat({"role": "assistant"}), "the content of a message of role 'assistant' is None, expected a text"),
+    (chat({**ANSWER, "content": 5}), "the content of a message of role 'assistant' is 5, expected a text"),
+    (chat({**ANSWER, "content": [{"type": "image_url"}]}),
+     r"a part of a content is .*, expected \{\"type\": \"text\""),
+    (chat({**ANSWER, "content": ["b"]}), "a part of a content is 'b', expected"),
+    (chat({**ANSWER, "content": [{"type": "text", "text": 3}]}), "a part of a content is"),
+    (chat({**ANSWER, "content": ""}), "the assistant's content is '', expected a text"),
+    (chat({**ANSWER, "weight": 2}), "the weight of a message is 2, expected 0 or 1"),
+    (chat({**USER, "weight": 1}), "a message of role 'user' has a weight, expected it for 'assistant' only"),
+    (chat(RESULT), "a message of role 'tool' is after 'user', expected it after an assistant's message"),
+    ({"messages": [RESULT, ANSWER]},
+     "a message of role 'tool' is at the beginning, expected it after an assist"),
+    # tools and calls
+    ({**chat(ANSWER), "tools": {"f": 1}}, r"tools is \{'f': 1\}, expected a list of objects"),
+    ({**chat(ANSWER), "tools": ["f"]}, r"tools is \['f'\], expected a list of objects"),
+    ({**chat(ANSWER), "tools": "f"}, "tools is 'f', expected a list of objects, or one as JSON"),
+    ({**chat(ANSWER), "tools": '{"f": 1}'}, "tools is .*, expected a list of objects"),
+    ({**chat(ANSWER), "tools": "[" * 100_000}, "tools is .*, expected a list of objects, or one as JSON"),
+    ({**chat(ANSWER), "documents": "d"}, "documents is 'd', expected a list of objects"),
+    (chat({**USER, "tool_calls": [CALL]}), "a message of role 'user' has tool_calls, expected 'assistant'"),
+    (chat({**CALLING, "tool_calls": CALL}), "tool_calls is .*, expected a list of objects"),
+    (chat({**CALLING, "tool_calls": ["f"]}), r"tool_calls is \['f'\], expected a list of objects"),
+    (called(name=...), "a tool call is .*, expected the name of its function"),
+    (called(name=""), "a tool call is .*, expected the name of its function"),
+    (called(name=3), "a tool call is .*, expected the name of its function"),
+    (called(function="f"), "a tool call is .*, expected the name of its function"),
+    (called(arguments=...), "the arguments of the tool call 'f' are None, expected an object"),
+    (called(arguments="{x}"), "the arguments of the tool call 'f' are '{x}', expected an object"),
+    (called(arguments="[1]"), r"the arguments of the tool call 'f' are '\[1\]', expected an object"),
+    (called(arguments="[" * 100_000), "the arguments of the tool call 'f' are .*, expected an object"),
+    # ShareGPT
+    ({"conversations": "a"}, "conversations is 'a', expected a list of objects with from and value"),
+    (talk(), r"conversations is \[\], expected"),
+    (talk("a"), "a turn is 'a', expected an object with from and value"),
+    (talk({"value": "a"}), r"a turn is \{'value': 'a'\}, expected an object with from and value"),
+    (talk({"from": 1, "value": "a"}), "a turn is"),
+    (talk({"from": "bob", "value": "a"}), "a turn is from 'bob', expected one of system, human, user, gpt, "),
+    (talk(HUMAN, {"from": "gpt"}), "the value of a turn is None, expected a text"),
+    (talk(HUMAN, {**GPT, "value": 5}), "the value of a turn is 5, expected a text"),
+    (talk(HUMAN, {**GPT, "value": ""}), "the assistant's content is '', expected a text"),
+    (talk(GPT, HUMAN), "turn 1 of the conversation is from 'gpt', expected human or observation"),
+    (talk(HUMAN, HUMAN), "turn 2 of the conversation is from 'human', expected gpt or function_call"),
+    (talk(HUMAN, GPT, {"from": "system", "value": "s"}),
+     "turn 3 of the conversation is from 'system', expected human"),
+    (talk(HUMAN, {**FUNCTION, "value": "f(1)"}),
+     r"a function_call is 'f\(1\)', expected a name and arguments as JSON"),
+    (talk(HUMAN, {**FUNCTION, "value": "3"}), "a function_call is '3', expected"),
+    (talk(HUMAN, {**FUNCTION, "value": "{}"}), "a tool call is {}, expected the name of its function"),
+    (talk({"from": "observation", "value": "5"}, GPT), "a message of role 'tool' is at the beginning"),
+    ({**talk(HUMAN, GPT), "system": 3}, "system is 3, expected a string"),
+    ({**talk(HUMAN, GPT), "tools": 3}, "tools is 3, expected a list of objects"),
+    (talk(HUMAN, {**GPT, "weight": "1"}), "the weight of a message is '1', expected 0 or 1"),
+    # Alpaca
+    ({**ALPACA, "instruction": 1}, "instruction is 1, expected a string"),
+    ({**ALPACA, "instruction": " "}, "instruction is empty, expected a text"),
+    ({**ALPACA, "output": ""}, "output is empty, expected a text"),
+    ({"instruction": "a"}, r"output is missing; the row has \['instruction'\]"),
+    ({**ALPACA, "output": None}, "output is None, expected a string"),
+    ({**ALPACA, "input": 5}, "input is 5, expected a string"),
+    ({**ALPACA, "system": ["s"]}, r"system is \['s'\], expected a string"),
+    ({**ALPACA, "history": "d"}, "history is 'd', expected a list of pairs of texts"),
+    ({**ALPACA, "history": [["d"]]}, "history is .*, expected a list of pairs of texts"),
+    ({**ALPACA, "history": [["d", 1]]}, "history is .*, expected a list of pairs of texts"),
+    # completions
+    ({"prompt": [USER], "completion": 5},
+     "completion is 5, expected a list of objects with a role and a content"),
+    ({"prompt": [USER], "completion": [5]}, "a message is 5, expected"),
+    ({"prompt": [USER], "completion": ""}, "completion is empty, expected a text"),
+    ({"prompt": [USER]}, "completion is missing; the row has"),
+    ({"prompt": [5], "completion": [ANSWER]}, "a message is 5, expected"),
+    ({"prompt": "a", "completion": [ANSWER]},
+     "prompt is 'a', expected a list of objects with a role and a content"),
+    ({"prompt": 5, "completion": "b"}, "prompt is 5, expected a string"),
+    ({"prompt": [USER, CALLING], "completion": [{**RESULT, "role": "user", "tool_calls": [CALL]}]},
+     "has tool_calls"),
+    # comparisons
+    (pair(chosen=5), "chosen is 5, expected a string"),
+    (pair(chosen=""), "chosen is empty, expected a text"),
+    (pair(rejected=" "), "rejected is empty, expected a text"),
+    ({"prompt": "a", "chosen": "b"}, r"rejected is missing; the row has \['prompt', 'chosen'\]"),
+    ({"prompt": "a", "rejected": "b"}, "chosen is missing; the row has"),
+    (pair(rejected="b"), "chosen and rejected are the same answer, expected two"),
+    (pair(prompt=[USER], chosen=[ANSWER], rejected=[ANSWER]), "chosen and rejected are the same answer"),
+    (pair(prompt=[USER], chosen=[ANSWER], rejected=5), "rejected is 5, expected a list of objects"),
+    (pair(prompt=[USER], chosen=[{"role": "x"}], rejected=[ANSWER]), "the role of a message is 'x'"),
+    ({"chosen": [USER, ANSWER], "rejected": "c"}, "chosen is .*, expected a string"),
+    ({"conversations": [HUMAN], "chosen": "b", "rejected": GPT},
+     "a turn is 'b', expected an object with from and"),
+    (judged(label=1), "label is 1, expected true or false"),
+    (judged(label="good"), "label is 'good', expected true or false"),
+    (judged(completion=""), "completion is empty"),
+    (judged(prompt=3), "prompt is 3, expected a string"),
+    # no kind, or two
+    ({"a": 1}, r"the row has \['a'\], expected messages, conversations, instruction and output, prompt and "),
+    ({**chat(ANSWER), **talk(HUMAN, GPT)},
+     "the row has both messages and conversations, expected only one of them"),
+    ({**ALPACA, "text": "x"},
+     "both instruction and text, expected only one of them; format='alpaca' or 'text' dec"),
+    ({**chat(ANSWER), "chosen": "b", "rejected": "c"}, "the row has both messages and chosen"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "message"), BAD, ids=range(len(BAD)))
+def test_a_malformed_row_is_an_error_that_names_line_field_and_values(
+    row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=rf"^d\.jsonl, line 7: .*{message}") as caught:
+        parsed(row)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(DataError, match=r"^data, row 2: "):
+        read_dataset([{"text": "a"}, row], from_gguf(opened(byte_level())))
+
+
+def test_a_kind_that_is_forced_takes_its_own_fields() -> None:
+    both = {**ALPACA, "text": "x"}
+    assert parsed(both, "text") == parsed({"text": "x"})
+    assert parsed(both, "alpaca") == parsed(ALPACA)
+    with pytest.raises(DataError, match="messages is missing; the row has"):
+        parsed(both, "messages")
+
+
+def test_columns_give_fields_their_names() -> None:
+    row = {"question": "a", "answer": "b", "prompt": "other", "id": 3}
+    columns = {"prompt": "question", "completion": "answer"}
+    assert renamed(row, columns, "w") == {"prompt": "a", "completion": "b", "id": 3}
+    assert renamed({"a": 1, "b": 2}, {"a": "b", "b": "a"}, "w") == {"a": 2, "b": 1}
+    with pytest.raises(DataError, match=r"w: has no 'answer', which columns names; it has \['question'\]"):
+        renamed({"question": "a"}, columns, "w")
+
+
+# ---- files ----
+
+
+def test_a_table_without_the_columns_is_refused(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"question": ["a"], "answer": ["b"]}), tmp_path / "d.parquet")
+    words = from_gguf(opened(byte_level()))
+    with pytest.raises(DataError, match=r"d\.parquet, row 1: the row has \['question', 'answer'\], expected"):
+        read_dataset(tmp_path / "d.parquet", words)
+    with pytest.raises(DataError, match=r"d\.parquet, row 1: has no 'q', which columns names; it has"):
+        read_dataset(tmp_path / "d.parquet", words, columns={"prompt": "q"})
+    columns = {"prompt": "question", "completion": "answer"}
+    assert len(read_dataset(tmp_path / "d.parquet", words, columns=columns)) == 1
+
+
+def test_rows_of_two_kinds_in_a_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n')
+    words = from_gguf(opened(byte_level()))
+    with pytest.raises(
+        DataError,
+        match=r"line 2: has prompt and completion, and the rows before have text; expected one format",
+    ):
+        read_dataset(path, words)
+    assert read_dataset(path, words, skip_bad=True).report.skipped == 1
+    (tmp_path / "e.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "f.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')  # another file may have another
+    assert read_dataset([tmp_path / "e.jsonl", tmp_path / "f.jsonl"], words).report.kind == "text, completion"
+
+
+def test_comparisons_are_refused_where_one_answer_is_learnt() -> None:
+    words = from_gguf(opened(byte_level()))
+    for row, fields in ((pair(), "chosen and rejected"), (judged(), "prompt, completion and label")):
+        with pytest.raises(DataError, match=f"row 1: has {fields}, a comparison; expected one answer"):
+            read_dataset([row], words)

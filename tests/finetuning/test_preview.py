@@ -1,0 +1,150 @@
+"""The preview of training data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nplora import cli
+from nplora.finetuning.data import preview, read_dataset
+from nplora.formats.errors import DataError
+from nplora.models.packing import IGNORED
+from nplora.tokenizer import from_gguf
+from small_llama import save_small_llama
+from vocabularies import byte_level, opened
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+CHATML = (
+    "{% for m in messages %}{{ m.role + ':' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+TOKENIZER = from_gguf(opened(byte_level() | {"tokenizer.chat_template": CHATML}))
+ROWS = [{"prompt": f"{n}+1=", "completion": "x" * (n + 1)} for n in range(30)]
+
+
+def chat(*contents: str) -> dict[str, Any]:
+    roles = ("user", "assistant") * len(contents)
+    return {"messages": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]}
+
+
+def test_a_preview_shows_what_read_dataset_trains() -> None:
+    for rows in (ROWS, [chat("a", "b", "c", "d")], [{"text": "hello"}]):
+        found = preview(rows, TOKENIZER, examples=100)
+        dataset = read_dataset(rows, TOKENIZER)
+        assert found.train.lengths == tuple(dataset.lengths)
+        assert found.train.trained == dataset.report.learned
+        for shown, (ids, labels) in zip(found.examples, dataset, strict=True):
+            assert "".join(text for text, _ in shown.pieces) == TOKENIZER.decode(ids)
+            is_trained = np.r_[False, labels[1:] != IGNORED]
+            trained = "".join(text for text, is_in in shown.pieces if is_in)
+            assert trained == TOKENIZER.decode(ids[is_trained])
+            assert shown.trained == is_trained.sum()
+
+
+def test_a_preview_counts_what_a_run_cuts_and_leaves_out() -> None:
+    rows = [*ROWS, {"prompt": "y" * 50, "completion": "z"}]
+    for most in (10, 20, 60):
+        found, report = preview(rows, TOKENIZER, max_length=most).train, read_dataset(
+            rows, TOKENIZER, max_length=most
+        ).report  # fmt: skip
+        assert found.cut == report.truncated + report.emptied
+        assert found.emptied == report.emptied
+        kept = sum(min(length, most) for length in found.lengths) - report.emptied * most
+        assert kept == report.tokens
+        assert sum(found.lengths) - found.lost == kept + report.emptied * most
+    text = str(preview(rows, TOKENIZER, max_length=20))
+    assert "17 examples longer than 20 tokens: cut, without the last " in text
+    assert "1 example with nothing to train on after the cut: left out" in text
+
+
+def test_duplicates_are_counted_inside_the_data_and_between_its_parts(tmp_path: Path) -> None:
+    found = preview([*ROWS, *ROWS[:2], ROWS[0]], TOKENIZER, valid=[*ROWS[:3], {**ROWS[0], "prompt": "new"}])
+    assert found.train.repeated == 3
+    assert found.shared == 3
+    text = str(found)
+    assert "3 examples already there before" in text
+    assert "3 examples to evaluate on, of 4, also to train on: the validation loss is too low" in text
+    split = preview([*ROWS, *ROWS], TOKENIZER, valid_split=0.3)  # equal rows are on the same side
+    assert split.valid is not None
+    assert (split.train.repeated + split.valid.repeated, split.shared) == (30, 0)
+
+
+def test_bad_rows_are_counted_and_the_first_are_shown() -> None:
+    rows = [ROWS[0], {"prompt": "a"}, {"text": "b"}, "c", {"prompt": "", "completion": "x"}, ROWS[1]]
+    found = preview(rows, TOKENIZER)
+    assert (found.train.bad, len(found.train.lengths), len(found.train.problems)) == (4, 2, 3)
+    text = str(found)
+    assert "4 bad rows, which finetune refuses, or skips with skip_bad:" in text
+    assert "data, row 2: completion is missing" in text
+    only_bad = str(preview([{"a": 1}], TOKENIZER))
+    assert "data (no format): 0 examples, 0 tokens (0 in the loss)" in only_bad
+    with pytest.raises(DataError, match="data is empty, expected rows"):
+        preview({"train": iter([]), "valid": ROWS}, TOKENIZER)
+
+
+def test_pairs_are_shown_with_both_answers() -> None:
+    found = preview([{"prompt": "a", "chosen": "b", "rejected": "c"}], TOKENIZER)
+    assert "data, row 1, chosen: 3 tokens, 2 trained\na[[b<|end|>]]" in str(found)
+    assert "data, row 1, rejected: 3 tokens, 2 trained\na[[c<|end|>]]" in str(found)
+    assert found.train.kinds == ("preference",)
+
+
+def test_text_cannot_change_the_terminal() -> None:
+    found = preview([{"prompt": "a\x1b[2J\u202e", "completion": "b\x9b1m"}], TOKENIZER)
+    assert "a\\x1b[2J\\x202e[[b\\x9b1m<|end|>]]" in found.text()
+    assert found.text(colour=True).count("\x1b") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"valid_split": 1.5}, "preview: valid_split is 1.5, expected between 0 and 1"),
+        ({"valid_split": 0.5, "valid": ROWS}, "valid and valid_split are both given"),
+        (
+            {"valid_split": 1e-9},
+            "data: valid_split=1e-09 holds out 0 of 30 rows, which leaves none to ",
+        ),
+        (
+            {"valid_split": 1 - 1e-9},
+            "holds out 30 of 30 rows, which leaves none to train on; ",
+        ),
+        ({"examples": -1}, "examples is -1"),
+        ({"format": "chatml"}, "format='chatml' is not available; possible: 'messages', "),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        preview(ROWS, TOKENIZER, **options)
+
+
+def test_plain_text_has_no_rows_to_show(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"a\.txt is a plain text, which has no rows to show"):
+        preview(tmp_path / "a.txt", TOKENIZER)
+
+
+def test_the_command_shows_marks_or_colours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_small_llama(tmp_path / "model.gguf")
+    rows = [{"question": "1+1=", "answer": "2"}, {"question": "x" * 90, "answer": "2"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["data", str(file), "--model", str(model), "--columns", "prompt=question,completion=answer"]
+    assert cli.main([*line, "--examples", "1", "--valid", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{file} (completion): 2 examples, " in printed
+    assert "1 example longer than 64 tokens: cut" in printed  # the context of the model
+    assert "1+1=[[2<|end|>]]" in printed
+    assert "xxx" not in printed
+    assert "2 examples to evaluate on, of 2, also to train on" in printed
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert cli.main(line) == 0
+    assert "1+1=\x1b[1;32m2<|end|>\x1b[0m" in capsys.readouterr().out
+    assert cli.main([*line, "--valid-split", "2"]) == 2
+    assert "valid_split is 2.0, expected between 0 and 1" in capsys.readouterr().err

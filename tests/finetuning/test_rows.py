@@ -1,0 +1,326 @@
+"""Rows of all kinds of files and of Python's objects, hostile files among them."""
+
+import datetime
+import gzip
+import json
+import os
+import random
+import time
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nplora.finetuning.data import find_splits
+from nplora.finetuning.data.json_array import elements
+from nplora.finetuning.data.kinds import Fields, recognise
+from nplora.finetuning.data.rows import read_rows
+from nplora.finetuning.data.sources import splits_of
+from nplora.formats.errors import DataError, FormatError, LimitError
+
+ROWS = [
+    {"prompt": "a", "completion": 'b "quoted" \\ [{,'},
+    {"prompt": "é\n", "completion": "]}"},
+    {"prompt": "", "completion": "c\u2028d"},
+]
+
+
+def values(path: Path) -> list[dict[str, Any]]:
+    rows = list(read_rows(path))
+    assert all(row.error is None for row in rows)
+    return [row.values for row in rows]
+
+
+def objects(data: Any) -> list[dict[str, Any]]:
+    [source] = splits_of("test", data).train
+    assert [row.values for row in source.read()] == [row.values for row in source.read()]
+    return [row.values for row in source.read()]
+
+
+# ---- arrays of JSON ----
+
+
+def any_json(rng: random.Random, depth: int) -> Any:
+    kind = rng.randrange(7 if depth else 5)
+    if kind < 3:
+        pool = ['"', "\\", "[", "]", "{", "}", ",", ":", " ", "\n", "é", "😀", "a", "\\u005c", "\\\\"]
+        return "".join(rng.choices(pool, k=rng.randrange(8)))
+    if kind == 3:
+        return rng.choice([True, None, -1.5e3, 0, 12])
+    if kind == 5:
+        return [any_json(rng, depth - 1) for _ in range(rng.randrange(4))]
+    return {str(any_json(rng, 0)): any_json(rng, max(depth - 1, 0)) for _ in range(rng.randrange(3))}
+
+
+def test_the_elements_of_an_array_are_those_of_json_wherever_the_parts_end() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        rows = [any_json(rng, 3) for _ in range(rng.randrange(5))]
+        spaces = rng.choice([{}, {"indent": 1}, {"separators": (",", ":")}, {"ensure_ascii": False}])
+        text = json.dumps(rows, **spaces)
+        if rng.random() < 0.5:
+            other = json.dumps({"a": any_json(rng, 2), "b": "data"}, **spaces).rstrip()[:-1].rstrip()
+            text = f'{other}, "data": {text}, "more": [1]}}'
+        raw = rng.choice([b"", b"\xef\xbb\xbf"]) + text.encode() + b"\n"
+        size = rng.randrange(1, 9)
+        parts = (raw[begin : begin + size] for begin in range(0, len(raw), size))
+        assert [json.loads(element) for element in elements(parts, "data", 10**6)] == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "begins with ''"),
+        ("{}", "begins with '{}'"),
+        ('{"data": {"a": 1}}', 'expected an array, or an object with "data": an array'),
+        ('{"data": 1, "more": [1]}', "expected an array"),
+        ('"data": []', "expected an array"),
+        ("[1, 2", "the array does not end"),
+        ('["a]', "the array does not end"),
+        ('["a\\"]', "the array does not end"),
+        ("[1] [2]", r"'\[2\]' follows the array"),
+        ("[1]]", r"'\]' follows the array"),
+        ('{"a": ' + "[" * 100_000, "expected an array"),
+        ('{"a":' + " " * 900_000, "expected an array"),
+    ],
+)
+def test_text_that_is_no_array_is_refused(text: str, message: str) -> None:
+    raw, begin = text.encode(), time.process_time()
+    for size in (3, 1 << 20):
+        parts = (raw[at : at + size] for at in range(0, len(raw), size))
+        with pytest.raises(DataError, match=message):
+            list(elements(parts, "data.json", 100))
+    assert time.process_time() - begin < 5
+
+
+def test_a_long_element_is_refused_before_it_is_read() -> None:
+    parts = (b"[" + b"1" * 100 if number == 0 else b"1" * 100 for number in range(10**9))
+    with pytest.raises(LimitError, match=r"data, row 1: more than 1,000 bytes, the limit for a row"):
+        list(elements(parts, "data", 1000))
+
+
+def test_a_bad_element_is_an_error_of_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('[{"text": "a"}, {"text": }, 3, {"text": "b"},, {"text": "\\ud800"}]')
+    rows = list(read_rows(path))
+    assert [row.error is None for row in rows] == [True, False, False, True, False, False]
+    assert [row.where.rpartition(", ")[2] for row in rows] == [f"row {n}" for n in range(1, 7)]
+    assert "row 3: the row is 3, expected an object" in str(rows[2].error)
+
+
+# ---- files ----
+
+
+def arrow() -> tuple[Any, Any]:
+    return pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+
+def written(path: Path, suffix: str) -> Path:
+    """The rows as a file with this suffix."""
+    file = path / f"train{suffix}"
+    if suffix.endswith(".gz"):
+        plain = written(path, suffix.removesuffix(".gz"))
+        file.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    elif suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif suffix == ".json":
+        file.write_text(json.dumps({"version": 1, "info": {"a": [1]}, "data": ROWS, "more": []}, indent=1))
+    elif suffix in (".csv", ".tsv"):
+        pandas = pytest.importorskip("pandas")
+        separator = "," if suffix == ".csv" else "\t"
+        pandas.DataFrame(ROWS).to_csv(file, index=False, sep=separator)
+    else:
+        pyarrow, parquet = arrow()
+        table = pyarrow.Table.from_pylist(ROWS)
+        if suffix == ".parquet":
+            parquet.write_table(table, file, row_group_size=2)
+        else:
+            with pyarrow.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table, max_chunksize=2)
+    return file
+
+
+SUFFIXES = [
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+    ".jsonl.gz",
+    ".json.gz",
+    ".csv.gz",
+    ".tsv.gz",
+]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_kind_of_file_has_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    file = written(tmp_path, suffix)
+    found = values(file)
+    assert found == ROWS
+    assert find_splits(tmp_path) == (file, None)
+    link = tmp_path / f"link{suffix}"
+    link.symlink_to(file)
+    assert values(link) == ROWS
+    upper = file.rename(tmp_path / f"train{suffix.upper()}")
+    assert values(upper) == ROWS
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".jsonl.gz", ".json.gz"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "noise", "other"])
+def test_a_damaged_file_is_refused(tmp_path: Path, suffix: str, damage: str) -> None:
+    file = written(tmp_path, suffix)
+    whole = file.read_bytes()
+    noise = np.random.default_rng(0).bytes(len(whole))
+    file.write_bytes(
+        {"empty": b"", "cut": whole[: len(whole) // 2], "noise": noise, "other": b"[]" * 50}[damage]
+    )
+    with pytest.raises(FormatError, match=r"train\.\w+"):
+        list(read_rows(file))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"a{suffix}")
+    with pytest.raises(FormatError, match="a FIFO, expected a regular file"):
+        list(read_rows(tmp_path / f"a{suffix}"))
+    with pytest.raises(FileNotFoundError):
+        list(read_rows(tmp_path / f"missing{suffix}"))
+
+
+@pytest.mark.slow
+def test_a_small_compressed_file_does_not_fill_the_memory(tmp_path: Path) -> None:
+    """A line of 256 MB in a file of 300 KB, and many streams in one file."""
+    zeros = gzip.compress(b"\0" * (16 << 20))
+    file = tmp_path / "data.jsonl.gz"
+    with gzip.open(file, "wb", 9) as out:
+        for _ in range(16):
+            out.write(b"\0" * (16 << 20))
+    assert file.stat().st_size < 1 << 19
+    for content in (file.read_bytes(), zeros * 16):
+        file.write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(LimitError, match=r"line 1: more than 16,777,216 bytes"):
+            list(read_rows(file))
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 19, 1 << 20, (1 << 20) + 1, 1 << 21, 3_000_001])
+def test_compressed_text_is_whole_at_any_size(tmp_path: Path, size: int) -> None:
+    """The content of a stream may fill a part exactly, or wait in it when all its bytes are read."""
+    text = b'{"text": "' + b"a" * size + b'"}\n'
+    file = tmp_path / "data.jsonl.gz"
+    for content in (gzip.compress(text), gzip.compress(text[:7]) + gzip.compress(text[7:]) + b"\0" * 512):
+        file.write_bytes(content)
+        assert values(file) == [{"text": "a" * size}]
+
+
+def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data.parquet").touch()
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "nplora\[data\]"'):
+        list(read_rows(tmp_path / "data.parquet"))
+
+
+def test_fields_of_a_table_that_are_no_text_are_named_by_row(tmp_path: Path) -> None:
+    pyarrow, parquet = arrow()
+    odd = [datetime.date(2024, 1, 2), b"bytes", 1.5, None, [1]]
+    for value in odd:
+        table = pyarrow.table({"prompt": [value], "completion": ["b"]})
+        parquet.write_table(table, tmp_path / "data.parquet")
+        [row] = read_rows(tmp_path / "data.parquet")
+        with pytest.raises(DataError, match=r"data\.parquet, row 1: (prompt is|a message is)"):
+            recognise(row.values, row.where).parse(Fields(row.values, row.where))
+
+
+CHAT = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
+]
+
+
+def test_fields_that_a_table_adds_to_messages_are_not_there(tmp_path: Path) -> None:
+    """In an Arrow table all messages have all fields. A template may ask whether 'tool_calls' is there."""
+    pyarrow, parquet = arrow()
+    table = pyarrow.Table.from_pylist([{"messages": CHAT}, {"messages": CHAT[:1]}])
+    assert table.to_pylist()[1]["messages"][0]["tool_calls"] is None
+    parquet.write_table(table, tmp_path / "data.parquet")
+    expected = [{"messages": CHAT}, {"messages": CHAT[:1]}]
+    assert values(tmp_path / "data.parquet") == objects(table) == expected
+
+
+# ---- objects of Python ----
+
+
+def test_iterables_of_dictionaries_are_rows() -> None:
+    def generated() -> Iterator[dict[str, str]]:
+        yield from ROWS
+
+    for data in (ROWS, tuple(ROWS), generated(), iter(ROWS), {"train": ROWS, "valid": ROWS[:1]}):
+        assert objects(data) == ROWS
+    assert splits_of("test", {"train": ROWS, "validation": ROWS[:1]}).valid is not None
+
+
+def test_arrays_and_scalars_of_numpy_are_lists_and_numbers() -> None:
+    messages = np.array([{"role": "user", "content": np.str_("a"), "weight": np.int64(1)}], object)
+    assert objects([{"messages": messages, "label": np.bool_(True)}]) == [
+        {"messages": [{"role": "user", "content": "a", "weight": 1}], "label": True}
+    ]
+    [row] = objects([{"label": np.bool_(True), "n": np.float32(0.5)}])
+    assert row["label"] is True
+    assert type(row["n"]) is float
+
+
+def test_frames_of_pandas_are_rows(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"prompt": ["a", None, float("nan"), pandas.NA], "n": [1, 2, 3, 4]})
+    assert objects(frame) == [{"prompt": "a", "n": 1}, {"n": 2}, {"n": 3}, {"n": 4}]
+    pytest.importorskip("pyarrow")
+    pandas.DataFrame({"messages": [CHAT, CHAT[:1]]}).to_parquet(tmp_path / "data.parquet")
+    again = pandas.read_parquet(tmp_path / "data.parquet")  # its lists are arrays
+    assert objects(again) == [{"messages": CHAT}, {"messages": CHAT[:1]}]
+
+
+def test_frames_of_polars_are_rows() -> None:
+    polars = pytest.importorskip("polars")
+    frame = polars.DataFrame({"messages": [CHAT, CHAT[:1]], "label": [True, None]})
+    assert objects(frame) == [{"messages": CHAT, "label": True}, {"messages": CHAT[:1]}]
+
+
+@pytest.mark.slow
+def test_datasets_of_hugging_face_are_rows() -> None:
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_list([{"messages": CHAT}, {"messages": CHAT[:1]}])
+    expected = [{"messages": CHAT}, {"messages": CHAT[:1]}]
+    assert objects(dataset) == expected
+    assert objects(dataset.to_iterable_dataset()) == expected
+    splits = splits_of("test", datasets.DatasetDict({"train": dataset, "test": dataset.select([0])}))
+    assert splits.valid is not None
+    assert [row.values for row in splits.valid[0].read()] == expected[:1]
+    assert objects(datasets.Dataset.from_dict({"label": [1, 2]}).with_format("numpy")) == [
+        {"label": 1},
+        {"label": 2},
+    ]
+
+
+@pytest.mark.parametrize("data", [[], (), {"train": []}, iter([])])
+def test_no_rows_are_refused(data: Any) -> None:
+    with pytest.raises(DataError, match="test: data is empty, expected rows"):
+        splits_of("test", data)
+
+
+def test_a_row_that_is_no_dictionary_is_an_error_of_its_row() -> None:
+    [source] = splits_of("test", [{"text": "a"}, ["text"]]).train
+    assert str(list(source.read())[1].error) == "data, row 2: the row is ['text'], expected a dictionary"
+
+
+@pytest.mark.parametrize("data", [3, b"train.jsonl", object(), 1.5])
+def test_what_is_no_data_is_refused(data: Any) -> None:
+    with pytest.raises(TypeError, match="expected a path, paths, or rows"):
+        splits_of("test", data)

@@ -57,7 +57,8 @@ class Speed:
         longer = one.tokens * max(0, one.longest - _MANY) / 2 * lm.config.num_attention_heads
         scores = longer * lm.config.head_dim * (forwards * _ATTENTION[0] + trained * _ATTENTION[1])
         low = 6.0 * adapters.rank * sum(map(sum, adapters.shapes.values())) * one.tokens * _LOW_RANK
-        return products + (scores + low) / self.operations + self.head.of(one.targets)
+        whole = 2.0 * max(adapters.rows.values(), default=0) * one.targets  # the gradient of a trained head
+        return products + (scores + low + whole) / self.operations + self.head.of(one.targets)
 
 
 def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:

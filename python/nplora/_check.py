@@ -56,6 +56,7 @@ _OTHER_NAMES = {
     "init": "init_lora_weights",
     "trainable_tokens": "trainable_token_indices trainable_token_ids new_special_tokens",
     "modules_to_save": "train_modules additional_target lora_modules_to_save full_modules",
+    "invocation": "alora_invocation_tokens alora_invocation_string invocation_string invocation_tokens",
     "lr": "learning_rate peak_lr",
     "schedule": "lr_scheduler_type lr_scheduler lr_schedule scheduler",
     "warmup": "warmup_ratio warmup_steps num_warmup_steps",

@@ -364,3 +364,70 @@ def test_ten_steps_with_trained_tokens_have_the_losses_of_torch(tmp_path: Path) 
         loss.backward()
         theirs_optimizer.step()
         assert ours.train_step(ids, ids, optimizer) == pytest.approx(loss.item(), abs=1e-3)
+
+
+# ---- activated LoRA ----
+
+INVOCATION = [11, 4]
+
+
+def ids_with_invocations() -> Array:
+    """Once, twice, at the very end, at the start, and never."""
+    ids = np.where(some_ids(5) == 11, 12, some_ids(5))
+    for row, place in ((0, 7), (1, 3), (1, 12), (2, 19), (3, 0)):
+        ids[row, place : place + 2] = INVOCATION
+    return ids
+
+
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "granite"])
+def test_activated_lora_is_that_of_peft_in_float64(
+    family: str, checkpoint_blocks: bool, tmp_path: Path, figure: Figure
+) -> None:
+    theirs, ours = loaded(family, "gguf", tmp_path)
+    linears = sorted({n.rpartition(".")[2] for n, _ in theirs.named_modules() if n.endswith("_proj")})
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": linears, "alora_invocation_tokens": INVOCATION}
+    model = peft.get_peft_model(theirs, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "theirs")
+    ours.add_lora(rank=4, alpha=6, targets=linears, invocation=INVOCATION)
+    nplora.load_adapter(ours, tmp_path / "theirs")
+    ours.model.recompute = checkpoint_blocks
+    model.double()
+    ids = ids_with_invocations()
+    expected = logits_of(model, ids)
+    np.testing.assert_allclose(ours.logits(ids), expected, rtol=0, atol=TOLERANCE)
+    with ours.disable_adapter():
+        base = ours.logits(ids)
+    np.testing.assert_allclose(ours.logits(ids)[0, :7], base[0, :7], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ours.logits(ids)[4], base[4], rtol=0, atol=1e-4)
+    assert np.abs(ours.logits(ids)[0, 7:] - base[0, 7:]).max() > 0.1
+
+    labels = some_labels(ids)
+    loss = model(torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss
+    loss.backward()
+    batch = pack(zip(ids, labels, strict=True))
+    total = ours.forward_backward(batch, 1 / batch.num_targets)
+    assert total / batch.num_targets == pytest.approx(loss.item(), abs=1e-5)
+    error = assert_gradients_agree(ours, gradients_of(model, ours), 5e-5)
+    figure("error of a gradient of activated LoRA, relative to float64", error)
+    assert ours.loss_packed(batch) == pytest.approx(loss.item(), abs=1e-5)
+
+    cache = ours.new_cache(len(ids), ids.shape[1])
+    for row in range(len(ids)):
+        cache.activate(row, ids[row])
+    for first, stop in ((0, 8), (8, 9), (9, 21)):
+        logits = ours.decode(ids[:, first:stop], range(len(ids)), cache)
+        np.testing.assert_allclose(logits, expected[:, stop - 1], rtol=0, atol=TOLERANCE)
+
+    nplora.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(torch_models.make(family), tmp_path / "ours")
+    assert again.peft_config["default"].alora_invocation_tokens == INVOCATION
+    np.testing.assert_allclose(logits_of(again, ids), expected, rtol=0, atol=TOLERANCE)
+    nplora.adapter_to_gguf(tmp_path / "ours", tmp_path / "a.gguf", tmp_path / "model.gguf")
+    twin = nplora.load_model(tmp_path / "model.gguf")
+    nplora.finetuning.attach_adapter(twin, tmp_path / "a.gguf")
+    np.testing.assert_allclose(twin.logits(ids), expected, rtol=0, atol=TOLERANCE)

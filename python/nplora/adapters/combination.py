@@ -87,6 +87,7 @@ def combine(
     if not weighted:
         raise ValueError("combine: got no adapters, expected at least one")
     for adapter, _ in weighted:
+        adapter.require_always_active("combine")
         if adapter.use_dora:
             raise UnsupportedError(
                 f"combine: {adapter.source} uses DoRA, which rescales the rows of W + ΔW, so its update "

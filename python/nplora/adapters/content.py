@@ -25,6 +25,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
         base_digest: the digest of the base model's norms (`models.model_digest.of`), or None.
         modules_to_save: the arrays of fully trained layers: layer -> parameter -> array.
         token_rows: the trained rows of embeddings and heads: layer -> `TokenRows`.
+        invocation_tokens: the tokens from which on an activated LoRA (aLoRA) acts, or None.
         is_tied: whether the embedding and the head in `modules_to_save` are one weight.
         dropout: the LoRA dropout probability of most layers.
         unknown: the keys of adapter_config.json that nplora does not know.
@@ -45,6 +46,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
     unknown: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
     uses_expression: bool = False
+    invocation_tokens: tuple[int, ...] | None = None
     chat_template: bool | None = None
 
     def __post_init__(self) -> None:
@@ -75,6 +77,14 @@ class AdapterContent(Mapping[str, LoraDelta]):
         """
         whole = [name for name in self.modules_to_save if not (self.is_tied and name == HEAD)]
         return {name: rows.ids for name, rows in self.token_rows.items()} | dict.fromkeys(whole)
+
+    def require_always_active(self, op: str) -> None:
+        """Raise UnsupportedError for an activated LoRA, whose update cannot be added to a weight."""
+        if self.invocation_tokens is not None:
+            raise UnsupportedError(
+                f"{op}: {self.source} is an activated LoRA (aLoRA), which acts only from its invocation "
+                "tokens on, so its update cannot be added to the weights"
+            )
 
     def require_low_rank(self, hint: str) -> None:
         """Raise UnsupportedError if the adapter holds fully trained layers or trained tokens."""

@@ -243,7 +243,9 @@ def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: b
             lora_a.T if delta.embedding else lora_a, lora_b
         )
     digest = model.digest or (None if any_base else adapter.base_digest)
-    gguf_adapter.save(path, GgufAdapter(model.family.architecture, alpha, pairs, base_digest=digest))
+    architecture, tokens = model.family.architecture, adapter.invocation_tokens
+    stored = GgufAdapter(architecture, alpha, pairs, base_digest=digest, invocation_tokens=tokens)
+    gguf_adapter.save(path, stored)
     return AdapterConversion(files.name(path), model.family.architecture, tuple(adapter), alpha, folded)
 
 
@@ -350,6 +352,7 @@ def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[A
             alpha = stored.alpha or pair.rank
             deltas[name] = LoraDelta.of_alpha(a, b, alpha, False, None, embedding)
     adapter = AdapterContent(source, deltas, task_type="CAUSAL_LM", base_digest=stored.base_digest)
+    adapter.invocation_tokens = stored.invocation_tokens
     target.require(adapter, problems, any_base)
     if model is not None:
         adapter.base_digest = model.digest or (None if any_base else stored.base_digest)

@@ -18,7 +18,7 @@ from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import Place, Target
 from nplora.adapters.trained_rows import TokenRows, trained_layers
 from nplora.formats import files, peft_adapter
-from nplora.formats.errors import FormatError, brief, counted, nearest_names
+from nplora.formats.errors import FormatError, UnsupportedError, brief, counted, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.peft_config import short_number
 from nplora.lora.delta import LoraDelta
@@ -88,6 +88,7 @@ def from_model(model: Module, op: str) -> AdapterContent:
         base_digest=model.base_digest(),
         modules_to_save=whole,
         token_rows=_token_rows(model),
+        invocation_tokens=next(layer.invocation_tokens for layer in layers.values()),
         is_tied=any(layer.is_tied and layer.is_whole for layer in _trained_rows(model).values()),
         dropout=Counter(layer.dropout for layer in layers.values()).most_common(1)[0][0],
         neighbours=tuple(name for name, _ in model.named_modules() if name not in layers),
@@ -194,6 +195,7 @@ def load_adapter(
     target = _target(model, live=True, required=[*layers, *whole, *tokens], whole=whole)
     adapter = peft_files.read(directory, target, edited_config, any_base)
     _require_same_tokens(adapter, tokens)
+    require_plain_invocation(adapter, model)
     changes = _changes(layers, adapter)
     commits = [layer.prepare_adopt(adapter[name]) for name, layer in layers.items()]
     for name, parameters in adapter.modules_to_save.items():
@@ -203,6 +205,8 @@ def load_adapter(
     _warn_of_unknown(adapter)
     for commit in commits:
         commit()
+    for lora in layers.values():
+        lora.invocation_tokens = adapter.invocation_tokens
     base = adapter.base_model_name_or_path
     return AdapterReport(adapter.source, (*layers, *whole, *tokens), changes, adapter.unknown, base)
 
@@ -288,12 +292,14 @@ def new_layers(adapter: AdapterContent, model: Module, any_base: bool = False) -
     modules: dict[str, Any] = dict(model.named_modules())
     sizes = [4 * factor.size for delta in adapter.values() for factor in (delta.A, delta.B)]
     made = dict[str, AdapterLayer]()
+    require_plain_invocation(adapter, model)
     with buffers.side_by_side(*sizes):
         for name, delta in adapter.items():
             layer = made[name] = _new_layer(modules[name], delta)
             layer.row_order = model.stored_row_order(name)
             layer.restart_dropout(layer_stream(0, name))
             layer.prepare_adopt(delta)()
+            layer.invocation_tokens = adapter.invocation_tokens
     rows = _new_trained_rows(adapter, model)
     if both := ", ".join(made.keys() & rows.keys()):
         raise FormatError(
@@ -312,6 +318,19 @@ def _new_layer(layer: Any, delta: LoraDelta) -> LoRALayer:
     assert isinstance(layer, Linear | LoRALinear | TrainedHead)
     settings["use_dora"] = delta.use_dora
     return LoRALinear(layer.weight, delta.rank, delta.stated_alpha, layer.bias, **settings)
+
+
+def require_plain_invocation(adapter: AdapterContent, model: Module) -> None:
+    """Raise UnsupportedError if an activated LoRA adapts layers outside the blocks."""
+    if adapter.invocation_tokens is None:
+        return
+    inside = "model.layers."
+    others = [name for name in adapter if not name.startswith(inside)]
+    if others or adapter.use_dora or adapter.trained_rows or not model.trained_row_layers:
+        raise UnsupportedError(
+            f"{adapter.source}: an activated LoRA (aLoRA) can only adapt linear layers of a language "
+            "model's blocks, without DoRA and trained rows"
+        )
 
 
 def _new_trained_rows(adapter: AdapterContent, model: Module) -> dict[str, TrainedRowsLayer]:

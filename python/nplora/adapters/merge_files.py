@@ -97,7 +97,9 @@ def merge_adapter(
     model = model_files.open(base)
     _require_output(model, base, adapter, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
-    updates = _placed(model, sources.whole(adapter, facts, any_base=any_base), dtype, any_base)
+    content = sources.whole(adapter, facts, any_base=any_base)
+    content.require_always_active("merge")
+    updates = _placed(model, content, dtype, any_base)
     merges = {
         name: _merge(model.tensors[name], name, update, dtype)
         for name, update in updates.items()

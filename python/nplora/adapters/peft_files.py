@@ -82,6 +82,7 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
         _is_tied(opened, whole, problems),
         config.lora_dropout,
         config.unknown,
+        invocation_tokens=config.alora_invocation_tokens,
         uses_expression=isinstance(config.target_modules, str),
         chat_template=opened.chat_template,
     )
@@ -201,6 +202,7 @@ def config_of(adapter: AdapterContent) -> PeftConfig:
         modules_to_save=tuple(n for n in adapter.modules_to_save if not (adapter.is_tied and n == ROWS_HEAD)),
         trainable_token_indices=_tokens(adapter),
         ensure_weight_tying=adapter.is_tied,
+        alora_invocation_tokens=adapter.invocation_tokens,
         use_rslora=_common("use_rslora", adapter),
         use_dora=_common("use_dora", adapter),
         rank_pattern=Patterns.exact({name: value for name, value in ranks.items() if value != rank}),

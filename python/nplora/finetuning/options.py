@@ -30,7 +30,7 @@ DEFAULT_EXAMPLES = 8
 KEEP_PREFIX = ("off", "memory", "disk")
 _OF_THE_ADAPTER = (
     "rank", "alpha", "targets", "layers", "use_rslora", "use_dora", "init", "trainable_tokens",
-    "modules_to_save",
+    "modules_to_save", "invocation",
 )  # fmt: skip
 
 # Groups of options, as --help shows them.
@@ -97,6 +97,12 @@ class FinetuneOptions:
         None,
         "layers to train as a whole, in float32: embed_tokens, lm_head or both",
         metavar="NAMES",
+    )
+    invocation: str | Sequence[int] | None = _option(
+        _ADAPTER,
+        None,
+        "activated LoRA (aLoRA): text from whose last occurrence on the adapter acts",
+        metavar="TEXT",
     )
     adapter: str | os.PathLike[str] | Adapter | None = _option(  # noqa: RUF009
         _ADAPTER,

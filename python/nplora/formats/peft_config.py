@@ -43,7 +43,6 @@ _PASSED_OVER = frozenset(
 # These keys, if switched on, change what the adapter computes.
 _MUST_BE_OFF = frozenset(
     [
-        "alora_invocation_tokens",
         "arrow_config",
         "corda_config",
         "kasa_config",
@@ -116,6 +115,7 @@ class PeftConfig:
     modules_to_save: tuple[str, ...] = ()
     trainable_token_indices: Tokens | None = None
     ensure_weight_tying: bool = False
+    alora_invocation_tokens: tuple[int, ...] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     rank_pattern: Patterns = field(default_factory=Patterns)
@@ -166,6 +166,8 @@ def dumps(config: PeftConfig) -> bytes:
         fields["trainable_token_indices"] = (
             list(tokens) if isinstance(tokens, tuple) else {name: list(ids) for name, ids in tokens.items()}
         )
+    if config.alora_invocation_tokens is not None:
+        fields["alora_invocation_tokens"] = list(config.alora_invocation_tokens)
     if config.ensure_weight_tying:
         fields["ensure_weight_tying"] = True
     return json.dumps(fields, indent=2, sort_keys=True, allow_nan=False).encode("ascii")
@@ -204,6 +206,10 @@ def loads(raw: bytes, source: str) -> PeftConfig:
         modules_to_save=tuple(take("modules_to_save", None, _is_names, "a list of names") or ()),
         trainable_token_indices=_tokens(fields.get("trainable_token_indices"), source),
         ensure_weight_tying=take("ensure_weight_tying", False, _is_bool, "true or false"),
+        alora_invocation_tokens=tuple(
+            take("alora_invocation_tokens", None, _is_ids_or_null, "a list of token ids") or ()
+        )
+        or None,
         use_rslora=take("use_rslora", False, _is_bool, "true or false"),
         use_dora=take("use_dora", False, _is_bool, "true or false"),
         rank_pattern=_patterns(fields.get("rank_pattern"), _rank, f"{source}: rank_pattern"),
@@ -334,6 +340,10 @@ def _is_bool(value: object) -> bool:
 
 def _is_text_or_null(value: object) -> bool:
     return value is None or isinstance(value, str)
+
+
+def _is_ids_or_null(value: object) -> bool:
+    return value is None or _is_ids(value)
 
 
 def _is_names(value: object) -> bool:

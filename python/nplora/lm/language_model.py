@@ -21,7 +21,7 @@ from nplora.adapters import trained_rows as adapter_rows
 from nplora.formats.errors import counted
 from nplora.formats.files import Stamp, StrPath
 from nplora.formats.model_directory import CONFIG
-from nplora.lm import adapting, trained_rows
+from nplora.lm import activated, adapting, trained_rows
 from nplora.lm.generation import Message, Prompt, Sampling, generate
 from nplora.lm.named_adapters import NamedAdapters
 from nplora.lora.merging import MergeReport
@@ -179,6 +179,7 @@ class LanguageModel(Module):
         init: str = "zero",
         trainable_tokens: str | Sequence[str | int] = (),
         modules_to_save: str | Sequence[str] = (),
+        invocation: str | Sequence[int] | None = None,
     ) -> None:
         """Put a LoRA adapter on frozen layers. With init="zero" the model's outputs stay the same at first.
 
@@ -204,11 +205,19 @@ class LanguageModel(Module):
                 values of the model and replace them, as with PEFT's `trainable_token_indices`.
             modules_to_save: "embed_tokens", "lm_head" or both, to train all rows of the embedding or of the
                 head in float32. If the two share one weight, both names train this weight.
+            invocation: a text, or the ids of its tokens, for activated LoRA (aLoRA). The adapter acts only
+                from the last occurrence of these tokens on, in each sequence. It can adapt linear layers of
+                the blocks, without DoRA and dropout.
         Raises:
             ValueError: a target, block or token does not exist, or an option does not fit. The model is not
                 changed.
         """
         names = adapting.targeted(self, self.config.num_hidden_layers, targets, layers)
+        tokens = activated.invocation_tokens(self, "add_lora", invocation)
+        if tokens is not None:
+            activated.require_plain(
+                "add_lora", names, use_dora, dropout, init, trainable_tokens, modules_to_save
+            )
         wanted = trained_rows.wanted(self, "add_lora", trainable_tokens, modules_to_save, names)
         options = {
             "rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora,
@@ -223,6 +232,7 @@ class LanguageModel(Module):
         seed = _check.integer("add_lora", "seed", seed, least=0)
         for name, layer in made.items():
             layer.reset(layer_stream(seed, name))
+            layer.invocation_tokens = tokens
         rows = adapter_rows.trained_layers(self, wanted, tie_whole=True)
         self.exchange({id(modules[name]): layer for name, layer in {**made, **rows}.items()})
 
@@ -645,6 +655,7 @@ class LanguageModel(Module):
             )
         count = ids.shape[1]
         cache.require_room(rows, count)
+        cache.find_invocation(rows, ids)
         with inference():
             positions = cache_positions(rows, cache.lengths[rows], cache.limits[rows], count)
             x = self.model.run_cached(ids.reshape(-1), positions, cache)

@@ -24,7 +24,8 @@ def loss(config: ModelConfig, model: Decoder, lm_head: AnyHead, batch: PackedBat
     """The sum of the losses of packed sequences. Call this function in `with inference()`."""
     total = 0.0
     for first, end in zip(batch.starts[:-1], batch.starts[1:], strict=True):
-        cache, slot = KVCache(config, 1, max(1, int(end - first))), np.zeros(1, np.int64)
+        cache, slot = KVCache(config, 1, max(1, int(end - first)), model), np.zeros(1, np.int64)
+        cache.activate(0, batch.ids[first:end])
         for start in range(int(first), int(end), _FEW):
             rows = slice(start, min(start + _FEW, int(end)))
             count = rows.stop - rows.start

@@ -369,3 +369,13 @@ def test_trained_tokens_and_layers_trained_as_a_whole_are_listed(tmp_path: Path)
     wanted = "trained tokens\n  lm_head             2 tokens  0, 5\n  model.embed_tokens  2 tokens  0, 5"
     assert tokens[-1] == wanted
     assert whole[-1] == "trained as a whole\n  lm_head  266 x 32"
+
+
+def test_the_invocation_tokens_of_activated_lora_are_shown(tmp_path: Path) -> None:
+    model = save_small_llama(tmp_path / "m.gguf")
+    lm = nplora.load_model(model)
+    lm.add_lora(rank=2, targets="q_proj", invocation=[7, 4])
+    nplora.save_adapter(lm, tmp_path / "a")
+    nplora.adapter_to_gguf(tmp_path / "a", tmp_path / "a.gguf", model)
+    for name in ("a", "a.gguf"):
+        assert "activated LoRA: acts from the last tokens 7, 4 on" in description.describe(tmp_path / name)

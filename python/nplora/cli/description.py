@@ -285,6 +285,7 @@ def _peft(adapter: PeftAdapter) -> str:
     return _text(
         f"{adapter.directory}: PEFT's {kind} adapter for {base}",
         f"rank {config.r:,}, alpha {config.lora_alpha:g}, scale = alpha / {rule}; layers may differ",
+        _activated(config.alora_invocation_tokens),
         "" if adapter.paired else "the configuration is not the one that was saved with the tensors",
         targets=_targets(layer[0] for layer in layers),
         layers=layers,
@@ -312,6 +313,13 @@ def _trained_rows(
     }
 
 
+def _activated(tokens: tuple[int, ...] | None) -> str:
+    """A line for activated LoRA, or "" for other adapters."""
+    if tokens is None:
+        return ""
+    return f"activated LoRA: acts from the last tokens {_shortened(', '.join(map(str, tokens)))} on"
+
+
 def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
@@ -326,6 +334,7 @@ def _llama_cpp(file: GgufFile) -> str:
         f"{file.source}: llama.cpp's LoRA adapter for a model of architecture {adapter.architecture}",
         _unknown(adapter.architecture, _KNOWN_IN_GGUF, "eval, generate, merge, combine and convert"),
         f"alpha {adapter.alpha:g}, scale = {'alpha / rank' if adapter.alpha else '1'}",
+        _activated(adapter.invocation_tokens),
         targets=_targets(_target(name, adapter.architecture) for name in adapter.pairs),
         layers=layers,
         others=[(name,) for name in adapter.passed_over],

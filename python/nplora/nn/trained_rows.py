@@ -125,6 +125,12 @@ class TrainedRowsSaved(Saved):
 class TrainedRowsLayer(AdapterLayer):
     """Base class of `TrainedEmbedding` and `TrainedHead`.
 
+        >>> import nplora, numpy as np
+        >>> table = nplora.FrozenWeight(np.eye(3))
+        >>> layer = nplora.nn.TrainedEmbedding(table, nplora.nn.TrainedRows(table, [2]))
+        >>> isinstance(layer, nplora.nn.TrainedRowsLayer), layer.is_whole, layer.num_trainable
+        (True, False, 3)
+
     Args:
         weight: the frozen weight (vocab, dim), which is shared.
         rows: its trained rows. They are a parameter of this layer, unless `is_tied`.

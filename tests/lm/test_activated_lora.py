@@ -88,6 +88,21 @@ def test_decoding_in_pieces_finds_the_call_in_a_piece_or_is_told_where_it_is(mod
     assert cache.activation.tolist() == [-1]
 
 
+def test_continuations_are_scored_with_the_adapter_from_the_call_in_their_prompt_on(model: Path) -> None:
+    lm = activated(model)
+    prompts = [[11, *CALL, 12, *CALL, 13], [14, 15], [*CALL]]
+    continuations = [[[8], [9, 10, 3]], [[4, 2], [6, 7]], [[1, 2], [3]]]
+    found = lm.continuation_scores(prompts, continuations)
+    plain = nplora.load_model(model).continuation_scores(prompts, continuations)
+    for prompt, several, scores, base in zip(prompts, continuations, found, plain, strict=True):
+        for tokens, score, without in zip(several, scores, base, strict=True):
+            logits = lm.logits([*prompt, *tokens])[len(prompt) - 1 : -1].astype(np.float64)
+            logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+            np.testing.assert_allclose(score.log_probs, logs[np.arange(len(tokens)), tokens], atol=1e-5)
+            acts = np.abs(score.log_probs - without.log_probs).max() > 1e-3
+            assert acts == (prompt != [14, 15])
+
+
 @pytest.mark.parametrize("compute", ["float32", "bfloat16", "int8"])
 def test_a_text_is_generated_as_without_a_cache(compute: str, tmp_path: Path) -> None:
     model = save_small_llama(tmp_path / "m.gguf", "q8_0", without="output.weight")
@@ -208,3 +223,14 @@ def test_data_without_the_call_are_refused_or_warned_of(model: Path, tmp_path: P
         UserWarning, match=r"plan: .*train.jsonl: 1 of 25 examples do not have the invocation tokens"
     ):
         nplora.plan(model, data, invocation="=>")
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_preferences_are_learned_from_the_call_on(objective: str, model: Path, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"{n}=>", "chosen": "yes", "rejected": "no"} for n in range(8)]
+    options: dict[str, Any] = {"objective": objective, "rank": 2, "lr": 1e-2, "steps": 4, "batch_examples": 4}
+    report = nplora.finetune(model, pairs, tmp_path / "a", valid=pairs, invocation="=>", **options)
+    assert report.loss_after < report.loss_before
+    number = 16 if objective == "kto" else 8
+    with pytest.raises(ValueError, match=f"{number} of {number} examples do not have the invocation tokens"):
+        nplora.finetune(model, pairs, tmp_path / "b", invocation="@@", **options)

@@ -1,6 +1,7 @@
 """Trained tokens, embedding and head of language models: which are trained, files, runs."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,42 @@ def test_a_merged_file_has_the_trained_rows(storage: str, options: Any, without:
     np.testing.assert_allclose(
         nplora.load_model(tmp_path / "merged.gguf").logits(IDS), lm.logits(IDS), atol=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    "options", [{"trainable_tokens": [0, 5]}, {"modules_to_save": "embed_tokens,lm_head"}]
+)
+def test_rows_that_rounding_loses_are_refused_and_the_named_storage_keeps_them(
+    options: Any, tmp_path: Path
+) -> None:
+    """The change is a fiftieth of a step of the 4-bit blocks, which decode to the old values again."""
+    model = save_small_llama(tmp_path / "m.gguf", "q4_0", without="output.weight")
+    lm = nplora.load_model(model)
+    lm.add_lora(rank=2, layers="last:1", **options)
+    rows = lm.model.embed_tokens.rows.value
+    step = np.abs(rows.reshape(len(rows), -1, 32)).max(axis=2, keepdims=True).repeat(32, axis=2) / 8
+    signs = np.random.default_rng(1).choice([-0.02, 0.02], rows.shape)
+    rows += (step.reshape(rows.shape) * signs).astype(np.float32)
+    nplora.save_adapter(lm, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"rounding to q4_0 would keep .* --dtype \w+ keeps about") as error:
+        nplora.merge_adapter(model, tmp_path / "a", tmp_path / "merged.gguf")
+    assert not (tmp_path / "merged.gguf").exists()
+    found = re.search(r"--dtype (\w+) keeps about (\d+)%", str(error.value))
+    assert found is not None
+    done = nplora.merge_adapter(model, tmp_path / "a", tmp_path / "merged.gguf", found[1])
+    assert done.delta_kept == pytest.approx(float(found[2]) / 100, abs=0.02)
+
+
+def test_preferences_train_the_rows_and_are_told_from_the_model_without_them(
+    model: Path, tmp_path: Path
+) -> None:
+    pairs = [{"prompt": f"{n}=", "chosen": "yes", "rejected": "no"} for n in range(8)]
+    options: dict[str, Any] = {"objective": "dpo", "lr": 1e-2, "steps": 4, "batch_examples": 4}
+    report = nplora.finetune(model, pairs, tmp_path / "a", valid=pairs, trainable_tokens="=", **options)
+    assert report.loss_before == pytest.approx(np.log(2))  # the adapter is still the reference
+    assert report.loss_after < report.loss_before - 0.01
+    rows = Adapter.read(tmp_path / "a").token_rows[EMBEDDING]
+    assert np.abs(rows.values - nplora.load_model(model).model.embed_tokens(rows.ids)).max() > 1e-3
 
 
 def test_an_adapter_with_trained_rows_is_refused_where_only_factors_fit(untied: Path, tmp_path: Path) -> None:

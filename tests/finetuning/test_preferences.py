@@ -55,7 +55,7 @@ QUICK: dict[str, Any] = {"rank": 2, "lr": 1e-2, "batch_examples": 4, "epochs": 2
 def read(lm: LanguageModel, rows: Any, objective: str = "dpo", length: int = 64, **options: Any) -> Any:
     chosen = FinetuneOptions(objective=objective, **options)
     return objective_of(chosen).read(
-        "finetune", sources_of("finetune", rows), lm.tokenizer, chosen.reading(length), None
+        "finetune", sources_of("finetune", rows), lm.tokenizer, chosen.reading(length)
     )
 
 
@@ -271,7 +271,7 @@ def one_batch(lm: LanguageModel, objective: str, directory: Path, micro: int | N
     """The loss and the gradients of one batch of all pairs."""
     chosen = objective_of(FinetuneOptions(objective=objective))
     dataset = chosen.read(
-        "finetune", sources_of("finetune", PAIRS), lm.tokenizer, FinetuneOptions().reading(64), None
+        "finetune", sources_of("finetune", PAIRS), lm.tokenizer, FinetuneOptions().reading(64)
     )
     batches = TokenBatches(dataset, batch_examples=len(dataset), shuffle=False)
     with lm.disable_adapter(), files.Directory(directory) as held:
@@ -514,6 +514,17 @@ def test_a_run_prefers_the_chosen_answers_and_reports_it(
     assert (best.step, best.val_loss, best.val_metrics) == (history.best_step, report.loss_after, after)
     assert f" (step {best.step}, the lowest of 10 evaluations), " in summary
     assert nplora.evaluate(model, [{"text": "a"}], adapter=tmp_path / "out")["loss"] > 0
+
+
+def test_the_reported_rewards_are_those_of_the_saved_adapter(model: Path, tmp_path: Path) -> None:
+    """The validation data have chosen and rejected exchanged, so that the first evaluation is the best."""
+    exchanged = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in PAIRS[:6]]
+    options = {**QUICK, "objective": "dpo", "valid": exchanged, "eval_every": 1, "epochs": 2}
+    found = {keep: finetune(model, PAIRS, tmp_path / keep, keep=keep, **options) for keep in ("best", "last")}
+    first, *_, last = found["best"].history.evaluations
+    assert first.val_metrics["rewards/margins"] > last.val_metrics["rewards/margins"] + 0.01
+    assert (found["best"].loss_after, found["best"].metrics_after) == (first.val_loss, first.val_metrics)
+    assert (found["last"].loss_after, found["last"].metrics_after) == (last.val_loss, last.val_metrics)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -135,18 +135,24 @@ def _target(model: BaseModel | None, family: Family) -> Target:
     return Target(title, place, digest, require_kind=_require_sums)
 
 
-def _require_sums(source: str, has_dora: bool, whole: Collection[str]) -> None:
+def _require_sums(source: str, has_dora: bool, whole: Collection[str], tokens: Collection[str]) -> None:
     if has_dora:
         raise UnsupportedError(
             f"{source}: the adapter uses DoRA, which rescales the rows of W + ΔW. llama.cpp only adds ΔW, so "
             "merge the adapter into the model instead"
         )
     if whole:
-        names = ", ".join(map(brief, whole))
-        raise UnsupportedError(
-            f"{source}: the adapter holds fully trained layers ({names}); a llama.cpp adapter can only hold "
-            "low-rank factors"
-        )
+        _refuse(source, "fully trained layers", whole)
+    if tokens:
+        _refuse(source, "trained tokens", tokens)
+
+
+def _refuse(source: str, what: str, layers: Collection[str]) -> None:
+    names = ", ".join(map(brief, layers))
+    raise UnsupportedError(
+        f"{source}: the adapter holds {what} ({names}); a llama.cpp adapter can only hold low-rank factors, "
+        "so merge the adapter into the model instead (nplora merge)"
+    )
 
 
 def _require_not_read(outputs: Iterable[StrPath], adapter: StrPath | None, base: StrPath | None) -> None:
@@ -237,7 +243,9 @@ def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: b
             lora_a.T if delta.embedding else lora_a, lora_b
         )
     digest = model.digest or (None if any_base else adapter.base_digest)
-    gguf_adapter.save(path, GgufAdapter(model.family.architecture, alpha, pairs, base_digest=digest))
+    architecture, tokens = model.family.architecture, adapter.invocation_tokens
+    stored = GgufAdapter(architecture, alpha, pairs, base_digest=digest, invocation_tokens=tokens)
+    gguf_adapter.save(path, stored)
     return AdapterConversion(files.name(path), model.family.architecture, tuple(adapter), alpha, folded)
 
 
@@ -344,6 +352,7 @@ def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[A
             alpha = stored.alpha or pair.rank
             deltas[name] = LoraDelta.of_alpha(a, b, alpha, False, None, embedding)
     adapter = AdapterContent(source, deltas, task_type="CAUSAL_LM", base_digest=stored.base_digest)
+    adapter.invocation_tokens = stored.invocation_tokens
     target.require(adapter, problems, any_base)
     if model is not None:
         adapter.base_digest = model.digest or (None if any_base else stored.base_digest)

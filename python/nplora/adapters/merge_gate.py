@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nplora.adapters.merged_tensors import MergedTensors, merge_of, possible_storages
 from nplora.adapters.sources import Source
@@ -20,8 +21,11 @@ from nplora.formats import files, model_directory
 from nplora.formats.files import StrPath
 from nplora.lora.delta import LoraDelta
 from nplora.lora.model_merge import HeldOutLoss, least_kept
+from nplora.lora.new_rows import NewRows
 from nplora.models.model_files import ModelFiles
 from nplora.weights import storages
+
+Array = NDArray[Any]
 
 # Returns the loss on held-out data of a model, with an adapter on the fly or without any.
 Check: TypeAlias = Callable[[StrPath, Source | None], float]
@@ -169,14 +173,13 @@ def _candidates(merged: MergedTensors) -> Iterator[tuple[str, float]]:
                 yield storage, kept
 
 
-def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], storage: str) -> float:
+def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows], storage: str) -> float:
     """Estimate `least_kept` from evenly spaced rows of each tensor; 0 if the storage type is too narrow."""
     elements = max(_LEAST_SAMPLED, _SAMPLED_ELEMENTS // max(1, len(updates)))
     reports = []
     for name, update in updates.items():
         count = max(1, elements // max(1, update.shape[1]))
-        rows = np.arange(0, len(update.A), max(1, -(-len(update.A) // count)))
-        merge = merge_of(model.tensors[name], name, update, storage, rows)
+        merge = merge_of(model.tensors[name], name, update, storage, _sampled(update, count))
         try:
             for _ in merge.rows():
                 pass
@@ -184,6 +187,14 @@ def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], storage
             return 0.0
         reports.append(merge.report)
     return least_kept(reports)
+
+
+def _sampled(update: LoraDelta | NewRows, count: int) -> Array:
+    """The numbers of about `count` rows: evenly spaced, or some of those that are replaced."""
+    if isinstance(update, NewRows) and update.ids is not None:
+        return np.sort(update.ids)[:count]
+    d_out = update.shape[0]
+    return np.arange(0, d_out, max(1, -(-d_out // count)))
 
 
 # ---- models to load ----

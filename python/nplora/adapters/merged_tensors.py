@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from nplora.formats import gguf, safetensors
 from nplora.formats.files import NewFile, StrPath
 from nplora.lora.delta import LoraDelta
-from nplora.lora.merging import Merge, MergeReport
+from nplora.lora.merging import Merge, MergeReport, RowsMerge
+from nplora.lora.new_rows import NewRows
 from nplora.models.model_files import ModelFiles, Stream, Tensor
 from nplora.weights import storages
 
@@ -33,7 +34,7 @@ class MergedTensors:
     """
 
     model: ModelFiles
-    updates: Mapping[str, LoraDelta]
+    updates: Mapping[str, LoraDelta | NewRows]
     dtype: str
     merges: dict[str, Merge] = dataclasses.field(init=False)
 
@@ -67,13 +68,17 @@ def kind_of(tensor: Tensor) -> str:
     return tensor.type if isinstance(tensor, gguf.Tensor) else tensor.dtype
 
 
-def merge_of(tensor: Tensor, name: str, update: LoraDelta, dtype: str, sample: Array | None = None) -> Merge:
+def merge_of(
+    tensor: Tensor, name: str, update: LoraDelta | NewRows, dtype: str, sample: Array | None = None
+) -> Merge:
     """Set up the merge of a tensor, or only of the rows in `sample`."""
     storage = STORAGES[kind_of(tensor)]
     d_out, d_in = update.shape
     rows = _bytes(tensor).reshape(d_out, storages.row_nbytes(storage, d_in))
     if sample is not None:
         rows, update = rows[sample], update.rows(sample)
+    if dtype in ("same", storage) and isinstance(update, NewRows):
+        return RowsMerge(name, update.shape, lambda first, last: rows[first:last], update, storage)
     return Merge(
         name,
         update.shape,

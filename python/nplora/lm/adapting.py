@@ -15,7 +15,7 @@ from nplora.formats import gguf_rows
 from nplora.formats.errors import counted, nearest_names
 from nplora.models import families
 from nplora.models.config import ModelConfig
-from nplora.nn import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear
+from nplora.nn import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear, TrainedRowsLayer
 from nplora.nn.module import Module
 from nplora.nn.principal import PRINCIPAL_INITS
 from nplora.weights import buffers, storages
@@ -50,7 +50,9 @@ def targeted(
     """
     plain = [name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)]
     blocks = chosen_blocks(layers, layer_count, op)
-    there = [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
+    there = [
+        name for name, module in model.named_modules() if isinstance(module, LoRALayer | TrainedRowsLayer)
+    ]
     wanted = target_names(targets)
     found: set[str] = set()
     for target in wanted:

@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.adapters import Adapter, new_layers, read_for
+from nplora.adapters import trained_rows as adapter_rows
 from nplora.formats.errors import counted
 from nplora.formats.files import Stamp, StrPath
 from nplora.formats.model_directory import CONFIG
-from nplora.lm import adapting
+from nplora.lm import activated, adapting, trained_rows
 from nplora.lm.generation import Message, Prompt, Sampling, generate
 from nplora.lm.named_adapters import NamedAdapters
 from nplora.lora.merging import MergeReport
@@ -32,11 +33,10 @@ from nplora.models.continuations import token_scores as score_continuations
 from nplora.models.decoder import Decoder, DecoderSaved
 from nplora.models.packing import IGNORED, PackedBatch, pack
 from nplora.models.positions import cache_positions, packed_positions
-from nplora.nn import Linear, LoRALayer, LoRALinear, RMSNorm, optim, stack_backward, stack_forward
+from nplora.nn import LoRALayer, RMSNorm, TrainedEmbedding, TrainedHead, TrainedRowsLayer, optim
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import Gradient, Module, Saved, inference, inferring, layer_stream
 from nplora.nn.optim import Optimizer
-from nplora.nn.stack import StackSaved
 from nplora.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -49,7 +49,7 @@ class LanguageModelSaved(Saved):
     lead: tuple[int, ...]  # the shape of the ids
     x: Array
     decoder: DecoderSaved
-    head: StackSaved
+    head: Any
     unused: list[None]  # empty once a backward pass has begun
 
     def use_up(self, op: str) -> None:
@@ -105,22 +105,28 @@ class LanguageModel(Module):
     """
 
     task_type = "CAUSAL_LM"
+    trained_row_layers = adapter_rows.EMBEDDING, adapter_rows.HEAD
 
     def __init__(
         self,
         config: ModelConfig,
         model: Decoder,
-        lm_head: Linear,
+        lm_head: head.AnyHead,
         load_tokenizer: Callable[[], Tokenizer],
         mapped: Sequence[Stamp] = (),
     ) -> None:
         self.config = config
         self.model = model
-        self.lm_head: Linear | LoRALinear = lm_head
+        self.lm_head = lm_head
         self._load_tokenizer = load_tokenizer
         self._tokenizer: Tokenizer | None = None
         self._mapped = tuple(mapped)
         self._named = NamedAdapters[LanguageModel]()
+
+    @property
+    def ties_head(self) -> bool:  # type: ignore[override]
+        """Whether the head shares the embedding's weight."""
+        return self.config.tie_word_embeddings
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -193,6 +199,9 @@ class LanguageModel(Module):
         init: str = "zero",
         rank_pattern: Mapping[str, int] | str | None = None,
         alpha_pattern: Mapping[str, float] | str | None = None,
+        trainable_tokens: str | Sequence[str | int] = (),
+        modules_to_save: str | Sequence[str] = (),
+        invocation: str | Sequence[int] | None = None,
     ) -> None:
         """Put a LoRA adapter on frozen layers. With init="zero" the model's outputs stay the same at first.
 
@@ -221,8 +230,17 @@ class LanguageModel(Module):
             rank_pattern, alpha_pattern: ranks and alphas of layers that differ from `rank` and `alpha`, by
                 parts of their names: {"q_proj": 16, "layers.3.mlp": 4}, or "q_proj=16,layers.3.mlp=4". The
                 first name that matches decides. The scale of a layer is its alpha divided by its rank.
+            trainable_tokens: tokens whose rows of the embedding and of the head are trained too: a list of
+                ids and texts, or a text like "<|im_start|>,<|im_end|>" or "2,3". The rows start with the
+                values of the model and replace them, as with PEFT's `trainable_token_indices`.
+            modules_to_save: "embed_tokens", "lm_head" or both, to train all rows of the embedding or of the
+                head in float32. If the two share one weight, both names train this weight.
+            invocation: a text, or the ids of its tokens, for activated LoRA (aLoRA). The adapter acts only
+                from the last occurrence of these tokens on, in each sequence. It can adapt linear layers of
+                the blocks, without DoRA and dropout.
         Raises:
-            ValueError: a target or block does not exist, or an option does not fit. The model is not changed.
+            ValueError: a target, block or token does not exist, or an option does not fit. The model is not
+                changed.
         """
         names = adapting.targeted(self, self.config.num_hidden_layers, targets, layers)
         rank = _check.rank("add_lora", rank)
@@ -230,6 +248,12 @@ class LanguageModel(Module):
             adapting.by_layer("add_lora", option, adapting.parse_pattern("add_lora", option, given), names)
             for option, given in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern))
         )
+        tokens = activated.invocation_tokens(self, "add_lora", invocation)
+        if tokens is not None:
+            activated.require_plain(
+                "add_lora", names, use_dora, dropout, init, trainable_tokens, modules_to_save
+            )
+        wanted = trained_rows.wanted(self, "add_lora", trainable_tokens, modules_to_save, names)
         options = {"dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora, "init": init}
         modules: dict[str, Any] = dict(self.named_modules())
         with adapting.factors_side_by_side((modules[name], ranks.get(name, rank)) for name in names):
@@ -243,7 +267,9 @@ class LanguageModel(Module):
         seed = _check.integer("add_lora", "seed", seed, least=0)
         for name, layer in made.items():
             layer.reset(layer_stream(seed, name))
-        self.exchange({id(modules[name]): layer for name, layer in made.items()})
+            layer.invocation_tokens = tokens
+        rows = adapter_rows.trained_layers(self, wanted, tie_whole=True)
+        self.exchange({id(modules[name]): layer for name, layer in {**made, **rows}.items()})
 
     # ---- named adapters ----
 
@@ -590,7 +616,8 @@ class LanguageModel(Module):
     ) -> list[list[TokenScores]]:
         """The scores of the tokens of several continuations of each prompt, as in `token_scores`.
 
-        A prompt is computed once, for all its continuations.
+        A prompt is computed once, for all its continuations. An activated LoRA acts from the last invocation
+        tokens of the prompt on, as in `generate`.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -786,7 +813,7 @@ class LanguageModel(Module):
             stream, saved = self.model.infer(ids.reshape(-1), positions), None
         else:
             stream, saved = self.model.run(ids.reshape(-1), positions)
-        (logits,), kept = stack_forward((self.lm_head,), self.model.read_out(stream))
+        logits, kept = head.logits_forward(self.lm_head, self.model.read_out(stream))
         self.require_unchanged()
         shaped = logits.reshape(*ids.shape, logits.shape[1])
         if saved is None:
@@ -818,7 +845,9 @@ class LanguageModel(Module):
         for layer in self.adapter_layers().values():
             layer.require_trainable("backward")
         saved.use_up(op)
-        dnormed = stack_backward((self.lm_head,), [rows], saved.head)
+        if isinstance(self.lm_head, TrainedHead):
+            rows = rows.copy()  # the head overwrites it
+        dnormed = head.logits_backward(self.lm_head, rows, saved.head)
         self.model.run_backward(self.model.read_out_backward(dnormed, saved.x), saved.decoder)
         return None
 
@@ -882,6 +911,7 @@ class LanguageModel(Module):
             )
         count = ids.shape[1]
         cache.require_room(rows, count)
+        cache.find_invocation(rows, ids)
         with inference():
             positions = cache_positions(rows, cache.lengths[rows], cache.limits[rows], count)
             x = self.model.run_cached(ids.reshape(-1), positions, cache)
@@ -994,7 +1024,8 @@ class LanguageModel(Module):
             f"compute {self.compute!r}",
         ]
         if layers := self.adapter_layers():
-            lines.append(f"  adapter: {_ranks(layers.values())}, {self.num_trainable:,} trained values")
+            rows = _rows(layers.values())
+            lines.append(f"  adapter: {_ranks(layers.values())}{rows}, {self.num_trainable:,} trained values")
         if named := self.adapters:
             chosen = self._named.selected
             shown = (f"{name!r}{' (selected)' * (name in chosen)}" for name in named)
@@ -1054,3 +1085,16 @@ def _ranks(layers: Iterable[Module]) -> str:
     extras = [word for word, on in (("DoRA", any(a.use_dora for a in found)),) if on]
     extras += ["merged"] if any(a.merged for a in found) else []
     return f"{', '.join([*parts, *extras])} on {counted(len(found), 'layer')}"
+
+
+def _rows(layers: Iterable[Module]) -> str:
+    """Describe the trained rows of the embedding and the head: ", 2 trained tokens" or ", embedding"."""
+    found = {
+        name: layer for layer in layers if isinstance(layer, TrainedRowsLayer) for name in (type(layer),)
+    }
+    parts = []
+    if tokens := {len(layer.rows.ids) for layer in found.values() if layer.rows.ids is not None}:
+        parts.append(counted(max(tokens), "trained token"))
+    words = ((TrainedEmbedding, "the whole embedding"), (TrainedHead, "the whole head"))
+    parts += [word for kind, word in words if kind in found and found[kind].is_whole]
+    return "".join(f", {part}" for part in parts)

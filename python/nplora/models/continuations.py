@@ -16,7 +16,6 @@ from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder
 from nplora.models.positions import CachePositions
-from nplora.nn import Linear, LoRALinear
 
 Array = npt.NDArray[Any]
 Scores = tuple[Array, Array]  # the loss of each token, and whether it is the most likely token
@@ -70,7 +69,7 @@ def groups(questions: Sequence[Question]) -> list[list[Question]]:
 def token_scores(
     config: ModelConfig,
     model: Decoder,
-    lm_head: Linear | LoRALinear,
+    lm_head: head.AnyHead,
     questions: Sequence[Question],
     most_rows: int = MOST_ROWS,
 ) -> list[list[Scores]]:
@@ -80,7 +79,10 @@ def token_scores(
         most_rows: the number of tokens that are computed at a time.
     """
     starts = np.cumsum([0, *(question.slots for question in questions)])
-    cache = KVCache(config, int(starts[-1]), max(question.length for question in questions))
+    cache = KVCache(config, int(starts[-1]), max(question.length for question in questions), model)
+    for question, first in zip(questions, starts[:-1], strict=True):
+        for slot in range(first, first + question.slots):
+            cache.activate(slot, question.prompt)
     lasts = _run_prompts(model, questions, starts, cache, most_rows)
     more = _run_continuations(model, questions, starts, cache, most_rows)
     scores = list[list[Scores]]()

@@ -216,6 +216,11 @@ class Tokenizer:
                 return ids[len(head) :]
         return self.encode(text, most=most)
 
+    def id_of(self, token: str) -> int | None:
+        """The id of the token with this text, such as "<|im_end|>", or None if there is no such token."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
     def decode(self, ids: Iterable[int] | npt.NDArray[Any], skip_special_tokens: bool = False) -> str:
         """Convert tokens to text. Bytes that are not UTF-8 become U+FFFD.
 

@@ -140,7 +140,7 @@ def _require_one_base(adapters: list[AdapterContent], base: StrPath | None, base
 
 
 def _last_part(name: str | None) -> str | None:
-    """The last part of a path or Hugging Face Hub name. Copies of a model may differ in the other parts."""
+    """The last part of a path or Hugging Face Hub name, which copies of a model usually share."""
     return Path(name or "").name.casefold() or None
 
 

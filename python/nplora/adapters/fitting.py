@@ -17,7 +17,7 @@ _KINDS = ("a linear layer", "an embedding")
 
 @dataclass(frozen=True)
 class Place:
-    """The properties of the weight that a layer of an adapter must fit. A property of None fits every layer.
+    """The properties of a weight, which an adapter's layer must fit. A property of None fits all layers.
 
     Attributes:
         title: the weight's name in messages.
@@ -44,8 +44,8 @@ class Target:
             `Place`, or a text that says why the target has none.
         digest: the digest of the target's norms (`model_digest.of`), or None.
         required: the layers that the adapter must have.
-        whole: the model's arrays of fully trained layers: layer -> parameter -> array, or the `Place` of one.
-            None accepts any fully trained layer.
+        whole: the arrays of the model's fully trained layers: layer -> parameter -> array, or the `Place` of
+            one. If `whole` is None, the adapter may have any fully trained layers.
         rows: a function that takes a layer's name. It returns the shape of the weight whose rows an adapter
             may replace, or a text that says why there is none. None accepts all rows.
         require_kind: a function that raises UnsupportedError if the target cannot hold this kind of adapter.

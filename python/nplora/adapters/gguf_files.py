@@ -2,10 +2,10 @@
 
 Both formats name the factors lora_a and lora_b (see `letters`). The formats differ in three things:
 
-    names      PEFT's "model.layers.0.self_attn.q_proj" is "blk.0.attn_q.weight"
-    rows       in architecture llama, GGUF permutes the rows of q and k, and so those of their lora_b
-    scale      PEFT has alpha / r or, with rsLoRA, alpha / sqrt(r), and alpha and r may differ by layer;
-               llama.cpp has alpha / r with one alpha for all layers, and reads alpha = 0 as a scale of 1
+- Names: PEFT's "model.layers.0.self_attn.q_proj" is "blk.0.attn_q.weight" in llama.cpp.
+- Rows: for the architecture llama, GGUF permutes the rows of q and k, and therefore the rows of their lora_b.
+- Scale: PEFT has alpha / r or, with rsLoRA, alpha / sqrt(r), and alpha and r may differ by layer. llama.cpp
+  has alpha / r with one alpha for all layers, and reads alpha = 0 as a scale of 1.
 
 If a layer needs another alpha than the file has, its scale is folded into lora_b: lora_b is multiplied by the
 ratio of the two alphas.
@@ -116,7 +116,7 @@ def convert_adapter(
 
 
 def _target(model: BaseModel | None, family: Family) -> Target:
-    """The `Target` for a base model or, if no model is given, for every model of the family."""
+    """The `Target` that describes a base model. Without a model, the target fits the whole family."""
     title, digest = ("its architecture", None) if model is None else (model.source, model.digest)
     shapes = None if model is None else model.shapes
 
@@ -250,7 +250,7 @@ def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: b
 
 
 def _common_alpha(wanted: Iterable[float]) -> float:
-    """The alpha that most layers need, but never 0, because llama.cpp reads 0 as a scale of 1."""
+    """The alpha that most layers need. It is never 0, because llama.cpp reads 0 as a scale of 1."""
     usable = [alpha for alpha in wanted if _LEAST_ALPHA <= abs(_rounded(alpha)) < math.inf]
     return Counter(usable).most_common(1)[0][0] if usable else 1.0
 

@@ -55,11 +55,11 @@ def merge_adapter(
         any_base: see `nplora.adapters`.
         overwrite: replace existing files.
         lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW.
-        check: a function that returns the loss on held-out data of a model, by its path, with an adapter (or
-            None for the model alone). The new model is loaded and measured before it appears under its name.
-            `nplora.merge_adapter` takes the data instead.
-        tolerance: the largest accepted rise of that loss, in nats per token. 0.02 raises the perplexity by 2
-            %.
+        check: a function that takes a model's path and an adapter (or None), and returns the model's loss on
+            held-out data with this adapter. The new model is loaded and measured before it appears under its
+            name. `nplora.merge_adapter` takes the held-out data instead of a function.
+        tolerance: the largest accepted rise of the held-out loss, in nats per token. A rise of 0.02 raises
+            the perplexity by 2 %.
     Returns:
         a summary of the written model, which reports how much of each weight's ΔW is left after rounding.
     Raises:
@@ -69,8 +69,8 @@ def merge_adapter(
         UnsafeError: a file beside the base's weights is a symbolic link that leads out of the directory.
         CorruptError: another program wrote to the base during the merge.
         ValueError: `output` or `dtype` does not fit the kind of the base; `output` is the base or the
-            adapter, or holds an index of other weights; a sum is too large for the storage type; or rounding
-            to the storage type would keep less than 90 % of ΔW and `lossy` is not set; or the held-out loss
+            adapter, or is beside an index of other weights; a sum is too large for the storage type; rounding
+            to the storage type would keep less than 90 % of ΔW, and `lossy` is not set; or the held-out loss
             would rise by more than `tolerance`. In the last two cases the message names the smallest type, if
             any, that keeps enough. No output file is written, and an existing file stays.
         FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
@@ -108,14 +108,14 @@ def merge_adapter(
 
 
 class _RefusedError(Exception):
-    """A merge loses too much."""
+    """Raised if a merge loses too much."""
 
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
 
 
 def _replace(new: list[files.NewFile], merged: MergedTensors, gate: MergeGate) -> Verdict:
-    """Write the files, and rename them if they pass the gate. Else no file is left."""
+    """Write the files, and rename them if they pass the gate. Otherwise remove them."""
     verdicts = list[Verdict]()
 
     def check(written: list[Path]) -> None:

@@ -26,7 +26,7 @@ STORAGES = {kind: name for name, kind in storages.GGML_NAMES.items()} | {s: s fo
 
 @dataclass
 class MergedTensors:
-    """The merges of all updates of a model in one storage type. Each merge can be written once.
+    """Merges updates into a model's tensors, in one storage type. Each merge can be written once.
 
     Attributes:
         updates: the update of each tensor, with rows in the order of the file.
@@ -51,7 +51,7 @@ class MergedTensors:
         return self.model.new_files(output, {**self.model.tensors, **streams})
 
     def reports(self) -> tuple[MergeReport, ...]:
-        """The reports, in the order of the updates, after the files are written."""
+        """The reports, in the order of the updates. Call this method after the files are written."""
         return tuple(
             self.merges[name].report if name in self.merges else _unchanged(name, self.model.tensors[name])
             for name in self.updates
@@ -64,7 +64,7 @@ def possible_storages(model: ModelFiles) -> tuple[str, ...]:
 
 
 def kind_of(tensor: Tensor) -> str:
-    """The file's name of a tensor's storage type."""
+    """The name of a tensor's storage type in the file."""
     return tensor.type if isinstance(tensor, gguf.Tensor) else tensor.dtype
 
 

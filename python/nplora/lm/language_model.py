@@ -335,7 +335,7 @@ class LanguageModel(Module):
         Args:
             names: a name; a list of names, whose adapters are added up; or None for no named adapter.
         Raises:
-            KeyError: no adapter has one of the names; the message lists the nearest names, or all names.
+            KeyError: one of the names is unknown; the message lists the nearest names, or all names.
             TypeError: `names` is not a name, a list of names or None.
             UnsupportedError: there are several names, and one of the adapters uses DoRA.
         """
@@ -513,7 +513,7 @@ class LanguageModel(Module):
             (3,)
 
         Raises:
-            ValueError, CorruptError: as `logits`.
+            ValueError, CorruptError: as in `logits`.
         """
         self._check_batch("log_probs", batch)
         if (lm := self._selected("log_probs")) is not self:
@@ -525,7 +525,7 @@ class LanguageModel(Module):
         return -losses
 
     def hidden_states(self, batch: PackedBatch) -> Array:
-        """The residual stream after the last block, (n, hidden_size). `logits_of` makes logits of its rows.
+        """The residual stream after the last block, (n, hidden_size). `logits_of` turns rows into logits.
 
             >>> import nplora
             >>> from nplora.models.packing import pack
@@ -535,7 +535,7 @@ class LanguageModel(Module):
             True
 
         Raises:
-            ValueError, CorruptError: as `logits`.
+            ValueError, CorruptError: as in `logits`.
         """
         self._check_batch("hidden_states", batch)
         if (lm := self._selected("hidden_states")) is not self:
@@ -546,7 +546,7 @@ class LanguageModel(Module):
         return x
 
     def logits_of(self, hidden_states: Array) -> Array:
-        """The logits (m, vocab) of some rows (m, hidden_size) of what `hidden_states` returned.
+        """Compute logits (m, vocab) from rows (m, hidden_size) of the array that `hidden_states` returned.
 
         >>> import nplora, numpy as np
         >>> from nplora.models.packing import pack
@@ -561,10 +561,12 @@ class LanguageModel(Module):
             return head.logits_of(self.model, self.lm_head, hidden_states)
 
     def loss_with(self, batch: PackedBatch, loss: head.LogitLoss) -> float:
-        """The sum of a loss over the rows of logits that have a target. `forward_backward_with` describes it.
+        """The sum of a loss over the rows of logits that have a target.
+
+        The argument `loss` is described in `forward_backward_with`.
 
         Raises:
-            ValueError, CorruptError: as `logits`.
+            ValueError, CorruptError: as in `logits`.
 
         >>> import nplora, numpy as np
         >>> from nplora.models.packing import pack
@@ -614,7 +616,7 @@ class LanguageModel(Module):
     def continuation_scores(
         self, prompts: Sequence[npt.ArrayLike], continuations: Sequence[Sequence[npt.ArrayLike]]
     ) -> list[list[TokenScores]]:
-        """The scores of the tokens of several continuations of each prompt, as in `token_scores`.
+        """Score the tokens of several continuations of each prompt, as `token_scores` does.
 
         A prompt is computed once, for all its continuations. An activated LoRA acts from the last invocation
         tokens of the prompt on, as in `generate`.
@@ -768,7 +770,7 @@ class LanguageModel(Module):
         Args:
             loss: called as loss(logits, rows, factor, gradient) with the logits of some rows that have a
                 target, and the positions of these rows in the batch. It returns the loss of each row, and
-                overwrites the logits by `factor` times its gradient.
+                overwrites the logits with `factor` times the gradient.
         Raises the errors that `forward_backward` raises.
         """
         self._require_ready("forward_backward_with", batch)
@@ -854,13 +856,13 @@ class LanguageModel(Module):
     # ---- decoding ----
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """Create a cache for `slots` sequences of at most `capacity` tokens, for the adapter selected now.
+        """Create a cache for `slots` sequences of at most `capacity` tokens, for the selected adapter.
 
         A model with LongRoPE (Phi-3 with a long context) uses other rotation factors for sequences that are
-        longer than its original context. The cache chooses the factors by `cache.limits`, the maximum length
-        of each sequence, which is `capacity` at first. For a sequence that stays short, lower its limit
-        before its first token. `generate` begins with the short factors, as transformers does, and computes
-        all tokens of a sequence again when it outgrows the original context.
+        longer than its original context. The factors are chosen by `cache.limits`, the maximum length of each
+        sequence, which is `capacity` at first. If a sequence will stay short, lower its limit before adding
+        its first token. `generate` begins with the short factors, as transformers does. When a sequence
+        outgrows the original context, `generate` computes all its tokens again.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -878,7 +880,7 @@ class LanguageModel(Module):
         return KVCache(self.config, slots, capacity, self._selected("new_cache"))
 
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
-        """Add the next tokens of m sequences to a cache, and return the logits (m, vocab) of the next ones.
+        """Add the next tokens of m sequences to a cache, and return the logits (m, vocab) that follow.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -897,8 +899,8 @@ class LanguageModel(Module):
             slots: integers (m,), the cache slot of each row. No slot may occur twice.
         Raises:
             TypeError: `token_ids` or `slots` are not integers.
-            ValueError: the shapes do not fit, an id or slot is out of range, or the cache is full. In these
-                cases, the cache is not changed.
+            ValueError: the shapes do not fit, an id or slot is out of range, or the cache is full. The
+                cache is not changed.
             CorruptError: as in `require_unchanged`.
         """
         if isinstance(cache.owner, LanguageModel) and cache.owner is not self:

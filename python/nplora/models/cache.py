@@ -23,7 +23,7 @@ class KVCache:
 
     Attributes:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
-        lengths: int64 (slots,), the number of tokens in each slot. A lower number drops the last tokens.
+        lengths: int64 (slots,), the number of tokens in each slot. Lowering it drops the last tokens.
         limits: int64 (slots,), the number of tokens that each slot may hold; initially `capacity`. LongRoPE
             chooses a sequence's rotation factors by the limit. If a sequence will be shorter, lower the limit
             before its first token.

@@ -25,7 +25,7 @@ _MOST_CELLS = 2048  # tokens in the caches of the prompts that are computed toge
 
 
 class Question(NamedTuple):
-    """The tokens of a prompt, and those of each continuation; none of them is empty."""
+    """The tokens of a prompt and of each of its continuations. All of these are non-empty."""
 
     prompt: Array
     continuations: list[Array]
@@ -41,12 +41,12 @@ class Question(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The number of tokens of the longest sequence. Its last token is only predicted."""
+        """The number of tokens to compute in the longest sequence. Its last token is only predicted."""
         return len(self.prompt) + max(map(len, self.continuations)) - 1
 
 
 class _Rows(NamedTuple):
-    """Tokens, each with its slot and its position there, and with the length that its sequence may reach."""
+    """Tokens, their slots, their positions in the slots, and the lengths that their sequences may reach."""
 
     ids: Array
     slots: Array
@@ -103,7 +103,7 @@ def token_scores(
 def _run_prompts(
     model: Decoder, questions: Sequence[Question], starts: Array, cache: KVCache, most_rows: int
 ) -> Array:
-    """Compute each prompt in the first slot of its question. Copy its keys and values to the other slots.
+    """Compute each prompt in its question's first slot, and copy the keys and values to the other slots.
 
     Returns the residual stream (questions, d) of the last token of each prompt.
     """
@@ -123,7 +123,7 @@ def _run_prompts(
 def _run_continuations(
     model: Decoder, questions: Sequence[Question], starts: Array, cache: KVCache, most_rows: int
 ) -> Array:
-    """The residual stream (n, d) of all tokens of the continuations but the last of each."""
+    """The residual stream (n, d) of the continuations' tokens, except the last token of each."""
     rows = [
         _rows(tokens[:-1], int(slot), len(question.prompt), question.length)
         for question, first in zip(questions, starts[:-1], strict=True)
@@ -138,7 +138,7 @@ def _rows(ids: Array, slot: int, begin: int, limit: int) -> _Rows:
 
 
 def _run(model: Decoder, parts: list[_Rows], cache: KVCache, most_rows: int, kept: Array) -> Array:
-    """Compute rows in order, a few at a time. Return the residual stream of the rows `kept`, which ascend."""
+    """Compute rows in order, a few at a time. Return the residual stream of rows `kept` (ascending)."""
     if not parts:
         return np.empty((0, model.norm.weight.shape[0]), np.float32)
     rows, found = _Rows(*map(np.concatenate, zip(*parts, strict=True))), list[Array]()

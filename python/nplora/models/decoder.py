@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockInput(Saved):
-    """The input of a block that the backward pass will compute again.
+    """A block's input, from which the backward pass computes the block again.
 
     Attributes:
         x: the block's input.
@@ -148,7 +148,7 @@ class Decoder(Module):
         return dx
 
     def _run_frozen(self, first: int, ids: Array, positions: PackedPositions) -> tuple[Array, Any]:
-        """The residual stream (n, d) before block `first`, and the values for the embedding's backward."""
+        """The residual stream (n, d) before block `first`, and what the embedding's backward pass needs."""
         prefix = self.prefix if self.prefix is not None and self.prefix.blocks == first > 0 else None
         found = None if prefix is None else prefix.find(ids, positions.starts)
         if found is not None:
@@ -161,7 +161,7 @@ class Decoder(Module):
         return x, embedding
 
     def _embedded(self, ids: Array) -> tuple[Array, Any]:
-        """The embeddings (n, d), and the values for the embedding's backward."""
+        """The embeddings (n, d), and the values that the embedding's backward pass needs."""
         x, saved = self.embed_tokens.forward(ids)
         if self._multiplier != 1:
             np.multiply(x, self._multiplier, out=x)

@@ -26,8 +26,8 @@ class LogitLoss(Protocol):
         """The loss of each row, float64 (n,).
 
         Args:
-            logits: float32 (n, vocabulary). With `gradient`, the loss overwrites them by `factor` times the
-                gradient; else it may overwrite them by anything.
+            logits: float32 (n, vocabulary). With `gradient`, the loss overwrites them with `factor` times the
+                gradient; otherwise, it may overwrite them with anything.
             rows: the positions of these rows in the batch.
         """
 
@@ -92,9 +92,9 @@ def gradient_of_losses(
 def _chunk_gradient(
     model: Decoder, head: AnyHead, x: Array, targets: Array, factor: float, weights: Array | None = None
 ) -> tuple[Array, Array]:
-    """The losses of a few rows, and their gradients times `factor` and the row's weight.
+    """The losses of a few rows, and each loss's gradient times `factor` and the row's weight.
 
-    When it returns, the logits of these rows are freed.
+    The logits of these rows are freed at the end.
     """
     logits, saved = logits_forward(head, model.read_out(x))
     losses = np.empty(len(x))
@@ -108,7 +108,7 @@ def _chunk_gradient(
 def gradient_of_logit_loss(
     model: Decoder, head: AnyHead, x: Array, targets: Array, of_logits: LogitLoss, factor: float
 ) -> tuple[float, Array]:
-    """Like `loss_and_gradient`, for any loss of the logits of the rows that have a target."""
+    """Like `loss_and_gradient`, but for any loss that is computed from the logits of rows with a target."""
     dx, total = np.zeros_like(x), 0.0
     for rows in _chunks_of(targets, head):
         losses, dx[rows] = _chunk_of_logit_loss(model, head, x[rows], rows, of_logits, factor)
@@ -119,7 +119,7 @@ def gradient_of_logit_loss(
 def _chunk_of_logit_loss(
     model: Decoder, head: AnyHead, x: Array, rows: Array, of_logits: LogitLoss, factor: float
 ) -> tuple[Array, Array]:
-    """`gradient_of_logit_loss` for a few rows. When it returns, the logits of these rows are freed."""
+    """Compute `gradient_of_logit_loss` for a few rows. The logits of these rows are freed at the end."""
     logits, saved = logits_forward(head, model.read_out(x))
     losses = of_logits(logits, rows, factor, True)
     dnormed = logits_backward(head, logits, saved)
@@ -188,7 +188,7 @@ def _chunk_scores(model: Decoder, head: AnyHead, x: Array, targets: Array) -> tu
 
 
 def _chunk_losses(model: Decoder, head: AnyHead, x: Array, targets: Array) -> Array:
-    """The losses of a few rows. When it returns, the logits of these rows are freed."""
+    """The losses of a few rows. The logits of these rows are freed at the end."""
     logits = logits_of(model, head, x)
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, 1.0, losses, False)
@@ -207,7 +207,7 @@ def most_rows(rows: int, vocab: int) -> int:
 
 
 def largest_chunk(rows: int, vocab: int) -> int:
-    """The number of rows in the largest of the chunks that `chunks` makes of this number of rows."""
+    """The number of rows in the largest chunk if `chunks` splits this number of rows."""
     return math.ceil(rows / math.ceil(rows / most_rows(rows, vocab))) if rows else 0
 
 

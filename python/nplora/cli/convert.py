@@ -54,7 +54,7 @@ def _convert_adapter(arguments: argparse.Namespace) -> None:
     from nplora import adapters
 
     if arguments.dtype is not None:
-        os.stat(arguments.source)  # a missing file is the first thing to report
+        os.stat(arguments.source)  # report a missing file before any other error
         raise UsageError(
             "--dtype is for Hugging Face models, but SOURCE is not one; GGUF files are not quantised again"
         )

@@ -342,7 +342,7 @@ def _llama_cpp(file: GgufFile) -> str:
 
 
 def _layer(name: str, lora_a: Array, lora_b: Array, scale: float) -> Row:
-    """A table row with the norms of a layer's factors and of its update ΔW = s b a, where s is the scale.
+    """A table row with the norms of a layer's factors a and b and of its update ΔW = s b a (s is the scale).
 
     The norm is computed without forming ΔW: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ).
     """
@@ -362,7 +362,7 @@ def _targets(layers: Iterable[str]) -> list[Row]:
 
 
 def _text(*head: str, **sections: list[Row]) -> str:
-    """Join the lines of `head` and the tables of `sections` with their titles. Skip what is empty."""
+    """Join the lines of `head` and the tables of `sections` with their titles, without the empty ones."""
     lines = [_printable(line) for line in head if line]
     for title, rows in sections.items():
         if rows:

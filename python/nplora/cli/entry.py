@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # as stderr: letters that cannot be shown become "?"
+        sys.stdout.reconfigure(errors="replace")  # print "?" for a letter that cannot be shown
     try:
         return _status(list(sys.argv[1:] if arguments is None else arguments))
     finally:
@@ -64,7 +64,7 @@ def _status(arguments: list[str]) -> int:
         if isinstance(end, SystemExit):
             raise
         return _INTERRUPTED
-    except BrokenPipeError:  # the reader of our output is gone, as `head` when it has its lines
+    except BrokenPipeError:  # the program that reads our output has ended, as `head` does
         return 1
     except UsageError as error:
         show_error(error, f" (try {parsed.prog} --help)")
@@ -76,7 +76,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def _discard_unwritable(stream: TextIO | None) -> None:
-    """Send a stream's buffered text to /dev/null if it cannot be written, or else Python fails at exit."""
+    """Send a stream's buffered text to /dev/null if it cannot be written. Otherwise Python fails at exit."""
     if stream is None:
         return
     try:

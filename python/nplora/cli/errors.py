@@ -5,7 +5,7 @@ import os
 
 from nplora.runtime.stderr import stderr
 
-_LONG_LIST = 300  # characters: of a longer list in a message only the first item is shown
+_LONG_LIST = 300  # characters; if a list in a message is longer, only its first item is shown
 
 
 class UsageError(ValueError):
@@ -38,7 +38,7 @@ def message_of(error: Exception) -> str:
 
 
 def one_line(text: str) -> str:
-    """Put a message on one line. Semicolons separate the items of a list that follows a colon."""
+    """Put a message on one line. If a list follows a colon, separate its items with semicolons."""
     head, colon, items = text.partition(":\n  ")
     if len(items) > _LONG_LIST and "\n  " in items:
         items = f"{items.partition(chr(10))[0]}\n  …"

@@ -196,7 +196,7 @@ def adapter_path(text: str) -> str:
 
 
 def columns(text: str) -> dict[str, str]:
-    """Names of fields: "prompt=question,completion=answer"."""
+    """Read the names of fields from a text such as "prompt=question,completion=answer"."""
     from nplora.finetuning.options import parse_columns
 
     try:

@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def searched(text: str) -> tuple[str, list[Any]]:
-    """Read NAME=VALUE,VALUE. In a list of targets, + joins the names of one value.
+    """Read NAME=VALUE,VALUE. A value of `targets` may be several names, joined by +.
 
     Raises:
         ArgumentTypeError: the text has another form, or a value is not of the option's type.

@@ -89,8 +89,8 @@ def warn_of_form(op: str, adapter: Adapters, chat: bool | None, use: str, remedy
 
     Args:
         chat: whether this use goes through the template; None: not known, so there is no warning.
-        use: what does or does not go through the template, for the warning.
-        remedy: what to do if it does not.
+        use: what the warning calls the present text, such as "this text".
+        remedy: the advice in the warning if the text does not go through the template.
     """
     for one, _ in _weighted(op, adapter):
         trained = one.chat_template if isinstance(one, Adapter) else trained_with_template(one)

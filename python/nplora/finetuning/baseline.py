@@ -21,7 +21,7 @@ _SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)  # the penalty: 
 def answers_of(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
     """The text that the model generates after each prompt."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a full context: the user did not choose the length
+        warnings.simplefilter("ignore")  # about a full context: the user did not choose the length
         return generate(lm, prompts, _SAMPLING)
 
 
@@ -31,7 +31,7 @@ class Baseline(Callback):
     Attributes:
         loss: validation loss before training; None without validation data, or if the log of a resumed run
             has no loss for the present validation data.
-        metrics: what else the loss measures on the validation data; empty if nothing.
+        metrics: other values that the loss measures on the validation data; may be empty.
         was_finished: whether the resumed run had already made all of its steps.
         answers: the generated text for each prompt; "" if the log of a resumed run does not have it.
     """
@@ -86,6 +86,6 @@ class Baseline(Callback):
 
 
 def _numbers(logged: object) -> dict[str, float]:
-    """The metrics in a line of the log, if they are metrics."""
+    """The metrics in a line of the log. Values that are not numbers are left out."""
     values = logged if isinstance(logged, dict) else {}
     return {str(name): value for name, value in values.items() if type(value) is float}

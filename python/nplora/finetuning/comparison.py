@@ -30,7 +30,7 @@ from nplora.formats.errors import brief
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
 
-_LEFT_OUT = ("token_accuracy", "acc_token")  # of the sentences: other metrics say the same
+_LEFT_OUT = ("token_accuracy", "acc_token")  # metrics without a sentence, because other metrics say the same
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _named(adapters: object) -> dict[str, Adapters]:
 
 
 def _name(adapter: Any) -> str:
-    """The name of an adapter: its path, perhaps with its weight; those of a sum are joined."""
+    """The name of an adapter: its path, and its weight if that is not 1. In a sum, + joins the names."""
     if isinstance(adapter, tuple) and len(adapter) == 2 and isinstance(adapter[1], int | float):
         return _name(adapter[0]) if adapter[1] == 1 else f"{_name(adapter[0])}:{adapter[1]:g}"
     if isinstance(adapter, list | tuple):

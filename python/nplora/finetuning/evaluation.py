@@ -38,8 +38,9 @@ def evaluate(
 ) -> Evaluation:
     """Compute the mean loss of a language model over a file of text, and other metrics.
 
-    Multiple-choice rows {"prompt": …, "choices": […], "answer": …} are answered by the likelihood of each
-    choice. Their loss is that of the right choice. The answer is a choice, its index from 0, or its letter.
+    In multiple-choice rows {"prompt": …, "choices": […], "answer": …}, "answer" is the text of the right
+    choice, its index from 0, or its letter. The likelihood of each choice decides what the model answers. The
+    loss is that of the right choice.
 
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.

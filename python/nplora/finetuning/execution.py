@@ -138,7 +138,7 @@ def choose_execution(
     If the plan uses another arithmetic than the loaded model, the model in `inputs` is loaded again.
 
     Args:
-        earlier: the run to resume, whose size of micro-batches is kept; None for a new run.
+        earlier: the run to resume, which keeps its micro-batch size; None for a new run.
         say: function that prints a text.
     Raises:
         BudgetError: no plan fits into `memory`.
@@ -176,7 +176,7 @@ def predicted(
 
 
 def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> str | None:
-    """The arithmetic of a loaded model, or else of the options. None: the arithmetic is not fixed yet."""
+    """The arithmetic of a loaded model, or that in the options; None if neither fixes it."""
     return model.compute if isinstance(model, LanguageModel) else options.compute
 
 
@@ -242,7 +242,7 @@ def _planned(
     budget = None if options.memory is None else parse_bytes(options.memory, op)
     resident = resident_memory(
         inputs.lm, inputs.teacher_model
-    )  # before the batches are listed, which takes memory too
+    )  # measured now, because the list of batches takes memory too
     return choose(inputs.lm, adapters, _work_of(inputs, options), constraints, resident, budget, op)
 
 
@@ -271,7 +271,8 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
     """List the batches of a run with these options.
 
     Args:
-        most_epochs: maximum number of epochs to list; None: as many as have about `_MOST_EXAMPLES` examples.
+        most_epochs: maximum number of epochs to list; None: enough epochs for about `_MOST_EXAMPLES`
+            examples.
     """
     train, held_out, objective = inputs.train, inputs.held_out, inputs.objective
     read_before = inputs.datasets if objective.has_reference else []
@@ -304,6 +305,6 @@ def _largest_evaluation(held_out: Examples) -> int:
 
 
 def _sizes(dataset: Examples) -> list[tuple[int, int]]:
-    """The tokens, and the tokens in the loss, of each batch of an evaluation."""
+    """For each batch of an evaluation, the number of tokens and of those that count in the loss."""
     batches, lengths, targets = evaluation_batches(dataset).members(0), dataset.lengths, dataset.targets
     return [(int(lengths[batch].sum()), int(targets[batch].sum())) for batch in batches]

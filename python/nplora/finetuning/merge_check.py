@@ -1,4 +1,4 @@
-"""Merge an adapter into a model's file, if the loss on held-out data stays."""
+"""Merge an adapter into a model's file, if the loss on held-out data hardly rises."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def merge_adapter(
 ) -> ModelMerge:
     """Write a model with an adapter merged into it, after a check on held-out data.
 
-    The new model is written to a temporary file, loaded, and its loss is compared with that of the base with
-    the adapter on the fly. It appears under its name only if the loss stays within the tolerance. Else the
-    file is removed, an existing file stays, and the error names the smallest storage type that keeps enough.
-    The loss of that type is measured too. Only a block of rows of a weight is in memory while the file is
-    written.
+    The new model is first written to a temporary file and loaded. Its loss is compared with that of the base
+    model with the adapter attached. The file gets its name `output` only if the loss rises by at most the
+    tolerance. Otherwise it is removed, and an existing output stays. The error then names the smallest larger
+    storage type that keeps enough, if there is one; its loss is measured too. While the file is written, only
+    a block of rows of one weight is in memory.
 
     Args:
         base, adapter, output, dtype, any_base, overwrite: see `nplora.adapters.merge_adapter`.
-        lossy: accept a model that keeps less than 90 % of the adapter's ΔW. With `check`, the loss alone then
-            decides.
+        lossy: accept a model that keeps less than 90 % of the adapter's ΔW. If `check` is given too, only the
+            loss decides.
         check: rows to measure the loss on, as for `evaluate`; None: the loss is not measured.
         tolerance: the largest accepted rise of the loss, in nats per token. 0.02 raises the perplexity by 2
             %.
@@ -84,7 +84,7 @@ def merge_adapter(
 
 
 def _loss_on(data: Data, any_base: bool, progress: bool | None, reading: dict[str, Any]) -> Check:
-    """A function that returns the loss of a model on these data. The data are reported once."""
+    """A function that returns the loss of a model on these data. It reports the data only once."""
     rows = list(data) if isinstance(data, Iterator) else data
     reported = list[bool]()
 

@@ -302,7 +302,7 @@ class FinetuneOptions:
         _RUN, (), "prompt to complete before and after training; plain text, not a chat", metavar="PROMPT"
     )
     checkpoint_blocks: InitVar[bool] = False  # the old name of recompute
-    op: InitVar[str] = "finetune"  # begins the messages of errors
+    op: InitVar[str] = "finetune"  # the name with which error messages begin
 
     def __post_init__(self, checkpoint_blocks: bool, op: str) -> None:
         self._set("recompute", self.recompute or checkpoint_blocks)
@@ -437,7 +437,7 @@ class EvaluateOptions:
         "and few tokens (default: float32)",
         choices=INFERENCE_COMPUTES,
     )
-    op: InitVar[str] = "evaluate"  # begins the messages of errors
+    op: InitVar[str] = "evaluate"  # the name with which error messages begin
 
     def __post_init__(self, op: str) -> None:
         metrics = self.metric
@@ -518,7 +518,7 @@ class TeachOptions:
         choices=tuple(COMPUTES),
     )
     overwrite: bool = _option(_RUN, False, "replace an existing file")
-    op: InitVar[str] = "teach"  # begins the messages of errors
+    op: InitVar[str] = "teach"  # the name with which error messages begin
 
     def __post_init__(self, op: str) -> None:
         self.reading(self.max_length, op)
@@ -543,14 +543,14 @@ def _reading(
 
 
 def _reporter_names(given: Any, op: str) -> tuple[str, ...]:
-    """The names in "csv,wandb", or in several such texts."""
+    """Split "csv,wandb", or several such texts, into names."""
     texts = _check.texts(op, "report_to", [given] if isinstance(given, str) else given)
     names = (name.strip() for text in texts for name in text.split(","))
     return tuple(_check.choice(op, "report_to", name, REPORTERS) for name in dict.fromkeys(names))
 
 
 def parse_columns(columns: Mapping[str, str] | str | None, op: str = "finetune") -> Mapping[str, str]:
-    """The names in "prompt=question,completion=answer": ours -> theirs. A mapping is returned as it is.
+    """Read "prompt=question,completion=answer" as our names -> names in the data. A mapping stays as it is.
 
     Raises:
         ValueError: the text does not have this form. TypeError: it is neither a text nor a mapping.

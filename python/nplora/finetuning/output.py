@@ -35,7 +35,7 @@ def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | Adap
 def require_free(output: StrPath, options: FinetuneOptions) -> None:
     """Refuse an output directory that is in use or holds a model.
 
-    A directory with a run or an adapter is refused too, unless the options allow to continue or replace it.
+    A directory with a run or an adapter is refused too, unless the options say to continue or replace it.
     """
     model_directory.require_no_model(output)
     if options.report_to and Path(output, REPORTS).is_symlink():

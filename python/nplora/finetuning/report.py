@@ -28,7 +28,7 @@ _SHOWN = {  # metrics in lines of text
 
 
 def in_words(metrics: Mapping[str, float]) -> str:
-    """The most telling metrics, to continue a line: ", margin 0.123, accuracy 0.90"."""
+    """The main metrics as the end of a line: ", margin 0.123, accuracy 0.900"."""
     return "".join(f", {word} {metrics[name]:.3f}" for name, word in _SHOWN.items() if name in metrics)
 
 
@@ -36,7 +36,7 @@ def in_words(metrics: Mapping[str, float]) -> str:
 class Sample:
     """A prompt, and the texts that the model generated after it, before and after training.
 
-    A text is "" if it is not known, such as the text after an interrupted run.
+    A text that is not known is "", for example `after` if the run was interrupted.
 
     >>> nplora.finetuning.Sample("1+1=", before="7", after="2").after
     '2'
@@ -63,11 +63,11 @@ class FinetuneReport:
         trained: number of trained values.
         parameters: number of all values of the model.
         was_finished: whether the resumed run was already finished, so that nothing was trained.
-        unit: what the counts of the history count: trained tokens, or pairs or answers.
-        metrics_before, metrics_after: what else the loss measures on the validation data, such as the rewards
-            of DPO, before and after training.
-        tokens: number of trained tokens in all steps, including the steps before a resume. For pairs and
-            answers it is an estimate from their mean length.
+        unit: the unit of the counts in the history: trained tokens, pairs or answers.
+        metrics_before, metrics_after: other values that the loss measures on the validation data before and
+            after training, such as the rewards of DPO.
+        tokens: number of trained tokens in all steps, including the steps before a resume. If the unit is
+            pairs or answers, the number is estimated from their mean length.
 
     >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", steps=2, batch_examples=4)
     >>> len(report.history.steps), report.train.examples
@@ -133,12 +133,12 @@ class FinetuneReport:
         return "\n".join(lines)
 
     def _counted_rate(self) -> str:
-        """What the loss counts, per second."""
+        """Trained tokens, pairs or answers per second, whichever the loss counts."""
         rate = sum(record.count for record in self.history.steps) / max(1e-9, self.history.seconds)
         return f"{rate:.0f} trained" if self.unit == "trained tokens" else f"{rate:.1f} {self.unit}/s"
 
     def _compared(self) -> str:
-        """The validation metrics before and after training, to continue a line."""
+        """The validation metrics before and after training, as the end of a line."""
         text = ""
         for name, word in _SHOWN.items():
             if name in self.metrics_after:
@@ -154,7 +154,7 @@ class FinetuneReport:
         return f" (step {best}, the lowest of {len(evaluations)} evaluations)"
 
     def _lost_best(self) -> str:
-        """After Ctrl-C, a line about a validation loss that was lower before, if there was one."""
+        """After Ctrl-C, a line about an earlier validation loss, if it was lower than the last one."""
         history = self.history
         finite = [record for record in history.evaluations if math.isfinite(record.val_loss)]
         best = min(finite, key=lambda record: record.val_loss, default=None)

@@ -221,8 +221,8 @@ def finetune(
         BudgetError: no plan fits into `memory`. The message says which options would fit.
         NotADirectoryError: the output is not a directory.
         FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set; or it
-            holds an adapter without a run, and `overwrite` is not set; or nplora did not make a file there
-            that has the name of one of the run's files.
+            holds an adapter without a run, and `overwrite` is not set; or it holds a file that has the name
+            of one of the run's files, but that nplora did not make.
         UnsafeError: a file with the name of one of the run's files is a link.
         NonFiniteLossError, CorruptError, OSError: see `Trainer.fit`.
     Warns:
@@ -450,6 +450,6 @@ def _validated(history: History) -> tuple[float | None, dict[str, float]]:
     """The validation loss and metrics of the saved adapter."""
     if history.best_loss is not None:
         best = [record for record in history.evaluations if record.step == history.best_step]
-        return history.best_loss, best[-1].val_metrics if best else {}  # a lost log may have had the record
+        return history.best_loss, best[-1].val_metrics if best else {}  # the log with the record is lost
     last = history.epochs[-1:]
     return (last[0].val_loss, last[0].val_metrics) if last else (None, {})

@@ -42,11 +42,11 @@ class Taught:
 
     Attributes:
         output: the file.
-        examples: the number of different examples in it.
-        tokens: the number of trained tokens in them.
-        top_k: the number of tokens that are stored for each of them.
+        examples: the number of different examples in the file.
+        tokens: the number of trained tokens in these examples.
+        top_k: the number of tokens that are stored for each trained token.
         nbytes: the size of the file.
-        kept: the mean probability of the stored tokens together.
+        kept: the total probability of the tokens stored for a trained token, on average.
 
     >>> print(nplora.finetuning.teach("model.gguf", "train.jsonl", "taught.safetensors", top_k=4))
     taught.safetensors: 16 examples, ... tokens, the 4 most likely of each (... % of the probability), ...
@@ -92,10 +92,10 @@ def teach(
 ) -> Taught:
     """Store a teacher's most likely tokens for each trained token of some data, with their log-probabilities.
 
-    `finetune` with objective="distill" and this file as `teacher` needs the teacher no more. A row takes
-    6 bytes for each of the `top_k` tokens in float16, and 2 more: 194 bytes for 32 tokens. Equal examples are
-    stored once. The data may be divided and weighted otherwise in fine-tuning, but must become the same
-    tokens.
+    `finetune` with objective="distill" and this file as `teacher` does not need the teacher itself. In
+    float16, each trained token takes 6 bytes for each of the `top_k` tokens, and 2 more bytes: 194 bytes for
+    32 tokens. Equal examples are stored once. In fine-tuning, the data may be split and weighted differently,
+    but their texts must become the same tokens.
 
     Args:
         model: the teacher: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
@@ -126,7 +126,7 @@ def teach(
         FormatError: a file is invalid, or the adapter does not fit.
         NonFiniteLossError: the teacher's numbers are not finite.
         FileExistsError: the output exists, and `overwrite` is not set.
-        OSError: a file cannot be read or written. Then an existing output stays as it was.
+        OSError: a file cannot be read or written. An existing output is not changed by the failure.
 
     >>> taught = nplora.finetuning.teach("model.gguf", "train.jsonl", "taught.safetensors", top_k=4)
     >>> taught.tokens, taught.nbytes < 20_000
@@ -169,7 +169,7 @@ def _require_not_read(output: StrPath, lm: LanguageModel, groups: list[list[Sour
 
 
 class _Writer:
-    """Computes the rows of the file while it is written."""
+    """Computes the rows of the file while the file is written."""
 
     def __init__(
         self, lm: LanguageModel, datasets: list[Dataset], options: TeachOptions, say: Callable[[str], None]
@@ -247,7 +247,7 @@ class _Writer:
 
 
 def _without(batch: PackedBatch, seen: set[int]) -> PackedBatch | None:
-    """The sequences of a batch that were not seen yet, which are added to `seen`; None: there are none."""
+    """The sequences of a batch that are not in `seen`, or None if all are. Adds them to `seen`."""
     kept = []
     for index, key in enumerate(sequence_keys(batch).tolist()):
         if key not in seen:
@@ -255,7 +255,7 @@ def _without(batch: PackedBatch, seen: set[int]) -> PackedBatch | None:
             kept.append(slice(int(batch.starts[index]), int(batch.starts[index + 1])))
     if len(kept) == len(batch.starts) - 1:
         return batch
-    # A label has its token's position, and a target the position before.
+    # `pack` takes a label at the position of its token; `targets` holds it one position earlier.
     return pack((batch.ids[s], np.append(IGNORED, batch.targets[s][:-1])) for s in kept) if kept else None
 
 
@@ -287,7 +287,7 @@ class _Spool:
 class _Streams:
     """Two streams of bytes that are computed together, but written one after the other.
 
-    While the first is written, the other goes to a spool.
+    While the first stream is written, the second one is stored in a temporary file, the spool.
     """
 
     def __init__(self, rows: Callable[[], Iterator[tuple[bytes, bytes]]], spool: _Spool) -> None:

@@ -65,7 +65,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The share of held-out digits that is read correctly: original images (old) and changed ones (new)."""
+    """The accuracy on held-out digits: on original images (`old`) and on changed ones (`new`)."""
 
     old: float
     new: float
@@ -76,8 +76,9 @@ class MergeCheck:
     """How well merged and unmerged outputs agree on the changed images of the held-out digits.
 
     Attributes:
-        difference: how much merging changes a layer's output, for the output nearest to its `bound`.
-        bound: how much rounding alone can change that output.
+        difference: how much merging changes one element of a layer's output: the element whose change is
+            nearest to its `bound`.
+        bound: how much rounding alone can change that element.
         logits: the largest change of the network's logits by merging.
     """
 

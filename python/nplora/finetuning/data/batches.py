@@ -80,7 +80,7 @@ class TokenBatches:
         return self.length
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[PackedBatch, Any]]:
-        """Make the batches of an epoch (counted from 0), each with the second value of `dataset.batch`.
+        """Make the batches of an epoch (counted from 0), each paired with what the loss needs besides it.
 
         Args:
             skip: number of batches to leave out at the start of the epoch.
@@ -127,7 +127,7 @@ class TokenBatches:
         return [*groups, order[begin:]]
 
     def _order(self, count: int, key: int) -> Array:
-        """A random permutation. The raw output of PCG64 makes it the same in all versions of NumPy."""
+        """A random permutation from the raw output of PCG64, which is the same in all versions of NumPy."""
         if not self.shuffle:
             return np.arange(count)
         stream = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(key,)))

@@ -44,7 +44,7 @@ class Builder(Generic[_Made]):
         self.kind = ""
 
     def begin(self, source: Source) -> None:
-        """Begin with a source; its examples follow."""
+        """Begin a source. The examples that are added from now on belong to it."""
         self._sources.append(source)
         self._first = self.stored
         self._skipped_before, self._emptied_before, self.kind = self._skipped, self._emptied, ""
@@ -58,7 +58,7 @@ class Builder(Generic[_Made]):
         """Add the sequences of an example. The example is left out if one of them has nothing to train.
 
         Args:
-            unused: the row has tools or documents that no sequence has.
+            unused: the row has tools or documents that the chat template left out of all sequences.
         """
         cut = [self._cut(sequence, where) for sequence in sequences]
         is_cut = any(len(one.ids) < len(whole.ids) for one, whole in zip(cut, sequences, strict=True))
@@ -79,7 +79,7 @@ class Builder(Generic[_Made]):
         if most is None or count <= most or self._sources[-1].is_text:
             return sequence
         if self._strict:
-            least = "at least " * (count <= most + 2)  # the rest may not have been read
+            least = "at least " * (count <= most + 2)  # only one token more than the limit is encoded
             raise DataError(f"{where}: {least}{count:,} tokens, expected at most {most:,}")
         return Encoded(sequence.ids[:most], sequence.trained[:most])
 
@@ -104,7 +104,7 @@ class Builder(Generic[_Made]):
             self._order.extend([index] * copies)
 
     def _place(self, index: int) -> float:
-        """A number from 0 to 1 that only the tokens of an example decide."""
+        """A number from 0 to 1 that depends only on the tokens of an example."""
         first, end = index * self._made.sequences, (index + 1) * self._made.sequences
         ids = self._ids[self._starts[first] : self._starts[end]].tobytes()
         return int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "big") / 2.0**64
@@ -152,5 +152,5 @@ class Builder(Generic[_Made]):
 
 
 def _are_equal(sequences: list[Encoded]) -> bool:
-    """Whether all of several sequences have the same tokens, as two long answers may have after a cut."""
+    """Whether several sequences have the same tokens, as two long answers may after they are cut."""
     return len(sequences) > 1 and all(one.ids == sequences[0].ids for one in sequences)

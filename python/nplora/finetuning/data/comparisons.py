@@ -37,7 +37,7 @@ class PairDataset(Stored):
         return self._labelled(first), self._labelled(first + 1)
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Array]:
-        """These pairs in one batch, and for each of its tokens whether the next token is of an answer."""
+        """These pairs as a batch, and for each token, whether the next one belongs to an answer."""
         sequences = [sequence for index in indices for sequence in self[int(index)]]
         batch = pack(sequences)
         return batch, batch.targets >= 0
@@ -60,7 +60,7 @@ class LearnedPairs(PairDataset):
 
 @dataclass(frozen=True)
 class Judgements:
-    """What the loss of a batch of judged answers needs besides the batch.
+    """Judgements of the answers in a batch, and mismatched pairs: all that the loss needs besides the batch.
 
     Attributes:
         good: whether each answer is good.
@@ -74,13 +74,13 @@ class Judgements:
 class JudgedDataset(Stored):
     """Answers that somebody found good or bad.
 
-    Each prompt is also paired with the answer before it in its batch. This answer does not fit the prompt,
-    so that the mean log-ratio of these pairs estimates the KL divergence from the reference. As the batches
-    are the same in all epochs, the reference is computed once.
+    Each prompt is also paired with the answer before it in its batch. That answer belongs to another prompt.
+    The mean log-ratio of these mismatched pairs estimates the KL divergence from the reference. The batches
+    are the same in all epochs, so the log-probabilities of the reference are computed only once.
     """
 
     same_batches = True
-    good: Array  # of each stored example
+    good: Array  # for each stored example, whether the answer is good
     max_length: int | None = None
 
     def __getitem__(self, index: int) -> tuple[Array, Array, bool]:
@@ -142,7 +142,7 @@ def read_judged(
     options: ReadOptions,
     objective: str,
 ) -> JudgedDataset:
-    """The judged answers of all sources. A pair counts as two: its chosen answer is good, the other bad.
+    """The judged answers of all sources. A pair gives two: a good one (chosen) and a bad one (rejected).
 
     Raises as `read_dataset`. DataError: the rows have no judgement, or there is only one answer.
     """

@@ -107,8 +107,8 @@ def read_dataset(
       documents, as in transformers.
     - {"conversations": [{"from": …, "value": …}]} (ShareGPT): the same as messages. The row may also have
       "system" and "tools".
-    - {"instruction": …, "input": …, "output": …} (Alpaca): a chat. Without a chat template, the text that
-      Stanford Alpaca was trained with. "input", "system" and "history" may be missing.
+    - {"instruction": …, "input": …, "output": …} (Alpaca): a chat. If the model has no chat template, the
+      prompt is worded as in Stanford Alpaca. "input", "system" and "history" may be missing.
     - {"prompt": "…", "completion": "…"}: both texts are joined and end with EOS. The completion and EOS are
       trained.
     - {"prompt": […], "completion": […]}: lists of messages. The assistant's turns in the completion are
@@ -214,8 +214,8 @@ def add_rows(
     """Add the rows of a source.
 
     Args:
-        require: raises a DataError for a kind of rows that the objective does not read; the second argument
-            is the place for the message.
+        require: takes the kind and the place of a row, and raises a DataError if the objective does not read
+            rows of this kind.
         examples_of: divides the sequences of a row into examples.
     """
     encoder = Encoder(tokenizer, options.learn == "all", options.max_length, options.chat)
@@ -263,7 +263,7 @@ def kind_of(
 ) -> Kind:
     """The kind of a row, which must be that of the rows before it.
 
-    Raises the row's own error, and DataError.
+    Raises the error that occurred when the row was read, or a DataError.
     """
     if row.error is not None:
         raise row.error

@@ -30,7 +30,7 @@ class Encoded:
 
     Attributes:
         ids: the tokens.
-        trained: whether each is trained.
+        trained: whether each token is trained.
         unused: whether the example has tools or documents that the template did not write.
         is_chat: whether the chat template wrote it.
         good: whether somebody judged it to be a good answer.
@@ -48,7 +48,8 @@ class Encoder:
 
     Args:
         learn_all: all tokens are trained, prompts too.
-        max_length: the maximum number of tokens, or None. Of a longer example one token more is encoded.
+        max_length: the maximum number of tokens, or None. If an example is longer, one more token is encoded,
+            to show that it is too long.
         chat: completions go through the chat template, too.
     Raises:
         ValueError: the model has no EOS token.
@@ -64,7 +65,7 @@ class Encoder:
         self._most = None if max_length is None else max_length + 1
 
     def encode(self, example: Example, where: str) -> list[Encoded]:
-        """The sequences of an example: two for a preference, the chosen first; one for any other.
+        """The sequences of an example: one; for a preference two, the chosen answer first.
 
         Raises:
             DataError: nothing can be trained, or the chat template refuses the messages. UnsafeError,
@@ -107,7 +108,7 @@ class Encoder:
         )
 
     def _completion(self, example: Completion, where: str) -> Encoded:
-        """Encode both as one text, or separately if the prompt's tokens change in the joined text."""
+        """Encode prompt and completion as one, or separately if joining them changes the prompt's tokens."""
         prompt, completion = example.prompt, example.completion
         before, ids = (
             self._tokenizer.encode_prompt(prompt, self._most),

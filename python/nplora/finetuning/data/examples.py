@@ -31,7 +31,7 @@ class Completion:
     completion: str
 
     def as_chat(self) -> Chat:
-        """The same as a question and an answer."""
+        """The completion as a chat: the user asks the prompt, and the assistant answers."""
         turns = ("user", self.prompt), ("assistant", self.completion)
         return Chat([{"role": role, "content": content} for role, content in turns])
 
@@ -42,7 +42,7 @@ class Chat:
 
     Attributes:
         messages: each has a role and a content, as in OpenAI's API; the arguments of tool calls are objects.
-        tools, documents: what the template gets besides; None: nothing.
+        tools, documents: passed to the template along with the messages; None if the row has none.
         prompt: the number of messages that belong to the prompt, and are never trained.
     """
 
@@ -52,14 +52,14 @@ class Chat:
     prompt: int = 0
 
     def is_trained(self, index: int) -> bool:
-        """Whether a message is the assistant's, and neither in the prompt nor of weight 0."""
+        """Whether a message is trained: an assistant's message after the prompt, whose weight is not 0."""
         message = self.messages[index]
         return message["role"] == "assistant" and index >= self.prompt and message.get("weight") != 0
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction as in Alpaca, perhaps with an input, and the output."""
+    """An instruction, an optional input and an output, as in Alpaca."""
 
     instruction: str
     output: str
@@ -76,7 +76,7 @@ class Instruction:
         return Chat([{"role": role, "content": content} for role, content in turns])
 
     def as_completion(self) -> Completion:
-        """The same in the words of Stanford Alpaca, for a model without a chat template."""
+        """The instruction in the words of Stanford Alpaca, for a model without a chat template."""
         before = "".join(f"{_alpaca(question, '')}{answer}\n\n" for question, answer in self.history)
         system = f"{self.system}\n\n" if self.system else ""
         return Completion(f"{system}{before}{_alpaca(self.instruction, self.input)}", self.output)
@@ -138,7 +138,7 @@ Example: TypeAlias = Text | Completion | Chat | Instruction | Preference | Judge
 
 
 def through_template(example: Example) -> Example:
-    """The example with its completions as chats."""
+    """The same example, in which completions have become chats."""
     if isinstance(example, Completion | Instruction):
         return example.as_chat()
     if isinstance(example, Preference):

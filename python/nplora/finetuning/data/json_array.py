@@ -27,7 +27,8 @@ def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
         name: the name of the text, for messages.
         most: the largest number of bytes of an element.
     Raises:
-        DataError: the text is neither, the array does not end, or text follows the array.
+        DataError: the text is neither an array nor such an object, the array does not end, or text follows
+            it.
         LimitError: an element is too long.
     """
     joined = bytearray()
@@ -40,7 +41,7 @@ def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
     while part is not None:
         text = escape + part
         hidden = text.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")  # an escaped quote does not end a string
-        escape = b"\\" * hidden.endswith(b"\\")  # the next part has the escaped letter
+        escape = b"\\" * hidden.endswith(b"\\")  # the letter that the backslash escapes is in the next part
         if escape:
             text, hidden = text[:-1], hidden[:-1]
         piece = np.frombuffer(hidden, np.uint8)

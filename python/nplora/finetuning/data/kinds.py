@@ -42,7 +42,7 @@ class Kind:
         name: what `format` calls it.
         fields: the fields that a row of this kind has, for messages.
         known_by: a row that has one of these fields is of this kind.
-        parse: makes the example of a row; the fields, and the place for messages.
+        parse: makes an example from the fields of a row.
     """
 
     name: str
@@ -117,7 +117,7 @@ def _answer(row: Fields, name: str) -> Answered:
 
 
 def _answered(row: Fields, name: str) -> list[Message]:
-    """The messages of an answer, which may be a single message or the text of one."""
+    """The messages of an answer. The row may give a list of messages, a single message, or only its text."""
     value = row.get(name)
     if isinstance(value, str):
         value = {"role": "assistant", "content": row.text(name)}
@@ -183,7 +183,7 @@ def _message(row: Fields, message: object) -> Message:
 
 
 def _content(row: Fields, message: Message) -> str:
-    """The content of a message as one text. Only a message with tool calls may have none."""
+    """The content of a message as one text. Only a message with tool calls may lack content."""
     content = message.get("content")
     if isinstance(content, str):
         return content
@@ -210,7 +210,7 @@ def _tool_calls(row: Fields, message: Message) -> Objects:
 
 
 def _tool_call(row: Fields, call: dict[str, Any]) -> dict[str, Any]:
-    """A call with its arguments as an object: templates write JSON themselves."""
+    """A tool call whose arguments are an object, because templates write them as JSON themselves."""
     function = call.get("function", call)
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name:
@@ -239,7 +239,7 @@ def _check_weight(row: Fields, message: Message) -> None:
 
 
 def _check_order(row: Fields, before: Message | None, message: Message) -> None:
-    """A result of a tool must follow the call, or another result."""
+    """Check that a tool's result comes after an assistant's message or another result."""
     role = message["role"]
     if role in _TOOL_ROLES and (before is None or before["role"] in ("user", "system", "developer")):
         after = "at the beginning" if before is None else f"after {before['role']!r}"
@@ -247,7 +247,7 @@ def _check_order(row: Fields, before: Message | None, message: Message) -> None:
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool as OpenAI's API describes it. Some data have the function alone."""
+    """A tool in the form of OpenAI's API. If the data give only its function, wrap the function."""
     return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
 
 
@@ -319,7 +319,7 @@ def _preference(row: Fields) -> Example:
 
 
 def _has_whole_chats(row: Fields) -> bool:
-    """Whether both answers are chats that repeat the prompt, which is a text."""
+    """Whether the prompt is a text and both answers are whole chats, which repeat the prompt."""
     prompt, answers = row.values["prompt"], [row.values.get(name) for name in ("chosen", "rejected")]
     return isinstance(prompt, str) and all(isinstance(a, list) and len(a) > 1 for a in answers)
 
@@ -336,14 +336,14 @@ def _without_prompt(row: Fields) -> Preference:
 
 
 def _shared(one: Sequence[object], other: Sequence[object]) -> int:
-    """The number of items with which both begin."""
+    """The number of items at the beginning that both sequences share."""
     same = (a == b for a, b in zip(one, other, strict=False))
     return sum(1 for _ in itertools.takewhile(bool, same))
 
 
 def _judged(row: Fields) -> Example:
     label = row.get("label")
-    if isinstance(label, str) and label.lower() in ("true", "false"):  # of a table in text
+    if isinstance(label, str) and label.lower() in ("true", "false"):  # tables in text files have no booleans
         label = label.lower() == "true"
     if not isinstance(label, bool):
         raise row.error(f"label is {brief(label)}, expected true or false")
@@ -385,7 +385,7 @@ def _choices(row: Fields) -> tuple[tuple[str, ...], list[str]]:
 
 
 def _right_choice(row: Fields, choices: tuple[str, ...], labels: list[str]) -> int:
-    """The index of the answer, which is a choice, its label (A, B, … if it has none), or its index."""
+    """The index of the right choice. The row gives the choice, its label (default: A, B, …) or its index."""
     answer = row.get("answer")
     if isinstance(answer, str):
         if answer in choices:
@@ -438,17 +438,17 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
 
 
 def _kinds_with(names: list[str]) -> dict[str, str]:
-    """The kinds that these fields tell, each with the field that tells it."""
+    """The kinds that fields with these names may belong to, each with the field that shows it."""
     found = {kind.name: name for kind in KINDS for name in reversed(kind.known_by) if name in names}
     if "completion" in found and "label" in names:
         found["kto"] = found.pop("completion")
     if "preference" in found and not {"chosen", "rejected"}.isdisjoint(names):
-        found.pop("sharegpt", None)  # the conversation is the prompt
+        found.pop("sharegpt", None)  # in a preference, `conversations` holds the prompt
     return found or ({"completion": "prompt"} if "prompt" in names else {})
 
 
 def renamed(values: dict[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The row with the fields that `columns` names under our names: ours -> the row's.
+    """The row with its fields renamed to our names. `columns` maps our names to those in the row.
 
     Raises:
         DataError: the row does not have such a field.

@@ -34,7 +34,7 @@ class Example:
     Attributes:
         where: its file and line.
         name: "chosen" or "rejected" if it is an answer of a pair, else empty.
-        pieces: its text in pieces, each with whether it is trained.
+        pieces: the pieces of its text; for each piece, whether it is trained.
         tokens, trained: the number of its tokens, and of those that count in the loss.
     """
 
@@ -74,9 +74,9 @@ class Part:
         lost: the number of tokens that the cut takes away.
         emptied: the number of examples that have nothing to train on after the cut.
         unused: the number of examples with tools or documents that the chat template leaves out.
-        repeated: the number of examples that are there before.
-        bad: the number of rows that cannot be used.
-        problems: the errors of the first of them.
+        repeated: the number of examples that repeat an earlier example.
+        bad: the number of bad rows.
+        problems: the errors of the first few bad rows.
     """
 
     source: str
@@ -150,12 +150,12 @@ def preview(
 ) -> Preview:
     """Show how training data are read: what is trained, how long the examples are, and what is wrong.
 
-    Bad rows do not end the preview. It counts them and shows the first errors.
+    Bad rows do not end the preview. They are counted, and the errors of the first few are shown.
 
     Args:
         data, tokenizer, format, columns, chat, max_length, learn: as for `read_dataset`. The rows may be
             comparisons, too.
-        valid: rows to evaluate on, to look for examples that are also in `data`.
+        valid: rows to evaluate on. The preview counts those that are also in `data`.
         valid_split: share of the examples to hold out, as for `finetune`.
         examples: how many of the first examples are shown.
     Returns:
@@ -204,14 +204,14 @@ def preview(
 
 
 class _Reader:
-    """Reads sources as `read_dataset` does, but goes on after a bad row and keeps whole examples."""
+    """Reads sources as `read_dataset` does, but continues after a bad row and does not cut long examples."""
 
     def __init__(self, op: str, tokenizer: Tokenizer, options: ReadOptions, max_length: int) -> None:
         self._op, self._tokenizer, self._options, self._most = op, tokenizer, options, max_length
         self._encoder = Encoder(tokenizer, options.learn == "all", None, options.chat)
 
     def read(self, sources: list[Source], shown: int) -> tuple[Part, dict[bytes, int], tuple[Example, ...]]:
-        """The summary, how often each example is there, and the first examples."""
+        """The summary, the number of times that each example occurs, and the first examples."""
         lengths, seen, examples, problems = list[int](), dict[bytes, int](), list[Example](), list[str]()
         trained = cut = lost = emptied = unused = bad = 0
         kinds = list[str]()

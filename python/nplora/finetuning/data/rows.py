@@ -42,8 +42,8 @@ def read_rows(path: StrPath) -> Iterator[Row]:
     """The rows of a file. The parts of a plain text are rows {"text": ...}.
 
     Raises:
-        DataError: another suffix, or a file that cannot be divided into rows.
-        FormatError: a directory, FIFO or device. OSError: the file cannot be read.
+        DataError: the suffix is unknown, or the file cannot be divided into rows.
+        FormatError: the path is a directory, FIFO or device. OSError: the file cannot be read.
         ModuleNotFoundError: the file needs the package `pyarrow`.
     """
     suffix = suffix_of(path)
@@ -83,9 +83,9 @@ def _decompressed(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
     try:
         for part in parts:
             size = 0
-            while part or size == _PART:  # a full part: more may be waiting in the stream
+            while part or size == _PART:  # after a full part, the stream may hold more
                 if stream.eof:
-                    part = part.lstrip(b"\0")  # padding, as gzip has it
+                    part = part.lstrip(b"\0")  # zero bytes may pad a gzip file
                     if not part:
                         break
                     stream = zlib.decompressobj(_GZIP)
@@ -181,7 +181,7 @@ def _separated(path: StrPath, delimiter: str) -> Iterator[Row]:
             where = f"{name}, line {reader.line_num}"
             if len(fields) == len(columns):
                 yield Row(where, dict(zip(columns, fields, strict=True)))
-            elif fields:  # none: an empty line
+            elif fields:  # an empty line has no fields
                 words = f"{where}: the row has {counted(len(fields), 'field')}, expected {len(columns)}"
                 yield Row(where, {}, DataError(words))
     except csv.Error as error:
@@ -191,7 +191,7 @@ def _separated(path: StrPath, delimiter: str) -> Iterator[Row]:
 
 
 def _next(reader: Any) -> list[str] | None:
-    """Read the next record, with fields as long as a line may be.
+    """Read the next record. Its fields may be as long as a line (`MAX_LINE`).
 
     The csv module's limit for fields is global, so its old value is restored afterwards.
     """

@@ -41,7 +41,7 @@ class Source:
 
     @property
     def is_text(self) -> bool:
-        """Whether it is one plain text, without rows."""
+        """Whether the source is one plain text, without rows."""
         return self.path is not None and is_text(self.path)
 
 
@@ -57,7 +57,7 @@ def splits_of(op: str, data: Data) -> Splits:
 
     Raises:
         FileNotFoundError: there is no such file, or a directory has no train.*.
-        TypeError, ValueError: it is not a `Data`, a weight is not above 0, or there are no rows.
+        TypeError, ValueError: `data` has the wrong type, a weight is not above 0, or there are no rows.
     """
     if isinstance(data, str | os.PathLike):
         files.require_named(op, data=data)
@@ -97,7 +97,7 @@ def _splits_of_path(path: StrPath) -> Splits:
 
 
 def _splits_of_paths(op: str, given: list[Any]) -> Splits:
-    """Several paths, or pairs (path, weight). Several directories have a validation set together."""
+    """Several paths, or pairs (path, weight). The validation sets of several directories are joined."""
     pairs = [item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0) for item in given]
     for path, weight in pairs:
         if not isinstance(path, str | os.PathLike):

@@ -20,7 +20,7 @@ class Part:
 
     Attributes:
         share: the share of the rows that are held out, on average.
-        held_out: this is the side of the rows that are held out.
+        held_out: whether this side has the rows that are held out.
     """
 
     share: float
@@ -41,7 +41,7 @@ def split_sources(op: str, sources: list[Source], share: float) -> tuple[list[So
     Args:
         share: the share of the rows that are held out, on average.
     Raises:
-        DataError: no row is held out, or all are; or as `read_rows`.
+        DataError: no row is held out, or all rows are; or `read_rows` fails.
         ValueError: a source is a plain text, which has no rows.
     """
     for source in sources:

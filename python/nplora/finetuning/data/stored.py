@@ -107,7 +107,7 @@ class Examples(Protocol):
         """SHA-256 of the examples."""
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Any]:
-        """These examples in one batch, and what the loss needs besides the batch."""
+        """The examples with these indices as one batch, and what the loss needs besides the batch."""
 
 
 class Stored:
@@ -128,8 +128,8 @@ class Stored:
         """
         Args:
             ids, trained: the tokens of all sequences, one after another, and whether each is trained.
-            starts: the start of each sequence, and the end.
-            order: which of the stored examples each example is; None: each stored example once.
+            starts: the index of the first token of each sequence, and the index after the last sequence.
+            order: for each example, the number of a stored example; None: each stored example occurs once.
         """
         self._ids, self._trained, self._starts = ids, trained, starts
         self._order = np.arange((len(starts) - 1) // self.sequences) if order is None else order
@@ -179,7 +179,7 @@ class Stored:
         return int(self._ids.max())
 
     def fingerprint(self) -> str:
-        """SHA-256 of the examples. Datasets with the same tokens and the same trained tokens share it."""
+        """SHA-256 of the examples: equal for datasets with the same tokens and the same trained tokens."""
         digest = hashlib.sha256()
         for part in (self._ids, self._trained, self._starts):
             digest.update(part.tobytes())

@@ -14,7 +14,7 @@ from nplora.formats import files
 from nplora.formats.errors import DataError, FormatError
 from nplora.formats.files import StrPath
 
-_ROWS = 1024  # that are Python objects at a time
+_ROWS = 1024  # rows that become Python objects at a time
 
 
 def read_parquet(path: StrPath) -> Iterator[dict[str, Any]]:

@@ -24,8 +24,8 @@ from nplora.lm.generation import Sampling, generate_ids
 from nplora.runtime.user_warning import warn_user
 from nplora.tokenizer import Tokenizer
 
-_MOST_PROMPTS = 32  # that are answered together
-_MOST_TOKENS = 8192  # of the prompts and answers that are in memory together
+_MOST_PROMPTS = 32  # prompts that are answered together
+_MOST_TOKENS = 8192  # tokens of prompts and answers that are in memory together
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,13 @@ class Asked:
 
 
 def asked(tokenizer: Tokenizer, example: Example, row: dict[str, Any], where: str, chat: bool) -> Asked:
-    """The prompt of an example, and the last text that it trains as the reference.
+    """The prompt of an example. The reference answer is the last text that training would learn.
 
     Args:
         chat: texts go through the chat template, too.
     Raises:
-        DataError: the example has no prompt, or its answer is no text; or the chat template refuses it.
+        DataError: the example has no prompt, its answer is not a text, or the chat template refuses the
+            example.
     """
     if isinstance(example, Instruction) and not chat:
         has_template = tokenizer.chat_template is not None
@@ -85,7 +86,7 @@ def _of_chat(tokenizer: Tokenizer, chat: Chat) -> tuple[list[int], str]:
 
 
 def answers(lm: LanguageModel, questions: list[Asked], max_new_tokens: int) -> Iterator[str]:
-    """The answer of the model to each prompt, by greedy decoding, without white space around it."""
+    """The model's answer to each prompt: greedy decoding, with the surrounding white space removed."""
     sampling = Sampling(max_new_tokens=max_new_tokens)
     for group in groups([question.ids for question in questions], max_new_tokens):
         yield from map(str.strip, generate_ids(lm, group, sampling))

@@ -44,7 +44,8 @@ def encode_choices(tokenizer: Tokenizer, example: MultipleChoice, where: str, ch
     """The tokens of a question and of each choice.
 
     A choice follows a prompt as in lm-evaluation-harness: after a space, unless white space is there already.
-    White space at the end of the prompt becomes the beginning of each choice, because tokens begin with it.
+    White space at the end of the prompt is moved to the beginning of each choice, because tokens begin with
+    white space rather than end with it.
 
     Args:
         chat: write the question with the chat template.
@@ -71,7 +72,7 @@ def encode_choices(tokenizer: Tokenizer, example: MultipleChoice, where: str, ch
 def _continuation(tokenizer: Tokenizer, before: str, prompt: list[int], text: str) -> list[int]:
     """The tokens of a text after the prompt.
 
-    The text is encoded alone if the prompt's tokens change in the joined text.
+    The text is encoded alone if joining it to the prompt changes the prompt's tokens.
     """
     ids = tokenizer.encode_prompt(before + text)
     return ids[len(prompt) :] if ids[: len(prompt)] == prompt else tokenizer.encode_continuation(text)

@@ -1,7 +1,7 @@
 """NploraLM: a model class for lm-evaluation-harness (the package `lm_eval`, of the extra `eval`).
 
-Importing this module registers the class under the name "nplora". As a program, it is the command `lm_eval`
-with this model:
+Importing this module registers the class under the name "nplora". Run as a program, this module is the
+command `lm_eval` with the class registered:
 
     python -m nplora.finetuning.judging.harness run --model nplora \
         --model_args pretrained=model.gguf,adapter=out --tasks arc_easy
@@ -35,7 +35,7 @@ class NploraLM(LM):  # type: ignore[misc]
     """A language model with an adapter, for lm-evaluation-harness.
 
     Contexts that several continuations share are computed once. A text that is too long loses its beginning,
-    as with the harness's own models. Special tokens in texts are read as such.
+    as with the harness's own models. The text of a special token, such as <|end|>, is read as this token.
 
     Args:
         pretrained: a GGUF file, a Hugging Face directory, or a loaded `LanguageModel`.
@@ -43,7 +43,7 @@ class NploraLM(LM):  # type: ignore[misc]
         compute: arithmetic of the products with frozen weights.
         any_base: accept an adapter that was trained on another model with the same shapes.
         max_length: the maximum number of tokens of a text; None: the model's context.
-        max_gen_toks: the maximum number of generated tokens, if a task does not say.
+        max_gen_toks: the maximum number of generated tokens for tasks that do not set it.
         batch_size, max_batch_size, device: accepted for the harness, and not used.
     """
 
@@ -140,7 +140,7 @@ class NploraLM(LM):  # type: ignore[misc]
         return self._prefix
 
     def _pair(self, context: str, continuation: str) -> Pair:
-        """The tokens of a context and of a continuation, together at most one more than `max_length`.
+        """The tokens of a context and of a continuation: `max_length` + 1 tokens at most in total.
 
         White space at the end of the context is moved to the continuation.
         """
@@ -175,7 +175,7 @@ class NploraLM(LM):  # type: ignore[misc]
         return found
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
-        """How to generate, from the options of a task, which are those of transformers."""
+        """How to generate, according to a task's options, which have the names that transformers uses."""
         until = options.get("until") or []
         stop = [until] if isinstance(until, str) else list(until)
         count = options.get("max_gen_toks", options.get("max_new_tokens", self.max_gen_toks))

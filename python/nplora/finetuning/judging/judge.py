@@ -76,8 +76,8 @@ def read_judge(
     """Read the data of an evaluation.
 
     Raises:
-        DataError: a row is wrong, or has no prompt, which generated answers need; or there are no examples.
-            The other errors are those of `read_dataset`.
+        DataError: a row is wrong; a row has no prompt, although answers are to be generated; or there are no
+            examples. The other errors are those of `read_dataset`.
     """
     is_choice = _is_choice(sources, reading)
     if is_choice:

@@ -30,7 +30,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def normalised(text: str) -> str:
     """Lower-case text without punctuation and English articles, with single spaces, as in SQuAD.
 
-    Rajpurkar et al. 2016; the same steps in the same order as the data set's script evaluate-v1.1.py.
+    The steps and their order are those of SQuAD's script evaluate-v1.1.py (Rajpurkar et al. 2016).
     """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
@@ -43,7 +43,7 @@ def exact_match(answer: str, reference: str, row: Mapping[str, Any] | None = Non
 def f1(answer: str, reference: str, row: Mapping[str, Any] | None = None) -> float:
     """The harmonic mean of precision and recall over the words of both texts, after `normalised`.
 
-    If one of the texts has no words, 1 if both have none, otherwise 0, as in SQuAD 2.0.
+    As in SQuAD 2.0, the result is 1 if neither text has words, and 0 if only one of them has words.
     """
     found, wanted = normalised(answer).split(), normalised(reference).split()
     if not found or not wanted:

@@ -18,7 +18,7 @@ from nplora.finetuning.judging.statistics import (
 )
 
 SIGNIFICANT = 0.05
-_LEAST = 6  # examples; the least p of fewer, 2 / 2^n, is not below SIGNIFICANT
+_LEAST = 6  # examples; with n < 6 examples, p is at least 2 / 2^n, which is not below SIGNIFICANT
 _RATES = 3  # decimals of a metric between 0 and 1
 _LOSS = "loss"
 
@@ -30,7 +30,7 @@ class Score(TypedDict):
         value: the metric.
         low, high: the interval, by a bootstrap over the examples; None for fewer than two examples.
         examples: the number of examples.
-        failed: the number of examples that the metric could not score. Each counts as 0.
+        failed: the number of examples that the metric could not score; the score of each of them counts as 0.
 
     >>> nplora.evaluate("model.gguf", "valid.jsonl")["metrics"]["token_accuracy"]["examples"]
     4
@@ -62,7 +62,7 @@ class Evaluation(MeanLoss):
         source: the name of the file.
         examples, truncated, emptied, skipped: counts of examples and rows, see `DataReport`.
         perplexity: e to the power of the loss.
-        token_accuracy: the share of these tokens that are the model's most likely token.
+        token_accuracy: the share of these tokens that the model ranks first.
         metrics: every metric by its name, "loss" and "token_accuracy" too, each as a `Score`. For
             multiple-choice rows: "acc", "acc_norm" and "acc_token".
 
@@ -119,14 +119,14 @@ class Difference:
     Attributes:
         one, other: the names of the systems.
         metric: the name of the metric.
-        values: the metric of both.
-        difference: that of `one` minus that of `other`.
-        low, high: its 95 % confidence interval, by a bootstrap over the examples, which are drawn for both
-            systems together; None for fewer than two examples.
+        values: the values of the metric for `one` and for `other`.
+        difference: the value for `one` minus the value for `other`.
+        low, high: the 95 % confidence interval of the difference, by a bootstrap that draws the same examples
+            for both systems; None for fewer than two examples.
         p: the probability of a difference at least as large, if the systems were equally good: the p-value of
             a paired permutation test; None for fewer than two examples.
-        is_better: True or False if p is below 0.05: whether `one` is better; None if no difference is shown.
-            With fewer than 6 examples, p is never below 0.05.
+        is_better: whether `one` is better than `other`, if p is below 0.05; otherwise None. With fewer than 6
+            examples, p is never below 0.05.
         examples: the number of examples.
 
     >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
@@ -196,7 +196,7 @@ def _shown_p(p: float) -> str:
 
 
 def json_values(value: Any) -> Any:
-    """The same with null for numbers that JSON does not have."""
+    """The value with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {name: json_values(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

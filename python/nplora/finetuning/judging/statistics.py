@@ -25,14 +25,14 @@ _ROUNDING = 1e-12  # relative; two differences closer than this count as equal
 
 @dataclass(frozen=True)
 class Measured:
-    """A metric of one system, example by example. The metric is the sum of `values` over that of `weights`.
+    """A metric of one system, example by example. The metric is sum(values) / sum(weights).
 
     Attributes:
         name: the metric.
         values, weights: float64 (examples,). For a loss: the summed loss of an example, and its tokens.
         lower_is_better: whether a lower metric is better.
         failed: the number of examples that could not be scored.
-        exact: the metric, if it was summed in an order of its own.
+        exact: the metric, if it was computed by sums in another order; None: it is computed from the arrays.
     """
 
     name: str
@@ -102,7 +102,7 @@ def _percentiles(found: Array) -> Interval:
 
 
 def _resampled(*columns: Array) -> Array:
-    """The sum of each column (examples,) over the examples of each resample: (columns, RESAMPLES)."""
+    """For each resample, the sum of each column over the drawn examples. Shape (columns, RESAMPLES)."""
     table = np.stack(columns, axis=1)
     return np.stack([counts @ table for counts in _draws(len(table))], axis=1)
 

@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 
 
 class DistillLoss(PackedLoss):
-    """The mean over the trained tokens of ratio · T² · KL + (1 - ratio) · cross-entropy."""
+    """The mean over the trained tokens of ratio · T² · KL + (1 - ratio) · cross-entropy (T: temperature)."""
 
     def __init__(self, formula: Distillation, teacher: Teacher, micro_tokens: int | None = None) -> None:
         super().__init__(micro_tokens)
@@ -58,7 +58,7 @@ class DistillLoss(PackedLoss):
         return self._teacher.blame(x) or super().blame(model, x)
 
     def _of(self, batch: PackedBatch) -> LogitLoss:
-        """The loss of rows of a batch. The teacher's forward pass runs first, while little else is kept."""
+        """Return a loss for rows of a batch. The teacher's forward pass runs now, while memory is free."""
         teacher = self._teacher.of(batch)
 
         def loss(logits: Array, rows: Array, factor: float, gradient: bool) -> Array:

@@ -32,8 +32,8 @@ Array = npt.NDArray[Any]
 class KtoLoss(PackedLoss):
     """The mean of a loss over answers. Each answer is compared with the KL divergence of its batch.
 
-    The KL divergence is the mean log-ratio of answers that do not fit their prompts, but at least 0. It gets
-    no gradient.
+    The KL divergence is the mean log-ratio of answers that do not fit their prompts, or 0 if the mean is
+    negative. No gradient flows through it.
     """
 
     unit = "answers"

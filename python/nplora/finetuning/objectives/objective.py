@@ -23,11 +23,12 @@ from nplora.tokenizer import Tokenizer
 class Objective:
     """The base class is supervised fine-tuning ("sft"): the mean of -log p(token) over the trained tokens.
 
-    An object of it belongs to one run.
+    Each run has its own object.
 
     Attributes:
         has_reference: `prepare` needs the model without its adapter.
-        extra_passes: forward passes of about a batch's tokens that a step makes besides its own.
+        extra_passes: the number of additional forward passes in a step, each over about as many tokens as the
+            step's own.
     """
 
     name: ClassVar[str] = "sft"
@@ -46,18 +47,18 @@ class Objective:
         return None
 
     def teaching(self, lm: LanguageModel) -> Teaching | None:
-        """What a teacher takes besides the model, for the plan."""
+        """The additional memory and time that a teacher takes, for the plan; None without a teacher."""
         return None
 
     def open(self, op: str, lm: LanguageModel, check: bool) -> None:
-        """Open what the objective reads besides the data, and check that it fits the model.
+        """Open what the objective needs besides the data (a teacher), and check that it fits the model.
 
         Args:
             check: whether `load_model` looks for NaN and infinities in the weights.
         """
 
     def reload(self, compute: str) -> None:
-        """Load models that the objective has opened again, with another arithmetic."""
+        """Load the models of the objective again, with another arithmetic."""
 
     def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> Examples:
         """Read examples, as `read_sources` does."""
@@ -70,7 +71,7 @@ class Objective:
         directory: files.Directory,
         say: Callable[[str], None],
     ) -> None:
-        """Compute what the loss needs besides the model, before the first step or after a resume.
+        """Compute all that the loss needs besides the model, when a run starts or is resumed.
 
         Args:
             lm: the model without the adapter that is trained.

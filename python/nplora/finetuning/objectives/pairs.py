@@ -73,7 +73,7 @@ class PairLoss(PackedLoss):
         """The sum of the losses of a micro-batch, and its derivative with respect to the log-probabilities.
 
         Args:
-            is_answer: for each token, whether the next token is of an answer.
+            is_answer: for each token, whether the next token belongs to an answer.
             weight: the result of `_weight` for the whole batch.
             log_probs: the log-probabilities of all targets (m,).
         """
@@ -83,7 +83,7 @@ class PairLoss(PackedLoss):
         return 1.0
 
     def _measure(self, rewards: Array) -> None:
-        """Count the rewards (n, 2) of the chosen and the rejected answers. The names are TRL's."""
+        """Count the rewards (n, 2) of the chosen and the rejected answers, under the names that TRL uses."""
         chosen, rejected = rewards.T
         self._tally.add("rewards/chosen", chosen)
         self._tally.add("rewards/rejected", rejected)
@@ -125,7 +125,10 @@ class OrpoLoss(PairLoss):
         return {"objective": "orpo", "beta": self._beta, **super().settings()}
 
     def _weight(self, x: PackedBatch) -> float:
-        """The pairs of the batch for each token of its chosen texts: the first loss is a mean over tokens."""
+        """The weight of a token's loss: the number of pairs / the number of tokens of their chosen texts.
+
+        The trainer divides the loss by the number of pairs, so the tokens of chosen texts are averaged.
+        """
         tokens = np.bincount(by_sequence(x), minlength=len(x.starts) - 1)[::2].sum()
         return (len(x.starts) - 1) / 2 / max(1, int(tokens))
 
@@ -170,7 +173,7 @@ class DpoObjective(Objective):
 
 
 class OrpoObjective(Objective):
-    """Odds ratio preference optimisation: learns the chosen answers and compares, without a reference."""
+    """Odds ratio preference optimisation: trains chosen answers, penalises rejected ones; no reference."""
 
     name = "orpo"
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-# A token of probability 1 has odds that are infinite. ORPO counts larger mean log-probabilities as this.
+# The upper limit of the mean log-probabilities in ORPO, because a probability of 1 has infinite odds.
 _ALMOST_CERTAIN = -1e-7
 
 
@@ -86,7 +86,7 @@ def odds_ratio(means: Array, beta: float) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Kto:
-    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, eq. 7 and 8), and apo_zero_unpaired without KL.
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, eq. 7 and 8), or apo_zero_unpaired (no KL).
 
     Attributes:
         desirable, undesirable: the weights of good and of bad answers.

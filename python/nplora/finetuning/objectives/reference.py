@@ -1,7 +1,8 @@
 """Reference: the log-probabilities of the model without its adapter, computed once and kept in a file.
 
-The file holds one number for each sequence. It is used only if it is of the same weights, arithmetic and
-instruction set, and if its SHA-256 shows that it is whole. Everything else is computed again.
+The file holds one number for each sequence. It is used only if the weights, the arithmetic, the instruction
+set and the version of nplora are the same, and if its SHA-256 shows that it is whole. Log-probabilities that
+it lacks are computed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _EVERY = 10.0  # seconds between two lines of progress
 class Reference:
     """The log-probability of each sequence under the reference: the sum over its targets.
 
-    Sequences are known by a digest of their tokens and targets, so that the order of the data is free.
+    A digest of its tokens and targets identifies each sequence, so the data may be in any order.
     """
 
     def __init__(self, found: dict[int, float] | None = None) -> None:
@@ -105,7 +106,8 @@ def computed(
             for x, y in source.epoch(0):
                 for part in _parts(sequences_of(x, y)):
                     keys = sequence_keys(part).tolist()
-                    # A part is computed as a whole, so that its bits do not depend on what the file has.
+                    # The whole part is computed, so that the results are the same bits, whichever of its
+                    # sequences the file has.
                     if not all(key in kept for key in keys):
                         progress.begin()
                         kept |= zip(keys, _log_probs(lm, part).tolist(), strict=True)
@@ -113,7 +115,7 @@ def computed(
                     found |= ((key, kept[key]) for key in keys)
                 progress.add(len(x.starts) - 1, source.dataset)
         is_whole = True
-    finally:  # after Ctrl-C, too: the next start continues there
+    finally:  # also after Ctrl-C, so that the next start continues from here
         if new:
             _write(directory, model, found if is_whole else kept)
     return Reference(found)
@@ -146,7 +148,7 @@ def _log_probs(lm: LanguageModel, part: PackedBatch) -> Array:
 
 
 class _Progress:
-    """Prints how far the reference is, if it takes longer than a moment."""
+    """Prints the progress of computing the reference, if that takes longer than a moment."""
 
     def __init__(self, total: int, say: Callable[[str], None]) -> None:
         self._total, self._say = total, say
@@ -178,7 +180,7 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
     """The content of the file, and what is wrong with the file. Without a file, both are empty.
 
     Raises:
-        FileExistsError: the file is not in the safetensors format, and there is no run that it may belong to.
+        FileExistsError: the file is not in the safetensors format, and the directory holds no run.
     """
     path = Path(directory, REFERENCE)
     if not os.path.lexists(path):
@@ -204,7 +206,7 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
 
 
 def _write(directory: files.Directory, model: str, found: dict[int, float]) -> None:
-    """Write the file. If the disk is full, warn: the first checkpoint of the run will find that out."""
+    """Write the file. A failure is only a warning: if the disk is full, the first checkpoint fails anyway."""
     keys, values = np.array(list(found), np.uint64), np.array(list(found.values()), np.float64)
     metadata = {REFERENCE_MARK: _SCHEMA, "model": model, "sha256": _digest(keys, values)}
     path = Path(directory, REFERENCE)

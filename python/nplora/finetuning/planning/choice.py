@@ -19,7 +19,7 @@ from nplora.runtime import get_num_threads
 
 _LEAST_MICRO_BATCH = 32  # tokens: smaller micro-batches save little memory and lose speed
 # The memory of a process before its run differs a little between processes. So a new plan keeps this share of
-# the limit free, and a run that resumes in another process may use it. Errors count it too.
+# the limit free, and a run that resumes in another process may use it. Errors count this share too.
 _MARGIN = 1.02
 
 
@@ -165,7 +165,7 @@ def _plans(
     """The plans that the constraints allow, float32 first.
 
     Args:
-        free: False: settings that the constraints leave open get their defaults.
+        free: whether to vary the settings that the constraints leave open. Otherwise they get their defaults.
     """
     computes, policies = [constraints.compute or lm.compute], [constraints.recompute]
     if free and constraints.compute is None and lm.compute == "float32":
@@ -187,7 +187,7 @@ def _halves(work: Work) -> Iterator[int]:
 
 
 def _teaching_times(work: Work, computes: tuple[str, ...]) -> dict[str, Callable[[MicroBatch], float]]:
-    """For each arithmetic, the predicted seconds of a micro-batch that the teacher takes."""
+    """For each arithmetic, a function that predicts how many seconds the teacher takes for a micro-batch."""
     teaching = work.teaching
     if teaching is None:
         return dict.fromkeys(computes, lambda one: 0.0)
@@ -209,7 +209,7 @@ def _seconds(
     """The predicted seconds of an average step.
 
     Args:
-        taught: the seconds of a micro-batch that a teacher takes.
+        taught: predicts how many seconds the teacher takes for a micro-batch.
     """
     times = [
         speed.step(lm, adapters, one, plan.recompute)

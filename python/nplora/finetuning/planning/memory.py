@@ -23,7 +23,7 @@ from nplora.nn.principal import PRINCIPAL_INITS
 _FLOAT, _BITS = 4, 2
 _LANES = _core.constants.lanes_bytes
 _PASS = _core.constants.l3_block_bytes
-_TOKENS = 2 * _core.constants.task_tokens  # of a token block in backward, for every two threads
+_TOKENS = 2 * _core.constants.task_tokens  # tokens of a block in the backward pass, for every two threads
 _THREAD = 3 << 19  # the other scratch of a thread, rounded up
 _HEAP = 10 << 20  # code read from the disk, small arrays, and memory that malloc keeps
 
@@ -119,7 +119,7 @@ class Adapters:
         if init not in PRINCIPAL_INITS:
             return made
         weights = sum(modules[name].weight.nbytes for name in names)
-        return dataclasses.replace(made, taken=weights + _FLOAT * made.numbers)  # with the initial factors
+        return dataclasses.replace(made, taken=weights + _FLOAT * made.numbers)  # weights and initial factors
 
     def with_rows(self, lm: LanguageModel, rows: Mapping[str, Any]) -> Self:
         """The same layers, and trained rows: layer -> ids of the rows, or None for all rows."""
@@ -139,11 +139,11 @@ class Adapters:
         return self.ranks.get(name, self.rank)
 
     def scratch(self, narrow: bool, tokens: int, threads: int) -> int:
-        """The maximum scratch in bytes that a call needs for the factors of its layers, and for z and dz.
+        """The bytes of scratch, at most, that a call needs for its layers' factors, z = x Bᵀ and dz.
 
         The scratch consists of four buffers in csrc/ops/scratch.h: kLowGradients, kLowLanes, kLanes and
-        kFactor. These buffers hold two layouts of B, the sums of B's gradient, A or the sums of A's gradient,
-        and the bfloat16 layouts of A. A call with a single float32 layer needs one layout of B less.
+        kFactor. These buffers hold two layouts of B; the sums of B's gradient; A, or the sums of A's
+        gradient; and the bfloat16 layouts of A. A call with one float32 layer has one layout of B less.
         """
         layers: Counter[str] = Counter()
         ranks: Counter[str] = Counter()
@@ -230,10 +230,10 @@ class Extra:
     """Bytes that a loss takes besides the head.
 
     Attributes:
-        kept: kept during a whole micro-batch.
-        head: taken with the head, for one chunk of rows.
-        inference: taken before anything of the micro-batch is kept.
-        evaluation: taken besides the model's own inference in an evaluation.
+        kept: bytes that are held during a whole micro-batch.
+        head: bytes for one chunk of rows, taken while the head is computed.
+        inference: bytes taken at the start of a micro-batch, while none of its activations are kept.
+        evaluation: bytes taken in an evaluation, besides those of the model's own inference.
 
     >>> nplora.finetuning.planning.memory.Extra(kept=5).head
     0
@@ -267,7 +267,7 @@ def predicted(
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
         resident: bytes in memory before the adapters are made, and bytes of the weights not read yet.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
-        extra: what the loss takes besides.
+        extra: bytes that the loss takes besides the head.
         keeps_best: whether a copy of the best factors is kept.
 
     >>> planning = nplora.finetuning.planning
@@ -284,7 +284,7 @@ def predicted(
     blocks = [layers[i].footprint(adapters.of_block(i), narrow) for i in range(first, len(layers))]
     width = _FLOAT * config.hidden_size
     stream = width * step.tokens
-    head = _head(config, step.targets) + extra.head + 2 * stream  # the stream's gradient, and its last row
+    head = _head(config, step.targets) + extra.head + 2 * stream  # the residual stream, and its gradient
     if plan.recompute:
         kept = len(blocks) * width
         works = [max(2 * width + block.saved + block.backward, block.forward) for block in blocks]
@@ -297,7 +297,7 @@ def predicted(
     inference = max(inference + extra.evaluation, extra.inference)
     work = max(
         head + extra.kept, step.tokens * max(works, default=0) + extra.kept, inference - kept
-    )  # inference comes first
+    )  # nothing is kept yet during inference
     rows = min(most_rows(step.targets, config.vocab_size), step.targets)
     lanes = (
         _BITS * max(rows * config.vocab_size, step.tokens * config.intermediate_size)

@@ -89,7 +89,7 @@ class MemoryPlan:
 
 
 def need(size: int) -> str:
-    """Needed bytes as a text, rounded up. `room` rounds down, so that too large a need also looks larger."""
+    """Needed bytes as a text, rounded up. As `room` rounds down, a need above the limit also looks larger."""
     return f"{math.ceil(size / 1e6)} MB"
 
 

@@ -77,7 +77,7 @@ def available_memory() -> int | None:
 def peak_memory() -> int:
     """The peak memory of this process in bytes, including mapped files.
 
-    `getrusage` is only the fallback, because it starts a child process with the peak of its parent.
+    `getrusage` is only the fallback: in a child process, its peak begins at the peak of the parent.
 
     >>> nplora.finetuning.planning.peak_memory() > 1e6
     True
@@ -108,7 +108,7 @@ def _left_in_groups() -> Iterator[int]:
     for controllers, path in re.findall(_GROUP, _text("proc/self/cgroup")):
         if not controllers:
             limits, use, total = ["memory.max", "memory.high"], "memory.current", ""
-        elif "memory" in controllers.split(","):  # total_ includes the groups below, as version 2 does
+        elif "memory" in controllers.split(","):  # total_: with the groups below, as in version 2
             limits, use, total = ["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_"
         else:
             continue

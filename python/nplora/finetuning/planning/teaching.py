@@ -1,4 +1,4 @@
-"""Teaching: the memory and the time that a distillation takes besides the student's own."""
+"""Teaching: the memory and the time that a distillation takes in addition to those of the student."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROWS = 32  # rows of logits in a timing
 
 @dataclass(frozen=True)
 class Teaching:
-    """A distillation as the plan sees it.
+    """What the plan needs to know about a distillation.
 
     Attributes:
         student: the model that learns.
@@ -72,7 +72,7 @@ class Teaching:
         return (block + _FLOAT * self.model.config.hidden_size) * tokens
 
     def extra(self, step: MicroBatch, targets: Iterable[int], evaluated: int) -> Extra:
-        """All of this for a run.
+        """All of these bytes for a run.
 
         Args:
             step: the largest micro-batch.

@@ -30,10 +30,12 @@ class Work:
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
         keeps_best: whether a copy of the best factors is kept.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
-        sequences: the number of sequences of an example, each of which has a maximum length.
-        extra_passes: forward passes besides the step's own, over about the same number of tokens.
-        reference: the tokens and the tokens in the loss of each forward pass before the first step.
-        teaching: what a distillation takes besides; None without a teacher.
+        sequences: the number of sequences of an example. The maximum length applies to each sequence.
+        extra_passes: the number of additional forward passes in a step, each over about as many tokens as the
+            step's own.
+        reference: for each forward pass before the first step, its number of tokens, and of those in the
+            loss.
+        teaching: the additional memory and time of a distillation; None without a teacher.
 
     >>> work = nplora.finetuning.planning.Work([(np.array([8, 5]), np.array([3, 2]))], steps=10)
     >>> work.longest, work.batch_tokens
@@ -61,7 +63,7 @@ class Work:
                 yield MicroBatch(int(part.sum()), int(targets[first:last].sum()), int(part.max(initial=0)))
 
     def largest(self, micro_tokens: int | None) -> MicroBatch:
-        """The largest tokens, targets and longest of all micro-batches, each taken separately."""
+        """The maximum of `tokens`, of `targets` and of `longest` over all micro-batches, each by itself."""
         found = list(self.micro_batches(micro_tokens))
         return MicroBatch(
             *(max(getattr(one, name) for one in found) for name in ("tokens", "targets", "longest"))

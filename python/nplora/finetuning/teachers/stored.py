@@ -53,7 +53,7 @@ _KINDS = {
 
 
 def is_stored(path: StrPath) -> bool:
-    """Whether a path is a file that is not GGUF, and so no model."""
+    """Whether a path is a file that is not GGUF, and therefore not a model."""
     if not Path(path).is_file():
         return False
     with files.reading(path) as reader:
@@ -75,7 +75,8 @@ def new_file(
 
     Args:
         keys, counts: for each sequence, its digest and its number of trained tokens.
-        ids, log_probs: give the bytes of these arrays in order. Either may be called first.
+        ids, log_probs: functions that return the bytes of these arrays in order. Either function may be
+            called first.
     """
     rows = int(counts.sum())
     texts = [(token or "").encode() for token in tokens]
@@ -91,7 +92,7 @@ def new_file(
 
 
 class StoredTeacher:
-    """A file of log-probabilities, opened.
+    """An open file of log-probabilities.
 
     Raises:
         FormatError: the file is invalid, or was not made by `teach`.
@@ -193,7 +194,7 @@ class StoredTeacher:
         return np.frombuffer(data, dtype).reshape(-1, entry.shape[1])
 
     def _distributions(self, ids: Array, log_probs: Array) -> TopK:
-        """Check the rows, and make their probabilities sum to 1 again, which rounding has changed."""
+        """Check the rows, and scale their probabilities so that they sum to 1 again in spite of rounding."""
         ordered = np.sort(ids, axis=1)
         if ids.min(initial=0) < 0 or ids.max(initial=0) >= self._common:
             raise CorruptError(
@@ -213,7 +214,7 @@ class StoredTeacher:
         return self._header.hexdigest()
 
     def blame(self, batch: PackedBatch) -> str:
-        return ""  # `of` has checked the numbers
+        return ""  # `of` raises an error if the numbers are wrong
 
     # ---- the file ----
 

@@ -1,4 +1,4 @@
-"""Teacher: what a distillation asks of a teacher."""
+"""Teacher: the methods that a distillation needs from a teacher."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Teacher(Protocol):
         """Raise FormatError if the teacher cannot teach these examples."""
 
     def of(self, batch: PackedBatch) -> RowsOf:
-        """Prepare a batch. The result gives the distributions at some positions that have a target."""
+        """Prepare a batch. Return a function: positions that have a target -> the distributions there."""
 
     def digest(self) -> str:
         """A hash that identifies the teacher's distributions."""
 
     def blame(self, batch: PackedBatch) -> str:
-        """If the teacher's numbers for a batch are not finite, a sentence about it; else an empty text."""
+        """An error text if the teacher's numbers for a batch are not finite; "" if they are finite."""

@@ -14,14 +14,14 @@ _SHOWN = 3
 def require_same_vocabulary(
     op: str, teacher: str, theirs: Sequence[str | None], student: str, ours: Sequence[str | None]
 ) -> None:
-    """Raise FormatError if an id that both vocabularies have stands for different tokens.
+    """Raise FormatError if an id stands for different tokens in the two vocabularies.
 
     One vocabulary may be longer than the other. An id without a token, or with a token that only pads the
     vocabulary, agrees with every token.
 
     Args:
-        teacher, student: their names for the message.
-        theirs, ours: the token of each id; None for an id without a token.
+        teacher, student: the names of the two models, for the message.
+        theirs, ours: the teacher's and the student's token for each id; None for an id without a token.
     """
     differing = [
         id_

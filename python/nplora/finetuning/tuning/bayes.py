@@ -11,7 +11,7 @@ _RANDOM = 4  # trials at the start that are drawn at random
 
 
 class OptunaSampler:
-    """Proposes settings, one after another, from the losses of those before.
+    """Proposes settings one by one, each from the losses of the earlier proposals.
 
     The same seed and the same losses give the same proposals. A resumed search asks for the earlier proposals
     again, so that the sampler's state is as it was.
@@ -29,7 +29,7 @@ class OptunaSampler:
         self._asked: Any = None
 
     def propose(self) -> Settings:
-        """The settings of the next trial. `tell` must follow with its loss."""
+        """The settings of the next trial. Call `tell` with its loss before the next proposal."""
         self._asked = self._study.ask()
         rates, changes = self._space.rates, dict[str, Any]()
         lr = rates[0]

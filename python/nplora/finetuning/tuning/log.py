@@ -1,4 +1,4 @@
-"""TuneLog: tune.jsonl, the decisions and results of a search. A resumed search repeats none of them."""
+"""TuneLog: tune.jsonl, the decisions and results of a search. A resumed search repeats no trial."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class TuneLog:
 
     Attributes:
         path: the file.
-        start: what the search depends on; a resumed search must have the same.
+        start: all that the search depends on; it must be the same when the search is resumed.
         baseline: the loss before training and the seconds of its evaluation, if it is known.
-        rungs: the decisions, by the rung's number.
-        trials: the results, in the order of the trials.
+        rungs: the rungs that were decided, by their numbers.
+        trials: the trials with their results, in order.
     """
 
     def __init__(self, directory: StrPath) -> None:
@@ -63,7 +63,7 @@ class TuneLog:
         self._add(start)
 
     def _holds_trials(self) -> bool:
-        """Whether the file holds trials, or is no log at all. A search that made no trial left nothing."""
+        """Whether the file holds trials, or is not a log. A log without trials may be replaced."""
         found = TuneLog(self.path.parent)
         try:
             found._read()

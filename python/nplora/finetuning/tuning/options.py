@@ -53,7 +53,7 @@ class TuneOptions:
     )
     resume: bool = _option(False, "continue the search in the output directory; no trial is repeated")
     overwrite: bool = _option(False, "delete the search in the output directory")
-    op: InitVar[str] = "tune"  # begins the messages of errors
+    op: InitVar[str] = "tune"  # the name with which error messages begin
 
     def __post_init__(self, op: str) -> None:
         parse_budget(self.budget, op)

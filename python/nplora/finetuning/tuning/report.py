@@ -27,11 +27,11 @@ class TuneReport:
         output: the directory with tune.jsonl.
         trials: all trials, in the order in which they were made.
         winner: the trial of the lowest loss among the longest ones; None if all of them diverged.
-        options: the options of `finetune` for the winner, with those that the search was given.
+        options: the options of `finetune` that train the winner, including those that the search was given.
         command: the `nplora finetune` line for the winner; "" without a winner.
         loss_before: the validation loss before training.
         seconds: the time that the trials took.
-        budget: the time that they were allowed to take.
+        budget: the time limit for all trials.
         ended: why the search ended: "complete", "budget" or "interrupted".
         notes: hints on the results.
 

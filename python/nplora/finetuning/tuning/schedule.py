@@ -1,19 +1,20 @@
 """How a time budget is divided into rungs of trials: successive halving.
 
 Each rung trains fewer candidates for more steps (Jamieson and Talwalkar 2016; Li et al. 2018, "Hyperband").
-Every trial begins anew with its own learning rate schedule, which ends with the trial. If a survivor were
-continued instead, its schedule would have to be constant or be stretched afterwards. Then the rungs would
-compare runs that `finetune` never makes: a high learning rate shows its worth when the rate has come down.
+Every trial starts from scratch with its own learning rate schedule, which ends with the trial. If the trials
+of a rung were continued in the next one instead, their schedules would have to be constant or be stretched
+later. The rungs would then compare runs that `finetune` never makes. They would also judge high learning
+rates too early, because these pay off only when the schedule has lowered the rate.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-LEAST_STEPS = 10  # fewer say nothing about a learning rate
-# The shares of the budget: of the learning rates, of the variations, and of the full runs with the rest.
+LEAST_STEPS = 10  # fewer steps say nothing about a learning rate
+# Shares of the budget for the rung of learning rates and for that of variations. Full runs get the rest.
 RATES, VARIATIONS = 0.15, 0.35
-_TRIALS = 6  # at most in a rung of variations; fewer learning rates do not get longer trials
+_TRIALS = 6  # the maximum in a rung of variations; trials do not get longer if fewer learning rates are tried
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Pace:
         return steps * self.step + self.evaluation
 
     def steps(self, seconds: float) -> int:
-        """The steps of a trial that takes so long; 0 if there is no time for any."""
+        """The number of steps that a trial can make in this time; 0 if there is no time for any."""
         return max(0, int((seconds - self.evaluation) / self.step))
 
 
@@ -46,7 +47,7 @@ class Rung:
 
 
 def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
-    """The rung of learning rates: all of them if at least LEAST_STEPS steps fit, else as many as fit.
+    """The rung of learning rates: all of them, or as many as there is time for with LEAST_STEPS steps each.
 
     Args:
         full: the steps of the run that is tuned.
@@ -59,7 +60,7 @@ def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
 
 
 def second_rung(budget: float, left: float, pace: Pace, candidates: int, least: int, full: int) -> Rung:
-    """The rung of variations. It has at least twice the steps of the first, if the run is that long.
+    """The rung of variations. A trial has at least twice as many steps as in the first rung, or `full`.
 
     Args:
         left: the seconds that are left of the budget.
@@ -74,7 +75,7 @@ def second_rung(budget: float, left: float, pace: Pace, candidates: int, least: 
 
 
 def last_rung(left: float, pace: Pace, survivors: int, least: int, full: int) -> Rung:
-    """The rung of full runs, or of the longest runs that fit if they are longer than those before.
+    """The rung of full runs. If none fits, two shorter runs, at least 1.5 times as long as before.
 
     Args:
         least: the steps of the trials in the rung before.

@@ -23,7 +23,7 @@ from nplora.finetuning.tuning.trial import Trial, key_of
 _SURVIVORS = 2
 _SAMPLED = 10  # trials of a sampler in the first rung
 _NEIGHBOUR = 10**0.25  # half a step of the grid of learning rates
-_ROUNDS = 4  # of neighbours
+_ROUNDS = 4  # rounds of trials with neighbouring learning rates
 
 
 class Sampler(Protocol):
@@ -43,9 +43,9 @@ class Search:
 
     Attributes:
         epoch_steps: the steps of an epoch.
-        full: the steps of the run that is tuned, of one epoch if the number of epochs is searched.
+        full: the steps of the run that is tuned; those of one epoch if the number of epochs is searched.
         budget: the seconds that the trials may take.
-        planned: the predicted seconds of a step, until trials have shown them.
+        planned: the predicted seconds of a step, used until a trial has measured them.
         train: makes a trial: the settings and the steps -> the loss, and the seconds of training and
             evaluation.
         sampler: proposes the settings of the first rung; None: the learning rates of the space.
@@ -84,7 +84,7 @@ class Search:
     # ---- rungs ----
 
     def _first(self) -> list[Trial]:
-        """Learning rates, or the proposals of a sampler."""
+        """Try learning rates, or the proposals of a sampler."""
         rates = len(self.space.rates) if self.sampler is None else _SAMPLED
         rung = self._rung(1, first_rung(self._left, self._pace, rates, self.full))
         if rung.count < min(2, rates):
@@ -107,7 +107,7 @@ class Search:
         return _by_loss(made)
 
     def _second(self, first: list[Trial]) -> list[Trial]:
-        """The best learning rates, one between or beyond them, and variations of the other options."""
+        """Try the best learning rates, one near them, and other values of the other options."""
         rates = [trial.settings["lr"] for trial in _finite(first)[:_SURVIVORS]]
         if not rates:
             return []
@@ -122,7 +122,7 @@ class Search:
         return self._with_combination(2, self._trials(2, candidates[: rung.count], rung.steps))
 
     def _halved(self, number: int, before: list[Trial]) -> list[Trial]:
-        """The better third of the trials before, for more steps."""
+        """Train the best third of the earlier trials for more steps."""
         survivors = [trial.settings for trial in _finite(before)][: max(_SURVIVORS, -(-len(before) // 3))]
         steps = before[0].steps if before else 1
         decided = second_rung(self.budget, self._left, self._pace, len(survivors), steps, self.full)
@@ -130,7 +130,7 @@ class Search:
         return self._trials(number, survivors[: rung.count], rung.steps) if rung.count > 1 else before
 
     def _full_runs(self, before: list[Trial]) -> int:
-        """The survivors at full length, and then with more epochs, as long as these help.
+        """Train the best trials at full length, and then with more epochs, as long as the loss falls.
 
         Returns:
             the number of the next rung.
@@ -143,7 +143,7 @@ class Search:
                 rung = self._rung(number, last_rung(self._left, self._pace, len(made), least, length))
                 if not rung.count:
                     return number
-                if rung.steps < least:  # of an earlier search with a smaller budget
+                if rung.steps < least:  # logged by an earlier search with a smaller budget
                     number += 1
                     continue
                 made = self._trials(number, [trial.settings for trial in made[: rung.count]], rung.steps)
@@ -155,7 +155,7 @@ class Search:
         return number
 
     def _neighbours(self, number: int) -> None:
-        """The time that is left: learning rates beside the winner's, as long as one of them is better."""
+        """Use the time that is left to try learning rates beside the winner's, until none is better."""
         for turn in range(_ROUNDS):
             winner = winner_of(self.log.trials, self.full)
             if winner is None or winner.steps < self.full:
@@ -170,7 +170,7 @@ class Search:
                 return
 
     def _nearby(self, rates: Sequence[float]) -> list[float]:
-        """A learning rate between the best two, or beyond the best if it is the smallest or largest tried."""
+        """A learning rate between the best two, or, if the best is at the edge of those tried, beyond it."""
         tried = sorted(rates)
         if len(tried) < 2:
             return []
@@ -181,10 +181,10 @@ class Search:
         return [rounded(math.sqrt(best * second))]
 
     def _with_combination(self, number: int, made: list[Trial]) -> list[Trial]:
-        """Put first the best learning rate with all changes that helped, unless that was tried."""
+        """Also try the combination of all changes that helped, unless that was done, and put it first."""
         start = self.space.settings(0.0)
         combined = dict(made[0].settings)
-        for trial in reversed(made):  # of two values of one option, the better one is taken last
+        for trial in reversed(made):  # the best trial last, because its values take precedence
             change = {k: v for k, v in trial.settings.items() if k != "lr" and v != start[k]}
             before = self.log.find(key_of({**start, "lr": trial.settings["lr"]}, trial.steps))
             if change and before is not None and trial.loss < before.loss:
@@ -196,7 +196,7 @@ class Search:
     # ---- trials ----
 
     def _rung(self, number: int, decided: Rung) -> Rung:
-        """The rung of this number: as it was logged, or else as it is decided now.
+        """The rung with this number: from the log, or if the log lacks it, the one that is decided now.
 
         A rung without trials is not logged, because a search that resumes with more time may fill it.
         """
@@ -205,7 +205,7 @@ class Search:
         return self.log.rungs.get(number, decided)
 
     def _trials(self, rung: int, candidates: Iterable[Settings], steps: int) -> list[Trial]:
-        """Make the trials that are not made yet. Return all of them, the lowest loss first."""
+        """Make the trials that the log does not have. Return all trials, the lowest loss first."""
         return _by_loss([self._trial(rung, settings, steps) for settings in candidates])
 
     def _trial(self, rung: int, settings: Settings, steps: int) -> Trial:

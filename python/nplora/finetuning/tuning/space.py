@@ -47,14 +47,14 @@ class Space:
     alpha_ratio: float | None
 
     def settings(self, lr: float, **changes: Any) -> Settings:
-        """The settings of a trial: the start of the search with this learning rate and these changes."""
+        """The settings of a trial: this learning rate, these changes, and the first values of all others."""
         made = {"lr": lr, **{name: values[0] for name, values in self.others.items()}, **changes}
         if self.alpha_ratio is not None:
             made["alpha"] = self.alpha_ratio * made["rank"]
         return made
 
     def variations(self) -> Iterator[tuple[str, Any]]:
-        """Every other value of every option, taking turns between the options."""
+        """Every value of every option, except its first. The options take turns."""
         rows = [[(name, value) for value in values[1:]] for name, values in self.others.items()]
         for turn in range(max(map(len, rows), default=0)):
             yield from (row[turn] for row in rows if turn < len(row))
@@ -75,7 +75,7 @@ def space_of(
     search: Mapping[str, Sequence[Any]],
     op: str = "tune",
 ) -> Space:
-    """The values to try: those in `search`, and the usual ones of options that are neither there nor given.
+    """The values to try: those in `search`, and the usual values of options in neither `search` nor `given`.
 
     If the user gives ranks or alphas of named layers, the targets are searched only if the user asks for it:
     not all of the usual targets have these layers.
@@ -148,7 +148,7 @@ def rounded(rate: float) -> float:
 
 
 def _target_sets(lm: LanguageModel) -> tuple[tuple[str, ...], ...]:
-    """All linear layers; those of attention; those of the MLP."""
+    """Three sets of targets: all linear layers, those of attention, and those of the MLP."""
     kinds: dict[str, list[str]] = {"self_attn": [], "mlp": []}
     for name, module in lm.named_modules():
         parts = name.split(".")

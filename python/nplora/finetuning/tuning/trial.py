@@ -18,7 +18,7 @@ class Trial:
         rung: the rung that the trial belongs to, from 1.
         settings: the options that the trial tries.
         steps: the number of steps.
-        epochs: the number of epochs, if the run is of whole epochs.
+        epochs: the number of epochs; None if the run ends within an epoch.
         loss: the validation loss after the trial; infinite if a loss was not finite.
         seconds: the time of the training.
         evaluation: the time of the evaluation.
@@ -61,5 +61,5 @@ def _plain(value: Any) -> Any:
 
 
 def settings_of(values: dict[str, Any]) -> Settings:
-    """Settings from JSON. A list becomes the tuple that it was."""
+    """Settings from JSON. Lists become tuples again."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

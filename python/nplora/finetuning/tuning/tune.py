@@ -36,7 +36,7 @@ from nplora.nn.losses import NonFiniteLossError
 from nplora.trainer.evaluation import evaluate
 
 _SPLIT = 0.1  # the share that is held out if there are no validation data
-_PREFIX_SHARE = 0.25  # of the available memory: a larger cache of the frozen blocks is not made unasked
+_PREFIX_SHARE = 0.25  # share of the available memory; a larger cache is made only if the options ask for it
 
 
 def tune(
@@ -57,7 +57,7 @@ def tune(
 
     The search makes short runs, and compares their losses on held-out data. It begins with the learning rate,
     which matters most. Then it varies the rank and the targets. The best settings are trained at full length,
-    and then for more epochs, as long as these help. All trials share the loaded model, the tokenised data
+    and then for more epochs, as long as the loss falls. All trials share the loaded model, the tokenised data
     and, if only upper blocks are adapted, the outputs of the frozen blocks below.
 
     Every trial begins anew, with a learning rate schedule that ends with the trial. It is evaluated after its
@@ -71,10 +71,10 @@ def tune(
         valid: held-out rows to compare the trials on. Without any, here or in a directory `data`, a tenth of
             the examples is held out (`valid_split=0.1`).
         progress: print progress on stderr; None: only on a terminal or in a notebook.
-        budget: time for all trials, such as "90s", "30m" or "1.5h"; a number counts minutes. Loading the
-            model and the data comes on top.
+        budget: time for all trials, such as "90s", "30m" or "1.5h"; a number counts minutes. The time to load
+            the model and the data is not included.
         search: values to try, such as {"lr": [1e-4, 1e-3], "dropout": [0, 0.05]}, for any option of
-            `finetune` that changes the training; of a list, the first value is where the search starts. The
+            `finetune` that changes the training; the search starts at the first value of each list. The
             learning rate, the rank, the targets and the epochs are searched anyway, unless they are given.
         sampler: where the first trials come from: "halving" (a grid of learning rates) or "optuna" (its TPE
             sampler, over all searched options but the epochs).
@@ -120,7 +120,7 @@ def _require_options(options: Mapping[str, Any]) -> None:
 
 
 def _with_split(data: Data, valid: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, with a share to hold out if there are no validation data."""
+    """The options. If there are no validation data, add a share of the examples to hold out."""
     if valid is not None or options.get("valid_split") is not None or splits_of("tune", data).valid:
         return dict(options)
     return {**options, "valid_split": _SPLIT}
@@ -230,7 +230,7 @@ class _Tuning:
 
 
 def _named(data: Data, otherwise: str) -> list[tuple[str, float]]:
-    """The files as they were given, each with its weight; a name for data that are not in files."""
+    """The files as they were given, each with its weight; `otherwise` for data that are not in files."""
     given: list[Any] = (
         [data] if isinstance(data, str | os.PathLike) or not isinstance(data, Sequence) else list(data)
     )
@@ -320,7 +320,7 @@ class _Trials:
         return self._evaluated(lm)[0], seconds, time.perf_counter() - start - seconds
 
     def _model(self, options: FinetuneOptions) -> LanguageModel:
-        """The model with a new adapter. It shares the frozen weights with all others."""
+        """The model with a new adapter. The models of all trials share the frozen weights."""
         lm = self._inputs.lm.copied({})
         put_on_adapter(lm, self._inputs.start, options)
         lm.model.recompute = self._execution.recompute
@@ -334,7 +334,7 @@ class _Trials:
         return found, time.perf_counter() - start
 
     def _shared_prefix(self, lm: LanguageModel) -> PrefixCache | None:
-        """The cache of the outputs below the adapters: as the options say, or in memory if it is small."""
+        """The cache of outputs below the adapters: where the options put it, or in memory if it is small."""
         first, nbytes = lm.model.first_adapted(), 4 * self._inputs.tokens * lm.config.hidden_size
         if self._prefix is None and first:
             where = self._base.keep_prefix

@@ -1,4 +1,4 @@
-"""Checks of the user's arguments. A message names the operation, the expected value and the actual one."""
+"""Checks of the user's arguments. Error messages name the operation, and the expected and actual value."""
 
 from __future__ import annotations  # annotations do not import np.random, which is slow
 
@@ -106,7 +106,7 @@ _OTHER_UNITS = {"warmup_ratio": ", a number of steps"}
 
 
 def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
-    """The end of a message about an unknown name, such as "; did you mean rank?".
+    """Return the end of a message about an unknown name: for example, "; did you mean rank?".
 
     If another library uses the name, the suggestion is our name for the same setting. For any other name, the
     suggestion is the known name with the most similar spelling. Without a suggestion, the text is empty.
@@ -290,7 +290,7 @@ def kept(op: str, name: str, array: Array | None, shape: tuple[int, ...], dtype:
 
 
 def own(op: str, saved: Any, layer: object) -> None:
-    """Refuse the result `saved` of another layer's forward pass, even if all shapes fit. Call this last.
+    """Refuse `saved` from another layer's forward pass, even if all shapes fit. Call this check last.
 
     Raises:
         ValueError: `saved` comes from another layer's forward pass.
@@ -386,8 +386,8 @@ def merge_target(op: str, W: object, dtype: str | None, *readers: tuple[str, Arr
     """Check the weight W that `merge_lora` changes in place.
 
     Returns:
-        W as the core expects it, and the name of its storage. An array of float32 or float64 is returned as
-        it is, an array of float16 or bfloat16 as a uint16 view of its bit patterns.
+        W as the core expects it, and the name of its storage. A float32 or float64 array is returned
+        unchanged. For a float16 or bfloat16 array, a uint16 view of its bit patterns is returned.
     """
     array = writable(op, "W", W, *readers)
     storage = _storage_in_place(op, array, dtype)

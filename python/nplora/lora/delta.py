@@ -18,8 +18,8 @@ class LoraDelta:
     """The change that an adapter makes to one weight: ΔW = scale · A·B with A (d_out, r) and B (r, d_in).
 
     Attributes:
-        m: DoRA's magnitudes (d_out,), to which the norms of the rows of W + scale · A·B are set (Liu et al.
-            2024, eq. 5). None without DoRA.
+        m: DoRA's magnitudes (d_out,), or None without DoRA. Each row of W + scale · A·B is rescaled, so that
+            its norm becomes the magnitude of this row (Liu et al. 2024, eq. 5).
         embedding: whether W is an embedding table (vocab, dim). PEFT stores the A and B of embeddings in
             another layout.
         alpha, use_rslora: the settings that give `scale`, for saving the adapter again. If `alpha` is None,
@@ -81,13 +81,13 @@ class LoraDelta:
 
     @property
     def is_zero(self) -> bool:
-        """Whether ΔW is 0. If so, a merge that keeps the storage format leaves the weight unchanged."""
+        """Whether ΔW is 0. If ΔW is 0, a merge that keeps the storage format leaves the weight unchanged."""
         if self.m is not None or not all(np.isfinite(factor).all() for factor in (self.A, self.B)):
             return False
         return self.scale == 0 or not (self.A.any() and self.B.any())
 
     def apply(self, rows: Array, first: int) -> Array:
-        """Apply the change to `rows`, the rows of W from number `first` on. Return them as a new array."""
+        """Apply the change to `rows`, the rows of W from number `first` on; return the result as new rows."""
         merged = rows.copy()
         part = slice(first, first + len(rows))
         a, b = (np.ascontiguousarray(factor, rows.dtype) for factor in (self.A[part], self.B))

@@ -1,4 +1,4 @@
-"""LoRA on plain arrays: forward, backward and merge, which layers compute on their own arrays."""
+"""LoRA on plain arrays: forward, backward and merge. (Layers do the same with their own arrays.)"""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def lora_forward(
 
     Args:
         x: array (..., d_in).
-        fw: the frozen weight, a FrozenWeight or an array (d_out, d_in). A float64 weight computes in
-            float64, any other in float32.
+        fw: the frozen weight, a FrozenWeight or an array (d_out, d_in). All arithmetic is float64 if the
+            weight is float64, else float32.
         A, B: arrays (d_out, r) and (r, d_in).
         scale: the factor of the update. If scale is 0, A and B are not read.
         bias: array (d_out,) or None.
@@ -234,7 +234,7 @@ def _merge(
 
 
 def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, int, int, np.dtype[Any]]:
-    """Return the weight in the form that the core takes, d_out, d_in, and the dtype of the computation."""
+    """Return four values: the weight as the core takes it, d_out, d_in, and the dtype of the computation."""
     if isinstance(fw, FrozenWeight):
         return fw.packed, *fw.shape, fw.compute_dtype
     given = _check.as_array(op, "fw", fw)
@@ -246,7 +246,7 @@ def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, i
 
 
 def _arrays(*named: tuple[str, object]) -> list[tuple[str, Array]]:
-    """Return the pairs whose value is an array. An output must not overlap these arrays."""
+    """Return the pairs (name, value) whose value is an array. No output may overlap these arrays."""
     return [(name, value) for name, value in named if isinstance(value, np.ndarray)]
 
 

@@ -29,13 +29,13 @@ class MergeReport:
     Attributes:
         name: the name of the layer or tensor.
         storage, nbytes: storage and size of the merged weight.
-        error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm. If ΔW is 0, the error is 0, or infinite if a
-            new storage format changed the weight.
+        error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm. For ΔW = 0, the error is infinite if a new
+            storage format changed the weight, and otherwise 0.
         kept: the kept share of ΔW, ⟨effective ΔW, ΔW⟩ / ‖ΔW‖², or 1 if ΔW is 0. If the share is near 1, the
             error is rounding noise, which hardly changes the outputs. If the share is near 0, rounding has
             restored the original weight, and the update is lost.
         worst_block: row and first column of the block with the largest relative error. Unquantised formats
-            have no blocks, so a whole row counts as one.
+            have no blocks, so a whole row counts as one block.
         worst_error: the relative error of that block.
         norm: ‖ΔW‖.
         weight_norm: ‖W‖ of the original weight.
@@ -53,7 +53,7 @@ class MergeReport:
 
     @property
     def noise(self) -> float:
-        """The part of the relative error that is orthogonal to ΔW. It is noise, not a loss of ΔW."""
+        """The part of the relative error that is orthogonal to ΔW. This part is noise, not a loss of ΔW."""
         return math.sqrt(max(0.0, self.error**2 - (1 - self.kept) ** 2))
 
     @classmethod
@@ -87,9 +87,9 @@ class MergeReport:
 
 
 def weighted_mean(norms: Iterable[float], values: Iterable[float], nothing: float) -> float:
-    """Return the mean of `values`, such as kept shares, weighted by the squares of `norms`, such as ‖ΔW‖.
+    """Return the mean of `values`, each weighted by the square of its norm in `norms`.
 
-    If all norms are 0, return `nothing`.
+    An example is the mean of the kept shares, weighted by ‖ΔW‖². If all norms are 0, the result is `nothing`.
     """
     weighted = [(norm**2, value) for norm, value in zip(norms, values, strict=True) if norm]
     if not weighted:
@@ -98,9 +98,9 @@ def weighted_mean(norms: Iterable[float], values: Iterable[float], nothing: floa
 
 
 class Merge:
-    """The merge of one weight. `rows()` yields the bytes of the new weight, and then `report` is complete.
+    """The merge of one weight. `rows()` yields the bytes of the new weight.
 
-    `rows()` can be used only once.
+    After `rows()` has yielded the last bytes, `report` is complete. `rows()` can be used only once.
 
     Args:
         read: a function: read(first, stop) returns the rows W[first:stop], (n, d_in), float32 or float64.
@@ -253,6 +253,6 @@ def merge_weight(
 
 
 def _relative(lost: Array, asked: Array) -> Array:
-    """Return √(lost / asked), or 0 where `lost` is 0."""
+    """Return the relative error √(lost / asked) of squared norms, or 0 where `lost` is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(lost == 0, 0.0, np.sqrt(lost / asked))

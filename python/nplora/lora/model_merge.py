@@ -22,9 +22,9 @@ class HeldOutLoss:
     """The loss on held-out data before and after a merge, in nats per token.
 
     Attributes:
-        on_the_fly: the loss of the base with the adapter beside it.
+        on_the_fly: the loss of the base model with the unmerged adapter.
         merged: the loss of the merged model.
-        tolerance: the largest accepted rise.
+        tolerance: the largest accepted rise of the loss.
 
     >>> print(nplora.adapters.HeldOutLoss(3.6618, 3.6640, tolerance=0.02))
     held-out loss unaffected: 3.6618 -> 3.6640
@@ -38,7 +38,7 @@ class HeldOutLoss:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the loss stays within the tolerance. A loss that is not finite does not."""
+        """Whether the rise of the loss is within the tolerance. False if the merged loss is not finite."""
         return math.isfinite(self.merged) and self.merged - self.on_the_fly <= self.tolerance
 
     def __str__(self) -> str:
@@ -92,7 +92,7 @@ class ModelMerge:
 
     @property
     def noise(self) -> float:
-        """The part of the relative error that is orthogonal to ΔW. It is noise, not a loss of ΔW."""
+        """The part of the relative error that is orthogonal to ΔW. This part is noise, not a loss of ΔW."""
         return self.total.noise
 
     @property
@@ -139,8 +139,8 @@ class ModelMerge:
 def least_kept(reports: Iterable[MergeReport]) -> float:
     """Return `ModelMerge.delta_kept`, or a second mean of the kept shares if that is smaller.
 
-    In `delta_kept`, a matrix with large numbers hides the others. The second mean therefore weights each
-    tensor by the square of its relative change, (‖ΔW‖ / ‖W‖)².
+    In `delta_kept`, a matrix with large numbers outweighs all other matrices. The second mean therefore
+    weights each tensor by the square of its relative change, (‖ΔW‖ / ‖W‖)².
     """
     changed = [report for report in reports if report.norm]
     kept = [report.kept for report in changed]

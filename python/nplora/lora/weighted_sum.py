@@ -28,7 +28,7 @@ def weighted_sum(
         terms: pairs of an update and its weight in the sum. All updates are for the same layer, without DoRA.
         limit: the largest rank of the result, or None for the rank of the exact sum.
     Returns:
-        the sum, with scale 1 and factors in float32; its relative error by truncation,
+        the sum, with scale 1 and factors in float32; the relative error of the cut,
         ‖sum - exact sum‖ / ‖exact sum‖ in the Frobenius norm; and ‖exact sum‖.
     Raises:
         ValueError: a factor holds NaN or an infinity, or the sum is too large for float32.

@@ -1,4 +1,4 @@
-"""Embedding looks up rows of a table that is frozen or trained as a whole; LoRAEmbedding adds an update."""
+"""Embedding: a lookup table, frozen or trained as a whole. LoRAEmbedding: a frozen table with an update."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Embedding(Module):
                [1., 0., 0.]], dtype=float32)
 
     Args:
-        W: the table E: a float array (vocab, dim), which is copied, or a FrozenWeight, which is shared
-            (copied if trainable).
+        W: the table E (vocab, dim). A float array is copied. A FrozenWeight is shared, or copied if
+            `trainable`.
         dtype: the storage format of the table, as in LoRALinear. A trainable table must be "float32" or
             "float64".
         trainable: whether the table itself is trained, as the parameter "weight".
@@ -144,8 +144,7 @@ class LoRAEmbedding(LoRALayer):
         array([[0., 0., 0., 1.]], dtype=float32)
 
     Args:
-        W: the table E: a float array (vocab, dim), which is copied and packed, or a FrozenWeight, which is
-            shared.
+        W: the table E (vocab, dim). A float array is copied and packed. A FrozenWeight is shared.
         rank, alpha, dtype, init ("zero" or "gaussian"), use_rslora, rng: as in LoRALinear.
     Raises:
         ValueError, TypeError: as in LoRALinear.
@@ -216,8 +215,8 @@ class LoRAEmbedding(LoRALayer):
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, rank or
                 dtype.
             TypeError: `saved` is from another kind of layer.
-            RuntimeError: the layer is merged or was merged in the forward pass, or that pass ran in inference
-                mode.
+            RuntimeError: the layer is merged, or it was merged during the forward pass, or the forward pass
+                ran in inference mode.
         """
         op = "LoRAEmbedding.backward"
         self.require_unmerged("backward")

@@ -1,4 +1,4 @@
-"""Linear: y = x Wᵀ + bias. The weight is frozen, or trained as a whole, as for a new head."""
+"""Linear: y = x Wᵀ + bias. The weight is frozen, or trained as a whole (for a new head, say)."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Linear(Prepared, Module):
         Linear((2, 3), dtype='float32', trainable=True)
 
     Args:
-        W: float array (d_out, d_in), which is copied, or a FrozenWeight, which is shared (copied if
-            trainable).
+        W: the weight (d_out, d_in). A float array is copied. A FrozenWeight is shared, or copied if
+            `trainable`.
         bias: array (d_out,) or None.
         dtype: the storage format of W, as in LoRALinear. A trainable weight must be "float32" or "float64".
         compute: the arithmetic of products with a frozen weight: "float32", "bfloat16" or "int8", as in
@@ -145,10 +145,10 @@ class Linear(Prepared, Module):
     def forward_part(
         self, rows: Array, lead: tuple[int, ...]
     ) -> tuple[_core.ForwardPart, Array, LinearSaved]:
-        """Prepare one call of `_core.lora_forward` on `rows` (n, d_in), which several layers can share.
+        """Prepare this layer's part of a call of `_core.lora_forward` on `rows` (n, d_in).
 
-        Return this layer's argument, the array y (n, d_out) that the call fills, and the values for
-        `backward`.
+        Several layers can share the call. Return this layer's argument, the array y (n, d_out) that the call
+        fills, and the values for `backward`.
         """
         y = buffers.empty((len(rows), self.shape[0]), self._dtype)
         a, b = self._factors

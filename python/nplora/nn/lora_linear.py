@@ -1,4 +1,4 @@
-"""LoRALinear: y = x Wᵀ + scale · (x Bᵀ) Aᵀ with a frozen W. It supports rsLoRA, dropout, DoRA and LoRA-FA."""
+"""LoRALinear: y = x Wᵀ + scale · (x Bᵀ) Aᵀ with a frozen W; also rsLoRA, dropout, DoRA and LoRA-FA."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class LoRALinear(LoRALayer):
             - "zero": A is 0, and B is drawn from U(±1/sqrt(d_in)). At first, the layer computes x Wᵀ.
             - "gaussian": A and B are drawn from N(0, 1/r), which changes the outputs at once.
             - "pissa", "olora": scale · A·B starts as the principal part of W, and `weight` is the rest of W
-              in the same storage format. At first, the two parts add up to W, up to the rounding of the rest,
-              which is coarse for a quantised W. "pissa" and "olora" cannot be combined with DoRA.
+              in the same storage format. At first, the two parts add up to W, apart from the rounding of the
+              rest, which is coarse for a quantised W. "pissa" and "olora" cannot be combined with DoRA.
         dropout: the probability that an element of x is dropped on the low-rank path, in training only.
         use_rslora: use scale = alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).
         use_dora: also train the norm m of each row (DoRA).
@@ -186,10 +186,10 @@ class LoRALinear(LoRALayer):
     def forward_part(
         self, rows: Array, lead: tuple[int, ...]
     ) -> tuple[_core.ForwardPart, Array, LoRALinearSaved]:
-        """Prepare one call of `_core.lora_forward` on `rows` (n, d_in), which several layers can share.
+        """Prepare this layer's part of a call of `_core.lora_forward` on `rows` (n, d_in).
 
-        Return this layer's argument, the array y (n, d_out) that the call fills, and the values for
-        `backward`.
+        Several layers can share the call. Return this layer's argument, the array y (n, d_out) that the call
+        fills, and the values for `backward`.
         """
         y = buffers.empty((len(rows), len(self.A)), self.A.dtype)
         lone, merged = self._lone_weight()
@@ -269,7 +269,7 @@ class LoRALinear(LoRALayer):
         return _core.InferenceLayer(weight, self.A, self.B, scale, bias)
 
     def _rescale(self, u: Array, saved: LoRALinearSaved, training: bool) -> tuple[Array, LoRALinearSaved]:
-        """Rescale the output u as DoRA does: y = m / ‖row‖ ∘ u + bias, with the rows of W + scale·A·B."""
+        """Rescale the output u as DoRA does: y = m / ‖row‖ ∘ u + bias, for each row of W + scale·A·B."""
         assert self.m is not None
         with quiet():
             inverse_norm = self._inverse_norms()
@@ -300,8 +300,8 @@ class LoRALinear(LoRALayer):
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, shape,
                 rank or dtype.
             TypeError: `saved` is from another kind of layer.
-            RuntimeError: the layer is merged or was merged in the forward pass; that pass ran in inference
-                mode; or the weight computes in int8.
+            RuntimeError: the layer is merged, or it was merged during the forward pass; the forward pass ran
+                in inference mode; or the weight computes in int8.
         """
         rows = self.backward_rows("LoRALinear.backward", dy, saved)
         _check.own("LoRALinear.backward", saved, self)
@@ -357,12 +357,13 @@ class LoRALinear(LoRALayer):
         )  # fmt: skip
 
     def explain(self, rows: int, training: bool = True) -> str:
-        """Describe how the passes on `rows` rows are computed, with the operations that each method costs.
+        """Describe how passes over `rows` rows of x are computed, and how many operations each method takes.
 
-        The layer chooses a method by counting floating-point operations, never by timing. So the same call
-        gives the same bits on every machine with the same instruction set. The text describes the layer as it
-        is now. A merged or disabled adapter adds no update, and if `backward` would be refused, the text
-        omits it. The costs of DoRA and of the gradients are the same for every method, so they are not shown.
+        The layer chooses a method by counting floating-point operations, never by timing. The same call
+        therefore gives the same bits on every machine with the same instruction set. The text describes the
+        present state of the layer. This text shows no update while the adapter is merged or disabled, and no
+        line for `backward` while that method would raise an error. The costs of DoRA and of the gradients are
+        the same for every method, so they are not shown.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(64), rank=4)
@@ -380,7 +381,7 @@ class LoRALinear(LoRALayer):
         dropout = bool(self.dropout) and training
         plan = _core.explain(weight, rows, self.rank if scale else 0, dropout, training)
         if not training or self.merged or self.weight.compute == "int8":
-            del plan["backward"]  # which would be refused
+            del plan["backward"]  # it would raise an error
         return "\n".join(f"{name}: {text}" for name, text in plan.items())
 
     # ---- DoRA's norms ----

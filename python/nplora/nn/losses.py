@@ -1,8 +1,8 @@
-"""Loss functions: (prediction, target) -> (loss, dprediction), means over elements or labelled rows.
+"""Loss functions (prediction, target) -> (loss, dprediction). Each is a mean over elements or labelled rows.
 
-A loss function is any callable of that form, with dprediction the gradient of the loss with respect to the
-prediction. A built-in loss also has a method `count(prediction, target)`, the number of elements or rows in
-its mean. With this number, batches of different sizes can be weighted exactly.
+A loss function is any callable of that form, where dprediction is the gradient of the loss with respect to
+the prediction. A built-in loss also has a method `count(prediction, target)`, the number of elements or rows
+in its mean. With this number, batches of different sizes can be weighted exactly.
 
     >>> import nplora
     >>> loss, gradient = nplora.losses.mse([1.0, 2.0], [1.0, 4.0])
@@ -53,7 +53,7 @@ class Loss(Protocol):
         """Return the loss, and its gradient with the shape and dtype of `prediction`."""
 
     def count(self, prediction: Array, target: Any) -> int:
-        """Return the number of elements or labelled rows in the mean. If it is 0, loss and gradient are 0."""
+        """Count the elements or labelled rows in the mean. If there are none, loss and gradient are 0."""
 
 
 class _Elementwise:
@@ -103,7 +103,7 @@ class MeanSquaredError(_Elementwise):
 
 @dataclasses.dataclass(frozen=True)
 class Huber(_Elementwise):
-    """The mean of e²/2 if |e| <= delta, else of delta (|e| - delta/2), with the error e = p - t (Huber 1964).
+    """The mean of e²/2 if |e| <= delta, or else delta · (|e| - delta/2), where e = p - t (Huber 1964).
 
     >>> import nplora
     >>> nplora.losses.Huber(delta=1.0)([1.0, 2.0], [1.0, 4.0])[0]

@@ -72,8 +72,8 @@ class LoRALayer(Prepared, AdapterLayer):
         alpha: can be set, which also changes `scale`. With init "pissa" or "olora", alpha is read-only.
         scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA; read-only.
         dropout: the dropout probability, which can be set in LoRALinear and is 0 in LoRAEmbedding.
-        row_order: an array if W and adapter files order their rows differently: row i of W is row
-            row_order[i] in the file. None means that the order is the same.
+        row_order: an array of row numbers, if W and adapter files order their rows differently. Row i of W is
+            then row row_order[i] of the file. None means that the order is the same.
     """
 
     A = LiveArray[Array]()
@@ -220,7 +220,7 @@ class LoRALayer(Prepared, AdapterLayer):
     def plain_update(self) -> LoraDelta:
         """Return the update of the original W as plain LoRA, with rows in the order of an adapter file.
 
-        The result usually holds the layer's own arrays. It holds new arrays if the rows must be reordered, or
+        The result usually holds the layer's own arrays. The arrays are new if the rows must be reordered, or
         if init is "pissa" or "olora". With "pissa" and "olora", the frozen weight is W_rest = W - s·A₀B₀,
         with s the scale and A₀, B₀ the initial factors. The update of W then has rank 2r, as in the adapters
         that PEFT converts: W_rest + s·AB = W + s·[A, -A₀][B; B₀]. This equation ignores the rounding of
@@ -382,11 +382,12 @@ class LoRALayer(Prepared, AdapterLayer):
         object.__setattr__(self, "__class__", UnloadedLayer)
 
     def _lone_weight(self) -> tuple[FrozenWeight | None, bool]:
-        """Return the weight of a pass that adds no separate update, and whether that is the merged weight.
+        """Return the only weight that a pass multiplies by, and whether it is the merged weight.
 
-        The weight is W while the adapter is disabled, else the merged weight. For an enabled layer that is
-        not merged, the weight is None. A pass calls this method only once, because another thread may merge,
-        unmerge or disable the layer meanwhile.
+        While the adapter is disabled, the only weight is W. While the adapter is merged and enabled, the only
+        weight is the merged weight. Otherwise the result is None, because the pass computes a separate
+        update. A pass calls this method only once, because another thread may merge, unmerge or disable the
+        layer meanwhile.
         """
         enabled, merged = self.adapter_enabled, self._merged
         return (merged, merged is not None) if enabled else (self.weight, False)

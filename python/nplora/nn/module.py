@@ -20,7 +20,7 @@ from nplora.weights import FrozenWeight
 Array = npt.NDArray[Any]
 Commit = Callable[[], None]
 
-_MOST_SHOWN = 12  # modules in the `repr` of one that holds them
+_MOST_SHOWN = 12  # the most modules that a `repr` lists
 
 # What a backward pass returns: dx, or None if need_dx is False. With Any, callers need no check for None.
 Gradient: TypeAlias = Array | Any
@@ -112,7 +112,7 @@ class Saved:
 def saved_nbytes(saved: object) -> int:
     """Return the bytes of all arrays in a Saved, or in nested tuples, lists and dicts.
 
-    An array that is kept several times counts once. A view of a part of an array counts in addition.
+    An array that is kept several times counts once. A view of a part of an array is counted separately.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(4), rank=2)
@@ -177,7 +177,7 @@ class Module:
         return None
 
     def stored_row_order(self, name: str) -> Array | None:
-        """Return the `LoRALayer.row_order` of the layer with this dotted name. None is the usual order."""
+        """Return the `LoRALayer.row_order` of the layer with this dotted name (None: the usual order)."""
         return None
 
     # ---- the two passes ----
@@ -378,8 +378,8 @@ class Module:
 
         Args:
             dtype: the storage format of the merged weights, rounded from a float32 sum: a format of
-                `FrozenWeight`, or "same" for the format of the frozen weight. None means "same", but float32
-                for a quantised weight, whose coarse steps may lose the update.
+                `FrozenWeight`, or "same" for the format of the frozen weight. None means float32 for a
+                quantised weight, whose coarse steps may lose the update, and otherwise "same".
         Returns:
             one report for each layer about how much of the update the storage format kept, or an empty list
                 if `dtype` is None.
@@ -553,7 +553,7 @@ class AdapterLayer(Module):
 
     @property
     def adapter_enabled(self) -> bool:
-        """Whether the layer uses its adapter, which it does not inside `disable_adapter`.
+        """Whether the layer uses its adapter. Inside `disable_adapter`, the result is False.
 
         Setting `adapter_enabled` to False disables the adapter in every thread.
         """
@@ -583,14 +583,14 @@ class AdapterLayer(Module):
         self.require_unmerged(what)
 
     def prepare_merge(self, name: str, dtype: str | None) -> tuple[Commit, MergeReport | None]:
-        """Build the merged weight. The returned function makes the layer use it, and cannot fail.
+        """Build the merged weight. The returned function, which cannot fail, makes the layer use it.
 
         If `dtype` is given, also return a report, in which the layer is called `name`.
         """
         raise NotImplementedError
 
     def prepare_unmerge(self) -> Commit:
-        """Check that the layer is merged. The returned function restores its weight, and cannot fail."""
+        """Check that the layer is merged. The returned function, which cannot fail, undoes the merge."""
         raise NotImplementedError
 
     def unloaded(self) -> Module:
@@ -637,7 +637,7 @@ def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Itera
 
 
 def _replace(value: Any, replaced: Mapping[int, Module], around: tuple[int, ...] = ()) -> Any:
-    """Return `value` with modules replaced. Lists and dicts change in place; a changed tuple is new."""
+    """Return `value` with modules replaced. Lists and dicts change in place; tuples are copied if needed."""
     if isinstance(value, Module):
         return replaced.get(id(value), value)
     if id(value) in around:

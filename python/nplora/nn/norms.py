@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NormSaved(Saved):
-    """The values that the backward pass needs: the normalised rows (n, d), and their factors (n, 1)."""
+    """The normalised rows (n, d), and the factors (n, 1) that normalised them, for the backward pass."""
 
     lead: tuple[int, ...]
     normalised: Array | None = None

@@ -19,7 +19,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 _LINE = _core.constants.cache_line
 
-_name_of = operator.itemgetter(0)  # of a Parameter
+_name_of = operator.itemgetter(0)  # the name of a Parameter
 
 
 class Optimizer:
@@ -54,11 +54,13 @@ class Optimizer:
         self.lr_ratio = _check.at_least(op, "lr_ratio", lr_ratio, 0)
         self.steps = 0
         self._state: dict[str, tuple[Array, ...]] | None = None  # {moment: an array for each parameter}
-        self._names: tuple[str, ...] = ()  # of the parameters, in the order of the arrays
+        self._names: tuple[str, ...] = ()  # the names of the parameters, in the order of the arrays
         self._is_a = np.zeros(0, bool)  # which of the parameters are named "A"
 
     def init(self, parameters: Iterable[Parameter]) -> None:
-        """Start with zero state and zero steps for these parameters. The first `step` does this if needed.
+        """Start with zero state and zero steps for these parameters.
+
+        The first call of `step` calls `init` if the caller has not done so.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(4), rank=1)
@@ -68,7 +70,7 @@ class Optimizer:
             ['exp_avg.A', 'exp_avg.B', 'exp_avg_sq.A', 'exp_avg_sq.B', 'steps']
 
         Raises:
-            TypeError: `parameters` is not a list as `model.parameters()` returns it.
+            TypeError: `parameters` is not a list of `Parameter`, the result of `model.parameters()`.
             ValueError: a parameter is not C-contiguous, or its gradient has another shape or dtype.
         """
         parameters = _checked(f"{type(self).__name__}.init", parameters)
@@ -106,7 +108,7 @@ class Optimizer:
             made and nothing is changed.
         Raises:
             ValueError: the parameters are not the same as in the first step.
-            TypeError: `parameters` is not a list as `model.parameters()` returns it.
+            TypeError: `parameters` is not a list of `Parameter`, the result of `model.parameters()`.
             RuntimeError: a parameter is read-only, such as the factors of a merged layer.
         """
         op = f"{type(self).__name__}.step"
@@ -124,7 +126,7 @@ class Optimizer:
         try:
             norm = self._update(parameters, rate, grad_scale, max_norm)
         except (TypeError, ValueError):
-            self._check_state(parameters)  # has a better message
+            self._check_state(parameters)  # raises an error with a better message if it finds the fault
             raise
         if norm is None or math.isfinite(norm):
             self.steps += 1
@@ -398,7 +400,7 @@ def global_norm(parameters: Iterable[Parameter]) -> float:
         2.0
 
     Raises:
-        TypeError: `parameters` is not a list as `model.parameters()` returns it.
+        TypeError: `parameters` is not a list of `Parameter`, the result of `model.parameters()`.
     """
     return math.sqrt(_core.sum_of_squares(tuple(p[2] for p in _checked("global_norm", parameters))))
 

@@ -31,11 +31,13 @@ class Prepared:
         vars(self).pop("_prepared", None)
 
     def _inference_state(self) -> tuple[Hashable, ...]:
-        """Return the values on which the kept argument depends. If one changes, a new argument is built.
+        """Return the values on which the kept argument depends.
+
+        If one of these values changes, the argument is built again.
 
         Arrays are represented by their ids, because == would compare their elements. The kept argument refers
-        to the arrays, so no other array can get the same id. It refers only to the packed part of a
-        FrozenWeight, however, so the FrozenWeight itself is compared, not its id.
+        to the arrays, so no other array can get the same id. A FrozenWeight itself is compared, not its id,
+        because the kept argument refers only to its packed part.
         """
         raise NotImplementedError
 

@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 
 PRINCIPAL_INITS = ("pissa", "olora")
 
-_OVERSAMPLING = 16  # directions beyond the rank, with which the others converge faster
+_OVERSAMPLING = 16  # directions beyond the rank, which make the others converge faster
 _MOST_ITERATIONS = 60
 _SETTLED = 1e-7  # a smaller relative change ends the search; about float32's rounding
 

@@ -28,7 +28,7 @@ class StackSaved(Saved):
     items: tuple[Any, ...]
 
     def with_x(self, x: Array | None) -> StackSaved:
-        """Return the same saved values with another x, or with None, which releases x."""
+        """Return the same saved values with x replaced by another array, or by None to release x."""
         return StackSaved(tuple(dataclasses.replace(item, x=x) for item in self.items))
 
 

@@ -78,7 +78,7 @@ def show_config() -> None:
 
 
 def _thread_pools() -> list[str]:
-    """Describe the thread pools of this process; an empty list if threadpoolctl is not installed."""
+    """Describe the thread pools of this process. Without threadpoolctl, return an empty list."""
     try:
         from threadpoolctl import threadpool_info
     except ImportError:

@@ -17,8 +17,9 @@ class Callback:
     `run.stop()` ends the run after the current step, as if this step were the last. If a hook raises an
     exception, the run is saved, and ends.
 
-    A callback that must remember something across a stop can write it with `run.log` in `on_step_end`, and
-    read the last line with `run.logged` in `on_fit_start`: a resumed run has the log of its checkpoint.
+    A resumed run has the log up to its checkpoint. A callback with a state of its own can therefore write
+    this state with `run.log` in `on_step_end`, and read the last written state with `run.logged` in
+    `on_fit_start`.
 
         >>> import nplora, numpy as np
         >>> class StopAt(nplora.trainer.Callback):
@@ -37,11 +38,11 @@ class Callback:
         """Called before the first step. A resumed run has already loaded its checkpoint."""
 
     def on_before_optimizer_step(self, run: Run, gradients: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Called before every update of the parameters, with their gradients, and before these are clipped.
+        """Called in every step, before the gradients are clipped and the parameters are updated.
 
-        The gradients are the live arrays by the names of the parameters, added up over all batches of the
-        step, of the step's mean loss. They may be changed in place: the norm, the clipping and the update
-        follow, and NaN is found then. Nothing is called for a step in which no label counts.
+        `gradients` maps the name of each parameter to its gradient, for the mean loss over all batches of the
+        step. The norm, the clipping and the check for NaN come after the hook, so the hook may change these
+        arrays in place. The hook is not called in a step without any label to train on.
 
         >>> import nplora, numpy as np
         >>> class FreezeB(nplora.trainer.Callback):
@@ -60,7 +61,7 @@ class Callback:
         """Called after every update of the parameters."""
 
     def on_evaluation(self, run: Run, record: EvaluationRecord) -> None:
-        """Called after every evaluation of the validation data, also after one at the end of an epoch."""
+        """Called after every evaluation of the validation data, also at the end of an epoch."""
 
     def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
         """Called after every epoch and its validation."""
@@ -73,10 +74,10 @@ class Callback:
 
 
 def checked_callbacks(op: str, callbacks: Any) -> list[Callback]:
-    """The callbacks as a list.
+    """Return the callbacks as a list.
 
     Raises:
-        TypeError: it is not a list of `Callback`s.
+        TypeError: `callbacks` is not a list of `Callback`s.
     """
     if not isinstance(callbacks, Iterable):
         raise TypeError(f"{op}: callbacks is {_check.kind(callbacks)}, expected a list of Callbacks")

@@ -18,7 +18,7 @@ from nplora.formats.safetensors import SafetensorsFile
 from nplora.runtime.user_warning import warn_user
 
 SCHEMA = 2
-OLDEST = 1  # which has no evaluations, and no step in best
+OLDEST = 1  # this schema has no evaluations, and no step in `best`
 
 MARKS = {"schema", "state", "sha256"}  # the metadata keys of every checkpoint
 _GROUPS = ("parameters", "optimizer", "best", "history")
@@ -37,8 +37,8 @@ class Checkpoint:
         random_state: the state of each layer's dropout, from `Module.random_state`.
         settings: the settings of the run, which are compared with those of a resumed run.
         base: the fingerprint of the model's frozen weights, from `base_fingerprint`.
-        best: the lowest validation "loss", its "epoch" and "step", and "since", the number of evaluations
-            after that evaluation.
+        best: the evaluation with the lowest validation loss, as a dictionary of "loss", "epoch", "step" and
+            "since", the number of evaluations made after it.
         epochs, evaluations: the records of the last finished epochs and of the last evaluations.
         log_bytes: the length of the log in bytes. The log holds all records.
         parameters, optimizer, best_parameters: dictionaries of the model's factors, the optimiser's moments,
@@ -208,7 +208,7 @@ def _fields(state: object, path: Path) -> dict[str, Any]:
 
 
 def _completed(state: object) -> object:
-    """Add the fields that the state of an older schema lacks. The step of the best is then 0: not known."""
+    """Add the fields that an older schema lacks. In `best`, step 0 then means that the step is unknown."""
     if not isinstance(state, dict) or "evaluations" in state:
         return state
     best = state.get("best")

@@ -22,9 +22,9 @@ class EarlyStopping:
             None: there is no early stopping.
         keeps_factors: whether a copy of the best factors is kept.
     Attributes:
-        best: the lowest validation "loss", its "epoch" and "step", and "since", the number of evaluations
-            after that evaluation. "loss" is None until an evaluation has a finite loss. `best` itself is None
-            before the first evaluation.
+        best: the evaluation with the lowest validation loss, as a dictionary of "loss", "epoch", "step" and
+            "since", the number of evaluations made after it. "loss" is None until an evaluation has a finite
+            loss. `best` itself is None before the first evaluation.
         best_factors: the factors of the best evaluation; empty if they are not kept.
     """
 
@@ -48,8 +48,7 @@ class EarlyStopping:
     def continue_from(self, best: dict[str, Any] | None, best_factors: Mapping[str, Array]) -> None:
         """Take over the best evaluation and its factors from a checkpoint.
 
-        If the factors are kept, but the checkpoint has none, the best is chosen among the evaluations to
-        come.
+        If best factors are to be kept, but the checkpoint has none, the earlier best evaluation is forgotten.
         """
         if best is not None and best["loss"] is not None and self._keeps_factors and not best_factors:
             best = None
@@ -57,7 +56,7 @@ class EarlyStopping:
         self._keep(best_factors)
 
     def _keep(self, values: Mapping[str, Array]) -> None:
-        """Copy these factors into the arrays of the earlier best ones, or into new arrays."""
+        """Copy these factors into the arrays that hold the earlier best factors, or into new arrays."""
         if not self._keeps_factors:
             return
         for name, value in values.items():
@@ -68,7 +67,7 @@ class EarlyStopping:
 
     @property
     def is_over(self) -> bool:
-        """Whether the last `patience` evaluations had no lower validation loss."""
+        """Whether `patience` evaluations in a row had no lower validation loss than the best one."""
         return self._patience is not None and self.best is not None and self.best["since"] >= self._patience
 
     def restore_best(self) -> dict[str, Any] | None:

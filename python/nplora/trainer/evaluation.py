@@ -43,7 +43,7 @@ def evaluate(model: Module, loss: Loss | FusedLoss, batches: Batches) -> dict[st
 
 def _evaluate_fused(model: Module, loss: FusedLoss, batches: Batches) -> dict[str, float]:
     total, count = 0.0, 0
-    take_metrics(loss)  # forgets those of an evaluation that was not finished
+    take_metrics(loss)  # drops the metrics of an unfinished evaluation
     for x, y in batches.epoch(0, 0):
         weight = loss.count(x, y)
         with np.errstate(over="ignore", invalid="ignore"):

@@ -14,8 +14,8 @@ class FitConfig:
     Attributes:
         epochs, steps: the length of the run; exactly one of the two is given.
         total_steps: the number of steps in the whole run; None if the number of batches is unknown.
-        eval_every: the number of steps between two evaluations, besides those after every epoch; None: only
-            those.
+        eval_every: evaluate after every `eval_every` steps and after every epoch; None: only after every
+            epoch.
         patience: the run ends after this number of evaluations in a row without a lower validation loss.
             None: there is no early stopping.
         keep: the factors that the model has after the run, "best" or "last".

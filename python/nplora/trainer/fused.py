@@ -9,8 +9,8 @@ from nplora.nn.module import Module
 class FusedLoss(Protocol):
     """A loss for `Trainer` that runs the forward pass, the loss and the backward pass in one call.
 
-    It may also have a method `take_metrics()`, which returns the means of other quantities over all batches
-    since its last call, by name. The records of steps and epochs then have these metrics.
+    A `FusedLoss` may also have a method `take_metrics()`, which returns other quantities by name. Each is a
+    mean over all batches since the last call. The records of steps and epochs then have these metrics.
 
     >>> import nplora, numpy as np
     >>> class Distance:

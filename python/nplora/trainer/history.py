@@ -36,7 +36,7 @@ class StepRecord:
         lr: the learning rate.
         grad_norm: the Euclidean norm of all gradients together, before clipping.
         seconds: the time that the step took.
-        metrics: what else the loss measured, by name. Only some losses measure more than the loss itself.
+        metrics: other quantities that the loss function measured, by name; empty if there are none.
     """
 
     step: int
@@ -70,7 +70,7 @@ class EvaluationRecord:
         val_loss, val_accuracy: the loss and accuracy on the validation data. Without class labels,
             `val_accuracy` is None.
         seconds: the time that the evaluation took.
-        val_metrics: what else the loss measured on the validation data, by name.
+        val_metrics: other quantities that the loss function measured on the validation data, by name.
     """
 
     step: int
@@ -104,7 +104,7 @@ class EpochRecord:
             without validation data. Without class labels, `val_accuracy` is None too.
         seconds: the time that the epoch's steps took.
         metrics: the means of the steps' metrics, weighted by their counts.
-        val_metrics: what else the loss measured on the validation data.
+        val_metrics: other quantities that the loss function measured on the validation data.
     """
 
     epoch: int
@@ -139,7 +139,7 @@ _METRIC_FIELDS: dict[type, tuple[str, ...]] = {
     EvaluationRecord: ("val_metrics",),
     EpochRecord: ("metrics", "val_metrics"),
 }
-_METRIC = "metrics."  # begins the names of a checkpoint's columns of metrics
+_METRIC = "metrics."  # the prefix of the metrics' columns in a checkpoint
 
 
 @dataclass
@@ -157,9 +157,9 @@ class History:
     Attributes:
         steps, evaluations, epochs: the records of all steps, evaluations and epochs, in order.
         ended: why the run ended: "complete", "patience" (early stopping), "callback" or "interrupted".
-        best_step, best_epoch, best_loss: the evaluation whose factors the model has after the run: its step,
-            its epoch (counted from 1) and its validation loss. None if the model has the factors of the last
-            step.
+        best_step, best_epoch, best_loss: the step, the epoch (counted from 1) and the validation loss of the
+            evaluation whose factors the model has after the run. All are None if the model has the factors of
+            the last step.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -259,8 +259,8 @@ class History:
         """Add the records of a log up to the given step and epoch; skip lines that are not records.
 
         A record that the history already has is not replaced: it comes from a checkpoint, which a checksum
-        protects. Only evaluations before those of the checkpoint are added. The log of an earlier version has
-        no evaluations; its epochs stand for them.
+        protects. Only evaluations before those of the checkpoint are added. A log of an earlier version has
+        no evaluation records, so its epoch records are used instead.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
         evaluations = dict[int, EvaluationRecord]()
@@ -343,12 +343,12 @@ def _plain_fields(kind: type[Record]) -> list[dataclasses.Field[Any]]:
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:
-    """The metrics of a record from the log. Raises TypeError or AttributeError for another form."""
+    """The metrics of a record from the log. Raise TypeError or AttributeError for any other content."""
     return {str(name): _field(float, value) for name, value in row.items()}
 
 
 def _measured(columns: list[str], values: Sequence[float]) -> dict[str, float]:
-    """The metrics of a step in a checkpoint's columns, where NaN may stand for a metric that it lacks."""
+    """The metrics of a step, from the columns of a checkpoint. NaN values are left out."""
     return {
         name.removeprefix(_METRIC): value
         for name, value in zip(columns, values, strict=True)
@@ -357,7 +357,7 @@ def _measured(columns: list[str], values: Sequence[float]) -> dict[str, float]:
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with None for NaN and infinities, at any depth."""
+    """A copy of the row with None in place of NaN and infinities, in nested dictionaries too."""
     return {
         k: _finite(v) if isinstance(v, dict) else None if isinstance(v, float) and not math.isfinite(v) else v
         for k, v in row.items()

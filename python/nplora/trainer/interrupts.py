@@ -36,8 +36,8 @@ class Interrupts:
     """A context manager that can delay SIGINT, SIGTERM and SIGHUP.
 
     A signal is handled at once, except inside a `hold()` block, where it waits until the block ends. The
-    existing handlers are kept. Python's handler of SIGINT raises KeyboardInterrupt, and an ignored signal
-    stays ignored, such as SIGHUP under nohup. If `terminate` is true, SIGTERM and SIGHUP raise Terminated
+    existing handlers are kept: Python's handler of SIGINT raises KeyboardInterrupt, and an ignored signal,
+    such as SIGHUP under nohup, stays ignored. If `terminate` is true, SIGTERM and SIGHUP raise Terminated
     instead of ending the process at once. Python handles signals only in the main thread, so in any other
     thread the context manager does nothing.
 

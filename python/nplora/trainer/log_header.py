@@ -37,6 +37,6 @@ def _shown(model: Module) -> str:
 
 
 def _text(text: str) -> str:
-    """Shorten a text, and replace characters that JSON cannot hold, as in file names that are not UTF-8."""
+    """Shorten a text; replace characters that JSON cannot hold, such as those of non-UTF-8 file names."""
     cut = text if len(text) <= _MOST else f"{text[:_MOST]}…"
     return cut.encode(errors="replace").decode()

@@ -35,7 +35,7 @@ class RunLog(NamedTuple):
     Attributes:
         steps, epochs: the records of all steps and epochs.
         loss_before: the validation loss before the first step; None if it was not measured.
-        evaluations: the records of all evaluations. An older log has them in its epochs only.
+        evaluations: the records of all evaluations. An older log has evaluations only in its epoch records.
     """
 
     steps: Records
@@ -195,13 +195,13 @@ def _loss_curves(log: RunLog) -> list[_Curve]:
 
 
 def _validated(log: RunLog) -> Records:
-    """The evaluations of a log in the order of their steps, also those that only its epochs have."""
+    """All evaluations of a log, by step. In an older log, evaluations are only in the epoch records."""
     found = {record["step"]: record for record in [*log.epochs, *log.evaluations]}
     return [found[step] for step in sorted(found)]
 
 
 def _reward_curves(log: RunLog) -> list[_Curve]:
-    """The rewards of a preference objective, of the steps and of the validation data."""
+    """The curves of a preference objective's rewards, for the steps and for the validation data."""
     sides = ("chosen", "C0"), ("rejected", "C3")
     steps = [
         _curve(side, log.steps, f"metrics.rewards/{side}", color=color, linewidth=1) for side, color in sides

@@ -27,7 +27,7 @@ from nplora.trainer.history import EvaluationRecord, StepRecord
 from nplora.trainer.run import Run
 
 _PROJECT = "nplora"  # the default name of the project, or of the experiment
-_LONGEST = 500  # characters of a setting, as MLflow allows
+_LONGEST = 500  # the most characters of a setting that MLflow allows
 _MAX_CSV = 1 << 30
 _FLUSH_SECONDS = 10
 
@@ -35,13 +35,13 @@ _FLUSH_SECONDS = 10
 class Reporter(Callback):
     """The base class of reporters. A resumed run appends to the report of the run that was stopped.
 
-    If a report fails during the run, as without a network, the run warns and continues without it.
+    If a report fails during the run (without a network, say), the run warns and continues without it.
 
     Args:
-        directory: where files of the report go; made if needed.
+        directory: the directory for files of the report, created if needed.
         settings: the hyper-parameters that the report shows.
-        tokens: a function that returns the number of tokens processed so far. None: the rate counts what the
-            loss averages over.
+        tokens: a function that returns the number of tokens processed so far. If None, the report shows the
+            items of the loss per second, not tokens per second.
 
     >>> import nplora, numpy as np
     >>> from nplora.trainer.reporters import CsvReporter
@@ -89,7 +89,7 @@ class Reporter(Callback):
         raise NotImplementedError
 
     def _close(self, ended: str | None) -> None:
-        """Close the report. `ended` is the reason, as `History.ended` has it, or None after an error."""
+        """Close the report. `ended` is the value of `History.ended`, or None after an error."""
 
     # ---- hooks ----
 
@@ -115,19 +115,19 @@ class Reporter(Callback):
         self.close(run.history.ended)
 
     def close(self, ended: str | None = None) -> None:
-        """Close the report, if it is open. A run does this at its end, but not after an error.
+        """Close the report, if it is open. A run closes its reports at its end, but not after an error.
 
         >>> from nplora.trainer.reporters import CsvReporter
         >>> CsvReporter("reports").close()
 
         Args:
-            ended: the reason, as `History.ended` has it; None: an error.
+            ended: the value of `History.ended`; None after an error.
         """
         self._report(lambda: self._close(ended))
         self._is_open = False
 
     def _report(self, action: Callable[[], None]) -> None:
-        """Do something with the report. If it fails, warn and end the report, but not the run."""
+        """Write to the report or close it. If this fails, warn, and end the report but not the run."""
         if not self._is_open:
             return
         try:
@@ -140,8 +140,8 @@ class Reporter(Callback):
 class CsvReporter(Reporter):
     """Writes a row into metrics.csv for each step and each evaluation; `Reporter` has an example.
 
-    Metrics of the loss, such as the rewards of DPO, get further columns. The settings go into settings.json,
-    beside it.
+    Metrics of the loss, such as the rewards of DPO, get further columns. The settings are written to
+    settings.json in the same directory.
     """
 
     name = "csv"
@@ -159,7 +159,7 @@ class CsvReporter(Reporter):
         self._begin(rows)
 
     def _begin(self, rows: list[dict[str, str]], more: Iterable[str] = ()) -> None:
-        """Write the file with these rows, and open it to append to it. `more`: columns for later rows."""
+        """Write the file with these rows, and open it for appending. `more`: columns for later rows."""
         self._names = tuple(dict.fromkeys([*self._usual, *(name for row in rows for name in row), *more]))
         text = _csv_text([self._names, *map(self._cells, rows)])
         files.replace([_new_file(self._path, text)])
@@ -167,9 +167,10 @@ class CsvReporter(Reporter):
         self._file = open(os.open(self._path, flags), "a", newline="", encoding="utf-8")  # noqa: SIM115
 
     def _rows_before(self, run: Run) -> list[dict[str, str]]:
-        """The rows of an earlier part of this run. Its later rows are dropped, because they are repeated.
+        """The rows of this run up to the step from which it resumes.
 
-        A row that is missing, as after Ctrl-C between a step and its report, is made from the run's history.
+        Rows of later steps are dropped, because the resumed run writes them again. A row that is missing
+        (after Ctrl-C between a step and its report, say) is made from the run's history.
         """
         rows = self._rows() if os.path.lexists(self._path) else []
         found = {(row["step"], "loss" not in row): row for row in rows if "step" in row}
@@ -183,7 +184,7 @@ class CsvReporter(Reporter):
         """The complete rows of the file, without their empty cells.
 
         Raises:
-            FileExistsError: the file has other columns, so that no run of nplora wrote it.
+            FileExistsError: the file has other columns, so it was not written by a run of nplora.
         """
         text = bytes(files.read(self._path, _MAX_CSV)).decode(errors="replace")
         header, *rows = list(csv.reader(io.StringIO(text))) or [[]]
@@ -239,7 +240,8 @@ class TensorBoardReporter(Reporter):
 class WandbReporter(Reporter):
     """Sends the metrics to Weights & Biases.
 
-    Its environment variables decide where to: WANDB_PROJECT (default: nplora), WANDB_MODE=offline and others.
+    Environment variables of wandb select the destination, such as WANDB_PROJECT (default: nplora) and
+    WANDB_MODE=offline.
     """
 
     name = "wandb"
@@ -272,8 +274,8 @@ class WandbReporter(Reporter):
 class MlflowReporter(Reporter):
     """Sends the metrics to MLflow.
 
-    Its environment variables decide where to: MLFLOW_TRACKING_URI, and MLFLOW_EXPERIMENT_NAME (default:
-    nplora).
+    Environment variables of MLflow select the destination: MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME
+    (default: nplora).
     """
 
     name = "mlflow"
@@ -317,7 +319,7 @@ REPORTERS: dict[str, type[Reporter]] = {
 def require_reporters(op: str, names: Iterable[str]) -> None:
     """Raise an error if a reporter does not exist, or if its library is not installed.
 
-    The libraries are imported here, so that a memory plan that is made afterwards counts them.
+    The libraries are imported here, so that a later memory plan includes their memory.
     """
     for name in names:
         kind = REPORTERS[_check.choice(op, "report_to", name, REPORTERS)]
@@ -330,7 +332,7 @@ def require_reporters(op: str, names: Iterable[str]) -> None:
 def reporting(
     names: Iterable[str], directory: Path, settings: Mapping[str, Any], tokens: Callable[[], int] | None
 ) -> Iterator[list[Reporter]]:
-    """The reporters of these names. Each has its files in this directory. All are closed in the end."""
+    """The reporters of these names. Their files are in `directory`. All are closed after the `with` block."""
     made = [
         REPORTERS[name](directory / name if name == "tensorboard" else directory, settings, tokens)
         for name in names

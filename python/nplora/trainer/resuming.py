@@ -67,7 +67,7 @@ def _loss_name(loss: Loss | FusedLoss) -> str:
 
 
 def failure_record(step: int, error: Exception, settings: dict[str, Any]) -> dict[str, Any]:
-    """The record for the log when the parameters after a step led to a loss that was not finite."""
+    """The log record of a step whose resulting parameters led to a loss that was not finite."""
     return {"after": step, "error": str(error)[:_LONGEST_ERROR], "settings": _choices(settings)}
 
 

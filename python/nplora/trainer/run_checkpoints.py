@@ -153,7 +153,7 @@ class RunCheckpoints:
     # ---- after an error ----
 
     def save_after(self, error: Exception) -> None:
-        """Save the state of the last complete step after an error; add a note to the error that says so."""
+        """After an error, save the state of the last complete step, and add a note about it to the error."""
         if self._saved is None:
             return
         with self._interrupts.hold():

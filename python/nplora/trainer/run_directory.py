@@ -83,7 +83,7 @@ def _is_generation(reader: files.Reader) -> bool:
 
 
 def _is_reference(reader: files.Reader) -> bool:
-    """As `_is_generation`: a file that is not safetensors may be damaged."""
+    """Whether the file may be a reference. A file that is not safetensors may be a damaged one."""
     try:
         return REFERENCE_MARK in SafetensorsFile(reader, REFERENCE).metadata
     except FormatError:
@@ -283,7 +283,7 @@ class RunDirectory:
             self._drop_adapter()
 
     def read_log(self, size: int) -> bytes:
-        """The complete lines in the first `size` bytes of the log, which may also be shorter.
+        """The complete lines in the first `size` bytes of the log. The log may be shorter than `size`.
 
         Raises:
             FormatError, OSError: the log cannot be read.
@@ -302,9 +302,9 @@ class RunDirectory:
     def begin(self) -> None:
         """Begin a new run, with an empty log.
 
-        The files of an earlier run stay unchanged until the first checkpoint of the new run is written. That
-        checkpoint replaces the earlier log and checkpoints, and also the earlier adapter if `overwrite` is
-        set.
+        The files of an earlier run stay unchanged until the first checkpoint of the new run is written. The
+        first checkpoint replaces the earlier log and checkpoints, and also the earlier adapter if `overwrite`
+        is set.
         """
         if self.occupied or (self._overwrite and peft_adapter.lies_in(self.path)):
             self._first_log, self.log_bytes = bytearray(), 0
@@ -314,8 +314,8 @@ class RunDirectory:
     def save(self, checkpoint: Checkpoint) -> None:
         """Replace the directory's older checkpoint. The first save of a new run replaces both checkpoints.
 
-        A checkpoint of the same step as the newest one replaces that one, so the two checkpoints always have
-        different steps.
+        If the newest checkpoint is of the same step, it is replaced instead of the older one, so the two
+        checkpoints always have different steps.
 
         Raises:
             OSError: the checkpoint cannot be written. Both checkpoints are unchanged, and the message says
@@ -349,7 +349,8 @@ class RunDirectory:
         """Write the first checkpoint of a run that overwrites an earlier run; delete the earlier run's files.
 
         The new run replaces the old one at the moment when the file of the checkpoint is renamed. After a
-        crash, `_finish_dropping` deletes the remaining files; the checkpoint contains the data for this.
+        crash, `_finish_dropping` replaces the log and deletes the old adapter. For this, the checkpoint
+        contains the new log and a digest of the old adapter.
         """
         log = bytes(self._first_log or b"")
         metadata = {run_files.FIRST_LOG: log.decode()}
@@ -397,8 +398,8 @@ class RunDirectory:
     def close(self) -> None:
         """Unlock the directory.
 
-        The lock file is removed before it is unlocked. Otherwise another run could lock it in between, and
-        would lose its lock file.
+        The lock file is removed before it is unlocked. In the other order, another run could lock the file
+        between the two actions, and its lock file would be removed.
         """
         if self._locked_by == os.getpid():
             with contextlib.suppress(OSError):

@@ -45,11 +45,11 @@ class RunState:
         self.divergence: NonFiniteLossError | None = None
         self._adapters = list(model.adapter_layers().values())
         self._streams = self._dropout_streams()
-        self._evaluated_at_the_end = False  # the last evaluation belongs to the end of the run, in an epoch
+        self._evaluated_at_the_end = False  # whether the run evaluated only because it ended
 
     @property
     def position(self) -> tuple[int, ...]:
-        """Step, epoch, batch and the numbers of records. A new position needs a new checkpoint."""
+        """Step, epoch, batch and the numbers of records. A checkpoint is written only at a new position."""
         history = self.history
         return self.step, self.epoch, self.batch, len(history.epochs), len(history.evaluations)
 
@@ -83,7 +83,8 @@ class RunState:
         """Record an evaluation of the present factors, and update early stopping.
 
         Args:
-            at_the_end: the run ends within an epoch, and a longer run would not evaluate here.
+            at_the_end: whether the run ends here within an epoch, so that a longer run would not evaluate
+                here.
         """
         self.history.evaluations.append(record)
         self.early_stopping.judge(record)
@@ -96,9 +97,10 @@ class RunState:
             self.epoch, self.batch = self.epoch + 1, 0
 
     def reopen_epoch(self) -> None:
-        """Undo what ended the run within an epoch; a resumed run will do it again at its own end.
+        """Remove the records that exist only because the run ended within an epoch.
 
-        The best factors may stay: a resumed run takes them from the last checkpoint, which is earlier.
+        A resumed run makes such records at its own end. The best factors may stay: a resumed run takes them
+        from the last checkpoint, which is earlier.
         """
         if self._evaluated_at_the_end:
             self.history.evaluations.pop()

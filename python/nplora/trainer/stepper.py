@@ -33,7 +33,7 @@ class Stepper:
     def begin(self) -> None:
         """Begin a step, whose time is measured from this call."""
         self._gathered = Gathered()
-        take_metrics(self._setup.loss)  # forgets those of a step that was not finished
+        take_metrics(self._setup.loss)  # drops the metrics of an unfinished step
 
     @property
     def has_batches(self) -> bool:
@@ -47,22 +47,25 @@ class Stepper:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether a label counted in a batch of the step."""
+        """Whether the batches of the step have any label to train on."""
         return self._gathered.count > 0
 
     def gradients(self) -> Mapping[str, Array]:
-        """The gradients of the step's mean loss, as live arrays by the names of their parameters."""
+        """The gradients of the step's mean loss, by parameter name; the arrays are the model's own."""
         self._weight_gradients()
         return MappingProxyType({p.name: p.grad for p in self._state.parameters})
 
     def _weight_gradients(self) -> None:
-        """Turn the sum of the gradients, weighted relative to the first batch, into that of the mean loss."""
+        """Scale the gradients, which are sums over the batches, to the gradients of the step's mean loss.
+
+        In the sums, each batch is weighted by its count divided by the first batch's count.
+        """
         gathered = self._gathered
         if gathered.first_count != gathered.count:
             for parameter in self._state.parameters:
                 gradient = parameter.grad
                 gradient *= gradient.dtype.type(gathered.first_count / gathered.count)
-            gathered.first_count = gathered.count  # they are weighted once
+            gathered.first_count = gathered.count  # so that a second call changes nothing
 
     def add(self, x: Any, y: Any) -> None:
         """Run one batch forward and backward.
@@ -118,7 +121,7 @@ class Stepper:
     def _nonfinite(self, what: str) -> NonFiniteLossError:
         """Make the error for NaN or infinity in a step.
 
-        The parameters are blamed, unless the data are not finite or no step was made yet.
+        The error is blamed on the parameters, unless the data are not finite or no step has been made yet.
         """
         state = self._state
         blamed = state.step > 0 and not what.endswith((INPUT, TARGETS))

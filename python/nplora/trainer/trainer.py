@@ -55,7 +55,8 @@ class Trainer(TrainingSetup):
             labelled rows or elements, so the step is the same as for one large batch. The last step of an
             epoch may have fewer batches.
         clip_norm: the largest Euclidean norm of all gradients together; None: no limit.
-        seed: the seed of the order of the examples. (`model.seed` seeds the initial factors and dropout.)
+        seed: the seed for the random order of the examples. (`model.seed` seeds the initial factors and
+            dropout.)
         callbacks: a list of `Callback`s, which are called in the order of the list.
         progress: whether to show a progress line on stderr (tqdm's if tqdm is installed); None: only in a
             terminal or a Jupyter notebook.
@@ -139,7 +140,7 @@ class Trainer(TrainingSetup):
                 the epoch.
             validation: a tuple of two arrays, or an iterable of batches, evaluated after every epoch and at
                 the end of the run.
-            eval_every: the number of steps between two evaluations, besides those.
+            eval_every: evaluate the validation data also after every `eval_every` steps.
             patience: stop after this many evaluations in a row without a lower validation loss (early
                 stopping). A loss that is NaN or infinite never counts as lower.
             keep: with validation data, the factors that the model gets at the end of the run: "best" (those

@@ -220,6 +220,6 @@ class TrainingRun(Run):
 
 
 def _sees_gradients(callback: Callback) -> bool:
-    """Whether a callback has a hook of its own before the optimiser's step."""
+    """Whether a callback overrides `on_before_optimizer_step`."""
     hook = callback.on_before_optimizer_step
     return getattr(hook, "__func__", hook) is not Callback.on_before_optimizer_step

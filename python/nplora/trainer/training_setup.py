@@ -16,7 +16,7 @@ Array = npt.NDArray[Any]
 
 
 class TrainingSetup:
-    """The settings of a `Trainer`, which describes them."""
+    """The settings of a `Trainer`, whose docstring describes them."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 
 
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-    """Return an array like np.empty, if possible in memory that earlier arrays have freed.
+    """Return a new array without initial values, if possible in memory that earlier arrays have freed.
 
     New memory pages can cost the system more time than a matrix product takes to fill them. Idle and used
     memory together never exceed the largest amount that was in use at once. `release` returns idle memory to

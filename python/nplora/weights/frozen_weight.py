@@ -113,7 +113,7 @@ class FrozenWeight:
             )
 
     def _hold(self, storage: str, shape: tuple[int, ...], arrays: tuple[Array, ...], compute: str) -> None:
-        """Use in place a matrix, blocks, or the arrays of NF4 (5 if the absmax is quantised, else 2)."""
+        """Use arrays in place: a matrix, blocks, or NF4's arrays (5 if the absmax is quantised, else 2)."""
         d_out, d_in = shape
         self._arrays = arrays
         if storage == "nf4" and len(arrays) == 2:
@@ -257,9 +257,9 @@ class FrozenWeight:
         return self._packed.nbytes
 
     def with_compute(self, compute: str) -> FrozenWeight:
-        """Return a weight of the same matrix whose products use another arithmetic.
+        """Return a weight with the same matrix, but another arithmetic for its products.
 
-        Both weights share a matrix that is used in place; any other matrix is copied.
+        If the matrix is used in place, both weights share it; any other matrix is copied.
 
         Args:
             compute: as in the constructor.
@@ -281,7 +281,7 @@ class FrozenWeight:
 
     @property
     def compute(self) -> str:
-        """The arithmetic of products: "bfloat16" (with float32 sums), "int8", or `compute_dtype`'s name."""
+        """The arithmetic of products: "bfloat16" (with float32 sums), "int8", "float32" or "float64"."""
         return self.compute_dtype.name if self._packed.compute == "float" else self._packed.compute
 
     @property
@@ -356,7 +356,7 @@ class FrozenWeight:
         """Multiply: x @ W.T.
 
         Args:
-            x: array (..., d_in). It is converted to `compute_dtype` if needed.
+            x: array (..., d_in), which is converted to `compute_dtype` if needed.
             out: C-contiguous array (..., d_out) for the result. If None, a new array is created.
         Returns:
             array (..., d_out) in `compute_dtype`.
@@ -378,7 +378,7 @@ class FrozenWeight:
         """Multiply with the transpose: dy @ W.
 
         Args:
-            dy: array (..., d_out). It is converted to `compute_dtype` if needed.
+            dy: array (..., d_out), which is converted to `compute_dtype` if needed.
             out: C-contiguous array (..., d_in) for the result. If None, a new array is created.
         Returns:
             array (..., d_in) in `compute_dtype`.

@@ -32,7 +32,7 @@ _ELEMENTS_AT_A_TIME = 1 << 18  # 1 MiB of float32
 
 
 def block_elements(storage: str) -> int:
-    """Return the number of elements in a block, which share scales, or 1 for an unquantised format."""
+    """Return the number of elements in a block, or 1 for an unquantised format."""
     return BLOCKS[storage][0] if storage in BLOCKS else 1
 
 

@@ -55,7 +55,7 @@ QUICK: dict[str, Any] = {"rank": 2, "lr": 1e-2, "batch_examples": 4, "epochs": 2
 def read(lm: LanguageModel, rows: Any, objective: str = "dpo", length: int = 64, **options: Any) -> Any:
     chosen = FinetuneOptions(objective=objective, **options)
     return objective_of(chosen).read(
-        "finetune", sources_of("finetune", rows), lm.tokenizer, chosen.reading(length), None
+        "finetune", sources_of("finetune", rows), lm.tokenizer, chosen.reading(length)
     )
 
 
@@ -271,7 +271,7 @@ def one_batch(lm: LanguageModel, objective: str, directory: Path, micro: int | N
     """The loss and the gradients of one batch of all pairs."""
     chosen = objective_of(FinetuneOptions(objective=objective))
     dataset = chosen.read(
-        "finetune", sources_of("finetune", PAIRS), lm.tokenizer, FinetuneOptions().reading(64), None
+        "finetune", sources_of("finetune", PAIRS), lm.tokenizer, FinetuneOptions().reading(64)
     )
     batches = TokenBatches(dataset, batch_examples=len(dataset), shuffle=False)
     with lm.disable_adapter(), files.Directory(directory) as held:

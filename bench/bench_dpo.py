@@ -63,7 +63,9 @@ def nplora_run(setting: Setting, threads: int) -> tuple[Step, int]:
     from nplora.finetuning.data.batches import TokenBatches
     from nplora.finetuning.data.sources import sources_of
     from nplora.finetuning.objectives import objective_of
-    from nplora.formats import files
+    from nplora.finetuning.objectives.pairs import DpoLoss
+    from nplora.finetuning.objectives.preference_losses import Dpo
+    from nplora.finetuning.objectives.reference import Reference, sequence_keys, sums
 
     nplora.set_num_threads(threads)
     model, options = nplora.load_model(str(model_file())), FinetuneOptions(objective="dpo")
@@ -77,32 +79,25 @@ def nplora_run(setting: Setting, threads: int) -> tuple[Step, int]:
     optimizer = nplora.AdamW(lr=RATE, weight_decay=0.01)
     made = list(batches.epoch(0))
 
-    def prepare(some: Any) -> Any:
-        with tempfile.TemporaryDirectory() as directory, files.Directory(directory) as held:
-            objective.prepare(plain, [some], held, lambda text: None)
-        return objective.loss(None)
+    def loss_of(*some: Any) -> DpoLoss:
+        """The loss with the reference of these batches."""
+        found = dict[int, float]()
+        for x, _ in some:
+            values = sums(x, plain.log_probs(x)).tolist()
+            found |= zip(sequence_keys(x).tolist(), values, strict=True)
+        return DpoLoss(Dpo("sigmoid", options.beta), Reference(found))
 
-    loss = prepare(batches) if setting.known else None
+    loss = loss_of(*made) if setting.known else None
 
     def step(number: int) -> dict[str, float]:
         x, y = made[number]
-        current = loss or prepare(_One(made[number], dataset))
+        current = loss or loss_of(made[number])
         model.zero_grad()
         value = current.forward_backward(model, x, y, 1 / setting.pairs)
         optimizer.step(model.parameters(), max_norm=1.0)
         return {"loss": value / setting.pairs, **current.take_metrics()}
 
     return step, len(made[0][0].ids)
-
-
-class _One:
-    """A source of one batch."""
-
-    def __init__(self, batch: Any, dataset: Any) -> None:
-        self._batch, self.dataset = batch, dataset
-
-    def epoch(self, epoch: int) -> list[Any]:
-        return [self._batch]
 
 
 def trl_run(setting: Setting, threads: int) -> tuple[Step, int]:

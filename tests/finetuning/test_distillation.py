@@ -216,6 +216,12 @@ def test_the_file_holds_the_most_likely_tokens(model: Path, teacher: Path, data:
         )
 
 
+def test_probabilities_that_were_rounded_sum_to_1_again(model: Path, taught: Path, data: Path) -> None:
+    batch = pack(read_dataset(data, load_model(model).tokenizer))
+    top: Any = StoredTeacher(taught).of(batch)(np.flatnonzero(batch.targets != IGNORED))
+    np.testing.assert_allclose(np.exp(top.log_probs).sum(axis=1), 1, rtol=1e-12)
+
+
 def test_equal_examples_are_stored_once_and_validation_data_too(
     teacher: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -335,6 +335,8 @@ def test_a_tenth_is_held_out_unless_there_are_validation_data(
         assert "valid_split" not in given.options
         assert given.winner is not None
         assert given.loss_before == evaluate(model, data)["loss"]
+    several = tune(model, [(directory, 2), data], tmp_path / "e", **few)
+    assert f"--data {directory}:2 --data {data} --output" in several.command
     rows = iter([json.loads(line) for line in data.read_text().splitlines()])
     lm = nplora.load_model(model)
     report = tune(lm, rows, tmp_path / "d", valid=[{"prompt": "1+1=", "completion": "2"}], **few)

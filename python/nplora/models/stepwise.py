@@ -25,7 +25,8 @@ FEW = _core.constants.least_small_batch  # tokens at a time
 
 def loss(config: ModelConfig, model: Decoder, lm_head: AnyLinear, batch: PackedBatch) -> float:
     """The sum of the losses of packed sequences. Call this function in `with inference()`."""
-    return sum((head.loss(model, lm_head, x, targets) for x, targets in _steps(config, model, batch)), 0.0)
+    losses = (head.token_losses(model, lm_head, x, targets) for x, targets in _steps(config, model, batch))
+    return float(np.concatenate([np.empty(0), *losses]).sum())
 
 
 def token_scores(

@@ -32,6 +32,7 @@ class Measured:
         values, weights: float64 (examples,). For a loss: the summed loss of an example, and its tokens.
         lower_is_better: whether a lower metric is better.
         failed: the number of examples that could not be scored.
+        exact: the metric, if it was summed in an order of its own.
     """
 
     name: str
@@ -39,10 +40,13 @@ class Measured:
     weights: Array
     lower_is_better: bool = False
     failed: int = 0
+    exact: float | None = None
 
     @property
     def value(self) -> float:
-        return float(self.values.sum() / max(1.0, self.weights.sum()))
+        return (
+            self.exact if self.exact is not None else float(self.values.sum() / max(1.0, self.weights.sum()))
+        )
 
 
 class Interval(NamedTuple):

@@ -12,12 +12,21 @@ from nplora.models.packing import IGNORED
 
 
 def measure_tokens(lm: LanguageModel, dataset: Dataset) -> list[Measured]:
-    """The loss and the token accuracy of the model on all examples."""
+    """The loss and the token accuracy of the model on all examples.
+
+    The loss is summed as in training, so that it is bit for bit the validation loss of a run.
+    """
+    summed = 0.0
     loss, tokens, top = (np.zeros(len(dataset)) for _ in range(3))
     for members in evaluation_batches(dataset).members(0):
         batch, targets = dataset.batch(members)
         scores = lm.token_scores(batch)
+        summed += -scores.log_probs.sum() / max(1, batch.num_targets) * batch.num_targets
         example = np.repeat(np.arange(len(members)), np.diff(batch.starts))[targets != IGNORED]
         for total, values in ((loss, -scores.log_probs), (tokens, None), (top, scores.is_top)):
             total[members] = np.bincount(example, values, minlength=len(members))
-    return [Measured("loss", loss, tokens, lower_is_better=True), Measured("token_accuracy", top, tokens)]
+    mean = float(summed / max(1.0, tokens.sum()))
+    return [
+        Measured("loss", loss, tokens, lower_is_better=True, exact=mean),
+        Measured("token_accuracy", top, tokens),
+    ]

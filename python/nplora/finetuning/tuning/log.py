@@ -45,7 +45,7 @@ class TuneLog:
             CorruptError: the log is damaged.
             ValueError: the log belongs to another search.
         """
-        start = json.loads(json.dumps({"event": "start", **start}))
+        start = json.loads(json.dumps({"event": "start", **start}, allow_nan=False))
         if self.path.exists():
             if not (resume or overwrite) and self._holds_trials():
                 raise FileExistsError(

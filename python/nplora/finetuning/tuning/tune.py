@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 from nplora import _check
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.batches import TokenBatches
-from nplora.finetuning.data.sources import Source, splits_of
+from nplora.finetuning.data.sources import splits_of
 from nplora.finetuning.execution import adapters_of, choose_execution, predicted
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
 from nplora.finetuning.options import FinetuneOptions
@@ -222,18 +223,21 @@ class _Tuning:
 
     def _command(self, options: Mapping[str, Any]) -> str:
         model = self.model.source if isinstance(self.model, LanguageModel) else self.model
-        sources = splits_of("tune", self.data).train
-        data = [(_named(source), source.weight) for source in sources]
-        if isinstance(self.data, str | Path):
-            data = [(files.name(self.data), 1.0)]
-        valid = None
-        if self.valid is not None:
-            valid = files.name(self.valid) if isinstance(self.valid, str | Path) else "VALID"
+        data = _named(self.data, "DATA")
+        held_out = [] if self.valid is None else _named(self.valid, "VALID")
+        valid = "VALID" if len(held_out) > 1 else next((name for name, _ in held_out), None)
         return command_of(files.name(model), data, valid, self.output / "best", options)
 
 
-def _named(source: Source) -> str:
-    return "DATA" if source.path is None else source.name
+def _named(data: Data, otherwise: str) -> list[tuple[str, float]]:
+    """The files as they were given, each with its weight; a name for data that are not in files."""
+    given: list[Any] = (
+        [data] if isinstance(data, str | os.PathLike) or not isinstance(data, Sequence) else list(data)
+    )
+    pairs = [item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0) for item in given]
+    if not all(isinstance(path, str | os.PathLike) for path, _ in pairs):
+        return [(otherwise, 1.0)]
+    return [(files.name(path), float(weight)) for path, weight in pairs]
 
 
 def _notes(winner: Trial | None, trials: Sequence[Trial], full: int) -> Iterator[str]:

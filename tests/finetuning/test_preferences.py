@@ -516,6 +516,17 @@ def test_a_run_prefers_the_chosen_answers_and_reports_it(
     assert nplora.evaluate(model, [{"text": "a"}], adapter=tmp_path / "out")["loss"] > 0
 
 
+def test_the_reported_rewards_are_those_of_the_saved_adapter(model: Path, tmp_path: Path) -> None:
+    """The validation data have chosen and rejected exchanged, so that the first evaluation is the best."""
+    exchanged = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in PAIRS[:6]]
+    options = {**QUICK, "objective": "dpo", "valid": exchanged, "eval_every": 1, "epochs": 2}
+    found = {keep: finetune(model, PAIRS, tmp_path / keep, keep=keep, **options) for keep in ("best", "last")}
+    first, *_, last = found["best"].history.evaluations
+    assert first.val_metrics["rewards/margins"] > last.val_metrics["rewards/margins"] + 0.01
+    assert (found["best"].loss_after, found["best"].metrics_after) == (first.val_loss, first.val_metrics)
+    assert (found["last"].loss_after, found["last"].metrics_after) == (last.val_loss, last.val_metrics)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_run_of_any_objective_resumes_to_the_bit(
     objective: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

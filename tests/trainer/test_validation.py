@@ -218,6 +218,13 @@ def test_a_resumed_run_has_the_metrics_of_all_evaluations(step: int, log: str, t
     assert all(math.isnan(record.val_metrics["nothing"]) for record in history.evaluations)
 
 
+def test_the_epochs_of_a_log_without_evaluations_give_theirs_with_the_metrics() -> None:
+    row = {"event": "epoch", "epoch": 1, "step": 4, "loss": 2.0, "val_loss": 1.5, "val_accuracy": None}
+    history = History()
+    history.add_log(json.dumps({**row, "seconds": 1.0, "val_metrics": {"kl": 0.25}}).encode(), 4, 1)
+    assert history.evaluations == [EvaluationRecord(4, 1, 1.5, None, 0.0, {"kl": 0.25})]
+
+
 def test_metrics_of_an_evaluation_that_are_not_numbers_are_refused() -> None:
     history = History()
     row = {"step": 2, "epoch": 1, "val_loss": 1.0, "val_accuracy": None, "seconds": 0.5}

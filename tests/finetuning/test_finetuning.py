@@ -98,12 +98,12 @@ def test_a_run_learns_and_leaves_an_adapter(model: Path, data: Path, tmp_path: P
     assert f"validation loss {report.loss_before:.4f} -> {report.loss_after:.4f}" in str(report)
     base, adapted = evaluate(model, data), evaluate(model, data, adapter=tmp_path / "out")
     assert report.valid is not None
-    described = {
-        "tokens": report.valid.learned, "source": str(data / "valid.jsonl"), "examples": 4, "truncated": 0,
-        "emptied": 0, "skipped": 0,
+    expected = {
+        "tokens": report.valid.learned, "source": str(data / "valid.jsonl"),
+        "examples": 4, "truncated": 0, "emptied": 0, "skipped": 0,
     }  # fmt: skip
-    for found, loss in ((base, report.loss_before), (adapted, report.loss_after)):
-        assert found.items() >= (described | {"loss": loss}).items()
+    assert base.items() >= (expected | {"loss": report.loss_before}).items()
+    assert adapted.items() >= (expected | {"loss": report.loss_after}).items()
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(model)
     assert config["task_type"] == "CAUSAL_LM"

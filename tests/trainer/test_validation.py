@@ -235,6 +235,24 @@ def test_metrics_of_an_evaluation_that_are_not_numbers_are_refused() -> None:
             history.restore(history.step_columns(), [], [row | {"val_metrics": wrong}])
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_with_other_validation_data_the_best_factors_are_chosen_anew(changed: bool, tmp_path: Path) -> None:
+    """The run moves away from the easy data, whose loss stays far below that of the hard data."""
+    x, _ = data()
+    trainer = Trainer(nplora.LoRALinear(np.eye(3, 6), rank=1, rng=0), "mse", nplora.AdamW(lr=0.1))
+    easy, hard = (x[:4], x[:4, :3]), (x[:4], np.full((4, 3), 9.0, np.float32))
+    usual: dict[str, Any] = {"batch_size": 4, "eval_every": 1, "checkpoint_dir": tmp_path / "run"}
+    trainer.fit(*hard, steps=2, validation=easy, **usual)
+    again = Trainer(nplora.LoRALinear(np.eye(3, 6), rank=1, rng=0), "mse", nplora.AdamW(lr=0.1))
+    with pytest.warns(UserWarning, match="total_steps was 2, is 6"):
+        history = again.fit(*hard, steps=6, validation=hard if changed else easy, resume=True, **usual)
+    assert [record.step for record in history.evaluations] == [1, 2, 3, 4, 5, 6]
+    best = min(history.evaluations[2 * changed :], key=lambda record: record.val_loss)
+    assert (history.best_step, history.best_loss) == (best.step, best.val_loss)
+    assert (best.step > 2) == changed
+    assert again.evaluate(*(hard if changed else easy))["loss"] == pytest.approx(best.val_loss)
+
+
 # ---- when the model is evaluated, and which factors it keeps ----
 
 

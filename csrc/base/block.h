@@ -21,7 +21,9 @@ inline constexpr float kSmallestHalf = 0x1p-24f, kLargestHalf = 65504;
 
 // Properties of a block format, apart from its layout.
 struct BlockFacts {
-  float largest;  // the largest magnitude with which a block's scale and minimum still fit float16
+  // The largest magnitude of a value. A larger value would need a scale or minimum beyond the range of
+  // float16, or of float in NF4.
+  float largest;
   const char* shorter = nullptr;  // the format that llama.cpp uses if a row is not a whole number of blocks
 };
 

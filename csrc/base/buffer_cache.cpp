@@ -8,8 +8,8 @@ namespace nplora {
 
 namespace {
 
-// The largest idle buffer that is reused for a request of `bytes`. The buffer may be a quarter larger than
-// the request, because batches differ a little in their number of tokens.
+// The largest size of an idle buffer that `take` reuses for a request of `bytes`. This size is a quarter
+// larger than the request, because batches differ a little in their number of tokens.
 constexpr size_t most_for(size_t bytes) {
   return bytes + bytes / 4;
 }
@@ -33,8 +33,8 @@ AlignedBuffer BufferCache::take(size_t bytes) {
   return buffer;
 }
 
-// Frees idle buffers, the largest first. Stops when a new buffer of this size fits without exceeding the
-// largest amount of memory that was ever in use.
+// Makes room for a new buffer of `bytes`: frees idle buffers, the largest first, until used, idle and new
+// memory together do not exceed the peak of the used memory. The new buffer counts as used in this peak.
 void BufferCache::make_room(size_t bytes) {
   const size_t most = std::max(most_used_, used_bytes_ + bytes);
   while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {

@@ -17,9 +17,9 @@ namespace nplora {
 
 namespace {
 
-// kRegion: the size of a region of address space that weights fill one after the other. kLargestNeighbour:
-// the size up to which weights share huge pages. In larger weights, the small pages at the two ends are only
-// a small part.
+// Weights are placed one after the other in regions of kRegion bytes of address space. Only weights of up to
+// kLargestNeighbour bytes share huge pages. In a larger weight, the small pages at the end are only a small
+// part.
 constexpr size_t kRegion = size_t{32} << 20, kLargestNeighbour = size_t{8} << 20;
 
 #ifdef __linux__
@@ -114,15 +114,16 @@ class Neighbours {
     return at;
   }
 
-  // Notes that a piece of memory will be unmapped, after which other code may map it. If the memory is part
-  // of a huge page that weights have not filled yet, the small pages there are never collapsed. A thread that
-  // is running `take` may miss the note. A missed note can cost other code memory, but never data.
+  // Called before memory is unmapped, because other code may then map the same addresses. If these addresses
+  // belong to a huge page that weights have not filled yet, the small pages in this huge page are never
+  // collapsed. A `take` that runs on another thread at the same time may miss this call. Other code may then
+  // use more memory, but no data is lost.
   void leave(const char* at, size_t size) {
     if (at < end_ && at + size > small_pages_) has_hole_ = true;
   }
 
  private:
-  // Continues at `start`, and returns the skipped address space to the system.
+  // Places the next weight at `start`, and returns the unused address space before `start` to the system.
   void move_to(char* start) {
     if (start != next_) munmap(next_, static_cast<size_t>(start - next_));
     next_ = start;
@@ -135,7 +136,7 @@ class Neighbours {
     end_ = nullptr;
     char* const region = map_aligned(kRegion);
     if (region == nullptr) return false;
-    madvise(region, kRegion, MADV_NOHUGEPAGE);  // no huge page until weights fill it
+    madvise(region, kRegion, MADV_NOHUGEPAGE);  // pages stay small until weights fill them
     next_ = region;
     small_pages_ = region;
     end_ = region + kRegion;

@@ -9,17 +9,17 @@ namespace nplora {
 // weights do not share huge pages.
 inline constexpr size_t kHugePage = size_t{2} << 20;
 
-// map and map_beside return nullptr if there is no memory. unmap frees the memory of either function.
+// If there is no memory, map and map_beside return nullptr. Memory from either function is freed by unmap.
 
 // A mapping of 2 MiB or more starts at a multiple of the huge page size, and the system is asked to use huge
 // pages for it. If the system refuses, only speed is lost.
 char* map(size_t bytes);
 
 // Maps memory for a weight, which is read from memory again and again. A huge page needs one address
-// translation; the same bytes in small pages need 512, more than the processor caches. So weights are placed
-// one after the other, and a huge page is requested only when weights fill all of it. While the weights
-// exist, huge pages therefore never make the process larger. If a part of a huge page is unmapped, the system
-// takes this memory back when it is short of memory, or when the rest of the page is unmapped.
+// translation; the same bytes in small pages need 512 translations, more than the processor can cache. So
+// weights are placed one after the other, and a huge page is requested only when weights fill all of it.
+// While the weights exist, huge pages therefore never make the process larger. If only a part of a huge page
+// is unmapped, the system reclaims that part when memory is short, or when the rest of the page is unmapped.
 char* map_beside(size_t bytes);
 
 void unmap(void* at, size_t bytes);

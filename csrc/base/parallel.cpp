@@ -22,8 +22,8 @@ namespace {
 std::atomic<size_t> thread_limit{0};
 std::atomic<bool (*)()> interrupt_hook{nullptr};
 
-// Whether this thread is running the interrupt hook, in the middle of a call. Work that the hook starts stays
-// on this thread.
+// Whether this thread is running the interrupt hook in the middle of a parallel_for. Work that the hook
+// starts stays on this thread.
 thread_local bool asking = false;
 
 // The least number of operations for which another thread is worth starting. One core computes this many

@@ -36,8 +36,8 @@ void run_tasks(size_t tasks, size_t threads, Interruptible interruptible, void (
                const void* context);
 }
 
-// How many threads are worth starting for this many floating-point operations (or elements, for elementwise
-// work).
+// How many threads are worth starting for this many floating-point operations. For elementwise work,
+// `operations` may be the number of elements.
 size_t useful_threads(double operations);
 
 // Calls body(task) once for each task in [0, tasks), in any order, on at most `threads` threads. A reduction

@@ -25,9 +25,9 @@ bool spin(const Done& done, std::chrono::microseconds most) {
   return done();
 }
 
-// Waits until done() is true, which another thread will soon make true. This thread first polls, and then
-// yields its processor, because the other thread may need it. The thread does not yield at once, because
-// after a yield it may have to wait for a whole time slice.
+// Waits until another thread makes done() true, which is expected soon. The waiting thread first polls, and
+// then yields its processor, because the other thread may need it. The waiting thread does not yield at once,
+// because after a yield it may not run again for a whole time slice.
 template <class Done>
 void wait_until(const Done& done) {
   if (spin(done, std::chrono::microseconds(50))) return;

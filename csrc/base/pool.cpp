@@ -91,9 +91,8 @@ class Pool {
   }
 
   // Keeps the workers off the caller's processor. A sleeping worker would often be woken on that processor,
-  // and would wait there for a time slice while the caller does all the work. On the other processors a
-  // worker gets enough time even if other threads spin there, as the threads of a BLAS do for a while after
-  // each product.
+  // and would wait there for a time slice while the caller does all the work. On any other processor a worker
+  // gets enough time, even if the threads of a BLAS spin there for a while after each product.
   void steer_workers() {
 #ifdef __linux__
     const int cpu = sched_getcpu();

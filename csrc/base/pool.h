@@ -1,9 +1,9 @@
 // A pool of threads in which the caller never waits for a worker that has not started.
 //
-// An OpenMP region ends at a barrier that every thread must reach. If the second core is busy with another
-// program, or with OpenBLAS, whose workers spin for 100 ms after each product, the caller waits at the
+// An OpenMP region ends at a barrier that every thread must reach. The second core may be busy with another
+// program, or with OpenBLAS, whose workers spin for 100 ms after each product. The caller then waits at the
 // barrier for a whole time slice, although it has done all the work itself. In this pool, a worker that wakes
-// joins a job only if the job is still open, and the caller waits only for workers that joined.
+// up joins a job only if the job is still open, and the caller waits only for workers that joined.
 #pragma once
 
 #include <cstddef>

@@ -55,7 +55,8 @@ py::dict config() {
 }  // namespace
 
 void register_runtime(py::module_& m) {
-  kernels::table();  // if NPLORA_ISA or NPLORA_PARALLEL cannot be satisfied, the import stops with the reason
+  // If NPLORA_ISA or NPLORA_PARALLEL cannot be satisfied, the import fails with an error that says why.
+  kernels::table();
   parallel_backend();
   main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
   set_interrupt_hook(&signal_pending);

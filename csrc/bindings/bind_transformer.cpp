@@ -142,7 +142,8 @@ AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t k
   return {heads, kv_heads, dim, float(scale), size_t(std::min(window, kMostKeys))};
 }
 
-// Checks the array `starts`: the first row of each sequence, and then n, the number of all rows.
+// Checks a copy of the array `starts`, which holds the first row of each sequence, followed by n, the total
+// number of rows.
 std::vector<int64_t> checked_starts(const Integers& array, size_t n) {
   const std::vector<int64_t> starts = copied("starts", array, size_t(array.size()));
   require(array.ndim() == 1 && !starts.empty() && starts.front() == 0 && starts.back() == int64_t(n) &&

@@ -4,7 +4,7 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// Returns how far ahead, in bytes, keys or values are prefetched if `rows` rows of them are read at once. The
+// Returns the prefetch distance, in bytes, of keys or values that are read `rows` rows at a time. The
 // distance is a whole number of rows and reaches past the rows that are being read.
 inline size_t fetch_distance(size_t rows, size_t stride) {
   const size_t bytes = stride * sizeof(float);
@@ -114,9 +114,9 @@ inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, 
   });
 }
 
-// Finds the largest element of one column in each lane. A lane of the result is the largest of the column's
-// `rows` elements and of the same lane of `before`. The loop keeps four independent maxima, because a single
-// maximum would wait for the result of each comparison.
+// Each lane holds a different column. Returns, in each lane, the maximum of `before` and the `rows` elements
+// of the lane's column. The loop keeps four independent maxima, because a single maximum would wait for the
+// result of each comparison.
 template <class Span>
 inline Vec<float> largest_of_column(size_t rows, const float* column, size_t stride, Vec<float> before,
                                     const Span& span) {
@@ -149,12 +149,12 @@ inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float
   });
 }
 
-// The backward pass of p = softmax(s) is ds = p (dp - delta) with delta = Σ p dp = Σ dout out (Dao et al.
-// 2022, section 3.1), where `out` is the output of attention and dx is the gradient of the loss with respect
-// to x. The probabilities p are computed again as exp(s - lse), where `lse` is the logarithm of the forward
-// pass's sum of exp(s). The scores s are computed again too, and may be rounded differently than in the
-// forward pass. Because of this rounding, a large s could exceed `lse` until exp overflows, so s - lse is
-// limited to at most 0.
+// The backward pass of p = softmax(s) is ds = p (dp - delta) with delta = Σ p dp, where dx is the gradient of
+// the loss with respect to x. In attention, delta is also Σ dout out, where `out` is the output of attention
+// (Dao et al. 2022, section 3.1). The probabilities p are computed again as exp(s - lse), where `lse` is the
+// logarithm of the forward pass's sum of exp(s). The scores s are computed again too, and may be rounded
+// differently than in the forward pass. This rounding can make a large s so much greater than `lse` that
+// exp(s - lse) would overflow, so s - lse is limited to at most 0.
 inline void softmax_backward(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                              size_t stride) {
   using V = Vec<float>;
@@ -168,9 +168,9 @@ inline void softmax_backward(size_t rows, size_t n, const float* lse, const floa
   });
 }
 
-// Does the same as softmax_backward, without the arguments `lse` and `delta`, if the rows hold all keys of
-// each column. The sum delta = Σ p dp uses the rounded values of p and dp, so equal terms cancel exactly: a
-// column with a single row gets ds = 0.
+// Does the same as softmax_backward for columns that hold the scores of all keys, so it needs no arguments
+// `lse` and `delta`. The sum delta = Σ p dp uses the rounded values of p and dp. In a column with a single
+// row, delta is therefore exactly dp, and ds is 0.
 inline void whole_softmax_backward(size_t rows, size_t n, float* s, float* dp, size_t stride) {
   using V = Vec<float>;
   // `kLeast` prevents a division by 0 if all elements of a column are -Inf.

@@ -80,15 +80,15 @@ struct DecodedRow {
   operator float*() const { return row + at + (at < kPanelColumns ? 0 : apart); }
 };
 
-// A destination for decoded values that is not memory: it multiplies the values with kTokens rows of `x`. The
-// products of each token are added up in kChains independent sums. Each run of kBytes elements uses the next
-// of the kChains sums, so a fused multiply-add need not wait for the previous one.
+// A destination that does not store decoded values but multiplies them with kTokens rows of `x`. The products
+// of each token are added up in kChains independent sums. Successive groups of kBytes elements use these sums
+// in turn, so a fused multiply-add need not wait for the previous one.
 template <size_t kTokens, size_t kChains>
 struct Dot {
   const float* x;
   size_t x_stride;
   Vec<float> (*sums)[kTokens];  // (kChains, kTokens)
-  size_t at = 0;                // index in a row of `x` at which the current run of elements begins
+  size_t at = 0;                // index in a row of `x` at which the current group of elements begins
 
   Dot operator+(size_t elements) const { return {x, x_stride, sums, at + elements}; }
   Vec<float> x_of(size_t t, size_t i) const {
@@ -117,8 +117,8 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens, 
 }
 
 // Adds the products of a sub-block that has a single scale `d`. For one token, the scale multiplies the sum
-// of the products, which takes fewer multiplications than scaling each code. For one token, only the first of
-// the kChains sums is used.
+// of the products, because scaling each code would take more multiplications. For one token, only the first
+// of the kChains sums is used.
 template <size_t kTokens, size_t kChains>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens, kChains>& to) {
   if constexpr (kTokens > 1) {
@@ -141,8 +141,8 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<k
 template <class Block>
 struct Decoder;
 
-// The fifth bits of the 32 codes of a sub-block, one byte for each code: 16 if bit i of `bits` is set for
-// element i, else 0. `low` holds elements 0 to 15, and `high` holds elements 16 to 31.
+// The fifth bits of the 32 codes of a sub-block, with one byte for each code. The byte of element i is 16 if
+// bit i of `bits` is set, else 0. `low` holds elements 0 to 15, and `high` holds elements 16 to 31.
 struct HighBits {
   Bytes low, high;
   explicit HighBits(const uint8_t (&bits)[4])
@@ -177,8 +177,8 @@ struct SubScales {
 
 // ---- rows of blocks ----
 //
-// Each kernel unit (isa_*.cpp) defines kUnrolledSubBlocks, the number of sub-blocks of a block that the loops
-// over sub-blocks unroll.
+// Each kernel unit (isa_*.cpp) defines kUnrolledSubBlocks, the unroll factor of the loops over the sub-blocks
+// of a block.
 
 // Prefetches the columns of a row that is decoded kRowsAhead rows later. The hardware does not prefetch these
 // columns, because they are too few bytes to be detected as a stream.
@@ -215,16 +215,16 @@ void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t r
 
 // ---- products of a few tokens with rows of blocks ----
 
-// All tokens are multiplied with kFewRows rows of W before the next rows are read. Meanwhile, the same
-// columns of later rows are prefetched, at least kFetchAhead bytes ahead.
+// All tokens are multiplied with kFewRows rows of W before the next rows are read. The code also prefetches
+// the same columns of later rows, at least kFetchAhead bytes ahead.
 inline constexpr size_t kFewRows = 8;
 inline size_t fetch_ahead(size_t row_bytes) {
   const size_t few = kFewRows * row_bytes;
   return few == 0 ? 0 : ceil_div(kFetchAhead, few) * few;
 }
 
-// Prefetches a part of the memory `next` into L2. If `next` is spread evenly over the `rows` remaining rows
-// of W, the prefetched part belongs to the next kFewRows rows.
+// Prefetches a part of the memory `next` into L2. The lines of `next` are divided evenly among the `rows`
+// remaining rows of W, and each call prefetches the share of kFewRows rows.
 inline void fetch_share(Fetch& next, size_t rows) {
   const size_t n = rows <= kFewRows ? next.lines : ceil_div(next.lines * kFewRows, rows);
   next.lines -= n;
@@ -243,8 +243,8 @@ struct Decoders {
 };
 
 // The decoders of formats whose block is a single sub-block. These decoders convert the scales and minima of
-// several rows to float together, and later broadcast them from memory. Tiles of two rows use the general
-// decoders above, because they have more tokens and gain nothing from the joint conversion.
+// several rows to float together, and later broadcast them from memory. Tiles of two rows have more tokens
+// and gain nothing from the joint conversion, so they use the general decoders above.
 template <class Block, size_t kRows>
   requires(Block::kElements == kSubBlock && kRows > 2)
 struct Decoders<Block, kRows> {
@@ -261,7 +261,7 @@ struct Decoders<Block, kRows> {
         uint64_t halves = 0;
         for (size_t k = kAtOnce; k-- > 0;) {
           uint64_t some = 0;
-          // The scale d is copied and, if the format has one, the minimum m that follows it.
+          // Copies the scale d and also the minimum m, which follows d in formats with minima.
           __builtin_memcpy(&some, at[r + k] + i, kFactors * sizeof(Half));
           halves = halves << kBits | some;
         }

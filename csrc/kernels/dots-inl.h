@@ -24,8 +24,8 @@ inline Vec<E> load_group_partial(const W* from, size_t n) {
   return Vec<E>::template load_group<kInterleave>(group);
 }
 
-// The number of partial sums of a row of W. If a panel has few groups, each row has only one partial sum,
-// which adds the groups in order.
+// The number of partial sums of a row of W. If a panel has few groups, the products of a row are all added,
+// in order, to a single sum.
 template <class W, size_t kInterleave>
 inline constexpr size_t kSideSums = kGroups<W, kInterleave> >= 2 * kDotSums ? kDotSums : 1;
 
@@ -125,9 +125,9 @@ inline void dots_rows(Dots<W>& p) {
   }
 }
 
-// Multiplies a full panel if the interleave factor is two and two vectors can be zipped. Two neighbouring
-// vectors of `x` hold two elements each for every token. Zipping rearranges two vectors so that each holds
-// four elements for half of the tokens. One load of four elements of W then serves two products.
+// Multiplies a full panel if the interleave factor is two and two vectors can be zipped. A vector of `x`
+// holds two elements for each token. Zipping rearranges two neighbouring vectors so that each holds four
+// elements for half of the tokens. One load of four elements of W then serves two products.
 template <class W>
 inline void dots_zipped(Dots<W>& p) {
   using T = Sum<W>;
@@ -185,8 +185,8 @@ inline void dots_narrow(Dots<W> p, size_t width) {
 }
 
 // Multiplies the full panels of a row-major W, kRows rows at a time, until fewer than kRows rows are left.
-// The sums of the kRows rows stay in registers for all panels. Meanwhile, the same columns of later rows are
-// prefetched, at least kFetchAhead bytes and at least kRows rows ahead.
+// The sums of the kRows rows stay in registers for all panels. The code also prefetches the same columns of
+// later rows, at least kFetchAhead bytes and at least kRows rows ahead.
 template <class W, size_t kInterleave, size_t kRows>
 inline void dots_row_major(Dots<W>& p, size_t panels) {
   using T = Sum<W>;
@@ -222,9 +222,9 @@ template <class W, size_t kInterleave>
 inline void dots_interleaved(size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
                              bool accumulate) {
   constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
-  // If W is row-major or has a single row, its full panels are multiplied here. Zipped products and products
-  // of bfloat16 pairs use the loop over panels below instead: zipping keeps `x` in registers, and pairs are
-  // used only for batches of more tokens.
+  // If W is row-major or has a single row, its full panels are multiplied here. Two kinds of products use the
+  // loop over panels below instead: zipped products, because they keep the part of `x` for one panel in
+  // registers, and products of bfloat16 pairs, because they are used only for batches of more tokens.
   if constexpr (kValuesPerElement<W> == 1 && !kZipped<W, kInterleave>)
     if (const size_t panels = depth / kPanelDepth<W>; panels > 0 && w.panel_stride == kPanelDepth<W>) {
       Dots<W> p{rows, w.data, w.row_stride, xs, part, accumulate, nullptr};
@@ -290,8 +290,9 @@ inline void interleave_groups(size_t m, size_t cols, const T* x, size_t x_stride
     }
 }
 
-// Does the same as interleave_groups, by a transpose, for groups that have the size of one vector element of
-// type U. The function also prefetches the next `m` rows of `x`, which are used soon.
+// Does the same as interleave_groups if a group is as large as one element of type U. A transpose of
+// elements of type U then moves whole groups. The function also prefetches the next `m` rows of `x`, which
+// are used soon.
 template <class T, class U>
 inline void interleave_transposed(size_t m, size_t cols, const T* x, size_t x_stride, T* xs) {
   constexpr size_t kLanes = Vec<T>::kLanes, kTokens = Vec<U>::kLanes, kInterleave = kLanes / kTokens;
@@ -360,8 +361,8 @@ void sum_parts(size_t m, size_t interleave_factor, size_t rows, const T* part, c
 
 // ---- add_dots: y += z aᵀ, where the depth is the rank of an adapter ----
 
-// Sums each group of kCount neighbouring lanes in each of the kCount vectors `v`. The result has the sums of
-// the first vector, followed by those of the other vectors in order.
+// Divides the lanes of each of the kCount vectors `v` into groups of kCount neighbours, and sums each group.
+// The result has the sums of the first vector, followed by those of the other vectors in order.
 template <size_t kCount, class T>
 inline Vec<T> sums_of_neighbours(Vec<T> (&v)[kCount]) {
 #pragma GCC unroll 4

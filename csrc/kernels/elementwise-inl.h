@@ -4,7 +4,7 @@
 namespace nplora::kernels::NPLORA_ISA {
 
 // Optimiser steps are limited by memory bandwidth, but they do not prefetch. The hardware prefetcher of a Zen
-// 4 can follow their four arrays, and software prefetching made a step a fifth slower.
+// 4 can follow the four arrays of a step, and software prefetching made a step a fifth slower.
 
 // One AdamW step for the parameters `p`, gradients `g` and moments `m` and `v`, which have n elements each.
 // The names b1 and b2 mean beta1 and beta2, wd is the weight decay, and bias1 and bias2 correct the moments.
@@ -204,9 +204,9 @@ inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
 
 inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out) {
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-  // Each pair of rows is prefetched kFetchAhead bytes before its use, or at least one pair before, because
-  // the hardware prefetcher cannot follow as many rows as `x` has. The divisor is cols + 1 because `cols`
-  // may be 0.
+  // The hardware prefetcher cannot follow all rows of `x`, so each pair of rows is prefetched. The distance
+  // is about kFetchAhead bytes, but at least one pair of rows. The divisor is cols + 1 because `cols` may
+  // be 0.
   const size_t ahead = (kFetchAhead / sizeof(float) / (cols + 1) + 2) * x_stride;
 #endif
   for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols) {
@@ -262,8 +262,8 @@ inline void narrow_float16_portable(size_t n, const float* from, uint16_t* to) {
     } else if (value >= 0x477FF000u) {  // magnitudes of at least 65520 round to infinity
       half = 0x7C00u;
     } else if (value < 0x38800000u) {
-      // Adding 0.5 gives the float's last bit the value 2^-24, which is also the value of a subnormal
-      // float16's last bit. The addition therefore rounds like a conversion to float16.
+      // In the sum with 0.5, the last bit of the float has the value 2^-24, like the last bit of a subnormal
+      // float16. The addition therefore rounds like a conversion to float16.
       half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, value) + 0.5f) - 0x3F000000u;
     } else {  // changes the exponent's bias from 127 to 15 and rounds to nearest, ties to even
       half = (value - 0x38000000u + 0xFFFu + ((value >> 13) & 1u)) >> 13;

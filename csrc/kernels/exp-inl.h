@@ -1,5 +1,5 @@
-// The exponential function of all kernels, and a loop over an array of floats in whole vectors and a last
-// partial vector.
+// The exponential function of all kernels, and for_vectors, which loops over an array of floats in steps of
+// one vector.
 
 namespace nplora::kernels::NPLORA_ISA {
 

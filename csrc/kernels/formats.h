@@ -1,6 +1,6 @@
-// The list of all block formats. Each format has a file in kernels/formats that holds its block layout and,
-// for kernel units (isa_*.cpp) only, its decoder and its codes in int8. A new format needs a file in
-// kernels/formats, two lines below that name it, and a quantiser in ops/quantizers.
+// The list of all block formats. Each format has a file in kernels/formats that holds its block layout. For
+// kernel units (isa_*.cpp), the file also holds the decoder and converts the codes to int8. A new format
+// needs a file in kernels/formats, two lines below that name it, and a quantiser in ops/quantizers.
 //
 // In the 4-bit and 5-bit formats with blocks of 32 elements, the low nibbles of the bytes `q` belong to
 // elements 0 to 15, and the high nibbles to elements 16 to 31. Bit i of `high` is the fifth bit of the code
@@ -40,8 +40,8 @@ inline constexpr size_t kRowFormats = static_cast<size_t>(BlockFormat::kNf4);
 
 #endif
 
-// Kernel units (isa_*.cpp) include this file twice: at first only for the list, and later from table-inl.h
-// for the layouts and decoders, when the functions that the decoders call are known.
+// Kernel units (isa_*.cpp) include this file twice. The first time, they get only the list. The second time,
+// table-inl.h includes this file for the layouts and decoders, after the functions that the decoders call.
 #if !defined(NPLORA_ISA) || defined(NPLORA_DECODERS)
 #include "kernels/formats/iq4_nl-inl.h"
 #include "kernels/formats/iq4_xs-inl.h"

@@ -4,8 +4,8 @@
 // An element of a block is a * code + b, where the factors a and b belong to a sub-block or to half of it. An
 // element of `x` is scale * code. The product of two sub-blocks is
 //   a * scale * Σ (codes of the block * codes of x) + b * scale * Σ (codes of x).
-// The first sum, over products of codes, is computed in integers. The value scale * Σ (codes of x) is
-// stored with `x`.
+// The sum of the products of codes is computed in integers. The value scale * Σ (codes of x) is stored
+// with `x`.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -88,8 +88,8 @@ inline float sum(EightSubBlocks x) {
   return sum(x.v);
 }
 
-// The factors of a block with eight sub-blocks, one for each half of a sub-block. Both factors of a sub-block
-// are multiplied by the scale of the whole matching sub-block of `x`.
+// The factors of a block with eight sub-blocks, one for each half of a sub-block. The two factors of a
+// sub-block are multiplied by the same scale, which belongs to the matching sub-block of `x`.
 struct Halves {
   Eight v[8];
   Eight at(size_t j) const { return v[j]; }
@@ -109,7 +109,7 @@ inline Halves halves(const float (&factors)[16]) {
 }
 
 // The minima of a block with eight sub-blocks, one for each half of a sub-block. Each minimum is multiplied
-// by the sum of `x` over the same half.
+// by the sum of the matching half of a sub-block of `x`.
 struct HalfMinima {
   Eight low, high;
   static HalfMinima load(const float* p) { return {load_eight(p), load_eight(p + 8)}; }
@@ -154,7 +154,7 @@ struct Signed {
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot_signed(codes, x); }
 };
 
-// Returns the 32 nibbles of 16 bytes, one in each byte: first all low nibbles, then all high nibbles.
+// Returns the 32 nibbles of 16 bytes as 32 bytes: first all low nibbles, then all high nibbles.
 inline SubBlock nibbles(const uint8_t* q) {
   const Bytes b = load_bytes(q);
   return join(b, (Bytes)((Words)b >> 4)) & 15;
@@ -164,8 +164,9 @@ inline SubBlock high_bits(const uint8_t (&bits)[4]) {
   return join(high.low, high.high);
 }
 
-// The type of the minima of a format, and the sums of `x` that the minima multiply. The sums of `x` are over
-// whole sub-blocks in this template, and over halves of sub-blocks in the specialisation below.
+// Defines the type of a format's minima, and loads the sums of `x` by which the minima are multiplied. The
+// sums of `x` are over whole sub-blocks in this template, and over halves of sub-blocks in the
+// specialisation below.
 template <class Block>
 struct MinimaOf {
   using Type = typename Codes<Block>::Factors;

@@ -72,8 +72,8 @@ inline constexpr size_t kValuesPerElement<Bf16Pair> = 2;
 template <class E>
 inline constexpr size_t kPanelDepth = kPanelColumns / kValuesPerElement<E>;
 
-// Memory that a kernel prefetches while it works: nothing, cache lines that the caller chooses, or rows of
-// the operand `w` that the kernel reads later.
+// What a kernel prefetches while it works: nothing, cache lines that the caller chooses, or rows of the
+// operand `w` that the kernel reads later.
 struct Fetch {
   const char* at = nullptr;
   size_t lines = 0, each = 0;
@@ -81,7 +81,7 @@ struct Fetch {
   static constexpr Fetch none() { return {}; }
 
   // Prefetches `lines` cache lines that begin at `from`. At each step, gemm_outputs_in_lanes prefetches
-  // `each` lines, but at most as many as it reads of `w`. When too few lines are left for all steps,
+  // `each` lines, but no more lines than the step reads from `w`. When too few lines are left for all steps,
   // gemm_outputs_in_lanes prefetches later rows of `w` instead. Products with low-bit blocks ignore `each`
   // and spread the lines over the rows of W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
@@ -106,14 +106,15 @@ inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
 // The two matrix products on which the larger operations are built. In both products, the argument `depth`
-// counts elements. Both products sum over the depth strictly in order, or they first sum each group of
-// depth_unit elements. Both products use fused multiply-adds if the instruction set has them. If the depth is
-// cut only at multiples of depth_unit, the result does not depend on tile sizes, blocking or threads, and
-// both products give the same bits.
+// counts elements. Both products sum over the depth strictly in order. If depth_unit is above 1, each group
+// of depth_unit elements is summed first, and then the sums of the groups are added in order. Both products
+// use fused multiply-adds if the instruction set has them. If the depth is cut only at multiples of
+// depth_unit, the result does not depend on tile sizes, blocking or threads, and both products give the
+// same bits.
 template <class E>
 struct Tiles {
-  // The number of tokens in a full tile of gemm_tokens_in_lanes, which fill two vectors. Small batches use
-  // one vector of lanes / 2 tokens.
+  // The number of tokens in a full tile of gemm_tokens_in_lanes. These tokens fill two vectors. Small batches
+  // use one vector of lanes / 2 tokens.
   size_t lanes;
   // The number of rows of `w` in a full tile of gemm_tokens_in_lanes. Any number of rows is allowed, but full
   // tiles are the fastest.
@@ -145,7 +146,7 @@ struct Tiles {
 inline constexpr size_t kLeastSmallBatch = 4, kMostSmallBatch = 8;
 
 // The element type of `x` in products with a weight of type W. Single bfloat16 values of a weight are
-// converted to float, but pairs are multiplied by pairs.
+// converted to float, so `x` holds floats. Pairs are not converted, so `x` holds pairs too.
 template <class W>
 struct OperandOf {
   using Type = Sum<W>;
@@ -170,7 +171,7 @@ struct StoredOf<Bf16Pair> {
 
 // Returns the interleave factor f for `m` rows: the largest power of two with f * m <= lanes, or 1. A small
 // batch may have fewer rows than a vector has lanes. To use all lanes, each token gets f neighbouring lanes,
-// where f is the interleave factor. Lane token * f + i holds the elements k along the depth with k % f == i.
+// where f is the interleave factor. The element with index k along the depth is in lane token * f + k % f.
 inline size_t interleave_factor(size_t m, size_t lanes) {
   size_t factor = lanes;
   while (factor > 1 && factor * m > lanes) factor /= 2;
@@ -181,8 +182,8 @@ inline size_t interleave_factor(size_t m, size_t lanes) {
 // is not transposed.
 template <class W>
 struct SmallProducts {
-  // Multiplies the rows of `w` (rows, depth) with `xs`, which `interleave` has made. The sums of each lane
-  // are stored in `part` (rows, lanes / 2), or added to it if `accumulate` is set. If `depth` is not 0,
+  // Multiplies the rows of `w` (rows, depth) with `xs`, which the kernel `interleave` fills. The sums of each
+  // lane are stored in `part` (rows, lanes / 2), or added to it if `accumulate` is set. If `depth` is not 0,
   // row_stride must be greater than 0. The order of the additions is the same for panels and for row-major
   // storage. Pairs of bfloat16 need an interleave factor of at most 8.
   void (*dots)(size_t interleave_factor, size_t rows, size_t depth, const Panels<W>& w, const Operand<W>* xs,
@@ -226,9 +227,9 @@ struct Products : Tiles<T> {
   // Transposes `x` (rows, cols) into `xt` (cols, rows).
   void (*transpose)(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, size_t xt_stride);
 
-  // Copies each element of `x` (m, cols) to its lane (see interleave_factor) in `xs` (ceil(cols /
-  // interleave_factor), lanes / 2). Lanes without an element of `x` are set to zero. Pairs of bfloat16 are
-  // copied as if they were floats.
+  // Copies each element of `x` (m, cols) to its lane in `xs` (groups, lanes / 2), where `groups` is cols /
+  // interleave_factor, rounded up. The comment of the function interleave_factor defines the lanes. Lanes
+  // without an element of `x` are set to zero. Pairs of bfloat16 are copied as if they were floats.
   void (*interleave)(size_t m, size_t interleave_factor, size_t cols, const T* x, size_t x_stride, T* xs);
 
   // Sums the lanes of each token in `part` (rows, lanes / 2), in a fixed tree, and adds `bias` (rows), which
@@ -271,10 +272,10 @@ struct Conversions {
   void (*widen_float16)(size_t n, const uint16_t* from, float* to);
   void (*narrow_float16)(size_t n, const float* from, uint16_t* to);
 
-  // Rounds stochastically: each x[i] becomes one of its two neighbours in the 16-bit format. The neighbour is
-  // chosen at random, so that its expected value is x[i] (for float16 below 2^-14, with an error of at most
-  // 2^-48). The random bits come from the generator of dropout. Values beyond the largest finite number of
-  // the format stay as they are.
+  // Rounds stochastically: each x[i] becomes one of its two neighbours in the 16-bit format. The random
+  // choice makes the expected value of the result equal to x[i]. For float16 below 2^-14, the expected value
+  // has an error of at most 2^-48. The random bits come from the generator of dropout. Values beyond the
+  // largest finite number of the format stay as they are.
   void (*dither_bfloat16)(size_t n, uint64_t seed, uint64_t first, float* x);
   void (*dither_float16)(size_t n, uint64_t seed, uint64_t first, float* x);
 
@@ -297,8 +298,8 @@ struct Nf4 {
   float absmax_offset = 0;
 };
 
-// The memory for rows of decoded floats. Columns from number kPanelColumns are stored `apart` elements
-// further on, so that each of two panels can have rows without gaps.
+// The memory for rows of decoded floats. If a row covers two panels, the columns of the second panel are
+// stored `apart` elements further on, so that neither panel has gaps between its rows.
 struct DecodedRows {
   float* data;
   size_t stride, apart = 0;
@@ -324,8 +325,9 @@ struct BlockDecoders {
 struct BlockDots {
   // Multiplies `x` (m, cols) with rows of blocks. The sums of each lane are stored in `part` (m, rows, lanes
   // / 2): lane i sums the elements k with k % (lanes / 2) == i. `cols` is a multiple of the number of
-  // elements in a block. There is one kernel for each row format, in the order of BlockFormat. A scale may
-  // multiply the sum of its sub-block, so magnitudes of `x` above 1e34 can overflow.
+  // elements in a block. There is one kernel for each row format, in the order of BlockFormat. A kernel may
+  // sum the products of the codes of a sub-block with `x` before it multiplies by the scale, so magnitudes of
+  // `x` above 1e34 can overflow.
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
                             const float* x, size_t x_stride, float* part, const Fetch& next);
 
@@ -432,7 +434,7 @@ struct Transformer {
   void (*softmax_backward)(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                            size_t stride);
 
-  // Does the same as softmax_backward if the rows hold all keys of each column. This kernel computes p =
+  // Does the same as softmax_backward for columns that hold the scores of all keys. This kernel computes p =
   // softmax(s) and delta = Σ p * dp itself.
   void (*whole_softmax_backward)(size_t rows, size_t n, float* s, float* dp, size_t stride);
 };

@@ -10,8 +10,8 @@
 //     gemm_outputs_in_lanes has kTileTokens * kOutputVectors accumulators, kOutputVectors vectors of `w` and
 //     1 broadcast element.
 //   `kPanelVectors` is the number of vectors of `w` in a tile of gemm_outputs_in_lanes for a dense panel.
-//     `kPanelVectors` covers a whole row of floats, in tiles with fewer rows of `a`, or is the same as
-//     kOutputVectors.
+//     Either tiles for a dense panel have fewer rows of `a` and cover a whole row of floats, or
+//     `kPanelVectors` is the same as kOutputVectors.
 //   `kNearRows` is the number of rows of `a` that gemm_outputs_in_lanes addresses from one pointer, by
 //     multiples of their stride. With more rows, GCC runs out of general registers and keeps multiples of the
 //     stride in vector registers; moving a multiple back costs 3-4 % of the time.
@@ -35,8 +35,8 @@ struct TokensInLanes {
 // else 0. In a full panel, the rows of the next tile follow in memory, but the hardware does not prefetch
 // them. Each step prefetches at most one cache line of the next tile's rows. Tiles of fewer than 24
 // accumulators prefetch into L2, larger tiles into L1. On a Zen 4, if W is not in the cache, prefetching into
-// L2 makes batches of 16 rows a quarter faster, and with AVX2 batches of 32 rows a tenth faster. Larger tiles
-// gain nothing from prefetching into L2.
+// L2 makes batches of 16 rows a quarter faster. With AVX2, prefetching into L2 also makes batches of 32 rows
+// a tenth faster. Larger tiles gain nothing from prefetching into L2.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
   using T = Sum<E>;
@@ -112,8 +112,8 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 
 // ---- gemm_outputs_in_lanes: the product c = a w ----
 
-// The number of rows of `w` for each element of `a`. The number is two if the elements of `a` are pairs and
-// `w` holds single bfloat16 values, which are paired in registers.
+// The number of rows of `w` for each element of `a`: two if the elements of `a` are pairs and `w` holds
+// single bfloat16 values, else one. The single values are paired in registers.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
@@ -125,10 +125,10 @@ constexpr size_t rows_beside(size_t vectors) {
 }
 
 // The size of an L1 block in bytes, or 0 if no tiles are wide. A wide tile has kPanelVectors vectors of `w`,
-// and an L1 block is the part of a dense panel that wide tiles process at a time. Wide tiles have so few rows
-// that `w` has to come from L1: on AVX2, the 2 x 6 accumulators take 6 cycles for 192 bytes of `w`. L1 has 32
-// KB or more, and must also hold the rows of `a` and `c`. Products of pairs use no wide tiles, because AVX2
-// would have to split the pairs of `w` for each row of `a`.
+// and an L1 block is the part of a dense panel that wide tiles process at a time. Wide tiles have few rows
+// and read `w` so fast that it has to come from L1: on AVX2, tiles of 2 x 6 accumulators read 192 bytes of
+// `w` every 6 cycles. L1 has 32 KB or more, and must also hold the rows of `a` and `c`. Products of pairs use
+// no wide tiles, because AVX2 would have to split the pairs of `w` for each row of `a`.
 template <class E>
 inline constexpr size_t kL1BlockBytes =
     kValuesPerElement<E> == 1 && kPanelVectors > kOutputVectors ? size_t{24} << 10 : 0;
@@ -140,15 +140,14 @@ inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
 }
 
 // The cache lines that a tile prefetches at each step: the lines of a Fetch or, if too few of these lines are
-// left, later rows of `w`. A tile prefetches its own columns of `w`, kFetchAhead bytes further on, because
-// other columns are in L2 already.
+// left, later rows of `w`. The later rows are kFetchAhead bytes further on. A tile prefetches only its own
+// columns of later rows, because the other columns are in L2 already.
 struct FetchSteps {
   const char* at;
   size_t step, line;
 };
-// The largest number of cache lines that a tile prefetches at each step, which is the number that it reads
-// of `w`. If a step reads two rows of `w`, these are separate lines, even if the tile reads at most one
-// line from each.
+// The largest number of cache lines that a tile prefetches at each step. The limit is the number of lines
+// that the step reads from `w`, where each row counts as at least one line.
 template <class W>
 inline constexpr size_t kRowBytes = kOutputVectors * Vec<Sum<W>>::kLanes * sizeof(W);
 template <class E, class W>
@@ -336,9 +335,9 @@ inline void gemm_outputs_in_lanes_groups(size_t m, OutputsInLanes<E, W> p, Fetch
   }
 }
 
-// Multiplies with a dense panel, in L1 blocks of about equal size. Each block is read once for each tile of
-// rows and each group of columns. If the caller asks for Fetch::rows_ahead, the next block is prefetched
-// meanwhile, spread evenly over the readings of this block.
+// Multiplies `a` with a dense panel, which is split into L1 blocks of about equal size. Each block is read
+// once for each tile of rows and each group of columns. If the caller asks for Fetch::rows_ahead, each
+// reading of a block also prefetches an equal share of the next block.
 template <class E, class W>
 inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fetch fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
@@ -347,10 +346,10 @@ inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fe
   size_t left = p.depth, blocks = left > 0 ? ceil_div(left * row_bytes, kL1BlockBytes<E>) : 1;
   bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller asks for Fetch::rows_ahead
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
-  // If a block is read fewer times than a row has cache lines, its readings cannot prefetch all of the next
-  // block, and the hardware prefetches better without help. The hardware prefetches best in blocks of 6 KB:
-  // on a Zen 4, products with 4 rows are a quarter faster than in blocks of 12 KB. A panel that is read only
-  // once needs no blocks.
+  // Each reading prefetches one cache line of each row of the next block. If there are fewer readings than
+  // cache lines in a row, a part of the next block is not prefetched, and the hardware prefetches better
+  // without help. The hardware prefetches best in blocks of 6 KB: on a Zen 4, products with 4 rows are a
+  // quarter faster than in blocks of 12 KB. A panel that is read only once needs no blocks.
   if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
     fetch = Fetch::none();
@@ -387,10 +386,10 @@ void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<E>& a
 inline constexpr size_t kPanelsAhead = 8;
 
 // Computes a row of full tiles along `count` panels. Unlike gemm_outputs_in_lanes, this function prefetches
-// `c`, one row of a tile at each step. If all rows of a tile were prefetched at once, they would wait for
-// each other, and a small rank has too few steps to hide the wait. In the last panels, this function
-// prefetches the next kRows rows of `c`. The sizes are template parameters so that tests/inner_loops.py can
-// read them in the function's name.
+// `c`, one row of a tile at each step. If all rows of a tile were prefetched at once, the requests would wait
+// for each other. With a small rank, a tile has too few steps to hide this wait. In the last panels, this
+// function prefetches the next kRows rows of `c`. The sizes are template parameters so that
+// tests/inner_loops.py can read them in the function's name.
 template <class T, size_t kRows, size_t kVectors>
 inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                         bool streams) {
@@ -455,8 +454,8 @@ void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, 
 // ---- transposes into and out of the SIMD lanes ----
 
 // Transposes `x` (rows, cols) into `xt` (cols, n_lanes). Lanes without a row are set to zero. The hardware
-// prefetcher cannot follow as many rows as `x` has, so each row is prefetched kAhead columns ahead. At the
-// end of the rows, the start of the next n_lanes rows is prefetched.
+// prefetcher cannot follow all rows of `x`, so each row is prefetched kAhead columns ahead. At the end of the
+// rows, the start of the next n_lanes rows is prefetched.
 template <class T>
 void to_lanes(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt) {
   constexpr size_t kLanes = Vec<T>::kLanes, kAhead = 8 * kCacheLine / sizeof(T);

@@ -47,8 +47,8 @@ inline void store_sums(float* c, size_t c_stride) {
   });
 }
 
-// Adds the product of `a` and `b` to all sums. Every second row of tiles is processed backwards, because such
-// a row can start with the tile of `b` that is already loaded.
+// Adds the product of `a` and `b` to all sums. Every second row of tiles is processed backwards, so that it
+// starts with the tile of `b` that is already loaded.
 template <int kRows, int kColumns>
 inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, size_t b_stride) {
   for_sums<kRows, kColumns>([&]<int kRow, int kNth>() __attribute__((always_inline)) {
@@ -93,8 +93,8 @@ struct OutputTiles {
   size_t c_stride;
   bool accumulate;
 
-  // Returns the number of pairs in a step. A depth that is less than kTileSide, such as a rank, is a step of
-  // its own length.
+  // Returns the number of pairs in a step. If the whole depth is less than kTileSide, as for a small rank,
+  // one shorter step covers it.
   size_t steps() const { return a.step_stride == 1 && 0 < depth && depth < kTileSide ? depth : kTileSide; }
 };
 
@@ -183,8 +183,8 @@ inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const
 
 // ---- gemm_tokens_in_lanes: the product yt = w xt ----
 
-// Computes kRows x kColumns tiles of `yt`. If `w` is in panels, every third step has one half in a panel and
-// the other half in the next panel, so its part of `w` is copied.
+// Computes kRows x kColumns tiles of `yt`. If `w` is in panels, every third step begins in one panel and ends
+// in the next, so the part of `w` for this step is copied.
 template <int kRows, int kColumns>
 inline void token_tiles(size_t rows, size_t depth, const Panels<Bf16Pair>& w, const Bf16Pair* xt, float* yt,
                         bool accumulate) {

@@ -123,7 +123,7 @@ inline float largest(size_t n, const float* x) {
   return fold(max(max(m[0], m[1]), max(m[2], m[3])), [](float a, float b) { return a > b ? a : b; });
 }
 
-// Prefetches `x` kFetchAhead bytes ahead, because an L1 cache has room for that much.
+// Prefetches `x` kFetchAhead bytes ahead. An L1 cache has room for all these bytes.
 inline float exp_sum(size_t n, const float* x, float shift, float* y) {
   const Vec<float> less = Vec<float>::broadcast(shift);
   Vec<float> sum = Vec<float>::zero();

@@ -8,8 +8,8 @@
 
 namespace nplora {
 
-// out (n) = x Phi(x), where Phi is the normal distribution function: exactly by erf or, if `tanh` is true, by
-// the tanh formula (Hendrycks & Gimpel 2016).
+// out (n) = x Phi(x), where Phi is the normal distribution function. If `tanh` is false, Phi is computed with
+// erf; otherwise, Phi is approximated by the tanh formula of Hendrycks & Gimpel 2016.
 template <class T>
 void gelu(size_t n, const T* x, bool tanh, T* out);
 

@@ -84,8 +84,8 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
     });
 }
 
-// One task: the lanes first_lane to end_lane - 1 of one run and one key-value head, tile by tile. A lane is
-// one head of one query.
+// A task computes the lanes first_lane to end_lane - 1 of one run and one key-value head, tile by tile. A
+// lane is one head of one query, and a run consists of neighbouring queries.
 struct TileTask {
   size_t run, kv_head, first_lane, end_lane;
 };

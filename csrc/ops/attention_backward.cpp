@@ -73,8 +73,8 @@ void find_delta(const QueryTile& tile, const Operands& x, bool first, const Back
 //   p = exp(s - lse);  dv += p dout;  dp = dout vᵀ;  ds = p ∘ (dp - delta);
 //   dq = scale ds k;  dk += ds (scale q).
 // The first block of a tile sets dq, and later blocks add to it. If one tile of scores holds all keys of the
-// queries, p and delta are computed from these scores. The difference dp - delta cancels most when there are
-// few keys, and a delta from the rounded `out` would then be too inexact.
+// queries, p and delta are computed from these scores. With so few keys, dp and delta can be nearly equal. A
+// delta that is computed from the rounded `out` would then make dp - delta too inexact.
 void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool first) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const Span seen = tile.visible(),

@@ -55,7 +55,7 @@ struct QueryTile {
   const Run& run;
   size_t kv_head, first, lanes;
 
-  // Takes kTileLanes lanes from first_lane on, or fewer if the run of lanes ends at end_lane.
+  // Takes kTileLanes lanes from first_lane on, or fewer if end_lane comes first.
   QueryTile(const AttentionShape& s, const Run& r, size_t head, size_t first_lane, size_t end_lane)
       : shape(s),
         run(r),

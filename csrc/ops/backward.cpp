@@ -60,9 +60,10 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const auto is_packed = [](const BackwardPart<T>& part) { return part.w.packed; };
     const bool all_bf16 = std::all_of(parts.begin(), parts.end(), is_bf16);
     const bool all_packed = std::all_of(parts.begin(), parts.end(), is_packed);
-    // Up to this many tokens, gemm_outputs_in_lanes pairs the rows of W itself. On some instruction sets
-    // gemm_outputs_in_lanes copies the rows to pair them, and makes one copy for every kFewTokens tokens.
-    // Larger batches share one copy, which is made before the products.
+    // Up to this many tokens, gemm_outputs_in_lanes pairs the rows of W itself. On some instruction sets,
+    // gemm_outputs_in_lanes must copy the rows to pair them, and makes a new copy for every kFewTokens
+    // tokens. In larger batches, all tokens share one copy of the paired rows, which is made before the
+    // products.
     const size_t most_paired = !all_packed                           ? kInPlaceBatch
                                : kernels::table().pairs_in_registers ? kPairedBatch
                                                                      : kFewTokens;

@@ -19,10 +19,11 @@ using kernels::Strided;
 
 namespace {
 
-// The memory to prefetch during the product of some tokens with a block of W. If W is packed, the first
-// tokens of the block prefetch the memory that is read after the block: the next rows of its panel, or the
-// next panel. The first tokens prefetch later rows of the block itself if they fill only one tile, or if the
-// block is in place and processed in L1 blocks. Later tokens prefetch rows of the block from L2 into L1.
+// The memory to prefetch while some tokens are multiplied with a block of W. If W is packed, the product of
+// the first tokens prefetches the memory that is read after the block: the next rows of the same panel, or
+// the next panel. If all tokens fill only one tile, or if the block is read in place and processed in L1
+// blocks, the product prefetches later rows of the block itself. The product of later tokens prefetches rows
+// of the block from L2 into L1.
 template <class E>
 Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens, const void* block) {
   const kernels::Tiles<E>& k = kernels::table().tiles<E>();
@@ -72,8 +73,8 @@ size_t InputGradient<E, W>::task_tokens(size_t block_tokens) const {
   return merges_ || group_ > kPanelColumns ? block_tokens : kTaskTokens;
 }
 
-// Computes a group of panels at a time. As soon as dy W of the last part is added to a panel of dx, dz B is
-// added too.
+// Computes a group of panels at a time. As soon as dy W of the last part has been added to a panel of dx, dz
+// B is added to the same panel.
 template <class E, class W>
 void InputGradient<E, W>::multiply(Range token_block, Range some, Range cols) const {
   const Matrix<T> all = stack_.dx();
@@ -94,7 +95,7 @@ void InputGradient<E, W>::multiply(Range token_block, Range some, Range cols) co
 }
 
 // Multiplies dy by a group of columns of W: dx[:, group] = [dx +] dy W[:, group]. When the outputs of a few
-// tokens in one panel are complete but still in L1, calls after(panel, tokens).
+// tokens in one panel are complete, and are still in L1, calls after(panel, tokens).
 template <class E, class W>
 template <class After>
 void InputGradient<E, W>::add_frozen(const Part& p, Strided<E> dy, Range group, Matrix<T> dx, bool accumulate,

@@ -15,7 +15,7 @@ using kernels::Strided;
 template <class E>
 BackwardStack<E>::BackwardStack(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx)
     : x_(x), dx_(dx), tokens_(parts[0].dy.rows), d_in_(parts[0].w.d_in) {
-  joined_.reserve(parts.size());  // keeps pointers to the elements of joined_ valid
+  joined_.reserve(parts.size());  // so that elements never move: parts point to them
   for (const BackwardPart<T>& p : parts) {
     const size_t rank = p.low.rank();
     const LayerShape shape{tokens_,

@@ -31,8 +31,8 @@ static_assert(kDepthBlock % kDepthCut == 0 && kDepthCut % kDepthUnitValues == 0)
 inline size_t depth_block(size_t depth) {
   return round_up(ceil_div(depth, std::max<size_t>(1, ceil_div(depth, kDepthBlock))), kDepthCut);
 }
-// kTaskTokens: the largest number of tokens that a task keeps in L2 or L3. kLanesBytes: the largest size of a
-// token block of x in lanes, in bytes.
+// kTaskTokens: the largest number of tokens that a task keeps in L2 or L3. kLanesBytes: how many bytes a
+// token block of x may take after it is transposed into lanes.
 inline constexpr size_t kTaskTokens = 256, kLanesBytes = size_t{8} << 20;
 // Batches of up to this many rows are computed by forward_small, which transposes neither x nor W.
 template <class T>
@@ -102,29 +102,29 @@ void for_pieces(size_t n, size_t unit, size_t threads, const Body& body) {
   parallel_for(pieces, threads, Interruptible::kYes, [&](size_t i) { body(nth_piece(n, unit, pieces, i)); });
 }
 
-// The division of a product into tasks: by tokens, and by rows or columns of W (`side`). Tokens are cut as
-// finely as is possible while each piece of W is still used by enough tokens. W is cut so that no task takes
-// too long. For several threads, W is cut into shorter and shorter pieces: each piece is half of a thread's
-// share of the remaining W (guided self-scheduling, Polychronopoulos & Kuck 1987, with half shares). The
-// first pieces are long, because W is read in order within a piece. The last pieces are short, so that no
-// thread waits long for another.
+// The division of a product into tasks: by tokens, and by rows or columns of W (`side`). Tokens are cut into
+// few pieces, because W is read once for each piece of the tokens. W is cut so that no task takes too long.
+// For several threads, W is cut into shorter and shorter pieces: each piece is half of a thread's share of
+// the remaining W (guided self-scheduling, Polychronopoulos & Kuck 1987, with half shares). The first pieces
+// are long, because W is read in order within a piece. The last pieces are short, so that no thread waits
+// long for another.
 class Grid {
  public:
   struct Cut {
-    size_t count, unit, most;  // `count` items, cut into pieces of at most `most`, a multiple of `unit`
+    size_t count, unit, most;  // cuts `count` items at multiples of `unit`, into pieces of at most `most`
   };
 
   Grid(Cut tokens, Cut side, double operations, size_t threads) {
     if (tokens.count == 0) return;
-    // At least 1, so that there are tasks even if W has no rows or columns to cut.
+    // There is at least one unit, so that there are tasks even if W has no rows or columns to cut.
     const size_t units = std::max<size_t>(1, ceil_div(side.count, side.unit));
     size_t pieces = ceil_div(tokens.count, std::max<size_t>(1, tokens.most));
     // If W has too few units for all threads, the tokens are cut too. If the threads can share the units of W
     // evenly, the tokens are not cut, because W would be read and decoded again for each piece of the tokens.
     if (pieces * units < pieces_for(threads) && units % threads != 0)
       pieces = ceil_div(pieces_for(threads), units);
-    // Uses as few pieces of tokens as possible without making the longest piece longer, because W is read
-    // once for each piece.
+    // Reduces the number of pieces of tokens while the longest piece keeps its length, because W is read once
+    // for each piece.
     const size_t token_units = ceil_div(tokens.count, tokens.unit);
     pieces = ceil_div(token_units, ceil_div(token_units, pieces));
     const size_t in_time = pieces * units / (static_cast<size_t>(operations / kTaskFlops) + 1);

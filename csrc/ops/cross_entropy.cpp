@@ -17,8 +17,8 @@ constexpr size_t kPiece = 2048;
 constexpr double kOperations = 24;  // the cost of one logit, in floating-point operations
 
 // Computes the loss of one row piece by piece (Milakov & Gimelshein 2018), so that the row is read from
-// memory once. Exponentials are relative to the largest logit so far. For each piece, `shifts` holds the
-// largest logit that the piece used.
+// memory once. The exponentials of a piece are relative to the largest logit so far, which `shifts` stores
+// for each piece.
 double row_loss(size_t n, float* logits, size_t target, double factor, bool gradient) {
   const auto& kernel = kernels::table().transformer;
   const size_t pieces = ceil_div(n, kPiece);

@@ -20,8 +20,8 @@ struct Mask {
         factor(1 / (1 - probability)) {}
 };
 
-// out (rows, cols) = drop(x). x is part of a batch with `width` columns, and begins at its row first_row and
-// column first_col. Whether an element is dropped depends on its place in the batch.
+// out (rows, cols) = drop(x). x is part of a batch with `width` columns. In the batch, x begins at row
+// first_row and column first_col. Whether an element is dropped depends on its place in the batch.
 template <class T>
 void drop_rows(double probability, uint64_t key, size_t first_row, size_t first_col, size_t width,
                Matrix<const T> x, Matrix<T> out) {

@@ -16,7 +16,8 @@ class FetchList {
   FetchList(const kernels::Fetch& first, const kernels::Fetch& second) : left_{first, second} {}
 
   // Takes the next share. `shares` is the number of shares that are left. Usually a share is one piece of
-  // memory. A share has two pieces if the first memory ends within the share and the second memory begins.
+  // memory. A share has two pieces if it contains the end of the first memory and the start of the second
+  // memory.
   std::array<kernels::Fetch, 2> share(size_t shares) {
     const size_t n = ceil_div(left_[0].lines + left_[1].lines, shares);
     std::array<kernels::Fetch, 2> taken{take(left_[0], n), kernels::Fetch::none()};

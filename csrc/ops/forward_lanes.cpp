@@ -115,8 +115,8 @@ class LanesForward {
     for (size_t i = 0; i < rank * lanes; ++i) zt[i] *= T(part.low.scale);
   }
 
-  // Computes the outputs y of some rows of a part, for a range of the lane blocks of a token block. A lane
-  // block consists of the tokens that fill all lanes once.
+  // Computes y for some rows of a part, and for some lane blocks of a token block. A lane block consists of
+  // the tokens that fill all lanes once.
   void multiply(Range token_block, Range blocks, PartRows piece) const {
     const Update& update = updates_[piece.part];
     const ForwardPart<T>& part = update.part;
@@ -138,15 +138,15 @@ class LanesForward {
   }
 
   // Multiplies some rows of W by several blocks of tokens: yt (blocks, kRowBlock, lanes) = W[rows] xt, where
-  // xt is x transposed. When the yt of a block is complete but still in L1, calls after(block, yt of the
+  // xt is x transposed. When the yt of a block is complete, and is still in L1, calls after(block, yt of the
   // block).
   template <class After>
   void frozen(const ForwardPart<T>& part, Range token_block, Range rows, Range blocks, T* yt,
               const After& after) const {
     const WeightView& w = part.w;
     const size_t most = depth_block(w.d_in);
-    // In pairs of bfloat16, the depth may only be cut at multiples of kDepthCut, which is two panels. A full
-    // panel that remains is multiplied together with the narrower last panel, if W has one.
+    // In pairs of bfloat16, the depth may only be cut at multiples of kDepthCut, which is two panels. All
+    // columns after the last such multiple are multiplied together: a full panel, a narrower panel or both.
     const size_t full = kValuesPerElement<E> == 1 ? full_columns(w.d_in) : w.d_in / kDepthCut * kDepthCut;
     E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * scratch_columns(most));
     size_t col = 0;

@@ -29,7 +29,7 @@ class RowsForward {
 
   RowsForward(std::span<const ForwardPart<T>> parts, Matrix<const T> x)
       : parts_(parts), x_(x), depth_(depth_of<E>(x.cols)) {
-    joined_.reserve(parts.size());  // keeps pointers to the elements of joined_ valid
+    joined_.reserve(parts.size());  // so that elements never move: updates_ points to them
     for (const auto& part : parts) {
       const bool keep_z = part.z.data != nullptr;
       const LayerShape shape{x.rows,
@@ -206,7 +206,8 @@ class RowsForward {
     }
   }
 
-  // Calls body(index, rows) for each panel of kPanelColumns rows.
+  // Calls body(index, rows) for each group of kPanelColumns rows of W, which become the columns of a panel of
+  // Wᵀ.
   template <class Body>
   static void for_panels_of(Range rows, const Body& body) {
     for (size_t i = 0; i * kPanelColumns < rows.count; ++i) {

@@ -60,8 +60,8 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
   return {codes, scales, sums, half_sums};
 }
 
-// The memory of the factors to prefetch for the update of some rows of W: the same rows of A, and a share of
-// B. Other workers may read the other shares of B.
+// The parts of the factors to prefetch before the update of some rows of W: the same rows of A, and a
+// proportional share of B. Other workers may prefetch the other shares of B.
 template <class T>
 FetchList factors(const LowRank<T>& low, Range rows) {
   if (low.rank() == 0 || rows.count == 0) return {Fetch::none(), Fetch::none()};
@@ -228,8 +228,8 @@ class SmallForward {
 // Each worker takes at least this many rows of B, because kernels compute up to four rows side by side.
 constexpr size_t kLeastRanks = 4;
 
-// Adds one to a counter when a piece of work ends, because other threads wait for the count. Work that ends
-// with an exception counts too.
+// Adds one to a counter when a piece of work ends. Other threads wait until the counter reaches the number of
+// all pieces. Work that ends with an exception counts too.
 class Counted {
  public:
   explicit Counted(std::atomic<size_t>& count) : count_(count) {}
@@ -241,7 +241,7 @@ class Counted {
   std::atomic<size_t>& count_;
 };
 
-// The time to read and decode W, as a multiple of the time of its floating-point operations.
+// The time to read and decode W, divided by the time of the floating-point operations with W.
 constexpr double kReadingCost = 2;
 
 }  // namespace
@@ -278,14 +278,16 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
     const Grid grid({1, 1, 1}, {part.w.d_out, kRowBlock, kStreamedRows},
                     flops(x.rows, part.w.d_out, part.w.d_in), threads);
     for (size_t i = 0; i < grid.tasks(); ++i) tasks.push_back({product, grid.side(i)});
-    // With dropout, all rows of B are one task: each of several tasks would have to apply dropout to x.
+    // With dropout, all rows of B are one task, because each of several tasks would have to apply dropout to
+    // all of x.
     const size_t step = part.low.dropout > 0 ? rank : std::max(kLeastRanks, ceil_div(rank, threads));
     for (size_t r = 0; r < rank; r += step) projections.push_back({product, {r, std::min(step, rank - r)}});
   }
   // Each worker multiplies rows of W, one task after the other, and then rows of B. When no rows of B are
   // left to take, the worker waits until z is complete. The worker then adds the update to the outputs of its
-  // own rows of W. So a worker only waits for rows of B that another worker is computing. Large weights have
-  // more workers than threads, so that Ctrl-C is noticed between two workers.
+  // own rows of W. So a worker only waits for rows of B that another worker is computing. For large weights
+  // there are more workers than threads, so that each thread runs several workers, and Ctrl-C is noticed
+  // between them.
   const size_t in_time = static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops);
   const size_t workers = round_up(std::max(threads, in_time), threads);
   const size_t most_rows = workers > threads ? ceil_div(rows, workers) : rows;

@@ -44,7 +44,7 @@ enum class Update {
 struct LayerShape {
   size_t tokens, d_out, d_in, rank;
   size_t element_bytes;  // the bytes of a value in the arithmetic: 8, 4, or 2 for bfloat16
-  bool dropout;          // whether dropout makes the update read another x than W reads
+  bool dropout;          // whether the update uses drop(x) instead of x
   bool decoded;          // whether W is in low-bit blocks
 };
 
@@ -57,7 +57,7 @@ struct UpdateCost {
   double separate, merged;
 };
 
-// The cost of merging the update on the fly. `width` is the number of elements of a token.
+// The cost of merging the update on the fly. `width` is the number of elements in the row of one token.
 inline double merge_cost(const LayerShape& s, size_t width) {
   const size_t blocks = ceil_div(s.tokens, tokens_of_l3_block(s.tokens, width, s.element_bytes));
   return double(blocks) *

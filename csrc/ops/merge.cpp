@@ -15,8 +15,8 @@ using kernels::Products;
 namespace {
 
 constexpr size_t kRowsPerTask = 48;  // a multiple of tile_tokens (for float) on every instruction set
-// The rows of a task are multiplied with columns of B of at most this many bytes at a time. On a Zen 4, whose
-// L2 holds 1 MB, 128 KB was 2-3 % slower.
+// At a time, a task multiplies its rows with as many columns of B as fit into this many bytes. On a Zen 4,
+// whose L2 holds 1 MB, 128 KB was 2-3 % slower.
 constexpr size_t kColumnsBytes = size_t{320} << 10;
 // The number of columns of a tile. 16-bit weights are converted to float one tile at a time: 8 x 384 floats =
 // 12 KB.
@@ -35,7 +35,7 @@ const T* panels_of(Matrix<const T> b) {
 }
 
 // Calls body(first, rows, scale * A[rows]) for blocks of rows of A. The loop cannot be interrupted, because
-// only a part of W would then be merged.
+// an interrupt would leave W partly merged.
 template <class T, class Body>
 void for_row_blocks(Matrix<const T> a, size_t d_in, double scale, const Body& body) {
   const double work = 2.0 * double(a.rows) * double(d_in) * double(a.cols);

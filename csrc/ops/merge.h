@@ -1,4 +1,4 @@
-// W += scale * A B in place, in any storage format but blocks, without a temporary of W's size.
+// W += scale * A B in place, in any storage format except blocks, without a temporary matrix of W's size.
 #pragma once
 
 #include <cstdint>

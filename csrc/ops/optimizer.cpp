@@ -31,7 +31,7 @@ struct Piece {
 template <class Body>
 const std::vector<Piece>& for_pieces(const std::vector<Trained>& parameters, const Body& body) {
   static thread_local std::vector<Piece> kept;
-  std::vector<Piece>& pieces = kept;  // tasks on other threads must not use their own `kept`
+  std::vector<Piece>& pieces = kept;  // in a task on another thread, `kept` would be another variable
   pieces.clear();
   double elements = 0;
   for (size_t i = 0; i < parameters.size(); ++i) {

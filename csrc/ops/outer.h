@@ -21,8 +21,8 @@ const auto& gemm_outputs_in_lanes() {
     return kernels::table().small<W>().gemm_outputs_in_lanes;
 }
 
-// c (m, cols) = [c +] a (m, depth) times w (depth, cols). The columns are computed panel by panel. Memory in
-// `next` is prefetched only during the first panel; rows_ahead applies to every panel.
+// c (m, cols) = [c +] a (m, depth) times w (depth, cols). The columns are computed panel by panel. If `next`
+// is Fetch::memory, it applies only to the first panel; Fetch::rows_ahead applies to every panel.
 template <class E>
 void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, const E* w, size_t w_stride,
                  kernels::Sum<E>* c, size_t c_stride, bool accumulate,
@@ -35,8 +35,8 @@ void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, con
   }
 }
 
-// The rows of m to prefetch while the range `some` is computed: those that follow `some`, at most as many as
-// `some` has. Nothing is prefetched if the rows of m have gaps.
+// The rows of m to prefetch while the range `some` is computed: the rows that follow `some`, but not more
+// rows than `some` has. Nothing is prefetched if the rows of m have gaps.
 template <class T>
 kernels::Fetch rows_after(Matrix<const T> m, Range some) {
   const size_t end = some.first + some.count, count = std::min(some.count, m.rows - end);
@@ -45,8 +45,8 @@ kernels::Fetch rows_after(Matrix<const T> m, Range some) {
 }
 
 // Calls body(i, j) for the elements of a tall matrix (rows, cols), in an order that is also fast for its
-// transpose. The rows of the transpose are far apart and often evict each other from L1. So the loop fills
-// one cache line of every row before it begins the next cache lines.
+// transpose. The rows of the transpose are far apart and often evict each other from L1. So the loop
+// completes one cache line in every row of the transpose before it begins the next cache line in any row.
 template <class Body>
 void for_transposed(size_t rows, size_t cols, const Body& body) {
   constexpr size_t kLine = 16;

@@ -37,8 +37,8 @@ enum class Scratch {
   // Holds a tile of attention, with 48 (5 head_dim + 130) elements, or the scores of a single query, with
   // heads (256 + head_dim) elements.
   kAttention,
-  // Holds the results of each piece of a single query's keys: heads (head_dim + 2) elements. In the backward
-  // pass, holds one element for each head and token of the batch.
+  // If the keys of a single query are cut into pieces, holds the results for each piece: heads (head_dim + 2)
+  // elements. In the backward pass, holds one element for each head and token of the batch.
   kAttentionParts,
   kCount
 };

@@ -15,9 +15,10 @@
 
 namespace nplora {
 
-// The arithmetic of the products with a weight. kFloat uses the weight's own float type. kBfloat16 uses pairs
-// of bfloat16 summed in float, for batches above kFloatBatch rows. kInt8 uses int8 for forward passes of
-// small batches with GGUF's block formats; all other products are computed like with kBfloat16.
+// The arithmetic of the products with a weight. With kFloat, products use the weight's own float type. With
+// kBfloat16, batches above kFloatBatch rows use pairs of bfloat16, summed in float. With kInt8, forward
+// passes of small batches use int8 if W is in one of GGUF's block formats; all other products are computed as
+// with kBfloat16.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
 // W in the form that the products read. If `packed` is true, W is panels of kPanelColumns columns with
@@ -39,7 +40,7 @@ WeightView view_of(Matrix<const T> w) {
 }
 
 // The first column of the last panel if that panel is narrower, or d_in if all panels are full. A row_block
-// must not have columns on both sides of this column, unless its elements are Bf16Pair.
+// that begins before this column must also end there, unless its elements are Bf16Pair.
 inline size_t full_columns(size_t d_in) {
   return d_in / kernels::kPanelColumns * kernels::kPanelColumns;
 }

@@ -15,8 +15,8 @@
 //   `pair_rows(first, second)` of Bf16Pair pairs each bfloat16 value of one row with the value below it in
 //     the next row.
 //   `fma(a, b, c)` returns a * b + c.
-//   `max(a, b)` and `min(a, b)` return NaN if b is NaN. The functions `max` and `min` exist for float only,
-//     like a - b, a * b and a / b.
+//   `max(a, b)` and `min(a, b)` return NaN if b is NaN. The functions `max` and `min` and the operators -, *
+//     and / exist for float only.
 //   `times_power_of_two(a, n)` returns a * 2^n for whole numbers n from -252 to 254, for float only.
 //     `times_power_of_two` rounds once unless the result is subnormal, and returns NaN if a is NaN.
 //   `transpose(Vec (&)[kLanes])` transposes a square block of elements, with a row in each vector.

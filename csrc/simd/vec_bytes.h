@@ -1,7 +1,7 @@
 // Vectors of sixteen bytes, which are the codes of a low-bit block before they become floats. The rules of
 // kernel units are in vec.h.
 //
-//   `move(b, from, to, mask)` moves bit `from` of each byte, with the bits beside it, to bit `to`, and clears
+//   `move(b, from, to, mask)` shifts the bits of each byte so that bit `from` becomes bit `to`, and clears
 //     the bits that are not in `mask`.
 //   `each_bit(bits, value)` sets byte i to `value` if bit i of `bits` is set, else to 0.
 //   `interleave(a, b)` returns the bytes a0 b0 a1 b1 ... a7 b7 as `low` and the bytes a8 b8 ... a15 b15 as

@@ -2,8 +2,8 @@
 // of one instruction set.
 
 // The result of `broadcast`: one number, for the multiply-by-element instructions. Loading one number takes
-// only a plain load (ldr). Loading a vector of copies (ld1r) would also take a slot in the pipes of the
-// multipliers (Neoverse and Cortex-A7x optimisation guides), and one addition for each address.
+// only a plain load (ldr). Loading a vector of copies (ld1r) would also occupy the pipelines of the
+// multipliers (Neoverse and Cortex-A7x optimisation guides), and would need an addition for each address.
 template <class T>
 struct Scalar;
 template <>

@@ -357,3 +357,25 @@ def test_adapters_and_checkpoints_have_no_layers_to_adapt(tmp_path: Path) -> Non
         text = description.describe(path)
         assert "types" in text.splitlines()
         assert "LoRA of rank" not in text
+
+
+def test_trained_tokens_and_layers_trained_as_a_whole_are_listed(tmp_path: Path) -> None:
+    model = save_small_llama(tmp_path / "m.gguf")
+    for number, options in enumerate(({"trainable_tokens": [0, 5]}, {"modules_to_save": "lm_head"})):
+        lm = nplora.load_model(model)
+        lm.add_lora(rank=2, targets="q_proj", **options)  # type: ignore[arg-type]
+        nplora.save_adapter(lm, tmp_path / str(number))
+    tokens, whole = (description.describe(tmp_path / name).split("\n\n") for name in "01")
+    wanted = "trained tokens\n  lm_head             2 tokens  0, 5\n  model.embed_tokens  2 tokens  0, 5"
+    assert tokens[-1] == wanted
+    assert whole[-1] == "trained as a whole\n  lm_head  266 x 32"
+
+
+def test_the_invocation_tokens_of_activated_lora_are_shown(tmp_path: Path) -> None:
+    model = save_small_llama(tmp_path / "m.gguf")
+    lm = nplora.load_model(model)
+    lm.add_lora(rank=2, targets="q_proj", invocation=[7, 4])
+    nplora.save_adapter(lm, tmp_path / "a")
+    nplora.adapter_to_gguf(tmp_path / "a", tmp_path / "a.gguf", model)
+    for name in ("a", "a.gguf"):
+        assert "activated LoRA: acts from the last tokens 7, 4 on" in description.describe(tmp_path / name)

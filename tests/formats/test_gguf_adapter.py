@@ -95,10 +95,10 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], typ
         UnsupportedError,
         "adapter.type is 'ia3', only 'lora' is read",
     ),
-    "an activated LoRA (aLoRA)": (
-        lambda _, metadata: metadata.update({"adapter.alora.invocation_tokens": np.uint32([1])}),
-        UnsupportedError,
-        "adapter.alora.invocation_tokens",
+    "no invocation tokens of an activated LoRA (aLoRA)": (
+        lambda _, metadata: metadata.update({"adapter.alora.invocation_tokens": np.empty(0, np.uint32)}),
+        FormatError,
+        "adapter.alora.invocation_tokens is empty, expected token ids",
     ),
     "alpha NaN": (
         lambda _, metadata: metadata.update({"adapter.lora.alpha": np.float32(np.nan)}),

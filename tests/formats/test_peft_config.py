@@ -141,7 +141,11 @@ HOSTILE: list[tuple[dict[str, Any], type[FormatError], str]] = [
     ({"megatron_config": {"a": 1}}, UnsupportedError, "megatron_config"),
     ({"layer_replication": [[0, 2]]}, UnsupportedError, "layer_replication"),
     ({"use_qalora": True}, UnsupportedError, "use_qalora"),
-    ({"trainable_token_indices": [1]}, UnsupportedError, "trainable_token_indices"),
+    ({"trainable_token_indices": [-1]}, FormatError, "trainable_token_indices is [-1]"),
+    ({"trainable_token_indices": {"embed_tokens": [1.5]}}, FormatError, "trainable_token_indices is {"),
+    ({"trainable_token_indices": "all"}, FormatError, "trainable_token_indices is 'all'"),
+    ({"alora_invocation_tokens": ["a"]}, FormatError, "alora_invocation_tokens is ['a']"),
+    ({"ensure_weight_tying": 1}, FormatError, "ensure_weight_tying is 1"),
 ]
 
 

@@ -101,6 +101,45 @@ def test_the_gradient_of_a_function_is_that_of_all_logits(
             assert error <= 1e-5 * np.linalg.norm(gradient) + 1e-6, parameter.name
 
 
+@pytest.mark.parametrize("without", ["", "output.weight"])
+@pytest.mark.parametrize(
+    "options", [{"trainable_tokens": [0, 5, 7]}, {"modules_to_save": "embed_tokens,lm_head"}]
+)
+def test_trained_rows_of_the_head_get_the_gradient_of_all_logits(
+    without: str, options: dict[str, Any], rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """A head that shares the embedding's weight has no parameters of its own, and yet gets a gradient."""
+    lm = nplora.load_model(save_small_llama(tmp_path / "model.gguf", without=without))
+    lm.add_lora(rank=2, layers="last:1", **options)
+    for parameter in lm.parameters():
+        parameter.value[...] += 0.1 * rng.standard_normal(parameter.value.shape)
+    batch = batch_of(lm, rng)
+    weights = rng.standard_normal(batch.num_targets)
+    places = np.flatnonzero(batch.targets != IGNORED)
+    value, expected = expected_gradients(lm, batch, weights)
+
+    def of_logits(logits: Array, rows: Array, factor: float, gradient: bool) -> Array:
+        own, numbers = batch.targets[rows], np.searchsorted(places, rows)
+        logs, each = log_softmax(logits), np.arange(len(rows))
+        slopes = 2 * weights[numbers] * logs[each, own]
+        if gradient:
+            logits[...] = -np.exp(logs) * slopes[:, None]
+            logits[each, own] += slopes
+            logits *= factor
+        return np.asarray(weights[numbers] * logs[each, own] ** 2)
+
+    for compute in (
+        lambda: lm.forward_backward_of(batch, lambda logs: squares(logs, weights)),
+        lambda: lm.forward_backward_with(batch, of_logits, 1.0),
+    ):
+        lm.zero_grad()
+        assert compute() == pytest.approx(value, rel=1e-5)
+        for parameter, gradient in zip(lm.parameters(), expected, strict=True):
+            error = np.linalg.norm(parameter.grad - gradient)
+            assert error <= 1e-5 * np.linalg.norm(gradient) + 1e-6, parameter.name
+    assert lm.loss_with(batch, of_logits) == pytest.approx(value, rel=1e-5)
+
+
 def test_dropout_in_the_head_draws_one_mask_for_the_value_and_the_gradient(
     path: Path, rng: np.random.Generator
 ) -> None:

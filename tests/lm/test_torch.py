@@ -251,3 +251,183 @@ def test_a_model_of_16_bit_shards_computes_in_bfloat16(tmp_path: Path) -> None:
     batch = pack(zip(ids, ids, strict=True))
     fast.forward_backward(batch, 1 / batch.num_targets)
     assert_gradients_agree(fast, gradients_of(model, fast), 0.2)
+
+
+# ---- trained tokens, embedding and head ----
+
+BOTH = {"embed_tokens": [7, 3], "lm_head": [7, 3]}
+# family, PEFT's options, our options
+ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "tokens, untied": ("llama", {"trainable_token_indices": BOTH}, {"trainable_tokens": [7, 3]}),
+    "tokens, tied": ("qwen2", {"trainable_token_indices": [7, 3]}, {"trainable_tokens": [7, 3]}),
+    "tokens, tied, scaled": ("gemma3", {"trainable_token_indices": [7, 3]}, {"trainable_tokens": [7, 3]}),
+    "tokens, multipliers": ("granite", {"trainable_token_indices": BOTH}, {"trainable_tokens": [7, 3]}),
+    "head": ("llama", {"modules_to_save": ["lm_head"]}, {"modules_to_save": "lm_head"}),
+    "both, untied": ("llama", {"modules_to_save": list(BOTH)}, {"modules_to_save": list(BOTH)}),
+    "both, tied": ("qwen2", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+                   {"modules_to_save": "lm_head"}),
+}  # fmt: skip
+
+
+def gradients_with_rows(model: Any, ours: LanguageModel) -> dict[str, Array]:
+    """PEFT's gradients by our parameters' names, in float32, with those of trained rows."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = name.removeprefix("base_model.model.")
+        for part, ending in ((".token_adapter.", "rows"), (".modules_to_save.", "weight")):
+            if part in layer:
+                found[f"{layer.partition(part)[0]}.{ending}"] = parameter.grad.numpy()
+    factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    others = [p for p in model.parameters() if p.requires_grad and not any(p is f for f in factors)]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    found |= gradients_of(model, ours)
+    for parameter in others:
+        parameter.requires_grad_(True)
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", ROWS)
+def test_trained_rows_are_those_of_peft_in_float64(
+    case: str, form: str, tmp_path: Path, figure: Figure
+) -> None:
+    """Logits, loss and gradients; the files of both, read by the other."""
+    family, theirs_options, ours_options = ROWS[case]
+    theirs, ours = loaded(family, form, tmp_path)
+    linears = sorted({n.rpartition(".")[2] for n, _ in theirs.named_modules() if n.endswith("_proj")})
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": linears}
+    model = peft.get_peft_model(theirs, peft.LoraConfig(task_type="CAUSAL_LM", **settings, **theirs_options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    ours.add_lora(rank=4, alpha=6, targets=linears, **ours_options)
+    nplora.load_adapter(ours, tmp_path / "theirs")
+    model.double()
+
+    ids = some_ids()
+    ids[:, 2::3] = 7
+    expected = logits_of(model, ids)
+    np.testing.assert_allclose(ours.logits(ids), expected, rtol=0, atol=TOLERANCE)
+    labels = some_labels(ids)
+    loss = model(torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss
+    loss.backward()
+    batch = pack(zip(ids, labels, strict=True))
+    total = ours.forward_backward(batch, 1 / batch.num_targets)
+    assert total / batch.num_targets == pytest.approx(loss.item(), abs=1e-5)
+    error = assert_gradients_agree(ours, gradients_with_rows(model, ours), 5e-5)
+    figure("error of a gradient with trained rows, relative to float64", error)
+
+    logits, saved = ours.forward(ids)
+    assert saved is not None
+    ours.zero_grad()
+    dlogits = torch.randn(*logits.shape, dtype=torch.float64)
+    model.zero_grad()
+    model(torch.from_numpy(ids)).logits.backward(dlogits)
+    ours.backward(dlogits.numpy(), saved)
+    assert_gradients_agree(ours, gradients_with_rows(model, ours), 5e-5)
+
+    nplora.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(torch_models.make(family), tmp_path / "ours")
+    np.testing.assert_allclose(logits_of(again, ids), expected, rtol=0, atol=TOLERANCE)
+    twin = nplora.load_model(tmp_path / "model.gguf" if form == "gguf" else tmp_path)
+    nplora.finetuning.attach_adapter(twin, tmp_path / "theirs")
+    np.testing.assert_array_equal(twin.logits(ids), ours.logits(ids))
+    cache = twin.new_cache(len(ids), ids.shape[1])
+    np.testing.assert_allclose(
+        twin.decode(ids, range(len(ids)), cache), expected[:, -1], rtol=0, atol=TOLERANCE
+    )
+
+
+def test_ten_steps_with_trained_tokens_have_the_losses_of_torch(tmp_path: Path) -> None:
+    """With weight decay, which PEFT's rows get as all other parameters do."""
+    theirs, ours = loaded("qwen2", "safetensors", tmp_path)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj"], trainable_token_indices=[7, 3]
+    )
+    model = peft.get_peft_model(theirs, config)
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    ours.add_lora(rank=4, alpha=6, targets="q_proj", trainable_tokens=[7, 3])
+    nplora.load_adapter(ours, tmp_path / "theirs")
+    ids = some_ids()
+    ids[:, 2::3] = 7
+    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    theirs_optimizer, optimizer = torch.optim.AdamW(trained, **settings), nplora.AdamW(**settings)
+    for _ in range(10):
+        loss = model(torch.from_numpy(ids), labels=torch.from_numpy(ids)).loss
+        theirs_optimizer.zero_grad()
+        loss.backward()
+        theirs_optimizer.step()
+        assert ours.train_step(ids, ids, optimizer) == pytest.approx(loss.item(), abs=1e-3)
+
+
+# ---- activated LoRA ----
+
+INVOCATION = [11, 4]
+
+
+def ids_with_invocations() -> Array:
+    """Once, twice, at the very end, at the start, and never."""
+    ids = np.where(some_ids(5) == 11, 12, some_ids(5))
+    for row, place in ((0, 7), (1, 3), (1, 12), (2, 19), (3, 0)):
+        ids[row, place : place + 2] = INVOCATION
+    return ids
+
+
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "granite"])
+def test_activated_lora_is_that_of_peft_in_float64(
+    family: str, checkpoint_blocks: bool, tmp_path: Path, figure: Figure
+) -> None:
+    theirs, ours = loaded(family, "gguf", tmp_path)
+    linears = sorted({n.rpartition(".")[2] for n, _ in theirs.named_modules() if n.endswith("_proj")})
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": linears, "alora_invocation_tokens": INVOCATION}
+    model = peft.get_peft_model(theirs, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "theirs")
+    ours.add_lora(rank=4, alpha=6, targets=linears, invocation=INVOCATION)
+    nplora.load_adapter(ours, tmp_path / "theirs")
+    ours.model.recompute = checkpoint_blocks
+    model.double()
+    ids = ids_with_invocations()
+    expected = logits_of(model, ids)
+    np.testing.assert_allclose(ours.logits(ids), expected, rtol=0, atol=TOLERANCE)
+    with ours.disable_adapter():
+        base = ours.logits(ids)
+    np.testing.assert_allclose(ours.logits(ids)[0, :7], base[0, :7], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ours.logits(ids)[4], base[4], rtol=0, atol=1e-4)
+    assert np.abs(ours.logits(ids)[0, 7:] - base[0, 7:]).max() > 0.1
+
+    labels = some_labels(ids)
+    loss = model(torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss
+    loss.backward()
+    batch = pack(zip(ids, labels, strict=True))
+    total = ours.forward_backward(batch, 1 / batch.num_targets)
+    assert total / batch.num_targets == pytest.approx(loss.item(), abs=1e-5)
+    error = assert_gradients_agree(ours, gradients_of(model, ours), 5e-5)
+    figure("error of a gradient of activated LoRA, relative to float64", error)
+    assert ours.loss_packed(batch) == pytest.approx(loss.item(), abs=1e-5)
+
+    cache = ours.new_cache(len(ids), ids.shape[1])
+    for row in range(len(ids)):
+        cache.activate(row, ids[row])
+    for first, stop in ((0, 8), (8, 9), (9, 21)):
+        logits = ours.decode(ids[:, first:stop], range(len(ids)), cache)
+        np.testing.assert_allclose(logits, expected[:, stop - 1], rtol=0, atol=TOLERANCE)
+
+    nplora.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(torch_models.make(family), tmp_path / "ours")
+    assert again.peft_config["default"].alora_invocation_tokens == INVOCATION
+    np.testing.assert_allclose(logits_of(again, ids), expected, rtol=0, atol=TOLERANCE)
+    nplora.adapter_to_gguf(tmp_path / "ours", tmp_path / "a.gguf", tmp_path / "model.gguf")
+    twin = nplora.load_model(tmp_path / "model.gguf")
+    nplora.finetuning.attach_adapter(twin, tmp_path / "a.gguf")
+    np.testing.assert_allclose(twin.logits(ids), expected, rtol=0, atol=TOLERANCE)

@@ -8,7 +8,8 @@ namespace nplora {
 // A block has eight sub-blocks. An element with code q is d * (scale - 32) * kIQ4Levels[q], with one 6-bit
 // `scale` for each sub-block. Sub-block j starts at byte 16 j of `q` and is laid out as in IQ4_NL. The low
 // four bits of the scale of sub-block j are in byte j / 2 of `scales_low`, in the low nibble if j is even,
-// else in the high nibble. The high two bits of this scale are at bit 2 j of the 16-bit number `scales_high`.
+// else in the high nibble. The high two bits of the scale of sub-block j are at bit 2 j of the 16-bit
+// number `scales_high`.
 struct BlockIQ4_XS {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 113 * kLargestHalf, .shorter = "iq4_nl"};

@@ -100,7 +100,7 @@ inline void decode_nf4(size_t rows, size_t cols, Nf4 w, size_t first, size_t row
   }
 }
 
-// The rows of a weight in NF4 whose rows begin at the start of a block and have a whole number of blocks.
+// The rows of a weight in NF4. Each row must begin at the start of a block and have a whole number of blocks.
 struct Nf4Rows {
   static constexpr size_t kElements = BlockNf4::kElements;
   const Nf4& w;

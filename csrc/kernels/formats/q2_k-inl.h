@@ -6,7 +6,7 @@ namespace nplora {
 
 // A block has eight sub-blocks. An element with code q is d * scale * q - dmin * min. Each half of a
 // sub-block has one byte in `scales`: the low nibble is its `scale`, the high nibble its `min`. The codes of
-// sub-block 4 h + t start at byte 32 h of `q`, at bit 2 t of each byte.
+// sub-block j are in the 32 bytes of `q` that start at byte 32 (j / 4), at bit 2 (j % 4) of each byte.
 struct BlockQ2_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 15 * kLargestHalf, .shorter = "iq4_nl"};
@@ -21,7 +21,7 @@ static_assert(sizeof(BlockQ2_K) == 84);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// The factors d * scale and the negated minima -dmin * min, with one of each for every half of a sub-block.
+// For each half of a sub-block, the factor d * scale and the negated minimum -dmin * min.
 struct Q2Scales {
   float d[16], m[16];
 

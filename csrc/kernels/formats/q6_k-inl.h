@@ -5,9 +5,10 @@
 namespace nplora {
 
 // A block has eight sub-blocks. An element with code q is d * scale * (q - 32), with one `scale` for each
-// half of a sub-block. The low four bits of the codes of sub-block 4 h + t start at byte 64 h + 32 (t % 2) of
-// `low`, in the low nibbles if t < 2, else in the high nibbles. The high two bits of the codes of sub-block 4
-// h + t start at byte 32 h of `high`, at bit 2 t of each byte.
+// half of a sub-block. The low four bits of the codes of sub-block j are in the 32 bytes of `low` that start
+// at byte 64 (j / 4) + 32 (j % 2), in the low nibbles if j % 4 < 2, else in the high nibbles. The high
+// two bits of these codes are in the 32 bytes of `high` that start at byte 32 (j / 4), at bit 2 (j % 4) of
+// each byte.
 struct BlockQ6_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 127 * kLargestHalf, .shorter = "q8_0"};

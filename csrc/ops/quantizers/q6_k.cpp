@@ -10,7 +10,9 @@ struct Format : IntegerCodes<16, -32, 31> {
 };
 
 ScaledBlock<Format> best_block(const float* x) {
-  constexpr int kReach = 8;  // for the largest scale: 8 steps put the largest magnitude at codes 31 to 34
+  // The largest scale is about 123 before the search. Within 8 steps of it, up to kMostScale, the value of
+  // largest magnitude gets a code of magnitude 31 to 34 before codes are clipped.
+  constexpr int kReach = 8;
   ScaledBlock<Format> best;
   best.d = unit_of(absmax(BlockQ6_K::kElements, x) / Format::kCodeRange.last, Format::kMostScale);
   for (size_t j = 0; j < best.kGroups; ++j) {

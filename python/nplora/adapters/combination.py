@@ -20,6 +20,7 @@ from nplora.lora.weighted_sum import weighted_sum
 from nplora.models import base_model, model_digest
 
 _SHOWN = 3  # layers in a summary
+_MERGE = "merge one of the adapters into the model instead"
 
 
 @dataclass(eq=False, repr=False)
@@ -77,12 +78,16 @@ def combine(
     files.require_named("combine", base=base)
     base_digest = None if base is None else base_model.digest_of(base, any_base)
     weighted = [
-        (sources.low_rank(source, base, any_base=any_base), _check.number("combine", "weight", weight))
+        (
+            sources.low_rank(source, base, any_base=any_base, hint=_MERGE),
+            _check.number("combine", "weight", weight),
+        )
         for source, weight in _pairs(adapters)
     ]
     if not weighted:
         raise ValueError("combine: got no adapters, expected at least one")
     for adapter, _ in weighted:
+        adapter.require_always_active("combine")
         if adapter.use_dora:
             raise UnsupportedError(
                 f"combine: {adapter.source} uses DoRA, which rescales the rows of W + ΔW, so its update "
@@ -135,7 +140,7 @@ def _require_one_base(adapters: list[AdapterContent], base: StrPath | None, base
 
 
 def _last_part(name: str | None) -> str | None:
-    """The last part of a path or Hugging Face Hub name. Copies of a model may differ in the other parts."""
+    """The last part of a path or Hugging Face Hub name, which copies of a model usually share."""
     return Path(name or "").name.casefold() or None
 
 

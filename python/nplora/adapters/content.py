@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from nplora.adapters.trained_rows import HEAD, TokenRows
 from nplora.formats.errors import UnsupportedError, brief, counted
 from nplora.lora.delta import LoraDelta
 
@@ -23,6 +24,9 @@ class AdapterContent(Mapping[str, LoraDelta]):
         task_type: PEFT's name for the task, such as "CAUSAL_LM", or None.
         base_digest: the digest of the base model's norms (`models.model_digest.of`), or None.
         modules_to_save: the arrays of fully trained layers: layer -> parameter -> array.
+        token_rows: the trained rows of embeddings and heads: layer -> `TokenRows`.
+        invocation_tokens: the tokens from which on an activated LoRA (aLoRA) acts, or None.
+        is_tied: whether the embedding and the head in `modules_to_save` are one weight.
         dropout: the LoRA dropout probability of most layers.
         unknown: the keys of adapter_config.json that nplora does not know.
         neighbours: the names of the model's modules that are not LoRA layers, if known.
@@ -36,14 +40,18 @@ class AdapterContent(Mapping[str, LoraDelta]):
     task_type: str | None = None
     base_digest: str | None = None
     modules_to_save: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
+    is_tied: bool = False
     dropout: float = 0.0
     unknown: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
     uses_expression: bool = False
+    invocation_tokens: tuple[int, ...] | None = None
     chat_template: bool | None = None
 
     def __post_init__(self) -> None:
         self.deltas, self.modules_to_save = dict(self.deltas), dict(self.modules_to_save or {})
+        self.token_rows = dict(self.token_rows or {})
 
     def __getitem__(self, name: str) -> LoraDelta:
         return self.deltas[name]
@@ -61,10 +69,31 @@ class AdapterContent(Mapping[str, LoraDelta]):
     def use_dora(self) -> bool:
         return any(delta.use_dora for delta in self.values())
 
-    def require_low_rank(self) -> None:
-        """Raise UnsupportedError if the adapter holds fully trained layers."""
-        if self.modules_to_save:
-            names = ", ".join(map(brief, self.modules_to_save))
+    @property
+    def trained_rows(self) -> dict[str, NDArray[Any] | None]:
+        """The layers that train rows: layer -> the rows, or None for all rows.
+
+        A head that shares the rows of the embedding is left out.
+        """
+        whole = [name for name in self.modules_to_save if not (self.is_tied and name == HEAD)]
+        return {name: rows.ids for name, rows in self.token_rows.items()} | dict.fromkeys(whole)
+
+    def require_always_active(self, op: str) -> None:
+        """Raise UnsupportedError for an activated LoRA, whose update cannot be added to a weight."""
+        if self.invocation_tokens is not None:
             raise UnsupportedError(
-                f"{self.source}: the adapter holds fully trained layers ({names}), expected low-rank factors"
+                f"{op}: {self.source} is an activated LoRA (aLoRA), which acts only from its invocation "
+                "tokens on, so its update cannot be added to the weights"
             )
+
+    def require_low_rank(self, hint: str) -> None:
+        """Raise UnsupportedError if the adapter holds fully trained layers or trained tokens."""
+        for what, layers in (
+            ("fully trained layers", self.modules_to_save),
+            ("trained tokens", self.token_rows),
+        ):
+            if layers:
+                names = ", ".join(map(brief, layers))
+                raise UnsupportedError(
+                    f"{self.source}: the adapter holds {what} ({names}), expected low-rank factors; {hint}"
+                )

@@ -17,7 +17,7 @@ _KINDS = ("a linear layer", "an embedding")
 
 @dataclass(frozen=True)
 class Place:
-    """The properties of the weight that a layer of an adapter must fit. A property of None fits every layer.
+    """The properties of a weight, which an adapter's layer must fit. A property of None fits all layers.
 
     Attributes:
         title: the weight's name in messages.
@@ -44,19 +44,24 @@ class Target:
             `Place`, or a text that says why the target has none.
         digest: the digest of the target's norms (`model_digest.of`), or None.
         required: the layers that the adapter must have.
-        whole: the model's arrays of fully trained layers: layer -> parameter -> array. None accepts any fully
-            trained layer.
+        whole: the arrays of the model's fully trained layers: layer -> parameter -> array, or the `Place` of
+            one. If `whole` is None, the adapter may have any fully trained layers.
+        rows: a function that takes a layer's name. It returns the shape of the weight whose rows an adapter
+            may replace, or a text that says why there is none. None accepts all rows.
         require_kind: a function that raises UnsupportedError if the target cannot hold this kind of adapter.
-            The arguments of the function are the adapter's source, whether the adapter has DoRA, and the
-            adapter's fully trained layers.
+            The arguments of the function are the adapter's source, whether the adapter has DoRA, the
+            adapter's fully trained layers, and the layers in which it trains tokens.
     """
 
     title: str = ""
     place: Callable[[str, tuple[int, ...]], Place | str] = lambda layer, shape: Place()
     digest: str | None = None
     required: Collection[str] = ()
-    whole: Mapping[str, Mapping[str, npt.NDArray[Any]]] | None = None
-    require_kind: Callable[[str, bool, Collection[str]], None] = lambda source, has_dora, whole: None
+    whole: Mapping[str, Mapping[str, npt.NDArray[Any] | Place]] | None = None
+    rows: Callable[[str], tuple[int, int] | str | None] = lambda layer: None
+    require_kind: Callable[[str, bool, Collection[str], Collection[str]], None] = (
+        lambda source, has_dora, whole, tokens: None
+    )
 
     def place_of(self, layer: str, shape: tuple[int, ...], embedding: bool, use_dora: bool) -> Place:
         """Find the `Place` of an adapter's layer.
@@ -81,13 +86,62 @@ class Target:
             )
         return place
 
+    def check_rows(self, layer: str, ids: Collection[int], width: int) -> None:
+        """Raise FormatError if the target has no weight with these rows."""
+        shape = self.rows(layer)
+        if isinstance(shape, str):
+            raise FormatError(f"{brief(layer)}: {shape}")
+        if shape is None:
+            return
+        if width != shape[1]:
+            raise FormatError(
+                f"{brief(layer)}: the adapter's trained tokens have {width} values, but {self.title}'s have "
+                f"{shape[1]}"
+            )
+        if (largest := max(ids)) >= shape[0]:
+            raise FormatError(
+                f"{brief(layer)}: the adapter trains token {largest}, but the vocabulary of {self.title} "
+                f"ends with {shape[0] - 1}"
+            )
+
+    def check_whole(
+        self, layer: str, parameter: str, shape: tuple[int, ...], tensor: str = ""
+    ) -> npt.DTypeLike:
+        """Return the dtype for an array of a fully trained layer.
+
+        Raises:
+            FormatError: the array does not fit the target.
+        """
+        if self.whole is None:
+            return np.float32
+        live = self.whole.get(layer, {}).get(parameter)
+        if live is None:
+            raise FormatError(
+                f"{brief(layer)}: {self.title} has no fully trained {parameter!r} in this layer"
+            )
+        if live.shape != shape:
+            name = brief(tensor or f"{layer}.{parameter}", 200)
+            raise FormatError(f"tensor {name} has shape {shape}, expected {live.shape}")
+        return live.dtype
+
     def check(self, adapter: AdapterContent, any_base: bool) -> None:
         """Raise FormatError if an adapter does not fit, belongs to another model, or has no layers."""
-        self.require_kind(adapter.source, adapter.use_dora, adapter.modules_to_save)
+        self.require_kind(adapter.source, adapter.use_dora, adapter.modules_to_save, adapter.token_rows)
         problems = list[str]()
         for name, delta in adapter.items():
             with collecting(problems):
                 self.place_of(name, delta.shape, delta.embedding, delta.use_dora)
+        for name, rows in adapter.token_rows.items():
+            with collecting(problems):
+                self.check_rows(name, rows.ids, rows.values.shape[1])
+        for name, parameters in adapter.modules_to_save.items():
+            if not parameters:
+                problems.append(
+                    f"{brief(name)}: modules_to_save names this layer, but there is no tensor of it"
+                )
+            for parameter, array in parameters.items():
+                with collecting(problems):
+                    self.check_whole(name, parameter, array.shape)
         self.require(adapter, problems, any_base)
 
     def require(self, adapter: AdapterContent, problems: list[str], any_base: bool) -> None:

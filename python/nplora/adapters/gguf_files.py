@@ -2,10 +2,10 @@
 
 Both formats name the factors lora_a and lora_b (see `letters`). The formats differ in three things:
 
-    names      PEFT's "model.layers.0.self_attn.q_proj" is "blk.0.attn_q.weight"
-    rows       in architecture llama, GGUF permutes the rows of q and k, and so those of their lora_b
-    scale      PEFT has alpha / r or, with rsLoRA, alpha / sqrt(r), and alpha and r may differ by layer;
-               llama.cpp has alpha / r with one alpha for all layers, and reads alpha = 0 as a scale of 1
+- Names: PEFT's "model.layers.0.self_attn.q_proj" is "blk.0.attn_q.weight" in llama.cpp.
+- Rows: for the architecture llama, GGUF permutes the rows of q and k, and therefore the rows of their lora_b.
+- Scale: PEFT has alpha / r or, with rsLoRA, alpha / sqrt(r), and alpha and r may differ by layer. llama.cpp
+  has alpha / r with one alpha for all layers, and reads alpha = 0 as a scale of 1.
 
 If a layer needs another alpha than the file has, its scale is folded into lora_b: lora_b is multiplied by the
 ratio of the two alphas.
@@ -116,7 +116,7 @@ def convert_adapter(
 
 
 def _target(model: BaseModel | None, family: Family) -> Target:
-    """The `Target` for a base model or, if no model is given, for every model of the family."""
+    """The `Target` that describes a base model. Without a model, the target fits the whole family."""
     title, digest = ("its architecture", None) if model is None else (model.source, model.digest)
     shapes = None if model is None else model.shapes
 
@@ -135,18 +135,24 @@ def _target(model: BaseModel | None, family: Family) -> Target:
     return Target(title, place, digest, require_kind=_require_sums)
 
 
-def _require_sums(source: str, has_dora: bool, whole: Collection[str]) -> None:
+def _require_sums(source: str, has_dora: bool, whole: Collection[str], tokens: Collection[str]) -> None:
     if has_dora:
         raise UnsupportedError(
             f"{source}: the adapter uses DoRA, which rescales the rows of W + ΔW. llama.cpp only adds ΔW, so "
             "merge the adapter into the model instead"
         )
     if whole:
-        names = ", ".join(map(brief, whole))
-        raise UnsupportedError(
-            f"{source}: the adapter holds fully trained layers ({names}); a llama.cpp adapter can only hold "
-            "low-rank factors"
-        )
+        _refuse(source, "fully trained layers", whole)
+    if tokens:
+        _refuse(source, "trained tokens", tokens)
+
+
+def _refuse(source: str, what: str, layers: Collection[str]) -> None:
+    names = ", ".join(map(brief, layers))
+    raise UnsupportedError(
+        f"{source}: the adapter holds {what} ({names}); a llama.cpp adapter can only hold low-rank factors, "
+        "so merge the adapter into the model instead (nplora merge)"
+    )
 
 
 def _require_not_read(outputs: Iterable[StrPath], adapter: StrPath | None, base: StrPath | None) -> None:
@@ -237,12 +243,14 @@ def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: b
             lora_a.T if delta.embedding else lora_a, lora_b
         )
     digest = model.digest or (None if any_base else adapter.base_digest)
-    gguf_adapter.save(path, GgufAdapter(model.family.architecture, alpha, pairs, base_digest=digest))
+    architecture, tokens = model.family.architecture, adapter.invocation_tokens
+    stored = GgufAdapter(architecture, alpha, pairs, base_digest=digest, invocation_tokens=tokens)
+    gguf_adapter.save(path, stored)
     return AdapterConversion(files.name(path), model.family.architecture, tuple(adapter), alpha, folded)
 
 
 def _common_alpha(wanted: Iterable[float]) -> float:
-    """The alpha that most layers need, but never 0, because llama.cpp reads 0 as a scale of 1."""
+    """The alpha that most layers need. It is never 0, because llama.cpp reads 0 as a scale of 1."""
     usable = [alpha for alpha in wanted if _LEAST_ALPHA <= abs(_rounded(alpha)) < math.inf]
     return Counter(usable).most_common(1)[0][0] if usable else 1.0
 
@@ -344,6 +352,7 @@ def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[A
             alpha = stored.alpha or pair.rank
             deltas[name] = LoraDelta.of_alpha(a, b, alpha, False, None, embedding)
     adapter = AdapterContent(source, deltas, task_type="CAUSAL_LM", base_digest=stored.base_digest)
+    adapter.invocation_tokens = stored.invocation_tokens
     target.require(adapter, problems, any_base)
     if model is not None:
         adapter.base_digest = model.digest or (None if any_base else stored.base_digest)

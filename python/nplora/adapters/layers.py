@@ -16,13 +16,23 @@ from numpy.typing import NDArray
 from nplora.adapters import peft_files
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import Place, Target
+from nplora.adapters.trained_rows import TokenRows, trained_layers
 from nplora.formats import files, peft_adapter
-from nplora.formats.errors import brief, counted, nearest_names
+from nplora.formats.errors import FormatError, UnsupportedError, brief, counted, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.peft_config import short_number
 from nplora.lora.delta import LoraDelta
-from nplora.nn import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear
-from nplora.nn.module import Module, layer_stream
+from nplora.nn import (
+    Embedding,
+    Linear,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+    TrainedEmbedding,
+    TrainedHead,
+    TrainedRowsLayer,
+)
+from nplora.nn.module import AdapterLayer, Module, layer_stream
 from nplora.weights import FrozenWeight, buffers
 
 Array = NDArray[Any]
@@ -40,7 +50,7 @@ def save_adapter(
     *,
     chat_template: bool | None = None,
 ) -> None:
-    """Save a model's LoRA layers and fully trained layers as a PEFT adapter directory.
+    """Save a model's LoRA layers, trained tokens and fully trained layers as a PEFT adapter directory.
 
     The directory is created if needed. The files are replaced in one step: a reader finds the complete old
     adapter or the complete new one, even during the save, after a crash, and on a full disk. New files keep
@@ -77,6 +87,9 @@ def from_model(model: Module, op: str) -> AdapterContent:
         task_type=model.task_type,
         base_digest=model.base_digest(),
         modules_to_save=whole,
+        token_rows=_token_rows(model),
+        invocation_tokens=next(layer.invocation_tokens for layer in layers.values()),
+        is_tied=any(layer.is_tied and layer.is_whole for layer in _trained_rows(model).values()),
         dropout=Counter(layer.dropout for layer in layers.values()).most_common(1)[0][0],
         neighbours=tuple(name for name, _ in model.named_modules() if name not in layers),
     )
@@ -88,6 +101,10 @@ def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, di
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
             layers[name] = module
+        elif isinstance(module, TrainedRowsLayer) and module.is_whole:
+            whole[name] = {"weight": module.rows.value}  # also if the layer shares it
+        elif isinstance(module, TrainedRowsLayer):
+            pass
         elif parameters := module.local_parameters():
             whole[name] = {parameter.name: parameter.value for parameter in parameters}
     kind = type(model).__name__
@@ -99,6 +116,19 @@ def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, di
             f"{op}: the model is a single {kind}, which has no name for PEFT's format; put it in a Sequential"
         )
     return layers, whole
+
+
+def _trained_rows(model: Module) -> dict[str, TrainedRowsLayer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, TrainedRowsLayer)}
+
+
+def _token_rows(model: Module) -> dict[str, TokenRows]:
+    """The trained rows of the layers that train only some rows and do not share them with another layer."""
+    return {
+        name: TokenRows(layer.rows.ids, layer.rows.value)
+        for name, layer in _trained_rows(model).items()
+        if layer.rows.ids is not None and not layer.is_tied
+    }
 
 
 # ---- into the LoRA layers that a model has ----
@@ -159,20 +189,36 @@ def load_adapter(
     adapter: 1 layer loaded
     0: rank 2 -> 1
     """
-    layers, whole = _trained("load_adapter", model)
-    for layer in layers.values():
+    (layers, whole), tokens = _trained("load_adapter", model), _token_rows(model)
+    for layer in model.adapter_layers().values():
         layer.require_unmerged("load_adapter")
-    target = _target(model, live=True, required=[*layers, *whole], whole=whole)
+    target = _target(model, live=True, required=[*layers, *whole, *tokens], whole=whole)
     adapter = peft_files.read(directory, target, edited_config, any_base)
+    _require_same_tokens(adapter, tokens)
+    require_plain_invocation(adapter, model)
     changes = _changes(layers, adapter)
     commits = [layer.prepare_adopt(adapter[name]) for name, layer in layers.items()]
     for name, parameters in adapter.modules_to_save.items():
         commits += [partial(np.copyto, whole[name][key], value) for key, value in parameters.items()]
+    for name, rows in adapter.token_rows.items():
+        commits.append(partial(np.copyto, tokens[name].values, rows.values))
     _warn_of_unknown(adapter)
     for commit in commits:
         commit()
+    for lora in layers.values():
+        lora.invocation_tokens = adapter.invocation_tokens
     base = adapter.base_model_name_or_path
-    return AdapterReport(adapter.source, (*layers, *whole), changes, adapter.unknown, base)
+    return AdapterReport(adapter.source, (*layers, *whole, *tokens), changes, adapter.unknown, base)
+
+
+def _require_same_tokens(adapter: AdapterContent, tokens: Mapping[str, TokenRows]) -> None:
+    """Raise FormatError if an adapter trains other tokens than the model that it is loaded into."""
+    for name, rows in adapter.token_rows.items():
+        if not np.array_equal(rows.ids, tokens[name].ids):
+            raise FormatError(
+                f"{adapter.source}: {brief(name)}: the adapter trains the tokens {brief(rows.ids.tolist())}, "
+                f"but the model {brief(tokens[name].ids.tolist())}; use Adapter.attach with replace=True"
+            )
 
 
 def _changes(layers: Mapping[str, LoRALayer], adapter: AdapterContent) -> tuple[str, ...]:
@@ -225,8 +271,10 @@ def attach(adapter: AdapterContent, model: Module, any_base: bool, replace: bool
     model.exchange({**plain, **{id(modules[name]): layer for name, layer in made.items()}})
 
 
-def new_layers(adapter: AdapterContent, model: Module, any_base: bool = False) -> dict[str, LoRALayer]:
+def new_layers(adapter: AdapterContent, model: Module, any_base: bool = False) -> dict[str, AdapterLayer]:
     """Make new LoRA layers from an adapter and a model's frozen weights. The model itself does not change.
+
+    Trained tokens and a fully trained embedding or head get a `TrainedRowsLayer`.
 
     Raises:
         FormatError: the adapter does not fit the model, or belongs to another model.
@@ -238,29 +286,60 @@ def new_layers(adapter: AdapterContent, model: Module, any_base: bool = False) -
     >>> len(layers), len(lm.adapter_layers())
     (14, 0)
     """
-    adapter.require_low_rank()
+    if not model.trained_row_layers:
+        adapter.require_low_rank("this model has no layers for them")
     plain_target(model).check(adapter, any_base)
     modules: dict[str, Any] = dict(model.named_modules())
     sizes = [4 * factor.size for delta in adapter.values() for factor in (delta.A, delta.B)]
-    made = dict[str, LoRALayer]()
+    made = dict[str, AdapterLayer]()
+    require_plain_invocation(adapter, model)
     with buffers.side_by_side(*sizes):
         for name, delta in adapter.items():
             layer = made[name] = _new_layer(modules[name], delta)
             layer.row_order = model.stored_row_order(name)
             layer.restart_dropout(layer_stream(0, name))
             layer.prepare_adopt(delta)()
+            layer.invocation_tokens = adapter.invocation_tokens
+    rows = _new_trained_rows(adapter, model)
+    if both := ", ".join(made.keys() & rows.keys()):
+        raise FormatError(
+            f"{adapter.source}: {both}: the adapter has LoRA factors and trained rows for one weight"
+        )
+    made |= rows
     _warn_of_unknown(adapter)
     return made
 
 
-def _new_layer(layer: Linear | Embedding | LoRALayer, delta: LoraDelta) -> LoRALayer:
+def _new_layer(layer: Any, delta: LoraDelta) -> LoRALayer:
     """Make a LoRA layer with the rank, alpha and options of `delta`, over the frozen weight of `layer`."""
     settings: dict[str, Any] = {"use_rslora": delta.use_rslora, "rng": 0}
-    if isinstance(layer, Embedding | LoRAEmbedding):
+    if isinstance(layer, Embedding | LoRAEmbedding | TrainedEmbedding):
         return LoRAEmbedding(layer.weight, delta.rank, delta.stated_alpha, **settings)
-    assert isinstance(layer, Linear | LoRALinear)
+    assert isinstance(layer, Linear | LoRALinear | TrainedHead)
     settings["use_dora"] = delta.use_dora
     return LoRALinear(layer.weight, delta.rank, delta.stated_alpha, layer.bias, **settings)
+
+
+def require_plain_invocation(adapter: AdapterContent, model: Module) -> None:
+    """Raise UnsupportedError if an activated LoRA adapts layers outside the blocks."""
+    if adapter.invocation_tokens is None:
+        return
+    inside = "model.layers."
+    others = [name for name in adapter if not name.startswith(inside)]
+    if others or adapter.use_dora or adapter.trained_rows or not model.trained_row_layers:
+        raise UnsupportedError(
+            f"{adapter.source}: an activated LoRA (aLoRA) can only adapt linear layers of a language "
+            "model's blocks, without DoRA and trained rows"
+        )
+
+
+def _new_trained_rows(adapter: AdapterContent, model: Module) -> dict[str, TrainedRowsLayer]:
+    wanted = adapter.trained_rows
+    made = trained_layers(model, wanted, adapter.is_tied)
+    for name in wanted:
+        whole, rows = adapter.modules_to_save.get(name), adapter.token_rows.get(name)
+        made[name].rows.value[...] = rows.values if rows is not None else (whole or {})["weight"]
+    return made
 
 
 @contextlib.contextmanager
@@ -291,12 +370,25 @@ def rollback_on_error(model: Module) -> Iterator[None]:
 
 def plain_target(model: Module) -> Target:
     """The `Target` of the layers that an adapter can be attached to."""
-    return _target(model, live=False, whole={})
+    modules: dict[str, Any] = dict(model.named_modules())
+    weights = {name: modules[name].weight for name in model.trained_row_layers}
+    whole = {
+        name: {"weight": Place(shape=weight.shape, dtype=weight.compute_dtype)}
+        for name, weight in weights.items()
+    }
+    return _target(model, live=False, whole=whole)
 
 
 def _target(model: Module, live: bool, **more: Any) -> Target:
     """The `Target` of a model's LoRA layers if `live`, else of all layers that can become LoRA layers."""
     modules, asked = dict(model.named_modules()), itertools.count()
+    tokens = _token_rows(model)
+
+    def rows(layer: str) -> tuple[int, int] | str:
+        if layer not in (tokens if live else model.trained_row_layers):
+            return f"the model has no {'trained tokens' if live else 'rows to train'} in this layer"
+        shape: tuple[int, int] = modules[layer].weight.shape  # type: ignore[attr-defined]
+        return shape
 
     def place(layer: str, shape: tuple[int, ...]) -> Place | str:
         module = modules.get(layer)
@@ -304,13 +396,13 @@ def _target(model: Module, live: bool, **more: Any) -> Target:
             near = nearest_names(layer, filter(None, modules)) if next(asked) < _MOST_SUGGESTIONS else []
             words = f", the nearest names: {', '.join(map(repr, near))}" if near else ""
             return f"the model has no such layer{words}"
-        if not isinstance(module, LoRALayer if live else Linear | Embedding | LoRALayer):
+        if not isinstance(module, LoRALayer if live else Linear | Embedding | LoRALayer | TrainedRowsLayer):
             wanted = "a LoRA layer" if live else "a linear layer or an embedding"
             return f"the model's layer is a {type(module).__name__}, expected {wanted}"
         if isinstance(module, Linear | Embedding) and module.trainable:
             return "the model's layer is fully trained"
         assert isinstance(module.weight, FrozenWeight)
-        embedding = isinstance(module, Embedding | LoRAEmbedding)
+        embedding = isinstance(module, Embedding | LoRAEmbedding | TrainedEmbedding)
         use_dora = False if embedding else None  # a new layer may have DoRA or not
         if live and isinstance(module, LoRALayer):
             use_dora = module.use_dora
@@ -318,4 +410,4 @@ def _target(model: Module, live: bool, **more: Any) -> Target:
             "the model's layer", module.weight.shape, embedding, use_dora, module.weight.compute_dtype
         )
 
-    return Target("the model", place, model.base_digest(), **more)
+    return Target("the model", place, model.base_digest(), rows=rows, **more)

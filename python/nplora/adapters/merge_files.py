@@ -12,16 +12,21 @@ from nplora.adapters.fitting import Place, Target
 from nplora.adapters.merge_gate import TOLERANCE, Check, MergeGate, Verdict, require_tolerance
 from nplora.adapters.merged_tensors import STORAGES, MergedTensors, kind_of, possible_storages
 from nplora.adapters.sources import Source
+from nplora.adapters.trained_rows import EMBEDDING, HEAD
 from nplora.formats import bitsandbytes, files, model_directory, peft_adapter
 from nplora.formats.errors import brief
 from nplora.formats.files import StrPath
 from nplora.formats.output_directory import trained
 from nplora.lora.delta import LoraDelta
 from nplora.lora.model_merge import ModelMerge
+from nplora.lora.new_rows import NewRows
 from nplora.models import model_digest, model_files
-from nplora.models.model_files import ModelFiles, is_directory, weights_path
+from nplora.models.model_files import ModelFiles, Tensor, is_directory, weights_path
 from nplora.weights import storages
 from nplora.weights.nonfinite import require_finite
+
+_SHARED = ("embed_tokens", "lm_head")
+_BOTH = "the model's embedding and its output share one weight, so a merge would change both"
 
 
 def merge_adapter(
@@ -50,11 +55,11 @@ def merge_adapter(
         any_base: see `nplora.adapters`.
         overwrite: replace existing files.
         lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW.
-        check: a function that returns the loss on held-out data of a model, by its path, with an adapter (or
-            None for the model alone). The new model is loaded and measured before it appears under its name.
-            `nplora.merge_adapter` takes the data instead.
-        tolerance: the largest accepted rise of that loss, in nats per token. 0.02 raises the perplexity by 2
-            %.
+        check: a function that takes a model's path and an adapter (or None), and returns the model's loss on
+            held-out data with this adapter. The new model is loaded and measured before it appears under its
+            name. `nplora.merge_adapter` takes the held-out data instead of a function.
+        tolerance: the largest accepted rise of the held-out loss, in nats per token. A rise of 0.02 raises
+            the perplexity by 2 %.
     Returns:
         a summary of the written model, which reports how much of each weight's ΔW is left after rounding.
     Raises:
@@ -64,8 +69,8 @@ def merge_adapter(
         UnsafeError: a file beside the base's weights is a symbolic link that leads out of the directory.
         CorruptError: another program wrote to the base during the merge.
         ValueError: `output` or `dtype` does not fit the kind of the base; `output` is the base or the
-            adapter, or holds an index of other weights; a sum is too large for the storage type; or rounding
-            to the storage type would keep less than 90 % of ΔW and `lossy` is not set; or the held-out loss
+            adapter, or is beside an index of other weights; a sum is too large for the storage type; rounding
+            to the storage type would keep less than 90 % of ΔW, and `lossy` is not set; or the held-out loss
             would rise by more than `tolerance`. In the last two cases the message names the smallest type, if
             any, that keeps enough. No output file is written, and an existing file stays.
         FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
@@ -79,7 +84,9 @@ def merge_adapter(
     model = model_files.open(base)
     _require_output(model, base, adapter, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
-    updates = _placed(model, sources.low_rank(adapter, facts, any_base=any_base), dtype, any_base)
+    content = sources.whole(adapter, facts, any_base=any_base)
+    content.require_always_active("merge")
+    updates = _placed(model, content, dtype, any_base)
     merged = MergedTensors(model, updates, dtype)
     for name in merged.merges:
         require_finite(model.source, model.tensors[name])
@@ -101,14 +108,14 @@ def merge_adapter(
 
 
 class _RefusedError(Exception):
-    """A merge loses too much."""
+    """Raised if a merge loses too much."""
 
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
 
 
 def _replace(new: list[files.NewFile], merged: MergedTensors, gate: MergeGate) -> Verdict:
-    """Write the files, and rename them if they pass the gate. Else no file is left."""
+    """Write the files, and rename them if they pass the gate. Otherwise remove them."""
     verdicts = list[Verdict]()
 
     def check(written: list[Path]) -> None:
@@ -167,41 +174,83 @@ def _new_directory(path: Path) -> Iterator[None]:
 # ---- which tensor each layer belongs to ----
 
 
-def _placed(model: ModelFiles, adapter: AdapterContent, dtype: str, any_base: bool) -> dict[str, LoraDelta]:
+def _placed(
+    model: ModelFiles, adapter: AdapterContent, dtype: str, any_base: bool
+) -> dict[str, LoraDelta | NewRows]:
     """Map the names of the model's tensors to their updates, with rows in the order of the file."""
     if dtype not in (possible := ("same", *possible_storages(model))):
         words = ", ".join(map(repr, possible))
         raise ValueError(f"merge: a {model.suffix} file cannot hold dtype={dtype!r}; possible: {words}")
-    places = {layer: model.place(layer, delta.shape[0]) for layer, delta in adapter.items()}
-    for name, _ in places.values():
+    layers = [*adapter, *adapter.token_rows, *adapter.modules_to_save]
+    for name in (model.place(layer, 0)[0] for layer in layers):
         if name is not None:
             bitsandbytes.refuse(model.tensors, name, model.source, "merge into")
-    _target(model).check(adapter, any_base)
-    deltas = {name: adapter[layer].rows(order) for layer, (name, order) in places.items() if name is not None}
+    _target(model, adapter).check(adapter, any_base)
+    deltas = dict[str, LoraDelta | NewRows]()
+    for layer, delta in adapter.items():
+        name, order = model.place(layer, delta.shape[0])
+        deltas[name or ""] = delta.rows(order)
+    for layer in adapter.trained_rows if model.tied else (*adapter.token_rows, *adapter.modules_to_save):
+        name, tokens = model.place(layer, 0)[0] or "", adapter.token_rows.get(layer)
+        ids, values = (
+            (tokens.ids, tokens.values) if tokens else (None, adapter.modules_to_save[layer]["weight"])
+        )
+        deltas[name] = NewRows(ids, values, model.tensors[name].shape)  # type: ignore[arg-type]
     _require_blocks(model, deltas, dtype)
     return {name: deltas[name] for name in model.tensors if name in deltas}
 
 
-def _target(model: ModelFiles) -> Target:
+def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
     taken: dict[str, str] = {}
 
-    def place(layer: str, shape: tuple[int, ...]) -> Place | str:
-        name, _ = model.place(layer, shape[0])
-        if model.tied and layer.rpartition(".")[2] in ("embed_tokens", "lm_head"):
-            return "the model's embedding and its output share one weight, so a merge would change both"
+    def tensor(layer: str, rows: int = 0) -> Tensor | str:
+        """The tensor of a layer's weight, or a text that says why nothing can be merged into it."""
+        name, _ = model.place(layer, rows)
         if name is None:
             return "the model has no tensor for this layer"
         if (other := taken.setdefault(name, layer)) != layer:
             return f"its tensor {name} also belongs to {brief(other)}"
-        tensor = model.tensors[name]
-        if tensor.shape == shape and kind_of(tensor) not in STORAGES:
-            return f"{name} has type {kind_of(tensor)}, which nplora cannot decode"
-        return Place(name, tensor.shape)
+        return model.tensors[name]
 
-    return Target(model.source, place, model_digest.of_tensors(model.tensors, model.family))
+    def place(layer: str, shape: tuple[int, ...]) -> Place | str:
+        if model.tied and layer.rpartition(".")[2] in _SHARED:
+            return _BOTH
+        found = tensor(layer, shape[0])
+        if isinstance(found, str):
+            return found
+        if found.shape == shape and kind_of(found) not in STORAGES:
+            return f"{found.name} has type {kind_of(found)}, which nplora cannot decode"
+        return Place(found.name, found.shape)
+
+    def rows(layer: str) -> tuple[int, int] | str:
+        """The shape of a weight whose rows an adapter replaces."""
+        if model.tied and layer in adapter.trained_rows and not _replaces_both(layer, adapter):
+            return _BOTH
+        found = tensor(layer)
+        if isinstance(found, str):
+            return found
+        if kind_of(found) not in STORAGES:
+            return f"{found.name} has type {kind_of(found)}, which nplora cannot decode"
+        return found.shape  # type: ignore[return-value]
+
+    whole = dict[str, dict[str, Place]]()
+    for layer in adapter.trained_rows if model.tied else adapter.modules_to_save:
+        if layer in adapter.modules_to_save and not isinstance(shape := rows(layer), str):
+            whole[layer] = {"weight": Place(shape=shape)}
+    if model.tied and adapter.is_tied:
+        whole[HEAD] = whole.get(EMBEDDING, {})
+    digest = model_digest.of_tensors(model.tensors, model.family)
+    return Target(model.source, place, digest, whole=whole, rows=rows)
 
 
-def _require_blocks(model: ModelFiles, updates: Mapping[str, LoraDelta], dtype: str) -> None:
+def _replaces_both(layer: str, adapter: AdapterContent) -> bool:
+    """Whether the new rows of a layer are for the embedding and for the head that shares its weight."""
+    if layer in adapter.modules_to_save:
+        return adapter.is_tied
+    return layer == EMBEDDING and HEAD not in adapter.token_rows
+
+
+def _require_blocks(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows], dtype: str) -> None:
     """Raise ValueError if rows are not whole blocks of `dtype`. The message names the dtypes that fit."""
     rows = {update.shape[1]: name for name, update in updates.items()}
     short = [d_in for d_in in rows if dtype != "same" and not storages.fits(dtype, d_in)]

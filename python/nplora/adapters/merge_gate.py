@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nplora.adapters.merged_tensors import MergedTensors, merge_of, possible_storages
 from nplora.adapters.sources import Source
@@ -20,8 +21,11 @@ from nplora.formats import files, model_directory
 from nplora.formats.files import StrPath
 from nplora.lora.delta import LoraDelta
 from nplora.lora.model_merge import HeldOutLoss, least_kept
+from nplora.lora.new_rows import NewRows
 from nplora.models.model_files import ModelFiles
 from nplora.weights import storages
+
+Array = NDArray[Any]
 
 # Returns the loss on held-out data of a model, with an adapter on the fly or without any.
 Check: TypeAlias = Callable[[StrPath, Source | None], float]
@@ -46,7 +50,7 @@ class MergeGate:
         lossy: accept a merge that keeps little of ΔW.
         check: measures the loss; None: the loss is not measured.
         tolerance: the largest accepted rise of the loss.
-        before: the loss of the base with the adapter on the fly, if it is measured.
+        before: the base model's loss with the adapter applied but not merged; None: not measured.
     """
 
     base: StrPath
@@ -56,13 +60,13 @@ class MergeGate:
     before: float | None = None
 
     def measure(self, adapter: Source) -> None:
-        """Measure the loss with the adapter on the fly."""
+        """Measure the base model's loss with the adapter applied but not merged."""
         if self.check is not None:
             with _loadable_base(self.base) as model:
                 self.before = self.check(model, adapter)
 
     def judge(self, merged: MergedTensors, written: list[Path]) -> Verdict:
-        """Measure a merge whose files have their temporary names.
+        """Measure a merge whose files still have their temporary names.
 
         Raises:
             CorruptError: another program wrote to the base.
@@ -93,7 +97,7 @@ class MergeGate:
             return HeldOutLoss(self.before, self.check(path, None), self.tolerance)
 
     def _remedy(self, merged: MergedTensors, output: StrPath) -> str:
-        """Name the smallest larger storage type that keeps enough, and what it keeps."""
+        """Suggest a larger storage type: the smallest one that keeps enough of ΔW and of the loss."""
         for storage, kept in _candidates(merged):
             named = f"--dtype {storage} keeps about {kept:.0%}"
             if self.check is None:
@@ -108,7 +112,7 @@ class MergeGate:
         return "no type that the file can hold keeps the loss: use the adapter beside the model"
 
     def _trial(self, merged: MergedTensors, output: StrPath) -> HeldOutLoss | None:
-        """The loss of another merge, whose files are removed again; None if the disk is too small for it."""
+        """The loss after a trial merge, whose file is then removed. None if the file cannot be written."""
         try:
             with files.written(merged.new_files(output)[:1]) as written:
                 return self._loss(merged.model, written)
@@ -126,8 +130,8 @@ class Verdict:
     """How much a merge keeps.
 
     Attributes:
-        kept: the share of ΔW.
-        keeps_delta: whether that is enough, or any share is accepted.
+        kept: the share of ΔW that the merge keeps.
+        keeps_delta: whether `kept` is large enough, or any share is accepted.
         loss: the losses, if they are measured.
     """
 
@@ -153,7 +157,7 @@ def _problem(loss: HeldOutLoss, kinds: str) -> str:
 
 
 def _candidates(merged: MergedTensors) -> Iterator[tuple[str, float]]:
-    """The larger storage types that keep enough of ΔW, smallest first, and the estimated share of each."""
+    """The larger storage types that keep enough of ΔW, each with its estimated share; smallest type first."""
     merges, model = merged.merges, merged.model
     shapes = [merge.shape for merge in merges.values()]
 
@@ -169,14 +173,13 @@ def _candidates(merged: MergedTensors) -> Iterator[tuple[str, float]]:
                 yield storage, kept
 
 
-def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], storage: str) -> float:
-    """Estimate `least_kept` from evenly spaced rows of each tensor; 0 if the storage type is too narrow."""
+def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows], storage: str) -> float:
+    """Estimate `least_kept` from evenly spaced rows of each tensor; 0 if a sum exceeds the type's range."""
     elements = max(_LEAST_SAMPLED, _SAMPLED_ELEMENTS // max(1, len(updates)))
     reports = []
     for name, update in updates.items():
         count = max(1, elements // max(1, update.shape[1]))
-        rows = np.arange(0, len(update.A), max(1, -(-len(update.A) // count)))
-        merge = merge_of(model.tensors[name], name, update, storage, rows)
+        merge = merge_of(model.tensors[name], name, update, storage, _sampled(update, count))
         try:
             for _ in merge.rows():
                 pass
@@ -184,6 +187,14 @@ def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], storage
             return 0.0
         reports.append(merge.report)
     return least_kept(reports)
+
+
+def _sampled(update: LoraDelta | NewRows, count: int) -> Array:
+    """The numbers of about `count` rows: evenly spaced, or some of those that are replaced."""
+    if isinstance(update, NewRows) and update.ids is not None:
+        return np.sort(update.ids)[:count]
+    d_out = update.shape[0]
+    return np.arange(0, d_out, max(1, -(-d_out // count)))
 
 
 # ---- models to load ----
@@ -210,7 +221,7 @@ def _loadable(model: ModelFiles, base: StrPath, weights: Path) -> Iterator[Path]
 
 
 def require_tolerance(tolerance: float) -> float:
-    """Raise ValueError if the tolerance is not a number from 0."""
+    """Raise ValueError if the tolerance is not a finite number of at least 0."""
     if not (isinstance(tolerance, int | float) and math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"merge: tolerance is {tolerance!r}, expected a number of at least 0")
     return tolerance

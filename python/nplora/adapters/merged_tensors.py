@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from nplora.formats import gguf, safetensors
 from nplora.formats.files import NewFile, StrPath
 from nplora.lora.delta import LoraDelta
-from nplora.lora.merging import Merge, MergeReport
+from nplora.lora.merging import Merge, MergeReport, RowsMerge
+from nplora.lora.new_rows import NewRows
 from nplora.models.model_files import ModelFiles, Stream, Tensor
 from nplora.weights import storages
 
@@ -25,7 +26,7 @@ STORAGES = {kind: name for name, kind in storages.GGML_NAMES.items()} | {s: s fo
 
 @dataclass
 class MergedTensors:
-    """The merges of all updates of a model in one storage type. Each merge can be written once.
+    """Merges updates into a model's tensors, in one storage type. Each merge can be written once.
 
     Attributes:
         updates: the update of each tensor, with rows in the order of the file.
@@ -33,7 +34,7 @@ class MergedTensors:
     """
 
     model: ModelFiles
-    updates: Mapping[str, LoraDelta]
+    updates: Mapping[str, LoraDelta | NewRows]
     dtype: str
     merges: dict[str, Merge] = dataclasses.field(init=False)
 
@@ -50,7 +51,7 @@ class MergedTensors:
         return self.model.new_files(output, {**self.model.tensors, **streams})
 
     def reports(self) -> tuple[MergeReport, ...]:
-        """The reports, in the order of the updates, after the files are written."""
+        """The reports, in the order of the updates. Call this method after the files are written."""
         return tuple(
             self.merges[name].report if name in self.merges else _unchanged(name, self.model.tensors[name])
             for name in self.updates
@@ -63,17 +64,21 @@ def possible_storages(model: ModelFiles) -> tuple[str, ...]:
 
 
 def kind_of(tensor: Tensor) -> str:
-    """The file's name of a tensor's storage type."""
+    """The name of a tensor's storage type in the file."""
     return tensor.type if isinstance(tensor, gguf.Tensor) else tensor.dtype
 
 
-def merge_of(tensor: Tensor, name: str, update: LoraDelta, dtype: str, sample: Array | None = None) -> Merge:
+def merge_of(
+    tensor: Tensor, name: str, update: LoraDelta | NewRows, dtype: str, sample: Array | None = None
+) -> Merge:
     """Set up the merge of a tensor, or only of the rows in `sample`."""
     storage = STORAGES[kind_of(tensor)]
     d_out, d_in = update.shape
     rows = _bytes(tensor).reshape(d_out, storages.row_nbytes(storage, d_in))
     if sample is not None:
         rows, update = rows[sample], update.rows(sample)
+    if dtype in ("same", storage) and isinstance(update, NewRows):
+        return RowsMerge(name, update.shape, lambda first, last: rows[first:last], update, storage)
     return Merge(
         name,
         update.shape,

@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from nplora.adapters import letters
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import ANYTHING, Target, collecting
+from nplora.adapters.trained_rows import EMBEDDING as ROWS_EMBEDDING
+from nplora.adapters.trained_rows import HEAD as ROWS_HEAD
+from nplora.adapters.trained_rows import TokenRows, require_distinct
 from nplora.formats import files, peft_adapter
 from nplora.formats.errors import FormatError, UnsupportedError, brief, counted
 from nplora.formats.files import StrPath
-from nplora.formats.peft_adapter import EMBEDDING, LINEAR, MAGNITUDE, PREFIX, PeftAdapter
+from nplora.formats.peft_adapter import EMBEDDING, LINEAR, MAGNITUDE, PREFIX, TOKENS, PeftAdapter
 from nplora.formats.peft_config import Patterns, PeftConfig, short_number
 from nplora.lora.delta import LoraDelta
 from nplora.runtime.user_warning import warn_user
@@ -48,9 +51,10 @@ def read(
 def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bool) -> AdapterContent:
     config, problems = opened.config, list[str]()
     has_dora = config.use_dora or any(name.endswith(MAGNITUDE) for name in opened.tensors)
-    target.require_kind(opened.directory, has_dora, config.modules_to_save)
-    tensors = opened.whole()
+    tensors, tokens = opened.whole(), opened.tokens(problems)
+    target.require_kind(opened.directory, has_dora, config.modules_to_save, tokens)
     passed_over = {tensor for parameters in tensors.values() for tensor in parameters.values()}
+    passed_over |= {tensor for tensor in opened.tensors if tensor.endswith(TOKENS)}
     deltas, whole = dict[str, LoraDelta](), dict[str, dict[str, Array]]()
     factors = opened.factors(problems, passed_over)
     for name, halves in factors.items():
@@ -60,7 +64,12 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
         for parameter, tensor in parameters.items():
             with collecting(problems):
                 whole.setdefault(layer, {})[parameter] = _whole(opened, layer, parameter, tensor, target)
-    missing = [name for name in target.required if name not in factors and name not in tensors]
+    rows = dict[str, TokenRows]()
+    for layer, (tensor, ids) in tokens.items():
+        with collecting(problems):
+            rows[layer] = _token_rows(opened, layer, tensor, ids, target)
+    found = {*factors, *tensors, *tokens}
+    missing = [name for name in target.required if name not in found]
     problems += [f"{brief(name)}: the adapter has no such layer" for name in missing]
     adapter = AdapterContent(
         opened.directory,
@@ -69,8 +78,11 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
         config.task_type,
         opened.base_digest,
         whole,
+        rows,
+        _is_tied(opened, whole, problems),
         config.lora_dropout,
         config.unknown,
+        invocation_tokens=config.alora_invocation_tokens,
         uses_expression=isinstance(config.target_modules, str),
         chat_template=opened.chat_template,
     )
@@ -118,14 +130,28 @@ def _delta(opened: PeftAdapter, name: str, halves: tuple[str, str], target: Targ
 
 def _whole(opened: PeftAdapter, layer: str, parameter: str, tensor: str, target: Target) -> Array:
     """Read an array of a fully trained layer."""
-    if target.whole is None:
-        return opened.array(tensor)
-    live, shape = target.whole.get(layer, {}).get(parameter), opened.tensors.entries[tensor].shape
-    if live is None:
-        raise FormatError(f"{brief(layer)}: {target.title} has no fully trained {parameter!r} in this layer")
-    if live.shape != shape:
-        raise FormatError(f"tensor {brief(tensor, 200)} has shape {shape}, expected {live.shape}")
-    return opened.array(tensor, live.dtype)
+    dtype = target.check_whole(layer, parameter, opened.tensors.entries[tensor].shape, tensor)
+    return opened.array(tensor, dtype)
+
+
+def _token_rows(
+    opened: PeftAdapter, layer: str, tensor: str, ids: tuple[int, ...], target: Target
+) -> TokenRows:
+    """Read the trained rows of a layer."""
+    array = np.array(ids, np.int64)
+    require_distinct(layer, array)
+    target.check_rows(layer, ids, opened.tensors.entries[tensor].shape[1])
+    return TokenRows(array, opened.array(tensor))
+
+
+def _is_tied(opened: PeftAdapter, whole: Mapping[str, Mapping[str, Array]], problems: list[str]) -> bool:
+    """Whether the embedding and the head in `modules_to_save` are one weight."""
+    both = [whole.get(name, {}).get("weight") for name in (ROWS_EMBEDDING, ROWS_HEAD)]
+    if not opened.config.ensure_weight_tying or both[0] is None or both[1] is None:
+        return False
+    if not np.array_equal(both[0], both[1]):
+        problems.append(f"{ROWS_EMBEDDING} and {ROWS_HEAD} differ, but ensure_weight_tying is set")
+    return True
 
 
 # ---- writing ----
@@ -146,6 +172,9 @@ def save(adapter: AdapterContent, directory: StrPath | files.Directory) -> None:
     for layer, parameters in adapter.modules_to_save.items():
         _require_finite(layer, parameters)
         tensors |= {f"{PREFIX}{layer}.{parameter}": array for parameter, array in parameters.items()}
+    for layer, rows in adapter.token_rows.items():
+        _require_finite(layer, {"rows": rows.values})
+        tensors[PREFIX + layer + TOKENS] = rows.values
     peft_adapter.save(directory, config_of(adapter), tensors, adapter.base_digest, adapter.chat_template)
 
 
@@ -170,7 +199,10 @@ def config_of(adapter: AdapterContent) -> PeftConfig:
         r=rank,
         lora_alpha=alpha,
         target_modules=_targets(adapter),
-        modules_to_save=tuple(adapter.modules_to_save),
+        modules_to_save=tuple(n for n in adapter.modules_to_save if not (adapter.is_tied and n == ROWS_HEAD)),
+        trainable_token_indices=_tokens(adapter),
+        ensure_weight_tying=adapter.is_tied,
+        alora_invocation_tokens=adapter.invocation_tokens,
         use_rslora=_common("use_rslora", adapter),
         use_dora=_common("use_dora", adapter),
         rank_pattern=Patterns.exact({name: value for name, value in ranks.items() if value != rank}),
@@ -179,6 +211,14 @@ def config_of(adapter: AdapterContent) -> PeftConfig:
         base_model_name_or_path=adapter.base_model_name_or_path,
         task_type=adapter.task_type,
     )
+
+
+def _tokens(adapter: AdapterContent) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    """The trained tokens of an embedding named as PEFT expects it, or of each layer."""
+    tokens = {layer: tuple(rows.ids.tolist()) for layer, rows in adapter.token_rows.items()}
+    if not tokens:
+        return None
+    return tokens[ROWS_EMBEDDING] if tokens.keys() == {ROWS_EMBEDDING} else tokens
 
 
 def _targets(adapter: AdapterContent) -> tuple[str, ...] | str:

@@ -29,9 +29,22 @@ def read(
 
 
 def low_rank(
-    source: Source, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
+    source: Source,
+    base: StrPath | None = None,
+    edited_config: bool = False,
+    any_base: bool = False,
+    hint: str = "Adapter.read reads it",
 ) -> AdapterContent:
     """Read an adapter of low-rank factors from any `Source`. Raises the errors of `read_adapter`."""
+    found = whole(source, base, edited_config, any_base)
+    found.require_low_rank(hint)
+    return found
+
+
+def whole(
+    source: Source, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
+) -> AdapterContent:
+    """Like `low_rank`, but accept an adapter with trained tokens or fully trained layers too."""
     if isinstance(source, Module):
         source = layers.from_model(source, "read_adapter")
     elif isinstance(source, str | os.PathLike):
@@ -41,5 +54,4 @@ def low_rank(
             f"read_adapter: got {source!r}, expected a PEFT directory, a llama.cpp file, a model or "
             "an Adapter"
         )
-    source.require_low_rank()
     return source

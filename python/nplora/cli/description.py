@@ -269,7 +269,10 @@ def _peft(adapter: PeftAdapter) -> str:
     config = adapter.config
     others: list[str] = []
     layers = []
-    for name, halves in adapter.factors(others).items():
+    whole, tokens = adapter.whole(), adapter.tokens(others)
+    taken = {tensor for parameters in whole.values() for tensor in parameters.values()}
+    taken |= {tensor for tensor, _ in tokens.values()}
+    for name, halves in adapter.factors(others, taken).items():
         try:
             adapter.require_rank(name, halves)
             lora_a, lora_b = (adapter.array(half) for half in halves)
@@ -282,11 +285,43 @@ def _peft(adapter: PeftAdapter) -> str:
     return _text(
         f"{adapter.directory}: PEFT's {kind} adapter for {base}",
         f"rank {config.r:,}, alpha {config.lora_alpha:g}, scale = alpha / {rule}; layers may differ",
+        _activated(config.alora_invocation_tokens),
         "" if adapter.paired else "the configuration is not the one that was saved with the tensors",
         targets=_targets(layer[0] for layer in layers),
         layers=layers,
+        **_trained_rows(adapter, tokens, whole),
         others=[(other,) for other in others],
     )
+
+
+def _trained_rows(
+    adapter: PeftAdapter,
+    tokens: Mapping[str, tuple[str, tuple[int, ...]]],
+    whole: Mapping[str, Mapping[str, str]],
+) -> dict[str, list[Row]]:
+    """Tables of the tokens whose rows are trained, and of the layers that are trained as a whole."""
+    shapes = {
+        layer: [" x ".join(map(str, adapter.tensors.entries[tensor].shape)) for tensor in parameters.values()]
+        for layer, parameters in whole.items()
+    }
+    return {
+        "trained tokens": [
+            (layer, counted(len(ids), "token"), _shortened(", ".join(map(str, ids))))
+            for layer, (_, ids) in tokens.items()
+        ],
+        "trained as a whole": [(layer, ", ".join(found)) for layer, found in shapes.items()],
+    }
+
+
+def _activated(tokens: tuple[int, ...] | None) -> str:
+    """A line for activated LoRA, or "" for other adapters."""
+    if tokens is None:
+        return ""
+    return f"activated LoRA: acts from the last tokens {_shortened(', '.join(map(str, tokens)))} on"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
 def _llama_cpp(file: GgufFile) -> str:
@@ -299,6 +334,7 @@ def _llama_cpp(file: GgufFile) -> str:
         f"{file.source}: llama.cpp's LoRA adapter for a model of architecture {adapter.architecture}",
         _unknown(adapter.architecture, _KNOWN_IN_GGUF, "eval, generate, merge, combine and convert"),
         f"alpha {adapter.alpha:g}, scale = {'alpha / rank' if adapter.alpha else '1'}",
+        _activated(adapter.invocation_tokens),
         targets=_targets(_target(name, adapter.architecture) for name in adapter.pairs),
         layers=layers,
         others=[(name,) for name in adapter.passed_over],

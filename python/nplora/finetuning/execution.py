@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from nplora import _check
 from nplora.adapters import Adapter
 from nplora.finetuning.data import Data
@@ -23,8 +25,10 @@ from nplora.finetuning.planning import (
     shortage,
 )
 from nplora.formats.files import StrPath
-from nplora.lm import LanguageModel
+from nplora.lm import LanguageModel, activated
 from nplora.lm.adapting import parse_pattern
+from nplora.lm.trained_rows import wanted as wanted_rows
+from nplora.models.invocation import active_in
 from nplora.runtime.user_warning import warn_user
 
 _MOST_EXAMPLES = 1_000_000  # a plan lists the batches of epochs with about this many examples in total
@@ -46,6 +50,9 @@ def plan(
     use_rslora: bool = False,
     use_dora: bool = False,
     init: str = "zero",
+    trainable_tokens: str | Sequence[str | int] | None = None,
+    modules_to_save: str | Sequence[str] | None = None,
+    invocation: str | Sequence[int] | None = None,
     adapter: StrPath | Adapter | None = None,
     any_base: bool = False,
     objective: str = "sft",
@@ -185,16 +192,48 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
             lm, options.rank, options.targets, options.layers, options.use_dora, options.init, op,
             parse_pattern(op, "rank_pattern", options.rank_pattern),
         )  # fmt: skip
+        tokens, modules = options.trainable_tokens or (), options.modules_to_save or ()
+        adapters = adapters.with_rows(lm, wanted_rows(lm, op, tokens, modules, adapters.shapes))
+        invocation = activated.invocation_tokens(lm, op, options.invocation)
+        if invocation is not None:
+            rest = options.use_dora, options.dropout, options.init, tokens, modules
+            activated.require_plain(op, adapters.shapes, *rest)
     else:
         shapes = {name: delta.shape for name, delta in start.items()}
         ranks = {name: delta.rank for name, delta in start.items()}
         adapters = Adapters(shapes, max(ranks.values()), start.use_dora, ranks=ranks)
+        adapters = adapters.with_rows(lm, start.trained_rows)
+        invocation = start.invocation_tokens
+    if invocation is not None:
+        _require_invocation(op, inputs.train, invocation)
     if options.keep_prefix != "off" and not adapters.first_block(lm.config.num_hidden_layers):
         raise ValueError(
             f"{op}: keep_prefix={options.keep_prefix!r}, but there is no frozen block below the adapters; "
             "layers='last:4' adapts only the last four blocks"
         )
     return adapters
+
+
+def _require_invocation(op: str, train: Examples, invocation: tuple[int, ...]) -> None:
+    """Check that an activated LoRA acts in the examples: where it does not act, it does not learn.
+
+    Raises:
+        ValueError: no example has the invocation tokens.
+    Warns:
+        UserWarning: some examples do not have the invocation tokens.
+    """
+
+    def acts(index: int) -> bool:
+        batch, _ = train.batch(np.array([index]))
+        return len(active_in(batch.ids, batch.starts, invocation)) > 0
+
+    without = sum(not acts(index) for index in range(len(train)))
+    where = f"{op}: {train.report.source}: {without} of {len(train)} examples"
+    words = f"do not have the invocation tokens {list(invocation)}, so the adapter would not act in them"
+    if without == len(train):
+        raise ValueError(f"{where} {words}")
+    if without:
+        warn_user(f"{where} {words}")
 
 
 def _planned(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from nplora.finetuning.objective_options import (
 from nplora.finetuning.planning import parse_bytes
 from nplora.lm import LanguageModel
 from nplora.lm.adapting import parse_blocks, parse_pattern, target_names
+from nplora.lm.trained_rows import module_names, token_list
 from nplora.models.divergence import DIVERGENCES
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
@@ -41,6 +42,7 @@ TEACHER_DTYPES = ("float16", "float32")
 KEEP_PREFIX = ("off", "memory", "disk")
 _OF_THE_ADAPTER = (
     "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "layers", "use_rslora", "use_dora", "init",
+    "trainable_tokens", "modules_to_save", "invocation",
 )  # fmt: skip
 
 # Groups of options, as --help shows them.
@@ -109,6 +111,25 @@ class FinetuneOptions:
         "the model changes at once), pissa or olora (the principal part of each weight; unquantised weights "
         "only)",
         choices=LoRALinear.inits,
+    )
+    trainable_tokens: str | Sequence[str | int] | None = _option(
+        _ADAPTER,
+        None,
+        "tokens whose rows of the embedding and the head are trained too: ids or texts, as in "
+        "<|im_start|>,<|im_end|>",
+        metavar="TOKENS",
+    )
+    modules_to_save: str | Sequence[str] | None = _option(
+        _ADAPTER,
+        None,
+        "layers to train as a whole, in float32: embed_tokens, lm_head or both",
+        metavar="NAMES",
+    )
+    invocation: str | Sequence[int] | None = _option(
+        _ADAPTER,
+        None,
+        "activated LoRA (aLoRA): text from whose last occurrence on the adapter acts",
+        metavar="TEXT",
     )
     adapter: str | os.PathLike[str] | Adapter | None = _option(  # noqa: RUF009
         _ADAPTER,
@@ -287,6 +308,7 @@ class FinetuneOptions:
         self._set("recompute", self.recompute or checkpoint_blocks)
         self._set("targets", target_names(self.targets))
         self._check_what_the_adapter_decides(op)
+        self._set_trained_rows(op)
         self._check_exclusions(op)
         self._check_choices(op)
         self._check_numbers(op)
@@ -304,6 +326,12 @@ class FinetuneOptions:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
+    def _set_trained_rows(self, op: str) -> None:
+        if self.trainable_tokens is not None:
+            self._set("trainable_tokens", token_list(op, self.trainable_tokens) or None)
+        if self.modules_to_save is not None:
+            self._set("modules_to_save", module_names(op, self.modules_to_save) or None)
+
     def _check_what_the_adapter_decides(self, op: str) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         given = [name for name in _OF_THE_ADAPTER if getattr(self, name) != defaults[name]]
@@ -311,7 +339,10 @@ class FinetuneOptions:
             raise ValueError(f"{op}: {given[0]} is decided by the adapter to continue from; leave it out")
 
     def _check_exclusions(self, op: str) -> None:
-        for one, other in (("epochs", "steps"), ("batch_tokens", "batch_examples"), ("resume", "overwrite")):
+        for one, other in (
+            ("epochs", "steps"), ("batch_tokens", "batch_examples"), ("resume", "overwrite"),
+            ("trainable_tokens", "modules_to_save"),
+        ):  # fmt: skip
             if all(getattr(self, name) not in (None, False) for name in (one, other)):
                 raise ValueError(f"{op}: {one} and {other} are both given, expected only one of them")
 

@@ -59,6 +59,9 @@ def finetune(
     use_rslora: bool = False,
     use_dora: bool = False,
     init: str = "zero",
+    trainable_tokens: str | Sequence[str | int] | None = None,
+    modules_to_save: str | Sequence[str] | None = None,
+    invocation: str | Sequence[int] | None = None,
     adapter: StrPath | Adapter | None = None,
     any_base: bool = False,
     objective: str = "sft",
@@ -141,6 +144,10 @@ def finetune(
         init: initial factors: zero (the model is unchanged at first), gaussian (both factors are random, so
             that the model changes at once), pissa or olora (the principal part of each weight; unquantised
             weights only).
+        trainable_tokens: tokens whose rows of the embedding and the head are trained too: ids or texts, as in
+            <|im_start|>,<|im_end|>.
+        modules_to_save: layers to train as a whole, in float32: embed_tokens, lm_head or both.
+        invocation: activated LoRA (aLoRA): text from whose last occurrence on the adapter acts.
         adapter: adapter to continue from: PEFT directory or llama.cpp file; its layers, ranks and alphas are
             kept.
         any_base: accept an `adapter` that was trained on another model with the same shapes.
@@ -297,6 +304,7 @@ def put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOp
         lm.add_lora(
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,
             options.use_dora, options.seed, options.init, options.rank_pattern, options.alpha_pattern,
+            options.trainable_tokens or (), options.modules_to_save or (), options.invocation,
         )  # fmt: skip
         return
     start.attach(lm, options.any_base)

@@ -97,7 +97,7 @@ def read(file: File, name: str) -> Nf4:
     """Read a 4-bit matrix, whose arrays are views of the file.
 
     Raises:
-        UnsupportedError: the matrix is not NF4, or its block size is not 64 (256 for absmax).
+        UnsupportedError: the matrix is not NF4, its block size is not 64, or that of its absmax is not 256.
         FormatError: a tensor of the matrix is missing, has another dtype or shape, or is not finite.
     """
     where, state = _state(file, name)

@@ -33,7 +33,7 @@ class UnsafeError(FormatError):
 
 
 class CorruptError(FormatError):
-    """The content does not match the checksum, or the size and time, that were recorded for it."""
+    """A file does not match its recorded checksum, or its recorded size and time."""
 
 
 class DataError(FormatError):

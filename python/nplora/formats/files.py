@@ -118,7 +118,7 @@ class Stamp(NamedTuple):
         return time.time_ns() - self.mtime_ns > _COARSEST_TICK_NS
 
     def require_unchanged(self) -> None:
-        """Raise CorruptError if the file was modified after this stamp, so that its mapping shows other data.
+        """Raise CorruptError if the file was modified after this stamp: its mapping then shows other data.
 
         It is no error if another file was renamed over this one: the mapping still shows the old content.
         """
@@ -189,7 +189,7 @@ class Reader:
 
 
 def _memory(nbytes: int) -> memoryview:
-    """Allocate writable memory. Large sizes get a mapping, which is returned to the system when freed."""
+    """Allocate writable memory. Freeing a large block returns it to the system, because it is a mapping."""
     return memoryview(bytearray(nbytes) if nbytes < _LEAST_MAPPED else mmap.mmap(-1, nbytes))
 
 
@@ -213,7 +213,7 @@ def reading(path: StrPath, follow_links: bool = True) -> Iterator[Reader]:
 
 
 def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> memoryview:
-    """Read a whole regular file. Raises like `reading`, and LimitError for more than `limit` bytes."""
+    """Read a whole regular file. Raises the errors of `reading`, and LimitError above `limit` bytes."""
     with reading(path, follow_links) as reader:
         if limit is not None and len(reader) > limit:
             raise LimitError(f"{name(path)}: {len(reader):,} bytes, at most {limit:,} are read")
@@ -261,7 +261,7 @@ def exactly(nbytes: int, chunks: Iterable[Chunk], where: str) -> Iterator[Chunk]
 
 @dataclass
 class Progress:
-    """Counts the bytes of a file that are written. The count appears in the message of an OSError."""
+    """Counts how many bytes of a file have been written. The count appears in the message of an OSError."""
 
     nbytes: int
     done: int = 0
@@ -280,7 +280,7 @@ def disk_errors(path: StrPath, note: object) -> Iterator[None]:
 
 
 def absolute(path: StrPath) -> str:
-    """Make a path absolute but keep "..", which after a symbolic link means the parent of its target."""
+    """Make a path absolute. ".." is kept, because after a symbolic link it means the target's parent."""
     return str(Path(path).absolute())
 
 
@@ -356,7 +356,7 @@ def require_not_read(op: str, outputs: Iterable[StrPath], inputs: Iterable[tuple
     """Raise an error if an output is a file that the same call reads, even through a symbolic or hard link.
 
     Args:
-        inputs: pairs of a word for the message and a path. Paths that do not exist are ignored.
+        inputs: pairs (word for the message, path). Paths that do not exist are ignored.
     Raises:
         ValueError: an output is also an input.
     """
@@ -420,7 +420,7 @@ def written(files: Sequence[NewFile]) -> Iterator[list[Path]]:
 def _temporaries(
     files: Sequence[NewFile], directory: Directory | None
 ) -> Iterator[list[tuple[int, str, Path]]]:
-    """Write files to temporary names. At the end, remove those that still have their temporary name.
+    """Write files to temporary names. At the end, remove the files that still have these names.
 
     Yields for each file: the descriptor of its directory, its temporary name, and its target.
     """
@@ -483,7 +483,7 @@ def _parent(target: Path, held: Directory | None) -> Iterator[int]:
 
 
 def unfinished(directory: int, targets: Container[str]) -> list[str]:
-    """Temporary files of `replace` for these targets, which a crash left or another call is writing."""
+    """The temporary files of these targets. A crash left them, or another call of `replace` writes them."""
     return [
         file
         for file in sorted(os.listdir(directory))
@@ -492,10 +492,11 @@ def unfinished(directory: int, targets: Container[str]) -> list[str]:
 
 
 def _clear_and_share(directory: int, targets: set[str]) -> None:
-    """Remove temporary files that a crash left, then hold a shared lock so that no other call removes ours.
+    """Remove temporary files that a crash left, then hold a shared lock.
 
-    A temporary file that another call is writing looks like one that a crash left. So nothing is removed
-    while another call holds the lock, or if the file system has no locks.
+    While this call holds the lock, no other call removes its temporary files. A temporary file that another
+    call is writing looks like one that a crash left. So nothing is removed while another call holds the lock,
+    or if the file system has no locks.
     """
     with contextlib.suppress(OSError):
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)

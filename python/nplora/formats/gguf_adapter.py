@@ -4,6 +4,7 @@
     general.architecture    the base model's, for example "llama"
     adapter.type            "lora"
     adapter.lora.alpha      float32
+    adapter.alora.invocation_tokens    uint32[], only for activated LoRA (aLoRA)
     W.lora_a, W.lora_b      (r, d_in) and (d_out, r) for each adapted tensor W: "blk.0.attn_q.weight.lora_a"
 
 As in PEFT, lora_a is nplora's B, and lora_b is nplora's A. To W, llama.cpp adds the update
@@ -61,6 +62,7 @@ class GgufAdapter:
         passed_over: the norm tensors of the file, which nplora and llama.cpp ignore.
         base_digest: the digest of the base model (see `models.model_digest.of`), or None if the file has
             none.
+        invocation_tokens: of an activated LoRA (aLoRA), the tokens from which on it acts.
     """
 
     architecture: str
@@ -68,6 +70,7 @@ class GgufAdapter:
     pairs: Mapping[str, Pair]
     passed_over: tuple[str, ...] = ()
     base_digest: str | None = None
+    invocation_tokens: tuple[int, ...] | None = None
 
     def scale(self, name: str) -> float:
         """The factor s of a tensor's update: alpha / r, or 1 if alpha is 0 or missing."""
@@ -103,8 +106,6 @@ def from_file(file: GgufFile) -> GgufAdapter:
     kind = file.metadata.string("adapter.type")
     if kind != "lora":
         raise UnsupportedError(f"{file.source}: adapter.type is {brief(kind)}, only 'lora' is read")
-    if _INVOCATION in file.metadata:
-        raise UnsupportedError(f"{file.source}: {_INVOCATION}: activated LoRA (aLoRA) is not supported")
     alpha = float(file.metadata.number(_ALPHA, 0.0))
     if not math.isfinite(alpha):
         raise FormatError(f"{file.source}: {_ALPHA} is {alpha}, expected a finite number")
@@ -113,17 +114,30 @@ def from_file(file: GgufFile) -> GgufAdapter:
     digest = None
     if _BASE_DIGEST in file.metadata:
         digest = base_digest.parsed(file.metadata.string(_BASE_DIGEST), f"{file.source}: {_BASE_DIGEST}")
-    return GgufAdapter(file.metadata.string("general.architecture"), alpha, pairs, passed_over, digest)
+    architecture = file.metadata.string("general.architecture")
+    return GgufAdapter(architecture, alpha, pairs, passed_over, digest, _invocation(file))
+
+
+def _invocation(file: GgufFile) -> tuple[int, ...] | None:
+    """The invocation tokens of an activated LoRA, or None."""
+    if _INVOCATION not in file.metadata:
+        return None
+    tokens = tuple(file.metadata.array(_INVOCATION, "UINT32").tolist())
+    if not tokens:
+        raise FormatError(f"{file.source}: {_INVOCATION} is empty, expected token ids")
+    return tokens
 
 
 def save(path: StrPath, adapter: GgufAdapter) -> None:
     """Write an adapter file. Raises like `gguf.save`."""
+    tokens = adapter.invocation_tokens
     metadata = {
         "general.architecture": adapter.architecture,
         "general.type": "adapter",
         "adapter.type": "lora",
         _ALPHA: np.float32(adapter.alpha),
         **({} if adapter.base_digest is None else {_BASE_DIGEST: adapter.base_digest}),
+        **({} if tokens is None else {_INVOCATION: np.array(tokens, np.uint32)}),
     }
     tensors = {}
     for name, pair in adapter.pairs.items():

@@ -1,7 +1,7 @@
 """Converts the rows of the q and k projections between Hugging Face's order and GGUF's.
 
 A rotary embedding rotates the rows of a head in pairs. Hugging Face pairs row i of a head with row half + i,
-where half is half the number of the head's rows. In GGUF, some architectures pair neighbouring rows instead.
+where a head has 2 · half rows. In GGUF, some architectures pair neighbouring rows instead.
 Source: llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute.
 """
 

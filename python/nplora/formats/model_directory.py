@@ -39,7 +39,7 @@ def is_index(path: StrPath) -> bool:
 
 
 def require_no_hub_name(path: StrPath, kind: str = "a model") -> None:
-    """Raise an error for a Hugging Face Hub name, such as "HuggingFaceTB/SmolLM2-135M", or web address.
+    """Raise an error for a web address or a Hugging Face Hub name, such as "HuggingFaceTB/SmolLM2-135M".
 
     A path that exists is accepted, and so is a name with the suffix of a file, such as "model.gguf".
 

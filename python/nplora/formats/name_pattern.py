@@ -29,7 +29,7 @@ _RANGE = re.compile(r"([A-Za-z0-9])-([A-Za-z0-9])")
 
 
 class Name:
-    """A module's name. `places` maps each character to an integer whose set bits are its positions."""
+    """A module's name. `places` maps each character to its positions, the set bits of an integer."""
 
     def __init__(self, text: str) -> None:
         self.everywhere = (1 << len(text)) - 1
@@ -54,7 +54,7 @@ class _Character:
 
     @property
     def only_letter(self) -> str:
-        """The character, if this part matches exactly one character and only once; else an empty string."""
+        """The character, if this part matches one fixed character exactly once; else an empty string."""
         plain = len(self.characters) == 1 and not self.negated and not self.repeat
         return "".join(self.characters) if plain else ""
 

@@ -14,7 +14,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from nplora.formats import (
     safetensors,
     strict_json,
 )
-from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsafeError, brief
+from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsafeError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.formats.peft_config import PeftConfig
 from nplora.formats.safetensors import SafetensorsFile, Tensors
@@ -49,7 +49,10 @@ PREFIX = "base_model.model."  # precedes each layer's name
 LINEAR = (".lora_A.weight", ".lora_B.weight")  # (r, d_in) and (d_out, r)
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")  # (r, vocab) and (dim, r)
 MAGNITUDE = ".lora_magnitude_vector"
+TOKENS = ".token_adapter.trainable_tokens_delta"  # (k, dim): the rows of the trained tokens
 BASE_COPY = ".base_layer.weight"  # PEFT copies the frozen weight of an adapted embedding or head
+_TOKEN_ADAPTER = ".token_adapter"
+_TIED = {"embed_tokens": "lm_head"}
 _MOST_REPLACED = 100  # attempts to read both files of one adapter while other processes replace it
 MAX_PATTERN_WORK = 1 << 22  # layers times characters of patterns: about a second
 _LONG_NAME = 256  # characters; a name with more counts as several layers
@@ -81,14 +84,49 @@ class PeftAdapter:
         Raises:
             LimitError: there are too many tensors and names to compare in reasonable time.
         """
-        names = [f".{name}." for name in self.config.modules_to_save]
+        saved = self.config.modules_to_save
+        if self.config.ensure_weight_tying:  # PEFT then also stores the layers that share the weight
+            saved += (
+                tuple(_TIED.values()) if _TIED.keys() & {name.rpartition(".")[2] for name in saved} else ()
+            )
+        names = [f".{name}." for name in saved]
         self._limit(len(self.tensors), "tensors", sum(map(len, names)), "names of modules_to_save")
         found: dict[str, dict[str, str]] = {}
         for tensor in self.tensors:
             layer, _, parameter = tensor.removeprefix(PREFIX).rpartition(".")
-            is_factor = tensor.endswith((*LINEAR, *EMBEDDING, MAGNITUDE))
+            is_factor = tensor.endswith((*LINEAR, *EMBEDDING, MAGNITUDE, TOKENS)) or self._is_base_copy(
+                tensor
+            )
             if not is_factor and tensor.startswith(PREFIX) and any(name in f".{layer}." for name in names):
                 found.setdefault(layer, {})[parameter] = tensor
+        return found
+
+    def tokens(self, problems: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The trained tokens of each layer: layer -> (tensor's name, token ids).
+
+        A tensor whose tokens the configuration does not name, and tokens without a tensor, are listed in
+        `problems`.
+        """
+        named = self.config.trainable_token_indices
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for tensor in self.tensors:
+            if not (tensor.endswith(TOKENS) and tensor.startswith(PREFIX)):
+                continue
+            layer = tensor.removeprefix(PREFIX).removesuffix(TOKENS)
+            lists = named.items() if isinstance(named, Mapping) else [("", named)]
+            ids = next(
+                (ids for key, ids in lists if ids and f".{layer}".endswith(f".{key}" if key else "")), ()
+            )
+            shape = self.tensors.entries[tensor].shape
+            if len(shape) != 2 or shape[0] != len(ids):
+                problems.append(
+                    f"tensor {brief(tensor, 200)} has shape {shape}, but trainable_token_indices names "
+                    f"{counted(len(ids), 'token')} for this layer"
+                )
+            else:
+                found[layer] = tensor, ids
+        if named and not found and not problems:
+            problems.append("trainable_token_indices names tokens, but there is no tensor with their rows")
         return found
 
     def factors(self, problems: list[str], passed_over: Collection[str] = ()) -> dict[str, tuple[str, str]]:
@@ -132,6 +170,8 @@ class PeftAdapter:
         stem = tensor.removesuffix(BASE_COPY)
         if stem == tensor:
             return False
+        if stem.removesuffix(_TOKEN_ADAPTER) + TOKENS in self.tensors:
+            return True
         entries = self.tensors.entries
         for (name_a, name_b), is_table in ((LINEAR, False), (EMBEDDING, True)):
             if stem + name_a in entries and stem + name_b in entries:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -27,7 +27,6 @@ MAX_EXACT_TEXT = 1 << 18  # characters of patterns that match only one name; a t
 # computes.
 _PASSED_OVER = frozenset(
     [
-        "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
         "fan_in_fan_out",
@@ -44,7 +43,6 @@ _PASSED_OVER = frozenset(
 # These keys, if switched on, change what the adapter computes.
 _MUST_BE_OFF = frozenset(
     [
-        "alora_invocation_tokens",
         "arrow_config",
         "corda_config",
         "kasa_config",
@@ -54,7 +52,6 @@ _MUST_BE_OFF = frozenset(
         "megatron_config",
         "monteclora_config",
         "target_parameters",
-        "trainable_token_indices",
         "use_bdlora",
         "use_qalora",
         "velora_config",
@@ -70,6 +67,7 @@ _MEGATRON = "megatron.core"
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 
 Number: TypeAlias = int | float
+Tokens: TypeAlias = tuple[int, ...] | Mapping[str, tuple[int, ...]]  # of the embedding, or by layer
 
 
 @dataclass(frozen=True)
@@ -115,6 +113,9 @@ class PeftConfig:
     lora_alpha: Number = 8
     target_modules: tuple[str, ...] | str = ()
     modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: Tokens | None = None
+    ensure_weight_tying: bool = False
+    alora_invocation_tokens: tuple[int, ...] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     rank_pattern: Patterns = field(default_factory=Patterns)
@@ -143,8 +144,8 @@ def short_number(value: float) -> Number:
 
 def dumps(config: PeftConfig) -> bytes:
     """Format an `adapter_config.json` as PEFT does, with sorted keys and an indent of 2."""
-    targets = config.target_modules
-    fields = {
+    targets, tokens = config.target_modules, config.trainable_token_indices
+    fields: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": config.task_type,
         "base_model_name_or_path": config.base_model_name_or_path,
@@ -161,6 +162,14 @@ def dumps(config: PeftConfig) -> bytes:
         "inference_mode": True,
         "fan_in_fan_out": False,
     }
+    if tokens is not None:
+        fields["trainable_token_indices"] = (
+            list(tokens) if isinstance(tokens, tuple) else {name: list(ids) for name, ids in tokens.items()}
+        )
+    if config.alora_invocation_tokens is not None:
+        fields["alora_invocation_tokens"] = list(config.alora_invocation_tokens)
+    if config.ensure_weight_tying:
+        fields["ensure_weight_tying"] = True
     return json.dumps(fields, indent=2, sort_keys=True, allow_nan=False).encode("ascii")
 
 
@@ -195,6 +204,12 @@ def loads(raw: bytes, source: str) -> PeftConfig:
         lora_alpha=_number(fields.get("lora_alpha", 8), f"{source}: lora_alpha"),
         target_modules=_targets(fields.get("target_modules")),
         modules_to_save=tuple(take("modules_to_save", None, _is_names, "a list of names") or ()),
+        trainable_token_indices=_tokens(fields.get("trainable_token_indices"), source),
+        ensure_weight_tying=take("ensure_weight_tying", False, _is_bool, "true or false"),
+        alora_invocation_tokens=tuple(
+            take("alora_invocation_tokens", None, _is_ids_or_null, "a list of token ids") or ()
+        )
+        or None,
         use_rslora=take("use_rslora", False, _is_bool, "true or false"),
         use_dora=take("use_dora", False, _is_bool, "true or false"),
         rank_pattern=_patterns(fields.get("rank_pattern"), _rank, f"{source}: rank_pattern"),
@@ -212,6 +227,22 @@ def _targets(value: object) -> tuple[str, ...] | str:
     if isinstance(value, str):
         return value
     return tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()
+
+
+def _tokens(value: object, source: str) -> Tokens | None:
+    """Read `trainable_token_indices`: a list of tokens, or a list for each layer."""
+    if value is None or _is_ids(value):
+        return None if not value else tuple(value)  # type: ignore[arg-type]
+    if isinstance(value, dict) and all(map(_is_ids, value.values())):
+        return {name: tuple(ids) for name, ids in value.items()} or None
+    raise FormatError(
+        f"{source}: trainable_token_indices is {brief(value)}, expected a list of token ids, or such a list "
+        "for each layer"
+    )
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 31 for item in value)
 
 
 def _refuse_unsafe(fields: dict[str, Any], source: str) -> None:
@@ -309,6 +340,10 @@ def _is_bool(value: object) -> bool:
 
 def _is_text_or_null(value: object) -> bool:
     return value is None or isinstance(value, str)
+
+
+def _is_ids_or_null(value: object) -> bool:
+    return value is None or _is_ids(value)
 
 
 def _is_names(value: object) -> bool:

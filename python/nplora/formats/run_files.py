@@ -1,8 +1,8 @@
 """The names of a training run's files, and what the newest checkpoint records about an earlier run.
 
 A run that overwrites an earlier run deletes the earlier files as soon as its own first checkpoint is on disk.
-The first checkpoint contains the new log and the SHA-256 of the old adapter. So after a crash before the
-deletion, nplora still knows which files belong to the earlier run.
+The first checkpoint contains the new log and the SHA-256 of the old adapter. So if a crash prevents
+the deletion, nplora still knows which files belong to the earlier run.
 """
 
 import os

@@ -33,9 +33,9 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
 
     Args:
         source: the text's name in messages, usually the file's path.
-        most: the largest accepted number of values. A sequence limits the values at each depth, outermost
-            first; its last number limits all deeper values together. Values are counted before any object is
-            created.
+        most: the largest accepted number of values, or a sequence of such limits, one for each depth from the
+            outermost. The last limit also covers all deeper levels together. Values are counted before any
+            object is created.
     Raises:
         FormatError: the text is not UTF-8 or not JSON, or has a duplicate key, NaN, a number beyond float64
             or half a surrogate pair.

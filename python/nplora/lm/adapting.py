@@ -15,7 +15,7 @@ from nplora.formats import gguf_rows
 from nplora.formats.errors import counted, nearest_names
 from nplora.models import families
 from nplora.models.config import ModelConfig
-from nplora.nn import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear
+from nplora.nn import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear, TrainedRowsLayer
 from nplora.nn.module import Module
 from nplora.nn.principal import PRINCIPAL_INITS
 from nplora.weights import buffers, storages
@@ -50,7 +50,9 @@ def targeted(
     """
     plain = [name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)]
     blocks = chosen_blocks(layers, layer_count, op)
-    there = [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
+    there = [
+        name for name, module in model.named_modules() if isinstance(module, LoRALayer | TrainedRowsLayer)
+    ]
     wanted = target_names(targets)
     found: set[str] = set()
     for target in wanted:
@@ -70,13 +72,13 @@ def targeted(
 
 
 def parse_pattern(op: str, option: str, given: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """The numbers in "q_proj=16,layers.3.mlp=4", by the names of layers. A mapping is copied.
+    """Convert a text like "q_proj=16,layers.3.mlp=4" to a dictionary, or copy a mapping.
 
     Args:
         option: "rank_pattern" or "alpha_pattern".
     Raises:
         ValueError: the text does not have this form, or a number is out of range.
-        TypeError: it is neither a text nor a mapping.
+        TypeError: `given` is neither a text nor a mapping.
     """
     wanted = "expected names of layers and their numbers, such as q_proj=16,layers.3.mlp=4"
     if given is None:
@@ -102,7 +104,7 @@ def parse_pattern(op: str, option: str, given: Mapping[str, Any] | str | None) -
 
 
 def _parsed(text: str) -> float | None:
-    """The number in a text, as an integer if it is one; None if it is no number."""
+    """Convert a text to an integer or a float. Return None if the text is not a number."""
     try:
         number = float(text)
     except ValueError:
@@ -111,9 +113,10 @@ def _parsed(text: str) -> float | None:
 
 
 def by_layer(op: str, option: str, pattern: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The numbers of the layers that a pattern names. The first name that matches a layer decides.
+    """Map the name of each layer that a pattern matches to its number. The first match decides.
 
-    A name matches the layers that have it as a part: "q_proj", "layers.3" or "layers.3.mlp".
+    A name in the pattern, such as "q_proj" or "layers.3.mlp", is one part or several neighbouring parts of a
+    layer's dotted name.
 
     Args:
         names: the dotted names of the adapted layers.

@@ -182,6 +182,8 @@ def _stream_ids(
     limits = [min(context, len(answer.ids) + sampling.max_new_tokens) for answer in answers]
     cache = lm.new_cache(len(answers), max(limits))
     for answer, limit in zip(answers, limits, strict=True):
+        if hasattr(cache, "activate"):  # a model with its own kind of cache has no activated LoRA
+            cache.activate(answer.slot, answer.ids)
         cache.limits[answer.slot] = limit if len(answer.ids) > longest else min(limit, longest)
         scores = _read(lm, answer.ids, answer.slot, cache)
         yield from answer.advance(scores, cache.capacity)

@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.adapters import Adapter, new_layers, read_for
+from nplora.adapters import trained_rows as adapter_rows
 from nplora.formats.errors import counted
 from nplora.formats.files import Stamp, StrPath
 from nplora.formats.model_directory import CONFIG
-from nplora.lm import adapting
+from nplora.lm import activated, adapting, trained_rows
 from nplora.lm.generation import Message, Prompt, Sampling, generate
 from nplora.lm.named_adapters import NamedAdapters
 from nplora.lora.merging import MergeReport
@@ -32,11 +33,10 @@ from nplora.models.continuations import token_scores as score_continuations
 from nplora.models.decoder import Decoder, DecoderSaved
 from nplora.models.packing import IGNORED, PackedBatch, pack
 from nplora.models.positions import cache_positions, packed_positions
-from nplora.nn import Linear, LoRALayer, LoRALinear, RMSNorm, optim, stack_backward, stack_forward
+from nplora.nn import LoRALayer, RMSNorm, TrainedEmbedding, TrainedHead, TrainedRowsLayer, optim
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import Gradient, Module, Saved, inference, inferring, layer_stream
 from nplora.nn.optim import Optimizer
-from nplora.nn.stack import StackSaved
 from nplora.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -49,7 +49,7 @@ class LanguageModelSaved(Saved):
     lead: tuple[int, ...]  # the shape of the ids
     x: Array
     decoder: DecoderSaved
-    head: StackSaved
+    head: Any
     unused: list[None]  # empty once a backward pass has begun
 
     def use_up(self, op: str) -> None:
@@ -105,22 +105,28 @@ class LanguageModel(Module):
     """
 
     task_type = "CAUSAL_LM"
+    trained_row_layers = adapter_rows.EMBEDDING, adapter_rows.HEAD
 
     def __init__(
         self,
         config: ModelConfig,
         model: Decoder,
-        lm_head: Linear,
+        lm_head: head.AnyHead,
         load_tokenizer: Callable[[], Tokenizer],
         mapped: Sequence[Stamp] = (),
     ) -> None:
         self.config = config
         self.model = model
-        self.lm_head: Linear | LoRALinear = lm_head
+        self.lm_head = lm_head
         self._load_tokenizer = load_tokenizer
         self._tokenizer: Tokenizer | None = None
         self._mapped = tuple(mapped)
         self._named = NamedAdapters[LanguageModel]()
+
+    @property
+    def ties_head(self) -> bool:  # type: ignore[override]
+        """Whether the head shares the embedding's weight."""
+        return self.config.tie_word_embeddings
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -193,6 +199,9 @@ class LanguageModel(Module):
         init: str = "zero",
         rank_pattern: Mapping[str, int] | str | None = None,
         alpha_pattern: Mapping[str, float] | str | None = None,
+        trainable_tokens: str | Sequence[str | int] = (),
+        modules_to_save: str | Sequence[str] = (),
+        invocation: str | Sequence[int] | None = None,
     ) -> None:
         """Put a LoRA adapter on frozen layers. With init="zero" the model's outputs stay the same at first.
 
@@ -221,8 +230,17 @@ class LanguageModel(Module):
             rank_pattern, alpha_pattern: ranks and alphas of layers that differ from `rank` and `alpha`, by
                 parts of their names: {"q_proj": 16, "layers.3.mlp": 4}, or "q_proj=16,layers.3.mlp=4". The
                 first name that matches decides. The scale of a layer is its alpha divided by its rank.
+            trainable_tokens: tokens whose rows of the embedding and of the head are trained too: a list of
+                ids and texts, or a text like "<|im_start|>,<|im_end|>" or "2,3". The rows start with the
+                values of the model and replace them, as with PEFT's `trainable_token_indices`.
+            modules_to_save: "embed_tokens", "lm_head" or both, to train all rows of the embedding or of the
+                head in float32. If the two share one weight, both names train this weight.
+            invocation: a text, or the ids of its tokens, for activated LoRA (aLoRA). The adapter acts only
+                from the last occurrence of these tokens on, in each sequence. It can adapt linear layers of
+                the blocks, without DoRA and dropout.
         Raises:
-            ValueError: a target or block does not exist, or an option does not fit. The model is not changed.
+            ValueError: a target, block or token does not exist, or an option does not fit. The model is not
+                changed.
         """
         names = adapting.targeted(self, self.config.num_hidden_layers, targets, layers)
         rank = _check.rank("add_lora", rank)
@@ -230,6 +248,12 @@ class LanguageModel(Module):
             adapting.by_layer("add_lora", option, adapting.parse_pattern("add_lora", option, given), names)
             for option, given in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern))
         )
+        tokens = activated.invocation_tokens(self, "add_lora", invocation)
+        if tokens is not None:
+            activated.require_plain(
+                "add_lora", names, use_dora, dropout, init, trainable_tokens, modules_to_save
+            )
+        wanted = trained_rows.wanted(self, "add_lora", trainable_tokens, modules_to_save, names)
         options = {"dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora, "init": init}
         modules: dict[str, Any] = dict(self.named_modules())
         with adapting.factors_side_by_side((modules[name], ranks.get(name, rank)) for name in names):
@@ -243,7 +267,9 @@ class LanguageModel(Module):
         seed = _check.integer("add_lora", "seed", seed, least=0)
         for name, layer in made.items():
             layer.reset(layer_stream(seed, name))
-        self.exchange({id(modules[name]): layer for name, layer in made.items()})
+            layer.invocation_tokens = tokens
+        rows = adapter_rows.trained_layers(self, wanted, tie_whole=True)
+        self.exchange({id(modules[name]): layer for name, layer in {**made, **rows}.items()})
 
     # ---- named adapters ----
 
@@ -309,7 +335,7 @@ class LanguageModel(Module):
         Args:
             names: a name; a list of names, whose adapters are added up; or None for no named adapter.
         Raises:
-            KeyError: no adapter has one of the names; the message lists the nearest names, or all names.
+            KeyError: one of the names is unknown; the message lists the nearest names, or all names.
             TypeError: `names` is not a name, a list of names or None.
             UnsupportedError: there are several names, and one of the adapters uses DoRA.
         """
@@ -487,7 +513,7 @@ class LanguageModel(Module):
             (3,)
 
         Raises:
-            ValueError, CorruptError: as `logits`.
+            ValueError, CorruptError: as in `logits`.
         """
         self._check_batch("log_probs", batch)
         if (lm := self._selected("log_probs")) is not self:
@@ -499,7 +525,7 @@ class LanguageModel(Module):
         return -losses
 
     def hidden_states(self, batch: PackedBatch) -> Array:
-        """The residual stream after the last block, (n, hidden_size). `logits_of` makes logits of its rows.
+        """The residual stream after the last block, (n, hidden_size). `logits_of` turns rows into logits.
 
             >>> import nplora
             >>> from nplora.models.packing import pack
@@ -509,7 +535,7 @@ class LanguageModel(Module):
             True
 
         Raises:
-            ValueError, CorruptError: as `logits`.
+            ValueError, CorruptError: as in `logits`.
         """
         self._check_batch("hidden_states", batch)
         if (lm := self._selected("hidden_states")) is not self:
@@ -520,7 +546,7 @@ class LanguageModel(Module):
         return x
 
     def logits_of(self, hidden_states: Array) -> Array:
-        """The logits (m, vocab) of some rows (m, hidden_size) of what `hidden_states` returned.
+        """Compute logits (m, vocab) from rows (m, hidden_size) of the array that `hidden_states` returned.
 
         >>> import nplora, numpy as np
         >>> from nplora.models.packing import pack
@@ -535,10 +561,12 @@ class LanguageModel(Module):
             return head.logits_of(self.model, self.lm_head, hidden_states)
 
     def loss_with(self, batch: PackedBatch, loss: head.LogitLoss) -> float:
-        """The sum of a loss over the rows of logits that have a target. `forward_backward_with` describes it.
+        """The sum of a loss over the rows of logits that have a target.
+
+        The argument `loss` is described in `forward_backward_with`.
 
         Raises:
-            ValueError, CorruptError: as `logits`.
+            ValueError, CorruptError: as in `logits`.
 
         >>> import nplora, numpy as np
         >>> from nplora.models.packing import pack
@@ -588,9 +616,10 @@ class LanguageModel(Module):
     def continuation_scores(
         self, prompts: Sequence[npt.ArrayLike], continuations: Sequence[Sequence[npt.ArrayLike]]
     ) -> list[list[TokenScores]]:
-        """The scores of the tokens of several continuations of each prompt, as in `token_scores`.
+        """Score the tokens of several continuations of each prompt, as `token_scores` does.
 
-        A prompt is computed once, for all its continuations.
+        A prompt is computed once, for all its continuations. An activated LoRA acts from the last invocation
+        tokens of the prompt on, as in `generate`.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -741,7 +770,7 @@ class LanguageModel(Module):
         Args:
             loss: called as loss(logits, rows, factor, gradient) with the logits of some rows that have a
                 target, and the positions of these rows in the batch. It returns the loss of each row, and
-                overwrites the logits by `factor` times its gradient.
+                overwrites the logits with `factor` times the gradient.
         Raises the errors that `forward_backward` raises.
         """
         self._require_ready("forward_backward_with", batch)
@@ -786,7 +815,7 @@ class LanguageModel(Module):
             stream, saved = self.model.infer(ids.reshape(-1), positions), None
         else:
             stream, saved = self.model.run(ids.reshape(-1), positions)
-        (logits,), kept = stack_forward((self.lm_head,), self.model.read_out(stream))
+        logits, kept = head.logits_forward(self.lm_head, self.model.read_out(stream))
         self.require_unchanged()
         shaped = logits.reshape(*ids.shape, logits.shape[1])
         if saved is None:
@@ -818,20 +847,22 @@ class LanguageModel(Module):
         for layer in self.adapter_layers().values():
             layer.require_trainable("backward")
         saved.use_up(op)
-        dnormed = stack_backward((self.lm_head,), [rows], saved.head)
+        if isinstance(self.lm_head, TrainedHead):
+            rows = rows.copy()  # the head overwrites it
+        dnormed = head.logits_backward(self.lm_head, rows, saved.head)
         self.model.run_backward(self.model.read_out_backward(dnormed, saved.x), saved.decoder)
         return None
 
     # ---- decoding ----
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """Create a cache for `slots` sequences of at most `capacity` tokens, for the adapter selected now.
+        """Create a cache for `slots` sequences of at most `capacity` tokens, for the selected adapter.
 
         A model with LongRoPE (Phi-3 with a long context) uses other rotation factors for sequences that are
-        longer than its original context. The cache chooses the factors by `cache.limits`, the maximum length
-        of each sequence, which is `capacity` at first. For a sequence that stays short, lower its limit
-        before its first token. `generate` begins with the short factors, as transformers does, and computes
-        all tokens of a sequence again when it outgrows the original context.
+        longer than its original context. The factors are chosen by `cache.limits`, the maximum length of each
+        sequence, which is `capacity` at first. If a sequence will stay short, lower its limit before adding
+        its first token. `generate` begins with the short factors, as transformers does. When a sequence
+        outgrows the original context, `generate` computes all its tokens again.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -849,7 +880,7 @@ class LanguageModel(Module):
         return KVCache(self.config, slots, capacity, self._selected("new_cache"))
 
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
-        """Add the next tokens of m sequences to a cache, and return the logits (m, vocab) of the next ones.
+        """Add the next tokens of m sequences to a cache, and return the logits (m, vocab) that follow.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -868,8 +899,8 @@ class LanguageModel(Module):
             slots: integers (m,), the cache slot of each row. No slot may occur twice.
         Raises:
             TypeError: `token_ids` or `slots` are not integers.
-            ValueError: the shapes do not fit, an id or slot is out of range, or the cache is full. In these
-                cases, the cache is not changed.
+            ValueError: the shapes do not fit, an id or slot is out of range, or the cache is full. The
+                cache is not changed.
             CorruptError: as in `require_unchanged`.
         """
         if isinstance(cache.owner, LanguageModel) and cache.owner is not self:
@@ -882,6 +913,7 @@ class LanguageModel(Module):
             )
         count = ids.shape[1]
         cache.require_room(rows, count)
+        cache.find_invocation(rows, ids)
         with inference():
             positions = cache_positions(rows, cache.lengths[rows], cache.limits[rows], count)
             x = self.model.run_cached(ids.reshape(-1), positions, cache)
@@ -994,7 +1026,8 @@ class LanguageModel(Module):
             f"compute {self.compute!r}",
         ]
         if layers := self.adapter_layers():
-            lines.append(f"  adapter: {_ranks(layers.values())}, {self.num_trainable:,} trained values")
+            rows = _rows(layers.values())
+            lines.append(f"  adapter: {_ranks(layers.values())}{rows}, {self.num_trainable:,} trained values")
         if named := self.adapters:
             chosen = self._named.selected
             shown = (f"{name!r}{' (selected)' * (name in chosen)}" for name in named)
@@ -1054,3 +1087,16 @@ def _ranks(layers: Iterable[Module]) -> str:
     extras = [word for word, on in (("DoRA", any(a.use_dora for a in found)),) if on]
     extras += ["merged"] if any(a.merged for a in found) else []
     return f"{', '.join([*parts, *extras])} on {counted(len(found), 'layer')}"
+
+
+def _rows(layers: Iterable[Module]) -> str:
+    """Describe the trained rows of the embedding and the head: ", 2 trained tokens" or ", embedding"."""
+    found = {
+        name: layer for layer in layers if isinstance(layer, TrainedRowsLayer) for name in (type(layer),)
+    }
+    parts = []
+    if tokens := {len(layer.rows.ids) for layer in found.values() if layer.rows.ids is not None}:
+        parts.append(counted(max(tokens), "trained token"))
+    words = ((TrainedEmbedding, "the whole embedding"), (TrainedHead, "the whole head"))
+    parts += [word for kind, word in words if kind in found and found[kind].is_whole]
+    return "".join(f", {part}" for part in parts)

@@ -30,7 +30,7 @@ def load_model(
         True
 
     Args:
-        path: a GGUF file, or a directory with config.json and model.safetensors, in one file or in shards.
+        path: a GGUF file, or a directory with config.json and model.safetensors (one file or shards).
         compute: arithmetic of the products with frozen weights: "float32" or "bfloat16", as in
             `FrozenWeight`, or "int8", for inference with GGUF's quantised weights.
         mmap: map the files into memory. Weights are then not copied, and the system keeps them in memory

@@ -100,7 +100,7 @@ class NamedAdapters(Generic[Model]):
         """Return a copy of the model with the sum of these adapters, or the model itself if `names` is empty.
 
         Raises:
-            KeyError: no adapter has one of the names; the message lists the nearest names, or all names.
+            KeyError: one of the names is unknown; the message lists the nearest names, or all names.
             UnsupportedError: there are several names, and one of the adapters uses DoRA.
         """
         if not names:

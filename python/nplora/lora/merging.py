@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nplora import _check
 from nplora.lora.delta import LoraDelta
+from nplora.lora.new_rows import NewRows
 from nplora.weights import FrozenWeight, storages
 
 Array = NDArray[Any]
@@ -112,7 +113,7 @@ class Merge:
         name: str,
         shape: tuple[int, int],
         read: Callable[[int, int], Array],
-        update: LoraDelta,
+        update: LoraDelta | NewRows,
         storage: str,
     ) -> None:
         _check.choice("merge", "dtype", storage, storages.STORAGES)
@@ -139,24 +140,35 @@ class Merge:
         for block in storages.row_blocks(d_out, d_in):
             first = block.start
             before = self._read(first, block.stop)
-            merged = self.update.apply(before, first)
-            try:
-                raw = storages.encode(merged, self.storage)
-            except ValueError as error:
-                raise ValueError(f"merge: {self.name}, rows from {first:,}: {error}") from error
-            after = storages.decode(raw, self.storage, d_in)
-            lost = int(np.count_nonzero(np.isfinite(before) & ~np.isfinite(after)))
-            if lost:
-                raise ValueError(
-                    f"merge: {self.name}: {lost} finite values would become infinite or NaN "
-                    f"in {self.storage}; nothing is merged"
-                )
-            self._count(before, after, first)
-            yield first, raw
+            merged, delta = self.update.apply(before, first), self.update.delta(before, first)
+            yield first, self._encoded(before, merged, delta, np.arange(first, block.stop))
 
-    def _count(self, before: Array, after: Array, first: int) -> None:
+    def _encoded(self, before: Array, merged: Array, delta: Array, numbers: Array) -> Array:
+        """Encode merged rows, and count what rounding takes from their change `delta`.
+
+        Args:
+            numbers: the numbers of the rows.
+        """
+        try:
+            raw = storages.encode(merged, self.storage)
+        except ValueError as error:
+            raise ValueError(f"merge: {self.name}, rows from {numbers[0]:,}: {error}") from error
+        after = self.decoded(raw)
+        lost = int(np.count_nonzero(np.isfinite(before) & ~np.isfinite(after)))
+        if lost:
+            raise ValueError(
+                f"merge: {self.name}: {lost} finite values would become infinite or NaN "
+                f"in {self.storage}; nothing is merged"
+            )
+        self._count(before, after, delta, numbers)
+        return raw
+
+    def decoded(self, raw: Array) -> Array:
+        """Return the values of rows that `rows()` yielded."""
+        return storages.decode(raw, self.storage, self.shape[1])
+
+    def _count(self, before: Array, after: Array, delta: Array, numbers: Array) -> None:
         n, d_in = before.shape
-        delta = self.update.delta(before, first)
         lost = after.astype(np.float64)
         lost -= before
         lost -= delta
@@ -173,7 +185,7 @@ class Merge:
             errors = _relative(lost_squares, asked_squares)
             row, block = np.unravel_index(int(np.nanargmax(np.nan_to_num(errors, nan=np.inf))), errors.shape)
             if errors[row, block] > self._worst[0]:
-                self._worst = (float(errors[row, block]), first + int(row), int(block) * blocks[2])
+                self._worst = (float(errors[row, block]), int(numbers[row]), int(block) * blocks[2])
 
     @property
     def report(self) -> MergeReport:
@@ -193,8 +205,28 @@ class Merge:
         )
 
 
+class RowsMerge(Merge):
+    """The merge of new rows into a weight that keeps its storage format. The other rows keep their bytes.
+
+    Args:
+        read: a function: read(first, stop) returns the bytes (n, row_nbytes) of the rows W[first:stop].
+    """
+
+    def rows(self) -> Iterator[tuple[int, Array]]:
+        assert isinstance(self.update, NewRows)
+        for block in storages.row_blocks(*self.shape):
+            raw = self._read(block.start, block.stop)
+            places, values = self.update.within(block.start, block.stop)
+            if len(places):
+                raw = raw.copy()
+                before = self.decoded(np.ascontiguousarray(raw[places]))
+                delta = values.astype(np.float64) - before
+                raw[places] = self._encoded(before, values, delta, block.start + places)
+            yield block.start, raw
+
+
 def merge_weight(
-    name: str, weight: FrozenWeight, update: LoraDelta, storage: str
+    name: str, weight: FrozenWeight, update: LoraDelta | NewRows, storage: str
 ) -> tuple[FrozenWeight, MergeReport]:
     """Merge an update into a new weight in the given storage. W is decoded a few rows at a time.
 

@@ -41,7 +41,7 @@ class BaseModel:
         """The number of heads of a layer if GGUF reorders the layer's rows, else 0.
 
         Args:
-            layer: its name in Hugging Face.
+            layer: the layer's name in Hugging Face's files.
         """
         return self.family.permuted_heads(layer, self.heads, self.kv_heads)
 

@@ -9,9 +9,13 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.models.config import ModelConfig
+from nplora.models.invocation import NEVER, invocation_of, start_of
+from nplora.models.positions import CachePositions
 from nplora.nn.module import Module
 
 Array = npt.NDArray[Any]
+
+UNKNOWN = -1
 
 
 class KVCache:
@@ -19,12 +23,14 @@ class KVCache:
 
     Attributes:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
-        lengths: int64 (slots,), the number of tokens in each slot. A lower number drops the last tokens.
+        lengths: int64 (slots,), the number of tokens in each slot. Lowering it drops the last tokens.
         limits: int64 (slots,), the number of tokens that each slot may hold; initially `capacity`. LongRoPE
             chooses a sequence's rotation factors by the limit. If a sequence will be shorter, lower the limit
             before its first token.
         keys, values: for each layer an array (slots, capacity, kv_heads · head_dim). The arrays take memory
             only as they are filled.
+        activation: int64 (slots,), for an activated LoRA: the position from which on it acts in each slot;
+            UNKNOWN: `decode` looks for the invocation tokens in the next tokens; NEVER: it does not act.
         owner: the model (with its selected named adapters) that may fill the cache; None allows any model.
     """
 
@@ -37,10 +43,34 @@ class KVCache:
         self.values = [np.zeros(shape, np.float32) for _ in range(config.num_hidden_layers)]
         self.lengths = np.zeros(self.slots, np.int64)
         self.limits = np.full(self.slots, self.capacity)
+        self.activation = np.full(self.slots, UNKNOWN, np.int64)
+        self.invocation = None if owner is None else invocation_of(owner)
 
     def reset(self) -> None:
         """Drop all sequences."""
         self.lengths[:] = 0
+        self.activation[:] = UNKNOWN
+
+    def activate(self, slot: int, ids: Array) -> None:
+        """Find where an activated LoRA begins to act, given all tokens of a prompt."""
+        if self.invocation is not None:
+            self.activation[slot] = start_of(np.asarray(ids), self.invocation)
+
+    def find_invocation(self, slots: Array, ids: Array) -> None:
+        """Look for the invocation tokens in the next tokens (m, count) of slots."""
+        if self.invocation is None:
+            return
+        for slot, row in zip(slots, ids, strict=True):
+            if self.activation[slot] == UNKNOWN and (start := start_of(row, self.invocation)) != NEVER:
+                self.activation[slot] = self.lengths[slot] + start
+
+    def active(self, positions: CachePositions) -> Array | None:
+        """The new rows on which an activated LoRA acts. None: on all rows."""
+        if self.invocation is None:
+            return None
+        starts = self.activation[positions.slots]
+        acts = (starts != UNKNOWN) & (positions.in_sequence >= starts)
+        return None if acts.all() else np.flatnonzero(acts)
 
     def require_room(self, slots: Array, count: int) -> None:
         """Check that no slot is given twice, and that each slot has room for `count` more tokens."""

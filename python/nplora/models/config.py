@@ -44,7 +44,7 @@ class ModelConfig:
         hidden_act: the MLP's activation: "silu", or "gelu_pytorch_tanh" (GELU approximated with tanh).
         query_pre_attn_scalar: attention scores are divided by the square root of this number, or of
             `head_dim` if it is None.
-        attention_multiplier: a factor for the attention scores, which replaces this division; or None.
+        attention_multiplier: a factor for the attention scores, used instead of the division; or None.
         embedding_multiplier: a factor for the embeddings.
         residual_multiplier: a factor for the output of each half-block (attention or MLP).
         logits_scaling: a divisor for the logits.
@@ -129,7 +129,7 @@ class ModelConfig:
 
     @property
     def key_value_width(self) -> int:
-        """The total width of the key heads, which is also that of the value heads."""
+        """The total width of the key heads, which equals that of the value heads."""
         return self.num_key_value_heads * self.head_dim
 
     def rope_of(self, layer: int) -> RopeConfig | None:

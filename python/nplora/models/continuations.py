@@ -16,7 +16,6 @@ from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder
 from nplora.models.positions import CachePositions
-from nplora.nn import Linear, LoRALinear
 
 Array = npt.NDArray[Any]
 Scores = tuple[Array, Array]  # the loss of each token, and whether it is the most likely token
@@ -26,7 +25,7 @@ _MOST_CELLS = 2048  # tokens in the caches of the prompts that are computed toge
 
 
 class Question(NamedTuple):
-    """The tokens of a prompt, and those of each continuation; none of them is empty."""
+    """The tokens of a prompt and of each of its continuations. All of these are non-empty."""
 
     prompt: Array
     continuations: list[Array]
@@ -42,12 +41,12 @@ class Question(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The number of tokens of the longest sequence. Its last token is only predicted."""
+        """The number of tokens to compute in the longest sequence. Its last token is only predicted."""
         return len(self.prompt) + max(map(len, self.continuations)) - 1
 
 
 class _Rows(NamedTuple):
-    """Tokens, each with its slot and its position there, and with the length that its sequence may reach."""
+    """Tokens, their slots, their positions in the slots, and the lengths that their sequences may reach."""
 
     ids: Array
     slots: Array
@@ -70,7 +69,7 @@ def groups(questions: Sequence[Question]) -> list[list[Question]]:
 def token_scores(
     config: ModelConfig,
     model: Decoder,
-    lm_head: Linear | LoRALinear,
+    lm_head: head.AnyHead,
     questions: Sequence[Question],
     most_rows: int = MOST_ROWS,
 ) -> list[list[Scores]]:
@@ -80,7 +79,10 @@ def token_scores(
         most_rows: the number of tokens that are computed at a time.
     """
     starts = np.cumsum([0, *(question.slots for question in questions)])
-    cache = KVCache(config, int(starts[-1]), max(question.length for question in questions))
+    cache = KVCache(config, int(starts[-1]), max(question.length for question in questions), model)
+    for question, first in zip(questions, starts[:-1], strict=True):
+        for slot in range(first, first + question.slots):
+            cache.activate(slot, question.prompt)
     lasts = _run_prompts(model, questions, starts, cache, most_rows)
     more = _run_continuations(model, questions, starts, cache, most_rows)
     scores = list[list[Scores]]()
@@ -101,7 +103,7 @@ def token_scores(
 def _run_prompts(
     model: Decoder, questions: Sequence[Question], starts: Array, cache: KVCache, most_rows: int
 ) -> Array:
-    """Compute each prompt in the first slot of its question. Copy its keys and values to the other slots.
+    """Compute each prompt in its question's first slot, and copy the keys and values to the other slots.
 
     Returns the residual stream (questions, d) of the last token of each prompt.
     """
@@ -121,7 +123,7 @@ def _run_prompts(
 def _run_continuations(
     model: Decoder, questions: Sequence[Question], starts: Array, cache: KVCache, most_rows: int
 ) -> Array:
-    """The residual stream (n, d) of all tokens of the continuations but the last of each."""
+    """The residual stream (n, d) of the continuations' tokens, except the last token of each."""
     rows = [
         _rows(tokens[:-1], int(slot), len(question.prompt), question.length)
         for question, first in zip(questions, starts[:-1], strict=True)
@@ -136,7 +138,7 @@ def _rows(ids: Array, slot: int, begin: int, limit: int) -> _Rows:
 
 
 def _run(model: Decoder, parts: list[_Rows], cache: KVCache, most_rows: int, kept: Array) -> Array:
-    """Compute rows in order, a few at a time. Return the residual stream of the rows `kept`, which ascend."""
+    """Compute rows in order, a few at a time. Return the residual stream of rows `kept` (ascending)."""
     if not parts:
         return np.empty((0, model.norm.weight.shape[0]), np.float32)
     rows, found = _Rows(*map(np.concatenate, zip(*parts, strict=True))), list[Array]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
 from contextvars import Context, copy_context
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy.typing as npt
 
 from nplora.models.block import BlockSaved, DecoderBlock
 from nplora.models.cache import KVCache
+from nplora.models.invocation import active_in, invocation_of
 from nplora.models.norms import norm_backward, norm_forward
 from nplora.models.positions import CachePositions, PackedPositions
 from nplora.models.prefix_cache import PrefixCache
-from nplora.nn import Embedding, LoRAEmbedding, RMSNorm
+from nplora.nn import Embedding, LoRAEmbedding, RMSNorm, TrainedEmbedding
+from nplora.nn.active_rows import only_active
 from nplora.nn.module import Module, Saved, inference
 from nplora.weights import buffers
 
@@ -23,7 +26,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockInput(Saved):
-    """The input of a block that the backward pass will compute again.
+    """A block's input, from which the backward pass computes the block again.
 
     Attributes:
         x: the block's input.
@@ -63,7 +66,7 @@ class Decoder(Module):
 
     def __init__(
         self,
-        embed_tokens: Embedding | LoRAEmbedding,
+        embed_tokens: Embedding | LoRAEmbedding | TrainedEmbedding,
         layers: list[DecoderBlock],
         norm: RMSNorm,
         embedding_multiplier: float = 1.0,
@@ -89,20 +92,27 @@ class Decoder(Module):
         """Compute the residual stream (n, d) after the last block. Call this method in `with inference()`."""
         first = self.first_adapted()
         x = self._run_frozen(first, ids, positions)[0]
-        return _run_through(self.layers[first:], x, positions)
+        with self._activated(ids, positions):
+            return _run_through(self.layers[first:], x, positions)
+
+    def _activated(self, ids: Array, positions: PackedPositions) -> AbstractContextManager[None]:
+        """A context in which an activated LoRA acts only from its invocation tokens on."""
+        invocation = invocation_of(self)
+        return only_active(None if invocation is None else active_in(ids, positions.starts, invocation))
 
     def run(self, ids: Array, positions: PackedPositions) -> tuple[Array, DecoderSaved]:
         """Like `infer`, but for training: also return the values that `run_backward` needs."""
         first = self.first_adapted()
         x, embedding = self._run_frozen(first, ids, positions)
         blocks: list[BlockSaved | BlockInput] = []
-        for block in self.layers[first:]:
-            if self.recompute:
-                blocks.append(BlockInput(x, block.random_state(), copy_context()))
-                x = block.run(x, positions)[0]
-            else:
-                x, saved = block.run(x, positions)
-                blocks.append(saved)
+        with self._activated(ids, positions):
+            for block in self.layers[first:]:
+                if self.recompute:
+                    blocks.append(BlockInput(x, block.random_state(), copy_context()))
+                    x = block.run(x, positions)[0]
+                else:
+                    x, saved = block.run(x, positions)
+                    blocks.append(saved)
         return x, DecoderSaved(positions, embedding, blocks)
 
     def run_backward(self, dx: Array, saved: DecoderSaved) -> None:
@@ -121,8 +131,9 @@ class Decoder(Module):
     def run_cached(self, ids: Array, positions: CachePositions, cache: KVCache) -> Array:
         """Compute the residual stream (m, d) after the last block, for the m newest tokens."""
         x = self._embedded(ids)[0]
-        for block, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = block.run_cached(x, positions, keys, values)
+        with only_active(cache.active(positions)):
+            for block, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+                x = block.run_cached(x, positions, keys, values)
         return x
 
     def read_out(self, x: Array) -> Array:
@@ -137,7 +148,7 @@ class Decoder(Module):
         return dx
 
     def _run_frozen(self, first: int, ids: Array, positions: PackedPositions) -> tuple[Array, Any]:
-        """The residual stream (n, d) before block `first`, and the values for the embedding's backward."""
+        """The residual stream (n, d) before block `first`, and what the embedding's backward pass needs."""
         prefix = self.prefix if self.prefix is not None and self.prefix.blocks == first > 0 else None
         found = None if prefix is None else prefix.find(ids, positions.starts)
         if found is not None:
@@ -150,7 +161,7 @@ class Decoder(Module):
         return x, embedding
 
     def _embedded(self, ids: Array) -> tuple[Array, Any]:
-        """The embeddings (n, d), and the values for the embedding's backward."""
+        """The embeddings (n, d), and the values that the embedding's backward pass needs."""
         x, saved = self.embed_tokens.forward(ids)
         if self._multiplier != 1:
             np.multiply(x, self._multiplier, out=x)

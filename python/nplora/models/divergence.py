@@ -8,12 +8,13 @@ p is the teacher's distribution and q the student's, both softmax(logits / T) at
 A loss multiplies the divergence by T², so that its gradients keep their size at any temperature (Hinton et
 al. 2015, arXiv:1503.02531, section 2).
 
-A teacher is given by all of its logits, or by its k most likely tokens. Then the other tokens form one class,
-"the rest", of probability p_r = 1 - Σ p_i and q_r = 1 - Σ q_i. The divergence of these k + 1 classes is a
-lower bound of the full divergence, and equal to it for k = the size of the vocabulary. Its gradient on a
-token j of the rest is q_j (1 - p_r / q_r) forward, and q_j (log(q_r / p_r) - KL) reverse. Without this class,
-the student would be pulled towards the teacher's k tokens alone, a distribution that is too sharp (Anshumann
-et al. 2025, arXiv:2503.16870). TRL computes the same (`loss_add_tail` of its server distillation).
+A teacher is given by all of its logits, or by its k most likely tokens. With k tokens, all other tokens form
+one class, "the rest", of probability p_r = 1 - Σ p_i and q_r = 1 - Σ q_i. The divergence of these k + 1
+classes is a lower bound of the full divergence, and equals it if k is the size of the vocabulary. For a token
+j of the rest, dL/dz_j is q_j (1 - p_r / q_r) for the forward divergence, and q_j (log(q_r / p_r) - KL) for
+the reverse one. Without the class "the rest", the student would be pulled towards the teacher's k tokens
+alone, a distribution that is too sharp (Anshumann et al. 2025, arXiv:2503.16870). TRL also computes this
+divergence (`loss_add_tail` of its server distillation).
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class TopK:
 
     Attributes:
         ids: integers (n, k), the tokens, each at most once in a row.
-        log_probs: float64 (n, k + 1), their log-probabilities, and that of all other tokens together. The
-            probabilities of a row sum to 1. The last column is -inf if there are no other tokens.
+        log_probs: float64 (n, k + 1), the log-probabilities of these k tokens, and in the last column that of
+            all other tokens together, or -inf if there are none. The probabilities of a row sum to 1.
     """
 
     ids: Array
@@ -53,7 +54,7 @@ class TopK:
 
 
 def most_likely(logits: Array, k: int, temperature: float = 1.0) -> TopK:
-    """The k most likely tokens of each row of logits, the most likely first; of equal ones, the first.
+    """The k most likely tokens of each row of logits, the most likely first. Equal ones keep their order.
 
     Args:
         logits: float32 (n, vocabulary), finite; overwritten.
@@ -86,8 +87,9 @@ def _losses(logits: Array, targets: Array) -> Array:
 def _largest(values: Array, k: int) -> Array:
     """The positions (n, k) of the k largest values of each row, the largest first.
 
-    The k-th largest of the maxima of groups is a bound that at least k values reach. So only the few values
-    above the bound are sorted, which is several times faster than a partition of the whole row.
+    The row is divided into groups, and the k-th largest of the groups' maxima is a bound. At least k values
+    reach this bound. So only the few values that reach it are sorted, which is several times faster than a
+    partition of the whole row.
     """
     n, size = values.shape
     groups = size // _GROUP
@@ -121,13 +123,13 @@ class Distillation:
     def __call__(
         self, logits: Array, targets: Array, teacher: Teacher, factor: float, gradient: bool
     ) -> tuple[Array, Array, Array | None]:
-        """The losses of some rows; their divergences, without T²; and their cross-entropies.
+        """The losses of some rows, their divergences (without the factor T²), and their cross-entropies.
 
         Args:
             logits: float32 (n, vocabulary), the student's logits; overwritten. With `gradient`, they become
                 `factor` times the gradient.
             targets: integers (n,), the labels.
-            teacher: for the same rows.
+            teacher: the teacher's logits or most likely tokens, for the same rows.
         Returns:
             three float64 arrays (n,). With `gradient` and ratio = 1, there are no cross-entropies.
         """
@@ -148,7 +150,7 @@ class Distillation:
     def _block(
         self, z: Array, targets: Array, teacher: Teacher, factor: float, gradient: bool, hard: Array | None
     ) -> Array:
-        """The divergences of a few rows. `hard` gets their cross-entropies."""
+        """The divergences of a few rows. Their cross-entropies are written to `hard` if it is an array."""
         of_labels = None
         if hard is not None:
             of_labels = z.copy() if gradient else z
@@ -168,9 +170,9 @@ class Distillation:
 
 
 def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
-    """The divergences on the tokens that both vocabularies have. The gradient on the others is 0.
+    """The divergences over the tokens that both vocabularies have. All other tokens get gradient 0.
 
-    One vocabulary may be longer than the other, by rows that pad a weight to a round size.
+    One vocabulary may be longer than the other, because a model may pad its weight with unused rows.
     """
     common = min(z.shape[1], t.shape[1])
     if z.shape[1] == t.shape[1]:

@@ -1,6 +1,6 @@
 """The memory that a block needs per token, for memory plans before training.
 
-Attention and MLP compute their own memory, with a method `footprint`.
+Attention and MLP have a method `footprint`, which computes the memory that they need.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Adapted:
     def saved(self, names: Iterable[str]) -> int:
         """Bytes per token that the adapters of the named layers store for the backward pass.
 
-        Each adapter stores the outputs of its first factor, as many as its rank. With DoRA, an adapter also
-        stores the layer's outputs before rescaling.
+        An adapter of rank r stores the r outputs of its first factor. With DoRA, an adapter also stores the
+        layer's outputs before rescaling.
         """
         found = {name: self.outputs[name] for name in names if name in self.outputs}
         ranks = sum(self.ranks.get(name, self.rank) for name in found)

@@ -142,7 +142,7 @@ def model_to_gguf(
 
 
 def _tokenizer(directory: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
-    """Return the tokenizer's metadata and an empty text, or no metadata and the reason why."""
+    """Return the tokenizer's metadata and an empty text; or no metadata, and the reason for that."""
     try:
         return gguf_metadata.from_directory(directory, vocab_size), ""
     except FileNotFoundError:

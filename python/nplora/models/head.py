@@ -12,10 +12,10 @@ import numpy.typing as npt
 from nplora import _core
 from nplora.models.decoder import Decoder
 from nplora.models.packing import IGNORED
-from nplora.nn import Linear, LoRALinear, stack_backward, stack_forward
+from nplora.nn import Linear, LoRALinear, TrainedHead, stack_backward, stack_forward
 
 Array = npt.NDArray[Any]
-AnyLinear = Linear | LoRALinear
+AnyHead = Linear | LoRALinear | TrainedHead
 OfLosses: TypeAlias = Callable[[Array], tuple[float, Array]]
 
 
@@ -26,8 +26,8 @@ class LogitLoss(Protocol):
         """The loss of each row, float64 (n,).
 
         Args:
-            logits: float32 (n, vocabulary). With `gradient`, the loss overwrites them by `factor` times the
-                gradient; else it may overwrite them by anything.
+            logits: float32 (n, vocabulary). With `gradient`, the loss overwrites them with `factor` times the
+                gradient; otherwise, it may overwrite them with anything.
             rows: the positions of these rows in the batch.
         """
 
@@ -42,7 +42,7 @@ _LEAST_ROWS, _MOST_ROWS = 64, 256
 
 
 def loss_and_gradient(
-    model: Decoder, head: AnyLinear, x: Array, targets: Array, factor: float
+    model: Decoder, head: AnyHead, x: Array, targets: Array, factor: float
 ) -> tuple[float, Array]:
     """The sum of the losses, and `factor` times its gradient with respect to the residual stream x (n, d).
 
@@ -57,7 +57,7 @@ def loss_and_gradient(
 
 
 def gradient_of_losses(
-    model: Decoder, head: AnyLinear, x: Array, targets: Array, of_losses: OfLosses
+    model: Decoder, head: AnyHead, x: Array, targets: Array, of_losses: OfLosses
 ) -> tuple[float, Array]:
     """The value of a function of the tokens' losses, and its gradient with respect to x (n, d).
 
@@ -70,7 +70,7 @@ def gradient_of_losses(
             and its derivative with respect to each loss (m,).
     """
     dx, trained = np.zeros_like(x), np.flatnonzero(targets != IGNORED)
-    if head.parameters():
+    if head.parameters() or isinstance(head, TrainedHead):  # a tied head trains the rows of the embedding
         streams = head.random_state()
         losses = token_losses(model, head, x, targets)
         head.set_random_state(streams)  # the second pass draws the same dropout masks
@@ -90,25 +90,25 @@ def gradient_of_losses(
 
 
 def _chunk_gradient(
-    model: Decoder, head: AnyLinear, x: Array, targets: Array, factor: float, weights: Array | None = None
+    model: Decoder, head: AnyHead, x: Array, targets: Array, factor: float, weights: Array | None = None
 ) -> tuple[Array, Array]:
-    """The losses of a few rows, and their gradients times `factor` and the row's weight.
+    """The losses of a few rows, and each loss's gradient times `factor` and the row's weight.
 
-    When it returns, the logits of these rows are freed.
+    The logits of these rows are freed at the end.
     """
-    (logits,), saved = stack_forward((head,), model.read_out(x))
+    logits, saved = logits_forward(head, model.read_out(x))
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, factor, losses, True)
     if weights is not None:
         logits *= weights[:, None]
-    dnormed = stack_backward((head,), [logits], saved)
+    dnormed = logits_backward(head, logits, saved)
     return losses, model.read_out_backward(dnormed, x)
 
 
 def gradient_of_logit_loss(
-    model: Decoder, head: AnyLinear, x: Array, targets: Array, of_logits: LogitLoss, factor: float
+    model: Decoder, head: AnyHead, x: Array, targets: Array, of_logits: LogitLoss, factor: float
 ) -> tuple[float, Array]:
-    """Like `loss_and_gradient`, for any loss of the logits of the rows that have a target."""
+    """Like `loss_and_gradient`, but for any loss that is computed from the logits of rows with a target."""
     dx, total = np.zeros_like(x), 0.0
     for rows in _chunks_of(targets, head):
         losses, dx[rows] = _chunk_of_logit_loss(model, head, x[rows], rows, of_logits, factor)
@@ -117,16 +117,16 @@ def gradient_of_logit_loss(
 
 
 def _chunk_of_logit_loss(
-    model: Decoder, head: AnyLinear, x: Array, rows: Array, of_logits: LogitLoss, factor: float
+    model: Decoder, head: AnyHead, x: Array, rows: Array, of_logits: LogitLoss, factor: float
 ) -> tuple[Array, Array]:
-    """`gradient_of_logit_loss` for a few rows. When it returns, the logits of these rows are freed."""
-    (logits,), saved = stack_forward((head,), model.read_out(x))
+    """Compute `gradient_of_logit_loss` for a few rows. The logits of these rows are freed at the end."""
+    logits, saved = logits_forward(head, model.read_out(x))
     losses = of_logits(logits, rows, factor, True)
-    dnormed = stack_backward((head,), [logits], saved)
+    dnormed = logits_backward(head, logits, saved)
     return losses, model.read_out_backward(dnormed, x)
 
 
-def logit_loss(model: Decoder, head: AnyLinear, x: Array, targets: Array, of_logits: LogitLoss) -> float:
+def logit_loss(model: Decoder, head: AnyHead, x: Array, targets: Array, of_logits: LogitLoss) -> float:
     """The sum of `of_logits` over the rows that have a target, without gradients."""
     total = 0.0
     for rows in _chunks_of(targets, head):
@@ -134,17 +134,36 @@ def logit_loss(model: Decoder, head: AnyLinear, x: Array, targets: Array, of_log
     return total
 
 
-def logits_of(model: Decoder, head: AnyLinear, x: Array) -> Array:
+def logits_of(model: Decoder, head: AnyHead, x: Array) -> Array:
     """The logits of rows of the residual stream."""
     return head.forward(model.read_out(x))[0]
 
 
-def loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> float:
+def logits_forward(head: AnyHead, x: Array) -> tuple[Array, Any]:
+    """The logits (n, vocab) of the head's input x (n, d), and the values for `logits_backward`."""
+    if isinstance(head, TrainedHead):
+        return head.forward(x)
+    (logits,), saved = stack_forward((head,), x)
+    return logits, saved
+
+
+def logits_backward(head: AnyHead, dlogits: Array, saved: Any) -> Array:
+    """The gradient of the head's input. The gradients of a trained head are accumulated too.
+
+    `dlogits` may be overwritten.
+    """
+    if isinstance(head, TrainedHead):
+        dx: Array = head.backward(dlogits, saved, overwrite_dy=True)
+        return dx
+    return stack_backward((head,), [dlogits], saved)
+
+
+def loss(model: Decoder, head: AnyHead, x: Array, targets: Array) -> float:
     """The sum of the losses, without gradients."""
     return float(token_losses(model, head, x, targets).sum())
 
 
-def token_losses(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> Array:
+def token_losses(model: Decoder, head: AnyHead, x: Array, targets: Array) -> Array:
     """The loss -log p of each row that has a target, float64."""
     pieces = _chunks_of(targets, head)
     return np.concatenate(
@@ -152,14 +171,14 @@ def token_losses(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> A
     )
 
 
-def token_scores(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> tuple[Array, Array]:
+def token_scores(model: Decoder, head: AnyHead, x: Array, targets: Array) -> tuple[Array, Array]:
     """The loss of each row that has a target, float64, and whether the target is the most likely token."""
     pieces = [_chunk_scores(model, head, x[rows], targets[rows]) for rows in _chunks_of(targets, head)]
     losses, tops = zip((np.empty(0), np.empty(0, np.bool_)), *pieces, strict=True)
     return np.concatenate(losses), np.concatenate(tops)
 
 
-def _chunk_scores(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> tuple[Array, Array]:
+def _chunk_scores(model: Decoder, head: AnyHead, x: Array, targets: Array) -> tuple[Array, Array]:
     """Compute `token_scores` for a few rows. The logits of these rows are freed at the end."""
     logits = logits_of(model, head, x)
     is_top = logits.argmax(axis=1) == targets
@@ -168,15 +187,15 @@ def _chunk_scores(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> 
     return losses, is_top
 
 
-def _chunk_losses(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> Array:
-    """The losses of a few rows. When it returns, the logits of these rows are freed."""
+def _chunk_losses(model: Decoder, head: AnyHead, x: Array, targets: Array) -> Array:
+    """The losses of a few rows. The logits of these rows are freed at the end."""
     logits = logits_of(model, head, x)
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, 1.0, losses, False)
     return losses
 
 
-def _chunks_of(targets: Array, head: AnyLinear) -> list[Array]:
+def _chunks_of(targets: Array, head: AnyHead) -> list[Array]:
     """The rows that have a target, in chunks."""
     return chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0])
 
@@ -188,7 +207,7 @@ def most_rows(rows: int, vocab: int) -> int:
 
 
 def largest_chunk(rows: int, vocab: int) -> int:
-    """The number of rows in the largest of the chunks that `chunks` makes of this number of rows."""
+    """The number of rows in the largest chunk if `chunks` splits this number of rows."""
     return math.ceil(rows / math.ceil(rows / most_rows(rows, vocab))) if rows else 0
 
 

@@ -123,7 +123,7 @@ class MLP(Module):
 
 
 def _split(outputs: Sequence[Array]) -> Sequence[Array]:
-    """Gate and up: the two halves of a single output, that of `gate_up_proj`, or two outputs unchanged."""
+    """Split the output of `gate_up_proj` into gate and up; return two separate outputs as they are."""
     if len(outputs) == 2:
         return outputs
     return [np.ascontiguousarray(part) for part in np.split(outputs[0], 2, axis=1)]

@@ -62,12 +62,12 @@ def open(base: StrPath) -> ModelFiles:
 
 
 def is_directory(output: StrPath) -> bool:
-    """Whether a model saved under this name is a directory."""
+    """Whether a model saved at this path is a directory, not a single file."""
     return files.suffix(output) not in (".gguf", ".safetensors")
 
 
 def weights_path(output: StrPath) -> Path:
-    """The file with the weights of a model saved under this name."""
+    """The weights file of a model that is saved at this path."""
     return Path(output, model_directory.WEIGHTS) if is_directory(output) else Path(output)
 
 

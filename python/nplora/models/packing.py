@@ -70,7 +70,7 @@ class PackedBatch:
         A sequence with more tokens gets its own batch.
 
         Args:
-            together: this number of sequences in a row always stay in one batch.
+            together: the sequences form groups of this size, in order; a group stays in one batch.
         """
         lengths = np.diff(self.starts).reshape(-1, together).sum(axis=1)
         cuts = [together * index for index in cut(lengths, most_tokens)]

@@ -67,7 +67,7 @@ def cache_positions(slots: Array, lengths: Array, limits: Array, count: int) -> 
     """The positions of the next `count` tokens of the sequences in `slots`.
 
     Args:
-        lengths, limits: for each of these sequences, its number of tokens, and its maximum number.
+        lengths, limits: the number of tokens of each of these sequences, and the maximum number.
     """
     in_sequence = (lengths[:, None] + np.arange(count)).reshape(-1)
     rows = np.repeat(slots, count)

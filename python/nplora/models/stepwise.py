@@ -13,26 +13,25 @@ from nplora.models import head
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder
+from nplora.models.head import AnyHead
 from nplora.models.packing import PackedBatch
 from nplora.models.positions import cache_positions
-from nplora.nn import Linear, LoRALinear
 
 Array = npt.NDArray[Any]
-AnyLinear = Linear | LoRALinear
 
 FEW = _core.constants.least_small_batch  # tokens at a time
 
 
-def loss(config: ModelConfig, model: Decoder, lm_head: AnyLinear, batch: PackedBatch) -> float:
+def loss(config: ModelConfig, model: Decoder, lm_head: AnyHead, batch: PackedBatch) -> float:
     """The sum of the losses of packed sequences. Call this function in `with inference()`."""
     losses = (head.token_losses(model, lm_head, x, targets) for x, targets in _steps(config, model, batch))
     return float(np.concatenate([np.empty(0), *losses]).sum())
 
 
 def token_scores(
-    config: ModelConfig, model: Decoder, lm_head: AnyLinear, batch: PackedBatch
+    config: ModelConfig, model: Decoder, lm_head: AnyHead, batch: PackedBatch
 ) -> tuple[Array, Array]:
-    """The loss of each target, and whether it is the most likely token, as `head.token_scores`.
+    """The loss of each target, and whether it is the most likely token, as in `head.token_scores`.
 
     Call this function in `with inference()`.
     """
@@ -44,7 +43,8 @@ def token_scores(
 def _steps(config: ModelConfig, model: Decoder, batch: PackedBatch) -> Iterator[tuple[Array, Array]]:
     """The residual stream of a few tokens after the last block, and their targets."""
     for first, end in zip(batch.starts[:-1], batch.starts[1:], strict=True):
-        cache, slot = KVCache(config, 1, max(1, int(end - first))), np.zeros(1, np.int64)
+        cache, slot = KVCache(config, 1, max(1, int(end - first)), model), np.zeros(1, np.int64)
+        cache.activate(0, batch.ids[first:end])
         for start in range(int(first), int(end), FEW):
             rows = slice(start, min(start + FEW, int(end)))
             count = rows.stop - rows.start

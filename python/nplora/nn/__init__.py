@@ -8,6 +8,7 @@ from nplora.nn.low_rank import LoRALayer
 from nplora.nn.norms import LayerNorm, RMSNorm
 from nplora.nn.sequential import Sequential
 from nplora.nn.stack import stack_backward, stack_forward
+from nplora.nn.trained_rows import TrainedEmbedding, TrainedHead, TrainedRows, TrainedRowsLayer
 
 __all__ = [
     "GELU",
@@ -22,6 +23,10 @@ __all__ = [
     "Sequential",
     "SiLU",
     "Tanh",
+    "TrainedEmbedding",
+    "TrainedHead",
+    "TrainedRows",
+    "TrainedRowsLayer",
     "stack_backward",
     "stack_forward",
 ]

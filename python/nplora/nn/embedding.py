@@ -79,7 +79,7 @@ class Embedding(Module):
             TypeError: ids are not integers.
             ValueError: an id is not in [0, vocab).
         """
-        flat, lead = _ids("Embedding.forward", ids, self.shape[0])
+        flat, lead = token_ids("Embedding.forward", ids, self.shape[0])
         y = self.weight.take(flat) if isinstance(self.weight, FrozenWeight) else self.weight[flat]
         keep = self.trainable and not inferring()
         return y.reshape(*lead, self.shape[1]), EmbeddingSaved(lead, flat if keep else None, layer=self)
@@ -112,7 +112,7 @@ class Embedding(Module):
             raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
         ids = _check.in_range(op, _SAVED_IDS, saved.ids, self.shape[0])
         _check.own(op, saved, self)
-        _add_rows(self.dweight, ids, rows.reshape(-1, self.shape[1]))
+        add_rows(self.dweight, ids, rows.reshape(-1, self.shape[1]))
 
     def __repr__(self) -> str:
         return f"Embedding({self.shape}, dtype={str(self.weight.dtype)!r}, trainable={self.trainable})"
@@ -184,7 +184,7 @@ class LoRAEmbedding(LoRALayer):
             ValueError: an id is not in [0, vocab).
         """
         vocab, dim = self.weight.shape
-        flat, lead = _ids("LoRAEmbedding.forward", ids, vocab)
+        flat, lead = token_ids("LoRAEmbedding.forward", ids, vocab)
         lone, merged = self._lone_weight()
         y = (lone or self.weight).take(flat)
         saved = LoRAEmbeddingSaved(lead, alone=lone is not None, merged=merged, layer=self)
@@ -238,7 +238,7 @@ class LoRAEmbedding(LoRALayer):
         _core.matmul(self.B, du, None, d_rows)
         with quiet():
             d_rows *= self.scale
-        _add_rows(self.dA, ids, d_rows)
+        add_rows(self.dA, ids, d_rows)
         assert self.dB is not None
         _core.add_outer(saved.rows, du, self.scale, self.dB)
 
@@ -250,12 +250,13 @@ class LoRAEmbedding(LoRALayer):
         return Embedding(self._merged_frozen())
 
 
-def _ids(op: str, ids: npt.ArrayLike, vocab: int) -> tuple[Array, tuple[int, ...]]:
+def token_ids(op: str, ids: npt.ArrayLike, vocab: int) -> tuple[Array, tuple[int, ...]]:
+    """Check ids (...); return them as one axis, and their shape."""
     array = _check.in_range(op, "ids", _check.integers(op, "ids", ids), vocab)
     return array.reshape(-1), array.shape
 
 
-def _add_rows(out: Array, ids: Array, rows: Array) -> None:
+def add_rows(out: Array, ids: Array, rows: Array) -> None:
     """Add `rows` to out[ids]. If an id repeats, its rows are summed first, in order."""
     if not ids.size:
         return

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core
+from nplora.nn.active_rows import active_rows
 from nplora.nn.linear import Linear
 from nplora.nn.low_rank import LoRALayer
 from nplora.nn.module import Gradient, Saved, inferring, quiet
@@ -38,6 +39,7 @@ class LoRALinearSaved(Saved):
     u: Array | None = None  # DoRA: the output before rescaling
     gain: Array | None = None  # DoRA: m / ‖row‖
     inverse_norm: Array | None = None
+    active: Array | None = None  # activated LoRA: the rows with the update; z has only these rows
 
 
 class LoRALinear(LoRALayer):
@@ -144,6 +146,10 @@ class LoRALinear(LoRALayer):
     def dropout(self, value: float) -> None:
         self._dropout = _check.probability(type(self).__name__, "dropout", value)
 
+    def settings(self) -> dict[str, Any]:
+        tokens = self.invocation_tokens
+        return super().settings() | ({} if tokens is None else {"invocation_tokens": list(tokens)})
+
     def _start(self, rng: np.random.Generator) -> None:
         super()._start(rng)
         if self.m is not None:
@@ -189,8 +195,11 @@ class LoRALinear(LoRALayer):
         lone, merged = self._lone_weight()
         weight, scale, bias = self._core_terms(lone)
         z, dropout, key, saved = None, 0.0, 0, LoRALinearSaved(lead, layer=self)
+        active = active_rows()
         if lone is not None:
             saved = LoRALinearSaved(lead, alone=True, merged=merged, layer=self)
+        elif active is not None:  # the core computes x Wᵀ, and finish_forward adds the update
+            scale, saved = 0.0, LoRALinearSaved(lead, x=rows, active=active, layer=self)
         elif not inferring():
             z, dropout = buffers.empty((len(rows), self.rank), y.dtype), self.dropout
             key = self._next_key() if dropout else 0
@@ -209,9 +218,43 @@ class LoRALinear(LoRALayer):
 
     def finish_forward(self, y: Array, saved: LoRALinearSaved) -> tuple[Array, LoRALinearSaved]:
         """Return the result of `forward`, after `_core.lora_forward` has filled y."""
-        if self.use_dora and not saved.alone:
+        if saved.active is not None:
+            saved = self._add_update(y, saved, saved.active)
+        elif self.use_dora and not saved.alone:
             y, saved = self._rescale(y, saved, saved.z is not None)
         return y.reshape(*saved.lead, y.shape[1]), saved
+
+    def _add_update(self, y: Array, saved: LoRALinearSaved, active: Array) -> LoRALinearSaved:
+        """Add the update to the active rows of y: y[active] += scale · z Aᵀ with z = x[active] Bᵀ."""
+        assert saved.x is not None
+        z = np.empty((len(active), self.rank), y.dtype)
+        if len(active):
+            update = buffers.empty((len(active), y.shape[1]), y.dtype)
+            _core.matmul(self.B, np.ascontiguousarray(saved.x[active]), None, z)
+            _core.matmul(self.A, z, None, update)
+            with quiet():
+                update *= self.scale
+                y[active] += update
+        return dataclasses.replace(saved, z=None if inferring() else z, x=None if inferring() else saved.x)
+
+    def finish_backward(self, du: Array, saved: LoRALinearSaved, dx: Array | None) -> None:
+        """After `_core.lora_backward`, add the gradients of an update that acted on some rows only."""
+        if saved.active is None or saved.z is None or not len(saved.active):
+            return
+        assert saved.x is not None
+        assert self.dB is not None
+        own = np.ascontiguousarray(du[saved.active])
+        dz = np.empty((len(own), self.rank), du.dtype)
+        _core.matmul_t(self.A, own, dz)
+        with quiet():
+            dz *= self.scale
+        _core.add_outer(own, saved.z, self.scale, self.dA)
+        _core.add_outer(dz, np.ascontiguousarray(saved.x[saved.active]), 1.0, self.dB)
+        if dx is not None:
+            more = buffers.empty((len(own), dx.shape[1]), dx.dtype)
+            _core.matmul_t(self.B, dz, more)
+            with quiet():
+                dx[saved.active] += more
 
     def _inference_state(self) -> tuple[Hashable, ...]:
         own = vars(self)  # decoding calls this for each token, and LiveArray would take most of the time
@@ -264,8 +307,9 @@ class LoRALinear(LoRALayer):
         _check.own("LoRALinear.backward", saved, self)
         part = self.backward_part(rows, saved)
         dx = buffers.empty((len(rows), self.weight.shape[1]), rows.dtype) if need_dx else None
-        if dx is not None or not saved.alone:
+        if dx is not None or (not saved.alone and saved.active is None):
             _core.lora_backward(saved.x, dx, [part])
+        self.finish_backward(rows, saved, dx)
         return None if dx is None else dx.reshape(*saved.lead, dx.shape[1])
 
     def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LoRALinearSaved) -> Array:
@@ -289,13 +333,16 @@ class LoRALinear(LoRALayer):
         if (saved.u is not None) != self.use_dora:
             raise ValueError(f"{op}: saved is from a layer {'without' if self.use_dora else 'with'} DoRA")
         n, (d_out, d_in) = math.prod(saved.lead), self.weight.shape
-        for name, array, width in (("x", saved.x, d_in), ("z", saved.z, self.rank), ("u", saved.u, d_out)):
-            _check.kept(op, name, array, (n, width), self.weight.compute_dtype)
+        updated = n if saved.active is None else len(saved.active)
+        for name, array, shape in (
+            ("x", saved.x, (n, d_in)), ("z", saved.z, (updated, self.rank)), ("u", saved.u, (n, d_out)),
+        ):  # fmt: skip
+            _check.kept(op, name, array, shape, self.weight.compute_dtype)
 
     def backward_part(self, du: Array, saved: LoRALinearSaved) -> _core.BackwardPart:
         """Add to dm; return this layer's argument for `_core.lora_backward`."""
         weight, a, b = self.weight.packed, self.A, self.B
-        if saved.z is None:
+        if saved.z is None or saved.active is not None:
             return _core.BackwardPart(
                 weight=weight, a=a, b=b, scale=0.0, dropout=0.0, key=0, dy=du, z=None, da=None, db=None
             )

@@ -88,6 +88,7 @@ class LoRALayer(Prepared, AdapterLayer):
 
     _dropout = 0.0
     row_order: Array | None = None
+    invocation_tokens: tuple[int, ...] | None = None  # activated LoRA: the tokens from which on it acts
 
     def __init__(
         self,
@@ -311,6 +312,7 @@ class LoRALayer(Prepared, AdapterLayer):
         return self._merged is not None
 
     def _merged_frozen(self) -> FrozenWeight:
+        self._require_mergeable()
         return self._merged or self.weight.like(self._finite_still(self.merged_weight()))
 
     def _finite_still(self, merged: Array) -> Array:
@@ -329,8 +331,16 @@ class LoRALayer(Prepared, AdapterLayer):
     def _finite_factors(self) -> bool:
         return all(np.isfinite(array).all() for array in (self.A, self.B, self.m) if array is not None)
 
+    def _require_mergeable(self) -> None:
+        if self.invocation_tokens is not None:
+            raise ValueError(
+                f"{type(self).__name__}.merge: activated LoRA (aLoRA) acts only from its invocation "
+                "tokens on, so it cannot be merged into the weight"
+            )
+
     def prepare_merge(self, name: str, dtype: str | None) -> tuple[Commit, MergeReport | None]:
         self.require_unmerged("merge")
+        self._require_mergeable()
         report = None
         if dtype is None:
             weight = self._merged_frozen()

@@ -168,6 +168,10 @@ class Module:
 
     task_type: str | None = None  # PEFT's name for the model's task, which is written into saved adapters
 
+    # The layers whose rows can be trained (`TrainedRowsLayer`), and whether the head shares the embedding's.
+    trained_row_layers: tuple[str, ...] = ()
+    ties_head: bool = False
+
     def base_digest(self) -> str | None:
         """Return a text that identifies the frozen model in saved adapters, or None."""
         return None

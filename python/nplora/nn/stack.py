@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core
+from nplora.nn.active_rows import active_rows
 from nplora.nn.linear import Linear
 from nplora.nn.lora_linear import LoRALinear
 from nplora.nn.low_rank import UnloadedLayer
@@ -72,6 +73,9 @@ def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
         layers: one or more LoRALinear or Linear with the same d_in and arithmetic.
         x: contiguous array (n, d_in) in the layers' dtype; the core refuses other arrays.
     """
+    if active_rows() is not None:
+        with inference():
+            return stack_forward(layers, x)[0]
     parts = [part for layer in layers if (part := layer.inference_layer()) is not None]
     if len(parts) == len(layers):
         return _core.infer(x, parts)
@@ -117,6 +121,9 @@ def stack_backward(
     dx = buffers.empty((len(rows[0]), d_in), dtype) if need_dx else None
     x = next((item.x for item in items if item.x is not None), None)
     _core.lora_backward(x, dx, parts)
+    for layer, du, item in zip(layers, rows, items, strict=True):
+        if isinstance(layer, LoRALinear):
+            layer.finish_backward(du, item, dx)
     return None if dx is None else dx.reshape(*items[0].lead, d_in)
 
 

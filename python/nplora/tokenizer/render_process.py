@@ -118,7 +118,7 @@ class RenderProcess:
         return _Child(process, ours, process.stderr)
 
     def _leave(self) -> None:
-        """Forget the process and make a new lock, in the child after a fork.
+        """In the child process after a fork, forget the rendering process and make a new lock.
 
         The process belongs to the parent, and another thread of the parent may have held the old lock.
         """

@@ -53,7 +53,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Cost:
-    """In how many ways a part can match a text of n characters: `choices` times n to the power `degree`."""
+    """The number of ways to match a text of n characters: `choices` times n to the power `degree`."""
 
     degree: int
     choices: int

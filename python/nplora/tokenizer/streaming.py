@@ -9,7 +9,7 @@ _LONGEST = 64  # after this many tokens without a whole character, the bytes are
 class StreamDecoder:
     """Decodes tokens one by one, and never returns a part of a character.
 
-    One UTF-8 character may span several tokens, and a token may begin with a space only if it is not the
+    One UTF-8 character may span several tokens, and a token may lose its leading space when it is decoded
     first. So the last tokens are decoded again together with each new token. `Tokenizer.stream` creates a
     decoder.
 

@@ -67,7 +67,8 @@ class Chat:
 
     Attributes:
         ids: the tokens.
-        turns: for each assistant message (by its index), the positions of its tokens and its end token.
+        turns: for each assistant message (by its index), the positions of the turn's tokens, including the
+            end token.
         unused: "tools" or "documents", if they were given but do not change the rendered text.
     """
 
@@ -162,9 +163,9 @@ class Tokenizer:
                 BOS; some add nothing.
             parse_special: read names such as "<|im_end|>" as special tokens, as needed for the output of
                 `apply_chat_template`. False: read the names as plain text, which is right for untrusted text.
-            most: how many tokens are needed. Of a long text, only the beginning is encoded, and the first
-                `most` tokens are returned. Of a short text, all tokens are returned, even if more than
-                `most`.
+            most: how many tokens are needed. If the text is long, only its beginning is encoded, and the
+                first `most` tokens are returned. If the text is short, all tokens are returned, even if there
+                are more than `most`.
         Returns:
             list of token ids.
         Raises:
@@ -176,7 +177,7 @@ class Tokenizer:
     def _encode_beginning(
         self, text: str, most: int | None, add_special_tokens: bool = False, parse_special: bool = False
     ) -> tuple[list[int], bool]:
-        """Like `encode`, but also return whether these are all tokens (else over `_UNSURE` more follow)."""
+        """Like `encode`, but also return whether these are all tokens. If not, over `_UNSURE` more follow."""
         _require_text(text)
         size = len(text) if most is None else _CHARACTERS * (most + _UNSURE)
         while most is not None and size < len(text):
@@ -215,6 +216,11 @@ class Tokenizer:
             if ids[: len(head)] == head:
                 return ids[len(head) :]
         return self.encode(text, most=most)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of the token with this text, such as "<|im_end|>", or None if there is no such token."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
 
     def decode(self, ids: Iterable[int] | npt.NDArray[Any], skip_special_tokens: bool = False) -> str:
         """Convert tokens to text. Bytes that are not UTF-8 become U+FFFD.
@@ -362,7 +368,7 @@ class Tokenizer:
         indices: list[int],
         most: int | None,
     ) -> dict[int, range]:
-        """The turns, from the chat rendered up to the start and the end of each."""
+        """Find each turn by rendering the chat up to the start and up to the end of the turn."""
         turns = {}
         for index in indices:
             before, _ = self._encode_rendered(self._render(quoted[:index], True, TRAINING_TIME, given), most)
@@ -378,9 +384,10 @@ class Tokenizer:
         return turns
 
     def _end_of_turn(self, said: list[int], begin: int) -> int:
-        """The place after the token that ends the turn. What a template writes after it is never generated.
+        """The position after the token that ends the turn. A model never generates text after this token.
 
-        Some templates write the turn's end and then the text's end, perhaps on a new line.
+        Some templates write an end token of the turn, and then an end token of the text, perhaps on a new
+        line.
         """
         ends = [place for place in range(begin, len(said)) if said[place] in self.eos_ids]
         last = ends.pop() if ends else len(said) - 1
@@ -391,7 +398,7 @@ class Tokenizer:
     def _turns_by_marks(
         self, quoted: list[Message], given: dict[str, Any], text: str, ids: list[int]
     ) -> dict[int, range]:
-        """The turns, from the special tokens around them. Turns that begin after `ids` are left out."""
+        """Find the turns by the special tokens around them. Turns that begin after `ids` are left out."""
         mark = turns_of.mark_of([text])
         marked = self._render(turns_of.with_marks(quoted, mark), False, TRAINING_TIME, given)
         found = turns_of.find_turns(
@@ -440,7 +447,7 @@ class Tokenizer:
             return False
 
     def _require_beginning(self, part: list[int], ids: list[int], is_whole: bool, which: str) -> None:
-        """Check that the first messages alone have the same tokens as at the beginning of the whole chat."""
+        """Check that the whole chat begins with the tokens of the first messages (`part`)."""
         if (part if is_whole else part[: len(ids)]) != ids[: len(part)]:
             raise UnsupportedError(
                 f"{self.source}: the chat template writes the messages {which} (the assistant's) differently "

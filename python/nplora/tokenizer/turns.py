@@ -2,8 +2,8 @@
 
 Many templates write a message differently when other messages follow: Qwen 3 drops the reasoning of earlier
 turns. So a turn cannot always be found by rendering the chat up to it. Here the chat is rendered a second
-time, with marks in place of the messages' own text. The marks show between which special tokens a message is.
-Only the template can write special tokens, so the same tokens bound the message in the first text.
+time, with marks in place of the messages' own text. A mark shows which special tokens stand before and after
+a message. Only the template can write special tokens, so both texts contain the same ones, in the same order.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _MARKS = range(0xE200, 0xE300)  # private characters, which no template changes
 
 
 class Turn(NamedTuple):
-    """Where an assistant's turn is. Special tokens are counted from the beginning of the text.
+    """The place of an assistant's turn. Special tokens are numbered from the beginning of the text.
 
     Attributes:
-        first: the special token that the head begins with, as in "<|im_start|>assistant\\n".
+        first: the number of the special token that the head begins with, as in "<|im_start|>assistant\\n".
         head: the text of the head, which the model does not write itself.
-        last: the special token that ends the turn; None: the end of the text.
+        last: the number of the special token that ends the turn; None: the turn ends with the text.
     """
 
     first: int
@@ -44,7 +44,7 @@ def mark_of(texts: Sequence[str]) -> str:
 
 
 def with_marks(messages: Sequence[Mapping[str, Any]], mark: str) -> list[Mapping[str, Any]]:
-    """The messages with a mark and their number in place of their text."""
+    """Copy the messages, and replace the text of each with its number between two marks."""
     return [_with_mark(message, f"{mark}{index}{mark}") for index, message in enumerate(messages)]
 
 
@@ -63,7 +63,7 @@ def _with_mark(message: Mapping[str, Any], mark: str) -> Mapping[str, Any]:
 
 
 def _named(call: Any, mark: str) -> Any:
-    """The tool call with a mark in place of the name of its function."""
+    """Copy a tool call, and replace the name of its function with a mark."""
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
@@ -83,7 +83,7 @@ def find_turns(
 
     Args:
         messages: the chat.
-        text, marked: the chat as the template writes it, and with marks.
+        text, marked: the chat as the template writes it, without and with marks.
         mark: the character of the marks.
         prompt: what the template writes where the assistant's answer should begin.
         is_end: whether a special token ends a turn.
@@ -124,7 +124,7 @@ def find_turns(
 
 
 def _marked_places(marked: Pieces, mark: str) -> dict[int, list[int]]:
-    """For each message whose mark was written: the numbers of special tokens before each mark, in order."""
+    """Map each marked message to the number of special tokens before each of its marks, in order."""
     places, count = dict[int, list[int]](), 0
     for piece, is_special in marked:
         if is_special:
@@ -139,8 +139,8 @@ def _marked_places(marked: Pieces, mark: str) -> dict[int, list[int]]:
 def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> dict[int, str]:
     """Where the assistant's turns begin: the number of the special token, and the text of the head.
 
-    A prompt may end with text that only the last turn has, such as "<think>". Then a turn begins with a part
-    of the prompt, and the part must be so long that only the assistant's turns begin with it.
+    A prompt may end with text that only the last turn has, such as "<think>". The other turns then begin
+    with only a part of the prompt. This part must be so long that no message of another role begins with it.
     """
     begin = next((place for place, (_, is_special) in enumerate(prompt) if is_special), None)
     if begin is None:
@@ -158,7 +158,7 @@ def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> di
 
 
 def _parts(prompt: Pieces) -> list[Pieces]:
-    """The prompt and its beginnings, the longest first: they end with a line or a special token."""
+    """The beginnings of the prompt that end with a line or a special token, the longest first."""
     parts = list[Pieces]()
     for length in range(len(prompt), 0, -1):
         *before, (piece, is_special) = prompt[:length]
@@ -171,7 +171,7 @@ def _parts(prompt: Pieces) -> list[Pieces]:
 
 
 def _begins(text: Pieces, place: int, head: Pieces) -> bool:
-    """Whether the pieces from `place` on begin with the head."""
+    """Whether the head stands in the text at piece number `place`."""
     *whole, (last, is_special) = head
     end = place + len(whole)
     if end >= len(text) or text[place:end] != whole or text[end][1] != is_special:

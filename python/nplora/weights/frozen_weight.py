@@ -447,6 +447,19 @@ class FrozenWeight:
         """Return a weight from the bytes of its rows, with this weight's `compute`."""
         return FrozenWeight.of_rows(raw, storage, self.shape[1], self._compute_word())
 
+    def with_rows(self, ids: Array, rows: Array) -> FrozenWeight:
+        """Return a copy of this weight in the same storage format, with new values in the rows `ids`.
+
+        The other rows keep their bytes, except that NF4 is quantised again.
+        """
+        if self.dtype not in storages.BLOCKS or self.dtype == "nf4":
+            W = self.to_numpy()
+            W[ids] = rows
+            return FrozenWeight(W, self.dtype, self._compute_word())
+        raw = self._arrays[0].copy()
+        raw[ids] = storages.encode(rows, self.dtype)
+        return self.like_rows(raw, self.dtype)
+
     def _compute_word(self) -> str:
         """The `compute` argument that the constructor takes for this weight."""
         return self.compute if self.rounds else "float32"

@@ -87,6 +87,7 @@ class Adapters:
     rank: int
     use_dora: bool = False
     taken: int = 0  # bytes of the new frozen weights that init="pissa" and "olora" make
+    rows: Mapping[str, int] = dataclasses.field(default_factory=dict)  # layer -> values of its trained rows
     calls: Mapping[str, str] = dataclasses.field(default_factory=dict)  # layer -> the call that computes it
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -120,11 +121,18 @@ class Adapters:
         weights = sum(modules[name].weight.nbytes for name in names)
         return dataclasses.replace(made, taken=weights + _FLOAT * made.numbers)  # with the initial factors
 
+    def with_rows(self, lm: LanguageModel, rows: Mapping[str, Any]) -> Self:
+        """The same layers, and trained rows: layer -> ids of the rows, or None for all rows."""
+        vocab, width = lm.config.vocab_size, lm.config.hidden_size
+        counts = {name: width * (vocab if ids is None else len(ids)) for name, ids in rows.items()}
+        return dataclasses.replace(self, rows=counts)
+
     @property
     def numbers(self) -> int:
         """The number of trained values."""
         magnitudes = sum(d_out for d_out, _ in self.shapes.values()) if self.use_dora else 0
-        return magnitudes + sum(self.rank_of(name) * sum(shape) for name, shape in self.shapes.items())
+        factors = sum(self.rank_of(name) * sum(shape) for name, shape in self.shapes.items())
+        return factors + magnitudes + sum(self.rows.values())
 
     def rank_of(self, name: str) -> int:
         """The rank of a layer."""
@@ -184,7 +192,9 @@ class Adapters:
         Args:
             blocks: the number of blocks, which is returned if no block keeps activations.
         """
-        return 0 if "model.embed_tokens" in self.shapes else min(self._blocks, default=blocks)
+        return (
+            0 if "model.embed_tokens" in {**self.shapes, **self.rows} else min(self._blocks, default=blocks)
+        )
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ class Speed:
         scores = longer * lm.config.head_dim * (forwards * _ATTENTION[0] + trained * _ATTENTION[1])
         factors = sum(adapters.rank_of(name) * sum(shape) for name, shape in adapters.shapes.items())
         low = 6.0 * factors * one.tokens * _LOW_RANK
-        return products + (scores + low) / self.operations + self.head.of(one.targets)
+        whole = 2.0 * max(adapters.rows.values(), default=0) * one.targets  # the gradient of a trained head
+        return products + (scores + low + whole) / self.operations + self.head.of(one.targets)
 
     def inference(self, lm: LanguageModel, tokens: int, targets: int) -> float:
         """The predicted seconds of a forward pass alone."""

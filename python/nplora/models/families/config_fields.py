@@ -75,7 +75,7 @@ def rope_kind(found: Fields) -> str:
 
 
 def rope(found: Fields, theta: float) -> RopeConfig:
-    """The rotation that these fields describe. `theta` is the base if they name none."""
+    """The rotation that these fields describe. `theta` is the base if `rope_theta` is missing."""
     require_whole_rotation(found)
     theta = require_theta(found.source, found.number("rope_theta", theta))
     kind = rope_kind(found)
@@ -106,7 +106,7 @@ def positive(fields: Fields, name: str, default: float | None = None) -> float:
 
 
 def has_window(fields: Fields) -> bool:
-    """Whether there is a sliding window: always, unless the field `sliding_window` is null."""
+    """Whether there is a sliding window. There is none only if the field `sliding_window` is null."""
     return fields.integer_or_null("sliding_window", _WINDOW) is not None
 
 

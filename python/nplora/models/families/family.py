@@ -41,7 +41,7 @@ class TensorSpec:
 
     Attributes:
         name, gguf: the tensor's name in Hugging Face's files, and in GGUF.
-        heads: the number of heads if GGUF reorders the rows of each head (`formats.gguf_rows`), or 0.
+        heads: the number of heads if GGUF reorders the rows of each head (`formats.gguf_rows`), else 0.
         offset: a number to add to the values of Hugging Face's files; GGUF files store the sums.
     """
 

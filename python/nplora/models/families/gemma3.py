@@ -81,7 +81,7 @@ class Gemma3(Family):
         return config_fields.rope(found, fields.number("rope_theta", self.rope_theta))
 
     def _local_rope(self, fields: Fields) -> RopeConfig:
-        """The rotation in layers with a window. Only `rope_parameters` can set a scaling for these."""
+        """The rotation in layers with a window. Only `rope_parameters` can scale this rotation."""
         found = fields.object("rope_parameters").object("sliding_attention")
         return config_fields.rope(found, fields.number("rope_local_base_freq", _LOCAL_THETA))
 

@@ -47,7 +47,7 @@ class ArchitectureMetadata:
 
 
 def heads_of_keys(data: ArchitectureMetadata, default: int) -> int:
-    """The number of key/value heads. A file may list the number of each layer.
+    """The number of key/value heads. A file may list one number for each layer.
 
     Raises:
         UnsupportedError: the layers have different numbers of heads.

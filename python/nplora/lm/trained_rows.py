@@ -1,0 +1,125 @@
+"""The tokens and modules that `add_lora` trains beside the LoRA factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from nplora import _check
+from nplora.adapters.trained_rows import EMBEDDING, HEAD, Ids, rows_to_train
+from nplora.formats.errors import brief, nearest_names
+from nplora.nn.module import Module
+from nplora.tokenizer import Tokenizer
+
+MODULES = {name.rpartition(".")[2]: name for name in (EMBEDDING, HEAD)}
+_MOST_SHOWN = 3
+
+
+class _Model(Protocol):
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def config(self) -> Any: ...
+
+
+def token_list(op: str, tokens: str | Sequence[str | int]) -> tuple[str | int, ...]:
+    """Split a text like "<|im_start|>,2" into texts and ids. A part of digits is an id.
+
+    Raises:
+        TypeError: `tokens` is neither a text nor a list of texts and integers.
+        ValueError: a part is empty.
+    """
+    given: list[Any] = [tokens]
+    if not isinstance(tokens, str):
+        if not isinstance(tokens, Iterable):
+            raise TypeError(
+                f"{op}: trainable_tokens is {_check.kind(tokens)}, expected a list of ids and texts"
+            )
+        given = list(tokens)
+    found = list[str | int]()
+    for item in given:
+        if isinstance(item, str):
+            parts = [part.strip() for part in item.split(",")] if isinstance(tokens, str) else [item]
+            found += [int(part) if isinstance(tokens, str) and part.isdecimal() else part for part in parts]
+        else:
+            found.append(_check.integer(op, "a trainable token", item, least=0))
+    if "" in found:
+        raise ValueError(f"{op}: trainable_tokens is {tokens!r}, expected non-empty texts or ids")
+    return tuple(found)
+
+
+def module_names(op: str, modules: str | Sequence[str]) -> tuple[str, ...]:
+    """Split a text like "embed_tokens,lm_head", and check the names.
+
+    Raises:
+        ValueError: a name is neither "embed_tokens" nor "lm_head".
+        TypeError: `modules` is neither a text nor a list of texts.
+    """
+    given = _check.texts(op, "modules_to_save", [modules] if isinstance(modules, str) else list(modules))
+    names = [name.strip() for text in given for name in text.split(",")]
+    for name in names:
+        _check.choice(op, "modules_to_save", name.removeprefix("model."), MODULES)
+    return tuple(dict.fromkeys(name.removeprefix("model.") for name in names))
+
+
+def token_ids(op: str, tokens: Sequence[str | int], vocab: int, tokenizer: Tokenizer | None) -> Ids:
+    """The ids of tokens, given as ids or texts; None if there are no tokens.
+
+    Raises:
+        ValueError: a text is not a token, an id is not in the vocabulary, or a token is given twice. The
+            message names all of these.
+    """
+    if not tokens:
+        return None
+    problems, ids = list[str](), dict[int, str | int]()
+    for token in tokens:
+        id_ = token if isinstance(token, int) else None if tokenizer is None else tokenizer.id_of(token)
+        if id_ is None:
+            known = [] if tokenizer is None else [text for text in tokenizer.tokens() if text is not None]
+            near = nearest_names(str(token), known)[:_MOST_SHOWN]
+            hint = f" (the nearest: {', '.join(map(repr, near))})" if near else ""
+            problems.append(f"{brief(token)} is not a token of the model{hint}")
+        elif id_ >= vocab:
+            problems.append(f"{brief(token)} is token {id_}, but the vocabulary ends with {vocab - 1}")
+        elif id_ in ids:
+            problems.append(
+                f"{brief(token)} is given twice" + (f", as {id_} and by its text" * (ids[id_] != token))
+            )
+        else:
+            ids[id_] = token
+    if problems:
+        raise ValueError(f"{op}: trainable_tokens: {'; '.join(problems)}")
+    return np.array(list(ids), np.int64)
+
+
+def wanted(
+    lm: _Model,
+    op: str,
+    tokens: str | Sequence[str | int],
+    modules: str | Sequence[str],
+    targets: Iterable[str],
+) -> Mapping[str, Ids]:
+    """The layers of a model whose rows are trained, and these rows.
+
+    Args:
+        targets: the dotted names of the layers that get LoRA factors.
+    Raises:
+        ValueError: as in `token_ids` and `module_names`; or a layer is chosen twice, or has an adapter.
+    """
+    assert isinstance(lm, Module)
+    listed, names = token_list(op, tokens) if tokens else (), module_names(op, modules) if modules else ()
+    if listed and names:
+        whole = ", ".join(names)
+        raise ValueError(f"{op}: modules_to_save trains all tokens of {whole}; leave trainable_tokens out")
+    texts = any(isinstance(token, str) for token in listed)
+    ids = token_ids(op, listed, lm.config.vocab_size, lm.tokenizer if texts else None)
+    found = rows_to_train(lm, ids, tuple(MODULES[name] for name in names))
+    taken = {*targets, *lm.adapter_layers()}
+    shared = {EMBEDDING, HEAD} if found and lm.ties_head else set(found)
+    if both := sorted(shared & taken):
+        raise ValueError(
+            f"{op}: {both[0]} has LoRA factors or trained rows already; its rows cannot be trained as well"
+        )
+    return found

@@ -1,0 +1,63 @@
+"""NewRows: values that replace rows of a weight."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class NewRows:
+    """Values that replace rows of a weight (d_out, d_in). For `Merge`, it is an update like `LoraDelta`.
+
+    Attributes:
+        ids: the numbers of the rows (k,), each once, or None for all rows.
+        values: the new rows (k, d_in).
+        shape: the shape of the whole weight.
+    """
+
+    ids: Array | None
+    values: Array
+    shape: tuple[int, int]
+
+    is_zero = False  # whether the rows differ from the weight's is not known before the weight is read
+
+    @cached_property
+    def _sorted(self) -> tuple[Array, Array]:
+        assert self.ids is not None
+        order = np.argsort(self.ids)
+        return self.ids[order], order
+
+    def within(self, first: int, stop: int) -> tuple[Array, Array]:
+        """The replaced rows among first, ..., stop - 1: their offsets from `first`, and their new values."""
+        if self.ids is None:
+            return np.arange(stop - first), self.values[first:stop]
+        ids, order = self._sorted
+        part = slice(*np.searchsorted(ids, (first, stop)))
+        return ids[part] - first, self.values[order[part]]
+
+    def rows(self, wanted: Array) -> "NewRows":
+        """The change of the rows wanted[0], wanted[1], ... of the weight. `wanted` must be sorted."""
+        shape = (len(wanted), self.shape[1])
+        if self.ids is None:
+            return NewRows(None, self.values[wanted], shape)
+        kept = np.isin(self.ids, wanted)
+        return NewRows(np.searchsorted(wanted, self.ids[kept]), self.values[kept], shape)
+
+    def apply(self, rows: Array, first: int) -> Array:
+        """Apply the change to `rows`, the rows of the weight from number `first` on, in a new array."""
+        merged = rows.copy()
+        places, values = self.within(first, first + len(rows))
+        merged[places] = values
+        return merged
+
+    def delta(self, rows: Array, first: int) -> Array:
+        """Return the exact change of these rows, in float64. `rows` and `first` are as in `apply`."""
+        delta = np.zeros(rows.shape)
+        places, values = self.within(first, first + len(rows))
+        delta[places] = values.astype(np.float64) - rows[places]
+        return delta

@@ -1,0 +1,50 @@
+"""Where activated LoRA (aLoRA) begins to act: at the last occurrence of its invocation tokens.
+
+The tokens before it are computed with the base model alone, as in PEFT. A sequence without the invocation
+tokens is computed with the base model as a whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.nn import LoRALinear
+from nplora.nn.module import Module
+
+Array = npt.NDArray[Any]
+
+NEVER = np.iinfo(np.int64).max  # the start of a sequence without the invocation tokens
+
+
+def invocation_of(model: Module) -> tuple[int, ...] | None:
+    """The invocation tokens of a model's adapter, or None if the adapter is not an activated LoRA."""
+    layers = model.adapter_layers().values()
+    return next((layer.invocation_tokens for layer in layers if isinstance(layer, LoRALinear)), None)
+
+
+def start_of(ids: Array, invocation: tuple[int, ...]) -> int:
+    """The position of the last occurrence of the invocation tokens in one sequence, or NEVER."""
+    if len(ids) < len(invocation):
+        return int(NEVER)
+    windows = np.lib.stride_tricks.sliding_window_view(ids, len(invocation))
+    found = np.flatnonzero((windows == np.array(invocation)).all(axis=1))
+    return int(found[-1]) if len(found) else int(NEVER)
+
+
+def active_in(ids: Array, starts: Array, invocation: tuple[int, ...]) -> Array:
+    """The rows of packed sequences on which the adapter acts.
+
+    Args:
+        ids: the tokens (n,).
+        starts: the start of each sequence, and n.
+    """
+    parts = [np.empty(0, np.int64)]
+    for begin, end in itertools.pairwise(starts):
+        start = start_of(ids[begin:end], invocation)
+        if start < end - begin:
+            parts.append(np.arange(begin + start, end))
+    return np.concatenate(parts)

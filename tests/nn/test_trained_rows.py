@@ -1,0 +1,166 @@
+"""TrainedEmbedding and TrainedHead against plain NumPy in float64, and what merging makes of them."""
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+import reference
+from nplora import FrozenWeight
+from nplora.nn import TrainedEmbedding, TrainedHead, TrainedRows
+
+VOCAB, DIM = 11, 6
+IDS = np.array([[3, 0, 3], [10, 7, 3]])
+TOKENS = [7, 3]  # not in the order of the rows
+
+
+def some_weight(rng: np.random.Generator, dtype: str = "float64") -> FrozenWeight:
+    return FrozenWeight(rng.standard_normal((VOCAB, DIM)), dtype)
+
+
+def table_of(weight: FrozenWeight, rows: TrainedRows) -> np.ndarray[Any, Any]:
+    table = weight.to_numpy()
+    table[slice(None) if rows.ids is None else rows.ids] = rows.value
+    return table
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, None])
+def test_an_embedding_and_a_head_compute_with_the_trained_rows(tokens: Any, rng: np.random.Generator) -> None:
+    weight, bias = some_weight(rng), rng.standard_normal(VOCAB)
+    rows = TrainedRows(weight, tokens)
+    embedding, head = TrainedEmbedding(weight, rows), TrainedHead(weight, rows, is_tied=True, bias=bias)
+    x = rng.standard_normal((2, 5, DIM))
+    np.testing.assert_array_equal(embedding(IDS), weight.to_numpy()[IDS])
+    rows.value += rng.standard_normal(rows.value.shape)
+    table = table_of(weight, rows)
+    np.testing.assert_array_equal(embedding(IDS), table[IDS])
+    np.testing.assert_allclose(head(x), x @ table.T + bias, rtol=1e-12, atol=1e-12)
+    with embedding.disable_adapter(), head.disable_adapter():
+        np.testing.assert_array_equal(embedding(IDS), weight.to_numpy()[IDS])
+        np.testing.assert_allclose(head(x), x @ weight.to_numpy().T + bias, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, None])
+def test_gradients_match_central_differences(tokens: Any, rng: np.random.Generator) -> None:
+    weight = some_weight(rng)
+    rows = TrainedRows(weight, tokens)
+    embedding, head = TrainedEmbedding(weight, rows), TrainedHead(weight, rows, is_tied=True)
+    c = rng.standard_normal((2, 3, VOCAB))
+    x, saved = embedding.forward(IDS)
+    saved_head = head.forward(x)[1]
+    kept = c.copy()
+    embedding.backward(head.backward(kept, saved_head), saved)
+    np.testing.assert_array_equal(kept, c)  # the caller's array is not changed
+    pairs = [(rows.value, rows.grad)]
+    assert reference.gradient_error(lambda: float((c * head(embedding(IDS))).sum()), pairs, rng) <= 1e-6
+
+
+def test_the_gradient_of_the_input_does_not_use_the_frozen_copies(rng: np.random.Generator) -> None:
+    """Also if such a row is much larger than the others, as the row of an untrained token may be."""
+    W = rng.standard_normal((VOCAB, DIM))
+    W[3] = 1e7
+    weight = FrozenWeight(W)
+    rows = TrainedRows(weight, [3])
+    rows.value[...] = 1
+    dy = rng.standard_normal((4, VOCAB))
+    head = TrainedHead(weight, rows)
+    dx = head.backward(dy, head.forward(rng.standard_normal((4, DIM)))[1])
+    np.testing.assert_allclose(dx, dy @ table_of(weight, rows), rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_layer_has_no_parameters_of_its_own(rng: np.random.Generator) -> None:
+    weight = some_weight(rng, "float32")
+    rows = TrainedRows(weight, TOKENS)
+    net = nplora.Sequential(TrainedEmbedding(weight, rows), TrainedHead(weight, rows, is_tied=True))
+    assert [(p.name, p.value.shape) for p in net.parameters()] == [("0.rows", (2, DIM))]
+    assert (net.num_trainable, net.num_parameters) == (2 * DIM, (VOCAB + 2) * DIM)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert twin[0].rows is twin[1].rows
+        twin[0].rows.value[...] = 9
+        assert not (rows.value == 9).any()
+
+
+def test_a_disabled_layer_gets_no_gradient(rng: np.random.Generator) -> None:
+    weight = some_weight(rng)
+    rows = TrainedRows(weight, TOKENS)
+    head = TrainedHead(weight, rows)
+    rows.value[...] = 5
+    with head.disable_adapter():
+        y, saved = head.forward(rng.standard_normal((4, DIM)))
+        dx = head.backward(np.ones_like(y), saved)
+    np.testing.assert_allclose(dx, np.ones((4, VOCAB)) @ weight.to_numpy())
+    assert not rows.grad.any()
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "q8_0", "q4_k"])
+@pytest.mark.parametrize("dtype", [None, "same", "bfloat16"])
+@pytest.mark.parametrize("tokens", [TOKENS, None])
+def test_merged_rows_are_rounded_to_the_storage(
+    storage: str, dtype: str | None, tokens: Any, rng: np.random.Generator
+) -> None:
+    weight = FrozenWeight(rng.standard_normal((VOCAB, 256)), storage)
+    rows = TrainedRows(weight, tokens)
+    net = nplora.Sequential(TrainedEmbedding(weight, rows), TrainedHead(weight, rows, is_tied=True))
+    rows.value += rng.standard_normal(rows.value.shape).astype("f4")
+    exact, before = table_of(weight, rows), net(IDS)
+    reports = net.merge(dtype)
+    stored = storage if dtype == "same" else dtype
+    numbers = np.arange(VOCAB) if tokens is None else np.array(tokens)
+    rounded = exact.copy()
+    if stored is not None:
+        rounded[numbers] = FrozenWeight(exact[numbers], stored).to_numpy()
+    np.testing.assert_array_equal(net[0](np.arange(VOCAB)), rounded)
+    assert [report.storage for report in reports] == ([] if stored is None else [stored])
+    with pytest.raises(ValueError, match="read-only"):
+        rows.value[0] = 1
+    merged = net(IDS)
+    net.unmerge()
+    np.testing.assert_array_equal(net(IDS), before)
+    net.merge(dtype)
+    net.merge_and_unload()
+    assert net[0].weight is net[1].weight
+    assert net.adapter_layers() == {}
+    whole = stored or ("float32" if storage in ("q8_0", "q4_k") else storage)
+    assert net[0].weight.dtype == whole
+    expected = FrozenWeight(exact, whole).to_numpy()
+    if dtype == "same" and tokens is not None:
+        expected = rounded  # the other rows keep their bytes
+    np.testing.assert_array_equal(net[0](np.arange(VOCAB)), expected)
+    np.testing.assert_allclose(net(IDS), merged, rtol=0, atol=0.1 * np.abs(merged).max())
+
+
+def test_bad_ids_are_refused(rng: np.random.Generator) -> None:
+    weight = some_weight(rng)
+    for ids, words in (
+        ([], "ids is empty, expected at least one row"),
+        ([3, 1, 3], "row 3 occurs twice in ids"),
+        ([VOCAB], f"{VOCAB}"),
+        ([-1], "-1"),
+    ):
+        with pytest.raises(ValueError, match=f"TrainedRows: .*{words}"):
+            TrainedRows(weight, ids)
+    with pytest.raises(TypeError, match="TrainedRows: ids has dtype float64, expected integers"):
+        TrainedRows(weight, [1.5])
+
+
+def test_a_pass_that_kept_nothing_has_no_gradient(rng: np.random.Generator) -> None:
+    weight = some_weight(rng)
+    layer = TrainedEmbedding(weight, TrainedRows(weight, TOKENS))
+    other = TrainedEmbedding(weight, layer.rows)
+    y, saved = layer.forward(IDS)
+    with pytest.raises(ValueError, match="another TrainedEmbedding"):
+        other.backward(y, saved)
+    layer.merge()
+    y, saved = layer.forward(IDS)
+    with pytest.raises(RuntimeError, match="the layer is merged"):
+        layer.backward(y, saved)
+    layer.unmerge()
+    with pytest.raises(RuntimeError, match="merged in this forward pass"):
+        layer.backward(y, saved)
+    with nplora.nn.module.inference():
+        y, saved = layer.forward(IDS)
+    with pytest.raises(RuntimeError, match="inference mode"):
+        layer.backward(y, saved)

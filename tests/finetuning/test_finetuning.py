@@ -660,7 +660,8 @@ def test_a_resumed_run_does_not_measure_the_baseline_again(
         other = finetune(model, data, **{**options, "sample": ("x",)}, steps=9, resume=True)
     assert __file__ in {warning.filename for warning in caught}
     assert (other.loss_before, other.samples[0].before) == (None, "")
-    assert f"validation loss {other.loss_after:.4f}\n" in str(other)
+    assert f"validation loss {other.loss_after:.4f} (step 9" in str(other)
+    assert other.loss_after == evaluate(model, data, adapter=tmp_path / "out")["loss"]
     (data / "valid.jsonl").unlink()
     with (
         pytest.warns(UserWarning, match="total_steps was 9, is 10"),

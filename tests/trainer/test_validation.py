@@ -218,6 +218,13 @@ def test_a_resumed_run_has_the_metrics_of_all_evaluations(step: int, log: str, t
     assert all(math.isnan(record.val_metrics["nothing"]) for record in history.evaluations)
 
 
+def test_the_epochs_of_a_log_without_evaluations_give_theirs_with_the_metrics() -> None:
+    row = {"event": "epoch", "epoch": 1, "step": 4, "loss": 2.0, "val_loss": 1.5, "val_accuracy": None}
+    history = History()
+    history.add_log(json.dumps({**row, "seconds": 1.0, "val_metrics": {"kl": 0.25}}).encode(), 4, 1)
+    assert history.evaluations == [EvaluationRecord(4, 1, 1.5, None, 0.0, {"kl": 0.25})]
+
+
 def test_metrics_of_an_evaluation_that_are_not_numbers_are_refused() -> None:
     history = History()
     row = {"step": 2, "epoch": 1, "val_loss": 1.0, "val_accuracy": None, "seconds": 0.5}
@@ -226,6 +233,24 @@ def test_metrics_of_an_evaluation_that_are_not_numbers_are_refused() -> None:
     for wrong in ([1], {"kl": "x"}, None):
         with pytest.raises(TypeError, match="the metrics of an evaluation are not numbers by name"):
             history.restore(history.step_columns(), [], [row | {"val_metrics": wrong}])
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_with_other_validation_data_the_best_factors_are_chosen_anew(changed: bool, tmp_path: Path) -> None:
+    """The run moves away from the easy data, whose loss stays far below that of the hard data."""
+    x, _ = data()
+    trainer = Trainer(nplora.LoRALinear(np.eye(3, 6), rank=1, rng=0), "mse", nplora.AdamW(lr=0.1))
+    easy, hard = (x[:4], x[:4, :3]), (x[:4], np.full((4, 3), 9.0, np.float32))
+    usual: dict[str, Any] = {"batch_size": 4, "eval_every": 1, "checkpoint_dir": tmp_path / "run"}
+    trainer.fit(*hard, steps=2, validation=easy, **usual)
+    again = Trainer(nplora.LoRALinear(np.eye(3, 6), rank=1, rng=0), "mse", nplora.AdamW(lr=0.1))
+    with pytest.warns(UserWarning, match="total_steps was 2, is 6"):
+        history = again.fit(*hard, steps=6, validation=hard if changed else easy, resume=True, **usual)
+    assert [record.step for record in history.evaluations] == [1, 2, 3, 4, 5, 6]
+    best = min(history.evaluations[2 * changed :], key=lambda record: record.val_loss)
+    assert (history.best_step, history.best_loss) == (best.step, best.val_loss)
+    assert (best.step > 2) == changed
+    assert again.evaluate(*(hard if changed else easy))["loss"] == pytest.approx(best.val_loss)
 
 
 # ---- when the model is evaluated, and which factors it keeps ----

@@ -116,10 +116,11 @@ def compare(
     """
     chosen = from_arguments("compare", EvaluateOptions, locals())
     named = _named(adapters)
-    lm, judge = read_all("compare", model, data, chosen, progress)
+    lm, judge = read_all("compare", model, data, chosen)
     require_plain("compare", lm)
     say, measured = speaker(progress), dict[str, list[Measured]]()
     made = {name: with_adapters("compare", lm, adapter, any_base) for name, adapter in named.items()}
+    say(str(judge.report))
     for name, system in {BASE: lm, **made}.items():
         measured[name] = judge.measure(system, _recorder(name, record))
         say(f"{name}: loss {shown('loss', measured[name][0].value)}")

@@ -88,22 +88,22 @@ def evaluate(
     4
     """
     chosen = from_arguments("evaluate", EvaluateOptions, locals())
-    lm, judge = read_all("evaluate", model, data, chosen, progress)
+    lm, judge = read_all("evaluate", model, data, chosen)
     if adapter is not None:
         lm = with_adapters("evaluate", lm, adapter, any_base)
         warn_of_form("evaluate", adapter, judge.report.chat, "this text", "chat=True (--chat) does that")
+    speaker(progress)(str(judge.report))
     return evaluation_of(judge.report, judge.measure(lm, record or (lambda entry: None)))
 
 
 def read_all(
-    op: str, model: StrPath | LanguageModel, data: Data, options: EvaluateOptions, progress: bool | None
+    op: str, model: StrPath | LanguageModel, data: Data, options: EvaluateOptions
 ) -> tuple[LanguageModel, Judge]:
-    """Read the model and the data. Print a report of the data."""
+    """Read the model and the data."""
     sources, metrics = sources_of(op, data), metrics_of(op, options.metric)
     lm = opened(op, model, options.compute)
     reading = options.reading(options.max_length or lm.config.max_position_embeddings)
     judge = read_judge(op, lm, sources, reading, metrics, options.max_new_tokens)
-    speaker(progress)(str(judge.report))
     return lm, judge
 
 

@@ -151,6 +151,8 @@ class FinetuneReport:
         evaluations, best = self.history.evaluations, self.history.best_step
         if best is None or len(evaluations) < 2:
             return ""
+        if any(record.val_loss < (self.loss_after or 0) for record in evaluations):  # on other data, before
+            return f" (step {best})"
         return f" (step {best}, the lowest of {len(evaluations)} evaluations)"
 
     def _lost_best(self) -> str:

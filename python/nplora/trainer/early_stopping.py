@@ -53,6 +53,9 @@ class EarlyStopping:
         if best is not None and best["loss"] is not None and self._keeps_factors and not best_factors:
             best = None
         self.best = best
+        if best is None:
+            self.best_factors = {}
+            return
         self._keep(best_factors)
 
     def _keep(self, values: Mapping[str, Array]) -> None:

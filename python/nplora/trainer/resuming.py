@@ -29,7 +29,8 @@ def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
     """The settings of a run, as values that JSON writes and reads without a change.
 
     The settings under "fixed" must be the same when the run is resumed, because the position in the data and
-    the arrays of a checkpoint depend on them. A changed setting under "free" only gives a warning.
+    the arrays of a checkpoint depend on them. A changed setting under "free" only gives a warning. With other
+    validation data, the best factors are chosen anew.
     """
     model, loss, optimizer = setup.model, setup.loss, setup.optimizer
     public = {k: v for k, v in vars(optimizer).items() if not k.startswith("_") and k != "steps"}
@@ -49,6 +50,7 @@ def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
             "clip_norm": setup.clip_norm,
             "total_steps": config.total_steps,
         },
+        "validation": None if config.validation is None else config.validation.identity(),
     }
     result: dict[str, Any] = json.loads(
         json.dumps(settings, default=repr),
@@ -154,6 +156,12 @@ def restored_history(
         warn_user(f"{path}: the run continues with other settings: {changed}")
     checkpoint.warn_if_moved()
     return history, unlogged
+
+
+def has_other_validation(checkpoint: Checkpoint, settings: dict[str, Any]) -> bool:
+    """Whether the run was validated on other data, so that its earlier validation losses do not compare."""
+    then, now = checkpoint.settings.get("validation"), settings["validation"]
+    return then is not None and now is not None and then != now
 
 
 def _refusal(path: object) -> str:

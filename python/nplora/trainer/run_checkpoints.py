@@ -15,6 +15,7 @@ from nplora.trainer.resuming import (
     NONFINITE,
     failure_record,
     first_few,
+    has_other_validation,
     restored_history,
     settings_of,
     starting_point,
@@ -79,6 +80,8 @@ class RunCheckpoints:
         except ValueError as error:
             raise type(error)(f"{error}; --overwrite (overwrite=True) starts a new run") from error
         self._state.continue_from(checkpoint, history)
+        if has_other_validation(checkpoint, self._settings):
+            self._state.early_stopping.continue_from(None, {})
         self._note_saved()
         self._directory.cut_log(checkpoint.log_bytes)
         for event, record in unlogged:

@@ -33,8 +33,8 @@ AlignedBuffer BufferCache::take(size_t bytes) {
   return buffer;
 }
 
-// Makes room for a new buffer of `bytes`: frees idle buffers, the largest first, until used, idle and new
-// memory together do not exceed the peak of the used memory. The new buffer counts as used in this peak.
+// Makes room for a new buffer of `bytes`: frees idle buffers, the largest first, until the sum of used, idle
+// and new memory is at most the peak of used memory. The new buffer counts as used in this peak.
 void BufferCache::make_room(size_t bytes) {
   const size_t most = std::max(most_used_, used_bytes_ + bytes);
   while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {

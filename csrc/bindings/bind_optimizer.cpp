@@ -98,7 +98,7 @@ const std::vector<Trained>& collect(const py::tuple& parameters, const py::tuple
 }
 
 // Calls step(scale) without the GIL. If max_norm is given, the scale is first lowered so that the norm of the
-// gradients is at most max_norm. Returns the norm before the scale was lowered. If the norm is not finite,
+// gradients is at most max_norm. Returns the norm under the scale that was given. If the norm is not finite,
 // `step` is not called.
 template <class Step>
 std::optional<double> clip_and_step(const std::vector<Trained>& parameters, double scale,

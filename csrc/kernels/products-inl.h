@@ -133,8 +133,9 @@ template <class E>
 inline constexpr size_t kL1BlockBytes =
     kValuesPerElement<E> == 1 && kPanelVectors > kOutputVectors ? size_t{24} << 10 : 0;
 
-// Returns a Fetch for wide tiles. Wide tiles prefetch one cache line at each step, and never later rows of
-// `w`. In the Fetch for wide tiles, the member `each` is the distance from one line to the next, in bytes.
+// Returns a Fetch for wide tiles. At each step, a wide tile prefetches one cache line, at the next address
+// that its Fetch gives. In this Fetch, the member `each` is the distance from one line to the next, in
+// bytes.
 inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
   return Fetch::memory(from, lines, bytes);
 }

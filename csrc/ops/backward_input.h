@@ -6,7 +6,7 @@
 
 namespace nplora {
 
-// Computes dx with products of elements E and blocks of the weight in elements W.
+// Computes dx. E is the element type of the products, and W the element type of the weight's blocks.
 template <class E, class W>
 class InputGradient {
  public:

@@ -123,8 +123,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_data(parser: argparse.ArgumentParser, directory: str = "train.jsonl and perhaps valid.jsonl") -> None:
     text = (
-        f"file of rows (.jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow), or directory with {directory}; "
-        "and how often an epoch has each example (default: 1); repeatable"
+        f"file of rows (.jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow), or directory with {directory}. "
+        "WEIGHT is the number of times that an epoch uses each example (default: 1). Repeatable"
     )
     parser.add_argument(
         "--data", metavar="FILE[:WEIGHT]", type=weighted_path, action="append", required=True, help=text

@@ -336,7 +336,10 @@ def require_ours(directory: StrPath, overwrite: bool) -> None:
             continue
         with files.reading(path, follow_links=False) as reader:
             if not (overwrite or is_ours(reader)):
-                reason = f"the file does not belong to a LoRA adapter; {files.OTHER_OR} replaces it"
+                reason = (
+                    "the file does not belong to a LoRA adapter; name another directory, or replace the file "
+                    "with --overwrite (overwrite=True)"
+                )
                 raise FileExistsError(errno.EEXIST, reason, files.name(path))
 
 

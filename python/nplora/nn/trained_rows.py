@@ -239,7 +239,7 @@ class TrainedRowsLayer(AdapterLayer):
 
 
 def _nothing() -> None:
-    """The commit of a layer whose rows another layer merges."""
+    """Commit nothing: another layer merges the rows that this layer shares with it."""
 
 
 def _rounded(

@@ -76,9 +76,9 @@ class MergeCheck:
     """How well merged and unmerged outputs agree on the changed images of the held-out digits.
 
     Attributes:
-        difference: how much merging changes one element of a layer's output: the element whose change is
-            nearest to its `bound`.
-        bound: how much rounding alone can change that element.
+        difference: the change of one element of a layer's output by merging. It is the element whose change
+            is nearest to its `bound`.
+        bound: the largest change of that element that rounding alone can make.
         logits: the largest change of the network's logits by merging.
     """
 

@@ -38,8 +38,8 @@ class Judge:
         report: a summary of the data.
         metrics: the metrics of generated answers.
         max_new_tokens: the maximum length of an answer.
-        dataset: the examples, unless the rows are multiple-choice questions.
-        choices: these questions.
+        dataset: the examples to compute a loss on; None if the rows are multiple-choice questions.
+        choices: the multiple-choice questions; empty if the rows are others.
         asked: the prompts to answer.
     """
 

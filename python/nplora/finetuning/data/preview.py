@@ -167,7 +167,7 @@ def preview(
         Other errors: see `read_dataset`.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
-    >>> print(nplora.data.preview("train.jsonl", tokenizer, examples=1))
+    >>> print(nplora.data.preview("train.jsonl", tokenizer, examples=0))
     train.jsonl (completion): 16 examples, 116 tokens (42 in the loss)
     <BLANKLINE>
       tokens  examples
@@ -176,11 +176,6 @@ def preview(
            8         0
            9         5  ##################################
       median         7
-    <BLANKLINE>
-    The first examples; what is trained is between [[ and ]]:
-    <BLANKLINE>
-    train.jsonl, line 1: 6 tokens, 2 trained
-    0+0=[[0<|end|>]]
     """
     op = "preview"
     options = ReadOptions(max_length, learn, format, columns or {}, chat, op=op)

@@ -35,7 +35,7 @@ class NploraLM(LM):  # type: ignore[misc]
     """A language model with an adapter, for lm-evaluation-harness.
 
     Contexts that several continuations share are computed once. A text that is too long loses its beginning,
-    as with the harness's own models. The text of a special token, such as <|end|>, is read as this token.
+    as with the harness's own models. The text of a special token, such as `<|end|>`, is read as this token.
 
     Args:
         pretrained: a GGUF file, a Hugging Face directory, or a loaded `LanguageModel`.

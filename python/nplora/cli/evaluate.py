@@ -96,9 +96,11 @@ class _Recorder:
         self._stream: TextIO | None = None
 
     def __call__(self, entry: dict[str, Any]) -> None:
+        from nplora.finetuning.judging.results import json_values
+
         if self._stream is None:
             self._stream = open(self._file, "x", encoding="utf-8")  # noqa: SIM115  # see `close`
-        self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._stream.write(json.dumps(json_values(entry), ensure_ascii=False, allow_nan=False) + "\n")
 
     def close(self) -> None:
         if self._stream is not None:

@@ -154,7 +154,7 @@ class CsvReporter(Reporter):
         self._directory.mkdir(parents=True, exist_ok=True)
         self._path = self._directory / "metrics.csv"
         rows = self._rows_before(run)
-        settings = json.dumps(self._settings, indent=2) + "\n"
+        settings = json.dumps(self._settings, indent=2, allow_nan=False) + "\n"
         files.replace([_new_file(self._directory / "settings.json", settings)])
         self._begin(rows)
 

@@ -209,8 +209,8 @@ def read_rows(data: bytes) -> None:
     """A letter for the kind of file, then a file of training data."""
     suffix = ROW_FILES.get(data[:1].decode(errors="replace"), ".jsonl")
     path = file(f"train{suffix}", data[1:])
-    for ids, labels in read_dataset(path, _tokenizer(), max_length=8, skip_bad=True):
-        assert 2 <= len(ids) == len(labels) <= 8
+    for ids, labels in read_dataset(path, _tokenizer(), max_length=512, skip_bad=True):
+        assert 2 <= len(ids) == len(labels) <= 512
 
 
 @functools.cache

@@ -6,6 +6,7 @@ several files, zero bytes separate them.
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import math
 import tempfile
@@ -201,8 +202,9 @@ def read_checkpoint(data: bytes) -> None:
     assert all(record.step <= state["step"] for record in [*history.steps, *history.evaluations])
 
 
-ROW_FILES = {"a": ".json", "c": ".csv", "s": ".tsv", "t": ".txt", "z": ".jsonl.gz", "y": ".json.gz",
-             "p": ".parquet", "w": ".arrow"}  # fmt: skip
+ROW_FILES = {"a": ".json", "c": ".csv", "s": ".tsv", "t": ".txt", "z": ".jsonl.gz", "y": ".json.gz"}
+if importlib.util.find_spec("pyarrow"):
+    ROW_FILES |= {"p": ".parquet", "w": ".arrow"}
 
 
 def read_rows(data: bytes) -> None:

@@ -504,3 +504,10 @@ def test_a_lost_log_keeps_the_last_evaluations(tmp_path: Path) -> None:
     assert outcome(second, history) == expected
     log = plot.read_log(tmp_path / "log.jsonl")
     assert [record["step"] for record in log.evaluations] == [3, 4, 6, 8, 9, 12, 15, 16, 18]
+
+
+def test_an_evaluation_after_the_step_of_the_checkpoint_is_dropped() -> None:
+    history = History()
+    history.evaluations += [EvaluationRecord(step, 1, 0.5, None, 1.0, {}) for step in (0, 2, 3)]
+    history.add_log(b"", step=2, epoch=1)
+    assert [record.step for record in history.evaluations] == [2]

@@ -280,7 +280,8 @@ class History:
         self.epochs[:] = [epochs[number] for number in sorted(epochs) if 0 < number <= epoch]
         validated = [(e, e.val_loss) for e in self.epochs if e.val_loss is not None and e.step < first]
         evaluations = {e.step: _of_epoch(e, loss) for e, loss in validated} | evaluations
-        self.evaluations[:0] = [evaluations[number] for number in sorted(evaluations)]
+        known = [*(evaluations[number] for number in sorted(evaluations)), *self.evaluations]
+        self.evaluations[:] = [record for record in known if 0 < record.step <= step]
 
 
 def last_logged(log: bytes, event: str) -> dict[str, Any]:

@@ -378,10 +378,10 @@ class FinetuneOptions:
         return _reading(self, max_length, op)
 
 
-def _same_option(name: str) -> Any:
-    """An option of `finetune`, without its group."""
+def _same_option(name: str, **more: Any) -> Any:
+    """The option of `finetune` with this name. `more` replaces parts of its metadata."""
     field = next(field for field in dataclasses.fields(FinetuneOptions) if field.name == name)
-    return dataclasses.field(default=field.default, metadata={**field.metadata, "group": None})
+    return dataclasses.field(default=field.default, metadata={**field.metadata, **more})
 
 
 @dataclass(frozen=True)
@@ -411,14 +411,8 @@ class EvaluateOptions:
         "(default: the names of the fields decide)",
         choices=(*FORMATS, "choice"),
     )
-    columns: Mapping[str, str] | str | None = _option(
-        _DATA,
-        None,
-        "names of fields in the data, as in prompt=question,completion=answer",
-        kind="columns",
-        metavar="OURS=THEIRS",
-    )
-    chat: bool = _option(_DATA, False, "write prompts and completions with the model's chat template")
+    columns: Mapping[str, str] | str | None = _same_option("columns")
+    chat: bool = _same_option("chat")
     max_length: int | None = _option(
         _DATA, None, "maximum tokens of an example; longer examples are cut (default: the model's context)"
     )
@@ -428,8 +422,8 @@ class EvaluateOptions:
         "tokens in the loss: completion (completions and assistant turns) or all",
         choices=LEARN,
     )
-    skip_bad: bool = _option(_DATA, False, "skip bad lines of the data, and count them")
-    strict: bool = _option(_DATA, False, "refuse examples that are longer than `max_length`")
+    skip_bad: bool = _same_option("skip_bad")
+    strict: bool = _same_option("strict")
     compute: str | None = _option(
         _SPEED,
         None,
@@ -458,12 +452,12 @@ class PreviewOptions:
     """The options of the command `data`, besides the files."""
 
     examples: int = _option(None, 3, "how many of the first examples are shown")
-    format: str | None = _same_option("format")
-    columns: Mapping[str, str] | str | None = _same_option("columns")
-    chat: bool = _same_option("chat")
-    valid_split: float | None = _same_option("valid_split")
-    max_length: int = _same_option("max_length")
-    learn: str = _same_option("learn")
+    format: str | None = _same_option("format", group=None)
+    columns: Mapping[str, str] | str | None = _same_option("columns", group=None)
+    chat: bool = _same_option("chat", group=None)
+    valid_split: float | None = _same_option("valid_split", group=None)
+    max_length: int = _same_option("max_length", group=None)
+    learn: str = _same_option("learn", group=None)
 
 
 @dataclass(frozen=True)
@@ -487,30 +481,18 @@ class TeachOptions:
         "storage type of the log-probabilities: float16 or float32",
         choices=TEACHER_DTYPES,
     )
-    format: str | None = _option(
-        _DATA,
-        None,
-        "format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default: the "
-        "names of the fields decide)",
-        choices=FORMATS,
-    )
-    columns: Mapping[str, str] | str | None = _option(
-        _DATA,
-        None,
-        "names of fields in the data, as in prompt=question,completion=answer",
-        kind="columns",
-        metavar="OURS=THEIRS",
-    )
-    chat: bool = _option(_DATA, False, "write prompts and completions with the model's chat template")
-    max_length: int = _option(_DATA, 1024, "maximum tokens of an example; longer examples are cut")
+    format: str | None = _same_option("format")
+    columns: Mapping[str, str] | str | None = _same_option("columns")
+    chat: bool = _same_option("chat")
+    max_length: int = _same_option("max_length")
     learn: str = _option(
         _DATA,
         "completion",
         "tokens to predict: completion (completions and assistant turns) or all",
         choices=LEARN,
     )
-    skip_bad: bool = _option(_DATA, False, "skip bad lines of the data, and count them")
-    strict: bool = _option(_DATA, False, "refuse examples that are longer than `max_length`")
+    skip_bad: bool = _same_option("skip_bad")
+    strict: bool = _same_option("strict")
     compute: str | None = _option(
         _SPEED,
         None,

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nplora import _check
 from nplora.adapters.merged_tensors import MergedTensors, merge_of, possible_storages
 from nplora.adapters.sources import Source
 from nplora.formats import files, model_directory
@@ -218,6 +219,16 @@ def _loadable(model: ModelFiles, base: StrPath, weights: Path) -> Iterator[Path]
     else:
         with model_directory.linked(model_directory.of(base), weights) as directory:
             yield directory
+
+
+def require_check(check: object) -> Check | None:
+    """Raise TypeError if the check is not a function. The message says how data become one."""
+    if check is None or callable(check):
+        return check
+    raise TypeError(
+        f"merge: check is {_check.kind(check)}, expected a function; nplora.finetuning.held_out_loss(data) "
+        "makes one of held-out data"
+    )
 
 
 def require_tolerance(tolerance: float) -> float:

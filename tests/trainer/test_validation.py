@@ -276,6 +276,49 @@ def test_the_model_keeps_the_factors_of_the_lowest_loss(patience: int | None) ->
     assert history.best_loss == history.evaluations[2].val_loss
 
 
+class Copies(Callback):
+    """The copies of the best factors at the end."""
+
+    def on_fit_end(self, run: Run) -> None:
+        self.found = dict(run._state.early_stopping.copies)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "are_copied"),
+    [
+        ({"epochs": 1}, False),
+        ({"steps": 3}, False),
+        ({"steps": 3, "eval_every": 3}, False),
+        ({"epochs": 2}, True),
+        ({"steps": 3, "eval_every": 2}, True),
+        ({"epochs": 2, "keep": "last"}, False),
+    ],
+)
+def test_the_best_factors_are_copied_only_if_steps_follow(
+    arguments: dict[str, Any], are_copied: bool, tmp_path: Path
+) -> None:
+    seen, copies = Seen(), Copies()
+    trainer = trainer_of(0, seen, copies)
+    history = fit(trainer, **{"steps": None, "eval_every": None, **arguments})
+    assert bool(copies.found) == are_copied
+    if history.best_step is not None:
+        assert values(trainer) == seen.factors[history.best_step]
+
+
+def test_a_checkpoint_has_the_best_factors_that_were_never_copied(tmp_path: Path) -> None:
+    seen = Seen()
+    options: dict[str, Any] = {"steps": None, "eval_every": None, "checkpoint_dir": tmp_path}
+    fit(trainer_of(0, seen), epochs=1, **options)
+    with RunDirectory(tmp_path) as directory:
+        assert directory.newest is not None
+        kept = directory.newest.best_parameters
+        assert {name: array.tobytes() for name, array in kept.items()} == seen.factors[4]
+    again = trainer_of(0, seen)
+    with pytest.warns(UserWarning, match="total_steps was 4, is 8"):
+        history = fit(again, epochs=2, resume=True, **options)
+    assert values(again) == seen.factors[history.best_step or 0]
+
+
 def test_the_last_factors_are_kept_on_request() -> None:
     trainer, seen, history = scripted(9, 8, 2, 6, 5, 4, keep="last", patience=3)
     assert (history.ended, history.best_step, history.best_loss) == ("patience", None, None)

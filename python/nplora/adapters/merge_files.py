@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from nplora import _check
 from nplora.adapters import sources
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import Place, Target
-from nplora.adapters.merge_gate import TOLERANCE, Check, MergeGate, Verdict, require_tolerance
+from nplora.adapters.merge_gate import TOLERANCE, Check, MergeGate, Verdict, require_check, require_tolerance
 from nplora.adapters.merged_tensors import STORAGES, MergedTensors, kind_of, possible_storages
 from nplora.adapters.sources import Source
 from nplora.adapters.trained_rows import EMBEDDING, HEAD
@@ -29,6 +30,7 @@ _SHARED = ("embed_tokens", "lm_head")
 _BOTH = "the model's embedding and its output share one weight, so a merge would change both"
 
 
+@_check.keywords
 def merge_adapter(
     base: StrPath,
     adapter: Source,
@@ -37,6 +39,7 @@ def merge_adapter(
     any_base: bool = False,
     overwrite: bool = False,
     lossy: bool = False,
+    *,
     check: Check | None = None,
     tolerance: float = TOLERANCE,
 ) -> ModelMerge:
@@ -44,6 +47,10 @@ def merge_adapter(
 
     Sums are computed in float32 and then rounded to the storage type. Only a block of rows is in memory at a
     time, never a whole weight. The output file is complete on the disk before it appears under its name.
+
+    With `check`, the new model is first written to a temporary file and loaded. Its loss is compared with
+    that of the base model with the adapter attached. If the loss rises by more than the tolerance, the file
+    is removed, and an existing output stays.
 
     Args:
         base: a GGUF file, a safetensors file or index, or a Hugging Face directory.
@@ -54,10 +61,11 @@ def merge_adapter(
             that the output file can hold.
         any_base: see `nplora.adapters`.
         overwrite: replace existing files.
-        lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW.
+        lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW. If `check` is given
+            too, only the loss decides.
         check: a function that takes a model's path and an adapter (or None), and returns the model's loss on
-            held-out data with this adapter. The new model is loaded and measured before it appears under its
-            name. `nplora.merge_adapter` takes the held-out data instead of a function.
+            held-out data with this adapter. `nplora.finetuning.held_out_loss` makes such a function of data.
+            None: the loss is not measured.
         tolerance: the largest accepted rise of the held-out loss, in nats per token. A rise of 0.02 raises
             the perplexity by 2 %.
     Returns:
@@ -72,13 +80,20 @@ def merge_adapter(
             adapter, or is beside an index of other weights; a sum is too large for the storage type; rounding
             to the storage type would keep less than 90 % of ΔW, and `lossy` is not set; or the held-out loss
             would rise by more than `tolerance`. In the last two cases the message names the smallest type, if
-            any, that keeps enough. No output file is written, and an existing file stays.
+            any, that keeps enough. Its loss is measured too. No output file is written, and an existing file
+            stays.
+        TypeError: `check` is not a function.
         FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
             training run (only a .gguf file may be written there).
 
-    >>> merged = nplora.adapters.merge_adapter("model.gguf", "adapter", "merged.gguf")
-    >>> merged.delta_kept > 0.99
-    True
+    >>> check = nplora.finetuning.held_out_loss("valid.jsonl")
+    >>> merged = nplora.merge_adapter("model.gguf", "adapter", "merged.gguf", check=check)
+    >>> merged.delta_kept > 0.99, merged.loss.is_kept
+    (True, True)
+    >>> print(merged)
+    held-out loss unaffected: ...
+    merged.gguf: ... bytes, 14 tensors merged (float32), ... copied
+    ...
     """
     files.require_named("merge", base=base, output=output)
     model = model_files.open(base)
@@ -90,7 +105,7 @@ def merge_adapter(
     merged = MergedTensors(model, updates, dtype)
     for name in merged.merges:
         require_finite(model.source, model.tensors[name])
-    gate = MergeGate(base, lossy, check, require_tolerance(tolerance))
+    gate = MergeGate(base, lossy, require_check(check), require_tolerance(tolerance))
     with _new_directory(Path(output)) if is_directory(output) else contextlib.nullcontext():
         new = merged.new_files(output)
         for file in new:

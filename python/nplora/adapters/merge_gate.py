@@ -229,6 +229,16 @@ def _loadable(model: ModelFiles, base: StrPath, weights: Path) -> Iterator[Path]
             yield directory
 
 
+def require_check(check: object) -> Check | None:
+    """Raise TypeError if the check is not a function. The message says how data become one."""
+    if check is None or callable(check):
+        return check
+    raise TypeError(
+        f"merge: check is {_check.kind(check)}, expected a function; nplora.finetuning.held_out_loss(data) "
+        "makes one of held-out data"
+    )
+
+
 def require_tolerance(tolerance: float) -> float:
     """Raise ValueError or TypeError if the tolerance is not a finite number of at least 0."""
     checked = _check.number("merge", "tolerance", tolerance)

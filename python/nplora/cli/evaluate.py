@@ -59,9 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     from nplora import finetuning
-    from nplora.finetuning.judging.results import json_values
     from nplora.finetuning.judging.tables import evaluation_text, markdown_table
     from nplora.formats.errors import counted
+    from nplora.formats.strict_json import json_values
 
     data = given_data(arguments.data)
     result = finetuning.evaluate(arguments.model, data, adapter=arguments.adapter, **options)
@@ -100,7 +100,7 @@ class _Recorder:
         self._stream: TextIO | None = None
 
     def __call__(self, entry: dict[str, Any]) -> None:
-        from nplora.finetuning.judging.results import json_values
+        from nplora.formats.strict_json import json_values
 
         if self._stream is None:
             self._stream = open(self._file, "x", encoding="utf-8")  # noqa: SIM115  # see `close`

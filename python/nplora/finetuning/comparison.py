@@ -19,7 +19,6 @@ from nplora.finetuning.judging.results import (
     Evaluation,
     difference_of,
     evaluation_of,
-    json_values,
     shown,
 )
 from nplora.finetuning.judging.statistics import Measured
@@ -29,6 +28,7 @@ from nplora.finetuning.options import EvaluateOptions, from_arguments
 from nplora.finetuning.token_progress import speaker
 from nplora.formats.errors import brief
 from nplora.formats.files import StrPath
+from nplora.formats.strict_json import json_values
 from nplora.lm import LanguageModel
 
 _LEFT_OUT = ("token_accuracy", "acc_token")  # metrics without a sentence, because other metrics say the same

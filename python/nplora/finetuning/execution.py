@@ -277,7 +277,8 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
     train, held_out, objective = inputs.train, inputs.held_out, inputs.objective
     read_before = inputs.datasets if objective.has_reference else []
     batches = training_batches(train, options)
-    steps = options.steps or (options.epochs or 1) * -(-batches.length // options.accumulate)
+    steps_of_epoch = -(-batches.length // options.accumulate)
+    steps = options.steps or (options.epochs or 1) * steps_of_epoch
     most = 1 + _MOST_EXAMPLES // len(train) if most_epochs is None else most_epochs
     epochs = min(-(-steps * options.accumulate // batches.length), most)
     lengths, targets = train.lengths, train.targets
@@ -288,7 +289,10 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
         evaluated=max(
             [_largest_evaluation(one) for one in (held_out, *read_before) if one is not None] or [0]
         ),
-        keeps_best=held_out is not None and options.keep == "best",
+        # If only the end of the run is evaluated, its factors need no copy.
+        keeps_best=held_out is not None
+        and options.keep == "best"
+        and min(steps_of_epoch, options.eval_every or steps_of_epoch) < steps,
         prefix_tokens=inputs.tokens if options.keep_prefix == "memory" else 0,
         sequences=train.sequences,
         extra_passes=objective.extra_passes,

@@ -1,4 +1,4 @@
-"""A strict JSON parser for untrusted text, which follows RFC 8259 and serde_json.
+"""Strict JSON: a parser for untrusted text, which follows RFC 8259 and serde_json, and values for a writer.
 
 Unlike Python's own parser, this parser refuses NaN, duplicate keys, lone surrogates and deep nesting.
 """
@@ -125,3 +125,12 @@ def _measured(raw: Bytes) -> tuple[int, Array]:
         begun = depths[_STEP[marks] >= 0].clip(0, MAX_DEPTH + 1)
         counts += np.bincount(begun, minlength=MAX_DEPTH + 2)
     return deepest, counts
+
+
+def json_values(value: Any) -> Any:
+    """The value with None in place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: json_values(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

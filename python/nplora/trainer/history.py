@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.formats.errors import brief, counted
+from nplora.formats.strict_json import json_values
 
 Array = npt.NDArray[Any]
 
@@ -228,11 +229,11 @@ class History:
 
     def epoch_rows(self) -> list[dict[str, Any]]:
         """The last epoch records as dictionaries for JSON. NaN and infinity become None."""
-        return [_finite(record.row()) for record in self.epochs[-KEPT:]]
+        return [json_values(record.row()) for record in self.epochs[-KEPT:]]
 
     def evaluation_rows(self) -> list[dict[str, Any]]:
         """The last evaluation records, in the form of `epoch_rows`."""
-        return [_finite(record.row()) for record in self.evaluations[-KEPT:]]
+        return [json_values(record.row()) for record in self.evaluations[-KEPT:]]
 
     def restore(
         self, columns: Mapping[str, Array], epochs: list[dict[str, Any]], evaluations: list[dict[str, Any]]
@@ -354,14 +355,6 @@ def _measured(columns: list[str], values: Sequence[float]) -> dict[str, float]:
         name.removeprefix(_METRIC): value
         for name, value in zip(columns, values, strict=True)
         if not math.isnan(value)
-    }
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the row with None in place of NaN and infinities, in nested dictionaries too."""
-    return {
-        k: _finite(v) if isinstance(v, dict) else None if isinstance(v, float) and not math.isfinite(v) else v
-        for k, v in row.items()
     }
 
 

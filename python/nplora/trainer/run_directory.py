@@ -23,11 +23,9 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
-
-import numpy as np
 
 from nplora.formats import files, peft_adapter, run_files, safetensors
 from nplora.formats.errors import (
@@ -40,6 +38,7 @@ from nplora.formats.errors import (
 from nplora.formats.files import StrPath
 from nplora.formats.run_files import CHECKPOINTS, LOCK, LOG, REFERENCE, REFERENCE_MARK, holds_run
 from nplora.formats.safetensors import SafetensorsFile
+from nplora.formats.strict_json import json_values
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer import checkpoint as checkpoints
 from nplora.trainer.checkpoint import MARKS, Checkpoint
@@ -382,7 +381,7 @@ class RunDirectory:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line of JSON to the log. NaN and infinity become null."""
-        line = json.dumps(dict(_finite(record.items())), allow_nan=False, separators=(",", ":"))
+        line = json.dumps(json_values(dict(record)), allow_nan=False, separators=(",", ":"))
         data = f"{line}\n".encode()
         if self._first_log is not None:
             self._first_log += data
@@ -420,11 +419,3 @@ class RunDirectory:
 def _unwritable(path: StrPath, error: OSError) -> OSError:
     """Make the error for a run directory that cannot be written. The errno selects the class of the error."""
     return OSError(error.errno, f"the run directory cannot be written: {error.strerror}", files.name(path))
-
-
-def _finite(items: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
-    for name, value in items:
-        if isinstance(value, dict):
-            yield name, dict(_finite(value.items()))
-        else:
-            yield name, None if isinstance(value, float) and not np.isfinite(value) else value

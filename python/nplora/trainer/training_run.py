@@ -165,6 +165,7 @@ class TrainingRun(Run):
             self.log(EVALUATION, record.row())
             state.add_evaluation(record)
             self._stop_if_patience_is_lost()
+            self._keep_best()
         self._call("on_evaluation", record)
 
     def _evaluation(self, epoch: int) -> EvaluationRecord | None:
@@ -189,6 +190,7 @@ class TrainingRun(Run):
             self.log("epoch", record.row())
             state.close_epoch(record, complete)
             self._stop_if_patience_is_lost()
+            self._keep_best()
         if made is not None:
             self._call("on_evaluation", made)
         self._call("on_epoch_end", record)
@@ -196,6 +198,11 @@ class TrainingRun(Run):
     def _stop_if_patience_is_lost(self) -> None:
         if self._ended is None and self._state.early_stopping.is_over:
             self._ended = "patience"
+
+    def _keep_best(self) -> None:
+        """Copy the best factors, unless the run is over, so that the model keeps them anyway."""
+        if not self._is_over():
+            self._state.early_stopping.before_other_factors()
 
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self._callbacks:

@@ -278,7 +278,7 @@ def test_the_model_keeps_the_factors_of_the_lowest_loss(patience: int | None) ->
 
 def test_the_last_factors_are_kept_on_request() -> None:
     trainer, seen, history = scripted(9, 8, 2, 6, 5, 4, keep="last", patience=3)
-    assert (history.ended, history.best_step, history.best_loss) == ("patience", None, None)
+    assert (history.ended, history.best_step, history.best_loss) == ("complete", None, None)
     assert values(trainer) == seen.factors[12]
 
 
@@ -303,6 +303,18 @@ def test_patience_counts_evaluations_and_ends_a_run_within_an_epoch() -> None:
     trainer, seen, history = scripted(validation=data, patience=1, eval_every=1)
     assert (history.ended, len(history.steps), data.read) == ("patience", 3, 3)
     assert [(record.epoch, record.step) for record in history.epochs] == [(1, 3)]
+
+
+@pytest.mark.parametrize("length", [{"epochs": 2}, {"epochs": None, "steps": 7}])
+@pytest.mark.parametrize("eval_every", [None, 1])
+def test_a_run_that_made_all_its_steps_is_complete_even_if_patience_is_lost_at_the_end(
+    length: dict[str, Any], eval_every: int | None
+) -> None:
+    last = length.get("steps", 8)
+    offsets = [1, 2] if eval_every is None else [*range(last, 1, -1), 9]  # only the last loss is higher
+    history = scripted(*offsets, patience=1, eval_every=eval_every, **length)[2]
+    assert len(history.evaluations) == len(offsets)
+    assert (history.ended, len(history.steps), history.epochs[-1].step) == ("complete", last, last)
 
 
 def test_losses_that_are_never_finite_keep_the_last_factors() -> None:

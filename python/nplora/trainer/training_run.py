@@ -119,11 +119,12 @@ class TrainingRun(Run):
             self._close_epoch(complete=False)
 
     def _is_over(self) -> bool:
+        return self._ended is not None or self._is_complete()
+
+    def _is_complete(self) -> bool:
         config = self._config
-        return (
-            self._ended is not None
-            or (config.steps is not None and self.step >= config.steps)
-            or (config.epochs is not None and self.epoch >= config.epochs)
+        return (config.steps is not None and self.step >= config.steps) or (
+            config.epochs is not None and self.epoch >= config.epochs
         )
 
     def _make_steps_of_epoch(self) -> bool:
@@ -194,7 +195,9 @@ class TrainingRun(Run):
         self._call("on_epoch_end", record)
 
     def _stop_if_patience_is_lost(self) -> None:
-        if self._ended is None and self._state.early_stopping.is_over:
+        """End the run early if `patience` is lost, unless all steps are made."""
+        is_last = self._is_complete() or self.step == self.total_steps
+        if self._ended is None and self._state.early_stopping.is_over and not is_last:
             self._ended = "patience"
 
     def _call(self, hook: str, *arguments: Any) -> None:

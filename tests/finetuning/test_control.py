@@ -9,7 +9,7 @@ import pytest
 
 import nplora
 from nplora import cli
-from nplora.finetuning import evaluate, finetune, load_with_adapter, plan
+from nplora.finetuning import FinetuneReport, evaluate, finetune, load_with_adapter, plan
 from nplora.formats.errors import UnsafeError
 from nplora.trainer import Callback, Run, StepRecord
 from small_llama import save_small_llama
@@ -121,6 +121,34 @@ def test_a_stopped_run_saves_its_last_adapter_and_resumes_to_the_best(
     resumed = finetune(model, data, tmp_path / "out", **WILD, resume=True)
     assert factors_of(tmp_path / "out") == factors_of(tmp_path / "whole")
     assert (resumed.loss_after, resumed.history.loss) == (whole.loss_after, whole.history.loss)
+
+
+def hint_of(report: FinetuneReport) -> str:
+    return "".join(line for line in str(report).splitlines() if "--patience 1" in line)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_after_ctrl_c_only_an_adapter_that_is_kept_is_offered(
+    keep: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    options = WILD | {"keep": keep, "steps": 30}
+    stopped = finetune(model, data, tmp_path / "out", **options, callbacks=[StopAfter(17)])
+    losses = {record.step: record.val_loss for record in stopped.history.evaluations}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 16, "the test needs a best evaluation before the last one"
+    assert (f"at step {best}:" in hint_of(stopped)) == (keep == "best")
+    if keep == "best":
+        taken = finetune(model, data, tmp_path / "out", **options, resume=True, patience=1)
+        assert (taken.history.ended, taken.history.best_step) == ("patience", best)
+        assert len(taken.history.steps) == 17
+        return
+    # The run now keeps its best, but those of its first part are gone: the hint names a later one or none.
+    options["keep"] = "best"
+    again = finetune(model, data, tmp_path / "out", **options, resume=True, callbacks=[StopAfter(29)])
+    later = {record.step: record.val_loss for record in again.history.evaluations if record.step > 17}
+    best = min(later, key=later.__getitem__)
+    assert best < 28, "the test needs a best evaluation before the last one"
+    assert f"at step {best}:" in hint_of(again)
 
 
 @pytest.mark.parametrize("option", ["eval_every", "patience"])

@@ -160,6 +160,8 @@ class History:
         best_step, best_epoch, best_loss: the step, the epoch (counted from 1) and the validation loss of the
             evaluation whose factors the model has after the run. All are None if the model has the factors of
             the last step.
+        kept_step: after Ctrl-C, the step of the best evaluation so far, if its factors are kept for the end
+            of the resumed run.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -169,6 +171,7 @@ class History:
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     best_step: int | None = None
     best_loss: float | None = None
+    kept_step: int | None = None
 
     @property
     def interrupted(self) -> bool:

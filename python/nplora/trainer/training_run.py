@@ -97,7 +97,10 @@ class TrainingRun(Run):
     def _finish(self) -> None:
         history = self.history
         history.ended = self._ended or "complete"
-        if not history.interrupted and (best := self._state.early_stopping.restore_best()):
+        stopping = self._state.early_stopping
+        if history.interrupted:
+            history.kept_step = stopping.kept["step"] if stopping.kept else None
+        elif best := stopping.restore_best():
             history.best_step, history.best_epoch = best["step"], best["epoch"]
             history.best_loss = best["loss"]
         if history.steps and not any(record.count for record in history.steps):

@@ -72,7 +72,7 @@ class TrainingRun(Run):
                 raise
 
     def _begin(self, resume: bool) -> None:
-        """Load the directory's checkpoint, or write a first one, so that a disk error appears early."""
+        """Load the directory's checkpoint, or begin the log of a new run."""
         self._state.prepare()
         if self._directory is None:
             return
@@ -83,7 +83,6 @@ class TrainingRun(Run):
             self._stop_if_patience_is_lost()
         else:
             self._checkpoints.begin()
-            self._save(must=True)
 
     def _save_interrupted(self) -> None:
         with self._interrupts.hold():
@@ -111,6 +110,7 @@ class TrainingRun(Run):
 
     def _train(self) -> None:
         self._call("on_fit_start")
+        self._save(must=True)  # only of a new run: a callback that fails to start leaves no run behind
         self._evaluate_if_due()  # a run may have stopped between a step and its evaluation
         while not self._is_over():
             if self._make_steps_of_epoch():

@@ -504,6 +504,27 @@ def test_the_history_of_evaluations_is_rebuilt_from_the_log(tmp_path: Path) -> N
     assert outcome(second, fit(second, **arguments, checkpoint_dir=tmp_path, resume=True)) == expected
 
 
+@pytest.mark.parametrize("log", ["kept", "lost"])
+def test_an_epoch_whose_validation_loss_was_not_finite_stays_different_from_one_without_validation(
+    log: str, tmp_path: Path
+) -> None:
+    x, y = data()
+    nothing = np.full_like(x[:10], np.nan), y[:10]
+    usual = {"eval_every": None, "steps": 14, "checkpoint_dir": tmp_path}
+    fit(trainer_of(0, StopAt(5)), **usual, validation=nothing)  # an epoch has four steps
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if log == "lost" else "error")  # about the history of the steps
+        fit(trainer_of(9, StopAt(9)), **usual, validation=None, resume=True)
+        if log == "lost":
+            (tmp_path / "log.jsonl").write_bytes(b"")
+        history = fit(trainer_of(99), **usual, resume=True)
+    first, second, *rest = (record.val_loss for record in history.epochs)
+    assert first is not None
+    assert math.isnan(first)
+    assert second is None
+    assert all(loss is not None and math.isfinite(loss) for loss in rest)
+
+
 def test_a_lost_log_keeps_the_last_evaluations(tmp_path: Path) -> None:
     whole = trainer_of(0)
     expected = outcome(whole, fit(whole))

@@ -256,7 +256,7 @@ class History:
             steps.append(StepRecord(**values, metrics=_measured(metrics, row[len(names) :])))
         restored = [_restored(EpochRecord, row) for row in epochs]
         self.evaluations[:] = [_restored(EvaluationRecord, row) for row in evaluations]
-        self.steps[:], self.epochs[:] = steps, restored
+        self.steps[:], self.epochs[:] = steps, _validated(restored, self.evaluations)
 
     def add_log(self, log: bytes, step: int, epoch: int) -> None:
         """Add the records of a log up to the given step and epoch; skip lines that are not records.
@@ -285,6 +285,7 @@ class History:
         evaluations = {e.step: _of_epoch(e, loss) for e, loss in validated} | evaluations
         known = [*(evaluations[number] for number in sorted(evaluations)), *self.evaluations]
         self.evaluations[:] = [record for record in known if 0 < record.step <= step]
+        self.epochs[:] = _validated(self.epochs, self.evaluations)
 
 
 def last_logged(log: bytes, event: str) -> dict[str, Any]:
@@ -297,6 +298,21 @@ def last_logged(log: bytes, event: str) -> dict[str, Any]:
         except (ValueError, TypeError, LookupError, RecursionError):
             continue
     return {}
+
+
+def _validated(epochs: Sequence[EpochRecord], evaluations: Sequence[EvaluationRecord]) -> list[EpochRecord]:
+    """The epochs of a log or a checkpoint, with the validation losses that were not finite.
+
+    In JSON such a loss is null, as is the loss of an epoch without validation data. But only the first kind of
+    epoch has an evaluation at its end.
+    """
+    ends = {(record.epoch, record.step): record.val_loss for record in evaluations}
+    return [
+        epoch
+        if epoch.val_loss is not None
+        else dataclasses.replace(epoch, val_loss=ends.get((epoch.epoch, epoch.step)))
+        for epoch in epochs
+    ]
 
 
 def _of_epoch(epoch: EpochRecord, loss: float) -> EvaluationRecord:

@@ -256,6 +256,29 @@ def test_with_other_validation_data_the_best_factors_are_chosen_anew(changed: bo
 # ---- when the model is evaluated, and which factors it keeps ----
 
 
+@pytest.mark.parametrize("changed", [True, False])
+def test_patience_compares_no_losses_of_other_data_also_if_the_run_had_none_in_between(
+    changed: bool, tmp_path: Path
+) -> None:
+    x, _ = data()
+    easy, hard = (x[:4], x[:4, :3]), (x[:4], np.full((4, 3), 9.0, np.float32))
+
+    def run(validation: Any, patience: int | None, *callbacks: Callback) -> History:
+        layer = nplora.LoRALinear(np.eye(3, 6), rank=1, rng=0)
+        trainer = Trainer(layer, "mse", nplora.AdamW(lr=0.1), callbacks=callbacks)
+        return trainer.fit(
+            *hard, steps=6, batch_size=4, validation=validation, patience=patience, keep="last",
+            eval_every=None if validation is None else 1, checkpoint_dir=tmp_path, resume=True,
+        )  # fmt: skip
+
+    run(easy, None, StopAt(2))
+    run(None, None, StopAt(4))
+    history = run(hard if changed else easy, 1)
+    losses = [record.val_loss for record in history.evaluations]
+    assert losses[-1] > losses[0], "the test needs a loss that is higher than the first one"
+    assert (history.ended, len(history.steps)) == (("complete", 6) if changed else ("patience", 4))
+
+
 def test_a_run_is_evaluated_at_steps_and_at_the_ends_of_epochs_but_never_twice() -> None:
     _, seen, history = scripted(9, 8, 7, 6, 5, 4)
     assert [record.step for record in history.evaluations] == [3, 4, 6, 8, 9, 12] == list(seen.factors)

@@ -303,8 +303,8 @@ def last_logged(log: bytes, event: str) -> dict[str, Any]:
 def _validated(epochs: Sequence[EpochRecord], evaluations: Sequence[EvaluationRecord]) -> list[EpochRecord]:
     """The epochs of a log or a checkpoint, with the validation losses that were not finite.
 
-    In JSON such a loss is null, as is the loss of an epoch without validation data. But only the first kind of
-    epoch has an evaluation at its end.
+    In JSON such a loss is null, as is the loss of an epoch without validation data. But only an epoch of the
+    first kind has an evaluation at its end.
     """
     ends = {(record.epoch, record.step): record.val_loss for record in evaluations}
     return [

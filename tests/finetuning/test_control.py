@@ -9,7 +9,7 @@ import pytest
 
 import nplora
 from nplora import cli
-from nplora.finetuning import evaluate, finetune, load_with_adapter, plan
+from nplora.finetuning import FinetuneReport, evaluate, finetune, load_with_adapter, plan
 from nplora.formats.errors import UnsafeError
 from nplora.trainer import Callback, Run, StepRecord
 from small_llama import save_small_llama
@@ -123,6 +123,34 @@ def test_a_stopped_run_saves_its_last_adapter_and_resumes_to_the_best(
     assert (resumed.loss_after, resumed.history.loss) == (whole.loss_after, whole.history.loss)
 
 
+def hint_of(report: FinetuneReport) -> str:
+    return "".join(line for line in str(report).splitlines() if "--patience 1" in line)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_after_ctrl_c_only_an_adapter_that_is_kept_is_offered(
+    keep: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    options = WILD | {"keep": keep, "steps": 30}
+    stopped = finetune(model, data, tmp_path / "out", **options, callbacks=[StopAfter(17)])
+    losses = {record.step: record.val_loss for record in stopped.history.evaluations}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 16, "the test needs a best evaluation before the last one"
+    assert (f"at step {best}:" in hint_of(stopped)) == (keep == "best")
+    if keep == "best":
+        taken = finetune(model, data, tmp_path / "out", **options, resume=True, patience=1)
+        assert (taken.history.ended, taken.history.best_step) == ("patience", best)
+        assert len(taken.history.steps) == 17
+        return
+    # The run now keeps its best, but those of its first part are gone: the hint names a later one or none.
+    options["keep"] = "best"
+    again = finetune(model, data, tmp_path / "out", **options, resume=True, callbacks=[StopAfter(29)])
+    later = {record.step: record.val_loss for record in again.history.evaluations if record.step > 17}
+    best = min(later, key=later.__getitem__)
+    assert best < 28, "the test needs a best evaluation before the last one"
+    assert f"at step {best}:" in hint_of(again)
+
+
 @pytest.mark.parametrize("option", ["eval_every", "patience"])
 def test_options_about_evaluations_need_validation_data(
     option: str, model: Path, data: Path, tmp_path: Path
@@ -155,23 +183,19 @@ def test_callbacks_run_in_a_fine_tuning_run(model: Path, data: Path, tmp_path: P
 
     options = WILD | {"steps": 2}
     finetune(model, data, tmp_path / "out", **options, callbacks=[Noted()])
-    assert (
-        calls[1:]
-        == [
-            "on_fit_start",
-            "on_checkpoint",
-            "on_before_optimizer_step",
-            "on_step_end",
-            "on_checkpoint",
-            "on_before_optimizer_step",
-            "on_step_end",
-            "on_evaluation",
-            "on_checkpoint",
-            "on_epoch_end",
-            "on_fit_end",
-        ]
-        or calls
-    )
+    assert calls[1:] == [
+        "on_fit_start",
+        "on_checkpoint",
+        "on_before_optimizer_step",
+        "on_step_end",
+        "on_checkpoint",
+        "on_before_optimizer_step",
+        "on_step_end",
+        "on_evaluation",
+        "on_checkpoint",
+        "on_epoch_end",
+        "on_fit_end",
+    ]
     adapter = nplora.read_adapter(tmp_path / "out")
     assert all(not delta.A.any() for delta in adapter.values()), "without gradients A stays zero"
     with pytest.raises(TypeError, match=r"^finetune: callbacks\[0\] is a builtin_f.*expected a Callback"):

@@ -164,3 +164,20 @@ def test_a_pass_that_kept_nothing_has_no_gradient(rng: np.random.Generator) -> N
         y, saved = layer.forward(IDS)
     with pytest.raises(RuntimeError, match="inference mode"):
         layer.backward(y, saved)
+
+
+def test_unloading_after_a_failure_writes_the_present_rows(rng: np.random.Generator) -> None:
+    weight = some_weight(rng, "float32")
+    rows = TrainedRows(weight, TOKENS)
+    lora = nplora.LoRALinear(np.eye(DIM), rank=1, rng=0)
+    net = nplora.Sequential(TrainedEmbedding(weight, rows), lora, TrainedHead(weight, rows, is_tied=True))
+    lora.A[...] = lora.B[...] = 3e38
+    with pytest.raises(ValueError, match="finite values become infinite"):
+        net.merge_and_unload()
+    lora.A[...] = lora.B[...] = 0
+    rows.value[...] = 7
+    net.merge_and_unload()
+    table = np.array(weight.to_numpy())
+    table[TOKENS] = 7
+    np.testing.assert_array_equal(net[0].weight.to_numpy(), table)
+    assert net[0].weight is net[2].weight  # a tied pair still shares one weight

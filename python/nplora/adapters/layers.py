@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -343,8 +343,10 @@ def _new_trained_rows(adapter: AdapterContent, model: Module) -> dict[str, Train
 
 
 @contextlib.contextmanager
-def rollback_on_error(model: Module) -> Iterator[None]:
+def rollback_on_error(model: Module) -> Iterator[Callable[[], None]]:
     """If the `with` body raises an error, restore the layers that the body replaced.
+
+    The body gets a function. After a call of this function, an error restores nothing.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> try:
@@ -357,7 +359,7 @@ def rollback_on_error(model: Module) -> Iterator[None]:
     """
     before = dict(model.named_modules())
     try:
-        yield
+        yield before.clear
     except BaseException:
         now = dict(model.named_modules())
         changed = [name for name in before.keys() & now.keys() if before[name] is not now[name]]

@@ -18,9 +18,11 @@ from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.earlier_run import find_earlier_run
 from nplora.finetuning.execution import choose_execution
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
+from nplora.finetuning.milestones import Milestones
 from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.options import FinetuneOptions, from_arguments
 from nplora.finetuning.output import REPORTS, require_free, require_not_read
+from nplora.finetuning.planning import ExecutionPlan
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
 from nplora.formats import files
@@ -36,6 +38,7 @@ from nplora.nn.optim import AdamW
 from nplora.trainer import Callback, History, Trainer
 from nplora.trainer.callbacks import checked_callbacks
 from nplora.trainer.fingerprint import set_factors
+from nplora.trainer.interrupts import Interrupts
 from nplora.trainer.reporters import reporting, require_reporters
 from nplora.trainer.run_directory import RunDirectory
 
@@ -118,7 +121,11 @@ def finetune(
 
     If a step raises an error, the run is saved too, and a note on the error says so. If a loss is not finite,
     the model and the output directory get the adapter of the last checkpoint before the failed step, unless
-    that is the checkpoint of step 0.
+    that is the checkpoint of step 0. The adapter is also saved if a callback or a report fails, or is
+    interrupted, after the last step.
+
+    A loaded model keeps the adapter after the call. If the call ends with an error before its first step, the
+    model is as it was before.
 
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model without an
@@ -237,7 +244,9 @@ def finetune(
     """
     chosen = from_arguments("finetune", FinetuneOptions, locals())
     checked = checked_callbacks("finetune", callbacks)
-    return _finetune(model, data, output, valid, progress, checked, chosen)
+    undo = rollback_on_error(model) if isinstance(model, LanguageModel) else contextlib.nullcontext()
+    with undo as keep_layers:
+        return _finetune(model, data, output, valid, progress, checked, chosen, Milestones(keep_layers))
 
 
 def _finetune(
@@ -248,6 +257,7 @@ def _finetune(
     progress: bool | None,
     own: list[Callback],
     chosen: FinetuneOptions,
+    reached: Milestones,
 ) -> FinetuneReport:
     files.require_named("finetune", output=output)
     files.require_directory(output)
@@ -267,13 +277,11 @@ def _finetune(
     batches = training_batches(inputs.train, chosen)
     validation = None if inputs.held_out is None else evaluation_batches(inputs.held_out)
     plain = lm.copied({})  # shares the frozen weights, and stays without an adapter
-    with rollback_on_error(lm):
-        put_on_adapter(lm, inputs.start, chosen)
-        require_free(place, chosen)
-        prefix = _new_prefix(inputs, place, chosen.keep_prefix)
-    lm.model.recompute = execution.recompute
+    put_on_adapter(lm, inputs.start, chosen)
+    require_free(place, chosen)
+    prefix = _new_prefix(inputs, place, chosen.keep_prefix)
 
-    with files.Directory(place) as directory, _prefix_in_use(lm, prefix):
+    with files.Directory(place) as directory, _computing(lm, execution, prefix):
         inputs.objective.prepare(plain, [batches, *([validation] if validation else [])], directory, say)
         del plain
         loss = inputs.objective.loss(execution.micro_tokens)
@@ -288,10 +296,10 @@ def _finetune(
             reporting(
                 chosen.report_to, Path(directory, REPORTS), _shown(chosen, lm), lambda: loss.tokens
             ) as sent,
-            _saved_as_of_a_good_step(lm, directory, base, save),
+            _saved_after_an_error(lm, directory, base, save, reached),
         ):
             line = [TokenProgress(loss=loss)] if speaks(progress) else []
-            callbacks = [baseline, *own, *sent, *line]
+            callbacks = [reached, baseline, *own, *sent, *line]
             history = _train(new_trainer(lm, loss, chosen, callbacks), batches, validation, chosen, directory)
         _save(lm, directory, base, save)
         found_at = directory.seen_from(output)
@@ -327,12 +335,14 @@ def _new_prefix(inputs: RunInputs, output: StrPath, where: str) -> PrefixCache |
 
 
 @contextlib.contextmanager
-def _prefix_in_use(lm: LanguageModel, prefix: PrefixCache | None) -> Iterator[None]:
-    lm.model.prefix = prefix
+def _computing(lm: LanguageModel, execution: ExecutionPlan, prefix: PrefixCache | None) -> Iterator[None]:
+    """The model computes according to the plan inside the `with` block, and as before after it."""
+    before = lm.model.recompute
+    lm.model.recompute, lm.model.prefix = execution.recompute, prefix
     try:
         yield
     finally:
-        lm.model.prefix = None
+        lm.model.recompute, lm.model.prefix = before, None
         if prefix is not None:
             prefix.close()
 
@@ -387,37 +397,54 @@ def _train(
 
 
 @contextlib.contextmanager
-def _saved_as_of_a_good_step(
-    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None]
+def _saved_after_an_error(
+    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None], reached: Milestones
 ) -> Iterator[None]:
-    """If a loss is not finite, save the adapter of the last good checkpoint, unless that is step 0."""
+    """Save an adapter also if the run ends with an error or a signal.
+
+    If the training has ended, and a callback or a report fails or is interrupted after it, save the adapter
+    of the run. If a loss is not finite, save the adapter of the last good checkpoint, unless that is step 0.
+    """
     try:
         yield
-    except NonFiniteLossError as error:
-        if error.good_step:
-            error.add_note(_save_as_of(lm, output, base, save, error.good_step))
+    except BaseException as error:
+        step = error.good_step if isinstance(error, NonFiniteLossError) else None
+        if reached.has_ended or step:
+            error.add_note(_save_as_of(lm, output, base, save, None if reached.has_ended else step))
         raise
 
 
 def _save_as_of(
-    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None], step: int
+    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None], step: int | None
 ) -> str:
-    """Save the adapter of the checkpoint of `step`. Return a note that says whether the adapter was saved."""
+    """Save the adapter of the checkpoint of `step`. Return a note that says whether the adapter was saved.
+
+    If `step` is None, save the present adapter.
+    """
     try:
-        with RunDirectory(output) as directory:
-            good = directory.before(step + 1)
-        if good is None:
-            return "the adapter is not saved: its checkpoint is gone"
-        set_factors(lm, good.parameters)
-        save(lm, output, base)
+        if step is not None:
+            with RunDirectory(output) as directory:
+                good = directory.before(step + 1)
+            if good is None:
+                return "the adapter is not saved: its checkpoint is gone"
+            set_factors(lm, good.parameters)
+        _save_undisturbed(lm, output, base, save)
     except (OSError, FormatError) as error:
         return f"the adapter could not be saved: {error}"
-    return f"{files.name(output)} holds the adapter as of step {step}"
+    return f"{files.name(output)} holds the adapter" + ("" if step is None else f" as of step {step}")
+
+
+def _save_undisturbed(
+    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None]
+) -> None:
+    """Save the adapter. Ctrl-C takes effect when the adapter is on the disk."""
+    with Interrupts(terminate=False) as interrupts, interrupts.hold():
+        save(lm, output, base)
 
 
 def _save(lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None]) -> None:
     try:
-        save(lm, output, base)
+        _save_undisturbed(lm, output, base, save)
     except OSError as error:
         error.add_note("the run is saved, but its adapter is not: --resume (resume=True) writes it")
         raise

@@ -19,6 +19,7 @@ from nplora.weights import FrozenWeight
 
 Array = npt.NDArray[Any]
 Commit = Callable[[], None]
+SharedWeights: TypeAlias = dict[int, FrozenWeight]  # by the id of the rows that belong to the layers
 
 _MOST_SHOWN = 12  # the most modules that a `repr` lists
 
@@ -424,8 +425,8 @@ class Module:
         Raises:
             ValueError: finite values would become infinite.
         """
-        replaced = {id(layer): layer.unloaded() for layer in self.adapter_layers().values()}
-        layers = list(self.adapter_layers().values())
+        layers, shared = list(self.adapter_layers().values()), dict[int, FrozenWeight]()
+        replaced = {id(layer): layer.unloaded(shared) for layer in layers}
         self.exchange(replaced)
         for layer in layers:
             layer.discard()
@@ -593,8 +594,12 @@ class AdapterLayer(Module):
         """Check that the layer is merged. The returned function, which cannot fail, undoes the merge."""
         raise NotImplementedError
 
-    def unloaded(self) -> Module:
-        """Return a plain frozen layer with the merged weight."""
+    def unloaded(self, shared: SharedWeights) -> Module:
+        """Return a plain frozen layer with the merged weight.
+
+        Args:
+            shared: the merged weights of one `merge_and_unload` that several layers use.
+        """
         raise NotImplementedError
 
     def frozen(self) -> Module:

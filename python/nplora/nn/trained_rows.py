@@ -19,7 +19,7 @@ from nplora.lora.new_rows import NewRows
 from nplora.nn.embedding import Embedding, add_rows, token_ids
 from nplora.nn.linear import Linear, core_weight
 from nplora.nn.low_rank import UnloadedLayer
-from nplora.nn.module import AdapterLayer, Commit, Gradient, Parameter, Saved, inferring
+from nplora.nn.module import AdapterLayer, Commit, Gradient, Parameter, Saved, SharedWeights, inferring
 from nplora.weights import FrozenWeight, buffers
 
 Array = npt.NDArray[Any]
@@ -63,7 +63,6 @@ class TrainedRows:
         self.value = np.ascontiguousarray(self.original(weight))
         self.grad = np.zeros_like(self.value)
         self.merged: Merged | None = None
-        self._whole: FrozenWeight | None = None
 
     def original(self, weight: FrozenWeight) -> Array:
         """The frozen weight's values of these rows, in a new array."""
@@ -78,22 +77,19 @@ class TrainedRows:
         return places, self._order[near[places]]
 
     def whole(self, weight: FrozenWeight) -> FrozenWeight:
-        """The weight with the trained rows in it. A tied head gets the same object as the embedding.
+        """The weight with the trained rows in it.
 
         The storage format is that of the merge, or else that of `weight`, but float32 for a quantised weight.
         """
         if self.merged is not None and isinstance(self.merged.rows, FrozenWeight):
             return self.merged.rows
-        if self._whole is None:
-            rows = NewRows(self.ids, self.value, weight.shape)
-            storage = None if self.merged is None else self.merged.storage
-            if storage is None:
-                self._whole = weight.like(rows.apply(weight.to_numpy(), 0))
-            elif storage == weight.dtype and self.ids is not None:
-                self._whole = weight.with_rows(self.ids, self.value)
-            else:
-                self._whole = merge_weight("merge", weight, rows, storage)[0]
-        return self._whole
+        rows = NewRows(self.ids, self.value, weight.shape)
+        storage = None if self.merged is None else self.merged.storage
+        if storage is None:
+            return weight.like(rows.apply(weight.to_numpy(), 0))
+        if storage == weight.dtype and self.ids is not None:
+            return weight.with_rows(self.ids, self.value)
+        return merge_weight("merge", weight, rows, storage)[0]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -225,6 +221,12 @@ class TrainedRowsLayer(AdapterLayer):
 
         return commit
 
+    def _whole(self, shared: SharedWeights) -> FrozenWeight:
+        """The weight with the trained rows in it. A tied head gets the same object as the embedding."""
+        if id(self.rows) not in shared:
+            shared[id(self.rows)] = self.rows.whole(self.weight)
+        return shared[id(self.rows)]
+
     def discard(self) -> None:
         vars(self).clear()
         vars(self)["_was"] = type(self).__name__
@@ -304,8 +306,8 @@ class TrainedEmbedding(TrainedRowsLayer):
     def frozen(self) -> Embedding:
         return Embedding(self.weight)
 
-    def unloaded(self) -> Embedding:
-        return Embedding(self.rows.whole(self.weight))
+    def unloaded(self, shared: SharedWeights) -> Embedding:
+        return Embedding(self._whole(shared))
 
 
 class TrainedHead(TrainedRowsLayer):
@@ -387,5 +389,5 @@ class TrainedHead(TrainedRowsLayer):
     def frozen(self) -> Linear:
         return Linear(self.weight, self.bias)
 
-    def unloaded(self) -> Linear:
-        return Linear(self.rows.whole(self.weight), self.bias)
+    def unloaded(self, shared: SharedWeights) -> Linear:
+        return Linear(self._whole(shared), self.bias)

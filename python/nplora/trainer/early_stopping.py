@@ -83,10 +83,13 @@ class EarlyStopping:
         """Whether `patience` evaluations in a row had no lower validation loss than the best one."""
         return self._patience is not None and self.best is not None and self.best["since"] >= self._patience
 
+    @property
+    def kept(self) -> dict[str, Any] | None:
+        """`best`, if its factors are known; otherwise None."""
+        return self.best if self.best and self.best["loss"] is not None and self.best_factors else None
+
     def restore_best(self) -> dict[str, Any] | None:
         """Set the model's factors to the best ones and return `best`; None if there are no such factors."""
-        if self.best is None or self.best["loss"] is None or not self.best_factors:
-            return None
-        if not self._is_in_model:
+        if self.kept is not None and not self._is_in_model:
             set_factors(self._model, self.copies)
-        return self.best
+        return self.kept

@@ -161,6 +161,8 @@ class History:
         best_step, best_epoch, best_loss: the step, the epoch (counted from 1) and the validation loss of the
             evaluation whose factors the model has after the run. All are None if the model has the factors of
             the last step.
+        kept_step: after Ctrl-C, the step of the best evaluation so far, if its factors are kept for the end
+            of the resumed run.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -170,6 +172,7 @@ class History:
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     best_step: int | None = None
     best_loss: float | None = None
+    kept_step: int | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -254,7 +257,7 @@ class History:
             steps.append(StepRecord(**values, metrics=_measured(metrics, row[len(names) :])))
         restored = [_restored(EpochRecord, row) for row in epochs]
         self.evaluations[:] = [_restored(EvaluationRecord, row) for row in evaluations]
-        self.steps[:], self.epochs[:] = steps, restored
+        self.steps[:], self.epochs[:] = steps, _validated(restored, self.evaluations)
 
     def add_log(self, log: bytes, step: int, epoch: int) -> None:
         """Add the records of a log up to the given step and epoch; skip lines that are not records.
@@ -283,6 +286,7 @@ class History:
         evaluations = {e.step: _of_epoch(e, loss) for e, loss in validated} | evaluations
         known = [*(evaluations[number] for number in sorted(evaluations)), *self.evaluations]
         self.evaluations[:] = [record for record in known if 0 < record.step <= step]
+        self.epochs[:] = _validated(self.epochs, self.evaluations)
 
 
 def last_logged(log: bytes, event: str) -> dict[str, Any]:
@@ -295,6 +299,21 @@ def last_logged(log: bytes, event: str) -> dict[str, Any]:
         except (ValueError, TypeError, LookupError, RecursionError):
             continue
     return {}
+
+
+def _validated(epochs: Sequence[EpochRecord], evaluations: Sequence[EvaluationRecord]) -> list[EpochRecord]:
+    """The epochs of a log or a checkpoint, with the validation losses that were not finite.
+
+    In JSON such a loss is null, as is the loss of an epoch without validation data. But only an epoch of the
+    first kind has an evaluation at its end.
+    """
+    ends = {(record.epoch, record.step): record.val_loss for record in evaluations}
+    return [
+        epoch
+        if epoch.val_loss is not None
+        else dataclasses.replace(epoch, val_loss=ends.get((epoch.epoch, epoch.step)))
+        for epoch in epochs
+    ]
 
 
 def _of_epoch(epoch: EpochRecord, loss: float) -> EvaluationRecord:

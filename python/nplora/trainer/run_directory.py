@@ -287,7 +287,8 @@ class RunDirectory:
         Raises:
             FormatError, OSError: the log cannot be read.
         """
-        log = bytes(files.read(self.path / LOG, _MAX_LOG)[:size])
+        new = self._first_log
+        log = bytes((files.read(self.path / LOG, _MAX_LOG) if new is None else new)[:size])
         return log[: log.rfind(b"\n") + 1]
 
     def cut_log(self, size: int) -> None:

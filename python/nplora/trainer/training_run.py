@@ -72,7 +72,7 @@ class TrainingRun(Run):
                 raise
 
     def _begin(self, resume: bool) -> None:
-        """Load the directory's checkpoint, or write a first one, so that a disk error appears early."""
+        """Load the directory's checkpoint, or begin the log of a new run."""
         self._state.prepare()
         if self._directory is None:
             return
@@ -83,7 +83,6 @@ class TrainingRun(Run):
             self._stop_if_patience_is_lost()
         else:
             self._checkpoints.begin()
-            self._save(must=True)
 
     def _save_interrupted(self) -> None:
         with self._interrupts.hold():
@@ -97,7 +96,10 @@ class TrainingRun(Run):
     def _finish(self) -> None:
         history = self.history
         history.ended = self._ended or "complete"
-        if not history.interrupted and (best := self._state.early_stopping.restore_best()):
+        stopping = self._state.early_stopping
+        if history.interrupted:
+            history.kept_step = stopping.kept["step"] if stopping.kept else None
+        elif best := stopping.restore_best():
             history.best_step, history.best_epoch = best["step"], best["epoch"]
             history.best_loss = best["loss"]
         if history.steps and not any(record.count for record in history.steps):
@@ -108,6 +110,7 @@ class TrainingRun(Run):
 
     def _train(self) -> None:
         self._call("on_fit_start")
+        self._save(must=True)  # only of a new run: a callback that fails to start leaves no run behind
         self._evaluate_if_due()  # a run may have stopped between a step and its evaluation
         while not self._is_over():
             if self._make_steps_of_epoch():
@@ -119,11 +122,12 @@ class TrainingRun(Run):
             self._close_epoch(complete=False)
 
     def _is_over(self) -> bool:
+        return self._ended is not None or self._is_complete()
+
+    def _is_complete(self) -> bool:
         config = self._config
-        return (
-            self._ended is not None
-            or (config.steps is not None and self.step >= config.steps)
-            or (config.epochs is not None and self.epoch >= config.epochs)
+        return (config.steps is not None and self.step >= config.steps) or (
+            config.epochs is not None and self.epoch >= config.epochs
         )
 
     def _make_steps_of_epoch(self) -> bool:
@@ -196,7 +200,9 @@ class TrainingRun(Run):
         self._call("on_epoch_end", record)
 
     def _stop_if_patience_is_lost(self) -> None:
-        if self._ended is None and self._state.early_stopping.is_over:
+        """End the run early if `patience` is lost, unless all steps are made."""
+        is_last = self._is_complete() or self.step == self.total_steps
+        if self._ended is None and self._state.early_stopping.is_over and not is_last:
             self._ended = "patience"
 
     def _keep_best(self) -> None:

@@ -1,5 +1,6 @@
 """Preference objectives: data, derivatives, the reference, and runs. test_trl.py compares them with TRL."""
 
+import itertools
 import json
 import math
 import os
@@ -127,17 +128,56 @@ def test_judged_answers_come_from_their_own_rows_or_from_pairs(lm: LanguageModel
     assert dataset.fingerprint() != read(lm, [judged[0], judged[1] | {"label": True}], "kto").fingerprint()
 
 
-def test_each_prompt_also_gets_the_answer_before_it_in_the_batch(lm: LanguageModel) -> None:
+def answer_to_another(rows: list[tuple[str, str]], members: list[int], place: int) -> str:
+    """The nearest answer to another prompt before a member of a batch: in the batch, or else in the data."""
+    prompt, n = rows[members[place]][0], len(rows)
+    in_batch = [members[place - step] for step in range(1, len(members))]
+    in_data = [(members[place] - step) % n for step in range(1, n)]
+    return next(answer for other, answer in map(rows.__getitem__, in_batch + in_data) if other != prompt)
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+@pytest.mark.parametrize("batches", [{"batch_examples": 5}, {"batch_tokens": 12}, {"batch_tokens": 1024}])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_each_prompt_also_gets_an_answer_to_another_prompt(
+    batches: dict[str, int], shuffle: bool, weight: float, lm: LanguageModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    dataset = read(lm, [(path, weight)], "kto")
+    sides = ((row["prompt"], row[side]) for row in PAIRS for side in ("chosen", "rejected"))
+    texts = {f"{prompt}{answer}<|end|>": (prompt, answer) for prompt, answer in sides}
+    rows = [texts[lm.tokenizer.decode(dataset[index][0])] for index in range(len(dataset))]
+    assert len(rows) == 2 * weight * len(PAIRS)
+    made = TokenBatches(dataset, shuffle=shuffle, **batches)
+    sizes = set()
+    for members, (_, judged) in zip(made.members(0), made.epoch(0), strict=True):
+        found, sizes = judged.mismatched, sizes | {len(members)}
+        texts_found = [
+            lm.tokenizer.decode(found.ids[begin:end]) for begin, end in itertools.pairwise(found.starts)
+        ]
+        members = members.tolist()
+        assert texts_found == [
+            f"{rows[member][0]}{answer_to_another(rows, members, place)}<|end|>"
+            for place, member in enumerate(members)
+        ]
+    assert batches != {"batch_tokens": 12} or 1 in sizes, "batches of one answer"
+
+
+def test_mismatched_pairs_are_cut_to_the_maximum_length(lm: LanguageModel) -> None:
     rows = [{"prompt": "x" * n, "completion": "y" * n, "label": True} for n in (1, 2, 3)]
-    dataset = read(lm, rows, "kto", length=6)
-    _, judgements = dataset.batch(np.array([2, 0, 1]))
+    _, judgements = read(lm, rows, "kto", length=6).batch(np.array([2, 0, 1]))
     found = judgements.mismatched
-    spans = zip(found.starts[:-1], found.starts[1:], strict=True)
+    spans = itertools.pairwise(found.starts)
     assert [lm.tokenizer.decode(found.ids[begin:end]) for begin, end in spans] == [
         "xxxyy<|end|>", "xyyy", "xxy<|end|>",
     ]  # fmt: skip
-    alone = dataset.batch(np.array([2]))[1].mismatched
-    assert lm.tokenizer.decode(alone.ids) == "xxxy<|end|>", "not its own answer"
+
+
+def test_answers_to_one_prompt_are_enough_without_a_kl(lm: LanguageModel) -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    dataset = read(lm, rows, "kto", loss_type="apo_zero_unpaired")
+    assert len(dataset.batch(np.arange(2))[1].mismatched.ids) == 0
 
 
 def test_judged_answers_have_the_same_batches_in_every_epoch(lm: LanguageModel) -> None:
@@ -166,7 +206,10 @@ def test_judged_answers_have_the_same_batches_in_every_epoch(lm: LanguageModel) 
         ([{"prompt": "a", "chosen": "b"}], "dpo", r"row 1: rejected is missing"),
         ([{"prompt": "a", "chosen": "b", "rejected": 3}], "dpo", r"row 1: rejected is 3, expected a string"),
         ([{"prompt": "a", "completion": "b", "label": 1}], "kto", "label is 1, expected true or false"),
-        ([{"prompt": "a", "completion": "b", "label": True}], "kto", "data: one answer, expected at least"),
+        ([{"prompt": "a", "completion": "b", "label": True}], "kto",
+         "data: 1 answer to one prompt, expected at least two different prompts: loss_type 'kto' compares"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "d", "rejected": "e"}],
+         "kto", "data: 4 answers to one prompt, expected at least two different prompts"),
     ],
 )  # fmt: skip
 def test_rows_that_do_not_fit_the_objective_are_one_clear_error(

@@ -114,7 +114,7 @@ class KtoObjective(Objective):
     def read(
         self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions
     ) -> JudgedDataset:
-        return read_judged(op, sources, tokenizer, reading, self.name)
+        return read_judged(op, sources, tokenizer, reading, self.name, self._formula.uses_kl)
 
     def prepare(
         self,

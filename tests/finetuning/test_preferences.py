@@ -21,13 +21,14 @@ from nplora.finetuning.objective_options import LOSS_TYPES
 from nplora.finetuning.objectives import objective_of, pairs, reference
 from nplora.finetuning.objectives.pairs import PairLoss
 from nplora.finetuning.objectives.preference_losses import Dpo, Kto, odds_ratio
-from nplora.formats import files, safetensors
-from nplora.formats.errors import DataError, UnsafeError
+from nplora.formats import files, gguf, safetensors
+from nplora.formats.errors import CorruptError, DataError, UnsafeError
 from nplora.formats.run_files import REFERENCE
 from nplora.lm import LanguageModel, load_model
 from nplora.models.packing import IGNORED, pack
 from nplora.nn.losses import NonFiniteLossError
 from nplora.trainer import Callback
+from nplora.trainer.fingerprint import is_same_base
 from nplora.trainer.history import History, StepRecord
 from small_llama import save_small_llama
 
@@ -122,8 +123,8 @@ def test_judged_answers_come_from_their_own_rows_or_from_pairs(lm: LanguageModel
     assert [(text_of(lm, dataset[i][:2]), dataset[i][2]) for i in range(2)] == [
         (("1+1=2<|end|>", "2<|end|>"), True), (("ab<|end|>", "b<|end|>"), False),
     ]  # fmt: skip
-    unpaired = read(lm, [{"prompt": "1+1=", "chosen": "2", "rejected": "3"}], "kto")
-    assert [unpaired[i][2] for i in range(2)] == [True, False]
+    unpaired = read(lm, PAIRS[:2], "kto")
+    assert [unpaired[i][2] for i in range(4)] == [True, False, True, False]
     assert "(kto): 2 answers, " in str(dataset.report)
     assert dataset.fingerprint() != read(lm, [judged[0], judged[1] | {"label": True}], "kto").fingerprint()
 
@@ -462,6 +463,49 @@ def test_another_arithmetic_has_another_reference(model: Path, tmp_path: Path) -
     again, _ = reference_of(load_model(model, "bfloat16"), tmp_path, said=said)
     assert "of another model or arithmetic" in said[0]
     assert not np.array_equal(again, first)
+
+
+def edited(path: Path, rows: list[int]) -> Path:
+    """A copy of a model with other values in some rows of the embedding."""
+    table, content = gguf.open(path)["token_embd.weight"].numpy(), path.read_bytes()
+    for row in table[rows]:
+        content = content.replace(row.tobytes(), (row + 1).tobytes())
+    copy = path.parent / "edited.gguf"
+    copy.write_bytes(content)
+    return copy
+
+
+def test_a_reference_is_not_used_for_a_model_with_a_few_other_rows(tmp_path: Path) -> None:
+    path = save_small_llama(tmp_path / "m.gguf", vocab=4000)
+    row = PAIRS[0]["prompt"]
+    rows = load_model(path).tokenizer.encode(row)[1:10]
+    first, _ = reference_of(load_model(path), tmp_path)
+    said: list[str] = []
+    again, _ = reference_of(load_model(edited(path, rows)), tmp_path, said=said)
+    assert "of another model or arithmetic" in said[0]
+    assert not np.array_equal(again, first)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_a_model_with_another_configuration_is_another_model(objective: str, tmp_path: Path) -> None:
+    path, output = save_small_llama(tmp_path / "m.gguf"), tmp_path / "out"
+    rows = PAIRS if objective == "dpo" else [{"text": "abcdefgh"}]
+    finetune(path, rows, output, objective=objective, **QUICK)
+    before = (output / REFERENCE).read_bytes() if objective == "dpo" else b""
+    save_small_llama(path, changes={"llama.rope.freq_base": gguf.Typed(5e5, "FLOAT32")})
+    with pytest.raises(CorruptError, match="of another base model: the frozen weights or the configuration"):
+        finetune(path, rows, output, objective=objective, **QUICK, resume=True)
+    if objective == "dpo":
+        finetune(path, rows, output, objective=objective, **QUICK, overwrite=True)
+        assert (output / REFERENCE).read_bytes() != before
+
+
+def test_checkpoints_that_name_no_configuration_are_accepted() -> None:
+    base = "a" * 64 + " " + "b" * 64
+    assert is_same_base(base, base)
+    assert is_same_base("a" * 64, base)
+    assert not is_same_base("a" * 64 + " " + "c" * 64, base)
+    assert not is_same_base("b" * 64, base)
 
 
 def test_ctrl_c_in_the_reference_keeps_what_is_computed(

@@ -1,8 +1,8 @@
 """Reference: the log-probabilities of the model without its adapter, computed once and kept in a file.
 
-The file holds one number for each sequence. It is used only if the weights, the arithmetic, the instruction
-set and the version of nplora are the same, and if its SHA-256 shows that it is whole. Log-probabilities that
-it lacks are computed.
+The file holds one number for each sequence. It is used only if all weights, the configuration, the
+arithmetic, the instruction set and the version of nplora are the same, and if its SHA-256 shows that it is
+whole. Log-probabilities that it lacks are computed.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class _Progress:
 def _identity(lm: LanguageModel) -> str:
     """What the log-probabilities depend on besides the tokens."""
     config = _core.config()
-    parts = base_fingerprint(lm), lm.compute, str(config["isa"]), str(config["version"])
+    parts = base_fingerprint(lm, whole=True), lm.compute, str(config["isa"]), str(config["version"])
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Preference objectives: data, derivatives, the reference, and runs. test_trl.py compares them with TRL."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.comparisons import PairDataset
 from nplora.finetuning.data.sources import sources_of
 from nplora.finetuning.objective_options import LOSS_TYPES
-from nplora.finetuning.objectives import objective_of, pairs, reference
+from nplora.finetuning.objectives import objective_of, reference
 from nplora.finetuning.objectives.pairs import PairLoss
 from nplora.finetuning.objectives.preference_losses import Dpo, Kto, odds_ratio
 from nplora.formats import files, gguf, safetensors
@@ -366,16 +367,15 @@ def test_a_micro_batch_never_divides_a_pair(
 
 
 def reference_of(lm: LanguageModel, directory: Path, rows: Any = None, said: list[str] | None = None) -> Any:
-    """The batch of all pairs, and its reference."""
-    chosen = FinetuneOptions(objective="dpo")
+    """The reference of the batch of all pairs, and the data set."""
     dataset = read(lm, rows or PAIRS)
     batches = TokenBatches(dataset, batch_examples=len(dataset), shuffle=False)
     directory.mkdir(exist_ok=True)
     with files.Directory(directory) as held:
         say = (said if said is not None else []).append
-        found = reference.computed(lm, [batches], lambda x, y: [x], held, say)
-    assert isinstance(objective_of(chosen), pairs.DpoObjective)
-    return found.of(next(batches.epoch(0))[0]), dataset
+        objective = objective_of(FinetuneOptions(objective="dpo"))
+        objective.prepare(lm, [batches], held, say)
+    return objective._reference.log_probs_of(next(batches.epoch(0))[0]), dataset
 
 
 def test_the_reference_is_the_sum_of_the_log_probabilities_of_the_answers(
@@ -675,6 +675,83 @@ def test_a_run_does_not_resume_with_another_objective_or_strength(model: Path, t
         finetune(model, PAIRS, tmp_path / "out", objective="dpo", beta=0.2, **QUICK, resume=True)
     with pytest.raises(ValueError, match="objective was dpo, is orpo"):
         finetune(model, PAIRS, tmp_path / "out", objective="orpo", **QUICK, resume=True)
+
+
+REFUSED: list[dict[str, Any]] = [
+    {"data": HELD_OUT},
+    {"objective": "orpo"},
+    {"objective": "sft", "data": [{"text": "a"}]},
+    {"beta": 0.2},
+    {"seed": 1},
+]
+
+
+@pytest.mark.parametrize("options", REFUSED, ids=str)
+def test_a_run_that_may_not_resume_computes_and_changes_no_reference(
+    options: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    finetune(model, PAIRS, output, objective="dpo", **QUICK)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+
+    def fail(*arguments: Any) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(LanguageModel, "log_probs", fail)
+    with pytest.raises((ValueError, CorruptError), match="cannot continue with other data or settings"):
+        finetune(
+            model, output=output, **({"data": PAIRS, "objective": "dpo", **QUICK} | options), resume=True
+        )
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+@pytest.mark.parametrize("error", [NonFiniteLossError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["log_probs", "forward_backward_of"])
+def test_a_failed_run_over_another_one_changes_its_reference_only_after_the_first_checkpoint(
+    where: str, error: type[BaseException], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    finetune(model, PAIRS, output, objective="dpo", **QUICK)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+
+    computed, calls = getattr(LanguageModel, where), list[int]()
+
+    def fail(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return computed(*arguments)
+
+    monkeypatch.setattr(LanguageModel, where, fail)
+    monkeypatch.setattr(reference, "EVALUATION_TOKENS", 32)
+    with contextlib.suppress(error):
+        finetune(model, HELD_OUT, output, objective="dpo", **QUICK, overwrite=True)
+    after = {path.name: path.read_bytes() for path in output.iterdir()}
+    if where == "log_probs":
+        assert after == before
+    else:
+        assert len(safetensors.open(output / REFERENCE)["keys"].numpy()) == 2 * len(HELD_OUT)
+        assert after["log.jsonl"] != before["log.jsonl"]
+
+
+def test_a_resumed_run_computes_a_lost_reference_while_it_holds_the_lock(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    finetune(model, PAIRS, output, objective="dpo", **QUICK)
+    before = (output / REFERENCE).read_bytes()
+    (output / REFERENCE).unlink()
+    computed, locked = LanguageModel.log_probs, list[bool]()
+
+    def watched(self: LanguageModel, batch: Any) -> Array:
+        locked.append((output / "lock").exists())
+        return computed(self, batch)
+
+    monkeypatch.setattr(LanguageModel, "log_probs", watched)
+    finetune(model, PAIRS, output, objective="dpo", **QUICK, resume=True)
+    assert locked
+    assert all(locked)
+    assert (output / REFERENCE).read_bytes() == before
 
 
 def test_another_run_over_the_directory_drops_the_reference(model: Path, tmp_path: Path) -> None:

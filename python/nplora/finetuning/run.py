@@ -21,6 +21,7 @@ from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, t
 from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.options import FinetuneOptions, from_arguments
 from nplora.finetuning.output import REPORTS, require_free, require_not_read
+from nplora.finetuning.preparation import Preparation
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
 from nplora.formats import files
@@ -274,13 +275,15 @@ def _finetune(
     lm.model.recompute = execution.recompute
 
     with files.Directory(place) as directory, _prefix_in_use(lm, prefix):
-        inputs.objective.prepare(plain, [batches, *([validation] if validation else [])], directory, say)
+        read = [batches, *([validation] if validation else [])]
+        prepared = Preparation(inputs.objective, plain, read, directory, say)
         del plain
         loss = inputs.objective.loss(execution.micro_tokens)
         baseline = Baseline(lm, loss, validation, chosen.sample, say)
         if not (chosen.resume and holds_run(directory)):
             if chosen.resume:
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")
+            prepared.compute()
             baseline.measure()
         base = None if isinstance(model, LanguageModel) else os.fspath(model)
         save = functools.partial(save_adapter, chat_template=inputs.train.report.chat)
@@ -291,7 +294,7 @@ def _finetune(
             _saved_as_of_a_good_step(lm, directory, base, save),
         ):
             line = [TokenProgress(loss=loss)] if speaks(progress) else []
-            callbacks = [baseline, *own, *sent, *line]
+            callbacks = [prepared, baseline, *own, *sent, *line]
             history = _train(new_trainer(lm, loss, chosen, callbacks), batches, validation, chosen, directory)
         _save(lm, directory, base, save)
         found_at = directory.seen_from(output)

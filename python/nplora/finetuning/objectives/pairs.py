@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.comparisons import LearnedPairs, PairDataset, read_pairs
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
-from nplora.finetuning.objectives import reference
 from nplora.finetuning.objectives.objective import Objective
 from nplora.finetuning.objectives.packed_loss import PackedLoss
 from nplora.finetuning.objectives.preference_losses import Dpo, odds_ratio
 from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
 from nplora.finetuning.objectives.tally import Tally
-from nplora.formats import files
 from nplora.lm import LanguageModel
 from nplora.models.packing import IGNORED, PackedBatch
 from nplora.nn.module import Module
@@ -94,9 +90,9 @@ class PairLoss(PackedLoss):
 class DpoLoss(PairLoss):
     """A loss of the log-ratios between the model and its reference."""
 
-    def __init__(self, formula: Dpo, of: Reference, micro_tokens: int | None = None) -> None:
+    def __init__(self, formula: Dpo, reference: Reference, micro_tokens: int | None = None) -> None:
         super().__init__(micro_tokens)
-        self._formula, self._reference = formula, of
+        self._formula, self._reference = formula, reference
 
     def settings(self) -> dict[str, Any]:
         chosen = {"beta": self._formula.beta, "loss_type": self._formula.loss_type}
@@ -108,7 +104,7 @@ class DpoLoss(PairLoss):
     ) -> tuple[float, Array]:
         places = by_sequence(part)
         counts = np.bincount(places, minlength=len(part.starts) - 1)
-        ratios = sums(part, log_probs) - self._reference.of(part)
+        ratios = sums(part, log_probs) - self._reference.log_probs_of(part)
         values, slopes = self._formula(ratios.reshape(-1, 2), counts.reshape(-1, 2))
         self._measure(self._formula.beta * ratios.reshape(-1, 2))
         return float(values.sum()), slopes.reshape(-1)[places]
@@ -152,19 +148,12 @@ class DpoObjective(Objective):
 
     name = "dpo"
     has_reference = True
-    _reference = Reference()
 
     def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> PairDataset:
         return read_pairs(op, sources, tokenizer, reading, self.name, PairDataset)
 
-    def prepare(
-        self,
-        lm: LanguageModel,
-        batches: list[TokenBatches],
-        directory: files.Directory,
-        say: Callable[[str], None],
-    ) -> None:
-        self._reference = reference.computed(lm, batches, lambda x, y: [x], directory, say)
+    def sequences_of(self, x: PackedBatch, y: Array) -> list[PackedBatch]:
+        return [x]
 
     def loss(self, micro_tokens: int | None) -> DpoLoss:
         options = self.options

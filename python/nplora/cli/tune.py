@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
     from nplora.finetuning import FinetuneOptions, TuneOptions
     from nplora.finetuning.tuning.options import NOT_PASSED
+    from nplora.finetuning.tuning.space import require_values
 
     arguments.search = dict(arguments.search or ())
     own = given_options(arguments, TuneOptions)
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         if name not in NOT_PASSED and value is not False
     }
     checked(lambda **options: FinetuneOptions(**options, op="tune"), passed)
+    checked(lambda **options: require_values("tune", arguments.search, options), passed)
     report = finetuning.tune(
         arguments.model,
         given_data(arguments.data),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from nplora.finetuning.data import TokenBatches
 from nplora.finetuning.data.dataset import ReadOptions, read_sources
@@ -39,6 +40,16 @@ class Objective:
     def __init__(self, options: FinetuneOptions) -> None:
         self.options = options
         self._reference = Reference()
+
+    def with_options(self, op: str, options: FinetuneOptions) -> Self:
+        """The same objective with other options. The teacher and the reference are shared.
+
+        Raises:
+            ValueError: the options do not fit the teacher.
+        """
+        other = copy.copy(self)
+        other.options = options
+        return other
 
     @property
     def extra_passes(self) -> int:

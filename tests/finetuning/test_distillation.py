@@ -286,6 +286,19 @@ def test_a_file_is_not_replaced_unless_asked(teacher: Path, data: Path, tmp_path
     assert StoredTeacher(path).top_k == 2
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_the_adapter_of_the_teacher_is_not_replaced(
+    model: Path, teacher: Path, data: Path, tmp_path: Path, name: str
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(model.parent / "adapter", adapter)
+    before = (adapter / name).read_bytes()
+    for given in (adapter, (adapter, 0.5), [model.parent / "adapter", (adapter, 2.0)]):
+        with pytest.raises(ValueError, match=f"teach: .*{name} is the adapter itself, which is never overw"):
+            teach(model, data, adapter / name, adapter=given, top_k=2, overwrite=True)
+    assert (adapter / name).read_bytes() == before
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_a_failure_leaves_nothing_behind(
     teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.finetuning.attach import Adapters, with_adapters
+from nplora.finetuning.attach import Adapters, files_of, with_adapters
 from nplora.finetuning.data import EVALUATION_TOKENS, Data, TokenBatches
 from nplora.finetuning.data.dataset import Dataset, read_sources
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
@@ -144,7 +144,7 @@ def teach(
         lm = with_adapters("teach", lm, adapter, any_base)
     if top_k > _vocab(lm):
         raise ValueError(f"teach: top_k is {top_k}, but the vocabulary has {_vocab(lm):,} tokens")
-    _require_not_read(output, lm, groups)
+    _require_not_read(output, lm, files_of("teach", adapter), groups)
     reading = options.reading(min(max_length, lm.config.max_position_embeddings))
     datasets = [read_sources("teach", group, lm.tokenizer, reading) for group in groups if group]
     say = speaker(progress)
@@ -159,10 +159,13 @@ def _vocab(lm: LanguageModel) -> int:
     return min(lm.tokenizer.vocab_size, lm.config.vocab_size)
 
 
-def _require_not_read(output: StrPath, lm: LanguageModel, groups: list[list[Source]]) -> None:
+def _require_not_read(
+    output: StrPath, lm: LanguageModel, adapters: list[Path], groups: list[list[Source]]
+) -> None:
     read: list[tuple[str, StrPath]] = [
         ("teacher", path) for path in model_directory.files_of(lm.config.source)
     ]
+    read += [("adapter", path) for path in adapters]
     read += [("data", source.path) for group in groups for source in group if source.path]
     files.require_not_read("teach", [output], read)
 

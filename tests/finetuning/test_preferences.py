@@ -29,6 +29,7 @@ from nplora.lm import LanguageModel, load_model
 from nplora.models.packing import IGNORED, pack
 from nplora.nn.losses import NonFiniteLossError
 from nplora.trainer import Callback
+from nplora.trainer.evaluation import evaluate
 from nplora.trainer.fingerprint import is_same_base
 from nplora.trainer.history import History, StepRecord
 from small_llama import save_small_llama
@@ -77,9 +78,9 @@ def test_a_pair_is_the_prompt_with_both_answers_the_chosen_first(lm: LanguageMod
         ("1+1=2<|end|>", "2<|end|>"),
         ("1+1=33<|end|>", "33<|end|>"),
     ]
-    batch, is_answer = dataset.batch(np.array([0, 2]))
+    batch, answers = dataset.batch(np.array([0, 2]))
     assert len(batch.starts) == 5
-    np.testing.assert_array_equal(is_answer, batch.targets != IGNORED)
+    np.testing.assert_array_equal(answers.is_answer, batch.targets != IGNORED)
     report = dataset.report
     assert report.examples == len(dataset) == 15
     assert report.tokens == dataset.lengths.sum() == sum(len(ids) for pair in dataset for ids, _ in pair)
@@ -90,9 +91,9 @@ def test_a_pair_is_the_prompt_with_both_answers_the_chosen_first(lm: LanguageMod
 
 def test_orpo_also_learns_the_chosen_text_with_its_prompt(lm: LanguageModel) -> None:
     pairs, learned = read(lm, PAIRS), read(lm, PAIRS, "orpo")
-    (batch, is_answer), (plain, _) = learned.batch(np.arange(3)), pairs.batch(np.arange(3))
+    (batch, answers), (plain, _) = learned.batch(np.arange(3)), pairs.batch(np.arange(3))
     np.testing.assert_array_equal(batch.ids, plain.ids)
-    np.testing.assert_array_equal(is_answer, plain.targets != IGNORED)
+    np.testing.assert_array_equal(answers.is_answer, plain.targets != IGNORED)
     lengths, counts = np.diff(batch.starts), np.add.reduceat(batch.targets != IGNORED, batch.starts[:-1])
     assert counts[::2].tolist() == (lengths[::2] - 1).tolist()
     assert (
@@ -325,7 +326,7 @@ def one_batch(lm: LanguageModel, objective: str, directory: Path, micro: int | N
     loss: Any = chosen.loss(micro)
     lm.zero_grad()
     value = loss.forward_backward(lm, x, y, 1 / loss.count(x, y))
-    mean = loss.evaluate(lm, x, y)
+    mean = loss.evaluate(lm, x, y)  # of a batch of all data
     assert value / loss.count(x, y) == pytest.approx(mean, rel=1e-6)
     return value, [p.grad.copy() for p in lm.parameters()], loss.take_metrics()
 
@@ -342,6 +343,34 @@ def test_micro_batches_give_the_loss_the_gradient_and_the_metrics_of_the_batch(
     assert cut[2] == pytest.approx(whole[2], rel=1e-4, abs=1e-5)
     for a, b in zip(cut[1], whole[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * abs(b).max())
+
+
+def test_the_loss_of_orpo_in_an_evaluation_does_not_depend_on_its_batches(lm: LanguageModel) -> None:
+    """Against the mean over all tokens of the chosen texts, and over all pairs, in float64."""
+    objective = objective_of(FinetuneOptions(objective="orpo", beta=0.5))
+    rows = [row | {"chosen": row["chosen"] + "y" * (3 * number)} for number, row in enumerate(PAIRS)]
+    dataset = read(lm, rows, "orpo")
+    tokens, penalties = list[float](), list[float]()
+    for chosen, rejected in dataset:
+        odds = []
+        for ids, labels in (chosen, rejected):
+            logits = lm.logits(ids).astype(np.float64)[:-1]
+            logs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))[
+                np.arange(len(ids) - 1), ids[1:]
+            ]
+            p = np.exp(logs[labels[1:] != IGNORED].mean())
+            odds.append(p / (1 - p))
+            tokens += (-logs).tolist() if ids is chosen[0] else []
+        penalties.append(-np.log(1 / (1 + odds[1] / odds[0])))
+    expected = np.mean(tokens) + 0.5 * np.mean(penalties)
+    for batches in (
+        {"batch_examples": 1},
+        {"batch_examples": 5},
+        {"batch_tokens": 60},
+        {"batch_tokens": 999},
+    ):
+        found = evaluate(lm, objective.loss(None), TokenBatches(dataset, shuffle=False, **batches))
+        assert found["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_micro_batch_never_divides_a_pair(

@@ -260,7 +260,7 @@ def test_orpo_is_trl_s(beta: float, model: Path, theirs: Any, tmp_path: Path) ->
     trainer = theirs("orpo")
     trainer.beta = beta
     ours = ours_of(model, trainer, tmp_path, PAIRS, objective="orpo", beta=beta)
-    value, metrics = trainer.get_batch_loss_metrics(trainer.model, orpo_inputs(ours.x, ours.y))
+    value, metrics = trainer.get_batch_loss_metrics(trainer.model, orpo_inputs(ours.x, ours.y.is_answer))
     assert_same(trainer, value, ours)
     found = ours.loss.take_metrics()
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "nll_loss"):

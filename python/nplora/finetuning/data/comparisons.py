@@ -27,6 +27,19 @@ Array = npt.NDArray[Any]
 Labelled = tuple[Array, Array]  # ids and labels of a sequence
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a loss of pairs needs besides a batch.
+
+    Attributes:
+        is_answer: for each token of the batch, whether the next one belongs to an answer.
+        tokens_per_pair: the mean number of trained tokens in the chosen sequences of the whole data set.
+    """
+
+    is_answer: Array
+    tokens_per_pair: float
+
+
 class PairDataset(Stored):
     """Pairs of answers to one prompt. Each sequence is the prompt and an answer, the chosen answer first."""
 
@@ -37,21 +50,24 @@ class PairDataset(Stored):
         first = 2 * int(self._order[index])
         return self._labelled(first), self._labelled(first + 1)
 
-    def batch(self, indices: Array) -> tuple[PackedBatch, Array]:
-        """These pairs as a batch, and for each token, whether the next one belongs to an answer."""
-        sequences = [sequence for index in indices for sequence in self[int(index)]]
-        batch = pack(sequences)
-        return batch, batch.targets >= 0
+    def batch(self, indices: Array) -> tuple[PackedBatch, Answers]:
+        """These pairs as a batch, and which of its tokens are answers."""
+        batch = pack(sequence for index in indices for sequence in self[int(index)])
+        return batch, Answers(batch.targets >= 0, self._tokens_per_pair)
+
+    @functools.cached_property
+    def _tokens_per_pair(self) -> float:
+        return float(self._trained_counts()[::2][self._order].mean())
 
 
 class LearnedPairs(PairDataset):
     """Pairs whose chosen sequence is also trained as a whole, the prompt included (ORPO)."""
 
-    def batch(self, indices: Array) -> tuple[PackedBatch, Array]:
-        _, is_answer = super().batch(indices)
+    def batch(self, indices: Array) -> tuple[PackedBatch, Answers]:
+        _, answers = super().batch(indices)
         sequences = [sequence for index in indices for sequence in self[int(index)]]
         whole = pack((ids, labels if number % 2 else ids) for number, (ids, labels) in enumerate(sequences))
-        return whole, is_answer
+        return whole, answers
 
     def _trained_counts(self) -> Array:
         counts = super()._trained_counts()

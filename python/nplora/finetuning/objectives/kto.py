@@ -13,7 +13,7 @@ from nplora.finetuning.data.comparisons import JudgedDataset, Judgements, read_j
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.objectives.objective import Objective
-from nplora.finetuning.objectives.packed_loss import PackedLoss
+from nplora.finetuning.objectives.packed_loss import PackedLoss, micro_batches
 from nplora.finetuning.objectives.preference_losses import Kto
 from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
 from nplora.finetuning.objectives.tally import Tally
@@ -52,12 +52,10 @@ class KtoLoss(PackedLoss):
     def forward_backward(self, model: Module, x: PackedBatch, y: Judgements, factor: float) -> float:
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
-        kl, total, begin = self._kl(model, y), 0.0, 0
-        for part in x.pieces(self.micro_tokens):
-            end = begin + len(part.starts) - 1
-            loss = functools.partial(self._scaled, part, y.good[begin:end], kl, factor)
+        kl, total = self._kl(model, y), 0.0
+        for part, sequences, _ in micro_batches(x, self.micro_tokens):
+            loss = functools.partial(self._scaled, part, y.good[sequences], kl, factor)
             total += model.forward_backward_of(part, loss)
-            begin = end
         return total
 
     def evaluate(self, model: Module, x: PackedBatch, y: Judgements) -> float:

@@ -15,7 +15,7 @@ from nplora.adapters import merge_adapter, save_adapter
 from nplora.finetuning import finetune, plan, teach
 from nplora.finetuning.data import read_dataset
 from nplora.finetuning.objectives.distill import DistillLoss
-from nplora.finetuning.teachers import ModelTeacher, StoredTeacher
+from nplora.finetuning.teachers import ModelTeacher, StoredTeacher, model_digest
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import CorruptError, FormatError
 from nplora.lm import LanguageModel, load_model
@@ -143,12 +143,53 @@ def test_a_run_does_not_resume_with_another_divergence(
         finetune(model, data, tmp_path / "out", teacher=taught, steps=2, resume=True, **DISTILL | changed)
 
 
+@pytest.mark.parametrize("kind", ["stored", "model", "in memory"])
 def test_a_run_does_not_resume_with_another_teacher(
-    model: Path, teacher: Path, taught: Path, data: Path, tmp_path: Path
+    model: Path, teacher: Path, taught: Path, data: Path, tmp_path: Path, kind: str
 ) -> None:
-    finetune(model, data, tmp_path / "out", teacher=taught, steps=1, **DISTILL)
+    """Both teachers are of one kind, and their vocabularies, sizes and data are the same."""
+    first, other = taught, tmp_path / "other"
+    if kind == "stored":
+        teach(adapted(model), data, other, top_k=8)
+    elif kind == "model":
+        first, other = teacher, model
+    else:
+        first, other = adapted(model), adapted(model, alpha=16.0)  # type: ignore[assignment]
+    finetune(model, data, tmp_path / "out", teacher=first, steps=1, **DISTILL)
     with pytest.raises(ValueError, match="teacher was"):
-        finetune(model, data, tmp_path / "out", teacher=teacher, steps=2, resume=True, **DISTILL)
+        finetune(model, data, tmp_path / "out", teacher=other, steps=2, resume=True, **DISTILL)
+
+
+def adapted(model: Path, selected: str | list[str] | None = None, **changes: Any) -> LanguageModel:
+    """A teacher with a random adapter of its own, and with named adapters."""
+    lm = load_model(model)
+    for name in ("a", "b"):
+        lm.load_adapter(model.parent / "adapter", name)
+    lm.set_adapter(selected)
+    lm.add_lora(**{"rank": 4, "alpha": 8.0, "init": "gaussian", "seed": 0, "targets": ["q_proj"]} | changes)
+    return lm
+
+
+def test_a_teacher_is_identified_by_all_that_decides_its_predictions(model: Path, teacher: Path) -> None:
+    different: list[dict[str, Any]] = [
+        {},
+        {"alpha": 16.0},
+        {"use_rslora": True},
+        {"targets": ["k_proj"]},
+        {"seed": 1},
+        {"trainable_tokens": [3]},
+        {"trainable_tokens": [4]},
+        {"invocation": (3, 4)},
+        {"invocation": (5,)},
+        {"selected": "a"},
+        {"selected": ["a", "b"]},
+    ]
+    digests = [model_digest(adapted(model, **changes)) for changes in different]
+    assert len(set(digests)) == len(digests)
+    assert digests == [model_digest(adapted(model, **changes)) for changes in different]
+    assert model_digest(adapted(model, dropout=0.5)) == digests[0], "a teacher drops nothing"
+    with adapted(model).disable_adapter() as off:
+        assert model_digest(off) not in digests
 
 
 def test_micro_batches_and_plans_within_a_budget_train_alike(
@@ -243,6 +284,19 @@ def test_a_file_is_not_replaced_unless_asked(teacher: Path, data: Path, tmp_path
         teach(teacher, data, data, top_k=2, overwrite=True)
     teach(teacher, data, path, top_k=2, overwrite=True)
     assert StoredTeacher(path).top_k == 2
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_the_adapter_of_the_teacher_is_not_replaced(
+    model: Path, teacher: Path, data: Path, tmp_path: Path, name: str
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(model.parent / "adapter", adapter)
+    before = (adapter / name).read_bytes()
+    for given in (adapter, (adapter, 0.5), [model.parent / "adapter", (adapter, 2.0)]):
+        with pytest.raises(ValueError, match=f"teach: .*{name} is the adapter itself, which is never overw"):
+            teach(model, data, adapter / name, adapter=given, top_k=2, overwrite=True)
+    assert (adapter / name).read_bytes() == before
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

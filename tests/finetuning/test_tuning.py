@@ -16,7 +16,10 @@ import pytest
 
 import nplora
 from nplora import cli
-from nplora.finetuning import TuneOptions, evaluate, finetune, tune
+from nplora.finetuning import FinetuneOptions, TuneOptions, evaluate, finetune, teach, tune
+from nplora.finetuning.data.sources import sources_of
+from nplora.finetuning.load import evaluation_batches
+from nplora.finetuning.objectives import objective_of
 from nplora.finetuning.tuning import tune as tune_module
 from nplora.finetuning.tuning.log import NAME, TuneLog
 from nplora.finetuning.tuning.report import command_of
@@ -26,6 +29,7 @@ from nplora.finetuning.tuning.space import Settings, Space, space_of
 from nplora.finetuning.tuning.trial import Trial, key_of
 from nplora.formats import files
 from nplora.formats.errors import CorruptError, UnsafeError
+from nplora.trainer.evaluation import evaluate as evaluate_loss
 from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
@@ -495,6 +499,15 @@ def test_a_trial_that_diverges_is_reported(model: Path, data: Path, tmp_path: Pa
             ValueError,
             "tune: rank_pattern has 'up_proj', which matches no adapted layer",
         ),
+        ({"search": {"objective": ["sft", "dpo"]}}, ValueError, "objective cannot be searched"),
+        ({"search": {"teacher": ["t"]}}, ValueError, "teacher cannot be searched"),
+        ({"search": {"beta": [0.2]}}, ValueError, "beta is for objective 'dpo' or 'orpo' or 'kto', and the"),
+        ({"search": {"beta": [0]}, "objective": "dpo"}, ValueError, "beta is 0, expected above 0"),
+        (
+            {"search": {"loss_type": ["sigmoid", "ipo"], "label_smoothing": [0.0, 0.1]}, "objective": "dpo"},
+            ValueError,
+            "label_smoothing is for loss_type 'sigmoid', 'sigmoid_norm', 'robust', and the loss_ty",
+        ),
         ({"resume": True, "overwrite": True}, ValueError, "resume and overwrite are both given"),
         ({"rank": 0}, ValueError, "rank is 0"),
         ({"layers": "last:9"}, ValueError, "the model has 2 blocks"),
@@ -551,6 +564,50 @@ def test_a_search_that_continues_an_adapter_leaves_its_ranks(model: Path, data: 
     done = finetune(model, data, tmp_path / "best", progress=False, **report.options)
     assert report.winner is not None
     assert done.loss_after == report.winner.loss
+
+
+PAIRS = [{"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": f"no{n}"} for n in range(12)]
+FEW: dict[str, Any] = {"progress": False, "valid": PAIRS[:4], "rank": 2, "targets": ("q_proj",), "epochs": 1}
+
+
+@pytest.mark.slow
+def test_trials_with_batches_of_other_sizes_have_their_own_reference(model: Path, tmp_path: Path) -> None:
+    """Each batch of KTO has other sequences in its estimate of the KL divergence."""
+    kto: dict[str, Any] = {**FEW, "lr": 1e-2, "objective": "kto"}
+    report = tune(model, PAIRS, tmp_path / "out", budget=9, search={"batch_examples": [8, 3]}, **kto)
+    assert {trial.settings["batch_examples"] for trial in report.trials} == {8, 3}
+    for trial in report.trials:
+        options = {**kto, **trial.settings, "epochs": None, "steps": trial.steps, "keep": "last"}
+        done = finetune(model, PAIRS, tmp_path / "alone", **options, overwrite=True)
+        assert done.loss_after == trial.loss
+
+
+@pytest.mark.slow
+def test_trials_train_with_their_own_loss_and_are_compared_by_the_first(model: Path, tmp_path: Path) -> None:
+    dpo: dict[str, Any] = {**FEW, "lr": 1e-2, "objective": "dpo"}
+    report = tune(model, PAIRS, tmp_path / "out", budget=9, search={"beta": [0.1, 2.0]}, **dpo)
+    assert {trial.settings["beta"] for trial in report.trials} == {0.1, 2.0}
+    for trial in report.trials:
+        options = {**dpo, **trial.settings, "epochs": None, "steps": trial.steps, "keep": "last"}
+        finetune(model, PAIRS, tmp_path / "alone", **options, overwrite=True)
+        first = objective_of(FinetuneOptions(objective="dpo", beta=0.1))
+        lm = nplora.load_model(model)
+        reading = first.options.reading(64)
+        held_out = first.read("t", sources_of("t", PAIRS[:4]), lm.tokenizer, reading)
+        batches = evaluation_batches(held_out)
+        with files.Directory(tmp_path / "alone") as directory:
+            first.prepare(lm, [batches], directory, print)
+        trained = nplora.finetuning.load_with_adapter(model, tmp_path / "alone")
+        assert evaluate_loss(trained, first.loss(None), batches)["loss"] == trial.loss
+
+
+def test_a_searched_temperature_must_be_that_of_the_stored_teacher(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    teach(model, data, tmp_path / "taught", top_k=4)
+    options: dict[str, Any] = {"objective": "distill", "teacher": tmp_path / "taught", "progress": False}
+    with pytest.raises(ValueError, match=r"tune: temperature is 2, but the log-probabilities in .* of temp"):
+        tune(model, data, tmp_path / "out", search={"temperature": [1.0, 2.0]}, **options)
 
 
 def test_the_usual_space_is_made_for_the_model(model: Path) -> None:

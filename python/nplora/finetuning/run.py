@@ -23,6 +23,7 @@ from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.options import FinetuneOptions, from_arguments
 from nplora.finetuning.output import REPORTS, require_free, require_not_read
 from nplora.finetuning.planning import ExecutionPlan
+from nplora.finetuning.preparation import Preparation
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
 from nplora.formats import files
@@ -282,13 +283,15 @@ def _finetune(
     prefix = _new_prefix(inputs, place, chosen.keep_prefix)
 
     with files.Directory(place) as directory, _computing(lm, execution, prefix):
-        inputs.objective.prepare(plain, [batches, *([validation] if validation else [])], directory, say)
+        read = [batches, *([validation] if validation else [])]
+        prepared = Preparation(inputs.objective, plain, read, directory, say)
         del plain
         loss = inputs.objective.loss(execution.micro_tokens)
         baseline = Baseline(lm, loss, validation, chosen.sample, say)
         if not (chosen.resume and holds_run(directory)):
             if chosen.resume:
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")
+            prepared.compute()
             baseline.measure()
         base = None if isinstance(model, LanguageModel) else os.fspath(model)
         save = functools.partial(save_adapter, chat_template=inputs.train.report.chat)
@@ -299,7 +302,7 @@ def _finetune(
             _saved_after_an_error(lm, directory, base, save, reached),
         ):
             line = [TokenProgress(loss=loss)] if speaks(progress) else []
-            callbacks = [reached, baseline, *own, *sent, *line]
+            callbacks = [reached, prepared, baseline, *own, *sent, *line]
             history = _train(new_trainer(lm, loss, chosen, callbacks), batches, validation, chosen, directory)
         _save(lm, directory, base, save)
         found_at = directory.seen_from(output)

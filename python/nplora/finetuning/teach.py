@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.finetuning.attach import Adapters, with_adapters
+from nplora.finetuning.attach import Adapters, files_of, with_adapters
 from nplora.finetuning.data import EVALUATION_TOKENS, Data, TokenBatches
 from nplora.finetuning.data.dataset import Dataset, read_sources
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
 from nplora.finetuning.load import opened, require_vocabulary
 from nplora.finetuning.objectives.reference import sequence_keys
 from nplora.finetuning.options import TeachOptions, from_arguments
+from nplora.finetuning.slow_progress import Progress
 from nplora.finetuning.teachers import model_digest, stored
 from nplora.finetuning.token_progress import speaker
 from nplora.formats import files, model_directory
@@ -32,7 +32,6 @@ from nplora.nn.losses import NonFiniteLossError
 
 Array = npt.NDArray[Any]
 
-_EVERY = 10.0  # seconds between two lines of progress
 _COPIED = 1 << 20  # bytes
 
 
@@ -145,7 +144,7 @@ def teach(
         lm = with_adapters("teach", lm, adapter, any_base)
     if top_k > _vocab(lm):
         raise ValueError(f"teach: top_k is {top_k}, but the vocabulary has {_vocab(lm):,} tokens")
-    _require_not_read(output, lm, groups)
+    _require_not_read(output, lm, files_of("teach", adapter), groups)
     reading = options.reading(min(max_length, lm.config.max_position_embeddings))
     datasets = [read_sources("teach", group, lm.tokenizer, reading) for group in groups if group]
     say = speaker(progress)
@@ -160,10 +159,13 @@ def _vocab(lm: LanguageModel) -> int:
     return min(lm.tokenizer.vocab_size, lm.config.vocab_size)
 
 
-def _require_not_read(output: StrPath, lm: LanguageModel, groups: list[list[Source]]) -> None:
+def _require_not_read(
+    output: StrPath, lm: LanguageModel, adapters: list[Path], groups: list[list[Source]]
+) -> None:
     read: list[tuple[str, StrPath]] = [
         ("teacher", path) for path in model_directory.files_of(lm.config.source)
     ]
+    read += [("adapter", path) for path in adapters]
     read += [("data", source.path) for group in groups for source in group if source.path]
     files.require_not_read("teach", [output], read)
 
@@ -218,20 +220,14 @@ class _Writer:
 
     def _rows(self) -> Iterator[tuple[bytes, bytes]]:
         """The ids and the log-probabilities of some rows at a time, as bytes."""
-        seen, done, shown = set[int](), 0, time.monotonic()
-        started = shown
+        seen, progress = set[int](), Progress("", "tokens", self._total, self._say)
+        progress.begin(f"computing {counted(self._total, 'token')} of the teacher")
         for batch in self._batches():
             new = _without(batch, seen)
             if new is None:
                 continue
             yield from self._of(new)
-            done += new.num_targets
-            now = time.monotonic()
-            if now - shown > _EVERY:
-                shown = now
-                rate = done / (now - started)
-                left = (self._total - done) / rate
-                self._say(f"{done:,} of {self._total:,} tokens, {rate:.0f} tokens/s, {left:.0f} s left")
+            progress.add(new.num_targets)
 
     def _of(self, batch: PackedBatch) -> Iterator[tuple[bytes, bytes]]:
         lm, options = self._lm, self._options

@@ -179,6 +179,9 @@ class LanguageModel(Module):
     def stored_row_order(self, name: str) -> Array | None:
         return adapting.row_order(self.config, name)
 
+    def configuration(self) -> str:
+        return self.config.described()
+
     def base_digest(self) -> str | None:
         """A hash of the norm weights, which identifies the model (see `models.model_digest`)."""
         norms = {name: m.weight for name, m in self.named_modules() if isinstance(m, RMSNorm)}

@@ -177,6 +177,10 @@ class Module:
         """Return a text that identifies the frozen model in saved adapters, or None."""
         return None
 
+    def configuration(self) -> str:
+        """Return a text with the settings that decide the output besides the arrays; "" if there are none."""
+        return ""
+
     def stored_row_order(self, name: str) -> Array | None:
         """Return the `LoRALayer.row_order` of the layer with this dotted name (None: the usual order)."""
         return None

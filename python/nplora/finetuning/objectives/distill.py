@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import numpy.typing as npt
 
@@ -12,6 +12,7 @@ from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objectives.objective import Objective
 from nplora.finetuning.objectives.packed_loss import PackedLoss
 from nplora.finetuning.objectives.tally import Tally
+from nplora.finetuning.options import FinetuneOptions
 from nplora.finetuning.planning import Teaching
 from nplora.finetuning.teachers import ModelTeacher, StoredTeacher, Teacher, is_stored
 from nplora.formats import files
@@ -97,6 +98,11 @@ class DistillObjective(Objective):
             )
         self._teacher.require_student(op, lm)
         self._require_temperature(op)
+
+    def with_options(self, op: str, options: FinetuneOptions) -> Self:
+        other = super().with_options(op, options)
+        other._require_temperature(op)
+        return other
 
     def _require_temperature(self, op: str) -> None:
         wanted, stored = self.options.temperature, self._teacher.temperature

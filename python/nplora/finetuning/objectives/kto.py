@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora.finetuning.data import EVALUATION_TOKENS
-from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.comparisons import JudgedDataset, Judgements, read_judged
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
-from nplora.finetuning.objectives import reference
 from nplora.finetuning.objectives.objective import Objective
-from nplora.finetuning.objectives.packed_loss import PackedLoss
+from nplora.finetuning.objectives.packed_loss import PackedLoss, micro_batches
 from nplora.finetuning.objectives.preference_losses import Kto
 from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
 from nplora.finetuning.objectives.tally import Tally
-from nplora.formats import files
 from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch
 from nplora.nn.module import Module
@@ -38,9 +34,9 @@ class KtoLoss(PackedLoss):
 
     unit = "answers"
 
-    def __init__(self, formula: Kto, of: Reference, micro_tokens: int | None = None) -> None:
+    def __init__(self, formula: Kto, reference: Reference, micro_tokens: int | None = None) -> None:
         super().__init__(micro_tokens)
-        self._formula, self._reference, self._tally = formula, of, Tally()
+        self._formula, self._reference, self._tally = formula, reference, Tally()
 
     def settings(self) -> dict[str, Any]:
         chosen = {"beta": self._formula.beta, "loss_type": self._formula.loss_type}
@@ -56,12 +52,10 @@ class KtoLoss(PackedLoss):
     def forward_backward(self, model: Module, x: PackedBatch, y: Judgements, factor: float) -> float:
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
-        kl, total, begin = self._kl(model, y), 0.0, 0
-        for part in x.pieces(self.micro_tokens):
-            end = begin + len(part.starts) - 1
-            loss = functools.partial(self._scaled, part, y.good[begin:end], kl, factor)
+        kl, total = self._kl(model, y), 0.0
+        for part, sequences, _ in micro_batches(x, self.micro_tokens):
+            loss = functools.partial(self._scaled, part, y.good[sequences], kl, factor)
             total += model.forward_backward_of(part, loss)
-            begin = end
         return total
 
     def evaluate(self, model: Module, x: PackedBatch, y: Judgements) -> float:
@@ -84,7 +78,7 @@ class KtoLoss(PackedLoss):
         if not self._formula.uses_kl:
             return 0.0
         ratios = [
-            sums(part, model.log_probs(part)) - self._reference.of(part)
+            sums(part, model.log_probs(part)) - self._reference.log_probs_of(part)
             for part in y.mismatched.pieces(EVALUATION_TOKENS)
         ]
         kl = max(0.0, float(np.concatenate(ratios).mean()))
@@ -95,7 +89,7 @@ class KtoLoss(PackedLoss):
         self, part: PackedBatch, good: Array, kl: float, factor: float, log_probs: Array
     ) -> tuple[float, Array]:
         """The sum of the losses, and `factor` times its derivative with respect to the log-probabilities."""
-        ratios = sums(part, log_probs) - self._reference.of(part)
+        ratios = sums(part, log_probs) - self._reference.log_probs_of(part)
         values, slopes = self._formula(ratios, good, kl)
         rewards = self._formula.beta * ratios
         self._tally.add("rewards/chosen", rewards[good])
@@ -109,24 +103,14 @@ class KtoObjective(Objective):
 
     name = "kto"
     has_reference = True
-    _reference = Reference()
 
     def read(
         self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions
     ) -> JudgedDataset:
-        return read_judged(op, sources, tokenizer, reading, self.name)
+        return read_judged(op, sources, tokenizer, reading, self.name, self._formula.uses_kl)
 
-    def prepare(
-        self,
-        lm: LanguageModel,
-        batches: list[TokenBatches],
-        directory: files.Directory,
-        say: Callable[[str], None],
-    ) -> None:
-        def sequences_of(x: PackedBatch, y: Judgements) -> list[PackedBatch]:
-            return [x, y.mismatched] if self._formula.uses_kl else [x]
-
-        self._reference = reference.computed(lm, batches, sequences_of, directory, say)
+    def sequences_of(self, x: PackedBatch, y: Judgements) -> list[PackedBatch]:
+        return [x, y.mismatched] if self._formula.uses_kl else [x]
 
     def loss(self, micro_tokens: int | None) -> KtoLoss:
         return KtoLoss(self._formula, self._reference, micro_tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,17 @@ class PackedLoss(FusedLoss):
                 del vars(block)["run"]
             model.model.prefix = prefix
         return f"the first layer whose output is not finite is {(found or ['lm_head'])[0]!r}"
+
+
+def micro_batches(
+    x: PackedBatch, most_tokens: int | None, together: int = 1
+) -> Iterator[tuple[PackedBatch, slice, slice]]:
+    """Divide a batch as `PackedBatch.pieces` does. Each piece comes with its sequences and tokens in `x`."""
+    sequences = tokens = 0
+    for part in x.pieces(most_tokens, together):
+        ends = sequences + len(part.starts) - 1, tokens + len(part.ids)
+        yield part, slice(sequences, ends[0]), slice(tokens, ends[1])
+        sequences, tokens = ends
 
 
 def _watched(run: Callable[..., Any], name: str, found: list[str]) -> Callable[..., Any]:

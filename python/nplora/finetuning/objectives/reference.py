@@ -1,8 +1,8 @@
 """Reference: the log-probabilities of the model without its adapter, computed once and kept in a file.
 
-The file holds one number for each sequence. It is used only if the weights, the arithmetic, the instruction
-set and the version of nplora are the same, and if its SHA-256 shows that it is whole. Log-probabilities that
-it lacks are computed.
+The file holds one number for each sequence. It is used only if all weights, the configuration, the
+arithmetic, the instruction set and the version of nplora are the same, and if its SHA-256 shows that it is
+whole. Log-probabilities that it lacks are computed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import errno
 import hashlib
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from nplora import _core
 from nplora.finetuning.data import EVALUATION_TOKENS, TokenBatches
+from nplora.finetuning.slow_progress import Progress
 from nplora.formats import files, safetensors
 from nplora.formats.errors import FormatError, counted
 from nplora.formats.run_files import REFERENCE, REFERENCE_MARK, holds_run
@@ -34,7 +34,6 @@ from nplora.trainer.fingerprint import base_fingerprint
 Array = npt.NDArray[Any]
 
 _SCHEMA = "1"
-_EVERY = 10.0  # seconds between two lines of progress
 
 
 class Reference:
@@ -43,14 +42,84 @@ class Reference:
     A digest of its tokens and targets identifies each sequence, so the data may be in any order.
     """
 
-    def __init__(self, found: dict[int, float] | None = None) -> None:
-        found = found or {}
-        self._keys = np.array(sorted(found), np.uint64)
-        self._values = np.array([found[int(key)] for key in self._keys], np.float64)
+    def __init__(self) -> None:
+        self._set({})
+        self._model = ""
+        self._is_kept = True  # whether the file holds what was computed
 
-    def of(self, batch: PackedBatch) -> Array:
-        """The log-probability of each sequence of a batch, float64."""
-        return np.asarray(self._values[np.searchsorted(self._keys, sequence_keys(batch))])
+    def log_probs_of(self, batch: PackedBatch) -> Array:
+        """The log-probability of each sequence of a batch, float64.
+
+        Raises:
+            LookupError: `compute` has not seen one of the sequences.
+        """
+        keys = sequence_keys(batch)
+        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        if not len(self._keys) or (self._keys[places] != keys).any():
+            raise LookupError("the reference lacks the log-probability of a sequence of this batch")
+        return np.asarray(self._values[places])
+
+    def compute(
+        self,
+        lm: LanguageModel,
+        batches: list[TokenBatches],
+        sequences_of: Callable[[PackedBatch, Any], Iterable[PackedBatch]],
+        directory: files.Directory,
+        say: Callable[[str], None],
+        writes: bool,
+    ) -> None:
+        """Add the log-probabilities of all sequences of the data: from the file, or computed.
+
+        Args:
+            lm: the model without the adapter.
+            batches: the training data, and the validation data, if there are any.
+            sequences_of: the sequences of a batch whose log-probabilities are needed.
+            writes: whether the file is written. If not, `keep` writes it later.
+        Raises:
+            NonFiniteLossError: a log-probability is NaN or infinite.
+        Warns:
+            UserWarning: the file cannot be written. The run can continue without it.
+        """
+        self._model = _identity(lm)
+        found = self._found()
+        kept, problem = _read(directory, self._model)
+        kept |= found
+        if problem:
+            say(f"{Path(directory, REFERENCE)}: {problem}; the reference is computed again")
+        progress = Progress("reference", "examples", sum(len(source.dataset) for source in batches), say)
+        is_new = is_whole = False
+        try:
+            for source in batches:
+                for x, y in source.epoch(0):
+                    for part in _parts(sequences_of(x, y)):
+                        keys = sequence_keys(part).tolist()
+                        # The whole part is computed, so that the results are the same bits, whichever of its
+                        # sequences the file has.
+                        if not all(key in kept for key in keys):
+                            progress.begin("computing the log-probabilities of the model without its adapter")
+                            kept |= zip(keys, _log_probs(lm, part).tolist(), strict=True)
+                            is_new = True
+                        found |= ((key, kept[key]) for key in keys)
+                    progress.add((len(x.starts) - 1) // source.dataset.sequences)
+            is_whole = True
+        finally:  # also after Ctrl-C, so that the next start continues from here
+            if is_new and writes:
+                _write(directory, self._model, found if is_whole else kept)
+        self._set(found)
+        self._is_kept = self._is_kept and (writes or not is_new)
+
+    def keep(self, directory: files.Directory) -> None:
+        """Write the file, unless it holds everything already."""
+        if not self._is_kept:
+            _write(directory, self._model, self._found())
+        self._is_kept = True
+
+    def _set(self, found: dict[int, float]) -> None:
+        self._keys = np.array(sorted(found), np.uint64)
+        self._values = np.array([found[key] for key in sorted(found)], np.float64)
+
+    def _found(self) -> dict[int, float]:
+        return dict(zip(self._keys.tolist(), self._values.tolist(), strict=True))
 
 
 def sequence_keys(batch: PackedBatch) -> Array:
@@ -73,52 +142,6 @@ def by_sequence(batch: PackedBatch) -> Array:
 def sums(batch: PackedBatch, log_probs: Array) -> Array:
     """The sum of the log-probabilities of each sequence."""
     return np.bincount(by_sequence(batch), log_probs, len(batch.starts) - 1)
-
-
-def computed(
-    lm: LanguageModel,
-    batches: list[TokenBatches],
-    sequences_of: Callable[[PackedBatch, Any], Iterable[PackedBatch]],
-    directory: files.Directory,
-    say: Callable[[str], None],
-) -> Reference:
-    """The reference for all sequences of the data: read from the directory, or computed and written there.
-
-    Args:
-        lm: the model without the adapter.
-        batches: the training data, and the validation data, if there are any.
-        sequences_of: the sequences of a batch whose log-probabilities are needed.
-    Raises:
-        NonFiniteLossError: a log-probability is NaN or infinite.
-    Warns:
-        UserWarning: the file cannot be written. The run can continue without it.
-    """
-    model = _identity(lm)
-    kept, problem = _read(directory, model)
-    if problem:
-        say(f"{Path(directory, REFERENCE)}: {problem}; the reference is computed again")
-    found, new = dict[int, float](), False
-    counts = sum(len(source.dataset) for source in batches)
-    progress = _Progress(counts, say)
-    is_whole = False
-    try:
-        for source in batches:
-            for x, y in source.epoch(0):
-                for part in _parts(sequences_of(x, y)):
-                    keys = sequence_keys(part).tolist()
-                    # The whole part is computed, so that the results are the same bits, whichever of its
-                    # sequences the file has.
-                    if not all(key in kept for key in keys):
-                        progress.begin()
-                        kept |= zip(keys, _log_probs(lm, part).tolist(), strict=True)
-                        new = True
-                    found |= ((key, kept[key]) for key in keys)
-                progress.add(len(x.starts) - 1, source.dataset)
-        is_whole = True
-    finally:  # also after Ctrl-C, so that the next start continues from here
-        if new:
-            _write(directory, model, found if is_whole else kept)
-    return Reference(found)
 
 
 def drop(directory: files.Directory) -> None:
@@ -147,32 +170,13 @@ def _log_probs(lm: LanguageModel, part: PackedBatch) -> Array:
     return values
 
 
-class _Progress:
-    """Prints the progress of computing the reference, if that takes longer than a moment."""
-
-    def __init__(self, total: int, say: Callable[[str], None]) -> None:
-        self._total, self._say = total, say
-        self._done, self._last = 0.0, 0.0
-
-    def begin(self) -> None:
-        if not self._last:
-            self._last = time.monotonic()
-            self._say("computing the log-probabilities of the reference, the model without its adapter")
-
-    def add(self, sequences: int, dataset: Any) -> None:
-        self._done += sequences / dataset.sequences
-        if self._last and time.monotonic() - self._last >= _EVERY:
-            self._last = time.monotonic()
-            self._say(f"reference: {self._done / self._total:.0%} of the data")
-
-
 # ---- the file ----
 
 
 def _identity(lm: LanguageModel) -> str:
     """What the log-probabilities depend on besides the tokens."""
     config = _core.config()
-    parts = base_fingerprint(lm), lm.compute, str(config["isa"]), str(config["version"])
+    parts = base_fingerprint(lm, whole=True), lm.compute, str(config["isa"]), str(config["version"])
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -188,6 +192,8 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
     try:
         with safetensors.reading(path, follow_links=False) as content:
             metadata = content.metadata
+            if REFERENCE_MARK not in metadata and not holds_run(directory):
+                raise FormatError(f"{path}: is not a reference")
             if metadata.get(REFERENCE_MARK) != _SCHEMA or metadata.get("model") != model:
                 return {}, "it is of another model or arithmetic"
             keys, values = (content[name].numpy() for name in ("keys", "values"))
@@ -207,7 +213,8 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
 
 def _write(directory: files.Directory, model: str, found: dict[int, float]) -> None:
     """Write the file. A failure is only a warning: if the disk is full, the first checkpoint fails anyway."""
-    keys, values = np.array(list(found), np.uint64), np.array(list(found.values()), np.float64)
+    keys = np.array(sorted(found), np.uint64)
+    values = np.array([found[key] for key in sorted(found)], np.float64)
     metadata = {REFERENCE_MARK: _SCHEMA, "model": model, "sha256": _digest(keys, values)}
     path = Path(directory, REFERENCE)
     try:

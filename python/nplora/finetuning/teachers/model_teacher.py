@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,13 @@ class ModelTeacher:
 
 
 def model_digest(lm: LanguageModel) -> str:
-    """A hash of the model's weights, of its adapter and of its arithmetic."""
-    digest = hashlib.sha256(f"{lm.compute} {base_fingerprint(lm)}".encode())
-    for name, array in factors(lm).items():
-        digest.update(f"\n{name} {array.shape}".encode())
+    """A hash of the model's weights, of the adapters that it uses now, and of its arithmetic."""
+    used = lm._selected("model_digest")
+    digest = hashlib.sha256(f"{used.compute} {base_fingerprint(used)}".encode())
+    for name, layer in used.adapter_layers().items():
+        settings = {key: value for key, value in layer.settings().items() if key != "dropout"}
+        digest.update(f"\n{name} {json.dumps(settings, sort_keys=True)} {layer.adapter_enabled}".encode())
+    for name, array in factors(used).items():
+        digest.update(f"\n{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

@@ -528,6 +528,65 @@ def test_empty_data_are_an_error(lm: LanguageModel, tmp_path: Path, metric: Any)
         evaluate(lm, tmp_path / "bad.jsonl", skip_bad=True, metric=metric)
 
 
+# ---- preference pairs ----
+
+PAIRS = [{"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": "no idea"} for n in range(8)]
+
+
+def answer_log_probs(lm: LanguageModel, answer: str) -> npt.NDArray[np.float64]:
+    """For each prompt of PAIRS, log p of the tokens of an answer, which is a field of the row."""
+    found = []
+    for row in PAIRS:
+        prompt = lm.tokenizer.encode_prompt(row["prompt"])
+        ids = [*prompt, *lm.tokenizer.encode(row[answer]), lm.tokenizer.eos_id]
+        likely = log_probs(lm, ids)
+        found.append([likely[place - 1, ids[place]] for place in range(len(prompt), len(ids))])
+    return np.array([sum(values) for values in found] + [np.mean(np.concatenate(found))])
+
+
+def test_pairs_are_judged_by_the_log_probabilities_of_both_answers(lm: LanguageModel, adapters: Path) -> None:
+    adapted = lm.with_adapter(nplora.read_adapter(adapters / "trained"))
+    of_chosen, of_rejected = (answer_log_probs(adapted, name) for name in ("chosen", "rejected"))
+    base_chosen, base_rejected = (answer_log_probs(lm, name) for name in ("chosen", "rejected"))
+    found = evaluate(lm, PAIRS, adapter=adapters / "trained")
+    assert found["loss"] == pytest.approx(-of_chosen[-1], abs=1e-5)
+    metrics = {name: score["value"] for name, score in found["metrics"].items()}
+    assert metrics["acc"] == np.mean(of_chosen[:-1] > of_rejected[:-1])
+    rewards = (of_chosen - base_chosen)[:-1], (of_rejected - base_rejected)[:-1]
+    assert metrics["reward_acc"] == np.mean(rewards[0] > rewards[1])
+    assert metrics["reward_margin"] == pytest.approx(np.mean(rewards[0] - rewards[1]), abs=1e-4)
+    assert (found["examples"], found["metrics"]["reward_acc"]["examples"]) == (8, 8)
+
+
+def test_pairs_are_compared_with_the_model_alone(lm: LanguageModel, adapters: Path) -> None:
+    found = compare(lm, PAIRS, {"mine": adapters / "trained"})
+    base = found.evaluations["base"]["metrics"]
+    assert (base["reward_acc"]["value"], base["reward_margin"]["value"]) == (0.5, 0)
+    assert "reward_acc" not in evaluate(lm, PAIRS)["metrics"]
+    mine = evaluate(lm, PAIRS, adapter=adapters / "trained")
+    assert found.evaluations["mine"] == mine
+    assert "between mine and the base: reward_margin " in str(found)
+
+
+def test_the_accuracy_of_pairs_is_that_of_dpo(path: Path, lm: LanguageModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"objective": "dpo", "beta": 0.5, "rank": 2, "lr": 1e-2, "steps": 4}
+    report = nplora.finetune(path, PAIRS, out, valid=PAIRS, progress=False, keep="last", **options)
+    last = report.history.evaluations[-1].val_metrics
+    found = evaluate(lm, PAIRS, adapter=out)["metrics"]
+    assert found["reward_acc"]["value"] == last["rewards/accuracies"]
+    assert 0.5 * found["reward_margin"]["value"] == pytest.approx(last["rewards/margins"], rel=1e-4)
+
+
+def test_pairs_are_not_answered_and_do_not_mix(lm: LanguageModel) -> None:
+    with pytest.raises(
+        ValueError, match=r"^evaluate: metric is for generated answers, but the rows are pairs"
+    ):
+        evaluate(lm, PAIRS, metric="f1")
+    with pytest.raises(DataError, match=r"^data, row 2: has prompt and completion"):
+        evaluate(lm, [PAIRS[0], ROWS[0]])
+
+
 # ---- comparisons ----
 
 

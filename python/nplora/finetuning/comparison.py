@@ -120,6 +120,7 @@ def compare(
     lm, judge = read_all("compare", model, data, chosen)
     require_plain("compare", lm)
     say, measured = speaker(progress), dict[str, list[Measured]]()
+    judge.refer_to(lm)
     made = dict[str, LanguageModel]()
     for name, adapter in named.items():
         made[name] = with_adapters("compare", lm, adapter, any_base)

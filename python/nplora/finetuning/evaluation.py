@@ -42,7 +42,8 @@ def evaluate(
 
     In multiple-choice rows {"prompt": …, "choices": […], "answer": …}, "answer" is the text of the right
     choice, its index from 0, or its letter. The likelihood of each choice decides what the model answers. The
-    loss is that of the right choice.
+    loss is that of the right choice. In preference rows {"prompt": …, "chosen": …, "rejected": …}, it is that
+    of the chosen answers.
 
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
@@ -92,6 +93,7 @@ def evaluate(
     chosen = from_arguments("evaluate", EvaluateOptions, locals())
     lm, judge = read_all("evaluate", model, data, chosen)
     if adapter is not None:
+        judge.refer_to(lm)
         lm = with_adapters("evaluate", lm, adapter, any_base)
         warn_of_form("evaluate", adapter, judge.report.chat, *TEXT_AND_REMEDY)
     speaker(progress)(str(judge.report))

@@ -64,7 +64,8 @@ class Evaluation(MeanLoss):
         perplexity: e to the power of the loss.
         token_accuracy: the share of these tokens that the model ranks first.
         metrics: every metric by its name, "loss" and "token_accuracy" too, each as a `Score`. For
-            multiple-choice rows: "acc", "acc_norm" and "acc_token".
+            multiple-choice rows: "acc", "acc_norm" and "acc_token". For preference pairs: "acc", "acc_token"
+            and, with an adapter, "reward_acc" and "reward_margin".
 
     >>> result: nplora.finetuning.Evaluation = nplora.evaluate("model.gguf", "valid.jsonl")
     >>> result["tokens"], result["examples"]

@@ -364,6 +364,24 @@ def test_nothing_is_written_for_options_that_do_not_fit(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sample_is_a_chat_if_the_training_data_are(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    model = save_small_llama(tmp_path / "model.gguf", changes={"tokenizer.chat_template": template})
+    chats = [[("user", f"{n}+{n}="), ("assistant", str(2 * n))] for n in range(8)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    options: dict[str, Any] = {"sample": ("1+1=",), "steps": 2, "rank": 2, "progress": False}
+    report = finetune(model, rows, tmp_path / "out", **options)
+    chat, sampling = [{"role": "user", "content": "1+1="}], {"max_new_tokens": 48, "repetition_penalty": 1.1}
+    lm = load_with_adapter(model, tmp_path / "out")
+    assert report.samples[0].prompt == "1+1="
+    assert report.samples[0].before == nplora.load_model(model).generate(chat, **sampling)
+    assert report.samples[0].after == lm.generate(chat, **sampling)
+    assert finetune(model, rows, tmp_path / "out", **options, resume=True).samples == report.samples
+
+
 def test_a_sample_may_be_empty_if_the_model_has_a_bos_token(data: Path, tmp_path: Path) -> None:
     begins = {"tokenizer.ggml.bos_token_id": Typed(1, "UINT32"), "tokenizer.ggml.add_bos_token": True}
     model = save_small_llama(tmp_path / "bos.gguf", changes=begins)

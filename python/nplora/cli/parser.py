@@ -77,6 +77,8 @@ class CommandParser(Parser):
         begun = [option for option in options if option.startswith(word)]
         if not word.startswith("-") or " " in word or word in self._option_string_actions or len(begun) == 1:
             return
+        if word == "--model" and any(action.dest == "model" for action in self._actions):
+            self.error(f"no option --model; the model comes first: {self.prog} MODEL ...")
         names = [option[2:].replace("-", "_") for option in options]
         if near := _check.suggestion(word.lstrip("-").replace("-", "_"), names, _option):
             self.error(f"no option {word}{near}")

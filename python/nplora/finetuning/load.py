@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from nplora.formats import files
 from nplora.formats.errors import FormatError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel, load_model
-from nplora.lm.generation import prompt_ids
+from nplora.lm.generation import Prompt, prompt_ids
 from nplora.runtime.user_warning import warn_user
 from nplora.weights import COMPUTES, FrozenWeight
 
@@ -55,6 +55,12 @@ class RunInputs:
         """The number of tokens of all sequences that the model reads."""
         passes = 1 + self.objective.extra_passes  # an extra pass reads other sequences of the same length
         return passes * sum(dataset.report.tokens for dataset in self.datasets)
+
+    def prompts(self, texts: Sequence[str]) -> list[Prompt]:
+        """These texts as prompts: chats, if the chat template wrote all training examples."""
+        if not self.train.report.chat:
+            return list(texts)
+        return [[{"role": "user", "content": text}] for text in texts]
 
     @property
     def teacher_model(self) -> LanguageModel | None:
@@ -94,8 +100,6 @@ def read_inputs(
         )
     require_plain(op, lm)
     lm.require_trainable(op)  # fails if a named adapter is selected
-    for prompt in options.sample:
-        prompt_ids(f"{op}: sample {brief(prompt)}", lm, prompt)
     division = None if share is None else Division(op, sources, share)
     require_validation(op, options, held_out_sources is not None or division is not None)
     objective = objective_of(options)
@@ -109,7 +113,10 @@ def read_inputs(
     read = {"training data": sources, "validation data": held_out_sources or []}
     paths = [(what, source.path) for what, given in read.items() for source in given if source.path]
     paths += [("teacher", path) for path in (objective.teacher.paths if objective.teacher else [])]
-    return RunInputs(lm, train, held_out, _start(op, lm, options), paths, objective)
+    inputs = RunInputs(lm, train, held_out, _start(op, lm, options), paths, objective)
+    for text, prompt in zip(options.sample, inputs.prompts(options.sample), strict=True):
+        prompt_ids(f"{op}: sample {brief(text)}", lm, prompt)
+    return inputs
 
 
 def require_validation(op: str, options: FinetuneOptions, given: bool) -> None:

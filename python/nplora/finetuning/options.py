@@ -299,7 +299,10 @@ class FinetuneOptions:
     )
     overwrite: bool = _unplanned(_RUN, False, "delete the run and the adapter in the output directory")
     sample: tuple[str, ...] = _unplanned(
-        _RUN, (), "prompt to complete before and after training; plain text, not a chat", metavar="PROMPT"
+        _RUN,
+        (),
+        "prompt to answer before and after training; a chat if the training data are chats",
+        metavar="PROMPT",
     )
     checkpoint_blocks: InitVar[bool] = False  # the old name of recompute
     op: InitVar[str] = "finetune"  # the name with which error messages begin

@@ -217,7 +217,7 @@ def finetune(
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
-        sample: prompt to complete before and after training; plain text, not a chat.
+        sample: prompt to answer before and after training; a chat if the training data are chats.
         checkpoint_blocks: the old name of `recompute`.
     Returns:
         the losses, the sample texts and the history of the run; `print` shows them.
@@ -287,7 +287,7 @@ def _finetune(
         prepared = Preparation(inputs.objective, plain, read, directory, say)
         del plain
         loss = inputs.objective.loss(execution.micro_tokens)
-        baseline = Baseline(lm, loss, validation, chosen.sample, say)
+        baseline = Baseline(lm, loss, validation, inputs.prompts(chosen.sample), say)
         if not (chosen.resume and holds_run(directory)):
             if chosen.resume:
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")
@@ -457,7 +457,7 @@ def _report(
     output: Path, inputs: RunInputs, options: FinetuneOptions, baseline: Baseline, history: History
 ) -> FinetuneReport:
     lm, stopped = inputs.lm, history.interrupted
-    after = [""] * len(options.sample) if stopped else answers_of(lm, options.sample)
+    after = [""] * len(options.sample) if stopped else answers_of(lm, inputs.prompts(options.sample))
     loss_after, metrics_after = (None, dict[str, float]()) if stopped else _validated(history)
     return FinetuneReport(
         output=output,

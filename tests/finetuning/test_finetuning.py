@@ -364,6 +364,7 @@ def test_nothing_is_written_for_options_that_do_not_fit(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore:generate. the text ends")  # the context is full
 def test_a_sample_is_a_chat_if_the_training_data_are(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

@@ -11,10 +11,10 @@ from typing import Any, TypeAlias, TypeGuard
 from nplora import _check
 from nplora.adapters import Adapter, combine, read_for
 from nplora.adapters.layers import require_no_adapter
+from nplora.adapters.sources import trained_with_template
 from nplora.finetuning.load import loaded, require_plain
 from nplora.formats import files, peft_adapter
 from nplora.formats.files import StrPath
-from nplora.formats.peft_adapter import trained_with_template
 from nplora.lm import LanguageModel
 from nplora.runtime.user_warning import warn_user
 

@@ -12,9 +12,11 @@ import pytest
 import nplora
 from nplora import cli
 from nplora.adapters import merge_adapter, save_adapter
-from nplora.finetuning import finetune, plan, teach
+from nplora.finetuning import FinetuneOptions, execution, finetune, plan, teach
 from nplora.finetuning.data import read_dataset
+from nplora.finetuning.load import read_inputs
 from nplora.finetuning.objectives.distill import DistillLoss
+from nplora.finetuning.planning import ExecutionPlan
 from nplora.finetuning.teachers import ModelTeacher, StoredTeacher, model_digest
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import CorruptError, FormatError
@@ -214,6 +216,20 @@ def test_a_plan_counts_the_teacher(model: Path, teacher: Path, taught: Path, dat
     for given in (teacher, taught):
         with_teacher = plan(model, data, objective="distill", teacher=given).memory
         assert with_teacher.work > alone.work
+
+
+def test_the_prediction_for_a_given_plan_counts_the_teachers_weights(
+    model: Path, teacher: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resident(lm: LanguageModel, of_teacher: LanguageModel | None = None) -> tuple[int, int]:
+        return 0, 100 if of_teacher is None else 300
+
+    monkeypatch.setattr(execution, "resident_memory", resident)
+    options = FinetuneOptions(objective="distill", teacher=teacher, memory="1M")  # too little for any plan
+    inputs = read_inputs("tune", model, data, None, options, check=False)
+    adapters = execution.adapters_of("tune", inputs, options)
+    found = execution.predicted("tune", inputs, adapters, options, ExecutionPlan("float32", False, None))
+    assert found.memory.weights == 300
 
 
 def test_a_teacher_may_be_a_model_in_memory_with_an_adapter(

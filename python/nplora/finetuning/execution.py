@@ -1,5 +1,6 @@
 """Decide how a run computes its steps: from its options, from its memory limit, or from an earlier run."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -171,8 +172,7 @@ def predicted(
 ) -> MemoryPlan:
     """The predicted memory and time of a run that computes its steps in this way."""
     fixed = PlanConstraints(execution.compute, execution.recompute, (execution.micro_tokens,))
-    resident = resident_memory(inputs.lm)
-    return choose(inputs.lm, adapters, _work_of(inputs, options), fixed, resident, None, op)
+    return _planned(op, inputs, adapters, dataclasses.replace(options, memory=None), fixed)
 
 
 def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> str | None:

@@ -634,10 +634,17 @@ class LanguageModel(Module):
             prompts: the token ids of each prompt, at least one.
             continuations: for each prompt, the token ids of each continuation, at least one.
         Raises:
-            ValueError: a prompt or continuation is empty, or a prompt has no continuation; or as in `logits`.
+            ValueError: a prompt or continuation is empty, a prompt has no continuation, or the two lists have
+                different lengths; or as in `logits`.
             TypeError, CorruptError: as in `logits`.
         """
         op = "continuation_scores"
+        prompts, continuations = list(prompts), list(continuations)
+        if len(prompts) != len(continuations):
+            raise ValueError(
+                f"{op}: continuations has {counted(len(continuations), 'list')}, "
+                f"expected {len(prompts)}, one for each prompt"
+            )
         questions = [
             Question(self._sequence(op, prompt), [self._sequence(op, tokens) for tokens in several])
             for prompt, several in zip(prompts, continuations, strict=True)

@@ -371,6 +371,39 @@ def test_a_vocabulary_may_be_padded(
         assert np.isfinite(report.history.loss).all()
 
 
+@pytest.fixture(scope="module")
+def talkative(model: Path) -> Path:
+    """A teacher with seven tokens that the student lacks. It finds them likely."""
+    path = model.parent / "talkative.gguf"
+    tokens = list(gguf.open(model).metadata.strings("tokenizer.ggml.tokens"))
+    kinds = gguf.open(model).metadata["tokenizer.ggml.token_type"]
+    changes = {
+        "tokenizer.ggml.tokens": [*tokens, *(f"<|more{n}|>" for n in range(7))],
+        "tokenizer.ggml.token_type": np.append(kinds, np.full(7, 3)).astype(np.int32),
+    }
+    return save_small_llama(path, changes=changes, vocab=len(tokens) + 7)
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_a_stored_teacher_may_know_tokens_that_the_student_lacks(
+    model: Path, talkative: Path, data: Path, tmp_path: Path, kl: str
+) -> None:
+    lm = load_model(talkative)
+    batch = pack(read_dataset(data, lm.tokenizer))
+    ids = np.argsort(-lm.logits_of(lm.hidden_states(batch)), axis=1)
+    assert (ids[:, :4] >= lm.config.vocab_size - 7).any(), "some of the likely tokens are new"
+    losses = {}
+    for k in (4, lm.config.vocab_size):
+        teach(talkative, data, tmp_path / "t", top_k=k, dtype="float32", overwrite=True)
+        report = finetune(
+            model, data, tmp_path / f"{k}", teacher=tmp_path / "t", kl=kl, kd_ratio=1.0, steps=3, **DISTILL
+        )
+        losses[k] = report.history.loss
+    report = finetune(model, data, tmp_path / "m", teacher=talkative, kl=kl, kd_ratio=1.0, steps=3, **DISTILL)
+    np.testing.assert_allclose(losses[lm.config.vocab_size], report.history.loss, rtol=1e-5)
+    assert 0 < losses[4][0] <= report.history.loss[0], "the divergence of fewer classes is a lower bound"
+
+
 def test_log_probabilities_of_other_data_are_refused(
     model: Path, taught: Path, data: Path, tmp_path: Path
 ) -> None:

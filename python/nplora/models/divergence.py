@@ -41,9 +41,10 @@ class TopK:
     """A teacher's most likely tokens.
 
     Attributes:
-        ids: integers (n, k), the tokens, each at most once in a row.
-        log_probs: float64 (n, k + 1), the log-probabilities of these k tokens, and in the last column that of
-            all other tokens together, or -inf if there are none. The probabilities of a row sum to 1.
+        ids: integers (n, k), the tokens, each at most once in a row. -1: a token that the student lacks.
+        log_probs: float64 (n, k + 1), the log-probabilities of these k tokens, -inf for the id -1. The last
+            column has that of all other tokens together, or -inf if there are none. The probabilities of a
+            row sum to 1.
     """
 
     ids: Array
@@ -212,19 +213,23 @@ def _softmax(z: Array) -> Array:
 
 def _sparse(kl: str, z: Array, teacher: TopK, factor: float, gradient: bool) -> Array:
     """The divergences (n,), given the teacher's most likely tokens. The student's logits are overwritten."""
-    ids, k = teacher.ids, teacher.ids.shape[1]
-    rows, has_rest = np.arange(len(z))[:, None], bool(np.isfinite(teacher.log_probs[:, -1]).all())
+    k = teacher.ids.shape[1]
+    known = teacher.ids >= 0
+    rows, places = np.nonzero(known)
+    ids = teacher.ids[known]
+    has_rest = bool(np.isfinite(teacher.log_probs[:, -1]).all())
     log_p = teacher.log_probs if has_rest else teacher.log_probs[:, :-1]
-    top, losses = z[rows, ids].astype(np.float64), np.empty(len(z))
-    _core.cross_entropy(z, ids[:, 0].astype(np.int64), 1.0, losses, True)
+    log_q = np.full((len(z), k), -np.inf)
+    log_q[rows, places] = z[rows, ids]
+    log_q -= _softmax(z)[:, None]
     z[rows, ids] = 0  # z is q on the rest
-    log_q = top - (losses + top[:, 0])[:, None]
     if has_rest:
         rest = np.maximum(z.sum(axis=1, dtype=np.float32), _TINY)  # 1 - Σ q_i would cancel
         log_q = np.column_stack([log_q, np.log(rest, dtype=np.float64)])
     else:  # the student may have more tokens, which only pad its vocabulary
         log_q -= np.log(np.exp(log_q).sum(axis=1, keepdims=True))
-    log_ratio, on_rest = log_p - log_q, np.zeros(len(z))
+    log_ratio, on_rest = np.zeros_like(log_q), np.zeros(len(z))
+    np.subtract(log_p, log_q, out=log_ratio, where=np.isfinite(log_q))
     if kl == "forward":
         kls = (np.exp(log_p) * log_ratio).sum(axis=1)
         slopes = np.exp(log_q) - np.exp(log_p)
@@ -237,5 +242,5 @@ def _sparse(kl: str, z: Array, teacher: TopK, factor: float, gradient: bool) -> 
             on_rest = -log_ratio[:, -1] - kls
     if gradient:
         z *= (factor * on_rest).astype(np.float32)[:, None]
-        z[rows, ids] = factor * slopes[:, :k]
+        z[rows, ids] = factor * slopes[rows, places]
     return np.asarray(kls)

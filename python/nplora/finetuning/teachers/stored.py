@@ -122,7 +122,7 @@ class StoredTeacher:
         self._tokens = self._vocabulary(file)
         rows, self.top_k = self._entries["ids"].shape
         self._check_starts(rows)
-        self._common = len(self._tokens)  # ids that a student has too
+        self._common = len(self._tokens)  # the number of ids that the student has too
         self._header = hashlib.sha256(repr((sorted(file.metadata.items()), self._entries)).encode())
         self._header.update(keys.tobytes() + self._starts.tobytes())
 
@@ -194,12 +194,15 @@ class StoredTeacher:
         return np.frombuffer(data, dtype).reshape(-1, entry.shape[1])
 
     def _distributions(self, ids: Array, log_probs: Array) -> TopK:
-        """Check the rows, and scale their probabilities so that they sum to 1 again in spite of rounding."""
+        """Check the rows, leave out tokens that the student lacks, and scale the rest to the sum 1.
+
+        Rounding also changes the sum.
+        """
         ordered = np.sort(ids, axis=1)
-        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self._common:
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= len(self._tokens):
             raise CorruptError(
                 f"{self.name}: ids holds {int(ids.min())} to {int(ids.max())}, expected tokens from 0 to "
-                f"{self._common - 1}"
+                f"{len(self._tokens) - 1}"
             )
         if (ordered[:, 1:] == ordered[:, :-1]).any():
             raise CorruptError(f"{self.name}: ids holds a token twice in one row")
@@ -207,8 +210,10 @@ class StoredTeacher:
         known = exact if self.top_k < len(self._tokens) else exact[:, :-1]
         if not np.isfinite(known).all() or known.max(initial=0) > 0.01:
             raise CorruptError(f"{self.name}: log_probs holds a value that is no log-probability")
+        is_lacking = ids >= self._common
+        exact[:, :-1][is_lacking] = -np.inf
         known -= np.log(np.exp(known).sum(axis=1, keepdims=True))
-        return TopK(ids, exact)
+        return TopK(np.where(is_lacking, -1, ids), exact)
 
     def digest(self) -> str:
         return self._header.hexdigest()

@@ -299,6 +299,30 @@ def test_the_adapter_of_the_teacher_is_not_replaced(
     assert (adapter / name).read_bytes() == before
 
 
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_file_of_an_extreme_temperature_teaches(
+    model: Path, teacher: Path, data: Path, tmp_path: Path, temperature: float, dtype: str
+) -> None:
+    teach(teacher, data, tmp_path / "t", top_k=8, temperature=temperature, dtype=dtype)
+    report = finetune(model, data, tmp_path / "out", teacher=tmp_path / "t", kd_ratio=1.0, steps=2, **DISTILL)
+    assert all(record.metrics["kl"] > 0 for record in report.history.steps)
+
+
+def test_log_probabilities_that_do_not_fit_are_refused_before_the_file_exists(
+    teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    """Logits of a thousand, divided by 0.01, leave the range of float16."""
+    lm = load_model(teacher)
+    lm.model.norm.weight[...] *= 500
+    with pytest.raises(
+        ValueError, match=r"teach: a log-probability of .* does not fit into float16: a higher"
+    ):
+        teach(lm, data, tmp_path / "t", top_k=8, temperature=0.01)
+    assert not (tmp_path / "t").exists()
+    teach(lm, data, tmp_path / "t", top_k=8, temperature=0.01, dtype="float32")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_a_failure_leaves_nothing_behind(
     teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
@@ -461,7 +485,10 @@ def test_the_model_does_not_teach_itself(model: Path, data: Path, tmp_path: Path
     ("options", "words"),
     [
         ({"top_k": 0}, "teach: top_k is 0"), ({"top_k": 10**6}, "teach: top_k is 1000000, but the vocab"),
-        ({"temperature": 0}, "teach: temperature is 0"), ({"dtype": "int8"}, "teach: dtype='int8' is not"),
+        ({"temperature": 0}, "teach: temperature is 0"),
+        ({"temperature": 0.009}, "teach: temperature is 0.009, expected 0.01 to 100"),
+        ({"temperature": 101}, "teach: temperature is 101, expected 0.01 to 100"),
+        ({"dtype": "int8"}, "teach: dtype='int8' is not"),
         ({"compute": "int8"}, "teach: compute='int8' is not"),
     ],
 )  # fmt: skip
@@ -504,6 +531,7 @@ def put(place: Any, value: Any) -> Callable[[Array], Array]:
         (changed("token_ends", put(3, 2**40)), "token_ends do not ascend"),
         (changed("temperature", "warm"), "temperature is 'warm', expected a number"),
         (changed("temperature", "-1"), "temperature is '-1', expected a number"),
+        (changed("temperature", "1e9"), "temperature is '1e9', expected a number from 0.01 to 100"),
         (changed("ids", put(slice(None), 9999)), "ids holds 9999 to 9999, expected tokens from 0"),
         (changed("ids", put(slice(None), -1)), "ids holds -1 to -1"),
         (changed("ids", np.zeros_like), "a token twice"),

@@ -121,6 +121,23 @@ def test_tokens_that_only_pad_one_vocabulary_do_not_count(kl: str, longer: str) 
 
 
 @pytest.mark.parametrize("kl", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+@pytest.mark.parametrize("k", [None, 20])
+@pytest.mark.parametrize("vocab", [VOCAB, 8000])
+def test_extreme_temperatures_are_exact_too(kl: str, temperature: float, k: int | None, vocab: int) -> None:
+    """At 100, the divergence is 1e-3 to 1e-6, of terms near 1, whose errors of 1e-7 must not add up."""
+    student, teacher, labels = logits(0, vocab=vocab), logits(1, vocab=vocab), np.arange(ROWS)
+    loss = Distillation(kl, temperature, 1.0)
+    want, gradient = expected(student, teacher, labels, loss, k)
+    given = teacher.copy() if k is None else best(teacher, k, temperature)
+    found, _, _ = loss(student, labels, given, 1.0, True)
+    np.testing.assert_allclose(found, want, rtol=2e-4 if k is None else 1e-5)
+    # At 0.01, log-ratios of a thousand are rounded, and cancel in the gradient of the reverse divergence.
+    atol = 1e-4 * abs(gradient).max() + 1e-6 * want.max() / temperature
+    np.testing.assert_allclose(student, gradient, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("kl", DIVERGENCES)
 def test_likely_tokens_that_the_student_lacks_are_left_out(kl: str) -> None:
     """Their probability is shared out among all other tokens, and "the rest" is one class as before."""
     student, teacher, k = logits(0), logits(1, vocab=VOCAB + 40), 12

@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from nplora.finetuning.data.batches import EVALUATION_TOKENS, TokenBatches
 from nplora.finetuning.data.stored import Examples
+from nplora.finetuning.objective_options import TEMPERATURES
 from nplora.finetuning.objectives.reference import by_sequence, sequence_keys
 from nplora.finetuning.teachers.teacher import RowsOf
 from nplora.finetuning.teachers.vocabulary import require_same_vocabulary
@@ -132,9 +133,11 @@ class StoredTeacher:
             found = float(self.metadata["temperature"])
         except (KeyError, ValueError):
             found = math.nan
-        if not 0 < found < math.inf:
+        least, most = TEMPERATURES
+        if not least <= found <= most:
             raise FormatError(
-                f"{self.name}: temperature is {brief(self.metadata.get('temperature'))}, expected a number"
+                f"{self.name}: temperature is {brief(self.metadata.get('temperature'))}, expected a number "
+                f"from {least} to {most}"
             )
         return found
 

@@ -874,6 +874,25 @@ def test_a_plan_counts_whole_pairs_and_the_reference(objective: str, model: Path
 # ---- records ----
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_metrics_of_an_epoch_are_means_over_all_values(
+    objective: str, model: Path, tmp_path: Path
+) -> None:
+    """The factors hardly change, so an evaluation of all data measures the same, in other batches."""
+    rows: Any = PAIRS
+    if objective == "kto":  # batches with few good answers, with many, and with none
+        rows = [{"prompt": f"{n}=", "completion": "x" * (1 + n % 7), "label": n > 9} for n in range(14)]
+    finetune(model, PAIRS, tmp_path / "first", objective="dpo", **QUICK)
+    report = finetune(
+        model, rows, tmp_path / "out", valid=rows, objective=objective, adapter=tmp_path / "first", lr=1e-9,
+        batch_examples=3, steps=5,
+    )  # fmt: skip
+    epoch, whole = report.history.epochs[0].metrics, report.metrics_before
+    assert {name for name in epoch if name != "kl"} == whole.keys() - {"kl"}
+    for name in epoch.keys() - {"kl", "rewards/accuracies"}:
+        assert epoch[name] == pytest.approx(whole[name], rel=1e-4), name
+
+
 def test_records_without_metrics_from_before_are_still_read() -> None:
     history = History()
     plain = {"epoch": 1, "loss": 2.0, "count": 3, "lr": 0.1, "grad_norm": 1.0, "seconds": 0.5}

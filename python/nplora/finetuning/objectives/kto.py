@@ -68,10 +68,7 @@ class KtoLoss(PackedLoss):
 
         The accuracy is the share of answers on the right side of the KL divergence.
         """
-        means = self._tally.take()
-        if {"rewards/chosen", "rewards/rejected"} <= means.keys():
-            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-        return means
+        return self._tally.take()
 
     def _kl(self, model: LanguageModel, y: Judgements) -> float:
         """The estimated KL divergence of a batch."""
@@ -92,8 +89,8 @@ class KtoLoss(PackedLoss):
         ratios = sums(part, log_probs) - self._reference.log_probs_of(part)
         values, slopes = self._formula(ratios, good, kl)
         rewards = self._formula.beta * ratios
-        self._tally.add("rewards/chosen", rewards[good])
-        self._tally.add("rewards/rejected", rewards[~good])
+        self._tally.add("rewards/chosen", rewards[good], counted=True)
+        self._tally.add("rewards/rejected", rewards[~good], counted=True)
         self._tally.add("rewards/accuracies", np.where(good, ratios > kl, ratios < kl))
         return float(values.sum()), factor * slopes[by_sequence(part)]
 

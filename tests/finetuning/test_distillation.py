@@ -1,6 +1,7 @@
 """Distillation: teachers that run beside the student, stored ones, and what is refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from nplora.lm import LanguageModel, load_model
 from nplora.models.divergence import Distillation
 from nplora.models.packing import IGNORED, pack
 from nplora.nn.losses import NonFiniteLossError
+from nplora.weights import FrozenWeight
 from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
@@ -353,15 +355,38 @@ def test_a_teacher_whose_outputs_are_not_finite_is_an_error(
 # ---- numbers that are not finite ----
 
 
-def test_a_teacher_that_diverges_is_blamed(model: Path, teacher: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layer", ["model.layers.1", "model.norm"])
+def test_a_teacher_that_diverges_is_blamed(
+    model: Path, teacher: Path, data: Path, tmp_path: Path, layer: str
+) -> None:
     lm = load_model(teacher)
-    lm.model.layers[1].input_layernorm.weight[...] = np.nan  # type: ignore[attr-defined]
-    with pytest.raises(NonFiniteLossError, match=r"the outputs of the teacher .* are not finite"):
+    norm: Any = lm.model.norm if layer == "model.norm" else lm.model.layers[1].input_layernorm  # type: ignore[attr-defined]
+    norm.weight[...] = np.nan
+    words = rf"the outputs of the teacher .* are not finite, first that of '{re.escape(layer)}'"
+    with pytest.raises(NonFiniteLossError, match=words):
         finetune(model, data, tmp_path / "out", teacher=lm, steps=2, **DISTILL)
 
 
+@pytest.mark.parametrize("layer", ["model.layers.1", "model.norm", "lm_head"])
+def test_a_student_whose_outputs_are_not_finite_is_blamed(
+    model: Path, taught: Path, data: Path, layer: str
+) -> None:
+    lm: Any = load_model(model)
+    batch = pack(read_dataset(data, lm.tokenizer))
+    loss = DistillLoss(Distillation(), StoredTeacher(taught))
+    assert loss.blame(lm, batch) == "the output of every layer is finite, but the loss is not"
+    if layer == "lm_head":  # finite weights, whose products are too large for float32
+        lm.model.norm.weight[...] = 1e38
+        lm.lm_head.weight = FrozenWeight(np.full((lm.config.vocab_size, 32), 1e5, np.float32))
+    else:
+        norm = lm.model.norm if layer == "model.norm" else lm.model.layers[1].input_layernorm
+        norm.weight[0] = np.nan
+    assert loss.blame(lm, batch) == f"the first layer whose output is not finite is {layer!r}"
+
+
 def test_a_student_that_diverges_is_blamed(model: Path, taught: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteLossError, match=r"output is not finite|gradient"):
+    words = r"^step 2 \(epoch 1\): the loss of batch 2 is nan: the first layer whose output is not finite is "
+    with pytest.raises(NonFiniteLossError, match=words + r"'model\.layers\.0'; a lower lr may help"):
         finetune(model, data, tmp_path / "out", teacher=taught, steps=9, **DISTILL | {"lr": 1e30})
 
 

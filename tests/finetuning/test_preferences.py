@@ -850,6 +850,28 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(
         finetune(model, PAIRS, tmp_path / "out", objective="dpo", **{**options, "lr": 1e-3}, resume=True)
 
 
+def test_a_loss_of_kto_whose_mismatched_pairs_are_not_finite_says_so(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm.add_lora(rank=2)
+    objective = objective_of(FinetuneOptions(objective="kto"))
+    batches = TokenBatches(read(lm, PAIRS, "kto"), batch_examples=4, shuffle=False)
+    with files.Directory(tmp_path) as directory, lm.disable_adapter():
+        objective.prepare(lm, [batches], directory, print)
+    loss, (x, y) = objective.loss(None), next(batches.epoch(0))
+    loss.forward_backward(lm, x, y, 1.0)
+    assert loss.blame(lm, x) == "the output of every layer is finite, but the loss is not"
+    computed = LanguageModel.hidden_states
+
+    def failing(self: LanguageModel, batch: Any) -> Array:
+        hidden = computed(self, batch)
+        return hidden * np.float32(np.nan) if np.array_equal(batch.ids, y.mismatched.ids) else hidden
+
+    monkeypatch.setattr(LanguageModel, "hidden_states", failing)
+    words = "for prompts with other answers, the first layer whose output is not finite is 'model.norm'"
+    assert loss.blame(lm, x) == words
+
+
 def test_the_command_line_trains_on_pairs(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """Distillation: teachers that run beside the student, stored ones, and what is refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from nplora.lm import LanguageModel, load_model
 from nplora.models.divergence import Distillation
 from nplora.models.packing import IGNORED, pack
 from nplora.nn.losses import NonFiniteLossError
+from nplora.weights import FrozenWeight
 from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
@@ -315,6 +317,30 @@ def test_the_adapter_of_the_teacher_is_not_replaced(
     assert (adapter / name).read_bytes() == before
 
 
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_file_of_an_extreme_temperature_teaches(
+    model: Path, teacher: Path, data: Path, tmp_path: Path, temperature: float, dtype: str
+) -> None:
+    teach(teacher, data, tmp_path / "t", top_k=8, temperature=temperature, dtype=dtype)
+    report = finetune(model, data, tmp_path / "out", teacher=tmp_path / "t", kd_ratio=1.0, steps=2, **DISTILL)
+    assert all(record.metrics["kl"] > 0 for record in report.history.steps)
+
+
+def test_log_probabilities_that_do_not_fit_are_refused_before_the_file_exists(
+    teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    """Logits of a thousand, divided by 0.01, leave the range of float16."""
+    lm = load_model(teacher)
+    lm.model.norm.weight[...] *= 500
+    with pytest.raises(
+        ValueError, match=r"teach: a log-probability of .* does not fit into float16: a higher"
+    ):
+        teach(lm, data, tmp_path / "t", top_k=8, temperature=0.01)
+    assert not (tmp_path / "t").exists()
+    teach(lm, data, tmp_path / "t", top_k=8, temperature=0.01, dtype="float32")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_a_failure_leaves_nothing_behind(
     teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
@@ -345,15 +371,38 @@ def test_a_teacher_whose_outputs_are_not_finite_is_an_error(
 # ---- numbers that are not finite ----
 
 
-def test_a_teacher_that_diverges_is_blamed(model: Path, teacher: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layer", ["model.layers.1", "model.norm"])
+def test_a_teacher_that_diverges_is_blamed(
+    model: Path, teacher: Path, data: Path, tmp_path: Path, layer: str
+) -> None:
     lm = load_model(teacher)
-    lm.model.layers[1].input_layernorm.weight[...] = np.nan  # type: ignore[attr-defined]
-    with pytest.raises(NonFiniteLossError, match=r"the outputs of the teacher .* are not finite"):
+    norm: Any = lm.model.norm if layer == "model.norm" else lm.model.layers[1].input_layernorm  # type: ignore[attr-defined]
+    norm.weight[...] = np.nan
+    words = rf"the outputs of the teacher .* are not finite, first that of '{re.escape(layer)}'"
+    with pytest.raises(NonFiniteLossError, match=words):
         finetune(model, data, tmp_path / "out", teacher=lm, steps=2, **DISTILL)
 
 
+@pytest.mark.parametrize("layer", ["model.layers.1", "model.norm", "lm_head"])
+def test_a_student_whose_outputs_are_not_finite_is_blamed(
+    model: Path, taught: Path, data: Path, layer: str
+) -> None:
+    lm: Any = load_model(model)
+    batch = pack(read_dataset(data, lm.tokenizer))
+    loss = DistillLoss(Distillation(), StoredTeacher(taught))
+    assert loss.blame(lm, batch) == "the output of every layer is finite, but the loss is not"
+    if layer == "lm_head":  # finite weights, whose products are too large for float32
+        lm.model.norm.weight[...] = 1e38
+        lm.lm_head.weight = FrozenWeight(np.full((lm.config.vocab_size, 32), 1e5, np.float32))
+    else:
+        norm = lm.model.norm if layer == "model.norm" else lm.model.layers[1].input_layernorm
+        norm.weight[0] = np.nan
+    assert loss.blame(lm, batch) == f"the first layer whose output is not finite is {layer!r}"
+
+
 def test_a_student_that_diverges_is_blamed(model: Path, taught: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteLossError, match=r"output is not finite|gradient"):
+    words = r"^step 2 \(epoch 1\): the loss of batch 2 is nan: the first layer whose output is not finite is "
+    with pytest.raises(NonFiniteLossError, match=words + r"'model\.layers\.0'; a lower lr may help"):
         finetune(model, data, tmp_path / "out", teacher=taught, steps=9, **DISTILL | {"lr": 1e30})
 
 
@@ -385,6 +434,39 @@ def test_a_vocabulary_may_be_padded(
     for name, given in (("stored", stored), ("model", teaching)):
         report = finetune(student, data, tmp_path / name, teacher=given, kl=kl, steps=2, **DISTILL)
         assert np.isfinite(report.history.loss).all()
+
+
+@pytest.fixture(scope="module")
+def talkative(model: Path) -> Path:
+    """A teacher with seven tokens that the student lacks. It finds them likely."""
+    path = model.parent / "talkative.gguf"
+    tokens = list(gguf.open(model).metadata.strings("tokenizer.ggml.tokens"))
+    kinds = gguf.open(model).metadata["tokenizer.ggml.token_type"]
+    changes = {
+        "tokenizer.ggml.tokens": [*tokens, *(f"<|more{n}|>" for n in range(7))],
+        "tokenizer.ggml.token_type": np.append(kinds, np.full(7, 3)).astype(np.int32),
+    }
+    return save_small_llama(path, changes=changes, vocab=len(tokens) + 7)
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_a_stored_teacher_may_know_tokens_that_the_student_lacks(
+    model: Path, talkative: Path, data: Path, tmp_path: Path, kl: str
+) -> None:
+    lm = load_model(talkative)
+    batch = pack(read_dataset(data, lm.tokenizer))
+    ids = np.argsort(-lm.logits_of(lm.hidden_states(batch)), axis=1)
+    assert (ids[:, :4] >= lm.config.vocab_size - 7).any(), "some of the likely tokens are new"
+    losses = {}
+    for k in (4, lm.config.vocab_size):
+        teach(talkative, data, tmp_path / "t", top_k=k, dtype="float32", overwrite=True)
+        report = finetune(
+            model, data, tmp_path / f"{k}", teacher=tmp_path / "t", kl=kl, kd_ratio=1.0, steps=3, **DISTILL
+        )
+        losses[k] = report.history.loss
+    report = finetune(model, data, tmp_path / "m", teacher=talkative, kl=kl, kd_ratio=1.0, steps=3, **DISTILL)
+    np.testing.assert_allclose(losses[lm.config.vocab_size], report.history.loss, rtol=1e-5)
+    assert 0 < losses[4][0] <= report.history.loss[0], "the divergence of fewer classes is a lower bound"
 
 
 def test_log_probabilities_of_other_data_are_refused(
@@ -444,7 +526,10 @@ def test_the_model_does_not_teach_itself(model: Path, data: Path, tmp_path: Path
     ("options", "words"),
     [
         ({"top_k": 0}, "teach: top_k is 0"), ({"top_k": 10**6}, "teach: top_k is 1000000, but the vocab"),
-        ({"temperature": 0}, "teach: temperature is 0"), ({"dtype": "int8"}, "teach: dtype='int8' is not"),
+        ({"temperature": 0}, "teach: temperature is 0"),
+        ({"temperature": 0.009}, "teach: temperature is 0.009, expected 0.01 to 100"),
+        ({"temperature": 101}, "teach: temperature is 101, expected 0.01 to 100"),
+        ({"dtype": "int8"}, "teach: dtype='int8' is not"),
         ({"compute": "int8"}, "teach: compute='int8' is not"),
     ],
 )  # fmt: skip
@@ -487,6 +572,7 @@ def put(place: Any, value: Any) -> Callable[[Array], Array]:
         (changed("token_ends", put(3, 2**40)), "token_ends do not ascend"),
         (changed("temperature", "warm"), "temperature is 'warm', expected a number"),
         (changed("temperature", "-1"), "temperature is '-1', expected a number"),
+        (changed("temperature", "1e9"), "temperature is '1e9', expected a number from 0.01 to 100"),
         (changed("ids", put(slice(None), 9999)), "ids holds 9999 to 9999, expected tokens from 0"),
         (changed("ids", put(slice(None), -1)), "ids holds -1 to -1"),
         (changed("ids", np.zeros_like), "a token twice"),

@@ -850,6 +850,28 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(
         finetune(model, PAIRS, tmp_path / "out", objective="dpo", **{**options, "lr": 1e-3}, resume=True)
 
 
+def test_a_loss_of_kto_whose_mismatched_pairs_are_not_finite_says_so(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm.add_lora(rank=2)
+    objective = objective_of(FinetuneOptions(objective="kto"))
+    batches = TokenBatches(read(lm, PAIRS, "kto"), batch_examples=4, shuffle=False)
+    with files.Directory(tmp_path) as directory, lm.disable_adapter():
+        objective.prepare(lm, [batches], directory, print)
+    loss, (x, y) = objective.loss(None), next(batches.epoch(0))
+    loss.forward_backward(lm, x, y, 1.0)
+    assert loss.blame(lm, x) == "the output of every layer is finite, but the loss is not"
+    computed = LanguageModel.hidden_states
+
+    def failing(self: LanguageModel, batch: Any) -> Array:
+        hidden = computed(self, batch)
+        return hidden * np.float32(np.nan) if np.array_equal(batch.ids, y.mismatched.ids) else hidden
+
+    monkeypatch.setattr(LanguageModel, "hidden_states", failing)
+    words = "for prompts with other answers, the first layer whose output is not finite is 'model.norm'"
+    assert loss.blame(lm, x) == words
+
+
 def test_the_command_line_trains_on_pairs(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -872,6 +894,25 @@ def test_a_plan_counts_whole_pairs_and_the_reference(objective: str, model: Path
 
 
 # ---- records ----
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_metrics_of_an_epoch_are_means_over_all_values(
+    objective: str, model: Path, tmp_path: Path
+) -> None:
+    """The factors hardly change, so an evaluation of all data measures the same, in other batches."""
+    rows: Any = PAIRS
+    if objective == "kto":  # batches with few good answers, with many, and with none
+        rows = [{"prompt": f"{n}=", "completion": "x" * (1 + n % 7), "label": n > 9} for n in range(14)]
+    finetune(model, PAIRS, tmp_path / "first", objective="dpo", **QUICK)
+    report = finetune(
+        model, rows, tmp_path / "out", valid=rows, objective=objective, adapter=tmp_path / "first", lr=1e-9,
+        batch_examples=3, steps=5,
+    )  # fmt: skip
+    epoch, whole = report.history.epochs[0].metrics, report.metrics_before
+    assert {name for name in epoch if name != "kl"} == whole.keys() - {"kl"}
+    for name in epoch.keys() - {"kl", "rewards/accuracies"}:
+        assert epoch[name] == pytest.approx(whole[name], rel=1e-4), name
 
 
 def test_records_without_metrics_from_before_are_still_read() -> None:

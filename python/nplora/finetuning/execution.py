@@ -2,8 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
+from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter
@@ -29,7 +28,6 @@ from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel, activated
 from nplora.lm.adapting import parse_pattern
 from nplora.lm.trained_rows import wanted as wanted_rows
-from nplora.models.invocation import active_in
 from nplora.runtime.user_warning import warn_user
 
 _MOST_EXAMPLES = 1_000_000  # a plan lists the batches of epochs with about this many examples in total
@@ -195,17 +193,18 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
         tokens, modules = options.trainable_tokens or (), options.modules_to_save or ()
         adapters = adapters.with_rows(lm, wanted_rows(lm, op, tokens, modules, adapters.shapes))
         invocation = activated.invocation_tokens(lm, op, options.invocation)
-        if invocation is not None:
-            rest = options.use_dora, options.dropout, options.init, tokens, modules
-            activated.require_plain(op, adapters.shapes, *rest)
+        rest: tuple[Any, ...] = options.use_dora, options.dropout, options.init, tokens, modules
     else:
         shapes = {name: delta.shape for name, delta in start.items()}
         ranks = {name: delta.rank for name, delta in start.items()}
         adapters = Adapters(shapes, max(ranks.values()), start.use_dora, ranks=ranks)
         adapters = adapters.with_rows(lm, start.trained_rows)
         invocation = start.invocation_tokens
+        rest = start.use_dora, options.dropout, "", start.trained_rows, ()
     if invocation is not None:
-        _require_invocation(op, inputs.train, invocation)
+        activated.require_plain(op, adapters.shapes, *rest)
+        for dataset in inputs.datasets:
+            _require_invocation(op, dataset, invocation)
     if options.keep_prefix != "off" and not adapters.first_block(lm.config.num_hidden_layers):
         raise ValueError(
             f"{op}: keep_prefix={options.keep_prefix!r}, but there is no frozen block below the adapters; "
@@ -214,23 +213,18 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
     return adapters
 
 
-def _require_invocation(op: str, train: Examples, invocation: tuple[int, ...]) -> None:
-    """Check that an activated LoRA acts in the examples: where it does not act, it does not learn.
+def _require_invocation(op: str, dataset: Examples, invocation: tuple[int, ...]) -> None:
+    """Check that an activated LoRA acts in the examples: where it does not act, it changes nothing.
 
     Raises:
         ValueError: no example has the invocation tokens.
     Warns:
         UserWarning: some examples do not have the invocation tokens.
     """
-
-    def acts(index: int) -> bool:
-        batch, _ = train.batch(np.array([index]))
-        return len(active_in(batch.ids, batch.starts, invocation)) > 0
-
-    without = sum(not acts(index) for index in range(len(train)))
-    where = f"{op}: {train.report.source}: {without} of {len(train)} examples"
+    without = int((~dataset.contains(invocation)).sum())
+    where = f"{op}: {dataset.report.source}: {without} of {len(dataset)} examples"
     words = f"do not have the invocation tokens {list(invocation)}, so the adapter would not act in them"
-    if without == len(train):
+    if without == len(dataset):
         raise ValueError(f"{where} {words}")
     if without:
         warn_user(f"{where} {words}")

@@ -25,7 +25,7 @@ from nplora.formats import files, model_directory
 from nplora.formats.errors import counted
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
-from nplora.models.divergence import most_likely
+from nplora.models.divergence import TopK, most_likely
 from nplora.models.head import chunks
 from nplora.models.packing import IGNORED, PackedBatch, pack
 from nplora.nn.losses import NonFiniteLossError
@@ -238,8 +238,23 @@ class _Writer:
                 raise NonFiniteLossError(f"teach: the outputs of the teacher {lm.source} are not finite")
             top = most_likely(logits, options.top_k, options.temperature)
             self._kept += float(np.exp(top.log_probs[:, :-1]).sum())
-            dtype = np.dtype(options.dtype).newbyteorder("<")
-            yield top.ids.astype("<i4").tobytes(), top.log_probs.astype(dtype).tobytes()
+            yield top.ids.astype("<i4").tobytes(), self._rounded(top).tobytes()
+
+    def _rounded(self, top: TopK) -> Array:
+        """The log-probabilities as they are stored.
+
+        Raises:
+            ValueError: a log-probability does not fit into `dtype`, so that no student could use the file.
+        """
+        with np.errstate(over="ignore"):
+            stored = top.log_probs.astype(np.dtype(self._options.dtype).newbyteorder("<"))
+        has_rest = top.ids.shape[1] < _vocab(self._lm)
+        if not np.isfinite(stored if has_rest else stored[:, :-1]).all():
+            raise ValueError(
+                f"teach: a log-probability of {self._lm.source} does not fit into {self._options.dtype}: a "
+                "higher temperature or dtype='float32' may help"
+            )
+        return stored
 
 
 def _without(batch: PackedBatch, seen: set[int]) -> PackedBatch | None:

@@ -130,6 +130,7 @@ def _row(record: "Record") -> dict[str, Any]:
 R = TypeVar("R", EpochRecord, EvaluationRecord)
 Record: TypeAlias = StepRecord | EvaluationRecord | EpochRecord
 
+COUNT = "count/"  # a metric of this name and NAME is the number of values in the mean NAME
 EVALUATION = "evaluation"  # the event of an evaluation in the log
 
 _KINDS: dict[str, type[StepRecord] | type[EvaluationRecord] | type[EpochRecord]] = {
@@ -378,12 +379,26 @@ def _measured(columns: list[str], values: Sequence[float]) -> dict[str, float]:
 
 
 def mean_metrics(steps: Sequence[StepRecord]) -> dict[str, float]:
-    """The means of the metrics of several steps, weighted by the counts of the steps that have them."""
+    """The means of the metrics of several steps, over all values that were measured.
+
+    Each step has the metric `COUNT`NAME, the number of values in its mean NAME, or else its `count`.
+    """
     means = dict[str, float]()
     for name in dict.fromkeys(name for record in steps for name in record.metrics):
         having = [record for record in steps if name in record.metrics]
-        total = sum(record.metrics[name] * record.count for record in having)
-        means[name] = total / max(1, sum(record.count for record in having))
+        if name.startswith(COUNT):
+            means[name] = sum(record.metrics[name] for record in having)
+            continue
+        counts = [record.metrics.get(COUNT + name, record.count) for record in having]
+        total = sum(record.metrics[name] * count for record, count in zip(having, counts, strict=True))
+        means[name] = total / max(1, sum(counts))
+    return with_margin(means)
+
+
+def with_margin(means: dict[str, float]) -> dict[str, float]:
+    """Set the mean reward margin, which is the difference of two means, if both are known."""
+    if {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means
 
 

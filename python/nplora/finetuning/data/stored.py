@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.formats.errors import counted
+from nplora.models.invocation import sequences_with
 from nplora.models.packing import IGNORED, PackedBatch
 
 Array = npt.NDArray[Any]
@@ -101,6 +102,9 @@ class Examples(Protocol):
     def largest_id(self) -> int:
         """The largest token id."""
 
+    def contains(self, tokens: tuple[int, ...]) -> Array:
+        """For each example, whether a sequence of it has these tokens one after another."""
+
     def __len__(self) -> int: ...
 
     def fingerprint(self) -> str:
@@ -177,6 +181,10 @@ class Stored:
     def largest_id(self) -> int:
         """The largest token id."""
         return int(self._ids.max())
+
+    def contains(self, tokens: tuple[int, ...]) -> Array:
+        """For each example, whether a sequence of it has these tokens one after another."""
+        return self._by_example(sequences_with(self._ids, self._starts, tokens)) > 0
 
     def fingerprint(self) -> str:
         """SHA-256 of the examples: equal for datasets with the same tokens and the same trained tokens."""

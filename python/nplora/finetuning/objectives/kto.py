@@ -12,6 +12,7 @@ from nplora.finetuning.data import EVALUATION_TOKENS
 from nplora.finetuning.data.comparisons import JudgedDataset, Judgements, read_judged
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
+from nplora.finetuning.nonfinite_layers import first_nonfinite_layer
 from nplora.finetuning.objectives.objective import Objective
 from nplora.finetuning.objectives.packed_loss import PackedLoss, micro_batches
 from nplora.finetuning.objectives.preference_losses import Kto
@@ -37,6 +38,7 @@ class KtoLoss(PackedLoss):
     def __init__(self, formula: Kto, reference: Reference, micro_tokens: int | None = None) -> None:
         super().__init__(micro_tokens)
         self._formula, self._reference, self._tally = formula, reference, Tally()
+        self._mismatched: PackedBatch | None = None
 
     def settings(self) -> dict[str, Any]:
         chosen = {"beta": self._formula.beta, "loss_type": self._formula.loss_type}
@@ -63,20 +65,26 @@ class KtoLoss(PackedLoss):
         value, _ = self._scaled(x, y.good, self._kl(model, y), 1.0, model.log_probs(x))
         return value / len(y.good)
 
+    def blame(self, model: Module, x: PackedBatch) -> str:
+        """Also look into the mismatched pairs of the last batch, from which the KL divergence comes."""
+        assert isinstance(model, LanguageModel)
+        name = "" if self._mismatched is None else first_nonfinite_layer(model, self._mismatched)
+        if name and not first_nonfinite_layer(model, x):
+            return f"for prompts with other answers, the first layer whose output is not finite is {name!r}"
+        return super().blame(model, x)
+
     def take_metrics(self) -> dict[str, float]:
         """The mean rewards of good and bad answers, their difference, the accuracy and the KL divergence.
 
         The accuracy is the share of answers on the right side of the KL divergence.
         """
-        means = self._tally.take()
-        if {"rewards/chosen", "rewards/rejected"} <= means.keys():
-            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-        return means
+        return self._tally.take()
 
     def _kl(self, model: LanguageModel, y: Judgements) -> float:
         """The estimated KL divergence of a batch."""
         if not self._formula.uses_kl:
             return 0.0
+        self._mismatched = y.mismatched
         ratios = [
             sums(part, model.log_probs(part)) - self._reference.log_probs_of(part)
             for part in y.mismatched.pieces(EVALUATION_TOKENS)
@@ -92,8 +100,8 @@ class KtoLoss(PackedLoss):
         ratios = sums(part, log_probs) - self._reference.log_probs_of(part)
         values, slopes = self._formula(ratios, good, kl)
         rewards = self._formula.beta * ratios
-        self._tally.add("rewards/chosen", rewards[good])
-        self._tally.add("rewards/rejected", rewards[~good])
+        self._tally.add("rewards/chosen", rewards[good], counted=True)
+        self._tally.add("rewards/rejected", rewards[~good], counted=True)
         self._tally.add("rewards/accuracies", np.where(good, ratios > kl, ratios < kl))
         return float(values.sum()), factor * slopes[by_sequence(part)]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
+from nplora.finetuning.nonfinite_layers import first_nonfinite_layer
 from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch
-from nplora.nn.module import Module, quiet
+from nplora.nn.module import Module
 from nplora.trainer import FusedLoss
 
 
@@ -34,18 +33,10 @@ class PackedLoss(FusedLoss):
 
     def blame(self, model: Module, x: PackedBatch) -> str:
         assert isinstance(model, LanguageModel)
-        found: list[str] = []
-        prefix, model.model.prefix = model.model.prefix, None
-        for index, block in enumerate(model.model.layers):
-            vars(block)["run"] = _watched(block.run, f"model.layers.{index}", found)
-        try:
-            with quiet():
-                model.loss_packed(x)
-        finally:
-            for block in model.model.layers:
-                del vars(block)["run"]
-            model.model.prefix = prefix
-        return f"the first layer whose output is not finite is {(found or ['lm_head'])[0]!r}"
+        name = first_nonfinite_layer(model, x)
+        if not name:
+            return "the output of every layer is finite, but the loss is not"
+        return f"the first layer whose output is not finite is {name!r}"
 
 
 def micro_batches(
@@ -57,13 +48,3 @@ def micro_batches(
         ends = sequences + len(part.starts) - 1, tokens + len(part.ids)
         yield part, slice(sequences, ends[0]), slice(tokens, ends[1])
         sequences, tokens = ends
-
-
-def _watched(run: Callable[..., Any], name: str, found: list[str]) -> Callable[..., Any]:
-    def watching(*arguments: Any, **named: Any) -> Any:
-        result = run(*arguments, **named)
-        if not np.isfinite(result[0]).all():
-            found.append(name)
-        return result
-
-    return watching

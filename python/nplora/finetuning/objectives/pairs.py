@@ -83,7 +83,6 @@ class PairLoss(PackedLoss):
         chosen, rejected = rewards.T
         self._tally.add("rewards/chosen", chosen)
         self._tally.add("rewards/rejected", rejected)
-        self._tally.add("rewards/margins", chosen - rejected)
         self._tally.add("rewards/accuracies", chosen > rejected)
 
 
@@ -135,7 +134,7 @@ class OrpoLoss(PairLoss):
         gradient = of_answer * (slopes.reshape(-1) / counts)[places] - weight * is_chosen
         learned = log_probs[is_chosen]
         self._measure(self._beta * means.reshape(-1, 2))
-        self._tally.add("nll_loss", -learned)
+        self._tally.add("nll_loss", -learned, counted=True)
         return float(values.sum()) - weight * float(learned.sum()), gradient
 
 

@@ -7,17 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from nplora.finetuning.data.stored import Examples
+from nplora.finetuning.nonfinite_layers import first_nonfinite_layer
 from nplora.finetuning.teachers.teacher import RowsOf
 from nplora.finetuning.teachers.vocabulary import require_same_vocabulary
 from nplora.formats import model_directory
 from nplora.formats.errors import FormatError
 from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch
-from nplora.nn.module import quiet
 from nplora.trainer.fingerprint import base_fingerprint, factors
 
 Array = npt.NDArray[Any]
@@ -58,9 +57,10 @@ class ModelTeacher:
         return model_digest(self._lm)
 
     def blame(self, batch: PackedBatch) -> str:
-        with quiet():
-            found = np.isfinite(self._lm.hidden_states(batch)).all()
-        return "" if found else f"the outputs of the teacher {self.name} are not finite"
+        name = first_nonfinite_layer(self._lm, batch)
+        return (
+            f"the outputs of the teacher {self.name} are not finite, first that of {name!r}" if name else ""
+        )
 
 
 def model_digest(lm: LanguageModel) -> str:

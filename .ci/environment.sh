@@ -8,11 +8,15 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
-unset PYTHONPATH NPLORA_ISA
+unset PYTHONPATH PYTHONDONTWRITEBYTECODE NPLORA_ISA
 work=${NPLORA_CI_DIR:-$PWD/build/ci}
 here=$work/$(basename "$0" .sh)
 jobs=${NPLORA_CI_JOBS:-2}
 export CMAKE_BUILD_PARALLEL_LEVEL=$jobs
+# Idle threads of torch, of a BLAS and of the core poll for a while before they sleep. Beside another step that
+# takes most of the time: tests of a model beside torch took three times as long. What depends on the number of
+# threads sets it.
+export OMP_NUM_THREADS=$jobs OMP_WAIT_POLICY=passive
 mkdir -p "$here" "$work/environments"
 rm -f "$here"/*.count
 
@@ -108,7 +112,7 @@ system_packages() {
   [ ${#missing[@]} -eq 0 ] || install_system_packages "${missing[@]}"
 }
 
-# run_tests NAME ARGUMENTS...: pytest of an environment.
+# run_tests NAME ARGUMENTS...: pytest of an environment, with one thread in each process.
 run_tests() {
-  PATH=$work/environments/$1/bin:$PATH pytest -n "$jobs" --dist loadfile "${@:2}"
+  PATH=$work/environments/$1/bin:$PATH OMP_NUM_THREADS=1 pytest -n "$jobs" --dist loadfile "${@:2}"
 }

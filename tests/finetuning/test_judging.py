@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 
 import nplora
+from nplora import cli
 from nplora.finetuning import compare, evaluate, evaluate_batches
 from nplora.finetuning.data import TokenBatches, read_dataset
 from nplora.finetuning.judging import metrics
@@ -732,3 +733,33 @@ def test_records_name_the_system(lm: LanguageModel, adapters: Path) -> None:
     entries = list[dict[str, Any]]()
     compare(lm, ROWS[:2], {"mine": adapters / "random"}, metric="f1", max_new_tokens=1, record=entries.append)
     assert [entry["system"] for entry in entries] == ["base", "base", "mine", "mine"]
+
+
+# ---- what an evaluation does not take ----
+
+
+def test_a_weight_of_a_file_is_refused(lm: LanguageModel, path: Path, tmp_path: Path, capsys: Any) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    for function in (evaluate, lambda lm, data: compare(lm, data, ["no adapter"])):
+        with pytest.raises(ValueError, match=r"rows\.jsonl has the weight 2, but an evaluation counts each"):
+            function(lm, [(data, 2.0)])
+    assert evaluate(lm, [(data, 1.0), data])["examples"] == 2
+    assert cli.main(["eval", str(path), "--data", f"{data}:0.5"]) == 2
+    assert "rows.jsonl has the weight 0.5, but an evaluation counts each" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["preference", "kto"])
+def test_formats_of_comparisons_are_neither_listed_nor_taken(
+    lm: LanguageModel, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        ValueError, match=f"^evaluate: format='{name}' is not available; possible: 'messages'"
+    ):
+        evaluate(lm, [{"prompt": "a", "completion": "b"}], format=name)
+    for command in ("eval", "teach", "merge"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        words = capsys.readouterr().out
+        assert "{messages,sharegpt,alpaca,completion,text" in words.replace("\n", "").replace(" ", "")
+        assert name not in words

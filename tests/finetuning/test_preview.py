@@ -1,5 +1,6 @@
 """The preview of training data."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -121,10 +122,25 @@ def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> Non
         preview(ROWS, TOKENIZER, **options)
 
 
-def test_plain_text_has_no_rows_to_show(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"a\.txt is a plain text, which has no rows to show"):
-        preview(tmp_path / "a.txt", TOKENIZER)
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_plain_text_is_shown_in_the_windows_that_are_trained(name: str, tmp_path: Path) -> None:
+    path, text = tmp_path / name, "".join(f"{n} and {n + 1}\n" for n in range(40))
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    found = preview(path, TOKENIZER, examples=100, max_length=16)
+    dataset = read_dataset(path, TOKENIZER, max_length=16)
+    assert found.train.lengths == tuple(dataset.lengths)
+    assert found.train.trained == dataset.report.learned
+    assert (found.train.cut, found.train.emptied, found.train.bad) == (0, 0, 0)
+    for shown, (ids, _) in zip(found.examples, dataset, strict=True):
+        assert "".join(piece for piece, _ in shown.pieces) == TOKENIZER.decode(ids)
+        assert shown.trained == len(ids) - 1
+    assert f"{name} (plain text): {len(dataset)} examples" in str(found)
+    assert f"{name}, window 1: 16 tokens, 15 trained" in str(found)
+    assert preview(path, TOKENIZER, valid=path, max_length=16).shared == len(dataset)
+    with pytest.raises(
+        ValueError, match=r"preview: .*a\.txt.* is a plain text, which has no rows to hold out"
+    ):
+        preview(path, TOKENIZER, valid_split=0.5)
 
 
 def test_the_command_shows_marks_or_colours(

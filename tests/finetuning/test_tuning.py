@@ -463,6 +463,38 @@ def test_a_model_with_numbers_that_are_not_finite_after_a_trial_has_diverged(
     assert sorted(trial.loss for trial in report.trials if trial.settings["lr"] > 1) == [math.inf]
 
 
+@pytest.mark.parametrize("more", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_second_search_in_the_same_directory_is_refused(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    out, errors, before = tmp_path / "out", list[str](), tuning._Trials.make
+    given: dict[str, Any] = {"search": {"lr": [1e-3, 1e-2]}, "rank": 2, "epochs": 1, "budget": "1s"}
+
+    def during(trials: Any, *rest: Any) -> Any:
+        if not errors:
+            log = (out / NAME).read_bytes()
+            for start in (
+                lambda: tune(model, data, out, **given, **more),
+                lambda: finetune(model, data, out, steps=1),
+            ):
+                with pytest.raises(BlockingIOError) as refused:
+                    start()
+                errors.append(str(refused.value))
+            assert (out / NAME).read_bytes() == log
+        return before(trials, *rest)
+
+    monkeypatch.setattr(tuning._Trials, "make", during)
+    report = tune(model, data, out, **given)
+    pid = os.getpid()
+    assert re.search(rf"another search or run \(process {pid}\) writes to this directory.*out", errors[0])
+    assert re.search(rf"another run \(process {pid}\) writes to this directory", errors[1])
+    assert report.winner is not None
+    assert not (out / "lock").exists()
+    monkeypatch.undo()
+    (out / "lock").write_text("123456\n")  # as a killed search leaves it
+    assert tune(model, data, out, **given, resume=True).winner is not None
+
+
 def test_a_trial_that_diverges_is_reported(model: Path, data: Path, tmp_path: Path) -> None:
     few: dict[str, Any] = QUICK | {"epochs": 1, "progress": False, "budget": 1}
     report = tune(model, data, tmp_path / "out", search={"lr": [1e20, 1e-2]}, **few)

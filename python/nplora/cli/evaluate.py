@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import EvaluateOptions
 
     add_model(parser)
-    add_data(parser, "valid.jsonl or, if that is missing, train.jsonl")
+    add_data(parser, "valid.jsonl or, if that is missing, train.jsonl", weighted=False)
     add_adapters(parser)
     text = "evaluate the model alone and each adapter alone, and test the differences"
     parser.add_argument("--compare", action="store_true", help=text)

@@ -48,8 +48,8 @@ def evaluate(
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
         data: rows to evaluate on: a file, an iterable of dictionaries, a data frame, or several files, as for
-            `nplora.data.read_dataset`; or a directory. In a directory, valid.jsonl is read, or train.jsonl if
-            there is no valid.jsonl.
+            `nplora.data.read_dataset`, but without weights; or a directory. In a directory, valid.jsonl is
+            read, or train.jsonl if there is no valid.jsonl.
         adapter: adapter to evaluate the model with: a PEFT directory, a llama.cpp file or an `Adapter`; or a
             pair (one of these, weight); or a list, whose adapters add up. The adapter does not change a
             loaded model.
@@ -59,8 +59,8 @@ def evaluate(
         metric: metric of generated answers: exact_match, f1, or module:function, a function of the answer,
             the reference and the row; several are separated by commas. Python also takes functions and lists.
         max_new_tokens: maximum tokens of a generated answer.
-        format: format of the rows: messages, sharegpt, alpaca, completion, text, preference, kto or choice
-            (default: the names of the fields decide).
+        format: format of the rows: messages, sharegpt, alpaca, completion, text or choice (default: the names
+            of the fields decide).
         columns: names of fields in the data, as in prompt=question,completion=answer.
         chat: write prompts and completions with the model's chat template.
         max_length: maximum tokens of an example; longer examples are cut (default: the model's context).
@@ -73,8 +73,9 @@ def evaluate(
         the mean loss, the number of tokens in the mean, the other metrics, and a report of the data.
     Raises:
         DataError: a line of the data is wrong, or a line has no prompt, and `metric` is given.
-        ValueError, TypeError: an option is out of range, a metric is not found, `compute` is given for a
-            model that is loaded already, or `adapter` is given for a model that already has an adapter.
+        ValueError, TypeError: an option is out of range, a file has a weight, a metric is not found,
+            `compute` is given for a model that is loaded already, or `adapter` is given for a model that
+            already has an adapter.
         FormatError: a file is invalid, or the adapter does not fit the model or was trained on another model.
         OSError: a file cannot be read.
     Warns:
@@ -105,6 +106,12 @@ def read_all(
 ) -> tuple[LanguageModel, Judge]:
     """Read the model and the data."""
     sources, metrics = sources_of(op, data), metrics_of(op, options.metric)
+    for source in sources:
+        if source.weight != 1:
+            raise ValueError(
+                f"{op}: {source.name} has the weight {source.weight:g}, but an evaluation counts each "
+                "example once; weights are for training only"
+            )
     lm = opened(op, model, options.compute)
     reading = options.reading(options.max_length or lm.config.max_position_embeddings)
     judge = read_judge(op, lm, sources, reading, metrics, options.max_new_tokens)

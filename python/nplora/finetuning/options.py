@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from nplora import _check
 from nplora.adapters import Adapter
-from nplora.finetuning.data import FORMATS, LEARN
+from nplora.finetuning.data import FORMATS, LEARN, ONE_ANSWER
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.judging.metrics import MetricFunction
 from nplora.finetuning.objective_options import (
@@ -39,6 +39,7 @@ T = TypeVar("T")
 
 DEFAULT_EXAMPLES = 8
 TEACHER_DTYPES = ("float16", "float32")
+EVALUATED = (*ONE_ANSWER, "choice")
 KEEP_PREFIX = ("off", "memory", "disk")
 _OF_THE_ADAPTER = (
     "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "layers", "use_rslora", "use_dora", "init",
@@ -410,9 +411,9 @@ class EvaluateOptions:
     format: str | None = _option(
         _DATA,
         None,
-        "format of the rows: messages, sharegpt, alpaca, completion, text, preference, kto or choice "
-        "(default: the names of the fields decide)",
-        choices=(*FORMATS, "choice"),
+        "format of the rows: messages, sharegpt, alpaca, completion, text or choice (default: the names of "
+        "the fields decide)",
+        choices=EVALUATED,
     )
     columns: Mapping[str, str] | str | None = _same_option("columns")
     chat: bool = _same_option("chat")
@@ -441,6 +442,7 @@ class EvaluateOptions:
         single = isinstance(metrics, str) or callable(metrics)
         object.__setattr__(self, "metric", (metrics,) if single else tuple(metrics))
         _check.integer(op, "max_new_tokens", self.max_new_tokens, least=1)
+        _check_format(op, self.format, EVALUATED)
         self.reading(self.max_length, op)
         if self.compute is not None:
             _check.choice(op, "compute", self.compute, INFERENCE_COMPUTES)
@@ -484,7 +486,13 @@ class TeachOptions:
         "storage type of the log-probabilities: float16 or float32",
         choices=TEACHER_DTYPES,
     )
-    format: str | None = _same_option("format")
+    format: str | None = _option(
+        _DATA,
+        None,
+        "format of the rows: messages, sharegpt, alpaca, completion or text (default: the names of the "
+        "fields decide)",
+        choices=ONE_ANSWER,
+    )
     columns: Mapping[str, str] | str | None = _same_option("columns")
     chat: bool = _same_option("chat")
     max_length: int = _same_option("max_length")
@@ -506,6 +514,7 @@ class TeachOptions:
     op: InitVar[str] = "teach"  # the name with which error messages begin
 
     def __post_init__(self, op: str) -> None:
+        _check_format(op, self.format, ONE_ANSWER)
         self.reading(self.max_length, op)
         _check.integer(op, "top_k", self.top_k, least=1)
         require_temperature(op, self.temperature)
@@ -516,6 +525,11 @@ class TeachOptions:
     def reading(self, max_length: int, op: str = "teach") -> ReadOptions:
         """How the data are read, with this maximum length."""
         return _reading(self, max_length, op)
+
+
+def _check_format(op: str, given: str | None, formats: tuple[str, ...]) -> None:
+    if given is not None:
+        _check.choice(op, "format", given, formats)
 
 
 def _reading(

@@ -107,8 +107,8 @@ def teach(
         top_k: number of tokens to store for each trained token.
         temperature: softmax temperature of the stored probabilities, which fine-tuning uses too.
         dtype: storage type of the log-probabilities: float16 or float32.
-        format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default:
-            the names of the fields decide).
+        format: format of the rows: messages, sharegpt, alpaca, completion or text (default: the names of the
+            fields decide).
         columns: names of fields in the data, as in prompt=question,completion=answer.
         chat: write prompts and completions with the model's chat template.
         max_length: maximum tokens of an example; longer examples are cut.

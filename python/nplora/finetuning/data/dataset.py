@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, overload
 
@@ -25,6 +25,7 @@ from nplora.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
 
+PLAIN_TEXT = "plain text"  # what a report calls the format of a .txt file
 _CONTEXT = ("tools", "documents")
 
 
@@ -171,7 +172,9 @@ def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: 
     for source in sources:
         builder.begin(source)
         if source.is_text:
-            _add_text(op, builder, source, tokenizer, options)
+            builder.kind = PLAIN_TEXT
+            for window in text_windows(op, source, tokenizer, options.max_length):
+                builder.add([window], source.name)
         else:
             add_rows(builder, source, tokenizer, options, _require_one_answer, _single)
         builder.end()
@@ -186,20 +189,22 @@ def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: 
     return dataset
 
 
-def _add_text(
-    op: str, builder: Builder[Dataset], source: Source, tokenizer: Tokenizer, options: ReadOptions
-) -> None:
-    """Add a plain text in windows. Neighbours share a token, so that each token but the first is a target."""
-    length = options.max_length
+def text_windows(op: str, source: Source, tokenizer: Tokenizer, length: int | None) -> Iterator[Encoded]:
+    """Divide a plain text into windows of this many tokens, all of which are trained.
+
+    Neighbours share a token, so that each token of the text but the first is a target.
+
+    Raises:
+        ValueError: `length` is None. DataError: the file cannot be read as text.
+    """
     if length is None:
         raise ValueError(f"{op}: max_length is None, but the plain text {source.name} needs one")
-    builder.kind = "plain text"
     encoder = Encoder(tokenizer, learn_all=True, max_length=None)
     texts = (str(row.values["text"]) for row in source.read())
     ids = itertools.chain.from_iterable(encoder.text_parts(texts))
     window = list(itertools.islice(ids, length))
     while len(window) > 1:
-        builder.add([Encoded(window, [True] * len(window))], source.name)
+        yield Encoded(window, [True] * len(window))
         window = [window[-1], *itertools.islice(ids, length - 1)]
 
 

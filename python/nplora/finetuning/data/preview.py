@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from nplora import _check
-from nplora.finetuning.data.dataset import ReadOptions
+from nplora.finetuning.data.dataset import PLAIN_TEXT, ReadOptions, text_windows
 from nplora.finetuning.data.encoding import Encoded, Encoder
 from nplora.finetuning.data.kinds import BY_NAME, Fields, Kind, recognise, renamed
 from nplora.finetuning.data.rows import Row
@@ -154,7 +154,7 @@ def preview(
 
     Args:
         data, tokenizer, format, columns, chat, max_length, learn: as for `read_dataset`. The rows may be
-            comparisons, too.
+            comparisons, too. A plain text is shown in the windows that `finetune` trains.
         valid: rows to evaluate on. The preview counts those that are also in `data`.
         valid_split: share of the examples to hold out, as for `finetune`.
         examples: how many of the first examples are shown.
@@ -162,8 +162,8 @@ def preview(
         the preview; `print` shows it.
     Raises:
         DataError: there are no rows, or a file cannot be divided into rows.
-        ValueError, TypeError: an argument is wrong, both `valid` and `valid_split` are given, or the data are
-            plain text, which has no rows.
+        ValueError, TypeError: an argument is wrong, or both `valid` and `valid_split` are given; or
+            `valid_split` is given for a plain text, which has no rows to hold out.
         Other errors: see `read_dataset`.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -241,7 +241,10 @@ class _Reader:
     def _rows(self, sources: list[Source]) -> Iterator[tuple[Row, str, list[Encoded] | Exception]]:
         for source in sources:
             if source.is_text:
-                raise ValueError(f"{self._op}: {source.name} is a plain text, which has no rows to show")
+                windows = text_windows(self._op, source, self._tokenizer, self._most)
+                for number, window in enumerate(windows, 1):
+                    yield Row(f"{source.name}, window {number}", {}), PLAIN_TEXT, [window]
+                continue
             before = None if self._options.format is None else BY_NAME[self._options.format]
             for row in source.read():
                 try:

@@ -35,6 +35,7 @@ from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
 from nplora.models import PrefixCache
 from nplora.nn.losses import NonFiniteLossError
+from nplora.trainer.directory_lock import DirectoryLock
 from nplora.trainer.evaluation import evaluate
 
 _SPLIT = 0.1  # the share that is held out if there are no validation data
@@ -93,6 +94,7 @@ def tune(
         ValueError, TypeError: an option is out of range, or the budget is too small for two trials. The
             message says how much is needed.
         FileExistsError: the output directory holds a search, and neither `resume` nor `overwrite` is set.
+        BlockingIOError: another search or run writes to the output directory; the message names its PID.
         CorruptError: tune.jsonl is damaged.
         ModuleNotFoundError: `sampler` is "optuna", and Optuna is not installed.
         Other errors: see `finetune`.
@@ -158,11 +160,31 @@ class _Tuning:
         for dataset in inputs.datasets:
             self.say(str(dataset.report))
 
+        self.output.mkdir(parents=True, exist_ok=True)
+        with files.Directory(self.output) as directory, DirectoryLock(directory, "another search or run"):
+            return self._search(inputs, space, sampler, execution, planned.seconds, epoch, full)
+
+    def _search(
+        self,
+        inputs: RunInputs,
+        space: Space,
+        sampler: OptunaSampler | None,
+        execution: ExecutionPlan,
+        seconds: float,
+        epoch: int,
+        full: int,
+    ) -> TuneReport:
+        """Make the trials and report them.
+
+        Args:
+            seconds: the predicted time of a step.
+            epoch, full: the numbers of steps of an epoch and of a whole run.
+        """
         log = TuneLog(self.output)
         log.begin(self._identity(inputs, space), self.chosen.resume, self.chosen.overwrite)
         trials = _Trials(inputs, self.base, self._started(inputs), execution, full, self.output, self.say)
         search = Search(
-            space, epoch, full, parse_budget(self.chosen.budget), planned.seconds, log, trials.make, sampler,
+            space, epoch, full, parse_budget(self.chosen.budget), seconds, log, trials.make, sampler,
             self.say,
         )  # fmt: skip
         with trials:

@@ -302,6 +302,18 @@ def test_the_derivatives_of_orpo_match_finite_differences(rng: np.random.Generat
         assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("mean", [-1e-7, -1e-9, 0.0])
+def test_orpo_penalises_a_rejected_answer_that_is_certain(mean: float) -> None:
+    """Its odds are p / (1 - p) with 1 - p = 1e-7, the least that the loss tells from 0."""
+    chosen = math.exp(-1)
+    ratio = chosen / (1 - chosen) / 1e7
+    value, slope = odds_ratio(np.array([[-1.0, mean]]), 0.1)
+    assert value[0] == pytest.approx(0.1 * math.log(1 + 1 / ratio), rel=1e-6)
+    assert slope[0, 1] == pytest.approx(0.1 / (1 + ratio) * 1e7, rel=1e-6)
+    assert slope[0, 0] == pytest.approx(-0.1 / (1 + ratio) / (1 - chosen), rel=1e-6)
+    assert odds_ratio(np.array([[mean, -1.0]]), 0.1)[1][0, 0] == 0, "it cannot become likelier"
+
+
 @pytest.mark.parametrize("kl", [0.0, 1.3])
 def test_the_derivatives_of_kto_match_finite_differences(kl: float, rng: np.random.Generator) -> None:
     formula, good = Kto("kto", 0.4, 1.5, 0.7), rng.random(8) < 0.5

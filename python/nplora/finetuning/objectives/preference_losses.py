@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-# The upper limit of the mean log-probabilities in ORPO, because a probability of 1 has infinite odds. Beyond it,
-# a chosen answer has slope 0, as it cannot become likelier. A rejected one keeps the slope of the limit.
+# The upper limit of the mean log-probabilities in ORPO, because a probability of 1 has infinite odds. Beyond
+# it, a chosen answer has slope 0, as it cannot become likelier. A rejected one keeps the slope of the limit.
 _ALMOST_CERTAIN = -1e-7
 
 

@@ -14,7 +14,7 @@ import nplora
 from nplora import cli
 from nplora.adapters import merge_adapter, save_adapter
 from nplora.finetuning import finetune, plan, teach
-from nplora.finetuning.data import read_dataset
+from nplora.finetuning.data import TokenBatches, read_dataset
 from nplora.finetuning.objectives.distill import DistillLoss
 from nplora.finetuning.teachers import ModelTeacher, StoredTeacher, model_digest
 from nplora.formats import gguf, safetensors
@@ -212,10 +212,23 @@ def test_micro_batches_and_plans_within_a_budget_train_alike(
 
 
 def test_a_plan_counts_the_teacher(model: Path, teacher: Path, taught: Path, data: Path) -> None:
+    """To the byte: what the head takes is written down here again, as it is the most in this small model."""
+    lm = load_model(model)
+    d, vocab = lm.config.hidden_size, lm.config.vocab_size
+    dataset = read_dataset(data, lm.tokenizer)
+    members = list(TokenBatches(dataset, batch_examples=8).members(0))
+    tokens = max(int(dataset.lengths[batch].sum()) for batch in members)
+    targets = max(int(dataset.targets[batch].sum()) for batch in members)
+    head = 4 * targets * (vocab + 4 * d) + 2 * 4 * d * tokens
+    block = 2**21  # an array of the divergence
+    logits, hidden = 4 * targets * (vocab + 2 * d), 4 * d * tokens  # of the teacher
+    stored = targets * (8 * 4 + 9 * (2 + 8))  # 8 ids, and 9 log-probabilities in float16 and float64
+    rows = 4 * 8 * targets * 8  # the student's log-probabilities of the 8 tokens, and three more such arrays
     alone = plan(model, data).memory
-    for given in (teacher, taught):
-        with_teacher = plan(model, data, objective="distill", teacher=given).memory
-        assert with_teacher.work > alone.work
+    for given, more in ((teacher, 3 * block + logits + hidden), (taught, 2 * block + stored + rows)):
+        found = plan(model, data, objective="distill", teacher=given).memory
+        assert found.work == head + more
+        assert (found.kept, found.factors) == (alone.kept, alone.factors)
 
 
 def test_a_teacher_may_be_a_model_in_memory_with_an_adapter(

@@ -23,6 +23,7 @@ from nplora.lm import LanguageModel, load_model
 from nplora.models.divergence import Distillation
 from nplora.models.packing import IGNORED, pack
 from nplora.nn.losses import NonFiniteLossError
+from nplora.trainer import Callback
 from nplora.weights import FrozenWeight
 from small_llama import save_small_llama
 
@@ -114,7 +115,18 @@ def test_all_tokens_stored_teach_as_the_model_itself(
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*total_steps was 2, is 5")
+class Stop(Callback):
+    """Presses Ctrl-C in a hook, when the run has made `step` updates."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self._step = step
+        setattr(self, hook, self._stop)
+
+    def _stop(self, run: Any, _: Any) -> None:
+        if run.step == self._step:
+            raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_run_resumes_to_the_bit(
     model: Path, teacher: Path, taught: Path, data: Path, tmp_path: Path, stored: bool
@@ -122,15 +134,20 @@ def test_a_run_resumes_to_the_bit(
     options = DISTILL | {
         "teacher": taught if stored else teacher, "accumulate": 2, "dropout": 0.1, "recompute": True,
         "layers": "last:1", "keep_prefix": "disk", "batch_tokens": 40, "batch_examples": None,
-        "save_every": 1, "schedule": "constant",
+        "save_every": 2, "steps": 5,
     }  # fmt: skip
-    finetune(model, data, tmp_path / "whole", steps=5, **options)
-    finetune(model, data, tmp_path / "parts", steps=2, **options)
-    report = finetune(model, data, tmp_path / "parts", steps=5, resume=True, **options)
-    assert len(report.history.steps) == 5
-    whole, parts = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "parts")
-    for name, array in whole.items():
-        np.testing.assert_array_equal(parts[name], array)
+    whole = finetune(model, data, tmp_path / "whole", **options)
+    # The second one is between the batches of a step and its update.
+    for hook, step in (("on_step_end", 1), ("on_before_optimizer_step", 2), ("on_step_end", 3)):
+        output = tmp_path / f"{hook}-{step}"
+        stopped = finetune(model, data, output, **options, callbacks=[Stop(hook, step)])
+        assert (stopped.history.interrupted, len(stopped.history.steps)) == (True, step)
+        resumed = finetune(model, data, output, resume=True, **options)
+        assert resumed.history.loss == whole.history.loss
+        assert [r.metrics for r in resumed.history.steps] == [r.metrics for r in whole.history.steps]
+        parts = adapter_of(output)
+        for name, array in adapter_of(tmp_path / "whole").items():
+            np.testing.assert_array_equal(parts[name], array)
 
 
 @pytest.mark.parametrize(

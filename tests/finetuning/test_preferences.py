@@ -14,7 +14,7 @@ import pytest
 
 import nplora
 from nplora import cli
-from nplora.finetuning import FinetuneOptions, finetune, plan, run
+from nplora.finetuning import FinetuneOptions, finetune, plan
 from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.comparisons import PairDataset
 from nplora.finetuning.data.sources import sources_of
@@ -300,6 +300,18 @@ def test_the_derivatives_of_orpo_match_finite_differences(rng: np.random.Generat
         value, gradient = odds_ratio(np.array(certain), 0.1)
         assert np.isfinite(value).all()
         assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("mean", [-1e-7, -1e-9, 0.0])
+def test_orpo_penalises_a_rejected_answer_that_is_certain(mean: float) -> None:
+    """Its odds are p / (1 - p) with 1 - p = 1e-7, the least that the loss tells from 0."""
+    chosen = math.exp(-1)
+    ratio = chosen / (1 - chosen) / 1e7
+    value, slope = odds_ratio(np.array([[-1.0, mean]]), 0.1)
+    assert value[0] == pytest.approx(0.1 * math.log(1 + 1 / ratio), rel=1e-6)
+    assert slope[0, 1] == pytest.approx(0.1 / (1 + ratio) * 1e7, rel=1e-6)
+    assert slope[0, 0] == pytest.approx(-0.1 / (1 + ratio) / (1 - chosen), rel=1e-6)
+    assert odds_ratio(np.array([[mean, -1.0]]), 0.1)[1][0, 0] == 0, "it cannot become likelier"
 
 
 @pytest.mark.parametrize("kl", [0.0, 1.3])
@@ -643,33 +655,40 @@ def test_the_reported_rewards_are_those_of_the_saved_adapter(model: Path, tmp_pa
     assert (found["last"].loss_after, found["last"].metrics_after) == (last.val_loss, last.val_metrics)
 
 
+class Stop(Callback):
+    """Presses Ctrl-C in a hook, when the run has made `step` updates."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self._step = step
+        setattr(self, hook, self._stop)
+
+    def _stop(self, run: Any, _: Any) -> None:
+        if run.step == self._step:
+            raise KeyboardInterrupt
+
+
+# After the first step; between the batches of a step and its update; within the second epoch of pairs.
+STOPS = [("on_step_end", 1), ("on_before_optimizer_step", 2), ("on_step_end", 3)]
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_run_of_any_objective_resumes_to_the_bit(
-    objective: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_any_objective_resumes_to_the_bit(objective: str, model: Path, tmp_path: Path) -> None:
     options = {**QUICK, "objective": objective, "valid": HELD_OUT, "accumulate": 2, "dropout": 0.2}
     options |= {"layers": "last:1", "keep_prefix": "memory"}
     whole = finetune(model, PAIRS, tmp_path / "whole", **options)
     assert len(whole.history.steps) > 3
-
-    class Stop(Callback):
-        def on_step_end(self, run: Any, record: Any) -> None:
-            if record.step == 3:
-                raise KeyboardInterrupt
-
-    with monkeypatch.context() as within:
-        within.setattr(run, "speaks", lambda progress: True)
-        within.setattr(run, "TokenProgress", lambda loss: Stop())
-        stopped = finetune(model, PAIRS, tmp_path / "out", **options)
-    assert (stopped.history.interrupted, len(stopped.history.steps)) == (True, 3)
-    if objective in WITH_REFERENCE:
-        (tmp_path / "out" / REFERENCE).unlink()  # it is computed again, with the same bits
-    resumed = finetune(model, PAIRS, tmp_path / "out", **options, resume=True)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    assert resumed.history.loss == whole.history.loss
-    assert [r.metrics for r in resumed.history.steps] == [r.metrics for r in whole.history.steps]
-    assert (resumed.metrics_before, resumed.metrics_after) == (whole.metrics_before, whole.metrics_after)
-    assert (resumed.loss_before, resumed.loss_after) == (whole.loss_before, whole.loss_after)
+    for hook, step in STOPS:
+        output = tmp_path / f"{hook}-{step}"
+        stopped = finetune(model, PAIRS, output, **options, callbacks=[Stop(hook, step)])
+        assert (stopped.history.interrupted, len(stopped.history.steps)) == (True, step)
+        if objective in WITH_REFERENCE and step == 3:
+            (output / REFERENCE).unlink()  # it is computed again, with the same bits
+        resumed = finetune(model, PAIRS, output, **options, resume=True)
+        assert files_of(output) == files_of(tmp_path / "whole")
+        assert resumed.history.loss == whole.history.loss
+        assert [r.metrics for r in resumed.history.steps] == [r.metrics for r in whole.history.steps]
+        assert (resumed.metrics_before, resumed.metrics_after) == (whole.metrics_before, whole.metrics_after)
+        assert (resumed.loss_before, resumed.loss_after) == (whole.loss_before, whole.loss_after)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -1,5 +1,6 @@
 """Rows of all kinds of files and of Python's objects, hostile files among them."""
 
+import contextlib
 import datetime
 import gzip
 import json
@@ -19,6 +20,7 @@ from nplora.finetuning.data.json_array import elements
 from nplora.finetuning.data.kinds import Fields, recognise
 from nplora.finetuning.data.rows import read_rows
 from nplora.finetuning.data.sources import splits_of
+from nplora.finetuning.data.table_limits import row_sizes
 from nplora.formats.errors import DataError, FormatError, LimitError
 
 ROWS = [
@@ -253,6 +255,152 @@ def test_fields_that_a_table_adds_to_messages_are_not_there(tmp_path: Path) -> N
     parquet.write_table(table, tmp_path / "data.parquet")
     expected = [{"messages": CHAT}, {"messages": CHAT[:1]}]
     assert values(tmp_path / "data.parquet") == objects(table) == expected
+
+
+# ---- tables that are larger than their files ----
+
+
+def size_of(value: Any) -> int:
+    """The size of a value, from its objects: 32 bytes a value, and the bytes of texts."""
+    if isinstance(value, dict):
+        return 32 + sum(size_of(item) for item in value.values())
+    if isinstance(value, list):
+        return 32 + sum(size_of(item) for item in value)
+    if isinstance(value, tuple):  # an entry of a map
+        return sum(size_of(item) for item in value)
+    return 32 + (len(value.encode()) if isinstance(value, str) else 0)
+
+
+def test_the_size_of_a_row_is_known_before_its_objects_are_made() -> None:
+    pa, _ = arrow()
+    texts = ["a", None, "bé" * 20, "", "c" * 5]
+    lists = [["a"], [], ["bb", "c" * 30], None, ["d"]]
+    plain = pa.array(texts)
+    columns = {
+        "text": plain,
+        "large": plain.cast(pa.large_string()),
+        "view": plain.cast(pa.string_view()),
+        "dictionary": pa.DictionaryArray.from_arrays([1, 1, None, 0, 1], ["a", "b" * 40]),
+        "runs": pa.RunEndEncodedArray.from_arrays([2, 5], ["a", "b" * 40]),
+        "list": pa.array(lists),
+        "lists": pa.array([[["a"], ["bb"]], [], [[]], [["c" * 9]], []]),
+        "fixed": pa.array([[1, 2]] * 5, pa.list_(pa.int64(), 2)),
+        "list view": pa.ListViewArray.from_arrays([0, 0, 1, 2, 0], [2, 1, 1, 0, 2], ["a" * 30, "b"]),
+        "struct": pa.array([{"a": "x" * n, "b": [1.5] * n} for n in range(5)]),
+        "map": pa.array([[("k" * n, n)] * n for n in range(5)], pa.map_(pa.string(), pa.int64())),
+        "number": pa.array([1, 2.5, None, 4, 5]),
+        "flag": pa.array([True, False, None, True, True]),
+    }
+    for name, column in columns.items():
+        for part in (column, column.slice(1, 3), column.slice(5)):
+            found = row_sizes(pa.record_batch([part], [name]))
+            assert found.tolist() == [size_of(value) for value in part.to_pylist()], name
+    union = pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array(["a"])])
+    with pytest.raises(DataError, match="expected texts, numbers, lists or structs"):
+        row_sizes(pa.record_batch([union], ["union"]))
+
+
+LONG = "a" * (1 << 20)
+
+
+def write_arrow(path: Path, column: Any, kind: str = "stream") -> Path:
+    pa, _ = arrow()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    schema = pa.schema([("text", column.type)])
+    with (
+        pa.OSFile(str(path), "wb") as out,
+        getattr(pa.ipc, f"new_{kind}")(out, schema, options=options) as to,
+    ):
+        to.write_batch(pa.record_batch([column], ["text"]))
+    return path
+
+
+def repeated(path: Path, form: str) -> Path:
+    """A file of 64 rows in which all rows share one text of a megabyte."""
+    pa, parquet = arrow()
+    dictionary = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), [LONG])
+    if form == "parquet":
+        parquet.write_table(pa.table({"text": dictionary}), path / "data.parquet", compression="zstd")
+    elif form == "delta":
+        table, delta = pa.table({"text": [LONG] * 64}), {"column_encoding": "DELTA_BYTE_ARRAY"}
+        parquet.write_table(table, path / "data.parquet", compression="zstd", use_dictionary=False, **delta)
+    elif form == "runs":
+        return write_arrow(path / "data.arrow", pa.RunEndEncodedArray.from_arrays([64], [LONG]))
+    else:
+        return write_arrow(path / "data.arrow", dictionary, form)
+    return path / "data.parquet"
+
+
+@pytest.mark.parametrize(
+    "form", ["parquet", pytest.param("delta", marks=pytest.mark.slow), "runs", "stream", "file"]
+)
+def test_a_text_that_all_rows_share_is_not_copied_for_all_at_once(tmp_path: Path, form: str) -> None:
+    file = repeated(tmp_path, form)
+    assert file.stat().st_size < 2000
+    next(read_rows(file))  # imports what it needs
+    tracemalloc.start()
+    assert sum(row.values == {"text": LONG} for row in read_rows(file)) == 64
+    assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("form", ["stream", "file"])
+def test_a_row_of_a_table_over_the_limit_is_an_error_of_its_row(tmp_path: Path, form: str) -> None:
+    pa, parquet = arrow()
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 22, pa.int32()), [LONG])
+    column = pa.ListArray.from_arrays([0, 1, 21, 22], texts)
+    file = write_arrow(tmp_path / "data.arrow", column, form)
+    parquet.write_table(pa.table({"text": column}), tmp_path / "data.parquet")
+    for path in (file, tmp_path / "data.parquet"):
+        rows = list(read_rows(path))
+        assert [row.error is None for row in rows] == [True, False, True]
+        assert isinstance(rows[1].error, LimitError)
+        assert f"{path.name}, row 2: more than 16,777,216 bytes, the limit for a row" in str(rows[1].error)
+
+
+@pytest.fixture
+def one_megabyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a table may have a megabyte, so that tests need not write more."""
+    monkeypatch.setattr("nplora.finetuning.data.table_limits._FREE", 1 << 20)
+
+
+@pytest.mark.usefixtures("one_megabyte")
+@pytest.mark.parametrize("form", ["parquet", "stream", "file"])
+def test_a_compressed_part_of_a_table_is_refused_before_it_is_decompressed(tmp_path: Path, form: str) -> None:
+    pa, parquet = arrow()
+    column = pa.array([LONG] * 4)
+    if form == "parquet":
+        file = tmp_path / "data.parquet"
+        parquet.write_table(pa.table({"text": column}), file, compression="zstd", use_dictionary=False)
+    else:
+        file = write_arrow(tmp_path / "data.arrow", column, form)
+    assert file.stat().st_size < 1 << 15
+    with pytest.raises(LimitError, match=r"bytes become 4,194,\d{3}, at most 1,048,576 are read"):
+        list(read_rows(file))
+
+
+@pytest.mark.usefixtures("one_megabyte")
+def test_nulls_that_take_no_bytes_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    pa, parquet = arrow()
+    nulls = pa.ListArray.from_arrays(pa.array([0, 1 << 20]), pa.nulls(1 << 20, pa.int8()))
+    parquet.write_table(pa.table({"text": nulls}), tmp_path / "data.parquet", compression="zstd")
+    with pytest.raises(LimitError, match=r"row group 1: .* bytes become 8,388,"):
+        list(read_rows(tmp_path / "data.parquet"))
+    file = write_arrow(tmp_path / "data.arrow", pa.nulls(1 << 30))
+    with pytest.raises(LimitError, match="message 2: 1,073,741,824 rows in "):
+        list(read_rows(file))
+
+
+def test_the_metadata_of_an_arrow_file_may_be_any_bytes(tmp_path: Path) -> None:
+    """Each byte of a small file is changed: the file is read, or refused by an error of its format."""
+    pa, _ = arrow()
+    file = write_arrow(tmp_path / "data.arrow", pa.array(["a" * 99, "b"]))
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        changed = whole[place] ^ (1, 0x80, 0xFF)[place % 3]
+        file.write_bytes(whole[:place] + bytes([changed]) + whole[place + 1 :])
+        with contextlib.suppress(FormatError):
+            list(read_rows(file))
 
 
 # ---- objects of Python ----

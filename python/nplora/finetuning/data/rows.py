@@ -220,10 +220,17 @@ def _text(path: StrPath) -> Iterator[Row]:
         yield Row(f"{files.name(path)}, line {first}", {"text": last})
 
 
-def _table(read: Callable[[StrPath], Iterator[dict[str, Any]]]) -> Callable[[StrPath], Iterator[Row]]:
+def _table(
+    read: Callable[[StrPath, int], Iterator[dict[str, Any] | None]],
+) -> Callable[[StrPath], Iterator[Row]]:
     def rows(path: StrPath) -> Iterator[Row]:
-        for number, values in enumerate(read(path), 1):
-            yield Row(f"{files.name(path)}, row {number}", values)
+        for number, values in enumerate(read(path, MAX_LINE), 1):
+            where = f"{files.name(path)}, row {number}"
+            if values is None:
+                words = f"{where}: more than {MAX_LINE:,} bytes, the limit for a row"
+                yield Row(where, {}, LimitError(words))
+            else:
+                yield Row(where, values)
 
     return rows
 

@@ -10,33 +10,43 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+from nplora.finetuning.data.table_limits import reading, require_arrow, require_parquet, row_sizes
 from nplora.formats import files
 from nplora.formats.errors import DataError, FormatError
 from nplora.formats.files import StrPath
 
-_ROWS = 1024  # rows that become Python objects at a time
+_ROWS = 1024  # rows that become Python objects at a time, at most
+_ARROW_FILE = b"ARROW1\0\0"
 
 
-def read_parquet(path: StrPath) -> Iterator[dict[str, Any]]:
+def read_parquet(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
     """The rows of a Parquet file.
 
+    Args:
+        most: the largest number of bytes of a row; None stands for a row that has more.
     Raises:
-        DataError: the file is not a Parquet file. ModuleNotFoundError: `pyarrow` is not installed.
+        DataError: the file is not a Parquet file. LimitError: a part of it is too large.
+        ModuleNotFoundError: `pyarrow` is not installed.
     """
-    with files.reading(path):  # refuses what is not a regular file
-        pass
+    with files.reading(path) as reader:  # refuses what is not a regular file
+        size = len(reader)
     arrow = _pyarrow()
     import pyarrow.parquet
 
     with _errors(arrow, path), pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(_ROWS):
-            yield from _rows(batch)
+        require_parquet(file.metadata, files.name(path), size)
+        texts, rows = reading(file.metadata, _ROWS)
+    with _errors(arrow, path), pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
+        for batch in file.iter_batches(rows):
+            yield from _rows(batch, most)
 
 
-def read_arrow(path: StrPath) -> Iterator[dict[str, Any]]:
+def read_arrow(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
     """The rows of an Arrow file: a stream, as Hugging Face's `datasets` writes it, or a file with an index.
 
-    Raises as `read_parquet`.
+    Args and raises as `read_parquet`.
     """
     with files.reading(path):
         pass
@@ -44,21 +54,30 @@ def read_arrow(path: StrPath) -> Iterator[dict[str, Any]]:
     import pyarrow.ipc
 
     with _errors(arrow, path), arrow.memory_map(str(path)) as mapped:
-        try:
-            reader = pyarrow.ipc.open_file(mapped)
-            batches: Any = (reader.get_batch(index) for index in range(reader.num_record_batches))
-        except arrow.ArrowInvalid:
-            mapped.seek(0)
-            batches = pyarrow.ipc.open_stream(mapped)
-        for batch in batches:
-            for begin in range(0, batch.num_rows, _ROWS):
-                yield from _rows(batch.slice(begin, _ROWS))
+        begin = 0
+        if mapped.read(len(_ARROW_FILE)) == _ARROW_FILE:
+            pyarrow.ipc.open_file(mapped)  # refuses a file that is cut short
+            begin = len(_ARROW_FILE)  # the file holds a stream, then the index
+        mapped.seek(begin)
+        require_arrow(pyarrow.ipc.MessageReader.open_stream(mapped), files.name(path))
+        mapped.seek(begin)
+        for batch in pyarrow.ipc.open_stream(mapped):
+            yield from _rows(batch, most)
 
 
-def _rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a batch from a file, which pyarrow does not check by itself."""
+def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | None]:
+    """The rows of a batch from a file, a few at a time. pyarrow does not check batches by itself."""
     batch.validate(full=True)
-    return map(without_nulls, batch.to_pylist())
+    ends = np.cumsum(row_sizes(batch))
+    begin, before = 0, 0
+    while begin < len(ends):
+        end = min(int(np.searchsorted(ends, before + most, side="right")), begin + _ROWS)
+        if end > begin:
+            yield from map(without_nulls, batch.slice(begin, end - begin).to_pylist())
+        else:
+            end = begin + 1
+            yield None
+        begin, before = end, int(ends[end - 1])
 
 
 def frame_rows(table: Any) -> Iterator[dict[str, Any]] | None:

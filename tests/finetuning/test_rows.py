@@ -8,8 +8,10 @@ import os
 import random
 import time
 import tracemalloc
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -221,6 +223,61 @@ def test_compressed_text_is_whole_at_any_size(tmp_path: Path, size: int) -> None
     for content in (gzip.compress(text), gzip.compress(text[:7]) + gzip.compress(text[7:]) + b"\0" * 512):
         file.write_bytes(content)
         assert values(file) == [{"text": "a" * size}]
+
+
+def test_a_stream_does_not_copy_all_the_streams_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = list[int]()
+
+    class Counted:
+        """A stream that counts the bytes it gets: zlib copies those that follow the end of the stream."""
+
+        def __init__(self, window: int) -> None:
+            self.stream = zlib.decompressobj(window)
+
+        def decompress(self, part: bytes, most: int) -> bytes:
+            given.append(len(part))
+            return self.stream.decompress(part, most)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.stream, name)
+
+    monkeypatch.setattr(
+        "nplora.finetuning.data.rows.zlib", SimpleNamespace(decompressobj=Counted, error=zlib.error)
+    )
+    file = tmp_path / "data.jsonl.gz"
+    streams = gzip.compress(b"") * 10_000 + gzip.compress(b'{"text": "a"}\n') + b"\0" * 5_000
+    file.write_bytes(streams)
+    assert values(file) == [{"text": "a"}]
+    assert len(given) > 10_000
+    assert sum(given) < 400 * len(streams)
+
+
+@pytest.mark.parametrize("blank", [b"\n", b" \t\r\n"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".txt"])
+def test_a_file_of_empty_lines_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blank: bytes, suffix: str
+) -> None:
+    monkeypatch.setattr("nplora.finetuning.data.rows._FREE_LINES", 1000)
+    file = tmp_path / f"data{suffix}.gz"
+    file.write_bytes(gzip.compress(b"text\n" + blank * 2_000))
+    with pytest.raises(LimitError, match=r"line 1,00\d: more empty lines than other bytes"):
+        list(read_rows(file))
+    file.write_bytes(gzip.compress(b"text\n" + (b"a b c" * 9 + blank * 40) * 300))
+    assert list(read_rows(file))
+
+
+def test_compressed_text_that_is_too_large_for_its_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nplora.finetuning.data.rows._FREE", 1 << 10)
+    file = tmp_path / "data.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"text": "a"}\n' * 40_000))
+    with pytest.raises(LimitError, match=r"data\.jsonl\.gz: .* bytes become more than "):
+        list(read_rows(file))
+    file.write_bytes(gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(1000))))
+    assert len(values(file)) == 1000
 
 
 def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

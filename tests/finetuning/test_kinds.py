@@ -104,6 +104,16 @@ def judged(**changes: Any) -> dict[str, Any]:
     return {"prompt": "a", "completion": "b", "label": True} | changes
 
 
+NO_JSON = (
+    "NaN",
+    "-Infinity",
+    "1e999",
+    '"\\ud800"',
+    '"\ud800"',
+    '{"a": 1, "a": 1}',
+    "[" * 70 + "]" * 70,
+    "1" * 200,
+)
 BAD: list[tuple[dict[str, Any], str]] = [
     # messages
     ({"messages": {}}, r"messages is \{\}, expected a list of objects with a role and a content"),
@@ -141,6 +151,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (called(arguments="{x}"), "the arguments of the tool call 'f' are '{x}', expected an object"),
     (called(arguments="[1]"), r"the arguments of the tool call 'f' are '\[1\]', expected an object"),
     (called(arguments="[" * 100_000), "the arguments of the tool call 'f' are .*, expected an object"),
+    # JSON in a text is as strict as that of a file
+    *((called(arguments=f'{{"x": {value}}}'), "the arguments of the tool call 'f' are .*, expected an object")
+      for value in NO_JSON),
+    (called(arguments='{"x": 1, "x": 2}'), "the arguments of the tool call 'f' are .*, expected an object"),
+    *(({**chat(ANSWER), "tools": f'[{{"name": "f", "x": {value}}}]'}, "tools is .*, or one as JSON")
+      for value in NO_JSON),
+    *((talk(HUMAN, {**FUNCTION, "value": f'{{"name": "f", "arguments": {{"x": {value}}}}}'}),
+       "a function_call is .*, expected a name and arguments as JSON") for value in NO_JSON),
     # ShareGPT
     ({"conversations": "a"}, "conversations is 'a', expected a list of objects with from and value"),
     (talk(), r"conversations is \[\], expected"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from nplora.finetuning.data.examples import (
     Preference,
     Text,
 )
+from nplora.formats import strict_json
 from nplora.formats.errors import DataError, brief
 
 _MESSAGES = "expected a list of objects with a role and a content"
@@ -89,12 +89,21 @@ class Fields:
 
     def _json(self, name: str, text: str) -> Any:
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
+            return _loads(text)
+        except ValueError:
             raise self.error(f"{name} is {brief(text)}, expected a list of objects, or one as JSON") from None
 
     def error(self, problem: str) -> DataError:
         return DataError(f"{self.where}: {problem}")
+
+
+def _loads(text: str) -> Any:
+    """Parse JSON that a text of a row holds, as strictly as the JSON of a file.
+
+    Raises:
+        ValueError: the text is not JSON, or exceeds a limit.
+    """
+    return strict_json.loads(text.encode("utf-8"), "JSON")
 
 
 # ---- plain texts ----
@@ -218,8 +227,8 @@ def _tool_call(row: Fields, call: dict[str, Any]) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
+            arguments = _loads(arguments)
+        except ValueError:
             arguments = None
     if not isinstance(arguments, dict):
         shown = brief(function.get("arguments"))
@@ -292,8 +301,8 @@ def _turn(row: Fields, turn: object) -> Message:
     if speaker != "function_call":
         return _message(row, {"role": _SPEAKERS[speaker], "content": value, **weight})
     try:
-        calls = json.loads(value)
-    except (ValueError, RecursionError):
+        calls = _loads(value)
+    except ValueError:
         calls = None
     if not isinstance(calls, dict | list):
         raise row.error(f"a function_call is {brief(value)}, expected a name and arguments as JSON")

@@ -414,6 +414,13 @@ def test_trained_tokens_are_those_that_can_be_predicted(tmp_path: Path) -> None:
         assert dataset.report.learned == sum(batch.num_targets for batch, _ in batches) == 2 * targets
 
 
+@pytest.mark.parametrize("weight", [1e9, 1e300, 33_554_432])
+def test_a_weight_that_repeats_examples_too_often_is_refused(tmp_path: Path, weight: float) -> None:
+    path, other = (write(tmp_path, {"text": "a"}, name=name) for name in ("data.jsonl", "other.jsonl"))
+    with pytest.raises(LimitError, match=r"data\.jsonl: weight \S+ .*, at most 33,554,432"):
+        read_dataset([other, (path, weight)], tokenizer())
+
+
 # ---- mistakes ----
 
 CHAT_LINE = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'

@@ -12,10 +12,11 @@ import numpy as np
 from nplora.finetuning.data.encoding import Encoded
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import DataReport, Stored
-from nplora.formats.errors import DataError, FormatError, counted
+from nplora.formats.errors import DataError, FormatError, LimitError, counted
 
 _Made = TypeVar("_Made", bound=Stored)
 
+MOST_EXAMPLES = 1 << 25  # that weights may make of the stored examples, in an epoch
 _QUOTED = 3  # bad lines that a report quotes
 
 
@@ -92,13 +93,18 @@ class Builder(Generic[_Made]):
         """End a source: take its examples as often as its weight says.
 
         Raises:
-            DataError: the source has no examples.
+            DataError: the source has no examples. LimitError: its weight repeats them too often.
         """
         source, added = self._sources[-1], range(self._first, self.stored)
         if not added:
             raise DataError(f"{source.name}: no examples{self._why()}")
         self._kinds.append(self.kind)
         whole, fraction = divmod(source.weight, 1)
+        if whole > 1 and (count := len(self._order) + len(added) * whole) > MOST_EXAMPLES:
+            raise LimitError(
+                f"{source.name}: weight {source.weight:g} makes {count:.3g} examples in an epoch, at most "
+                f"{MOST_EXAMPLES:,} are possible"
+            )
         for index in added:
             copies = int(whole) + (fraction > 0 and self._place(index) < fraction)
             self._order.extend([index] * copies)

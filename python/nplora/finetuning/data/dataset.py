@@ -143,7 +143,7 @@ def read_dataset(
             empty or of another type; if a role is unknown or out of order; if a tool call has no name; or if
             a weight is neither 0 nor 1, or belongs to a message that is not the assistant's. The error
             message names the file and the line.
-        LimitError: a line is too long, or its JSON exceeds a limit.
+        LimitError: a line is too long, its JSON exceeds a limit, or a weight repeats examples too often.
         UnsafeError, FormatError: the model's chat template is invalid.
         ValueError: an argument is out of range, or the model has no EOS token or no chat template.
         ModuleNotFoundError: the package `pyarrow` is needed and not installed.

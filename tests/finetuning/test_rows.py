@@ -525,6 +525,45 @@ def test_a_row_that_is_no_dictionary_is_an_error_of_its_row() -> None:
     assert str(list(source.read())[1].error) == "data, row 2: the row is ['text'], expected a dictionary"
 
 
+def deep(levels: int) -> Any:
+    value: Any = "a"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def cyclic() -> Any:
+    row: dict[str, Any] = {}
+    row["again"] = [row]
+    return row
+
+
+BAD_VALUES = [
+    ("a\ud800", DataError, "a string holds half a surrogate pair"),
+    ([{"role": "user\udfff"}], DataError, "a string holds half a surrogate pair"),
+    ({"\ud800": 1}, DataError, "a string holds half a surrogate pair"),
+    (deep(64), LimitError, "values nested more than 64 deep"),
+    (deep(100_000), LimitError, "values nested more than 64 deep"),
+    (cyclic(), LimitError, "values nested more than 64 deep"),
+]
+
+
+@pytest.mark.parametrize(("value", "error", "message"), BAD_VALUES, ids=range(len(BAD_VALUES)))
+def test_a_value_that_no_text_can_hold_is_an_error_of_its_row(
+    value: Any, error: type[FormatError], message: str
+) -> None:
+    pandas = pytest.importorskip("pandas")
+    for rows in (
+        [{"x": "é\U0001f600", "y": deep(63)}, {"x": value}],
+        pandas.DataFrame({"x": ["a", value]}, dtype=object),
+    ):
+        [source] = splits_of("test", rows).train
+        good, bad = source.read()
+        assert good.error is None
+        assert type(bad.error) is error
+        assert str(bad.error) == f"data, row 2: {message}"
+
+
 @pytest.mark.parametrize("data", [3, b"train.jsonl", object(), 1.5])
 def test_what_is_no_data_is_refused(data: Any) -> None:
     with pytest.raises(TypeError, match="expected a path, paths, or rows"):

@@ -14,7 +14,7 @@ from nplora import _check
 from nplora.finetuning.data.rows import COMPRESSED, SUFFIXES, Row, is_text, read_rows
 from nplora.finetuning.data.tables import frame_rows, plain, without_nulls
 from nplora.formats import files
-from nplora.formats.errors import DataError, brief
+from nplora.formats.errors import DataError, LimitError, brief
 from nplora.formats.files import StrPath
 
 # A file; rows; or several files, perhaps each with a weight.
@@ -72,10 +72,11 @@ def splits_of(op: str, data: Data) -> Splits:
             raise DataError(f"{op}: data is empty, expected rows")
         if not isinstance(first, Mapping):
             return _splits_of_paths(op, list(given))
-        return Splits([_objects(given)], None)
+        is_table = hasattr(given, "column_names")  # a dataset of Hugging Face
+        return Splits([_objects(given, is_table)], None)
     if rows is None:
         raise TypeError(f"{op}: data is {_check.kind(data)}, expected a path, paths, or rows")
-    return Splits([_objects(list(rows))], None)
+    return Splits([_objects(list(rows), is_table=True)], None)
 
 
 def sources_of(op: str, data: Data) -> list[Source]:
@@ -141,20 +142,28 @@ def _file(path: Path) -> Source:
     return Source(files.name(path), lambda: read_rows(path), path)
 
 
-def _objects(rows: Iterable[Any]) -> Source:
-    is_table = hasattr(rows, "column_names")  # a dataset of Hugging Face
+def _objects(rows: Iterable[Any], is_table: bool) -> Source:
+    """The source of rows that are Python's objects.
+
+    Args:
+        is_table: the rows are those of a table, whose nulls stand for fields that are missing.
+    """
 
     def read() -> Iterator[Row]:
         for number, values in enumerate(rows, 1):
-            where = f"data, row {number}"
-            if isinstance(values, Mapping):
-                row = plain(values)
-                yield Row(where, without_nulls(row) if is_table else row)
-            else:
-                error = DataError(f"{where}: the row is {brief(values)}, expected a dictionary")
-                yield Row(where, {}, error)
+            yield _row(values, f"data, row {number}", is_table)
 
     return Source("data", read)
+
+
+def _row(values: object, where: str, is_table: bool) -> Row:
+    if not isinstance(values, Mapping):
+        return Row(where, {}, DataError(f"{where}: the row is {brief(values)}, expected a dictionary"))
+    try:
+        row = plain(values)
+    except (DataError, LimitError) as error:
+        return Row(where, {}, type(error)(f"{where}: {error}"))
+    return Row(where, without_nulls(row) if is_table else row)
 
 
 # ---- directories ----

@@ -13,7 +13,7 @@ from nplora.finetuning.data import (
     TokenBatches,
 )
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
-from nplora.finetuning.data.split import split_sources
+from nplora.finetuning.data.split import Division
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objectives import Objective, objective_of
 from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
@@ -96,12 +96,13 @@ def read_inputs(
     lm.require_trainable(op)  # fails if a named adapter is selected
     for prompt in options.sample:
         prompt_ids(f"{op}: sample {brief(prompt)}", lm, prompt)
-    if share is not None:
-        sources, held_out_sources = split_sources(op, sources, share)
-    require_validation(op, options, held_out_sources is not None)
+    division = None if share is None else Division(op, sources, share)
+    require_validation(op, options, held_out_sources is not None or division is not None)
     objective = objective_of(options)
     objective.open(op, lm, check)
-    train = _read(op, lm, objective, sources, options)
+    train = _read(op, lm, objective, sources if division is None else division.train, options)
+    if division is not None:
+        held_out_sources = division.held_out()
     held_out = None
     if held_out_sources is not None:
         held_out = _read(op, lm, objective, held_out_sources, options)

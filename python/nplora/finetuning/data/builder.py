@@ -93,11 +93,15 @@ class Builder(Generic[_Made]):
         """End a source: take its examples as often as its weight says.
 
         Raises:
-            DataError: the source has no examples. LimitError: its weight repeats them too often.
+            DataError: the source has no examples, though it should have some. LimitError: its weight
+                repeats them too often.
         """
-        source, added = self._sources[-1], range(self._first, self.stored)
+        source, added, reasons = self._sources[-1], range(self._first, self.stored), self._why()
+        if not added and source.may_be_empty and not reasons:
+            self._sources.pop()
+            return
         if not added:
-            raise DataError(f"{source.name}: no examples{self._why()}")
+            raise DataError(f"{source.name}: no examples{reasons}")
         self._kinds.append(self.kind)
         whole, fraction = divmod(source.weight, 1)
         if whole > 1 and (count := len(self._order) + len(added) * whole) > MOST_EXAMPLES:

@@ -15,7 +15,7 @@ from nplora.finetuning.data.encoding import Encoded, Encoder
 from nplora.finetuning.data.kinds import BY_NAME, Fields, Kind, recognise, renamed
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Data, Source, sources_of, splits_of
-from nplora.finetuning.data.split import split_sources
+from nplora.finetuning.data.split import Division
 from nplora.formats.errors import DataError, LimitError, counted
 from nplora.tokenizer import Tokenizer
 
@@ -186,11 +186,13 @@ def preview(
             raise ValueError(f"{op}: valid and valid_split are both given, expected only one of them")
         if not 0 < _check.number(op, "valid_split", valid_split) < 1:
             raise ValueError(f"{op}: valid_split is {valid_split}, expected between 0 and 1")
-        sources, found = split_sources(op, sources, valid_split)
     elif valid is not None:
         found = sources_of(op, valid)
+    division = None if valid_split is None else Division(op, sources, valid_split)
     reader = _Reader(op, tokenizer, options, max_length)
-    train, seen, shown = reader.read(sources, examples)
+    train, seen, shown = reader.read(sources if division is None else division.train, examples)
+    if division is not None:
+        found = division.held_out()
     if found is None:
         return Preview(train, None, max_length, shown, 0)
     held_out, others, _ = reader.read(found, 0)

@@ -32,12 +32,14 @@ class Source:
         read: reads the rows; it can be called again.
         path: the file; None for Python objects.
         weight: how many times each example is in an epoch; a fraction takes that share of the examples.
+        may_be_empty: whether it is no error if the source has no rows.
     """
 
     name: str
     read: Callable[[], Iterator[Row]]
     path: Path | None = None
     weight: float = 1.0
+    may_be_empty: bool = False
 
     @property
     def is_text(self) -> bool:

@@ -219,12 +219,10 @@ def add_rows(
         examples_of: divides the sequences of a row into examples.
     """
     encoder = Encoder(tokenizer, options.learn == "all", options.max_length, options.chat)
-    kind = None if options.format is None else BY_NAME[options.format]
+    kind: Kind | None = None
     for row in source.read():
         try:
-            kind = kind_of(row, kind, options, require)
-            values = renamed(row.values, options.columns, row.where)
-            example = kind.parse(Fields(values, row.where))
+            kind, example = parsed(row, kind, options, require)
             examples = examples_of(example, encoder.encode(example, row.where))
         except (DataError, LimitError) as error:
             if not options.skip_bad:
@@ -265,16 +263,35 @@ def kind_of(
 
     Raises the error that occurred when the row was read, or a DataError.
     """
+    return _kind_and_values(row, before, options, require)[0]
+
+
+def parsed(
+    row: Row, before: Kind | None, options: ReadOptions, require: Callable[[Kind, str], None] | None = None
+) -> tuple[Kind, Example]:
+    """The kind of a row, as `kind_of` finds it, and the row's example.
+
+    Args:
+        before: the kind of the rows before; None: any.
+        require: as in `add_rows`; None: rows of every kind are read.
+    Raises the error that occurred when the row was read, or a DataError.
+    """
+    kind, values = _kind_and_values(row, before, options, require)
+    return kind, kind.parse(Fields(values, row.where))
+
+
+def _kind_and_values(
+    row: Row, before: Kind | None, options: ReadOptions, require: Callable[[Kind, str], None] | None
+) -> tuple[Kind, dict[str, Any]]:
     if row.error is not None:
         raise row.error
-    if options.format is not None and before is not None:
-        require(before, row.where)
-        return before
-    kind = recognise(renamed(row.values, options.columns, row.where), row.where)
-    require(kind, row.where)
+    values = renamed(row.values, options.columns, row.where)
+    kind = recognise(values, row.where) if options.format is None else BY_NAME[options.format]
+    if require is not None:
+        require(kind, row.where)
     if before is not None and before is not kind:
         raise DataError(
             f"{row.where}: has {kind.fields}, and the rows before have {before.fields}; "
             "expected one format in a file"
         )
-    return kind
+    return kind, values

@@ -188,7 +188,7 @@ def preview(
             raise ValueError(f"{op}: valid_split is {valid_split}, expected between 0 and 1")
     elif valid is not None:
         found = sources_of(op, valid)
-    division = None if valid_split is None else Division(op, sources, valid_split)
+    division = None if valid_split is None else Division(op, sources, valid_split, options)
     reader = _Reader(op, tokenizer, options, max_length)
     train, seen, shown = reader.read(sources if division is None else division.train, examples)
     if division is not None:

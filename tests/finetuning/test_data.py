@@ -133,6 +133,14 @@ def test_a_turn_of_weight_0_is_not_trained(tmp_path: Path) -> None:
     assert read(tmp_path, {"messages": chat}, learn="all") == [(text, text.replace("12<|end|>", ""))]
 
 
+def test_all_tokens_are_trained_with_learn_all_also_in_a_prompt(tmp_path: Path) -> None:
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    row = {"prompt": [user, answer, {**answer, "content": "c", "weight": 0}, user], "completion": [answer]}
+    text = "user:a<|end|>assistant:b<|end|>assistant:c<|end|>user:a<|end|>assistant:b<|end|>"
+    assert read(tmp_path, row) == [(text, "b<|end|>")]
+    assert read(tmp_path, row, learn="all") == [(text, text.replace("c<|end|>", ""))]
+
+
 def test_a_null_is_not_a_second_kind_of_example(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for row in (

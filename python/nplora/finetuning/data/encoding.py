@@ -139,6 +139,9 @@ class Encoder:
             raise DataError(f"{where}: {error}") from error
         trained = [True] * len(chat.ids) if self._all else chat.is_reply
         for index, turn in chat.turns.items():
-            if not example.is_trained(index):
+            is_left_out = (
+                example.messages[index].get("weight") == 0 if self._all else not example.is_trained(index)
+            )
+            if is_left_out:
                 trained[turn.start : turn.stop] = [False] * len(turn)
         return Encoded(chat.ids, trained, bool(chat.unused), is_chat=True)

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from nplora.finetuning.data import read_dataset
-from nplora.finetuning.data.examples import Chat, Completion, Example, Instruction, Judged, Preference
+from nplora.finetuning.data.examples import (
+    Chat,
+    Completion,
+    Example,
+    Instruction,
+    Judged,
+    MultipleChoice,
+    Preference,
+)
 from nplora.finetuning.data.kinds import BY_NAME, Fields, recognise, renamed
 from nplora.formats.errors import DataError
 from nplora.tokenizer import from_gguf
@@ -71,6 +79,35 @@ ALPACA = {"instruction": "a", "input": "b", "output": "c", "system": "s", "histo
 )  # fmt: skip
 def test_a_row_means_its_example(row: dict[str, Any], expected: Example) -> None:
     assert parsed(row) == expected
+
+
+ARC = {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "right"),
+    [
+        (ARC, 1, 0),
+        (ARC, "1", 0),
+        (ARC, 3, 2),
+        (ARC, "y", 1),
+        ({**ARC, "label": [1, 2, 3]}, 1, 0),
+        (
+            {"text": ["3", "2", "1"], "label": ["1", "2", "3"]},
+            "1",
+            0,
+        ),  # a label that the row gives comes first
+        ({**ARC, "label": ["A", "B", "C"]}, "B", 1),
+        ({**ARC, "label": ["A", "B", "C"]}, 1, 1),  # no label is a number, so this is an index
+        (["3", "2", "1"], "1", 2),  # without labels, a choice comes first
+        (["3", "2", "1"], 1, 1),
+        (["x", "y"], "B", 1),
+    ],
+)
+def test_an_answer_is_a_label_of_the_row_a_choice_or_an_index(choices: Any, answer: Any, right: int) -> None:
+    found = parsed({"prompt": "q", "choices": choices, "answer": answer})
+    assert isinstance(found, MultipleChoice)
+    assert found.answer == right
 
 
 def test_a_row_is_not_changed() -> None:
@@ -221,6 +258,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (judged(label="good"), "label is 'good', expected true or false"),
     (judged(completion=""), "completion is empty"),
     (judged(prompt=3), "prompt is 3, expected a string"),
+    # multiple choice
+    ({"prompt": "q", "choices": ARC, "answer": 0}, "answer is 0, expected one of the choices, or one"),
+    ({"prompt": "q", "choices": ARC, "answer": "4"}, "answer is '4', expected one of the choices, or one"),
+    ({"prompt": "q", "choices": ARC, "answer": True}, "answer is True, expected"),
+    ({"prompt": "q", "choices": {**ARC, "label": ["A", "B", "A"]}, "answer": "A"},
+     r"the labels of choices are \['A', 'B', 'A'\], expected one for each choice, all different"),
+    ({"prompt": "q", "choices": {**ARC, "label": ["1", 1, "2"]}, "answer": "1"}, "the labels of choices are"),
     # no kind, or two
     ({"a": 1}, r"the row has \['a'\], expected messages, conversations, instruction and output, prompt and "),
     ({**chat(ANSWER), **talk(HUMAN, GPT)},

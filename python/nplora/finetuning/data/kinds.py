@@ -31,6 +31,7 @@ _SPEAKERS = {  # of ShareGPT
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "function_call": "assistant", "observation": "tool", "tool": "tool",
 }  # fmt: skip
+_LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # labels of choices for which a row has none
 _TURNS = ("human or observation", "gpt or function_call")
 
 
@@ -375,8 +376,8 @@ def _multiple_choice(row: Fields) -> Example:
     return MultipleChoice(prompt, choices, _right_choice(row, choices, labels))
 
 
-def _choices(row: Fields) -> tuple[tuple[str, ...], list[str]]:
-    """The choices and their labels: texts, or {"text": […], "label": […]} as in ARC."""
+def _choices(row: Fields) -> tuple[tuple[str, ...], list[str] | None]:
+    """The choices, and their labels if there are any: texts, or {"text": […], "label": […]} as in ARC."""
     wanted = "expected a list of two or more different texts"
     value: Any = row.get("choices")
     labels: Any = None
@@ -387,26 +388,38 @@ def _choices(row: Fields) -> tuple[tuple[str, ...], list[str]]:
     if len(value) < 2 or len(set(value)) < len(value):
         raise row.error(f"choices is {brief(value)}, {wanted}")
     if labels is None:
-        labels = [chr(ord("A") + index) for index in range(min(len(value), 26))]
-    elif not isinstance(labels, list) or len(labels) != len(value):
-        raise row.error(f"the labels of choices are {brief(labels)}, expected one for each choice")
+        return tuple(value), None
+    if not isinstance(labels, list) or len(set(map(str, labels))) != len(value) or len(labels) != len(value):
+        raise row.error(
+            f"the labels of choices are {brief(labels)}, expected one for each choice, all different"
+        )
     return tuple(value), list(map(str, labels))
 
 
-def _right_choice(row: Fields, choices: tuple[str, ...], labels: list[str]) -> int:
-    """The index of the right choice. The row gives the choice, its label (default: A, B, …) or its index."""
+def _right_choice(row: Fields, choices: tuple[str, ...], labels: list[str] | None) -> int:
+    """The index of the right choice. The row gives its label, the choice itself, or its index.
+
+    The labels A, B, … of a row without labels come after the choices. Numbers as labels leave no room for
+    indices, because the first label may be 0 or 1.
+    """
     answer = row.get("answer")
-    if isinstance(answer, str):
-        if answer in choices:
-            return choices.index(answer)
-        if answer in labels:
-            return labels.index(answer)
-        answer = int(answer) if answer.isascii() and answer.isdigit() and len(answer) < 9 else answer
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        return answer
-    raise row.error(
-        f"answer is {brief(row.get('answer'))}, expected one of the choices, or 0 to {len(choices) - 1}"
-    )
+    if isinstance(answer, str | int) and not isinstance(answer, bool):
+        names: list[Sequence[str]] = [labels, choices] if labels else [choices, _LETTERS[: len(choices)]]
+        for known in names:
+            if str(answer) in known and (isinstance(answer, str) or known is labels):
+                return known.index(str(answer))
+        index = str(answer)
+        has_indices = labels is None or not any(label.isdigit() for label in labels)
+        if (
+            has_indices
+            and index.isascii()
+            and index.isdigit()
+            and len(index) < 9
+            and int(index) < len(choices)
+        ):
+            return int(index)
+    wanted = f"0 to {len(choices) - 1}" if labels is None else f"one of the labels {brief(labels)}"
+    raise row.error(f"answer is {brief(row.get('answer'))}, expected one of the choices, or {wanted}")
 
 
 # ---- which kind ----

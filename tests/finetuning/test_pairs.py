@@ -6,6 +6,8 @@ import pytest
 
 from nplora.finetuning.data.comparisons import PairDataset, read_pairs
 from nplora.finetuning.data.dataset import ReadOptions
+from nplora.finetuning.data.examples import Completion, Preference
+from nplora.finetuning.data.kinds import Fields, recognise
 from nplora.finetuning.data.sources import splits_of
 from nplora.formats.errors import DataError
 from nplora.models.packing import IGNORED
@@ -49,3 +51,58 @@ def test_answers_that_the_template_writes_alike_are_no_pair(row: dict[str, Any])
         read(row, words)
     with pytest.raises(DataError, match="no examples: 1 bad row skipped"):
         read(row, words, skip_bad=True)
+
+
+CHAT = [USER, YES, {"role": "user", "content": "more"}]
+IMPLICIT = [
+    ("Q: hi A: I think hello", "Q: hi A: I hope 12"),
+    ("Q: hi A: yes", "Q: hi A: no"),
+    ("Human: a\n\nAssistant: yes", "Human: a\n\nAssistant:no"),
+    ("a  b", "a  c"),
+    ("a yes", "a yes and more"),
+    ("ab", "ac"),
+    ([USER, YES], [USER, {**YES, "content": "no"}]),
+    ([*CHAT, YES], [*CHAT, {**YES, "content": "no"}]),
+    ([USER, YES], [USER, YES, USER, YES]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chosen", "rejected"), IMPLICIT, ids=range(len(IMPLICIT)))
+def test_the_prompt_of_answers_that_repeat_it_is_that_of_trl(chosen: Any, rejected: Any) -> None:
+    extract = pytest.importorskip("trl.data_utils").extract_prompt
+    row = {"chosen": chosen, "rejected": rejected}
+    theirs, found = extract(row), recognise(row, "w").parse(Fields(row, "w"))
+    assert isinstance(found, Preference)
+    for side, name in ((found.chosen, "chosen"), (found.rejected, "rejected")):
+        if isinstance(side, Completion):
+            assert (side.prompt, side.completion) == (theirs["prompt"], theirs[name])
+        else:
+            assert side.messages[: side.prompt] == theirs["prompt"]
+            assert side.messages[side.prompt :] == theirs[name]
+
+
+NO = {**YES, "content": "no"}
+OTHER = {**USER, "content": "other"}
+CONTRADICTIONS = [
+    ({"chosen": "abc", "rejected": "xyz"}, "chosen and rejected begin differently, expected the same"),
+    ({"chosen": " abc", "rejected": " xyz"}, "chosen and rejected begin differently"),
+    ({"chosen": [USER, YES], "rejected": [OTHER, NO]}, "chosen and rejected begin differently"),
+    ({"prompt": "a", "chosen": [USER, YES], "rejected": [OTHER, NO]}, "chosen and rejected begin diff"),
+    ({"prompt": "other", "chosen": [USER, YES], "rejected": [USER, NO]},
+     "prompt is 'other', expected a message of the user at the beginning of chosen and rejected"),
+    ({"prompt": "no", "chosen": [USER, YES, OTHER, YES], "rejected": [USER, YES, OTHER, NO]},
+     "prompt is 'no', expected a message of the user"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "message"), CONTRADICTIONS, ids=range(len(CONTRADICTIONS)))
+def test_prompts_of_a_pair_that_differ_are_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=rf"^data, row 1: {message}"):
+        read(row, tokenizer())
+
+
+@pytest.mark.parametrize("prompt", ["a", " a\n", "other"])
+def test_a_prompt_beside_whole_chats_is_one_of_their_questions(prompt: str) -> None:
+    row = {"prompt": prompt, "chosen": [USER, YES, OTHER, YES], "rejected": [USER, YES, OTHER, NO]}
+    assert [trained for _, trained in read(row, tokenizer())] == ["yes<|end|>", "no<|end|>"]

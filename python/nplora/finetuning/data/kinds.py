@@ -338,17 +338,30 @@ def _without_prompt(row: Fields) -> Preference:
     """Two texts or chats. The beginning that they share is the prompt."""
     if isinstance(row.values.get("chosen"), str) or isinstance(row.values.get("rejected"), str):
         texts = row.text("chosen"), row.text("rejected")
-        prompt = texts[0][: _shared(*texts)]
-        return Preference(*(Completion(prompt, text[len(prompt) :]) for text in texts))
+        shared = _shared(row, *texts)
+        return Preference(*(Completion(text[:shared], text[shared:]) for text in texts))
     chats = [_messages(row, name, row.get(name)) for name in ("chosen", "rejected")]
-    shared = _shared(*chats)
+    shared = _shared(row, *chats)
+    prompt = row.values.get("prompt")
+    asked = [message["content"].strip() for message in chats[0][:shared] if message["role"] == "user"]
+    if isinstance(prompt, str) and prompt.strip() not in asked:
+        wanted = "expected a message of the user at the beginning of chosen and rejected"
+        raise row.error(f"prompt is {brief(prompt)}, {wanted}")
     return Preference(*(_chat(row, messages, messages[:shared]) for messages in chats))
 
 
-def _shared(one: Sequence[object], other: Sequence[object]) -> int:
-    """The number of items at the beginning that both sequences share."""
-    same = (a == b for a, b in zip(one, other, strict=False))
-    return sum(1 for _ in itertools.takewhile(bool, same))
+def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
+    """The number of items at the beginning that both answers share, as TRL's `extract_prompt` counts them.
+
+    A space before the difference belongs to the answers, and each answer has an item at least.
+    """
+    same = (a == b for a, b in zip(one[:-1], other[:-1], strict=False))
+    count = sum(1 for _ in itertools.takewhile(bool, same))
+    if count and one[count - 1] == " " and one[count] != other[count]:
+        count -= 1
+    if not count and one != other:
+        raise row.error("chosen and rejected begin differently, expected the same prompt in both")
+    return count
 
 
 def _judged(row: Fields) -> Example:

@@ -135,7 +135,8 @@ def _answered(row: Fields, name: str) -> list[Message]:
 
 
 def _instruction(row: Fields) -> Example:
-    history = row.values.get("history") or []
+    history = row.values.get("history")
+    history = [] if history in (None, "") else history
     is_pairs = isinstance(history, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
         for pair in history
@@ -163,7 +164,7 @@ def _openai(row: Fields) -> Example:
 
 def _chat(row: Fields, messages: list[Message], prompt: list[Any] | None) -> Chat:
     tools, documents = (row.objects(name) for name in _CONTEXT)
-    return Chat(messages, tools and list(map(_tool, tools)), documents, len(prompt or ()))
+    return Chat(messages, tools and [_tool(row, tool) for tool in tools], documents, len(prompt or ()))
 
 
 def _messages(row: Fields, name: str, value: Any) -> list[Message]:
@@ -182,14 +183,28 @@ def _message(row: Fields, message: object) -> Message:
     role = message["role"]
     if role not in _ROLES:
         raise row.error(f"the role of a message is {brief(role)}, expected one of {', '.join(_ROLES)}")
+    message = _with_tool_calls(row, message)
     made = {name: value for name, value in message.items() if value is not None}
     made["content"] = _content(row, message)
-    if message.get("tool_calls"):
+    if message.get("tool_calls") not in (None, []):
         made["tool_calls"] = _tool_calls(row, message)
     if role == "assistant" and not made["content"].strip() and not made.get("tool_calls"):
         raise row.error(f"the assistant's content is {brief(message.get('content'))}, expected a text")
     _check_weight(row, message)
     return made
+
+
+def _with_tool_calls(row: Fields, message: Message) -> Message:
+    """The message with the older `function_call` of OpenAI's API as a tool call."""
+    called = message.get("function_call")
+    if called is None:
+        return message
+    if message.get("tool_calls") is not None:
+        raise row.error("a message has both tool_calls and function_call, expected only one of them")
+    if not isinstance(called, dict):
+        raise row.error(f"function_call is {brief(called)}, expected an object")
+    others = {name: value for name, value in message.items() if name != "function_call"}
+    return others | {"tool_calls": [called]}
 
 
 def _content(row: Fields, message: Message) -> str:
@@ -256,9 +271,13 @@ def _check_order(row: Fields, before: Message | None, message: Message) -> None:
         raise row.error(f"a message of role {role!r} is {after}, expected it after an assistant's message")
 
 
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+def _tool(row: Fields, tool: dict[str, Any]) -> dict[str, Any]:
     """A tool in the form of OpenAI's API. If the data give only its function, wrap the function."""
-    return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name:
+        raise row.error(f"a tool is {brief(tool)}, expected an object with the name of its function")
+    return tool if "function" in tool else {"type": "function", "function": tool}
 
 
 # ---- ShareGPT ----
@@ -323,6 +342,9 @@ def _preference(row: Fields) -> Example:
         pair = Preference(_answer(row, "chosen"), _answer(row, "rejected"))
     else:
         pair = _without_prompt(row)
+    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if isinstance(answer, Chat) and (role := answer.messages[-1]["role"]) != "assistant":
+            raise row.error(f"{name} ends with a message of role {role!r}, expected one of the assistant")
     if pair.chosen == pair.rejected:
         raise row.error("chosen and rejected are the same answer, expected two")
     return pair

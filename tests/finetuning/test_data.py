@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ import numpy as np
 import pytest
 
 from nplora.finetuning.data import TokenBatches, find_evaluated, find_splits, read_dataset
+from nplora.finetuning.data.builder import Builder
+from nplora.finetuning.data.comparisons import PairDataset, read_pairs
+from nplora.finetuning.data.dataset import Dataset, ReadOptions, add_rows, read_sources
+from nplora.finetuning.data.sources import splits_of
 from nplora.formats.errors import DataError, FormatError, LimitError, UnsafeError
 from nplora.models.packing import IGNORED
 from nplora.tokenizer import Tokenizer, from_gguf
@@ -244,6 +249,50 @@ def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_fil
     for row in ({"text": "a"}, {"prompt": "a", "completion": "b"}):
         with pytest.warns(UserWarning, match="1 example with tools"):
             read_dataset([row | {"tools": [WEATHER]}, row | {"tools": None}], tokenizer(TOOLS_TEMPLATE))
+
+
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+DROPS: list[tuple[dict[str, Any], bool]] = [
+    ({"prompt": [USER], "completion": [ANSWER]}, False),
+    ({"messages": [USER, ANSWER]}, False),
+    ({"instruction": "a", "output": "b"}, True),
+    ({"prompt": "a", "completion": "b"}, True),
+    ({"text": "a"}, True),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, True),
+    ({"prompt": [USER], "chosen": "b", "rejected": "c"}, False),
+    ({"prompt": "a", "completion": "b", "label": True}, True),
+    ({"prompt": [USER], "completion": "b", "label": True}, False),
+]
+
+
+@pytest.mark.parametrize(("row", "drops"), DROPS, ids=range(len(DROPS)))
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_tools_are_counted_as_unused_where_the_model_does_not_see_them(
+    row: dict[str, Any], drops: bool, name: str
+) -> None:
+    words, columns = tokenizer(TOOLS_TEMPLATE), {"tools": "functions"} if name == "functions" else {}
+    sources = splits_of("test", [{**row, name: tools} for tools in ([WEATHER], json.dumps([WEATHER]))]).train
+    options = ReadOptions(columns=columns)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if "chosen" in row:
+            report = read_pairs("test", sources, words, options, "dpo", PairDataset).report
+        elif "label" in row:
+            builder = Builder(None, False, Dataset)
+            builder.begin(sources[0])
+            add_rows(builder, sources[0], words, options, lambda kind, where: None, lambda _, found: [found])
+            builder.end()
+            report = builder.dataset().report
+        else:
+            report = read_sources("test", sources, words, options).report
+    assert (report.unused, len(caught)) == (2 * drops, drops)
+
+
+@pytest.mark.parametrize("tools", [None, [], "", " ", "[]"])
+def test_no_tools_are_not_unused(tools: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_dataset([{"text": "a", "tools": tools}], tokenizer()).report.unused == 0
 
 
 def test_a_template_that_needs_tools_gets_them(tmp_path: Path) -> None:

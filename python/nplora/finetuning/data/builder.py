@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import hashlib
+import warnings
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -59,7 +60,7 @@ class Builder(Generic[_Made]):
         """Add the sequences of an example. The example is left out if one of them has nothing to train.
 
         Args:
-            unused: the row has tools or documents that the chat template left out of all sequences.
+            unused: the row has tools or documents that no sequence has.
         """
         cut = [self._cut(sequence, where) for sequence in sequences]
         is_cut = any(len(one.ids) < len(whole.ids) for one, whole in zip(cut, sequences, strict=True))
@@ -135,6 +136,8 @@ class Builder(Generic[_Made]):
 
         Raises:
             DataError: the weights leave no example.
+        Warns:
+            UserWarning: some rows have tools or documents that the model does not see.
         """
         source = ", ".join(source.name for source in self._sources)
         if not self._order:
@@ -158,6 +161,13 @@ class Builder(Generic[_Made]):
             median=int(np.median(lengths)),
             longest=int(lengths.max()),
         )
+        if self._unused:
+            rows = counted(self._unused, self._unit)
+            warnings.warn(
+                f"{source}: {rows} with tools or documents that the chat template leaves out: the model does "
+                "not see them",
+                stacklevel=4,
+            )
         return made
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, overload
@@ -15,17 +14,15 @@ from nplora import _check
 from nplora.finetuning.data.builder import Builder
 from nplora.finetuning.data.encoding import LEARN, Encoded, Encoder
 from nplora.finetuning.data.examples import Example
-from nplora.finetuning.data.kinds import BY_NAME, Fields, Kind, recognise, renamed
+from nplora.finetuning.data.kinds import BY_NAME, Fields, Kind, lacks_context, recognise, renamed
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Data, Source, sources_of
 from nplora.finetuning.data.stored import Stored
-from nplora.formats.errors import DataError, LimitError, counted
+from nplora.formats.errors import DataError, LimitError
 from nplora.models.packing import PackedBatch, pack
 from nplora.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
-
-_CONTEXT = ("tools", "documents")
 
 
 class Dataset(Stored, Sequence[tuple[Array, Array]]):
@@ -175,15 +172,7 @@ def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: 
         else:
             add_rows(builder, source, tokenizer, options, _require_one_answer, _single)
         builder.end()
-    dataset = builder.dataset()
-    if dataset.report.unused:
-        rows = counted(dataset.report.unused, "example")
-        warnings.warn(
-            f"{dataset.report.source}: {rows} with tools or documents that the chat template leaves out: "
-            "the model does not see them",
-            stacklevel=3,
-        )
-    return dataset
+    return builder.dataset()
 
 
 def _add_text(
@@ -222,7 +211,7 @@ def add_rows(
     kind: Kind | None = None
     for row in source.read():
         try:
-            kind, example = parsed(row, kind, options, require)
+            kind, example, unused = parsed(row, kind, options, require)
             examples = examples_of(example, encoder.encode(example, row.where))
         except (DataError, LimitError) as error:
             if not options.skip_bad:
@@ -230,8 +219,6 @@ def add_rows(
             builder.skip(error)
             continue
         builder.kind = kind.name
-        has_context = any(row.values.get(name) for name in _CONTEXT)
-        unused = has_context and kind.name in ("completion", "text")
         for sequences in examples:
             builder.add(sequences, row.where, unused)
 
@@ -268,8 +255,8 @@ def kind_of(
 
 def parsed(
     row: Row, before: Kind | None, options: ReadOptions, require: Callable[[Kind, str], None] | None = None
-) -> tuple[Kind, Example]:
-    """The kind of a row, as `kind_of` finds it, and the row's example.
+) -> tuple[Kind, Example, bool]:
+    """The kind of a row, as `kind_of` finds it, the row's example, and whether that lacks the row's tools.
 
     Args:
         before: the kind of the rows before; None: any.
@@ -277,7 +264,8 @@ def parsed(
     Raises the error that occurred when the row was read, or a DataError.
     """
     kind, values = _kind_and_values(row, before, options, require)
-    return kind, kind.parse(Fields(values, row.where))
+    example = kind.parse(Fields(values, row.where))
+    return kind, example, lacks_context(values, example)
 
 
 def _kind_and_values(

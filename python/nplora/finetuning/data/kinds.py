@@ -457,6 +457,23 @@ def _right_choice(row: Fields, choices: tuple[str, ...], labels: list[str] | Non
     raise row.error(f"answer is {brief(row.get('answer'))}, expected one of the choices, or {wanted}")
 
 
+# ---- tools and documents ----
+
+
+def lacks_context(values: Mapping[str, Any], example: Example) -> bool:
+    """Whether a row has tools or documents that its example lacks, because only messages have them."""
+    answer: object = example
+    if isinstance(example, Preference):
+        answer = example.chosen
+    elif isinstance(example, Judged):
+        answer = example.answer
+    return not isinstance(answer, Chat) and any(_is_given(values.get(name)) for name in _CONTEXT)
+
+
+def _is_given(context: object) -> bool:
+    return context.strip() not in ("", "[]", "null") if isinstance(context, str) else bool(context)
+
+
 # ---- which kind ----
 
 KINDS = (

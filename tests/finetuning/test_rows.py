@@ -87,6 +87,19 @@ def test_the_elements_of_an_array_are_those_of_json_wherever_the_parts_end() -> 
         ('["a\\"]', "the array does not end"),
         ("[1] [2]", r"'\[2\]' follows the array"),
         ("[1]]", r"'\]' follows the array"),
+        ('{"data": [1] garbage}', "'garbage}' follows the array"),
+        ('{"data": [1]   garbage!!', "'garbage!!' follows the array"),
+        ('{"data": [1]} {', "'{' follows the object"),
+        ('{"data": [1]}}', "'}' follows the object"),
+        ('{"data": [1]', "the object does not end"),
+        ('{"data": [1], "more": 1', "the object does not end"),
+        ('{"data": [1], "more": 1]', "the object does not end"),
+        ('{"data": [1], "more": "}"', "the object does not end"),
+        ('{"data": [1], "more": {"a": 1}', "the object does not end"),
+        (
+            '{"text": "a"}\n{"text": "b"}\n',
+            r"expected an array, .*; a file with an object on each line is \.jsonl",
+        ),
         ('{"a": ' + "[" * 100_000, "expected an array"),
         ('{"a":' + " " * 900_000, "expected an array"),
     ],
@@ -98,6 +111,14 @@ def test_text_that_is_no_array_is_refused(text: str, message: str) -> None:
         with pytest.raises(DataError, match=message):
             list(elements(parts, "data.json", 100))
     assert time.process_time() - begin < 5
+
+
+def test_a_compressed_object_that_is_cut_after_its_array_is_refused(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 10**9, 1000).tolist()
+    whole = gzip.compress(json.dumps({"data": ROWS, "more": noise}).encode())
+    (tmp_path / "data.json.gz").write_bytes(whole[:-100])
+    with pytest.raises(DataError, match=r"data\.json\.gz: the gzip file is cut short"):
+        list(read_rows(tmp_path / "data.json.gz"))
 
 
 def test_a_long_element_is_refused_before_it_is_read() -> None:

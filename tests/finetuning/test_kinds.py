@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from nplora.finetuning.data import read_dataset
+from nplora.finetuning.data.builder import Builder
+from nplora.finetuning.data.dataset import Dataset, ReadOptions, add_rows
 from nplora.finetuning.data.examples import (
     Chat,
     Completion,
@@ -17,6 +19,7 @@ from nplora.finetuning.data.examples import (
     Preference,
 )
 from nplora.finetuning.data.kinds import BY_NAME, Fields, recognise, renamed
+from nplora.finetuning.data.sources import splits_of
 from nplora.formats.errors import DataError
 from nplora.tokenizer import from_gguf
 from vocabularies import byte_level, opened
@@ -152,7 +155,6 @@ NO_JSON = (
     "-Infinity",
     "1e999",
     '"\\ud800"',
-    '"\ud800"',
     '{"a": 1, "a": 1}',
     "[" * 70 + "]" * 70,
     "1" * 200,
@@ -297,6 +299,27 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
+def neighbour(row: dict[str, Any]) -> dict[str, Any]:
+    """A good row of the kind that a bad row seems to be."""
+    try:
+        return GOOD[recognise(row, "").name]
+    except DataError:
+        return GOOD["text"]
+
+
+GOOD = {
+    "messages": chat(ANSWER),
+    "sharegpt": talk(HUMAN, GPT),
+    "alpaca": ALPACA,
+    "completion": {"prompt": "a", "completion": "b"},
+    "text": {"text": "a"},
+    "preference": pair(),
+    "kto": judged(),
+    "choice": {"prompt": "q", "choices": ARC, "answer": 1},
+}
+CHATML = "{% for m in messages %}{{ m.role + m.content + '<|end|>' }}{% endfor %}"
+
+
 @pytest.mark.parametrize(("row", "message"), BAD, ids=range(len(BAD)))
 def test_a_malformed_row_is_an_error_that_names_line_field_and_values(
     row: dict[str, Any], message: str
@@ -304,8 +327,16 @@ def test_a_malformed_row_is_an_error_that_names_line_field_and_values(
     with pytest.raises(DataError, match=rf"^d\.jsonl, line 7: .*{message}") as caught:
         parsed(row)
     assert len(str(caught.value)) < 400
-    with pytest.raises(DataError, match=r"^data, row 2: "):
-        read_dataset([{"text": "a"}, row], from_gguf(opened(byte_level())))
+
+
+@pytest.mark.parametrize(("row", "message"), BAD, ids=range(len(BAD)))
+def test_a_malformed_row_is_found_among_good_rows_of_its_kind(row: dict[str, Any], message: str) -> None:
+    words = from_gguf(opened(byte_level() | {"tokenizer.chat_template": CHATML}))
+    [source] = splits_of("test", [neighbour(row), row]).train
+    builder = Builder(None, False, Dataset)
+    builder.begin(source)
+    with pytest.raises(DataError, match=rf"^data, row 2: .*{message}"):
+        add_rows(builder, source, words, ReadOptions(), lambda kind, where: None, lambda _, found: [found])
 
 
 def test_a_kind_that_is_forced_takes_its_own_fields() -> None:

@@ -399,6 +399,18 @@ def test_a_directory_has_its_files_by_name(tmp_path: Path) -> None:
         find_evaluated(tmp_path / "nothing.jsonl")
 
 
+@pytest.mark.parametrize("names", [("train.jsonl", "train.csv"), ("train.jsonl", "train.jsonl.gz"),
+                                   ("train.txt", "valid.csv", "validation.jsonl")])  # fmt: skip
+def test_two_files_of_one_split_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        write(tmp_path, {"text": "a"}, name=name)
+    both = f"{names[-2]}.*{names[-1]}|{names[-1]}.*{names[-2]}"
+    with pytest.raises(ValueError, match=f"the directory has ({both}), expected one of them"):
+        find_splits(tmp_path)
+    with pytest.raises(ValueError, match=f"the directory has ({both}), expected one of them"):
+        find_evaluated(tmp_path)
+
+
 # ---- lengths ----
 
 
@@ -664,7 +676,7 @@ def test_faults_of_the_model_are_not_blamed_on_the_rows(tmp_path: Path) -> None:
         read_dataset(path, tokenizer(eos_token_id=None))
 
 
-@pytest.mark.parametrize("options", [{"max_length": 1}, {"learn": "some"}])
+@pytest.mark.parametrize("options", [{"max_length": 1}, {"learn": "some"}, {"columns": {"promptt": "a"}}])
 def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="read_dataset: "):
         read_dataset(tmp_path / "data.jsonl", tokenizer(), **options)

@@ -356,6 +356,18 @@ def test_columns_give_fields_their_names() -> None:
         renamed({"question": "a"}, columns, "w")
 
 
+def test_an_unknown_field_in_columns_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"here: columns names 'promptt', which no format has; did you mean 'pro"
+    ):
+        ReadOptions(columns={"promptt": "question", "completion": "answer"}, op="here")
+    with pytest.raises(
+        ValueError, match=r"here: columns names 'xyz', which no format has; possible: answer, ch"
+    ):
+        ReadOptions(columns={"xyz": "question"}, op="here")
+    ReadOptions(columns={name: "x" for row in (*GOOD.values(), {"tools": []}) for name in row})
+
+
 # ---- files ----
 
 

@@ -21,7 +21,7 @@ from nplora.finetuning.data import find_splits
 from nplora.finetuning.data.json_array import elements
 from nplora.finetuning.data.kinds import Fields, recognise
 from nplora.finetuning.data.rows import read_rows
-from nplora.finetuning.data.sources import splits_of
+from nplora.finetuning.data.sources import sources_of, splits_of
 from nplora.finetuning.data.table_limits import row_sizes
 from nplora.formats.errors import DataError, FormatError, LimitError
 
@@ -519,6 +519,19 @@ def test_frames_of_polars_are_rows() -> None:
     assert objects(frame) == [{"messages": CHAT, "label": True}, {"messages": CHAT[:1]}]
 
 
+def test_a_test_split_is_evaluated_but_never_chooses_the_adapter() -> None:
+    """Validation data choose the adapter that is saved, so a test set among them would say too much."""
+    splits = {"train": ROWS, "test": ROWS[:1]}
+    assert splits_of("test", splits).valid is None
+    [source] = sources_of("test", splits)
+    assert len(list(source.read())) == 1
+    for name in ("valid", "validation", "eval"):
+        [source] = splits_of("test", splits | {name: ROWS[:2]}).valid or []
+        assert len(list(source.read())) == 2
+        [source] = sources_of("test", splits | {name: ROWS[:2]})
+        assert len(list(source.read())) == 2
+
+
 @pytest.mark.slow
 def test_datasets_of_hugging_face_are_rows() -> None:
     datasets = pytest.importorskip("datasets")
@@ -526,7 +539,7 @@ def test_datasets_of_hugging_face_are_rows() -> None:
     expected = [{"messages": CHAT}, {"messages": CHAT[:1]}]
     assert objects(dataset) == expected
     assert objects(dataset.to_iterable_dataset()) == expected
-    splits = splits_of("test", datasets.DatasetDict({"train": dataset, "test": dataset.select([0])}))
+    splits = splits_of("test", datasets.DatasetDict({"train": dataset, "validation": dataset.select([0])}))
     assert splits.valid is not None
     assert [row.values for row in splits.valid[0].read()] == expected[:1]
     assert objects(datasets.Dataset.from_dict({"label": [1, 2]}).with_format("numpy")) == [

@@ -14,11 +14,11 @@ from nplora import _check
 from nplora.finetuning.data.builder import Builder
 from nplora.finetuning.data.encoding import LEARN, Encoded, Encoder
 from nplora.finetuning.data.examples import Example
-from nplora.finetuning.data.kinds import BY_NAME, Fields, Kind, lacks_context, recognise, renamed
+from nplora.finetuning.data.kinds import BY_NAME, FIELDS, Fields, Kind, lacks_context, recognise, renamed
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Data, Source, sources_of
 from nplora.finetuning.data.stored import Stored
-from nplora.formats.errors import DataError, LimitError
+from nplora.formats.errors import DataError, LimitError, brief, nearest_names
 from nplora.models.packing import PackedBatch, pack
 from nplora.tokenizer import Tokenizer
 
@@ -82,6 +82,11 @@ class ReadOptions:
             _check.choice(op, "format", self.format, tuple(BY_NAME))
         if not isinstance(self.columns, Mapping):
             raise TypeError(f"{op}: columns is {_check.kind(self.columns)}, expected a dictionary")
+        for name in self.columns:
+            if name not in FIELDS:
+                near = nearest_names(str(name), FIELDS, 1)
+                possible = f"did you mean {near[0]!r}?" if near else f"possible: {', '.join(FIELDS)}"
+                raise ValueError(f"{op}: columns names {brief(name)}, which no format has; {possible}")
 
 
 def read_dataset(

@@ -486,6 +486,11 @@ KINDS = (
     Kind("kto", "prompt, completion and label", (), _judged),
     Kind("choice", "prompt, choices and answer", ("choices",), _multiple_choice),
 )
+# All fields that the kinds read, by the names that `columns` maps.
+FIELDS = (
+    "answer", "chosen", "choices", "completion", "conversations", "documents", "history", "input",
+    "instruction", "label", "messages", "output", "prompt", "question", "rejected", "system", "text", "tools",
+)  # fmt: skip
 BY_NAME = {kind.name: kind for kind in KINDS}
 _EXPECTED = (
     "messages, conversations, instruction and output, prompt and completion, text, or chosen and rejected"

@@ -483,6 +483,14 @@ def test_trained_tokens_are_those_that_can_be_predicted(tmp_path: Path) -> None:
         assert dataset.report.learned == sum(batch.num_targets for batch, _ in batches) == 2 * targets
 
 
+def test_the_report_counts_the_cut_examples_of_an_epoch(tmp_path: Path) -> None:
+    path = write(tmp_path, *({"text": f"a{n} bcdefgh"} for n in range(50)), {"text": "a"})
+    for weight in (0.1, 1, 2.5):
+        dataset = read_dataset([(path, weight)], tokenizer(), max_length=4)
+        cut = sum(len(ids) == 4 for ids, _ in dataset)
+        assert dataset.report.truncated == cut <= len(dataset)
+
+
 @pytest.mark.parametrize("weight", [1e9, 1e300, 33_554_432])
 def test_a_weight_that_repeats_examples_too_often_is_refused(tmp_path: Path, weight: float) -> None:
     path, other = (write(tmp_path, {"text": "a"}, name=name) for name in ("data.jsonl", "other.jsonl"))

@@ -40,8 +40,9 @@ class Builder(Generic[_Made]):
         self._sources: list[Source] = []
         self._kinds: list[str] = []
         self._first = self._skipped_before = self._emptied_before = 0
-        self._truncated = self._emptied = self._skipped = self._unused = 0
+        self._emptied = self._skipped = self._unused = 0
         self._problems: list[str] = []
+        self._truncated = bytearray()  # for each example, whether it is cut
         self._forms = set[bool]()
         self.kind = ""
 
@@ -64,10 +65,10 @@ class Builder(Generic[_Made]):
         """
         cut = [self._cut(sequence, where) for sequence in sequences]
         is_cut = any(len(one.ids) < len(whole.ids) for one, whole in zip(cut, sequences, strict=True))
-        if is_cut and (not all(any(one.trained[1:]) for one in cut) or _are_equal(cut)):
+        if is_emptied(cut, sequences):
             self._emptied += 1
             return
-        self._truncated += is_cut
+        self._truncated.append(is_cut)
         self._unused += unused or any(sequence.unused for sequence in sequences)
         self._forms.update(sequence.is_chat for sequence in sequences)
         for one in cut:
@@ -104,21 +105,18 @@ class Builder(Generic[_Made]):
         if not added:
             raise DataError(f"{source.name}: no examples{reasons}")
         self._kinds.append(self.kind)
-        whole, fraction = divmod(source.weight, 1)
-        if whole > 1 and (count := len(self._order) + len(added) * whole) > MOST_EXAMPLES:
+        if source.weight > 1 and (count := len(self._order) + len(added) * source.weight) > MOST_EXAMPLES:
             raise LimitError(
                 f"{source.name}: weight {source.weight:g} makes {count:.3g} examples in an epoch, at most "
                 f"{MOST_EXAMPLES:,} are possible"
             )
         for index in added:
-            copies = int(whole) + (fraction > 0 and self._place(index) < fraction)
-            self._order.extend([index] * copies)
+            self._order.extend([index] * copies(source.weight, self._tokens(index)))
 
-    def _place(self, index: int) -> float:
-        """A number from 0 to 1 that depends only on the tokens of an example."""
+    def _tokens(self, index: int) -> array.array[int]:
+        """The tokens of all sequences of an example."""
         first, end = index * self._made.sequences, (index + 1) * self._made.sequences
-        ids = self._ids[self._starts[first] : self._starts[end]].tobytes()
-        return int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "big") / 2.0**64
+        return self._ids[self._starts[first] : self._starts[end]]
 
     def _why(self) -> str:
         reasons = list[str]()
@@ -144,7 +142,7 @@ class Builder(Generic[_Made]):
             raise DataError(f"{source}: the weights leave no example")
         starts, order = np.array(self._starts, np.int64), np.array(self._order, np.int64)
         report = DataReport(
-            source, 0, 0, 0, 0, 0, 0, self._truncated, self._emptied, self._skipped, tuple(self._problems),
+            source, 0, 0, 0, 0, 0, 0, 0, self._emptied, self._skipped, tuple(self._problems),
             self._unused, ", ".join(dict.fromkeys(self._kinds)), self._unit,
             self._forms.pop() if len(self._forms) == 1 else None,
         )  # fmt: skip
@@ -160,6 +158,7 @@ class Builder(Generic[_Made]):
             shortest=int(lengths.min()),
             median=int(np.median(lengths)),
             longest=int(lengths.max()),
+            truncated=int(np.frombuffer(self._truncated, np.uint8)[order].sum()),
         )
         if self._unused:
             rows = counted(self._unused, self._unit)
@@ -169,6 +168,21 @@ class Builder(Generic[_Made]):
                 stacklevel=4,
             )
         return made
+
+
+def copies(weight: float, tokens: array.array[int]) -> int:
+    """How often an example is in an epoch. A hash of its tokens decides about a fraction of the weight."""
+    whole, fraction = divmod(weight, 1)
+    if not fraction:
+        return int(whole)
+    digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
+    return int(whole) + (int.from_bytes(digest, "big") / 2.0**64 < fraction)
+
+
+def is_emptied(cut: list[Encoded], whole: list[Encoded]) -> bool:
+    """Whether an example is left out, because of the cut: nothing is trained, or no pair is left."""
+    is_cut = any(len(one.ids) < len(before.ids) for one, before in zip(cut, whole, strict=True))
+    return is_cut and (not all(any(one.trained[1:]) for one in cut) or _are_equal(cut))
 
 
 def _are_equal(sequences: list[Encoded]) -> bool:

@@ -49,7 +49,7 @@ def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
             if element.strip() or end != last or number > 1:
                 yield element
         if last is not None:
-            rest = itertools.chain([text[last + 1 :]], parts)
+            rest: Iterator[bytes] = itertools.chain([text[last + 1 :]], parts)
             if is_object:
                 rest = _after_object(rest, name)
             _require_blank(rest, name, "the object" if is_object else "the array")

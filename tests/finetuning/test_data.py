@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import tracemalloc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from nplora.finetuning.data import TokenBatches, find_evaluated, find_splits, re
 from nplora.finetuning.data.builder import Builder
 from nplora.finetuning.data.comparisons import PairDataset, read_pairs
 from nplora.finetuning.data.dataset import Dataset, ReadOptions, add_rows, read_sources
+from nplora.finetuning.data.encoding import Encoded
 from nplora.finetuning.data.sources import splits_of
 from nplora.formats.errors import DataError, FormatError, LimitError, UnsafeError
 from nplora.models.packing import IGNORED
@@ -481,6 +483,20 @@ def test_trained_tokens_are_those_that_can_be_predicted(tmp_path: Path) -> None:
         dataset = read_dataset(write(tmp_path, row, row), tokenizer())
         batches = TokenBatches(dataset, batch_tokens=100)
         assert dataset.report.learned == sum(batch.num_targets for batch, _ in batches) == 2 * targets
+
+
+def test_a_dataset_does_not_copy_the_tokens_that_are_collected(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text": "a"})
+    builder = Builder(None, False, Dataset)
+    builder.begin(splits_of("test", path).train[0])
+    builder.add([Encoded([1] * 3_000_000, [True] * 3_000_000)], "here")
+    builder.end()
+    tracemalloc.start()
+    data = builder.dataset()
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert data.report.tokens == 3_000_000
+    assert held < 1_000_000
 
 
 def test_the_report_counts_the_cut_examples_of_an_epoch(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from nplora.formats.errors import DataError, FormatError, LimitError, counted
 _Made = TypeVar("_Made", bound=Stored)
 
 MOST_EXAMPLES = 1 << 25  # that weights may make of the stored examples, in an epoch
-_QUOTED = 3  # bad lines that a report quotes
+QUOTED = 3  # bad rows that a report quotes
 
 
 class Builder(Generic[_Made]):
@@ -88,7 +88,7 @@ class Builder(Generic[_Made]):
 
     def skip(self, error: FormatError) -> None:
         self._skipped += 1
-        if len(self._problems) < _QUOTED:
+        if len(self._problems) < QUOTED:
             self._problems.append(str(error))
 
     def end(self) -> None:
@@ -140,15 +140,17 @@ class Builder(Generic[_Made]):
         source = ", ".join(source.name for source in self._sources)
         if not self._order:
             raise DataError(f"{source}: the weights leave no example")
-        starts, order = np.array(self._starts, np.int64), np.array(self._order, np.int64)
+        # Views of the collected values, because copies would double the memory of a large data set.
+        ids, starts, order = (
+            np.frombuffer(values, type_)
+            for values, type_ in ((self._ids, np.int32), (self._starts, np.int64), (self._order, np.int64))
+        )
         report = DataReport(
             source, 0, 0, 0, 0, 0, 0, 0, self._emptied, self._skipped, tuple(self._problems),
             self._unused, ", ".join(dict.fromkeys(self._kinds)), self._unit,
             self._forms.pop() if len(self._forms) == 1 else None,
         )  # fmt: skip
-        made = self._made(
-            np.array(self._ids, np.int32), np.array(self._trained, np.bool_), starts, report, order
-        )
+        made = self._made(ids, np.frombuffer(self._trained, np.bool_), starts, report, order)
         lengths = made.sequence_lengths
         made.report = dataclasses.replace(
             report,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from nplora import _check
-from nplora.finetuning.data.builder import MOST_EXAMPLES, copies, is_emptied
+from nplora.finetuning.data.builder import MOST_EXAMPLES, QUOTED, copies, is_emptied
 from nplora.finetuning.data.dataset import ReadOptions, parsed
 from nplora.finetuning.data.encoding import Encoded, Encoder
 from nplora.finetuning.data.examples import Judged
@@ -21,7 +21,6 @@ from nplora.finetuning.data.split import Division
 from nplora.formats.errors import DataError, LimitError, counted
 from nplora.tokenizer import Tokenizer
 
-_QUOTED = 3  # bad rows that are shown
 _BAR = 40  # characters of the longest bar
 _MOST_SHOWN = 2000  # characters of an example
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # may change a terminal
@@ -251,7 +250,7 @@ class _Reader:
         for found in self._rows(sources):
             if isinstance(found, Exception):
                 bad += 1
-                problems += [str(found)] if len(problems) < _QUOTED else []
+                problems += [str(found)] if len(problems) < QUOTED else []
                 continue
             count += 1
             kinds[found.kind] = None

@@ -10,6 +10,8 @@ import pytest
 
 from nplora.finetuning import load
 from nplora.finetuning.data import preview, read_dataset, rows
+from nplora.finetuning.data.kinds import Fields, recognise
+from nplora.finetuning.data.split import is_held_out
 from nplora.finetuning.options import FinetuneOptions
 from nplora.formats.errors import DataError
 from nplora.tokenizer import from_gguf
@@ -71,6 +73,45 @@ def test_a_row_stays_on_its_side_when_others_are_added(tmp_path: Path) -> None:
         assert contents(getattr(few, side)) <= contents(getattr(many, side))
 
 
+def test_rows_that_mean_the_same_are_on_the_same_side(tmp_path: Path) -> None:
+    """Other fields, the order of fields, and the form of tools do not matter."""
+    model, tool = save_small_llama(tmp_path / "m.gguf"), {"name": "f"}
+    same = [{"id": n, "tags": {f"t{n}"}, **row} for n in range(5) for row in ROWS]
+    same += [{"completion": row["completion"], "prompt": row["prompt"]} for row in ROWS]
+    found = inputs(model, same, 0.3)
+    assert contents(found.train).keys().isdisjoint(contents(found.held_out))
+    assert set(contents(found.held_out).values()) == {6}
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for forms in (
+        [{"messages": chat, "tools": tools} for tools in ([tool], json.dumps([tool]))],
+        [
+            {"messages": chat},
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        ],
+    ):
+        examples = [recognise(row, "w").parse(Fields(row, "w")) for row in forms]
+        assert len({is_held_out(example, 0.5, "w") for example in examples * 3}) == 1
+        assert examples[0] == examples[1]
+
+
+def test_columns_and_a_format_decide_what_a_row_means(tmp_path: Path) -> None:
+    model = save_small_llama(tmp_path / "m.gguf")
+    named = [{"q": row["prompt"], "a": row["completion"], "n": n} for n, row in enumerate(ROWS)]
+    options = FinetuneOptions(valid_split=0.3, columns={"prompt": "q", "completion": "a"})
+    found = load.read_inputs("finetune", model, named, None, options)
+    assert contents(found.held_out) == contents(inputs(model, ROWS, 0.3).held_out)
+
+
+def test_a_value_without_json_is_an_error_of_its_row(tmp_path: Path) -> None:
+    model = save_small_llama(tmp_path / "m.gguf")
+    for value in ({1, 2}, float("nan"), object()):
+        bad = {
+            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "x": value}]
+        }
+        with pytest.raises(DataError, match="data, row 1: a value that JSON cannot represent"):
+            inputs(model, [bad], 0.5)
+
+
 def test_a_file_may_be_on_one_side_only(tmp_path: Path) -> None:
     model = save_small_llama(tmp_path / "m.gguf")
     sides = inputs(model, ROWS, 0.3)
@@ -107,6 +148,8 @@ def test_an_empty_file_has_nothing_to_divide(tmp_path: Path) -> None:
     model, empty = save_small_llama(tmp_path / "m.gguf"), write(tmp_path / "e.jsonl", [])
     with pytest.raises(DataError, match=r"e\.jsonl: no examples"):
         inputs(model, empty, 0.5)
+    with pytest.raises(DataError, match=r"e\.jsonl: no examples"):
+        inputs(model, [write(tmp_path / "a.jsonl", ROWS), empty], 0.5)
     (tmp_path / "bad.jsonl").write_text("{\n")
     with pytest.raises(DataError, match=r"bad\.jsonl, line 1"):
         inputs(model, tmp_path / "bad.jsonl", 0.5)

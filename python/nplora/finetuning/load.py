@@ -100,7 +100,8 @@ def read_inputs(
         )
     require_plain(op, lm)
     lm.require_trainable(op)  # fails if a named adapter is selected
-    division = None if share is None else Division(op, sources, share)
+    reading = options.reading(options.max_length, op)
+    division = None if share is None else Division(op, sources, share, reading)
     require_validation(op, options, held_out_sources is not None or division is not None)
     objective = objective_of(options)
     objective.open(op, lm, check)

@@ -6,37 +6,39 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
+from nplora.finetuning.data.dataset import ReadOptions, parsed
+from nplora.finetuning.data.examples import Example
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source
-from nplora.formats.errors import DataError, counted
+from nplora.formats.errors import DataError, LimitError, counted
 
 
 class Division:
     """Sources whose rows are divided: some are to train on, the others are held out.
 
-    A hash of each row decides, so a row stays on its side when others are added or the order changes. Each
-    source is read only once: while the rows to train on are read, the others are kept in memory for
-    `held_out`.
+    A hash of each row's example decides. So a row stays on its side when others are added or the order
+    changes, and rows that mean the same are on one side, whatever their other fields. Each source is read
+    only once: while the rows to train on are read, the others are kept in memory for `held_out`.
 
     Attributes:
         train: the sources of the rows to train on. The end of the last one raises a DataError if no row is
             held out, or if all rows are.
     """
 
-    def __init__(self, op: str, sources: list[Source], share: float) -> None:
+    def __init__(self, op: str, sources: list[Source], share: float, options: ReadOptions) -> None:
         """
         Args:
             share: the share of the rows that are held out, on average.
+            options: how rows become examples.
         Raises:
             ValueError: a source is a plain text, which has no rows.
         """
         for source in sources:
             if source.is_text:
                 raise ValueError(f"{op}: {source.name} is a plain text, which has no rows to hold out")
-        self._sources, self._share = sources, share
+        self._sources, self._share, self._options = sources, share, options
         self._rows = dict[int, int]()  # the number of rows of each source that was read to its end
         self._held_out = dict[int, list[Row]]()
         self.train = [
@@ -53,23 +55,35 @@ class Division:
         ]
 
     def _read(self, number: int) -> Iterator[Row]:
-        """The rows to train on. A row that cannot be read is among them, so that its error is seen."""
+        """The rows to train on. Bad rows are among them, so that their errors are seen."""
         rows, held_out = 0, list[Row]()
         for row in self._sources[number].read():
             rows += 1
-            if row.error is None and is_held_out(row.values, self._share):
+            try:
+                is_held = self._is_held_out(row)
+            except DataError as error:
+                yield Row(row.where, {}, error)
+                continue
+            if is_held:
                 held_out.append(row)
             else:
                 yield row
+        if not rows:
+            raise DataError(f"{self._sources[number].name}: no examples")
         self._rows[number], self._held_out[number] = rows, held_out
         if len(self._rows) == len(self._sources):
             self._require_two_sides()
 
+    def _is_held_out(self, row: Row) -> bool:
+        try:
+            example = parsed(row, None, self._options)[1]
+        except (DataError, LimitError):
+            return False
+        return is_held_out(example, self._share, row.where)
+
     def _require_two_sides(self) -> None:
         rows, held_out = sum(self._rows.values()), sum(map(len, self._held_out.values()))
         names = ", ".join(source.name for source in self._sources)
-        if not rows:
-            raise DataError(f"{names}: no examples")
         if held_out in (0, rows):
             use, change = ("evaluate", "larger") if not held_out else ("train", "smaller")
             raise DataError(
@@ -78,8 +92,18 @@ class Division:
             )
 
 
-def is_held_out(values: Mapping[str, Any], share: float) -> bool:
-    """Whether a row is held out, by a hash of its fields."""
-    text = json.dumps(values, sort_keys=True, default=str, skipkeys=True).encode()
+def is_held_out(example: Example, share: float, where: str) -> bool:
+    """Whether an example is held out, by a hash of all that it says.
+
+    Raises:
+        DataError: the example has a value that JSON cannot represent, so that it has no hash.
+    """
+    try:
+        said = {"kind": type(example).__name__, **dataclasses.asdict(example)}
+        text = json.dumps(said, sort_keys=True, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{where}: a value that JSON cannot represent; valid_split needs JSON: {error}"
+        ) from error
     place = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
     return place < share * 2.0**64

@@ -22,11 +22,12 @@ class DataReport:
 
     Attributes:
         source: the file.
-        examples: the number of used rows, or of windows of a plain text.
+        examples: the number of examples of an epoch: rows, or windows of a plain text, as often as the
+            weights say.
         tokens: the number of tokens in all examples.
         learned: the number of tokens that count in the loss.
         shortest, median, longest: lengths of the examples, in tokens.
-        truncated: the number of examples that were cut to the maximum length.
+        truncated: the number of these examples that were cut to the maximum length.
         emptied: the number of examples that are left out because no trained token remained after the cut.
         skipped: the number of bad rows that were skipped.
         problems: the errors of the first few skipped rows.

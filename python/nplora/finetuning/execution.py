@@ -27,6 +27,7 @@ from nplora.finetuning.planning import (
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel, activated
 from nplora.lm.adapting import parse_pattern
+from nplora.lm.trained_rows import new_tokens
 from nplora.lm.trained_rows import wanted as wanted_rows
 from nplora.models.invocation import active_in
 from nplora.runtime.user_warning import warn_user
@@ -53,6 +54,7 @@ def plan(
     trainable_tokens: str | Sequence[str | int] | None = None,
     modules_to_save: str | Sequence[str] | None = None,
     invocation: str | Sequence[int] | None = None,
+    add_tokens: str | Sequence[str] | None = None,
     adapter: StrPath | Adapter | None = None,
     any_base: bool = False,
     objective: str = "sft",
@@ -193,16 +195,19 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
             parse_pattern(op, "rank_pattern", options.rank_pattern),
         )  # fmt: skip
         tokens, modules = options.trainable_tokens or (), options.modules_to_save or ()
-        adapters = adapters.with_rows(lm, wanted_rows(lm, op, tokens, modules, adapters.shapes))
+        added = options.add_tokens or ()
+        new = new_tokens(lm, op, added)
+        rows = wanted_rows(lm, op, tokens, modules, adapters.shapes, new)
+        adapters = adapters.with_rows(lm, rows, inputs.added_tokens)
         invocation = activated.invocation_tokens(lm, op, options.invocation)
         if invocation is not None:
-            rest = options.use_dora, options.dropout, options.init, tokens, modules
+            rest = options.use_dora, options.dropout, options.init, tokens, modules, added
             activated.require_plain(op, adapters.shapes, *rest)
     else:
         shapes = {name: delta.shape for name, delta in start.items()}
         ranks = {name: delta.rank for name, delta in start.items()}
         adapters = Adapters(shapes, max(ranks.values()), start.use_dora, ranks=ranks)
-        adapters = adapters.with_rows(lm, start.trained_rows)
+        adapters = adapters.with_rows(lm, start.trained_rows, inputs.added_tokens, start.rows)
         invocation = start.invocation_tokens
     if invocation is not None:
         _require_invocation(op, inputs.train, invocation)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Self, TypeAlias, cast
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.formats.tokenizer_json import AddedToken
 from nplora.lora.merging import MergeReport
 from nplora.weights import FrozenWeight
 
@@ -175,6 +176,14 @@ class Module:
     def base_digest(self) -> str | None:
         """Return a text that identifies the frozen model in saved adapters, or None."""
         return None
+
+    def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
+        """Return those tokens of an adapter that the model itself lacks."""
+        return tuple(tokens)
+
+    def tokenizer_files(self) -> Mapping[str, bytes]:
+        """Return the files of a tokenizer with new tokens, which are saved with an adapter."""
+        return {}
 
     def stored_row_order(self, name: str) -> Array | None:
         """Return the `LoRALayer.row_order` of the layer with this dotted name (None: the usual order)."""

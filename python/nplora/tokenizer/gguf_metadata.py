@@ -9,8 +9,9 @@ from nplora.formats import files, gguf, strict_json
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import Typed
+from nplora.formats.tokenizer_json import MAX_BYTES, MOST_VALUES, TOKENIZER, TOKENIZER_CONFIG
 from nplora.tokenizer import byte_level
-from nplora.tokenizer.directory import MAX_TOKENIZER, MOST_VALUES, chat_template, read_json
+from nplora.tokenizer.directory import chat_template, read_json
 from nplora.tokenizer.directory import from_directory as from_tokenizer_json
 from nplora.tokenizer.gguf_vocabulary import CONTROL, KEY, NORMAL, UNUSED, USER_DEFINED, from_gguf
 
@@ -33,8 +34,8 @@ def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
         FileNotFoundError: there is no tokenizer.json.
     """
     directory = Path(path)
-    source = files.name(directory / "tokenizer.json")
-    raw = bytes(files.read(directory / "tokenizer.json", MAX_TOKENIZER))
+    source = files.name(directory / TOKENIZER)
+    raw = bytes(files.read(directory / "tokenizer.json", MAX_BYTES))
     fields = strict_json.loads(raw, source, MOST_VALUES)
     if not isinstance(fields, dict):
         raise FormatError(f"{source}: {brief(fields)}, expected an object")
@@ -43,7 +44,7 @@ def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
     for token in added:
         byte_level.require_plain_token(token, pre, source)
     tokens, types = _tokens(fields["model"], added, vocab_size, source)
-    config = read_json(directory / "tokenizer_config.json")
+    config = read_json(directory / TOKENIZER_CONFIG)
     special = _special(config, {token: id_ for id_, token in enumerate(tokens)})
     metadata: dict[str, Any] = {
         f"{KEY}model": "gpt2",

@@ -101,6 +101,9 @@ class Examples(Protocol):
     def largest_id(self) -> int:
         """The largest token id."""
 
+    def has(self, id_: int) -> bool:
+        """Whether a token occurs in the examples."""
+
     def __len__(self) -> int: ...
 
     def fingerprint(self) -> str:
@@ -177,6 +180,10 @@ class Stored:
     def largest_id(self) -> int:
         """The largest token id."""
         return int(self._ids.max())
+
+    def has(self, id_: int) -> bool:
+        """Whether a token occurs in the examples."""
+        return bool((self._ids == id_).any())
 
     def fingerprint(self) -> str:
         """SHA-256 of the examples: equal for datasets with the same tokens and the same trained tokens."""

@@ -286,7 +286,8 @@ class _Trials:
         self._output.mkdir(parents=True, exist_ok=True)
         batches = [training_batches(self._inputs.train, self._base), self._validation]
         with files.Directory(self._output) as directory:
-            self._inputs.objective.prepare(self._inputs.lm, batches, directory, self._say)
+            plain = self._inputs.lm.with_tokens(self._inputs.added_tokens)
+            self._inputs.objective.prepare(plain, batches, directory, self._say)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -56,7 +56,7 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
     target.require_kind(opened.directory, has_dora, config.modules_to_save, tokens)
     if target.ties_head and _is_same(opened, tokens):
         del tokens[ROWS_HEAD]
-    added = opened.added_tokens(_ids_with_rows(opened, tensors, tokens))
+    added = opened.added_tokens(_ids_with_rows(opened, tensors, tokens, target))
     passed_over = {tensor for parameters in tensors.values() for tensor in parameters.values()}
     passed_over |= {tensor for tensor in opened.tensors if tensor.endswith(TOKENS)}
     deltas, whole = dict[str, LoraDelta](), dict[str, dict[str, Array]]()
@@ -155,8 +155,9 @@ def _ids_with_rows(
     opened: PeftAdapter,
     whole: Mapping[str, Mapping[str, str]],
     tokens: Mapping[str, tuple[str, Sequence[int]]],
+    target: Target,
 ) -> Collection[int]:
-    """The tokens that have a row in the adapter.
+    """The tokens that have a row in the adapter, without copies of rows that the target has.
 
     Args:
         whole: layer -> parameter -> tensor. tokens: layer -> (tensor, ids).
@@ -168,7 +169,11 @@ def _ids_with_rows(
     ]
     if shapes:
         return range(max(shape[0] for shape in shapes if shape))
-    return {id_ for _, ids in tokens.values() for id_ in ids}
+    found = {id_ for _, ids in tokens.values() for id_ in ids}
+    shape, copy = target.rows(ROWS_EMBEDDING), opened.copy_of(ROWS_EMBEDDING)
+    if found and copy is not None and isinstance(shape, tuple):
+        found |= {*range(shape[0], opened.tensors.entries[copy].shape[0])}
+    return found
 
 
 def _untrained_rows(

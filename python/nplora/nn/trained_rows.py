@@ -307,10 +307,8 @@ class TrainedRowsLayer(AdapterLayer):
         rows = "all rows" if self.rows.ids is None else f"{len(self.rows.ids)} rows"
         shared = ", shared with the embedding" if self.is_tied else ""
         added = self.rows.size - self.weight.shape[0]
-        rows += f", {added} of them added" if added else ""
-        return (
-            f"{type(self).__name__}({self.weight.shape}, dtype={self.weight.dtype!r}, {rows} trained{shared})"
-        )
+        extra = f" ({added} added)" if added else ""
+        return f"{type(self).__name__}({self.weight.shape}, dtype={self.weight.dtype!r}, {rows} trained{extra}{shared})"
 
 
 def _nothing() -> None:

@@ -309,6 +309,51 @@ def test_what_holds_only_factors_refuses_added_tokens(model: Path, tmp_path: Pat
             refusing()
 
 
+@pytest.mark.parametrize("storage", ["float32", "q8_0"])
+@pytest.mark.parametrize("without", ["", "output.weight"])
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": "embed_tokens,lm_head"}])
+def test_a_merged_file_has_the_tokens(storage: str, without: str, options: Any, tmp_path: Path) -> None:
+    path = save_small_llama(tmp_path / "m.gguf", storage, without)
+    rows = some_rows()
+    nplora.finetune(path, rows, tmp_path / "a", add_tokens=NEW, lr=2e-2, steps=10, **options)
+    done = nplora.merge_adapter(path, tmp_path / "a", tmp_path / "merged.gguf", check=rows)
+    assert done.delta_kept > 0.9
+    lm, merged = load_with_adapter(path, tmp_path / "a"), nplora.load_model(tmp_path / "merged.gguf")
+    assert merged.config.vocab_size == merged.vocab_size == VOCAB + 2
+    text = "12<a>3</a><|end|>"
+    assert merged.tokenizer.encode(text) == lm.tokenizer.encode(text)
+    assert merged.tokenizer.eos_id == lm.tokenizer.eos_id
+    ids = lm.tokenizer.encode(text)
+    tolerance = 1e-4 if storage == "float32" else 0.2
+    np.testing.assert_allclose(merged.logits(ids), lm.logits(ids), atol=tolerance)
+    files = nplora.formats.gguf.open(path), nplora.formats.gguf.open(tmp_path / "merged.gguf")
+    raw = [np.frombuffer(file["token_embd.weight"].data, np.uint8).reshape(n, -1)
+           for file, n in zip(files, (VOCAB, VOCAB + 2), strict=True)]  # fmt: skip
+    if not options:
+        np.testing.assert_array_equal(raw[0], raw[1][:VOCAB])
+    words = files[1].metadata.strings("tokenizer.ggml.tokens")
+    assert words[VOCAB - 1 :] == ["<tool>", *NEW]
+    assert files[1].metadata.array("tokenizer.ggml.token_type", "INT32", VOCAB + 2)[-2:].tolist() == [4, 4]
+
+
+def test_a_merge_that_loses_too_much_names_a_type_that_keeps_the_tokens(tmp_path: Path) -> None:
+    path = save_small_llama(tmp_path / "m.gguf", "q4_0", "output.weight")
+    rows = some_rows()
+    nplora.finetune(path, rows, tmp_path / "a", add_tokens=NEW, lr=1e-4, steps=2)
+    with pytest.raises(ValueError, match=r"--dtype \w+ keeps about"):
+        nplora.merge_adapter(path, tmp_path / "a", tmp_path / "merged.gguf", check=rows, tolerance=0)
+    assert not (tmp_path / "merged.gguf").exists()
+
+
+def test_a_merge_refuses_tokens_that_the_model_names_otherwise(model: Path, tmp_path: Path) -> None:
+    lm = nplora.load_model(model)
+    lm.add_lora(rank=2, add_tokens=NEW)
+    nplora.save_adapter(lm, tmp_path / "a")
+    bad = rewritten(tmp_path / "a", tmp_path / "bad", [token(VOCAB, "<tool>"), token(VOCAB + 1, "<b>")])
+    with pytest.raises(FormatError, match="but in this model '<tool>' is token"):
+        nplora.merge_adapter(model, bad, tmp_path / "merged.gguf")
+
+
 # ---- runs ----
 
 
@@ -345,7 +390,7 @@ def test_a_resumed_run_has_the_same_bits(model: Path, options: Any, tmp_path: Pa
     assert list(one) == list(other)
     for name in one:
         np.testing.assert_array_equal(one[name].array, other[name].array)
-    with pytest.raises(ValueError, match="layers"):
+    with pytest.raises(ValueError, match=r"the run cannot continue with other data or settings"):
         nplora.finetune(
             model, rows, tmp_path / "parts", steps=8, resume=True, **settings | {"add_tokens": NEW[::-1]}
         )

@@ -175,6 +175,12 @@ def test_added_tokens_are_those_of_peft_in_float64(
         base.resize_token_embeddings(len(again))
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
     np.testing.assert_allclose(logits_of(loaded, ids), expected, rtol=0, atol=TOLERANCE)
+    nplora.merge_adapter(path, tmp_path / "ours", tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == ours.vocab_size
+    np.testing.assert_allclose(logits_of(merged, ids), expected, rtol=0, atol=TOLERANCE)
+    again = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "merged")
+    assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
     automatic = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours")
     np.testing.assert_allclose(logits_of(automatic, ids), expected, rtol=0, atol=TOLERANCE)
 

@@ -198,8 +198,7 @@ class LanguageModel(Module):
         """
         if not tokens:
             return ()
-        known, stored = self._file_tokenizer(), self.model.embed_tokens.weight.shape[0]
-        new = tuple(token for token in tokens if token.id >= stored or known.id_of(token.text) != token.id)
+        new = self._file_tokenizer().missing(tokens, self.model.embed_tokens.weight.shape[0])
         self._tokenizer_with(new)  # checks the ids
         return new
 

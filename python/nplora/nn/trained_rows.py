@@ -308,7 +308,8 @@ class TrainedRowsLayer(AdapterLayer):
         shared = ", shared with the embedding" if self.is_tied else ""
         added = self.rows.size - self.weight.shape[0]
         extra = f" ({added} added)" if added else ""
-        return f"{type(self).__name__}({self.weight.shape}, dtype={self.weight.dtype!r}, {rows} trained{extra}{shared})"
+        shown = f"{self.weight.shape}, dtype={self.weight.dtype!r}, {rows} trained{extra}{shared}"
+        return f"{type(self).__name__}({shown})"
 
 
 def _nothing() -> None:

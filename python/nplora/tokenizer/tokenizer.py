@@ -183,6 +183,19 @@ class Tokenizer:
         made.chat_template = self.chat_template
         return made
 
+    def missing(self, tokens: Iterable[AddedToken], rows: int) -> tuple[AddedToken, ...]:
+        """Those of an adapter's tokens that a model with this tokenizer lacks.
+
+        Args:
+            rows: the number of rows of the model's embedding. A token beyond them has no row.
+        Raises:
+            FormatError, UnsupportedError: as in `with_tokens`.
+        """
+        found = tuple(token for token in tokens if token.id >= rows or self.id_of(token.text) != token.id)
+        for token in found:
+            self._has(token)
+        return found
+
     def _has(self, token: AddedToken) -> bool:
         """Whether the tokenizer has this token. Raises FormatError if its text or id is another token's."""
         id_ = self.id_of(token.text)

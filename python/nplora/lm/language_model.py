@@ -346,7 +346,8 @@ class LanguageModel(Module):
             )
         new = trained_rows.new_tokens(self, "add_lora", add_tokens)
         wanted = trained_rows.wanted(self, "add_lora", trainable_tokens, modules_to_save, names, new)
-        self._tokenizer_with((*self.added_tokens, *new.added))  # fails before the model is changed
+        if new.added:
+            self._tokenizer_with(new.added)  # fails before the model is changed
         options = {"dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora, "init": init}
         modules: dict[str, Any] = dict(self.named_modules())
         with adapting.factors_side_by_side((modules[name], ranks.get(name, rank)) for name in names):

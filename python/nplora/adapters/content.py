@@ -89,7 +89,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
         """The least number of rows that the embedding and the head must have for this adapter."""
         whole = [len(arrays["weight"]) for arrays in self.modules_to_save.values() if "weight" in arrays]
         trained = [1 + int(rows.ids.max()) for rows in self.token_rows.values() if rows.ids.size]
-        return max(0, *whole, *trained)
+        return max([0, *whole, *trained])
 
     def require_always_active(self, op: str) -> None:
         """Raise UnsupportedError for an activated LoRA, whose update cannot be added to a weight."""

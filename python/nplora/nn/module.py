@@ -8,15 +8,17 @@ import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.formats.tokenizer_json import AddedToken
 from nplora.lora.merging import MergeReport
 from nplora.weights import FrozenWeight
+
+if TYPE_CHECKING:  # `import nplora` loads no formats
+    from nplora.formats.tokenizer_json import AddedToken
 
 Array = npt.NDArray[Any]
 Commit = Callable[[], None]

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core
-from nplora.formats.tokenizer_json import AddedToken
 from nplora.lora.merging import Merge, MergeReport, merge_weight
 from nplora.lora.new_rows import NewRows
 from nplora.nn.embedding import Embedding, add_rows, token_ids
@@ -23,6 +22,9 @@ from nplora.nn.linear import Linear, core_weight
 from nplora.nn.low_rank import UnloadedLayer
 from nplora.nn.module import AdapterLayer, Commit, Gradient, Parameter, Saved, inferring
 from nplora.weights import FrozenWeight, buffers
+
+if TYPE_CHECKING:  # `import nplora` loads no formats
+    from nplora.formats.tokenizer_json import AddedToken
 
 Array = npt.NDArray[Any]
 

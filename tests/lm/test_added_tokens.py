@@ -118,6 +118,36 @@ def test_new_tokens_take_rows_that_pad_the_embedding(more: int, tmp_path: Path) 
     assert again.tokenizer.encode("<a></a>") == [VOCAB, VOCAB + 1]
 
 
+def test_a_token_without_a_row_gets_one_too(tmp_path: Path) -> None:
+    """The tokenizer of Gemma 3 has a token more than its embedding has rows."""
+    path = save_small_llama(tmp_path / "m.gguf", vocab=VOCAB - 1)
+    lm = nplora.load_model(path)
+    lm.add_lora(rank=2, add_tokens="<a>")
+    assert lm.model.embed_tokens.rows.ids.tolist() == [VOCAB, VOCAB - 1]
+    logits = trained(lm).logits([VOCAB, 1])
+    nplora.save_adapter(lm, tmp_path / "a")
+    np.testing.assert_array_equal(load_with_adapter(path, tmp_path / "a").logits([VOCAB, 1]), logits)
+    other = nplora.load_model(path)
+    other.add_lora(rank=2, add_tokens="<tool>")
+    assert other.added_tokens == (AddedToken(VOCAB - 1, "<tool>"),)
+    assert other.logits(other.tokenizer.encode("<tool>")).shape == (1, VOCAB)
+
+
+def test_a_tokenizer_whose_ids_have_gaps_takes_no_tokens(tmp_path: Path) -> None:
+    import tokenizers
+
+    words = {"a": 0, "b": 1, "c": 5}
+    model = tokenizers.models.WordLevel(words, unk_token="a")
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = nplora.tokenizer.from_directory(tmp_path)
+    with pytest.raises(
+        UnsupportedError, match=r"gives '<a>' the id 3, expected 6, because its ids have gaps"
+    ):
+        tokenizer.with_tokens([AddedToken(6, "<a>")])
+    with pytest.raises(UnsupportedError, match="cannot become token 3, which is below the last token 5"):
+        tokenizer.with_tokens([AddedToken(3, "<a>")])
+
+
 def test_modules_to_save_train_the_new_rows_too(model: Path, tmp_path: Path) -> None:
     lm = nplora.load_model(model)
     lm.add_lora(rank=2, add_tokens=NEW, modules_to_save="lm_head")

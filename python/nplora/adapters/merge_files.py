@@ -6,12 +6,14 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from nplora import _check
 from nplora.adapters import sources
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import Place, Target
 from nplora.adapters.merge_gate import TOLERANCE, Check, MergeGate, Verdict, require_check, require_tolerance
-from nplora.adapters.merged_tensors import STORAGES, MergedTensors, kind_of, possible_storages
+from nplora.adapters.merged_tensors import STORAGES, MergedTensors, kind_of, mean_row, possible_storages
 from nplora.adapters.sources import Source
 from nplora.adapters.trained_rows import EMBEDDING, HEAD
 from nplora.formats import bitsandbytes, files, model_directory, peft_adapter
@@ -22,7 +24,7 @@ from nplora.lora.delta import LoraDelta
 from nplora.lora.model_merge import ModelMerge
 from nplora.lora.new_rows import NewRows
 from nplora.models import model_digest, model_files
-from nplora.models.model_files import ModelFiles, Tensor, is_directory, weights_path
+from nplora.models.model_files import ModelFiles, NewVocabulary, Tensor, is_directory, weights_path
 from nplora.weights import storages
 from nplora.weights.nonfinite import require_finite
 
@@ -101,8 +103,9 @@ def merge_adapter(
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
     content = sources.whole(adapter, facts, any_base=any_base)
     content.require_always_active("merge")
-    updates = _placed(model, content, dtype, any_base)
-    merged = MergedTensors(model, updates, dtype)
+    vocabulary = _vocabulary(model, content, output)
+    updates = _placed(model, content, dtype, any_base, vocabulary)
+    merged = MergedTensors(model, updates, dtype, vocabulary)
     for name in merged.merges:
         require_finite(model.source, model.tensors[name])
     gate = MergeGate(base, lossy, require_check(check), require_tolerance(tolerance))
@@ -189,8 +192,34 @@ def _new_directory(path: Path) -> Iterator[None]:
 # ---- which tensor each layer belongs to ----
 
 
+def _vocabulary(model: ModelFiles, adapter: AdapterContent, output: StrPath) -> NewVocabulary | None:
+    """The new tokens of an adapter, and the number of rows of the embedding with them.
+
+    Raises:
+        ValueError: the output is a safetensors file, which has no tokenizer.
+        FormatError: the model has other tokens with these ids.
+    """
+    name = model.place(EMBEDDING, 0)[0]
+    if not adapter.added_tokens or name is None:
+        return None
+    stored = model.tensors[name].shape[0]
+    tokens = model.tokenizer().missing(adapter.added_tokens, stored)
+    if not tokens:
+        return None
+    if model.suffix != ".gguf" and not is_directory(output):
+        raise ValueError(
+            f"merge: {adapter.source} adds tokens, so the output must have a tokenizer: merge into a GGUF "
+            "file, or from a model's directory into a new directory"
+        )
+    return NewVocabulary(tokens, max(stored, adapter.rows))
+
+
 def _placed(
-    model: ModelFiles, adapter: AdapterContent, dtype: str, any_base: bool
+    model: ModelFiles,
+    adapter: AdapterContent,
+    dtype: str,
+    any_base: bool,
+    vocabulary: NewVocabulary | None,
 ) -> dict[str, LoraDelta | NewRows]:
     """Map the names of the model's tensors to their updates, with rows in the order of the file."""
     if dtype not in (possible := ("same", *possible_storages(model))):
@@ -210,9 +239,35 @@ def _placed(
         ids, values = (
             (tokens.ids, tokens.values) if tokens else (None, adapter.modules_to_save[layer]["weight"])
         )
-        deltas[name] = NewRows(ids, values, model.tensors[name].shape)  # type: ignore[arg-type]
+        stored, width = model.tensors[name].shape
+        size = stored if vocabulary is None else vocabulary.size
+        deltas[name] = NewRows(ids, values, (size, width))
+    if vocabulary is not None:
+        _fill(model, deltas, vocabulary.size)
     _require_blocks(model, deltas, dtype)
     return {name: deltas[name] for name in model.tensors if name in deltas}
+
+
+def _fill(model: ModelFiles, updates: dict[str, LoraDelta | NewRows], size: int) -> None:
+    """Add the rows beyond the end of an embedding or a head that the adapter does not train.
+
+    As in training, such a row is the mean of all rows.
+    """
+    for layer in (EMBEDDING,) if model.tied else (EMBEDDING, HEAD):
+        name = model.place(layer, 0)[0] or ""
+        stored, width = model.tensors[name].shape
+        update = updates.get(name)
+        if update is not None and not isinstance(update, NewRows):
+            raise ValueError(f"merge: {layer} has LoRA factors, so its rows for new tokens are not known")
+        given = np.empty(0, np.int64) if update is None else update.ids
+        if size == stored or given is None:
+            continue
+        missing = np.setdiff1d(np.arange(stored, size), given)
+        if missing.size:
+            values = np.tile(mean_row(model.tensors[name]), (len(missing), 1))
+            own = np.empty((0, width), np.float32) if update is None else update.values
+            ids = np.concatenate([given, missing])
+            updates[name] = NewRows(ids, np.concatenate([own, values]), (size, width))
 
 
 def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
@@ -255,7 +310,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
     if model.tied and adapter.is_tied:
         whole[HEAD] = whole.get(EMBEDDING, {})
     digest = model_digest.of_tensors(model.tensors, model.family)
-    return Target(model.source, place, digest, whole=whole, rows=rows)
+    return Target(model.source, place, digest, whole=whole, rows=rows, accepts_more=True)
 
 
 def _replaces_both(layer: str, adapter: AdapterContent) -> bool:

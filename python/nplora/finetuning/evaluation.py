@@ -1,6 +1,6 @@
 """The loss of a language model over a file, its accuracy, and scores of the answers that it generates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from nplora import _check
 from nplora.finetuning.attach import Adapters, warn_of_form, with_adapters
@@ -92,19 +92,32 @@ def evaluate(
     4
     """
     chosen = from_arguments("evaluate", EvaluateOptions, locals())
-    lm, judge = read_all("evaluate", model, data, chosen)
+    plain = list[LanguageModel]()
+
+    def prepare(lm: LanguageModel) -> LanguageModel:
+        plain.append(lm)
+        return lm if adapter is None else with_adapters("evaluate", lm, adapter, any_base)
+
+    lm, judge = read_all("evaluate", model, data, chosen, prepare)
     if adapter is not None:
-        judge.refer_to(lm)
-        lm = with_adapters("evaluate", lm, adapter, any_base)
+        judge.refer_to(plain[0].with_tokens(lm.added_tokens))
         warn_of_form("evaluate", adapter, judge.report.chat, *TEXT_AND_REMEDY)
     speaker(progress)(str(judge.report))
     return evaluation_of(judge.report, judge.measure(lm, record or (lambda entry: None)))
 
 
 def read_all(
-    op: str, model: StrPath | LanguageModel, data: Data, options: EvaluateOptions
+    op: str,
+    model: StrPath | LanguageModel,
+    data: Data,
+    options: EvaluateOptions,
+    prepare: Callable[[LanguageModel], LanguageModel],
 ) -> tuple[LanguageModel, Judge]:
-    """Read the model and the data."""
+    """Read the model and the data.
+
+    Args:
+        prepare: attaches adapters, which may add tokens, to the model before the data are read.
+    """
     sources, metrics = sources_of(op, data), metrics_of(op, options.metric)
     for source in sources:
         if source.weight != 1:
@@ -112,7 +125,7 @@ def read_all(
                 f"{op}: {source.name} has the weight {source.weight:g}, but an evaluation counts each "
                 "example once; weights are for training only"
             )
-    lm = opened(op, model, options.compute)
+    lm = prepare(opened(op, model, options.compute))
     reading = options.reading(options.max_length or lm.config.max_position_embeddings)
     judge = read_judge(op, lm, sources, reading, metrics, options.max_new_tokens)
     return lm, judge

@@ -27,6 +27,7 @@ from nplora.finetuning.planning import (
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel, activated
 from nplora.lm.adapting import parse_pattern
+from nplora.lm.trained_rows import new_tokens
 from nplora.lm.trained_rows import wanted as wanted_rows
 from nplora.runtime.user_warning import warn_user
 
@@ -52,6 +53,7 @@ def plan(
     trainable_tokens: str | Sequence[str | int] | None = None,
     modules_to_save: str | Sequence[str] | None = None,
     invocation: str | Sequence[int] | None = None,
+    add_tokens: str | Sequence[str] | None = None,
     adapter: StrPath | Adapter | None = None,
     any_base: bool = False,
     objective: str = "sft",
@@ -191,16 +193,19 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
             parse_pattern(op, "rank_pattern", options.rank_pattern),
         )  # fmt: skip
         tokens, modules = options.trainable_tokens or (), options.modules_to_save or ()
-        adapters = adapters.with_rows(lm, wanted_rows(lm, op, tokens, modules, adapters.shapes))
+        added = options.add_tokens or ()
+        new = new_tokens(lm, op, added)
+        rows = wanted_rows(lm, op, tokens, modules, adapters.shapes, new)
+        adapters = adapters.with_rows(lm, rows, inputs.added_tokens)
         invocation = activated.invocation_tokens(lm, op, options.invocation)
-        rest: tuple[Any, ...] = options.use_dora, options.dropout, options.init, tokens, modules
+        rest: tuple[Any, ...] = options.use_dora, options.dropout, options.init, tokens, modules, added
     else:
         shapes = {name: delta.shape for name, delta in start.items()}
         ranks = {name: delta.rank for name, delta in start.items()}
         adapters = Adapters(shapes, max(ranks.values()), start.use_dora, ranks=ranks)
-        adapters = adapters.with_rows(lm, start.trained_rows)
+        adapters = adapters.with_rows(lm, start.trained_rows, inputs.added_tokens, start.rows)
         invocation = start.invocation_tokens
-        rest = start.use_dora, options.dropout, "", start.trained_rows, ()
+        rest = start.use_dora, options.dropout, "", start.trained_rows, (), ()
     if invocation is not None:
         activated.require_plain(op, adapters.shapes, *rest)
         for dataset in inputs.datasets:

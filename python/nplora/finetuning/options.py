@@ -27,7 +27,7 @@ from nplora.finetuning.objective_options import (
 from nplora.finetuning.planning import parse_bytes
 from nplora.lm import LanguageModel
 from nplora.lm.adapting import parse_blocks, parse_pattern, target_names
-from nplora.lm.trained_rows import module_names, token_list
+from nplora.lm.trained_rows import module_names, text_list, token_list
 from nplora.models.divergence import DIVERGENCES
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
@@ -43,7 +43,7 @@ EVALUATED = (*ONE_ANSWER, "choice")
 KEEP_PREFIX = ("off", "memory", "disk")
 _OF_THE_ADAPTER = (
     "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "layers", "use_rslora", "use_dora", "init",
-    "trainable_tokens", "modules_to_save", "invocation",
+    "trainable_tokens", "modules_to_save", "invocation", "add_tokens",
 )  # fmt: skip
 
 # Groups of options, as --help shows them.
@@ -131,6 +131,12 @@ class FinetuneOptions:
         None,
         "activated LoRA (aLoRA): text from whose last occurrence on the adapter acts",
         metavar="TEXT",
+    )
+    add_tokens: str | Sequence[str] | None = _option(
+        _ADAPTER,
+        None,
+        "new tokens to add to the vocabulary and to train, as in <tool>,</tool>",
+        metavar="TOKENS",
     )
     adapter: str | os.PathLike[str] | Adapter | None = _option(  # noqa: RUF009
         _ADAPTER,
@@ -335,6 +341,8 @@ class FinetuneOptions:
             self._set("trainable_tokens", token_list(op, self.trainable_tokens) or None)
         if self.modules_to_save is not None:
             self._set("modules_to_save", module_names(op, self.modules_to_save) or None)
+        if self.add_tokens is not None:
+            self._set("add_tokens", text_list(op, self.add_tokens) or None)
 
     def _check_what_the_adapter_decides(self, op: str) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}

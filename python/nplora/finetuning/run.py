@@ -66,6 +66,7 @@ def finetune(
     trainable_tokens: str | Sequence[str | int] | None = None,
     modules_to_save: str | Sequence[str] | None = None,
     invocation: str | Sequence[int] | None = None,
+    add_tokens: str | Sequence[str] | None = None,
     adapter: StrPath | Adapter | None = None,
     any_base: bool = False,
     objective: str = "sft",
@@ -156,6 +157,7 @@ def finetune(
             <|im_start|>,<|im_end|>.
         modules_to_save: layers to train as a whole, in float32: embed_tokens, lm_head or both.
         invocation: activated LoRA (aLoRA): text from whose last occurrence on the adapter acts.
+        add_tokens: new tokens to add to the vocabulary and to train, as in <tool>,</tool>.
         adapter: adapter to continue from: PEFT directory or llama.cpp file; its layers, ranks and alphas are
             kept.
         any_base: accept an `adapter` that was trained on another model with the same shapes.
@@ -277,9 +279,9 @@ def _finetune(
     lm = inputs.lm
     batches = training_batches(inputs.train, chosen)
     validation = None if inputs.held_out is None else evaluation_batches(inputs.held_out)
-    plain = lm.copied({})  # shares the frozen weights, and stays without an adapter
+    plain = lm.with_tokens(inputs.added_tokens)  # shares the frozen weights, and stays without an adapter
     put_on_adapter(lm, inputs.start, chosen)
-    require_free(place, chosen)
+    require_free(place, chosen, bool(inputs.added_tokens))
     prefix = _new_prefix(inputs, place, chosen.keep_prefix)
 
     with files.Directory(place) as directory, _computing(lm, execution, prefix):
@@ -316,6 +318,7 @@ def put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOp
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,
             options.use_dora, options.seed, options.init, options.rank_pattern, options.alpha_pattern,
             options.trainable_tokens or (), options.modules_to_save or (), options.invocation,
+            options.add_tokens or (),
         )  # fmt: skip
         return
     start.attach(lm, options.any_base)

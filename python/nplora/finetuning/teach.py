@@ -156,7 +156,7 @@ def teach(
 
 def _vocab(lm: LanguageModel) -> int:
     """The number of ids that stand for tokens. The ids after them only pad the model's head."""
-    return min(lm.tokenizer.vocab_size, lm.config.vocab_size)
+    return min(lm.tokenizer.vocab_size, lm.vocab_size)
 
 
 def _require_not_read(

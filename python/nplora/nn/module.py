@@ -6,9 +6,9 @@ import contextlib
 import copy
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ import numpy.typing as npt
 from nplora import _check
 from nplora.lora.merging import MergeReport
 from nplora.weights import FrozenWeight
+
+if TYPE_CHECKING:  # `import nplora` loads no formats
+    from nplora.formats.tokenizer_json import AddedToken
 
 Array = npt.NDArray[Any]
 Commit = Callable[[], None]
@@ -180,6 +183,14 @@ class Module:
     def configuration(self) -> str:
         """Return a text with the settings that decide the output besides the arrays; "" if there are none."""
         return ""
+
+    def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
+        """Return those tokens of an adapter that the model itself lacks."""
+        return tuple(tokens)
+
+    def tokenizer_files(self) -> Mapping[str, bytes]:
+        """Return the files of a tokenizer with new tokens, which are saved with an adapter."""
+        return {}
 
     def stored_row_order(self, name: str) -> Array | None:
         """Return the `LoRALayer.row_order` of the layer with this dotted name (None: the usual order)."""

@@ -106,6 +106,9 @@ class Examples(Protocol):
     def contains(self, tokens: tuple[int, ...]) -> Array:
         """For each example, whether a sequence of it has these tokens one after another."""
 
+    def has(self, id_: int) -> bool:
+        """Whether a token occurs in the examples."""
+
     def __len__(self) -> int: ...
 
     def fingerprint(self) -> str:
@@ -186,6 +189,10 @@ class Stored:
     def contains(self, tokens: tuple[int, ...]) -> Array:
         """For each example, whether a sequence of it has these tokens one after another."""
         return self._by_example(sequences_with(self._ids, self._starts, tokens)) > 0
+
+    def has(self, id_: int) -> bool:
+        """Whether a token occurs in the examples."""
+        return bool((self._ids == id_).any())
 
     def fingerprint(self) -> str:
         """SHA-256 of the examples: equal for datasets with the same tokens and the same trained tokens."""

@@ -182,7 +182,7 @@ def _of_choices(
         assert isinstance(example, MultipleChoice)
         try:
             choices = encode_choices(lm.tokenizer, example, row.where, reading.chat)
-            _require_room(choices, reading.max_length, lm.config.vocab_size)
+            _require_room(choices, reading.max_length, lm.vocab_size)
         except (DataError, LimitError) as error:
             bad.skip(error)
         else:

@@ -42,7 +42,7 @@ class ModelTeacher:
         require_same_vocabulary(op, self.name, theirs, str(student.source), ours)
 
     def require_data(self, op: str, dataset: Examples) -> None:
-        size = self._lm.config.vocab_size
+        size = self._lm.vocab_size
         if dataset.largest_id >= size:
             raise FormatError(
                 f"{op}: {dataset.report.source} has token {dataset.largest_id}, but the vocabulary of the "

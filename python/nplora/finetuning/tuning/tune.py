@@ -341,8 +341,9 @@ class _Trials:
     def _prepare(self, objective: Objective, batches: TokenBatches) -> None:
         """Compute what the objective needs for these batches, once."""
         if batches.identity() not in self._prepared:
+            plain = self._inputs.lm.with_tokens(self._inputs.added_tokens)
             with files.Directory(self._output) as directory:
-                objective.prepare(self._inputs.lm, [batches], directory, self._say)
+                objective.prepare(plain, [batches], directory, self._say)
             self._prepared.append(batches.identity())
 
     def baseline(self) -> tuple[float, float]:

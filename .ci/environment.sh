@@ -13,9 +13,9 @@ work=${NPLORA_CI_DIR:-$PWD/build/ci}
 here=$work/$(basename "$0" .sh)
 jobs=${NPLORA_CI_JOBS:-2}
 export CMAKE_BUILD_PARALLEL_LEVEL=$jobs
-# Idle threads of torch, of a BLAS and of the core poll for a while before they sleep. Beside another step, that
-# takes most of the time: tests of a model beside torch took three times as long. A test that depends on the
-# number of threads sets it.
+# Idle threads of torch, of a BLAS and of the core poll for a while before they sleep. Beside another step,
+# that takes most of the time: tests of a model beside torch took three times as long. A test that depends on
+# the number of threads sets it.
 export OMP_NUM_THREADS=$jobs OMP_WAIT_POLICY=passive
 mkdir -p "$here" "$work/environments"
 rm -f "$here"/*.count

@@ -41,10 +41,20 @@ must_find() {
   grep -m1 "$text" "$log"
 }
 
+# pip_setting NAME: what pip is configured with on this machine, from its files or from the environment.
+pip_setting() {
+  "$work/tools/bin/pip" config list | sed -n "s/^\\(:env:\\|global\\)\\.$1='\\(.*\\)'$/\\2/p" | tail -n 1
+}
+
 # install ENVIRONMENT PACKAGE...: wheels only. uv needs 3 seconds of processor time where pip needs a minute.
-# An environment like an earlier one costs nothing: its files are links to those in uv's cache.
+# An environment like an earlier one costs nothing: its files are links to those in uv's cache. uv does not
+# read pip's settings, so it is given them.
 install() {
-  UV_FIND_LINKS=${PIP_FIND_LINKS:-} "$work/tools/bin/uv" pip install -q --python "$1/bin/python" --only-binary :all: "${@:2}"
+  local constraint index
+  constraint=$(pip_setting constraint) index=$(pip_setting index-url)
+  UV_FIND_LINKS=$(pip_setting find-links) SSL_CERT_FILE=$(pip_setting cert) UV_CONSTRAINT=$constraint \
+    UV_DEFAULT_INDEX=${index:-https://pypi.org/simple} \
+    "$work/tools/bin/uv" pip install -q --python "$1/bin/python" --only-binary :all: "${@:2}"
 }
 
 # with_packages NAME EXTRAS [PACKAGE...]: the environment NAME gets the wheel with these extras, and the

@@ -54,6 +54,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "use_rslora": ("sft", True),
     "use_dora": ("sft", True),
     "trainable_tokens": ("sft", "5,6"),
+    "add_tokens": ("sft", "<new>"),
     "modules_to_save": ("sft", "embed_tokens"),
     "invocation": ("sft", "="),
     "adapter": ("sft", "adapter"),
@@ -162,5 +163,5 @@ def test_another_value_has_the_effect_in_the_table(name: str, place: Path, tmp_p
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_factors_that_change_the_frozen_weights_are_refused(init: str, place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "sft", tmp_path / "run")
-    with pytest.raises(CorruptError, match="the frozen weights differ"):
+    with pytest.raises(CorruptError, match="the frozen weights or the configuration differ"):
         finetuned(place, "sft", tmp_path / "run", init=init, resume=True)

@@ -71,7 +71,10 @@ def whole(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_run_that_is_killed_many_times_ends_with_the_same_adapter(
     model: Path, data: Path, tmp_path: Path, whole: tuple[bytes, bytes]
 ) -> None:
-    """SIGKILL at six random moments, then one run to the end. tests/attack kills 120 times."""
+    """SIGKILL at six random moments after the first step, then one run to the end.
+
+    tests/attack kills at 120 random moments.
+    """
     moments, steps = random.Random(0), list[int]()
     for number in range(6):
         output = tmp_path / f"out{number // 3}"  # three times each

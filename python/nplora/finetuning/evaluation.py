@@ -59,8 +59,8 @@ def evaluate(
         metric: metric of generated answers: exact_match, f1, or module:function, a function of the answer,
             the reference and the row; several are separated by commas. Python also takes functions and lists.
         max_new_tokens: maximum tokens of a generated answer.
-        format: format of the rows: messages, sharegpt, alpaca, completion, text or choice (default: the names
-            of the fields decide).
+        format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or choice
+            (default: the names of the fields decide).
         columns: names of fields in the data, as in prompt=question,completion=answer.
         chat: write prompts and completions with the model's chat template.
         max_length: maximum tokens of an example; longer examples are cut (default: the model's context).

@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 DEFAULT_EXAMPLES = 8
 TEACHER_DTYPES = ("float16", "float32")
-EVALUATED = (*ONE_ANSWER, "choice")
+EVALUATED = (*ONE_ANSWER, "preference", "choice")
 KEEP_PREFIX = ("off", "memory", "disk")
 _OF_THE_ADAPTER = (
     "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "layers", "use_rslora", "use_dora", "init",
@@ -419,8 +419,8 @@ class EvaluateOptions:
     format: str | None = _option(
         _DATA,
         None,
-        "format of the rows: messages, sharegpt, alpaca, completion, text or choice (default: the names of "
-        "the fields decide)",
+        "format of the rows: messages, sharegpt, alpaca, completion, text, preference or choice (default: "
+        "the names of the fields decide)",
         choices=EVALUATED,
     )
     columns: Mapping[str, str] | str | None = _same_option("columns")

@@ -752,7 +752,7 @@ def test_a_weight_of_a_file_is_refused(lm: LanguageModel, path: Path, tmp_path: 
 def test_formats_that_a_command_does_not_take_are_not_listed(
     lm: LanguageModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match="^evaluate: format='kto' is not available; possible: 'messages'"):
+    with pytest.raises(ValueError, match=r"^evaluate: format='kto' is not available; possible: 'messages'"):
         evaluate(lm, [{"prompt": "a", "completion": "b"}], format="kto")
     for command, refused in (("eval", ["kto"]), ("merge", ["kto"]), ("teach", ["kto", "preference"])):
         with pytest.raises(SystemExit):

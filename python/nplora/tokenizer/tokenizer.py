@@ -330,7 +330,7 @@ class Tokenizer:
 
         Args:
             skip_special_tokens: leave out special tokens such as BOS.
-            context: tokens before the first token, whose text is not returned.
+            context: tokens that come before the first one; their text is not returned.
         """
         return StreamDecoder(self.decode, skip_special_tokens, context)
 

@@ -104,7 +104,7 @@ class Examples(Protocol):
         """The largest token id."""
 
     def contains(self, tokens: tuple[int, ...]) -> Array:
-        """For each example, whether a sequence of it has these tokens one after another."""
+        """Return, for each example, whether one of its sequences contains these tokens in a row."""
 
     def has(self, id_: int) -> bool:
         """Whether a token occurs in the examples."""
@@ -187,7 +187,7 @@ class Stored:
         return int(self._ids.max())
 
     def contains(self, tokens: tuple[int, ...]) -> Array:
-        """For each example, whether a sequence of it has these tokens one after another."""
+        """Return, for each example, whether one of its sequences contains these tokens in a row."""
         return self._by_example(sequences_with(self._ids, self._starts, tokens)) > 0
 
     def has(self, id_: int) -> bool:

@@ -12,7 +12,7 @@ import errno
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,13 @@ class Reference:
     """The log-probability of each sequence under the reference: the sum over its targets.
 
     A digest of its tokens and targets identifies each sequence, so the data may be in any order.
+
+    Args:
+        known: log-probabilities by the keys of their sequences, see `sequence_keys`.
     """
 
-    def __init__(self) -> None:
-        self._set({})
+    def __init__(self, known: Mapping[int, float] | None = None) -> None:
+        self._set(dict(known or {}))
         self._model = ""
         self._is_kept = True  # whether the file holds what was computed
 

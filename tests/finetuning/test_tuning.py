@@ -603,11 +603,11 @@ FEW: dict[str, Any] = {"progress": False, "valid": PAIRS[:4], "rank": 2, "target
 
 
 @pytest.mark.slow
-def test_trials_with_batches_of_other_sizes_have_their_own_reference(model: Path, tmp_path: Path) -> None:
-    """Each batch of KTO has other sequences in its estimate of the KL divergence."""
-    kto: dict[str, Any] = {**FEW, "lr": 1e-2, "objective": "kto"}
-    report = tune(model, PAIRS, tmp_path / "out", budget=9, search={"batch_examples": [8, 3]}, **kto)
-    assert {trial.settings["batch_examples"] for trial in report.trials} == {8, 3}
+def test_the_trials_of_kto_are_runs_with_their_batches(model: Path, tmp_path: Path) -> None:
+    """Each batch of KTO has its own sequences in the estimate of the KL divergence."""
+    kto: dict[str, Any] = {**FEW, "objective": "kto", "batch_examples": 3}
+    report = tune(model, PAIRS, tmp_path / "out", budget=9, search={"lr": [1e-2, 1e-3]}, **kto)
+    assert {trial.settings["lr"] for trial in report.trials} >= {1e-2, 1e-3}
     for trial in report.trials:
         options = {**kto, **trial.settings, "epochs": None, "steps": trial.steps, "keep": "last"}
         done = finetune(model, PAIRS, tmp_path / "alone", **options, overwrite=True)

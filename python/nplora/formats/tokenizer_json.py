@@ -56,7 +56,8 @@ def added_tokens(raw: bytes, source: str, wanted: Collection[int] | None = None)
 
 def dumps(tokens: Iterable[AddedToken]) -> str:
     """Write tokens as the short JSON text that an adapter's metadata hold."""
-    return json.dumps([{"id": token.id, "text": token.text, "special": token.special} for token in tokens])
+    rows = [{"id": token.id, "text": token.text, "special": token.special} for token in tokens]
+    return json.dumps(rows, allow_nan=False)
 
 
 def loads(text: str, source: str) -> tuple[AddedToken, ...]:

@@ -177,7 +177,7 @@ def _resized(raw: bytes, size: int) -> bytes:
     for part in (fields, fields.get("text_config")):
         if isinstance(part, dict) and "vocab_size" in part:
             part["vocab_size"] = size
-    return json.dumps(fields, indent=2).encode()
+    return json.dumps(fields, indent=2, allow_nan=False).encode()
 
 
 def _is_tied(fields: Fields, names: Mapping[str, Any], family: Family) -> bool:

@@ -227,7 +227,7 @@ class Tokenizer:
             config["chat_template"] = self.chat_template.text
         return {
             TOKENIZER: self._backend.to_str(pretty=True).encode(),
-            TOKENIZER_CONFIG: json.dumps(config, indent=2).encode(),
+            TOKENIZER_CONFIG: json.dumps(config, indent=2, allow_nan=False).encode(),
         }
 
     # ---- text ----

@@ -69,7 +69,8 @@ def model_digest(lm: LanguageModel) -> str:
     digest = hashlib.sha256(f"{used.compute} {base_fingerprint(used)}".encode())
     for name, layer in used.adapter_layers().items():
         settings = {key: value for key, value in layer.settings().items() if key != "dropout"}
-        digest.update(f"\n{name} {json.dumps(settings, sort_keys=True)} {layer.adapter_enabled}".encode())
+        said = json.dumps(settings, sort_keys=True, allow_nan=False)
+        digest.update(f"\n{name} {said} {layer.adapter_enabled}".encode())
     for name, array in factors(used).items():
         digest.update(f"\n{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())

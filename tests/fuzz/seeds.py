@@ -1,7 +1,4 @@
-"""Writes the seed corpus of a reader: python tests/fuzz/seeds.py READER DIRECTORY.
-
-Without arguments, it prints the readers' names.
-"""
+"""Writes the seed corpora of all readers, and prints their names: python tests/fuzz/seeds.py DIRECTORY."""
 
 import gzip
 import json
@@ -458,10 +455,9 @@ SEEDS: dict[str, Callable[[], Seeds]] = {
 }
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        print(*SEEDS)
-        sys.exit()
-    _, reader, directory = sys.argv
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    for name, data in SEEDS[reader]().items():
-        Path(directory, name.replace(" ", "_")).write_bytes(data)
+    for reader, seeds in SEEDS.items():
+        directory = Path(sys.argv[1], reader)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, data in seeds().items():
+            Path(directory, name.replace(" ", "_")).write_bytes(data)
+    print(*SEEDS)

@@ -77,14 +77,14 @@ build() {
   cmake --build "$here/$1" --target "${@:3}"
 }
 
-# kernel_tests COMMAND...: on two processors, each process takes half of the instruction sets.
+# kernel_tests N PROGRAM: one of N shapes. On two processors, each process takes half of the instruction sets.
 kernel_tests() {
   local first
-  if [ "$jobs" -eq 1 ]; then "$@" | tee "$here/kernels.count"; return; fi
-  "$@" 1 2 >"$here/kernels-1.count" 2>&1 &
+  if [ "$jobs" -eq 1 ]; then "$2" 1 1 "$1" | tee "$here/kernels.count"; return; fi
+  "$2" 1 2 "$1" >"$here/kernels-1.count" 2>&1 &
   first=$!
-  "$@" 2 2 | tee "$here/kernels-2.count"
-  wait "$first" || { cat "$here/kernels-1.count"; fail "$*"; }
+  "$2" 2 2 "$1" | tee "$here/kernels-2.count"
+  wait "$first" || { cat "$here/kernels-1.count"; fail "$2"; }
   cat "$here/kernels-1.count"
 }
 

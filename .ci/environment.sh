@@ -13,9 +13,9 @@ work=${NPLORA_CI_DIR:-$PWD/build/ci}
 here=$work/$(basename "$0" .sh)
 jobs=${NPLORA_CI_JOBS:-2}
 export CMAKE_BUILD_PARALLEL_LEVEL=$jobs
-# Idle threads of torch, of a BLAS and of the core poll for a while before they sleep. Beside another step that
-# takes most of the time: tests of a model beside torch took three times as long. What depends on the number of
-# threads sets it.
+# Idle threads of torch, of a BLAS and of the core poll for a while before they sleep. Beside another step
+# that takes most of the time: tests of a model beside torch took three times as long. What depends on the
+# number of threads sets it.
 export OMP_NUM_THREADS=$jobs OMP_WAIT_POLICY=passive
 mkdir -p "$here" "$work/environments"
 rm -f "$here"/*.count
@@ -41,8 +41,8 @@ must_find() {
   grep -m1 "$text" "$log"
 }
 
-# install ENVIRONMENT PACKAGE...: wheels only. uv needs 3 seconds of processor time where pip needs a minute. An
-# environment like an earlier one costs nothing: its files are links to those in uv's cache.
+# install ENVIRONMENT PACKAGE...: wheels only. uv needs 3 seconds of processor time where pip needs a minute.
+# An environment like an earlier one costs nothing: its files are links to those in uv's cache.
 install() {
   UV_FIND_LINKS=${PIP_FIND_LINKS:-} "$work/tools/bin/uv" pip install -q --python "$1/bin/python" --only-binary :all: "${@:2}"
 }

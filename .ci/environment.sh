@@ -13,9 +13,9 @@ work=${NPLORA_CI_DIR:-$PWD/build/ci}
 here=$work/$(basename "$0" .sh)
 jobs=${NPLORA_CI_JOBS:-2}
 export CMAKE_BUILD_PARALLEL_LEVEL=$jobs
-# Idle threads of torch, of a BLAS and of the core poll for a while before they sleep. Beside another step,
-# that takes most of the time: tests of a model beside torch took three times as long. A test that depends on
-# the number of threads sets it.
+# Idle threads of torch, of a BLAS and of the core poll for a while before they sleep. Beside another step
+# that takes most of the time: tests of a model beside torch took three times as long. What depends on the
+# number of threads sets it.
 export OMP_NUM_THREADS=$jobs OMP_WAIT_POLICY=passive
 mkdir -p "$here" "$work/environments"
 rm -f "$here"/*.count
@@ -87,14 +87,14 @@ build() {
   cmake --build "$here/$1" --target "${@:3}"
 }
 
-# kernel_tests COMMAND...: on two processors, each process takes half of the instruction sets.
+# kernel_tests N PROGRAM: one of N shapes. On two processors, each process takes half of the instruction sets.
 kernel_tests() {
   local first
-  if [ "$jobs" -eq 1 ]; then "$@" | tee "$here/kernels.count"; return; fi
-  "$@" 1 2 >"$here/kernels-1.count" 2>&1 &
+  if [ "$jobs" -eq 1 ]; then "$2" 1 1 "$1" | tee "$here/kernels.count"; return; fi
+  "$2" 1 2 "$1" >"$here/kernels-1.count" 2>&1 &
   first=$!
-  "$@" 2 2 | tee "$here/kernels-2.count"
-  wait "$first" || { cat "$here/kernels-1.count"; fail "$*"; }
+  "$2" 2 2 "$1" | tee "$here/kernels-2.count"
+  wait "$first" || { cat "$here/kernels-1.count"; fail "$2"; }
   cat "$here/kernels-1.count"
 }
 

@@ -1,4 +1,7 @@
-"""Writes the seed corpora of all readers, and prints their names: python tests/fuzz/seeds.py DIRECTORY."""
+"""Writes the seed corpus of a reader: python tests/fuzz/seeds.py READER DIRECTORY.
+
+Without arguments, it prints the readers' names.
+"""
 
 import gzip
 import json
@@ -454,10 +457,17 @@ SEEDS: dict[str, Callable[[], Seeds]] = {
     name.removesuffix("_seeds"): value for name, value in list(globals().items()) if name.endswith("_seeds")
 }
 
+
+def write(reader: str, directory: Path) -> Path:
+    """Write the seeds of a reader as files. Returns the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, data in SEEDS[reader]().items():
+        (directory / name.replace(" ", "_")).write_bytes(data)
+    return directory
+
+
 if __name__ == "__main__":
-    for reader, seeds in SEEDS.items():
-        directory = Path(sys.argv[1], reader)
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, data in seeds().items():
-            Path(directory, name.replace(" ", "_")).write_bytes(data)
-    print(*SEEDS)
+    if len(sys.argv) == 1:
+        print(*SEEDS)
+    else:
+        write(sys.argv[1], Path(sys.argv[2]))

@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 
-import nplora
 from nplora import _core
 from nplora.weights import buffers
 
@@ -125,9 +124,9 @@ print(rss())
     assert released < 8
 
 
-# A fresh process, because the C library gives the end of its heap back to the system or not, depending on what
-# was allocated before. One thread, because each thread allocates memory when it first gets a task of some kind,
-# at a random time.
+# A fresh process, because what was allocated before decides whether the C library gives the end of its heap
+# back to the system in each step. One thread, because each thread allocates memory when it first gets a task
+# of some kind, at a random time.
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 8, 100, 1000])
 def test_a_step_allocates_nothing_after_warm_up(tokens):

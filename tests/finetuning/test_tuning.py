@@ -583,10 +583,10 @@ def test_the_command_line_reads_values_to_try(
 def test_a_search_that_continues_an_adapter_leaves_its_ranks(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "first", progress=False, **QUICK, steps=2)
     lm = nplora.load_model(model)
-    space = space_of(lm, {"adapter": tmp_path / "first"}, {})
+    space = space_of(lm, {"adapter": tmp_path / "first"}, {}, 1e-3)
     assert space.names == ["lr"]
     with pytest.raises(ValueError, match="rank is decided by the adapter to continue from"):
-        space_of(lm, {"adapter": tmp_path / "first"}, {"rank": [4]})
+        space_of(lm, {"adapter": tmp_path / "first"}, {"rank": [4]}, 1e-3)
     report = tune(
         model, data, tmp_path / "out", budget=1, progress=False, adapter=tmp_path / "first",
         search={"lr": [1e-2, 1e-3]}, epochs=1,
@@ -643,8 +643,8 @@ def test_a_searched_temperature_must_be_that_of_the_stored_teacher(
 
 
 def test_the_usual_space_is_made_for_the_model(model: Path) -> None:
-    space = space_of(nplora.load_model(model), {}, {})
-    assert space.rates == (2e-5, 6.3e-5, 2e-4, 6.3e-4, 2e-3, 6.3e-3)
+    space = space_of(nplora.load_model(model), {}, {}, 2e-4)
+    assert space.rates == (2e-5, 6.3e-5, 2e-4, 6.3e-4, 2e-3)
     assert space.others["targets"] == (
         ("all-linear",), ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"),
     )  # fmt: skip

@@ -79,7 +79,7 @@ def finetune(
     kl: str = "forward",
     temperature: float | None = None,
     kd_ratio: float = 0.5,
-    lr: float = 2e-4,
+    lr: float | None = None,
     lora_plus_ratio: float = 1.0,
     schedule: str = "cosine",
     warmup: int = 0,
@@ -178,7 +178,8 @@ def finetune(
         temperature: softmax temperature of distill, of teacher and student (default: 1, or that of a stored
             `teacher`).
         kd_ratio: share of the divergence in the loss of distill; the rest is the loss of sft.
-        lr: peak learning rate.
+        lr: peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3; a tenth of that for
+            dpo, orpo and kto).
         lora_plus_ratio: learning rate of A divided by that of B (LoRA+); 16 is usual.
         schedule: learning rate schedule: cosine, linear or constant.
         warmup: warm-up steps, in which the learning rate rises to its peak.
@@ -271,6 +272,8 @@ def _finetune(
         chosen = earlier.keep_compute(chosen)
 
     inputs = read_inputs("finetune", model, data, valid, chosen)
+    if chosen.lr is None:
+        chosen = dataclasses.replace(chosen, lr=inputs.objective.default_lr(inputs.lm))
     require_not_read(place, inputs, chosen.adapter)
     execution = choose_execution(model, inputs, chosen, earlier, say)
     for dataset in inputs.datasets:
@@ -364,7 +367,8 @@ def _shown(options: FinetuneOptions, lm: LanguageModel) -> dict[str, Any]:
 def new_trainer(
     lm: LanguageModel, loss: PackedLoss, options: FinetuneOptions, callbacks: list[Callback]
 ) -> Trainer:
-    """The trainer of a run with these options."""
+    """The trainer of a run with these options, which have a learning rate."""
+    assert options.lr is not None
     return Trainer(
         lm,
         loss,

@@ -110,6 +110,7 @@ class KtoObjective(Objective):
     """Kahneman-Tversky optimisation: good answers become likelier, bad ones less likely."""
 
     name = "kto"
+    lr_factor = 0.1
     has_reference = True
 
     def read(

@@ -135,7 +135,7 @@ class Builder(Generic[_Made]):
         Raises:
             DataError: the weights leave no example.
         Warns:
-            UserWarning: some rows have tools or documents that the model does not see.
+            UserWarning: some rows have messages, tools or documents that the model does not see.
         """
         source = ", ".join(source.name for source in self._sources)
         if not self._order:
@@ -165,8 +165,8 @@ class Builder(Generic[_Made]):
         if self._unused:
             rows = counted(self._unused, self._unit)
             warnings.warn(
-                f"{source}: {rows} with tools or documents that the chat template leaves out: the model does "
-                "not see them",
+                f"{source}: {rows} with messages, tools or documents that the chat template leaves out: "
+                "the model does not see them",
                 stacklevel=4,
             )
         return made

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nplora.finetuning.data.examples import (
+    SYSTEM_ROLES,
+    TOOL_ROLES,
     Answered,
     Chat,
     Completion,
@@ -26,7 +28,6 @@ from nplora.formats.errors import DataError, brief
 _MESSAGES = "expected a list of objects with a role and a content"
 _CONTEXT = ("tools", "documents")  # fields of a row that the chat template gets besides the messages
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
-_TOOL_ROLES = ("tool", "function", "ipython")
 _SPEAKERS = {  # of ShareGPT
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "function_call": "assistant", "observation": "tool", "tool": "tool",
@@ -163,6 +164,9 @@ def _openai(row: Fields) -> Example:
 
 
 def _chat(row: Fields, messages: list[Message], prompt: list[Any] | None) -> Chat:
+    if prompt and (role := messages[len(prompt) - 1]["role"]) in SYSTEM_ROLES:
+        wanted = "expected one of the user, a tool or the assistant"
+        raise row.error(f"the prompt ends with a message of role {role!r}, {wanted}")
     tools, documents = (row.objects(name) for name in _CONTEXT)
     return Chat(messages, tools and [_tool(row, tool) for tool in tools], documents, len(prompt or ()))
 
@@ -266,7 +270,7 @@ def _check_weight(row: Fields, message: Message) -> None:
 def _check_order(row: Fields, before: Message | None, message: Message) -> None:
     """Check that a tool's result comes after an assistant's message or another result."""
     role = message["role"]
-    if role in _TOOL_ROLES and (before is None or before["role"] in ("user", "system", "developer")):
+    if role in TOOL_ROLES and (before is None or before["role"] in ("user", *SYSTEM_ROLES)):
         after = "at the beginning" if before is None else f"after {before['role']!r}"
         raise row.error(f"a message of role {role!r} is {after}, expected it after an assistant's message")
 

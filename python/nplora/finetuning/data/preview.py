@@ -82,7 +82,8 @@ class Part:
         lost: the number of tokens that the cut takes away.
         emptied: the number of examples that are left out, because after the cut they have nothing to train
             on, or the answers of a pair are the same.
-        unused: the number of examples with tools or documents that the chat template leaves out.
+        unused: the number of examples with messages, tools or documents that the chat template leaves
+            out.
         repeated: the number of examples that repeat an earlier example.
         bad: the number of bad rows.
         problems: the errors of the first few bad rows.
@@ -326,7 +327,8 @@ def _summary(part: Part, max_length: int) -> str:
     if part.repeated:
         lines.append(f"  {counted(part.repeated, unit)} already there before")
     if part.unused:
-        lines.append(f"  {counted(part.unused, unit)} with tools or documents that the template leaves out")
+        examples = counted(part.unused, unit)
+        lines.append(f"  {examples} with messages, tools or documents that the template leaves out")
     if part.bad:
         lines.append(f"  {counted(part.bad, 'bad row')}, which finetune refuses, or skips with skip_bad:")
         lines += [f"    {problem}" for problem in part.problems]

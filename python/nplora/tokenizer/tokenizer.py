@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import itertools
 import json
 import os
@@ -145,6 +146,12 @@ class Tokenizer:
         The same token has the same spelling in a GGUF file and in a Hugging Face directory.
         """
         return [self._backend.id_to_token(id_) for id_ in range(self.vocab_size)]
+
+    def digest(self) -> str:
+        """A digest of all that decides which tokens a text or a chat has."""
+        template = self.chat_template and self.chat_template.text
+        parts = self._backend.to_str(), self.bos_id, self.eos_id, sorted(self.eos_ids), template
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     # ---- added tokens ----
 

@@ -149,7 +149,7 @@ def teach(
     datasets = [read_sources("teach", group, lm.tokenizer, reading) for group in groups if group]
     say = speaker(progress)
     for dataset in datasets:
-        require_vocabulary(lm, dataset)
+        require_vocabulary(lm, dataset.report.source, dataset.largest_id)
         say(str(dataset.report))
     return _Writer(lm, datasets, options, say).write(Path(output))
 

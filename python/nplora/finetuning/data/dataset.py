@@ -226,9 +226,7 @@ def add_rows(
             kind, example, unused = parsed(row, kind, options, require)
             examples = examples_of(example, encoder.encode(example, row.where))
         except (DataError, LimitError) as error:
-            if not options.skip_bad:
-                raise
-            builder.skip(error)
+            builder.bad.skip(error, options.skip_bad)
             continue
         builder.kind = kind.name
         for sequences in examples:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -170,6 +172,11 @@ def _row(values: object, where: str, is_table: bool) -> Row:
     except (DataError, LimitError) as error:
         return Row(where, {}, type(error)(f"{where}: {error}"))
     return Row(where, without_nulls(row) if is_table else row)
+
+
+def in_memory(source: Source) -> Source:
+    """The same source, whose rows are read now and kept in memory."""
+    return dataclasses.replace(source, read=functools.partial(iter, list(source.read())))
 
 
 # ---- directories ----

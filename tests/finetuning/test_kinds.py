@@ -18,7 +18,8 @@ from nplora.finetuning.data.examples import (
     MultipleChoice,
     Preference,
 )
-from nplora.finetuning.data.kinds import BY_NAME, Fields, recognise, renamed
+from nplora.finetuning.data.kinds import BY_NAME, recognise, renamed
+from nplora.finetuning.data.parsing.fields import Fields
 from nplora.finetuning.data.sources import splits_of
 from nplora.formats.errors import DataError
 from nplora.tokenizer import from_gguf

@@ -19,7 +19,8 @@ import pytest
 
 from nplora.finetuning.data import find_splits
 from nplora.finetuning.data.json_array import elements
-from nplora.finetuning.data.kinds import Fields, recognise
+from nplora.finetuning.data.kinds import recognise
+from nplora.finetuning.data.parsing.fields import Fields
 from nplora.finetuning.data.rows import read_rows
 from nplora.finetuning.data.sources import sources_of, splits_of
 from nplora.finetuning.data.table_limits import row_sizes

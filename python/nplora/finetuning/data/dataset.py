@@ -14,7 +14,8 @@ from nplora import _check
 from nplora.finetuning.data.builder import Builder
 from nplora.finetuning.data.encoding import LEARN, Encoded, Encoder
 from nplora.finetuning.data.examples import Example
-from nplora.finetuning.data.kinds import BY_NAME, FIELDS, Fields, Kind, lacks_context, recognise, renamed
+from nplora.finetuning.data.kinds import BY_NAME, FIELDS, Kind, lacks_context, recognise, renamed
+from nplora.finetuning.data.parsing.fields import Fields
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Data, Source, sources_of
 from nplora.finetuning.data.stored import Stored

@@ -45,11 +45,11 @@ class DistillLoss(PackedLoss):
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
         parts = (part for part in x.pieces(self.micro_tokens) if part.num_targets)
-        return sum(model.forward_backward_with(part, self._of(part), factor) for part in parts)
+        return sum(model.forward_backward_with(part, self._loss_of_batch(part), factor) for part in parts)
 
     def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:
         assert isinstance(model, LanguageModel)
-        return model.loss_with(x, self._of(x)) / x.num_targets if x.num_targets else 0.0
+        return model.loss_with(x, self._loss_of_batch(x)) / x.num_targets if x.num_targets else 0.0
 
     def take_metrics(self) -> dict[str, float]:
         """The mean divergence, without T², and the mean cross-entropy, if it was computed."""
@@ -58,9 +58,9 @@ class DistillLoss(PackedLoss):
     def blame(self, model: Module, x: PackedBatch) -> str:
         return self._teacher.blame(x) or super().blame(model, x)
 
-    def _of(self, batch: PackedBatch) -> LogitLoss:
+    def _loss_of_batch(self, batch: PackedBatch) -> LogitLoss:
         """Return a loss for rows of a batch. The teacher's forward pass runs now, while memory is free."""
-        teacher = self._teacher.of(batch)
+        teacher = self._teacher.prepare_batch(batch)
 
         def loss(logits: Array, rows: Array, factor: float, gradient: bool) -> Array:
             targets = batch.targets[rows]

@@ -424,6 +424,15 @@ def test_columns_rename_the_fields_of_choices(lm: LanguageModel) -> None:
     assert found == evaluate(lm, [{"prompt": "1+1=", "choices": ["2", "3"], "answer": 0}])
 
 
+def test_tools_of_questions_that_the_model_does_not_see_are_counted(lm: LanguageModel) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = [{**row, "tools": tools if n < 2 else None} for n, row in enumerate(QUESTIONS)]
+    with pytest.warns(
+        UserWarning, match=r"^data: 2 examples with messages, tools or documents that the chat"
+    ):
+        evaluate(lm, rows)
+
+
 @pytest.mark.parametrize(
     ("prompt", "choice", "joined"),
     [

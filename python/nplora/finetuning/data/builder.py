@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import dataclasses
 import hashlib
-import warnings
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -15,6 +14,7 @@ from nplora.finetuning.data.encoding import Encoded
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import DataReport, Stored
 from nplora.formats.errors import DataError, LimitError, counted
+from nplora.runtime.user_warning import warn_user
 
 _Made = TypeVar("_Made", bound=Stored)
 
@@ -158,14 +158,21 @@ class Builder(Generic[_Made]):
             longest=int(lengths.max()),
             truncated=int(np.frombuffer(self._truncated, np.uint8)[order].sum()),
         )
-        if self._unused:
-            rows = counted(self._unused, self._unit)
-            warnings.warn(
-                f"{source}: {rows} with messages, tools or documents that the chat template leaves out: "
-                "the model does not see them",
-                stacklevel=4,
-            )
+        warn_of_unused(source, self._unused, self._unit)
         return made
+
+
+def warn_of_unused(source: str, count: int, unit: str = "example") -> None:
+    """Warn if a part of some rows does not reach the model.
+
+    Args:
+        count: the number of examples with such a part.
+    """
+    if count:
+        warn_user(
+            f"{source}: {counted(count, unit)} with messages, tools or documents that the chat template "
+            "leaves out: the model does not see them"
+        )
 
 
 def copies(weight: float, tokens: array.array[int]) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from nplora.finetuning.data import DataReport, Dataset
 from nplora.finetuning.data.bad_rows import BadRows
+from nplora.finetuning.data.builder import warn_of_unused
 from nplora.finetuning.data.comparisons import PairDataset, read_pairs
 from nplora.finetuning.data.dataset import ReadOptions, kind_of, parsed, read_sources
 from nplora.finetuning.data.examples import Example, MultipleChoice
@@ -96,7 +97,8 @@ def read_judge(
         sources = [source if source.is_text else in_memory(source) for source in sources]
     kind = _kind(sources, reading)
     if kind == _CHOICE:
-        judge = _of_choices(lm, sources, reading, metrics, max_new_tokens)
+        choices, report = _read_choices(lm, sources, reading)
+        judge = Judge(report, metrics, max_new_tokens, choices=choices)
     elif kind == _PAIR:
         if metrics:
             raise ValueError(f"{op}: metric is for generated answers, but the rows are pairs of answers")
@@ -145,29 +147,26 @@ def _require_choice(kind: Kind, where: str) -> None:
 
 def _examples(
     sources: list[Source], reading: ReadOptions, require: Callable[[Kind, str], None], bad: BadRows
-) -> Iterator[tuple[Example, Row]]:
+) -> Iterator[tuple[Example, Row, bool]]:
+    """The examples of all good rows, each with its row, and whether it lacks the row's tools or documents."""
     for source in sources:
         if source.is_text:
             raise DataError(f"{source.name}: a plain text has no prompts, expected rows with prompts")
         kind = None if reading.format is None else BY_NAME[reading.format]
         for row in source.read():
             try:
-                kind, example, _ = parsed(row, kind, reading, require)
+                kind, example, lacks_context = parsed(row, kind, reading, require)
             except (DataError, LimitError) as error:
                 bad.skip(error, reading.skip_bad)
             else:
-                yield example, row
+                yield example, row, lacks_context
 
 
-def _of_choices(
-    lm: LanguageModel,
-    sources: list[Source],
-    reading: ReadOptions,
-    metrics: list[Metric],
-    max_new_tokens: int,
-) -> Judge:
-    bad, found = BadRows(), list[Choices]()
-    for example, row in _examples(sources, reading, _require_choice, bad):
+def _read_choices(
+    lm: LanguageModel, sources: list[Source], reading: ReadOptions
+) -> tuple[list[Choices], DataReport]:
+    bad, found, unused = BadRows(), list[Choices](), 0
+    for example, row, lacks_context in _examples(sources, reading, _require_choice, bad):
         assert isinstance(example, MultipleChoice)
         try:
             choices = encode_choices(lm.tokenizer, example, row.where, reading.chat)
@@ -177,7 +176,10 @@ def _of_choices(
             bad.skip(error, reading.skip_bad)
         else:
             found.append(choices)
-    return Judge(_report(sources, found, bad), metrics, max_new_tokens, choices=found)
+            unused += lacks_context
+    report = _report(sources, found, bad, unused)
+    warn_of_unused(report.source, unused)
+    return found, report
 
 
 def _require_room(choices: Choices, most: int | None) -> None:
@@ -188,7 +190,7 @@ def _require_room(choices: Choices, most: int | None) -> None:
         )
 
 
-def _report(sources: list[Source], found: list[Choices], bad: BadRows) -> DataReport:
+def _report(sources: list[Source], found: list[Choices], bad: BadRows, unused: int) -> DataReport:
     name = ", ".join(source.name for source in sources)
     if not found:
         reason = bad.reason()
@@ -197,7 +199,7 @@ def _report(sources: list[Source], found: list[Choices], bad: BadRows) -> DataRe
     lengths = np.array([len(q.prompt) for q in found]) + right
     return DataReport(
         name, len(found), int(lengths.sum()), sum(right), int(lengths.min()), int(np.median(lengths)),
-        int(lengths.max()), 0, 0, bad.count, tuple(bad.problems), kind=_CHOICE,
+        int(lengths.max()), 0, 0, bad.count, tuple(bad.problems), unused, _CHOICE,
     )  # fmt: skip
 
 
@@ -208,7 +210,7 @@ def _asked(
     context, counted_before = lm.config.max_position_embeddings, BadRows()
     questions = {question.where for question in choices}
     require = _require_choice if choices else _any_kind
-    for example, row in _examples(sources, reading, require, counted_before):
+    for example, row, _ in _examples(sources, reading, require, counted_before):
         if choices and row.where not in questions:
             continue
         try:

@@ -126,12 +126,12 @@ class OrpoLoss(PairLoss):
     def _loss(
         self, part: PackedBatch, is_answer: Array, weight: float, log_probs: Array
     ) -> tuple[float, Array]:
-        places, of_answer = by_sequence(part), is_answer[part.targets != IGNORED]
-        counts = np.maximum(1, np.bincount(places, of_answer, len(part.starts) - 1))
-        means = np.bincount(places, log_probs * of_answer, len(part.starts) - 1) / counts
+        places, in_answer = by_sequence(part), is_answer[part.targets != IGNORED]
+        counts = np.maximum(1, np.bincount(places, in_answer, len(part.starts) - 1))
+        means = np.bincount(places, log_probs * in_answer, len(part.starts) - 1) / counts
         values, slopes = odds_ratio(means.reshape(-1, 2), self._beta)
         is_chosen = places % 2 == 0
-        gradient = of_answer * (slopes.reshape(-1) / counts)[places] - weight * is_chosen
+        gradient = in_answer * (slopes.reshape(-1) / counts)[places] - weight * is_chosen
         learned = log_probs[is_chosen]
         self._measure(self._beta * means.reshape(-1, 2))
         self._tally.add("nll_loss", -learned, counted=True)

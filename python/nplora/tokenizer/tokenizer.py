@@ -547,11 +547,14 @@ class Tokenizer:
 
     def _leaves_out_messages(self, quoted: list[Message], given: dict[str, Any], text: str) -> bool:
         """Whether the template leaves out messages, such as a system message that is not the first one."""
-        written = [
-            message
-            for message in quoted
-            if message.get("role") == "assistant" or str(message.get("content") or "").strip() in text
-        ]
+        written, place = list[Message](), 0
+        for message in quoted:
+            if message.get("role") != "assistant":
+                content = str(message.get("content") or "").strip()
+                if (found := text.find(content, place)) < 0 and (found := text.find(content)) < 0:
+                    continue
+                place = max(place, found)
+            written.append(message)
         if len(written) == len(quoted):
             return False
         try:

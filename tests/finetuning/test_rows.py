@@ -514,6 +514,28 @@ def test_frames_of_pandas_are_rows(tmp_path: Path) -> None:
     assert objects(again) == [{"messages": CHAT}, {"messages": CHAT[:1]}]
 
 
+def test_rows_of_a_frame_are_made_only_while_they_are_read() -> None:
+    """So a large frame does not become a list of dictionaries. `tune` looks at it twice and reads it once."""
+    made = list[int]()
+
+    class Frame:
+        """Has the methods of a frame of polars."""
+
+        columns = ("text",)
+
+        def iter_rows(self, named: bool) -> Iterator[dict[str, Any]]:
+            for number in range(1000):
+                made.append(number)
+                yield {"text": str(number)}
+
+    [source] = splits_of("test", Frame()).train  # type: ignore[arg-type]
+    assert not made
+    rows = source.read()
+    assert [next(rows).values for _ in range(2)] == [{"text": "0"}, {"text": "1"}]
+    assert len(made) <= 2
+    assert len(list(source.read())) == 1000
+
+
 def test_frames_of_polars_are_rows() -> None:
     polars = pytest.importorskip("polars")
     frame = polars.DataFrame({"messages": [CHAT, CHAT[:1]], "label": [True, None]})

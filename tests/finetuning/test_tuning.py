@@ -16,6 +16,7 @@ import pytest
 
 import nplora
 from nplora import cli
+from nplora.cli.parser import weighted_path
 from nplora.finetuning import FinetuneOptions, TuneOptions, evaluate, finetune, teach, tune
 from nplora.finetuning.data.sources import sources_of
 from nplora.finetuning.load import evaluation_batches
@@ -233,6 +234,9 @@ def test_a_log_holds_any_character_of_a_name(tmp_path: Path) -> None:
 def test_a_command_has_every_digit_of_a_number() -> None:
     command = command_of("m.gguf", [("d.jsonl", 1.0)], None, Path("out"), {"lr": 0.0123456789, "alpha": 16.0})
     assert command == ("nplora finetune m.gguf --data d.jsonl --output out --alpha 16 --lr 0.0123456789")
+    files = [("a.jsonl", 0.123456789), ("b.jsonl", 3.0), ("c.jsonl", 1e-7)]
+    words = shlex.split(command_of("m.gguf", files, None, Path("out"), {}))
+    assert [weighted_path(word) for word in words if ".jsonl" in word] == files
 
 
 @pytest.mark.parametrize("budget", [60, 150, 300])

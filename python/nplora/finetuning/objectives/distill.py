@@ -11,7 +11,6 @@ from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objectives.objective import Objective
 from nplora.finetuning.objectives.packed_loss import PackedLoss
-from nplora.finetuning.objectives.tally import Tally
 from nplora.finetuning.options import FinetuneOptions
 from nplora.finetuning.planning import Teaching
 from nplora.finetuning.teachers import ModelTeacher, StoredTeacher, Teacher, is_stored
@@ -27,40 +26,36 @@ Array = npt.NDArray[Any]
 
 
 class DistillLoss(PackedLoss):
-    """The mean over the trained tokens of ratio · T² · KL + (1 - ratio) · cross-entropy (T: temperature)."""
+    """The mean over the trained tokens of ratio · T² · KL + (1 - ratio) · cross-entropy (T: temperature).
+
+    Its metrics are the mean divergence, without T², and the mean cross-entropy, if it was computed.
+    """
 
     def __init__(self, formula: Distillation, teacher: Teacher, micro_tokens: int | None = None) -> None:
         super().__init__(micro_tokens)
-        self._formula, self._teacher, self._tally = formula, teacher, Tally()
+        self._formula, self._teacher = formula, teacher
 
     def settings(self) -> dict[str, Any]:
         chosen = {"kl": self._formula.kl, "temperature": self._formula.temperature}
         teacher = {"kd_ratio": self._formula.ratio, "teacher": self._teacher.digest()}
         return {"objective": "distill", **chosen, **teacher, **super().settings()}
 
-    def count(self, x: PackedBatch, y: Any) -> int:
-        return x.num_targets
-
     def forward_backward(self, model: Module, x: PackedBatch, y: Any, factor: float) -> float:
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
         parts = (part for part in x.pieces(self.micro_tokens) if part.num_targets)
-        return sum(model.forward_backward_with(part, self._of(part), factor) for part in parts)
+        return sum(model.forward_backward_with(part, self._loss_of_batch(part), factor) for part in parts)
 
     def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:
         assert isinstance(model, LanguageModel)
-        return model.loss_with(x, self._of(x)) / x.num_targets if x.num_targets else 0.0
-
-    def take_metrics(self) -> dict[str, float]:
-        """The mean divergence, without T², and the mean cross-entropy, if it was computed."""
-        return self._tally.take()
+        return model.loss_with(x, self._loss_of_batch(x)) / x.num_targets if x.num_targets else 0.0
 
     def blame(self, model: Module, x: PackedBatch) -> str:
         return self._teacher.blame(x) or super().blame(model, x)
 
-    def _of(self, batch: PackedBatch) -> LogitLoss:
+    def _loss_of_batch(self, batch: PackedBatch) -> LogitLoss:
         """Return a loss for rows of a batch. The teacher's forward pass runs now, while memory is free."""
-        teacher = self._teacher.of(batch)
+        teacher = self._teacher.prepare_batch(batch)
 
         def loss(logits: Array, rows: Array, factor: float, gradient: bool) -> Array:
             targets = batch.targets[rows]

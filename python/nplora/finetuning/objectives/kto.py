@@ -17,7 +17,6 @@ from nplora.finetuning.objectives.objective import Objective
 from nplora.finetuning.objectives.packed_loss import PackedLoss, micro_batches
 from nplora.finetuning.objectives.preference_losses import Kto
 from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
-from nplora.finetuning.objectives.tally import Tally
 from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch
 from nplora.nn.module import Module
@@ -31,13 +30,16 @@ class KtoLoss(PackedLoss):
 
     The KL divergence is the mean log-ratio of answers that do not fit their prompts, or 0 if the mean is
     negative. No gradient flows through it.
+
+    The metrics are the mean rewards of good and bad answers, their difference, the accuracy and the KL
+    divergence. The accuracy is the share of answers on the right side of the KL divergence.
     """
 
     unit = "answers"
 
     def __init__(self, formula: Kto, reference: Reference, micro_tokens: int | None = None) -> None:
         super().__init__(micro_tokens)
-        self._formula, self._reference, self._tally = formula, reference, Tally()
+        self._formula, self._reference = formula, reference
         self._mismatched: PackedBatch | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -72,13 +74,6 @@ class KtoLoss(PackedLoss):
         if name and not first_nonfinite_layer(model, x):
             return f"for prompts with other answers, the first layer whose output is not finite is {name!r}"
         return super().blame(model, x)
-
-    def take_metrics(self) -> dict[str, float]:
-        """The mean rewards of good and bad answers, their difference, the accuracy and the KL divergence.
-
-        The accuracy is the share of answers on the right side of the KL divergence.
-        """
-        return self._tally.take()
 
     def _kl(self, model: LanguageModel, y: Judgements) -> float:
         """The estimated KL divergence of a batch."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nplora.finetuning.nonfinite_layers import first_nonfinite_layer
+from nplora.finetuning.objectives.tally import Tally
 from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch
 from nplora.nn.module import Module
@@ -27,9 +28,16 @@ class PackedLoss(FusedLoss):
     def __init__(self, micro_tokens: int | None = None) -> None:
         self.micro_tokens = micro_tokens
         self.tokens = 0
+        self._tally = Tally()
 
     def settings(self) -> dict[str, Any]:
         return {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}
+
+    def count(self, x: PackedBatch, y: Any) -> int:
+        return x.num_targets
+
+    def take_metrics(self) -> dict[str, float]:
+        return self._tally.take()
 
     def blame(self, model: Module, x: PackedBatch) -> str:
         assert isinstance(model, LanguageModel)

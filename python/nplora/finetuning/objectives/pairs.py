@@ -16,7 +16,6 @@ from nplora.finetuning.objectives.objective import Objective
 from nplora.finetuning.objectives.packed_loss import PackedLoss, micro_batches
 from nplora.finetuning.objectives.preference_losses import Dpo, odds_ratio
 from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
-from nplora.finetuning.objectives.tally import Tally
 from nplora.lm import LanguageModel
 from nplora.models.packing import IGNORED, PackedBatch
 from nplora.nn.module import Module
@@ -26,13 +25,13 @@ Array = npt.NDArray[Any]
 
 
 class PairLoss(PackedLoss):
-    """The mean of a loss over pairs. A micro-batch never divides a pair."""
+    """The mean of a loss over pairs. A micro-batch never divides a pair.
+
+    Its metrics are the mean rewards and margin, and the share of pairs whose chosen answer has the larger
+    reward.
+    """
 
     unit = "pairs"
-
-    def __init__(self, micro_tokens: int | None = None) -> None:
-        super().__init__(micro_tokens)
-        self._tally = Tally()
 
     def count(self, x: PackedBatch, y: Answers) -> int:
         return (len(x.starts) - 1) // 2
@@ -50,10 +49,6 @@ class PairLoss(PackedLoss):
         assert isinstance(model, LanguageModel)
         weight = 1 / y.tokens_per_pair
         return self._loss(x, y.is_answer, weight, model.log_probs(x))[0] / self.count(x, y)
-
-    def take_metrics(self) -> dict[str, float]:
-        """The mean rewards and margin, and the share of pairs whose chosen answer has the larger reward."""
-        return self._tally.take()
 
     def _scaled(
         self, part: PackedBatch, is_answer: Array, weight: float, factor: float, log_probs: Array
@@ -126,12 +121,12 @@ class OrpoLoss(PairLoss):
     def _loss(
         self, part: PackedBatch, is_answer: Array, weight: float, log_probs: Array
     ) -> tuple[float, Array]:
-        places, of_answer = by_sequence(part), is_answer[part.targets != IGNORED]
-        counts = np.maximum(1, np.bincount(places, of_answer, len(part.starts) - 1))
-        means = np.bincount(places, log_probs * of_answer, len(part.starts) - 1) / counts
+        places, in_answer = by_sequence(part), is_answer[part.targets != IGNORED]
+        counts = np.maximum(1, np.bincount(places, in_answer, len(part.starts) - 1))
+        means = np.bincount(places, log_probs * in_answer, len(part.starts) - 1) / counts
         values, slopes = odds_ratio(means.reshape(-1, 2), self._beta)
         is_chosen = places % 2 == 0
-        gradient = of_answer * (slopes.reshape(-1) / counts)[places] - weight * is_chosen
+        gradient = in_answer * (slopes.reshape(-1) / counts)[places] - weight * is_chosen
         learned = log_probs[is_chosen]
         self._measure(self._beta * means.reshape(-1, 2))
         self._tally.add("nll_loss", -learned, counted=True)

@@ -83,7 +83,7 @@ struct Fetch {
   // Prefetches `lines` cache lines that begin at `from`. At each step, gemm_outputs_in_lanes prefetches
   // `each` lines, but no more lines than the step reads from `w`. When too few lines are left for all steps,
   // gemm_outputs_in_lanes prefetches later rows of `w` instead. Products with low-bit blocks ignore `each`
-  // and spread the lines over the rows of W.
+  // and spread the cache lines over the rows of W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }

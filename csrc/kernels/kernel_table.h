@@ -189,8 +189,9 @@ struct SmallProducts {
   void (*dots)(size_t interleave_factor, size_t rows, size_t depth, const Panels<W>& w, const Operand<W>* xs,
                Sum<W>* part, bool accumulate);
 
-  // The same product as gemm_outputs_in_lanes in Tiles, except that `depth` counts rows of `w` even
-  // for pairs.
+  // The same product as gemm_outputs_in_lanes in Tiles, except that `depth` always counts the rows of `w`. If
+  // `a` holds pairs of bfloat16 values, each pair belongs to two rows of `w`. If `depth` is odd, the last row
+  // is paired with zeros.
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                                 const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c,
                                 size_t c_stride, bool accumulate, const Fetch& next);

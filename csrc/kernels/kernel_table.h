@@ -38,8 +38,8 @@ struct Strided {
   size_t step_stride;
 };
 
-// A bfloat16 value of a weight. Products of small batches convert single bfloat16 values to float
-// in registers.
+// One bfloat16 value of a weight; a Bf16Pair is two. Products of very few tokens convert each value to float
+// in registers instead of pairing it.
 enum class Bf16 : uint16_t {};
 
 // The element type of the bfloat16 products: two bfloat16 values that are neighbours along the depth, with
@@ -511,9 +511,9 @@ inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
 // not runnable on this machine.
 const KernelTable& table();
 
-// Writes the tables of this build that this machine can run to `out`, with the best table last, and
-// returns their number. This function does not ask Linux for the AMX registers. Tests and show_config
-// use this function.
+// Fills `out` with the tables of this build that this machine can run, with the best table last, and returns
+// their number. This function does not ask Linux for the AMX registers. Tests and show_config use this
+// function.
 size_t available_tables(const KernelTable** out, size_t capacity);
 
 }  // namespace nplora::kernels

@@ -74,8 +74,9 @@ inline double flops(size_t n, size_t d_out, size_t d_in) {
 }
 
 // The number of tokens in a token block (MC in BLIS): as many as fit into `bytes`, at `width` elements for
-// each token. The blocks of a batch have about equal size. Token blocks, and the tokens of tasks, are cut at
-// multiples of kTokenUnit.
+// each token. The blocks of a batch have about equal size. A batch is cut into token blocks at multiples of
+// kTokenUnit. Token blocks are cut into tasks at such multiples too, except in forward_lanes, which cuts at
+// multiples of the number of lanes.
 inline constexpr size_t kTokenUnit = 32;
 static_assert(kTokenUnit % kDepthUnitValues == 0);
 inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes, size_t bytes = kLanesBytes) {

@@ -232,8 +232,8 @@ def finetune(
         BudgetError: no plan fits into `memory`. The message says which options would fit.
         NotADirectoryError: the output is not a directory.
         FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set; or it
-            holds an adapter without a run, and `overwrite` is not set; or it holds a file that has the name
-            of one of the run's files, but that nplora did not make.
+            holds an adapter without a run, and `overwrite` is not set; or it holds a file that nplora did not
+            make, under the name of one of the run's files.
         UnsafeError: a file with the name of one of the run's files is a link.
         NonFiniteLossError, CorruptError, OSError: see `Trainer.fit`.
     Warns:

@@ -267,9 +267,9 @@ def test_a_tool_call_that_the_template_leaves_out_is_refused(tmp_path: Path, con
     read_dataset(path, tokenizer(TOOLS_TEMPLATE))
     with pytest.raises(DataError, match="leaves out the tool call 'weather'"):
         read_dataset(path, tokenizer(), learn="all")
+    pairs = splits_of("test", [{"prompt": [user], "chosen": [calling], "rejected": "b"}]).train
     with pytest.raises(DataError, match="leaves out the tool call 'weather'"):
-        pair = {"prompt": [user], "chosen": [calling], "rejected": "b"}
-        read_pairs("test", splits_of("test", [pair]).train, tokenizer(), ReadOptions(), "dpo", PairDataset)
+        read_pairs("test", pairs, tokenizer(), ReadOptions(), "dpo", PairDataset)
     long = {"role": "user", "content": "a" * 9000}
     for ours in (tokenizer(), tokenizer(TOOLS_TEMPLATE)):  # turns that are not trained, or are cut
         read_dataset([{"messages": [user, calling | {"weight": 0}, ANSWER]}], ours)

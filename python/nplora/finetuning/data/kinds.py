@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ _SPEAKERS = {  # of ShareGPT
     "function_call": "assistant", "observation": "tool", "tool": "tool",
 }  # fmt: skip
 _LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # labels of choices for which a row has none
+_PROMPTS = ("question", "query", "instruction", "input", "user", "context")  # other names of the prompt
 _TURNS = ("human or observation", "gpt or function_call")
 
 
@@ -52,11 +53,36 @@ class Kind:
     parse: Callable[[Fields], Example]
 
 
+class _Noted(Mapping[str, Any]):
+    """A mapping that notes which of its keys were looked up."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.raw, self.asked = values, set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return self.raw[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.raw)
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+
 class Fields:
-    """The fields of a row, with checks. A field that is null counts as missing."""
+    """The fields of a row, with checks. A field that is null counts as missing.
+
+    A field that is looked up counts as used.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values, self.where = values, where
+        self.values, self.where = _Noted(values), where
+
+    def unread(self) -> dict[str, Any]:
+        """The fields that were not looked up and are not empty. Tools and documents are counted elsewhere."""
+        known = self.values.asked.union(_CONTEXT)
+        return {k: v for k, v in self.values.raw.items() if k not in known and not _is_empty(v)}
 
     def has(self, name: str) -> bool:
         return self.values.get(name) is not None
@@ -64,7 +90,7 @@ class Fields:
     def get(self, name: str) -> Any:
         """The value of a field that must be there."""
         if name not in self.values:
-            raise self.error(f"{name} is missing; the row has {brief(list(self.values))}")
+            raise self.error(f"{name} is missing; the row has {brief(list(self.values))}; {renaming(name)}")
         return self.values[name]
 
     def text(self, name: str, may_be_empty: bool = False, default: str | None = None) -> str:
@@ -96,6 +122,16 @@ class Fields:
 
     def error(self, problem: str) -> DataError:
         return DataError(f"{self.where}: {problem}")
+
+
+def renaming(ours: str, theirs: str | None = None) -> str:
+    """How to read a field that has another name in the data, as the end of a message."""
+    name = theirs or "NAME"
+    return f"--columns {ours}={name} (columns={{{ours!r}: {name!r}}}) reads the field {name!r} as {ours}"
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def _loads(text: str) -> Any:
@@ -382,8 +418,20 @@ def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
     if count and one[count - 1] == " " and one[count] != other[count]:
         count -= 1
     if not count and one != other:
-        raise row.error("chosen and rejected begin differently, expected the same prompt in both")
+        name = prompt_among(row.unread())
+        hint = f"; {renaming('prompt', name)}" if name and not row.has("prompt") else ""
+        raise row.error(f"chosen and rejected begin differently, expected the same prompt in both{hint}")
     return count
+
+
+def prompt_among(unread: Mapping[str, Any]) -> str | None:
+    """The field that is probably the prompt, among those of a row that are not used: a known name or a text.
+
+    A text of one word is not a prompt, but an identifier or the name of a source.
+    """
+    texts = {k: v for k, v in unread.items() if isinstance(v, str) and (k in _PROMPTS or " " in v.strip())}
+    known = next((name for name in _PROMPTS if name in texts), None)
+    return known or max(texts, key=lambda name: len(texts[name]), default=None)
 
 
 def _judged(row: Fields) -> Example:
@@ -399,7 +447,7 @@ def _judged(row: Fields) -> Example:
 
 
 def _multiple_choice(row: Fields) -> Example:
-    name = "question" if row.has("question") and not row.has("prompt") else "prompt"
+    name = "question" if not row.has("prompt") and row.has("question") else "prompt"
     prompt = row.get(name)
     if isinstance(prompt, list) and prompt:
         prompt = _messages(row, name, prompt)

@@ -33,6 +33,8 @@ _SPEAKERS = {  # of ShareGPT
 }  # fmt: skip
 _LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # labels of choices for which a row has none
 _PROMPTS = ("question", "query", "instruction", "input", "user", "context")  # other names of the prompt
+# Judgements. TRL takes 1 and 0 too, and tables in text files have no booleans.
+_LABELS: dict[object, bool] = {"true": True, "1": True, 1: True, "false": False, "0": False, 0: False}
 _TURNS = ("human or observation", "gpt or function_call")
 
 
@@ -436,11 +438,10 @@ def prompt_among(unread: Mapping[str, Any]) -> str | None:
 
 def _judged(row: Fields) -> Example:
     label = row.get("label")
-    if isinstance(label, str) and label.lower() in ("true", "false"):  # tables in text files have no booleans
-        label = label.lower() == "true"
-    if not isinstance(label, bool):
-        raise row.error(f"label is {brief(label)}, expected true or false")
-    return Judged(_answer(row, "completion"), label)
+    key = label.strip().lower() if isinstance(label, str) else label
+    if not isinstance(key, str | bool | int | float) or key not in _LABELS:
+        raise row.error(f"label is {brief(label)}, expected true or false, or 1 or 0")
+    return Judged(_answer(row, "completion"), _LABELS[key])
 
 
 # ---- multiple choice ----
@@ -556,11 +557,12 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
     if len(found) > 1:
         (one, first), (other, second) = list(found.items())[:2]
         raise DataError(
-            f"{where}: the row has both {first} and {second}, expected only one of them; format={one!r} or "
-            f"{other!r} decides"
+            f"{where}: the row has both {first} and {second}, expected only one of them; --format {one} "
+            f"or {other} (format={one!r} or {other!r}) decides"
         )
     if not found:
-        raise DataError(f"{where}: the row has {brief(list(values))}, expected {_EXPECTED}")
+        renames = "--columns OURS=THEIRS (columns={'OURS': 'THEIRS'}) renames fields"
+        raise DataError(f"{where}: the row has {brief(list(values))}, expected {_EXPECTED}; {renames}")
     return BY_NAME[next(iter(found))]
 
 

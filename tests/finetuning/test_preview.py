@@ -214,6 +214,28 @@ def test_the_command_shows_marks_or_colours(
     assert "valid_split is 2.0, expected between 0 and 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"a": 1}] * 2, "no row can be used: 2 bad rows"),
+        ([{"prompt": "x" * 90, "completion": "b"}], "no row can be used: 1 left out after the cut"),
+    ],
+)
+def test_the_command_fails_if_no_row_can_be_used(
+    rows: list[dict[str, Any]], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_small_llama(tmp_path / "model.gguf")
+    bad, good = tmp_path / "bad.jsonl", tmp_path / "good.jsonl"
+    bad.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    good.write_text(json.dumps(ROWS[0]) + "\n")
+    for line in ([str(bad)], [str(good), "--valid", str(bad)]):
+        assert cli.main(["data", *line, "--model", str(model)]) == 2
+        printed = capsys.readouterr()
+        assert f"{bad} (" in printed.out
+        assert printed.err == f"nplora: error: {bad}: {message}\n"
+    assert cli.main(["data", str(bad), str(good), "--model", str(model)]) == 0
+
+
 # ---- fields that are not used ----
 
 

@@ -116,6 +116,11 @@ class Part:
     bad: int
     problems: tuple[str, ...]
 
+    @property
+    def usable(self) -> int:
+        """The number of examples that are not left out."""
+        return self.examples - self.emptied
+
 
 @dataclass(frozen=True)
 class Preview:
@@ -138,6 +143,18 @@ class Preview:
     max_length: int
     examples: tuple[Example, ...]
     shared: int
+
+    def require_usable(self) -> None:
+        """Check that there is something to train on, and to evaluate on if there are data for it.
+
+        Raises:
+            DataError: all rows are bad, or are left out.
+        """
+        for part in (self.train, self.valid):
+            if part is not None and not part.usable:
+                reasons = [counted(part.bad, "bad row")] if part.bad else []
+                reasons += [f"{part.emptied:,} left out after the cut"] if part.emptied else []
+                raise DataError(f"{part.source}: no row can be used: {', '.join(reasons)}")
 
     def text(self, colour: bool = False) -> str:
         """The preview as text. With `colour`, the trained parts are green, for a terminal."""
@@ -335,7 +352,7 @@ def _summary(part: Part, max_length: int) -> str:
         f"{part.source} ({', '.join(part.kinds) or 'no format'}): "
         f"{counted(part.examples, unit)}, {counted(tokens, 'token')} ({part.trained:,} in the loss)"
     ]
-    if part.epoch != part.examples - part.emptied:
+    if part.epoch != part.usable:
         refused = f", and at most {MOST_EXAMPLES:,} are possible" if part.epoch > MOST_EXAMPLES else ""
         lines.append(f"  with the weights, an epoch has {counted(part.epoch, unit)}{refused}")
     lines += [f"  {_PURPOSE[kind]}" for kind in part.kinds if kind in _PURPOSE]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import nplora
 from nplora import cli
 from nplora.finetuning.data import preview, read_dataset
 from nplora.finetuning.data.comparisons import PairDataset, read_pairs
@@ -212,6 +213,18 @@ def test_the_command_shows_marks_or_colours(
     assert "1+1=\x1b[1;32m2<|end|>\x1b[0m" in capsys.readouterr().out
     assert cli.main([*line, "--valid-split", "2"]) == 2
     assert "valid_split is 2.0, expected between 0 and 1" in capsys.readouterr().err
+
+
+def test_a_model_stands_for_its_tokenizer(tmp_path: Path) -> None:
+    path = save_small_llama(tmp_path / "model.gguf")
+    lm = nplora.load_model(path)
+    assert preview(ROWS, lm) == preview(ROWS, lm.tokenizer)
+    assert len(read_dataset(ROWS, lm)) == len(ROWS)
+    message = "tokenizer is .*, expected a model or its tokenizer, such as nplora.load_model.path..tokenizer$"
+    for read in (preview, read_dataset):
+        for wrong in (str(path), path, None):
+            with pytest.raises(TypeError, match=f"^{read.__name__}: {message}"):
+                read(ROWS, wrong)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(

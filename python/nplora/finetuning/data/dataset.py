@@ -30,6 +30,7 @@ from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Data, Source, sources_of
 from nplora.finetuning.data.stored import Stored
 from nplora.formats.errors import DataError, LimitError, brief, counted, nearest_names
+from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch, pack
 from nplora.runtime.user_warning import warn_user
 from nplora.tokenizer import Tokenizer
@@ -105,7 +106,7 @@ class ReadOptions:
 
 def read_dataset(
     data: Data,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | LanguageModel,
     *,
     max_length: int | None = None,
     learn: str = "completion",
@@ -144,7 +145,7 @@ def read_dataset(
               Face.
             - a list of paths, or of pairs (path, weight). An epoch has each example of a file `weight` times.
               A fraction takes that share of the examples, which stays the same in every epoch.
-        tokenizer: the model's tokenizer.
+        tokenizer: the model's tokenizer, or the model.
         max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
         learn: "completion" trains the tokens that are listed above; "all" trains all tokens.
         format: format of the rows: "messages", "sharegpt", "alpaca", "completion" or "text"; None: the fields
@@ -178,7 +179,22 @@ def read_dataset(
     """
     op = "read_dataset"
     options = ReadOptions(max_length, learn, format, columns or {}, chat, skip_bad, strict, op)
-    return read_sources(op, sources_of(op, data), tokenizer, options)
+    return read_sources(op, sources_of(op, data), tokenizer_of(op, tokenizer), options)
+
+
+def tokenizer_of(op: str, given: object) -> Tokenizer:
+    """The tokenizer that is given, or that of a model.
+
+    Raises:
+        TypeError: it is neither of them.
+    """
+    found = given.tokenizer if isinstance(given, LanguageModel) else given
+    if not isinstance(found, Tokenizer):
+        raise TypeError(
+            f"{op}: tokenizer is {_check.kind(found)}, expected a model or its tokenizer, such as "
+            "nplora.load_model(path).tokenizer"
+        )
+    return found
 
 
 def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: ReadOptions) -> Dataset:

@@ -19,6 +19,7 @@ from nplora.finetuning.data.dataset import (
     forgotten_prompt,
     parsed,
     text_windows,
+    tokenizer_of,
     without_prompt_words,
 )
 from nplora.finetuning.data.encoding import Encoded, Encoder
@@ -27,6 +28,7 @@ from nplora.finetuning.data.kinds import Kind
 from nplora.finetuning.data.sources import Data, Source, sources_of, splits_of
 from nplora.finetuning.data.split import Division
 from nplora.formats.errors import DataError, LimitError, brief, counted
+from nplora.lm import LanguageModel
 from nplora.tokenizer import Tokenizer
 
 _BAR = 40  # characters of the longest bar
@@ -179,7 +181,7 @@ class Preview:
 
 def preview(
     data: Data,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | LanguageModel,
     *,
     valid: Data | None = None,
     valid_split: float | None = None,
@@ -231,7 +233,7 @@ def preview(
     elif valid is not None:
         found = sources_of(op, valid)
     division = None if valid_split is None else Division(op, sources, valid_split, options)
-    reader = _Reader(op, tokenizer, options, max_length)
+    reader = _Reader(op, tokenizer_of(op, tokenizer), options, max_length)
     train, seen, shown = reader.read(sources if division is None else division.train, examples)
     if division is not None:
         found = division.held_out()

@@ -287,6 +287,21 @@ def test_the_name_of_a_function_may_have_any_characters(name: str) -> None:
         assert len(read_dataset([{"messages": chat}], tokenizer(template))) == 1
 
 
+def test_the_chats_with_tools_of_the_documentation_train_the_call_and_the_answer() -> None:
+    root = Path(__file__).parents[2]
+    template = (root / "tests/data/chat_templates/qwen2_5.jinja").read_text()
+    page = (root / "docs/finetune.md").read_text(encoding="utf-8")
+    rows = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+    assert [set(row) for row in rows] == [{"tools", "messages"}, {"tools", "conversations"}]
+    for row in rows:
+        words = tokenizer(template)
+        [(_, labels)] = read_dataset([row], words)
+        assert words.decode(labels[labels != IGNORED]) == (
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>\n'
+            "Yes, it has 31 °C.<|im_end|>\n"
+        )
+
+
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 DROPS: list[tuple[dict[str, Any], bool]] = [
     ({"prompt": [USER], "completion": [ANSWER]}, False),

@@ -212,7 +212,7 @@ def test_the_command_shows_marks_or_colours(
     assert cli.main(line) == 0
     assert "1+1=\x1b[1;32m2<|end|>\x1b[0m" in capsys.readouterr().out
     assert cli.main([*line, "--valid-split", "2"]) == 2
-    assert "valid_split is 2.0, expected between 0 and 1" in capsys.readouterr().err
+    assert "--valid-split is 2.0, expected between 0 and 1" in capsys.readouterr().err
 
 
 def test_a_model_stands_for_its_tokenizer(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ class Encoder:
         text = self._tokenizer.decode(ids) if calls else ""
         for call in calls:
             name = call["function"]["name"]
-            if name not in text and json.dumps(name)[1:-1] not in text:
+            if name not in text and json.dumps(name, allow_nan=False)[1:-1] not in text:
                 raise DataError(
                     f"{where}: the chat template of this model leaves out the tool call {brief(name)}, so it "
                     "cannot be trained; use a model whose template writes tool calls, or give the call as "

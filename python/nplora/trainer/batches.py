@@ -108,6 +108,10 @@ class ArrayBatches:
             "seed": self.seed,
         }
 
+    def summary(self) -> dict[str, Any]:
+        """What the log of a run says about these batches."""
+        return {"rows": len(self.x), "batch_size": self.batch_size}
+
 
 class IterableBatches:
     """The batches (x, y) of a user's iterable, which is iterated over once in each epoch.

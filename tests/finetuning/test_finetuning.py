@@ -195,14 +195,15 @@ def test_every_option_reaches_trainer_optimiser_and_layers(
     )  # fmt: skip
     log = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
     header, settings = json.loads(log[0]), json.loads(log[1])["settings"]
-    dataset = read_dataset(data, load_model(model).tokenizer)
+    dataset = read_dataset(data / "train.jsonl", load_model(model).tokenizer)
     assert header["data"] == {
-        "source": str(data), "format": "completion", "examples": len(dataset),
+        "source": str(data / "train.jsonl"), "format": "completion", "examples": len(dataset),
         "tokens": sum(len(ids) for ids, _ in dataset),
         "trained_tokens": sum(int((labels[1:] != IGNORED).sum()) for _, labels in dataset),
         "batch_tokens": 50, "batches": len(TokenBatches(dataset, batch_tokens=50)),
     }  # fmt: skip
-    assert header["valid"] is None
+    valid = {"source": str(data / "valid.jsonl"), "examples": 4, "batches": 1}
+    assert header["valid"].items() >= valid.items()
     wanted = {"lr": 3e-3, "weight_decay": 0.2, "schedule": "linear", "warmup_steps": 2, "clip_norm": 0.7}
     assert settings["free"].items() >= {**wanted, "total_steps": 7}.items()
     assert settings["fixed"].items() >= {"accumulate": 2, "batch_tokens": 50, "seed": 9}.items()

@@ -6,6 +6,7 @@ import numpy as np
 
 from nplora import _check
 from nplora.adapters import Adapter
+from nplora.distributed.communicator import Alone, Communicator
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.earlier_run import EarlierRun
@@ -98,6 +99,7 @@ def plan(
     resume: bool = False,
     overwrite: bool = False,
     sample: Sequence[str] = (),
+    distributed: str | None = None,
     checkpoint_blocks: bool = False,
 ) -> MemoryPlan:
     """Predict the memory and the time of `finetune` with the same arguments. Nothing is trained or written.
@@ -132,6 +134,7 @@ def choose_execution(
     options: FinetuneOptions,
     earlier: EarlierRun | None,
     say: Callable[[str], None],
+    ranks: Communicator | None = None,
 ) -> ExecutionPlan:
     """Decide how `finetune` computes its steps. If `memory` is set, choose a plan that fits, and print it.
 
@@ -140,6 +143,8 @@ def choose_execution(
     Args:
         earlier: the run to resume, which keeps its micro-batch size; None for a new run.
         say: function that prints a text.
+        ranks: the processes that train together. Each plans for its own memory, and the plan that needs the
+            least memory besides the weights is used by all of them.
     Raises:
         BudgetError: no plan fits into `memory`.
         ValueError: the options do not fit the model.
@@ -159,11 +164,13 @@ def choose_execution(
         resuming=earlier is not None,
     )
     found = _planned("finetune", inputs, adapters, options, constraints)
-    say(str(found))
-    if found.chosen.compute != inputs.lm.compute:
+    plans = (ranks or Alone()).gather(found)
+    chosen = min(plans, key=lambda plan: plan.memory.total - plan.memory.process - plan.memory.weights)
+    say(str(chosen))
+    if chosen.chosen.compute != inputs.lm.compute:
         assert not isinstance(model, LanguageModel), "the arithmetic of a loaded model cannot change"
-        inputs.reload(model, found.chosen.compute)
-    return found.chosen
+        inputs.reload(model, chosen.chosen.compute)
+    return chosen.chosen
 
 
 def predicted(

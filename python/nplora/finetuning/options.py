@@ -40,6 +40,7 @@ T = TypeVar("T")
 DEFAULT_EXAMPLES = 8
 TEACHER_DTYPES = ("float16", "float32")
 KEEP_PREFIX = ("off", "memory", "disk")
+DISTRIBUTED = ("mpi", "off")
 _OF_THE_ADAPTER = (
     "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "layers", "use_rslora", "use_dora", "init",
     "trainable_tokens", "modules_to_save", "invocation",
@@ -301,6 +302,13 @@ class FinetuneOptions:
     sample: tuple[str, ...] = _unplanned(
         _RUN, (), "prompt to complete before and after training; plain text, not a chat", metavar="PROMPT"
     )
+    distributed: str | None = _unplanned(
+        _RUN,
+        None,
+        "what the processes that mpirun started do: mpi (train one adapter together, each on a part of every "
+        "step) or off (each makes a run of its own)",
+        choices=DISTRIBUTED,
+    )
     checkpoint_blocks: InitVar[bool] = False  # the old name of recompute
     op: InitVar[str] = "finetune"  # the name with which error messages begin
 
@@ -352,6 +360,13 @@ class FinetuneOptions:
             ("keep_prefix", KEEP_PREFIX), ("keep", KEEP),
         ):  # fmt: skip
             _check.choice(op, name, getattr(self, name), words)
+        if self.distributed is not None:
+            _check.choice(op, "distributed", self.distributed, DISTRIBUTED)
+        if self.distributed == "mpi" and self.keep_prefix != "off":
+            raise ValueError(
+                f"{op}: keep_prefix={self.keep_prefix!r} and distributed='mpi' exclude each other: in every "
+                "epoch an example may be on another rank, whose cache does not have it"
+            )
         if self.compute is not None:
             _check.choice(op, "compute", self.compute, COMPUTES)
 

@@ -13,6 +13,9 @@ from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter, rollback_on_error, save_adapter
+from nplora.distributed.communicator import Communicator
+from nplora.distributed.opening import opened_communicator
+from nplora.finetuning.agreement import require_same_options
 from nplora.finetuning.baseline import Baseline, answers_of
 from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.earlier_run import find_earlier_run
@@ -107,6 +110,7 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     sample: Sequence[str] = (),
+    distributed: str | None = None,
     checkpoint_blocks: bool = False,
 ) -> FinetuneReport:
     """Fine-tune a language model with LoRA on a file of text, and save the adapter in PEFT's format.
@@ -210,6 +214,8 @@ def finetune(
             stop.
         overwrite: delete the run and the adapter in the output directory.
         sample: prompt to complete before and after training; plain text, not a chat.
+        distributed: what the processes that mpirun started do: mpi (train one adapter together, each on a
+            part of every step) or off (each makes a run of its own).
         checkpoint_blocks: the old name of `recompute`.
     Returns:
         the losses, the sample texts and the history of the run; `print` shows them.
@@ -224,7 +230,8 @@ def finetune(
             holds an adapter without a run, and `overwrite` is not set; or it holds a file that has the name
             of one of the run's files, but that nplora did not make.
         UnsafeError: a file with the name of one of the run's files is a link.
-        NonFiniteLossError, CorruptError, OSError: see `Trainer.fit`.
+        NonFiniteLossError, CorruptError, OSError, RankError: see `Trainer.fit`.
+        ModuleNotFoundError, ImportError: `distributed` is "mpi", and mpi4py or an MPI library is missing.
     Warns:
         UserWarning: `memory` is not set, and the remaining steps need more memory than is available; or a
             resumed run has no validation data, or other validation data than before.
@@ -237,7 +244,8 @@ def finetune(
     """
     chosen = from_arguments("finetune", FinetuneOptions, locals())
     checked = checked_callbacks("finetune", callbacks)
-    return _finetune(model, data, output, valid, progress, checked, chosen)
+    with opened_communicator("finetune", chosen.distributed) as ranks:
+        return _finetune(model, data, output, valid, progress, checked, chosen, ranks)
 
 
 def _finetune(
@@ -248,18 +256,26 @@ def _finetune(
     progress: bool | None,
     own: list[Callback],
     chosen: FinetuneOptions,
+    ranks: Communicator,
 ) -> FinetuneReport:
+    is_first = ranks.rank == 0  # this rank writes the output and prints
     files.require_named("finetune", output=output)
-    files.require_directory(output)
-    place, say = files.absolute(output), speaker(progress)
-    require_reporters("finetune", chosen.report_to)
-    earlier = find_earlier_run(place) if chosen.resume else None
+    require_same_options(ranks, chosen)
+    place, speaking = Path(files.absolute(output)), is_first and speaks(progress)
+    say = speaker(speaking)
+    earlier = None
+    if is_first:
+        files.require_directory(output)
+        require_reporters("finetune", chosen.report_to)
+        earlier = find_earlier_run(place) if chosen.resume else None
+    earlier = ranks.broadcast(earlier)
     if earlier is not None and not isinstance(model, LanguageModel):
         chosen = earlier.keep_compute(chosen)
 
     inputs = read_inputs("finetune", model, data, valid, chosen)
-    require_not_read(place, inputs, chosen.adapter)
-    execution = choose_execution(model, inputs, chosen, earlier, say)
+    if is_first:
+        require_not_read(place, inputs, chosen.adapter)
+    execution = choose_execution(model, inputs, chosen, earlier, say, ranks)
     for dataset in inputs.datasets:
         say(str(dataset.report))
 
@@ -269,33 +285,50 @@ def _finetune(
     plain = lm.copied({})  # shares the frozen weights, and stays without an adapter
     with rollback_on_error(lm):
         put_on_adapter(lm, inputs.start, chosen)
-        require_free(place, chosen)
+        if is_first:
+            require_free(place, chosen)
         prefix = _new_prefix(inputs, place, chosen.keep_prefix)
     lm.model.recompute = execution.recompute
 
-    with files.Directory(place) as directory, _prefix_in_use(lm, prefix):
-        inputs.objective.prepare(plain, [batches, *([validation] if validation else [])], directory, say)
+    with _opened_output(place, ranks) as directory, _prefix_in_use(lm, prefix):
+        every = [batches, *([validation] if validation else [])]
+        inputs.objective.prepare(plain, every, directory, say, ranks)
         del plain
         loss = inputs.objective.loss(execution.micro_tokens)
-        baseline = Baseline(lm, loss, validation, chosen.sample, say)
-        if not (chosen.resume and holds_run(directory)):
+        baseline = Baseline(lm, loss, validation, chosen.sample, say, ranks)
+        is_new = ranks.broadcast(directory is not None and not (chosen.resume and holds_run(directory)))
+        if is_new:
             if chosen.resume:
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")
             baseline.measure()
         base = None if isinstance(model, LanguageModel) else os.fspath(model)
         save = functools.partial(save_adapter, chat_template=inputs.train.report.chat)
-        with (
-            reporting(
-                chosen.report_to, Path(directory, REPORTS), _shown(chosen, lm), lambda: loss.tokens
-            ) as sent,
-            _saved_as_of_a_good_step(lm, directory, base, save),
-        ):
-            line = [TokenProgress(loss=loss)] if speaks(progress) else []
-            callbacks = [baseline, *own, *sent, *line]
-            history = _train(new_trainer(lm, loss, chosen, callbacks), batches, validation, chosen, directory)
-        _save(lm, directory, base, save)
-        found_at = directory.seen_from(output)
-    return _report(found_at, inputs, chosen, baseline, history)
+        with contextlib.ExitStack() as stack:
+            callbacks = [baseline, *own]
+            if directory is not None:
+                reports, shown = Path(directory, REPORTS), _shown(chosen, lm)
+                callbacks += stack.enter_context(
+                    reporting(chosen.report_to, reports, shown, lambda: loss.tokens)
+                )
+                stack.enter_context(_saved_as_of_a_good_step(lm, directory, base, save))
+            callbacks += [TokenProgress(loss=loss)] if speaking else []
+            trainer = new_trainer(lm, loss, chosen, callbacks, ranks)
+            history = _train(trainer, batches, validation, chosen, directory)
+        found_at = place
+        if directory is not None:
+            _save(lm, directory, base, save)
+            found_at = directory.seen_from(output)
+    return _report(found_at, inputs, chosen, baseline, history, trainer)
+
+
+@contextlib.contextmanager
+def _opened_output(place: Path, ranks: Communicator) -> Iterator[files.Directory | None]:
+    """The output directory on rank 0, and None on the other ranks, which may be unable to write to it."""
+    if ranks.rank:
+        yield None
+        return
+    with files.Directory(place) as directory:
+        yield directory
 
 
 def put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOptions) -> None:
@@ -346,7 +379,11 @@ def _shown(options: FinetuneOptions, lm: LanguageModel) -> dict[str, Any]:
 
 
 def new_trainer(
-    lm: LanguageModel, loss: PackedLoss, options: FinetuneOptions, callbacks: list[Callback]
+    lm: LanguageModel,
+    loss: PackedLoss,
+    options: FinetuneOptions,
+    callbacks: list[Callback],
+    ranks: Communicator | None = None,
 ) -> Trainer:
     """The trainer of a run with these options."""
     return Trainer(
@@ -360,6 +397,7 @@ def new_trainer(
         seed=options.seed,
         callbacks=callbacks,
         progress=False,
+        communicator=ranks,
     )
 
 
@@ -368,7 +406,7 @@ def _train(
     batches: TokenBatches,
     validation: TokenBatches | None,
     options: FinetuneOptions,
-    directory: files.Directory,
+    directory: files.Directory | None,
 ) -> History:
     return trainer.fit(
         batches,
@@ -424,10 +462,16 @@ def _save(lm: LanguageModel, output: StrPath, base: str | None, save: Callable[.
 
 
 def _report(
-    output: Path, inputs: RunInputs, options: FinetuneOptions, baseline: Baseline, history: History
+    output: Path,
+    inputs: RunInputs,
+    options: FinetuneOptions,
+    baseline: Baseline,
+    history: History,
+    trainer: Trainer,
 ) -> FinetuneReport:
     lm, stopped = inputs.lm, history.interrupted
-    after = [""] * len(options.sample) if stopped else answers_of(lm, options.sample)
+    rank = trainer.communicator.rank
+    after = [""] * len(options.sample) if stopped or rank else answers_of(lm, options.sample)
     loss_after, metrics_after = (None, dict[str, float]()) if stopped else _validated(history)
     return FinetuneReport(
         output=output,
@@ -443,6 +487,8 @@ def _report(
         trained=lm.num_trainable,
         parameters=lm.num_parameters,
         was_finished=baseline.was_finished,
+        rank=rank,
+        ranks=tuple(trainer.ranks),
     )
 
 

@@ -11,6 +11,7 @@ from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.early_stopping import EarlyStopping
 from nplora.trainer.fingerprint import factors, set_factors
 from nplora.trainer.history import EpochRecord, EvaluationRecord, History
+from nplora.trainer.meeting import Meeting
 
 Array = npt.NDArray[Any]
 
@@ -143,6 +144,14 @@ class RunState:
             steps = [record.step for record in history.epochs if record.epoch == best["epoch"]]
             best = {**best, "step": max(steps, default=0)}
         self.early_stopping.continue_from(best, checkpoint.best_parameters)
+
+    def share(self, meeting: Meeting, resumed: bool) -> bool:
+        """Give the state of a resumed run from rank 0 to all ranks; return whether rank 0 has one."""
+        mine = (self.checkpoint({}, ""), self.history) if resumed else None
+        given = meeting.broadcast(mine)
+        if given is not None and meeting.rank:
+            self.continue_from(*given)
+        return given is not None
 
     def _dropout_streams(self) -> list[tuple[int, int]]:
         return [layer.dropout_stream for layer in self._adapters]

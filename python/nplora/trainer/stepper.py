@@ -11,11 +11,13 @@ import numpy.typing as npt
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.optim import schedule
 from nplora.trainer.fused import take_metrics
-from nplora.trainer.gradients import Gathered, Gradients
+from nplora.trainer.gradients import Gathered, Gradients, NonfiniteLoss
 from nplora.trainer.history import StepRecord
+from nplora.trainer.meeting import Meeting
 from nplora.trainer.nonfinite import INPUT, TARGETS, nonfinite_parameters
 from nplora.trainer.resuming import first_few
 from nplora.trainer.run_state import RunState
+from nplora.trainer.shared_gradients import SharedGradients
 from nplora.trainer.training_setup import TrainingSetup
 
 Array = npt.NDArray[Any]
@@ -25,15 +27,22 @@ class Stepper:
     """Makes the steps of a run: adds up the gradients of several batches, clips them, and updates the
     parameters."""
 
-    def __init__(self, setup: TrainingSetup, state: RunState) -> None:
+    def __init__(self, setup: TrainingSetup, state: RunState, meeting: Meeting) -> None:
         self._setup, self._state = setup, state
-        self._gradients = Gradients(setup)
+        self._gradients = Gradients(setup) if meeting.size == 1 else SharedGradients(setup, meeting)
         self._gathered = Gathered()
 
     def begin(self) -> None:
         """Begin a step, whose time is measured from this call."""
         self._gathered = Gathered()
+        self._gradients.begin()
         take_metrics(self._setup.loss)  # drops the metrics of an unfinished step
+
+    @property
+    def work(self) -> tuple[int, float]:
+        """On several ranks: the number of items that this rank has computed, and the seconds it took."""
+        shared = self._gradients
+        return (shared.items, shared.computed) if isinstance(shared, SharedGradients) else (0, 0.0)
 
     @property
     def has_batches(self) -> bool:
@@ -73,10 +82,20 @@ class Stepper:
         Raises:
             NonFiniteLossError: the loss of the batch is NaN or infinite.
         """
-        problem = self._gradients.add(x, y, self._gathered)
-        if problem:
-            batch = self._state.batch + self._gathered.batches
-            raise self._nonfinite(f"the loss of batch {batch} {problem}")
+        self._require_finite(self._gradients.add(x, y, self._gathered))
+
+    def complete(self) -> None:
+        """Complete the gradients of a step that has all of its batches.
+
+        Raises:
+            NonFiniteLossError: the loss of a batch is NaN or infinite.
+        """
+        self._require_finite(self._gradients.finish(self._gathered))
+
+    def _require_finite(self, problem: NonfiniteLoss | None) -> None:
+        if problem is not None:
+            batch = self._state.batch + problem.batch
+            raise self._nonfinite(f"the loss of batch {batch} {problem.what}")
 
     def update(self) -> StepRecord:
         """Clip the gradients, update the parameters, and count the step.

@@ -9,8 +9,11 @@ from nplora.runtime.user_warning import warn_user
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.evaluation import evaluate
 from nplora.trainer.fit_config import FitConfig
+from nplora.trainer.handshake import require_agreement
 from nplora.trainer.history import EVALUATION, EvaluationRecord, History
 from nplora.trainer.interrupts import Interrupts, Terminated
+from nplora.trainer.meeting import Meeting
+from nplora.trainer.rank_record import Stopwatch
 from nplora.trainer.run import Run
 from nplora.trainer.run_checkpoints import RESUME_HINT, RunCheckpoints
 from nplora.trainer.run_directory import RunDirectory
@@ -33,10 +36,13 @@ class TrainingRun(Run):
         state = RunState(setup.model, setup.optimizer, config.total_steps, config.patience, keeps_best)
         super().__init__(state, directory)
         self._setup, self._config, self._callbacks = setup, config, callbacks
-        self._stepper = Stepper(setup, state)
         self._gradient_callbacks = [callback for callback in callbacks if _sees_gradients(callback)]
         self._checkpoints: RunCheckpoints | None = None
-        self._interrupts = Interrupts(terminate=directory is not None)
+        shared = setup.communicator.size > 1
+        self._interrupts = Interrupts(terminate=shared or directory is not None, noted_only=shared)
+        self._meeting = Meeting(setup.communicator, self._interrupts)
+        self._stepper = Stepper(setup, state, self._meeting)
+        self._stopwatch = Stopwatch.start(setup.communicator, time.perf_counter())
 
     def execute(self, resume: bool) -> History:
         """Train until the run is complete, or until Ctrl-C or an error ends it."""
@@ -74,16 +80,23 @@ class TrainingRun(Run):
     def _begin(self, resume: bool) -> None:
         """Load the directory's checkpoint, or write a first one, so that a disk error appears early."""
         self._state.prepare()
-        if self._directory is None:
-            return
+        require_agreement(self._meeting, self._setup, self._config)
+        resumed = self._directory is not None and self._begin_directory(self._directory, resume)
+        if self._meeting.size > 1:
+            resumed = self._state.share(self._meeting, resumed)
+        if resumed:
+            self._stop_if_patience_is_lost()
+
+    def _begin_directory(self, directory: RunDirectory, resume: bool) -> bool:
+        """Load or write a checkpoint; return whether the run is resumed."""
         self._checkpoints = RunCheckpoints(
-            self._setup, self._config, self._state, self._directory, self._interrupts
+            self._setup, self._config, self._state, directory, self._interrupts
         )
         if resume and self._checkpoints.resume():
-            self._stop_if_patience_is_lost()
-        else:
-            self._checkpoints.begin()
-            self._save(must=True)
+            return True
+        self._checkpoints.begin()
+        self._save(must=True)
+        return False
 
     def _save_interrupted(self) -> None:
         with self._interrupts.hold():
@@ -96,6 +109,10 @@ class TrainingRun(Run):
 
     def _finish(self) -> None:
         history = self.history
+        if self._meeting.size > 1:
+            record = self._stopwatch.record(time.perf_counter(), *self._stepper.work)
+            self._setup.ranks = self._meeting.communicator.gather(record)
+            self.log("ranks", {"ranks": [vars(one) for one in self._setup.ranks]})
         history.ended = self._ended or "complete"
         if not history.interrupted and (best := self._state.early_stopping.restore_best()):
             history.best_step, history.best_epoch = best["step"], best["epoch"]
@@ -119,7 +136,10 @@ class TrainingRun(Run):
             self._close_epoch(complete=False)
 
     def _is_over(self) -> bool:
+        """Whether the run is over, on all ranks: a callback may have ended it on one of them."""
         config = self._config
+        ends = self._meeting.gather(self._ended)
+        self._ended = next((end for end in ends if end is not None), None)
         return (
             self._ended is not None
             or (config.steps is not None and self.step >= config.steps)
@@ -142,6 +162,7 @@ class TrainingRun(Run):
         return not self._is_over()
 
     def _update(self) -> None:
+        self._stepper.complete()
         if self._gradient_callbacks and self._stepper.has_gradients:
             gradients = self._stepper.gradients()
             for callback in self._gradient_callbacks:
@@ -172,7 +193,7 @@ class TrainingRun(Run):
         validation, started = self._config.validation, time.perf_counter()
         if validation is None:
             return None
-        metrics = evaluate(self.model, self._setup.loss, validation)
+        metrics = evaluate(self.model, self._setup.loss, validation, self._meeting)
         seconds = time.perf_counter() - started
         loss, accuracy = metrics.pop("loss"), metrics.pop("accuracy", None)
         return EvaluationRecord(self.step, epoch, loss, accuracy, seconds, metrics)

@@ -6,11 +6,13 @@ from typing import Any
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.distributed.communicator import Alone, Communicator
 from nplora.nn import losses, optim
 from nplora.nn.losses import LossFunction
 from nplora.nn.module import Module
 from nplora.nn.optim import SCHEDULES, AdamW, Optimizer
 from nplora.trainer.fused import FusedLoss
+from nplora.trainer.rank_record import RankRecord
 
 Array = npt.NDArray[Any]
 
@@ -28,6 +30,7 @@ class TrainingSetup:
         accumulate: int,
         clip_norm: float | None,
         seed: int,
+        communicator: Communicator | None = None,
     ) -> None:
         if not isinstance(model, Module):
             raise TypeError(f"Trainer: model is a {type(model).__name__}, expected a Module")
@@ -42,6 +45,13 @@ class TrainingSetup:
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"Trainer: clip_norm is {clip_norm}, expected above 0 or None")
         self.seed = _check.integer("Trainer", "seed", seed, least=0)
+        self.ranks: list[RankRecord] = []
+        self.communicator = Alone() if communicator is None else communicator
+        if self.communicator.size > self.accumulate:
+            raise ValueError(
+                f"Trainer: there are {self.communicator.size} ranks, but a step has only {self.accumulate} "
+                "of the batches that they share: use fewer ranks, or a larger accumulate"
+            )
         parameters = inspect.signature(model.backward).parameters
         self._skips_dx = "need_dx" in parameters
 

@@ -10,8 +10,7 @@ from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objectives.objective import Objective
-from nplora.finetuning.objectives.packed_loss import PackedLoss
-from nplora.finetuning.objectives.tally import Tally
+from nplora.finetuning.objectives.packed_loss import TalliedLoss
 from nplora.finetuning.planning import Teaching
 from nplora.finetuning.teachers import ModelTeacher, StoredTeacher, Teacher, is_stored
 from nplora.formats import files
@@ -25,12 +24,12 @@ from nplora.tokenizer import Tokenizer
 Array = npt.NDArray[Any]
 
 
-class DistillLoss(PackedLoss):
+class DistillLoss(TalliedLoss):
     """The mean over the trained tokens of ratio · T² · KL + (1 - ratio) · cross-entropy (T: temperature)."""
 
     def __init__(self, formula: Distillation, teacher: Teacher, micro_tokens: int | None = None) -> None:
         super().__init__(micro_tokens)
-        self._formula, self._teacher, self._tally = formula, teacher, Tally()
+        self._formula, self._teacher = formula, teacher
 
     def settings(self) -> dict[str, Any]:
         chosen = {"kl": self._formula.kl, "temperature": self._formula.temperature}
@@ -43,8 +42,11 @@ class DistillLoss(PackedLoss):
     def forward_backward(self, model: Module, x: PackedBatch, y: Any, factor: float) -> float:
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
-        parts = (part for part in x.pieces(self.micro_tokens) if part.num_targets)
-        return sum(model.forward_backward_with(part, self._of(part), factor) for part in parts)
+        total = 0.0
+        for part in self._micro_batches(x):
+            total += model.forward_backward_with(part, self._of(part), factor)
+            self.after_part()
+        return total
 
     def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:
         assert isinstance(model, LanguageModel)
@@ -52,7 +54,7 @@ class DistillLoss(PackedLoss):
 
     def take_metrics(self) -> dict[str, float]:
         """The mean divergence, without T², and the mean cross-entropy, if it was computed."""
-        return self._tally.take()
+        return super().take_metrics()
 
     def blame(self, model: Module, x: PackedBatch) -> str:
         return self._teacher.blame(x) or super().blame(model, x)

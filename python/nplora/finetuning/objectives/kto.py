@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from nplora.distributed.communicator import Communicator
 from nplora.finetuning.data import EVALUATION_TOKENS
 from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.comparisons import JudgedDataset, Judgements, read_judged
@@ -16,10 +17,9 @@ from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.objectives import reference
 from nplora.finetuning.objectives.objective import Objective
-from nplora.finetuning.objectives.packed_loss import PackedLoss
+from nplora.finetuning.objectives.packed_loss import TalliedLoss
 from nplora.finetuning.objectives.preference_losses import Kto
 from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
-from nplora.finetuning.objectives.tally import Tally
 from nplora.formats import files
 from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch
@@ -29,7 +29,7 @@ from nplora.tokenizer import Tokenizer
 Array = npt.NDArray[Any]
 
 
-class KtoLoss(PackedLoss):
+class KtoLoss(TalliedLoss):
     """The mean of a loss over answers. Each answer is compared with the KL divergence of its batch.
 
     The KL divergence is the mean log-ratio of answers that do not fit their prompts, or 0 if the mean is
@@ -40,7 +40,7 @@ class KtoLoss(PackedLoss):
 
     def __init__(self, formula: Kto, of: Reference, micro_tokens: int | None = None) -> None:
         super().__init__(micro_tokens)
-        self._formula, self._reference, self._tally = formula, of, Tally()
+        self._formula, self._reference = formula, of
 
     def settings(self) -> dict[str, Any]:
         chosen = {"beta": self._formula.beta, "loss_type": self._formula.loss_type}
@@ -57,10 +57,11 @@ class KtoLoss(PackedLoss):
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
         kl, total, begin = self._kl(model, y), 0.0, 0
-        for part in x.pieces(self.micro_tokens):
+        for part in self._micro_batches(x):
             end = begin + len(part.starts) - 1
             loss = functools.partial(self._scaled, part, y.good[begin:end], kl, factor)
             total += model.forward_backward_of(part, loss)
+            self.after_part()
             begin = end
         return total
 
@@ -74,10 +75,13 @@ class KtoLoss(PackedLoss):
 
         The accuracy is the share of answers on the right side of the KL divergence.
         """
-        means = self._tally.take()
+        means = super().take_metrics()
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         return means
+
+    def _micro_batches(self, x: PackedBatch) -> Iterator[PackedBatch]:
+        return iter(x.pieces(self.micro_tokens))
 
     def _kl(self, model: LanguageModel, y: Judgements) -> float:
         """The estimated KL divergence of a batch."""
@@ -120,13 +124,14 @@ class KtoObjective(Objective):
         self,
         lm: LanguageModel,
         batches: list[TokenBatches],
-        directory: files.Directory,
+        directory: files.Directory | None,
         say: Callable[[str], None],
+        ranks: Communicator | None = None,
     ) -> None:
         def sequences_of(x: PackedBatch, y: Judgements) -> list[PackedBatch]:
             return [x, y.mismatched] if self._formula.uses_kl else [x]
 
-        self._reference = reference.computed(lm, batches, sequences_of, directory, say)
+        self._reference = reference.computed(lm, batches, sequences_of, directory, say, ranks)
 
     def loss(self, micro_tokens: int | None) -> KtoLoss:
         return KtoLoss(self._formula, self._reference, micro_tokens)

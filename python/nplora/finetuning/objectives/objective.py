@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from nplora.distributed.communicator import Communicator
 from nplora.finetuning.data import TokenBatches
 from nplora.finetuning.data.dataset import ReadOptions, read_sources
 from nplora.finetuning.data.sources import Source
@@ -68,18 +69,21 @@ class Objective:
         self,
         lm: LanguageModel,
         batches: list[TokenBatches],
-        directory: files.Directory,
+        directory: files.Directory | None,
         say: Callable[[str], None],
+        ranks: Communicator | None = None,
     ) -> None:
         """Compute all that the loss needs besides the model, when a run starts or is resumed.
 
         Args:
             lm: the model without the adapter that is trained.
             batches: the training data, and the validation data, if there are any.
-            directory: the output directory.
+            directory: the output directory; None on other ranks than rank 0.
             say: prints a text.
+            ranks: the processes that train together.
         """
-        reference.drop(directory)
+        if directory is not None:
+            reference.drop(directory)
 
     def loss(self, micro_tokens: int | None) -> PackedLoss:
         """The loss of a batch. The batch is computed in micro-batches of at most `micro_tokens` tokens."""

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from nplora.distributed.communicator import Communicator
 from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.comparisons import LearnedPairs, PairDataset, read_pairs
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.objectives import reference
 from nplora.finetuning.objectives.objective import Objective
-from nplora.finetuning.objectives.packed_loss import PackedLoss
+from nplora.finetuning.objectives.packed_loss import TalliedLoss
 from nplora.finetuning.objectives.preference_losses import Dpo, odds_ratio
 from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
-from nplora.finetuning.objectives.tally import Tally
 from nplora.formats import files
 from nplora.lm import LanguageModel
 from nplora.models.packing import IGNORED, PackedBatch
@@ -29,14 +29,10 @@ from nplora.tokenizer import Tokenizer
 Array = npt.NDArray[Any]
 
 
-class PairLoss(PackedLoss):
+class PairLoss(TalliedLoss):
     """The mean of a loss over pairs. A micro-batch never divides a pair."""
 
     unit = "pairs"
-
-    def __init__(self, micro_tokens: int | None = None) -> None:
-        super().__init__(micro_tokens)
-        self._tally = Tally()
 
     def count(self, x: PackedBatch, y: Array) -> int:
         return (len(x.starts) - 1) // 2
@@ -45,10 +41,11 @@ class PairLoss(PackedLoss):
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
         total, begin = 0.0, 0
-        for part in x.pieces(self.micro_tokens, together=2):
+        for part in self._micro_batches(x):
             end = begin + len(part.ids)
             loss = functools.partial(self._scaled, part, y[begin:end], self._weight(x), factor)
             total += model.forward_backward_of(part, loss)
+            self.after_part()
             begin = end
         return total
 
@@ -58,7 +55,10 @@ class PairLoss(PackedLoss):
 
     def take_metrics(self) -> dict[str, float]:
         """The mean rewards and margin, and the share of pairs whose chosen answer has the larger reward."""
-        return self._tally.take()
+        return super().take_metrics()
+
+    def _micro_batches(self, x: PackedBatch) -> Iterator[PackedBatch]:
+        return iter(x.pieces(self.micro_tokens, together=2))
 
     def _scaled(
         self, part: PackedBatch, is_answer: Array, weight: float, factor: float, log_probs: Array
@@ -161,10 +161,11 @@ class DpoObjective(Objective):
         self,
         lm: LanguageModel,
         batches: list[TokenBatches],
-        directory: files.Directory,
+        directory: files.Directory | None,
         say: Callable[[str], None],
+        ranks: Communicator | None = None,
     ) -> None:
-        self._reference = reference.computed(lm, batches, lambda x, y: [x], directory, say)
+        self._reference = reference.computed(lm, batches, lambda x, y: [x], directory, say, ranks)
 
     def loss(self, micro_tokens: int | None) -> DpoLoss:
         options = self.options

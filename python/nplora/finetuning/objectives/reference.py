@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _core
+from nplora.distributed.communicator import Alone, Communicator
 from nplora.finetuning.data import EVALUATION_TOKENS, TokenBatches
 from nplora.formats import files, safetensors
 from nplora.formats.errors import FormatError, counted
@@ -79,8 +81,9 @@ def computed(
     lm: LanguageModel,
     batches: list[TokenBatches],
     sequences_of: Callable[[PackedBatch, Any], Iterable[PackedBatch]],
-    directory: files.Directory,
+    directory: files.Directory | None,
     say: Callable[[str], None],
+    ranks: Communicator | None = None,
 ) -> Reference:
     """The reference for all sequences of the data: read from the directory, or computed and written there.
 
@@ -88,16 +91,19 @@ def computed(
         lm: the model without the adapter.
         batches: the training data, and the validation data, if there are any.
         sequences_of: the sequences of a batch whose log-probabilities are needed.
+        directory: the output directory; None on other ranks than rank 0.
+        ranks: the processes that train together. Each computes a share of the log-probabilities.
     Raises:
         NonFiniteLossError: a log-probability is NaN or infinite.
     Warns:
         UserWarning: the file cannot be written. The run can continue without it.
     """
-    model = _identity(lm)
-    kept, problem = _read(directory, model)
-    if problem:
+    ranks, model = ranks or Alone(), _identity(lm)
+    kept, problem = ({}, "") if directory is None else _read(directory, model)
+    if directory is not None and problem:
         say(f"{Path(directory, REFERENCE)}: {problem}; the reference is computed again")
-    found, new = dict[int, float](), False
+    kept = ranks.broadcast(kept)
+    found, new, turn = dict[int, float](), dict[int, float](), 0
     counts = sum(len(source.dataset) for source in batches)
     progress = _Progress(counts, say)
     is_whole = False
@@ -110,14 +116,20 @@ def computed(
                     # sequences the file has.
                     if not all(key in kept for key in keys):
                         progress.begin()
-                        kept |= zip(keys, _log_probs(lm, part).tolist(), strict=True)
-                        new = True
+                        turn += 1
+                        if turn % ranks.size == ranks.rank:
+                            new |= zip(keys, _log_probs(lm, part).tolist(), strict=True)
+                        kept |= ((key, new.get(key, math.nan)) for key in keys)
                     found |= ((key, kept[key]) for key in keys)
                 progress.add(len(x.starts) - 1, source.dataset)
+        for other in ranks.gather(new):
+            new |= other
+        found |= ((key, value) for key, value in new.items() if key in found)
         is_whole = True
     finally:  # also after Ctrl-C, so that the next start continues from here
-        if new:
-            _write(directory, model, found if is_whole else kept)
+        if new and directory is not None:
+            known = found if is_whole else {key: kept[key] for key in kept if kept[key] == kept[key]}
+            _write(directory, model, known)
     return Reference(found)
 
 

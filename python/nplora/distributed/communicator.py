@@ -1,7 +1,7 @@
 """Communicator: how the processes of a distributed run exchange values. Each process is called a rank."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy.typing as npt
 
@@ -114,3 +114,9 @@ class Alone:
 
     def abort(self) -> None:
         raise SystemExit(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass

@@ -100,6 +100,7 @@ class MPICommunicator:
         self.waited = self.exchanged = 0.0
         self._failure: RankError | None = None
         self._heard: set[int] = set()  # ranks that know of a failure
+        self._hung: set[int] = set()  # ranks that do not answer
         self._gone: set[int] = set()  # ranks that have left after a failure
         self._sent: list[Any] = []  # notices on their way
         if share_cores and self.size > 1:
@@ -232,6 +233,7 @@ class MPICommunicator:
                 time.sleep(_PAUSE)
 
     def _no_answer(self, missing: list[int]) -> RankError:
+        self._hung.update(missing)
         names = ", ".join(map(str, sorted(set(missing))))
         more = f" (nor do other ranks: {names})" if len(set(missing)) > 1 else ""
         return RankError(
@@ -278,6 +280,7 @@ class MPICommunicator:
         except BaseException as late:
             self._leave(late)
             raise
+        self._comm.Free()
 
     def _leave(self, error: BaseException) -> None:
         """Tell the other ranks about an error, and wait until they have ended their runs too."""
@@ -287,7 +290,8 @@ class MPICommunicator:
             self._notify(_LEAVES, self.rank, in_words(error))
         started = time.monotonic()
         while silent := set(self._others()) - self._gone:
-            if time.monotonic() - started > (_SAVING if silent <= self._heard else _GRACE):
+            limit = _SAVING if silent & self._heard else 0.0 if silent <= self._hung else _GRACE
+            if time.monotonic() - started > limit:
                 self._abort_beside(error, sorted(silent))
             self._listen()
             for request in self._sent:

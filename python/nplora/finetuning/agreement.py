@@ -8,18 +8,22 @@ from nplora.distributed.communicator import Communicator
 from nplora.finetuning.options import FinetuneOptions
 from nplora.trainer.handshake import differences
 from nplora.trainer.resuming import first_few
+from nplora.trainer.training_setup import too_many_ranks
 
 # The options that may differ from machine to machine, and those that may be objects or paths.
 _MAY_DIFFER = ("memory", "report_to", "save_every", "save_minutes", "teacher", "adapter")
 
 
 def require_same_options(ranks: Communicator, options: FinetuneOptions) -> None:
-    """Check that all ranks have the same options.
+    """Check that all ranks have the same options, and that each gets a batch in every step.
 
     Raises:
-        ValueError: a rank has other options than rank 0; the message names the rank and the options.
+        ValueError: a rank has other options than rank 0, and the message names the rank and the options; or
+            there are more ranks than batches in a step.
     """
     names = [field.name for field in dataclasses.fields(options) if field.name not in _MAY_DIFFER]
     problems = differences(ranks.gather({name: repr(getattr(options, name)) for name in names}))
     if problems:
         raise ValueError(f"finetune: the ranks do not agree: {first_few(problems, '; ')}")
+    if ranks.size > options.accumulate:
+        raise ValueError(f"finetune: {too_many_ranks(ranks.size, options.accumulate)}")

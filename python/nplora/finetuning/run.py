@@ -13,7 +13,7 @@ from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter, rollback_on_error, save_adapter
-from nplora.distributed.communicator import Communicator
+from nplora.distributed.communicator import Alone, Communicator
 from nplora.distributed.opening import opened_communicator
 from nplora.finetuning.agreement import require_same_options
 from nplora.finetuning.baseline import Baseline, answers_of
@@ -397,7 +397,7 @@ def new_trainer(
         seed=options.seed,
         callbacks=callbacks,
         progress=False,
-        communicator=ranks,
+        communicator=None if isinstance(ranks, Alone) else ranks,
     )
 
 

@@ -41,7 +41,7 @@ def evaluate(
     """
     ranks = ranks or Alone()
     take_metrics(loss)  # drops the metrics of an unfinished evaluation
-    sums = _Sums()
+    sums, all_measured = _Sums(), []
     rest = iter(batches.epoch(0, 0))
     while group := list(itertools.islice(rest, ranks.size)):
         own = None
@@ -52,7 +52,9 @@ def evaluate(
             continue
         for each, measured in ranks.gather((own, take_measured(loss))):
             sums.add(each)
-            add_measured(loss, measured)
+            all_measured.append(measured)
+    for measured in all_measured:
+        add_measured(loss, measured)
     return {**sums.means(), **take_metrics(loss)}
 
 

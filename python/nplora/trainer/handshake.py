@@ -33,12 +33,16 @@ def differences(ranks: list[dict[str, Any]]) -> list[str]:
     first, problems = ranks[0], []
     for rank, own in enumerate(ranks):
         for name in {**first, **own}:
-            here, there = (str(each.get(name, "missing")) for each in (own, first))
+            here, there = (_text(each.get(name, "missing")) for each in (own, first))
             if here != there:
                 is_long = max(len(here), len(there)) > _LONG
                 values = "" if is_long else f": {here}, but {there} on rank 0"
                 problems.append(f"rank {rank} has another {name}{values}")
     return problems
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else str(value)
 
 
 def _described(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
@@ -52,9 +56,10 @@ def _described(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
         "instruction set": core["isa"],
         "version of NumPy": np.__version__,
         "base model": base_fingerprint(setup.model),
-        **{name: json.dumps(value, sort_keys=True) for name, value in {**fixed, **settings["free"]}.items()},
-        "validation data": json.dumps(settings["validation"], sort_keys=True),
-        "adapter (layers, ranks, alphas)": json.dumps(layers, sort_keys=True),
+        **fixed,
+        **settings["free"],
+        "validation data": settings["validation"],
+        "adapter (layers, ranks, alphas)": layers,
         "start of the factors": _digest(setup),
         **{name: getattr(config, name) for name in names},
     }

@@ -48,12 +48,14 @@ class SharedGradients(Gradients):
         self._meeting = meeting
         self._sum = OrderedSum(meeting.communicator, [p.grad for p in self._parameters])
         self._round: list[tuple[Any, Any]] = []
+        self._measured: list[Any] = []  # of the step's batches, in order
         self._masks = [int(getattr(layer, "dropout", 0.0) > 0) for layer in self._adapters]
         self.computed, self.items = 0.0, 0
 
     def begin(self) -> None:
         """Drop what an unfinished step has left."""
         self._round.clear()
+        self._measured.clear()
         self._sum.restart()
 
     def add(self, x: Any, y: Any, gathered: Gathered) -> NonfiniteLoss | None:
@@ -66,6 +68,9 @@ class SharedGradients(Gradients):
         problem = self._run_round(gathered) if self._round else None
         if problem is None:
             self._sum.finish()
+            for measured in self._measured:
+                add_measured(self._setup.loss, measured)
+            self._measured.clear()
         return problem
 
     def _run_round(self, gathered: Gathered) -> NonfiniteLoss | None:
@@ -80,7 +85,7 @@ class SharedGradients(Gradients):
             gathered.first_count = gathered.first_count or result.count
             gathered.count += result.count
             gathered.loss += result.loss
-            add_measured(self._setup.loss, result.measured)
+            self._measured.append(result.measured)
         self._sum.add([result.terms for result in results])
         return None
 

@@ -29,7 +29,7 @@ class Stepper:
 
     def __init__(self, setup: TrainingSetup, state: RunState, meeting: Meeting) -> None:
         self._setup, self._state = setup, state
-        self._gradients = Gradients(setup) if meeting.size == 1 else SharedGradients(setup, meeting)
+        self._gradients = SharedGradients(setup, meeting) if setup.is_shared else Gradients(setup)
         self._gathered = Gathered()
 
     def begin(self) -> None:

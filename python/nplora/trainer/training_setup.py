@@ -46,12 +46,10 @@ class TrainingSetup:
             raise ValueError(f"Trainer: clip_norm is {clip_norm}, expected above 0 or None")
         self.seed = _check.integer("Trainer", "seed", seed, least=0)
         self.ranks: list[RankRecord] = []
+        self.is_shared = communicator is not None
         self.communicator = Alone() if communicator is None else communicator
         if self.communicator.size > self.accumulate:
-            raise ValueError(
-                f"Trainer: there are {self.communicator.size} ranks, but a step has only {self.accumulate} "
-                "of the batches that they share: use fewer ranks, or a larger accumulate"
-            )
+            raise ValueError(f"Trainer: {too_many_ranks(self.communicator.size, self.accumulate)}")
         parameters = inspect.signature(model.backward).parameters
         self._skips_dx = "need_dx" in parameters
 
@@ -61,3 +59,11 @@ class TrainingSetup:
             self.model.backward(gradient, saved, need_dx=False)
         else:
             self.model.backward(gradient, saved)
+
+
+def too_many_ranks(ranks: int, batches: int) -> str:
+    """The words of the error that some ranks would get no batch in a step."""
+    return (
+        f"there are {ranks} ranks, but a step has only {batches} of the batches that they share: use fewer "
+        "ranks, or a larger accumulate"
+    )

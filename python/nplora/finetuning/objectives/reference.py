@@ -103,7 +103,8 @@ def computed(
     if directory is not None and problem:
         say(f"{Path(directory, REFERENCE)}: {problem}; the reference is computed again")
     kept = ranks.broadcast(kept)
-    found, new, turn = dict[int, float](), dict[int, float](), 0
+    found, turn = dict[int, float](), 0
+    new: list[tuple[int, dict[int, float]]] = []  # the parts that this rank has computed, by number
     counts = sum(len(source.dataset) for source in batches)
     progress = _Progress(counts, say)
     is_whole = False
@@ -116,20 +117,24 @@ def computed(
                     # sequences the file has.
                     if not all(key in kept for key in keys):
                         progress.begin()
-                        turn += 1
+                        values = [math.nan] * len(keys)  # another rank computes them
                         if turn % ranks.size == ranks.rank:
-                            new |= zip(keys, _log_probs(lm, part).tolist(), strict=True)
-                        kept |= ((key, new.get(key, math.nan)) for key in keys)
+                            values = _log_probs(lm, part).tolist()
+                            new.append((turn, dict(zip(keys, values, strict=True))))
+                        kept |= zip(keys, values, strict=True)
+                        turn += 1
                     found |= ((key, kept[key]) for key in keys)
                 progress.add(len(x.starts) - 1, source.dataset)
-        for other in ranks.gather(new):
-            new |= other
-        found |= ((key, value) for key, value in new.items() if key in found)
+        # A sequence may be in several parts, with other roundings. The last one counts, as on one rank.
+        for _, values_of in sorted(itertools.chain(*ranks.gather(new)), key=lambda one: one[0]):
+            found |= values_of
         is_whole = True
     finally:  # also after Ctrl-C, so that the next start continues from here
-        if new and directory is not None:
-            known = found if is_whole else {key: kept[key] for key in kept if kept[key] == kept[key]}
-            _write(directory, model, known)
+        # After Ctrl-C on several ranks, the parts of this rank are not the first ones. A sequence that is in
+        # several parts would then get another rounding.
+        if turn and directory is not None and (is_whole or ranks.size == 1):
+            known = {key: value for key, value in kept.items() if not math.isnan(value)}
+            _write(directory, model, found if is_whole else known)
     return Reference(found)
 
 

@@ -55,6 +55,17 @@ class Communicator(Protocol):
         size: the number of processes.
         waited: the seconds that this process has waited in `gather` and `broadcast`.
         exchanged: the seconds that `exchange` and `join` have taken.
+
+    >>> import nplora, numpy as np
+    >>> class Watched(nplora.distributed.Alone):
+    ...     "The communicator of a single process, which prints what it joins."
+    ...     def join(self, part, out):
+    ...         print("joins", part.size, "gradients")
+    ...         super().join(part, out)
+    >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
+    >>> trainer = nplora.Trainer(layer, "mse", communicator=Watched())
+    >>> history = trainer.fit(np.eye(4), np.ones((4, 4)))
+    joins 8 gradients
     """
 
     waited: float

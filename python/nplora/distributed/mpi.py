@@ -24,6 +24,7 @@ _OP = "MPICommunicator"
 _TIMEOUT = "NPLORA_RANK_TIMEOUT"  # the environment variable with the seconds
 _DEFAULT_TIMEOUT = 600.0
 _GRACE = 5.0  # seconds in which the other ranks must notice that a rank has failed
+_LAST_VALUES = 0.1  # seconds in which the last values of a rank that has left arrive
 _SAVING = 60.0  # seconds in which they may then save the run
 _SPIN, _PAUSE = 2e-4, 5e-4  # seconds of testing without a pause; the pause after that
 
@@ -99,6 +100,7 @@ class MPICommunicator:
         self.rank, self.size = int(self._comm.rank), int(self._comm.size)
         self.waited = self.exchanged = 0.0
         self._failure: RankError | None = None
+        self._heard_at = 0.0  # the time at which this rank heard of the failure
         self._heard: set[int] = set()  # ranks that know of a failure
         self._hung: set[int] = set()  # ranks that do not answer
         self._gone: set[int] = set()  # ranks that have left after a failure
@@ -224,7 +226,9 @@ class MPICommunicator:
         started = time.monotonic()
         while not is_done():
             self._listen()
-            if self._failure is not None:
+            # A rank that has left may have sent its values before, and the cause may be known here soon.
+            is_late = time.monotonic() - self._heard_at > _LAST_VALUES
+            if self._failure is not None and is_late and self._gone.intersection(missing()):
                 raise self._failure
             waited = time.monotonic() - started
             if waited > self._timeout:
@@ -249,7 +253,7 @@ class MPICommunicator:
                 continue
             self._gone.add(sender)
             if reason and self._failure is None:
-                self._failure = RankError(rank, reason)
+                self._failure, self._heard_at = RankError(rank, reason), time.monotonic()
                 self._notify(_HEARD)
 
     def _notify(self, kind: str, rank: int = 0, reason: str = "") -> None:

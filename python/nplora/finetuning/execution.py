@@ -30,8 +30,10 @@ from nplora.lm import LanguageModel, activated
 from nplora.lm.adapting import parse_pattern
 from nplora.lm.trained_rows import wanted as wanted_rows
 from nplora.models.invocation import active_in
+from nplora.models.packing import cut
 from nplora.runtime.user_warning import warn_user
 
+_ARRAYS_OF_A_FACTOR = 4  # the factor, its gradient and two moments
 _MOST_EXAMPLES = 1_000_000  # a plan lists the batches of epochs with about this many examples in total
 
 
@@ -163,14 +165,35 @@ def choose_execution(
         micro_tokens=None if earlier is None else (earlier.micro_tokens,),
         resuming=earlier is not None,
     )
-    found = _planned("finetune", inputs, adapters, options, constraints)
-    plans = (ranks or Alone()).gather(found)
-    chosen = min(plans, key=lambda plan: plan.memory.total - plan.memory.process - plan.memory.weights)
+    chosen = _planned_together("finetune", inputs, adapters, options, constraints, ranks or Alone())
     say(str(chosen))
     if chosen.chosen.compute != inputs.lm.compute:
         assert not isinstance(model, LanguageModel), "the arithmetic of a loaded model cannot change"
         inputs.reload(model, chosen.chosen.compute)
     return chosen.chosen
+
+
+def _planned_together(
+    op: str,
+    inputs: RunInputs,
+    adapters: Adapters,
+    options: FinetuneOptions,
+    constraints: PlanConstraints,
+    ranks: Communicator,
+) -> MemoryPlan:
+    """Choose the plan of all ranks, which leaves room for the gradients that a rank keeps and exchanges."""
+    found, reserve = _planned(op, inputs, adapters, options, constraints), 0
+    batches = _work_of(inputs, options, most_epochs=1).batches if ranks.size > 1 else []
+    while batches:
+        gradients = found.memory.factors // _ARRAYS_OF_A_FACTOR
+        parts = max(len(cut(lengths, found.chosen.micro_tokens)) - 1 for lengths, _ in batches)
+        needed_now = (2 * parts + 1) * gradients  # its own, those of the others, and the sum
+        if needed_now <= reserve:
+            break
+        reserve = needed_now
+        found = _planned(op, inputs, adapters, options, constraints, reserve)
+    plans = ranks.gather(found)
+    return min(plans, key=lambda plan: plan.memory.total - plan.memory.process - plan.memory.weights)
 
 
 def predicted(
@@ -244,9 +267,19 @@ def _require_invocation(op: str, train: Examples, invocation: tuple[int, ...]) -
 
 
 def _planned(
-    op: str, inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, constraints: PlanConstraints
+    op: str,
+    inputs: RunInputs,
+    adapters: Adapters,
+    options: FinetuneOptions,
+    constraints: PlanConstraints,
+    reserve: int = 0,
 ) -> MemoryPlan:
-    budget = None if options.memory is None else parse_bytes(options.memory, op)
+    """Choose a plan.
+
+    Args:
+        reserve: bytes of the memory limit that the plan must leave free.
+    """
+    budget = None if options.memory is None else max(1, parse_bytes(options.memory, op) - reserve)
     resident = resident_memory(
         inputs.lm, inputs.teacher_model
     )  # measured now, because the list of batches takes memory too

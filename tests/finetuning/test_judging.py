@@ -1,5 +1,6 @@
 """Evaluation: losses, accuracies, generated answers, multiple choice, and comparisons of adapters."""
 
+import dataclasses
 import json
 import math
 import re
@@ -109,13 +110,29 @@ def test_int8_has_a_token_accuracy(tmp_path: Path) -> None:
         ("U.S.", "us", 1, 1),
         ("the cat sat", "the cat slept here", 0, 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3)),
         ("no no yes", "no yes yes", 0, 2 / 3),  # each word counts as often as in both
-        ("", "", 1, 1), ("", "x", 0, 0), ("the", "", 1, 1), ("a", "b", 0, 0),
-        ("1 2 3", "3 2 1", 0, 1),
+        ("", "", 1, 1), ("", "x", 0, 0), ("a", "b", 0, 0),
+        ("1 2 3", "3 2 1", 0, 1), ("1,000 (about)", "about 1000.", 0, 1), ("$5", "5", 1, 1),
     ],
 )  # fmt: skip
 def test_exact_match_and_f1_are_those_of_squad(answer: str, reference: str, exact: float, f1: float) -> None:
     assert metrics.exact_match(answer, reference) == exact
     assert metrics.f1(answer, reference) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "exact"),
+    [
+        ("-5", "5", 0), ("\N{MINUS SIGN}5.", "-5", 1), ("(-5)", "-5", 1), ("1.5", "15", 0),
+        ("1.5.", "1.5", 1), ("3:1", "31", 0), ("1/2", "12", 0), ("5-3", "53", 0), ("1,5", "15", 0),
+        ("well-known", "wellknown", 1), ("", "A", 0), ("A", "the", 0), ("a.", "A", 1), ("+", "-", 0),
+        ("+", " + ", 1), ("?", "", 0),
+    ],
+)  # fmt: skip
+def test_signs_numbers_and_answers_without_words_are_not_ignored(
+    answer: str, reference: str, exact: float
+) -> None:
+    assert metrics.exact_match(answer, reference) == metrics.f1(answer, reference) == exact
+    assert metrics.exact_match(reference, answer) == exact
 
 
 def test_answers_are_generated_from_the_prompts_and_compared(lm: LanguageModel) -> None:
@@ -204,7 +221,14 @@ def breaks(answer, reference, row):
         return "many"
     if reference == "8":
         return float("nan")
+    if reference == "10":
+        raise SystemExit(3)
+    if reference == "12":
+        return float("inf")
     return 1
+
+def loss(answer, reference, row):
+    return 1.0
 
 number = 3
 """
@@ -232,17 +256,16 @@ def test_a_function_that_fails_shows_its_traceback_and_the_run_goes_on(
     lm: LanguageModel, module: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.warns(
-        UserWarning, match=r"^the metric my_metrics:breaks failed in 4 of 12 examples, which count as 0$"
+        UserWarning, match=r"^the metric my_metrics:breaks failed in 6 of 12 examples, which count as 0$"
     ):
         found = evaluate(lm, ROWS, metric=f"{module}:breaks", max_new_tokens=1)
     score = found["metrics"]["my_metrics:breaks"]
-    assert (score["value"], score["failed"], score["examples"]) == (pytest.approx(8 / 12), 4, 12)
+    assert (score["value"], score["failed"], score["examples"]) == (pytest.approx(6 / 12), 6, 12)
     shown = capsys.readouterr().err
     assert shown.count("KeyError: 'no such word'") == 1  # the second one is the same
     assert "metric my_metrics:breaks failed in data, row 2:\nTraceback" in shown
     assert 'line 7, in breaks\n    raise KeyError("no such word")' in shown
-    assert "could not convert string to float: 'many'" in shown
-    assert "the metric returned nan, expected a number" in shown
+    assert "the metric returned 'many', expected a finite number" in shown
 
 
 @pytest.mark.parametrize(
@@ -264,6 +287,37 @@ def test_a_metric_that_is_not_found_is_an_error(
 ) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         evaluate(lm, ROWS, metric=metric)
+
+
+def test_a_metric_does_not_take_the_name_of_a_result(lm: LanguageModel) -> None:
+    def loss(answer: str, reference: str, row: dict[str, Any]) -> float:
+        return 1.0
+
+    with pytest.raises(ValueError, match=r"^evaluate: the results have a loss already; give the metric"):
+        evaluate(lm, ROWS, metric=loss)
+
+
+def test_functions_of_the_same_name_are_numbered(lm: LanguageModel) -> None:
+    found = evaluate(lm, ROWS[:1], metric=[lambda *_: 1, lambda *_: 2, lambda *_: 3], max_new_tokens=1)
+    values = {name: score["value"] for name, score in found["metrics"].items() if "lambda" in name}
+    assert values == {"<lambda>": 1, "<lambda>_2": 2, "<lambda>_3": 3}
+
+
+def test_rows_that_are_not_answered_are_told(lm: LanguageModel) -> None:
+    call = {"messages": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "tool_calls": [{"name": "f", "arguments": {}}]},
+    ]}  # fmt: skip
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.warns(
+        UserWarning, match=r"^evaluate: 1 row of data not answered: data, row 2: the last assistant"
+    ):
+        found = evaluate(lm, [chat, call], metric="f1", max_new_tokens=1, skip_bad=True)
+    assert (found["examples"], found["metrics"]["f1"]["examples"]) == (2, 1)
+    with pytest.raises(
+        DataError, match=r"^data: no prompt to answer: data, row 1: the last assistant turn calls"
+    ):
+        evaluate(lm, [call], metric="f1", skip_bad=True)
 
 
 def test_a_module_that_is_not_found_or_fails_is_an_error(lm: LanguageModel, module: str) -> None:
@@ -502,6 +556,23 @@ def test_each_adapter_is_compared_with_the_base_and_the_best_with_the_others(
         f"difference {after - base:.4f} (95 % interval {trained.low:.4f} to {trained.high:.4f}, p < 0.001)"
     )
     assert sentence in str(found).splitlines()
+
+
+def test_a_comparison_warns_of_adapters_that_were_trained_in_another_form(
+    lm: LanguageModel, adapters: Path
+) -> None:
+    one = dataclasses.replace(nplora.read_adapter(adapters / "trained"), chat_template=True)
+    with pytest.warns(
+        UserWarning, match=r"^compare: .* was trained with the chat template, but this text does"
+    ):
+        compare(lm, ROWS, {"mine": one})
+
+
+def test_an_adapter_whose_loss_is_not_a_number_is_not_the_best(lm: LanguageModel, adapters: Path) -> None:
+    bad = nplora.read_adapter(adapters / "trained")
+    next(iter(bad.values())).A[:] = np.nan
+    found = compare(lm, ROWS, {"bad": bad, "good": adapters / "trained"})
+    assert [(d.one, d.other) for d in found.differences if d.metric == "loss"][-1] == ("good", "bad")
 
 
 def test_a_worse_adapter_and_an_equal_one_are_named_so(lm: LanguageModel, adapters: Path) -> None:

@@ -15,7 +15,7 @@ from gguf.quants import dequantize
 import nplora
 import small_models
 from nplora import cli
-from nplora.adapters import Adapter, HeldOutLoss
+from nplora.adapters import Adapter, HeldOutLoss, merge_files
 from nplora.finetuning import evaluate, finetune, merge_check
 from nplora.formats import files, gguf
 from nplora.lora.delta import LoraDelta
@@ -114,6 +114,24 @@ def test_the_loss_decides_alone_if_lossy_is_set(place: Path, tmp_path: Path) -> 
     assert str(done).startswith("held-out loss rises by ")
 
 
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_before_the_merge_ends_it_at_once(
+    place: Path, tmp_path: Path, loss: float
+) -> None:
+    asked = list[Any]()
+
+    def check(model: Any, adapter: Any) -> float:
+        asked.append(model)
+        return loss if adapter is not None else 5.0
+
+    out = tmp_path / "out.gguf"
+    with pytest.raises(FloatingPointError, match=f"^merge: the held-out loss before the merge is {loss}"):
+        merge_files.merge_adapter(
+            place / "model.gguf", place / "adapter", out, check=check, lossy=True, tolerance=np.float32(0.1)
+        )
+    assert (len(asked), out.exists()) == (1, False)
+
+
 def test_a_loss_that_stays_does_not_hide_a_lost_update(tmp_path: Path) -> None:
     """An update of no consequence for these data: the share of ΔW still decides, unless --lossy is given."""
     model = save_small_llama(tmp_path / "model.gguf", storage="q4_1")
@@ -191,7 +209,7 @@ def test_wrong_data_and_options_are_refused_before_anything_is_written(
         (["--check", str(bad)], "bad.jsonl, line 1"),
         (["--check", str(tmp_path / "none.jsonl")], "none.jsonl"),
         (["--tolerance", "-1"], "tolerance is -1.0, expected a number of at least 0"),
-        (["--tolerance", "nan"], "tolerance is nan, expected a number of at least 0"),
+        (["--tolerance", "nan"], "tolerance is nan, expected a finite number"),
         (["--max-length", "1"], "max_length is 1"),
     ):
         assert merge(place, tmp_path / "out.gguf", *options) == 2, options

@@ -19,6 +19,7 @@ from nplora import cli
 from nplora.finetuning import TuneOptions, evaluate, finetune, tune
 from nplora.finetuning.tuning import tune as tune_module
 from nplora.finetuning.tuning.log import NAME, TuneLog
+from nplora.finetuning.tuning.report import command_of
 from nplora.finetuning.tuning.schedule import Pace, first_rung, last_rung, parse_budget, second_rung
 from nplora.finetuning.tuning.search import Search, winner_of
 from nplora.finetuning.tuning.space import Settings, Space, space_of
@@ -51,9 +52,9 @@ def data(tmp_path: Path) -> Path:
 SPACE = Space((1e-4, 1e-3, 1e-2), {"rank": (8, 4, 32), "targets": (("all",), ("q",))}, (1, 2, 4), 2.0)
 
 
-def loss_of(settings: Settings, steps: int) -> float:
-    """The best: a learning rate of 2.5e-3, rank 32, all targets, and 200 steps, which are two epochs."""
-    rate = math.log10(settings["lr"] / 2.5e-3) ** 2
+def loss_of(settings: Settings, steps: int, best: float = 2.5e-3) -> float:
+    """The best: the learning rate `best`, rank 32, all targets, and 200 steps, which are two epochs."""
+    rate = math.log10(settings["lr"] / best) ** 2
     rank = {4: 0.1, 8: 0.05, 32: 0.0}[settings["rank"]]
     targets = 0.2 * (settings["targets"] != ("all",))
     return 1 + rate + rank + targets + 0.1 * math.log2(steps / 200) ** 2
@@ -62,13 +63,13 @@ def loss_of(settings: Settings, steps: int) -> float:
 class Made:
     """Makes the trials of a search by the formula, and counts them."""
 
-    def __init__(self, diverge: float = math.inf) -> None:
+    def __init__(self, diverge: float = math.inf, best: float = 2.5e-3) -> None:
         self.keys = list[tuple[Any, ...]]()
-        self.diverge = diverge
+        self.diverge, self.best = diverge, best
 
     def __call__(self, settings: Settings, steps: int) -> tuple[float, float, float]:
         self.keys.append(key_of(settings, steps))
-        loss = math.inf if settings["lr"] > self.diverge else loss_of(settings, steps)
+        loss = math.inf if settings["lr"] > self.diverge else loss_of(settings, steps, self.best)
         return loss, 1.0 * steps, 2.0
 
 
@@ -165,21 +166,69 @@ def test_a_fixed_learning_rate_and_fixed_epochs_are_not_searched(tmp_path: Path)
     assert winner.settings == {"lr": 1e-3, "rank": 32}
 
 
-def test_a_search_resumes_after_any_event_with_the_same_trials(tmp_path: Path) -> None:
-    whole = Made()
-    search = search_in(tmp_path / "whole", 1500, whole)
+@pytest.mark.parametrize("best", [2.5e-3, 1.5e-3, 6e-4, 5e-3, 3e-5])
+def test_a_search_resumes_after_any_event_with_the_same_trials(best: float, tmp_path: Path) -> None:
+    whole = Made(best=best)
+    search = search_in(tmp_path / "whole", 2500, whole)
     lines = (tmp_path / "whole" / NAME).read_text().splitlines(keepends=True)
     assert len(lines) > 15
-    for count in (1, 2, 3, 7, 8, 12, len(lines) - 1, len(lines)):
+    for count in range(1, len(lines) + 1):
         directory = tmp_path / str(count)
         directory.mkdir()
         (directory / NAME).write_text("".join(lines[:count]))
-        rest = Made()
-        resumed = search_in(directory, 1500, rest, resume=True)
+        rest = Made(best=best)
+        resumed = search_in(directory, 2500, rest, resume=True)
         assert resumed.log.trials == search.log.trials, count
         assert (directory / NAME).read_text() == "".join(lines), count
         done = sum('"trial"' in line.partition(",")[0] for line in lines[:count])
         assert rest.keys == whole.keys[done:]
+
+
+def test_a_combination_that_is_worse_does_not_displace_a_better_trial(tmp_path: Path) -> None:
+    """Rank 32 helps alone and q helps alone, but both together do not. There is time for one full run."""
+
+    def train(settings: Settings, steps: int) -> tuple[float, float, float]:
+        both = {
+            (8, "all"): 1.0,
+            (32, "all"): 0.9,
+            (8, "q"): 0.8,
+            (32, "q"): 3.0,
+            (4, "all"): 2.0,
+            (4, "q"): 2.0,
+        }
+        rate = math.log10(settings["lr"] / 1e-3) ** 2
+        return rate + both[settings["rank"], settings["targets"][0]], 1.0 * steps, 2.0
+
+    search = search_in(tmp_path, 390, train)  # type: ignore[arg-type]
+    full = [trial for trial in search.log.trials if trial.steps == search.full]
+    assert [(trial.settings["rank"], trial.settings["targets"]) for trial in full] == [(8, ("q",))]
+
+
+def test_trials_that_diverge_at_once_do_not_make_the_others_seem_fast(tmp_path: Path) -> None:
+    made = Made()
+
+    def train(settings: Settings, steps: int) -> tuple[float, float, float]:
+        diverges = settings["lr"] > 3e-5
+        return (math.inf, 0.05, 2.0) if diverges else made({**settings, "targets": ("all",)}, steps)
+
+    rates = (2e-5, 6.3e-5, 2e-4, 6.3e-4, 2e-3, 6.3e-3)
+    space = Space(rates, {"rank": (8,)}, (), 2.0)
+    search = search_in(tmp_path, 90, train, space)  # type: ignore[arg-type]
+    assert made.keys
+    assert search.log.seconds <= 1.1 * 90
+
+
+def test_a_log_holds_any_character_of_a_name(tmp_path: Path) -> None:
+    start = {"options": {"columns": {"prompt": "a\u2028b\x85c"}}}
+    TuneLog(tmp_path).begin(start, resume=False, overwrite=False)
+    log = TuneLog(tmp_path)
+    log.begin(start, resume=True, overwrite=False)
+    assert log.start["options"] == start["options"]
+
+
+def test_a_command_has_every_digit_of_a_number() -> None:
+    command = command_of("m.gguf", [("d.jsonl", 1.0)], None, Path("out"), {"lr": 0.0123456789, "alpha": 16.0})
+    assert command == ("nplora finetune m.gguf --data d.jsonl --output out --alpha 16 --lr 0.0123456789")
 
 
 @pytest.mark.parametrize("budget", [60, 150, 300])
@@ -390,6 +439,26 @@ def test_ctrl_c_and_a_full_disk_end_a_search_that_resumes(
     assert without_times[0] == without_times[1]
 
 
+@pytest.mark.slow
+def test_a_search_of_epochs_and_warm_up_ends_with_a_command_of_tried_values(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    few: dict[str, Any] = QUICK | {"progress": False, "lr": 1e-2, "budget": "10m"}
+    report = tune(model, data, tmp_path / "out", search={"epochs": [2, 4], "warmup": [0, 3]}, **few)
+    assert report.options["epochs"] in (2, 4)
+    done = finetune(model, data, tmp_path / "best", progress=False, keep="last", **report.options)
+    assert report.winner is not None
+    assert done.loss_after == report.winner.loss
+
+
+def test_a_model_with_numbers_that_are_not_finite_after_a_trial_has_diverged(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    few: dict[str, Any] = QUICK | {"progress": False, "budget": 1}
+    report = tune(model, data, tmp_path / "out", steps=1, search={"lr": [3e38, 1e-3]}, **few)
+    assert sorted(trial.loss for trial in report.trials if trial.settings["lr"] > 1) == [math.inf]
+
+
 def test_a_trial_that_diverges_is_reported(model: Path, data: Path, tmp_path: Path) -> None:
     few: dict[str, Any] = QUICK | {"epochs": 1, "progress": False, "budget": 1}
     report = tune(model, data, tmp_path / "out", search={"lr": [1e20, 1e-2]}, **few)
@@ -414,6 +483,7 @@ def test_a_trial_that_diverges_is_reported(model: Path, data: Path, tmp_path: Pa
         ({"search": {"lr": 1e-3}}, TypeError, "search has lr: a float, expected a list of values"),
         ({"search": {"rate": [1]}}, ValueError, "rate cannot be searched"),
         ({"search": {"seed": [1, 2]}}, ValueError, "seed cannot be searched"),
+        ({"search": {"batch_examples": [1, 2]}}, ValueError, "batch_examples cannot be searched"),
         ({"search": {"lr": [1e-3]}, "lr": 1e-3}, ValueError, "lr is given and searched"),
         ({"search": {"epochs": [1]}, "steps": 5}, ValueError, "the length of the run is given"),
         ({"learning_rate": 1}, TypeError, "unexpected keyword 'learning_rate'; did you mean lr?"),
@@ -446,10 +516,14 @@ def test_the_command_line_reads_values_to_try(
         ("lr", "expected NAME=VALUE,VALUE"), ("lr=", "expected NAME=VALUE,VALUE"),
         ("lr=fast", "expected values of the type float for lr"),
         ("rank=8.5", "expected values of the type int for rank"),
+        ("use-dora=yes", "expected values of the type bool for use_dora"),
+        ("rank-pattern=a", "rank_pattern cannot be searched"), ("rates=1", "rates cannot be searched"),
     ):  # fmt: skip
         with pytest.raises(SystemExit, match="2"):
             cli.main([*line, "--search", text])
         assert words in capsys.readouterr().err
+    assert cli.main([*line, "--search", "lr=1e-3", "--search", "lr=1e-2"]) == 2
+    assert "--search lr is given twice" in capsys.readouterr().err
     from nplora.cli.tune import searched
 
     assert searched("targets=all-linear,q_proj+v_proj") == (

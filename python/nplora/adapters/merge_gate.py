@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nplora import _check
 from nplora.adapters.merged_tensors import MergedTensors, merge_of, possible_storages
 from nplora.adapters.sources import Source
 from nplora.formats import files, model_directory
@@ -60,10 +61,18 @@ class MergeGate:
     before: float | None = None
 
     def measure(self, adapter: Source) -> None:
-        """Measure the base model's loss with the adapter applied but not merged."""
+        """Measure the base model's loss with the adapter applied but not merged.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
         if self.check is not None:
             with _loadable_base(self.base) as model:
                 self.before = self.check(model, adapter)
+            if not math.isfinite(self.before):
+                raise FloatingPointError(
+                    f"merge: the held-out loss before the merge is {self.before}, expected a finite number"
+                )
 
     def judge(self, merged: MergedTensors, written: list[Path]) -> Verdict:
         """Measure a merge whose files still have their temporary names.
@@ -221,7 +230,8 @@ def _loadable(model: ModelFiles, base: StrPath, weights: Path) -> Iterator[Path]
 
 
 def require_tolerance(tolerance: float) -> float:
-    """Raise ValueError if the tolerance is not a finite number of at least 0."""
-    if not (isinstance(tolerance, int | float) and math.isfinite(tolerance) and tolerance >= 0):
+    """Raise ValueError or TypeError if the tolerance is not a finite number of at least 0."""
+    checked = _check.number("merge", "tolerance", tolerance)
+    if checked < 0:
         raise ValueError(f"merge: tolerance is {tolerance!r}, expected a number of at least 0")
-    return tolerance
+    return checked

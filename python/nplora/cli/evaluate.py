@@ -8,7 +8,7 @@ import math
 import os
 from typing import Any, TextIO
 
-from nplora.cli.errors import UsageError
+from nplora.cli.errors import UsageError, show_warning
 from nplora.cli.parser import (
     add_adapters,
     add_data,
@@ -51,6 +51,10 @@ def run(arguments: argparse.Namespace) -> None:
     with contextlib.nullcontext() if record is None else contextlib.closing(record):
         common = {"any_base": arguments.any_base, "progress": True, "record": record, **options}
         (_compare if arguments.compare else _evaluate)(arguments, common)
+    if record is not None and not record.has_written:
+        show_warning(
+            "--answers: nothing was written, because no answers were made; --metric makes them"
+        )
 
 
 def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -101,6 +105,10 @@ class _Recorder:
         if self._stream is None:
             self._stream = open(self._file, "x", encoding="utf-8")  # noqa: SIM115  # see `close`
         self._stream.write(json.dumps(json_values(entry), ensure_ascii=False, allow_nan=False) + "\n")
+
+    @property
+    def has_written(self) -> bool:
+        return self._stream is not None
 
     def close(self) -> None:
         if self._stream is not None:

@@ -32,6 +32,7 @@ _EPILOG = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from nplora.adapters.merge_gate import TOLERANCE
     from nplora.finetuning import EvaluateOptions
     from nplora.finetuning.merge_check import READING
 
@@ -52,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help=text)
     text = "held-out data: write the model only if its loss on them stays that of the adapter"
     parser.add_argument("--check", metavar="FILE", type=path, help=text)
-    text = "accepted rise of the loss, in nats per token (default: 0.02, which is 2 %% of the perplexity)"
-    parser.add_argument("--tolerance", metavar="NATS", type=float, default=0.02, help=text)
+    text = f"accepted rise of the loss, in nats per token (default: {TOLERANCE}, 2 %% of the perplexity)"
+    parser.add_argument("--tolerance", metavar="NATS", type=float, default=TOLERANCE, help=text)
     add_options(parser, EvaluateOptions, names=READING)
 
 

@@ -6,6 +6,7 @@ import types
 import typing
 from typing import Any
 
+from nplora.cli.errors import UsageError
 from nplora.cli.parser import add_data, add_model, add_options, checked, given_data, given_options, path
 
 HELP = (
@@ -41,6 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora.finetuning import FinetuneOptions, TuneOptions
     from nplora.finetuning.tuning.options import NOT_PASSED
 
+    names = [name for name, _ in arguments.search or ()]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"--search {twice[0]} is given twice, expected one list of values")
     arguments.search = dict(arguments.search or ())
     own = given_options(arguments, TuneOptions)
     checked(TuneOptions, own)
@@ -68,15 +72,21 @@ def searched(text: str) -> tuple[str, list[Any]]:
     """Read NAME=VALUE,VALUE. A value of `targets` may be several names, joined by +.
 
     Raises:
-        ArgumentTypeError: the text has another form, or a value is not of the option's type.
+        ArgumentTypeError: the text has another form, the option cannot be searched, or a value is not of the
+            option's type.
     """
     from nplora.finetuning import FinetuneOptions
+    from nplora.finetuning.tuning.space import require_searchable
 
     name, equals, values = (part.strip() for part in text.partition("="))
     name = name.lstrip("-").replace("-", "_")
     if not (name and equals and values):
         raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=VALUE,VALUE as in lr=1e-4,1e-3")
-    kind = typing.get_type_hints(FinetuneOptions).get(name, str)
+    try:
+        require_searchable("tune", name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    kind = typing.get_type_hints(FinetuneOptions)[name]
     plain = next((part for part in typing.get_args(kind) if part is not types.NoneType), kind)
     try:
         return name, [_value(word.strip(), name, plain) for word in values.split(",")]
@@ -90,5 +100,7 @@ def _value(word: str, name: str, kind: type) -> Any:
     if name == "targets":
         return tuple(word.split("+"))
     if kind is bool:
-        return {"true": True, "false": False}[word.lower()]
+        if word.lower() not in ("true", "false"):
+            raise ValueError(word)
+        return word.lower() == "true"
     return kind(word)

@@ -1,5 +1,6 @@
 """Compare a model with and without adapters on the same examples."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,9 +8,9 @@ from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter
-from nplora.finetuning.attach import Adapters, with_adapters
+from nplora.finetuning.attach import Adapters, warn_of_form, with_adapters
 from nplora.finetuning.data import Data
-from nplora.finetuning.evaluation import read_all
+from nplora.finetuning.evaluation import TEXT_AND_REMEDY, read_all
 from nplora.finetuning.judging.judge import Record
 from nplora.finetuning.judging.metrics import MetricFunction
 from nplora.finetuning.judging.results import (
@@ -119,7 +120,10 @@ def compare(
     lm, judge = read_all("compare", model, data, chosen)
     require_plain("compare", lm)
     say, measured = speaker(progress), dict[str, list[Measured]]()
-    made = {name: with_adapters("compare", lm, adapter, any_base) for name, adapter in named.items()}
+    made = dict[str, LanguageModel]()
+    for name, adapter in named.items():
+        made[name] = with_adapters("compare", lm, adapter, any_base)
+        warn_of_form("compare", adapter, judge.report.chat, *TEXT_AND_REMEDY)
     say(str(judge.report))
     for name, system in {BASE: lm, **made}.items():
         measured[name] = judge.measure(system, _recorder(name, record))
@@ -138,7 +142,8 @@ def _differences(measured: dict[str, list[Measured]]) -> list[Difference]:
     """Each adapter against the base; then the adapter with the lowest loss against the others."""
     names = [name for name in measured if name != BASE]
     pairs = [(name, BASE) for name in names]
-    best = min(names, key=lambda name: measured[name][0].value)
+    losses = {name: measured[name][0].value for name in names}
+    best = min(names, key=lambda name: (math.isnan(losses[name]), losses[name]))
     pairs += [(best, name) for name in names if name != best]
     return [
         difference_of(one, metric, other, of_other)

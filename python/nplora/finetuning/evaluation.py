@@ -15,6 +15,8 @@ from nplora.finetuning.token_progress import speaker
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
 
+TEXT_AND_REMEDY = "this text", "chat=True (--chat) does that"  # the end of a warning of `warn_of_form`
+
 
 @_check.keywords
 def evaluate(
@@ -91,7 +93,7 @@ def evaluate(
     lm, judge = read_all("evaluate", model, data, chosen)
     if adapter is not None:
         lm = with_adapters("evaluate", lm, adapter, any_base)
-        warn_of_form("evaluate", adapter, judge.report.chat, "this text", "chat=True (--chat) does that")
+        warn_of_form("evaluate", adapter, judge.report.chat, *TEXT_AND_REMEDY)
     speaker(progress)(str(judge.report))
     return evaluation_of(judge.report, judge.measure(lm, record or (lambda entry: None)))
 

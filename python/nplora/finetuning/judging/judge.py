@@ -23,6 +23,7 @@ from nplora.finetuning.judging.tokens import measure_tokens
 from nplora.finetuning.load import require_vocabulary
 from nplora.formats.errors import DataError, FormatError, LimitError, counted
 from nplora.lm import LanguageModel
+from nplora.runtime.user_warning import warn_user
 
 _CHOICE = "choice"  # the kind of rows
 _QUOTED = 3  # bad rows that a report quotes
@@ -87,9 +88,13 @@ def read_judge(
         require_vocabulary(lm, dataset)
         judge = Judge(dataset.report, metrics, max_new_tokens, dataset)
     if metrics:
-        judge.asked = list(_asked(lm, sources, reading, is_choice))
+        bad = _Bad(reading.skip_bad)
+        judge.asked = list(_asked(lm, sources, reading, judge.choices, bad))
         if not judge.asked:
-            raise DataError(f"{judge.report.source}: no prompt fits into the model's context")
+            raise DataError(f"{judge.report.source}: no prompt to answer: {'; '.join(bad.problems)}")
+        if bad.count:
+            rows = counted(bad.count, "row")
+            warn_user(f"{op}: {rows} of {judge.report.source} not answered: {'; '.join(bad.problems)}")
     return judge
 
 
@@ -197,11 +202,15 @@ def _report(sources: list[Source], found: list[Choices], bad: _Bad) -> DataRepor
 
 
 def _asked(
-    lm: LanguageModel, sources: list[Source], reading: ReadOptions, is_choice: bool
+    lm: LanguageModel, sources: list[Source], reading: ReadOptions, choices: list[Choices], bad: _Bad
 ) -> Iterator[Asked]:
-    """The prompts of all good rows. Bad rows were counted before."""
-    context, bad = lm.config.max_position_embeddings, _Bad(reading.skip_bad)
-    for example, row in _examples(sources, reading, _require_choice if is_choice else _any_kind, bad):
+    """The prompts of all good rows. `bad` counts the good rows without a prompt that can be answered."""
+    context, counted_before = lm.config.max_position_embeddings, _Bad(reading.skip_bad)
+    questions = {question.where for question in choices}
+    require = _require_choice if choices else _any_kind
+    for example, row in _examples(sources, reading, require, counted_before):
+        if choices and row.where not in questions:
+            continue
         try:
             question = asked(lm.tokenizer, example, row.values, row.where, reading.chat)
             if len(question.ids) >= context:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import importlib
+import itertools
 import math
 import os
 import re
@@ -23,29 +24,71 @@ from nplora.runtime.stderr import stderr
 MetricFunction: TypeAlias = Callable[[str, str, dict[str, Any]], float]
 
 _SHOWN = 3  # tracebacks of a metric, each of another kind
+# Names that a record or a result of an evaluation has already.
+_RESERVED = frozenset(
+    (
+        "loss",
+        "perplexity",
+        "token_accuracy",
+        "acc",
+        "acc_norm",
+        "acc_token",
+        "row",
+        "answer",
+        "reference",
+        "system",
+    )
+)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# A number with its sign and with the marks inside it, as in -5, 1.5, 3:1, 1/2 and 2024-05-01; or punctuation.
+_NUMBER_OR_MARK = re.compile(rf"((?<!\w)-?\d+(?:[.,:/-]\d+)*)|[{re.escape(string.punctuation)}]")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
 
-def normalised(text: str) -> str:
-    """Lower-case text without punctuation and English articles, with single spaces, as in SQuAD.
+def _plain(text: str) -> str:
+    return text.lower().replace("\N{MINUS SIGN}", "-")
 
-    The steps and their order are those of SQuAD's script evaluate-v1.1.py (Rajpurkar et al. 2016).
+
+def _unmarked(text: str) -> str:
+    """Lower-case text without punctuation, except the signs of numbers and the marks inside numbers."""
+    return _NUMBER_OR_MARK.sub(lambda found: found[1] or "", _THOUSANDS.sub("", _plain(text)))
+
+
+def _without_articles(text: str) -> str:
+    return _ARTICLES.sub(" ", _unmarked(text))
+
+
+def words_of(answer: str, reference: str) -> tuple[list[str], list[str]]:
+    """The words of both texts: in lower case, without punctuation and without English articles.
+
+    The steps and their order are those of SQuAD's script evaluate-v1.1.py (Rajpurkar et al. 2016), with two
+    differences. Numbers keep their signs and the marks inside them. If a text would have no words left, the
+    articles of both texts count, and then their punctuation too. So the answers "A" and "+" can be wrong.
+
+    >>> words_of("The answer: -1.5", "1.5")
+    (['answer', '-1.5'], ['1.5'])
+    >>> words_of("A", "the")
+    (['a'], ['the'])
     """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    for normalise in (_without_articles, _unmarked, _plain):
+        found, wanted = normalise(answer).split(), normalise(reference).split()
+        if found and wanted:
+            break
+    return found, wanted
 
 
 def exact_match(answer: str, reference: str, row: Mapping[str, Any] | None = None) -> float:
-    """1 if both texts are the same after `normalised`, otherwise 0."""
-    return float(normalised(answer) == normalised(reference))
+    """1 if both texts have the same words in the same order, otherwise 0; see `words_of`."""
+    found, wanted = words_of(answer, reference)
+    return float(found == wanted)
 
 
 def f1(answer: str, reference: str, row: Mapping[str, Any] | None = None) -> float:
-    """The harmonic mean of precision and recall over the words of both texts, after `normalised`.
+    """The harmonic mean of precision and recall over the words of both texts; see `words_of`.
 
     As in SQuAD 2.0, the result is 1 if neither text has words, and 0 if only one of them has words.
     """
-    found, wanted = normalised(answer).split(), normalised(reference).split()
+    found, wanted = words_of(answer, reference)
     if not found or not wanted:
         return float(found == wanted)
     shared = sum((collections.Counter(found) & collections.Counter(wanted)).values())
@@ -70,16 +113,16 @@ class Metric:
         """The score of an answer. If the function fails, its traceback is printed, and the score is 0."""
         try:
             found: Any = self.function(answer, reference, dict(row))
-            score = float(found)
-            if math.isnan(score):
-                raise ValueError(f"the metric returned {found!r}, expected a number")
-        except Exception as error:
+            score = float(found) if hasattr(found, "__float__") else math.nan
+            if not math.isfinite(score):
+                raise ValueError(f"the metric returned {brief(found)}, expected a finite number")
+        except (Exception, SystemExit) as error:
             self.failed += 1
             self._show(error, where)
             return 0.0
         return score
 
-    def _show(self, error: Exception, where: str) -> None:
+    def _show(self, error: BaseException, where: str) -> None:
         """Print the traceback, but only of the first few kinds of errors."""
         frames = traceback.extract_tb(error.__traceback__)
         kind = (type(error), frames[-1].filename, frames[-1].lineno)
@@ -102,7 +145,8 @@ def metrics_of(op: str, given: object) -> list[Metric]:
     found = list[Metric]()
     for item in several:
         if callable(item):
-            found.append(Metric(getattr(item, "__name__", type(item).__name__), item))
+            name = getattr(item, "__name__", type(item).__name__)
+            found.append(Metric(_numbered(name, [metric.name for metric in found]), item))
         elif isinstance(item, str):
             found += [_named(op, name.strip()) for name in item.split(",")]
         else:
@@ -110,6 +154,17 @@ def metrics_of(op: str, given: object) -> list[Metric]:
     names = [metric.name for metric in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{op}: metric {twice[0]} is given twice")
+    if taken := [name for name in names if name in _RESERVED]:
+        raise ValueError(f"{op}: the results have a {taken[0]} already; give the metric another name")
+    return found
+
+
+def _numbered(name: str, known: Sequence[str]) -> str:
+    """The name of a function; with a number if another function has this name."""
+    count = itertools.count(2)
+    found = name
+    while found in known:
+        found = f"{name}_{next(count)}"
     return found
 
 

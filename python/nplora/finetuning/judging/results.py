@@ -109,7 +109,8 @@ def _score(measured: Measured) -> Score:
 
 def perplexity(loss: float) -> float:
     """e to the power of the loss; infinite if it is too large for a float."""
-    return float(np.exp(np.float64(min(loss, 1e3)))) if loss == loss else math.nan
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.float64(loss)))
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class TuneLog:
         self.baseline: tuple[float, float] | None = None
         self.rungs: dict[int, Rung] = {}
         self.trials: list[Trial] = []
+        self._trials_before: dict[int, int] = {}  # the number of a rung -> the trials before it was decided
         self._lines: list[str] = []
 
     def begin(self, start: dict[str, Any], resume: bool, overwrite: bool) -> None:
@@ -76,12 +77,16 @@ class TuneLog:
         self._add({"event": "baseline", "loss": loss, "evaluation": seconds})
 
     def add_rung(self, number: int, rung: Rung) -> None:
-        self.rungs[number] = rung
+        self._take_rung(number, rung)
         self._add({"event": "rung", "rung": number, "trials": rung.count, "steps": rung.steps})
 
     def add_trial(self, trial: Trial) -> None:
         self.trials.append(trial)
         self._add(trial.to_json())
+
+    def trials_before(self, rung: int) -> list[Trial]:
+        """The trials that were known when a rung was decided; all trials, if it is not decided yet."""
+        return self.trials[: self._trials_before.get(rung)]
 
     def find(self, key: tuple[Any, ...]) -> Trial | None:
         """The trial with these settings and steps, if it was made."""
@@ -102,7 +107,7 @@ class TuneLog:
 
     def _read(self) -> None:
         text = bytes(files.read(self.path, _LARGEST, follow_links=False)).decode("utf-8", "replace")
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
             where = f"{self.path}, line {number}"
             event = strict_json.loads(line.encode(), where)
             try:
@@ -120,7 +125,7 @@ class TuneLog:
         elif kind == "baseline":
             self.baseline = _number(event["loss"]), _number(event["evaluation"])
         elif kind == "rung":
-            self.rungs[_count(event["rung"])] = Rung(_count(event["trials"]), _count(event["steps"]))
+            self._take_rung(_count(event["rung"]), Rung(_count(event["trials"]), _count(event["steps"])))
         elif kind == "trial":
             loss = math.inf if event["loss"] is None else _number(event["loss"])
             epochs = None if event["epochs"] is None else _count(event["epochs"])
@@ -131,6 +136,10 @@ class TuneLog:
             )
         else:
             raise ValueError(kind)
+
+    def _take_rung(self, number: int, rung: Rung) -> None:
+        self.rungs[number] = rung
+        self._trials_before[number] = len(self.trials)
 
     def _require_same(self, start: dict[str, Any]) -> None:
         other = [name for name in {**start, **self.start} if start.get(name) != self.start.get(name)]

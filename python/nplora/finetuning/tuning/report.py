@@ -111,9 +111,15 @@ def _option(name: str, value: Any, kind: Any) -> list[str]:
         return [option, ",".join(map(str, value))]
     return [
         option,
-        shown_value(value)
+        _exact(value)
         if isinstance(value, float)
         else os.fspath(value)
         if isinstance(value, os.PathLike)
         else str(value),
     ]
+
+
+def _exact(value: float) -> str:
+    """The shortest text that is read as this value."""
+    short = shown_value(value)
+    return short if float(short) == value else repr(value)

@@ -43,7 +43,8 @@ class Search:
 
     Attributes:
         epoch_steps: the steps of an epoch.
-        full: the steps of the run that is tuned; those of one epoch if the number of epochs is searched.
+        full: the steps of the run that is tuned; if the number of epochs is searched, those of the fewest
+            epochs.
         budget: the seconds that the trials may take.
         planned: the predicted seconds of a step, used until a trial has measured them.
         train: makes a trial: the settings and the steps -> the loss, and the seconds of training and
@@ -156,16 +157,17 @@ class Search:
 
     def _neighbours(self, number: int) -> None:
         """Use the time that is left to try learning rates beside the winner's, until none is better."""
-        for turn in range(_ROUNDS):
-            winner = winner_of(self.log.trials, self.full)
+        for rung_number in range(number, number + _ROUNDS):
+            before = self.log.trials_before(rung_number)
+            winner = winner_of(before, self.full)
             if winner is None or winner.steps < self.full:
                 return
-            lr = winner.settings["lr"]
+            lr, known = winner.settings["lr"], {trial.key for trial in before}
             candidates = [winner.settings | {"lr": rounded(lr * _NEIGHBOUR**sign)} for sign in (1, -1)]
-            new = [settings for settings in candidates if not self.log.find(key_of(settings, winner.steps))]
+            new = [settings for settings in candidates if key_of(settings, winner.steps) not in known]
             count = sum(i * self._pace.seconds(winner.steps) <= self._left for i in range(1, len(new) + 1))
-            rung = self._rung(number + turn, Rung(count, winner.steps))
-            self._trials(number + turn, new[: rung.count], rung.steps)
+            rung = self._rung(rung_number, Rung(count, winner.steps))
+            self._trials(rung_number, new[: rung.count], rung.steps)
             if winner_of(self.log.trials, self.full) is winner:
                 return
 
@@ -181,7 +183,7 @@ class Search:
         return [rounded(math.sqrt(best * second))]
 
     def _with_combination(self, number: int, made: list[Trial]) -> list[Trial]:
-        """Also try the combination of all changes that helped, unless that was done, and put it first."""
+        """Also try the combination of all changes that helped, unless that was done."""
         start = self.space.settings(0.0)
         combined = dict(made[0].settings)
         for trial in reversed(made):  # the best trial last, because its values take precedence
@@ -191,7 +193,7 @@ class Search:
                 combined |= change
         if any(trial.settings == combined for trial in made):
             return made
-        return [*self._trials(number, [combined], made[0].steps), *made]
+        return _by_loss([*made, *self._trials(number, [combined], made[0].steps)])
 
     # ---- trials ----
 
@@ -229,12 +231,11 @@ class Search:
 
     @property
     def _pace(self) -> Pace:
-        """The measured speed, or the predicted speed before the first trial."""
-        steps = sum(trial.steps for trial in self.log.trials)
+        """The measured speed, or the predicted speed as long as no trial has made all its steps."""
+        whole = _finite(self.log.trials)
+        steps = sum(trial.steps for trial in whole)
         evaluation = self.log.baseline[1] if self.log.baseline else 0.0
-        if not steps:
-            return Pace(self.planned, evaluation)
-        return Pace(sum(trial.seconds for trial in self.log.trials) / steps, evaluation)
+        return Pace(sum(trial.seconds for trial in whole) / steps if steps else self.planned, evaluation)
 
     @property
     def _middle(self) -> float:

@@ -25,6 +25,9 @@ UNSEARCHED = (
     "keep_prefix", "compute", "recompute", "format", "columns", "chat", "learn", "max_length", "skip_bad",
     "strict", "adapter", "any_base", "layers", "rank_pattern", "alpha_pattern", "eval_every", "patience",
     "keep", "report_to",
+    # Trials of one rung make equally many steps. With batches of different sizes, they would read different
+    # amounts of data.
+    "batch_examples", "batch_tokens", "accumulate",
 )  # fmt: skip
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _OF_AN_ADAPTER = ("rank", "alpha", "targets", "use_rslora", "use_dora", "init")
@@ -117,16 +120,21 @@ def _require_layers(op: str, lm: LanguageModel, targets: Any, given: Mapping[str
             by_layer(op, option, pattern, names)
 
 
+def require_searchable(op: str, name: str) -> None:
+    """Raise ValueError unless `name` is an option whose values a search can try."""
+    known = [key for key in _DEFAULTS if key not in UNSEARCHED]
+    if name not in known:
+        near = _check.suggestion(name, known)
+        raise ValueError(f"{op}: {name} cannot be searched{near or ', expected one of ' + ', '.join(known)}")
+
+
 def checked_values(op: str, name: str, values: Iterable[Any]) -> tuple[Any, ...]:
     """The values of one option, each checked as `finetune` does.
 
     Raises:
         ValueError, TypeError: the option cannot be searched, or a value is out of range.
     """
-    if name not in _DEFAULTS or name in UNSEARCHED:
-        known = ", ".join(key for key in _DEFAULTS if key not in UNSEARCHED)
-        near = _check.suggestion(name, [key for key in _DEFAULTS if key not in UNSEARCHED])
-        raise ValueError(f"{op}: {name} cannot be searched{near or f', expected one of {known}'}")
+    require_searchable(op, name)
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"{op}: search has {name}: {_check.kind(values)}, expected a list of values")
     given = list(dict.fromkeys(target_names(v) if name == "targets" else v for v in values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,8 +147,8 @@ class _Tuning:
         sampler = OptunaSampler(space, self.base.seed) if self.chosen.sampler == "optuna" else None
         batches = training_batches(inputs.train, self.base)
         epoch = -(-batches.length // self.base.accumulate)
-        full = self.base.steps or (self.base.epochs or 1) * epoch
-        largest = self._largest(space, full)
+        full = self.base.steps or (self.base.epochs or min(space.epochs, default=1)) * epoch
+        largest = self._largest(inputs, space, full)
         execution = choose_execution(self.model, inputs, largest, None, self.say)
         planned = predicted("tune", inputs, adapters_of("tune", inputs, largest), largest, execution)
         for dataset in inputs.datasets:
@@ -170,15 +171,13 @@ class _Tuning:
                 search.ended = "interrupted"
         return self._report(search)
 
-    def _largest(self, space: Space, full: int) -> FinetuneOptions:
-        """The options of the trial that needs the most memory."""
-        settings = space.settings(space.rates[0])
-        for name in ("rank", "targets"):
-            if name in space.others:
-                values = space.others[name]
-                settings[name] = max(values) if name == "rank" else values[0]
-        settings.pop("alpha", None)
-        return dataclasses.replace(self.base, **settings, epochs=None, steps=full)
+    def _largest(self, inputs: RunInputs, space: Space, full: int) -> FinetuneOptions:
+        """The options of the trial that trains the most values. It needs the most memory."""
+        largest = dataclasses.replace(self.base, **space.settings(space.rates[0]), epochs=None, steps=full)
+        for name, values in space.others.items():
+            made = [dataclasses.replace(largest, **{name: value}) for value in values]
+            largest = max(made, key=lambda options: adapters_of("tune", inputs, options).numbers)
+        return largest
 
     def _identity(self, inputs: RunInputs, space: Space) -> dict[str, Any]:
         """What the results of the trials depend on, as JSON values."""
@@ -218,7 +217,8 @@ class _Tuning:
             options["valid_split"] = self.base.valid_split
         options |= winner.settings
         if "steps" not in options and "epochs" not in options:
-            options["epochs"] = winner.epochs if winner.steps >= search.full and winner.epochs else 1
+            longest = max(winner.steps, search.full)
+            options["epochs"] = longest // search.epoch_steps
         return options
 
     def _command(self, options: Mapping[str, Any]) -> str:
@@ -304,8 +304,9 @@ class _Trials:
         Raises:
             KeyboardInterrupt: Ctrl-C ended the training.
         """
-        warmup = self._base.warmup if steps >= self._full else self._base.warmup * steps // self._full
-        options = dataclasses.replace(self._base, **settings, warmup=warmup, epochs=None, steps=steps)
+        options = dataclasses.replace(self._base, **settings, epochs=None, steps=steps)
+        if steps < self._full:
+            options = dataclasses.replace(options, warmup=options.warmup * steps // self._full)
         start = time.perf_counter()
         lm = self._model(options)
         loss = self._inputs.objective.loss(self._execution.micro_tokens)
@@ -313,11 +314,12 @@ class _Trials:
         try:
             history = trainer.fit(training_batches(self._inputs.train, options), steps=steps)
         except NonFiniteLossError:
-            return float("inf"), time.perf_counter() - start, 0.0
+            return math.inf, time.perf_counter() - start, 0.0
         if history.interrupted:
             raise KeyboardInterrupt
         seconds = time.perf_counter() - start
-        return self._evaluated(lm)[0], seconds, time.perf_counter() - start - seconds
+        held_out, evaluation = self._evaluated(lm)
+        return held_out if math.isfinite(held_out) else math.inf, seconds, evaluation
 
     def _model(self, options: FinetuneOptions) -> LanguageModel:
         """The model with a new adapter. The models of all trials share the frozen weights."""

@@ -21,6 +21,7 @@ from nplora.finetuning import finetune
 from nplora.finetuning import run as finetuning_run
 from nplora.finetuning.planning import ExecutionPlan
 from nplora.formats import safetensors
+from nplora.models import head
 from nplora.trainer import Callback, History, Run, StepRecord
 
 ACCUMULATE = 5  # the last step of an epoch of 12 batches has 2 batches, which is fewer than 3 ranks
@@ -170,6 +171,8 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "sft": {"dropout": 0.2, "use_dora": True, "sample": ["1 and one is "]},
     "tokens": {"batch_examples": None, "batch_tokens": 60, "schedule": "linear", "lora_plus_ratio": 4.0},
     "micro_batches": {"dropout": 0.2, "plan": ExecutionPlan("float32", True, 20), "batch_examples": 4},
+    "trained_tokens": {"trainable_tokens": "a,1", "plan": CUT, "batch_examples": 4},
+    "adapter_on_the_head": {"targets": "q_proj,lm_head", "plan": CUT, "batch_examples": 4},
     "bfloat16": {"compute": "bfloat16", "recompute": True, "steps": 3, "epochs": None},
     "dpo": {"objective": "dpo", "data": PAIRS, "valid": UNLIKED},
     "dpo_micro_batches": {"objective": "dpo", "data": PAIRS, "valid": UNLIKED, "plan": CUT},
@@ -186,10 +189,21 @@ NUMPY = {case.__name__: case for case in _CASES}
 ADDS_TWICE = "numpy_layer_used_twice"  # to a gradient in one pass: has other bits without a communicator
 
 
+@contextmanager
+def small_chunks() -> Iterator[None]:
+    """Let the head of a model compute a batch in several parts."""
+    before = head._LEAST_ROWS, head._MOST_ROWS
+    head._LEAST_ROWS = head._MOST_ROWS = 8
+    try:
+        yield
+    finally:
+        head._LEAST_ROWS, head._MOST_ROWS = before
+
+
 def results(directory: Path, distributed: str | None) -> dict[str, str]:
     """Run all cases."""
     found = {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), small_chunks():
         warnings.simplefilter("ignore")
         with MPICommunicator() if distributed == "mpi" else Alone() as ranks:
             for name, case in NUMPY.items():

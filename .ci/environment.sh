@@ -8,11 +8,15 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
-unset PYTHONPATH NPLORA_ISA
+unset PYTHONPATH PYTHONDONTWRITEBYTECODE NPLORA_ISA
 work=${NPLORA_CI_DIR:-$PWD/build/ci}
 here=$work/$(basename "$0" .sh)
 jobs=${NPLORA_CI_JOBS:-2}
 export CMAKE_BUILD_PARALLEL_LEVEL=$jobs
+# Idle threads of torch, of a BLAS and of the core poll for a while before they sleep. Beside another step
+# that takes most of the time: tests of a model beside torch took three times as long. What depends on the
+# number of threads sets it.
+export OMP_NUM_THREADS=$jobs OMP_WAIT_POLICY=passive
 mkdir -p "$here" "$work/environments"
 rm -f "$here"/*.count
 
@@ -37,6 +41,22 @@ must_find() {
   grep -m1 "$text" "$log"
 }
 
+# pip_setting NAME: what pip is configured with on this machine, from its files or from the environment.
+pip_setting() {
+  "$work/tools/bin/pip" config list | sed -n "s/^\\(:env:\\|global\\)\\.$1='\\(.*\\)'$/\\2/p" | tail -n 1
+}
+
+# install ENVIRONMENT PACKAGE...: wheels only. uv needs 3 seconds of processor time where pip needs a minute.
+# An environment like an earlier one costs nothing: its files are links to those in uv's cache. uv does not
+# read pip's settings, so it is given them.
+install() {
+  local constraint index
+  constraint=$(pip_setting constraint) index=$(pip_setting index-url)
+  UV_FIND_LINKS=$(pip_setting find-links) SSL_CERT_FILE=$(pip_setting cert) UV_CONSTRAINT=$constraint \
+    UV_DEFAULT_INDEX=${index:-https://pypi.org/simple} \
+    "$work/tools/bin/uv" pip install -q --python "$1/bin/python" --only-binary :all: "${@:2}"
+}
+
 # with_packages NAME EXTRAS [PACKAGE...]: the environment NAME gets the wheel with these extras, and the
 # packages.
 with_packages() {
@@ -45,13 +65,13 @@ with_packages() {
   shift 2
   exec {lock}>"$environment.lock"
   flock "$lock"
-  [ -d "$environment" ] || "$python" -m venv "$environment"
+  [ -d "$environment" ] || "$python" -m venv --without-pip "$environment"
   if ! cmp -s "$wheel" "$environment/wheel"; then
-    "$environment/bin/pip" install -q --force-reinstall --no-deps "$wheel"
+    install "$environment" --reinstall --no-deps "$wheel"
     cp "$wheel" "$environment/wheel"
   fi
-  "$environment/bin/pip" install -q --only-binary :all: "nplora[$extras] @ file://$wheel"
-  [ $# -eq 0 ] || "$environment/bin/pip" install -q --only-binary :all: --no-deps "$@"
+  install "$environment" "nplora[$extras] @ file://$wheel"
+  [ $# -eq 0 ] || install "$environment" --no-deps "$@"
   exec {lock}>&-
 }
 
@@ -67,14 +87,14 @@ build() {
   cmake --build "$here/$1" --target "${@:3}"
 }
 
-# kernel_tests COMMAND...: on two processors, each process takes half of the instruction sets.
+# kernel_tests N PROGRAM: one of N shapes. On two processors, each process takes half of the instruction sets.
 kernel_tests() {
   local first
-  if [ "$jobs" -eq 1 ]; then "$@" | tee "$here/kernels.count"; return; fi
-  "$@" 1 2 >"$here/kernels-1.count" 2>&1 &
+  if [ "$jobs" -eq 1 ]; then "$2" 1 1 "$1" | tee "$here/kernels.count"; return; fi
+  "$2" 1 2 "$1" >"$here/kernels-1.count" 2>&1 &
   first=$!
-  "$@" 2 2 | tee "$here/kernels-2.count"
-  wait "$first" || { cat "$here/kernels-1.count"; fail "$*"; }
+  "$2" 2 2 "$1" | tee "$here/kernels-2.count"
+  wait "$first" || { cat "$here/kernels-1.count"; fail "$2"; }
   cat "$here/kernels-1.count"
 }
 
@@ -108,7 +128,7 @@ system_packages() {
   [ ${#missing[@]} -eq 0 ] || install_system_packages "${missing[@]}"
 }
 
-# run_tests NAME ARGUMENTS...: pytest of an environment.
+# run_tests NAME ARGUMENTS...: pytest of an environment, with one thread in each process.
 run_tests() {
-  PATH=$work/environments/$1/bin:$PATH pytest -n "$jobs" --dist loadfile "${@:2}"
+  PATH=$work/environments/$1/bin:$PATH OMP_NUM_THREADS=1 pytest -n "$jobs" --dist loadfile "${@:2}"
 }

@@ -1,6 +1,7 @@
 """The predictions of `nplora plan` for SmolLM2's training, compared with measurements in new processes."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -57,7 +58,7 @@ class Setting:
             case _:
                 return {"prompt": prompt, "completion": answer}
 
-    def measure(self, threads: int, resumes: bool = False) -> dict[str, Any]:
+    def measure(self, threads: int, resumes: bool = False, steps: int = STEPS) -> dict[str, Any]:
         """The plan and the run, in another process. `resumes`: two processes; the larger peak counts."""
         with tempfile.TemporaryDirectory() as directory:
             given = {
@@ -66,14 +67,14 @@ class Setting:
                 "max_length": self.length,
                 "batch_examples": self.batch,
                 "learn": "completion" if self.answer else "all",
-                "steps": STEPS,
+                "steps": steps,
                 **self.options,
             }
             if self.options.get("objective") == "distill":
                 given["teacher"] = given["model"]  # which takes the memory and the time of any other
             plan = in_fresh_process(PLAN, {"threads": threads, "options": given})
             run = {**given, "output": f"{directory}/out", "schedule": "constant"}
-            again = [{}] if not resumes else [{"steps": STEPS - 1}, {"resume": True}]
+            again = [{}] if not resumes else [{"steps": steps - 1}, {"resume": True}]
             rows = [in_fresh_process(RUN, {"threads": threads, "options": run | more}) for more in again]
             return {**plan, **max(rows, key=lambda row: row["measured"])}
 
@@ -102,7 +103,8 @@ print(json.dumps({
 def in_fresh_process(code: str, given: dict[str, Any]) -> dict[str, Any]:
     """Run code in a new process with `given`. Returns the JSON that it prints."""
     command = [sys.executable, "-c", PRELUDE + code, json.dumps(given)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(given["threads"])}  # which may be lower here
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -141,7 +143,7 @@ PREFERENCES = tuple(s for s in SETTINGS if s.options.get("objective") in ("dpo",
 TESTED = (
     *SETTINGS[4:6],
     SETTINGS[11],
-    Setting(2, 512, options={"memory": "350M"}),
+    Setting(2, 384, options={"memory": "330M"}),
     Setting(2, 64, 32, {"objective": "dpo"}),
     Setting(2, 64, 32, {"objective": "kto"}),
     Setting(1, 64, options={"objective": "distill"}),

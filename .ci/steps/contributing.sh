@@ -4,5 +4,5 @@
 . "$(dirname "$0")/../environment.sh"
 
 # Without optimisation the core compiles in a quarter of the time.
-SKBUILD_CMAKE_BUILD_TYPE=Debug "$python" scripts/check_contributing.py | tee "$here/log"
+SKBUILD_CMAKE_BUILD_TYPE=Debug SKBUILD_CMAKE_DEFINE=NPLORA_UNITY=ON "$python" scripts/check_contributing.py | tee "$here/log"
 tail -n 1 "$here/log" >"$here/commands.count"

@@ -4,7 +4,7 @@
 . "$(dirname "$0")/../environment.sh"
 
 tests=$work/wheel/native/tests/cpp/kernel_tests
-kernel_tests "$tests"
+kernel_tests 1 "$tests"
 check_symbols '' "$work/wheel/native"
 python tests/inner_loops.py "$tests" | tee "$here/loops.count"
 # The generic unit and the dispatcher must hold no newer instruction: none of AVX in the machine code, and

@@ -11,4 +11,5 @@ python scripts/apply_guide.py docs/add-a-block-format.md "$here/tree"
 build asan "$here/tree" kernel_tests planted_bug
 must_find 'AddressSanitizer: heap-buffer-overflow' "$here/asan/tests/cpp/planted_bug" read
 must_find 'signed integer overflow' "$here/asan/tests/cpp/planted_bug" overflow
-kernel_tests "$here/asan/tests/cpp/kernel_tests"
+# The step `kernels` tests all shapes, between guard pages.
+kernel_tests 4 "$here/asan/tests/cpp/kernel_tests"

@@ -5,7 +5,7 @@
 // A decoded value is the product of a float16, a scale and a code, sometimes plus a minimum. A fused
 // multiply-add gives the same value as a separate multiplication and addition, because the product is exact.
 // A float16 has 11 significant bits, a scale at most 7 and a code at most 6, so their product fits into the
-// 24 bits of a float. Only the addition of the minimum rounds.
+// 24 bits of a float. Only one operation rounds: adding the minimum.
 
 namespace nplora::kernels::NPLORA_ISA {
 

@@ -323,8 +323,8 @@ struct BlockDecoders {
 // Products of small batches with a weight in low-bit blocks, which are decoded in registers. The weight is
 // read once, in the order in which it is stored.
 struct BlockDots {
-  // Multiplies `x` (m, cols) with rows of blocks. The sums of each lane are stored in `part` (m, rows, lanes
-  // / 2): lane i sums the elements k with k % (lanes / 2) == i. `cols` is a multiple of the number of
+  // Multiplies `x` (m, cols) with rows of blocks. `part` (m, rows, lanes / 2) holds partial sums: sum i adds
+  // the products of the elements k with k % (lanes / 2) == i. `cols` is a multiple of the number of
   // elements in a block. There is one kernel for each row format, in the order of BlockFormat. A kernel may
   // sum the products of the codes of a sub-block with `x` before it multiplies by the scale, so magnitudes of
   // `x` above 1e34 can overflow.

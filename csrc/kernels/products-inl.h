@@ -112,8 +112,8 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 
 // ---- gemm_outputs_in_lanes: the product c = a w ----
 
-// The number of rows of `w` for each element of `a`: two if the elements of `a` are pairs and `w` holds
-// single bfloat16 values, else one. The single values are paired in registers.
+// How many rows of `w` belong to one element of `a`. There are two if `a` holds pairs of bfloat16 values, but
+// `w` holds single values, which are then paired in registers. Otherwise there is one.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
@@ -347,10 +347,10 @@ inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fe
   size_t left = p.depth, blocks = left > 0 ? ceil_div(left * row_bytes, kL1BlockBytes<E>) : 1;
   bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller asks for Fetch::rows_ahead
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
-  // Each reading prefetches one cache line of each row of the next block. If there are fewer readings than
-  // cache lines in a row, a part of the next block is not prefetched, and the hardware prefetches better
-  // without help. The hardware prefetches best in blocks of 6 KB: on a Zen 4, products with 4 rows are a
-  // quarter faster than in blocks of 12 KB. A panel that is read only once needs no blocks.
+  // Each time a block is read, one cache line of each row of the next block is prefetched. If a block is read
+  // fewer times than a row has cache lines, these prefetches miss a part of the next block. The hardware
+  // prefetches better without them then. It prefetches best in blocks of 6 KB: on a Zen 4, products with 4
+  // rows are a quarter faster than in blocks of 12 KB. A panel that is read only once needs no blocks.
   if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
     fetch = Fetch::none();

@@ -26,8 +26,8 @@ enum class Scratch {
   kWeight,   // decoded or transposed blocks of W: kBlocksBytes, or 48 kStreamedRows elements
   kDecoded,  // a block of W before it is transposed, or after the update is added: 48 kDepthBlock
   kFewRows,  // a few rows of a block of W before they are paired: 18 KB
-  // Holds B in pairs, or B before it is paired, with r d_in elements. For other uses, holds z or dz of a few
-  // tokens, transposed, with 32 r elements, or rows of A times the scale, with kDepthBlock r elements.
+  // Holds one of these: B (r * d_in elements), in pairs or before it is paired; z or dz of a few tokens,
+  // transposed (32 * r elements); or rows of A times the scale (kDepthBlock * r elements).
   kFactor,
   kDropped,       // rows of x after dropout: 32 d_in
   kDroppedLanes,  // rows of x after dropout, in lanes or pairs: 32 d_in

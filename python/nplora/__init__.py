@@ -66,10 +66,11 @@ if TYPE_CHECKING:
         adapter_to_gguf,
         combine,
         load_adapter,
+        merge_adapter,
         read_adapter,
         save_adapter,
     )
-    from nplora.finetuning import data, evaluate, finetune, merge_adapter, plan
+    from nplora.finetuning import data, evaluate, finetune, plan
     from nplora.lm import LanguageModel, load_model
     from nplora.lm import generation as generate
     from nplora.models.gguf_export import model_to_gguf
@@ -89,7 +90,6 @@ _LATE: dict[str, tuple[str, str | None]] = {
     "Trainer": ("nplora.trainer", "Trainer"),
     "evaluate": ("nplora.finetuning", "evaluate"),
     "finetune": ("nplora.finetuning", "finetune"),
-    "merge_adapter": ("nplora.finetuning", "merge_adapter"),
     "load_model": ("nplora.lm", "load_model"),
     "model_to_gguf": ("nplora.models.gguf_export", "model_to_gguf"),
     "plan": ("nplora.finetuning", "plan"),
@@ -100,6 +100,7 @@ _LATE: dict[str, tuple[str, str | None]] = {
             "adapter_to_gguf",
             "combine",
             "load_adapter",
+            "merge_adapter",
             "read_adapter",
             "save_adapter",
         )

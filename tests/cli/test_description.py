@@ -371,6 +371,15 @@ def test_trained_tokens_and_layers_trained_as_a_whole_are_listed(tmp_path: Path)
     assert whole[-1] == "trained as a whole\n  lm_head  266 x 32"
 
 
+def test_new_tokens_are_listed(tmp_path: Path) -> None:
+    lm = nplora.load_model(save_small_llama(tmp_path / "m.gguf"))
+    lm.add_lora(rank=2, targets="q_proj", add_tokens=["<a>", "\n\x1b[1m"])
+    nplora.save_adapter(lm, tmp_path / "a")
+    lines = squeezed(description.describe(tmp_path / "a"))
+    start = lines.index("new tokens")
+    assert lines[start + 1 : start + 3] == ["'<a>' 266", r"'\n\x1b[1m' 267"]
+
+
 def test_the_invocation_tokens_of_activated_lora_are_shown(tmp_path: Path) -> None:
     model = save_small_llama(tmp_path / "m.gguf")
     lm = nplora.load_model(model)

@@ -100,6 +100,7 @@ def output_of_session(session: str, directory: Path) -> str:
         | {
             "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
             "PYTHONPATH": str(Path(nplora.__file__).parents[1]),
+            "OMP_NUM_THREADS": "2",  # a page sets and prints this number
         },
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+import nplora
 from commands import command
 from nplora.adapters import read_adapter, save_adapter
 from nplora.finetuning import evaluate, finetune, load_with_adapter
 from nplora.formats import safetensors
 from small_llama import save_small_llama
 
+oracle = pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
@@ -90,3 +92,34 @@ def test_evaluate_warns_of_another_form(model: Path, tmp_path: Path) -> None:
         evaluate(model, PAIRS, adapter=chats, chat=True)
         evaluate(model, CHATS, adapter=chats)
         evaluate(model, PAIRS, adapter=tmp_path / "other")  # an adapter that does not say
+
+
+@pytest.mark.parametrize(("rows", "with_template"), [(CHATS, True), (PAIRS, False)])
+def test_a_converted_adapter_remembers_the_form_too(
+    model: Path, tmp_path: Path, rows: list[Any], with_template: bool
+) -> None:
+    adapter = trained(model, tmp_path / "a", rows)
+    nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", model)
+    fields = oracle.GGUFReader(tmp_path / "a.gguf").fields  # PyPI's gguf
+    assert bool(fields["nplora.chat_template"].contents()) is with_template
+    nplora.adapter_from_gguf(tmp_path / "a.gguf", tmp_path / "back", model)
+    assert key(tmp_path / "back") == str(with_template).lower()
+    others = PAIRS if with_template else CHATS
+    with pytest.warns(UserWarning, match=r"a\.gguf was trained with(out)? the chat template, but this text"):
+        evaluate(model, others, adapter=tmp_path / "a.gguf")
+    save_adapter(load_with_adapter(model, adapter), tmp_path / "other")
+    nplora.adapter_to_gguf(tmp_path / "other", tmp_path / "other.gguf", model)
+    assert "nplora.chat_template" not in oracle.GGUFReader(tmp_path / "other.gguf").fields
+
+
+def test_a_combined_adapter_remembers_the_form_that_all_parts_have(model: Path, tmp_path: Path) -> None:
+    chats, pairs = (trained(model, tmp_path / str(len(rows[0])), rows) for rows in (CHATS, PAIRS))
+    save_adapter(load_with_adapter(model, chats), tmp_path / "other")
+    for parts, expected in (
+        ((chats, chats), "true"),
+        ((pairs,), "false"),
+        ((chats, pairs), None),
+        ((chats, tmp_path / "other"), None),
+    ):
+        nplora.combine([(part, 0.5) for part in parts]).save(tmp_path / "sum", overwrite=True)
+        assert key(tmp_path / "sum") == expected

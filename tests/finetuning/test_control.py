@@ -9,7 +9,7 @@ import pytest
 
 import nplora
 from nplora import cli
-from nplora.finetuning import evaluate, finetune, load_with_adapter, plan
+from nplora.finetuning import FinetuneReport, evaluate, finetune, load_with_adapter, plan
 from nplora.formats.errors import UnsafeError
 from nplora.trainer import Callback, Run, StepRecord
 from small_llama import save_small_llama
@@ -123,6 +123,34 @@ def test_a_stopped_run_saves_its_last_adapter_and_resumes_to_the_best(
     assert (resumed.loss_after, resumed.history.loss) == (whole.loss_after, whole.history.loss)
 
 
+def hint_of(report: FinetuneReport) -> str:
+    return "".join(line for line in str(report).splitlines() if "--patience 1" in line)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_after_ctrl_c_only_an_adapter_that_is_kept_is_offered(
+    keep: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    options = WILD | {"keep": keep, "steps": 30}
+    stopped = finetune(model, data, tmp_path / "out", **options, callbacks=[StopAfter(17)])
+    losses = {record.step: record.val_loss for record in stopped.history.evaluations}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 16, "the test needs a best evaluation before the last one"
+    assert (f"at step {best}:" in hint_of(stopped)) == (keep == "best")
+    if keep == "best":
+        taken = finetune(model, data, tmp_path / "out", **options, resume=True, patience=1)
+        assert (taken.history.ended, taken.history.best_step) == ("patience", best)
+        assert len(taken.history.steps) == 17
+        return
+    # The run now keeps its best, but those of its first part are gone: the hint names a later one or none.
+    options["keep"] = "best"
+    again = finetune(model, data, tmp_path / "out", **options, resume=True, callbacks=[StopAfter(29)])
+    later = {record.step: record.val_loss for record in again.history.evaluations if record.step > 17}
+    best = min(later, key=later.__getitem__)
+    assert best < 28, "the test needs a best evaluation before the last one"
+    assert f"at step {best}:" in hint_of(again)
+
+
 @pytest.mark.parametrize("option", ["eval_every", "patience"])
 def test_options_about_evaluations_need_validation_data(
     option: str, model: Path, data: Path, tmp_path: Path
@@ -155,23 +183,19 @@ def test_callbacks_run_in_a_fine_tuning_run(model: Path, data: Path, tmp_path: P
 
     options = WILD | {"steps": 2}
     finetune(model, data, tmp_path / "out", **options, callbacks=[Noted()])
-    assert (
-        calls[1:]
-        == [
-            "on_fit_start",
-            "on_checkpoint",
-            "on_before_optimizer_step",
-            "on_step_end",
-            "on_checkpoint",
-            "on_before_optimizer_step",
-            "on_step_end",
-            "on_evaluation",
-            "on_checkpoint",
-            "on_epoch_end",
-            "on_fit_end",
-        ]
-        or calls
-    )
+    assert calls[1:] == [
+        "on_fit_start",
+        "on_checkpoint",
+        "on_before_optimizer_step",
+        "on_step_end",
+        "on_checkpoint",
+        "on_before_optimizer_step",
+        "on_step_end",
+        "on_evaluation",
+        "on_checkpoint",
+        "on_epoch_end",
+        "on_fit_end",
+    ]
     adapter = nplora.read_adapter(tmp_path / "out")
     assert all(not delta.A.any() for delta in adapter.values()), "without gradients A stays zero"
     with pytest.raises(TypeError, match=r"^finetune: callbacks\[0\] is a builtin_f.*expected a Callback"):
@@ -179,9 +203,15 @@ def test_callbacks_run_in_a_fine_tuning_run(model: Path, data: Path, tmp_path: P
 
 
 def test_a_plan_counts_the_copy_of_the_best_factors(model: Path, data: Path) -> None:
-    best, last = (plan(model, data, keep=keep).memory for keep in ("best", "last"))
-    assert best.factors - last.factors == last.factors // 4 > 0
-    assert plan(model, data / "train.jsonl").memory.factors == last.factors
+    def planned(where: Path = data, **options: Any) -> int:
+        return plan(model, where, **options).memory.factors
+
+    last = planned(epochs=2, keep="last")
+    assert planned(epochs=2) - last == last // 4 > 0
+    assert planned(steps=3, eval_every=2) == planned(epochs=2)
+    # The factors of the only evaluation, at the end of the run, need no copy.
+    assert planned() == planned(steps=3, eval_every=3) == planned(steps=2) == last
+    assert planned(data / "train.jsonl", epochs=2) == last
 
 
 def test_the_command_line_has_the_options(model: Path, data: Path, tmp_path: Path) -> None:
@@ -278,7 +308,7 @@ def test_a_run_trains_and_saves_layers_of_their_own_ranks(model: Path, data: Pat
     assert any(delta.A.any() for name, delta in adapter.items() if name.endswith("q_proj"))
     planned = plan(model, data, rank=2, rank_pattern="q_proj=5,layers.1.mlp=3")
     lm = load_with_adapter(model, tmp_path / "out")
-    assert planned.memory.factors == 5 * 4 * lm.num_trainable
+    assert planned.memory.factors == 4 * 4 * lm.num_trainable
     with pytest.raises(
         ValueError, match=r"the run cannot continue with other data or settings: .*rank was 5"
     ):
@@ -306,7 +336,7 @@ def test_an_adapter_to_continue_from_is_planned_with_its_own_ranks(
     lm.add_lora(rank=2, targets="q_proj,up_proj", rank_pattern={"q_proj": 5})
     nplora.save_adapter(lm, tmp_path / "adapter")
     planned = plan(model, data, adapter=tmp_path / "adapter")
-    assert planned.memory.factors == 5 * 4 * lm.num_trainable
+    assert planned.memory.factors == 4 * 4 * lm.num_trainable
 
 
 def test_lora_plus_gives_a_its_own_learning_rate(model: Path, data: Path, tmp_path: Path) -> None:

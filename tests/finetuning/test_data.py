@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import re
+import tracemalloc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,11 @@ import numpy as np
 import pytest
 
 from nplora.finetuning.data import TokenBatches, find_evaluated, find_splits, read_dataset
+from nplora.finetuning.data.builder import Builder
+from nplora.finetuning.data.comparisons import PairDataset, read_pairs
+from nplora.finetuning.data.dataset import Dataset, ReadOptions, add_rows, read_sources
+from nplora.finetuning.data.encoding import Encoded
+from nplora.finetuning.data.sources import splits_of
 from nplora.formats.errors import DataError, FormatError, LimitError, UnsafeError
 from nplora.models.packing import IGNORED
 from nplora.tokenizer import Tokenizer, from_gguf
@@ -133,6 +140,14 @@ def test_a_turn_of_weight_0_is_not_trained(tmp_path: Path) -> None:
     assert read(tmp_path, {"messages": chat}, learn="all") == [(text, text.replace("12<|end|>", ""))]
 
 
+def test_all_tokens_are_trained_with_learn_all_also_in_a_prompt(tmp_path: Path) -> None:
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    row = {"prompt": [user, answer, {**answer, "content": "c", "weight": 0}, user], "completion": [answer]}
+    text = "user:a<|end|>assistant:b<|end|>assistant:c<|end|>user:a<|end|>assistant:b<|end|>"
+    assert read(tmp_path, row) == [(text, "b<|end|>")]
+    assert read(tmp_path, row, learn="all") == [(text, text.replace("c<|end|>", ""))]
+
+
 def test_a_null_is_not_a_second_kind_of_example(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for row in (
@@ -236,6 +251,50 @@ def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_fil
     for row in ({"text": "a"}, {"prompt": "a", "completion": "b"}):
         with pytest.warns(UserWarning, match="1 example with tools"):
             read_dataset([row | {"tools": [WEATHER]}, row | {"tools": None}], tokenizer(TOOLS_TEMPLATE))
+
+
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+DROPS: list[tuple[dict[str, Any], bool]] = [
+    ({"prompt": [USER], "completion": [ANSWER]}, False),
+    ({"messages": [USER, ANSWER]}, False),
+    ({"instruction": "a", "output": "b"}, True),
+    ({"prompt": "a", "completion": "b"}, True),
+    ({"text": "a"}, True),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, True),
+    ({"prompt": [USER], "chosen": "b", "rejected": "c"}, False),
+    ({"prompt": "a", "completion": "b", "label": True}, True),
+    ({"prompt": [USER], "completion": "b", "label": True}, False),
+]
+
+
+@pytest.mark.parametrize(("row", "drops"), DROPS, ids=range(len(DROPS)))
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_tools_are_counted_as_unused_where_the_model_does_not_see_them(
+    row: dict[str, Any], drops: bool, name: str
+) -> None:
+    words, columns = tokenizer(TOOLS_TEMPLATE), {"tools": "functions"} if name == "functions" else {}
+    sources = splits_of("test", [{**row, name: tools} for tools in ([WEATHER], json.dumps([WEATHER]))]).train
+    options = ReadOptions(columns=columns)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if "chosen" in row:
+            report = read_pairs("test", sources, words, options, "dpo", PairDataset).report
+        elif "label" in row:
+            builder = Builder(None, False, Dataset)
+            builder.begin(sources[0])
+            add_rows(builder, sources[0], words, options, lambda kind, where: None, lambda _, found: [found])
+            builder.end()
+            report = builder.dataset().report
+        else:
+            report = read_sources("test", sources, words, options).report
+    assert (report.unused, len(caught)) == (2 * drops, drops)
+
+
+@pytest.mark.parametrize("tools", [None, [], "", " ", "[]"])
+def test_no_tools_are_not_unused(tools: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_dataset([{"text": "a", "tools": tools}], tokenizer()).report.unused == 0
 
 
 def test_a_template_that_needs_tools_gets_them(tmp_path: Path) -> None:
@@ -342,6 +401,18 @@ def test_a_directory_has_its_files_by_name(tmp_path: Path) -> None:
         find_evaluated(tmp_path / "nothing.jsonl")
 
 
+@pytest.mark.parametrize("names", [("train.jsonl", "train.csv"), ("train.jsonl", "train.jsonl.gz"),
+                                   ("train.txt", "valid.csv", "validation.jsonl")])  # fmt: skip
+def test_two_files_of_one_split_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        write(tmp_path, {"text": "a"}, name=name)
+    both = f"{names[-2]}.*{names[-1]}|{names[-1]}.*{names[-2]}"
+    with pytest.raises(ValueError, match=f"the directory has ({both}), expected one of them"):
+        find_splits(tmp_path)
+    with pytest.raises(ValueError, match=f"the directory has ({both}), expected one of them"):
+        find_evaluated(tmp_path)
+
+
 # ---- lengths ----
 
 
@@ -412,6 +483,35 @@ def test_trained_tokens_are_those_that_can_be_predicted(tmp_path: Path) -> None:
         dataset = read_dataset(write(tmp_path, row, row), tokenizer())
         batches = TokenBatches(dataset, batch_tokens=100)
         assert dataset.report.learned == sum(batch.num_targets for batch, _ in batches) == 2 * targets
+
+
+def test_a_dataset_does_not_copy_the_tokens_that_are_collected(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text": "a"})
+    builder = Builder(None, False, Dataset)
+    builder.begin(splits_of("test", path).train[0])
+    builder.add([Encoded([1] * 3_000_000, [True] * 3_000_000)], "here")
+    builder.end()
+    tracemalloc.start()
+    data = builder.dataset()
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert data.report.tokens == 3_000_000
+    assert held < 1_000_000
+
+
+def test_the_report_counts_the_cut_examples_of_an_epoch(tmp_path: Path) -> None:
+    path = write(tmp_path, *({"text": f"a{n} bcdefgh"} for n in range(50)), {"text": "a"})
+    for weight in (0.1, 1, 2.5):
+        dataset = read_dataset([(path, weight)], tokenizer(), max_length=4)
+        cut = sum(len(ids) == 4 for ids, _ in dataset)
+        assert dataset.report.truncated == cut <= len(dataset)
+
+
+@pytest.mark.parametrize("weight", [1e9, 1e300, 33_554_432])
+def test_a_weight_that_repeats_examples_too_often_is_refused(tmp_path: Path, weight: float) -> None:
+    path, other = (write(tmp_path, {"text": "a"}, name=name) for name in ("data.jsonl", "other.jsonl"))
+    with pytest.raises(LimitError, match=r"data\.jsonl: weight \S+ .*, at most 33,554,432"):
+        read_dataset([other, (path, weight)], tokenizer())
 
 
 # ---- mistakes ----
@@ -600,7 +700,7 @@ def test_faults_of_the_model_are_not_blamed_on_the_rows(tmp_path: Path) -> None:
         read_dataset(path, tokenizer(eos_token_id=None))
 
 
-@pytest.mark.parametrize("options", [{"max_length": 1}, {"learn": "some"}])
+@pytest.mark.parametrize("options", [{"max_length": 1}, {"learn": "some"}, {"columns": {"promptt": "a"}}])
 def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="read_dataset: "):
         read_dataset(tmp_path / "data.jsonl", tokenizer(), **options)

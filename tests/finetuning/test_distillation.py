@@ -1,6 +1,7 @@
 """Distillation: teachers that run beside the student, stored ones, and what is refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +13,20 @@ import pytest
 import nplora
 from nplora import cli
 from nplora.adapters import merge_adapter, save_adapter
-from nplora.finetuning import finetune, plan, teach
-from nplora.finetuning.data import read_dataset
+from nplora.finetuning import FinetuneOptions, execution, finetune, plan, teach
+from nplora.finetuning.data import TokenBatches, read_dataset
+from nplora.finetuning.load import read_inputs
 from nplora.finetuning.objectives.distill import DistillLoss
-from nplora.finetuning.teachers import ModelTeacher, StoredTeacher
+from nplora.finetuning.planning import ExecutionPlan
+from nplora.finetuning.teachers import ModelTeacher, StoredTeacher, model_digest
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import CorruptError, FormatError
 from nplora.lm import LanguageModel, load_model
 from nplora.models.divergence import Distillation
 from nplora.models.packing import IGNORED, pack
 from nplora.nn.losses import NonFiniteLossError
+from nplora.trainer import Callback
+from nplora.weights import FrozenWeight
 from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
@@ -112,7 +117,18 @@ def test_all_tokens_stored_teach_as_the_model_itself(
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*total_steps was 2, is 5")
+class Stop(Callback):
+    """Presses Ctrl-C in a hook, when the run has made `step` updates."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self._step = step
+        setattr(self, hook, self._stop)
+
+    def _stop(self, run: Any, _: Any) -> None:
+        if run.step == self._step:
+            raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_run_resumes_to_the_bit(
     model: Path, teacher: Path, taught: Path, data: Path, tmp_path: Path, stored: bool
@@ -120,15 +136,20 @@ def test_a_run_resumes_to_the_bit(
     options = DISTILL | {
         "teacher": taught if stored else teacher, "accumulate": 2, "dropout": 0.1, "recompute": True,
         "layers": "last:1", "keep_prefix": "disk", "batch_tokens": 40, "batch_examples": None,
-        "save_every": 1, "schedule": "constant",
+        "save_every": 2, "steps": 5,
     }  # fmt: skip
-    finetune(model, data, tmp_path / "whole", steps=5, **options)
-    finetune(model, data, tmp_path / "parts", steps=2, **options)
-    report = finetune(model, data, tmp_path / "parts", steps=5, resume=True, **options)
-    assert len(report.history.steps) == 5
-    whole, parts = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "parts")
-    for name, array in whole.items():
-        np.testing.assert_array_equal(parts[name], array)
+    whole = finetune(model, data, tmp_path / "whole", **options)
+    # The second one is between the batches of a step and its update.
+    for hook, step in (("on_step_end", 1), ("on_before_optimizer_step", 2), ("on_step_end", 3)):
+        output = tmp_path / f"{hook}-{step}"
+        stopped = finetune(model, data, output, **options, callbacks=[Stop(hook, step)])
+        assert (stopped.history.interrupted, len(stopped.history.steps)) == (True, step)
+        resumed = finetune(model, data, output, resume=True, **options)
+        assert resumed.history.loss == whole.history.loss
+        assert [r.metrics for r in resumed.history.steps] == [r.metrics for r in whole.history.steps]
+        parts = adapter_of(output)
+        for name, array in adapter_of(tmp_path / "whole").items():
+            np.testing.assert_array_equal(parts[name], array)
 
 
 @pytest.mark.parametrize(
@@ -143,12 +164,53 @@ def test_a_run_does_not_resume_with_another_divergence(
         finetune(model, data, tmp_path / "out", teacher=taught, steps=2, resume=True, **DISTILL | changed)
 
 
+@pytest.mark.parametrize("kind", ["stored", "model", "in memory"])
 def test_a_run_does_not_resume_with_another_teacher(
-    model: Path, teacher: Path, taught: Path, data: Path, tmp_path: Path
+    model: Path, teacher: Path, taught: Path, data: Path, tmp_path: Path, kind: str
 ) -> None:
-    finetune(model, data, tmp_path / "out", teacher=taught, steps=1, **DISTILL)
+    """Both teachers are of one kind, and their vocabularies, sizes and data are the same."""
+    first, other = taught, tmp_path / "other"
+    if kind == "stored":
+        teach(adapted(model), data, other, top_k=8)
+    elif kind == "model":
+        first, other = teacher, model
+    else:
+        first, other = adapted(model), adapted(model, alpha=16.0)  # type: ignore[assignment]
+    finetune(model, data, tmp_path / "out", teacher=first, steps=1, **DISTILL)
     with pytest.raises(ValueError, match="teacher was"):
-        finetune(model, data, tmp_path / "out", teacher=teacher, steps=2, resume=True, **DISTILL)
+        finetune(model, data, tmp_path / "out", teacher=other, steps=2, resume=True, **DISTILL)
+
+
+def adapted(model: Path, selected: str | list[str] | None = None, **changes: Any) -> LanguageModel:
+    """A teacher with a random adapter of its own, and with named adapters."""
+    lm = load_model(model)
+    for name in ("a", "b"):
+        lm.load_adapter(model.parent / "adapter", name)
+    lm.set_adapter(selected)
+    lm.add_lora(**{"rank": 4, "alpha": 8.0, "init": "gaussian", "seed": 0, "targets": ["q_proj"]} | changes)
+    return lm
+
+
+def test_a_teacher_is_identified_by_all_that_decides_its_predictions(model: Path, teacher: Path) -> None:
+    different: list[dict[str, Any]] = [
+        {},
+        {"alpha": 16.0},
+        {"use_rslora": True},
+        {"targets": ["k_proj"]},
+        {"seed": 1},
+        {"trainable_tokens": [3]},
+        {"trainable_tokens": [4]},
+        {"invocation": (3, 4)},
+        {"invocation": (5,)},
+        {"selected": "a"},
+        {"selected": ["a", "b"]},
+    ]
+    digests = [model_digest(adapted(model, **changes)) for changes in different]
+    assert len(set(digests)) == len(digests)
+    assert digests == [model_digest(adapted(model, **changes)) for changes in different]
+    assert model_digest(adapted(model, dropout=0.5)) == digests[0], "a teacher drops nothing"
+    with adapted(model).disable_adapter() as off:
+        assert model_digest(off) not in digests
 
 
 def test_micro_batches_and_plans_within_a_budget_train_alike(
@@ -169,10 +231,37 @@ def test_micro_batches_and_plans_within_a_budget_train_alike(
 
 
 def test_a_plan_counts_the_teacher(model: Path, teacher: Path, taught: Path, data: Path) -> None:
+    """To the byte: what the head takes is written down here again, as it is the most in this small model."""
+    lm = load_model(model)
+    d, vocab = lm.config.hidden_size, lm.config.vocab_size
+    dataset = read_dataset(data, lm.tokenizer)
+    members = list(TokenBatches(dataset, batch_examples=8).members(0))
+    tokens = max(int(dataset.lengths[batch].sum()) for batch in members)
+    targets = max(int(dataset.targets[batch].sum()) for batch in members)
+    head = 4 * targets * (vocab + 4 * d) + 2 * 4 * d * tokens
+    block = 2**21  # an array of the divergence
+    logits, hidden = 4 * targets * (vocab + 2 * d), 4 * d * tokens  # of the teacher
+    stored = targets * (8 * 4 + 9 * (2 + 8))  # 8 ids, and 9 log-probabilities in float16 and float64
+    rows = 4 * 8 * targets * 8  # the student's log-probabilities of the 8 tokens, and three more such arrays
     alone = plan(model, data).memory
-    for given in (teacher, taught):
-        with_teacher = plan(model, data, objective="distill", teacher=given).memory
-        assert with_teacher.work > alone.work
+    for given, more in ((teacher, 3 * block + logits + hidden), (taught, 2 * block + stored + rows)):
+        found = plan(model, data, objective="distill", teacher=given).memory
+        assert found.work == head + more
+        assert (found.kept, found.factors) == (alone.kept, alone.factors)
+
+
+def test_the_prediction_for_a_given_plan_counts_the_teachers_weights(
+    model: Path, teacher: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resident(lm: LanguageModel, of_teacher: LanguageModel | None = None) -> tuple[int, int]:
+        return 0, 100 if of_teacher is None else 300
+
+    monkeypatch.setattr(execution, "resident_memory", resident)
+    options = FinetuneOptions(objective="distill", teacher=teacher, memory="1M")  # too little for any plan
+    inputs = read_inputs("tune", model, data, None, options, check=False)
+    adapters = execution.adapters_of("tune", inputs, options)
+    found = execution.predicted("tune", inputs, adapters, options, ExecutionPlan("float32", False, None))
+    assert found.memory.weights == 300
 
 
 def test_a_teacher_may_be_a_model_in_memory_with_an_adapter(
@@ -245,6 +334,43 @@ def test_a_file_is_not_replaced_unless_asked(teacher: Path, data: Path, tmp_path
     assert StoredTeacher(path).top_k == 2
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_the_adapter_of_the_teacher_is_not_replaced(
+    model: Path, teacher: Path, data: Path, tmp_path: Path, name: str
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(model.parent / "adapter", adapter)
+    before = (adapter / name).read_bytes()
+    for given in (adapter, (adapter, 0.5), [model.parent / "adapter", (adapter, 2.0)]):
+        with pytest.raises(ValueError, match=f"teach: .*{name} is the adapter itself, which is never overw"):
+            teach(model, data, adapter / name, adapter=given, top_k=2, overwrite=True)
+    assert (adapter / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_file_of_an_extreme_temperature_teaches(
+    model: Path, teacher: Path, data: Path, tmp_path: Path, temperature: float, dtype: str
+) -> None:
+    teach(teacher, data, tmp_path / "t", top_k=8, temperature=temperature, dtype=dtype)
+    report = finetune(model, data, tmp_path / "out", teacher=tmp_path / "t", kd_ratio=1.0, steps=2, **DISTILL)
+    assert all(record.metrics["kl"] > 0 for record in report.history.steps)
+
+
+def test_log_probabilities_that_do_not_fit_are_refused_before_the_file_exists(
+    teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    """Logits of a thousand, divided by 0.01, leave the range of float16."""
+    lm = load_model(teacher)
+    lm.model.norm.weight[...] *= 500
+    with pytest.raises(
+        ValueError, match=r"teach: a log-probability of .* does not fit into float16: a higher"
+    ):
+        teach(lm, data, tmp_path / "t", top_k=8, temperature=0.01)
+    assert not (tmp_path / "t").exists()
+    teach(lm, data, tmp_path / "t", top_k=8, temperature=0.01, dtype="float32")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_a_failure_leaves_nothing_behind(
     teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
@@ -275,15 +401,38 @@ def test_a_teacher_whose_outputs_are_not_finite_is_an_error(
 # ---- numbers that are not finite ----
 
 
-def test_a_teacher_that_diverges_is_blamed(model: Path, teacher: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layer", ["model.layers.1", "model.norm"])
+def test_a_teacher_that_diverges_is_blamed(
+    model: Path, teacher: Path, data: Path, tmp_path: Path, layer: str
+) -> None:
     lm = load_model(teacher)
-    lm.model.layers[1].input_layernorm.weight[...] = np.nan  # type: ignore[attr-defined]
-    with pytest.raises(NonFiniteLossError, match=r"the outputs of the teacher .* are not finite"):
+    norm: Any = lm.model.norm if layer == "model.norm" else lm.model.layers[1].input_layernorm  # type: ignore[attr-defined]
+    norm.weight[...] = np.nan
+    words = rf"the outputs of the teacher .* are not finite, first that of '{re.escape(layer)}'"
+    with pytest.raises(NonFiniteLossError, match=words):
         finetune(model, data, tmp_path / "out", teacher=lm, steps=2, **DISTILL)
 
 
+@pytest.mark.parametrize("layer", ["model.layers.1", "model.norm", "lm_head"])
+def test_a_student_whose_outputs_are_not_finite_is_blamed(
+    model: Path, taught: Path, data: Path, layer: str
+) -> None:
+    lm: Any = load_model(model)
+    batch = pack(read_dataset(data, lm.tokenizer))
+    loss = DistillLoss(Distillation(), StoredTeacher(taught))
+    assert loss.blame(lm, batch) == "the output of every layer is finite, but the loss is not"
+    if layer == "lm_head":  # finite weights, whose products are too large for float32
+        lm.model.norm.weight[...] = 1e38
+        lm.lm_head.weight = FrozenWeight(np.full((lm.config.vocab_size, 32), 1e5, np.float32))
+    else:
+        norm = lm.model.norm if layer == "model.norm" else lm.model.layers[1].input_layernorm
+        norm.weight[0] = np.nan
+    assert loss.blame(lm, batch) == f"the first layer whose output is not finite is {layer!r}"
+
+
 def test_a_student_that_diverges_is_blamed(model: Path, taught: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteLossError, match=r"output is not finite|gradient"):
+    words = r"^step 2 \(epoch 1\): the loss of batch 2 is nan: the first layer whose output is not finite is "
+    with pytest.raises(NonFiniteLossError, match=words + r"'model\.layers\.0'; a lower lr may help"):
         finetune(model, data, tmp_path / "out", teacher=taught, steps=9, **DISTILL | {"lr": 1e30})
 
 
@@ -315,6 +464,39 @@ def test_a_vocabulary_may_be_padded(
     for name, given in (("stored", stored), ("model", teaching)):
         report = finetune(student, data, tmp_path / name, teacher=given, kl=kl, steps=2, **DISTILL)
         assert np.isfinite(report.history.loss).all()
+
+
+@pytest.fixture(scope="module")
+def talkative(model: Path) -> Path:
+    """A teacher with seven tokens that the student lacks. It finds them likely."""
+    path = model.parent / "talkative.gguf"
+    tokens = list(gguf.open(model).metadata.strings("tokenizer.ggml.tokens"))
+    kinds = gguf.open(model).metadata["tokenizer.ggml.token_type"]
+    changes = {
+        "tokenizer.ggml.tokens": [*tokens, *(f"<|more{n}|>" for n in range(7))],
+        "tokenizer.ggml.token_type": np.append(kinds, np.full(7, 3)).astype(np.int32),
+    }
+    return save_small_llama(path, changes=changes, vocab=len(tokens) + 7)
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_a_stored_teacher_may_know_tokens_that_the_student_lacks(
+    model: Path, talkative: Path, data: Path, tmp_path: Path, kl: str
+) -> None:
+    lm = load_model(talkative)
+    batch = pack(read_dataset(data, lm.tokenizer))
+    ids = np.argsort(-lm.logits_of(lm.hidden_states(batch)), axis=1)
+    assert (ids[:, :4] >= lm.config.vocab_size - 7).any(), "some of the likely tokens are new"
+    losses = {}
+    for k in (4, lm.config.vocab_size):
+        teach(talkative, data, tmp_path / "t", top_k=k, dtype="float32", overwrite=True)
+        report = finetune(
+            model, data, tmp_path / f"{k}", teacher=tmp_path / "t", kl=kl, kd_ratio=1.0, steps=3, **DISTILL
+        )
+        losses[k] = report.history.loss
+    report = finetune(model, data, tmp_path / "m", teacher=talkative, kl=kl, kd_ratio=1.0, steps=3, **DISTILL)
+    np.testing.assert_allclose(losses[lm.config.vocab_size], report.history.loss, rtol=1e-5)
+    assert 0 < losses[4][0] <= report.history.loss[0], "the divergence of fewer classes is a lower bound"
 
 
 def test_log_probabilities_of_other_data_are_refused(
@@ -374,7 +556,10 @@ def test_the_model_does_not_teach_itself(model: Path, data: Path, tmp_path: Path
     ("options", "words"),
     [
         ({"top_k": 0}, "teach: top_k is 0"), ({"top_k": 10**6}, "teach: top_k is 1000000, but the vocab"),
-        ({"temperature": 0}, "teach: temperature is 0"), ({"dtype": "int8"}, "teach: dtype='int8' is not"),
+        ({"temperature": 0}, "teach: temperature is 0"),
+        ({"temperature": 0.009}, "teach: temperature is 0.009, expected 0.01 to 100"),
+        ({"temperature": 101}, "teach: temperature is 101, expected 0.01 to 100"),
+        ({"dtype": "int8"}, "teach: dtype='int8' is not"),
         ({"compute": "int8"}, "teach: compute='int8' is not"),
     ],
 )  # fmt: skip
@@ -417,6 +602,7 @@ def put(place: Any, value: Any) -> Callable[[Array], Array]:
         (changed("token_ends", put(3, 2**40)), "token_ends do not ascend"),
         (changed("temperature", "warm"), "temperature is 'warm', expected a number"),
         (changed("temperature", "-1"), "temperature is '-1', expected a number"),
+        (changed("temperature", "1e9"), "temperature is '1e9', expected a number from 0.01 to 100"),
         (changed("ids", put(slice(None), 9999)), "ids holds 9999 to 9999, expected tokens from 0"),
         (changed("ids", put(slice(None), -1)), "ids holds -1 to -1"),
         (changed("ids", np.zeros_like), "a token twice"),

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 
 import nplora
+from nplora import cli
 from nplora.finetuning import compare, evaluate, evaluate_batches
 from nplora.finetuning.data import TokenBatches, read_dataset
 from nplora.finetuning.judging import metrics
@@ -528,6 +529,65 @@ def test_empty_data_are_an_error(lm: LanguageModel, tmp_path: Path, metric: Any)
         evaluate(lm, tmp_path / "bad.jsonl", skip_bad=True, metric=metric)
 
 
+# ---- preference pairs ----
+
+PAIRS = [{"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": "no idea"} for n in range(8)]
+
+
+def answer_log_probs(lm: LanguageModel, answer: str) -> npt.NDArray[np.float64]:
+    """For each prompt of PAIRS, log p of the tokens of an answer, which is a field of the row."""
+    found = []
+    for row in PAIRS:
+        prompt = lm.tokenizer.encode_prompt(row["prompt"])
+        ids = [*prompt, *lm.tokenizer.encode(row[answer]), lm.tokenizer.eos_id]
+        likely = log_probs(lm, ids)
+        found.append([likely[place - 1, ids[place]] for place in range(len(prompt), len(ids))])
+    return np.array([sum(values) for values in found] + [np.mean(np.concatenate(found))])
+
+
+def test_pairs_are_judged_by_the_log_probabilities_of_both_answers(lm: LanguageModel, adapters: Path) -> None:
+    adapted = lm.with_adapter(nplora.read_adapter(adapters / "trained"))
+    of_chosen, of_rejected = (answer_log_probs(adapted, name) for name in ("chosen", "rejected"))
+    base_chosen, base_rejected = (answer_log_probs(lm, name) for name in ("chosen", "rejected"))
+    found = evaluate(lm, PAIRS, adapter=adapters / "trained")
+    assert found["loss"] == pytest.approx(-of_chosen[-1], abs=1e-5)
+    metrics = {name: score["value"] for name, score in found["metrics"].items()}
+    assert metrics["acc"] == np.mean(of_chosen[:-1] > of_rejected[:-1])
+    rewards = (of_chosen - base_chosen)[:-1], (of_rejected - base_rejected)[:-1]
+    assert metrics["reward_acc"] == np.mean(rewards[0] > rewards[1])
+    assert metrics["reward_margin"] == pytest.approx(np.mean(rewards[0] - rewards[1]), abs=1e-4)
+    assert (found["examples"], found["metrics"]["reward_acc"]["examples"]) == (8, 8)
+
+
+def test_pairs_are_compared_with_the_model_alone(lm: LanguageModel, adapters: Path) -> None:
+    found = compare(lm, PAIRS, {"mine": adapters / "trained"})
+    base = found.evaluations["base"]["metrics"]
+    assert (base["reward_acc"]["value"], base["reward_margin"]["value"]) == (0.5, 0)
+    assert "reward_acc" not in evaluate(lm, PAIRS)["metrics"]
+    mine = evaluate(lm, PAIRS, adapter=adapters / "trained")
+    assert found.evaluations["mine"] == mine
+    assert "between mine and the base: reward_margin " in str(found)
+
+
+def test_the_accuracy_of_pairs_is_that_of_dpo(path: Path, lm: LanguageModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"objective": "dpo", "beta": 0.5, "rank": 2, "lr": 1e-2, "steps": 4}
+    report = nplora.finetune(path, PAIRS, out, valid=PAIRS, progress=False, keep="last", **options)
+    last = report.history.evaluations[-1].val_metrics
+    found = evaluate(lm, PAIRS, adapter=out)["metrics"]
+    assert found["reward_acc"]["value"] == last["rewards/accuracies"]
+    assert 0.5 * found["reward_margin"]["value"] == pytest.approx(last["rewards/margins"], rel=1e-4)
+
+
+def test_pairs_are_not_answered_and_do_not_mix(lm: LanguageModel) -> None:
+    with pytest.raises(
+        ValueError, match=r"^evaluate: metric is for generated answers, but the rows are pairs"
+    ):
+        evaluate(lm, PAIRS, metric="f1")
+    with pytest.raises(DataError, match=r"^data, row 2: has prompt and completion"):
+        evaluate(lm, [PAIRS[0], ROWS[0]])
+
+
 # ---- comparisons ----
 
 
@@ -673,3 +733,30 @@ def test_records_name_the_system(lm: LanguageModel, adapters: Path) -> None:
     entries = list[dict[str, Any]]()
     compare(lm, ROWS[:2], {"mine": adapters / "random"}, metric="f1", max_new_tokens=1, record=entries.append)
     assert [entry["system"] for entry in entries] == ["base", "base", "mine", "mine"]
+
+
+# ---- what an evaluation does not take ----
+
+
+def test_a_weight_of_a_file_is_refused(lm: LanguageModel, path: Path, tmp_path: Path, capsys: Any) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    for function in (evaluate, lambda lm, data: compare(lm, data, ["no adapter"])):
+        with pytest.raises(ValueError, match=r"rows\.jsonl has the weight 2, but an evaluation counts each"):
+            function(lm, [(data, 2.0)])
+    assert evaluate(lm, [(data, 1.0), data])["examples"] == 2
+    assert cli.main(["eval", str(path), "--data", f"{data}:0.5"]) == 2
+    assert "rows.jsonl has the weight 0.5, but an evaluation counts each" in capsys.readouterr().err
+
+
+def test_formats_that_a_command_does_not_take_are_not_listed(
+    lm: LanguageModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"^evaluate: format='kto' is not available; possible: 'messages'"):
+        evaluate(lm, [{"prompt": "a", "completion": "b"}], format="kto")
+    for command, refused in (("eval", ["kto"]), ("merge", ["kto"]), ("teach", ["kto", "preference"])):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        words = capsys.readouterr().out
+        assert "{messages,sharegpt,alpaca,completion,text" in words.replace("\n", "").replace(" ", "")
+        assert not [name for name in refused if name in words]

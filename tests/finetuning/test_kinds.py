@@ -7,8 +7,19 @@ from typing import Any
 import pytest
 
 from nplora.finetuning.data import read_dataset
-from nplora.finetuning.data.examples import Chat, Completion, Example, Instruction, Judged, Preference
+from nplora.finetuning.data.builder import Builder
+from nplora.finetuning.data.dataset import Dataset, ReadOptions, add_rows
+from nplora.finetuning.data.examples import (
+    Chat,
+    Completion,
+    Example,
+    Instruction,
+    Judged,
+    MultipleChoice,
+    Preference,
+)
 from nplora.finetuning.data.kinds import BY_NAME, Fields, recognise, renamed
+from nplora.finetuning.data.sources import splits_of
 from nplora.formats.errors import DataError
 from nplora.tokenizer import from_gguf
 from vocabularies import byte_level, opened
@@ -42,6 +53,10 @@ ALPACA = {"instruction": "a", "input": "b", "output": "c", "system": "s", "histo
              {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}])),
         ({"messages": [USER, {**ANSWER, "name": None, "tool_calls": None}], "tools": " ", "documents": None},
          Chat([USER, ANSWER])),
+        ({"messages": [USER, {"role": "assistant", "content": None,
+                              "function_call": {"name": "f", "arguments": '{"x": 1}'}}, RESULT, ANSWER]},
+         Chat([USER, {"role": "assistant", "content": "", "tool_calls": [
+             {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}, RESULT, ANSWER])),
         ({"conversations": [HUMAN, GPT], "system": "s"},
          Chat([{"role": "system", "content": "s"}, USER, ANSWER])),
         ({"conversations": [HUMAN, FUNCTION, {"from": "observation", "value": "5"}, GPT]},
@@ -50,12 +65,14 @@ ALPACA = {"instruction": "a", "input": "b", "output": "c", "system": "s", "histo
         ({"conversations": [HUMAN, {**GPT, "weight": 0}]}, Chat([USER, {**ANSWER, "weight": 0}])),
         (ALPACA, Instruction("a", "c", "b", "s", (("d", "e"),))),
         ({"instruction": "a", "output": "c", "input": None, "history": None}, Instruction("a", "c")),
+        ({"instruction": "a", "output": "c", "input": "", "history": ""}, Instruction("a", "c")),
         ({"prompt": [USER], "completion": [ANSWER]}, Chat([USER, ANSWER], prompt=1)),
         ({"prompt": [USER], "completion": "b"}, Chat([USER, ANSWER], prompt=1)),
         ({"prompt": [USER], "completion": ANSWER}, Chat([USER, ANSWER], prompt=1)),
         ({"prompt": "a", "chosen": "b", "rejected": "c"},
          Preference(Completion("a", "b"), Completion("a", "c"))),
         ({"chosen": "ab", "rejected": "ac"}, Preference(Completion("a", "b"), Completion("a", "c"))),
+        ({"chosen": "a: b", "rejected": "a: c"}, Preference(Completion("a:", " b"), Completion("a:", " c"))),
         ({"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "c"}]},
          Preference(Chat([USER, ANSWER], prompt=1), Chat([USER, {**ANSWER, "content": "c"}], prompt=1))),
         ({"prompt": "a", "chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "c"}]},
@@ -71,6 +88,35 @@ ALPACA = {"instruction": "a", "input": "b", "output": "c", "system": "s", "histo
 )  # fmt: skip
 def test_a_row_means_its_example(row: dict[str, Any], expected: Example) -> None:
     assert parsed(row) == expected
+
+
+ARC = {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "right"),
+    [
+        (ARC, 1, 0),
+        (ARC, "1", 0),
+        (ARC, 3, 2),
+        (ARC, "y", 1),
+        ({**ARC, "label": [1, 2, 3]}, 1, 0),
+        (
+            {"text": ["3", "2", "1"], "label": ["1", "2", "3"]},
+            "1",
+            0,
+        ),  # a label that the row gives comes first
+        ({**ARC, "label": ["A", "B", "C"]}, "B", 1),
+        ({**ARC, "label": ["A", "B", "C"]}, 1, 1),  # no label is a number, so this is an index
+        (["3", "2", "1"], "1", 2),  # without labels, a choice comes first
+        (["3", "2", "1"], 1, 1),
+        (["x", "y"], "B", 1),
+    ],
+)
+def test_an_answer_is_a_label_of_the_row_a_choice_or_an_index(choices: Any, answer: Any, right: int) -> None:
+    found = parsed({"prompt": "q", "choices": choices, "answer": answer})
+    assert isinstance(found, MultipleChoice)
+    assert found.answer == right
 
 
 def test_a_row_is_not_changed() -> None:
@@ -104,6 +150,15 @@ def judged(**changes: Any) -> dict[str, Any]:
     return {"prompt": "a", "completion": "b", "label": True} | changes
 
 
+NO_JSON = (
+    "NaN",
+    "-Infinity",
+    "1e999",
+    '"\\ud800"',
+    '{"a": 1, "a": 1}',
+    "[" * 70 + "]" * 70,
+    "1" * 200,
+)
 BAD: list[tuple[dict[str, Any], str]] = [
     # messages
     ({"messages": {}}, r"messages is \{\}, expected a list of objects with a role and a content"),
@@ -130,6 +185,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**chat(ANSWER), "tools": '{"f": 1}'}, "tools is .*, expected a list of objects"),
     ({**chat(ANSWER), "tools": "[" * 100_000}, "tools is .*, expected a list of objects, or one as JSON"),
     ({**chat(ANSWER), "documents": "d"}, "documents is 'd', expected a list of objects"),
+    *(({**chat(ANSWER), "tools": [tool]}, "a tool is .*, expected an object with the name of its function")
+      for tool in ({}, {"function": 3}, {"type": "function"}, {"name": ""}, {"function": {"name": 3}})),
+    *((chat({**ANSWER, "tool_calls": calls}), "tool_calls is .*, expected a list of objects")
+      for calls in ({}, 0, "", False)),
+    (chat({**ANSWER, "function_call": "f"}), "function_call is 'f', expected an object"),
+    (chat({**ANSWER, "function_call": {}}), "a tool call is {}, expected the name of its function"),
+    (chat({**ANSWER, "function_call": {"name": "f", "arguments": "x"}}), "the arguments of the tool call"),
+    (chat({**CALLING, "function_call": {"name": "f", "arguments": "{}"}}), "both tool_calls and function"),
+    (chat({**USER, "function_call": {"name": "f", "arguments": "{}"}}), "a message of role 'user' has"),
     (chat({**USER, "tool_calls": [CALL]}), "a message of role 'user' has tool_calls, expected 'assistant'"),
     (chat({**CALLING, "tool_calls": CALL}), "tool_calls is .*, expected a list of objects"),
     (chat({**CALLING, "tool_calls": ["f"]}), r"tool_calls is \['f'\], expected a list of objects"),
@@ -141,6 +205,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (called(arguments="{x}"), "the arguments of the tool call 'f' are '{x}', expected an object"),
     (called(arguments="[1]"), r"the arguments of the tool call 'f' are '\[1\]', expected an object"),
     (called(arguments="[" * 100_000), "the arguments of the tool call 'f' are .*, expected an object"),
+    # JSON in a text is as strict as that of a file
+    *((called(arguments=f'{{"x": {value}}}'), "the arguments of the tool call 'f' are .*, expected an object")
+      for value in NO_JSON),
+    (called(arguments='{"x": 1, "x": 2}'), "the arguments of the tool call 'f' are .*, expected an object"),
+    *(({**chat(ANSWER), "tools": f'[{{"name": "f", "x": {value}}}]'}, "tools is .*, or one as JSON")
+      for value in NO_JSON),
+    *((talk(HUMAN, {**FUNCTION, "value": f'{{"name": "f", "arguments": {{"x": {value}}}}}'}),
+       "a function_call is .*, expected a name and arguments as JSON") for value in NO_JSON),
     # ShareGPT
     ({"conversations": "a"}, "conversations is 'a', expected a list of objects with from and value"),
     (talk(), r"conversations is \[\], expected"),
@@ -172,6 +244,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**ALPACA, "input": 5}, "input is 5, expected a string"),
     ({**ALPACA, "system": ["s"]}, r"system is \['s'\], expected a string"),
     ({**ALPACA, "history": "d"}, "history is 'd', expected a list of pairs of texts"),
+    *(({**ALPACA, "history": history}, "history is .*, expected a list of pairs of texts")
+      for history in ({}, 0, False)),
     ({**ALPACA, "history": [["d"]]}, "history is .*, expected a list of pairs of texts"),
     ({**ALPACA, "history": [["d", 1]]}, "history is .*, expected a list of pairs of texts"),
     # completions
@@ -193,16 +267,28 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "chosen": "b"}, r"rejected is missing; the row has \['prompt', 'chosen'\]"),
     ({"prompt": "a", "rejected": "b"}, "chosen is missing; the row has"),
     (pair(rejected="b"), "chosen and rejected are the same answer, expected two"),
+    ({"chosen": "b", "rejected": "b"}, "chosen and rejected are the same answer"),
     (pair(prompt=[USER], chosen=[ANSWER], rejected=[ANSWER]), "chosen and rejected are the same answer"),
     (pair(prompt=[USER], chosen=[ANSWER], rejected=5), "rejected is 5, expected a list of objects"),
     (pair(prompt=[USER], chosen=[{"role": "x"}], rejected=[ANSWER]), "the role of a message is 'x'"),
     ({"chosen": [USER, ANSWER], "rejected": "c"}, "chosen is .*, expected a string"),
     ({"conversations": [HUMAN], "chosen": "b", "rejected": GPT},
      "a turn is 'b', expected an object with from and"),
+    (pair(prompt=[USER], chosen=[ANSWER, USER], rejected=[ANSWER]),
+     "chosen ends with a message of role 'user', expected one of the assistant"),
+    (pair(prompt=[USER], chosen=[ANSWER], rejected=USER), "rejected ends with a message of role"),
+    ({"conversations": [HUMAN], "chosen": HUMAN, "rejected": GPT}, "chosen ends with a message of role"),
     (judged(label=1), "label is 1, expected true or false"),
     (judged(label="good"), "label is 'good', expected true or false"),
     (judged(completion=""), "completion is empty"),
     (judged(prompt=3), "prompt is 3, expected a string"),
+    # multiple choice
+    ({"prompt": "q", "choices": ARC, "answer": 0}, "answer is 0, expected one of the choices, or one"),
+    ({"prompt": "q", "choices": ARC, "answer": "4"}, "answer is '4', expected one of the choices, or one"),
+    ({"prompt": "q", "choices": ARC, "answer": True}, "answer is True, expected"),
+    ({"prompt": "q", "choices": {**ARC, "label": ["A", "B", "A"]}, "answer": "A"},
+     r"the labels of choices are \['A', 'B', 'A'\], expected one for each choice, all different"),
+    ({"prompt": "q", "choices": {**ARC, "label": ["1", 1, "2"]}, "answer": "1"}, "the labels of choices are"),
     # no kind, or two
     ({"a": 1}, r"the row has \['a'\], expected messages, conversations, instruction and output, prompt and "),
     ({**chat(ANSWER), **talk(HUMAN, GPT)},
@@ -213,6 +299,27 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
+def neighbour(row: dict[str, Any]) -> dict[str, Any]:
+    """A good row of the kind that a bad row seems to be."""
+    try:
+        return GOOD[recognise(row, "").name]
+    except DataError:
+        return GOOD["text"]
+
+
+GOOD = {
+    "messages": chat(ANSWER),
+    "sharegpt": talk(HUMAN, GPT),
+    "alpaca": ALPACA,
+    "completion": {"prompt": "a", "completion": "b"},
+    "text": {"text": "a"},
+    "preference": pair(),
+    "kto": judged(),
+    "choice": {"prompt": "q", "choices": ARC, "answer": 1},
+}
+CHATML = "{% for m in messages %}{{ m.role + m.content + '<|end|>' }}{% endfor %}"
+
+
 @pytest.mark.parametrize(("row", "message"), BAD, ids=range(len(BAD)))
 def test_a_malformed_row_is_an_error_that_names_line_field_and_values(
     row: dict[str, Any], message: str
@@ -220,8 +327,16 @@ def test_a_malformed_row_is_an_error_that_names_line_field_and_values(
     with pytest.raises(DataError, match=rf"^d\.jsonl, line 7: .*{message}") as caught:
         parsed(row)
     assert len(str(caught.value)) < 400
-    with pytest.raises(DataError, match=r"^data, row 2: "):
-        read_dataset([{"text": "a"}, row], from_gguf(opened(byte_level())))
+
+
+@pytest.mark.parametrize(("row", "message"), BAD, ids=range(len(BAD)))
+def test_a_malformed_row_is_found_among_good_rows_of_its_kind(row: dict[str, Any], message: str) -> None:
+    words = from_gguf(opened(byte_level() | {"tokenizer.chat_template": CHATML}))
+    [source] = splits_of("test", [neighbour(row), row]).train
+    builder = Builder(None, False, Dataset)
+    builder.begin(source)
+    with pytest.raises(DataError, match=rf"^data, row 2: .*{message}"):
+        add_rows(builder, source, words, ReadOptions(), lambda kind, where: None, lambda _, found: [found])
 
 
 def test_a_kind_that_is_forced_takes_its_own_fields() -> None:
@@ -239,6 +354,18 @@ def test_columns_give_fields_their_names() -> None:
     assert renamed({"a": 1, "b": 2}, {"a": "b", "b": "a"}, "w") == {"a": 2, "b": 1}
     with pytest.raises(DataError, match=r"w: has no 'answer', which columns names; it has \['question'\]"):
         renamed({"question": "a"}, columns, "w")
+
+
+def test_an_unknown_field_in_columns_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"here: columns names 'promptt', which no format has; did you mean 'pro"
+    ):
+        ReadOptions(columns={"promptt": "question", "completion": "answer"}, op="here")
+    with pytest.raises(
+        ValueError, match=r"here: columns names 'xyz', which no format has; possible: answer, ch"
+    ):
+        ReadOptions(columns={"xyz": "question"}, op="here")
+    ReadOptions(columns={name: "x" for row in (*GOOD.values(), {"tools": []}) for name in row})
 
 
 # ---- files ----

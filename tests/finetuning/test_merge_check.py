@@ -15,8 +15,8 @@ from gguf.quants import dequantize
 import nplora
 import small_models
 from nplora import cli
-from nplora.adapters import Adapter, HeldOutLoss, merge_files
-from nplora.finetuning import evaluate, finetune, merge_check
+from nplora.adapters import Adapter, HeldOutLoss
+from nplora.finetuning import evaluate, finetune, held_out_loss
 from nplora.formats import files, gguf
 from nplora.lora.delta import LoraDelta
 from small_llama import save_small_llama
@@ -104,7 +104,7 @@ def test_what_a_report_says_of_the_loss() -> None:
 
 def test_the_loss_decides_alone_if_lossy_is_set(place: Path, tmp_path: Path) -> None:
     sources = place / "model.gguf", place / "adapter"
-    out, check = tmp_path / "out.gguf", place / "valid.jsonl"
+    out, check = tmp_path / "out.gguf", held_out_loss(place / "valid.jsonl")
     with pytest.raises(ValueError, match=r"^merge: the held-out loss would go from .* in q4_1") as refused:
         nplora.merge_adapter(*sources, out, lossy=True, check=check)
     assert "rounding to" not in str(refused.value)
@@ -126,10 +126,48 @@ def test_a_loss_that_is_not_finite_before_the_merge_ends_it_at_once(
 
     out = tmp_path / "out.gguf"
     with pytest.raises(FloatingPointError, match=f"^merge: the held-out loss before the merge is {loss}"):
-        merge_files.merge_adapter(
+        nplora.merge_adapter(
             place / "model.gguf", place / "adapter", out, check=check, lossy=True, tolerance=np.float32(0.1)
         )
     assert (len(asked), out.exists()) == (1, False)
+
+
+def test_one_function_merges_for_all_callers() -> None:
+    assert nplora.merge_adapter is nplora.adapters.merge_adapter
+
+
+def test_a_check_that_is_no_function_is_refused_with_the_function_to_use(place: Path, tmp_path: Path) -> None:
+    valid = str(place / "valid.jsonl")
+    with pytest.raises(
+        TypeError, match=r"^merge: check is .*; nplora\.finetuning\.held_out_loss\(data\) mak"
+    ):
+        nplora.merge_adapter(place / "model.gguf", place / "adapter", tmp_path / "out.gguf", check=valid)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("reading", "words"),
+    [
+        ({"max_length": 1}, "merge: max_length is 1"),
+        ({"chatt": True}, "held_out_loss: unexpected keyword 'chatt'; did you mean chat?"),
+        ({"metric": "f1"}, "held_out_loss: unexpected keyword 'metric'"),
+    ],
+)
+def test_a_held_out_loss_refuses_wrong_options_at_once(reading: dict[str, Any], words: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as refused:
+        held_out_loss("no file", **reading)
+    assert words in str(refused.value)
+
+
+def test_an_adapter_of_another_model_is_checked_as_its_caller_wants(place: Path, tmp_path: Path) -> None:
+    foreign = Adapter.read(place / "adapter")
+    foreign.base_digest = "0" * 64
+    check, out = held_out_loss(place / "valid.jsonl"), tmp_path / "out.gguf"
+    with pytest.raises(ValueError, match="another model"):
+        nplora.merge_adapter(place / "model.gguf", foreign, out, "q8_0", check=check)
+    done = nplora.merge_adapter(place / "model.gguf", foreign, out, "q8_0", any_base=True, check=check)
+    assert done.loss is not None
+    assert done.loss.on_the_fly == pytest.approx(losses_of(place)[1], abs=1e-6)
 
 
 def test_a_loss_that_stays_does_not_hide_a_lost_update(tmp_path: Path) -> None:
@@ -137,10 +175,11 @@ def test_a_loss_that_stays_does_not_hide_a_lost_update(tmp_path: Path) -> None:
     model = save_small_llama(tmp_path / "model.gguf", storage="q4_1")
     update = LoraDelta(np.full((32, 1), 1e-5, "f4"), np.ones((1, 32), "f4"), 1.0)
     adapter = Adapter("small", {"model.layers.0.self_attn.q_proj": update})
-    rows, out = [{"prompt": "1+1=", "completion": "2"}], tmp_path / "out.gguf"
+    rows, out = iter([{"prompt": "1+1=", "completion": "2"}]), tmp_path / "out.gguf"
+    check = held_out_loss(rows)
     with pytest.raises(ValueError, match=r"would keep .* stays within the tolerance .*; --dtype \w+ keeps"):
-        nplora.merge_adapter(model, adapter, out, check=iter(rows))
-    done = nplora.merge_adapter(model, adapter, out, check=iter(rows), lossy=True)
+        nplora.merge_adapter(model, adapter, out, check=check)
+    done = nplora.merge_adapter(model, adapter, out, check=check, lossy=True)
     assert done.loss is not None
     assert done.loss.is_kept
 
@@ -152,7 +191,7 @@ def test_a_refused_or_broken_merge_leaves_the_old_model(
     out.write_bytes(b"the old model")
 
     def run(**options: Any) -> None:
-        check = place / "valid.jsonl"
+        check = held_out_loss(place / "valid.jsonl")
         nplora.merge_adapter(
             place / "model.gguf", place / "adapter", out, overwrite=True, check=check, **options
         )
@@ -171,7 +210,7 @@ def test_a_refused_or_broken_merge_leaves_the_old_model(
     with pytest.raises(ValueError, match="the held-out loss would go"):
         run()
     with monkeypatch.context() as patched:
-        patched.setattr(merge_check, "evaluate", interrupted)
+        patched.setattr("nplora.finetuning.held_out.evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(dtype="q8_0")
     monkeypatch.setattr(files, "write", full)
@@ -195,7 +234,10 @@ def test_a_disk_too_small_for_the_remedy_leaves_its_estimate(
     monkeypatch.setattr(files, "write", full)
     with pytest.raises(ValueError, match=r"--dtype \w+ keeps about \d+% of ΔW by an estimate; --lossy"):
         nplora.merge_adapter(
-            place / "model.gguf", place / "adapter", tmp_path / "out.gguf", check=place / "valid.jsonl"
+            place / "model.gguf",
+            place / "adapter",
+            tmp_path / "out.gguf",
+            check=held_out_loss(place / "valid.jsonl"),
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -248,7 +290,7 @@ def test_a_hugging_face_model_is_checked_too(base: str, output: str, tmp_path: P
     update = LoraDelta(rng.standard_normal(shape, np.float32), rng.standard_normal(shape[::-1], "f4"), 0.05)
     adapter = Adapter("random", {"model.layers.1.self_attn.q_proj": update})
     rows = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(5)]
-    done = nplora.merge_adapter(model / base, adapter, tmp_path / output, check=rows)
+    done = nplora.merge_adapter(model / base, adapter, tmp_path / output, check=held_out_loss(rows))
     assert done.loss is not None
     assert done.loss.on_the_fly == pytest.approx(evaluate(model, rows, adapter=adapter)["loss"], abs=1e-6)
     assert done.loss.merged == pytest.approx(done.loss.on_the_fly, abs=1e-4)

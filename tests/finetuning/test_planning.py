@@ -64,7 +64,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.mark.usefixtures("smollm2")
 @pytest.mark.parametrize("setting", bench_plan.TESTED, ids=str)
 def test_the_peak_of_a_run_is_the_predicted_one(setting: bench_plan.Setting) -> None:
-    found = setting.measure(2, resumes="memory" in setting.options)
+    found = setting.measure(2, resumes="memory" in setting.options, steps=2)
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.1)
     if "memory" in setting.options:
         assert found["measured"] < parse_bytes(setting.options["memory"])

@@ -1,5 +1,7 @@
 """Preference objectives: data, derivatives, the reference, and runs. test_trl.py compares them with TRL."""
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -12,21 +14,23 @@ import pytest
 
 import nplora
 from nplora import cli
-from nplora.finetuning import FinetuneOptions, finetune, plan, run
+from nplora.finetuning import FinetuneOptions, finetune, plan
 from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.comparisons import PairDataset
 from nplora.finetuning.data.sources import sources_of
 from nplora.finetuning.objective_options import LOSS_TYPES
-from nplora.finetuning.objectives import objective_of, pairs, reference
+from nplora.finetuning.objectives import objective_of, reference
 from nplora.finetuning.objectives.pairs import PairLoss
 from nplora.finetuning.objectives.preference_losses import Dpo, Kto, odds_ratio
-from nplora.formats import files, safetensors
-from nplora.formats.errors import DataError, UnsafeError
+from nplora.formats import files, gguf, safetensors
+from nplora.formats.errors import CorruptError, DataError, UnsafeError
 from nplora.formats.run_files import REFERENCE
 from nplora.lm import LanguageModel, load_model
 from nplora.models.packing import IGNORED, pack
 from nplora.nn.losses import NonFiniteLossError
 from nplora.trainer import Callback
+from nplora.trainer.evaluation import evaluate
+from nplora.trainer.fingerprint import is_same_base
 from nplora.trainer.history import History, StepRecord
 from small_llama import save_small_llama
 
@@ -74,9 +78,9 @@ def test_a_pair_is_the_prompt_with_both_answers_the_chosen_first(lm: LanguageMod
         ("1+1=2<|end|>", "2<|end|>"),
         ("1+1=33<|end|>", "33<|end|>"),
     ]
-    batch, is_answer = dataset.batch(np.array([0, 2]))
+    batch, answers = dataset.batch(np.array([0, 2]))
     assert len(batch.starts) == 5
-    np.testing.assert_array_equal(is_answer, batch.targets != IGNORED)
+    np.testing.assert_array_equal(answers.is_answer, batch.targets != IGNORED)
     report = dataset.report
     assert report.examples == len(dataset) == 15
     assert report.tokens == dataset.lengths.sum() == sum(len(ids) for pair in dataset for ids, _ in pair)
@@ -87,9 +91,9 @@ def test_a_pair_is_the_prompt_with_both_answers_the_chosen_first(lm: LanguageMod
 
 def test_orpo_also_learns_the_chosen_text_with_its_prompt(lm: LanguageModel) -> None:
     pairs, learned = read(lm, PAIRS), read(lm, PAIRS, "orpo")
-    (batch, is_answer), (plain, _) = learned.batch(np.arange(3)), pairs.batch(np.arange(3))
+    (batch, answers), (plain, _) = learned.batch(np.arange(3)), pairs.batch(np.arange(3))
     np.testing.assert_array_equal(batch.ids, plain.ids)
-    np.testing.assert_array_equal(is_answer, plain.targets != IGNORED)
+    np.testing.assert_array_equal(answers.is_answer, plain.targets != IGNORED)
     lengths, counts = np.diff(batch.starts), np.add.reduceat(batch.targets != IGNORED, batch.starts[:-1])
     assert counts[::2].tolist() == (lengths[::2] - 1).tolist()
     assert (
@@ -121,23 +125,62 @@ def test_judged_answers_come_from_their_own_rows_or_from_pairs(lm: LanguageModel
     assert [(text_of(lm, dataset[i][:2]), dataset[i][2]) for i in range(2)] == [
         (("1+1=2<|end|>", "2<|end|>"), True), (("ab<|end|>", "b<|end|>"), False),
     ]  # fmt: skip
-    unpaired = read(lm, [{"prompt": "1+1=", "chosen": "2", "rejected": "3"}], "kto")
-    assert [unpaired[i][2] for i in range(2)] == [True, False]
+    unpaired = read(lm, PAIRS[:2], "kto")
+    assert [unpaired[i][2] for i in range(4)] == [True, False, True, False]
     assert "(kto): 2 answers, " in str(dataset.report)
     assert dataset.fingerprint() != read(lm, [judged[0], judged[1] | {"label": True}], "kto").fingerprint()
 
 
-def test_each_prompt_also_gets_the_answer_before_it_in_the_batch(lm: LanguageModel) -> None:
+def answer_to_another(rows: list[tuple[str, str]], members: list[int], place: int) -> str:
+    """The nearest answer to another prompt before a member of a batch: in the batch, or else in the data."""
+    prompt, n = rows[members[place]][0], len(rows)
+    in_batch = [members[place - step] for step in range(1, len(members))]
+    in_data = [(members[place] - step) % n for step in range(1, n)]
+    return next(answer for other, answer in map(rows.__getitem__, in_batch + in_data) if other != prompt)
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+@pytest.mark.parametrize("batches", [{"batch_examples": 5}, {"batch_tokens": 12}, {"batch_tokens": 1024}])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_each_prompt_also_gets_an_answer_to_another_prompt(
+    batches: dict[str, int], shuffle: bool, weight: float, lm: LanguageModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    dataset = read(lm, [(path, weight)], "kto")
+    sides = ((row["prompt"], row[side]) for row in PAIRS for side in ("chosen", "rejected"))
+    texts = {f"{prompt}{answer}<|end|>": (prompt, answer) for prompt, answer in sides}
+    rows = [texts[lm.tokenizer.decode(dataset[index][0])] for index in range(len(dataset))]
+    assert len(rows) == 2 * weight * len(PAIRS)
+    made = TokenBatches(dataset, shuffle=shuffle, **batches)
+    sizes = set()
+    for members, (_, judged) in zip(made.members(0), made.epoch(0), strict=True):
+        found, sizes = judged.mismatched, sizes | {len(members)}
+        texts_found = [
+            lm.tokenizer.decode(found.ids[begin:end]) for begin, end in itertools.pairwise(found.starts)
+        ]
+        members = members.tolist()
+        assert texts_found == [
+            f"{rows[member][0]}{answer_to_another(rows, members, place)}<|end|>"
+            for place, member in enumerate(members)
+        ]
+    assert batches != {"batch_tokens": 12} or 1 in sizes, "batches of one answer"
+
+
+def test_mismatched_pairs_are_cut_to_the_maximum_length(lm: LanguageModel) -> None:
     rows = [{"prompt": "x" * n, "completion": "y" * n, "label": True} for n in (1, 2, 3)]
-    dataset = read(lm, rows, "kto", length=6)
-    _, judgements = dataset.batch(np.array([2, 0, 1]))
+    _, judgements = read(lm, rows, "kto", length=6).batch(np.array([2, 0, 1]))
     found = judgements.mismatched
-    spans = zip(found.starts[:-1], found.starts[1:], strict=True)
+    spans = itertools.pairwise(found.starts)
     assert [lm.tokenizer.decode(found.ids[begin:end]) for begin, end in spans] == [
         "xxxyy<|end|>", "xyyy", "xxy<|end|>",
     ]  # fmt: skip
-    alone = dataset.batch(np.array([2]))[1].mismatched
-    assert lm.tokenizer.decode(alone.ids) == "xxxy<|end|>", "not its own answer"
+
+
+def test_answers_to_one_prompt_are_enough_without_a_kl(lm: LanguageModel) -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    dataset = read(lm, rows, "kto", loss_type="apo_zero_unpaired")
+    assert len(dataset.batch(np.arange(2))[1].mismatched.ids) == 0
 
 
 def test_judged_answers_have_the_same_batches_in_every_epoch(lm: LanguageModel) -> None:
@@ -166,7 +209,10 @@ def test_judged_answers_have_the_same_batches_in_every_epoch(lm: LanguageModel) 
         ([{"prompt": "a", "chosen": "b"}], "dpo", r"row 1: rejected is missing"),
         ([{"prompt": "a", "chosen": "b", "rejected": 3}], "dpo", r"row 1: rejected is 3, expected a string"),
         ([{"prompt": "a", "completion": "b", "label": 1}], "kto", "label is 1, expected true or false"),
-        ([{"prompt": "a", "completion": "b", "label": True}], "kto", "data: one answer, expected at least"),
+        ([{"prompt": "a", "completion": "b", "label": True}], "kto",
+         "data: 1 answer to one prompt, expected at least two different prompts: loss_type 'kto' compares"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "d", "rejected": "e"}],
+         "kto", "data: 4 answers to one prompt, expected at least two different prompts"),
     ],
 )  # fmt: skip
 def test_rows_that_do_not_fit_the_objective_are_one_clear_error(
@@ -256,6 +302,18 @@ def test_the_derivatives_of_orpo_match_finite_differences(rng: np.random.Generat
         assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("mean", [-1e-7, -1e-9, 0.0])
+def test_orpo_penalises_a_rejected_answer_that_is_certain(mean: float) -> None:
+    """Its odds are p / (1 - p) with 1 - p = 1e-7, the least that the loss tells from 0."""
+    chosen = math.exp(-1)
+    ratio = chosen / (1 - chosen) / 1e7
+    value, slope = odds_ratio(np.array([[-1.0, mean]]), 0.1)
+    assert value[0] == pytest.approx(0.1 * math.log(1 + 1 / ratio), rel=1e-6)
+    assert slope[0, 1] == pytest.approx(0.1 / (1 + ratio) * 1e7, rel=1e-6)
+    assert slope[0, 0] == pytest.approx(-0.1 / (1 + ratio) / (1 - chosen), rel=1e-6)
+    assert odds_ratio(np.array([[mean, -1.0]]), 0.1)[1][0, 0] == 0, "it cannot become likelier"
+
+
 @pytest.mark.parametrize("kl", [0.0, 1.3])
 def test_the_derivatives_of_kto_match_finite_differences(kl: float, rng: np.random.Generator) -> None:
     formula, good = Kto("kto", 0.4, 1.5, 0.7), rng.random(8) < 0.5
@@ -280,7 +338,7 @@ def one_batch(lm: LanguageModel, objective: str, directory: Path, micro: int | N
     loss: Any = chosen.loss(micro)
     lm.zero_grad()
     value = loss.forward_backward(lm, x, y, 1 / loss.count(x, y))
-    mean = loss.evaluate(lm, x, y)
+    mean = loss.evaluate(lm, x, y)  # of a batch of all data
     assert value / loss.count(x, y) == pytest.approx(mean, rel=1e-6)
     return value, [p.grad.copy() for p in lm.parameters()], loss.take_metrics()
 
@@ -297,6 +355,34 @@ def test_micro_batches_give_the_loss_the_gradient_and_the_metrics_of_the_batch(
     assert cut[2] == pytest.approx(whole[2], rel=1e-4, abs=1e-5)
     for a, b in zip(cut[1], whole[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * abs(b).max())
+
+
+def test_the_loss_of_orpo_in_an_evaluation_does_not_depend_on_its_batches(lm: LanguageModel) -> None:
+    """Against the mean over all tokens of the chosen texts, and over all pairs, in float64."""
+    objective = objective_of(FinetuneOptions(objective="orpo", beta=0.5))
+    rows = [row | {"chosen": row["chosen"] + "y" * (3 * number)} for number, row in enumerate(PAIRS)]
+    dataset = read(lm, rows, "orpo")
+    tokens, penalties = list[float](), list[float]()
+    for chosen, rejected in dataset:
+        odds = []
+        for ids, labels in (chosen, rejected):
+            logits = lm.logits(ids).astype(np.float64)[:-1]
+            logs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))[
+                np.arange(len(ids) - 1), ids[1:]
+            ]
+            p = np.exp(logs[labels[1:] != IGNORED].mean())
+            odds.append(p / (1 - p))
+            tokens += (-logs).tolist() if ids is chosen[0] else []
+        penalties.append(-np.log(1 / (1 + odds[1] / odds[0])))
+    expected = np.mean(tokens) + 0.5 * np.mean(penalties)
+    for batches in (
+        {"batch_examples": 1},
+        {"batch_examples": 5},
+        {"batch_tokens": 60},
+        {"batch_tokens": 999},
+    ):
+        found = evaluate(lm, objective.loss(None), TokenBatches(dataset, shuffle=False, **batches))
+        assert found["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_micro_batch_never_divides_a_pair(
@@ -322,16 +408,15 @@ def test_a_micro_batch_never_divides_a_pair(
 
 
 def reference_of(lm: LanguageModel, directory: Path, rows: Any = None, said: list[str] | None = None) -> Any:
-    """The batch of all pairs, and its reference."""
-    chosen = FinetuneOptions(objective="dpo")
+    """The reference of the batch of all pairs, and the data set."""
     dataset = read(lm, rows or PAIRS)
     batches = TokenBatches(dataset, batch_examples=len(dataset), shuffle=False)
     directory.mkdir(exist_ok=True)
     with files.Directory(directory) as held:
         say = (said if said is not None else []).append
-        found = reference.computed(lm, [batches], lambda x, y: [x], held, say)
-    assert isinstance(objective_of(chosen), pairs.DpoObjective)
-    return found.of(next(batches.epoch(0))[0]), dataset
+        objective = objective_of(FinetuneOptions(objective="dpo"))
+        objective.prepare(lm, [batches], held, say)
+    return objective._reference.log_probs_of(next(batches.epoch(0))[0]), dataset
 
 
 def test_the_reference_is_the_sum_of_the_log_probabilities_of_the_answers(
@@ -419,6 +504,49 @@ def test_another_arithmetic_has_another_reference(model: Path, tmp_path: Path) -
     again, _ = reference_of(load_model(model, "bfloat16"), tmp_path, said=said)
     assert "of another model or arithmetic" in said[0]
     assert not np.array_equal(again, first)
+
+
+def edited(path: Path, rows: list[int]) -> Path:
+    """A copy of a model with other values in some rows of the embedding."""
+    table, content = gguf.open(path)["token_embd.weight"].numpy(), path.read_bytes()
+    for row in table[rows]:
+        content = content.replace(row.tobytes(), (row + 1).tobytes())
+    copy = path.parent / "edited.gguf"
+    copy.write_bytes(content)
+    return copy
+
+
+def test_a_reference_is_not_used_for_a_model_with_a_few_other_rows(tmp_path: Path) -> None:
+    path = save_small_llama(tmp_path / "m.gguf", vocab=4000)
+    row = PAIRS[0]["prompt"]
+    rows = load_model(path).tokenizer.encode(row)[1:10]
+    first, _ = reference_of(load_model(path), tmp_path)
+    said: list[str] = []
+    again, _ = reference_of(load_model(edited(path, rows)), tmp_path, said=said)
+    assert "of another model or arithmetic" in said[0]
+    assert not np.array_equal(again, first)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_a_model_with_another_configuration_is_another_model(objective: str, tmp_path: Path) -> None:
+    path, output = save_small_llama(tmp_path / "m.gguf"), tmp_path / "out"
+    rows = PAIRS if objective == "dpo" else [{"text": "abcdefgh"}]
+    finetune(path, rows, output, objective=objective, **QUICK)
+    before = (output / REFERENCE).read_bytes() if objective == "dpo" else b""
+    save_small_llama(path, changes={"llama.rope.freq_base": gguf.Typed(5e5, "FLOAT32")})
+    with pytest.raises(CorruptError, match="of another base model: the frozen weights or the configuration"):
+        finetune(path, rows, output, objective=objective, **QUICK, resume=True)
+    if objective == "dpo":
+        finetune(path, rows, output, objective=objective, **QUICK, overwrite=True)
+        assert (output / REFERENCE).read_bytes() != before
+
+
+def test_checkpoints_that_name_no_configuration_are_accepted() -> None:
+    base = "a" * 64 + " " + "b" * 64
+    assert is_same_base(base, base)
+    assert is_same_base("a" * 64, base)
+    assert not is_same_base("a" * 64 + " " + "c" * 64, base)
+    assert not is_same_base("b" * 64, base)
 
 
 def test_ctrl_c_in_the_reference_keeps_what_is_computed(
@@ -527,33 +655,40 @@ def test_the_reported_rewards_are_those_of_the_saved_adapter(model: Path, tmp_pa
     assert (found["last"].loss_after, found["last"].metrics_after) == (last.val_loss, last.val_metrics)
 
 
+class Stop(Callback):
+    """Presses Ctrl-C in a hook, when the run has made `step` updates."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self._step = step
+        setattr(self, hook, self._stop)
+
+    def _stop(self, run: Any, _: Any) -> None:
+        if run.step == self._step:
+            raise KeyboardInterrupt
+
+
+# After the first step; between the batches of a step and its update; within the second epoch of pairs.
+STOPS = [("on_step_end", 1), ("on_before_optimizer_step", 2), ("on_step_end", 3)]
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_run_of_any_objective_resumes_to_the_bit(
-    objective: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_any_objective_resumes_to_the_bit(objective: str, model: Path, tmp_path: Path) -> None:
     options = {**QUICK, "objective": objective, "valid": HELD_OUT, "accumulate": 2, "dropout": 0.2}
     options |= {"layers": "last:1", "keep_prefix": "memory"}
     whole = finetune(model, PAIRS, tmp_path / "whole", **options)
     assert len(whole.history.steps) > 3
-
-    class Stop(Callback):
-        def on_step_end(self, run: Any, record: Any) -> None:
-            if record.step == 3:
-                raise KeyboardInterrupt
-
-    with monkeypatch.context() as within:
-        within.setattr(run, "speaks", lambda progress: True)
-        within.setattr(run, "TokenProgress", lambda loss: Stop())
-        stopped = finetune(model, PAIRS, tmp_path / "out", **options)
-    assert (stopped.history.interrupted, len(stopped.history.steps)) == (True, 3)
-    if objective in WITH_REFERENCE:
-        (tmp_path / "out" / REFERENCE).unlink()  # it is computed again, with the same bits
-    resumed = finetune(model, PAIRS, tmp_path / "out", **options, resume=True)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    assert resumed.history.loss == whole.history.loss
-    assert [r.metrics for r in resumed.history.steps] == [r.metrics for r in whole.history.steps]
-    assert (resumed.metrics_before, resumed.metrics_after) == (whole.metrics_before, whole.metrics_after)
-    assert (resumed.loss_before, resumed.loss_after) == (whole.loss_before, whole.loss_after)
+    for hook, step in STOPS:
+        output = tmp_path / f"{hook}-{step}"
+        stopped = finetune(model, PAIRS, output, **options, callbacks=[Stop(hook, step)])
+        assert (stopped.history.interrupted, len(stopped.history.steps)) == (True, step)
+        if objective in WITH_REFERENCE and step == 3:
+            (output / REFERENCE).unlink()  # it is computed again, with the same bits
+        resumed = finetune(model, PAIRS, output, **options, resume=True)
+        assert files_of(output) == files_of(tmp_path / "whole")
+        assert resumed.history.loss == whole.history.loss
+        assert [r.metrics for r in resumed.history.steps] == [r.metrics for r in whole.history.steps]
+        assert (resumed.metrics_before, resumed.metrics_after) == (whole.metrics_before, whole.metrics_after)
+        assert (resumed.loss_before, resumed.loss_after) == (whole.loss_before, whole.loss_after)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -588,6 +723,83 @@ def test_a_run_does_not_resume_with_another_objective_or_strength(model: Path, t
         finetune(model, PAIRS, tmp_path / "out", objective="dpo", beta=0.2, **QUICK, resume=True)
     with pytest.raises(ValueError, match="objective was dpo, is orpo"):
         finetune(model, PAIRS, tmp_path / "out", objective="orpo", **QUICK, resume=True)
+
+
+REFUSED: list[dict[str, Any]] = [
+    {"data": HELD_OUT},
+    {"objective": "orpo"},
+    {"objective": "sft", "data": [{"text": "a"}]},
+    {"beta": 0.2},
+    {"seed": 1},
+]
+
+
+@pytest.mark.parametrize("options", REFUSED, ids=str)
+def test_a_run_that_may_not_resume_computes_and_changes_no_reference(
+    options: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    finetune(model, PAIRS, output, objective="dpo", **QUICK)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+
+    def fail(*arguments: Any) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(LanguageModel, "log_probs", fail)
+    with pytest.raises((ValueError, CorruptError), match="cannot continue with other data or settings"):
+        finetune(
+            model, output=output, **({"data": PAIRS, "objective": "dpo", **QUICK} | options), resume=True
+        )
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+@pytest.mark.parametrize("error", [NonFiniteLossError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["log_probs", "forward_backward_of"])
+def test_a_failed_run_over_another_one_changes_its_reference_only_after_the_first_checkpoint(
+    where: str, error: type[BaseException], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    finetune(model, PAIRS, output, objective="dpo", **QUICK)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+
+    computed, calls = getattr(LanguageModel, where), list[int]()
+
+    def fail(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return computed(*arguments)
+
+    monkeypatch.setattr(LanguageModel, where, fail)
+    monkeypatch.setattr(reference, "EVALUATION_TOKENS", 32)
+    with contextlib.suppress(error):
+        finetune(model, HELD_OUT, output, objective="dpo", **QUICK, overwrite=True)
+    after = {path.name: path.read_bytes() for path in output.iterdir()}
+    if where == "log_probs":
+        assert after == before
+    else:
+        assert len(safetensors.open(output / REFERENCE)["keys"].numpy()) == 2 * len(HELD_OUT)
+        assert after["log.jsonl"] != before["log.jsonl"]
+
+
+def test_a_resumed_run_computes_a_lost_reference_while_it_holds_the_lock(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    finetune(model, PAIRS, output, objective="dpo", **QUICK)
+    before = (output / REFERENCE).read_bytes()
+    (output / REFERENCE).unlink()
+    computed, locked = LanguageModel.log_probs, list[bool]()
+
+    def watched(self: LanguageModel, batch: Any) -> Array:
+        locked.append((output / "lock").exists())
+        return computed(self, batch)
+
+    monkeypatch.setattr(LanguageModel, "log_probs", watched)
+    finetune(model, PAIRS, output, objective="dpo", **QUICK, resume=True)
+    assert locked
+    assert all(locked)
+    assert (output / REFERENCE).read_bytes() == before
 
 
 def test_another_run_over_the_directory_drops_the_reference(model: Path, tmp_path: Path) -> None:
@@ -657,6 +869,28 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(
         finetune(model, PAIRS, tmp_path / "out", objective="dpo", **{**options, "lr": 1e-3}, resume=True)
 
 
+def test_a_loss_of_kto_whose_mismatched_pairs_are_not_finite_says_so(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm.add_lora(rank=2)
+    objective = objective_of(FinetuneOptions(objective="kto"))
+    batches = TokenBatches(read(lm, PAIRS, "kto"), batch_examples=4, shuffle=False)
+    with files.Directory(tmp_path) as directory, lm.disable_adapter():
+        objective.prepare(lm, [batches], directory, print)
+    loss, (x, y) = objective.loss(None), next(batches.epoch(0))
+    loss.forward_backward(lm, x, y, 1.0)
+    assert loss.blame(lm, x) == "the output of every layer is finite, but the loss is not"
+    computed = LanguageModel.hidden_states
+
+    def failing(self: LanguageModel, batch: Any) -> Array:
+        hidden = computed(self, batch)
+        return hidden * np.float32(np.nan) if np.array_equal(batch.ids, y.mismatched.ids) else hidden
+
+    monkeypatch.setattr(LanguageModel, "hidden_states", failing)
+    words = "for prompts with other answers, the first layer whose output is not finite is 'model.norm'"
+    assert loss.blame(lm, x) == words
+
+
 def test_the_command_line_trains_on_pairs(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -679,6 +913,25 @@ def test_a_plan_counts_whole_pairs_and_the_reference(objective: str, model: Path
 
 
 # ---- records ----
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_metrics_of_an_epoch_are_means_over_all_values(
+    objective: str, model: Path, tmp_path: Path
+) -> None:
+    """The factors hardly change, so an evaluation of all data measures the same, in other batches."""
+    rows: Any = PAIRS
+    if objective == "kto":  # batches with few good answers, with many, and with none
+        rows = [{"prompt": f"{n}=", "completion": "x" * (1 + n % 7), "label": n > 9} for n in range(14)]
+    finetune(model, PAIRS, tmp_path / "first", objective="dpo", **QUICK)
+    report = finetune(
+        model, rows, tmp_path / "out", valid=rows, objective=objective, adapter=tmp_path / "first", lr=1e-9,
+        batch_examples=3, steps=5,
+    )  # fmt: skip
+    epoch, whole = report.history.epochs[0].metrics, report.metrics_before
+    assert {name for name in epoch if name != "kl"} == whole.keys() - {"kl"}
+    for name in epoch.keys() - {"kl", "rewards/accuracies"}:
+        assert epoch[name] == pytest.approx(whole[name], rel=1e-4), name
 
 
 def test_records_without_metrics_from_before_are_still_read() -> None:

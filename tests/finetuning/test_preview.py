@@ -1,5 +1,6 @@
 """The preview of training data."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ import pytest
 
 from nplora import cli
 from nplora.finetuning.data import preview, read_dataset
+from nplora.finetuning.data.comparisons import PairDataset, read_pairs
+from nplora.finetuning.data.dataset import ReadOptions
+from nplora.finetuning.data.sources import splits_of
 from nplora.formats.errors import DataError
 from nplora.models.packing import IGNORED
 from nplora.tokenizer import from_gguf
@@ -93,6 +97,50 @@ def test_pairs_are_shown_with_both_answers() -> None:
     assert found.train.kinds == ("preference",)
 
 
+def test_a_pair_is_one_example_which_a_run_leaves_out_if_the_cut_makes_its_answers_equal() -> None:
+    rows = [{"prompt": "a", "chosen": "xxxxxxxxy", "rejected": "xxxxxxxxz"}] + [
+        {"prompt": f"{n}", "chosen": "b", "rejected": "c"} for n in range(3)
+    ]
+    sources = splits_of("test", rows).train
+    options = ReadOptions(max_length=5)
+    report = read_pairs("test", sources, TOKENIZER, options, "dpo", PairDataset).report
+    found = preview(rows, TOKENIZER, max_length=5, examples=2)
+    assert (report.examples, report.emptied) == (found.train.epoch, found.train.emptied) == (3, 1)
+    assert (found.train.examples, found.train.cut, len(found.examples)) == (4, 1, 4)
+    assert "data (preference): 4 pairs, " in str(found)
+    assert "pairs of answers are for --objective dpo, orpo or kto" in str(found)
+
+
+def test_judgements_are_shown_and_opposite_ones_are_no_duplicates() -> None:
+    row = {"prompt": "a", "completion": "x"}
+    found = preview([{**row, "label": True}, {**row, "label": False}], TOKENIZER)
+    assert found.train.repeated == 0
+    assert "data, row 1, good: " in str(found)
+    assert "data, row 2, bad: " in str(found)
+    assert preview([{**row, "label": True}] * 2, TOKENIZER).train.repeated == 1
+
+
+def test_questions_are_said_to_be_for_eval() -> None:
+    question = {"prompt": "a", "choices": ["x", "y"], "answer": 0}
+    assert "questions with choices are for `nplora eval`; finetune refuses them" in str(
+        preview([question], TOKENIZER)
+    )
+    assert "eval" not in str(preview(ROWS, TOKENIZER))
+
+
+@pytest.mark.parametrize("weight", [0.1, 1, 2.5, 1e9])
+def test_the_examples_of_an_epoch_are_those_of_a_run(tmp_path: Path, weight: float) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    found = preview([(path, weight)], TOKENIZER, max_length=20)
+    if weight == 1e9:
+        assert "an epoch has 30,000,000,000 examples, and at most 33,554,432 are possible" in str(found)
+        return
+    assert found.train.epoch == len(read_dataset([(path, weight)], TOKENIZER, max_length=20))
+    assert ("with the weights" in str(found)) == (weight != 1)
+    assert found.train.examples == 30
+
+
 def test_text_cannot_change_the_terminal() -> None:
     found = preview([{"prompt": "a\x1b[2J\u202e", "completion": "b\x9b1m"}], TOKENIZER)
     assert "a\\x1b[2J\\x202e[[b\\x9b1m<|end|>]]" in found.text()
@@ -121,10 +169,25 @@ def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> Non
         preview(ROWS, TOKENIZER, **options)
 
 
-def test_plain_text_has_no_rows_to_show(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"a\.txt is a plain text, which has no rows to show"):
-        preview(tmp_path / "a.txt", TOKENIZER)
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_plain_text_is_shown_in_the_windows_that_are_trained(name: str, tmp_path: Path) -> None:
+    path, text = tmp_path / name, "".join(f"{n} and {n + 1}\n" for n in range(40))
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    found = preview(path, TOKENIZER, examples=100, max_length=16)
+    dataset = read_dataset(path, TOKENIZER, max_length=16)
+    assert found.train.lengths == tuple(dataset.lengths)
+    assert found.train.trained == dataset.report.learned
+    assert (found.train.cut, found.train.emptied, found.train.bad) == (0, 0, 0)
+    for shown, (ids, _) in zip(found.examples, dataset, strict=True):
+        assert "".join(piece for piece, _ in shown.pieces) == TOKENIZER.decode(ids)
+        assert shown.trained == len(ids) - 1
+    assert f"{name} (plain text): {len(dataset)} examples" in str(found)
+    assert f"{name}, window 1: 16 tokens, 15 trained" in str(found)
+    assert preview(path, TOKENIZER, valid=path, max_length=16).shared == len(dataset)
+    with pytest.raises(
+        ValueError, match=r"preview: .*a\.txt.* is a plain text, which has no rows to hold out"
+    ):
+        preview(path, TOKENIZER, valid_split=0.5)
 
 
 def test_the_command_shows_marks_or_colours(

@@ -1,5 +1,6 @@
 """Rows of all kinds of files and of Python's objects, hostile files among them."""
 
+import contextlib
 import datetime
 import gzip
 import json
@@ -7,8 +8,10 @@ import os
 import random
 import time
 import tracemalloc
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,8 @@ from nplora.finetuning.data import find_splits
 from nplora.finetuning.data.json_array import elements
 from nplora.finetuning.data.kinds import Fields, recognise
 from nplora.finetuning.data.rows import read_rows
-from nplora.finetuning.data.sources import splits_of
+from nplora.finetuning.data.sources import sources_of, splits_of
+from nplora.finetuning.data.table_limits import row_sizes
 from nplora.formats.errors import DataError, FormatError, LimitError
 
 ROWS = [
@@ -83,6 +87,19 @@ def test_the_elements_of_an_array_are_those_of_json_wherever_the_parts_end() -> 
         ('["a\\"]', "the array does not end"),
         ("[1] [2]", r"'\[2\]' follows the array"),
         ("[1]]", r"'\]' follows the array"),
+        ('{"data": [1] garbage}', "'garbage}' follows the array"),
+        ('{"data": [1]   garbage!!', "'garbage!!' follows the array"),
+        ('{"data": [1]} {', "'{' follows the object"),
+        ('{"data": [1]}}', "'}' follows the object"),
+        ('{"data": [1]', "the object does not end"),
+        ('{"data": [1], "more": 1', "the object does not end"),
+        ('{"data": [1], "more": 1]', "the object does not end"),
+        ('{"data": [1], "more": "}"', "the object does not end"),
+        ('{"data": [1], "more": {"a": 1}', "the object does not end"),
+        (
+            '{"text": "a"}\n{"text": "b"}\n',
+            r"expected an array, .*; a file with an object on each line is \.jsonl",
+        ),
         ('{"a": ' + "[" * 100_000, "expected an array"),
         ('{"a":' + " " * 900_000, "expected an array"),
     ],
@@ -94,6 +111,14 @@ def test_text_that_is_no_array_is_refused(text: str, message: str) -> None:
         with pytest.raises(DataError, match=message):
             list(elements(parts, "data.json", 100))
     assert time.process_time() - begin < 5
+
+
+def test_a_compressed_object_that_is_cut_after_its_array_is_refused(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 10**9, 1000).tolist()
+    whole = gzip.compress(json.dumps({"data": ROWS, "more": noise}).encode())
+    (tmp_path / "data.json.gz").write_bytes(whole[:-100])
+    with pytest.raises(DataError, match=r"data\.json\.gz: the gzip file is cut short"):
+        list(read_rows(tmp_path / "data.json.gz"))
 
 
 def test_a_long_element_is_refused_before_it_is_read() -> None:
@@ -221,6 +246,61 @@ def test_compressed_text_is_whole_at_any_size(tmp_path: Path, size: int) -> None
         assert values(file) == [{"text": "a" * size}]
 
 
+def test_a_stream_does_not_copy_all_the_streams_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = list[int]()
+
+    class Counted:
+        """A stream that counts the bytes it gets: zlib copies those that follow the end of the stream."""
+
+        def __init__(self, window: int) -> None:
+            self.stream = zlib.decompressobj(window)
+
+        def decompress(self, part: bytes, most: int) -> bytes:
+            given.append(len(part))
+            return self.stream.decompress(part, most)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.stream, name)
+
+    monkeypatch.setattr(
+        "nplora.finetuning.data.rows.zlib", SimpleNamespace(decompressobj=Counted, error=zlib.error)
+    )
+    file = tmp_path / "data.jsonl.gz"
+    streams = gzip.compress(b"") * 10_000 + gzip.compress(b'{"text": "a"}\n') + b"\0" * 5_000
+    file.write_bytes(streams)
+    assert values(file) == [{"text": "a"}]
+    assert len(given) > 10_000
+    assert sum(given) < 400 * len(streams)
+
+
+@pytest.mark.parametrize("blank", [b"\n", b" \t\r\n"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".txt"])
+def test_a_file_of_empty_lines_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blank: bytes, suffix: str
+) -> None:
+    monkeypatch.setattr("nplora.finetuning.data.rows._FREE_LINES", 1000)
+    file = tmp_path / f"data{suffix}.gz"
+    file.write_bytes(gzip.compress(b"text\n" + blank * 2_000))
+    with pytest.raises(LimitError, match=r"line 1,00\d: more empty lines than other bytes"):
+        list(read_rows(file))
+    file.write_bytes(gzip.compress(b"text\n" + (b"a b c" * 9 + blank * 40) * 300))
+    assert list(read_rows(file))
+
+
+def test_compressed_text_that_is_too_large_for_its_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nplora.finetuning.data.rows._FREE", 1 << 10)
+    file = tmp_path / "data.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"text": "a"}\n' * 40_000))
+    with pytest.raises(LimitError, match=r"data\.jsonl\.gz: .* bytes become more than "):
+        list(read_rows(file))
+    file.write_bytes(gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(1000))))
+    assert len(values(file)) == 1000
+
+
 def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data.parquet").touch()
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
@@ -253,6 +333,152 @@ def test_fields_that_a_table_adds_to_messages_are_not_there(tmp_path: Path) -> N
     parquet.write_table(table, tmp_path / "data.parquet")
     expected = [{"messages": CHAT}, {"messages": CHAT[:1]}]
     assert values(tmp_path / "data.parquet") == objects(table) == expected
+
+
+# ---- tables that are larger than their files ----
+
+
+def size_of(value: Any) -> int:
+    """The size of a value, from its objects: 32 bytes a value, and the bytes of texts."""
+    if isinstance(value, dict):
+        return 32 + sum(size_of(item) for item in value.values())
+    if isinstance(value, list):
+        return 32 + sum(size_of(item) for item in value)
+    if isinstance(value, tuple):  # an entry of a map
+        return sum(size_of(item) for item in value)
+    return 32 + (len(value.encode()) if isinstance(value, str) else 0)
+
+
+def test_the_size_of_a_row_is_known_before_its_objects_are_made() -> None:
+    pa, _ = arrow()
+    texts = ["a", None, "bé" * 20, "", "c" * 5]
+    lists = [["a"], [], ["bb", "c" * 30], None, ["d"]]
+    plain = pa.array(texts)
+    columns = {
+        "text": plain,
+        "large": plain.cast(pa.large_string()),
+        "view": plain.cast(pa.string_view()),
+        "dictionary": pa.DictionaryArray.from_arrays([1, 1, None, 0, 1], ["a", "b" * 40]),
+        "runs": pa.RunEndEncodedArray.from_arrays([2, 5], ["a", "b" * 40]),
+        "list": pa.array(lists),
+        "lists": pa.array([[["a"], ["bb"]], [], [[]], [["c" * 9]], []]),
+        "fixed": pa.array([[1, 2]] * 5, pa.list_(pa.int64(), 2)),
+        "list view": pa.ListViewArray.from_arrays([0, 0, 1, 2, 0], [2, 1, 1, 0, 2], ["a" * 30, "b"]),
+        "struct": pa.array([{"a": "x" * n, "b": [1.5] * n} for n in range(5)]),
+        "map": pa.array([[("k" * n, n)] * n for n in range(5)], pa.map_(pa.string(), pa.int64())),
+        "number": pa.array([1, 2.5, None, 4, 5]),
+        "flag": pa.array([True, False, None, True, True]),
+    }
+    for name, column in columns.items():
+        for part in (column, column.slice(1, 3), column.slice(5)):
+            found = row_sizes(pa.record_batch([part], [name]))
+            assert found.tolist() == [size_of(value) for value in part.to_pylist()], name
+    union = pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array(["a"])])
+    with pytest.raises(DataError, match="expected texts, numbers, lists or structs"):
+        row_sizes(pa.record_batch([union], ["union"]))
+
+
+LONG = "a" * (1 << 20)
+
+
+def write_arrow(path: Path, column: Any, kind: str = "stream") -> Path:
+    pa, _ = arrow()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    schema = pa.schema([("text", column.type)])
+    with (
+        pa.OSFile(str(path), "wb") as out,
+        getattr(pa.ipc, f"new_{kind}")(out, schema, options=options) as to,
+    ):
+        to.write_batch(pa.record_batch([column], ["text"]))
+    return path
+
+
+def repeated(path: Path, form: str) -> Path:
+    """A file of 64 rows in which all rows share one text of a megabyte."""
+    pa, parquet = arrow()
+    dictionary = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), [LONG])
+    if form == "parquet":
+        parquet.write_table(pa.table({"text": dictionary}), path / "data.parquet", compression="zstd")
+    elif form == "delta":
+        table, delta = pa.table({"text": [LONG] * 64}), {"column_encoding": "DELTA_BYTE_ARRAY"}
+        parquet.write_table(table, path / "data.parquet", compression="zstd", use_dictionary=False, **delta)
+    elif form == "runs":
+        return write_arrow(path / "data.arrow", pa.RunEndEncodedArray.from_arrays([64], [LONG]))
+    else:
+        return write_arrow(path / "data.arrow", dictionary, form)
+    return path / "data.parquet"
+
+
+@pytest.mark.parametrize(
+    "form", ["parquet", pytest.param("delta", marks=pytest.mark.slow), "runs", "stream", "file"]
+)
+def test_a_text_that_all_rows_share_is_not_copied_for_all_at_once(tmp_path: Path, form: str) -> None:
+    file = repeated(tmp_path, form)
+    assert file.stat().st_size < 2000
+    next(read_rows(file))  # imports what it needs
+    tracemalloc.start()
+    assert sum(row.values == {"text": LONG} for row in read_rows(file)) == 64
+    assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("form", ["stream", "file"])
+def test_a_row_of_a_table_over_the_limit_is_an_error_of_its_row(tmp_path: Path, form: str) -> None:
+    pa, parquet = arrow()
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 22, pa.int32()), [LONG])
+    column = pa.ListArray.from_arrays([0, 1, 21, 22], texts)
+    file = write_arrow(tmp_path / "data.arrow", column, form)
+    parquet.write_table(pa.table({"text": column}), tmp_path / "data.parquet")
+    for path in (file, tmp_path / "data.parquet"):
+        rows = list(read_rows(path))
+        assert [row.error is None for row in rows] == [True, False, True]
+        assert isinstance(rows[1].error, LimitError)
+        assert f"{path.name}, row 2: more than 16,777,216 bytes, the limit for a row" in str(rows[1].error)
+
+
+@pytest.fixture
+def one_megabyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a table may have a megabyte, so that tests need not write more."""
+    monkeypatch.setattr("nplora.finetuning.data.table_limits._FREE", 1 << 20)
+
+
+@pytest.mark.usefixtures("one_megabyte")
+@pytest.mark.parametrize("form", ["parquet", "stream", "file"])
+def test_a_compressed_part_of_a_table_is_refused_before_it_is_decompressed(tmp_path: Path, form: str) -> None:
+    pa, parquet = arrow()
+    column = pa.array([LONG] * 4)
+    if form == "parquet":
+        file = tmp_path / "data.parquet"
+        parquet.write_table(pa.table({"text": column}), file, compression="zstd", use_dictionary=False)
+    else:
+        file = write_arrow(tmp_path / "data.arrow", column, form)
+    assert file.stat().st_size < 1 << 15
+    with pytest.raises(LimitError, match=r"bytes become 4,194,\d{3}, at most 1,048,576 are read"):
+        list(read_rows(file))
+
+
+@pytest.mark.usefixtures("one_megabyte")
+def test_nulls_that_take_no_bytes_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    pa, parquet = arrow()
+    nulls = pa.ListArray.from_arrays(pa.array([0, 1 << 20]), pa.nulls(1 << 20, pa.int8()))
+    parquet.write_table(pa.table({"text": nulls}), tmp_path / "data.parquet", compression="zstd")
+    with pytest.raises(LimitError, match=r"row group 1: .* bytes become 8,388,"):
+        list(read_rows(tmp_path / "data.parquet"))
+    file = write_arrow(tmp_path / "data.arrow", pa.nulls(1 << 30))
+    with pytest.raises(LimitError, match="message 2: 1,073,741,824 rows in "):
+        list(read_rows(file))
+
+
+def test_the_metadata_of_an_arrow_file_may_be_any_bytes(tmp_path: Path) -> None:
+    """Each byte of a small file is changed: the file is read, or refused by an error of its format."""
+    pa, _ = arrow()
+    file = write_arrow(tmp_path / "data.arrow", pa.array(["a" * 99, "b"]))
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        changed = whole[place] ^ (1, 0x80, 0xFF)[place % 3]
+        file.write_bytes(whole[:place] + bytes([changed]) + whole[place + 1 :])
+        with contextlib.suppress(FormatError):
+            list(read_rows(file))
 
 
 # ---- objects of Python ----
@@ -293,6 +519,19 @@ def test_frames_of_polars_are_rows() -> None:
     assert objects(frame) == [{"messages": CHAT, "label": True}, {"messages": CHAT[:1]}]
 
 
+def test_a_test_split_is_evaluated_but_never_chooses_the_adapter() -> None:
+    """Validation data choose the adapter that is saved, so a test set among them would say too much."""
+    splits = {"train": ROWS, "test": ROWS[:1]}
+    assert splits_of("test", splits).valid is None
+    [source] = sources_of("test", splits)
+    assert len(list(source.read())) == 1
+    for name in ("valid", "validation", "eval"):
+        [source] = splits_of("test", splits | {name: ROWS[:2]}).valid or []
+        assert len(list(source.read())) == 2
+        [source] = sources_of("test", splits | {name: ROWS[:2]})
+        assert len(list(source.read())) == 2
+
+
 @pytest.mark.slow
 def test_datasets_of_hugging_face_are_rows() -> None:
     datasets = pytest.importorskip("datasets")
@@ -300,7 +539,7 @@ def test_datasets_of_hugging_face_are_rows() -> None:
     expected = [{"messages": CHAT}, {"messages": CHAT[:1]}]
     assert objects(dataset) == expected
     assert objects(dataset.to_iterable_dataset()) == expected
-    splits = splits_of("test", datasets.DatasetDict({"train": dataset, "test": dataset.select([0])}))
+    splits = splits_of("test", datasets.DatasetDict({"train": dataset, "validation": dataset.select([0])}))
     assert splits.valid is not None
     assert [row.values for row in splits.valid[0].read()] == expected[:1]
     assert objects(datasets.Dataset.from_dict({"label": [1, 2]}).with_format("numpy")) == [
@@ -318,6 +557,45 @@ def test_no_rows_are_refused(data: Any) -> None:
 def test_a_row_that_is_no_dictionary_is_an_error_of_its_row() -> None:
     [source] = splits_of("test", [{"text": "a"}, ["text"]]).train
     assert str(list(source.read())[1].error) == "data, row 2: the row is ['text'], expected a dictionary"
+
+
+def deep(levels: int) -> Any:
+    value: Any = "a"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def cyclic() -> Any:
+    row: dict[str, Any] = {}
+    row["again"] = [row]
+    return row
+
+
+BAD_VALUES = [
+    ("a\ud800", DataError, "a string holds half a surrogate pair"),
+    ([{"role": "user\udfff"}], DataError, "a string holds half a surrogate pair"),
+    ({"\ud800": 1}, DataError, "a string holds half a surrogate pair"),
+    (deep(64), LimitError, "values nested more than 64 deep"),
+    (deep(100_000), LimitError, "values nested more than 64 deep"),
+    (cyclic(), LimitError, "values nested more than 64 deep"),
+]
+
+
+@pytest.mark.parametrize(("value", "error", "message"), BAD_VALUES, ids=range(len(BAD_VALUES)))
+def test_a_value_that_no_text_can_hold_is_an_error_of_its_row(
+    value: Any, error: type[FormatError], message: str
+) -> None:
+    pandas = pytest.importorskip("pandas")
+    for rows in (
+        [{"x": "é\U0001f600", "y": deep(63)}, {"x": value}],
+        pandas.DataFrame({"x": ["a", value]}, dtype=object),
+    ):
+        [source] = splits_of("test", rows).train
+        good, bad = source.read()
+        assert good.error is None
+        assert type(bad.error) is error
+        assert str(bad.error) == f"data, row 2: {message}"
 
 
 @pytest.mark.parametrize("data", [3, b"train.jsonl", object(), 1.5])

@@ -71,9 +71,12 @@ def whole(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_run_that_is_killed_many_times_ends_with_the_same_adapter(
     model: Path, data: Path, tmp_path: Path, whole: tuple[bytes, bytes]
 ) -> None:
-    """SIGKILL at twelve random moments after the first step, then one run to the end."""
+    """SIGKILL at six random moments after the first step, then one run to the end.
+
+    tests/attack kills at 120 random moments.
+    """
     moments, steps = random.Random(0), list[int]()
-    for number in range(12):
+    for number in range(6):
         output = tmp_path / f"out{number // 3}"  # three times each
         log = output / "log.jsonl"
         before = changed_at(log)
@@ -86,8 +89,8 @@ def test_a_run_that_is_killed_many_times_ends_with_the_same_adapter(
         process.send_signal(signal.SIGKILL)
         if process.wait() == -signal.SIGKILL:
             steps.append(log.read_text().count('"step":'))
-    assert len(set(steps)) > 3, f"the runs were not killed in their midst: {steps}"
-    for number in range(4):
+    assert len(set(steps)) > 2, f"the runs were not killed in their midst: {steps}"
+    for number in range(2):
         output = tmp_path / f"out{number}"
         done = run(model, data, output, "--resume")
         assert done.returncode == 0, done.stderr
@@ -256,5 +259,8 @@ def test_a_run_does_not_resume_with_another_model(
     other = save_small_llama(tmp_path / "other.gguf", "float16")
     capsys.readouterr()
     assert cli.main([*line(other, data, tmp_path / "out")[3:], "--resume"]) == 2
-    assert "the checkpoint is of another base model: the frozen weights differ" in capsys.readouterr().err
+    assert (
+        "the checkpoint is of another base model: the frozen weights or the configuration differ"
+        in capsys.readouterr().err
+    )
     assert adapter_of(tmp_path / "out") == before

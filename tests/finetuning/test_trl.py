@@ -39,6 +39,8 @@ JUDGED = [
     for number, row in enumerate(PAIRS)
     for side in (("chosen", "rejected")[: 1 + number % 2])
 ]
+# TRL pairs each prompt with the answer in the row before, also if that answer belongs to the same prompt.
+ONE_EACH = [row for number, row in enumerate(JUDGED) if row["prompt"] != JUDGED[number - 1]["prompt"]]
 
 
 def save_model(directory: Path) -> Path:
@@ -106,7 +108,7 @@ def theirs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def of(kind: str) -> Any:
         if kind not in made:
-            rows = JUDGED if kind == "kto" else PAIRS
+            rows = ONE_EACH if kind == "kto" else PAIRS
             made[kind] = trainer_of(kind, model, [dict(row) for row in rows], tmp_path_factory.mktemp(kind))
         return made[kind]
 
@@ -154,10 +156,21 @@ def dpo_inputs(x: Any) -> dict[str, Any]:
     }
 
 
+def mismatched(sequences: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
+    """Each prompt with the nearest answer before it, in a circle, that belongs to another prompt."""
+    sides = [(ids[~is_answer], ids[is_answer]) for ids, is_answer in sequences]
+    found = []
+    for number, (prompt, _) in enumerate(sides):
+        before = [sides[number - step] for step in range(1, len(sides))]
+        answer = next(answer for other, answer in before if not np.array_equal(other, prompt))
+        is_answer = np.arange(len(prompt) + len(answer)) >= len(prompt)
+        found.append((np.concatenate([prompt, answer]), is_answer))
+    return found
+
+
 def kto_inputs(x: Any, y: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"label": torch.tensor(y.good)}
-    for prefix, batch in (("", x), ("KL_", y.mismatched)):
-        sequences = split(batch)
+    for prefix, sequences in (("", split(x)), ("KL_", mismatched(split(x)))):
         found |= {
             f"{prefix}input_ids": padded([ids for ids, _ in sequences], 257),
             f"{prefix}attention_mask": padded([np.ones(len(ids), int) for ids, _ in sequences], 0),
@@ -247,7 +260,7 @@ def test_orpo_is_trl_s(beta: float, model: Path, theirs: Any, tmp_path: Path) ->
     trainer = theirs("orpo")
     trainer.beta = beta
     ours = ours_of(model, trainer, tmp_path, PAIRS, objective="orpo", beta=beta)
-    value, metrics = trainer.get_batch_loss_metrics(trainer.model, orpo_inputs(ours.x, ours.y))
+    value, metrics = trainer.get_batch_loss_metrics(trainer.model, orpo_inputs(ours.x, ours.y.is_answer))
     assert_same(trainer, value, ours)
     found = ours.loss.take_metrics()
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "nll_loss"):
@@ -283,7 +296,7 @@ def test_trl_tokenises_the_same_rows_as_the_same_batch(
     trainer = theirs(kind)
     vars(trainer).update({"beta": 0.1, "label_smoothing": 0.0})
     vars(trainer).update({"loss_type": "kto", "calculate_KL": True} if kind == "kto" else DEFAULTS)
-    rows = JUDGED if kind == "kto" else PAIRS
+    rows = ONE_EACH if kind == "kto" else PAIRS
     ours = ours_of(model, trainer, tmp_path, rows, objective=kind)
     examples = [trainer.train_dataset[index] for index in range(len(rows))]
     batch = trainer.data_collator(examples)

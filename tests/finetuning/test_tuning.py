@@ -16,7 +16,10 @@ import pytest
 
 import nplora
 from nplora import cli
-from nplora.finetuning import TuneOptions, evaluate, finetune, tune
+from nplora.finetuning import FinetuneOptions, TuneOptions, evaluate, finetune, teach, tune
+from nplora.finetuning.data.sources import sources_of
+from nplora.finetuning.load import evaluation_batches
+from nplora.finetuning.objectives import objective_of
 from nplora.finetuning.tuning import tune as tune_module
 from nplora.finetuning.tuning.log import NAME, TuneLog
 from nplora.finetuning.tuning.report import command_of
@@ -26,6 +29,7 @@ from nplora.finetuning.tuning.space import Settings, Space, space_of
 from nplora.finetuning.tuning.trial import Trial, key_of
 from nplora.formats import files
 from nplora.formats.errors import CorruptError, UnsafeError
+from nplora.trainer.evaluation import evaluate as evaluate_loss
 from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
@@ -459,6 +463,38 @@ def test_a_model_with_numbers_that_are_not_finite_after_a_trial_has_diverged(
     assert sorted(trial.loss for trial in report.trials if trial.settings["lr"] > 1) == [math.inf]
 
 
+@pytest.mark.parametrize("more", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_second_search_in_the_same_directory_is_refused(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    out, errors, before = tmp_path / "out", list[str](), tuning._Trials.make
+    given: dict[str, Any] = {"search": {"lr": [1e-3, 1e-2]}, "rank": 2, "epochs": 1, "budget": "1s"}
+
+    def during(trials: Any, *rest: Any) -> Any:
+        if not errors:
+            log = (out / NAME).read_bytes()
+            for start in (
+                lambda: tune(model, data, out, **given, **more),
+                lambda: finetune(model, data, out, steps=1),
+            ):
+                with pytest.raises(BlockingIOError) as refused:
+                    start()
+                errors.append(str(refused.value))
+            assert (out / NAME).read_bytes() == log
+        return before(trials, *rest)
+
+    monkeypatch.setattr(tuning._Trials, "make", during)
+    report = tune(model, data, out, **given)
+    pid = os.getpid()
+    assert re.search(rf"another search or run \(process {pid}\) writes to this directory.*out", errors[0])
+    assert re.search(rf"another run \(process {pid}\) writes to this directory", errors[1])
+    assert report.winner is not None
+    assert not (out / "lock").exists()
+    monkeypatch.undo()
+    (out / "lock").write_text("123456\n")  # as a killed search leaves it
+    assert tune(model, data, out, **given, resume=True).winner is not None
+
+
 def test_a_trial_that_diverges_is_reported(model: Path, data: Path, tmp_path: Path) -> None:
     few: dict[str, Any] = QUICK | {"epochs": 1, "progress": False, "budget": 1}
     report = tune(model, data, tmp_path / "out", search={"lr": [1e20, 1e-2]}, **few)
@@ -494,6 +530,15 @@ def test_a_trial_that_diverges_is_reported(model: Path, data: Path, tmp_path: Pa
             {"rank_pattern": {"up_proj": 2}, "search": {"targets": ["all-linear", "q_proj"]}},
             ValueError,
             "tune: rank_pattern has 'up_proj', which matches no adapted layer",
+        ),
+        ({"search": {"objective": ["sft", "dpo"]}}, ValueError, "objective cannot be searched"),
+        ({"search": {"teacher": ["t"]}}, ValueError, "teacher cannot be searched"),
+        ({"search": {"beta": [0.2]}}, ValueError, "beta is for objective 'dpo' or 'orpo' or 'kto', and the"),
+        ({"search": {"beta": [0]}, "objective": "dpo"}, ValueError, "beta is 0, expected above 0"),
+        (
+            {"search": {"loss_type": ["sigmoid", "ipo"], "label_smoothing": [0.0, 0.1]}, "objective": "dpo"},
+            ValueError,
+            "label_smoothing is for loss_type 'sigmoid', 'sigmoid_norm', 'robust', and the loss_ty",
         ),
         ({"resume": True, "overwrite": True}, ValueError, "resume and overwrite are both given"),
         ({"rank": 0}, ValueError, "rank is 0"),
@@ -551,6 +596,50 @@ def test_a_search_that_continues_an_adapter_leaves_its_ranks(model: Path, data: 
     done = finetune(model, data, tmp_path / "best", progress=False, **report.options)
     assert report.winner is not None
     assert done.loss_after == report.winner.loss
+
+
+PAIRS = [{"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": f"no{n}"} for n in range(12)]
+FEW: dict[str, Any] = {"progress": False, "valid": PAIRS[:4], "rank": 2, "targets": ("q_proj",), "epochs": 1}
+
+
+@pytest.mark.slow
+def test_the_trials_of_kto_are_runs_with_their_batches(model: Path, tmp_path: Path) -> None:
+    """Each batch of KTO has its own sequences in the estimate of the KL divergence."""
+    kto: dict[str, Any] = {**FEW, "objective": "kto", "batch_examples": 3}
+    report = tune(model, PAIRS, tmp_path / "out", budget=9, search={"lr": [1e-2, 1e-3]}, **kto)
+    assert {trial.settings["lr"] for trial in report.trials} >= {1e-2, 1e-3}
+    for trial in report.trials:
+        options = {**kto, **trial.settings, "epochs": None, "steps": trial.steps, "keep": "last"}
+        done = finetune(model, PAIRS, tmp_path / "alone", **options, overwrite=True)
+        assert done.loss_after == trial.loss
+
+
+@pytest.mark.slow
+def test_trials_train_with_their_own_loss_and_are_compared_by_the_first(model: Path, tmp_path: Path) -> None:
+    dpo: dict[str, Any] = {**FEW, "lr": 1e-2, "objective": "dpo"}
+    report = tune(model, PAIRS, tmp_path / "out", budget=9, search={"beta": [0.1, 2.0]}, **dpo)
+    assert {trial.settings["beta"] for trial in report.trials} == {0.1, 2.0}
+    for trial in report.trials:
+        options = {**dpo, **trial.settings, "epochs": None, "steps": trial.steps, "keep": "last"}
+        finetune(model, PAIRS, tmp_path / "alone", **options, overwrite=True)
+        first = objective_of(FinetuneOptions(objective="dpo", beta=0.1))
+        lm = nplora.load_model(model)
+        reading = first.options.reading(64)
+        held_out = first.read("t", sources_of("t", PAIRS[:4]), lm.tokenizer, reading)
+        batches = evaluation_batches(held_out)
+        with files.Directory(tmp_path / "alone") as directory:
+            first.prepare(lm, [batches], directory, print)
+        trained = nplora.finetuning.load_with_adapter(model, tmp_path / "alone")
+        assert evaluate_loss(trained, first.loss(None), batches)["loss"] == trial.loss
+
+
+def test_a_searched_temperature_must_be_that_of_the_stored_teacher(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    teach(model, data, tmp_path / "taught", top_k=4)
+    options: dict[str, Any] = {"objective": "distill", "teacher": tmp_path / "taught", "progress": False}
+    with pytest.raises(ValueError, match=r"tune: temperature is 2, but the log-probabilities in .* of temp"):
+        tune(model, data, tmp_path / "out", search={"temperature": [1.0, 2.0]}, **options)
 
 
 def test_the_usual_space_is_made_for_the_model(model: Path) -> None:

@@ -100,6 +100,11 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], typ
         FormatError,
         "adapter.alora.invocation_tokens is empty, expected token ids",
     ),
+    "a mark of the chat template that is text": (
+        lambda _, metadata: metadata.update({"nplora.chat_template": "true"}),
+        FormatError,
+        "is the STRING 'true', expected a BOOL",
+    ),
     "alpha NaN": (
         lambda _, metadata: metadata.update({"adapter.lora.alpha": np.float32(np.nan)}),
         FormatError,

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nplora.formats import strict_json
@@ -71,3 +72,12 @@ def test_invalid_json_is_refused(raw: bytes, words: str) -> None:
         strict_json.loads(raw, "here")
     assert caught.type is FormatError
     assert str(caught.value).startswith("here")
+
+
+def test_values_for_json_have_none_in_place_of_what_json_lacks() -> None:
+    inf, nan = float("inf"), float("nan")
+    value = {"a": nan, "b": [1, 2.5, -inf, {"c": np.float64(nan)}], "d": (inf, "NaN", True, None)}
+    found = strict_json.json_values(value)
+    assert found == {"a": None, "b": [1, 2.5, None, {"c": None}], "d": [None, "NaN", True, None]}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert np.isnan(value["a"])  # the value itself is unchanged

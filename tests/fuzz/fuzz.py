@@ -56,10 +56,10 @@ PLANTED: dict[str, tuple[Any, str, Any]] = {
     "rows": (rows, "_decoded", lambda line, _: line.decode()),
 }
 
-if __name__ == "__main__":
-    name = sys.argv.pop(1)
-    if "--planted-bug" in sys.argv:
-        sys.argv.remove("--planted-bug")
+
+def fuzz(name: str, planted: bool, options: list[str]) -> None:
+    """Fuzz a reader with options of libFuzzer, and directories of inputs. Ends the process."""
+    if planted:
         setattr(*PLANTED[name])
     warnings.simplefilter("ignore")
 
@@ -67,5 +67,10 @@ if __name__ == "__main__":
         with contextlib.suppress(FormatError):
             readers.READERS[name](data)
 
-    atheris.Setup(sys.argv, read)
+    atheris.Setup([sys.argv[0], *options], read)
     atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    _, reader, *others = sys.argv
+    fuzz(reader, "--planted-bug" in others, [option for option in others if option != "--planted-bug"])

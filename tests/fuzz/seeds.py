@@ -457,11 +457,17 @@ SEEDS: dict[str, Callable[[], Seeds]] = {
     name.removesuffix("_seeds"): value for name, value in list(globals().items()) if name.endswith("_seeds")
 }
 
+
+def write(reader: str, directory: Path) -> Path:
+    """Write the seeds of a reader as files. Returns the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, data in SEEDS[reader]().items():
+        (directory / name.replace(" ", "_")).write_bytes(data)
+    return directory
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         print(*SEEDS)
-        sys.exit()
-    _, reader, directory = sys.argv
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    for name, data in SEEDS[reader]().items():
-        Path(directory, name.replace(" ", "_")).write_bytes(data)
+    else:
+        write(sys.argv[1], Path(sys.argv[2]))

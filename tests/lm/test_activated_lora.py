@@ -1,5 +1,7 @@
 """Activated LoRA (aLoRA): where it acts, what it refuses, its files and runs."""
 
+import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from nplora.finetuning import load_with_adapter
 from nplora.formats import FormatError, UnsupportedError, gguf
 from nplora.lm import LanguageModel
 from nplora.lm.generation import Sampling, generate
-from nplora.models.invocation import NEVER, active_in, start_of
+from nplora.models.invocation import NEVER, active_in, sequences_with, start_of
 from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
@@ -223,6 +225,38 @@ def test_data_without_the_call_are_refused_or_warned_of(model: Path, tmp_path: P
         UserWarning, match=r"plan: .*train.jsonl: 1 of 25 examples do not have the invocation tokens"
     ):
         nplora.plan(model, data, invocation="=>")
+
+
+def test_validation_data_without_the_call_are_refused_too(model: Path, tmp_path: Path) -> None:
+    data, other = write_rows(tmp_path / "train.jsonl", "=>"), write_rows(tmp_path / "valid.jsonl", ">")
+    for call in (nplora.plan, functools.partial(nplora.finetune, output=tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"valid.jsonl: 24 of 24 examples do not have the invocation"):
+            call(model, data, valid=other, invocation="=>")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_from_an_activated_adapter_refuses_dropout(model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "train.jsonl", "=>")
+    nplora.finetune(model, data, tmp_path / "first", rank=2, steps=1, invocation="=>")
+    for call in (nplora.plan, functools.partial(nplora.finetune, output=tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"activated LoRA .invocation. cannot be combined with dropout"):
+            call(model, data, adapter=tmp_path / "first", dropout=0.1)
+    assert not (tmp_path / "out").exists()
+    nplora.finetune(model, data, tmp_path / "out", adapter=tmp_path / "first", steps=1)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_sequences_with_the_call_are_found_in_packed_tokens(length: int, rng: np.random.Generator) -> None:
+    """Against a search in each sequence by itself: a call never crosses two sequences."""
+    for size in (0, 1, 2, 400):
+        ids = rng.integers(0, 2, size)
+        starts = np.unique([0, *rng.integers(0, size + 1, size // 3), size])
+        call = tuple(rng.integers(0, 2, length).tolist())
+        expected = [
+            sum(tuple(ids[i : i + length].tolist()) == call for i in range(begin, end - length + 1))
+            for begin, end in itertools.pairwise(starts)
+        ]
+        assert sequences_with(ids, starts, call).tolist() == expected
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])

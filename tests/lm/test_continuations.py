@@ -113,6 +113,12 @@ def test_the_top_tokens_are_those_of_the_logits(lm: LanguageModel) -> None:
         ([[1]], [[[]]], r"a sequence has shape \(0,\), expected \(time,\) with at least 1 token"),
         ([[1]], [[]], "a prompt has no continuation, expected at least one"),
         ([[1]], [[[1_000_000]]], "token_ids"),
+        (
+            [[1], [2]],
+            [[[3]]],
+            "continuation_scores: continuations has 1 list, expected 2, one for each prompt",
+        ),
+        ([[1]], [], "continuation_scores: continuations has 0 lists, expected 1, one for each prompt"),
     ],
 )
 def test_a_bad_sequence_is_refused(

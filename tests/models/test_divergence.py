@@ -121,6 +121,51 @@ def test_tokens_that_only_pad_one_vocabulary_do_not_count(kl: str, longer: str) 
 
 
 @pytest.mark.parametrize("kl", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+@pytest.mark.parametrize("k", [None, 20])
+@pytest.mark.parametrize("vocab", [VOCAB, 8000])
+def test_extreme_temperatures_are_exact_too(kl: str, temperature: float, k: int | None, vocab: int) -> None:
+    """At 100, the divergence is 1e-3 to 1e-6, of terms near 1, whose errors of 1e-7 must not add up."""
+    student, teacher, labels = logits(0, vocab=vocab), logits(1, vocab=vocab), np.arange(ROWS)
+    loss = Distillation(kl, temperature, 1.0)
+    want, gradient = expected(student, teacher, labels, loss, k)
+    given = teacher.copy() if k is None else best(teacher, k, temperature)
+    found, _, _ = loss(student, labels, given, 1.0, True)
+    np.testing.assert_allclose(found, want, rtol=2e-4 if k is None else 1e-5)
+    # At 0.01, log-ratios of a thousand are rounded, and cancel in the gradient of the reverse divergence.
+    atol = 1e-4 * abs(gradient).max() + 1e-6 * want.max() / temperature
+    np.testing.assert_allclose(student, gradient, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("kl", DIVERGENCES)
+def test_likely_tokens_that_the_student_lacks_are_left_out(kl: str) -> None:
+    """Their probability is shared out among all other tokens, and "the rest" is one class as before."""
+    student, teacher, k = logits(0), logits(1, vocab=VOCAB + 40), 12
+    teacher[0, VOCAB:] += 20  # no token of this row is known
+    teacher[1, VOCAB] = 40
+    top = best(teacher, k, 1.0)
+    lacking = top.ids >= VOCAB
+    assert lacking[0].all()
+    assert 0 < lacking[2:].sum() < lacking[2:].size
+    log_probs = top.log_probs.copy()
+    log_probs[:, :-1][lacking] = -np.inf
+    log_probs -= np.log(np.exp(log_probs).sum(axis=1, keepdims=True))
+    z = torch.tensor(student, dtype=torch.float64, requires_grad=True)
+    losses = []
+    for row, log_q in enumerate(torch.log_softmax(z, -1)):
+        ids = torch.tensor(top.ids[row][~lacking[row]])
+        rest = log_q.scatter(0, ids, -torch.inf).logsumexp(0, keepdim=True)
+        q, p = torch.cat([log_q[ids], rest]), torch.tensor(log_probs[row][np.append(~lacking[row], True)])
+        pair = (q, p) if kl == "forward" else (p, q)
+        losses.append(torch.nn.functional.kl_div(*pair, reduction="sum", log_target=True))
+    torch.stack(losses).sum().backward()
+    given = TopK(np.where(lacking, -1, top.ids), log_probs)
+    found, _, _ = Distillation(kl)(student, np.zeros(ROWS, np.int64), given, 1.0, True)
+    np.testing.assert_allclose(found, [loss.item() for loss in losses], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(student, z.grad.numpy(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kl", DIVERGENCES)
 def test_k_of_the_whole_vocabulary_is_the_full_divergence(kl: str) -> None:
     student, teacher, labels = logits(8), logits(9), np.zeros(ROWS, int)
     found, top = student.copy(), student.copy()

@@ -10,6 +10,7 @@ import pytest
 import nplora
 import reference
 from nplora import FrozenWeight
+from nplora.formats.tokenizer_json import AddedToken
 from nplora.nn import TrainedEmbedding, TrainedHead, TrainedRows
 
 VOCAB, DIM = 11, 6
@@ -164,3 +165,126 @@ def test_a_pass_that_kept_nothing_has_no_gradient(rng: np.random.Generator) -> N
         y, saved = layer.forward(IDS)
     with pytest.raises(RuntimeError, match="inference mode"):
         layer.backward(y, saved)
+
+
+def test_unloading_after_a_failure_writes_the_present_rows(rng: np.random.Generator) -> None:
+    weight = some_weight(rng, "float32")
+    rows = TrainedRows(weight, TOKENS)
+    lora = nplora.LoRALinear(np.eye(DIM), rank=1, rng=0)
+    net = nplora.Sequential(TrainedEmbedding(weight, rows), lora, TrainedHead(weight, rows, is_tied=True))
+    lora.A[...] = lora.B[...] = 3e38
+    with pytest.raises(ValueError, match="finite values become infinite"):
+        net.merge_and_unload()
+    lora.A[...] = lora.B[...] = 0
+    rows.value[...] = 7
+    net.merge_and_unload()
+    table = np.array(weight.to_numpy())
+    table[TOKENS] = 7
+    np.testing.assert_array_equal(net[0].weight.to_numpy(), table)
+    assert net[0].weight is net[2].weight  # a tied pair still shares one weight
+
+
+# ---- rows beyond the end of the weight ----
+
+MORE = 3  # rows beyond the end
+
+
+def longer_table(weight: FrozenWeight, rows: TrainedRows) -> np.ndarray[Any, Any]:
+    """The whole table in float64, with the rows beyond the end as they start, or as they are trained."""
+    table = weight.to_numpy()
+    table = np.concatenate([table, np.tile(table.mean(axis=0), (MORE, 1))])
+    table[slice(None) if rows.ids is None else rows.ids] = rows.value
+    return table
+
+
+@pytest.mark.parametrize("tokens", [[12, 3, 11, 13], None])
+def test_rows_beyond_the_end_start_with_the_mean_and_are_computed(
+    tokens: Any, rng: np.random.Generator
+) -> None:
+    weight = some_weight(rng)
+    rows = TrainedRows(weight, tokens, VOCAB + MORE)
+    start = longer_table(weight, rows)
+    np.testing.assert_allclose(start[VOCAB:], np.tile(weight.to_numpy().mean(axis=0), (MORE, 1)), rtol=1e-14)
+    np.testing.assert_array_equal(start[:VOCAB], weight.to_numpy())
+    embedding, head = TrainedEmbedding(weight, rows), TrainedHead(weight, rows, is_tied=True)
+    ids, x = np.array([13, 0, 11, 3, 12, 10]), rng.standard_normal((2, 5, DIM))
+    c = rng.standard_normal((2, 5, VOCAB + MORE))
+    for shift in (0.0, 1.0):  # first as they start, then changed
+        rows.value += shift * rng.standard_normal(rows.value.shape)
+        table = longer_table(weight, rows)
+        np.testing.assert_array_equal(embedding(ids), table[ids])
+        np.testing.assert_allclose(head(x), x @ table.T, rtol=1e-12, atol=1e-12)
+        dx = head.backward(c, head.forward(x)[1])
+        np.testing.assert_allclose(dx, c @ table, rtol=1e-12, atol=1e-12)
+    with embedding.disable_adapter(), head.disable_adapter():
+        np.testing.assert_allclose(embedding(ids), start[ids], rtol=1e-14)
+        y, saved = head.forward(x)
+        np.testing.assert_allclose(y, x @ start.T, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(head.backward(c, saved), c @ start, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"TrainedEmbedding\.forward: ids"):
+        embedding([VOCAB + MORE])
+
+
+@pytest.mark.parametrize("tokens", [[12, 3, 11, 13], None])
+def test_gradients_of_rows_beyond_the_end_match_central_differences(
+    tokens: Any, rng: np.random.Generator
+) -> None:
+    weight = some_weight(rng)
+    rows = TrainedRows(weight, tokens, VOCAB + MORE)
+    embedding, head = TrainedEmbedding(weight, rows), TrainedHead(weight, rows, is_tied=True)
+    ids, c = np.array([[13, 0, 11], [3, 12, 13]]), rng.standard_normal((2, 3, VOCAB + MORE))
+    x, saved = embedding.forward(ids)
+    embedding.backward(head.backward(c, head.forward(x)[1]), saved)
+    pairs = [(rows.value, rows.grad)]
+    assert reference.gradient_error(lambda: float((c * head(embedding(ids))).sum()), pairs, rng) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "q8_0"])
+@pytest.mark.parametrize("tokens", [[12, 3, 11, 13], None])
+def test_rows_beyond_the_end_are_merged_and_unloaded(
+    tokens: Any, dtype: str, rng: np.random.Generator
+) -> None:
+    weight = FrozenWeight(rng.standard_normal((VOCAB, 32)), dtype)
+    rows = TrainedRows(weight, tokens, VOCAB + MORE)
+    head = TrainedHead(weight, rows)
+    rows.value += 0.5 * rng.standard_normal(rows.value.shape).astype(np.float32)
+    x = rng.standard_normal((4, 32)).astype(np.float32)
+    before = head(x)
+    head.merge()
+    np.testing.assert_allclose(head(x), before, rtol=1e-5, atol=1e-5)
+    head.unmerge()
+    np.testing.assert_array_equal(head(x), before)
+    [report] = head.merge("same")
+    assert report.storage == dtype
+    rounded = head(x)
+    assert np.abs(rounded - before).max() < (1e-5 if dtype == "float32" else 0.2)
+    copied = pickle.loads(pickle.dumps(head))
+    np.testing.assert_array_equal(copied(x), rounded)
+    np.testing.assert_allclose(head.unloaded({})(x), rounded, rtol=1e-5, atol=1e-4)
+    assert head.unloaded({}).weight.shape == (VOCAB + MORE, 32)
+
+
+def test_rows_of_new_tokens_within_the_weight_start_with_the_mean(rng: np.random.Generator) -> None:
+    weight = some_weight(rng)
+    rows = TrainedRows(weight, [3, 10], tokens=[AddedToken(10, "<tool>")])
+    np.testing.assert_array_equal(rows.value[0], weight.to_numpy()[3])
+    np.testing.assert_allclose(rows.value[1], weight.to_numpy().mean(axis=0), rtol=1e-14)
+    embedding = TrainedEmbedding(weight, rows)
+    rows.value += 1
+    embedding.reset(np.random.SeedSequence(0))
+    np.testing.assert_allclose(rows.value[1], weight.to_numpy().mean(axis=0), rtol=1e-14)
+    assert embedding.settings()["added_tokens"] == {"<tool>": 10}
+    with embedding.disable_adapter():
+        np.testing.assert_array_equal(embedding([10]), weight.to_numpy()[[10]])
+
+
+def test_rows_beyond_the_end_must_all_be_trained_and_have_no_bias(rng: np.random.Generator) -> None:
+    weight = some_weight(rng)
+    with pytest.raises(ValueError, match="row 12 is beyond the weight's end and not in ids"):
+        TrainedRows(weight, [11, 13], VOCAB + MORE)
+    with pytest.raises(ValueError, match="ids"):
+        TrainedRows(weight, [VOCAB], VOCAB)
+    rows = TrainedRows(weight, [11], VOCAB + 1)
+    with pytest.raises(ValueError, match="rows beyond the weight's end have no bias"):
+        TrainedHead(weight, rows, bias=np.zeros(VOCAB))
+    assert "1 rows trained (1 added)" in repr(TrainedEmbedding(weight, rows))

@@ -40,6 +40,7 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+TIME = {"type": "function", "function": {"name": "time", "description": "Now", "parameters": {}}}
 
 
 def call(city: str) -> dict[str, Any]:
@@ -64,6 +65,7 @@ CHATS: dict[str, dict[str, Any]] = {
     "ends with a question": {"messages": TALK[:3]},
     "system": {"messages": [{"role": "system", "content": "Be brief."}, *TALK]},
     "tools": {"messages": ASKED, "tools": [WEATHER]},
+    "offered, but not called": {"messages": TALK, "tools": [WEATHER, TIME]},
     "tools, then a talk": {"messages": [*ASKED, *TALK], "tools": [WEATHER]},
     "reasoning": {"messages": [{**m, "reasoning_content": "Let me see."} for m in TALK]},
     "reasoning in the text": {
@@ -80,7 +82,7 @@ CHATS: dict[str, dict[str, Any]] = {
         "messages": [*TALK[:1], {"role": "assistant", "content": "assistant\nmodel\n 1"}, *TALK]
     },
 }
-# Templates that have no way to write these.
+# Templates that have no way to write calls. That of Granite lists the tools.
 NO_TOOLS = ("gemma3", "phi_4", "phi_4_mini", "granite_3")
 CASES = [
     (model, chat) for model in MODELS for chat in CHATS if not ("tools" in chat and model in NO_TOOLS)

@@ -1221,12 +1221,16 @@ def test_another_run_is_not_written_over_by_accident(
         fit(trainer_of(net()), checkpoint_dir=directory)
     assert {name: (directory / name).read_bytes() for name in NAMES} == before
 
-    class Fail(Callback):
-        def on_fit_start(self, run: Run) -> None:
+    class FailAfterCheckpoint(Callback):
+        def on_checkpoint(self, run: Run) -> None:
             raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
-        fit(trainer_of(net(rng=3), callbacks=[Fail()]), checkpoint_dir=directory, overwrite=True)
+        fit(
+            trainer_of(net(rng=3), callbacks=[FailAfterCheckpoint()]),
+            checkpoint_dir=directory,
+            overwrite=True,
+        )
     assert [checkpoint.read(directory / name).step for name in NAMES] == [0, 0], (
         "a generation is the old run's"
     )
@@ -1510,12 +1514,12 @@ def test_the_first_checkpoint_of_a_run_that_overwrites_another_drops_both_of_the
     found: list[int] = []
 
     class Look(Callback):
-        def on_fit_start(self, run: Run) -> None:
+        def on_checkpoint(self, run: Run) -> None:
             found.extend(checkpoint.read(path).step for path in tmp_path.glob("checkpoint-*"))
 
     copy_of(stopped, tmp_path)
     fit(trainer_of(net(), callbacks=[Look()]), epochs=1, checkpoint_dir=tmp_path, overwrite=True)
-    assert found == [0, 0]
+    assert found[:2] == [0, 0]
 
 
 def test_only_a_run_that_overwrites_drops_an_adapter(tmp_path: Path) -> None:

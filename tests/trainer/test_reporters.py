@@ -231,15 +231,56 @@ def test_a_report_that_fails_ends_but_the_run_continues(tmp_path: Path) -> None:
     ):
         history = run(None, report)
     assert len(history.steps) == 10
-    assert report.calls == ["write 1", "write 2", "write 3"]
+    assert report.calls == ["write 1", "write 2", "write 3", "close None"]
+
+
+def test_the_file_of_a_report_that_fails_is_closed(tmp_path: Path) -> None:
+    class Full(CsvReporter):
+        def _write(self, step: int, metrics: dict[str, float]) -> None:
+            raise OSError("the disk is full")
+
+    report = Full(tmp_path)
+    with pytest.warns(UserWarning, match="the csv report ends here, the run continues: the disk is full"):
+        run(None, report)
+    assert report._file.closed
 
 
 def test_a_report_that_cannot_begin_ends_the_run_before_its_first_step(tmp_path: Path) -> None:
     (tmp_path / "reports").write_text("")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError) as raised:
         run(tmp_path / "run", CsvReporter(tmp_path / "reports"))
+    assert not hasattr(raised.value, "__notes__"), "there is no run to resume"
     log = (tmp_path / "run/log.jsonl").read_text()
     assert '"event":"step"' not in log
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+    (tmp_path / "reports").unlink()
+    history = run(tmp_path / "run", CsvReporter(tmp_path / "reports"))
+    assert found_rows(rows_of(tmp_path / "reports")) == expected_rows(history)
+
+
+def test_a_report_that_cannot_begin_leaves_the_run_that_was_to_be_overwritten(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    (tmp_path / "reports").write_text("")
+    with pytest.raises(FileExistsError):
+        run(tmp_path / "run", CsvReporter(tmp_path / "reports"), overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_callback_reads_the_log_of_the_new_run_while_it_begins(tmp_path: Path) -> None:
+    class Noted(Callback):
+        def on_fit_start(self, run: Run) -> None:
+            self.before = run.logged("note")
+            run.log("note", {"number": 2})
+            self.after = run.logged("note")
+
+        def on_fit_end(self, run: Run) -> None:
+            run.log("note", {"number": 1})
+
+    for overwrite in (False, True):
+        noted = Noted()
+        run(tmp_path, noted, overwrite=overwrite)
+        assert (noted.before, noted.after.get("number")) == ({}, 2)
 
 
 def test_reports_are_closed_after_an_error(tmp_path: Path) -> None:

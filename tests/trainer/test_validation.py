@@ -256,6 +256,29 @@ def test_with_other_validation_data_the_best_factors_are_chosen_anew(changed: bo
 # ---- when the model is evaluated, and which factors it keeps ----
 
 
+@pytest.mark.parametrize("changed", [True, False])
+def test_patience_compares_no_losses_of_other_data_also_if_the_run_had_none_in_between(
+    changed: bool, tmp_path: Path
+) -> None:
+    x, _ = data()
+    easy, hard = (x[:4], x[:4, :3]), (x[:4], np.full((4, 3), 9.0, np.float32))
+
+    def run(validation: Any, patience: int | None, *callbacks: Callback) -> History:
+        layer = nplora.LoRALinear(np.eye(3, 6), rank=1, rng=0)
+        trainer = Trainer(layer, "mse", nplora.AdamW(lr=0.1), callbacks=callbacks)
+        return trainer.fit(
+            *hard, steps=6, batch_size=4, validation=validation, patience=patience, keep="last",
+            eval_every=None if validation is None else 1, checkpoint_dir=tmp_path, resume=True,
+        )  # fmt: skip
+
+    run(easy, None, StopAt(2))
+    run(None, None, StopAt(4))
+    history = run(hard if changed else easy, 1)
+    losses = [record.val_loss for record in history.evaluations]
+    assert losses[-1] > losses[0], "the test needs a loss that is higher than the first one"
+    assert (history.ended, len(history.steps)) == (("complete", 6) if changed else ("patience", 4))
+
+
 def test_a_run_is_evaluated_at_steps_and_at_the_ends_of_epochs_but_never_twice() -> None:
     _, seen, history = scripted(9, 8, 7, 6, 5, 4)
     assert [record.step for record in history.evaluations] == [3, 4, 6, 8, 9, 12] == list(seen.factors)
@@ -276,9 +299,52 @@ def test_the_model_keeps_the_factors_of_the_lowest_loss(patience: int | None) ->
     assert history.best_loss == history.evaluations[2].val_loss
 
 
+class Copies(Callback):
+    """The copies of the best factors at the end."""
+
+    def on_fit_end(self, run: Run) -> None:
+        self.found = dict(run._state.early_stopping.copies)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "are_copied"),
+    [
+        ({"epochs": 1}, False),
+        ({"steps": 3}, False),
+        ({"steps": 3, "eval_every": 3}, False),
+        ({"epochs": 2}, True),
+        ({"steps": 3, "eval_every": 2}, True),
+        ({"epochs": 2, "keep": "last"}, False),
+    ],
+)
+def test_the_best_factors_are_copied_only_if_steps_follow(
+    arguments: dict[str, Any], are_copied: bool, tmp_path: Path
+) -> None:
+    seen, copies = Seen(), Copies()
+    trainer = trainer_of(0, seen, copies)
+    history = fit(trainer, **{"steps": None, "eval_every": None, **arguments})
+    assert bool(copies.found) == are_copied
+    if history.best_step is not None:
+        assert values(trainer) == seen.factors[history.best_step]
+
+
+def test_a_checkpoint_has_the_best_factors_that_were_never_copied(tmp_path: Path) -> None:
+    seen = Seen()
+    options: dict[str, Any] = {"steps": None, "eval_every": None, "checkpoint_dir": tmp_path}
+    fit(trainer_of(0, seen), epochs=1, **options)
+    with RunDirectory(tmp_path) as directory:
+        assert directory.newest is not None
+        kept = directory.newest.best_parameters
+        assert {name: array.tobytes() for name, array in kept.items()} == seen.factors[4]
+    again = trainer_of(0, seen)
+    with pytest.warns(UserWarning, match="total_steps was 4, is 8"):
+        history = fit(again, epochs=2, resume=True, **options)
+    assert values(again) == seen.factors[history.best_step or 0]
+
+
 def test_the_last_factors_are_kept_on_request() -> None:
     trainer, seen, history = scripted(9, 8, 2, 6, 5, 4, keep="last", patience=3)
-    assert (history.ended, history.best_step, history.best_loss) == ("patience", None, None)
+    assert (history.ended, history.best_step, history.best_loss) == ("complete", None, None)
     assert values(trainer) == seen.factors[12]
 
 
@@ -303,6 +369,18 @@ def test_patience_counts_evaluations_and_ends_a_run_within_an_epoch() -> None:
     trainer, seen, history = scripted(validation=data, patience=1, eval_every=1)
     assert (history.ended, len(history.steps), data.read) == ("patience", 3, 3)
     assert [(record.epoch, record.step) for record in history.epochs] == [(1, 3)]
+
+
+@pytest.mark.parametrize("length", [{"epochs": 2}, {"epochs": None, "steps": 7}])
+@pytest.mark.parametrize("eval_every", [None, 1])
+def test_a_run_that_made_all_its_steps_is_complete_even_if_patience_is_lost_at_the_end(
+    length: dict[str, Any], eval_every: int | None
+) -> None:
+    last = length.get("steps", 8)
+    offsets = [1, 2] if eval_every is None else [*range(last, 1, -1), 9]  # only the last loss is higher
+    history = scripted(*offsets, patience=1, eval_every=eval_every, **length)[2]
+    assert len(history.evaluations) == len(offsets)
+    assert (history.ended, len(history.steps), history.epochs[-1].step) == ("complete", last, last)
 
 
 def test_losses_that_are_never_finite_keep_the_last_factors() -> None:
@@ -490,6 +568,27 @@ def test_the_history_of_evaluations_is_rebuilt_from_the_log(tmp_path: Path) -> N
     fit(trainer_of(0, StopAt(80)), **arguments, checkpoint_dir=tmp_path)
     second = trainer_of(99)
     assert outcome(second, fit(second, **arguments, checkpoint_dir=tmp_path, resume=True)) == expected
+
+
+@pytest.mark.parametrize("log", ["kept", "lost"])
+def test_an_epoch_whose_validation_loss_was_not_finite_stays_different_from_one_without_validation(
+    log: str, tmp_path: Path
+) -> None:
+    x, y = data()
+    nothing = np.full_like(x[:10], np.nan), y[:10]
+    usual = {"eval_every": None, "steps": 14, "checkpoint_dir": tmp_path}
+    fit(trainer_of(0, StopAt(5)), **usual, validation=nothing)  # an epoch has four steps
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if log == "lost" else "error")  # about the history of the steps
+        fit(trainer_of(9, StopAt(9)), **usual, validation=None, resume=True)
+        if log == "lost":
+            (tmp_path / "log.jsonl").write_bytes(b"")
+        history = fit(trainer_of(99), **usual, resume=True)
+    first, second, *rest = (record.val_loss for record in history.epochs)
+    assert first is not None
+    assert math.isnan(first)
+    assert second is None
+    assert all(loss is not None and math.isfinite(loss) for loss in rest)
 
 
 def test_a_lost_log_keeps_the_last_evaluations(tmp_path: Path) -> None:

@@ -163,7 +163,6 @@ def test_settings_that_are_not_finite_are_logged_as_text(tmp_path: Path) -> None
 
 # Calls that need no allow_nan=False: their output is read back at once, or is printed by a chat template.
 NOT_WRITTEN = {
-    "finetuning/data/split.py",
     "trainer/resuming.py",
     "formats/strict_json.py",
     "tokenizer/chat_template.py",

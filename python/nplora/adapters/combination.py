@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from nplora import _check
 from nplora.adapters import sources
@@ -18,6 +19,8 @@ from nplora.lora.delta import LoraDelta
 from nplora.lora.merging import weighted_mean
 from nplora.lora.weighted_sum import weighted_sum
 from nplora.models import base_model, model_digest
+
+T = TypeVar("T")
 
 _SHOWN = 3  # layers in a summary
 _MERGE = "merge one of the adapters into the model instead"
@@ -108,6 +111,7 @@ def combine(
         _agreed(adapter.base_model_name_or_path for adapter in contents),
         _agreed(adapter.task_type for adapter in contents),
         _agreed(digests if any_base else digests - {None}),
+        chat_template=_agreed(adapter.chat_template for adapter in contents),
         errors=errors,
         norms=norms,
     )
@@ -161,6 +165,7 @@ def _kind(update: LoraDelta) -> str:
     return f"{'an embedding' if update.embedding else 'a linear layer'} {update.shape}"
 
 
-def _agreed(words: Iterable[str | None]) -> str | None:
-    found = set(words)
+def _agreed(values: Iterable[T | None]) -> T | None:
+    """The value that all adapters have; None if they differ."""
+    found = set(values)
     return found.pop() if len(found) == 1 else None

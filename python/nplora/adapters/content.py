@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nplora.adapters.trained_rows import HEAD, TokenRows
 from nplora.formats.errors import UnsupportedError, brief, counted
+from nplora.formats.tokenizer_json import AddedToken
 from nplora.lora.delta import LoraDelta
 
 
@@ -31,6 +32,9 @@ class AdapterContent(Mapping[str, LoraDelta]):
         unknown: the keys of adapter_config.json that nplora does not know.
         neighbours: the names of the model's modules that are not LoRA layers, if known.
         uses_expression: whether the file selects layers by a regular expression instead of a list.
+        added_tokens: the new tokens that the adapter trains. For an adapter of another program, these are all
+            tokens in the tokenizer.json beside it that may be new.
+        tokenizer_files: the files of the tokenizer with the new tokens, which are saved with the adapter.
         chat_template: whether the training data went through the chat template; None if that is not known.
     """
 
@@ -48,6 +52,8 @@ class AdapterContent(Mapping[str, LoraDelta]):
     uses_expression: bool = False
     invocation_tokens: tuple[int, ...] | None = None
     chat_template: bool | None = None
+    added_tokens: tuple[AddedToken, ...] = ()
+    tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.deltas, self.modules_to_save = dict(self.deltas), dict(self.modules_to_save or {})
@@ -77,6 +83,13 @@ class AdapterContent(Mapping[str, LoraDelta]):
         """
         whole = [name for name in self.modules_to_save if not (self.is_tied and name == HEAD)]
         return {name: rows.ids for name, rows in self.token_rows.items()} | dict.fromkeys(whole)
+
+    @property
+    def rows(self) -> int:
+        """The least number of rows that the embedding and the head must have for this adapter."""
+        whole = [len(arrays["weight"]) for arrays in self.modules_to_save.values() if "weight" in arrays]
+        trained = [1 + int(rows.ids.max()) for rows in self.token_rows.values() if rows.ids.size]
+        return max([0, *whole, *trained])
 
     def require_always_active(self, op: str) -> None:
         """Raise UnsupportedError for an activated LoRA, whose update cannot be added to a weight."""

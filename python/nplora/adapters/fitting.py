@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from nplora.adapters.content import AdapterContent
 from nplora.formats.errors import FormatError, brief, counted, in_places
+from nplora.formats.tokenizer_json import AddedToken
 from nplora.models import model_digest
 
 _KINDS = ("a linear layer", "an embedding")
@@ -44,6 +45,8 @@ class Target:
             `Place`, or a text that says why the target has none.
         digest: the digest of the target's norms (`model_digest.of`), or None.
         required: the layers that the adapter must have.
+        accepts_more: whether an adapter with new tokens may have rows beyond the end of an embedding or head.
+        ties_head: whether the head of the model shares the embedding's weight.
         whole: the arrays of the model's fully trained layers: layer -> parameter -> array, or the `Place` of
             one. If `whole` is None, the adapter may have any fully trained layers.
         rows: a function that takes a layer's name. It returns the shape of the weight whose rows an adapter
@@ -59,6 +62,8 @@ class Target:
     required: Collection[str] = ()
     whole: Mapping[str, Mapping[str, npt.NDArray[Any] | Place]] | None = None
     rows: Callable[[str], tuple[int, int] | str | None] = lambda layer: None
+    accepts_more: bool = False
+    ties_head: bool = False
     require_kind: Callable[[str, bool, Collection[str], Collection[str]], None] = (
         lambda source, has_dora, whole, tokens: None
     )
@@ -86,8 +91,14 @@ class Target:
             )
         return place
 
-    def check_rows(self, layer: str, ids: Collection[int], width: int) -> None:
-        """Raise FormatError if the target has no weight with these rows."""
+    def check_rows(
+        self, layer: str, ids: Collection[int], width: int, tokens: Collection[AddedToken] = ()
+    ) -> None:
+        """Raise FormatError if the target has no weight with these rows.
+
+        Args:
+            tokens: the adapter's new tokens. Without them, no row is beyond the end of the weight.
+        """
         shape = self.rows(layer)
         if isinstance(shape, str):
             raise FormatError(f"{brief(layer)}: {shape}")
@@ -98,16 +109,32 @@ class Target:
                 f"{brief(layer)}: the adapter's trained tokens have {width} values, but {self.title}'s have "
                 f"{shape[1]}"
             )
-        if (largest := max(ids)) >= shape[0]:
-            raise FormatError(
-                f"{brief(layer)}: the adapter trains token {largest}, but the vocabulary of {self.title} "
-                f"ends with {shape[0] - 1}"
-            )
+        beyond = sorted(id_ for id_ in ids if id_ >= shape[0])
+        if not beyond or (
+            self._may_follow(shape[0], tokens) and beyond == [*range(shape[0], shape[0] + len(beyond))]
+        ):
+            return
+        hint = ""
+        if self.accepts_more and not self._may_follow(shape[0], tokens) and beyond[0] == shape[0]:
+            hint = "; for tokens that were added to the model, the tokenizer must be saved beside the adapter"
+        raise FormatError(
+            f"{brief(layer)}: the adapter trains token {beyond[-1]}, but the vocabulary of {self.title} "
+            f"ends with {shape[0] - 1}{hint}"
+        )
+
+    def _may_follow(self, stored: int, tokens: Collection[AddedToken]) -> bool:
+        """Whether rows may follow the last row of a weight, because one of the new tokens is there."""
+        return self.accepts_more and any(token.id >= stored for token in tokens)
 
     def check_whole(
-        self, layer: str, parameter: str, shape: tuple[int, ...], tensor: str = ""
+        self,
+        layer: str,
+        parameter: str,
+        shape: tuple[int, ...],
+        tensor: str = "",
+        tokens: Collection[AddedToken] = (),
     ) -> npt.DTypeLike:
-        """Return the dtype for an array of a fully trained layer.
+        """Return the dtype for an array of a fully trained layer. `tokens` are the adapter's new tokens.
 
         Raises:
             FormatError: the array does not fit the target.
@@ -119,7 +146,9 @@ class Target:
             raise FormatError(
                 f"{brief(layer)}: {self.title} has no fully trained {parameter!r} in this layer"
             )
-        if live.shape != shape:
+        stored = live.shape or ()
+        is_longer = stored[1:] == shape[1:] and stored < shape
+        if stored != shape and not (is_longer and self._may_follow(stored[0], tokens)):
             name = brief(tensor or f"{layer}.{parameter}", 200)
             raise FormatError(f"tensor {name} has shape {shape}, expected {live.shape}")
         return live.dtype
@@ -133,7 +162,7 @@ class Target:
                 self.place_of(name, delta.shape, delta.embedding, delta.use_dora)
         for name, rows in adapter.token_rows.items():
             with collecting(problems):
-                self.check_rows(name, rows.ids, rows.values.shape[1])
+                self.check_rows(name, rows.ids.tolist(), rows.values.shape[1], adapter.added_tokens)
         for name, parameters in adapter.modules_to_save.items():
             if not parameters:
                 problems.append(
@@ -141,7 +170,7 @@ class Target:
                 )
             for parameter, array in parameters.items():
                 with collecting(problems):
-                    self.check_whole(name, parameter, array.shape)
+                    self.check_whole(name, parameter, array.shape, tokens=adapter.added_tokens)
         self.require(adapter, problems, any_base)
 
     def require(self, adapter: AdapterContent, problems: list[str], any_base: bool) -> None:

@@ -244,7 +244,7 @@ def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: b
         )
     digest = model.digest or (None if any_base else adapter.base_digest)
     architecture, tokens = model.family.architecture, adapter.invocation_tokens
-    stored = GgufAdapter(architecture, alpha, pairs, base_digest=digest, invocation_tokens=tokens)
+    stored = GgufAdapter(architecture, alpha, pairs, (), digest, tokens, chat_template=adapter.chat_template)
     gguf_adapter.save(path, stored)
     return AdapterConversion(files.name(path), model.family.architecture, tuple(adapter), alpha, folded)
 
@@ -352,7 +352,7 @@ def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[A
             alpha = stored.alpha or pair.rank
             deltas[name] = LoraDelta.of_alpha(a, b, alpha, False, None, embedding)
     adapter = AdapterContent(source, deltas, task_type="CAUSAL_LM", base_digest=stored.base_digest)
-    adapter.invocation_tokens = stored.invocation_tokens
+    adapter.invocation_tokens, adapter.chat_template = stored.invocation_tokens, stored.chat_template
     target.require(adapter, problems, any_base)
     if model is not None:
         adapter.base_digest = model.digest or (None if any_base else stored.base_digest)

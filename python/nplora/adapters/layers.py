@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from nplora.formats import files, peft_adapter
 from nplora.formats.errors import FormatError, UnsupportedError, brief, counted, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.peft_config import short_number
+from nplora.formats.tokenizer_json import AddedToken
 from nplora.lora.delta import LoraDelta
 from nplora.nn import (
     Embedding,
@@ -90,6 +91,8 @@ def from_model(model: Module, op: str) -> AdapterContent:
         token_rows=_token_rows(model),
         invocation_tokens=next(layer.invocation_tokens for layer in layers.values()),
         is_tied=any(layer.is_tied and layer.is_whole for layer in _trained_rows(model).values()),
+        added_tokens=_added_tokens(model),
+        tokenizer_files=model.tokenizer_files(),
         dropout=Counter(layer.dropout for layer in layers.values()).most_common(1)[0][0],
         neighbours=tuple(name for name, _ in model.named_modules() if name not in layers),
     )
@@ -120,6 +123,10 @@ def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, di
 
 def _trained_rows(model: Module) -> dict[str, TrainedRowsLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, TrainedRowsLayer)}
+
+
+def _added_tokens(model: Module) -> tuple[AddedToken, ...]:
+    return next((layer.rows.tokens for layer in _trained_rows(model).values()), ())
 
 
 def _token_rows(model: Module) -> dict[str, TokenRows]:
@@ -195,6 +202,7 @@ def load_adapter(
     target = _target(model, live=True, required=[*layers, *whole, *tokens], whole=whole)
     adapter = peft_files.read(directory, target, edited_config, any_base)
     _require_same_tokens(adapter, tokens)
+    _require_same_texts(adapter, model)
     require_plain_invocation(adapter, model)
     changes = _changes(layers, adapter)
     commits = [layer.prepare_adopt(adapter[name]) for name, layer in layers.items()]
@@ -219,6 +227,17 @@ def _require_same_tokens(adapter: AdapterContent, tokens: Mapping[str, TokenRows
                 f"{adapter.source}: {brief(name)}: the adapter trains the tokens {brief(rows.ids.tolist())}, "
                 f"but the model {brief(tokens[name].ids.tolist())}; use Adapter.attach with replace=True"
             )
+
+
+def _require_same_texts(adapter: AdapterContent, model: Module) -> None:
+    """Raise FormatError if an adapter has other new tokens than the model that it is loaded into."""
+    theirs = {token.id: token.text for token in model.new_tokens(adapter.added_tokens)}
+    ours = {token.id: token.text for token in _added_tokens(model)}
+    if theirs != ours:
+        raise FormatError(
+            f"{adapter.source}: the adapter has the new tokens {brief(theirs)}, but the model has "
+            f"{brief(ours)}; use Adapter.attach with replace=True"
+        )
 
 
 def _changes(layers: Mapping[str, LoRALayer], adapter: AdapterContent) -> tuple[str, ...]:
@@ -300,7 +319,7 @@ def new_layers(adapter: AdapterContent, model: Module, any_base: bool = False) -
             layer.restart_dropout(layer_stream(0, name))
             layer.prepare_adopt(delta)()
             layer.invocation_tokens = adapter.invocation_tokens
-    rows = _new_trained_rows(adapter, model)
+    rows = _new_trained_rows(adapter, model, adapter.added_tokens)
     if both := ", ".join(made.keys() & rows.keys()):
         raise FormatError(
             f"{adapter.source}: {both}: the adapter has LoRA factors and trained rows for one weight"
@@ -333,18 +352,53 @@ def require_plain_invocation(adapter: AdapterContent, model: Module) -> None:
         )
 
 
-def _new_trained_rows(adapter: AdapterContent, model: Module) -> dict[str, TrainedRowsLayer]:
+def _new_trained_rows(
+    adapter: AdapterContent, model: Module, tokens: Sequence[AddedToken]
+) -> dict[str, TrainedRowsLayer]:
+    """Make the layers that train rows.
+
+    Args:
+        tokens: the tokens that the adapter adds to the model.
+    """
     wanted = adapter.trained_rows
-    made = trained_layers(model, wanted, adapter.is_tied)
+    if not wanted:
+        return {}
+    size = _size(adapter, model, tokens)
+    made = trained_layers(model, wanted, adapter.is_tied, model.new_tokens(tokens), size)
     for name in wanted:
         whole, rows = adapter.modules_to_save.get(name), adapter.token_rows.get(name)
-        made[name].rows.value[...] = rows.values if rows is not None else (whole or {})["weight"]
+        value = made[name].rows.value
+        if rows is not None:
+            value[: len(rows.ids)] = rows.values
+        else:
+            given = (whole or {})["weight"]
+            value[: len(given)] = given
     return made
 
 
+def _size(adapter: AdapterContent, model: Module, tokens: Sequence[AddedToken]) -> int:
+    """The number of rows of the embedding and the head with this adapter.
+
+    Raises:
+        FormatError: the adapter has no row for one of the tokens.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    stored: list[int] = [modules[name].weight.shape[0] for name in model.trained_row_layers]
+    size = max(adapter.rows, *stored)
+    for token in tokens:
+        if token.id >= size:
+            raise FormatError(
+                f"{adapter.source}: the new token {brief(token.text)} is token {token.id}, but the adapter "
+                f"and the model have only {size} rows"
+            )
+    return size
+
+
 @contextlib.contextmanager
-def rollback_on_error(model: Module) -> Iterator[None]:
+def rollback_on_error(model: Module) -> Iterator[Callable[[], None]]:
     """If the `with` body raises an error, restore the layers that the body replaced.
+
+    The body gets a function. After a call of this function, an error restores nothing.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> try:
@@ -357,7 +411,7 @@ def rollback_on_error(model: Module) -> Iterator[None]:
     """
     before = dict(model.named_modules())
     try:
-        yield
+        yield before.clear
     except BaseException:
         now = dict(model.named_modules())
         changed = [name for name in before.keys() & now.keys() if before[name] is not now[name]]
@@ -410,4 +464,7 @@ def _target(model: Module, live: bool, **more: Any) -> Target:
             "the model's layer", module.weight.shape, embedding, use_dora, module.weight.compute_dtype
         )
 
-    return Target("the model", place, model.base_digest(), rows=rows, **more)
+    return Target(
+        "the model", place, model.base_digest(), rows=rows, accepts_more=True, ties_head=model.ties_head,
+        **more,
+    )  # fmt: skip

@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+
+from nplora import _check
 from nplora.adapters import sources
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import Place, Target
-from nplora.adapters.merge_gate import TOLERANCE, Check, MergeGate, Verdict, require_tolerance
-from nplora.adapters.merged_tensors import STORAGES, MergedTensors, kind_of, possible_storages
+from nplora.adapters.merge_gate import TOLERANCE, Check, MergeGate, Verdict, require_check, require_tolerance
+from nplora.adapters.merged_tensors import STORAGES, MergedTensors, kind_of, mean_row, possible_storages
 from nplora.adapters.sources import Source
 from nplora.adapters.trained_rows import EMBEDDING, HEAD
 from nplora.formats import bitsandbytes, files, model_directory, peft_adapter
@@ -21,7 +24,7 @@ from nplora.lora.delta import LoraDelta
 from nplora.lora.model_merge import ModelMerge
 from nplora.lora.new_rows import NewRows
 from nplora.models import model_digest, model_files
-from nplora.models.model_files import ModelFiles, Tensor, is_directory, weights_path
+from nplora.models.model_files import ModelFiles, NewVocabulary, Tensor, is_directory, weights_path
 from nplora.weights import storages
 from nplora.weights.nonfinite import require_finite
 
@@ -29,6 +32,7 @@ _SHARED = ("embed_tokens", "lm_head")
 _BOTH = "the model's embedding and its output share one weight, so a merge would change both"
 
 
+@_check.keywords
 def merge_adapter(
     base: StrPath,
     adapter: Source,
@@ -37,6 +41,7 @@ def merge_adapter(
     any_base: bool = False,
     overwrite: bool = False,
     lossy: bool = False,
+    *,
     check: Check | None = None,
     tolerance: float = TOLERANCE,
 ) -> ModelMerge:
@@ -44,6 +49,10 @@ def merge_adapter(
 
     Sums are computed in float32 and then rounded to the storage type. Only a block of rows is in memory at a
     time, never a whole weight. The output file is complete on the disk before it appears under its name.
+
+    With `check`, the new model is first written to a temporary file and loaded. Its loss is compared with
+    that of the base model with the adapter attached. If the loss rises by more than the tolerance, the file
+    is removed, and an existing output stays.
 
     Args:
         base: a GGUF file, a safetensors file or index, or a Hugging Face directory.
@@ -54,10 +63,11 @@ def merge_adapter(
             that the output file can hold.
         any_base: see `nplora.adapters`.
         overwrite: replace existing files.
-        lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW.
+        lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW. If `check` is given
+            too, only the loss decides.
         check: a function that takes a model's path and an adapter (or None), and returns the model's loss on
-            held-out data with this adapter. The new model is loaded and measured before it appears under its
-            name. `nplora.merge_adapter` takes the held-out data instead of a function.
+            held-out data with this adapter. `nplora.finetuning.held_out_loss` makes such a function of data.
+            None: the loss is not measured.
         tolerance: the largest accepted rise of the held-out loss, in nats per token. A rise of 0.02 raises
             the perplexity by 2 %.
     Returns:
@@ -72,13 +82,20 @@ def merge_adapter(
             adapter, or is beside an index of other weights; a sum is too large for the storage type; rounding
             to the storage type would keep less than 90 % of ΔW, and `lossy` is not set; or the held-out loss
             would rise by more than `tolerance`. In the last two cases the message names the smallest type, if
-            any, that keeps enough. No output file is written, and an existing file stays.
+            any, that keeps enough. Its loss is measured too. No output file is written, and an existing file
+            stays.
+        TypeError: `check` is not a function.
         FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
             training run (only a .gguf file may be written there).
 
-    >>> merged = nplora.adapters.merge_adapter("model.gguf", "adapter", "merged.gguf")
-    >>> merged.delta_kept > 0.99
-    True
+    >>> check = nplora.finetuning.held_out_loss("valid.jsonl")
+    >>> merged = nplora.merge_adapter("model.gguf", "adapter", "merged.gguf", check=check)
+    >>> merged.delta_kept > 0.99, merged.loss.is_kept
+    (True, True)
+    >>> print(merged)
+    held-out loss unaffected: ...
+    merged.gguf: ... bytes, 14 tensors merged (float32), ... copied
+    ...
     """
     files.require_named("merge", base=base, output=output)
     model = model_files.open(base)
@@ -86,11 +103,12 @@ def merge_adapter(
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
     content = sources.whole(adapter, facts, any_base=any_base)
     content.require_always_active("merge")
-    updates = _placed(model, content, dtype, any_base)
-    merged = MergedTensors(model, updates, dtype)
+    vocabulary = _vocabulary(model, content, output)
+    updates = _placed(model, content, dtype, any_base, vocabulary)
+    merged = MergedTensors(model, updates, dtype, vocabulary)
     for name in merged.merges:
         require_finite(model.source, model.tensors[name])
-    gate = MergeGate(base, lossy, check, require_tolerance(tolerance))
+    gate = MergeGate(base, lossy, require_check(check), require_tolerance(tolerance))
     with _new_directory(Path(output)) if is_directory(output) else contextlib.nullcontext():
         new = merged.new_files(output)
         for file in new:
@@ -174,8 +192,34 @@ def _new_directory(path: Path) -> Iterator[None]:
 # ---- which tensor each layer belongs to ----
 
 
+def _vocabulary(model: ModelFiles, adapter: AdapterContent, output: StrPath) -> NewVocabulary | None:
+    """The new tokens of an adapter, and the number of rows of the embedding with them.
+
+    Raises:
+        ValueError: the output is a safetensors file, which has no tokenizer.
+        FormatError: the model has other tokens with these ids.
+    """
+    name = model.place(EMBEDDING, 0)[0]
+    if not adapter.added_tokens or name is None:
+        return None
+    stored = model.tensors[name].shape[0]
+    tokens = model.tokenizer().missing(adapter.added_tokens, stored)
+    if not tokens:
+        return None
+    if model.suffix != ".gguf" and not is_directory(output):
+        raise ValueError(
+            f"merge: {adapter.source} adds tokens, so the output must have a tokenizer: merge into a GGUF "
+            "file, or from a model's directory into a new directory"
+        )
+    return NewVocabulary(tokens, max(stored, adapter.rows))
+
+
 def _placed(
-    model: ModelFiles, adapter: AdapterContent, dtype: str, any_base: bool
+    model: ModelFiles,
+    adapter: AdapterContent,
+    dtype: str,
+    any_base: bool,
+    vocabulary: NewVocabulary | None,
 ) -> dict[str, LoraDelta | NewRows]:
     """Map the names of the model's tensors to their updates, with rows in the order of the file."""
     if dtype not in (possible := ("same", *possible_storages(model))):
@@ -195,9 +239,35 @@ def _placed(
         ids, values = (
             (tokens.ids, tokens.values) if tokens else (None, adapter.modules_to_save[layer]["weight"])
         )
-        deltas[name] = NewRows(ids, values, model.tensors[name].shape)  # type: ignore[arg-type]
+        stored, width = model.tensors[name].shape
+        size = stored if vocabulary is None else vocabulary.size
+        deltas[name] = NewRows(ids, values, (size, width))
+    if vocabulary is not None:
+        _fill(model, deltas, vocabulary.size)
     _require_blocks(model, deltas, dtype)
     return {name: deltas[name] for name in model.tensors if name in deltas}
+
+
+def _fill(model: ModelFiles, updates: dict[str, LoraDelta | NewRows], size: int) -> None:
+    """Add the rows beyond the end of an embedding or a head that the adapter does not train.
+
+    As in training, such a row is the mean of all rows.
+    """
+    for layer in (EMBEDDING,) if model.tied else (EMBEDDING, HEAD):
+        name = model.place(layer, 0)[0] or ""
+        stored, width = model.tensors[name].shape
+        update = updates.get(name)
+        if update is not None and not isinstance(update, NewRows):
+            raise ValueError(f"merge: {layer} has LoRA factors, so its rows for new tokens are not known")
+        given = np.empty(0, np.int64) if update is None else update.ids
+        if size == stored or given is None:
+            continue
+        missing = np.setdiff1d(np.arange(stored, size), given)
+        if missing.size:
+            values = np.tile(mean_row(model.tensors[name]), (len(missing), 1))
+            own = np.empty((0, width), np.float32) if update is None else update.values
+            ids = np.concatenate([given, missing])
+            updates[name] = NewRows(ids, np.concatenate([own, values]), (size, width))
 
 
 def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
@@ -240,7 +310,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
     if model.tied and adapter.is_tied:
         whole[HEAD] = whole.get(EMBEDDING, {})
     digest = model_digest.of_tensors(model.tensors, model.family)
-    return Target(model.source, place, digest, whole=whole, rows=rows)
+    return Target(model.source, place, digest, whole=whole, rows=rows, accepts_more=True)
 
 
 def _replaces_both(layer: str, adapter: AdapterContent) -> bool:

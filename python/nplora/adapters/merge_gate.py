@@ -83,7 +83,8 @@ class MergeGate:
         for stamp in merged.model.mapped:
             stamp.require_unchanged()
         kept = least_kept(merge.report for merge in merged.merges.values())
-        return Verdict(kept, self.lossy or kept >= _ENOUGH, self._loss(merged.model, written))
+        loss = self._loss(merged, written)
+        return Verdict(kept, self.lossy or kept >= _ENOUGH, loss)
 
     def refusal(self, verdict: Verdict, merged: MergedTensors, output: StrPath) -> ValueError:
         """The error for a merge that loses too much. Its message names a storage type that keeps enough."""
@@ -99,10 +100,10 @@ class MergeGate:
         remedy = self._remedy(merged, output)
         return ValueError(f"merge: {', and '.join(problems)}; {remedy}; {self._anyway(verdict)}")
 
-    def _loss(self, model: ModelFiles, written: list[Path]) -> HeldOutLoss | None:
+    def _loss(self, merged: MergedTensors, written: list[Path]) -> HeldOutLoss | None:
         if self.check is None or self.before is None:
             return None
-        with _loadable(model, self.base, written[0]) as path:
+        with _loadable(merged, self.base, written) as path:
             return HeldOutLoss(self.before, self.check(path, None), self.tolerance)
 
     def _remedy(self, merged: MergedTensors, output: StrPath) -> str:
@@ -111,7 +112,9 @@ class MergeGate:
             named = f"--dtype {storage} keeps about {kept:.0%}"
             if self.check is None:
                 return named
-            loss = self._trial(MergedTensors(merged.model, merged.updates, storage), output)
+            loss = self._trial(
+                MergedTensors(merged.model, merged.updates, storage, merged.vocabulary), output
+            )
             if loss is None:
                 return f"{named} of ΔW by an estimate"
             if loss.is_kept:
@@ -123,8 +126,8 @@ class MergeGate:
     def _trial(self, merged: MergedTensors, output: StrPath) -> HeldOutLoss | None:
         """The loss after a trial merge, whose file is then removed. None if the file cannot be written."""
         try:
-            with files.written(merged.new_files(output)[:1]) as written:
-                return self._loss(merged.model, written)
+            with files.written(merged.loadable_files(output)) as written:
+                return self._loss(merged, written)
         except (OSError, ValueError):
             return None
 
@@ -220,13 +223,32 @@ def _loadable_base(base: StrPath) -> Iterator[StrPath]:
 
 
 @contextlib.contextmanager
-def _loadable(model: ModelFiles, base: StrPath, weights: Path) -> Iterator[Path]:
-    """A path that `load_model` reads the new weights from."""
-    if model.suffix == ".gguf":
+def _loadable(merged: MergedTensors, base: StrPath, written: list[Path]) -> Iterator[Path]:
+    """A path that `load_model` reads the new model from.
+
+    Args:
+        written: the new files with their temporary names, in the order of `merged.new_files`.
+    """
+    weights, source = written[0], model_directory.of(base)
+    if merged.model.suffix == ".gguf":
         yield weights
-    else:
-        with model_directory.linked(model_directory.of(base), weights) as directory:
-            yield directory
+        return
+    changed = dict[str, Path]()
+    if merged.vocabulary is not None:
+        names = [Path(file.path).name for file in model_directory.companions(source, source)]
+        changed = dict(zip(names, written[1:], strict=True))
+    with model_directory.linked(source, weights, changed) as directory:
+        yield directory
+
+
+def require_check(check: object) -> Check | None:
+    """Raise TypeError if the check is not a function. The message says how data become one."""
+    if check is None or callable(check):
+        return check
+    raise TypeError(
+        f"merge: check is {_check.kind(check)}, expected a function; nplora.finetuning.held_out_loss(data) "
+        "makes one of held-out data"
+    )
 
 
 def require_tolerance(tolerance: float) -> float:

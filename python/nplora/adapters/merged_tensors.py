@@ -15,7 +15,7 @@ from nplora.formats.files import NewFile, StrPath
 from nplora.lora.delta import LoraDelta
 from nplora.lora.merging import Merge, MergeReport, RowsMerge
 from nplora.lora.new_rows import NewRows
-from nplora.models.model_files import ModelFiles, Stream, Tensor
+from nplora.models.model_files import ModelFiles, NewVocabulary, Stream, Tensor
 from nplora.weights import storages
 
 Array = NDArray[Any]
@@ -30,12 +30,14 @@ class MergedTensors:
 
     Attributes:
         updates: the update of each tensor, with rows in the order of the file.
+        vocabulary: the new tokens of the adapter, if it has any.
         merges: the merge of each tensor that changes.
     """
 
     model: ModelFiles
     updates: Mapping[str, LoraDelta | NewRows]
     dtype: str
+    vocabulary: NewVocabulary | None = None
     merges: dict[str, Merge] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,7 +50,11 @@ class MergedTensors:
     def new_files(self, output: StrPath) -> list[NewFile]:
         """The files of the new model. The weights come first."""
         streams = {name: _stream(self.model, merge) for name, merge in self.merges.items()}
-        return self.model.new_files(output, {**self.model.tensors, **streams})
+        return self.model.new_files(output, {**self.model.tensors, **streams}, self.vocabulary)
+
+    def loadable_files(self, output: StrPath) -> list[NewFile]:
+        """Those new files that differ from the files of the model. The weights come first."""
+        return self.new_files(output)[: 1 if self.vocabulary is None else None]
 
     def reports(self) -> tuple[MergeReport, ...]:
         """The reports, in the order of the updates. Call this method after the files are written."""
@@ -73,8 +79,11 @@ def merge_of(
 ) -> Merge:
     """Set up the merge of a tensor, or only of the rows in `sample`."""
     storage = STORAGES[kind_of(tensor)]
-    d_out, d_in = update.shape
-    rows = _bytes(tensor).reshape(d_out, storages.row_nbytes(storage, d_in))
+    stored, d_in = tensor.shape[0], update.shape[1]
+    rows: Array | _LongerRows = _bytes(tensor).reshape(stored, storages.row_nbytes(storage, d_in))
+    if update.shape[0] > stored:
+        assert isinstance(rows, np.ndarray)
+        rows = _LongerRows(rows, update.shape[0])
     if sample is not None:
         rows, update = rows[sample], update.rows(sample)
     if dtype in ("same", storage) and isinstance(update, NewRows):
@@ -86,6 +95,29 @@ def merge_of(
         update,
         storage if dtype == "same" else dtype,
     )
+
+
+def mean_row(tensor: Tensor) -> Array:
+    """The mean of all rows of a matrix, float32. The matrix is decoded a few rows at a time."""
+    storage, (stored, width) = STORAGES[kind_of(tensor)], tensor.shape
+    rows = _bytes(tensor).reshape(stored, storages.row_nbytes(storage, width))
+    total = np.zeros(width)
+    for block in storages.row_blocks(stored, width):
+        total += storages.decode(rows[block], storage, width).sum(axis=0, dtype=np.float64)
+    return np.asarray(total / stored, np.float32)
+
+
+class _LongerRows:
+    """The bytes of a tensor's rows, followed by rows of zeros, which decode to 0 in every storage type."""
+
+    def __init__(self, rows: Array, size: int) -> None:
+        self._rows, self._size = rows, size
+
+    def __getitem__(self, wanted: slice | Array) -> Array:
+        ids = np.arange(self._size)[wanted]
+        found = self._rows[np.minimum(ids, len(self._rows) - 1)]
+        found[ids >= len(self._rows)] = 0
+        return found
 
 
 def _stream(model: ModelFiles, merge: Merge) -> Stream:

@@ -5,7 +5,7 @@ A fully trained layer (`trainable=True`) is stored under PEFT's `modules_to_save
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +22,7 @@ from nplora.formats.errors import FormatError, UnsupportedError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import EMBEDDING, LINEAR, MAGNITUDE, PREFIX, TOKENS, PeftAdapter
 from nplora.formats.peft_config import Patterns, PeftConfig, short_number
+from nplora.formats.tokenizer_json import AddedToken
 from nplora.lora.delta import LoraDelta
 from nplora.runtime.user_warning import warn_user
 
@@ -53,6 +54,9 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
     has_dora = config.use_dora or any(name.endswith(MAGNITUDE) for name in opened.tensors)
     tensors, tokens = opened.whole(), opened.tokens(problems)
     target.require_kind(opened.directory, has_dora, config.modules_to_save, tokens)
+    if target.ties_head and _is_same(opened, tokens):
+        del tokens[ROWS_HEAD]
+    added = opened.added_tokens(_ids_with_rows(opened, tensors, tokens, target))
     passed_over = {tensor for parameters in tensors.values() for tensor in parameters.values()}
     passed_over |= {tensor for tensor in opened.tensors if tensor.endswith(TOKENS)}
     deltas, whole = dict[str, LoraDelta](), dict[str, dict[str, Array]]()
@@ -63,12 +67,19 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
     for layer, parameters in tensors.items():
         for parameter, tensor in parameters.items():
             with collecting(problems):
-                whole.setdefault(layer, {})[parameter] = _whole(opened, layer, parameter, tensor, target)
+                whole.setdefault(layer, {})[parameter] = _whole(
+                    opened, layer, parameter, tensor, target, added
+                )
     rows = dict[str, TokenRows]()
     for layer, (tensor, ids) in tokens.items():
         with collecting(problems):
-            rows[layer] = _token_rows(opened, layer, tensor, ids, target)
-    found = {*factors, *tensors, *tokens}
+            rows[layer] = _token_rows(opened, layer, tensor, ids, target, added)
+    if added and target.accepts_more:
+        for layer, more in _untrained_rows(opened, rows, whole, target).items():
+            with collecting(problems):
+                target.check_rows(layer, more.ids.tolist(), more.values.shape[1], added)
+                rows[layer] = more
+    found = {*factors, *tensors, *rows, *tokens}
     missing = [name for name in target.required if name not in found]
     problems += [f"{brief(name)}: the adapter has no such layer" for name in missing]
     adapter = AdapterContent(
@@ -85,6 +96,7 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
         invocation_tokens=config.alora_invocation_tokens,
         uses_expression=isinstance(config.target_modules, str),
         chat_template=opened.chat_template,
+        added_tokens=added,
     )
     target.require(adapter, problems, any_base)
     if not edited_config:
@@ -128,19 +140,93 @@ def _delta(opened: PeftAdapter, name: str, halves: tuple[str, str], target: Targ
     return LoraDelta.of_alpha(a, b, config.alpha(name), config.use_rslora, m, embedding)
 
 
-def _whole(opened: PeftAdapter, layer: str, parameter: str, tensor: str, target: Target) -> Array:
+def _is_same(opened: PeftAdapter, tokens: Mapping[str, tuple[str, tuple[int, ...]]]) -> bool:
+    """Whether the embedding and the head have the same trained tokens, with the same rows.
+
+    PEFT stores the rows of a head that shares the embedding's weight if the number of rows was changed.
+    """
+    found = [tokens.get(layer) for layer in (ROWS_EMBEDDING, ROWS_HEAD)]
+    if found[0] is None or found[1] is None or found[0][1] != found[1][1]:
+        return False
+    return np.array_equal(opened.array(found[0][0]), opened.array(found[1][0]))
+
+
+def _ids_with_rows(
+    opened: PeftAdapter,
+    whole: Mapping[str, Mapping[str, str]],
+    tokens: Mapping[str, tuple[str, Sequence[int]]],
+    target: Target,
+) -> Collection[int]:
+    """The tokens that have a row in the adapter, without copies of rows that the target has.
+
+    Args:
+        whole: layer -> parameter -> tensor. tokens: layer -> (tensor, ids).
+    """
+    shapes = [
+        opened.tensors.entries[parameters["weight"]].shape
+        for layer, parameters in whole.items()
+        if layer in (ROWS_EMBEDDING, ROWS_HEAD) and "weight" in parameters
+    ]
+    if shapes:
+        return range(max(shape[0] for shape in shapes if shape))
+    found = {id_ for _, ids in tokens.values() for id_ in ids}
+    shape, copy = target.rows(ROWS_EMBEDDING), opened.copy_of(ROWS_EMBEDDING)
+    if found and copy is not None and isinstance(shape, tuple):
+        found |= {*range(shape[0], opened.tensors.entries[copy].shape[0])}
+    return found
+
+
+def _untrained_rows(
+    opened: PeftAdapter, rows: Mapping[str, TokenRows], whole: Collection[str], target: Target
+) -> dict[str, TokenRows]:
+    """The trained rows of the embedding and the head, and PEFT's copies of other rows that the target lacks.
+
+    PEFT stores such copies if the number of rows was changed, for example to a multiple of 64.
+    """
+    found = dict[str, TokenRows]()
+    for layer in (ROWS_EMBEDDING, ROWS_HEAD):
+        shape, tensor = target.rows(layer), opened.copy_of(layer)
+        if target.ties_head and layer == ROWS_HEAD and layer not in rows:
+            continue
+        if layer in whole or tensor is None or not isinstance(shape, tuple):
+            continue
+        copied = opened.tensors.entries[tensor].shape
+        if len(copied) != 2 or copied[1] != shape[1] or copied[0] <= shape[0]:
+            continue
+        own = rows.get(layer, TokenRows(np.empty(0, np.int64), np.empty((0, shape[1]), np.float32)))
+        ids = np.setdiff1d(np.arange(shape[0], copied[0]), own.ids)
+        values = np.concatenate([own.values, opened.array(tensor)[ids]])
+        found[layer] = TokenRows(np.concatenate([own.ids, ids]), values)
+    return found
+
+
+def _whole(
+    opened: PeftAdapter,
+    layer: str,
+    parameter: str,
+    tensor: str,
+    target: Target,
+    tokens: Sequence[AddedToken],
+) -> Array:
     """Read an array of a fully trained layer."""
-    dtype = target.check_whole(layer, parameter, opened.tensors.entries[tensor].shape, tensor)
+    dtype = target.check_whole(layer, parameter, opened.tensors.entries[tensor].shape, tensor, tokens)
     return opened.array(tensor, dtype)
 
 
 def _token_rows(
-    opened: PeftAdapter, layer: str, tensor: str, ids: tuple[int, ...], target: Target
+    opened: PeftAdapter,
+    layer: str,
+    tensor: str,
+    ids: tuple[int, ...],
+    target: Target,
+    tokens: Sequence[AddedToken],
 ) -> TokenRows:
     """Read the trained rows of a layer."""
     array = np.array(ids, np.int64)
     require_distinct(layer, array)
-    target.check_rows(layer, ids, opened.tensors.entries[tensor].shape[1])
+    has_copy = opened.copy_of(layer) is not None  # it has the rows between the trained ones
+    if not (has_copy and tokens and target.accepts_more):
+        target.check_rows(layer, ids, opened.tensors.entries[tensor].shape[1], tokens)
     return TokenRows(array, opened.array(tensor))
 
 
@@ -175,7 +261,10 @@ def save(adapter: AdapterContent, directory: StrPath | files.Directory) -> None:
     for layer, rows in adapter.token_rows.items():
         _require_finite(layer, {"rows": rows.values})
         tensors[PREFIX + layer + TOKENS] = rows.values
-    peft_adapter.save(directory, config_of(adapter), tensors, adapter.base_digest, adapter.chat_template)
+    peft_adapter.save(
+        directory, config_of(adapter), tensors, adapter.base_digest, adapter.chat_template,
+        adapter.added_tokens, adapter.tokenizer_files,
+    )  # fmt: skip
 
 
 def _require_finite(layer: str, arrays: Mapping[str, Array]) -> None:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from nplora.adapters import gguf_files, layers, peft_files
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import ANYTHING, Target
-from nplora.formats import files
+from nplora.formats import files, gguf_adapter, peft_adapter
 from nplora.formats.files import StrPath
 from nplora.nn.module import Module
 
@@ -26,6 +26,13 @@ def read(
     if Path(path).exists() and not Path(path).is_dir():
         return gguf_files.read(path, base, any_base)[0]
     return peft_files.read(path, target, edited_config, any_base)
+
+
+def trained_with_template(path: StrPath) -> bool | None:
+    """Whether the training data of an adapter went through the chat template; None if that is not known."""
+    if Path(path).is_file():
+        return gguf_adapter.trained_with_template(path)
+    return peft_adapter.trained_with_template(path)
 
 
 def low_rank(

@@ -1,6 +1,6 @@
 """Layers that train rows of a language model's embedding and head, made for an adapter or a new run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora.formats.errors import FormatError, brief
+from nplora.formats.tokenizer_json import AddedToken
 from nplora.nn import Embedding, Linear, TrainedEmbedding, TrainedHead, TrainedRows, TrainedRowsLayer
 from nplora.nn.module import Module
 from nplora.weights import FrozenWeight
@@ -49,27 +50,68 @@ def rows_to_train(model: Module, tokens: Ids, modules: tuple[str, ...]) -> dict[
     return {**wanted, **dict.fromkeys(modules)}
 
 
-def trained_layers(model: Module, wanted: Mapping[str, Ids], tie_whole: bool) -> dict[str, TrainedRowsLayer]:
+def trained_layers(
+    model: Module,
+    wanted: Mapping[str, Ids],
+    tie_whole: bool,
+    tokens: Sequence[AddedToken] = (),
+    size: int | None = None,
+) -> dict[str, TrainedRowsLayer]:
     """Make layers that train rows over the frozen weights of a model. The model itself does not change.
 
-    A head with the embedding's weight shares the trained rows of the embedding, unless it has its own.
+    A head with the embedding's weight shares the trained rows of the embedding, unless it has its own. Rows
+    beyond the end of a weight are in both layers, even if `wanted` names only one of them.
 
     Args:
         wanted: the rows to train in each layer.
         tie_whole: share the rows with the head also if all rows are trained.
+        tokens: the new tokens, whose rows start with the mean of all rows.
+        size: the number of rows of both layers; None: as many as the weights have, and rows for all ids of
+            `wanted` and `tokens`.
     Raises:
         ValueError: an id is not a row, or occurs twice.
     """
     modules: dict[str, Any] = dict(model.named_modules())
+    stored = modules[EMBEDDING].weight.shape[0] if wanted or tokens else 0
+    size = size or rows_needed(stored, wanted, tokens)
     made = dict[str, TrainedRowsLayer]()
-    for name, ids in wanted.items():
+    for name, ids in with_rows_beyond(model.ties_head, wanted, stored, size).items():
         layer = modules[name]
-        rows = TrainedRows(layer.weight, ids)
-        made[name] = _layer(layer, rows, False)
+        made[name] = _layer(layer, TrainedRows(layer.weight, ids, size, tokens), False)
     shared = made.get(EMBEDDING)
     if model.ties_head and shared is not None and HEAD not in made and (tie_whole or not shared.is_whole):
         made[HEAD] = _layer(modules[HEAD], shared.rows, True)
+    if size > stored and HEAD not in made:  # the embedding is trained as a whole, and the head shares no rows
+        rows = TrainedRows(modules[HEAD].weight, np.arange(stored, size), size, tokens)
+        made[HEAD] = _layer(modules[HEAD], rows, False)
     return made
+
+
+def rows_needed(stored: int, wanted: Mapping[str, Ids], tokens: Sequence[AddedToken]) -> int:
+    """The number of rows of an embedding that has these trained rows and new tokens.
+
+    Args:
+        stored: the number of rows of the frozen weight.
+    """
+    trained = [int(ids.max()) for ids in wanted.values() if ids is not None and ids.size]
+    return max(stored, *(1 + token.id for token in tokens), *(1 + id_ for id_ in trained), 0)
+
+
+def with_rows_beyond(ties_head: bool, wanted: Mapping[str, Ids], stored: int, size: int) -> dict[str, Ids]:
+    """The rows to train in each layer, with all rows beyond the end of the weights. These come last.
+
+    Args:
+        stored: the number of rows of the weights.
+        size: the number of rows with those beyond the end.
+    """
+    if size == stored:
+        return dict(wanted)
+    beyond = np.arange(stored, size)
+    both = (EMBEDDING,) if ties_head else (EMBEDDING, HEAD)
+    return dict.fromkeys(both, beyond) | {
+        name: None if ids is None else np.concatenate([ids, np.setdiff1d(beyond, ids)])
+        for name, ids in wanted.items()
+    }
 
 
 def _layer(layer: Any, rows: TrainedRows, is_tied: bool) -> TrainedRowsLayer:

@@ -304,7 +304,9 @@ def _trained_rows(
         layer: [" x ".join(map(str, adapter.tensors.entries[tensor].shape)) for tensor in parameters.values()]
         for layer, parameters in whole.items()
     }
+    added = adapter.added_tokens(())
     return {
+        "new tokens": [(brief(token.text), str(token.id)) for token in added],
         "trained tokens": [
             (layer, counted(len(ids), "token"), _shortened(", ".join(map(str, ids))))
             for layer, (_, ids) in tokens.items()

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import EvaluateOptions
 
     add_model(parser)
-    add_data(parser, "valid.jsonl or, if that is missing, train.jsonl")
+    add_data(parser, "valid.jsonl or, if that is missing, train.jsonl", weighted=False)
     add_adapters(parser)
     text = "evaluate the model alone and each adapter alone, and test the differences"
     parser.add_argument("--compare", action="store_true", help=text)
@@ -52,16 +52,14 @@ def run(arguments: argparse.Namespace) -> None:
         common = {"any_base": arguments.any_base, "progress": True, "record": record, **options}
         (_compare if arguments.compare else _evaluate)(arguments, common)
     if record is not None and not record.has_written:
-        show_warning(
-            "--answers: nothing was written, because no answers were made; --metric makes them"
-        )
+        show_warning("--answers: nothing was written, because no answers were made; --metric makes them")
 
 
 def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     from nplora import finetuning
-    from nplora.finetuning.judging.results import json_values
     from nplora.finetuning.judging.tables import evaluation_text, markdown_table
     from nplora.formats.errors import counted
+    from nplora.formats.strict_json import json_values
 
     data = given_data(arguments.data)
     result = finetuning.evaluate(arguments.model, data, adapter=arguments.adapter, **options)
@@ -100,7 +98,7 @@ class _Recorder:
         self._stream: TextIO | None = None
 
     def __call__(self, entry: dict[str, Any]) -> None:
-        from nplora.finetuning.judging.results import json_values
+        from nplora.formats.strict_json import json_values
 
         if self._stream is None:
             self._stream = open(self._file, "x", encoding="utf-8")  # noqa: SIM115  # see `close`

@@ -34,7 +34,7 @@ _EPILOG = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.adapters.merge_gate import TOLERANCE
     from nplora.finetuning import EvaluateOptions
-    from nplora.finetuning.merge_check import READING
+    from nplora.finetuning.held_out import READING
 
     parser.epilog = _EPILOG
     text = "GGUF or safetensors file, or Hugging Face directory"
@@ -59,12 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from nplora import finetuning
-    from nplora.finetuning import EvaluateOptions
+    from nplora import adapters
+    from nplora.finetuning import EvaluateOptions, held_out_loss
 
     reading = given_options(arguments, EvaluateOptions)
     checked(functools.partial(EvaluateOptions, op="merge"), reading)
-    merged = finetuning.merge_adapter(
+    held_out = arguments.check
+    check = None if held_out is None else held_out_loss(held_out, progress=True, **reading)
+    merged = adapters.merge_adapter(
         arguments.base,
         arguments.adapter,
         arguments.output,
@@ -72,10 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.any_base,
         arguments.overwrite,
         arguments.lossy,
-        check=arguments.check,
+        check=check,
         tolerance=arguments.tolerance,
-        progress=True,
-        **reading,
     )
     if arguments.verbose:
         print(merged.table())

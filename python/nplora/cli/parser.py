@@ -77,6 +77,8 @@ class CommandParser(Parser):
         begun = [option for option in options if option.startswith(word)]
         if not word.startswith("-") or " " in word or word in self._option_string_actions or len(begun) == 1:
             return
+        if word == "--model" and any(action.dest == "model" for action in self._actions):
+            self.error(f"no option --model; the model comes first: {self.prog} MODEL ...")
         names = [option[2:].replace("-", "_") for option in options]
         if near := _check.suggestion(word.lstrip("-").replace("-", "_"), names, _option):
             self.error(f"no option {word}{near}")
@@ -121,13 +123,30 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", type=path, help=text)
 
 
-def add_data(parser: argparse.ArgumentParser, directory: str = "train.jsonl and perhaps valid.jsonl") -> None:
+def add_data(
+    parser: argparse.ArgumentParser,
+    directory: str = "train.jsonl and perhaps valid.jsonl",
+    weighted: bool = True,
+) -> None:
+    """Add --data.
+
+    Args:
+        directory: the files of a directory that are read.
+        weighted: whether the help names weights.
+    """
     text = (
         f"file of rows (.jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow), or directory with {directory}. "
-        "WEIGHT is the number of times that an epoch uses each example (default: 1). Repeatable"
     )
+    if weighted:
+        text += "WEIGHT is the number of times that an epoch uses each example (default: 1). "
+    metavar = "FILE[:WEIGHT]" if weighted else "FILE"
     parser.add_argument(
-        "--data", metavar="FILE[:WEIGHT]", type=weighted_path, action="append", required=True, help=text
+        "--data",
+        metavar=metavar,
+        type=weighted_path,
+        action="append",
+        required=True,
+        help=f"{text}Repeatable",
     )
 
 

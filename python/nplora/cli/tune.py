@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
     from nplora.finetuning import FinetuneOptions, TuneOptions
     from nplora.finetuning.tuning.options import NOT_PASSED
+    from nplora.finetuning.tuning.space import require_values
 
     names = [name for name, _ in arguments.search or ()]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         if name not in NOT_PASSED and value is not False
     }
     checked(lambda **options: FinetuneOptions(**options, op="tune"), passed)
+    checked(lambda **options: require_values("tune", arguments.search, options), passed)
     report = finetuning.tune(
         arguments.model,
         given_data(arguments.data),

@@ -4,8 +4,8 @@ from nplora.finetuning.attach import attach_adapter, load_with_adapter
 from nplora.finetuning.comparison import Comparison, compare
 from nplora.finetuning.evaluation import evaluate, evaluate_batches
 from nplora.finetuning.execution import plan
+from nplora.finetuning.held_out import held_out_loss
 from nplora.finetuning.judging.results import Difference, Evaluation, MeanLoss, Score
-from nplora.finetuning.merge_check import merge_adapter
 from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.options import EvaluateOptions, FinetuneOptions, TeachOptions
 from nplora.finetuning.report import FinetuneReport, Sample
@@ -36,8 +36,8 @@ __all__ = [
     "evaluate",
     "evaluate_batches",
     "finetune",
+    "held_out_loss",
     "load_with_adapter",
-    "merge_adapter",
     "plan",
     "teach",
     "tune",

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numbers
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
 from nplora import _check
 from nplora.adapters import Adapter, combine, read_for
 from nplora.adapters.layers import require_no_adapter
+from nplora.adapters.sources import trained_with_template
 from nplora.finetuning.load import loaded, require_plain
-from nplora.formats import files
+from nplora.formats import files, peft_adapter
 from nplora.formats.files import StrPath
-from nplora.formats.peft_adapter import trained_with_template
 from nplora.lm import LanguageModel
 from nplora.runtime.user_warning import warn_user
 
@@ -82,6 +83,12 @@ def with_adapters(op: str, lm: LanguageModel, adapter: Adapters, any_base: bool)
     """Return a model that shares the weights of `lm` and has the adapter. `lm` itself does not change."""
     require_plain(op, lm)
     return lm.with_adapter(_sum(op, lm, adapter, any_base), any_base)
+
+
+def files_of(op: str, adapter: Adapters | None) -> list[Path]:
+    """The files from which the adapters are read."""
+    given = [] if adapter is None else [one for one, _ in _weighted(op, adapter)]
+    return [path for one in given if not isinstance(one, Adapter) for path in peft_adapter.files_of(one)]
 
 
 def warn_of_form(op: str, adapter: Adapters, chat: bool | None, use: str, remedy: str) -> None:

@@ -10,7 +10,7 @@ from nplora.finetuning.data import TokenBatches
 from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.report import in_words
 from nplora.lm import LanguageModel
-from nplora.lm.generation import Sampling, generate
+from nplora.lm.generation import Prompt, Sampling, generate
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer import Callback, Run
 from nplora.trainer.evaluation import evaluate
@@ -19,7 +19,7 @@ _EVENT = "before"  # the event of this line in the log
 _SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)  # the penalty: small models repeat themselves
 
 
-def answers_of(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
+def answers_of(lm: LanguageModel, prompts: Sequence[Prompt]) -> list[str]:
     """The text that the model generates after each prompt."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a full context: the user did not choose the length
@@ -42,7 +42,7 @@ class Baseline(Callback):
         lm: LanguageModel,
         loss: PackedLoss,
         validation: TokenBatches | None,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         say: Callable[[str], None],
         ranks: Communicator,
     ) -> None:
@@ -72,7 +72,7 @@ class Baseline(Callback):
             return
         if not self._is_measured:
             self.measure()
-        answers = dict(zip(self._prompts, self.answers, strict=True))
+        answers = dict(zip(map(_text, self._prompts), self.answers, strict=True))
         metrics = {"metrics": self.metrics} if self.metrics else {}
         run.log(_EVENT, {"loss": self.loss, "data": self._data, "answers": answers, **metrics})
 
@@ -86,7 +86,12 @@ class Baseline(Callback):
         if self._data is not None and data == self._data and type(loss) is float:
             self.loss, self.metrics = loss, _numbers(logged.get("metrics"))
         if isinstance(answers, dict):
-            self.answers = [str(answers.get(prompt, "")) for prompt in self._prompts]
+            self.answers = [str(answers.get(_text(prompt), "")) for prompt in self._prompts]
+
+
+def _text(prompt: Prompt) -> str:
+    """A prompt as its user gave it: the text, or the last message of a chat."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def _numbers(logged: object) -> dict[str, float]:

@@ -19,7 +19,6 @@ from nplora.finetuning.judging.results import (
     Evaluation,
     difference_of,
     evaluation_of,
-    json_values,
     shown,
 )
 from nplora.finetuning.judging.statistics import Measured
@@ -29,6 +28,8 @@ from nplora.finetuning.options import EvaluateOptions, from_arguments
 from nplora.finetuning.token_progress import speaker
 from nplora.formats.errors import brief
 from nplora.formats.files import StrPath
+from nplora.formats.strict_json import json_values
+from nplora.formats.tokenizer_json import AddedToken
 from nplora.lm import LanguageModel
 
 _LEFT_OUT = ("token_accuracy", "acc_token")  # metrics without a sentence, because other metrics say the same
@@ -117,12 +118,18 @@ def compare(
     """
     chosen = from_arguments("compare", EvaluateOptions, locals())
     named = _named(adapters)
-    lm, judge = read_all("compare", model, data, chosen)
-    require_plain("compare", lm)
     say, measured = speaker(progress), dict[str, list[Measured]]()
     made = dict[str, LanguageModel]()
-    for name, adapter in named.items():
-        made[name] = with_adapters("compare", lm, adapter, any_base)
+
+    def prepare(lm: LanguageModel) -> LanguageModel:
+        """Attach all adapters. Return the model without adapter, with the tokens that the adapters add."""
+        require_plain("compare", lm)
+        made.update((name, with_adapters("compare", lm, one, any_base)) for name, one in named.items())
+        return lm.with_tokens(_same_tokens(made))
+
+    lm, judge = read_all("compare", model, data, chosen, prepare)
+    judge.refer_to(lm)
+    for adapter in named.values():
         warn_of_form("compare", adapter, judge.report.chat, *TEXT_AND_REMEDY)
     say(str(judge.report))
     for name, system in {BASE: lm, **made}.items():
@@ -130,6 +137,23 @@ def compare(
         say(f"{name}: loss {shown('loss', measured[name][0].value)}")
     evaluations = {name: evaluation_of(judge.report, found) for name, found in measured.items()}
     return Comparison(evaluations, tuple(_differences(measured)))
+
+
+def _same_tokens(systems: Mapping[str, LanguageModel]) -> tuple[AddedToken, ...]:
+    """The tokens that all adapters add.
+
+    Raises:
+        ValueError: the adapters add different tokens, so that they would read the same text differently.
+    """
+    first, *others = ((name, lm.added_tokens) for name, lm in systems.items())
+    for name, tokens in others:
+        if set(tokens) != set(first[1]):
+            texts = [[token.text for token in found] for found in (first[1], tokens)]
+            raise ValueError(
+                f"compare: {first[0]} adds the tokens {texts[0]}, but {name} adds {texts[1]}; their losses "
+                "cannot be compared"
+            )
+    return first[1]
 
 
 def _recorder(name: str, record: Record | None) -> Record:

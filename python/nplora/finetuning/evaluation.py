@@ -1,6 +1,6 @@
 """The loss of a language model over a file, its accuracy, and scores of the answers that it generates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from nplora import _check
 from nplora.finetuning.attach import Adapters, warn_of_form, with_adapters
@@ -42,13 +42,14 @@ def evaluate(
 
     In multiple-choice rows {"prompt": …, "choices": […], "answer": …}, "answer" is the text of the right
     choice, its index from 0, or its letter. The likelihood of each choice decides what the model answers. The
-    loss is that of the right choice.
+    loss is that of the right choice. In preference rows {"prompt": …, "chosen": …, "rejected": …}, it is that
+    of the chosen answers.
 
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
         data: rows to evaluate on: a file, an iterable of dictionaries, a data frame, or several files, as for
-            `nplora.data.read_dataset`; or a directory. In a directory, valid.jsonl is read, or train.jsonl if
-            there is no valid.jsonl.
+            `nplora.data.read_dataset`, but without weights; or a directory. In a directory, valid.jsonl is
+            read, or train.jsonl if there is no valid.jsonl.
         adapter: adapter to evaluate the model with: a PEFT directory, a llama.cpp file or an `Adapter`; or a
             pair (one of these, weight); or a list, whose adapters add up. The adapter does not change a
             loaded model.
@@ -58,7 +59,7 @@ def evaluate(
         metric: metric of generated answers: exact_match, f1, or module:function, a function of the answer,
             the reference and the row; several are separated by commas. Python also takes functions and lists.
         max_new_tokens: maximum tokens of a generated answer.
-        format: format of the rows: messages, sharegpt, alpaca, completion, text, preference, kto or choice
+        format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or choice
             (default: the names of the fields decide).
         columns: names of fields in the data, as in prompt=question,completion=answer.
         chat: write prompts and completions with the model's chat template.
@@ -72,8 +73,9 @@ def evaluate(
         the mean loss, the number of tokens in the mean, the other metrics, and a report of the data.
     Raises:
         DataError: a line of the data is wrong, or a line has no prompt, and `metric` is given.
-        ValueError, TypeError: an option is out of range, a metric is not found, `compute` is given for a
-            model that is loaded already, or `adapter` is given for a model that already has an adapter.
+        ValueError, TypeError: an option is out of range, a file has a weight, a metric is not found,
+            `compute` is given for a model that is loaded already, or `adapter` is given for a model that
+            already has an adapter.
         FormatError: a file is invalid, or the adapter does not fit the model or was trained on another model.
         OSError: a file cannot be read.
     Warns:
@@ -90,20 +92,40 @@ def evaluate(
     4
     """
     chosen = from_arguments("evaluate", EvaluateOptions, locals())
-    lm, judge = read_all("evaluate", model, data, chosen)
+    plain = list[LanguageModel]()
+
+    def prepare(lm: LanguageModel) -> LanguageModel:
+        plain.append(lm)
+        return lm if adapter is None else with_adapters("evaluate", lm, adapter, any_base)
+
+    lm, judge = read_all("evaluate", model, data, chosen, prepare)
     if adapter is not None:
-        lm = with_adapters("evaluate", lm, adapter, any_base)
+        judge.refer_to(plain[0].with_tokens(lm.added_tokens))
         warn_of_form("evaluate", adapter, judge.report.chat, *TEXT_AND_REMEDY)
     speaker(progress)(str(judge.report))
     return evaluation_of(judge.report, judge.measure(lm, record or (lambda entry: None)))
 
 
 def read_all(
-    op: str, model: StrPath | LanguageModel, data: Data, options: EvaluateOptions
+    op: str,
+    model: StrPath | LanguageModel,
+    data: Data,
+    options: EvaluateOptions,
+    prepare: Callable[[LanguageModel], LanguageModel],
 ) -> tuple[LanguageModel, Judge]:
-    """Read the model and the data."""
+    """Read the model and the data.
+
+    Args:
+        prepare: attaches adapters, which may add tokens, to the model before the data are read.
+    """
     sources, metrics = sources_of(op, data), metrics_of(op, options.metric)
-    lm = opened(op, model, options.compute)
+    for source in sources:
+        if source.weight != 1:
+            raise ValueError(
+                f"{op}: {source.name} has the weight {source.weight:g}, but an evaluation counts each "
+                "example once; weights are for training only"
+            )
+    lm = prepare(opened(op, model, options.compute))
     reading = options.reading(options.max_length or lm.config.max_position_embeddings)
     judge = read_judge(op, lm, sources, reading, metrics, options.max_new_tokens)
     return lm, judge

@@ -1,8 +1,8 @@
 """Decide how a run computes its steps: from its options, from its memory limit, or from an earlier run."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
+from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter
@@ -28,8 +28,8 @@ from nplora.finetuning.planning import (
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel, activated
 from nplora.lm.adapting import parse_pattern
+from nplora.lm.trained_rows import new_tokens
 from nplora.lm.trained_rows import wanted as wanted_rows
-from nplora.models.invocation import active_in
 from nplora.models.packing import cut
 from nplora.runtime.user_warning import warn_user
 
@@ -56,6 +56,7 @@ def plan(
     trainable_tokens: str | Sequence[str | int] | None = None,
     modules_to_save: str | Sequence[str] | None = None,
     invocation: str | Sequence[int] | None = None,
+    add_tokens: str | Sequence[str] | None = None,
     adapter: StrPath | Adapter | None = None,
     any_base: bool = False,
     objective: str = "sft",
@@ -201,8 +202,7 @@ def predicted(
 ) -> MemoryPlan:
     """The predicted memory and time of a run that computes its steps in this way."""
     fixed = PlanConstraints(execution.compute, execution.recompute, (execution.micro_tokens,))
-    resident = resident_memory(inputs.lm)
-    return choose(inputs.lm, adapters, _work_of(inputs, options), fixed, resident, None, op)
+    return _planned(op, inputs, adapters, dataclasses.replace(options, memory=None), fixed)
 
 
 def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> str | None:
@@ -223,19 +223,23 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
             parse_pattern(op, "rank_pattern", options.rank_pattern),
         )  # fmt: skip
         tokens, modules = options.trainable_tokens or (), options.modules_to_save or ()
-        adapters = adapters.with_rows(lm, wanted_rows(lm, op, tokens, modules, adapters.shapes))
+        added = options.add_tokens or ()
+        new = new_tokens(lm, op, added)
+        rows = wanted_rows(lm, op, tokens, modules, adapters.shapes, new)
+        adapters = adapters.with_rows(lm, rows, inputs.added_tokens)
         invocation = activated.invocation_tokens(lm, op, options.invocation)
-        if invocation is not None:
-            rest = options.use_dora, options.dropout, options.init, tokens, modules
-            activated.require_plain(op, adapters.shapes, *rest)
+        rest: tuple[Any, ...] = options.use_dora, options.dropout, options.init, tokens, modules, added
     else:
         shapes = {name: delta.shape for name, delta in start.items()}
         ranks = {name: delta.rank for name, delta in start.items()}
         adapters = Adapters(shapes, max(ranks.values()), start.use_dora, ranks=ranks)
-        adapters = adapters.with_rows(lm, start.trained_rows)
+        adapters = adapters.with_rows(lm, start.trained_rows, inputs.added_tokens, start.rows)
         invocation = start.invocation_tokens
+        rest = start.use_dora, options.dropout, "", start.trained_rows, (), ()
     if invocation is not None:
-        _require_invocation(op, inputs.train, invocation)
+        activated.require_plain(op, adapters.shapes, *rest)
+        for dataset in inputs.datasets:
+            _require_invocation(op, dataset, invocation)
     if options.keep_prefix != "off" and not adapters.first_block(lm.config.num_hidden_layers):
         raise ValueError(
             f"{op}: keep_prefix={options.keep_prefix!r}, but there is no frozen block below the adapters; "
@@ -244,23 +248,18 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
     return adapters
 
 
-def _require_invocation(op: str, train: Examples, invocation: tuple[int, ...]) -> None:
-    """Check that an activated LoRA acts in the examples: where it does not act, it does not learn.
+def _require_invocation(op: str, dataset: Examples, invocation: tuple[int, ...]) -> None:
+    """Check that an activated LoRA acts in the examples: where it does not act, it changes nothing.
 
     Raises:
         ValueError: no example has the invocation tokens.
     Warns:
         UserWarning: some examples do not have the invocation tokens.
     """
-
-    def acts(index: int) -> bool:
-        batch, _ = train.batch(np.array([index]))
-        return len(active_in(batch.ids, batch.starts, invocation)) > 0
-
-    without = sum(not acts(index) for index in range(len(train)))
-    where = f"{op}: {train.report.source}: {without} of {len(train)} examples"
+    without = int((~dataset.contains(invocation)).sum())
+    where = f"{op}: {dataset.report.source}: {without} of {len(dataset)} examples"
     words = f"do not have the invocation tokens {list(invocation)}, so the adapter would not act in them"
-    if without == len(train):
+    if without == len(dataset):
         raise ValueError(f"{where} {words}")
     if without:
         warn_user(f"{where} {words}")
@@ -317,7 +316,8 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
     train, held_out, objective = inputs.train, inputs.held_out, inputs.objective
     read_before = inputs.datasets if objective.has_reference else []
     batches = training_batches(train, options)
-    steps = options.steps or (options.epochs or 1) * -(-batches.length // options.accumulate)
+    steps_of_epoch = -(-batches.length // options.accumulate)
+    steps = options.steps or (options.epochs or 1) * steps_of_epoch
     most = 1 + _MOST_EXAMPLES // len(train) if most_epochs is None else most_epochs
     epochs = min(-(-steps * options.accumulate // batches.length), most)
     lengths, targets = train.lengths, train.targets
@@ -328,7 +328,10 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
         evaluated=max(
             [_largest_evaluation(one) for one in (held_out, *read_before) if one is not None] or [0]
         ),
-        keeps_best=held_out is not None and options.keep == "best",
+        # If only the end of the run is evaluated, its factors need no copy.
+        keeps_best=held_out is not None
+        and options.keep == "best"
+        and min(steps_of_epoch, options.eval_every or steps_of_epoch) < steps,
         prefix_tokens=inputs.tokens if options.keep_prefix == "memory" else 0,
         sequences=train.sequences,
         extra_passes=objective.extra_passes,

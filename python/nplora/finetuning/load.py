@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +13,17 @@ from nplora.finetuning.data import (
     TokenBatches,
 )
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
-from nplora.finetuning.data.split import split_sources
+from nplora.finetuning.data.split import Division
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objectives import Objective, objective_of
 from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
 from nplora.formats import files
 from nplora.formats.errors import FormatError, brief, counted
 from nplora.formats.files import StrPath
+from nplora.formats.tokenizer_json import AddedToken
 from nplora.lm import LanguageModel, load_model
-from nplora.lm.generation import prompt_ids
+from nplora.lm.generation import Prompt, prompt_ids
+from nplora.lm.trained_rows import new_tokens
 from nplora.runtime.user_warning import warn_user
 from nplora.weights import COMPUTES, FrozenWeight
 
@@ -37,6 +39,7 @@ class RunInputs:
         start: the adapter to continue from, if any.
         paths: the files of the data, each with what it holds.
         objective: what the run minimises.
+        added_tokens: the tokens that the adapter adds to the model.
     """
 
     lm: LanguageModel
@@ -45,6 +48,7 @@ class RunInputs:
     start: Adapter | None
     paths: list[tuple[str, Path]]
     objective: Objective
+    added_tokens: tuple[AddedToken, ...] = ()
 
     @property
     def datasets(self) -> list[Examples]:
@@ -55,6 +59,12 @@ class RunInputs:
         """The number of tokens of all sequences that the model reads."""
         passes = 1 + self.objective.extra_passes  # an extra pass reads other sequences of the same length
         return passes * sum(dataset.report.tokens for dataset in self.datasets)
+
+    def prompts(self, texts: Sequence[str]) -> list[Prompt]:
+        """These texts as prompts: chats, if the chat template wrote all training examples."""
+        if not self.train.report.chat:
+            return list(texts)
+        return [[{"role": "user", "content": text}] for text in texts]
 
     @property
     def teacher_model(self) -> LanguageModel | None:
@@ -94,21 +104,59 @@ def read_inputs(
         )
     require_plain(op, lm)
     lm.require_trainable(op)  # fails if a named adapter is selected
-    for prompt in options.sample:
-        prompt_ids(f"{op}: sample {brief(prompt)}", lm, prompt)
-    if share is not None:
-        sources, held_out_sources = split_sources(op, sources, share)
-    require_validation(op, options, held_out_sources is not None)
+    start = _start(op, lm, options)
+    tokens = _added_tokens(op, lm, start, options)
+    reader = lm.with_tokens(tokens) if tokens else lm  # reads the data with the new tokens
+    reading = options.reading(options.max_length, op)
+    division = None if share is None else Division(op, sources, share, reading)
+    require_validation(op, options, held_out_sources is not None or division is not None)
     objective = objective_of(options)
     objective.open(op, lm, check)
-    train = _read(op, lm, objective, sources, options)
+    train = _read(op, reader, objective, sources if division is None else division.train, options)
+    _warn_of_unused(op, tokens, train)
+    if division is not None:
+        held_out_sources = division.held_out()
     held_out = None
     if held_out_sources is not None:
-        held_out = _read(op, lm, objective, held_out_sources, options)
+        held_out = _read(op, reader, objective, held_out_sources, options)
     read = {"training data": sources, "validation data": held_out_sources or []}
     paths = [(what, source.path) for what, given in read.items() for source in given if source.path]
     paths += [("teacher", path) for path in (objective.teacher.paths if objective.teacher else [])]
-    return RunInputs(lm, train, held_out, _start(op, lm, options), paths, objective)
+    inputs = RunInputs(lm, train, held_out, start, paths, objective, tokens)
+    for text, prompt in zip(options.sample, inputs.prompts(options.sample), strict=True):
+        prompt_ids(f"{op}: sample {brief(text)}", reader, prompt)
+    return inputs
+
+
+def _added_tokens(
+    op: str, lm: LanguageModel, start: Adapter | None, options: FinetuneOptions
+) -> tuple[AddedToken, ...]:
+    """The tokens that the adapter of a run adds to the model.
+
+    Raises:
+        ValueError: a teacher would have to know the tokens.
+    Warns:
+        UserWarning: the model has a token already.
+    """
+    if start is not None:
+        tokens = lm.new_tokens(start.added_tokens)
+    else:
+        new = new_tokens(lm, op, options.add_tokens or ())
+        tokens = new.added
+        for text, id_ in new.known.items():
+            warn_user(f"{op}: {brief(text)} is token {id_} of the model already, so its row is only trained")
+    if tokens and options.objective == "distill":
+        shown = ", ".join(brief(token.text) for token in tokens)
+        raise ValueError(
+            f"{op}: objective='distill' does not go with added tokens ({shown}), which the teacher lacks"
+        )
+    return tokens
+
+
+def _warn_of_unused(op: str, tokens: Sequence[AddedToken], train: Examples) -> None:
+    """Warn about new tokens that the training data lack: they learn no meaning."""
+    if missing := [brief(token.text) for token in tokens if not train.has(token.id)]:
+        warn_user(f"{op}: {train.report.source}: no example has the new tokens {', '.join(missing)}")
 
 
 def require_validation(op: str, options: FinetuneOptions, given: bool) -> None:
@@ -167,10 +215,10 @@ def _read(
 
 def require_vocabulary(lm: LanguageModel, dataset: Examples) -> None:
     """Raise a FormatError if a token of the text is not in the model's vocabulary."""
-    if dataset.largest_id >= lm.config.vocab_size:
+    if dataset.largest_id >= lm.vocab_size:
         raise FormatError(
             f"{dataset.report.source}: the text has token {dataset.largest_id} of {lm.tokenizer}, but "
-            f"the model's vocabulary ends with {lm.config.vocab_size - 1}"
+            f"the model's vocabulary ends with {lm.vocab_size - 1}"
         )
 
 

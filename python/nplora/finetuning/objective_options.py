@@ -9,6 +9,7 @@ from nplora import _check
 from nplora.models.divergence import DIVERGENCES
 
 OBJECTIVES = ("sft", "dpo", "orpo", "kto", "distill")
+TEMPERATURES = (0.01, 100)  # the least and the largest
 _COMPARING = ("dpo", "orpo", "kto")
 LOSS_TYPES = {
     "dpo": ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"),
@@ -73,9 +74,13 @@ def _check_distillation(op: str, options: Any) -> None:
 
 
 def require_temperature(op: str, temperature: object) -> None:
-    """Raise an error unless the value is a number above 0."""
-    if _check.number(op, "temperature", temperature) <= 0:
-        raise ValueError(f"{op}: temperature is {temperature}, expected above 0")
+    """Raise an error unless the value is a number from 0.01 to 100.
+
+    Beyond these, the softmax is one token or even, and float32 cannot hold the divergences.
+    """
+    least, most = TEMPERATURES
+    if not least <= _check.number(op, "temperature", temperature) <= most:
+        raise ValueError(f"{op}: temperature is {temperature}, expected {least} to {most}")
 
 
 def _check_smoothing(op: str, options: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from nplora import _check
 from nplora.adapters import Adapter
-from nplora.finetuning.data import FORMATS, LEARN
+from nplora.finetuning.data import FORMATS, LEARN, ONE_ANSWER
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.judging.metrics import MetricFunction
 from nplora.finetuning.objective_options import (
@@ -27,7 +27,7 @@ from nplora.finetuning.objective_options import (
 from nplora.finetuning.planning import parse_bytes
 from nplora.lm import LanguageModel
 from nplora.lm.adapting import parse_blocks, parse_pattern, target_names
-from nplora.lm.trained_rows import module_names, token_list
+from nplora.lm.trained_rows import module_names, text_list, token_list
 from nplora.models.divergence import DIVERGENCES
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
@@ -39,11 +39,12 @@ T = TypeVar("T")
 
 DEFAULT_EXAMPLES = 8
 TEACHER_DTYPES = ("float16", "float32")
+EVALUATED = (*ONE_ANSWER, "preference", "choice")
 KEEP_PREFIX = ("off", "memory", "disk")
 DISTRIBUTED = ("mpi", "off")
 _OF_THE_ADAPTER = (
     "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "layers", "use_rslora", "use_dora", "init",
-    "trainable_tokens", "modules_to_save", "invocation",
+    "trainable_tokens", "modules_to_save", "invocation", "add_tokens",
 )  # fmt: skip
 
 # Groups of options, as --help shows them.
@@ -131,6 +132,12 @@ class FinetuneOptions:
         None,
         "activated LoRA (aLoRA): text from whose last occurrence on the adapter acts",
         metavar="TEXT",
+    )
+    add_tokens: str | Sequence[str] | None = _option(
+        _ADAPTER,
+        None,
+        "new tokens to add to the vocabulary and to train, as in <tool>,</tool>",
+        metavar="TOKENS",
     )
     adapter: str | os.PathLike[str] | Adapter | None = _option(  # noqa: RUF009
         _ADAPTER,
@@ -300,7 +307,10 @@ class FinetuneOptions:
     )
     overwrite: bool = _unplanned(_RUN, False, "delete the run and the adapter in the output directory")
     sample: tuple[str, ...] = _unplanned(
-        _RUN, (), "prompt to complete before and after training; plain text, not a chat", metavar="PROMPT"
+        _RUN,
+        (),
+        "prompt to answer before and after training; a chat if the training data are chats",
+        metavar="PROMPT",
     )
     distributed: str | None = _unplanned(
         _RUN,
@@ -339,6 +349,8 @@ class FinetuneOptions:
             self._set("trainable_tokens", token_list(op, self.trainable_tokens) or None)
         if self.modules_to_save is not None:
             self._set("modules_to_save", module_names(op, self.modules_to_save) or None)
+        if self.add_tokens is not None:
+            self._set("add_tokens", text_list(op, self.add_tokens) or None)
 
     def _check_what_the_adapter_decides(self, op: str) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -422,9 +434,9 @@ class EvaluateOptions:
     format: str | None = _option(
         _DATA,
         None,
-        "format of the rows: messages, sharegpt, alpaca, completion, text, preference, kto or choice "
-        "(default: the names of the fields decide)",
-        choices=(*FORMATS, "choice"),
+        "format of the rows: messages, sharegpt, alpaca, completion, text, preference or choice (default: "
+        "the names of the fields decide)",
+        choices=EVALUATED,
     )
     columns: Mapping[str, str] | str | None = _same_option("columns")
     chat: bool = _same_option("chat")
@@ -453,6 +465,7 @@ class EvaluateOptions:
         single = isinstance(metrics, str) or callable(metrics)
         object.__setattr__(self, "metric", (metrics,) if single else tuple(metrics))
         _check.integer(op, "max_new_tokens", self.max_new_tokens, least=1)
+        _check_format(op, self.format, EVALUATED)
         self.reading(self.max_length, op)
         if self.compute is not None:
             _check.choice(op, "compute", self.compute, INFERENCE_COMPUTES)
@@ -496,7 +509,13 @@ class TeachOptions:
         "storage type of the log-probabilities: float16 or float32",
         choices=TEACHER_DTYPES,
     )
-    format: str | None = _same_option("format")
+    format: str | None = _option(
+        _DATA,
+        None,
+        "format of the rows: messages, sharegpt, alpaca, completion or text (default: the names of the "
+        "fields decide)",
+        choices=ONE_ANSWER,
+    )
     columns: Mapping[str, str] | str | None = _same_option("columns")
     chat: bool = _same_option("chat")
     max_length: int = _same_option("max_length")
@@ -518,6 +537,7 @@ class TeachOptions:
     op: InitVar[str] = "teach"  # the name with which error messages begin
 
     def __post_init__(self, op: str) -> None:
+        _check_format(op, self.format, ONE_ANSWER)
         self.reading(self.max_length, op)
         _check.integer(op, "top_k", self.top_k, least=1)
         require_temperature(op, self.temperature)
@@ -528,6 +548,11 @@ class TeachOptions:
     def reading(self, max_length: int, op: str = "teach") -> ReadOptions:
         """How the data are read, with this maximum length."""
         return _reading(self, max_length, op)
+
+
+def _check_format(op: str, given: str | None, formats: tuple[str, ...]) -> None:
+    if given is not None:
+        _check.choice(op, "format", given, formats)
 
 
 def _reading(

@@ -9,7 +9,7 @@ from pathlib import Path
 from nplora.adapters import Adapter
 from nplora.finetuning.load import RunInputs
 from nplora.finetuning.options import FinetuneOptions
-from nplora.formats import files, model_directory, peft_adapter, run_files
+from nplora.formats import files, model_directory, peft_adapter, run_files, tokenizer_json
 from nplora.formats.errors import UnsafeError
 from nplora.formats.files import StrPath
 from nplora.formats.run_files import holds_run
@@ -24,18 +24,24 @@ def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | Adap
     Args:
         adapter: the adapter that the run continues from.
     """
-    names = (*run_files.NAMES, peft_adapter.CONFIG, peft_adapter.TENSORS)
-    read = [("model", path) for path in model_directory.files_of(inputs.lm.config.source)]
+    names = [*run_files.NAMES, peft_adapter.CONFIG, peft_adapter.TENSORS]
+    names += tokenizer_json.FILES if inputs.added_tokens else ()
+    read: list[tuple[str, StrPath]] = [
+        ("model", path) for path in model_directory.files_of(inputs.lm.config.source)
+    ]
     read += inputs.paths
     if adapter is not None and not isinstance(adapter, Adapter):
         read += [("adapter", path) for path in peft_adapter.files_of(adapter)]
     files.require_not_read("finetune", [Path(output, name) for name in names], read)
 
 
-def require_free(output: StrPath, options: FinetuneOptions) -> None:
+def require_free(output: StrPath, options: FinetuneOptions, adds_tokens: bool) -> None:
     """Refuse an output directory that is in use or holds a model.
 
     A directory with a run or an adapter is refused too, unless the options say to continue or replace it.
+
+    Args:
+        adds_tokens: whether the adapter adds tokens, so that a tokenizer is saved with it.
     """
     model_directory.require_no_model(output)
     if options.report_to and Path(output, REPORTS).is_symlink():
@@ -46,7 +52,7 @@ def require_free(output: StrPath, options: FinetuneOptions) -> None:
             "the directory holds an adapter but no run: --overwrite (overwrite=True) replaces it",
             os.fspath(output),
         )
-    peft_adapter.require_ours(output, options.overwrite)
+    peft_adapter.require_ours(output, options.overwrite, adds_tokens)
     if holds_run(output) and not (options.resume or options.overwrite):
         raise FileExistsError(
             errno.EEXIST,

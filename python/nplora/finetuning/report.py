@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,7 +130,7 @@ class FinetuneReport:
         lines += [record.in_words(self.unit) for record in self.ranks]
         lines.append(f"trained {self.trained:,} of {self.parameters:,} values")
         ended = ", interrupted: --resume continues" if history.interrupted else ""
-        if best := self._lost_best():
+        if best := self._kept_best():
             lines.append(best)
         if history.ended == "patience":
             lines.append("the validation loss did not fall any more, so the run ended early (patience)")
@@ -161,14 +160,13 @@ class FinetuneReport:
             return f" (step {best})"
         return f" (step {best}, the lowest of {len(evaluations)} evaluations)"
 
-    def _lost_best(self) -> str:
-        """After Ctrl-C, a line about an earlier validation loss, if it was lower than the last one."""
-        history = self.history
-        finite = [record for record in history.evaluations if math.isfinite(record.val_loss)]
-        best = min(finite, key=lambda record: record.val_loss, default=None)
-        if not history.interrupted or best is None or best.step == history.evaluations[-1].step:
-            return ""
-        return (
-            f"the lowest validation loss was {best.val_loss:.4f}, at step {best.step}: "
-            "--resume --patience 1 ends the run now and saves that adapter"
-        )
+    def _kept_best(self) -> str:
+        """After Ctrl-C, a line about an earlier adapter, if it has a lower validation loss and is kept."""
+        evaluations = self.history.evaluations
+        for best in evaluations[:-1]:
+            if best.step == self.history.kept_step:
+                return (
+                    f"the lowest validation loss was {best.val_loss:.4f}, at step {best.step}: "
+                    "--resume --patience 1 ends the run now and saves that adapter"
+                )
+        return ""

@@ -21,9 +21,12 @@ from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.earlier_run import find_earlier_run
 from nplora.finetuning.execution import choose_execution
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
+from nplora.finetuning.milestones import Milestones
 from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.options import FinetuneOptions, from_arguments
 from nplora.finetuning.output import REPORTS, require_free, require_not_read
+from nplora.finetuning.planning import ExecutionPlan
+from nplora.finetuning.preparation import Preparation
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
 from nplora.formats import files
@@ -39,6 +42,7 @@ from nplora.nn.optim import AdamW
 from nplora.trainer import Callback, History, Trainer
 from nplora.trainer.callbacks import checked_callbacks
 from nplora.trainer.fingerprint import set_factors
+from nplora.trainer.interrupts import Interrupts
 from nplora.trainer.reporters import reporting, require_reporters
 from nplora.trainer.run_directory import RunDirectory
 
@@ -65,6 +69,7 @@ def finetune(
     trainable_tokens: str | Sequence[str | int] | None = None,
     modules_to_save: str | Sequence[str] | None = None,
     invocation: str | Sequence[int] | None = None,
+    add_tokens: str | Sequence[str] | None = None,
     adapter: StrPath | Adapter | None = None,
     any_base: bool = False,
     objective: str = "sft",
@@ -122,7 +127,11 @@ def finetune(
 
     If a step raises an error, the run is saved too, and a note on the error says so. If a loss is not finite,
     the model and the output directory get the adapter of the last checkpoint before the failed step, unless
-    that is the checkpoint of step 0.
+    that is the checkpoint of step 0. The adapter is also saved if a callback or a report fails, or is
+    interrupted, after the last step.
+
+    A loaded model keeps the adapter after the call. If the call ends with an error before its first step, the
+    model is as it was before.
 
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model without an
@@ -152,6 +161,7 @@ def finetune(
             <|im_start|>,<|im_end|>.
         modules_to_save: layers to train as a whole, in float32: embed_tokens, lm_head or both.
         invocation: activated LoRA (aLoRA): text from whose last occurrence on the adapter acts.
+        add_tokens: new tokens to add to the vocabulary and to train, as in <tool>,</tool>.
         adapter: adapter to continue from: PEFT directory or llama.cpp file; its layers, ranks and alphas are
             kept.
         any_base: accept an `adapter` that was trained on another model with the same shapes.
@@ -213,7 +223,7 @@ def finetune(
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
-        sample: prompt to complete before and after training; plain text, not a chat.
+        sample: prompt to answer before and after training; a chat if the training data are chats.
         distributed: what the processes that mpirun started do: mpi (train one adapter together, each on a
             part of every step) or off (each makes a run of its own).
         checkpoint_blocks: the old name of `recompute`.
@@ -244,8 +254,11 @@ def finetune(
     """
     chosen = from_arguments("finetune", FinetuneOptions, locals())
     checked = checked_callbacks("finetune", callbacks)
-    with opened_communicator("finetune", chosen.distributed) as ranks:
-        return _finetune(model, data, output, valid, progress, checked, chosen, ranks)
+    undo = rollback_on_error(model) if isinstance(model, LanguageModel) else contextlib.nullcontext()
+    with opened_communicator("finetune", chosen.distributed) as ranks, undo as keep_layers:
+        return _finetune(
+            model, data, output, valid, progress, checked, chosen, Milestones(keep_layers), ranks
+        )
 
 
 def _finetune(
@@ -256,6 +269,7 @@ def _finetune(
     progress: bool | None,
     own: list[Callback],
     chosen: FinetuneOptions,
+    reached: Milestones,
     ranks: Communicator,
 ) -> FinetuneReport:
     is_first = ranks.rank == 0  # this rank writes the output and prints
@@ -282,35 +296,37 @@ def _finetune(
     lm = inputs.lm
     batches = training_batches(inputs.train, chosen)
     validation = None if inputs.held_out is None else evaluation_batches(inputs.held_out)
-    plain = lm.copied({})  # shares the frozen weights, and stays without an adapter
-    with rollback_on_error(lm):
-        put_on_adapter(lm, inputs.start, chosen)
-        if is_first:
-            require_free(place, chosen)
-        prefix = _new_prefix(inputs, place, chosen.keep_prefix)
-    lm.model.recompute = execution.recompute
+    plain = lm.with_tokens(inputs.added_tokens)  # shares the frozen weights, and stays without an adapter
+    put_on_adapter(lm, inputs.start, chosen)
+    if is_first:
+        require_free(place, chosen, bool(inputs.added_tokens))
+    prefix = _new_prefix(inputs, place, chosen.keep_prefix)
 
-    with _opened_output(place, ranks) as directory, _prefix_in_use(lm, prefix):
-        every = [batches, *([validation] if validation else [])]
-        inputs.objective.prepare(plain, every, directory, say, ranks)
+    with _opened_output(place, ranks) as directory, _computing(lm, execution, prefix):
+        read = [batches, *([validation] if validation else [])]
+        prepared = Preparation(inputs.objective, plain, read, directory, say, ranks)
         del plain
         loss = inputs.objective.loss(execution.micro_tokens)
-        baseline = Baseline(lm, loss, validation, chosen.sample, say, ranks)
+        baseline = Baseline(lm, loss, validation, inputs.prompts(chosen.sample), say, ranks)
         is_new = ranks.broadcast(directory is not None and not (chosen.resume and holds_run(directory)))
         if is_new:
             if chosen.resume:
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")
+            prepared.compute()
+            if chosen.resume:
+                say(f"{files.name(output)}: there is no run to resume, so a new run starts")
+            prepared.compute()
             baseline.measure()
         base = None if isinstance(model, LanguageModel) else os.fspath(model)
         save = functools.partial(save_adapter, chat_template=inputs.train.report.chat)
         with contextlib.ExitStack() as stack:
-            callbacks = [baseline, *own]
+            callbacks = [reached, prepared, baseline, *own]
             if directory is not None:
                 reports, shown = Path(directory, REPORTS), _shown(chosen, lm)
                 callbacks += stack.enter_context(
                     reporting(chosen.report_to, reports, shown, lambda: loss.tokens)
                 )
-                stack.enter_context(_saved_as_of_a_good_step(lm, directory, base, save))
+                stack.enter_context(_saved_after_an_error(lm, directory, base, save, reached))
             callbacks += [TokenProgress(loss=loss)] if speaking else []
             trainer = new_trainer(lm, loss, chosen, callbacks, ranks)
             history = _train(trainer, batches, validation, chosen, directory)
@@ -338,6 +354,7 @@ def put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOp
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,
             options.use_dora, options.seed, options.init, options.rank_pattern, options.alpha_pattern,
             options.trainable_tokens or (), options.modules_to_save or (), options.invocation,
+            options.add_tokens or (),
         )  # fmt: skip
         return
     start.attach(lm, options.any_base)
@@ -360,12 +377,14 @@ def _new_prefix(inputs: RunInputs, output: StrPath, where: str) -> PrefixCache |
 
 
 @contextlib.contextmanager
-def _prefix_in_use(lm: LanguageModel, prefix: PrefixCache | None) -> Iterator[None]:
-    lm.model.prefix = prefix
+def _computing(lm: LanguageModel, execution: ExecutionPlan, prefix: PrefixCache | None) -> Iterator[None]:
+    """The model computes according to the plan inside the `with` block, and as before after it."""
+    before = lm.model.recompute
+    lm.model.recompute, lm.model.prefix = execution.recompute, prefix
     try:
         yield
     finally:
-        lm.model.prefix = None
+        lm.model.recompute, lm.model.prefix = before, None
         if prefix is not None:
             prefix.close()
 
@@ -425,37 +444,54 @@ def _train(
 
 
 @contextlib.contextmanager
-def _saved_as_of_a_good_step(
-    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None]
+def _saved_after_an_error(
+    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None], reached: Milestones
 ) -> Iterator[None]:
-    """If a loss is not finite, save the adapter of the last good checkpoint, unless that is step 0."""
+    """Save an adapter also if the run ends with an error or a signal.
+
+    If the training has ended, and a callback or a report fails or is interrupted after it, save the adapter
+    of the run. If a loss is not finite, save the adapter of the last good checkpoint, unless that is step 0.
+    """
     try:
         yield
-    except NonFiniteLossError as error:
-        if error.good_step:
-            error.add_note(_save_as_of(lm, output, base, save, error.good_step))
+    except BaseException as error:
+        step = error.good_step if isinstance(error, NonFiniteLossError) else None
+        if reached.has_ended or step:
+            error.add_note(_save_as_of(lm, output, base, save, None if reached.has_ended else step))
         raise
 
 
 def _save_as_of(
-    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None], step: int
+    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None], step: int | None
 ) -> str:
-    """Save the adapter of the checkpoint of `step`. Return a note that says whether the adapter was saved."""
+    """Save the adapter of the checkpoint of `step`. Return a note that says whether the adapter was saved.
+
+    If `step` is None, save the present adapter.
+    """
     try:
-        with RunDirectory(output) as directory:
-            good = directory.before(step + 1)
-        if good is None:
-            return "the adapter is not saved: its checkpoint is gone"
-        set_factors(lm, good.parameters)
-        save(lm, output, base)
+        if step is not None:
+            with RunDirectory(output) as directory:
+                good = directory.before(step + 1)
+            if good is None:
+                return "the adapter is not saved: its checkpoint is gone"
+            set_factors(lm, good.parameters)
+        _save_undisturbed(lm, output, base, save)
     except (OSError, FormatError) as error:
         return f"the adapter could not be saved: {error}"
-    return f"{files.name(output)} holds the adapter as of step {step}"
+    return f"{files.name(output)} holds the adapter" + ("" if step is None else f" as of step {step}")
+
+
+def _save_undisturbed(
+    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None]
+) -> None:
+    """Save the adapter. Ctrl-C takes effect when the adapter is on the disk."""
+    with Interrupts(terminate=False) as interrupts, interrupts.hold():
+        save(lm, output, base)
 
 
 def _save(lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None]) -> None:
     try:
-        save(lm, output, base)
+        _save_undisturbed(lm, output, base, save)
     except OSError as error:
         error.add_note("the run is saved, but its adapter is not: --resume (resume=True) writes it")
         raise
@@ -470,8 +506,8 @@ def _report(
     trainer: Trainer,
 ) -> FinetuneReport:
     lm, stopped = inputs.lm, history.interrupted
-    rank = trainer.communicator.rank
-    after = [""] * len(options.sample) if stopped or rank else answers_of(lm, options.sample)
+    rank, is_silent = trainer.communicator.rank, stopped or trainer.communicator.rank
+    after = [""] * len(options.sample) if is_silent else answers_of(lm, inputs.prompts(options.sample))
     loss_after, metrics_after = (None, dict[str, float]()) if stopped else _validated(history)
     return FinetuneReport(
         output=output,

@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,27 +11,27 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.finetuning.attach import Adapters, with_adapters
+from nplora.finetuning.attach import Adapters, files_of, with_adapters
 from nplora.finetuning.data import EVALUATION_TOKENS, Data, TokenBatches
 from nplora.finetuning.data.dataset import Dataset, read_sources
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
 from nplora.finetuning.load import opened, require_vocabulary
 from nplora.finetuning.objectives.reference import sequence_keys
 from nplora.finetuning.options import TeachOptions, from_arguments
+from nplora.finetuning.slow_progress import Progress
 from nplora.finetuning.teachers import model_digest, stored
 from nplora.finetuning.token_progress import speaker
 from nplora.formats import files, model_directory
 from nplora.formats.errors import counted
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
-from nplora.models.divergence import most_likely
+from nplora.models.divergence import TopK, most_likely
 from nplora.models.head import chunks
 from nplora.models.packing import IGNORED, PackedBatch, pack
 from nplora.nn.losses import NonFiniteLossError
 
 Array = npt.NDArray[Any]
 
-_EVERY = 10.0  # seconds between two lines of progress
 _COPIED = 1 << 20  # bytes
 
 
@@ -108,8 +107,8 @@ def teach(
         top_k: number of tokens to store for each trained token.
         temperature: softmax temperature of the stored probabilities, which fine-tuning uses too.
         dtype: storage type of the log-probabilities: float16 or float32.
-        format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or kto (default:
-            the names of the fields decide).
+        format: format of the rows: messages, sharegpt, alpaca, completion or text (default: the names of the
+            fields decide).
         columns: names of fields in the data, as in prompt=question,completion=answer.
         chat: write prompts and completions with the model's chat template.
         max_length: maximum tokens of an example; longer examples are cut.
@@ -145,7 +144,7 @@ def teach(
         lm = with_adapters("teach", lm, adapter, any_base)
     if top_k > _vocab(lm):
         raise ValueError(f"teach: top_k is {top_k}, but the vocabulary has {_vocab(lm):,} tokens")
-    _require_not_read(output, lm, groups)
+    _require_not_read(output, lm, files_of("teach", adapter), groups)
     reading = options.reading(min(max_length, lm.config.max_position_embeddings))
     datasets = [read_sources("teach", group, lm.tokenizer, reading) for group in groups if group]
     say = speaker(progress)
@@ -157,13 +156,16 @@ def teach(
 
 def _vocab(lm: LanguageModel) -> int:
     """The number of ids that stand for tokens. The ids after them only pad the model's head."""
-    return min(lm.tokenizer.vocab_size, lm.config.vocab_size)
+    return min(lm.tokenizer.vocab_size, lm.vocab_size)
 
 
-def _require_not_read(output: StrPath, lm: LanguageModel, groups: list[list[Source]]) -> None:
+def _require_not_read(
+    output: StrPath, lm: LanguageModel, adapters: list[Path], groups: list[list[Source]]
+) -> None:
     read: list[tuple[str, StrPath]] = [
         ("teacher", path) for path in model_directory.files_of(lm.config.source)
     ]
+    read += [("adapter", path) for path in adapters]
     read += [("data", source.path) for group in groups for source in group if source.path]
     files.require_not_read("teach", [output], read)
 
@@ -218,20 +220,14 @@ class _Writer:
 
     def _rows(self) -> Iterator[tuple[bytes, bytes]]:
         """The ids and the log-probabilities of some rows at a time, as bytes."""
-        seen, done, shown = set[int](), 0, time.monotonic()
-        started = shown
+        seen, progress = set[int](), Progress("", "tokens", self._total, self._say)
+        progress.begin(f"computing {counted(self._total, 'token')} of the teacher")
         for batch in self._batches():
             new = _without(batch, seen)
             if new is None:
                 continue
             yield from self._of(new)
-            done += new.num_targets
-            now = time.monotonic()
-            if now - shown > _EVERY:
-                shown = now
-                rate = done / (now - started)
-                left = (self._total - done) / rate
-                self._say(f"{done:,} of {self._total:,} tokens, {rate:.0f} tokens/s, {left:.0f} s left")
+            progress.add(new.num_targets)
 
     def _of(self, batch: PackedBatch) -> Iterator[tuple[bytes, bytes]]:
         lm, options = self._lm, self._options
@@ -242,8 +238,23 @@ class _Writer:
                 raise NonFiniteLossError(f"teach: the outputs of the teacher {lm.source} are not finite")
             top = most_likely(logits, options.top_k, options.temperature)
             self._kept += float(np.exp(top.log_probs[:, :-1]).sum())
-            dtype = np.dtype(options.dtype).newbyteorder("<")
-            yield top.ids.astype("<i4").tobytes(), top.log_probs.astype(dtype).tobytes()
+            yield top.ids.astype("<i4").tobytes(), self._rounded(top).tobytes()
+
+    def _rounded(self, top: TopK) -> Array:
+        """The log-probabilities as they are stored.
+
+        Raises:
+            ValueError: a log-probability does not fit into `dtype`, so that no student could use the file.
+        """
+        with np.errstate(over="ignore"):
+            stored = top.log_probs.astype(np.dtype(self._options.dtype).newbyteorder("<"))
+        has_rest = top.ids.shape[1] < _vocab(self._lm)
+        if not np.isfinite(stored if has_rest else stored[:, :-1]).all():
+            raise ValueError(
+                f"teach: a log-probability of {self._lm.source} does not fit into {self._options.dtype}: a "
+                "higher temperature or dtype='float32' may help"
+            )
+        return stored
 
 
 def _without(batch: PackedBatch, seen: set[int]) -> PackedBatch | None:

@@ -5,6 +5,8 @@
     adapter.type            "lora"
     adapter.lora.alpha      float32
     adapter.alora.invocation_tokens    uint32[], only for activated LoRA (aLoRA)
+    nplora.base_norms.sha256           string, our own: the digest of the base model
+    nplora.chat_template               bool, our own: whether the training data went through the chat template
     W.lora_a, W.lora_b      (r, d_in) and (d_out, r) for each adapted tensor W: "blk.0.attn_q.weight.lora_a"
 
 As in PEFT, lora_a is nplora's B, and lora_b is nplora's A. To W, llama.cpp adds the update
@@ -34,7 +36,7 @@ EMBEDDING = "token_embd.weight"
 
 _ALPHA = "adapter.lora.alpha"
 _INVOCATION = "adapter.alora.invocation_tokens"
-_BASE_DIGEST = "nplora.base_norms.sha256"  # our own key; llama.cpp ignores it
+_BASE_DIGEST, _CHAT_TEMPLATE = "nplora.base_norms.sha256", "nplora.chat_template"  # llama.cpp ignores them
 _SUFFIXES = (".lora_a", ".lora_b")
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -63,6 +65,7 @@ class GgufAdapter:
         base_digest: the digest of the base model (see `models.model_digest.of`), or None if the file has
             none.
         invocation_tokens: of an activated LoRA (aLoRA), the tokens from which on it acts.
+        chat_template: whether the training data went through the chat template; None if that is not known.
     """
 
     architecture: str
@@ -71,6 +74,7 @@ class GgufAdapter:
     passed_over: tuple[str, ...] = ()
     base_digest: str | None = None
     invocation_tokens: tuple[int, ...] | None = None
+    chat_template: bool | None = None
 
     def scale(self, name: str) -> float:
         """The factor s of a tensor's update: alpha / r, or 1 if alpha is 0 or missing."""
@@ -115,7 +119,17 @@ def from_file(file: GgufFile) -> GgufAdapter:
     if _BASE_DIGEST in file.metadata:
         digest = base_digest.parsed(file.metadata.string(_BASE_DIGEST), f"{file.source}: {_BASE_DIGEST}")
     architecture = file.metadata.string("general.architecture")
-    return GgufAdapter(architecture, alpha, pairs, passed_over, digest, _invocation(file))
+    chat = _with_template(file)
+    return GgufAdapter(architecture, alpha, pairs, passed_over, digest, _invocation(file), chat)
+
+
+def trained_with_template(path: StrPath) -> bool | None:
+    """Whether the training data of an adapter file went through the chat template; None: not known."""
+    return _with_template(gguf.open(path))
+
+
+def _with_template(file: GgufFile) -> bool | None:
+    return file.metadata.boolean(_CHAT_TEMPLATE) if _CHAT_TEMPLATE in file.metadata else None
 
 
 def _invocation(file: GgufFile) -> tuple[int, ...] | None:
@@ -137,6 +151,7 @@ def save(path: StrPath, adapter: GgufAdapter) -> None:
         "adapter.type": "lora",
         _ALPHA: np.float32(adapter.alpha),
         **({} if adapter.base_digest is None else {_BASE_DIGEST: adapter.base_digest}),
+        **({} if adapter.chat_template is None else {_CHAT_TEMPLATE: adapter.chat_template}),
         **({} if tokens is None else {_INVOCATION: np.array(tokens, np.uint32)}),
     }
     tensors = {}

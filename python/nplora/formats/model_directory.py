@@ -5,7 +5,7 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -153,16 +153,17 @@ def companions(source: Path, target: Path) -> list[NewFile]:
 
 
 @contextlib.contextmanager
-def linked(source: Path, weights: Path) -> Iterator[Path]:
+def linked(source: Path, weights: Path, changed: Mapping[str, Path] | None = None) -> Iterator[Path]:
     """A temporary directory that holds links to a model's configuration and tokenizer, and to other weights.
 
     Args:
         source: the directory with the configuration and the tokenizer.
         weights: a safetensors file of any name.
+        changed: files that replace those of the same name in `source`.
     """
     with tempfile.TemporaryDirectory(prefix="nplora-") as made:
         for path in source.iterdir():
             if files.suffix(path) in _COMPANIONS and not is_index(path) and path.is_file():
-                os.symlink(path.absolute(), Path(made, path.name))
+                os.symlink((changed or {}).get(path.name, path).absolute(), Path(made, path.name))
         os.symlink(weights.absolute(), Path(made, WEIGHTS))
         yield Path(made)

@@ -14,7 +14,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ from nplora.formats import (
     run_files,
     safetensors,
     strict_json,
+    tokenizer_json,
 )
 from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsafeError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.formats.peft_config import PeftConfig
 from nplora.formats.safetensors import SafetensorsFile, Tensors
+from nplora.formats.tokenizer_json import AddedToken
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -45,6 +47,7 @@ CONFIG_DIGEST = "adapter_config.sha256"
 REPLACED_DIGEST = "replaced_adapter_config.sha256"
 BASE_DIGEST = "base_norms.sha256"
 CHAT_TEMPLATE = "chat_template"
+ADDED_TOKENS = "added_tokens"
 PREFIX = "base_model.model."  # precedes each layer's name
 LINEAR = (".lora_A.weight", ".lora_B.weight")  # (r, d_in) and (d_out, r)
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")  # (r, vocab) and (dim, r)
@@ -52,6 +55,9 @@ MAGNITUDE = ".lora_magnitude_vector"
 TOKENS = ".token_adapter.trainable_tokens_delta"  # (k, dim): the rows of the trained tokens
 BASE_COPY = ".base_layer.weight"  # PEFT copies the frozen weight of an adapted embedding or head
 _TOKEN_ADAPTER = ".token_adapter"
+_ORIGINAL = ".original_module.weight"
+_UNNAMED = ".modules_to_save.weight"  # PEFT may store the trained layer a second time
+_RESIZED = ("embed_tokens", "lm_head")  # PEFT copies these layers if their number of rows was changed
 _TIED = {"embed_tokens": "lm_head"}
 _MOST_REPLACED = 100  # attempts to read both files of one adapter while other processes replace it
 MAX_PATTERN_WORK = 1 << 22  # layers times characters of patterns: about a second
@@ -69,6 +75,7 @@ class PeftAdapter:
         paired: False if the configuration is known to be edited.
         base_digest: the digest of the base model (`models.model_digest.of`), or None if the file has none.
         chat_template: whether the training data went through the chat template; None if that is not known.
+        is_ours: whether nplora wrote the files.
     """
 
     directory: str
@@ -77,6 +84,31 @@ class PeftAdapter:
     paired: bool
     base_digest: str | None
     chat_template: bool | None
+    is_ours: bool = False
+
+    def added_tokens(self, wanted: Collection[int]) -> tuple[AddedToken, ...]:
+        """The new tokens of the adapter: those in the metadata, or in a tokenizer.json of another program.
+
+        Args:
+            wanted: the ids of the tokens to return from a tokenizer.json, which also names older tokens.
+        Raises:
+            FormatError: the metadata or the file are damaged.
+        """
+        source = str(Path(self.directory, TENSORS))
+        if self.is_ours:
+            text = self.tensors.metadata.get(ADDED_TOKENS)
+            return () if text is None else tokenizer_json.loads(text, f"{source}: {ADDED_TOKENS}")
+        path = Path(self.directory, tokenizer_json.TOKENIZER)
+        if not wanted or not path.is_file():
+            return ()
+        raw = bytes(files.read(path, tokenizer_json.MAX_BYTES))
+        return tokenizer_json.added_tokens(raw, str(path), wanted)
+
+    def copy_of(self, layer: str) -> str | None:
+        """The tensor in which PEFT stored the frozen weight of an embedding or head, or None."""
+        endings = (_TOKEN_ADAPTER + BASE_COPY, _ORIGINAL, BASE_COPY, ".weight")
+        names = (f"{PREFIX}{layer}{ending}" for ending in endings)
+        return next((name for name in names if name in self.tensors and self._is_base_copy(name)), None)
 
     def whole(self) -> dict[str, dict[str, str]]:
         """The fully trained layers of `modules_to_save`: layer -> parameter -> tensor's name.
@@ -84,12 +116,7 @@ class PeftAdapter:
         Raises:
             LimitError: there are too many tensors and names to compare in reasonable time.
         """
-        saved = self.config.modules_to_save
-        if self.config.ensure_weight_tying:  # PEFT then also stores the layers that share the weight
-            saved += (
-                tuple(_TIED.values()) if _TIED.keys() & {name.rpartition(".")[2] for name in saved} else ()
-            )
-        names = [f".{name}." for name in saved]
+        names = self._saved_names
         self._limit(len(self.tensors), "tensors", sum(map(len, names)), "names of modules_to_save")
         found: dict[str, dict[str, str]] = {}
         for tensor in self.tensors:
@@ -100,6 +127,16 @@ class PeftAdapter:
             if not is_factor and tensor.startswith(PREFIX) and any(name in f".{layer}." for name in names):
                 found.setdefault(layer, {})[parameter] = tensor
         return found
+
+    @property
+    def _saved_names(self) -> list[str]:
+        """The names of `modules_to_save`, each between dots."""
+        saved = self.config.modules_to_save
+        if self.config.ensure_weight_tying:  # PEFT then also stores the layers that share the weight
+            saved += (
+                tuple(_TIED.values()) if _TIED.keys() & {name.rpartition(".")[2] for name in saved} else ()
+            )
+        return [f".{name}." for name in saved]
 
     def tokens(self, problems: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The trained tokens of each layer: layer -> (tensor's name, token ids).
@@ -162,14 +199,16 @@ class PeftAdapter:
 
     def base_copies(self) -> list[str]:
         """The layers for which PEFT also stored the frozen weight, which usually equals the base model's."""
-        found = filter(self._is_base_copy, self.tensors)
-        return [tensor.removeprefix(PREFIX).removesuffix(BASE_COPY) for tensor in found]
+        found = [tensor.removeprefix(PREFIX) for tensor in filter(self._is_base_copy, self.tensors)]
+        endings = (_TOKEN_ADAPTER + BASE_COPY, BASE_COPY, _ORIGINAL, _UNNAMED, ".weight")
+        layers = [tensor[: -len(next(filter(tensor.endswith, endings)))] for tensor in found]
+        return list(dict.fromkeys(layers))
 
     def _is_base_copy(self, tensor: str) -> bool:
         """Whether a tensor has a frozen weight's name, and the shape that its layer's factors require."""
         stem = tensor.removesuffix(BASE_COPY)
         if stem == tensor:
-            return False
+            return self._is_resized_copy(tensor)
         if stem.removesuffix(_TOKEN_ADAPTER) + TOKENS in self.tensors:
             return True
         entries = self.tensors.entries
@@ -178,6 +217,18 @@ class PeftAdapter:
                 of_b, of_a = entries[stem + name_b].shape[:1], entries[stem + name_a].shape[-1:]
                 return entries[tensor].shape == (of_a + of_b if is_table else of_b + of_a)
         return False
+
+    def _is_resized_copy(self, tensor: str) -> bool:
+        """Whether PEFT stored an embedding or a head because its number of rows was changed."""
+        if not tensor.startswith(PREFIX):
+            return False
+        name = tensor.removeprefix(PREFIX)
+        for ending in (_ORIGINAL, _UNNAMED):
+            if name.endswith(ending):
+                return name.removesuffix(ending).rpartition(".")[2] in _RESIZED
+        layer = name.removesuffix(".weight")
+        is_saved = any(saved in f".{layer}." for saved in self._saved_names)
+        return layer != name and layer.rpartition(".")[2] in _RESIZED and not is_saved
 
     def _limit_patterns(self, layers: int) -> None:
         """Raise LimitError if comparing `layers` names with all inexact patterns would take too long."""
@@ -247,7 +298,9 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
         digest = tensors.metadata.get(BASE_DIGEST)
         if digest is not None:
             digest = base_digest.parsed(digest, f"{tensors_path}: {BASE_DIGEST}")
-        yield PeftAdapter(files.name(directory), config, tensors, paired, digest, _with_template(tensors))
+        is_ours = CONFIG_DIGEST in tensors.metadata
+        template = _with_template(tensors)
+        yield PeftAdapter(files.name(directory), config, tensors, paired, digest, template, is_ours)
 
 
 def trained_with_template(path: StrPath) -> bool | None:
@@ -322,15 +375,21 @@ def files_of(path: StrPath) -> list[Path]:
     return [Path(path)] if Path(path).is_file() else [Path(path, name) for name in (CONFIG, TENSORS)]
 
 
-def require_ours(directory: StrPath, overwrite: bool) -> None:
+def require_ours(directory: StrPath, overwrite: bool, with_tokenizer: bool = False) -> None:
     """Raise an error if `save` would replace a symbolic link or, without `overwrite`, another kind of file.
 
+    Args:
+        with_tokenizer: whether `save` will write the files of a tokenizer too.
     Raises:
         UnsafeError: a file is a symbolic link.
         FormatError: a file is a directory, FIFO or device.
         FileExistsError: a file does not belong to an adapter, and `overwrite` is not set.
     """
-    for name, is_ours in ((CONFIG, _is_config), (TENSORS, _is_tensors)):
+    checks: list[tuple[str, Callable[[files.Reader], bool]]] = [(CONFIG, _is_config), (TENSORS, _is_tensors)]
+    if with_tokenizer:
+        has_added = _has_added_tokens(directory)
+        checks += [(name, lambda reader: has_added) for name in tokenizer_json.FILES]
+    for name, is_ours in checks:
         path = Path(directory, name)
         if not os.path.lexists(path):
             continue
@@ -351,6 +410,15 @@ def _is_config(reader: files.Reader) -> bool:
     return isinstance(fields, dict) and fields.get("peft_type") == "LORA"
 
 
+def _has_added_tokens(directory: StrPath | files.Directory) -> bool:
+    """Whether a directory holds an adapter of nplora with new tokens, and therefore files of a tokenizer."""
+    try:
+        with files.reading(Path(directory, TENSORS), follow_links=False) as reader:
+            return ADDED_TOKENS in SafetensorsFile(reader, TENSORS).metadata
+    except (FormatError, OSError):
+        return False
+
+
 def _is_tensors(reader: files.Reader) -> bool:
     try:
         names = SafetensorsFile(reader, TENSORS).entries
@@ -365,12 +433,17 @@ def save(
     tensors: Tensors,
     base_digest: str | None = None,
     chat_template: bool | None = None,
+    added_tokens: Sequence[AddedToken] = (),
+    tokenizer: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write both files of an adapter. The directory is created if needed.
 
     Both files are complete on disk before either is renamed into place. The configuration is renamed last. At
     every moment, even after a crash, nplora finds either the complete old or the complete new adapter.
 
+    Args:
+        added_tokens: the new tokens that the adapter trains.
+        tokenizer: the files of a tokenizer with these tokens, for other programs.
     Raises:
         ValueError: the directory's name is empty.
         NotADirectoryError: the path is not a directory.
@@ -385,19 +458,26 @@ def save(
         metadata[BASE_DIGEST] = base_digest
     if chat_template is not None:
         metadata[CHAT_TEMPLATE] = str(chat_template).lower()
+    if added_tokens:
+        metadata[ADDED_TOKENS] = tokenizer_json.dumps(added_tokens)
     if not isinstance(directory, files.Directory):
         os.makedirs(directory, exist_ok=True)
     with files.Directory(directory) as held:
+        is_stale = not tokenizer and _has_added_tokens(held)
         replaced = _digest_in(held)
         if replaced not in (None, metadata[CONFIG_DIGEST]):
             metadata[REPLACED_DIGEST] = str(replaced)
         files.replace(
             [
+                *(files.NewFile(Path(directory, n), len(raw), [raw]) for n, raw in (tokenizer or {}).items()),
                 safetensors.new_file(Path(directory, TENSORS), tensors, metadata),
                 files.NewFile(Path(directory, CONFIG), len(text), [text]),
             ],
             held,
         )
+        for name in tokenizer_json.FILES if is_stale else ():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=held.fd)
 
 
 def _digest_in(directory: files.Directory) -> str | None:

@@ -1,4 +1,4 @@
-"""A strict JSON parser for untrusted text, which follows RFC 8259 and serde_json.
+"""Strict JSON: a parser for untrusted text, which follows RFC 8259 and serde_json, and values for a writer.
 
 Unlike Python's own parser, this parser refuses NaN, duplicate keys, lone surrogates and deep nesting.
 """
@@ -108,20 +108,53 @@ def _measured(raw: Bytes) -> tuple[int, Array]:
 
     Each opening bracket and each comma counts as one value. So an empty array counts as if it held one value.
     """
-    counts, deepest, depth = np.zeros(MAX_DEPTH + 2, np.int64), 0, 0
-    in_string, rest = False, b""
+    counts, deepest, marks = np.zeros(MAX_DEPTH + 2, np.int64), 0, Marks()
     for begin in range(0, len(raw), _PIECE):
-        text = rest + bytes(raw[begin : begin + _PIECE])
-        if b"\\" in text:  # an escaped quote does not end a string
-            text = text.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
-        rest = b"\\" * text.endswith(b"\\")
-        piece = np.frombuffer(text, np.uint8)
-        inside = np.cumsum(piece == ord('"'), dtype=np.uint8) + np.uint8(in_string) & 1
-        in_string = bool(inside[-1])
-        marks = piece[_IS_MARK[piece] > inside]
-        depths = depth + np.cumsum(_STEP[marks], dtype=np.int64)
-        depth = int(depths[-1]) if len(depths) else depth
+        text, places, depths = marks.of(bytes(raw[begin : begin + _PIECE]))
         deepest = max(deepest, int(depths.max(initial=0)))
-        begun = depths[_STEP[marks] >= 0].clip(0, MAX_DEPTH + 1)
-        counts += np.bincount(begun, minlength=MAX_DEPTH + 2)
+        is_begin = _STEP[np.frombuffer(text, np.uint8)[places]] >= 0
+        counts += np.bincount(depths[is_begin].clip(0, MAX_DEPTH + 1), minlength=MAX_DEPTH + 2)
     return deepest, counts
+
+
+def json_values(value: Any) -> Any:
+    """The value with None in place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: json_values(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Marks:
+    """Finds the brackets and the commas outside strings, in a text that comes in parts.
+
+    Attributes:
+        depth: the nesting depth after the parts so far.
+    """
+
+    def __init__(self, depth: int = 0) -> None:
+        self.depth = depth
+        self._in_string, self._rest = False, b""
+
+    def of(self, part: bytes) -> tuple[bytes, Array, Array]:
+        """The marks of the next part.
+
+        Returns:
+            the part, the places of its marks, and the depth after each mark. If the part ends inside an
+            escape, the backslash comes with the next part.
+        """
+        text = self._rest + part
+        hidden = text
+        if b"\\" in text:  # an escaped quote does not end a string
+            hidden = text.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
+        self._rest = b"\\" * hidden.endswith(b"\\")
+        if self._rest:
+            text, hidden = text[:-1], hidden[:-1]
+        piece = np.frombuffer(hidden, np.uint8)
+        inside = np.cumsum(piece == ord('"'), dtype=np.uint8) + np.uint8(self._in_string) & 1
+        self._in_string = bool(inside[-1]) if len(inside) else self._in_string
+        places = np.flatnonzero(_IS_MARK[piece] > inside)
+        depths = self.depth + np.cumsum(_STEP[piece[places]], dtype=np.int64)
+        self.depth = int(depths[-1]) if len(depths) else self.depth
+        return text, places, depths

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -16,7 +16,7 @@ class _Model(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
     @property
-    def config(self) -> Any: ...
+    def vocab_size(self) -> int: ...
 
 
 def invocation_tokens(lm: _Model, op: str, invocation: str | Sequence[int] | None) -> tuple[int, ...] | None:
@@ -32,14 +32,21 @@ def invocation_tokens(lm: _Model, op: str, invocation: str | Sequence[int] | Non
         ids = lm.tokenizer.encode(invocation, parse_special=True)
     else:
         array = _check.integers(op, "invocation", np.asarray(invocation))
-        ids = _check.in_range(op, "invocation", array.reshape(-1), lm.config.vocab_size).tolist()
+        ids = _check.in_range(op, "invocation", array.reshape(-1), lm.vocab_size).tolist()
     if not ids:
         raise ValueError(f"{op}: invocation is {invocation!r}, expected a text or ids of at least one token")
     return tuple(ids)
 
 
 def require_plain(
-    op: str, names: Iterable[str], use_dora: bool, dropout: float, init: str, tokens: object, modules: object
+    op: str,
+    names: Iterable[str],
+    use_dora: bool,
+    dropout: float,
+    init: str,
+    tokens: object,
+    modules: object,
+    added: object,
 ) -> None:
     """Raise ValueError if an option does not go with activated LoRA."""
     outside = [name for name in names if not name.startswith("model.layers.")]
@@ -50,6 +57,7 @@ def require_plain(
         f"init={init!r}": init in PRINCIPAL_INITS,
         "trainable_tokens": tokens,
         "modules_to_save": modules,
+        "add_tokens": added,
     }
     for what, given in refused.items():
         if given:

@@ -230,7 +230,8 @@ def prompt_ids(op: str, lm: GeneratingModel, prompt: Prompt) -> list[int]:
 
 def _checked_ids(op: str, lm: GeneratingModel, ids: list[int]) -> list[int]:
     """Check the tokens of a prompt. Raises as `prompt_ids`."""
-    tokenizer, context, vocab = lm.tokenizer, lm.config.max_position_embeddings, lm.config.vocab_size
+    tokenizer, context = lm.tokenizer, lm.config.max_position_embeddings
+    vocab = getattr(lm, "vocab_size", lm.config.vocab_size)  # with the tokens that an adapter adds
     if not ids:
         raise ValueError(f"{op}: the prompt is empty")
     if max(ids) >= vocab:

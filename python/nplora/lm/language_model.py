@@ -21,6 +21,7 @@ from nplora.adapters import trained_rows as adapter_rows
 from nplora.formats.errors import counted
 from nplora.formats.files import Stamp, StrPath
 from nplora.formats.model_directory import CONFIG
+from nplora.formats.tokenizer_json import AddedToken
 from nplora.lm import activated, adapting, trained_rows
 from nplora.lm.generation import Message, Prompt, Sampling, generate
 from nplora.lm.named_adapters import NamedAdapters
@@ -120,6 +121,7 @@ class LanguageModel(Module):
         self.lm_head = lm_head
         self._load_tokenizer = load_tokenizer
         self._tokenizer: Tokenizer | None = None
+        self._extended: tuple[tuple[AddedToken, ...], Tokenizer] | None = None
         self._mapped = tuple(mapped)
         self._named = NamedAdapters[LanguageModel]()
 
@@ -130,16 +132,100 @@ class LanguageModel(Module):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that came with the model. The tokenizer is read at its first use.
+        """The tokenizer that came with the model, with the tokens that the adapter in use adds.
+
+        The tokenizer is read at its first use.
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
         >>> tokenizer.decode(tokenizer.encode("Hello"))
         'Hello'
         """
+        lm = self._selected("tokenizer")
+        return lm._tokenizer_with(lm.added_tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of logits of each position: the rows of the embedding, with those for added tokens.
+
+        >>> import nplora
+        >>> lm = nplora.load_model("model.gguf")
+        >>> lm.add_lora(rank=2, add_tokens="<step>,</step>")
+        >>> lm.vocab_size - lm.config.vocab_size
+        2
+        """
+        embedding = self._selected("vocab_size").model.embed_tokens
+        rows = embedding.rows.size if isinstance(embedding, TrainedEmbedding) else embedding.weight.shape[0]
+        return int(rows)
+
+    @property
+    def added_tokens(self) -> tuple[AddedToken, ...]:
+        """The tokens that the model's own adapter adds to its vocabulary.
+
+        >>> import nplora
+        >>> lm = nplora.load_model("model.gguf")
+        >>> lm.add_lora(rank=2, add_tokens="<step>")
+        >>> [token.text for token in lm.added_tokens]
+        ['<step>']
+        """
+        embedding = self.model.embed_tokens
+        return embedding.rows.tokens if isinstance(embedding, TrainedEmbedding) else ()
+
+    def _file_tokenizer(self) -> Tokenizer:
+        """The tokenizer that came with the model, without added tokens."""
         if self._tokenizer is None:
             self._tokenizer = self._load_tokenizer()
         return self._tokenizer
+
+    def _tokenizer_with(self, tokens: Sequence[AddedToken]) -> Tokenizer:
+        """The model's tokenizer with these tokens. The last result is kept."""
+        if not tokens:
+            return self._file_tokenizer()
+        if self._extended is None or self._extended[0] != tuple(tokens):
+            self._extended = tuple(tokens), self._file_tokenizer().with_tokens(tokens)
+        return self._extended[1]
+
+    def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
+        """Those tokens of an adapter that the model lacks: their text is no token, or the token has no row.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.new_tokens([])
+            ()
+
+        Raises:
+            FormatError: the id or the text of a token belongs to another token of the model.
+        """
+        if not tokens:
+            return ()
+        new = self._file_tokenizer().missing(tokens, self.model.embed_tokens.weight.shape[0])
+        self._tokenizer_with(new)  # checks the ids
+        return new
+
+    def tokenizer_files(self) -> Mapping[str, bytes]:
+        return self._tokenizer_with(self.added_tokens).files() if self.added_tokens else {}
+
+    def with_tokens(self, tokens: Sequence[AddedToken]) -> Self:
+        """A model without adapter that shares the weights and also has these tokens, in rows of their own.
+
+        The new rows are the mean of all rows of the embedding, or of the head. `self` is not changed.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.with_tokens([]).vocab_size == lm.vocab_size
+            True
+        """
+        plain = {id(layer): layer.frozen() for layer in self.adapter_layers().values()}
+        made = self.copied(plain)
+        made._named = NamedAdapters[LanguageModel]()
+        made._load_tokenizer = self._file_tokenizer
+        made.model.prefix = None
+        if tokens:
+            ids = np.array([token.id for token in tokens], np.int64)
+            rows = adapter_rows.trained_layers(made, adapter_rows.rows_to_train(made, ids, ()), False, tokens)
+            modules = dict(made.named_modules())
+            made.exchange({id(modules[name]): layer for name, layer in rows.items()})
+        return made
 
     @property
     def compute(self) -> str:
@@ -179,6 +265,9 @@ class LanguageModel(Module):
     def stored_row_order(self, name: str) -> Array | None:
         return adapting.row_order(self.config, name)
 
+    def configuration(self) -> str:
+        return self.config.described()
+
     def base_digest(self) -> str | None:
         """A hash of the norm weights, which identifies the model (see `models.model_digest`)."""
         norms = {name: m.weight for name, m in self.named_modules() if isinstance(m, RMSNorm)}
@@ -202,6 +291,7 @@ class LanguageModel(Module):
         trainable_tokens: str | Sequence[str | int] = (),
         modules_to_save: str | Sequence[str] = (),
         invocation: str | Sequence[int] | None = None,
+        add_tokens: str | Sequence[str] = (),
     ) -> None:
         """Put a LoRA adapter on frozen layers. With init="zero" the model's outputs stay the same at first.
 
@@ -238,7 +328,11 @@ class LanguageModel(Module):
             invocation: a text, or the ids of its tokens, for activated LoRA (aLoRA). The adapter acts only
                 from the last occurrence of these tokens on, in each sequence. It can adapt linear layers of
                 the blocks, without DoRA and dropout.
+            add_tokens: new tokens, as a list of texts, or a text like "<tool>,</tool>". Each gets a row in
+                the embedding and in the head, which starts with the mean of all rows and is trained. The
+                row of a token that the model has already is trained only.
         Raises:
+            UnsupportedError: the tokenizer cannot take new tokens.
             ValueError: a target, block or token does not exist, or an option does not fit. The model is not
                 changed.
         """
@@ -251,9 +345,12 @@ class LanguageModel(Module):
         tokens = activated.invocation_tokens(self, "add_lora", invocation)
         if tokens is not None:
             activated.require_plain(
-                "add_lora", names, use_dora, dropout, init, trainable_tokens, modules_to_save
+                "add_lora", names, use_dora, dropout, init, trainable_tokens, modules_to_save, add_tokens
             )
-        wanted = trained_rows.wanted(self, "add_lora", trainable_tokens, modules_to_save, names)
+        new = trained_rows.new_tokens(self, "add_lora", add_tokens)
+        wanted = trained_rows.wanted(self, "add_lora", trainable_tokens, modules_to_save, names, new)
+        if new.added:
+            self._tokenizer_with(new.added)  # fails before the model is changed
         options = {"dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora, "init": init}
         modules: dict[str, Any] = dict(self.named_modules())
         with adapting.factors_side_by_side((modules[name], ranks.get(name, rank)) for name in names):
@@ -268,7 +365,7 @@ class LanguageModel(Module):
         for name, layer in made.items():
             layer.reset(layer_stream(seed, name))
             layer.invocation_tokens = tokens
-        rows = adapter_rows.trained_layers(self, wanted, tie_whole=True)
+        rows = adapter_rows.trained_layers(self, wanted, tie_whole=True, tokens=new.added)
         self.exchange({id(modules[name]): layer for name, layer in {**made, **rows}.items()})
 
     # ---- named adapters ----
@@ -402,7 +499,7 @@ class LanguageModel(Module):
         added = {names[name]: layer for name, layer in new_layers(adapter, self, any_base).items()}
         made = self.copied({**own, **added})
         made._named = NamedAdapters[LanguageModel]()
-        made._load_tokenizer = lambda: self.tokenizer
+        made._load_tokenizer = self._file_tokenizer
         made.model.prefix = None
         return made
 
@@ -436,7 +533,10 @@ class LanguageModel(Module):
         (True, 0)
         """
         self._require_none_selected("merge_and_unload")
-        return super().merge_and_unload()
+        tokenizer = self.tokenizer if self.added_tokens else self._tokenizer
+        made = super().merge_and_unload()
+        self._tokenizer = tokenizer
+        return made
 
     # ---- inference ----
 
@@ -631,10 +731,17 @@ class LanguageModel(Module):
             prompts: the token ids of each prompt, at least one.
             continuations: for each prompt, the token ids of each continuation, at least one.
         Raises:
-            ValueError: a prompt or continuation is empty, or a prompt has no continuation; or as in `logits`.
+            ValueError: a prompt or continuation is empty, a prompt has no continuation, or the two lists have
+                different lengths; or as in `logits`.
             TypeError, CorruptError: as in `logits`.
         """
         op = "continuation_scores"
+        prompts, continuations = list(prompts), list(continuations)
+        if len(prompts) != len(continuations):
+            raise ValueError(
+                f"{op}: continuations has {counted(len(continuations), 'list')}, "
+                f"expected {len(prompts)}, one for each prompt"
+            )
         questions = [
             Question(self._sequence(op, prompt), [self._sequence(op, tokens) for tokens in several])
             for prompt, several in zip(prompts, continuations, strict=True)
@@ -862,7 +969,7 @@ class LanguageModel(Module):
             TypeError: `saved` was not returned by `forward`.
             RuntimeError: `saved` was used before, or a layer is merged or computes in int8.
         """
-        op, vocab = "LanguageModel.backward", self.lm_head.weight.shape[0]
+        op, vocab = "LanguageModel.backward", self.vocab_size
         _check.saved(op, saved, LanguageModelSaved)
         rows = _check.shaped(op, "dy", dy, (*saved.lead, vocab), np.float32).reshape(-1, vocab)
         _check.own(op, saved, self)
@@ -1043,7 +1150,7 @@ class LanguageModel(Module):
         lines = [
             f"LanguageModel({str(self.source)!r}, {config.model_type}: "
             f"{counted(config.num_hidden_layers, 'block')} of width {config.hidden_size:,}, "
-            f"vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,})",
+            f"vocabulary {self.vocab_size:,}, context {config.max_position_embeddings:,})",
             f"  weights: {self.num_parameters - self.num_trainable:,} values in {self._storages()}, "
             f"compute {self.compute!r}",
         ]
@@ -1066,12 +1173,8 @@ class LanguageModel(Module):
 
     # ---- what comes in ----
 
-    @property
-    def _vocab(self) -> int:
-        return self.config.vocab_size
-
     def _ids(self, op: str, token_ids: npt.ArrayLike) -> Array:
-        ids = _check.in_range(op, "token_ids", _check.integers(op, "token_ids", token_ids), self._vocab)
+        ids = _check.in_range(op, "token_ids", _check.integers(op, "token_ids", token_ids), self.vocab_size)
         if ids.ndim not in (1, 2):
             raise ValueError(f"{op}: token_ids have shape {ids.shape}, expected (batch, time) or (time,)")
         return ids
@@ -1084,8 +1187,8 @@ class LanguageModel(Module):
 
     def _check_batch(self, op: str, batch: PackedBatch) -> None:
         """Check the ids and targets of a batch before the forward pass begins."""
-        _check.in_range(op, "ids", batch.ids, self._vocab)
-        _check.in_range(op, "targets", batch.targets[batch.targets != IGNORED], self._vocab)
+        _check.in_range(op, "ids", batch.ids, self.vocab_size)
+        _check.in_range(op, "targets", batch.targets[batch.targets != IGNORED], self.vocab_size)
         self._warn_if_longer(op, int(np.diff(batch.starts).max(initial=0)))
 
     def _warn_if_longer(self, op: str, longest: int) -> None:

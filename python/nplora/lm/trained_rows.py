@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from nplora import _check
 from nplora.adapters.trained_rows import EMBEDDING, HEAD, Ids, rows_to_train
 from nplora.formats.errors import brief, nearest_names
+from nplora.formats.tokenizer_json import MAX_TEXT, AddedToken
 from nplora.nn.module import Module
 from nplora.tokenizer import Tokenizer
 
@@ -21,7 +24,7 @@ class _Model(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
     @property
-    def config(self) -> Any: ...
+    def vocab_size(self) -> int: ...
 
 
 def token_list(op: str, tokens: str | Sequence[str | int]) -> tuple[str | int, ...]:
@@ -94,19 +97,85 @@ def token_ids(op: str, tokens: Sequence[str | int], vocab: int, tokenizer: Token
     return np.array(list(ids), np.int64)
 
 
+def text_list(op: str, tokens: str | Sequence[str]) -> tuple[str, ...]:
+    """Split a text like "<tool>,</tool>" into the texts of new tokens, and check them.
+
+    Raises:
+        TypeError: `tokens` is neither a text nor a list of texts.
+        ValueError: a text is empty, too long, or given twice. The message names all of these.
+    """
+    texts = _check.texts(op, "add_tokens", tokens.split(",") if isinstance(tokens, str) else tokens)
+    if isinstance(tokens, str):
+        texts = tuple(text.strip() for text in texts)
+    problems = [f"{brief(text)} is given twice" for text, n in Counter(texts).items() if n > 1]
+    for text in dict.fromkeys(texts):
+        if not text.strip():
+            problems.append("a token is empty")
+        elif len(text) > MAX_TEXT:
+            problems.append(f"{brief(text)} has {len(text):,} characters, expected at most {MAX_TEXT:,}")
+        elif not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            problems.append(f"{brief(text)} holds half a surrogate pair")
+    if problems:
+        raise ValueError(f"{op}: add_tokens: {'; '.join(problems)}")
+    return texts
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The tokens that a run adds to a model.
+
+    Attributes:
+        added: the tokens that the model lacks.
+        known: the texts that are tokens of the model already, with their ids.
+    """
+
+    added: tuple[AddedToken, ...] = ()
+    known: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of all tokens, whose rows are trained."""
+        return [*self.known.values(), *(token.id for token in self.added)]
+
+
+def new_tokens(lm: _Model, op: str, texts: str | Sequence[str]) -> NewTokens:
+    """Give ids to new tokens: those that follow the last token of the model's tokenizer.
+
+    Raises:
+        ValueError, TypeError: as in `text_list`.
+    """
+    listed = text_list(op, texts) if texts else ()
+    if not listed:
+        return NewTokens()
+    tokenizer, vocab = lm.tokenizer, lm.vocab_size
+    ids = {text: tokenizer.id_of(text) for text in listed}
+    known = {text: id_ for text, id_ in ids.items() if id_ is not None and id_ < vocab}
+    added, following = list[AddedToken](), tokenizer.vocab_size
+    for text in listed:
+        if text in known:
+            continue
+        id_ = ids[text]  # not None: the tokenizer has the token, but the embedding has no row for it
+        added.append(AddedToken(following if id_ is None else id_, text))
+        following += id_ is None
+    return NewTokens(tuple(added), known)
+
+
 def wanted(
     lm: _Model,
     op: str,
     tokens: str | Sequence[str | int],
     modules: str | Sequence[str],
     targets: Iterable[str],
+    new: NewTokens | None = None,
 ) -> Mapping[str, Ids]:
     """The layers of a model whose rows are trained, and these rows.
 
     Args:
         targets: the dotted names of the layers that get LoRA factors.
+        new: the tokens that are added to the model.
     Raises:
-        ValueError: as in `token_ids` and `module_names`; or a layer is chosen twice, or has an adapter.
+        ValueError: as in `token_ids` and `module_names`; or a layer is chosen twice, or has an adapter; or a
+            token is to be trained, and also added.
     """
     assert isinstance(lm, Module)
     listed, names = token_list(op, tokens) if tokens else (), module_names(op, modules) if modules else ()
@@ -114,7 +183,12 @@ def wanted(
         whole = ", ".join(names)
         raise ValueError(f"{op}: modules_to_save trains all tokens of {whole}; leave trainable_tokens out")
     texts = any(isinstance(token, str) for token in listed)
-    ids = token_ids(op, listed, lm.config.vocab_size, lm.tokenizer if texts else None)
+    ids = token_ids(op, listed, lm.vocab_size, lm.tokenizer if texts else None)
+    if new is not None and new.ids:
+        both = [] if ids is None else np.intersect1d(ids, new.ids).tolist()
+        if both:
+            raise ValueError(f"{op}: token {both[0]} is in trainable_tokens and in add_tokens; name it once")
+        ids = np.array([*([] if ids is None else ids.tolist()), *new.ids], np.int64)
     found = rows_to_train(lm, ids, tuple(MODULES[name] for name in names))
     taken = {*targets, *lm.adapter_layers()}
     shared = {EMBEDDING, HEAD} if found and lm.ties_head else set(found)

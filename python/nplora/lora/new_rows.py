@@ -32,6 +32,15 @@ class NewRows:
         order = np.argsort(self.ids)
         return self.ids[order], order
 
+    def found(self, ids: Array) -> tuple[Array, Array]:
+        """The places in `ids` (n,) whose row is replaced, and the number of that row in `values`."""
+        if self.ids is None:
+            return np.arange(len(ids)), ids
+        known, order = self._sorted
+        near = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        places = np.flatnonzero(known[near] == ids)
+        return places, order[near[places]]
+
     def within(self, first: int, stop: int) -> tuple[Array, Array]:
         """The replaced rows among first, ..., stop - 1: their offsets from `first`, and their new values."""
         if self.ids is None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
+
+import numpy as np
 
 from nplora.formats.errors import FormatError
 from nplora.models.rope import RopeConfig
@@ -115,6 +118,13 @@ class ModelConfig:
         if not 1 <= value <= most:
             raise FormatError(f"{self.source}: {name} is {value:,}, expected 1 to {most:,}")
 
+    def described(self) -> str:
+        """All settings as a text, without the file that they were read from. Equal settings have equal texts.
+
+        Settings with their default value are left out, so that a new setting does not change the texts.
+        """
+        return _described(dataclasses.replace(self, source=""))
+
     @property
     def attention_scale(self) -> float:
         """The factor of the attention scores, by default 1 / sqrt(head_dim)."""
@@ -137,6 +147,20 @@ class ModelConfig:
         if layer in self.unrotated:
             return None
         return self.local_rope if self.local_rope is not None and self.sliding_windows[layer] else self.rope
+
+
+def _described(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        named = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        parts = [f"{field.name}={_described(item)}" for field, item in named if _differs(item, field.default)]
+        return f"{type(value).__name__}({', '.join(parts)})"
+    if isinstance(value, np.ndarray):
+        return repr(value.tolist())
+    return repr(sorted(value) if isinstance(value, frozenset) else value)
+
+
+def _differs(value: object, default: object) -> bool:
+    return type(value) is not type(default) or value != default
 
 
 def require_layers(source: str, count: int) -> None:

@@ -41,9 +41,10 @@ class TopK:
     """A teacher's most likely tokens.
 
     Attributes:
-        ids: integers (n, k), the tokens, each at most once in a row.
-        log_probs: float64 (n, k + 1), the log-probabilities of these k tokens, and in the last column that of
-            all other tokens together, or -inf if there are none. The probabilities of a row sum to 1.
+        ids: integers (n, k), the tokens, each at most once in a row. -1: a token that the student lacks.
+        log_probs: float64 (n, k + 1), the log-probabilities of these k tokens, -inf for the id -1. The last
+            column has that of all other tokens together, or -inf if there are none. The probabilities of a
+            row sum to 1.
     """
 
     ids: Array
@@ -185,21 +186,31 @@ def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array
 
 
 def _dense(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
-    """The divergences (n,), given all logits of the teacher (t) and of the student (z). Overwrites both."""
+    """The divergences (n,), given all logits of the teacher (t) and of the student (z). Overwrites both.
+
+    At a high temperature, p and q are almost equal, and the divergence is much smaller than its terms. So
+    they are added up in float64, and divided by Σ p, which rounding moves away from 1.
+    """
     log_ratio = t - z
-    log_ratio -= (_softmax(t) - _softmax(z))[:, None].astype(np.float32)  # log(p / q); t is p, and z is q
-    if kl == "forward":
-        kls = np.einsum("ij,ij->i", t, log_ratio).astype(np.float64)
-        if gradient:
-            z -= t
-            z *= np.float32(factor)
-        return np.asarray(kls)
-    kls = -np.einsum("ij,ij->i", z, log_ratio).astype(np.float64)
-    if gradient:
+    shift = _softmax(t) - _softmax(z)  # t is p, and z is q
+    rounded = shift.astype(np.float32)
+    log_ratio -= rounded[:, None]  # log(p / q)
+    weights = t if kl == "forward" else z
+    kls = _sums(weights * log_ratio) / weights.sum(axis=1) - (shift - rounded)
+    kls = kls if kl == "forward" else -kls
+    if gradient and kl == "forward":
+        z -= t
+        z *= np.float32(factor)
+    elif gradient:
         log_ratio += kls[:, None].astype(np.float32)
         z *= log_ratio
         z *= np.float32(-factor)
     return np.asarray(kls)
+
+
+def _sums(values: Array) -> Array:
+    """The sum of each row, added up in float64."""
+    return np.asarray(values.sum(axis=1, dtype=np.float64))
 
 
 def _softmax(z: Array) -> Array:
@@ -212,19 +223,24 @@ def _softmax(z: Array) -> Array:
 
 def _sparse(kl: str, z: Array, teacher: TopK, factor: float, gradient: bool) -> Array:
     """The divergences (n,), given the teacher's most likely tokens. The student's logits are overwritten."""
-    ids, k = teacher.ids, teacher.ids.shape[1]
-    rows, has_rest = np.arange(len(z))[:, None], bool(np.isfinite(teacher.log_probs[:, -1]).all())
+    k = teacher.ids.shape[1]
+    known = teacher.ids >= 0
+    rows, places = np.nonzero(known)
+    ids = teacher.ids[known]
+    has_rest = bool(np.isfinite(teacher.log_probs[:, -1]).all())
     log_p = teacher.log_probs if has_rest else teacher.log_probs[:, :-1]
-    top, losses = z[rows, ids].astype(np.float64), np.empty(len(z))
-    _core.cross_entropy(z, ids[:, 0].astype(np.int64), 1.0, losses, True)
+    log_q = np.full((len(z), k), -np.inf)
+    log_q[rows, places] = z[rows, ids]
+    log_q -= _softmax(z)[:, None]
     z[rows, ids] = 0  # z is q on the rest
-    log_q = top - (losses + top[:, 0])[:, None]
     if has_rest:
-        rest = np.maximum(z.sum(axis=1, dtype=np.float32), _TINY)  # 1 - Σ q_i would cancel
-        log_q = np.column_stack([log_q, np.log(rest, dtype=np.float64)])
-    else:  # the student may have more tokens, which only pad its vocabulary
-        log_q -= np.log(np.exp(log_q).sum(axis=1, keepdims=True))
-    log_ratio, on_rest = log_p - log_q, np.zeros(len(z))
+        rest = np.maximum(_sums(z), _TINY)  # 1 - Σ q_i would cancel
+        log_q = np.column_stack([log_q, np.log(rest)])
+    # Rounding moves the sum away from 1. Without the rest, the student may also have more tokens, which only
+    # pad its vocabulary.
+    log_q -= np.log(np.exp(log_q).sum(axis=1, keepdims=True))
+    log_ratio, on_rest = np.zeros_like(log_q), np.zeros(len(z))
+    np.subtract(log_p, log_q, out=log_ratio, where=np.isfinite(log_q))
     if kl == "forward":
         kls = (np.exp(log_p) * log_ratio).sum(axis=1)
         slopes = np.exp(log_q) - np.exp(log_p)
@@ -237,5 +253,5 @@ def _sparse(kl: str, z: Array, teacher: TopK, factor: float, gradient: bool) -> 
             on_rest = -log_ratio[:, -1] - kls
     if gradient:
         z *= (factor * on_rest).astype(np.float32)[:, None]
-        z[rows, ids] = factor * slopes[:, :k]
+        z[rows, ids] = factor * slopes[rows, places]
     return np.asarray(kls)

@@ -35,6 +35,23 @@ def start_of(ids: Array, invocation: tuple[int, ...]) -> int:
     return int(found[-1]) if len(found) else int(NEVER)
 
 
+def sequences_with(ids: Array, starts: Array, invocation: tuple[int, ...]) -> Array:
+    """For each packed sequence, how often the invocation tokens occur in it.
+
+    Args:
+        ids: the tokens (n,).
+        starts: the start of each sequence, and n.
+    """
+    length, count = len(invocation), max(0, len(ids) - len(invocation) + 1)
+    matches = np.ones(count, np.bool_)
+    for offset, token in enumerate(invocation):
+        matches &= ids[offset : offset + count] == token
+    found = np.flatnonzero(matches)
+    sequence = np.searchsorted(starts, found, side="right") - 1
+    is_inside = found + length <= starts[sequence + 1]
+    return np.bincount(sequence[is_inside], minlength=len(starts) - 1)
+
+
 def active_in(ids: Array, starts: Array, invocation: tuple[int, ...]) -> Array:
     """The rows of packed sequences on which the adapter acts.
 

@@ -1,5 +1,6 @@
 """Opens a model's weights so that they can be saved again with some tensors replaced."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,18 +8,34 @@ from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
+from nplora import tokenizer
 from nplora.formats import files, gguf, gguf_rows, model_directory, safetensors
 from nplora.formats.config_json import Fields, read_fields
 from nplora.formats.files import NewFile, Stamp, StrPath
 from nplora.formats.gguf import file_type
 from nplora.formats.gguf.header import MAGIC
 from nplora.formats.sharded import ShardedFile
+from nplora.formats.tokenizer_json import TOKENIZER, AddedToken
 from nplora.models import base_model, families
 from nplora.models.families import Family
+from nplora.tokenizer import Tokenizer, gguf_metadata
 
 Array = NDArray[Any]
 Tensor: TypeAlias = gguf.Tensor | safetensors.Tensor
 Stream: TypeAlias = gguf.Stream | safetensors.Stream
+
+
+@dataclass(frozen=True)
+class NewVocabulary:
+    """The tokens that a saved model has besides those of its source.
+
+    Attributes:
+        tokens: the new tokens.
+        size: the number of rows of the embedding.
+    """
+
+    tokens: tuple[AddedToken, ...]
+    size: int
 
 
 @dataclass(frozen=True)
@@ -29,7 +46,9 @@ class ModelFiles:
         suffix: the kind of file: ".gguf" or ".safetensors".
         family: the description of the model's family; Llama's if the family is not known.
         place: a function that returns the tensor name of a layer's weight (or None), and its row order.
-        new_files: a function that returns the files to write for given tensors. A tensor may be a stream.
+        new_files: a function that returns the files to write for given tensors and a new vocabulary, or None
+            for the model's own. A tensor may be a stream.
+        tokenizer: a function that returns the model's tokenizer.
         tied: whether the head shares the embedding's weight.
         mapped: the stamps of the memory-mapped files, which show later changes.
         shards: the names of the shard files, if the model has several.
@@ -40,7 +59,8 @@ class ModelFiles:
     tensors: Mapping[str, Tensor]
     family: Family
     place: Callable[[str, int], tuple[str | None, Array | None]]
-    new_files: Callable[[StrPath, Mapping[str, Any]], list[NewFile]]
+    new_files: Callable[[StrPath, Mapping[str, Any], NewVocabulary | None], list[NewFile]]
+    tokenizer: Callable[[], Tokenizer]
     tied: bool
     mapped: tuple[Stamp, ...]
     shards: frozenset[str] = frozenset()
@@ -83,12 +103,27 @@ def _open_gguf(path: StrPath) -> ModelFiles:
         order = None if not heads or rows % (2 * heads) else gguf_rows.row_order(rows, heads)
         return _first_of(file, f"{stored}.weight"), order
 
-    def new_files(output: StrPath, tensors: Mapping[str, Any]) -> list[NewFile]:
-        return [gguf.new_file(output, tensors, file_type.redescribe(file.metadata.typed(), file, tensors))]
+    def new_files(
+        output: StrPath, tensors: Mapping[str, Any], vocabulary: NewVocabulary | None
+    ) -> list[NewFile]:
+        metadata = file.metadata.typed()
+        if vocabulary is not None:
+            metadata = gguf_metadata.with_tokens(metadata, vocabulary.tokens, vocabulary.size)
+        return [gguf.new_file(output, tensors, file_type.redescribe(metadata, file, tensors))]
 
     tied = facts is not None and "output.weight" not in file
     family = families.FAMILIES[0] if facts is None else facts.family
-    return ModelFiles(file.source, ".gguf", file, family, place, new_files, tied, file.mapped)
+    return ModelFiles(
+        file.source,
+        ".gguf",
+        file,
+        family,
+        place,
+        new_files,
+        lambda: tokenizer.from_gguf(file),
+        tied,
+        file.mapped,
+    )
 
 
 def _open_safetensors(base: StrPath) -> ModelFiles:
@@ -97,20 +132,52 @@ def _open_safetensors(base: StrPath) -> ModelFiles:
     def place(layer: str, rows: int) -> tuple[str | None, Array | None]:
         return _first_of(file, f"{layer}.weight", layer), None
 
-    def new_files(output: StrPath, tensors: Mapping[str, Any]) -> list[NewFile]:
+    def new_files(
+        output: StrPath, tensors: Mapping[str, Any], vocabulary: NewVocabulary | None
+    ) -> list[NewFile]:
         metadata = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
         if not is_directory(output):
             return [safetensors.new_file(output, tensors, metadata)]
         metadata.setdefault("format", "pt")  # transformers refuses a directory without it
         weights = safetensors.new_file(weights_path(output), tensors, metadata)
-        return [weights, *model_directory.companions(Path(base), Path(output))]
+        companions = model_directory.companions(Path(base), Path(output))
+        return [
+            weights,
+            *(companions if vocabulary is None else _extended(companions, Path(base), vocabulary)),
+        ]
 
     config = model_directory.of(base) / model_directory.CONFIG
     fields = read_fields(config) if config.exists() else Fields(files.name(config), {})
     family = families.find(fields.string("model_type", "")) or families.FAMILIES[0]
     tied = _is_tied(fields, file, family)
     shards = file.shards if isinstance(file, ShardedFile) else frozenset[str]()
-    return ModelFiles(file.source, ".safetensors", file, family, place, new_files, tied, file.mapped, shards)
+    return ModelFiles(
+        file.source, ".safetensors", file, family, place, new_files,
+        lambda: tokenizer.from_directory(model_directory.of(base)), tied, file.mapped, shards,
+    )  # fmt: skip
+
+
+def _extended(companions: list[NewFile], base: Path, vocabulary: NewVocabulary) -> list[NewFile]:
+    """The files beside a model's weights with new tokens: the size in config.json, and tokenizer.json."""
+    text = tokenizer.from_directory(base).with_tokens(vocabulary.tokens).files()[TOKENIZER]
+    found = list[NewFile]()
+    for file in companions:
+        name = Path(file.path).name
+        if name == model_directory.CONFIG:
+            raw = _resized(b"".join(map(bytes, file.chunks)), vocabulary.size)
+            found.append(NewFile(file.path, len(raw), [raw]))
+        else:
+            found.append(NewFile(file.path, len(text), [text]) if name == TOKENIZER else file)
+    return found
+
+
+def _resized(raw: bytes, size: int) -> bytes:
+    """A config.json for another size of the vocabulary."""
+    fields = json.loads(raw)
+    for part in (fields, fields.get("text_config")):
+        if isinstance(part, dict) and "vocab_size" in part:
+            part["vocab_size"] = size
+    return json.dumps(fields, indent=2, allow_nan=False).encode()
 
 
 def _is_tied(fields: Fields, names: Mapping[str, Any], family: Family) -> bool:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from nplora import _check, _core
 from nplora.nn.linear import trainable_copy
 from nplora.nn.low_rank import LoRALayer
-from nplora.nn.module import Module, Parameter, Saved, inferring, quiet
+from nplora.nn.module import Module, Parameter, Saved, SharedWeights, inferring, quiet
 from nplora.weights import FrozenWeight, buffers, freeze
 
 Array = npt.NDArray[Any]
@@ -245,7 +245,7 @@ class LoRAEmbedding(LoRALayer):
         self._require_whole_weight("frozen")
         return Embedding(self.weight)
 
-    def unloaded(self) -> Embedding:
+    def unloaded(self, shared: SharedWeights) -> Embedding:
         return Embedding(self._merged_frozen())
 
 

@@ -15,7 +15,7 @@ from nplora import _check, _core
 from nplora.nn.active_rows import active_rows
 from nplora.nn.linear import Linear
 from nplora.nn.low_rank import LoRALayer
-from nplora.nn.module import Gradient, Saved, inferring, quiet
+from nplora.nn.module import Gradient, Saved, SharedWeights, inferring, quiet
 from nplora.nn.principal import PRINCIPAL_INITS
 from nplora.weights import FrozenWeight, buffers, freeze
 
@@ -425,5 +425,5 @@ class LoRALinear(LoRALayer):
         self._require_whole_weight("frozen")
         return Linear(self.weight, self.bias)
 
-    def unloaded(self) -> Linear:
+    def unloaded(self, shared: SharedWeights) -> Linear:
         return Linear(self._merged_frozen(), self.bias)

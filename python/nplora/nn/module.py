@@ -6,9 +6,9 @@ import contextlib
 import copy
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,12 @@ from nplora import _check
 from nplora.lora.merging import MergeReport
 from nplora.weights import FrozenWeight
 
+if TYPE_CHECKING:  # `import nplora` loads no formats
+    from nplora.formats.tokenizer_json import AddedToken
+
 Array = npt.NDArray[Any]
 Commit = Callable[[], None]
+SharedWeights: TypeAlias = dict[int, FrozenWeight]  # by the id of the rows that belong to the layers
 
 _MOST_SHOWN = 12  # the most modules that a `repr` lists
 
@@ -175,6 +179,18 @@ class Module:
     def base_digest(self) -> str | None:
         """Return a text that identifies the frozen model in saved adapters, or None."""
         return None
+
+    def configuration(self) -> str:
+        """Return a text with the settings that decide the output besides the arrays; "" if there are none."""
+        return ""
+
+    def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
+        """Return those tokens of an adapter that the model itself lacks."""
+        return tuple(tokens)
+
+    def tokenizer_files(self) -> Mapping[str, bytes]:
+        """Return the files of a tokenizer with new tokens, which are saved with an adapter."""
+        return {}
 
     def stored_row_order(self, name: str) -> Array | None:
         """Return the `LoRALayer.row_order` of the layer with this dotted name (None: the usual order)."""
@@ -424,8 +440,8 @@ class Module:
         Raises:
             ValueError: finite values would become infinite.
         """
-        replaced = {id(layer): layer.unloaded() for layer in self.adapter_layers().values()}
-        layers = list(self.adapter_layers().values())
+        layers, shared = list(self.adapter_layers().values()), dict[int, FrozenWeight]()
+        replaced = {id(layer): layer.unloaded(shared) for layer in layers}
         self.exchange(replaced)
         for layer in layers:
             layer.discard()
@@ -593,8 +609,12 @@ class AdapterLayer(Module):
         """Check that the layer is merged. The returned function, which cannot fail, undoes the merge."""
         raise NotImplementedError
 
-    def unloaded(self) -> Module:
-        """Return a plain frozen layer with the merged weight."""
+    def unloaded(self, shared: SharedWeights) -> Module:
+        """Return a plain frozen layer with the merged weight.
+
+        Args:
+            shared: the merged weights of one `merge_and_unload` that several layers use.
+        """
         raise NotImplementedError
 
     def frozen(self) -> Module:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +20,16 @@ from nplora.lora.new_rows import NewRows
 from nplora.nn.embedding import Embedding, add_rows, token_ids
 from nplora.nn.linear import Linear, core_weight
 from nplora.nn.low_rank import UnloadedLayer
-from nplora.nn.module import AdapterLayer, Commit, Gradient, Parameter, Saved, inferring
+from nplora.nn.module import AdapterLayer, Commit, Gradient, Parameter, Saved, SharedWeights, inferring
 from nplora.weights import FrozenWeight, buffers
 
+if TYPE_CHECKING:  # `import nplora` loads no formats
+    from nplora.formats.tokenizer_json import AddedToken
+
 Array = npt.NDArray[Any]
+
+
+_MEAN_ROWS = 4096  # rows in memory at once while their mean is computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,71 +41,107 @@ class Merged:
 
 
 class TrainedRows:
-    """The trained copies of rows of a frozen weight.
+    """The trained copies of rows of a frozen weight, and rows that the weight lacks.
+
+    Rows of new tokens start with the mean of all rows of the weight. They may be rows that the weight has (as
+    padding), or rows beyond its end. A weight with rows beyond its end stays as it is.
 
         >>> import nplora, numpy as np
         >>> rows = nplora.nn.TrainedRows(nplora.FrozenWeight(np.eye(4)), [3, 1])
         >>> rows.value
         array([[0., 0., 0., 1.],
                [0., 1., 0., 0.]], dtype=float32)
+        >>> nplora.nn.TrainedRows(nplora.FrozenWeight(np.eye(4)), [1, 4], size=5).value
+        array([[0.  , 1.  , 0.  , 0.  ],
+               [0.25, 0.25, 0.25, 0.25]], dtype=float32)
 
     Args:
         weight: the weight. The trained rows start with its values.
         ids: the numbers of the rows, each once, or None for all rows.
+        size: the number of rows, with those beyond the weight's end; None: as many as the weight has.
+        tokens: the new tokens, whose texts an adapter stores.
     Attributes:
         value: the rows (k, dim), which optimisers update in place.
         grad: the gradient of `value`.
         merged: the rows as a merge rounded them, or None if they are not merged.
     Raises:
-        ValueError: an id is not a row of the weight, or occurs twice, or there are no ids.
+        ValueError: an id is not a row, or occurs twice, or there are no ids; or a row beyond the weight's end
+            is not trained.
         TypeError: ids are not integers.
     """
 
-    def __init__(self, weight: FrozenWeight, ids: npt.ArrayLike | None) -> None:
+    def __init__(
+        self,
+        weight: FrozenWeight,
+        ids: npt.ArrayLike | None,
+        size: int | None = None,
+        tokens: Iterable[AddedToken] = (),
+    ) -> None:
+        stored = weight.shape[0]
+        self.size = stored if size is None else size
+        self.tokens = tuple(tokens)
         self.ids: Array | None = None
         if ids is not None:
-            self.ids = _distinct(ids, weight.shape[0])
-            self._order = np.argsort(self.ids)
-            self._sorted = self.ids[self._order]
+            self.ids = _distinct(ids, self.size)
+            if missing := np.setdiff1d(np.arange(stored, self.size), self.ids).tolist():
+                raise ValueError(f"TrainedRows: row {missing[0]} is beyond the weight's end and not in ids")
+        new = {token.id for token in self.tokens} | set(range(stored, self.size))
+        self._new = np.array(sorted(new), np.int64)
+        self._mean = _mean_row(weight) if new else None
         self.value = np.ascontiguousarray(self.original(weight))
         self.grad = np.zeros_like(self.value)
         self.merged: Merged | None = None
-        self._whole: FrozenWeight | None = None
 
     def original(self, weight: FrozenWeight) -> Array:
-        """The frozen weight's values of these rows, in a new array."""
-        return weight.to_numpy() if self.ids is None else np.array(weight.take(self.ids))
+        """The values with which these rows start, in a new array."""
+        if self._mean is None:
+            return weight.to_numpy() if self.ids is None else np.array(weight.take(self.ids))
+        ids = np.arange(self.size) if self.ids is None else self.ids
+        values = np.array(weight.take(np.minimum(ids, weight.shape[0] - 1)))
+        values[np.isin(ids, self._new)] = self._mean
+        return values
 
-    def found(self, ids: Array) -> tuple[Array, Array]:
-        """The places in `ids` (n,) whose row is trained, and the number of that row in `value`."""
-        if self.ids is None:
-            return np.arange(len(ids)), ids
-        near = np.minimum(np.searchsorted(self._sorted, ids), len(self._sorted) - 1)
-        places = np.flatnonzero(self._sorted[near] == ids)
-        return places, self._order[near[places]]
+    def beyond(self, weight: FrozenWeight) -> NewRows | None:
+        """The rows beyond the weight's end with the values that they start with; None if there are none."""
+        stored, dim = weight.shape
+        if self.size == stored:
+            return None
+        assert self._mean is not None
+        ids = np.arange(stored, self.size)
+        return NewRows(ids, np.tile(self._mean, (len(ids), 1)), (self.size, dim))
 
     def whole(self, weight: FrozenWeight) -> FrozenWeight:
-        """The weight with the trained rows in it. A tied head gets the same object as the embedding.
+        """The weight with the trained rows in it.
 
         The storage format is that of the merge, or else that of `weight`, but float32 for a quantised weight.
         """
         if self.merged is not None and isinstance(self.merged.rows, FrozenWeight):
             return self.merged.rows
-        if self._whole is None:
-            rows = NewRows(self.ids, self.value, weight.shape)
-            storage = None if self.merged is None else self.merged.storage
-            if storage is None:
-                self._whole = weight.like(rows.apply(weight.to_numpy(), 0))
-            elif storage == weight.dtype and self.ids is not None:
-                self._whole = weight.with_rows(self.ids, self.value)
-            else:
-                self._whole = merge_weight("merge", weight, rows, storage)[0]
-        return self._whole
+        rows = NewRows(self.ids, self.value, (self.size, weight.shape[1]))
+        storage = None if self.merged is None else self.merged.storage
+        spare = self.beyond(weight)
+        if storage == weight.dtype and self.ids is not None and spare is None:
+            return weight.with_rows(self.ids, self.value)
+        table = weight.to_numpy()
+        if spare is not None:
+            table = np.concatenate([table, spare.values])
+        if storage is None:
+            return weight.like(rows.apply(table, 0))
+        return merge_weight("merge", weight if spare is None else weight.like(table), rows, storage)[0]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.merged is not None:
             self.value.flags.writeable = False  # a copied array is writable again
+
+
+def _mean_row(weight: FrozenWeight) -> Array:
+    """The mean of all rows, summed in float64 and in a fixed order."""
+    count, dim = weight.shape
+    total = np.zeros(dim)
+    for first in range(0, count, _MEAN_ROWS):
+        total += weight.take(np.arange(first, min(first + _MEAN_ROWS, count))).sum(axis=0, dtype=np.float64)
+    return np.asarray(total / count, weight.compute_dtype)
 
 
 def _distinct(ids: npt.ArrayLike, rows: int) -> Array:
@@ -120,6 +163,22 @@ class TrainedRowsSaved(Saved):
     alone: bool = False  # the pass ran with the adapter disabled
     merged: bool = False
     x: Array | None = None
+
+
+class _Terms(NamedTuple):
+    """What a pass computes with.
+
+    Attributes:
+        weight: the weight.
+        rows: rows that replace those of the weight, or follow its last row; None if there are none.
+        alone: whether the adapter is disabled.
+        merged: whether the rows are merged.
+    """
+
+    weight: FrozenWeight | Array
+    rows: NewRows | None
+    alone: bool
+    merged: bool
 
 
 class TrainedRowsLayer(AdapterLayer):
@@ -154,7 +213,12 @@ class TrainedRowsLayer(AdapterLayer):
 
     def settings(self) -> dict[str, Any]:
         ids = self.rows.ids
-        return {"trained_rows": "all" if ids is None else ids.tolist(), "is_tied": self.is_tied}
+        chosen = {"trained_rows": "all" if ids is None else ids.tolist(), "is_tied": self.is_tied}
+        if self.rows.size > self.weight.shape[0]:
+            chosen["size"] = self.rows.size
+        if self.rows.tokens:
+            chosen["added_tokens"] = {token.text: token.id for token in self.rows.tokens}
+        return chosen
 
     def local_parameters(self) -> list[Parameter]:
         if self.is_tied:
@@ -173,19 +237,22 @@ class TrainedRowsLayer(AdapterLayer):
         if self.weight.compute == "int8":
             raise RuntimeError(f"{type(self).__name__}.{what}: compute='int8' is for inference")
 
-    def _terms(self) -> tuple[FrozenWeight | Array, Array | None, bool]:
-        """The weight of a pass, the rows to replace in its products, and whether they are merged.
+    def _terms(self) -> _Terms:
+        """The terms of a pass.
 
         A pass calls this method only once, because another thread may merge or disable the layer meanwhile.
         """
         if not self.adapter_enabled:
-            return self.weight, None, False
+            return _Terms(self.weight, self.rows.beyond(self.weight), True, False)
         merged = self.rows.merged
         current = self.rows.value if merged is None else merged.rows
         if self.is_whole:
-            return current, None, merged is not None
+            return _Terms(current, None, False, merged is not None)
         assert isinstance(current, np.ndarray)
-        return self.weight, current, merged is not None
+        return _Terms(self.weight, self._replacing(current), False, merged is not None)
+
+    def _replacing(self, values: Array) -> NewRows:
+        return NewRows(self.rows.ids, values, (self.rows.size, self.weight.shape[1]))
 
     def _require_kept(self, op: str, saved: TrainedRowsSaved) -> None:
         if saved.merged:
@@ -203,7 +270,9 @@ class TrainedRowsLayer(AdapterLayer):
         report, storage = None, self.weight.dtype if dtype == "same" else dtype
         merged: FrozenWeight | Array = self.rows.value
         if storage is not None:
-            before = self.weight if self.is_whole else self.rows.original(self.weight)
+            is_longer = self.rows.size > self.weight.shape[0]
+            keeps_weight = self.is_whole and not is_longer
+            before = self.weight if keeps_weight else self.rows.original(self.weight)
             merged, report = _rounded(name or type(self).__name__, before, self.rows.value, storage)
 
         def commit() -> None:
@@ -225,6 +294,12 @@ class TrainedRowsLayer(AdapterLayer):
 
         return commit
 
+    def _whole(self, shared: SharedWeights) -> FrozenWeight:
+        """The weight with the trained rows in it. A tied head gets the same object as the embedding."""
+        if id(self.rows) not in shared:
+            shared[id(self.rows)] = self.rows.whole(self.weight)
+        return shared[id(self.rows)]
+
     def discard(self) -> None:
         vars(self).clear()
         vars(self)["_was"] = type(self).__name__
@@ -233,9 +308,10 @@ class TrainedRowsLayer(AdapterLayer):
     def __repr__(self) -> str:
         rows = "all rows" if self.rows.ids is None else f"{len(self.rows.ids)} rows"
         shared = ", shared with the embedding" if self.is_tied else ""
-        return (
-            f"{type(self).__name__}({self.weight.shape}, dtype={self.weight.dtype!r}, {rows} trained{shared})"
-        )
+        added = self.rows.size - self.weight.shape[0]
+        extra = f" ({added} added)" if added else ""
+        shown = f"{self.weight.shape}, dtype={self.weight.dtype!r}, {rows} trained{extra}{shared}"
+        return f"{type(self).__name__}({shown})"
 
 
 def _nothing() -> None:
@@ -273,14 +349,14 @@ class TrainedEmbedding(TrainedRowsLayer):
             TypeError: ids are not integers.
             ValueError: an id is not in [0, vocab).
         """
-        vocab, dim = self.weight.shape
-        flat, lead = token_ids("TrainedEmbedding.forward", ids, vocab)
-        weight, rows, merged = self._terms()
-        y = weight.take(flat) if isinstance(weight, FrozenWeight) else weight[flat]
+        stored, dim = self.weight.shape
+        flat, lead = token_ids("TrainedEmbedding.forward", ids, self.rows.size)
+        weight, rows, alone, merged = self._terms()
+        there = flat if rows is None or self.rows.size == stored else np.minimum(flat, stored - 1)
+        y = weight.take(there) if isinstance(weight, FrozenWeight) else weight[there]
         if rows is not None:
-            places, numbers = self.rows.found(flat)
-            y[places] = rows[numbers]
-        alone = weight is self.weight and rows is None
+            places, numbers = rows.found(flat)
+            y[places] = rows.values[numbers]
         keep = None if inferring() or alone or merged else flat
         return y.reshape(*lead, dim), TrainedRowsSaved(lead, alone, merged, keep, layer=self)
 
@@ -298,14 +374,14 @@ class TrainedEmbedding(TrainedRowsLayer):
         rows = _check.shaped(op, "dy", dy, (*saved.lead, dim), self.weight.compute_dtype).reshape(-1, dim)
         self._require_kept(op, saved)
         if saved.x is not None:
-            places, numbers = self.rows.found(saved.x)
+            places, numbers = self._replacing(self.rows.value).found(saved.x)
             add_rows(self.rows.grad, numbers, rows[places])
 
     def frozen(self) -> Embedding:
         return Embedding(self.weight)
 
-    def unloaded(self) -> Embedding:
-        return Embedding(self.rows.whole(self.weight))
+    def unloaded(self, shared: SharedWeights) -> Embedding:
+        return Embedding(self._whole(shared))
 
 
 class TrainedHead(TrainedRowsLayer):
@@ -323,6 +399,8 @@ class TrainedHead(TrainedRowsLayer):
         self, weight: FrozenWeight, rows: TrainedRows, is_tied: bool = False, bias: Array | None = None
     ) -> None:
         super().__init__(weight, rows, is_tied)
+        if bias is not None and rows.size > weight.shape[0]:
+            raise ValueError("TrainedHead: rows beyond the weight's end have no bias, expected bias=None")
         self.bias = bias
 
     def local_frozen(self) -> list[FrozenWeight | Array]:
@@ -334,19 +412,19 @@ class TrainedHead(TrainedRowsLayer):
         Raises:
             ValueError: the last axis of x is not dim.
         """
-        (vocab, dim), dtype = self.weight.shape, self.weight.compute_dtype
+        dim, dtype = self.weight.shape[1], self.weight.compute_dtype
         inputs, lead = _check.rows("TrainedHead.forward", "x", x, dim, "dim", dtype)
-        weight, rows, merged = self._terms()
-        y = buffers.empty((len(inputs), vocab), dtype)
+        weight, rows, alone, merged = self._terms()
+        y = buffers.empty((len(inputs), weight.shape[0]), dtype)
         _core.matmul(core_weight(weight), inputs, self.bias, y)
         if rows is not None:
-            own = np.empty((len(inputs), len(rows)), dtype)
-            bias = None if self.bias is None else self.bias[self.rows.ids]
-            _core.matmul(rows, inputs, bias, own)
-            y[:, self.rows.ids] = own
-        alone = weight is self.weight and rows is None
+            own = np.empty((len(inputs), len(rows.values)), dtype)
+            bias = None if self.bias is None else self.bias[rows.ids]
+            _core.matmul(rows.values, inputs, bias, own)
+            y = _widened(y, self.rows.size)
+            y[:, rows.ids] = own
         keep = None if inferring() or alone or merged else inputs
-        return y.reshape(*lead, vocab), TrainedRowsSaved(lead, alone, merged, keep, layer=self)
+        return y.reshape(*lead, self.rows.size), TrainedRowsSaved(lead, alone, merged, keep, layer=self)
 
     def backward(
         self, dy: npt.ArrayLike, saved: TrainedRowsSaved, need_dx: bool = True, overwrite_dy: bool = False
@@ -361,31 +439,49 @@ class TrainedHead(TrainedRowsLayer):
             RuntimeError: the layer was merged in the forward pass, or that pass ran in inference mode; or
                 the weight computes in int8.
         """
-        op, (vocab, dim), dtype = "TrainedHead.backward", self.weight.shape, self.weight.compute_dtype
+        op, (stored, dim), dtype = "TrainedHead.backward", self.weight.shape, self.weight.compute_dtype
+        size = self.rows.size
         self.require_trainable("backward")
         _check.saved(op, saved, TrainedRowsSaved)
-        rows = _check.shaped(op, "dy", dy, (*saved.lead, vocab), dtype).reshape(math.prod(saved.lead), vocab)
+        dlogits = _check.shaped(op, "dy", dy, (*saved.lead, size), dtype).reshape(math.prod(saved.lead), size)
         self._require_kept(op, saved)
-        own = rows
+        alone = saved.x is None
+        rows = self.rows.beyond(self.weight) if alone else self._replacing(self.rows.value)
+        if self.is_whole and not alone:
+            rows = None
+        own = dlogits if rows is None else np.ascontiguousarray(dlogits[:, rows.ids])
         if saved.x is not None:
-            own = rows if self.is_whole else np.ascontiguousarray(rows[:, self.rows.ids])
             _core.add_outer(own, saved.x, 1.0, self.rows.grad)
         if not need_dx:
             return None
-        dx = buffers.empty((len(rows), dim), dtype)
-        if self.is_whole or saved.x is None:
-            _core.matmul_t(core_weight(self.weight if saved.x is None else self.rows.value), rows, dx)
+        dx = buffers.empty((len(dlogits), dim), dtype)
+        if rows is None:
+            _core.matmul_t(core_weight(self.weight if alone else self.rows.value), dlogits, dx)
             return dx.reshape(*saved.lead, dim)
-        rest = rows if overwrite_dy else rows.copy()
-        rest[:, self.rows.ids] = 0  # the frozen copies of these rows were not used
+        rest = dlogits
+        if size > stored:
+            rest = np.ascontiguousarray(dlogits[:, :stored])
+        elif not overwrite_dy:
+            rest = dlogits.copy()
+        ids = np.asarray(rows.ids)
+        rest[:, ids[ids < stored]] = 0  # the frozen copies of these rows were not used
         _core.matmul_t(core_weight(self.weight), rest, dx)
         more = np.empty_like(dx)
-        _core.matmul_t(self.rows.value, own, more)
+        _core.matmul_t(rows.values, own, more)
         dx += more
         return dx.reshape(*saved.lead, dim)
 
     def frozen(self) -> Linear:
         return Linear(self.weight, self.bias)
 
-    def unloaded(self) -> Linear:
-        return Linear(self.rows.whole(self.weight), self.bias)
+    def unloaded(self, shared: SharedWeights) -> Linear:
+        return Linear(self._whole(shared), self.bias)
+
+
+def _widened(y: Array, size: int) -> Array:
+    """Return y (n, vocab) with room for `size` values in each row."""
+    if y.shape[1] == size:
+        return y
+    wide = buffers.empty((len(y), size), y.dtype)
+    wide[:, : y.shape[1]] = y
+    return wide

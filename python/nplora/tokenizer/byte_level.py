@@ -1,7 +1,7 @@
 """Checks whether a tokenizer.json is a byte-level BPE that GGUF metadata can describe.
 
 GGUF metadata name the rule that splits text (`pre`), and state whether BOS and EOS are added. GGUF cannot
-express the other settings of a tokenizer.json. So each other setting must have the value that
+express the other settings of a tokenizer.json. So all the other settings must have the values that
 `gguf_vocabulary` assumes. Otherwise the GGUF file would describe a different tokenizer.
 """
 

@@ -10,15 +10,11 @@ from typing import Any
 from nplora.formats import files, strict_json
 from nplora.formats.errors import FormatError, UnsafeError, UnsupportedError, brief
 from nplora.formats.files import StrPath
+from nplora.formats.tokenizer_json import MAX_BYTES, MOST_VALUES, TOKENIZER, TOKENIZER_CONFIG
 from nplora.tokenizer import split_pattern
-from nplora.tokenizer.tokenizer import MAX_SPECIAL, Tokenizer, backend_errors, backend_package
+from nplora.tokenizer.tokenizer import Tokenizer, backend_errors, backend_package
 
-MAX_TOKENIZER = 100_000_000  # bytes
 MAX_CONFIG = 20_000_000
-# The largest number of values in tokenizer.json, by depth: its fields; added tokens and the model's fields;
-# vocabulary, merges and fields of added tokens; parts of merges. The largest files in use have 850,000 at
-# depth 3.
-MOST_VALUES = (1000, MAX_SPECIAL + 1000, 3 << 19, 1 << 21, 1 << 16)
 _MOST_SETTINGS = 1 << 20  # values of the other files; each added token takes 8
 MAX_GROWTH = 100  # how many times longer a text may become
 _MAX_TEMPLATE = 1_000_000
@@ -50,8 +46,8 @@ def from_directory(path: StrPath) -> Tokenizer:
     [2, 1, 0]
     """
     directory = Path(path)
-    backend = _backend(directory / "tokenizer.json")
-    config = read_json(directory / "tokenizer_config.json")
+    backend = _backend(directory / TOKENIZER)
+    config = read_json(directory / TOKENIZER_CONFIG)
     generation = read_json(directory / "generation_config.json")
     source = files.name(directory)
     ends = generation.get("eos_token_id")
@@ -68,7 +64,7 @@ def from_directory(path: StrPath) -> Tokenizer:
 
 
 def _backend(path: Path) -> Any:
-    raw, source = bytes(files.read(path, MAX_TOKENIZER)), files.name(path)
+    raw, source = bytes(files.read(path, MAX_BYTES)), files.name(path)
     strict_json.require_size(raw, source, MOST_VALUES)
     with backend_errors(f"{source}: not a tokenizer"):
         backend = backend_package().Tokenizer.from_buffer(raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ from nplora.formats import files, gguf, strict_json
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import Typed
+from nplora.formats.tokenizer_json import MAX_BYTES, MOST_VALUES, TOKENIZER, TOKENIZER_CONFIG, AddedToken
 from nplora.tokenizer import byte_level
-from nplora.tokenizer.directory import MAX_TOKENIZER, MOST_VALUES, chat_template, read_json
+from nplora.tokenizer.directory import chat_template, read_json
 from nplora.tokenizer.directory import from_directory as from_tokenizer_json
 from nplora.tokenizer.gguf_vocabulary import CONTROL, KEY, NORMAL, UNUSED, USER_DEFINED, from_gguf
 
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+_NEW_SCORE = -1000.0  # as llama.cpp's converter gives to added tokens
 _SAMPLES = (
     "Hello hello, it's THE théâtre's 1234567 don't\n\n  we'll\tgo \r\n ... (a+b) == {c}; ",
     "e\u0301 \u212b ﬁ ½ 日本語 한국어 العربية ☃ 👩‍🚀 \u00a0\u3000",
@@ -33,8 +36,8 @@ def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
         FileNotFoundError: there is no tokenizer.json.
     """
     directory = Path(path)
-    source = files.name(directory / "tokenizer.json")
-    raw = bytes(files.read(directory / "tokenizer.json", MAX_TOKENIZER))
+    source = files.name(directory / TOKENIZER)
+    raw = bytes(files.read(directory / "tokenizer.json", MAX_BYTES))
     fields = strict_json.loads(raw, source, MOST_VALUES)
     if not isinstance(fields, dict):
         raise FormatError(f"{source}: {brief(fields)}, expected an object")
@@ -43,7 +46,7 @@ def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
     for token in added:
         byte_level.require_plain_token(token, pre, source)
     tokens, types = _tokens(fields["model"], added, vocab_size, source)
-    config = read_json(directory / "tokenizer_config.json")
+    config = read_json(directory / TOKENIZER_CONFIG)
     special = _special(config, {token: id_ for id_, token in enumerate(tokens)})
     metadata: dict[str, Any] = {
         f"{KEY}model": "gpt2",
@@ -64,6 +67,33 @@ def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
         metadata["tokenizer.chat_template"] = template
     _require_alike(directory, metadata, [token["content"] for token in added])
     return metadata
+
+
+def with_tokens(metadata: Mapping[str, Typed], tokens: Sequence[AddedToken], size: int) -> dict[str, Typed]:
+    """The metadata of a GGUF model whose vocabulary also has these tokens.
+
+    Args:
+        size: the number of rows of the embedding. Rows without a token get an unused one.
+    Raises:
+        FormatError: the metadata hold no tokenizer.
+    """
+    if f"{KEY}tokens" not in metadata:
+        raise FormatError(f"the model has no '{KEY}tokens', which new tokens would extend")
+    listed = list(metadata[f"{KEY}tokens"].value)
+    known = metadata.get(f"{KEY}token_type")
+    kinds = [NORMAL] * len(listed) if known is None else [int(kind) for kind in known.value]
+    more = range(len(listed), size)
+    listed += [f"[PAD{id_}]" for id_ in more]
+    kinds += [UNUSED] * len(more)
+    for token in tokens:
+        listed[token.id], kinds[token.id] = token.text, CONTROL if token.special else USER_DEFINED
+    made = {**metadata, f"{KEY}tokens": Typed(listed, "STRING"), f"{KEY}token_type": Typed(kinds, "INT32")}
+    if scores := metadata.get(f"{KEY}scores"):
+        made[f"{KEY}scores"] = Typed([*map(float, scores.value), *[_NEW_SCORE] * len(more)], "FLOAT32")
+    for key in metadata:
+        if key.endswith(".vocab_size"):
+            made[key] = Typed(size, metadata[key].type)
+    return made
 
 
 def _special(config: dict[str, Any], ids: dict[str, int]) -> dict[str, int]:

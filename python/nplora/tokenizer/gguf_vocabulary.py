@@ -11,7 +11,8 @@ import numpy as np
 
 from nplora.formats.errors import FormatError, LimitError, UnsupportedError, brief
 from nplora.formats.gguf import GgufFile, Metadata
-from nplora.tokenizer.tokenizer import MAX_SPECIAL, Tokenizer, backend_package
+from nplora.formats.tokenizer_json import MAX_SPECIAL
+from nplora.tokenizer.tokenizer import Tokenizer, backend_package
 
 MAX_TOKENS = 1 << 20
 MAX_TOKEN = 1 << 12  # characters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import json
 import os
 import re
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 import numpy.typing as npt
 
 from nplora.formats.errors import FormatError, UnsupportedError, brief
+from nplora.formats.tokenizer_json import TOKENIZER, TOKENIZER_CONFIG, AddedToken
 from nplora.tokenizer import turns as turns_of
 from nplora.tokenizer.chat_template import ChatTemplate, plain
 from nplora.tokenizer.streaming import StreamDecoder
@@ -34,7 +36,6 @@ END_TOKENS = (
     "<end_of_turn>",
     "<｜end▁of▁sentence｜>",
 )
-MAX_SPECIAL = 1 << 17  # special tokens, which are searched for in each text; speech models have 65,536
 _SPACES = ("▁", "Ġ")  # a space in SentencePiece vocabularies and in byte-level ones
 # If only the first tokens of a long text are needed, only its beginning is encoded: `_CHARACTERS` per token.
 # The last tokens of a beginning may depend on the text that follows, so `_UNSURE` of them do not count.
@@ -145,6 +146,90 @@ class Tokenizer:
         """
         return [self._backend.id_to_token(id_) for id_ in range(self.vocab_size)]
 
+    # ---- added tokens ----
+
+    def with_tokens(self, tokens: Iterable[AddedToken]) -> Tokenizer:
+        """A tokenizer that also knows these tokens. Tokens that it has already stay as they are.
+
+        Raises:
+            FormatError: a token's id or text belongs to another token.
+            UnsupportedError: the ids of this tokenizer have gaps, so that new tokens would get ids in them.
+        """
+        new = sorted((token for token in tokens if not self._has(token)), key=lambda token: token.id)
+        if not new:
+            return self
+        package = backend_package()
+        with backend_errors(f"{self.source}: the tokenizer cannot be copied"):
+            backend = type(self._backend).from_str(self._backend.to_str())
+        listed, following = list[AddedToken](), self.vocab_size
+        for token in new:
+            # A backend numbers new tokens itself, so fillers take the ids before this token's.
+            listed += [AddedToken(id_, f"<|unused {id_}|>") for id_ in range(following, token.id)]
+            listed.append(token)
+            following = token.id + 1
+        backend.add_tokens(
+            [package.AddedToken(token.text, special=token.special, normalized=False) for token in listed]
+        )
+        for token in listed:
+            if backend.id_to_token(token.id) != token.text or backend.token_to_id(token.text) != token.id:
+                raise UnsupportedError(
+                    f"{self.source}: the tokenizer gives {brief(token.text)} the id "
+                    f"{backend.token_to_id(token.text)}, expected {token.id}, because its ids have gaps"
+                )
+        made = Tokenizer(
+            backend, self.source, vocab_size=following, bos_id=self.bos_id, eos_id=self.eos_id,
+            end_ids=self.eos_ids,
+        )  # fmt: skip
+        made.chat_template = self.chat_template
+        return made
+
+    def missing(self, tokens: Iterable[AddedToken], rows: int) -> tuple[AddedToken, ...]:
+        """Those of an adapter's tokens that a model with this tokenizer lacks.
+
+        Args:
+            rows: the number of rows of the model's embedding. A token beyond them has no row.
+        Raises:
+            FormatError, UnsupportedError: as in `with_tokens`.
+        """
+        found = tuple(token for token in tokens if token.id >= rows or self.id_of(token.text) != token.id)
+        for token in found:
+            self._has(token)
+        return found
+
+    def _has(self, token: AddedToken) -> bool:
+        """Whether the tokenizer has this token. Raises FormatError if its text or id is another token's."""
+        id_ = self.id_of(token.text)
+        there = self._backend.id_to_token(token.id)
+        if id_ == token.id:
+            return True
+        if id_ is not None or there is not None:
+            other = f"{brief(token.text)} is token {id_}" if id_ is not None else f"this is {brief(there)}"
+            raise FormatError(
+                f"{self.source}: the token {brief(token.text)} was added as token {token.id}, but in this "
+                f"model {other}; use the model that the token was added to"
+            )
+        if token.id < self.vocab_size:
+            raise UnsupportedError(
+                f"{self.source}: {brief(token.text)} cannot become token {token.id}, which is below the last "
+                f"token {self.vocab_size - 1} of the tokenizer"
+            )
+        return False
+
+    def files(self) -> dict[str, bytes]:
+        """The files of this tokenizer as transformers reads them, by name."""
+        names = {"bos_token": self._text(self.bos_id), "eos_token": self._text(self.eos_id)}
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **{key: text for key, text in names.items() if text},
+        }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template.text
+        return {
+            TOKENIZER: self._backend.to_str(pretty=True).encode(),
+            TOKENIZER_CONFIG: json.dumps(config, indent=2, allow_nan=False).encode(),
+        }
+
     # ---- text ----
 
     def encode(
@@ -245,7 +330,7 @@ class Tokenizer:
 
         Args:
             skip_special_tokens: leave out special tokens such as BOS.
-            context: tokens before the first token, whose text is not returned.
+            context: tokens that come before the first one; their text is not returned.
         """
         return StreamDecoder(self.decode, skip_special_tokens, context)
 

@@ -35,7 +35,11 @@ class Callback:
     """
 
     def on_fit_start(self, run: Run) -> None:
-        """Called before the first step. A resumed run has already loaded its checkpoint."""
+        """Called before the first step. A resumed run has already loaded its checkpoint.
+
+        A new run writes its first checkpoint after this hook. So if the hook raises an exception, the
+        directory holds no new run, and an earlier run that was to be overwritten is still there.
+        """
 
     def on_before_optimizer_step(self, run: Run, gradients: Mapping[str, npt.NDArray[Any]]) -> None:
         """Called in every step, before the gradients are clipped and the parameters are updated.

@@ -20,18 +20,19 @@ class EarlyStopping:
     Args:
         patience: the run ends after this number of evaluations in a row without a lower validation loss.
             None: there is no early stopping.
-        keeps_factors: whether a copy of the best factors is kept.
+        keeps_factors: whether the best factors are kept.
     Attributes:
         best: the evaluation with the lowest validation loss, as a dictionary of "loss", "epoch", "step" and
             "since", the number of evaluations made after it. "loss" is None until an evaluation has a finite
             loss. `best` itself is None before the first evaluation.
-        best_factors: the factors of the best evaluation; empty if they are not kept.
+        copies: copies of the best factors. They are out of date while the model has the best factors itself.
     """
 
     def __init__(self, model: Module, patience: int | None, keeps_factors: bool) -> None:
         self._model, self._patience, self._keeps_factors = model, patience, keeps_factors
         self.best: dict[str, Any] | None = None
-        self.best_factors: dict[str, Array] = {}
+        self.copies: dict[str, Array] = {}
+        self._is_in_model = False  # whether the model's present factors are the best ones
 
     def judge(self, record: EvaluationRecord) -> None:
         """Compare the validation loss of an evaluation with the lowest loss so far.
@@ -41,7 +42,7 @@ class EarlyStopping:
         best, loss = self.best or {"loss": None, "epoch": 0, "step": 0, "since": 0}, record.val_loss
         if math.isfinite(loss) and (best["loss"] is None or loss < best["loss"]):
             self.best = {"loss": loss, "epoch": record.epoch, "step": record.step, "since": 0}
-            self._keep(factors(self._model))
+            self._is_in_model = self._keeps_factors
         else:
             self.best = {**best, "since": best["since"] + 1}
 
@@ -52,30 +53,43 @@ class EarlyStopping:
         """
         if best is not None and best["loss"] is not None and self._keeps_factors and not best_factors:
             best = None
-        self.best = best
+        self.best, self._is_in_model = best, False
         if best is None:
-            self.best_factors = {}
-            return
-        self._keep(best_factors)
+            self.copies = {}
+        elif self._keeps_factors:
+            self._copy(best_factors)
 
-    def _keep(self, values: Mapping[str, Array]) -> None:
+    def before_other_factors(self) -> None:
+        """Copy the model's factors if they are the best ones, because the model will get others."""
+        if self._is_in_model:
+            self._copy(factors(self._model))
+
+    def _copy(self, values: Mapping[str, Array]) -> None:
         """Copy these factors into the arrays that hold the earlier best factors, or into new arrays."""
-        if not self._keeps_factors:
-            return
         for name, value in values.items():
-            if name in self.best_factors:
-                np.copyto(self.best_factors[name], value)
+            if name in self.copies:
+                np.copyto(self.copies[name], value)
             else:
-                self.best_factors[name] = value.copy()
+                self.copies[name] = value.copy()
+        self._is_in_model = False
+
+    @property
+    def best_factors(self) -> dict[str, Array]:
+        """The factors of the best evaluation; empty if they are not kept."""
+        return factors(self._model) if self._is_in_model else self.copies
 
     @property
     def is_over(self) -> bool:
         """Whether `patience` evaluations in a row had no lower validation loss than the best one."""
         return self._patience is not None and self.best is not None and self.best["since"] >= self._patience
 
+    @property
+    def kept(self) -> dict[str, Any] | None:
+        """`best`, if its factors are known; otherwise None."""
+        return self.best if self.best and self.best["loss"] is not None and self.best_factors else None
+
     def restore_best(self) -> dict[str, Any] | None:
         """Set the model's factors to the best ones and return `best`; None if there are no such factors."""
-        if self.best is None or self.best["loss"] is None or not self.best_factors:
-            return None
-        set_factors(self._model, self.best_factors)
-        return self.best
+        if self.kept is not None and not self._is_in_model:
+            set_factors(self._model, self.copies)
+        return self.kept

@@ -1,7 +1,7 @@
-"""What a checkpoint stores of a model: a fingerprint of the frozen weights, and the factors by name."""
+"""What a checkpoint stores of a model: a fingerprint of the frozen model, and the factors by name."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,30 +16,53 @@ _SAMPLE_BYTES = 1 << 16
 Array = npt.NDArray[Any]
 
 
-def base_fingerprint(model: Module) -> str:
-    """SHA-256 over the names, shapes and sampled rows of all frozen arrays.
+def base_fingerprint(model: Module, whole: bool = False) -> str:
+    """SHA-256 over the names, shapes and rows of all frozen arrays, and another one of the configuration.
 
-    The fingerprint distinguishes base models. Not every changed bit is detected, because reading all of a
-    large model would take longer than the first training steps.
+    Args:
+        whole: whether all rows are read, so that every changed bit is detected. Otherwise sampled rows
+            distinguish base models: reading all of a large model would take longer than the first training
+            steps.
     """
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         for frozen in module.local_frozen():
             if isinstance(module, LoRALayer) and frozen is module.B:
                 continue  # the checkpoint contains a frozen B
-            digest.update(f"\n{name} {fingerprint(frozen)}".encode())
-    return digest.hexdigest()
+            digest.update(f"\n{name} {fingerprint(frozen, whole)}".encode())
+    configuration = model.configuration()
+    digests = [digest, hashlib.sha256(configuration.encode())] if configuration else [digest]
+    return " ".join(found.hexdigest() for found in digests)
 
 
-def fingerprint(array: FrozenWeight | Array) -> str:
-    """The dtype and shape of an array, and a SHA-256 over at most 64 KiB of evenly spaced rows."""
+def is_same_base(found: str, base: str) -> bool:
+    """Whether a stored fingerprint is that of a model. Earlier versions stored no configuration."""
+    return found in (base, base.partition(" ")[0])
+
+
+def fingerprint(array: FrozenWeight | Array, whole: bool = False) -> str:
+    """The dtype and shape of an array, and a SHA-256 over at most 64 KiB of evenly spaced rows.
+
+    Args:
+        whole: whether the SHA-256 is over all rows.
+    """
+    digest = hashlib.sha256()
+    for part in _contents(array) if whole else [_sample(array)]:
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    return f"{array.dtype} {array.shape} {digest.hexdigest()}"
+
+
+def _contents(array: FrozenWeight | Array) -> Iterable[Array]:
+    return array.contents() if isinstance(array, FrozenWeight) else [array]
+
+
+def _sample(array: FrozenWeight | Array) -> Array:
     table = array if isinstance(array, FrozenWeight) else np.atleast_1d(array)
     rows = table.shape[0]
     row_bytes = max(1, table.nbytes // max(1, rows))
     count = min(rows, max(1, _SAMPLE_BYTES // row_bytes))
     ids = np.arange(count, dtype=np.int64) * (rows - 1) // max(1, count - 1)
-    sample = table.take(ids) if isinstance(table, FrozenWeight) else table[ids]
-    return f"{array.dtype} {array.shape} {hashlib.sha256(sample.tobytes()).hexdigest()}"
+    return table.take(ids) if isinstance(table, FrozenWeight) else table[ids]
 
 
 def factors(model: Module) -> dict[str, Array]:

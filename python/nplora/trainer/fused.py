@@ -11,7 +11,8 @@ class FusedLoss(Protocol):
     """A loss for `Trainer` that runs the forward pass, the loss and the backward pass in one call.
 
     A `FusedLoss` may also have a method `take_metrics()`, which returns other quantities by name. Each is a
-    mean over all batches since the last call. The records of steps and epochs then have these metrics.
+    mean over all batches since the last call. The records of steps and epochs then have these metrics. If a
+    mean NAME has another number of values than `count`, the metric "count/NAME" says how many.
 
     >>> import nplora, numpy as np
     >>> class Distance:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.formats.errors import brief, counted
+from nplora.formats.strict_json import json_values
 
 Array = npt.NDArray[Any]
 
@@ -129,6 +130,7 @@ def _row(record: "Record") -> dict[str, Any]:
 R = TypeVar("R", EpochRecord, EvaluationRecord)
 Record: TypeAlias = StepRecord | EvaluationRecord | EpochRecord
 
+COUNT = "count/"  # a metric of this name and NAME is the number of values in the mean NAME
 EVALUATION = "evaluation"  # the event of an evaluation in the log
 
 _KINDS: dict[str, type[StepRecord] | type[EvaluationRecord] | type[EpochRecord]] = {
@@ -160,6 +162,8 @@ class History:
         best_step, best_epoch, best_loss: the step, the epoch (counted from 1) and the validation loss of the
             evaluation whose factors the model has after the run. All are None if the model has the factors of
             the last step.
+        kept_step: after Ctrl-C, the step of the best evaluation so far, if its factors are kept for the end
+            of the resumed run.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -169,6 +173,7 @@ class History:
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     best_step: int | None = None
     best_loss: float | None = None
+    kept_step: int | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -228,11 +233,11 @@ class History:
 
     def epoch_rows(self) -> list[dict[str, Any]]:
         """The last epoch records as dictionaries for JSON. NaN and infinity become None."""
-        return [_finite(record.row()) for record in self.epochs[-KEPT:]]
+        return [json_values(record.row()) for record in self.epochs[-KEPT:]]
 
     def evaluation_rows(self) -> list[dict[str, Any]]:
         """The last evaluation records, in the form of `epoch_rows`."""
-        return [_finite(record.row()) for record in self.evaluations[-KEPT:]]
+        return [json_values(record.row()) for record in self.evaluations[-KEPT:]]
 
     def restore(
         self, columns: Mapping[str, Array], epochs: list[dict[str, Any]], evaluations: list[dict[str, Any]]
@@ -253,7 +258,7 @@ class History:
             steps.append(StepRecord(**values, metrics=_measured(metrics, row[len(names) :])))
         restored = [_restored(EpochRecord, row) for row in epochs]
         self.evaluations[:] = [_restored(EvaluationRecord, row) for row in evaluations]
-        self.steps[:], self.epochs[:] = steps, restored
+        self.steps[:], self.epochs[:] = steps, _validated(restored, self.evaluations)
 
     def add_log(self, log: bytes, step: int, epoch: int) -> None:
         """Add the records of a log up to the given step and epoch; skip lines that are not records.
@@ -282,6 +287,7 @@ class History:
         evaluations = {e.step: _of_epoch(e, loss) for e, loss in validated} | evaluations
         known = [*(evaluations[number] for number in sorted(evaluations)), *self.evaluations]
         self.evaluations[:] = [record for record in known if 0 < record.step <= step]
+        self.epochs[:] = _validated(self.epochs, self.evaluations)
 
 
 def last_logged(log: bytes, event: str) -> dict[str, Any]:
@@ -294,6 +300,21 @@ def last_logged(log: bytes, event: str) -> dict[str, Any]:
         except (ValueError, TypeError, LookupError, RecursionError):
             continue
     return {}
+
+
+def _validated(epochs: Sequence[EpochRecord], evaluations: Sequence[EvaluationRecord]) -> list[EpochRecord]:
+    """The epochs of a log or a checkpoint, with the validation losses that were not finite.
+
+    In JSON such a loss is null, as is the loss of an epoch without validation data. But only an epoch of the
+    first kind has an evaluation at its end.
+    """
+    ends = {(record.epoch, record.step): record.val_loss for record in evaluations}
+    return [
+        epoch
+        if epoch.val_loss is not None
+        else dataclasses.replace(epoch, val_loss=ends.get((epoch.epoch, epoch.step)))
+        for epoch in epochs
+    ]
 
 
 def _of_epoch(epoch: EpochRecord, loss: float) -> EvaluationRecord:
@@ -357,21 +378,27 @@ def _measured(columns: list[str], values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the row with None in place of NaN and infinities, in nested dictionaries too."""
-    return {
-        k: _finite(v) if isinstance(v, dict) else None if isinstance(v, float) and not math.isfinite(v) else v
-        for k, v in row.items()
-    }
-
-
 def mean_metrics(steps: Sequence[StepRecord]) -> dict[str, float]:
-    """The means of the metrics of several steps, weighted by the counts of the steps that have them."""
+    """The means of the metrics of several steps, over all values that were measured.
+
+    Each step has the metric `COUNT`NAME, the number of values in its mean NAME, or else its `count`.
+    """
     means = dict[str, float]()
     for name in dict.fromkeys(name for record in steps for name in record.metrics):
         having = [record for record in steps if name in record.metrics]
-        total = sum(record.metrics[name] * record.count for record in having)
-        means[name] = total / max(1, sum(record.count for record in having))
+        if name.startswith(COUNT):
+            means[name] = sum(record.metrics[name] for record in having)
+            continue
+        counts = [record.metrics.get(COUNT + name, record.count) for record in having]
+        total = sum(record.metrics[name] * count for record, count in zip(having, counts, strict=True))
+        means[name] = total / max(1, sum(counts))
+    return with_margin(means)
+
+
+def with_margin(means: dict[str, float]) -> dict[str, float]:
+    """Set the mean reward margin, which is the difference of two means, if both are known."""
+    if {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means
 
 

@@ -106,10 +106,10 @@ class Reporter(Callback):
         else:
             before, self._seen = self._seen, self._tokens()
             metrics["train/tokens_per_second"] = (self._seen - before) / seconds
-        self._report(lambda: self._write(record.step, metrics))
+        self._report(record.step, metrics)
 
     def on_evaluation(self, run: Run, record: EvaluationRecord) -> None:
-        self._report(lambda: self._write(record.step, _of_evaluation(record)))
+        self._report(record.step, _of_evaluation(record))
 
     def on_fit_end(self, run: Run) -> None:
         self.close(run.history.ended)
@@ -123,18 +123,25 @@ class Reporter(Callback):
         Args:
             ended: the value of `History.ended`; None after an error.
         """
-        self._report(lambda: self._close(ended))
-        self._is_open = False
+        if self._is_open:
+            self._is_open = False
+            self._succeeds(lambda: self._close(ended))
 
-    def _report(self, action: Callable[[], None]) -> None:
-        """Write to the report or close it. If this fails, warn, and end the report but not the run."""
-        if not self._is_open:
-            return
+    def _report(self, step: int, metrics: dict[str, float]) -> None:
+        """Write to the report, if it is open. If this fails, close the report."""
+        if self._is_open and not self._succeeds(lambda: self._write(step, metrics)):
+            self._is_open = False
+            with contextlib.suppress(Exception):  # a warning about the same report was given
+                self._close(None)
+
+    def _succeeds(self, action: Callable[[], None]) -> bool:
+        """Write to the report or close it. If this fails, warn: the report ends, but not the run."""
         try:
             action()
         except Exception as error:
-            self._is_open = False
             warn_user(f"the {self.name} report ends here, the run continues: {error}")
+            return False
+        return True
 
 
 class CsvReporter(Reporter):

@@ -8,7 +8,7 @@ from nplora.formats.run_files import LOG
 from nplora.nn.losses import CustomLoss, Loss
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer.checkpoint import Checkpoint
-from nplora.trainer.fingerprint import differences, factors
+from nplora.trainer.fingerprint import differences, factors, is_same_base
 from nplora.trainer.fit_config import FitConfig
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import EVALUATION, History, Record, last_logged
@@ -139,8 +139,9 @@ def restored_history(
             has lost records, so the history is incomplete.
     """
     path = directory.path
-    if checkpoint.base != base:
-        raise CorruptError(f"{path}: the checkpoint is of another base model: the frozen weights differ")
+    if not is_same_base(checkpoint.base, base):
+        differ = "the frozen weights or the configuration differ"
+        raise CorruptError(f"{path}: the checkpoint is of another base model: {differ}")
     _check_settings(path, checkpoint, settings)
     _check_position(path, checkpoint, state.total_steps, batches)
     _check_layers(path, checkpoint, settings)

@@ -82,6 +82,10 @@ class RunCheckpoints:
         self._state.continue_from(checkpoint, history)
         if has_other_validation(checkpoint, self._settings):
             self._state.early_stopping.continue_from(None, {})
+        elif (
+            self._settings["validation"] is None
+        ):  # the best evaluation stays, and so does its data's identity
+            self._settings["validation"] = checkpoint.settings.get("validation")
         self._note_saved()
         self._directory.cut_log(checkpoint.log_bytes)
         for event, record in unlogged:

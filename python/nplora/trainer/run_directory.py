@@ -16,33 +16,28 @@ symbolic link, and never writes to a file that another program made.
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import functools
 import json
 import os
 import re
-import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
-
-import numpy as np
 
 from nplora.formats import files, peft_adapter, run_files, safetensors
 from nplora.formats.errors import (
     CorruptError,
     FormatError,
-    TruncatedError,
-    UnsafeError,
     UnsupportedError,
 )
 from nplora.formats.files import StrPath
-from nplora.formats.run_files import CHECKPOINTS, LOCK, LOG, REFERENCE, REFERENCE_MARK, holds_run
+from nplora.formats.run_files import CHECKPOINTS, LOG, REFERENCE, REFERENCE_MARK, holds_run
 from nplora.formats.safetensors import SafetensorsFile
+from nplora.formats.strict_json import json_values
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer import checkpoint as checkpoints
 from nplora.trainer.checkpoint import MARKS, Checkpoint
+from nplora.trainer.directory_lock import DirectoryLock, open_ours
 
 # A log without a header was written by an early version, or has lost its beginning.
 _FIRST_RECORD = re.compile(
@@ -60,15 +55,6 @@ def _is_log(reader: files.Reader) -> bool:
     head = bytes(reader[:64])
     is_cut = len(reader) < 64 and b"\n" not in head
     return bool(_FIRST_RECORD.match(head)) or (is_cut and b'{"event":"'.startswith(head[:10]))
-
-
-def _is_lock(reader: files.Reader) -> bool:
-    """Whether the file is a lock: it is empty or contains a process ID."""
-    try:
-        text = bytes(reader[:32]).strip()
-    except TruncatedError:  # a run is locking the file now
-        return True
-    return len(reader) <= 32 and (not text or text.isdigit())
 
 
 def _is_generation(reader: files.Reader) -> bool:
@@ -92,7 +78,6 @@ def _is_reference(reader: files.Reader) -> bool:
 
 _IS_OURS = {
     LOG: _is_log,
-    LOCK: _is_lock,
     REFERENCE: _is_reference,
     **dict.fromkeys(CHECKPOINTS, _is_generation),
 }
@@ -129,7 +114,7 @@ class RunDirectory:
         # The log of a run that overwrites an earlier run, until the first checkpoint is written.
         self._first_log: bytearray | None = None
         self._descriptors: list[int] = []
-        self._locked_by = 0  # the PID of the process with the lock; its forked children must not unlock
+        self._lock: DirectoryLock | None = None
         try:
             if not isinstance(path, files.Directory):
                 os.makedirs(path, exist_ok=True)
@@ -138,10 +123,8 @@ class RunDirectory:
             raise _unwritable(path, error) from error
         try:
             try:
-                lock = self._lock()
+                self._lock = DirectoryLock(self._directory)
                 self._require_ours()
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
                 self._log = self._open(LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND)
                 self.log_bytes = os.fstat(self._log).st_size
                 self._remove_unfinished()
@@ -169,47 +152,9 @@ class RunDirectory:
             os.close(self._descriptors.pop())
 
     def _open(self, name: str, flags: int) -> int:
-        # O_NONBLOCK: opening a FIFO does not wait.
-        flags |= os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            descriptor = os.open(name, flags, 0o666, dir_fd=self._directory.fd)
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise UnsafeError(f"{self.path / name}: a symbolic link, expected a regular file") from error
-            raise
+        descriptor = open_ours(self._directory, name, flags, _IS_OURS[name])
         self._descriptors.append(descriptor)
-        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-        if kind != stat.S_IFREG:
-            what = files.kind_name(kind)
-            raise FileExistsError(errno.EEXIST, f"{name} is {what}, expected a regular file")
-        if not _IS_OURS[name](files.Reader(descriptor, self.path / name)):
-            reason = f"the file {name} was not made by a run: move that file, or choose another directory"
-            raise FileExistsError(errno.EEXIST, reason)
         return descriptor
-
-    def _lock(self) -> int:
-        """Open and lock the lock file. If an earlier run removes the file before it is locked, try again."""
-        while not self._locked_by:
-            descriptor = self._open(LOCK, os.O_RDWR | os.O_CREAT)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
-                reason = f"another run (process {pid}) writes to this directory"
-                raise BlockingIOError(error.errno, reason, str(self.path)) from error
-            if self._has_lock():
-                self._locked_by = os.getpid()
-            else:
-                os.close(self._descriptors.pop())
-        return descriptor
-
-    def _has_lock(self) -> bool:
-        """Whether the lock file in the directory is still the file that this process locked."""
-        try:
-            found = os.stat(LOCK, dir_fd=self._directory.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(os.fstat(self._descriptors[0]), found)
 
     def _remove_unfinished(self) -> None:
         for file in files.unfinished(self._directory.fd, run_files.NAMES):
@@ -288,7 +233,8 @@ class RunDirectory:
         Raises:
             FormatError, OSError: the log cannot be read.
         """
-        log = bytes(files.read(self.path / LOG, _MAX_LOG)[:size])
+        new = self._first_log
+        log = bytes((files.read(self.path / LOG, _MAX_LOG) if new is None else new)[:size])
         return log[: log.rfind(b"\n") + 1]
 
     def cut_log(self, size: int) -> None:
@@ -382,7 +328,7 @@ class RunDirectory:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line of JSON to the log. NaN and infinity become null."""
-        line = json.dumps(dict(_finite(record.items())), allow_nan=False, separators=(",", ":"))
+        line = json.dumps(json_values(dict(record)), allow_nan=False, separators=(",", ":"))
         data = f"{line}\n".encode()
         if self._first_log is not None:
             self._first_log += data
@@ -396,16 +342,9 @@ class RunDirectory:
             self.log_bytes += progress.done
 
     def close(self) -> None:
-        """Unlock the directory.
-
-        The lock file is removed before it is unlocked. In the other order, another run could lock the file
-        between the two actions, and its lock file would be removed.
-        """
-        if self._locked_by == os.getpid():
-            with contextlib.suppress(OSError):
-                if self._has_lock():
-                    os.unlink(LOCK, dir_fd=self._directory.fd)
-        self._locked_by = 0
+        """Close the directory and its files, and unlock it."""
+        if self._lock is not None:
+            self._lock.close()
         while self._descriptors:
             os.close(self._descriptors.pop())
         self._directory.close()
@@ -420,11 +359,3 @@ class RunDirectory:
 def _unwritable(path: StrPath, error: OSError) -> OSError:
     """Make the error for a run directory that cannot be written. The errno selects the class of the error."""
     return OSError(error.errno, f"the run directory cannot be written: {error.strerror}", files.name(path))
-
-
-def _finite(items: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
-    for name, value in items:
-        if isinstance(value, dict):
-            yield name, dict(_finite(value.items()))
-        else:
-            yield name, None if isinstance(value, float) and not np.isfinite(value) else value

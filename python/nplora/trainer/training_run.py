@@ -78,7 +78,7 @@ class TrainingRun(Run):
                 raise
 
     def _begin(self, resume: bool) -> None:
-        """Load the directory's checkpoint, or write a first one, so that a disk error appears early."""
+        """Load the directory's checkpoint, or begin the log of a new run."""
         self._state.prepare()
         require_agreement(self._meeting, self._setup, self._config)
         resumed = self._directory is not None and self._begin_directory(self._directory, resume)
@@ -95,7 +95,6 @@ class TrainingRun(Run):
         if resume and self._checkpoints.resume():
             return True
         self._checkpoints.begin()
-        self._save(must=True)
         return False
 
     def _save_interrupted(self) -> None:
@@ -114,7 +113,10 @@ class TrainingRun(Run):
             self._setup.ranks = self._meeting.communicator.gather(record)
             self.log("ranks", {"ranks": [vars(one) for one in self._setup.ranks]})
         history.ended = self._ended or "complete"
-        if not history.interrupted and (best := self._state.early_stopping.restore_best()):
+        stopping = self._state.early_stopping
+        if history.interrupted:
+            history.kept_step = stopping.kept["step"] if stopping.kept else None
+        elif best := stopping.restore_best():
             history.best_step, history.best_epoch = best["step"], best["epoch"]
             history.best_loss = best["loss"]
         if history.steps and not any(record.count for record in history.steps):
@@ -125,6 +127,7 @@ class TrainingRun(Run):
 
     def _train(self) -> None:
         self._call("on_fit_start")
+        self._save(must=True)  # only of a new run: a callback that fails to start leaves no run behind
         self._evaluate_if_due()  # a run may have stopped between a step and its evaluation
         while not self._is_over():
             if self._make_steps_of_epoch():
@@ -137,13 +140,14 @@ class TrainingRun(Run):
 
     def _is_over(self) -> bool:
         """Whether the run is over, on all ranks: a callback may have ended it on one of them."""
-        config = self._config
         ends = self._meeting.gather(self._ended)
         self._ended = next((end for end in ends if end is not None), None)
-        return (
-            self._ended is not None
-            or (config.steps is not None and self.step >= config.steps)
-            or (config.epochs is not None and self.epoch >= config.epochs)
+        return self._ended is not None or self._is_complete()
+
+    def _is_complete(self) -> bool:
+        config = self._config
+        return (config.steps is not None and self.step >= config.steps) or (
+            config.epochs is not None and self.epoch >= config.epochs
         )
 
     def _make_steps_of_epoch(self) -> bool:
@@ -186,6 +190,7 @@ class TrainingRun(Run):
             self.log(EVALUATION, record.row())
             state.add_evaluation(record)
             self._stop_if_patience_is_lost()
+            self._keep_best()
         self._call("on_evaluation", record)
 
     def _evaluation(self, epoch: int) -> EvaluationRecord | None:
@@ -210,13 +215,21 @@ class TrainingRun(Run):
             self.log("epoch", record.row())
             state.close_epoch(record, complete)
             self._stop_if_patience_is_lost()
+            self._keep_best()
         if made is not None:
             self._call("on_evaluation", made)
         self._call("on_epoch_end", record)
 
     def _stop_if_patience_is_lost(self) -> None:
-        if self._ended is None and self._state.early_stopping.is_over:
+        """End the run early if `patience` is lost, unless all steps are made."""
+        is_last = self._is_complete() or self.step == self.total_steps
+        if self._ended is None and self._state.early_stopping.is_over and not is_last:
             self._ended = "patience"
+
+    def _keep_best(self) -> None:
+        """Copy the best factors, unless the run is over, so that the model keeps them anyway."""
+        if not self._is_over():
+            self._state.early_stopping.before_other_factors()
 
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self._callbacks:

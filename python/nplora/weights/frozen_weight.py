@@ -317,6 +317,14 @@ class FrozenWeight:
         self._packed.unpack(out)
         return out
 
+    def contents(self) -> Iterator[Array]:
+        """Yield arrays that together determine the matrix, a few rows at a time if they must be decoded."""
+        if self._arrays:
+            yield from self._arrays
+            return
+        for block in storages.row_blocks(*self.shape):
+            yield self.take(np.arange(block.start, block.stop))
+
     def to_gguf(self, name: str) -> gguf.Tensor | gguf.Stream:
         """Return the matrix as a tensor for `gguf.save`, in its storage format.
 

@@ -9,6 +9,7 @@ from nplora.finetuning.data.sources import Data, find_evaluated, find_splits
 from nplora.finetuning.data.stored import DataReport
 
 FORMATS = tuple(kind.name for kind in KINDS if kind.name != "choice")
+ONE_ANSWER = tuple(name for name in FORMATS if name not in ("preference", "kto"))
 
 __all__ = [
     "EVALUATION_TOKENS",

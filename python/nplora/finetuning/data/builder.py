@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import hashlib
+import warnings
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -12,11 +13,12 @@ import numpy as np
 from nplora.finetuning.data.encoding import Encoded
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import DataReport, Stored
-from nplora.formats.errors import DataError, FormatError, counted
+from nplora.formats.errors import DataError, FormatError, LimitError, counted
 
 _Made = TypeVar("_Made", bound=Stored)
 
-_QUOTED = 3  # bad lines that a report quotes
+MOST_EXAMPLES = 1 << 25  # that weights may make of the stored examples, in an epoch
+QUOTED = 3  # bad rows that a report quotes
 
 
 class Builder(Generic[_Made]):
@@ -38,8 +40,9 @@ class Builder(Generic[_Made]):
         self._sources: list[Source] = []
         self._kinds: list[str] = []
         self._first = self._skipped_before = self._emptied_before = 0
-        self._truncated = self._emptied = self._skipped = self._unused = 0
+        self._emptied = self._skipped = self._unused = 0
         self._problems: list[str] = []
+        self._truncated = bytearray()  # for each example, whether it is cut
         self._forms = set[bool]()
         self.kind = ""
 
@@ -58,14 +61,14 @@ class Builder(Generic[_Made]):
         """Add the sequences of an example. The example is left out if one of them has nothing to train.
 
         Args:
-            unused: the row has tools or documents that the chat template left out of all sequences.
+            unused: the row has tools or documents that no sequence has.
         """
         cut = [self._cut(sequence, where) for sequence in sequences]
         is_cut = any(len(one.ids) < len(whole.ids) for one, whole in zip(cut, sequences, strict=True))
-        if is_cut and (not all(any(one.trained[1:]) for one in cut) or _are_equal(cut)):
+        if is_emptied(cut, sequences):
             self._emptied += 1
             return
-        self._truncated += is_cut
+        self._truncated.append(is_cut)
         self._unused += unused or any(sequence.unused for sequence in sequences)
         self._forms.update(sequence.is_chat for sequence in sequences)
         for one in cut:
@@ -85,29 +88,35 @@ class Builder(Generic[_Made]):
 
     def skip(self, error: FormatError) -> None:
         self._skipped += 1
-        if len(self._problems) < _QUOTED:
+        if len(self._problems) < QUOTED:
             self._problems.append(str(error))
 
     def end(self) -> None:
         """End a source: take its examples as often as its weight says.
 
         Raises:
-            DataError: the source has no examples.
+            DataError: the source has no examples, though it should have some. LimitError: its weight
+                repeats them too often.
         """
-        source, added = self._sources[-1], range(self._first, self.stored)
+        source, added, reasons = self._sources[-1], range(self._first, self.stored), self._why()
+        if not added and source.may_be_empty and not reasons:
+            self._sources.pop()
+            return
         if not added:
-            raise DataError(f"{source.name}: no examples{self._why()}")
+            raise DataError(f"{source.name}: no examples{reasons}")
         self._kinds.append(self.kind)
-        whole, fraction = divmod(source.weight, 1)
+        if source.weight > 1 and (count := len(self._order) + len(added) * source.weight) > MOST_EXAMPLES:
+            raise LimitError(
+                f"{source.name}: weight {source.weight:g} makes {count:.3g} examples in an epoch, at most "
+                f"{MOST_EXAMPLES:,} are possible"
+            )
         for index in added:
-            copies = int(whole) + (fraction > 0 and self._place(index) < fraction)
-            self._order.extend([index] * copies)
+            self._order.extend([index] * copies(source.weight, self._tokens(index)))
 
-    def _place(self, index: int) -> float:
-        """A number from 0 to 1 that depends only on the tokens of an example."""
+    def _tokens(self, index: int) -> array.array[int]:
+        """The tokens of all sequences of an example."""
         first, end = index * self._made.sequences, (index + 1) * self._made.sequences
-        ids = self._ids[self._starts[first] : self._starts[end]].tobytes()
-        return int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "big") / 2.0**64
+        return self._ids[self._starts[first] : self._starts[end]]
 
     def _why(self) -> str:
         reasons = list[str]()
@@ -125,19 +134,23 @@ class Builder(Generic[_Made]):
 
         Raises:
             DataError: the weights leave no example.
+        Warns:
+            UserWarning: some rows have tools or documents that the model does not see.
         """
         source = ", ".join(source.name for source in self._sources)
         if not self._order:
             raise DataError(f"{source}: the weights leave no example")
-        starts, order = np.array(self._starts, np.int64), np.array(self._order, np.int64)
+        # Views of the collected values, because copies would double the memory of a large data set.
+        ids, starts, order = (
+            np.frombuffer(values, type_)
+            for values, type_ in ((self._ids, np.int32), (self._starts, np.int64), (self._order, np.int64))
+        )
         report = DataReport(
-            source, 0, 0, 0, 0, 0, 0, self._truncated, self._emptied, self._skipped, tuple(self._problems),
+            source, 0, 0, 0, 0, 0, 0, 0, self._emptied, self._skipped, tuple(self._problems),
             self._unused, ", ".join(dict.fromkeys(self._kinds)), self._unit,
             self._forms.pop() if len(self._forms) == 1 else None,
         )  # fmt: skip
-        made = self._made(
-            np.array(self._ids, np.int32), np.array(self._trained, np.bool_), starts, report, order
-        )
+        made = self._made(ids, np.frombuffer(self._trained, np.bool_), starts, report, order)
         lengths = made.sequence_lengths
         made.report = dataclasses.replace(
             report,
@@ -147,8 +160,31 @@ class Builder(Generic[_Made]):
             shortest=int(lengths.min()),
             median=int(np.median(lengths)),
             longest=int(lengths.max()),
+            truncated=int(np.frombuffer(self._truncated, np.uint8)[order].sum()),
         )
+        if self._unused:
+            rows = counted(self._unused, self._unit)
+            warnings.warn(
+                f"{source}: {rows} with tools or documents that the chat template leaves out: the model does "
+                "not see them",
+                stacklevel=4,
+            )
         return made
+
+
+def copies(weight: float, tokens: array.array[int]) -> int:
+    """How often an example is in an epoch. A hash of its tokens decides about a fraction of the weight."""
+    whole, fraction = divmod(weight, 1)
+    if not fraction:
+        return int(whole)
+    digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
+    return int(whole) + (int.from_bytes(digest, "big") / 2.0**64 < fraction)
+
+
+def is_emptied(cut: list[Encoded], whole: list[Encoded]) -> bool:
+    """Whether an example is left out, because of the cut: nothing is trained, or no pair is left."""
+    is_cut = any(len(one.ids) < len(before.ids) for one, before in zip(cut, whole, strict=True))
+    return is_cut and (not all(any(one.trained[1:]) for one in cut) or _are_equal(cut))
 
 
 def _are_equal(sequences: list[Encoded]) -> bool:

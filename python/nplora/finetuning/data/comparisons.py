@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +19,25 @@ from nplora.finetuning.data.examples import Example, Judged
 from nplora.finetuning.data.kinds import BY_NAME, Kind
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import Stored
-from nplora.formats.errors import DataError
+from nplora.formats.errors import DataError, counted
 from nplora.models.packing import PackedBatch, pack
 from nplora.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
 Labelled = tuple[Array, Array]  # ids and labels of a sequence
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a loss of pairs needs besides a batch.
+
+    Attributes:
+        is_answer: for each token of the batch, whether the next one belongs to an answer.
+        tokens_per_pair: the mean number of trained tokens in the chosen sequences of the whole data set.
+    """
+
+    is_answer: Array
+    tokens_per_pair: float
 
 
 class PairDataset(Stored):
@@ -36,21 +50,24 @@ class PairDataset(Stored):
         first = 2 * int(self._order[index])
         return self._labelled(first), self._labelled(first + 1)
 
-    def batch(self, indices: Array) -> tuple[PackedBatch, Array]:
-        """These pairs as a batch, and for each token, whether the next one belongs to an answer."""
-        sequences = [sequence for index in indices for sequence in self[int(index)]]
-        batch = pack(sequences)
-        return batch, batch.targets >= 0
+    def batch(self, indices: Array) -> tuple[PackedBatch, Answers]:
+        """These pairs as a batch, and which of its tokens are answers."""
+        batch = pack(sequence for index in indices for sequence in self[int(index)])
+        return batch, Answers(batch.targets >= 0, self._tokens_per_pair)
+
+    @functools.cached_property
+    def _tokens_per_pair(self) -> float:
+        return float(self._trained_counts()[::2][self._order].mean())
 
 
 class LearnedPairs(PairDataset):
     """Pairs whose chosen sequence is also trained as a whole, the prompt included (ORPO)."""
 
-    def batch(self, indices: Array) -> tuple[PackedBatch, Array]:
-        _, is_answer = super().batch(indices)
+    def batch(self, indices: Array) -> tuple[PackedBatch, Answers]:
+        _, answers = super().batch(indices)
         sequences = [sequence for index in indices for sequence in self[int(index)]]
         whole = pack((ids, labels if number % 2 else ids) for number, (ids, labels) in enumerate(sequences))
-        return whole, is_answer
+        return whole, answers
 
     def _trained_counts(self) -> Array:
         counts = super()._trained_counts()
@@ -64,7 +81,7 @@ class Judgements:
 
     Attributes:
         good: whether each answer is good.
-        mismatched: each prompt with the answer to another prompt of the batch.
+        mismatched: each prompt with an answer to another prompt; empty if the loss needs no such sequences.
     """
 
     good: Array
@@ -74,14 +91,21 @@ class Judgements:
 class JudgedDataset(Stored):
     """Answers that somebody found good or bad.
 
-    Each prompt is also paired with the answer before it in its batch. That answer belongs to another prompt.
-    The mean log-ratio of these mismatched pairs estimates the KL divergence from the reference. The batches
-    are the same in all epochs, so the log-probabilities of the reference are computed only once.
+    Each prompt is also paired with an answer to another prompt: the nearest one before it in its batch, or,
+    in a batch with one prompt, in the data set. Each search continues at the end. The mean log-ratio of these
+    mismatched pairs estimates the KL divergence from the reference. The batches are the same in all epochs,
+    so the log-probabilities of the reference are computed only once.
+
+    Attributes:
+        good: for each stored example, whether the answer is good.
+        max_length: maximum tokens of a mismatched pair.
+        mismatches: whether the loss needs mismatched pairs.
     """
 
     same_batches = True
-    good: Array  # for each stored example, whether the answer is good
+    good: Array
     max_length: int | None = None
+    mismatches = True
 
     def __getitem__(self, index: int) -> tuple[Array, Array, bool]:
         """The ids and labels of the sequence, and whether the answer is good."""
@@ -91,10 +115,36 @@ class JudgedDataset(Stored):
     def batch(self, indices: Array) -> tuple[PackedBatch, Judgements]:
         """These answers in one batch, and their judgements."""
         batch = pack(self[int(index)][:2] for index in indices)
-        others = np.roll(indices, 1) if len(indices) > 1 else (indices + 1) % len(self)
-        pairs = zip(indices.tolist(), others.tolist(), strict=True)
-        mismatched = pack(self._mismatched(one, other) for one, other in pairs)
+        pairs = zip(indices.tolist(), self._others(indices).tolist(), strict=True) if self.mismatches else ()
+        mismatched = pack(self._mismatched(*pair) for pair in pairs)
         return batch, Judgements(self.good[self._order[indices]], mismatched)
+
+    @property
+    def has_other_prompts(self) -> bool:
+        """Whether there are at least two different prompts."""
+        return bool((self._prompts != self._prompts[0]).any())
+
+    def _others(self, indices: Array) -> Array:
+        """For each example of a batch, the example whose answer its prompt gets."""
+        found = _before_with_another(self._prompts[indices])
+        return self._others_in_data[indices] if found is None else indices[found]
+
+    @functools.cached_property
+    def _others_in_data(self) -> Array:
+        found = _before_with_another(self._prompts)
+        assert found is not None, "`read_judged` refuses data with a single prompt"
+        return found
+
+    @functools.cached_property
+    def _prompts(self) -> Array:
+        """For each example, the number of its prompt: equal prompts have the same number."""
+        numbers = dict[bytes, int]()
+        stored = []
+        for number in range(len(self.good)):
+            ids, labels = self._labelled(number)
+            prompt = ids[: _first_trained(labels)].tobytes()
+            stored.append(numbers.setdefault(prompt, len(numbers)))
+        return np.array(stored)[self._order]
 
     def _mismatched(self, one: int, other: int) -> Labelled:
         """The prompt of one example and the answer of another, cut to the maximum length."""
@@ -111,6 +161,18 @@ class JudgedDataset(Stored):
 def _first_trained(labels: Array) -> int:
     """The number of tokens before the first trained token, at least 1."""
     return 1 + int(np.argmax(labels[1:] >= 0))
+
+
+def _before_with_another(values: Array) -> Array | None:
+    """For each position, the nearest one before it that has another value; None if all values are equal.
+
+    The search continues at the end: the last position is before the first.
+    """
+    begins = np.flatnonzero(values != np.roll(values, 1))  # of the runs of equal values
+    if not len(begins):
+        return None
+    run = np.searchsorted(begins, np.arange(len(values)), side="right") - 1
+    return np.asarray((begins[run] - 1) % len(values))
 
 
 # ---- reading ----
@@ -141,19 +203,25 @@ def read_judged(
     tokenizer: Tokenizer,
     options: ReadOptions,
     objective: str,
+    mismatches: bool,
 ) -> JudgedDataset:
     """The judged answers of all sources. A pair gives two: a good one (chosen) and a bad one (rejected).
 
-    Raises as `read_dataset`. DataError: the rows have no judgement, or there is only one answer.
+    Args:
+        mismatches: whether the loss needs prompts with answers to other prompts.
+    Raises as `read_dataset`. DataError: the rows have no judgement, or they need other prompts than the one
+        that they have.
     """
     builder = _JudgedBuilder(options.max_length, options.strict, JudgedDataset, "answer")
     _read(op, builder, sources, tokenizer, options, _Wanted(objective, ("kto", "preference")), _each)
     dataset = builder.dataset()
     dataset.good, dataset.max_length = np.array(builder.good, np.bool_), options.max_length
-    if len(dataset) < 2:
+    dataset.mismatches = mismatches
+    if mismatches and not dataset.has_other_prompts:
         raise DataError(
-            f"{dataset.report.source}: one answer, expected at least two: objective {objective!r} compares "
-            "each answer with another prompt's"
+            f"{dataset.report.source}: {counted(len(dataset), 'answer')} to one prompt, expected at least "
+            "two different prompts: loss_type 'kto' compares each prompt with the answer to another one; "
+            "'apo_zero_unpaired' does not"
         )
     return dataset
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, overload
 
@@ -15,17 +14,17 @@ from nplora import _check
 from nplora.finetuning.data.builder import Builder
 from nplora.finetuning.data.encoding import LEARN, Encoded, Encoder
 from nplora.finetuning.data.examples import Example
-from nplora.finetuning.data.kinds import BY_NAME, Fields, Kind, recognise, renamed
+from nplora.finetuning.data.kinds import BY_NAME, FIELDS, Fields, Kind, lacks_context, recognise, renamed
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Data, Source, sources_of
 from nplora.finetuning.data.stored import Stored
-from nplora.formats.errors import DataError, LimitError, counted
+from nplora.formats.errors import DataError, LimitError, brief, nearest_names
 from nplora.models.packing import PackedBatch, pack
 from nplora.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
 
-_CONTEXT = ("tools", "documents")
+PLAIN_TEXT = "plain text"  # what a report calls the format of a .txt file
 
 
 class Dataset(Stored, Sequence[tuple[Array, Array]]):
@@ -85,6 +84,11 @@ class ReadOptions:
             _check.choice(op, "format", self.format, tuple(BY_NAME))
         if not isinstance(self.columns, Mapping):
             raise TypeError(f"{op}: columns is {_check.kind(self.columns)}, expected a dictionary")
+        for name in self.columns:
+            if name not in FIELDS:
+                near = nearest_names(str(name), FIELDS, 1)
+                possible = f"did you mean {near[0]!r}?" if near else f"possible: {', '.join(FIELDS)}"
+                raise ValueError(f"{op}: columns names {brief(name)}, which no format has; {possible}")
 
 
 def read_dataset(
@@ -143,7 +147,7 @@ def read_dataset(
             empty or of another type; if a role is unknown or out of order; if a tool call has no name; or if
             a weight is neither 0 nor 1, or belongs to a message that is not the assistant's. The error
             message names the file and the line.
-        LimitError: a line is too long, or its JSON exceeds a limit.
+        LimitError: a line is too long, its JSON exceeds a limit, or a weight repeats examples too often.
         UnsafeError, FormatError: the model's chat template is invalid.
         ValueError: an argument is out of range, or the model has no EOS token or no chat template.
         ModuleNotFoundError: the package `pyarrow` is needed and not installed.
@@ -171,35 +175,31 @@ def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: 
     for source in sources:
         builder.begin(source)
         if source.is_text:
-            _add_text(op, builder, source, tokenizer, options)
+            builder.kind = PLAIN_TEXT
+            for window in text_windows(op, source, tokenizer, options.max_length):
+                builder.add([window], source.name)
         else:
             add_rows(builder, source, tokenizer, options, _require_one_answer, _single)
         builder.end()
-    dataset = builder.dataset()
-    if dataset.report.unused:
-        rows = counted(dataset.report.unused, "example")
-        warnings.warn(
-            f"{dataset.report.source}: {rows} with tools or documents that the chat template leaves out: "
-            "the model does not see them",
-            stacklevel=3,
-        )
-    return dataset
+    return builder.dataset()
 
 
-def _add_text(
-    op: str, builder: Builder[Dataset], source: Source, tokenizer: Tokenizer, options: ReadOptions
-) -> None:
-    """Add a plain text in windows. Neighbours share a token, so that each token but the first is a target."""
-    length = options.max_length
+def text_windows(op: str, source: Source, tokenizer: Tokenizer, length: int | None) -> Iterator[Encoded]:
+    """Divide a plain text into windows of this many tokens, all of which are trained.
+
+    Neighbours share a token, so that each token of the text but the first is a target.
+
+    Raises:
+        ValueError: `length` is None. DataError: the file cannot be read as text.
+    """
     if length is None:
         raise ValueError(f"{op}: max_length is None, but the plain text {source.name} needs one")
-    builder.kind = "plain text"
     encoder = Encoder(tokenizer, learn_all=True, max_length=None)
     texts = (str(row.values["text"]) for row in source.read())
     ids = itertools.chain.from_iterable(encoder.text_parts(texts))
     window = list(itertools.islice(ids, length))
     while len(window) > 1:
-        builder.add([Encoded(window, [True] * len(window))], source.name)
+        yield Encoded(window, [True] * len(window))
         window = [window[-1], *itertools.islice(ids, length - 1)]
 
 
@@ -219,12 +219,10 @@ def add_rows(
         examples_of: divides the sequences of a row into examples.
     """
     encoder = Encoder(tokenizer, options.learn == "all", options.max_length, options.chat)
-    kind = None if options.format is None else BY_NAME[options.format]
+    kind: Kind | None = None
     for row in source.read():
         try:
-            kind = kind_of(row, kind, options, require)
-            values = renamed(row.values, options.columns, row.where)
-            example = kind.parse(Fields(values, row.where))
+            kind, example, unused = parsed(row, kind, options, require)
             examples = examples_of(example, encoder.encode(example, row.where))
         except (DataError, LimitError) as error:
             if not options.skip_bad:
@@ -232,8 +230,6 @@ def add_rows(
             builder.skip(error)
             continue
         builder.kind = kind.name
-        has_context = any(row.values.get(name) for name in _CONTEXT)
-        unused = has_context and kind.name in ("completion", "text")
         for sequences in examples:
             builder.add(sequences, row.where, unused)
 
@@ -265,16 +261,36 @@ def kind_of(
 
     Raises the error that occurred when the row was read, or a DataError.
     """
+    return _kind_and_values(row, before, options, require)[0]
+
+
+def parsed(
+    row: Row, before: Kind | None, options: ReadOptions, require: Callable[[Kind, str], None] | None = None
+) -> tuple[Kind, Example, bool]:
+    """The kind of a row, as `kind_of` finds it, the row's example, and whether that lacks the row's tools.
+
+    Args:
+        before: the kind of the rows before; None: any.
+        require: as in `add_rows`; None: rows of every kind are read.
+    Raises the error that occurred when the row was read, or a DataError.
+    """
+    kind, values = _kind_and_values(row, before, options, require)
+    example = kind.parse(Fields(values, row.where))
+    return kind, example, lacks_context(values, example)
+
+
+def _kind_and_values(
+    row: Row, before: Kind | None, options: ReadOptions, require: Callable[[Kind, str], None] | None
+) -> tuple[Kind, dict[str, Any]]:
     if row.error is not None:
         raise row.error
-    if options.format is not None and before is not None:
-        require(before, row.where)
-        return before
-    kind = recognise(renamed(row.values, options.columns, row.where), row.where)
-    require(kind, row.where)
+    values = renamed(row.values, options.columns, row.where)
+    kind = recognise(values, row.where) if options.format is None else BY_NAME[options.format]
+    if require is not None:
+        require(kind, row.where)
     if before is not None and before is not kind:
         raise DataError(
             f"{row.where}: has {kind.fields}, and the rows before have {before.fields}; "
             "expected one format in a file"
         )
-    return kind
+    return kind, values

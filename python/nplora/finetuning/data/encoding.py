@@ -68,8 +68,8 @@ class Encoder:
         """The sequences of an example: one; for a preference two, the chosen answer first.
 
         Raises:
-            DataError: nothing can be trained, or the chat template refuses the messages. UnsafeError,
-                FormatError: the chat template is at fault.
+            DataError: nothing can be trained, both answers of a preference have the same tokens, or the chat
+                template refuses the messages. UnsafeError, FormatError: the chat template is at fault.
         """
         if self._chat:
             example = through_template(example)
@@ -93,6 +93,8 @@ class Encoder:
             is_cut = self._most is not None and len(one.ids) >= self._most
             if not is_cut and not any(one.trained[1:]):
                 raise DataError(f"{where}: {_NOTHING}")
+            if isinstance(example, Preference) and not is_cut and sequences[0].ids == sequences[1].ids:
+                raise DataError(f"{where}: chosen and rejected have the same tokens, expected two answers")
         return sequences
 
     def text_parts(self, texts: Iterable[str]) -> Iterator[list[int]]:
@@ -137,6 +139,9 @@ class Encoder:
             raise DataError(f"{where}: {error}") from error
         trained = [True] * len(chat.ids) if self._all else chat.is_reply
         for index, turn in chat.turns.items():
-            if not example.is_trained(index):
+            is_left_out = (
+                example.messages[index].get("weight") == 0 if self._all else not example.is_trained(index)
+            )
+            if is_left_out:
                 trained[turn.start : turn.stop] = [False] * len(turn)
         return Encoded(chat.ids, trained, bool(chat.unused), is_chat=True)

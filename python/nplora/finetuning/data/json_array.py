@@ -8,10 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from nplora.formats.errors import DataError, LimitError, brief
+from nplora.formats.strict_json import Marks
 
-_IS_MARK, _STEP = np.zeros(256, np.uint8), np.zeros(256, np.int8)
-_IS_MARK[list(b"[{]},")] = 1
-_STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 _SPACE = re.compile(r"[ \t\r\n]*")
 _HEAD = 1 << 20  # bytes in which the array must begin
 _NEXT = json.JSONDecoder()
@@ -20,15 +18,14 @@ _NEXT = json.JSONDecoder()
 def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
     """The elements of the array in a text: the text is `[…]`, or an object with the array as its "data".
 
-    The elements are not parsed. What follows the array in such an object is not read.
+    The elements are not parsed, and neither is the rest of such an object.
 
     Args:
         parts: the text. The array must begin within the first megabyte.
         name: the name of the text, for messages.
         most: the largest number of bytes of an element.
     Raises:
-        DataError: the text is neither an array nor such an object, the array does not end, or text follows
-            it.
+        DataError: the text is neither an array nor such an object, it does not end, or text follows it.
         LimitError: an element is too long.
     """
     joined = bytearray()
@@ -36,21 +33,12 @@ def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
         joined += more
     head = bytes(joined)
     begin, is_object = _begin(head, name)
-    held, depth, in_string, escape, number = b"", 1, False, b"", 0
+    held, marks, number = b"", Marks(depth=1), 0
     part: bytes | None = head[begin:]
     while part is not None:
-        text = escape + part
-        hidden = text.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")  # an escaped quote does not end a string
-        escape = b"\\" * hidden.endswith(b"\\")  # the letter that the backslash escapes is in the next part
-        if escape:
-            text, hidden = text[:-1], hidden[:-1]
-        piece = np.frombuffer(hidden, np.uint8)
-        inside = np.cumsum(piece == ord('"'), dtype=np.uint8) + np.uint8(in_string) & 1
-        in_string = bool(inside[-1]) if len(inside) else in_string
-        places = np.flatnonzero(_IS_MARK[piece] > inside)
-        depths = depth + np.cumsum(_STEP[piece[places]], dtype=np.int64)
-        depth = int(depths[-1]) if len(depths) else depth
-        ends = places[(depths == 0) | ((depths == 1) & (piece[places] == ord(",")))].tolist()
+        text, places, depths = marks.of(part)
+        is_comma = np.frombuffer(text, np.uint8)[places] == ord(",")
+        ends = places[(depths == 0) | ((depths == 1) & is_comma)].tolist()
         last = int(places[np.argmin(depths > 0)]) if (depths <= 0).any() else None
         start = 0
         for end in ends:
@@ -61,17 +49,44 @@ def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
             if element.strip() or end != last or number > 1:
                 yield element
         if last is not None:
-            rest = itertools.chain([text[last + 1 :]], parts)
-            if not is_object and (after := next((part for part in rest if part.strip()), None)):
-                raise DataError(
-                    f"{name}: {brief(after.strip()[:40].decode(errors='replace'))} follows the array"
-                )
+            rest: Iterator[bytes] = itertools.chain([text[last + 1 :]], parts)
+            if is_object:
+                rest = _after_object(rest, name)
+            _require_blank(rest, name, "the object" if is_object else "the array")
             return
         held += text[start:]
         if len(held) > most:
             raise LimitError(f"{name}, row {number + 1}: more than {most:,} bytes, the limit for a row")
         part = next(parts, None)
     raise DataError(f"{name}: the array does not end")
+
+
+def _after_object(rest: Iterator[bytes], name: str) -> Iterator[bytes]:
+    """What follows the object whose array has ended."""
+    marks, is_begun = Marks(depth=1), False
+    for part in rest:
+        text, places, depths = marks.of(part)
+        if not is_begun and (found := text.lstrip()):
+            if found[:1] not in (b",", b"}"):
+                raise _follows(found, name, "the array")
+            is_begun = True
+        ends = places[depths == 0]
+        if len(ends) and text[ends[0] : ends[0] + 1] != b"}":
+            break
+        if len(ends):
+            return itertools.chain([text[int(ends[0]) + 1 :]], rest)
+    raise DataError(f"{name}: the object does not end")
+
+
+def _require_blank(rest: Iterator[bytes], name: str, before: str) -> None:
+    """Read the rest of a text, which must be white space."""
+    for part in rest:
+        if part.strip():
+            raise _follows(part, name, before)
+
+
+def _follows(text: bytes, name: str, before: str) -> DataError:
+    return DataError(f"{name}: {brief(text.strip()[:40].decode(errors='replace'))} follows {before}")
 
 
 def _begin(head: bytes, name: str) -> tuple[int, bool]:
@@ -100,7 +115,10 @@ def _begin(head: bytes, name: str) -> tuple[int, bool]:
             place = len(text)
     if text[place : place + 1] != "[":
         shown = brief(text.lstrip()[:40].encode("utf-8", "surrogateescape").decode(errors="replace"))
-        raise DataError(f'{name}: begins with {shown}, expected an array, or an object with "data": an array')
+        lines = "; a file with an object on each line is .jsonl" * is_object
+        raise DataError(
+            f'{name}: begins with {shown}, expected an array, or an object with "data": an array{lines}'
+        )
     return before + len(text[: place + 1].encode("utf-8", "surrogateescape")), is_object
 
 

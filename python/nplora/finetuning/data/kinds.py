@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from nplora.finetuning.data.examples import (
     Preference,
     Text,
 )
+from nplora.formats import strict_json
 from nplora.formats.errors import DataError, brief
 
 _MESSAGES = "expected a list of objects with a role and a content"
@@ -31,6 +31,7 @@ _SPEAKERS = {  # of ShareGPT
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "function_call": "assistant", "observation": "tool", "tool": "tool",
 }  # fmt: skip
+_LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # labels of choices for which a row has none
 _TURNS = ("human or observation", "gpt or function_call")
 
 
@@ -89,12 +90,21 @@ class Fields:
 
     def _json(self, name: str, text: str) -> Any:
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
+            return _loads(text)
+        except ValueError:
             raise self.error(f"{name} is {brief(text)}, expected a list of objects, or one as JSON") from None
 
     def error(self, problem: str) -> DataError:
         return DataError(f"{self.where}: {problem}")
+
+
+def _loads(text: str) -> Any:
+    """Parse JSON that a text of a row holds, as strictly as the JSON of a file.
+
+    Raises:
+        ValueError: the text is not JSON, or exceeds a limit.
+    """
+    return strict_json.loads(text.encode("utf-8"), "JSON")
 
 
 # ---- plain texts ----
@@ -125,7 +135,8 @@ def _answered(row: Fields, name: str) -> list[Message]:
 
 
 def _instruction(row: Fields) -> Example:
-    history = row.values.get("history") or []
+    history = row.values.get("history")
+    history = [] if history in (None, "") else history
     is_pairs = isinstance(history, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
         for pair in history
@@ -153,7 +164,7 @@ def _openai(row: Fields) -> Example:
 
 def _chat(row: Fields, messages: list[Message], prompt: list[Any] | None) -> Chat:
     tools, documents = (row.objects(name) for name in _CONTEXT)
-    return Chat(messages, tools and list(map(_tool, tools)), documents, len(prompt or ()))
+    return Chat(messages, tools and [_tool(row, tool) for tool in tools], documents, len(prompt or ()))
 
 
 def _messages(row: Fields, name: str, value: Any) -> list[Message]:
@@ -172,14 +183,28 @@ def _message(row: Fields, message: object) -> Message:
     role = message["role"]
     if role not in _ROLES:
         raise row.error(f"the role of a message is {brief(role)}, expected one of {', '.join(_ROLES)}")
+    message = _with_tool_calls(row, message)
     made = {name: value for name, value in message.items() if value is not None}
     made["content"] = _content(row, message)
-    if message.get("tool_calls"):
+    if message.get("tool_calls") not in (None, []):
         made["tool_calls"] = _tool_calls(row, message)
     if role == "assistant" and not made["content"].strip() and not made.get("tool_calls"):
         raise row.error(f"the assistant's content is {brief(message.get('content'))}, expected a text")
     _check_weight(row, message)
     return made
+
+
+def _with_tool_calls(row: Fields, message: Message) -> Message:
+    """The message with the older `function_call` of OpenAI's API as a tool call."""
+    called = message.get("function_call")
+    if called is None:
+        return message
+    if message.get("tool_calls") is not None:
+        raise row.error("a message has both tool_calls and function_call, expected only one of them")
+    if not isinstance(called, dict):
+        raise row.error(f"function_call is {brief(called)}, expected an object")
+    others = {name: value for name, value in message.items() if name != "function_call"}
+    return others | {"tool_calls": [called]}
 
 
 def _content(row: Fields, message: Message) -> str:
@@ -218,8 +243,8 @@ def _tool_call(row: Fields, call: dict[str, Any]) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
+            arguments = _loads(arguments)
+        except ValueError:
             arguments = None
     if not isinstance(arguments, dict):
         shown = brief(function.get("arguments"))
@@ -246,9 +271,13 @@ def _check_order(row: Fields, before: Message | None, message: Message) -> None:
         raise row.error(f"a message of role {role!r} is {after}, expected it after an assistant's message")
 
 
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+def _tool(row: Fields, tool: dict[str, Any]) -> dict[str, Any]:
     """A tool in the form of OpenAI's API. If the data give only its function, wrap the function."""
-    return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name:
+        raise row.error(f"a tool is {brief(tool)}, expected an object with the name of its function")
+    return tool if "function" in tool else {"type": "function", "function": tool}
 
 
 # ---- ShareGPT ----
@@ -292,8 +321,8 @@ def _turn(row: Fields, turn: object) -> Message:
     if speaker != "function_call":
         return _message(row, {"role": _SPEAKERS[speaker], "content": value, **weight})
     try:
-        calls = json.loads(value)
-    except (ValueError, RecursionError):
+        calls = _loads(value)
+    except ValueError:
         calls = None
     if not isinstance(calls, dict | list):
         raise row.error(f"a function_call is {brief(value)}, expected a name and arguments as JSON")
@@ -313,6 +342,9 @@ def _preference(row: Fields) -> Example:
         pair = Preference(_answer(row, "chosen"), _answer(row, "rejected"))
     else:
         pair = _without_prompt(row)
+    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if isinstance(answer, Chat) and (role := answer.messages[-1]["role"]) != "assistant":
+            raise row.error(f"{name} ends with a message of role {role!r}, expected one of the assistant")
     if pair.chosen == pair.rejected:
         raise row.error("chosen and rejected are the same answer, expected two")
     return pair
@@ -328,17 +360,30 @@ def _without_prompt(row: Fields) -> Preference:
     """Two texts or chats. The beginning that they share is the prompt."""
     if isinstance(row.values.get("chosen"), str) or isinstance(row.values.get("rejected"), str):
         texts = row.text("chosen"), row.text("rejected")
-        prompt = texts[0][: _shared(*texts)]
-        return Preference(*(Completion(prompt, text[len(prompt) :]) for text in texts))
+        shared = _shared(row, *texts)
+        return Preference(*(Completion(text[:shared], text[shared:]) for text in texts))
     chats = [_messages(row, name, row.get(name)) for name in ("chosen", "rejected")]
-    shared = _shared(*chats)
+    shared = _shared(row, *chats)
+    prompt = row.values.get("prompt")
+    asked = [message["content"].strip() for message in chats[0][:shared] if message["role"] == "user"]
+    if isinstance(prompt, str) and prompt.strip() not in asked:
+        wanted = "expected a message of the user at the beginning of chosen and rejected"
+        raise row.error(f"prompt is {brief(prompt)}, {wanted}")
     return Preference(*(_chat(row, messages, messages[:shared]) for messages in chats))
 
 
-def _shared(one: Sequence[object], other: Sequence[object]) -> int:
-    """The number of items at the beginning that both sequences share."""
-    same = (a == b for a, b in zip(one, other, strict=False))
-    return sum(1 for _ in itertools.takewhile(bool, same))
+def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
+    """The number of items at the beginning that both answers share, as TRL's `extract_prompt` counts them.
+
+    A space before the difference belongs to the answers, and each answer has an item at least.
+    """
+    same = (a == b for a, b in zip(one[:-1], other[:-1], strict=False))
+    count = sum(1 for _ in itertools.takewhile(bool, same))
+    if count and one[count - 1] == " " and one[count] != other[count]:
+        count -= 1
+    if not count and one != other:
+        raise row.error("chosen and rejected begin differently, expected the same prompt in both")
+    return count
 
 
 def _judged(row: Fields) -> Example:
@@ -366,8 +411,8 @@ def _multiple_choice(row: Fields) -> Example:
     return MultipleChoice(prompt, choices, _right_choice(row, choices, labels))
 
 
-def _choices(row: Fields) -> tuple[tuple[str, ...], list[str]]:
-    """The choices and their labels: texts, or {"text": […], "label": […]} as in ARC."""
+def _choices(row: Fields) -> tuple[tuple[str, ...], list[str] | None]:
+    """The choices, and their labels if there are any: texts, or {"text": […], "label": […]} as in ARC."""
     wanted = "expected a list of two or more different texts"
     value: Any = row.get("choices")
     labels: Any = None
@@ -378,26 +423,55 @@ def _choices(row: Fields) -> tuple[tuple[str, ...], list[str]]:
     if len(value) < 2 or len(set(value)) < len(value):
         raise row.error(f"choices is {brief(value)}, {wanted}")
     if labels is None:
-        labels = [chr(ord("A") + index) for index in range(min(len(value), 26))]
-    elif not isinstance(labels, list) or len(labels) != len(value):
-        raise row.error(f"the labels of choices are {brief(labels)}, expected one for each choice")
+        return tuple(value), None
+    if not isinstance(labels, list) or len(set(map(str, labels))) != len(value) or len(labels) != len(value):
+        raise row.error(
+            f"the labels of choices are {brief(labels)}, expected one for each choice, all different"
+        )
     return tuple(value), list(map(str, labels))
 
 
-def _right_choice(row: Fields, choices: tuple[str, ...], labels: list[str]) -> int:
-    """The index of the right choice. The row gives the choice, its label (default: A, B, …) or its index."""
+def _right_choice(row: Fields, choices: tuple[str, ...], labels: list[str] | None) -> int:
+    """The index of the right choice. The row gives its label, the choice itself, or its index.
+
+    The labels A, B, … of a row without labels come after the choices. Numbers as labels leave no room for
+    indices, because the first label may be 0 or 1.
+    """
     answer = row.get("answer")
-    if isinstance(answer, str):
-        if answer in choices:
-            return choices.index(answer)
-        if answer in labels:
-            return labels.index(answer)
-        answer = int(answer) if answer.isascii() and answer.isdigit() and len(answer) < 9 else answer
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        return answer
-    raise row.error(
-        f"answer is {brief(row.get('answer'))}, expected one of the choices, or 0 to {len(choices) - 1}"
-    )
+    if isinstance(answer, str | int) and not isinstance(answer, bool):
+        names: list[Sequence[str]] = [labels, choices] if labels else [choices, _LETTERS[: len(choices)]]
+        for known in names:
+            if str(answer) in known and (isinstance(answer, str) or known is labels):
+                return known.index(str(answer))
+        index = str(answer)
+        has_indices = labels is None or not any(label.isdigit() for label in labels)
+        if (
+            has_indices
+            and index.isascii()
+            and index.isdigit()
+            and len(index) < 9
+            and int(index) < len(choices)
+        ):
+            return int(index)
+    wanted = f"0 to {len(choices) - 1}" if labels is None else f"one of the labels {brief(labels)}"
+    raise row.error(f"answer is {brief(row.get('answer'))}, expected one of the choices, or {wanted}")
+
+
+# ---- tools and documents ----
+
+
+def lacks_context(values: Mapping[str, Any], example: Example) -> bool:
+    """Whether a row has tools or documents that its example lacks, because only messages have them."""
+    answer: object = example
+    if isinstance(example, Preference):
+        answer = example.chosen
+    elif isinstance(example, Judged):
+        answer = example.answer
+    return not isinstance(answer, Chat) and any(_is_given(values.get(name)) for name in _CONTEXT)
+
+
+def _is_given(context: object) -> bool:
+    return context.strip() not in ("", "[]", "null") if isinstance(context, str) else bool(context)
 
 
 # ---- which kind ----
@@ -412,6 +486,11 @@ KINDS = (
     Kind("kto", "prompt, completion and label", (), _judged),
     Kind("choice", "prompt, choices and answer", ("choices",), _multiple_choice),
 )
+# All fields that the kinds read, by the names that `columns` maps.
+FIELDS = (
+    "answer", "chosen", "choices", "completion", "conversations", "documents", "history", "input",
+    "instruction", "label", "messages", "output", "prompt", "question", "rejected", "system", "text", "tools",
+)  # fmt: skip
 BY_NAME = {kind.name: kind for kind in KINDS}
 _EXPECTED = (
     "messages, conversations, instruction and output, prompt and completion, text, or chosen and rejected"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import hashlib
 import itertools
 import re
@@ -10,21 +11,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from nplora import _check
-from nplora.finetuning.data.dataset import ReadOptions
+from nplora.finetuning.data.builder import MOST_EXAMPLES, QUOTED, copies, is_emptied
+from nplora.finetuning.data.dataset import PLAIN_TEXT, ReadOptions, parsed, text_windows
 from nplora.finetuning.data.encoding import Encoded, Encoder
-from nplora.finetuning.data.kinds import BY_NAME, Fields, Kind, recognise, renamed
-from nplora.finetuning.data.rows import Row
+from nplora.finetuning.data.examples import Judged
+from nplora.finetuning.data.kinds import Kind
 from nplora.finetuning.data.sources import Data, Source, sources_of, splits_of
-from nplora.finetuning.data.split import split_sources
+from nplora.finetuning.data.split import Division
 from nplora.formats.errors import DataError, LimitError, counted
 from nplora.tokenizer import Tokenizer
 
-_QUOTED = 3  # bad rows that are shown
 _BAR = 40  # characters of the longest bar
 _MOST_SHOWN = 2000  # characters of an example
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # may change a terminal
 _TRAINED, _PLAIN = "\x1b[1;32m", "\x1b[0m"
-_PARTS = {"preference": ("chosen", "rejected")}
+_PURPOSE = {  # of rows that `finetune` does not read without an objective
+    "preference": "pairs of answers are for --objective dpo, orpo or kto",
+    "kto": "judged answers are for --objective kto",
+    "choice": "questions with choices are for `nplora eval`; finetune refuses them",
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Example:
 
     Attributes:
         where: its file and line.
-        name: "chosen" or "rejected" if it is an answer of a pair, else empty.
+        name: "chosen" or "rejected" for an answer of a pair, "good" or "bad" for a judged one, else empty.
         pieces: the pieces of its text; for each piece, whether it is trained.
         tokens, trained: the number of its tokens, and of those that count in the loss.
     """
@@ -68,11 +73,15 @@ class Part:
     Attributes:
         source: the files.
         kinds: the formats of the rows.
-        lengths: the number of tokens of each example before it is cut. A pair counts as two.
+        examples: the number of examples. A pair is one.
+        epoch: the number of examples of an epoch: without those that are left out, and as often as the
+            weights say.
+        lengths: the number of tokens of each sequence before it is cut. A pair has two.
         trained: the number of tokens that count in the loss, before examples are cut.
         cut: the number of examples that are longer than the maximum length.
         lost: the number of tokens that the cut takes away.
-        emptied: the number of examples that have nothing to train on after the cut.
+        emptied: the number of examples that are left out, because after the cut they have nothing to train
+            on, or the answers of a pair are the same.
         unused: the number of examples with tools or documents that the chat template leaves out.
         repeated: the number of examples that repeat an earlier example.
         bad: the number of bad rows.
@@ -81,6 +90,8 @@ class Part:
 
     source: str
     kinds: tuple[str, ...]
+    examples: int
+    epoch: int
     lengths: tuple[int, ...]
     trained: int
     cut: int
@@ -121,7 +132,7 @@ class Preview:
             blocks.append(_summary(self.valid, self.max_length))
             if self.shared:
                 blocks.append(
-                    f"{counted(self.shared, 'example')} to evaluate on, of {len(self.valid.lengths):,}, also "
+                    f"{counted(self.shared, 'example')} to evaluate on, of {self.valid.examples:,}, also "
                     "to train on: the validation loss is too low"
                 )
         blocks.append("\n".join(_histogram(self.train.lengths)))
@@ -154,7 +165,7 @@ def preview(
 
     Args:
         data, tokenizer, format, columns, chat, max_length, learn: as for `read_dataset`. The rows may be
-            comparisons, too.
+            comparisons, too. A plain text is shown in the windows that `finetune` trains.
         valid: rows to evaluate on. The preview counts those that are also in `data`.
         valid_split: share of the examples to hold out, as for `finetune`.
         examples: how many of the first examples are shown.
@@ -162,8 +173,8 @@ def preview(
         the preview; `print` shows it.
     Raises:
         DataError: there are no rows, or a file cannot be divided into rows.
-        ValueError, TypeError: an argument is wrong, both `valid` and `valid_split` are given, or the data are
-            plain text, which has no rows.
+        ValueError, TypeError: an argument is wrong, or both `valid` and `valid_split` are given; or
+            `valid_split` is given for a plain text, which has no rows to hold out.
         Other errors: see `read_dataset`.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -186,16 +197,42 @@ def preview(
             raise ValueError(f"{op}: valid and valid_split are both given, expected only one of them")
         if not 0 < _check.number(op, "valid_split", valid_split) < 1:
             raise ValueError(f"{op}: valid_split is {valid_split}, expected between 0 and 1")
-        sources, found = split_sources(op, sources, valid_split)
     elif valid is not None:
         found = sources_of(op, valid)
+    division = None if valid_split is None else Division(op, sources, valid_split, options)
     reader = _Reader(op, tokenizer, options, max_length)
-    train, seen, shown = reader.read(sources, examples)
+    train, seen, shown = reader.read(sources if division is None else division.train, examples)
+    if division is not None:
+        found = division.held_out()
     if found is None:
         return Preview(train, None, max_length, shown, 0)
     held_out, others, _ = reader.read(found, 0)
     shared = sum(count for digest, count in others.items() if digest in seen)
     return Preview(train, held_out, max_length, shown, shared)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A good row: its place, kind and sequences, and its judgement, if somebody judged it."""
+
+    where: str
+    kind: str
+    sequences: list[Encoded]
+    weight: float
+    unused: bool
+    good: bool | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the sequences."""
+        if self.good is not None:
+            return ("good" if self.good else "bad",)
+        return ("chosen", "rejected") if self.kind == "preference" else ("",)
+
+    def digest(self) -> bytes:
+        """A hash that equal examples share."""
+        said = repr([self.good, [(one.ids, one.trained) for one in self.sequences]])
+        return hashlib.blake2b(said.encode(), digest_size=16).digest()
 
 
 class _Reader:
@@ -208,86 +245,88 @@ class _Reader:
     def read(self, sources: list[Source], shown: int) -> tuple[Part, dict[bytes, int], tuple[Example, ...]]:
         """The summary, the number of times that each example occurs, and the first examples."""
         lengths, seen, examples, problems = list[int](), dict[bytes, int](), list[Example](), list[str]()
-        trained = cut = lost = emptied = unused = bad = 0
-        kinds = list[str]()
-        for row, kind, sequences in self._rows(sources):
-            if isinstance(sequences, Exception):
+        count = epoch = trained = cut = lost = emptied = unused = bad = 0
+        kinds = dict[str, None]()
+        for found in self._rows(sources):
+            if isinstance(found, Exception):
                 bad += 1
-                problems += [str(sequences)] if len(problems) < _QUOTED else []
+                problems += [str(found)] if len(problems) < QUOTED else []
                 continue
-            kinds.append(kind)
-            lengths += [len(sequence.ids) for sequence in sequences]
-            trained += sum(sum(sequence.trained[1:]) for sequence in sequences)
-            cut += sum(len(sequence.ids) > self._most for sequence in sequences)
-            lost += sum(max(0, len(sequence.ids) - self._most) for sequence in sequences)
-            emptied += any(not any(sequence.trained[1 : self._most]) for sequence in sequences)
-            unused += any(sequence.unused for sequence in sequences)
-            digest = hashlib.blake2b(repr([(s.ids, s.trained) for s in sequences]).encode(), digest_size=16)
-            seen[digest.digest()] = seen.get(digest.digest(), 0) + 1
-            if len(examples) < shown * len(sequences):
-                examples += self._shown(row, kind, sequences)
+            count += 1
+            kinds[found.kind] = None
+            lengths += [len(sequence.ids) for sequence in found.sequences]
+            trained += sum(sum(sequence.trained[1:]) for sequence in found.sequences)
+            kept = [Encoded(one.ids[: self._most], one.trained[: self._most]) for one in found.sequences]
+            tokens = array.array("i", itertools.chain.from_iterable(one.ids for one in kept))
+            left_out = is_emptied(kept, found.sequences)
+            cut += any(len(sequence.ids) > self._most for sequence in found.sequences)
+            lost += sum(max(0, len(sequence.ids) - self._most) for sequence in found.sequences)
+            emptied += left_out
+            epoch += 0 if left_out else copies(found.weight, tokens)
+            unused += found.unused
+            digest = found.digest()
+            seen[digest] = seen.get(digest, 0) + 1
+            if count <= shown:
+                examples += self._shown(found)
         names = ", ".join(source.name for source in sources)
-        if not lengths and not bad:
+        if not count and not bad:
             raise DataError(f"{names}: no examples")
         repeated = sum(seen.values()) - len(seen)
         part = Part(
-            names, tuple(dict.fromkeys(kinds)), tuple(lengths), trained, cut, lost, emptied, unused, repeated,
+            names, tuple(kinds), count, epoch, tuple(lengths), trained, cut, lost, emptied, unused, repeated,
             bad, tuple(problems),
         )  # fmt: skip
         return part, seen, tuple(examples)
 
-    def _rows(self, sources: list[Source]) -> Iterator[tuple[Row, str, list[Encoded] | Exception]]:
+    def _rows(self, sources: list[Source]) -> Iterator[_Found | Exception]:
         for source in sources:
             if source.is_text:
-                raise ValueError(f"{self._op}: {source.name} is a plain text, which has no rows to show")
-            before = None if self._options.format is None else BY_NAME[self._options.format]
+                windows = text_windows(self._op, source, self._tokenizer, self._most)
+                for number, window in enumerate(windows, 1):
+                    where = f"{source.name}, window {number}"
+                    yield _Found(where, PLAIN_TEXT, [window], source.weight, False, None)
+                continue
+            before: Kind | None = None
             for row in source.read():
                 try:
-                    before, sequences = self._encoded(row, before)
-                    yield row, before.name, sequences
+                    before, example, unused = parsed(row, before, self._options)
+                    sequences = self._encoder.encode(example, row.where)
                 except (DataError, LimitError) as error:
-                    yield row, "", error
+                    yield error
+                    continue
+                unused = unused or any(sequence.unused for sequence in sequences)
+                good = example.good if isinstance(example, Judged) else None
+                yield _Found(row.where, before.name, sequences, source.weight, unused, good)
 
-    def _encoded(self, row: Row, before: Kind | None) -> tuple[Kind, list[Encoded]]:
-        if row.error is not None:
-            raise row.error
-        values = renamed(row.values, self._options.columns, row.where)
-        kind = before if before and self._options.format is not None else recognise(values, row.where)
-        if before is not None and before is not kind:
-            raise DataError(
-                f"{row.where}: has {kind.fields}, and the rows before have {before.fields}; "
-                "expected one format in a file"
-            )
-        return kind, self._encoder.encode(kind.parse(Fields(values, row.where)), row.where)
-
-    def _shown(self, row: Row, kind: str, sequences: list[Encoded]) -> Iterator[Example]:
-        names = _PARTS.get(kind, ("",))
-        for name, sequence in zip(names, sequences, strict=True):
+    def _shown(self, found: _Found) -> Iterator[Example]:
+        for name, sequence in zip(found.names, found.sequences, strict=True):
             pairs = zip(sequence.ids, [False, *sequence.trained[1:]], strict=True)
             runs = itertools.groupby(pairs, key=lambda pair: pair[1])
             pieces = tuple((self._tokenizer.decode(id_ for id_, _ in run), is_in) for is_in, run in runs)
-            yield Example(row.where, name, pieces, len(sequence.ids), sum(sequence.trained[1:]))
+            yield Example(found.where, name, pieces, len(sequence.ids), sum(sequence.trained[1:]))
 
 
 def _summary(part: Part, max_length: int) -> str:
-    tokens = sum(part.lengths)
+    tokens, unit = sum(part.lengths), "pair" if part.kinds == ("preference",) else "example"
     lines = [
         f"{part.source} ({', '.join(part.kinds) or 'no format'}): "
-        f"{counted(len(part.lengths), 'example')}, {counted(tokens, 'token')} ({part.trained:,} in the loss)"
+        f"{counted(part.examples, unit)}, {counted(tokens, 'token')} ({part.trained:,} in the loss)"
     ]
+    if part.epoch != part.examples - part.emptied:
+        refused = f", and at most {MOST_EXAMPLES:,} are possible" if part.epoch > MOST_EXAMPLES else ""
+        lines.append(f"  with the weights, an epoch has {counted(part.epoch, unit)}{refused}")
+    lines += [f"  {_PURPOSE[kind]}" for kind in part.kinds if kind in _PURPOSE]
     if part.cut:
         lines.append(
-            f"  {counted(part.cut, 'example')} longer than {max_length:,} tokens: cut, without the last "
+            f"  {counted(part.cut, unit)} longer than {max_length:,} tokens: cut, without the last "
             f"{part.lost:,} of {tokens:,} tokens"
         )
     if part.emptied:
-        lines.append(f"  {counted(part.emptied, 'example')} with nothing to train on after the cut: left out")
+        lines.append(f"  {counted(part.emptied, unit)} with nothing to train on after the cut: left out")
     if part.repeated:
-        lines.append(f"  {counted(part.repeated, 'example')} already there before")
+        lines.append(f"  {counted(part.repeated, unit)} already there before")
     if part.unused:
-        lines.append(
-            f"  {counted(part.unused, 'example')} with tools or documents that the template leaves out"
-        )
+        lines.append(f"  {counted(part.unused, unit)} with tools or documents that the template leaves out")
     if part.bad:
         lines.append(f"  {counted(part.bad, 'bad row')}, which finetune refuses, or skips with skip_bad:")
         lines += [f"    {problem}" for problem in part.problems]

@@ -19,7 +19,11 @@ from nplora.formats.errors import DataError, FormatError, LimitError, brief, cou
 from nplora.formats.files import StrPath
 
 MAX_LINE = 1 << 24  # bytes
+MOST_INFLATED = 256  # bytes of text for each byte of a compressed file
 _PART = 1 << 20
+_FREE = 1 << 26  # bytes of text that any compressed file may have
+_FREE_LINES = 1 << 20  # empty lines that any file may have
+_GIVEN = 1 << 12  # bytes that zlib gets at a time
 _BOM = b"\xef\xbb\xbf"
 _GZIP = 31  # zlib's window size for gzip's header
 
@@ -79,18 +83,39 @@ def _parts(path: StrPath) -> Iterator[bytes]:
 
 def _decompressed(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
     """The content of one or several gzip streams, in parts of limited size."""
-    stream = zlib.decompressobj(_GZIP)
+    held = bytearray()
+    for content in _inflated(parts, name):
+        held += content
+        if len(held) >= _PART:
+            yield bytes(held)
+            held.clear()
+    yield bytes(held)
+
+
+def _inflated(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
+    """The content of one or several gzip streams in small pieces.
+
+    Each call of zlib gets few bytes, because it copies those that follow the end of a stream.
+    """
+    stream, read, made = zlib.decompressobj(_GZIP), 0, 0
     try:
         for part in parts:
-            size = 0
-            while part or size == _PART:  # after a full part, the stream may hold more
+            begin, size, read = 0, 0, read + len(part)
+            while begin < len(part) or size == _PART:  # after a full piece, the stream may hold more
                 if stream.eof:
-                    part = part.lstrip(b"\0")  # zero bytes may pad a gzip file
-                    if not part:
+                    begin = _after_padding(part, begin)
+                    if begin == len(part):
                         break
                     stream = zlib.decompressobj(_GZIP)
-                content = stream.decompress(part, _PART)
-                part, size = stream.unconsumed_tail or stream.unused_data, len(content)
+                given = part[begin : begin + _GIVEN]
+                content = stream.decompress(given, _PART)
+                begin += len(given) - len(stream.unconsumed_tail or stream.unused_data)
+                size, made = len(content), made + len(content)
+                if made > _FREE + MOST_INFLATED * read:
+                    raise LimitError(
+                        f"{name}: {read:,} bytes become more than {made:,}, at most {MOST_INFLATED} times "
+                        "as many are read"
+                    )
                 yield content
     except zlib.error as error:
         raise DataError(f"{name}: not a gzip file: {error}") from error
@@ -98,17 +123,30 @@ def _decompressed(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
         raise DataError(f"{name}: the gzip file is cut short")
 
 
+def _after_padding(part: bytes, begin: int) -> int:
+    """Where the next stream may begin. Zero bytes may pad a gzip file."""
+    is_padded = part[begin : begin + 1] == b"\0"
+    return len(part) - len(part[begin:].lstrip(b"\0")) if is_padded else begin
+
+
 def _lines(path: StrPath) -> Iterator[tuple[int, bytes]]:
     """The number (from 1) and the content of each line.
 
     Raises:
-        LimitError: a line is too long.
+        LimitError: a line is too long, or the file has little but empty lines.
     """
-    number, rest = 0, b""
+    number, rest, empty, filled = 0, b"", 0, 0
     for part in _parts(path):
         *whole, rest = (rest + part).split(b"\n")
         for line in whole:
             number += 1
+            if not line or line.isspace():
+                empty += 1
+                if empty > _FREE_LINES + filled:
+                    where = f"{files.name(path)}, line {number:,}"
+                    raise LimitError(f"{where}: more empty lines than other bytes in the file so far")
+            else:
+                filled += len(line)
             yield number, _bare(line, number)
         if len(rest) > MAX_LINE:
             where = f"{files.name(path)}, line {number + 1}"
@@ -220,10 +258,17 @@ def _text(path: StrPath) -> Iterator[Row]:
         yield Row(f"{files.name(path)}, line {first}", {"text": last})
 
 
-def _table(read: Callable[[StrPath], Iterator[dict[str, Any]]]) -> Callable[[StrPath], Iterator[Row]]:
+def _table(
+    read: Callable[[StrPath, int], Iterator[dict[str, Any] | None]],
+) -> Callable[[StrPath], Iterator[Row]]:
     def rows(path: StrPath) -> Iterator[Row]:
-        for number, values in enumerate(read(path), 1):
-            yield Row(f"{files.name(path)}, row {number}", values)
+        for number, values in enumerate(read(path, MAX_LINE), 1):
+            where = f"{files.name(path)}, row {number}"
+            if values is None:
+                words = f"{where}: more than {MAX_LINE:,} bytes, the limit for a row"
+                yield Row(where, {}, LimitError(words))
+            else:
+                yield Row(where, values)
 
     return rows
 

@@ -14,13 +14,15 @@ from nplora import _check
 from nplora.finetuning.data.rows import COMPRESSED, SUFFIXES, Row, is_text, read_rows
 from nplora.finetuning.data.tables import frame_rows, plain, without_nulls
 from nplora.formats import files
-from nplora.formats.errors import DataError, brief
+from nplora.formats.errors import DataError, LimitError, brief
 from nplora.formats.files import StrPath
 
 # A file; rows; or several files, perhaps each with a weight.
 Data: TypeAlias = StrPath | Iterable[Any]
 
-_VALID = ("valid", "validation", "eval", "test")  # names of a split to evaluate on
+# Names of validation data. They choose the adapter that is saved, so a test split is not among them.
+_VALID = ("valid", "validation", "eval")
+_VALID_FILES = ("valid", "validation")
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,14 @@ class Source:
         read: reads the rows; it can be called again.
         path: the file; None for Python objects.
         weight: how many times each example is in an epoch; a fraction takes that share of the examples.
+        may_be_empty: whether it is no error if the source has no rows.
     """
 
     name: str
     read: Callable[[], Iterator[Row]]
     path: Path | None = None
     weight: float = 1.0
+    may_be_empty: bool = False
 
     @property
     def is_text(self) -> bool:
@@ -72,21 +76,24 @@ def splits_of(op: str, data: Data) -> Splits:
             raise DataError(f"{op}: data is empty, expected rows")
         if not isinstance(first, Mapping):
             return _splits_of_paths(op, list(given))
-        return Splits([_objects(given)], None)
+        is_table = hasattr(given, "column_names")  # a dataset of Hugging Face
+        return Splits([_objects(given, is_table)], None)
     if rows is None:
         raise TypeError(f"{op}: data is {_check.kind(data)}, expected a path, paths, or rows")
-    return Splits([_objects(list(rows))], None)
+    return Splits([_objects(list(rows), is_table=True)], None)
 
 
 def sources_of(op: str, data: Data) -> list[Source]:
     """The sources to evaluate on: the validation data of a directory, or else the training data.
+
+    Of a mapping of splits, the validation data, or else the test data, or else the training data.
 
     Raises as `splits_of`.
     """
     if isinstance(data, str | os.PathLike) and os.fspath(data) and Path(data).is_dir():
         return [_file(find_evaluated(data))]
     if isinstance(data, Mapping):
-        return splits_of(op, _split_named(op, data, *_VALID, "train")).train
+        return splits_of(op, _split_named(op, data, *_VALID, "test", "train")).train
     splits = splits_of(op, data)
     return splits.valid or splits.train
 
@@ -141,20 +148,28 @@ def _file(path: Path) -> Source:
     return Source(files.name(path), lambda: read_rows(path), path)
 
 
-def _objects(rows: Iterable[Any]) -> Source:
-    is_table = hasattr(rows, "column_names")  # a dataset of Hugging Face
+def _objects(rows: Iterable[Any], is_table: bool) -> Source:
+    """The source of rows that are Python's objects.
+
+    Args:
+        is_table: the rows are those of a table, whose nulls stand for fields that are missing.
+    """
 
     def read() -> Iterator[Row]:
         for number, values in enumerate(rows, 1):
-            where = f"data, row {number}"
-            if isinstance(values, Mapping):
-                row = plain(values)
-                yield Row(where, without_nulls(row) if is_table else row)
-            else:
-                error = DataError(f"{where}: the row is {brief(values)}, expected a dictionary")
-                yield Row(where, {}, error)
+            yield _row(values, f"data, row {number}", is_table)
 
     return Source("data", read)
+
+
+def _row(values: object, where: str, is_table: bool) -> Row:
+    if not isinstance(values, Mapping):
+        return Row(where, {}, DataError(f"{where}: the row is {brief(values)}, expected a dictionary"))
+    try:
+        row = plain(values)
+    except (DataError, LimitError) as error:
+        return Row(where, {}, type(error)(f"{where}: {error}"))
+    return Row(where, without_nulls(row) if is_table else row)
 
 
 # ---- directories ----
@@ -165,6 +180,7 @@ def find_splits(path: StrPath) -> tuple[Path, Path | None]:
 
     Raises:
         FileNotFoundError: there is no such file, or the directory has no train.jsonl (or .csv, .txt, …).
+        ValueError: the directory has two files of one split.
 
     >>> train, valid = nplora.data.find_splits(".")
     >>> train.name, valid.name
@@ -174,7 +190,7 @@ def find_splits(path: StrPath) -> tuple[Path, Path | None]:
     if not given.is_dir():
         given.stat()
         return given, None
-    return _required(given, "train"), _split(given, "valid", "validation")
+    return _required(given, ("train",)), _split(given, _VALID_FILES)
 
 
 def find_evaluated(path: StrPath) -> Path:
@@ -182,22 +198,23 @@ def find_evaluated(path: StrPath) -> Path:
 
     Raises:
         FileNotFoundError: there is no such file, or the directory has neither.
+        ValueError: the directory has two files of one split.
 
     >>> nplora.data.find_evaluated(".").name
     'valid.jsonl'
     """
     given = Path(path)
     if given.is_dir():
-        return _required(given, "valid", "validation", "train")
+        return _required(given, _VALID_FILES, ("train",))
     given.stat()
     return given
 
 
-def _required(directory: Path, *names: str) -> Path:
-    """The first of these splits that exists."""
-    found = _split(directory, *names)
+def _required(directory: Path, *splits: tuple[str, ...]) -> Path:
+    """The file of the first of these splits that exists. Each split has one or several names."""
+    found = next((file for names in splits if (file := _split(directory, names))), None)
     if found is None:
-        wanted = ", ".join(f"{name}.*" for name in names)
+        wanted = ", ".join(f"{name}.*" for names in splits for name in names)
         ends = f"{', '.join(SUFFIXES)}, or one of the text formats with .gz"
         raise FileNotFoundError(
             errno.ENOENT, f"the directory has no {wanted} that ends in {ends}", os.fspath(directory)
@@ -205,6 +222,11 @@ def _required(directory: Path, *names: str) -> Path:
     return found
 
 
-def _split(directory: Path, *names: str) -> Path | None:
+def _split(directory: Path, names: tuple[str, ...]) -> Path | None:
+    """The file of a split with one of these names, if there is one."""
     named = (directory / f"{name}{s}" for name, s in itertools.product(names, (*SUFFIXES, *COMPRESSED)))
-    return next((file for file in named if file.exists()), None)
+    found = [file for file in named if file.exists()]
+    if len(found) > 1:
+        both = " and ".join(file.name for file in found)
+        raise ValueError(f"{files.name(directory)}: the directory has {both}, expected one of them")
+    return found[0] if found else None

@@ -3,80 +3,107 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
+from nplora.finetuning.data.dataset import ReadOptions, parsed
+from nplora.finetuning.data.examples import Example
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source
-from nplora.formats.errors import DataError, counted
+from nplora.formats.errors import DataError, LimitError, counted
 
 
-@dataclass(frozen=True)
-class Part:
-    """One side of a data set that is divided by a hash of each row, so that a row stays on its side.
+class Division:
+    """Sources whose rows are divided: some are to train on, the others are held out.
+
+    A hash of each row's example decides. So a row stays on its side when others are added or the order
+    changes, and rows that mean the same are on one side, whatever their other fields. Each source is read
+    only once: while the rows to train on are read, the others are kept in memory for `held_out`.
 
     Attributes:
-        share: the share of the rows that are held out, on average.
-        held_out: whether this side has the rows that are held out.
+        train: the sources of the rows to train on. The end of the last one raises a DataError if no row is
+            held out, or if all rows are.
     """
 
-    share: float
-    held_out: bool
+    def __init__(self, op: str, sources: list[Source], share: float, options: ReadOptions) -> None:
+        """
+        Args:
+            share: the share of the rows that are held out, on average.
+            options: how rows become examples.
+        Raises:
+            ValueError: a source is a plain text, which has no rows.
+        """
+        for source in sources:
+            if source.is_text:
+                raise ValueError(f"{op}: {source.name} is a plain text, which has no rows to hold out")
+        self._sources, self._share, self._options = sources, share, options
+        self._rows = dict[int, int]()  # the number of rows of each source that was read to its end
+        self._held_out = dict[int, list[Row]]()
+        self.train = [
+            dataclasses.replace(source, read=functools.partial(self._read, number), may_be_empty=True)
+            for number, source in enumerate(sources)
+        ]
 
-    def has(self, values: Mapping[str, Any]) -> bool:
-        text = json.dumps(values, sort_keys=True, default=str, skipkeys=True).encode()
-        place = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-        return (place < self.share * 2.0**64) == self.held_out
+    def held_out(self) -> list[Source]:
+        """The sources of the rows that are held out, after all sources in `train` were read."""
+        return [
+            dataclasses.replace(source, name=f"{source.name}, held out", read=functools.partial(iter, rows))
+            for number, source in enumerate(self._sources)
+            if (rows := self._held_out[number])
+        ]
 
-
-def split_sources(op: str, sources: list[Source], share: float) -> tuple[list[Source], list[Source]]:
-    """The sources with the rows to train on, and those with the rows that are held out.
-
-    A hash of each row decides, so a row stays on its side when others are added or the order changes. The
-    rows are read once to count them.
-
-    Args:
-        share: the share of the rows that are held out, on average.
-    Raises:
-        DataError: no row is held out, or all rows are; or `read_rows` fails.
-        ValueError: a source is a plain text, which has no rows.
-    """
-    for source in sources:
-        if source.is_text:
-            raise ValueError(f"{op}: {source.name} is a plain text, which has no rows to hold out")
-    counts = [_count(source, share) for source in sources]
-    rows, held_out = (sum(numbers) for numbers in zip(*counts, strict=True))
-    if rows and held_out in (0, rows):
-        names = ", ".join(source.name for source in sources)
-        use, change = ("evaluate", "larger") if not held_out else ("train", "smaller")
-        raise DataError(
-            f"{names}: valid_split={share} holds out {held_out} of {counted(rows, 'row')}, which leaves none "
-            f"to {use} on; expected a {change} share, or a file of its own as validation data"
-        )
-    train = [_part(s, share, False) for s, (all_, held) in zip(sources, counts, strict=True) if held < all_]
-    valid = [_part(s, share, True) for s, (_, held) in zip(sources, counts, strict=True) if held]
-    return train or sources, valid
-
-
-def _count(source: Source, share: float) -> tuple[int, int]:
-    """The number of rows, and of those that are held out. A row that cannot be read is not held out."""
-    part, rows, held_out = Part(share, held_out=True), 0, 0
-    for row in source.read():
-        rows += 1
-        held_out += row.error is None and part.has(row.values)
-    return rows, held_out
-
-
-def _part(source: Source, share: float, held_out: bool) -> Source:
-    part = Part(share, held_out)
-
-    def read() -> Iterator[Row]:
-        for row in source.read():
-            if part.has(row.values) if row.error is None else not held_out:
+    def _read(self, number: int) -> Iterator[Row]:
+        """The rows to train on. Bad rows are among them, so that their errors are seen."""
+        rows, held_out = 0, list[Row]()
+        for row in self._sources[number].read():
+            rows += 1
+            try:
+                is_held = self._is_held_out(row)
+            except DataError as error:
+                yield Row(row.where, {}, error)
+                continue
+            if is_held:
+                held_out.append(row)
+            else:
                 yield row
+        if not rows:
+            raise DataError(f"{self._sources[number].name}: no examples")
+        self._rows[number], self._held_out[number] = rows, held_out
+        if len(self._rows) == len(self._sources):
+            self._require_two_sides()
 
-    name = f"{source.name}, held out" if held_out else source.name
-    return dataclasses.replace(source, name=name, read=read)
+    def _is_held_out(self, row: Row) -> bool:
+        try:
+            example = parsed(row, None, self._options)[1]
+        except (DataError, LimitError):
+            return False
+        return is_held_out(example, self._share, row.where)
+
+    def _require_two_sides(self) -> None:
+        rows, held_out = sum(self._rows.values()), sum(map(len, self._held_out.values()))
+        names = ", ".join(source.name for source in self._sources)
+        if held_out in (0, rows):
+            use, change = ("evaluate", "larger") if not held_out else ("train", "smaller")
+            raise DataError(
+                f"{names}: valid_split={self._share} holds out {held_out} of {counted(rows, 'row')}, which "
+                f"leaves none to {use} on; expected a {change} share, or a file of its own as validation data"
+            )
+
+
+def is_held_out(example: Example, share: float, where: str) -> bool:
+    """Whether an example is held out, by a hash of all that it says.
+
+    Raises:
+        DataError: the example has a value that JSON cannot represent, so that it has no hash.
+    """
+    try:
+        said = {"kind": type(example).__name__, **dataclasses.asdict(example)}
+        text = json.dumps(said, sort_keys=True, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{where}: a value that JSON cannot represent; valid_split needs JSON: {error}"
+        ) from error
+    place = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+    return place < share * 2.0**64

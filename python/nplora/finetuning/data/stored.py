@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.formats.errors import counted
+from nplora.models.invocation import sequences_with
 from nplora.models.packing import IGNORED, PackedBatch
 
 Array = npt.NDArray[Any]
@@ -21,11 +22,12 @@ class DataReport:
 
     Attributes:
         source: the file.
-        examples: the number of used rows, or of windows of a plain text.
+        examples: the number of examples of an epoch: rows, or windows of a plain text, as often as the
+            weights say.
         tokens: the number of tokens in all examples.
         learned: the number of tokens that count in the loss.
         shortest, median, longest: lengths of the examples, in tokens.
-        truncated: the number of examples that were cut to the maximum length.
+        truncated: the number of these examples that were cut to the maximum length.
         emptied: the number of examples that are left out because no trained token remained after the cut.
         skipped: the number of bad rows that were skipped.
         problems: the errors of the first few skipped rows.
@@ -100,6 +102,12 @@ class Examples(Protocol):
     @property
     def largest_id(self) -> int:
         """The largest token id."""
+
+    def contains(self, tokens: tuple[int, ...]) -> Array:
+        """Return, for each example, whether one of its sequences contains these tokens in a row."""
+
+    def has(self, id_: int) -> bool:
+        """Whether a token occurs in the examples."""
 
     def __len__(self) -> int: ...
 
@@ -177,6 +185,14 @@ class Stored:
     def largest_id(self) -> int:
         """The largest token id."""
         return int(self._ids.max())
+
+    def contains(self, tokens: tuple[int, ...]) -> Array:
+        """Return, for each example, whether one of its sequences contains these tokens in a row."""
+        return self._by_example(sequences_with(self._ids, self._starts, tokens)) > 0
+
+    def has(self, id_: int) -> bool:
+        """Whether a token occurs in the examples."""
+        return bool((self._ids == id_).any())
 
     def fingerprint(self) -> str:
         """SHA-256 of the examples: equal for datasets with the same tokens and the same trained tokens."""

@@ -7,36 +7,48 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nplora.formats import files
-from nplora.formats.errors import DataError, FormatError
+import numpy as np
+
+from nplora.finetuning.data.table_limits import reading, require_arrow, require_parquet, row_sizes
+from nplora.formats import files, strict_json
+from nplora.formats.errors import DataError, FormatError, LimitError
 from nplora.formats.files import StrPath
 
-_ROWS = 1024  # rows that become Python objects at a time
+_ROWS = 1024  # rows that become Python objects at a time, at most
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ARROW_FILE = b"ARROW1\0\0"
 
 
-def read_parquet(path: StrPath) -> Iterator[dict[str, Any]]:
+def read_parquet(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
     """The rows of a Parquet file.
 
+    Args:
+        most: the largest number of bytes of a row; None stands for a row that has more.
     Raises:
-        DataError: the file is not a Parquet file. ModuleNotFoundError: `pyarrow` is not installed.
+        DataError: the file is not a Parquet file. LimitError: a part of it is too large.
+        ModuleNotFoundError: `pyarrow` is not installed.
     """
-    with files.reading(path):  # refuses what is not a regular file
-        pass
+    with files.reading(path) as reader:  # refuses what is not a regular file
+        size = len(reader)
     arrow = _pyarrow()
     import pyarrow.parquet
 
     with _errors(arrow, path), pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(_ROWS):
-            yield from _rows(batch)
+        require_parquet(file.metadata, files.name(path), size)
+        texts, rows = reading(file.metadata, _ROWS)
+    with _errors(arrow, path), pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
+        for batch in file.iter_batches(rows):
+            yield from _rows(batch, most)
 
 
-def read_arrow(path: StrPath) -> Iterator[dict[str, Any]]:
+def read_arrow(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
     """The rows of an Arrow file: a stream, as Hugging Face's `datasets` writes it, or a file with an index.
 
-    Raises as `read_parquet`.
+    Args and raises as `read_parquet`.
     """
     with files.reading(path):
         pass
@@ -44,33 +56,46 @@ def read_arrow(path: StrPath) -> Iterator[dict[str, Any]]:
     import pyarrow.ipc
 
     with _errors(arrow, path), arrow.memory_map(str(path)) as mapped:
-        try:
-            reader = pyarrow.ipc.open_file(mapped)
-            batches: Any = (reader.get_batch(index) for index in range(reader.num_record_batches))
-        except arrow.ArrowInvalid:
-            mapped.seek(0)
-            batches = pyarrow.ipc.open_stream(mapped)
-        for batch in batches:
-            for begin in range(0, batch.num_rows, _ROWS):
-                yield from _rows(batch.slice(begin, _ROWS))
+        begin = 0
+        if mapped.read(len(_ARROW_FILE)) == _ARROW_FILE:
+            pyarrow.ipc.open_file(mapped)  # refuses a file that is cut short
+            begin = len(_ARROW_FILE)  # the file holds a stream, then the index
+        mapped.seek(begin)
+        require_arrow(pyarrow.ipc.MessageReader.open_stream(mapped), files.name(path))
+        mapped.seek(begin)
+        for batch in pyarrow.ipc.open_stream(mapped):
+            yield from _rows(batch, most)
 
 
-def _rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a batch from a file, which pyarrow does not check by itself."""
+def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | None]:
+    """The rows of a batch from a file, a few at a time. pyarrow does not check batches by itself."""
     batch.validate(full=True)
-    return map(without_nulls, batch.to_pylist())
+    ends = np.cumsum(row_sizes(batch))
+    begin, before = 0, 0
+    while begin < len(ends):
+        end = min(int(np.searchsorted(ends, before + most, side="right")), begin + _ROWS)
+        if end > begin:
+            yield from map(without_nulls, batch.slice(begin, end - begin).to_pylist())
+        else:
+            end = begin + 1
+            yield None
+        begin, before = end, int(ends[end - 1])
 
 
 def frame_rows(table: Any) -> Iterator[dict[str, Any]] | None:
-    """The rows of a data frame of pandas or polars, or of a table of pyarrow; None for anything else."""
+    """The rows of a data frame of pandas or polars, or of a table of pyarrow; None for anything else.
+
+    The rows may hold nulls and arrays.
+    """
     if hasattr(table, "iter_rows") and hasattr(table, "columns"):  # polars
-        return map(without_nulls, table.iter_rows(named=True))
+        rows: Iterator[dict[str, Any]] = table.iter_rows(named=True)
+        return rows
     if hasattr(table, "to_pylist") and hasattr(table, "to_batches"):  # pyarrow
-        return (without_nulls(row) for batch in table.to_batches(_ROWS) for row in batch.to_pylist())
+        return (row for batch in table.to_batches(_ROWS) for row in batch.to_pylist())
     if hasattr(table, "itertuples") and hasattr(table, "columns"):  # pandas
         names = list(map(str, table.columns))
         return (
-            without_nulls(dict(zip(names, map(_present, map(plain, row)), strict=True)))
+            dict(zip(names, map(_present, row), strict=True))
             for row in table.itertuples(index=False, name=None)
         )
     return None
@@ -86,22 +111,31 @@ def without_nulls(row: Any) -> Any:
     return [without_nulls(item) for item in row] if isinstance(row, list) else row
 
 
-def plain(value: Any) -> Any:
-    """The value made of Python's own objects: arrays become lists, and NumPy's scalars become numbers."""
+def plain(value: Any, depth: int = 0) -> Any:
+    """The value made of Python's own objects: arrays become lists, and NumPy's scalars become numbers.
+
+    Raises:
+        DataError: a text cannot be encoded. LimitError: the value is nested too deep, or holds itself.
+    """
+    if isinstance(value, str):
+        if not value.isascii() and _SURROGATE.search(value):
+            raise DataError("a string holds half a surrogate pair")
+        return value
+    if isinstance(value, Mapping | list | tuple) and depth >= strict_json.MAX_DEPTH:
+        raise LimitError(f"values nested more than {strict_json.MAX_DEPTH} deep")
     if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
+        return {plain(str(name)): plain(item, depth + 1) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist") and not isinstance(value, str | bytes):
-        return plain(value.tolist()) if hasattr(value, "dtype") else value
+        return [plain(item, depth + 1) for item in value]
+    if hasattr(value, "tolist") and not isinstance(value, bytes):
+        return plain(value.tolist(), depth) if hasattr(value, "dtype") else value
     return value
 
 
 def _present(value: Any) -> Any:
     """None for the NaN or NA that pandas has for a missing value."""
-    is_missing = (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in (
-        "NAType",
-        "NaTType",
+    is_missing = (isinstance(value, float | np.floating) and math.isnan(value)) or (
+        type(value).__name__ in ("NAType", "NaTType")
     )
     return None if is_missing else value
 
@@ -120,7 +154,7 @@ def _errors(arrow: Any, path: StrPath) -> Iterator[None]:
     """Turn the errors of pyarrow into DataErrors."""
     try:
         yield
-    except (arrow.ArrowException, OSError, ValueError, OverflowError, SystemError) as error:
+    except (arrow.ArrowException, OSError, ValueError, OverflowError, SystemError, RecursionError) as error:
         if isinstance(error, FormatError) or (isinstance(error, OSError) and error.errno is not None):
             raise
         first = str(error).partition("\n")[0]

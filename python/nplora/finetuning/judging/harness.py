@@ -67,7 +67,7 @@ class NploraLM(LM):  # type: ignore[misc]
         context = lm.config.max_position_embeddings
         self.max_length = context if max_length is None else min(int(max_length), context)
         self.max_gen_toks = int(max_gen_toks)
-        tokenizer = lm.tokenizer
+        tokenizer = self.lm.tokenizer
         self._bos = tokenizer.bos_id if tokenizer.encode_prompt("a")[0] == tokenizer.bos_id else None
         self._prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nplora.finetuning.data import DataReport, Dataset
+from nplora.finetuning.data.comparisons import PairDataset, read_pairs
 from nplora.finetuning.data.dataset import ReadOptions, kind_of, read_sources
 from nplora.finetuning.data.examples import Example, MultipleChoice
 from nplora.finetuning.data.kinds import BY_NAME, Fields, Kind, renamed
@@ -18,6 +19,7 @@ from nplora.finetuning.data.sources import Source
 from nplora.finetuning.judging.answers import Asked, asked, measure_answers
 from nplora.finetuning.judging.choices import Choices, encode_choices, measure_choices
 from nplora.finetuning.judging.metrics import Metric
+from nplora.finetuning.judging.pairs import PairScores
 from nplora.finetuning.judging.statistics import Measured
 from nplora.finetuning.judging.tokens import measure_tokens
 from nplora.finetuning.load import require_vocabulary
@@ -25,7 +27,7 @@ from nplora.formats.errors import DataError, FormatError, LimitError, counted
 from nplora.lm import LanguageModel
 from nplora.runtime.user_warning import warn_user
 
-_CHOICE = "choice"  # the kind of rows
+_CHOICE, _PAIR = "choice", "preference"  # kinds of rows
 _QUOTED = 3  # bad rows that a report quotes
 
 Record = Callable[[dict[str, Any]], None]
@@ -39,9 +41,10 @@ class Judge:
         report: a summary of the data.
         metrics: the metrics of generated answers.
         max_new_tokens: the maximum length of an answer.
-        dataset: the examples to compute a loss on; None if the rows are multiple-choice questions.
-        choices: the multiple-choice questions; empty if the rows are others.
+        dataset: the examples to compute a loss on; None if the rows are of another kind.
+        choices: the multiple-choice questions; empty if the rows are of another kind.
         asked: the prompts to answer.
+        pairs: the preference pairs; None if the rows are of another kind.
     """
 
     report: DataReport
@@ -50,6 +53,13 @@ class Judge:
     dataset: Dataset | None = None
     choices: list[Choices] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
+    pairs: PairDataset | None = None
+    _reference: PairScores | None = None
+
+    def refer_to(self, lm: LanguageModel) -> None:
+        """Take a model without an adapter as the reference of preference pairs."""
+        if self.pairs is not None:
+            self._reference = PairScores(lm, self.pairs)
 
     def measure(self, lm: LanguageModel, record: Record = lambda entry: None) -> list[Measured]:
         """Measure a model.
@@ -57,7 +67,9 @@ class Judge:
         Args:
             record: is called with the results for each question and each generated answer.
         """
-        if self.dataset is None:
+        if self.pairs is not None:
+            found = PairScores(lm, self.pairs).measured(self._reference)
+        elif self.dataset is None:
             found = measure_choices(lm, self.choices, record)
         else:
             found = measure_tokens(lm, self.dataset)
@@ -80,9 +92,15 @@ def read_judge(
         DataError: a row is wrong; a row has no prompt, although answers are to be generated; or there are no
             examples. The other errors are those of `read_dataset`.
     """
-    is_choice = _is_choice(sources, reading)
-    if is_choice:
+    kind = _kind(sources, reading)
+    if kind == _CHOICE:
         judge = _of_choices(lm, sources, reading, metrics, max_new_tokens)
+    elif kind == _PAIR:
+        if metrics:
+            raise ValueError(f"{op}: metric is for generated answers, but the rows are pairs of answers")
+        pairs = read_pairs(op, sources, lm.tokenizer, reading, "eval", PairDataset)
+        require_vocabulary(lm, pairs)
+        judge = Judge(pairs.report, metrics, max_new_tokens, pairs=pairs)
     else:
         dataset = read_sources(op, sources, lm.tokenizer, reading)
         require_vocabulary(lm, dataset)
@@ -98,17 +116,17 @@ def read_judge(
     return judge
 
 
-def _is_choice(sources: list[Source], reading: ReadOptions) -> bool:
-    """Whether the first good row is a multiple-choice question."""
+def _kind(sources: list[Source], reading: ReadOptions) -> str | None:
+    """The kind of the first good row; None if there is no such row."""
     if reading.format is not None:
-        return reading.format == _CHOICE
+        return reading.format
     for source in sources:
         for row in itertools.islice(() if source.is_text else source.read(), 100):
             try:
-                return kind_of(row, None, reading, _any_kind).name == _CHOICE
+                return kind_of(row, None, reading, _any_kind).name
             except (DataError, LimitError):
                 continue  # reported when all rows are read
-    return False
+    return None
 
 
 def _any_kind(kind: Kind, where: str) -> None:
@@ -164,7 +182,7 @@ def _of_choices(
         assert isinstance(example, MultipleChoice)
         try:
             choices = encode_choices(lm.tokenizer, example, row.where, reading.chat)
-            _require_room(choices, reading.max_length, lm.config.vocab_size)
+            _require_room(choices, reading.max_length, lm.vocab_size)
         except (DataError, LimitError) as error:
             bad.skip(error)
         else:

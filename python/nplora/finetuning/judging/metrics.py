@@ -25,20 +25,10 @@ MetricFunction: TypeAlias = Callable[[str, str, dict[str, Any]], float]
 
 _SHOWN = 3  # tracebacks of a metric, each of another kind
 # Names that a record or a result of an evaluation has already.
-_RESERVED = frozenset(
-    (
-        "loss",
-        "perplexity",
-        "token_accuracy",
-        "acc",
-        "acc_norm",
-        "acc_token",
-        "row",
-        "answer",
-        "reference",
-        "system",
-    )
-)
+_RESERVED = {
+    "loss", "perplexity", "token_accuracy", "acc", "acc_norm", "acc_token", "reward_acc", "reward_margin",
+    "row", "answer", "reference", "system",
+}  # fmt: skip
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # A number with its sign and with the marks inside it, as in -5, 1.5, 3:1, 1/2 and 2024-05-01; or punctuation.
 _NUMBER_OR_MARK = re.compile(rf"((?<!\w)-?\d+(?:[.,:/-]\d+)*)|[{re.escape(string.punctuation)}]")

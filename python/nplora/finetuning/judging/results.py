@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
@@ -64,7 +64,8 @@ class Evaluation(MeanLoss):
         perplexity: e to the power of the loss.
         token_accuracy: the share of these tokens that the model ranks first.
         metrics: every metric by its name, "loss" and "token_accuracy" too, each as a `Score`. For
-            multiple-choice rows: "acc", "acc_norm" and "acc_token".
+            multiple-choice rows: "acc", "acc_norm" and "acc_token". For preference pairs: "acc", "acc_token"
+            and, with an adapter, "reward_acc" and "reward_margin".
 
     >>> result: nplora.finetuning.Evaluation = nplora.evaluate("model.gguf", "valid.jsonl")
     >>> result["tokens"], result["examples"]
@@ -194,12 +195,3 @@ def shown(metric: str, value: float) -> str:
 
 def _shown_p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
-def json_values(value: Any) -> Any:
-    """The value with None in place of NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: json_values(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_values(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

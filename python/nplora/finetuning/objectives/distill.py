@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import numpy.typing as npt
 
@@ -11,6 +11,7 @@ from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objectives.objective import Objective
 from nplora.finetuning.objectives.packed_loss import TalliedLoss
+from nplora.finetuning.options import FinetuneOptions
 from nplora.finetuning.planning import Teaching
 from nplora.finetuning.teachers import ModelTeacher, StoredTeacher, Teacher, is_stored
 from nplora.formats import files
@@ -43,7 +44,7 @@ class DistillLoss(TalliedLoss):
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
         total = 0.0
-        for part in self._micro_batches(x):
+        for part, _, _ in self._micro_batches(x):
             total += model.forward_backward_with(part, self._of(part), factor)
             self.after_part()
         return total
@@ -99,6 +100,11 @@ class DistillObjective(Objective):
             )
         self._teacher.require_student(op, lm)
         self._require_temperature(op)
+
+    def with_options(self, op: str, options: FinetuneOptions) -> Self:
+        other = super().with_options(op, options)
+        other._require_temperature(op)
+        return other
 
     def _require_temperature(self, op: str) -> None:
         wanted, stored = self.options.temperature, self._teacher.temperature

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nplora.distributed.communicator import Communicator
 from nplora.finetuning.data import EVALUATION_TOKENS
-from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.comparisons import JudgedDataset, Judgements, read_judged
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
-from nplora.finetuning.objectives import reference
+from nplora.finetuning.nonfinite_layers import first_nonfinite_layer
 from nplora.finetuning.objectives.objective import Objective
-from nplora.finetuning.objectives.packed_loss import TalliedLoss
+from nplora.finetuning.objectives.packed_loss import MicroBatch, TalliedLoss, micro_batches
 from nplora.finetuning.objectives.preference_losses import Kto
 from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
-from nplora.formats import files
 from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch
 from nplora.nn.module import Module
@@ -38,9 +35,10 @@ class KtoLoss(TalliedLoss):
 
     unit = "answers"
 
-    def __init__(self, formula: Kto, of: Reference, micro_tokens: int | None = None) -> None:
+    def __init__(self, formula: Kto, reference: Reference, micro_tokens: int | None = None) -> None:
         super().__init__(micro_tokens)
-        self._formula, self._reference = formula, of
+        self._formula, self._reference = formula, reference
+        self._mismatched: PackedBatch | None = None
 
     def settings(self) -> dict[str, Any]:
         chosen = {"beta": self._formula.beta, "loss_type": self._formula.loss_type}
@@ -56,13 +54,11 @@ class KtoLoss(TalliedLoss):
     def forward_backward(self, model: Module, x: PackedBatch, y: Judgements, factor: float) -> float:
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
-        kl, total, begin = self._kl(model, y), 0.0, 0
-        for part in self._micro_batches(x):
-            end = begin + len(part.starts) - 1
-            loss = functools.partial(self._scaled, part, y.good[begin:end], kl, factor)
+        kl, total = self._kl(model, y), 0.0
+        for part, sequences, _ in self._micro_batches(x):
+            loss = functools.partial(self._scaled, part, y.good[sequences], kl, factor)
             total += model.forward_backward_of(part, loss)
             self.after_part()
-            begin = end
         return total
 
     def evaluate(self, model: Module, x: PackedBatch, y: Judgements) -> float:
@@ -70,25 +66,31 @@ class KtoLoss(TalliedLoss):
         value, _ = self._scaled(x, y.good, self._kl(model, y), 1.0, model.log_probs(x))
         return value / len(y.good)
 
+    def blame(self, model: Module, x: PackedBatch) -> str:
+        """Also look into the mismatched pairs of the last batch, from which the KL divergence comes."""
+        assert isinstance(model, LanguageModel)
+        name = "" if self._mismatched is None else first_nonfinite_layer(model, self._mismatched)
+        if name and not first_nonfinite_layer(model, x):
+            return f"for prompts with other answers, the first layer whose output is not finite is {name!r}"
+        return super().blame(model, x)
+
     def take_metrics(self) -> dict[str, float]:
         """The mean rewards of good and bad answers, their difference, the accuracy and the KL divergence.
 
         The accuracy is the share of answers on the right side of the KL divergence.
         """
-        means = super().take_metrics()
-        if {"rewards/chosen", "rewards/rejected"} <= means.keys():
-            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-        return means
+        return super().take_metrics()
 
-    def _micro_batches(self, x: PackedBatch) -> Iterator[PackedBatch]:
-        return iter(x.pieces(self.micro_tokens))
+    def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
+        return micro_batches(x, self.micro_tokens)
 
     def _kl(self, model: LanguageModel, y: Judgements) -> float:
         """The estimated KL divergence of a batch."""
         if not self._formula.uses_kl:
             return 0.0
+        self._mismatched = y.mismatched
         ratios = [
-            sums(part, model.log_probs(part)) - self._reference.of(part)
+            sums(part, model.log_probs(part)) - self._reference.log_probs_of(part)
             for part in y.mismatched.pieces(EVALUATION_TOKENS)
         ]
         kl = max(0.0, float(np.concatenate(ratios).mean()))
@@ -99,11 +101,11 @@ class KtoLoss(TalliedLoss):
         self, part: PackedBatch, good: Array, kl: float, factor: float, log_probs: Array
     ) -> tuple[float, Array]:
         """The sum of the losses, and `factor` times its derivative with respect to the log-probabilities."""
-        ratios = sums(part, log_probs) - self._reference.of(part)
+        ratios = sums(part, log_probs) - self._reference.log_probs_of(part)
         values, slopes = self._formula(ratios, good, kl)
         rewards = self._formula.beta * ratios
-        self._tally.add("rewards/chosen", rewards[good])
-        self._tally.add("rewards/rejected", rewards[~good])
+        self._tally.add("rewards/chosen", rewards[good], counted=True)
+        self._tally.add("rewards/rejected", rewards[~good], counted=True)
         self._tally.add("rewards/accuracies", np.where(good, ratios > kl, ratios < kl))
         return float(values.sum()), factor * slopes[by_sequence(part)]
 
@@ -113,25 +115,14 @@ class KtoObjective(Objective):
 
     name = "kto"
     has_reference = True
-    _reference = Reference()
 
     def read(
         self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions
     ) -> JudgedDataset:
-        return read_judged(op, sources, tokenizer, reading, self.name)
+        return read_judged(op, sources, tokenizer, reading, self.name, self._formula.uses_kl)
 
-    def prepare(
-        self,
-        lm: LanguageModel,
-        batches: list[TokenBatches],
-        directory: files.Directory | None,
-        say: Callable[[str], None],
-        ranks: Communicator | None = None,
-    ) -> None:
-        def sequences_of(x: PackedBatch, y: Judgements) -> list[PackedBatch]:
-            return [x, y.mismatched] if self._formula.uses_kl else [x]
-
-        self._reference = reference.computed(lm, batches, sequences_of, directory, say, ranks)
+    def sequences_of(self, x: PackedBatch, y: Judgements) -> list[PackedBatch]:
+        return [x, y.mismatched] if self._formula.uses_kl else [x]
 
     def loss(self, micro_tokens: int | None) -> KtoLoss:
         return KtoLoss(self._formula, self._reference, micro_tokens)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from nplora.distributed.communicator import Communicator
 from nplora.finetuning.data import TokenBatches
@@ -12,12 +13,14 @@ from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objectives import reference
 from nplora.finetuning.objectives.packed_loss import PackedLoss
+from nplora.finetuning.objectives.reference import Reference
 from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.options import FinetuneOptions
 from nplora.finetuning.planning import Teaching
 from nplora.finetuning.teachers import Teacher
 from nplora.formats import files
 from nplora.lm import LanguageModel
+from nplora.models.packing import PackedBatch
 from nplora.tokenizer import Tokenizer
 
 
@@ -37,6 +40,17 @@ class Objective:
 
     def __init__(self, options: FinetuneOptions) -> None:
         self.options = options
+        self._reference = Reference()
+
+    def with_options(self, op: str, options: FinetuneOptions) -> Self:
+        """The same objective with other options. The teacher and the reference are shared.
+
+        Raises:
+            ValueError: the options do not fit the teacher.
+        """
+        other = copy.copy(self)
+        other.options = options
+        return other
 
     @property
     def extra_passes(self) -> int:
@@ -65,24 +79,39 @@ class Objective:
         """Read examples, as `read_sources` does."""
         return read_sources(op, sources, tokenizer, reading)
 
+    def sequences_of(self, x: PackedBatch, y: Any) -> list[PackedBatch]:
+        """The sequences of a batch whose log-probabilities under the reference are needed."""
+        return []
+
     def prepare(
         self,
         lm: LanguageModel,
         batches: list[TokenBatches],
         directory: files.Directory | None,
         say: Callable[[str], None],
+        writes: bool = True,
         ranks: Communicator | None = None,
     ) -> None:
-        """Compute all that the loss needs besides the model, when a run starts or is resumed.
+        """Compute all that the losses need besides the model. A second call adds what other batches need.
 
         Args:
             lm: the model without the adapter that is trained.
             batches: the training data, and the validation data, if there are any.
             directory: the output directory; None on other ranks than rank 0.
             say: prints a text.
+            writes: whether the directory may be changed. If not, `keep` changes it later.
             ranks: the processes that train together.
         """
-        if directory is not None:
+        if self.has_reference:
+            self._reference.compute(lm, batches, self.sequences_of, directory, say, writes, ranks)
+        if writes and directory is not None:
+            self.keep(directory)
+
+    def keep(self, directory: files.Directory) -> None:
+        """Write to the output directory what a resumed run needs, and remove what it does not need."""
+        if self.has_reference:
+            self._reference.keep(directory)
+        else:
             reference.drop(directory)
 
     def loss(self, micro_tokens: int | None) -> PackedLoss:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-
+from nplora.finetuning.nonfinite_layers import first_nonfinite_layer
 from nplora.finetuning.objectives.tally import Addition, Tally
 from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch
-from nplora.nn.module import Module, quiet
+from nplora.nn.module import Module
 from nplora.trainer import FusedLoss
+
+MicroBatch = tuple[PackedBatch, slice, slice]  # with its sequences and tokens in the whole batch
 
 
 class PackedLoss(FusedLoss):
@@ -39,27 +40,19 @@ class PackedLoss(FusedLoss):
     def computed_elsewhere(self, x: PackedBatch, y: Any) -> None:
         self.tokens += len(x.ids)
 
-    def _micro_batches(self, x: PackedBatch) -> Iterator[PackedBatch]:
+    def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
         """The micro-batches that are computed. Those without a target have no loss."""
-        return (part for part in x.pieces(self.micro_tokens) if part.num_targets)
+        return (each for each in micro_batches(x, self.micro_tokens) if each[0].num_targets)
 
     def settings(self) -> dict[str, Any]:
         return {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}
 
     def blame(self, model: Module, x: PackedBatch) -> str:
         assert isinstance(model, LanguageModel)
-        found: list[str] = []
-        prefix, model.model.prefix = model.model.prefix, None
-        for index, block in enumerate(model.model.layers):
-            vars(block)["run"] = _watched(block.run, f"model.layers.{index}", found)
-        try:
-            with quiet():
-                model.loss_packed(x)
-        finally:
-            for block in model.model.layers:
-                del vars(block)["run"]
-            model.model.prefix = prefix
-        return f"the first layer whose output is not finite is {(found or ['lm_head'])[0]!r}"
+        name = first_nonfinite_layer(model, x)
+        if not name:
+            return "the output of every layer is finite, but the loss is not"
+        return f"the first layer whose output is not finite is {name!r}"
 
 
 class TalliedLoss(PackedLoss):
@@ -80,15 +73,14 @@ class TalliedLoss(PackedLoss):
         self._tally.add_all(measured)
 
 
+def micro_batches(x: PackedBatch, most_tokens: int | None, together: int = 1) -> Iterator[MicroBatch]:
+    """Divide a batch as `PackedBatch.pieces` does. Each piece comes with its sequences and tokens in `x`."""
+    sequences = tokens = 0
+    for part in x.pieces(most_tokens, together):
+        ends = sequences + len(part.starts) - 1, tokens + len(part.ids)
+        yield part, slice(sequences, ends[0]), slice(tokens, ends[1])
+        sequences, tokens = ends
+
+
 def _nothing() -> None:
     pass
-
-
-def _watched(run: Callable[..., Any], name: str, found: list[str]) -> Callable[..., Any]:
-    def watching(*arguments: Any, **named: Any) -> Any:
-        result = run(*arguments, **named)
-        if not np.isfinite(result[0]).all():
-            found.append(name)
-        return result
-
-    return watching

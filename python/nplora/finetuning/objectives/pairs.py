@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nplora.distributed.communicator import Communicator
-from nplora.finetuning.data.batches import TokenBatches
-from nplora.finetuning.data.comparisons import LearnedPairs, PairDataset, read_pairs
+from nplora.finetuning.data.comparisons import Answers, LearnedPairs, PairDataset, read_pairs
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
-from nplora.finetuning.objectives import reference
 from nplora.finetuning.objectives.objective import Objective
-from nplora.finetuning.objectives.packed_loss import TalliedLoss
+from nplora.finetuning.objectives.packed_loss import MicroBatch, TalliedLoss, micro_batches
 from nplora.finetuning.objectives.preference_losses import Dpo, odds_ratio
 from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
-from nplora.formats import files
 from nplora.lm import LanguageModel
 from nplora.models.packing import IGNORED, PackedBatch
 from nplora.nn.module import Module
@@ -34,31 +30,30 @@ class PairLoss(TalliedLoss):
 
     unit = "pairs"
 
-    def count(self, x: PackedBatch, y: Array) -> int:
+    def count(self, x: PackedBatch, y: Answers) -> int:
         return (len(x.starts) - 1) // 2
 
-    def forward_backward(self, model: Module, x: PackedBatch, y: Array, factor: float) -> float:
+    def forward_backward(self, model: Module, x: PackedBatch, y: Answers, factor: float) -> float:
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
-        total, begin = 0.0, 0
-        for part in self._micro_batches(x):
-            end = begin + len(part.ids)
-            loss = functools.partial(self._scaled, part, y[begin:end], self._weight(x), factor)
+        total, weight = 0.0, self._weight(x)
+        for part, _, tokens in self._micro_batches(x):
+            loss = functools.partial(self._scaled, part, y.is_answer[tokens], weight, factor)
             total += model.forward_backward_of(part, loss)
             self.after_part()
-            begin = end
         return total
 
-    def evaluate(self, model: Module, x: PackedBatch, y: Array) -> float:
+    def evaluate(self, model: Module, x: PackedBatch, y: Answers) -> float:
         assert isinstance(model, LanguageModel)
-        return self._loss(x, y, self._weight(x), model.log_probs(x))[0] / self.count(x, y)
+        weight = 1 / y.tokens_per_pair
+        return self._loss(x, y.is_answer, weight, model.log_probs(x))[0] / self.count(x, y)
 
     def take_metrics(self) -> dict[str, float]:
         """The mean rewards and margin, and the share of pairs whose chosen answer has the larger reward."""
         return super().take_metrics()
 
-    def _micro_batches(self, x: PackedBatch) -> Iterator[PackedBatch]:
-        return iter(x.pieces(self.micro_tokens, together=2))
+    def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
+        return micro_batches(x, self.micro_tokens, together=2)
 
     def _scaled(
         self, part: PackedBatch, is_answer: Array, weight: float, factor: float, log_probs: Array
@@ -74,29 +69,29 @@ class PairLoss(TalliedLoss):
 
         Args:
             is_answer: for each token, whether the next token belongs to an answer.
-            weight: the result of `_weight` for the whole batch.
+            weight: pairs / trained tokens of their chosen sequences, in the whole batch. In an evaluation, in
+                the whole data set, so that its loss does not depend on how the data are cut into batches.
             log_probs: the log-probabilities of all targets (m,).
         """
 
     def _weight(self, x: PackedBatch) -> float:
-        """What the loss of a micro-batch needs to know about the whole batch."""
-        return 1.0
+        tokens = np.bincount(by_sequence(x), minlength=len(x.starts) - 1)[::2].sum()
+        return (len(x.starts) - 1) / 2 / max(1, int(tokens))
 
     def _measure(self, rewards: Array) -> None:
         """Count the rewards (n, 2) of the chosen and the rejected answers, under the names that TRL uses."""
         chosen, rejected = rewards.T
         self._tally.add("rewards/chosen", chosen)
         self._tally.add("rewards/rejected", rejected)
-        self._tally.add("rewards/margins", chosen - rejected)
         self._tally.add("rewards/accuracies", chosen > rejected)
 
 
 class DpoLoss(PairLoss):
     """A loss of the log-ratios between the model and its reference."""
 
-    def __init__(self, formula: Dpo, of: Reference, micro_tokens: int | None = None) -> None:
+    def __init__(self, formula: Dpo, reference: Reference, micro_tokens: int | None = None) -> None:
         super().__init__(micro_tokens)
-        self._formula, self._reference = formula, of
+        self._formula, self._reference = formula, reference
 
     def settings(self) -> dict[str, Any]:
         chosen = {"beta": self._formula.beta, "loss_type": self._formula.loss_type}
@@ -108,14 +103,18 @@ class DpoLoss(PairLoss):
     ) -> tuple[float, Array]:
         places = by_sequence(part)
         counts = np.bincount(places, minlength=len(part.starts) - 1)
-        ratios = sums(part, log_probs) - self._reference.of(part)
+        ratios = sums(part, log_probs) - self._reference.log_probs_of(part)
         values, slopes = self._formula(ratios.reshape(-1, 2), counts.reshape(-1, 2))
         self._measure(self._formula.beta * ratios.reshape(-1, 2))
         return float(values.sum()), slopes.reshape(-1)[places]
 
 
 class OrpoLoss(PairLoss):
-    """The loss of the chosen text, prompt included, and a penalty for the odds of the rejected answer."""
+    """The loss of the chosen text, prompt included, and a penalty for the odds of the rejected answer.
+
+    The tokens of the chosen texts are averaged, and the penalties of the pairs. The trainer divides the sum
+    by the number of pairs, so the loss of each token is multiplied by `weight`, pairs / tokens.
+    """
 
     def __init__(self, beta: float, micro_tokens: int | None = None) -> None:
         super().__init__(micro_tokens)
@@ -123,14 +122,6 @@ class OrpoLoss(PairLoss):
 
     def settings(self) -> dict[str, Any]:
         return {"objective": "orpo", "beta": self._beta, **super().settings()}
-
-    def _weight(self, x: PackedBatch) -> float:
-        """The weight of a token's loss: the number of pairs / the number of tokens of their chosen texts.
-
-        The trainer divides the loss by the number of pairs, so the tokens of chosen texts are averaged.
-        """
-        tokens = np.bincount(by_sequence(x), minlength=len(x.starts) - 1)[::2].sum()
-        return (len(x.starts) - 1) / 2 / max(1, int(tokens))
 
     def _loss(
         self, part: PackedBatch, is_answer: Array, weight: float, log_probs: Array
@@ -143,7 +134,7 @@ class OrpoLoss(PairLoss):
         gradient = of_answer * (slopes.reshape(-1) / counts)[places] - weight * is_chosen
         learned = log_probs[is_chosen]
         self._measure(self._beta * means.reshape(-1, 2))
-        self._tally.add("nll_loss", -learned)
+        self._tally.add("nll_loss", -learned, counted=True)
         return float(values.sum()) - weight * float(learned.sum()), gradient
 
 
@@ -152,20 +143,12 @@ class DpoObjective(Objective):
 
     name = "dpo"
     has_reference = True
-    _reference = Reference()
 
     def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> PairDataset:
         return read_pairs(op, sources, tokenizer, reading, self.name, PairDataset)
 
-    def prepare(
-        self,
-        lm: LanguageModel,
-        batches: list[TokenBatches],
-        directory: files.Directory | None,
-        say: Callable[[str], None],
-        ranks: Communicator | None = None,
-    ) -> None:
-        self._reference = reference.computed(lm, batches, lambda x, y: [x], directory, say, ranks)
+    def sequences_of(self, x: PackedBatch, y: Answers) -> list[PackedBatch]:
+        return [x]
 
     def loss(self, micro_tokens: int | None) -> DpoLoss:
         options = self.options

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-# The upper limit of the mean log-probabilities in ORPO, because a probability of 1 has infinite odds.
+# The upper limit of the mean log-probabilities in ORPO, because a probability of 1 has infinite odds. Beyond
+# it, a chosen answer has slope 0, as it cannot become likelier. A rejected one keeps the slope of the limit.
 _ALMOST_CERTAIN = -1e-7
 
 
@@ -79,7 +80,8 @@ def odds_ratio(means: Array, beta: float) -> tuple[Array, Array]:
     """
     bounded = np.minimum(means, _ALMOST_CERTAIN)
     log_odds = bounded - np.log(-np.expm1(bounded))
-    dlog_odds = np.where(means < _ALMOST_CERTAIN, -1 / np.expm1(bounded), 0.0)
+    is_flat = (means >= _ALMOST_CERTAIN) & [True, False]
+    dlog_odds = np.where(is_flat, 0.0, -1 / np.expm1(bounded))
     x = log_odds[:, 0] - log_odds[:, 1]
     return -beta * log_sigmoid(x), -beta * sigmoid(-x)[:, None] * dlog_odds * [1.0, -1.0]
 

@@ -1,8 +1,8 @@
 """Reference: the log-probabilities of the model without its adapter, computed once and kept in a file.
 
-The file holds one number for each sequence. It is used only if the weights, the arithmetic, the instruction
-set and the version of nplora are the same, and if its SHA-256 shows that it is whole. Log-probabilities that
-it lacks are computed.
+The file holds one number for each sequence. It is used only if all weights, the configuration, the
+arithmetic, the instruction set and the version of nplora are the same, and if its SHA-256 shows that it is
+whole. Log-probabilities that it lacks are computed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import hashlib
 import itertools
 import math
 import os
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy.typing as npt
 from nplora import _core
 from nplora.distributed.communicator import Alone, Communicator
 from nplora.finetuning.data import EVALUATION_TOKENS, TokenBatches
+from nplora.finetuning.slow_progress import Progress
 from nplora.formats import files, safetensors
 from nplora.formats.errors import FormatError, counted
 from nplora.formats.run_files import REFERENCE, REFERENCE_MARK, holds_run
@@ -36,23 +36,108 @@ from nplora.trainer.fingerprint import base_fingerprint
 Array = npt.NDArray[Any]
 
 _SCHEMA = "1"
-_EVERY = 10.0  # seconds between two lines of progress
 
 
 class Reference:
     """The log-probability of each sequence under the reference: the sum over its targets.
 
     A digest of its tokens and targets identifies each sequence, so the data may be in any order.
+
+    Args:
+        known: log-probabilities by the keys of their sequences, see `sequence_keys`.
     """
 
-    def __init__(self, found: dict[int, float] | None = None) -> None:
-        found = found or {}
-        self._keys = np.array(sorted(found), np.uint64)
-        self._values = np.array([found[int(key)] for key in self._keys], np.float64)
+    def __init__(self, known: Mapping[int, float] | None = None) -> None:
+        self._set(dict(known or {}))
+        self._model = ""
+        self._is_kept = True  # whether the file holds what was computed
 
-    def of(self, batch: PackedBatch) -> Array:
-        """The log-probability of each sequence of a batch, float64."""
-        return np.asarray(self._values[np.searchsorted(self._keys, sequence_keys(batch))])
+    def log_probs_of(self, batch: PackedBatch) -> Array:
+        """The log-probability of each sequence of a batch, float64.
+
+        Raises:
+            LookupError: `compute` has not seen one of the sequences.
+        """
+        keys = sequence_keys(batch)
+        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        if not len(self._keys) or (self._keys[places] != keys).any():
+            raise LookupError("the reference lacks the log-probability of a sequence of this batch")
+        return np.asarray(self._values[places])
+
+    def compute(
+        self,
+        lm: LanguageModel,
+        batches: list[TokenBatches],
+        sequences_of: Callable[[PackedBatch, Any], Iterable[PackedBatch]],
+        directory: files.Directory | None,
+        say: Callable[[str], None],
+        writes: bool,
+        ranks: Communicator | None = None,
+    ) -> None:
+        """Add the log-probabilities of all sequences of the data: from the file, or computed.
+
+        Args:
+            lm: the model without the adapter.
+            batches: the training data, and the validation data, if there are any.
+            sequences_of: the sequences of a batch whose log-probabilities are needed.
+            directory: the output directory; None on other ranks than rank 0.
+            writes: whether the file is written. If not, `keep` writes it later.
+            ranks: the processes that train together. Each computes a share of the log-probabilities.
+        Raises:
+            NonFiniteLossError: a log-probability is NaN or infinite.
+        Warns:
+            UserWarning: the file cannot be written. The run can continue without it.
+        """
+        ranks, self._model = ranks or Alone(), _identity(lm)
+        found = self._found()
+        kept, problem = ({}, "") if directory is None else _read(directory, self._model)
+        kept = ranks.broadcast(kept) | found
+        if directory is not None and problem:
+            say(f"{Path(directory, REFERENCE)}: {problem}; the reference is computed again")
+        progress = Progress("reference", "examples", sum(len(source.dataset) for source in batches), say)
+        new: list[tuple[int, dict[int, float]]] = []  # the parts that this rank has computed, by number
+        number, is_whole = 0, False
+        try:
+            for source in batches:
+                for x, y in source.epoch(0):
+                    for part in _parts(sequences_of(x, y)):
+                        keys = sequence_keys(part).tolist()
+                        # The whole part is computed, so that the results are the same bits, whichever of its
+                        # sequences the file has.
+                        if not all(key in kept for key in keys):
+                            progress.begin("computing the log-probabilities of the model without its adapter")
+                            values = [math.nan] * len(keys)  # another rank computes them
+                            if number % ranks.size == ranks.rank:
+                                values = _log_probs(lm, part).tolist()
+                                new.append((number, dict(zip(keys, values, strict=True))))
+                            kept |= zip(keys, values, strict=True)
+                            number += 1
+                        found |= ((key, kept[key]) for key in keys)
+                    progress.add((len(x.starts) - 1) // source.dataset.sequences)
+            # A sequence may be in several parts, with other roundings. The last one counts, as on one rank.
+            for _, values_of in sorted(itertools.chain(*ranks.gather(new)), key=lambda one: one[0]):
+                found |= values_of
+            is_whole = True
+        finally:  # also after Ctrl-C, so that the next start continues from here
+            # After Ctrl-C on several ranks, the parts of this rank are not the first ones. A sequence that is
+            # in several parts would then get another rounding, so nothing is written.
+            if number and writes and directory is not None and (is_whole or ranks.size == 1):
+                _write(directory, self._model, found if is_whole else kept)
+        self._set(found)
+        self._is_kept = self._is_kept and (writes or not number)
+
+    def keep(self, directory: files.Directory) -> None:
+        """Write the file, unless it holds everything already."""
+        if not self._is_kept:
+            _write(directory, self._model, self._found())
+        self._is_kept = True
+
+    def _set(self, found: dict[int, float]) -> None:
+        self._keys = np.array(sorted(found), np.uint64)
+        self._values = np.array([found[key] for key in sorted(found)], np.float64)
+
+    def _found(self) -> dict[int, float]:
+        return dict(zip(self._keys.tolist(), self._values.tolist(), strict=True))
 
 
 def sequence_keys(batch: PackedBatch) -> Array:
@@ -75,67 +160,6 @@ def by_sequence(batch: PackedBatch) -> Array:
 def sums(batch: PackedBatch, log_probs: Array) -> Array:
     """The sum of the log-probabilities of each sequence."""
     return np.bincount(by_sequence(batch), log_probs, len(batch.starts) - 1)
-
-
-def computed(
-    lm: LanguageModel,
-    batches: list[TokenBatches],
-    sequences_of: Callable[[PackedBatch, Any], Iterable[PackedBatch]],
-    directory: files.Directory | None,
-    say: Callable[[str], None],
-    ranks: Communicator | None = None,
-) -> Reference:
-    """The reference for all sequences of the data: read from the directory, or computed and written there.
-
-    Args:
-        lm: the model without the adapter.
-        batches: the training data, and the validation data, if there are any.
-        sequences_of: the sequences of a batch whose log-probabilities are needed.
-        directory: the output directory; None on other ranks than rank 0.
-        ranks: the processes that train together. Each computes a share of the log-probabilities.
-    Raises:
-        NonFiniteLossError: a log-probability is NaN or infinite.
-    Warns:
-        UserWarning: the file cannot be written. The run can continue without it.
-    """
-    ranks, model = ranks or Alone(), _identity(lm)
-    kept, problem = ({}, "") if directory is None else _read(directory, model)
-    if directory is not None and problem:
-        say(f"{Path(directory, REFERENCE)}: {problem}; the reference is computed again")
-    kept = ranks.broadcast(kept)
-    found, turn = dict[int, float](), 0
-    new: list[tuple[int, dict[int, float]]] = []  # the parts that this rank has computed, by number
-    counts = sum(len(source.dataset) for source in batches)
-    progress = _Progress(counts, say)
-    is_whole = False
-    try:
-        for source in batches:
-            for x, y in source.epoch(0):
-                for part in _parts(sequences_of(x, y)):
-                    keys = sequence_keys(part).tolist()
-                    # The whole part is computed, so that the results are the same bits, whichever of its
-                    # sequences the file has.
-                    if not all(key in kept for key in keys):
-                        progress.begin()
-                        values = [math.nan] * len(keys)  # another rank computes them
-                        if turn % ranks.size == ranks.rank:
-                            values = _log_probs(lm, part).tolist()
-                            new.append((turn, dict(zip(keys, values, strict=True))))
-                        kept |= zip(keys, values, strict=True)
-                        turn += 1
-                    found |= ((key, kept[key]) for key in keys)
-                progress.add(len(x.starts) - 1, source.dataset)
-        # A sequence may be in several parts, with other roundings. The last one counts, as on one rank.
-        for _, values_of in sorted(itertools.chain(*ranks.gather(new)), key=lambda one: one[0]):
-            found |= values_of
-        is_whole = True
-    finally:  # also after Ctrl-C, so that the next start continues from here
-        # After Ctrl-C on several ranks, the parts of this rank are not the first ones. A sequence that is in
-        # several parts would then get another rounding.
-        if turn and directory is not None and (is_whole or ranks.size == 1):
-            known = {key: value for key, value in kept.items() if not math.isnan(value)}
-            _write(directory, model, found if is_whole else known)
-    return Reference(found)
 
 
 def drop(directory: files.Directory) -> None:
@@ -164,32 +188,13 @@ def _log_probs(lm: LanguageModel, part: PackedBatch) -> Array:
     return values
 
 
-class _Progress:
-    """Prints the progress of computing the reference, if that takes longer than a moment."""
-
-    def __init__(self, total: int, say: Callable[[str], None]) -> None:
-        self._total, self._say = total, say
-        self._done, self._last = 0.0, 0.0
-
-    def begin(self) -> None:
-        if not self._last:
-            self._last = time.monotonic()
-            self._say("computing the log-probabilities of the reference, the model without its adapter")
-
-    def add(self, sequences: int, dataset: Any) -> None:
-        self._done += sequences / dataset.sequences
-        if self._last and time.monotonic() - self._last >= _EVERY:
-            self._last = time.monotonic()
-            self._say(f"reference: {self._done / self._total:.0%} of the data")
-
-
 # ---- the file ----
 
 
 def _identity(lm: LanguageModel) -> str:
     """What the log-probabilities depend on besides the tokens."""
     config = _core.config()
-    parts = base_fingerprint(lm), lm.compute, str(config["isa"]), str(config["version"])
+    parts = base_fingerprint(lm, whole=True), lm.compute, str(config["isa"]), str(config["version"])
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -205,6 +210,8 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
     try:
         with safetensors.reading(path, follow_links=False) as content:
             metadata = content.metadata
+            if REFERENCE_MARK not in metadata and not holds_run(directory):
+                raise FormatError(f"{path}: is not a reference")
             if metadata.get(REFERENCE_MARK) != _SCHEMA or metadata.get("model") != model:
                 return {}, "it is of another model or arithmetic"
             keys, values = (content[name].numpy() for name in ("keys", "values"))
@@ -224,7 +231,8 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
 
 def _write(directory: files.Directory, model: str, found: dict[int, float]) -> None:
     """Write the file. A failure is only a warning: if the disk is full, the first checkpoint fails anyway."""
-    keys, values = np.array(list(found), np.uint64), np.array(list(found.values()), np.float64)
+    keys = np.array(sorted(found), np.uint64)
+    values = np.array([found[key] for key in sorted(found)], np.float64)
     metadata = {REFERENCE_MARK: _SCHEMA, "model": model, "sha256": _digest(keys, values)}
     path = Path(directory, REFERENCE)
     try:

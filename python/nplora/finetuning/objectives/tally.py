@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Addition = tuple[str, float, int]  # a name, the sum of values, and their number
+from nplora.trainer.history import COUNT, with_margin
+
+# A name, the sum of values, their number, and whether `take` also returns that number.
+Addition = tuple[str, float, int, bool]
 
 
 class Tally:
@@ -16,8 +19,14 @@ class Tally:
     def __init__(self) -> None:
         self._additions: list[Addition] = []
 
-    def add(self, name: str, values: npt.NDArray[Any]) -> None:
-        self._additions.append((name, float(np.sum(values)), np.size(values)))
+    def add(self, name: str, values: npt.NDArray[Any], counted: bool = False) -> None:
+        """Add values.
+
+        Args:
+            counted: whether `take` also returns their number, because there are not as many as items in the
+                loss.
+        """
+        self._additions.append((name, float(np.sum(values)), np.size(values), counted))
 
     def add_all(self, additions: list[Addition]) -> None:
         """Add what `take_additions` has returned, here or in another process."""
@@ -30,8 +39,12 @@ class Tally:
 
     def take(self) -> dict[str, float]:
         """The means since the last call. A name without values is left out."""
-        sums, counts = dict[str, float](), dict[str, int]()
-        for name, value, count in self.take_additions():
+        sums, counts, counted = dict[str, float](), dict[str, int](), set[str]()
+        for name, value, count, is_counted in self.take_additions():
             sums[name] = sums.get(name, 0.0) + value
             counts[name] = counts.get(name, 0) + count
-        return {name: total / counts[name] for name, total in sums.items() if counts[name]}
+            counted |= {name} if is_counted else set()
+        means = {name: total / counts[name] for name, total in sums.items() if counts[name]}
+        return with_margin(means) | {
+            f"{COUNT}{name}": float(counts[name]) for name in means if name in counted
+        }

@@ -35,7 +35,7 @@ class TokenLoss(PackedLoss):
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
         total = 0.0
-        for part in self._micro_batches(x):
+        for part, _, _ in self._micro_batches(x):
             total += model.forward_backward(part, factor)
             self.after_part()
         return total

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from nplora import _core
+from nplora.adapters.trained_rows import rows_needed, with_rows_beyond
+from nplora.formats.tokenizer_json import AddedToken
 from nplora.lm import LanguageModel, adapting
 from nplora.models.config import ModelConfig
 from nplora.models.footprint import NOT_ADAPTED, Adapted
@@ -90,6 +92,7 @@ class Adapters:
     rows: Mapping[str, int] = dataclasses.field(default_factory=dict)  # layer -> values of its trained rows
     calls: Mapping[str, str] = dataclasses.field(default_factory=dict)  # layer -> the call that computes it
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    added: int = 0  # rows of the embedding and the head beyond those of the model
 
     @classmethod
     def of(
@@ -121,11 +124,24 @@ class Adapters:
         weights = sum(modules[name].weight.nbytes for name in names)
         return dataclasses.replace(made, taken=weights + _FLOAT * made.numbers)  # weights and initial factors
 
-    def with_rows(self, lm: LanguageModel, rows: Mapping[str, Any]) -> Self:
-        """The same layers, and trained rows: layer -> ids of the rows, or None for all rows."""
-        vocab, width = lm.config.vocab_size, lm.config.hidden_size
-        counts = {name: width * (vocab if ids is None else len(ids)) for name, ids in rows.items()}
-        return dataclasses.replace(self, rows=counts)
+    def with_rows(
+        self,
+        lm: LanguageModel,
+        rows: Mapping[str, Any],
+        tokens: Sequence[AddedToken] = (),
+        least: int = 0,
+    ) -> Self:
+        """The same layers, and trained rows: layer -> ids of the rows, or None for all rows.
+
+        Args:
+            tokens: the tokens that are added to the model.
+            least: the least number of rows of the embedding and the head.
+        """
+        stored, width = lm.config.vocab_size, lm.config.hidden_size
+        size = max(least, rows_needed(stored, {}, tokens))
+        rows = with_rows_beyond(lm.ties_head, rows, stored, size)
+        counts = {name: width * (size if ids is None else len(ids)) for name, ids in rows.items()}
+        return dataclasses.replace(self, rows=counts, added=size - stored)
 
     @property
     def numbers(self) -> int:
@@ -284,7 +300,10 @@ def predicted(
     blocks = [layers[i].footprint(adapters.of_block(i), narrow) for i in range(first, len(layers))]
     width = _FLOAT * config.hidden_size
     stream = width * step.tokens
-    head = _head(config, step.targets) + extra.head + 2 * stream  # the residual stream, and its gradient
+    more = adapters.added
+    head = (
+        _head(config, step.targets, more) + extra.head + 2 * stream
+    )  # the residual stream, and its gradient
     if plan.recompute:
         kept = len(blocks) * width
         works = [max(2 * width + block.saved + block.backward, block.forward) for block in blocks]
@@ -293,7 +312,7 @@ def predicted(
         works = [max(2 * width + block.backward, width + block.forward - block.saved) for block in blocks]
     kept *= step.tokens
     frozen = max(block.footprint(NOT_ADAPTED, False).forward for block in layers)
-    inference = max(frozen * max(step.tokens if first else 0, evaluated), _head(config, evaluated))
+    inference = max(frozen * max(step.tokens if first else 0, evaluated), _head(config, evaluated, more))
     inference = max(inference + extra.evaluation, extra.inference)
     work = max(
         head + extra.kept, step.tokens * max(works, default=0) + extra.kept, inference - kept
@@ -318,14 +337,18 @@ def predicted(
     )
 
 
-def _head(config: ModelConfig, targets: int) -> int:
+def _head(config: ModelConfig, targets: int, added: int) -> int:
     """The bytes that the head takes for one chunk of rows.
 
     The head holds the chunk's logits, its rows of the residual stream before and after the norm, and the
-    gradients of these rows.
+    gradients of these rows. If tokens were added, the logits of the frozen weight are a second array.
+
+    Args:
+        added: the number of rows of the head beyond those of the model.
     """
     rows = min(most_rows(targets, config.vocab_size), targets)
-    return _FLOAT * rows * (config.vocab_size + 4 * config.hidden_size)
+    logits = 2 * config.vocab_size + added if added else config.vocab_size
+    return _FLOAT * rows * (logits + 4 * config.hidden_size)
 
 
 def _calls(lm: LanguageModel) -> dict[str, str]:

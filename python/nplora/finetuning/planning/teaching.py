@@ -58,9 +58,10 @@ class Teaching:
         """
         vocab = self.student.config.vocab_size
         rows = max((largest_chunk(count, vocab) for count in set(targets)), default=0)
-        blocks = 2 * BLOCK_BYTES  # log(p / q), and the gradient of the cross-entropy
+        blocks = 2 * BLOCK_BYTES  # log(p / q) or q on the rest, and the gradient of the cross-entropy
         if self.model is not None:
             config = self.model.config
+            blocks += BLOCK_BYTES  # p log(p / q)
             return blocks + _FLOAT * rows * (config.vocab_size + 2 * config.hidden_size)
         return blocks + 4 * _DOUBLE * rows * self.top_k
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from nplora.finetuning.data.stored import Examples
+from nplora.finetuning.nonfinite_layers import first_nonfinite_layer
 from nplora.finetuning.teachers.teacher import RowsOf
 from nplora.finetuning.teachers.vocabulary import require_same_vocabulary
 from nplora.formats import model_directory
 from nplora.formats.errors import FormatError
 from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch
-from nplora.nn.module import quiet
 from nplora.trainer.fingerprint import base_fingerprint, factors
 
 Array = npt.NDArray[Any]
@@ -42,7 +42,7 @@ class ModelTeacher:
         require_same_vocabulary(op, self.name, theirs, str(student.source), ours)
 
     def require_data(self, op: str, dataset: Examples) -> None:
-        size = self._lm.config.vocab_size
+        size = self._lm.vocab_size
         if dataset.largest_id >= size:
             raise FormatError(
                 f"{op}: {dataset.report.source} has token {dataset.largest_id}, but the vocabulary of the "
@@ -57,15 +57,21 @@ class ModelTeacher:
         return model_digest(self._lm)
 
     def blame(self, batch: PackedBatch) -> str:
-        with quiet():
-            found = np.isfinite(self._lm.hidden_states(batch)).all()
-        return "" if found else f"the outputs of the teacher {self.name} are not finite"
+        name = first_nonfinite_layer(self._lm, batch)
+        return (
+            f"the outputs of the teacher {self.name} are not finite, first that of {name!r}" if name else ""
+        )
 
 
 def model_digest(lm: LanguageModel) -> str:
-    """A hash of the model's weights, of its adapter and of its arithmetic."""
-    digest = hashlib.sha256(f"{lm.compute} {base_fingerprint(lm)}".encode())
-    for name, array in factors(lm).items():
-        digest.update(f"\n{name} {array.shape}".encode())
+    """A hash of the model's weights, of the adapters that it uses now, and of its arithmetic."""
+    used = lm._selected("model_digest")
+    digest = hashlib.sha256(f"{used.compute} {base_fingerprint(used)}".encode())
+    for name, layer in used.adapter_layers().items():
+        settings = {key: value for key, value in layer.settings().items() if key != "dropout"}
+        said = json.dumps(settings, sort_keys=True, allow_nan=False)
+        digest.update(f"\n{name} {said} {layer.adapter_enabled}".encode())
+    for name, array in factors(used).items():
+        digest.update(f"\n{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from nplora.finetuning.data.batches import EVALUATION_TOKENS, TokenBatches
 from nplora.finetuning.data.stored import Examples
+from nplora.finetuning.objective_options import TEMPERATURES
 from nplora.finetuning.objectives.reference import by_sequence, sequence_keys
 from nplora.finetuning.teachers.teacher import RowsOf
 from nplora.finetuning.teachers.vocabulary import require_same_vocabulary
@@ -122,7 +123,7 @@ class StoredTeacher:
         self._tokens = self._vocabulary(file)
         rows, self.top_k = self._entries["ids"].shape
         self._check_starts(rows)
-        self._common = len(self._tokens)  # ids that a student has too
+        self._common = len(self._tokens)  # the number of ids that the student has too
         self._header = hashlib.sha256(repr((sorted(file.metadata.items()), self._entries)).encode())
         self._header.update(keys.tobytes() + self._starts.tobytes())
 
@@ -132,9 +133,11 @@ class StoredTeacher:
             found = float(self.metadata["temperature"])
         except (KeyError, ValueError):
             found = math.nan
-        if not 0 < found < math.inf:
+        least, most = TEMPERATURES
+        if not least <= found <= most:
             raise FormatError(
-                f"{self.name}: temperature is {brief(self.metadata.get('temperature'))}, expected a number"
+                f"{self.name}: temperature is {brief(self.metadata.get('temperature'))}, expected a number "
+                f"from {least} to {most}"
             )
         return found
 
@@ -194,12 +197,15 @@ class StoredTeacher:
         return np.frombuffer(data, dtype).reshape(-1, entry.shape[1])
 
     def _distributions(self, ids: Array, log_probs: Array) -> TopK:
-        """Check the rows, and scale their probabilities so that they sum to 1 again in spite of rounding."""
+        """Check the rows, leave out tokens that the student lacks, and scale the rest to the sum 1.
+
+        Rounding also changes the sum.
+        """
         ordered = np.sort(ids, axis=1)
-        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self._common:
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= len(self._tokens):
             raise CorruptError(
                 f"{self.name}: ids holds {int(ids.min())} to {int(ids.max())}, expected tokens from 0 to "
-                f"{self._common - 1}"
+                f"{len(self._tokens) - 1}"
             )
         if (ordered[:, 1:] == ordered[:, :-1]).any():
             raise CorruptError(f"{self.name}: ids holds a token twice in one row")
@@ -207,8 +213,10 @@ class StoredTeacher:
         known = exact if self.top_k < len(self._tokens) else exact[:, :-1]
         if not np.isfinite(known).all() or known.max(initial=0) > 0.01:
             raise CorruptError(f"{self.name}: log_probs holds a value that is no log-probability")
+        is_lacking = ids >= self._common
+        exact[:, :-1][is_lacking] = -np.inf
         known -= np.log(np.exp(known).sum(axis=1, keepdims=True))
-        return TopK(ids, exact)
+        return TopK(np.where(is_lacking, -1, ids), exact)
 
     def digest(self) -> str:
         return self._header.hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 
 from nplora import _check
 from nplora.finetuning.tuning.schedule import parse_budget
-from nplora.finetuning.tuning.space import checked_values
+from nplora.finetuning.tuning.space import listed_values
 
 SAMPLERS = ("halving", "optuna")
 # Options of `finetune` that a search decides itself, or that belong to one run.
@@ -25,7 +25,9 @@ def _option(default: Any, text: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """The options of `tune` besides those of `finetune`. The constructor checks all values.
+    """The options of `tune` besides those of `finetune`. The constructor checks them.
+
+    `tune` checks the values in `search`, because they may depend on the options of `finetune`.
 
     Raises:
         ValueError, TypeError: a value is out of range.
@@ -60,7 +62,7 @@ class TuneOptions:
         _check.choice(op, "sampler", self.sampler, SAMPLERS)
         if not isinstance(self.search, Mapping):
             raise TypeError(f"{op}: search is {_check.kind(self.search)}, expected a dictionary of lists")
-        checked = {name: checked_values(op, name, values) for name, values in self.search.items()}
+        checked = {name: listed_values(op, name, values) for name, values in self.search.items()}
         object.__setattr__(self, "search", checked)
         if self.resume and self.overwrite:
             raise ValueError(f"{op}: resume and overwrite are both given, expected only one of them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -24,7 +25,7 @@ UNSEARCHED = (
     "resume", "overwrite", "sample", "save_every", "save_minutes", "seed", "steps", "valid_split", "memory",
     "keep_prefix", "compute", "recompute", "format", "columns", "chat", "learn", "max_length", "skip_bad",
     "strict", "adapter", "any_base", "layers", "rank_pattern", "alpha_pattern", "eval_every", "patience",
-    "keep", "report_to",
+    "keep", "report_to", "objective", "teacher",
     # Trials of one rung make equally many steps. With batches of different sizes, they would read different
     # amounts of data.
     "batch_examples", "batch_tokens", "accumulate",
@@ -86,20 +87,15 @@ def space_of(
     Args:
         given: the options of `finetune` that the user has fixed.
     Raises:
-        ValueError: a searched option is unknown, fixed or without values, a value is out of range, or some of
-            the targets do not have a layer that has its own rank or alpha.
+        ValueError: a searched option is unknown or without values, or some of the targets do not have a layer
+            that has its own rank or alpha.
     """
-    wanted = {name: checked_values(op, name, values) for name, values in search.items()}
-    for name in wanted:
-        if name in given:
-            raise ValueError(f"{op}: {name} is given and searched, expected only one of them")
+    wanted = {name: listed_values(op, name, values) for name, values in search.items()}
     continues = given.get("adapter") is not None
     if continues and (own := [name for name in wanted if name in _OF_AN_ADAPTER]):
         raise ValueError(f"{op}: {own[0]} is decided by the adapter to continue from; do not search it")
     rates = wanted.pop("lr", (given["lr"],) if "lr" in given else rates_around(_DEFAULTS["lr"]))
     is_fixed = "epochs" in given or "steps" in given
-    if is_fixed and "epochs" in wanted:
-        raise ValueError(f"{op}: epochs are searched, but the length of the run is given")
     epochs = wanted.pop("epochs", () if is_fixed else _EPOCHS)
     usual = {} if continues else {"rank": (_DEFAULTS["rank"], *_RANKS), "targets": _target_sets(lm)}
     if any(given.get(option) for option in _PATTERNS):
@@ -128,11 +124,30 @@ def require_searchable(op: str, name: str) -> None:
         raise ValueError(f"{op}: {name} cannot be searched{near or ', expected one of ' + ', '.join(known)}")
 
 
-def checked_values(op: str, name: str, values: Iterable[Any]) -> tuple[Any, ...]:
-    """The values of one option, each checked as `finetune` does.
+def require_values(op: str, search: Mapping[str, Sequence[Any]], given: Mapping[str, Any]) -> None:
+    """Check the values of searched options as `finetune` does, each beside every value of every other option.
+
+    Args:
+        given: the options of `finetune` that the user has fixed.
+    Raises:
+        ValueError, TypeError: a searched option is also given, a value is out of range, or values do not go
+            together.
+    """
+    for name in search:
+        if name in given:
+            raise ValueError(f"{op}: {name} is given and searched, expected only one of them")
+    if "epochs" in search and "steps" in given:
+        raise ValueError(f"{op}: epochs are searched, but the length of the run is given")
+    choices = [(name, value) for name, values in search.items() for value in values]
+    for one, other in itertools.combinations_with_replacement(choices, 2):
+        FinetuneOptions(**(dict(given) | dict([one, other])), op=op)
+
+
+def listed_values(op: str, name: str, values: Iterable[Any]) -> tuple[Any, ...]:
+    """The values of one option. `require_values` checks each of them.
 
     Raises:
-        ValueError, TypeError: the option cannot be searched, or a value is out of range.
+        ValueError, TypeError: the option cannot be searched, or there are no values.
     """
     require_searchable(op, name)
     if isinstance(values, str) or not isinstance(values, Iterable):
@@ -140,8 +155,6 @@ def checked_values(op: str, name: str, values: Iterable[Any]) -> tuple[Any, ...]
     given = list(dict.fromkeys(target_names(v) if name == "targets" else v for v in values))
     if not given:
         raise ValueError(f"{op}: search has no values for {name}")
-    for value in given:
-        FinetuneOptions(**{name: value}, op=op)  # type: ignore[arg-type]
     return tuple(given)
 
 

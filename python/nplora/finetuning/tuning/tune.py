@@ -17,6 +17,7 @@ from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.sources import splits_of
 from nplora.finetuning.execution import adapters_of, choose_execution, predicted
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
+from nplora.finetuning.objectives import Objective
 from nplora.finetuning.options import FinetuneOptions
 from nplora.finetuning.planning import ExecutionPlan, available_memory
 from nplora.finetuning.run import new_trainer, put_on_adapter
@@ -27,13 +28,14 @@ from nplora.finetuning.tuning.options import NOT_PASSED, TuneOptions
 from nplora.finetuning.tuning.report import TuneReport, command_of
 from nplora.finetuning.tuning.schedule import parse_budget
 from nplora.finetuning.tuning.search import Search, winner_of
-from nplora.finetuning.tuning.space import Settings, Space, space_of
+from nplora.finetuning.tuning.space import Settings, Space, require_values, space_of
 from nplora.finetuning.tuning.trial import Trial
 from nplora.formats import files
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
 from nplora.models import PrefixCache
 from nplora.nn.losses import NonFiniteLossError
+from nplora.trainer.directory_lock import DirectoryLock
 from nplora.trainer.evaluation import evaluate
 
 _SPLIT = 0.1  # the share that is held out if there are no validation data
@@ -75,8 +77,10 @@ def tune(
         budget: time for all trials, such as "90s", "30m" or "1.5h"; a number counts minutes. The time to load
             the model and the data is not included.
         search: values to try, such as {"lr": [1e-4, 1e-3], "dropout": [0, 0.05]}, for any option of
-            `finetune` that changes the training; the search starts at the first value of each list. The
-            learning rate, the rank, the targets and the epochs are searched anyway, unless they are given.
+            `finetune` that changes the training; the search starts at the first value of each list. If an
+            option of the loss is searched, such as `beta`, the first value decides by which loss all trials
+            are compared. The learning rate, the rank, the targets and the epochs are searched anyway, unless
+            they are given.
         sampler: where the first trials come from: "halving" (a grid of learning rates) or "optuna" (its TPE
             sampler, over all searched options but the epochs).
         resume: continue the search in the output directory; no trial is repeated. The budget counts the time
@@ -90,6 +94,7 @@ def tune(
         ValueError, TypeError: an option is out of range, or the budget is too small for two trials. The
             message says how much is needed.
         FileExistsError: the output directory holds a search, and neither `resume` nor `overwrite` is set.
+        BlockingIOError: another search or run writes to the output directory; the message names its PID.
         CorruptError: tune.jsonl is damaged.
         ModuleNotFoundError: `sampler` is "optuna", and Optuna is not installed.
         Other errors: see `finetune`.
@@ -105,6 +110,7 @@ def tune(
     _require_options(options)
     files.require_named("tune", output=output)
     files.require_directory(output)
+    require_values("tune", chosen.search, options)
     rows = list(data) if isinstance(data, Iterator) else data
     base = FinetuneOptions(**_with_split(rows, valid, options), op="tune")
     return _Tuning(model, rows, valid, Path(output), base, options, chosen, speaker(progress)).run()
@@ -154,11 +160,31 @@ class _Tuning:
         for dataset in inputs.datasets:
             self.say(str(dataset.report))
 
+        self.output.mkdir(parents=True, exist_ok=True)
+        with files.Directory(self.output) as directory, DirectoryLock(directory, "another search or run"):
+            return self._search(inputs, space, sampler, execution, planned.seconds, epoch, full)
+
+    def _search(
+        self,
+        inputs: RunInputs,
+        space: Space,
+        sampler: OptunaSampler | None,
+        execution: ExecutionPlan,
+        seconds: float,
+        epoch: int,
+        full: int,
+    ) -> TuneReport:
+        """Make the trials and report them.
+
+        Args:
+            seconds: the predicted time of a step.
+            epoch, full: the numbers of steps of an epoch and of a whole run.
+        """
         log = TuneLog(self.output)
         log.begin(self._identity(inputs, space), self.chosen.resume, self.chosen.overwrite)
-        trials = _Trials(inputs, self.base, execution, full, self.output, self.say)
+        trials = _Trials(inputs, self.base, self._started(inputs), execution, full, self.output, self.say)
         search = Search(
-            space, epoch, full, parse_budget(self.chosen.budget), planned.seconds, log, trials.make, sampler,
+            space, epoch, full, parse_budget(self.chosen.budget), seconds, log, trials.make, sampler,
             self.say,
         )  # fmt: skip
         with trials:
@@ -178,6 +204,18 @@ class _Tuning:
             made = [dataclasses.replace(largest, **{name: value}) for value in values]
             largest = max(made, key=lambda options: adapters_of("tune", inputs, options).numbers)
         return largest
+
+    def _started(self, inputs: RunInputs) -> FinetuneOptions:
+        """The options with the first value of each searched option.
+
+        Raises:
+            ValueError: a value does not fit the teacher.
+        """
+        for name, values in self.chosen.search.items():
+            for value in values:
+                inputs.objective.with_options("tune", dataclasses.replace(self.base, **{name: value}))
+        first = {name: values[0] for name, values in self.chosen.search.items() if name != "epochs"}
+        return dataclasses.replace(self.base, **first)
 
     def _identity(self, inputs: RunInputs, space: Space) -> dict[str, Any]:
         """What the results of the trials depend on, as JSON values."""
@@ -265,12 +303,19 @@ def _plain(value: Any) -> Any:
 
 
 class _Trials:
-    """Makes trials on one model. They share its weights, the data, and the outputs of the frozen blocks."""
+    """Makes trials on one model. They share its weights, the data, and the outputs of the frozen blocks.
+
+    Args:
+        base: the options of all trials.
+        first: the same, with the first value of each searched option. All trials are evaluated by the loss of
+            these options: losses of other kinds or strengths do not compare.
+    """
 
     def __init__(
         self,
         inputs: RunInputs,
         base: FinetuneOptions,
+        first: FinetuneOptions,
         execution: ExecutionPlan,
         full: int,
         output: Path,
@@ -279,19 +324,27 @@ class _Trials:
         assert inputs.held_out is not None
         self._inputs, self._base, self._execution, self._full = inputs, base, execution, full
         self._output, self._say = output, say
+        self._measure = inputs.objective.with_options("tune", first)
+        self._prepared = list[dict[str, Any]]()  # the batches that the objective has seen
         self._validation: TokenBatches = evaluation_batches(inputs.held_out)
         self._prefix: PrefixCache | None = None
 
     def __enter__(self) -> _Trials:
         self._output.mkdir(parents=True, exist_ok=True)
-        batches = [training_batches(self._inputs.train, self._base), self._validation]
-        with files.Directory(self._output) as directory:
-            self._inputs.objective.prepare(self._inputs.lm, batches, directory, self._say)
+        self._prepare(self._measure, self._validation)
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._prefix is not None:
             self._prefix.close()
+
+    def _prepare(self, objective: Objective, batches: TokenBatches) -> None:
+        """Compute what the objective needs for these batches, once."""
+        if batches.identity() not in self._prepared:
+            plain = self._inputs.lm.with_tokens(self._inputs.added_tokens)
+            with files.Directory(self._output) as directory:
+                objective.prepare(plain, [batches], directory, self._say)
+            self._prepared.append(batches.identity())
 
     def baseline(self) -> tuple[float, float]:
         """The validation loss before training, and the seconds of the evaluation."""
@@ -307,12 +360,14 @@ class _Trials:
         options = dataclasses.replace(self._base, **settings, epochs=None, steps=steps)
         if steps < self._full:
             options = dataclasses.replace(options, warmup=options.warmup * steps // self._full)
+        objective = self._inputs.objective.with_options("tune", options)
+        batches = training_batches(self._inputs.train, options)
+        self._prepare(objective, batches)
         start = time.perf_counter()
         lm = self._model(options)
-        loss = self._inputs.objective.loss(self._execution.micro_tokens)
-        trainer = new_trainer(lm, loss, options, [])
+        trainer = new_trainer(lm, objective.loss(self._execution.micro_tokens), options, [])
         try:
-            history = trainer.fit(training_batches(self._inputs.train, options), steps=steps)
+            history = trainer.fit(batches, steps=steps)
         except NonFiniteLossError:
             return math.inf, time.perf_counter() - start, 0.0
         if history.interrupted:
@@ -331,7 +386,7 @@ class _Trials:
 
     def _evaluated(self, lm: LanguageModel) -> tuple[float, float]:
         start = time.perf_counter()
-        loss = self._inputs.objective.loss(self._execution.micro_tokens)
+        loss = self._measure.loss(self._execution.micro_tokens)
         found = evaluate(lm, loss, self._validation)["loss"]
         return found, time.perf_counter() - start
 

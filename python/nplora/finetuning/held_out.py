@@ -1,0 +1,64 @@
+"""The loss on held-out data, as the check of a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nplora import _check, adapters
+from nplora.adapters import Adapter
+from nplora.adapters.content import AdapterContent
+from nplora.adapters.merge_gate import Check
+from nplora.adapters.sources import Source
+from nplora.finetuning.data import Data
+from nplora.finetuning.evaluation import evaluate
+from nplora.finetuning.options import EvaluateOptions
+from nplora.formats.files import StrPath
+from nplora.nn.module import Module
+
+# The options of `evaluate` that say how the data are read.
+READING = ("format", "columns", "chat", "max_length", "learn", "skip_bad")
+
+
+def held_out_loss(data: Data, *, progress: bool | None = None, **reading: Any) -> Check:
+    """Return a function that measures the loss of a model on held-out data, for `merge_adapter(check=…)`.
+
+    Args:
+        data: rows to measure the loss on, as for `evaluate`.
+        progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
+        reading: how the data are read: `format`, `columns`, `chat`, `max_length`, `learn` and `skip_bad`, as
+            in `evaluate`.
+    Returns:
+        a function of a model's path and an adapter (or None) that returns the mean loss. It reads the model
+        and the data at each call, and reports the data at the first one. It raises the errors of `evaluate`.
+    Raises:
+        ValueError, TypeError: an option is unknown or out of range.
+
+    >>> check = nplora.finetuning.held_out_loss("valid.jsonl")
+    >>> check("model.gguf", "adapter") < check("model.gguf", None)
+    True
+    >>> merged = nplora.merge_adapter("model.gguf", "adapter", "checked.gguf", check=check)
+    >>> print(merged.loss)
+    held-out loss unaffected: ...
+    """
+    for name in reading:
+        if name not in READING:
+            raise TypeError(f"held_out_loss: unexpected keyword {name!r}{_check.suggestion(name, READING)}")
+    EvaluateOptions(**reading, op="merge")
+    rows = list(data) if isinstance(data, Iterator) else data
+    reported = list[bool]()
+
+    def loss(model: StrPath, adapter: Source | None) -> float:
+        shown = progress if not reported else False
+        reported.append(True)
+        # The merge has checked that the adapter belongs to the model, as strictly as its caller wants.
+        return evaluate(model, rows, adapter=_attachable(adapter), any_base=True, progress=shown, **reading)[
+            "loss"
+        ]
+
+    return loss
+
+
+def _attachable(adapter: Source | None) -> StrPath | Adapter | None:
+    """The adapter as `evaluate` takes it: a path or an `Adapter`."""
+    return adapters.read_adapter(adapter) if isinstance(adapter, Module | AdapterContent) else adapter

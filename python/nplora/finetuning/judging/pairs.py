@@ -1,0 +1,65 @@
+"""Preference pairs: how often a model finds the chosen answer likelier than the rejected one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.finetuning.data.comparisons import PairDataset
+from nplora.finetuning.judging.statistics import Measured
+from nplora.finetuning.load import evaluation_batches
+from nplora.lm import LanguageModel
+
+Array = npt.NDArray[Any]
+
+
+class PairScores:
+    """The scores of a model on all pairs.
+
+    Attributes:
+        log_probs: the log-probability of each answer (pairs, 2), the chosen answer first.
+        counts: the tokens of each answer (pairs, 2).
+        top: the number of tokens of each answer that the model ranks first (pairs, 2).
+    """
+
+    def __init__(self, lm: LanguageModel, dataset: PairDataset) -> None:
+        self.log_probs, self.counts, self.top = (np.zeros((len(dataset), 2)) for _ in range(3))
+        for members in evaluation_batches(dataset).members(0):
+            batch, answers = dataset.batch(members)
+            scores = lm.token_scores(batch)
+            sequence = np.repeat(np.arange(2 * len(members)), np.diff(batch.starts))[answers.is_answer]
+            for total, values in (
+                (self.log_probs, scores.log_probs), (self.counts, None), (self.top, scores.is_top),
+            ):  # fmt: skip
+                total[members] = np.bincount(sequence, values, 2 * len(members)).reshape(-1, 2)
+
+    def measured(self, reference: PairScores | None) -> list[Measured]:
+        """The metrics of these scores.
+
+        Args:
+            reference: the scores of the model without an adapter. They give the rewards: how much the adapter
+                raises the log-probability of an answer.
+        """
+        tokens, ones = self.counts[:, 0], np.ones(len(self.counts))
+        per_token = self.log_probs / np.maximum(1, self.counts)
+        found = [
+            Measured("loss", -self.log_probs[:, 0], tokens, lower_is_better=True),
+            Measured("token_accuracy", self.top[:, 0], tokens),
+            Measured("acc", _preferred(self.log_probs), ones),
+            Measured("acc_token", _preferred(per_token), ones),
+        ]
+        if reference is not None:
+            rewards = self.log_probs - reference.log_probs
+            found += [
+                Measured("reward_acc", _preferred(rewards), ones),
+                Measured("reward_margin", rewards[:, 0] - rewards[:, 1], ones),
+            ]
+        return found
+
+
+def _preferred(scores: Array) -> Array:
+    """For each pair, 1 if the chosen answer has the higher score, 1/2 if both have the same, otherwise 0."""
+    chosen, rejected = scores.T
+    return np.asarray((chosen > rejected) + 0.5 * (chosen == rejected))

@@ -1,0 +1,62 @@
+"""Preparation: computes what an objective needs before the first step, and keeps it in the directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nplora.distributed.communicator import Communicator
+from nplora.finetuning.data import TokenBatches
+from nplora.finetuning.objectives import Objective
+from nplora.formats import files
+from nplora.formats.run_files import holds_run
+from nplora.lm import LanguageModel
+from nplora.trainer import Callback, Run
+from nplora.trainer.run_directory import RunDirectory
+
+
+class Preparation(Callback):
+    """Prepares an objective for a run.
+
+    A new run computes before the trainer starts (`compute`), so that an error leaves an earlier run in the
+    directory as it is. A resumed run computes after the trainer has locked the directory and has accepted the
+    checkpoint, so that a refused run changes nothing. The files of an earlier run are replaced when the first
+    checkpoint of this run is on the disk.
+
+    Args:
+        lm: the model without the adapter; released after the computation.
+        batches: the training data, and the validation data, if there are any.
+        directory: the output directory; None on other ranks than rank 0.
+        say: prints a text.
+        ranks: the processes that train together, which compute at the same time.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        lm: LanguageModel,
+        batches: list[TokenBatches],
+        directory: files.Directory | None,
+        say: Callable[[str], None],
+        ranks: Communicator,
+    ) -> None:
+        self._objective, self._batches, self._directory, self._say = objective, batches, directory, say
+        self._ranks = ranks
+        self._lm: LanguageModel | None = lm
+
+    def compute(self) -> None:
+        """Compute for a new run. The directory is locked meanwhile."""
+        if self._directory is None:
+            self._compute(writes=False)
+            return
+        with RunDirectory(self._directory):
+            self._compute(writes=not holds_run(self._directory))
+
+    def on_fit_start(self, run: Run) -> None:
+        self._compute(writes=True)
+        if self._directory is not None:
+            self._objective.keep(self._directory)
+
+    def _compute(self, writes: bool) -> None:
+        if self._lm is not None:
+            self._objective.prepare(self._lm, self._batches, self._directory, self._say, writes, self._ranks)
+        self._lm = None

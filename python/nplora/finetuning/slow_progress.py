@@ -1,0 +1,43 @@
+"""Progress: lines that say how far a computation is, if it takes longer than a moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+EVERY = 10.0  # seconds between two lines
+
+
+class Progress:
+    """Prints how much is done, how fast, and the time left.
+
+    Args:
+        what: the computation, at the beginning of each line; may be empty.
+        unit: what is counted, in the plural.
+        total: how many of them there are.
+        say: prints a line.
+    """
+
+    def __init__(self, what: str, unit: str, total: int, say: Callable[[str], None]) -> None:
+        self._what, self._unit, self._total, self._say = what, unit, total, say
+        self._done = self._done_before = 0
+        self._begun = self._shown = 0.0
+
+    def begin(self, text: str) -> None:
+        """Print a text, at the first call only. From now on, `add` prints lines."""
+        if not self._begun:
+            self._begun = self._shown = time.monotonic()
+            self._done_before = self._done
+            self._say(text)
+
+    def add(self, count: int) -> None:
+        """Count this many more as done."""
+        self._done += count
+        now = time.monotonic()
+        if not self._begun or now - self._shown < EVERY:
+            return
+        self._shown = now
+        rate = (self._done - self._done_before) / (now - self._begun)
+        left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
+        what = f"{self._what}: " if self._what else ""
+        self._say(f"{what}{self._done:,} of {self._total:,} {self._unit}, {rate:.0f} {self._unit}/s{left}")

@@ -1,0 +1,128 @@
+"""DirectoryLock: lets only one process at a time write to a directory."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from nplora.formats import files
+from nplora.formats.errors import TruncatedError, UnsafeError
+from nplora.formats.run_files import LOCK
+
+
+class DirectoryLock:
+    """A locked file in a directory, which contains the PID of its process, until `close`.
+
+    The operating system unlocks the file when the process ends, whatever ends it. A lock file that a killed
+    process left does not lock.
+
+    Args:
+        directory: the directory; the lock uses it until `close`.
+        what: what the message about another process calls it.
+    Raises:
+        BlockingIOError: another process has the lock; the message names its PID.
+        UnsafeError: a symbolic link has the name of the lock file.
+        FileExistsError: a file of this name is not a lock. It is left unchanged.
+        OSError: the file cannot be created or written.
+    """
+
+    def __init__(self, directory: files.Directory, what: str = "another run") -> None:
+        self._directory = directory
+        self._descriptor = self._lock(what)
+        self._pid = os.getpid()  # forked children must not unlock
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{self._pid}\n".encode(), 0)
+
+    def _lock(self, what: str) -> int:
+        """Open and lock the file. If another process removes the file before it is locked, try again."""
+        while True:
+            descriptor = open_ours(self._directory, LOCK, os.O_RDWR | os.O_CREAT, _is_lock)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_in_directory(descriptor):
+                    return descriptor
+            except BlockingIOError as error:
+                pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
+                reason = f"{what} (process {pid}) writes to this directory"
+                os.close(descriptor)
+                raise BlockingIOError(error.errno, reason, os.fspath(self._directory)) from error
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def _is_in_directory(self, descriptor: int) -> bool:
+        """Whether the lock file in the directory is still the opened file."""
+        try:
+            found = os.stat(LOCK, dir_fd=self._directory.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(descriptor), found)
+
+    def close(self) -> None:
+        """Unlock the directory.
+
+        The lock file is removed before it is unlocked. In the other order, another process could lock the
+        file between the two actions, and its lock file would be removed.
+        """
+        if self._descriptor < 0:
+            return
+        if self._pid == os.getpid():
+            with contextlib.suppress(OSError):
+                if self._is_in_directory(self._descriptor):
+                    os.unlink(LOCK, dir_fd=self._directory.fd)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_ours(
+    directory: files.Directory, name: str, flags: int, is_ours: Callable[[files.Reader], bool]
+) -> int:
+    """Open a file of a run without following a symbolic link or waiting for a FIFO.
+
+    Args:
+        is_ours: whether a run may have made a file with this content.
+    Raises:
+        UnsafeError: the name is that of a symbolic link.
+        FileExistsError: the file is not a regular file, or no run made it.
+        OSError: the file cannot be opened.
+    """
+    path = Path(directory, name)
+    flags |= os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(name, flags, 0o666, dir_fd=directory.fd)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnsafeError(f"{path}: a symbolic link, expected a regular file") from error
+        raise
+    try:
+        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+        if kind != stat.S_IFREG:
+            what = files.kind_name(kind)
+            raise FileExistsError(errno.EEXIST, f"{name} is {what}, expected a regular file")
+        if not is_ours(files.Reader(descriptor, path)):
+            reason = f"the file {name} was not made by a run: move that file, or choose another directory"
+            raise FileExistsError(errno.EEXIST, reason)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _is_lock(reader: files.Reader) -> bool:
+    """Whether the file is a lock: it is empty or contains a process ID."""
+    try:
+        text = bytes(reader[:32]).strip()
+    except TruncatedError:  # a run is locking the file now
+        return True
+    return len(reader) <= 32 and (not text or text.isdigit())

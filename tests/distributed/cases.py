@@ -78,12 +78,13 @@ def fitted(
     model: nplora.Module,
     loss: str = "cross_entropy",
     callbacks: Any = (),
+    communication_dtype: str = "float32",
     **more: Any,
 ) -> str:
     optimizer = nplora.AdamW(lr=0.05)
     trainer = nplora.Trainer(
         model, loss, optimizer, schedule="cosine", clip_norm=1.0, accumulate=ACCUMULATE, progress=False,
-        communicator=ranks, callbacks=callbacks,
+        communicator=ranks, callbacks=callbacks, communication_dtype=communication_dtype,
     )  # fmt: skip
     x, y = arrays(loss == "cross_entropy")
     options = {"validation": (x[:50], y[:50]), "eval_every": 2, "epochs": 3, "batch_size": 7} | more
@@ -105,6 +106,10 @@ def numpy_layer_used_twice(ranks: Communicator | None, directory: Path) -> str:
 def numpy_float64(ranks: Communicator | None, directory: Path) -> str:
     layer = nplora.LoRALinear(np.eye(16), rank=2, rng=0, dtype="float64")
     return fitted(ranks, layer, "huber")
+
+
+def numpy_sent_in_bfloat16(ranks: Communicator | None, directory: Path) -> str:
+    return fitted(ranks, classifier(), communication_dtype="bfloat16")
 
 
 class StopAt(Callback):
@@ -174,6 +179,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "trained_tokens": {"trainable_tokens": "a,1", "plan": CUT, "batch_examples": 4},
     "adapter_on_the_head": {"targets": "q_proj,lm_head", "plan": CUT, "batch_examples": 4},
     "bfloat16": {"compute": "bfloat16", "recompute": True, "steps": 3, "epochs": None},
+    "sent_in_bfloat16": {"communication_dtype": "bfloat16", "plan": CUT, "batch_examples": 4},
     "dpo": {"objective": "dpo", "data": PAIRS, "valid": UNLIKED},
     "dpo_micro_batches": {"objective": "dpo", "data": PAIRS, "valid": UNLIKED, "plan": CUT},
     "orpo": {"objective": "orpo", "data": PAIRS, "valid": UNLIKED, "dropout": 0.1},
@@ -184,6 +190,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 Case = Callable[[Communicator | None, Path], str]
 _CASES: list[Case] = [
     numpy_model, numpy_batch_without_labels, numpy_layer_used_twice, numpy_float64, numpy_resumed,
+    numpy_sent_in_bfloat16,
 ]  # fmt: skip
 NUMPY = {case.__name__: case for case in _CASES}
 ADDS_TWICE = "numpy_layer_used_twice"  # to a gradient in one pass: has other bits without a communicator

@@ -52,8 +52,68 @@ def test_a_sum_has_the_bits_of_adding_the_terms_in_order(size: int, rng: np.rand
             np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_bfloat16_rounds_each_term_and_the_sum_and_sends_half_of_the_bytes(
+    size: int, rng: np.random.Generator
+) -> None:
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    terms = [(rng.normal(size=9) * 10.0 ** rng.uniform(-6, 6, 9)).astype(np.float32) for _ in range(5)]
+    total = np.zeros(9, np.float32)
+    for term in terms:
+        total += term.astype(bfloat16).astype(np.float32)
+    wanted = total.astype(bfloat16)
+    sent = set()
+
+    class Watched(ThreadRank):
+        def exchange(self, parts: Any, out: Any, senders: Any) -> None:
+            sent.add(("exchange", parts.itemsize))
+            super().exchange(parts, out, senders)
+
+        def join(self, part: Any, out: Any) -> None:
+            sent.add(("join", part.itemsize))
+            super().join(part, out)
+
+    def work(rank: ThreadRank) -> Any:
+        arrays = [np.zeros(9, np.float32), np.zeros(9)]  # float64 arrays hold the same values
+        sums = OrderedSum(Watched(rank.table, rank.rank), arrays, "bfloat16")
+        for begin in range(0, len(terms), size):
+            now = terms[begin : begin + size]
+            if rank.rank < len(now):
+                for array in arrays:
+                    array += now[rank.rank]
+                sums.keep()
+            sums.add([int(number < len(now)) for number in range(size)])
+        sums.finish()
+        return arrays
+
+    for arrays in on_threads(size, work):
+        for found in arrays:
+            np.testing.assert_array_equal(found, wanted.astype(found.dtype))
+    assert sent == {("exchange", 2), ("join", 2)}
+
+
+def test_a_run_that_sent_in_bfloat16_is_not_resumed_in_float32(tmp_path: Path) -> None:
+    def fit(**more: Any) -> str:
+        return cases.fitted(None, cases.classifier(), checkpoint_dir=tmp_path, epochs=2, **more)
+
+    fit(communication_dtype="bfloat16")
+    with pytest.raises(ValueError, match="communication_dtype was bfloat16, is float32"):
+        fit(resume=True)
+    fit(communication_dtype="bfloat16", resume=True)
+    fit(overwrite=True)
+    with pytest.raises(ValueError, match="communication_dtype was float32, is bfloat16"):
+        fit(communication_dtype="bfloat16", resume=True)
+
+
+def test_another_communication_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="communication_dtype='float16' is not available; possible: 'float32', 'bfloat16'"):
+        nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1), communication_dtype="float16")
+
+
 @pytest.mark.parametrize("size", [2, 5])
-@pytest.mark.parametrize("name", ["numpy_model", "numpy_batch_without_labels", "numpy_layer_used_twice"])
+@pytest.mark.parametrize(
+    "name", ["numpy_model", "numpy_batch_without_labels", "numpy_layer_used_twice", "numpy_sent_in_bfloat16"]
+)
 def test_threads_train_the_values_of_one_process(name: str, size: int, tmp_path: Path) -> None:
     alone = cases.NUMPY[name](Alone() if name == cases.ADDS_TWICE else None, tmp_path)
     assert on_threads(size, lambda ranks: cases.NUMPY[name](ranks, tmp_path)) == [alone] * size

@@ -24,14 +24,14 @@ class ThreadRank:
     """One of the threads."""
 
     def __init__(self, table: _Table, rank: int) -> None:
-        self._table, self.rank, self.size = table, rank, len(table.values)
+        self.table, self.rank, self.size = table, rank, len(table.values)
         self.waited = self.exchanged = 0.0
 
     def gather(self, value: T) -> list[T]:
-        self._table.values[self.rank] = copy.deepcopy(value)  # as another process would get it
-        self._table.barrier.wait()
-        values = list(self._table.values)
-        self._table.barrier.wait()
+        self.table.values[self.rank] = copy.deepcopy(value)  # as another process would get it
+        self.table.barrier.wait()
+        values = list(self.table.values)
+        self.table.barrier.wait()
         return values
 
     def broadcast(self, value: T) -> T:
@@ -46,7 +46,7 @@ class ThreadRank:
         out[...] = np.stack(self.gather(part))
 
     def abort(self) -> None:
-        self._table.barrier.abort()
+        self.table.barrier.abort()
 
 
 def on_threads(size: int, work: Callable[[ThreadRank], T]) -> list[T]:

@@ -6,7 +6,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nplora import _core
 from nplora.distributed.communicator import Communicator
+
+COMMUNICATION_DTYPES = ("float32", "bfloat16")
+_BFLOAT16 = "bfloat16"
 
 Array = npt.NDArray[Any]
 
@@ -20,6 +24,9 @@ class OrderedSum:
 
     Args:
         arrays: the arrays, which `keep` reads and clears, and `finish` overwrites.
+        dtype: "bfloat16" rounds each term, and later the sum, to bfloat16. Only these values are sent, so
+            half of the bytes. The terms are still added in the dtype of the arrays, and one process rounds
+            them too. "float32" sends all values as they are, float64 ones too.
 
     >>> import nplora, numpy as np
     >>> gradient = np.zeros(3, np.float32)
@@ -33,10 +40,13 @@ class OrderedSum:
     array([3., 3., 3.], dtype=float32)
     """
 
-    def __init__(self, communicator: Communicator, arrays: Sequence[Array]) -> None:
+    def __init__(
+        self, communicator: Communicator, arrays: Sequence[Array], dtype: str = COMMUNICATION_DTYPES[0]
+    ) -> None:
         kinds = dict.fromkeys(array.dtype for array in arrays)
         self._slices = [
-            _Slices(communicator, [array for array in arrays if array.dtype == kind]) for kind in kinds
+            _Slices(communicator, [array for array in arrays if array.dtype == kind], dtype == _BFLOAT16)
+            for kind in kinds
         ]
 
     @property
@@ -76,10 +86,15 @@ class OrderedSum:
 
 
 class _Slices:
-    """The arrays of one dtype, joined into one flat array and cut into one slice for each rank."""
+    """The arrays of one dtype, joined into one flat array and cut into one slice for each rank.
 
-    def __init__(self, communicator: Communicator, arrays: list[Array]) -> None:
-        self._communicator, self._arrays = communicator, arrays
+    Args:
+        rounds: whether terms and sums are rounded to bfloat16, and kept and sent as its bit patterns.
+    """
+
+    def __init__(self, communicator: Communicator, arrays: list[Array], rounds: bool) -> None:
+        self._communicator, self._arrays, self._rounds = communicator, arrays, rounds
+        self._kind: np.dtype[Any] = np.dtype(np.uint16) if rounds else arrays[0].dtype
         self._shape = communicator.size, -(-sum(array.size for array in arrays) // communicator.size)
         self.terms: list[Array] = []
         self.sum: Array | None = None
@@ -87,13 +102,13 @@ class _Slices:
         self._idle: list[Array] = []  # the memory of terms that were added
 
     def _empty(self) -> Array:
-        return self._idle.pop() if self._idle else np.zeros(self._shape, self._arrays[0].dtype)
+        return self._idle.pop() if self._idle else np.zeros(self._shape, self._kind)
 
     def keep(self) -> None:
         term = self._empty()
         flat, begin = term.reshape(-1), 0
         for array in self._arrays:
-            flat[begin : begin + array.size] = array.reshape(-1)
+            self._store(array.reshape(-1), flat[begin : begin + array.size])
             begin += array.size
             array.fill(0)
         self.terms.append(term)
@@ -101,7 +116,7 @@ class _Slices:
     def add(self, counts: Sequence[int]) -> None:
         most = max(counts)
         while len(self._received) < most:
-            self._received.append(np.empty(self._shape, self._arrays[0].dtype))
+            self._received.append(np.empty(self._shape, self._kind))
         for number in range(most):
             senders = [rank for rank, count in enumerate(counts) if number < count]
             mine = self.terms[number] if number < len(self.terms) else self._received[number]
@@ -113,19 +128,38 @@ class _Slices:
         self.terms.clear()
 
     def _add(self, term: Array) -> None:
+        values = self._loaded(term)
         if self.sum is None:
-            self.sum = term.copy()
+            self.sum = values.copy()
         else:
-            self.sum += term
+            self.sum += values
 
     def finish(self) -> None:
         if self.sum is None:
             return
-        out = self._empty()
-        self._communicator.join(self.sum, out)
+        out, mine = self._empty(), self.sum
+        if self._rounds:
+            mine = np.empty(self.sum.shape, self._kind)
+            self._store(self.sum, mine)
+        self._communicator.join(mine, out)
         flat, begin = out.reshape(-1), 0
         for array in self._arrays:
-            array[...] = flat[begin : begin + array.size].reshape(array.shape)
+            array[...] = self._loaded(flat[begin : begin + array.size]).reshape(array.shape)
             begin += array.size
         self._idle.append(out)
         self.sum = None
+
+    def _store(self, values: Array, out: Array) -> None:
+        """Write values as they are sent: as bit patterns of bfloat16, or unchanged."""
+        if self._rounds:
+            _core.narrow(np.ascontiguousarray(values, np.float32), _BFLOAT16, out)
+        else:
+            out[...] = values
+
+    def _loaded(self, sent: Array) -> Array:
+        """The values that `_store` has written."""
+        if not self._rounds:
+            return sent
+        values = np.empty(sent.shape, np.float32)
+        _core.widen(sent, _BFLOAT16, values)
+        return values.astype(self._arrays[0].dtype, copy=False)

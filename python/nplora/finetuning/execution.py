@@ -7,6 +7,7 @@ from typing import Any
 from nplora import _check
 from nplora.adapters import Adapter
 from nplora.distributed.communicator import Alone, Communicator
+from nplora.distributed.ordered_sum import COMMUNICATION_DTYPES
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.earlier_run import EarlierRun
@@ -103,6 +104,7 @@ def plan(
     overwrite: bool = False,
     sample: Sequence[str] = (),
     distributed: str | None = None,
+    communication_dtype: str = "float32",
     checkpoint_blocks: bool = False,
 ) -> MemoryPlan:
     """Predict the memory and the time of `finetune` with the same arguments. Nothing is trained or written.
@@ -184,11 +186,12 @@ def _planned_together(
 ) -> MemoryPlan:
     """Choose the plan of all ranks, which leaves room for the gradients that a rank keeps and exchanges."""
     found, reserve = _planned(op, inputs, adapters, options, constraints), 0
-    batches = _work_of(inputs, options, most_epochs=1).batches if ranks.size > 1 else []
+    keeps_gradients = ranks.size > 1 or options.communication_dtype != COMMUNICATION_DTYPES[0]
+    batches = _work_of(inputs, options, most_epochs=1).batches if keeps_gradients else []
     while batches:
         gradients = found.memory.factors // _ARRAYS_OF_A_FACTOR
         parts = max(len(cut(lengths, found.chosen.micro_tokens)) - 1 for lengths, _ in batches)
-        needed_now = (2 * parts + 1) * gradients  # its own, those of the others, and the sum
+        needed_now = (2 * parts + 1) * gradients  # at most: its own, those of the others, and the sum
         if needed_now <= reserve:
             break
         reserve = needed_now

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from nplora import _check
 from nplora.adapters import Adapter
+from nplora.distributed.ordered_sum import COMMUNICATION_DTYPES
 from nplora.finetuning.data import FORMATS, LEARN, ONE_ANSWER
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.judging.metrics import MetricFunction
@@ -319,6 +320,13 @@ class FinetuneOptions:
         "step) or off (each makes a run of its own)",
         choices=DISTRIBUTED,
     )
+    communication_dtype: str = _unplanned(
+        _RUN,
+        "float32",
+        "precision in which ranks send gradients: float32, or bfloat16 for half of the bytes; one process "
+        "rounds in the same way",
+        choices=COMMUNICATION_DTYPES,
+    )
     checkpoint_blocks: InitVar[bool] = False  # the old name of recompute
     op: InitVar[str] = "finetune"  # the name with which error messages begin
 
@@ -374,6 +382,7 @@ class FinetuneOptions:
             _check.choice(op, name, getattr(self, name), words)
         if self.distributed is not None:
             _check.choice(op, "distributed", self.distributed, DISTRIBUTED)
+        _check.choice(op, "communication_dtype", self.communication_dtype, COMMUNICATION_DTYPES)
         if self.distributed == "mpi" and self.keep_prefix != "off":
             raise ValueError(
                 f"{op}: keep_prefix={self.keep_prefix!r} and distributed='mpi' exclude each other: in every "

@@ -116,6 +116,7 @@ def finetune(
     overwrite: bool = False,
     sample: Sequence[str] = (),
     distributed: str | None = None,
+    communication_dtype: str = "float32",
     checkpoint_blocks: bool = False,
 ) -> FinetuneReport:
     """Fine-tune a language model with LoRA on a file of text, and save the adapter in PEFT's format.
@@ -226,6 +227,8 @@ def finetune(
         sample: prompt to answer before and after training; a chat if the training data are chats.
         distributed: what the processes that mpirun started do: mpi (train one adapter together, each on a
             part of every step) or off (each makes a run of its own).
+        communication_dtype: precision in which ranks send gradients: float32, or bfloat16 for half of the
+            bytes; one process rounds in the same way.
         checkpoint_blocks: the old name of `recompute`.
     Returns:
         the losses, the sample texts and the history of the run; `print` shows them.
@@ -417,6 +420,7 @@ def new_trainer(
         callbacks=callbacks,
         progress=False,
         communicator=None if isinstance(ranks, Alone) else ranks,
+        communication_dtype=options.communication_dtype,
     )
 
 

@@ -46,7 +46,9 @@ class SharedGradients(Gradients):
     def __init__(self, setup: TrainingSetup, meeting: Meeting) -> None:
         super().__init__(setup)
         self._meeting = meeting
-        self._sum = OrderedSum(meeting.communicator, [p.grad for p in self._parameters])
+        self._sum = OrderedSum(
+            meeting.communicator, [p.grad for p in self._parameters], setup.communication_dtype
+        )
         self._round: list[tuple[Any, Any]] = []
         self._measured: list[Any] = []  # of the step's batches, in order
         self._masks = [int(getattr(layer, "dropout", 0.0) > 0) for layer in self._adapters]

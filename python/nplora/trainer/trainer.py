@@ -65,6 +65,10 @@ class Trainer(TrainingSetup):
             alone. The batches of a step are divided among the ranks, and the results have the same bits for
             any number of ranks up to `accumulate`. Every rank makes the same calls with the same model and
             data. Only rank 0 writes to the `checkpoint_dir` and shows progress.
+        communication_dtype: the precision in which ranks send gradients: "float32", or "bfloat16" for half of
+            the bytes. With "bfloat16", the gradient of every batch (of every micro-batch, if the loss makes
+            several) is rounded before it is added, and the sum is rounded too. One process rounds in the
+            same way, so the results have the same bits for any number of ranks.
     Attributes:
         ranks: after a run on several ranks: a `RankRecord` of each, with its speed and waiting time.
     Raises:
@@ -86,10 +90,12 @@ class Trainer(TrainingSetup):
         callbacks: Sequence[Callback] = (),
         progress: bool | None = None,
         communicator: Communicator | None = None,
+        communication_dtype: str = "float32",
     ) -> None:
         super().__init__(
-            model, loss, optimizer, schedule, warmup_steps, accumulate, clip_norm, seed, communicator
-        )
+            model, loss, optimizer, schedule, warmup_steps, accumulate, clip_norm, seed, communicator,
+            communication_dtype,
+        )  # fmt: skip
         self.callbacks = checked_callbacks("Trainer", callbacks)
         if not isinstance(progress, bool | None):
             raise TypeError(f"Trainer: progress is {_check.kind(progress)}, expected True, False or None")

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.distributed.communicator import Alone, Communicator
+from nplora.distributed.ordered_sum import COMMUNICATION_DTYPES
 from nplora.nn import losses, optim
 from nplora.nn.losses import LossFunction
 from nplora.nn.module import Module
@@ -31,6 +32,7 @@ class TrainingSetup:
         clip_norm: float | None,
         seed: int,
         communicator: Communicator | None = None,
+        communication_dtype: str = COMMUNICATION_DTYPES[0],
     ) -> None:
         if not isinstance(model, Module):
             raise TypeError(f"Trainer: model is a {type(model).__name__}, expected a Module")
@@ -46,7 +48,11 @@ class TrainingSetup:
             raise ValueError(f"Trainer: clip_norm is {clip_norm}, expected above 0 or None")
         self.seed = _check.integer("Trainer", "seed", seed, least=0)
         self.ranks: list[RankRecord] = []
-        self.is_shared = communicator is not None
+        self.communication_dtype = _check.choice(
+            "Trainer", "communication_dtype", communication_dtype, COMMUNICATION_DTYPES
+        )
+        # A process that trains alone computes as several ranks do if this changes the results.
+        self.is_shared = communicator is not None or communication_dtype != COMMUNICATION_DTYPES[0]
         self.communicator = Alone() if communicator is None else communicator
         if self.communicator.size > self.accumulate:
             raise ValueError(f"Trainer: {too_many_ranks(self.communicator.size, self.accumulate)}")

@@ -79,12 +79,14 @@ def fitted(
     loss: str = "cross_entropy",
     callbacks: Any = (),
     communication_dtype: str = "float32",
+    local_steps: int | None = None,
     **more: Any,
 ) -> str:
     optimizer = nplora.AdamW(lr=0.05)
     trainer = nplora.Trainer(
         model, loss, optimizer, schedule="cosine", clip_norm=1.0, accumulate=ACCUMULATE, progress=False,
         communicator=ranks, callbacks=callbacks, communication_dtype=communication_dtype,
+        local_steps=local_steps,
     )  # fmt: skip
     x, y = arrays(loss == "cross_entropy")
     options = {"validation": (x[:50], y[:50]), "eval_every": 2, "epochs": 3, "batch_size": 7} | more

@@ -95,6 +95,31 @@ def test_ranks_without_the_option_are_refused(inputs: Path, tmp_path: Path) -> N
 
 @needs_mpi
 @pytest.mark.slow
+def test_ranks_make_local_steps(inputs: Path, tmp_path: Path) -> None:
+    options = [
+        "--epochs",
+        2,
+        "--local-steps",
+        2,
+        "--outer-lr",
+        0.5,
+        "--outer-momentum",
+        0.5,
+        "--memory",
+        "2G",
+    ]
+    status, out, errors = run((2, words(inputs, tmp_path / "out", *options)))
+    assert status == 0, errors
+    assert out.count("holds the adapter") == 1
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log if row["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    settings = next(row["settings"] for row in log if row["event"] == "start")
+    assert settings["fixed"]["local_steps"] == 2
+    assert (settings["free"]["outer_lr"], settings["free"]["ranks"]) == (0.5, 2)
+
+
+@needs_mpi
+@pytest.mark.slow
 def test_ranks_agree_on_one_plan(inputs: Path, tmp_path: Path) -> None:
     status, _, errors = run(
         (1, words(inputs, tmp_path / "out", "--memory", "2G")),

@@ -106,7 +106,9 @@ def test_a_run_that_sent_in_bfloat16_is_not_resumed_in_float32(tmp_path: Path) -
 
 
 def test_another_communication_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match="communication_dtype='float16' is not available; possible: 'float32', 'bfloat16'"):
+    with pytest.raises(
+        ValueError, match="communication_dtype='float16' is not available; possible: 'float32', 'bfloat16'"
+    ):
         nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1), communication_dtype="float16")
 
 

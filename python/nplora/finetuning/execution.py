@@ -35,6 +35,7 @@ from nplora.models.packing import cut
 from nplora.runtime.user_warning import warn_user
 
 _ARRAYS_OF_A_FACTOR = 4  # the factor, its gradient and two moments
+_ARRAYS_OF_OUTER_STEPS = 7  # copies of the factor and its moments, the momentum, and three to add them up
 _MOST_EXAMPLES = 1_000_000  # a plan lists the batches of epochs with about this many examples in total
 
 
@@ -105,6 +106,9 @@ def plan(
     sample: Sequence[str] = (),
     distributed: str | None = None,
     communication_dtype: str = "float32",
+    local_steps: int | None = None,
+    outer_lr: float = 0.7,
+    outer_momentum: float = 0.9,
     checkpoint_blocks: bool = False,
 ) -> MemoryPlan:
     """Predict the memory and the time of `finetune` with the same arguments. Nothing is trained or written.
@@ -186,12 +190,14 @@ def _planned_together(
 ) -> MemoryPlan:
     """Choose the plan of all ranks, which leaves room for the gradients that a rank keeps and exchanges."""
     found, reserve = _planned(op, inputs, adapters, options, constraints), 0
-    keeps_gradients = ranks.size > 1 or options.communication_dtype != COMMUNICATION_DTYPES[0]
+    is_local = options.local_steps is not None
+    keeps_gradients = ranks.size > 1 or is_local or options.communication_dtype != COMMUNICATION_DTYPES[0]
     batches = _work_of(inputs, options, most_epochs=1).batches if keeps_gradients else []
     while batches:
         gradients = found.memory.factors // _ARRAYS_OF_A_FACTOR
         parts = max(len(cut(lengths, found.chosen.micro_tokens)) - 1 for lengths, _ in batches)
         needed_now = (2 * parts + 1) * gradients  # at most: its own, those of the others, and the sum
+        needed_now += _ARRAYS_OF_OUTER_STEPS * gradients if is_local else 0
         if needed_now <= reserve:
             break
         reserve = needed_now

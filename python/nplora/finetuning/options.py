@@ -32,8 +32,9 @@ from nplora.lm.trained_rows import module_names, text_list, token_list
 from nplora.models.divergence import DIVERGENCES
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
-from nplora.trainer.fit_config import KEEP
+from nplora.trainer.fit_config import KEEP, require_outer_steps
 from nplora.trainer.reporters import REPORTERS
+from nplora.trainer.training_setup import OUTER_LR, OUTER_MOMENTUM
 from nplora.weights import COMPUTES, INFERENCE_COMPUTES
 
 T = TypeVar("T")
@@ -327,6 +328,18 @@ class FinetuneOptions:
         "rounds in the same way",
         choices=COMMUNICATION_DTYPES,
     )
+    local_steps: int | None = _unplanned(
+        _RUN,
+        None,
+        "steps that every rank makes on its own before the ranks are averaged (DiLoCo), for slow networks "
+        "(default: they exchange gradients in every step)",
+    )
+    outer_lr: float = _unplanned(
+        _RUN,
+        OUTER_LR,
+        "learning rate of the outer step, which adds the average change after `local_steps`",
+    )
+    outer_momentum: float = _unplanned(_RUN, OUTER_MOMENTUM, "Nesterov momentum of the outer step")
     checkpoint_blocks: InitVar[bool] = False  # the old name of recompute
     op: InitVar[str] = "finetune"  # the name with which error messages begin
 
@@ -392,7 +405,10 @@ class FinetuneOptions:
             _check.choice(op, "compute", self.compute, COMPUTES)
 
     def _check_numbers(self, op: str) -> None:
-        for name in ("epochs", "steps", "batch_tokens", "batch_examples", "eval_every", "patience"):
+        counts = (
+            "epochs", "steps", "batch_tokens", "batch_examples", "eval_every", "patience", "local_steps",
+        )  # fmt: skip
+        for name in counts:
             if getattr(self, name) is not None:
                 _check.integer(op, name, getattr(self, name), least=1)
         _check.rank(op, self.rank)
@@ -403,9 +419,11 @@ class FinetuneOptions:
         for name in ("lr", "lora_plus_ratio", "alpha", "max_grad_norm"):
             if _check.number(op, name, getattr(self, name)) <= 0:
                 raise ValueError(f"{op}: {name} is {getattr(self, name)}, expected above 0")
-        _check.probability(op, "dropout", self.dropout)
-        for name in ("weight_decay", "save_minutes"):
+        for name in ("dropout", "outer_momentum"):
+            _check.probability(op, name, getattr(self, name))
+        for name in ("weight_decay", "save_minutes", "outer_lr"):
             _check.at_least(op, name, getattr(self, name), 0)
+        require_outer_steps(op, self.eval_every, self.local_steps)
         if self.valid_split is not None and not 0 < _check.number(op, "valid_split", self.valid_split) < 1:
             raise ValueError(f"{op}: valid_split is {self.valid_split}, expected between 0 and 1")
 

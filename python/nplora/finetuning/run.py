@@ -117,6 +117,9 @@ def finetune(
     sample: Sequence[str] = (),
     distributed: str | None = None,
     communication_dtype: str = "float32",
+    local_steps: int | None = None,
+    outer_lr: float = 0.7,
+    outer_momentum: float = 0.9,
     checkpoint_blocks: bool = False,
 ) -> FinetuneReport:
     """Fine-tune a language model with LoRA on a file of text, and save the adapter in PEFT's format.
@@ -229,6 +232,10 @@ def finetune(
             part of every step) or off (each makes a run of its own).
         communication_dtype: precision in which ranks send gradients: float32, or bfloat16 for half of the
             bytes; one process rounds in the same way.
+        local_steps: steps that every rank makes on its own before the ranks are averaged (DiLoCo), for slow
+            networks (default: they exchange gradients in every step).
+        outer_lr: learning rate of the outer step, which adds the average change after `local_steps`.
+        outer_momentum: Nesterov momentum of the outer step.
         checkpoint_blocks: the old name of `recompute`.
     Returns:
         the losses, the sample texts and the history of the run; `print` shows them.
@@ -421,6 +428,9 @@ def new_trainer(
         progress=False,
         communicator=None if isinstance(ranks, Alone) else ranks,
         communication_dtype=options.communication_dtype,
+        local_steps=options.local_steps,
+        outer_lr=options.outer_lr,
+        outer_momentum=options.outer_momentum,
     )
 
 

@@ -19,11 +19,15 @@ Array = npt.NDArray[Any]
 
 @dataclass
 class Gathered:
-    """The totals over the batches of one step. The model holds the sum of the batches' gradients."""
+    """The totals over the batches of one step. The model holds the sum of the batches' gradients.
+
+    If ranks make steps on their own, the model holds the gradients of this rank's batches only.
+    """
 
     batches: int = 0
     count: int = 0
     first_count: int = 0  # the first count that is not 0; gradients are weighted relative to it
+    added: int = 0  # the count of the batches whose gradients the model holds
     loss: float = 0.0  # the sum of loss · count
     started: float = field(default_factory=time.perf_counter)
 
@@ -107,6 +111,7 @@ class Gradients:
             return forward.loss
         gathered.first_count = gathered.first_count or forward.count
         gathered.count += forward.count
+        gathered.added += forward.count
         gathered.loss += forward.loss * forward.count
         self._backward(forward, gathered.first_count)
         return forward.loss
@@ -137,6 +142,7 @@ class Gradients:
         value = self._fused(loss, x, y, gathered.first_count)
         if math.isfinite(value):
             gathered.count += count
+            gathered.added += count
             gathered.loss += value
             self._check_buffers()
         return value

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from nplora.distributed.communicator import Alone
 from nplora.distributed.ordered_sum import OrderedSum
 from nplora.trainer.fused import FusedLoss, PartedLoss, add_measured, take_measured
 from nplora.trainer.gradients import Gathered, Gradients, NonfiniteLoss
@@ -35,8 +36,9 @@ class _Result:
 class SharedGradients(Gradients):
     """Computes the gradients of a step on several ranks, which get one batch each at a time (a round).
 
-    The gradients of the batches, or of their parts, are added in the order of the batches, and each batch
-    draws the dropout masks that it draws on one rank. So the sums have the same bits for any number of ranks.
+    Each batch draws the dropout masks that it draws on one rank. The gradients of the batches, or of their
+    parts, are added in the order of the batches. So the sums have the same bits for any number of ranks. But
+    if ranks make steps on their own (`local_steps`), each adds the gradients of its own batches only.
 
     Attributes:
         computed: the seconds that this rank has spent in forward and backward passes.
@@ -46,8 +48,12 @@ class SharedGradients(Gradients):
     def __init__(self, setup: TrainingSetup, meeting: Meeting) -> None:
         super().__init__(setup)
         self._meeting = meeting
-        self._sum = OrderedSum(
-            meeting.communicator, [p.grad for p in self._parameters], setup.communication_dtype
+        gradients = [p.grad for p in self._parameters]
+        self._is_local = setup.local_steps is not None
+        self._sum = (
+            OrderedSum(Alone(), gradients)
+            if self._is_local
+            else OrderedSum(meeting.communicator, gradients, setup.communication_dtype)
         )
         self._round: list[tuple[Any, Any]] = []
         self._measured: list[Any] = []  # of the step's batches, in order
@@ -88,7 +94,9 @@ class SharedGradients(Gradients):
             gathered.count += result.count
             gathered.loss += result.loss
             self._measured.append(result.measured)
-        self._sum.add([result.terms for result in results])
+        added = results[self._meeting.rank :][:1] if self._is_local else results
+        gathered.added += sum(result.count for result in added)
+        self._sum.add([result.terms for result in added])
         return None
 
     def _results(self, batches: list[tuple[Any, Any]], parts: list[int], gathered: Gathered) -> list[_Result]:

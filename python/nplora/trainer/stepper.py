@@ -57,7 +57,7 @@ class Stepper:
     @property
     def has_gradients(self) -> bool:
         """Whether the batches of the step have any label to train on."""
-        return self._gathered.count > 0
+        return self._gathered.added > 0
 
     def gradients(self) -> Mapping[str, Array]:
         """The gradients of the step's mean loss, by parameter name; the arrays are the model's own."""
@@ -70,11 +70,11 @@ class Stepper:
         In the sums, each batch is weighted by its count divided by the first batch's count.
         """
         gathered = self._gathered
-        if gathered.first_count != gathered.count:
+        if gathered.first_count != gathered.added:
             for parameter in self._state.parameters:
                 gradient = parameter.grad
-                gradient *= gradient.dtype.type(gathered.first_count / gathered.count)
-            gathered.first_count = gathered.count  # so that a second call changes nothing
+                gradient *= gradient.dtype.type(gathered.first_count / gathered.added)
+            gathered.first_count = gathered.added  # so that a second call changes nothing
 
     def add(self, x: Any, y: Any) -> None:
         """Run one batch forward and backward.
@@ -124,7 +124,7 @@ class Stepper:
     def _clip_and_update(self, lr: float) -> float:
         """Clip the gradients and update the parameters; return the norm of all gradients before clipping."""
         state, gathered, clip_norm = self._state, self._gathered, self._setup.clip_norm
-        if not gathered.count:
+        if not gathered.added:
             return 0.0
         self._weight_gradients()
         max_norm = math.inf if clip_norm is None else clip_norm

@@ -19,7 +19,7 @@ from nplora.runtime.user_warning import warn_user
 from nplora.trainer.batches import ArrayBatches, batches_of, validation_of
 from nplora.trainer.callbacks import Callback, checked_callbacks
 from nplora.trainer.evaluation import check_rows, evaluate, predict
-from nplora.trainer.fit_config import KEEP, FitConfig
+from nplora.trainer.fit_config import KEEP, FitConfig, require_outer_steps
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History
 from nplora.trainer.progress import progress_line
@@ -69,6 +69,13 @@ class Trainer(TrainingSetup):
             the bytes. With "bfloat16", the gradient of every batch (of every micro-batch, if the loss makes
             several) is rounded before it is added, and the sum is rounded too. One process rounds in the
             same way, so the results have the same bits for any number of ranks.
+        local_steps: if given, every rank updates its own copy of the trained values with its own batches, and
+            after this number of steps, and at the end of every epoch, the changes of all ranks are averaged
+            (DiLoCo). Ranks then exchange trained values much less often. `accumulate` is still the number of
+            batches of all ranks together. The results depend on the number of ranks.
+        outer_lr, outer_momentum: learning rate and Nesterov momentum of the outer step, which adds the
+            average change to the trained values. With 1 and 0, the values become the averages of the ranks'
+            values.
     Attributes:
         ranks: after a run on several ranks: a `RankRecord` of each, with its speed and waiting time.
     Raises:
@@ -91,10 +98,13 @@ class Trainer(TrainingSetup):
         progress: bool | None = None,
         communicator: Communicator | None = None,
         communication_dtype: str = "float32",
+        local_steps: int | None = None,
+        outer_lr: float = 0.7,
+        outer_momentum: float = 0.9,
     ) -> None:
         super().__init__(
             model, loss, optimizer, schedule, warmup_steps, accumulate, clip_norm, seed, communicator,
-            communication_dtype,
+            communication_dtype, local_steps, outer_lr, outer_momentum,
         )  # fmt: skip
         self.callbacks = checked_callbacks("Trainer", callbacks)
         if not isinstance(progress, bool | None):
@@ -309,6 +319,7 @@ class Trainer(TrainingSetup):
                 _check.integer(_OP, name, value, least=1)
                 if name != "checkpoint_every" and validation is None:
                     raise ValueError(f"{_OP}: {name} needs validation data")
+        require_outer_steps(_OP, eval_every, self.local_steps)
         minutes = _check.at_least(_OP, "save_minutes", save_minutes, 0)
         _check.choice(_OP, "keep", keep, KEEP)
         batches = batches_of(_OP, x, y, batch_size, shuffle, self.seed)

@@ -21,13 +21,16 @@ pytest.importorskip("tokenizers")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("inputs")
     save_small_llama(directory / "model.gguf")
+    save_small_llama(directory / "other.gguf", storage="bfloat16")
     (directory / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (directory / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
     return directory
 
 
-def words(inputs: Path, output: Path, *more: Any, data: str = "train.jsonl") -> list[Any]:
-    files = [inputs / "model.gguf", "--data", inputs / data, "--output", output]
+def words(
+    inputs: Path, output: Path, *more: Any, data: str = "train.jsonl", model: str = "model.gguf"
+) -> list[Any]:
+    files = [inputs / model, "--data", inputs / data, "--output", output]
     options = ["--rank", 2, "--batch-examples", 4, "--accumulate", 2, "--distributed", "mpi"]
     return ["-m", "nplora", "finetune", *files, *options, *more]
 
@@ -59,15 +62,17 @@ def test_one_rank_prints_and_writes_and_all_are_reported(inputs: Path, tmp_path:
     [
         ({"data": "other.jsonl"}, "the ranks do not agree: rank 1 has another data"),
         ({"data": "missing.jsonl"}, "rank 1: FileNotFoundError"),
+        ({"model": "other.gguf"}, "the ranks do not agree: rank 1 has another base model"),
+        ({"model": "missing.gguf"}, "rank 1: FileNotFoundError"),
         ({"more": ["--lr", 0.5]}, "the ranks do not agree: rank 1 has another lr: 0.5, but 0.0002 on rank 0"),
     ],
 )
 def test_a_rank_with_other_inputs_is_one_error_that_names_it(
     of_rank_1: dict[str, Any], message: str, inputs: Path, tmp_path: Path
 ) -> None:
-    more, data = of_rank_1.get("more", []), of_rank_1.get("data", "train.jsonl")
-    output = tmp_path / "out"
-    status, _, errors = run((1, words(inputs, output)), (1, words(inputs, output, *more, data=data)))
+    output, more = tmp_path / "out", of_rank_1.get("more", [])
+    files = {name: file for name, file in of_rank_1.items() if name != "more"}
+    status, _, errors = run((1, words(inputs, output)), (1, words(inputs, output, *more, **files)))
     assert status != 0
     assert len(errors_of(errors)) == 1, errors
     assert message in errors_of(errors)[0]

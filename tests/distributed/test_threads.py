@@ -11,6 +11,8 @@ from distributed import cases
 from distributed.threads import ThreadRank, on_threads
 from nplora.distributed import Alone, OrderedSum
 from nplora.distributed.cores import Cores, fair_threads
+from nplora.finetuning import FinetuneOptions, agreement
+from nplora.finetuning.agreement import require_same_options
 from nplora.trainer import Callback, Run, StepRecord
 from nplora.trainer.handshake import differences
 
@@ -208,6 +210,34 @@ def test_the_handshake_names_rank_and_value_but_no_digest() -> None:
     ranks = [{"lr": 0.1, "data": "a" * 64}, {"lr": 0.1, "data": "a" * 64}, {"lr": 0.2, "data": "b" * 64}]
     assert differences(ranks) == ["rank 2 has another lr: 0.2, but 0.1 on rank 0", "rank 2 has another data"]
     assert differences(ranks[:2]) == []
+
+
+@pytest.mark.parametrize("what", ["version of nplora", "instruction set", "version of NumPy"])
+def test_ranks_with_another_program_are_named_before_a_model_is_read(what: str) -> None:
+    usual = agreement.program()
+
+    def work(rank: ThreadRank) -> None:
+        class Other(ThreadRank):
+            def gather(self, value: Any) -> Any:
+                return super().gather({**value, what: "another"} if self.rank == 1 else value)
+
+        require_same_options(Other(rank.table, rank.rank), FinetuneOptions(accumulate=2))
+
+    with pytest.raises(ValueError, match=f"rank 1 has another {what}: another, but {usual[what]} on rank 0"):
+        on_threads(2, work)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("lr", 0.5), ("communication_dtype", "bfloat16"), ("local_steps", 2), ("outer_lr", 0.5)],
+)
+def test_ranks_with_another_option_are_named(option: str, value: Any) -> None:
+    def work(rank: ThreadRank) -> None:
+        more = {option: value} if rank.rank else {}
+        require_same_options(rank, FinetuneOptions(accumulate=2, **more))
+
+    with pytest.raises(ValueError, match=f"the ranks do not agree: rank 1 has another {option}: "):
+        on_threads(2, work)
 
 
 @pytest.mark.parametrize(

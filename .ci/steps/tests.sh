@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Python tests against the installed wheel, without torch (those of `docs`, `examples`, `distributed` are steps)
+# Python tests against the installed wheel, without torch (`docs`, `examples`, `distributed` are steps)
 # needs: wheel
 . "$(dirname "$0")/../environment.sh"
 

@@ -1,4 +1,4 @@
-// A pool of threads in which the caller never waits for a worker that has not started.
+// A pool of threads. The caller never waits for a worker that has not begun to work on the job.
 //
 // An OpenMP region ends at a barrier that every thread must reach. The second core may be busy with another
 // program, or with OpenBLAS, whose workers spin for 100 ms after each product. The caller then waits at the

@@ -223,8 +223,9 @@ inline size_t fetch_ahead(size_t row_bytes) {
   return few == 0 ? 0 : ceil_div(kFetchAhead, few) * few;
 }
 
-// Prefetches a part of the memory `next` into L2. The lines of `next` are divided evenly among the `rows`
-// remaining rows of W, and each call prefetches the share of kFewRows rows.
+// Prefetches a part of the memory `next` into L2. This function is called before each group of kFewRows rows
+// of W, when `rows` rows are left, including this group. Each call prefetches the share kFewRows / rows of
+// the cache lines that are left in `next`, so the groups get about equal shares.
 inline void fetch_share(Fetch& next, size_t rows) {
   const size_t n = rows <= kFewRows ? next.lines : ceil_div(next.lines * kFewRows, rows);
   next.lines -= n;
@@ -232,8 +233,8 @@ inline void fetch_share(Fetch& next, size_t rows) {
     __builtin_prefetch(next.at, 0, 2);
 }
 
-// Makes the decoders of up to kTogether neighbouring blocks in each row of a tile. The first of the blocks in
-// row r is at[r].
+// Makes the decoders of up to kTogether neighbouring blocks in each row of a tile. The pointer at[r] is the
+// address of the first of these blocks in row r.
 inline constexpr size_t kTogether = 16;
 template <class Block, size_t kRows>
 struct Decoders {

@@ -38,8 +38,8 @@ struct Strided {
   size_t step_stride;
 };
 
-// A bfloat16 value of a weight. Products of small batches convert single bfloat16 values to float
-// in registers.
+// One bfloat16 value of a weight; a Bf16Pair is two. Products of very few tokens convert each value to float
+// in registers instead of pairing it.
 enum class Bf16 : uint16_t {};
 
 // The element type of the bfloat16 products: two bfloat16 values that are neighbours along the depth, with
@@ -83,7 +83,7 @@ struct Fetch {
   // Prefetches `lines` cache lines that begin at `from`. At each step, gemm_outputs_in_lanes prefetches
   // `each` lines, but no more lines than the step reads from `w`. When too few lines are left for all steps,
   // gemm_outputs_in_lanes prefetches later rows of `w` instead. Products with low-bit blocks ignore `each`
-  // and spread the lines over the rows of W.
+  // and spread the cache lines over the rows of W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }
@@ -189,8 +189,9 @@ struct SmallProducts {
   void (*dots)(size_t interleave_factor, size_t rows, size_t depth, const Panels<W>& w, const Operand<W>* xs,
                Sum<W>* part, bool accumulate);
 
-  // The same product as gemm_outputs_in_lanes in Tiles, except that `depth` counts rows of `w` even
-  // for pairs.
+  // The same product as gemm_outputs_in_lanes in Tiles, except that `depth` always counts the rows of `w`. If
+  // `a` holds pairs of bfloat16 values, each pair belongs to two rows of `w`. If `depth` is odd, the last row
+  // is paired with zeros.
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                                 const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c,
                                 size_t c_stride, bool accumulate, const Fetch& next);
@@ -510,9 +511,9 @@ inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
 // not runnable on this machine.
 const KernelTable& table();
 
-// Writes the tables of this build that this machine can run to `out`, with the best table last, and
-// returns their number. This function does not ask Linux for the AMX registers. Tests and show_config
-// use this function.
+// Fills `out` with the tables of this build that this machine can run, with the best table last, and returns
+// their number. This function does not ask Linux for the AMX registers. Tests and show_config use this
+// function.
 size_t available_tables(const KernelTable** out, size_t capacity);
 
 }  // namespace nplora::kernels

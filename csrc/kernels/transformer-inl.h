@@ -67,8 +67,8 @@ inline Vec<float> sigmoid(Vec<float> g) {
   return one / (one + exp(Vec<float>::zero() - g));
 }
 
-// Both activations are g s(p(g)), where s is the sigmoid function and p is a polynomial. In each struct,
-// `inner` returns p(g), and `slope` returns g p'(g) for the derivative p' of p.
+// Both activations have the form g * sigmoid(p(g)), each with its own polynomial p. In each struct, `inner`
+// returns p(g), and `slope` returns g * p'(g), where p' is the derivative of p.
 
 struct Silu {  // p = g
   static Vec<float> inner(Vec<float> g) { return g; }

@@ -32,7 +32,8 @@ class FactorGradients {
   using Joined = typename Stack::Joined;
 
   // Some columns of one gradient. For the gradient of A (kept transposed), `part` is the layer, and `joined`
-  // is null. For the gradient of B, `joined` is a group of layers that share the product, and `part` is null.
+  // is null. For the gradient of B, `joined` is a group of layers whose gradients are one matrix product, and
+  // `part` is null.
   struct Task {
     const Part* part;
     const Joined* joined;

@@ -94,8 +94,8 @@ void InputGradient<E, W>::multiply(Range token_block, Range some, Range cols) co
   }
 }
 
-// Multiplies dy by a group of columns of W: dx[:, group] = [dx +] dy W[:, group]. When the outputs of a few
-// tokens in one panel are complete, and are still in L1, calls after(panel, tokens).
+// Multiplies dy by a group of columns of W: dx[:, group] = [dx +] dy W[:, group]. Calls after(panel, tokens)
+// as soon as the outputs of a few tokens in one panel are complete, while they are still in L1.
 template <class E, class W>
 template <class After>
 void InputGradient<E, W>::add_frozen(const Part& p, Strided<E> dy, Range group, Matrix<T> dx, bool accumulate,

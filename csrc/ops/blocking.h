@@ -45,9 +45,10 @@ inline constexpr size_t kFloatBatch = 4;
 // In the backward pass, batches above this size share a copy of each block of W, unless W is packed or
 // double.
 inline constexpr size_t kInPlaceBatch = 16;
-// In the backward pass, batches of up to this many tokens use the bfloat16 values of W without a copy. Up to
-// kWidenedBatch tokens, each tile widens the values to float in registers; up to kPairedBatch tokens, each
-// tile pairs the values in registers.
+// In the backward pass, batches of up to this many tokens use the bfloat16 values of W without a copy. The
+// limit of float products is kWidenedBatch: each tile widens the values to float in registers. The limit of
+// products of pairs is kPairedBatch, if W is packed and pairs_in_registers is true: each tile pairs the
+// values in registers.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
 // The number of rows of a packed W whose partial sums stay in L2 (4128 x 16 lanes of floats = 258 KB) while
 // the panels are read.
@@ -73,8 +74,9 @@ inline double flops(size_t n, size_t d_out, size_t d_in) {
 }
 
 // The number of tokens in a token block (MC in BLIS): as many as fit into `bytes`, at `width` elements for
-// each token. The blocks of a batch have about equal size. Token blocks, and the tokens of tasks, are cut at
-// multiples of kTokenUnit.
+// each token. The blocks of a batch have about equal size. A batch is cut into token blocks at multiples of
+// kTokenUnit. Token blocks are cut into tasks at such multiples too, except in forward_lanes, which cuts at
+// multiples of the number of lanes.
 inline constexpr size_t kTokenUnit = 32;
 static_assert(kTokenUnit % kDepthUnitValues == 0);
 inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes, size_t bytes = kLanesBytes) {

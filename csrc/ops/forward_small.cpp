@@ -30,7 +30,7 @@ struct SmallBatch {
   const Products<T>& k = kernels::table().products<T>();
   size_t lanes = k.lanes / 2, interleave_factor = kernels::interleave_factor(x.rows, lanes);
 
-  // The number of elements that interleaved rows of this many columns take.
+  // The number of elements E that `interleave` writes for rows of `cols` columns.
   template <class E>
   size_t size(size_t cols) const {
     return lanes * ceil_div(depth_of<E>(cols), interleave_factor);

@@ -13,8 +13,9 @@ namespace nplora {
 // unless they name a unit. L is the number of SIMD lanes (at most 32), and r is the sum of the ranks of a
 // stack.
 enum class Scratch {
-  // Holds x of a token block in lanes or pairs: kLanesBytes, or 64 d_in elements. In the backward pass, holds
-  // dy, z and dz in pairs, and the factors.
+  // Holds x of a token block, transposed into lanes or converted to pairs of bfloat16 values. The largest
+  // size is kLanesBytes or 64 d_in elements (64 tokens), whichever is larger. In the backward pass, holds dy,
+  // z and dz in pairs, and the factors.
   kLanes,
   // Holds z of a token block in lanes or pairs, with r elements for each token. For other uses, holds a
   // stack's factors, with r (d_in + d_out) elements, or B in panels.

@@ -210,8 +210,9 @@ Panels<Bf16> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16*)
 }
 
 // A full panel of bfloat16 values is read in place as a panel of pairs. The last panel may have an odd number
-// of columns. The last panel is therefore copied row by row, like other storage formats, and a zero is added
-// to an odd row. If the block also has the panel before the last one, both panels are copied.
+// of columns. The last panel is therefore copied row by row, like other storage formats, and if its rows have
+// an odd number of values, a zero is added to each of them. If the block also has the panel before the last
+// one, both panels are copied.
 template <>
 Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16Pair* scratch) {
   constexpr size_t kPanelPairs = kPanelColumns / 2;

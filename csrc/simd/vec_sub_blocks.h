@@ -47,7 +47,7 @@ inline float sum(Eight v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-// Does the same as `move` for Bytes.
+// Shifts the bits of each byte, as the `move` for Bytes does.
 inline SubBlock move(SubBlock s, size_t from, size_t to, uint8_t mask) {
   return (SubBlock)(from <= to ? (SubBlockWords)s << (to - from) : (SubBlockWords)s >> (from - to)) & mask;
 }

@@ -64,7 +64,7 @@ def test_one_rank_prints_and_writes_and_all_are_reported(inputs: Path, tmp_path:
         ({"data": "missing.jsonl"}, "rank 1: FileNotFoundError"),
         ({"model": "other.gguf"}, "the ranks do not agree: rank 1 has another base model"),
         ({"model": "missing.gguf"}, "rank 1: FileNotFoundError"),
-        ({"more": ["--lr", 0.5]}, "the ranks do not agree: rank 1 has another lr: 0.5, but 0.0002 on rank 0"),
+        ({"more": ["--lr", 0.5]}, "the ranks do not agree: rank 1 has another lr: 0.5, but None on rank 0"),
     ],
 )
 def test_a_rank_with_other_inputs_is_one_error_that_names_it(

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 import nplora
 from nplora import cli
 from nplora.finetuning import FinetuneReport, evaluate, finetune, load_with_adapter, plan
+from nplora.finetuning.objectives import objective_of
+from nplora.finetuning.options import FinetuneOptions
 from nplora.formats.errors import UnsafeError
 from nplora.trainer import Callback, Run, StepRecord
 from small_llama import save_small_llama
@@ -337,6 +340,27 @@ def test_an_adapter_to_continue_from_is_planned_with_its_own_ranks(
     nplora.save_adapter(lm, tmp_path / "adapter")
     planned = plan(model, data, adapter=tmp_path / "adapter")
     assert planned.memory.factors == 4 * 4 * lm.num_trainable
+
+
+@pytest.mark.parametrize(("hidden", "objective", "lr"), [
+    (4096, "sft", 2e-4), (8192, "sft", 9.8e-5), (576, "distill", 1.4e-3), (64, "sft", 2e-3),
+    (64, "dpo", 2e-4),
+])  # fmt: skip
+def test_the_default_learning_rate_depends_on_the_width_of_the_model(
+    hidden: int, objective: str, lr: float
+) -> None:
+    lm = SimpleNamespace(config=SimpleNamespace(hidden_size=hidden))
+    options = FinetuneOptions(objective=objective, teacher="t" if objective == "distill" else None)
+    assert objective_of(options).default_lr(lm) == pytest.approx(lr, rel=1e-9)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("lr", "used"), [(None, 2e-3), (3e-4, 3e-4)])
+def test_a_run_without_a_learning_rate_takes_the_default(
+    lr: float | None, used: float, model: Path, data: Path, tmp_path: Path
+) -> None:
+    """The model is so narrow that the default is the largest one."""
+    report = finetune(model, data, tmp_path / "out", lr=lr, steps=1)
+    assert report.history.steps[0].lr == used
 
 
 def test_lora_plus_gives_a_its_own_learning_rate(model: Path, data: Path, tmp_path: Path) -> None:

@@ -240,16 +240,16 @@ def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_fil
         {"messages": chat, "tools": []},
     ]
     path = write(tmp_path, *rows)
-    with pytest.warns(UserWarning, match="tools or documents") as caught:
+    with pytest.warns(UserWarning, match="messages, tools or documents") as caught:
         report = read_dataset(path, tokenizer()).report
     assert [str(warning.message) for warning in caught] == [
-        f"{path}: 2 examples with tools or documents that the chat template leaves out: "
+        f"{path}: 2 examples with messages, tools or documents that the chat template leaves out: "
         "the model does not see them"
     ]
     assert report.unused == 2
     assert read_dataset(path, tokenizer(TOOLS_TEMPLATE)).report.unused == 0
     for row in ({"text": "a"}, {"prompt": "a", "completion": "b"}):
-        with pytest.warns(UserWarning, match="1 example with tools"):
+        with pytest.warns(UserWarning, match="1 example with messages, tools"):
             read_dataset([row | {"tools": [WEATHER]}, row | {"tools": None}], tokenizer(TOOLS_TEMPLATE))
 
 

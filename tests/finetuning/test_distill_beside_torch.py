@@ -89,7 +89,7 @@ class TopTeacher(ModelTeacher):
         super().__init__(lm)
         self._model, self._k, self._temperature = model, k, temperature
 
-    def of(self, batch: PackedBatch) -> Any:
+    def prepare_batch(self, batch: PackedBatch) -> Any:
         with torch.no_grad():
             log_p = torch.log_softmax(rows_of(self._model, batch).double() / self._temperature, -1)
         top = log_p.topk(self._k)

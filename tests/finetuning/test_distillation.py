@@ -307,7 +307,7 @@ def test_the_file_holds_the_most_likely_tokens(model: Path, teacher: Path, data:
 
 def test_probabilities_that_were_rounded_sum_to_1_again(model: Path, taught: Path, data: Path) -> None:
     batch = pack(read_dataset(data, load_model(model).tokenizer))
-    top: Any = StoredTeacher(taught).of(batch)(np.flatnonzero(batch.targets != IGNORED))
+    top: Any = StoredTeacher(taught).prepare_batch(batch)(np.flatnonzero(batch.targets != IGNORED))
     np.testing.assert_allclose(np.exp(top.log_probs).sum(axis=1), 1, rtol=1e-12)
 
 
@@ -639,11 +639,11 @@ def test_a_file_that_changes_during_a_run_is_an_error(
     shutil.copy(taught, path)
     stored, lm = StoredTeacher(path), load_model(model)
     batch = pack(read_dataset(data, lm.tokenizer))
-    stored.of(batch)
+    stored.prepare_batch(batch)
     with path.open("ab") as file:
         file.write(b"more")
     with pytest.raises(CorruptError, match="changed while it was in use"):
-        stored.of(batch)
+        stored.prepare_batch(batch)
 
 
 # ---- the command line ----

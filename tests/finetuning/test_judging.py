@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def log_probs(lm: LanguageModel, ids: list[int]) -> npt.NDArray[np.float64]:
     logits = lm.logits(ids).astype(np.float64)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+@pytest.mark.parametrize("rows", [ROWS, QUESTIONS], ids=["texts", "questions"])
+def test_rows_are_read_once_for_the_loss_and_the_answers(lm: LanguageModel, rows: list[Any]) -> None:
+    begun = list[int]()
+
+    class Rows:
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            begun.append(1)
+            return iter(rows)
+
+    found = evaluate(lm, Rows(), metric="f1", max_new_tokens=1)
+    assert found["metrics"]["f1"]["examples"] == len(rows)
+    assert len(begun) == 1
 
 
 # ---- tokens ----
@@ -407,6 +422,15 @@ def test_columns_rename_the_fields_of_choices(lm: LanguageModel) -> None:
     rows = [{"ctx": "1+1=", "endings": ["2", "3"], "label": "0"}]
     found = evaluate(lm, rows, columns="prompt=ctx,choices=endings,answer=label")
     assert found == evaluate(lm, [{"prompt": "1+1=", "choices": ["2", "3"], "answer": 0}])
+
+
+def test_tools_of_questions_that_the_model_does_not_see_are_counted(lm: LanguageModel) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = [{**row, "tools": tools if n < 2 else None} for n, row in enumerate(QUESTIONS)]
+    with pytest.warns(
+        UserWarning, match=r"^data: 2 examples with messages, tools or documents that the chat"
+    ):
+        evaluate(lm, rows)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from nplora.finetuning.data.examples import (
     MultipleChoice,
     Preference,
 )
-from nplora.finetuning.data.kinds import BY_NAME, Fields, recognise, renamed
+from nplora.finetuning.data.kinds import BY_NAME, recognise, renamed
+from nplora.finetuning.data.parsing.fields import Fields
 from nplora.finetuning.data.sources import splits_of
 from nplora.formats.errors import DataError
 from nplora.tokenizer import from_gguf
@@ -251,6 +252,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     # completions
     ({"prompt": [USER], "completion": 5},
      "completion is 5, expected a list of objects with a role and a content"),
+    ({"prompt": [{"role": "system", "content": "s"}], "completion": [ANSWER]},
+     "the prompt ends with a message of role 'system', expected one of the user, a tool or the assistant"),
     ({"prompt": [USER], "completion": [5]}, "a message is 5, expected"),
     ({"prompt": [USER], "completion": ""}, "completion is empty, expected a text"),
     ({"prompt": [USER]}, "completion is missing; the row has"),
@@ -271,6 +274,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (pair(prompt=[USER], chosen=[ANSWER], rejected=[ANSWER]), "chosen and rejected are the same answer"),
     (pair(prompt=[USER], chosen=[ANSWER], rejected=5), "rejected is 5, expected a list of objects"),
     (pair(prompt=[USER], chosen=[{"role": "x"}], rejected=[ANSWER]), "the role of a message is 'x'"),
+    (pair(prompt=[USER, {"role": "developer", "content": "s"}], chosen="a", rejected="b"),
+     "the prompt ends with a message of role 'developer', expected one of the user"),
     ({"chosen": [USER, ANSWER], "rejected": "c"}, "chosen is .*, expected a string"),
     ({"conversations": [HUMAN], "chosen": "b", "rejected": GPT},
      "a turn is 'b', expected an object with from and"),

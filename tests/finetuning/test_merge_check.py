@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import small_models
 from nplora import cli
 from nplora.adapters import Adapter, HeldOutLoss
 from nplora.finetuning import evaluate, finetune, held_out_loss
+from nplora.finetuning.load import opened
 from nplora.formats import files, gguf
 from nplora.lora.delta import LoraDelta
+from nplora.tokenizer import Tokenizer
 from small_llama import save_small_llama
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -159,6 +162,54 @@ def test_a_held_out_loss_refuses_wrong_options_at_once(reading: dict[str, Any], 
     assert words in str(refused.value)
 
 
+def test_the_held_out_data_are_read_and_encoded_only_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though three models are measured: the base with the adapter, the merged one and the remedy's."""
+    rows = [json.loads(line) for line in (place / "valid.jsonl").read_text().splitlines()]
+    read, encoded, encode = list[int](), list[str](), Tokenizer.encode_prompt
+
+    class Rows:
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            read.append(len(rows))
+            return iter(rows)
+
+    def counted(self: Tokenizer, text: str, *most: Any) -> list[int]:
+        encoded.append(text)
+        return encode(self, text, *most)
+
+    measured = list[float]()
+
+    def noted(model: Any, adapter: Any) -> float:
+        measured.append(check(model, adapter))
+        return measured[-1]
+
+    monkeypatch.setattr(Tokenizer, "encode_prompt", counted)
+    check, out = held_out_loss(Rows()), tmp_path / "out.gguf"
+    with pytest.raises(ValueError, match=r"the held-out loss would go from .* \(measured\)"):
+        nplora.merge_adapter(place / "model.gguf", place / "adapter", out, check=noted)
+    assert len(measured) == 3
+    assert len(encoded) == len(set(encoded)) == 2 * len(rows)
+    once = len(read)
+    check(place / "model.gguf", None)
+    assert len(read) == once  # a list that is given is read for its kind first
+
+
+def test_held_out_data_are_encoded_anew_for_another_tokenizer(place: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    model = gguf.open(place / "model.gguf")
+    typed = model.metadata.typed()
+    tokens = list(typed["tokenizer.ggml.tokens"].value)
+    swapped = tokens.index("1"), tokens.index("2")
+    tokens[swapped[0]], tokens[swapped[1]] = "2", "1"
+    typed["tokenizer.ggml.tokens"] = gguf.Typed(tokens, "STRING")
+    gguf.save(other, dict(model), typed)
+    check = held_out_loss(place / "valid.jsonl")
+    for path in (place / "model.gguf", other, place / "model.gguf"):
+        assert check(path, None) == evaluate(path, place / "valid.jsonl")["loss"]
+    assert check(other, None) != check(place / "model.gguf", None)
+
+
 def test_an_adapter_of_another_model_is_checked_as_its_caller_wants(place: Path, tmp_path: Path) -> None:
     foreign = Adapter.read(place / "adapter")
     foreign.base_digest = "0" * 64
@@ -201,16 +252,16 @@ def test_a_refused_or_broken_merge_leaves_the_old_model(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(fd, chunk, progress)
 
-    def interrupted(model: Any, *rest: Any, **options: Any) -> Any:
+    def interrupted(op: str, model: Any, compute: None) -> Any:
         if "out.gguf" in str(model):
             assert Path(model).stat().st_size > 30_000
             raise KeyboardInterrupt
-        return evaluate(model, *rest, **options)
+        return opened(op, model, compute)
 
     with pytest.raises(ValueError, match="the held-out loss would go"):
         run()
     with monkeypatch.context() as patched:
-        patched.setattr("nplora.finetuning.held_out.evaluate", interrupted)
+        patched.setattr("nplora.finetuning.held_out.opened", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(dtype="q8_0")
     monkeypatch.setattr(files, "write", full)

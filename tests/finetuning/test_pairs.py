@@ -7,7 +7,8 @@ import pytest
 from nplora.finetuning.data.comparisons import PairDataset, read_pairs
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.examples import Completion, Preference
-from nplora.finetuning.data.kinds import Fields, recognise
+from nplora.finetuning.data.kinds import recognise
+from nplora.finetuning.data.parsing.fields import Fields
 from nplora.finetuning.data.sources import splits_of
 from nplora.formats.errors import DataError
 from nplora.models.packing import IGNORED

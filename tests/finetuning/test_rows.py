@@ -19,7 +19,8 @@ import pytest
 
 from nplora.finetuning.data import find_splits
 from nplora.finetuning.data.json_array import elements
-from nplora.finetuning.data.kinds import Fields, recognise
+from nplora.finetuning.data.kinds import recognise
+from nplora.finetuning.data.parsing.fields import Fields
 from nplora.finetuning.data.rows import read_rows
 from nplora.finetuning.data.sources import sources_of, splits_of
 from nplora.finetuning.data.table_limits import row_sizes
@@ -511,6 +512,28 @@ def test_frames_of_pandas_are_rows(tmp_path: Path) -> None:
     pandas.DataFrame({"messages": [CHAT, CHAT[:1]]}).to_parquet(tmp_path / "data.parquet")
     again = pandas.read_parquet(tmp_path / "data.parquet")  # its lists are arrays
     assert objects(again) == [{"messages": CHAT}, {"messages": CHAT[:1]}]
+
+
+def test_rows_of_a_frame_are_made_only_while_they_are_read() -> None:
+    """So a large frame does not become a list of dictionaries. `tune` looks at it twice and reads it once."""
+    made = list[int]()
+
+    class Frame:
+        """Has the methods of a frame of polars."""
+
+        columns = ("text",)
+
+        def iter_rows(self, named: bool) -> Iterator[dict[str, Any]]:
+            for number in range(1000):
+                made.append(number)
+                yield {"text": str(number)}
+
+    [source] = splits_of("test", Frame()).train  # type: ignore[arg-type]
+    assert not made
+    rows = source.read()
+    assert [next(rows).values for _ in range(2)] == [{"text": "0"}, {"text": "1"}]
+    assert len(made) <= 2
+    assert len(list(source.read())) == 1000
 
 
 def test_frames_of_polars_are_rows() -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from nplora.finetuning import load
 from nplora.finetuning.data import preview, read_dataset, rows
-from nplora.finetuning.data.kinds import Fields, recognise
+from nplora.finetuning.data.kinds import recognise
+from nplora.finetuning.data.parsing.fields import Fields
 from nplora.finetuning.data.split import is_held_out
 from nplora.finetuning.options import FinetuneOptions
 from nplora.formats.errors import DataError

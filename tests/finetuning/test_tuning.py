@@ -16,6 +16,7 @@ import pytest
 
 import nplora
 from nplora import cli
+from nplora.cli.parser import weighted_path
 from nplora.finetuning import FinetuneOptions, TuneOptions, evaluate, finetune, teach, tune
 from nplora.finetuning.data.sources import sources_of
 from nplora.finetuning.load import evaluation_batches
@@ -233,6 +234,9 @@ def test_a_log_holds_any_character_of_a_name(tmp_path: Path) -> None:
 def test_a_command_has_every_digit_of_a_number() -> None:
     command = command_of("m.gguf", [("d.jsonl", 1.0)], None, Path("out"), {"lr": 0.0123456789, "alpha": 16.0})
     assert command == ("nplora finetune m.gguf --data d.jsonl --output out --alpha 16 --lr 0.0123456789")
+    files = [("a.jsonl", 0.123456789), ("b.jsonl", 3.0), ("c.jsonl", 1e-7)]
+    words = shlex.split(command_of("m.gguf", files, None, Path("out"), {}))
+    assert [weighted_path(word) for word in words if ".jsonl" in word] == files
 
 
 @pytest.mark.parametrize("budget", [60, 150, 300])
@@ -583,10 +587,10 @@ def test_the_command_line_reads_values_to_try(
 def test_a_search_that_continues_an_adapter_leaves_its_ranks(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "first", progress=False, **QUICK, steps=2)
     lm = nplora.load_model(model)
-    space = space_of(lm, {"adapter": tmp_path / "first"}, {})
+    space = space_of(lm, {"adapter": tmp_path / "first"}, {}, 1e-3)
     assert space.names == ["lr"]
     with pytest.raises(ValueError, match="rank is decided by the adapter to continue from"):
-        space_of(lm, {"adapter": tmp_path / "first"}, {"rank": [4]})
+        space_of(lm, {"adapter": tmp_path / "first"}, {"rank": [4]}, 1e-3)
     report = tune(
         model, data, tmp_path / "out", budget=1, progress=False, adapter=tmp_path / "first",
         search={"lr": [1e-2, 1e-3]}, epochs=1,
@@ -643,8 +647,8 @@ def test_a_searched_temperature_must_be_that_of_the_stored_teacher(
 
 
 def test_the_usual_space_is_made_for_the_model(model: Path) -> None:
-    space = space_of(nplora.load_model(model), {}, {})
-    assert space.rates == (2e-5, 6.3e-5, 2e-4, 6.3e-4, 2e-3, 6.3e-3)
+    space = space_of(nplora.load_model(model), {}, {}, 2e-4)
+    assert space.rates == (2e-5, 6.3e-5, 2e-4, 6.3e-4, 2e-3)
     assert space.others["targets"] == (
         ("all-linear",), ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"),
     )  # fmt: skip

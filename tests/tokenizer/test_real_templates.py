@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from nplora.finetuning.data import read_dataset
+from nplora.formats.errors import DataError
 from nplora.formats.gguf import Typed
 from nplora.tokenizer import Tokenizer, from_gguf
 from vocabularies import BYTES, byte_level, opened
@@ -82,11 +84,24 @@ CHATS: dict[str, dict[str, Any]] = {
         "messages": [*TALK[:1], {"role": "assistant", "content": "assistant\nmodel\n 1"}, *TALK]
     },
 }
+SYSTEM = {"role": "system", "content": "Be kind."}
+ORDERS: dict[str, dict[str, Any]] = {
+    "a late system message": {"messages": [*TALK[:2], SYSTEM, *TALK[2:]]},
+    "begins with the assistant": {"messages": TALK[1:]},
+    "a single answer": {"messages": TALK[1:2]},
+    "a system message, then the assistant": {"messages": [SYSTEM, *TALK[1:]]},
+    "two questions in a row": {"messages": [TALK[0], *TALK[2:]]},
+    "two answers in a row": {"messages": [*TALK[:2], TALK[3]]},
+}
+CHATS |= ORDERS
 # Templates that have no way to write calls. That of Granite lists the tools.
 NO_TOOLS = ("gemma3", "phi_4", "phi_4_mini", "granite_3")
 CASES = [
-    (model, chat) for model in MODELS for chat in CHATS if not ("tools" in chat and model in NO_TOOLS)
-]  # fmt: skip
+    (model, chat)
+    for model in MODELS
+    for chat in CHATS
+    if not ("tools" in chat and model in NO_TOOLS) and not (model == "gemma3" and chat in ORDERS)
+]
 
 
 def template(name: str) -> str:
@@ -133,12 +148,36 @@ def test_the_turns_of_the_assistant_are_what_it_writes_in_the_text(model: str, c
         index: tokenizer.decode(found.ids[turn.start : turn.stop]) for index, turn in found.turns.items()
     }
     assert turns == dict(zip(assistants, expected, strict=True))
-    assert not re.search(r"Hello there|Well|Hot in Rome|31", "".join(turns.values()))
+    assert not re.search(r"Hello there|Well|Hot in Rome|31|Be kind", "".join(turns.values()))
+    drops_system = model == "phi_4" and chat == "a late system message"
+    assert ("messages" in found.unused) == drops_system
+    assert ("Be kind." in text) == (SYSTEM in given["messages"] and not drops_system)
     for most in (20, len(found.ids) // 2):  # the beginning has the same tokens and turns
         cut = tokenizer.encode_conversation(**given, most=most)
         size = len(cut.ids)
         assert cut.ids == found.ids[:size]
         assert cut.is_reply == found.is_reply[:size]
+
+
+@pytest.mark.parametrize("chat", ORDERS)
+def test_an_order_of_roles_that_the_template_refuses_is_an_error_of_the_row(chat: str) -> None:
+    """transformers refuses the same chats, with the words of the template."""
+    found = {
+        "a late system message": "message 3 of the chat has the role 'system' after 'assistant', expected 'u",
+        "two questions in a row": "message 2 of the chat has the role 'user' after 'user', expected 'assist",
+        "two answers in a row": "message 3 of the chat has the role 'assistant' after 'assistant', expected",
+        "a system message, then the assistant": "message 2 of the chat has the role 'assistant' after 'syste",
+    }.get(chat, "message 1 of the chat has the role 'assistant' at the beginning, expected 'user'")
+    with pytest.raises(DataError, match=rf"^data, row 2: {found}.*; .*: Conversation roles must alternate"):
+        read_dataset([{"messages": TALK}, ORDERS[chat]], model_with("gemma3"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chat", ORDERS)
+def test_transformers_refuses_the_orders_of_roles_that_we_refuse(chat: str) -> None:
+    theirs = transformers_tokenizer("gemma3", template("gemma3"))
+    with pytest.raises(Exception, match="Conversation roles must alternate"):
+        theirs.apply_chat_template(ORDERS[chat]["messages"], tokenize=False)
 
 
 @pytest.mark.slow
@@ -168,8 +207,8 @@ def test_the_text_is_that_of_transformers(model: str, chat: str) -> None:
 @pytest.mark.parametrize("chat", CHATS)
 def test_the_turns_are_those_that_the_training_templates_of_trl_mark(model: str, chat: str) -> None:
     """TRL's template for training marks what is trained. With it, transformers gives a mask."""
-    if "tools" in chat and model in NO_TOOLS:
-        pytest.skip("the template has no tools")
+    if (model, chat) not in CASES:
+        pytest.skip("the template does not write such chats")
     given = json.loads(json.dumps(CHATS[chat]))
     text = template(f"{model}_training")
     theirs = transformers_tokenizer(model, text)

@@ -64,7 +64,8 @@ void settle(const float* x, CodeRange codes, Affine& b) {
 // solution with d > 0 and dmin >= 0.
 template <class Affine>
 bool refit(const float* x, CodeRange codes, Affine& b) {
-  double ss = 0, sm = 0, mm = 0, xs = 0, xm = 0;  // sums of products of x, s = scale * q and m = minimum
+  // Sums over all values x of s * s, s * m, m * m, x * s and x * m, where s = scale * q and m = minimum.
+  double ss = 0, sm = 0, mm = 0, xs = 0, xm = 0;
   for (size_t j = 0; j < b.kGroups; ++j) {
     const Moments k = moments<Affine::kSize>(x + j * b.kSize, b.grid(j), codes);
     ss += b.scale[j] * b.scale[j] * k.qq;

@@ -170,9 +170,9 @@ def _differences(measured: dict[str, list[Measured]]) -> list[Difference]:
     best = min(names, key=lambda name: (math.isnan(losses[name]), losses[name]))
     pairs += [(best, name) for name in names if name != best]
     return [
-        difference_of(one, metric, other, of_other)
+        difference_of(one, metric, other, other_metric)
         for one, other in pairs
-        for metric, of_other in zip(measured[one], measured[other], strict=True)
+        for metric, other_metric in zip(measured[one], measured[other], strict=True)
     ]
 
 

@@ -29,7 +29,7 @@ class EarlierRun:
     step: int
 
     def keep_compute(self, options: FinetuneOptions) -> FinetuneOptions:
-        """Return the options. Options without an arithmetic get the arithmetic of the earlier run."""
+        """Return the options. If their `compute` is None, it becomes that of the earlier run."""
         if options.compute is None and self.compute is not None:
             return dataclasses.replace(options, compute=self.compute)
         return options

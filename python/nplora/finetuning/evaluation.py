@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from nplora import _check
 from nplora.finetuning.attach import Adapters, warn_of_form, with_adapters
 from nplora.finetuning.data import Data, TokenBatches
-from nplora.finetuning.data.sources import sources_of
+from nplora.finetuning.data.sources import Source, sources_of
 from nplora.finetuning.judging.judge import Judge, Record, read_judge
-from nplora.finetuning.judging.metrics import MetricFunction, metrics_of
+from nplora.finetuning.judging.metrics import Metric, MetricFunction, metrics_of
 from nplora.finetuning.judging.results import Evaluation, MeanLoss, evaluation_of
 from nplora.finetuning.load import opened
 from nplora.finetuning.options import EvaluateOptions, from_arguments
@@ -118,17 +118,33 @@ def read_all(
     Args:
         prepare: attaches adapters, which may add tokens, to the model before the data are read.
     """
-    sources, metrics = sources_of(op, data), metrics_of(op, options.metric)
+    sources, metrics = sources_to_judge(op, data), metrics_of(op, options.metric)
+    lm = prepare(opened(op, model, options.compute))
+    return lm, judge_for(op, lm, sources, options, metrics)
+
+
+def sources_to_judge(op: str, data: Data) -> list[Source]:
+    """The sources of an evaluation's data.
+
+    Raises:
+        ValueError: a source has a weight. The other errors are those of `sources_of`.
+    """
+    sources = sources_of(op, data)
     for source in sources:
         if source.weight != 1:
             raise ValueError(
                 f"{op}: {source.name} has the weight {source.weight:g}, but an evaluation counts each "
                 "example once; weights are for training only"
             )
-    lm = prepare(opened(op, model, options.compute))
+    return sources
+
+
+def judge_for(
+    op: str, lm: LanguageModel, sources: list[Source], options: EvaluateOptions, metrics: list[Metric]
+) -> Judge:
+    """Read the data with the tokenizer of a model, for this model and others with the same tokenizer."""
     reading = options.reading(options.max_length or lm.config.max_position_embeddings)
-    judge = read_judge(op, lm, sources, reading, metrics, options.max_new_tokens)
-    return lm, judge
+    return read_judge(op, lm, sources, reading, metrics, options.max_new_tokens)
 
 
 def evaluate_batches(lm: LanguageModel, batches: TokenBatches) -> MeanLoss:

@@ -71,7 +71,7 @@ def plan(
     kl: str = "forward",
     temperature: float | None = None,
     kd_ratio: float = 0.5,
-    lr: float = 2e-4,
+    lr: float | None = None,
     lora_plus_ratio: float = 1.0,
     schedule: str = "cosine",
     warmup: int = 0,

@@ -10,14 +10,19 @@ from nplora.adapters import Adapter
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.merge_gate import Check
 from nplora.adapters.sources import Source
+from nplora.finetuning.attach import warn_of_form, with_adapters
 from nplora.finetuning.data import Data
-from nplora.finetuning.evaluation import evaluate
+from nplora.finetuning.evaluation import TEXT_AND_REMEDY, judge_for, sources_to_judge
+from nplora.finetuning.judging.judge import Judge
+from nplora.finetuning.load import opened
 from nplora.finetuning.options import EvaluateOptions
+from nplora.finetuning.token_progress import speaker
 from nplora.formats.files import StrPath
 from nplora.nn.module import Module
 
 # The options of `evaluate` that say how the data are read.
 READING = ("format", "columns", "chat", "max_length", "learn", "skip_bad")
+_OP = "evaluate"  # what messages begin with
 
 
 def held_out_loss(data: Data, *, progress: bool | None = None, **reading: Any) -> Check:
@@ -30,7 +35,8 @@ def held_out_loss(data: Data, *, progress: bool | None = None, **reading: Any) -
             in `evaluate`.
     Returns:
         a function of a model's path and an adapter (or None) that returns the mean loss. It reads the model
-        and the data at each call, and reports the data at the first one. It raises the errors of `evaluate`.
+        at each call. It reads and reports the data at the first call, and reads them again only for a model
+        with another tokenizer. It raises the errors of `evaluate`.
     Raises:
         ValueError, TypeError: an option is unknown or out of range.
 
@@ -44,17 +50,24 @@ def held_out_loss(data: Data, *, progress: bool | None = None, **reading: Any) -
     for name in reading:
         if name not in READING:
             raise TypeError(f"held_out_loss: unexpected keyword {name!r}{_check.suggestion(name, READING)}")
-    EvaluateOptions(**reading, op="merge")
+    options = EvaluateOptions(**reading, op="merge")
     rows = list(data) if isinstance(data, Iterator) else data
-    reported = list[bool]()
+    judges = dict[object, Judge]()  # by what decides how the rows are encoded
 
     def loss(model: StrPath, adapter: Source | None) -> float:
-        shown = progress if not reported else False
-        reported.append(True)
-        # The merge has checked that the adapter belongs to the model, as strictly as its caller wants.
-        return evaluate(model, rows, adapter=_attachable(adapter), any_base=True, progress=shown, **reading)[
-            "loss"
-        ]
+        lm = opened(_OP, model, None)
+        attached = _attachable(adapter)
+        if attached is not None:
+            # The merge has checked that the adapter belongs to the model, as strictly as its caller wants.
+            lm = with_adapters(_OP, lm, attached, any_base=True)
+        key = lm.tokenizer.digest(), lm.vocab_size, lm.config.max_position_embeddings
+        if key not in judges:
+            judges[key] = judge_for(_OP, lm, sources_to_judge(_OP, rows), options, [])
+            if len(judges) == 1:
+                speaker(progress)(str(judges[key].report))
+        if attached is not None:
+            warn_of_form(_OP, attached, judges[key].report.chat, *TEXT_AND_REMEDY)
+        return judges[key].measure(lm)[0].value
 
     return loss
 

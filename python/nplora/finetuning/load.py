@@ -209,16 +209,21 @@ def _read(
 ) -> Examples:
     reading = options.reading(min(options.max_length, lm.config.max_position_embeddings), op)
     dataset = objective.read(op, sources, lm.tokenizer, reading)
-    require_vocabulary(lm, dataset)
+    require_vocabulary(lm, dataset.report.source, dataset.largest_id)
     return dataset
 
 
-def require_vocabulary(lm: LanguageModel, dataset: Examples) -> None:
-    """Raise a FormatError if a token of the text is not in the model's vocabulary."""
-    if dataset.largest_id >= lm.vocab_size:
+def require_vocabulary(lm: LanguageModel, source: str, largest_id: int) -> None:
+    """Raise a FormatError if a token of a text is not in the model's vocabulary.
+
+    Args:
+        source: the place of the text, for the message.
+        largest_id: the largest id of its tokens.
+    """
+    if largest_id >= lm.vocab_size:
         raise FormatError(
-            f"{dataset.report.source}: the text has token {dataset.largest_id} of {lm.tokenizer}, but "
-            f"the model's vocabulary ends with {lm.vocab_size - 1}"
+            f"{source}: the text has token {largest_id} of {lm.tokenizer}, but the model's vocabulary ends "
+            f"with {lm.vocab_size - 1}"
         )
 
 

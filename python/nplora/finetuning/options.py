@@ -200,7 +200,12 @@ class FinetuneOptions:
     kd_ratio: float = _option(
         _OBJECTIVE, 0.5, "share of the divergence in the loss of distill; the rest is the loss of sft"
     )
-    lr: float = _unplanned(_TRAINING, 2e-4, "peak learning rate")
+    lr: float | None = _unplanned(
+        _TRAINING,
+        None,
+        "peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3; a tenth of that for dpo, "
+        "orpo and kto)",
+    )
     lora_plus_ratio: float = _unplanned(
         _TRAINING, 1.0, "learning rate of A divided by that of B (LoRA+); 16 is usual"
     )
@@ -416,7 +421,8 @@ class FinetuneOptions:
             ("accumulate", 1), ("save_every", 1), ("warmup", 0), ("seed", 0),
         ):  # fmt: skip
             _check.integer(op, name, getattr(self, name), least=least)
-        for name in ("lr", "lora_plus_ratio", "alpha", "max_grad_norm"):
+        lr = () if self.lr is None else ("lr",)
+        for name in (*lr, "lora_plus_ratio", "alpha", "max_grad_norm"):
             if _check.number(op, name, getattr(self, name)) <= 0:
                 raise ValueError(f"{op}: {name} is {getattr(self, name)}, expected above 0")
         for name in ("dropout", "outer_momentum"):

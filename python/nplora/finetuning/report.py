@@ -35,7 +35,7 @@ def in_words(metrics: Mapping[str, float]) -> str:
 class Sample:
     """A prompt, and the texts that the model generated after it, before and after training.
 
-    A text that is not known is "", for example `after` if the run was interrupted.
+    An unknown text is empty. For example, `after` is "" if the run was interrupted.
 
     >>> nplora.finetuning.Sample("1+1=", before="7", after="2").after
     '2'

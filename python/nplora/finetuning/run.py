@@ -82,7 +82,7 @@ def finetune(
     kl: str = "forward",
     temperature: float | None = None,
     kd_ratio: float = 0.5,
-    lr: float = 2e-4,
+    lr: float | None = None,
     lora_plus_ratio: float = 1.0,
     schedule: str = "cosine",
     warmup: int = 0,
@@ -186,7 +186,8 @@ def finetune(
         temperature: softmax temperature of distill, of teacher and student (default: 1, or that of a stored
             `teacher`).
         kd_ratio: share of the divergence in the loss of distill; the rest is the loss of sft.
-        lr: peak learning rate.
+        lr: peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3; a tenth of that for
+            dpo, orpo and kto).
         lora_plus_ratio: learning rate of A divided by that of B (LoRA+); 16 is usual.
         schedule: learning rate schedule: cosine, linear or constant.
         warmup: warm-up steps, in which the learning rate rises to its peak.
@@ -247,8 +248,8 @@ def finetune(
         BudgetError: no plan fits into `memory`. The message says which options would fit.
         NotADirectoryError: the output is not a directory.
         FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set; or it
-            holds an adapter without a run, and `overwrite` is not set; or it holds a file that has the name
-            of one of the run's files, but that nplora did not make.
+            holds an adapter without a run, and `overwrite` is not set; or it holds a file that nplora did not
+            make, under the name of one of the run's files.
         UnsafeError: a file with the name of one of the run's files is a link.
         NonFiniteLossError, CorruptError, OSError, RankError: see `Trainer.fit`.
         ModuleNotFoundError, ImportError: `distributed` is "mpi", and mpi4py or an MPI library is missing.
@@ -297,6 +298,8 @@ def _finetune(
         chosen = earlier.keep_compute(chosen)
 
     inputs = read_inputs("finetune", model, data, valid, chosen)
+    if chosen.lr is None:
+        chosen = dataclasses.replace(chosen, lr=inputs.objective.default_lr(inputs.lm))
     if is_first:
         require_not_read(place, inputs, chosen.adapter)
     execution = choose_execution(model, inputs, chosen, earlier, say, ranks)
@@ -414,7 +417,8 @@ def new_trainer(
     callbacks: list[Callback],
     ranks: Communicator | None = None,
 ) -> Trainer:
-    """The trainer of a run with these options."""
+    """The trainer of a run with these options, which have a learning rate."""
+    assert options.lr is not None
     return Trainer(
         lm,
         loss,

@@ -12,7 +12,7 @@ class Progress:
     """Prints how much is done, how fast, and the time left.
 
     Args:
-        what: the computation, at the beginning of each line; may be empty.
+        what: name of the computation, which begins each line of `add`; may be empty.
         unit: what is counted, in the plural.
         total: how many of them there are.
         say: prints a line.

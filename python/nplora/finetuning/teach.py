@@ -149,7 +149,7 @@ def teach(
     datasets = [read_sources("teach", group, lm.tokenizer, reading) for group in groups if group]
     say = speaker(progress)
     for dataset in datasets:
-        require_vocabulary(lm, dataset)
+        require_vocabulary(lm, dataset.report.source, dataset.largest_id)
         say(str(dataset.report))
     return _Writer(lm, datasets, options, say).write(Path(output))
 
@@ -188,7 +188,7 @@ class _Writer:
             streams = _Streams(self._rows, spool)
             new = stored.new_file(
                 output, keys, counts, lm.tokenizer.tokens()[: _vocab(lm)], self._metadata(), k,
-                self._options.dtype, lambda: streams.of(0), lambda: streams.of(1),
+                self._options.dtype, lambda: streams.stream(0), lambda: streams.stream(1),
             )  # fmt: skip
             files.replace([new])
         kept = self._kept / max(1, self._total)
@@ -226,10 +226,10 @@ class _Writer:
             new = _without(batch, seen)
             if new is None:
                 continue
-            yield from self._of(new)
+            yield from self._rows_of_batch(new)
             progress.add(new.num_targets)
 
-    def _of(self, batch: PackedBatch) -> Iterator[tuple[bytes, bytes]]:
+    def _rows_of_batch(self, batch: PackedBatch) -> Iterator[tuple[bytes, bytes]]:
         lm, options = self._lm, self._options
         hidden = lm.hidden_states(batch)
         for rows in chunks(np.flatnonzero(batch.targets != IGNORED), lm.config.vocab_size):
@@ -304,7 +304,7 @@ class _Streams:
     def __init__(self, rows: Callable[[], Iterator[tuple[bytes, bytes]]], spool: _Spool) -> None:
         self._rows, self._spool, self._computed = rows, spool, False
 
-    def of(self, which: int) -> Iterator[files.Chunk]:
+    def stream(self, which: int) -> Iterator[files.Chunk]:
         if self._computed:
             yield from self._spool.chunks()
             return

@@ -110,7 +110,7 @@ def _measured(raw: Bytes) -> tuple[int, Array]:
     """
     counts, deepest, marks = np.zeros(MAX_DEPTH + 2, np.int64), 0, Marks()
     for begin in range(0, len(raw), _PIECE):
-        text, places, depths = marks.of(bytes(raw[begin : begin + _PIECE]))
+        text, places, depths = marks.find(bytes(raw[begin : begin + _PIECE]))
         deepest = max(deepest, int(depths.max(initial=0)))
         is_begin = _STEP[np.frombuffer(text, np.uint8)[places]] >= 0
         counts += np.bincount(depths[is_begin].clip(0, MAX_DEPTH + 1), minlength=MAX_DEPTH + 2)
@@ -137,7 +137,7 @@ class Marks:
         self.depth = depth
         self._in_string, self._rest = False, b""
 
-    def of(self, part: bytes) -> tuple[bytes, Array, Array]:
+    def find(self, part: bytes) -> tuple[bytes, Array, Array]:
         """The marks of the next part.
 
         Returns:

@@ -29,7 +29,8 @@ class AddedToken:
     Attributes:
         id: the number of the token, and of its row in the embedding.
         text: the text that becomes this token.
-        special: whether the token controls the model. Plain text never becomes a special token.
+        special: whether it is a control token, such as the one that ends a text. Plain text never becomes a
+            special token.
     """
 
     id: int

@@ -849,12 +849,12 @@ class LanguageModel(Module):
         self._require_ready("forward_backward_of", batch)
         x, saved = self.model.run(batch.ids, packed_positions(batch.starts))
 
-        def of_losses(losses: Array) -> tuple[float, Array]:
+        def function(losses: Array) -> tuple[float, Array]:
             value, gradient = loss(-losses)
             return value, -gradient
 
         with self._added_at_once():
-            value, dx = head.gradient_of_losses(self.model, self.lm_head, x, batch.targets, of_losses)
+            value, dx = head.gradient_of_losses(self.model, self.lm_head, x, batch.targets, function)
             self.model.run_backward(dx, saved)
         self.require_unchanged()
         return value

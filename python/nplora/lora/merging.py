@@ -1,7 +1,8 @@
 """Merges an update ΔW = scale · A·B into a weight, a few rows at a time, and measures how much of ΔW is kept.
 
 The quantisation steps of a low-bit format can be larger than the update, so a merge can lose the update. The
-new weight is therefore rounded from a float32 sum, not changed in place, and is compared with the exact sum.
+new weight is W + ΔW, computed in float32 (in float64 if W is float64) and then rounded to the storage format.
+It is compared with W + ΔW in float64, which shows the loss.
 """
 
 import math

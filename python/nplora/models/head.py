@@ -16,7 +16,7 @@ from nplora.nn import Linear, LoRALinear, TrainedHead, stack_backward, stack_for
 
 Array = npt.NDArray[Any]
 AnyHead = Linear | LoRALinear | TrainedHead
-OfLosses: TypeAlias = Callable[[Array], tuple[float, Array]]
+FunctionOfLosses: TypeAlias = Callable[[Array], tuple[float, Array]]
 
 
 class LogitLoss(Protocol):
@@ -57,7 +57,7 @@ def loss_and_gradient(
 
 
 def gradient_of_losses(
-    model: Decoder, head: AnyHead, x: Array, targets: Array, of_losses: OfLosses
+    model: Decoder, head: AnyHead, x: Array, targets: Array, function: FunctionOfLosses
 ) -> tuple[float, Array]:
     """The value of a function of the tokens' losses, and its gradient with respect to x (n, d).
 
@@ -66,7 +66,7 @@ def gradient_of_losses(
     head needs weighted gradients of the logits, and therefore a second pass.
 
     Args:
-        of_losses: takes the losses of all rows with a target, float64 (m,); returns the value of the function
+        function: takes the losses of all rows with a target, float64 (m,); returns the value of the function
             and its derivative with respect to each loss (m,).
     """
     dx, trained = np.zeros_like(x), np.flatnonzero(targets != IGNORED)
@@ -74,7 +74,7 @@ def gradient_of_losses(
         streams = head.random_state()
         losses = token_losses(model, head, x, targets)
         head.set_random_state(streams)  # the second pass draws the same dropout masks
-        value, weights = of_losses(losses)
+        value, weights = function(losses)
         weight = np.zeros(len(x), x.dtype)
         weight[trained] = weights
         for rows in _chunks_of(targets, head):
@@ -82,9 +82,9 @@ def gradient_of_losses(
         return value, dx
     found = [np.empty(0)]
     for rows in _chunks_of(targets, head):
-        of_chunk, dx[rows] = _chunk_gradient(model, head, x[rows], targets[rows], 1.0)
-        found.append(of_chunk)
-    value, weights = of_losses(np.concatenate(found))
+        chunk_losses, dx[rows] = _chunk_gradient(model, head, x[rows], targets[rows], 1.0)
+        found.append(chunk_losses)
+    value, weights = function(np.concatenate(found))
     dx[trained] *= np.asarray(weights, x.dtype)[:, None]
     return value, dx
 
@@ -106,31 +106,31 @@ def _chunk_gradient(
 
 
 def gradient_of_logit_loss(
-    model: Decoder, head: AnyHead, x: Array, targets: Array, of_logits: LogitLoss, factor: float
+    model: Decoder, head: AnyHead, x: Array, targets: Array, row_loss: LogitLoss, factor: float
 ) -> tuple[float, Array]:
     """Like `loss_and_gradient`, but for any loss that is computed from the logits of rows with a target."""
     dx, total = np.zeros_like(x), 0.0
     for rows in _chunks_of(targets, head):
-        losses, dx[rows] = _chunk_of_logit_loss(model, head, x[rows], rows, of_logits, factor)
+        losses, dx[rows] = _chunk_of_logit_loss(model, head, x[rows], rows, row_loss, factor)
         total += float(losses.sum())
     return total, dx
 
 
 def _chunk_of_logit_loss(
-    model: Decoder, head: AnyHead, x: Array, rows: Array, of_logits: LogitLoss, factor: float
+    model: Decoder, head: AnyHead, x: Array, rows: Array, row_loss: LogitLoss, factor: float
 ) -> tuple[Array, Array]:
     """Compute `gradient_of_logit_loss` for a few rows. The logits of these rows are freed at the end."""
     logits, saved = logits_forward(head, model.read_out(x))
-    losses = of_logits(logits, rows, factor, True)
+    losses = row_loss(logits, rows, factor, True)
     dnormed = logits_backward(head, logits, saved)
     return losses, model.read_out_backward(dnormed, x)
 
 
-def logit_loss(model: Decoder, head: AnyHead, x: Array, targets: Array, of_logits: LogitLoss) -> float:
-    """The sum of `of_logits` over the rows that have a target, without gradients."""
+def logit_loss(model: Decoder, head: AnyHead, x: Array, targets: Array, row_loss: LogitLoss) -> float:
+    """The sum of `row_loss` over the rows that have a target, without gradients."""
     total = 0.0
     for rows in _chunks_of(targets, head):
-        total += float(of_logits(logits_of(model, head, x[rows]), rows, 1.0, False).sum())
+        total += float(row_loss(logits_of(model, head, x[rows]), rows, 1.0, False).sum())
     return total
 
 

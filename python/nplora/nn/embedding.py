@@ -144,7 +144,7 @@ class LoRAEmbedding(LoRALayer):
         array([[0., 0., 0., 1.]], dtype=float32)
 
     Args:
-        W: the table E (vocab, dim). A float array is copied and packed. A FrozenWeight is shared.
+        W: the table E (vocab, dim). A float array is copied and packed. A FrozenWeight is not copied.
         rank, alpha, dtype, init ("zero" or "gaussian"), use_rslora, rng: as in LoRALinear.
     Raises:
         ValueError, TypeError: as in LoRALinear.

@@ -89,9 +89,10 @@ class LoRALinear(LoRALayer):
         rng: a random generator or a seed, for the initial factors and the dropout.
     Raises:
         ValueError: W does not have two axes; bias does not have the shape (d_out,); rank is not from 1 to
-            65536; alpha is not finite; dropout is not in [0, 1); dtype, compute or init is unknown; compute
-            is "int8" but W is not stored in GGUF's blocks; or init is "pissa" or "olora" with DoRA, a rank
-            above min(d_out, d_in), or an alpha that is not positive.
+            65536; alpha is not finite; dropout is not in [0, 1); dtype, compute or init is unknown; or
+            compute is "int8" but W is not stored in GGUF's blocks. If init is "pissa" or "olora", also:
+            use_dora is set; rank is above min(d_out, d_in); alpha is not positive; or W holds NaN, an
+            infinity or values that are too large.
         TypeError: W does not hold floats; rank is not an integer.
     Warns:
         UserWarning: rank is above min(d_out, d_in).

@@ -181,7 +181,7 @@ class Module:
         return None
 
     def configuration(self) -> str:
-        """Return a text with the settings that decide the output besides the arrays; "" if there are none."""
+        """Return a text of the settings, other than arrays, that affect the output; "" if there are none."""
         return ""
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
@@ -483,7 +483,8 @@ class Module:
         """Draw the initial factors of every adapter layer again, and restart its dropout stream.
 
         Each layer draws from its own random stream, which depends on the seed and the layer's dotted name
-        only. So two layers of the same shape start differently, and adding other layers changes nothing.
+        only. So two layers of the same shape start differently, and a layer starts with the same factors
+        whichever other layers the model has.
 
             >>> import nplora, numpy as np
             >>> one, other = (nplora.LoRALinear(np.eye(4), rank=2) for _ in range(2))

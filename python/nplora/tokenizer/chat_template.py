@@ -28,7 +28,13 @@ _ENDS: dict[int, str] = {
     signal.SIGKILL: "takes too much memory",
     signal.SIGSEGV: "is nested too deeply",
 }
-_ERRORS = {"unsafe": UnsafeError, "format": FormatError, "value": ValueError}
+
+
+class RefusedChatError(ValueError):
+    """The template refuses the messages, or does not find something that it needs in them."""
+
+
+_ERRORS = {"unsafe": UnsafeError, "format": FormatError, "value": RefusedChatError}
 
 _PROCESS = RenderProcess()
 
@@ -62,7 +68,8 @@ class ChatTemplate:
             FormatError: the template is not valid Jinja.
             LimitError: the template is too long.
             UnsafeError: the template tries to access Python's internals, or takes too much time or memory.
-            ValueError: the template refuses the messages, or does not find something that it needs in them.
+            RefusedChatError: the template refuses the messages, or does not find something that it needs.
+            ValueError: the messages cannot be passed to a template.
             ModuleNotFoundError: the package `jinja2` is not installed.
             OSError: the rendering process cannot be started.
             RuntimeError: the rendering process fails.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import itertools
 import json
 import os
@@ -70,7 +71,7 @@ class Chat:
         ids: the tokens.
         turns: for each assistant message (by its index), the positions of the turn's tokens, including the
             end token.
-        unused: "tools" or "documents", if they were given but do not change the rendered text.
+        unused: "messages", "tools" or "documents", if some were given that do not change the rendered text.
     """
 
     ids: list[int]
@@ -145,6 +146,12 @@ class Tokenizer:
         The same token has the same spelling in a GGUF file and in a Hugging Face directory.
         """
         return [self._backend.id_to_token(id_) for id_ in range(self.vocab_size)]
+
+    def digest(self) -> str:
+        """A digest of all that decides which tokens a text or a chat has."""
+        template = self.chat_template and self.chat_template.text
+        parts = self._backend.to_str(), self.bos_id, self.eos_id, sorted(self.eos_ids), template
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     # ---- added tokens ----
 
@@ -427,6 +434,8 @@ class Tokenizer:
         ids, is_whole = self._encode_rendered(text, most)
         indices = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
         unused = tuple(name for name in given if self._is_unused(name, quoted, given, text))
+        if self._leaves_out_messages(quoted, given, text):
+            unused = ("messages", *unused)
         is_long = len(indices) * (len(messages) + len(ids) / _TOKENS_PER_MESSAGE) > _MOST_RENDERED
         try:
             if not is_long:
@@ -456,6 +465,11 @@ class Tokenizer:
         """Find each turn by rendering the chat up to the start and up to the end of the turn."""
         turns = {}
         for index in indices:
+            if not index:  # many templates fail without messages, or write no head of an answer then
+                raise UnsupportedError(
+                    f"{self.source}: the chat begins with the assistant, and the chat template writes no "
+                    "special tokens around an answer, so the tokens of message 1 are not known"
+                )
             before, _ = self._encode_rendered(self._render(quoted[:index], True, TRAINING_TIME, given), most)
             self._require_beginning(before, ids, is_whole, f"before message {index + 1}")
             if not is_whole and len(before) >= len(ids):
@@ -528,6 +542,23 @@ class Tokenizer:
             return False
         try:
             return self._render(quoted, False, TRAINING_TIME, {**given, name: None}) == text
+        except ValueError:  # the template needs them
+            return False
+
+    def _leaves_out_messages(self, quoted: list[Message], given: dict[str, Any], text: str) -> bool:
+        """Whether the template leaves out messages, such as a system message that is not the first one."""
+        written, place = list[Message](), 0
+        for message in quoted:
+            if message.get("role") != "assistant":
+                content = str(message.get("content") or "").strip()
+                if (found := text.find(content, place)) < 0 and (found := text.find(content)) < 0:
+                    continue
+                place = max(place, found)
+            written.append(message)
+        if len(written) == len(quoted):
+            return False
+        try:
+            return self._render(written, False, TRAINING_TIME, given) == text
         except ValueError:  # the template needs them
             return False
 

@@ -303,7 +303,7 @@ def last_logged(log: bytes, event: str) -> dict[str, Any]:
 
 
 def _validated(epochs: Sequence[EpochRecord], evaluations: Sequence[EvaluationRecord]) -> list[EpochRecord]:
-    """The epochs of a log or a checkpoint, with the validation losses that were not finite.
+    """The epochs of a log or a checkpoint, with NaN for each validation loss that was not finite.
 
     In JSON such a loss is null, as is the loss of an epoch without validation data. But only an epoch of the
     first kind has an evaluation at its end.

@@ -5,20 +5,20 @@ from __future__ import annotations
 import array
 import dataclasses
 import hashlib
-import warnings
 from typing import Generic, TypeVar
 
 import numpy as np
 
+from nplora.finetuning.data.bad_rows import BadRows
 from nplora.finetuning.data.encoding import Encoded
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import DataReport, Stored
-from nplora.formats.errors import DataError, FormatError, LimitError, counted
+from nplora.formats.errors import DataError, LimitError, counted
+from nplora.runtime.user_warning import warn_user
 
 _Made = TypeVar("_Made", bound=Stored)
 
 MOST_EXAMPLES = 1 << 25  # that weights may make of the stored examples, in an epoch
-QUOTED = 3  # bad rows that a report quotes
 
 
 class Builder(Generic[_Made]):
@@ -28,6 +28,10 @@ class Builder(Generic[_Made]):
         max_length, strict: as in `read_dataset`.
         made: the class of the dataset, which says how many sequences an example has.
         unit: what the report calls an example.
+
+    Attributes:
+        bad: the rows that are skipped.
+        kind: the kind of the rows of the current source.
     """
 
     def __init__(
@@ -39,9 +43,8 @@ class Builder(Generic[_Made]):
         self._order = array.array("q")
         self._sources: list[Source] = []
         self._kinds: list[str] = []
-        self._first = self._skipped_before = self._emptied_before = 0
-        self._emptied = self._skipped = self._unused = 0
-        self._problems: list[str] = []
+        self._first = self._bad_before = self._emptied_before = self._emptied = self._unused = 0
+        self.bad = BadRows()
         self._truncated = bytearray()  # for each example, whether it is cut
         self._forms = set[bool]()
         self.kind = ""
@@ -50,7 +53,7 @@ class Builder(Generic[_Made]):
         """Begin a source. The examples that are added from now on belong to it."""
         self._sources.append(source)
         self._first = self.stored
-        self._skipped_before, self._emptied_before, self.kind = self._skipped, self._emptied, ""
+        self._bad_before, self._emptied_before, self.kind = self.bad.count, self._emptied, ""
 
     @property
     def stored(self) -> int:
@@ -86,11 +89,6 @@ class Builder(Generic[_Made]):
             raise DataError(f"{where}: {least}{count:,} tokens, expected at most {most:,}")
         return Encoded(sequence.ids[:most], sequence.trained[:most])
 
-    def skip(self, error: FormatError) -> None:
-        self._skipped += 1
-        if len(self._problems) < QUOTED:
-            self._problems.append(str(error))
-
     def end(self) -> None:
         """End a source: take its examples as often as its weight says.
 
@@ -119,9 +117,7 @@ class Builder(Generic[_Made]):
         return self._ids[self._starts[first] : self._starts[end]]
 
     def _why(self) -> str:
-        reasons = list[str]()
-        if skipped := self._skipped - self._skipped_before:
-            reasons.append(f"{counted(skipped, 'bad row')} skipped ({'; '.join(self._problems)})")
+        reasons = [reason] if (reason := self.bad.reason(self._bad_before)) else []
         if emptied := self._emptied - self._emptied_before:
             reasons.append(
                 f"{emptied} with nothing to train on within max_length={self._max_length}; "
@@ -135,7 +131,7 @@ class Builder(Generic[_Made]):
         Raises:
             DataError: the weights leave no example.
         Warns:
-            UserWarning: some rows have tools or documents that the model does not see.
+            UserWarning: some rows have messages, tools or documents that the model does not see.
         """
         source = ", ".join(source.name for source in self._sources)
         if not self._order:
@@ -146,7 +142,7 @@ class Builder(Generic[_Made]):
             for values, type_ in ((self._ids, np.int32), (self._starts, np.int64), (self._order, np.int64))
         )
         report = DataReport(
-            source, 0, 0, 0, 0, 0, 0, 0, self._emptied, self._skipped, tuple(self._problems),
+            source, 0, 0, 0, 0, 0, 0, 0, self._emptied, self.bad.count, tuple(self.bad.problems),
             self._unused, ", ".join(dict.fromkeys(self._kinds)), self._unit,
             self._forms.pop() if len(self._forms) == 1 else None,
         )  # fmt: skip
@@ -162,14 +158,21 @@ class Builder(Generic[_Made]):
             longest=int(lengths.max()),
             truncated=int(np.frombuffer(self._truncated, np.uint8)[order].sum()),
         )
-        if self._unused:
-            rows = counted(self._unused, self._unit)
-            warnings.warn(
-                f"{source}: {rows} with tools or documents that the chat template leaves out: the model does "
-                "not see them",
-                stacklevel=4,
-            )
+        warn_of_unused(source, self._unused, self._unit)
         return made
+
+
+def warn_of_unused(source: str, count: int, unit: str = "example") -> None:
+    """Warn if a part of some rows does not reach the model.
+
+    Args:
+        count: the number of examples with such a part.
+    """
+    if count:
+        warn_user(
+            f"{source}: {counted(count, unit)} with messages, tools or documents that the chat template "
+            "leaves out: the model does not see them"
+        )
 
 
 def copies(weight: float, tokens: array.array[int]) -> int:

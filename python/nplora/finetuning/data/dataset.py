@@ -14,7 +14,8 @@ from nplora import _check
 from nplora.finetuning.data.builder import Builder
 from nplora.finetuning.data.encoding import LEARN, Encoded, Encoder
 from nplora.finetuning.data.examples import Example
-from nplora.finetuning.data.kinds import BY_NAME, FIELDS, Fields, Kind, lacks_context, recognise, renamed
+from nplora.finetuning.data.kinds import BY_NAME, FIELDS, Kind, lacks_context, recognise, renamed
+from nplora.finetuning.data.parsing.fields import Fields
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Data, Source, sources_of
 from nplora.finetuning.data.stored import Stored
@@ -153,7 +154,8 @@ def read_dataset(
         ModuleNotFoundError: the package `pyarrow` is needed and not installed.
         OSError: the file cannot be read.
     Warns:
-        UserWarning: some rows have tools or documents that the chat template leaves out.
+        UserWarning: some rows have messages, tools or documents that the chat template leaves
+            out.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> dataset = nplora.data.read_dataset("train.jsonl", tokenizer, max_length=32)
@@ -225,9 +227,7 @@ def add_rows(
             kind, example, unused = parsed(row, kind, options, require)
             examples = examples_of(example, encoder.encode(example, row.where))
         except (DataError, LimitError) as error:
-            if not options.skip_bad:
-                raise
-            builder.skip(error)
+            builder.bad.skip(error, options.skip_bad)
             continue
         builder.kind = kind.name
         for sequences in examples:

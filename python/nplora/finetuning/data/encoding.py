@@ -6,12 +6,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from nplora.finetuning.data.examples import (
+    SYSTEM_ROLES,
+    TOOL_ROLES,
     Answered,
     Chat,
     Completion,
     Example,
     Instruction,
     Judged,
+    Message,
     MultipleChoice,
     Preference,
     Text,
@@ -19,6 +22,7 @@ from nplora.finetuning.data.examples import (
 )
 from nplora.formats.errors import DataError, FormatError, LimitError, UnsafeError, UnsupportedError
 from nplora.tokenizer import Tokenizer
+from nplora.tokenizer.chat_template import RefusedChatError
 
 LEARN = ("completion", "all")
 _NOTHING = "nothing to train on, expected an assistant turn of weight 1 with a token before it"
@@ -31,7 +35,7 @@ class Encoded:
     Attributes:
         ids: the tokens.
         trained: whether each token is trained.
-        unused: whether the example has tools or documents that the template did not write.
+        unused: whether the example has messages, tools or documents that the template did not write.
         is_chat: whether the chat template wrote it.
         good: whether somebody judged it to be a good answer.
     """
@@ -136,7 +140,8 @@ class Encoder:
             if is_template:
                 kind = UnsafeError if isinstance(error, LimitError) else type(error)
                 raise kind(f"{where}: {error}") from error
-            raise DataError(f"{where}: {error}") from error
+            order = _unusual_order(messages) if isinstance(error, RefusedChatError) else ""
+            raise DataError(f"{where}: {order}{error}") from error
         trained = [True] * len(chat.ids) if self._all else chat.is_reply
         for index, turn in chat.turns.items():
             is_left_out = (
@@ -145,3 +150,21 @@ class Encoder:
             if is_left_out:
                 trained[turn.start : turn.stop] = [False] * len(turn)
         return Encoded(chat.ids, trained, bool(chat.unused), is_chat=True)
+
+
+def _unusual_order(messages: list[Message]) -> str:
+    """Words for the first message whose role many templates refuse at its place; empty if there is none."""
+    before: str | None = None
+    for number, message in enumerate(messages, 1):
+        role = message["role"]
+        if before in ("user", *TOOL_ROLES):
+            expected = ["assistant"]
+        elif before == "assistant":
+            expected = ["user", *TOOL_ROLES]
+        else:
+            expected = ["user", *SYSTEM_ROLES] if before is None else ["user"]
+        if role not in expected and not (role in TOOL_ROLES and before in TOOL_ROLES):
+            found = "at the beginning" if before is None else f"after {before!r}"
+            return f"message {number} of the chat has the role {role!r} {found}, expected {expected[0]!r}; "
+        before = role
+    return ""

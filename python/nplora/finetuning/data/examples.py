@@ -8,6 +8,9 @@ from typing import Any, TypeAlias
 Message: TypeAlias = dict[str, Any]
 Objects: TypeAlias = list[dict[str, Any]]
 
+SYSTEM_ROLES = ("system", "developer")
+TOOL_ROLES = ("tool", "function", "ipython")  # of a tool's result
+
 # The prompt that Stanford Alpaca was trained with, for models without a chat template.
 _ALPACA = (
     "Below is an instruction that describes a task{also}. Write a response that appropriately completes \

@@ -36,7 +36,7 @@ def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
     held, marks, number = b"", Marks(depth=1), 0
     part: bytes | None = head[begin:]
     while part is not None:
-        text, places, depths = marks.of(part)
+        text, places, depths = marks.find(part)
         is_comma = np.frombuffer(text, np.uint8)[places] == ord(",")
         ends = places[(depths == 0) | ((depths == 1) & is_comma)].tolist()
         last = int(places[np.argmin(depths > 0)]) if (depths <= 0).any() else None
@@ -65,7 +65,7 @@ def _after_object(rest: Iterator[bytes], name: str) -> Iterator[bytes]:
     """What follows the object whose array has ended."""
     marks, is_begun = Marks(depth=1), False
     for part in rest:
-        text, places, depths = marks.of(part)
+        text, places, depths = marks.find(part)
         if not is_begun and (found := text.lstrip()):
             if found[:1] not in (b",", b"}"):
                 raise _follows(found, name, "the array")

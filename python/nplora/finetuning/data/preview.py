@@ -11,14 +11,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from nplora import _check
-from nplora.finetuning.data.builder import MOST_EXAMPLES, QUOTED, copies, is_emptied
+from nplora.finetuning.data.bad_rows import BadRows
+from nplora.finetuning.data.builder import MOST_EXAMPLES, copies, is_emptied
 from nplora.finetuning.data.dataset import PLAIN_TEXT, ReadOptions, parsed, text_windows
 from nplora.finetuning.data.encoding import Encoded, Encoder
 from nplora.finetuning.data.examples import Judged
 from nplora.finetuning.data.kinds import Kind
 from nplora.finetuning.data.sources import Data, Source, sources_of, splits_of
 from nplora.finetuning.data.split import Division
-from nplora.formats.errors import DataError, LimitError, counted
+from nplora.formats.errors import DataError, FormatError, LimitError, counted
 from nplora.tokenizer import Tokenizer
 
 _BAR = 40  # characters of the longest bar
@@ -82,7 +83,8 @@ class Part:
         lost: the number of tokens that the cut takes away.
         emptied: the number of examples that are left out, because after the cut they have nothing to train
             on, or the answers of a pair are the same.
-        unused: the number of examples with tools or documents that the chat template leaves out.
+        unused: the number of examples with messages, tools or documents that the chat template leaves
+            out.
         repeated: the number of examples that repeat an earlier example.
         bad: the number of bad rows.
         problems: the errors of the first few bad rows.
@@ -244,13 +246,12 @@ class _Reader:
 
     def read(self, sources: list[Source], shown: int) -> tuple[Part, dict[bytes, int], tuple[Example, ...]]:
         """The summary, the number of times that each example occurs, and the first examples."""
-        lengths, seen, examples, problems = list[int](), dict[bytes, int](), list[Example](), list[str]()
-        count = epoch = trained = cut = lost = emptied = unused = bad = 0
+        lengths, seen, examples, bad = list[int](), dict[bytes, int](), list[Example](), BadRows()
+        count = epoch = trained = cut = lost = emptied = unused = 0
         kinds = dict[str, None]()
         for found in self._rows(sources):
-            if isinstance(found, Exception):
-                bad += 1
-                problems += [str(found)] if len(problems) < QUOTED else []
+            if isinstance(found, FormatError):
+                bad.skip(found)
                 continue
             count += 1
             kinds[found.kind] = None
@@ -269,16 +270,16 @@ class _Reader:
             if count <= shown:
                 examples += self._shown(found)
         names = ", ".join(source.name for source in sources)
-        if not count and not bad:
+        if not count and not bad.count:
             raise DataError(f"{names}: no examples")
         repeated = sum(seen.values()) - len(seen)
         part = Part(
             names, tuple(kinds), count, epoch, tuple(lengths), trained, cut, lost, emptied, unused, repeated,
-            bad, tuple(problems),
+            bad.count, tuple(bad.problems),
         )  # fmt: skip
         return part, seen, tuple(examples)
 
-    def _rows(self, sources: list[Source]) -> Iterator[_Found | Exception]:
+    def _rows(self, sources: list[Source]) -> Iterator[_Found | FormatError]:
         for source in sources:
             if source.is_text:
                 windows = text_windows(self._op, source, self._tokenizer, self._most)
@@ -326,7 +327,8 @@ def _summary(part: Part, max_length: int) -> str:
     if part.repeated:
         lines.append(f"  {counted(part.repeated, unit)} already there before")
     if part.unused:
-        lines.append(f"  {counted(part.unused, unit)} with tools or documents that the template leaves out")
+        examples = counted(part.unused, unit)
+        lines.append(f"  {examples} with messages, tools or documents that the template leaves out")
     if part.bad:
         lines.append(f"  {counted(part.bad, 'bad row')}, which finetune refuses, or skips with skip_bad:")
         lines += [f"    {problem}" for problem in part.problems]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -68,8 +70,9 @@ def splits_of(op: str, data: Data) -> Splits:
         return _splits_of_path(data)
     if isinstance(data, Mapping):
         return _splits_of_mapping(op, data)
-    rows = frame_rows(data)
-    if rows is None and isinstance(data, Iterable) and not isinstance(data, bytes):
+    if frame_rows(data) is not None:
+        return Splits([_objects(_Frame(data), is_table=True)], None)
+    if isinstance(data, Iterable) and not isinstance(data, bytes):
         given = data if isinstance(data, Sequence) or hasattr(data, "column_names") else list(data)
         first = next(iter(given), None)
         if first is None:
@@ -78,9 +81,7 @@ def splits_of(op: str, data: Data) -> Splits:
             return _splits_of_paths(op, list(given))
         is_table = hasattr(given, "column_names")  # a dataset of Hugging Face
         return Splits([_objects(given, is_table)], None)
-    if rows is None:
-        raise TypeError(f"{op}: data is {_check.kind(data)}, expected a path, paths, or rows")
-    return Splits([_objects(list(rows), is_table=True)], None)
+    raise TypeError(f"{op}: data is {_check.kind(data)}, expected a path, paths, or rows")
 
 
 def sources_of(op: str, data: Data) -> list[Source]:
@@ -148,6 +149,16 @@ def _file(path: Path) -> Source:
     return Source(files.name(path), lambda: read_rows(path), path)
 
 
+class _Frame:
+    """The rows of a data frame, which become dictionaries only while they are read."""
+
+    def __init__(self, frame: Any) -> None:
+        self._frame = frame
+
+    def __iter__(self) -> Iterator[Any]:
+        return frame_rows(self._frame) or iter(())
+
+
 def _objects(rows: Iterable[Any], is_table: bool) -> Source:
     """The source of rows that are Python's objects.
 
@@ -170,6 +181,11 @@ def _row(values: object, where: str, is_table: bool) -> Row:
     except (DataError, LimitError) as error:
         return Row(where, {}, type(error)(f"{where}: {error}"))
     return Row(where, without_nulls(row) if is_table else row)
+
+
+def in_memory(source: Source) -> Source:
+    """The same source, whose rows are read now and kept in memory."""
+    return dataclasses.replace(source, read=functools.partial(iter, list(source.read())))
 
 
 # ---- directories ----

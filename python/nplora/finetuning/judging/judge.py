@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from nplora.finetuning.data import DataReport, Dataset
+from nplora.finetuning.data.bad_rows import BadRows
+from nplora.finetuning.data.builder import warn_of_unused
 from nplora.finetuning.data.comparisons import PairDataset, read_pairs
-from nplora.finetuning.data.dataset import ReadOptions, kind_of, read_sources
+from nplora.finetuning.data.dataset import ReadOptions, kind_of, parsed, read_sources
 from nplora.finetuning.data.examples import Example, MultipleChoice
-from nplora.finetuning.data.kinds import BY_NAME, Fields, Kind, renamed
+from nplora.finetuning.data.kinds import BY_NAME, Kind
 from nplora.finetuning.data.rows import Row
-from nplora.finetuning.data.sources import Source
+from nplora.finetuning.data.sources import Source, in_memory
 from nplora.finetuning.judging.answers import Asked, asked, measure_answers
 from nplora.finetuning.judging.choices import Choices, encode_choices, measure_choices
 from nplora.finetuning.judging.metrics import Metric
@@ -23,12 +25,11 @@ from nplora.finetuning.judging.pairs import PairScores
 from nplora.finetuning.judging.statistics import Measured
 from nplora.finetuning.judging.tokens import measure_tokens
 from nplora.finetuning.load import require_vocabulary
-from nplora.formats.errors import DataError, FormatError, LimitError, counted
+from nplora.formats.errors import DataError, LimitError, counted
 from nplora.lm import LanguageModel
 from nplora.runtime.user_warning import warn_user
 
 _CHOICE, _PAIR = "choice", "preference"  # kinds of rows
-_QUOTED = 3  # bad rows that a report quotes
 
 Record = Callable[[dict[str, Any]], None]
 
@@ -92,21 +93,24 @@ def read_judge(
         DataError: a row is wrong; a row has no prompt, although answers are to be generated; or there are no
             examples. The other errors are those of `read_dataset`.
     """
+    if metrics:  # the rows are read for the loss and for their prompts
+        sources = [source if source.is_text else in_memory(source) for source in sources]
     kind = _kind(sources, reading)
     if kind == _CHOICE:
-        judge = _of_choices(lm, sources, reading, metrics, max_new_tokens)
+        choices, report = _read_choices(lm, sources, reading)
+        judge = Judge(report, metrics, max_new_tokens, choices=choices)
     elif kind == _PAIR:
         if metrics:
             raise ValueError(f"{op}: metric is for generated answers, but the rows are pairs of answers")
         pairs = read_pairs(op, sources, lm.tokenizer, reading, "eval", PairDataset)
-        require_vocabulary(lm, pairs)
+        require_vocabulary(lm, pairs.report.source, pairs.largest_id)
         judge = Judge(pairs.report, metrics, max_new_tokens, pairs=pairs)
     else:
         dataset = read_sources(op, sources, lm.tokenizer, reading)
-        require_vocabulary(lm, dataset)
+        require_vocabulary(lm, dataset.report.source, dataset.largest_id)
         judge = Judge(dataset.report, metrics, max_new_tokens, dataset)
     if metrics:
-        bad = _Bad(reading.skip_bad)
+        bad = BadRows()
         judge.asked = list(_asked(lm, sources, reading, judge.choices, bad))
         if not judge.asked:
             raise DataError(f"{judge.report.source}: no prompt to answer: {'; '.join(bad.problems)}")
@@ -141,92 +145,72 @@ def _require_choice(kind: Kind, where: str) -> None:
         )
 
 
-class _Bad:
-    """Counts bad rows, if they may be skipped."""
-
-    def __init__(self, may_skip: bool) -> None:
-        self._may_skip, self.count, self.problems = may_skip, 0, list[str]()
-
-    def skip(self, error: FormatError) -> None:
-        if not self._may_skip:
-            raise error
-        self.count += 1
-        if len(self.problems) < _QUOTED:
-            self.problems.append(str(error))
-
-
 def _examples(
-    sources: list[Source], reading: ReadOptions, require: Callable[[Kind, str], None], bad: _Bad
-) -> Iterator[tuple[Example, Row]]:
+    sources: list[Source], reading: ReadOptions, require: Callable[[Kind, str], None], bad: BadRows
+) -> Iterator[tuple[Example, Row, bool]]:
+    """The examples of all good rows, each with its row, and whether it lacks the row's tools or documents."""
     for source in sources:
         if source.is_text:
             raise DataError(f"{source.name}: a plain text has no prompts, expected rows with prompts")
         kind = None if reading.format is None else BY_NAME[reading.format]
         for row in source.read():
             try:
-                kind = kind_of(row, kind, reading, require)
-                yield kind.parse(Fields(renamed(row.values, reading.columns, row.where), row.where)), row
+                kind, example, lacks_context = parsed(row, kind, reading, require)
             except (DataError, LimitError) as error:
-                bad.skip(error)
+                bad.skip(error, reading.skip_bad)
+            else:
+                yield example, row, lacks_context
 
 
-def _of_choices(
-    lm: LanguageModel,
-    sources: list[Source],
-    reading: ReadOptions,
-    metrics: list[Metric],
-    max_new_tokens: int,
-) -> Judge:
-    bad, found = _Bad(reading.skip_bad), list[Choices]()
-    for example, row in _examples(sources, reading, _require_choice, bad):
+def _read_choices(
+    lm: LanguageModel, sources: list[Source], reading: ReadOptions
+) -> tuple[list[Choices], DataReport]:
+    bad, found, unused = BadRows(), list[Choices](), 0
+    for example, row, lacks_context in _examples(sources, reading, _require_choice, bad):
         assert isinstance(example, MultipleChoice)
         try:
             choices = encode_choices(lm.tokenizer, example, row.where, reading.chat)
-            _require_room(choices, reading.max_length, lm.vocab_size)
+            _require_room(choices, reading.max_length)
+            require_vocabulary(lm, choices.where, max(map(max, [choices.prompt, *choices.continuations])))
         except (DataError, LimitError) as error:
-            bad.skip(error)
+            bad.skip(error, reading.skip_bad)
         else:
             found.append(choices)
-    return Judge(_report(sources, found, bad), metrics, max_new_tokens, choices=found)
+            unused += lacks_context
+    report = _report(sources, found, bad, unused)
+    warn_of_unused(report.source, unused)
+    return found, report
 
 
-def _require_room(choices: Choices, most: int | None, vocab_size: int) -> None:
+def _require_room(choices: Choices, most: int | None) -> None:
     if most is not None and choices.longest > most:
         raise DataError(
             f"{choices.where}: the prompt and a choice have {counted(choices.longest, 'token')}, "
             f"expected at most {most:,}"
         )
-    largest = max(map(max, [choices.prompt, *choices.continuations]))
-    if largest >= vocab_size:
-        raise FormatError(
-            f"{choices.where}: the text has token {largest}, but the model's vocabulary ends with "
-            f"{vocab_size - 1}"
-        )
 
 
-def _report(sources: list[Source], found: list[Choices], bad: _Bad) -> DataReport:
+def _report(sources: list[Source], found: list[Choices], bad: BadRows, unused: int) -> DataReport:
     name = ", ".join(source.name for source in sources)
     if not found:
-        skipped = (
-            f": {counted(bad.count, 'bad row')} skipped ({'; '.join(bad.problems)})" if bad.count else ""
-        )
-        raise DataError(f"{name}: no examples{skipped}")
+        reason = bad.reason()
+        raise DataError(f"{name}: no examples{reason and f': {reason}'}")
     right = [len(q.continuations[q.answer]) for q in found]
     lengths = np.array([len(q.prompt) for q in found]) + right
     return DataReport(
         name, len(found), int(lengths.sum()), sum(right), int(lengths.min()), int(np.median(lengths)),
-        int(lengths.max()), 0, 0, bad.count, tuple(bad.problems), kind=_CHOICE,
+        int(lengths.max()), 0, 0, bad.count, tuple(bad.problems), unused, _CHOICE,
     )  # fmt: skip
 
 
 def _asked(
-    lm: LanguageModel, sources: list[Source], reading: ReadOptions, choices: list[Choices], bad: _Bad
+    lm: LanguageModel, sources: list[Source], reading: ReadOptions, choices: list[Choices], bad: BadRows
 ) -> Iterator[Asked]:
     """The prompts of all good rows. `bad` counts the good rows without a prompt that can be answered."""
-    context, counted_before = lm.config.max_position_embeddings, _Bad(reading.skip_bad)
+    context, counted_before = lm.config.max_position_embeddings, BadRows()
     questions = {question.where for question in choices}
     require = _require_choice if choices else _any_kind
-    for example, row in _examples(sources, reading, require, counted_before):
+    for example, row, _ in _examples(sources, reading, require, counted_before):
         if choices and row.where not in questions:
             continue
         try:
@@ -237,6 +221,6 @@ def _asked(
                     f"is {context:,}"
                 )
         except (DataError, LimitError) as error:
-            bad.skip(error)
+            bad.skip(error, reading.skip_bad)
         else:
             yield question

@@ -156,12 +156,12 @@ class Difference:
         }[self.is_better]
         if self.is_better is None and 1 < self.examples < _LEAST:
             judgement = f"{self.examples} examples are too few to tell {self.one} from {other}"
-        value, of_other, difference = (
+        value, other_value, difference = (
             shown(self.metric, number) for number in (*self.values, self.difference)
         )
         if self.difference == 0:
             return f"{self.one} and {other} have the same {self.metric}: {value}"
-        text = f"{judgement}: {self.metric} {value} against {of_other}, difference {difference}"
+        text = f"{judgement}: {self.metric} {value} against {other_value}, difference {difference}"
         if self.low is None or self.high is None or self.p is None:
             return f"{text} (no interval: fewer than two examples, or values that are not finite)"
         low, high = (shown(self.metric, number) for number in (self.low, self.high))

@@ -75,8 +75,8 @@ def difference_interval(one: Measured, other: Measured) -> Interval | None:
 def paired_p(one: Measured, other: Measured) -> float | None:
     """The two-sided p-value of the paired permutation test; None as in `interval`.
 
-    With few examples, all permutations are counted. Otherwise, the observed one is added to a random sample
-    of them, so that p is never 0 (Phipson and Smyth 2010).
+    With few examples, all permutations are counted. With many, a random sample of them is counted, and the
+    data as they are count as one more. So p is never 0 (Phipson and Smyth 2010).
     """
     if not (_can_resample(one) and _can_resample(other)):
         return None

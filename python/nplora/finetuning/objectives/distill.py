@@ -10,7 +10,7 @@ from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objectives.objective import Objective
-from nplora.finetuning.objectives.packed_loss import TalliedLoss
+from nplora.finetuning.objectives.packed_loss import PackedLoss
 from nplora.finetuning.options import FinetuneOptions
 from nplora.finetuning.planning import Teaching
 from nplora.finetuning.teachers import ModelTeacher, StoredTeacher, Teacher, is_stored
@@ -25,8 +25,11 @@ from nplora.tokenizer import Tokenizer
 Array = npt.NDArray[Any]
 
 
-class DistillLoss(TalliedLoss):
-    """The mean over the trained tokens of ratio · T² · KL + (1 - ratio) · cross-entropy (T: temperature)."""
+class DistillLoss(PackedLoss):
+    """The mean over the trained tokens of ratio · T² · KL + (1 - ratio) · cross-entropy (T: temperature).
+
+    Its metrics are the mean divergence, without T², and the mean cross-entropy, if it was computed.
+    """
 
     def __init__(self, formula: Distillation, teacher: Teacher, micro_tokens: int | None = None) -> None:
         super().__init__(micro_tokens)
@@ -37,32 +40,25 @@ class DistillLoss(TalliedLoss):
         teacher = {"kd_ratio": self._formula.ratio, "teacher": self._teacher.digest()}
         return {"objective": "distill", **chosen, **teacher, **super().settings()}
 
-    def count(self, x: PackedBatch, y: Any) -> int:
-        return x.num_targets
-
     def forward_backward(self, model: Module, x: PackedBatch, y: Any, factor: float) -> float:
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
         total = 0.0
         for part, _, _ in self._micro_batches(x):
-            total += model.forward_backward_with(part, self._of(part), factor)
+            total += model.forward_backward_with(part, self._loss_of_batch(part), factor)
             self.after_part()
         return total
 
     def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:
         assert isinstance(model, LanguageModel)
-        return model.loss_with(x, self._of(x)) / x.num_targets if x.num_targets else 0.0
-
-    def take_metrics(self) -> dict[str, float]:
-        """The mean divergence, without T², and the mean cross-entropy, if it was computed."""
-        return super().take_metrics()
+        return model.loss_with(x, self._loss_of_batch(x)) / x.num_targets if x.num_targets else 0.0
 
     def blame(self, model: Module, x: PackedBatch) -> str:
         return self._teacher.blame(x) or super().blame(model, x)
 
-    def _of(self, batch: PackedBatch) -> LogitLoss:
+    def _loss_of_batch(self, batch: PackedBatch) -> LogitLoss:
         """Return a loss for rows of a batch. The teacher's forward pass runs now, while memory is free."""
-        teacher = self._teacher.of(batch)
+        teacher = self._teacher.prepare_batch(batch)
 
         def loss(logits: Array, rows: Array, factor: float, gradient: bool) -> Array:
             targets = batch.targets[rows]

@@ -15,7 +15,7 @@ from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.nonfinite_layers import first_nonfinite_layer
 from nplora.finetuning.objectives.objective import Objective
-from nplora.finetuning.objectives.packed_loss import MicroBatch, TalliedLoss, micro_batches
+from nplora.finetuning.objectives.packed_loss import MicroBatch, PackedLoss, micro_batches
 from nplora.finetuning.objectives.preference_losses import Kto
 from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
 from nplora.lm import LanguageModel
@@ -26,11 +26,14 @@ from nplora.tokenizer import Tokenizer
 Array = npt.NDArray[Any]
 
 
-class KtoLoss(TalliedLoss):
+class KtoLoss(PackedLoss):
     """The mean of a loss over answers. Each answer is compared with the KL divergence of its batch.
 
     The KL divergence is the mean log-ratio of answers that do not fit their prompts, or 0 if the mean is
     negative. No gradient flows through it.
+
+    The metrics are the mean rewards of good and bad answers, their difference, the accuracy and the KL
+    divergence. The accuracy is the share of answers on the right side of the KL divergence.
     """
 
     unit = "answers"
@@ -74,13 +77,6 @@ class KtoLoss(TalliedLoss):
             return f"for prompts with other answers, the first layer whose output is not finite is {name!r}"
         return super().blame(model, x)
 
-    def take_metrics(self) -> dict[str, float]:
-        """The mean rewards of good and bad answers, their difference, the accuracy and the KL divergence.
-
-        The accuracy is the share of answers on the right side of the KL divergence.
-        """
-        return super().take_metrics()
-
     def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
         return micro_batches(x, self.micro_tokens)
 
@@ -114,6 +110,7 @@ class KtoObjective(Objective):
     """Kahneman-Tversky optimisation: good answers become likelier, bad ones less likely."""
 
     name = "kto"
+    lr_factor = 0.1
     has_reference = True
 
     def read(

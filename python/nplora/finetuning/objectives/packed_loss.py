@@ -31,6 +31,7 @@ class PackedLoss(FusedLoss):
     def __init__(self, micro_tokens: int | None = None) -> None:
         self.micro_tokens = micro_tokens
         self.tokens = 0
+        self._tally = Tally()
         self.after_part: Callable[[], None] = _nothing
 
     def parts(self, x: PackedBatch, y: Any) -> int:
@@ -47,23 +48,10 @@ class PackedLoss(FusedLoss):
     def settings(self) -> dict[str, Any]:
         return {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}
 
-    def blame(self, model: Module, x: PackedBatch) -> str:
-        assert isinstance(model, LanguageModel)
-        name = first_nonfinite_layer(model, x)
-        if not name:
-            return "the output of every layer is finite, but the loss is not"
-        return f"the first layer whose output is not finite is {name!r}"
-
-
-class TalliedLoss(PackedLoss):
-    """The base class of losses that measure other quantities than the loss."""
-
-    def __init__(self, micro_tokens: int | None = None) -> None:
-        super().__init__(micro_tokens)
-        self._tally = Tally()
+    def count(self, x: PackedBatch, y: Any) -> int:
+        return x.num_targets
 
     def take_metrics(self) -> dict[str, float]:
-        """The means of the measured quantities since the last call."""
         return self._tally.take()
 
     def take_measured(self) -> list[Addition]:
@@ -71,6 +59,13 @@ class TalliedLoss(PackedLoss):
 
     def add_measured(self, measured: list[Addition]) -> None:
         self._tally.add_all(measured)
+
+    def blame(self, model: Module, x: PackedBatch) -> str:
+        assert isinstance(model, LanguageModel)
+        name = first_nonfinite_layer(model, x)
+        if not name:
+            return "the output of every layer is finite, but the loss is not"
+        return f"the first layer whose output is not finite is {name!r}"
 
 
 def micro_batches(x: PackedBatch, most_tokens: int | None, together: int = 1) -> Iterator[MicroBatch]:

@@ -14,7 +14,7 @@ from nplora.finetuning.data.comparisons import Answers, LearnedPairs, PairDatase
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.objectives.objective import Objective
-from nplora.finetuning.objectives.packed_loss import MicroBatch, TalliedLoss, micro_batches
+from nplora.finetuning.objectives.packed_loss import MicroBatch, PackedLoss, micro_batches
 from nplora.finetuning.objectives.preference_losses import Dpo, odds_ratio
 from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
 from nplora.lm import LanguageModel
@@ -25,8 +25,12 @@ from nplora.tokenizer import Tokenizer
 Array = npt.NDArray[Any]
 
 
-class PairLoss(TalliedLoss):
-    """The mean of a loss over pairs. A micro-batch never divides a pair."""
+class PairLoss(PackedLoss):
+    """The mean of a loss over pairs. A micro-batch never divides a pair.
+
+    Its metrics are the mean rewards and margin, and the share of pairs whose chosen answer has the larger
+    reward.
+    """
 
     unit = "pairs"
 
@@ -47,10 +51,6 @@ class PairLoss(TalliedLoss):
         assert isinstance(model, LanguageModel)
         weight = 1 / y.tokens_per_pair
         return self._loss(x, y.is_answer, weight, model.log_probs(x))[0] / self.count(x, y)
-
-    def take_metrics(self) -> dict[str, float]:
-        """The mean rewards and margin, and the share of pairs whose chosen answer has the larger reward."""
-        return super().take_metrics()
 
     def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
         return micro_batches(x, self.micro_tokens, together=2)
@@ -126,12 +126,12 @@ class OrpoLoss(PairLoss):
     def _loss(
         self, part: PackedBatch, is_answer: Array, weight: float, log_probs: Array
     ) -> tuple[float, Array]:
-        places, of_answer = by_sequence(part), is_answer[part.targets != IGNORED]
-        counts = np.maximum(1, np.bincount(places, of_answer, len(part.starts) - 1))
-        means = np.bincount(places, log_probs * of_answer, len(part.starts) - 1) / counts
+        places, in_answer = by_sequence(part), is_answer[part.targets != IGNORED]
+        counts = np.maximum(1, np.bincount(places, in_answer, len(part.starts) - 1))
+        means = np.bincount(places, log_probs * in_answer, len(part.starts) - 1) / counts
         values, slopes = odds_ratio(means.reshape(-1, 2), self._beta)
         is_chosen = places % 2 == 0
-        gradient = of_answer * (slopes.reshape(-1) / counts)[places] - weight * is_chosen
+        gradient = in_answer * (slopes.reshape(-1) / counts)[places] - weight * is_chosen
         learned = log_probs[is_chosen]
         self._measure(self._beta * means.reshape(-1, 2))
         self._tally.add("nll_loss", -learned, counted=True)
@@ -142,6 +142,7 @@ class DpoObjective(Objective):
     """Direct preference optimisation: chosen answers become likelier, rejected ones less likely."""
 
     name = "dpo"
+    lr_factor = 0.1
     has_reference = True
 
     def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> PairDataset:
@@ -160,6 +161,7 @@ class OrpoObjective(Objective):
     """Odds ratio preference optimisation: trains chosen answers, penalises rejected ones; no reference."""
 
     name = "orpo"
+    lr_factor = 0.1
 
     def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> PairDataset:
         return read_pairs(op, sources, tokenizer, reading, self.name, LearnedPairs)

@@ -28,9 +28,6 @@ class TokenLoss(PackedLoss):
     4
     """
 
-    def count(self, x: PackedBatch, y: Any) -> int:
-        return x.num_targets
-
     def forward_backward(self, model: Module, x: PackedBatch, y: Any, factor: float) -> float:
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)

@@ -32,7 +32,7 @@ class Cost:
     call: float
     token: float
 
-    def of(self, tokens: int) -> float:
+    def seconds(self, tokens: int) -> float:
         return self.call + self.token * tokens
 
 
@@ -53,17 +53,17 @@ class Speed:
         blocks = lm.config.num_hidden_layers
         trained = blocks - adapters.first_block(blocks)
         forwards = blocks + (trained if recompute else 0)
-        products = forwards * self.forward.of(one.tokens) + trained * self.backward.of(one.tokens)
+        products = forwards * self.forward.seconds(one.tokens) + trained * self.backward.seconds(one.tokens)
         longer = one.tokens * max(0, one.longest - _MANY) / 2 * lm.config.num_attention_heads
         scores = longer * lm.config.head_dim * (forwards * _ATTENTION[0] + trained * _ATTENTION[1])
         factors = sum(adapters.rank_of(name) * sum(shape) for name, shape in adapters.shapes.items())
         low = 6.0 * factors * one.tokens * _LOW_RANK
         whole = 2.0 * max(adapters.rows.values(), default=0) * one.targets  # the gradient of a trained head
-        return products + (scores + low + whole) / self.operations + self.head.of(one.targets)
+        return products + (scores + low + whole) / self.operations + self.head.seconds(one.targets)
 
     def inference(self, lm: LanguageModel, tokens: int, targets: int) -> float:
         """The predicted seconds of a forward pass alone."""
-        return lm.config.num_hidden_layers * self.forward.of(tokens) + self.head.of(targets) / 2
+        return lm.config.num_hidden_layers * self.forward.seconds(tokens) + self.head.seconds(targets) / 2
 
 
 def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
@@ -83,8 +83,8 @@ def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
     linears = [weight for _, module in block.named_modules() for weight in _matrices(module)]
     speeds = {compute: _products(lm, linears, compute) for compute in computes}
     reference = speeds.get(lm.compute) or _products(lm, linears, lm.compute)
-    rest = max(0.0, forward_seconds - reference.forward.of(_MANY)) / _MANY
-    rest_backward = max(0.0, whole_seconds - forward_seconds - reference.backward.of(_MANY)) / _MANY
+    rest = max(0.0, forward_seconds - reference.forward.seconds(_MANY)) / _MANY
+    rest_backward = max(0.0, whole_seconds - forward_seconds - reference.backward.seconds(_MANY)) / _MANY
     buffers.release()
     return {
         compute: Speed(

@@ -2,12 +2,12 @@
 
 from nplora.finetuning.teachers.model_teacher import ModelTeacher, model_digest
 from nplora.finetuning.teachers.stored import StoredTeacher, is_stored
-from nplora.finetuning.teachers.teacher import RowsOf, Teacher
+from nplora.finetuning.teachers.teacher import DistributionsAt, Teacher
 from nplora.finetuning.teachers.vocabulary import require_same_vocabulary
 
 __all__ = [
+    "DistributionsAt",
     "ModelTeacher",
-    "RowsOf",
     "StoredTeacher",
     "Teacher",
     "is_stored",

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.nonfinite_layers import first_nonfinite_layer
-from nplora.finetuning.teachers.teacher import RowsOf
+from nplora.finetuning.teachers.teacher import DistributionsAt
 from nplora.finetuning.teachers.vocabulary import require_same_vocabulary
 from nplora.formats import model_directory
 from nplora.formats.errors import FormatError
@@ -49,7 +49,7 @@ class ModelTeacher:
                 f"teacher {self.name} ends with {size - 1}"
             )
 
-    def of(self, batch: PackedBatch) -> RowsOf:
+    def prepare_batch(self, batch: PackedBatch) -> DistributionsAt:
         hidden = self._lm.hidden_states(batch)
         return lambda rows: self._lm.logits_of(hidden[rows])
 

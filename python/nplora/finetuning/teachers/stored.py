@@ -31,7 +31,7 @@ from nplora.finetuning.data.batches import EVALUATION_TOKENS, TokenBatches
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objective_options import TEMPERATURES
 from nplora.finetuning.objectives.reference import by_sequence, sequence_keys
-from nplora.finetuning.teachers.teacher import RowsOf
+from nplora.finetuning.teachers.teacher import DistributionsAt
 from nplora.finetuning.teachers.vocabulary import require_same_vocabulary
 from nplora.formats import files, safetensors
 from nplora.formats.errors import CorruptError, FormatError, brief, counted
@@ -166,7 +166,7 @@ class StoredTeacher:
 
     # ---- the distributions ----
 
-    def of(self, batch: PackedBatch) -> RowsOf:
+    def prepare_batch(self, batch: PackedBatch) -> DistributionsAt:
         self._reader.stamp.require_unchanged()
         places, is_found = self._places(batch)
         if not is_found.all():
@@ -222,7 +222,7 @@ class StoredTeacher:
         return self._header.hexdigest()
 
     def blame(self, batch: PackedBatch) -> str:
-        return ""  # `of` raises an error if the numbers are wrong
+        return ""  # `prepare_batch` raises an error if the numbers are wrong
 
     # ---- the file ----
 

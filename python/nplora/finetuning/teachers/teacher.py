@@ -14,7 +14,7 @@ from nplora.models import divergence
 from nplora.models.packing import PackedBatch
 
 Array = npt.NDArray[Any]
-RowsOf: TypeAlias = Callable[[Array], divergence.Teacher]
+DistributionsAt: TypeAlias = Callable[[Array], divergence.Teacher]
 
 
 class Teacher(Protocol):
@@ -44,7 +44,7 @@ class Teacher(Protocol):
     def require_data(self, op: str, dataset: Examples) -> None:
         """Raise FormatError if the teacher cannot teach these examples."""
 
-    def of(self, batch: PackedBatch) -> RowsOf:
+    def prepare_batch(self, batch: PackedBatch) -> DistributionsAt:
         """Prepare a batch. Return a function: positions that have a target -> the distributions there."""
 
     def digest(self) -> str:

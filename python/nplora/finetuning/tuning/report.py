@@ -89,7 +89,7 @@ def command_of(
     """
     words = ["nplora", "finetune", model]
     for path, weight in data:
-        words += ["--data", path if weight == 1 else f"{path}:{weight:g}"]
+        words += ["--data", path if weight == 1 else f"{path}:{_exact(weight)}"]
     words += [] if valid is None else ["--valid", valid]
     words += ["--output", os.fspath(output)]
     kinds = typing.get_type_hints(FinetuneOptions)
@@ -109,14 +109,9 @@ def _option(name: str, value: Any, kind: Any) -> list[str]:
         return [option, ",".join(f"{key}={value[key]}" for key in value)]
     if isinstance(value, tuple | list):
         return [option, ",".join(map(str, value))]
-    return [
-        option,
-        _exact(value)
-        if isinstance(value, float)
-        else os.fspath(value)
-        if isinstance(value, os.PathLike)
-        else str(value),
-    ]
+    if isinstance(value, os.PathLike):
+        return [option, os.fspath(value)]
+    return [option, _exact(value) if isinstance(value, float) else str(value)]
 
 
 def _exact(value: float) -> str:

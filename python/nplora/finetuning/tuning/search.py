@@ -243,7 +243,7 @@ class Search:
 
 
 def winner_of(trials: Sequence[Trial], full: int) -> Trial | None:
-    """The trial of the lowest loss among the full runs, or, without any, among the longest trials."""
+    """The trial with the lowest loss among the full runs or, if there is none, among the longest trials."""
     finite = _finite(trials)
     longest = max((trial.steps for trial in finite), default=0)
     candidates = [trial for trial in finite if trial.steps >= min(full, longest)]

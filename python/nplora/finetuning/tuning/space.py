@@ -17,7 +17,7 @@ from nplora.nn import Linear
 Settings: TypeAlias = dict[str, Any]  # options of `finetune`, by name
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(FinetuneOptions)}
-_RATES = range(-2, 4)  # half decades around the default: from a tenth of it to thirty times as much
+_RATES = range(-2, 3)  # half decades around the default: from a tenth of it to ten times as much
 _RANKS = (4, 32)  # besides the default
 _EPOCHS = (1, 2, 4)
 # What belongs to one run, not to a search.
@@ -77,6 +77,7 @@ def space_of(
     lm: LanguageModel,
     given: Mapping[str, Any],
     search: Mapping[str, Sequence[Any]],
+    default_lr: float,
     op: str = "tune",
 ) -> Space:
     """The values to try: those in `search`, and the usual values of options in neither `search` nor `given`.
@@ -86,6 +87,7 @@ def space_of(
 
     Args:
         given: the options of `finetune` that the user has fixed.
+        default_lr: the learning rate of a run that gives none.
     Raises:
         ValueError: a searched option is unknown or without values, or some of the targets do not have a layer
             that has its own rank or alpha.
@@ -94,7 +96,7 @@ def space_of(
     continues = given.get("adapter") is not None
     if continues and (own := [name for name in wanted if name in _OF_AN_ADAPTER]):
         raise ValueError(f"{op}: {own[0]} is decided by the adapter to continue from; do not search it")
-    rates = wanted.pop("lr", (given["lr"],) if "lr" in given else rates_around(_DEFAULTS["lr"]))
+    rates = wanted.pop("lr", (given["lr"],) if "lr" in given else rates_around(default_lr))
     is_fixed = "epochs" in given or "steps" in given
     epochs = wanted.pop("epochs", () if is_fixed else _EPOCHS)
     usual = {} if continues else {"rank": (_DEFAULTS["rank"], *_RANKS), "targets": _target_sets(lm)}

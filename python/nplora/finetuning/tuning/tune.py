@@ -149,7 +149,7 @@ class _Tuning:
     def run(self) -> TuneReport:
         inputs = read_inputs("tune", self.model, self.data, self.valid, self.base)
         assert inputs.held_out is not None, "a share is held out if there are no validation data"
-        space = space_of(inputs.lm, self.given, self.chosen.search)
+        space = space_of(inputs.lm, self.given, self.chosen.search, inputs.objective.default_lr(inputs.lm))
         sampler = OptunaSampler(space, self.base.seed) if self.chosen.sampler == "optuna" else None
         batches = training_batches(inputs.train, self.base)
         epoch = -(-batches.length // self.base.accumulate)

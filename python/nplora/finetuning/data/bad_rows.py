@@ -1,0 +1,33 @@
+"""BadRows: counts the rows that are skipped because they are wrong."""
+
+from __future__ import annotations
+
+from nplora.formats.errors import FormatError, counted
+
+_QUOTED = 3  # errors that a report quotes
+
+
+class BadRows:
+    """Counts bad rows, and keeps the first few errors.
+
+    Attributes:
+        count: the number of bad rows.
+        problems: the first few errors.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.problems = 0, list[str]()
+
+    def skip(self, error: FormatError, may_skip: bool = True) -> None:
+        """Count a row with this error. Raise the error if bad rows may not be skipped."""
+        if not may_skip:
+            raise error
+        self.count += 1
+        if len(self.problems) < _QUOTED:
+            self.problems.append(str(error))
+
+    def reason(self, before: int = 0) -> str:
+        """The number of bad rows and their errors in words; empty if there are at most `before` such rows."""
+        if self.count <= before:
+            return ""
+        return f"{counted(self.count - before, 'bad row')} skipped ({'; '.join(self.problems)})"

@@ -1,0 +1,72 @@
+"""Multiple-choice questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nplora.finetuning.data.examples import Example, MultipleChoice
+from nplora.finetuning.data.parsing.fields import Fields
+from nplora.finetuning.data.parsing.messages import messages_of
+from nplora.formats.errors import brief
+
+_LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # labels of choices for which a row has none
+
+
+def multiple_choice(row: Fields) -> Example:
+    name = "question" if row.has("question") and not row.has("prompt") else "prompt"
+    prompt = row.get(name)
+    if isinstance(prompt, list) and prompt:
+        prompt = messages_of(row, name, prompt)
+        if prompt[-1]["role"] == "assistant":
+            raise row.error(f"{name} ends with a message of the assistant, expected the user's question")
+    else:
+        prompt = row.text(name)
+    choices, labels = _choices(row)
+    return MultipleChoice(prompt, choices, _right_choice(row, choices, labels))
+
+
+def _choices(row: Fields) -> tuple[tuple[str, ...], list[str] | None]:
+    """The choices, and their labels if there are any: texts, or {"text": […], "label": […]} as in ARC."""
+    wanted = "expected a list of two or more different texts"
+    value: Any = row.get("choices")
+    labels: Any = None
+    if isinstance(value, dict):
+        value, labels = value.get("text"), value.get("label")
+    if not isinstance(value, list | tuple) or not all(isinstance(c, str) and c.strip() for c in value):
+        raise row.error(f"choices is {brief(row.get('choices'))}, {wanted}")
+    if len(value) < 2 or len(set(value)) < len(value):
+        raise row.error(f"choices is {brief(value)}, {wanted}")
+    if labels is None:
+        return tuple(value), None
+    if not isinstance(labels, list) or len(set(map(str, labels))) != len(value) or len(labels) != len(value):
+        raise row.error(
+            f"the labels of choices are {brief(labels)}, expected one for each choice, all different"
+        )
+    return tuple(value), list(map(str, labels))
+
+
+def _right_choice(row: Fields, choices: tuple[str, ...], labels: list[str] | None) -> int:
+    """The index of the right choice. The row gives its label, the choice itself, or its index.
+
+    The labels A, B, … of a row without labels come after the choices. Numbers as labels leave no room for
+    indices, because the first label may be 0 or 1.
+    """
+    answer = row.get("answer")
+    if isinstance(answer, str | int) and not isinstance(answer, bool):
+        names: list[Sequence[str]] = [labels, choices] if labels else [choices, _LETTERS[: len(choices)]]
+        for known in names:
+            if str(answer) in known and (isinstance(answer, str) or known is labels):
+                return known.index(str(answer))
+        index = str(answer)
+        has_indices = labels is None or not any(label.isdigit() for label in labels)
+        if (
+            has_indices
+            and index.isascii()
+            and index.isdigit()
+            and len(index) < 9
+            and int(index) < len(choices)
+        ):
+            return int(index)
+    wanted = f"0 to {len(choices) - 1}" if labels is None else f"one of the labels {brief(labels)}"
+    raise row.error(f"answer is {brief(row.get('answer'))}, expected one of the choices, or {wanted}")

@@ -1,0 +1,65 @@
+"""Fields: the fields of a row, with checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nplora.finetuning.data.examples import Objects
+from nplora.formats import strict_json
+from nplora.formats.errors import DataError, brief
+
+
+class Fields:
+    """The fields of a row, with checks. A field that is null counts as missing."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def has(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def get(self, name: str) -> Any:
+        """The value of a field that must be there."""
+        if name not in self.values:
+            raise self.error(f"{name} is missing; the row has {brief(list(self.values))}")
+        return self.values[name]
+
+    def text(self, name: str, may_be_empty: bool = False, default: str | None = None) -> str:
+        if default is not None and not self.has(name):
+            return default
+        value = self.get(name)
+        if not isinstance(value, str):
+            raise self.error(f"{name} is {brief(value)}, expected a string")
+        if not value.strip() and not may_be_empty:
+            raise self.error(f"{name} is empty, expected a text")
+        return value
+
+    def objects(self, name: str) -> Objects | None:
+        """A list of objects, which may be given as JSON text; None if it is missing."""
+        value = self.values.get(name)
+        if isinstance(value, str):
+            value = self._json(name, value) if value.strip() else None
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise self.error(f"{name} is {brief(value)}, expected a list of objects")
+        return value
+
+    def _json(self, name: str, text: str) -> Any:
+        try:
+            return loads(text)
+        except ValueError:
+            raise self.error(f"{name} is {brief(text)}, expected a list of objects, or one as JSON") from None
+
+    def error(self, problem: str) -> DataError:
+        return DataError(f"{self.where}: {problem}")
+
+
+def loads(text: str) -> Any:
+    """Parse JSON that a text of a row holds, as strictly as the JSON of a file.
+
+    Raises:
+        ValueError: the text is not JSON, or exceeds a limit.
+    """
+    return strict_json.loads(text.encode("utf-8"), "JSON")

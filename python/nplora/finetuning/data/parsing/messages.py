@@ -1,0 +1,141 @@
+"""Chats in the form of OpenAI's API: messages, tools and tool calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nplora.finetuning.data.examples import SYSTEM_ROLES, TOOL_ROLES, Chat, Example, Message, Objects
+from nplora.finetuning.data.parsing.fields import Fields, loads
+from nplora.formats.errors import brief
+
+_MESSAGES = "expected a list of objects with a role and a content"
+CONTEXT = ("tools", "documents")  # fields of a row that the chat template gets besides the messages
+_ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
+
+
+def openai(row: Fields) -> Example:
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise row.error(f"messages is {brief(messages)}, {_MESSAGES}")
+    return chat_of(row, messages_of(row, "messages", messages), None)
+
+
+def chat_of(row: Fields, messages: list[Message], prompt: list[Any] | None) -> Chat:
+    if prompt and (role := messages[len(prompt) - 1]["role"]) in SYSTEM_ROLES:
+        wanted = "expected one of the user, a tool or the assistant"
+        raise row.error(f"the prompt ends with a message of role {role!r}, {wanted}")
+    tools, documents = (row.objects(name) for name in CONTEXT)
+    return Chat(messages, tools and [_tool(row, tool) for tool in tools], documents, len(prompt or ()))
+
+
+def messages_of(row: Fields, name: str, value: Any) -> list[Message]:
+    """Messages as in OpenAI's API, checked, in the form that chat templates read."""
+    if not isinstance(value, list):
+        raise row.error(f"{name} is {brief(value)}, {_MESSAGES}")
+    messages = [message_of(row, message) for message in value]
+    for before, message in zip([None, *messages], messages, strict=False):
+        check_order(row, before, message)
+    return messages
+
+
+def message_of(row: Fields, message: object) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise row.error(f"a message is {brief(message)}, {_MESSAGES}")
+    role = message["role"]
+    if role not in _ROLES:
+        raise row.error(f"the role of a message is {brief(role)}, expected one of {', '.join(_ROLES)}")
+    message = _with_tool_calls(row, message)
+    made = {name: value for name, value in message.items() if value is not None}
+    made["content"] = _content(row, message)
+    if message.get("tool_calls") not in (None, []):
+        made["tool_calls"] = _tool_calls(row, message)
+    if role == "assistant" and not made["content"].strip() and not made.get("tool_calls"):
+        raise row.error(f"the assistant's content is {brief(message.get('content'))}, expected a text")
+    _check_weight(row, message)
+    return made
+
+
+def _with_tool_calls(row: Fields, message: Message) -> Message:
+    """The message with the older `function_call` of OpenAI's API as a tool call."""
+    called = message.get("function_call")
+    if called is None:
+        return message
+    if message.get("tool_calls") is not None:
+        raise row.error("a message has both tool_calls and function_call, expected only one of them")
+    if not isinstance(called, dict):
+        raise row.error(f"function_call is {brief(called)}, expected an object")
+    others = {name: value for name, value in message.items() if name != "function_call"}
+    return others | {"tool_calls": [called]}
+
+
+def _content(row: Fields, message: Message) -> str:
+    """The content of a message as one text. Only a message with tool calls may lack content."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and message.get("tool_calls"):
+        return ""
+    if not isinstance(content, list):
+        raise row.error(
+            f"the content of a message of role {message['role']!r} is {brief(content)}, expected a text"
+        )
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise row.error(f'a part of a content is {brief(part)}, expected {{"type": "text", "text": "…"}}')
+    return "".join(part["text"] for part in content)
+
+
+def _tool_calls(row: Fields, message: Message) -> Objects:
+    calls = message["tool_calls"]
+    if message["role"] != "assistant":
+        raise row.error(f"a message of role {message['role']!r} has tool_calls, expected 'assistant'")
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise row.error(f"tool_calls is {brief(calls)}, expected a list of objects")
+    return [_tool_call(row, call) for call in calls]
+
+
+def _tool_call(row: Fields, call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are an object, because templates write them as JSON themselves."""
+    function = call.get("function", call)
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name:
+        raise row.error(f"a tool call is {brief(call)}, expected the name of its function")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = loads(arguments)
+        except ValueError:
+            arguments = None
+    if not isinstance(arguments, dict):
+        shown = brief(function.get("arguments"))
+        raise row.error(f"the arguments of the tool call {name!r} are {shown}, expected an object")
+    made = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return made | ({"id": call["id"]} if "id" in call else {})
+
+
+def _check_weight(row: Fields, message: Message) -> None:
+    weight, role = message.get("weight"), message["role"]
+    if weight is None:
+        return
+    if role != "assistant":
+        raise row.error(f"a message of role {role!r} has a weight, expected it for 'assistant' only")
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise row.error(f"the weight of a message is {brief(weight)}, expected 0 or 1")
+
+
+def check_order(row: Fields, before: Message | None, message: Message) -> None:
+    """Check that a tool's result comes after an assistant's message or another result."""
+    role = message["role"]
+    if role in TOOL_ROLES and (before is None or before["role"] in ("user", *SYSTEM_ROLES)):
+        after = "at the beginning" if before is None else f"after {before['role']!r}"
+        raise row.error(f"a message of role {role!r} is {after}, expected it after an assistant's message")
+
+
+def _tool(row: Fields, tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool in the form of OpenAI's API. If the data give only its function, wrap the function."""
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name:
+        raise row.error(f"a tool is {brief(tool)}, expected an object with the name of its function")
+    return tool if "function" in tool else {"type": "function", "function": tool}

@@ -1,0 +1,75 @@
+"""Comparisons: a chosen and a rejected answer, or an answer that somebody judged."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from nplora.finetuning.data.examples import Chat, Completion, Example, Judged, Preference
+from nplora.finetuning.data.parsing.fields import Fields
+from nplora.finetuning.data.parsing.messages import chat_of, messages_of
+from nplora.finetuning.data.parsing.sharegpt import conversation, turn_of
+from nplora.finetuning.data.parsing.texts import prompt_and_answer
+from nplora.formats.errors import brief
+
+
+def preference(row: Fields) -> Example:
+    if row.has("conversations"):
+        prompt = conversation(row)
+        sides = [[*prompt, turn_of(row, row.get(name))] for name in ("chosen", "rejected")]
+        pair = Preference(*(chat_of(row, messages, prompt) for messages in sides))
+    elif row.has("prompt") and not _has_whole_chats(row):
+        pair = Preference(prompt_and_answer(row, "chosen"), prompt_and_answer(row, "rejected"))
+    else:
+        pair = _without_prompt(row)
+    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if isinstance(answer, Chat) and (role := answer.messages[-1]["role"]) != "assistant":
+            raise row.error(f"{name} ends with a message of role {role!r}, expected one of the assistant")
+    if pair.chosen == pair.rejected:
+        raise row.error("chosen and rejected are the same answer, expected two")
+    return pair
+
+
+def _has_whole_chats(row: Fields) -> bool:
+    """Whether the prompt is a text and both answers are whole chats, which repeat the prompt."""
+    prompt, answers = row.values["prompt"], [row.values.get(name) for name in ("chosen", "rejected")]
+    return isinstance(prompt, str) and all(isinstance(a, list) and len(a) > 1 for a in answers)
+
+
+def _without_prompt(row: Fields) -> Preference:
+    """Two texts or chats. The beginning that they share is the prompt."""
+    if isinstance(row.values.get("chosen"), str) or isinstance(row.values.get("rejected"), str):
+        texts = row.text("chosen"), row.text("rejected")
+        shared = _shared(row, *texts)
+        return Preference(*(Completion(text[:shared], text[shared:]) for text in texts))
+    chats = [messages_of(row, name, row.get(name)) for name in ("chosen", "rejected")]
+    shared = _shared(row, *chats)
+    prompt = row.values.get("prompt")
+    asked = [message["content"].strip() for message in chats[0][:shared] if message["role"] == "user"]
+    if isinstance(prompt, str) and prompt.strip() not in asked:
+        wanted = "expected a message of the user at the beginning of chosen and rejected"
+        raise row.error(f"prompt is {brief(prompt)}, {wanted}")
+    return Preference(*(chat_of(row, messages, messages[:shared]) for messages in chats))
+
+
+def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
+    """The number of items at the beginning that both answers share, as TRL's `extract_prompt` counts them.
+
+    A space before the difference belongs to the answers, and each answer has an item at least.
+    """
+    same = (a == b for a, b in zip(one[:-1], other[:-1], strict=False))
+    count = sum(1 for _ in itertools.takewhile(bool, same))
+    if count and one[count - 1] == " " and one[count] != other[count]:
+        count -= 1
+    if not count and one != other:
+        raise row.error("chosen and rejected begin differently, expected the same prompt in both")
+    return count
+
+
+def judged(row: Fields) -> Example:
+    label = row.get("label")
+    if isinstance(label, str) and label.lower() in ("true", "false"):  # tables in text files have no booleans
+        label = label.lower() == "true"
+    if not isinstance(label, bool):
+        raise row.error(f"label is {brief(label)}, expected true or false")
+    return Judged(prompt_and_answer(row, "completion"), label)

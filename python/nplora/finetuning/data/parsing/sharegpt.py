@@ -1,0 +1,61 @@
+"""ShareGPT's conversations: turns with `from` and `value`."""
+
+from __future__ import annotations
+
+from nplora.finetuning.data.examples import Example, Message
+from nplora.finetuning.data.parsing.fields import Fields, loads
+from nplora.finetuning.data.parsing.messages import chat_of, check_order, message_of
+from nplora.formats.errors import brief
+
+_SPEAKERS = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "function_call": "assistant", "observation": "tool", "tool": "tool",
+}  # fmt: skip
+_TURNS = ("human or observation", "gpt or function_call")
+
+
+def sharegpt(row: Fields) -> Example:
+    return chat_of(row, conversation(row), None)
+
+
+def conversation(row: Fields) -> list[Message]:
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise row.error(f"conversations is {brief(turns)}, expected a list of objects with from and value")
+    messages = [turn_of(row, turn) for turn in turns]
+    spoken = messages[1:] if messages[0]["role"] == "system" else messages
+    for place, message in enumerate(spoken):
+        if (message["role"] == "assistant") != bool(place % 2) or message["role"] == "system":
+            turn = turns[len(messages) - len(spoken) + place]
+            wanted = _TURNS[place % 2]
+            raise row.error(
+                f"turn {place + 1} of the conversation is from {turn['from']!r}, expected {wanted}"
+            )
+    for before, message in zip([None, *messages], messages, strict=False):
+        check_order(row, before, message)
+    if messages[0]["role"] != "system" and (system := row.text("system", True, "")):
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def turn_of(row: Fields, turn: object) -> Message:
+    speaker = turn.get("from") if isinstance(turn, dict) else None
+    if not isinstance(turn, dict) or not isinstance(speaker, str):
+        raise row.error(f"a turn is {brief(turn)}, expected an object with from and value")
+    if speaker not in _SPEAKERS:
+        known = ", ".join(_SPEAKERS)
+        raise row.error(f"a turn is from {brief(speaker)}, expected one of {known}")
+    value = turn.get("value")
+    if not isinstance(value, str):
+        raise row.error(f"the value of a turn is {brief(value)}, expected a text")
+    weight = {"weight": turn["weight"]} if turn.get("weight") is not None else {}
+    if speaker != "function_call":
+        return message_of(row, {"role": _SPEAKERS[speaker], "content": value, **weight})
+    try:
+        calls = loads(value)
+    except ValueError:
+        calls = None
+    if not isinstance(calls, dict | list):
+        raise row.error(f"a function_call is {brief(value)}, expected a name and arguments as JSON")
+    called = calls if isinstance(calls, list) else [calls]
+    return message_of(row, {"role": "assistant", "content": None, "tool_calls": called, **weight})

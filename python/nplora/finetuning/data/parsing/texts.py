@@ -1,0 +1,50 @@
+"""Rows of texts: a text, a prompt with its completion, and Alpaca's instructions."""
+
+from __future__ import annotations
+
+from nplora.finetuning.data.examples import Answered, Completion, Example, Instruction, Message, Text
+from nplora.finetuning.data.parsing.fields import Fields
+from nplora.finetuning.data.parsing.messages import chat_of, messages_of
+from nplora.formats.errors import brief
+
+
+def text(row: Fields) -> Example:
+    return Text(row.text("text"))
+
+
+def completion(row: Fields) -> Example:
+    return prompt_and_answer(row, "completion")
+
+
+def prompt_and_answer(row: Fields, name: str) -> Answered:
+    """The prompt and one answer: two texts, or two lists of messages."""
+    prompt = row.values.get("prompt")
+    if isinstance(prompt, list) or isinstance(row.values.get(name), list | dict):
+        return chat_of(row, [*messages_of(row, "prompt", prompt), *_answered(row, name)], prompt)
+    return Completion(row.text("prompt", may_be_empty=True), row.text(name))
+
+
+def _answered(row: Fields, name: str) -> list[Message]:
+    """The messages of an answer. The row may give a list of messages, a single message, or only its text."""
+    value = row.get(name)
+    if isinstance(value, str):
+        value = {"role": "assistant", "content": row.text(name)}
+    return messages_of(row, name, [value] if isinstance(value, dict) else value)
+
+
+def instruction(row: Fields) -> Example:
+    history = row.values.get("history")
+    history = [] if history in (None, "") else history
+    is_pairs = isinstance(history, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in history
+    )
+    if not is_pairs:
+        raise row.error(f"history is {brief(history)}, expected a list of pairs of texts")
+    return Instruction(
+        row.text("instruction"),
+        row.text("output"),
+        row.text("input", True, ""),
+        row.text("system", True, ""),
+        tuple((question, answer) for question, answer in history),
+    )

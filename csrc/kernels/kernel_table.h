@@ -101,7 +101,8 @@ inline constexpr size_t kFetchAhead = 12288;
 // A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
 // kDepthUnit elements, the sums are the same as for the whole depth. A panel of floats has 48 elements along
 // the depth, which is a multiple of kDepthUnit. A panel of bfloat16 pairs has 24 elements, which is no
-// multiple of kDepthUnit, so pairs are cut at multiples of kDepthCut (ops/blocking.h).
+// multiple of kDepthUnit, so the depth of a product of pairs is cut at multiples of kDepthCut
+// (ops/blocking.h).
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
@@ -280,9 +281,9 @@ struct Conversions {
   void (*dither_bfloat16)(size_t n, uint64_t seed, uint64_t first, float* x);
   void (*dither_float16)(size_t n, uint64_t seed, uint64_t first, float* x);
 
-  // Makes pairs of neighbours in the columns of `x` (rows, cols) and stores them in `out` (ceil(rows / 2),
-  // cols). If the number of rows is odd, the last row is paired with zeros. The function pair_rows first
-  // converts the floats to bfloat16.
+  // Pairs rows 2i and 2i + 1 of `x` (rows, cols), element by element, and stores the pairs in row i of `out`
+  // (ceil(rows / 2), cols). If the number of rows is odd, the last row is paired with zeros. The function
+  // pair_rows first converts the floats to bfloat16.
   void (*pair_rows)(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out);
   void (*pair_bits)(size_t rows, size_t cols, const uint16_t* x, size_t x_stride, Bf16Pair* out);
 };

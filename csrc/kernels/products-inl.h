@@ -141,8 +141,8 @@ inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
 }
 
 // The cache lines that a tile prefetches at each step: the lines of a Fetch or, if too few of these lines are
-// left, later rows of `w`. The later rows are kFetchAhead bytes further on. A tile prefetches only its own
-// columns of later rows, because the other columns are in L2 already.
+// left, later rows of `w`. These rows are kFetchAhead bytes after the rows that the step reads. A tile
+// prefetches only its own columns of later rows, because the other columns are in L2 already.
 struct FetchSteps {
   const char* at;
   size_t step, line;
@@ -337,8 +337,8 @@ inline void gemm_outputs_in_lanes_groups(size_t m, OutputsInLanes<E, W> p, Fetch
 }
 
 // Multiplies `a` with a dense panel, which is split into L1 blocks of about equal size. Each block is read
-// once for each tile of rows and each group of columns. If the caller asks for Fetch::rows_ahead, each
-// reading of a block also prefetches an equal share of the next block.
+// once for each tile of rows and each group of columns. If the caller asks for Fetch::rows_ahead, the next
+// block is prefetched in equal shares, one share each time that the current block is read.
 template <class E, class W>
 inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fetch fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;

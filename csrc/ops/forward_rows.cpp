@@ -242,8 +242,8 @@ class RowsForward {
                      true);
   }
 
-  // Sets block (cols, kPanelColumns) to W[rows, cols] transposed, in elements E. If the update is merged on
-  // the fly, it is added to the block.
+  // Stores the transpose of W[rows, cols] in `block` (cols, kPanelColumns), as elements of type E. If the
+  // update is merged on the fly, it is added to the block.
   void make_block(const PartUpdate& u, Range rows, Range cols, E* block) const {
     const auto& k = kernels::table().products<T>();
     const WeightView& w = u.part.w;

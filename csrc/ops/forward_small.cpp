@@ -79,9 +79,9 @@ void fetch(const Fetch& some) {
   for (size_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.at + i * kCacheLine, 0, 2);
 }
 
-// Computes one part of a stack. The weight is read once, as elements of type W: in place, or panel after
-// panel while the partial sums of its rows stay in the cache. The update is added last, when its factors are
-// in the cache. The update is computed in the type of the sums.
+// Computes one part of a stack. The weight is read once, as elements of type W. If the weight is stored in
+// panels, the panels are read one after the other, while the partial sums of the rows stay in the cache. The
+// update is added last, when its factors are in the cache. The update is computed in the type of the sums.
 template <class W>
 class SmallForward {
  public:

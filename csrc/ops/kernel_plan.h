@@ -78,8 +78,8 @@ inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
   return {can_merge && cost.merged < cost.separate ? Update::kMergedOnTheFly : Update::kSeparate, cost};
 }
 
-// A separate update needs the products z = x Bᵀ and z Aᵀ. Merging on the fly saves both products, or only z
-// Aᵀ if z is kept for a backward pass. Only the method that transposes W can merge.
+// A separate update needs the products z = x Bᵀ and z Aᵀ. Merging on the fly needs neither product, but z is
+// still computed if it is kept for a backward pass. Only the method that transposes W can merge.
 inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
   const double project = flops(s.tokens, s.rank, s.d_in), expand = flops(s.tokens, s.rank, s.d_out);
   KernelPlan plan = cheaper(s, {project + expand, merge_cost(s, s.d_in) + (keep_z ? project : 0)});

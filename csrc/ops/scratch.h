@@ -34,7 +34,7 @@ enum class Scratch {
   kDroppedLanes,  // rows of x after dropout, in lanes or pairs: 32 d_in
   kPairing,       // rows of x before they are put into lanes: 48 L, or 8 d_in
   kCodes,         // a small batch of x in int8: 8 d_in
-  kCodeScales,    // for kCodes: 32 scales and sums for each of d_in / 32 sub-blocks
+  kCodeScales,    // the scales and sums of these codes: d_in
   // Holds a tile of attention, with 48 (5 head_dim + 130) elements, or the scores of a single query, with
   // heads (256 + head_dim) elements.
   kAttention,

@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_fails_after_the_table(
         (["--compare"], "--compare needs an adapter to compare the model with: add --adapter PATH"),
         (["--json", "--markdown"], "not allowed with argument"),
         (["--metric", "exactmatch"], "no metric 'exactmatch'; did you mean exact_match?"),
-        (["--max-new-tokens", "0"], "max_new_tokens is 0, expected at least 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0, expected at least 1"),
         (["--metric", "nowhere_to_be_found:f"], "no module 'nowhere_to_be_found'"),
     ],
 )

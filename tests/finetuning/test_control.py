@@ -12,7 +12,7 @@ import nplora
 from nplora import cli
 from nplora.finetuning import FinetuneReport, evaluate, finetune, load_with_adapter, plan
 from nplora.finetuning.objectives import objective_of
-from nplora.finetuning.options import FinetuneOptions
+from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
 from nplora.formats.errors import UnsafeError
 from nplora.trainer import Callback, Run, StepRecord
 from small_llama import save_small_llama
@@ -231,7 +231,7 @@ def test_the_command_line_has_the_options(model: Path, data: Path, tmp_path: Pat
 def test_reports_lie_in_the_output_directory_and_have_the_settings(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
-    options = WILD | {"report_to": "csv", "steps": 8}
+    options = WILD | {"report_to": "csv", "steps": 8, "batch_examples": None}
     out = tmp_path / "out"
     finetune(model, data, out, **options, callbacks=[StopAfter(5)])
     report = finetune(model, data, out, **options, resume=True)
@@ -245,6 +245,11 @@ def test_reports_lie_in_the_output_directory_and_have_the_settings(
     settings = json.loads((out / "reports/settings.json").read_text())
     assert settings["model"] == str(model)
     assert (settings["rank"], settings["targets"], settings["compute"]) == (2, "all-linear", "float32")
+    assert (settings["data"], settings["valid"]) == (
+        str(data / "train.jsonl"),
+        str(data / "valid.jsonl"),
+    )
+    assert settings["batch_examples"] == DEFAULT_EXAMPLES
 
 
 def test_reports_follow_no_link(model: Path, data: Path, tmp_path: Path) -> None:

@@ -253,6 +253,55 @@ def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_fil
             read_dataset([row | {"tools": [WEATHER]}, row | {"tools": None}], tokenizer(TOOLS_TEMPLATE))
 
 
+@pytest.mark.parametrize("content", [None, "Let me look."])
+def test_a_tool_call_that_the_template_leaves_out_is_refused(tmp_path: Path, content: str | None) -> None:
+    """Its turn would be trained as an empty answer, or as an answer without the call."""
+    user, calling = CALLS[1], CALLS[2] | {"content": content}
+    path = write(tmp_path, {"messages": [user, calling]})
+    message = (
+        f"{path}, line 1: the chat template of this model leaves out the tool call 'weather', so it cannot "
+        "be trained; use a model whose template writes tool calls, or give the call as text in 'content'"
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        read_dataset(path, tokenizer())
+    read_dataset(path, tokenizer(TOOLS_TEMPLATE))
+    with pytest.raises(DataError, match="leaves out the tool call 'weather'"):
+        read_dataset(path, tokenizer(), learn="all")
+    pairs = splits_of("test", [{"prompt": [user], "chosen": [calling], "rejected": "b"}]).train
+    with pytest.raises(DataError, match="leaves out the tool call 'weather'"):
+        read_pairs("test", pairs, tokenizer(), ReadOptions(), "dpo", PairDataset)
+    long = {"role": "user", "content": "a" * 9000}
+    for ours in (tokenizer(), tokenizer(TOOLS_TEMPLATE)):  # turns that are not trained, or are cut
+        read_dataset([{"messages": [user, calling | {"weight": 0}, ANSWER]}], ours)
+        read_dataset([{"messages": [user, ANSWER, long, calling]}], ours, max_length=60)
+        read_dataset(
+            [{"messages": [user, ANSWER, user, calling | {"content": "a" * 9000}]}], ours, max_length=80
+        )
+
+
+@pytest.mark.parametrize("name", ["<|end|>", "wétter", 'a"b', "天気"])
+def test_the_name_of_a_function_may_have_any_characters(name: str) -> None:
+    call = {"function": {"name": name, "arguments": {}}}
+    chat = [CALLS[1], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    for template in (TOOLS_TEMPLATE, TOOLS_TEMPLATE.replace("call.name", "(call.name | tojson)")):
+        assert len(read_dataset([{"messages": chat}], tokenizer(template))) == 1
+
+
+def test_the_chats_with_tools_of_the_documentation_train_the_call_and_the_answer() -> None:
+    root = Path(__file__).parents[2]
+    template = (root / "tests/data/chat_templates/qwen2_5.jinja").read_text()
+    page = (root / "docs/finetune.md").read_text(encoding="utf-8")
+    rows = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+    assert [set(row) for row in rows] == [{"tools", "messages"}, {"tools", "conversations"}]
+    for row in rows:
+        words = tokenizer(template)
+        [(_, labels)] = read_dataset([row], words)
+        assert words.decode(labels[labels != IGNORED]) == (
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>\n'
+            "Yes, it has 31 °C.<|im_end|>\n"
+        )
+
+
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 DROPS: list[tuple[dict[str, Any], bool]] = [
     ({"prompt": [USER], "completion": [ANSWER]}, False),

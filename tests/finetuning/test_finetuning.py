@@ -47,6 +47,7 @@ from nplora.formats import gguf, safetensors
 from nplora.formats.errors import CorruptError, DataError, FormatError, UnsafeError
 from nplora.formats.gguf import Typed
 from nplora.lm import load_model
+from nplora.models.packing import IGNORED
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.optim import global_norm
 from nplora.trainer import Callback, Run, StepRecord
@@ -193,7 +194,16 @@ def test_every_option_reaches_trainer_optimiser_and_layers(
         targets=("v_proj",), layers="first:1",
     )  # fmt: skip
     log = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
-    settings = json.loads(log[1])["settings"]
+    header, settings = json.loads(log[0]), json.loads(log[1])["settings"]
+    dataset = read_dataset(data / "train.jsonl", load_model(model).tokenizer)
+    assert header["data"] == {
+        "source": str(data / "train.jsonl"), "format": "completion", "examples": len(dataset),
+        "tokens": sum(len(ids) for ids, _ in dataset),
+        "trained_tokens": sum(int((labels[1:] != IGNORED).sum()) for _, labels in dataset),
+        "batch_tokens": 50, "batches": len(TokenBatches(dataset, batch_tokens=50)),
+    }  # fmt: skip
+    valid = {"source": str(data / "valid.jsonl"), "examples": 4, "batches": 1}
+    assert header["valid"].items() >= valid.items()
     wanted = {"lr": 3e-3, "weight_decay": 0.2, "schedule": "linear", "warmup_steps": 2, "clip_norm": 0.7}
     assert settings["free"].items() >= {**wanted, "total_steps": 7}.items()
     assert settings["fixed"].items() >= {"accumulate": 2, "batch_tokens": 50, "seed": 9}.items()
@@ -771,7 +781,7 @@ def test_a_run_that_diverges_leaves_its_last_good_adapter_and_continues_with_a_l
         assert cli.main(line.split()) == 1
     [error] = [text for text in capsys.readouterr().err.splitlines() if text.startswith("nplora: error: ")]
     assert "step 6 (epoch 2): the loss of batch 1 is nan: " in error
-    assert "; --resume with a lower --lr (resume=True, a lower lr) continues from step 3; " in error
+    assert "; --resume with a lower --lr continues from step 3; " in error
     assert error.endswith(f"{output} holds the adapter as of step 3")
     assert files_of(output) == files_of(evaluated)
     assert cli.main([*line.split(), "--resume"]) == 2
@@ -1450,7 +1460,8 @@ def test_int8_for_a_model_without_quantised_weights_is_warned_of(
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.main(["generate", str(model), "1", "--max-new-tokens", "1", "--compute", "int8"]) == 0
-    assert re.search(rf"nplora: warning: load_with_adapter: {words}", capsys.readouterr().err)
+    shown = words.replace("compute='int8'", "--compute int8")
+    assert re.search(rf"nplora: warning: load_with_adapter: {shown}", capsys.readouterr().err)
     evaluate(save_small_llama(tmp_path / "low.gguf", "q8_0"), data, compute="int8")  # warns of nothing
 
 

@@ -18,6 +18,7 @@ from nplora import cli
 from nplora.finetuning import compare, evaluate, evaluate_batches
 from nplora.finetuning.data import TokenBatches, read_dataset
 from nplora.finetuning.judging import metrics
+from nplora.finetuning.judging.tables import evaluation_text, markdown_table
 from nplora.formats import gguf
 from nplora.formats.errors import DataError, FormatError
 from nplora.lm import LanguageModel, load_model
@@ -243,6 +244,9 @@ def breaks(answer, reference, row):
         return float("inf")
     return 1
 
+def never(answer, reference, row):
+    return row["no such field"]
+
 def loss(answer, reference, row):
     return 1.0
 
@@ -284,6 +288,27 @@ def test_a_function_that_fails_shows_its_traceback_and_the_run_goes_on(
     assert "the metric returned 'many', expected a finite number" in shown
 
 
+def test_a_function_that_always_fails_has_no_value_but_a_reason(
+    lm: LanguageModel, module: str, adapters: Path
+) -> None:
+    name, reason = "my_metrics:never", "KeyError: 'no such field'"
+    options: dict[str, Any] = {"metric": f"f1,{name}", "max_new_tokens": 1}
+    warning = f"the metric {name} failed in all of 12 examples, so it has no value: {reason}"
+    with pytest.warns(UserWarning, match=f"^{re.escape(warning)}$"):
+        found = evaluate(lm, ROWS, **options)
+    score = found["metrics"][name]
+    assert np.isnan(score["value"])
+    assert (score["low"], score["high"], score["failed"], score["error"]) == (None, None, 12, reason)
+    assert found["metrics"]["f1"]["error"] == ""
+    shown = f"n/a, failed in all of 12 examples ({reason})"
+    assert f"\n{name} {shown}" in evaluation_text(found)
+    assert f"| {shown} |" in markdown_table({"m": found})
+    with pytest.warns(UserWarning, match=f"^{re.escape(warning)}$"):
+        compared = compare(lm, ROWS, {"mine": adapters / "trained"}, **options)
+    assert f"mine and the base cannot be compared by {name}: n/a and n/a" in str(compared)
+    assert json.loads(json.dumps(compared.as_json(), allow_nan=False))
+
+
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
@@ -322,7 +347,7 @@ def test_functions_of_the_same_name_are_numbered(lm: LanguageModel) -> None:
 def test_rows_that_are_not_answered_are_told(lm: LanguageModel) -> None:
     call = {"messages": [
         {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b", "tool_calls": [{"name": "f", "arguments": {}}]},
+        {"role": "assistant", "content": "f()", "tool_calls": [{"name": "f", "arguments": {}}]},
     ]}  # fmt: skip
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     with pytest.warns(
@@ -352,7 +377,7 @@ def test_a_module_that_is_not_found_or_fails_is_an_error(lm: LanguageModel, modu
         (
             {"messages": [
                 {"role": "user", "content": "a"},
-                {"role": "assistant", "content": "b", "tool_calls": [{"name": "f", "arguments": {}}]},
+                {"role": "assistant", "content": "f()", "tool_calls": [{"name": "f", "arguments": {}}]},
             ]},
             "data, row 1: the last assistant turn calls a tool",
         ),

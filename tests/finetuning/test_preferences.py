@@ -208,7 +208,7 @@ def test_judged_answers_have_the_same_batches_in_every_epoch(lm: LanguageModel) 
         ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "dpo", "chosen and rejected are the same answer"),
         ([{"prompt": "a", "chosen": "b"}], "dpo", r"row 1: rejected is missing"),
         ([{"prompt": "a", "chosen": "b", "rejected": 3}], "dpo", r"row 1: rejected is 3, expected a string"),
-        ([{"prompt": "a", "completion": "b", "label": 1}], "kto", "label is 1, expected true or false"),
+        ([{"prompt": "a", "completion": "b", "label": 2}], "kto", "label is 2, expected true or false"),
         ([{"prompt": "a", "completion": "b", "label": True}], "kto",
          "data: 1 answer to one prompt, expected at least two different prompts: loss_type 'kto' compares"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "d", "rejected": "e"}],

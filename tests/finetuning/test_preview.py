@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import nplora
 from nplora import cli
 from nplora.finetuning.data import preview, read_dataset
 from nplora.finetuning.data.comparisons import PairDataset, read_pairs
@@ -210,4 +212,115 @@ def test_the_command_shows_marks_or_colours(
     assert cli.main(line) == 0
     assert "1+1=\x1b[1;32m2<|end|>\x1b[0m" in capsys.readouterr().out
     assert cli.main([*line, "--valid-split", "2"]) == 2
-    assert "valid_split is 2.0, expected between 0 and 1" in capsys.readouterr().err
+    assert "--valid-split is 2.0, expected between 0 and 1" in capsys.readouterr().err
+
+
+def test_a_model_stands_for_its_tokenizer(tmp_path: Path) -> None:
+    path = save_small_llama(tmp_path / "model.gguf")
+    lm = nplora.load_model(path)
+    assert preview(ROWS, lm) == preview(ROWS, lm.tokenizer)
+    assert len(read_dataset(ROWS, lm)) == len(ROWS)
+    message = "tokenizer is .*, expected a model or its tokenizer, such as nplora.load_model.path..tokenizer$"
+    for read in (preview, read_dataset):
+        for wrong in (str(path), path, None):
+            with pytest.raises(TypeError, match=f"^{read.__name__}: {message}"):
+                read(ROWS, wrong)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"a": 1}] * 2, "no row can be used: 2 bad rows"),
+        ([{"prompt": "x" * 90, "completion": "b"}], "no row can be used: 1 left out after the cut"),
+    ],
+)
+def test_the_command_fails_if_no_row_can_be_used(
+    rows: list[dict[str, Any]], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_small_llama(tmp_path / "model.gguf")
+    bad, good = tmp_path / "bad.jsonl", tmp_path / "good.jsonl"
+    bad.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    good.write_text(json.dumps(ROWS[0]) + "\n")
+    for line in ([str(bad)], [str(good), "--valid", str(bad)]):
+        assert cli.main(["data", *line, "--model", str(model)]) == 2
+        printed = capsys.readouterr()
+        assert f"{bad} (" in printed.out
+        assert printed.err == f"nplora: error: {bad}: {message}\n"
+    assert cli.main(["data", str(bad), str(good), "--model", str(model)]) == 0
+
+
+# ---- fields that are not used ----
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"prompt": "a", "completion": "b", "id": 7, "source": "", "notes": None, "tags": []}, ["id"]),
+        ({"prompt": "a", "completion": "b", "system": "s"}, ["system"]),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "system": "s", "question": "q"},
+            ["system", "question"],
+        ),
+        ({"instruction": "a", "output": "b", "input": "i", "system": "s", "history": []}, []),
+        ({"instruction": "a", "output": "b", "tools": [{"name": "f"}]}, []),  # counted with `unused`
+        ({"prompt": "q", "question": "a", "choices": ["b", "c"], "answer": 0}, ["question"]),
+        ({"question": "a", "choices": ["b", "c"], "answer": 0}, []),
+        (chat("a", "b") | {"category": "x"}, ["category"]),
+        ({"prompt": "a", "completion": "b", "label": True, "score": 0}, ["score"]),
+    ],
+    ids=str,
+)
+def test_fields_that_are_not_used_are_listed(row: dict[str, Any], unused: list[str]) -> None:
+    found = preview([row, row], TOKENIZER, examples=0)
+    assert found.train.unread == dict.fromkeys(unused, 2)
+    if unused:
+        shown = ", ".join(f"{name!r} of 2 rows" for name in unused)
+        assert f"\n  fields that are not used: {shown}\n" in str(found)
+    else:
+        assert "not used" not in str(found)
+
+
+def test_fields_that_are_not_used_have_the_names_of_the_data() -> None:
+    row = {"prompt": "not this", "question": "a", "completion": "b", "preamble": "s"}
+    columns = {"prompt": "question", "system": "preamble"}
+    found = preview([row], TOKENIZER, columns=columns)
+    assert found.train.unread == {"preamble": 1, "prompt": 1}
+    many = {"text": "a"} | {f"field {n}": n for n in range(30)}
+    assert "'field 9' of 1 row, and 20 more\n" in str(preview([many], TOKENIZER))
+
+
+FORGOTTEN = {"chosen": "It is 4.", "rejected": "It is 5."}
+
+
+@pytest.mark.parametrize(
+    ("others", "name"),
+    [
+        ({"question": "2+2=?"}, "question"),
+        ({"id": "a7", "ask": "What is 2+2?", "note": "a b"}, "ask"),
+        ({"question": "q", "context": "a long text"}, "question"),
+        ({"id": "a7", "source": "web"}, None),
+        ({"prompt": "2+2=", "question": "2+2=?"}, None),
+    ],
+)
+def test_a_pair_whose_prompt_has_another_name_is_warned_of(others: dict[str, Any], name: str | None) -> None:
+    rows = [FORGOTTEN | others] * 3
+    words = (
+        f"3 rows with chosen and rejected, but without a prompt; --columns prompt={name} "
+        f"(columns={{'prompt': '{name}'}}) reads the field '{name}' as prompt"
+    )
+    assert (words in str(preview(rows, TOKENIZER))) == (name is not None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_pairs("test", splits_of("test", rows).train, TOKENIZER, ReadOptions(), "dpo", PairDataset)
+        if name is not None:
+            options = ReadOptions(columns={"prompt": name})
+            read_pairs("test", splits_of("test", rows).train, TOKENIZER, options, "dpo", PairDataset)
+    assert [str(warning.message) for warning in caught] == ([f"data: {words}"] if name else [])
+
+
+def test_answers_that_begin_differently_name_the_field_that_may_be_the_prompt() -> None:
+    [problem] = preview([{"question": "2+2=?", "chosen": "4", "rejected": "5"}], TOKENIZER).train.problems
+    assert problem == (
+        "data, row 1: chosen and rejected begin differently, expected the same prompt in both; --columns "
+        "prompt=question (columns={'prompt': 'question'}) reads the field 'question' as prompt"
+    )

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import time
 import tracemalloc
 import zlib
@@ -625,3 +626,25 @@ def test_a_value_that_no_text_can_hold_is_an_error_of_its_row(
 def test_what_is_no_data_is_refused(data: Any) -> None:
     with pytest.raises(TypeError, match="expected a path, paths, or rows"):
         splits_of("test", data)
+
+
+def test_a_lazy_frame_of_polars_must_be_collected() -> None:
+    polars = pytest.importorskip("polars")
+    lazy = polars.LazyFrame({"text": ["a"]})
+    words = (
+        "test: data is a polars.lazyframe.frame.LazyFrame, expected a path, paths, or rows such as a list of "
+        "dictionaries or a data frame; its method .collect() returns one"
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(words)}$"):
+        splits_of("test", lazy)
+    assert objects(lazy.collect()) == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("text", ["Hello, world", "a\nb", "x" * 5000, "Dr. No"])
+def test_a_list_of_texts_is_no_list_of_rows(text: str) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r'if this is a text to train on, expected a row \{"text": …\}'
+    ):
+        splits_of("test", [text, "b"])
+    with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\] No such file"):
+        splits_of("test", ["no.jsonl"])

@@ -583,6 +583,23 @@ def test_the_command_line_reads_values_to_try(
     assert searched("lr=1e-3") == ("lr", [1e-3])
 
 
+def test_few_held_out_examples_are_said_to_be_noise(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "1+1=", "completion": "2"}
+    options: dict[str, Any] = {"budget": "4s", "lr": 1e-3, "rank": 2, "targets": "q_proj", "steps": 1}
+    for count, notes in (
+        (3, ("3 held-out examples: the differences between the losses are mostly noise; at least 30 give "
+             "useful results, and 100 or more are better",)),
+        (30, ()),
+    ):  # fmt: skip
+        valid = [row | {"prompt": f"{n}="} for n in range(count)]
+        report = tune(model, [row] * 4, tmp_path / str(count), valid=valid, progress=True, **options)
+        assert report.notes == notes
+        assert str(report).count("mostly noise") == len(notes)
+        assert capsys.readouterr().err.count("mostly noise") == len(notes)  # before the trials
+
+
 @pytest.mark.slow
 def test_a_search_that_continues_an_adapter_leaves_its_ranks(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "first", progress=False, **QUICK, steps=2)

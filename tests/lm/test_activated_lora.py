@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -219,12 +220,32 @@ def test_data_without_the_call_are_refused_or_warned_of(model: Path, tmp_path: P
     data = write_rows(tmp_path / "train.jsonl", "=>")
     with pytest.raises(ValueError, match="24 of 24 examples do not have the invocation tokens"):
         nplora.finetune(model, data, tmp_path / "out", invocation="@@")
+    tokens = nplora.load_model(model).tokenizer.encode("@@")
+    message = (
+        f"finetune: {data}: 24 of 24 examples do not have the invocation tokens {tokens}, the text '@@', so "
+        "the adapter would not act in them; set --invocation (invocation=) to a text just before the "
+        "answers, which becomes the same tokens in each example"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        nplora.finetune(model, data, tmp_path / "out", invocation="@@")
     with data.open("a") as file:
         file.write(json.dumps({"prompt": "1", "completion": "2"}) + "\n")
     with pytest.warns(
         UserWarning, match=r"plan: .*train.jsonl: 1 of 25 examples do not have the invocation tokens"
     ):
         nplora.plan(model, data, invocation="=>")
+
+
+def test_a_chat_without_the_call_is_refused_with_what_begins_an_answer(tmp_path: Path) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    changes = {"tokenizer.chat_template": template}
+    model = save_small_llama(tmp_path / "model.gguf", without="output.weight", changes=changes)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    advice = "each example; in this chat template, '<assistant>' begins them$"
+    with pytest.raises(ValueError, match=advice):
+        nplora.plan(model, [{"messages": chat}], invocation="<|assistant|>")
+    nplora.plan(model, [{"messages": chat}], invocation="<assistant>")
 
 
 def test_validation_data_without_the_call_are_refused_too(model: Path, tmp_path: Path) -> None:

@@ -432,6 +432,8 @@ def test_a_header_is_short_and_valid_text_whatever_the_model_is_called(tmp_path:
     assert len(header["model"]) < 5000
     assert len(plot.read_log(tmp_path / "log.jsonl").steps) == 1
     assert header["event"] == log_header.HEADER
+    assert header["data"] == {"rows": 4, "batch_size": 32, "batches": 1}
+    assert header["valid"] is None
 
 
 def test_a_model_whose_repr_fails_has_the_name_of_its_class_in_the_header(tmp_path: Path) -> None:

@@ -72,9 +72,9 @@ ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
   return best;
 }
 
-// Searches with several values of d, and returns the best block. The values of d are close together: even
-// with the largest scale, the products d * scale differ by less than d. In each group, the search starts with
-// the scale that puts the largest magnitude at the code `extreme`. The search then tries the integers within
+// Searches with several values of d, and returns the best block. The values of d differ so little that
+// d * scale varies by less than d, even for the largest scale. In each group, the search starts with the
+// scale that puts the largest magnitude at the code `extreme`. The search then tries the integers within
 // `reach` of this scale, and of its negative.
 template <class Format>
 ScaledBlock<Format> best_of_starts(const float* x, float unit, float extreme, int reach) {

@@ -124,7 +124,7 @@ class MergeGate:
         return "no type that the file can hold keeps the loss: use the adapter beside the model"
 
     def _trial(self, merged: MergedTensors, output: StrPath) -> HeldOutLoss | None:
-        """The loss after a trial merge, whose file is then removed. None if the file cannot be written."""
+        """Write a trial merge, measure its loss and remove the file. None if the file cannot be written."""
         try:
             with files.written(merged.loadable_files(output)) as written:
                 return self._loss(merged, written)
@@ -169,7 +169,10 @@ def _problem(loss: HeldOutLoss, kinds: str) -> str:
 
 
 def _candidates(merged: MergedTensors) -> Iterator[tuple[str, float]]:
-    """The larger storage types that keep enough of ΔW, each with its estimated share; smallest type first."""
+    """The larger storage types that keep enough of ΔW, the smallest type first.
+
+    Each type comes with the estimated share of ΔW that it keeps.
+    """
     merges, model = merged.merges, merged.model
     shapes = [merge.shape for merge in merges.values()]
 

@@ -31,3 +31,4 @@ def run(arguments: argparse.Namespace) -> None:
         given_data(arguments.data), lm.tokenizer, valid=arguments.valid, max_length=longest, **options
     )
     print(found.text(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    found.require_usable()

@@ -1,14 +1,15 @@
 """The entry point: run one command, and print its error as one line."""
 
 import contextlib
+import functools
 import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from nplora.cli.errors import UsageError, show_error, show_warning
+from nplora.cli.errors import Spelling, UsageError, show_error, show_warning
 from nplora.cli.parser import parser_of
 from nplora.runtime.stderr import stderr
 
@@ -50,27 +51,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _status(arguments: list[str]) -> int:
     """Run the command, and return the exit status."""
+    spelled: Callable[[str], str] = str
     try:
         parsed, unknown = parser_of(arguments).parse_known_args(arguments)
         if unknown:
             raise UsageError(f"unrecognized arguments: {' '.join(unknown)}")
+        spelled = Spelling(getattr(parsed, "options", {}), arguments)
         with warnings.catch_warnings():
-            warnings.showwarning = show_warning
+            warnings.showwarning = functools.partial(show_warning, spelled=spelled)
             parsed.run_command(parsed)
         print(end="", flush=True)
     except (KeyboardInterrupt, SystemExit) as end:
         for note in getattr(end, "__notes__", ()):
-            print(f"nplora: {note}", file=stderr)
+            print(f"nplora: {spelled(note)}", file=stderr)
         if isinstance(end, SystemExit):
             raise
         return _INTERRUPTED
     except BrokenPipeError:  # the program that reads our output has ended, as `head` does
         return 1
     except UsageError as error:
-        show_error(error, f" (try {parsed.prog} --help)")
+        show_error(error, f" (try {parsed.prog} --help)", spelled)
         return 2
     except (OSError, ValueError, ArithmeticError, ImportError, MemoryError) as error:
-        show_error(error)
+        show_error(error, spelled=spelled)
         return 2 if isinstance(error, ValueError | OSError | ModuleNotFoundError) else 1
     return 0
 

@@ -2,8 +2,15 @@
 
 import errno
 import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 from nplora.runtime.stderr import stderr
+
+# A name that stands alone, and is no part of a path, a quoted text or a longer name.
+_ALONE, _END = r"(?<![\w/.'\"=-])", r"(?![\w/='\"-]|\.\w)"
+_VALUE = r"True|False|-?\d[\w.+-]*(?<!\.)|'[\w:.,-]+'"
+_REPEATED = re.compile(r"(--[\w-]+) \(\1\)")
 
 _LONG_LIST = 300  # characters; if a list in a message is longer, only its first item is shown
 
@@ -12,15 +19,62 @@ class UsageError(ValueError):
     """An argument is unknown, or its value is wrong."""
 
 
-def show_error(error: Exception, hint: str = "") -> None:
-    """Print an error and its notes."""
+def show_error(error: Exception, hint: str = "", spelled: Callable[[str], str] = str) -> None:
+    """Print an error and its notes.
+
+    Args:
+        hint: the end of the line.
+        spelled: see `Spelling`.
+    """
     words = "; ".join(map(one_line, (message_of(error), *getattr(error, "__notes__", ()))))
-    print(f"nplora: error: {words}{hint}", file=stderr)
+    print(f"nplora: error: {spelled(words)}{hint}", file=stderr)
 
 
-def show_warning(message: Warning | str, *where: object, **more: object) -> None:
+def show_warning(
+    message: Warning | str, *where: object, spelled: Callable[[str], str] = str, **more: object
+) -> None:
     """Print a warning. `where` and `more` take the other arguments that Python passes to `showwarning`."""
-    print(f"nplora: warning: {one_line(str(message))}", file=stderr)
+    print(f"nplora: warning: {spelled(one_line(str(message)))}", file=stderr)
+
+
+class Spelling:
+    """Replaces the names of Python's keywords in a message with the options of a command.
+
+    `resume=True` becomes --resume, `rank=8` becomes "--rank 8", and a name with an underscore, such as
+    `valid_split`, becomes --valid-split. A keyword in parentheses behind its option is dropped. What the user
+    has typed stays as it is, because it may be the name of a file.
+
+    Args:
+        options: the options by the names of their keywords.
+        typed: the arguments of the command line.
+    """
+
+    def __init__(self, options: Mapping[str, str], typed: Sequence[str]) -> None:
+        self._options, self._typed = options, " ".join(typed)
+        names = "|".join(sorted(map(re.escape, options), key=len, reverse=True)) or "(?!)"
+        self._given = re.compile(rf"{_ALONE}({names})=({_VALUE})(?![\w/+-]|\.\w)")
+        self._named = re.compile(rf"{_ALONE}({names}){_END}")
+        self._doubled = re.compile(rf" \(({names})=[^()]*\)")
+
+    def __call__(self, text: str) -> str:
+        text = self._doubled.sub(self._without, text)
+        text = self._given.sub(self._with_value, text)
+        text = self._named.sub(self._alone, text)
+        return _REPEATED.sub(r"\1", text)
+
+    def _without(self, found: re.Match[str]) -> str:
+        is_before = self._options[found[1]] in found.string[: found.start()]
+        return "" if is_before else found[0]
+
+    def _with_value(self, found: re.Match[str]) -> str:
+        if found[0] in self._typed or found[2] == "False":
+            return found[0]
+        option = self._options[found[1]]
+        return option if found[2] == "True" else f"{option} {found[2].strip(chr(39))}"
+
+    def _alone(self, found: re.Match[str]) -> str:
+        is_option = "_" in found[1] and found[0] not in self._typed
+        return self._options[found[1]] if is_option else found[0]
 
 
 def message_of(error: Exception) -> str:

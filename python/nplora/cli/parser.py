@@ -106,6 +106,9 @@ def parser_of(words: Sequence[str]) -> Parser:
         added.set_defaults(run_command=module.run, prog=added.prog)
         if name == named:
             module.add_arguments(added)
+            shown = (action for action in added._actions if action.option_strings)
+            spelling = {action.dest: action.option_strings[-1] for action in reversed(list(shown))}
+            added.set_defaults(options=spelling)
     return parser
 
 

@@ -26,6 +26,7 @@ from nplora.finetuning.planning import (
     resident_memory,
     shortage,
 )
+from nplora.formats.errors import brief
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel, activated
 from nplora.lm.adapting import parse_pattern
@@ -248,7 +249,7 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
     if invocation is not None:
         activated.require_plain(op, adapters.shapes, *rest)
         for dataset in inputs.datasets:
-            _require_invocation(op, dataset, invocation)
+            _require_invocation(op, lm, dataset, invocation, start is None)
     if options.keep_prefix != "off" and not adapters.first_block(lm.config.num_hidden_layers):
         raise ValueError(
             f"{op}: keep_prefix={options.keep_prefix!r}, but there is no frozen block below the adapters; "
@@ -257,9 +258,13 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
     return adapters
 
 
-def _require_invocation(op: str, dataset: Examples, invocation: tuple[int, ...]) -> None:
+def _require_invocation(
+    op: str, lm: LanguageModel, dataset: Examples, invocation: tuple[int, ...], is_new: bool
+) -> None:
     """Check that an activated LoRA acts in the examples: where it does not act, it changes nothing.
 
+    Args:
+        is_new: the adapter is new, so that its invocation can be chosen.
     Raises:
         ValueError: no example has the invocation tokens.
     Warns:
@@ -267,11 +272,28 @@ def _require_invocation(op: str, dataset: Examples, invocation: tuple[int, ...])
     """
     without = int((~dataset.contains(invocation)).sum())
     where = f"{op}: {dataset.report.source}: {without} of {len(dataset)} examples"
-    words = f"do not have the invocation tokens {list(invocation)}, so the adapter would not act in them"
+    text = lm.tokenizer.decode(invocation)
+    words = (
+        f"{where} do not have the invocation tokens {list(invocation)}, the text {brief(text)}, so the "
+        "adapter would not act in them"
+    )
     if without == len(dataset):
-        raise ValueError(f"{where} {words}")
+        raise ValueError(words + (_invocation_advice(lm, dataset) if is_new else ""))
     if without:
-        warn_user(f"{where} {words}")
+        warn_user(words)
+
+
+def _invocation_advice(lm: LanguageModel, dataset: Examples) -> str:
+    """Which text an invocation should be, as the end of a message."""
+    advice = (
+        "; set --invocation (invocation=) to a text just before the answers, which becomes the same tokens "
+        "in each example"
+    )
+    if not dataset.report.chat:
+        return advice
+    asked = [lm.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], b) for b in (False, True)]
+    head = asked[1].removeprefix(asked[0]).strip()
+    return f"{advice}; in this chat template, {brief(head)} begins them" if head else advice
 
 
 def _planned(

@@ -167,6 +167,6 @@ class FinetuneReport:
             if best.step == self.history.kept_step:
                 return (
                     f"the lowest validation loss was {best.val_loss:.4f}, at step {best.step}: "
-                    "--resume --patience 1 ends the run now and saves that adapter"
+                    "--resume --patience 1 saves the adapter of that step and ends the run"
                 )
         return ""

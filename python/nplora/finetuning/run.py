@@ -335,7 +335,7 @@ def _finetune(
         with contextlib.ExitStack() as stack:
             callbacks = [reached, prepared, baseline, *own]
             if directory is not None:
-                reports, shown = Path(directory, REPORTS), _shown(chosen, lm)
+                reports, shown = Path(directory, REPORTS), _shown(chosen, inputs, batches)
                 callbacks += stack.enter_context(
                     reporting(chosen.report_to, reports, shown, lambda: loss.tokens)
                 )
@@ -402,12 +402,18 @@ def _computing(lm: LanguageModel, execution: ExecutionPlan, prefix: PrefixCache 
             prefix.close()
 
 
-def _shown(options: FinetuneOptions, lm: LanguageModel) -> dict[str, Any]:
-    """The settings that reports show as hyper-parameters."""
+def _shown(options: FinetuneOptions, inputs: RunInputs, batches: TokenBatches) -> dict[str, Any]:
+    """The settings that reports show as hyper-parameters: the options as they took effect, and the inputs."""
+    lm, held_out, summary = inputs.lm, inputs.held_out, batches.summary()
     chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    return {"model": lm.source, "trained_values": lm.num_trainable, "compute": lm.compute} | {
-        name: value for name, value in chosen.items() if name != "compute"
-    }
+    used = {name: summary[name] for name in ("batch_examples", "batch_tokens") if name in summary}
+    return {
+        "model": lm.source,
+        "data": summary["source"],
+        "examples": summary["examples"],
+        "valid": None if held_out is None else held_out.report.source,
+        "trained_values": lm.num_trainable,
+    } | (chosen | used | {"compute": lm.compute})
 
 
 def new_trainer(

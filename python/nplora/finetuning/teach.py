@@ -93,8 +93,8 @@ def teach(
 
     `finetune` with objective="distill" and this file as `teacher` does not need the teacher itself. In
     float16, each trained token takes 6 bytes for each of the `top_k` tokens, and 2 more bytes: 194 bytes for
-    32 tokens. Equal examples are stored once. In fine-tuning, the data may be split and weighted differently,
-    but their texts must become the same tokens.
+    32 tokens. Equal examples are stored once. Fine-tuning may split and weight the data in another way, but
+    the tokens of each example must be the same.
 
     Args:
         model: the teacher: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.

@@ -483,7 +483,7 @@ def _parent(target: Path, held: Directory | None) -> Iterator[int]:
 
 
 def unfinished(directory: int, targets: Container[str]) -> list[str]:
-    """The temporary files of these targets. A crash left them, or another call of `replace` writes them."""
+    """The temporary files of these targets: a crash left them, or another `replace` is writing them."""
     return [
         file
         for file in sorted(os.listdir(directory))

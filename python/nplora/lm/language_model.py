@@ -718,8 +718,8 @@ class LanguageModel(Module):
     ) -> list[list[TokenScores]]:
         """Score the tokens of several continuations of each prompt, as `token_scores` does.
 
-        A prompt is computed once, for all its continuations. An activated LoRA acts from the last invocation
-        tokens of the prompt on, as in `generate`.
+        A prompt is computed once, for all its continuations. An activated LoRA begins to act at the last
+        occurrence of its invocation tokens in the prompt, as in `generate`.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -784,7 +784,7 @@ class LanguageModel(Module):
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; nothing was updated.
-            ValueError: the model has no adapter; or as in `loss`.
+            ValueError: the model has no adapter; `loss` lists other reasons.
             TypeError: `optimizer` is not an optimiser of nplora; or as in `loss`.
             RuntimeError: as in `forward_backward`.
         """

@@ -24,9 +24,9 @@ class KVCache:
     Attributes:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
         lengths: int64 (slots,), the number of tokens in each slot. Lowering it drops the last tokens.
-        limits: int64 (slots,), the number of tokens that each slot may hold; initially `capacity`. LongRoPE
-            chooses a sequence's rotation factors by the limit. If a sequence will be shorter, lower the limit
-            before its first token.
+        limits: int64 (slots,), the number of tokens that each slot may hold; initially `capacity`. With
+            LongRoPE, the limit decides which rotation factors a sequence uses. If a sequence will be shorter,
+            lower the limit before its first token.
         keys, values: for each layer an array (slots, capacity, kv_heads · head_dim). The arrays take memory
             only as they are filled.
         activation: int64 (slots,), for an activated LoRA: the position from which on it acts in each slot;

@@ -70,7 +70,7 @@ class Optimizer:
             ['exp_avg.A', 'exp_avg.B', 'exp_avg_sq.A', 'exp_avg_sq.B', 'steps']
 
         Raises:
-            TypeError: `parameters` is not a list of `Parameter`, the result of `model.parameters()`.
+            TypeError: `parameters` is not a list of `Parameter`; `model.parameters()` returns such a list.
             ValueError: a parameter is not C-contiguous, or its gradient has another shape or dtype.
         """
         parameters = _checked(f"{type(self).__name__}.init", parameters)
@@ -108,7 +108,7 @@ class Optimizer:
             made and nothing is changed.
         Raises:
             ValueError: the parameters are not the same as in the first step.
-            TypeError: `parameters` is not a list of `Parameter`, the result of `model.parameters()`.
+            TypeError: `parameters` is not a list of `Parameter`; `model.parameters()` returns such a list.
             RuntimeError: a parameter is read-only, such as the factors of a merged layer.
         """
         op = f"{type(self).__name__}.step"
@@ -400,7 +400,7 @@ def global_norm(parameters: Iterable[Parameter]) -> float:
         2.0
 
     Raises:
-        TypeError: `parameters` is not a list of `Parameter`, the result of `model.parameters()`.
+        TypeError: `parameters` is not a list of `Parameter`; `model.parameters()` returns such a list.
     """
     return math.sqrt(_core.sum_of_squares(tuple(p[2] for p in _checked("global_norm", parameters))))
 

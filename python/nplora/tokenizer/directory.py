@@ -118,7 +118,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> int:
-    """How many times longer a step can make a text or its token list."""
+    """The largest factor by which a step can lengthen a text or its token list."""
     kind = step.get("type")
     if kind == "Replace":
         replaced = step["pattern"].get("String", " ")

@@ -108,6 +108,10 @@ class ArrayBatches:
             "seed": self.seed,
         }
 
+    def summary(self) -> dict[str, Any]:
+        """What the log of a run says about these batches."""
+        return {"rows": len(self.x), "batch_size": self.batch_size}
+
 
 class IterableBatches:
     """The batches (x, y) of a user's iterable, which is iterated over once in each epoch.
@@ -189,7 +193,7 @@ def validation_of(op: str, validation: Any, batch_size: int, several: bool) -> B
         x, y = validation
         return ArrayBatches(op, x, y, batch_size, names=("validation[0]", "validation[1]"))
     if isinstance(validation, np.ndarray):
-        raise TypeError(f"{op} is an array of shape {validation.shape} without its targets, {wanted}")
+        raise TypeError(f"{op} is an array of shape {validation.shape} and has no targets, {wanted}")
     if isinstance(validation, Sequence) and any(isinstance(part, np.ndarray) for part in validation):
         raise TypeError(
             f"{op} is a {type(validation).__name__} of {len(validation)} that contains an array, {wanted}"

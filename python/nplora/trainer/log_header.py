@@ -1,4 +1,4 @@
-"""The header of a run's log: the model, the command, the version and the machine."""
+"""The header of a run's log: the model, the data, the command, the version and the machine."""
 
 import datetime
 import shlex
@@ -8,22 +8,26 @@ from typing import Any
 from nplora import _core
 from nplora.nn.module import Module
 from nplora.runtime.machine import machine
+from nplora.trainer.batches import Batches
 
 HEADER = "header"  # the event of the log's first line
 
 _MOST = 4000  # the most characters of a text, so that a line of the log stays short
 
 
-def log_header(model: Module) -> dict[str, Any]:
+def log_header(model: Module, batches: Batches, validation: Batches | None) -> dict[str, Any]:
     """Make the record for the log about the program that begins or resumes a run.
 
-    "command" is the command line of the program, or of the kernel in a notebook.
+    "command" is the command line of the program, or of the kernel in a notebook. "data" and "valid" say what
+    is trained and evaluated, and in batches of which size.
     """
     return {
         "nplora": str(_core.config()["version"]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": _text(shlex.join(sys.orig_argv)),
         "model": _text(_shown(model)),
+        "data": _summary(batches),
+        "valid": None if validation is None else _summary(validation),
         "machine": machine(),
     }
 
@@ -34,6 +38,13 @@ def _shown(model: Module) -> str:
         return repr(model)
     except Exception:
         return type(model).__name__
+
+
+def _summary(batches: Batches) -> dict[str, Any]:
+    """What the batches say about themselves, and their number in an epoch."""
+    summary: dict[str, Any] = getattr(batches, "summary", dict)()
+    shown = {name: _text(value) if isinstance(value, str) else value for name, value in summary.items()}
+    return shown | {"batches": batches.length}
 
 
 def _text(text: str) -> str:

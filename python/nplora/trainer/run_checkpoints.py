@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 from nplora.nn.losses import NonFiniteLossError
 from nplora.runtime.user_warning import warn_user
@@ -59,9 +60,12 @@ class RunCheckpoints:
     def begin(self) -> None:
         """Begin the log of a new run. `save` then writes the first checkpoint."""
         self._directory.begin()
-        self._directory.log({"event": HEADER, **log_header(self._state.model)})
+        self._directory.log({"event": HEADER, **self._header()})
         start = {"total_steps": self._state.total_steps, "settings": self._settings}
         self._directory.log({"event": "start", **start})
+
+    def _header(self) -> dict[str, Any]:
+        return log_header(self._state.model, self._config.batches, self._config.validation)
 
     def resume(self) -> bool:
         """Load the state of the run in the directory; return False if the directory holds no run.
@@ -91,7 +95,7 @@ class RunCheckpoints:
         self._directory.cut_log(checkpoint.log_bytes)
         for event, record in unlogged:
             self._directory.log({"event": event, **record.row()})
-        self._directory.log({"event": "resume", "step": self._state.step, **log_header(self._state.model)})
+        self._directory.log({"event": "resume", "step": self._state.step, **self._header()})
         if checkpoint is not newest:
             self._saved = None
             self.save(must=True)  # so that this older checkpoint becomes the newest

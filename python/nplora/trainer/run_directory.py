@@ -4,7 +4,8 @@ The directory holds
 
     checkpoint-0.safetensors, checkpoint-1.safetensors     the last two checkpoints, written in turn
     log.jsonl                                              a header, and a line for every step and epoch
-    reference.safetensors                                  of some objectives, written by nplora.finetuning
+    reference.safetensors                                  log-probabilities of the model without its adapter,
+                                                           for some objectives; nplora.finetuning writes it
     lock                                                   exists while a run writes here; contains its PID
 
 A new checkpoint is written to a temporary file, which is then renamed over the older checkpoint

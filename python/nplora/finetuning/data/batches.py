@@ -115,6 +115,18 @@ class TokenBatches:
             "seed": self.seed,
         }
 
+    def summary(self) -> dict[str, Any]:
+        """What the log of a run says about these batches, as JSON values."""
+        report = self.dataset.report
+        sizes = {"batch_tokens": self._tokens, "batch_examples": self._examples}
+        return {
+            "source": report.source,
+            "format": report.kind,
+            "examples": report.examples,
+            "tokens": report.tokens,
+            "trained_tokens": report.learned,
+        } | {name: size for name, size in sizes.items() if size is not None}
+
     def _grouped(self, batch_tokens: int) -> list[Array]:
         """The indices of the examples in each batch."""
         lengths, order = self.dataset.lengths, self._order(len(self.dataset), 0)

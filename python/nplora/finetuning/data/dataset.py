@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex, overload
+from typing import Any, NamedTuple, SupportsIndex, overload
 
 import numpy.typing as npt
 
@@ -15,12 +16,15 @@ from nplora.finetuning.data.builder import Builder
 from nplora.finetuning.data.encoding import LEARN, Encoded, Encoder
 from nplora.finetuning.data.examples import Example
 from nplora.finetuning.data.kinds import BY_NAME, FIELDS, Kind, lacks_context, recognise, renamed
-from nplora.finetuning.data.parsing.fields import Fields
+from nplora.finetuning.data.parsing.fields import Fields, renaming
+from nplora.finetuning.data.parsing.preferences import prompt_among
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Data, Source, sources_of
 from nplora.finetuning.data.stored import Stored
-from nplora.formats.errors import DataError, LimitError, brief, nearest_names
+from nplora.formats.errors import DataError, LimitError, brief, counted, nearest_names
+from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch, pack
+from nplora.runtime.user_warning import warn_user
 from nplora.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -94,7 +98,7 @@ class ReadOptions:
 
 def read_dataset(
     data: Data,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | LanguageModel,
     *,
     max_length: int | None = None,
     learn: str = "completion",
@@ -133,7 +137,7 @@ def read_dataset(
               Face.
             - a list of paths, or of pairs (path, weight). An epoch has each example of a file `weight` times.
               A fraction takes that share of the examples, which stays the same in every epoch.
-        tokenizer: the model's tokenizer.
+        tokenizer: the model's tokenizer, or the model.
         max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
         learn: "completion" trains the tokens that are listed above; "all" trains all tokens.
         format: format of the rows: "messages", "sharegpt", "alpaca", "completion" or "text"; None: the fields
@@ -168,7 +172,22 @@ def read_dataset(
     """
     op = "read_dataset"
     options = ReadOptions(max_length, learn, format, columns or {}, chat, skip_bad, strict, op)
-    return read_sources(op, sources_of(op, data), tokenizer, options)
+    return read_sources(op, sources_of(op, data), tokenizer_of(op, tokenizer), options)
+
+
+def tokenizer_of(op: str, given: object) -> Tokenizer:
+    """The tokenizer that is given, or that of a model.
+
+    Raises:
+        TypeError: it is neither of them.
+    """
+    found: Any = given.tokenizer if isinstance(given, LanguageModel) else given
+    if not hasattr(found, "eos_id"):
+        raise TypeError(
+            f"{op}: tokenizer is {_check.kind(found)}, expected a model or its tokenizer, such as "
+            "nplora.load_model(path).tokenizer"
+        )
+    return found  # type: ignore[no-any-return]
 
 
 def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: ReadOptions) -> Dataset:
@@ -222,9 +241,10 @@ def add_rows(
     """
     encoder = Encoder(tokenizer, options.learn == "all", options.max_length, options.chat)
     kind: Kind | None = None
+    without_prompt = collections.Counter[str]()
     for row in source.read():
         try:
-            kind, example, unused = parsed(row, kind, options, require)
+            kind, example, unused, unread = parsed(row, kind, options, require)
             examples = examples_of(example, encoder.encode(example, row.where))
         except (DataError, LimitError) as error:
             builder.bad.skip(error, options.skip_bad)
@@ -232,6 +252,28 @@ def add_rows(
         builder.kind = kind.name
         for sequences in examples:
             builder.add(sequences, row.where, unused)
+        if kind.name == "preference" and (prompt := forgotten_prompt(row, unread, options)):
+            without_prompt[prompt] += 1
+    for name, count in without_prompt.items():
+        warn_user(f"{source.name}: {without_prompt_words(name, count)}")
+
+
+def forgotten_prompt(row: Row, unread: dict[str, Any], options: ReadOptions) -> str | None:
+    """The field that probably holds the prompt of a comparison, if the comparison has no prompt of its own.
+
+    In two chats, the messages that both begin with are the prompt.
+    """
+    prompt, messages, chosen = (
+        row.values.get(options.columns.get(name, name)) for name in ("prompt", "conversations", "chosen")
+    )
+    return prompt_among(unread) if not prompt and not messages and isinstance(chosen, str) else None
+
+
+def without_prompt_words(name: str, count: int) -> str:
+    """A warning that some comparisons have no prompt."""
+    return (
+        f"{counted(count, 'row')} with chosen and rejected, but without a prompt; {renaming('prompt', name)}"
+    )
 
 
 def _require_one_answer(kind: Kind, where: str) -> None:
@@ -264,10 +306,26 @@ def kind_of(
     return _kind_and_values(row, before, options, require)[0]
 
 
+class Parsed(NamedTuple):
+    """A row after its fields are read.
+
+    Attributes:
+        kind: its kind.
+        example: what it says.
+        lacks_context: whether the row has tools or documents that the example lacks.
+        unread: the other fields that are not used and not empty, with the names that they have in the data.
+    """
+
+    kind: Kind
+    example: Example
+    lacks_context: bool
+    unread: dict[str, Any]
+
+
 def parsed(
     row: Row, before: Kind | None, options: ReadOptions, require: Callable[[Kind, str], None] | None = None
-) -> tuple[Kind, Example, bool]:
-    """The kind of a row, as `kind_of` finds it, the row's example, and whether that lacks the row's tools.
+) -> Parsed:
+    """Read the fields of a row, whose kind `kind_of` finds.
 
     Args:
         before: the kind of the rows before; None: any.
@@ -275,8 +333,12 @@ def parsed(
     Raises the error that occurred when the row was read, or a DataError.
     """
     kind, values = _kind_and_values(row, before, options, require)
-    example = kind.parse(Fields(values, row.where))
-    return kind, example, lacks_context(values, example)
+    fields, columns = Fields(values, row.where), options.columns
+    example = kind.parse(fields)
+    unread = {columns.get(name, name): value for name, value in fields.unread().items()}
+    replaced = (name for name in columns if name in row.values and name not in columns.values())
+    unread |= {name: row.values[name] for name in replaced}
+    return Parsed(kind, example, lacks_context(values, example), unread)
 
 
 def _kind_and_values(

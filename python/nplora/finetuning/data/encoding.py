@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from nplora.finetuning.data.examples import (
     Text,
     through_template,
 )
-from nplora.formats.errors import DataError, FormatError, LimitError, UnsafeError, UnsupportedError
+from nplora.formats.errors import DataError, FormatError, LimitError, UnsafeError, UnsupportedError, brief
 from nplora.tokenizer import Tokenizer
 from nplora.tokenizer.chat_template import RefusedChatError
 
@@ -149,7 +150,25 @@ class Encoder:
             )
             if is_left_out:
                 trained[turn.start : turn.stop] = [False] * len(turn)
+            elif turn.stop < len(chat.ids) or len(chat.ids) != self._most:  # the turn is not cut
+                self._require_calls(messages[index], chat.ids[turn.start : turn.stop], where)
         return Encoded(chat.ids, trained, bool(chat.unused), is_chat=True)
+
+    def _require_calls(self, message: Message, ids: list[int], where: str) -> None:
+        """Check that a trained turn has the names of all functions that its message calls.
+
+        Without them, the model would learn to end its turn at once.
+        """
+        calls = message.get("tool_calls") or ()
+        text = self._tokenizer.decode(ids) if calls else ""
+        for call in calls:
+            name = call["function"]["name"]
+            if name not in text and json.dumps(name, allow_nan=False)[1:-1] not in text:
+                raise DataError(
+                    f"{where}: the chat template of this model leaves out the tool call {brief(name)}, so it "
+                    "cannot be trained; use a model whose template writes tool calls, or give the call as "
+                    "text in 'content'"
+                )
 
 
 def _unusual_order(messages: list[Message]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nplora.finetuning.data.examples import Chat, Example, Judged, Preference
 from nplora.finetuning.data.parsing import choices, messages, preferences, sharegpt, texts
-from nplora.finetuning.data.parsing.fields import Fields
+from nplora.finetuning.data.parsing.fields import CONTEXT, Fields
 from nplora.formats.errors import DataError, brief
 
 
@@ -61,11 +61,12 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
     if len(found) > 1:
         (one, first), (other, second) = list(found.items())[:2]
         raise DataError(
-            f"{where}: the row has both {first} and {second}, expected only one of them; format={one!r} or "
-            f"{other!r} decides"
+            f"{where}: the row has both {first} and {second}, expected only one of them; --format {one} "
+            f"or {other} (format={one!r} or {other!r}) decides"
         )
     if not found:
-        raise DataError(f"{where}: the row has {brief(list(values))}, expected {_EXPECTED}")
+        renames = "--columns OURS=THEIRS (columns={'OURS': 'THEIRS'}) renames fields"
+        raise DataError(f"{where}: the row has {brief(list(values))}, expected {_EXPECTED}; {renames}")
     return BY_NAME[next(iter(found))]
 
 
@@ -101,7 +102,7 @@ def lacks_context(values: Mapping[str, Any], example: Example) -> bool:
         answer = example.chosen
     elif isinstance(example, Judged):
         answer = example.answer
-    return not isinstance(answer, Chat) and any(_is_given(values.get(name)) for name in messages.CONTEXT)
+    return not isinstance(answer, Chat) and any(_is_given(values.get(name)) for name in CONTEXT)
 
 
 def _is_given(context: object) -> bool:

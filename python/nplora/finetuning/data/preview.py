@@ -7,23 +7,34 @@ import hashlib
 import itertools
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from nplora import _check
 from nplora.finetuning.data.bad_rows import BadRows
 from nplora.finetuning.data.builder import MOST_EXAMPLES, copies, is_emptied
-from nplora.finetuning.data.dataset import PLAIN_TEXT, ReadOptions, parsed, text_windows
+from nplora.finetuning.data.dataset import (
+    PLAIN_TEXT,
+    ReadOptions,
+    forgotten_prompt,
+    parsed,
+    text_windows,
+    tokenizer_of,
+    without_prompt_words,
+)
 from nplora.finetuning.data.encoding import Encoded, Encoder
 from nplora.finetuning.data.examples import Judged
 from nplora.finetuning.data.kinds import Kind
 from nplora.finetuning.data.sources import Data, Source, sources_of, splits_of
 from nplora.finetuning.data.split import Division
-from nplora.formats.errors import DataError, FormatError, LimitError, counted
+from nplora.formats.errors import DataError, FormatError, LimitError, brief, counted
+from nplora.lm import LanguageModel
 from nplora.tokenizer import Tokenizer
 
 _BAR = 40  # characters of the longest bar
 _MOST_SHOWN = 2000  # characters of an example
+_FIELDS = 10  # names that are shown of the fields that are not used
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # may change a terminal
 _TRAINED, _PLAIN = "\x1b[1;32m", "\x1b[0m"
 _PURPOSE = {  # of rows that `finetune` does not read without an objective
@@ -85,6 +96,9 @@ class Part:
             on, or the answers of a pair are the same.
         unused: the number of examples with messages, tools or documents that the chat template leaves
             out.
+        unread: the fields that are not used, each with the number of rows that have it.
+        without_prompt: the comparisons without a prompt whose prompt is probably in another field: that
+            field, with the number of rows.
         repeated: the number of examples that repeat an earlier example.
         bad: the number of bad rows.
         problems: the errors of the first few bad rows.
@@ -100,9 +114,16 @@ class Part:
     lost: int
     emptied: int
     unused: int
+    unread: dict[str, int]
+    without_prompt: dict[str, int]
     repeated: int
     bad: int
     problems: tuple[str, ...]
+
+    @property
+    def usable(self) -> int:
+        """The number of examples that are not left out."""
+        return self.examples - self.emptied
 
 
 @dataclass(frozen=True)
@@ -127,6 +148,18 @@ class Preview:
     examples: tuple[Example, ...]
     shared: int
 
+    def require_usable(self) -> None:
+        """Check that there is something to train on, and to evaluate on if there are data for it.
+
+        Raises:
+            DataError: all rows are bad, or are left out.
+        """
+        for part in (self.train, self.valid):
+            if part is not None and not part.usable:
+                reasons = [counted(part.bad, "bad row")] if part.bad else []
+                reasons += [f"{part.emptied:,} left out after the cut"] if part.emptied else []
+                raise DataError(f"{part.source}: no row can be used: {', '.join(reasons)}")
+
     def text(self, colour: bool = False) -> str:
         """The preview as text. With `colour`, the trained parts are green, for a terminal."""
         blocks = [_summary(self.train, self.max_length)]
@@ -150,7 +183,7 @@ class Preview:
 
 def preview(
     data: Data,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | LanguageModel,
     *,
     valid: Data | None = None,
     valid_split: float | None = None,
@@ -202,7 +235,7 @@ def preview(
     elif valid is not None:
         found = sources_of(op, valid)
     division = None if valid_split is None else Division(op, sources, valid_split, options)
-    reader = _Reader(op, tokenizer, options, max_length)
+    reader = _Reader(op, tokenizer_of(op, tokenizer), options, max_length)
     train, seen, shown = reader.read(sources if division is None else division.train, examples)
     if division is not None:
         found = division.held_out()
@@ -223,6 +256,8 @@ class _Found:
     weight: float
     unused: bool
     good: bool | None
+    unread: tuple[str, ...] = ()
+    forgotten: str | None = None  # the field that probably holds the prompt
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -248,7 +283,7 @@ class _Reader:
         """The summary, the number of times that each example occurs, and the first examples."""
         lengths, seen, examples, bad = list[int](), dict[bytes, int](), list[Example](), BadRows()
         count = epoch = trained = cut = lost = emptied = unused = 0
-        kinds = dict[str, None]()
+        kinds, unread, without_prompt = dict[str, None](), Counter[str](), Counter[str]()
         for found in self._rows(sources):
             if isinstance(found, FormatError):
                 bad.skip(found)
@@ -265,6 +300,8 @@ class _Reader:
             emptied += left_out
             epoch += 0 if left_out else copies(found.weight, tokens)
             unused += found.unused
+            unread.update(found.unread)
+            without_prompt.update([found.forgotten] if found.forgotten else [])
             digest = found.digest()
             seen[digest] = seen.get(digest, 0) + 1
             if count <= shown:
@@ -274,8 +311,8 @@ class _Reader:
             raise DataError(f"{names}: no examples")
         repeated = sum(seen.values()) - len(seen)
         part = Part(
-            names, tuple(kinds), count, epoch, tuple(lengths), trained, cut, lost, emptied, unused, repeated,
-            bad.count, tuple(bad.problems),
+            names, tuple(kinds), count, epoch, tuple(lengths), trained, cut, lost, emptied, unused,
+            dict(unread), dict(without_prompt), repeated, bad.count, tuple(bad.problems),
         )  # fmt: skip
         return part, seen, tuple(examples)
 
@@ -290,14 +327,19 @@ class _Reader:
             before: Kind | None = None
             for row in source.read():
                 try:
-                    before, example, unused = parsed(row, before, self._options)
+                    before, example, unused, unread = parsed(row, before, self._options)
                     sequences = self._encoder.encode(example, row.where)
                 except (DataError, LimitError) as error:
                     yield error
                     continue
                 unused = unused or any(sequence.unused for sequence in sequences)
                 good = example.good if isinstance(example, Judged) else None
-                yield _Found(row.where, before.name, sequences, source.weight, unused, good)
+                forgotten = None
+                if before.name == "preference":
+                    forgotten = forgotten_prompt(row, unread, self._options)
+                yield _Found(
+                    row.where, before.name, sequences, source.weight, unused, good, tuple(unread), forgotten
+                )
 
     def _shown(self, found: _Found) -> Iterator[Example]:
         for name, sequence in zip(found.names, found.sequences, strict=True):
@@ -313,7 +355,7 @@ def _summary(part: Part, max_length: int) -> str:
         f"{part.source} ({', '.join(part.kinds) or 'no format'}): "
         f"{counted(part.examples, unit)}, {counted(tokens, 'token')} ({part.trained:,} in the loss)"
     ]
-    if part.epoch != part.examples - part.emptied:
+    if part.epoch != part.usable:
         refused = f", and at most {MOST_EXAMPLES:,} are possible" if part.epoch > MOST_EXAMPLES else ""
         lines.append(f"  with the weights, an epoch has {counted(part.epoch, unit)}{refused}")
     lines += [f"  {_PURPOSE[kind]}" for kind in part.kinds if kind in _PURPOSE]
@@ -329,6 +371,11 @@ def _summary(part: Part, max_length: int) -> str:
     if part.unused:
         examples = counted(part.unused, unit)
         lines.append(f"  {examples} with messages, tools or documents that the template leaves out")
+    if part.unread:
+        shown = [f"{brief(name)} of {counted(count, 'row')}" for name, count in part.unread.items()]
+        more = f", and {len(shown) - _FIELDS:,} more" if len(shown) > _FIELDS else ""
+        lines.append(f"  fields that are not used: {', '.join(shown[:_FIELDS])}{more}")
+    lines += [f"  {without_prompt_words(name, count)}" for name, count in part.without_prompt.items()]
     if part.bad:
         lines.append(f"  {counted(part.bad, 'bad row')}, which finetune refuses, or skips with skip_bad:")
         lines += [f"    {problem}" for problem in part.problems]

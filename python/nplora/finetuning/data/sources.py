@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from nplora import _check
-from nplora.finetuning.data.rows import COMPRESSED, SUFFIXES, Row, is_text, read_rows
+from nplora.finetuning.data.rows import COMPRESSED, SUFFIXES, Row, is_text, read_rows, suffix_of
 from nplora.finetuning.data.tables import frame_rows, plain, without_nulls
 from nplora.formats import files
 from nplora.formats.errors import DataError, LimitError, brief
@@ -81,7 +81,9 @@ def splits_of(op: str, data: Data) -> Splits:
             return _splits_of_paths(op, list(given))
         is_table = hasattr(given, "column_names")  # a dataset of Hugging Face
         return Splits([_objects(given, is_table)], None)
-    raise TypeError(f"{op}: data is {_check.kind(data)}, expected a path, paths, or rows")
+    hint = "; its method .collect() returns one" if hasattr(type(data), "collect_schema") else ""
+    wanted = "a path, paths, or rows such as a list of dictionaries or a data frame"
+    raise TypeError(f"{op}: data is {_check.kind(data)}, expected {wanted}{hint}")
 
 
 def sources_of(op: str, data: Data) -> list[Source]:
@@ -112,6 +114,9 @@ def _splits_of_paths(op: str, given: list[Any]) -> Splits:
             raise TypeError(
                 f"{op}: data has {brief(path)}, expected paths, pairs (path, weight), or rows as dictionaries"
             )
+        if isinstance(path, str) and suffix_of(path) not in SUFFIXES and not os.path.exists(path):
+            hint = 'no such file; if this is a text to train on, expected a row {"text": …}'
+            raise FileNotFoundError(errno.ENOENT, hint, brief(path))
         if _check.number(op, f"the weight of {files.name(path)}", weight) <= 0:
             raise ValueError(f"{op}: the weight of {files.name(path)} is {weight}, expected above 0")
     train, valid = list[Source](), list[Source]()

@@ -76,7 +76,7 @@ class Division:
 
     def _is_held_out(self, row: Row) -> bool:
         try:
-            example = parsed(row, None, self._options)[1]
+            example = parsed(row, None, self._options).example
         except (DataError, LimitError):
             return False
         return is_held_out(example, self._share, row.where)

@@ -112,26 +112,35 @@ def measure_answers(
     max_new_tokens: int,
     record: Callable[[dict[str, Any]], None],
 ) -> list[Measured]:
-    """The scores of the generated answers, by each metric.
+    """The scores of the generated answers, by each metric. A metric that always fails has no value (NaN).
 
     Args:
         record: is called with the answer and the scores of each prompt.
     """
     scores = np.zeros((len(metrics), len(questions)))
-    before = [metric.failed for metric in metrics]
+    for metric in metrics:
+        metric.failed, metric.error = 0, ""
     for place, answer in enumerate(answers(lm, questions, max_new_tokens)):
         question = questions[place]
         for index, metric in enumerate(metrics):
             scores[index, place] = metric.score(answer, question.reference, question.row, question.where)
         named = {metric.name: float(score) for metric, score in zip(metrics, scores[:, place], strict=True)}
         record({"row": question.where, "answer": answer, "reference": question.reference, **named})
-    failed = [metric.failed - count for metric, count in zip(metrics, before, strict=True)]
-    for metric, count in zip(metrics, failed, strict=True):
-        if count:
-            examples = counted(len(questions), "example")
-            warn_user(f"the metric {metric.name} failed in {count} of {examples}, which count as 0")
+    for metric, row in zip(metrics, scores, strict=True):
+        if metric.failed == len(questions):
+            row[:] = np.nan
+        if metric.failed:
+            warn_user(_failures(metric, len(questions)))
     ones = np.ones(len(questions))
     return [
-        Measured(metric.name, row, ones, failed=count)
-        for metric, row, count in zip(metrics, scores, failed, strict=True)
+        Measured(metric.name, row, ones, failed=metric.failed, error=metric.error)
+        for metric, row in zip(metrics, scores, strict=True)
     ]
+
+
+def _failures(metric: Metric, count: int) -> str:
+    """A warning that a metric failed in some of `count` examples."""
+    examples = counted(count, "example")
+    if metric.failed == count:
+        return f"the metric {metric.name} failed in all of {examples}, so it has no value: {metric.error}"
+    return f"the metric {metric.name} failed in {metric.failed} of {examples}, which count as 0"

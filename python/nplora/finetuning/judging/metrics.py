@@ -23,6 +23,7 @@ from nplora.runtime.stderr import stderr
 # Takes the answer, the reference and the row of the data; returns a number, higher for better answers.
 MetricFunction: TypeAlias = Callable[[str, str, dict[str, Any]], float]
 
+_MESSAGE = 200  # characters of an error's message that a result holds
 _SHOWN = 3  # tracebacks of a metric, each of another kind
 # Names that a record or a result of an evaluation has already.
 _RESERVED = {
@@ -90,13 +91,18 @@ BY_NAME: dict[str, MetricFunction] = {"exact_match": exact_match, "f1": f1}
 
 @dataclass
 class Metric:
-    """A metric by its name. It counts the examples in which the function failed."""
+    """A metric by its name.
+
+    Attributes:
+        failed: the number of examples in which the function failed.
+        error: the first error.
+    """
 
     name: str
     function: MetricFunction
 
     def __post_init__(self) -> None:
-        self.failed = 0
+        self.failed, self.error = 0, ""
         self._seen = set[tuple[Any, ...]]()
 
     def score(self, answer: str, reference: str, row: dict[str, Any], where: str) -> float:
@@ -108,6 +114,7 @@ class Metric:
                 raise ValueError(f"the metric returned {brief(found)}, expected a finite number")
         except (Exception, SystemExit) as error:
             self.failed += 1
+            self.error = self.error or brief_error(error)
             self._show(error, where)
             return 0.0
         return score
@@ -122,6 +129,12 @@ class Metric:
         error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # without our own frame
         text = "".join(traceback.format_exception(error))
         print(f"metric {self.name} failed in {where}:\n{text}", file=stderr, end="", flush=True)
+
+
+def brief_error(error: BaseException) -> str:
+    """The class and the first line of the message of an error."""
+    first = str(error).strip().partition("\n")[0][:_MESSAGE]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def metrics_of(op: str, given: object) -> list[Metric]:

@@ -18,6 +18,7 @@ from nplora.finetuning.judging.statistics import (
 )
 
 SIGNIFICANT = 0.05
+NO_VALUE = "n/a"  # the value of a metric that failed in all examples
 _LEAST = 6  # examples; with n < 6 examples, p is at least 2 / 2^n, which is not below SIGNIFICANT
 _RATES = 3  # decimals of a metric between 0 and 1
 _LOSS = "loss"
@@ -27,10 +28,12 @@ class Score(TypedDict):
     """A metric with its 95 % confidence interval.
 
     Keys:
-        value: the metric.
+        value: the metric; NaN, which is null in JSON, if the metric failed in all examples.
         low, high: the interval, by a bootstrap over the examples; None for fewer than two examples.
         examples: the number of examples.
-        failed: the number of examples that the metric could not score; the score of each of them counts as 0.
+        failed: the number of examples that the metric could not score; the score of each of them counts as 0,
+            unless these are all examples.
+        error: the first error of the metric; empty if it never failed.
 
     >>> nplora.evaluate("model.gguf", "valid.jsonl")["metrics"]["token_accuracy"]["examples"]
     4
@@ -41,6 +44,7 @@ class Score(TypedDict):
     high: float | None
     examples: int
     failed: int
+    error: str
 
 
 class MeanLoss(TypedDict):
@@ -104,7 +108,12 @@ def _score(measured: Measured) -> Score:
     found = interval(measured)
     low, high = (None, None) if found is None else found
     return Score(
-        value=measured.value, low=low, high=high, examples=len(measured.values), failed=measured.failed
+        value=measured.value,
+        low=low,
+        high=high,
+        examples=len(measured.values),
+        failed=measured.failed,
+        error=measured.error,
     )
 
 
@@ -149,6 +158,9 @@ class Difference:
 
     def __str__(self) -> str:
         other = "the base" if self.other == BASE else self.other
+        if math.isnan(self.difference) and self.metric != _LOSS:
+            values = " and ".join(shown(self.metric, value) for value in self.values)
+            return f"{self.one} and {other} cannot be compared by {self.metric}: {values}"
         judgement = {
             True: f"{self.one} is better than {other}",
             False: f"{self.one} is worse than {other}",
@@ -186,6 +198,8 @@ def difference_of(name: str, one: Measured, other_name: str, other: Measured) ->
 
 def shown(metric: str, value: float) -> str:
     """A value of a metric as text."""
+    if math.isnan(value) and metric not in (_LOSS, "perplexity"):
+        return NO_VALUE
     if not math.isfinite(value):
         return str(value)
     if metric == "perplexity":

@@ -32,6 +32,7 @@ class Measured:
         values, weights: float64 (examples,). For a loss: the summed loss of an example, and its tokens.
         lower_is_better: whether a lower metric is better.
         failed: the number of examples that could not be scored.
+        error: the first error of the metric, if some could not.
         exact: the metric, if it was computed by sums in another order; None: it is computed from the arrays.
     """
 
@@ -41,6 +42,7 @@ class Measured:
     lower_is_better: bool = False
     failed: int = 0
     exact: float | None = None
+    error: str = ""
 
     @property
     def value(self) -> float:

@@ -46,6 +46,8 @@ def _cell(name: str, score: Score) -> str:
 
 
 def _failures(score: Score) -> str:
+    if score["failed"] == score["examples"] > 0:
+        return f", failed in all of {counted(score['examples'], 'example')} ({score['error']})"
     return f", {score['failed']:,} failed" if score["failed"] else ""
 
 

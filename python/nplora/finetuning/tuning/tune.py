@@ -31,6 +31,7 @@ from nplora.finetuning.tuning.search import Search, winner_of
 from nplora.finetuning.tuning.space import Settings, Space, require_values, space_of
 from nplora.finetuning.tuning.trial import Trial
 from nplora.formats import files
+from nplora.formats.errors import counted
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
 from nplora.models import PrefixCache
@@ -38,6 +39,7 @@ from nplora.nn.losses import NonFiniteLossError
 from nplora.trainer.directory_lock import DirectoryLock
 from nplora.trainer.evaluation import evaluate
 
+_FEW = 30  # held-out examples; with fewer, the standard error is near the differences of good settings
 _SPLIT = 0.1  # the share that is held out if there are no validation data
 _PREFIX_SHARE = 0.25  # share of the available memory; a larger cache is made only if the options ask for it
 
@@ -159,6 +161,8 @@ class _Tuning:
         planned = predicted("tune", inputs, adapters_of("tune", inputs, largest), largest, execution)
         for dataset in inputs.datasets:
             self.say(str(dataset.report))
+        if noise := _noise(len(inputs.held_out)):
+            self.say(noise)
 
         self.output.mkdir(parents=True, exist_ok=True)
         with files.Directory(self.output) as directory, DirectoryLock(directory, "another search or run"):
@@ -195,7 +199,7 @@ class _Tuning:
                 search.run()
             except KeyboardInterrupt:
                 search.ended = "interrupted"
-        return self._report(search)
+        return self._report(search, _noise(len(inputs.held_out or ())))
 
     def _largest(self, inputs: RunInputs, space: Space, full: int) -> FinetuneOptions:
         """The options of the trial that trains the most values. It needs the most memory."""
@@ -234,7 +238,7 @@ class _Tuning:
             "sampler": self.chosen.sampler,
         }
 
-    def _report(self, search: Search) -> TuneReport:
+    def _report(self, search: Search, noise: str) -> TuneReport:
         log = search.log
         assert log.baseline is not None
         winner = winner_of(log.trials, search.full)
@@ -245,7 +249,8 @@ class _Tuning:
             command = self._command(options)
         return TuneReport(
             self.output, tuple(log.trials), winner, options, command, log.baseline[0], log.seconds,
-            search.budget, search.ended, tuple(_notes(winner, log.trials, search.full)),
+            search.budget, search.ended,
+            (*([noise] if noise else []), *_notes(winner, log.trials, search.full)),
         )  # fmt: skip
 
     def _options(self, winner: Trial, search: Search) -> dict[str, Any]:
@@ -276,6 +281,16 @@ def _named(data: Data, otherwise: str) -> list[tuple[str, float]]:
     if not all(isinstance(path, str | os.PathLike) for path, _ in pairs):
         return [(otherwise, 1.0)]
     return [(files.name(path), float(weight)) for path, weight in pairs]
+
+
+def _noise(examples: int) -> str:
+    """A note if the trials are compared on few examples."""
+    if examples >= _FEW:
+        return ""
+    return (
+        f"{counted(examples, 'held-out example')}: the differences between the losses are mostly noise; "
+        f"at least {_FEW} give useful results, and 100 or more are better"
+    )
 
 
 def _notes(winner: Trial | None, trials: Sequence[Trial], full: int) -> Iterator[str]:

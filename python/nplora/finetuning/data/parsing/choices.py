@@ -14,7 +14,7 @@ _LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # labels of choices for which a 
 
 
 def multiple_choice(row: Fields) -> Example:
-    name = "question" if row.has("question") and not row.has("prompt") else "prompt"
+    name = "question" if not row.has("prompt") and row.has("question") else "prompt"
     prompt = row.get(name)
     if isinstance(prompt, list) and prompt:
         prompt = messages_of(row, name, prompt)

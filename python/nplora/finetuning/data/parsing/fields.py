@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nplora.finetuning.data.examples import Objects
 from nplora.formats import strict_json
 from nplora.formats.errors import DataError, brief
 
+CONTEXT = ("tools", "documents")  # fields of a row that the chat template gets besides the messages
+
+
+class _Noted(Mapping[str, Any]):
+    """A mapping that notes which of its keys were looked up."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.raw, self.asked = values, set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return self.raw[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.raw)
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
 
 class Fields:
-    """The fields of a row, with checks. A field that is null counts as missing."""
+    """The fields of a row, with checks. A field that is null counts as missing.
+
+    A field that is looked up counts as used.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values, self.where = values, where
+        self.values, self.where = _Noted(values), where
+
+    def unread(self) -> dict[str, Any]:
+        """The fields that were not looked up and are not empty. Tools and documents are counted elsewhere."""
+        known = self.values.asked.union(CONTEXT)
+        return {k: v for k, v in self.values.raw.items() if k not in known and not _is_empty(v)}
 
     def has(self, name: str) -> bool:
         return self.values.get(name) is not None
@@ -22,7 +49,7 @@ class Fields:
     def get(self, name: str) -> Any:
         """The value of a field that must be there."""
         if name not in self.values:
-            raise self.error(f"{name} is missing; the row has {brief(list(self.values))}")
+            raise self.error(f"{name} is missing; the row has {brief(list(self.values))}; {renaming(name)}")
         return self.values[name]
 
     def text(self, name: str, may_be_empty: bool = False, default: str | None = None) -> str:
@@ -54,6 +81,16 @@ class Fields:
 
     def error(self, problem: str) -> DataError:
         return DataError(f"{self.where}: {problem}")
+
+
+def renaming(ours: str, theirs: str | None = None) -> str:
+    """How to read a field that has another name in the data, as the end of a message."""
+    name = theirs or "NAME"
+    return f"--columns {ours}={name} (columns={{{ours!r}: {name!r}}}) reads the field {name!r} as {ours}"
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def loads(text: str) -> Any:

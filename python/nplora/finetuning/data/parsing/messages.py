@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from nplora.finetuning.data.examples import SYSTEM_ROLES, TOOL_ROLES, Chat, Example, Message, Objects
-from nplora.finetuning.data.parsing.fields import Fields, loads
+from nplora.finetuning.data.parsing.fields import CONTEXT, Fields, loads
 from nplora.formats.errors import brief
 
 _MESSAGES = "expected a list of objects with a role and a content"
-CONTEXT = ("tools", "documents")  # fields of a row that the chat template gets besides the messages
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
 
 

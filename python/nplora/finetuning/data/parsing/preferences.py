@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nplora.finetuning.data.examples import Chat, Completion, Example, Judged, Preference
-from nplora.finetuning.data.parsing.fields import Fields
+from nplora.finetuning.data.parsing.fields import Fields, renaming
 from nplora.finetuning.data.parsing.messages import chat_of, messages_of
 from nplora.finetuning.data.parsing.sharegpt import conversation, turn_of
 from nplora.finetuning.data.parsing.texts import prompt_and_answer
 from nplora.formats.errors import brief
+
+_PROMPTS = ("question", "query", "instruction", "input", "user", "context")  # other names of the prompt
+# Judgements. TRL takes 1 and 0 too, and tables in text files have no booleans.
+_LABELS: dict[object, bool] = {"true": True, "1": True, 1: True, "false": False, "0": False, 0: False}
 
 
 def preference(row: Fields) -> Example:
@@ -62,14 +67,25 @@ def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
     if count and one[count - 1] == " " and one[count] != other[count]:
         count -= 1
     if not count and one != other:
-        raise row.error("chosen and rejected begin differently, expected the same prompt in both")
+        name = prompt_among(row.unread())
+        hint = f"; {renaming('prompt', name)}" if name and not row.has("prompt") else ""
+        raise row.error(f"chosen and rejected begin differently, expected the same prompt in both{hint}")
     return count
+
+
+def prompt_among(unread: Mapping[str, Any]) -> str | None:
+    """The field that is probably the prompt, among those of a row that are not used: a known name or a text.
+
+    A text of one word is not a prompt, but an identifier or the name of a source.
+    """
+    texts = {k: v for k, v in unread.items() if isinstance(v, str) and (k in _PROMPTS or " " in v.strip())}
+    known = next((name for name in _PROMPTS if name in texts), None)
+    return known or max(texts, key=lambda name: len(texts[name]), default=None)
 
 
 def judged(row: Fields) -> Example:
     label = row.get("label")
-    if isinstance(label, str) and label.lower() in ("true", "false"):  # tables in text files have no booleans
-        label = label.lower() == "true"
-    if not isinstance(label, bool):
-        raise row.error(f"label is {brief(label)}, expected true or false")
-    return Judged(prompt_and_answer(row, "completion"), label)
+    key = label.strip().lower() if isinstance(label, str) else label
+    if not isinstance(key, str | bool | int | float) or key not in _LABELS:
+        raise row.error(f"label is {brief(label)}, expected true or false, or 1 or 0")
+    return Judged(prompt_and_answer(row, "completion"), _LABELS[key])

@@ -1,0 +1,76 @@
+"""The lines that the command line prints for errors and warnings."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nplora import cli
+from nplora.cli.errors import Spelling
+from small_llama import save_small_llama
+
+OPTIONS = {
+    "resume": "--resume",
+    "overwrite": "--overwrite",
+    "lr": "--lr",
+    "rank": "--rank",
+    "valid_split": "--valid-split",
+    "columns": "--columns",
+    "chat": "--chat",
+    "dtype": "--dtype",
+    "layers": "--layers",
+    "data": "--data",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: valid_split=0.5 holds out 0", "a: --valid-split 0.5 holds out 0"),
+        ("finetune: valid_split is 2.0, expected", "finetune: --valid-split is 2.0, expected"),
+        ("without valid_split.", "without --valid-split."),
+        ("use dtype='q8_0', or layers='last:4'.", "use --dtype q8_0, or --layers last:4."),
+        ("with lr=1e-3.", "with --lr 1e-3."),
+        ("resume=True continues the run", "--resume continues the run"),
+        ("--resume (resume=True) continues, --overwrite (overwrite=True) deletes",
+         "--resume continues, --overwrite deletes"),
+        ("--resume with a lower --lr (resume=True, a lower lr) continues",
+         "--resume with a lower --lr continues"),
+        ("--columns prompt=a (columns={'prompt': 'a'}) reads", "--columns prompt=a reads"),
+        ("chat=True (--chat) does that", "--chat does that"),
+        # what stays
+        ("chat=False", "chat=False"),
+        ("the rank is 8, the data are bad, lr is -1", "the rank is 8, the data are bad, lr is -1"),
+        ("fields ['valid_split', \"valid_split\"]", "fields ['valid_split', \"valid_split\"]"),
+        ("no such file: out/valid_split/a", "no such file: out/valid_split/a"),
+        ("no such file: valid_split/a", "no such file: valid_split/a"),
+        ("no such file: valid_split.jsonl", "no such file: valid_split.jsonl"),
+        ("no such file: runs/lr=1e-3", "no such file: runs/lr=1e-3"),
+        ("no such file: lr=1e-3/adapter", "no such file: lr=1e-3/adapter"),
+        ("my_rank=8 and rank=many", "my_rank=8 and rank=many"),
+        ("a (resume=True)", "a (--resume)"),
+    ],
+)  # fmt: skip
+def test_keywords_become_options(text: str, expected: str) -> None:
+    assert Spelling(OPTIONS, ["finetune"])(text) == expected
+
+
+def test_what_the_user_typed_stays() -> None:
+    spelled = Spelling(OPTIONS, ["finetune", "m", "--output", "lr=1", "--data", "valid_split"])
+    assert spelled("no such file: lr=1") == "no such file: lr=1"
+    assert spelled("no such file: valid_split") == "no such file: valid_split"
+    assert Spelling({}, [])("valid_split=2 (a=1)") == "valid_split=2 (a=1)"
+
+
+def test_the_commands_name_their_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers")
+    model, data = str(save_small_llama(tmp_path / "model.gguf")), tmp_path / "train.jsonl"
+    data.write_text(json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n")
+    line = ["finetune", model, "--data", str(data), "--output", str(tmp_path / "out"), "--steps", "1"]
+    assert cli.main([*line, "--valid-split", "0.5"]) == 2
+    found = capsys.readouterr().err
+    assert "--valid-split 0.5 holds out" in found
+    assert "valid_split" not in found
+    data.write_text(json.dumps({"question": "1+1=", "completion": "2"}) + "\n")
+    assert cli.main(line) == 2
+    assert capsys.readouterr().err.endswith("; --columns prompt=NAME reads the field 'NAME' as prompt\n")

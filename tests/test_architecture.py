@@ -19,6 +19,7 @@ PYTHON_ROOMS = [
     "_core",
     "_check",
     "runtime",
+    "distributed",
     "formats",
     "weights",
     "lora",
@@ -38,6 +39,7 @@ STRANGERS = [("trainer", "models"), ("trainer", "lm"), ("formats", "_core")]  # 
 # The packages that a room may import, only inside functions, besides the standard library and NumPy: extras.
 OPTIONAL_PACKAGES = {
     "runtime": {"threadpoolctl"},
+    "distributed": {"mpi4py"},
     "tokenizer": {"jinja2", "tokenizers"},
     "trainer": {"matplotlib", "mlflow", "tensorboardX", "tqdm", "wandb"},
     "finetuning": {"lm_eval", "optuna", "pyarrow"},
@@ -116,7 +118,7 @@ def test_a_python_room_imports_only_rooms_above_it(file: Path) -> None:
 
 
 def test_there_are_few_rooms() -> None:
-    assert len([room for room in PYTHON_ROOMS if not room.startswith("__")]) <= 14
+    assert len([room for room in PYTHON_ROOMS if not room.startswith("__")]) <= 15
 
 
 def module_of(file: Path) -> str:
@@ -139,6 +141,17 @@ def test_these_rooms_do_not_know_each_other(pair: tuple[str, str]) -> None:
     for file in python_files():
         if room_of(file) in pair:
             assert not rooms_imported_by(file) & set(pair), file
+
+
+# What the trainer knows of the room `distributed`: not which library connects the ranks.
+CONNECTION = {"nplora.distributed.communicator", "nplora.distributed.ordered_sum"}
+
+
+def test_the_trainer_knows_only_the_protocol_of_its_ranks() -> None:
+    for file in python_files():
+        if room_of(file) == "trainer":
+            found = {name.rpartition(".")[0] for name, _ in imports(file) if ".distributed" in name}
+            assert found <= CONNECTION, file
 
 
 # The modules that all families share.

@@ -29,6 +29,7 @@ from small_llama import save_small_llama
 WITH_EXAMPLES = [
     "nplora",
     "nplora.adapters",
+    "nplora.distributed",
     "nplora.finetuning",
     "nplora.finetuning.data",
     "nplora.finetuning.planning",
@@ -49,6 +50,7 @@ _NOT_IMPORTED = {
     "nplora.finetuning.judging.harness",
 }
 _NEEDS_TOKENIZERS = "model.gguf"
+_NEEDS_MPI = "MPICommunicator() as"
 
 
 class _Finder(doctest.DocTestFinder):
@@ -87,6 +89,8 @@ def test_an_example_prints_what_its_docstring_shows(
 ) -> None:
     if _NEEDS_TOKENIZERS in (test.docstring or ""):
         pytest.importorskip("tokenizers")
+    if _NEEDS_MPI in (test.docstring or ""):
+        pytest.importorskip("mpi4py")
     shutil.copytree(small_files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     test.globs |= {"np": np, "nplora": nplora, "os": os}

@@ -84,14 +84,21 @@ void add_outer(Matrix<const T> a, Matrix<const T> b, double scale, Matrix<T> out
     const Range rows = nth_block(out.rows, kRowBlock, i / col_tasks);
     const Range cols = nth_block(out.cols, kColumnBlock, i % col_tasks);
     T* scaled = scratch<T>(Scratch::kFactor, kSumDepth * kRowBlock);
+    // The whole product is added to `out` at once. So a sum of several products has the same bits, whether
+    // they are added here or elsewhere.
+    const Matrix<T> product{scratch<T>(Scratch::kWeight, rows.count * cols.count), rows.count, cols.count,
+                            cols.count};
     for (size_t first = 0; first < a.rows; first += kSumDepth) {
       const Range tokens{first, std::min(kSumDepth, a.rows - first)};
       for (size_t n = 0; n < tokens.count; ++n)
         for (size_t j = 0; j < rows.count; ++j)
           scaled[n * kRowBlock + j] = T(scale) * a.row(tokens.first + n)[rows.first + j];
       add_product<T>(rows.count, cols.count, tokens.count, {scaled, 1, kRowBlock},
-                     block_of(b, tokens, cols).data, b.stride, out.row(rows.first) + cols.first, out.stride,
-                     true);
+                     block_of(b, tokens, cols).data, b.stride, product.data, product.stride, first > 0);
+    }
+    for (size_t j = 0; j < rows.count; ++j) {
+      T* sum = out.row(rows.first + j) + cols.first;
+      for (size_t c = 0; c < cols.count; ++c) sum[c] += product.row(j)[c];
     }
   });
 }

@@ -60,7 +60,7 @@ from nplora.runtime import get_num_threads, release_memory, set_num_threads, sho
 from nplora.weights import FrozenWeight
 
 if TYPE_CHECKING:
-    from nplora import adapters, finetuning, formats, models, tokenizer, trainer
+    from nplora import adapters, distributed, finetuning, formats, models, tokenizer, trainer
     from nplora.adapters import (
         adapter_from_gguf,
         adapter_to_gguf,
@@ -81,8 +81,8 @@ __version__: str = _core.config()["version"]
 # Names that are imported at their first use: {name: (module, the name in that module)}. None stands for the
 # module itself.
 _LATE: dict[str, tuple[str, str | None]] = {
-    **{name: (f"nplora.{name}", None) for name in ("adapters", "finetuning", "formats", "models")},
-    **{name: (f"nplora.{name}", None) for name in ("tokenizer", "trainer")},
+    **{name: (f"nplora.{name}", None) for name in ("adapters", "distributed", "finetuning", "formats")},
+    **{name: (f"nplora.{name}", None) for name in ("models", "tokenizer", "trainer")},
     "data": ("nplora.finetuning.data", None),
     "generate": ("nplora.lm.generation", None),
     "plot": ("nplora.trainer.plot", None),
@@ -147,6 +147,7 @@ __all__ = [
     "adapters",
     "combine",
     "data",
+    "distributed",
     "evaluate",
     "finetune",
     "finetuning",

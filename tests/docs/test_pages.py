@@ -44,11 +44,12 @@ SECONDS = 120  # for the blocks of a page
 NOT_HERE = {
     *("git", "apt-get", "pip", "pre-commit", "cmake", "ctest", "huggingface-cli", "hf", "ollama"),
     *("llama-cli", "llama-server", "llama-quantize", "docker", "bash .ci/run", ".ci/run", "python -m bench"),
+    *("mpiexec", "mpirun"),
     *("python -m venv", "python -m pip", "pytest", "nplora demo", "python tests/docs/starting_directory.py"),
 }
 OPTIONS_OF_OTHERS = {
     *("--no-deps", "--no-build-isolation", "--lora", "--lora-scaled", "--lora-init-without-apply"),
-    "--learning-rate",
+    *("--learning-rate", "--bind-to", "--hostfile"),
 }
 # The commands of these pages belong to code that the reader has changed by then.
 CHANGES_THE_CODE = {"add-a-block-format"}
@@ -286,7 +287,13 @@ def test_a_reason_stands_directly_above_its_block(page: str) -> None:
 
 
 def commands(blocks: list[Block]) -> list[tuple[str, list[str]]]:
-    return [(block.where, words) for block in blocks for words in commands_of(block.text)]
+    """The commands of blocks, without a launcher such as `mpiexec -n 2` before them."""
+    found = [(block.where, words) for block in blocks for words in commands_of(block.text)]
+    launched = {"mpiexec", "mpirun"}
+    return [
+        (where, words[words.index("nplora") :] if words[0] in launched and "nplora" in words else words)
+        for where, words in found
+    ]
 
 
 @pytest.mark.parametrize(

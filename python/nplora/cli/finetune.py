@@ -3,6 +3,7 @@
 import argparse
 
 from nplora.cli.parser import add_data, add_model, add_options, checked, given_data, given_options, path
+from nplora.distributed.communicator import is_reported
 
 HELP = "Fine-tune a language model with LoRA on a file of text. The adapter is saved in PEFT's format."
 
@@ -25,16 +26,22 @@ def run(arguments: argparse.Namespace) -> None:
 
     options = given_options(arguments, FinetuneOptions)
     checked(FinetuneOptions, options)
-    report = finetuning.finetune(
-        arguments.model,
-        given_data(arguments.data),
-        arguments.output,
-        valid=arguments.valid,
-        progress=True,
-        **options,
-    )
     try:
-        print(report, flush=True)
+        report = finetuning.finetune(
+            arguments.model,
+            given_data(arguments.data),
+            arguments.output,
+            valid=arguments.valid,
+            progress=True,
+            **options,
+        )
+    except Exception as error:
+        if is_reported(error):
+            raise SystemExit(1) from None
+        raise
+    try:
+        if report.rank == 0:
+            print(report, flush=True)
     except OSError as error:
         error.add_note(f"stdout could not be written; {report.output} holds the adapter")
         raise

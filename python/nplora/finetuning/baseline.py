@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 
+from nplora.distributed.communicator import Communicator
 from nplora.finetuning.data import TokenBatches
 from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.report import in_words
@@ -43,7 +44,9 @@ class Baseline(Callback):
         validation: TokenBatches | None,
         prompts: Sequence[Prompt],
         say: Callable[[str], None],
+        ranks: Communicator,
     ) -> None:
+        self._ranks = ranks
         self._lm, self._loss, self._validation, self._prompts, self._say = lm, loss, validation, prompts, say
         self._data = None if validation is None else validation.dataset.fingerprint()
         self.loss: float | None = None
@@ -55,10 +58,11 @@ class Baseline(Callback):
     def measure(self) -> None:
         """Evaluate the model, and generate a text after each prompt."""
         if self._validation is not None:
-            self.metrics = evaluate(self._lm, self._loss, self._validation)
+            self.metrics = evaluate(self._lm, self._loss, self._validation, self._ranks)
             self.loss = self.metrics.pop("loss")
             self._say(f"validation loss {self.loss:.4f}{in_words(self.metrics)} before training")
-        self.answers = answers_of(self._lm, self._prompts)
+        if self._ranks.rank == 0:
+            self.answers = answers_of(self._lm, self._prompts)
         self._is_measured = True
 
     def on_fit_start(self, run: Run) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter
+from nplora.distributed.communicator import Alone, Communicator
+from nplora.distributed.ordered_sum import COMMUNICATION_DTYPES
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.earlier_run import EarlierRun
@@ -30,8 +32,11 @@ from nplora.lm import LanguageModel, activated
 from nplora.lm.adapting import parse_pattern
 from nplora.lm.trained_rows import new_tokens
 from nplora.lm.trained_rows import wanted as wanted_rows
+from nplora.models.packing import cut
 from nplora.runtime.user_warning import warn_user
 
+_ARRAYS_OF_A_FACTOR = 4  # the factor, its gradient and two moments
+_ARRAYS_OF_OUTER_STEPS = 7  # copies of the factor and its moments, the momentum, and three to add them up
 _MOST_EXAMPLES = 1_000_000  # a plan lists the batches of epochs with about this many examples in total
 
 
@@ -100,6 +105,11 @@ def plan(
     resume: bool = False,
     overwrite: bool = False,
     sample: Sequence[str] = (),
+    distributed: str | None = None,
+    communication_dtype: str = "float32",
+    local_steps: int | None = None,
+    outer_lr: float = 0.7,
+    outer_momentum: float = 0.9,
     checkpoint_blocks: bool = False,
 ) -> MemoryPlan:
     """Predict the memory and the time of `finetune` with the same arguments. Nothing is trained or written.
@@ -134,6 +144,7 @@ def choose_execution(
     options: FinetuneOptions,
     earlier: EarlierRun | None,
     say: Callable[[str], None],
+    ranks: Communicator | None = None,
 ) -> ExecutionPlan:
     """Decide how `finetune` computes its steps. If `memory` is set, choose a plan that fits, and print it.
 
@@ -142,6 +153,8 @@ def choose_execution(
     Args:
         earlier: the run to resume, which keeps its micro-batch size; None for a new run.
         say: function that prints a text.
+        ranks: the processes that train together. Each plans for its own memory, and the plan that needs the
+            least memory besides the weights is used by all of them.
     Raises:
         BudgetError: no plan fits into `memory`.
         ValueError: the options do not fit the model.
@@ -160,12 +173,38 @@ def choose_execution(
         micro_tokens=None if earlier is None else (earlier.micro_tokens,),
         resuming=earlier is not None,
     )
-    found = _planned("finetune", inputs, adapters, options, constraints)
-    say(str(found))
-    if found.chosen.compute != inputs.lm.compute:
+    chosen = _planned_together("finetune", inputs, adapters, options, constraints, ranks or Alone())
+    say(str(chosen))
+    if chosen.chosen.compute != inputs.lm.compute:
         assert not isinstance(model, LanguageModel), "the arithmetic of a loaded model cannot change"
-        inputs.reload(model, found.chosen.compute)
-    return found.chosen
+        inputs.reload(model, chosen.chosen.compute)
+    return chosen.chosen
+
+
+def _planned_together(
+    op: str,
+    inputs: RunInputs,
+    adapters: Adapters,
+    options: FinetuneOptions,
+    constraints: PlanConstraints,
+    ranks: Communicator,
+) -> MemoryPlan:
+    """Choose the plan of all ranks, which leaves room for the gradients that a rank keeps and exchanges."""
+    found, reserve = _planned(op, inputs, adapters, options, constraints), 0
+    is_local = options.local_steps is not None
+    keeps_gradients = ranks.size > 1 or is_local or options.communication_dtype != COMMUNICATION_DTYPES[0]
+    batches = _work_of(inputs, options, most_epochs=1).batches if keeps_gradients else []
+    while batches:
+        gradients = found.memory.factors // _ARRAYS_OF_A_FACTOR
+        parts = max(len(cut(lengths, found.chosen.micro_tokens)) - 1 for lengths, _ in batches)
+        needed_now = (2 * parts + 1) * gradients  # at most: its own, those of the others, and the sum
+        needed_now += _ARRAYS_OF_OUTER_STEPS * gradients if is_local else 0
+        if needed_now <= reserve:
+            break
+        reserve = needed_now
+        found = _planned(op, inputs, adapters, options, constraints, reserve)
+    plans = ranks.gather(found)
+    return min(plans, key=lambda plan: plan.memory.total - plan.memory.process - plan.memory.weights)
 
 
 def predicted(
@@ -258,9 +297,19 @@ def _invocation_advice(lm: LanguageModel, dataset: Examples) -> str:
 
 
 def _planned(
-    op: str, inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, constraints: PlanConstraints
+    op: str,
+    inputs: RunInputs,
+    adapters: Adapters,
+    options: FinetuneOptions,
+    constraints: PlanConstraints,
+    reserve: int = 0,
 ) -> MemoryPlan:
-    budget = None if options.memory is None else parse_bytes(options.memory, op)
+    """Choose a plan.
+
+    Args:
+        reserve: bytes of the memory limit that the plan must leave free.
+    """
+    budget = None if options.memory is None else max(1, parse_bytes(options.memory, op) - reserve)
     resident = resident_memory(
         inputs.lm, inputs.teacher_model
     )  # measured now, because the list of batches takes memory too

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from nplora import _check
 from nplora.adapters import Adapter
+from nplora.distributed.ordered_sum import COMMUNICATION_DTYPES
 from nplora.finetuning.data import FORMATS, LEARN, ONE_ANSWER
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.judging.metrics import MetricFunction
@@ -31,8 +32,9 @@ from nplora.lm.trained_rows import module_names, text_list, token_list
 from nplora.models.divergence import DIVERGENCES
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
-from nplora.trainer.fit_config import KEEP
+from nplora.trainer.fit_config import KEEP, require_outer_steps
 from nplora.trainer.reporters import REPORTERS
+from nplora.trainer.training_setup import OUTER_LR, OUTER_MOMENTUM
 from nplora.weights import COMPUTES, INFERENCE_COMPUTES
 
 T = TypeVar("T")
@@ -41,6 +43,7 @@ DEFAULT_EXAMPLES = 8
 TEACHER_DTYPES = ("float16", "float32")
 EVALUATED = (*ONE_ANSWER, "preference", "choice")
 KEEP_PREFIX = ("off", "memory", "disk")
+DISTRIBUTED = ("mpi", "off")
 _OF_THE_ADAPTER = (
     "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "layers", "use_rslora", "use_dora", "init",
     "trainable_tokens", "modules_to_save", "invocation", "add_tokens",
@@ -316,6 +319,32 @@ class FinetuneOptions:
         "prompt to answer before and after training; a chat if the training data are chats",
         metavar="PROMPT",
     )
+    distributed: str | None = _unplanned(
+        _RUN,
+        None,
+        "what the processes that mpirun started do: mpi (train one adapter together, each on a part of every "
+        "step) or off (each makes a run of its own)",
+        choices=DISTRIBUTED,
+    )
+    communication_dtype: str = _unplanned(
+        _RUN,
+        "float32",
+        "precision in which ranks send gradients: float32, or bfloat16 for half of the bytes; one process "
+        "rounds in the same way",
+        choices=COMMUNICATION_DTYPES,
+    )
+    local_steps: int | None = _unplanned(
+        _RUN,
+        None,
+        "steps that every rank makes on its own before the ranks are averaged (DiLoCo), for slow networks "
+        "(default: they exchange gradients in every step)",
+    )
+    outer_lr: float = _unplanned(
+        _RUN,
+        OUTER_LR,
+        "learning rate of the outer step, which adds the average change after `local_steps`",
+    )
+    outer_momentum: float = _unplanned(_RUN, OUTER_MOMENTUM, "Nesterov momentum of the outer step")
     checkpoint_blocks: InitVar[bool] = False  # the old name of recompute
     op: InitVar[str] = "finetune"  # the name with which error messages begin
 
@@ -369,11 +398,22 @@ class FinetuneOptions:
             ("keep_prefix", KEEP_PREFIX), ("keep", KEEP),
         ):  # fmt: skip
             _check.choice(op, name, getattr(self, name), words)
+        if self.distributed is not None:
+            _check.choice(op, "distributed", self.distributed, DISTRIBUTED)
+        _check.choice(op, "communication_dtype", self.communication_dtype, COMMUNICATION_DTYPES)
+        if self.distributed == "mpi" and self.keep_prefix != "off":
+            raise ValueError(
+                f"{op}: keep_prefix={self.keep_prefix!r} and distributed='mpi' exclude each other: in every "
+                "epoch an example may be on another rank, whose cache does not have it"
+            )
         if self.compute is not None:
             _check.choice(op, "compute", self.compute, COMPUTES)
 
     def _check_numbers(self, op: str) -> None:
-        for name in ("epochs", "steps", "batch_tokens", "batch_examples", "eval_every", "patience"):
+        counts = (
+            "epochs", "steps", "batch_tokens", "batch_examples", "eval_every", "patience", "local_steps",
+        )  # fmt: skip
+        for name in counts:
             if getattr(self, name) is not None:
                 _check.integer(op, name, getattr(self, name), least=1)
         _check.rank(op, self.rank)
@@ -385,9 +425,11 @@ class FinetuneOptions:
         for name in (*lr, "lora_plus_ratio", "alpha", "max_grad_norm"):
             if _check.number(op, name, getattr(self, name)) <= 0:
                 raise ValueError(f"{op}: {name} is {getattr(self, name)}, expected above 0")
-        _check.probability(op, "dropout", self.dropout)
-        for name in ("weight_decay", "save_minutes"):
+        for name in ("dropout", "outer_momentum"):
+            _check.probability(op, name, getattr(self, name))
+        for name in ("weight_decay", "save_minutes", "outer_lr"):
             _check.at_least(op, name, getattr(self, name), 0)
+        require_outer_steps(op, self.eval_every, self.local_steps)
         if self.valid_split is not None and not 0 < _check.number(op, "valid_split", self.valid_split) < 1:
             raise ValueError(f"{op}: valid_split is {self.valid_split}, expected between 0 and 1")
 

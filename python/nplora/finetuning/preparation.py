@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from nplora.distributed.communicator import Communicator
 from nplora.finetuning.data import TokenBatches
 from nplora.finetuning.objectives import Objective
 from nplora.formats import files
@@ -24,7 +25,9 @@ class Preparation(Callback):
     Args:
         lm: the model without the adapter; released after the computation.
         batches: the training data, and the validation data, if there are any.
+        directory: the output directory; None on other ranks than rank 0.
         say: prints a text.
+        ranks: the processes that train together, which compute at the same time.
     """
 
     def __init__(
@@ -32,22 +35,28 @@ class Preparation(Callback):
         objective: Objective,
         lm: LanguageModel,
         batches: list[TokenBatches],
-        directory: files.Directory,
+        directory: files.Directory | None,
         say: Callable[[str], None],
+        ranks: Communicator,
     ) -> None:
         self._objective, self._batches, self._directory, self._say = objective, batches, directory, say
+        self._ranks = ranks
         self._lm: LanguageModel | None = lm
 
     def compute(self) -> None:
         """Compute for a new run. The directory is locked meanwhile."""
+        if self._directory is None:
+            self._compute(writes=False)
+            return
         with RunDirectory(self._directory):
             self._compute(writes=not holds_run(self._directory))
 
     def on_fit_start(self, run: Run) -> None:
         self._compute(writes=True)
-        self._objective.keep(self._directory)
+        if self._directory is not None:
+            self._objective.keep(self._directory)
 
     def _compute(self, writes: bool) -> None:
         if self._lm is not None:
-            self._objective.prepare(self._lm, self._batches, self._directory, self._say, writes)
+            self._objective.prepare(self._lm, self._batches, self._directory, self._say, writes, self._ranks)
         self._lm = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from nplora.finetuning.data import DataReport
 from nplora.finetuning.planning import peak_memory
 from nplora.formats.errors import counted
-from nplora.trainer import History, StepRecord
+from nplora.trainer import History, RankRecord, StepRecord
 from nplora.trainer.history import mean_metrics
 
 RECENT = 20  # steps whose mean loss is shown, because the losses of single batches differ too much
@@ -65,6 +65,9 @@ class FinetuneReport:
         unit: the unit of the counts in the history: trained tokens, pairs or answers.
         metrics_before, metrics_after: other values that the loss measures on the validation data before and
             after training, such as the rewards of DPO.
+        rank: number of the process that made the report, if several have trained together. Only rank 0 has
+            the texts of the samples.
+        ranks: the speed and the waiting time of each of these processes.
         tokens: number of trained tokens in all steps, including the steps before a resume. If the unit is
             pairs or answers, the number is estimated from their mean length.
 
@@ -90,6 +93,8 @@ class FinetuneReport:
     unit: str = "trained tokens"
     metrics_before: dict[str, float] = field(default_factory=dict)
     metrics_after: dict[str, float] = field(default_factory=dict)
+    rank: int = 0
+    ranks: tuple[RankRecord, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -122,6 +127,7 @@ class FinetuneReport:
             f"{rate:.0f} tokens/s ({self._counted_rate()}), "
             f"peak memory {peak_memory() / 1e6:.0f} MB{losses}"
         )
+        lines += [record.in_words(self.unit) for record in self.ranks]
         lines.append(f"trained {self.trained:,} of {self.parameters:,} values")
         ended = ", interrupted: --resume continues" if history.interrupted else ""
         if best := self._kept_best():

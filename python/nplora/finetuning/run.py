@@ -13,6 +13,9 @@ from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter, rollback_on_error, save_adapter
+from nplora.distributed.communicator import Alone, Communicator
+from nplora.distributed.opening import opened_communicator
+from nplora.finetuning.agreement import require_same_options
 from nplora.finetuning.baseline import Baseline, answers_of
 from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.earlier_run import find_earlier_run
@@ -112,6 +115,11 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     sample: Sequence[str] = (),
+    distributed: str | None = None,
+    communication_dtype: str = "float32",
+    local_steps: int | None = None,
+    outer_lr: float = 0.7,
+    outer_momentum: float = 0.9,
     checkpoint_blocks: bool = False,
 ) -> FinetuneReport:
     """Fine-tune a language model with LoRA on a file of text, and save the adapter in PEFT's format.
@@ -221,6 +229,14 @@ def finetune(
             stop.
         overwrite: delete the run and the adapter in the output directory.
         sample: prompt to answer before and after training; a chat if the training data are chats.
+        distributed: what the processes that mpirun started do: mpi (train one adapter together, each on a
+            part of every step) or off (each makes a run of its own).
+        communication_dtype: precision in which ranks send gradients: float32, or bfloat16 for half of the
+            bytes; one process rounds in the same way.
+        local_steps: steps that every rank makes on its own before the ranks are averaged (DiLoCo), for slow
+            networks (default: they exchange gradients in every step).
+        outer_lr: learning rate of the outer step, which adds the average change after `local_steps`.
+        outer_momentum: Nesterov momentum of the outer step.
         checkpoint_blocks: the old name of `recompute`.
     Returns:
         the losses, the sample texts and the history of the run; `print` shows them.
@@ -235,7 +251,8 @@ def finetune(
             holds an adapter without a run, and `overwrite` is not set; or it holds a file that nplora did not
             make, under the name of one of the run's files.
         UnsafeError: a file with the name of one of the run's files is a link.
-        NonFiniteLossError, CorruptError, OSError: see `Trainer.fit`.
+        NonFiniteLossError, CorruptError, OSError, RankError: see `Trainer.fit`.
+        ModuleNotFoundError, ImportError: `distributed` is "mpi", and mpi4py or an MPI library is missing.
     Warns:
         UserWarning: `memory` is not set, and the remaining steps need more memory than is available; or a
             resumed run has no validation data, or other validation data than before.
@@ -249,8 +266,10 @@ def finetune(
     chosen = from_arguments("finetune", FinetuneOptions, locals())
     checked = checked_callbacks("finetune", callbacks)
     undo = rollback_on_error(model) if isinstance(model, LanguageModel) else contextlib.nullcontext()
-    with undo as keep_layers:
-        return _finetune(model, data, output, valid, progress, checked, chosen, Milestones(keep_layers))
+    with opened_communicator("finetune", chosen.distributed) as ranks, undo as keep_layers:
+        return _finetune(
+            model, data, output, valid, progress, checked, chosen, Milestones(keep_layers), ranks
+        )
 
 
 def _finetune(
@@ -262,20 +281,28 @@ def _finetune(
     own: list[Callback],
     chosen: FinetuneOptions,
     reached: Milestones,
+    ranks: Communicator,
 ) -> FinetuneReport:
+    is_first = ranks.rank == 0  # this rank writes the output and prints
     files.require_named("finetune", output=output)
-    files.require_directory(output)
-    place, say = files.absolute(output), speaker(progress)
-    require_reporters("finetune", chosen.report_to)
-    earlier = find_earlier_run(place) if chosen.resume else None
+    require_same_options(ranks, chosen)
+    place, speaking = Path(files.absolute(output)), is_first and speaks(progress)
+    say = speaker(speaking)
+    earlier = None
+    if is_first:
+        files.require_directory(output)
+        require_reporters("finetune", chosen.report_to)
+        earlier = find_earlier_run(place) if chosen.resume else None
+    earlier = ranks.broadcast(earlier)
     if earlier is not None and not isinstance(model, LanguageModel):
         chosen = earlier.keep_compute(chosen)
 
     inputs = read_inputs("finetune", model, data, valid, chosen)
     if chosen.lr is None:
         chosen = dataclasses.replace(chosen, lr=inputs.objective.default_lr(inputs.lm))
-    require_not_read(place, inputs, chosen.adapter)
-    execution = choose_execution(model, inputs, chosen, earlier, say)
+    if is_first:
+        require_not_read(place, inputs, chosen.adapter)
+    execution = choose_execution(model, inputs, chosen, earlier, say, ranks)
     for dataset in inputs.datasets:
         say(str(dataset.report))
 
@@ -284,37 +311,53 @@ def _finetune(
     validation = None if inputs.held_out is None else evaluation_batches(inputs.held_out)
     plain = lm.with_tokens(inputs.added_tokens)  # shares the frozen weights, and stays without an adapter
     put_on_adapter(lm, inputs.start, chosen)
-    require_free(place, chosen, bool(inputs.added_tokens))
+    if is_first:
+        require_free(place, chosen, bool(inputs.added_tokens))
     prefix = _new_prefix(inputs, place, chosen.keep_prefix)
 
-    with files.Directory(place) as directory, _computing(lm, execution, prefix):
+    with _opened_output(place, ranks) as directory, _computing(lm, execution, prefix):
         read = [batches, *([validation] if validation else [])]
-        prepared = Preparation(inputs.objective, plain, read, directory, say)
+        prepared = Preparation(inputs.objective, plain, read, directory, say, ranks)
         del plain
         loss = inputs.objective.loss(execution.micro_tokens)
-        baseline = Baseline(lm, loss, validation, inputs.prompts(chosen.sample), say)
-        if not (chosen.resume and holds_run(directory)):
+        baseline = Baseline(lm, loss, validation, inputs.prompts(chosen.sample), say, ranks)
+        is_new = ranks.broadcast(directory is not None and not (chosen.resume and holds_run(directory)))
+        if is_new:
+            if chosen.resume:
+                say(f"{files.name(output)}: there is no run to resume, so a new run starts")
+            prepared.compute()
             if chosen.resume:
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")
             prepared.compute()
             baseline.measure()
         base = None if isinstance(model, LanguageModel) else os.fspath(model)
         save = functools.partial(save_adapter, chat_template=inputs.train.report.chat)
-        with (
-            reporting(
-                chosen.report_to,
-                Path(directory, REPORTS),
-                _shown(chosen, inputs, batches),
-                lambda: loss.tokens,
-            ) as sent,
-            _saved_after_an_error(lm, directory, base, save, reached),
-        ):
-            line = [TokenProgress(loss=loss)] if speaks(progress) else []
-            callbacks = [reached, prepared, baseline, *own, *sent, *line]
-            history = _train(new_trainer(lm, loss, chosen, callbacks), batches, validation, chosen, directory)
-        _save(lm, directory, base, save)
-        found_at = directory.seen_from(output)
-    return _report(found_at, inputs, chosen, baseline, history)
+        with contextlib.ExitStack() as stack:
+            callbacks = [reached, prepared, baseline, *own]
+            if directory is not None:
+                reports, shown = Path(directory, REPORTS), _shown(chosen, inputs, batches)
+                callbacks += stack.enter_context(
+                    reporting(chosen.report_to, reports, shown, lambda: loss.tokens)
+                )
+                stack.enter_context(_saved_after_an_error(lm, directory, base, save, reached))
+            callbacks += [TokenProgress(loss=loss)] if speaking else []
+            trainer = new_trainer(lm, loss, chosen, callbacks, ranks)
+            history = _train(trainer, batches, validation, chosen, directory)
+        found_at = place
+        if directory is not None:
+            _save(lm, directory, base, save)
+            found_at = directory.seen_from(output)
+    return _report(found_at, inputs, chosen, baseline, history, trainer)
+
+
+@contextlib.contextmanager
+def _opened_output(place: Path, ranks: Communicator) -> Iterator[files.Directory | None]:
+    """The output directory on rank 0, and None on the other ranks, which may be unable to write to it."""
+    if ranks.rank:
+        yield None
+        return
+    with files.Directory(place) as directory:
+        yield directory
 
 
 def put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOptions) -> None:
@@ -374,7 +417,11 @@ def _shown(options: FinetuneOptions, inputs: RunInputs, batches: TokenBatches) -
 
 
 def new_trainer(
-    lm: LanguageModel, loss: PackedLoss, options: FinetuneOptions, callbacks: list[Callback]
+    lm: LanguageModel,
+    loss: PackedLoss,
+    options: FinetuneOptions,
+    callbacks: list[Callback],
+    ranks: Communicator | None = None,
 ) -> Trainer:
     """The trainer of a run with these options, which have a learning rate."""
     assert options.lr is not None
@@ -389,6 +436,11 @@ def new_trainer(
         seed=options.seed,
         callbacks=callbacks,
         progress=False,
+        communicator=None if isinstance(ranks, Alone) else ranks,
+        communication_dtype=options.communication_dtype,
+        local_steps=options.local_steps,
+        outer_lr=options.outer_lr,
+        outer_momentum=options.outer_momentum,
     )
 
 
@@ -397,7 +449,7 @@ def _train(
     batches: TokenBatches,
     validation: TokenBatches | None,
     options: FinetuneOptions,
-    directory: files.Directory,
+    directory: files.Directory | None,
 ) -> History:
     return trainer.fit(
         batches,
@@ -470,10 +522,16 @@ def _save(lm: LanguageModel, output: StrPath, base: str | None, save: Callable[.
 
 
 def _report(
-    output: Path, inputs: RunInputs, options: FinetuneOptions, baseline: Baseline, history: History
+    output: Path,
+    inputs: RunInputs,
+    options: FinetuneOptions,
+    baseline: Baseline,
+    history: History,
+    trainer: Trainer,
 ) -> FinetuneReport:
     lm, stopped = inputs.lm, history.interrupted
-    after = [""] * len(options.sample) if stopped else answers_of(lm, inputs.prompts(options.sample))
+    rank, is_silent = trainer.communicator.rank, stopped or trainer.communicator.rank
+    after = [""] * len(options.sample) if is_silent else answers_of(lm, inputs.prompts(options.sample))
     loss_after, metrics_after = (None, dict[str, float]()) if stopped else _validated(history)
     return FinetuneReport(
         output=output,
@@ -489,6 +547,8 @@ def _report(
         trained=lm.num_trainable,
         parameters=lm.num_parameters,
         was_finished=baseline.was_finished,
+        rank=rank,
+        ranks=tuple(trainer.ranks),
     )
 
 

@@ -822,8 +822,9 @@ class LanguageModel(Module):
         if not batch.num_targets:
             return 0.0
         x, saved = self.model.run(batch.ids, packed_positions(batch.starts))
-        total, dx = head.loss_and_gradient(self.model, self.lm_head, x, batch.targets, factor)
-        self.model.run_backward(dx, saved)
+        with self._added_at_once():
+            total, dx = head.loss_and_gradient(self.model, self.lm_head, x, batch.targets, factor)
+            self.model.run_backward(dx, saved)
         self.require_unchanged()
         return total
 
@@ -852,8 +853,9 @@ class LanguageModel(Module):
             value, gradient = loss(-losses)
             return value, -gradient
 
-        value, dx = head.gradient_of_losses(self.model, self.lm_head, x, batch.targets, function)
-        self.model.run_backward(dx, saved)
+        with self._added_at_once():
+            value, dx = head.gradient_of_losses(self.model, self.lm_head, x, batch.targets, function)
+            self.model.run_backward(dx, saved)
         self.require_unchanged()
         return value
 
@@ -884,10 +886,30 @@ class LanguageModel(Module):
         if not batch.num_targets:
             return 0.0
         x, saved = self.model.run(batch.ids, packed_positions(batch.starts))
-        total, dx = head.gradient_of_logit_loss(self.model, self.lm_head, x, batch.targets, loss, factor)
-        self.model.run_backward(dx, saved)
+        with self._added_at_once():
+            total, dx = head.gradient_of_logit_loss(self.model, self.lm_head, x, batch.targets, loss, factor)
+            self.model.run_backward(dx, saved)
         self.require_unchanged()
         return total
+
+    @contextlib.contextmanager
+    def _added_at_once(self) -> Iterator[None]:
+        """Add to the gradients of the head once, though a pass computes them in several parts.
+
+        So a sum over several batches has the same bits, whether this process adds them or several processes
+        do. A head that is trained as a whole is left out, because its gradient is too large for a copy.
+        """
+        arrays = [parameter.grad for parameter in self.lm_head.parameters()]
+        if isinstance(self.lm_head, TrainedHead):
+            arrays = [] if self.lm_head.is_whole else [self.lm_head.rows.grad]  # a tied head lists none
+        before = [(array, array.copy()) for array in arrays if array.any()]
+        for array, _ in before:
+            array.fill(0)
+        try:
+            yield
+        finally:
+            for array, sums in before:
+                array += sums
 
     def _require_ready(self, op: str, batch: PackedBatch) -> None:
         """Check that the model can be trained on a batch."""

@@ -4,6 +4,7 @@ from nplora.trainer.batches import Batches
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import EpochRecord, EvaluationRecord, History, StepRecord
+from nplora.trainer.rank_record import RankRecord
 from nplora.trainer.run import Run
 from nplora.trainer.trainer import Trainer
 
@@ -14,6 +15,7 @@ __all__ = [
     "EvaluationRecord",
     "FusedLoss",
     "History",
+    "RankRecord",
     "Run",
     "StepRecord",
     "Trainer",

@@ -21,7 +21,7 @@ SCHEMA = 2
 OLDEST = 1  # this schema has no evaluations, and no step in `best`
 
 MARKS = {"schema", "state", "sha256"}  # the metadata keys of every checkpoint
-_GROUPS = ("parameters", "optimizer", "best", "history")
+_GROUPS = ("parameters", "optimizer", "best", "history", "outer")
 
 Array = npt.NDArray[Any]
 
@@ -45,6 +45,7 @@ class Checkpoint:
             and the factors of the best evaluation.
         history: the records of the last steps, one array for each field. Earlier records are only in the log,
             so a checkpoint does not grow with its run.
+        outer: the momentum of outer steps; empty if the ranks make no steps on their own.
         isa, version: the instruction set and the version of nplora with which the checkpoint was made.
         serial: the number of the checkpoint. Each new checkpoint in a directory gets a higher number.
     """
@@ -64,6 +65,7 @@ class Checkpoint:
     optimizer: Mapping[str, Array]
     best_parameters: Mapping[str, Array]
     history: Mapping[str, Array]
+    outer: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     isa: str = dataclasses.field(default_factory=lambda: str(_core.config()["isa"]))
     version: str = dataclasses.field(default_factory=lambda: str(_core.config()["version"]))
     serial: int = 0
@@ -84,7 +86,7 @@ class Checkpoint:
 
 # ---- the file ----
 
-_ARRAYS = dict(zip(("parameters", "optimizer", "best_parameters", "history"), _GROUPS, strict=True))
+_ARRAYS = dict(zip(("parameters", "optimizer", "best_parameters", "history", "outer"), _GROUPS, strict=True))
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "step": int,
     "epoch": int,

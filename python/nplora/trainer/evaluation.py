@@ -1,55 +1,113 @@
 """Evaluation: the loss and accuracy of a model over batches, and the model's predictions."""
 
-from typing import Any
+import itertools
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from nplora.distributed.communicator import Alone
 from nplora.nn import losses
 from nplora.nn.losses import Loss
 from nplora.nn.module import Module
 from nplora.trainer.batches import Batches
-from nplora.trainer.fused import FusedLoss, take_metrics
+from nplora.trainer.fused import FusedLoss, add_measured, take_measured, take_metrics
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 
-def evaluate(model: Module, loss: Loss | FusedLoss, batches: Batches) -> dict[str, float]:
+class Ranks(Protocol):
+    """The processes that evaluate together: a `Communicator`, or the meeting of a run."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gather(self, value: T) -> list[T]: ...
+
+
+def evaluate(
+    model: Module, loss: Loss | FusedLoss, batches: Batches, ranks: Ranks | None = None
+) -> dict[str, float]:
     """The mean loss over all examples, tokens or elements, without dropout, and other metrics.
 
-    For class labels, the result also has the accuracy; for a `MeasuredLoss`, its own metrics.
+    For class labels, the result also has the accuracy; for a `MeasuredLoss`, its own metrics. Several ranks
+    evaluate one batch each at a time. The values are added in the order of the batches, so that the result
+    does not depend on the number of ranks.
     """
-    if isinstance(loss, FusedLoss):
-        return _evaluate_fused(model, loss, batches)
-    total, count, right, labelled = 0.0, 0, 0, 0
-    classes = False
-    for x, y in batches.epoch(0, 0):
-        with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows in the loss
-            prediction = model(x)
-            value, _ = losses.call(loss, prediction, y)
-        weight = loss.count(prediction, y)
-        total, count = total + value * weight, count + weight
-        labels = np.asarray(y)
-        if labels.dtype.kind in "iu" and labels.shape == prediction.shape[:-1]:
-            classes = True
-            known = labels != getattr(loss, "ignore_index", -100)
-            right += int(np.count_nonzero(prediction.argmax(axis=-1)[known] == labels[known]))
-            labelled += int(np.count_nonzero(known))
-    metrics = {"loss": total / max(1, count)}
-    if classes:
-        metrics["accuracy"] = right / max(1, labelled)
-    return metrics
-
-
-def _evaluate_fused(model: Module, loss: FusedLoss, batches: Batches) -> dict[str, float]:
-    total, count = 0.0, 0
+    ranks = ranks or Alone()
     take_metrics(loss)  # drops the metrics of an unfinished evaluation
-    for x, y in batches.epoch(0, 0):
-        weight = loss.count(x, y)
+    sums, all_measured = _Sums(), []
+    rest = iter(batches.epoch(0, 0))
+    while group := list(itertools.islice(rest, ranks.size)):
+        own = None
+        if ranks.rank < len(group):
+            own = _evaluated(model, loss, *group[ranks.rank])
+        if ranks.size == 1:
+            sums.add(own)
+            continue
+        for each, measured in ranks.gather((own, take_measured(loss))):
+            sums.add(each)
+            all_measured.append(measured)
+    for measured in all_measured:
+        add_measured(loss, measured)
+    return {**sums.means(), **take_metrics(loss)}
+
+
+@dataclass
+class _Sums:
+    """The sums over the examples of one batch or of several.
+
+    Attributes:
+        count: the number of items over which the loss is averaged.
+        right, labelled: the numbers of labels that were predicted, and of all labels.
+        has_classes: whether the labels are numbers of classes.
+    """
+
+    loss: float = 0.0
+    count: int = 0
+    right: int = 0
+    labelled: int = 0
+    has_classes: bool = False
+
+    def add(self, batch: "_Sums | None") -> None:
+        if batch is None:
+            return
+        self.loss += batch.loss
+        self.count += batch.count
+        self.right += batch.right
+        self.labelled += batch.labelled
+        self.has_classes |= batch.has_classes
+
+    def means(self) -> dict[str, float]:
+        means = {"loss": self.loss / max(1, self.count)}
+        if self.has_classes:
+            means["accuracy"] = self.right / max(1, self.labelled)
+        return means
+
+
+def _evaluated(model: Module, loss: Loss | FusedLoss, x: Any, y: Any) -> _Sums:
+    """The sums over the examples of one batch."""
+    if isinstance(loss, FusedLoss):
+        count = loss.count(x, y)
         with np.errstate(over="ignore", invalid="ignore"):
-            total += loss.evaluate(model, x, y) * weight
-        count += weight
-    return {"loss": total / max(1, count), **take_metrics(loss)}
+            return _Sums(loss.evaluate(model, x, y) * count, count)
+    with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows in the loss
+        prediction = model(x)
+        value, _ = losses.call(loss, prediction, y)
+    count = loss.count(prediction, y)
+    sums = _Sums(value * count, count)
+    labels = np.asarray(y)
+    if labels.dtype.kind in "iu" and labels.shape == prediction.shape[:-1]:
+        known = labels != getattr(loss, "ignore_index", -100)
+        sums.has_classes = True
+        sums.right = int(np.count_nonzero(prediction.argmax(axis=-1)[known] == labels[known]))
+        sums.labelled = int(np.count_nonzero(known))
+    return sums
 
 
 def predict(model: Module, x: npt.ArrayLike, batch_size: int) -> Array:

@@ -33,3 +33,16 @@ class FitConfig:
     keep: str
     checkpoint_every: int | None
     save_seconds: float
+
+
+def require_outer_steps(op: str, eval_every: int | None, local_steps: int | None) -> None:
+    """Check that the ranks have the same trained values at every evaluation.
+
+    Raises:
+        ValueError: some evaluations are not after an outer step.
+    """
+    if eval_every is not None and local_steps is not None and eval_every % local_steps:
+        raise ValueError(
+            f"{op}: eval_every is {eval_every}, expected a multiple of local_steps={local_steps}, because "
+            "the ranks have different values between outer steps"
+        )

@@ -1,5 +1,6 @@
 """FusedLoss: forward, loss and backward in one call, for models whose output is too large to keep."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from nplora.nn.module import Module
@@ -59,6 +60,45 @@ class MeasuredLoss(FusedLoss, Protocol):
 
     def take_metrics(self) -> dict[str, float]:
         """The means over all batches since the last call, by name."""
+
+
+@runtime_checkable
+class MergedLoss(MeasuredLoss, Protocol):
+    """A `MeasuredLoss` whose measurements of batches on different ranks can be put together."""
+
+    def take_measured(self) -> Any:
+        """What was measured since the last call. The next `take_metrics` does not contain it."""
+
+    def add_measured(self, measured: Any) -> None:
+        """Add what `take_measured` has returned here or on another rank."""
+
+
+@runtime_checkable
+class PartedLoss(FusedLoss, Protocol):
+    """A `FusedLoss` that cuts a batch into parts, each with a forward and a backward pass of its own.
+
+    Attributes:
+        after_part: called after each backward pass of `forward_backward`.
+    """
+
+    after_part: Callable[[], None]
+
+    def parts(self, x: Any, y: Any) -> int:
+        """The number of parts of a batch, which is the number of calls of `after_part`."""
+
+    def computed_elsewhere(self, x: Any, y: Any) -> None:
+        """Count a batch that another rank has computed."""
+
+
+def take_measured(loss: Any) -> Any:
+    """What a loss has measured since the last call; None if it cannot be put together with other ranks'."""
+    return loss.take_measured() if isinstance(loss, MergedLoss) else None
+
+
+def add_measured(loss: Any, measured: Any) -> None:
+    """Add what `take_measured` has returned."""
+    if isinstance(loss, MergedLoss):
+        loss.add_measured(measured)
 
 
 def take_metrics(loss: Any) -> dict[str, float]:

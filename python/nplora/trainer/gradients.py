@@ -19,13 +19,47 @@ Array = npt.NDArray[Any]
 
 @dataclass
 class Gathered:
-    """The totals over the batches of one step. The model holds the sum of the batches' gradients."""
+    """The totals over the batches of one step. The model holds the sum of the batches' gradients.
+
+    If ranks make steps on their own, the model holds the gradients of this rank's batches only.
+    """
 
     batches: int = 0
     count: int = 0
     first_count: int = 0  # the first count that is not 0; gradients are weighted relative to it
+    added: int = 0  # the count of the batches whose gradients the model holds
     loss: float = 0.0  # the sum of loss · count
     started: float = field(default_factory=time.perf_counter)
+
+
+@dataclass
+class Forward:
+    """The forward pass of one batch.
+
+    Attributes:
+        count: the number of items over which the loss is averaged; 0 if the loss is not finite.
+        gradient: the gradient of the loss with respect to the prediction.
+        saved: the values that the backward pass of the model needs.
+    """
+
+    loss: float
+    count: int
+    gradient: Array
+    saved: Any
+
+
+@dataclass(frozen=True)
+class NonfiniteLoss:
+    """A loss that is NaN or infinite.
+
+    Attributes:
+        batch: the number of the batch in the step, from 1.
+        what: the end of an error message, with the value of the loss and the place where NaN or infinity
+            appears first.
+    """
+
+    batch: int
+    what: str
 
 
 class Gradients:
@@ -37,12 +71,14 @@ class Gradients:
         self._adapters = list(self._model.adapter_layers().values())
         self._checked = False  # whether `_check_buffers` has passed
 
-    def add(self, x: Any, y: Any, gathered: Gathered) -> str:
+    def begin(self) -> None:
+        """Begin a step."""
+
+    def add(self, x: Any, y: Any, gathered: Gathered) -> NonfiniteLoss | None:
         """Run one batch forward and backward; add the gradients, weighted by the batch's number of items.
 
         Returns:
-            the end of an error message, with the value of the loss and the place where NaN or infinity
-            appears first; empty if the loss is finite.
+            the reason if the loss is not finite.
         """
         streams = [layer.dropout_stream for layer in self._adapters]
         loss = self._setup.loss
@@ -52,30 +88,50 @@ class Gradients:
         else:
             value = self._add(loss, x, y, gathered)
         if math.isfinite(value):
-            return ""
+            return None
         for layer, stream in zip(self._adapters, streams, strict=True):
             layer.dropout_stream = stream  # so that the search below uses the same dropout masks
+        return NonfiniteLoss(gathered.batches, self._blame(value, x, y))
+
+    def finish(self, gathered: Gathered) -> NonfiniteLoss | None:
+        """Complete the gradients of a step that has no more batches."""
+        return None
+
+    def _blame(self, value: float, x: Any, y: Any) -> str:
+        """Run the batch again, to find where NaN or infinity appears first."""
+        loss = self._setup.loss
         if isinstance(loss, FusedLoss):
             return f"is {value}: {loss.blame(self._model, x)}"
         return f"is {value}: {first_nonfinite(self._model, x, y)}"
 
     def _add(self, loss: Loss, x: Any, y: Any, gathered: Gathered) -> float:
         """Run one batch; return its loss. If the loss is not finite, the gradients stay unchanged."""
+        forward = self._loss_of(loss, x, y)
+        if forward.count == 0:  # the loss is not finite, or no row is labelled
+            return forward.loss
+        gathered.first_count = gathered.first_count or forward.count
+        gathered.count += forward.count
+        gathered.added += forward.count
+        gathered.loss += forward.loss * forward.count
+        self._backward(forward, gathered.first_count)
+        return forward.loss
+
+    def _loss_of(self, loss: Loss, x: Any, y: Any) -> Forward:
+        """Run one batch forward."""
         with quiet():
             prediction, saved = self._forward(x)
             value, gradient = losses.call(loss, prediction, y)
         count = loss.count(prediction, y) if math.isfinite(value) else 0
-        if count == 0:  # the loss is not finite, or no row is labelled
-            return value
-        gathered.first_count = gathered.first_count or count
-        gathered.count += count
-        gathered.loss += value * count
-        if count != gathered.first_count:
-            gradient = gradient * gradient.dtype.type(count / gathered.first_count)
+        return Forward(value, count, gradient, saved)
+
+    def _backward(self, forward: Forward, first_count: int) -> None:
+        """Add the gradients of a batch, weighted by its count divided by `first_count`."""
+        gradient = forward.gradient
+        if forward.count != first_count:
+            gradient = gradient * gradient.dtype.type(forward.count / first_count)
         with quiet():
-            self._setup.backward(gradient, saved)
+            self._setup.backward(gradient, forward.saved)
         self._check_buffers()
-        return value
 
     def _add_fused(self, loss: FusedLoss, x: Any, y: Any, gathered: Gathered) -> float:
         """Run one batch with a fused loss; return the sum of its losses."""
@@ -83,13 +139,17 @@ class Gradients:
         if count == 0:
             return 0.0
         gathered.first_count = gathered.first_count or count
-        with quiet():
-            value = loss.forward_backward(self._model, x, y, 1 / gathered.first_count)
+        value = self._fused(loss, x, y, gathered.first_count)
         if math.isfinite(value):
             gathered.count += count
+            gathered.added += count
             gathered.loss += value
             self._check_buffers()
         return value
+
+    def _fused(self, loss: FusedLoss, x: Any, y: Any, first_count: int) -> float:
+        with quiet():
+            return loss.forward_backward(self._model, x, y, 1 / first_count)
 
     def _forward(self, x: Any) -> tuple[Array, Any]:
         result: Any = self._model.forward(x)

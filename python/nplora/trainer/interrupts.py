@@ -41,6 +41,10 @@ class Interrupts:
     instead of ending the process at once. Python handles signals only in the main thread, so in any other
     thread the context manager does nothing.
 
+    Args:
+        terminate: whether SIGTERM and SIGHUP raise Terminated.
+        noted_only: only note signals, SIGUSR1 too, until `end_run` raises the exception. For runs of several
+            processes, which must end together.
     Attributes:
         repeated: whether the last Ctrl-C came soon after another Ctrl-C, perhaps in the previous run. A
             repeated Ctrl-C means that the user wants to end the whole program.
@@ -48,8 +52,13 @@ class Interrupts:
 
     _last = -math.inf  # the time of the last Ctrl-C in any run
 
-    def __init__(self, terminate: bool) -> None:
-        self._signals = (signal.SIGINT, *_ENDING) if terminate else (signal.SIGINT,)
+    def __init__(self, terminate: bool, noted_only: bool = False) -> None:
+        self._signals: tuple[signal.Signals, ...] = (
+            (signal.SIGINT, *_ENDING) if terminate else (signal.SIGINT,)
+        )
+        if noted_only:
+            self._signals += (signal.SIGUSR1,)  # mpirun passes it on to all ranks
+        self._noted_only = noted_only
         self._previous: dict[int, Any] = {}
         self._handlers: dict[int, Handler] = {}
         self._held = 0
@@ -61,7 +70,7 @@ class Interrupts:
             return self
         for signum in self._signals:
             previous = signal.getsignal(signum)
-            if previous is signal.SIG_DFL and signum in _ENDING:
+            if previous is signal.SIG_DFL and signum != signal.SIGINT:
                 self._handlers[signum] = _terminate
             elif callable(previous):
                 self._handlers[signum] = previous
@@ -80,7 +89,7 @@ class Interrupts:
             now = time.monotonic()
             self.repeated = now - Interrupts._last < REPEAT_SECONDS
             Interrupts._last = now
-        if self._held:
+        if self._held or self._noted_only:
             self._waiting.append(signum)
         else:
             self._handlers[signum](signum, frame)
@@ -93,5 +102,17 @@ class Interrupts:
             yield
         finally:
             self._held -= 1
-            while self._waiting and not self._held:
+            while self._waiting and not self._held and not self._noted_only:
                 self._handlers[signum := self._waiting.pop(0)](signum, None)
+
+    def noted(self) -> tuple[int, bool] | None:
+        """The last signal that was noted, and `repeated`; None if there was none."""
+        return (self._waiting[-1], self.repeated) if self._waiting else None
+
+    def end_run(self, signum: int, repeated: bool) -> None:
+        """Raise KeyboardInterrupt or Terminated for a signal that this process or another one has noted."""
+        self._waiting.clear()
+        self.repeated = repeated
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Terminated(signum)

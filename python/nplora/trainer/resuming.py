@@ -18,6 +18,7 @@ from nplora.trainer.training_setup import TrainingSetup
 
 NONFINITE = "nonfinite"  # the event of a log line about a loss that was not finite
 
+_USUAL: dict[str, Any] = {"communication_dtype": "float32", "local_steps": None}
 _MOST = 5  # the most differences that a message lists
 _LONGEST_ERROR = 500  # the most characters of an error message in the log
 
@@ -40,6 +41,7 @@ def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
             **(loss.settings() if isinstance(loss, FusedLoss) else {}),
             "accumulate": setup.accumulate,
             "optimizer": type(optimizer).__name__,
+            **_of_ranks(setup),
             "layers": {name: layer.settings() for name, layer in model.adapter_layers().items()},
         },
         "free": {
@@ -49,6 +51,7 @@ def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
             "warmup_steps": setup.warmup_steps,
             "clip_norm": setup.clip_norm,
             "total_steps": config.total_steps,
+            **_of_outer_steps(setup),
         },
         "validation": None if config.validation is None else config.validation.identity(),
     }
@@ -57,6 +60,20 @@ def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
         parse_constant=str,  # NaN and infinities, which JSON does not have, become text
     )
     return result
+
+
+def _of_ranks(setup: TrainingSetup) -> dict[str, Any]:
+    """The settings of several ranks that change results, unless they are the usual ones."""
+    chosen = {name: getattr(setup, name) for name in _USUAL}
+    return {name: value for name, value in chosen.items() if value != _USUAL[name]}
+
+
+def _of_outer_steps(setup: TrainingSetup) -> dict[str, Any]:
+    """What influences outer steps. Otherwise the number of ranks changes no results."""
+    if setup.local_steps is None:
+        return {}
+    ranks = setup.communicator.size
+    return {"outer_lr": setup.outer_lr, "outer_momentum": setup.outer_momentum, "ranks": ranks}
 
 
 def _loss_name(loss: Loss | FusedLoss) -> str:
@@ -210,6 +227,8 @@ def _check_arrays(path: object, checkpoint: Checkpoint, state: RunState) -> None
     if checkpoint.best_parameters:
         problems += [f"best {p}" for p in differences(checkpoint.best_parameters, factors(model))]
     problems += state.optimizer.differences(checkpoint.optimizer, state.parameters)
+    if state.outer is not None:
+        problems += state.outer.differences(checkpoint.outer, state.parameters)
     if problems:
         raise CorruptError(f"{path}: the checkpoint {verdict}: {first_few(problems, '; ')}")
 
@@ -228,7 +247,7 @@ def _changes(then: Any, now: dict[str, Any]) -> str:
     return ", ".join(
         f"{name} is another array"
         if name in ("x", "y") and then.get(name) and now.get(name)
-        else f"{name} was {then.get(name)}, is {now.get(name)}"
+        else f"{name} was {then.get(name, _USUAL.get(name))}, is {now.get(name, _USUAL.get(name))}"
         for name in names
     )
 

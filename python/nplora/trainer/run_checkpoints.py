@@ -52,6 +52,7 @@ class RunCheckpoints:
         self._base = base_fingerprint(state.model)
         self._settings = settings_of(setup, config)
         self._saved: tuple[int, ...] | None = None  # the position of the newest checkpoint
+        self._tried_step = 0  # the step of the last checkpoint, written or not
         self._tried_at = -math.inf  # the time of the last checkpoint, written or not
 
     # ---- the beginning ----
@@ -105,7 +106,8 @@ class RunCheckpoints:
 
     def is_due_after_step(self) -> bool:
         every, step = self._config.checkpoint_every, self._state.step
-        is_due = step == 1 or (every is not None and step % every == 0)
+        # With local steps, a checkpoint may be due at a step at which none can be written.
+        is_due = step == 1 or (every is not None and step // every > self._tried_step // every)
         return is_due or self._age() >= self._config.save_seconds
 
     def is_due_after_epoch(self) -> bool:
@@ -142,7 +144,7 @@ class RunCheckpoints:
             except OSError as error:
                 if must or self._saved is None:
                     raise
-                self._tried_at = time.monotonic()
+                self._tried_at, self._tried_step = time.monotonic(), state.step
                 self._warn_unsaved(error, self._saved[0])
                 return False
             self._note_saved()
@@ -156,6 +158,7 @@ class RunCheckpoints:
 
     def _note_saved(self) -> None:
         self._saved, self._tried_at = self._state.position, time.monotonic()
+        self._tried_step = self._state.step
 
     def _age(self) -> float:
         """The seconds since the last attempt to write a checkpoint."""

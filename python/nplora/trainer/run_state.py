@@ -1,7 +1,9 @@
 """RunState: the state of a run between two steps."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from nplora.nn.losses import NonFiniteLossError
@@ -11,8 +13,29 @@ from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.early_stopping import EarlyStopping
 from nplora.trainer.fingerprint import factors, set_factors
 from nplora.trainer.history import EpochRecord, EvaluationRecord, History
+from nplora.trainer.meeting import Meeting
 
 Array = npt.NDArray[Any]
+
+
+@dataclass
+class StateCopy:
+    """A copy of the state of a run, without the best factors.
+
+    Attributes:
+        step, batch, records: the numbers of steps, of batches used in the epoch, and of records of steps.
+        updates: the number of steps that the optimiser has made.
+        streams: the dropout streams.
+        values, moments: the trained values and the optimiser's moments.
+    """
+
+    step: int = 0
+    batch: int = 0
+    records: int = 0
+    updates: int = 0
+    streams: list[tuple[int, int]] = field(default_factory=list)
+    values: list[Array] = field(default_factory=list)
+    moments: list[Array] = field(default_factory=list)
 
 
 class RunState:
@@ -20,6 +43,7 @@ class RunState:
 
     Attributes:
         model, optimizer, parameters: the objects that change in training.
+        outer: the optimiser of outer steps; None if the ranks make no steps on their own.
         history: the records of the run so far.
         early_stopping: keeps the best evaluation so far.
         step: the number of updates made.
@@ -36,8 +60,10 @@ class RunState:
         total_steps: int | None,
         patience: int | None,
         keeps_best: bool,
+        outer: Optimizer | None = None,
     ) -> None:
         self.model, self.optimizer, self.parameters = model, optimizer, model.parameters()
+        self.outer = outer
         self.history, self.early_stopping = History(), EarlyStopping(model, patience, keeps_best)
         self.step = self.epoch = self.batch = 0
         self.total_steps = total_steps
@@ -63,6 +89,8 @@ class RunState:
         """Create the optimiser's moments if there are none yet, and clear the gradients."""
         if self.optimizer.steps == 0:
             self.optimizer.init(self.parameters)
+        if self.outer is not None and self.outer.steps == 0:
+            self.outer.init(self.parameters)
         self._clear_gradients()
 
     def count_step(self, batches: int) -> None:
@@ -78,6 +106,32 @@ class RunState:
         self._clear_gradients()
         for layer, stream in zip(self._adapters, self._streams, strict=True):
             layer.dropout_stream = stream
+
+    def copy_to(self, copy: StateCopy) -> None:
+        """Copy the state between two steps into `copy`, whose arrays are used again."""
+        copy.step, copy.batch, copy.records = self.step, self.batch, len(self.history.steps)
+        copy.updates, copy.streams = self.optimizer.steps, list(self._streams)
+        for arrays, held in ((copy.values, self._values()), (copy.moments, self._moments())):
+            arrays += [np.empty_like(array) for array in held[len(arrays) :]]
+            for array, now in zip(arrays, held, strict=True):
+                np.copyto(array, now)
+
+    def return_to(self, copy: StateCopy) -> None:
+        """Undo all steps since `copy_to`. There must be no evaluation and no end of an epoch between."""
+        self.step, self.batch, self.optimizer.steps = copy.step, copy.batch, copy.updates
+        del self.history.steps[copy.records :]
+        for arrays, held in ((copy.values, self._values()), (copy.moments, self._moments())):
+            for array, now in zip(arrays, held, strict=True):
+                np.copyto(now, array)
+        self._streams, self.updating = list(copy.streams), False
+        self.roll_back()
+
+    def _values(self) -> list[Array]:
+        return [parameter.value for parameter in self.parameters]
+
+    def _moments(self) -> list[Array]:
+        held = self.optimizer.state_dict(copy=False)
+        return [array for name, array in held.items() if name != "steps"]
 
     def add_evaluation(self, record: EvaluationRecord, at_the_end: bool = False) -> None:
         """Record an evaluation of the present factors, and update early stopping.
@@ -126,6 +180,7 @@ class RunState:
             optimizer=self.optimizer.state_dict(copy=False),
             best_parameters=self.early_stopping.best_factors,
             history=self.history.step_columns(),
+            outer={} if self.outer is None else self.outer.state_dict(copy=False),
         )
 
     def continue_from(self, checkpoint: Checkpoint, history: History) -> None:
@@ -135,6 +190,9 @@ class RunState:
         set_factors(self.model, checkpoint.parameters)
         self.optimizer.init(self.parameters)
         self.optimizer.load_state_dict(checkpoint.optimizer)
+        if self.outer is not None:
+            self.outer.init(self.parameters)
+            self.outer.load_state_dict(checkpoint.outer)
         self.history.steps, self.history.epochs = history.steps, history.epochs
         self.history.evaluations = history.evaluations
         self.step, self.epoch, self.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
@@ -143,6 +201,14 @@ class RunState:
             steps = [record.step for record in history.epochs if record.epoch == best["epoch"]]
             best = {**best, "step": max(steps, default=0)}
         self.early_stopping.continue_from(best, checkpoint.best_parameters)
+
+    def share(self, meeting: Meeting, resumed: bool) -> bool:
+        """Give the state of a resumed run from rank 0 to all ranks; return whether rank 0 has one."""
+        mine = (self.checkpoint({}, ""), self.history) if resumed else None
+        given = meeting.broadcast(mine)
+        if given is not None and meeting.rank:
+            self.continue_from(*given)
+        return given is not None
 
     def _dropout_streams(self) -> list[tuple[int, int]]:
         return [layer.dropout_stream for layer in self._adapters]

@@ -11,11 +11,13 @@ import numpy.typing as npt
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.optim import schedule
 from nplora.trainer.fused import take_metrics
-from nplora.trainer.gradients import Gathered, Gradients
+from nplora.trainer.gradients import Gathered, Gradients, NonfiniteLoss
 from nplora.trainer.history import StepRecord
+from nplora.trainer.meeting import Meeting
 from nplora.trainer.nonfinite import INPUT, TARGETS, nonfinite_parameters
 from nplora.trainer.resuming import first_few
 from nplora.trainer.run_state import RunState
+from nplora.trainer.shared_gradients import SharedGradients
 from nplora.trainer.training_setup import TrainingSetup
 
 Array = npt.NDArray[Any]
@@ -25,15 +27,22 @@ class Stepper:
     """Makes the steps of a run: adds up the gradients of several batches, clips them, and updates the
     parameters."""
 
-    def __init__(self, setup: TrainingSetup, state: RunState) -> None:
+    def __init__(self, setup: TrainingSetup, state: RunState, meeting: Meeting) -> None:
         self._setup, self._state = setup, state
-        self._gradients = Gradients(setup)
+        self._gradients = SharedGradients(setup, meeting) if setup.is_shared else Gradients(setup)
         self._gathered = Gathered()
 
     def begin(self) -> None:
         """Begin a step, whose time is measured from this call."""
         self._gathered = Gathered()
+        self._gradients.begin()
         take_metrics(self._setup.loss)  # drops the metrics of an unfinished step
+
+    @property
+    def work(self) -> tuple[int, float]:
+        """On several ranks: the number of items that this rank has computed, and the seconds it took."""
+        shared = self._gradients
+        return (shared.items, shared.computed) if isinstance(shared, SharedGradients) else (0, 0.0)
 
     @property
     def has_batches(self) -> bool:
@@ -48,7 +57,7 @@ class Stepper:
     @property
     def has_gradients(self) -> bool:
         """Whether the batches of the step have any label to train on."""
-        return self._gathered.count > 0
+        return self._gathered.added > 0
 
     def gradients(self) -> Mapping[str, Array]:
         """The gradients of the step's mean loss, by parameter name; the arrays are the model's own."""
@@ -61,11 +70,11 @@ class Stepper:
         In the sums, each batch is weighted by its count divided by the first batch's count.
         """
         gathered = self._gathered
-        if gathered.first_count != gathered.count:
+        if gathered.first_count != gathered.added:
             for parameter in self._state.parameters:
                 gradient = parameter.grad
-                gradient *= gradient.dtype.type(gathered.first_count / gathered.count)
-            gathered.first_count = gathered.count  # so that a second call changes nothing
+                gradient *= gradient.dtype.type(gathered.first_count / gathered.added)
+            gathered.first_count = gathered.added  # so that a second call changes nothing
 
     def add(self, x: Any, y: Any) -> None:
         """Run one batch forward and backward.
@@ -73,10 +82,20 @@ class Stepper:
         Raises:
             NonFiniteLossError: the loss of the batch is NaN or infinite.
         """
-        problem = self._gradients.add(x, y, self._gathered)
-        if problem:
-            batch = self._state.batch + self._gathered.batches
-            raise self._nonfinite(f"the loss of batch {batch} {problem}")
+        self._require_finite(self._gradients.add(x, y, self._gathered))
+
+    def complete(self) -> None:
+        """Complete the gradients of a step that has all of its batches.
+
+        Raises:
+            NonFiniteLossError: the loss of a batch is NaN or infinite.
+        """
+        self._require_finite(self._gradients.finish(self._gathered))
+
+    def _require_finite(self, problem: NonfiniteLoss | None) -> None:
+        if problem is not None:
+            batch = self._state.batch + problem.batch
+            raise self._nonfinite(f"the loss of batch {batch} {problem.what}")
 
     def update(self) -> StepRecord:
         """Clip the gradients, update the parameters, and count the step.
@@ -105,7 +124,7 @@ class Stepper:
     def _clip_and_update(self, lr: float) -> float:
         """Clip the gradients and update the parameters; return the norm of all gradients before clipping."""
         state, gathered, clip_norm = self._state, self._gathered, self._setup.clip_norm
-        if not gathered.count:
+        if not gathered.added:
             return 0.0
         self._weight_gradients()
         max_norm = math.inf if clip_norm is None else clip_norm

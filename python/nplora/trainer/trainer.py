@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.distributed.communicator import Communicator
 from nplora.formats import files
 from nplora.formats.files import StrPath
 from nplora.nn import optim
@@ -18,7 +19,7 @@ from nplora.runtime.user_warning import warn_user
 from nplora.trainer.batches import ArrayBatches, batches_of, validation_of
 from nplora.trainer.callbacks import Callback, checked_callbacks
 from nplora.trainer.evaluation import check_rows, evaluate, predict
-from nplora.trainer.fit_config import KEEP, FitConfig
+from nplora.trainer.fit_config import KEEP, FitConfig, require_outer_steps
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History
 from nplora.trainer.progress import progress_line
@@ -60,6 +61,23 @@ class Trainer(TrainingSetup):
         callbacks: a list of `Callback`s, which are called in the order of the list.
         progress: whether to show a progress line on stderr (tqdm's if tqdm is installed); None: only in a
             terminal or a Jupyter notebook.
+        communicator: the ranks that train together, such as an `MPICommunicator`; None: this process trains
+            alone. The batches of a step are divided among the ranks, and the results have the same bits for
+            any number of ranks up to `accumulate`. Every rank makes the same calls with the same model and
+            data. Only rank 0 writes to the `checkpoint_dir` and shows progress.
+        communication_dtype: the precision in which ranks send gradients: "float32", or "bfloat16" for half of
+            the bytes. With "bfloat16", the gradient of every batch (of every micro-batch, if the loss makes
+            several) is rounded before it is added, and the sum is rounded too. One process rounds in the
+            same way, so the results have the same bits for any number of ranks.
+        local_steps: if given, every rank updates its own copy of the trained values with its own batches, and
+            after this number of steps, and at the end of every epoch, the changes of all ranks are averaged
+            (DiLoCo). Ranks then exchange trained values much less often. `accumulate` is still the number of
+            batches of all ranks together. The results depend on the number of ranks.
+        outer_lr, outer_momentum: learning rate and Nesterov momentum of the outer step, which adds the
+            average change to the trained values. With 1 and 0, the values become the averages of the ranks'
+            values.
+    Attributes:
+        ranks: after a run on several ranks: a `RankRecord` of each, with its speed and waiting time.
     Raises:
         ValueError, TypeError: an argument does not fit its description above.
     """
@@ -78,8 +96,16 @@ class Trainer(TrainingSetup):
         seed: int = 0,
         callbacks: Sequence[Callback] = (),
         progress: bool | None = None,
+        communicator: Communicator | None = None,
+        communication_dtype: str = "float32",
+        local_steps: int | None = None,
+        outer_lr: float = 0.7,
+        outer_momentum: float = 0.9,
     ) -> None:
-        super().__init__(model, loss, optimizer, schedule, warmup_steps, accumulate, clip_norm, seed)
+        super().__init__(
+            model, loss, optimizer, schedule, warmup_steps, accumulate, clip_norm, seed, communicator,
+            communication_dtype, local_steps, outer_lr, outer_momentum,
+        )  # fmt: skip
         self.callbacks = checked_callbacks("Trainer", callbacks)
         if not isinstance(progress, bool | None):
             raise TypeError(f"Trainer: progress is {_check.kind(progress)}, expected True, False or None")
@@ -173,6 +199,7 @@ class Trainer(TrainingSetup):
                 that no run made has the name of one of the run's files. UnsafeError: one of the run's files
                 is a symbolic link.
             BlockingIOError: another process writes to the directory.
+            RankError: another rank has failed or does not answer.
             OSError: the directory, the log, or the first or last checkpoint cannot be written. The earlier
                 checkpoint is kept, and the message says how many bytes were needed.
         Warns:
@@ -181,7 +208,7 @@ class Trainer(TrainingSetup):
                 checkpoint cannot be written during the run; the run ends before the warm-up does; or no step
                 had a label to train on.
         """
-        if checkpoint_dir is not None:
+        if checkpoint_dir is not None and not self.communicator.rank:
             files.require_named(_OP, checkpoint_dir=checkpoint_dir)
             files.require_directory(checkpoint_dir)
         config = self._fit_config(
@@ -192,6 +219,8 @@ class Trainer(TrainingSetup):
         for batches in (config.batches, config.validation):
             if isinstance(batches, ArrayBatches):
                 self._check_labels(batches)
+        if self.communicator.rank:  # rank 0 writes, and the others get the state to resume from it
+            return self._run(config, None, resume)
         if checkpoint_dir is None:
             if resume or overwrite or checkpoint_every is not None:
                 raise ValueError(f"{_OP}: resume, overwrite and checkpoint_every need a checkpoint_dir")
@@ -255,7 +284,7 @@ class Trainer(TrainingSetup):
         return f"Trainer({settings})\n  {model}"
 
     def _run(self, config: FitConfig, directory: RunDirectory | None, resume: bool) -> History:
-        line = progress_line(self.progress)
+        line = None if self.communicator.rank else progress_line(self.progress)
         try:
             return TrainingRun(self, config, self.callbacks + ([line] if line else []), directory).execute(
                 resume
@@ -290,6 +319,7 @@ class Trainer(TrainingSetup):
                 _check.integer(_OP, name, value, least=1)
                 if name != "checkpoint_every" and validation is None:
                     raise ValueError(f"{_OP}: {name} needs validation data")
+        require_outer_steps(_OP, eval_every, self.local_steps)
         minutes = _check.at_least(_OP, "save_minutes", save_minutes, 0)
         _check.choice(_OP, "keep", keep, KEEP)
         batches = batches_of(_OP, x, y, batch_size, shuffle, self.seed)

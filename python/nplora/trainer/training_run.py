@@ -2,15 +2,19 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.evaluation import evaluate
 from nplora.trainer.fit_config import FitConfig
+from nplora.trainer.handshake import require_agreement
 from nplora.trainer.history import EVALUATION, EvaluationRecord, History
 from nplora.trainer.interrupts import Interrupts, Terminated
+from nplora.trainer.local_steps import LocalSteps
+from nplora.trainer.meeting import Meeting
+from nplora.trainer.rank_record import Stopwatch
 from nplora.trainer.run import Run
 from nplora.trainer.run_checkpoints import RESUME_HINT, RunCheckpoints
 from nplora.trainer.run_directory import RunDirectory
@@ -30,13 +34,19 @@ class TrainingRun(Run):
         directory: RunDirectory | None = None,
     ) -> None:
         keeps_best = config.validation is not None and config.keep == "best"
-        state = RunState(setup.model, setup.optimizer, config.total_steps, config.patience, keeps_best)
+        outer = None if setup.local_steps is None else setup.outer
+        state = RunState(setup.model, setup.optimizer, config.total_steps, config.patience, keeps_best, outer)
         super().__init__(state, directory)
         self._setup, self._config, self._callbacks = setup, config, callbacks
-        self._stepper = Stepper(setup, state)
         self._gradient_callbacks = [callback for callback in callbacks if _sees_gradients(callback)]
         self._checkpoints: RunCheckpoints | None = None
-        self._interrupts = Interrupts(terminate=directory is not None)
+        shared = setup.communicator.size > 1
+        self._interrupts = Interrupts(terminate=shared or directory is not None, noted_only=shared)
+        self._meeting = Meeting(setup.communicator, self._interrupts)
+        self._stepper = Stepper(setup, state, self._meeting)
+        self._local = LocalSteps(setup, state, self._meeting)
+        self._log_bytes = 0  # the length of the log when the ranks began to make steps on their own
+        self._stopwatch = Stopwatch.start(setup.communicator, time.perf_counter())
 
     def execute(self, resume: bool) -> History:
         """Train until the run is complete, or until Ctrl-C or an error ends it."""
@@ -51,7 +61,7 @@ class TrainingRun(Run):
             end.__notes__ = getattr(signal, "__notes__", [])
             raise end from None
         except BaseException:
-            self._state.roll_back()
+            self._roll_back()
             raise
         return self.history
 
@@ -74,27 +84,45 @@ class TrainingRun(Run):
     def _begin(self, resume: bool) -> None:
         """Load the directory's checkpoint, or begin the log of a new run."""
         self._state.prepare()
-        if self._directory is None:
-            return
+        require_agreement(self._meeting, self._setup, self._config)
+        resumed = self._directory is not None and self._begin_directory(self._directory, resume)
+        if self._meeting.size > 1:
+            resumed = self._state.share(self._meeting, resumed)
+        if resumed:
+            self._stop_if_patience_is_lost()
+
+    def _begin_directory(self, directory: RunDirectory, resume: bool) -> bool:
+        """Load or write a checkpoint; return whether the run is resumed."""
         self._checkpoints = RunCheckpoints(
-            self._setup, self._config, self._state, self._directory, self._interrupts
+            self._setup, self._config, self._state, directory, self._interrupts
         )
         if resume and self._checkpoints.resume():
-            self._stop_if_patience_is_lost()
-        else:
-            self._checkpoints.begin()
+            return True
+        self._checkpoints.begin()
+        return False
 
     def _save_interrupted(self) -> None:
         with self._interrupts.hold():
             self._ended = "interrupted"
-            self._state.roll_back()
+            self._roll_back()
             self._state.reopen_epoch()
             saved = self._checkpoints is not None and self._checkpoints.save(must=True)
         if saved:
             self._call("on_checkpoint")
 
+    def _roll_back(self) -> None:
+        """Undo the batches since the last update, and all steps since the last outer step."""
+        self._state.roll_back()
+        if self._local.undo() and self._directory is not None:
+            with suppress(OSError):  # a resumed run ignores the rest of the log
+                self._directory.cut_log(self._log_bytes)
+
     def _finish(self) -> None:
         history = self.history
+        if self._meeting.size > 1:
+            record = self._stopwatch.record(time.perf_counter(), *self._stepper.work)
+            self._setup.ranks = self._meeting.communicator.gather(record)
+            self.log("ranks", {"ranks": [vars(one) for one in self._setup.ranks]})
         history.ended = self._ended or "complete"
         stopping = self._state.early_stopping
         if history.interrupted:
@@ -122,7 +150,13 @@ class TrainingRun(Run):
             self._close_epoch(complete=False)
 
     def _is_over(self) -> bool:
-        return self._ended is not None or self._is_complete()
+        """Whether the run is over, on all ranks: a callback may have ended it on one of them.
+
+        A callback ends a run after an outer step only, so that a resumed run gets the same results.
+        """
+        ends = self._meeting.gather(self._ended)
+        self._ended = next((end for end in ends if end is not None), None)
+        return (self._ended is not None and not self._local.is_open) or self._is_complete()
 
     def _is_complete(self) -> bool:
         config = self._config
@@ -143,20 +177,33 @@ class TrainingRun(Run):
                 stepper.begin()
         if stepper.has_batches:
             self._update()
+        self._combine()
         return not self._is_over()
 
     def _update(self) -> None:
+        self._stepper.complete()
         if self._gradient_callbacks and self._stepper.has_gradients:
             gradients = self._stepper.gradients()
             for callback in self._gradient_callbacks:
                 callback.on_before_optimizer_step(self, gradients)
         with self._interrupts.hold():
+            if self._directory is not None and not self._local.is_open:
+                self._log_bytes = self._directory.log_bytes
+            self._local.begin()
             record = self._stepper.update()
             self.log("step", record.row())
+        if self._local.is_due or self._is_complete():
+            self._combine()
         self._call("on_step_end", record)
         self._evaluate_if_due()
-        if self._checkpoints is not None and self._checkpoints.is_due_after_step():
+        checkpoints = None if self._local.is_open else self._checkpoints
+        if checkpoints is not None and checkpoints.is_due_after_step():
             self._save()
+
+    def _combine(self) -> None:
+        """Make an outer step, if the ranks have made steps on their own."""
+        with self._interrupts.hold():
+            self._local.combine()
 
     def _evaluate_if_due(self) -> None:
         """Evaluate after every `eval_every` steps."""
@@ -177,7 +224,7 @@ class TrainingRun(Run):
         validation, started = self._config.validation, time.perf_counter()
         if validation is None:
             return None
-        metrics = evaluate(self.model, self._setup.loss, validation)
+        metrics = evaluate(self.model, self._setup.loss, validation, self._meeting)
         seconds = time.perf_counter() - started
         loss, accuracy = metrics.pop("loss"), metrics.pop("accuracy", None)
         return EvaluationRecord(self.step, epoch, loss, accuracy, seconds, metrics)
@@ -227,6 +274,7 @@ class TrainingRun(Run):
         try:
             yield
         except Exception as error:
+            self._roll_back()
             if self._checkpoints is not None:
                 self._checkpoints.save_after(error)
             raise

@@ -6,11 +6,16 @@ from typing import Any
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.distributed.communicator import Alone, Communicator
+from nplora.distributed.ordered_sum import COMMUNICATION_DTYPES
 from nplora.nn import losses, optim
 from nplora.nn.losses import LossFunction
 from nplora.nn.module import Module
-from nplora.nn.optim import SCHEDULES, AdamW, Optimizer
+from nplora.nn.optim import SCHEDULES, SGD, AdamW, Optimizer
 from nplora.trainer.fused import FusedLoss
+from nplora.trainer.rank_record import RankRecord
+
+OUTER_LR, OUTER_MOMENTUM = 0.7, 0.9  # the best ones in Douillard et al. 2023, table 5
 
 Array = npt.NDArray[Any]
 
@@ -28,6 +33,11 @@ class TrainingSetup:
         accumulate: int,
         clip_norm: float | None,
         seed: int,
+        communicator: Communicator | None = None,
+        communication_dtype: str = COMMUNICATION_DTYPES[0],
+        local_steps: int | None = None,
+        outer_lr: float = OUTER_LR,
+        outer_momentum: float = OUTER_MOMENTUM,
     ) -> None:
         if not isinstance(model, Module):
             raise TypeError(f"Trainer: model is a {type(model).__name__}, expected a Module")
@@ -42,6 +52,22 @@ class TrainingSetup:
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"Trainer: clip_norm is {clip_norm}, expected above 0 or None")
         self.seed = _check.integer("Trainer", "seed", seed, least=0)
+        self.ranks: list[RankRecord] = []
+        self.communication_dtype = _check.choice(
+            "Trainer", "communication_dtype", communication_dtype, COMMUNICATION_DTYPES
+        )
+        self.local_steps = local_steps
+        if local_steps is not None:
+            self.local_steps = _check.integer("Trainer", "local_steps", local_steps, least=1)
+        self.outer_lr = _check.at_least("Trainer", "outer_lr", outer_lr, 0)
+        self.outer_momentum = _check.probability("Trainer", "outer_momentum", outer_momentum)
+        self.outer = SGD(self.outer_lr, self.outer_momentum, nesterov=self.outer_momentum > 0)
+        # A process that trains alone computes as several ranks do if this changes the results.
+        rounds = communication_dtype != COMMUNICATION_DTYPES[0]
+        self.is_shared = communicator is not None or rounds or local_steps is not None
+        self.communicator = Alone() if communicator is None else communicator
+        if self.communicator.size > self.accumulate:
+            raise ValueError(f"Trainer: {too_many_ranks(self.communicator.size, self.accumulate)}")
         parameters = inspect.signature(model.backward).parameters
         self._skips_dx = "need_dx" in parameters
 
@@ -51,3 +77,11 @@ class TrainingSetup:
             self.model.backward(gradient, saved, need_dx=False)
         else:
             self.model.backward(gradient, saved)
+
+
+def too_many_ranks(ranks: int, batches: int) -> str:
+    """The words of the error that some ranks would get no batch in a step."""
+    return (
+        f"there are {ranks} ranks, but a step has only {batches} of the batches that they share: use fewer "
+        "ranks, or a larger accumulate"
+    )

@@ -43,8 +43,11 @@ class DistillLoss(PackedLoss):
     def forward_backward(self, model: Module, x: PackedBatch, y: Any, factor: float) -> float:
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
-        parts = (part for part in x.pieces(self.micro_tokens) if part.num_targets)
-        return sum(model.forward_backward_with(part, self._loss_of_batch(part), factor) for part in parts)
+        total = 0.0
+        for part, _, _ in self._micro_batches(x):
+            total += model.forward_backward_with(part, self._loss_of_batch(part), factor)
+            self.after_part()
+        return total
 
     def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:
         assert isinstance(model, LanguageModel)

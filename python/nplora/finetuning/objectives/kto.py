@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.nonfinite_layers import first_nonfinite_layer
 from nplora.finetuning.objectives.objective import Objective
-from nplora.finetuning.objectives.packed_loss import PackedLoss, micro_batches
+from nplora.finetuning.objectives.packed_loss import MicroBatch, PackedLoss, micro_batches
 from nplora.finetuning.objectives.preference_losses import Kto
 from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
 from nplora.lm import LanguageModel
@@ -57,9 +58,10 @@ class KtoLoss(PackedLoss):
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
         kl, total = self._kl(model, y), 0.0
-        for part, sequences, _ in micro_batches(x, self.micro_tokens):
+        for part, sequences, _ in self._micro_batches(x):
             loss = functools.partial(self._scaled, part, y.good[sequences], kl, factor)
             total += model.forward_backward_of(part, loss)
+            self.after_part()
         return total
 
     def evaluate(self, model: Module, x: PackedBatch, y: Judgements) -> float:
@@ -74,6 +76,9 @@ class KtoLoss(PackedLoss):
         if name and not first_nonfinite_layer(model, x):
             return f"for prompts with other answers, the first layer whose output is not finite is {name!r}"
         return super().blame(model, x)
+
+    def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
+        return micro_batches(x, self.micro_tokens)
 
     def _kl(self, model: LanguageModel, y: Judgements) -> float:
         """The estimated KL divergence of a batch."""

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
+from nplora.distributed.communicator import Communicator
 from nplora.finetuning.data import TokenBatches
 from nplora.finetuning.data.dataset import ReadOptions, read_sources
 from nplora.finetuning.data.sources import Source
@@ -96,22 +97,24 @@ class Objective:
         self,
         lm: LanguageModel,
         batches: list[TokenBatches],
-        directory: files.Directory,
+        directory: files.Directory | None,
         say: Callable[[str], None],
         writes: bool = True,
+        ranks: Communicator | None = None,
     ) -> None:
         """Compute all that the losses need besides the model. A second call adds what other batches need.
 
         Args:
             lm: the model without the adapter that is trained.
             batches: the training data, and the validation data, if there are any.
-            directory: the output directory.
+            directory: the output directory; None on other ranks than rank 0.
             say: prints a text.
             writes: whether the directory may be changed. If not, `keep` changes it later.
+            ranks: the processes that train together.
         """
         if self.has_reference:
-            self._reference.compute(lm, batches, self.sequences_of, directory, say, writes)
-        if writes:
+            self._reference.compute(lm, batches, self.sequences_of, directory, say, writes, ranks)
+        if writes and directory is not None:
             self.keep(directory)
 
     def keep(self, directory: files.Directory) -> None:

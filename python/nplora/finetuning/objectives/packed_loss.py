@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from nplora.finetuning.nonfinite_layers import first_nonfinite_layer
-from nplora.finetuning.objectives.tally import Tally
+from nplora.finetuning.objectives.tally import Addition, Tally
 from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch
 from nplora.nn.module import Module
 from nplora.trainer import FusedLoss
+
+MicroBatch = tuple[PackedBatch, slice, slice]  # with its sequences and tokens in the whole batch
 
 
 class PackedLoss(FusedLoss):
@@ -19,7 +21,8 @@ class PackedLoss(FusedLoss):
     Args:
         micro_tokens: maximum tokens of a micro-batch; None: batches are not cut into micro-batches.
     Attributes:
-        tokens: number of tokens, trained or not, that `forward_backward` has processed.
+        tokens: number of tokens, trained or not, of all batches that were processed, here or on other ranks.
+        after_part: called after the backward pass of each micro-batch.
         unit: what `count` counts, for progress lines.
     """
 
@@ -29,6 +32,18 @@ class PackedLoss(FusedLoss):
         self.micro_tokens = micro_tokens
         self.tokens = 0
         self._tally = Tally()
+        self.after_part: Callable[[], None] = _nothing
+
+    def parts(self, x: PackedBatch, y: Any) -> int:
+        """The number of micro-batches of a batch."""
+        return sum(1 for _ in self._micro_batches(x))
+
+    def computed_elsewhere(self, x: PackedBatch, y: Any) -> None:
+        self.tokens += len(x.ids)
+
+    def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
+        """The micro-batches that are computed. Those without a target have no loss."""
+        return (each for each in micro_batches(x, self.micro_tokens) if each[0].num_targets)
 
     def settings(self) -> dict[str, Any]:
         return {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}
@@ -39,6 +54,12 @@ class PackedLoss(FusedLoss):
     def take_metrics(self) -> dict[str, float]:
         return self._tally.take()
 
+    def take_measured(self) -> list[Addition]:
+        return self._tally.take_additions()
+
+    def add_measured(self, measured: list[Addition]) -> None:
+        self._tally.add_all(measured)
+
     def blame(self, model: Module, x: PackedBatch) -> str:
         assert isinstance(model, LanguageModel)
         name = first_nonfinite_layer(model, x)
@@ -47,12 +68,14 @@ class PackedLoss(FusedLoss):
         return f"the first layer whose output is not finite is {name!r}"
 
 
-def micro_batches(
-    x: PackedBatch, most_tokens: int | None, together: int = 1
-) -> Iterator[tuple[PackedBatch, slice, slice]]:
+def micro_batches(x: PackedBatch, most_tokens: int | None, together: int = 1) -> Iterator[MicroBatch]:
     """Divide a batch as `PackedBatch.pieces` does. Each piece comes with its sequences and tokens in `x`."""
     sequences = tokens = 0
     for part in x.pieces(most_tokens, together):
         ends = sequences + len(part.starts) - 1, tokens + len(part.ids)
         yield part, slice(sequences, ends[0]), slice(tokens, ends[1])
         sequences, tokens = ends
+
+
+def _nothing() -> None:
+    pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from nplora.finetuning.data.comparisons import Answers, LearnedPairs, PairDatase
 from nplora.finetuning.data.dataset import ReadOptions
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.objectives.objective import Objective
-from nplora.finetuning.objectives.packed_loss import PackedLoss, micro_batches
+from nplora.finetuning.objectives.packed_loss import MicroBatch, PackedLoss, micro_batches
 from nplora.finetuning.objectives.preference_losses import Dpo, odds_ratio
 from nplora.finetuning.objectives.reference import Reference, by_sequence, sums
 from nplora.lm import LanguageModel
@@ -40,15 +41,19 @@ class PairLoss(PackedLoss):
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
         total, weight = 0.0, self._weight(x)
-        for part, _, tokens in micro_batches(x, self.micro_tokens, together=2):
+        for part, _, tokens in self._micro_batches(x):
             loss = functools.partial(self._scaled, part, y.is_answer[tokens], weight, factor)
             total += model.forward_backward_of(part, loss)
+            self.after_part()
         return total
 
     def evaluate(self, model: Module, x: PackedBatch, y: Answers) -> float:
         assert isinstance(model, LanguageModel)
         weight = 1 / y.tokens_per_pair
         return self._loss(x, y.is_answer, weight, model.log_probs(x))[0] / self.count(x, y)
+
+    def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
+        return micro_batches(x, self.micro_tokens, together=2)
 
     def _scaled(
         self, part: PackedBatch, is_answer: Array, weight: float, factor: float, log_probs: Array

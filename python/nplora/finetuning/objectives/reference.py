@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _core
+from nplora.distributed.communicator import Alone, Communicator
 from nplora.finetuning.data import EVALUATION_TOKENS, TokenBatches
 from nplora.finetuning.slow_progress import Progress
 from nplora.formats import files, safetensors
@@ -67,9 +69,10 @@ class Reference:
         lm: LanguageModel,
         batches: list[TokenBatches],
         sequences_of: Callable[[PackedBatch, Any], Iterable[PackedBatch]],
-        directory: files.Directory,
+        directory: files.Directory | None,
         say: Callable[[str], None],
         writes: bool,
+        ranks: Communicator | None = None,
     ) -> None:
         """Add the log-probabilities of all sequences of the data: from the file, or computed.
 
@@ -77,20 +80,23 @@ class Reference:
             lm: the model without the adapter.
             batches: the training data, and the validation data, if there are any.
             sequences_of: the sequences of a batch whose log-probabilities are needed.
+            directory: the output directory; None on other ranks than rank 0.
             writes: whether the file is written. If not, `keep` writes it later.
+            ranks: the processes that train together. Each computes a share of the log-probabilities.
         Raises:
             NonFiniteLossError: a log-probability is NaN or infinite.
         Warns:
             UserWarning: the file cannot be written. The run can continue without it.
         """
-        self._model = _identity(lm)
+        ranks, self._model = ranks or Alone(), _identity(lm)
         found = self._found()
-        kept, problem = _read(directory, self._model)
-        kept |= found
-        if problem:
+        kept, problem = ({}, "") if directory is None else _read(directory, self._model)
+        kept = ranks.broadcast(kept) | found
+        if directory is not None and problem:
             say(f"{Path(directory, REFERENCE)}: {problem}; the reference is computed again")
         progress = Progress("reference", "examples", sum(len(source.dataset) for source in batches), say)
-        is_new = is_whole = False
+        new: list[tuple[int, dict[int, float]]] = []  # the parts that this rank has computed, by number
+        number, is_whole = 0, False
         try:
             for source in batches:
                 for x, y in source.epoch(0):
@@ -100,16 +106,25 @@ class Reference:
                         # sequences the file has.
                         if not all(key in kept for key in keys):
                             progress.begin("computing the log-probabilities of the model without its adapter")
-                            kept |= zip(keys, _log_probs(lm, part).tolist(), strict=True)
-                            is_new = True
+                            values = [math.nan] * len(keys)  # another rank computes them
+                            if number % ranks.size == ranks.rank:
+                                values = _log_probs(lm, part).tolist()
+                                new.append((number, dict(zip(keys, values, strict=True))))
+                            kept |= zip(keys, values, strict=True)
+                            number += 1
                         found |= ((key, kept[key]) for key in keys)
                     progress.add((len(x.starts) - 1) // source.dataset.sequences)
+            # A sequence may be in several parts, with other roundings. The last one counts, as on one rank.
+            for _, values_of in sorted(itertools.chain(*ranks.gather(new)), key=lambda one: one[0]):
+                found |= values_of
             is_whole = True
         finally:  # also after Ctrl-C, so that the next start continues from here
-            if is_new and writes:
+            # After Ctrl-C on several ranks, the parts of this rank are not the first ones. A sequence that is
+            # in several parts would then get another rounding, so nothing is written.
+            if number and writes and directory is not None and (is_whole or ranks.size == 1):
                 _write(directory, self._model, found if is_whole else kept)
         self._set(found)
-        self._is_kept = self._is_kept and (writes or not is_new)
+        self._is_kept = self._is_kept and (writes or not number)
 
     def keep(self, directory: files.Directory) -> None:
         """Write the file, unless it holds everything already."""

@@ -9,14 +9,15 @@ import numpy.typing as npt
 
 from nplora.trainer.history import COUNT, with_margin
 
+# A name, the sum of values, their number, and whether `take` also returns that number.
+Addition = tuple[str, float, int, bool]
+
 
 class Tally:
     """Adds up values by name."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
-        self._counted: set[str] = set()
+        self._additions: list[Addition] = []
 
     def add(self, name: str, values: npt.NDArray[Any], counted: bool = False) -> None:
         """Add values.
@@ -25,14 +26,25 @@ class Tally:
             counted: whether `take` also returns their number, because there are not as many as items in the
                 loss.
         """
-        self._sums[name] = self._sums.get(name, 0.0) + float(np.sum(values))
-        self._counts[name] = self._counts.get(name, 0) + np.size(values)
-        self._counted |= {name} if counted else set()
+        self._additions.append((name, float(np.sum(values)), np.size(values), counted))
+
+    def add_all(self, additions: list[Addition]) -> None:
+        """Add what `take_additions` has returned, here or in another process."""
+        self._additions += additions
+
+    def take_additions(self) -> list[Addition]:
+        """All additions since the last call, in order, so that their sum has the same bits everywhere."""
+        taken, self._additions = self._additions, []
+        return taken
 
     def take(self) -> dict[str, float]:
         """The means since the last call. A name without values is left out."""
-        means = {name: total / self._counts[name] for name, total in self._sums.items() if self._counts[name]}
-        counts = {f"{COUNT}{name}": float(self._counts[name]) for name in means if name in self._counted}
-        self._sums.clear()
-        self._counts.clear()
-        return with_margin(means) | counts
+        sums, counts, counted = dict[str, float](), dict[str, int](), set[str]()
+        for name, value, count, is_counted in self.take_additions():
+            sums[name] = sums.get(name, 0.0) + value
+            counts[name] = counts.get(name, 0) + count
+            counted |= {name} if is_counted else set()
+        means = {name: total / counts[name] for name, total in sums.items() if counts[name]}
+        return with_margin(means) | {
+            f"{COUNT}{name}": float(counts[name]) for name in means if name in counted
+        }

@@ -31,7 +31,11 @@ class TokenLoss(PackedLoss):
     def forward_backward(self, model: Module, x: PackedBatch, y: Any, factor: float) -> float:
         assert isinstance(model, LanguageModel)
         self.tokens += len(x.ids)
-        return sum(model.forward_backward(part, factor) for part in x.pieces(self.micro_tokens))
+        total = 0.0
+        for part, _, _ in self._micro_batches(x):
+            total += model.forward_backward(part, factor)
+            self.after_part()
+        return total
 
     def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:
         assert isinstance(model, LanguageModel)

@@ -1,0 +1,12 @@
+"""Training on several processes: how they exchange values, and MPI, which connects them.
+
+>>> import nplora
+>>> nplora.distributed.Alone().size
+1
+"""
+
+from nplora.distributed.communicator import Alone, Communicator, RankError
+from nplora.distributed.mpi import MPICommunicator
+from nplora.distributed.ordered_sum import OrderedSum
+
+__all__ = ["Alone", "Communicator", "MPICommunicator", "OrderedSum", "RankError"]

@@ -1,0 +1,133 @@
+"""Communicator: how the processes of a distributed run exchange values. Each process is called a rank."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, Self, TypeVar
+
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+T = TypeVar("T")
+
+
+class RankError(ConnectionError):
+    """Another rank has failed, or does not answer. The message names the rank and the reason.
+
+    Attributes:
+        rank, reason: the number of that rank, and the reason.
+
+    >>> import nplora
+    >>> raise nplora.distributed.RankError(1, "MemoryError: out of memory")
+    Traceback (most recent call last):
+    nplora.distributed.communicator.RankError: rank 1: MemoryError: out of memory
+    """
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank}: {reason}")
+        self.rank, self.reason = rank, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RankError, (self.rank, self.reason)
+
+
+def mark_reported(error: BaseException) -> None:
+    """Note that rank 0 reports an error of another rank, so that it is not printed twice."""
+    vars(error)["_is_reported"] = True
+
+
+def is_reported(error: BaseException) -> bool:
+    """Whether rank 0 reports this error of another rank.
+
+    >>> from nplora.distributed.communicator import is_reported
+    >>> is_reported(ValueError("wrong"))
+    False
+    """
+    return bool(vars(error).get("_is_reported"))
+
+
+class Communicator(Protocol):
+    """What a `Trainer` needs from the connection between its ranks.
+
+    Every rank must call the same methods in the same order. Each method returns when this rank has all the
+    values that it needs.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        size: the number of processes.
+        waited: the seconds that this process has waited in `gather` and `broadcast`.
+        exchanged: the seconds that `exchange` and `join` have taken.
+
+    >>> import nplora, numpy as np
+    >>> class Watched(nplora.distributed.Alone):
+    ...     "The communicator of a single process, which prints what it joins."
+    ...     def join(self, part, out):
+    ...         print("joins", part.size, "gradients")
+    ...         super().join(part, out)
+    >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
+    >>> trainer = nplora.Trainer(layer, "mse", communicator=Watched())
+    >>> history = trainer.fit(np.eye(4), np.ones((4, 4)))
+    joins 8 gradients
+    """
+
+    waited: float
+    exchanged: float
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in the order of the ranks. Every rank gets the list."""
+
+    def broadcast(self, value: T) -> T:
+        """Return the value of rank 0. The values of the other ranks are ignored."""
+
+    def exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
+        """Send row r of `parts` to rank r, and receive row s of `out` from rank s.
+
+        Args:
+            parts: array (size, m). Only the ranks in `senders` send it.
+            out: array (size, m). The rows of ranks that do not send stay unchanged.
+        """
+
+    def join(self, part: Array, out: Array) -> None:
+        """Send `part` (m) to all ranks; write the parts of all ranks into the rows of `out` (size, m)."""
+
+    def abort(self) -> None:
+        """End all ranks at once."""
+
+
+class Alone:
+    """The communicator of a single process.
+
+    >>> import nplora
+    >>> nplora.distributed.Alone().gather("value")
+    ['value']
+    """
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self.waited = self.exchanged = 0.0
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def broadcast(self, value: T) -> T:
+        return value
+
+    def exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
+        out[...] = parts
+
+    def join(self, part: Array, out: Array) -> None:
+        out[0] = part
+
+    def abort(self) -> None:
+        raise SystemExit(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass

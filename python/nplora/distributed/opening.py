@@ -1,0 +1,32 @@
+"""Opens the communicator that an option names."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+from nplora.distributed.communicator import Alone, Communicator
+from nplora.distributed.launch import require_one_process
+from nplora.distributed.mpi import MPICommunicator
+
+
+@contextlib.contextmanager
+def opened_communicator(op: str, distributed: str | None) -> Iterator[Communicator]:
+    """The communicator of a run. On other ranks than rank 0, warnings are not shown.
+
+    Args:
+        op: name of the calling function in messages.
+        distributed: "mpi": the ranks of an MPI launcher. "off": this process alone. None: this process alone,
+            but an error if a launcher has started several.
+    Raises:
+        ValueError: `distributed` is None, and a launcher has started several ranks.
+        ModuleNotFoundError, ImportError, RuntimeError: as `MPICommunicator` raises.
+    """
+    if distributed != "mpi":
+        if distributed is None:
+            require_one_process(op)
+        yield Alone()
+        return
+    with MPICommunicator() as ranks, warnings.catch_warnings():
+        if ranks.rank:
+            warnings.simplefilter("ignore")
+        yield ranks

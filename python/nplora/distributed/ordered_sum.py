@@ -1,0 +1,165 @@
+"""OrderedSum: adds up arrays of several ranks, in an order that does not depend on the number of ranks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _core
+from nplora.distributed.communicator import Communicator
+
+COMMUNICATION_DTYPES = ("float32", "bfloat16")
+_BFLOAT16 = "bfloat16"
+
+Array = npt.NDArray[Any]
+
+
+class OrderedSum:
+    """Adds up the contents of the same arrays on all ranks, such as the gradients of a model.
+
+    Floating-point sums depend on the order of their terms. Here each rank adds a slice of all terms, in the
+    order of the terms, and the ranks then exchange the finished slices. So the sums have the same bits as
+    those of one process that adds the same terms one after the other.
+
+    Args:
+        arrays: the arrays, which `keep` reads and clears, and `finish` overwrites.
+        dtype: "bfloat16" rounds each term, and later the sum, to bfloat16. Only these values are sent, so
+            half of the bytes. The terms are still added in the dtype of the arrays, and one process rounds
+            them too. "float32" sends all values as they are, float64 ones too.
+
+    >>> import nplora, numpy as np
+    >>> gradient = np.zeros(3, np.float32)
+    >>> total = nplora.distributed.OrderedSum(nplora.distributed.Alone(), [gradient])
+    >>> for value in (1, 2):
+    ...     gradient += value
+    ...     total.keep()
+    ...     total.add([1])
+    >>> total.finish()
+    >>> gradient
+    array([3., 3., 3.], dtype=float32)
+    """
+
+    def __init__(
+        self, communicator: Communicator, arrays: Sequence[Array], dtype: str = COMMUNICATION_DTYPES[0]
+    ) -> None:
+        kinds = dict.fromkeys(array.dtype for array in arrays)
+        self._slices = [
+            _Slices(communicator, [array for array in arrays if array.dtype == kind], dtype == _BFLOAT16)
+            for kind in kinds
+        ]
+
+    @property
+    def kept(self) -> int:
+        """The number of terms of this rank that are not added yet."""
+        return len(self._slices[0].terms) if self._slices else 0
+
+    def keep(self) -> None:
+        """Keep the contents of the arrays as the next term of this rank, and set the arrays to zero."""
+        for each in self._slices:
+            each.keep()
+
+    def forget(self) -> None:
+        """Drop the terms of this rank that are not added yet."""
+        for each in self._slices:
+            each.terms.clear()
+
+    def restart(self) -> None:
+        """Drop all terms and sums."""
+        self.forget()
+        for each in self._slices:
+            each.sum = None
+
+    def add(self, counts: Sequence[int]) -> None:
+        """Add the kept terms of all ranks: first those of rank 0 in their order, then those of rank 1, ...
+
+        Args:
+            counts: the number of terms that each rank has kept.
+        """
+        for each in self._slices:
+            each.add(counts)
+
+    def finish(self) -> None:
+        """Write the sums into the arrays of all ranks, and start new sums at zero."""
+        for each in self._slices:
+            each.finish()
+
+
+class _Slices:
+    """The arrays of one dtype, joined into one flat array and cut into one slice for each rank.
+
+    Args:
+        rounds: whether terms and sums are rounded to bfloat16, and kept and sent as its bit patterns.
+    """
+
+    def __init__(self, communicator: Communicator, arrays: list[Array], rounds: bool) -> None:
+        self._communicator, self._arrays, self._rounds = communicator, arrays, rounds
+        self._kind: np.dtype[Any] = np.dtype(np.uint16) if rounds else arrays[0].dtype
+        self._shape = communicator.size, -(-sum(array.size for array in arrays) // communicator.size)
+        self.terms: list[Array] = []
+        self.sum: Array | None = None
+        self._received: list[Array] = []
+        self._idle: list[Array] = []  # the memory of terms that were added
+
+    def _empty(self) -> Array:
+        return self._idle.pop() if self._idle else np.zeros(self._shape, self._kind)
+
+    def keep(self) -> None:
+        term = self._empty()
+        flat, begin = term.reshape(-1), 0
+        for array in self._arrays:
+            self._store(array.reshape(-1), flat[begin : begin + array.size])
+            begin += array.size
+            array.fill(0)
+        self.terms.append(term)
+
+    def add(self, counts: Sequence[int]) -> None:
+        most = max(counts)
+        while len(self._received) < most:
+            self._received.append(np.empty(self._shape, self._kind))
+        for number in range(most):
+            senders = [rank for rank, count in enumerate(counts) if number < count]
+            mine = self.terms[number] if number < len(self.terms) else self._received[number]
+            self._communicator.exchange(mine, self._received[number], senders)
+        for rank, count in enumerate(counts):
+            for number in range(count):
+                self._add(self._received[number][rank])
+        self._idle += self.terms
+        self.terms.clear()
+
+    def _add(self, term: Array) -> None:
+        values = self._loaded(term)
+        if self.sum is None:
+            self.sum = values.copy()
+        else:
+            self.sum += values
+
+    def finish(self) -> None:
+        if self.sum is None:
+            return
+        out, mine = self._empty(), self.sum
+        if self._rounds:
+            mine = np.empty(self.sum.shape, self._kind)
+            self._store(self.sum, mine)
+        self._communicator.join(mine, out)
+        flat, begin = out.reshape(-1), 0
+        for array in self._arrays:
+            array[...] = self._loaded(flat[begin : begin + array.size]).reshape(array.shape)
+            begin += array.size
+        self._idle.append(out)
+        self.sum = None
+
+    def _store(self, values: Array, out: Array) -> None:
+        """Write values as they are sent: as bit patterns of bfloat16, or unchanged."""
+        if self._rounds:
+            _core.narrow(np.ascontiguousarray(values, np.float32), _BFLOAT16, out)
+        else:
+            out[...] = values
+
+    def _loaded(self, sent: Array) -> Array:
+        """The values that `_store` has written."""
+        if not self._rounds:
+            return sent
+        values = np.empty(sent.shape, np.float32)
+        _core.widen(sent, _BFLOAT16, values)
+        return values.astype(self._arrays[0].dtype, copy=False)

@@ -1,0 +1,32 @@
+"""The ranks of a distributed run check that they were started with the same options."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from nplora.distributed.communicator import Communicator
+from nplora.finetuning.options import FinetuneOptions
+from nplora.trainer.handshake import differences, program
+from nplora.trainer.resuming import first_few
+from nplora.trainer.training_setup import too_many_ranks
+
+# The options that may differ from machine to machine, and those that may be objects or paths.
+_MAY_DIFFER = ("memory", "report_to", "save_every", "save_minutes", "teacher", "adapter")
+
+
+def require_same_options(ranks: Communicator, options: FinetuneOptions) -> None:
+    """Check that all ranks have the same program and options, and that each gets a batch in every step.
+
+    The model and the data are compared later, when they are read.
+
+    Raises:
+        ValueError: a rank differs from rank 0, and the message names the rank and what differs; or there are
+            more ranks than batches in a step.
+    """
+    names = [field.name for field in dataclasses.fields(options) if field.name not in _MAY_DIFFER]
+    mine = {**program(), **{name: repr(getattr(options, name)) for name in names}}
+    problems = differences(ranks.gather(mine))
+    if problems:
+        raise ValueError(f"finetune: the ranks do not agree: {first_few(problems, '; ')}")
+    if ranks.size > options.accumulate:
+        raise ValueError(f"finetune: {too_many_ranks(ranks.size, options.accumulate)}")

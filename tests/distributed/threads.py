@@ -1,0 +1,76 @@
+"""A communicator of several threads of this process, for tests without MPI."""
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+T = TypeVar("T")
+
+
+class _Table:
+    """The place where the threads lay down their values."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size, timeout=60)
+        self.values: list[Any] = [None] * size
+
+
+class ThreadRank:
+    """One of the threads."""
+
+    def __init__(self, table: _Table, rank: int) -> None:
+        self.table, self.rank, self.size = table, rank, len(table.values)
+        self.waited = self.exchanged = 0.0
+
+    def gather(self, value: T) -> list[T]:
+        self.table.values[self.rank] = copy.deepcopy(value)  # as another process would get it
+        self.table.barrier.wait()
+        values = list(self.table.values)
+        self.table.barrier.wait()
+        return values
+
+    def broadcast(self, value: T) -> T:
+        return self.gather(value)[0]
+
+    def exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
+        rows = self.gather(parts)
+        for rank in senders:
+            out[rank] = rows[rank][self.rank]
+
+    def join(self, part: Array, out: Array) -> None:
+        out[...] = np.stack(self.gather(part))
+
+    def abort(self) -> None:
+        self.table.barrier.abort()
+
+
+def on_threads(size: int, work: Callable[[ThreadRank], T]) -> list[T]:
+    """The results of `work` on several ranks. An error of one rank is raised here."""
+    table = _Table(size)
+    results: dict[int, T] = {}
+    errors: dict[int, BaseException] = {}
+
+    def one(rank: int) -> None:
+        try:
+            results[rank] = work(ThreadRank(table, rank))
+        except BaseException as error:
+            errors[rank] = error
+            table.barrier.abort()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    causes = [error for error in errors.values() if not isinstance(error, threading.BrokenBarrierError)]
+    if causes:
+        raise causes[0]
+    assert not errors
+    return [results[rank] for rank in range(size)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench import nodes as simulation
 
 import nplora
 from distributed.threads import ThreadRank, on_threads
@@ -207,6 +208,17 @@ def test_more_nodes_than_batches_are_refused(files: tuple[Path, Path]) -> None:
     found = plan(*files, accumulate=4)
     with pytest.raises(ValueError, match=r"^plan: nodes is 5, expected at most 4, .* accumulate=5 makes"):
         found.on_nodes(5, "1Gb")
+
+
+@pytest.mark.parametrize(
+    ("model", "trained"),
+    list(zip(simulation.MODELS, (2_442_240, 11_272_192 // 2, 41_943_040 // 2), strict=True)),
+)
+def test_simulated_models_have_the_trained_values_that_peft_prints(
+    model: simulation.Llama, trained: int
+) -> None:
+    """PEFT's figures for rank 16 are 11,272,192 and 41,943,040. Those for rank 8 are one half."""
+    assert model.trained == trained
 
 
 # ---- the command ----

@@ -44,12 +44,12 @@ SECONDS = 120  # for the blocks of a page
 NOT_HERE = {
     *("git", "apt-get", "pip", "pre-commit", "cmake", "ctest", "huggingface-cli", "hf", "ollama"),
     *("llama-cli", "llama-server", "llama-quantize", "docker", "bash .ci/run", ".ci/run", "python -m bench"),
-    *("mpiexec", "mpirun"),
+    *("mpiexec", "mpirun", "sbatch", "kubectl"),
     *("python -m venv", "python -m pip", "pytest", "nplora demo", "python tests/docs/starting_directory.py"),
 }
 OPTIONS_OF_OTHERS = {
     *("--no-deps", "--no-build-isolation", "--lora", "--lora-scaled", "--lora-init-without-apply"),
-    *("--learning-rate", "--bind-to", "--hostfile"),
+    *("--learning-rate", "--bind-to", "--hostfile", "--mca", "--mpi"),
 }
 # The commands of these pages belong to code that the reader has changed by then.
 CHANGES_THE_CODE = {"add-a-block-format"}

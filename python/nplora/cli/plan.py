@@ -3,6 +3,7 @@
 import argparse
 import functools
 
+from nplora.cli.errors import UsageError
 from nplora.cli.parser import add_data, add_model, add_options, checked, given_data, given_options, path
 
 HELP = (
@@ -20,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--valid", metavar="FILE", type=path, help="validation file of the run")
     parser.add_argument("--output", help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="list all plans that --memory chooses from")
+    group = parser.add_argument_group("several machines (also give --accumulate, a step's number of batches)")
+    group.add_argument("--nodes", metavar="N", type=int, help="machines like this one that train together")
+    rate = "rate of each machine's network connection, in bits per second (1Gb) or bytes per second (125MB)"
+    group.add_argument("--network", metavar="RATE", help=rate)
+    latency = "time from one machine to another (default: 50us)"
+    group.add_argument("--latency", metavar="TIME", default="50us", help=latency)
     add_options(parser, FinetuneOptions, shown="planned")
 
 
@@ -27,7 +34,14 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
     from nplora.finetuning import FinetuneOptions
 
+    several = arguments.nodes is not None
+    if several != (arguments.network is not None):
+        given, missing = ("nodes", "network") if several else ("network", "nodes")
+        raise UsageError(f"plan: --{given} needs --{missing}, as in --nodes 8 --network 1Gb")
     options = given_options(arguments, FinetuneOptions)
     checked(functools.partial(FinetuneOptions, op="plan"), options)
     found = finetuning.plan(arguments.model, given_data(arguments.data), valid=arguments.valid, **options)
+    nodes = found.on_nodes(arguments.nodes, arguments.network, arguments.latency) if several else None
     print(found.table() if arguments.verbose else found)
+    if nodes is not None:
+        print(nodes)

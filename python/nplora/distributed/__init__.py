@@ -7,6 +7,7 @@
 
 from nplora.distributed.communicator import Alone, Communicator, RankError
 from nplora.distributed.mpi import MPICommunicator
+from nplora.distributed.network import Network
 from nplora.distributed.ordered_sum import OrderedSum
 
-__all__ = ["Alone", "Communicator", "MPICommunicator", "OrderedSum", "RankError"]
+__all__ = ["Alone", "Communicator", "MPICommunicator", "Network", "OrderedSum", "RankError"]

@@ -9,6 +9,7 @@ from nplora.finetuning.planning.choice import (
 )
 from nplora.finetuning.planning.memory import Adapters, ExecutionPlan, Memory, MicroBatch, predicted
 from nplora.finetuning.planning.memory_plan import Alternative, MemoryPlan, shortage
+from nplora.finetuning.planning.nodes import BatchTime, NodesPlan
 from nplora.finetuning.planning.resident import available_memory, current_memory, parse_bytes, peak_memory
 from nplora.finetuning.planning.teaching import Teaching
 from nplora.finetuning.planning.work import Work
@@ -16,11 +17,13 @@ from nplora.finetuning.planning.work import Work
 __all__ = [
     "Adapters",
     "Alternative",
+    "BatchTime",
     "BudgetError",
     "ExecutionPlan",
     "Memory",
     "MemoryPlan",
     "MicroBatch",
+    "NodesPlan",
     "PlanConstraints",
     "Teaching",
     "Work",

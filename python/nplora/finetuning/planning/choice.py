@@ -11,6 +11,7 @@ from functools import partial
 
 from nplora.finetuning.planning.memory import NOTHING, Adapters, ExecutionPlan, Memory, MicroBatch, predicted
 from nplora.finetuning.planning.memory_plan import Alternative, MemoryPlan, need, room
+from nplora.finetuning.planning.nodes import BatchTime
 from nplora.finetuning.planning.resident import available_memory, current_memory, peak_memory, unread
 from nplora.finetuning.planning.speed import Speed, measured
 from nplora.finetuning.planning.work import Work
@@ -21,6 +22,8 @@ _LEAST_MICRO_BATCH = 32  # tokens: smaller micro-batches save little memory and 
 # The memory of a process before its run differs a little between processes. So a new plan keeps this share of
 # the limit free, and a run that resumes in another process may use it. Errors count this share too.
 _MARGIN = 1.02
+_TIMED_BATCHES = 1024  # a plan holds the times of about this many batches
+_FLOAT = 4
 
 
 class BudgetError(ValueError):
@@ -154,9 +157,12 @@ def choose(
     chosen = min(exact, key=lambda plan: seconds[plan])
     others = tuple(Alternative(plan, sizes[plan], seconds[plan]) for plan in plans if plan != chosen)
     before = sum(speeds[chosen.compute].inference(lm, *one) for one in work.reference)
+    few = dataclasses.replace(work, batches=work.batches[: max(_TIMED_BATCHES, work.accumulate)])
+    times = _batch_times(lm, adapters, few, chosen, speeds[chosen.compute], taught[chosen.compute])
     return MemoryPlan(
-        chosen, memory(chosen), seconds[chosen], work.steps, others, limit, available_memory(), before
-    )
+        chosen, memory(chosen), seconds[chosen], work.steps, others, limit, available_memory(), before,
+        work.accumulate, tuple(times), _FLOAT * adapters.numbers,
+    )  # fmt: skip
 
 
 def _plans(
@@ -206,18 +212,32 @@ def _seconds(
     speed: Speed,
     taught: Callable[[MicroBatch], float],
 ) -> float:
-    """The predicted seconds of an average step.
+    """The predicted seconds of an average step; see `_batch_times`."""
+    times = _batch_times(lm, adapters, work, plan, speed, taught)
+    return sum(one.seconds for one in times) / len(work.batches) * work.accumulate
+
+
+def _batch_times(
+    lm: LanguageModel,
+    adapters: Adapters,
+    work: Work,
+    plan: ExecutionPlan,
+    speed: Speed,
+    taught: Callable[[MicroBatch], float],
+) -> Iterator[BatchTime]:
+    """The predicted time of each batch.
 
     Args:
         taught: predicts how many seconds the teacher takes for a micro-batch.
     """
-    times = [
-        speed.step(lm, adapters, one, plan.recompute)
-        + work.extra_passes * speed.inference(lm, one.tokens, one.targets)
-        + taught(one)
-        for one in work.micro_batches(plan.micro_tokens)
-    ]
-    return sum(times) / len(work.batches) * work.accumulate
+    for batch in work.batches:
+        times = [
+            speed.step(lm, adapters, one, plan.recompute)
+            + work.extra_passes * speed.inference(lm, one.tokens, one.targets)
+            + taught(one)
+            for one in work.cut(batch, plan.micro_tokens)
+        ]
+        yield BatchTime(sum(times), len(times))
 
 
 def _too_little(

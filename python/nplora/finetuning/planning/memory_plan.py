@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from nplora.distributed.network import Network
 from nplora.finetuning.planning.memory import ExecutionPlan, Memory
+from nplora.finetuning.planning.nodes import BatchTime, NodesPlan
 from nplora.formats.errors import counted
 
 
@@ -41,6 +43,9 @@ class MemoryPlan:
         limit: maximum bytes of a plan, the memory limit minus a reserve; infinite if no limit is set.
         available: bytes that the process may use on this machine and in its container; None: unknown.
         before: the seconds of the reference pass of DPO and KTO, before the first step.
+        accumulate: the number of batches in a step.
+        times: the times of the run's first batches.
+        gradients: bytes of the gradients of the trained values.
 
     >>> plan = nplora.plan("model.gguf", "train.jsonl", batch_examples=4)
     >>> print(plan)
@@ -56,6 +61,36 @@ class MemoryPlan:
     limit: float = math.inf
     available: int | None = None
     before: float = 0.0
+    accumulate: int = 1
+    times: tuple[BatchTime, ...] = field(default=(), repr=False)
+    gradients: int = 0
+
+    def on_nodes(self, nodes: int, network: str, latency: str = "50us") -> NodesPlan:
+        """Predict the time of a step if several machines like this one train together, one rank on each.
+
+        The predicted times are those of the passes and of adding up the gradients. Every machine is as fast
+        as this one, and its network carries the full rate in both directions.
+
+        Args:
+            nodes: the number of machines.
+            network: the rate of a machine's connection, such as "1Gb", "2.5Gb" or "125MB" per second.
+            latency: the time from one machine to another, such as "50us" or "1ms".
+        Returns:
+            the predicted time and efficiency; `print` shows them.
+        Raises:
+            ValueError: there are more machines than batches in a step, or a text is of another form.
+
+        >>> plan = nplora.plan("model.gguf", "train.jsonl", batch_examples=2, accumulate=4)
+        >>> print(plan.on_nodes(4, network="1Gb"))
+        4 nodes, 1 Gb/s, 50 µs: ... s per step, efficiency ... %
+        ...
+        """
+        steps = [
+            self.times[first : first + self.accumulate]
+            for first in range(0, len(self.times), self.accumulate)
+        ]
+        whole = [step for step in steps if len(step) == self.accumulate]
+        return NodesPlan.of(whole or steps, self.gradients, nodes, Network.parse(network, latency, "plan"))
 
     def __str__(self) -> str:
         nearest = self._nearest()

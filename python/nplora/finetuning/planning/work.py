@@ -57,10 +57,15 @@ class Work:
 
     def micro_batches(self, micro_tokens: int | None) -> Iterator[MicroBatch]:
         """The micro-batches that the batches are cut into."""
-        for lengths, targets in self.batches:
-            for first, last in itertools.pairwise(cut(lengths, micro_tokens)):
-                part = lengths[first:last]
-                yield MicroBatch(int(part.sum()), int(targets[first:last].sum()), int(part.max(initial=0)))
+        for batch in self.batches:
+            yield from self.cut(batch, micro_tokens)
+
+    def cut(self, batch: tuple[Array, Array], micro_tokens: int | None) -> Iterator[MicroBatch]:
+        """The micro-batches that a batch is cut into."""
+        lengths, targets = batch
+        for first, last in itertools.pairwise(cut(lengths, micro_tokens)):
+            part = lengths[first:last]
+            yield MicroBatch(int(part.sum()), int(targets[first:last].sum()), int(part.max(initial=0)))
 
     def largest(self, micro_tokens: int | None) -> MicroBatch:
         """The maximum of `tokens`, of `targets` and of `longest` over all micro-batches, each by itself."""

@@ -1,0 +1,117 @@
+"""NodesPlan: the predicted time of a step that several machines compute together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nplora import _check
+from nplora.distributed.network import Network
+
+
+class BatchTime(NamedTuple):
+    """The time of a batch's forward and backward passes on one machine.
+
+    Attributes:
+        seconds: their time.
+        parts: the number of the batch's micro-batches.
+
+    >>> nplora.finetuning.planning.BatchTime(1.5, parts=2)
+    BatchTime(seconds=1.5, parts=2)
+    """
+
+    seconds: float
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class NodesPlan:
+    """The predicted time of an average step on several machines (nodes), each of which runs one rank.
+
+    Attributes:
+        nodes: the number of machines.
+        network: the network between them.
+        batches: the number of batches in a step.
+        alone: seconds of the step on one machine.
+        waiting: seconds that an average machine waits for the slowest one, because batches differ in length,
+            or because the last round of a step has too few batches.
+        sums: seconds in which the machines add up their gradients.
+        size: bytes of the gradients.
+
+    >>> planning = nplora.finetuning.planning
+    >>> step = [planning.BatchTime(seconds) for seconds in (10.0, 9.0, 10.0)]
+    >>> network = nplora.distributed.Network.parse("1Gb", latency="50us")
+    >>> print(planning.NodesPlan.of([step], 10_000_000, 2, network))
+    2 nodes, 1 Gb/s, 50 µs: 20.13 s per step, efficiency 72 %
+       14.50 s  forward and backward passes, which take one machine 29.00 s
+        5.50 s  waiting for the slowest machine
+        0.13 s  sums of 10.0 MB of gradients
+    the 3 batches of a step are no multiple of 2 nodes: --accumulate 4 keeps all nodes busy
+    """
+
+    nodes: int
+    network: Network
+    batches: int
+    alone: float
+    waiting: float
+    sums: float
+    size: int
+
+    @classmethod
+    def of(
+        cls, steps: Sequence[Sequence[BatchTime]], size: int, nodes: int, network: Network, op: str = "plan"
+    ) -> NodesPlan:
+        """Predict the average of these steps. Each step is a list of batches.
+
+        The batches of a step are computed in rounds, one batch on each node. A round takes as long as its
+        slowest batch.
+
+        Args:
+            size: bytes of the gradients of the trained values.
+            op: name of the public function, with which error messages begin.
+        Raises:
+            ValueError: there are more nodes than batches in a step.
+        """
+        nodes = _check.integer(op, "nodes", nodes, least=1)
+        batches = max(len(step) for step in steps)
+        if nodes > batches:
+            raise ValueError(
+                f"{op}: nodes is {nodes}, expected at most {batches}, the number of batches in a step: "
+                f"accumulate={nodes} makes larger steps"
+            )
+        alone = slowest = sums = 0.0
+        for step in steps:
+            rounds = [step[first : first + nodes] for first in range(0, len(step), nodes)]
+            alone += sum(batch.seconds for batch in step)
+            slowest += sum(max(batch.seconds for batch in one) for one in rounds)
+            terms = sum(max(batch.parts for batch in one) for one in rounds)
+            sums += network.sums(size, nodes, terms, len(rounds))
+        alone, slowest, sums = (each / len(steps) for each in (alone, slowest, sums))
+        return cls(nodes, network, batches, alone, slowest - alone / nodes, sums, size)
+
+    @property
+    def seconds(self) -> float:
+        """The time of an average step."""
+        return self.alone / self.nodes + self.waiting + self.sums
+
+    @property
+    def efficiency(self) -> float:
+        """How many times faster a step is than on one machine, divided by the number of machines."""
+        return self.alone / (self.nodes * self.seconds)
+
+    def __str__(self) -> str:
+        nodes = "1 node" if self.nodes == 1 else f"{self.nodes:,} nodes"
+        share, efficiency = self.alone / self.nodes, 100 * self.efficiency
+        lines = [
+            f"{nodes}, {self.network}: {self.seconds:.2f} s per step, efficiency {efficiency:.0f} %",
+            f"  {share:6.2f} s  forward and backward passes, which take one machine {self.alone:.2f} s",
+            f"  {self.waiting:6.2f} s  waiting for the slowest machine",
+            f"  {self.sums:6.2f} s  sums of {self.size / 1e6:.1f} MB of gradients",
+        ]
+        if idle := -self.batches % self.nodes:
+            lines.append(
+                f"the {self.batches} batches of a step are no multiple of {nodes}: "
+                f"--accumulate {self.batches + idle} keeps all nodes busy"
+            )
+        return "\n".join(lines)

@@ -203,8 +203,7 @@ class FinetuneOptions:
     lr: float | None = _unplanned(
         _TRAINING,
         None,
-        "peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3; a tenth of that for dpo, "
-        "orpo and kto)",
+        "peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3)",
     )
     lora_plus_ratio: float = _unplanned(
         _TRAINING, 1.0, "learning rate of A divided by that of B (LoRA+); 16 is usual"
@@ -436,6 +435,15 @@ class FinetuneOptions:
     def reading(self, max_length: int, op: str = "finetune") -> ReadOptions:
         """How the data are read, with this maximum length."""
         return _reading(self, max_length, op)
+
+
+def default_lr(hidden_size: int) -> float:
+    """The learning rate of a run whose options give none, with two significant digits.
+
+    A wider model needs a smaller one. `bench/defaults.py` measured narrow models. 0.8 / hidden size also gives
+    the 2e-4 and 1e-4 with which QLoRA trained models of width 4096 and 8192.
+    """
+    return float(f"{min(0.8 / hidden_size, 2e-3):.2g}")
 
 
 def _same_option(name: str, **more: Any) -> Any:

@@ -23,7 +23,7 @@ from nplora.finetuning.execution import choose_execution
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
 from nplora.finetuning.milestones import Milestones
 from nplora.finetuning.objectives import PackedLoss
-from nplora.finetuning.options import FinetuneOptions, from_arguments
+from nplora.finetuning.options import FinetuneOptions, default_lr, from_arguments
 from nplora.finetuning.output import REPORTS, require_free, require_not_read
 from nplora.finetuning.planning import ExecutionPlan
 from nplora.finetuning.preparation import Preparation
@@ -186,8 +186,7 @@ def finetune(
         temperature: softmax temperature of distill, of teacher and student (default: 1, or that of a stored
             `teacher`).
         kd_ratio: share of the divergence in the loss of distill; the rest is the loss of sft.
-        lr: peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3; a tenth of that for
-            dpo, orpo and kto).
+        lr: peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3).
         lora_plus_ratio: learning rate of A divided by that of B (LoRA+); 16 is usual.
         schedule: learning rate schedule: cosine, linear or constant.
         warmup: warm-up steps, in which the learning rate rises to its peak.
@@ -299,7 +298,7 @@ def _finetune(
 
     inputs = read_inputs("finetune", model, data, valid, chosen)
     if chosen.lr is None:
-        chosen = dataclasses.replace(chosen, lr=inputs.objective.default_lr(inputs.lm))
+        chosen = dataclasses.replace(chosen, lr=default_lr(inputs.lm.config.hidden_size))
     if is_first:
         require_not_read(place, inputs, chosen.adapter)
     execution = choose_execution(model, inputs, chosen, earlier, say, ranks)

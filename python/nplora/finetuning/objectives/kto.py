@@ -110,7 +110,6 @@ class KtoObjective(Objective):
     """Kahneman-Tversky optimisation: good answers become likelier, bad ones less likely."""
 
     name = "kto"
-    lr_factor = 0.1
     has_reference = True
 
     def read(

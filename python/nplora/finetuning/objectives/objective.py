@@ -31,13 +31,11 @@ class Objective:
 
     Attributes:
         has_reference: `prepare` needs the model without its adapter.
-        lr_factor: the default learning rate, divided by that of "sft".
         extra_passes: the number of additional forward passes in a step, each over about as many tokens as the
             step's own.
     """
 
     name: ClassVar[str] = "sft"
-    lr_factor: ClassVar[float] = 1.0
     has_reference: ClassVar[bool] = False
 
     def __init__(self, options: FinetuneOptions) -> None:
@@ -53,14 +51,6 @@ class Objective:
         other = copy.copy(self)
         other.options = options
         return other
-
-    def default_lr(self, lm: LanguageModel) -> float:
-        """The learning rate of a run whose options give none, with two significant digits.
-
-        A wider model needs a smaller one. `bench/defaults.py` measured it on narrow models, and 0.8 / hidden
-        size also gives the 2e-4 and 1e-4 with which QLoRA trained models of width 4096 and 8192.
-        """
-        return float(f"{self.lr_factor * min(0.8 / lm.config.hidden_size, 2e-3):.2g}")
 
     @property
     def extra_passes(self) -> int:

@@ -142,7 +142,6 @@ class DpoObjective(Objective):
     """Direct preference optimisation: chosen answers become likelier, rejected ones less likely."""
 
     name = "dpo"
-    lr_factor = 0.1
     has_reference = True
 
     def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> PairDataset:
@@ -161,7 +160,6 @@ class OrpoObjective(Objective):
     """Odds ratio preference optimisation: trains chosen answers, penalises rejected ones; no reference."""
 
     name = "orpo"
-    lr_factor = 0.1
 
     def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> PairDataset:
         return read_pairs(op, sources, tokenizer, reading, self.name, LearnedPairs)

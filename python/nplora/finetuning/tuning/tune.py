@@ -18,7 +18,7 @@ from nplora.finetuning.data.sources import splits_of
 from nplora.finetuning.execution import adapters_of, choose_execution, predicted
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
 from nplora.finetuning.objectives import Objective
-from nplora.finetuning.options import FinetuneOptions
+from nplora.finetuning.options import FinetuneOptions, default_lr
 from nplora.finetuning.planning import ExecutionPlan, available_memory
 from nplora.finetuning.run import new_trainer, put_on_adapter
 from nplora.finetuning.token_progress import speaker
@@ -151,7 +151,7 @@ class _Tuning:
     def run(self) -> TuneReport:
         inputs = read_inputs("tune", self.model, self.data, self.valid, self.base)
         assert inputs.held_out is not None, "a share is held out if there are no validation data"
-        space = space_of(inputs.lm, self.given, self.chosen.search, inputs.objective.default_lr(inputs.lm))
+        space = space_of(inputs.lm, self.given, self.chosen.search, default_lr(inputs.lm.config.hidden_size))
         sampler = OptunaSampler(space, self.base.seed) if self.chosen.sampler == "optuna" else None
         batches = training_batches(inputs.train, self.base)
         epoch = -(-batches.length // self.base.accumulate)

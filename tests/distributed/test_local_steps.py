@@ -239,12 +239,16 @@ def test_ctrl_c_between_outer_steps_leaves_the_values_of_the_last_one(tmp_path: 
         np.testing.assert_array_equal(value, expected)
 
 
-def test_a_callback_stops_the_run_after_the_next_outer_step(tmp_path: Path) -> None:
-    whole, _ = trained(None, local_steps=2, epochs=2)
-    _, history = trained(None, local_steps=2, epochs=2, callbacks=[StopAt(1)], checkpoint_dir=tmp_path)
+@pytest.mark.parametrize("outer", [{}, {"outer_lr": 1.0, "outer_momentum": 0.0}])
+def test_a_callback_stops_the_run_after_the_next_outer_step(outer: dict[str, float], tmp_path: Path) -> None:
+    def fit(**more: Any) -> tuple[list[Array], History]:
+        return trained(None, local_steps=2, epochs=2, **outer, **more)
+
+    whole, _ = fit()
+    _, history = fit(callbacks=[StopAt(1)], checkpoint_dir=tmp_path)
     assert len(history.steps) == 2
     assert history.ended == "callback"
-    found, _ = trained(None, local_steps=2, epochs=2, checkpoint_dir=tmp_path, resume=True)
+    found, _ = fit(checkpoint_dir=tmp_path, resume=True)
     for value, expected in zip(found, whole, strict=True):
         np.testing.assert_array_equal(value, expected)
 

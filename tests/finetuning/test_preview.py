@@ -84,7 +84,7 @@ def test_bad_rows_are_counted_and_the_first_are_shown() -> None:
     found = preview(rows, TOKENIZER)
     assert (found.train.bad, len(found.train.lengths), len(found.train.problems)) == (4, 2, 3)
     text = str(found)
-    assert "4 bad rows, which finetune refuses, or skips with skip_bad:" in text
+    assert "4 bad rows, which finetune refuses, or skips with --skip-bad (skip_bad=True):" in text
     assert "data, row 2: completion is missing" in text
     only_bad = str(preview([{"a": 1}], TOKENIZER))
     assert "data (no format): 0 examples, 0 tokens (0 in the loss)" in only_bad

@@ -31,6 +31,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpo": (PAIRS, {"objective": "dpo", "loss_type": "robust", "label_smoothing": 0.1}),
     "kto": (JUDGED, {"objective": "kto"}),
     "distill": (SUMS, {"objective": "distill", "teacher": "teacher.gguf"}),
+    "local": (SUMS, {"local_steps": 1}),
 }
 
 # For each option: the run that is resumed with another value of the option, and that value.
@@ -86,6 +87,11 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "save_minutes": ("sft", 1.0),
     "report_to": ("sft", ("csv",)),
     "sample": ("sft", ("1+1=",)),
+    "distributed": ("sft", "off"),
+    "communication_dtype": ("sft", "bfloat16"),
+    "local_steps": ("local", 2),
+    "outer_lr": ("local", 0.5),
+    "outer_momentum": ("local", 0.5),
 }
 
 

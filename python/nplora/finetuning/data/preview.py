@@ -377,7 +377,8 @@ def _summary(part: Part, max_length: int) -> str:
         lines.append(f"  fields that are not used: {', '.join(shown[:_FIELDS])}{more}")
     lines += [f"  {without_prompt_words(name, count)}" for name, count in part.without_prompt.items()]
     if part.bad:
-        lines.append(f"  {counted(part.bad, 'bad row')}, which finetune refuses, or skips with skip_bad:")
+        remedy = "which finetune refuses, or skips with --skip-bad (skip_bad=True):"
+        lines.append(f"  {counted(part.bad, 'bad row')}, {remedy}")
         lines += [f"    {problem}" for problem in part.problems]
     return "\n".join(lines)
 

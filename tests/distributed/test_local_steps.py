@@ -1,5 +1,6 @@
 """Ranks that make steps on their own, and are combined by outer steps."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,26 @@ def test_other_numbers_of_ranks_and_local_steps(tmp_path: Path) -> None:
         fit(resume=True)
     with pytest.warns(UserWarning, match=r"other settings: outer_lr was 0\.7, is 0\.5"):
         fit(local_steps=2, outer_lr=0.5, resume=True)
+
+
+@pytest.mark.parametrize(("then", "now"), [(0.0, 0.9), (0.9, 0.0)])
+def test_outer_momentum_begins_at_zero_if_the_run_had_none(then: float, now: float, tmp_path: Path) -> None:
+    """One outer step with momentum µ that begins at zero is one of 1 + µ times the average change."""
+
+    def fit(steps: int, momentum: float, lr: float = 0.5, place: Path = tmp_path, **more: Any) -> list[Array]:
+        return trained(
+            None, outer_momentum=momentum, outer_lr=lr, local_steps=2, steps=steps, epochs=None,
+            checkpoint_dir=place, resume=True, **more,
+        )[0]  # fmt: skip
+
+    fit(2, then)
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    with pytest.warns(UserWarning, match=f"outer_momentum was {then}, is {now}"):
+        found = fit(3, now)
+    with pytest.warns(UserWarning, match="other settings"):
+        wanted = fit(3, 0.0, 0.5 * (1 + now), tmp_path / "copy")
+    for value, expected in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-12)
 
 
 def test_a_run_that_continues_on_another_number_of_ranks_says_so(tmp_path: Path) -> None:

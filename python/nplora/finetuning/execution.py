@@ -108,8 +108,8 @@ def plan(
     distributed: str | None = None,
     communication_dtype: str = "float32",
     local_steps: int | None = None,
-    outer_lr: float = 1.0,
-    outer_momentum: float = 0.0,
+    outer_lr: float = 0.7,
+    outer_momentum: float = 0.5,
     checkpoint_blocks: bool = False,
 ) -> MemoryPlan:
     """Predict the memory and the time of `finetune` with the same arguments. Nothing is trained or written.

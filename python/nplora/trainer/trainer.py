@@ -99,8 +99,8 @@ class Trainer(TrainingSetup):
         communicator: Communicator | None = None,
         communication_dtype: str = "float32",
         local_steps: int | None = None,
-        outer_lr: float = 1.0,
-        outer_momentum: float = 0.0,
+        outer_lr: float = 0.7,
+        outer_momentum: float = 0.5,
     ) -> None:
         super().__init__(
             model, loss, optimizer, schedule, warmup_steps, accumulate, clip_norm, seed, communicator,

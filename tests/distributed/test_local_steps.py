@@ -1,5 +1,6 @@
 """Ranks that make steps on their own, and are combined by outer steps."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -239,12 +240,16 @@ def test_ctrl_c_between_outer_steps_leaves_the_values_of_the_last_one(tmp_path: 
         np.testing.assert_array_equal(value, expected)
 
 
-def test_a_callback_stops_the_run_after_the_next_outer_step(tmp_path: Path) -> None:
-    whole, _ = trained(None, local_steps=2, epochs=2)
-    _, history = trained(None, local_steps=2, epochs=2, callbacks=[StopAt(1)], checkpoint_dir=tmp_path)
+@pytest.mark.parametrize("outer", [{}, {"outer_lr": 1.0, "outer_momentum": 0.0}])
+def test_a_callback_stops_the_run_after_the_next_outer_step(outer: dict[str, float], tmp_path: Path) -> None:
+    def fit(**more: Any) -> tuple[list[Array], History]:
+        return trained(None, local_steps=2, epochs=2, **outer, **more)
+
+    whole, _ = fit()
+    _, history = fit(callbacks=[StopAt(1)], checkpoint_dir=tmp_path)
     assert len(history.steps) == 2
     assert history.ended == "callback"
-    found, _ = trained(None, local_steps=2, epochs=2, checkpoint_dir=tmp_path, resume=True)
+    found, _ = fit(checkpoint_dir=tmp_path, resume=True)
     for value, expected in zip(found, whole, strict=True):
         np.testing.assert_array_equal(value, expected)
 
@@ -273,6 +278,26 @@ def test_other_numbers_of_ranks_and_local_steps(tmp_path: Path) -> None:
         fit(resume=True)
     with pytest.warns(UserWarning, match=r"other settings: outer_lr was 0\.7, is 0\.5"):
         fit(local_steps=2, outer_lr=0.5, resume=True)
+
+
+@pytest.mark.parametrize(("then", "now"), [(0.0, 0.9), (0.9, 0.0)])
+def test_outer_momentum_begins_at_zero_if_the_run_had_none(then: float, now: float, tmp_path: Path) -> None:
+    """One outer step with momentum µ that begins at zero is one of 1 + µ times the average change."""
+
+    def fit(steps: int, momentum: float, lr: float = 0.5, place: Path = tmp_path, **more: Any) -> list[Array]:
+        return trained(
+            None, outer_momentum=momentum, outer_lr=lr, local_steps=2, steps=steps, epochs=None,
+            checkpoint_dir=place, resume=True, **more,
+        )[0]  # fmt: skip
+
+    fit(2, then)
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    with pytest.warns(UserWarning, match=f"outer_momentum was {then}, is {now}"):
+        found = fit(3, now)
+    with pytest.warns(UserWarning, match="other settings"):
+        wanted = fit(3, 0.0, 0.5 * (1 + now), tmp_path / "copy")
+    for value, expected in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-12)
 
 
 def test_a_run_that_continues_on_another_number_of_ranks_says_so(tmp_path: Path) -> None:

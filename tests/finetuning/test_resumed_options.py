@@ -91,7 +91,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "communication_dtype": ("sft", "bfloat16"),
     "local_steps": ("local", 2),
     "outer_lr": ("local", 0.5),
-    "outer_momentum": ("local", 0.5),
+    "outer_momentum": ("local", 0.9),
 }
 
 

@@ -109,7 +109,7 @@ def plan(
     communication_dtype: str = "float32",
     local_steps: int | None = None,
     outer_lr: float = 0.7,
-    outer_momentum: float = 0.9,
+    outer_momentum: float = 0.5,
     checkpoint_blocks: bool = False,
 ) -> MemoryPlan:
     """Predict the memory and the time of `finetune` with the same arguments. Nothing is trained or written.

@@ -119,7 +119,7 @@ def finetune(
     communication_dtype: str = "float32",
     local_steps: int | None = None,
     outer_lr: float = 0.7,
-    outer_momentum: float = 0.9,
+    outer_momentum: float = 0.5,
     checkpoint_blocks: bool = False,
 ) -> FinetuneReport:
     """Fine-tune a language model with LoRA on a file of text, and save the adapter in PEFT's format.

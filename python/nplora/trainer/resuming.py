@@ -227,7 +227,7 @@ def _check_arrays(path: object, checkpoint: Checkpoint, state: RunState) -> None
     if checkpoint.best_parameters:
         problems += [f"best {p}" for p in differences(checkpoint.best_parameters, factors(model))]
     problems += state.optimizer.differences(checkpoint.optimizer, state.parameters)
-    if state.outer is not None:
+    if state.outer is not None and state.continues_momentum(checkpoint):
         problems += state.outer.differences(checkpoint.outer, state.parameters)
     if problems:
         raise CorruptError(f"{path}: the checkpoint {verdict}: {first_few(problems, '; ')}")

@@ -192,7 +192,8 @@ class RunState:
         self.optimizer.load_state_dict(checkpoint.optimizer)
         if self.outer is not None:
             self.outer.init(self.parameters)
-            self.outer.load_state_dict(checkpoint.outer)
+            if self.continues_momentum(checkpoint):
+                self.outer.load_state_dict(checkpoint.outer)
         self.history.steps, self.history.epochs = history.steps, history.epochs
         self.history.evaluations = history.evaluations
         self.step, self.epoch, self.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
@@ -201,6 +202,15 @@ class RunState:
             steps = [record.step for record in history.epochs if record.epoch == best["epoch"]]
             best = {**best, "step": max(steps, default=0)}
         self.early_stopping.continue_from(best, checkpoint.best_parameters)
+
+    def continues_momentum(self, checkpoint: Checkpoint) -> bool:
+        """Whether the outer steps continue with the momentum of a checkpoint.
+
+        They start without any if only one of the two runs has an `outer_momentum` above 0.
+        """
+        if self.outer is None:
+            return False
+        return checkpoint.outer.keys() == self.outer.state_dict(copy=False).keys()
 
     def share(self, meeting: Meeting, resumed: bool) -> bool:
         """Give the state of a resumed run from rank 0 to all ranks; return whether rank 0 has one."""

@@ -440,8 +440,8 @@ class FinetuneOptions:
 def default_lr(hidden_size: int) -> float:
     """The learning rate of a run whose options give none, with two significant digits.
 
-    A wider model needs a smaller one. `bench/defaults.py` measured narrow models. 0.8 / hidden size also gives
-    the 2e-4 and 1e-4 with which QLoRA trained models of width 4096 and 8192.
+    A wider model needs a smaller one. `bench/defaults.py` measured narrow models. 0.8 / hidden size also
+    gives the 2e-4 and 1e-4 with which QLoRA trained models of width 4096 and 8192.
     """
     return float(f"{min(0.8 / hidden_size, 2e-3):.2g}")
 

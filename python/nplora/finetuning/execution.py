@@ -49,6 +49,7 @@ def plan(
     dropout: float = 0.0,
     use_rslora: bool = False,
     use_dora: bool = False,
+    freeze_B: bool = False,
     init: str = "zero",
     trainable_tokens: str | Sequence[str | int] | None = None,
     modules_to_save: str | Sequence[str] | None = None,
@@ -190,7 +191,7 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
     if start is None:
         adapters = Adapters.of(
             lm, options.rank, options.targets, options.layers, options.use_dora, options.init, op,
-            parse_pattern(op, "rank_pattern", options.rank_pattern),
+            parse_pattern(op, "rank_pattern", options.rank_pattern), options.freeze_B,
         )  # fmt: skip
         tokens, modules = options.trainable_tokens or (), options.modules_to_save or ()
         added = options.add_tokens or ()
@@ -202,7 +203,9 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
     else:
         shapes = {name: delta.shape for name, delta in start.items()}
         ranks = {name: delta.rank for name, delta in start.items()}
-        adapters = Adapters(shapes, max(ranks.values()), start.use_dora, ranks=ranks)
+        adapters = Adapters(
+            shapes, max(ranks.values()), start.use_dora, ranks=ranks, freeze_B=options.freeze_B
+        )
         adapters = adapters.with_rows(lm, start.trained_rows, inputs.added_tokens, start.rows)
         invocation = start.invocation_tokens
         rest = start.use_dora, options.dropout, "", start.trained_rows, (), ()

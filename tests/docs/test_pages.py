@@ -45,6 +45,7 @@ NOT_HERE = {
     *("git", "apt-get", "pip", "pre-commit", "cmake", "ctest", "huggingface-cli", "hf", "ollama"),
     *("llama-cli", "llama-server", "llama-quantize", "docker", "bash .ci/run", ".ci/run", "python -m bench"),
     *("python -m venv", "python -m pip", "pytest", "nplora demo", "python tests/docs/starting_directory.py"),
+    *("flower-superlink", "flower-supernode", "flwr"),
 }
 OPTIONS_OF_OTHERS = {
     *("--no-deps", "--no-build-isolation", "--lora", "--lora-scaled", "--lora-init-without-apply"),

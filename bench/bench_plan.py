@@ -128,6 +128,7 @@ SETTINGS = (
     Setting(2, 256, options={"targets": ["q_proj", "v_proj"]}),
     Setting(2, 256, options={"use_dora": True}),
     Setting(2, 256, options={"rank": 256}),
+    Setting(2, 256, options={"rank": 256, "freeze_B": True}),
     Setting(4, 256, options={"layers": "last:4", "keep_prefix": "memory"}),
     Setting(1, 64, options={"objective": "distill"}),
     Setting(4, 256, options={"objective": "distill"} | BFLOAT16 | RECOMPUTE),

@@ -333,7 +333,7 @@ def test_layers_that_the_new_adapter_does_not_have_are_frozen_ones_again() -> No
         np.testing.assert_array_equal(value, old)
 
 
-def no_memory(*arguments: Any) -> Any:
+def no_memory(*arguments: Any, **more: Any) -> Any:
     raise MemoryError
 
 
@@ -349,7 +349,11 @@ def test_a_replacement_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest
     for good_calls in range(4):
         results = iter([real] * good_calls)
         with monkeypatch.context() as patch:
-            patch.setattr(buffers, "value_and_gradient", lambda *given, r=results: next(r, no_memory)(*given))
+            patch.setattr(
+                buffers,
+                "value_and_gradient",
+                lambda *given, r=results, **more: next(r, no_memory)(*given, **more),
+            )
             with pytest.raises(MemoryError):
                 adapter.attach(model, replace=True)
     assert modules_and_values(model) == before

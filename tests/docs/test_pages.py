@@ -46,6 +46,7 @@ NOT_HERE = {
     *("llama-cli", "llama-server", "llama-quantize", "docker", "bash .ci/run", ".ci/run", "python -m bench"),
     *("mpiexec", "mpirun", "sbatch", "kubectl"),
     *("python -m venv", "python -m pip", "pytest", "nplora demo", "python tests/docs/starting_directory.py"),
+    *("flower-superlink", "flower-supernode", "flwr"),
 }
 OPTIONS_OF_OTHERS = {
     *("--no-deps", "--no-build-isolation", "--lora", "--lora-scaled", "--lora-init-without-apply"),

@@ -187,7 +187,7 @@ def test_every_option_reaches_trainer_optimiser_and_layers(
     saved: list[int] = []
     save = RunDirectory.save
     monkeypatch.setattr(RunDirectory, "save", lambda d, point: (saved.append(point.step), save(d, point))[1])
-    layer = {"rank": 3, "alpha": 5.0, "dropout": 0.25, "use_rslora": True, "use_dora": True}
+    layer = {"rank": 3, "alpha": 5.0, "dropout": 0.25, "use_rslora": True, "use_dora": True, "freeze_B": True}
     finetune(
         model, data, tmp_path / "out", **layer, lr=3e-3, schedule="linear", warmup=2, weight_decay=0.2,
         max_grad_norm=0.7, steps=7, accumulate=2, batch_tokens=50, seed=9, save_every=3, compute="bfloat16",
@@ -280,6 +280,30 @@ def test_a_disk_that_is_too_full_for_the_kept_outputs_is_an_error_before_the_run
     assert lm.model.prefix is None
     assert not lm.adapter_layers()
     assert not (tmp_path / "out" / "checkpoint-0.safetensors").exists()
+
+
+def test_a_run_with_a_frozen_b_trains_a_alone_and_continues_to_the_bit(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    """With dropout and DoRA; resumed, and continued from the saved adapter."""
+    options: dict[str, Any] = {"batch_examples": 4, "lr": 1e-2, "schedule": "constant", "freeze_B": True}
+    new = {"rank": 2, "seed": 3, "dropout": 0.2, "use_dora": True}
+    finetune(model, data, tmp_path / "whole", steps=6, **options, **new)
+    finetune(model, data, tmp_path / "parts", steps=2, **options, **new)
+    with pytest.warns(UserWarning, match="total_steps was 2, is 6"):
+        finetune(model, data, tmp_path / "parts", steps=6, resume=True, **options, **new)
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+    report = finetune(model, data, tmp_path / "more", steps=2, adapter=tmp_path / "whole", **options)
+    start = load_model(model)
+    start.add_lora(rank=2, seed=3)
+    whole, more = (load_with_adapter(model, tmp_path / name).adapter_layers() for name in ("whole", "more"))
+    for name, layer in start.adapter_layers().items():
+        np.testing.assert_array_equal(whole[name].B, layer.B)
+        np.testing.assert_array_equal(more[name].B, layer.B)
+        assert whole[name].A.any()
+        assert (more[name].A != whole[name].A).any()
+    assert report.trained == sum(layer.A.size + len(layer.m) for layer in whole.values())
 
 
 @pytest.mark.slow

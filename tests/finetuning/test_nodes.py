@@ -131,6 +131,7 @@ def test_a_plan_of_one_machine_predicts_several(files: tuple[Path, Path]) -> Non
     lm.add_lora(rank=2, targets="q_proj")
     nodes = found.on_nodes(2, "1Gb", "1ms")
     assert nodes.size == 4 * lm.num_trainable
+    assert found.on_nodes(2, "1Gb", communication_dtype="bfloat16").size == 2 * lm.num_trainable
     assert nodes.alone == pytest.approx(found.seconds)
     assert len(found.times) == 8
     assert nodes.batches == 4

@@ -421,8 +421,9 @@ def memory_of(lm: Any, one: MicroBatch, planned: ExecutionPlan, **adapters: Any)
         {"use_dora": True},
         {"layers": "first:1", "use_dora": True},
         {"rank_pattern": {"q_proj": 32, "layers.0.mlp": 24}},
+        {"freeze_B": True},
     ],
-    ids=["all", "last", "some", "dora", "first", "ranks"],
+    ids=["all", "last", "some", "dora", "first", "ranks", "frozen B"],
 )
 def test_kept_activations_are_those_of_a_pass(
     model: Path, compute: str, recompute: bool, adapters: dict[str, Any]
@@ -525,12 +526,37 @@ def test_numbers_of_adapters_are_those_that_are_trained(model: Path) -> None:
         {"targets": ["lm_head", "embed_tokens", "q_proj"]},
         {"use_dora": True},
         {"rank_pattern": {"layers.1.mlp": 7, "k_proj": 1}},
+        {"freeze_B": True, "use_dora": True, "targets": ["embed_tokens", "q_proj"]},
     ):
         lm = load_model(model)
         given = {"rank": 3, "targets": "all-linear", "layers": "last:1", "use_dora": False, **options}
         counted = Adapters.of(lm, **given).numbers
         lm.add_lora(**given)
         assert counted == lm.num_trainable
+
+
+@pytest.mark.parametrize("freeze_B", [False, True])
+def test_memory_of_the_factors_is_that_of_their_arrays(model: Path, freeze_B: bool) -> None:
+    """Factors, gradients and moments; a frozen B has neither a gradient nor moments."""
+    lm, step = load_model(model), MicroBatch(256, 256, 128)
+    planned = memory_of(lm, step, ExecutionPlan("float32", False), freeze_B=freeze_B).factors
+    lm.add_lora(freeze_B=freeze_B)
+    optimizer = nplora.AdamW()
+    lm.train_step(np.zeros((1, 4), int), np.zeros((1, 4), int), optimizer)
+    arrays = [array for layer in lm.adapter_layers().values() for array in (layer.A, layer.B, layer.dA)]
+    arrays += [layer.dB for layer in lm.adapter_layers().values() if layer.dB is not None]
+    arrays += [array for array in optimizer.state_dict().values() if array.ndim == 2]
+    assert sum(array.nbytes for array in arrays) == planned
+
+
+def test_a_frozen_b_needs_less_memory(model: Path) -> None:
+    lm, step = load_model(model), MicroBatch(256, 1, 128)
+    plain, frozen = (
+        memory_of(lm, step, ExecutionPlan("float32", False), freeze_B=freeze_B) for freeze_B in (False, True)
+    )
+    assert frozen.factors < 0.7 * plain.factors
+    assert frozen.work < plain.work  # the inputs of the layers are not computed again
+    assert frozen.scratch < plain.scratch
 
 
 # ---- the process's memory ----

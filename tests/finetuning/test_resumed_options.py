@@ -54,6 +54,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "dropout": ("sft", 0.1),
     "use_rslora": ("sft", True),
     "use_dora": ("sft", True),
+    "freeze_B": ("sft", True),
     "trainable_tokens": ("sft", "5,6"),
     "add_tokens": ("sft", "<new>"),
     "modules_to_save": ("sft", "embed_tokens"),
@@ -101,7 +102,7 @@ def table() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for line in text.splitlines()[2:]:
         options, effect = (cell.strip() for cell in line.strip("|").split(" | "))
-        for name in re.findall(r"`--([a-z-]+)`", options):
+        for name in re.findall(r"`--([a-zA-Z-]+)`", options):
             found.setdefault(name.replace("-", "_"), []).append(effect)
     return found
 

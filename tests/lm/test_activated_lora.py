@@ -17,6 +17,7 @@ from nplora.formats import FormatError, UnsupportedError, gguf
 from nplora.lm import LanguageModel
 from nplora.lm.generation import Sampling, generate
 from nplora.models.invocation import NEVER, active_in, sequences_with, start_of
+from nplora.models.packing import pack
 from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
@@ -189,6 +190,24 @@ def write_rows(path: Path, prompt: str) -> Path:
     rows = [{"prompt": f"{n}{prompt}", "completion": str(n % 4)} for n in range(24)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_a_frozen_b_leaves_the_other_gradients_as_they_are(model: Path) -> None:
+    ids = np.array([[1, 5, 9, 2, 7, 3], [4, 4, 5, 9, 1, 1]])
+    found = []
+    for freeze_B in (False, True):
+        lm = nplora.load_model(model)
+        lm.add_lora(rank=2, invocation=CALL, freeze_B=freeze_B)
+        for name, layer in lm.adapter_layers().items():
+            layer.A[...] = 0.3 * np.random.default_rng(len(name)).standard_normal(layer.A.shape)
+        batch = pack(zip(ids, ids, strict=True))
+        lm.forward_backward(batch, 1 / batch.num_targets)
+        found.append({parameter.name: parameter.grad for parameter in lm.parameters()})
+    whole, frozen = found
+    assert frozen.keys() == {name for name in whole if name.endswith(".A")}
+    for name, gradient in frozen.items():
+        np.testing.assert_array_equal(gradient, whole[name])
+        assert gradient.any()
 
 
 def test_a_run_learns_and_resumes_with_the_same_bits(model: Path, tmp_path: Path) -> None:

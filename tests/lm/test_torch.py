@@ -47,7 +47,7 @@ def loaded(family: str, form: str, directory: Path, **options: Any) -> tuple[Any
     return theirs, nplora.load_model(torch_models.save(theirs, directory, form, family), **options)
 
 
-def adapted(theirs: Any, ours: LanguageModel, directory: Path, **options: Any) -> Any:
+def adapted(theirs: Any, ours: LanguageModel, directory: Path, freeze_B: bool = False, **options: Any) -> Any:
     """PEFT's model with random factors, which ours has loaded."""
     linears = {
         name.rpartition(".")[2] for name, _ in theirs.named_modules() if "layers" in name and "_proj" in name
@@ -60,8 +60,9 @@ def adapted(theirs: Any, ours: LanguageModel, directory: Path, **options: Any) -
                 parameter.copy_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(directory / "theirs", save_embedding_layers=False)
     ours.add_lora(
-        rank=4, alpha=6, targets=settings["target_modules"], use_dora=settings.get("use_dora", False)
-    )
+        rank=4, alpha=6, targets=settings["target_modules"], use_dora=settings.get("use_dora", False),
+        freeze_B=freeze_B,
+    )  # fmt: skip
     nplora.load_adapter(ours, directory / "theirs")
     return model
 
@@ -205,6 +206,46 @@ def test_ten_steps_of_training_have_the_losses_of_torch(
         assert found == pytest.approx(loss.item(), abs=1e-3)
         figure("difference of a loss in ten steps", abs(found - loss.item()))
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dora": True}, {"target_modules": ["q_proj", "down_proj", "embed_tokens"]}],
+    ids=["all", "DoRA", "embedding"],
+)
+def test_ten_steps_with_a_frozen_b_are_those_of_peft(
+    options: dict[str, Any], recompute: bool, tmp_path: Path
+) -> None:
+    """B is PEFT's lora_A. The losses and the trained factors are compared."""
+    theirs, ours = loaded("llama", "safetensors", tmp_path)
+    model = adapted(theirs, ours, tmp_path, freeze_B=True, **options)
+    ours.model.recompute = recompute
+    frozen = {name: p for name, p in model.named_parameters() if ".lora_A" in name or "embedding_B" in name}
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    before = {name: parameter.numpy().copy() for name, parameter in frozen.items()}
+    ids, labels, settings = some_ids(), some_labels(some_ids()), {"lr": 1e-2, "weight_decay": 0.01}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    theirs_optimizer, optimizer = torch.optim.AdamW(trained, **settings), nplora.AdamW(**settings)
+    for step in range(10):
+        loss = model(torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss
+        theirs_optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            expected = gradients_of(model, ours)
+        theirs_optimizer.step()
+        assert ours.train_step(ids, labels, optimizer) == pytest.approx(loss.item(), abs=1e-3)
+    assert expected.keys() == {parameter.name for parameter in ours.parameters()}
+    assert not any(name.endswith(".B") for name in expected)
+    assert not any(key.endswith(".B") for key in optimizer.state_dict())
+
+    nplora.save_adapter(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(torch_models.make("llama"), tmp_path / "ours")
+    for name, parameter in back.named_parameters():
+        if name in before:
+            np.testing.assert_array_equal(parameter.detach().numpy(), before[name])
+    np.testing.assert_allclose(logits_of(back, ids), logits_of(model, ids), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,5 +1,6 @@
 """Embedding and LoRAEmbedding: rows of a table, and the gradients of what is trained."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,21 @@ def test_gradients_of_the_update_match_central_differences(
     assert layer.backward(c, saved) is None
     pairs = [(p.value, p.grad) for p in layer.parameters()]
     assert reference.gradient_error(lambda: float((c * layer(IDS)).sum()), pairs, rng) <= 1e-6
+
+
+def test_a_frozen_b_has_no_gradient_and_changes_no_other(rng: np.random.Generator) -> None:
+    layer, frozen = lora(np.random.default_rng(5)), lora(np.random.default_rng(5), freeze_B=True)
+    c = rng.standard_normal((*IDS.shape, DIM))
+    for one in (layer, frozen):
+        saved = one.forward(IDS)[1]
+        one.backward(c, saved)
+    assert layer.dA.any()
+    np.testing.assert_array_equal(frozen.dA, layer.dA)
+    assert frozen.dB is None
+    assert [parameter.name for parameter in frozen.parameters()] == ["A"]
+    assert saved.nbytes < layer.forward(IDS)[1].nbytes
+    with pytest.raises(ValueError, match="kept no rows of A, which the gradient of B needs"):
+        layer.backward(c, dataclasses.replace(layer.forward(IDS)[1], rows=None))
 
 
 def test_gradients_add_up(rng: np.random.Generator) -> None:

@@ -77,7 +77,9 @@ class Adapter(AdapterContent):
         peft_files.save(self, path)
         return None
 
-    def attach(self, model: Module, any_base: bool = False, replace: bool = False) -> None:
+    def attach(
+        self, model: Module, any_base: bool = False, replace: bool = False, freeze_B: bool = False
+    ) -> None:
         """Attach the adapter to a model, as new LoRA layers over the model's frozen weights.
 
         The new layers have no dropout. If an error is raised, the model is unchanged.
@@ -86,6 +88,7 @@ class Adapter(AdapterContent):
             replace: first remove the model's present adapter from all layers. After this call, create a
                 new optimiser, because the old one holds the arrays of the removed layers. (`load_adapter`, in
                 contrast, keeps the layers and loads the adapter's values into them.)
+            freeze_B: train A only, as in `LoRALinear`.
         Raises:
             ValueError: the model has an adapter and `replace` is not set; or a layer to be replaced was made
                 with init="pissa" or "olora", which changed its frozen weight.
@@ -93,7 +96,7 @@ class Adapter(AdapterContent):
             FormatError: the adapter does not fit the model or belongs to another model, or it has fully
                 trained layers.
         """
-        layers.attach(self, model, any_base, replace)
+        layers.attach(self, model, any_base, replace, freeze_B)
 
     @staticmethod
     def combine(

@@ -277,7 +277,9 @@ def require_no_adapter(model: Module) -> None:
         )
 
 
-def attach(adapter: AdapterContent, model: Module, any_base: bool, replace: bool) -> None:
+def attach(
+    adapter: AdapterContent, model: Module, any_base: bool, replace: bool, freeze_B: bool = False
+) -> None:
     """See `Adapter.attach`."""
     if not replace:
         require_no_adapter(model)
@@ -286,11 +288,13 @@ def attach(adapter: AdapterContent, model: Module, any_base: bool, replace: bool
         layer.require_unmerged("attach")
         plain[id(layer)] = layer.frozen()
     modules = dict(model.named_modules())
-    made = new_layers(adapter, model, any_base)
+    made = new_layers(adapter, model, any_base, freeze_B)
     model.exchange({**plain, **{id(modules[name]): layer for name, layer in made.items()}})
 
 
-def new_layers(adapter: AdapterContent, model: Module, any_base: bool = False) -> dict[str, AdapterLayer]:
+def new_layers(
+    adapter: AdapterContent, model: Module, any_base: bool = False, freeze_B: bool = False
+) -> dict[str, AdapterLayer]:
     """Make new LoRA layers from an adapter and a model's frozen weights. The model itself does not change.
 
     Trained tokens and a fully trained embedding or head get a `TrainedRowsLayer`.
@@ -314,7 +318,7 @@ def new_layers(adapter: AdapterContent, model: Module, any_base: bool = False) -
     require_plain_invocation(adapter, model)
     with buffers.side_by_side(*sizes):
         for name, delta in adapter.items():
-            layer = made[name] = _new_layer(modules[name], delta)
+            layer = made[name] = _new_layer(modules[name], delta, freeze_B)
             layer.row_order = model.stored_row_order(name)
             layer.restart_dropout(layer_stream(0, name))
             layer.prepare_adopt(delta)()
@@ -329,9 +333,9 @@ def new_layers(adapter: AdapterContent, model: Module, any_base: bool = False) -
     return made
 
 
-def _new_layer(layer: Any, delta: LoraDelta) -> LoRALayer:
+def _new_layer(layer: Any, delta: LoraDelta, freeze_B: bool) -> LoRALayer:
     """Make a LoRA layer with the rank, alpha and options of `delta`, over the frozen weight of `layer`."""
-    settings: dict[str, Any] = {"use_rslora": delta.use_rslora, "rng": 0}
+    settings: dict[str, Any] = {"use_rslora": delta.use_rslora, "freeze_B": freeze_B, "rng": 0}
     if isinstance(layer, Embedding | LoRAEmbedding | TrainedEmbedding):
         return LoRAEmbedding(layer.weight, delta.rank, delta.stated_alpha, **settings)
     assert isinstance(layer, Linear | LoRALinear | TrainedHead)

@@ -41,7 +41,10 @@ def run(arguments: argparse.Namespace) -> None:
     options = given_options(arguments, FinetuneOptions)
     checked(functools.partial(FinetuneOptions, op="plan"), options)
     found = finetuning.plan(arguments.model, given_data(arguments.data), valid=arguments.valid, **options)
-    nodes = found.on_nodes(arguments.nodes, arguments.network, arguments.latency) if several else None
+    nodes = None
+    if several:
+        dtype = options.get("communication_dtype", "float32")
+        nodes = found.on_nodes(arguments.nodes, arguments.network, arguments.latency, dtype)
     print(found.table() if arguments.verbose else found)
     if nodes is not None:
         print(nodes)

@@ -35,7 +35,6 @@ from nplora.lm.trained_rows import wanted as wanted_rows
 from nplora.models.packing import cut
 from nplora.runtime.user_warning import warn_user
 
-_ARRAYS_OF_A_FACTOR = 4  # the factor, its gradient and two moments
 _ARRAYS_OF_OUTER_STEPS = 7  # copies of the factor and its moments, the momentum, and three to add them up
 _MOST_EXAMPLES = 1_000_000  # a plan lists the batches of epochs with about this many examples in total
 
@@ -55,6 +54,7 @@ def plan(
     dropout: float = 0.0,
     use_rslora: bool = False,
     use_dora: bool = False,
+    freeze_B: bool = False,
     init: str = "zero",
     trainable_tokens: str | Sequence[str | int] | None = None,
     modules_to_save: str | Sequence[str] | None = None,
@@ -195,10 +195,9 @@ def _planned_together(
     keeps_gradients = ranks.size > 1 or is_local or options.communication_dtype != COMMUNICATION_DTYPES[0]
     batches = _work_of(inputs, options, most_epochs=1).batches if keeps_gradients else []
     while batches:
-        gradients = found.memory.factors // _ARRAYS_OF_A_FACTOR
         parts = max(len(cut(lengths, found.chosen.micro_tokens)) - 1 for lengths, _ in batches)
-        needed_now = (2 * parts + 1) * gradients  # at most: its own, those of the others, and the sum
-        needed_now += _ARRAYS_OF_OUTER_STEPS * gradients if is_local else 0
+        needed_now = (2 * parts + 1) * found.gradients  # at most: its own, those of the others, and the sum
+        needed_now += _ARRAYS_OF_OUTER_STEPS * found.gradients if is_local else 0
         if needed_now <= reserve:
             break
         reserve = needed_now
@@ -230,7 +229,7 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
     if start is None:
         adapters = Adapters.of(
             lm, options.rank, options.targets, options.layers, options.use_dora, options.init, op,
-            parse_pattern(op, "rank_pattern", options.rank_pattern),
+            parse_pattern(op, "rank_pattern", options.rank_pattern), options.freeze_B,
         )  # fmt: skip
         tokens, modules = options.trainable_tokens or (), options.modules_to_save or ()
         added = options.add_tokens or ()
@@ -242,7 +241,9 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
     else:
         shapes = {name: delta.shape for name, delta in start.items()}
         ranks = {name: delta.rank for name, delta in start.items()}
-        adapters = Adapters(shapes, max(ranks.values()), start.use_dora, ranks=ranks)
+        adapters = Adapters(
+            shapes, max(ranks.values()), start.use_dora, ranks=ranks, freeze_B=options.freeze_B
+        )
         adapters = adapters.with_rows(lm, start.trained_rows, inputs.added_tokens, start.rows)
         invocation = start.invocation_tokens
         rest = start.use_dora, options.dropout, "", start.trained_rows, (), ()

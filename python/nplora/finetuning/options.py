@@ -108,6 +108,9 @@ class FinetuneOptions:
     dropout: float = _unplanned(_ADAPTER, 0.0, "LoRA dropout probability")
     use_rslora: bool = _unplanned(_ADAPTER, False, "scale the update by alpha / sqrt(rank) (rsLoRA)")
     use_dora: bool = _option(_ADAPTER, False, "also train the magnitude of each row of the weights (DoRA)")
+    freeze_B: bool = _option(  # noqa: N815
+        _ADAPTER, False, "train A only, and keep B as it starts (LoRA-FA): less memory and time"
+    )
     init: str = _option(
         _ADAPTER,
         "zero",

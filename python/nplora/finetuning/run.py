@@ -65,6 +65,7 @@ def finetune(
     dropout: float = 0.0,
     use_rslora: bool = False,
     use_dora: bool = False,
+    freeze_B: bool = False,
     init: str = "zero",
     trainable_tokens: str | Sequence[str | int] | None = None,
     modules_to_save: str | Sequence[str] | None = None,
@@ -158,6 +159,7 @@ def finetune(
         dropout: LoRA dropout probability.
         use_rslora: scale the update by alpha / sqrt(rank) (rsLoRA).
         use_dora: also train the magnitude of each row of the weights (DoRA).
+        freeze_B: train A only, and keep B as it starts (LoRA-FA): less memory and time.
         init: initial factors: zero (the model is unchanged at first), gaussian (both factors are random, so
             that the model changes at once), pissa or olora (the principal part of each weight; unquantised
             weights only).
@@ -366,10 +368,10 @@ def put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOp
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,
             options.use_dora, options.seed, options.init, options.rank_pattern, options.alpha_pattern,
             options.trainable_tokens or (), options.modules_to_save or (), options.invocation,
-            options.add_tokens or (),
+            options.add_tokens or (), options.freeze_B,
         )  # fmt: skip
         return
-    start.attach(lm, options.any_base)
+    start.attach(lm, options.any_base, freeze_B=options.freeze_B)
     for name, layer in lm.adapter_layers().items():
         layer.restart_dropout(layer_stream(options.seed, name))
         if isinstance(layer, LoRALinear):

@@ -195,7 +195,7 @@ def adapted(
     """
     require_init(name, layer, options["init"])
     if isinstance(layer, Embedding):
-        known = {name: options[name] for name in ("rank", "alpha", "use_rslora", "init")}
+        known = {name: options[name] for name in ("rank", "alpha", "use_rslora", "init", "freeze_B")}
         return LoRAEmbedding(layer.weight, **known, rng=0)
     lora = LoRALinear(layer.weight, bias=layer.bias, **options, rng=0)
     lora.row_order = row_order

@@ -292,6 +292,7 @@ class LanguageModel(Module):
         modules_to_save: str | Sequence[str] = (),
         invocation: str | Sequence[int] | None = None,
         add_tokens: str | Sequence[str] = (),
+        freeze_B: bool = False,
     ) -> None:
         """Put a LoRA adapter on frozen layers. With init="zero" the model's outputs stay the same at first.
 
@@ -331,6 +332,8 @@ class LanguageModel(Module):
             add_tokens: new tokens, as a list of texts, or a text like "<tool>,</tool>". Each gets a row in
                 the embedding and in the head, which starts with the mean of all rows and is trained. The
                 row of a token that the model has already is trained only.
+            freeze_B: train A only, and keep B as it starts (LoRA-FA). DoRA's magnitudes and the rows of
+                `trainable_tokens`, `modules_to_save` and `add_tokens` are trained all the same.
         Raises:
             UnsupportedError: the tokenizer cannot take new tokens.
             ValueError: a target, block or token does not exist, or an option does not fit. The model is not
@@ -351,7 +354,10 @@ class LanguageModel(Module):
         wanted = trained_rows.wanted(self, "add_lora", trainable_tokens, modules_to_save, names, new)
         if new.added:
             self._tokenizer_with(new.added)  # fails before the model is changed
-        options = {"dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora, "init": init}
+        options = {
+            "dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora, "init": init,
+            "freeze_B": freeze_B,
+        }  # fmt: skip
         modules: dict[str, Any] = dict(self.named_modules())
         with adapting.factors_side_by_side((modules[name], ranks.get(name, rank)) for name in names):
             made = {

@@ -79,7 +79,7 @@ class Attention(Module):
     @property
     def reads_x(self) -> bool:
         """Whether the backward pass needs the input `x` for the gradients of LoRA factors."""
-        return any(layer.local_parameters() for layer in self._inputs)
+        return any(layer.reads_x for layer in self._inputs)
 
     @property
     def _inputs(self) -> tuple[AnyLinear, ...]:
@@ -103,7 +103,7 @@ class Attention(Module):
         self, dy: Array, saved: AttentionSaved, x: Array | None, positions: PackedPositions, need_dx: bool
     ) -> Gradient:
         """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False."""
-        deeper = need_dx or self.reads_x
+        deeper = need_dx or any(layer.local_parameters() for layer in self._inputs)
         out = widened(saved.out) if self._narrow else saved.out
         dout = stack_backward((self.o_proj,), [dy], saved.o.with_x(out), deeper)
         if not deeper:
@@ -141,7 +141,7 @@ class Attention(Module):
         saved = FLOAT * (q + 2 * kv + lse) + stored(narrow) * q
         forward = saved + low + FLOAT * (2 * d + normed + joint) + (FLOAT * q if narrow else 0)
         backward = FLOAT * (q + q + 2 * kv + d + 2 * normed + joint)
-        backward += FLOAT * d if adapted.any_of(self.reading) else 0  # x
+        backward += FLOAT * d if adapted.read_inputs(self.reading) else 0  # x
         backward += FLOAT * (d + q) if narrow else 0  # x, and out
         return Footprint(saved + low, forward, backward)
 

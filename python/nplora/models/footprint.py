@@ -20,16 +20,18 @@ class Adapted:
         rank: the rank of the layers that are not in `ranks`.
         outputs: the output width d_out of each of these layers, by the last part of the layer's name.
         ranks: the ranks that differ from `rank`, by the same names.
+        freeze_B: whether the adapters train A only, so that the backward pass needs no layer's input.
     """
 
     rank: int
     use_dora: bool
     outputs: Mapping[str, int]
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    freeze_B: bool = False  # noqa: N815
 
-    def any_of(self, names: Iterable[str]) -> bool:
-        """Whether at least one of the named layers has an adapter."""
-        return not self.outputs.keys().isdisjoint(names)
+    def read_inputs(self, names: Iterable[str]) -> bool:
+        """Whether an adapter of the named layers needs the layer's input in the backward pass."""
+        return not self.freeze_B and not self.outputs.keys().isdisjoint(names)
 
     def saved(self, names: Iterable[str]) -> int:
         """Bytes per token that the adapters of the named layers store for the backward pass.

@@ -59,7 +59,7 @@ class MLP(Module):
     @property
     def reads_x(self) -> bool:
         """Whether the backward pass needs the input `x` for the gradients of LoRA factors."""
-        return any(layer.local_parameters() for layer in self._inputs)
+        return any(layer.reads_x for layer in self._inputs)
 
     @property
     def _inputs(self) -> tuple[AnyLinear, ...]:
@@ -87,9 +87,9 @@ class MLP(Module):
 
         The arrays in `saved` are overwritten.
         """
-        deeper = need_dx or self.reads_x
+        deeper = need_dx or any(layer.local_parameters() for layer in self._inputs)
         gate, up = (widened(saved.gate), widened(saved.up)) if self._narrow else (saved.gate, saved.up)
-        hidden = self._gated(gate, up) if self.down_proj.local_parameters() else None
+        hidden = self._gated(gate, up) if self.down_proj.reads_x else None
         dhidden = stack_backward((self.down_proj,), [dy], saved.down.with_x(hidden), deeper)
         if not deeper:
             return None
@@ -110,8 +110,8 @@ class MLP(Module):
         # x, gate, up, hidden, y
         forward = low + FLOAT * (d + 3 * f + joint + d) + (BITS * 2 * f if narrow else 0)
         backward = FLOAT * (f + d + joint)  # the gradients of hidden and x
-        backward += FLOAT * d if adapted.any_of(self.reading) else 0  # x
-        backward += FLOAT * f if adapted.any_of(("down_proj",)) else 0  # hidden
+        backward += FLOAT * d if adapted.read_inputs(self.reading) else 0  # x
+        backward += FLOAT * f if adapted.read_inputs(("down_proj",)) else 0  # hidden
         backward += FLOAT * (d + 2 * f) if narrow else 0  # x, gate, up
         backward += FLOAT * 2 * f if adapted.use_dora and adapted.outputs else 0
         return Footprint(saved + low, forward, backward)

@@ -120,7 +120,10 @@ class Embedding(Module):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoRAEmbeddingSaved(Saved):
-    """The values that `LoRAEmbedding.backward` needs: the token ids (n,) and the rows A[ids] (n, r)."""
+    """The values that `LoRAEmbedding.backward` needs: the token ids (n,) and the rows A[ids] (n, r).
+
+    The rows are kept for the gradient of B, so a layer with a frozen B does not keep them.
+    """
 
     lead: tuple[int, ...]
     alone: bool = False
@@ -145,7 +148,7 @@ class LoRAEmbedding(LoRALayer):
 
     Args:
         W: the table E (vocab, dim). A float array is copied and packed. A FrozenWeight is not copied.
-        rank, alpha, dtype, init ("zero" or "gaussian"), use_rslora, rng: as in LoRALinear.
+        rank, alpha, dtype, init ("zero" or "gaussian"), use_rslora, rng, freeze_B: as in LoRALinear.
     Raises:
         ValueError, TypeError: as in LoRALinear.
     Warns:
@@ -162,8 +165,10 @@ class LoRAEmbedding(LoRALayer):
         init: str = "zero",
         use_rslora: bool = False,
         rng: np.random.Generator | int | None = None,
+        freeze_B: bool = False,
     ) -> None:
-        super().__init__(freeze("LoRAEmbedding", W, dtype), rank, alpha, init, use_rslora, rng)
+        weight = freeze("LoRAEmbedding", W, dtype)
+        super().__init__(weight, rank, alpha, init, use_rslora, rng, freeze_B=bool(freeze_B))
 
     is_embedding = True
 
@@ -196,13 +201,14 @@ class LoRAEmbedding(LoRALayer):
                     update *= self.scale
                     y += update
             if not inferring():
-                saved = LoRAEmbeddingSaved(lead, ids=flat, rows=rows, layer=self)
+                kept = None if self.freeze_B else rows
+                saved = LoRAEmbeddingSaved(lead, ids=flat, rows=kept, layer=self)
         return y.reshape(*lead, dim), saved
 
     def backward(self, dy: npt.ArrayLike, saved: LoRAEmbeddingSaved, need_dx: bool = True) -> None:
         """Add to dA and dB; return None, because ids have no gradient.
 
-        dA[ids] += scale · dy Bᵀ;  dB += scale · A[ids]ᵀ dy
+        dA[ids] += scale · dy Bᵀ;  dB += scale · A[ids]ᵀ dy, unless B is frozen
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRAEmbedding(np.eye(3), rank=1, rng=0)
@@ -228,18 +234,20 @@ class LoRAEmbedding(LoRALayer):
         if saved.alone or self.scale == 0:
             _check.own(op, saved, self)
             return
-        if saved.ids is None or saved.rows is None:
+        if saved.ids is None:
             raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
+        if saved.rows is None and not self.freeze_B:
+            raise ValueError(f"{op}: this pass kept no rows of A, which the gradient of B needs")
         _check.kept(op, "A[ids]", saved.rows, (len(du), self.rank), dtype)
         ids = _check.in_range(op, _SAVED_IDS, saved.ids, len(self.A))
         _check.own(op, saved, self)
-        d_rows = buffers.empty_like(saved.rows)
+        d_rows = buffers.empty((len(du), self.rank), dtype)
         _core.matmul(self.B, du, None, d_rows)
         with quiet():
             d_rows *= self.scale
         add_rows(self.dA, ids, d_rows)
-        assert self.dB is not None
-        _core.add_outer(saved.rows, du, self.scale, self.dB)
+        if self.dB is not None and saved.rows is not None:
+            _core.add_outer(saved.rows, du, self.scale, self.dB)
 
     def frozen(self) -> Embedding:
         self._require_whole_weight("frozen")

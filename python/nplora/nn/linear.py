@@ -81,6 +81,16 @@ class Linear(Prepared, Module):
         triples = (("weight", self.weight, self.dweight), ("bias", self.bias, self.dbias))
         return [Parameter(n, v, g) for n, v, g in triples if isinstance(v, np.ndarray) and g is not None]
 
+    @property
+    def reads_x(self) -> bool:
+        """Whether `backward` needs the layer's input, as it does for the gradient of a trained weight.
+
+        >>> import nplora, numpy as np
+        >>> nplora.Linear(np.eye(3)).reads_x
+        False
+        """
+        return self.trainable
+
     def local_frozen(self) -> list[FrozenWeight | Array]:
         return [] if self.trainable else [a for a in (self.weight, self.bias) if a is not None]
 

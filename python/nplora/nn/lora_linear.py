@@ -147,6 +147,16 @@ class LoRALinear(LoRALayer):
     def dropout(self, value: float) -> None:
         self._dropout = _check.probability(type(self).__name__, "dropout", value)
 
+    @property
+    def reads_x(self) -> bool:
+        """Whether `backward` needs the layer's input, as it does for the gradient of B.
+
+        >>> import nplora, numpy as np
+        >>> nplora.LoRALinear(np.eye(8), rank=2, freeze_B=True).reads_x
+        False
+        """
+        return not self.freeze_B
+
     def settings(self) -> dict[str, Any]:
         tokens = self.invocation_tokens
         return super().settings() | ({} if tokens is None else {"invocation_tokens": list(tokens)})
@@ -204,7 +214,7 @@ class LoRALinear(LoRALayer):
         elif not inferring():
             z, dropout = buffers.empty((len(rows), self.rank), y.dtype), self.dropout
             key = self._next_key() if dropout else 0
-            x = None if self.freeze_B else rows
+            x = rows if self.reads_x else None
             saved = LoRALinearSaved(lead, dropout=dropout, key=key, x=x, z=z, layer=self)
         part = _core.ForwardPart(
             weight=weight, a=self.A, b=self.B, scale=scale, dropout=dropout, key=key, bias=bias, y=y, z=z
@@ -236,21 +246,22 @@ class LoRALinear(LoRALayer):
             with quiet():
                 update *= self.scale
                 y[active] += update
-        return dataclasses.replace(saved, z=None if inferring() else z, x=None if inferring() else saved.x)
+        keeps_x = self.reads_x and not inferring()
+        return dataclasses.replace(saved, z=None if inferring() else z, x=saved.x if keeps_x else None)
 
     def finish_backward(self, du: Array, saved: LoRALinearSaved, dx: Array | None) -> None:
         """After `_core.lora_backward`, add the gradients of an update that acted on some rows only."""
         if saved.active is None or saved.z is None or not len(saved.active):
             return
-        assert saved.x is not None
-        assert self.dB is not None
         own = np.ascontiguousarray(du[saved.active])
         dz = np.empty((len(own), self.rank), du.dtype)
         _core.matmul_t(self.A, own, dz)
         with quiet():
             dz *= self.scale
         _core.add_outer(own, saved.z, self.scale, self.dA)
-        _core.add_outer(dz, np.ascontiguousarray(saved.x[saved.active]), 1.0, self.dB)
+        if self.dB is not None:
+            assert saved.x is not None
+            _core.add_outer(dz, np.ascontiguousarray(saved.x[saved.active]), 1.0, self.dB)
         if dx is not None:
             more = buffers.empty((len(own), dx.shape[1]), dx.dtype)
             _core.matmul_t(self.B, dz, more)
@@ -329,7 +340,7 @@ class LoRALinear(LoRALayer):
         """Raise ValueError if an array in `saved` does not fit this layer. The message names the array."""
         if saved.z is None:
             return
-        if saved.x is None and not self.freeze_B:
+        if saved.x is None and self.reads_x:
             raise ValueError(f"{op}: this pass kept no x, which the gradient of B needs")
         if (saved.u is not None) != self.use_dora:
             raise ValueError(f"{op}: saved is from a layer {'without' if self.use_dora else 'with'} DoRA")

@@ -121,8 +121,8 @@ class LoRALayer(Prepared, AdapterLayer):
             )
         dtype = weight.compute_dtype
         a, da = buffers.value_and_gradient((d_out, rank), dtype)
-        b, db = buffers.value_and_gradient((rank, d_in), dtype)
-        vars(self).update(A=a, B=b, m=None, dA=da, dB=None if freeze_B else db, dm=None)
+        b, db = buffers.value_and_gradient((rank, d_in), dtype, trained=not freeze_B)
+        vars(self).update(A=a, B=b, m=None, dA=da, dB=db, dm=None)
         if use_dora:
             vars(self).update(m=np.zeros(d_out, dtype), dm=np.zeros(d_out, dtype))
         self._start(_check.generator(op, rng))

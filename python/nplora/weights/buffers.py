@@ -89,11 +89,17 @@ def side_by_side(*sizes: int) -> Iterator[None]:
         _shelves.reset(token)
 
 
-def value_and_gradient(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """Return two arrays of zeros, one for a value and one for its gradient."""
-    found = [shelf.take(shape, dtype) for shelf in _shelves.get() or ()] or [None, None]
-    value, gradient = (np.zeros(shape, dtype) if array is None else array for array in found)
-    return value, gradient
+def value_and_gradient(
+    shape: tuple[int, ...], dtype: np.dtype[Any], trained: bool = True
+) -> tuple[Array, Array | None]:
+    """Return two arrays of zeros, one for a value and one for its gradient, or None if it is not trained."""
+    values, gradients = _shelves.get() or (_Shelf(0), _Shelf(0))
+    return _zeros(values, shape, dtype), _zeros(gradients, shape, dtype) if trained else None
+
+
+def _zeros(shelf: _Shelf, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    found = shelf.take(shape, dtype)
+    return np.zeros(shape, dtype) if found is None else found
 
 
 def _whole_lines(nbytes: int) -> int:

@@ -93,6 +93,7 @@ class Adapters:
     calls: Mapping[str, str] = dataclasses.field(default_factory=dict)  # layer -> the call that computes it
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     added: int = 0  # rows of the embedding and the head beyond those of the model
+    freeze_B: bool = False  # noqa: N815
 
     @classmethod
     def of(
@@ -105,6 +106,7 @@ class Adapters:
         init: str = "zero",
         op: str = "add_lora",
         rank_pattern: Mapping[str, int] | None = None,
+        freeze_B: bool = False,
     ) -> Self:
         """The layers that `lm.add_lora` would adapt.
 
@@ -118,11 +120,12 @@ class Adapters:
             adapting.require_init(name, modules[name], init, op)
         shapes = {name: modules[name].weight.shape for name in names}
         ranks = adapting.by_layer(op, "rank_pattern", rank_pattern or {}, names)
-        made = cls(shapes, rank, use_dora, calls=_calls(lm), ranks=ranks)
+        made = cls(shapes, rank, use_dora, calls=_calls(lm), ranks=ranks, freeze_B=freeze_B)
         if init not in PRINCIPAL_INITS:
             return made
         weights = sum(modules[name].weight.nbytes for name in names)
-        return dataclasses.replace(made, taken=weights + _FLOAT * made.numbers)  # weights and initial factors
+        factors = _FLOAT * (made.numbers + made.frozen)  # the initial ones
+        return dataclasses.replace(made, taken=weights + factors)
 
     def with_rows(
         self,
@@ -146,9 +149,16 @@ class Adapters:
     @property
     def numbers(self) -> int:
         """The number of trained values."""
-        magnitudes = sum(d_out for d_out, _ in self.shapes.values()) if self.use_dora else 0
+        rescaled = (shape for name, shape in self.shapes.items() if not _is_embedding(name))
+        magnitudes = sum(d_out for d_out, _ in rescaled) if self.use_dora else 0
         factors = sum(self.rank_of(name) * sum(shape) for name, shape in self.shapes.items())
-        return factors + magnitudes + sum(self.rows.values())
+        return factors - self.frozen + magnitudes + sum(self.rows.values())
+
+    @property
+    def frozen(self) -> int:
+        """The number of values in frozen factors B."""
+        of_b = sum(self.rank_of(name) * d_in for name, (_, d_in) in self.shapes.items())
+        return of_b if self.freeze_B else 0
 
     def rank_of(self, name: str) -> int:
         """The rank of a layer."""
@@ -159,7 +169,8 @@ class Adapters:
 
         The scratch consists of four buffers in csrc/ops/scratch.h: kLowGradients, kLowLanes, kLanes and
         kFactor. These buffers hold two layouts of B; the sums of B's gradient; A, or the sums of A's
-        gradient; and the bfloat16 layouts of A. A call with one float32 layer has one layout of B less.
+        gradient; and the bfloat16 layouts of A. A call with one float32 layer has one layout of B less. A
+        frozen B has no gradient.
         """
         layers: Counter[str] = Counter()
         ranks: Counter[str] = Counter()
@@ -167,13 +178,14 @@ class Adapters:
         outputs: Counter[str] = Counter()
         for name, (d_out, d_in) in self.shapes.items():
             call = self.calls.get(name, name)
-            if not name.endswith("embed_tokens"):  # NumPy computes the embedding
+            if not _is_embedding(name):  # NumPy computes the embedding
                 rank = self.rank_of(name)
                 layers[call] += 1
                 ranks[call] += rank
                 inputs[call] += rank * d_in
                 outputs[call] += rank * d_out
-        copies = {call: 3 if narrow or n > 1 else 2 for call, n in layers.items()}
+        sums = 0 if self.freeze_B else 1
+        copies = {call: sums + (2 if narrow or n > 1 else 1) for call, n in layers.items()}
         of_inputs = max((n * copies[call] for call, n in inputs.items()), default=0)
         of_ranks, of_outputs = (max(n.values(), default=0) for n in (ranks, outputs))
         narrowest = max(1, min(map(min, self.shapes.values()), default=1))
@@ -200,7 +212,7 @@ class Adapters:
             for name, rank in self.ranks.items()
             if adapting.block_of(name) == block
         }
-        return Adapted(self.rank, self.use_dora, self._blocks.get(block, {}), ranks)
+        return Adapted(self.rank, self.use_dora, self._blocks.get(block, {}), ranks, self.freeze_B)
 
     def first_block(self, blocks: int) -> int:
         """The index of the lowest block that keeps activations for the backward pass.
@@ -327,7 +339,8 @@ def predicted(
     return Memory(
         process,
         weights,
-        (5 if keeps_best else 4) * _FLOAT * adapters.numbers + adapters.taken,
+        _FLOAT * ((5 if keeps_best else 4) * adapters.numbers + (2 if keeps_best else 1) * adapters.frozen)
+        + adapters.taken,
         _FLOAT * config.hidden_size * prefix_tokens,
         kept,
         work,
@@ -335,6 +348,10 @@ def predicted(
         + adapters.scratch(narrow, max(step.tokens, evaluated), threads)
         + _HEAP,
     )
+
+
+def _is_embedding(name: str) -> bool:
+    return name.endswith("embed_tokens")
 
 
 def _head(config: ModelConfig, targets: int, added: int) -> int:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from nplora import _check
 from nplora.distributed.network import Network
+from nplora.distributed.ordered_sum import COMMUNICATION_DTYPES
 from nplora.finetuning.planning.memory import ExecutionPlan, Memory
 from nplora.finetuning.planning.nodes import BatchTime, NodesPlan
 from nplora.formats.errors import counted
@@ -65,7 +67,9 @@ class MemoryPlan:
     times: tuple[BatchTime, ...] = field(default=(), repr=False)
     gradients: int = 0
 
-    def on_nodes(self, nodes: int, network: str, latency: str = "50us") -> NodesPlan:
+    def on_nodes(
+        self, nodes: int, network: str, latency: str = "50us", communication_dtype: str = "float32"
+    ) -> NodesPlan:
         """Predict the time of a step if several machines like this one train together, one rank on each.
 
         The predicted times are those of the passes and of adding up the gradients. Every machine is as fast
@@ -75,6 +79,7 @@ class MemoryPlan:
             nodes: the number of machines.
             network: the rate of a machine's connection, such as "1Gb", "2.5Gb" or "125MB" per second.
             latency: the time from one machine to another, such as "50us" or "1ms".
+            communication_dtype: precision in which gradients are sent, as in `finetune`.
         Returns:
             the predicted time and efficiency; `print` shows them.
         Raises:
@@ -90,7 +95,9 @@ class MemoryPlan:
             for first in range(0, len(self.times), self.accumulate)
         ]
         whole = [step for step in steps if len(step) == self.accumulate]
-        return NodesPlan.of(whole or steps, self.gradients, nodes, Network.parse(network, latency, "plan"))
+        _check.choice("plan", "communication_dtype", communication_dtype, COMMUNICATION_DTYPES)
+        sent = self.gradients if communication_dtype == "float32" else self.gradients // 2
+        return NodesPlan.of(whole or steps, sent, nodes, Network.parse(network, latency, "plan"))
 
     def __str__(self) -> str:
         nearest = self._nearest()

@@ -57,7 +57,7 @@ class Speed:
         longer = one.tokens * max(0, one.longest - _MANY) / 2 * lm.config.num_attention_heads
         scores = longer * lm.config.head_dim * (forwards * _ATTENTION[0] + trained * _ATTENTION[1])
         factors = sum(adapters.rank_of(name) * sum(shape) for name, shape in adapters.shapes.items())
-        low = 6.0 * factors * one.tokens * _LOW_RANK
+        low = (6.0 * factors - 2.0 * adapters.frozen) * one.tokens * _LOW_RANK  # a frozen B has no gradient
         whole = 2.0 * max(adapters.rows.values(), default=0) * one.targets  # the gradient of a trained head
         return products + (scores + low + whole) / self.operations + self.head.seconds(one.targets)
 

@@ -1,0 +1,1 @@
+"""Federated LoRA fine-tuning: clients train adapters with nplora, and a Flower server aggregates them."""

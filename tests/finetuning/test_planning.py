@@ -552,8 +552,7 @@ def test_memory_of_the_factors_is_that_of_their_arrays(model: Path, freeze_B: bo
 def test_a_frozen_b_needs_less_memory(model: Path) -> None:
     lm, step = load_model(model), MicroBatch(256, 1, 128)
     plain, frozen = (
-        memory_of(lm, step, ExecutionPlan("float32", False), freeze_B=freeze_B)
-        for freeze_B in (False, True)
+        memory_of(lm, step, ExecutionPlan("float32", False), freeze_B=freeze_B) for freeze_B in (False, True)
     )
     assert frozen.factors < 0.7 * plain.factors
     assert frozen.work < plain.work  # the inputs of the layers are not computed again

@@ -23,15 +23,15 @@ import nplora
 from nplora.cli.demo.dictionary import DATA
 
 HERE = Path(__file__).parent
-STRATEGIES = ("frozen-b", "combine", "average")
+RATES = {"frozen-b": 1e-2, "combine": 4e-3, "average": 4e-3, "pooled": 4e-3}  # unless lr=... is given
 
 
 def main() -> None:
     model = os.path.abspath(sys.argv[1])
-    names = [word for word in sys.argv[2:] if "=" not in word] or STRATEGIES
+    names = [word for word in sys.argv[2:] if "=" not in word] or ["frozen-b", "combine", "average"]
     changes = " ".join(word for word in sys.argv[2:] if "=" in word)
     config = tomllib.loads((HERE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    config |= tomllib.loads(changes.replace(" ", "\n"))
+    config |= {"lr": RATES["pooled"]} | tomllib.loads(changes.replace(" ", "\n"))
     with tempfile.TemporaryDirectory() as place, ExitStack() as processes:
         clients = write_data(Path(place), config["clients"])
         pooled = pooled_loss(model, clients, config)
@@ -39,7 +39,8 @@ def main() -> None:
         environment = start(Path(place), model, clients, processes)
         for name in names:
             output = Path(place, name)
-            run = f"{changes} strategy={name!r} output={str(output)!r}"
+            rate = "" if "lr=" in changes else f"lr={RATES[name]}"
+            run = f"{changes} {rate} strategy={name!r} output={str(output)!r}"
             command = ["flwr", "run", str(HERE), "loopback", "--stream"]
             subprocess.run([*command, "--run-config", run], env=environment, check=True, stdout=sys.stderr)
             report = json.loads((output / "report.json").read_text())

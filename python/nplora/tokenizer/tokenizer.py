@@ -151,7 +151,7 @@ class Tokenizer:
         """A digest of all that decides which tokens a text or a chat has."""
         template = self.chat_template and self.chat_template.text
         parts = self._backend.to_str(), self.bos_id, self.eos_id, sorted(self.eos_ids), template
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts, allow_nan=False).encode()).hexdigest()
 
     # ---- added tokens ----
 

@@ -42,8 +42,9 @@ def differences(ranks: list[dict[str, Any]]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    is_nested = isinstance(value, dict | list)
-    return json.dumps(value, sort_keys=True, allow_nan=False) if is_nested else str(value)
+    if isinstance(value, dict | list):
+        return json.dumps(value, sort_keys=True, allow_nan=False)
+    return str(value)
 
 
 def program() -> dict[str, str]:

@@ -3,7 +3,7 @@
     python scripts/pretrain_digits.py [OUTPUT]        (NumPy, scikit-learn and nplora installed; about 15 s)
 
 Plain NumPy, as if somebody else had trained it: 64-512-512-10 with ReLU, AdamW, cosine schedule, and images
-moved, turned and scaled a little at random. The file holds float16 weights, rounded to 8 significant bits so
+moved, turned and scaled a little at random. The file holds float16 weights, rounded to 6 significant bits so
 that they compress well. It also holds the three parts of the 1,797 digits, so that whoever adapts the network
 knows which digits it has never seen. One machine gives the same bytes each time; other BLAS libraries round
 otherwise.
@@ -49,9 +49,9 @@ def main() -> None:
 
 
 def coarse(w: np.ndarray) -> np.ndarray:
-    """float16 values with 8 significant bits: the last three bits are rounded to zero, ties to even."""
+    """float16 values with 6 significant bits: the last five bits are rounded to zero, ties to even."""
     bits = w.astype(np.float16).view(np.uint16).astype(np.uint32)
-    return ((bits + 3 + (bits >> 3 & 1)) & 0xFFF8).astype(np.uint16).view(np.float16)
+    return ((bits + 15 + (bits >> 5 & 1)) & 0xFFE0).astype(np.uint16).view(np.float16)
 
 
 def pretrain(images: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:

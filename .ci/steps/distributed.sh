@@ -9,4 +9,5 @@ with_test_packages
 [ -x "$work/environments/user/bin/mpiexec" ] || fail 'there is no mpiexec'
 run_tests user tests/distributed | tee "$here/pytest.count"
 with_test_packages flower test,federated
+install "$work/environments/flower" 'flwr[dp]'
 run_tests flower tests/examples/test_federated.py | tee "$here/federated.count"

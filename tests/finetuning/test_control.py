@@ -10,7 +10,7 @@ import pytest
 import nplora
 from nplora import cli
 from nplora.finetuning import FinetuneReport, evaluate, finetune, load_with_adapter, plan
-from nplora.finetuning.options import DEFAULT_EXAMPLES, default_lr
+from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions, default_lr
 from nplora.formats.errors import UnsafeError
 from nplora.trainer import Callback, Run, StepRecord
 from small_llama import save_small_llama
@@ -345,9 +345,21 @@ def test_an_adapter_to_continue_from_is_planned_with_its_own_ranks(
     assert planned.memory.factors == 4 * 4 * lm.num_trainable
 
 
-@pytest.mark.parametrize(("hidden", "lr"), [(4096, 2e-4), (8192, 9.8e-5), (576, 1.4e-3), (64, 2e-3)])
+@pytest.mark.parametrize(
+    ("hidden", "lr"), [(4096, 2e-4), (8192, 9.8e-5), (640, 1.3e-3), (576, 1.4e-3), (64, 2e-3)]
+)
 def test_the_default_learning_rate_depends_on_the_width_of_the_model(hidden: int, lr: float) -> None:
     assert default_lr(hidden) == pytest.approx(lr, rel=1e-9)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"freeze_B": True, "lora_plus_ratio": 16}, "lora_plus_ratio=16 and freeze_B exclude each other"),
+    ({"outer_momentum": 0.9}, "outer_momentum is for local_steps, which is not set"),
+    ({"local_steps": 2, "outer_lr": 0}, "outer_lr is 0, expected above 0"),
+])  # fmt: skip
+def test_learning_rates_without_effect_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^finetune: {message}"):
+        FinetuneOptions(op="finetune", **options)
 
 
 @pytest.mark.parametrize(("lr", "used"), [(None, 2e-3), (3e-4, 3e-4)])

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,15 @@ def test_a_function_that_fails_shows_its_traceback_and_the_run_goes_on(
     assert "metric my_metrics:breaks failed in data, row 2:\nTraceback" in shown
     assert 'line 7, in breaks\n    raise KeyError("no such word")' in shown
     assert "the metric returned 'many', expected a finite number" in shown
+
+
+@pytest.mark.filterwarnings("ignore:the metric")
+def test_a_failed_score_is_null_in_the_file_of_answers(
+    lm: LanguageModel, module: str, tmp_path: Path
+) -> None:
+    evaluate(lm, ROWS, metric="my_metrics:breaks", max_new_tokens=1, answers=tmp_path / "answers.jsonl")
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert Counter(json.loads(line)["my_metrics:breaks"] for line in lines) == {None: 6, 1.0: 6}
 
 
 def test_a_function_that_always_fails_has_no_value_but_a_reason(

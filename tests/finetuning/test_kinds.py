@@ -32,6 +32,7 @@ def parsed(row: dict[str, Any], kind: str | None = None) -> Example:
 
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+SYSTEM = {"role": "system", "content": "s"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "5"}
@@ -80,6 +81,10 @@ ALPACA = {"instruction": "a", "input": "b", "output": "c", "system": "s", "histo
          Preference(Chat([USER, ANSWER], prompt=1), Chat([USER, {**ANSWER, "content": "c"}], prompt=1))),
         ({"conversations": [HUMAN], "chosen": GPT, "rejected": {**GPT, "value": "c"}},
          Preference(Chat([USER, ANSWER], prompt=1), Chat([USER, {**ANSWER, "content": "c"}], prompt=1))),
+        ({"prompt": [SYSTEM], "completion": [USER, ANSWER]}, Chat([SYSTEM, USER, ANSWER], prompt=1)),
+        ({"chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, {**USER, "content": "c"}, ANSWER]},
+         Preference(Chat([SYSTEM, USER, ANSWER], prompt=1),
+                    Chat([SYSTEM, {**USER, "content": "c"}, ANSWER], prompt=1))),
         ({"prompt": "a", "completion": "b", "label": True}, Judged(Completion("a", "b"), True)),
         ({"prompt": "a", "completion": "b", "label": "False"}, Judged(Completion("a", "b"), False)),
         ({"prompt": "a", "completion": "b", "label": " true"}, Judged(Completion("a", "b"), True)),
@@ -88,6 +93,7 @@ ALPACA = {"instruction": "a", "input": "b", "output": "c", "system": "s", "histo
         ({"prompt": "a", "completion": "b", "label": 0.0}, Judged(Completion("a", "b"), False)),
         ({"prompt": "a", "completion": "b", "label": "1"}, Judged(Completion("a", "b"), True)),
         ({"prompt": "a", "completion": "b", "label": "0"}, Judged(Completion("a", "b"), False)),
+        ({"prompt": "a", "completion": "b", "label": "1.0"}, Judged(Completion("a", "b"), True)),
         ({"prompt": [USER], "completion": [ANSWER], "label": False},
          Judged(Chat([USER, ANSWER], prompt=1), False)),
     ],
@@ -258,6 +264,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     # completions
     ({"prompt": [USER], "completion": 5},
      "completion is 5, expected a list of objects with a role and a content"),
+    ({"prompt": [{"role": "system", "content": "s"}], "completion": [ANSWER, USER, ANSWER]},
+     "the prompt ends with a message of role 'system', expected one of the user, a tool or the assistant"),
     ({"prompt": [{"role": "system", "content": "s"}], "completion": [ANSWER]},
      "the prompt ends with a message of role 'system', expected one of the user, a tool or the assistant"),
     ({"prompt": [USER], "completion": [5]}, "a message is 5, expected"),

@@ -663,6 +663,20 @@ def test_a_searched_temperature_must_be_that_of_the_stored_teacher(
         tune(model, data, tmp_path / "out", search={"temperature": [1.0, 2.0]}, **options)
 
 
+def test_options_of_ranks_belong_to_one_run(model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^tune: unexpected keyword 'distributed', which belongs to one run"):
+        tune(model, data, tmp_path / "out", distributed="off")
+    with pytest.raises(ValueError, match=r"^tune: outer_lr cannot be searched"):
+        tune(model, data, tmp_path / "out", search={"outer_lr": [0.5, 0.9]})
+
+
+def test_a_learning_rate_of_none_is_searched(model: Path) -> None:
+    assert (
+        space_of(nplora.load_model(model), {"lr": None}, {}, 1e-3).rates
+        == space_of(nplora.load_model(model), {}, {}, 1e-3).rates
+    )
+
+
 def test_the_usual_space_is_made_for_the_model(model: Path) -> None:
     space = space_of(nplora.load_model(model), {}, {}, 2e-4)
     assert space.rates == (2e-5, 6.3e-5, 2e-4, 6.3e-4, 2e-3)

@@ -410,6 +410,16 @@ class FinetuneOptions:
             )
         if self.compute is not None:
             _check.choice(op, "compute", self.compute, COMPUTES)
+        if self.freeze_B and self.lora_plus_ratio != 1:
+            raise ValueError(
+                f"{op}: lora_plus_ratio={self.lora_plus_ratio} and freeze_B exclude each other: the ratio is "
+                "that of two learning rates, and B is not trained"
+            )
+        given = {"outer_lr": OUTER_LR, "outer_momentum": OUTER_MOMENTUM}
+        if self.local_steps is None and (
+            own := [n for n, value in given.items() if getattr(self, n) != value]
+        ):
+            raise ValueError(f"{op}: {own[0]} is for local_steps, which is not set")
 
     def _check_numbers(self, op: str) -> None:
         counts = (
@@ -424,12 +434,12 @@ class FinetuneOptions:
         ):  # fmt: skip
             _check.integer(op, name, getattr(self, name), least=least)
         lr = () if self.lr is None else ("lr",)
-        for name in (*lr, "lora_plus_ratio", "alpha", "max_grad_norm"):
+        for name in (*lr, "lora_plus_ratio", "alpha", "max_grad_norm", "outer_lr"):
             if _check.number(op, name, getattr(self, name)) <= 0:
                 raise ValueError(f"{op}: {name} is {getattr(self, name)}, expected above 0")
         for name in ("dropout", "outer_momentum"):
             _check.probability(op, name, getattr(self, name))
-        for name in ("weight_decay", "save_minutes", "outer_lr"):
+        for name in ("weight_decay", "save_minutes"):
             _check.at_least(op, name, getattr(self, name), 0)
         require_outer_steps(op, self.eval_every, self.local_steps)
         if self.valid_split is not None and not 0 < _check.number(op, "valid_split", self.valid_split) < 1:

@@ -327,9 +327,6 @@ def _finetune(
             if chosen.resume:
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")
             prepared.compute()
-            if chosen.resume:
-                say(f"{files.name(output)}: there is no run to resume, so a new run starts")
-            prepared.compute()
             baseline.measure()
         base = None if isinstance(model, LanguageModel) else os.fspath(model)
         save = functools.partial(save_adapter, chat_template=inputs.train.report.chat)
@@ -405,7 +402,7 @@ def _computing(lm: LanguageModel, execution: ExecutionPlan, prefix: PrefixCache 
 
 def _shown(options: FinetuneOptions, inputs: RunInputs, batches: TokenBatches) -> dict[str, Any]:
     """The settings that reports show as hyper-parameters: the options as they took effect, and the inputs."""
-    lm, held_out, summary = inputs.lm, inputs.held_out, batches.summary()
+    lm, held_out, summary = inputs.lm, inputs.held_out, batches.log_summary()
     chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     used = {name: summary[name] for name in ("batch_examples", "batch_tokens") if name in summary}
     return {

@@ -108,7 +108,7 @@ class ArrayBatches:
             "seed": self.seed,
         }
 
-    def summary(self) -> dict[str, Any]:
+    def log_summary(self) -> dict[str, Any]:
         """What the log of a run says about these batches."""
         return {"rows": len(self.x), "batch_size": self.batch_size}
 

@@ -42,7 +42,7 @@ def _shown(model: Module) -> str:
 
 def _summary(batches: Batches) -> dict[str, Any]:
     """What the batches say about themselves, and their number in an epoch."""
-    summary: dict[str, Any] = getattr(batches, "summary", dict)()
+    summary: dict[str, Any] = getattr(batches, "log_summary", dict)()
     shown = {name: _text(value) if isinstance(value, str) else value for name, value in summary.items()}
     return shown | {"batches": batches.length}
 

@@ -115,7 +115,7 @@ class TokenBatches:
             "seed": self.seed,
         }
 
-    def summary(self) -> dict[str, Any]:
+    def log_summary(self) -> dict[str, Any]:
         """What the log of a run says about these batches, as JSON values."""
         report = self.dataset.report
         sizes = {"batch_tokens": self._tokens, "batch_examples": self._examples}

@@ -336,7 +336,7 @@ def parsed(
     fields, columns = Fields(values, row.where), options.columns
     example = kind.parse(fields)
     unread = {columns.get(name, name): value for name, value in fields.unread().items()}
-    replaced = (name for name in columns if name in row.values and name not in columns.values())
+    replaced = (name for name in columns if row.values.get(name) and name not in columns.values())
     unread |= {name: row.values[name] for name in replaced}
     return Parsed(kind, example, lacks_context(values, example), unread)
 

@@ -121,10 +121,12 @@ def measure_answers(
     for metric in metrics:
         metric.failed, metric.error = 0, ""
     for place, answer in enumerate(answers(lm, questions, max_new_tokens)):
-        question = questions[place]
+        question, named = questions[place], dict[str, float | None]()
         for index, metric in enumerate(metrics):
-            scores[index, place] = metric.score(answer, question.reference, question.row, question.where)
-        named = {metric.name: float(score) for metric, score in zip(metrics, scores[:, place], strict=True)}
+            failed = metric.failed
+            score = metric.score(answer, question.reference, question.row, question.where)
+            scores[index, place] = score
+            named[metric.name] = float(score) if metric.failed == failed else None
         record({"row": question.where, "answer": answer, "reference": question.reference, **named})
     for metric, row in zip(metrics, scores, strict=True):
         if metric.failed == len(questions):

@@ -133,8 +133,8 @@ class Metric:
 
 def brief_error(error: BaseException) -> str:
     """The class and the first line of the message of an error."""
-    first = str(error).strip().partition("\n")[0][:_MESSAGE]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    *_, last = traceback.format_exception_only(error)  # also if the error's own __str__ fails
+    return last.strip().partition("\n")[0][:_MESSAGE]
 
 
 def metrics_of(op: str, given: object) -> list[Metric]:

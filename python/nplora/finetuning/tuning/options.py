@@ -15,7 +15,7 @@ SAMPLERS = ("halving", "optuna")
 # Options of `finetune` that a search decides itself, or that belong to one run.
 NOT_PASSED = (
     "resume", "overwrite", "sample", "save_every", "save_minutes", "eval_every", "patience", "keep",
-    "report_to",
+    "report_to", "distributed", "communication_dtype", "local_steps", "outer_lr", "outer_momentum",
 )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ UNSEARCHED = (
     "resume", "overwrite", "sample", "save_every", "save_minutes", "seed", "steps", "valid_split", "memory",
     "keep_prefix", "compute", "recompute", "format", "columns", "chat", "learn", "max_length", "skip_bad",
     "strict", "adapter", "any_base", "layers", "rank_pattern", "alpha_pattern", "eval_every", "patience",
-    "keep", "report_to", "objective", "teacher",
+    "keep", "report_to", "objective", "teacher", "distributed", "communication_dtype", "local_steps",
+    "outer_lr", "outer_momentum",
     # Trials of one rung make equally many steps. With batches of different sizes, they would read different
     # amounts of data.
     "batch_examples", "batch_tokens", "accumulate",
@@ -96,7 +97,7 @@ def space_of(
     continues = given.get("adapter") is not None
     if continues and (own := [name for name in wanted if name in _OF_AN_ADAPTER]):
         raise ValueError(f"{op}: {own[0]} is decided by the adapter to continue from; do not search it")
-    rates = wanted.pop("lr", (given["lr"],) if "lr" in given else rates_around(default_lr))
+    rates = wanted.pop("lr", (given["lr"],) if given.get("lr") else rates_around(default_lr))
     is_fixed = "epochs" in given or "steps" in given
     epochs = wanted.pop("epochs", () if is_fixed else _EPOCHS)
     usual = {} if continues else {"rank": (_DEFAULTS["rank"], *_RANKS), "targets": _target_sets(lm)}

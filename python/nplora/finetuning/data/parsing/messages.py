@@ -20,9 +20,11 @@ def openai(row: Fields) -> Example:
 
 
 def chat_of(row: Fields, messages: list[Message], prompt: list[Any] | None) -> Chat:
-    if prompt and (role := messages[len(prompt) - 1]["role"]) in SYSTEM_ROLES:
-        wanted = "expected one of the user, a tool or the assistant"
-        raise row.error(f"the prompt ends with a message of role {role!r}, {wanted}")
+    if prompt:
+        role, answer = messages[len(prompt) - 1]["role"], messages[len(prompt) :]
+        if role in SYSTEM_ROLES and (not answer or answer[0]["role"] == "assistant"):
+            wanted = "expected one of the user, a tool or the assistant"
+            raise row.error(f"the prompt ends with a message of role {role!r}, {wanted}")
     tools, documents = (row.objects(name) for name in CONTEXT)
     return Chat(messages, tools and [_tool(row, tool) for tool in tools], documents, len(prompt or ()))
 

@@ -15,7 +15,8 @@ from nplora.formats.errors import brief
 
 _PROMPTS = ("question", "query", "instruction", "input", "user", "context")  # other names of the prompt
 # Judgements. TRL takes 1 and 0 too, and tables in text files have no booleans.
-_LABELS: dict[object, bool] = {"true": True, "1": True, 1: True, "false": False, "0": False, 0: False}
+_LABELS: dict[object, bool] = {1: True, 0: False}
+_LABELS |= {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def preference(row: Fields) -> Example:

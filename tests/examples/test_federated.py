@@ -227,11 +227,14 @@ def test_a_client_that_changes_its_b_later_is_refused(federation: Any) -> None:
 
 
 def test_an_adapter_is_not_replaced_unless_asked(federation: Any) -> None:
-    federation(rounds=1)
-    with pytest.raises(FileExistsError, match="has an adapter already"):
-        federation(rounds=1)
+    out = federation.place / "out"
+    out.mkdir()
+    (out / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds an adapter"):
+        federation()
     assert not federation.grid.sent
     federation(rounds=1, overwrite=True)
+    assert Adapter.read(out)
 
 
 @pytest.mark.parametrize(

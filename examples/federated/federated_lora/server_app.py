@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import Result
 from federated_lora.factors import adapter_with, record_of
 from federated_lora.strategies import check, strategy_of
 from nplora.adapters import Adapter, LoraDelta
+from nplora.formats.output_directory import require_no_other
 from nplora.formats.strict_json import json_values
 
 app = ServerApp()
@@ -54,14 +55,13 @@ def prepare(config: UserConfig) -> None:
     """Make the output directory, so that a path that cannot be written is an error before the first round.
 
     Raises:
-        FileExistsError: the directory has an adapter already.
+        FileExistsError: the directory holds a training run or, without `overwrite`, an adapter.
         OSError: the directory cannot be written.
     """
     output = Path(config["output"])
     if not config["output"]:
         return
-    if (output / "adapter_config.json").exists() and not config["overwrite"]:
-        raise FileExistsError(f"{output} has an adapter already, expected a new output or overwrite=true")
+    require_no_other(output, config["overwrite"])
     output.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=output).close()
 

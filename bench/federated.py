@@ -1,8 +1,8 @@
 """`python -m bench.federated model.gguf strategy=combine lr=4e-3`: the federated example in one process.
 
 The ServerApp and the ClientApps of examples/federated run one after another, on the data of loopback.py.
-Options are those of the example's pyproject.toml; `strategy=pooled` trains on the data of all clients without a
-federation. Needs nplora[federated].
+Options are those of the example's pyproject.toml; `strategy=pooled` trains on the data of all clients
+without a federation. Needs nplora[federated].
 """
 
 import argparse

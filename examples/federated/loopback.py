@@ -40,12 +40,14 @@ def main() -> None:
         for name in names:
             output = Path(place, name)
             rate = "" if "lr=" in changes else f"lr={RATES[name]}"
-            run = f"{changes} {rate} strategy={name!r} output={str(output)!r}"
+            run = f"wait-seconds=60 {changes} {rate} strategy={name!r} output={str(output)!r}"
             command = ["flwr", "run", str(HERE), "loopback", "--stream"]
             subprocess.run([*command, "--run-config", run], env=environment, check=True, stdout=sys.stderr)
             report = json.loads((output / "report.json").read_text())
-            loss, error, size = report["losses"][-1], max(report["errors"]), report["megabytes"]
-            found = f"loss {loss:.4f} ({loss / pooled - 1:+.1%}), error of the aggregates up to {error:.2g}"
+            loss, size = report["losses"][str(config["rounds"])], report["megabytes"]
+            found = f"loss {loss:.4f} ({loss / pooled - 1:+.1%})"
+            if report["errors"]:  # there are none with differential privacy
+                found += f", error of the aggregates up to {max(report['errors'].values()):.2g}"
             print(f"{name}: {found}, {size:.2f} MB a message", flush=True)
 
 

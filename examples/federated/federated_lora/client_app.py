@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import fixedclipping_mod
 
 import nplora
-from federated_lora.factors import adapter_with, record_of
+from federated_lora.factors import adapter_with, digest_of, record_of
 from nplora.adapters import Adapter
 
 app = ClientApp()
@@ -26,10 +26,10 @@ def clip(message: Message, context: Context, call: Callable[[Message, Context], 
 
 @app.query()
 def describe(message: Message, context: Context) -> Message:
-    """Reply with the initial factors, their scale, and the digest of the base model."""
+    """Reply with the initial factors, their scale, and digests of the base model and of both together."""
     start = initial_adapter(context)
     scale = next(iter(start.values())).scale
-    about = ConfigRecord({"base": start.base_digest, "scale": scale})
+    about = ConfigRecord({"base": start.base_digest, "scale": scale, "start": digest_of(start)})
     return Message(RecordDict({"arrays": record_of(start, "AB"), "config": about}), reply_to=message)
 
 
@@ -38,7 +38,7 @@ def train(message: Message, context: Context) -> Message:
     """Train the server's adapter for some steps on the client's data."""
     config, node = context.run_config, context.node_config
     frozen, private = config["strategy"] == "frozen-b", config["clipping-norm"] > 0
-    start = adapter_with(initial_adapter(context), message.content["arrays"])
+    start = server_adapter(message, context)
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory, "run")
         report = nplora.finetune(
@@ -56,10 +56,24 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the loss on the client's held-out data. Its weight is the number of tokens in the loss."""
-    node, adapter = context.node_config, adapter_with(initial_adapter(context), message.content["arrays"])
+    node, private = context.node_config, context.run_config["clipping-norm"] > 0
+    adapter = server_adapter(message, context)
     found = nplora.evaluate(node["model"], node["valid"], adapter=adapter, progress=False)
-    metrics = MetricRecord({"loss": found["loss"], "num-examples": found["tokens"]})
+    weight = 1 if private else found["tokens"]  # this number is private as well
+    metrics = MetricRecord({"loss": found["loss"], "num-examples": weight})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+def server_adapter(message: Message, context: Context) -> Adapter:
+    """The adapter that the server sent.
+
+    Raises:
+        ValueError: this client's base model or initial factors are not those that the run began with.
+    """
+    start = initial_adapter(context)
+    if message.content["config"]["start"] != digest_of(start):
+        raise ValueError("the base model or the initial factors are not those that the run began with")
+    return adapter_with(start, message.content["arrays"])
 
 
 def initial_adapter(context: Context) -> Adapter:

@@ -5,6 +5,7 @@ weights of the base model.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -25,6 +26,14 @@ def record_of(adapter: Adapter, letters: str) -> ArrayRecord:
             for letter in letters
         }
     )
+
+
+def digest_of(start: Adapter) -> str:
+    """A digest of the base model and of the initial factors. It is the same for all clients of a run."""
+    digest = hashlib.sha256(f"{start.base_digest} {next(iter(start.values())).scale}".encode())
+    for key, array in record_of(start, "AB").items():
+        digest.update(f"{key} {array.shape}".encode() + array.data)
+    return digest.hexdigest()
 
 
 def adapter_with(base: Adapter, record: ArrayRecord) -> Adapter:

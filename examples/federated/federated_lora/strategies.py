@@ -5,10 +5,10 @@
 - average: average A and B separately. mean(A)·mean(B) is not the average of A·B; this is for comparison.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict, UserConfig
-from flwr.serverapp import NeighboringRelation, PrivacyConfig, RdpAccountant, SamplingMethod
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict, UserConfig
+from flwr.serverapp import Grid, NeighboringRelation, PrivacyConfig, RdpAccountant, SamplingMethod
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, FedAvg, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords, aggregate_metricrecords
 
@@ -20,12 +20,33 @@ WEIGHT = "num-examples"
 
 
 class Averaging(FedAvg):
-    """FedAvg of the factors in the records, which reports the error of the averaged adapter."""
+    """FedAvg of the factors in the records, by the same nodes in each round.
 
-    def __init__(self, start: Adapter, clients: int) -> None:
-        self.initial = start
-        nodes = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
-        super().__init__(**dict.fromkeys(nodes, clients), train_metrics_aggr_fn=self.averaged)
+    Without privacy it reports the error of the averaged adapter. With privacy, Flower adds noise after
+    this class has computed the aggregate, so its error would say nothing.
+    """
+
+    def __init__(self, start: Adapter, nodes: Sequence[int], private: bool) -> None:
+        self.initial, self.nodes = start, nodes
+        super().__init__(train_metrics_aggr_fn=None if private else self.averaged)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        return self.messages(MessageType.TRAIN, server_round, arrays, config)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        return self.messages(MessageType.EVALUATE, server_round, arrays, config)
+
+    def messages(
+        self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord
+    ) -> list[Message]:
+        """A message to each node that agreed on the start. FedAvg itself would ask all connected nodes."""
+        config["server-round"] = server_round
+        content = RecordDict({"arrays": arrays, "config": config})
+        return [Message(content, dst_node_id=node, message_type=kind) for node in self.nodes]
 
     def adapters(self, replies: list[RecordDict]) -> list[tuple[Adapter, float]]:
         """The adapter of each client, and its weight."""
@@ -48,8 +69,8 @@ class Averaging(FedAvg):
 class Combining(Averaging):
     """The sum of the clients' updates, exact or cut to a rank."""
 
-    def __init__(self, start: Adapter, clients: int, max_rank: int) -> None:
-        super().__init__(start, clients)
+    def __init__(self, start: Adapter, nodes: Sequence[int], max_rank: int) -> None:
+        super().__init__(start, nodes, private=False)
         self.max_rank = max_rank
 
     def aggregate_train(
@@ -65,27 +86,47 @@ class Combining(Averaging):
         return arrays, self.metrics(contents, arrays)
 
 
-def strategy_of(config: UserConfig, start: Adapter) -> Strategy:
-    """The strategy of a run, with Flower's differential privacy around it if `clipping-norm` is set.
+def check(config: UserConfig) -> None:
+    """Check the options of a run, before the server waits for clients.
 
     Raises:
-        ValueError: the strategy is unknown, or privacy is asked for without a frozen B.
+        ValueError: an option has a wrong value, or privacy is asked for without a frozen B.
+        ImportError: privacy is asked for, and flwr[dp] is not installed.
     """
-    name, clients, norm = config["strategy"], config["clients"], config["clipping-norm"]
+    name, norm = config["strategy"], config["clipping-norm"]
     if name not in ("frozen-b", "average", "combine"):
         raise ValueError(f"strategy is {name!r}, expected 'frozen-b', 'average' or 'combine'")
-    if name == "combine":
-        strategy: Averaging = Combining(start, clients, config["max-rank"])
-    else:
-        strategy = Averaging(start, clients)
-    if norm <= 0:
-        return strategy
+    for option in ("rounds", "clients"):
+        if config[option] < 1:
+            raise ValueError(f"{option} is {config[option]}, expected at least 1")
+    for option in ("clipping-norm", "noise-multiplier"):
+        if not 0 <= config[option] < float("inf"):
+            raise ValueError(f"{option} is {config[option]}, expected a number of at least 0")
+    if norm == 0:
+        return
     if name != "frozen-b":
         raise ValueError(
             f"clipping-norm is {norm}, which needs strategy='frozen-b': noise on A and B multiplies"
         )
-    relation, sampling = NeighboringRelation.ADD_OR_REMOVE_ONE, SamplingMethod.NO_AMPLIFICATION
-    accountant = RdpAccountant(PrivacyConfig(config["delta"], clients, relation, sampling))
+    if config["noise-multiplier"] == 0:
+        raise ValueError(f"noise-multiplier is 0.0, expected above 0 with clipping-norm={norm}")
+    accountant_of(config)
+
+
+def strategy_of(config: UserConfig, start: Adapter, nodes: Sequence[int]) -> Strategy:
+    """The strategy of a run, with Flower's differential privacy around it if `clipping-norm` is set."""
+    norm = config["clipping-norm"]
+    if config["strategy"] == "combine":
+        return Combining(start, nodes, config["max-rank"])
+    strategy = Averaging(start, nodes, private=norm > 0)
+    if norm == 0:
+        return strategy
     return DifferentialPrivacyClientSideFixedClipping(
-        strategy, config["noise-multiplier"], norm, clients, accountant=accountant
+        strategy, config["noise-multiplier"], norm, len(nodes), accountant=accountant_of(config)
     )
+
+
+def accountant_of(config: UserConfig) -> RdpAccountant:
+    """Flower's accountant, which computes epsilon."""
+    relation, sampling = NeighboringRelation.ADD_OR_REMOVE_ONE, SamplingMethod.NO_AMPLIFICATION
+    return RdpAccountant(PrivacyConfig(config["delta"], config["clients"], relation, sampling))

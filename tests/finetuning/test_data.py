@@ -827,3 +827,18 @@ def test_the_identity_changes_with_the_data_and_the_batches(tmp_path: Path, many
 def test_a_batch_size_that_is_wrong_is_refused(many: Any, options: Any) -> None:
     with pytest.raises(ValueError, match="TokenBatches: "):
         TokenBatches(many, **options)
+
+
+def test_the_bad_rows_of_a_file_are_not_those_of_another(tmp_path: Path) -> None:
+    good, one, other = '{"text": "a"}', tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    one.write_text("\n".join([good] + ['{"text": 1}'] * 5))
+    other.write_text("\n".join(['{"text": 2}'] * 4))
+    with pytest.raises(DataError) as caught:
+        read_dataset([one, other], tokenizer(), skip_bad=True)
+    assert str(caught.value).startswith(
+        f"{other}: no examples: 4 bad rows skipped ({other}, line 1: text is 2"
+    )
+    assert str(one) not in str(caught.value)
+    other.write_text(f'{good}\n{{"text": 2}}\n')
+    report = read_dataset([one, other], tokenizer(), skip_bad=True).report
+    assert (report.skipped, len(report.problems)) == (6, 3)

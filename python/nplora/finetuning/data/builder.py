@@ -122,7 +122,7 @@ class Builder(Generic[_Made]):
         if emptied := self._emptied - self._emptied_before:
             reasons.append(
                 f"{emptied} with nothing to train on within max_length={self._max_length}; "
-                "a larger max_length keeps more"
+                "a larger maximum keeps more"
             )
         return f": {', '.join(reasons)}" if reasons else ""
 

@@ -39,6 +39,9 @@ OPTIONS = {
         ("--columns prompt=a (columns={'prompt': 'a'}) reads", "--columns prompt=a reads"),
         ("chat=True (--chat) does that", "--chat does that"),
         # what stays
+        ("d/a_config.json: valid_split is 1, expected", "d/a_config.json: valid_split is 1, expected"),
+        ("d.jsonl, line 1: text is 'with lr=1e-3'", "d.jsonl, line 1: text is 'with lr=1e-3'"),
+        ("d/t.jsonl: valid_split=0.5 holds out 0", "d/t.jsonl: --valid-split 0.5 holds out 0"),
         ("chat=False", "chat=False"),
         ("the rank is 8, the data are bad, lr is -1", "the rank is 8, the data are bad, lr is -1"),
         ("fields ['valid_split', \"valid_split\"]", "fields ['valid_split', \"valid_split\"]"),
@@ -56,9 +59,14 @@ def test_keywords_become_options(text: str, expected: str) -> None:
 
 
 def test_what_the_user_typed_stays() -> None:
-    spelled = Spelling(OPTIONS, ["finetune", "m", "--output", "lr=1", "--data", "valid_split"])
+    spelled = Spelling(
+        OPTIONS, ["finetune", "m", "--output", "lr=1", "--data", "valid_split", "--adapter", "lr"]
+    )
     assert spelled("no such file: lr=1") == "no such file: lr=1"
     assert spelled("no such file: valid_split") == "no such file: valid_split"
+    assert spelled("lr: valid_split is 2") == "lr: valid_split is 2", "a file of this name"
+    spelled = Spelling(OPTIONS, ["finetune", "m", "--data", "data_valid_split.jsonl"])
+    assert spelled("finetune: valid_split is 2.0, expected") == "finetune: --valid-split is 2.0, expected"
     assert Spelling({}, [])("valid_split=2 (a=1)") == "valid_split=2 (a=1)"
 
 

@@ -253,7 +253,7 @@ def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_fil
             read_dataset([row | {"tools": [WEATHER]}, row | {"tools": None}], tokenizer(TOOLS_TEMPLATE))
 
 
-@pytest.mark.parametrize("content", [None, "Let me look."])
+@pytest.mark.parametrize("content", [None, "Let me look.", "Let me look up the weather."])
 def test_a_tool_call_that_the_template_leaves_out_is_refused(tmp_path: Path, content: str | None) -> None:
     """Its turn would be trained as an empty answer, or as an answer without the call."""
     user, calling = CALLS[1], CALLS[2] | {"content": content}
@@ -285,6 +285,38 @@ def test_the_name_of_a_function_may_have_any_characters(name: str) -> None:
     chat = [CALLS[1], {"role": "assistant", "content": None, "tool_calls": [call]}]
     for template in (TOOLS_TEMPLATE, TOOLS_TEMPLATE.replace("call.name", "(call.name | tojson)")):
         assert len(read_dataset([{"messages": chat}], tokenizer(template))) == 1
+
+
+def test_a_template_may_write_a_call_by_its_id() -> None:
+    """As that of Kimi K2 does."""
+    call = {"id": "call_7", "function": {"name": "weather", "arguments": {}}}
+    chat = [CALLS[1], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    template = TOOLS_TEMPLATE.replace(
+        "{%- if call.function %}{%- set call = call.function %}{%- endif %}", ""
+    )
+    template = template.replace("call.name", "call.id").replace("call.arguments", "call.function.arguments")
+    assert len(read_dataset([{"messages": chat}], tokenizer(template))) == 1
+
+
+FIRST_SYSTEM = """{%- for m in messages %}{%- if m.role != 'system' or loop.first %}
+{{- m.role + ':' + m.content + '<|end|>' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}"""
+BRIEF = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("messages", "unused"),
+    [
+        ([BRIEF, *CALLS[1:2], CALLS[4], BRIEF, *CALLS[1:2], CALLS[4]], 1),
+        ([CALLS[1], CALLS[4] | {"content": "I shall: Be brief."}, BRIEF, CALLS[1], CALLS[4]], 1),
+        ([BRIEF, CALLS[1], CALLS[4], CALLS[1], CALLS[4]], 0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*leaves out")
+def test_a_message_that_is_left_out_is_found_though_its_text_is_elsewhere(
+    messages: list[dict[str, Any]], unused: int
+) -> None:
+    assert read_dataset([{"messages": messages}], tokenizer(FIRST_SYSTEM)).report.unused == unused
 
 
 def test_the_chats_with_tools_of_the_documentation_train_the_call_and_the_answer() -> None:
@@ -827,3 +859,18 @@ def test_the_identity_changes_with_the_data_and_the_batches(tmp_path: Path, many
 def test_a_batch_size_that_is_wrong_is_refused(many: Any, options: Any) -> None:
     with pytest.raises(ValueError, match="TokenBatches: "):
         TokenBatches(many, **options)
+
+
+def test_the_bad_rows_of_a_file_are_not_those_of_another(tmp_path: Path) -> None:
+    good, one, other = '{"text": "a"}', tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    one.write_text("\n".join([good] + ['{"text": 1}'] * 5))
+    other.write_text("\n".join(['{"text": 2}'] * 4))
+    with pytest.raises(DataError) as caught:
+        read_dataset([one, other], tokenizer(), skip_bad=True)
+    assert str(caught.value).startswith(
+        f"{other}: no examples: 4 bad rows skipped ({other}, line 1: text is 2"
+    )
+    assert str(one) not in str(caught.value)
+    other.write_text(f'{good}\n{{"text": 2}}\n')
+    report = read_dataset([one, other], tokenizer(), skip_bad=True).report
+    assert (report.skipped, len(report.problems)) == (6, 3)

@@ -36,6 +36,12 @@ QUESTIONS = [
 ]
 
 
+CALLS_TEMPLATE = (
+    "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function.name }}"
+    "{% endfor %}{% endfor %}"
+)
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small_llama(tmp_path_factory.mktemp("model") / "model.gguf")
@@ -352,10 +358,13 @@ def test_functions_of_the_same_name_are_numbered(lm: LanguageModel) -> None:
     assert values == {"<lambda>": 1, "<lambda>_2": 2, "<lambda>_3": 3}
 
 
-def test_rows_that_are_not_answered_are_told(lm: LanguageModel) -> None:
+def test_rows_that_are_not_answered_are_told(tmp_path: Path) -> None:
+    lm = load_model(
+        save_small_llama(tmp_path / "m.gguf", changes={"tokenizer.chat_template": CALLS_TEMPLATE})
+    )
     call = {"messages": [
         {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "f()", "tool_calls": [{"name": "f", "arguments": {}}]},
+        {"role": "assistant", "content": "b", "tool_calls": [{"name": "f", "arguments": {}}]},
     ]}  # fmt: skip
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     with pytest.warns(
@@ -385,7 +394,7 @@ def test_a_module_that_is_not_found_or_fails_is_an_error(lm: LanguageModel, modu
         (
             {"messages": [
                 {"role": "user", "content": "a"},
-                {"role": "assistant", "content": "f()", "tool_calls": [{"name": "f", "arguments": {}}]},
+                {"role": "assistant", "content": "b", "tool_calls": [{"name": "f", "arguments": {}}]},
             ]},
             "data, row 1: the last assistant turn calls a tool",
         ),
@@ -395,7 +404,10 @@ def test_a_module_that_is_not_found_or_fails_is_an_error(lm: LanguageModel, modu
         ),
     ],
 )  # fmt: skip
-def test_a_row_without_a_prompt_has_no_answer(lm: LanguageModel, row: dict[str, Any], message: str) -> None:
+def test_a_row_without_a_prompt_has_no_answer(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    lm = load_model(
+        save_small_llama(tmp_path / "m.gguf", changes={"tokenizer.chat_template": CALLS_TEMPLATE})
+    )
     with pytest.raises(DataError, match=f"^{re.escape(message)}"):
         evaluate(lm, [row], metric="f1", max_length=200)
 

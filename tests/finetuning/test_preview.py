@@ -290,6 +290,8 @@ def test_fields_that_are_not_used_have_the_names_of_the_data() -> None:
 
 
 FORGOTTEN = {"chosen": "It is 4.", "rejected": "It is 5."}
+# As in Anthropic's data about helpful and harmless answers: both texts begin with the prompt.
+DIALOGUE = {name: f"Human: 2+2=?\n\nAssistant: {text}" for name, text in FORGOTTEN.items()}
 
 
 @pytest.mark.parametrize(
@@ -300,6 +302,10 @@ FORGOTTEN = {"chosen": "It is 4.", "rejected": "It is 5."}
         ({"question": "q", "context": "a long text"}, "question"),
         ({"id": "a7", "source": "web"}, None),
         ({"prompt": "2+2=", "question": "2+2=?"}, None),
+        ({"created": "2024-01-01 10:00:00"}, None),
+        ({"question": "It is"}, None),
+        (DIALOGUE | {"created": "in January 2024"}, None),
+        (DIALOGUE | {"question": "2+2=?"}, None),
     ],
 )
 def test_a_pair_whose_prompt_has_another_name_is_warned_of(others: dict[str, Any], name: str | None) -> None:
@@ -316,6 +322,19 @@ def test_a_pair_whose_prompt_has_another_name_is_warned_of(others: dict[str, Any
             options = ReadOptions(columns={"prompt": name})
             read_pairs("test", splits_of("test", rows).train, TOKENIZER, options, "dpo", PairDataset)
     assert [str(warning.message) for warning in caught] == ([f"data: {words}"] if name else [])
+
+
+def test_several_names_of_a_prompt_make_one_warning() -> None:
+    rows = [FORGOTTEN | {"ask": "What is 2+2?", "note": "of 2024"}] * 2 + [
+        FORGOTTEN | {"ask": "What is 2+2?", "note": "a remark that is longer"}
+    ]
+    with pytest.warns(UserWarning, match="without a prompt") as caught:
+        read_pairs("test", splits_of("test", rows).train, TOKENIZER, ReadOptions(), "dpo", PairDataset)
+    [warning] = [str(one.message) for one in caught]
+    assert warning.startswith(
+        "data: 3 rows with chosen and rejected, but without a prompt; --columns prompt=ask "
+    )
+    assert str(preview(rows, TOKENIZER)).count("without a prompt") == 1
 
 
 def test_answers_that_begin_differently_name_the_field_that_may_be_the_prompt() -> None:

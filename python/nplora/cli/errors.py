@@ -10,6 +10,8 @@ from nplora.runtime.stderr import stderr
 # A name that stands alone, and is no part of a path, a quoted text or a longer name.
 _ALONE, _END = r"(?<![\w/.'\"=-])", r"(?![\w/='\"-]|\.\w)"
 _VALUE = r"True|False|-?\d[\w.+-]*(?<!\.)|'[\w:.,-]+'"
+_OPERATION = re.compile(r"([a-z_]\w*): ")  # as in "finetune: rank is 0"
+_ROW = re.compile(r", (line|row|window) \d+$")
 _REPEATED = re.compile(r"(--[\w-]+) \(\1\)")
 
 _LONG_LIST = 300  # characters; if a list in a message is longer, only its first item is shown
@@ -41,8 +43,11 @@ class Spelling:
     """Replaces the names of Python's keywords in a message with the options of a command.
 
     `resume=True` becomes --resume, `rank=8` becomes "--rank 8", and a name with an underscore, such as
-    `valid_split`, becomes --valid-split. A keyword in parentheses behind its option is dropped. What the user
-    has typed stays as it is, because it may be the name of a file.
+    `valid_split`, becomes --valid-split. A keyword in parentheses behind its option is dropped.
+
+    A message about a file begins with its name. Its fields may have the names of options, so only keywords
+    with values are replaced, and not even these if the message is about a row. An argument that the user has
+    typed stays as it is, because it may be the name of a file.
 
     Args:
         options: the options by the names of their keywords.
@@ -50,7 +55,7 @@ class Spelling:
     """
 
     def __init__(self, options: Mapping[str, str], typed: Sequence[str]) -> None:
-        self._options, self._typed = options, " ".join(typed)
+        self._options, self._typed = options, frozenset(typed[1:])
         names = "|".join(sorted(map(re.escape, options), key=len, reverse=True)) or "(?!)"
         self._given = re.compile(rf"{_ALONE}({names})=({_VALUE})(?![\w/+-]|\.\w)")
         self._named = re.compile(rf"{_ALONE}({names}){_END}")
@@ -58,8 +63,13 @@ class Spelling:
 
     def __call__(self, text: str) -> str:
         text = self._doubled.sub(self._without, text)
+        subject, colon, _ = text.partition(": ")
+        if colon and _ROW.search(subject):
+            return text
         text = self._given.sub(self._with_value, text)
-        text = self._named.sub(self._alone, text)
+        operation = _OPERATION.match(text)
+        if not colon or (operation is not None and operation[1] not in self._typed):
+            text = self._named.sub(self._alone, text)
         return _REPEATED.sub(r"\1", text)
 
     def _without(self, found: re.Match[str]) -> str:

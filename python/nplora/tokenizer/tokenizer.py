@@ -72,11 +72,13 @@ class Chat:
         turns: for each assistant message (by its index), the positions of the turn's tokens, including the
             end token.
         unused: "messages", "tools" or "documents", if some were given that do not change the rendered text.
+        lost_calls: the tool calls that the template leaves out: index of the message, number of the call.
     """
 
     ids: list[int]
     turns: dict[int, range]
     unused: tuple[str, ...] = ()
+    lost_calls: tuple[tuple[int, int], ...] = ()
 
     @property
     def is_reply(self) -> list[bool]:
@@ -434,19 +436,21 @@ class Tokenizer:
         ids, is_whole = self._encode_rendered(text, most)
         indices = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
         unused = tuple(name for name in given if self._is_unused(name, quoted, given, text))
-        if self._leaves_out_messages(quoted, given, text):
+        lost = self._lost(quoted, given, text)
+        lost_calls = tuple((index, call) for index, call in lost if call is not None)
+        if self._leaves_out_messages(quoted, {index for index, call in lost if call is None}, given, text):
             unused = ("messages", *unused)
         is_long = len(indices) * (len(messages) + len(ids) / _TOKENS_PER_MESSAGE) > _MOST_RENDERED
         try:
             if not is_long:
                 turns = self._turns_by_beginnings(quoted, given, ids, is_whole, indices, most)
-                return Chat(ids, turns, unused)
+                return Chat(ids, turns, unused, lost_calls)
         except UnsupportedError as error:
             with suppress(UnsupportedError):
-                return Chat(ids, self._turns_by_marks(quoted, given, text, ids), unused)
+                return Chat(ids, self._turns_by_marks(quoted, given, text, ids), unused, lost_calls)
             raise error from None
         try:
-            return Chat(ids, self._turns_by_marks(quoted, given, text, ids), unused)
+            return Chat(ids, self._turns_by_marks(quoted, given, text, ids), unused, lost_calls)
         except UnsupportedError:
             raise ValueError(
                 f"a chat of {len(messages):,} messages and {len(ids):,} tokens is too long to find its "
@@ -545,18 +549,28 @@ class Tokenizer:
         except ValueError:  # the template needs them
             return False
 
-    def _leaves_out_messages(self, quoted: list[Message], given: dict[str, Any], text: str) -> bool:
-        """Whether the template leaves out messages, such as a system message that is not the first one."""
-        written, place = list[Message](), 0
-        for message in quoted:
-            if message.get("role") != "assistant":
-                content = str(message.get("content") or "").strip()
-                if (found := text.find(content, place)) < 0 and (found := text.find(content)) < 0:
-                    continue
-                place = max(place, found)
-            written.append(message)
-        if len(written) == len(quoted):
+    def _lost(self, quoted: list[Message], given: dict[str, Any], text: str) -> list[turns_of.Part]:
+        """The messages and tool calls whose marks the template does not write."""
+        mark, lost = turns_of.mark_of([text]), list[turns_of.Part]()
+        for by_id in (False, True):
+            messages, marks = turns_of.with_written_marks(quoted, mark, by_id)
+            try:
+                written = self._render(messages, False, TRAINING_TIME, given)
+            except ValueError:  # the template refuses marks
+                return lost
+            missing = [part for part, one in marks.items() if one not in written]
+            lost = [part for part in lost if part in missing or part not in marks] if by_id else missing
+            if not any(call is not None for _, call in lost):
+                break
+        return lost
+
+    def _leaves_out_messages(
+        self, quoted: list[Message], lost: set[int], given: dict[str, Any], text: str
+    ) -> bool:
+        """Whether the text is the same without the lost messages, such as a later system message."""
+        if not lost:
             return False
+        written = [message for index, message in enumerate(quoted) if index not in lost]
         try:
             return self._render(written, False, TRAINING_TIME, given) == text
         except ValueError:  # the template needs them

@@ -17,6 +17,8 @@ from nplora.formats.errors import UnsupportedError
 
 Pieces = list[tuple[str, bool]]  # of a text: special tokens (True) and the text between them
 
+Part = tuple[int, int | None]  # a message by its index, or (with a number) one of its tool calls
+
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templates have for it
 _MARKS = range(0xE200, 0xE300)  # private characters, which no template changes
 
@@ -69,6 +71,48 @@ def _named(call: Any, mark: str) -> Any:
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": {**call["function"], "name": mark}}
     return {**call, "name": mark} if "name" in call else call
+
+
+def with_written_marks(
+    messages: Sequence[Mapping[str, Any]], mark: str, by_id: bool
+) -> tuple[list[Mapping[str, Any]], dict[Part, str]]:
+    """Copy the messages, and put a mark of its own at the end of each part that a template should write.
+
+    Parts are the texts of messages that are not the assistant's, and the names of called functions. Text
+    before a mark is kept, because templates look for settings in it.
+
+    Args:
+        by_id: mark the calls by their id instead, which some templates write in place of the name.
+    Returns:
+        the messages, and the mark of each part.
+    """
+    made, marks = list[Mapping[str, Any]](), dict[Part, str]()
+
+    def marked(part: Part, text: str) -> str:
+        marks[part] = f"{mark}{len(marks)}{mark}"
+        return text + marks[part]
+
+    for index, message in enumerate(messages):
+        copy, content, calls = dict(message), message.get("content"), message.get("tool_calls")
+        is_answer = message.get("role") == "assistant"
+        if not is_answer and isinstance(content, str) and content.strip():
+            copy["content"] = marked((index, None), content.rstrip())
+        if is_answer and isinstance(calls, list):
+            copy["tool_calls"] = list(calls)
+            for number, call in enumerate(calls):
+                if not isinstance(call, Mapping):
+                    continue
+                function = call.get("function")
+                if by_id and isinstance(call.get("id"), str):
+                    found = {**call, "id": marked((index, number), call["id"])}
+                elif not by_id and isinstance(function, Mapping) and isinstance(function.get("name"), str):
+                    name = marked((index, number), function["name"])
+                    found = {**call, "function": {**function, "name": name}}
+                else:
+                    continue
+                copy["tool_calls"][number] = found
+        made.append(copy)
+    return made, marks
 
 
 def find_turns(

@@ -26,8 +26,11 @@ class BadRows:
         if len(self.problems) < _QUOTED:
             self.problems.append(str(error))
 
-    def reason(self, before: int = 0) -> str:
-        """The number of bad rows and their errors in words; empty if there are at most `before` such rows."""
-        if self.count <= before:
-            return ""
-        return f"{counted(self.count - before, 'bad row')} skipped ({'; '.join(self.problems)})"
+    def add(self, other: BadRows) -> None:
+        """Count the rows of another source too."""
+        self.count += other.count
+        self.problems += other.problems[: _QUOTED - len(self.problems)]
+
+    def reason(self) -> str:
+        """The number of bad rows and their errors in words; empty if there are none."""
+        return f"{counted(self.count, 'bad row')} skipped ({'; '.join(self.problems)})" if self.count else ""

@@ -30,7 +30,7 @@ class Builder(Generic[_Made]):
         unit: what the report calls an example.
 
     Attributes:
-        bad: the rows that are skipped.
+        bad: the rows of the current source that are skipped.
         kind: the kind of the rows of the current source.
     """
 
@@ -43,8 +43,8 @@ class Builder(Generic[_Made]):
         self._order = array.array("q")
         self._sources: list[Source] = []
         self._kinds: list[str] = []
-        self._first = self._bad_before = self._emptied_before = self._emptied = self._unused = 0
-        self.bad = BadRows()
+        self._first = self._emptied_before = self._emptied = self._unused = 0
+        self.bad, self._skipped = BadRows(), BadRows()  # of the current source, and of those before
         self._truncated = bytearray()  # for each example, whether it is cut
         self._forms = set[bool]()
         self.kind = ""
@@ -53,7 +53,7 @@ class Builder(Generic[_Made]):
         """Begin a source. The examples that are added from now on belong to it."""
         self._sources.append(source)
         self._first = self.stored
-        self._bad_before, self._emptied_before, self.kind = self.bad.count, self._emptied, ""
+        self.bad, self._emptied_before, self.kind = BadRows(), self._emptied, ""
 
     @property
     def stored(self) -> int:
@@ -102,6 +102,7 @@ class Builder(Generic[_Made]):
             return
         if not added:
             raise DataError(f"{source.name}: no examples{reasons}")
+        self._skipped.add(self.bad)
         self._kinds.append(self.kind)
         if source.weight > 1 and (count := len(self._order) + len(added) * source.weight) > MOST_EXAMPLES:
             raise LimitError(
@@ -117,11 +118,11 @@ class Builder(Generic[_Made]):
         return self._ids[self._starts[first] : self._starts[end]]
 
     def _why(self) -> str:
-        reasons = [reason] if (reason := self.bad.reason(self._bad_before)) else []
+        reasons = [reason] if (reason := self.bad.reason()) else []
         if emptied := self._emptied - self._emptied_before:
             reasons.append(
                 f"{emptied} with nothing to train on within max_length={self._max_length}; "
-                "a larger max_length keeps more"
+                "a larger maximum keeps more"
             )
         return f": {', '.join(reasons)}" if reasons else ""
 
@@ -142,7 +143,7 @@ class Builder(Generic[_Made]):
             for values, type_ in ((self._ids, np.int32), (self._starts, np.int64), (self._order, np.int64))
         )
         report = DataReport(
-            source, 0, 0, 0, 0, 0, 0, 0, self._emptied, self.bad.count, tuple(self.bad.problems),
+            source, 0, 0, 0, 0, 0, 0, 0, self._emptied, self._skipped.count, tuple(self._skipped.problems),
             self._unused, ", ".join(dict.fromkeys(self._kinds)), self._unit,
             self._forms.pop() if len(self._forms) == 1 else None,
         )  # fmt: skip

@@ -14,10 +14,10 @@ import numpy.typing as npt
 from nplora import _check
 from nplora.finetuning.data.builder import Builder
 from nplora.finetuning.data.encoding import LEARN, Encoded, Encoder
-from nplora.finetuning.data.examples import Example
+from nplora.finetuning.data.examples import Example, Preference
 from nplora.finetuning.data.kinds import BY_NAME, FIELDS, Kind, lacks_context, recognise, renamed
 from nplora.finetuning.data.parsing.fields import Fields, renaming
-from nplora.finetuning.data.parsing.preferences import prompt_among
+from nplora.finetuning.data.parsing.preferences import forgotten_prompt
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Data, Source, sources_of
 from nplora.finetuning.data.stored import Stored
@@ -252,28 +252,27 @@ def add_rows(
         builder.kind = kind.name
         for sequences in examples:
             builder.add(sequences, row.where, unused)
-        if kind.name == "preference" and (prompt := forgotten_prompt(row, unread, options)):
+        if prompt := forgotten_in(row, example, unread, options):
             without_prompt[prompt] += 1
-    for name, count in without_prompt.items():
-        warn_user(f"{source.name}: {without_prompt_words(name, count)}")
+    if without_prompt:
+        warn_user(f"{source.name}: {without_prompt_words(without_prompt)}")
 
 
-def forgotten_prompt(row: Row, unread: dict[str, Any], options: ReadOptions) -> str | None:
-    """The field that probably holds the prompt of a comparison, if the comparison has no prompt of its own.
+def forgotten_in(row: Row, example: Example, unread: dict[str, Any], options: ReadOptions) -> str | None:
+    """The field that probably holds the prompt, if the row is a comparison without a prompt of its own."""
+    if not isinstance(example, Preference) or row.values.get(options.columns.get("prompt", "prompt")):
+        return None
+    return forgotten_prompt(example, unread)
 
-    In two chats, the messages that both begin with are the prompt.
+
+def without_prompt_words(names: Mapping[str, int]) -> str:
+    """A warning that some comparisons have no prompt.
+
+    Args:
+        names: the fields that probably hold the prompt, each with the number of its rows.
     """
-    prompt, messages, chosen = (
-        row.values.get(options.columns.get(name, name)) for name in ("prompt", "conversations", "chosen")
-    )
-    return prompt_among(unread) if not prompt and not messages and isinstance(chosen, str) else None
-
-
-def without_prompt_words(name: str, count: int) -> str:
-    """A warning that some comparisons have no prompt."""
-    return (
-        f"{counted(count, 'row')} with chosen and rejected, but without a prompt; {renaming('prompt', name)}"
-    )
+    rows, likely = counted(sum(names.values()), "row"), max(names, key=lambda name: names[name])
+    return f"{rows} with chosen and rejected, but without a prompt; {renaming('prompt', likely)}"
 
 
 def _require_one_answer(kind: Kind, where: str) -> None:

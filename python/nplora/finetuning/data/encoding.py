@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -151,24 +150,25 @@ class Encoder:
             if is_left_out:
                 trained[turn.start : turn.stop] = [False] * len(turn)
             elif turn.stop < len(chat.ids) or len(chat.ids) != self._most:  # the turn is not cut
-                self._require_calls(messages[index], chat.ids[turn.start : turn.stop], where)
+                lost = [call for place, call in chat.lost_calls if place == index]
+                _require_calls(messages[index], lost, where)
         return Encoded(chat.ids, trained, bool(chat.unused), is_chat=True)
 
-    def _require_calls(self, message: Message, ids: list[int], where: str) -> None:
-        """Check that a trained turn has the names of all functions that its message calls.
 
-        Without them, the model would learn to end its turn at once.
-        """
-        calls = message.get("tool_calls") or ()
-        text = self._tokenizer.decode(ids) if calls else ""
-        for call in calls:
-            name = call["function"]["name"]
-            if name not in text and json.dumps(name, allow_nan=False)[1:-1] not in text:
-                raise DataError(
-                    f"{where}: the chat template of this model leaves out the tool call {brief(name)}, so it "
-                    "cannot be trained; use a model whose template writes tool calls, or give the call as "
-                    "text in 'content'"
-                )
+def _require_calls(message: Message, lost: list[int], where: str) -> None:
+    """Check that the template writes all tool calls of a trained turn.
+
+    Without them, the model would learn to end its turn at once.
+
+    Args:
+        lost: the numbers of the calls that it leaves out.
+    """
+    if lost:
+        name = message["tool_calls"][lost[0]]["function"]["name"]
+        raise DataError(
+            f"{where}: the chat template of this model leaves out the tool call {brief(name)}, so it cannot "
+            "be trained; use a model whose template writes tool calls, or give the call as text in 'content'"
+        )
 
 
 def _unusual_order(messages: list[Message]) -> str:

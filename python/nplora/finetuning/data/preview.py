@@ -17,7 +17,7 @@ from nplora.finetuning.data.builder import MOST_EXAMPLES, copies, is_emptied
 from nplora.finetuning.data.dataset import (
     PLAIN_TEXT,
     ReadOptions,
-    forgotten_prompt,
+    forgotten_in,
     parsed,
     text_windows,
     tokenizer_of,
@@ -334,9 +334,7 @@ class _Reader:
                     continue
                 unused = unused or any(sequence.unused for sequence in sequences)
                 good = example.good if isinstance(example, Judged) else None
-                forgotten = None
-                if before.name == "preference":
-                    forgotten = forgotten_prompt(row, unread, self._options)
+                forgotten = forgotten_in(row, example, unread, self._options)
                 yield _Found(
                     row.where, before.name, sequences, source.weight, unused, good, tuple(unread), forgotten
                 )
@@ -375,7 +373,7 @@ def _summary(part: Part, max_length: int) -> str:
         shown = [f"{brief(name)} of {counted(count, 'row')}" for name, count in part.unread.items()]
         more = f", and {len(shown) - _FIELDS:,} more" if len(shown) > _FIELDS else ""
         lines.append(f"  fields that are not used: {', '.join(shown[:_FIELDS])}{more}")
-    lines += [f"  {without_prompt_words(name, count)}" for name, count in part.without_prompt.items()]
+    lines += [f"  {without_prompt_words(part.without_prompt)}"] if part.without_prompt else []
     if part.bad:
         remedy = "which finetune refuses, or skips with --skip-bad (skip_bad=True):"
         lines.append(f"  {counted(part.bad, 'bad row')}, {remedy}")

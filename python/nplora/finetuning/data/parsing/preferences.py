@@ -14,6 +14,7 @@ from nplora.finetuning.data.parsing.texts import prompt_and_answer
 from nplora.formats.errors import brief
 
 _PROMPTS = ("question", "query", "instruction", "input", "user", "context")  # other names of the prompt
+_FEW_WORDS = 5  # with which two answers may begin alike by chance
 # Judgements. TRL takes 1 and 0 too, and tables in text files have no booleans.
 _LABELS: dict[object, bool] = {1: True, 0: False}
 _LABELS |= {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -77,11 +78,33 @@ def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
 def prompt_among(unread: Mapping[str, Any]) -> str | None:
     """The field that is probably the prompt, among those of a row that are not used: a known name or a text.
 
-    A text of one word is not a prompt, but an identifier or the name of a source.
+    A text of one word is not a prompt, but an identifier or the name of a source. A text without letters is a
+    date or a number.
     """
-    texts = {k: v for k, v in unread.items() if isinstance(v, str) and (k in _PROMPTS or " " in v.strip())}
+    texts = {k: v for k, v in unread.items() if isinstance(v, str) and (k in _PROMPTS or _is_prose(v))}
     known = next((name for name in _PROMPTS if name in texts), None)
     return known or max(texts, key=lambda name: len(texts[name]), default=None)
+
+
+def _is_prose(text: str) -> bool:
+    return " " in text.strip() and any(map(str.isalpha, text))
+
+
+def forgotten_prompt(pair: Preference, unread: Mapping[str, Any]) -> str | None:
+    """The field that probably holds the prompt of two texts, if the beginning that both share is no prompt.
+
+    A beginning of several lines or many words is a prompt.
+
+    Args:
+        unread: the fields of the row that are not used.
+    """
+    if not isinstance(pair.chosen, Completion):
+        return None
+    shared = pair.chosen.prompt
+    if "\n" in shared or len(shared.split()) > _FEW_WORDS:
+        return None
+    others = {k: v for k, v in unread.items() if not isinstance(v, str) or v.strip() not in shared}
+    return prompt_among(others)
 
 
 def judged(row: Fields) -> Example:

@@ -11,7 +11,6 @@ _SPEAKERS = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "function_call": "assistant", "observation": "tool", "tool": "tool",
 }  # fmt: skip
-_TURNS = ("human or observation", "gpt or function_call")
 
 
 def sharegpt(row: Fields) -> Example:
@@ -23,14 +22,6 @@ def conversation(row: Fields) -> list[Message]:
     if not isinstance(turns, list) or not turns:
         raise row.error(f"conversations is {brief(turns)}, expected a list of objects with from and value")
     messages = [turn_of(row, turn) for turn in turns]
-    spoken = messages[1:] if messages[0]["role"] == "system" else messages
-    for place, message in enumerate(spoken):
-        if (message["role"] == "assistant") != bool(place % 2) or message["role"] == "system":
-            turn = turns[len(messages) - len(spoken) + place]
-            wanted = _TURNS[place % 2]
-            raise row.error(
-                f"turn {place + 1} of the conversation is from {turn['from']!r}, expected {wanted}"
-            )
     for before, message in zip([None, *messages], messages, strict=False):
         check_order(row, before, message)
     if messages[0]["role"] != "system" and (system := row.text("system", True, "")):

@@ -229,7 +229,7 @@ def test_ranks_with_another_program_are_named_before_a_model_is_read(what: str) 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("lr", 0.5), ("communication_dtype", "bfloat16"), ("local_steps", 2), ("outer_lr", 0.5)],
+    [("lr", 0.5), ("communication_dtype", "bfloat16"), ("local_steps", 2)],
 )
 def test_ranks_with_another_option_are_named(option: str, value: Any) -> None:
     def work(rank: ThreadRank) -> None:

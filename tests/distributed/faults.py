@@ -38,7 +38,12 @@ class Fault(Callback):
 
 
 def train(
-    ranks: Communicator | None, callbacks: list[Callback], directory: Path | None, data: int = 0, **more: Any
+    ranks: Communicator | None,
+    callbacks: list[Callback],
+    directory: Path | None,
+    data: int = 0,
+    overwrite: bool = False,
+    **more: Any,
 ) -> nplora.Module:
     rng = np.random.default_rng(data)
     x, y = rng.normal(size=(80, 16)), rng.normal(size=(80, 4))
@@ -46,7 +51,8 @@ def train(
     trainer = nplora.Trainer(
         model, "mse", accumulate=4, communicator=ranks, callbacks=callbacks, progress=False, **more
     )
-    trainer.fit(x, y, batch_size=4, epochs=3, checkpoint_dir=directory, resume=directory is not None)
+    resume = directory is not None and not overwrite
+    trainer.fit(x, y, batch_size=4, epochs=3, checkpoint_dir=directory, resume=resume, overwrite=overwrite)
     return model
 
 

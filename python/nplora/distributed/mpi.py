@@ -88,7 +88,6 @@ class MPICommunicator:
 
     def __init__(self, timeout: float | None = None, share_cores: bool = True) -> None:
         self._mpi = _mpi()
-        self._timeout = _timeout() if timeout is None else timeout
         world = self._mpi.COMM_WORLD
         if world.size == 1 < launched_ranks():
             library = self._mpi.Get_library_version().split("\n")[0].split(",")[0]
@@ -105,8 +104,16 @@ class MPICommunicator:
         self._hung: set[int] = set()  # ranks that do not answer
         self._gone: set[int] = set()  # ranks that have left after a failure
         self._sent: list[Any] = []  # notices on their way
-        if share_cores and self.size > 1:
-            self._share_cores()
+        self._timeout = _DEFAULT_TIMEOUT if timeout is None else timeout
+        try:
+            if timeout is None:
+                self._timeout = _timeout()
+            if share_cores and self.size > 1:
+                self._share_cores()
+        except BaseException as error:
+            if self.size > 1:
+                self._leave(error)
+            raise
 
     def _share_cores(self) -> None:
         ranks = self.gather(cores_of_this_process())

@@ -1,9 +1,12 @@
 """The program of a rank that fails: `python faults.py KIND RANK STEP DIRECTORY`, with a fault at a step."""
 
+import functools
 import os
 import signal
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import numpy as np
 import nplora
 from nplora.distributed import Communicator, MPICommunicator
 from nplora.trainer import Callback, Run, StepRecord
+from nplora.trainer.checkpoint import Checkpoint
+from nplora.trainer.run_directory import RunDirectory
 
 SIGNALS = {
     "kill": signal.SIGKILL,
@@ -33,8 +38,30 @@ class Fault(Callback):
             os.kill(os.getpid(), SIGNALS[self.kind])
         if self.kind == "error":
             raise MemoryError("no memory for a test")
+        if self.kind in ("batch", "slow-batch"):  # of the next step
+            delay = float(os.environ["FAULT_SECONDS"]) if self.kind == "slow-batch" else None
+            vars(run.model)["forward"] = functools.partial(_forward, run.model.forward, delay)
         if self.kind == "nan":
             run.model.parameters()[0].value[...] = np.nan
+
+
+def _forward(usual: Callable[..., Any], delay: float | None, *inputs: Any) -> Any:
+    """The pass of a model that fails, or that begins after a delay."""
+    if delay is None:
+        raise MemoryError("no memory for a test")
+    time.sleep(delay)
+    return usual(*inputs)
+
+
+def save_slowly(seconds: float) -> None:
+    """Let every checkpoint after the first two wait before it is written."""
+    usual = RunDirectory.save
+
+    def save(directory: RunDirectory, checkpoint: Checkpoint) -> None:
+        time.sleep(seconds if checkpoint.step > 1 else 0)
+        usual(directory, checkpoint)
+
+    RunDirectory.save = save  # type: ignore[method-assign]
 
 
 def train(
@@ -61,6 +88,10 @@ if __name__ == "__main__":
     kind, rank, step, place = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     with MPICommunicator(share_cores=False) as here:
         faults: list[Callback] = [Fault(kind, step)] if here.rank == rank else []
+        if kind == "batch" and here.rank != rank:
+            faults = [Fault("slow-batch", step)]
+        if kind == "user" and "FAULT_SECONDS" in os.environ:
+            save_slowly(float(os.environ["FAULT_SECONDS"]))
         differs = here.rank == rank
         train(
             here, faults, None if here.rank else place, data=int(differs and kind == "data"),

@@ -1,9 +1,12 @@
 """The program of a rank that fails: `python faults.py KIND RANK STEP DIRECTORY`, with a fault at a step."""
 
+import functools
 import os
 import signal
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import numpy as np
 import nplora
 from nplora.distributed import Communicator, MPICommunicator
 from nplora.trainer import Callback, Run, StepRecord
+from nplora.trainer.checkpoint import Checkpoint
+from nplora.trainer.run_directory import RunDirectory
 
 SIGNALS = {
     "kill": signal.SIGKILL,
@@ -33,12 +38,39 @@ class Fault(Callback):
             os.kill(os.getpid(), SIGNALS[self.kind])
         if self.kind == "error":
             raise MemoryError("no memory for a test")
+        if self.kind in ("batch", "slow-batch"):  # of the next step
+            delay = float(os.environ["FAULT_SECONDS"]) if self.kind == "slow-batch" else None
+            vars(run.model)["forward"] = functools.partial(_forward, run.model.forward, delay)
         if self.kind == "nan":
             run.model.parameters()[0].value[...] = np.nan
 
 
+def _forward(usual: Callable[..., Any], delay: float | None, *inputs: Any) -> Any:
+    """The pass of a model that fails, or that begins after a delay."""
+    if delay is None:
+        raise MemoryError("no memory for a test")
+    time.sleep(delay)
+    return usual(*inputs)
+
+
+def save_slowly(seconds: float) -> None:
+    """Let every checkpoint after the first two wait before it is written."""
+    usual = RunDirectory.save
+
+    def save(directory: RunDirectory, checkpoint: Checkpoint) -> None:
+        time.sleep(seconds if checkpoint.step > 1 else 0)
+        usual(directory, checkpoint)
+
+    RunDirectory.save = save  # type: ignore[method-assign]
+
+
 def train(
-    ranks: Communicator | None, callbacks: list[Callback], directory: Path | None, data: int = 0, **more: Any
+    ranks: Communicator | None,
+    callbacks: list[Callback],
+    directory: Path | None,
+    data: int = 0,
+    overwrite: bool = False,
+    **more: Any,
 ) -> nplora.Module:
     rng = np.random.default_rng(data)
     x, y = rng.normal(size=(80, 16)), rng.normal(size=(80, 4))
@@ -46,7 +78,8 @@ def train(
     trainer = nplora.Trainer(
         model, "mse", accumulate=4, communicator=ranks, callbacks=callbacks, progress=False, **more
     )
-    trainer.fit(x, y, batch_size=4, epochs=3, checkpoint_dir=directory, resume=directory is not None)
+    resume = directory is not None and not overwrite
+    trainer.fit(x, y, batch_size=4, epochs=3, checkpoint_dir=directory, resume=resume, overwrite=overwrite)
     return model
 
 
@@ -55,6 +88,10 @@ if __name__ == "__main__":
     kind, rank, step, place = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     with MPICommunicator(share_cores=False) as here:
         faults: list[Callback] = [Fault(kind, step)] if here.rank == rank else []
+        if kind == "batch" and here.rank != rank:
+            faults = [Fault("slow-batch", step)]
+        if kind == "user" and "FAULT_SECONDS" in os.environ:
+            save_slowly(float(os.environ["FAULT_SECONDS"]))
         differs = here.rank == rank
         train(
             here, faults, None if here.rank else place, data=int(differs and kind == "data"),

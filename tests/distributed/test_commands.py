@@ -80,6 +80,30 @@ def test_a_rank_with_other_inputs_is_one_error_that_names_it(
 
 @needs_mpi
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "timeout", "message"),
+    [
+        (["--rank", 0], "60", "rank 1: UsageError: finetune: rank is 0"),
+        (["--unknown", 1], "60", "rank 1: UsageError: unrecognized arguments: --unknown 1"),
+        ([], "soon", "rank 1: ValueError: MPICommunicator: NPLORA_RANK_TIMEOUT is 'soon'"),
+    ],
+)
+def test_a_rank_that_fails_before_it_meets_the_others_ends_them(
+    more: list[Any], timeout: str, message: str, inputs: Path, tmp_path: Path
+) -> None:
+    first, second = words(inputs, tmp_path / "out"), words(inputs, tmp_path / "out", *more)
+    other = (
+        f"import os, runpy, sys; os.environ['NPLORA_RANK_TIMEOUT'] = '{timeout}'; sys.argv = sys.argv[2:]; "
+    )
+    program = ["-c", f"{other}runpy.run_module('nplora', run_name='__main__', alter_sys=True)", *second]
+    status, _, errors = run((1, first), (1, program))
+    assert status != 0
+    assert message in errors
+    assert not (tmp_path / "out").exists()
+
+
+@needs_mpi
+@pytest.mark.slow
 def test_more_ranks_than_batches_in_a_step_are_refused_once(inputs: Path, tmp_path: Path) -> None:
     status, _, errors = run((3, words(inputs, tmp_path / "out")))
     assert status != 0

@@ -69,6 +69,32 @@ def test_a_signal_to_one_rank_ends_all_at_the_same_step(kind: str, wanted: int, 
     require_same_end(tmp_path / "run")
 
 
+def test_a_rank_without_work_waits_until_rank_0_has_saved_the_run(tmp_path: Path) -> None:
+    words = [HERE / "faults.py", "user", 1, 5, tmp_path / "run"]
+    status, _, errors = run((2, words), FAULT_SECONDS="6")
+    assert status == 138, errors
+    assert saved_step(tmp_path / "run") == 5
+    require_same_end(tmp_path / "run")
+
+
+def test_a_rank_that_fails_waits_until_the_batch_of_rank_0_is_computed(tmp_path: Path) -> None:
+    words = [HERE / "faults.py", "batch", 1, 5, tmp_path / "run"]
+    status, _, errors = run((2, words), FAULT_SECONDS="6")
+    assert status != 0
+    assert "rank 1 has failed (MemoryError: no memory for a test) and waits for rank 0" in errors
+    assert "RankError: rank 1: MemoryError: no memory for a test" in errors
+    assert saved_step(tmp_path / "run") == 5
+    require_same_end(tmp_path / "run")
+
+
+def test_a_rank_that_fails_does_not_wait_longer_than_the_timeout(tmp_path: Path) -> None:
+    words, begin = [HERE / "faults.py", "batch", 1, 5, tmp_path / "run"], time.monotonic()
+    status, _, _ = run((2, words), FAULT_SECONDS="110", NPLORA_RANK_TIMEOUT="2")
+    assert status != 0
+    assert time.monotonic() - begin < 60
+    assert saved_step(tmp_path / "run") == 1
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_is_the_error_of_all(tmp_path: Path) -> None:
     status, _, errors = run((2, [HERE / "faults.py", "nan", 1, 5, tmp_path / "run"]))
     assert status != 0

@@ -1,8 +1,10 @@
 """The entry point: run one command, and print its error as one line."""
 
+import argparse
 import contextlib
 import functools
 import io
+import itertools
 import os
 import sys
 import warnings
@@ -11,6 +13,7 @@ from typing import TextIO
 
 from nplora.cli.errors import Spelling, UsageError, show_error, show_warning
 from nplora.cli.parser import parser_of
+from nplora.distributed.opening import heard_by_all_ranks
 from nplora.runtime.stderr import stderr
 
 _INTERRUPTED = 128 + 2  # what a shell reports for a program that Ctrl-C ended
@@ -53,9 +56,7 @@ def _status(arguments: list[str]) -> int:
     """Run the command, and return the exit status."""
     spelled: Callable[[str], str] = str
     try:
-        parsed, unknown = parser_of(arguments).parse_known_args(arguments)
-        if unknown:
-            raise UsageError(f"unrecognized arguments: {' '.join(unknown)}")
+        parsed = _parsed(arguments)
         spelled = Spelling(getattr(parsed, "options", {}), arguments)
         with warnings.catch_warnings():
             warnings.showwarning = functools.partial(show_warning, spelled=spelled)
@@ -76,6 +77,16 @@ def _status(arguments: list[str]) -> int:
         show_error(error, spelled=spelled)
         return 2 if isinstance(error, ValueError | OSError | ModuleNotFoundError) else 1
     return 0
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    pairs = {" ".join(pair) for pair in itertools.pairwise(arguments)} | set(arguments)
+    has_ranks = not pairs.isdisjoint({"--distributed mpi", "--distributed=mpi"})
+    with heard_by_all_ranks("mpi" if has_ranks else None):
+        parsed, unknown = parser_of(arguments).parse_known_args(arguments)
+        if unknown:
+            raise UsageError(f"unrecognized arguments: {' '.join(unknown)}")
+    return parsed
 
 
 def _discard_unwritable(stream: TextIO | None) -> None:

@@ -4,6 +4,7 @@ import argparse
 
 from nplora.cli.parser import add_data, add_model, add_options, checked, given_data, given_options, path
 from nplora.distributed.communicator import is_reported
+from nplora.distributed.opening import heard_by_all_ranks
 
 HELP = "Fine-tune a language model with LoRA on a file of text. The adapter is saved in PEFT's format."
 
@@ -24,12 +25,14 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
     from nplora.finetuning import FinetuneOptions
 
-    options = given_options(arguments, FinetuneOptions)
-    checked(FinetuneOptions, options)
     try:
+        with heard_by_all_ranks(arguments.distributed):
+            options = given_options(arguments, FinetuneOptions)
+            checked(FinetuneOptions, options)
+            data = given_data(arguments.data)
         report = finetuning.finetune(
             arguments.model,
-            given_data(arguments.data),
+            data,
             arguments.output,
             valid=arguments.valid,
             progress=True,

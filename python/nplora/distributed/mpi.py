@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -23,9 +23,8 @@ T = TypeVar("T")
 _OP = "MPICommunicator"
 _TIMEOUT = "NPLORA_RANK_TIMEOUT"  # the environment variable with the seconds
 _DEFAULT_TIMEOUT = 600.0
-_GRACE = 5.0  # seconds in which the other ranks must notice that a rank has failed
+_QUIET = 5.0  # seconds for which a rank that has failed waits before it says so
 _LAST_VALUES = 0.1  # seconds in which the last values of a rank that has left arrive
-_SAVING = 60.0  # seconds in which they may then save the run
 _SPIN, _PAUSE = 2e-4, 5e-4  # seconds of testing without a pause; the pause after that
 
 _VALUE, _ROW, _NOTICE = 1, 2, 3  # tags of messages
@@ -60,8 +59,9 @@ class MPICommunicator:
     """The ranks that `mpirun`, `mpiexec` or `srun` has started, in a `with` block around a `Trainer`'s run.
 
     If an exception leaves the block on one rank, the other ranks raise `RankError` in their next exchange, so
-    that rank 0 can still save its run. If a rank does not react within some seconds, the whole job is
-    aborted. A rank that does not answer within the timeout is named in the error of the others.
+    that rank 0 can still save its run. They may compute a batch before, so the rank that has failed waits for
+    them up to the timeout; then the whole job is aborted. A rank that does not answer within the timeout is
+    named in the error of the others.
 
         >>> import nplora, numpy as np
         >>> x, y = np.eye(4), np.ones((4, 4))
@@ -88,7 +88,6 @@ class MPICommunicator:
 
     def __init__(self, timeout: float | None = None, share_cores: bool = True) -> None:
         self._mpi = _mpi()
-        self._timeout = _timeout() if timeout is None else timeout
         world = self._mpi.COMM_WORLD
         if world.size == 1 < launched_ranks():
             library = self._mpi.Get_library_version().split("\n")[0].split(",")[0]
@@ -101,12 +100,20 @@ class MPICommunicator:
         self.waited = self.exchanged = 0.0
         self._failure: RankError | None = None
         self._heard_at = 0.0  # the time at which this rank heard of the failure
-        self._heard: set[int] = set()  # ranks that know of a failure
+        self._noticed_at = 0.0  # the time of the last notice of another rank
         self._hung: set[int] = set()  # ranks that do not answer
         self._gone: set[int] = set()  # ranks that have left after a failure
         self._sent: list[Any] = []  # notices on their way
-        if share_cores and self.size > 1:
-            self._share_cores()
+        self._timeout = _DEFAULT_TIMEOUT if timeout is None else timeout
+        try:
+            if timeout is None:
+                self._timeout = _timeout()
+            if share_cores and self.size > 1:
+                self._share_cores()
+        except BaseException as error:
+            if self.size > 1:
+                self._leave(error)
+            raise
 
     def _share_cores(self) -> None:
         ranks = self.gather(cores_of_this_process())
@@ -248,8 +255,8 @@ class MPICommunicator:
         """Read the notices of other ranks."""
         while (message := self._comm.improbe(tag=_NOTICE)) is not None:
             sender, kind, rank, reason = message.recv()
+            self._noticed_at = time.monotonic()
             if kind == _HEARD:
-                self._heard.add(sender)
                 continue
             self._gone.add(sender)
             if reason and self._failure is None:
@@ -292,21 +299,39 @@ class MPICommunicator:
             self._notify(_LEAVES, error.rank, "" if error is self._failure else error.reason)
         else:
             self._notify(_LEAVES, self.rank, in_words(error))
-        started = time.monotonic()
+        try:
+            self._wait_for_the_end_of_others(error)
+        except KeyboardInterrupt:
+            if self.rank == 0:  # else rank 0 may still be saving the run
+                self._abort_beside(error, set(self._others()) - self._gone)
+            raise
+        if self.rank:
+            mark_reported(error)
+
+    def _wait_for_the_end_of_others(self, error: BaseException) -> None:
+        """Wait until the other ranks have left. They may first compute a batch, or save the run."""
+        started = self._noticed_at = time.monotonic()
+        is_told = not isinstance(error, Exception) or isinstance(error, RankError)
         while silent := set(self._others()) - self._gone:
-            limit = _SAVING if silent & self._heard else 0.0 if silent <= self._hung else _GRACE
-            if time.monotonic() - started > limit:
-                self._abort_beside(error, sorted(silent))
+            limit = 0.0 if silent <= self._hung else self._timeout
+            now = time.monotonic()
+            if now - self._noticed_at > limit:
+                self._abort_beside(error, silent)
+            if now - started > _QUIET and not is_told:
+                is_told = True
+                print(
+                    f"nplora: rank {self.rank} has failed ({in_words(error)}) and waits for {_named(silent)} "
+                    f"to compute a batch or to save the run, for {self._timeout:g} s at most",
+                    file=stderr,
+                )
             self._listen()
             for request in self._sent:
                 request.test()
             time.sleep(_PAUSE)
-        if self.rank:
-            mark_reported(error)
 
-    def _abort_beside(self, error: BaseException, silent: list[int]) -> None:
+    def _abort_beside(self, error: BaseException, silent: Collection[int]) -> None:
         """Print the error and end all ranks, because some of them do not react."""
-        names = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
+        names = _named(silent)
         text = str(error) if isinstance(error, RankError) else f"rank {self.rank}: {in_words(error)}"
         notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
         print(f"nplora: error: {text}{notes}; {names} did not react, so all ranks are ended", file=stderr)
@@ -314,6 +339,10 @@ class MPICommunicator:
             sys.stdout.flush()
             sys.stderr.flush()
         self.abort()
+
+
+def _named(ranks: Collection[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
 
 
 def in_words(error: BaseException) -> str:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 
 from nplora.distributed.communicator import Alone, Communicator
-from nplora.distributed.launch import require_one_process
+from nplora.distributed.launch import launched_ranks, require_one_process
 from nplora.distributed.mpi import MPICommunicator
 
 
@@ -30,3 +30,28 @@ def opened_communicator(op: str, distributed: str | None) -> Iterator[Communicat
         if ranks.rank:
             warnings.simplefilter("ignore")
         yield ranks
+
+
+@contextlib.contextmanager
+def heard_by_all_ranks(distributed: str | None) -> Iterator[None]:
+    """Tell the other ranks about an error in a block that comes before `opened_communicator`.
+
+    They wait there until this rank has opened its communicator too, and no timeout ends that wait. So this
+    rank opens one only to leave it with the error.
+
+    Args:
+        distributed: as in `opened_communicator`.
+
+    >>> from nplora.distributed.opening import heard_by_all_ranks
+    >>> with heard_by_all_ranks("mpi"):  # without a launcher, nobody waits
+    ...     raise ValueError("wrong")
+    Traceback (most recent call last):
+    ValueError: wrong
+    """
+    try:
+        yield
+    except BaseException:
+        if distributed == "mpi" and launched_ranks() > 1:
+            with contextlib.suppress(ImportError, RuntimeError), MPICommunicator(share_cores=False):
+                raise
+        raise

@@ -14,7 +14,7 @@ from typing import Any
 from nplora import _check
 from nplora.adapters import Adapter, rollback_on_error, save_adapter
 from nplora.distributed.communicator import Alone, Communicator
-from nplora.distributed.opening import opened_communicator
+from nplora.distributed.opening import heard_by_all_ranks, opened_communicator
 from nplora.finetuning.agreement import require_same_options
 from nplora.finetuning.baseline import Baseline, answers_of
 from nplora.finetuning.data import Data, TokenBatches
@@ -264,8 +264,10 @@ def finetune(
     True
     >>> lm = nplora.finetuning.load_with_adapter("model.gguf", "out")
     """
-    chosen = from_arguments("finetune", FinetuneOptions, locals())
-    checked = checked_callbacks("finetune", callbacks)
+    arguments = locals()
+    with heard_by_all_ranks(distributed):
+        chosen = from_arguments("finetune", FinetuneOptions, arguments)
+        checked = checked_callbacks("finetune", callbacks)
     undo = rollback_on_error(model) if isinstance(model, LanguageModel) else contextlib.nullcontext()
     with opened_communicator("finetune", chosen.distributed) as ranks, undo as keep_layers:
         return _finetune(

@@ -7,23 +7,25 @@ from typing import Any
 import numpy as np
 
 from nplora import _core
+from nplora.distributed.communicator import Communicator
 from nplora.trainer.fingerprint import base_fingerprint, factors
 from nplora.trainer.fit_config import FitConfig
-from nplora.trainer.meeting import Meeting
 from nplora.trainer.resuming import first_few, settings_of
 from nplora.trainer.training_setup import TrainingSetup
 
 _LONG = 40  # characters; a longer value is not shown
 
 
-def require_agreement(meeting: Meeting, setup: TrainingSetup, config: FitConfig) -> None:
+def require_agreement(communicator: Communicator, setup: TrainingSetup, config: FitConfig) -> None:
     """Check that all ranks make the same run.
+
+    A signal does not end the handshake: the run is not loaded yet, so an interrupted run could not be saved.
 
     Raises:
         ValueError: a rank differs from rank 0; the message names the rank and what differs.
     """
-    if meeting.size > 1:
-        problems = differences(meeting.gather(_described(setup, config)))
+    if communicator.size > 1:
+        problems = differences(communicator.gather(_described(setup, config)))
         if problems:
             raise ValueError(f"Trainer.fit: the ranks do not agree: {first_few(problems, '; ')}")
 

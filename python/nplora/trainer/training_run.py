@@ -45,6 +45,7 @@ class TrainingRun(Run):
         self._meeting = Meeting(setup.communicator, self._interrupts)
         self._stepper = Stepper(setup, state, self._meeting)
         self._local = LocalSteps(setup, state, self._meeting)
+        self._has_begun = False  # before that, the run has no state that may be saved
         self._log_bytes = 0  # the length of the log when the ranks began to make steps on their own
         self._stopwatch = Stopwatch.start(setup.communicator, time.perf_counter())
 
@@ -75,6 +76,8 @@ class TrainingRun(Run):
                 self._begin(resume)
             self._train()
         except (KeyboardInterrupt, SystemExit, Terminated) as reason:
+            if not self._has_begun:
+                raise
             self._save_interrupted()
             if not isinstance(reason, KeyboardInterrupt) or self._interrupts.repeated:
                 if self._directory is not None:
@@ -84,12 +87,13 @@ class TrainingRun(Run):
     def _begin(self, resume: bool) -> None:
         """Load the directory's checkpoint, or begin the log of a new run."""
         self._state.prepare()
-        require_agreement(self._meeting, self._setup, self._config)
+        require_agreement(self._setup.communicator, self._setup, self._config)
         resumed = self._directory is not None and self._begin_directory(self._directory, resume)
         if self._meeting.size > 1:
             resumed = self._state.share(self._meeting, resumed)
         if resumed:
             self._stop_if_patience_is_lost()
+        self._has_begun = True
 
     def _begin_directory(self, directory: RunDirectory, resume: bool) -> bool:
         """Load or write a checkpoint; return whether the run is resumed."""

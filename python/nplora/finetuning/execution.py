@@ -35,7 +35,7 @@ from nplora.lm.trained_rows import wanted as wanted_rows
 from nplora.models.packing import cut
 from nplora.runtime.user_warning import warn_user
 
-_ARRAYS_OF_OUTER_STEPS = 7  # copies of the factor and its moments, the momentum, and three to add them up
+_ARRAYS_OF_OUTER_STEPS = 8  # the momentum, copies of it, of the factor and its moments, three to add them up
 _MOST_EXAMPLES = 1_000_000  # a plan lists the batches of epochs with about this many examples in total
 
 

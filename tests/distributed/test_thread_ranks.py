@@ -254,12 +254,12 @@ def test_ranks_with_another_program_are_named_before_a_model_is_read(what: str) 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("lr", 0.5), ("communication_dtype", "bfloat16"), ("local_steps", 2), ("outer_lr", 0.5)],
+    [("lr", 0.5), ("communication_dtype", "bfloat16"), ("local_steps", 3), ("outer_lr", 0.5)],
 )
 def test_ranks_with_another_option_are_named(option: str, value: Any) -> None:
     def work(rank: ThreadRank) -> None:
-        given = {"accumulate": 2, "local_steps": 4} | ({option: value} if rank.rank else {})
-        require_same_options(rank, FinetuneOptions(**given))
+        options: dict[str, Any] = {"local_steps": 2, **({option: value} if rank.rank else {})}
+        require_same_options(rank, FinetuneOptions(accumulate=2, **options))
 
     with pytest.raises(ValueError, match=f"the ranks do not agree: rank 1 has another {option}: "):
         on_threads(2, work)

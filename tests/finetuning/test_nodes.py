@@ -14,9 +14,9 @@ from distributed.threads import ThreadRank, on_threads
 from nplora import cli
 from nplora.distributed import Network
 from nplora.finetuning import FinetuneOptions, TokenLoss, plan
-from nplora.finetuning.execution import adapters_of, predicted
+from nplora.finetuning.execution import adapters_of, choose_execution, predicted
 from nplora.finetuning.load import read_inputs, training_batches
-from nplora.finetuning.planning import BatchTime, ExecutionPlan, NodesPlan
+from nplora.finetuning.planning import BatchTime, ExecutionPlan, NodesPlan, choice
 from nplora.lm import load_model
 from nplora.models.packing import pack
 from small_llama import save_small_llama
@@ -148,6 +148,33 @@ def test_a_plan_counts_the_micro_batches_of_each_batch(files: tuple[Path, Path])
         for length in lengths[batch]:
             parts, size = (parts + 1, length) if size and size + length > 24 else (parts, size + length)
         assert time.parts == parts > 1
+
+
+@pytest.mark.parametrize("more", [{}, {"local_steps": 2}])
+def test_ranks_find_each_plan_that_fits_with_the_gradients_that_they_keep(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(choice, "peak_memory", lambda: 0)
+    monkeypatch.setattr(choice, "current_memory", lambda: 10**7)
+    given = {"rank": 32, "batch_examples": 12, "accumulate": 2, "compute": "float32", "distributed": "mpi"}
+    given |= more
+
+    def used(ranks: ThreadRank, memory: int) -> ExecutionPlan:
+        options = FinetuneOptions(memory=memory, **given)
+        inputs = read_inputs("plan", *files, None, options, check=False)
+        return choose_execution(files[0], inputs, options, None, lambda text: None, ranks)
+
+    found = plan(*files, memory="9G", **given)
+    lm = load_model(files[0])
+    lm.add_lora(rank=32)
+    copies = 2 * 1 + 1 + (8 if more else 0)  # no micro-batches: one array for each rank, and their sum
+    assert found.memory.gradients == copies * 4 * lm.num_trainable
+    assert found.memory.total == sum(vars(found.memory).values())
+    for size in sorted({found.memory.total, *(other.size for other in found.others)})[:4]:
+        memory = int(1.02 * size) + 100_000
+        chosen = plan(*files, memory=memory, **given)
+        assert chosen.memory.total <= memory
+        assert on_threads(2, partial(used, memory=memory)) == [chosen.chosen] * 2
 
 
 def test_ranks_exchange_as_often_as_predicted(files: tuple[Path, Path]) -> None:

@@ -95,10 +95,12 @@ def needed(
     if work.teaching is not None:
         targets = (one.targets for one in work.micro_batches(plan.micro_tokens))
         extra = work.teaching.extra(largest, targets, work.evaluated)
-    return predicted(
+    memory = predicted(
         lm, adapters, largest, work.evaluated, plan, threads, resident, work.prefix_tokens, extra,
         work.keeps_best,
     )  # fmt: skip
+    gradients = _FLOAT * adapters.numbers * work.gradient_copies(plan.micro_tokens)
+    return dataclasses.replace(memory, gradients=gradients)
 
 
 def choose(

@@ -18,6 +18,8 @@ from nplora.models.packing import cut
 
 Array = npt.NDArray[Any]
 
+_ARRAYS_OF_OUTER_STEPS = 8  # the momentum, copies of it, of the factor and its moments, three to add them up
+
 
 @dataclass(frozen=True)
 class Work:
@@ -36,6 +38,8 @@ class Work:
         reference: for each forward pass before the first step, its number of tokens, and of those in the
             loss.
         teaching: the additional memory and time of a distillation; None without a teacher.
+        adds_in_order: whether the gradients of each micro-batch are kept, to be added up in a fixed order.
+        is_local: whether ranks make steps of their own, which outer steps combine.
 
     >>> work = nplora.finetuning.planning.Work([(np.array([8, 5]), np.array([3, 2]))], steps=10)
     >>> work.longest, work.batch_tokens
@@ -54,6 +58,8 @@ class Work:
     extra_passes: int = 0
     reference: Sequence[tuple[int, int]] = ()
     teaching: Teaching | None = None
+    adds_in_order: bool = False
+    is_local: bool = False
 
     def micro_batches(self, micro_tokens: int | None) -> Iterator[MicroBatch]:
         """The micro-batches that the batches are cut into."""
@@ -73,6 +79,20 @@ class Work:
         return MicroBatch(
             *(max(getattr(one, name) for one in found) for name in ("tokens", "targets", "longest"))
         )
+
+    def gradient_copies(self, micro_tokens: int | None) -> int:
+        """The largest number of arrays of the gradients' size that exchanges between ranks need.
+
+        >>> batches = [(np.array([8, 5]), np.array([3, 2]))]
+        >>> work = nplora.finetuning.planning.Work(batches, steps=10, adds_in_order=True)
+        >>> work.gradient_copies(micro_tokens=None), work.gradient_copies(micro_tokens=8)
+        (3, 5)
+        """
+        if not self.adds_in_order:
+            return 0
+        parts = max(len(cut(lengths, micro_tokens)) - 1 for lengths, _ in self.batches)
+        summed = 2 * parts + 1  # at most: this rank's own, those of the others, and the sum
+        return summed + (_ARRAYS_OF_OUTER_STEPS if self.is_local else 0)
 
     def shortened(self, length: int) -> Work:
         """The same work, with every longer sequence cut to this length."""

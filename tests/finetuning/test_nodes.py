@@ -1,12 +1,14 @@
 """The predicted time of a step on several machines."""
 
 import json
+import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from bench import bench_distributed
 from bench import nodes as simulation
 
 import nplora
@@ -281,3 +283,37 @@ def test_the_command_says_what_is_wrong(
 ) -> None:
     assert cli.main(["plan", str(files[0]), "--data", str(files[1]), *words]) == 2
     assert f"nplora: error: {expected}" in capsys.readouterr().err
+
+
+# ---- the benchmark ----
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_the_benchmark_starts_one_process_two_ranks_and_if_wanted_the_same_over_a_link(
+    link: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        given = json.loads(words[-1])
+        started.append([word for word in words if word in ("mpiexec", "-n", "1", ":", "first", "second")])
+        output = Path(given["options"]["output"])
+        output.mkdir(parents=True)
+        (output / "adapter_model.safetensors").write_bytes(b"the same")
+        Path(given["result"]).write_text("{}")
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(bench_distributed.subprocess, "run", run)
+    monkeypatch.setattr(bench_distributed, "model_file", lambda: tmp_path / "model.gguf")
+    prefixes = [["first"], ["second"]] if link else []
+    names = [bench_distributed.ALONE, bench_distributed.LOCAL, *([bench_distributed.LINKED] if link else [])]
+    for name in names:
+        bench_distributed.run(name, tmp_path, prefixes, 16, 2, "mpiexec")
+    assert (
+        started
+        == [
+            [],
+            ["mpiexec", "-n", "1", ":", "-n", "1"],
+            ["mpiexec", "-n", "1", "first", ":", "-n", "1", "second"],
+        ][: len(names)]
+    )

@@ -135,8 +135,28 @@ def test_a_plan_of_one_machine_predicts_several(files: tuple[Path, Path]) -> Non
     assert nodes.size == 4 * lm.num_trainable
     assert found.on_nodes(2, "1Gb", communication_dtype="bfloat16").size == 2 * lm.num_trainable
     assert nodes.alone == pytest.approx(found.seconds)
-    assert len(found.times) == 8
+    assert [len(step) for step in found.times] == [4, 4]
     assert nodes.batches == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "sizes"), [({"epochs": 2}, [8, 1, 8, 1]), ({"steps": 3}, [8, 1, 8]), ({"steps": 1}, [8])]
+)
+def test_a_plan_knows_that_the_last_step_of_an_epoch_has_fewer_batches(
+    files: tuple[Path, Path], tmp_path: Path, more: dict[str, int], sizes: list[int]
+) -> None:
+    """An epoch of 9 equal batches. 8 nodes compute each step in the time of one batch, if sums take none."""
+    data = tmp_path / "train.jsonl"
+    data.write_text((json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n") * 9)
+    found = plan(files[0], data, batch_examples=1, accumulate=8, **more)
+    assert [len(step) for step in found.times] == sizes
+    assert found.steps == len(sizes)
+    batch = found.times[0][0].seconds
+    assert found.seconds * found.steps == pytest.approx(sum(sizes) * batch)
+    nodes = found.on_nodes(8, "1000000Gb", "0s")
+    assert nodes.alone == pytest.approx(found.seconds)
+    assert nodes.alone / 8 + nodes.waiting == pytest.approx(batch)
+    assert nodes.alone / (8 * batch) == pytest.approx(sum(sizes) / (8 * len(sizes)))  # 56 % for two epochs
 
 
 def test_a_plan_counts_the_micro_batches_of_each_batch(files: tuple[Path, Path]) -> None:
@@ -145,7 +165,8 @@ def test_a_plan_counts_the_micro_batches_of_each_batch(files: tuple[Path, Path])
     execution = ExecutionPlan("float32", False, micro_tokens=24)
     found = predicted("plan", inputs, adapters_of("plan", inputs, options), options, execution)
     lengths = inputs.train.lengths
-    for batch, time in zip(training_batches(inputs.train, options).members(0), found.times, strict=True):
+    times = [time for step in found.times for time in step]
+    for batch, time in zip(training_batches(inputs.train, options).members(0), times, strict=True):
         parts, size = 1, 0
         for length in lengths[batch]:
             parts, size = (parts + 1, length) if size and size + length > 24 else (parts, size + length)

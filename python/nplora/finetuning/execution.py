@@ -322,6 +322,7 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
         [(lengths[batch], targets[batch]) for epoch in range(epochs) for batch in batches.members(epoch)],
         steps,
         options.accumulate,
+        batches.length,
         evaluated=max(
             [_largest_evaluation(one) for one in (held_out, *read_before) if one is not None] or [0]
         ),

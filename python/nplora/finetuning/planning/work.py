@@ -29,6 +29,7 @@ class Work:
         batches: for each batch, two arrays: the number of tokens and of trained tokens of each example.
         steps: the number of steps of the run.
         accumulate: the number of batches in a step.
+        epoch: the number of batches in an epoch, whose last step may have fewer; 0: all are of one epoch.
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
         keeps_best: whether a copy of the best factors is kept.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
@@ -51,6 +52,7 @@ class Work:
     batches: list[tuple[Array, Array]]
     steps: int
     accumulate: int = 1
+    epoch: int = 0
     evaluated: int = 0
     keeps_best: bool = False
     prefix_tokens: int = 0
@@ -60,6 +62,19 @@ class Work:
     teaching: Teaching | None = None
     adds_in_order: bool = False
     is_local: bool = False
+
+    def batches_of_steps(self) -> Iterator[list[tuple[Array, Array]]]:
+        """The batches of each step that is made, as far as they are listed.
+
+        >>> batch = np.array([8, 5]), np.array([3, 2])
+        >>> work = nplora.finetuning.planning.Work([batch] * 6, steps=10, accumulate=2, epoch=3)
+        >>> [len(step) for step in work.batches_of_steps()]
+        [2, 1, 2, 1]
+        """
+        epoch = self.epoch or len(self.batches)
+        epochs = (self.batches[first : first + epoch] for first in range(0, len(self.batches), epoch))
+        steps = (one[i : i + self.accumulate] for one in epochs for i in range(0, len(one), self.accumulate))
+        return itertools.islice(steps, self.steps)
 
     def micro_batches(self, micro_tokens: int | None) -> Iterator[MicroBatch]:
         """The micro-batches that the batches are cut into."""

@@ -56,12 +56,9 @@ def run(
         "distributed": None if name == ALONE else "mpi",
     }  # fmt: skip
     program = [sys.executable, "-c", RUN, json.dumps({"options": options, "result": str(result)})]
-    rank = ["-n", "1", *program]
-    words = {
-        ALONE: program,
-        LOCAL: [mpiexec, *rank, ":", *rank],
-        LINKED: [mpiexec, *["-n", "1", *prefixes[0], *program], ":", *["-n", "1", *prefixes[1], *program]],
-    }[name]
+    first, second = prefixes if name == LINKED else ([], [])
+    ranks = [mpiexec, "-n", "1", *first, *program, ":", "-n", "1", *second, *program]
+    words = program if name == ALONE else ranks
     changes = {"OMP_NUM_THREADS": "2" if name == ALONE else "1"} | (OVER_TCP if name == LINKED else {})
     done = subprocess.run(words, env=os.environ | changes, capture_output=True, text=True, check=False)
     if done.returncode:

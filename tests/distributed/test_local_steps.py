@@ -11,7 +11,7 @@ import nplora
 from distributed import cases
 from distributed.cases import StopAt
 from distributed.threads import ThreadRank, on_threads
-from nplora.distributed import Communicator
+from nplora.distributed import Alone, Communicator, RankError
 from nplora.finetuning import FinetuneOptions
 from nplora.trainer import Callback, History, Run, StepRecord
 
@@ -220,6 +220,29 @@ def test_an_error_between_outer_steps_loses_only_the_steps_since_the_last_one(
             == saved
         )
     for value, expected in zip(resumed(2, tmp_path / "run", None)[0], whole, strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize("failing", [4, 5, 6, 7, 8, 9])
+def test_a_failed_exchange_of_an_outer_step_changes_nothing(failing: int, tmp_path: Path) -> None:
+    """An outer step exchanges the values (joins 4 and 7) and then two moments."""
+
+    class Failing(Alone):
+        joins = 0
+
+        def join(self, part: Any, out: Any) -> None:
+            self.joins += 1
+            if self.joins == failing:
+                raise RankError(0, "no answer")
+            super().join(part, out)
+
+    def fit(ranks: Communicator, **more: Any) -> list[Array]:
+        return trained(ranks, local_steps=2, steps=6, epochs=None, **more)[0]
+
+    with pytest.raises(RankError, match="no answer"):
+        fit(Failing(), checkpoint_dir=tmp_path, checkpoint_every=100)
+    found = fit(Alone(), checkpoint_dir=tmp_path, resume=True)
+    for value, expected in zip(found, fit(Alone()), strict=True):
         np.testing.assert_array_equal(value, expected)
 
 

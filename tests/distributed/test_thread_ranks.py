@@ -212,6 +212,31 @@ def test_the_handshake_names_rank_and_value_but_no_digest() -> None:
     assert differences(ranks[:2]) == []
 
 
+def test_ranks_with_other_dropout_streams_are_refused() -> None:
+    """The factors agree, but each rank has drawn another seed for its masks."""
+
+    def work(rank: ThreadRank) -> None:
+        layer = nplora.LoRALinear(np.eye(4), rank=2, dropout=0.5, rng=rank.rank)
+        layer.A[...] = layer.B[...] = 0.25
+        trainer = nplora.Trainer(layer, "mse", accumulate=2, progress=False, communicator=rank)
+        trainer.fit(np.eye(4), np.eye(4), batch_size=2)
+
+    with pytest.raises(ValueError, match="the ranks do not agree: rank 1 has another start of the dropout"):
+        on_threads(2, work)
+
+
+def test_ranks_with_another_state_of_the_optimiser_are_refused() -> None:
+    def work(rank: ThreadRank) -> None:
+        layer, optimizer = nplora.LoRALinear(np.eye(4), rank=2, rng=0), nplora.AdamW()
+        if rank.rank:
+            optimizer.step(nplora.LoRALinear(np.eye(4), rank=2, rng=0).parameters())
+        trainer = nplora.Trainer(layer, "mse", optimizer, accumulate=2, progress=False, communicator=rank)
+        trainer.fit(np.eye(4), np.eye(4), batch_size=2)
+
+    with pytest.raises(ValueError, match="the ranks do not agree: rank 1 has another state of the optimiser"):
+        on_threads(2, work)
+
+
 @pytest.mark.parametrize("what", ["version of nplora", "instruction set", "version of NumPy"])
 def test_ranks_with_another_program_are_named_before_a_model_is_read(what: str) -> None:
     usual = agreement.program()

@@ -1,12 +1,14 @@
 """The predicted time of a step on several machines."""
 
 import json
+import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from bench import bench_distributed
 from bench import nodes as simulation
 
 import nplora
@@ -14,9 +16,9 @@ from distributed.threads import ThreadRank, on_threads
 from nplora import cli
 from nplora.distributed import Network
 from nplora.finetuning import FinetuneOptions, TokenLoss, plan
-from nplora.finetuning.execution import adapters_of, predicted
+from nplora.finetuning.execution import adapters_of, choose_execution, predicted
 from nplora.finetuning.load import read_inputs, training_batches
-from nplora.finetuning.planning import BatchTime, ExecutionPlan, NodesPlan
+from nplora.finetuning.planning import BatchTime, ExecutionPlan, NodesPlan, choice
 from nplora.lm import load_model
 from nplora.models.packing import pack
 from small_llama import save_small_llama
@@ -133,8 +135,28 @@ def test_a_plan_of_one_machine_predicts_several(files: tuple[Path, Path]) -> Non
     assert nodes.size == 4 * lm.num_trainable
     assert found.on_nodes(2, "1Gb", communication_dtype="bfloat16").size == 2 * lm.num_trainable
     assert nodes.alone == pytest.approx(found.seconds)
-    assert len(found.times) == 8
+    assert [len(step) for step in found.times] == [4, 4]
     assert nodes.batches == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "sizes"), [({"epochs": 2}, [8, 1, 8, 1]), ({"steps": 3}, [8, 1, 8]), ({"steps": 1}, [8])]
+)
+def test_a_plan_knows_that_the_last_step_of_an_epoch_has_fewer_batches(
+    files: tuple[Path, Path], tmp_path: Path, more: dict[str, int], sizes: list[int]
+) -> None:
+    """An epoch of 9 equal batches. 8 nodes compute each step in the time of one batch, if sums take none."""
+    data = tmp_path / "train.jsonl"
+    data.write_text((json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n") * 9)
+    found = plan(files[0], data, batch_examples=1, accumulate=8, **more)
+    assert [len(step) for step in found.times] == sizes
+    assert found.steps == len(sizes)
+    batch = found.times[0][0].seconds
+    assert found.seconds * found.steps == pytest.approx(sum(sizes) * batch)
+    nodes = found.on_nodes(8, "1000000Gb", "0s")
+    assert nodes.alone == pytest.approx(found.seconds)
+    assert nodes.alone / 8 + nodes.waiting == pytest.approx(batch)
+    assert nodes.alone / (8 * batch) == pytest.approx(sum(sizes) / (8 * len(sizes)))  # 56 % for two epochs
 
 
 def test_a_plan_counts_the_micro_batches_of_each_batch(files: tuple[Path, Path]) -> None:
@@ -143,11 +165,39 @@ def test_a_plan_counts_the_micro_batches_of_each_batch(files: tuple[Path, Path])
     execution = ExecutionPlan("float32", False, micro_tokens=24)
     found = predicted("plan", inputs, adapters_of("plan", inputs, options), options, execution)
     lengths = inputs.train.lengths
-    for batch, time in zip(training_batches(inputs.train, options).members(0), found.times, strict=True):
+    times = [time for step in found.times for time in step]
+    for batch, time in zip(training_batches(inputs.train, options).members(0), times, strict=True):
         parts, size = 1, 0
         for length in lengths[batch]:
             parts, size = (parts + 1, length) if size and size + length > 24 else (parts, size + length)
         assert time.parts == parts > 1
+
+
+@pytest.mark.parametrize("more", [{}, {"local_steps": 2}])
+def test_ranks_find_each_plan_that_fits_with_the_gradients_that_they_keep(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(choice, "peak_memory", lambda: 0)
+    monkeypatch.setattr(choice, "current_memory", lambda: 10**7)
+    given = {"rank": 32, "batch_examples": 12, "accumulate": 2, "compute": "float32", "distributed": "mpi"}
+    given |= more
+
+    def used(ranks: ThreadRank, memory: int) -> ExecutionPlan:
+        options = FinetuneOptions(memory=memory, **given)
+        inputs = read_inputs("plan", *files, None, options, check=False)
+        return choose_execution(files[0], inputs, options, None, lambda text: None, ranks)
+
+    found = plan(*files, memory="9G", **given)
+    lm = load_model(files[0])
+    lm.add_lora(rank=32)
+    copies = 2 * 1 + 1 + (8 if more else 0)  # no micro-batches: one array for each rank, and their sum
+    assert found.memory.gradients == copies * 4 * lm.num_trainable
+    assert found.memory.total == sum(vars(found.memory).values())
+    for size in sorted({found.memory.total, *(other.size for other in found.others)})[:4]:
+        memory = int(1.02 * size) + 100_000
+        chosen = plan(*files, memory=memory, **given)
+        assert chosen.memory.total <= memory
+        assert on_threads(2, partial(used, memory=memory)) == [chosen.chosen] * 2
 
 
 def test_ranks_exchange_as_often_as_predicted(files: tuple[Path, Path]) -> None:
@@ -254,3 +304,37 @@ def test_the_command_says_what_is_wrong(
 ) -> None:
     assert cli.main(["plan", str(files[0]), "--data", str(files[1]), *words]) == 2
     assert f"nplora: error: {expected}" in capsys.readouterr().err
+
+
+# ---- the benchmark ----
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_the_benchmark_starts_one_process_two_ranks_and_if_wanted_the_same_over_a_link(
+    link: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        given = json.loads(words[-1])
+        started.append([word for word in words if word in ("mpiexec", "-n", "1", ":", "first", "second")])
+        output = Path(given["options"]["output"])
+        output.mkdir(parents=True)
+        (output / "adapter_model.safetensors").write_bytes(b"the same")
+        Path(given["result"]).write_text("{}")
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(bench_distributed.subprocess, "run", run)
+    monkeypatch.setattr(bench_distributed, "model_file", lambda: tmp_path / "model.gguf")
+    prefixes = [["first"], ["second"]] if link else []
+    names = [bench_distributed.ALONE, bench_distributed.LOCAL, *([bench_distributed.LINKED] if link else [])]
+    for name in names:
+        bench_distributed.run(name, tmp_path, prefixes, 16, 2, "mpiexec")
+    assert (
+        started
+        == [
+            [],
+            ["mpiexec", "-n", "1", ":", "-n", "1"],
+            ["mpiexec", "-n", "1", "first", ":", "-n", "1", "second"],
+        ][: len(names)]
+    )

@@ -32,10 +32,8 @@ from nplora.lm import LanguageModel, activated
 from nplora.lm.adapting import parse_pattern
 from nplora.lm.trained_rows import new_tokens
 from nplora.lm.trained_rows import wanted as wanted_rows
-from nplora.models.packing import cut
 from nplora.runtime.user_warning import warn_user
 
-_ARRAYS_OF_OUTER_STEPS = 7  # copies of the factor and its moments, the momentum, and three to add them up
 _MOST_EXAMPLES = 1_000_000  # a plan lists the batches of epochs with about this many examples in total
 
 
@@ -173,37 +171,13 @@ def choose_execution(
         micro_tokens=None if earlier is None else (earlier.micro_tokens,),
         resuming=earlier is not None,
     )
-    chosen = _planned_together("finetune", inputs, adapters, options, constraints, ranks or Alone())
+    plans = (ranks or Alone()).gather(_planned("finetune", inputs, adapters, options, constraints))
+    chosen = min(plans, key=lambda plan: plan.memory.total - plan.memory.process - plan.memory.weights)
     say(str(chosen))
     if chosen.chosen.compute != inputs.lm.compute:
         assert not isinstance(model, LanguageModel), "the arithmetic of a loaded model cannot change"
         inputs.reload(model, chosen.chosen.compute)
     return chosen.chosen
-
-
-def _planned_together(
-    op: str,
-    inputs: RunInputs,
-    adapters: Adapters,
-    options: FinetuneOptions,
-    constraints: PlanConstraints,
-    ranks: Communicator,
-) -> MemoryPlan:
-    """Choose the plan of all ranks, which leaves room for the gradients that a rank keeps and exchanges."""
-    found, reserve = _planned(op, inputs, adapters, options, constraints), 0
-    is_local = options.local_steps is not None
-    keeps_gradients = ranks.size > 1 or is_local or options.communication_dtype != COMMUNICATION_DTYPES[0]
-    batches = _work_of(inputs, options, most_epochs=1).batches if keeps_gradients else []
-    while batches:
-        parts = max(len(cut(lengths, found.chosen.micro_tokens)) - 1 for lengths, _ in batches)
-        needed_now = (2 * parts + 1) * found.gradients  # at most: its own, those of the others, and the sum
-        needed_now += _ARRAYS_OF_OUTER_STEPS * found.gradients if is_local else 0
-        if needed_now <= reserve:
-            break
-        reserve = needed_now
-        found = _planned(op, inputs, adapters, options, constraints, reserve)
-    plans = ranks.gather(found)
-    return min(plans, key=lambda plan: plan.memory.total - plan.memory.process - plan.memory.weights)
 
 
 def predicted(
@@ -298,22 +272,12 @@ def _invocation_advice(lm: LanguageModel, dataset: Examples) -> str:
 
 
 def _planned(
-    op: str,
-    inputs: RunInputs,
-    adapters: Adapters,
-    options: FinetuneOptions,
-    constraints: PlanConstraints,
-    reserve: int = 0,
+    op: str, inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, constraints: PlanConstraints
 ) -> MemoryPlan:
-    """Choose a plan.
-
-    Args:
-        reserve: bytes of the memory limit that the plan must leave free.
-    """
-    budget = None if options.memory is None else max(1, parse_bytes(options.memory, op) - reserve)
-    resident = resident_memory(
-        inputs.lm, inputs.teacher_model
-    )  # measured now, because the list of batches takes memory too
+    """Choose a plan."""
+    budget = None if options.memory is None else parse_bytes(options.memory, op)
+    # Measured now, because the list of batches takes memory too.
+    resident = resident_memory(inputs.lm, inputs.teacher_model)
     return choose(inputs.lm, adapters, _work_of(inputs, options), constraints, resident, budget, op)
 
 
@@ -346,6 +310,7 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
             examples.
     """
     train, held_out, objective = inputs.train, inputs.held_out, inputs.objective
+    is_local = options.local_steps is not None
     read_before = inputs.datasets if objective.has_reference else []
     batches = training_batches(train, options)
     steps_of_epoch = -(-batches.length // options.accumulate)
@@ -357,6 +322,7 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
         [(lengths[batch], targets[batch]) for epoch in range(epochs) for batch in batches.members(epoch)],
         steps,
         options.accumulate,
+        batches.length,
         evaluated=max(
             [_largest_evaluation(one) for one in (held_out, *read_before) if one is not None] or [0]
         ),
@@ -368,6 +334,10 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
         sequences=train.sequences,
         extra_passes=objective.extra_passes,
         teaching=objective.teaching(inputs.lm),
+        adds_in_order=is_local
+        or options.distributed is not None
+        or options.communication_dtype != COMMUNICATION_DTYPES[0],
+        is_local=is_local,
         reference=[
             size for one in read_before for size in _sizes(one) for _ in range(1 + objective.extra_passes)
         ],

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nplora import _core
 from nplora.distributed.communicator import Communicator
@@ -12,6 +14,8 @@ from nplora.trainer.fingerprint import base_fingerprint, factors
 from nplora.trainer.fit_config import FitConfig
 from nplora.trainer.resuming import first_few, settings_of
 from nplora.trainer.training_setup import TrainingSetup
+
+Array = npt.NDArray[Any]
 
 _LONG = 40  # characters; a longer value is not shown
 
@@ -72,14 +76,16 @@ def _described(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
         **settings["free"],
         "validation data": settings["validation"],
         "adapter (layers, ranks, alphas)": layers,
-        "start of the factors": _digest(setup),
+        "start of the factors": _digest(factors(setup.model)),
+        "start of the dropout streams": setup.model.random_state(),
+        "state of the optimiser": _digest(setup.optimizer.state_dict(copy=False)),
         **{name: getattr(config, name) for name in names},
     }
 
 
-def _digest(setup: TrainingSetup) -> str:
+def _digest(arrays: Mapping[str, Array]) -> str:
     digest = hashlib.sha256()
-    for name, array in factors(setup.model).items():
+    for name, array in arrays.items():
         digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

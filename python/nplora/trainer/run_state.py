@@ -24,15 +24,16 @@ class StateCopy:
 
     Attributes:
         step, batch, records: the numbers of steps, of batches used in the epoch, and of records of steps.
-        updates: the number of steps that the optimiser has made.
+        updates, outer_updates: the numbers of steps that the optimiser and the outer optimiser have made.
         streams: the dropout streams.
-        values, moments: the trained values and the optimiser's moments.
+        values, moments: the trained values, and the arrays of the optimiser and of the outer optimiser.
     """
 
     step: int = 0
     batch: int = 0
     records: int = 0
     updates: int = 0
+    outer_updates: int = 0
     streams: list[tuple[int, int]] = field(default_factory=list)
     values: list[Array] = field(default_factory=list)
     moments: list[Array] = field(default_factory=list)
@@ -111,6 +112,7 @@ class RunState:
         """Copy the state between two steps into `copy`, whose arrays are used again."""
         copy.step, copy.batch, copy.records = self.step, self.batch, len(self.history.steps)
         copy.updates, copy.streams = self.optimizer.steps, list(self._streams)
+        copy.outer_updates = 0 if self.outer is None else self.outer.steps
         for arrays, held in ((copy.values, self._values()), (copy.moments, self._moments())):
             arrays += [np.empty_like(array) for array in held[len(arrays) :]]
             for array, now in zip(arrays, held, strict=True):
@@ -119,6 +121,8 @@ class RunState:
     def return_to(self, copy: StateCopy) -> None:
         """Undo all steps since `copy_to`. There must be no evaluation and no end of an epoch between."""
         self.step, self.batch, self.optimizer.steps = copy.step, copy.batch, copy.updates
+        if self.outer is not None:
+            self.outer.steps = copy.outer_updates
         del self.history.steps[copy.records :]
         for arrays, held in ((copy.values, self._values()), (copy.moments, self._moments())):
             for array, now in zip(arrays, held, strict=True):
@@ -130,8 +134,9 @@ class RunState:
         return [parameter.value for parameter in self.parameters]
 
     def _moments(self) -> list[Array]:
-        held = self.optimizer.state_dict(copy=False)
-        return [array for name, array in held.items() if name != "steps"]
+        optimizers = [self.optimizer] if self.outer is None else [self.optimizer, self.outer]
+        states = (optimizer.state_dict(copy=False) for optimizer in optimizers)
+        return [array for state in states for name, array in state.items() if name != "steps"]
 
     def add_evaluation(self, record: EvaluationRecord, at_the_end: bool = False) -> None:
         """Record an evaluation of the present factors, and update early stopping.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ from nplora.finetuning.planning.memory_plan import Alternative, MemoryPlan, need
 from nplora.finetuning.planning.nodes import BatchTime
 from nplora.finetuning.planning.resident import available_memory, current_memory, peak_memory, unread
 from nplora.finetuning.planning.speed import Speed, measured
-from nplora.finetuning.planning.work import Work
+from nplora.finetuning.planning.work import Array, Work
 from nplora.lm import LanguageModel
 from nplora.runtime import get_num_threads
 
@@ -95,10 +95,12 @@ def needed(
     if work.teaching is not None:
         targets = (one.targets for one in work.micro_batches(plan.micro_tokens))
         extra = work.teaching.extra(largest, targets, work.evaluated)
-    return predicted(
+    memory = predicted(
         lm, adapters, largest, work.evaluated, plan, threads, resident, work.prefix_tokens, extra,
         work.keeps_best,
     )  # fmt: skip
+    gradients = _FLOAT * adapters.numbers * work.gradient_copies(plan.micro_tokens)
+    return dataclasses.replace(memory, gradients=gradients)
 
 
 def choose(
@@ -157,11 +159,14 @@ def choose(
     chosen = min(exact, key=lambda plan: seconds[plan])
     others = tuple(Alternative(plan, sizes[plan], seconds[plan]) for plan in plans if plan != chosen)
     before = sum(speeds[chosen.compute].inference(lm, *one) for one in work.reference)
-    few = dataclasses.replace(work, batches=work.batches[: max(_TIMED_BATCHES, work.accumulate)])
-    times = _batch_times(lm, adapters, few, chosen, speeds[chosen.compute], taught[chosen.compute])
+    most = max(1, _TIMED_BATCHES // work.accumulate)
+    times = tuple(
+        tuple(_batch_times(lm, adapters, work, step, chosen, speeds[chosen.compute], taught[chosen.compute]))
+        for step in itertools.islice(work.batches_of_steps(), most)
+    )
     return MemoryPlan(
         chosen, memory(chosen), seconds[chosen], work.steps, others, limit, available_memory(), before,
-        work.accumulate, tuple(times), _FLOAT * adapters.numbers,
+        work.accumulate, times, _FLOAT * adapters.numbers,
     )  # fmt: skip
 
 
@@ -213,24 +218,26 @@ def _seconds(
     taught: Callable[[MicroBatch], float],
 ) -> float:
     """The predicted seconds of an average step; see `_batch_times`."""
-    times = _batch_times(lm, adapters, work, plan, speed, taught)
-    return sum(one.seconds for one in times) / len(work.batches) * work.accumulate
+    steps = list(work.batches_of_steps())
+    times = _batch_times(lm, adapters, work, itertools.chain(*steps), plan, speed, taught)
+    return sum(one.seconds for one in times) / len(steps)
 
 
 def _batch_times(
     lm: LanguageModel,
     adapters: Adapters,
     work: Work,
+    batches: Iterable[tuple[Array, Array]],
     plan: ExecutionPlan,
     speed: Speed,
     taught: Callable[[MicroBatch], float],
 ) -> Iterator[BatchTime]:
-    """The predicted time of each batch.
+    """The predicted time of each of these batches.
 
     Args:
         taught: predicts how many seconds the teacher takes for a micro-batch.
     """
-    for batch in work.batches:
+    for batch in batches:
         times = [
             speed.step(lm, adapters, one, plan.recompute)
             + work.extra_passes * speed.inference(lm, one.tokens, one.targets)

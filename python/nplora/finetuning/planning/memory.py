@@ -229,6 +229,8 @@ class Adapters:
 class Memory:
     """Peak memory in bytes, term by term; `total` is the peak of the whole process.
 
+    `gradients` is 0 if the gradients of each batch are added to those of the step at once.
+
     >>> memory = nplora.plan("model.gguf", "train.jsonl").memory
     >>> memory.total > memory.process
     True
@@ -241,6 +243,9 @@ class Memory:
     kept: int = dataclasses.field(metadata={"text": "activations kept for backward"})
     work: int = dataclasses.field(metadata={"text": "working memory of a block, or of head and loss"})
     scratch: int = dataclasses.field(metadata={"text": "scratch of the threads, and small arrays"})
+    gradients: int = dataclasses.field(
+        default=0, metadata={"text": "gradients that are kept to add up those of all ranks"}
+    )
 
     @property
     def total(self) -> int:
@@ -250,6 +255,7 @@ class Memory:
         return "\n".join(
             f"  {getattr(self, field.name) / 1e6:6.0f} MB  {field.metadata['text']}"
             for field in dataclasses.fields(self)
+            if field.name != "gradients" or self.gradients
         )
 
 

@@ -46,7 +46,7 @@ class MemoryPlan:
         available: bytes that the process may use on this machine and in its container; None: unknown.
         before: the seconds of the reference pass of DPO and KTO, before the first step.
         accumulate: the number of batches in a step.
-        times: the times of the run's first batches.
+        times: for each of the run's first steps, the times of its batches.
         gradients: bytes of the gradients of the trained values.
 
     >>> plan = nplora.plan("model.gguf", "train.jsonl", batch_examples=4)
@@ -64,7 +64,7 @@ class MemoryPlan:
     available: int | None = None
     before: float = 0.0
     accumulate: int = 1
-    times: tuple[BatchTime, ...] = field(default=(), repr=False)
+    times: tuple[tuple[BatchTime, ...], ...] = field(default=(), repr=False)
     gradients: int = 0
 
     def on_nodes(
@@ -72,8 +72,9 @@ class MemoryPlan:
     ) -> NodesPlan:
         """Predict the time of a step if several machines like this one train together, one rank on each.
 
-        The predicted times are those of the passes and of adding up the gradients. Every machine is as fast
-        as this one, and its network carries the full rate in both directions.
+        The predicted times are those of the passes and of adding up the gradients in every step, without
+        evaluations, checkpoints and `local_steps`. Every machine is as fast as this one, and its network
+        carries the full rate in both directions.
 
         Args:
             nodes: the number of machines.
@@ -90,14 +91,10 @@ class MemoryPlan:
         4 nodes, 1 Gb/s, 50 µs: ... s per step, efficiency ... %
         ...
         """
-        steps = [
-            self.times[first : first + self.accumulate]
-            for first in range(0, len(self.times), self.accumulate)
-        ]
-        whole = [step for step in steps if len(step) == self.accumulate]
         _check.choice("plan", "communication_dtype", communication_dtype, COMMUNICATION_DTYPES)
         sent = self.gradients if communication_dtype == "float32" else self.gradients // 2
-        return NodesPlan.of(whole or steps, sent, nodes, Network.parse(network, latency, "plan"))
+        parsed = Network.parse(network, latency, "plan")
+        return NodesPlan.of(self.times, sent, nodes, parsed, accumulate=self.accumulate)
 
     def __str__(self) -> str:
         nearest = self._nearest()

@@ -32,10 +32,10 @@ class NodesPlan:
     Attributes:
         nodes: the number of machines.
         network: the network between them.
-        batches: the number of batches in a step.
+        batches: the number of batches in a step, unless its epoch ends.
         alone: seconds of the step on one machine.
         waiting: seconds that an average machine waits for the slowest one, because batches differ in length,
-            or because the last round of a step has too few batches.
+            or because the last round of a step has too few batches, as in the last step of an epoch.
         sums: seconds in which the machines add up their gradients.
         size: bytes of the gradients.
 
@@ -60,7 +60,13 @@ class NodesPlan:
 
     @classmethod
     def of(
-        cls, steps: Sequence[Sequence[BatchTime]], size: int, nodes: int, network: Network, op: str = "plan"
+        cls,
+        steps: Sequence[Sequence[BatchTime]],
+        size: int,
+        nodes: int,
+        network: Network,
+        op: str = "plan",
+        accumulate: int | None = None,
     ) -> NodesPlan:
         """Predict the average of these steps. Each step is a list of batches.
 
@@ -70,11 +76,12 @@ class NodesPlan:
         Args:
             size: bytes of the gradients of the trained values.
             op: name of the public function, with which error messages begin.
+            accumulate: the number of batches in a step, unless its epoch ends; None: that of the largest.
         Raises:
             ValueError: there are more nodes than batches in a step.
         """
         nodes = _check.integer(op, "nodes", nodes, least=1)
-        batches = max(len(step) for step in steps)
+        batches = accumulate or max(len(step) for step in steps)
         if nodes > batches:
             raise ValueError(
                 f"{op}: nodes is {nodes}, expected at most {batches}, the number of batches in a step: "

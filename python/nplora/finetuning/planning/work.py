@@ -18,6 +18,8 @@ from nplora.models.packing import cut
 
 Array = npt.NDArray[Any]
 
+_ARRAYS_OF_OUTER_STEPS = 8  # the momentum, copies of it, of the factor and its moments, three to add them up
+
 
 @dataclass(frozen=True)
 class Work:
@@ -27,6 +29,7 @@ class Work:
         batches: for each batch, two arrays: the number of tokens and of trained tokens of each example.
         steps: the number of steps of the run.
         accumulate: the number of batches in a step.
+        epoch: the number of batches in an epoch, whose last step may have fewer; 0: all are of one epoch.
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
         keeps_best: whether a copy of the best factors is kept.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
@@ -36,6 +39,8 @@ class Work:
         reference: for each forward pass before the first step, its number of tokens, and of those in the
             loss.
         teaching: the additional memory and time of a distillation; None without a teacher.
+        adds_in_order: whether the gradients of each micro-batch are kept, to be added up in a fixed order.
+        is_local: whether ranks make steps of their own, which outer steps combine.
 
     >>> work = nplora.finetuning.planning.Work([(np.array([8, 5]), np.array([3, 2]))], steps=10)
     >>> work.longest, work.batch_tokens
@@ -47,6 +52,7 @@ class Work:
     batches: list[tuple[Array, Array]]
     steps: int
     accumulate: int = 1
+    epoch: int = 0
     evaluated: int = 0
     keeps_best: bool = False
     prefix_tokens: int = 0
@@ -54,6 +60,21 @@ class Work:
     extra_passes: int = 0
     reference: Sequence[tuple[int, int]] = ()
     teaching: Teaching | None = None
+    adds_in_order: bool = False
+    is_local: bool = False
+
+    def batches_of_steps(self) -> Iterator[list[tuple[Array, Array]]]:
+        """The batches of each step that is made, as far as they are listed.
+
+        >>> batch = np.array([8, 5]), np.array([3, 2])
+        >>> work = nplora.finetuning.planning.Work([batch] * 6, steps=10, accumulate=2, epoch=3)
+        >>> [len(step) for step in work.batches_of_steps()]
+        [2, 1, 2, 1]
+        """
+        epoch = self.epoch or len(self.batches)
+        epochs = (self.batches[first : first + epoch] for first in range(0, len(self.batches), epoch))
+        steps = (one[i : i + self.accumulate] for one in epochs for i in range(0, len(one), self.accumulate))
+        return itertools.islice(steps, self.steps)
 
     def micro_batches(self, micro_tokens: int | None) -> Iterator[MicroBatch]:
         """The micro-batches that the batches are cut into."""
@@ -73,6 +94,20 @@ class Work:
         return MicroBatch(
             *(max(getattr(one, name) for one in found) for name in ("tokens", "targets", "longest"))
         )
+
+    def gradient_copies(self, micro_tokens: int | None) -> int:
+        """The largest number of arrays of the gradients' size that exchanges between ranks need.
+
+        >>> batches = [(np.array([8, 5]), np.array([3, 2]))]
+        >>> work = nplora.finetuning.planning.Work(batches, steps=10, adds_in_order=True)
+        >>> work.gradient_copies(micro_tokens=None), work.gradient_copies(micro_tokens=8)
+        (3, 5)
+        """
+        if not self.adds_in_order:
+            return 0
+        parts = max(len(cut(lengths, micro_tokens)) - 1 for lengths, _ in self.batches)
+        summed = 2 * parts + 1  # at most: this rank's own, those of the others, and the sum
+        return summed + (_ARRAYS_OF_OUTER_STEPS if self.is_local else 0)
 
     def shortened(self, length: int) -> Work:
         """The same work, with every longer sequence cut to this length."""

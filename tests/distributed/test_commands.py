@@ -81,6 +81,32 @@ def test_a_rank_with_other_inputs_is_one_error_that_names_it(
 @needs_mpi
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("of_rank_0", "of_rank_1", "message"),
+    [
+        (["--valid", "train.jsonl"], ["--valid", "short.jsonl"], "rank 1 has another validation data"),
+        ([], ["--valid", "short.jsonl"], "rank 1 has another validation data"),
+        (["--memory", "2G"], [], "rank 1 has another use of memory: not limited, but planned on rank 0"),
+    ],
+)
+def test_a_rank_with_another_validation_or_no_limit_of_memory_is_named(
+    of_rank_0: list[str], of_rank_1: list[str], message: str, inputs: Path, tmp_path: Path
+) -> None:
+    (inputs / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    programs = [
+        [str(inputs / word) if word.endswith(".jsonl") else word for word in more]
+        for more in (of_rank_0, of_rank_1)
+    ]
+    output = tmp_path / "out"
+    status, _, errors = run(*((1, words(inputs, output, *more)) for more in programs))
+    assert status != 0
+    assert len(errors_of(errors)) == 1, errors
+    assert f"the ranks do not agree: {message}" in errors
+    assert not output.exists()
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("more", "timeout", "message"),
     [
         (["--rank", 0], "60", "rank 1: UsageError: finetune: rank is 0"),

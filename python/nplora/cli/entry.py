@@ -1,6 +1,5 @@
 """The entry point: run one command, and print its error as one line."""
 
-import argparse
 import contextlib
 import functools
 import io
@@ -56,7 +55,10 @@ def _status(arguments: list[str]) -> int:
     """Run the command, and return the exit status."""
     spelled: Callable[[str], str] = str
     try:
-        parsed = _parsed(arguments)
+        with heard_by_all_ranks(_distributed(arguments)):
+            parsed, unknown = parser_of(arguments).parse_known_args(arguments)
+            if unknown:
+                raise UsageError(f"unrecognized arguments: {' '.join(unknown)}")
         spelled = Spelling(getattr(parsed, "options", {}), arguments)
         with warnings.catch_warnings():
             warnings.showwarning = functools.partial(show_warning, spelled=spelled)
@@ -79,14 +81,10 @@ def _status(arguments: list[str]) -> int:
     return 0
 
 
-def _parsed(arguments: list[str]) -> argparse.Namespace:
+def _distributed(arguments: list[str]) -> str | None:
+    """Whether the arguments, which may be wrong, ask for a run on the ranks of MPI."""
     pairs = {" ".join(pair) for pair in itertools.pairwise(arguments)} | set(arguments)
-    has_ranks = not pairs.isdisjoint({"--distributed mpi", "--distributed=mpi"})
-    with heard_by_all_ranks("mpi" if has_ranks else None):
-        parsed, unknown = parser_of(arguments).parse_known_args(arguments)
-        if unknown:
-            raise UsageError(f"unrecognized arguments: {' '.join(unknown)}")
-    return parsed
+    return None if pairs.isdisjoint({"--distributed mpi", "--distributed=mpi"}) else "mpi"
 
 
 def _discard_unwritable(stream: TextIO | None) -> None:

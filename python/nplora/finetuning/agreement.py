@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from nplora.distributed.communicator import Communicator
+from nplora.finetuning.load import RunInputs
 from nplora.finetuning.options import FinetuneOptions
 from nplora.trainer.handshake import differences, program
 from nplora.trainer.resuming import first_few
@@ -17,7 +18,7 @@ _MAY_DIFFER = ("memory", "report_to", "save_every", "save_minutes", "teacher", "
 def require_same_options(ranks: Communicator, options: FinetuneOptions) -> None:
     """Check that all ranks have the same program and options, and that each gets a batch in every step.
 
-    The model and the data are compared later, when they are read.
+    The data are compared by `require_same_data`, when they are read, and the model before the first step.
 
     Raises:
         ValueError: a rank differs from rank 0, and the message names the rank and what differs; or there are
@@ -25,8 +26,23 @@ def require_same_options(ranks: Communicator, options: FinetuneOptions) -> None:
     """
     names = [field.name for field in dataclasses.fields(options) if field.name not in _MAY_DIFFER]
     mine = {**program(), **{name: repr(getattr(options, name)) for name in names}}
+    mine["use of memory"] = "planned" if options.memory is not None else "not limited"
     problems = differences(ranks.gather(mine))
     if problems:
         raise ValueError(f"finetune: the ranks do not agree: {first_few(problems, '; ')}")
     if ranks.size > options.accumulate:
         raise ValueError(f"finetune: {too_many_ranks(ranks.size, options.accumulate)}")
+
+
+def require_same_data(ranks: Communicator, inputs: RunInputs) -> None:
+    """Check that all ranks have read the same data, because what they exchange next depends on it.
+
+    Raises:
+        ValueError: a rank differs from rank 0.
+    """
+    if ranks.size > 1:
+        held_out = None if inputs.held_out is None else inputs.held_out.fingerprint()
+        mine = {"data": inputs.train.fingerprint(), "validation data": held_out}
+        problems = differences(ranks.gather(mine))
+        if problems:
+            raise ValueError(f"finetune: the ranks do not agree: {first_few(problems, '; ')}")

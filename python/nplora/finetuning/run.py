@@ -15,7 +15,7 @@ from nplora import _check
 from nplora.adapters import Adapter, rollback_on_error, save_adapter
 from nplora.distributed.communicator import Alone, Communicator
 from nplora.distributed.opening import heard_by_all_ranks, opened_communicator
-from nplora.finetuning.agreement import require_same_options
+from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.baseline import Baseline, answers_of
 from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.earlier_run import find_earlier_run
@@ -301,6 +301,7 @@ def _finetune(
         chosen = earlier.keep_compute(chosen)
 
     inputs = read_inputs("finetune", model, data, valid, chosen)
+    require_same_data(ranks, inputs)
     if chosen.lr is None:
         chosen = dataclasses.replace(chosen, lr=default_lr(inputs.lm.config.hidden_size))
     if is_first:

@@ -81,9 +81,9 @@ struct Fetch {
   static constexpr Fetch none() { return {}; }
 
   // Prefetches `lines` cache lines that begin at `from`. At each step, gemm_outputs_in_lanes prefetches
-  // `each` lines, but no more lines than the step reads from `w`. When too few lines are left for all steps,
-  // gemm_outputs_in_lanes prefetches later rows of `w` instead. Products with low-bit blocks ignore `each`
-  // and spread the cache lines over the rows of W.
+  // `each` lines, but no more lines than the step reads from `w`. If the lines do not suffice for all steps,
+  // the last steps of gemm_outputs_in_lanes prefetch later rows of `w`. Products with low-bit blocks ignore
+  // `each` and spread the cache lines over the rows of W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }
@@ -95,7 +95,7 @@ struct Fetch {
 
 // How many bytes ahead a weight is prefetched if it is read only once. Memory delivers about 10 bytes in each
 // cycle. The first bytes arrive more than 500 cycles after the request, or 1000 cycles if other programs use
-// the same memory. kFetchAhead is more than 1000 cycles times 10 bytes.
+// the same memory. In 1000 cycles memory delivers 10000 bytes, and kFetchAhead is more.
 inline constexpr size_t kFetchAhead = 12288;
 
 // A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
@@ -191,8 +191,8 @@ struct SmallProducts {
                Sum<W>* part, bool accumulate);
 
   // The same product as gemm_outputs_in_lanes in Tiles, except that `depth` always counts the rows of `w`. If
-  // `a` holds pairs of bfloat16 values, each pair belongs to two rows of `w`. If `depth` is odd, the last row
-  // is paired with zeros.
+  // `a` holds pairs of bfloat16 values, the values of a pair multiply two neighbouring rows of `w`, one value
+  // each. If `depth` is odd, the last row is paired with zeros.
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                                 const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c,
                                 size_t c_stride, bool accumulate, const Fetch& next);

@@ -1,5 +1,5 @@
 // The second of three steps of a backward pass: dx = the sum of dy W + undrop(dz B) over all layers of a
-// stack.
+// stack, where undrop applies the dropout mask of x to a gradient.
 #pragma once
 
 #include "ops/backward_stack.h"
@@ -18,8 +18,9 @@ class InputGradient {
   // The number of columns of dx that are computed at a time.
   size_t group() const { return group_; }
 
-  // The largest number of tokens in a token block, and in a task.
+  // The largest number of tokens in a token block.
   size_t block_tokens(size_t threads) const;
+  // The largest number of tokens in a task.
   size_t task_tokens(size_t block_tokens) const;
 
   // Computes the columns `cols` of dx for the tokens `some` of a token block.

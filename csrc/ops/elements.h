@@ -44,8 +44,8 @@ void elements_of(Matrix<const float> m, E* out, size_t depth) {
   }
 }
 
-// Returns m in elements E. If E is pairs, elements_of converts m into `out`; otherwise the result is m
-// itself.
+// Returns m with its values as elements of type E. If E is pairs, elements_of converts m into `out`;
+// otherwise the result is m itself.
 template <class E>
 kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
   if constexpr (kernels::kValuesPerElement<E> == 1) {
@@ -56,8 +56,8 @@ kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
   }
 }
 
-// Returns m (rows, cols) in elements E. If E is pairs, neighbours of one column are paired, and the result is
-// (depth_of(rows), cols) in `out`; otherwise the result is m itself.
+// Returns m (rows, cols) with its values as elements of type E. If E is pairs, neighbours of one column are
+// paired, and the result is (depth_of(rows), cols) in `out`; otherwise the result is m itself.
 template <class E>
 Matrix<const E> pairs_down_columns(Matrix<const kernels::Sum<E>> m, E* out) {
   if constexpr (kernels::kValuesPerElement<E> == 1) {

@@ -639,7 +639,7 @@ def parse_columns(columns: Mapping[str, str] | str | None, op: str = "finetune")
     for pair in columns.split(","):
         ours, equals, theirs = (part.strip() for part in pair.partition("="))
         if not (ours and equals and theirs) or ours in found:
-            raise ValueError(f"{op}: columns is {columns!r}, expected prompt=question,completion=answer")
+            raise ValueError(f"{op}: columns is {columns!r}, expected OURS=THEIRS as in prompt=question")
         found[ours] = theirs
     return found
 

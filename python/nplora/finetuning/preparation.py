@@ -27,7 +27,7 @@ class Preparation(Callback):
         batches: the training data, and the validation data, if there are any.
         directory: the output directory; None on other ranks than rank 0.
         say: prints a text.
-        ranks: the processes that train together, which compute at the same time.
+        ranks: connection to the processes that train together. All of them compute at the same time.
     """
 
     def __init__(

@@ -133,7 +133,7 @@ def _lines(path: StrPath) -> Iterator[tuple[int, bytes]]:
     """The number (from 1) and the content of each line.
 
     Raises:
-        LimitError: a line is too long, or the file has little but empty lines.
+        LimitError: a line is too long, or nearly all lines of the file are empty.
     """
     number, rest, empty, filled = 0, b"", 0, 0
     for part in _parts(path):

@@ -179,6 +179,7 @@ def test_ranks_find_each_plan_that_fits_with_the_gradients_that_they_keep(
 ) -> None:
     monkeypatch.setattr(choice, "peak_memory", lambda: 0)
     monkeypatch.setattr(choice, "current_memory", lambda: 10**7)
+    monkeypatch.setattr(choice, "unread", lambda source: 0)
     given = {"rank": 32, "batch_examples": 12, "accumulate": 2, "compute": "float32", "distributed": "mpi"}
     given |= more
 
@@ -284,6 +285,21 @@ def test_the_command_prints_the_plan_and_the_time_on_nodes(
     assert lines[0].startswith("float32, activations kept: ")
     assert lines[-4].startswith("4 nodes, 10 Gb/s, 20 µs: ")
     assert lines[-1].endswith("MB of gradients")
+
+
+@pytest.mark.parametrize("words", [["--distributed", "mpi"], ["--nodes", "2", "--network", "1Gb"]])
+def test_the_command_shows_the_gradients_that_a_rank_keeps(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    given = ["plan", str(files[0]), "--data", str(files[1]), "--accumulate", "2"]
+    line = "gradients that are kept to add up those of all ranks"
+    assert cli.main(given) == 0
+    assert line not in capsys.readouterr().out
+    assert cli.main([*given, *words]) == 0
+    assert line in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    assert "--distributed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

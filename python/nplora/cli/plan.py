@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
         given, missing = ("nodes", "network") if several else ("network", "nodes")
         raise UsageError(f"plan: --{given} needs --{missing}, as in --nodes 8 --network 1Gb")
     options = given_options(arguments, FinetuneOptions)
+    if several:
+        options.setdefault("distributed", "mpi")  # the memory is that of a rank
     checked(functools.partial(FinetuneOptions, op="plan"), options)
     found = finetuning.plan(arguments.model, given_data(arguments.data), valid=arguments.valid, **options)
     nodes = None

@@ -321,21 +321,21 @@ class FinetuneOptions:
         "prompt to answer before and after training; a chat if the training data are chats",
         metavar="PROMPT",
     )
-    distributed: str | None = _unplanned(
+    distributed: str | None = _option(
         _RUN,
         None,
         "what the processes that mpirun started do: mpi (train one adapter together, each on a part of every "
         "step) or off (each makes a run of its own)",
         choices=DISTRIBUTED,
     )
-    communication_dtype: str = _unplanned(
+    communication_dtype: str = _option(
         _RUN,
         "float32",
         "precision in which ranks send gradients: float32, or bfloat16 for half of the bytes; one process "
         "rounds in the same way",
         choices=COMMUNICATION_DTYPES,
     )
-    local_steps: int | None = _unplanned(
+    local_steps: int | None = _option(
         _RUN,
         None,
         "steps that every rank makes on its own before the ranks are averaged (DiLoCo), for slow networks "

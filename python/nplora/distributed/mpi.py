@@ -28,6 +28,7 @@ _LAST_VALUES = 0.1  # seconds in which the last values of a rank that has left a
 _SPIN, _PAUSE = 2e-4, 5e-4  # seconds of testing without a pause; the pause after that
 
 _VALUE, _ROW, _NOTICE = 1, 2, 3  # tags of messages
+_FORWARDING = 0.3  # seconds in which the launcher prints what a rank has written, before the rank ends all
 _HEARD, _LEAVES = "heard", "leaves"  # kinds of notices
 
 
@@ -338,6 +339,7 @@ class MPICommunicator:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             sys.stdout.flush()
             sys.stderr.flush()
+        time.sleep(_FORWARDING)
         self.abort()
 
 

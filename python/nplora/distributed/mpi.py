@@ -24,11 +24,11 @@ _OP = "MPICommunicator"
 _TIMEOUT = "NPLORA_RANK_TIMEOUT"  # the environment variable with the seconds
 _DEFAULT_TIMEOUT = 600.0
 _QUIET = 5.0  # seconds for which a rank that has failed waits before it says so
+_FORWARDING = 0.3  # seconds in which the launcher prints what a rank has written, before the rank ends all
 _LAST_VALUES = 0.1  # seconds in which the last values of a rank that has left arrive
 _SPIN, _PAUSE = 2e-4, 5e-4  # seconds of testing without a pause; the pause after that
 
 _VALUE, _ROW, _NOTICE = 1, 2, 3  # tags of messages
-_FORWARDING = 0.3  # seconds in which the launcher prints what a rank has written, before the rank ends all
 _HEARD, _LEAVES = "heard", "leaves"  # kinds of notices
 
 

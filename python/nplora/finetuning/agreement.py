@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from nplora.distributed.communicator import Communicator
 from nplora.finetuning.load import RunInputs
@@ -27,9 +28,7 @@ def require_same_options(ranks: Communicator, options: FinetuneOptions) -> None:
     names = [field.name for field in dataclasses.fields(options) if field.name not in _MAY_DIFFER]
     mine = {**program(), **{name: repr(getattr(options, name)) for name in names}}
     mine["use of memory"] = "planned" if options.memory is not None else "not limited"
-    problems = differences(ranks.gather(mine))
-    if problems:
-        raise ValueError(f"finetune: the ranks do not agree: {first_few(problems, '; ')}")
+    _require_same(ranks, mine)
     if ranks.size > options.accumulate:
         raise ValueError(f"finetune: {too_many_ranks(ranks.size, options.accumulate)}")
 
@@ -42,7 +41,11 @@ def require_same_data(ranks: Communicator, inputs: RunInputs) -> None:
     """
     if ranks.size > 1:
         held_out = None if inputs.held_out is None else inputs.held_out.fingerprint()
-        mine = {"data": inputs.train.fingerprint(), "validation data": held_out}
-        problems = differences(ranks.gather(mine))
-        if problems:
-            raise ValueError(f"finetune: the ranks do not agree: {first_few(problems, '; ')}")
+        _require_same(ranks, {"data": inputs.train.fingerprint(), "validation data": held_out})
+
+
+def _require_same(ranks: Communicator, mine: dict[str, Any]) -> None:
+    """Raise a ValueError if the values of a rank are not those of rank 0."""
+    problems = differences(ranks.gather(mine))
+    if problems:
+        raise ValueError(f"finetune: the ranks do not agree: {first_few(problems, '; ')}")

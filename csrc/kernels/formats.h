@@ -1,6 +1,7 @@
-// The list of all block formats. Each format has a file in kernels/formats that holds its block layout. For
-// kernel units (isa_*.cpp), the file also holds the decoder and converts the codes to int8. A new format
-// needs a file in kernels/formats, two lines below that name it, and a quantiser in ops/quantizers.
+// The list of all block formats. Each format has a file in kernels/formats that holds its block layout. If a
+// kernel unit (isa_*.cpp) includes the file, the file also holds the decoder and the conversion of the codes
+// to int8. A new format needs a file in kernels/formats, two lines below that name it, and a quantiser in
+// ops/quantizers.
 //
 // In the 4-bit and 5-bit formats with blocks of 32 elements, the low nibbles of the bytes `q` belong to
 // elements 0 to 15, and the high nibbles to elements 16 to 31. Bit i of `high` is the fifth bit of the code

@@ -228,7 +228,7 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
     if options.keep_prefix != "off" and not adapters.first_block(lm.config.num_hidden_layers):
         raise ValueError(
             f"{op}: keep_prefix={options.keep_prefix!r}, but there is no frozen block below the adapters; "
-            "layers='last:4' adapts only the last four blocks"
+            "to have some, adapt only the last blocks, for example with layers='last:4'"
         )
     return adapters
 

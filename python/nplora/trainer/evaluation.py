@@ -124,7 +124,7 @@ def check_rows(op: str, model: Module, x: Array) -> None:
     """Refuse a single example if the model expects an array of examples.
 
     If x has one axis, each number in x counts as one example, such as a token id. The model is called with
-    the first number, to see whether it accepts such examples.
+    the first number, to see whether it accepts a number as an example.
 
     Raises:
         ValueError: x has one axis, and the model does not accept a single number as an example.

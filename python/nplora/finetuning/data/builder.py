@@ -192,5 +192,5 @@ def is_emptied(cut: list[Encoded], whole: list[Encoded]) -> bool:
 
 
 def _are_equal(sequences: list[Encoded]) -> bool:
-    """Whether several sequences have the same tokens, as two long answers may after they are cut."""
+    """Whether several sequences have the same tokens. Two long answers may be equal after they are cut."""
     return len(sequences) > 1 and all(one.ids == sequences[0].ids for one in sequences)

@@ -92,9 +92,9 @@ class JudgedDataset(Stored):
     """Answers that somebody found good or bad.
 
     Each prompt is also paired with an answer to another prompt: the nearest one before it in its batch, or,
-    in a batch with one prompt, in the data set. Each search continues at the end. The mean log-ratio of these
-    mismatched pairs estimates the KL divergence from the reference. The batches are the same in all epochs,
-    so the log-probabilities of the reference are computed only once.
+    in a batch with one prompt, in the data set. A search that reaches the beginning continues at the end. The
+    mean log-ratio of these mismatched pairs estimates the KL divergence from the reference. The batches are
+    the same in all epochs, so the log-probabilities of the reference are computed only once.
 
     Attributes:
         good: for each stored example, whether the answer is good.

@@ -66,8 +66,8 @@ def merge_adapter(
         lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW. If `check` is given
             too, only the loss decides.
         check: a function that takes a model's path and an adapter (or None), and returns the model's loss on
-            held-out data with this adapter. `nplora.finetuning.held_out_loss` makes such a function of data.
-            None: the loss is not measured.
+            held-out data with this adapter. `nplora.finetuning.held_out_loss` makes such a function from a
+            data file. None: the loss is not measured.
         tolerance: the largest accepted rise of the held-out loss, in nats per token. A rise of 0.02 raises
             the perplexity by 2 %.
     Returns:
@@ -78,10 +78,11 @@ def merge_adapter(
         UnsupportedError: a weight to be merged is stored in bitsandbytes' NF4.
         UnsafeError: a file beside the base's weights is a symbolic link that leads out of the directory.
         CorruptError: another program wrote to the base during the merge.
-        ValueError: `output` or `dtype` does not fit the kind of the base; `output` is the base or the
-            adapter, or is beside an index of other weights; a sum is too large for the storage type; rounding
-            to the storage type would keep less than 90 % of ΔW, and `lossy` is not set; or the held-out loss
-            would rise by more than `tolerance`. In the last two cases the message names the smallest type, if
+        ValueError: `output` or `dtype` does not fit the kind of the base. `output` is the same file as the
+            base or the adapter. The directory of `output` holds an index of other weights. A sum is too large
+            for the storage type.
+        ValueError: rounding to the storage type would keep less than 90 % of ΔW, and `lossy` is not set; or
+            the held-out loss would rise by more than `tolerance`. The message names the smallest type, if
             any, that keeps enough. Its loss is measured too. No output file is written, and an existing file
             stays.
         TypeError: `check` is not a function.

@@ -18,9 +18,9 @@ from nplora.formats.errors import DataError, LimitError, counted
 class Division:
     """Sources whose rows are divided: some are to train on, the others are held out.
 
-    A hash of each row's example decides. So a row stays on its side when others are added or the order
-    changes, and rows that mean the same are on one side, whatever their other fields. Each source is read
-    only once: while the rows to train on are read, the others are kept in memory for `held_out`.
+    Whether a row is held out depends on a hash of its example. So a row stays on its side when others are
+    added or the order changes, and rows with equal examples are on one side. Each source is read only once:
+    while the rows to train on are read, the others are kept in memory for `held_out`.
 
     Attributes:
         train: the sources of the rows to train on. The end of the last one raises a DataError if no row is

@@ -128,7 +128,7 @@ def windows(fields: Fields, kinds: list[str]) -> tuple[int, ...]:
 
 
 def require_window(source: str, window: int) -> int:
-    """Check that a sliding window is at least 1, because a token attends to itself, and return it."""
+    """Check a sliding window, and return it. It is at least 1, because a token attends to itself."""
     if not 1 <= window < 1 << 31:
         raise FormatError(f"{source}: sliding_window is {window:,}, expected 1 to 2^31 - 1")
     return window

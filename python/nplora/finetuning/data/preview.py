@@ -152,13 +152,18 @@ class Preview:
         """Check that there is something to train on, and to evaluate on if there are data for it.
 
         Raises:
-            DataError: all rows are bad, or are left out.
+            DataError: all rows are bad, are left out, or are for `nplora eval` alone; or the weights leave
+                nothing to train on.
         """
         for part in (self.train, self.valid):
             if part is not None and not part.usable:
                 reasons = [counted(part.bad, "bad row")] if part.bad else []
                 reasons += [f"{part.emptied:,} left out after the cut"] if part.emptied else []
                 raise DataError(f"{part.source}: no row can be used: {', '.join(reasons)}")
+        if self.train.kinds == ("choice",):
+            raise DataError(f"{self.train.source}: no row can be used: {_PURPOSE['choice']}")
+        if not self.train.epoch:
+            raise DataError(f"{self.train.source}: with the weights, an epoch has 0 examples")
 
     def text(self, colour: bool = False) -> str:
         """The preview as text. With `colour`, the trained parts are green, for a terminal."""

@@ -134,7 +134,10 @@ def test_more_ranks_than_batches_in_a_step_are_refused_once(inputs: Path, tmp_pa
     status, _, errors = run((3, words(inputs, tmp_path / "out")))
     assert status != 0
     assert len(errors_of(errors)) == 1
-    assert "there are 3 ranks, but a step has only 2 of the batches" in errors_of(errors)[0]
+    assert (
+        "3 ranks need at least 3 batches in a step, but there are 2: use fewer ranks, or --accumulate 3"
+        in errors_of(errors)[0]
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -151,18 +154,8 @@ def test_ranks_without_the_option_are_refused(inputs: Path, tmp_path: Path) -> N
 @needs_mpi
 @pytest.mark.slow
 def test_ranks_make_local_steps(inputs: Path, tmp_path: Path) -> None:
-    options = [
-        "--epochs",
-        2,
-        "--local-steps",
-        2,
-        "--outer-lr",
-        0.5,
-        "--outer-momentum",
-        0.5,
-        "--memory",
-        "2G",
-    ]
+    text = "--epochs 2 --local-steps 2 --outer-lr 0.5 --outer-momentum 0.5 --memory 2G"
+    options = text.split()
     status, out, errors = run((2, words(inputs, tmp_path / "out", *options)))
     assert status == 0, errors
     assert out.count("holds the adapter") == 1
@@ -213,7 +206,7 @@ def test_a_cache_of_the_prefix_is_refused_with_the_reason() -> None:
 def test_a_timeout_must_be_a_number_above_zero(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPLORA_RANK_TIMEOUT", value)
     with pytest.raises(ValueError, match=f"NPLORA_RANK_TIMEOUT is '{value}', expected a number of seconds"):
-        mpi._timeout()
+        mpi._checked_timeout(None)
 
 
 def test_plan_accepts_the_option(inputs: Path) -> None:

@@ -241,9 +241,9 @@ class Counted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ranks, name)
 
-    def gather(self, value: Any) -> Any:
+    def gather(self, value: Any, place: str = "") -> Any:
         self.found[1] += 1
-        return self._ranks.gather(value)
+        return self._ranks.gather(value, place)
 
     def exchange(self, parts: Any, out: Any, senders: Any) -> None:
         self.found[0] += 1

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     - 1: the command failed, or the program that reads stdout has ended.
     - 2: the arguments or a file are wrong, the disk failed, a package is missing, or --memory is too small.
     - 130: the user pressed Ctrl-C.
-    - 129 or 143: SIGHUP or SIGTERM ended a training run, which is saved.
+    - 129, 138 or 143: SIGHUP, SIGUSR1 or SIGTERM ended a training run, which is saved.
     - 135: another program shortened a model file while it was mapped into memory.
 
     With status 1, 2 or 135, one line on stderr states the reason, unless the reader of stdout has ended. Each
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after `nplora`; None: the arguments of this process.
     Raises:
-        SystemExit: on --help, --version or wrong arguments, or after SIGHUP or SIGTERM during training.
+        SystemExit: on --help, --version or wrong arguments, or after SIGHUP, SIGUSR1 or SIGTERM in training.
 
     >>> nplora.cli.main(["eval", "model.gguf", "--data", "valid.jsonl"])
     loss ... over 12 tokens (95 % interval ...)

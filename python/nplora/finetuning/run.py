@@ -296,7 +296,7 @@ def _finetune(
         files.require_directory(output)
         require_reporters("finetune", chosen.report_to)
         earlier = find_earlier_run(place) if chosen.resume else None
-    earlier = ranks.broadcast(earlier)
+    earlier = ranks.broadcast(earlier, "the search for an earlier run")
     if earlier is not None and not isinstance(model, LanguageModel):
         chosen = earlier.keep_compute(chosen)
 
@@ -325,7 +325,8 @@ def _finetune(
         del plain
         loss = inputs.objective.loss(execution.micro_tokens)
         baseline = Baseline(lm, loss, validation, inputs.prompts(chosen.sample), say, ranks)
-        is_new = ranks.broadcast(directory is not None and not (chosen.resume and holds_run(directory)))
+        is_new = directory is not None and not (chosen.resume and holds_run(directory))
+        is_new = ranks.broadcast(is_new, "the choice between a new run and an earlier one")
         if is_new:
             if chosen.resume:
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")

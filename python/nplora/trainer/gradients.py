@@ -24,6 +24,7 @@ class Gathered:
     If ranks make steps on their own, the model holds the gradients of this rank's batches only.
     """
 
+    step: int = 0  # the number of the step, from 1
     batches: int = 0
     count: int = 0
     first_count: int = 0  # the first count that is not 0; gradients are weighted relative to it

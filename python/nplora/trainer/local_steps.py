@@ -57,7 +57,9 @@ class LocalSteps:
             return
         state, outer = self._state, self._outer
         state.updating = True
-        state.optimizer.steps = max(self._meeting.gather(state.optimizer.steps))  # some had no batch
+        state.optimizer.steps = max(  # some ranks had no batch
+            self._meeting.gather(state.optimizer.steps, f"the outer step after step {state.step}")
+        )
         for parameter, before in zip(state.parameters, self._start.values, strict=True):
             np.subtract(before, parameter.value, out=parameter.grad)
             parameter.value[...] = before

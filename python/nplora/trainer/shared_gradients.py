@@ -7,6 +7,7 @@ from typing import Any
 
 from nplora.distributed.communicator import Alone
 from nplora.distributed.ordered_sum import OrderedSum
+from nplora.trainer.checksum import checksum
 from nplora.trainer.fused import FusedLoss, PartedLoss, add_measured, take_measured
 from nplora.trainer.gradients import Gathered, Gradients, NonfiniteLoss
 from nplora.trainer.meeting import Meeting
@@ -19,10 +20,12 @@ class _Result:
 
     Attributes:
         loss: the sum of the batch's losses.
+        count: the number of items over which the loss is averaged.
         terms: the number of gradients to add, one for each part of the batch.
         problem: why the loss is not finite; empty if it is.
         masks: for each layer, the number of dropout masks that a part has drawn, if it is not as expected.
         measured: what the loss has measured.
+        data: the checksum of all batches of the round.
     """
 
     loss: float = 0.0
@@ -31,12 +34,13 @@ class _Result:
     problem: str = ""
     masks: list[int] | None = None
     measured: Any = None
+    data: int = 0
 
 
 class SharedGradients(Gradients):
     """Computes the gradients of a step on several ranks, which get one batch each at a time (a round).
 
-    Each batch draws the dropout masks that it draws on one rank. The gradients of the batches, or of their
+    Each batch gets the same dropout masks as on one rank. The gradients of the batches, or of their
     parts, are added in the order of the batches. So the sums have the same bits for any number of ranks. But
     if ranks make steps on their own (`local_steps`), each adds the gradients of its own batches only.
 
@@ -106,10 +110,13 @@ class SharedGradients(Gradients):
         for each part and layer is assumed. If this is wrong, the round is run again with the right number.
         """
         start = [layer.dropout_stream for layer in self._adapters]
+        data = checksum(batches) if self._meeting.size > 1 else 0
         for _ in range(2):
             self._set_streams(start, sum(parts[: self._meeting.rank]))
             own = self._own_result(batches, parts, gathered)
-            results = self._meeting.gather(own)
+            own.data = data
+            results = self._meeting.gather(own, f"the batches of step {gathered.step}")
+            self._require_same_data(results, gathered.step)
             counts = next((result.masks for result in results if result.masks is not None), None)
             if counts is None:
                 self._set_streams(start, sum(parts))
@@ -122,6 +129,14 @@ class SharedGradients(Gradients):
             f"{type(self._model).__name__}: a layer has drawn more dropout masks in one batch than in "
             "another, which several ranks cannot reproduce: set its dropout to 0, or train on one rank"
         )
+
+    def _require_same_data(self, results: list[_Result], step: int) -> None:
+        for rank, result in enumerate(results):
+            if result.data != results[0].data:
+                raise ValueError(
+                    f"Trainer.fit: in step {step}, rank {rank} has other batches than rank 0: all ranks must "
+                    "read the same data in the same order"
+                )
 
     def _own_result(self, batches: list[tuple[Any, Any]], parts: list[int], gathered: Gathered) -> _Result:
         """Run the batch of this rank, if the round has one."""
@@ -159,6 +174,8 @@ class SharedGradients(Gradients):
                 value = self._fused(loss, x, y, first_count)
             finally:
                 loss.after_part = before
+            if math.isfinite(value):
+                self._check_parts(loss, loss.parts(x, y))
         else:
             value = self._fused(loss, x, y, first_count)
             self._sum.keep()
@@ -166,6 +183,14 @@ class SharedGradients(Gradients):
         if math.isfinite(value):
             self._check_buffers()
         return _Result(value, count)
+
+    def _check_parts(self, loss: PartedLoss, parts: int) -> None:
+        """Refuse a loss that has left gradients in the model, which would not be added to those of others."""
+        if self._sum.kept != parts:
+            raise RuntimeError(
+                f"{type(loss).__name__}.forward_backward has called after_part {self._sum.kept} times, "
+                f"expected {parts}, the number of parts of the batch"
+            )
 
     def _run_plain(self, x: Any, y: Any, has_batch: bool, first_count: int) -> _Result:
         """Run a batch whose number of items is known only after the forward pass."""
@@ -175,7 +200,8 @@ class SharedGradients(Gradients):
         count = 0 if forward is None else forward.count
         self.computed += time.perf_counter() - started
         if not first_count:
-            first_count = next((count for count in self._meeting.gather(count) if count), 0)
+            counts = self._meeting.gather(count, "the number of items in the batches of a round")
+            first_count = next((count for count in counts if count), 0)
         if forward is None or not count:
             is_bad = forward is not None and not math.isfinite(forward.loss)
             return _Result(forward.loss if forward is not None and is_bad else 0.0)

@@ -28,13 +28,13 @@ class Stepper:
     parameters."""
 
     def __init__(self, setup: TrainingSetup, state: RunState, meeting: Meeting) -> None:
-        self._setup, self._state = setup, state
-        self._gradients = SharedGradients(setup, meeting) if setup.is_shared else Gradients(setup)
+        self._setup, self._state, self._meeting = setup, state, meeting
+        self._gradients = SharedGradients(setup, meeting) if setup.adds_in_order else Gradients(setup)
         self._gathered = Gathered()
 
     def begin(self) -> None:
         """Begin a step, whose time is measured from this call."""
-        self._gathered = Gathered()
+        self._gathered = Gathered(self._state.step + 1)
         self._gradients.begin()
         take_metrics(self._setup.loss)  # drops the metrics of an unfinished step
 
@@ -123,18 +123,25 @@ class Stepper:
 
     def _clip_and_update(self, lr: float) -> float:
         """Clip the gradients and update the parameters; return the norm of all gradients before clipping."""
-        state, gathered, clip_norm = self._state, self._gathered, self._setup.clip_norm
-        if not gathered.added:
-            return 0.0
-        self._weight_gradients()
-        max_norm = math.inf if clip_norm is None else clip_norm
-        state.updating = True
-        norm = state.optimizer.step(state.parameters, lr=lr, max_norm=max_norm)
-        assert norm is not None, "an optimizer's step returns the norm if it is given a max_norm"
+        state, setup, gathered = self._state, self._setup, self._gathered
+        clip_norm = setup.clip_norm
+        norm, problem = 0.0, ""
+        if gathered.added:
+            self._weight_gradients()
+            max_norm = math.inf if clip_norm is None else clip_norm
+            state.updating = True
+            found = state.optimizer.step(state.parameters, lr=lr, max_norm=max_norm)
+            assert found is not None, "an optimizer's step returns the norm if it is given a max_norm"
+            norm = found
         if not math.isfinite(norm):
             state.updating = False
             names = nonfinite_parameters(state.parameters, gradients=True)
-            raise self._nonfinite(f"the loss is finite, but the gradient of {first_few(names, ', ')} is not")
+            problem = f"the loss is finite, but the gradient of {first_few(names, ', ')} is not"
+        if setup.local_steps is not None:  # each rank has another gradient, but all must end together
+            problems = self._meeting.gather(problem, f"the update of step {state.step + 1}")
+            problem = next(filter(None, problems), "")
+        if problem:
+            raise self._nonfinite(problem)
         return norm
 
     def _nonfinite(self, what: str) -> NonFiniteLossError:
@@ -146,5 +153,5 @@ class Stepper:
         blamed = state.step > 0 and not what.endswith((INPUT, TARGETS))
         hint = "; a lower lr may help" if blamed else ""
         error = NonFiniteLossError(f"step {state.step + 1} (epoch {state.epoch + 1}): {what}{hint}")
-        state.divergence = error if blamed else None
+        state.divergence, state.diverged_after = error if blamed else None, state.step
         return error

@@ -38,6 +38,8 @@ class Fault(Callback):
             os.kill(os.getpid(), SIGNALS[self.kind])
         if self.kind == "error":
             raise MemoryError("no memory for a test")
+        if self.kind == "raise":
+            raise KeyboardInterrupt
         if self.kind in ("batch", "slow-batch"):  # of the next step
             delay = float(os.environ["FAULT_SECONDS"]) if self.kind == "slow-batch" else None
             vars(run.model)["forward"] = functools.partial(_forward, run.model.forward, delay)
@@ -87,10 +89,10 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     kind, rank, step, place = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     with MPICommunicator(share_cores=False) as here:
-        faults: list[Callback] = [Fault(kind, step)] if here.rank == rank else []
+        faults: list[Callback] = [Fault(kind, step)] if rank in (here.rank, -1) else []
         if kind == "batch" and here.rank != rank:
             faults = [Fault("slow-batch", step)]
-        if kind == "user" and "FAULT_SECONDS" in os.environ:
+        if kind in ("user", "stop") and "FAULT_SECONDS" in os.environ:
             save_slowly(float(os.environ["FAULT_SECONDS"]))
         differs = here.rank == rank
         train(

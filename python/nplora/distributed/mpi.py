@@ -220,7 +220,8 @@ class MPICommunicator:
                     time.sleep(PAUSE)
         except BaseException:
             for request in receives.values():
-                request.Cancel()
+                if not request.Test():
+                    request.Cancel()
             farewell.pending += [*receives.values(), *sent.values()]
             raise
 

@@ -24,6 +24,7 @@ SIGNALS = {
     "interrupt": signal.SIGINT,
     "terminate": signal.SIGTERM,
     "user": signal.SIGUSR1,
+    "handled": signal.SIGUSR1,
 }
 
 
@@ -90,6 +91,10 @@ if __name__ == "__main__":
     kind, rank, step, place = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     with MPICommunicator(share_cores=False) as here:
         faults: list[Callback] = [Fault(kind, step)] if rank in (here.rank, -1) else []
+        if kind == "handled":
+            signal.signal(
+                signal.SIGUSR1, lambda signum, frame: print(f"rank {here.rank} handles it", flush=True)
+            )
         if kind == "batch" and here.rank != rank:
             faults = [Fault("slow-batch", step)]
         if kind in ("user", "stop") and "FAULT_SECONDS" in os.environ:

@@ -121,6 +121,13 @@ def test_a_signal_to_all_ranks_saves_the_run(tmp_path: Path) -> None:
     require_same_end(tmp_path / "run")
 
 
+def test_a_handler_of_the_program_is_called_on_all_ranks_and_may_let_the_run_continue(tmp_path: Path) -> None:
+    status, out, errors = run((2, [HERE / "faults.py", "handled", 1, 5, tmp_path / "run"]))
+    assert status == 0, errors
+    assert [out.count(f"rank {rank} handles it") for rank in (0, 1)] == [1, 1]
+    assert saved_step(tmp_path / "run") == 15
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_is_the_error_of_all(tmp_path: Path) -> None:
     status, _, errors = run((2, [HERE / "faults.py", "nan", 1, 5, tmp_path / "run"]))
     assert status != 0

@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     found = finetuning.plan(arguments.model, given_data(arguments.data), valid=arguments.valid, **options)
     nodes = None
     if several:
-        dtype = options.get("communication_dtype", "float32")
-        nodes = found.on_nodes(arguments.nodes, arguments.network, arguments.latency, dtype)
+        exchange = {name: options[name] for name in ("communication_dtype", "local_steps") if name in options}
+        nodes = found.on_nodes(arguments.nodes, arguments.network, arguments.latency, **exchange)
     print(found.table() if arguments.verbose else found)
     if nodes is not None:
         print(nodes)

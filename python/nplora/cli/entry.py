@@ -12,6 +12,7 @@ from typing import TextIO
 
 from nplora.cli.errors import Spelling, UsageError, show_error, show_warning
 from nplora.cli.parser import parser_of
+from nplora.distributed.communicator import RankError
 from nplora.distributed.opening import heard_by_all_ranks
 from nplora.runtime.stderr import stderr
 
@@ -77,7 +78,8 @@ def _status(arguments: list[str]) -> int:
         return 2
     except (OSError, ValueError, ArithmeticError, ImportError, MemoryError) as error:
         show_error(error, spelled=spelled)
-        return 2 if isinstance(error, ValueError | OSError | ModuleNotFoundError) else 1
+        is_wrong = isinstance(error, ValueError | OSError | ModuleNotFoundError)
+        return 2 if is_wrong and not isinstance(error, RankError) else 1
     return 0
 
 

@@ -532,7 +532,7 @@ def _report(
     trainer: Trainer,
 ) -> FinetuneReport:
     lm, stopped = inputs.lm, history.interrupted
-    rank, is_silent = trainer.communicator.rank, stopped or trainer.communicator.rank
+    process, is_silent = trainer.communicator.rank, stopped or trainer.communicator.rank
     after = [""] * len(options.sample) if is_silent else answers_of(lm, inputs.prompts(options.sample))
     loss_after, metrics_after = (None, dict[str, float]()) if stopped else _validated(history)
     return FinetuneReport(
@@ -549,7 +549,7 @@ def _report(
         trained=lm.num_trainable,
         parameters=lm.num_parameters,
         was_finished=baseline.was_finished,
-        rank=rank,
+        process=process,
         ranks=tuple(trainer.ranks),
     )
 

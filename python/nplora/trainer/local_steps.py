@@ -24,7 +24,7 @@ class LocalSteps:
     all ranks have the same state, and a checkpoint holds one state instead of one for each rank.
 
     Attributes:
-        every: the number of steps between two outer steps; None: ranks make no steps of their own.
+        every: the number of steps between two outer steps; None: there are no outer steps.
         is_open: whether the ranks have made steps that are not combined yet.
     """
 

@@ -213,7 +213,8 @@ class RunState:
     def continues_momentum(self, checkpoint: Checkpoint) -> bool:
         """Whether the outer steps continue with the momentum of a checkpoint.
 
-        They start without any if only one of the two runs has an `outer_momentum` above 0.
+        They start with a momentum of zero if `outer_momentum` is 0 here, or was 0 when the checkpoint was
+        written.
         """
         if self.outer is None:
             return False

@@ -1,6 +1,7 @@
 """The reference pass on several ranks: they exchange often, and keep what they have computed."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ pytest.importorskip("tokenizers")
 
 from distributed.cases import PAIRS
 from distributed.threads import ThreadRank, on_threads
+from nplora.distributed import Alone
 from nplora.finetuning import FinetuneOptions
 from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.sources import sources_of
 from nplora.finetuning.objectives import objective_of, reference
+from nplora.finetuning.preparation import Preparation
 from nplora.formats import files, safetensors
 from nplora.formats.run_files import REFERENCE
 from nplora.lm import LanguageModel, load_model
@@ -88,6 +91,20 @@ def computed_parts(model: Path, directory: Path) -> list[int]:
     calls: list[int] = []
     computed(model, None, directory, calls)
     return calls
+
+
+def test_a_resumed_run_uses_the_ranks_of_the_run_whose_exchanges_notice_signals(model: Path) -> None:
+    class Signalled(Alone):
+        def gather(self, value: Any, place: str = "") -> Any:
+            raise KeyboardInterrupt
+
+    lm, options = load_model(model), FinetuneOptions(objective="dpo")
+    objective = objective_of(options)
+    dataset = objective.read("finetune", sources_of("finetune", PAIRS), lm.tokenizer, options.reading(64))
+    prepared = Preparation(objective, lm, [TokenBatches(dataset, batch_examples=4)], None, str, Alone())
+    run: Any = SimpleNamespace(ranks=Signalled())
+    with pytest.raises(KeyboardInterrupt):
+        prepared.on_fit_start(run)
 
 
 def test_the_file_is_written_during_the_pass(

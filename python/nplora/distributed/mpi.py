@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -131,6 +131,8 @@ class MPICommunicator:
     # ---- the methods of Communicator ----
 
     def gather(self, value: T, place: str = "") -> list[T]:
+        if self.size == 1:
+            return [value]
         found = self._values(value, place, self._others(), self._others())
         # Every rank compares with rank 0, so that all of them blame the same rank.
         at = [place if rank == self.rank else found[rank][0] for rank in range(self.size)]
@@ -141,7 +143,8 @@ class MPICommunicator:
 
     def broadcast(self, value: T, place: str = "") -> T:
         if self.rank == 0:
-            self._values(value, place, self._others(), ())
+            if self.size > 1:
+                self._values(value, place, self._others(), ())
             return value
         other, result = self._values(None, place, (), (0,))[0]
         if other != place:
@@ -160,11 +163,11 @@ class MPICommunicator:
         self._transfer(lambda rank: part, out, range(self.size))
 
     def _values(
-        self, value: Any, place: str, receivers: Iterable[int], senders: Iterable[int]
+        self, value: Any, place: str, receivers: Sequence[int], senders: Sequence[int]
     ) -> dict[int, tuple[str, Any]]:
         """Send a value to some ranks. Return the values that others have sent, each with its place."""
         started, byte, status = time.perf_counter(), self._mpi.BYTE, self._mpi.Status()
-        content = self._mpi.pickle.dumps((place, value))
+        content = self._mpi.pickle.dumps((place, value)) if receivers else b""
         sent = {rank: self._comm.Isend([content, byte], dest=rank, tag=_VALUE) for rank in receivers}
         contents: dict[int, bytearray] = {}
         receives: dict[int, Any] = {}
@@ -236,7 +239,8 @@ class MPICommunicator:
         try:
             if self.size > 1:
                 self._end(error)
-            self._comm.Free()
+            if error is None or self.size == 1:  # all ranks must free it together
+                self._comm.Free()
         finally:
             if self._threads is not None:
                 set_num_threads(self._threads)

@@ -77,8 +77,12 @@ def test_what_is_computed_before_a_failure_is_kept(
 ) -> None:
     monkeypatch.setattr(reference, "EVALUATION_TOKENS", 64)
     whole, calls = computed(model, None, tmp_path / "whole"), []
-    with pytest.raises(ConnectionError, match="lost"):  # after the broadcast and two rounds
-        on_threads(2, lambda ranks: computed(model, Failing(ranks, 4), tmp_path / "cut"))
+
+    def work(ranks: ThreadRank) -> None:
+        computed(model, ranks if ranks.rank else Failing(ranks, 5), tmp_path / "cut")  # after two rounds
+
+    with pytest.raises(ConnectionError, match="lost"):
+        on_threads(2, work)
     kept = len(safetensors.open(tmp_path / "cut" / REFERENCE)["keys"].numpy())
     assert 0 < kept < len(whole)
     assert computed(model, None, tmp_path / "cut", calls) == whole
@@ -91,6 +95,18 @@ def computed_parts(model: Path, directory: Path) -> list[int]:
     calls: list[int] = []
     computed(model, None, directory, calls)
     return calls
+
+
+def test_another_model_on_a_rank_is_named_before_anything_is_computed(model: Path, tmp_path: Path) -> None:
+    calls: list[int] = []
+    other = save_small_llama(tmp_path / "other.gguf", storage="bfloat16")
+
+    def work(ranks: ThreadRank) -> None:
+        computed(other if ranks.rank else model, ranks, tmp_path / "run", calls)
+
+    with pytest.raises(ValueError, match="the ranks do not agree: rank 1 has another base model"):
+        on_threads(2, work)
+    assert not calls
 
 
 def test_a_resumed_run_uses_the_ranks_of_the_run_whose_exchanges_notice_signals(model: Path) -> None:

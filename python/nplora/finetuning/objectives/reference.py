@@ -87,11 +87,15 @@ class Reference:
             ranks: the processes that train together. Each computes a share of the log-probabilities.
         Raises:
             NonFiniteLossError: a log-probability is NaN or infinite.
+            ValueError: the ranks have different models.
         Warns:
             UserWarning: the file cannot be written. The run can continue without it.
         """
         ranks, self._model = ranks or Alone(), _identity(lm)
         known, problem = ({}, "") if directory is None else _read(directory, self._model)
+        for rank, model in enumerate(models := ranks.gather(self._model, _PLACE)):
+            if model != models[0]:
+                raise ValueError(f"finetune: the ranks do not agree: rank {rank} has another base model")
         known = ranks.broadcast(known, _PLACE) | self._found()
         if directory is not None and problem:
             say(f"{Path(directory, REFERENCE)}: {problem}; the reference is computed again")

@@ -139,6 +139,16 @@ def test_a_rank_that_fails_before_it_meets_the_others_ends_them(
 
 @needs_mpi
 @pytest.mark.slow
+def test_different_errors_of_two_ranks_are_both_printed(inputs: Path, tmp_path: Path) -> None:
+    first = words(inputs, tmp_path / "out", "--valid", inputs / "no-valid.jsonl")
+    status, _, errors = run((1, first), (1, words(inputs, tmp_path / "out", data="no-train.jsonl")))
+    assert status != 0
+    assert sorted(name in errors for name in ("no-train.jsonl", "no-valid.jsonl")) == [True, True]
+    assert len(errors_of(errors)) == 2, errors
+
+
+@needs_mpi
+@pytest.mark.slow
 def test_more_ranks_than_batches_in_a_step_are_refused_once(inputs: Path, tmp_path: Path) -> None:
     status, _, errors = run((3, words(inputs, tmp_path / "out")))
     assert status != 0

@@ -44,8 +44,8 @@ class Fault(Callback):
         if self.kind in ("batch", "slow-batch"):  # of the next step
             delay = float(os.environ["FAULT_SECONDS"]) if self.kind == "slow-batch" else None
             vars(run.model)["forward"] = functools.partial(_forward, run.model.forward, delay)
-        if self.kind == "nan":
-            run.model.parameters()[0].value[...] = np.nan
+        if self.kind == "nan":  # in the outputs of the next steps; a change of values would be noticed before
+            vars(run.model)["forward"] = functools.partial(_nan, run.model.forward)
 
 
 def _forward(usual: Callable[..., Any], delay: float | None, *inputs: Any) -> Any:
@@ -54,6 +54,11 @@ def _forward(usual: Callable[..., Any], delay: float | None, *inputs: Any) -> An
         raise MemoryError("no memory for a test")
     time.sleep(delay)
     return usual(*inputs)
+
+
+def _nan(usual: Callable[..., Any], x: Any) -> Any:
+    y, saved = usual(x)
+    return np.full_like(y, np.nan), saved
 
 
 def save_slowly(seconds: float) -> None:

@@ -163,7 +163,7 @@ def tuned(
             directory / "model.gguf", output=directory / name, accumulate=ACCUMULATE, overwrite=True,
             progress=False, distributed=distributed, **chosen,
         )  # fmt: skip
-    if report.rank:
+    if report.process:
         return ""
     tensors = safetensors.open(directory / name / "adapter_model.safetensors")
     adapter = hashlib.sha256(b"".join(tensors[key].numpy().tobytes() for key in sorted(tensors))).hexdigest()

@@ -24,6 +24,7 @@ SIGNALS = {
     "interrupt": signal.SIGINT,
     "terminate": signal.SIGTERM,
     "user": signal.SIGUSR1,
+    "handled": signal.SIGUSR1,
 }
 
 
@@ -38,11 +39,13 @@ class Fault(Callback):
             os.kill(os.getpid(), SIGNALS[self.kind])
         if self.kind == "error":
             raise MemoryError("no memory for a test")
+        if self.kind == "raise":
+            raise KeyboardInterrupt
         if self.kind in ("batch", "slow-batch"):  # of the next step
             delay = float(os.environ["FAULT_SECONDS"]) if self.kind == "slow-batch" else None
             vars(run.model)["forward"] = functools.partial(_forward, run.model.forward, delay)
-        if self.kind == "nan":
-            run.model.parameters()[0].value[...] = np.nan
+        if self.kind == "nan":  # in the outputs of the next steps; a change of values would be noticed before
+            vars(run.model)["forward"] = functools.partial(_nan, run.model.forward)
 
 
 def _forward(usual: Callable[..., Any], delay: float | None, *inputs: Any) -> Any:
@@ -51,6 +54,11 @@ def _forward(usual: Callable[..., Any], delay: float | None, *inputs: Any) -> An
         raise MemoryError("no memory for a test")
     time.sleep(delay)
     return usual(*inputs)
+
+
+def _nan(usual: Callable[..., Any], x: Any) -> Any:
+    y, saved = usual(x)
+    return np.full_like(y, np.nan), saved
 
 
 def save_slowly(seconds: float) -> None:
@@ -87,10 +95,14 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     kind, rank, step, place = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     with MPICommunicator(share_cores=False) as here:
-        faults: list[Callback] = [Fault(kind, step)] if here.rank == rank else []
+        faults: list[Callback] = [Fault(kind, step)] if rank in (here.rank, -1) else []
+        if kind == "handled":
+            signal.signal(
+                signal.SIGUSR1, lambda signum, frame: print(f"rank {here.rank} handles it", flush=True)
+            )
         if kind == "batch" and here.rank != rank:
             faults = [Fault("slow-batch", step)]
-        if kind == "user" and "FAULT_SECONDS" in os.environ:
+        if kind in ("user", "stop") and "FAULT_SECONDS" in os.environ:
             save_slowly(float(os.environ["FAULT_SECONDS"]))
         differs = here.rank == rank
         train(

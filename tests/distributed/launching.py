@@ -1,8 +1,10 @@
 """Starts programs on several MPI ranks of this machine."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +40,9 @@ def start(*programs: tuple[int, list[Any]], **more: str) -> subprocess.Popen[str
         line += [":"] if number else []
         line += ["-n", str(ranks), sys.executable, *map(str, words)]
     return subprocess.Popen(
-        line, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        line, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def run(*programs: tuple[int, list[Any]], **more: str) -> tuple[int, str, str]:
@@ -48,5 +51,10 @@ def run(*programs: tuple[int, list[Any]], **more: str) -> tuple[int, str, str]:
     try:
         out, errors = process.communicate(timeout=120)
     finally:
-        process.kill()
+        if process.poll() is None:  # SIGKILL alone would leave the ranks behind
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, out, errors

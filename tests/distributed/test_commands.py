@@ -5,13 +5,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import nplora
 from distributed.cases import PAIRS, ROWS
 from distributed.launching import needs_mpi, run
-from nplora.distributed import mpi
+from distributed.threads import ThreadRank, on_threads
+from nplora import cli
+from nplora.distributed import Alone, RankError, mpi
 from nplora.finetuning import FinetuneOptions, finetune
+from nplora.finetuning.execution import choose_execution
+from nplora.finetuning.load import read_inputs
+from nplora.finetuning.objectives import TokenLoss
+from nplora.finetuning.planning import ExecutionPlan, choice
+from nplora.lm import load_model
+from nplora.models.packing import pack
 from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
@@ -130,11 +139,24 @@ def test_a_rank_that_fails_before_it_meets_the_others_ends_them(
 
 @needs_mpi
 @pytest.mark.slow
+def test_different_errors_of_two_ranks_are_both_printed(inputs: Path, tmp_path: Path) -> None:
+    first = words(inputs, tmp_path / "out", "--valid", inputs / "no-valid.jsonl")
+    status, _, errors = run((1, first), (1, words(inputs, tmp_path / "out", data="no-train.jsonl")))
+    assert status != 0
+    assert sorted(name in errors for name in ("no-train.jsonl", "no-valid.jsonl")) == [True, True]
+    assert len(errors_of(errors)) == 2, errors
+
+
+@needs_mpi
+@pytest.mark.slow
 def test_more_ranks_than_batches_in_a_step_are_refused_once(inputs: Path, tmp_path: Path) -> None:
     status, _, errors = run((3, words(inputs, tmp_path / "out")))
     assert status != 0
     assert len(errors_of(errors)) == 1
-    assert "there are 3 ranks, but a step has only 2 of the batches" in errors_of(errors)[0]
+    assert (
+        "3 ranks need at least 3 batches in a step, but there are 2: use fewer ranks, or --accumulate 3"
+        in errors_of(errors)[0]
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -151,18 +173,8 @@ def test_ranks_without_the_option_are_refused(inputs: Path, tmp_path: Path) -> N
 @needs_mpi
 @pytest.mark.slow
 def test_ranks_make_local_steps(inputs: Path, tmp_path: Path) -> None:
-    options = [
-        "--epochs",
-        2,
-        "--local-steps",
-        2,
-        "--outer-lr",
-        0.5,
-        "--outer-momentum",
-        0.5,
-        "--memory",
-        "2G",
-    ]
+    text = "--epochs 2 --local-steps 2 --outer-lr 0.5 --outer-momentum 0.5 --memory 2G"
+    options = text.split()
     status, out, errors = run((2, words(inputs, tmp_path / "out", *options)))
     assert status == 0, errors
     assert out.count("holds the adapter") == 1
@@ -185,6 +197,69 @@ def test_ranks_agree_on_one_plan(inputs: Path, tmp_path: Path) -> None:
 
 
 # ---- without ranks ----
+
+
+def test_the_failure_of_another_rank_is_not_a_wrong_argument(
+    monkeypatch: pytest.MonkeyPatch, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RankError(1, "MemoryError: out of memory")
+
+    monkeypatch.setattr("nplora.finetuning.finetune", fail)
+    files = [inputs / "model.gguf", "--data", inputs / "train.jsonl", "--output", tmp_path / "out"]
+    assert cli.main(["finetune", *map(str, files)]) == 1
+    assert capsys.readouterr().err == "nplora: error: rank 1: MemoryError: out of memory\n"
+
+
+def test_a_run_that_cannot_be_resumed_is_said_once(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(inputs / "model.gguf", ROWS, tmp_path / "out", steps=1, rank=2, resume=True, progress=True)
+    assert capsys.readouterr().err.count("there is no run to resume") == 1
+
+
+def test_dropout_on_the_head_is_refused_on_several_ranks(inputs: Path) -> None:
+    def work(ranks: ThreadRank) -> None:
+        options = FinetuneOptions(rank=2, targets="lm_head", dropout=0.1, accumulate=2, distributed="mpi")
+        given = read_inputs("finetune", inputs / "model.gguf", ROWS, None, options)
+        choose_execution(inputs / "model.gguf", given, options, None, lambda text: None, ranks)
+
+    on_threads(1, work)
+    with pytest.raises(ValueError, match="several ranks cannot train an adapter on lm_head with dropout"):
+        on_threads(2, work)
+
+
+def test_ranks_with_other_limits_use_the_plan_of_the_smallest_memory(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "peak_memory", lambda: 0)
+    monkeypatch.setattr(choice, "current_memory", lambda: 10**7)
+    monkeypatch.setattr(choice, "unread", lambda source: 0)
+
+    def used(ranks: ThreadRank | Alone, *memory: int) -> ExecutionPlan:
+        options = FinetuneOptions(rank=2, batch_examples=24, accumulate=2, memory=memory[ranks.rank])
+        given = read_inputs("finetune", inputs / "model.gguf", ROWS, None, options)
+        return choose_execution(inputs / "model.gguf", given, options, None, lambda text: None, ranks)
+
+    plan = nplora.plan(inputs / "model.gguf", ROWS, rank=2, batch_examples=24, accumulate=2, memory="2G")
+    sizes = sorted(other.size for other in plan.others if other.size < plan.memory.total)
+    small = int(1.02 * sizes[0]) + 100_000
+    alone = [used(Alone(), memory) for memory in (2 * 10**9, small)]
+    assert alone[0] != alone[1]
+    assert on_threads(2, lambda ranks: used(ranks, 2 * 10**9, small)) == [alone[1]] * 2
+
+
+def test_the_progress_counts_the_tokens_of_all_ranks(inputs: Path) -> None:
+    def work(ranks: ThreadRank | Alone) -> int:
+        lm = load_model(inputs / "model.gguf")
+        lm.add_lora(rank=2, seed=0)
+        loss = TokenLoss()
+        batches = [(pack([(np.arange(n), np.arange(n))]), None) for n in (5, 6, 7, 8, 9)]
+        trainer = nplora.Trainer(lm, loss, accumulate=2, progress=False, communicator=ranks)
+        trainer.fit(batches)
+        return loss.tokens
+
+    assert on_threads(2, work) == [work(Alone())] * 2 == [35, 35]
 
 
 def test_the_variables_of_a_launcher_without_the_option_are_refused(
@@ -213,7 +288,7 @@ def test_a_cache_of_the_prefix_is_refused_with_the_reason() -> None:
 def test_a_timeout_must_be_a_number_above_zero(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPLORA_RANK_TIMEOUT", value)
     with pytest.raises(ValueError, match=f"NPLORA_RANK_TIMEOUT is '{value}', expected a number of seconds"):
-        mpi._timeout()
+        mpi._checked_timeout(None)
 
 
 def test_plan_accepts_the_option(inputs: Path) -> None:

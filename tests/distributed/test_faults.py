@@ -55,7 +55,7 @@ def test_a_rank_that_hangs_is_named_and_ended(rank: int, tmp_path: Path) -> None
         (2, [HERE / "faults.py", "stop", rank, 5, tmp_path / "run"]), NPLORA_RANK_TIMEOUT="2"
     )
     assert status != 0
-    assert f"rank {rank}: no answer for 2 s: it hangs or is stopped" in errors
+    assert f"rank {rank}: no answer for 2 s: it hangs, is stopped, or is slower" in errors
     assert time.monotonic() - begin < 60  # far less than the timeout without the environment variable
     assert saved_step(tmp_path / "run") == (5 if rank else 1)
     require_same_end(tmp_path / "run")
@@ -93,6 +93,39 @@ def test_a_rank_that_fails_does_not_wait_longer_than_the_timeout(tmp_path: Path)
     assert status != 0
     assert time.monotonic() - begin < 60
     assert saved_step(tmp_path / "run") == 1
+
+
+def test_ranks_wait_for_rank_0_which_saves_the_run_after_another_rank_has_stopped(tmp_path: Path) -> None:
+    words = [HERE / "faults.py", "stop", 1, 5, tmp_path / "run"]
+    status, _, errors = run((3, words), FAULT_SECONDS="3", NPLORA_RANK_TIMEOUT="4")
+    assert status != 0
+    assert "rank 1: no answer for 4 s: it hangs, is stopped, or is slower than that" in errors
+    assert saved_step(tmp_path / "run") == 5
+    require_same_end(tmp_path / "run")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupt_that_a_callback_raises_on_one_rank_ends_all(rank: int, tmp_path: Path) -> None:
+    status, _, errors = run((2, [HERE / "faults.py", "raise", rank, 5, tmp_path / "run"]))
+    assert status != 0
+    assert f"RankError: rank {rank}: KeyboardInterrupt" in errors
+    assert saved_step(tmp_path / "run") == 5
+    require_same_end(tmp_path / "run")
+
+
+def test_a_signal_to_all_ranks_saves_the_run(tmp_path: Path) -> None:
+    """A launcher passes Ctrl-C and SIGUSR1 on to all ranks, which notice them at different times."""
+    status, _, errors = run((3, [HERE / "faults.py", "user", -1, 5, tmp_path / "run"]))
+    assert status == 138, errors
+    assert saved_step(tmp_path / "run") == 5
+    require_same_end(tmp_path / "run")
+
+
+def test_a_handler_of_the_program_is_called_on_all_ranks_and_may_let_the_run_continue(tmp_path: Path) -> None:
+    status, out, errors = run((2, [HERE / "faults.py", "handled", 1, 5, tmp_path / "run"]))
+    assert status == 0, errors
+    assert [out.count(f"rank {rank} handles it") for rank in (0, 1)] == [1, 1]
+    assert saved_step(tmp_path / "run") == 15
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_the_error_of_all(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Ranks that make steps on their own, and are combined by outer steps."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from distributed.cases import StopAt
 from distributed.threads import ThreadRank, on_threads
 from nplora.distributed import Alone, Communicator, RankError
 from nplora.finetuning import FinetuneOptions
-from nplora.trainer import Callback, History, Run, StepRecord
+from nplora.trainer import Callback, History, Run, StepRecord, resuming
 
 BATCH, LR, OUTER_LR, OUTER_MOMENTUM = 4, 0.05, 0.7, 0.9
 Array = np.ndarray[Any, Any]
@@ -205,20 +206,8 @@ def test_an_error_between_outer_steps_loses_only_the_steps_since_the_last_one(
     for step, saved in ((2, 0), (5, 4), (11, 9)):  # an epoch has 3 steps
         with pytest.raises(MemoryError):
             resumed(2, tmp_path / "run", RaiseAt(step, MemoryError()), rank)
-        text = (tmp_path / "run" / "log.jsonl").read_text()
-        assert (
-            max(
-                [
-                    0,
-                    *(
-                        int(line.split(",")[1].split(":")[1])
-                        for line in text.splitlines()
-                        if '"step",' in line
-                    ),
-                ]
-            )
-            == saved
-        )
+        rows = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+        assert max((row["step"] for row in rows if row["event"] == "step"), default=0) == saved
     for value, expected in zip(resumed(2, tmp_path / "run", None)[0], whole, strict=True):
         np.testing.assert_array_equal(value, expected)
 
@@ -330,8 +319,6 @@ def test_a_run_that_continues_on_another_number_of_ranks_says_so(tmp_path: Path)
     def work(rank: ThreadRank) -> None:
         place = {} if rank.rank else {"checkpoint_dir": tmp_path}
         trained(rank, local_steps=2, resume=True, steps=4, epochs=None, **place)
-
-    import nplora.trainer.resuming as resuming
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resuming, "warn_user", told.append)

@@ -31,6 +31,8 @@ def test_a_sum_has_the_bits_of_adding_the_terms_in_order(size: int, rng: np.rand
     for term in terms:
         for total, values in zip(wanted, term, strict=True):
             total += values
+    backwards = [sum(term[which] for term in reversed(terms)) for which in (0, 1)]
+    assert all((other != one).any() for other, one in zip(backwards, wanted, strict=True))
 
     def work(ranks: ThreadRank) -> list[Any]:
         arrays = [np.zeros(7, np.float32), np.zeros(5)]
@@ -243,8 +245,8 @@ def test_ranks_with_another_program_are_named_before_a_model_is_read(what: str) 
 
     def work(rank: ThreadRank) -> None:
         class Other(ThreadRank):
-            def gather(self, value: Any) -> Any:
-                return super().gather({**value, what: "another"} if self.rank == 1 else value)
+            def gather(self, value: Any, place: str = "") -> Any:
+                return super().gather({**value, what: "another"} if self.rank == 1 else value, place)
 
         require_same_options(Other(rank.table, rank.rank), FinetuneOptions(accumulate=2))
 

@@ -27,15 +27,16 @@ class ThreadRank:
         self.table, self.rank, self.size = table, rank, len(table.values)
         self.waited = self.exchanged = 0.0
 
-    def gather(self, value: T) -> list[T]:
-        self.table.values[self.rank] = copy.deepcopy(value)  # as another process would get it
+    def gather(self, value: T, place: str = "") -> list[T]:
+        self.table.values[self.rank] = place, copy.deepcopy(value)  # as another process would get it
         self.table.barrier.wait()
         values = list(self.table.values)
         self.table.barrier.wait()
-        return values
+        assert len({other for other, _ in values}) == 1, values
+        return [value for _, value in values]
 
-    def broadcast(self, value: T) -> T:
-        return self.gather(value)[0]
+    def broadcast(self, value: T, place: str = "") -> T:
+        return self.gather(value, place)[0]
 
     def exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
         rows = self.gather(parts)
@@ -44,9 +45,6 @@ class ThreadRank:
 
     def join(self, part: Array, out: Array) -> None:
         out[...] = np.stack(self.gather(part))
-
-    def abort(self) -> None:
-        self.table.barrier.abort()
 
 
 def on_threads(size: int, work: Callable[[ThreadRank], T]) -> list[T]:

@@ -216,16 +216,35 @@ def test_ranks_exchange_as_often_as_predicted(files: tuple[Path, Path]) -> None:
     assert seconds == pytest.approx(8 * sent / 1e6 * 1538 / 1448, rel=1e-9)
 
 
-def exchanges(files: tuple[Path, Path], ranks: ThreadRank, steps: int) -> list[float]:
+def test_ranks_with_local_steps_exchange_as_often_as_predicted(files: tuple[Path, Path]) -> None:
+    """An outer step in two steps: four steps minus two."""
+    counts = [on_threads(2, partial(exchanges, files, steps=steps, local_steps=2))[0] for steps in (2, 4)]
+    large, small, sent = (after - before for before, after in zip(*counts, strict=True))
+    lm, rounds = load_model(files[0]), 3
+    lm.add_lora(rank=2)
+    size = 4 * lm.num_trainable
+    assert (large, small, sent) == (6, 2 * (rounds + 2) + 1, 6 * size / 2)
+    assert 2 * Network(1e15, 1.0).local_sums(size, 2, 2, rounds) == pytest.approx(large + small, rel=1e-4)
+    found = plan(*files, rank=2, batch_examples=2, accumulate=5, local_steps=2, distributed="mpi")
+    nodes = found.on_nodes(2, "1Gb", local_steps=2)
+    wanted = [GIGABIT.local_sums(size, 2, 2, -(-len(step) // 2)) for step in found.times]
+    assert nodes.sums == pytest.approx(sum(wanted) / len(wanted))
+    assert f"a share of an outer step in 2 steps, which adds up 3 x {size / 1e6:.1f} MB" in str(nodes)
+
+
+def exchanges(
+    files: tuple[Path, Path], ranks: ThreadRank, steps: int, local_steps: int | None = None
+) -> list[float]:
     """What this rank does in a run: calls of `exchange` and `join`, calls of `gather`, and bytes sent."""
     counted = Counted(ranks)
     lm = load_model(files[0])
     lm.add_lora(rank=2, seed=0)
     ids = np.random.default_rng(0).integers(100, size=12)
-    batches = [(pack([(ids, ids), (ids, ids)]), None)] * 15
+    batches = [(pack([(ids, ids), (ids, ids)]), None)] * (15 if local_steps is None else 30)
     trainer = nplora.Trainer(
-        lm, TokenLoss(micro_tokens=12), accumulate=5, progress=False, communicator=counted
-    )
+        lm, TokenLoss(micro_tokens=12), accumulate=5, progress=False, communicator=counted,
+        local_steps=local_steps,
+    )  # fmt: skip
     trainer.fit(batches, steps=steps)
     return counted.found
 
@@ -241,9 +260,9 @@ class Counted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ranks, name)
 
-    def gather(self, value: Any) -> Any:
+    def gather(self, value: Any, place: str = "") -> Any:
         self.found[1] += 1
-        return self._ranks.gather(value)
+        return self._ranks.gather(value, place)
 
     def exchange(self, parts: Any, out: Any, senders: Any) -> None:
         self.found[0] += 1

@@ -894,7 +894,7 @@ def test_leaving_the_process_from_a_callback_saves(tmp_path: Path) -> None:
     assert saved_step(tmp_path) == 7
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_at_the_very_end_exits_like_any_other(tmp_path: Path, signum: signal.Signals) -> None:
     class Late(Callback):
         def on_fit_end(self, run: Run) -> None:
@@ -975,7 +975,7 @@ def test_a_run_inside_disable_adapter_is_refused() -> None:
     assert len(trainer.fit(*data(), steps=1).steps) == 1
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_that_ends_the_process_saves_first(tmp_path: Path, signum: signal.Signals) -> None:
     program = textwrap.dedent(
         f"""

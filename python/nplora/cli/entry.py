@@ -12,6 +12,7 @@ from typing import TextIO
 
 from nplora.cli.errors import Spelling, UsageError, show_error, show_warning
 from nplora.cli.parser import parser_of
+from nplora.distributed.communicator import RankError
 from nplora.distributed.opening import heard_by_all_ranks
 from nplora.runtime.stderr import stderr
 
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     - 1: the command failed, or the program that reads stdout has ended.
     - 2: the arguments or a file are wrong, the disk failed, a package is missing, or --memory is too small.
     - 130: the user pressed Ctrl-C.
-    - 129 or 143: SIGHUP or SIGTERM ended a training run, which is saved.
+    - 129, 138 or 143: SIGHUP, SIGUSR1 or SIGTERM ended a training run, which is saved.
     - 135: another program shortened a model file while it was mapped into memory.
 
     With status 1, 2 or 135, one line on stderr states the reason, unless the reader of stdout has ended. Each
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after `nplora`; None: the arguments of this process.
     Raises:
-        SystemExit: on --help, --version or wrong arguments, or after SIGHUP or SIGTERM during training.
+        SystemExit: on --help, --version or wrong arguments, or after SIGHUP, SIGUSR1 or SIGTERM in training.
 
     >>> nplora.cli.main(["eval", "model.gguf", "--data", "valid.jsonl"])
     loss ... over 12 tokens (95 % interval ...)
@@ -77,7 +78,8 @@ def _status(arguments: list[str]) -> int:
         return 2
     except (OSError, ValueError, ArithmeticError, ImportError, MemoryError) as error:
         show_error(error, spelled=spelled)
-        return 2 if isinstance(error, ValueError | OSError | ModuleNotFoundError) else 1
+        is_wrong = isinstance(error, ValueError | OSError | ModuleNotFoundError)
+        return 2 if is_wrong and not isinstance(error, RankError) else 1
     return 0
 
 

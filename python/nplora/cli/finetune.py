@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise SystemExit(1) from None
         raise
     try:
-        if report.rank == 0:
+        if report.process == 0:
             print(report, flush=True)
     except OSError as error:
         error.add_note(f"stdout could not be written; {report.output} holds the adapter")

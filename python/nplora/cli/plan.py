@@ -45,9 +45,9 @@ def run(arguments: argparse.Namespace) -> None:
     found = finetuning.plan(arguments.model, given_data(arguments.data), valid=arguments.valid, **options)
     nodes = None
     if several:
-        dtype = options.get("communication_dtype", "float32")
+        exchange = {name: options[name] for name in ("communication_dtype", "local_steps") if name in options}
         latency = arguments.latency or _LATENCY
-        nodes = found.on_nodes(arguments.nodes, arguments.network, latency, dtype)
+        nodes = found.on_nodes(arguments.nodes, arguments.network, latency, **exchange)
     print(found.table() if arguments.verbose else found)
     if nodes is not None:
         print(nodes)

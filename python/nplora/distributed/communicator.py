@@ -44,11 +44,32 @@ def is_reported(error: BaseException) -> bool:
     return bool(vars(error).get("_is_reported"))
 
 
-class Communicator(Protocol):
+class Ranks(Protocol):
+    """Processes that exchange small values.
+
+    Every rank must call the same methods in the same order. Each method returns when this rank has all the
+    values that it needs. `place` says where in the program the call is, such as "step 3". If a rank calls
+    from another place than rank 0, the ranks raise a `RankError` that names both.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gather(self, value: T, place: str = "") -> list[T]:
+        """Return the values of all ranks, in the order of the ranks. Every rank gets the list."""
+
+    def broadcast(self, value: T, place: str = "") -> T:
+        """Return the value of rank 0. The values of the other ranks are ignored."""
+
+
+class Communicator(Ranks, Protocol):
     """What a `Trainer` needs from the connection between its ranks.
 
     Every rank must call the same methods in the same order. Each method returns when this rank has all the
-    values that it needs.
+    values that it needs. `place` says where in the program the call is; a communicator may compare it.
 
     Attributes:
         rank: the number of this process, from 0.
@@ -71,18 +92,6 @@ class Communicator(Protocol):
     waited: float
     exchanged: float
 
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in the order of the ranks. Every rank gets the list."""
-
-    def broadcast(self, value: T) -> T:
-        """Return the value of rank 0. The values of the other ranks are ignored."""
-
     def exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
         """Send row r of `parts` to rank r, and receive row s of `out` from rank s.
 
@@ -93,9 +102,6 @@ class Communicator(Protocol):
 
     def join(self, part: Array, out: Array) -> None:
         """Send `part` (m) to all ranks; write the parts of all ranks into the rows of `out` (size, m)."""
-
-    def abort(self) -> None:
-        """End all ranks at once."""
 
 
 class Alone:
@@ -111,10 +117,10 @@ class Alone:
     def __init__(self) -> None:
         self.waited = self.exchanged = 0.0
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: T, place: str = "") -> list[T]:
         return [value]
 
-    def broadcast(self, value: T) -> T:
+    def broadcast(self, value: T, place: str = "") -> T:
         return value
 
     def exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
@@ -122,9 +128,6 @@ class Alone:
 
     def join(self, part: Array, out: Array) -> None:
         out[0] = part
-
-    def abort(self) -> None:
-        raise SystemExit(1)
 
     def __enter__(self) -> Self:
         return self

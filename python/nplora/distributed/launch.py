@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 
 # The variables in which launchers give the number of ranks: Open MPI, MPICH and Intel MPI, MVAPICH, srun.
+# A launcher of MPI may run inside a step of Slurm, so the first variable that is set counts.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
@@ -15,11 +16,11 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
     4
     """
     sizes = [environment.get(name, "") for name in _SIZES]
-    return max([1, *(int(size) for size in sizes if size.isdigit())])
+    return max(1, next((int(size) for size in sizes if size.isdigit()), 1))
 
 
 def require_one_process(op: str) -> None:
-    """Refuse to run several times beside each other, where one distributed run was probably meant.
+    """Refuse a run of this process alone if a launcher has started several.
 
     Raises:
         ValueError: a launcher started several ranks.

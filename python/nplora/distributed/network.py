@@ -91,6 +91,20 @@ class Network:
         """
         return (terms + 1) * self.exchange(size, nodes) + (rounds + 1) * self.gather(nodes)
 
+    def local_sums(self, size: int, nodes: int, local_steps: int, rounds: int) -> float:
+        """Seconds in which the ranks exchange values in an average step if each makes steps of its own.
+
+        They exchange small values in every step. In every outer step, they add up the changes of the trained
+        values and the two moments of AdamW, each as `sums` adds up one gradient.
+
+        Args:
+            size: bytes of the trained values.
+            local_steps: the number of steps between two outer steps.
+            rounds: the number of rounds in a step.
+        """
+        outer = 3 * 2 * self.exchange(size, nodes) + self.gather(nodes)
+        return outer / local_steps + (rounds + 2) * self.gather(nodes)
+
     def __str__(self) -> str:
         power = min(12, max(3, 3 * math.floor(math.log10(self.rate) / 3)))
         prefix = {3: "K", 6: "M", 9: "G", 12: "T"}[power]

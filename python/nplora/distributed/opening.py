@@ -19,7 +19,7 @@ def opened_communicator(op: str, distributed: str | None) -> Iterator[Communicat
             but an error if a launcher has started several.
     Raises:
         ValueError: `distributed` is None, and a launcher has started several ranks.
-        ModuleNotFoundError, ImportError, RuntimeError: as `MPICommunicator` raises.
+        ModuleNotFoundError, ImportError, ValueError: as `MPICommunicator` raises.
     """
     if distributed != "mpi":
         if distributed is None:
@@ -52,6 +52,6 @@ def heard_by_all_ranks(distributed: str | None) -> Iterator[None]:
         yield
     except BaseException:
         if distributed == "mpi" and launched_ranks() > 1:
-            with contextlib.suppress(ImportError, RuntimeError), MPICommunicator(share_cores=False):
+            with contextlib.suppress(ImportError, ValueError), MPICommunicator(share_cores=False):
                 raise
         raise

@@ -24,9 +24,9 @@ class OrderedSum:
 
     Args:
         arrays: the arrays, which `keep` reads and clears, and `finish` overwrites.
-        dtype: "bfloat16" rounds each term, and later the sum, to bfloat16. Only these values are sent, so
-            half of the bytes. The terms are still added in the dtype of the arrays, and one process rounds
-            them too. "float32" sends all values as they are, float64 ones too.
+        dtype: "bfloat16" rounds each term, and later the sum, to bfloat16, and so sends half of the bytes.
+            The terms are still added in the dtype of the arrays. A single process rounds in the same way.
+            "float32" sends all values as they are, float64 ones too.
 
     >>> import nplora, numpy as np
     >>> gradient = np.zeros(3, np.float32)
@@ -136,6 +136,8 @@ class _Slices:
 
     def finish(self) -> None:
         if self.sum is None:
+            for array in self._arrays:
+                array.fill(0)
             return
         out, mine = self._empty(), self.sum
         if self._rounds:

@@ -28,7 +28,7 @@ def require_same_options(ranks: Communicator, options: FinetuneOptions) -> None:
     names = [field.name for field in dataclasses.fields(options) if field.name not in _MAY_DIFFER]
     mine = {**program(), **{name: repr(getattr(options, name)) for name in names}}
     mine["use of memory"] = "planned" if options.memory is not None else "not limited"
-    _require_same(ranks, mine)
+    _require_same(ranks, mine, "the options")
     if ranks.size > options.accumulate:
         raise ValueError(f"finetune: {too_many_ranks(ranks.size, options.accumulate)}")
 
@@ -41,11 +41,11 @@ def require_same_data(ranks: Communicator, inputs: RunInputs) -> None:
     """
     if ranks.size > 1:
         held_out = None if inputs.held_out is None else inputs.held_out.fingerprint()
-        _require_same(ranks, {"data": inputs.train.fingerprint(), "validation data": held_out})
+        _require_same(ranks, {"data": inputs.train.fingerprint(), "validation data": held_out}, "the data")
 
 
-def _require_same(ranks: Communicator, mine: dict[str, Any]) -> None:
+def _require_same(ranks: Communicator, mine: dict[str, Any], what: str) -> None:
     """Raise a ValueError if the values of a rank are not those of rank 0."""
-    problems = differences(ranks.gather(mine))
+    problems = differences(ranks.gather(mine, f"the comparison of {what}"))
     if problems:
         raise ValueError(f"finetune: the ranks do not agree: {first_few(problems, '; ')}")

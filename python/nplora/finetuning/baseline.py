@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 
-from nplora.distributed.communicator import Communicator
+from nplora.distributed.communicator import Ranks
 from nplora.finetuning.data import TokenBatches
 from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.report import in_words
@@ -44,7 +44,7 @@ class Baseline(Callback):
         validation: TokenBatches | None,
         prompts: Sequence[Prompt],
         say: Callable[[str], None],
-        ranks: Communicator,
+        ranks: Ranks,
     ) -> None:
         self._ranks = ranks
         self._lm, self._loss, self._validation, self._prompts, self._say = lm, loss, validation, prompts, say
@@ -55,10 +55,14 @@ class Baseline(Callback):
         self._is_measured = False
         self.was_finished = False
 
-    def measure(self) -> None:
-        """Evaluate the model, and generate a text after each prompt."""
+    def measure(self, ranks: Ranks | None = None) -> None:
+        """Evaluate the model, and generate a text after each prompt.
+
+        Args:
+            ranks: the processes that evaluate together; None: those of the constructor.
+        """
         if self._validation is not None:
-            self.metrics = evaluate(self._lm, self._loss, self._validation, self._ranks)
+            self.metrics = evaluate(self._lm, self._loss, self._validation, ranks or self._ranks)
             self.loss = self.metrics.pop("loss")
             self._say(f"validation loss {self.loss:.4f}{in_words(self.metrics)} before training")
         if self._ranks.rank == 0:
@@ -71,7 +75,7 @@ class Baseline(Callback):
             self._recall(run)
             return
         if not self._is_measured:
-            self.measure()
+            self.measure(run.ranks)
         answers = dict(zip(map(_text, self._prompts), self.answers, strict=True))
         metrics = {"metrics": self.metrics} if self.metrics else {}
         run.log(_EVENT, {"loss": self.loss, "data": self._data, "answers": answers, **metrics})

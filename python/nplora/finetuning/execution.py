@@ -7,7 +7,6 @@ from typing import Any
 from nplora import _check
 from nplora.adapters import Adapter
 from nplora.distributed.communicator import Alone, Communicator
-from nplora.distributed.ordered_sum import COMMUNICATION_DTYPES
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.earlier_run import EarlierRun
@@ -33,6 +32,7 @@ from nplora.lm.adapting import parse_pattern
 from nplora.lm.trained_rows import new_tokens
 from nplora.lm.trained_rows import wanted as wanted_rows
 from nplora.runtime.user_warning import warn_user
+from nplora.trainer.training_setup import adds_in_order
 
 _MOST_EXAMPLES = 1_000_000  # a plan lists the batches of epochs with about this many examples in total
 
@@ -159,11 +159,20 @@ def choose_execution(
     Warns:
         UserWarning: `memory` is not set, and the run needs more memory than is available.
     """
-    adapters = adapters_of("finetune", inputs, options)
+    adapters, ranks = adapters_of("finetune", inputs, options), ranks or Alone()
+    if ranks.size > 1 and options.dropout and "lm_head" in adapters.shapes:
+        raise ValueError(
+            "finetune: several ranks cannot train an adapter on lm_head with dropout, because the head draws "
+            "several masks in a batch: leave lm_head out of the targets, or set the dropout to 0"
+        )
     if options.memory is None:
         micro_tokens = None if earlier is None else earlier.micro_tokens
         execution = ExecutionPlan(inputs.lm.compute, options.recompute, micro_tokens)
-        _warn_if_short(inputs, adapters, options, execution, 0 if earlier is None else earlier.step)
+        done = 0 if earlier is None else earlier.step
+        short = ranks.gather(_shortage(inputs, adapters, options, execution, done), "the memory of the run")
+        for rank, problem in enumerate(short):
+            if problem and problem not in short[:rank]:
+                warn_user(f"finetune: {f'rank {rank}: ' if rank else ''}{problem}")
         return execution
     constraints = PlanConstraints(
         fixed_compute(model, options),
@@ -171,7 +180,8 @@ def choose_execution(
         micro_tokens=None if earlier is None else (earlier.micro_tokens,),
         resuming=earlier is not None,
     )
-    plans = (ranks or Alone()).gather(_planned("finetune", inputs, adapters, options, constraints))
+    own = _planned("finetune", inputs, adapters, options, constraints)
+    plans = ranks.gather(own, "the plan of the memory")
     chosen = min(plans, key=lambda plan: plan.memory.total - plan.memory.process - plan.memory.weights)
     say(str(chosen))
     if chosen.chosen.compute != inputs.lm.compute:
@@ -214,9 +224,9 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
         rest: tuple[Any, ...] = options.use_dora, options.dropout, options.init, tokens, modules, added
     else:
         shapes = {name: delta.shape for name, delta in start.items()}
-        ranks = {name: delta.rank for name, delta in start.items()}
+        widths = {name: delta.rank for name, delta in start.items()}
         adapters = Adapters(
-            shapes, max(ranks.values()), start.use_dora, ranks=ranks, freeze_B=options.freeze_B
+            shapes, max(widths.values()), start.use_dora, ranks=widths, freeze_B=options.freeze_B
         )
         adapters = adapters.with_rows(lm, start.trained_rows, inputs.added_tokens, start.rows)
         invocation = start.invocation_tokens
@@ -281,25 +291,21 @@ def _planned(
     return choose(inputs.lm, adapters, _work_of(inputs, options), constraints, resident, budget, op)
 
 
-def _warn_if_short(
+def _shortage(
     inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, execution: ExecutionPlan, done: int
-) -> None:
-    """Warn if the remaining steps need more memory than is available.
+) -> str:
+    """A message if the remaining steps need more memory than is available, else an empty text.
 
     Only the batches of the first epoch are listed: all epochs are assumed to need the same memory.
 
     Args:
         done: the number of steps that the run has made.
     """
-    resident, work = (
-        resident_memory(inputs.lm, inputs.teacher_model),
-        _work_of(inputs, options, most_epochs=1),
-    )
+    resident = resident_memory(inputs.lm, inputs.teacher_model)
+    work = _work_of(inputs, options, most_epochs=1)
     if done >= work.steps:
-        return
-    short = shortage(needed(inputs.lm, adapters, work, execution, resident), available_memory())
-    if short:
-        warn_user(f"finetune: {short}")
+        return ""
+    return shortage(needed(inputs.lm, adapters, work, execution, resident), available_memory())
 
 
 def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | None = None) -> Work:
@@ -318,14 +324,13 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
     most = 1 + _MOST_EXAMPLES // len(train) if most_epochs is None else most_epochs
     epochs = min(-(-steps * options.accumulate // batches.length), most)
     lengths, targets = train.lengths, train.targets
+    evaluated = [_largest_evaluation(one) for one in (held_out, *read_before) if one is not None]
     return Work(
         [(lengths[batch], targets[batch]) for epoch in range(epochs) for batch in batches.members(epoch)],
         steps,
         options.accumulate,
         batches.length,
-        evaluated=max(
-            [_largest_evaluation(one) for one in (held_out, *read_before) if one is not None] or [0]
-        ),
+        evaluated=max(evaluated, default=0),
         # If only the end of the run is evaluated, its factors need no copy.
         keeps_best=held_out is not None
         and options.keep == "best"
@@ -334,9 +339,9 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
         sequences=train.sequences,
         extra_passes=objective.extra_passes,
         teaching=objective.teaching(inputs.lm),
-        adds_in_order=is_local
-        or options.distributed is not None
-        or options.communication_dtype != COMMUNICATION_DTYPES[0],
+        adds_in_order=adds_in_order(
+            options.distributed == "mpi", options.communication_dtype, options.local_steps
+        ),
         is_local=is_local,
         reference=[
             size for one in read_before for size in _sizes(one) for _ in range(1 + objective.extra_passes)

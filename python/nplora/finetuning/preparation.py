@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nplora.distributed.communicator import Communicator
+from nplora.distributed.communicator import Ranks
 from nplora.finetuning.data import TokenBatches
 from nplora.finetuning.objectives import Objective
 from nplora.formats import files
@@ -37,7 +37,7 @@ class Preparation(Callback):
         batches: list[TokenBatches],
         directory: files.Directory | None,
         say: Callable[[str], None],
-        ranks: Communicator,
+        ranks: Ranks,
     ) -> None:
         self._objective, self._batches, self._directory, self._say = objective, batches, directory, say
         self._ranks = ranks
@@ -46,17 +46,17 @@ class Preparation(Callback):
     def compute(self) -> None:
         """Compute for a new run. The directory is locked meanwhile."""
         if self._directory is None:
-            self._compute(writes=False)
+            self._compute(writes=False, ranks=self._ranks)
             return
         with RunDirectory(self._directory):
-            self._compute(writes=not holds_run(self._directory))
+            self._compute(writes=not holds_run(self._directory), ranks=self._ranks)
 
     def on_fit_start(self, run: Run) -> None:
-        self._compute(writes=True)
+        self._compute(writes=True, ranks=run.ranks)
         if self._directory is not None:
             self._objective.keep(self._directory)
 
-    def _compute(self, writes: bool) -> None:
+    def _compute(self, writes: bool, ranks: Ranks) -> None:
         if self._lm is not None:
-            self._objective.prepare(self._lm, self._batches, self._directory, self._say, writes, self._ranks)
+            self._objective.prepare(self._lm, self._batches, self._directory, self._say, writes, ranks)
         self._lm = None

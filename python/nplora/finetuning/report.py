@@ -65,7 +65,7 @@ class FinetuneReport:
         unit: the unit of the counts in the history: trained tokens, pairs or answers.
         metrics_before, metrics_after: other values that the loss measures on the validation data before and
             after training, such as the rewards of DPO.
-        rank: number of the process that made the report, if several have trained together. Only rank 0 has
+        process: number of the process that made the report, if several have trained together. Only rank 0 has
             the texts of the samples.
         ranks: the speed and the waiting time of each of these processes.
         tokens: number of trained tokens in all steps, including the steps before a resume. If the unit is
@@ -93,7 +93,7 @@ class FinetuneReport:
     unit: str = "trained tokens"
     metrics_before: dict[str, float] = field(default_factory=dict)
     metrics_after: dict[str, float] = field(default_factory=dict)
-    rank: int = 0
+    process: int = 0
     ranks: tuple[RankRecord, ...] = ()
 
     @property

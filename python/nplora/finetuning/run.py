@@ -296,7 +296,7 @@ def _finetune(
         files.require_directory(output)
         require_reporters("finetune", chosen.report_to)
         earlier = find_earlier_run(place) if chosen.resume else None
-    earlier = ranks.broadcast(earlier)
+    earlier = ranks.broadcast(earlier, "the search for an earlier run")
     if earlier is not None and not isinstance(model, LanguageModel):
         chosen = earlier.keep_compute(chosen)
 
@@ -325,7 +325,8 @@ def _finetune(
         del plain
         loss = inputs.objective.loss(execution.micro_tokens)
         baseline = Baseline(lm, loss, validation, inputs.prompts(chosen.sample), say, ranks)
-        is_new = ranks.broadcast(directory is not None and not (chosen.resume and holds_run(directory)))
+        is_new = directory is not None and not (chosen.resume and holds_run(directory))
+        is_new = ranks.broadcast(is_new, "the choice between a new run and an earlier one")
         if is_new:
             if chosen.resume:
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")
@@ -531,7 +532,7 @@ def _report(
     trainer: Trainer,
 ) -> FinetuneReport:
     lm, stopped = inputs.lm, history.interrupted
-    rank, is_silent = trainer.communicator.rank, stopped or trainer.communicator.rank
+    process, is_silent = trainer.communicator.rank, stopped or trainer.communicator.rank
     after = [""] * len(options.sample) if is_silent else answers_of(lm, inputs.prompts(options.sample))
     loss_after, metrics_after = (None, dict[str, float]()) if stopped else _validated(history)
     return FinetuneReport(
@@ -548,7 +549,7 @@ def _report(
         trained=lm.num_trainable,
         parameters=lm.num_parameters,
         was_finished=baseline.was_finished,
-        rank=rank,
+        process=process,
         ranks=tuple(trainer.ranks),
     )
 

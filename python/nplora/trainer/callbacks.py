@@ -21,6 +21,10 @@ class Callback:
     this state with `run.log` in `on_step_end`, and read the last written state with `run.logged` in
     `on_fit_start`.
 
+    On several ranks, every rank calls the hooks of its own callbacks, except `on_checkpoint`, which is called
+    on rank 0 only. A callback that changes the model or its gradients must do the same on all ranks;
+    otherwise the run ends with an error.
+
         >>> import nplora, numpy as np
         >>> class StopAt(nplora.trainer.Callback):
         ...     def on_step_end(self, run, record):
@@ -71,7 +75,7 @@ class Callback:
         """Called after every epoch and its validation."""
 
     def on_checkpoint(self, run: Run) -> None:
-        """Called after a checkpoint was written to the disk."""
+        """Called after a checkpoint was written to the disk, on rank 0 only."""
 
     def on_fit_end(self, run: Run) -> None:
         """Called at the end of the run, also after Ctrl-C, but not after an error."""

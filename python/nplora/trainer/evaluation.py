@@ -2,12 +2,12 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nplora.distributed.communicator import Alone
+from nplora.distributed.communicator import Alone, Ranks
 from nplora.nn import losses
 from nplora.nn.losses import Loss
 from nplora.nn.module import Module
@@ -15,19 +15,6 @@ from nplora.trainer.batches import Batches
 from nplora.trainer.fused import FusedLoss, add_measured, take_measured, take_metrics
 
 Array = npt.NDArray[Any]
-T = TypeVar("T")
-
-
-class Ranks(Protocol):
-    """The processes that evaluate together: a `Communicator`, or the meeting of a run."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def gather(self, value: T) -> list[T]: ...
 
 
 def evaluate(
@@ -50,7 +37,7 @@ def evaluate(
         if ranks.size == 1:
             sums.add(own)
             continue
-        for each, measured in ranks.gather((own, take_measured(loss))):
+        for each, measured in ranks.gather((own, take_measured(loss)), "an evaluation"):
             sums.add(each)
             all_measured.append(measured)
     for measured in all_measured:

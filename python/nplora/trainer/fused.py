@@ -12,7 +12,8 @@ class FusedLoss(Protocol):
 
     A `FusedLoss` may also have a method `take_metrics()`, which returns other quantities by name. Each is a
     mean over all batches since the last call. The records of steps and epochs then have these metrics. If a
-    mean NAME has another number of values than `count`, the metric "count/NAME" says how many.
+    mean NAME has another number of values than `count`, the metric "count/NAME" says how many. On several
+    ranks, such a loss also needs the methods of `MergedLoss`, because a rank measures its own batches only.
 
     >>> import nplora, numpy as np
     >>> class Distance:

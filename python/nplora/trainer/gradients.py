@@ -18,16 +18,17 @@ Array = npt.NDArray[Any]
 
 
 @dataclass
-class Gathered:
+class StepTotals:
     """The totals over the batches of one step. The model holds the sum of the batches' gradients.
 
     If ranks make steps on their own, the model holds the gradients of this rank's batches only.
     """
 
+    step: int = 0  # the number of the step, from 1
     batches: int = 0
     count: int = 0
     first_count: int = 0  # the first count that is not 0; gradients are weighted relative to it
-    added: int = 0  # the count of the batches whose gradients the model holds
+    own_count: int = 0  # the count of the batches whose gradients the model holds
     loss: float = 0.0  # the sum of loss · count
     started: float = field(default_factory=time.perf_counter)
 
@@ -74,7 +75,7 @@ class Gradients:
     def begin(self) -> None:
         """Begin a step."""
 
-    def add(self, x: Any, y: Any, gathered: Gathered) -> NonfiniteLoss | None:
+    def add(self, x: Any, y: Any, totals: StepTotals) -> NonfiniteLoss | None:
         """Run one batch forward and backward; add the gradients, weighted by the batch's number of items.
 
         Returns:
@@ -82,18 +83,18 @@ class Gradients:
         """
         streams = [layer.dropout_stream for layer in self._adapters]
         loss = self._setup.loss
-        gathered.batches += 1
+        totals.batches += 1
         if isinstance(loss, FusedLoss):
-            value = self._add_fused(loss, x, y, gathered)
+            value = self._add_fused(loss, x, y, totals)
         else:
-            value = self._add(loss, x, y, gathered)
+            value = self._add(loss, x, y, totals)
         if math.isfinite(value):
             return None
         for layer, stream in zip(self._adapters, streams, strict=True):
             layer.dropout_stream = stream  # so that the search below uses the same dropout masks
-        return NonfiniteLoss(gathered.batches, self._blame(value, x, y))
+        return NonfiniteLoss(totals.batches, self._blame(value, x, y))
 
-    def finish(self, gathered: Gathered) -> NonfiniteLoss | None:
+    def finish(self, totals: StepTotals) -> NonfiniteLoss | None:
         """Complete the gradients of a step that has no more batches."""
         return None
 
@@ -104,16 +105,16 @@ class Gradients:
             return f"is {value}: {loss.blame(self._model, x)}"
         return f"is {value}: {first_nonfinite(self._model, x, y)}"
 
-    def _add(self, loss: Loss, x: Any, y: Any, gathered: Gathered) -> float:
+    def _add(self, loss: Loss, x: Any, y: Any, totals: StepTotals) -> float:
         """Run one batch; return its loss. If the loss is not finite, the gradients stay unchanged."""
         forward = self._loss_of(loss, x, y)
         if forward.count == 0:  # the loss is not finite, or no row is labelled
             return forward.loss
-        gathered.first_count = gathered.first_count or forward.count
-        gathered.count += forward.count
-        gathered.added += forward.count
-        gathered.loss += forward.loss * forward.count
-        self._backward(forward, gathered.first_count)
+        totals.first_count = totals.first_count or forward.count
+        totals.count += forward.count
+        totals.own_count += forward.count
+        totals.loss += forward.loss * forward.count
+        self._backward(forward, totals.first_count)
         return forward.loss
 
     def _loss_of(self, loss: Loss, x: Any, y: Any) -> Forward:
@@ -133,17 +134,17 @@ class Gradients:
             self._setup.backward(gradient, forward.saved)
         self._check_buffers()
 
-    def _add_fused(self, loss: FusedLoss, x: Any, y: Any, gathered: Gathered) -> float:
+    def _add_fused(self, loss: FusedLoss, x: Any, y: Any, totals: StepTotals) -> float:
         """Run one batch with a fused loss; return the sum of its losses."""
         count = loss.count(x, y)
         if count == 0:
             return 0.0
-        gathered.first_count = gathered.first_count or count
-        value = self._fused(loss, x, y, gathered.first_count)
+        totals.first_count = totals.first_count or count
+        value = self._fused(loss, x, y, totals.first_count)
         if math.isfinite(value):
-            gathered.count += count
-            gathered.added += count
-            gathered.loss += value
+            totals.count += count
+            totals.own_count += count
+            totals.loss += value
             self._check_buffers()
         return value
 

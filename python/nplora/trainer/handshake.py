@@ -29,7 +29,7 @@ def require_agreement(communicator: Communicator, setup: TrainingSetup, config: 
         ValueError: a rank differs from rank 0; the message names the rank and what differs.
     """
     if communicator.size > 1:
-        problems = differences(communicator.gather(_described(setup, config)))
+        problems = differences(communicator.gather(_described(setup, config), "the handshake"))
         if problems:
             raise ValueError(f"Trainer.fit: the ranks do not agree: {first_few(problems, '; ')}")
 
@@ -71,7 +71,7 @@ def _described(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
     names = ("epochs", "steps", "eval_every", "patience", "keep")
     return {
         **program(),
-        "base model": base_fingerprint(setup.model),
+        "base model": base_fingerprint(setup.model, whole=True),
         **fixed,
         **settings["free"],
         "validation data": settings["validation"],

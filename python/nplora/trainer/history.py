@@ -302,6 +302,18 @@ def last_logged(log: bytes, event: str) -> dict[str, Any]:
     return {}
 
 
+def last_of_each_event(log: bytes) -> dict[str, dict[str, Any]]:
+    """The content of the last line of each event in a log."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in log.splitlines():
+        try:
+            row = json.loads(line)
+            found[row["event"]] = dict(row)
+        except (ValueError, TypeError, LookupError, RecursionError):
+            continue
+    return found
+
+
 def _validated(epochs: Sequence[EpochRecord], evaluations: Sequence[EvaluationRecord]) -> list[EpochRecord]:
     """The epochs of a log or a checkpoint, with NaN for each validation loss that was not finite.
 

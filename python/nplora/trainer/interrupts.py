@@ -11,13 +11,13 @@ from typing import Any, Self
 
 REPEAT_SECONDS = 0.5  # two Ctrl-C within this time end the program
 
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 Handler = Callable[[int, FrameType | None], Any]
 
 
 class Terminated(BaseException):
-    """Raised when SIGTERM or SIGHUP arrives, to end the process.
+    """Raised when SIGTERM, SIGHUP or SIGUSR1 arrives, to end the process.
 
     Attributes:
         status: the exit status that a shell reports for a process ended by the signal.
@@ -32,19 +32,28 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise Terminated(signum)
 
 
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _ignore(signum: int, frame: FrameType | None) -> None:
+    """The handler of SIGUSR1 after a run of several processes: the program may still save its results."""
+
+
 class Interrupts:
-    """A context manager that can delay SIGINT, SIGTERM and SIGHUP.
+    """A context manager that can delay SIGINT, SIGTERM, SIGHUP and SIGUSR1.
 
     A signal is handled at once, except inside a `hold()` block, where it waits until the block ends. The
     existing handlers are kept: Python's handler of SIGINT raises KeyboardInterrupt, and an ignored signal,
-    such as SIGHUP under nohup, stays ignored. If `terminate` is true, SIGTERM and SIGHUP raise Terminated
-    instead of ending the process at once. Python handles signals only in the main thread, so in any other
-    thread the context manager does nothing.
+    such as SIGHUP under nohup, stays ignored. If `terminate` is true, SIGTERM, SIGHUP and SIGUSR1 raise
+    Terminated instead of ending the process at once. Slurm and mpirun can send SIGUSR1 before the end of a
+    job. Python handles signals only in the main thread, so in any other thread the context manager does
+    nothing.
 
     Args:
-        terminate: whether SIGTERM and SIGHUP raise Terminated.
-        noted_only: only note signals, SIGUSR1 too, until `end_run` raises the exception. For runs of several
-            processes, which must end together.
+        terminate: whether SIGTERM, SIGHUP and SIGUSR1 raise Terminated.
+        noted_only: only note signals until `end_run` handles them. For runs of several processes, which must
+            end together.
     Attributes:
         repeated: whether the last Ctrl-C came soon after another Ctrl-C, perhaps in the previous run. A
             repeated Ctrl-C means that the user wants to end the whole program.
@@ -56,8 +65,6 @@ class Interrupts:
         self._signals: tuple[signal.Signals, ...] = (
             (signal.SIGINT, *_ENDING) if terminate else (signal.SIGINT,)
         )
-        if noted_only:
-            self._signals += (signal.SIGUSR1,)  # mpirun passes it on to all ranks
         self._noted_only = noted_only
         self._previous: dict[int, Any] = {}
         self._handlers: dict[int, Handler] = {}
@@ -70,7 +77,7 @@ class Interrupts:
             return self
         for signum in self._signals:
             previous = signal.getsignal(signum)
-            if previous is signal.SIG_DFL and signum != signal.SIGINT:
+            if previous in (signal.SIG_DFL, _ignore) and signum != signal.SIGINT:
                 self._handlers[signum] = _terminate
             elif callable(previous):
                 self._handlers[signum] = previous
@@ -82,7 +89,9 @@ class Interrupts:
 
     def __exit__(self, *exception: object) -> None:
         for signum, previous in self._previous.items():
-            signal.signal(signum, previous)
+            # MPI may have a handler of its own here, which Python does not know and cannot restore.
+            is_usual = self._noted_only and signum == signal.SIGUSR1 and previous is signal.SIG_DFL
+            signal.signal(signum, _ignore if is_usual else previous)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT:
@@ -110,9 +119,12 @@ class Interrupts:
         return (self._waiting[-1], self.repeated) if self._waiting else None
 
     def end_run(self, signum: int, repeated: bool) -> None:
-        """Raise KeyboardInterrupt or Terminated for a signal that this process or another one has noted."""
+        """Handle a signal that this process or another one has noted.
+
+        Raises:
+            KeyboardInterrupt, Terminated: unless the program has a handler of its own that returns.
+        """
         self._waiting.clear()
         self.repeated = repeated
-        if signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise Terminated(signum)
+        handler = self._handlers.get(signum, _interrupt if signum == signal.SIGINT else _terminate)
+        handler(signum, None)

@@ -24,7 +24,7 @@ class LocalSteps:
     all ranks have the same state, and a checkpoint holds one state instead of one for each rank.
 
     Attributes:
-        every: the number of steps between two outer steps; None: ranks make no steps of their own.
+        every: the number of steps between two outer steps; None: there are no outer steps.
         is_open: whether the ranks have made steps that are not combined yet.
     """
 
@@ -57,7 +57,9 @@ class LocalSteps:
             return
         state, outer = self._state, self._outer
         state.updating = True
-        state.optimizer.steps = max(self._meeting.gather(state.optimizer.steps))  # some had no batch
+        state.optimizer.steps = max(  # some ranks had no batch
+            self._meeting.gather(state.optimizer.steps, f"the outer step after step {state.step}")
+        )
         for parameter, before in zip(state.parameters, self._start.values, strict=True):
             np.subtract(before, parameter.value, out=parameter.grad)
             parameter.value[...] = before

@@ -13,26 +13,34 @@ class Meeting:
 
     A signal must not end the run of one rank alone, because the other ranks would wait for it. So with
     several ranks, signals are only noted when they arrive, and `gather` raises the exception on all ranks.
+
+    Attributes:
+        is_ended: whether a signal has ended the run on all ranks.
     """
 
     def __init__(self, communicator: Communicator, interrupts: Interrupts) -> None:
         self.communicator, self._interrupts = communicator, interrupts
         self.rank, self.size = communicator.rank, communicator.size
+        self.is_ended = False
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: T, place: str = "") -> list[T]:
         """Return the values of all ranks, in the order of the ranks.
 
+        Args:
+            place: where in the program all ranks are, as in `Ranks`.
         Raises:
             KeyboardInterrupt, Terminated: a signal has reached one of the ranks.
         """
         if self.size == 1:
             return [value]
-        rows = self.communicator.gather((self._interrupts.noted(), value))
+        rows = self.communicator.gather((self._interrupts.noted(), value), place)
         signals = [signal for signal, _ in rows if signal is not None]
         if signals:
+            self.is_ended = True
             self._interrupts.end_run(*max(signals))
+            self.is_ended = False  # a handler of the user's program has let the run continue
         return [value for _, value in rows]
 
-    def broadcast(self, value: T) -> T:
+    def broadcast(self, value: T, place: str = "") -> T:
         """Return the value of rank 0."""
-        return self.communicator.broadcast(value)
+        return self.communicator.broadcast(value, place)

@@ -1,13 +1,11 @@
 """RankRecord: how one rank of a distributed run has spent its time."""
 
 import os
-import resource
 from dataclasses import dataclass
 
 from nplora.distributed.communicator import Communicator
 from nplora.runtime import get_num_threads
-
-_KIBIBYTE = 1024
+from nplora.runtime.memory import peak_memory
 
 
 @dataclass(frozen=True)
@@ -71,9 +69,8 @@ class Stopwatch:
 
     def record(self, now: float, items: int, computed: float) -> RankRecord:
         """The record of the run so far."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTE
         ranks = self.communicator
         return RankRecord(
             ranks.rank, os.uname().nodename, get_num_threads(), items, now - self.started, computed,
-            ranks.waited - self.waited, ranks.exchanged - self.exchanged, peak,
+            ranks.waited - self.waited, ranks.exchanged - self.exchanged, peak_memory(),
         )  # fmt: skip

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nplora.distributed.communicator import Alone, Ranks
+from nplora.formats.strict_json import json_values
 from nplora.nn.module import Module
 from nplora.trainer.history import History, last_logged
 from nplora.trainer.run_directory import RunDirectory
@@ -24,6 +26,8 @@ class Run:
 
     def __init__(self, state: RunState, directory: RunDirectory | None) -> None:
         self._state, self._directory = state, directory
+        self._logged: dict[str, dict[str, Any]] | None = None  # where rank 0 has the log: its last lines
+        self.ranks: Ranks = Alone()  # the processes that train together
         self._ended: str | None = None  # the reason for the end, as in `History.ended`
 
     def __repr__(self) -> str:
@@ -78,11 +82,18 @@ class Run:
         >>> history = trainer.fit(np.eye(4), np.eye(4), checkpoint_dir="noted-run", overwrite=True)
         {'event': 'note', 'loss': 0.0}
         """
+        row = {"event": event, **record}
         if self._directory is not None:
-            self._directory.log({"event": event, **record})
+            self._directory.log(row)
+        elif self._logged is not None:
+            self._logged[event] = json_values(row)
 
     def logged(self, event: str) -> dict[str, Any]:
-        """The content of the last line with the event `event` in the run's log; empty if there is none."""
+        """The content of the last line with the event `event` in the run's log; empty if there is none.
+
+        On several ranks, only rank 0 writes the log. The other ranks know the log of a resumed run, and what
+        they have logged themselves.
+        """
         if self._directory is None:
-            return {}
+            return dict((self._logged or {}).get(event, {}))
         return last_logged(self._directory.read_log(self._directory.log_bytes), event)

@@ -132,6 +132,7 @@ class RunCheckpoints:
             return False
         bad = nonfinite_parameters(state.parameters, gradients=False)
         if bad:
+            state.diverged_after = state.step
             state.divergence = NonFiniteLossError(
                 f"step {state.step} made {first_few(bad, ', ')} not finite, so this step is not saved: "
                 "a lower lr may help"
@@ -199,7 +200,7 @@ class RunCheckpoints:
 
         A resumed run will start from an earlier checkpoint, and needs other settings.
         """
-        step = self._state.step
+        step = self._state.diverged_after  # the present step may be an earlier one, without local steps
         good = self._directory.before(step)
         error.good_step = None if good is None else good.step
         self._directory.log({"event": NONFINITE, **failure_record(step, error, self._settings)})

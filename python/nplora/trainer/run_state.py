@@ -52,6 +52,7 @@ class RunState:
         total_steps: the number of steps in the whole run; None if the number of batches is unknown.
         updating: whether an update has begun that `step` does not count yet.
         divergence: the error if the present parameters led to NaN or infinity; otherwise None.
+        diverged_after: the step that made these parameters.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class RunState:
         self.total_steps = total_steps
         self.updating = False
         self.divergence: NonFiniteLossError | None = None
+        self.diverged_after = 0
         self._adapters = list(model.adapter_layers().values())
         self._streams = self._dropout_streams()
         self._evaluated_at_the_end = False  # whether the run evaluated only because it ended
@@ -211,7 +213,8 @@ class RunState:
     def continues_momentum(self, checkpoint: Checkpoint) -> bool:
         """Whether the outer steps continue with the momentum of a checkpoint.
 
-        They start without any if only one of the two runs has an `outer_momentum` above 0.
+        They start with a momentum of zero if `outer_momentum` is 0 here, or was 0 when the checkpoint was
+        written.
         """
         if self.outer is None:
             return False
@@ -220,7 +223,7 @@ class RunState:
     def share(self, meeting: Meeting, resumed: bool) -> bool:
         """Give the state of a resumed run from rank 0 to all ranks; return whether rank 0 has one."""
         mine = (self.checkpoint({}, ""), self.history) if resumed else None
-        given = meeting.broadcast(mine)
+        given = meeting.broadcast(mine, "the start of a run")
         if given is not None and meeting.rank:
             self.continue_from(*given)
         return given is not None

@@ -11,13 +11,13 @@ import numpy.typing as npt
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.optim import schedule
 from nplora.trainer.fused import take_metrics
-from nplora.trainer.gradients import Gathered, Gradients, NonfiniteLoss
+from nplora.trainer.gradients import Gradients, NonfiniteLoss, StepTotals
 from nplora.trainer.history import StepRecord
 from nplora.trainer.meeting import Meeting
 from nplora.trainer.nonfinite import INPUT, TARGETS, nonfinite_parameters
+from nplora.trainer.ordered_gradients import OrderedGradients
 from nplora.trainer.resuming import first_few
 from nplora.trainer.run_state import RunState
-from nplora.trainer.shared_gradients import SharedGradients
 from nplora.trainer.training_setup import TrainingSetup
 
 Array = npt.NDArray[Any]
@@ -28,36 +28,36 @@ class Stepper:
     parameters."""
 
     def __init__(self, setup: TrainingSetup, state: RunState, meeting: Meeting) -> None:
-        self._setup, self._state = setup, state
-        self._gradients = SharedGradients(setup, meeting) if setup.is_shared else Gradients(setup)
-        self._gathered = Gathered()
+        self._setup, self._state, self._meeting = setup, state, meeting
+        self._gradients = OrderedGradients(setup, meeting) if setup.adds_in_order else Gradients(setup)
+        self._totals = StepTotals()
 
     def begin(self) -> None:
         """Begin a step, whose time is measured from this call."""
-        self._gathered = Gathered()
+        self._totals = StepTotals(self._state.step + 1)
         self._gradients.begin()
         take_metrics(self._setup.loss)  # drops the metrics of an unfinished step
 
     @property
     def work(self) -> tuple[int, float]:
         """On several ranks: the number of items that this rank has computed, and the seconds it took."""
-        shared = self._gradients
-        return (shared.items, shared.computed) if isinstance(shared, SharedGradients) else (0, 0.0)
+        made = self._gradients
+        return (made.items, made.computed) if isinstance(made, OrderedGradients) else (0, 0.0)
 
     @property
     def has_batches(self) -> bool:
         """Whether the step has at least one batch."""
-        return self._gathered.batches > 0
+        return self._totals.batches > 0
 
     @property
     def is_full(self) -> bool:
         """Whether the step has all of its batches."""
-        return self._gathered.batches == self._setup.accumulate
+        return self._totals.batches == self._setup.accumulate
 
     @property
     def has_gradients(self) -> bool:
         """Whether the batches of the step have any label to train on."""
-        return self._gathered.added > 0
+        return self._totals.own_count > 0
 
     def gradients(self) -> Mapping[str, Array]:
         """The gradients of the step's mean loss, by parameter name; the arrays are the model's own."""
@@ -69,12 +69,12 @@ class Stepper:
 
         In the sums, each batch is weighted by its count divided by the first batch's count.
         """
-        gathered = self._gathered
-        if gathered.first_count != gathered.added:
+        totals = self._totals
+        if totals.first_count != totals.own_count:
             for parameter in self._state.parameters:
                 gradient = parameter.grad
-                gradient *= gradient.dtype.type(gathered.first_count / gathered.added)
-            gathered.first_count = gathered.added  # so that a second call changes nothing
+                gradient *= gradient.dtype.type(totals.first_count / totals.own_count)
+            totals.first_count = totals.own_count  # so that a second call changes nothing
 
     def add(self, x: Any, y: Any) -> None:
         """Run one batch forward and backward.
@@ -82,7 +82,7 @@ class Stepper:
         Raises:
             NonFiniteLossError: the loss of the batch is NaN or infinite.
         """
-        self._require_finite(self._gradients.add(x, y, self._gathered))
+        self._require_finite(self._gradients.add(x, y, self._totals))
 
     def complete(self) -> None:
         """Complete the gradients of a step that has all of its batches.
@@ -90,7 +90,7 @@ class Stepper:
         Raises:
             NonFiniteLossError: the loss of a batch is NaN or infinite.
         """
-        self._require_finite(self._gradients.finish(self._gathered))
+        self._require_finite(self._gradients.finish(self._totals))
 
     def _require_finite(self, problem: NonfiniteLoss | None) -> None:
         if problem is not None:
@@ -103,19 +103,19 @@ class Stepper:
         Raises:
             NonFiniteLossError: a gradient is NaN or infinite; no parameter is changed.
         """
-        state, setup, gathered = self._state, self._setup, self._gathered
+        state, setup, totals = self._state, self._setup, self._totals
         factor = schedule(setup.schedule, state.step, state.total_steps or 0, setup.warmup_steps)
         lr = state.optimizer.lr * factor
         norm = self._clip_and_update(lr)
-        state.count_step(gathered.batches)
+        state.count_step(totals.batches)
         record = StepRecord(
             step=state.step,
             epoch=state.epoch + 1,
-            loss=gathered.loss / max(1, gathered.count),
-            count=gathered.count,
+            loss=totals.loss / max(1, totals.count),
+            count=totals.count,
             lr=lr,
             grad_norm=norm,
-            seconds=time.perf_counter() - gathered.started,
+            seconds=time.perf_counter() - totals.started,
             metrics=take_metrics(setup.loss),
         )
         state.history.steps.append(record)
@@ -123,18 +123,25 @@ class Stepper:
 
     def _clip_and_update(self, lr: float) -> float:
         """Clip the gradients and update the parameters; return the norm of all gradients before clipping."""
-        state, gathered, clip_norm = self._state, self._gathered, self._setup.clip_norm
-        if not gathered.added:
-            return 0.0
-        self._weight_gradients()
-        max_norm = math.inf if clip_norm is None else clip_norm
-        state.updating = True
-        norm = state.optimizer.step(state.parameters, lr=lr, max_norm=max_norm)
-        assert norm is not None, "an optimizer's step returns the norm if it is given a max_norm"
+        state, setup, totals = self._state, self._setup, self._totals
+        clip_norm = setup.clip_norm
+        norm, problem = 0.0, ""
+        if totals.own_count:
+            self._weight_gradients()
+            max_norm = math.inf if clip_norm is None else clip_norm
+            state.updating = True
+            found = state.optimizer.step(state.parameters, lr=lr, max_norm=max_norm)
+            assert found is not None, "an optimizer's step returns the norm if it is given a max_norm"
+            norm = found
         if not math.isfinite(norm):
             state.updating = False
             names = nonfinite_parameters(state.parameters, gradients=True)
-            raise self._nonfinite(f"the loss is finite, but the gradient of {first_few(names, ', ')} is not")
+            problem = f"the loss is finite, but the gradient of {first_few(names, ', ')} is not"
+        if setup.local_steps is not None:  # each rank has another gradient, but all must end together
+            problems = self._meeting.gather(problem, f"the update of step {state.step + 1}")
+            problem = next(filter(None, problems), "")
+        if problem:
+            raise self._nonfinite(problem)
         return norm
 
     def _nonfinite(self, what: str) -> NonFiniteLossError:
@@ -146,5 +153,5 @@ class Stepper:
         blamed = state.step > 0 and not what.endswith((INPUT, TARGETS))
         hint = "; a lower lr may help" if blamed else ""
         error = NonFiniteLossError(f"step {state.step + 1} (epoch {state.epoch + 1}): {what}{hint}")
-        state.divergence = error if blamed else None
+        state.divergence, state.diverged_after = error if blamed else None, state.step
         return error

@@ -136,7 +136,8 @@ class Trainer(TrainingSetup):
         Ctrl-C ends the run early. The run is then saved in the `checkpoint_dir`, if there is one, and the
         history is returned with `interrupted` set to True. A second Ctrl-C within half a second, or while the
         run is being saved, raises KeyboardInterrupt after the checkpoint is written, to end the program. If
-        there is a `checkpoint_dir`, SIGTERM and SIGHUP (a closed terminal) save the run and end the program.
+        there is a `checkpoint_dir`, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 save the run and end the
+        program.
 
         An error in a step leaves the parameters and the optimiser's moments as they were after the last
         complete step. After any error, the state of the last complete step is saved in the `checkpoint_dir`,

@@ -7,10 +7,11 @@ from typing import Any
 
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer.callbacks import Callback
+from nplora.trainer.checksum import checksum
 from nplora.trainer.evaluation import evaluate
 from nplora.trainer.fit_config import FitConfig
 from nplora.trainer.handshake import require_agreement
-from nplora.trainer.history import EVALUATION, EvaluationRecord, History
+from nplora.trainer.history import EVALUATION, EvaluationRecord, History, last_of_each_event
 from nplora.trainer.interrupts import Interrupts, Terminated
 from nplora.trainer.local_steps import LocalSteps
 from nplora.trainer.meeting import Meeting
@@ -40,9 +41,9 @@ class TrainingRun(Run):
         self._setup, self._config, self._callbacks = setup, config, callbacks
         self._gradient_callbacks = [callback for callback in callbacks if _sees_gradients(callback)]
         self._checkpoints: RunCheckpoints | None = None
-        shared = setup.communicator.size > 1
-        self._interrupts = Interrupts(terminate=shared or directory is not None, noted_only=shared)
-        self._meeting = Meeting(setup.communicator, self._interrupts)
+        several = setup.communicator.size > 1
+        self._interrupts = Interrupts(terminate=several or directory is not None, noted_only=several)
+        self.ranks = self._meeting = Meeting(setup.communicator, self._interrupts)
         self._stepper = Stepper(setup, state, self._meeting)
         self._local = LocalSteps(setup, state, self._meeting)
         self._has_begun = False  # before that, the run has no state that may be saved
@@ -69,7 +70,7 @@ class TrainingRun(Run):
     def _train_until_interrupted(self, resume: bool) -> None:
         """Train until the end or a signal. The first Ctrl-C only ends the run early.
 
-        A second Ctrl-C, SIGTERM and SIGHUP also raise an exception after the run is saved.
+        A second Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 also raise an exception after the run is saved.
         """
         try:
             with self._interrupts.hold():
@@ -79,7 +80,8 @@ class TrainingRun(Run):
             if not self._has_begun:
                 raise
             self._save_interrupted()
-            if not isinstance(reason, KeyboardInterrupt) or self._interrupts.repeated:
+            is_alone = self._meeting.size > 1 and not self._meeting.is_ended  # the other ranks still train
+            if not isinstance(reason, KeyboardInterrupt) or self._interrupts.repeated or is_alone:
                 if self._directory is not None:
                     reason.add_note(f"the run is saved at step {self.step}: {RESUME_HINT}")
                 raise
@@ -91,9 +93,15 @@ class TrainingRun(Run):
         resumed = self._directory is not None and self._begin_directory(self._directory, resume)
         if self._meeting.size > 1:
             resumed = self._state.share(self._meeting, resumed)
+            self._logged = self._meeting.broadcast(self._last_lines(), "the start of a log")
         if resumed:
             self._stop_if_patience_is_lost()
         self._has_begun = True
+
+    def _last_lines(self) -> dict[str, dict[str, Any]] | None:
+        """The last line of each event in the log; None without a log."""
+        directory = self._directory
+        return None if directory is None else last_of_each_event(directory.read_log(directory.log_bytes))
 
     def _begin_directory(self, directory: RunDirectory, resume: bool) -> bool:
         """Load or write a checkpoint; return whether the run is resumed."""
@@ -125,7 +133,7 @@ class TrainingRun(Run):
         history = self.history
         if self._meeting.size > 1:
             record = self._stopwatch.record(time.perf_counter(), *self._stepper.work)
-            self._setup.ranks = self._meeting.communicator.gather(record)
+            self._setup.ranks = self._meeting.communicator.gather(record, "the end of a run")
             self.log("ranks", {"ranks": [vars(one) for one in self._setup.ranks]})
         history.ended = self._ended or "complete"
         stopping = self._state.early_stopping
@@ -157,9 +165,21 @@ class TrainingRun(Run):
         """Whether the run is over, on all ranks: a callback may have ended it on one of them.
 
         A callback ends a run after an outer step only, so that a resumed run gets the same results.
+
+        Raises:
+            ValueError: the ranks have different trained values.
         """
-        ends = self._meeting.gather(self._ended)
-        self._ended = next((end for end in ends if end is not None), None)
+        compares = self._meeting.size > 1 and not self._local.is_open
+        values = checksum([p.value for p in self._state.parameters]) if compares else 0
+        rows = self._meeting.gather((self._ended, values), f"the end of step {self.step}")
+        for rank, (_, other) in enumerate(rows):
+            if other != rows[0][1]:
+                self._state.updating = True  # so that these values are not saved
+                raise ValueError(
+                    f"Trainer.fit: after step {self.step}, rank {rank} has other trained values than rank 0: "
+                    "a callback must change them on all ranks in the same way"
+                )
+        self._ended = next((end for end, _ in rows if end is not None), None)
         return (self._ended is not None and not self._local.is_open) or self._is_complete()
 
     def _is_complete(self) -> bool:
@@ -178,11 +198,15 @@ class TrainingRun(Run):
                 self._update()
                 if self._is_over():
                     return False
+                self._save_if_due()
                 stepper.begin()
         if stepper.has_batches:
             self._update()
         self._combine()
-        return not self._is_over()
+        if self._is_over():
+            return False
+        self._save_if_due()
+        return True
 
     def _update(self) -> None:
         self._stepper.complete()
@@ -200,6 +224,9 @@ class TrainingRun(Run):
             self._combine()
         self._call("on_step_end", record)
         self._evaluate_if_due()
+
+    def _save_if_due(self) -> None:
+        """Write a checkpoint if it is time for one and the ranks have no steps to combine."""
         checkpoints = None if self._local.is_open else self._checkpoints
         if checkpoints is not None and checkpoints.is_due_after_step():
             self._save()

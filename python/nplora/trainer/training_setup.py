@@ -12,7 +12,7 @@ from nplora.nn import losses, optim
 from nplora.nn.losses import LossFunction
 from nplora.nn.module import Module
 from nplora.nn.optim import SCHEDULES, SGD, AdamW, Optimizer
-from nplora.trainer.fused import FusedLoss
+from nplora.trainer.fused import FusedLoss, MeasuredLoss, MergedLoss
 from nplora.trainer.rank_record import RankRecord
 
 # Momentum of 0.9, as in the paper, needs hundreds of outer steps: in a run with few of them it overshoots.
@@ -63,12 +63,16 @@ class TrainingSetup:
         self.outer_lr = _check.at_least("Trainer", "outer_lr", outer_lr, 0)
         self.outer_momentum = _check.probability("Trainer", "outer_momentum", outer_momentum)
         self.outer = SGD(self.outer_lr, self.outer_momentum, nesterov=self.outer_momentum > 0)
-        # A process that trains alone computes as several ranks do if this changes the results.
-        rounds = communication_dtype != COMMUNICATION_DTYPES[0]
-        self.is_shared = communicator is not None or rounds or local_steps is not None
+        self.adds_in_order = adds_in_order(communicator is not None, communication_dtype, local_steps)
         self.communicator = Alone() if communicator is None else communicator
+        _require_communicator(self.communicator)
         if self.communicator.size > self.accumulate:
             raise ValueError(f"Trainer: {too_many_ranks(self.communicator.size, self.accumulate)}")
+        if self.communicator.size > 1 and _measures_alone(self.loss):
+            raise ValueError(
+                f"Trainer: the metrics of {type(self.loss).__name__} cannot be put together from several "
+                "ranks: it needs take_measured and add_measured beside take_metrics"
+            )
         parameters = inspect.signature(model.backward).parameters
         self._skips_dx = "need_dx" in parameters
 
@@ -80,9 +84,33 @@ class TrainingSetup:
             self.model.backward(gradient, saved)
 
 
+def adds_in_order(on_ranks: bool, communication_dtype: str, local_steps: int | None) -> bool:
+    """Whether a step keeps the gradient of each part of a batch, to add them up in order.
+
+    A process that trains alone does so too if it must get the results of several ranks.
+
+    Args:
+        on_ranks: whether the run has a communicator.
+    """
+    return on_ranks or communication_dtype != COMMUNICATION_DTYPES[0] or local_steps is not None
+
+
 def too_many_ranks(ranks: int, batches: int) -> str:
     """The words of the error that some ranks would get no batch in a step."""
     return (
-        f"there are {ranks} ranks, but a step has only {batches} of the batches that they share: use fewer "
-        "ranks, or a larger accumulate"
+        f"{ranks} ranks need at least {ranks} batches in a step, but there are {batches}: use fewer ranks, "
+        f"or accumulate={ranks}"
     )
+
+
+def _require_communicator(given: Any) -> None:
+    names = ("rank", "size", "gather", "broadcast", "exchange", "join", "waited", "exchanged")
+    if missing := [name for name in names if not hasattr(given, name)]:
+        raise TypeError(
+            f"Trainer: communicator is {_check.kind(given)}, expected a Communicator, which has {missing[0]}"
+        )
+
+
+def _measures_alone(loss: Any) -> bool:
+    """Whether a loss has metrics of the batches of this rank only."""
+    return isinstance(loss, MeasuredLoss) and not isinstance(loss, MergedLoss)

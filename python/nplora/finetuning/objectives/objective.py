@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
-from nplora.distributed.communicator import Communicator
+from nplora.distributed.communicator import Ranks
 from nplora.finetuning.data import TokenBatches
 from nplora.finetuning.data.dataset import ReadOptions, read_sources
 from nplora.finetuning.data.sources import Source
@@ -90,7 +90,7 @@ class Objective:
         directory: files.Directory | None,
         say: Callable[[str], None],
         writes: bool = True,
-        ranks: Communicator | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Compute all that the losses need besides the model. A second call adds what other batches need.
 

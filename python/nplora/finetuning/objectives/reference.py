@@ -11,8 +11,8 @@ import contextlib
 import errno
 import hashlib
 import itertools
-import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _core
-from nplora.distributed.communicator import Alone, Communicator
+from nplora.distributed.communicator import Alone, Ranks
 from nplora.finetuning.data import EVALUATION_TOKENS, TokenBatches
 from nplora.finetuning.slow_progress import Progress
 from nplora.formats import files, safetensors
@@ -36,6 +36,8 @@ from nplora.trainer.fingerprint import base_fingerprint
 Array = npt.NDArray[Any]
 
 _SCHEMA = "1"
+_PLACE = "the log-probabilities of the reference"
+_WRITE_SECONDS = 60.0  # the least time between two writes of the file
 
 
 class Reference:
@@ -72,7 +74,7 @@ class Reference:
         directory: files.Directory | None,
         say: Callable[[str], None],
         writes: bool,
-        ranks: Communicator | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Add the log-probabilities of all sequences of the data: from the file, or computed.
 
@@ -81,50 +83,50 @@ class Reference:
             batches: the training data, and the validation data, if there are any.
             sequences_of: the sequences of a batch whose log-probabilities are needed.
             directory: the output directory; None on other ranks than rank 0.
-            writes: whether the file is written. If not, `keep` writes it later.
+            writes: whether the file is written, every minute and at the end. If not, `keep` writes it later.
             ranks: the processes that train together. Each computes a share of the log-probabilities.
         Raises:
             NonFiniteLossError: a log-probability is NaN or infinite.
+            ValueError: the ranks have different models.
         Warns:
             UserWarning: the file cannot be written. The run can continue without it.
         """
         ranks, self._model = ranks or Alone(), _identity(lm)
-        found = self._found()
-        kept, problem = ({}, "") if directory is None else _read(directory, self._model)
-        kept = ranks.broadcast(kept) | found
+        known, problem = ({}, "") if directory is None else _read(directory, self._model)
+        for rank, model in enumerate(models := ranks.gather(self._model, _PLACE)):
+            if model != models[0]:
+                raise ValueError(f"finetune: the ranks do not agree: rank {rank} has another base model")
+        known = ranks.broadcast(known, _PLACE) | self._found()
         if directory is not None and problem:
             say(f"{Path(directory, REFERENCE)}: {problem}; the reference is computed again")
         progress = Progress("reference", "examples", sum(len(source.dataset) for source in batches), say)
-        new: list[tuple[int, dict[int, float]]] = []  # the parts that this rank has computed, by number
-        number, is_whole = 0, False
+        shared = _SharedParts(lm, ranks, known)
+        seen, written_at, is_computed = set(self._found()), time.monotonic(), False
         try:
             for source in batches:
                 for x, y in source.epoch(0):
                     for part in _parts(sequences_of(x, y)):
-                        keys = sequence_keys(part).tolist()
-                        # The whole part is computed, so that the results are the same bits, whichever of its
-                        # sequences the file has.
-                        if not all(key in kept for key in keys):
+                        seen.update(sequence_keys(part).tolist())
+                        if shared.lacks(part):
                             progress.begin("computing the log-probabilities of the model without its adapter")
-                            values = [math.nan] * len(keys)  # another rank computes them
-                            if number % ranks.size == ranks.rank:
-                                values = _log_probs(lm, part).tolist()
-                                new.append((number, dict(zip(keys, values, strict=True))))
-                            kept |= zip(keys, values, strict=True)
-                            number += 1
-                        found |= ((key, kept[key]) for key in keys)
+                            is_computed = True
+                            shared.add(part)
                     progress.add((len(x.starts) - 1) // source.dataset.sequences)
-            # A sequence may be in several parts, with other roundings. The last one counts, as on one rank.
-            for _, values_of in sorted(itertools.chain(*ranks.gather(new)), key=lambda one: one[0]):
-                found |= values_of
-            is_whole = True
+                    if (
+                        writes
+                        and directory
+                        and is_computed
+                        and time.monotonic() - written_at > _WRITE_SECONDS
+                    ):
+                        _write(directory, self._model, known)
+                        written_at = time.monotonic()
+            shared.compute()
+            known = {key: known[key] for key in seen}
         finally:  # also after Ctrl-C, so that the next start continues from here
-            # After Ctrl-C on several ranks, the parts of this rank are not the first ones. A sequence that is
-            # in several parts would then get another rounding, so nothing is written.
-            if number and writes and directory is not None and (is_whole or ranks.size == 1):
-                _write(directory, self._model, found if is_whole else kept)
-        self._set(found)
-        self._is_kept = self._is_kept and (writes or not number)
+            if is_computed and writes and directory is not None:
+                _write(directory, self._model, known)
+        self._set(known)
+        self._is_kept = self._is_kept and (writes or not is_computed)
 
     def keep(self, directory: files.Directory) -> None:
         """Write the file, unless it holds everything already."""
@@ -138,6 +140,52 @@ class Reference:
 
     def _found(self) -> dict[int, float]:
         return dict(zip(self._keys.tolist(), self._values.tolist(), strict=True))
+
+
+class _SharedParts:
+    """Computes the log-probabilities of parts of batches, one part on each rank at a time (a round).
+
+    The ranks exchange the results after every round. So a faster rank waits for a slower one for one part
+    only, and all ranks know the results of all parts but the last few.
+
+    Args:
+        known: log-probabilities by the keys of their sequences, to which the results are added.
+    """
+
+    def __init__(self, lm: LanguageModel, ranks: Ranks, known: dict[int, float]) -> None:
+        self._lm, self._ranks, self._known = lm, ranks, known
+        self._round: list[PackedBatch] = []
+        self._keys: set[int] = set()  # of the sequences in the round
+
+    def lacks(self, part: PackedBatch) -> bool:
+        """Whether a log-probability of a part is neither known nor about to be computed."""
+        return any(key not in self._known and key not in self._keys for key in sequence_keys(part).tolist())
+
+    def add(self, part: PackedBatch) -> None:
+        """Add a part to the round, and compute the round if it is full.
+
+        The whole part is computed, so that the results are the same bits, whichever of its sequences are
+        known.
+        """
+        self._round.append(part)
+        self._keys.update(sequence_keys(part).tolist())
+        if len(self._round) == self._ranks.size:
+            self.compute()
+
+    def compute(self) -> None:
+        """Compute the parts of the round.
+
+        A sequence may be in several parts, with other roundings. The last one counts, as on one rank.
+        """
+        if not self._round:
+            return
+        own: list[float] = []
+        if self._ranks.rank < len(self._round):
+            own = _log_probs(self._lm, self._round[self._ranks.rank]).tolist()
+        for part, values in zip(self._round, self._ranks.gather(own, _PLACE), strict=False):
+            self._known.update(zip(sequence_keys(part).tolist(), values, strict=True))
+        self._round.clear()
+        self._keys.clear()
 
 
 def sequence_keys(batch: PackedBatch) -> Array:

@@ -68,12 +68,17 @@ class MemoryPlan:
     gradients: int = 0
 
     def on_nodes(
-        self, nodes: int, network: str, latency: str = "50us", communication_dtype: str = "float32"
+        self,
+        nodes: int,
+        network: str,
+        latency: str = "50us",
+        communication_dtype: str = COMMUNICATION_DTYPES[0],
+        local_steps: int | None = None,
     ) -> NodesPlan:
         """Predict the time of a step if several machines like this one train together, one rank on each.
 
         The predicted times are those of the passes and of adding up the gradients in every step, without
-        evaluations, checkpoints and `local_steps`. Every machine is as fast as this one, and its network
+        evaluations and checkpoints. Every machine is as fast as this one, and its network
         carries the full rate in both directions.
 
         Args:
@@ -81,6 +86,7 @@ class MemoryPlan:
             network: the rate of a machine's connection, such as "1Gb", "2.5Gb" or "125MB" per second.
             latency: the time from one machine to another, such as "50us" or "1ms".
             communication_dtype: precision in which gradients are sent, as in `finetune`.
+            local_steps: steps of each machine between two outer steps, as in `finetune`.
         Returns:
             the predicted time and efficiency; `print` shows them.
         Raises:
@@ -92,9 +98,13 @@ class MemoryPlan:
         ...
         """
         _check.choice("plan", "communication_dtype", communication_dtype, COMMUNICATION_DTYPES)
-        sent = self.gradients if communication_dtype == "float32" else self.gradients // 2
+        if local_steps is not None:
+            _check.integer("plan", "local_steps", local_steps, least=1)
+        sent = self.gradients // (1 if communication_dtype == COMMUNICATION_DTYPES[0] else 2)
         parsed = Network.parse(network, latency, "plan")
-        return NodesPlan.of(self.times, sent, nodes, parsed, accumulate=self.accumulate)
+        return NodesPlan.of(
+            self.times, sent, nodes, parsed, accumulate=self.accumulate, local_steps=local_steps
+        )
 
     def __str__(self) -> str:
         nearest = self._nearest()

@@ -36,8 +36,9 @@ class NodesPlan:
         alone: seconds of the step on one machine.
         waiting: seconds that an average machine waits for the slowest one, because batches differ in length,
             or because the last round of a step has too few batches, as in the last step of an epoch.
-        sums: seconds in which the machines add up their gradients.
+        sums: seconds in which the machines add up their gradients, or what outer steps add up.
         size: bytes of the gradients.
+        local_steps: steps of each machine between two outer steps; None: there are no outer steps.
 
     >>> planning = nplora.finetuning.planning
     >>> step = [planning.BatchTime(seconds) for seconds in (10.0, 9.0, 10.0)]
@@ -57,6 +58,7 @@ class NodesPlan:
     waiting: float
     sums: float
     size: int
+    local_steps: int | None = None
 
     @classmethod
     def of(
@@ -67,6 +69,7 @@ class NodesPlan:
         network: Network,
         op: str = "plan",
         accumulate: int | None = None,
+        local_steps: int | None = None,
     ) -> NodesPlan:
         """Predict the average of these steps. Each step is a list of batches.
 
@@ -77,6 +80,7 @@ class NodesPlan:
             size: bytes of the gradients of the trained values.
             op: name of the public function, with which error messages begin.
             accumulate: the number of batches in a step, unless its epoch ends; None: that of the largest.
+            local_steps: steps of each machine between two outer steps, as in `finetune`.
         Raises:
             ValueError: there are more nodes than batches in a step.
         """
@@ -92,10 +96,13 @@ class NodesPlan:
             rounds = [step[first : first + nodes] for first in range(0, len(step), nodes)]
             alone += sum(batch.seconds for batch in step)
             slowest += sum(max(batch.seconds for batch in one) for one in rounds)
-            terms = sum(max(batch.parts for batch in one) for one in rounds)
-            sums += network.sums(size, nodes, terms, len(rounds))
+            if local_steps is None:
+                terms = sum(max(batch.parts for batch in one) for one in rounds)
+                sums += network.sums(size, nodes, terms, len(rounds))
+            else:
+                sums += network.local_sums(size, nodes, local_steps, len(rounds))
         alone, slowest, sums = (each / len(steps) for each in (alone, slowest, sums))
-        return cls(nodes, network, batches, alone, slowest - alone / nodes, sums, size)
+        return cls(nodes, network, batches, alone, slowest - alone / nodes, sums, size, local_steps)
 
     @property
     def seconds(self) -> float:
@@ -107,6 +114,12 @@ class NodesPlan:
         """How many times faster a step is than on one machine, divided by the number of machines."""
         return self.alone / (self.nodes * self.seconds)
 
+    def _summed(self) -> str:
+        size = f"{self.size / 1e6:.1f} MB"
+        if self.local_steps is None:
+            return f"sums of {size} of gradients"
+        return f"a share of an outer step in {self.local_steps} steps, which adds up 3 x {size}"
+
     def __str__(self) -> str:
         nodes = "1 node" if self.nodes == 1 else f"{self.nodes:,} nodes"
         share, efficiency = self.alone / self.nodes, 100 * self.efficiency
@@ -114,7 +127,7 @@ class NodesPlan:
             f"{nodes}, {self.network}: {self.seconds:.2f} s per step, efficiency {efficiency:.0f} %",
             f"  {share:6.2f} s  forward and backward passes, which take one machine {self.alone:.2f} s",
             f"  {self.waiting:6.2f} s  waiting for the slowest machine",
-            f"  {self.sums:6.2f} s  sums of {self.size / 1e6:.1f} MB of gradients",
+            f"  {self.sums:6.2f} s  {self._summed()}",
         ]
         if idle := -self.batches % self.nodes:
             lines.append(

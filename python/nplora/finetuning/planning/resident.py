@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 from nplora.formats.files import StrPath
+from nplora.runtime.memory import largest_memory
 
 _UNITS = {
     "": 1,
@@ -57,7 +57,7 @@ def current_memory() -> int:
     >>> nplora.finetuning.planning.current_memory() > 1e6
     True
     """
-    return _status("VmRSS") or _largest()
+    return _status("VmRSS") or largest_memory()
 
 
 def available_memory() -> int | None:
@@ -72,17 +72,6 @@ def available_memory() -> int | None:
     free = [*_sizes("proc/meminfo", "MemAvailable"), *_left_in_groups()]
     own = _status("RssAnon") + _status("RssShmem")  # pages of files count as free
     return min(free) + own if free else None
-
-
-def peak_memory() -> int:
-    """The peak memory of this process in bytes, including mapped files.
-
-    `getrusage` is only the fallback: in a child process, its peak begins at the peak of the parent.
-
-    >>> nplora.finetuning.planning.peak_memory() > 1e6
-    True
-    """
-    return _status("VmHWM") or _largest()
 
 
 def unread(source: str) -> int:
@@ -143,7 +132,3 @@ def _text(path: StrPath) -> str:
         return os.fsdecode((_ROOT / path).read_bytes())
     except (OSError, ValueError):  # not Linux, or no such group; ValueError: not a file name
         return ""
-
-
-def _largest() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTE

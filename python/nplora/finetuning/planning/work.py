@@ -18,7 +18,9 @@ from nplora.models.packing import cut
 
 Array = npt.NDArray[Any]
 
-_ARRAYS_OF_OUTER_STEPS = 8  # the momentum, copies of it, of the factor and its moments, three to add them up
+# For each trained value: the momentum; copies of the value, the momentum and AdamW's two moments; and, while
+# ranks add up, the term, the terms of the others and the sum.
+_ARRAYS_OF_OUTER_STEPS = 1 + 4 + 3
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 from nplora.distributed.communicator import Alone
 from nplora.distributed.ordered_sum import OrderedSum
+from nplora.trainer.checksum import checksum
 from nplora.trainer.fused import FusedLoss, PartedLoss, add_measured, take_measured
-from nplora.trainer.gradients import Gathered, Gradients, NonfiniteLoss
+from nplora.trainer.gradients import Gradients, NonfiniteLoss, StepTotals
 from nplora.trainer.meeting import Meeting
 from nplora.trainer.training_setup import TrainingSetup
 
@@ -19,10 +20,12 @@ class _Result:
 
     Attributes:
         loss: the sum of the batch's losses.
+        count: the number of items over which the loss is averaged.
         terms: the number of gradients to add, one for each part of the batch.
         problem: why the loss is not finite; empty if it is.
         masks: for each layer, the number of dropout masks that a part has drawn, if it is not as expected.
         measured: what the loss has measured.
+        data: the checksum of all batches of the round.
     """
 
     loss: float = 0.0
@@ -31,12 +34,13 @@ class _Result:
     problem: str = ""
     masks: list[int] | None = None
     measured: Any = None
+    data: int = 0
 
 
-class SharedGradients(Gradients):
+class OrderedGradients(Gradients):
     """Computes the gradients of a step on several ranks, which get one batch each at a time (a round).
 
-    Each batch draws the dropout masks that it draws on one rank. The gradients of the batches, or of their
+    Each batch gets the same dropout masks as on one rank. The gradients of the batches, or of their
     parts, are added in the order of the batches. So the sums have the same bits for any number of ranks. But
     if ranks make steps on their own (`local_steps`), each adds the gradients of its own batches only.
 
@@ -66,14 +70,14 @@ class SharedGradients(Gradients):
         self._measured.clear()
         self._sum.restart()
 
-    def add(self, x: Any, y: Any, gathered: Gathered) -> NonfiniteLoss | None:
+    def add(self, x: Any, y: Any, totals: StepTotals) -> NonfiniteLoss | None:
         self._round.append((x, y))
-        gathered.batches += 1
-        is_full = len(self._round) == self._meeting.size or gathered.batches == self._setup.accumulate
-        return self._run_round(gathered) if is_full else None
+        totals.batches += 1
+        is_full = len(self._round) == self._meeting.size or totals.batches == self._setup.accumulate
+        return self._run_round(totals) if is_full else None
 
-    def finish(self, gathered: Gathered) -> NonfiniteLoss | None:
-        problem = self._run_round(gathered) if self._round else None
+    def finish(self, totals: StepTotals) -> NonfiniteLoss | None:
+        problem = self._run_round(totals) if self._round else None
         if problem is None:
             self._sum.finish()
             for measured in self._measured:
@@ -81,35 +85,38 @@ class SharedGradients(Gradients):
             self._measured.clear()
         return problem
 
-    def _run_round(self, gathered: Gathered) -> NonfiniteLoss | None:
+    def _run_round(self, totals: StepTotals) -> NonfiniteLoss | None:
         """Run the batches of the round, one on each rank, and add their gradients."""
         batches, self._round = self._round, []
         parts = [self._parts(x, y) for x, y in batches]
-        results = self._results(batches, parts, gathered)
-        first = gathered.batches - len(batches)
+        results = self._results(batches, parts, totals)
+        first = totals.batches - len(batches)
         for number, result in enumerate(results[: len(batches)]):
             if result.problem:
                 return NonfiniteLoss(first + number + 1, result.problem)
-            gathered.first_count = gathered.first_count or result.count
-            gathered.count += result.count
-            gathered.loss += result.loss
+            totals.first_count = totals.first_count or result.count
+            totals.count += result.count
+            totals.loss += result.loss
             self._measured.append(result.measured)
         added = results[self._meeting.rank :][:1] if self._is_local else results
-        gathered.added += sum(result.count for result in added)
+        totals.own_count += sum(result.count for result in added)
         self._sum.add([result.terms for result in added])
         return None
 
-    def _results(self, batches: list[tuple[Any, Any]], parts: list[int], gathered: Gathered) -> list[_Result]:
+    def _results(self, batches: list[tuple[Any, Any]], parts: list[int], totals: StepTotals) -> list[_Result]:
         """Run one batch on each rank; return the results of all ranks.
 
         Each rank must know how many dropout masks the earlier batches of the round draw. At first, one mask
         for each part and layer is assumed. If this is wrong, the round is run again with the right number.
         """
         start = [layer.dropout_stream for layer in self._adapters]
+        data = checksum(batches) if self._meeting.size > 1 else 0
         for _ in range(2):
             self._set_streams(start, sum(parts[: self._meeting.rank]))
-            own = self._own_result(batches, parts, gathered)
-            results = self._meeting.gather(own)
+            own = self._own_result(batches, parts, totals)
+            own.data = data
+            results = self._meeting.gather(own, f"the batches of step {totals.step}")
+            self._require_same_data(results, totals.step)
             counts = next((result.masks for result in results if result.masks is not None), None)
             if counts is None:
                 self._set_streams(start, sum(parts))
@@ -123,7 +130,15 @@ class SharedGradients(Gradients):
             "another, which several ranks cannot reproduce: set its dropout to 0, or train on one rank"
         )
 
-    def _own_result(self, batches: list[tuple[Any, Any]], parts: list[int], gathered: Gathered) -> _Result:
+    def _require_same_data(self, results: list[_Result], step: int) -> None:
+        for rank, result in enumerate(results):
+            if result.data != results[0].data:
+                raise ValueError(
+                    f"Trainer.fit: in step {step}, rank {rank} has other batches than rank 0: all ranks must "
+                    "read the same data in the same order"
+                )
+
+    def _own_result(self, batches: list[tuple[Any, Any]], parts: list[int], totals: StepTotals) -> _Result:
         """Run the batch of this rank, if the round has one."""
         has_batch = self._meeting.rank < len(batches)
         x, y = batches[self._meeting.rank] if has_batch else (None, None)
@@ -131,12 +146,12 @@ class SharedGradients(Gradients):
         loss = self._setup.loss
         if isinstance(loss, FusedLoss):
             counts = [loss.count(*batch) for batch in batches]
-            first_count = gathered.first_count or next((count for count in counts if count), 0)
+            first_count = totals.first_count or next((count for count in counts if count), 0)
             result = (
                 self._run_fused(x, y, counts[self._meeting.rank], first_count) if has_batch else _Result()
             )
         else:
-            result = self._run_plain(x, y, has_batch, gathered.first_count)
+            result = self._run_plain(x, y, has_batch, totals.first_count)
         self.items += result.count
         result.masks = self._unexpected_masks(before, parts[self._meeting.rank] if has_batch else 0)
         if has_batch and not math.isfinite(result.loss):
@@ -159,6 +174,8 @@ class SharedGradients(Gradients):
                 value = self._fused(loss, x, y, first_count)
             finally:
                 loss.after_part = before
+            if math.isfinite(value):
+                self._check_parts(loss, loss.parts(x, y))
         else:
             value = self._fused(loss, x, y, first_count)
             self._sum.keep()
@@ -166,6 +183,14 @@ class SharedGradients(Gradients):
         if math.isfinite(value):
             self._check_buffers()
         return _Result(value, count)
+
+    def _check_parts(self, loss: PartedLoss, parts: int) -> None:
+        """Refuse a loss that has left gradients in the model, which would not be added to those of others."""
+        if self._sum.kept != parts:
+            raise RuntimeError(
+                f"{type(loss).__name__}.forward_backward has called after_part {self._sum.kept} times, "
+                f"expected {parts}, the number of parts of the batch"
+            )
 
     def _run_plain(self, x: Any, y: Any, has_batch: bool, first_count: int) -> _Result:
         """Run a batch whose number of items is known only after the forward pass."""
@@ -175,7 +200,8 @@ class SharedGradients(Gradients):
         count = 0 if forward is None else forward.count
         self.computed += time.perf_counter() - started
         if not first_count:
-            first_count = next((count for count in self._meeting.gather(count) if count), 0)
+            counts = self._meeting.gather(count, "the number of items in the batches of a round")
+            first_count = next((count for count in counts if count), 0)
         if forward is None or not count:
             is_bad = forward is not None and not math.isfinite(forward.loss)
             return _Result(forward.loss if forward is not None and is_bad else 0.0)

@@ -1,0 +1,171 @@
+"""Farewell: how the ranks of MPI learn that a rank has failed, and end together."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Collection
+from typing import Any
+
+from nplora.distributed.communicator import RankError, mark_reported
+from nplora.runtime.stderr import stderr
+
+_QUIET = 5.0  # seconds for which a rank that has failed waits before it says so
+_FORWARDING = 0.3  # seconds in which the launcher prints what a rank has written, before the rank ends all
+_LAST_VALUES = 0.1  # seconds in which the last values of a rank that has failed arrive
+PAUSE = 5e-4  # seconds between two looks at messages
+
+_NOTICE = 3  # the tag of notices; other tags are those of `MPICommunicator`
+_ENDS, _LEAVES = "ends", "leaves"  # kinds of notices
+
+
+class Farewell:
+    """Tells the other ranks about a failure, and waits until all ranks have left.
+
+    - "ends": a rank sends it when it learns of a failure, or when another rank does not answer. It may now
+      save the run. The others raise the same failure in their next exchange.
+    - "leaves": a rank sends it when an exception leaves its `with` block. The others also raise the failure,
+      and no longer wait for this rank.
+
+    A rank reads notices only while it waits in an exchange. So the rank that leaves waits for the others,
+    which may first compute a batch. If it hears nothing for the timeout, it ends all ranks by force. It does
+    so at once if it has already waited that long for all ranks that are left.
+
+    Attributes:
+        timeout: the seconds after which a rank that does not answer is given up.
+        pending: requests of MPI that an exception has left unfinished, with their buffers.
+    """
+
+    def __init__(self, mpi: Any, comm: Any, timeout: float) -> None:
+        self._mpi, self._comm = mpi, comm
+        self.timeout = timeout
+        self.rank, self.size = int(comm.rank), int(comm.size)
+        self.pending: list[Any] = []
+        self._failure: RankError | None = None
+        self._failed_at = 0.0  # the time at which this rank learned of the failure
+        self._noticed_at = 0.0  # the time of the last notice of another rank
+        self._hung: set[int] = set()  # ranks that do not answer
+        self._ended: set[int] = set()  # ranks that send no more values
+        self._gone: set[int] = set()  # ranks that have left
+        self._reported: tuple[int, str] | None = None  # the error with which rank 0 has left
+
+    # ---- in an exchange ----
+
+    def raise_failure(self, missing: Collection[int] | None = None) -> None:
+        """Raise the failure of another rank, if there is one.
+
+        Args:
+            missing: ranks that have not sent their values. The failure is raised only if one of them will
+                not send any; None: it is raised in any case.
+        """
+        if self._failure is None:
+            return
+        # A rank that has failed may have sent its values before.
+        is_late = time.monotonic() - self._failed_at > _LAST_VALUES
+        if missing is None or (is_late and self._ended.intersection(missing)):
+            raise self._failure
+
+    def no_answer(self, missing: Collection[int]) -> RankError:
+        """The error that ranks have not answered within the timeout. The other ranks hear of it."""
+        self._hung.update(missing)
+        names = ", ".join(map(str, sorted(set(missing))))
+        more = f" (nor do other ranks: {names})" if len(set(missing)) > 1 else ""
+        words = f"no answer for {self.timeout:g} s{more}: it hangs, is stopped, or is slower than that"
+        error = RankError(min(missing, default=0), words)
+        self._fail(error)
+        return error
+
+    def listen(self) -> None:
+        """Read the notices of other ranks."""
+        while (message := self._comm.improbe(tag=_NOTICE)) is not None:
+            sender, kind, rank, reason = message.recv()
+            self._noticed_at = time.monotonic()
+            self._hung.discard(sender)
+            self._ended.add(sender)
+            if kind == _LEAVES:
+                self._gone.add(sender)
+                if sender == 0:
+                    self._reported = rank, reason
+            if self._failure is None:
+                self._fail(RankError(rank, reason))
+
+    def _fail(self, failure: RankError) -> None:
+        self._failure, self._failed_at = failure, time.monotonic()
+        self._notify(_ENDS, failure.rank, failure.reason)
+
+    def _notify(self, kind: str, rank: int, reason: str) -> None:
+        """Send a notice to all other ranks: the rank that has failed, and why."""
+        notice = self.rank, kind, rank, reason
+        self.pending += [self._comm.isend(notice, dest=other, tag=_NOTICE) for other in self._others()]
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank != self.rank]
+
+    # ---- after an exception ----
+
+    def leave(self, error: BaseException) -> None:
+        """Tell the other ranks about an error, and wait until they have ended their runs too."""
+        rank, reason = (error.rank, error.reason) if isinstance(error, RankError) else (self.rank, "")
+        reason = reason or in_words(error)
+        try:
+            self._notify(_LEAVES, rank, reason + _notes(error))
+            self._wait_for_the_end_of_others(error)
+        except KeyboardInterrupt:
+            if self.rank == 0:  # else rank 0 may still be saving the run
+                self._abort_beside(error, set(self._others()) - self._gone)
+            raise
+        except Exception:  # MPI itself has failed
+            self._abort_beside(error, set(self._others()) - self._gone)
+        if self.rank and self._reported is not None:
+            their_rank, theirs = self._reported
+            if their_rank == rank or theirs.startswith(reason):
+                mark_reported(error)
+
+    def _wait_for_the_end_of_others(self, error: BaseException) -> None:
+        """Wait until the other ranks have left. They may first compute a batch, or save the run."""
+        started = self._noticed_at = time.monotonic()
+        is_told = not isinstance(error, Exception) or isinstance(error, RankError)
+        while silent := set(self._others()) - self._gone:
+            limit = 0.0 if silent <= self._hung else self.timeout
+            now = time.monotonic()
+            if now - self._noticed_at > limit:
+                self._abort_beside(error, silent)
+            if now - started > _QUIET and not is_told:
+                is_told = True
+                print(
+                    f"nplora: rank {self.rank} has failed ({in_words(error)}) and waits for {_named(silent)} "
+                    f"to compute a batch or to save the run, for {self.timeout:g} s at most",
+                    file=stderr,
+                )
+            self.listen()
+            for request in self.pending:
+                request.Test()
+            time.sleep(PAUSE)
+
+    def _abort_beside(self, error: BaseException, silent: Collection[int]) -> None:
+        """Print the error and end all ranks, because some of them do not react."""
+        text = str(error) if isinstance(error, RankError) else f"rank {self.rank}: {in_words(error)}"
+        others = f"; {_named(silent)} did not react" if silent else ""
+        print(f"nplora: error: {text}{_notes(error)}{others}, so all ranks are ended", file=stderr)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        time.sleep(_FORWARDING)
+        self.abort()
+
+    def abort(self) -> None:
+        """End all ranks at once."""
+        self._mpi.COMM_WORLD.Abort(1)
+
+
+def _named(ranks: Collection[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
+
+
+def in_words(error: BaseException) -> str:
+    """The kind of an error and its message."""
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _notes(error: BaseException) -> str:
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))

@@ -1,0 +1,62 @@
+"""Checks of MPICommunicator on its ranks: `python communicating.py CHECK`."""
+
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+
+import nplora
+from nplora import get_num_threads, set_num_threads
+from nplora.distributed import MPICommunicator
+
+
+class Pickled:
+    """Counts how often it is made into bytes."""
+
+    times = 0
+
+    def __reduce__(self) -> Any:
+        Pickled.times += 1
+        return Pickled, ()
+
+
+def pickle_once() -> None:
+    with MPICommunicator(share_cores=False) as ranks:
+        ranks.broadcast(Pickled() if ranks.rank == 0 else None)
+        assert Pickled.times == (ranks.rank == 0), Pickled.times
+        ranks.gather(Pickled())
+        assert Pickled.times == 1 + (ranks.rank == 0), Pickled.times
+        large = ranks.broadcast(np.arange(3_000_000) if ranks.rank == 0 else None)
+        assert large[-1] == 2_999_999
+
+
+def threads() -> None:
+    set_num_threads(2)
+    with MPICommunicator() as ranks:
+        assert ranks.size == 1 or get_num_threads() == 1
+    assert get_num_threads() == 2
+
+
+def many() -> None:
+    for _ in range(2100):  # MPICH has room for 2,048
+        with MPICommunicator():
+            pass
+
+
+def elsewhere() -> None:
+    with MPICommunicator(share_cores=False) as ranks:
+        ranks.gather(1, "the first place" if ranks.rank != 1 else "the second place")
+
+
+def beside_a_fit() -> None:
+    with MPICommunicator(share_cores=False) as ranks:
+        if ranks.rank:
+            model = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
+            trainer = nplora.Trainer(model, "mse", accumulate=2, progress=False, communicator=ranks)
+            trainer.fit(np.eye(4), np.eye(4))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    globals()[sys.argv[1]]()

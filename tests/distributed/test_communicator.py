@@ -1,0 +1,64 @@
+"""MPICommunicator: what it sends, what it restores, and what it says when ranks are at different places."""
+
+import pytest
+
+from distributed.launching import HERE, needs_mpi, run
+from nplora.distributed import MPICommunicator, mpi
+from nplora.distributed.launch import launched_ranks
+
+PROGRAM = HERE / "communicating.py"
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize(("check", "ranks"), [("pickle_once", 3), ("threads", 2), ("many", 1)])
+def test_a_communicator(check: str, ranks: int) -> None:
+    """Values are made into bytes once; the number of threads is restored; communicators are given back."""
+    status, _, errors = run((ranks, [PROGRAM, check]))
+    assert status == 0, errors
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_ranks_at_different_places_are_one_error_that_names_both() -> None:
+    status, _, errors = run((3, [PROGRAM, "elsewhere"]))
+    assert status != 0
+    assert errors.count("RankError: rank 1: it is at the second place, but rank 0 is at the first place") == 3
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_a_run_on_one_rank_only_is_named() -> None:
+    status, _, errors = run((2, [PROGRAM, "beside_a_fit"]))
+    assert status != 0
+    words = "rank 1: it is at the handshake, but rank 0 is at the end of the communicator's with block"
+    assert errors.count(f"RankError: {words}") == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [
+        ({}, 1),
+        ({"PMI_SIZE": "4"}, 4),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, 4),
+        ({"PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "4"}, 1),  # mpiexec -n 1 in a step of four tasks
+        ({"OMPI_COMM_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "4"}, 2),
+    ],
+)
+def test_the_innermost_launcher_counts(environment: dict[str, str], ranks: int) -> None:
+    assert launched_ranks(environment) == ranks
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+def test_the_timeout_must_be_above_zero(seconds: float) -> None:
+    with pytest.raises(ValueError, match=r"^MPICommunicator: timeout is .*, expected a"):
+        mpi._checked_timeout(seconds)
+    with pytest.raises(TypeError, match="MPICommunicator: timeout is '60', expected a number"):
+        mpi._checked_timeout("60")  # type: ignore[arg-type]
+
+
+@needs_mpi
+def test_the_mpirun_of_another_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpi, "launched_ranks", lambda: 2)
+    with pytest.raises(ValueError, match=r"has started 2 ranks, but mpi4py uses .* sees only one"):
+        MPICommunicator()

@@ -70,11 +70,7 @@ class SmallForward {
   using T = Sum<W>;
 
   SmallForward(const ForwardPart<T>& part, Matrix<const T> x, const kernels::Int8Rows& codes)
-      : part_(part),
-        x_(x),
-        k_(kernels::table().products<T>()),
-        lanes_(k_.lanes / 2),
-        codes_(codes) {}
+      : part_(part), x_(x), k_(kernels::table().products<T>()), lanes_(k_.lanes / 2), codes_(codes) {}
 
   // Adds the update of some rows of x. z has room for z of these rows.
   void add(Range rows, const LowRank<T>& low, T* z) {
@@ -265,7 +261,8 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
       const size_t rank = groups[i].rank();
       const bool whole = groups.size() >= threads || groups[i].low->dropout > 0;
       const size_t step = whole ? rank : std::max(kLeastRanks, ceil_div(rank, threads));
-      for (size_t r = 0; r < rank; r += step) projections.push_back({product, i, {r, std::min(step, rank - r)}});
+      for (size_t r = 0; r < rank; r += step)
+        projections.push_back({product, i, {r, std::min(step, rank - r)}});
     }
   }
   // Each worker multiplies rows of W, one task after the other, and then rows of B. When no rows of B are

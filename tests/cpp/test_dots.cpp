@@ -190,7 +190,7 @@ void run_add_dots(const KernelTable& table, Random& random, size_t m, size_t row
                        y0 = draw<T>(random, m * rows, data);
   Row<T> a(place, a0);
   Placed<T> z(m, depth, {depth + gap}, place, z0), y(m, rows, {rows + gap}, place, y0);
-  table.products<T>().add_dots(m, rows, depth, a.data(), z.data(), depth + gap, y.data(), rows + gap);
+  table.small<T>().add_dots(m, rows, depth, a.data(), z.data(), depth + gap, y.data(), rows + gap);
   for (size_t i = 0; i < m; ++i)
     for (size_t j = 0; j < rows; ++j) {
       Wide<T> exact = y0[i * rows + j], terms = std::abs(exact);
@@ -212,7 +212,7 @@ void run_add_dots(const KernelTable& table, Random& random, size_t m, size_t row
   check::expect(a.untouched(a0) && z.untouched(z0), "wrote to an input");
   for (size_t i = 0; i < m; ++i) {
     std::vector<T> alone(y0.begin() + std::ptrdiff_t(i * rows), y0.begin() + std::ptrdiff_t((i + 1) * rows));
-    table.products<T>().add_dots(1, rows, depth, a0.data(), z0.data() + i * depth, depth, alone.data(), rows);
+    table.small<T>().add_dots(1, rows, depth, a0.data(), z0.data() + i * depth, depth, alone.data(), rows);
     for (size_t j = 0; j < rows; ++j)
       check::expect(same(alone[j], y(i, j)), "element (%zu, %zu) differs alone", i, j);
   }

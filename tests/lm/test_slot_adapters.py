@@ -186,3 +186,20 @@ def test_generate_with_an_adapter_for_each_prompt(lm: LanguageModel) -> None:
         lm.generate(["1", "2"], 6, adapters=["all"])
     with pytest.raises(KeyError, match="no adapter 'xyz'"):
         lm.generate(["1"], 6, adapters=["xyz"])
+
+
+def test_an_adapter_can_be_rounded_to_bfloat16(model: Path, paths: dict[str, Path]) -> None:
+    lm = load_model(model)
+    lm.load_adapter(paths["all"], "exact")
+    lm.load_adapter(paths["all"], "rounded", dtype="bfloat16")
+    for name, delta in lm.adapters["exact"].items():
+        rounded = lm.adapters["rounded"][name]
+        for values, nearest in ((delta.A, rounded.A), (delta.B, rounded.B)):
+            assert not (nearest.view(np.uint32) & 0xFFFF).any()
+            np.testing.assert_allclose(nearest, values, rtol=2**-8)
+    twin = lm.with_adapter(lm.adapters["rounded"])  # its arrays may change, so it has no copies of them
+    np.testing.assert_array_equal(
+        alone(lm, "rounded", IDS[0], (1, 1, 2))[-1], alone(twin, None, IDS[0], (1, 1, 2))[-1]
+    )
+    with pytest.raises(ValueError, match="dtype='int4'"):
+        lm.load_adapter(paths["all"], "other", dtype="int4")

@@ -19,7 +19,7 @@ from nplora.models.positions import cache_positions
 
 Array = npt.NDArray[Any]
 
-FEW = _core.constants.least_small_batch  # tokens at a time
+FEW = _core.constants.small_batch  # tokens at a time
 
 
 def loss(config: ModelConfig, model: Decoder, lm_head: AnyHead, batch: PackedBatch) -> float:

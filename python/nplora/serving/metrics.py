@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -22,6 +23,14 @@ class Histogram:
     counts: list[int] = dataclasses.field(default_factory=list)
     total: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.total += value
+
     @property
     def count(self) -> int:
         """The number of values."""
@@ -38,8 +47,8 @@ class Metrics:
             had, and generated tokens.
         put_back: how often a request lost its pages to older ones, and was computed again later.
         running, waiting: requests now.
-        pages, pages_used, pages_cached: all pages; those of running requests; those that only the prefix cache
-            holds.
+        pages, pages_used, pages_cached: all pages; those of running requests; those that only the prefix
+            cache holds.
         page_tokens: the tokens of one page.
         rounds: rounds so far.
         compute_seconds: seconds of computing.

@@ -3,6 +3,7 @@
 import importlib.util
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return small(tmp_path_factory.mktemp("engine"))
 
 
-def prompt(rng: np.random.Generator, length: int) -> list[int]:
-    return [int(one) for one in rng.integers(1, VOCAB, length)]
+def prompt(rng: np.random.Generator, length: int, vocab: int = VOCAB) -> list[int]:
+    return [int(one) for one in rng.integers(1, vocab, length)]
 
 
 def alone(lm: LanguageModel, ids: list[int], sampling: Sampling) -> str:
@@ -77,7 +78,7 @@ def test_a_prompt_whose_beginning_is_known_gives_the_same_text(lm: LanguageModel
     rng, sampling = np.random.default_rng(1), Sampling(max_new_tokens=20)
     system = prompt(rng, 3 * PAGE + 7)
     prompts = [system + prompt(rng, length) for length in (5, 60, 1, 2 * PAGE)]
-    prompts += [system[: 3 * PAGE], system[: 3 * PAGE + 1], system[:-20] + [5], prompt(rng, 150)]
+    prompts += [system[: 3 * PAGE], system[: 3 * PAGE + 1], [*system[:-20], 5], prompt(rng, 150)]
     engine = Engine(lm, max_requests=2)
     for ids in prompts * 2:
         assert engine.submit(ids, sampling).text() == alone(lm, ids, sampling)
@@ -108,19 +109,36 @@ def test_answers_that_are_drawn_are_those_of_generate(lm: LanguageModel) -> None
     assert len(set(texts)) == 4
 
 
-def test_the_model_of_longrope_reads_again_when_an_answer_outgrows_the_short_factors(tmp_path: Path) -> None:
-    half = small_models.DIM // 2
-    entries = {
-        **small_models.metadata(llama__context_length=CONTEXT),
-        **byte_level(),
-        "llama.rope.scaling.original_context_length": 100,
-    }
-    weights = small_models.tensors()
-    rng = np.random.default_rng(5)
-    for name in ("token_embd.weight", "output.weight"):
-        weights[name] = rng.standard_normal((VOCAB, small_models.WIDTH), np.float32)
-    del half, entries, weights
-    pytest.skip("written with the families that have LongRoPE")
+class Numbers:
+    """A tokenizer of numbers: the tokens 3 and 1 are the text "3 1 "."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size, self.eos_ids = vocab_size, frozenset[int]()
+
+    def stream(self, context: Any) -> Any:
+        return types.SimpleNamespace(push=lambda token: f"{token} ", flush=lambda: "")
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"{one} " for one in ids)
+
+
+def test_with_longrope_an_answer_that_outgrows_the_short_factors_is_read_again(tmp_path: Path) -> None:
+    """The beginning of a prompt is shared only among requests with the same factors."""
+    torch_models = pytest.importorskip("torch_models")
+    pytest.importorskip("transformers")
+    theirs = torch_models.make("phi3 with longrope", "as usual", 9)
+    lm = nplora.load_model(torch_models.save(theirs, tmp_path, "safetensors", "phi3 with longrope"))
+    lm._tokenizer = Numbers(lm.config.vocab_size)
+    assert lm.config.rope.long is not None
+    half = int(lm.config.rope.long.original_length)
+    rng, sampling = np.random.default_rng(5), Sampling(max_new_tokens=12)
+    prompts = [
+        prompt(rng, length, lm.config.vocab_size) for length in (half - 7, half - 1, half, half + 1, 3)
+    ]
+    engine = Engine(lm)
+    for _ in range(2):
+        tickets = [engine.submit(ids, sampling) for ids in prompts]
+        assert [ticket.text() for ticket in tickets] == [alone(lm, ids, sampling) for ids in prompts]
 
 
 # ---- too little memory ----

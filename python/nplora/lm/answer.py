@@ -17,7 +17,19 @@ _CONTEXT = 8  # last tokens of a prompt; they show whether the first generated t
 
 
 class Guide(Protocol):
-    """Restricts the tokens of an answer, for example to a grammar. Each answer needs its own guide."""
+    """Restricts the tokens of an answer, for example to a grammar. Each answer needs its own guide.
+
+    >>> class OnlyEven:
+    ...     def restrict(self, scores):
+    ...         scores[1::2] = -np.inf
+    ...
+    ...     def advance(self, token):
+    ...         pass
+    >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
+    >>> ticket = engine.submit([5, 6, 7], guide=OnlyEven())
+    >>> any(token.id % 2 for chunk in ticket for token in chunk.tokens)
+    False
+    """
 
     def restrict(self, scores: Array) -> None:
         """Set the scores (vocab,) of the tokens that may not come next to -inf, in place.

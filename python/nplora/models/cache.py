@@ -23,8 +23,8 @@ class KVCache:
     """Memory for a batch of sequences, each in its own slot.
 
     The memory is divided into pages. Without `page_tokens`, each slot has one page of its own, which holds
-    the whole sequence. With `page_tokens` and `pages`, the slots have no pages at first, and `give` gives them
-    pages. Several slots may have the same page, if their sequences begin with the same tokens.
+    the whole sequence. With `page_tokens` and `pages`, the slots have no pages at first; `give` gives them
+    some. Several slots may have the same page, if their sequences begin with the same tokens.
 
     Args:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.

@@ -31,7 +31,16 @@ _OP = "Engine.submit"
 
 
 class QueueFullError(RuntimeError):
-    """Too many requests are waiting."""
+    """Too many requests are waiting.
+
+    >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"), max_requests=1, max_waiting=0)
+    >>> ticket = engine.submit([5])
+    >>> try:
+    ...     engine.submit([6])
+    ... except nplora.serving.QueueFullError as error:
+    ...     print(error)
+    Engine.submit: 1 request is waiting already
+    """
 
 
 class Engine:
@@ -40,6 +49,15 @@ class Engine:
     Requests join and leave between rounds. A round reads a piece of the waiting prompts, and then generates
     one token of every running request. The greedy text of a request has the same bits alone and beside any
     other requests, and it is the text that `lm.generate` returns.
+
+        >>> lm = nplora.load_model("model.gguf")
+        >>> sampling = nplora.generate.Sampling(max_new_tokens=4)
+        >>> prompts = [lm.tokenizer.encode_prompt(word) for word in ("Hi", "Hello")]
+        >>> with nplora.serving.Engine(lm) as engine:
+        ...     tickets = [engine.submit(ids, sampling) for ids in prompts]
+        ...     texts = [ticket.text() for ticket in tickets]
+        >>> texts == [lm.generate(word, max_new_tokens=4) for word in ("Hi", "Hello")]
+        True
 
     Args:
         lm: the model, which may not be trained or merged meanwhile. Its named adapters may be loaded and
@@ -162,7 +180,7 @@ class Engine:
                 ticket.end("length", request.usage)
                 return ticket
             if len(self._scheduler.queue) >= self._most_waiting + self._scheduler.free_slots:
-                raise QueueFullError(f"{_OP}: {len(self._scheduler.queue)} requests are waiting already")
+                raise QueueFullError(f"{_OP}: {_waiting(len(self._scheduler.queue))} waiting already")
             self._requests[id(ticket)] = request
             self._scheduler.queue.push(request)
             self._changed.notify_all()
@@ -278,3 +296,7 @@ class Engine:
         if known is None or known[0] is not adapter:  # another adapter had this name before
             known = self._roots[name] = adapter, f"adapter {next(self._numbers)}"
         return known
+
+
+def _waiting(count: int) -> str:
+    return "1 request is" if count == 1 else f"{count} requests are"

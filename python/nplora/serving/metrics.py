@@ -17,6 +17,12 @@ class Histogram:
         counts: for each bound, the values above the bound before and up to this one; the last entry counts
             the values above all bounds. (Prometheus wants running sums of these.)
         total: the sum of all values.
+
+    >>> histogram = nplora.serving.Histogram(bounds=(0.1, 1.0))
+    >>> for seconds in (0.05, 0.5, 0.7, 3.0):
+    ...     histogram.add(seconds)
+    >>> histogram.counts, histogram.count
+    ([1, 2, 1], 4)
     """
 
     bounds: tuple[float, ...] = SECONDS
@@ -56,6 +62,12 @@ class Metrics:
         first_token_seconds: from `submit` to the first token.
         token_seconds: between the tokens of a request.
         request_seconds: from `submit` to the end.
+
+    >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
+    >>> text = engine.submit([5, 6, 7], nplora.generate.Sampling(max_new_tokens=4)).text()
+    >>> metrics = engine.metrics()
+    >>> metrics.finished, metrics.prompt_tokens, metrics.generated_tokens
+    ({'length': 1}, 3, 4)
     """
 
     finished: dict[str, int] = dataclasses.field(default_factory=dict)

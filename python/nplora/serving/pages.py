@@ -1,8 +1,8 @@
 """The pages of the cache: free ones, those of requests, and those that are kept for later prompts.
 
 A page that is full with tokens of a prompt gets a key, which stands for the adapter and for all tokens up to
-the end of the page. Another request whose prompt begins in the same way shares the page. A page that no request
-uses any more is kept as long as its memory is not needed.
+the end of the page. Another request whose prompt begins in the same way shares the page. A page that no
+request uses any more is kept as long as its memory is not needed.
 """
 
 from __future__ import annotations

@@ -20,6 +20,9 @@ class TopToken:
         id: the token.
         text: the token decoded alone; U+FFFD stands for bytes that are not a whole character.
         logprob: the natural logarithm of the model's probability.
+
+    >>> nplora.serving.TopToken(id=7, text=" the", logprob=-0.5).text
+    ' the'
     """
 
     id: int
@@ -37,6 +40,12 @@ class Token:
         logprob: the natural logarithm of the model's probability, before temperature, penalties and biases;
             None if the request did not ask for log-probabilities.
         top: the most likely tokens at this position, as many as the request asked for, the likeliest first.
+
+    >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
+    >>> ticket = engine.submit([5, 6], nplora.generate.Sampling(max_new_tokens=2), logprobs=3)
+    >>> token = next(token for chunk in ticket for token in chunk.tokens)
+    >>> token.id == token.top[0].id, token.logprob == token.top[0].logprob, len(token.top)
+    (True, True, 3)
     """
 
     id: int
@@ -53,6 +62,9 @@ class Chunk:
         text: whole characters. Text that may be the beginning of a stop text is held back until it is clear.
         tokens: the tokens that were generated since the chunk before, without the end token. Because text is
             held back, the joined texts of the tokens may differ from `text`.
+
+    >>> nplora.serving.Chunk("Hello").tokens
+    ()
     """
 
     text: str
@@ -67,6 +79,9 @@ class Usage:
         prompt: the tokens of the prompt.
         cached: how many of them were not computed, because the prefix cache had them.
         generated: the generated tokens. An end token counts.
+
+    >>> nplora.serving.Usage(prompt=5)
+    Usage(prompt=5, cached=0, generated=0)
     """
 
     prompt: int
@@ -76,6 +91,12 @@ class Usage:
 
 class Ticket:
     """A request in the engine. `Engine.submit` returns it. All methods may be called from any thread.
+
+        >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
+        >>> ticket = engine.submit([5, 6, 7], nplora.generate.Sampling(max_new_tokens=4))
+        >>> text = "".join(chunk.text for chunk in ticket)
+        >>> ticket.finish_reason, ticket.usage
+        ('length', Usage(prompt=3, cached=0, generated=4))
 
     Args:
         prompt: the number of tokens of the prompt.

@@ -516,7 +516,7 @@ def test_the_bits_of_attention_do_not_depend_on_pages_or_on_the_other_rows(
     whole = run(np.arange(n), False)
     for begin, end in ((0, 600), (0, 37), (37, 300), (300, 333), (333, 600)):
         np.testing.assert_array_equal(run(np.arange(begin, end), True), whole[begin:end])
-    single = np.array([0, 15, 16, 63, 64, 300, 511, 599])
+    single = np.array([0, 15, 17, 63, 65, 300, 511, 599])  # neighbours would be one run
     together = run(single, False)
     np.testing.assert_array_equal(run(single, True), together)
     np.testing.assert_array_equal(

@@ -10,7 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.lm.answer import Answer, StopText
-from nplora.lm.sampling import Sampling, choose, keep_top_k, keep_top_p, penalise_repetition, softmax
+from nplora.lm.sampling import (
+    Sampling,
+    choose,
+    keep_top_k,
+    keep_top_p,
+    penalise,
+    penalise_repetition,
+    softmax,
+)
 from nplora.runtime.user_warning import warn_user
 from nplora.tokenizer import Tokenizer
 
@@ -20,8 +28,8 @@ Prompt = str | Sequence[Message]  # a text, or a chat
 
 __all__ = [
     "GeneratingModel", "Message", "Prompt", "Sampling", "StopText", "choose", "generate", "generate_ids",
-    "keep_top_k", "keep_top_p", "penalise_repetition", "prompt_ids", "prompt_pieces", "softmax", "stream",
-    "stream_all",
+    "keep_top_k", "keep_top_p", "penalise", "penalise_repetition", "prompt_ids", "prompt_pieces", "softmax",
+    "stream", "stream_all",
 ]  # fmt: skip
 
 PIECE = 512  # tokens of a prompt that are read at a time, which limits the memory that they take

@@ -159,7 +159,11 @@ def penalise(scores: Array, before: Sequence[int], sampling: Sampling, prompt: i
         penalise_repetition(scores, before, sampling.repetition_penalty)
     if (sampling.presence_penalty or sampling.frequency_penalty) and len(before) > prompt:
         seen, times = np.unique(np.asarray(before[prompt:], np.int64), return_counts=True)
-        scores[seen] -= sampling.presence_penalty + sampling.frequency_penalty * times
+        seen, times = seen[np.isfinite(scores[seen])], times[np.isfinite(scores[seen])]
+        largest = np.finfo(np.float64).max
+        with np.errstate(over="ignore"):
+            less = scores[seen] - (sampling.presence_penalty + sampling.frequency_penalty * times)
+        scores[seen] = np.clip(less, -largest, largest)
 
 
 def log_probabilities(scores: Array) -> Array:

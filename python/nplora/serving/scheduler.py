@@ -120,6 +120,8 @@ class Scheduler:
         """Make the request's empty slot ready for its adapter and its length."""
         cache, slot = self._cache, request.slot
         assert slot is not None
+        if request.adapter is not None:
+            cache.adapters[slot] = request.adapter  # type: ignore[attr-defined]
         cache.limits[slot] = request.slot_limit
         cache.activate(slot, np.asarray(request.answer.ids[: request.to_read]))
 

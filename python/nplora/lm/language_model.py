@@ -1097,6 +1097,9 @@ class LanguageModel(Module):
         repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         seed: int = 0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = (),
         adapters: Adapters | None = None,
     ) -> str: ...
     @overload
@@ -1111,6 +1114,9 @@ class LanguageModel(Module):
         repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         seed: int = 0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = (),
         adapters: Adapters | None = None,
     ) -> list[str]: ...
     @_check.keywords
@@ -1125,6 +1131,9 @@ class LanguageModel(Module):
         repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         seed: int = 0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = (),
         adapters: Adapters | None = None,
     ) -> str | list[str]:
         """Generate a text after a prompt, or after each of several prompts.
@@ -1151,6 +1160,11 @@ class LanguageModel(Module):
             repetition_penalty: above 1, earlier tokens become less likely to be chosen again.
             stop: texts that end generation, and that are not part of the returned text.
             seed: random seed of the sampling. The same seed gives the same text.
+            presence_penalty: a number that is subtracted from the score of every token that was generated
+                before.
+            frequency_penalty: a number that is subtracted from a token's score for each time that it was
+                generated before.
+            logit_bias: numbers that are added to the scores of tokens, by token id; -inf rules a token out.
             adapters: for each prompt, the name of a named adapter or an `Adapter`; None for the model as it
                 is. The prompts share the frozen weights in each step, and each text is the same as alone.
         Returns:
@@ -1166,7 +1180,8 @@ class LanguageModel(Module):
             UserWarning: the context was full before the text ended, or `top_k` or `top_p` has no effect.
         """
         options = max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop, seed
-        sampling = Sampling(*options)  # type: ignore[arg-type]  # it makes a tuple of stop
+        penalties = presence_penalty, frequency_penalty, logit_bias
+        sampling = Sampling(*options, *penalties)  # type: ignore[arg-type]  # it makes a tuple of stop
         if not np.iterable(prompt) or isinstance(prompt, str | bytes | bytearray | Mapping):
             return generate(self, [prompt], sampling, adapters)[0]  # type: ignore[list-item]
         given: list[Any] = list(prompt)

@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from nplora import _check, _core
 from nplora.models.cache import KVCache
-from nplora.models.positions import cache_positions
 from nplora.nn import TrainedEmbedding
 from nplora.nn.module import Module
 from nplora.nn.prepared import Prepared
@@ -97,7 +96,7 @@ def _logits(
 ) -> Array:
     """Args: groups, ends: the groups of all rows, and of the last row of each sequence."""
     count = ids.shape[1]
-    positions = cache_positions(slots, cache.lengths[slots], cache.limits[slots], count)
+    positions = cache.next_positions(slots, count)
     with grouped_rows(groups):
         x = lm.model.run_cached(ids.reshape(-1), positions, cache)
     with grouped_rows(ends):

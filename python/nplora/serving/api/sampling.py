@@ -21,6 +21,7 @@ from nplora.serving.request_error import RequestError
 MOST_CHOICES = 16
 _MOST_STOPS, _LONGEST_STOP = 16, 1000
 _MOST_BIASES = 1024
+_MOST_TOKENS = 2**31 - 1
 _LARGEST_SEED = 2**63 - 1
 
 FIELDS = frozenset(
@@ -40,7 +41,7 @@ def read_sampling(body: Fields, default_tokens: int, vocab_size: int) -> Samplin
     Raises:
         RequestError: a field is out of range or has a wrong type.
     """
-    limits = [body.integer(name, 1) for name in ("max_completion_tokens", "max_tokens", "n_predict")]
+    limits = [body.integer(name, 1, _MOST_TOKENS) for name in ("max_completion_tokens", "max_tokens", "n_predict")]
     temperature = body.number("temperature", 0, 100)
     options: dict[str, Any] = {
         "max_new_tokens": next((limit for limit in limits if limit is not None), default_tokens),

@@ -1,6 +1,8 @@
 """The engine: every text is what the model generates alone, whatever else runs; nothing is lost."""
 
 import importlib.util
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -173,6 +175,62 @@ def test_an_answer_ends_where_all_pages_are_full(lm: LanguageModel) -> None:
 def test_too_small_a_budget_is_refused_with_what_is_needed(lm: LanguageModel) -> None:
     with pytest.raises(ValueError, match=r"Engine: memory is 20 MB, expected at least \d+ MB"):
         Engine(lm, memory="20M")
+
+
+BUDGET = """
+import sys
+import numpy as np
+import nplora
+from nplora.finetuning.planning import current_memory, peak_memory
+from nplora.lm.generation import PAGE, Sampling
+from nplora.serving import Engine, memory
+
+lm = nplora.load_model(sys.argv[1])
+rng = np.random.default_rng(0)
+Engine(lm, max_requests=1).submit(rng.integers(1, 200, 600).tolist(), Sampling(max_new_tokens=2)).text()
+budget = current_memory() + memory.work_bytes(lm, 8) + 40_000_000
+engine = Engine(lm, memory=budget, max_requests=8)
+prompts = [rng.integers(1, 200, 600).tolist() for _ in range(6)]
+tickets = [engine.submit(ids, Sampling(max_new_tokens=10)) for ids in prompts]
+most = 0
+while engine.step():
+    metrics = engine.metrics()
+    most = max(most, metrics.pages_used + metrics.pages_cached)
+assert all(ticket.finish_reason in ("stop", "length") for ticket in tickets)
+print(budget, peak_memory(), engine.plan.pages, most, engine.plan.page_bytes)
+"""
+
+
+def test_the_process_stays_within_its_budget(tmp_path: Path) -> None:
+    """Pages are the largest part of the memory here, and all of them are used."""
+    width, dim = small_models.WIDTH, 512
+    entries = {
+        **small_models.metadata(llama__context_length=1024),
+        **byte_level(),
+        "llama.attention.key_length": dim,
+        "llama.attention.value_length": dim,
+        "llama.rope.dimension_count": dim,
+    }
+    weights, rng = small_models.tensors(), np.random.default_rng(0)
+    for name in ("token_embd.weight", "output.weight"):
+        weights[name] = rng.standard_normal((VOCAB, width), np.float32)
+    for layer in range(small_models.LAYERS):
+        for part, heads in (
+            ("q", small_models.HEADS),
+            ("k", small_models.KV_HEADS),
+            ("v", small_models.KV_HEADS),
+        ):
+            shape = heads * dim, width
+            weights[f"blk.{layer}.attn_{part}.weight"] = 0.2 * rng.standard_normal(shape, np.float32)
+        shape = width, small_models.HEADS * dim
+        weights[f"blk.{layer}.attn_output.weight"] = 0.02 * rng.standard_normal(shape, np.float32)
+    path = small_models.write(tmp_path / "wide.gguf", entries, weights)
+    child = subprocess.run([sys.executable, "-c", BUDGET, path], capture_output=True, text=True, check=True)
+    budget, peak, pages, most, page_bytes = map(int, child.stdout.split())
+    assert most >= pages - 1
+    assert pages * page_bytes > 35e6
+    assert peak <= budget
+    assert peak > budget - 60e6, "the plan counts memory that nobody uses"
 
 
 # ---- joining, leaving, errors ----

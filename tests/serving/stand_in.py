@@ -105,10 +105,10 @@ class StandInEngine:
             reported = scores - np.log(np.exp(scores - scores.max()).sum()) - scores.max()
             if guide is not None:
                 guide.restrict(scores)
-            token = choose(scores, ids, sampling, rng)
+            token = choose(scores, ids, sampling, rng, ticket.usage.prompt)
             if guide is not None:
                 guide.advance(token)
-            ticket.usage = Usage(len(ids) - count, 0, count + 1)
+            ticket.usage = Usage(ticket.usage.prompt, 0, count + 1)
             if token in tokenizer.eos_ids:
                 break
             ids = [*ids, token]

@@ -9,7 +9,8 @@ from typing import Any, BinaryIO, Protocol
 from nplora.lm import LanguageModel
 from nplora.lm.generation import Sampling
 from nplora.serving.metrics import Metrics
-from nplora.serving.ticket import Guide, Ticket
+from nplora.lm.answer import Guide
+from nplora.serving.ticket import Ticket
 
 Shape = dict[str, Any]  # an object of OpenAI's API
 

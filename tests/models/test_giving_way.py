@@ -11,7 +11,7 @@ from nplora.models.packing import pack
 from nplora.runtime.giving_way import giving_way
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -51,10 +51,10 @@ def test_an_error_ends_a_pass_between_blocks_and_the_next_pass_has_the_same_bits
 
     def stop() -> None:
         if not left:
-            raise Stopped
+            raise StoppedError
         left.pop()
 
     before = gradients()
-    with giving_way(stop), pytest.raises(Stopped):
+    with giving_way(stop), pytest.raises(StoppedError):
         lm.forward_backward(batch, 1.0)
     assert all(map(np.array_equal, before, gradients()))

@@ -70,7 +70,7 @@ class TimeBudget:
 
 
 class TimeShare:
-    """Lets urgent work and training take turns. Training gets a share of the time, or all if nothing else waits.
+    """Lets urgent work and training take turns. Training gets a share of the time, or all if nothing waits.
 
     Urgent work is a `with` block; training calls `pause` between slices, such as the blocks of a model.
     While training waits in `pause`, only urgent work runs. Urgent work waits for the end of a slice, but not

@@ -9,7 +9,7 @@ import pytest
 
 import nplora
 from nplora.finetuning import finetune
-from nplora.serving.jobs import FineTuning
+from nplora.serving.jobs import FineTuning, job_run
 from nplora.serving.request_error import RequestError
 
 from .conftest import ROWS, jsonl
@@ -154,8 +154,9 @@ def test_preferences_in_openais_form_are_trained(jobs: FineTuning) -> None:
 
 
 def test_epochs_leave_checkpoints_that_answer_while_the_job_trains(
-    jobs: FineTuning, lm: nplora.LanguageModel
+    jobs: FineTuning, lm: nplora.LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(job_run, "CHECKPOINT_SECONDS", 0)
     job = create(jobs, hyperparameters={**FAST, "n_epochs": 200})
     while len(found := jobs.checkpoints(job["id"])["data"]) < 3:
         pass

@@ -27,6 +27,7 @@ from nplora.trainer import EpochRecord, Run
 from nplora.weights import COMPUTES
 
 KEPT_CHECKPOINTS = 3
+CHECKPOINT_SECONDS = 10.0  # the least time between two of them
 _SAVE_MINUTES = 1.0  # between two checkpoints of the run, the most that a killed process repeats
 
 
@@ -74,6 +75,7 @@ class JobRun:
         self._memory, self._compute = memory, compute
         self._place = state.storage.place(job_id)
         self._is_stopped = False
+        self._last_checkpoint = time.monotonic()
         self.progress = Progress(self._event, self._started, self._save_checkpoint)
 
     def stop(self) -> None:
@@ -147,8 +149,10 @@ class JobRun:
 
     def _save_checkpoint(self, run: Run, record: EpochRecord) -> None:
         """Save the adapter of an epoch, and make it available. Only the last few are kept."""
-        if run.total_steps is not None and record.step >= run.total_steps:
-            return  # the adapter of the job follows at once
+        is_last = run.total_steps is not None and record.step >= run.total_steps
+        if is_last or time.monotonic() - self._last_checkpoint < CHECKPOINT_SECONDS:
+            return  # the next one follows soon
+        self._last_checkpoint = time.monotonic()
         job, step = self._state.storage.jobs[self.job_id], record.step
         if any(known["step"] == step for known in job["checkpoints"]):
             return

@@ -16,6 +16,7 @@ pytest.importorskip("uvicorn")
 
 import live_server
 from live_server import connect
+
 from nplora.serving.api import bodies, http_server
 
 CHAT = {

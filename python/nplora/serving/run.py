@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nplora.finetuning.planning import parse_bytes
+from nplora.finetuning.planning.choice import resident_memory
 from nplora.lm import LanguageModel
+from nplora.runtime.time_share import TimeShare
 from nplora.serving.api import http_server
 from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models, default_name
 from nplora.serving.api.protocols import ServingEngine, TuningJobs
 from nplora.serving.api.service import Service
 from nplora.serving.engine import Engine
+from nplora.serving.jobs import FineTuning
 from nplora.serving.options import ServeOptions
 
 
@@ -65,15 +68,44 @@ def serve(
 def running(
     lm: LanguageModel, models: Models, options: ServeOptions
 ) -> Iterator[tuple[ServingEngine, TuningJobs | None]]:
-    """The engine and the fine-tuning jobs, which end with this context."""
+    """The engine and the fine-tuning jobs. Both are stopped at the end of this context."""
+    turns = None if options.jobs is None else TimeShare(options.train_share)
     engine = Engine(
-        lm, memory=options.memory, max_requests=options.max_requests, max_waiting=options.max_queue
+        lm,
+        memory=engine_memory(lm, options),
+        max_requests=options.max_requests,
+        max_waiting=options.max_queue,
+        turn=turns,
     )
     engine.start()
+    jobs = None
     try:
-        yield engine, None
+        if options.jobs is not None:
+            jobs = FineTuning(
+                lm,
+                options.jobs,
+                model=models.name,
+                turns=turns,
+                publish=lambda name, directory: models.load(name, directory, replace=True),
+                withdraw=models.unload,
+                memory=options.memory,
+                max_file_bytes=parse_bytes(options.max_file, "serve"),
+            )
+            jobs.start()
+        yield engine, jobs
     finally:
         engine.close(drain=False)
+        if jobs is not None:
+            jobs.close()
+
+
+def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
+    """The memory limit of the engine. With fine-tuning jobs, half of what the model leaves is for training."""
+    if options.memory is None:
+        return None
+    memory = parse_bytes(options.memory, "serve")
+    left = max(0, memory - sum(resident_memory(lm)))
+    return memory if options.jobs is None else memory - left // 2
 
 
 def require_packages() -> None:

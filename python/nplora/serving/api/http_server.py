@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -93,6 +94,7 @@ def _server(app: Application, drain_seconds: float, ready: Callable[[], None]) -
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client gets what it would log
     config = uvicorn.Config(
         app,
         http=_protocol(),

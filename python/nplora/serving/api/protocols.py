@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from nplora.lm import LanguageModel
+from nplora.lm.answer import Guide
 from nplora.lm.generation import Sampling
 from nplora.serving.metrics import Metrics
-from nplora.lm.answer import Guide
 from nplora.serving.ticket import Ticket
 
 Shape = dict[str, Any]  # an object of OpenAI's API

@@ -41,7 +41,9 @@ def read_sampling(body: Fields, default_tokens: int, vocab_size: int) -> Samplin
     Raises:
         RequestError: a field is out of range or has a wrong type.
     """
-    limits = [body.integer(name, 1, _MOST_TOKENS) for name in ("max_completion_tokens", "max_tokens", "n_predict")]
+    limits = [
+        body.integer(name, 1, _MOST_TOKENS) for name in ("max_completion_tokens", "max_tokens", "n_predict")
+    ]
     temperature = body.number("temperature", 0, 100)
     options: dict[str, Any] = {
         "max_new_tokens": next((limit for limit in limits if limit is not None), default_tokens),

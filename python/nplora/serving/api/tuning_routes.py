@@ -48,7 +48,8 @@ async def create_file(service: Service, request: Any) -> Any:
             raise RequestError("file is missing", param="file", code="missing_required_parameter")
         if not isinstance(purpose, str):
             raise RequestError("purpose is a file, expected a text", param="purpose", code="invalid_value")
-        return await asyncio.to_thread(jobs.create_file, file.file, file.filename or "upload.jsonl", purpose)
+        name = (file.filename or "").replace("\\", "/").rpartition("/")[2] or "upload.jsonl"
+        return await asyncio.to_thread(jobs.create_file, file.file, name, purpose)
     finally:
         await form.close()
 

@@ -1,4 +1,4 @@
-"""Clients that send nonsense, pause, or vanish: each gets an error of OpenAI's shape, and others are served."""
+"""Clients that send nonsense, pause or vanish get an error of OpenAI's shape, and others are served."""
 
 import contextlib
 import json
@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 
+import live_server
+from live_server import connect
+from nplora.serving.api import bodies, http_server
 from nplora.serving.api.app import Application
 
 pytest.importorskip("uvicorn")
-
-import live_server
-from live_server import connect
-
-from nplora.serving.api import bodies, http_server
 
 CHAT = {
     "model": "base",

@@ -8,18 +8,15 @@ from typing import Any
 
 import pytest
 
-import nplora
-from nplora.serving.options import ServeOptions
-
-openai = pytest.importorskip("openai")
-pytest.importorskip("uvicorn")
-
 import live_server
-
+import nplora
 from nplora.serving import run
 from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models
 from nplora.serving.api.service import Service
+from nplora.serving.options import ServeOptions
+
+openai = pytest.importorskip("openai")
 
 # Starlette leaves the temporary file of an upload that is too large to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -64,7 +61,7 @@ def test_files_are_stored_listed_and_deleted(client: Any, file: Any) -> None:
     other = client.files.create(file=("../../etc/passwd", b'{"text": "x"}\n'), purpose="fine-tune")
     assert other.filename == "passwd"
     assert {one.id for one in client.files.list()} >= {file.id, other.id}
-    assert [one.id for one in client.files.list(order="asc", limit=1)][0] == file.id
+    assert next(iter(client.files.list(order="asc", limit=1))).id == file.id
     assert client.files.content(other.id).read() == b'{"text": "x"}\n'
     assert client.files.retrieve(other.id) == other
     assert client.files.delete(other.id).deleted
@@ -83,7 +80,7 @@ def test_a_job_makes_an_adapter_that_answers(client: Any, file: Any) -> None:
     assert job.status == "succeeded", job.error
     events = list(client.fine_tuning.jobs.list_events(job.id))
     assert any(event.type == "metrics" for event in events)
-    assert [one.id for one in client.fine_tuning.jobs.list(limit=1)][0] == job.id
+    assert next(iter(client.fine_tuning.jobs.list(limit=1))).id == job.id
     assert job.fine_tuned_model in [model.id for model in client.models.list()]
     messages = [{"role": "user", "content": "hello"}]
     answer = client.chat.completions.create(

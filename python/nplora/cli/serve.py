@@ -34,9 +34,9 @@ def run(arguments: argparse.Namespace) -> None:
     options = checked(ServeOptions, given)
     adapters = read_pairs(arguments.adapter)
     serving.require_packages()
-    listener = bind(options.host, options.port)
-    lm = load_model(arguments.model, arguments.compute)
-    serving.serve(lm, options, adapters, any_base=arguments.any_base, listener=listener, ready=_say)
+    with bind(options.host, options.port) as listener:
+        lm = load_model(arguments.model, arguments.compute)
+        serving.serve(lm, options, adapters, any_base=arguments.any_base, listener=listener, ready=_say)
 
 
 def _say(url: str) -> None:

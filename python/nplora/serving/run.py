@@ -100,7 +100,7 @@ def running(
 
 
 def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
-    """The memory limit of the engine. With fine-tuning jobs, half of what the model leaves is for training."""
+    """The memory limit of the engine. If there are jobs, half of what the model leaves is for training."""
     if options.memory is None:
         return None
     memory = parse_bytes(options.memory, "serve")

@@ -162,8 +162,8 @@ class Reader:
         left = self._context - longest
         if left < 1:
             raise RequestError(
-                f"the prompt has {'at least ' * (longest > self._context)}{longest:,} tokens, but the maximum "
-                f"context length is {self._context:,} tokens, and an answer needs at least 1 of them",
+                f"the prompt has {'at least ' * (longest > self._context)}{longest:,} tokens, but the "
+                f"maximum context length is {self._context:,} tokens, and an answer needs at least 1 of them",
                 param="messages" if body.has("messages") else "prompt",
                 code="context_length_exceeded",
             )

@@ -17,6 +17,7 @@ from nplora.serving.api.service import Service
 from nplora.serving.request_error import RequestError
 from nplora.serving.ticket import Chunk, Ticket
 
+_ATTEMPTS = 3
 _PING_SECONDS = (
     10.0  # a stream that has nothing to send sends a comment, which shows whether the client is there
 )
@@ -53,23 +54,36 @@ async def _answer(service: Service, body: Body, client: str, read: Read, shape: 
 
 
 def _submit(service: Service, values: object, client: str, read: Read) -> tuple[TextRequest, list[Ticket]]:
-    """Read a request, and submit all of its answers to the engine, or none."""
+    """Read a request, and submit all of its answers to the engine, or none.
+
+    If its adapter is unloaded meanwhile, the request is read again: then it is refused, or gets another one.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            return _submit_once(service, values, client, read)
+        except KeyError as error:
+            missing = error
+    raise missing
+
+
+def _submit_once(
+    service: Service, values: object, client: str, read: Read
+) -> tuple[TextRequest, list[Ticket]]:
     request = read(service.reader, values)
     tickets = list[Ticket]()
     try:
         for ids in request.prompts:
             for index in range(request.n):
-                tickets.append(
-                    service.engine.submit(
-                        ids,
-                        request.sampling,
-                        adapter=request.adapter,
-                        logprobs=request.logprobs,
-                        client=client,
-                        index=index,
-                        guide=service.reader.guide(request),
-                    )
+                ticket = service.engine.submit(
+                    ids,
+                    request.sampling,
+                    adapter=request.adapter,
+                    logprobs=request.logprobs,
+                    client=client,
+                    index=index,
+                    guide=service.reader.guide(request),
                 )
+                tickets.append(ticket)
     except BaseException as error:
         for ticket in tickets:
             ticket.cancel()
@@ -79,8 +93,6 @@ def _submit(service: Service, values: object, client: str, read: Read) -> tuple[
 
 def _refusal(error: BaseException) -> BaseException:
     """The error of `Engine.submit` as a client should see it."""
-    if isinstance(error, KeyError):
-        return RequestError("the adapter was unloaded", 404, "model", "model_not_found")
     if isinstance(error, ValueError):
         return RequestError(str(error), code="invalid_value")
     if type(error) is RuntimeError:

@@ -37,6 +37,7 @@ SCHEMA = {
 }
 JSON = {"type": "json_object"}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "2"}
 HYPERPARAMETERS = {"n_epochs": 1, "batch_size": 1, "learning_rate_multiplier": 1}
 FORM = b'--x\r\ncontent-disposition: form-data; name="file"%s\r\n\r\n{"text": "a"}\r\n--x--\r\n'
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
@@ -66,7 +67,7 @@ SEEDS: list[tuple[str, str, Any]] = [
         "POST",
         "/v1/chat/completions",
         {
-            "messages": [*CHAT, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "2"}],
+            "messages": [*CHAT, {"role": "assistant", "tool_calls": [CALL]}, RESULT],
             "max_tokens": 4, "tools": [TOOL], "tool_choice": "required", "stream": False,
         },
     ),

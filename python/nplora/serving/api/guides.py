@@ -18,6 +18,15 @@ Array = npt.NDArray[Any]
 
 _MOST_TOKENIZERS = 4
 _PARAM = "response_format"
+# JSON is written as json.dumps writes it. oneOf counts as anyOf.
+_RULES = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "coerce_one_of": True,
+}
+_LONGEST_SCHEMA = 120_000
+_MOST_INTERSECTED = 8  # schemas that are combined by allOf: for patterns, the time grows exponentially
 
 
 def read_format(body: Fields) -> str | None:
@@ -68,9 +77,9 @@ class Guides:
             RequestError: the schema is wrong or too complex, or the package llguidance is not installed.
         """
         package = _package()
-        limits = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        _require_small(schema)
         try:
-            grammar = package.LLMatcher.grammar_from_json_schema(schema, overrides=limits)
+            grammar = package.LLMatcher.grammar_from_json_schema(schema, overrides=_RULES)
             matcher = package.LLMatcher(self._tokens(package, tokenizer), grammar, log_level=0)
             problem = matcher.get_error()
         except ValueError as error:
@@ -93,6 +102,31 @@ class Guides:
             return self._known[id(tokenizer)][1]
 
 
+def _require_small(schema: str) -> None:
+    """Refuse a schema that would take long to prepare."""
+    if len(schema) > _LONGEST_SCHEMA:
+        raise RequestError(
+            f"the schema has {len(schema):,} characters, at most {_LONGEST_SCHEMA:,} are accepted",
+            param=_PARAM,
+            code="invalid_schema",
+        )
+    waiting, count = [json.loads(schema)], 0
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            found = value.get("allOf")
+            count += len(found) if isinstance(found, list) else 0
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    if count > _MOST_INTERSECTED:
+        raise RequestError(
+            f"the schema combines {count} schemas by allOf, at most {_MOST_INTERSECTED} are accepted",
+            param=_PARAM,
+            code="invalid_schema",
+        )
+
+
 class Guide:
     """Allows the tokens that the grammar allows next. It is the engine's `Guide`."""
 
@@ -103,7 +137,10 @@ class Guide:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: len(scores)].astype(bool)
         if self._matcher.is_error() or not allowed.any():
-            raise ValueError(f"the grammar fails: {brief(self._matcher.get_error(), 300)}")
+            problem = self._matcher.get_error() or "no token may come next"
+            raise RequestError(
+                f"the schema cannot be followed: {brief(problem, 300)}", param=_PARAM, code="invalid_schema"
+            )
         scores[: len(allowed)][~allowed] = -np.inf
         scores[len(allowed) :] = -np.inf
 

@@ -11,28 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_engines import CONTEXT, VOCAB, engine_with, prompt, small
 
 import nplora
 import small_models
 from nplora.lm import LanguageModel
 from nplora.lm.generation import PAGE, Sampling, generate_ids
-from nplora.serving import Chunk, Engine, QueueFullError, Ticket, memory, scheduler
+from nplora.serving import Chunk, Engine, QueueFullError, Ticket, scheduler
 from vocabularies import byte_level
 
 pytest.importorskip("tokenizers")
-
-VOCAB = len(byte_level()["tokenizer.ggml.tokens"])
-CONTEXT = 8 * PAGE
-
-
-def small(directory: Path, context: int = CONTEXT, seed: int = 0) -> LanguageModel:
-    """A small model with a byte-level vocabulary. Its texts depend on tokens far back."""
-    entries = {**small_models.metadata(llama__context_length=context), **byte_level()}
-    weights = small_models.tensors(seed)
-    rng = np.random.default_rng(seed + 1)
-    for name in ("token_embd.weight", "output.weight"):
-        weights[name] = rng.standard_normal((VOCAB, small_models.WIDTH), np.float32)
-    return nplora.load_model(small_models.write(directory / "small.gguf", entries, weights))
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +28,8 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return small(tmp_path_factory.mktemp("engine"))
 
 
-def prompt(rng: np.random.Generator, length: int, vocab: int = VOCAB) -> list[int]:
-    return [int(one) for one in rng.integers(1, vocab, length)]
-
-
 def alone(lm: LanguageModel, ids: list[int], sampling: Sampling) -> str:
     return generate_ids(lm, [ids], sampling)[0]
-
-
-def engine_with(lm: LanguageModel, pages: int, **options: Any) -> Engine:
-    """An engine with exactly so many pages."""
-    fixed = memory.plan_memory(lm, "1G", options.get("max_requests", 8))
-    room = pages * fixed.page_bytes + fixed.page_bytes // 2
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "resident_memory", lambda lm: (0, 0))
-        return Engine(lm, memory=fixed.work + room, **options)
 
 
 def free_pages(engine: Engine) -> int:

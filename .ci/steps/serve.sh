@@ -6,4 +6,4 @@
 with_test_packages serve test,serve
 install "$work/environments/serve" 'openai>=2'
 "$work/environments/serve/bin/python" -c 'import llguidance, openai, starlette, uvicorn'  # not skipped for want of one
-run_tests serve tests/serving | tee "$here/pytest.count"
+run_tests serve --skipped="$here/skipped" tests/serving | tee "$here/pytest.count"

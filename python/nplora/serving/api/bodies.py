@@ -47,7 +47,8 @@ class Body:
         if self._length is not None and self._length.isdecimal() and int(self._length[:20]) > self._limit:
             raise self._too_large()
         try:
-            message = await asyncio.wait_for(self._receive(), _STALL)
+            async with asyncio.timeout(_STALL):
+                message = await self._receive()
         except TimeoutError:
             raise RequestError("the body did not arrive in time", 408, code="timeout") from None
         if message["type"] == "http.request":

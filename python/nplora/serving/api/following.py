@@ -54,7 +54,8 @@ class Answers:
                 )
             wait = self._end - now if pause is None else min(pause, self._end - now)
             try:
-                index, chunk = await asyncio.wait_for(self._queue.get(), wait)
+                async with asyncio.timeout(wait):  # wait_for of Python 3.11 may swallow a cancellation
+                    index, chunk = await self._queue.get()
             except TimeoutError:
                 yield PAUSE
                 continue

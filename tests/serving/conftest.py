@@ -18,8 +18,9 @@ def app(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     pytest.importorskip("starlette")
     pytest.importorskip("uvicorn")
     import live_server
-    from nplora.serving import Engine
     from stand_in import StandInEngine
+
+    from nplora.serving import Engine
 
     is_real = getattr(request.module, "ENGINE", None) == "real"
     directory: Path = tmp_path_factory.mktemp("served")

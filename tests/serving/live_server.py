@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from stand_in import StandInEngine
 
 import nplora
 from nplora.serving.api import http_server
@@ -16,7 +17,6 @@ from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models
 from nplora.serving.api.service import Service
 from small_llama import save_small_llama
-from stand_in import StandInEngine
 
 CONTEXT = 512
 # Qwen's notation, in short.

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 import fuzzed_requests
+import pytest
 
 pytest.importorskip("starlette")
 

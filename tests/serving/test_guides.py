@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import live_server
 import numpy as np
 import pytest
 
-import live_server
 import nplora
 from nplora.serving.api import guides
 from nplora.serving.api.fields import Fields

@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
-
 import live_server
+import pytest
 from live_server import connect
+
 from nplora.serving.api import bodies, http_server
 from nplora.serving.api.app import Application
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import live_server
 import pytest
 
-import live_server
 from commands import command
 from nplora import cli
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import live_server
 import pytest
 
-import live_server
 import nplora
 from nplora.serving import run
 from nplora.serving.api.app import Application

@@ -51,6 +51,25 @@ def test_a_text_is_that_of_the_model_alone_in_any_batch(lm: LanguageModel) -> No
         assert free_pages(engine) == engine.plan.pages
 
 
+def test_the_probabilities_have_the_same_bits_in_any_company(lm: LanguageModel) -> None:
+    rng, sampling = np.random.default_rng(12), Sampling(max_new_tokens=40)
+    system = prompt(rng, PAGE + 20)
+    prompts = [(system if n % 2 else []) + prompt(rng, length) for n, length in enumerate((5, 9, 100, 30, 1))]
+
+    def answers(engine: Engine) -> list[list[tuple[int, float | None]]]:
+        tickets = [engine.submit(ids, sampling, logprobs=0) for ids in prompts]
+        while engine.step():
+            pass
+        return [[(token.id, token.logprob) for chunk in one for token in chunk.tokens] for one in tickets]
+
+    expected = answers(Engine(lm, max_requests=1))
+    assert answers(Engine(lm, max_requests=5)) == expected
+    small = engine_with(lm, pages=6, max_requests=4)
+    assert answers(small) == expected
+    assert answers(small) == expected
+    assert small.metrics().put_back > 0
+
+
 def test_a_prompt_whose_beginning_is_known_gives_the_same_text(lm: LanguageModel) -> None:
     rng, sampling = np.random.default_rng(1), Sampling(max_new_tokens=20)
     system = prompt(rng, 3 * PAGE + 7)

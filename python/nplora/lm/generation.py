@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from nplora.adapters import Adapter
+from nplora.formats.errors import counted
 from nplora.lm.answer import Answer, StopText
 from nplora.lm.sampling import (
     Sampling,
@@ -25,11 +27,12 @@ from nplora.tokenizer import Tokenizer
 Array = npt.NDArray[Any]
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]  # a text, or a chat
+Adapters = Sequence[str | Adapter | None]  # for each prompt a name, an adapter, or None
 
 __all__ = [
-    "GeneratingModel", "Message", "Prompt", "Sampling", "StopText", "choose", "generate", "generate_ids",
-    "keep_top_k", "keep_top_p", "penalise", "penalise_repetition", "prompt_ids", "prompt_pieces", "softmax",
-    "stream", "stream_all",
+    "Adapters", "GeneratingModel", "Message", "Prompt", "Sampling", "StopText", "choose", "generate",
+    "generate_ids", "keep_top_k", "keep_top_p", "penalise", "penalise_repetition", "prompt_ids",
+    "prompt_pieces", "softmax", "stream", "stream_all",
 ]  # fmt: skip
 
 PIECE = 512  # tokens of a prompt that are read at a time, which limits the memory that they take
@@ -48,11 +51,21 @@ class GeneratingModel(Protocol):
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: Any) -> Array: ...
 
 
-def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[str]:
+class AdapterChoosingModel(GeneratingModel, Protocol):
+    """The method that generation needs too, if prompts have adapters."""
+
+    def named_model(self, adapter: str | Adapter) -> GeneratingModel: ...
+
+
+def generate(
+    lm: GeneratingModel,
+    prompts: Sequence[Prompt],
+    sampling: Sampling | None = None,
+    adapters: Adapters | None = None,
+) -> list[str]:
     """Generate a text after each prompt.
 
-    The prompts are computed together, as rows of one batch. The other prompts affect a text only through
-    rounding, which depends on the size of the batch.
+    The prompts are computed together, as rows of one batch. The other prompts do not affect a text.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -64,22 +77,30 @@ def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling 
     Args:
         prompts: texts, or chats. A chat is a list of messages; the model's chat template renders it as text.
         sampling: how tokens are chosen, or None for always the most likely token, up to 128 tokens.
+        adapters: for each prompt, the name of a named adapter or an `Adapter`; None for the model as it is.
     Returns:
         the generated texts, without their prompts.
     Raises:
         TypeError: a prompt is neither a text nor a chat.
-        ValueError: a prompt is empty, has tokens outside the model's vocabulary, or fills the context.
+        ValueError: a prompt is empty, has tokens outside the model's vocabulary, or fills the context; or the
+            numbers of prompts and adapters differ.
+        KeyError: an adapter is unknown.
         FloatingPointError: the model's scores are NaN, or the largest one is infinite.
     Warns:
         UserWarning: a text ended early because the model's context was full.
     """
     texts = [""] * len(prompts)
-    for index, piece in stream_all(lm, prompts, sampling):
+    for index, piece in stream_all(lm, prompts, sampling, adapters):
         texts[index] += piece
     return texts
 
 
-def stream(lm: GeneratingModel, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
+def stream(
+    lm: GeneratingModel,
+    prompt: Prompt,
+    sampling: Sampling | None = None,
+    adapter: str | Adapter | None = None,
+) -> Iterator[str]:
     """Generate a text after one prompt, and yield it in pieces of whole characters.
 
     The errors and warnings are those of `generate`.
@@ -91,11 +112,14 @@ def stream(lm: GeneratingModel, prompt: Prompt, sampling: Sampling | None = None
     >>> "".join(pieces) == lm.generate("Hello", max_new_tokens=4)
     True
     """
-    return (piece for _, piece in stream_all(lm, [prompt], sampling))
+    return (piece for _, piece in stream_all(lm, [prompt], sampling, [adapter]))
 
 
 def stream_all(
-    lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling | None = None
+    lm: GeneratingModel,
+    prompts: Sequence[Prompt],
+    sampling: Sampling | None = None,
+    adapters: Adapters | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Generate a text after each prompt, and yield pairs (index of the prompt, piece of its text).
 
@@ -110,10 +134,17 @@ def stream_all(
         >>> texts == lm.generate(["Hello", "Good"], max_new_tokens=4)
         True
     """
-    return _stream_ids(lm, [prompt_ids(_OP, lm, prompt) for prompt in prompts], sampling or Sampling())
+    models = _models(lm, prompts, adapters)
+    ids = [prompt_ids(_OP, model, prompt) for model, prompt in zip(models, prompts, strict=True)]
+    return _stream_ids(lm, ids, sampling or Sampling(), models, adapters)
 
 
-def generate_ids(lm: GeneratingModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
+def generate_ids(
+    lm: GeneratingModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    adapters: Adapters | None = None,
+) -> list[str]:
     """Generate a text after each prompt, given as token ids. The errors and warnings are those of `generate`.
 
     >>> import nplora
@@ -125,21 +156,47 @@ def generate_ids(lm: GeneratingModel, prompts: Sequence[Sequence[int]], sampling
     True
     """
     texts = [""] * len(prompts)
-    for index, piece in _stream_ids(lm, [checked_ids(_OP, lm, list(ids)) for ids in prompts], sampling):
+    models = _models(lm, prompts, adapters)
+    checked = [checked_ids(_OP, model, list(ids)) for model, ids in zip(models, prompts, strict=True)]
+    for index, piece in _stream_ids(lm, checked, sampling, models, adapters):
         texts[index] += piece
     return texts
 
 
+def _models(
+    lm: GeneratingModel, prompts: Sequence[Any], adapters: Adapters | None
+) -> Sequence[GeneratingModel]:
+    """The model of each prompt, whose tokenizer has the tokens that its adapter adds."""
+    if adapters is None:
+        return [lm] * len(prompts)
+    if len(adapters) != len(prompts):
+        raise ValueError(
+            f"{_OP}: {len(adapters)} adapters for {counted(len(prompts), 'prompt')}, expected one for each"
+        )
+    chooser = cast(AdapterChoosingModel, lm)
+    return [lm if adapter is None else chooser.named_model(adapter) for adapter in adapters]
+
+
 def _stream_ids(
-    lm: GeneratingModel, prompts: Sequence[list[int]], sampling: Sampling
+    lm: GeneratingModel,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    models: Sequence[GeneratingModel],
+    adapters: Adapters | None,
 ) -> Iterator[tuple[int, str]]:
     context = int(lm.config.max_position_embeddings)
     longest = longest_before_switch(lm.config)
-    answers = [Answer(lm.tokenizer, index, ids, sampling) for index, ids in enumerate(prompts)]
+    answers = [
+        Answer(model.tokenizer, index, ids, sampling)
+        for index, (model, ids) in enumerate(zip(models, prompts, strict=True))
+    ]
     if not answers or not sampling.max_new_tokens:
         return
     limits = [min(context, len(answer.ids) + sampling.max_new_tokens) for answer in answers]
     cache = lm.new_cache(len(answers), max(limits))
+    for slot, adapter in enumerate(adapters or ()):
+        if adapter is not None:
+            cache.adapters[slot] = adapter
     for answer, limit in zip(answers, limits, strict=True):
         if hasattr(cache, "activate"):  # a model with its own kind of cache has no activated LoRA
             cache.activate(answer.index, answer.ids)

@@ -161,7 +161,7 @@ class Engine:
         _check.integer(_OP, "priority", priority, least=-(2**31))
         with self._lock:
             chosen, root = self._adapter(adapter)
-            model = self._lm
+            model = self._lm if chosen is None else self._lm.named_model(chosen)
             tokenizer = _unselected(lambda: model.tokenizer)
             prompt = _unselected(
                 lambda: checked_ids(_OP, model, [operator.index(one) for one in ids], self._context)

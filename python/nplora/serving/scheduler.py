@@ -57,7 +57,7 @@ class Scheduler:
         self.queue: FairQueue[Request] = FairQueue()
         self.running: list[Request] = []
         self._lm, self._metrics, self._turn, self._ended = lm, metrics, turn, ended
-        self._cache = KVCache(lm.config, slots, context, lm, PAGE, pages)
+        self._cache = KVCache(lm.config, slots, context, lm, lm.named_model, PAGE, pages)
         self._pool = PagePool(pages)
         self._slots = list(range(slots - 1, -1, -1))
         self._started = itertools.count()
@@ -123,8 +123,7 @@ class Scheduler:
         """Make the request's empty slot ready for its adapter and its length."""
         cache, slot = self._cache, request.slot
         assert slot is not None
-        if request.adapter is not None:
-            cache.adapters[slot] = request.adapter  # type: ignore[attr-defined]
+        cache.adapters[slot] = request.adapter
         cache.limits[slot] = request.slot_limit
         cache.activate(slot, np.asarray(request.answer.ids[: request.to_read]))
 
@@ -132,6 +131,7 @@ class Scheduler:
         """Take the slot and the pages from a request."""
         assert request.slot is not None
         self._pool.release(self._cache.take(request.slot))
+        self._cache.adapters[request.slot] = None
         self._slots.append(request.slot)
         request.slot = None
         self.running.remove(request)

@@ -32,6 +32,7 @@ def idle(lm: nplora.LanguageModel, tmp_path: Path) -> Any:
         ({"training_file": "../../etc/passwd"}, "no file has the id", "training_file"),
         ({"validation_file": "file-0"}, "no file has the id 'file-0'", "validation_file"),
         ({"suffix": "../x"}, "suffix is '../x', expected 1 to 64 letters", "suffix"),
+        ({"suffix": "a..b"}, "suffix is 'a..b', expected", "suffix"),
         ({"suffix": 5}, "suffix is 5", "suffix"),
         ({"seed": -1}, "seed is -1, expected an integer", "seed"),
         ({"seed": True}, "seed is True", "seed"),

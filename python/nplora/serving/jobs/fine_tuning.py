@@ -46,9 +46,10 @@ class FineTuning:
         turns: divides the time between training and answers: the engine's `turn`. None: training does not
             wait.
         publish: called as publish(name, directory) when a job has ended, and in `start` for earlier jobs:
-            from then on, the adapter in this PEFT directory answers to the name. Default: `lm.load_adapter`.
+            from then on, the adapter in this PEFT directory answers to the name, also if the name is taken.
+            Default: `lm.load_adapter`.
         withdraw: called as withdraw(name) for an adapter that is no longer there. Default:
-            `lm.delete_adapter`.
+            `lm.delete_adapter`. It may raise KeyError or RequestError.
         memory: memory limit of the whole process while a job trains, as in `finetune`.
         compute: arithmetic of training; None: that of `lm`, or float32 if `lm` computes in int8.
         max_file_bytes: the largest file that is accepted.
@@ -109,7 +110,7 @@ class FineTuning:
                 self._publishing.publish(
                     one["name"], place / ("run" if is_final else f"checkpoints/step-{one['step']}")
                 )
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RequestError) as error:
                 warn_user(f"the adapter {one['name']!r} cannot be used: {error}")
 
     def close(self) -> None:

@@ -183,8 +183,8 @@ def _suffix(fields: Mapping[str, Any]) -> str | None:
     if "suffix" not in fields:
         return None
     value = fields["suffix"]
-    if not isinstance(value, str) or not _SUFFIX.fullmatch(value):
-        wanted = "expected 1 to 64 letters, digits, dots, hyphens and underscores"
+    if not isinstance(value, str) or not _SUFFIX.fullmatch(value) or ".." in value:
+        wanted = "expected 1 to 64 letters, digits, hyphens, underscores and single dots"
         raise _error(f"suffix is {brief(value)}, {wanted}", "suffix")
     return value
 

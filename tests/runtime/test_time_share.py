@@ -136,11 +136,20 @@ def test_training_that_is_due_goes_before_urgent_work_that_comes_later() -> None
     assert order == ["train", "decode"]
 
 
-def test_urgent_work_does_not_wait_for_ever() -> None:
-    turns = TimeShare(0.5)
+def test_urgent_work_waits_for_a_long_slice_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited, clock = list[float](), Clock()
+    turns = TimeShare(0.5, clock)
+
+    def wait(condition: threading.Condition, seconds: float) -> None:
+        waited.append(seconds)
+        clock.now += seconds
+
+    monkeypatch.setattr(threading.Condition, "wait", wait)
     turns.pause()
-    with turns:  # in the same thread: the slice does not end meanwhile
-        pass
+    for _ in range(3):  # in the same thread: the slice does not end meanwhile
+        with turns:
+            pass
+    assert waited == [0.25]
 
 
 @pytest.mark.parametrize("share", [0, -1, 1.01, float("nan")])

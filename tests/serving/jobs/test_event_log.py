@@ -29,13 +29,13 @@ def test_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
     assert json.loads(line, parse_constant=pytest.fail)["data"] == {"step": 1, "train_loss": None}
 
 
-def test_ids_stay_different_after_a_line_is_lost(tmp_path: Path) -> None:
+def test_a_damaged_line_is_ignored_and_ids_stay_different(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     log = EventLog(path, "a")
     for word in ("one", "two", "three"):
         log.add(word)
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + lines[2])
+    path.write_bytes(lines[0] + b"\0\0\n{}\n[]\n5\n" + lines[2])
     log = EventLog(path, "a")
     log.add("four")
     assert len({event["id"] for event in log.newest_first()}) == 3

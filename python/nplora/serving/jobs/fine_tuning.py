@@ -17,7 +17,7 @@ from nplora.runtime.time_share import TimeShare
 from nplora.runtime.user_warning import warn_user
 from nplora.serving.jobs import shapes
 from nplora.serving.jobs.job_error import is_disk_full
-from nplora.serving.jobs.job_request import JobRequest, checked
+from nplora.serving.jobs.job_request import JobRequest, checked, require_text
 from nplora.serving.jobs.job_run import JobRun, Publishing
 from nplora.serving.jobs.jobs_state import OPEN, JobsState
 from nplora.serving.jobs.pages import page
@@ -192,6 +192,7 @@ class FineTuning:
         if not isinstance(filename, str) or not filename.strip() or len(filename) > _LONGEST_NAME:
             message = f"the name of the file is {brief(filename)}, expected 1 to {_LONGEST_NAME} characters"
             raise RequestError(message, param="file", code="invalid_value")
+        require_text(filename, "file")
         record: Record = {
             "id": new_id("file"), "created_at": int(time.time()), "filename": filename, "purpose": purpose,
         }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -115,29 +116,40 @@ def test_urgent_work_waits_for_the_end_of_a_slice_and_training_for_the_end_of_ur
     assert order == ["trained", "decode", "decoded", "train"]
 
 
-def test_training_gets_its_turn_although_urgent_work_follows_without_a_gap() -> None:
-    turns, stop, rounds = TimeShare(0.5), threading.Event(), list[int]()
+def test_training_that_is_due_goes_before_urgent_work_that_comes_later() -> None:
+    turns, order, waits = TimeShare(0.5), list[str](), threading.Event()
 
-    def decode() -> None:
-        while not stop.is_set():
-            with turns:
-                rounds.append(1)
-
-    thread = threading.Thread(target=decode)
-    thread.start()
-    for _ in range(50):
+    def train() -> None:
+        waits.set()
         turns.pause()
-    turns.end()
-    stop.set()
+        order.append("train")
+        turns.end()
+
+    thread = threading.Thread(target=train)
+    with turns:
+        thread.start()
+        waits.wait(10)
+        time.sleep(0.05)  # now it waits in `pause`
+    with turns:
+        order.append("decode")
     thread.join()
-    assert rounds
+    assert order == ["train", "decode"]
 
 
-def test_urgent_work_does_not_wait_for_ever() -> None:
-    turns = TimeShare(0.5)
+def test_urgent_work_waits_for_a_long_slice_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited, clock = list[float](), Clock()
+    turns = TimeShare(0.5, clock)
+
+    def wait(condition: threading.Condition, seconds: float) -> None:
+        waited.append(seconds)
+        clock.now += seconds
+
+    monkeypatch.setattr(threading.Condition, "wait", wait)
     turns.pause()
-    with turns:  # in the same thread: the slice does not end meanwhile
-        pass
+    for _ in range(3):  # in the same thread: the slice does not end meanwhile
+        with turns:
+            pass
+    assert waited == [0.25]
 
 
 @pytest.mark.parametrize("share", [0, -1, 1.01, float("nan")])

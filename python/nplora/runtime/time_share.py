@@ -74,7 +74,7 @@ class TimeShare:
 
     Urgent work is a `with` block; training calls `pause` between slices, such as the blocks of a model.
     While training waits in `pause`, only urgent work runs. Urgent work waits for the end of a slice, but not
-    longer than a quarter of a second: after that, both run at the same time.
+    longer than a quarter of a second: after that, both run at the same time until the slice ends.
 
     Args:
         share: the share of the time for training, above 0 and at most 1.
@@ -96,6 +96,7 @@ class TimeShare:
         self._running = 0  # the number of `with` blocks that run
         self._since, self._until = 0.0, float("-inf")  # when urgent work came after a gap, and last ended
         self._began: float | None = None  # the beginning of the present slice
+        self._is_long = False  # urgent work does not wait for the present slice any more
         self._waits = False  # training waits in `pause`
 
     @property
@@ -110,9 +111,10 @@ class TimeShare:
                 self._since = now
             self._urgent += 1
             deadline = now + _MOST_WAIT
-            while now < deadline and (self._began is not None or self._is_due(now)):
+            while now < deadline and (self._is_slicing() or self._is_due(now)):
                 self._changed.wait(deadline - now)
                 now = self._clock()
+            self._is_long = self._began is not None
             self._running += 1
 
     def __exit__(self, *exception: object) -> None:
@@ -137,11 +139,15 @@ class TimeShare:
             self._end_slice()
 
     def _end_slice(self) -> None:
-        began, self._began = self._began, None
+        began, self._began, self._is_long = self._began, None, False
         if began is not None:
             now = self._clock()
             self._budget.add(began, now, self._since if self._is_busy(now) else now)
             self._changed.notify_all()
+
+    def _is_slicing(self) -> bool:
+        """Whether training runs a slice for whose end urgent work waits."""
+        return self._began is not None and not self._is_long
 
     def _is_busy(self, now: float) -> bool:
         """Whether there is urgent work now, or was a moment ago, so that more is likely to come."""

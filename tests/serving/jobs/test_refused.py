@@ -32,9 +32,11 @@ def idle(lm: nplora.LanguageModel, tmp_path: Path) -> Any:
         ({"training_file": "../../etc/passwd"}, "no file has the id", "training_file"),
         ({"validation_file": "file-0"}, "no file has the id 'file-0'", "validation_file"),
         ({"suffix": "../x"}, "suffix is '../x', expected 1 to 64 letters", "suffix"),
+        ({"suffix": "a..b"}, "suffix is 'a..b', expected", "suffix"),
         ({"suffix": 5}, "suffix is 5", "suffix"),
         ({"seed": -1}, "seed is -1, expected an integer", "seed"),
         ({"seed": True}, "seed is True", "seed"),
+        ({"metadata": {"a": "\ud800"}}, "not JSON in UTF-8", None),
         ({"metadata": {"a": 5}}, "metadata has 'a': 5", "metadata"),
         ({"metadata": {str(n): "" for n in range(17)}}, "at most 16 texts", "metadata"),
         ({"integrations": [{"type": "wandb"}]}, "integrations are not supported", "integrations"),
@@ -67,7 +69,7 @@ def idle(lm: nplora.LanguageModel, tmp_path: Path) -> Any:
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else None,
 )
 def test_a_wrong_request_is_refused(
-    idle: FineTuning, changes: dict[str, Any], message: str, param: str
+    idle: FineTuning, changes: dict[str, Any], message: str, param: str | None
 ) -> None:
     file = idle.create_file(jsonl(ROWS), "train.jsonl")
     request = {"model": "small", "training_file": file["id"], "hyperparameters": FAST, **changes}
@@ -96,6 +98,7 @@ def test_wrong_files_and_pages_are_refused(idle: FineTuning, tmp_path: Path) -> 
         ((iter([b"x" * 9000, b"x" * 9000]), "a.jsonl"), "more than 10,000 bytes"),
         ((b"x", ""), "the name of the file is ''"),
         ((b"x", "n" * 300), "the name of the file is"),
+        ((b"x", "\ud800"), "not JSON in UTF-8"),
         ((b"x", "a.jsonl", "assistants"), "purpose is 'assistants', expected 'fine-tune'"),
     ):
         with pytest.raises(RequestError, match=message):
@@ -107,7 +110,7 @@ def test_wrong_files_and_pages_are_refused(idle: FineTuning, tmp_path: Path) -> 
 
 
 def test_a_file_name_is_never_a_path(idle: FineTuning, tmp_path: Path) -> None:
-    for name in ("../../x.jsonl", "/etc/passwd", "a\0b.csv", "..", "\ud800", "x.parquet/../y"):
+    for name in ("../../x.jsonl", "/etc/passwd", "a\0b.csv", "..", "x.parquet/../y"):
         made = idle.create_file(b"text", name)
         assert made["filename"] == name
         content = idle.file_content(made["id"])

@@ -229,10 +229,13 @@ def test_what_a_killed_upload_left_is_removed_and_damaged_records_are_ignored(
     idle = FineTuning(lm, place, model="small")
     job = queued(idle)
     idle.close()
-    for orphan in ("files/file-1/content.jsonl", "jobs/ftjob-1/train.jsonl"):
+    one, two = 24 * "1", 24 * "2"
+    others = ("files/mine/content.jsonl", "jobs/ftjob-x/train.jsonl")
+    for orphan in (f"files/file-{one}/content.jsonl", f"jobs/ftjob-{one}/train.jsonl", *others):
         (place / orphan).parent.mkdir()
         (place / orphan).write_text("{}")
-    for name, content in (("files/file-2/file.json", "{"), ("jobs/ftjob-2/job.json", '{"id": "ftjob-9"}')):
+    damaged = ((f"files/file-{two}/file.json", "{"), (f"jobs/ftjob-{two}/job.json", '{"id": "ftjob-9"}'))
+    for name, content in damaged:
         (place / name).parent.mkdir()
         (place / name).write_text(content)
     events = place / "jobs" / job / "events.jsonl"
@@ -244,8 +247,8 @@ def test_what_a_killed_upload_left_is_removed_and_damaged_records_are_ignored(
     assert len(idle.files()["data"]) == 1
     assert len(idle.events(job)["data"]) == len(whole.splitlines())
     assert events.read_bytes() == whole
-    assert not (place / "files/file-1").exists()
-    assert not (place / "jobs/ftjob-1").exists()
+    assert not list(place.glob(f"*/*{one}"))
+    assert all((place / other).exists() for other in others), "a directory of somebody else was removed"
     idle.close()
 
 

@@ -9,14 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nplora.formats import files
-from nplora.formats.strict_json import json_values
+from nplora.formats import files, strict_json
 
 Shape = dict[str, Any]
 
 
 class EventLog:
-    """The events of one job, the oldest first. A line that a crash cut short is removed.
+    """The events of one job, the oldest first.
+
+    A line that a crash cut short is removed. A damaged line is ignored.
 
     A job that continues after a crash repeats its last steps, with the same results. Their events are in the
     log already, so they are not added again.
@@ -35,7 +36,8 @@ class EventLog:
             whole = content.rfind(b"\n") + 1
             if whole < len(content):
                 os.truncate(path, whole)
-            self._events = [json.loads(line) for line in content[:whole].splitlines()]
+            read = map(_event, content[:whole].splitlines())
+            self._events = [event for event in read if event is not None]
         self._seen = {_subject(event) for event in self._events} - {None}
 
     def add(self, message: str, level: str = "info", data: Shape | None = None) -> None:
@@ -54,7 +56,7 @@ class EventLog:
             "level": level,
             "message": message,
             "type": "message" if data is None else "metrics",
-            "data": json_values(data),
+            "data": strict_json.json_values(data),
         }
         subject = _subject(event)
         if subject is not None and subject in self._seen:
@@ -66,6 +68,17 @@ class EventLog:
     def newest_first(self) -> list[Shape]:
         """All events, the newest first."""
         return self._events[::-1]
+
+
+def _event(line: bytes) -> Shape | None:
+    """The event in a line; None if the line is damaged."""
+    try:
+        event = strict_json.loads(line, "event")
+        int(event["id"].rpartition("-")[2])
+        _subject(event)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
+    return dict(event)
 
 
 def _subject(event: Shape) -> tuple[str, int] | None:

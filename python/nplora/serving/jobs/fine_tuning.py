@@ -17,7 +17,7 @@ from nplora.runtime.time_share import TimeShare
 from nplora.runtime.user_warning import warn_user
 from nplora.serving.jobs import shapes
 from nplora.serving.jobs.job_error import is_disk_full
-from nplora.serving.jobs.job_request import JobRequest, checked
+from nplora.serving.jobs.job_request import JobRequest, checked, require_text
 from nplora.serving.jobs.job_run import JobRun, Publishing
 from nplora.serving.jobs.jobs_state import OPEN, JobsState
 from nplora.serving.jobs.pages import page
@@ -46,9 +46,10 @@ class FineTuning:
         turns: divides the time between training and answers: the engine's `turn`. None: training does not
             wait.
         publish: called as publish(name, directory) when a job has ended, and in `start` for earlier jobs:
-            from then on, the adapter in this PEFT directory answers to the name. Default: `lm.load_adapter`.
+            from then on, the adapter in this PEFT directory answers to the name, also if the name is taken.
+            Default: `lm.load_adapter`.
         withdraw: called as withdraw(name) for an adapter that is no longer there. Default:
-            `lm.delete_adapter`.
+            `lm.delete_adapter`. It may raise KeyError or RequestError.
         memory: memory limit of the whole process while a job trains, as in `finetune`.
         compute: arithmetic of training; None: that of `lm`, or float32 if `lm` computes in int8.
         max_file_bytes: the largest file that is accepted.
@@ -109,7 +110,7 @@ class FineTuning:
                 self._publishing.publish(
                     one["name"], place / ("run" if is_final else f"checkpoints/step-{one['step']}")
                 )
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RequestError) as error:
                 warn_user(f"the adapter {one['name']!r} cannot be used: {error}")
 
     def close(self) -> None:
@@ -191,6 +192,7 @@ class FineTuning:
         if not isinstance(filename, str) or not filename.strip() or len(filename) > _LONGEST_NAME:
             message = f"the name of the file is {brief(filename)}, expected 1 to {_LONGEST_NAME} characters"
             raise RequestError(message, param="file", code="invalid_value")
+        require_text(filename, "file")
         record: Record = {
             "id": new_id("file"), "created_at": int(time.time()), "filename": filename, "purpose": purpose,
         }  # fmt: skip

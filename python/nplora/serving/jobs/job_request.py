@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ def checked(request: Mapping[str, Any], base: str) -> JobRequest:
     """
     if not isinstance(request, Mapping):
         raise RequestError(f"the body is {brief(request)}, expected an object", code="invalid_type")
+    require_text(request)
     fields = {name: value for name, value in request.items() if value is not None}
     _refuse_unknown(fields)
     method, given = _method(fields)
@@ -96,6 +98,16 @@ def checked(request: Mapping[str, Any], base: str) -> JobRequest:
         hyperparameters=theirs,
         options=options,
     )
+
+
+def require_text(value: object, param: str | None = None) -> None:
+    """Raise a RequestError if a value is not JSON, or a text in it has half a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=dict).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RequestError(
+            f"the value is not JSON in UTF-8: {error}", param=param, code="invalid_value"
+        ) from error
 
 
 def _refuse_unknown(fields: Mapping[str, Any]) -> None:
@@ -183,8 +195,8 @@ def _suffix(fields: Mapping[str, Any]) -> str | None:
     if "suffix" not in fields:
         return None
     value = fields["suffix"]
-    if not isinstance(value, str) or not _SUFFIX.fullmatch(value):
-        wanted = "expected 1 to 64 letters, digits, dots, hyphens and underscores"
+    if not isinstance(value, str) or not _SUFFIX.fullmatch(value) or ".." in value:
+        wanted = "expected 1 to 64 letters, digits, hyphens, underscores and single dots"
         raise _error(f"suffix is {brief(value)}, {wanted}", "suffix")
     return value
 

@@ -23,6 +23,7 @@ from nplora.serving.jobs.job_request import OBJECTIVES
 from nplora.serving.jobs.jobs_state import ENDED, JobsState
 from nplora.serving.jobs.progress import Progress
 from nplora.serving.jobs.results import results_csv
+from nplora.serving.request_error import RequestError
 from nplora.trainer import EpochRecord, Run
 from nplora.weights import COMPUTES
 
@@ -178,7 +179,7 @@ class JobRun:
 
     def _drop(self, checkpoints: list[dict[str, Any]]) -> None:
         for one in checkpoints:
-            with contextlib.suppress(KeyError):
+            with contextlib.suppress(KeyError, RequestError):  # somebody else may have removed it
                 self._publishing.withdraw(one["name"])
             shutil.rmtree(self._place / "checkpoints" / f"step-{one['step']}", ignore_errors=True)
 

@@ -33,7 +33,6 @@ class Progress(Callback):
         self._event, self._on_start, self._on_epoch, self._clock = event, on_start, on_epoch, clock
         self._last, self._seconds = 0.0, 0.0
         self._left = 0  # steps
-        self.trained_tokens = 0
 
     @property
     def estimated_finish(self) -> int | None:

@@ -12,8 +12,8 @@ The directory holds
     jobs/ID/checkpoints/step-N/          adapters of the last epochs
 
 A record is written last, and replaced as a whole. A directory without a record was left by a process that was
-killed, and is removed. Ids are made here, and ids of requests are only compared with those of records, so no
-text of a request becomes a part of a path.
+killed, and is removed. Only directories whose names are ids are looked at. Ids are made here, and ids of
+requests are only compared with those of records, so no text of a request becomes a part of a path.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import threading
@@ -41,6 +42,7 @@ Record = dict[str, Any]
 
 _FILE, _JOB = "file.json", "job.json"
 _PART = 1 << 20
+_ID = re.compile(r"(file|file-results|ftjob)-[0-9a-f]{24}")
 
 
 def new_id(kind: str) -> str:
@@ -185,6 +187,8 @@ def _read(place: Path, name: str) -> dict[str, Record]:
     """The records in the directories of a directory, in the order in which they were made."""
     found = list[Record]()
     for entry in sorted(place.iterdir()):
+        if not _ID.fullmatch(entry.name):
+            continue
         path = entry / name
         if not os.path.lexists(path):
             shutil.rmtree(entry, ignore_errors=True)
@@ -205,7 +209,7 @@ def _next_serial(records: Mapping[str, Record]) -> int:
 
 
 def _json(record: Record) -> bytes:
-    return json.dumps(record, ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass")
+    return json.dumps(record, ensure_ascii=False, indent=1).encode()
 
 
 def _suffix(name: str) -> str:

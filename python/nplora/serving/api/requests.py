@@ -231,7 +231,8 @@ class Reader:
             except ValueError as error:
                 raise RequestError(str(error), param="prompt", code="invalid_value") from error
         elif isinstance(given, list):
-            ids = [checked_integer("prompt", id_, 0, lm.vocab_size - 1) for id_ in given]
+            most = lm.vocab_size - 1
+            ids = [checked_integer("prompt", id_, 0, most) for id_ in given[: self._context + 1]]
         else:
             raise wrong("prompt", given, "a text, a list of texts, or a list of tokens")
         if not ids:

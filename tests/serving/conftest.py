@@ -18,7 +18,7 @@ def app(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     pytest.importorskip("starlette")
     pytest.importorskip("uvicorn")
     import live_server
-    from stand_in import StandInEngine
+    from stand_in_engine import StandInEngine
 
     from nplora.serving import Engine
 

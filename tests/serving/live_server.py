@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stand_in import StandInEngine
+from stand_in_engine import StandInEngine
 
 import nplora
 from nplora.serving.api import http_server

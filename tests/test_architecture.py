@@ -44,6 +44,7 @@ OPTIONAL_PACKAGES = {
     "tokenizer": {"jinja2", "tokenizers"},
     "trainer": {"matplotlib", "mlflow", "tensorboardX", "tqdm", "wandb"},
     "finetuning": {"lm_eval", "optuna", "pyarrow"},
+    "serving": {"llguidance", "python_multipart", "starlette", "uvicorn"},
     "cli": {"sklearn"},
 }
 

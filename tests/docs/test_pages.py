@@ -44,8 +44,15 @@ SECONDS = 120  # for the blocks of a page
 NOT_HERE = {
     *("git", "apt-get", "pip", "pre-commit", "cmake", "ctest", "huggingface-cli", "hf", "ollama"),
     *("llama-cli", "llama-server", "llama-quantize", "docker", "bash .ci/run", ".ci/run", "python -m bench"),
-    *("mpiexec", "mpirun", "sbatch", "kubectl"),
-    *("python -m venv", "python -m pip", "pytest", "nplora demo", "python tests/docs/starting_directory.py"),
+    *("mpiexec", "mpirun", "sbatch", "kubectl", "curl"),
+    *(
+        "python -m venv",
+        "python -m pip",
+        "pytest",
+        "nplora demo",
+        "nplora serve",
+        "python tests/docs/starting_directory.py",
+    ),
     *("flower-superlink", "flower-supernode", "flwr"),
 }
 OPTIONS_OF_OTHERS = {

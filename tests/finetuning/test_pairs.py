@@ -1,5 +1,6 @@
 """Rows of chosen and rejected answers: their prompt, and pairs that are none."""
 
+import re
 from typing import Any
 
 import pytest
@@ -107,3 +108,33 @@ def test_prompts_of_a_pair_that_differ_are_refused(row: dict[str, Any], message:
 def test_a_prompt_beside_whole_chats_is_one_of_their_questions(prompt: str) -> None:
     row = {"prompt": prompt, "chosen": [USER, YES, OTHER, YES], "rejected": [USER, YES, OTHER, NO]}
     assert [trained for _, trained in read(row, tokenizer())] == ["yes<|end|>", "no<|end|>"]
+
+
+OPENAI = {"input": {"messages": [USER]}, "preferred_output": [YES]}
+OPENAI |= {"non_preferred_output": [{"role": "assistant", "content": "no"}]}
+
+
+def test_a_pair_in_openais_form_is_read_as_the_same_pair_in_trls_form() -> None:
+    words = tokenizer()
+    trl = {"prompt": [USER], "chosen": OPENAI["preferred_output"], "rejected": OPENAI["non_preferred_output"]}
+    assert read(OPENAI, words) == read(trl, words)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    template = "{{ tools | tojson }}" + CHATML
+    theirs = {**OPENAI, "input": {"messages": [USER], "tools": tools, "parallel_tool_calls": True}}
+    assert read(theirs, tokenizer(template)) == read(trl | {"tools": tools}, tokenizer(template))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input": None}, "input is None, expected an object with messages"),
+        ({"input": {}}, "input is {}, expected an object with messages"),
+        ({"non_preferred_output": None}, "non_preferred_output is None, expected a list"),
+        ({"non_preferred_output": []}, "non_preferred_output is empty, expected messages"),
+        ({"non_preferred_output": [USER]}, "non_preferred_output ends with a message of role 'user'"),
+        ({"non_preferred_output": [YES]}, "preferred_output and non_preferred_output are the same answer"),
+    ],
+)
+def test_wrong_pairs_in_openais_form_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
+        read(OPENAI | changes, tokenizer())

@@ -28,6 +28,7 @@ COMMANDS = {
     "eval": "evaluate",
     "tune": "tune",
     "generate": "generate",
+    "serve": "serve",
     "demo": "demo",
     "plot": "plot",
     "info": "info",
@@ -53,6 +54,7 @@ _OTHER_COMMANDS = {
     **dict.fromkeys(("preview", "dataset", "tokenize"), "data"),
     "fuse": "merge",
     "distill": "teach",
+    "server": "serve",
 }
 
 

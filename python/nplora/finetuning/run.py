@@ -332,7 +332,7 @@ def _finetune(
                 say(f"{files.name(output)}: there is no run to resume, so a new run starts")
             prepared.compute()
             baseline.measure()
-        base = None if isinstance(model, LanguageModel) else os.fspath(model)
+        base = os.fspath(model.source if isinstance(model, LanguageModel) else model)
         save = functools.partial(save_adapter, chat_template=inputs.train.report.chat)
         with contextlib.ExitStack() as stack:
             callbacks = [reached, prepared, baseline, *own]
@@ -471,7 +471,7 @@ def _train(
 
 @contextlib.contextmanager
 def _saved_after_an_error(
-    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None], reached: Milestones
+    lm: LanguageModel, output: StrPath, base: str, save: Callable[..., None], reached: Milestones
 ) -> Iterator[None]:
     """Save an adapter also if the run ends with an error or a signal.
 
@@ -488,7 +488,7 @@ def _saved_after_an_error(
 
 
 def _save_as_of(
-    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None], step: int | None
+    lm: LanguageModel, output: StrPath, base: str, save: Callable[..., None], step: int | None
 ) -> str:
     """Save the adapter of the checkpoint of `step`. Return a note that says whether the adapter was saved.
 
@@ -507,15 +507,13 @@ def _save_as_of(
     return f"{files.name(output)} holds the adapter" + ("" if step is None else f" as of step {step}")
 
 
-def _save_undisturbed(
-    lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None]
-) -> None:
+def _save_undisturbed(lm: LanguageModel, output: StrPath, base: str, save: Callable[..., None]) -> None:
     """Save the adapter. Ctrl-C takes effect when the adapter is on the disk."""
     with Interrupts(terminate=False) as interrupts, interrupts.hold():
         save(lm, output, base)
 
 
-def _save(lm: LanguageModel, output: StrPath, base: str | None, save: Callable[..., None]) -> None:
+def _save(lm: LanguageModel, output: StrPath, base: str, save: Callable[..., None]) -> None:
     try:
         _save_undisturbed(lm, output, base, save)
     except OSError as error:

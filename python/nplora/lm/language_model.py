@@ -25,8 +25,9 @@ from nplora.formats.tokenizer_json import AddedToken
 from nplora.lm import activated, adapting, slot_models, trained_rows
 from nplora.lm.generation import Adapters, Message, Prompt, Sampling, generate
 from nplora.lm.named_adapters import NamedAdapters
+from nplora.lm.shared_weights import SharedWeights
 from nplora.lora.merging import MergeReport
-from nplora.models import families, head, model_digest, stepwise
+from nplora.models import building, families, head, model_digest, stepwise
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.continuations import MOST_ROWS, Question, groups
@@ -39,6 +40,7 @@ from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import Gradient, Module, Saved, inference, inferring, layer_stream
 from nplora.nn.optim import Optimizer
 from nplora.tokenizer import Tokenizer
+from nplora.weights import INFERENCE_COMPUTES
 
 Array = npt.NDArray[Any]
 
@@ -234,6 +236,27 @@ class LanguageModel(Module):
         'bfloat16'
         """
         return getattr(self.lm_head.weight, "compute", "float32")
+
+    def with_compute(self, compute: str) -> LanguageModel:
+        """A model without adapter that shares the weights, but has another arithmetic for their products.
+
+        So a model that answers with compute="int8" can be trained meanwhile. `self` is not changed.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf", compute="int8")
+            >>> lm.with_compute("float32").compute
+            'float32'
+
+        Args:
+            compute: as in `nplora.load_model`.
+        Raises:
+            ValueError: `compute` is not available.
+        """
+        _check.choice("with_compute", "compute", compute, INFERENCE_COMPUTES)
+        modules = dict(self.with_tokens(()).named_modules())
+        weights = SharedWeights(self.config, modules, self._mapped, compute)
+        model, lm_head = building.decoder(self.config, weights)
+        return LanguageModel(self.config, model, lm_head, self._file_tokenizer, self._mapped)
 
     def require_unchanged(self) -> None:
         """Raise CorruptError if a memory-mapped file of the weights was modified after it was opened.

@@ -20,6 +20,7 @@ from nplora.nn import Embedding, LoRAEmbedding, RMSNorm, TrainedEmbedding
 from nplora.nn.active_rows import only_active
 from nplora.nn.module import Module, Saved, inference
 from nplora.nn.row_groups import row_groups
+from nplora.runtime.giving_way import give_way
 from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
@@ -56,7 +57,7 @@ class Decoder(Module):
     """Token embedding, blocks and last norm.
 
     The last norm is computed together with the head, only for the rows whose logits are needed. Blocks below
-    the lowest adapted block store nothing and compute no gradient.
+    the lowest adapted block store nothing and compute no gradient. Before each block, `give_way` is called.
 
     Attributes:
         recompute: use gradient checkpointing (Chen et al. 2016): store only each block's input, and compute
@@ -108,6 +109,7 @@ class Decoder(Module):
         blocks: list[BlockSaved | BlockInput] = []
         with self._activated(ids, positions):
             for block in self.layers[first:]:
+                give_way()
                 if self.recompute:
                     blocks.append(BlockInput(x, block.random_state(), copy_context()))
                     x = block.run(x, positions)[0]
@@ -120,6 +122,7 @@ class Decoder(Module):
         """Accumulate the gradients of all LoRA factors. The stream's gradient `dx` (n, d) is overwritten."""
         whole = bool(self.embed_tokens.local_parameters())
         for block in reversed(self.layers[len(self.layers) - len(saved.blocks) :]):
+            give_way()
             kept = saved.blocks.pop()
             if isinstance(kept, BlockInput):
                 kept = kept.context.run(_recomputed, block, kept, saved.positions)
@@ -179,6 +182,7 @@ class Decoder(Module):
 
 def _run_through(blocks: list[DecoderBlock], x: Array, positions: PackedPositions) -> Array:
     for block in blocks:
+        give_way()
         x = block.run(x, positions)[0]
     return x
 

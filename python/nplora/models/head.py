@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -13,6 +13,7 @@ from nplora import _core
 from nplora.models.decoder import Decoder
 from nplora.models.packing import IGNORED
 from nplora.nn import Linear, LoRALinear, TrainedHead, stack_backward, stack_forward
+from nplora.runtime.giving_way import give_way
 
 Array = npt.NDArray[Any]
 AnyHead = Linear | LoRALinear | TrainedHead
@@ -195,9 +196,11 @@ def _chunk_losses(model: Decoder, head: AnyHead, x: Array, targets: Array) -> Ar
     return losses
 
 
-def _chunks_of(targets: Array, head: AnyHead) -> list[Array]:
-    """The rows that have a target, in chunks."""
-    return chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0])
+def _chunks_of(targets: Array, head: AnyHead) -> Iterator[Array]:
+    """The rows that have a target, in chunks. Before each chunk, `give_way` is called."""
+    for rows in chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0]):
+        give_way()
+        yield rows
 
 
 def most_rows(rows: int, vocab: int) -> int:

@@ -224,6 +224,11 @@ class Tokenizer:
             )
         return False
 
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        text: str = self._backend.to_str()
+        return text
+
     def files(self) -> dict[str, bytes]:
         """The files of this tokenizer as transformers reads them, by name."""
         names = {"bos_token": self._text(self.bos_id), "eos_token": self._text(self.eos_id)}
@@ -395,15 +400,15 @@ class Tokenizer:
         *,
         tools: Objects = None,
         documents: Objects = None,
+        most: int | None = None,
     ) -> list[int]:
         """Encode a chat to tokens. Special tokens in the messages' own text are encoded as plain text.
 
-        The arguments and errors are those of `apply_chat_template`.
+        `most` is as in `encode`. The other arguments and the errors are those of `apply_chat_template`.
         """
         given = self._quoted_given(tools, documents)
-        return self._encode_rendered(
-            self._render(self._quoted(messages), add_generation_prompt, None, given)
-        )[0]
+        text = self._render(self._quoted(messages), add_generation_prompt, None, given)
+        return self._encode_rendered(text, most)[0]
 
     def encode_conversation(
         self,

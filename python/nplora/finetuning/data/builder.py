@@ -14,6 +14,7 @@ from nplora.finetuning.data.encoding import Encoded
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import DataReport, Stored
 from nplora.formats.errors import DataError, LimitError, counted
+from nplora.runtime.giving_way import give_way
 from nplora.runtime.user_warning import warn_user
 
 _Made = TypeVar("_Made", bound=Stored)
@@ -66,6 +67,7 @@ class Builder(Generic[_Made]):
         Args:
             unused: the row has tools or documents that no sequence has.
         """
+        give_way()
         cut = [self._cut(sequence, where) for sequence in sequences]
         is_cut = any(len(one.ids) < len(whole.ids) for one, whole in zip(cut, sequences, strict=True))
         if is_emptied(cut, sequences):

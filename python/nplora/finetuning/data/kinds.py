@@ -35,14 +35,20 @@ KINDS = (
     Kind("alpaca", "instruction and output", ("instruction",), texts.instruction),
     Kind("completion", "prompt and completion", ("completion",), texts.completion),
     Kind("text", "text", ("text",), texts.text),
-    Kind("preference", "chosen and rejected", ("chosen", "rejected"), preferences.preference),
+    Kind(
+        "preference",
+        "chosen and rejected",
+        ("chosen", "rejected", "preferred_output", "non_preferred_output"),
+        preferences.preference,
+    ),
     Kind("kto", "prompt, completion and label", (), preferences.judged),
     Kind("choice", "prompt, choices and answer", ("choices",), choices.multiple_choice),
 )
 # All fields that the kinds read, by the names that `columns` maps.
 FIELDS = (
     "answer", "chosen", "choices", "completion", "conversations", "documents", "history", "input",
-    "instruction", "label", "messages", "output", "prompt", "question", "rejected", "system", "text", "tools",
+    "instruction", "label", "messages", "non_preferred_output", "output", "preferred_output", "prompt",
+    "question", "rejected", "system", "text", "tools",
 )  # fmt: skip
 BY_NAME = {kind.name: kind for kind in KINDS}
 _EXPECTED = (

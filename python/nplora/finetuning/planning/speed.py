@@ -15,6 +15,7 @@ from nplora.finetuning.planning.memory import Adapters, MicroBatch
 from nplora.lm import LanguageModel
 from nplora.models.positions import packed_positions
 from nplora.nn.module import Module
+from nplora.runtime.giving_way import give_way
 from nplora.weights import FrozenWeight, buffers
 
 Array = npt.NDArray[Any]
@@ -134,6 +135,7 @@ def seconds(run: Callable[[], Any]) -> float:
     """The shorter time of two runs, after a warm-up run."""
     times = []
     for _ in range(3):
+        give_way()
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)

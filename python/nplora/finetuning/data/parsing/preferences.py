@@ -21,6 +21,8 @@ _LABELS |= {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0
 
 
 def preference(row: Fields) -> Example:
+    if row.has("preferred_output") or row.has("non_preferred_output"):
+        return _openai(row)
     if row.has("conversations"):
         prompt = conversation(row)
         sides = [[*prompt, turn_of(row, row.get(name))] for name in ("chosen", "rejected")]
@@ -29,12 +31,34 @@ def preference(row: Fields) -> Example:
         pair = Preference(prompt_and_answer(row, "chosen"), prompt_and_answer(row, "rejected"))
     else:
         pair = _without_prompt(row)
-    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+    return _checked(row, pair, "chosen", "rejected")
+
+
+def _checked(row: Fields, pair: Preference, chosen: str, rejected: str) -> Preference:
+    """Check the answers of a pair, which the row calls `chosen` and `rejected`."""
+    for name, answer in ((chosen, pair.chosen), (rejected, pair.rejected)):
         if isinstance(answer, Chat) and (role := answer.messages[-1]["role"]) != "assistant":
             raise row.error(f"{name} ends with a message of role {role!r}, expected one of the assistant")
     if pair.chosen == pair.rejected:
-        raise row.error("chosen and rejected are the same answer, expected two")
+        raise row.error(f"{chosen} and {rejected} are the same answer, expected two")
     return pair
+
+
+def _openai(row: Fields) -> Example:
+    """A row of OpenAI's API: an input with messages and perhaps tools, and two lists of messages."""
+    given = row.get("input")
+    if not isinstance(given, dict) or not given.get("messages"):
+        raise row.error(f"input is {brief(given)}, expected an object with messages")
+    names = "preferred_output", "non_preferred_output"
+    answers = [messages_of(row, name, row.get(name)) for name in names]
+    for name, answer in zip(names, answers, strict=True):
+        if not answer:
+            raise row.error(f"{name} is empty, expected messages")
+    prompt = Fields({**given, "tools": given.get("tools") or None}, row.where)
+    asked = messages_of(prompt, "messages", given["messages"])
+    return _checked(
+        row, Preference(*(chat_of(prompt, [*asked, *answer], asked) for answer in answers)), *names
+    )
 
 
 def _has_whole_chats(row: Fields) -> bool:

@@ -1,0 +1,56 @@
+"""SharedWeights: the frozen weights of a model in memory, as the source of another model's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.formats.files import Stamp
+from nplora.models import families
+from nplora.models.config import ModelConfig
+from nplora.models.families import TensorSpec
+from nplora.nn.module import Module
+from nplora.weights import FrozenWeight
+
+Array = npt.NDArray[Any]
+
+
+class SharedWeights:
+    """The tensors of a model without adapter. Matrices that are used in place are shared, not copied.
+
+    Args:
+        modules: the modules of the model by name.
+        compute: the arithmetic of the products of the new model.
+    """
+
+    def __init__(
+        self, config: ModelConfig, modules: Mapping[str, Module], mapped: tuple[Stamp, ...], compute: str
+    ) -> None:
+        self.source, self.mapped = config.source, mapped
+        self._config, self._modules, self._compute = config, modules, compute
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        tensors = families.of(self._config).tensors(self._config)
+        return {tensor.name: tuple(self._held(tensor).shape) for tensor in tensors}
+
+    def stored(self, tensor: TensorSpec) -> str:
+        return tensor.name
+
+    def unused(self, config: ModelConfig) -> frozenset[str]:
+        return frozenset()
+
+    def matrix(self, tensor: TensorSpec) -> FrozenWeight:
+        weight = self._held(tensor)
+        assert isinstance(weight, FrozenWeight)
+        return weight.with_compute("float32" if weight.dtype == "float64" else self._compute)
+
+    def vector(self, tensor: TensorSpec) -> Array:
+        return np.asarray(self._held(tensor))
+
+    def _held(self, tensor: TensorSpec) -> Any:
+        """The weight or the bias that a module keeps for this tensor."""
+        name, _, attribute = tensor.name.rpartition(".")
+        return getattr(self._modules[name], attribute)

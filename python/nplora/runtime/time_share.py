@@ -1,0 +1,165 @@
+"""TimeShare: divides time between urgent work, such as decoding, and training, which can wait."""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Callable
+
+from nplora import _check
+
+WINDOW = 1.0  # seconds
+_RECENT = 64  # slices, the longest of which predicts the next one
+_GAP = 0.02  # seconds without urgent work after which it counts as done
+_MOST_WAIT = 0.25  # seconds that urgent work waits for the end of a slice
+
+
+class TimeBudget:
+    """Says when the next slice of training may begin, so that training keeps to its share of the time.
+
+    Training takes at most `share` of any second. In addition, each slice is followed by a pause in
+    proportion, so that the slices are spread over the second. The next slice is expected to take as long as
+    the longest recent one. A slice that is longer than its share of a second is followed by a longer pause.
+
+    >>> budget = TimeBudget(share=0.25)
+    >>> budget.add(10.0, 10.125)  # a slice of an eighth of a second
+    >>> budget.delay(10.125)
+    0.375
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self._slices = collections.deque[tuple[float, float]]()  # those in the last window
+        self._recent = collections.deque[float](maxlen=_RECENT)
+
+    def add(self, began: float, ended: float, counted_from: float | None = None) -> None:
+        """Note a slice. Only the part after `counted_from` counts; None: the whole slice."""
+        self._recent.append(ended - began)
+        begin = began if counted_from is None else max(began, counted_from)
+        if begin < ended:
+            self._slices.append((begin, ended))
+
+    def delay(self, now: float) -> float:
+        """The seconds until the next slice may begin; 0 if it may begin now."""
+        if not self._slices:
+            return 0.0
+        expected = max(self._recent)
+        window = max(WINDOW, expected / self.share)
+        while self._slices and self._slices[0][1] <= now - window:
+            self._slices.popleft()
+        return max(self._until_spread(now), self._until_within(now, expected, window), 0.0)
+
+    def _until_spread(self, now: float) -> float:
+        """The seconds until the pause after the last slice is in proportion to the slice."""
+        if not self._slices:
+            return 0.0
+        began, ended = self._slices[-1]
+        return ended + (ended - began) * (1 - self.share) / self.share - now
+
+    def _until_within(self, now: float, expected: float, window: float) -> float:
+        """The seconds until the window that ends with the next slice has room for this slice."""
+        excess = sum(end - begin for begin, end in self._slices) + expected - self.share * window
+        delay = 0.0
+        for begin, end in self._slices:  # the oldest first: these leave the window first
+            if excess <= 0:
+                break
+            leaving = min(end - begin, excess)
+            delay, excess = begin + leaving + window - expected - now, excess - leaving
+        return delay
+
+
+class TimeShare:
+    """Lets urgent work and training take turns. Training gets a share of the time, or all if nothing waits.
+
+    Urgent work is a `with` block; training calls `pause` between slices, such as the blocks of a model.
+    While training waits in `pause`, only urgent work runs. Urgent work waits for the end of a slice, but not
+    longer than a quarter of a second: after that, both run at the same time until the slice ends.
+
+    Args:
+        share: the share of the time for training, above 0 and at most 1.
+        clock: returns the time in seconds.
+
+    >>> turns = TimeShare(0.5)
+    >>> with turns:          # urgent work
+    ...     pass
+    >>> turns.pause()        # training, before its first slice and between two slices
+    >>> turns.end()          # training, after its last slice
+    """
+
+    def __init__(self, share: float = 0.5, clock: Callable[[], float] = time.monotonic) -> None:
+        if not 0 < _check.number("TimeShare", "share", share) <= 1:
+            raise ValueError(f"TimeShare: share is {share}, expected above 0 and at most 1")
+        self._budget, self._clock = TimeBudget(float(share)), clock
+        self._changed = threading.Condition()
+        self._urgent = 0  # the number of `with` blocks that wait or run
+        self._running = 0  # the number of `with` blocks that run
+        self._since, self._until = 0.0, float("-inf")  # when urgent work came after a gap, and last ended
+        self._began: float | None = None  # the beginning of the present slice
+        self._is_long = False  # urgent work does not wait for the present slice any more
+        self._waits = False  # training waits in `pause`
+
+    @property
+    def share(self) -> float:
+        """The share of the time for training."""
+        return self._budget.share
+
+    def __enter__(self) -> None:
+        with self._changed:
+            now = self._clock()
+            if not self._is_busy(now):
+                self._since = now
+            self._urgent += 1
+            deadline = now + _MOST_WAIT
+            while now < deadline and (self._is_slicing() or self._is_due(now)):
+                self._changed.wait(deadline - now)
+                now = self._clock()
+            self._is_long = self._began is not None
+            self._running += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._changed:
+            self._urgent, self._running, self._until = self._urgent - 1, self._running - 1, self._clock()
+            self._changed.notify_all()
+
+    def pause(self) -> None:
+        """End the present slice, wait while urgent work goes first, and begin the next slice."""
+        with self._changed:
+            self._end_slice()
+            self._waits = True
+            now = self._clock()
+            while self._running or (self._is_busy(now) and not self._is_due(now)):
+                self._changed.wait(self._seconds(now))
+                now = self._clock()
+            self._waits, self._began = False, now
+
+    def end(self) -> None:
+        """End the present slice, for work that needs no turn."""
+        with self._changed:
+            self._end_slice()
+
+    def _end_slice(self) -> None:
+        began, self._began, self._is_long = self._began, None, False
+        if began is not None:
+            now = self._clock()
+            self._budget.add(began, now, self._since if self._is_busy(now) else now)
+            self._changed.notify_all()
+
+    def _is_slicing(self) -> bool:
+        """Whether training runs a slice for whose end urgent work waits."""
+        return self._began is not None and not self._is_long
+
+    def _is_busy(self, now: float) -> bool:
+        """Whether there is urgent work now, or was a moment ago, so that more is likely to come."""
+        return self._urgent > 0 or now - self._until < _GAP
+
+    def _is_due(self, now: float) -> bool:
+        """Whether training waits, and may run its next slice before urgent work that comes later."""
+        return self._waits and self._budget.delay(now) <= 0
+
+    def _seconds(self, now: float) -> float | None:
+        """The seconds after which training looks again; None: when urgent work ends."""
+        if self._running:
+            return None
+        delay = self._budget.delay(now)
+        return delay if self._urgent else min(delay, max(0.0, self._until + _GAP - now))

@@ -1,0 +1,201 @@
+"""The shapes of answers: OpenAI's objects for chats and completions, whole and in pieces."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from nplora import _core
+from nplora.serving.api.requests import TextRequest
+from nplora.serving.api.tool_calls import CallFilter
+from nplora.serving.ticket import Chunk, Ticket, Token, TopToken
+
+Shape = dict[str, Any]
+_REPLACEMENT = "\ufffd"
+
+
+class Answer:
+    """Makes the objects of the answer to one request.
+
+    Args:
+        request: the request.
+        tickets: one for each answer: the answers to the first prompt come first.
+    """
+
+    objects = "", ""  # the names of a whole answer and of a piece
+    prefix = ""
+
+    def __init__(self, request: TextRequest, tickets: Sequence[Ticket]) -> None:
+        self.request, self.tickets = request, tickets
+        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time())}
+
+    def object(self, which: int, choices: list[Shape], **more: Any) -> Shape:
+        fingerprint = f"nplora-{_core.config()['version']}"
+        return {
+            **self._head,
+            "object": self.objects[which],
+            "model": self.request.model,
+            "system_fingerprint": fingerprint,
+            "choices": choices,
+            **more,
+        }
+
+    def whole(self, chunks: Sequence[Sequence[Chunk]]) -> Shape:
+        """The whole answer, from the chunks of each choice."""
+        made = [self.choice(index, found) for index, found in enumerate(chunks)]
+        return self.object(0, made, usage=self.usage())
+
+    def usage(self) -> Shape:
+        """The numbers of tokens. Answers to the same prompt count its tokens once."""
+        used = [ticket.usage for ticket in self.tickets]
+        prompts = used[:: self.request.n]
+        prompt, generated = sum(one.prompt for one in prompts), sum(one.generated for one in used)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": sum(one.cached for one in prompts)},
+        }
+
+    def last(self) -> list[Shape]:
+        """The pieces after the last choice of a stream."""
+        return [self.object(1, [], usage=self.usage())] if self.request.usage else []
+
+    def choice(self, index: int, chunks: Sequence[Chunk]) -> Shape:
+        raise NotImplementedError
+
+    def first(self) -> list[Shape]:
+        """The pieces before the first text of a stream."""
+        return []
+
+    def piece(self, index: int, chunk: Chunk) -> list[Shape]:
+        """The pieces of a stream for a chunk."""
+        raise NotImplementedError
+
+    def end(self, index: int) -> list[Shape]:
+        """The pieces of a stream at the end of a choice."""
+        raise NotImplementedError
+
+
+class ChatAnswer(Answer):
+    """The answer to /v1/chat/completions."""
+
+    objects, prefix = ("chat.completion", "chat.completion.chunk"), "chatcmpl"
+
+    def __init__(self, request: TextRequest, tickets: Sequence[Ticket]) -> None:
+        super().__init__(request, tickets)
+        self._filters = [CallFilter(request.tools) for _ in tickets]
+
+    def choice(self, index: int, chunks: Sequence[Chunk]) -> Shape:
+        calls = CallFilter(self.request.tools)
+        content = "".join(calls.push(chunk.text) for chunk in chunks)
+        rest, called = calls.flush()
+        content += rest
+        message: Shape = {"role": "assistant", "content": content, "refusal": None}
+        if called:
+            message |= {"content": content.rstrip() or None, "tool_calls": called}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(token for chunk in chunks for token in chunk.tokens),
+            "finish_reason": self._reason(index, bool(called)),
+        }
+
+    def _reason(self, index: int, called: bool) -> str | None:
+        reason = self.tickets[index].finish_reason
+        return "tool_calls" if called and reason == "stop" else reason
+
+    def _logprobs(self, tokens: Iterable[Token]) -> Shape | None:
+        if self.request.logprobs is None:
+            return None
+        made = [{**_shown(token), "top_logprobs": [_shown(top) for top in token.top]} for token in tokens]
+        return {"content": made, "refusal": None}
+
+    def _delta(self, index: int, delta: Shape, reason: str | None = None, logprobs: Any = None) -> Shape:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return self.object(1, [choice], **({"usage": None} if self.request.usage else {}))
+
+    def first(self) -> list[Shape]:
+        head = {"role": "assistant", "content": ""}
+        return [self._delta(index, head) for index in range(len(self.tickets))]
+
+    def piece(self, index: int, chunk: Chunk) -> list[Shape]:
+        text, logprobs = self._filters[index].push(chunk.text), self._logprobs(chunk.tokens)
+        is_empty = not text and not (logprobs and chunk.tokens)
+        return [] if is_empty else [self._delta(index, {"content": text}, logprobs=logprobs)]
+
+    def end(self, index: int) -> list[Shape]:
+        text, called = self._filters[index].flush()
+        pieces = [self._delta(index, {"content": text})] if text else []
+        if called:
+            calls = [{"index": number, **call} for number, call in enumerate(called)]
+            pieces.append(self._delta(index, {"tool_calls": calls}))
+        return [*pieces, self._delta(index, {}, self._reason(index, bool(called)))]
+
+
+class CompletionAnswer(Answer):
+    """The answer to /v1/completions."""
+
+    objects, prefix = ("text_completion", "text_completion"), "cmpl"
+
+    def __init__(self, request: TextRequest, tickets: Sequence[Ticket]) -> None:
+        super().__init__(request, tickets)
+        self._offsets = [len(self._echo(index)) for index in range(len(tickets))]
+
+    def _echo(self, index: int) -> str:
+        return self.request.texts[index // self.request.n] if self.request.texts else ""
+
+    def choice(self, index: int, chunks: Sequence[Chunk]) -> Shape:
+        text = self._echo(index) + "".join(chunk.text for chunk in chunks)
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        return self._choice(index, text, self._logprobs(index, tokens), self.tickets[index].finish_reason)
+
+    def _choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> Shape:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, index: int, tokens: Iterable[Token]) -> Shape | None:
+        if self.request.logprobs is None:
+            return None
+        made: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+        for token in tokens:
+            made["tokens"].append(token.text)
+            made["token_logprobs"].append(token.logprob)
+            best = {top.text: top.logprob for top in token.top}
+            made["top_logprobs"].append(best | {token.text: token.logprob} if best else {})
+            made["text_offset"].append(self._offsets[index])
+            self._offsets[index] += len(token.text)
+        return made
+
+    def _piece(self, index: int, text: str, logprobs: Any = None, reason: str | None = None) -> Shape:
+        usage = {"usage": None} if self.request.usage else {}
+        return self.object(1, [self._choice(index, text, logprobs, reason)], **usage)
+
+    def first(self) -> list[Shape]:
+        return [
+            self._piece(index, self._echo(index)) for index in range(len(self.tickets)) if self._echo(index)
+        ]
+
+    def piece(self, index: int, chunk: Chunk) -> list[Shape]:
+        logprobs = self._logprobs(index, chunk.tokens)
+        is_empty = not chunk.text and not (logprobs and chunk.tokens)
+        return [] if is_empty else [self._piece(index, chunk.text, logprobs)]
+
+    def end(self, index: int) -> list[Shape]:
+        return [self._piece(index, "", reason=self.tickets[index].finish_reason)]
+
+
+def _shown(token: Token | TopToken) -> Shape:
+    """A token with its bytes, which are unknown if the token holds a part of a character."""
+    whole = _REPLACEMENT not in token.text
+    return {
+        "token": token.text,
+        "logprob": token.logprob,
+        "bytes": list(token.text.encode()) if whole else None,
+    }

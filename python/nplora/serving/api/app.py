@@ -1,0 +1,239 @@
+"""The application: the routes of the server, as ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from nplora.finetuning.planning.resident import current_memory
+from nplora.serving.api import adapter_routes, text_routes, tuning_routes
+from nplora.serving.api.access import Access, Receive, Scope, Send
+from nplora.serving.api.bodies import Body, DisconnectedError
+from nplora.serving.api.errors import as_request_error
+from nplora.serving.api.prometheus import CONTENT_TYPE, exposition
+from nplora.serving.api.service import Service
+from nplora.serving.request_error import RequestError
+
+PAGE = Path(__file__).parents[1] / "page"
+_PAGE_TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+_FORM = 1 << 20  # bytes of an upload besides its file
+_RETRY = {429: b"1", 503: b"5"}  # seconds
+
+Handler = Callable[[Any], Awaitable[Any]]
+
+
+def page_files(directory: Path = PAGE) -> dict[str, tuple[bytes, str]]:
+    """The files of the page by the path of their routes, with their types."""
+    if not (directory / "index.html").is_file():
+        return {}
+    found = {
+        f"/{file.name}": (file.read_bytes(), _PAGE_TYPES[file.suffix])
+        for file in sorted(directory.iterdir())
+        if file.suffix in _PAGE_TYPES
+    }
+    return {"/": found["/index.html"], **found}
+
+
+class Application:
+    """The server's routes, behind its checks. An ASGI application.
+
+    Args:
+        service: what the routes share.
+        keys, origins, hosts: see `Access`.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        keys: tuple[str, ...] = (),
+        origins: tuple[str, ...] = (),
+        hosts: tuple[str, ...] = (),
+    ) -> None:
+        self.service = service
+        self.responses: Counter[int] = Counter()
+        self._page = page_files()
+        self._access = Access(keys, origins, self._page, hosts)
+        self._router = self._routes()
+        self._app: Any = self._respond_to
+        if origins:
+            from starlette.middleware.cors import CORSMiddleware
+
+            methods, any_header = ("GET", "POST", "DELETE"), ("*",)
+            self._app = CORSMiddleware(self._app, origins, allow_methods=methods, allow_headers=any_header)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise NotImplementedError(scope["type"])
+        await self._app(scope, receive, send)
+
+    async def _respond_to(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request. Every error becomes OpenAI's error object."""
+        from starlette.requests import ClientDisconnect
+
+        headers = dict(scope["headers"])
+        is_upload = scope["path"] == "/v1/files"
+        limit = self.service.max_file + _FORM if is_upload else self.service.max_body
+        length = headers.get(b"content-length")
+        body = Body(receive, None if length is None else length.decode("latin-1"), limit)
+        started = False
+
+        async def noted(message: dict[str, Any]) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                self.responses[message["status"]] += 1
+                message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        try:
+            client = (scope.get("client") or ("",))[0]
+            client = self._access.require(scope["method"], scope["path"], headers, client)
+            scope |= {"app": self, "nplora": (body, client)}
+            await self._router(scope, body.receive, noted)
+        except (DisconnectedError, ClientDisconnect):
+            return
+        except Exception as error:
+            if started:
+                raise
+            await body.drain()
+            await self._refuse(_known(error), scope, receive, noted)
+
+    async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+        from starlette.responses import JSONResponse
+
+        headers = {}
+        if error.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        if error.status in _RETRY:
+            headers["retry-after"] = _RETRY[error.status].decode()
+        if error.status == 405 and isinstance(error.__cause__, Exception):
+            headers |= dict(getattr(error.__cause__, "headers", None) or {})
+        await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
+
+    # ---- routes ----
+
+    def _routes(self) -> Any:
+        from starlette.routing import Route, Router
+
+        routes = [
+            Route(path, self._endpoint(handler), methods=[method]) for method, path, handler in self._table()
+        ]
+        return Router([*routes, *(Route(path, self._file) for path in self._page)], redirect_slashes=False)
+
+    def _table(self) -> list[tuple[str, str, Handler]]:
+        service = self.service
+
+        def with_body(function: Callable[[Service, Body], Awaitable[Any]]) -> Handler:
+            return lambda request: function(service, request.scope["nplora"][0])
+
+        def text(function: Callable[[Service, Body, str], Awaitable[Any]]) -> Handler:
+            return lambda request: function(service, *request.scope["nplora"])
+
+        def simple(function: Callable[[Service], Any]) -> Handler:
+            return lambda request: asyncio.to_thread(function, service)
+
+        def listed(function: Callable[..., Any]) -> Handler:
+            return lambda request: asyncio.to_thread(
+                function, service, dict(request.query_params), *request.path_params.values()
+            )
+
+        def named(function: Callable[[Service, str], Any]) -> Handler:
+            return lambda request: asyncio.to_thread(function, service, *request.path_params.values())
+
+        def job(name: str) -> Handler:
+            return named(lambda service, id_: getattr(tuning_routes.jobs_of(service), name)(id_))
+
+        job_path, file_path = "/v1/fine_tuning/jobs/{id}", "/v1/files/{id}"
+        return [
+            ("POST", "/v1/chat/completions", text(text_routes.chat)),
+            ("POST", "/v1/completions", text(text_routes.completion)),
+            ("GET", "/v1/models", simple(adapter_routes.models)),
+            ("GET", "/v1/models/{name:path}", named(adapter_routes.model)),
+            ("DELETE", "/v1/models/{name:path}", named(adapter_routes.delete_model)),
+            ("POST", "/v1/load_lora_adapter", with_body(adapter_routes.load)),
+            ("POST", "/v1/unload_lora_adapter", with_body(adapter_routes.unload)),
+            ("GET", "/lora-adapters", simple(adapter_routes.scales)),
+            ("POST", "/lora-adapters", with_body(adapter_routes.set_scales)),
+            ("POST", "/v1/files", lambda request: tuning_routes.create_file(service, request)),
+            ("GET", "/v1/files", listed(tuning_routes.files)),
+            ("GET", file_path, job("file")),
+            ("DELETE", file_path, job("delete_file")),
+            ("GET", f"{file_path}/content", self._content),
+            ("POST", "/v1/fine_tuning/jobs", with_body(tuning_routes.create_job)),
+            ("GET", "/v1/fine_tuning/jobs", listed(tuning_routes.jobs)),
+            ("GET", job_path, job("job")),
+            ("GET", f"{job_path}/events", listed(tuning_routes.events)),
+            ("GET", f"{job_path}/checkpoints", listed(tuning_routes.checkpoints)),
+            ("POST", f"{job_path}/cancel", job("cancel")),
+            ("POST", f"{job_path}/pause", job("pause")),
+            ("POST", f"{job_path}/resume", job("resume")),
+            ("GET", "/health", self._health),
+            ("GET", "/metrics", self._metrics),
+        ]
+
+    def _endpoint(self, handler: Handler) -> Handler:
+        async def endpoint(request: Any) -> Any:
+            from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+            made = await handler(request)
+            if isinstance(made, Response):
+                return made
+            return PlainTextResponse(made) if isinstance(made, str) else JSONResponse(made)
+
+        return endpoint
+
+    async def _file(self, request: Any) -> Any:
+        from starlette.responses import Response
+
+        content, kind = self._page[request.url.path]
+        return Response(content, media_type=kind, headers=_PAGE_HEADERS)
+
+    async def _content(self, request: Any) -> Any:
+        from starlette.responses import FileResponse
+
+        jobs = tuning_routes.jobs_of(self.service)
+        path = await asyncio.to_thread(jobs.file_content, request.path_params["id"])
+        return FileResponse(path, media_type="application/octet-stream")
+
+    async def _health(self, request: Any) -> Any:
+        if self.service.draining:
+            raise RequestError("the server is shutting down", 503, code="shutting_down")
+        return {"status": "ok"}
+
+    async def _metrics(self, request: Any) -> Any:
+        from starlette.responses import Response
+
+        service, adapters = self.service, len(self.service.models.names) - 1
+        text = exposition(service.engine.metrics(), self.responses, adapters, current_memory())
+        return Response(text, headers={"content-type": CONTENT_TYPE})
+
+
+def _known(error: Exception) -> RequestError:
+    """The answer to any error of a route."""
+    from starlette.exceptions import HTTPException
+
+    if isinstance(error, HTTPException):
+        made = RequestError(
+            {404: "there is no such route", 405: "this route has other methods"}.get(
+                error.status_code, str(error.detail)
+            ),
+            error.status_code,
+            code={404: "unknown_route", 405: "method_not_allowed"}.get(error.status_code),
+        )
+        made.__cause__ = error
+        return made
+    return as_request_error(error)

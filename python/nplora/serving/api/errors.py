@@ -1,0 +1,30 @@
+"""Which answer an exception becomes."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+
+from nplora.formats.errors import CorruptError
+from nplora.runtime.stderr import stderr
+from nplora.serving.engine import QueueFullError
+from nplora.serving.request_error import RequestError
+
+
+def as_request_error(error: BaseException) -> RequestError:
+    """The error that a client sees. An error that nobody expected is written to stderr."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, QueueFullError):
+        return RequestError(f"too many requests are waiting: {error}", 429, code="queue_full")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RequestError("the server's disk is full", 507, code="disk_full")
+    if isinstance(error, MemoryError):
+        return RequestError("the server has too little memory for this request", 503, code="out_of_memory")
+    if isinstance(
+        error, FloatingPointError | CorruptError
+    ):  # the model's scores are NaN, its file has changed
+        return RequestError(str(error), 500, code="model_error")
+    traceback.print_exception(error, file=stderr if sys.stderr is None else sys.stderr)
+    return RequestError("the server failed; its log has the reason", 500, code="internal_error")

@@ -1,0 +1,196 @@
+"""The HTTP server: uvicorn, with limits for slow and vanishing clients and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from nplora.serving.api.app import Application
+from nplora.serving.request_error import RequestError
+
+_HEADER_SECONDS = 10.0  # for the head of a request, from the first byte on or from the connection
+_KEEP_ALIVE_SECONDS = 30
+_STALL_SECONDS = 60.0  # that a client may leave an answer unread
+_MOST_CONNECTIONS = 1000
+_MOST_HEAD = 32 << 10  # bytes of the head of a request
+_FULL = RequestError("the server has too many connections", 503, code="too_many_connections")
+_MALFORMED = RequestError("this is not an HTTP request", 400, code="invalid_request")
+
+
+def serve(
+    app: Application,
+    listener: socket.socket,
+    *,
+    drain_seconds: float,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT. Then take no new connections, and finish the answers that have begun.
+
+    A second signal ends the server at once.
+
+    Args:
+        listener: a bound socket.
+        drain_seconds: how long answers that have begun may still take.
+        ready: called when requests are accepted.
+    """
+    server = _server(app, drain_seconds, ready)
+    asyncio.run(server.serve([listener]))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind a socket, so that a port in use is found before the model is loaded. `serve` listens on it.
+
+    Raises:
+        OSError: the host is unknown, or the port is in use.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise OSError(f"the host {host!r} is unknown: {error.strerror}") from error
+    made = socket.socket(family, kind, protocol)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        made.close()
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return made
+
+
+def _server(app: Application, drain_seconds: float, ready: Callable[[], None]) -> Any:
+    import uvicorn
+
+    class Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            ready()
+
+        async def shutdown(self, sockets: Any = None) -> None:
+            app.service.draining = True
+            await super().shutdown(sockets)
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            self.should_exit, self.force_exit = True, bool(self.should_exit)
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Handle the signals, but do not send them again at the end: the exit is orderly."""
+            numbers = (signal.SIGINT, signal.SIGTERM)
+            try:
+                before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+            except ValueError:  # not in the main thread
+                before = {}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client gets what it would log
+    config = uvicorn.Config(
+        app,
+        http=_protocol(),
+        ws="none",
+        lifespan="off",
+        loop="asyncio",
+        log_level="critical",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=max(1, round(drain_seconds)),
+        h11_max_incomplete_event_size=_MOST_HEAD,
+    )
+    return Server(config)
+
+
+def _protocol() -> Any:
+    """The class that handles one connection."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Connection(H11Protocol):  # type: ignore[misc, unused-ignore]
+        """A connection with time limits: for the head of a request, and for a client that reads nothing."""
+
+        head_timer: asyncio.TimerHandle | None = None
+        stall_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            _detect_vanished_peer(transport.get_extra_info("socket"))
+            if len(self.connections) > _MOST_CONNECTIONS:
+                transport.write(_raw(_FULL))
+                transport.close()
+                return
+            self._await_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timers()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            begun = self.cycle
+            super().data_received(data)
+            if self.cycle is not begun:
+                self._stop_head_timer()
+            elif self.head_timer is None and (begun is None or begun.response_complete):
+                self._await_head()
+
+        def pause_writing(self) -> None:
+            self.flow.pause_writing()
+            self.stall_timer = self.loop.call_later(_STALL_SECONDS, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            self.flow.resume_writing()
+            if self.stall_timer is not None:
+                self.stall_timer.cancel()
+                self.stall_timer = None
+
+        def send_400_response(self, msg: str) -> None:
+            self.transport.write(_raw(_MALFORMED))
+            self.transport.close()
+
+        def _await_head(self) -> None:
+            self._stop_head_timer()
+            self.head_timer = self.loop.call_later(_HEADER_SECONDS, self.transport.abort)
+
+        def _stop_head_timer(self) -> None:
+            if self.head_timer is not None:
+                self.head_timer.cancel()
+                self.head_timer = None
+
+        def _stop_timers(self) -> None:
+            self._stop_head_timer()
+            if self.stall_timer is not None:
+                self.stall_timer.cancel()
+
+    return Connection
+
+
+def _raw(error: RequestError) -> bytes:
+    """An error as a whole HTTP response."""
+    body = json.dumps(error.body()).encode()
+    phrase = "Bad Request" if error.status == 400 else "Service Unavailable"
+    head = (
+        f"HTTP/1.1 {error.status} {phrase}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def _detect_vanished_peer(connection: Any) -> None:
+    """Let the system close connections whose other end has vanished without a word."""
+    with contextlib.suppress(OSError, AttributeError):  # not TCP, or not Linux
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)

@@ -1,0 +1,265 @@
+"""Models: the base model and its adapters, under the names that requests use."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nplora.adapters import Adapter, combine
+from nplora.formats.errors import brief, nearest_names
+from nplora.lm import LanguageModel
+from nplora.serving.api.fields import Fields, checked_integer, checked_number, wrong
+from nplora.serving.request_error import RequestError
+
+_NAME = re.compile(r"[^\W_][\w.:@+-]*(/[^\W_][\w.:@+-]*)*")
+_LONGEST_NAME = 200
+_MOST_SCALE = 1000.0
+_MOST_SUMS = 16  # sums of scaled adapters that are kept
+
+
+class Models:
+    """The base model and its adapters.
+
+    All methods may be called from any thread.
+
+    Args:
+        lm: the base model. Its named adapters are those of this object.
+        name: the name of the base model.
+        any_base: accept adapters that were trained on another model of the same shapes.
+    """
+
+    def __init__(self, lm: LanguageModel, name: str, any_base: bool = False) -> None:
+        checked_name("the model's name", name)
+        self.lm, self.name = lm, name
+        self._any_base, self._lock = any_base, threading.RLock()
+        self._loaded: dict[str, tuple[int, str]] = {}  # the id of each adapter, and its path
+        self._next_id = 0
+        self._scales: dict[int, float] = {}  # by id, of requests to the base model
+        self._sums: dict[str, str] = {}  # hidden names, by their description
+        self._since = int(time.time())
+
+    # ---- adapters ----
+
+    def load(self, name: str, path: str | Path, replace: bool = False) -> None:
+        """Load an adapter.
+
+        Raises:
+            RequestError: the name has wrong characters, or is taken.
+            OSError, ValueError: the adapter cannot be read, or does not fit the model.
+        """
+        checked_name("the adapter's name", name)
+        with self._lock:
+            if name == self.name or (name in self._loaded and not replace):
+                raise RequestError(
+                    f"the name {brief(name)} is taken: unload that adapter first",
+                    400,
+                    "lora_name",
+                    "name_taken",
+                )
+            if name in self._loaded:
+                adapter = self.lm.adapters[name]
+                self.unload(name)
+                try:
+                    self.lm.load_adapter(path, name, self._any_base)
+                except BaseException:
+                    self.lm.load_adapter(adapter, name, self._any_base)
+                    self._note(name, path)
+                    raise
+            else:
+                self.lm.load_adapter(path, name, self._any_base)
+            self._note(name, path)
+
+    def _note(self, name: str, path: str | Path) -> None:
+        self._loaded[name] = self._next_id, str(path)
+        self._next_id += 1
+
+    def unload(self, name: str) -> None:
+        """Remove an adapter. Requests that use it are finished with it."""
+        with self._lock:
+            if name not in self._loaded:
+                raise self._unknown(name, "adapter", "lora_name")
+            id_, _ = self._loaded.pop(name)
+            self._scales.pop(id_, None)
+            self.lm.delete_adapter(name)
+            for hidden in self._sums.values():
+                self.lm.delete_adapter(hidden)
+            self._sums.clear()
+
+    def adapter(self, name: str) -> Adapter | None:
+        """The adapter of this name, or None."""
+        return self.lm.adapters[name] if name in self._loaded else None
+
+    # ---- requests ----
+
+    def chosen(self, body: Fields) -> tuple[str, str | None]:
+        """The name in the answer, and the named adapter of the model that a request wants (None: no adapter).
+
+        Raises:
+            RequestError: there is no such model or adapter.
+        """
+        name = body.text("model", self.name) or self.name
+        scales = body.get("lora")
+        if name != self.name:
+            if scales is not None:
+                raise RequestError(
+                    "lora is given, but model names an adapter: name the base model", param="lora"
+                )
+            if name not in self._loaded:
+                raise self._unknown(name, "model", "model")
+            return name, name
+        return name, self._sum(self._scales if scales is None else self._read_scales("lora", scales))
+
+    def _sum(self, scales: Mapping[int, float]) -> str | None:
+        """The named adapter that is the sum of these adapters."""
+        with self._lock:
+            names = {id_: name for name, (id_, _) in self._loaded.items()}
+            parts = [(names[id_], scale) for id_, scale in sorted(scales.items()) if scale and id_ in names]
+            if not parts:
+                return None
+            if len(parts) == 1 and parts[0][1] == 1:
+                return parts[0][0]
+            key = "+".join(f"{name}*{scale!r}" for name, scale in parts)
+            if key not in self._sums:
+                adapters = [(self.lm.adapters[name], scale) for name, scale in parts]
+                while len(self._sums) >= _MOST_SUMS:
+                    self.lm.delete_adapter(self._sums.pop(next(iter(self._sums))))
+                try:
+                    self.lm.load_adapter(combine(adapters, any_base=True), f"={key}", any_base=True)
+                except ValueError as error:
+                    raise RequestError(str(error), param="lora") from error
+                self._sums[key] = f"={key}"
+            return self._sums[key]
+
+    def _read_scales(self, field: str, value: object) -> dict[int, float]:
+        """Read llama.cpp's list of {"id": number of an adapter, "scale": its scale}."""
+        if not isinstance(value, list):
+            raise wrong(field, value, 'a list of {"id": ..., "scale": ...}')
+        with self._lock:
+            known = {id_ for id_, _ in self._loaded.values()}
+        found = {}
+        for index, item in enumerate(value[: len(known) + 1]):
+            one = Fields(item, f"{field}[{index}].")
+            one.require_known({"id", "scale"}, {})
+            id_ = checked_integer(one.name("id"), one.required("id"), 0)
+            if id_ not in known:
+                raise RequestError(f"{one.name('id')} is {id_}: no adapter has this id", param=one.name("id"))
+            scale = checked_number(one.name("scale"), one.required("scale"), -_MOST_SCALE, _MOST_SCALE)
+            found[id_] = scale
+        return found
+
+    def _unknown(self, name: str, what: str, param: str) -> RequestError:
+        near = ", ".join(map(repr, nearest_names(name, self.names)))
+        hint = f", the nearest names: {near}" if near else ""
+        return RequestError(
+            f"the {what} {brief(name)} does not exist{hint}", 404, param=param, code="model_not_found"
+        )
+
+    # ---- lists ----
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name, *self._loaded]
+
+    def cards(self, context: int) -> list[dict[str, Any]]:
+        """The models as OpenAI's API lists them, with vLLM's fields for adapters."""
+        with self._lock:
+            paths = {name: path for name, (_, path) in self._loaded.items()}
+        base = self._card(self.name, str(self.lm.source), None, context)
+        return [base, *(self._card(name, path, self.name, context) for name, path in paths.items())]
+
+    def _card(self, name: str, root: str, parent: str | None, context: int) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._since,
+            "owned_by": "nplora",
+            "root": root,
+            "parent": parent,
+            "max_model_len": context,
+        }
+
+    def card(self, name: str, context: int) -> dict[str, Any]:
+        for card in self.cards(context):
+            if card["id"] == name:
+                return card
+        raise self._unknown(name, "model", "model")
+
+    def scales(self) -> list[dict[str, Any]]:
+        """The adapters as llama.cpp lists them, with the scales of requests to the base model."""
+        with self._lock:
+            return [
+                {"id": id_, "name": name, "path": path, "scale": self._scales.get(id_, 0.0)}
+                for name, (id_, path) in self._loaded.items()
+            ]
+
+    def set_scales(self, value: object) -> None:
+        """Set the scales of requests to the base model that give none. Adapters that are left out get 0."""
+        scales = self._read_scales("the body", value)
+        with self._lock:
+            self._scales = scales
+
+
+def checked_name(what: str, name: object) -> str:
+    """Check the name of a model. It may hold letters, digits and ``._:@+-``; parts may be split by "/"."""
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME or not _NAME.fullmatch(name) or ".." in name:
+        raise RequestError(
+            f"{what} is {brief(name)}, expected letters, digits and any of . _ : @ + - /",
+            param="lora_name",
+            code="invalid_value",
+        )
+    return name
+
+
+def inside(directory: Path, path: str) -> Path:
+    """The real path of an adapter in a directory. Links that lead out of the directory are refused.
+
+    Raises:
+        RequestError: the path is outside the directory, or does not exist.
+    """
+    if "\0" in path:
+        raise wrong("lora_path", path, "a path")
+    root = directory.resolve()
+    try:
+        found = (root / path).resolve()
+        is_there = found.is_relative_to(root) and found.exists()
+    except (OSError, RuntimeError, ValueError):
+        is_there = False
+    if not is_there:
+        raise RequestError(
+            f"there is no adapter {brief(path)} in the server's directory of adapters",
+            404,
+            param="lora_path",
+            code="adapter_not_found",
+        )
+    return found
+
+
+def default_name(source: Path) -> str:
+    """The name of a model or an adapter whose path is `source`."""
+    stem = source.name.removesuffix(".gguf")
+    name = re.sub(r"[^\w.:@+-]", "-", stem).strip("._-")
+    return re.sub(r"\.{2,}", ".", name) or "model"
+
+
+def read_pairs(adapters: Sequence[str]) -> list[tuple[str, str]]:
+    """Split "name=path" into name and path. Without a name, the adapter gets the name of its file.
+
+    Raises:
+        ValueError: the path is empty, or two adapters have the same name.
+    """
+    pairs = []
+    for text in adapters:
+        name, equals, path = text.partition("=")
+        if not equals or not _NAME.fullmatch(name):
+            name, path = "", text
+        if not path:
+            raise ValueError(f"adapter is {text!r}, expected NAME=PATH")
+        pairs.append((name or default_name(Path(path)), path))
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two adapters have the name {twice!r}, expected NAME=PATH with different names")
+    return pairs

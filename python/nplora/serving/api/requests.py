@@ -1,0 +1,240 @@
+"""The requests for text: what /v1/chat/completions and /v1/completions read from their bodies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nplora.lm import LanguageModel
+from nplora.lm.generation import Sampling
+from nplora.serving.api import guides, messages, sampling
+from nplora.serving.api.fields import Fields, checked_integer, checked_list, wrong
+from nplora.serving.api.models import Models
+from nplora.serving.request_error import RequestError
+
+# Fields that do not change the answer.
+_NO_EFFECT = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+    *("prompt_cache_retention", "cache_prompt", "parallel_tool_calls", "stream_options", "verbosity"),
+    *("reasoning_effort", "prediction", "web_search_options"),
+}
+_COMMON = {"model", "lora", "stream", "logprobs", *sampling.FIELDS, *_NO_EFFECT}
+_CHAT = _COMMON | {"messages", "tools", "tool_choice", "response_format", "top_logprobs"}
+_COMPLETION = _COMMON | {"prompt", "echo", "best_of", "response_format"}
+# Fields that would change the answer but are not implemented, with the values that change nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "suffix": ("",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "audio": (),
+    "min_p": (0, 0.0),
+    "typical_p": (1, 1.0),
+    "tfs_z": (1, 1.0),
+    "mirostat": (0,),
+    "ignore_eos": (False,),
+    "min_tokens": (0,),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+}
+_MOST_TOP = 20
+_MOST_PROMPTS = 64
+_COMPLETION_TOKENS = 16  # what OpenAI's API generates by default
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """What a request wants.
+
+    Attributes:
+        model: the name of the model, as the answer repeats it.
+        adapter: the named adapter, or None.
+        prompts: the tokens of each prompt.
+        texts: the text of each prompt, if the answer repeats it.
+        n: the number of answers to each prompt.
+        sampling: how tokens are chosen.
+        logprobs: the number of most likely tokens to report beside each token; None: no log-probabilities.
+        stream: whether the answer is sent in pieces.
+        usage: whether a stream ends with the numbers of tokens.
+        grammar: the form that the text must have, or None.
+        tools: the names of the functions that the text may call.
+    """
+
+    model: str
+    adapter: str | None
+    prompts: list[list[int]]
+    n: int
+    sampling: Sampling
+    logprobs: int | None
+    stream: bool
+    usage: bool
+    texts: tuple[str, ...] = ()
+    grammar: str | None = None
+    tools: frozenset[str] = frozenset()
+
+
+class Reader:
+    """Reads requests for a model.
+
+    Reading takes time (a chat template is rendered in another process), so it is done in a thread.
+
+    Args:
+        context: the most tokens of a prompt and its answer together.
+        most_tokens: the largest accepted `max_tokens`; None: no limit but the context.
+    """
+
+    def __init__(self, models: Models, context: int, most_tokens: int | None = None) -> None:
+        self._models, self._context, self._most_tokens = models, context, most_tokens
+        self._guides = guides.Guides()
+
+    def chat(self, values: object) -> TextRequest:
+        """Read the body of /v1/chat/completions.
+
+        Raises:
+            RequestError: a field is missing, unknown or wrong, or the prompt is too long.
+        """
+        body = Fields(values)
+        body.require_known(_CHAT, _UNSUPPORTED)
+        name, adapter = self._models.chosen(body)
+        chat = messages.read_messages(body)
+        tools, must_call = messages.chosen_tools(body, messages.read_tools(body))
+        logprobs = None
+        top = body.integer("top_logprobs", 0, _MOST_TOP)
+        if body.boolean("logprobs"):
+            logprobs = top or 0
+        elif top:
+            raise RequestError("top_logprobs is given, but logprobs is not true", param="top_logprobs")
+        lm = self._selected(adapter)
+        ids = self._encode_chat(lm, chat, tools)
+        format_ = guides.read_format(body)
+        grammar = guides.calls(tools) if must_call else format_
+        names = frozenset(tool["function"]["name"] for tool in tools) if format_ is None else frozenset()
+        return self._request(
+            body, lm, name, adapter, [ids], logprobs, grammar=grammar, tools=names, default_tokens=None
+        )
+
+    def completion(self, values: object) -> TextRequest:
+        """Read the body of /v1/completions. The errors are those of `chat`."""
+        body = Fields(values)
+        body.require_known(_COMPLETION, _UNSUPPORTED)
+        name, adapter = self._models.chosen(body)
+        logprobs = body.integer("logprobs", 0, _MOST_TOP)
+        lm = self._selected(adapter)
+        prompts = self._prompts(lm, body)
+        echo = body.boolean("echo")
+        if echo and logprobs is not None:
+            raise RequestError(
+                "echo with logprobs is not supported: the log-probabilities of a prompt are not computed",
+                param="echo",
+                code="unsupported_parameter",
+            )
+        texts = tuple(lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts) if echo else ()
+        grammar = guides.read_format(body)
+        return self._request(
+            body, lm, name, adapter, prompts, logprobs, grammar=grammar, texts=texts,
+            default_tokens=_COMPLETION_TOKENS,
+        )  # fmt: skip
+
+    def guide(self, request: TextRequest) -> Any:
+        """A new guide for one answer, or None. Raises RequestError if the grammar is wrong."""
+        if request.grammar is None:
+            return None
+        return self._guides.guide(self._selected(request.adapter).tokenizer, request.grammar)
+
+    def _selected(self, adapter: str | None) -> LanguageModel:
+        """The model, with the adapter selected in this thread's context."""
+        self._models.lm.set_adapter(adapter)
+        return self._models.lm
+
+    def _request(
+        self,
+        body: Fields,
+        lm: LanguageModel,
+        name: str,
+        adapter: str | None,
+        prompts: list[list[int]],
+        logprobs: int | None,
+        *,
+        default_tokens: int | None,
+        **more: Any,
+    ) -> TextRequest:
+        longest = max(map(len, prompts))
+        left = self._context - longest
+        if left < 1:
+            raise RequestError(
+                f"the prompt has {'at least ' * (longest > self._context)}{longest:,} tokens, but the "
+                f"maximum context length is {self._context:,} tokens, and an answer needs at least 1 of them",
+                param="messages" if body.has("messages") else "prompt",
+                code="context_length_exceeded",
+            )
+        most = left if self._most_tokens is None else min(left, self._most_tokens)
+        wanted = sampling.read_sampling(body, min(default_tokens or most, most), lm.vocab_size)
+        if self._most_tokens is not None and wanted.max_new_tokens > self._most_tokens:
+            raise RequestError(
+                f"max_tokens is {wanted.max_new_tokens:,}, this server generates at most "
+                f"{self._most_tokens:,} tokens for an answer",
+                param="max_tokens",
+                code="invalid_value",
+            )
+        options = body.object("stream_options") if body.has("stream_options") else None
+        stream = body.boolean("stream")
+        return TextRequest(
+            name,
+            adapter,
+            prompts,
+            sampling.read_choices(body, wanted),
+            wanted,
+            logprobs,
+            stream,
+            usage=options is not None and options.boolean("include_usage"),
+            **more,
+        )
+
+    # ---- prompts ----
+
+    def _encode_chat(
+        self, lm: LanguageModel, chat: list[dict[str, Any]], tools: list[dict[str, Any]]
+    ) -> list[int]:
+        tokenizer = lm.tokenizer
+        if tokenizer.chat_template is None:
+            raise RequestError(
+                "this model has no chat template: use /v1/completions",
+                param="messages",
+                code="no_chat_template",
+            )
+        most = self._context + 1
+        try:
+            ids = tokenizer.encode_chat(chat, True, tools=tools or None, most=most)
+            if tools and ids == tokenizer.encode_chat(chat, True, most=most):
+                raise RequestError(
+                    "this model's chat template has no place for tools",
+                    param="tools",
+                    code="unsupported_parameter",
+                )
+        except (ValueError, TypeError) as error:
+            raise RequestError(str(error), param="messages", code="invalid_messages") from error
+        return ids
+
+    def _prompts(self, lm: LanguageModel, body: Fields) -> list[list[int]]:
+        """The tokens of each prompt: a text, several texts, tokens, or several lists of tokens."""
+        given = body.required("prompt")
+        if isinstance(given, list) and given and not isinstance(given[0], int):
+            prompts = checked_list("prompt", given, _MOST_PROMPTS)
+        else:
+            prompts = [given]
+        return [self._prompt(lm, prompt) for prompt in prompts]
+
+    def _prompt(self, lm: LanguageModel, given: Any) -> list[int]:
+        if isinstance(given, str):
+            try:
+                ids = lm.tokenizer.encode_prompt(given, most=self._context + 1)
+            except ValueError as error:
+                raise RequestError(str(error), param="prompt", code="invalid_value") from error
+        elif isinstance(given, list):
+            most = lm.vocab_size - 1
+            ids = [checked_integer("prompt", id_, 0, most) for id_ in given[: self._context + 1]]
+        else:
+            raise wrong("prompt", given, "a text, a list of texts, or a list of tokens")
+        if not ids:
+            raise RequestError("prompt is empty", param="prompt", code="invalid_value")
+        return ids

@@ -1,0 +1,40 @@
+"""Service: what all routes share."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from nplora.serving.api.models import Models
+from nplora.serving.api.protocols import ServingEngine, TuningJobs
+from nplora.serving.api.requests import Reader
+
+
+@dataclasses.dataclass
+class Service:
+    """What all routes share.
+
+    Attributes:
+        engine: generates the answers.
+        models: the base model and the adapters.
+        jobs: files and fine-tuning jobs; None: the server has none.
+        adapter_dir: the directory that adapters may be loaded from while the server runs; None: none may.
+        most_tokens: the largest accepted `max_tokens`.
+        max_body: the largest body in bytes.
+        max_file: the largest uploaded file in bytes.
+        timeout: seconds after which an answer is cancelled.
+        draining: whether the server is shutting down.
+    """
+
+    engine: ServingEngine
+    models: Models
+    jobs: TuningJobs | None = None
+    adapter_dir: Path | None = None
+    most_tokens: int | None = None
+    max_body: int = 8 << 20
+    max_file: int = 512 << 20
+    timeout: float = 600.0
+    draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.reader = Reader(self.models, self.engine.context, self.most_tokens)

@@ -1,0 +1,146 @@
+"""The routes that generate text: /v1/chat/completions and /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from nplora.serving.api.answers import Answer, ChatAnswer, CompletionAnswer
+from nplora.serving.api.bodies import Body, unless_disconnected
+from nplora.serving.api.errors import as_request_error
+from nplora.serving.api.following import Answers
+from nplora.serving.api.requests import Reader, TextRequest
+from nplora.serving.api.service import Service
+from nplora.serving.request_error import RequestError
+from nplora.serving.ticket import Chunk, Ticket
+
+_ATTEMPTS = 3
+_PING_SECONDS = (
+    10.0  # a stream that has nothing to send sends a comment, which shows whether the client is there
+)
+_SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+Read = Callable[[Reader, object], TextRequest]
+
+
+async def chat(service: Service, body: Body, client: str) -> Any:
+    """POST /v1/chat/completions"""
+    return await _answer(service, body, client, Reader.chat, ChatAnswer)
+
+
+async def completion(service: Service, body: Body, client: str) -> Any:
+    """POST /v1/completions"""
+    return await _answer(service, body, client, Reader.completion, CompletionAnswer)
+
+
+async def _answer(service: Service, body: Body, client: str, read: Read, shape: type[Answer]) -> Any:
+    from starlette.responses import JSONResponse
+
+    values = await body.json()
+    request, tickets = await asyncio.to_thread(_submit, service, values, client, read)
+    answers = Answers(tickets, service.timeout)
+    try:
+        made = shape(request, tickets)
+        if request.stream:
+            return _stream(made, answers)
+        chunks = await unless_disconnected(body.receive, _collect(answers))
+        return JSONResponse(made.whole(chunks))
+    except BaseException:
+        answers.cancel()
+        raise
+
+
+def _submit(service: Service, values: object, client: str, read: Read) -> tuple[TextRequest, list[Ticket]]:
+    """Read a request, and submit all of its answers to the engine, or none.
+
+    If its adapter is unloaded meanwhile, the request is read again: then it is refused, or gets another one.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            return _submit_once(service, values, client, read)
+        except KeyError as error:
+            missing = error
+    raise missing
+
+
+def _submit_once(
+    service: Service, values: object, client: str, read: Read
+) -> tuple[TextRequest, list[Ticket]]:
+    request = read(service.reader, values)
+    tickets = list[Ticket]()
+    try:
+        for ids in request.prompts:
+            for index in range(request.n):
+                ticket = service.engine.submit(
+                    ids,
+                    request.sampling,
+                    adapter=request.adapter,
+                    logprobs=request.logprobs,
+                    client=client,
+                    index=index,
+                    guide=service.reader.guide(request),
+                )
+                tickets.append(ticket)
+    except BaseException as error:
+        for ticket in tickets:
+            ticket.cancel()
+        raise _refusal(error) from error
+    return request, tickets
+
+
+def _refusal(error: BaseException) -> BaseException:
+    """The error of `Engine.submit` as a client should see it."""
+    if isinstance(error, ValueError):
+        return RequestError(str(error), code="invalid_value")
+    if type(error) is RuntimeError:
+        return RequestError("the server is shutting down", 503, code="shutting_down")
+    return error
+
+
+async def _collect(answers: Answers) -> list[list[Chunk]]:
+    """The chunks of each answer, once all have ended."""
+    chunks: list[list[Chunk]] = [[] for _ in answers.tickets]
+    async for found in answers.follow():
+        if found is not None and found[1] is not None:
+            chunks[found[0]].append(found[1])
+    return chunks
+
+
+def _stream(made: Answer, answers: Answers) -> Any:
+    """The response that sends the answers as server-sent events."""
+    from starlette.responses import StreamingResponse
+
+    class EventStream(StreamingResponse):  # type: ignore[misc, unused-ignore]
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:  # also if the client has left
+                answers.cancel()
+
+    return EventStream(_events(made, answers), media_type="text/event-stream", headers=_SSE_HEADERS)
+
+
+async def _events(made: Answer, answers: Answers) -> AsyncIterator[str]:
+    try:
+        for piece in made.first():
+            yield _event(piece)
+        async with contextlib.aclosing(answers.follow(_PING_SECONDS)) as following:
+            async for found in following:
+                if found is None:
+                    yield ": waiting\n\n"
+                    continue
+                index, chunk = found
+                for piece in made.end(index) if chunk is None else made.piece(index, chunk):
+                    yield _event(piece)
+        for piece in made.last():
+            yield _event(piece)
+        yield "data: [DONE]\n\n"
+    except Exception as error:
+        yield _event(as_request_error(error).body())
+
+
+def _event(value: Any) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n"

@@ -1,0 +1,105 @@
+"""Reads the tool calls in a generated text, in the notations that chat templates use.
+
+- `<tool_call>{"name": ..., "arguments": ...}</tool_call>` (Hermes, Qwen), also with a list of calls (SmolLM);
+- `[TOOL_CALLS][{"name": ..., "arguments": ...}]` (Mistral; a special token is not part of the text);
+- a text that is nothing but `{"name": ..., "parameters": ...}` (Llama), or a list of them.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Collection
+from typing import Any
+
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_MARKS = (_OPEN, "[TOOL_CALLS]", "<|python_tag|>")
+_DECODER = json.JSONDecoder()
+
+
+def split_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
+    """Split a text into its content and its tool calls, in the form of OpenAI's API.
+
+    A text whose calls cannot be read, or that calls an unknown function, is all content.
+
+    >>> content, calls = split_calls('<tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call>', {"add"})
+    >>> content, calls[0]["function"]
+    ('', {'name': 'add', 'arguments': '{"x": 1}'})
+    """
+    places = [place for mark in _MARKS if (place := text.find(mark)) >= 0]
+    begin = min(places, default=0)
+    if not places and not text.lstrip().startswith(("{", "[")):
+        return text, []
+    rest, calls = text[begin:], list[dict[str, Any]]()
+    while rest := rest.strip(" \n\r\t;,"):
+        for mark in (*_MARKS, _CLOSE):
+            if rest.startswith(mark):
+                rest = rest.removeprefix(mark)
+                break
+        else:
+            try:
+                value, end = _DECODER.raw_decode(rest)
+            except (ValueError, RecursionError):
+                break
+            found = value if isinstance(value, list) else [value]
+            made = [_call(one, names) for one in found]
+            if not made or None in made:
+                break
+            calls += [call for call in made if call is not None]
+            rest = rest[end:]
+    return (text, []) if rest or not calls else (text[:begin].rstrip(), calls)
+
+
+def _call(value: Any, names: Collection[str]) -> dict[str, Any] | None:
+    if not isinstance(value, dict):
+        return None
+    inner = value.get("function")
+    value = inner if isinstance(inner, dict) else value
+    name, arguments = value.get("name"), value.get("arguments", value.get("parameters", {}))
+    if not isinstance(name, str) or name not in names:
+        return None
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return {
+        "id": f"call_{secrets.token_hex(12)}",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+class CallFilter:
+    """Holds back the part of a streamed text that may be a tool call.
+
+    Args:
+        names: the functions that may be called; if there are none, nothing is held back.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names, self._held, self._begun = names, "", False
+
+    def push(self, piece: str) -> str:
+        """Add a piece of text, and return the text that is certainly content."""
+        if not self._names:
+            return piece
+        text = self._held + piece
+        keep = self._first_doubt(text)
+        self._held = text[keep:]
+        self._begun = self._begun or bool(text[:keep].strip())
+        return text[:keep]
+
+    def flush(self) -> tuple[str, list[dict[str, Any]]]:
+        """End the text. Return the rest of the content, and the tool calls."""
+        held, self._held = self._held, ""
+        return split_calls(held, self._names) if self._names and held else (held, [])
+
+    def _first_doubt(self, text: str) -> int:
+        """Where a tool call may begin: at a mark or the beginning of one, or at JSON that begins the text."""
+        if not self._begun and (not text.strip() or text.lstrip().startswith(("{", "["))):
+            return 0
+        places = [place for mark in _MARKS if (place := text.find(mark)) >= 0]
+        longest = max(map(len, _MARKS)) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(mark.startswith(text[-size:]) for mark in _MARKS):
+                places.append(len(text) - size)
+                break
+        return min(places, default=len(text))

@@ -1,0 +1,100 @@
+"""The routes for files and fine-tuning jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from nplora.serving.api.bodies import Body
+from nplora.serving.api.fields import Fields
+from nplora.serving.api.protocols import TuningJobs
+from nplora.serving.api.service import Service
+from nplora.serving.request_error import RequestError
+
+_METADATA = re.compile(r"metadata\[(.{1,64})\]")
+_MOST_LISTED = 10_000
+
+
+def jobs_of(service: Service) -> TuningJobs:
+    if service.jobs is None:
+        raise RequestError(
+            "this server has no files and no fine-tuning jobs: start it with --jobs DIR",
+            404,
+            code="not_enabled",
+        )
+    return service.jobs
+
+
+async def create_file(service: Service, request: Any) -> Any:
+    """POST /v1/files, a form with the fields `file` and `purpose`."""
+    from starlette.datastructures import UploadFile
+    from starlette.exceptions import HTTPException
+
+    jobs = jobs_of(service)
+    kind = request.headers.get("content-type", "")
+    if not kind.lower().startswith("multipart/form-data"):
+        raise RequestError("the body is not a form: send multipart/form-data", 415, code="invalid_form")
+    try:
+        form = await request.form(max_files=1, max_fields=16)
+    except (HTTPException, UnicodeDecodeError, ValueError, KeyError) as error:
+        raise RequestError(
+            f"the form cannot be read: {getattr(error, 'detail', error)}", code="invalid_form"
+        ) from error
+    try:
+        file, purpose = form.get("file"), form.get("purpose", "fine-tune")
+        if not isinstance(file, UploadFile):
+            raise RequestError("file is missing", param="file", code="missing_required_parameter")
+        if not isinstance(purpose, str):
+            raise RequestError("purpose is a file, expected a text", param="purpose", code="invalid_value")
+        name = (file.filename or "").replace("\\", "/").rpartition("/")[2] or "upload.jsonl"
+        return await asyncio.to_thread(jobs.create_file, file.file, name, purpose)
+    finally:
+        await form.close()
+
+
+def files(service: Service, query: Mapping[str, str]) -> Any:
+    """GET /v1/files"""
+    order = query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise RequestError(
+            f"order is {order[:40]!r}, expected asc or desc", param="order", code="invalid_value"
+        )
+    return jobs_of(service).files(
+        query.get("purpose"), query.get("after"), _limit(query, _MOST_LISTED), order
+    )
+
+
+async def create_job(service: Service, body: Body) -> Any:
+    """POST /v1/fine_tuning/jobs"""
+    jobs = jobs_of(service)
+    fields = Fields(await body.json())
+    return await asyncio.to_thread(jobs.create_job, fields.values)
+
+
+def jobs(service: Service, query: Mapping[str, str]) -> Any:
+    """GET /v1/fine_tuning/jobs"""
+    metadata = {found[1]: value for name, value in query.items() if (found := _METADATA.fullmatch(name))}
+    return jobs_of(service).jobs(query.get("after"), _limit(query, 20), metadata or None)
+
+
+def events(service: Service, query: Mapping[str, str], id_: str) -> Any:
+    """GET /v1/fine_tuning/jobs/{id}/events"""
+    return jobs_of(service).events(id_, query.get("after"), _limit(query, 20))
+
+
+def checkpoints(service: Service, query: Mapping[str, str], id_: str) -> Any:
+    """GET /v1/fine_tuning/jobs/{id}/checkpoints"""
+    return jobs_of(service).checkpoints(id_, query.get("after"), _limit(query, 10))
+
+
+def _limit(query: Mapping[str, str], default: int) -> int:
+    text = query.get("limit")
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdecimal() and 0 < int(text[:9]) <= _MOST_LISTED and len(text) < 9):
+        raise RequestError(
+            f"limit is {text[:40]!r}, expected 1 to {_MOST_LISTED:,}", param="limit", code="invalid_value"
+        )
+    return int(text)

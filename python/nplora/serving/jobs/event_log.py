@@ -1,0 +1,107 @@
+"""EventLog: the events of a job, in a file with one JSON object in each line."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nplora.formats import files, strict_json
+
+Shape = dict[str, Any]
+
+
+class EventLog:
+    """The events of one job, the oldest first.
+
+    A line that a crash cut short is removed. A damaged line is ignored.
+
+    A job that continues after a crash repeats its last steps, with the same results. Their events are in the
+    log already, so they are not added again.
+
+    Args:
+        path: the file; it is created with the first event.
+        key: a part of the ids of the events.
+        clock: returns the Unix time.
+    """
+
+    def __init__(self, path: Path, key: str, clock: Callable[[], float] = time.time) -> None:
+        self._path, self._key, self._clock = path, key, clock
+        self._events = list[Shape]()
+        if path.exists():
+            content = bytes(files.read(path, follow_links=False))
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                os.truncate(path, whole)
+            read = map(_event, content[:whole].splitlines())
+            self._events = [event for event in read if event is not None]
+        self._seen = {_subject(event) for event in self._events} - {None}
+
+    def add(self, message: str, level: str = "info", data: Shape | None = None) -> None:
+        """Add an event. Its type is "metrics" if there are data, else "message".
+
+        Args:
+            data: numbers. Only the first event with the same kind of numbers for the same "step" is added.
+        Raises:
+            OSError: the event cannot be written. It is in memory all the same.
+        """
+        number = 1 + int(self._events[-1]["id"].rpartition("-")[2]) if self._events else 0
+        event: Shape = {
+            "id": f"ftevent-{self._key}-{number:06}",
+            "object": "fine_tuning.job.event",
+            "created_at": int(self._clock()),
+            "level": level,
+            "message": message,
+            "type": "message" if data is None else "metrics",
+            "data": strict_json.json_values(data),
+        }
+        subject = _subject(event)
+        if subject is not None and subject in self._seen:
+            return
+        self._seen.add(subject)
+        self._events.append(event)
+        _append(self._path, json.dumps(event).encode() + b"\n")
+
+    def newest_first(self) -> list[Shape]:
+        """All events, the newest first."""
+        return self._events[::-1]
+
+
+def _event(line: bytes) -> Shape | None:
+    """The event in a line; None if the line is damaged."""
+    try:
+        event = strict_json.loads(line, "event")
+        int(event["id"].rpartition("-")[2])
+        _subject(event)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
+    return dict(event)
+
+
+def _subject(event: Shape) -> tuple[str, int] | None:
+    """The kind and the step of an event's numbers; None if it has none."""
+    data = event["data"]
+    return None if data is None else ("train" if "train_loss" in data else "valid", int(data["step"]))
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append a line. If it cannot be written as a whole, nothing of it is left.
+
+    The line survives the end of this process at once. The system writes it to the disk a little later.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    progress = files.Progress(len(line))
+    with files.disk_errors(path, progress):
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            try:
+                files.write(descriptor, line, progress)
+            except BaseException:
+                os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,352 @@
+"""FineTuning: the files and the fine-tuning jobs of a server, as OpenAI's API shows them."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nplora.formats.errors import brief
+from nplora.formats.files import StrPath
+from nplora.lm import LanguageModel
+from nplora.runtime.time_share import TimeShare
+from nplora.runtime.user_warning import warn_user
+from nplora.serving.jobs import shapes
+from nplora.serving.jobs.job_error import is_disk_full
+from nplora.serving.jobs.job_request import JobRequest, checked, require_text
+from nplora.serving.jobs.job_run import JobRun, Publishing
+from nplora.serving.jobs.jobs_state import OPEN, JobsState
+from nplora.serving.jobs.pages import page
+from nplora.serving.jobs.storage import Record, Storage, new_id
+from nplora.serving.request_error import RequestError
+
+Shape = dict[str, Any]
+
+MAX_FILE_BYTES = 512 << 20
+_MOST_JOBS, _MOST_EVENTS, _MOST_FILES = 100, 1000, 10_000
+_LONGEST_NAME = 255
+
+
+class FineTuning:
+    """Files and fine-tuning jobs in one directory, and a thread that trains the jobs one after the other.
+
+    All methods may be called from any thread. They return dictionaries in the shapes of OpenAI's API, and
+    raise `RequestError`, whose `status`, `param` and `code` belong into OpenAI's error object. Every change
+    is on the disk before its method returns, so a process that is killed loses nothing: after the next
+    `start`, a job continues from its last checkpoint, and ends with the same bits.
+
+    Args:
+        lm: the model that answers; it does not change. A job trains a twin that shares its frozen weights.
+        directory: the directory for files and jobs, created if needed. One process can use it at a time.
+        model: the name of the base model in the API.
+        turns: divides the time between training and answers: the engine's `turn`. None: training does not
+            wait.
+        publish: called as publish(name, directory) when a job has ended, and in `start` for earlier jobs:
+            from then on, the adapter in this PEFT directory answers to the name, also if the name is taken.
+            Default: `lm.load_adapter`.
+        withdraw: called as withdraw(name) for an adapter that is no longer there. Default:
+            `lm.delete_adapter`. It may raise KeyError or RequestError.
+        memory: memory limit of the whole process while a job trains, as in `finetune`.
+        compute: arithmetic of training; None: that of `lm`, or float32 if `lm` computes in int8.
+        max_file_bytes: the largest file that is accepted.
+    Raises:
+        BlockingIOError: another process uses the directory.
+        OSError: the directory cannot be created, read or written.
+
+    >>> from nplora.serving.jobs import FineTuning
+    >>> lm = nplora.load_model("model.gguf", compute="int8")
+    >>> with FineTuning(lm, "jobs", model="small") as jobs:
+    ...     file = jobs.create_file(open("train.jsonl", "rb"), "train.jsonl")
+    ...     job = jobs.create_job({"model": "small", "training_file": file["id"]})
+    ...     jobs.wait(job["id"])["status"]
+    'succeeded'
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        directory: StrPath,
+        *,
+        model: str,
+        turns: TimeShare | None = None,
+        publish: Callable[[str, Path], None] | None = None,
+        withdraw: Callable[[str], None] | None = None,
+        memory: str | int | None = None,
+        compute: str | None = None,
+        max_file_bytes: int = MAX_FILE_BYTES,
+    ) -> None:
+        self._lm, self._model, self._turns = lm, model, turns
+        self._memory, self._compute, self._max_file_bytes = memory, compute, max_file_bytes
+        self._publishing = Publishing(publish or self._load, withdraw or lm.delete_adapter)
+        self._state = JobsState(Storage(directory))
+        self._changed = threading.Condition(self._state.lock)
+        self._running: JobRun | None = None
+        self._is_closing = False
+        self._thread: threading.Thread | None = None
+
+    def _load(self, name: str, directory: Path) -> None:
+        if name in self._lm.adapters:
+            self._lm.delete_adapter(name)
+        self._lm.load_adapter(directory, name)
+
+    def start(self) -> None:
+        """Publish the adapters of earlier jobs, and start the thread that trains."""
+        with self._state.lock:
+            for job in self._jobs.values():
+                self._publish_again(job)
+            self._thread = threading.Thread(target=self._work, name="nplora-training", daemon=True)
+            self._thread.start()
+
+    def _publish_again(self, job: Record) -> None:
+        """Publish the adapters that a job has made so far."""
+        place = self._state.storage.place(job["id"])
+        for one in job["checkpoints"]:
+            is_final = one["name"] == job["fine_tuned_model"]
+            try:
+                self._publishing.publish(
+                    one["name"], place / ("run" if is_final else f"checkpoints/step-{one['step']}")
+                )
+            except (OSError, ValueError, RequestError) as error:
+                warn_user(f"the adapter {one['name']!r} cannot be used: {error}")
+
+    def close(self) -> None:
+        """Stop before the next block of the model. The job that trains continues after the next start."""
+        with self._changed:
+            self._is_closing = True
+            if self._running is not None:
+                self._running.stop()
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._state.storage.close()
+
+    def __enter__(self) -> FineTuning:
+        """Start."""
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close."""
+        self.close()
+
+    # ---- the thread that trains ----
+
+    @property
+    def _jobs(self) -> dict[str, Record]:
+        return self._state.storage.jobs
+
+    def _work(self) -> None:
+        while (run := self._next()) is not None:
+            run.execute()
+            with self._changed:
+                self._running = None
+                self._changed.notify_all()
+
+    def _next(self) -> JobRun | None:
+        """Wait for the oldest job that has not ended; None: the server ends."""
+        with self._changed:
+            while not self._is_closing:
+                job = next((job for job in self._jobs.values() if job["status"] in OPEN), None)
+                if job is not None:
+                    self._running = JobRun(
+                        self._lm,
+                        self._state,
+                        job["id"],
+                        self._publishing,
+                        self._turns,
+                        self._memory,
+                        self._compute,
+                    )
+                    return self._running
+                self._changed.wait()
+        return None
+
+    def wait(self, job_id: str, seconds: float | None = None) -> Shape:
+        """Wait until a job has ended or is paused, at most for some seconds; return the job."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._job(job_id)["status"] not in OPEN and not self._trains(job_id), seconds
+            )
+            return self.job(job_id)
+
+    def _trains(self, job_id: str) -> bool:
+        return self._running is not None and self._running.job_id == job_id
+
+    # ---- files ----
+
+    def create_file(
+        self, content: bytes | BinaryIO | Iterable[bytes], filename: str, purpose: str = "fine-tune"
+    ) -> Shape:
+        """Store a file: POST /v1/files.
+
+        Raises:
+            RequestError: the file is empty or too large, its name or purpose is wrong, or the disk is full.
+        """
+        if purpose != "fine-tune":
+            message = f"purpose is {brief(purpose)}, expected 'fine-tune'"
+            raise RequestError(message, param="purpose", code="invalid_value")
+        if not isinstance(filename, str) or not filename.strip() or len(filename) > _LONGEST_NAME:
+            message = f"the name of the file is {brief(filename)}, expected 1 to {_LONGEST_NAME} characters"
+            raise RequestError(message, param="file", code="invalid_value")
+        require_text(filename, "file")
+        record: Record = {
+            "id": new_id("file"), "created_at": int(time.time()), "filename": filename, "purpose": purpose,
+        }  # fmt: skip
+        with _disk_errors():
+            return shapes.file(self._state.storage.add_file(record, content, self._max_file_bytes))
+
+    def files(
+        self, purpose: str | None = None, after: str | None = None, limit: int = 10_000, order: str = "desc"
+    ) -> Shape:
+        """List the files: GET /v1/files."""
+        if order not in ("asc", "desc"):
+            message = f"order is {brief(order)}, expected 'asc' or 'desc'"
+            raise RequestError(message, param="order", code="invalid_value")
+        with self._state.lock:
+            found = [shapes.file(one) for one in self._state.storage.files.values()]
+        found = [one for one in found if purpose is None or one["purpose"] == purpose]
+        return page(found if order == "asc" else found[::-1], after, limit, _MOST_FILES)
+
+    def file(self, file_id: str) -> Shape:
+        """One file: GET /v1/files/{id}."""
+        with self._state.lock:
+            return shapes.file(self._file(file_id))
+
+    def delete_file(self, file_id: str) -> Shape:
+        """Delete a file: DELETE /v1/files/{id}. Jobs that use the file keep its content."""
+        with self._state.lock, _disk_errors():
+            self._state.storage.delete_file(self._file(file_id)["id"])
+        return {"id": file_id, "object": "file", "deleted": True}
+
+    def file_content(self, file_id: str) -> Path:
+        """The path of a file's bytes: GET /v1/files/{id}/content."""
+        with self._state.lock:
+            return self._state.storage.content(self._file(file_id)["id"])
+
+    def _file(self, file_id: str, param: str = "file_id") -> Record:
+        found = self._state.storage.files.get(file_id)
+        if found is None:
+            status = 404 if param == "file_id" else 400
+            raise RequestError(f"no file has the id {brief(file_id)}", status, param, "file_not_found")
+        return found
+
+    # ---- jobs ----
+
+    def create_job(self, request: Mapping[str, Any]) -> Shape:
+        """Queue a job: POST /v1/fine_tuning/jobs, with the decoded body of the request.
+
+        Raises:
+            RequestError: a field is missing, unknown or wrong; there is no such file or model; or the disk is
+                full.
+        """
+        asked = checked(request, self._model)
+        with self._changed:
+            data = {"train": self._file(asked.training_file, "training_file")}
+            if asked.validation_file is not None:
+                data["valid"] = self._file(asked.validation_file, "validation_file")
+            start = None if asked.model == self._model else self._lm.adapters.get(asked.model)
+            if asked.model != self._model and start is None:
+                message = f"no model has the name {brief(asked.model)}"
+                raise RequestError(message, 404, "model", "model_not_found")
+            record = self._new_record(asked, {role: one["filename"] for role, one in data.items()})
+            with _disk_errors():
+                files = {role: one["id"] for role, one in data.items()}
+                job_id = self._state.storage.add_job(record, files, start)["id"]
+            self._state.event(job_id, f"Created fine-tuning job: {job_id}")
+            self._changed.notify_all()
+            return self.job(job_id)
+
+    def _new_record(self, asked: JobRequest, filenames: Mapping[str, str]) -> Record:
+        job_id = new_id("ftjob")
+        return {
+            "id": job_id, "created_at": int(time.time()), "status": "queued", "model": asked.model,
+            "name": f"ft:{self._model}:{asked.suffix or ''}:{secrets.token_hex(4)}", "suffix": asked.suffix,
+            "training_file": asked.training_file, "validation_file": asked.validation_file,
+            "filenames": dict(filenames), "seed": asked.seed, "metadata": asked.metadata,
+            "method": asked.method, "hyperparameters": asked.hyperparameters, "options": asked.options,
+            "multiplier": asked.multiplier, "resolved": {}, "checkpoints": [], "result_files": [],
+            "error": None, "finished_at": None, "fine_tuned_model": None, "trained_tokens": None,
+        }  # fmt: skip
+
+    def jobs(
+        self, after: str | None = None, limit: int = 20, metadata: Mapping[str, str] | None = None
+    ) -> Shape:
+        """List the jobs, the newest first: GET /v1/fine_tuning/jobs."""
+        with self._state.lock:
+            found = [self._shape(job) for job in reversed(self._jobs.values())]
+        wanted = (metadata or {}).items()
+        found = [job for job in found if wanted <= (job["metadata"] or {}).items()]
+        return page(found, after, limit, _MOST_JOBS)
+
+    def job(self, job_id: str) -> Shape:
+        """One job: GET /v1/fine_tuning/jobs/{id}."""
+        with self._state.lock:
+            return self._shape(self._job(job_id))
+
+    def _shape(self, job: Record) -> Shape:
+        run = self._running if self._trains(job["id"]) else None
+        return shapes.job(job, None if run is None else run.progress.estimated_finish)
+
+    def events(self, job_id: str, after: str | None = None, limit: int = 20) -> Shape:
+        """A job's events, the newest first: GET /v1/fine_tuning/jobs/{id}/events."""
+        with self._state.lock:
+            found = self._state.log(self._job(job_id)["id"]).newest_first()
+        return page(found, after, limit, _MOST_EVENTS)
+
+    def checkpoints(self, job_id: str, after: str | None = None, limit: int = 10) -> Shape:
+        """A job's checkpoints, the newest first: GET /v1/fine_tuning/jobs/{id}/checkpoints."""
+        with self._state.lock:
+            found = [shapes.checkpoint(job_id, one) for one in reversed(self._job(job_id)["checkpoints"])]
+        return page(found, after, limit, _MOST_JOBS)
+
+    def cancel(self, job_id: str) -> Shape:
+        """End a job for ever: POST /v1/fine_tuning/jobs/{id}/cancel."""
+        return self._end(job_id, (*OPEN, "paused"), "cancelled", finished_at=int(time.time()))
+
+    def pause(self, job_id: str) -> Shape:
+        """Stop a job until `resume`: POST /v1/fine_tuning/jobs/{id}/pause."""
+        return self._end(job_id, OPEN, "paused")
+
+    def resume(self, job_id: str) -> Shape:
+        """Continue a job that is paused or has failed: POST /v1/fine_tuning/jobs/{id}/resume."""
+        return self._end(job_id, ("paused", "failed"), "queued", error=None, finished_at=None)
+
+    def _end(self, job_id: str, before: tuple[str, ...], status: str, **changes: Any) -> Shape:
+        """Change the status of a job that has one of the statuses `before`."""
+        with self._changed:
+            job = self._job(job_id)
+            if job["status"] not in before:
+                message = f"the job {job_id} is {job['status']}, expected {' or '.join(before)}"
+                raise RequestError(message, 400, "fine_tuning_job_id", "invalid_status")
+            if self._trains(job_id) and self._running is not None:
+                if status == "queued":
+                    message = f"the job {job_id} still stops; try again in a moment"
+                    raise RequestError(message, 409, "fine_tuning_job_id", "invalid_status")
+                self._running.stop()
+            with _disk_errors():
+                self._state.storage.change_job(job_id, status=status, **changes)
+            self._state.event(job_id, f"The job is {status}")
+            self._changed.notify_all()
+            return self.job(job_id)
+
+    def _job(self, job_id: str) -> Record:
+        found = self._jobs.get(job_id)
+        if found is None:
+            message = f"no fine-tuning job has the id {brief(job_id)}"
+            raise RequestError(message, 404, "fine_tuning_job_id", "fine_tune_not_found")
+        return found
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Turn an error of the disk into a `RequestError` that does not name the server's files."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise RequestError("the server's disk is full", 507, code="disk_full") from error
+        raise RequestError(f"the server's disk failed: {error.strerror}", 500, code="disk_error") from error

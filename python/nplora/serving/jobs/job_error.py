@@ -1,0 +1,49 @@
+"""Describes the error that ended a job, in the fields of OpenAI's API."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import Any
+
+from nplora.finetuning.planning import BudgetError
+from nplora.formats.errors import FormatError
+from nplora.nn.losses import NonFiniteLossError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LONGEST = 2000
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error means that there is no room on the disk."""
+    return isinstance(error, OSError) and error.errno in _DISK_FULL
+
+
+def job_error(error: Exception, names: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """The code, the message and the parameter of the error that ended a job.
+
+    Args:
+        names: for the path of each file of data, the file's name for the user, and the parameter that names
+            the file.
+    """
+    message, param = str(error) or type(error).__name__, None
+    for path, (name, parameter) in names.items():
+        if path in message:
+            message, param = message.replace(path, name), parameter
+    for operation in ("finetune: ", "plan: "):
+        message = message.removeprefix(operation)
+    return {"code": _code(error, param), "message": message[:_LONGEST], "param": param}
+
+
+def _code(error: Exception, param: str | None) -> str:
+    if is_disk_full(error):
+        return "disk_full"
+    if isinstance(error, BudgetError | MemoryError):
+        return "insufficient_memory"
+    if isinstance(error, NonFiniteLossError):
+        return "training_diverged"
+    if isinstance(error, FormatError):
+        return f"invalid_{param}" if param else "invalid_file"
+    if isinstance(error, ValueError | TypeError):
+        return "invalid_hyperparameters"
+    return "server_error"

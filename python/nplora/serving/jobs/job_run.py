@@ -1,0 +1,220 @@
+"""JobRun: trains one job, in the thread that trains."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nplora.adapters import save_adapter
+from nplora.finetuning import FinetuneReport, finetune
+from nplora.finetuning.options import DEFAULT_EXAMPLES, default_lr
+from nplora.formats.strict_json import json_values
+from nplora.lm import LanguageModel
+from nplora.runtime import release_memory
+from nplora.runtime.giving_way import giving_way
+from nplora.runtime.time_share import TimeShare
+from nplora.serving.jobs.job_error import job_error
+from nplora.serving.jobs.job_request import OBJECTIVES
+from nplora.serving.jobs.jobs_state import ENDED, JobsState
+from nplora.serving.jobs.progress import Progress
+from nplora.serving.jobs.results import results_csv
+from nplora.serving.request_error import RequestError
+from nplora.trainer import EpochRecord, Run
+from nplora.weights import COMPUTES
+
+KEPT_CHECKPOINTS = 3
+CHECKPOINT_SECONDS = 10.0  # the least time between two of them
+_SAVE_MINUTES = 1.0  # between two checkpoints of the run, the most that a killed process repeats
+
+
+class StoppedError(Exception):
+    """Ends the training of a job, because the job was cancelled or paused, or the server ends."""
+
+
+@dataclass(frozen=True)
+class Publishing:
+    """How adapters become available, and disappear.
+
+    Attributes:
+        publish: called as publish(name, directory): from then on, this PEFT directory answers to the name.
+        withdraw: called as withdraw(name), which no adapter has afterwards.
+    """
+
+    publish: Callable[[str, Path], None]
+    withdraw: Callable[[str], None]
+
+
+class JobRun:
+    """One job in training.
+
+    Args:
+        lm: the model that answers. It does not change.
+        state: the records and the events of all jobs.
+        job_id: the job.
+        publishing: how the adapter becomes available.
+        turns: divides the time between training and answers; None: training does not wait.
+        memory, compute: as in `finetune`.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        state: JobsState,
+        job_id: str,
+        publishing: Publishing,
+        turns: TimeShare | None,
+        memory: str | int | None,
+        compute: str | None,
+    ) -> None:
+        self._lm, self._state, self.job_id = lm, state, job_id
+        self._publishing, self._turns = publishing, turns
+        self._memory, self._compute = memory, compute
+        self._place = state.storage.place(job_id)
+        self._is_stopped = False
+        self._last_checkpoint = time.monotonic()
+        self.progress = Progress(self._event, self._started, self._save_checkpoint)
+
+    def stop(self) -> None:
+        """End the training before its next block. The run is saved."""
+        self._is_stopped = True
+
+    def execute(self) -> None:
+        """Train the job to its end, or until `stop`. An error is recorded as the job's error."""
+        try:
+            with giving_way(self._give_way):
+                report = self._train()
+                self._finish(report)
+        except StoppedError:
+            pass
+        except Exception as error:
+            self._fail(error)
+        finally:
+            if self._turns is not None:
+                self._turns.end()
+            release_memory()
+
+    def _give_way(self) -> None:
+        if self._turns is not None:
+            self._turns.pause()
+        if self._is_stopped:
+            raise StoppedError("the job was stopped")
+
+    def _train(self) -> FinetuneReport:
+        record = self._state.storage.jobs[self.job_id]
+        self._state.advance(self.job_id, "validating_files")
+        options, multiplier = dict(record["options"]), record["multiplier"]
+        if multiplier is not None:
+            options["lr"] = multiplier * default_lr(self._lm.config.hidden_size)
+        data = {role: self._place / name for role, name in record["data"].items()}
+        start = self._place / "start"
+        compute = self._compute or (self._lm.compute if self._lm.compute in COMPUTES else COMPUTES[0])
+        return finetune(
+            self._lm.with_compute(compute),
+            data["train"],
+            self._place / "run",
+            valid=data.get("valid"),
+            progress=False,
+            callbacks=[self.progress],
+            adapter=start if start.exists() else None,
+            objective=OBJECTIVES[record["method"]],
+            seed=record["seed"],
+            memory=self._memory,
+            save_minutes=_SAVE_MINUTES,
+            resume=True,
+            distributed="off",
+            **options,
+        )
+
+    # ---- during the run ----
+
+    def _event(self, message: str, data: Mapping[str, Any] | None) -> None:
+        self._state.event(self.job_id, message, data=data)
+
+    def _started(self, run: Run) -> None:
+        record = self._state.storage.jobs[self.job_id]
+        options, given = record["options"], record["hyperparameters"]
+        resolved = {
+            "n_epochs": options.get("epochs", given.get("n_epochs")),
+            "batch_size": options.get("batch_examples")
+            or (None if "batch_tokens" in options else DEFAULT_EXAMPLES),
+            "learning_rate_multiplier": record["multiplier"] or (None if "lr" in options else 1.0),
+        }
+        self._state.advance(self.job_id, "running", resolved=resolved)
+        words = "Fine-tuning job started" if not run.step else f"Fine-tuning job continues at step {run.step}"
+        self._event(words, None)
+
+    def _save_checkpoint(self, run: Run, record: EpochRecord) -> None:
+        """Save the adapter of an epoch, and make it available. Only the last few are kept."""
+        is_last = run.total_steps is not None and record.step >= run.total_steps
+        if is_last or time.monotonic() - self._last_checkpoint < CHECKPOINT_SECONDS:
+            return  # the next one follows soon
+        self._last_checkpoint = time.monotonic()
+        job, step = self._state.storage.jobs[self.job_id], record.step
+        if any(known["step"] == step for known in job["checkpoints"]):
+            return
+        place = self._place / "checkpoints" / f"step-{step}"
+        save_adapter(run.model, place, str(self._lm.source))
+        name = f"{job['name']}:ckpt-step-{step}"
+        made = self._checkpoint(str(step), step, name, record.loss, record.val_loss)
+        checkpoints = [*job["checkpoints"], made]
+        self._publishing.publish(name, place)
+        self._state.change(self.job_id, checkpoints=checkpoints[-KEPT_CHECKPOINTS:])
+        self._drop(checkpoints[:-KEPT_CHECKPOINTS])
+        self._event(f"Checkpoint created at step {step}", None)
+
+    def _checkpoint(
+        self, part: str, step: int, name: str, train_loss: float | None, valid_loss: float | None
+    ) -> dict[str, Any]:
+        """The record of a checkpoint. `part` is the last part of its id."""
+        made = {
+            "id": f"ftckpt-{self._state.key(self.job_id)}-{part}", "created_at": int(time.time()),
+            "step": step, "name": name, "train_loss": train_loss, "valid_loss": valid_loss,
+        }  # fmt: skip
+        return json_values(made)  # type: ignore[no-any-return]
+
+    def _drop(self, checkpoints: list[dict[str, Any]]) -> None:
+        for one in checkpoints:
+            with contextlib.suppress(KeyError, RequestError):  # somebody else may have removed it
+                self._publishing.withdraw(one["name"])
+            shutil.rmtree(self._place / "checkpoints" / f"step-{one['step']}", ignore_errors=True)
+
+    # ---- the end ----
+
+    def _finish(self, report: FinetuneReport) -> None:
+        state = self._state
+        with state.lock:
+            job = state.storage.jobs[self.job_id]
+            if job["status"] in ENDED or self._is_stopped:
+                return
+            self._publishing.publish(job["name"], self._place / "run")
+            steps, epochs = report.history.steps, report.history.epochs
+            step = report.history.best_step or (steps[-1].step if steps else 0)
+            train_loss = epochs[-1].loss if epochs else None
+            final = self._checkpoint("final", step, job["name"], train_loss, report.loss_after)
+            earlier = job["checkpoints"]
+            state.change(
+                self.job_id,
+                status="succeeded",
+                fine_tuned_model=job["name"],
+                finished_at=int(time.time()),
+                trained_tokens=report.tokens,
+                result_files=state.add_results(self.job_id, results_csv(report.history)),
+                checkpoints=[final],
+            )
+            self._drop(earlier)
+        self._event(f"New fine-tuned model created: {job['name']}", None)
+        self._event("The job has successfully completed", None)
+
+    def _fail(self, error: Exception) -> None:
+        state = self._state
+        with state.lock:
+            if state.storage.jobs[self.job_id]["status"] in ENDED:
+                return
+            found = job_error(error, state.names(self.job_id))
+            state.change(self.job_id, status="failed", error=found, finished_at=int(time.time()))
+        state.event(self.job_id, f"The job failed: {found['message']}", level="error")

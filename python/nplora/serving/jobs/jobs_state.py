@@ -1,0 +1,93 @@
+"""JobsState: the records and the events of all jobs, which several threads read and change."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nplora.runtime.user_warning import warn_user
+from nplora.serving.jobs.event_log import EventLog
+from nplora.serving.jobs.storage import Record, Storage
+
+ENDED = ("succeeded", "failed", "cancelled", "paused")  # the training thread leaves such a job alone
+OPEN = ("queued", "validating_files", "running")
+
+
+class JobsState:
+    """The records of a `Storage`, and the events of its jobs.
+
+    If the disk is full, a change that the training thread makes is kept in memory, and a warning says so: the
+    job then continues after a restart from what is on the disk.
+
+    Attributes:
+        storage: the records. Read and change them while you hold `lock`.
+        lock: the lock of the storage.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage, self.lock = storage, storage.lock
+        self._logs: dict[str, EventLog] = {}
+
+    def key(self, job_id: str) -> str:
+        """The random part of a job's id."""
+        return job_id.partition("-")[2]
+
+    def log(self, job_id: str) -> EventLog:
+        """The events of a job."""
+        with self.lock:
+            if job_id not in self._logs:
+                path = self.storage.place(job_id) / "events.jsonl"
+                self._logs[job_id] = EventLog(path, self.key(job_id))
+            return self._logs[job_id]
+
+    def event(
+        self, job_id: str, message: str, level: str = "info", data: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add an event to the log of a job."""
+        with self.lock, _kept_in_memory(job_id):
+            self.log(job_id).add(message, level, None if data is None else dict(data))
+
+    def change(self, job_id: str, **changes: Any) -> None:
+        """Change the record of a job."""
+        with self.lock, _kept_in_memory(job_id):
+            self.storage.change_job(job_id, **changes)
+
+    def advance(self, job_id: str, status: str, **changes: Any) -> None:
+        """Change the status of a job, unless it has ended meanwhile."""
+        with self.lock:
+            if self.storage.jobs[job_id]["status"] in OPEN:
+                self.change(job_id, status=status, **changes)
+
+    def add_results(self, job_id: str, content: bytes) -> list[str]:
+        """Store the table of a job's losses as a file, and return its id, or nothing if the disk is full.
+
+        A repeated call replaces the file.
+        """
+        file_id = f"file-results-{self.key(job_id)}"
+        record: Record = {
+            "id": file_id, "created_at": int(time.time()), "filename": "step_metrics.csv",
+            "purpose": "fine-tune-results",
+        }  # fmt: skip
+        with self.lock, _kept_in_memory(job_id):
+            self.storage.add_file(record, content, most=1 << 40)
+        return [file_id] if file_id in self.storage.files else []
+
+    def names(self, job_id: str) -> dict[str, tuple[str, str]]:
+        """For each path of a job's data, the name that the user gave, and the parameter that names it."""
+        job, place = self.storage.jobs[job_id], self.storage.place(job_id)
+        parameters = {"train": "training_file", "valid": "validation_file"}
+        return {
+            str(place / name): (job["filenames"][role], parameters[role])
+            for role, name in job["data"].items()
+        }
+
+
+@contextlib.contextmanager
+def _kept_in_memory(job_id: str) -> Iterator[None]:
+    """Turn an error of the disk into a warning."""
+    try:
+        yield
+    except OSError as error:
+        warn_user(f"{job_id}: {error}; the change is kept in memory only")

@@ -1,0 +1,36 @@
+"""Pages of lists, as OpenAI's API divides them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nplora.serving.request_error import RequestError
+
+Shape = dict[str, Any]
+
+
+def page(items: Sequence[Shape], after: str | None, limit: int, most: int) -> Shape:
+    """The page of a list that follows the item with the id `after`; None: the first page.
+
+    Args:
+        limit: how many items the page may have, from 1 to `most`.
+    Raises:
+        RequestError: `limit` is out of range, or no item has this id.
+    """
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= most:
+        message = f"limit is {limit!r}, expected an integer from 1 to {most:,}"
+        raise RequestError(message, param="limit", code="invalid_value")
+    start = 0
+    if after is not None:
+        start = 1 + next((index for index, item in enumerate(items) if item["id"] == after), -1)
+        if not start:
+            raise RequestError(f"no item has the id {after!r}", param="after", code="invalid_value")
+    found = list(items[start : start + limit])
+    return {
+        "object": "list",
+        "data": found,
+        "first_id": found[0]["id"] if found else None,
+        "last_id": found[-1]["id"] if found else None,
+        "has_more": start + limit < len(items),
+    }

@@ -1,0 +1,239 @@
+"""Storage: files and records of jobs in a directory, written so that a killed process loses nothing.
+
+The directory holds
+
+    lock                                 exists while a server uses the directory
+    files/ID/content.SUFFIX, file.json   an uploaded file, and its record
+    jobs/ID/job.json                     the record of a job
+    jobs/ID/train.SUFFIX, valid.SUFFIX   its data: links to the files' contents, which outlive the files
+    jobs/ID/start/                       the adapter that it continues, if any
+    jobs/ID/events.jsonl                 its events
+    jobs/ID/run/                         the output directory of `finetune`: checkpoints, log and adapter
+    jobs/ID/checkpoints/step-N/          adapters of the last epochs
+
+A record is written last, and replaced as a whole. A directory without a record was left by a process that was
+killed, and is removed. Only directories whose names are ids are looked at. Ids are made here, and ids of
+requests are only compared with those of records, so no text of a request becomes a part of a path.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import secrets
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nplora.adapters import Adapter
+from nplora.finetuning.data.rows import COMPRESSED, SUFFIXES
+from nplora.formats import files, strict_json
+from nplora.formats.errors import FormatError
+from nplora.formats.files import NewFile, StrPath
+from nplora.runtime.user_warning import warn_user
+from nplora.serving.request_error import RequestError
+from nplora.trainer.directory_lock import DirectoryLock
+
+Record = dict[str, Any]
+
+_FILE, _JOB = "file.json", "job.json"
+_PART = 1 << 20
+_ID = re.compile(r"(file|file-results|ftjob)-[0-9a-f]{24}")
+
+
+def new_id(kind: str) -> str:
+    """A new random id, such as file-3f0c…"""
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+class Storage:
+    """The files and the records of jobs in one directory.
+
+    Attributes:
+        files, jobs: the records by id, in the order in which they were made. Hold `lock` while you read them,
+            and change them only through the methods. All methods but `add_file` need the lock too.
+        lock: a reentrant lock.
+    Raises:
+        BlockingIOError: another process uses the directory.
+        OSError: the directory cannot be made, read or written.
+    Warns:
+        UserWarning: a record cannot be read, and is ignored.
+    """
+
+    def __init__(self, path: StrPath) -> None:
+        self.path = Path(files.absolute(path))
+        for name in ("files", "jobs"):
+            os.makedirs(self.path / name, exist_ok=True)
+        self._directory = files.Directory(self.path)
+        try:
+            self._lock = DirectoryLock(self._directory, "another server")
+        except BaseException:
+            self._directory.close()
+            raise
+        self.lock = threading.RLock()
+        self.files = _read(self.path / "files", _FILE)
+        self.jobs = _read(self.path / "jobs", _JOB)
+        self._file_serials = itertools.count(_next_serial(self.files))
+
+    def close(self) -> None:
+        """Unlock the directory."""
+        self._lock.close()
+        self._directory.close()
+
+    # ---- files ----
+
+    def add_file(self, record: Record, content: bytes | BinaryIO | Iterable[bytes], most: int) -> Record:
+        """Write a file. Its record gets the number of bytes, the name of the content, and a serial number.
+
+        Raises:
+            RequestError: the file is empty or has more than `most` bytes.
+            OSError: the file cannot be written; nothing of it is left.
+        """
+        record = {**record, "bytes": 0, "content": f"content{_suffix(record['filename'])}"}
+        record["serial"] = next(self._file_serials)
+        place = self.path / "files" / record["id"]
+
+        def counted() -> Iterator[bytes]:
+            for part in _parts(content):
+                record["bytes"] += len(part)
+                if record["bytes"] > most:
+                    message = f"the file has more than {most:,} bytes, which is the limit"
+                    raise RequestError(message, 413, "file", "file_too_large")
+                yield part
+            if not record["bytes"]:
+                raise RequestError("the file is empty", param="file", code="invalid_value")
+
+        def described() -> Iterator[bytes]:
+            yield _json(record)
+
+        content_file = NewFile(place / record["content"], 0, counted())
+        self._make(place, [content_file, NewFile(place / _FILE, 0, described())])
+        with self.lock:
+            self.files[record["id"]] = record
+        return record
+
+    def delete_file(self, file_id: str) -> None:
+        """Delete a file: first its record, so that no record lacks its content."""
+        place = self.path / "files" / self.files[file_id]["id"]
+        os.unlink(place / _FILE)
+        del self.files[file_id]
+        shutil.rmtree(place, ignore_errors=True)
+
+    def content(self, file_id: str) -> Path:
+        """The path of a file's content."""
+        record = self.files[file_id]
+        return self.path / "files" / record["id"] / record["content"]
+
+    # ---- jobs ----
+
+    def add_job(self, record: Record, data: Mapping[str, str], start: Adapter | None) -> Record:
+        """Write a new job. Its record gets the names of its data, and a serial number.
+
+        Args:
+            data: ids of files by their role, "train" or "valid".
+            start: the adapter that the job continues.
+        Raises:
+            OSError: the job cannot be written; nothing of it is left.
+        """
+        place = self.path / "jobs" / record["id"]
+        record = {**record, "serial": _next_serial(self.jobs), "data": {}}
+        os.makedirs(place)
+        try:
+            for role, file_id in data.items():
+                source = self.content(file_id)
+                record["data"][role] = name = role + _suffix(source.name)
+                _link(source, place / name)
+            if start is not None:
+                start.save(place / "start")
+            self._make(place, [NewFile(place / _JOB, 0, [_json(record)])])
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+        self.jobs[record["id"]] = record
+        return record
+
+    def change_job(self, job_id: str, **changes: Any) -> Record:
+        """Replace the record of a job by one with these changes, in memory and on the disk.
+
+        Raises:
+            OSError: the disk still has the old record. In memory, the new one is used.
+        """
+        record = {**self.jobs[job_id], **changes}
+        self.jobs[job_id] = record
+        files.replace([NewFile(self.place(job_id) / _JOB, 0, [_json(record)])])
+        return record
+
+    def place(self, job_id: str) -> Path:
+        """The directory of a job."""
+        return self.path / "jobs" / str(self.jobs[job_id]["id"])
+
+    def _make(self, place: Path, new: list[NewFile]) -> None:
+        """Write the files of a new directory; remove the directory again after an error."""
+        os.makedirs(place, exist_ok=True)
+        try:
+            files.replace(new)
+            with files.Directory(place.parent) as parent:
+                os.fsync(parent.fd)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+
+
+def _read(place: Path, name: str) -> dict[str, Record]:
+    """The records in the directories of a directory, in the order in which they were made."""
+    found = list[Record]()
+    for entry in sorted(place.iterdir()):
+        if not _ID.fullmatch(entry.name):
+            continue
+        path = entry / name
+        if not os.path.lexists(path):
+            shutil.rmtree(entry, ignore_errors=True)
+            continue
+        try:
+            record = strict_json.loads(bytes(files.read(path, follow_links=False)), str(path))
+            if not isinstance(record, dict) or record.get("id") != entry.name or "serial" not in record:
+                raise FormatError(f"{path}: not a record of {entry.name}")
+        except (FormatError, OSError) as error:
+            warn_user(f"{error}; the record is ignored")
+            continue
+        found.append(record)
+    return {record["id"]: record for record in sorted(found, key=lambda record: int(record["serial"]))}
+
+
+def _next_serial(records: Mapping[str, Record]) -> int:
+    return 1 + max((int(record["serial"]) for record in records.values()), default=0)
+
+
+def _json(record: Record) -> bytes:
+    return json.dumps(record, ensure_ascii=False, indent=1).encode()
+
+
+def _suffix(name: str) -> str:
+    """The end of a name that says how its rows are read; .jsonl if it says nothing."""
+    lower = name.lower()
+    known = sorted((*SUFFIXES, *COMPRESSED), key=len, reverse=True)
+    return next((suffix for suffix in known if lower.endswith(suffix)), ".jsonl")
+
+
+def _parts(content: bytes | BinaryIO | Iterable[bytes]) -> Iterator[bytes]:
+    if isinstance(content, bytes | bytearray | memoryview):
+        yield bytes(content)
+    elif hasattr(content, "read"):
+        while part := content.read(_PART):
+            yield part
+    else:
+        yield from content
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make a second name of a file, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        with files.reading(source) as reader:
+            parts = (reader[begin : begin + _PART] for begin in range(0, len(reader), _PART))
+            files.replace([NewFile(target, len(reader), parts)])

@@ -1,0 +1,95 @@
+"""ServeOptions: the options of `nplora serve`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from nplora import _check
+
+_OP = "serve"
+_ACCESS, _LIMITS = "access", "limits"
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of a server.
+
+        >>> from nplora.serving.options import ServeOptions
+        >>> ServeOptions(port=0, max_requests=4).host
+        '127.0.0.1'
+
+    Raises:
+        ValueError, TypeError: an option is out of range or has a wrong type, or the server could be reached
+            from other machines without a key.
+    """
+
+    host: str = _option("127.0.0.1", "address to listen on; 0.0.0.0: all IPv4 addresses of this machine")
+    port: int = _option(8080, "port to listen on; 0: any free port")
+    name: str | None = _option(None, "name of the base model in the API (default: the name of its file)")
+    memory: str | None = _option(
+        None, "memory limit of the whole process (default: a part of the available memory)", metavar="SIZE"
+    )
+    max_requests: int = _option(8, "number of requests that are computed at the same time; others wait")
+    jobs: str | None = _option(
+        None, "directory for uploaded files and fine-tuning jobs, which continue after a restart",
+        metavar="DIR", kind="path",
+    )  # fmt: skip
+    train_share: float = _option(
+        0.5, "largest share of the computing time that training takes while requests are answered"
+    )
+    api_key: tuple[str, ...] = _option(
+        (), "key that requests must send; also read from NPLORA_API_KEY (repeatable)", group=_ACCESS,
+        metavar="KEY",
+    )  # fmt: skip
+    adapter_dir: str | None = _option(
+        None, "directory that requests may load adapters from while the server runs", group=_ACCESS,
+        metavar="DIR", kind="path",
+    )  # fmt: skip
+    allow_origin: tuple[str, ...] = _option(
+        (), "origin of a web page that may use the server (CORS), such as https://example.org; *: any page "
+        "(repeatable)", group=_ACCESS, metavar="ORIGIN",
+    )  # fmt: skip
+    max_queue: int = _option(256, "number of requests that may wait; more are refused", group=_LIMITS)
+    max_tokens: int | None = _option(
+        None, "maximum number of generated tokens per answer (default: the model's context)", group=_LIMITS
+    )
+    max_body: str = _option("8M", "largest body of a request", group=_LIMITS, metavar="SIZE")
+    max_file: str = _option("512M", "largest uploaded file", group=_LIMITS, metavar="SIZE")
+    timeout: float = _option(600.0, "seconds after which an answer is cancelled", group=_LIMITS)
+    drain: float = _option(
+        30.0, "seconds that answers may still take when the server is stopped", group=_LIMITS
+    )
+
+    def __post_init__(self) -> None:
+        from nplora.finetuning.planning import parse_bytes
+        from nplora.serving.api.access import is_loopback
+
+        _check.integer(_OP, "port", self.port, least=0, most=65535)
+        for name in ("max_requests", "max_queue"):
+            _check.integer(_OP, name, getattr(self, name), least=1)
+        if self.max_tokens is not None:
+            _check.integer(_OP, "max_tokens", self.max_tokens, least=1)
+        for name in ("timeout", "drain"):
+            if _check.number(_OP, name, getattr(self, name)) <= 0:
+                raise ValueError(f"{_OP}: {name} is {getattr(self, name)}, expected above 0")
+        if not 0 < _check.number(_OP, "train_share", self.train_share) <= 1:
+            raise ValueError(f"{_OP}: train_share is {self.train_share}, expected above 0 and at most 1")
+        for name in ("max_body", "max_file", "memory"):
+            if getattr(self, name) is not None:
+                parse_bytes(getattr(self, name), _OP)
+        for name in ("api_key", "allow_origin"):
+            texts = _check.texts(_OP, name, getattr(self, name))
+            object.__setattr__(self, name, texts)
+            if not all(text and text.isascii() and text.isprintable() and " " not in text for text in texts):
+                raise ValueError(f"{_OP}: {name} holds an empty text, a space or a character beyond ASCII")
+        if not self.api_key and not is_loopback(self.host):
+            raise ValueError(
+                f"{_OP}: host is {self.host!r}, so other machines could use the server without a key; "
+                "expected api_key, or the host 127.0.0.1"
+            )

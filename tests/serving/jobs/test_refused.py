@@ -1,0 +1,180 @@
+"""Requests and data that are wrong, and the error objects that tell so."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nplora
+from nplora.serving.jobs import FineTuning
+from nplora.serving.request_error import RequestError
+
+from .conftest import ROWS, jsonl
+
+FAST = {"n_epochs": 1, "batch_size": 8}
+
+
+@pytest.fixture
+def idle(lm: nplora.LanguageModel, tmp_path: Path) -> Any:
+    made = FineTuning(lm, tmp_path / "jobs", model="small", max_file_bytes=10_000)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "param"),
+    [
+        ({"model": None}, "model is missing", "model"),
+        ({"model": 5}, "model is 5, expected a text", "model"),
+        ({"model": "../small"}, "no model has the name '../small'", "model"),
+        ({"training_file": None}, "training_file is missing", "training_file"),
+        ({"training_file": "../../etc/passwd"}, "no file has the id", "training_file"),
+        ({"validation_file": "file-0"}, "no file has the id 'file-0'", "validation_file"),
+        ({"suffix": "../x"}, "suffix is '../x', expected 1 to 64 letters", "suffix"),
+        ({"suffix": "a..b"}, "suffix is 'a..b', expected", "suffix"),
+        ({"suffix": 5}, "suffix is 5", "suffix"),
+        ({"seed": -1}, "seed is -1, expected an integer", "seed"),
+        ({"seed": True}, "seed is True", "seed"),
+        ({"metadata": {"a": "\ud800"}}, "not JSON in UTF-8", None),
+        ({"metadata": {"a": 5}}, "metadata has 'a': 5", "metadata"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "at most 16 texts", "metadata"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations are not supported", "integrations"),
+        ({"method": "dpo"}, "the type of the method is None", "method"),
+        ({"method": {"type": "reinforcement"}}, "'reinforcement', expected one of supervised, dpo", "method"),
+        ({"method": {"type": "dpo", "dpo": 5}}, "method.dpo is 5, expected an object", "method"),
+        ({"hyperparameters": 5}, "hyperparameters are 5, expected an object", "hyperparameters"),
+        ({"hyperparameters": {"n_epoch": 5}}, "'n_epoch' is not a hyperparameter", "hyperparameters"),
+        (
+            {"hyperparameters": {"n_epochs": 0}},
+            "n_epochs is 0, expected an integer above 0",
+            "hyperparameters",
+        ),
+        ({"hyperparameters": {"n_epochs": 1.5}}, "n_epochs is 1.5", "hyperparameters"),
+        ({"hyperparameters": {"n_epochs": "two"}}, "n_epochs is 'two'", "hyperparameters"),
+        ({"hyperparameters": {"batch_size": 1e300}}, "batch_size is 1e+300", "hyperparameters"),
+        ({"hyperparameters": {"learning_rate_multiplier": "nan"}}, "is 'nan'", "hyperparameters"),
+        ({"hyperparameters": {"learning_rate_multiplier": float("nan")}}, "is nan", "hyperparameters"),
+        ({"epochs": 2}, "n_epochs and epochs are both given", "hyperparameters"),
+        ({"rank": 0}, "rank is 0", "rank"),
+        ({"rank": "8"}, "rank is '8'", "rank"),
+        ({"layers": "some"}, "layers='some'", "layers"),
+        ({"rnk": 8}, "'rnk' is not a field of a job; did you mean 'rank'?", "rnk"),
+        ({"adapter": "/etc"}, "'adapter' is not a field", "adapter"),
+        ({"teacher": "/etc/passwd"}, "'teacher' is not a field", "teacher"),
+        ({"resume": True}, "'resume' is not a field", "resume"),
+        ({"report_to": "wandb"}, "'report_to' is not a field", "report_to"),
+        ({"memory": "1M"}, "'memory' is not a field", "memory"),
+    ],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else None,
+)
+def test_a_wrong_request_is_refused(
+    idle: FineTuning, changes: dict[str, Any], message: str, param: str | None
+) -> None:
+    file = idle.create_file(jsonl(ROWS), "train.jsonl")
+    request = {"model": "small", "training_file": file["id"], "hyperparameters": FAST, **changes}
+    with pytest.raises(RequestError) as refused:
+        idle.create_job(request)
+    assert message in str(refused.value)
+    assert refused.value.param == param
+    assert refused.value.code
+    assert refused.value.status in (400, 404)
+    assert idle.jobs()["data"] == []
+
+
+@pytest.mark.parametrize("file_id", ["", ".", "..", "../files", "file-\0", "a" * 5000, None, 5, "file.json"])
+def test_an_unknown_id_is_not_found(idle: FineTuning, file_id: Any) -> None:
+    for method in (idle.file, idle.file_content, idle.delete_file, idle.job, idle.events, idle.checkpoints,
+                   idle.cancel, idle.pause, idle.resume):  # fmt: skip
+        with pytest.raises(RequestError) as refused:
+            method(file_id)
+        assert refused.value.status == 404
+
+
+def test_wrong_files_and_pages_are_refused(idle: FineTuning, tmp_path: Path) -> None:
+    for arguments, message in (
+        ((b"", "a.jsonl"), "the file is empty"),
+        ((b"x" * 10_001, "a.jsonl"), "more than 10,000 bytes"),
+        ((iter([b"x" * 9000, b"x" * 9000]), "a.jsonl"), "more than 10,000 bytes"),
+        ((b"x", ""), "the name of the file is ''"),
+        ((b"x", "n" * 300), "the name of the file is"),
+        ((b"x", "\ud800"), "not JSON in UTF-8"),
+        ((b"x", "a.jsonl", "assistants"), "purpose is 'assistants', expected 'fine-tune'"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            idle.create_file(*arguments)  # type: ignore[arg-type]
+    for page in ({"limit": 0}, {"limit": 10_001}, {"limit": "5"}, {"after": "x"}, {"order": "up"}):
+        with pytest.raises(RequestError):
+            idle.files(**page)
+    assert not any((tmp_path / "jobs" / "files").iterdir())
+
+
+def test_a_file_name_is_never_a_path(idle: FineTuning, tmp_path: Path) -> None:
+    for name in ("../../x.jsonl", "/etc/passwd", "a\0b.csv", "..", "x.parquet/../y"):
+        made = idle.create_file(b"text", name)
+        assert made["filename"] == name
+        content = idle.file_content(made["id"])
+        assert content.parent.parent == tmp_path / "jobs" / "files"
+        assert content.read_bytes() == b"text"
+
+
+@pytest.mark.parametrize(
+    ("content", "filename", "code", "message"),
+    [
+        (jsonl(ROWS[:2]) + b'{"prompt": 5, "completion": "a"}\n', "mine.jsonl", "invalid_training_file",
+         "mine.jsonl, line 3: prompt is 5, expected a string"),
+        (jsonl(ROWS[:2]) + b"{\n", "mine.jsonl", "invalid_training_file", "mine.jsonl, line 3: "),
+        (b"\xff\xfe\n", "mine.jsonl", "invalid_training_file", "mine.jsonl"),
+        (b"not a table", "mine.parquet", "invalid_training_file", "mine.parquet"),
+        (jsonl([{"prompt": "a", "chosen": "b", "rejected": "c"}]), "pairs.jsonl", "invalid_training_file",
+         "pairs.jsonl, line 1: has chosen and rejected"),
+    ],
+    ids=["type", "json", "utf-8", "parquet", "pairs"],
+)  # fmt: skip
+def test_wrong_data_fail_the_job(
+    jobs: FineTuning, tmp_path: Path, content: bytes, filename: str, code: str, message: str
+) -> None:
+    if filename.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    file = jobs.create_file(content, filename)
+    job = jobs.create_job({"model": "small", "training_file": file["id"], "hyperparameters": FAST})
+    job = jobs.wait(job["id"], 60)
+    assert job["status"] == "failed"
+    assert job["error"]["code"] == code
+    assert message in job["error"]["message"]
+    assert str(tmp_path) not in job["error"]["message"]
+    assert job["error"]["param"] == "training_file"
+    [event] = [event for event in jobs.events(job["id"])["data"] if event["level"] == "error"]
+    assert message in event["message"]
+
+
+def test_a_wrong_validation_file_is_named(jobs: FineTuning) -> None:
+    files = [
+        jobs.create_file(content, name) for content, name in ((jsonl(ROWS), "t.jsonl"), (b"{\n", "v.jsonl"))
+    ]
+    request = {"model": "small", "training_file": files[0]["id"], "validation_file": files[1]["id"]}
+    error = jobs.wait(jobs.create_job(request)["id"], 60)["error"]
+    assert (error["code"], error["param"]) == ("invalid_validation_file", "validation_file")
+    assert error["message"].startswith("v.jsonl, line 1: ")
+
+
+def test_options_that_do_not_fit_the_model_fail_the_job(jobs: FineTuning, lm: nplora.LanguageModel) -> None:
+    file = jobs.create_file(jsonl(ROWS), "train.jsonl")
+    request = {"model": "small", "training_file": file["id"], "hyperparameters": FAST}
+    error = jobs.wait(jobs.create_job({**request, "targets": "no_proj"})["id"], 60)["error"]
+    assert error["code"] == "invalid_hyperparameters"
+    assert "no layer 'no_proj'" in error["message"]
+    diverging = {**request, "hyperparameters": {"n_epochs": 4, "learning_rate_multiplier": 1e8}}
+    job = jobs.wait(jobs.create_job({**diverging, "max_grad_norm": 1e30, "rank": 32})["id"], 60)
+    assert job["status"] in ("failed", "succeeded")
+    assert job["error"] is None or job["error"]["code"] == "training_diverged"
+    assert jobs.wait(jobs.create_job(request)["id"], 60)["status"] == "succeeded"
+
+
+def test_a_job_that_does_not_fit_into_memory_fails(lm: nplora.LanguageModel, tmp_path: Path) -> None:
+    with FineTuning(lm, tmp_path / "jobs", model="small", memory="2M") as jobs:
+        file = jobs.create_file(jsonl(ROWS), "train.jsonl")
+        job = jobs.create_job({"model": "small", "training_file": file["id"]})
+        error = jobs.wait(job["id"], 60)["error"]
+    assert error["code"] == "insufficient_memory"
+    assert "no plan fits into 2 MB" in error["message"]

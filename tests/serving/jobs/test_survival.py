@@ -1,0 +1,287 @@
+"""Jobs that are killed, cancelled, paused or restarted, a disk that is full, and records that are damaged."""
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nplora
+from nplora.formats import files
+from nplora.serving.jobs import FineTuning
+from nplora.serving.request_error import RequestError
+
+from .conftest import ROWS, jsonl
+
+LONG = {"n_epochs": 25, "batch_size": 4, "learning_rate_multiplier": 3}
+STEPS = 150
+SERVER = """
+import sys, time
+import nplora
+from nplora.serving.jobs import FineTuning
+FineTuning(nplora.load_model(sys.argv[1], compute="int8"), sys.argv[2], model="small").start()
+print("started", flush=True)
+time.sleep(600)
+"""
+
+
+def queued(jobs: FineTuning, **more: Any) -> str:
+    file = jobs.create_file(jsonl(ROWS), "train.jsonl")
+    job = jobs.create_job({"model": "small", "training_file": file["id"], "hyperparameters": LONG, **more})
+    return str(job["id"])
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_until(true: Any) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.002)
+
+
+def has_lines(path: Path, count: int) -> bool:
+    return lines(path) > count
+
+
+def adapter_of(place: Path) -> tuple[bytes, bytes]:
+    names = "adapter_model.safetensors", "adapter_config.json"
+    return (place / names[0]).read_bytes(), (place / names[1]).read_bytes()
+
+
+def steps_of(jobs: FineTuning, job_id: str) -> list[int]:
+    events = jobs.events(job_id, limit=1000)["data"][::-1]
+    return [event["data"]["step"] for event in events if event["type"] == "metrics"]
+
+
+@pytest.fixture
+def idle(lm: nplora.LanguageModel, tmp_path: Path) -> FineTuning:
+    """Jobs whose thread is not started."""
+    return FineTuning(lm, tmp_path / "jobs", model="small")
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_twice_ends_with_the_same_bits(
+    lm: nplora.LanguageModel, model_file: Path, tmp_path: Path
+) -> None:
+    with FineTuning(lm, tmp_path / "whole", model="small") as jobs:
+        whole = queued(jobs, dropout=0.1)
+        name = jobs.wait(whole, 60)["fine_tuned_model"]
+    idle = FineTuning(lm, tmp_path / "jobs", model="small")
+    job = queued(idle, dropout=0.1)
+    idle.close()
+    events, seen = tmp_path / "jobs" / "jobs" / job / "events.jsonl", list[int]()
+    for steps in (20, 110):
+        command = [sys.executable, "-c", SERVER, str(model_file), str(tmp_path / "jobs")]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            wait_until(functools.partial(has_lines, events, steps))
+        finally:
+            server.send_signal(signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+        seen.append(lines(events))
+    assert 20 < seen[0] < seen[1] < STEPS, "the job was not killed in its midst"
+    lm.delete_adapter(name)
+    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
+        found = jobs.wait(job, 60)
+        assert found["status"] == "succeeded", found["error"]
+        assert steps_of(jobs, job) == list(range(1, STEPS + 1))
+    assert list(lm.adapters) == [found["fine_tuned_model"]]
+    runs = [
+        tmp_path / directory / "jobs" / one / "run" for directory, one in (("whole", whole), ("jobs", job))
+    ]
+    assert adapter_of(runs[0]) == adapter_of(runs[1])
+
+
+def test_a_job_that_is_stopped_by_close_continues_after_the_next_start(
+    lm: nplora.LanguageModel, tmp_path: Path
+) -> None:
+    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
+        job = queued(jobs)
+        wait_until(lambda: len(steps_of(jobs, job)) > 20)
+    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
+        assert jobs.wait(job, 60)["status"] == "succeeded"
+        assert steps_of(jobs, job) == list(range(1, STEPS + 1))
+        messages = [event["message"] for event in jobs.events(job, limit=1000)["data"]]
+        assert any(message.startswith("Fine-tuning job continues at step ") for message in messages)
+
+
+def test_a_restarted_server_has_the_adapters_and_the_files_of_before(
+    lm: nplora.LanguageModel, model_file: Path, tmp_path: Path
+) -> None:
+    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
+        job = jobs.wait(queued(jobs, hyperparameters={"n_epochs": 1}), 60)
+        before = [jobs.job(job["id"]), jobs.jobs(), jobs.files(), jobs.events(job["id"])]
+    other = nplora.load_model(model_file, compute="int8")
+    with FineTuning(other, tmp_path / "jobs", model="small") as jobs:
+        assert [jobs.job(job["id"]), jobs.jobs(), jobs.files(), jobs.events(job["id"])] == before
+        assert list(other.adapters) == [job["fine_tuned_model"]]
+    other.set_adapter(job["fine_tuned_model"])
+    lm.set_adapter(job["fine_tuned_model"])
+    assert (other.logits([1, 2, 3]) == lm.logits([1, 2, 3])).all()
+
+
+def test_a_cancelled_job_ends_before_the_next_block_and_for_ever(
+    lm: nplora.LanguageModel, tmp_path: Path
+) -> None:
+    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
+        job, next_job = queued(jobs), queued(jobs, hyperparameters={"n_epochs": 1})
+        wait_until(lambda: steps_of(jobs, job))
+        assert jobs.cancel(job)["status"] == "cancelled"
+        assert jobs.wait(job, 60)["finished_at"]
+        assert len(steps_of(jobs, job)) < STEPS
+        for refused in (jobs.cancel, jobs.resume, jobs.pause):
+            with pytest.raises(RequestError, match="is cancelled, expected"):
+                refused(job)
+        assert jobs.wait(next_job, 60)["status"] == "succeeded"
+        third = queued(jobs)
+        assert jobs.cancel(third)["status"] == "cancelled"
+    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
+        assert [one["status"] for one in jobs.jobs()["data"]] == ["cancelled", "succeeded", "cancelled"]
+
+
+@pytest.mark.slow
+def test_a_paused_job_continues_to_the_same_bits(lm: nplora.LanguageModel, tmp_path: Path) -> None:
+    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
+        whole, job = queued(jobs), queued(jobs)
+        jobs.wait(whole, 60)
+        wait_until(lambda: len(steps_of(jobs, job)) > 10)
+        assert jobs.pause(job)["status"] == "paused"
+        assert jobs.wait(job, 60)["status"] == "paused"
+        count = len(steps_of(jobs, job))
+        time.sleep(0.05)
+        assert len(steps_of(jobs, job)) == count < STEPS
+        assert jobs.resume(job)["status"] == "queued"
+        assert jobs.wait(job, 60)["status"] == "succeeded"
+        assert steps_of(jobs, job) == list(range(1, STEPS + 1))
+    adapters = [adapter_of(tmp_path / "jobs" / "jobs" / one / "run") for one in (whole, job)]
+    assert adapters[0] == adapters[1]
+
+
+@contextlib.contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every write fails as on a full disk."""
+
+    def write(fd: int, chunk: files.Chunk, progress: files.Progress) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write", write)
+        yield
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.slow
+def test_a_full_disk_fails_a_job_which_continues_later_to_the_same_bits(
+    lm: nplora.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
+        whole, job = queued(jobs), queued(jobs)
+        jobs.wait(whole, 60)
+        wait_until(lambda: len(steps_of(jobs, job)) > 120)
+        with full_disk(monkeypatch):
+            found = jobs.wait(job, 60)
+            with pytest.raises(RequestError) as refused:
+                jobs.create_file(jsonl(ROWS), "train.jsonl")
+            assert (refused.value.status, refused.value.code) == (507, "disk_full")
+            assert str(tmp_path) not in str(refused.value)
+            with pytest.raises(RequestError, match="disk is full"):
+                jobs.create_job({"model": "small", "training_file": jobs.files()["data"][0]["id"]})
+            assert len(jobs.jobs()["data"]) == 2
+        assert found["status"] == "failed"
+        assert found["error"]["code"] == "disk_full"
+        assert len(jobs.files(purpose="fine-tune")["data"]) == 2
+        jobs.resume(job)
+        found = jobs.wait(job, 60)
+        assert found["status"] == "succeeded", found["error"]
+    adapters = [adapter_of(tmp_path / "jobs" / "jobs" / one / "run") for one in (whole, job)]
+    assert adapters[0] == adapters[1]
+    assert not list((tmp_path / "jobs").rglob("*.tmp"))
+
+
+def test_a_deleted_file_does_not_disturb_a_job(idle: FineTuning) -> None:
+    job = queued(idle, hyperparameters={"n_epochs": 1})
+    [file] = idle.files()["data"]
+    idle.delete_file(file["id"])
+    with pytest.raises(RequestError) as refused:
+        idle.file_content(file["id"])
+    assert refused.value.status == 404
+    with idle:
+        assert idle.wait(job, 60)["status"] == "succeeded"
+
+
+def test_what_a_killed_upload_left_is_removed_and_damaged_records_are_ignored(
+    lm: nplora.LanguageModel, tmp_path: Path
+) -> None:
+    place = tmp_path / "jobs"
+    idle = FineTuning(lm, place, model="small")
+    job = queued(idle)
+    idle.close()
+    one, two = 24 * "1", 24 * "2"
+    others = ("files/mine/content.jsonl", "jobs/ftjob-x/train.jsonl")
+    for orphan in (f"files/file-{one}/content.jsonl", f"jobs/ftjob-{one}/train.jsonl", *others):
+        (place / orphan).parent.mkdir()
+        (place / orphan).write_text("{}")
+    damaged = ((f"files/file-{two}/file.json", "{"), (f"jobs/ftjob-{two}/job.json", '{"id": "ftjob-9"}'))
+    for name, content in damaged:
+        (place / name).parent.mkdir()
+        (place / name).write_text(content)
+    events = place / "jobs" / job / "events.jsonl"
+    whole = events.read_bytes()
+    events.write_bytes(whole + b'{"id": "cut sh')
+    with pytest.warns(UserWarning, match="the record is ignored"):
+        idle = FineTuning(lm, place, model="small")
+    assert [one["id"] for one in idle.jobs()["data"]] == [job]
+    assert len(idle.files()["data"]) == 1
+    assert len(idle.events(job)["data"]) == len(whole.splitlines())
+    assert events.read_bytes() == whole
+    assert not list(place.glob(f"*/*{one}"))
+    assert all((place / other).exists() for other in others), "a directory of somebody else was removed"
+    idle.close()
+
+
+def test_only_one_server_uses_a_directory(idle: FineTuning, lm: nplora.LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(BlockingIOError, match="another server"):
+        FineTuning(lm, tmp_path / "jobs", model="small")
+    idle.close()
+
+
+def test_many_threads_upload_and_list_at_once(idle: FineTuning) -> None:
+    errors = list[BaseException]()
+
+    def upload(number: int) -> None:
+        try:
+            for n in range(5):
+                made = idle.create_file(f"{number} {n}".encode(), f"{number}.jsonl")
+                assert idle.file_content(made["id"]).read_text() == f"{number} {n}"
+                idle.files(limit=3)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=upload, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert len({file["id"] for file in idle.files()["data"]}) == 40
+    idle.close()
+
+
+def test_records_are_plain_json(idle: FineTuning, tmp_path: Path) -> None:
+    job = queued(idle, metadata={"name": "Zoë\u2028"})
+    record = json.loads((tmp_path / "jobs" / "jobs" / job / "job.json").read_text())
+    assert record["metadata"] == {"name": "Zoë\u2028"}
+    idle.close()

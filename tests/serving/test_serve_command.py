@@ -1,0 +1,131 @@
+"""`nplora serve` as a process: curl, litellm, signals, and the errors of its arguments."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import live_server
+import pytest
+
+from commands import command
+from nplora import cli
+
+pytest.importorskip("uvicorn")
+
+CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5, "temperature": 0}
+
+
+@contextlib.contextmanager
+def process(*arguments: object, **more: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running server, and its address."""
+    line = [sys.executable, "-m", "nplora", "serve", *map(str, arguments), "--port", "0"]
+    made = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    try:
+        assert made.stdout is not None
+        first = made.stdout.readline()
+        assert first.startswith("serving "), made.communicate()[1]
+        yield made, first.split()[-1]
+    finally:
+        made.kill()
+        made.communicate()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    directory = tmp_path_factory.mktemp("served")
+    model = live_server.save_model(directory)
+    return model, live_server.save_adapters(model, directory)
+
+
+def curl(url: str, *more: str) -> str:
+    return subprocess.run(["curl", "-sS", *more, url], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+def test_a_server_answers_curl_and_litellm_and_ends_with_sigterm(files: tuple[Path, list[Path]]) -> None:
+    model, adapters = files
+    arguments = model, "--adapter", f"mine={adapters[0]}", "--adapter", adapters[1], "--memory", "1G"
+    with process(*arguments, env={**os.environ, "NPLORA_API_KEY": "secret"}) as (server, url):
+        if shutil.which("curl"):
+            key = "-H", "authorization: Bearer secret"
+            names = [one["id"] for one in json.loads(curl(f"{url}/v1/models", *key))["data"]]
+            assert names == ["small", "mine", "adapter1"]
+            answer = json.loads(curl(f"{url}/v1/chat/completions", *key, "-d", json.dumps(CHAT)))
+            assert answer["choices"][0]["message"]["content"]
+            assert "data: [DONE]" in curl(
+                f"{url}/v1/completions", *key, "-N", "-d", json.dumps({"prompt": "a", "stream": True})
+            )
+            assert json.loads(curl(f"{url}/v1/models"))["error"]["code"] == "invalid_api_key"
+        if importlib.util.find_spec("litellm"):
+            ask_litellm(url)
+        server.send_signal(signal.SIGTERM)
+        _, errors = server.communicate(timeout=20)
+        assert server.returncode == 0
+        assert errors == ""
+
+
+def ask_litellm(url: str) -> None:
+    program = f"""if True:
+        import litellm, json
+        options = dict(base_url={url + "/v1"!r}, api_key="secret", temperature=0, max_tokens=5)
+        chat = [{{"role": "user", "content": "hello"}}]
+        whole = litellm.completion("openai/mine", chat, **options)
+        pieces = litellm.completion("openai/mine", chat, stream=True, **options)
+        text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+        assert text == whole.choices[0].message.content, (text, whole)
+        assert whole.usage.completion_tokens == 5
+        other = litellm.text_completion(prompt="hello", model="text-completion-openai/small", **options)
+        assert other.choices[0].text
+        try:
+            litellm.completion("openai/nothing", chat, **options)
+        except litellm.NotFoundError:
+            print("done")
+    """
+    alone = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # it would load a list from the network
+    made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=alone)
+    assert made.stdout.endswith("done\n"), made.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["m", "--host", "0.0.0.0"], "other machines could use the server without a key"),
+        (["m", "--port", "70000"], "port is 70000, expected at most 65535"),
+        (["m", "--memory", "lots"], "expected a size like 600M"),
+        (["m", "--adapter", "a=x", "--adapter", "a=y"], "two adapters have the name 'a'"),
+        (["m", "--api-key", "a b"], "--api-key holds an empty text, a space"),
+        (["m", "--train-share", "0"], "expected above 0 and at most 1"),
+        (["m", "--timeout", "0"], "timeout is 0.0, expected above 0"),
+        (["nowhere.gguf", "--port", "0"], "no such file"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.delenv("NPLORA_API_KEY", raising=False)
+    assert cli.main(["serve", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_reported_before_the_model_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", "nowhere.gguf", "--port", port]) == 2
+        assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_help_names_the_options() -> None:
+    text = command("serve", "--help").stdout
+    for option in ("--adapter", "--jobs", "--api-key", "--adapter-dir", "--allow-origin", "--train-share"):
+        assert option in text

@@ -1,0 +1,95 @@
+"""Adapters of a server, chosen, loaded and unloaded by requests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nplora
+from nplora.serving.api.app import Application
+
+openai = pytest.importorskip("openai")
+
+CHAT = [{"role": "user", "content": "hello 12"}]
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def lm(app: Application) -> nplora.LanguageModel:
+    return app.service.models.lm
+
+
+def ask(client: Any, **changes: Any) -> Any:
+    options = {"model": "base", "messages": CHAT, "max_tokens": 8, "temperature": 0} | changes
+    return client.chat.completions.create(**options)
+
+
+@pytest.mark.parametrize("name", ["adapter0", "adapter1"])
+def test_an_adapter_answers_by_its_name(client: Any, lm: nplora.LanguageModel, name: str) -> None:
+    answer = ask(client, model=name)
+    assert answer.choices[0].message.content == lm.with_adapter(lm.adapters[name]).generate(CHAT, 8)
+    assert answer.model == name
+
+
+def test_adapters_are_loaded_and_unloaded_while_the_server_runs(
+    client: Any, app: Application, lm: nplora.LanguageModel
+) -> None:
+    path = str(app.service.adapter_dir / "adapter1")
+
+    def load(**fields: Any) -> Any:
+        return client.post("/load_lora_adapter", body=fields, cast_to=str)
+
+    assert load(lora_name="org/new", lora_path="adapter1").startswith("Success")
+    answer = ask(client, model="org/new").choices[0].message.content
+    assert answer == ask(client, model="adapter1").choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="is taken"):
+        load(lora_name="org/new", lora_path=path)
+    assert load(lora_name="org/new", lora_path="adapter0", load_inplace=True).startswith("Success")
+    assert ask(client, model="org/new").choices[0].message.content != answer
+    client.post("/unload_lora_adapter", body={"lora_name": "org/new"}, cast_to=str)
+    with pytest.raises(openai.NotFoundError):
+        ask(client, model="org/new")
+    assert load(lora_name="again", lora_path=path).startswith("Success")
+    assert client.models.delete("again").deleted
+    for name in ("../x", "/x", "a//b", "", "a b", "x" * 300, "a/../b", "base"):
+        with pytest.raises(openai.BadRequestError):
+            load(lora_name=name, lora_path="adapter1")
+
+
+@pytest.mark.parametrize("path", ["..", "/etc", "../../etc/passwd", "nowhere", "link", "a\0b", "x" * 5000])
+def test_adapters_outside_the_directory_are_refused(client: Any, app: Application, path: str) -> None:
+    link: Path = app.service.adapter_dir / "link"
+    if not link.is_symlink():
+        link.symlink_to("/etc")
+    with pytest.raises((openai.NotFoundError, openai.BadRequestError)):
+        client.post("/load_lora_adapter", body={"lora_name": "x", "lora_path": path}, cast_to=str)
+
+
+def test_a_file_that_is_no_adapter_is_refused(client: Any, app: Application) -> None:
+    with pytest.raises(openai.BadRequestError, match="cannot be loaded"):
+        client.post("/load_lora_adapter", body={"lora_name": "x", "lora_path": "small.gguf"}, cast_to=str)
+
+
+def test_scales_of_adapters_are_those_of_llama_cpp(client: Any, lm: nplora.LanguageModel) -> None:
+    def answer(**more: Any) -> str:
+        return str(ask(client, extra_body=more).choices[0].message.content)
+
+    assert answer(lora=[{"id": 1, "scale": 1.0}]) == ask(client, model="adapter1").choices[0].message.content
+    assert answer(lora=[{"id": 1, "scale": 0.0}]) == answer() == answer(lora=[])
+    mixed = nplora.combine([(lm.adapters["adapter0"], 0.5), (lm.adapters["adapter1"], 2.0)])
+    expected = lm.with_adapter(mixed).generate(CHAT, 8)
+    assert answer(lora=[{"id": 0, "scale": 0.5}, {"id": 1, "scale": 2}]) == expected
+    assert [model.id for model in client.models.list()] == ["base", "adapter0", "adapter1"]
+    root = client.with_options(base_url=str(client.base_url).removesuffix("v1/"))
+    root.post("/lora-adapters", body=[{"id": 0, "scale": 0.5}, {"id": 1, "scale": 2}], cast_to=object)
+    listed = root.get("/lora-adapters", cast_to=object)
+    assert [(one["id"], one["scale"]) for one in listed] == [(0, 0.5), (1, 2.0)]
+    assert answer() == expected
+    root.post("/lora-adapters", body=[], cast_to=object)
+    assert answer() != expected

@@ -1,0 +1,144 @@
+"""Files and fine-tuning jobs, as OpenAI's own Python client uses them."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import live_server
+import pytest
+
+import nplora
+from nplora.serving import run
+from nplora.serving.api.app import Application
+from nplora.serving.api.models import Models
+from nplora.serving.api.service import Service
+from nplora.serving.options import ServeOptions
+
+openai = pytest.importorskip("openai")
+
+# Starlette leaves the temporary file of an upload that is too large to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+ROWS = [
+    {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": f"{n}"}]}
+    for n in range(9)
+]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    directory = tmp_path_factory.mktemp("jobs")
+    lm = nplora.load_model(live_server.save_model(directory))
+    models = Models(lm, "base")
+    options = ServeOptions(jobs=str(directory / "jobs"), memory="1G")
+    with run.running(lm, models, options) as (engine, jobs):
+        app = Application(Service(engine, models, jobs, max_file=100_000))
+        with (
+            live_server.running(app) as url,
+            openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as made,
+        ):
+            yield made
+
+
+@pytest.fixture(scope="module")
+def file(client: Any) -> Any:
+    content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    return client.files.create(file=("rows.jsonl", content), purpose="fine-tune")
+
+
+def wait(client: Any, job: Any) -> Any:
+    end = time.monotonic() + 30
+    while job.status not in ("succeeded", "failed", "cancelled"):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+        job = client.fine_tuning.jobs.retrieve(job.id)
+    return job
+
+
+def test_files_are_stored_listed_and_deleted(client: Any, file: Any) -> None:
+    other = client.files.create(file=("../../etc/passwd", b'{"text": "x"}\n'), purpose="fine-tune")
+    assert other.filename == "passwd"
+    assert {one.id for one in client.files.list()} >= {file.id, other.id}
+    assert next(iter(client.files.list(order="asc", limit=1))).id == file.id
+    assert client.files.content(other.id).read() == b'{"text": "x"}\n'
+    assert client.files.retrieve(other.id) == other
+    assert client.files.delete(other.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(other.id)
+
+
+def test_a_job_makes_an_adapter_that_answers(client: Any, file: Any) -> None:
+    job = client.fine_tuning.jobs.create(
+        model="base",
+        training_file=file.id,
+        suffix="mine",
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 3}}},
+    )
+    job = wait(client, job)
+    assert job.status == "succeeded", job.error
+    events = list(client.fine_tuning.jobs.list_events(job.id))
+    assert any(event.type == "metrics" for event in events)
+    assert next(iter(client.fine_tuning.jobs.list(limit=1))).id == job.id
+    assert job.fine_tuned_model in [model.id for model in client.models.list()]
+    messages = [{"role": "user", "content": "hello"}]
+    answer = client.chat.completions.create(
+        model=job.fine_tuned_model, messages=messages, max_tokens=4, temperature=0
+    )
+    assert answer.model == job.fine_tuned_model
+
+
+def test_a_job_is_cancelled(client: Any, file: Any) -> None:
+    job = client.fine_tuning.jobs.create(
+        model="base", training_file=file.id, hyperparameters={"n_epochs": 50, "batch_size": 1}
+    )
+    client.fine_tuning.jobs.cancel(job.id)
+    assert wait(client, job).status == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda c: c.files.retrieve("..%2f..%2fetc"), openai.NotFoundError),
+        (lambda c: c.files.content("../jobs"), openai.NotFoundError),
+        (
+            lambda c: c.files.create(file=("x.jsonl", b"x" * 2_000_000), purpose="fine-tune"),
+            openai.APIStatusError,
+        ),
+        (lambda c: c.files.create(file=("x.jsonl", b"x"), purpose="nonsense"), openai.BadRequestError),
+        (lambda c: c.fine_tuning.jobs.retrieve("ftjob-nothing"), openai.NotFoundError),
+        (
+            lambda c: c.fine_tuning.jobs.create(model="base", training_file="file-nothing"),
+            openai.APIStatusError,
+        ),
+        (
+            lambda c: c.fine_tuning.jobs.create(model="other", training_file="file-nothing"),
+            openai.APIStatusError,
+        ),
+        (lambda c: c.fine_tuning.jobs.list(limit=-1), openai.BadRequestError),
+        (lambda c: c.post("/files", body={"file": "x"}, cast_to=object), openai.APIStatusError),
+        (lambda c: c.post("/fine_tuning/jobs", body=[1], cast_to=object), openai.BadRequestError),
+    ],
+)
+def test_wrong_requests_get_an_error_object(client: Any, call: Any, error: type[Exception]) -> None:
+    with pytest.raises(error) as caught:
+        call(client)
+    assert 400 <= caught.value.status_code < 500
+    assert caught.value.body["message"]
+
+
+def test_forms_that_cannot_be_read_are_refused(client: Any, tmp_path: Path) -> None:
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    raw = client.with_options(default_headers=kind)._client
+    for content, headers in [
+        (b"nonsense", kind),
+        (b"--x\r\n\r\n", kind),
+        (b'--x\r\ncontent-disposition: form-data; name="file"\r\n\r\nx\r\n--x--\r\n', kind),
+        (b"", {"content-type": "multipart/form-data"}),
+        (b'--x\r\ncontent-disposition: form-data; name="file"; filename="\xff"\r\n\r\nx', kind),
+        (b'--x\r\ncontent-disposition: form-data; name="a"\r\n\r\nx\r\n' * 50 + b"--x--\r\n", kind),
+    ]:
+        answer = raw.post(f"{client.base_url}files", content=content, headers=headers)
+        assert 400 <= answer.status_code < 500, content
+        assert answer.json()["error"]["message"]

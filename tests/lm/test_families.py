@@ -241,6 +241,17 @@ def test_gguf_is_the_same_model(family: str, shape: str, tmp_path: Path) -> None
         assert other.base_digest() == ours.base_digest()
 
 
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_twin_with_another_arithmetic_is_the_same_model(family: str, form: str, tmp_path: Path) -> None:
+    theirs = torch_models.make(family)
+    path = torch_models.save(theirs, tmp_path, form, family)
+    ids = ids_for(theirs)
+    for one, other in (("bfloat16", "float32"), ("float32", "bfloat16")):
+        twin = nplora.load_model(path, compute=one).with_compute(other)
+        assert np.array_equal(twin.logits(ids), nplora.load_model(path, compute=other).logits(ids))
+
+
 @pytest.mark.parametrize("family", list(torch_models.KINDS))
 def test_a_block_says_what_it_keeps(family: str, tmp_path: Path) -> None:
     """Byte for byte what a pass keeps, with adapters and without, in float32 and in bfloat16."""

@@ -68,6 +68,13 @@ def test_a_slice_that_is_longer_than_its_share_is_followed_by_a_pause_in_proport
     assert pauses == pytest.approx([6.0] * 3)
 
 
+def test_training_keeps_its_share_after_a_slice_that_was_an_exception() -> None:
+    slices = slices_of(TimeBudget(0.25), [0.03] * 40 + [0.3] + [0.03] * 100)
+    after = slices[42:]
+    assert most_in_any_second(after) <= 0.25 + 1e-9
+    assert np.diff(after).sum() / (after[-1][1] - after[0][0]) > 0.2
+
+
 def test_only_the_part_of_a_slice_counts_in_which_urgent_work_waited() -> None:
     budget = TimeBudget(0.5)
     budget.add(0.0, 0.9, counted_from=0.8)

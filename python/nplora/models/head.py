@@ -102,6 +102,7 @@ def _chunk_gradient(
     _core.cross_entropy(logits, targets, factor, losses, True)
     if weights is not None:
         logits *= weights[:, None]
+    give_way()
     dnormed = logits_backward(head, logits, saved)
     return losses, model.read_out_backward(dnormed, x)
 
@@ -123,6 +124,7 @@ def _chunk_of_logit_loss(
     """Compute `gradient_of_logit_loss` for a few rows. The logits of these rows are freed at the end."""
     logits, saved = logits_forward(head, model.read_out(x))
     losses = row_loss(logits, rows, factor, True)
+    give_way()
     dnormed = logits_backward(head, logits, saved)
     return losses, model.read_out_backward(dnormed, x)
 
@@ -197,7 +199,10 @@ def _chunk_losses(model: Decoder, head: AnyHead, x: Array, targets: Array) -> Ar
 
 
 def _chunks_of(targets: Array, head: AnyHead) -> Iterator[Array]:
-    """The rows that have a target, in chunks. Before each chunk, `give_way` is called."""
+    """The rows that have a target, in chunks. Before each chunk, `give_way` is called.
+
+    A chunk may take several times as long as a block, so `give_way` is also called within it.
+    """
     for rows in chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0]):
         give_way()
         yield rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from collections.abc import Callable
 from nplora import _check
 
 WINDOW = 1.0  # seconds
-_RECENT = 64  # slices, the longest of which predicts the next one
+_RECENT = 64  # slices from which the next one is predicted
+_MOST_MEDIANS = 2  # times the median: a longer slice was an exception
 _GAP = 0.02  # seconds without urgent work after which it counts as done
 _MOST_WAIT = 0.25  # seconds that urgent work waits for the end of a slice
 
@@ -19,8 +21,11 @@ class TimeBudget:
     """Says when the next slice of training may begin, so that training keeps to its share of the time.
 
     Training takes at most `share` of any second. In addition, each slice is followed by a pause in
-    proportion, so that the slices are spread over the second. The next slice is expected to take as long as
-    the longest recent one. A slice that is longer than its share of a second is followed by a longer pause.
+    proportion, so that the slices are spread over the second. A slice that is longer than its share of a
+    second is followed by a longer pause.
+
+    The next slice is expected to take as long as the longest recent one, but at most twice the median. So an
+    exception, such as a write to a slow disk, may break the limit once, but does not hold up training later.
 
     >>> budget = TimeBudget(share=0.25)
     >>> budget.add(10.0, 10.125)  # a slice of an eighth of a second
@@ -44,7 +49,7 @@ class TimeBudget:
         """The seconds until the next slice may begin; 0 if it may begin now."""
         if not self._slices:
             return 0.0
-        expected = max(self._recent)
+        expected = min(max(self._recent), _MOST_MEDIANS * statistics.median(self._recent))
         window = max(WINDOW, expected / self.share)
         while self._slices and self._slices[0][1] <= now - window:
             self._slices.popleft()

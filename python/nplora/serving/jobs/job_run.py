@@ -88,14 +88,14 @@ class JobRun:
         try:
             with giving_way(self._give_way):
                 report = self._train()
-                self._finish(report)
+            self._end_turn()
+            self._finish(report)
         except StoppedError:
             pass
         except Exception as error:
             self._fail(error)
         finally:
-            if self._turns is not None:
-                self._turns.end()
+            self._end_turn()
             release_memory()
 
     def _give_way(self) -> None:
@@ -103,6 +103,10 @@ class JobRun:
             self._turns.pause()
         if self._is_stopped:
             raise StoppedError("the job was stopped")
+
+    def _end_turn(self) -> None:
+        if self._turns is not None:
+            self._turns.end()
 
     def _train(self) -> FinetuneReport:
         record = self._state.storage.jobs[self.job_id]

@@ -28,12 +28,14 @@ COMMANDS = {
     "eval": "evaluate",
     "tune": "tune",
     "generate": "generate",
+    "chat": "chat",
     "demo": "demo",
     "plot": "plot",
     "info": "info",
     "convert": "convert",
     "combine": "combine",
     "merge": "merge",
+    "export": "export",
 }
 
 # The storage types of files: "same" keeps the type of each weight.
@@ -47,11 +49,11 @@ STORAGES = (
 _OTHER_COMMANDS = {
     **dict.fromkeys(("train", "sft", "lora", "fine-tune", "fine_tune"), "finetune"),
     **dict.fromkeys(("evaluate", "test", "perplexity"), "eval"),
-    **dict.fromkeys(("chat", "run", "infer", "inference"), "generate"),
-    **dict.fromkeys(("export", "quantize"), "convert"),
+    **dict.fromkeys(("run", "infer", "inference"), "generate"),
     **dict.fromkeys(("sweep", "search", "optimize"), "tune"),
     **dict.fromkeys(("preview", "dataset", "tokenize"), "data"),
     "fuse": "merge",
+    "quantize": "convert",
     "distill": "teach",
 }
 

@@ -316,6 +316,10 @@ class Tokenizer:
         found: int | None = self._backend.token_to_id(token)
         return found
 
+    def special_in(self, text: str) -> list[str]:
+        """The special tokens in a text, such as "<|im_end|>", in order."""
+        return [found[0] for found in self._special_pattern.finditer(text) if found[0]]
+
     def decode(self, ids: Iterable[int] | npt.NDArray[Any], skip_special_tokens: bool = False) -> str:
         """Convert tokens to text. Bytes that are not UTF-8 become U+FFFD.
 

@@ -1,0 +1,191 @@
+"""Exports a model, with an adapter, to a directory from which Ollama imports it: GGUF files and a Modelfile."""
+
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nplora import _check, tokenizer
+from nplora.adapters.gguf_files import adapter_to_gguf
+from nplora.adapters.merge_files import merge_adapter
+from nplora.adapters.sources import trained_with_template
+from nplora.formats import files, gguf, model_directory
+from nplora.formats.errors import UnsupportedError, brief
+from nplora.formats.files import NewFile, StrPath
+from nplora.formats.gguf import GgufFile
+from nplora.models.gguf_export import ModelConversion, model_to_gguf
+from nplora.tokenizer import go_template
+
+MODELFILE, MODEL, ADAPTER = "Modelfile", "model.gguf", "adapter.gguf"
+_OP = "export"
+_CONTEXT = 4096  # tokens; Ollama keeps memory for all of them
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class OllamaExport:
+    """What `export_ollama` wrote.
+
+    Attributes:
+        directory: the directory.
+        lines: what was done, for people.
+        template: whether the Modelfile has the chat template.
+    """
+
+    directory: str
+    lines: tuple[str, ...]
+    template: bool
+
+    def __str__(self) -> str:
+        import_it = f"import it: ollama create NAME -f {Path(self.directory, MODELFILE)}"
+        return "\n".join((*self.lines, import_it))
+
+
+@_check.keywords
+def export_ollama(
+    model: StrPath,
+    directory: StrPath,
+    adapter: StrPath | None = None,
+    dtype: str = "q8_0",
+    *,
+    keep_adapter: bool = False,
+    system: str | None = None,
+    parameters: Iterable[tuple[str, str]] = (),
+    any_base: bool = False,
+    lossy: bool = False,
+    overwrite: bool = False,
+) -> OllamaExport:
+    """Write a directory that `ollama create NAME -f DIRECTORY/Modelfile` imports.
+
+    The directory gets `model.gguf`, the model with the adapter merged into it, and a `Modelfile` with the
+    chat template, the stop words and the parameters. The template is written in Go's template language, if it
+    only puts fixed texts around the messages. If not, Ollama uses the template in `model.gguf`. An adapter
+    that was trained on texts without the chat template gets the template `{{ .Prompt }}`.
+
+    Args:
+        model: a GGUF file or a Hugging Face directory. Without an adapter, a GGUF file is not copied: the
+            Modelfile names it.
+        directory: the directory to write. It may exist.
+        adapter: a PEFT directory or, unless `keep_adapter` is set, a llama.cpp file.
+        dtype: the type of the merged weights. If `model` is a directory, it is the type of all matrices.
+        keep_adapter: write `adapter.gguf` beside the model instead of merging it. Ollama takes adapters up to
+            version 0.34.0.
+        system: the system message of the model.
+        parameters: more parameters of Ollama as pairs (name, value), such as ("temperature", "0.7").
+        any_base, lossy: as in `merge_adapter`.
+        overwrite: replace these files, if they exist.
+    Raises:
+        ValueError: a parameter has no valid name or value; or a reason that `merge_adapter` lists.
+        UnsupportedError: GGUF cannot hold the model's tokenizer; or a reason that `adapter_to_gguf` lists.
+        The other errors are those of `merge_adapter`, `model_to_gguf` and `adapter_to_gguf`.
+
+    >>> print(nplora.adapters.export_ollama("model.gguf", "ollama", "adapter", system="Be brief."))
+    ΔW kept ...
+    import it: ollama create NAME -f ollama/Modelfile
+    """
+    files.require_named(_OP, model=model, directory=directory, adapter=adapter)
+    model_directory.require_no_hub_name(model)
+    if keep_adapter and adapter is None:
+        raise ValueError(f"{_OP}: keep_adapter needs an adapter")
+    given = _checked(parameters)
+    target = Path(directory)
+    files.require_directory(target)
+    target.mkdir(exist_ok=True)
+    files.require_new(target / MODELFILE, overwrite)
+    is_directory = not _is_gguf(model)
+    lines, path = list[str](), target / MODEL
+    if adapter is not None and not keep_adapter:
+        lines.append(_merged(model, adapter, path, dtype, any_base, lossy, overwrite))
+    elif is_directory:
+        lines.append(str(_with_tokenizer(model_to_gguf(model, path, dtype, overwrite))))
+    else:
+        path = Path(model).absolute()
+    if adapter is not None and keep_adapter:
+        done = adapter_to_gguf(adapter, target / ADAPTER, model, any_base=any_base, overwrite=overwrite)
+        lines.append(str(done))
+    file = gguf.open(path)
+    plain = adapter is not None and trained_with_template(adapter) is False
+    template, stops = _template(file, plain)
+    if template is None:
+        lines.append("the Modelfile has no TEMPLATE: Ollama uses the chat template in the GGUF file")
+    number = file.metadata.number(f"{file.metadata.string('general.architecture')}.context_length", _CONTEXT)
+    defaults = [("num_ctx", str(min(int(number), _CONTEXT)))] + [("stop", stop) for stop in stops]
+    names = {name for name, _ in given}
+    settings = [(name, value) for name, value in defaults if name not in names - {"stop"}] + given
+    source = f"./{MODEL}" if path == target / MODEL else str(path)
+    text = _modelfile(source, f"./{ADAPTER}" if keep_adapter else None, template, system, settings)
+    raw = text.encode()
+    files.replace([NewFile(target / MODELFILE, len(raw), [raw])])
+    return OllamaExport(files.name(directory), tuple(lines), template is not None)
+
+
+def _is_gguf(model: StrPath) -> bool:
+    return not Path(model).is_dir() and files.suffix(model) == ".gguf"
+
+
+def _checked(parameters: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    found = [(str(name), str(value)) for name, value in parameters]
+    for name, value in found:
+        if _NAME.fullmatch(name) is None or not value or _quoted(value) is None:
+            raise ValueError(f"{_OP}: parameter {name}={brief(value)}, expected a name and one line of text")
+    return found
+
+
+def _merged(
+    model: StrPath, adapter: StrPath, path: Path, dtype: str, any_base: bool, lossy: bool, overwrite: bool
+) -> str:
+    """Merge an adapter into a GGUF model. A directory is merged in float32, and then rounded once."""
+    if _is_gguf(model):
+        return str(merge_adapter(model, adapter, path, dtype, any_base, overwrite, lossy))
+    files.require_new(path, overwrite)
+    with tempfile.TemporaryDirectory(prefix=".merged-", dir=path.parent) as made:
+        merge_adapter(model, adapter, Path(made, "model"), "float32", any_base)
+        return str(_with_tokenizer(model_to_gguf(Path(made, "model"), path, dtype, overwrite)))
+
+
+def _with_tokenizer(done: ModelConversion) -> ModelConversion:
+    if not done.tokenizer:
+        Path(done.target).unlink(missing_ok=True)
+        raise UnsupportedError(f"{_OP}: Ollama needs the tokenizer in the GGUF file: {done.why_no_tokenizer}")
+    return done
+
+
+# ---- the Modelfile ----
+
+
+def _template(file: GgufFile, plain: bool) -> tuple[str | None, list[str]]:
+    """The template in Go's language, and its stop words."""
+    if plain:
+        return "{{ .Prompt }}", []
+    words = tokenizer.from_gguf(file)
+    found = go_template.of(words)
+    if found is None or _quoted(str(found)) is None:
+        return None, []
+    return str(found), go_template.special_tokens(words, found)
+
+
+def _modelfile(
+    model: str,
+    adapter: str | None,
+    template: str | None,
+    system: str | None,
+    parameters: Sequence[tuple[str, str]],
+) -> str:
+    lines = [f"FROM {model}"]
+    if adapter is not None:
+        lines.append(f"ADAPTER {adapter}")
+    for name, text in (("TEMPLATE", template), ("SYSTEM", system)):
+        if text is not None:
+            quoted = _quoted(text)
+            if quoted is None:
+                raise ValueError(f'{_OP}: {name.lower()} has control characters or """: a Modelfile cannot hold it')
+            lines.append(f"{name} {quoted}")
+    lines += [f"PARAMETER {name} {_quoted(value) if name == 'stop' else value}" for name, value in parameters]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str | None:
+    """A text between quotes; None if Ollama's parser would change it."""
+    is_printable = all(part.isprintable() for line in text.split("\n") for part in line.split("\t"))
+    return f'"""{text}"""' if is_printable and '"""' not in text and not text.endswith('"') else None

@@ -22,6 +22,7 @@ from bench import (
     bench_merge,
     bench_plan,
     bench_product,
+    bench_serve,
     bench_threads,
     bench_train,
     bench_transformer,
@@ -39,6 +40,7 @@ NAMES = (
     "adamw",
     "transformer",
     "inference",
+    "serve",
     "train",
     "dpo",
     "plan",
@@ -83,6 +85,8 @@ def measure(name: str, quick: bool, threads: list[int], formats: list[str] | Non
             return {name: [bench_transformer.run(quick, n) for n in threads]}
         case "inference":
             return {name: [row for n in threads for row in bench_inference.run(quick, n)]}
+        case "serve":
+            return {name: [row for n in threads[-1:] for row in bench_serve.run(quick, n)]}
         case "train":
             rows = [row for n in threads[-1:] for row in bench_train.run(quick, n)]
             kept = bench_train.run_kept_prefix(quick, threads[-1])

@@ -207,13 +207,14 @@ def nplora_cached(case: Cache, threads: int, path: str | None) -> Calls:
     nplora.set_num_threads(threads)
     q, keys, values = cache_inputs(case)
     out, lengths, turn = np.empty_like(q), np.full(case.rows, case.length), 0
+    pages = np.arange(len(keys))[:, None]
 
     def decode() -> None:
         nonlocal turn
         slots = np.arange(case.rows) + turn * case.rows
         turn = (turn + 1) % case.turns
         options = case.heads, case.kv_heads, 1 / math.sqrt(case.dim), 0
-        _core.attention_cached(q, keys, values, slots, lengths, *options, out)
+        _core.attention_cached(q, keys, values, pages, slots, lengths, *options, out)
 
     decode()
     check_cache(case, out)

@@ -38,6 +38,7 @@ WITH_EXAMPLES = [
     "nplora.lora",
     "nplora.nn",
     "nplora.runtime",
+    "nplora.serving",
     "nplora.tokenizer",
     "nplora.trainer",
 ]

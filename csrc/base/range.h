@@ -10,6 +10,10 @@ constexpr size_t ceil_div(size_t a, size_t b) {
   return a / b + (a % b != 0);
 }
 
+constexpr size_t round_down(size_t a, size_t b) {
+  return a / b * b;
+}
+
 constexpr size_t round_up(size_t a, size_t b) {
   return ceil_div(a, b) * b;
 }

@@ -202,8 +202,9 @@ void register_attention(py::module_& m) {
       arg("dv").noconvert(), "The gradients of attention");
   m.def(
       "attention_cached",
-      [](const Floats& q, const Floats& keys, const Floats& values, const Integers& slots,
-         const Integers& lengths, size_t heads, size_t kv_heads, double scale, int64_t window, Floats out) {
+      [](const Floats& q, const Floats& keys, const Floats& values, const Integers& pages,
+         const Integers& slots, const Integers& lengths, size_t heads, size_t kv_heads, double scale,
+         int64_t window, Floats out) {
         const auto queries = read(q);
         require(keys.ndim() == 3, "keys must have 3 axes");
         require(values.ndim() == 3 && std::equal(keys.shape(), keys.shape() + 3, values.shape()),
@@ -212,15 +213,21 @@ void register_attention(py::module_& m) {
         require_aligned(values);
         const AttentionShape shape = shape_of(q, size_t(keys.shape(2)), heads, kv_heads, scale, window);
         require_like("out", out, q);
-        const auto of = within("slots", slots, queries.rows, 0, keys.shape(0));
-        const auto seen = within("lengths", lengths, queries.rows, 1, int64_t(keys.shape(1)) + 1);
-        const KeyValueCache cache{keys.data(), values.data(), size_t(keys.shape(1))};
+        require(pages.ndim() == 2, "pages must have 2 axes");
+        require(pages.shape(1) <= 1 || size_t(keys.shape(1)) % kPageUnit == 0,
+                "the second axis of keys must be a multiple of 16");
+        const auto table = within("pages", pages, size_t(pages.size()), 0, keys.shape(0));
+        const auto of = within("slots", slots, queries.rows, 0, pages.shape(0));
+        const auto seen =
+            within("lengths", lengths, queries.rows, 1, int64_t(pages.shape(1) * keys.shape(1)) + 1);
+        const KeyValueCache cache{keys.data(), values.data(), size_t(keys.shape(1)), table.data(),
+                                  size_t(pages.shape(1))};
         const auto to = write(out);
         without_gil([&] { attention_cached(shape, queries, cache, of.data(), seen.data(), to); });
       },
-      arg("q").noconvert(), arg("keys").noconvert(), arg("values").noconvert(), arg("slots").noconvert(),
-      arg("lengths").noconvert(), arg("heads"), arg("kv_heads"), arg("scale"), arg("window"),
-      arg("out").noconvert(), "Attention of new queries to keys and values computed before");
+      arg("q").noconvert(), arg("keys").noconvert(), arg("values").noconvert(), arg("pages").noconvert(),
+      arg("slots").noconvert(), arg("lengths").noconvert(), arg("heads"), arg("kv_heads"), arg("scale"),
+      arg("window"), arg("out").noconvert(), "Attention of new queries to keys and values computed before");
 }
 
 }  // namespace

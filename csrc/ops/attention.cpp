@@ -62,15 +62,21 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   std::fill_n(b.largest, lanes, kLowest);
   std::fill_n(b.sum, lanes, 0.0f);
 
+  // Keys before the window are masked. They are read so that the sums begin at a multiple of kKeyUnit.
+  const Span visible = tile.visible();
   bool accumulate = false;
-  for_key_tiles(tile.visible(), [&](Span keys) {
-    const size_t n = keys.end - keys.first;
-    score(lanes, tile.run.keys(tile.kv_head, dim, keys.first, n), b.queries, b.scores);
+  for_key_tiles({round_down(visible.first, kKeyUnit), visible.end}, [&](Span keys) {
+    const auto scores_of = [&](Span part) { return b.scores + (part.first - keys.first) * kTileLanes; };
+    tile.run.for_parts(keys, [&](Span part) {
+      score(lanes, tile.run.keys(tile.kv_head, dim, part), b.queries, scores_of(part));
+    });
     tile.mask(keys, b.scores);
-    kernel().softmax_step(n, lanes, b.scores, kTileLanes, b.largest, b.sum, b.factor);
+    kernel().softmax_step(keys.size(), lanes, b.scores, kTileLanes, b.largest, b.sum, b.factor);
     if (accumulate) kernel().scale_columns(dim, lanes, b.factor, b.sums, kTileLanes);
-    add_weighted(lanes, tile.run.values(tile.kv_head, dim, keys.first, n), b.scores, b.sums, accumulate);
-    accumulate = true;
+    tile.run.for_parts(keys, [&](Span part) {
+      add_weighted(lanes, tile.run.values(tile.kv_head, dim, part), scores_of(part), b.sums, accumulate);
+      accumulate = true;
+    });
   });
 
   for (size_t i = 0; i < lanes; ++i) b.factor[i] = 1 / b.sum[i];
@@ -125,21 +131,29 @@ struct Piece {
 };
 
 void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const float> q, float* part) {
-  const size_t dim = shape.head_dim, heads = shape.heads, n = piece.keys.end - piece.keys.first;
-  const size_t offset = piece.keys.first * piece.run->stride;
+  const Run& run = *piece.run;
+  const size_t dim = shape.head_dim, heads = shape.heads, n = piece.keys.size();
+  const auto at = [&](Span part) { return part.first - piece.keys.first; };
   float *largest = part + heads * dim, *sum = largest + heads;
   float *scaled = scratch<float>(Scratch::kAttention, heads * (dim + n)), *scores = scaled + heads * dim;
   kernel().scaled(heads * dim, shape.scale, q.row(piece.row), scaled, false);
-  kernel().key_dots(n, heads, shape.group(), dim, scaled, piece.run->k + offset, piece.run->stride, scores,
-                    n);
+  // key_dots sums the last keys of a call in another order. So its first call ends at a multiple of kKeyUnit.
+  const size_t aligned = std::min(round_up(piece.keys.first, kKeyUnit), piece.keys.end);
+  for (const Span half : {Span{piece.keys.first, aligned}, Span{aligned, piece.keys.end}})
+    run.for_parts(half, [&](Span part) {
+      kernel().key_dots(part.size(), heads, shape.group(), dim, scaled, run.keys(0, dim, part).data,
+                        run.stride, scores + at(part), n);
+    });
   for (size_t h = 0; h < heads; ++h) {
     float* s = scores + h * n;
     largest[h] = kernel().largest(n, s);
     sum[h] = kernel().exp_sum(n, s, largest[h], s);
   }
   std::fill_n(part, heads * dim, 0.0f);
-  kernel().add_values(n, heads, shape.group(), dim, scores, n, piece.run->v + offset, piece.run->stride,
-                      part);
+  run.for_parts(piece.keys, [&](Span keys) {
+    kernel().add_values(keys.size(), heads, shape.group(), dim, scores + at(keys), n,
+                        run.values(0, dim, keys).data, run.stride, part);
+  });
 }
 
 // Combines the results of a query's pieces. The sum of exponentials of each piece is relative to the largest
@@ -173,11 +187,12 @@ void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matr
   for (const Run& run : runs)
     for (size_t i = 0; i < run.count; ++i) {
       const Span keys = visible_keys(shape, run.first_position + i, run.first_position + i);
-      const size_t n = keys.end - keys.first, size = ceil_div(n, ceil_div(n, kPieceKeys));
+      const size_t first = round_down(keys.first, kKeyUnit), n = keys.end - first,
+                   size = round_up(ceil_div(n, ceil_div(n, kPieceKeys)), kKeyUnit);
       operations += 4.0 * double(n) * double(shape.heads * shape.head_dim);
       first_piece.push_back(pieces.size());
-      for (size_t key = keys.first; key < keys.end; key += size)
-        pieces.push_back({&run, run.row + i, {key, std::min(key + size, keys.end)}});
+      for (size_t key = first; key < keys.end; key += size)
+        pieces.push_back({&run, run.row + i, {std::max(key, keys.first), std::min(key + size, keys.end)}});
     }
   first_piece.push_back(pieces.size());
   const size_t stride = shape.heads * (shape.head_dim + 2), threads = useful_threads(operations);
@@ -213,7 +228,6 @@ void attention(const AttentionShape& shape, Sequences sequences, Matrix<const fl
 
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out) {
-  const size_t stride = shape.kv_heads * shape.head_dim;
   std::vector<Run> runs;
   for (size_t i = 0; i < q.rows; ++i) {
     // Row i is the next token of the same prompt, so it joins the run of row i - 1.
@@ -221,8 +235,8 @@ void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyVal
       ++runs.back().count;
       continue;
     }
-    const size_t at = size_t(slots[i]) * cache.capacity * stride;
-    runs.push_back({i, 1, size_t(lengths[i]) - 1, cache.keys + at, cache.values + at, stride});
+    runs.push_back({i, 1, size_t(lengths[i]) - 1, cache.keys, cache.values, shape.kv_heads * shape.head_dim,
+                    cache.table + size_t(slots[i]) * cache.slot_pages, cache.page_tokens});
   }
   attend_runs(shape, runs, q, {out, {}});
 }

@@ -39,13 +39,22 @@ struct AttentionSaved {
 void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv);
 
-// The keys and values of earlier tokens. Each array is (slots, capacity, kv_heads * head_dim).
+// A page holds a multiple of kPageUnit tokens, unless a sequence has only one page.
+inline constexpr size_t kPageUnit = 16;
+
+// The keys and values of earlier tokens. Both arrays are (pages, page_tokens, kv_heads * head_dim). Slot s
+// holds a sequence whose tokens are in the pages table[s * slot_pages], table[s * slot_pages + 1], and so on.
+// Slots may share pages.
 struct KeyValueCache {
   const float *keys, *values;
-  size_t capacity;
+  size_t page_tokens;
+  const int64_t* table;  // (slots, slot_pages)
+  size_t slot_pages;
 };
 // Row i of q is the query of token lengths[i] - 1 in slot slots[i] of the cache. The query attends to this
-// token and all tokens before it, as far as the window allows.
+// token and all tokens before it, as far as the window allows. The bits of a row depend neither on the size of
+// the pages nor on the other rows, with one exception: fewer than kFewestLanes / group neighbouring tokens of
+// one slot are computed in another way than more of them.
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out);
 

@@ -96,9 +96,9 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
 
   bool add = false;
   for_key_tiles(keys_of_tile, [&](Span keys) {
-    const size_t n = keys.end - keys.first, row = tile.run.row + keys.first;
-    const Matrix<const float> k = tile.run.keys(tile.kv_head, dim, keys.first, n),
-                              v = tile.run.values(tile.kv_head, dim, keys.first, n);
+    const size_t n = keys.size(), row = tile.run.row + keys.first;
+    const Matrix<const float> k = tile.run.keys(tile.kv_head, dim, keys),
+                              v = tile.run.values(tile.kv_head, dim, keys);
     score(lanes, k, b.q, b.scores);
     tile.mask(keys, b.scores);
     score(lanes, v, b.dout, b.dp);

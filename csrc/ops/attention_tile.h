@@ -21,25 +21,48 @@ inline constexpr size_t kTileLanes = kernels::kPanelColumns;
 // The number of keys in a tile. The scores of a tile are 64 keys x 48 lanes of floats = 12 KB.
 inline constexpr size_t kTileKeys = 64;
 
-// A run: neighbouring queries, and the keys of their sequence. The positions of the queries are
-// first_position, first_position + 1, and so on.
-struct Run {
-  size_t row, count;      // rows of q
-  size_t first_position;  // the position of the first query among the keys
-  const float *k, *v;     // at position 0
-  size_t stride;          // the row stride of k and v
-
-  Matrix<const float> keys(size_t head, size_t dim, size_t position, size_t n) const {
-    return {k + position * stride + head * dim, n, dim, stride};
-  }
-  Matrix<const float> values(size_t head, size_t dim, size_t position, size_t n) const {
-    return {v + position * stride + head * dim, n, dim, stride};
-  }
-};
-
 // The positions from `first` to end - 1.
 struct Span {
   size_t first, end;
+
+  size_t size() const { return end - first; }
+};
+
+// The sums over keys are cut at multiples of kKeyUnit positions: key_dots computes 4 or 8 keys at a time, and
+// products cut their depth at multiples of kDepthUnit. So the results do not depend on the pages.
+inline constexpr size_t kKeyUnit = kernels::kDepthUnit;
+static_assert(kPageUnit % kKeyUnit == 0 && kTileKeys % kKeyUnit == 0);
+
+// A run: neighbouring queries, and the keys of their sequence. The positions of the queries are
+// first_position, first_position + 1, and so on.
+struct Run {
+  size_t row, count;               // rows of q
+  size_t first_position;           // the position of the first query among the keys
+  const float *k, *v;              // page 0
+  size_t stride;                   // the row stride of k and v
+  const int64_t* pages = nullptr;  // the page of each page_tokens positions; null: all are in page 0
+  size_t page_tokens = 0;
+
+  Matrix<const float> keys(size_t head, size_t dim, Span part) const {
+    return {k + row_of(part.first) * stride + head * dim, part.size(), dim, stride};
+  }
+  Matrix<const float> values(size_t head, size_t dim, Span part) const {
+    return {v + row_of(part.first) * stride + head * dim, part.size(), dim, stride};
+  }
+  // The row of k and v that holds a position.
+  size_t row_of(size_t position) const {
+    return pages ? size_t(pages[position / page_tokens]) * page_tokens + position % page_tokens : position;
+  }
+  // Calls body(part) for parts of a span that are contiguous in memory: each part is inside one page.
+  template <class Body>
+  void for_parts(Span span, const Body& body) const {
+    while (span.first < span.end) {
+      const size_t end = pages ? (span.first / page_tokens + 1) * page_tokens : span.end;
+      const Span part{span.first, std::min(end, span.end)};
+      body(part);
+      span.first = part.end;
+    }
+  }
 };
 
 // The range of all keys to which the queries from first_position to last_position attend.
@@ -118,12 +141,15 @@ struct QueryTile {
   }
 };
 
-// Cuts a range of keys into tiles of about equal size, a multiple of 8, and calls body(keys) for each tile.
+// Cuts a range of keys at multiples of kTileKeys, and calls body(keys) for each tile. So the result of a query
+// does not depend on the other queries of its tile, which may see other keys.
 template <class Body>
 void for_key_tiles(Span keys, const Body& body) {
-  if (keys.end <= keys.first) return;
-  const size_t n = keys.end - keys.first, size = round_up(ceil_div(n, ceil_div(n, kTileKeys)), 8);
-  for (size_t key = keys.first; key < keys.end; key += size) body(Span{key, std::min(key + size, keys.end)});
+  while (keys.first < keys.end) {
+    const Span tile{keys.first, std::min((keys.first / kTileKeys + 1) * kTileKeys, keys.end)};
+    body(tile);
+    keys.first = tile.end;
+  }
 }
 
 // scores (keys, kTileLanes) = k (keys, head_dim) times queries (head_dim, kTileLanes). The queries are in the

@@ -60,7 +60,7 @@ from nplora.runtime import get_num_threads, release_memory, set_num_threads, sho
 from nplora.weights import FrozenWeight
 
 if TYPE_CHECKING:
-    from nplora import adapters, distributed, finetuning, formats, models, tokenizer, trainer
+    from nplora import adapters, distributed, finetuning, formats, models, serving, tokenizer, trainer
     from nplora.adapters import (
         adapter_from_gguf,
         adapter_to_gguf,
@@ -82,7 +82,7 @@ __version__: str = _core.config()["version"]
 # module itself.
 _LATE: dict[str, tuple[str, str | None]] = {
     **{name: (f"nplora.{name}", None) for name in ("adapters", "distributed", "finetuning", "formats")},
-    **{name: (f"nplora.{name}", None) for name in ("models", "tokenizer", "trainer")},
+    **{name: (f"nplora.{name}", None) for name in ("models", "serving", "tokenizer", "trainer")},
     "data": ("nplora.finetuning.data", None),
     "generate": ("nplora.lm.generation", None),
     "plot": ("nplora.trainer.plot", None),
@@ -170,6 +170,7 @@ __all__ = [
     "release_memory",
     "save_adapter",
     "saved_nbytes",
+    "serving",
     "set_num_threads",
     "show_config",
     "stack_backward",

@@ -322,6 +322,7 @@ def attention_cached(
     q: Array,
     keys: Array,
     values: Array,
+    pages: Array,
     slots: Array,
     lengths: Array,
     heads: int,
@@ -332,8 +333,10 @@ def attention_cached(
 ) -> None:
     """Attention to a key-value cache. Row i of q attends to the first lengths[i] tokens of slots[i].
 
-    The last of these tokens is the row's own. slots and lengths are int64.
-    keys, values: (slots, capacity, kv_heads · head_dim).
+    The last of these tokens is the row's own. pages, slots and lengths are int64.
+    keys, values: (pages, page_tokens, kv_heads · head_dim).
+    pages: (slots, slot_pages), the pages of each slot in order. Entries beyond a slot's length are not read,
+        but must name a page. If slot_pages is above 1, page_tokens must be a multiple of 16.
     """
 
 def cross_entropy(logits: Array, targets: Array, factor: float, losses: Array, gradient: bool) -> None:

@@ -456,10 +456,17 @@ def test_cached_attention_equals_attention_over_the_whole_sequence(case: Case, p
         q = np.concatenate([first.q[rows], second.q[rows]])
         slots = np.repeat(np.array([2, 0]), len(rows))
         out = unwritten(*q.shape)
-        _core.attention_cached(q, keys, values, slots, np.tile(rows + 1, 2), *first.options, out)
+        _core.attention_cached(
+            q, keys, values, own_pages(keys), slots, np.tile(rows + 1, 2), *first.options, out
+        )
         np.testing.assert_allclose(
             out, np.concatenate([first.out[rows], second.out[rows]]), rtol=2e-5, atol=2e-6
         )
+
+
+def own_pages(keys: np.ndarray) -> np.ndarray:
+    """The table of a cache in which each slot has one page, its own."""
+    return np.arange(len(keys))[:, None]
 
 
 @pytest.mark.parametrize("group", [1, 3, 8, 11, 13])
@@ -469,7 +476,7 @@ def test_decoding_matches_the_whole_matrix(group: int, dim: int, rng: np.random.
     keys, values = normal(rng, 5, 700, 2 * dim), normal(rng, 5, 700, 2 * dim)
     slots = np.array([4, 0, 0, 2, 1])
     q, out = normal(rng, 5, 2 * group * dim), unwritten(5, 2 * group * dim)
-    _core.attention_cached(q, keys, values, slots, lengths, 2 * group, 2, 0.2, 0, out)
+    _core.attention_cached(q, keys, values, own_pages(keys), slots, lengths, 2 * group, 2, 0.2, 0, out)
     for i, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
         for head in range(2 * group):
             at, kv = (
@@ -482,6 +489,39 @@ def test_decoding_matches_the_whole_matrix(group: int, dim: int, rng: np.random.
             off = reference.gamma(2 * dim + 6) * 0.2 * (np.abs(query) @ np.abs(k.T)).max()
             bound = (2 * off + EXP + reference.gamma(length + 8)) * 2 * (p @ np.abs(v))
             assert (np.abs(out[i, at] - exact[0]) <= bound[0]).all()
+
+
+@pytest.mark.parametrize("page", [16, 48, 64])
+@pytest.mark.parametrize("window", [0, 37, 300])
+@pytest.mark.parametrize("group", [1, 3, 7, 13])
+def test_the_bits_of_attention_do_not_depend_on_pages_or_on_the_other_rows(
+    page: int, window: int, group: int, rng: np.random.Generator
+) -> None:
+    """A prompt in one piece and in several, and single queries, with one page and with shuffled pages."""
+    n, dim = 600, 24
+    q, keys, values = normal(rng, n, 2 * group * dim), normal(rng, 1, n, 2 * dim), normal(rng, 1, n, 2 * dim)
+    table = rng.permutation(-(-n // page) + 3)[None, : -(-n // page)].copy()
+    paged_keys, paged_values = (np.full((table.max() + 1, page, 2 * dim), np.nan, np.float32) for _ in "kv")
+    for position in range(n):
+        cell = table[0, position // page], position % page
+        paged_keys[cell], paged_values[cell] = keys[0, position], values[0, position]
+
+    def run(rows: np.ndarray, paged: bool) -> np.ndarray:
+        held = (paged_keys, paged_values, table) if paged else (keys, values, own_pages(keys))
+        out, slots = unwritten(len(rows), q.shape[1]), np.zeros(len(rows), np.int64)
+        options = 2 * group, 2, 0.2, window, out
+        _core.attention_cached(np.ascontiguousarray(q[rows]), *held, slots, rows + 1, *options)
+        return out
+
+    whole = run(np.arange(n), False)
+    for begin, end in ((0, 600), (0, 37), (37, 300), (300, 333), (333, 600)):
+        np.testing.assert_array_equal(run(np.arange(begin, end), True), whole[begin:end])
+    single = np.array([0, 15, 17, 63, 65, 300, 511, 599])  # neighbours would be one run
+    together = run(single, False)
+    np.testing.assert_array_equal(run(single, True), together)
+    np.testing.assert_array_equal(
+        np.concatenate([run(single[i : i + 1], True) for i in range(len(single))]), together
+    )
 
 
 def test_attention_refuses_arrays_that_do_not_fit() -> None:
@@ -504,8 +544,20 @@ def test_attention_refuses_arrays_that_do_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             _core.attention_cached(
-                run.q[:1], cache, cache, np.array([slot]), np.array([length]), 2, 1, 1.0, 0, run.out[:1]
-            )
+                run.q[:1], cache, cache, own_pages(cache), np.array([slot]), np.array([length]),
+                2, 1, 1.0, 0, run.out[:1],
+            )  # fmt: skip
+    for pages, message in (
+        ([[0], [2]], "pages holds 2"),
+        ([[0], [-1]], "pages holds -1"),
+        ([[0, 1]], "must be a multiple of 16"),
+        ([0, 1], "pages must have 2 axes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _core.attention_cached(
+                run.q[:1], cache, cache, np.array(pages, np.int64), np.array([0]), np.array([1]),
+                2, 1, 1.0, 0, run.out[:1],
+            )  # fmt: skip
     assert np.isnan(run.out).all()
 
 

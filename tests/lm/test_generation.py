@@ -22,6 +22,7 @@ from nplora.lm.generation import (
     generate,
     keep_top_k,
     keep_top_p,
+    penalise,
     penalise_repetition,
     softmax,
     stream,
@@ -126,7 +127,7 @@ def test_a_batch_is_one_call_for_each_token(lm: Echo) -> None:
 def test_a_long_prompt_is_read_in_pieces(lm: Echo) -> None:
     prompt = "abcdefg" * 200
     assert generate(lm, [prompt], Sampling(max_new_tokens=3)) == [by_hand(lm, prompt, 3)]
-    assert lm.calls[:3] == [(1, 512), (1, 512), (1, 376)]
+    assert lm.calls[:4] == [(1, 512), (1, 512), (1, 320), (1, 56)]  # the rest behind the last page is apart
 
 
 def test_the_context_ends_an_answer(tokenizer: Tokenizer) -> None:
@@ -331,6 +332,54 @@ def test_a_temperature_near_zero_takes_the_most_likely_token_as_zero_does() -> N
 def test_scores_without_a_finite_largest_one_are_an_error(scores: list[float], temperature: float) -> None:
     with pytest.raises(FloatingPointError, match=r"the largest score of the token at position 2 is -?inf"):
         choose(np.array(scores), [0, 1], Sampling(temperature=temperature), HIGHEST)  # type: ignore[arg-type]
+
+
+def test_penalties_and_biases_change_the_scores_as_openai_documents_them(rng: np.random.Generator) -> None:
+    """score - count · frequency_penalty - (count > 0) · presence_penalty, only of generated tokens."""
+    scores = rng.standard_normal(20)
+    prompt, generated = [1, 2, 2, 3], [4, 5, 4, 4, 6]
+    sampling = Sampling(presence_penalty=0.7, frequency_penalty=-0.3, logit_bias={4: 1.5, 7: -2.0, 99: 5.0})
+    expected = scores.copy()
+    expected[4] += 1.5 + 3 * 0.3 - 0.7
+    expected[[5, 6]] += 0.3 - 0.7
+    expected[7] -= 2
+    found = scores.copy()
+    penalise(found, prompt + generated, sampling, len(prompt))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert choose(scores, prompt + generated, sampling, rng, len(prompt)) == expected.argmax()
+
+
+def test_a_bias_of_minus_infinity_rules_a_token_out(rng: np.random.Generator) -> None:
+    scores = np.array([1.0, 3.0, 2.0])
+    for temperature in (0.0, 1.0, 1e308):
+        sampling = Sampling(temperature=temperature, logit_bias={1: -np.inf})
+        assert 1 not in {choose(scores, [], sampling, rng) for _ in range(50)}
+    with pytest.raises(ValueError, match="logit_bias rules out every token"):
+        choose(scores, [], Sampling(logit_bias=dict.fromkeys(range(3), -np.inf)), rng)
+
+
+@pytest.mark.parametrize("penalty", [1e308, -1e308])
+def test_extreme_penalties_still_choose_a_token(penalty: float) -> None:
+    sampling = Sampling(temperature=1.0, presence_penalty=penalty, frequency_penalty=penalty)
+    for before in ([], [0, 2, 2], [0, 1, 2, 3]):
+        token = choose(np.array([1.0, 3.0, -np.inf, 2.0]), before, sampling, HIGHEST)  # type: ignore[arg-type]
+        assert token in (0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"presence_penalty": np.nan}, "presence_penalty is nan, expected a finite number"),
+        ({"frequency_penalty": "1"}, "frequency_penalty is '1', expected a number"),
+        ({"logit_bias": {1: np.inf}}, "logit_bias of token 1 is inf"),
+        ({"logit_bias": {-1: 0.0}}, "a token of logit_bias is -1"),
+        ({"logit_bias": {"a": 0.0}}, "a token of logit_bias is 'a'"),
+        ({"logit_bias": 3}, "logit_bias is 3, expected a mapping"),
+    ],
+)
+def test_bad_penalties_and_biases_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        Sampling(**options)
 
 
 def test_scores_stay_as_they_are(rng: np.random.Generator) -> None:

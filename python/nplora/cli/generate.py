@@ -1,6 +1,7 @@
 """`nplora generate`"""
 
 import argparse
+import dataclasses
 import os
 import sys
 import warnings
@@ -22,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help=text)
     parser.add_argument("--system", metavar="TEXT", help="system message; only with --chat")
     add_compute(parser)
-    add_options(parser, Sampling)
+    names = {field.name for field in dataclasses.fields(Sampling) if field.metadata.get("command", True)}
+    add_options(parser, Sampling, names=names)
 
 
 def run(arguments: argparse.Namespace) -> None:

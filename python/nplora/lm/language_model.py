@@ -33,7 +33,7 @@ from nplora.models.continuations import MOST_ROWS, Question, groups
 from nplora.models.continuations import token_scores as score_continuations
 from nplora.models.decoder import Decoder, DecoderSaved
 from nplora.models.packing import IGNORED, PackedBatch, pack
-from nplora.models.positions import cache_positions, packed_positions
+from nplora.models.positions import packed_positions
 from nplora.nn import LoRALayer, RMSNorm, TrainedEmbedding, TrainedHead, TrainedRowsLayer, optim
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import Gradient, Module, Saved, inference, inferring, layer_stream
@@ -1050,7 +1050,7 @@ class LanguageModel(Module):
         cache.require_room(rows, count)
         cache.find_invocation(rows, ids)
         with inference():
-            positions = cache_positions(rows, cache.lengths[rows], cache.limits[rows], count)
+            positions = cache.next_positions(rows, count)
             x = self.model.run_cached(ids.reshape(-1), positions, cache)
             logits = self.lm_head.forward(self.model.read_out(x[count - 1 :: count].copy()))[0]
         self.require_unchanged()
@@ -1069,6 +1069,9 @@ class LanguageModel(Module):
         repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         seed: int = 0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = (),
     ) -> str: ...
     @overload
     def generate(
@@ -1082,6 +1085,9 @@ class LanguageModel(Module):
         repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         seed: int = 0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = (),
     ) -> list[str]: ...
     @_check.keywords
     def generate(
@@ -1095,6 +1101,9 @@ class LanguageModel(Module):
         repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         seed: int = 0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = (),
     ) -> str | list[str]:
         """Generate a text after a prompt, or after each of several prompts.
 
@@ -1120,6 +1129,11 @@ class LanguageModel(Module):
             repetition_penalty: above 1, earlier tokens become less likely to be chosen again.
             stop: texts that end generation, and that are not part of the returned text.
             seed: random seed of the sampling. The same seed gives the same text.
+            presence_penalty: a number that is subtracted from the score of every token that was generated
+                before.
+            frequency_penalty: a number that is subtracted from a token's score for each time that it was
+                generated before.
+            logit_bias: numbers that are added to the scores of tokens, by token id; -inf rules a token out.
         Returns:
             the generated text without its prompt; a list of texts for several prompts.
         Raises:
@@ -1131,7 +1145,8 @@ class LanguageModel(Module):
             UserWarning: the context was full before the text ended, or `top_k` or `top_p` has no effect.
         """
         options = max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop, seed
-        sampling = Sampling(*options)  # type: ignore[arg-type]  # it makes a tuple of stop
+        penalties = presence_penalty, frequency_penalty, logit_bias
+        sampling = Sampling(*options, *penalties)  # type: ignore[arg-type]  # it makes a tuple of stop
         if not np.iterable(prompt) or isinstance(prompt, str | bytes | bytearray | Mapping):
             return generate(self, [prompt], sampling)[0]  # type: ignore[list-item]
         given: list[Any] = list(prompt)

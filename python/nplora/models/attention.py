@@ -124,8 +124,9 @@ class Attention(Module):
         keys[positions.cells], values[positions.cells] = k, v
         out = buffers.empty_like(q)
         _core.attention_cached(
-            q, keys, values, positions.slots, positions.lengths, *self._heads, self._scale, self._window, out
-        )
+            q, keys, values, positions.pages, positions.slots, positions.lengths,
+            *self._heads, self._scale, self._window, out,
+        )  # fmt: skip
         return stack_infer((self.o_proj,), out)[0]
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:

@@ -10,35 +10,65 @@ import numpy.typing as npt
 from nplora import _check
 from nplora.models.config import ModelConfig
 from nplora.models.invocation import NEVER, invocation_of, start_of
-from nplora.models.positions import CachePositions
+from nplora.models.positions import CachePositions, cache_positions
 from nplora.nn.module import Module
 
 Array = npt.NDArray[Any]
 
 UNKNOWN = -1
+PAGE_UNIT = 16  # the core sums over keys in groups of this many tokens, which one page must hold
 
 
 class KVCache:
     """Memory for a batch of sequences, each in its own slot.
 
+    The memory is divided into pages. Without `page_tokens`, each slot has one page of its own, which holds
+    the whole sequence. With `page_tokens` and `pages`, the slots have no pages at first; `give` gives them
+    some. Several slots may have the same page, if their sequences begin with the same tokens.
+
+    Args:
+        slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
+        owner: the model (with its selected named adapters) that may fill the cache; None allows any model.
+        page_tokens: the number of tokens in a page, a multiple of PAGE_UNIT.
+        pages: the number of pages; None: as many as all slots need, and each slot has its own.
     Attributes:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
         lengths: int64 (slots,), the number of tokens in each slot. Lowering it drops the last tokens.
         limits: int64 (slots,), the number of tokens that each slot may hold; initially `capacity`. With
             LongRoPE, the limit decides which rotation factors a sequence uses. If a sequence will be shorter,
             lower the limit before its first token.
-        keys, values: for each layer an array (slots, capacity, kv_heads · head_dim). The arrays take memory
-            only as they are filled.
+        keys, values: for each layer an array (pages, page_tokens, kv_heads · head_dim). The arrays take
+            memory only as they are filled.
+        table: int64 (slots, pages of a slot), the pages of each slot in order.
+        held: int64 (slots,), how many pages each slot has. The rest of its row in the table means nothing.
         activation: int64 (slots,), for an activated LoRA: the position from which on it acts in each slot;
             UNKNOWN: `decode` looks for the invocation tokens in the next tokens; NEVER: it does not act.
         owner: the model (with its selected named adapters) that may fill the cache; None allows any model.
     """
 
-    def __init__(self, config: ModelConfig, slots: int, capacity: int, owner: Module | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        slots: int,
+        capacity: int,
+        owner: Module | None = None,
+        page_tokens: int | None = None,
+        pages: int | None = None,
+    ) -> None:
         self.owner = owner
         self.slots = _check.integer("KVCache", "slots", slots, least=1)
         self.capacity = _check.integer("KVCache", "capacity", capacity, least=1)
-        shape = (self.slots, self.capacity, config.num_key_value_heads * config.head_dim)
+        self.page_tokens = self.capacity if page_tokens is None else page_tokens
+        of_slot = -(-self.capacity // self.page_tokens)
+        if of_slot > 1 and self.page_tokens % PAGE_UNIT:
+            raise ValueError(f"KVCache: page_tokens is {page_tokens}, expected a multiple of {PAGE_UNIT}")
+        self.pages = self.slots * of_slot if pages is None else pages
+        self.table = np.zeros((self.slots, of_slot), np.int64)
+        self.held = np.zeros(self.slots, np.int64)
+        if pages is None:
+            self.table[:] = np.arange(self.pages).reshape(self.table.shape)
+            self.held[:] = of_slot
+        shape = (self.pages, self.page_tokens, config.num_key_value_heads * config.head_dim)
         self.keys = [np.zeros(shape, np.float32) for _ in range(config.num_hidden_layers)]
         self.values = [np.zeros(shape, np.float32) for _ in range(config.num_hidden_layers)]
         self.lengths = np.zeros(self.slots, np.int64)
@@ -50,6 +80,27 @@ class KVCache:
         """Drop all sequences."""
         self.lengths[:] = 0
         self.activation[:] = UNKNOWN
+
+    def give(self, slot: int, page: int) -> None:
+        """Give the next page to a slot."""
+        self.table[slot, self.held[slot]] = page
+        self.held[slot] += 1
+
+    def take(self, slot: int) -> list[int]:
+        """Take all pages from a slot, which is empty then. Return the pages."""
+        pages = [int(page) for page in self.table[slot, : self.held[slot]]]
+        self.table[slot] = self.held[slot] = self.lengths[slot] = 0
+        self.activation[slot], self.limits[slot] = UNKNOWN, self.capacity
+        return pages
+
+    def next_positions(self, slots: Array, count: int) -> CachePositions:
+        """The positions of the next `count` tokens of the sequences in `slots`."""
+        in_sequence = (self.lengths[slots, None] + np.arange(count)).reshape(-1)
+        return self.positions(np.repeat(slots, count), in_sequence, np.repeat(self.limits[slots], count))
+
+    def positions(self, slots: Array, in_sequence: Array, limits: Array) -> CachePositions:
+        """The positions of new tokens, given the slot, the position and the limit of each token."""
+        return cache_positions(slots, in_sequence, limits, self.table, self.page_tokens)
 
     def activate(self, slot: int, ids: Array) -> None:
         """Find where an activated LoRA begins to act, given all tokens of a prompt."""
@@ -77,8 +128,8 @@ class KVCache:
         _check.in_range("decode", "slots", slots, self.slots)
         if len(np.unique(slots)) != len(slots):
             raise ValueError(f"decode: slots are {slots.tolist()}, expected no slot twice")
-        for slot in slots:
-            most, limit = self.lengths[slot] + count, min(self.limits[slot], self.capacity)
+        limits = np.minimum(np.minimum(self.limits, self.capacity), self.held * self.page_tokens)[slots]
+        for most, limit in zip(self.lengths[slots] + count, limits, strict=True):
             if most > limit:
                 raise ValueError(f"decode: a slot would hold {most} tokens, the cache has room for {limit}")
 

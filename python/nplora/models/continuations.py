@@ -15,7 +15,6 @@ from nplora.models import head
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder
-from nplora.models.positions import CachePositions
 
 Array = npt.NDArray[Any]
 Scores = tuple[Array, Array]  # the loss of each token, and whether it is the most likely token
@@ -144,8 +143,7 @@ def _run(model: Decoder, parts: list[_Rows], cache: KVCache, most_rows: int, kep
     rows, found = _Rows(*map(np.concatenate, zip(*parts, strict=True))), list[Array]()
     for begin in range(0, len(rows.ids), most_rows):
         ids, slots, places, limits = (column[begin : begin + most_rows] for column in rows)
-        positions = CachePositions(slots, places, places + 1, (slots, places), int(places.max()) + 1, limits)
-        x = model.run_cached(ids, positions, cache)
+        x = model.run_cached(ids, cache.positions(slots, places, limits), cache)
         inside = kept[(kept >= begin) & (kept < begin + len(ids))] - begin
         found.append(x[inside])
     return np.concatenate(found)

@@ -38,7 +38,8 @@ class CachePositions:
     Attributes:
         slots, in_sequence: int64 (m,), the slot of each row, and its position in the slot's sequence.
         lengths: `in_sequence` + 1, the number of tokens that each row attends to.
-        cells: the index of the rows in a cache array (slots, capacity, ...) of keys or values.
+        pages: int64 (slots of the cache, pages of a slot), the cache's table of pages.
+        cells: the index of the rows in a cache array (pages, page_tokens, ...) of keys or values.
         longest: the length of the longest sequence, including the new tokens.
         limits: int64 (m,), the length that each row's sequence may reach. LongRoPE rotates all tokens of the
             sequence, even the first, by the factors for this length.
@@ -47,6 +48,7 @@ class CachePositions:
     slots: Array
     in_sequence: Array
     lengths: Array
+    pages: Array
     cells: tuple[Any, Any]
     longest: int
     limits: Array
@@ -63,16 +65,22 @@ def packed_positions(starts: Array) -> PackedPositions:
     return PackedPositions(starts, in_sequence, int(counts.max(initial=0)))
 
 
-def cache_positions(slots: Array, lengths: Array, limits: Array, count: int) -> CachePositions:
-    """The positions of the next `count` tokens of the sequences in `slots`.
+def cache_positions(
+    slots: Array, in_sequence: Array, limits: Array, pages: Array, page_tokens: int
+) -> CachePositions:
+    """The positions of new tokens in a cache.
 
     Args:
-        lengths, limits: the number of tokens of each of these sequences, and the maximum number.
+        slots, in_sequence, limits: int64 (m,), the slot of each token, its position in the slot's sequence,
+            and the length that the sequence may reach.
+        pages: the cache's table of pages, from which only the columns that are needed are kept.
+        page_tokens: the number of tokens in a page.
     """
-    in_sequence = (lengths[:, None] + np.arange(count)).reshape(-1)
-    rows = np.repeat(slots, count)
-    cells: tuple[Any, Any] = (rows, in_sequence)
-    if len(slots) == 1:  # consecutive cells, which NumPy indexes faster with a slice
-        cells = int(slots[0]), slice(int(in_sequence[0]), int(in_sequence[-1]) + 1)
-    longest = int(in_sequence.max(initial=-1)) + 1
-    return CachePositions(rows, in_sequence, in_sequence + 1, cells, longest, np.repeat(limits, count))
+    page, cell = np.divmod(in_sequence, page_tokens)
+    cells: tuple[Any, Any] = (pages[slots, page], cell)
+    if slots[0] == slots[-1] and page[0] == page[-1] and cell[-1] - cell[0] == len(cell) - 1:
+        # consecutive cells, which NumPy indexes faster with a slice
+        cells = int(cells[0][0]), slice(int(cell[0]), int(cell[-1]) + 1)
+    longest = int(in_sequence.max()) + 1
+    needed = np.ascontiguousarray(pages[:, : -(-longest // page_tokens)])
+    return CachePositions(slots, in_sequence, in_sequence + 1, needed, cells, longest, limits)

@@ -15,7 +15,6 @@ from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder
 from nplora.models.head import AnyHead
 from nplora.models.packing import PackedBatch
-from nplora.models.positions import cache_positions
 
 Array = npt.NDArray[Any]
 
@@ -48,7 +47,7 @@ def _steps(config: ModelConfig, model: Decoder, batch: PackedBatch) -> Iterator[
         for start in range(int(first), int(end), FEW):
             rows = slice(start, min(start + FEW, int(end)))
             count = rows.stop - rows.start
-            positions = cache_positions(slot, cache.lengths, cache.limits, count)
+            positions = cache.next_positions(slot, count)
             x = model.run_cached(batch.ids[rows], positions, cache)
             cache.lengths[:] += count
             yield x, batch.targets[rows]

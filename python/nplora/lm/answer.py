@@ -1,0 +1,150 @@
+"""One prompt and the tokens generated after it: when they end, and their text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.lm.sampling import Sampling, choose
+from nplora.tokenizer import Tokenizer
+
+Array = npt.NDArray[Any]
+
+_CONTEXT = 8  # last tokens of a prompt; they show whether the first generated token begins with a space
+
+
+class Guide(Protocol):
+    """Restricts the tokens of an answer, for example to a grammar. Each answer needs its own guide.
+
+    >>> class OnlyEven:
+    ...     def restrict(self, scores):
+    ...         scores[1::2] = -np.inf
+    ...
+    ...     def advance(self, token):
+    ...         pass
+    >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
+    >>> ticket = engine.submit([5, 6, 7], guide=OnlyEven())
+    >>> any(token.id % 2 for chunk in ticket for token in chunk.tokens)
+    False
+    """
+
+    def restrict(self, scores: Array) -> None:
+        """Set the scores (vocab,) of the tokens that may not come next to -inf, in place.
+
+        At least one score must stay finite. End tokens are tokens like any others.
+        """
+
+    def advance(self, token: int) -> None:
+        """Accept the token that was chosen."""
+
+
+class Answer:
+    """One prompt and the tokens generated after it.
+
+    Args:
+        index: the answer's random numbers depend on the seed and on this index.
+    Attributes:
+        ids: the tokens of the prompt and of the answer, without an end token.
+        prompt: the number of tokens of the prompt.
+        generated: the number of generated tokens. An end token counts.
+        ended: whether the answer has ended.
+        cut_off: whether it ended because the cache was full.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, index: int, ids: list[int], sampling: Sampling, guide: Guide | None = None
+    ) -> None:
+        self.index, self.ids, self.prompt = index, ids, len(ids)
+        self.generated, self.ended, self.cut_off = 0, False, False
+        self._sampling, self._ends, self._guide = sampling, tokenizer.eos_ids, guide
+        self._vocab = tokenizer.vocab_size  # the model's embedding may be padded with more rows
+        self._text = tokenizer.stream(context=ids[-_CONTEXT:])
+        self._stop = StopText(sampling.stop)
+        seed = np.random.SeedSequence(sampling.seed, spawn_key=(index,))
+        self._rng = np.random.Generator(np.random.PCG64(seed))
+
+    @property
+    def count(self) -> int:
+        """The number of generated tokens that are in `ids`."""
+        return len(self.ids) - self.prompt
+
+    @property
+    def reason(self) -> str | None:
+        """Why the answer has ended: "stop" for an end token or a stop text, or "length"."""
+        if not self.ended:
+            return None
+        return "stop" if self._stop.found or self.count < self.generated else "length"
+
+    def own_scores(self, scores: Array) -> Array:
+        """The part of the scores that belongs to tokens of the vocabulary."""
+        return scores[: self._vocab]
+
+    def advance(self, scores: Array, capacity: int) -> str:
+        """Choose the next token, and return the text that it completes.
+
+        Args:
+            capacity: the most tokens of the prompt and the answer. With so many, the answer ends.
+        """
+        scores = self.own_scores(scores)
+        if self._guide is not None:
+            scores = np.array(scores, np.float64)
+            self._guide.restrict(scores)
+        token = choose(scores, self.ids, self._sampling, self._rng, self.prompt)
+        if self._guide is not None:
+            self._guide.advance(token)
+        self.generated += 1
+        piece = ""
+        if token in self._ends:
+            self.ended = True
+        else:
+            self.ids.append(token)
+            piece = self._stop.push(self._text.push(token))
+            self.ended = self._stop.found or self.generated >= self._sampling.max_new_tokens
+            self.cut_off = not self.ended and len(self.ids) >= capacity
+            self.ended = self.ended or self.cut_off
+        return piece + self._rest() if self.ended else piece
+
+    def cut(self) -> str:
+        """End the answer because there is no more memory, and return the rest of the text."""
+        self.ended = self.cut_off = True
+        return self._rest()
+
+    def _rest(self) -> str:
+        return "" if self._stop.found else self._stop.push(self._text.flush()) + self._stop.flush()
+
+
+class StopText:
+    """Cuts a text before the first stop text. Characters that may begin a stop text are held back.
+
+    Attributes:
+        found: whether a stop text was found. After a stop text, no more text is returned.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop, self._held, self.found = tuple(stop), "", False
+
+    def push(self, piece: str) -> str:
+        """Add a piece of text, and return the text that certainly does not begin a stop text."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        longest = max(map(len, self._stop), default=1) - 1
+        begun = (size for size in range(min(longest, len(text)), 0, -1) if self._may_begin(text[-size:]))
+        keep = len(text) - next(begun, 0)
+        self._held = text[keep:]
+        return text[:keep]
+
+    def flush(self) -> str:
+        """End the text, and return the characters that were held back."""
+        held, self._held = self._held, ""
+        return held
+
+    def _may_begin(self, end: str) -> bool:
+        return any(stop.startswith(end) for stop in self._stop)

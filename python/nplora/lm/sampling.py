@@ -1,0 +1,205 @@
+"""How the next token is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.runtime.user_warning import warn_user
+
+Array = npt.NDArray[Any]
+
+_OP = "generate"
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next tokens are chosen, and when generation ends.
+
+        >>> import nplora
+        >>> nplora.generate.Sampling(temperature=0.8, top_p=0.95, stop=["###"]).stop
+        ('###',)
+
+    Raises:
+        ValueError, TypeError: a value is out of range, or has a wrong type.
+    Warns:
+        UserWarning: `top_k` or `top_p` is given, and `temperature` is 0.
+    """
+
+    max_new_tokens: int = _option(128, "maximum number of generated tokens")
+    temperature: float = _option(
+        0.0, "sampling temperature; 0: always the most likely token, 1: the model's own probabilities"
+    )
+    top_k: int | None = _option(None, "number of most likely tokens to sample from")
+    top_p: float | None = _option(
+        None, "total probability of the most likely tokens to sample from, above 0 and at most 1"
+    )
+    repetition_penalty: float = _option(
+        1.0, "repetition penalty; above 1, earlier tokens become less likely to be chosen again"
+    )
+    stop: tuple[str, ...] = _option((), "stop text: generation ends before it (repeatable)")
+    seed: int = _option(0, "random seed of the sampling")
+    presence_penalty: float = _option(
+        0.0, "number that is subtracted from the score of every token that was generated before"
+    )
+    frequency_penalty: float = _option(
+        0.0, "number that is subtracted from a token's score for each time that it was generated before"
+    )
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = _option(
+        (), "numbers that are added to the scores of tokens, by token id", command=False
+    )
+
+    def __post_init__(self) -> None:
+        _check.integer(_OP, "max_new_tokens", self.max_new_tokens, least=0)
+        _check.at_least(_OP, "temperature", self.temperature, 0)
+        if self.top_k is not None:
+            _check.integer(_OP, "top_k", self.top_k, least=1)
+        if self.top_p is not None and not 0 < _check.number(_OP, "top_p", self.top_p) <= 1:
+            raise ValueError(f"{_OP}: top_p is {self.top_p}, expected above 0 and at most 1")
+        narrowed = [name for name in ("top_k", "top_p") if getattr(self, name) not in (None, 1)]
+        if narrowed and self.temperature == 0:
+            names = " and ".join(narrowed)
+            have = "have" if len(narrowed) > 1 else "has"
+            warn_user(
+                f"{_OP}: {names} {have} no effect at temperature 0, which always takes the most likely token"
+            )
+        if _check.number(_OP, "repetition_penalty", self.repetition_penalty) <= 0:
+            raise ValueError(f"{_OP}: repetition_penalty is {self.repetition_penalty}, expected above 0")
+        object.__setattr__(self, "stop", _check.texts(_OP, "stop", self.stop))
+        if "" in self.stop:
+            raise ValueError(f"{_OP}: stop is {self.stop!r}, expected a list of non-empty texts")
+        _check.integer(_OP, "seed", self.seed, least=0)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check.number(_OP, name, getattr(self, name))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+
+    @property
+    def plain(self) -> bool:
+        """Whether always the most likely token is taken, by the model's own scores."""
+        changed = self.logit_bias, self.presence_penalty, self.frequency_penalty
+        return self.temperature == 0 and self.repetition_penalty == 1 and not any(changed)
+
+
+def _biases(given: Any) -> tuple[tuple[int, float], ...]:
+    """The pairs (token, bias) of a mapping or of pairs, with checked values."""
+    try:
+        pairs = dict(given)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{_OP}: logit_bias is {given!r}, expected a mapping from token ids to numbers"
+        ) from None
+    for token, bias in pairs.items():
+        _check.integer(_OP, "a token of logit_bias", token, least=0)
+        if bias != -math.inf:  # which rules the token out
+            _check.number(_OP, f"logit_bias of token {token}", bias)
+    return tuple((int(token), float(bias)) for token, bias in pairs.items())
+
+
+def choose(
+    scores: Array, before: Sequence[int], sampling: Sampling, rng: np.random.Generator, prompt: int = 0
+) -> int:
+    """Choose the next token.
+
+    Args:
+        scores: (vocab,), the score of each token of the vocabulary.
+        before: the tokens of the sequence so far, for the penalties.
+        rng: the random generator for sampling.
+        prompt: how many of these tokens are the prompt, which presence and frequency penalties leave out.
+
+    Raises:
+        FloatingPointError: a score is NaN, or the largest one is infinite.
+    """
+    place, largest = f"the token at position {len(before)}", scores.max()
+    if np.isnan(largest):
+        raise FloatingPointError(f"{_OP}: the scores of {place} are NaN")
+    if not np.isfinite(largest):
+        raise FloatingPointError(
+            f"{_OP}: the largest score of {place} is {largest}, expected a finite number"
+        )
+    if sampling.plain:
+        return int(scores.argmax())
+    scores = np.array(scores, np.float64)
+    penalise(scores, before, sampling, prompt)
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    with np.errstate(over="ignore"):  # only -inf can come out: the largest score becomes 0 first
+        scores -= scores.max()
+        scores /= sampling.temperature
+    if sampling.top_k is not None:
+        keep_top_k(scores, sampling.top_k)
+    if sampling.top_p is not None:
+        keep_top_p(scores, sampling.top_p)
+    shares = np.cumsum(softmax(scores))
+    return int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))
+
+
+def penalise(scores: Array, before: Sequence[int], sampling: Sampling, prompt: int = 0) -> None:
+    """Apply the biases and the penalties in place. The arguments are those of `choose`.
+
+    Raises:
+        ValueError: every token is ruled out by `logit_bias`.
+    """
+    for token, bias in sampling.logit_bias:
+        if token < len(scores):
+            scores[int(token)] += bias
+    if sampling.logit_bias and scores.max() == -np.inf:
+        raise ValueError(f"{_OP}: logit_bias rules out every token")
+    if sampling.repetition_penalty != 1:
+        penalise_repetition(scores, before, sampling.repetition_penalty)
+    if (sampling.presence_penalty or sampling.frequency_penalty) and len(before) > prompt:
+        seen, times = np.unique(np.asarray(before[prompt:], np.int64), return_counts=True)
+        seen, times = seen[np.isfinite(scores[seen])], times[np.isfinite(scores[seen])]
+        largest = np.finfo(np.float64).max
+        with np.errstate(over="ignore"):
+            less = scores[seen] - (sampling.presence_penalty + sampling.frequency_penalty * times)
+        scores[seen] = np.clip(less, -largest, largest)
+
+
+def log_probabilities(scores: Array) -> Array:
+    """Compute log(softmax(scores)) in float64. The largest score must be finite."""
+    shifted = np.asarray(scores, np.float64) - scores.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+
+
+def softmax(scores: Array) -> Array:
+    """Compute exp(scores) / sum(exp(scores)). The largest score must be finite."""
+    powers = np.exp(scores - scores.max())
+    return np.asarray(powers / powers.sum())
+
+
+def penalise_repetition(scores: Array, before: Sequence[int], penalty: float) -> None:
+    """Lower the scores of earlier tokens in place (Keskar et al. 2019, section 4.1). Scores stay finite."""
+    seen = np.unique(np.asarray(before, np.int64))
+    seen = seen[np.isfinite(scores[seen])]
+    with np.errstate(over="ignore"):
+        changed = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    largest = np.finfo(np.float64).max
+    scores[seen] = np.clip(changed, -largest, largest)
+
+
+def keep_top_k(scores: Array, k: int) -> None:
+    """Set all scores below the k-th largest to -inf, in place."""
+    if k < len(scores):
+        scores[scores < np.partition(scores, -k)[-k]] = -np.inf
+
+
+def keep_top_p(scores: Array, p: float) -> None:
+    """Set the scores of the least likely tokens, up to a total probability of 1 - p, to -inf.
+
+    The scores are changed in place (nucleus sampling, Holtzman et al. 2020).
+    """
+    order = np.argsort(scores, kind="stable")
+    unlikely = np.cumsum(softmax(scores)[order]) <= 1 - p
+    unlikely[-1] = False
+    scores[order[unlikely]] = -np.inf

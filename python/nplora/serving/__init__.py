@@ -1,0 +1,19 @@
+"""Serving: one model answers many requests at the same time, each with its own adapter."""
+
+from nplora.lm.answer import Guide
+from nplora.serving.engine import Engine, QueueFullError
+from nplora.serving.metrics import Histogram, Metrics
+from nplora.serving.ticket import Chunk, Ticket, Token, TopToken, Usage
+
+__all__ = [
+    "Chunk",
+    "Engine",
+    "Guide",
+    "Histogram",
+    "Metrics",
+    "QueueFullError",
+    "Ticket",
+    "Token",
+    "TopToken",
+    "Usage",
+]

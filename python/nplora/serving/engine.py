@@ -1,0 +1,302 @@
+"""The engine: one model answers many requests at the same time, each with its own adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import operator
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+from nplora import _check
+from nplora.adapters import Adapter
+from nplora.lm import LanguageModel
+from nplora.lm.answer import Answer, Guide
+from nplora.lm.generation import PAGE, checked_ids, longest_before_switch
+from nplora.lm.sampling import Sampling
+from nplora.models.invocation import invocation_of
+from nplora.serving.memory import MemoryPlan, plan_memory
+from nplora.serving.metrics import Metrics
+from nplora.serving.request import Request
+from nplora.serving.scheduler import Scheduler
+from nplora.serving.ticket import Chunk, Ticket, Token, TopToken, Usage
+
+__all__ = ["Chunk", "Engine", "Guide", "QueueFullError", "Ticket", "Token", "TopToken", "Usage"]
+
+_OP = "Engine.submit"
+
+
+class QueueFullError(RuntimeError):
+    """Too many requests are waiting.
+
+    >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"), max_requests=1, max_waiting=0)
+    >>> ticket = engine.submit([5])
+    >>> try:
+    ...     engine.submit([6])
+    ... except nplora.serving.QueueFullError as error:
+    ...     print(error)
+    Engine.submit: 1 request is waiting already
+    """
+
+
+class Engine:
+    """Generates the answers of many requests together.
+
+    Requests join and leave between rounds. A round reads a piece of the waiting prompts, and then generates
+    one token of every running request. The greedy text of a request has the same bits alone and beside any
+    other requests, and it is the text that `lm.generate` returns.
+
+        >>> lm = nplora.load_model("model.gguf")
+        >>> sampling = nplora.generate.Sampling(max_new_tokens=4)
+        >>> prompts = [lm.tokenizer.encode_prompt(word) for word in ("Hi", "Hello")]
+        >>> with nplora.serving.Engine(lm) as engine:
+        ...     tickets = [engine.submit(ids, sampling) for ids in prompts]
+        ...     texts = [ticket.text() for ticket in tickets]
+        >>> texts == [lm.generate(word, max_new_tokens=4) for word in ("Hi", "Hello")]
+        True
+
+    Args:
+        lm: the model, which may not be trained or merged meanwhile. Its named adapters may be loaded and
+            deleted at any time.
+        memory: the most bytes that this process may use, as a number or as a text such as "2G". The keys and
+            values take what the weights and the work space leave. None: a part of the available memory.
+        max_requests: how many requests are computed at the same time. The others wait.
+        max_waiting: how many requests may wait.
+        turn: entered for the computation of each round. With a lock here, other work (training) can alternate
+            with the rounds.
+    Raises:
+        ValueError: the memory does not suffice for one short request, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        memory: int | str | None = None,
+        max_requests: int = 8,
+        max_waiting: int = 1024,
+        turn: AbstractContextManager[object] | None = None,
+    ) -> None:
+        slots = _check.integer("Engine", "max_requests", max_requests, least=1)
+        self._most_waiting = _check.integer("Engine", "max_waiting", max_waiting, least=0)
+        self._lm, self._metrics = lm, Metrics()
+        self._plan = plan_memory(lm, memory, slots)
+        self._context = min(int(lm.config.max_position_embeddings), self._plan.pages * PAGE)
+        self._scheduler = Scheduler(
+            lm,
+            slots,
+            self._context,
+            self._plan.pages,
+            self._metrics,
+            turn or contextlib.nullcontext(),
+            self._ended,
+        )
+        self._requests: dict[int, Request] = {}  # by the id of their tickets, which they hold
+        self._cancelled: deque[Ticket] = deque()
+        self._roots: dict[str, tuple[Adapter, str]] = {}
+        self._numbers = itertools.count()
+        self._lock = threading.RLock()  # for the queue and everything else that `submit` touches
+        self._changed = threading.Condition(self._lock)
+        self._rounds = threading.RLock()
+        self._thread: threading.Thread | None = None
+        self._closed = self._stopping = False
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The model."""
+        return self._lm
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a prompt and its answer together: the model's context, or what memory allows."""
+        return self._context
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """How the memory is divided."""
+        return self._plan
+
+    def submit(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        adapter: str | None = None,
+        logprobs: int | None = None,
+        client: str = "",
+        priority: int = 0,
+        index: int = 0,
+        guide: Guide | None = None,
+    ) -> Ticket:
+        """Add a request. It may be called from any thread.
+
+        Args:
+            ids: the tokens of the prompt (`lm.tokenizer.encode_prompt` or `encode_chat`).
+            sampling: how tokens are chosen, or None for always the most likely one, up to 128 tokens.
+            adapter: the name of one of `lm.adapters`, or None for the model without a named adapter. A
+                request keeps its adapter to the end, even if the adapter is deleted meanwhile.
+            logprobs: None: no log-probabilities; n: those of each token and of the n most likely tokens.
+            client: clients take turns, and each client's requests are computed in order.
+            priority: requests with a higher priority start first.
+            index: which one of several answers to the same prompt; each draws other random numbers. With
+                index i, the answer is that of row i of `lm.generate`.
+            guide: restricts the tokens, for example to a grammar.
+        Raises:
+            KeyError: no adapter has this name.
+            ValueError: the prompt is empty, has tokens outside the vocabulary, or fills `context`; or an
+                option is out of range.
+            QueueFullError: `max_waiting` requests are waiting.
+            RuntimeError: the engine was closed.
+        """
+        sampling = sampling or Sampling()
+        if logprobs is not None:
+            _check.integer(_OP, "logprobs", logprobs, least=0)
+        _check.integer(_OP, "index", index, least=0)
+        prompt = checked_ids(_OP, self._lm, [operator.index(one) for one in ids], self._context)
+        with self._lock:
+            chosen, root = self._adapter(adapter)
+            ticket = Ticket(len(prompt), self._run, self._cancel)
+            tokenizer = self._lm.tokenizer
+            request = Request(
+                ticket,
+                Answer(tokenizer, index, prompt, sampling, guide),
+                tokenizer,
+                chosen,
+                root,
+                invocation_of(self._lm),
+                min(self._context, len(prompt) + sampling.max_new_tokens),
+                longest_before_switch(self._lm.config),
+                logprobs,
+                client,
+                _check.integer(_OP, "priority", priority, least=-(2**31)),
+            )
+            if self._closed:
+                raise RuntimeError(f"{_OP}: the engine was closed")
+            if not sampling.max_new_tokens:
+                ticket.end("length", request.usage)
+                return ticket
+            if len(self._scheduler.queue) >= self._most_waiting + self._scheduler.free_slots:
+                raise QueueFullError(f"{_OP}: {_waiting(len(self._scheduler.queue))} waiting already")
+            self._requests[id(ticket)] = request
+            self._scheduler.queue.push(request)
+            self._changed.notify_all()
+        return ticket
+
+    def step(self) -> bool:
+        """Run one round. Return False if there was nothing to do.
+
+        An error of one request ends this request only.
+        """
+        with self._rounds:
+            while self._cancelled:
+                request = self._requests.get(id(self._cancelled.popleft()))
+                if request is not None:
+                    self._scheduler.end(request, "cancelled")
+            return self._scheduler.round()
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are running or waiting."""
+        return bool(self._requests)
+
+    def start(self) -> None:
+        """Run rounds in a thread of its own, whenever there is something to do, until `close`."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("Engine.start: the engine was closed")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="nplora-engine", daemon=True)
+                self._thread.start()
+
+    def close(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Take no more requests, and end the thread.
+
+        Args:
+            drain: first compute all requests to their end; False: cancel them.
+            timeout: seconds after which the rest is cancelled; None: no limit.
+        """
+        with self._lock:
+            self._closed = True
+            self._changed.notify_all()
+        end = None if timeout is None else time.monotonic() + timeout
+        while drain and self.busy and (end is None or time.monotonic() < end):
+            if not self._run():
+                with self._lock:
+                    self._changed.wait(0.05 if end is None else max(0.0, min(0.05, end - time.monotonic())))
+        with self._lock:
+            self._stopping = True
+            self._changed.notify_all()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        self._end_all("cancelled")
+
+    def metrics(self) -> Metrics:
+        """A snapshot of the counters, which does not change any more."""
+        with self._lock:
+            self._scheduler.counts()
+            return copy.deepcopy(self._metrics)
+
+    def __enter__(self) -> Engine:
+        """Start the engine."""
+        self.start()
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        """Close the engine; without draining if there was an exception."""
+        self.close(drain=kind is None)
+
+    # ---- rounds ----
+
+    def _serve(self) -> None:
+        """The engine's thread."""
+        while not self._stopping:
+            try:
+                active = self.step()
+            except Exception as error:  # a mistake in the engine: the requests end, and the engine goes on
+                active = True
+                self._end_all("error", error)
+            if not active:
+                with self._lock:
+                    while not (self._stopping or self._requests):
+                        self._changed.wait()
+
+    def _end_all(self, reason: str, error: BaseException | None = None) -> None:
+        with self._rounds:
+            for request in list(self._requests.values()):
+                self._scheduler.end(request, reason, error)
+
+    def _run(self) -> bool:
+        """Run a round in this thread, unless the engine has a thread of its own."""
+        if self._thread is not None:
+            return False
+        self.step()
+        return True
+
+    def _cancel(self, ticket: Ticket) -> None:
+        self._cancelled.append(ticket)
+
+    def _ended(self, request: Request) -> None:
+        with self._lock:
+            self._requests.pop(id(request.ticket), None)
+            self._changed.notify_all()
+
+    def _adapter(self, name: str | None) -> tuple[Adapter | None, str]:
+        """The adapter with this name, and a text that stands for it in the keys of pages."""
+        if name is None:
+            return None, "base"
+        adapter = self._lm.adapters.get(name)
+        if adapter is None:
+            raise KeyError(f"{_OP}: no adapter {name!r}; the loaded adapters are {list(self._lm.adapters)}")
+        known = self._roots.get(name)
+        if known is None or known[0] is not adapter:  # another adapter had this name before
+            known = self._roots[name] = adapter, f"adapter {next(self._numbers)}"
+        return known
+
+
+def _waiting(count: int) -> str:
+    return "1 request is" if count == 1 else f"{count} requests are"

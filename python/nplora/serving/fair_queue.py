@@ -1,0 +1,90 @@
+"""The waiting requests. Clients take turns, so that many requests of one client do not block the others."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from typing import Generic, Protocol, TypeVar
+
+
+class Waiting(Protocol):
+    """The attributes that the queue needs of a request."""
+
+    @property
+    def client(self) -> str: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def started(self) -> int | None: ...
+
+
+Item = TypeVar("Item", bound=Waiting)
+
+
+class FairQueue(Generic[Item]):
+    """Requests in the order in which they start.
+
+    Requests that have started before come first, the oldest of them first. Then come those with the highest
+    priority. Among these, the clients take turns, and each client's requests keep their order. All
+    methods may be called from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._again: list[Item] = []
+        self._lines: dict[int, OrderedDict[str, deque[Item]]] = {}
+        self._count = 0
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return self._count + len(self._again)
+
+    def push(self, item: Item) -> None:
+        """Add a request."""
+        with self._lock:
+            self._push(item)
+
+    def _push(self, item: Item) -> None:
+        if item.started is not None:
+            self._again.append(item)
+            self._again.sort(key=lambda one: one.started or 0)
+            return
+        line = self._lines.setdefault(item.priority, OrderedDict())
+        line.setdefault(item.client, deque()).append(item)
+        self._count += 1
+
+    def first(self) -> Item | None:
+        """The request that starts next; None if there is none."""
+        with self._lock:
+            if self._again:
+                return self._again[0]
+            if not self._lines:
+                return None
+            line = self._lines[max(self._lines)]
+            return next(iter(line.values()))[0]
+
+    def remove(self, item: Item) -> bool:
+        """Remove a request. Return False if it is not here.
+
+        If the request is the first one, it starts now, and the next turn is another client's.
+        """
+        with self._lock:
+            return self._remove(item)
+
+    def _remove(self, item: Item) -> bool:
+        if item in self._again:
+            self._again.remove(item)
+            return True
+        line = self._lines.get(item.priority, OrderedDict())
+        own = line.get(item.client, deque())
+        if item not in own:
+            return False
+        starts = item is self.first()
+        own.remove(item)
+        self._count -= 1
+        if not own:
+            del line[item.client]
+        elif starts:
+            line.move_to_end(item.client)
+        if not line:
+            del self._lines[item.priority]
+        return True

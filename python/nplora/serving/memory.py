@@ -1,0 +1,97 @@
+"""How much memory the engine has for keys and values."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from nplora import _core
+from nplora.finetuning.planning import available_memory, parse_bytes
+from nplora.finetuning.planning.choice import resident_memory
+from nplora.lm import LanguageModel
+from nplora.lm.generation import PAGE, PIECE
+from nplora.models.config import ModelConfig
+from nplora.models.footprint import NOT_ADAPTED
+from nplora.runtime import get_num_threads
+
+_FLOAT = 4
+_THREAD = 3 << 19  # the scratch of a thread besides the rows of a product, rounded up
+_HEAP = 24 << 20  # small arrays, texts of requests, and memory that malloc keeps
+_PART = 0.5  # without a budget: the part of the available memory that keys and values may take
+_LEAST_PAGES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Memory in bytes, term by term; `total` is the peak of the whole process.
+
+    Attributes:
+        process: this process before the engine, with the model and its adapters.
+        weights: weights that are not read yet.
+        work: what a round takes: a piece of a prompt, the scores of all requests, and scratch.
+        pages: the number of pages for keys and values.
+        page_bytes: the size of one page.
+    """
+
+    process: int
+    weights: int
+    work: int
+    pages: int
+    page_bytes: int
+
+    @property
+    def total(self) -> int:
+        return self.process + self.weights + self.work + self.pages * self.page_bytes
+
+    def __str__(self) -> str:
+        rows = (
+            (self.process, "this process, with model and adapters"),
+            (self.weights, "weights that are not read yet"),
+            (self.work, "working memory of a round"),
+            (self.pages * self.page_bytes, f"keys and values of {self.pages * PAGE:,} tokens"),
+        )
+        return "\n".join(f"  {size / 1e6:6.0f} MB  {text}" for size, text in rows)
+
+
+def plan_memory(lm: LanguageModel, memory: int | str | None, max_requests: int) -> MemoryPlan:
+    """Divide the memory.
+
+    Args:
+        memory: the budget of the process; None: a part of what is available.
+        max_requests: how many requests are computed at the same time.
+    Raises:
+        ValueError: the budget is not a size, or does not suffice.
+    """
+    process, weights = resident_memory(lm)
+    work, page = work_bytes(lm, max_requests), page_bytes(lm.config)
+    most = max_requests * -(-lm.config.max_position_embeddings // PAGE)
+    fixed = process + weights + work
+    if memory is not None:
+        budget = parse_bytes(memory, "Engine")
+    else:
+        available = available_memory()
+        budget = fixed + (most * page if available is None else int(_PART * max(0, available - fixed)))
+    pages = (budget - fixed) // page
+    if pages < _LEAST_PAGES:
+        raise ValueError(
+            f"Engine: memory is {budget / 1e6:,.0f} MB, expected at least "
+            f"{(fixed + _LEAST_PAGES * page) / 1e6:,.0f} MB: {process / 1e6:,.0f} MB are in use, "
+            f"{weights / 1e6:,.0f} MB are weights that are not read yet, a round takes {work / 1e6:,.0f} MB, "
+            f"and {PAGE} tokens take {page / 1e6:,.1f} MB"
+        )
+    return MemoryPlan(process, weights, work, min(pages, most), page)
+
+
+def page_bytes(config: ModelConfig) -> int:
+    """The size of the keys and values of PAGE tokens."""
+    return 2 * _FLOAT * PAGE * config.key_value_width * config.num_hidden_layers
+
+
+def work_bytes(lm: LanguageModel, max_requests: int) -> int:
+    """The memory that a round takes at most."""
+    config, threads = lm.config, get_num_threads()
+    block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in lm.model.layers)
+    piece = PIECE * (block + 2 * _FLOAT * config.hidden_size)
+    scores = max_requests * config.vocab_size * _FLOAT + 4 * 8 * config.vocab_size  # one row in float64
+    lanes = _FLOAT * min(PIECE, 256) * config.intermediate_size
+    scratch = threads * (min(_core.constants.lanes_bytes, lanes) + _THREAD)
+    return piece + scores + scratch + _HEAP

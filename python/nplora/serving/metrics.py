@@ -1,0 +1,89 @@
+"""Counts what the engine does: plain numbers, which a server can print in any format."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+@dataclasses.dataclass
+class Histogram:
+    """How often values up to each bound were seen.
+
+    Attributes:
+        bounds: the upper bounds, ascending.
+        counts: for each bound, the values above the bound before and up to this one; the last entry counts
+            the values above all bounds. (Prometheus wants running sums of these.)
+        total: the sum of all values.
+
+    >>> histogram = nplora.serving.Histogram(bounds=(0.1, 1.0))
+    >>> for seconds in (0.05, 0.5, 0.7, 3.0):
+    ...     histogram.add(seconds)
+    >>> histogram.counts, histogram.count
+    ([1, 2, 1], 4)
+    """
+
+    bounds: tuple[float, ...] = SECONDS
+    counts: list[int] = dataclasses.field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    @property
+    def count(self) -> int:
+        """The number of values."""
+        return sum(self.counts)
+
+
+@dataclasses.dataclass
+class Metrics:
+    """The engine's counters since its beginning, and its state now.
+
+    Attributes:
+        finished: requests by finish reason ("stop", "length", "cancelled", "error").
+        prompt_tokens, cached_tokens, generated_tokens: tokens of prompts, those of them that the prefix cache
+            had, and generated tokens.
+        put_back: how often a request lost its pages to older ones, and was computed again later.
+        running, waiting: requests now.
+        pages, pages_used, pages_cached: all pages; those of running requests; those that only the prefix
+            cache holds.
+        page_tokens: the tokens of one page.
+        rounds: rounds so far.
+        compute_seconds: seconds of computing.
+        queue_seconds: from `submit` to the first computation.
+        first_token_seconds: from `submit` to the first token.
+        token_seconds: between the tokens of a request.
+        request_seconds: from `submit` to the end.
+
+    >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
+    >>> text = engine.submit([5, 6, 7], nplora.generate.Sampling(max_new_tokens=4)).text()
+    >>> metrics = engine.metrics()
+    >>> metrics.finished, metrics.prompt_tokens, metrics.generated_tokens
+    ({'length': 1}, 3, 4)
+    """
+
+    finished: dict[str, int] = dataclasses.field(default_factory=dict)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    put_back: int = 0
+    running: int = 0
+    waiting: int = 0
+    pages: int = 0
+    pages_used: int = 0
+    pages_cached: int = 0
+    page_tokens: int = 0
+    rounds: int = 0
+    compute_seconds: float = 0.0
+    queue_seconds: Histogram = dataclasses.field(default_factory=Histogram)
+    first_token_seconds: Histogram = dataclasses.field(default_factory=Histogram)
+    token_seconds: Histogram = dataclasses.field(default_factory=Histogram)
+    request_seconds: Histogram = dataclasses.field(default_factory=Histogram)

@@ -1,0 +1,106 @@
+"""The pages of the cache: free ones, those of requests, and those that are kept for later prompts.
+
+A page that is full with tokens of a prompt gets a key, which stands for the adapter and for all tokens up to
+the end of the page. Another request whose prompt begins in the same way shares the page. A page that no
+request uses any more is kept as long as its memory is not needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from nplora.models.invocation import NEVER
+
+Key = bytes
+
+
+class PagePool:
+    """Which pages are used, kept or free.
+
+    Args:
+        pages: the number of pages.
+    """
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self._free = list(range(pages - 1, -1, -1))  # the first pages are used first
+        self._users = [0] * pages
+        self._keys: list[Key | None] = [None] * pages
+        self._by_key: dict[Key, int] = {}
+        self._kept: OrderedDict[int, None] = OrderedDict()  # unused pages with a key, the oldest first
+
+    @property
+    def available(self) -> int:
+        """The number of pages that `new` can still give."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def kept(self) -> int:
+        """The number of pages that no request uses, but that hold the beginning of a prompt."""
+        return len(self._kept)
+
+    def new(self) -> int | None:
+        """Give a page to a user. A kept page loses its content if no page is free. None: all are in use."""
+        if self._free:
+            page = self._free.pop()
+        elif self._kept:
+            page, _ = self._kept.popitem(last=False)
+            self._forget(page)
+        else:
+            return None
+        self._users[page] = 1
+        return page
+
+    def share(self, key: Key) -> int | None:
+        """Give the page with this key to one more user. None: no page has this key."""
+        page = self._by_key.get(key)
+        if page is not None:
+            self._kept.pop(page, None)
+            self._users[page] += 1
+        return page
+
+    def has(self, key: Key) -> bool:
+        """Whether a page has this key."""
+        return key in self._by_key
+
+    def publish(self, page: int, key: Key) -> None:
+        """Give a key to a page whose content is complete, so that others can share it."""
+        if key not in self._by_key:
+            self._by_key[key], self._keys[page] = page, key
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Take the pages of one sequence, in order, from one of their users.
+
+        Later pages are worth nothing without the earlier ones, so their memory is reused first.
+        """
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if not self._users[page] and self._keys[page] is not None:
+                self._kept[page] = None
+            elif not self._users[page]:
+                self._free.append(page)
+
+    def _forget(self, page: int) -> None:
+        key = self._keys[page]
+        if key is not None:
+            del self._by_key[key]
+        self._keys[page] = None
+
+
+def page_keys(root: str, ids: Sequence[int], page_tokens: int, start: int = int(NEVER)) -> Iterator[Key]:
+    """The key of each whole page of a prompt.
+
+    Args:
+        root: stands for all that decides about keys and values, besides the tokens: the adapter.
+        start: the position from which on an activated LoRA acts.
+    """
+    tokens, key = np.asarray(ids, np.int64), hashlib.sha256(root.encode()).digest()
+    for begin in range(0, len(tokens) - page_tokens + 1, page_tokens):
+        acts = start if start < begin + page_tokens else -1
+        part = acts.to_bytes(8, "little", signed=True) + tokens[begin : begin + page_tokens].tobytes()
+        key = hashlib.sha256(key + part).digest()
+        yield key

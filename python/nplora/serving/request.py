@@ -1,0 +1,115 @@
+"""The engine's side of a request: its tokens, its adapter and its state."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.lm.answer import Answer
+from nplora.lm.generation import PAGE
+from nplora.lm.sampling import log_probabilities
+from nplora.models.invocation import NEVER, start_of
+from nplora.serving.pages import page_keys
+from nplora.serving.ticket import Chunk, Ticket, Token, TopToken, Usage
+from nplora.tokenizer import Tokenizer
+
+Array = npt.NDArray[Any]
+
+
+class Request:
+    """A request in the engine.
+
+    Args:
+        root: stands for all that decides about keys and values, besides the tokens (see `page_keys`).
+        limit: the most tokens of the prompt and the answer.
+        switch: with LongRoPE, sequences of more tokens use other factors; infinite without LongRoPE.
+    Attributes:
+        ticket, answer: what the client holds; the tokens.
+        adapter: the adapter of the request's cache slot: None for the model itself.
+        client, priority: see `Engine.submit`.
+        slot: the cache slot while the request runs.
+        started: counts up with each request that starts; None before that. A request that is put back keeps
+            it.
+        to_read: so many tokens are read in pieces. The tokens behind them are computed one by one, also when
+            they are computed again, so that all bits are the same.
+        keys: the keys of the whole pages among the tokens to read.
+        cached: how many tokens of the prompt were in shared pages when they were needed first.
+        known: how many tokens were in the cache at the same time, at most.
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        answer: Answer,
+        tokenizer: Tokenizer,
+        adapter: Any = None,
+        root: str = "",
+        invocation: tuple[int, ...] | None = None,
+        limit: int = 1,
+        switch: float = math.inf,
+        logprobs: int | None = None,
+        client: str = "",
+        priority: int = 0,
+    ) -> None:
+        self.ticket, self.answer, self.adapter = ticket, answer, adapter
+        self.client, self.priority, self.limit, self.switch = client, priority, limit, switch
+        self.slot: int | None = None
+        self.started: int | None = None
+        self.cached = self.known = 0
+        self.submitted = self.last_token = time.monotonic()
+        self._tokenizer, self._logprobs = tokenizer, logprobs
+        self._root, self._invocation = root, invocation
+        self.read_all()
+
+    def read_all(self) -> None:
+        """Read all tokens so far in pieces."""
+        ids = self.answer.ids
+        self.to_read = len(ids)
+        root = f"{self._root} {'long' if self.to_read > self.switch else 'short'}"
+        start = NEVER if self._invocation is None else start_of(np.asarray(ids), self._invocation)
+        self.keys = list(page_keys(root, ids, PAGE, int(start)))
+
+    @property
+    def slot_limit(self) -> int:
+        """The length that decides between LongRoPE's factors, and that the slot must not exceed."""
+        return self.limit if self.to_read > self.switch else int(min(self.limit, self.switch))
+
+    @property
+    def usage(self) -> Usage:
+        """The number of tokens so far."""
+        return Usage(self.answer.prompt, self.cached, self.answer.generated)
+
+    def advance(self, scores: Array) -> None:
+        """Choose the next token, and pass its text on.
+
+        Raises:
+            FloatingPointError: the scores are NaN, or the largest one is infinite.
+        """
+        answer = self.answer
+        count = len(answer.ids)
+        piece = answer.advance(scores, self.limit)
+        tokens = tuple(self._token(token, scores) for token in answer.ids[count:])
+        if piece or tokens:
+            self.ticket.put(Chunk(piece, tokens), self.usage)
+
+    def cut(self) -> None:
+        """End the answer because there is no more memory, and pass the rest of the text on."""
+        if piece := self.answer.cut():
+            self.ticket.put(Chunk(piece), self.usage)
+
+    def _token(self, token: int, scores: Array) -> Token:
+        if self._logprobs is None:
+            return Token(token, self._text(token))
+        found = log_probabilities(self.answer.own_scores(scores))
+        count = min(self._logprobs, len(found))
+        best = np.argpartition(found, -count)[-count:] if count else np.empty(0, np.int64)
+        best = best[np.lexsort((best, -found[best]))]
+        top = tuple(TopToken(int(one), self._text(int(one)), float(found[one])) for one in best)
+        return Token(token, self._text(token), float(found[token]), top)
+
+    def _text(self, token: int) -> str:
+        return self._tokenizer.decode([token])

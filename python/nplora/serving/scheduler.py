@@ -1,0 +1,269 @@
+"""Rounds: which requests are computed now, which pages they have, and the calls of the model."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.lm import LanguageModel
+from nplora.lm.generation import PAGE, PIECE, prompt_pieces
+from nplora.models.cache import KVCache
+from nplora.serving.fair_queue import FairQueue
+from nplora.serving.metrics import Metrics
+from nplora.serving.pages import PagePool
+from nplora.serving.request import Request
+
+Array = npt.NDArray[Any]
+
+# Tokens of prompts that a round reads while other requests generate. These wait for as long as this takes.
+_READ_BETWEEN = 2 * PAGE
+_OLDEST_EVERY = (
+    4  # every fourth piece is read of the oldest prompt, the others of the one with the shortest rest
+)
+
+
+class Scheduler:
+    """Computes requests in rounds.
+
+    Args:
+        lm: the model.
+        slots: how many requests are computed at the same time.
+        context: the most tokens of a request.
+        pages: the number of pages of PAGE tokens.
+        metrics: counted up.
+        turn: entered for each call of the model.
+        ended: called with each request that has ended.
+    Attributes:
+        queue: the waiting requests.
+        running: the requests that have a slot, the oldest first.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        slots: int,
+        context: int,
+        pages: int,
+        metrics: Metrics,
+        turn: AbstractContextManager[object],
+        ended: Callable[[Request], None],
+    ) -> None:
+        self.queue: FairQueue[Request] = FairQueue()
+        self.running: list[Request] = []
+        self._lm, self._metrics, self._turn, self._ended = lm, metrics, turn, ended
+        self._cache = KVCache(lm.config, slots, context, lm, PAGE, pages)
+        self._pool = PagePool(pages)
+        self._slots = list(range(slots - 1, -1, -1))
+        self._started = itertools.count()
+        self._pieces = itertools.count()
+
+    @property
+    def free_slots(self) -> int:
+        """The number of requests that could start now."""
+        return len(self._slots)
+
+    def round(self) -> bool:
+        """Run one round. Return False if there was nothing to do."""
+        self._admit()
+        if not self.running:
+            return False
+        self._metrics.rounds += 1
+        self._read()
+        self._decode()
+        return True
+
+    def end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
+        """End a request, waiting or running."""
+        if request.slot is None:
+            self.queue.remove(request)
+        else:
+            self._give_back(request)
+        request.ticket.end(reason, request.usage, error)
+        finished = self._metrics.finished
+        finished[reason] = finished.get(reason, 0) + 1
+        self._metrics.request_seconds.add(time.monotonic() - request.submitted)
+        self._ended(request)
+
+    def counts(self) -> None:
+        """Write the numbers of requests and pages into the metrics."""
+        metrics, pool = self._metrics, self._pool
+        metrics.running, metrics.waiting = len(self.running), len(self.queue)
+        metrics.pages, metrics.pages_cached, metrics.page_tokens = pool.pages, pool.kept, PAGE
+        metrics.pages_used = pool.pages - pool.available
+
+    # ---- joining and leaving ----
+
+    def _admit(self) -> None:
+        """Start waiting requests, as long as slots are free and the pages suffice for their prompts."""
+        while self._slots and (request := self.queue.first()) is not None:
+            known = sum(1 for _ in itertools.takewhile(self._pool.has, request.keys))
+            needed = -(-(len(request.answer.ids) + 1) // PAGE) - known
+            unread = sum(self._missing(one, len(one.answer.ids) + 1) for one in self.running)
+            if self.running and needed + unread > self._pool.available - known:
+                return
+            self.queue.remove(request)
+            if request.started is None:
+                request.started = next(self._started)
+                self._metrics.queue_seconds.add(time.monotonic() - request.submitted)
+            request.slot = self._slots.pop()
+            self._prepare(request)
+            self.running.append(request)
+            self.running.sort(key=lambda one: one.started or 0)
+
+    def _prepare(self, request: Request) -> None:
+        """Make the request's empty slot ready for its adapter and its length."""
+        cache, slot = self._cache, request.slot
+        assert slot is not None
+        cache.limits[slot] = request.slot_limit
+        cache.activate(slot, np.asarray(request.answer.ids[: request.to_read]))
+
+    def _give_back(self, request: Request) -> None:
+        """Take the slot and the pages from a request."""
+        assert request.slot is not None
+        self._pool.release(self._cache.take(request.slot))
+        self._slots.append(request.slot)
+        request.slot = None
+        self.running.remove(request)
+
+    def _missing(self, request: Request, tokens: int) -> int:
+        """The number of pages that a request lacks for this many tokens."""
+        return max(0, -(-tokens // PAGE) - int(self._cache.held[request.slot]))
+
+    def _make_room(self, request: Request, tokens: int) -> bool:
+        """Give a request the pages for this many tokens. Return False if it was put back or ended instead.
+
+        If the pages do not suffice, the request that started last is put back into the queue. It is computed
+        again later. If there is only one request, its answer ends.
+        """
+        while self._missing(request, tokens):
+            page = self._pool.new()
+            if page is not None:
+                self._cache.give(request.slot, page)
+                continue
+            if len(self.running) == 1:
+                request.cut()
+                self.end(request, "length")
+                return False
+            last = self.running[-1]
+            self._metrics.put_back += 1
+            self._give_back(last)
+            self.queue.push(last)
+            if last is request:
+                return False
+        return True
+
+    # ---- prompts ----
+
+    def _length(self, request: Request) -> int:
+        return int(self._cache.lengths[request.slot])
+
+    def _read(self) -> None:
+        """Read pieces of prompts; only a few tokens while other requests generate."""
+        left = PIECE if all(self._length(one) < one.to_read for one in self.running) else _READ_BETWEEN
+        while left > 0:
+            reading = [one for one in self.running if self._length(one) < one.to_read]
+            if not reading:
+                return
+            for request in reading:
+                self._share(request)
+            oldest = next(self._pieces) % _OLDEST_EVERY == 0
+            rest = [one.to_read - self._length(one) for one in reading]
+            left -= self._read_piece(reading[0 if oldest else int(np.argmin(rest))], left)
+
+    def _share(self, request: Request) -> None:
+        """Give a request the next pages of its prompt that are there already.
+
+        The last token of a prompt is always computed, because its scores are needed.
+        """
+        cache, slot = self._cache, request.slot
+        at = self._length(request)
+        while at % PAGE == 0 and at + PAGE < request.to_read and cache.held[slot] == at // PAGE:
+            page = self._pool.share(request.keys[at // PAGE])
+            if page is None:
+                return
+            cache.give(slot, page)
+            at += PAGE
+            cache.lengths[slot] = at
+            if at > request.known:
+                request.known = at
+                request.cached += PAGE
+                self._metrics.cached_tokens += PAGE
+
+    def _read_piece(self, request: Request, most: int) -> int:
+        """Read the next piece of a prompt. Return its number of tokens."""
+        begin, end = next(
+            prompt_pieces(self._length(request), request.to_read, max(PAGE, most // PAGE * PAGE))
+        )
+        if not self._make_room(request, end):
+            return 0
+        ids = request.answer.ids
+        scores = self._compute([ids[begin:end]], [request])
+        if scores is None:
+            return end - begin
+        request.known = max(request.known, end)
+        for page in range(begin // PAGE, end // PAGE):
+            self._pool.publish(int(self._cache.table[request.slot, page]), request.keys[page])
+        if end == len(ids):  # otherwise the next tokens are known: the request was put back
+            self._advance(request, scores[0])
+        return end - begin
+
+    # ---- answers ----
+
+    def _decode(self) -> None:
+        """Generate one token of each request whose prompt is read."""
+        for request in [one for one in self.running if self._length(one) >= one.to_read]:
+            if request.slot is not None:  # a request before it may have put it back
+                self._make_room(request, self._length(request) + 1)
+        ready = [one for one in self.running if self._length(one) >= one.to_read]
+        if not ready:
+            return
+        # A request that was put back has tokens that are computed again, although they are known.
+        rows = self._compute([one.answer.ids[self._length(one)] for one in ready], ready)
+        for request, scores in zip(ready, [] if rows is None else rows, strict=False):
+            if self._length(request) == len(request.answer.ids):
+                self._advance(request, scores)
+
+    def _advance(self, request: Request, scores: Array) -> None:
+        """Choose a request's next token, and end the request if it was the last."""
+        first = not request.answer.generated
+        try:
+            request.advance(scores)
+        except Exception as error:
+            self.end(request, "error", error)
+            return
+        now, metrics = time.monotonic(), self._metrics
+        metrics.generated_tokens += 1
+        (metrics.first_token_seconds if first else metrics.token_seconds).add(now - request.last_token)
+        request.last_token = now
+        if first:
+            metrics.prompt_tokens += request.answer.prompt
+        if request.answer.ended:
+            self.end(request, request.answer.reason or "stop")
+        elif len(request.answer.ids) == request.switch + 1:
+            self._read_again(request)
+
+    def _read_again(self, request: Request) -> None:
+        """Begin again with LongRoPE's long factors: the keys were rotated by the short ones."""
+        assert request.slot is not None
+        self._pool.release(self._cache.take(request.slot))
+        request.read_all()
+        self._prepare(request)
+
+    def _compute(self, ids: Sequence[Any], requests: Sequence[Request]) -> Array | None:
+        """Call the model. If this fails, the requests end with the error."""
+        began = time.monotonic()
+        try:
+            with self._turn:
+                return self._lm.decode(ids, [one.slot for one in requests], self._cache)
+        except Exception as error:
+            for request in requests:
+                self.end(request, "error", error)
+            return None
+        finally:
+            self._metrics.compute_seconds += time.monotonic() - began

@@ -1,0 +1,220 @@
+"""One request to the engine: what it yields, how it is followed, and how it is cancelled."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from nplora.runtime.user_warning import warn_user
+
+_LONGEST_WAIT = 0.5  # seconds, after which a waiting thread looks whether the engine's thread still runs
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TopToken:
+    """One of the most likely tokens at a position.
+
+    Attributes:
+        id: the token.
+        text: the token decoded alone; U+FFFD stands for bytes that are not a whole character.
+        logprob: the natural logarithm of the model's probability.
+
+    >>> nplora.serving.TopToken(id=7, text=" the", logprob=-0.5).text
+    ' the'
+    """
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token.
+
+    Attributes:
+        id: the token.
+        text: the token decoded alone; U+FFFD stands for bytes that are not a whole character.
+        logprob: the natural logarithm of the model's probability, before temperature, penalties and biases;
+            None if the request did not ask for log-probabilities.
+        top: the most likely tokens at this position, as many as the request asked for, the likeliest first.
+
+    >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
+    >>> ticket = engine.submit([5, 6], nplora.generate.Sampling(max_new_tokens=2), logprobs=3)
+    >>> token = next(token for chunk in ticket for token in chunk.tokens)
+    >>> token.id == token.top[0].id, token.logprob == token.top[0].logprob, len(token.top)
+    (True, True, 3)
+    """
+
+    id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[TopToken, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next piece of an answer.
+
+    Attributes:
+        text: whole characters. Text that may be the beginning of a stop text is held back until it is clear.
+        tokens: the tokens that were generated since the chunk before, without the end token. Because text is
+            held back, the joined texts of the tokens may differ from `text`.
+
+    >>> nplora.serving.Chunk("Hello").tokens
+    ()
+    """
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Usage:
+    """The number of tokens of a request.
+
+    Attributes:
+        prompt: the tokens of the prompt.
+        cached: how many of them were not computed, because the prefix cache had them.
+        generated: the generated tokens. An end token counts.
+
+    >>> nplora.serving.Usage(prompt=5)
+    Usage(prompt=5, cached=0, generated=0)
+    """
+
+    prompt: int
+    cached: int = 0
+    generated: int = 0
+
+
+class Ticket:
+    """A request in the engine. `Engine.submit` returns it. All methods may be called from any thread.
+
+        >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
+        >>> ticket = engine.submit([5, 6, 7], nplora.generate.Sampling(max_new_tokens=4))
+        >>> text = "".join(chunk.text for chunk in ticket)
+        >>> ticket.finish_reason, ticket.usage
+        ('length', Usage(prompt=3, cached=0, generated=4))
+
+    Args:
+        prompt: the number of tokens of the prompt.
+        run: runs a round of the engine in this thread, or returns False if another thread runs the rounds.
+        cancel: tells the engine that this ticket was cancelled.
+    """
+
+    def __init__(self, prompt: int, run: Callable[[], bool], cancel: Callable[[Ticket], None]) -> None:
+        self._changed = threading.Condition()
+        self._chunks: deque[Chunk] = deque()
+        self._listener: Callable[[Chunk | None], None] | None = None
+        self._reason: str | None = None
+        self._error: BaseException | None = None
+        self._usage = Usage(prompt)
+        self._run, self._cancel = run, cancel
+
+    @property
+    def usage(self) -> Usage:
+        """The number of tokens so far."""
+        return self._usage
+
+    @property
+    def finish_reason(self) -> str | None:
+        """How the answer ended; None while it has not ended.
+
+        "stop": an end token or a stop text. "length": `max_new_tokens`, or the context or the memory for keys
+        and values is full. "cancelled": `cancel` was called, or the engine was closed. "error": see `error`.
+        """
+        return self._reason
+
+    @property
+    def error(self) -> BaseException | None:
+        """The exception that ended the request, if `finish_reason` is "error"."""
+        return self._error
+
+    def cancel(self) -> None:
+        """End the request. It ends before the next round; nothing happens if it has ended already."""
+        if self._reason is None:
+            self._cancel(self)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Yield the chunks as they come, until the request ends. Each chunk is yielded once.
+
+        If no thread runs the engine (`Engine.start`), the iterator runs rounds itself.
+
+        Raises:
+            BaseException: `error`, after the chunks before it.
+        """
+        while (chunk := self._next()) is not None:
+            yield chunk
+        if self._error is not None:
+            raise self._error
+
+    def _next(self) -> Chunk | None:
+        """Wait for the next chunk. None: there are no more."""
+        while True:
+            with self._changed:
+                if self._chunks:
+                    return self._chunks.popleft()
+                if self._reason is not None:
+                    return None
+            if not self._run():
+                with self._changed:
+                    if not self._chunks and self._reason is None:
+                        self._changed.wait(_LONGEST_WAIT)
+
+    def listen(self, callback: Callable[[Chunk | None], None]) -> None:
+        """Pass the chunks to a callback instead of an iterator: each chunk once, in order, then None once.
+
+        Chunks that came before are passed at once, from the calling thread; the later ones from the engine's
+        thread, which waits for the callback. So it must return quickly, as `loop.call_soon_threadsafe(...)`
+        does. An exception of the callback cancels the request.
+
+        Raises:
+            RuntimeError: the ticket has a listener already.
+        """
+        with self._changed:
+            if self._listener is not None:
+                raise RuntimeError("Ticket.listen: the ticket has a listener already")
+            self._listener = callback
+            while self._chunks:
+                callback(self._chunks.popleft())
+            if self._reason is not None:
+                callback(None)
+
+    def text(self) -> str:
+        """Wait for the end, and return the whole text. Raises `error` if there is one."""
+        return "".join(chunk.text for chunk in self)
+
+    # ---- the engine's side ----
+
+    def put(self, chunk: Chunk, usage: Usage) -> None:
+        """Pass a chunk on. Only the engine calls this method."""
+        with self._changed:
+            self._usage = usage
+            if self._listener is None:
+                self._chunks.append(chunk)
+                self._changed.notify_all()
+            else:
+                self._tell(chunk)
+
+    def end(self, reason: str, usage: Usage, error: BaseException | None = None) -> None:
+        """End the request. Only the engine calls this method."""
+        with self._changed:
+            self._usage, self._error, self._reason = usage, error, reason
+            if self._listener is not None:
+                self._tell(None)
+            self._changed.notify_all()
+
+    def _tell(self, chunk: Chunk | None) -> None:
+        try:
+            assert self._listener is not None
+            self._listener(chunk)
+        except Exception as error:
+            warn_user(f"Engine: a ticket's listener failed and is left out: {type(error).__name__}: {error}")
+            self._listener = _ignore
+            self.cancel()
+
+
+def _ignore(chunk: Chunk | None) -> None:
+    """Takes the chunks of a request whose listener failed."""

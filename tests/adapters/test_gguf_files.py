@@ -581,7 +581,7 @@ def test_the_command_converts_by_what_the_source_is(tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    with pytest.raises(ValueError, match=r"adapter_config\.json does not name the base model; use --base MODEL"):
+    with pytest.raises(ValueError, match=r"_config\.json does not name the base model; use --base MODEL"):
         adapters.convert_adapter(directory, file)
     with pytest.raises(ValueError, match=r"the output must end in \.gguf, got '.*/back'"):
         adapters.convert_adapter(directory, back, base)

@@ -16,7 +16,7 @@ def find(directory: StrPath) -> Path:
     """The base model of a PEFT adapter, as its adapter_config.json names it.
 
     A name is tried as a path, as in PEFT, and then as a model of the Hugging Face Hub that was downloaded
-    before. The file is not trusted: only a GGUF file, a config.json or a directory that holds one is accepted.
+    before. The file is not trusted: only a GGUF file, a config.json or a directory that holds one is taken.
 
     Raises:
         ValueError: the file names no model, or none that is on this machine.

@@ -1,4 +1,4 @@
-"""Exports a model, with an adapter, to a directory from which Ollama imports it: GGUF files and a Modelfile."""
+"""Exports a model, with an adapter, for Ollama: a directory with a GGUF file and a Modelfile."""
 
 import re
 import tempfile
@@ -127,7 +127,7 @@ def _is_gguf(model: StrPath) -> bool:
 def _checked(parameters: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     found = [(str(name), str(value)) for name, value in parameters]
     for name, value in found:
-        if _NAME.fullmatch(name) is None or not value or _quoted(value) is None:
+        if _NAME.fullmatch(name) is None or not value.strip() or "\n" in value or _quoted(value) is None:
             raise ValueError(f"{_OP}: parameter {name}={brief(value)}, expected a name and one line of text")
     return found
 
@@ -179,7 +179,9 @@ def _modelfile(
         if text is not None:
             quoted = _quoted(text)
             if quoted is None:
-                raise ValueError(f'{_OP}: {name.lower()} has control characters or """: a Modelfile cannot hold it')
+                raise ValueError(
+                    f'{_OP}: {name.lower()} has control characters or """: a Modelfile cannot hold it'
+                )
             lines.append(f"{name} {quoted}")
     lines += [f"PARAMETER {name} {_quoted(value) if name == 'stop' else value}" for name, value in parameters]
     return "\n".join(lines) + "\n"

@@ -12,14 +12,16 @@ HELP = (
 )
 
 _EPILOG = (
-    "The tokenizer of a Hugging Face model is converted too if it is a byte-level BPE tokenizer. A GGUF model "
-    "keeps its tokenizer."
+    "The tokenizer of a Hugging Face model is converted too if it is a byte-level BPE tokenizer. A GGUF "
+    "model keeps its tokenizer."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
-    text = "adapter (a directory or a .gguf file), or model (a directory, its model.safetensors, a .gguf file)"
+    text = (
+        "adapter (a directory or a .gguf file), or model (a directory, its model.safetensors, a .gguf file)"
+    )
     parser.add_argument("source", metavar="SOURCE", type=path, help=text)
     text = "new .gguf file, or new directory for an adapter"
     parser.add_argument("target", metavar="TARGET", type=path, help=text)

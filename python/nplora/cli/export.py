@@ -9,7 +9,9 @@ HELP = "Export a model, with an adapter, for Ollama: a GGUF file and a Modelfile
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--adapter", metavar="PATH", type=adapter_path, help="PEFT directory or llama.cpp file")
+    parser.add_argument(
+        "--adapter", metavar="PATH", type=adapter_path, help="PEFT directory or llama.cpp file"
+    )
     text = "directory to write; `ollama create NAME -f DIR/Modelfile` imports it"
     parser.add_argument("--ollama", metavar="DIR", type=path, required=True, help=text)
     text = (

@@ -169,7 +169,7 @@ def _retyped(source: StrPath, path: StrPath, dtype: str) -> ModelConversion:
         raise FormatError(f"{file.source}: an adapter, expected a model")
     if dtype == "same":
         raise ValueError(
-            f"model_to_gguf: {file.source} is a GGUF model already; give the dtype that its matrices shall have"
+            f"model_to_gguf: {file.source} is a GGUF model already; give the dtype that its matrices get"
         )
     if (count := file.metadata.number("split.count", 1)) > 1:
         raise UnsupportedError(
@@ -198,7 +198,9 @@ def _in_type(file: gguf.GgufFile, name: str, dtype: str) -> gguf.Tensor | gguf.S
     if len(tensor.shape) < 2 or (given is None and GGML_TYPES[tensor.type].dtype is not None):
         return tensor
     if given is None:
-        raise UnsupportedError(f"{file.source}: tensor {brief(name)} is {tensor.type}, which nplora cannot decode")
+        raise UnsupportedError(
+            f"{file.source}: tensor {brief(name)} is {tensor.type}, which nplora cannot decode"
+        )
     require_finite(file.source, tensor)
     storage = retyping.storage_of(given, tensor.shape, dtype)
     if storage == given:

@@ -1,4 +1,4 @@
-"""Stores the tensors of a model in other types: which type each tensor gets, and its bytes, block by block."""
+"""Stores the tensors of a model in other types: the type of each tensor, and its bytes, block by block."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol

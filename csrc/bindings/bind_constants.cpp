@@ -17,8 +17,7 @@ struct Constant {
 constexpr Constant kConstants[] = {
     {"cache_line", kCacheLine},
     {"least_buffer_bytes", kLeastBufferBytes},
-    {"least_small_batch", kernels::kLeastSmallBatch},
-    {"most_small_batch", kernels::kMostSmallBatch},
+    {"small_batch", kernels::kSmallBatch},
     {"float_batch", kFloatBatch},
     {"task_tokens", kTaskTokens},
     {"lanes_bytes", kLanesBytes},

@@ -34,21 +34,61 @@ class InferenceLayer {
   std::variant<ForwardPart<float>, ForwardPart<double>> part_;
 };
 
+using Layers = std::vector<const InferenceLayer*>;
+
+// The parts of the layers for rows of x (rows, d_in), without y.
 template <class T>
-py::list infer(const Array<T>& x, const std::vector<const InferenceLayer*>& layers) {
-  const Matrix<const T> from = read(x);
+std::vector<ForwardPart<T>> parts_of(const Layers& layers, const Array<T>& x, size_t rows) {
   std::vector<ForwardPart<T>> parts;
+  for (const InferenceLayer* layer : layers) {
+    require(layer, "expected a layer");
+    parts.push_back(layer->part<T>());
+    require_shape("x", x, rows, parts.back().w.d_in);
+    require(parts.back().w.compute == parts[0].w.compute,
+            "the weights of a stack must have the same compute type");
+  }
+  return parts;
+}
+
+template <class T>
+py::list infer(const Array<T>& x, const Layers& layers) {
+  const Matrix<const T> from = read(x);
+  std::vector<ForwardPart<T>> parts = parts_of<T>(layers, x, from.rows);
   py::list ys(layers.size());
   for (size_t i = 0; i < layers.size(); ++i) {
-    require(layers[i], "expected a layer");
-    ForwardPart<T>& part = parts.emplace_back(layers[i]->part<T>());
-    require_shape("x", x, from.rows, part.w.d_in);
-    require(part.w.compute == parts[0].w.compute, "the weights of a stack must have the same compute type");
-    auto y = empty_rows<T>(from.rows, part.w.d_out);
-    part.y = write(y);
+    auto y = empty_rows<T>(from.rows, parts[i].w.d_out);
+    parts[i].y = write(y);
     ys[i] = std::move(y);
   }
   without_gil([&] { lora_forward<T>(parts, from); });
+  return ys;
+}
+
+template <class T>
+py::list infer_groups(const Array<T>& x, const std::vector<Layers>& groups, const std::vector<size_t>& rows) {
+  const Matrix<const T> from = read(x);
+  require(!groups.empty() && groups.size() == rows.size(), "expected layers for each group of rows");
+  std::vector<GroupParts<T>> all;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    require(groups[g].size() == groups[0].size(), "the groups must have the same number of layers");
+    all.push_back({rows[g], parts_of<T>(groups[g], x, from.rows)});
+  }
+  py::list ys(groups[0].size());
+  for (size_t i = 0; i < groups[0].size(); ++i) {
+    const size_t d_out = all[0].parts[i].w.d_out;
+    auto y = empty_rows<T>(from.rows, d_out);
+    const Matrix<T> to = write(y);
+    size_t first = 0;
+    for (GroupParts<T>& group : all) {
+      require(group.parts[i].w.d_out == d_out, "the groups must have the same d_out");
+      require(group.rows <= from.rows - first, "the groups have more rows than x");
+      group.parts[i].y = {to.row(first), group.rows, d_out, to.stride};
+      first += group.rows;
+    }
+    require(first == from.rows, "the groups have fewer rows than x");
+    ys[i] = std::move(y);
+  }
+  without_gil([&] { lora_forward_groups<T>(all, from); });
   return ys;
 }
 
@@ -61,6 +101,8 @@ void register_products(py::module_& m, py::class_<InferenceLayer>& layer) {
       arg("bias").noconvert().none(true));
   m.def("infer", &infer<T>, arg("x").noconvert(), arg("layers"),
         "y = x W^T + scale (x B^T) A^T [+ bias] for layers that read one x");
+  m.def("infer_groups", &infer_groups<T>, arg("x").noconvert(), arg("groups"), arg("rows"),
+        "The same for groups of rows, each with layers of its own");
 }
 
 }  // namespace

@@ -166,11 +166,12 @@ py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool drop
   require(rows >= 1 && rows <= PTRDIFF_MAX, "explain: rows is " + std::to_string(rows) +
                                                 ", expected at least 1 and no more than an array can have");
   const WeightView w = weight.view();
-  const bool int8 = dots_int8(w) && rows <= small_batch<float>(), decoded = is_blocks(w.storage);
-  const size_t element_bytes = w.storage == Storage::kFloat64 ? 8 : !int8 && computes_pairs(w, rows) ? 2 : 4;
+  const bool int8 = dots_int8(w) && rows <= kernels::kSmallBatch, decoded = is_blocks(w.storage);
+  const bool pairs = rows > kernels::kSmallBatch && computes_pairs(w, rows);
+  const size_t element_bytes = w.storage == Storage::kFloat64 ? 8 : pairs ? 2 : 4;
   const LayerShape shape{rows, w.d_out, w.d_in, rank, element_bytes, dropout, decoded};
   const char* paths[] = {
-      "few rows: W is read once in place, lanes hold tokens, each interleaved along the depth",
+      "few rows: W is read once in place, and each row is summed alone",
       "tokens in the lanes: x and y are transposed", "outputs in the lanes: blocks of W are transposed"};
   const auto path = static_cast<size_t>(forward_path(rows, w.d_out, w.d_in, element_bytes, decoded));
   py::dict plan;

@@ -81,56 +81,51 @@ struct DecodedRow {
 };
 
 // A destination that does not store decoded values but multiplies them with kTokens rows of `x`. The products
-// of each token are added up in kChains independent sums. Successive groups of kBytes elements use these sums
-// in turn, so a fused multiply-add need not wait for the previous one.
-template <size_t kTokens, size_t kChains>
+// of each token are added up in one vector of sums, in an order that does not depend on the number of tokens.
+template <size_t kTokens>
 struct Dot {
   const float* x;
   size_t x_stride;
-  Vec<float> (*sums)[kTokens];  // (kChains, kTokens)
-  size_t at = 0;                // index in a row of `x` at which the current group of elements begins
+  Vec<float> (&sums)[kTokens];
+  size_t at = 0;  // index in a row of `x` at which the current group of elements begins
 
   Dot operator+(size_t elements) const { return {x, x_stride, sums, at + elements}; }
   Vec<float> x_of(size_t t, size_t i) const {
     return Vec<float>::load(x + t * x_stride + at + i * Vec<float>::kLanes);
   }
   void add(size_t i, Vec<float> w) const {
-    Vec<float>(&chain)[kTokens] = sums[at / kBytes % kChains];
 #pragma GCC unroll 4
-    for (size_t t = 0; t < kTokens; ++t) chain[t] = fma(w, x_of(t, i), chain[t]);
+    for (size_t t = 0; t < kTokens; ++t) sums[t] = fma(w, x_of(t, i), sums[t]);
   }
 };
-template <size_t kTokens, size_t kChains>
-inline void put(const Floats& values, const Dot<kTokens, kChains>& to) {
+template <size_t kTokens>
+inline void put(const Floats& values, const Dot<kTokens>& to) {
 #pragma GCC unroll 4
   for (size_t i = 0; i < kVectors; ++i) to.add(i, values.v[i]);
 }
-template <size_t kTokens, size_t kChains>
-inline void put(const Floats& q, Vec<float> d, const Dot<kTokens, kChains>& to) {
+template <size_t kTokens>
+inline void put(const Floats& q, Vec<float> d, const Dot<kTokens>& to) {
 #pragma GCC unroll 4
   for (size_t i = 0; i < kVectors; ++i) to.add(i, q.v[i] * d);
 }
-template <size_t kTokens, size_t kChains>
-inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens, kChains>& to) {
+template <size_t kTokens>
+inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens>& to) {
 #pragma GCC unroll 4
   for (size_t i = 0; i < kVectors; ++i) to.add(i, fma(q.v[i], d, m));
 }
 
-// Adds the products of a sub-block that has a single scale `d`. For one token, the scale multiplies the sum
-// of the products, because scaling each code would take more multiplications. For one token, only the first
-// of the kChains sums is used.
-template <size_t kTokens, size_t kChains>
-inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens, kChains>& to) {
-  if constexpr (kTokens > 1) {
-    put(low, d, to);
-    put(high, d, to + kBytes);
-  } else {
-    Vec<float> sum = low.v[0] * to.x_of(0, 0);
+// Adds the products of a sub-block that has a single scale `d`. The scale multiplies the sum of the products,
+// because scaling each code would take more multiplications for one token.
+template <size_t kTokens>
+inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens>& to) {
+#pragma GCC unroll 4
+  for (size_t t = 0; t < kTokens; ++t) {
+    Vec<float> sum = low.v[0] * to.x_of(t, 0);
 #pragma GCC unroll 8
-    for (size_t i = 1; i < kVectors; ++i) sum = fma(low.v[i], to.x_of(0, i), sum);
+    for (size_t i = 1; i < kVectors; ++i) sum = fma(low.v[i], to.x_of(t, i), sum);
 #pragma GCC unroll 8
-    for (size_t i = 0; i < kVectors; ++i) sum = fma(high.v[i], to.x_of(0, kVectors + i), sum);
-    to.sums[0][0] = fma(sum, d, to.sums[0][0]);
+    for (size_t i = 0; i < kVectors; ++i) sum = fma(high.v[i], to.x_of(t, kVectors + i), sum);
+    to.sums[t] = fma(sum, d, to.sums[t]);
   }
 }
 
@@ -317,22 +312,18 @@ struct BlockRows {
 template <size_t kTokens, size_t kRows, class Rows>
 inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, const float* x, size_t x_stride,
                      float* part, size_t all) {
-  constexpr size_t kChains = kRows * kTokens < 8 ? 2 : 1, kLanes = Vec<float>::kLanes;
-  Vec<float> sums[kRows][kChains][kTokens];
-#pragma GCC unroll 4
-  for (size_t r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (size_t i = 0; i < kChains * kTokens; ++i) sums[r][i / kTokens][i % kTokens] = Vec<float>::zero();
+  constexpr size_t kLanes = Vec<float>::kLanes;
+  Vec<float> sums[kRows][kTokens];
+#pragma GCC unroll 16
+  for (size_t i = 0; i < kRows * kTokens; ++i) sums[i / kTokens][i % kTokens] = Vec<float>::zero();
   size_t all_rows[kRows];
   for (size_t r = 0; r < kRows; ++r) all_rows[r] = first + smaller(r, rows - 1);
-  w.add(all_rows, cols, [&](size_t r, size_t i) { return Dot<kTokens, kChains>{x + i, x_stride, sums[r]}; });
+  w.add(all_rows, cols, [&](size_t r, size_t i) { return Dot<kTokens>{x + i, x_stride, sums[r]}; });
 #pragma GCC unroll 4
   for (size_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (size_t t = 0; t < kTokens && r < rows; ++t) {
-      const Vec<float> sum = kChains == 1 ? sums[r][0][t] : sums[r][0][t] + sums[r][kChains - 1][t];
-      sum.store(part + (t * all + first + r) * kLanes);
-    }
+    for (size_t t = 0; t < kTokens && r < rows; ++t)
+      sums[r][t].store(part + (t * all + first + r) * kLanes);
 }
 
 struct RowRange {

@@ -1,208 +1,183 @@
 // Matrix products for small batches. These products read the weight W once, in the order in which it is
 // stored: panel by panel, or row by row if W is row-major. Each kernel is documented in kernel_table.h.
 //
+// The products of a token are summed in an order that does not depend on the other tokens: each lane of a
+// vector sums every kLanes-th product of a row of W, and the lanes are added at the end. So a token gets the
+// same bits in every batch.
+//
 // Each kernel unit (isa_*.cpp) defines three constants.
 //   `kDotResident` is the largest number of vectors of `x`, for one panel, that stay in registers while rows
 //     of W are read.
-//   `kDotRows` is the number of rows of W that share each load of `x` if `x` does not stay in registers.
+//   `kDotRows` is the number of rows of W that share each load of `x` if there is one token, and if `x` does
+//     not stay in registers.
 //   `kDotSums` is the number of partial sums of a row: the latency of an FMA times its throughput (4 x 2),
 //     divided by the number of rows that are summed at once.
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// The number of groups of kInterleave elements in a row of a full panel.
-template <class W, size_t kInterleave>
-inline constexpr size_t kGroups = kPanelDepth<W> / kInterleave;
+// The number of vectors in a row of a full panel.
+template <class W>
+inline constexpr size_t kVectorsOfPanel = kPanelColumns / Vec<Sum<W>>::kLanes;
 
-// Loads the first `n` elements of a group, sets its other elements to zero, and repeats the group until all
-// lanes are full.
-template <class E, class W, size_t kInterleave>
-inline Vec<E> load_group_partial(const W* from, size_t n) {
-  if constexpr (kInterleave == Vec<E>::kLanes) return Vec<E>::load_partial(from, n);
-  W group[kInterleave] = {};
-  for (size_t i = 0; i < n; ++i) group[i] = from[i];
-  return Vec<E>::template load_group<kInterleave>(group);
-}
-
-// The number of partial sums of a row of W. If a panel has few groups, the products of a row are all added,
+// The number of partial sums of a row of W. If a panel has few vectors, the products of a row are all added,
 // in order, to a single sum.
-template <class W, size_t kInterleave>
-inline constexpr size_t kSideSums = kGroups<W, kInterleave> >= 2 * kDotSums ? kDotSums : 1;
+template <class W>
+inline constexpr size_t kSideSums = kVectorsOfPanel<W> >= 2 * kDotSums ? kDotSums : 1;
 
-// Whether dots_zipped multiplies full panels: it does if the interleave factor is two and the instruction set
-// can interleave (zip) two vectors.
-template <class W, size_t kInterleave>
-inline constexpr bool kZipped =
-#if defined(NPLORA_SIMD_AVX512)
-    kInterleave == 2 && sizeof(Operand<W>) == 4;
-#else
-    false;
-#endif
+// The number of rows of W that share each load of `x`. Eight sums hide the latency of an FMA, and more sums
+// of several tokens would not fit into the registers.
+template <class W, size_t kTokens>
+inline constexpr size_t kSharingRows =
+    kTokens == 1 ? kDotRows : (kTokens * kSideSums<W> < 8 ? 8 / (kTokens * kSideSums<W>) : 1);
 
-// The partial sums of kRows rows of W.
-template <class W, size_t kInterleave, size_t kRows>
-using RowSums = Vec<Sum<W>>[kRows][kSideSums<W, kInterleave>];
+// The partial sums of kRows rows of W and kTokens tokens.
+template <class W, size_t kTokens, size_t kRows>
+using RowSums = Vec<Sum<W>>[kRows][kTokens][kSideSums<W>];
 
-// Adds the product of row w[r] of a full panel with `x` to sums[r][0]. The order of the additions does not
-// depend on how W is stored. `x_at(s)` returns the vector of `x` for group s.
-template <class W, size_t kInterleave, size_t kRows, class XAt>
+// Adds the products of row w[r] of a full panel with kTokens rows of `x` to sums[r][t][0]. The order of the
+// additions depends neither on the number of tokens nor on how W is stored. `x_at(t, s)` returns vector s of
+// row t of `x`.
+template <class W, size_t kTokens, size_t kRows, class XAt>
 [[gnu::always_inline]] inline void add_panel(const W* const (&w)[kRows], const XAt& x_at,
-                                             RowSums<W, kInterleave, kRows>& sums) {
-  using T = Sum<W>;
-  constexpr size_t kSums = kSideSums<W, kInterleave>;
+                                             RowSums<W, kTokens, kRows>& sums) {
+  using V = Vec<Sum<W>>;
+  constexpr size_t kSums = kSideSums<W>;
+#pragma GCC unroll 16
+  for (size_t i = 0; i < kRows * kTokens; ++i)
 #pragma GCC unroll 4
-  for (size_t r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (size_t i = 1; i < kSums; ++i) sums[r][i] = Vec<T>::zero();
+    for (size_t j = 1; j < kSums; ++j) sums[i / kTokens][i % kTokens][j] = V::zero();
 #pragma GCC unroll 48
-  for (size_t s = 0; s < kGroups<W, kInterleave>; ++s) {
-    const auto x = x_at(s);
+  for (size_t s = 0; s < kVectorsOfPanel<W>; ++s) {
+    V x[kTokens];
 #pragma GCC unroll 4
-    for (size_t r = 0; r < kRows; ++r)
-      sums[r][s % kSums] = fma(Vec<Operand<W>>::template load_group<kInterleave>(w[r] + s * kInterleave), x,
-                               sums[r][s % kSums]);
+    for (size_t t = 0; t < kTokens; ++t) x[t] = x_at(t, s);
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r) {
+      const V some = V::load(w[r] + s * V::kLanes);
+#pragma GCC unroll 4
+      for (size_t t = 0; t < kTokens; ++t) sums[r][t][s % kSums] = fma(some, x[t], sums[r][t][s % kSums]);
+    }
   }
-#pragma GCC unroll 4
-  for (size_t r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+  for (size_t i = 0; i < kRows * kTokens; ++i)
 #pragma GCC unroll 4
     for (size_t half = kSums / 2; half > 0; half /= 2)
 #pragma GCC unroll 4
-      for (size_t i = 0; i < half; ++i) sums[r][i] = sums[r][i] + sums[r][i + half];
+      for (size_t j = 0; j < half; ++j) {
+        V(&side)[kSums] = sums[i / kTokens][i % kTokens];
+        side[j] = side[j] + side[j + half];
+      }
 }
 
 // Prefetches one row of a panel into L2.
 template <class W>
 inline void fetch_panel(const W* at) {
 #pragma GCC unroll 8
-  for (size_t line = 0; line < kPanelDepth<W> * sizeof(W); line += kCacheLine)
+  for (size_t line = 0; line < kPanelColumns * sizeof(W); line += kCacheLine)
     __builtin_prefetch(reinterpret_cast<const char*>(at) + line, 0, 2);
 }
 
+// A product of some tokens: `rows` rows of `w` times rows of `x`. The sums of token t and row r are at part +
+// t * part_stride + r * lanes.
 template <class W>
 struct Dots {
   size_t rows;
   const W* w;
   size_t row_stride;
-  const Operand<W>* xs;
+  const Sum<W>* x;
+  size_t x_stride;
   Sum<W>* part;
+  size_t part_stride;
   bool accumulate;
   const W* next;  // later rows of W, which are prefetched
+
+  template <size_t kTokens, size_t kRows>
+  [[gnu::always_inline]] void load_sums(RowSums<W, kTokens, kRows>& sums) const {
+    using V = Vec<Sum<W>>;
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (size_t t = 0; t < kTokens; ++t)
+        sums[r][t][0] = accumulate ? V::load(part + t * part_stride + r * V::kLanes) : V::zero();
+  }
+  template <size_t kTokens, size_t kRows>
+  [[gnu::always_inline]] void store_sums(const RowSums<W, kTokens, kRows>& sums) const {
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (size_t t = 0; t < kTokens; ++t)
+        sums[r][t][0].store(part + t * part_stride + r * Vec<Sum<W>>::kLanes);
+  }
 };
 
 // Multiplies a full panel, kRows rows of W at a time, until fewer than kRows rows are left.
-template <class W, size_t kInterleave, size_t kRows>
+template <class W, size_t kTokens, size_t kRows>
 inline void dots_rows(Dots<W>& p) {
-  using T = Sum<W>;
-  using X = Operand<W>;
-  constexpr size_t kLanes = Vec<T>::kLanes, kPanelGroups = kGroups<W, kInterleave>;
-  constexpr bool kResident = kPanelGroups <= kDotResident;
-  Vec<X> x[kResident ? kPanelGroups : 1];
+  using V = Vec<Sum<W>>;
+  constexpr size_t kVectors = kVectorsOfPanel<W>;
+  constexpr bool kResident = kTokens * kVectors <= kDotResident;
+  V x[kResident ? kTokens * kVectors : 1];
   if constexpr (kResident)
 #pragma GCC unroll 48
-    for (size_t s = 0; s < kPanelGroups; ++s) {
-      x[s] = Vec<X>::load(p.xs + s * kLanes);
-      keep(x[s]);
+    for (size_t i = 0; i < kTokens * kVectors; ++i) {
+      x[i] = V::load(p.x + i / kVectors * p.x_stride + i % kVectors * V::kLanes);
+      keep(x[i]);
     }
-  const auto x_at = [&](size_t s) __attribute__((always_inline)) {
+  const auto x_at = [&](size_t t, size_t s) __attribute__((always_inline)) {
     if constexpr (kResident)
-      return x[s];
+      return x[t * kVectors + s];
     else
-      return Vec<X>::load(p.xs + s * kLanes);
+      return V::load(p.x + t * p.x_stride + s * V::kLanes);
   };
-  for (; p.rows >= kRows; p.rows -= kRows, p.w += kRows * p.row_stride, p.part += kRows * kLanes) {
+  for (; p.rows >= kRows; p.rows -= kRows, p.w += kRows * p.row_stride, p.part += kRows * V::kLanes) {
     const W* w[kRows];
-    RowSums<W, kInterleave, kRows> sums;
+    RowSums<W, kTokens, kRows> sums;
+    p.template load_sums<kTokens, kRows>(sums);
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r, p.next += p.row_stride) {
       fetch_panel(p.next);
       w[r] = p.w + r * p.row_stride;
       keep(w[r]);  // without `keep`, GCC loads an offset for each element from the stack
-      sums[r][0] = p.accumulate ? Vec<T>::load(p.part + r * kLanes) : Vec<T>::zero();
     }
-    add_panel<W, kInterleave, kRows>(w, x_at, sums);
-#pragma GCC unroll 4
-    for (size_t r = 0; r < kRows; ++r) sums[r][0].store(p.part + r * kLanes);
+    add_panel<W, kTokens, kRows>(w, x_at, sums);
+    p.template store_sums<kTokens, kRows>(sums);
   }
 }
 
-// Multiplies a full panel if the interleave factor is two and two vectors can be zipped. A vector of `x`
-// holds two elements for each token. Zipping rearranges two neighbouring vectors so that each holds four
-// elements for half of the tokens. One load of four elements of W then serves two products.
-template <class W>
-inline void dots_zipped(Dots<W>& p) {
-  using T = Sum<W>;
-  using X = Operand<W>;
-  constexpr size_t kLanes = Vec<T>::kLanes, kPanelGroups = kGroups<W, 4>, kSums = kDotSums / 2;
-  Vec<X> x[kPanelGroups][2];
-#pragma GCC unroll 12
-  for (size_t s = 0; s < kPanelGroups; ++s) {
-    for (size_t i = 0; i < 2; ++i) x[s][i] = Vec<X>::load(p.xs + (2 * s + i) * kLanes);
-    zip_pairs(x[s][0], x[s][1]);
-    for (size_t i = 0; i < 2; ++i) keep(x[s][i]);
-  }
-  for (; p.rows > 0; --p.rows, p.w += p.row_stride, p.part += kLanes, p.next += p.row_stride) {
-    fetch_panel(p.next);
-    Vec<T> sums[kSums][2];
-#pragma GCC unroll 4
-    for (size_t j = 0; j < kSums; ++j) sums[j][0] = sums[j][1] = Vec<T>::zero();
-#pragma GCC unroll 12
-    for (size_t s = 0; s < kPanelGroups; ++s) {
-      const auto w = Vec<X>::template load_group<4>(p.w + 4 * s);
-      for (size_t i = 0; i < 2; ++i) sums[s % kSums][i] = fma(w, x[s][i], sums[s % kSums][i]);
-    }
-#pragma GCC unroll 4
-    for (size_t j = 1; j < kSums; ++j)
-      for (size_t i = 0; i < 2; ++i) sums[0][i] = sums[0][i] + sums[j][i];
-    unzip_pairs(sums[0][0], sums[0][1]);
-    const Vec<T> sum = sums[0][0] + sums[0][1];
-    (p.accumulate ? Vec<T>::load(p.part) + sum : sum).store(p.part);
-  }
-}
-
-template <class W, size_t kInterleave>
+template <class W, size_t kTokens>
 inline void dots_panel(Dots<W>& p) {
-  if constexpr (kZipped<W, kInterleave>) return dots_zipped<W>(p);
-  if constexpr (kGroups<W, kInterleave> > kDotResident) dots_rows<W, kInterleave, kDotRows>(p);
-  dots_rows<W, kInterleave, 1>(p);
+  if constexpr (kTokens * kVectorsOfPanel<W> > kDotResident && kSharingRows<W, kTokens> > 1)
+    dots_rows<W, kTokens, kSharingRows<W, kTokens>>(p);
+  dots_rows<W, kTokens, 1>(p);
 }
 
 // Multiplies a panel, or a whole matrix, that has fewer columns than a full panel.
-template <class W, size_t kInterleave>
+template <class W>
 inline void dots_narrow(Dots<W> p, size_t width) {
-  using T = Sum<W>;
-  using X = Operand<W>;
-  constexpr size_t kLanes = Vec<T>::kLanes;
-  const size_t groups = width / kInterleave, rest = width % kInterleave;
+  using V = Vec<Sum<W>>;
+  constexpr size_t kLanes = V::kLanes;
   for (; p.rows > 0; --p.rows, p.w += p.row_stride, p.part += kLanes) {
-    Vec<T> sum = p.accumulate ? Vec<T>::load(p.part) : Vec<T>::zero();
-    const W* w = p.w;
-    const X* xs = p.xs;
-    for (size_t s = 0; s < groups; ++s, w += kInterleave, xs += kLanes)
-      sum = fma(Vec<X>::template load_group<kInterleave>(w), Vec<X>::load(xs), sum);
-    if (rest > 0) sum = fma(load_group_partial<X, W, kInterleave>(w, rest), Vec<X>::load(xs), sum);
+    V sum = p.accumulate ? V::load(p.part) : V::zero();
+    size_t c = 0;
+    for (; c + kLanes <= width; c += kLanes) sum = fma(V::load(p.w + c), V::load(p.x + c), sum);
+    if (c < width) sum = fma(V::load_partial(p.w + c, width - c), V::load_partial(p.x + c, width - c), sum);
     sum.store(p.part);
   }
 }
 
 // Multiplies the full panels of a row-major W, kRows rows at a time, until fewer than kRows rows are left.
-// The sums of the kRows rows stay in registers for all panels. The code also prefetches the same columns of
-// later rows, at least kFetchAhead bytes and at least kRows rows ahead.
-template <class W, size_t kInterleave, size_t kRows>
-inline void dots_row_major(Dots<W>& p, size_t panels) {
-  using T = Sum<W>;
-  using X = Operand<W>;
-  constexpr size_t kLanes = Vec<T>::kLanes, kPanelGroups = kGroups<W, kInterleave>;
+// The sums of the kRows rows stay in registers for all panels. The code also prefetches the memory `ahead`
+// elements after the rows that are read.
+template <class W, size_t kTokens, size_t kRows>
+inline void dots_row_major(Dots<W>& p, size_t panels, size_t ahead) {
+  using V = Vec<Sum<W>>;
   const size_t step = kRows * p.row_stride;
-  const size_t rows_ahead = ceil_div(kFetchAhead / sizeof(W), step) * kRows;
-  for (; p.rows >= kRows; p.rows -= kRows, p.w += step, p.part += kRows * kLanes) {
-    const size_t ahead = p.rows > rows_ahead ? rows_ahead * p.row_stride : 0;
-    RowSums<W, kInterleave, kRows> sums;
-#pragma GCC unroll 4
-    for (size_t r = 0; r < kRows; ++r)
-      sums[r][0] = p.accumulate ? Vec<T>::load(p.part + r * kLanes) : Vec<T>::zero();
+  for (; p.rows >= kRows; p.rows -= kRows, p.w += step, p.part += kRows * V::kLanes) {
+    RowSums<W, kTokens, kRows> sums;
+    p.template load_sums<kTokens, kRows>(sums);
     const W* first = p.w;
-    const X* xs = p.xs;
-    for (size_t panel = 0; panel < panels; ++panel, first += kPanelDepth<W>, xs += kPanelGroups * kLanes) {
+    const Sum<W>* x = p.x;
+    for (size_t panel = 0; panel < panels; ++panel, first += kPanelColumns, x += kPanelColumns) {
       const W* w[kRows];
 #pragma GCC unroll 4
       for (size_t r = 0; r < kRows; ++r) {
@@ -210,153 +185,109 @@ inline void dots_row_major(Dots<W>& p, size_t panels) {
         keep(w[r]);
         fetch_panel(w[r] + ahead);
       }
-      add_panel<W, kInterleave, kRows>(
-          w, [&](size_t s) __attribute__((always_inline)) { return Vec<X>::load(xs + s * kLanes); }, sums);
+      add_panel<W, kTokens, kRows>(
+          w,
+          [&](size_t t, size_t s)
+              __attribute__((always_inline)) { return V::load(x + t * p.x_stride + s * V::kLanes); },
+          sums);
     }
-#pragma GCC unroll 4
-    for (size_t r = 0; r < kRows; ++r) sums[r][0].store(p.part + r * kLanes);
+    p.template store_sums<kTokens, kRows>(sums);
   }
 }
 
-template <class W, size_t kInterleave>
-inline void dots_interleaved(size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
-                             bool accumulate) {
-  constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
-  // If W is row-major or has a single row, its full panels are multiplied here. Two kinds of products use the
-  // loop over panels below instead: zipped products, because they keep the part of `x` for one panel in
-  // registers, and products of bfloat16 pairs, because they are used only for batches of more tokens.
-  if constexpr (kValuesPerElement<W> == 1 && !kZipped<W, kInterleave>)
-    if (const size_t panels = depth / kPanelDepth<W>; panels > 0 && w.panel_stride == kPanelDepth<W>) {
-      Dots<W> p{rows, w.data, w.row_stride, xs, part, accumulate, nullptr};
-      dots_row_major<W, kInterleave, kDotRows>(p, panels);
-      dots_row_major<W, kInterleave, 1>(p, panels);
-      depth -= panels * kPanelDepth<W>;
-      if (depth == 0) return;
-      w.data += panels * kPanelDepth<W>;
-      xs += panels * kGroups<W, kInterleave> * kLanes;
-      accumulate = true;
-    }
-  do {  // runs once even if `depth` is 0, to set `part` to zero
-    const size_t width = smaller(depth, kPanelDepth<W>);
-    // The last rows of a panel prefetch the first rows of the next panel.
-    const size_t last = smaller(rows, kFetchAhead / (kPanelDepth<W> * sizeof(W)));
-    Dots<W> p{rows - last, w.data, w.row_stride, xs, part, accumulate, w.data + last * w.row_stride};
-    if (width == kPanelDepth<W>) {
-      if (p.rows > 0) dots_panel<W, kInterleave>(p);
-      p.rows += last;
-      p.next = w.data + w.panel_stride;
-      dots_panel<W, kInterleave>(p);
-    } else {
-      p.rows = rows;
-      dots_narrow<W, kInterleave>(p, width);
-    }
-    depth -= width;
-    w.data += w.panel_stride;
-    xs += width / kInterleave * kLanes;
-    accumulate = true;
-  } while (depth > 0);
+// Calls body.operator()<kTokens>(first token) for groups of 4, then 2, then 1 of the `m` tokens.
+template <size_t kTokens = 4, class Body>
+[[gnu::always_inline]] inline void for_tokens(size_t m, const Body& body, size_t first = 0) {
+  for (; first + kTokens <= m; first += kTokens) body.template operator()<kTokens>(first);
+  if constexpr (kTokens > 1) for_tokens<kTokens / 2>(m, body, first);
 }
 
-// Makes the interleave factor a template argument: calls `body.operator()<interleave_factor>()`.
-template <class T, size_t kInterleave = Vec<T>::kLanes, class Body>
-inline void for_interleave_factor(size_t interleave_factor, const Body& body) {
-  if (interleave_factor == kInterleave) return body.template operator()<kInterleave>();
-  if constexpr (kInterleave > 1 && kInterleave * kMostSmallBatch > Vec<T>::kLanes)
-    for_interleave_factor<T, kInterleave / 2>(interleave_factor, body);
+// Returns the product for the tokens from `first` on.
+template <class W>
+inline Dots<W> from_token(Dots<W> p, size_t first) {
+  p.x += first * p.x_stride;
+  p.part += first * p.part_stride;
+  return p;
+}
+
+// Multiplies the full panels of a row-major W. All tokens are multiplied with a few rows of W before the next
+// rows are read. The same columns of later rows are prefetched, at least kFetchAhead bytes ahead.
+template <class W>
+inline void dots_row_major(size_t m, Dots<W> p, size_t panels) {
+  constexpr size_t kFew = 8;
+  const size_t rows_ahead = ceil_div(kFetchAhead / sizeof(W), kFew * p.row_stride) * kFew;
+  for (size_t left = p.rows; left > 0; left -= p.rows) {
+    p.rows = smaller(kFew, left);
+    for_tokens(m, [&]<size_t kTokens>(size_t first) {
+      Dots<W> some = from_token(p, first);
+      const size_t ahead = first == 0 && left > rows_ahead ? rows_ahead * p.row_stride : 0;
+      if constexpr (kSharingRows<W, kTokens> > 1)
+        dots_row_major<W, kTokens, kSharingRows<W, kTokens>>(some, panels, ahead);
+      dots_row_major<W, kTokens, 1>(some, panels, ahead);
+    });
+    p.w += p.rows * p.row_stride;
+    p.part += p.rows * Vec<Sum<W>>::kLanes;
+  }
 }
 
 template <class W>
-void dots(size_t interleave_factor, size_t rows, size_t depth, const Panels<W>& w, const Operand<W>* xs,
+void dots(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>* x, size_t x_stride,
           Sum<W>* part, bool accumulate) {
-  for_interleave_factor<Sum<W>>(interleave_factor, [&]<size_t kInterleave>() {
-    if constexpr (kPanelDepth<W> % kInterleave == 0)
-      dots_interleaved<W, kInterleave>(rows, depth, w, xs, part, accumulate);
-  });
-}
-
-// Rearranges `x` (m, cols) into `xs` (groups, lanes), where kInterleave neighbouring lanes belong to one
-// token. Missing rows and columns of `x` are replaced by zeros.
-template <class T, size_t kInterleave>
-inline void interleave_groups(size_t m, size_t cols, const T* x, size_t x_stride, T* xs) {
-  constexpr size_t kLanes = Vec<T>::kLanes, kTokens = kLanes / kInterleave;
-  for (size_t c = 0; c < cols; c += kInterleave, xs += kLanes)
-    for (size_t t = 0; t < kTokens; ++t) {
-      const size_t n = t < m ? smaller(cols - c, kInterleave) : 0;
-      const T* from = x + t * x_stride + c;
-      if (n == kInterleave)
-        __builtin_memcpy(xs + t * kInterleave, from, kInterleave * sizeof(T));
-      else
-        for (size_t i = 0; i < kInterleave; ++i) xs[t * kInterleave + i] = i < n ? from[i] : T(0);
-    }
-}
-
-// Does the same as interleave_groups if a group is as large as one element of type U. A transpose of
-// elements of type U then moves whole groups. The function also prefetches the next `m` rows of `x`, which
-// are used soon.
-template <class T, class U>
-inline void interleave_transposed(size_t m, size_t cols, const T* x, size_t x_stride, T* xs) {
-  constexpr size_t kLanes = Vec<T>::kLanes, kTokens = Vec<U>::kLanes, kInterleave = kLanes / kTokens;
-  for (size_t c = 0; c < cols; c += kLanes) {
-    const size_t width = smaller(cols - c, kLanes);
-    Vec<U> block[kTokens];
-#pragma GCC unroll 16
-    for (size_t t = 0; t < kTokens; ++t) {
-      const T* from = x + t * x_stride + c;
-      __builtin_prefetch(from + m * x_stride, 0, 2);
-      block[t] = __builtin_bit_cast(Vec<U>, t >= m            ? Vec<T>::zero()
-                                            : width == kLanes ? Vec<T>::load(from)
-                                                              : Vec<T>::load_partial(from, width));
-    }
-    transpose(block);
-#pragma GCC unroll 16
-    for (size_t g = 0; g < kTokens; ++g, xs += kLanes) {
-      if (g * kInterleave >= width) return;
-      __builtin_bit_cast(Vec<T>, block[g]).store(xs);
-    }
+  constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
+  Dots<W> p{rows, w.data, w.row_stride, x, x_stride, part, rows * kLanes, accumulate, w.data};
+  // If W is row-major or has a single row, its full panels are multiplied here.
+  if (const size_t panels = depth / kPanelColumns; panels > 0 && w.panel_stride == kPanelColumns) {
+    dots_row_major(m, p, panels);
+    depth -= panels * kPanelColumns;
+    if (depth == 0) return;
+    p.w += panels * kPanelColumns;
+    p.x += panels * kPanelColumns;
+    p.accumulate = true;
   }
-}
-
-template <class T>
-void interleave(size_t m, size_t interleave_factor, size_t cols, const T* x, size_t x_stride, T* xs) {
-  for_interleave_factor<T>(interleave_factor, [&]<size_t kInterleave>() {
-    if constexpr (kInterleave == 1)
-      interleave_transposed<T, T>(m, cols, x, x_stride, xs);
-    else if constexpr (kInterleave * sizeof(T) == sizeof(double))
-      interleave_transposed<T, double>(m, cols, x, x_stride, xs);
-    else
-      interleave_groups<T, kInterleave>(m, cols, x, x_stride, xs);
-  });
-}
-
-// Adds up the lanes of each token pairwise, as a tree; adds `bias` (rows) unless it is null; stores the sums
-// in `y` (m, rows). `part` (rows, lanes) has the lanes of all tokens, one token after another. A block of
-// kLanes rows is transposed, so that all its rows are summed at once.
-template <class T>
-void sum_parts(size_t m, size_t interleave_factor, size_t rows, const T* part, const T* bias, T* y,
-               size_t y_stride) {
-  constexpr size_t kLanes = Vec<T>::kLanes;
-  for_interleave_factor<T>(interleave_factor, [&]<size_t kInterleave>() {
-    for (size_t j = 0; j < rows; j += kLanes) {
-      const size_t count = smaller(rows - j, kLanes);
-      Vec<T> block[kLanes];
-#pragma GCC unroll 16
-      for (size_t i = 0; i < kLanes; ++i)
-        block[i] = i < count ? Vec<T>::load(part + (j + i) * kLanes) : Vec<T>::zero();
-      transpose(block);
-      const Vec<T> offset = bias ? Vec<T>::load_partial(bias + j, count) : Vec<T>::zero();
-#pragma GCC unroll 16
-      for (size_t t = 0; t < kLanes / kInterleave; ++t) {
-        if (t >= m) break;
-        Vec<T>* lanes = block + t * kInterleave;
-#pragma GCC unroll 4
-        for (size_t half = kInterleave / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-          for (size_t i = 0; i < half; ++i) lanes[i] = lanes[i] + lanes[i + half];
-        const Vec<T> sum = bias ? lanes[0] + offset : lanes[0];
-        sum.store_partial(y + t * y_stride + j, count);
-      }
+  do {  // runs once even if `depth` is 0, to set `part` to zero
+    const size_t width = smaller(depth, kPanelColumns);
+    // The last rows of a panel prefetch the first rows of the next panel.
+    const size_t last = smaller(rows, kFetchAhead / (kPanelColumns * sizeof(W)));
+    if (width == kPanelColumns) {
+      for_tokens(m, [&]<size_t kTokens>(size_t first) {
+        Dots<W> some = from_token(p, first);
+        some.rows = rows - last;
+        some.next = first == 0 ? p.w + last * p.row_stride : p.w;
+        if (some.rows > 0) dots_panel<W, kTokens>(some);
+        some.rows += last;
+        if (first == 0) some.next = p.w + w.panel_stride;
+        dots_panel<W, kTokens>(some);
+      });
+    } else {
+      for (size_t t = 0; t < m; ++t) dots_narrow<W>(from_token(p, t), width);
     }
-  });
+    depth -= width;
+    p.w += w.panel_stride;
+    p.x += width;
+    p.accumulate = true;
+  } while (depth > 0);
+}
+
+// Adds up the lanes of each row of `part` (rows, lanes) pairwise, as a tree, adds `bias` (rows) unless it is
+// null, and stores the sums in `y` (rows). A block of kLanes rows is transposed, so that all its rows are
+// summed at once.
+template <class T>
+void sum_parts(size_t rows, const T* part, const T* bias, T* y) {
+  constexpr size_t kLanes = Vec<T>::kLanes;
+  for (size_t j = 0; j < rows; j += kLanes) {
+    const size_t count = smaller(rows - j, kLanes);
+    Vec<T> block[kLanes];
+#pragma GCC unroll 16
+    for (size_t i = 0; i < kLanes; ++i)
+      block[i] = i < count ? Vec<T>::load(part + (j + i) * kLanes) : Vec<T>::zero();
+    transpose(block);
+#pragma GCC unroll 4
+    for (size_t half = kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (size_t i = 0; i < half; ++i) block[i] = block[i] + block[i + half];
+    const Vec<T> sum = bias ? block[0] + Vec<T>::load_partial(bias + j, count) : block[0];
+    sum.store_partial(y + j, count);
+  }
 }
 
 // ---- add_dots: y += z aᵀ, where the depth is the rank of an adapter ----
@@ -403,7 +334,7 @@ template <size_t kDepth, class T>
 inline void add_packed_dots(size_t m, size_t rows, const T* a, const T* z, size_t z_stride, T* y,
                             size_t y_stride) {
   constexpr size_t kLanes = Vec<T>::kLanes;
-  Vec<T> zs[kMostSmallBatch];
+  Vec<T> zs[kSmallBatch];
   for (size_t t = 0; t < m; ++t) zs[t] = Vec<T>::template load_group<kDepth>(z + t * z_stride);
   for (size_t r = 0; r < rows; r += kLanes)
     for (size_t t = 0; t < m; ++t)

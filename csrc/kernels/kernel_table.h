@@ -142,9 +142,8 @@ struct Tiles {
                                 const Fetch& next);
 };
 
-// A small batch has at most as many rows as a vector has lanes, and never more than kMostSmallBatch rows. On
-// every instruction set, a vector has at least kLeastSmallBatch floats.
-inline constexpr size_t kLeastSmallBatch = 4, kMostSmallBatch = 8;
+// The largest number of rows of a small batch.
+inline constexpr size_t kSmallBatch = 8;
 
 // The element type of `x` in products with a weight of type W. Single bfloat16 values of a weight are
 // converted to float, so `x` holds floats. Pairs are not converted, so `x` holds pairs too.
@@ -170,24 +169,16 @@ struct StoredOf<Bf16Pair> {
   using Type = Bf16;
 };
 
-// Returns the interleave factor f for `m` rows: the largest power of two with f * m <= lanes, or 1. A small
-// batch may have fewer rows than a vector has lanes. To use all lanes, each token gets f neighbouring lanes,
-// where f is the interleave factor. The element with index k along the depth is in lane token * f + k % f.
-inline size_t interleave_factor(size_t m, size_t lanes) {
-  size_t factor = lanes;
-  while (factor > 1 && factor * m > lanes) factor /= 2;
-  return factor;
-}
-
 // Matrix products for small batches. The weight is read once, in the order in which it is stored, and it
 // is not transposed.
 template <class W>
 struct SmallProducts {
-  // Multiplies the rows of `w` (rows, depth) with `xs`, which the kernel `interleave` fills. The sums of each
-  // lane are stored in `part` (rows, lanes / 2), or added to it if `accumulate` is set. If `depth` is not 0,
-  // row_stride must be greater than 0. The order of the additions is the same for panels and for row-major
-  // storage. Pairs of bfloat16 need an interleave factor of at most 8.
-  void (*dots)(size_t interleave_factor, size_t rows, size_t depth, const Panels<W>& w, const Operand<W>* xs,
+  // Multiplies x (m, depth) with the rows of `w` (rows, depth). `part` (m, rows, lanes / 2) holds partial
+  // sums: sum i adds the products of the elements k with k % (lanes / 2) == i. The sums are stored in `part`,
+  // or added to it if `accumulate` is set. If `depth` is not 0, row_stride must be greater than 0. The order
+  // of the additions of a row of `x` depends neither on `m` nor on the storage of `w`, which may be panels or
+  // row-major. There is no such kernel for pairs of bfloat16.
+  void (*dots)(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>* x, size_t x_stride,
                Sum<W>* part, bool accumulate);
 
   // The same product as gemm_outputs_in_lanes in Tiles, except that `depth` always counts the rows of `w`. If
@@ -229,18 +220,13 @@ struct Products : Tiles<T> {
   // Transposes `x` (rows, cols) into `xt` (cols, rows).
   void (*transpose)(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, size_t xt_stride);
 
-  // Copies each element of `x` (m, cols) to its lane in `xs` (groups, lanes / 2), where `groups` is cols /
-  // interleave_factor, rounded up. The comment of the function interleave_factor defines the lanes. Lanes
-  // without an element of `x` are set to zero. Pairs of bfloat16 are copied as if they were floats.
-  void (*interleave)(size_t m, size_t interleave_factor, size_t cols, const T* x, size_t x_stride, T* xs);
-
-  // Sums the lanes of each token in `part` (rows, lanes / 2), in a fixed tree, and adds `bias` (rows), which
-  // may be null. The sums are stored in `y` (m, rows).
-  void (*sum_parts)(size_t m, size_t interleave_factor, size_t rows, const T* part, const T* bias, T* y,
-                    size_t y_stride);
+  // Sums the lanes of each row of `part` (rows, lanes / 2), in a fixed tree, and adds `bias` (rows), which may
+  // be null. The sums are stored in `y` (rows).
+  void (*sum_parts)(size_t rows, const T* part, const T* bias, T* y);
 
   // Adds z aᵀ to `y` (m, rows), for z (m, depth) and a dense a (rows, depth). The product is the low-rank
-  // term of a small batch: `m` is at most kMostSmallBatch, and `depth` is a rank.
+  // term of a small batch: `m` is at most kSmallBatch, and `depth` is a rank. A row of `y` has the same
+  // bits for every `m`.
   void (*add_dots)(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
                    size_t y_stride);
 
@@ -327,8 +313,8 @@ struct BlockDecoders {
 struct BlockDots {
   // Multiplies `x` (m, cols) with rows of blocks. `part` (m, rows, lanes / 2) holds partial sums: sum i adds
   // the products of the elements k with k % (lanes / 2) == i. `cols` is a multiple of the number of
-  // elements in a block. There is one kernel for each row format, in the order of BlockFormat. A kernel may
-  // sum the products of the codes of a sub-block with `x` before it multiplies by the scale, so magnitudes of
+  // elements in a block. There is one kernel for each row format, in the order of BlockFormat. The sums of a
+  // row of `x` have the same bits for every `m`. A kernel may sum the products of the codes of a sub-block with `x` before it multiplies by the scale, so magnitudes of
   // `x` above 1e34 can overflow.
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
                             const float* x, size_t x_stride, float* part, const Fetch& next);
@@ -357,7 +343,7 @@ struct Int8Products {
 
   // Multiplies `x` (m, cols) with rows of blocks and stores the products in `y` (m, rows). `cols` is a
   // multiple of the number of elements in a block. There is one kernel for each row format, in the
-  // order of BlockFormat.
+  // order of BlockFormat. A row of `y` has the same bits for every `m`.
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
                             const Int8Rows& x, float* y, const Fetch& next);
 };

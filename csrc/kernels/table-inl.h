@@ -20,13 +20,17 @@ constexpr Tiles<E> make_tiles() {
 
 template <class T>
 constexpr Products<T> make_products() {
-  return {make_tiles<T>(), to_lanes<T>, from_lanes<T>, transpose<T>,      interleave<T>, sum_parts<T>,
-          add_dots<T>,     adamw<T>,    sgd<T>,        sum_of_squares<T>, dropout<T>,    merge<T>};
+  return {make_tiles<T>(), to_lanes<T>, from_lanes<T>,     transpose<T>, sum_parts<T>, add_dots<T>,
+          adamw<T>,        sgd<T>,      sum_of_squares<T>, dropout<T>,   merge<T>};
 }
 
 template <class W>
 constexpr SmallProducts<W> make_small() {
-  return {dots<W>, gemm_outputs_in_lanes<Operand<W>, typename StoredOf<W>::Type>};
+  constexpr auto product = gemm_outputs_in_lanes<Operand<W>, typename StoredOf<W>::Type>;
+  if constexpr (kValuesPerElement<W> == 1)
+    return {dots<W>, product};
+  else
+    return {nullptr, product};
 }
 
 #define NPLORA_DECODE(name, Name) decode<Block##Name>,
@@ -62,8 +66,6 @@ constexpr Transformer make_transformer() {
           softmax_backward,
           whole_softmax_backward};
 }
-
-static_assert(Vec<float>::kLanes >= kLeastSmallBatch);
 
 constexpr KernelTable make_table(const char* isa) {
   return {isa,

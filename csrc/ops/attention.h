@@ -52,9 +52,9 @@ struct KeyValueCache {
   size_t slot_pages;
 };
 // Row i of q is the query of token lengths[i] - 1 in slot slots[i] of the cache. The query attends to this
-// token and all tokens before it, as far as the window allows. The bits of a row depend neither on the size of
-// the pages nor on the other rows, with one exception: fewer than kFewestLanes / group neighbouring tokens of
-// one slot are computed in another way than more of them.
+// token and all tokens before it, as far as the window allows. The bits of a row depend neither on the size
+// of the pages nor on the other rows, with one exception: fewer than kFewestLanes / group neighbouring tokens
+// of one slot are computed in another way than more of them.
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out);
 

@@ -141,8 +141,8 @@ struct QueryTile {
   }
 };
 
-// Cuts a range of keys at multiples of kTileKeys, and calls body(keys) for each tile. So the result of a query
-// does not depend on the other queries of its tile, which may see other keys.
+// Cuts a range of keys at multiples of kTileKeys, and calls body(keys) for each tile. So the result of a
+// query does not depend on the other queries of its tile, which may see other keys.
 template <class Body>
 void for_key_tiles(Span keys, const Body& body) {
   while (keys.first < keys.end) {

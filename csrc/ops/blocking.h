@@ -34,13 +34,8 @@ inline size_t depth_block(size_t depth) {
 // kTaskTokens: the largest number of tokens that a task keeps in L2 or L3. kLanesBytes: how many bytes a
 // token block of x may take after it is transposed into lanes.
 inline constexpr size_t kTaskTokens = 256, kLanesBytes = size_t{8} << 20;
-// Batches of up to this many rows are computed by forward_small, which transposes neither x nor W.
-template <class T>
-size_t small_batch() {
-  return std::min(kernels::kMostSmallBatch, kernels::table().products<T>().lanes / 2);
-}
-// Batches of up to this many rows are computed in the weight's own float type, because bfloat16 products are
-// not faster with so few rows.
+// In the backward pass, batches of up to this many rows are computed in the weight's own float type, because
+// bfloat16 products are not faster with so few rows.
 inline constexpr size_t kFloatBatch = 4;
 // In the backward pass, batches above this size share a copy of each block of W, unless W is packed or
 // double.

@@ -1,7 +1,9 @@
 // Chooses the method for the forward pass z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias].
 #include "ops/forward.h"
 
+#include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "base/parallel.h"
 #include "ops/kernel_plan.h"
@@ -13,33 +15,25 @@ using kernels::Bf16Pair;
 
 namespace {
 
-// The element type in which a small batch reads W.
-enum class SmallElement { kOwn, kBf16, kPair };
-
-SmallElement small_element(const WeightView& w, size_t tokens) {
-  if (computes_pairs(w, tokens) && !dots_blocks(w)) return SmallElement::kPair;
-  return w.storage == Storage::kBfloat16 ? SmallElement::kBf16 : SmallElement::kOwn;
+bool reads_bf16(const WeightView& w) {
+  return w.storage == Storage::kBfloat16;
 }
 
-// Neighbouring parts that read W in the same element type are computed together.
+// Neighbouring parts that read W in the same element type are computed together. Small batches are computed in
+// float even if larger ones are computed in pairs of bfloat16.
 template <class T>
 void small_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
   while (!parts.empty()) {
-    const SmallElement element = small_element(parts[0].w, x.rows);
+    const bool bf16 = reads_bf16(parts[0].w);
     size_t count = 1;
-    while (count < parts.size() && small_element(parts[count].w, x.rows) == element) ++count;
+    while (count < parts.size() && reads_bf16(parts[count].w) == bf16) ++count;
     const auto alike = parts.first(count);
     parts = parts.subspan(count);
-    if constexpr (std::is_same_v<T, float>) {
-      if (element == SmallElement::kPair) {
-        forward_small<Bf16Pair>(alike, x);
-        continue;
-      }
-      if (element == SmallElement::kBf16) {
+    if constexpr (std::is_same_v<T, float>)
+      if (bf16) {
         forward_small<Bf16>(alike, x);
         continue;
       }
-    }
     forward_small<T>(alike, x);
   }
 }
@@ -59,6 +53,29 @@ void large_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
       : forward_rows<E>(parts, x, threads);
 }
 
+bool same_weight(const WeightView& a, const WeightView& b) {
+  return a.data == b.data && a.storage == b.storage && a.d_out == b.d_out && a.d_in == b.d_in &&
+         a.nf4.codes == b.nf4.codes;
+}
+
+// Whether two parts with the same weight have the same bias. The copies of a layer have copies of its bias.
+template <class T>
+bool same_bias(const ForwardPart<T>& a, const ForwardPart<T>& b) {
+  if (a.bias == b.bias) return true;
+  return a.bias && b.bias && std::memcmp(a.bias, b.bias, a.w.d_out * sizeof(T)) == 0;
+}
+
+// Whether each layer has the same weight and bias in all groups.
+template <class T>
+bool share_weights(std::span<const GroupParts<T>> groups) {
+  for (const GroupParts<T>& group : groups)
+    for (size_t i = 0; i < group.parts.size(); ++i)
+      if (!same_weight(group.parts[i].w, groups[0].parts[i].w) ||
+          !same_bias(group.parts[i], groups[0].parts[i]))
+        return false;
+  return true;
+}
+
 }  // namespace
 
 template <class T>
@@ -67,13 +84,37 @@ void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
     if (part.low.rank() == 0 && part.z.data)
       for (size_t i = 0; i < part.z.rows; ++i) std::fill_n(part.z.row(i), part.z.cols, T(0));
   if (x.rows == 0 || parts.empty()) return;
-  if (x.rows <= small_batch<T>()) return small_stack(parts, x);
+  if (x.rows <= kernels::kSmallBatch) return small_stack(parts, x);
   if constexpr (std::is_same_v<T, float>)
     if (computes_pairs(parts[0].w, x.rows)) return large_stack<Bf16Pair>(parts, x);
   large_stack<T>(parts, x);
 }
 
+// A small batch reads each weight once for all groups. Larger batches read it once for each group, so that the
+// rows of a group have the same bits as alone.
+template <class T>
+void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
+  if (x.rows > kernels::kSmallBatch || !share_weights(groups)) {
+    size_t first = 0;
+    for (const GroupParts<T>& group : groups) {
+      lora_forward<T>(group.parts, rows_of(x, {first, group.rows}));
+      first += group.rows;
+    }
+    return;
+  }
+  std::vector<ForwardPart<T>> parts(groups[0].parts);
+  std::vector<std::vector<GroupUpdate<T>>> updates(parts.size());
+  for (size_t i = 0; i < parts.size(); ++i) {
+    for (const GroupParts<T>& group : groups) updates[i].push_back({group.rows, group.parts[i].low});
+    parts[i].y.rows = x.rows;
+    parts[i].groups = updates[i];
+  }
+  lora_forward<T>(parts, x);
+}
+
 template void lora_forward(std::span<const ForwardPart<float>>, Matrix<const float>);
 template void lora_forward(std::span<const ForwardPart<double>>, Matrix<const double>);
+template void lora_forward_groups(std::span<const GroupParts<float>>, Matrix<const float>);
+template void lora_forward_groups(std::span<const GroupParts<double>>, Matrix<const double>);
 
 }  // namespace nplora

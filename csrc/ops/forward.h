@@ -11,7 +11,7 @@
 
 namespace nplora {
 
-// The method for batches of up to small_batch rows. The weight is read once, as elements of type W in the
+// The method for batches of up to kSmallBatch rows. The weight is read once, as elements of type W in the
 // order of memory, and nothing is transposed.
 template <class W>
 void forward_small(std::span<const ForwardPart<kernels::Sum<W>>> parts, Matrix<const kernels::Sum<W>> x);
@@ -43,6 +43,17 @@ Matrix<const T> dropped(const LowRank<T>& low, Matrix<const T> x, Range tokens) 
 template <class T>
 const T* bias_at(const ForwardPart<T>& part, size_t row) {
   return part.bias ? part.bias + row : nullptr;
+}
+
+// Calls body(rows, low) for each group of rows, or once for all n rows if the part has no groups.
+template <class T, class Body>
+void for_groups(const ForwardPart<T>& part, size_t n, const Body& body) {
+  if (part.groups.empty()) return body(Range{0, n}, part.low);
+  size_t first = 0;
+  for (const GroupUpdate<T>& group : part.groups) {
+    body(Range{first, group.rows}, group.low);
+    first += group.rows;
+  }
 }
 
 // A range of rows of one part of a stack.

@@ -12,41 +12,12 @@
 namespace nplora {
 
 using kernels::Bf16;
-using kernels::Bf16Pair;
 using kernels::Fetch;
 using kernels::kPanelColumns;
-using kernels::kValuesPerElement;
-using kernels::Operand;
 using kernels::Products;
-using kernels::Strided;
 using kernels::Sum;
 
 namespace {
-
-// A small batch x, which is interleaved once for all parts of a stack (see kernels::interleave_factor).
-template <class T>
-struct SmallBatch {
-  Matrix<const T> x;
-  const Products<T>& k = kernels::table().products<T>();
-  size_t lanes = k.lanes / 2, interleave_factor = kernels::interleave_factor(x.rows, lanes);
-
-  // The number of elements E that `interleave` writes for rows of `cols` columns.
-  template <class E>
-  size_t size(size_t cols) const {
-    return lanes * ceil_div(depth_of<E>(cols), interleave_factor);
-  }
-
-  // Interleaves m into `out`, in elements E. Pairs of bfloat16 are moved as if they were floats.
-  template <class E>
-  const E* interleave(Matrix<const T> m, E* out) const {
-    const size_t depth = depth_of<E>(m.cols);
-    const Strided<E> rows = elements_or_self<E>(
-        m, kValuesPerElement<E> == 1 ? nullptr : scratch<E>(Scratch::kPairing, m.rows * depth));
-    k.interleave(m.rows, interleave_factor, depth, reinterpret_cast<const T*>(rows.data), rows.row_stride,
-                 reinterpret_cast<T*>(out));
-    return out;
-  }
-};
 
 // Quantises x to int8.
 kernels::Int8Rows quantized(Matrix<const float> x) {
@@ -60,14 +31,24 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
   return {codes, scales, sums, half_sums};
 }
 
-// The parts of the factors to prefetch before the update of some rows of W: the same rows of A, and a
-// proportional share of B. Other workers may prefetch the other shares of B.
+// The update of some rows of x, and z (rows.count, r) of these rows, times the scale.
 template <class T>
-FetchList factors(const LowRank<T>& low, Range rows) {
+struct ProjectedUpdate {
+  Range rows;
+  const LowRank<T>* low;
+  T* z;
+
+  size_t rank() const { return low->rank(); }
+};
+
+// The parts of the factors to prefetch before the update of some rows of W: the same rows of A, and a
+// proportional share of B. Other workers may prefetch the other shares of B. The limit `most` applies to A
+// and to B.
+template <class T>
+FetchList factors(const LowRank<T>& low, Range rows, size_t most) {
   if (low.rank() == 0 || rows.count == 0) return {Fetch::none(), Fetch::none()};
-  constexpr size_t kMostBytes = 256 << 10;  // the limit for A, and for B, so that both stay in L2
   const auto lines = [&](const T* from, size_t n) {
-    return Fetch::memory(from, ceil_div(std::min(n * sizeof(T), kMostBytes), kCacheLine));
+    return Fetch::memory(from, ceil_div(std::min(n * sizeof(T), most), kCacheLine));
   };
   const size_t size = low.b.rows * low.b.stride, first = size * rows.first / low.a.rows;
   return {lines(low.b.data + first, size * (rows.first + rows.count) / low.a.rows - first),
@@ -81,76 +62,76 @@ void fetch(const Fetch& some) {
 
 // Computes one part of a stack. The weight is read once, as elements of type W. If the weight is stored in
 // panels, the panels are read one after the other, while the partial sums of the rows stay in the cache. The
-// update is added last, when its factors are in the cache. The update is computed in the type of the sums.
+// updates are added last, when their factors are in the cache. The updates are computed in the type of the
+// sums. Every row of x has the same bits in every batch.
 template <class W>
 class SmallForward {
  public:
   using T = Sum<W>;
-  using X = Operand<W>;
 
-  SmallForward(const ForwardPart<T>& part, const SmallBatch<T>& batch, const X* xs,
-               const kernels::Int8Rows& codes, T* z)
+  SmallForward(const ForwardPart<T>& part, Matrix<const T> x, const kernels::Int8Rows& codes)
       : part_(part),
-        batch_(batch),
-        x_(batch.x),
-        k_(batch.k),
-        lanes_(batch.lanes),
-        interleave_factor_(batch.interleave_factor),
-        rank_(part.low.rank()),
-        xs_(xs),
-        codes_(codes),
-        z_(z) {}
+        x_(x),
+        k_(kernels::table().products<T>()),
+        lanes_(k_.lanes / 2),
+        codes_(codes) {}
 
-  size_t rank() const { return rank_; }
+  // Adds the update of some rows of x. z has room for z of these rows.
+  void add(Range rows, const LowRank<T>& low, T* z) {
+    if (rows.count > 0 && low.rank() > 0) groups_.push_back({rows, &low, z});
+  }
 
-  // Multiplies x by some rows of W: y[:, rows] = x W[rows]ᵀ [+ bias]. Meanwhile, the factors of the update
+  const std::vector<ProjectedUpdate<T>>& groups() const { return groups_; }
+
+  // Multiplies x by some rows of W: y[:, rows] = x W[rows]ᵀ [+ bias]. Meanwhile, the factors of the updates
   // are prefetched.
   void multiply(Range rows) const {
+    std::vector<FetchList> next;
+    constexpr size_t kMostBytes = 256 << 10;  // the limit for all A, and for all B, so that both stay in L2
+    for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
-        FetchList next = factors(part_.low, rows);
         size_t blocks = ceil_div(rows.count, kRowBlock);
         for_blocks(rows, kRowBlock, [&](Range some) {
-          const auto [beside, before] = next.share(blocks--);
-          fetch(before);
+          Fetch beside = Fetch::none();
+          for (size_t i = 0; i < next.size(); ++i) {
+            const auto [most, rest] = next[i].share(blocks);
+            i == 0 ? void(beside = most) : fetch(most);
+            fetch(rest);
+          }
+          --blocks;
           multiply_blocks(some, beside);
         });
         return;
       }
-    for (const Fetch& some : factors(part_.low, rows).share(1)) fetch(some);
-    T* sums = scratch<T>(Scratch::kSums, rows.count * lanes_);
-    frozen(rows, sums);
-    k_.sum_parts(x_.rows, interleave_factor_, rows.count, sums, bias_at(part_, rows.first),
-                 part_.y.data + rows.first, part_.y.stride);
+    for (FetchList& list : next)
+      for (const Fetch& some : list.share(1)) fetch(some);
+    multiply_rows(rows);
   }
 
-  // Multiplies x by some rows of B: z[:, ranks] = scale * drop(x) B[ranks]ᵀ. The caller's z is stored without
-  // the scale.
-  void project(Range ranks) const {
-    const size_t n = x_.rows;
-    const X* xs = xs_;
-    if (part_.low.dropout > 0)
-      xs =
-          batch_.template interleave<X>(dropped(part_.low, x_, {0, n}),
-                                        scratch<X>(Scratch::kDroppedLanes, batch_.template size<X>(x_.cols)));
-    const Strided<X> b = elements_or_self<X>(
-        rows_of(part_.low.b, ranks), kValuesPerElement<X> == 1
-                                         ? nullptr
-                                         : scratch<X>(Scratch::kFactor, ranks.count * depth_of<X>(x_.cols)));
-    T* sums = scratch<T>(Scratch::kSums, ranks.count * lanes_);
-    dots<X>(b, {0, ranks.count}, depth_of<X>(x_.cols), xs, sums);
-    k_.sum_parts(n, interleave_factor_, ranks.count, sums, nullptr, z_ + ranks.first, rank_);
-    for (size_t t = 0; t < n; ++t) {
-      T* row = z_ + t * rank_ + ranks.first;
+  // Multiplies the rows of x of one group by some rows of B: z[:, ranks] = scale * drop(x) B[ranks]ᵀ. The
+  // caller's z is stored without the scale.
+  void project(size_t group, Range ranks) const {
+    const auto& [rows, low, z] = groups_[group];
+    const size_t n = rows.count, rank = low->rank();
+    const Matrix<const T> x = dropped(*low, x_, rows);
+    const Matrix<const T> b = rows_of(low->b, ranks);
+    T* sums = scratch<T>(Scratch::kSums, n * ranks.count * lanes_);
+    kernels::table().small<T>().dots(n, ranks.count, x.cols, {b.data, b.stride, kPanelColumns}, x.data,
+                                     x.stride, sums, false);
+    for (size_t t = 0; t < n; ++t, sums += ranks.count * lanes_) {
+      T* row = z + t * rank + ranks.first;
+      k_.sum_parts(ranks.count, sums, nullptr, row);
       if (part_.z.data) std::copy_n(row, ranks.count, part_.z.row(t) + ranks.first);
-      for (size_t i = 0; i < ranks.count; ++i) row[i] *= T(part_.low.scale);
+      for (size_t i = 0; i < ranks.count; ++i) row[i] *= T(low->scale);
     }
   }
 
-  // Adds the update to the outputs of some rows of W: y[:, rows] += z A[rows]ᵀ.
+  // Adds the updates to the outputs of some rows of W: y[:, rows] += z A[rows]ᵀ.
   void update(Range rows) const {
-    k_.add_dots(x_.rows, rows.count, rank_, part_.low.a.row(rows.first), z_, rank_, part_.y.data + rows.first,
-                part_.y.stride);
+    for (const auto& [tokens, low, z] : groups_)
+      k_.add_dots(tokens.count, rows.count, low->rank(), low->a.row(rows.first), z, low->rank(),
+                  part_.y.row(tokens.first) + rows.first, part_.y.stride);
   }
 
  private:
@@ -164,69 +145,72 @@ class SmallForward {
   // in int8.
   void multiply_blocks(Range rows, const Fetch& next) const {
     const size_t n = x_.rows;
-    T* part = scratch<T>(Scratch::kSums, n * rows.count * lanes_);
+    if (!dots_int8(part_.w)) {
+      T* sums = scratch<T>(Scratch::kSums, n * rows.count * lanes_);
+      dots_of_blocks(part_.w, rows, x_, sums, next);
+      return sum_lanes(rows, sums);
+    }
     T* sums = scratch<T>(Scratch::kWeight, n * rows.count);
     const T* bias = bias_at(part_, rows.first);
-    if (dots_int8(part_.w)) {
-      int8_dots_of_blocks(part_.w, rows, n, codes_, sums, next);
-    } else {
-      dots_of_blocks(part_.w, rows, x_, part, next);
-      k_.sum_parts(1, lanes_, n * rows.count, part, nullptr, sums, 0);
-    }
+    int8_dots_of_blocks(part_.w, rows, n, codes_, sums, next);
     for (size_t t = 0; t < n; ++t, sums += rows.count) {
       T* y = part_.y.row(t) + rows.first;
       for (size_t r = 0; r < rows.count; ++r) y[r] = (bias ? bias[r] : 0) + sums[r];
     }
   }
 
-  // sums (rows, lanes) = m[rows] times xs, the interleaved x. m is row-major.
-  template <class E>
-  void dots(Strided<E> m, Range rows, size_t depth, const E* xs, T* sums) const {
-    kernels::table().small<E>().dots(
-        interleave_factor_, rows.count, depth,
-        {m.data + rows.first * m.row_stride, m.row_stride, kernels::kPanelDepth<E>}, xs, sums, false);
+  // y[:, rows] = the sums of the lanes of `sums` (n, rows, lanes) [+ bias].
+  void sum_lanes(Range rows, const T* sums) const {
+    for (size_t t = 0; t < x_.rows; ++t, sums += rows.count * lanes_)
+      k_.sum_parts(rows.count, sums, bias_at(part_, rows.first), part_.y.row(t) + rows.first);
   }
 
-  // part (rows, lanes) = W[rows] times xs, the interleaved x. If W must be decoded, a few rows are decoded at
-  // a time and stay in L2.
-  void frozen(Range rows, T* part) const {
+  // Does the work of `multiply` if W is not in low-bit blocks. If W must be decoded, a few rows are decoded at
+  // a time and stay in L2. The partial sums of several tokens stay in L1.
+  void multiply_rows(Range rows) const {
     const bool decodes = !in_place<W>(part_.w);
-    const bool sums_in_l1 = std::is_same_v<W, Bf16> && part_.w.packed && x_.rows == 1;
-    const size_t step = decodes ? kRowBlock : sums_in_l1 ? kStreamedBf16Rows : rows.count;
+    const bool sums_in_l1 = std::is_same_v<W, Bf16> && part_.w.packed;
+    const size_t step = decodes || x_.rows > 1 ? kRowBlock : sums_in_l1 ? kStreamedBf16Rows : rows.count;
     const size_t most = decodes ? depth_block(part_.w.d_in) : full_columns(part_.w.d_in);
     W* decoded = scratch<W>(Scratch::kWeight, step * (decodes ? scratch_columns(most) : kPanelColumns));
-    for_blocks(rows, step,
-               [&](Range some) { stream(some, most, decoded, part + (some.first - rows.first) * lanes_); });
+    T* sums = scratch<T>(Scratch::kSums, x_.rows * std::min(step, rows.count) * lanes_);
+    for_blocks(rows, step, [&](Range some) {
+      stream(some, most, decoded, sums);
+      sum_lanes(some, sums);
+    });
   }
 
-  // part (rows, lanes) = W[rows] times xs, the interleaved x. At most `most` columns of W are multiplied at a
-  // time.
-  void stream(Range rows, size_t most, W* decoded, T* part) const {
+  // sums (n, rows, lanes) = W[rows] times x. At most `most` columns of W are multiplied at a time.
+  void stream(Range rows, size_t most, W* decoded, T* sums) const {
     const WeightView& w = part_.w;
     const size_t full = full_columns(w.d_in);
     most = std::max(most, kPanelColumns);
     size_t c = 0;
-    do {  // runs once even if W has no columns, to set `part` to zero
+    do {  // runs once even if W has no columns, to set `sums` to zero
       const size_t cols = std::min(most, (c < full ? full : w.d_in) - c);
-      kernels::table().small<W>().dots(
-          interleave_factor_, rows.count, depth_of<X>(cols), row_block(w, rows, {c, cols}, false, decoded),
-          xs_ + c / kValuesPerElement<X> / interleave_factor_ * lanes_, part, c > 0);
+      kernels::table().small<W>().dots(x_.rows, rows.count, cols,
+                                       row_block(w, rows, {c, cols}, false, decoded), x_.data + c, x_.stride,
+                                       sums, c > 0);
       c += cols;
     } while (c < w.d_in);
   }
 
   const ForwardPart<T>& part_;
-  const SmallBatch<T>& batch_;
   const Matrix<const T> x_;
   const Products<T>& k_;
-  const size_t lanes_, interleave_factor_, rank_;
-  const X* const xs_;               // x, interleaved
+  const size_t lanes_;
   const kernels::Int8Rows& codes_;  // x in int8, if W is multiplied in int8
-  T* const z_;                      // z (n, r), times the scale
+  std::vector<ProjectedUpdate<T>> groups_;
 };
 
 // Each worker takes at least this many rows of B, because kernels compute up to four rows side by side.
 constexpr size_t kLeastRanks = 4;
+
+// Rows of B of one group of a part.
+struct Projection {
+  size_t part, group;
+  Range ranks;
+};
 
 // Adds one to a counter when a piece of work ends. Other threads wait until the counter reaches the number of
 // all pieces. Work that ends with an exception counts too.
@@ -249,45 +233,46 @@ constexpr double kReadingCost = 2;
 template <class W>
 void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<W>> x) {
   using T = Sum<W>;
-  using X = Operand<W>;
-  const SmallBatch<T> batch{x};
   kernels::Int8Rows codes{};
-  bool every_int8 = true;
-  size_t ranks = 0;
+  size_t z_size = 0;
   for (const ForwardPart<T>& part : parts) {
-    every_int8 &= dots_int8(part.w);
-    ranks += part.low.rank();
+    for_groups(part, x.rows, [&](Range rows, const LowRank<T>& low) { z_size += rows.count * low.rank(); });
     if constexpr (std::is_same_v<W, float>)
       if (dots_int8(part.w) && !codes.codes) codes = quantized(x);
   }
-  const X* xs =
-      every_int8 && ranks == 0
-          ? nullptr
-          : batch.template interleave<X>(x, scratch<X>(Scratch::kLanes, batch.template size<X>(x.cols)));
-  T* z = scratch<T>(Scratch::kLowGradients, x.rows * ranks);
+  T* z = scratch<T>(Scratch::kLowGradients, z_size);
   const size_t threads = useful_threads(kReadingCost * flops_of(parts, x.rows));
   std::vector<SmallForward<W>> products;
-  std::vector<PartRows> tasks, projections;
+  std::vector<PartRows> tasks;
+  std::vector<Projection> projections;
   size_t rows = 0;
   products.reserve(parts.size());
   for (const ForwardPart<T>& part : parts) {
-    const size_t product = products.size(), rank = part.low.rank();
-    products.emplace_back(part, batch, xs, codes, z);
-    z += x.rows * rank;
+    const size_t product = products.size();
+    products.emplace_back(part, x, codes);
+    for_groups(part, x.rows, [&](Range tokens, const LowRank<T>& low) {
+      products.back().add(tokens, low, z);
+      z += tokens.count * low.rank();
+    });
     rows += part.w.d_out;
     const Grid grid({1, 1, 1}, {part.w.d_out, kRowBlock, kStreamedRows},
                     flops(x.rows, part.w.d_out, part.w.d_in), threads);
     for (size_t i = 0; i < grid.tasks(); ++i) tasks.push_back({product, grid.side(i)});
-    // With dropout, all rows of B are one task, because each of several tasks would have to apply dropout to
-    // all of x.
-    const size_t step = part.low.dropout > 0 ? rank : std::max(kLeastRanks, ceil_div(rank, threads));
-    for (size_t r = 0; r < rank; r += step) projections.push_back({product, {r, std::min(step, rank - r)}});
+    const auto& groups = products.back().groups();
+    for (size_t i = 0; i < groups.size(); ++i) {
+      // Several groups are tasks enough. With dropout, all rows of B are one task, because each of several
+      // tasks would have to apply dropout to all of x.
+      const size_t rank = groups[i].rank();
+      const bool whole = groups.size() >= threads || groups[i].low->dropout > 0;
+      const size_t step = whole ? rank : std::max(kLeastRanks, ceil_div(rank, threads));
+      for (size_t r = 0; r < rank; r += step) projections.push_back({product, i, {r, std::min(step, rank - r)}});
+    }
   }
   // Each worker multiplies rows of W, one task after the other, and then rows of B. When no rows of B are
-  // left to take, the worker waits until z is complete. The worker then adds the update to the outputs of its
-  // own rows of W. So a worker only waits for rows of B that another worker is computing. For large weights
-  // there are more workers than threads, so that each thread runs several workers, and Ctrl-C is noticed
-  // between them.
+  // left to take, the worker waits until z is complete. The worker then adds the updates to the outputs of
+  // its own rows of W. So a worker only waits for rows of B that another worker is computing. For large
+  // weights there are more workers than threads, so that each thread runs several workers, and Ctrl-C is
+  // noticed between them.
   const size_t in_time = static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops);
   const size_t workers = round_up(std::max(threads, in_time), threads);
   const size_t most_rows = workers > threads ? ceil_div(rows, workers) : rows;
@@ -297,11 +282,11 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
     for (size_t i = 0, n = 0; n < most_rows && (i = next++) < tasks.size(); n += tasks[i].rows.count) {
       const SmallForward<W>& product = products[tasks[i].part];
       product.multiply(tasks[i].rows);
-      if (product.rank() > 0) taken.push_back(tasks[i]);
+      if (!product.groups().empty()) taken.push_back(tasks[i]);
     }
     for (size_t i = 0; (i = next_projection++) < projections.size();) {
       const Counted counted(projected);
-      products[projections[i].part].project(projections[i].rows);
+      products[projections[i].part].project(projections[i].group, projections[i].ranks);
     }
     if (taken.empty()) return;
     wait_until([&] { return projected == projections.size(); });
@@ -312,6 +297,5 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
 template void forward_small<float>(std::span<const ForwardPart<float>>, Matrix<const float>);
 template void forward_small<double>(std::span<const ForwardPart<double>>, Matrix<const double>);
 template void forward_small<Bf16>(std::span<const ForwardPart<float>>, Matrix<const float>);
-template void forward_small<Bf16Pair>(std::span<const ForwardPart<float>>, Matrix<const float>);
 
 }  // namespace nplora

@@ -12,7 +12,7 @@
 namespace nplora {
 
 enum class ForwardPath {
-  kSmall,  // up to small_batch rows: nothing is transposed
+  kSmall,  // up to kSmallBatch rows: nothing is transposed
   kLanes,  // x and y are transposed
   kRows,   // W is transposed, which is fastest for large batches
 };
@@ -23,8 +23,7 @@ inline constexpr size_t kDecodedGain = 6;
 
 inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t element_bytes,
                                 bool decoded) {
-  const size_t most_small = element_bytes == sizeof(double) ? small_batch<double>() : small_batch<float>();
-  if (tokens <= most_small) return ForwardPath::kSmall;
+  if (tokens <= kernels::kSmallBatch) return ForwardPath::kSmall;
   const size_t shared = std::min(tokens, tokens_of_l3_block(tokens, d_in, element_bytes));
   return (decoded ? kDecodedGain : 1) * shared * (d_in + d_out) > d_in * d_out ? ForwardPath::kRows
                                                                                : ForwardPath::kLanes;
@@ -74,7 +73,7 @@ struct KernelPlan {
 // scale A B would lose the update of a young adapter, which is still small.
 inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
   if (s.rank == 0) return {Update::kNone, cost};
-  const bool can_merge = s.element_bytes >= 4 && !s.dropout && s.tokens > kernels::kMostSmallBatch;
+  const bool can_merge = s.element_bytes >= 4 && !s.dropout && s.tokens > kernels::kSmallBatch;
   return {can_merge && cost.merged < cost.separate ? Update::kMergedOnTheFly : Update::kSeparate, cost};
 }
 

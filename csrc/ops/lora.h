@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "base/matrix.h"
 #include "ops/weight.h"
@@ -22,19 +23,40 @@ struct LowRank {
   size_t rank() const { return scale == 0 ? 0 : a.cols; }
 };
 
+// The update of the next `rows` rows of x.
+template <class T>
+struct GroupUpdate {
+  size_t rows;
+  LowRank<T> low;
+};
+
 // One layer of a forward pass: z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]. The shapes are x (n, d_in), y
-// (n, d_out) and z (n, r). `bias` may be null. The data of z may be null if the caller does not need z.
+// (n, d_out) and z (n, r). `bias` may be null. The data of z may be null if the caller does not need z. A
+// small batch may have groups, which replace `low`: together they have n rows, and z is not stored.
 template <class T>
 struct ForwardPart {
   WeightView w;
   LowRank<T> low;
   const T* bias;
   Matrix<T> y, z;
+  std::span<const GroupUpdate<T>> groups = {};
 };
 
 // All parts of a stack read the same x (n, d_in).
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x);
+
+// The layers of a stack for the next `rows` rows of x.
+template <class T>
+struct GroupParts {
+  size_t rows;
+  std::vector<ForwardPart<T>> parts;
+};
+
+// Computes several groups of rows of x, each with layers of its own. Usually, the layers share the weights and
+// have different updates. Layer i of each group writes its rows of one array y.
+template <class T>
+void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x);
 
 // One layer of a backward pass: dz = scale dy A, da += scale dyᵀ z, db += dzᵀ drop(x). The data of da and db
 // may be null.

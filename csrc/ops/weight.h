@@ -16,9 +16,9 @@
 namespace nplora {
 
 // The arithmetic of the products with a weight. With kFloat, products use the weight's own float type. With
-// kBfloat16, batches above kFloatBatch rows use pairs of bfloat16, summed in float. With kInt8, forward
-// passes of small batches use int8 if W is in one of GGUF's block formats; all other products are computed as
-// with kBfloat16.
+// kBfloat16, larger batches use pairs of bfloat16, summed in float: forward above kSmallBatch rows, backward
+// above kFloatBatch rows. With kInt8, forward passes of small batches use int8 if W is in one of GGUF's block
+// formats; all other products are computed as with kBfloat16.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
 // W in the form that the products read. If `packed` is true, W is panels of kPanelColumns columns with

@@ -107,6 +107,12 @@ class InferenceLayer:
 def infer(x: Array, layers: list[InferenceLayer]) -> list[Array]:
     """y = x Wᵀ + scale · (x Bᵀ) Aᵀ [+ bias], for layers that read the same x."""
 
+def infer_groups(x: Array, groups: list[list[InferenceLayer]], rows: list[int]) -> list[Array]:
+    """Like `infer`, but with other layers for each group of rows: groups[g] for the next rows[g] rows.
+
+    A weight that all groups share is read once if x has few rows.
+    """
+
 class BackwardPart(NamedTuple):
     """One layer of a backward pass, and the gradients to add to: da and db (None: not needed).
 
@@ -351,9 +357,10 @@ class Constants(NamedTuple):
 
     cache_line: int  # bytes
     least_buffer_bytes: int  # NumPy's own allocator serves smaller arrays
-    least_small_batch: int  # on every instruction set, this many float32 rows are a small batch
-    most_small_batch: int  # up to this many rows, a product may add up in another order
-    float_batch: int  # up to this many rows, products are not rounded to bfloat16
+    small_batch: (
+        int  # up to this many rows, a product adds up in another order, which is the same for each row
+    )
+    float_batch: int  # up to this many rows, products of the backward pass are not rounded to bfloat16
     task_tokens: int  # the most tokens that one task keeps in L2 or L3
     lanes_bytes: int  # the most scratch bytes for the rows of x, rearranged for the products
     l3_block_bytes: int  # the most bytes of the tokens that use one transposed block of W

@@ -212,6 +212,17 @@ void run_dots(const KernelTable& table, BlockFormat format, const DotShape& s, R
                                                      x.data(), cols + s.gap, part.data(),
                                                      lines_at(from.data(), s.m + s.row_blocks));
   expect_sums(table, s, w, cols, x, part, 0);
+  // With fractions, whose products are rounded, a token has the same bits alone.
+  const std::vector<float> fractions = draw<float>(random, s.m * cols, Data::kUniform);
+  const size_t all = s.rows * table.f32.lanes / 2;
+  std::vector<float> together(s.m * all + 1), alone(all + 1);
+  const auto dots = table.block_dots.dots[static_cast<size_t>(format)];
+  dots(s.m, s.rows, cols, from.data(), row_bytes + s.gap, fractions.data(), cols, together.data(), {});
+  for (size_t t = 0; t < s.m; ++t) {
+    dots(1, s.rows, cols, from.data(), row_bytes + s.gap, fractions.data() + t * cols, cols, alone.data(), {});
+    check::expect(std::memcmp(alone.data(), together.data() + t * all, all * sizeof(float)) == 0,
+                  "token %zu differs alone", t);
+  }
   check::expect(part.gaps_intact() && from.untouched(bytes) && x.untouched(x_values),
                 "wrote outside its output");
 }
@@ -256,7 +267,7 @@ void run_nf4_dots(const KernelTable& table, const DotShape& s, bool nested, Rand
 const std::vector<size_t> kFewBlocks{0, 1, 2, 3, 5, 7}, kManyBlocks{0, 1, 2, 3, 5, 16, 17, 33};
 
 void for_dot_shapes(const std::string& kernel, const std::vector<size_t>& counts, const auto& run) {
-  for (size_t m = 1; m <= nplora::kernels::kMostSmallBatch; ++m)
+  for (size_t m = 1; m <= nplora::kernels::kSmallBatch; ++m)
     for (size_t rows : {0u, 1u, 2u, 3u, 4u, 5u, 7u, 8u, 9u, 13u, 17u})
       for (size_t row_blocks : counts) {
         if (!check::count_shape(kernel)) continue;

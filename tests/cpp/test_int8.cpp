@@ -142,7 +142,7 @@ template <class Block>
 void test_dots_of(const KernelTable& table, BlockFormat format) {
   Random random(600 + static_cast<uint64_t>(format));
   const size_t most_blocks = Block::kElements == kSubBlock ? 9 : 3;
-  for (size_t m = 1; m <= nplora::kernels::kMostSmallBatch; ++m)
+  for (size_t m = 1; m <= nplora::kernels::kSmallBatch; ++m)
     for (size_t rows : {0u, 1u, 2u, 3u, 4u, 5u, 7u, 8u, 9u, 13u, 17u, 26u})
       for (size_t row_blocks = 0; row_blocks <= most_blocks; row_blocks += 1 + row_blocks / 3) {
         for (size_t again = 0; again < 6 / most_blocks + 1; ++again) {

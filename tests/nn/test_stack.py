@@ -426,8 +426,8 @@ def test_explain_tells_the_way_and_its_reason() -> None:
     # merged into W, an update costs 2 r d_out d_in for any rows; separate, 2 r (d_in + d_out) for each
     assert "the update is merged into W on the fly (" in inference
     rounded = LoRALinear(nplora.FrozenWeight(np.ones((1536, 576), np.float32), compute="bfloat16"), 64)
-    assert "bfloat16" in rounded.explain(5)
-    assert "float32" in rounded.explain(4)
+    assert "bfloat16" in rounded.explain(9)
+    assert "float32" in rounded.explain(8)
     assert "the update is merged" not in rounded.explain(100_000, training=False)
     square = np.ones((1024, 1024), np.float32)  # decoded blocks are cheaper to transpose than x and y
     assert "tokens in the lanes" in LoRALinear(square, 8).explain(128)

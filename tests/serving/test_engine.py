@@ -1,6 +1,8 @@
 """The engine: every text is what the model generates alone, whatever else runs; nothing is lost."""
 
 import importlib.util
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -9,28 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_engines import CONTEXT, VOCAB, engine_with, prompt, small
 
 import nplora
 import small_models
 from nplora.lm import LanguageModel
 from nplora.lm.generation import PAGE, Sampling, generate_ids
-from nplora.serving import Chunk, Engine, QueueFullError, Ticket, memory, scheduler
+from nplora.serving import Chunk, Engine, QueueFullError, Ticket, scheduler
 from vocabularies import byte_level
 
 pytest.importorskip("tokenizers")
-
-VOCAB = len(byte_level()["tokenizer.ggml.tokens"])
-CONTEXT = 8 * PAGE
-
-
-def small(directory: Path, context: int = CONTEXT, seed: int = 0) -> LanguageModel:
-    """A small model with a byte-level vocabulary. Its texts depend on tokens far back."""
-    entries = {**small_models.metadata(llama__context_length=context), **byte_level()}
-    weights = small_models.tensors(seed)
-    rng = np.random.default_rng(seed + 1)
-    for name in ("token_embd.weight", "output.weight"):
-        weights[name] = rng.standard_normal((VOCAB, small_models.WIDTH), np.float32)
-    return nplora.load_model(small_models.write(directory / "small.gguf", entries, weights))
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +28,8 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return small(tmp_path_factory.mktemp("engine"))
 
 
-def prompt(rng: np.random.Generator, length: int, vocab: int = VOCAB) -> list[int]:
-    return [int(one) for one in rng.integers(1, vocab, length)]
-
-
 def alone(lm: LanguageModel, ids: list[int], sampling: Sampling) -> str:
     return generate_ids(lm, [ids], sampling)[0]
-
-
-def engine_with(lm: LanguageModel, pages: int, **options: Any) -> Engine:
-    """An engine with exactly so many pages."""
-    fixed = memory.plan_memory(lm, "1G", options.get("max_requests", 8))
-    room = pages * fixed.page_bytes + fixed.page_bytes // 2
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "resident_memory", lambda lm: (0, 0))
-        return Engine(lm, memory=fixed.work + room, **options)
 
 
 def free_pages(engine: Engine) -> int:
@@ -72,6 +49,25 @@ def test_a_text_is_that_of_the_model_alone_in_any_batch(lm: LanguageModel) -> No
         tickets = [engine.submit(ids, sampling) for ids in prompts]
         assert [ticket.text() for ticket in tickets] == expected
         assert free_pages(engine) == engine.plan.pages
+
+
+def test_the_probabilities_have_the_same_bits_in_any_company(lm: LanguageModel) -> None:
+    rng, sampling = np.random.default_rng(12), Sampling(max_new_tokens=40)
+    system = prompt(rng, PAGE + 20)
+    prompts = [(system if n % 2 else []) + prompt(rng, length) for n, length in enumerate((5, 9, 100, 30, 1))]
+
+    def answers(engine: Engine) -> list[list[tuple[int, float | None]]]:
+        tickets = [engine.submit(ids, sampling, logprobs=0) for ids in prompts]
+        while engine.step():
+            pass
+        return [[(token.id, token.logprob) for chunk in one for token in chunk.tokens] for one in tickets]
+
+    expected = answers(Engine(lm, max_requests=1))
+    assert answers(Engine(lm, max_requests=5)) == expected
+    small = engine_with(lm, pages=6, max_requests=4)
+    assert answers(small) == expected
+    assert answers(small) == expected
+    assert small.metrics().put_back > 0
 
 
 def test_a_prompt_whose_beginning_is_known_gives_the_same_text(lm: LanguageModel) -> None:
@@ -173,6 +169,62 @@ def test_an_answer_ends_where_all_pages_are_full(lm: LanguageModel) -> None:
 def test_too_small_a_budget_is_refused_with_what_is_needed(lm: LanguageModel) -> None:
     with pytest.raises(ValueError, match=r"Engine: memory is 20 MB, expected at least \d+ MB"):
         Engine(lm, memory="20M")
+
+
+BUDGET = """
+import sys
+import numpy as np
+import nplora
+from nplora.finetuning.planning import current_memory, peak_memory
+from nplora.lm.generation import PAGE, Sampling
+from nplora.serving import Engine, memory
+
+lm = nplora.load_model(sys.argv[1])
+rng = np.random.default_rng(0)
+Engine(lm, max_requests=1).submit(rng.integers(1, 200, 600).tolist(), Sampling(max_new_tokens=2)).text()
+budget = current_memory() + memory.work_bytes(lm, 8) + 40_000_000
+engine = Engine(lm, memory=budget, max_requests=8)
+prompts = [rng.integers(1, 200, 600).tolist() for _ in range(6)]
+tickets = [engine.submit(ids, Sampling(max_new_tokens=10)) for ids in prompts]
+most = 0
+while engine.step():
+    metrics = engine.metrics()
+    most = max(most, metrics.pages_used + metrics.pages_cached)
+assert all(ticket.finish_reason in ("stop", "length") for ticket in tickets)
+print(budget, peak_memory(), engine.plan.pages, most, engine.plan.page_bytes)
+"""
+
+
+def test_the_process_stays_within_its_budget(tmp_path: Path) -> None:
+    """Pages are the largest part of the memory here, and all of them are used."""
+    width, dim = small_models.WIDTH, 512
+    entries = {
+        **small_models.metadata(llama__context_length=1024),
+        **byte_level(),
+        "llama.attention.key_length": dim,
+        "llama.attention.value_length": dim,
+        "llama.rope.dimension_count": dim,
+    }
+    weights, rng = small_models.tensors(), np.random.default_rng(0)
+    for name in ("token_embd.weight", "output.weight"):
+        weights[name] = rng.standard_normal((VOCAB, width), np.float32)
+    for layer in range(small_models.LAYERS):
+        for part, heads in (
+            ("q", small_models.HEADS),
+            ("k", small_models.KV_HEADS),
+            ("v", small_models.KV_HEADS),
+        ):
+            shape = heads * dim, width
+            weights[f"blk.{layer}.attn_{part}.weight"] = 0.2 * rng.standard_normal(shape, np.float32)
+        shape = width, small_models.HEADS * dim
+        weights[f"blk.{layer}.attn_output.weight"] = 0.02 * rng.standard_normal(shape, np.float32)
+    path = small_models.write(tmp_path / "wide.gguf", entries, weights)
+    child = subprocess.run([sys.executable, "-c", BUDGET, path], capture_output=True, text=True, check=True)
+    budget, peak, pages, most, page_bytes = map(int, child.stdout.split())
+    assert most >= pages - 1
+    assert pages * page_bytes > 35e6
+    assert peak <= budget
+    assert peak > budget - 60e6, "the plan counts memory that nobody uses"
 
 
 # ---- joining, leaving, errors ----

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from nplora.adapters import Adapter
+from nplora.formats.errors import counted
 from nplora.lm.answer import Answer, StopText
 from nplora.lm.sampling import (
     Sampling,
@@ -25,9 +27,10 @@ from nplora.tokenizer import Tokenizer
 Array = npt.NDArray[Any]
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]  # a text, or a chat
+Adapters = Sequence[str | Adapter | None]  # for each prompt a name, an adapter, or None
 
 __all__ = [
-    "GeneratingModel", "Message", "Prompt", "Sampling", "StopText", "choose", "generate", "generate_ids",
+    "Adapters", "GeneratingModel", "Message", "Prompt", "Sampling", "StopText", "choose", "generate", "generate_ids",
     "keep_top_k", "keep_top_p", "penalise", "penalise_repetition", "prompt_ids", "prompt_pieces", "softmax",
     "stream", "stream_all",
 ]  # fmt: skip
@@ -48,11 +51,75 @@ class GeneratingModel(Protocol):
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: Any) -> Array: ...
 
 
-def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[str]:
+class AdapterChoosingModel(GeneratingModel, Protocol):
+    """The method that generation needs too, if prompts have adapters."""
+
+    def named_model(self, adapter: str | Adapter) -> GeneratingModel: ...
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next tokens are chosen, and when generation ends.
+
+        >>> import nplora
+        >>> nplora.generate.Sampling(temperature=0.8, top_p=0.95, stop=["###"]).stop
+        ('###',)
+
+    Raises:
+        ValueError, TypeError: a value is out of range, or has a wrong type.
+    Warns:
+        UserWarning: `top_k` or `top_p` is given, and `temperature` is 0.
+    """
+
+    max_new_tokens: int = _option(128, "maximum number of generated tokens")
+    temperature: float = _option(
+        0.0, "sampling temperature; 0: always the most likely token, 1: the model's own probabilities"
+    )
+    top_k: int | None = _option(None, "number of most likely tokens to sample from")
+    top_p: float | None = _option(
+        None, "total probability of the most likely tokens to sample from, above 0 and at most 1"
+    )
+    repetition_penalty: float = _option(
+        1.0, "repetition penalty; above 1, earlier tokens become less likely to be chosen again"
+    )
+    stop: tuple[str, ...] = _option((), "stop text: generation ends before it (repeatable)")
+    seed: int = _option(0, "random seed of the sampling")
+
+    def __post_init__(self) -> None:
+        _check.integer(_OP, "max_new_tokens", self.max_new_tokens, least=0)
+        _check.at_least(_OP, "temperature", self.temperature, 0)
+        if self.top_k is not None:
+            _check.integer(_OP, "top_k", self.top_k, least=1)
+        if self.top_p is not None and not 0 < _check.number(_OP, "top_p", self.top_p) <= 1:
+            raise ValueError(f"{_OP}: top_p is {self.top_p}, expected above 0 and at most 1")
+        narrowed = [name for name in ("top_k", "top_p") if getattr(self, name) not in (None, 1)]
+        if narrowed and self.temperature == 0:
+            names = " and ".join(narrowed)
+            have = "have" if len(narrowed) > 1 else "has"
+            warn_user(
+                f"{_OP}: {names} {have} no effect at temperature 0, which always takes the most likely token"
+            )
+        if _check.number(_OP, "repetition_penalty", self.repetition_penalty) <= 0:
+            raise ValueError(f"{_OP}: repetition_penalty is {self.repetition_penalty}, expected above 0")
+        object.__setattr__(self, "stop", _check.texts(_OP, "stop", self.stop))
+        if "" in self.stop:
+            raise ValueError(f"{_OP}: stop is {self.stop!r}, expected a list of non-empty texts")
+        _check.integer(_OP, "seed", self.seed, least=0)
+
+
+def generate(
+    lm: GeneratingModel,
+    prompts: Sequence[Prompt],
+    sampling: Sampling | None = None,
+    adapters: Adapters | None = None,
+) -> list[str]:
     """Generate a text after each prompt.
 
-    The prompts are computed together, as rows of one batch. The other prompts affect a text only through
-    rounding, which depends on the size of the batch.
+    The prompts are computed together, as rows of one batch. The other prompts do not affect a text.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -64,22 +131,30 @@ def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling 
     Args:
         prompts: texts, or chats. A chat is a list of messages; the model's chat template renders it as text.
         sampling: how tokens are chosen, or None for always the most likely token, up to 128 tokens.
+        adapters: for each prompt, the name of a named adapter or an `Adapter`; None for the model as it is.
     Returns:
         the generated texts, without their prompts.
     Raises:
         TypeError: a prompt is neither a text nor a chat.
-        ValueError: a prompt is empty, has tokens outside the model's vocabulary, or fills the context.
+        ValueError: a prompt is empty, has tokens outside the model's vocabulary, or fills the context; or the
+            numbers of prompts and adapters differ.
+        KeyError: an adapter is unknown.
         FloatingPointError: the model's scores are NaN, or the largest one is infinite.
     Warns:
         UserWarning: a text ended early because the model's context was full.
     """
     texts = [""] * len(prompts)
-    for index, piece in stream_all(lm, prompts, sampling):
+    for index, piece in stream_all(lm, prompts, sampling, adapters):
         texts[index] += piece
     return texts
 
 
-def stream(lm: GeneratingModel, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
+def stream(
+    lm: GeneratingModel,
+    prompt: Prompt,
+    sampling: Sampling | None = None,
+    adapter: str | Adapter | None = None,
+) -> Iterator[str]:
     """Generate a text after one prompt, and yield it in pieces of whole characters.
 
     The errors and warnings are those of `generate`.
@@ -91,11 +166,14 @@ def stream(lm: GeneratingModel, prompt: Prompt, sampling: Sampling | None = None
     >>> "".join(pieces) == lm.generate("Hello", max_new_tokens=4)
     True
     """
-    return (piece for _, piece in stream_all(lm, [prompt], sampling))
+    return (piece for _, piece in stream_all(lm, [prompt], sampling, [adapter]))
 
 
 def stream_all(
-    lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling | None = None
+    lm: GeneratingModel,
+    prompts: Sequence[Prompt],
+    sampling: Sampling | None = None,
+    adapters: Adapters | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Generate a text after each prompt, and yield pairs (index of the prompt, piece of its text).
 
@@ -110,10 +188,17 @@ def stream_all(
         >>> texts == lm.generate(["Hello", "Good"], max_new_tokens=4)
         True
     """
-    return _stream_ids(lm, [prompt_ids(_OP, lm, prompt) for prompt in prompts], sampling or Sampling())
+    models = _models(lm, prompts, adapters)
+    ids = [prompt_ids(_OP, model, prompt) for model, prompt in zip(models, prompts, strict=True)]
+    return _stream_ids(lm, ids, sampling or Sampling(), models, adapters)
 
 
-def generate_ids(lm: GeneratingModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
+def generate_ids(
+    lm: GeneratingModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    adapters: Adapters | None = None,
+) -> list[str]:
     """Generate a text after each prompt, given as token ids. The errors and warnings are those of `generate`.
 
     >>> import nplora
@@ -125,21 +210,47 @@ def generate_ids(lm: GeneratingModel, prompts: Sequence[Sequence[int]], sampling
     True
     """
     texts = [""] * len(prompts)
-    for index, piece in _stream_ids(lm, [checked_ids(_OP, lm, list(ids)) for ids in prompts], sampling):
+    models = _models(lm, prompts, adapters)
+    checked = [checked_ids(_OP, model, list(ids)) for model, ids in zip(models, prompts, strict=True)]
+    for index, piece in _stream_ids(lm, checked, sampling, models, adapters):
         texts[index] += piece
     return texts
 
 
+def _models(
+    lm: GeneratingModel, prompts: Sequence[Any], adapters: Adapters | None
+) -> Sequence[GeneratingModel]:
+    """The model of each prompt, whose tokenizer has the tokens that its adapter adds."""
+    if adapters is None:
+        return [lm] * len(prompts)
+    if len(adapters) != len(prompts):
+        raise ValueError(
+            f"{_OP}: {len(adapters)} adapters for {counted(len(prompts), 'prompt')}, expected one for each"
+        )
+    chooser = cast(AdapterChoosingModel, lm)
+    return [lm if adapter is None else chooser.named_model(adapter) for adapter in adapters]
+
+
 def _stream_ids(
-    lm: GeneratingModel, prompts: Sequence[list[int]], sampling: Sampling
+    lm: GeneratingModel,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    models: Sequence[GeneratingModel],
+    adapters: Adapters | None,
 ) -> Iterator[tuple[int, str]]:
     context = int(lm.config.max_position_embeddings)
     longest = longest_before_switch(lm.config)
-    answers = [Answer(lm.tokenizer, index, ids, sampling) for index, ids in enumerate(prompts)]
+    answers = [
+        Answer(model.tokenizer, index, ids, sampling)
+        for index, (model, ids) in enumerate(zip(models, prompts, strict=True))
+    ]
     if not answers or not sampling.max_new_tokens:
         return
     limits = [min(context, len(answer.ids) + sampling.max_new_tokens) for answer in answers]
     cache = lm.new_cache(len(answers), max(limits))
+    for slot, adapter in enumerate(adapters or ()):
+        if adapter is not None:
+            cache.adapters[slot] = adapter
     for answer, limit in zip(answers, limits, strict=True):
         if hasattr(cache, "activate"):  # a model with its own kind of cache has no activated LoRA
             cache.activate(answer.index, answer.ids)

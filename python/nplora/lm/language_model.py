@@ -22,8 +22,8 @@ from nplora.formats.errors import counted
 from nplora.formats.files import Stamp, StrPath
 from nplora.formats.model_directory import CONFIG
 from nplora.formats.tokenizer_json import AddedToken
-from nplora.lm import activated, adapting, trained_rows
-from nplora.lm.generation import Message, Prompt, Sampling, generate
+from nplora.lm import activated, adapting, slot_models, trained_rows
+from nplora.lm.generation import Adapters, Message, Prompt, Sampling, generate
 from nplora.lm.named_adapters import NamedAdapters
 from nplora.lora.merging import MergeReport
 from nplora.models import families, head, model_digest, stepwise
@@ -154,9 +154,7 @@ class LanguageModel(Module):
         >>> lm.vocab_size - lm.config.vocab_size
         2
         """
-        embedding = self._selected("vocab_size").model.embed_tokens
-        rows = embedding.rows.size if isinstance(embedding, TrainedEmbedding) else embedding.weight.shape[0]
-        return int(rows)
+        return slot_models.vocab_of(self._selected("vocab_size"))
 
     @property
     def added_tokens(self) -> tuple[AddedToken, ...]:
@@ -508,6 +506,27 @@ class LanguageModel(Module):
         made._load_tokenizer = self._file_tokenizer
         made.model.prefix = None
         return made
+
+    def named_model(self, adapter: str | Adapter) -> LanguageModel:
+        """The model with one named adapter, for inference. It shares the frozen weights with this model.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.add_lora(rank=2, init="gaussian")
+            >>> lm.load_adapter(nplora.adapters.Adapter.from_model(lm), "first")
+            >>> first = lm.named_model("first")
+            >>> [first.generate("Hello", 8)] == lm.generate(["Hello"], 8, adapters=["first"])
+            True
+
+        Args:
+            adapter: a name, or one of the values of `adapters`, which may have been deleted meanwhile.
+        Raises:
+            KeyError: no adapter has this name.
+            TypeError: `adapter` is neither a name nor an `Adapter`.
+        """
+        if not isinstance(adapter, Adapter | str):
+            raise TypeError(f"named_model: adapter is {_check.kind(adapter)}, expected a name or an Adapter")
+        return self._named.model_of(self, "named_model", adapter)
 
     def exchange(self, replaced: Mapping[int, Module]) -> None:
         super().exchange(replaced)
@@ -1012,10 +1031,15 @@ class LanguageModel(Module):
             KeyError: the selected adapter was deleted.
         """
         self.require_unchanged()
-        return KVCache(self.config, slots, capacity, self._selected("new_cache"))
+        owner, resolve = self._selected("new_cache"), self.named_model
+        return KVCache(self.config, slots, capacity, owner, resolve)
 
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
         """Add the next tokens of m sequences to a cache, and return the logits (m, vocab) that follow.
+
+        The logits of a sequence are the same bits in every call, whichever other sequences are in it. Each
+        sequence has the adapter that `cache.adapters` gives its slot. If an adapter adds tokens, the other
+        sequences have scores of -inf for them.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -1038,23 +1062,20 @@ class LanguageModel(Module):
                 cache is not changed.
             CorruptError: as in `require_unchanged`.
         """
-        if isinstance(cache.owner, LanguageModel) and cache.owner is not self:
-            return cache.owner.decode(token_ids, slots, cache)
-        ids, rows = self._ids("decode", token_ids), _check.integers("decode", "slots", slots)
+        ids, rows = (
+            _check.integers("decode", "token_ids", token_ids),
+            _check.integers("decode", "slots", slots),
+        )
         ids = ids[:, None] if ids.ndim == 1 else ids
         if rows.ndim != 1 or ids.ndim != 2 or len(ids) != len(rows) or not ids.size:
             raise ValueError(
                 f"decode: token_ids have shape {ids.shape}, slots {rows.shape}; expected (m, count) and (m,)"
             )
-        count = ids.shape[1]
-        cache.require_room(rows, count)
-        cache.find_invocation(rows, ids)
+        cache.require_room(rows, ids.shape[1])
         with inference():
-            positions = cache.next_positions(rows, count)
-            x = self.model.run_cached(ids.reshape(-1), positions, cache)
-            logits = self.lm_head.forward(self.model.read_out(x[count - 1 :: count].copy()))[0]
+            logits = slot_models.decode(self, ids, rows, cache)
         self.require_unchanged()
-        cache.lengths[rows] += count
+        cache.lengths[rows] += ids.shape[1]
         return logits
 
     @overload
@@ -1072,6 +1093,7 @@ class LanguageModel(Module):
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = (),
+        adapters: Adapters | None = None,
     ) -> str: ...
     @overload
     def generate(
@@ -1088,6 +1110,7 @@ class LanguageModel(Module):
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = (),
+        adapters: Adapters | None = None,
     ) -> list[str]: ...
     @_check.keywords
     def generate(
@@ -1104,6 +1127,7 @@ class LanguageModel(Module):
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = (),
+        adapters: Adapters | None = None,
     ) -> str | list[str]:
         """Generate a text after a prompt, or after each of several prompts.
 
@@ -1134,11 +1158,15 @@ class LanguageModel(Module):
             frequency_penalty: a number that is subtracted from a token's score for each time that it was
                 generated before.
             logit_bias: numbers that are added to the scores of tokens, by token id; -inf rules a token out.
+            adapters: for each prompt, the name of a named adapter or an `Adapter`; None for the model as it
+                is. The prompts share the frozen weights in each step, and each text is the same as alone.
         Returns:
             the generated text without its prompt; a list of texts for several prompts.
         Raises:
-            ValueError: an option is out of range, or a prompt is empty or fills the context.
+            ValueError: an option is out of range, a prompt is empty or fills the context, or the numbers of
+                prompts and adapters differ.
             TypeError: an option is not known, or a prompt is neither a text nor a chat.
+            KeyError: an adapter is unknown.
             FloatingPointError: the model's scores are NaN, or the largest one is infinite.
             CorruptError: as in `require_unchanged`.
         Warns:
@@ -1148,11 +1176,11 @@ class LanguageModel(Module):
         penalties = presence_penalty, frequency_penalty, logit_bias
         sampling = Sampling(*options, *penalties)  # type: ignore[arg-type]  # it makes a tuple of stop
         if not np.iterable(prompt) or isinstance(prompt, str | bytes | bytearray | Mapping):
-            return generate(self, [prompt], sampling)[0]  # type: ignore[list-item]
+            return generate(self, [prompt], sampling, adapters)[0]  # type: ignore[list-item]
         given: list[Any] = list(prompt)
         if given and all(isinstance(message, Mapping) for message in given):
-            return generate(self, [given], sampling)[0]
-        return generate(self, given, sampling)
+            return generate(self, [given], sampling, adapters)[0]
+        return generate(self, given, sampling, adapters)
 
     def require_trainable(self, what: str) -> None:
         """Like `Module.require_trainable`, but also raise RuntimeError if a named adapter is selected."""

@@ -113,6 +113,16 @@ class NamedAdapters(Generic[Model]):
                 self._models[names] = lm.with_adapter(summed, any_base=True)
             return self._models[names]
 
+    def model_of(self, lm: Model, op: str, adapter: str | Adapter) -> Model:
+        """Return a copy of the model with one adapter: a name, or an `Adapter` that has or had a name."""
+        if isinstance(adapter, str):
+            return self.model(lm, op, (adapter,))
+        with self._lock:
+            for name, known in self._adapters.items():
+                if known is adapter:
+                    return self.model(lm, op, (name,))
+        return lm.with_adapter(adapter, any_base=True)
+
     def forget_models(self) -> None:
         """Drop the copies of the model, because its layers were replaced. New copies are made when needed."""
         with self._lock:

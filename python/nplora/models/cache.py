@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.models.config import ModelConfig
-from nplora.models.invocation import NEVER, invocation_of, start_of
+from nplora.models.invocation import NEVER, start_of
 from nplora.models.positions import CachePositions, cache_positions
+from nplora.models.slot_adapters import SlotAdapters
 from nplora.nn.module import Module
 
 Array = npt.NDArray[Any]
@@ -41,6 +43,8 @@ class KVCache:
             memory only as they are filled.
         table: int64 (slots, pages of a slot), the pages of each slot in order.
         held: int64 (slots,), how many pages each slot has. The rest of its row in the table means nothing.
+        adapters: the adapter of each slot, which can be set while the slot is empty: the name of a named
+            adapter, an `Adapter`, or None (at first) for the owner as it is.
         activation: int64 (slots,), for an activated LoRA: the position from which on it acts in each slot;
             UNKNOWN: `decode` looks for the invocation tokens in the next tokens; NEVER: it does not act.
         owner: the model (with its selected named adapters) that may fill the cache; None allows any model.
@@ -52,6 +56,7 @@ class KVCache:
         slots: int,
         capacity: int,
         owner: Module | None = None,
+        resolve: Callable[[Any], Module] | None = None,
         page_tokens: int | None = None,
         pages: int | None = None,
     ) -> None:
@@ -74,7 +79,8 @@ class KVCache:
         self.lengths = np.zeros(self.slots, np.int64)
         self.limits = np.full(self.slots, self.capacity)
         self.activation = np.full(self.slots, UNKNOWN, np.int64)
-        self.invocation = None if owner is None else invocation_of(owner)
+        self.adapters = SlotAdapters(self.lengths, owner, resolve)
+        self.joint: object = None  # what `decode` made to compute the models of several slots together
 
     def reset(self) -> None:
         """Drop all sequences."""
@@ -104,24 +110,38 @@ class KVCache:
 
     def activate(self, slot: int, ids: Array) -> None:
         """Find where an activated LoRA begins to act, given all tokens of a prompt."""
-        if self.invocation is not None:
-            self.activation[slot] = start_of(np.asarray(ids), self.invocation)
+        if (invocation := self.adapters.invocation(slot)) is not None:
+            self.activation[slot] = start_of(np.asarray(ids), invocation)
 
     def find_invocation(self, slots: Array, ids: Array) -> None:
         """Look for the invocation tokens in the next tokens (m, count) of slots."""
-        if self.invocation is None:
-            return
-        for slot, row in zip(slots, ids, strict=True):
-            if self.activation[slot] == UNKNOWN and (start := start_of(row, self.invocation)) != NEVER:
+        for slot, row in zip(slots.tolist(), ids, strict=True):
+            invocation = self.adapters.invocation(slot)
+            if invocation is None or self.activation[slot] != UNKNOWN:
+                continue
+            if (start := start_of(row, invocation)) != NEVER:
                 self.activation[slot] = self.lengths[slot] + start
 
     def active(self, positions: CachePositions) -> Array | None:
         """The new rows on which an activated LoRA acts. None: on all rows."""
-        if self.invocation is None:
+        if not self.adapters.any_invocation:
             return None
-        starts = self.activation[positions.slots]
-        acts = (starts != UNKNOWN) & (positions.in_sequence >= starts)
+        starts = self._starts(positions.slots)
+        acts = positions.in_sequence >= starts
         return None if acts.all() else np.flatnonzero(acts)
+
+    def acts(self, slots: Array, lengths: Array, count: int) -> Array:
+        """Whether the adapters of slots act on their next `count` tokens, bool (m, count)."""
+        if not self.adapters.any_invocation:
+            return np.ones((len(slots), count), np.bool_)
+        acts: Array = lengths[:, None] + np.arange(count) >= self._starts(slots)[:, None]
+        return acts
+
+    def _starts(self, slots: Array) -> Array:
+        """The position from which on the adapter of each slot acts."""
+        starts = np.where(self.activation[slots] == UNKNOWN, NEVER, self.activation[slots])
+        starts[[self.adapters.invocation(slot) is None for slot in slots.tolist()]] = 0
+        return starts
 
     def require_room(self, slots: Array, count: int) -> None:
         """Check that no slot is given twice, and that each slot has room for `count` more tokens."""

@@ -19,6 +19,7 @@ from nplora.models.prefix_cache import PrefixCache
 from nplora.nn import Embedding, LoRAEmbedding, RMSNorm, TrainedEmbedding
 from nplora.nn.active_rows import only_active
 from nplora.nn.module import Module, Saved, inference
+from nplora.nn.row_groups import row_groups
 from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
@@ -131,7 +132,8 @@ class Decoder(Module):
     def run_cached(self, ids: Array, positions: CachePositions, cache: KVCache) -> Array:
         """Compute the residual stream (m, d) after the last block, for the m newest tokens."""
         x = self._embedded(ids)[0]
-        with only_active(cache.active(positions)):
+        active = cache.active(positions) if row_groups() is None else None
+        with only_active(active):
             for block, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
                 x = block.run_cached(x, positions, keys, values)
         return x

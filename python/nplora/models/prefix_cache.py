@@ -18,9 +18,9 @@ from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 
-# Up to this many rows, products may sum in another order. With more rows, the bits of a row's values do not
-# depend on the other rows. So batches of at most this size are neither stored nor looked up.
-SMALL_BATCH = _core.constants.most_small_batch
+# Up to this many rows, products sum in another order than with more rows, and the bits of a row's values
+# depend only on that. So batches of at most this size are neither stored nor looked up.
+SMALL_BATCH = _core.constants.small_batch
 
 
 class _Store(Protocol):

@@ -70,7 +70,7 @@ class Linear(Prepared, Module):
             raise ValueError(f"Linear: compute={compute!r} with trainable=True, expected compute='float32'")
         self.weight = trainable_copy("Linear", frozen) if trainable else frozen
         self._dtype = frozen.compute_dtype
-        self._factors = _no_factors(*self.shape, self._dtype)
+        self._factors = no_factors(*self.shape, self._dtype)
         self.bias = None
         if bias is not None:
             self.bias = _check.shaped("Linear", "bias", bias, (frozen.shape[0],), self._dtype).copy()
@@ -211,7 +211,7 @@ class Linear(Prepared, Module):
 
 
 @functools.cache
-def _no_factors(d_out: int, d_in: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+def no_factors(d_out: int, d_in: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     """Return empty factors A and B, of rank 0, which all layers of this shape share."""
     return np.empty((d_out, 0), dtype), np.empty((0, d_in), dtype)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from nplora import _check, _core
 from nplora.nn.active_rows import active_rows
-from nplora.nn.linear import Linear
+from nplora.nn.linear import Linear, no_factors
 from nplora.nn.low_rank import LoRALayer
 from nplora.nn.module import Gradient, Saved, SharedWeights, inferring, quiet
 from nplora.nn.principal import PRINCIPAL_INITS
@@ -279,6 +279,13 @@ class LoRALinear(LoRALayer):
             return None  # the core's inference does not rescale rows
         weight, scale, bias = self._core_terms(lone)
         return _core.InferenceLayer(weight, self.A, self.B, scale, bias)
+
+    def frozen_part(self) -> _core.InferenceLayer:
+        """The layer without its update, as an argument for `_core.infer_groups`."""
+        d_out, d_in = self.weight.shape
+        return _core.InferenceLayer(
+            self.weight.packed, *no_factors(d_out, d_in, self.weight.compute_dtype), 0.0, self._bias
+        )
 
     def _rescale(self, u: Array, saved: LoRALinearSaved, training: bool) -> tuple[Array, LoRALinearSaved]:
         """Rescale the output u as DoRA does: y = m / ‖row‖ ∘ u + bias, for each row of W + scale·A·B."""

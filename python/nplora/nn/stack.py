@@ -15,6 +15,7 @@ from nplora.nn.linear import Linear
 from nplora.nn.lora_linear import LoRALinear
 from nplora.nn.low_rank import UnloadedLayer
 from nplora.nn.module import Gradient, Saved, inference
+from nplora.nn.row_groups import GroupedLayer, RowGroup, joined, one_group, row_groups, slices
 from nplora.weights import FrozenWeight, buffers
 
 Array = npt.NDArray[Any]
@@ -73,6 +74,8 @@ def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
         layers: one or more LoRALinear or Linear with the same d_in and arithmetic.
         x: contiguous array (n, d_in) in the layers' dtype; the core refuses other arrays.
     """
+    if (groups := row_groups()) is not None:
+        return _infer_groups(layers, x, groups)
     if active_rows() is not None:
         with inference():
             return stack_forward(layers, x)[0]
@@ -81,6 +84,23 @@ def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
         return _core.infer(x, parts)
     with inference():
         return stack_forward(layers, x)[0]
+
+
+def _infer_groups(layers: Sequence[Stackable], x: Array, groups: Sequence[RowGroup]) -> list[Array]:
+    """Compute each group of rows by its own layers. The core computes all groups together if it can."""
+    parts = [[_part(layer, group) for layer in layers] for group in groups]
+    if all(part is not None for group in parts for part in group):
+        return _core.infer_groups(x, parts, [group.rows for group in groups])  # type: ignore[arg-type]
+    outputs = []
+    for group, rows in zip(groups, slices(groups), strict=True):
+        own = [layer.of(group) if isinstance(layer, GroupedLayer) else layer for layer in layers]
+        with one_group(group):
+            outputs.append(stack_infer(own, x[rows]))
+    return [joined(ys) for ys in zip(*outputs, strict=True)]
+
+
+def _part(layer: Stackable | GroupedLayer, group: RowGroup) -> _core.InferenceLayer | None:
+    return layer.part(group) if isinstance(layer, GroupedLayer) else layer.inference_layer()
 
 
 def stack_backward(

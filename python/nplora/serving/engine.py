@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import contextvars
 import itertools
 import operator
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 from nplora import _check
 from nplora.adapters import Adapter
@@ -28,6 +29,7 @@ from nplora.serving.ticket import Chunk, Ticket, Token, TopToken, Usage
 __all__ = ["Chunk", "Engine", "Guide", "QueueFullError", "Ticket", "Token", "TopToken", "Usage"]
 
 _OP = "Engine.submit"
+T = TypeVar("T")
 
 
 class QueueFullError(RuntimeError):
@@ -156,23 +158,28 @@ class Engine:
         if logprobs is not None:
             _check.integer(_OP, "logprobs", logprobs, least=0)
         _check.integer(_OP, "index", index, least=0)
-        prompt = checked_ids(_OP, self._lm, [operator.index(one) for one in ids], self._context)
+        _check.integer(_OP, "priority", priority, least=-(2**31))
         with self._lock:
             chosen, root = self._adapter(adapter)
+            model = self._lm if chosen is None else self._lm.named_model(chosen)
+            tokenizer = _unselected(lambda: model.tokenizer)
+            prompt = _unselected(
+                lambda: checked_ids(_OP, model, [operator.index(one) for one in ids], self._context)
+            )
             ticket = Ticket(len(prompt), self._run, self._cancel)
-            tokenizer = self._lm.tokenizer
+            answer = Answer(tokenizer, index, prompt, sampling, guide)
             request = Request(
                 ticket,
-                Answer(tokenizer, index, prompt, sampling, guide),
+                answer,
                 tokenizer,
                 chosen,
                 root,
-                invocation_of(self._lm),
+                invocation_of(model),
                 min(self._context, len(prompt) + sampling.max_new_tokens),
-                longest_before_switch(self._lm.config),
+                longest_before_switch(model.config),
                 logprobs,
                 client,
-                _check.integer(_OP, "priority", priority, least=-(2**31)),
+                priority,
             )
             if self._closed:
                 raise RuntimeError(f"{_OP}: the engine was closed")
@@ -196,7 +203,7 @@ class Engine:
                 request = self._requests.get(id(self._cancelled.popleft()))
                 if request is not None:
                     self._scheduler.end(request, "cancelled")
-            return self._scheduler.round()
+            return _unselected(self._scheduler.round)
 
     @property
     def busy(self) -> bool:
@@ -239,7 +246,7 @@ class Engine:
         """A snapshot of the counters, which does not change any more."""
         with self._lock:
             self._scheduler.counts()
-            return copy.deepcopy(self._metrics)
+            return self._metrics.copy()
 
     def __enter__(self) -> Engine:
         """Start the engine."""
@@ -296,6 +303,11 @@ class Engine:
         if known is None or known[0] is not adapter:  # another adapter had this name before
             known = self._roots[name] = adapter, f"adapter {next(self._numbers)}"
         return known
+
+
+def _unselected(function: Callable[[], T]) -> T:
+    """Call a function where no named adapter is selected: the caller may have selected one in its thread."""
+    return contextvars.Context().run(function)
 
 
 def _waiting(count: int) -> str:

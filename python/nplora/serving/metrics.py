@@ -42,6 +42,10 @@ class Histogram:
         """The number of values."""
         return sum(self.counts)
 
+    def copy(self) -> Histogram:
+        """A copy, also while another thread adds values."""
+        return Histogram(self.bounds, list(self.counts), self.total)
+
 
 @dataclasses.dataclass
 class Metrics:
@@ -87,3 +91,10 @@ class Metrics:
     first_token_seconds: Histogram = dataclasses.field(default_factory=Histogram)
     token_seconds: Histogram = dataclasses.field(default_factory=Histogram)
     request_seconds: Histogram = dataclasses.field(default_factory=Histogram)
+
+    def copy(self) -> Metrics:
+        """A copy, also while another thread counts."""
+        held = {
+            name: value.copy() for name, value in vars(self).items() if isinstance(value, dict | Histogram)
+        }
+        return dataclasses.replace(self, **held)

@@ -57,7 +57,7 @@ class Scheduler:
         self.queue: FairQueue[Request] = FairQueue()
         self.running: list[Request] = []
         self._lm, self._metrics, self._turn, self._ended = lm, metrics, turn, ended
-        self._cache = KVCache(lm.config, slots, context, lm, PAGE, pages)
+        self._cache = KVCache(lm.config, slots, context, lm, lm.named_model, PAGE, pages)
         self._pool = PagePool(pages)
         self._slots = list(range(slots - 1, -1, -1))
         self._started = itertools.count()
@@ -100,12 +100,15 @@ class Scheduler:
     # ---- joining and leaving ----
 
     def _admit(self) -> None:
-        """Start waiting requests, as long as slots are free and the pages suffice for their prompts."""
+        """Start waiting requests, as long as slots are free and the pages suffice for their prompts.
+
+        Each running request is left a page more, so that a request that starts is not put back at once.
+        """
         while self._slots and (request := self.queue.first()) is not None:
             known = sum(1 for _ in itertools.takewhile(self._pool.has, request.keys))
             needed = -(-(len(request.answer.ids) + 1) // PAGE) - known
             unread = sum(self._missing(one, len(one.answer.ids) + 1) for one in self.running)
-            if self.running and needed + unread > self._pool.available - known:
+            if self.running and needed + unread + len(self.running) > self._pool.available - known:
                 return
             self.queue.remove(request)
             if request.started is None:
@@ -120,6 +123,7 @@ class Scheduler:
         """Make the request's empty slot ready for its adapter and its length."""
         cache, slot = self._cache, request.slot
         assert slot is not None
+        cache.adapters[slot] = request.adapter
         cache.limits[slot] = request.slot_limit
         cache.activate(slot, np.asarray(request.answer.ids[: request.to_read]))
 
@@ -127,6 +131,7 @@ class Scheduler:
         """Take the slot and the pages from a request."""
         assert request.slot is not None
         self._pool.release(self._cache.take(request.slot))
+        self._cache.adapters[request.slot] = None
         self._slots.append(request.slot)
         request.slot = None
         self.running.remove(request)

@@ -1,0 +1,161 @@
+"""Decodes the next tokens of several sequences of a cache together, each with the adapter of its slot.
+
+A small batch reads the frozen weights once for all its rows, and gives each row the same bits as alone. A
+longer piece of a prompt is computed alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.models.cache import KVCache
+from nplora.nn import TrainedEmbedding
+from nplora.nn.module import Module
+from nplora.nn.prepared import Prepared
+from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows, joined
+
+if TYPE_CHECKING:
+    from nplora.lm.language_model import LanguageModel
+
+Array = npt.NDArray[Any]
+
+_SMALL = _core.constants.small_batch
+
+
+def decode(lm: LanguageModel, ids: Array, slots: Array, cache: KVCache) -> Array:
+    """The logits (m, vocab) after the tokens `ids` (m, count), which are stored in the cache.
+
+    The cache's lengths stay as they are. Call this function in `with inference()`.
+
+    Args:
+        lm: the model for a cache without an owner.
+    Raises:
+        ValueError: an id is out of range. The cache is not changed.
+    """
+    models: list[Any] = [cache.adapters.model(slot) or lm for slot in slots.tolist()]
+    _check_ids(models, ids)
+    cache.find_invocation(slots, ids)
+    together = max(1, _SMALL // ids.shape[1])
+    found = []
+    for first in range(0, len(slots), together):
+        some = slice(first, first + together)
+        found.append(_decode_few(models[some], ids[some], slots[some], cache))
+    return found[0] if len(found) == 1 else joined(found)
+
+
+def vocab_of(model: LanguageModel) -> int:
+    """The number of rows of the model's own embedding, with those for added tokens."""
+    embedding = model.model.embed_tokens
+    return int(embedding.rows.size if isinstance(embedding, TrainedEmbedding) else embedding.weight.shape[0])
+
+
+def _check_ids(models: Sequence[LanguageModel], ids: Array) -> None:
+    vocabs = {id(model): vocab_of(model) for model in models}
+    if len(set(vocabs.values())) == 1:
+        _check.in_range("decode", "token_ids", ids, vocabs[id(models[0])])
+        return
+    for model, row in zip(models, ids, strict=True):
+        _check.in_range("decode", "token_ids", row, vocabs[id(model)])
+
+
+def _decode_few(models: Sequence[LanguageModel], ids: Array, slots: Array, cache: KVCache) -> Array:
+    """`decode` for as many sequences as are computed together."""
+    count = ids.shape[1]
+    acts = cache.acts(slots, cache.lengths[slots], count)
+    if acts.all() and all(model is models[0] for model in models):
+        return _logits(models[0], ids, slots, cache)
+    joint = _joint_of(cache, models)
+    numbers = np.array([joint.number(model) for model in models])
+    order = np.lexsort((acts[:, 0], numbers))
+    rows = zip(np.repeat(numbers[order], count).tolist(), acts[order].reshape(-1).tolist(), strict=True)
+    last = ((number, True) for number in numbers[order].tolist())
+    logits = _logits(joint.lm, ids[order], slots[order], cache, _grouped(rows), _grouped(last))
+    return np.asarray(logits[np.argsort(order)])
+
+
+def _grouped(rows: Iterable[tuple[int, bool]]) -> tuple[RowGroup, ...]:
+    """Join neighbouring rows with the same model whose adapter acts, or does not act, on all of them."""
+    return tuple(
+        RowGroup(model, sum(1 for _ in some), acts) for (model, acts), some in itertools.groupby(rows)
+    )
+
+
+def _logits(
+    lm: LanguageModel,
+    ids: Array,
+    slots: Array,
+    cache: KVCache,
+    groups: tuple[RowGroup, ...] | None = None,
+    ends: tuple[RowGroup, ...] | None = None,
+) -> Array:
+    """Args: groups, ends: the groups of all rows, and of the last row of each sequence."""
+    count = ids.shape[1]
+    positions = cache.next_positions(slots, count)
+    with grouped_rows(groups):
+        x = lm.model.run_cached(ids.reshape(-1), positions, cache)
+    with grouped_rows(ends):
+        return lm.lm_head.forward(lm.model.read_out(x[count - 1 :: count].copy()))[0]
+
+
+# ---- several models as one ----
+
+
+class JointModel:
+    """Several models that share the frozen weights, as one model with a GroupedLayer in each adapted place.
+
+    Attributes:
+        lm: the joint model. It computes inside `grouped_rows` only.
+
+    Args:
+        models: the models.
+        owner: the model whose layers may change. The others are copies that nobody else has.
+    """
+
+    def __init__(self, models: Sequence[LanguageModel], owner: object) -> None:
+        self._models = tuple(models)
+        self._numbers = {id(model): number for number, model in enumerate(models)}
+        adapted = [model.adapter_layers() for model in models]
+        places = [dict(model.named_modules()) for model in models]
+        self._layers = [
+            layer for model, layers in zip(models, adapted, strict=True) if model is owner
+            for layer in layers.values()
+        ]  # fmt: skip
+        self.lm = models[0].copied(
+            {
+                id(places[0][name]): GroupedLayer([found[name] for found in places])
+                for name in dict.fromkeys(itertools.chain(*adapted))
+            }
+        )
+        self._state = self._owner_state()
+
+    def number(self, model: Module) -> int:
+        """The number of one of the models."""
+        return self._numbers[id(model)]
+
+    def fits(self, models: Sequence[Module]) -> bool:
+        """Whether all these models are joined, and the owner has not changed, by merging for example."""
+        return all(id(model) in self._numbers for model in models) and self._state == self._owner_state()
+
+    def _owner_state(self) -> list[Hashable]:
+        return [
+            layer._inference_state() if isinstance(layer, Prepared) else (layer.merged, layer.adapter_enabled)
+            for layer in self._layers
+        ]
+
+
+def _joint_of(cache: KVCache, models: Sequence[LanguageModel]) -> JointModel:
+    """A joint model of these models, which the cache keeps. A new one also joins those of the other slots."""
+    joint = cache.joint
+    if not isinstance(joint, JointModel) or not joint.fits(models):
+        others = (cache.adapters.model(slot) for slot in range(cache.slots))
+        joined_models: dict[int, Any] = {
+            id(model): model for model in (*others, *models) if model is not None
+        }
+        joint = cache.joint = JointModel(list(joined_models.values()), cache.owner)
+    return joint

@@ -1,0 +1,68 @@
+"""The adapter of each slot of a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy.typing as npt
+
+from nplora.models.invocation import invocation_of
+from nplora.nn.module import Module
+
+Array = npt.NDArray[Any]
+
+
+class SlotAdapters:
+    """A list with one adapter for each slot. It can be changed while the slot is empty.
+
+    Args:
+        lengths: the number of tokens in each slot, a live array.
+        owner: the model that computes the slots without an adapter.
+        resolve: returns the model for an adapter; None if the slots may have no adapters.
+    """
+
+    def __init__(
+        self, lengths: Array, owner: Module | None, resolve: Callable[[Any], Module] | None = None
+    ) -> None:
+        self._lengths, self._owner, self._resolve = lengths, owner, resolve
+        self._given: list[Any] = [None] * len(lengths)
+        self._models: list[Module | None] = [owner] * len(lengths)
+        own = None if owner is None else invocation_of(owner)
+        self._invocations: list[tuple[int, ...] | None] = [own] * len(lengths)
+        self._own_invocation = own
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._given)
+
+    def __getitem__(self, slot: int) -> Any:
+        return self._given[slot]
+
+    def __setitem__(self, slot: int, adapter: Any) -> None:
+        if self._lengths[slot]:
+            raise ValueError(
+                f"KVCache.adapters: slot {slot} has {self._lengths[slot]} tokens, expected an empty slot"
+            )
+        model, invocation = self._owner, self._own_invocation
+        if adapter is not None:
+            if self._resolve is None:
+                raise TypeError("KVCache.adapters: this cache was not made by LanguageModel.new_cache")
+            model = self._resolve(adapter)
+            invocation = invocation_of(model)
+        self._given[slot], self._models[slot], self._invocations[slot] = adapter, model, invocation
+
+    def model(self, slot: int) -> Module | None:
+        """The model that computes the tokens of a slot."""
+        return self._models[slot]
+
+    def invocation(self, slot: int) -> tuple[int, ...] | None:
+        """The invocation tokens of the slot's adapter, or None if it is not an activated LoRA."""
+        return self._invocations[slot]
+
+    @property
+    def any_invocation(self) -> bool:
+        """Whether the adapter of some slot is an activated LoRA."""
+        return any(self._invocations)

@@ -1,0 +1,123 @@
+"""Groups of rows of one batch, each computed by a model of its own, while all share the frozen weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _core
+from nplora.nn.active_rows import only_active
+from nplora.nn.lora_linear import LoRALinear
+from nplora.nn.module import Module
+from nplora.nn.prepared import Prepared
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """Neighbouring rows of a batch.
+
+    Attributes:
+        model: the number of the model that computes these rows.
+        rows: the number of rows.
+        acts: whether the model's adapter acts on these rows. An activated LoRA does not act before its
+            invocation tokens.
+    """
+
+    model: int
+    rows: int
+    acts: bool = True
+
+
+_groups: ContextVar[tuple[RowGroup, ...] | None] = ContextVar("nplora_row_groups", default=None)
+
+
+def row_groups() -> tuple[RowGroup, ...] | None:
+    """The groups into which the rows of the current pass are divided, or None if one model computes all."""
+    return _groups.get()
+
+
+@contextlib.contextmanager
+def grouped_rows(groups: tuple[RowGroup, ...] | None) -> Iterator[None]:
+    """Inside `with grouped_rows(groups):` a GroupedLayer computes each group of rows by its model's layer."""
+    token = _groups.set(groups)
+    try:
+        yield
+    finally:
+        _groups.reset(token)
+
+
+@contextlib.contextmanager
+def one_group(group: RowGroup) -> Iterator[None]:
+    """A context for the rows of one group alone."""
+    with grouped_rows(None), only_active(None if group.acts else np.empty(0, np.int64)):
+        yield
+
+
+def slices(groups: Sequence[RowGroup]) -> list[slice]:
+    """The rows of each group."""
+    ends = np.cumsum([group.rows for group in groups]).tolist()
+    return [slice(end - group.rows, end) for group, end in zip(groups, ends, strict=True)]
+
+
+class GroupedLayer(Module):
+    """The layers at one place of several models. Each group of rows is computed by its model's layer.
+
+    The layers must not change, except for the values in their arrays.
+
+        >>> import nplora, numpy as np
+        >>> from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows
+        >>> double, triple = (nplora.Linear(np.eye(2) * factor) for factor in (2, 3))
+        >>> layer = GroupedLayer([double, triple])
+        >>> with grouped_rows((RowGroup(0, 1), RowGroup(1, 2))):
+        ...     layer(np.ones((3, 2)))
+        array([[2., 2.],
+               [3., 3.],
+               [3., 3.]], dtype=float32)
+
+    Args:
+        layers: the layer of each model.
+    """
+
+    def __init__(self, layers: Sequence[Module]) -> None:
+        self._layers = tuple(layers)
+        self._parts: dict[tuple[int, bool], _core.InferenceLayer | None] = {}
+
+    def forward(self, x: npt.ArrayLike) -> tuple[Array, None]:
+        """Return the outputs of all rows of x. A shorter output is filled with -inf."""
+        groups, rows, ys = row_groups(), np.asarray(x), []
+        assert groups is not None
+        for group, some in zip(groups, slices(groups), strict=True):
+            with one_group(group):
+                ys.append(self._layers[group.model].forward(rows[some])[0])
+        return joined(ys), None
+
+    def of(self, group: RowGroup) -> Module:
+        """The layer that computes the rows of a group."""
+        return self._layers[group.model]
+
+    def part(self, group: RowGroup) -> _core.InferenceLayer | None:
+        """The layer of a group as an argument for `_core.infer_groups`, or None if the core cannot run it."""
+        key = group.model, group.acts
+        if key not in self._parts:
+            layer = self._layers[group.model]
+            if isinstance(layer, LoRALinear) and not group.acts:
+                self._parts[key] = layer.frozen_part()
+            else:
+                self._parts[key] = layer.inference_layer() if isinstance(layer, Prepared) else None
+        return self._parts[key]
+
+
+def joined(ys: Sequence[Array]) -> Array:
+    """Join arrays of rows. Rows that are shorter than the longest are filled with -inf."""
+    width = max(y.shape[1] for y in ys)
+    if all(y.shape[1] == width for y in ys):
+        return np.concatenate(ys)
+    return np.concatenate([np.pad(y, ((0, 0), (0, width - y.shape[1])), constant_values=-np.inf) for y in ys])

@@ -1,0 +1,111 @@
+"""A row of a small batch has the same bits alone, in any batch, and on any number of threads."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora import FrozenWeight, LoRALinear, _core
+from nplora.weights.storages import BLOCKS
+
+Array = np.ndarray[Any, Any]
+SMALL = _core.constants.small_batch
+WEIGHTS = [
+    *(("float32", compute, d_in) for compute in ("float32", "bfloat16") for d_in in (97, 192)),
+    *(("bfloat16", compute, d_in) for compute in ("float32", "bfloat16") for d_in in (61, 144)),
+    ("float16", "float32", 1100),
+    ("float64", "float32", 97),
+    ("nf4", "float32", 96),  # rows that do not begin at blocks are decoded to floats
+    *((storage, "float32", 512) for storage in sorted(BLOCKS)),
+    *((storage, "int8", 512) for storage in sorted(set(BLOCKS) - {"nf4"})),
+]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = nplora.get_num_threads()
+    nplora.set_num_threads(request.param)
+    yield request.param
+    nplora.set_num_threads(before)
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+@pytest.mark.parametrize(("storage", "compute", "d_in"), WEIGHTS)
+@pytest.mark.parametrize("rank", [0, 3, 8, 20])
+def test_a_row_of_a_small_batch_has_the_bits_of_the_row_alone(
+    storage: str, compute: str, d_in: int, rank: int, threads: int
+) -> None:
+    fw = FrozenWeight(normal(101, d_in, seed=1), storage, compute)
+    bias = normal(101, seed=2)
+    layer: nplora.Module = nplora.Linear(fw, bias=bias)
+    if rank:
+        layer = LoRALinear(fw, rank=rank, bias=bias, init="gaussian", rng=3)
+    x = normal(SMALL, d_in).astype(fw.compute_dtype)
+    alone = np.concatenate([layer(row[None]) for row in x])
+    for count in range(2, SMALL + 1):
+        for first in range(0, SMALL - count + 1, 3):
+            batch = slice(first, first + count)
+            np.testing.assert_array_equal(layer(x[batch]), alone[batch])
+
+
+def layer_of(fw: FrozenWeight, rank: int, seed: int) -> LoRALinear:
+    return LoRALinear(fw, rank=rank, init="gaussian", rng=seed)
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (8,), (3, 0, 5), (1, 2, 1), (7, 1), (2, 30, 9)])
+@pytest.mark.parametrize(
+    ("storage", "compute"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("float64", "float32"), ("q4_1", "int8"),
+     ("q4_k", "bfloat16")],
+)  # fmt: skip
+def test_groups_of_rows_have_the_bits_of_each_group_alone(
+    storage: str, compute: str, counts: tuple[int, ...], threads: int
+) -> None:
+    stack = [FrozenWeight(normal(rows, 256, seed=rows), storage, compute) for rows in (130, 48)]
+    ranks = (4, 0, 17)
+    x = normal(sum(counts), 256).astype(stack[0].compute_dtype)
+    groups = [
+        [layer_of(fw, rank, 9 * i + rank) if rank else nplora.Linear(fw) for i, fw in enumerate(stack)]
+        for rank in ranks[: len(counts)]
+    ]
+    compare_groups(groups, x, counts)
+
+
+def compare_groups(groups: list[list[Any]], x: Array, counts: tuple[int, ...]) -> None:
+    prepared = [[layer.inference_layer() for layer in each] for each in groups]
+    got = _core.infer_groups(x, prepared, list(counts))
+    bounds = np.cumsum((0, *counts))
+    for each, first, end in zip(prepared, bounds[:-1], bounds[1:], strict=True):
+        for y, alone in zip(got, _core.infer(x[first:end], each), strict=True):
+            np.testing.assert_array_equal(y[first:end], alone)
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (5, 20)])
+def test_groups_may_have_other_weights_and_biases(counts: tuple[int, ...]) -> None:
+    fw, bias = FrozenWeight(normal(5, 16)), normal(5, seed=1)
+    others = nplora.Linear(normal(5, 16, seed=2)), nplora.Linear(fw, bias=bias)
+    for other in others:
+        compare_groups([[nplora.Linear(fw)], [other]], normal(sum(counts), 16, seed=3), counts)
+
+
+def test_groups_refuse_what_does_not_fit() -> None:
+    one, other = (nplora.Linear(normal(d_out, 16)).inference_layer() for d_out in (5, 6))
+    assert one is not None
+    assert other is not None
+    x = normal(3, 16)
+    refused: list[tuple[list[Any], list[int], str]] = [
+        ([[one], [one]], [1, 1], "fewer rows"),
+        ([[one], [one]], [2, 2], "more rows"),
+        ([[one]], [1, 2], "layers for each group"),
+        ([], [], "layers for each group"),
+        ([[one], [one, one]], [1, 2], "same number of layers"),
+        ([[one], [other]], [1, 2], "same d_out"),
+    ]
+    for groups, counts, message in refused:
+        with pytest.raises(ValueError, match=message):
+            _core.infer_groups(x, groups, counts)

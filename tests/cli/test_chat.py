@@ -105,7 +105,7 @@ def test_the_commands(
 @pytest.mark.parametrize(
     ("text", "options", "words"),
     [
-        ("/adaptor x", [], "no command '/adaptor'; did you mean /adapter?"),
+        ("/adaptor x", [], "no command /adaptor; did you mean /adapter?"),
         ("/adapter x", [], "no adapter 'x'; there are: none"),
         ("/save x.txt", [], "expected a name that ends in .jsonl"),
         ("/save x.jsonl", [], "there are no messages yet"),
@@ -202,7 +202,7 @@ def test_a_chat_in_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     terminal.type("\x03")  # at the prompt
     terminal.until(r"\(Ctrl-D ends the chat\)\r\n> ")
     terminal.type("/nonsense\n")
-    terminal.until("nplora: error: no command '/nonsense'.*\r\n> ")
+    terminal.until("nplora: error: no command /nonsense.*\r\n> ")
     terminal.type('"""one\n')
     terminal.until("… ")
     terminal.type('two"""\n')

@@ -174,7 +174,7 @@ def test_the_keywords_of_generate_are_the_fields_of_sampling() -> None:
     overloads = typing.get_overloads(LanguageModel.generate)
     for function in (LanguageModel.generate, *overloads):
         parameters = list(inspect.signature(function).parameters.values())[2:]
-        assert {p.name: p.default for p in parameters if p.name != "unknown"} == fields
+        assert {p.name: p.default for p in parameters if p.name not in ("unknown", "adapters")} == fields
     assert [inspect.signature(function).return_annotation for function in overloads] == ["str", "list[str]"]
 
 

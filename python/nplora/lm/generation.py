@@ -30,9 +30,9 @@ Prompt = str | Sequence[Message]  # a text, or a chat
 Adapters = Sequence[str | Adapter | None]  # for each prompt a name, an adapter, or None
 
 __all__ = [
-    "Adapters", "GeneratingModel", "Message", "Prompt", "Sampling", "StopText", "choose", "generate", "generate_ids",
-    "keep_top_k", "keep_top_p", "penalise", "penalise_repetition", "prompt_ids", "prompt_pieces", "softmax",
-    "stream", "stream_all",
+    "Adapters", "GeneratingModel", "Message", "Prompt", "Sampling", "StopText", "choose", "generate",
+    "generate_ids", "keep_top_k", "keep_top_p", "penalise", "penalise_repetition", "prompt_ids",
+    "prompt_pieces", "softmax", "stream", "stream_all",
 ]  # fmt: skip
 
 PIECE = 512  # tokens of a prompt that are read at a time, which limits the memory that they take
@@ -55,60 +55,6 @@ class AdapterChoosingModel(GeneratingModel, Protocol):
     """The method that generation needs too, if prompts have adapters."""
 
     def named_model(self, adapter: str | Adapter) -> GeneratingModel: ...
-
-
-def _option(default: Any, text: str, **more: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text, **more})
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next tokens are chosen, and when generation ends.
-
-        >>> import nplora
-        >>> nplora.generate.Sampling(temperature=0.8, top_p=0.95, stop=["###"]).stop
-        ('###',)
-
-    Raises:
-        ValueError, TypeError: a value is out of range, or has a wrong type.
-    Warns:
-        UserWarning: `top_k` or `top_p` is given, and `temperature` is 0.
-    """
-
-    max_new_tokens: int = _option(128, "maximum number of generated tokens")
-    temperature: float = _option(
-        0.0, "sampling temperature; 0: always the most likely token, 1: the model's own probabilities"
-    )
-    top_k: int | None = _option(None, "number of most likely tokens to sample from")
-    top_p: float | None = _option(
-        None, "total probability of the most likely tokens to sample from, above 0 and at most 1"
-    )
-    repetition_penalty: float = _option(
-        1.0, "repetition penalty; above 1, earlier tokens become less likely to be chosen again"
-    )
-    stop: tuple[str, ...] = _option((), "stop text: generation ends before it (repeatable)")
-    seed: int = _option(0, "random seed of the sampling")
-
-    def __post_init__(self) -> None:
-        _check.integer(_OP, "max_new_tokens", self.max_new_tokens, least=0)
-        _check.at_least(_OP, "temperature", self.temperature, 0)
-        if self.top_k is not None:
-            _check.integer(_OP, "top_k", self.top_k, least=1)
-        if self.top_p is not None and not 0 < _check.number(_OP, "top_p", self.top_p) <= 1:
-            raise ValueError(f"{_OP}: top_p is {self.top_p}, expected above 0 and at most 1")
-        narrowed = [name for name in ("top_k", "top_p") if getattr(self, name) not in (None, 1)]
-        if narrowed and self.temperature == 0:
-            names = " and ".join(narrowed)
-            have = "have" if len(narrowed) > 1 else "has"
-            warn_user(
-                f"{_OP}: {names} {have} no effect at temperature 0, which always takes the most likely token"
-            )
-        if _check.number(_OP, "repetition_penalty", self.repetition_penalty) <= 0:
-            raise ValueError(f"{_OP}: repetition_penalty is {self.repetition_penalty}, expected above 0")
-        object.__setattr__(self, "stop", _check.texts(_OP, "stop", self.stop))
-        if "" in self.stop:
-            raise ValueError(f"{_OP}: stop is {self.stop!r}, expected a list of non-empty texts")
-        _check.integer(_OP, "seed", self.seed, least=0)
 
 
 def generate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from nplora.lm.sampling import Sampling
 from nplora.serving.engine import Engine
@@ -50,7 +50,7 @@ class Conversation:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, *self.turns]
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Send a user's message, and yield the answer in pieces.
 
         If the caller stops early (an exception such as KeyboardInterrupt, or `close()`), the request is

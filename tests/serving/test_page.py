@@ -251,3 +251,10 @@ def test_the_page_fits_every_screen(page: Any, server: StandIn, width: int, heig
         page.click(f"#show-{part}")
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert page.evaluate("document.documentElement.scrollHeight") == height
+
+
+def test_a_model_without_adapters_is_compared_with_nothing(page: Any, server: StandIn) -> None:
+    server.models = [BASE]
+    opened(page, server)
+    assert page.input_value("#model") == BASE
+    assert not page.locator(".switch").is_visible()

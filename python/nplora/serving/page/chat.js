@@ -52,6 +52,8 @@ export function offer(found) {
     const known = models.some((model) => model.id === wanted);
     select.value = known ? wanted : (usual?.id ?? "");
   }
+  $("compare").closest("label").hidden = models.length < 2;
+  if (models.length < 2) $("compare").checked = false;
   arrange();
 }
 

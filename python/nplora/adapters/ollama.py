@@ -31,6 +31,9 @@ class OllamaExport:
         directory: the directory.
         lines: what was done, for people.
         template: whether the Modelfile has the chat template.
+
+    >>> nplora.adapters.export_ollama("model.gguf", "for-ollama").template
+    True
     """
 
     directory: str
@@ -81,7 +84,7 @@ def export_ollama(
         The other errors are those of `merge_adapter`, `model_to_gguf` and `adapter_to_gguf`.
 
     >>> print(nplora.adapters.export_ollama("model.gguf", "ollama", "adapter", system="Be brief."))
-    ΔW kept ...
+    ollama/model.gguf: ...
     import it: ollama create NAME -f ollama/Modelfile
     """
     files.require_named(_OP, model=model, directory=directory, adapter=adapter)

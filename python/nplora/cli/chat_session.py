@@ -131,8 +131,10 @@ class ChatSession:
         path = Path(name).expanduser()
         row = json.dumps({"messages": self._chat.messages}, ensure_ascii=False)
         with path.open("a+b") as file:
-            begins = not file.tell() or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
-            file.write(f"{'' if begins else chr(10)}{row}\n".encode())
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                row = row if file.read(1) == b"\n" else f"\n{row}"
+            file.write(f"{row}\n".encode())
         self._say(f"saved to {path}")
 
     def _help(self) -> None:

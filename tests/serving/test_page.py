@@ -1,4 +1,7 @@
-"""The web page in Chromium, against a stand-in for the server."""
+"""The web page in Chromium, against a stand-in for the server.
+
+This needs the package playwright from PyPI, and Debian's chromium-headless-shell or chromium.
+"""
 
 import re
 import shutil

@@ -96,11 +96,12 @@ def export_ollama(
     files.require_directory(target)
     target.mkdir(exist_ok=True)
     files.require_new(target / MODELFILE, overwrite)
-    is_directory = not _is_gguf(model)
+    if Path(model).is_file() and not _is_gguf(model):
+        model = model_directory.of(model)
     lines, path = list[str](), target / MODEL
     if adapter is not None and not keep_adapter:
         lines.append(_merged(model, adapter, path, dtype, any_base, lossy, overwrite))
-    elif is_directory:
+    elif not _is_gguf(model):
         lines.append(str(_with_tokenizer(model_to_gguf(model, path, dtype, overwrite))))
     else:
         path = Path(model).absolute()

@@ -166,3 +166,11 @@ def test_the_command_writes_it_and_replaces_only_with_overwrite(
     assert cli.main([*line, "--overwrite"]) == 0
     with pytest.raises(SystemExit):
         cli.main([*line, "--parameter", "num_ctx"])
+
+
+def test_a_path_of_two_lines_brings_no_instruction(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a\nSYSTEM x").mkdir()
+    model = model.rename(tmp_path / "a\nSYSTEM x" / "model.gguf")
+    with pytest.raises(ValueError, match="model has control characters"):
+        export_ollama(model, tmp_path / "out")
+    assert not (tmp_path / "out" / "Modelfile").exists()

@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +92,8 @@ def export_ollama(
     if keep_adapter and adapter is None:
         raise ValueError(f"{_OP}: keep_adapter needs an adapter")
     given = _checked(parameters)
+    if system is not None:
+        _require_quotable("system", system)
     target = Path(directory)
     files.require_directory(target)
     target.mkdir(exist_ok=True)
@@ -105,21 +107,21 @@ def export_ollama(
         lines.append(str(_with_tokenizer(model_to_gguf(model, path, dtype, overwrite))))
     else:
         path = Path(model).absolute()
+        _require_quotable("model", str(path), lines=1)
     if adapter is not None and keep_adapter:
         done = adapter_to_gguf(adapter, target / ADAPTER, model, any_base=any_base, overwrite=overwrite)
         lines.append(str(done))
-    file = gguf.open(path)
-    plain = adapter is not None and trained_with_template(adapter) is False
-    template, stops = _template(file, plain)
+    is_plain = adapter is not None and trained_with_template(adapter) is False
+    template, settings = _settings(gguf.open(path), is_plain, given)
     if template is None:
         lines.append("the Modelfile has no TEMPLATE: Ollama uses the chat template in the GGUF file")
-    number = file.metadata.number(f"{file.metadata.string('general.architecture')}.context_length", _CONTEXT)
-    defaults = [("num_ctx", str(min(int(number), _CONTEXT)))] + [("stop", stop) for stop in stops]
-    names = {name for name, _ in given}
-    settings = [(name, value) for name, value in defaults if name not in names - {"stop"}] + given
-    source = f"./{MODEL}" if path == target / MODEL else str(path)
-    text = _modelfile(source, f"./{ADAPTER}" if keep_adapter else None, template, system, settings)
-    raw = text.encode()
+    text = [f"FROM ./{MODEL}" if path == target / MODEL else f"FROM {path}"]
+    text += [f"ADAPTER ./{ADAPTER}"] if keep_adapter else []
+    text += [
+        f"{name} {_quoted(it)}" for name, it in (("TEMPLATE", template), ("SYSTEM", system)) if it is not None
+    ]
+    text += [f"PARAMETER {name} {_quoted(it) if name == 'stop' else it}" for name, it in settings]
+    raw = "".join(f"{line}\n" for line in text).encode()
     files.replace([NewFile(target / MODELFILE, len(raw), [raw])])
     return OllamaExport(files.name(directory), tuple(lines), template is not None)
 
@@ -158,10 +160,19 @@ def _with_tokenizer(done: ModelConversion) -> ModelConversion:
 # ---- the Modelfile ----
 
 
-def _template(file: GgufFile, plain: bool) -> tuple[str | None, list[str]]:
+def _settings(
+    file: GgufFile, is_plain: bool, given: list[tuple[str, str]]
+) -> tuple[str | None, list[tuple[str, str]]]:
+    """The template in Go's language, and the parameters: those of the model, and those that were given."""
+    template, stops = ("{{ .Prompt }}", list[str]()) if is_plain else _template(file)
+    architecture = file.metadata.string("general.architecture")
+    context = min(int(file.metadata.number(f"{architecture}.context_length", _CONTEXT)), _CONTEXT)
+    settings = [] if any(name == "num_ctx" for name, _ in given) else [("num_ctx", str(context))]
+    return template, [*settings, *(("stop", stop) for stop in stops), *given]
+
+
+def _template(file: GgufFile) -> tuple[str | None, list[str]]:
     """The template in Go's language, and its stop words."""
-    if plain:
-        return "{{ .Prompt }}", []
     words = tokenizer.from_gguf(file)
     found = go_template.of(words)
     if found is None or _quoted(str(found)) is None:
@@ -169,26 +180,9 @@ def _template(file: GgufFile, plain: bool) -> tuple[str | None, list[str]]:
     return str(found), go_template.special_tokens(words, found)
 
 
-def _modelfile(
-    model: str,
-    adapter: str | None,
-    template: str | None,
-    system: str | None,
-    parameters: Sequence[tuple[str, str]],
-) -> str:
-    lines = [f"FROM {model}"]
-    if adapter is not None:
-        lines.append(f"ADAPTER {adapter}")
-    for name, text in (("TEMPLATE", template), ("SYSTEM", system)):
-        if text is not None:
-            quoted = _quoted(text)
-            if quoted is None:
-                raise ValueError(
-                    f'{_OP}: {name.lower()} has control characters or """: a Modelfile cannot hold it'
-                )
-            lines.append(f"{name} {quoted}")
-    lines += [f"PARAMETER {name} {_quoted(value) if name == 'stop' else value}" for name, value in parameters]
-    return "\n".join(lines) + "\n"
+def _require_quotable(name: str, text: str, lines: int | None = None) -> None:
+    if _quoted(text) is None or lines == 1 < len(text.split("\n")):
+        raise ValueError(f'{_OP}: {name} has control characters or """, which a Modelfile cannot hold')
 
 
 def _quoted(text: str) -> str | None:

@@ -115,9 +115,12 @@ class Scheduler:
                 request.started = next(self._started)
                 self._metrics.queue_seconds.add(time.monotonic() - request.submitted)
             request.slot = self._slots.pop()
-            self._prepare(request)
             self.running.append(request)
             self.running.sort(key=lambda one: one.started or 0)
+            try:
+                self._prepare(request)
+            except Exception as error:  # its adapter was deleted, and does not fit any more
+                self.end(request, "error", error)
 
     def _prepare(self, request: Request) -> None:
         """Make the request's empty slot ready for its adapter and its length."""

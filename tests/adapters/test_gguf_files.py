@@ -581,7 +581,7 @@ def test_the_command_converts_by_what_the_source_is(tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    with pytest.raises(ValueError, match=r"peft: a GGUF adapter needs its base model; use --base MODEL"):
+    with pytest.raises(ValueError, match=r"_config\.json does not name the base model; use --base MODEL"):
         adapters.convert_adapter(directory, file)
     with pytest.raises(ValueError, match=r"the output must end in \.gguf, got '.*/back'"):
         adapters.convert_adapter(directory, back, base)
@@ -590,6 +590,41 @@ def test_the_command_converts_by_what_the_source_is(tmp_path: Path) -> None:
             ValueError, match=rf"is a file\. A GGUF adapter is converted to a directory, .*/{name}'"
         ):
             adapters.convert_adapter(file, tmp_path / name, base)
+
+
+def test_the_base_model_is_found_by_its_name_in_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base_gguf(tmp_path / "base.gguf")
+    config = base_config(tmp_path / "models") / "config.json"
+    revision = "0123456789abcdef" * 2 + "01234567"
+    cached = tmp_path / "hub/models--owner--name/snapshots" / revision
+    cached.parent.mkdir(parents=True)
+    base_config(cached)
+    (cached.parents[1] / "refs").mkdir()
+    (cached.parents[1] / "refs/main").write_text(revision)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name, found in (
+        ("base.gguf", "base.gguf"),
+        (str(tmp_path / "base.gguf"), str(tmp_path / "base.gguf")),
+        ("models", "models"),
+        (str(config), str(config)),
+        ("owner/name", str(cached)),
+    ):
+        directory = write_peft(tmp_path / "peft", alike(), factors(alike()), base_model_name_or_path=name)
+        done = adapters.convert_adapter(directory, tmp_path / "a.gguf", overwrite=True)
+        assert done.named_base == found
+        assert f"base model, by adapter_config.json: {found}" in str(done)
+        expected = nplora.adapter_to_gguf(directory, tmp_path / "b.gguf", found, overwrite=True)
+        assert done == dataclasses.replace(expected, target=done.target, named_base=found)
+        assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    (tmp_path / "text.txt").write_text("private")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for name in ("nowhere.gguf", "owner/other", "text.txt", "/etc/passwd", "pipe.gguf", ".", "\0", "../x/y"):
+        directory = write_peft(tmp_path / "peft", alike(), factors(alike()), base_model_name_or_path=name)
+        with pytest.raises(ValueError, match="which is not on this machine; use --base MODEL"):
+            adapters.convert_adapter(directory, tmp_path / "c.gguf")
 
 
 def test_a_model_is_not_replaced_by_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

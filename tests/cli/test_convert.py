@@ -29,7 +29,7 @@ def test_an_option_that_would_do_nothing_is_refused(
     for line, message in (
         (f"convert {tmp_path} x.gguf --base m", "--base is for adapters, but SOURCE is a model"),
         (f"convert {tmp_path} x.gguf --any-base", "--any-base is for adapters, but SOURCE is a model"),
-        ("convert . x.gguf --dtype q8_0", "--dtype is for Hugging Face models, but SOURCE is not one"),
+        ("convert . x.gguf --dtype q8_0", "--dtype is for models, but SOURCE is not one"),
         ("convert nowhere x.gguf --dtype q8_0", "no such file: nowhere"),
     ):
         assert cli.main(line.split()) == 2

@@ -60,7 +60,7 @@ def test_words_that_argparse_understands_are_left_to_it(words: list[str], found:
 
 
 @pytest.mark.parametrize(
-    ("word", "ours"), [("train", "finetune"), ("evaluate", "eval"), ("chat", "generate"), ("fuse", "merge")]
+    ("word", "ours"), [("train", "finetune"), ("evaluate", "eval"), ("run", "generate"), ("fuse", "merge")]
 )
 def test_a_command_of_another_program_is_refused_with_ours(
     word: str, ours: str, capsys: pytest.CaptureFixture[str]

@@ -28,6 +28,7 @@ from nplora.adapters.adapter import Adapter, CombinedAdapter, combine, read_adap
 from nplora.adapters.gguf_files import AdapterConversion, adapter_from_gguf, adapter_to_gguf, convert_adapter
 from nplora.adapters.layers import AdapterReport, load_adapter, new_layers, rollback_on_error, save_adapter
 from nplora.adapters.merge_files import merge_adapter
+from nplora.adapters.ollama import OllamaExport, export_ollama
 from nplora.adapters.trained_rows import TokenRows
 from nplora.lora.delta import LoraDelta
 from nplora.lora.model_merge import HeldOutLoss, ModelMerge
@@ -40,11 +41,13 @@ __all__ = [
     "HeldOutLoss",
     "LoraDelta",
     "ModelMerge",
+    "OllamaExport",
     "TokenRows",
     "adapter_from_gguf",
     "adapter_to_gguf",
     "combine",
     "convert_adapter",
+    "export_ollama",
     "load_adapter",
     "merge_adapter",
     "new_layers",

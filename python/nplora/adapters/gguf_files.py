@@ -11,6 +11,7 @@ If a layer needs another alpha than the file has, its scale is folded into lora_
 ratio of the two alphas.
 """
 
+import dataclasses
 import errno
 import math
 from collections import Counter
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.adapters import letters, peft_files
+from nplora.adapters import letters, named_base, peft_files
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import Place, Target, collecting
 from nplora.formats import files, gguf, gguf_adapter, gguf_rows, model_directory, peft_adapter
@@ -51,6 +52,7 @@ class AdapterConversion:
         alpha: the alpha of the new adapter. If layers differ in alpha, this is the most common value.
         folded: the layers whose scale was multiplied into lora_b.
         passed_over: tensors of the source that are not LoRA factors, and are ignored as in llama.cpp.
+        named_base: the base model that adapter_config.json names, if it was used; else empty.
 
     >>> done = nplora.adapter_to_gguf("adapter", "adapter.gguf", base="model.gguf")
     >>> done.architecture, len(done.layers), done.alpha, done.folded
@@ -63,12 +65,15 @@ class AdapterConversion:
     alpha: float
     folded: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
+    named_base: str = ""
 
     def __str__(self) -> str:
         layers = counted(len(self.layers), "layer")
         lines = [f"{self.target}: {layers} of {self.architecture}, alpha {self.alpha:g}"]
         if self.folded:
             lines.append(f"folded the scale of {counted(len(self.folded), 'layer')} into lora_b")
+        if self.named_base:
+            lines.append(f"base model, by {peft_adapter.CONFIG}: {self.named_base}")
         if self.passed_over:
             lines.append(f"ignored tensors: {', '.join(map(brief, self.passed_over))}")
         return "\n".join(lines)
@@ -83,10 +88,12 @@ def convert_adapter(
 ) -> AdapterConversion:
     """Convert a PEFT directory with `adapter_to_gguf`, or a llama.cpp file with `adapter_from_gguf`.
 
-    The command `nplora convert` calls this function.
+    The command `nplora convert` calls this function. The base model of a PEFT directory is by default the one
+    that its adapter_config.json names.
 
     Raises:
-        ValueError: the suffix of `target` does not match the kind of the output. FormatError: the directory
+        ValueError: the suffix of `target` does not match the kind of the output; or `base` is not given, and
+            the model that adapter_config.json names is not on this machine. FormatError: the directory
             `source` holds neither an adapter nor a model. FileNotFoundError: the directory holds a training
             run that has no adapter yet.
         The errors of `adapter_to_gguf` and `adapter_from_gguf`.
@@ -108,11 +115,9 @@ def convert_adapter(
     if not any(Path(source, name).exists() for name in configs):
         peft_adapter.require_finished(source)
         raise FormatError(f"{files.name(source)}: the directory holds neither {configs[0]} nor {configs[1]}")
-    if base is None:
-        raise ValueError(
-            f"convert: {files.name(source)}: a GGUF adapter needs its base model; use --base MODEL (base)"
-        )
-    return adapter_to_gguf(source, target, base, any_base=any_base, overwrite=overwrite)
+    found = named_base.find(source) if base is None else base
+    done = adapter_to_gguf(source, target, found, any_base=any_base, overwrite=overwrite)
+    return done if base is not None else dataclasses.replace(done, named_base=files.name(found))
 
 
 def _target(model: BaseModel | None, family: Family) -> Target:

@@ -8,22 +8,30 @@ from nplora.cli.parser import STORAGES, add_any_base, path
 
 HELP = (
     "Convert a LoRA adapter from a PEFT directory to llama.cpp's GGUF file, or back. Or convert a model from "
-    "a Hugging Face directory to GGUF."
+    "a Hugging Face directory to GGUF, or a GGUF model to another type."
 )
 
-_EPILOG = "A model's tokenizer is converted too if it is a byte-level BPE tokenizer."
+_EPILOG = (
+    "The tokenizer of a Hugging Face model is converted too if it is a byte-level BPE tokenizer. A GGUF "
+    "model keeps its tokenizer."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
-    text = "adapter (a directory or a .gguf file), or model (a directory or its model.safetensors)"
+    text = (
+        "adapter (a directory or a .gguf file), or model (a directory, its model.safetensors, a .gguf file)"
+    )
     parser.add_argument("source", metavar="SOURCE", type=path, help=text)
     text = "new .gguf file, or new directory for an adapter"
     parser.add_argument("target", metavar="TARGET", type=path, help=text)
     storages = tuple(name for name in STORAGES if name != "float64")
     text = "storage type of the model's matrices (default: same)"
     parser.add_argument("--dtype", choices=storages, help=text)
-    text = "model that the adapter was trained on: a GGUF file, a config.json or its directory"
+    text = (
+        "model that the adapter was trained on: a GGUF file, a config.json or its directory (default: the "
+        "model that adapter_config.json names, if it is on this machine)"
+    )
     parser.add_argument("--base", metavar="MODEL", type=path, help=text)
     add_any_base(parser)
     text = "replace the file TARGET, or the adapter in the directory TARGET"
@@ -55,9 +63,7 @@ def _convert_adapter(arguments: argparse.Namespace) -> None:
 
     if arguments.dtype is not None:
         os.stat(arguments.source)  # report a missing file before any other error
-        raise UsageError(
-            "--dtype is for Hugging Face models, but SOURCE is not one; GGUF files are not quantised again"
-        )
+        raise UsageError("--dtype is for models, but SOURCE is not one")
     print(
         adapters.convert_adapter(
             arguments.source, arguments.target, arguments.base, arguments.any_base, arguments.overwrite

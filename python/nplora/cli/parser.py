@@ -28,6 +28,7 @@ COMMANDS = {
     "eval": "evaluate",
     "tune": "tune",
     "generate": "generate",
+    "chat": "chat",
     "serve": "serve",
     "demo": "demo",
     "plot": "plot",
@@ -35,6 +36,7 @@ COMMANDS = {
     "convert": "convert",
     "combine": "combine",
     "merge": "merge",
+    "export": "export",
 }
 
 # The storage types of files: "same" keeps the type of each weight.
@@ -48,11 +50,11 @@ STORAGES = (
 _OTHER_COMMANDS = {
     **dict.fromkeys(("train", "sft", "lora", "fine-tune", "fine_tune"), "finetune"),
     **dict.fromkeys(("evaluate", "test", "perplexity"), "eval"),
-    **dict.fromkeys(("chat", "run", "infer", "inference"), "generate"),
-    **dict.fromkeys(("export", "quantize"), "convert"),
+    **dict.fromkeys(("run", "infer", "inference"), "generate"),
     **dict.fromkeys(("sweep", "search", "optimize"), "tune"),
     **dict.fromkeys(("preview", "dataset", "tokenize"), "data"),
     "fuse": "merge",
+    "quantize": "convert",
     "distill": "teach",
     "server": "serve",
 }

@@ -1,11 +1,11 @@
 """Converts a language model from Hugging Face's files to GGUF: names, row order, types, hyperparameters.
 
 The file is written while the source is read, a few rows at a time. The tokenizer is included if it is a
-byte-level BPE that llama.cpp has a name for.
+byte-level BPE that llama.cpp has a name for. A GGUF model is converted to other types of its matrices.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora import _check
-from nplora.formats import bitsandbytes, files, gguf, gguf_rows, model_directory
-from nplora.formats.errors import UnsupportedError, counted
+from nplora.formats import bitsandbytes, files, gguf, gguf_adapter, gguf_rows, model_directory
+from nplora.formats.errors import FormatError, UnsupportedError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import file_type
+from nplora.formats.gguf.ggml_types import GGML_TYPES
+from nplora.formats.gguf.header import MAGIC
 from nplora.formats.model_directory import CONFIG, Tensors
-from nplora.models import families, hf_config
+from nplora.models import families, hf_config, retyping
 from nplora.models.config import ModelConfig
-from nplora.models.families import TensorSpec
 from nplora.models.weights import SafetensorsWeights, require_tensors
 from nplora.tokenizer import gguf_metadata
 from nplora.weights import storages
@@ -70,28 +71,39 @@ class ModelConversion:
 
 
 def is_model(source: StrPath) -> bool:
-    """Whether the path is a Hugging Face model: a safetensors file, an index of shards, or a directory."""
+    """Whether the path is a model: a safetensors file, an index of shards, a directory, or a GGUF file."""
     path = Path(source)
     if path.is_dir():
         return (path / CONFIG).exists() and not (path / "adapter_config.json").exists()
-    return files.suffix(path) == ".safetensors" or model_directory.is_index(path)
+    if files.suffix(path) == ".safetensors" or model_directory.is_index(path):
+        return True
+    return _is_gguf(path) and not gguf_adapter.is_adapter(gguf.open(path))
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with files.reading(path) as reader:
+        return bytes(reader[:4]) == MAGIC
 
 
 def model_to_gguf(
     source: StrPath, path: StrPath, dtype: str = "same", overwrite: bool = False
 ) -> ModelConversion:
-    """Convert a Hugging Face model to a GGUF file.
+    """Convert a Hugging Face model to a GGUF file, or a GGUF model to other types of its matrices.
 
     The model must belong to one of the families in `nplora.models.families`. Matrices get the requested type.
     A matrix whose rows are not whole blocks of that type gets the next type that fits, as in llama.cpp. Norms
     and biases are float32. Rows of the q and k layers are permuted if the architecture requires that.
 
+    A GGUF model keeps its metadata, its tokenizer and its vectors. What an earlier rounding lost stays lost.
+
     Args:
         source: a directory with config.json and model.safetensors (one file or shards), or the file or index
-            in such a directory.
+            in such a directory; or a GGUF file.
         path: the GGUF file to write.
-        dtype: "same", "float32", "float16", "bfloat16", or a ggml type such as "q8_0" or "q4_k" (`nplora
-            convert --help` lists all).
+        dtype: "same" (not for a GGUF source), "float32", "float16", "bfloat16", or a ggml type such as "q8_0"
+            or "q4_k" (`nplora convert --help` lists all).
         overwrite: replace an existing file.
     Returns:
         a summary of the conversion.
@@ -99,8 +111,9 @@ def model_to_gguf(
         UnsupportedError: nplora or GGUF does not support the family or a setting of config.json; or matrices
             are quantised to 4 bits by bitsandbytes.
         FormatError: a file breaks its format, does not match config.json, or has a NaN or infinite weight.
-        ValueError: `path` is not a .gguf file or is one of the model's files, `dtype` is not available, or a
-            weight is out of the range of `dtype`.
+        ValueError: `path` is not a .gguf file or is one of the model's files, `dtype` is not available, the
+            source is a GGUF file and `dtype` is "same", or a weight is out of the range of `dtype`.
+        CorruptError: another program wrote to a GGUF source during the conversion.
         FileExistsError: the file exists, and `overwrite` is not set.
         OSError: a file cannot be read, or the disk fails.
 
@@ -116,6 +129,8 @@ def model_to_gguf(
     >>> print(model_to_gguf("toy-model", "toy.gguf", dtype="float16", overwrite=True))
     toy.gguf: llama, 11 tensors: 8 F16, 3 F32
     without a tokenizer: there is no tokenizer.json
+    >>> print(model_to_gguf("toy.gguf", "toy-half.gguf", dtype="bfloat16", overwrite=True))
+    toy-half.gguf: llama, 11 tensors: 8 BF16, 3 F32
     """
     op = "model_to_gguf"
     _check.choice(op, "dtype", dtype, DTYPES)
@@ -124,6 +139,8 @@ def model_to_gguf(
     model_directory.require_no_hub_name(source)
     files.require_not_read(op, [path], [("model", file) for file in model_directory.files_of(source)])
     files.require_new(path, overwrite)
+    if _is_gguf(Path(source)):
+        return _retyped(source, path, dtype)
     directory = model_directory.of(source)
     config = hf_config.read(directory / CONFIG)
     file = model_directory.open_tensors(source)
@@ -137,8 +154,61 @@ def model_to_gguf(
     metadata = _metadata(directory.resolve().name, config) | file_type.describe(tensors)
     files.replace([gguf.new_file(path, tensors, metadata | words)])
     return ModelConversion(
-        files.name(path), family.architecture, dict(types.most_common()), why_not, _short(tensors, dtype)
+        files.name(path),
+        family.architecture,
+        dict(types.most_common()),
+        why_not,
+        retyping.short(tensors, dtype),
     )
+
+
+def _retyped(source: StrPath, path: StrPath, dtype: str) -> ModelConversion:
+    """Convert a GGUF model to other types of its matrices."""
+    file = gguf.open(source)
+    if gguf_adapter.is_adapter(file):
+        raise FormatError(f"{file.source}: an adapter, expected a model")
+    if dtype == "same":
+        raise ValueError(
+            f"model_to_gguf: {file.source} is a GGUF model already; give the dtype that its matrices get"
+        )
+    if (count := file.metadata.number("split.count", 1)) > 1:
+        raise UnsupportedError(
+            f"{file.source}: one of {count} files of a model; llama-gguf-split --merge joins them"
+        )
+    architecture = file.metadata.string("general.architecture")
+    families.by_architecture(file.source, architecture)
+    tensors = {name: _in_type(file, name, dtype) for name in file}
+    types = Counter(tensor.type for tensor in tensors.values())
+    metadata = file_type.redescribe(file.metadata.typed(), file, tensors)
+
+    def require_unchanged(_: list[Path]) -> None:
+        for stamp in file.mapped:
+            stamp.require_unchanged()
+
+    files.replace([gguf.new_file(path, tensors, metadata)], check=require_unchanged)
+    return ModelConversion(
+        files.name(path), architecture, dict(types.most_common()), short=retyping.short(tensors, dtype)
+    )
+
+
+def _in_type(file: gguf.GgufFile, name: str, dtype: str) -> gguf.Tensor | gguf.Stream:
+    """A tensor of a GGUF file in another type. Vectors and integers stay as they are."""
+    tensor = file[name]
+    given = {kind: storage for storage, kind in storages.GGML_NAMES.items()}.get(tensor.type)
+    if len(tensor.shape) < 2 or (given is None and GGML_TYPES[tensor.type].dtype is not None):
+        return tensor
+    if given is None:
+        raise UnsupportedError(
+            f"{file.source}: tensor {brief(name)} is {tensor.type}, which nplora cannot decode"
+        )
+    require_finite(file.source, tensor)
+    storage = retyping.storage_of(given, tensor.shape, dtype)
+    if storage == given:
+        return tensor
+    d_in = tensor.shape[-1]
+    raw = tensor.data.reshape(-1, storages.row_nbytes(given, d_in))
+    chunks = retyping.chunks(name, raw, given, d_in, storage)
+    return gguf.Stream(storages.GGML_NAMES[storage], tensor.shape, chunks)
 
 
 def _tokenizer(directory: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
@@ -164,64 +234,17 @@ def _tensors(file: Tensors, config: ModelConfig, dtype: str) -> Iterator[tuple[s
         if source.dtype not in storages.FLOATS:
             raise UnsupportedError(f"{file.source}: tensor {tensor.name} is {source.dtype}, expected floats")
         require_finite(file.source, source)
-        storage = _storage(source.dtype, tensor.shape, dtype)
-        chunks = _chunks(tensor, source.array.reshape(tensor.shape[0], -1), source.dtype, storage)
+        storage = retyping.storage_of(source.dtype, tensor.shape, dtype)
+        rows = source.array.reshape(tensor.shape[0], -1)
+        order = gguf_rows.row_order(len(rows), tensor.heads) if tensor.heads else None
+        chunks = retyping.chunks(
+            tensor.name, _bytes(rows), source.dtype, rows.shape[1], storage, order, tensor.offset
+        )
         yield tensor.gguf, gguf.Stream(storages.GGML_NAMES[storage], tensor.shape, chunks)
 
 
-def _storage(given: str, shape: tuple[int, ...], dtype: str) -> str:
-    """Choose the storage type of a tensor.
-
-    Vectors are float32, because ggml computes with float32 vectors. A matrix gets the requested type if its
-    rows are whole blocks of that type. Otherwise it gets a type with shorter blocks, or float16.
-    """
-    if len(shape) == 1:
-        return "float32"
-    wanted = given if dtype == "same" else dtype
-    shorter = storages.FORMATS[wanted].shorter if wanted in storages.FORMATS else None
-    for storage in (wanted, shorter or wanted):
-        if storages.fits(storage, shape[-1]):
-            return "float32" if storage == "float64" else storage
-    return "float16"
-
-
-def _short(tensors: dict[str, gguf.Stream], dtype: str) -> str:
-    """A sentence about the matrices that did not get the requested type; empty if all did."""
-    matrices = [tensor for tensor in tensors.values() if len(tensor.shape) > 1]
-    others = [t for t in matrices if dtype != "same" and t.type != storages.GGML_NAMES[dtype]]
-    if not others:
-        return ""
-    kinds = ", ".join(dict.fromkeys(tensor.type for tensor in others))
-    rows = f"their rows are not whole blocks of {storages.block_elements(dtype)} values"
-    return f"{len(others)} of {len(matrices)} matrices are {kinds} instead of {dtype}: {rows}"
-
-
-def _chunks(tensor: TensorSpec, rows: Array, given: str, storage: str) -> Callable[[], Iterator[memoryview]]:
-    order = gguf_rows.row_order(len(rows), tensor.heads) if tensor.heads else None
-
-    def chunks() -> Iterator[memoryview]:
-        for block in storages.row_blocks(*rows.shape):
-            piece = np.ascontiguousarray(rows[block] if order is None else rows[order[block]])
-            raw = piece.reshape(len(piece), -1).view(np.uint8)
-            if storage != given or tensor.offset:
-                values = storages.decode(raw, given, piece.shape[1])
-                values = values + np.float32(tensor.offset) if tensor.offset else values
-                raw = _stored(tensor.name, values, storage)
-            yield raw.reshape(-1).data
-
-    return chunks
-
-
-def _stored(name: str, values: Array, storage: str) -> Array:
-    try:
-        raw = storages.encode(values, storage)
-    except ValueError as error:
-        raise ValueError(f"model_to_gguf: tensor {name}: {error}") from error
-    after = storages.decode(raw, storage, values.shape[1]) if storage in storages.FLOATS else values
-    lost = int(np.count_nonzero(np.isfinite(values) & ~np.isfinite(after)))
-    if lost:
-        raise ValueError(f"model_to_gguf: tensor {name}: {lost} finite values become infinite in {storage}")
-    return raw
+def _bytes(rows: Array) -> Array:
+    return rows.view(np.uint8) if rows.flags.c_contiguous else np.ascontiguousarray(rows).view(np.uint8)
 
 
 # ---- metadata ----

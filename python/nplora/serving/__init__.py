@@ -1,12 +1,14 @@
 """Serving: one model answers many requests at the same time, each with its own adapter."""
 
 from nplora.lm.answer import Guide
+from nplora.serving.conversation import Conversation
 from nplora.serving.engine import Engine, QueueFullError
 from nplora.serving.metrics import Histogram, Metrics
 from nplora.serving.ticket import Chunk, Ticket, Token, TopToken, Usage
 
 __all__ = [
     "Chunk",
+    "Conversation",
     "Engine",
     "Guide",
     "Histogram",

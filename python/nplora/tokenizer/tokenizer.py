@@ -321,6 +321,10 @@ class Tokenizer:
         found: int | None = self._backend.token_to_id(token)
         return found
 
+    def special_in(self, text: str) -> list[str]:
+        """The special tokens in a text, such as "<|im_end|>", in order."""
+        return [found[0] for found in self._special_pattern.finditer(text) if found[0]]
+
     def decode(self, ids: Iterable[int] | npt.NDArray[Any], skip_special_tokens: bool = False) -> str:
         """Convert tokens to text. Bytes that are not UTF-8 become U+FFFD.
 
@@ -357,6 +361,7 @@ class Tokenizer:
         *,
         tools: Objects = None,
         documents: Objects = None,
+        now: datetime.datetime | None = None,
     ) -> str:
         """Write a chat as text, using the model's chat template.
 
@@ -365,12 +370,13 @@ class Tokenizer:
             add_generation_prompt: end the text with the start of the assistant's next turn.
             tools: functions that the assistant may call, as JSON schemas.
             documents: texts that the assistant may read, as dictionaries with "title" and "text".
+            now: the time that a template gets if it asks; None: the current time.
         Raises:
             ValueError: the model has no chat template, or the template refuses the messages.
             UnsafeError, FormatError: the template is not safe, or not valid Jinja.
             TypeError: a message, tool or document is not a dictionary of values that JSON can represent.
         """
-        return self._render(messages, add_generation_prompt, None, _given(tools, documents))
+        return self._render(messages, add_generation_prompt, now, _given(tools, documents))
 
     def _render(
         self,

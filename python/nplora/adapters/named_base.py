@@ -1,0 +1,61 @@
+"""Finds the base model that an adapter_config.json names: a path, or a model in Hugging Face's cache."""
+
+import os
+import re
+from pathlib import Path
+
+from nplora.formats import files, model_directory, peft_adapter
+from nplora.formats.errors import brief
+from nplora.formats.files import StrPath
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_OTHERS = "use --base MODEL (base)"
+
+
+def find(directory: StrPath) -> Path:
+    """The base model of a PEFT adapter, as its adapter_config.json names it.
+
+    A name is tried as a path, as in PEFT, and then as a model of the Hugging Face Hub that was downloaded
+    before. The file is not trusted: only a GGUF file, a config.json or a directory that holds one is taken.
+
+    Raises:
+        ValueError: the file names no model, or none that is on this machine.
+    """
+    with peft_adapter.reading(directory) as adapter:
+        name = adapter.config.base_model_name_or_path
+    source = files.name(Path(directory, peft_adapter.CONFIG))
+    if not name:
+        raise ValueError(f"convert: {source} does not name the base model; {_OTHERS}")
+    for path in (Path(name), *_cached(name)):
+        if _is_base(path):
+            return path
+    raise ValueError(
+        f"convert: {source} names the base model {brief(name)}, which is not on this machine; {_OTHERS}"
+    )
+
+
+def _is_base(path: Path) -> bool:
+    if "\0" in str(path):
+        return False
+    if path.is_dir():
+        return (path / model_directory.CONFIG).is_file()
+    return path.is_file() and (files.suffix(path) == ".gguf" or path.name == model_directory.CONFIG)
+
+
+def _cached(name: str) -> list[Path]:
+    """The directory of a Hub model in the cache of huggingface_hub, if `name` is one that could be there."""
+    if _HUB_NAME.fullmatch(name) is None:
+        return []
+    repository = _cache() / f"models--{name.replace('/', '--')}"
+    try:
+        revision = (repository / "refs" / "main").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return []
+    return [repository / "snapshots" / revision] if re.fullmatch(r"[0-9a-f]{40}", revision) else []
+
+
+def _cache() -> Path:
+    """The cache directory, by the variables that huggingface_hub reads."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    home = Path(os.environ.get("HF_HOME") or cache / "huggingface").expanduser()
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()

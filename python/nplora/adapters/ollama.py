@@ -1,0 +1,191 @@
+"""Exports a model, with an adapter, for Ollama: a directory with a GGUF file and a Modelfile."""
+
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nplora import _check, tokenizer
+from nplora.adapters.gguf_files import adapter_to_gguf
+from nplora.adapters.merge_files import merge_adapter
+from nplora.adapters.sources import trained_with_template
+from nplora.formats import files, gguf, model_directory
+from nplora.formats.errors import UnsupportedError, brief
+from nplora.formats.files import NewFile, StrPath
+from nplora.formats.gguf import GgufFile
+from nplora.models.gguf_export import ModelConversion, model_to_gguf
+from nplora.tokenizer import go_template
+
+MODELFILE, MODEL, ADAPTER = "Modelfile", "model.gguf", "adapter.gguf"
+_OP = "export"
+_CONTEXT = 4096  # tokens; Ollama keeps memory for all of them
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class OllamaExport:
+    """What `export_ollama` wrote.
+
+    Attributes:
+        directory: the directory.
+        lines: what was done, for people.
+        template: whether the Modelfile has the chat template.
+
+    >>> nplora.adapters.export_ollama("model.gguf", "for-ollama").template
+    True
+    """
+
+    directory: str
+    lines: tuple[str, ...]
+    template: bool
+
+    def __str__(self) -> str:
+        import_it = f"import it: ollama create NAME -f {Path(self.directory, MODELFILE)}"
+        return "\n".join((*self.lines, import_it))
+
+
+@_check.keywords
+def export_ollama(
+    model: StrPath,
+    directory: StrPath,
+    adapter: StrPath | None = None,
+    dtype: str = "q8_0",
+    *,
+    keep_adapter: bool = False,
+    system: str | None = None,
+    parameters: Iterable[tuple[str, str]] = (),
+    any_base: bool = False,
+    lossy: bool = False,
+    overwrite: bool = False,
+) -> OllamaExport:
+    """Write a directory that `ollama create NAME -f DIRECTORY/Modelfile` imports.
+
+    The directory gets `model.gguf`, the model with the adapter merged into it, and a `Modelfile` with the
+    chat template, the stop words and the parameters. The template is written in Go's template language, if it
+    only puts fixed texts around the messages. If not, Ollama uses the template in `model.gguf`. An adapter
+    that was trained on texts without the chat template gets the template `{{ .Prompt }}`.
+
+    Args:
+        model: a GGUF file or a Hugging Face directory. Without an adapter, a GGUF file is not copied: the
+            Modelfile names it.
+        directory: the directory to write. It may exist.
+        adapter: a PEFT directory or, unless `keep_adapter` is set, a llama.cpp file.
+        dtype: the type of the merged weights. If `model` is a directory, it is the type of all matrices.
+        keep_adapter: write `adapter.gguf` beside the model instead of merging it. Ollama takes adapters up to
+            version 0.34.0.
+        system: the system message of the model.
+        parameters: more parameters of Ollama as pairs (name, value), such as ("temperature", "0.7").
+        any_base, lossy: as in `merge_adapter`.
+        overwrite: replace these files, if they exist.
+    Raises:
+        ValueError: a parameter has no valid name or value; or a reason that `merge_adapter` lists.
+        UnsupportedError: GGUF cannot hold the model's tokenizer; or a reason that `adapter_to_gguf` lists.
+        The other errors are those of `merge_adapter`, `model_to_gguf` and `adapter_to_gguf`.
+
+    >>> print(nplora.adapters.export_ollama("model.gguf", "ollama", "adapter", system="Be brief."))
+    ollama/model.gguf: ...
+    import it: ollama create NAME -f ollama/Modelfile
+    """
+    files.require_named(_OP, model=model, directory=directory, adapter=adapter)
+    model_directory.require_no_hub_name(model)
+    if keep_adapter and adapter is None:
+        raise ValueError(f"{_OP}: keep_adapter needs an adapter")
+    given = _checked(parameters)
+    if system is not None:
+        _require_quotable("system", system)
+    target = Path(directory)
+    files.require_directory(target)
+    target.mkdir(exist_ok=True)
+    files.require_new(target / MODELFILE, overwrite)
+    if Path(model).is_file() and not _is_gguf(model):
+        model = model_directory.of(model)
+    lines, path = list[str](), target / MODEL
+    if adapter is not None and not keep_adapter:
+        lines.append(_merged(model, adapter, path, dtype, any_base, lossy, overwrite))
+    elif not _is_gguf(model):
+        lines.append(str(_with_tokenizer(model_to_gguf(model, path, dtype, overwrite))))
+    else:
+        path = Path(model).absolute()
+        _require_quotable("model", str(path), lines=1)
+    if adapter is not None and keep_adapter:
+        done = adapter_to_gguf(adapter, target / ADAPTER, model, any_base=any_base, overwrite=overwrite)
+        lines.append(str(done))
+    is_plain = adapter is not None and trained_with_template(adapter) is False
+    template, settings = _settings(gguf.open(path), is_plain, given)
+    if template is None:
+        lines.append("the Modelfile has no TEMPLATE: Ollama uses the chat template in the GGUF file")
+    text = [f"FROM ./{MODEL}" if path == target / MODEL else f"FROM {path}"]
+    text += [f"ADAPTER ./{ADAPTER}"] if keep_adapter else []
+    text += [
+        f"{name} {_quoted(it)}" for name, it in (("TEMPLATE", template), ("SYSTEM", system)) if it is not None
+    ]
+    text += [f"PARAMETER {name} {_quoted(it) if name == 'stop' else it}" for name, it in settings]
+    raw = "".join(f"{line}\n" for line in text).encode()
+    files.replace([NewFile(target / MODELFILE, len(raw), [raw])])
+    return OllamaExport(files.name(directory), tuple(lines), template is not None)
+
+
+def _is_gguf(model: StrPath) -> bool:
+    return not Path(model).is_dir() and files.suffix(model) == ".gguf"
+
+
+def _checked(parameters: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    found = [(str(name), str(value)) for name, value in parameters]
+    for name, value in found:
+        if _NAME.fullmatch(name) is None or not value.strip() or "\n" in value or _quoted(value) is None:
+            raise ValueError(f"{_OP}: parameter {name}={brief(value)}, expected a name and one line of text")
+    return found
+
+
+def _merged(
+    model: StrPath, adapter: StrPath, path: Path, dtype: str, any_base: bool, lossy: bool, overwrite: bool
+) -> str:
+    """Merge an adapter into a GGUF model. A directory is merged in float32, and then rounded once."""
+    if _is_gguf(model):
+        return str(merge_adapter(model, adapter, path, dtype, any_base, overwrite, lossy))
+    files.require_new(path, overwrite)
+    with tempfile.TemporaryDirectory(prefix=".merged-", dir=path.parent) as made:
+        merge_adapter(model, adapter, Path(made, "model"), "float32", any_base)
+        return str(_with_tokenizer(model_to_gguf(Path(made, "model"), path, dtype, overwrite)))
+
+
+def _with_tokenizer(done: ModelConversion) -> ModelConversion:
+    if not done.tokenizer:
+        Path(done.target).unlink(missing_ok=True)
+        raise UnsupportedError(f"{_OP}: Ollama needs the tokenizer in the GGUF file: {done.why_no_tokenizer}")
+    return done
+
+
+# ---- the Modelfile ----
+
+
+def _settings(
+    file: GgufFile, is_plain: bool, given: list[tuple[str, str]]
+) -> tuple[str | None, list[tuple[str, str]]]:
+    """The template in Go's language, and the parameters: those of the model, and those that were given."""
+    template, stops = ("{{ .Prompt }}", list[str]()) if is_plain else _template(file)
+    architecture = file.metadata.string("general.architecture")
+    context = min(int(file.metadata.number(f"{architecture}.context_length", _CONTEXT)), _CONTEXT)
+    settings = [] if any(name == "num_ctx" for name, _ in given) else [("num_ctx", str(context))]
+    return template, [*settings, *(("stop", stop) for stop in stops), *given]
+
+
+def _template(file: GgufFile) -> tuple[str | None, list[str]]:
+    """The template in Go's language, and its stop words."""
+    words = tokenizer.from_gguf(file)
+    found = go_template.of(words)
+    if found is None or _quoted(str(found)) is None:
+        return None, []
+    return str(found), go_template.special_tokens(words, found)
+
+
+def _require_quotable(name: str, text: str, lines: int | None = None) -> None:
+    if _quoted(text) is None or lines == 1 < len(text.split("\n")):
+        raise ValueError(f'{_OP}: {name} has control characters or """, which a Modelfile cannot hold')
+
+
+def _quoted(text: str) -> str | None:
+    """A text between quotes; None if Ollama's parser would change it."""
+    is_printable = all(part.isprintable() for line in text.split("\n") for part in line.split("\t"))
+    return f'"""{text}"""' if is_printable and '"""' not in text and not text.endswith('"') else None

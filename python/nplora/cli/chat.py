@@ -1,0 +1,85 @@
+"""`nplora chat`"""
+
+import argparse
+import os
+import sys
+
+from nplora.cli.errors import UsageError
+from nplora.cli.parser import (
+    add_any_base,
+    add_compute,
+    add_model,
+    add_options,
+    checked,
+    given_options,
+    path,
+)
+
+HELP = "Chat with a model in the terminal."
+
+_EPILOG = (
+    "In the chat, /help lists the commands, Ctrl-C stops an answer and Ctrl-D ends the chat. From a pipe, "
+    "each line is a message, and only the answers go to standard output."
+)
+_MOST_TOKENS = 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from nplora.lm.generation import Sampling
+
+    parser.epilog = _EPILOG
+    add_model(parser)
+    text = (
+        "PEFT directory or llama.cpp file; the default NAME is the last part of PATH (repeatable). The chat "
+        "begins with the first; /adapter NAME changes it"
+    )
+    parser.add_argument("--adapter", metavar="[NAME=]PATH", type=path, action="append", default=[], help=text)
+    add_any_base(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    add_compute(parser)
+    text = "memory limit of the whole process (default: a part of the available memory)"
+    parser.add_argument("--memory", metavar="SIZE", help=text)
+    add_options(parser, Sampling)
+    for action in parser._actions:
+        if action.dest == "max_new_tokens":
+            action.help = f"maximum number of tokens of an answer (default: {_MOST_TOKENS})"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from nplora import finetuning
+    from nplora.cli.chat_session import COMMANDS, ChatSession
+    from nplora.cli.message_lines import opened
+    from nplora.lm import load_model
+    from nplora.lm.generation import Sampling
+    from nplora.serving import Conversation, Engine
+
+    sampling = checked(Sampling, {"max_new_tokens": _MOST_TOKENS, **given_options(arguments, Sampling)})
+    adapters = _named(arguments.adapter)
+    if sys.stdin is None:
+        raise ValueError("the messages cannot be read: standard input is closed")
+    lm = load_model(arguments.model, arguments.compute)
+    for name, file in adapters.items():
+        lm.load_adapter(file, name, arguments.any_base)
+        finetuning.attach.warn_of_form("chat", file, True, "a chat", "use nplora generate")
+    first = next(iter(adapters), None)
+    with Engine(lm, memory=arguments.memory, max_requests=1) as engine:
+        chat = Conversation(engine, sampling, arguments.system, first)
+        ChatSession(chat, opened([*COMMANDS])).run(arguments.model)
+
+
+def _named(given: list[str]) -> dict[str, str]:
+    """The adapters by name, from texts such as "tone=out/tone" and "out/tone".
+
+    Raises:
+        UsageError: two adapters have the same name.
+    """
+    found = dict[str, str]()
+    for text in given:
+        name, equals, file = text.partition("=")
+        if not (equals and name and file) or os.path.exists(text):
+            file = text
+            name = os.path.basename(os.path.abspath(file)).removesuffix(".gguf")
+        if name in found:
+            raise UsageError(f"two adapters have the name {name!r}: give --adapter NAME=PATH")
+        found[name] = file
+    return found

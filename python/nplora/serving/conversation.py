@@ -1,0 +1,83 @@
+"""A chat of several turns, whose earlier turns are not computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from nplora.lm.sampling import Sampling
+from nplora.serving.engine import Engine
+from nplora.serving.ticket import Usage
+
+
+class Conversation:
+    """A chat of several turns.
+
+    The engine keeps the keys and values of the turns so far. The next turn computes only what is new. If the
+    system message or the adapter changes, all turns are computed again.
+
+        >>> lm = nplora.load_model("model.gguf")
+        >>> with nplora.serving.Engine(lm) as engine:
+        ...     chat = nplora.serving.Conversation(engine, nplora.generate.Sampling(max_new_tokens=4))
+        ...     answer = "".join(chat.ask("Hi"))
+        >>> [message["role"] for message in chat.messages], chat.messages[1]["content"] == answer
+        (['user', 'assistant'], True)
+
+    Args:
+        engine: the engine. It may serve other conversations at the same time.
+        sampling: how tokens are chosen, or None for always the most likely token, up to 128 tokens.
+        system: the system message, or None.
+        adapter: the name of one of the model's adapters, or None for the model alone.
+    Attributes:
+        turns: the messages of the user and the assistant, in order.
+        finish_reason, usage: how the last answer ended, and its numbers of tokens; None before the first.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: Sampling | None = None,
+        system: str | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        self.engine, self.sampling, self.system, self.adapter = engine, sampling, system, adapter
+        self.turns: list[dict[str, str]] = []
+        self.finish_reason: str | None = None
+        self.usage: Usage | None = None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The system message, if there is one, and all turns."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, *self.turns]
+
+    def ask(self, text: str) -> Generator[str, None, None]:
+        """Send a user's message, and yield the answer in pieces.
+
+        If the caller stops early (an exception such as KeyboardInterrupt, or `close()`), the request is
+        cancelled, and the answer so far belongs to the chat. If the request fails, the chat stays as it was.
+
+        Raises:
+            ValueError: the model has no chat template, or the chat fills the context.
+            KeyError: the adapter is not loaded.
+        """
+        question = {"role": "user", "content": text}
+        ids = self.engine.lm.tokenizer.encode_chat([*self.messages, question], True)
+        ticket = self.engine.submit(ids, self.sampling, adapter=self.adapter)
+        pieces = list[str]()
+        try:
+            for chunk in ticket:
+                pieces.append(chunk.text)
+                if chunk.text:
+                    yield chunk.text
+        except Exception:
+            pieces.clear()
+            raise
+        finally:
+            ticket.cancel()
+            self.finish_reason, self.usage = ticket.finish_reason or "cancelled", ticket.usage
+            if pieces:
+                self.turns += [question, {"role": "assistant", "content": "".join(pieces)}]
+
+    def reset(self) -> None:
+        """Forget all turns. The system message and the adapter stay."""
+        self.turns.clear()

@@ -1,0 +1,175 @@
+"""Writes a chat template in the template language of Go, which Ollama reads.
+
+A Jinja template can do anything, but nearly all of them write a chat as fixed texts around the messages.
+These texts are found by rendering chats whose messages are marks. Then the fixed texts are compared with what
+the Jinja template writes for other chats. A template that does more than that is not translated.
+
+A template that asks for the time gets the time that it gets in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nplora.formats.errors import FormatError
+from nplora.tokenizer.chat_template import RefusedChatError
+from nplora.tokenizer.tokenizer import TRAINING_TIME, Tokenizer
+
+_S, _U, _A, _V = (chr(0xE300 + number) for number in range(4))  # private characters: no template changes them
+
+
+@dataclass(frozen=True)
+class GoTemplate:
+    """The fixed texts of a chat.
+
+    Attributes:
+        first: the text before the first user message, in a chat without a system message.
+        system: the texts before the system message, and between it and the first user message; None if the
+            template refuses system messages.
+        user: the texts before and after a user message that is not the first.
+        assistant: the texts before and after an answer.
+        answer: the text where the model's next answer begins.
+    """
+
+    first: str
+    system: tuple[str, str] | None
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    answer: str
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """The chat as text, with the beginning of the next answer."""
+        system = "".join(message["content"] for message in messages if message["role"] == "system")
+        begun = f"{self.system[0]}{system}{self.system[1]}" if self.system and system else self.first
+        text = ""
+        for message in messages:
+            if message["role"] == "user":
+                text += f"{self.user[0] if text else begun}{message['content']}{self.user[1]}"
+            elif message["role"] == "assistant":
+                text += f"{self.assistant[0]}{message['content']}{self.assistant[1]}"
+        return text + self.answer
+
+    def __str__(self) -> str:
+        """The template in Go's language. Ollama sets .System to the system messages of the chat."""
+        before, after = map(_literal, self.user)
+        begin = self._begin(".System", self.user[0])
+        if begin is None:  # the system message stands inside the first user message
+            begin = "{{ $first := true }}"
+            first = f"{self._begin('$.System')}{{{{ $first = false }}}}"
+            before = f"{{{{ if $first }}}}{first}{{{{ else }}}}{before}{{{{ end }}}}"
+        user = f'{{{{ if eq .Role "user" }}}}{before}{{{{ .Content }}}}{after}'
+        said = "{{ .Content }}".join(map(_literal, self.assistant))
+        answer = f'{{{{ else if eq .Role "assistant" }}}}{said}{{{{ end }}}}'
+        return f"{begin}{{{{ range .Messages }}}}{user}{answer}{{{{ end }}}}{_literal(self.answer)}"
+
+    def _begin(self, system: str, user: str = "") -> str | None:
+        """What Go writes before the first user message, without `user`. None: it does not end with `user`.
+
+        Args:
+            system: Go's name of the system message.
+        """
+        texts = [self.first] if self.system is None else [self.first, self.system[1]]
+        if not all(text.endswith(user) for text in texts):
+            return None
+        first, *more = (_literal(text.removesuffix(user)) for text in texts)
+        if self.system is None:
+            return first
+        otherwise = f"{{{{ else }}}}{first}" if first else ""
+        before = f"{{{{ if {system} }}}}{_literal(self.system[0])}{{{{ {system} }}}}"
+        return f"{before}{more[0]}{otherwise}{{{{ end }}}}"
+
+    @property
+    def texts(self) -> str:
+        """All fixed texts."""
+        return "".join((self.first, *(self.system or ()), *self.user, *self.assistant, self.answer))
+
+
+def _literal(text: str) -> str:
+    return text.replace("{{", '{{ "{{" }}')
+
+
+def of(tokenizer: Tokenizer) -> GoTemplate | None:
+    """Translate the chat template of a tokenizer.
+
+    A BOS token that the tokenizer adds to each text is left out, because llama.cpp adds it too.
+
+    Returns:
+        the template; None if there is none, or if it does more than to write fixed texts.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        found = _found(tokenizer)
+        for chat in _CHATS:
+            if not found.system and chat[0]["role"] == "system":
+                continue
+            if found.render(chat) != tokenizer.apply_chat_template(chat, True, now=TRAINING_TIME):
+                return None
+    except (RefusedChatError, FormatError, _OtherError):
+        return None
+    bos = tokenizer.decode([tokenizer.bos_id]) if tokenizer.bos_id is not None else ""
+    if bos and tokenizer.encode_prompt("a")[0] == tokenizer.bos_id:
+        system = found.system and (found.system[0].removeprefix(bos), found.system[1])
+        return GoTemplate(found.first.removeprefix(bos), system, found.user, found.assistant, found.answer)
+    return found
+
+
+def special_tokens(tokenizer: Tokenizer, template: GoTemplate) -> list[str]:
+    """The special tokens that the template writes: where one appears in an answer, the answer has ended."""
+    return list(dict.fromkeys(tokenizer.special_in(template.texts)))
+
+
+class _OtherError(Exception):
+    """The template writes something else than fixed texts."""
+
+
+def _found(tokenizer: Tokenizer) -> GoTemplate:
+    def written(roles: str, answering: bool = True) -> str:
+        chat = [{"role": _ROLES[mark], "content": mark} for mark in roles]
+        return tokenizer.apply_chat_template(chat, answering, now=TRAINING_TIME)
+
+    asked, told = written(_U), written(_U, False)
+    first, after = _split(asked, _U)
+    user_end = told.removeprefix(first + _U)
+    answer = _less(after, user_end)
+    try:
+        before, between, _ = _split(written(_S + _U), _S, _U)
+        system = before, between
+    except RefusedChatError:
+        system = None
+    _, said, between, _ = _split(written(_U + _A + _V), _U, _A, _V)
+    *_, assistant_end = _split(written(_U + _A, False), _U, _A)
+    user = _less(between, assistant_end), user_end
+    return GoTemplate(first, system, user, (_less(said, user_end), assistant_end), answer)
+
+
+_ROLES = {_S: "system", _U: "user", _A: "assistant", _V: "user"}
+
+
+def _chat(roles: str) -> list[dict[str, Any]]:
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    return [
+        {"role": names[role], "content": f"{number}. Was it {role}?"} for number, role in enumerate(roles)
+    ]
+
+
+_CHATS = [_chat(roles) for roles in ("u", "su", "uau", "suau", "suauauau")]
+
+
+def _split(text: str, *marks: str) -> list[str]:
+    """Split a text at marks, each of which must be there once, in this order."""
+    parts = []
+    for mark in marks:
+        part, found, text = text.partition(mark)
+        if not found or mark in text:
+            raise _OtherError
+        parts.append(part)
+    return [*parts, text]
+
+
+def _less(text: str, beginning: str) -> str:
+    if not text.startswith(beginning):
+        raise _OtherError
+    return text.removeprefix(beginning)

@@ -1,0 +1,176 @@
+"""Directories for Ollama: the model, and a Modelfile as Ollama's parser reads it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf as oracle
+import numpy as np
+import pytest
+
+import nplora
+from nplora import adapters, cli
+from nplora.adapters import export_ollama
+from nplora.formats.gguf import Typed
+from small_llama import save_small_llama
+
+TEMPLATE = (
+    "{% for m in messages %}<|end|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|end|>assistant\n{% endif %}"
+)
+
+
+def instructions(path: Path) -> list[tuple[str, str]]:
+    """The instructions of a Modelfile, by the rules of Ollama's parser (parser/parser.go)."""
+    text, found = path.read_text(), []
+    while text.strip():
+        text = text.lstrip()
+        name, text = re.split(r"[ \t]", text, maxsplit=1)
+        if name == "PARAMETER":
+            key, text = re.split(r"[ \t]", text, maxsplit=1)
+            name = f"PARAMETER {key}"
+        if text.startswith('"""'):
+            value, _, text = text[3:].partition('"""')
+        else:
+            value, _, text = text.partition("\n")
+        found.append((name, value))
+    return found
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    pytest.importorskip("tokenizers")
+    changes = {"tokenizer.chat_template": TEMPLATE, "llama.context_length": Typed(9000, "UINT32")}
+    return save_small_llama(tmp_path / "model.gguf", changes=changes)
+
+
+@pytest.fixture
+def adapter(model: Path, tmp_path: Path) -> Path:
+    lm = nplora.load_model(model)
+    lm.add_lora(rank=2, targets="all-linear")
+    rng = np.random.default_rng(3)
+    for layer in lm.adapter_layers().values():
+        layer.A[...] = rng.standard_normal(layer.A.shape) / 4
+    adapters.Adapter.from_model(lm).save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_the_directory_holds_the_merged_model_and_its_modelfile(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    report = export_ollama(
+        model, tmp_path / "out", adapter, system='Say "yes".\nOr no.', parameters=[("temperature", "0.7")]
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "model.gguf"]
+    found = instructions(tmp_path / "out" / "Modelfile")
+    template = '{{ range .Messages }}{{ if eq .Role "user" }}'
+    assert found[0] == ("FROM", "./model.gguf")
+    assert found[1][0] == "TEMPLATE"
+    assert template in found[1][1]
+    assert found[2:] == [
+        ("SYSTEM", 'Say "yes".\nOr no.'),
+        ("PARAMETER num_ctx", "4096"),
+        ("PARAMETER stop", "<|end|>"),
+        ("PARAMETER temperature", "0.7"),
+    ]
+    assert report.template
+    nplora.merge_adapter(model, adapter, tmp_path / "merged.gguf", "q8_0")
+    assert (tmp_path / "out" / "model.gguf").read_bytes() == (tmp_path / "merged.gguf").read_bytes()
+
+
+def test_the_model_of_a_directory_gets_one_type_after_an_exact_merge(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    from docs.starting_directory import make
+
+    (tmp_path / "start").mkdir()
+    make(tmp_path / "start")
+    source = tmp_path / "start" / "hf-model"
+    lm = nplora.load_model(source)
+    lm.add_lora(rank=2, targets="all-linear")
+    for layer in lm.adapter_layers().values():
+        layer.A[...] = 0.1
+    adapters.Adapter.from_model(lm).save(tmp_path / "adapter")
+    export_ollama(source, tmp_path / "out", tmp_path / "adapter")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "model.gguf"]
+    tensors = oracle.GGUFReader(tmp_path / "out" / "model.gguf").tensors
+    assert {t.tensor_type.name for t in tensors if len(t.shape) > 1} == {"Q8_0"}
+    name = "blk.0.ffn_up.weight"
+    merged = lm.model.layers[0].mlp.up_proj.merged_weight()
+    stored = next(t for t in tensors if t.name == name)
+    expected = oracle.quants.quantize(np.asarray(merged, np.float32), oracle.GGMLQuantizationType.Q8_0)
+    assert (stored.data == expected).mean() > 0.999  # the sums of the merge may differ in their last bit
+
+
+def test_without_an_adapter_the_modelfile_names_the_file(model: Path, tmp_path: Path) -> None:
+    export_ollama(model, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["Modelfile"]
+    assert instructions(tmp_path / "out" / "Modelfile")[0] == ("FROM", str(model))
+
+
+def test_an_adapter_is_kept_beside_the_model(model: Path, adapter: Path, tmp_path: Path) -> None:
+    export_ollama(model, tmp_path / "out", adapter, keep_adapter=True)
+    found = dict(instructions(tmp_path / "out" / "Modelfile"))
+    assert (found["FROM"], found["ADAPTER"]) == (str(model), "./adapter.gguf")
+    nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", model)
+    assert (tmp_path / "out" / "adapter.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
+
+
+def test_an_adapter_of_plain_texts_gets_a_plain_template(
+    model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters.ollama, "trained_with_template", lambda path: False)
+    export_ollama(model, tmp_path / "out", adapter)
+    found = instructions(tmp_path / "out" / "Modelfile")
+    assert ("TEMPLATE", "{{ .Prompt }}") in found
+    assert not any(name == "PARAMETER stop" for name, _ in found)
+
+
+def test_a_template_that_go_cannot_write_is_left_out(tmp_path: Path) -> None:
+    changes = {"tokenizer.chat_template": "{% for m in messages %}{{ m.content | upper }}{% endfor %}"}
+    model = save_small_llama(tmp_path / "model.gguf", changes=changes)
+    report = export_ollama(model, tmp_path / "out")
+    assert not report.template
+    assert "the Modelfile has no TEMPLATE" in str(report)
+    assert [name for name, _ in instructions(tmp_path / "out" / "Modelfile")] == ["FROM", "PARAMETER num_ctx"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"parameters": [("Bad name", "1")]}, "parameter Bad name="),
+        ({"parameters": [("stop", "")]}, "parameter stop="),
+        ({"parameters": [("seed", "1\nFROM x")]}, "expected a name and one line"),
+        ({"system": 'x """ y'}, "system has control characters"),
+        ({"system": "\x1b[2J"}, "system has control characters"),
+        ({"keep_adapter": True}, "keep_adapter needs an adapter"),
+    ],
+)
+def test_what_a_modelfile_cannot_hold_is_refused(
+    more: dict[str, Any], words: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        export_ollama(model, tmp_path / "out", **more)
+    assert not (tmp_path / "out" / "Modelfile").exists()
+
+
+def test_the_command_writes_it_and_replaces_only_with_overwrite(
+    model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["export", str(model), "--adapter", str(adapter), "--ollama", str(tmp_path / "out")]
+    assert cli.main([*line, "--parameter", "num_ctx=2048", "--dtype", "same"]) == 0
+    assert f"import it: ollama create NAME -f {tmp_path / 'out' / 'Modelfile'}" in capsys.readouterr().out
+    found = instructions(tmp_path / "out" / "Modelfile")
+    assert [value for name, value in found if name == "PARAMETER num_ctx"] == ["2048"]
+    assert cli.main(line) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert cli.main([*line, "--overwrite"]) == 0
+    with pytest.raises(SystemExit):
+        cli.main([*line, "--parameter", "num_ctx"])
+
+
+def test_a_path_of_two_lines_brings_no_instruction(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a\nSYSTEM x").mkdir()
+    model = model.rename(tmp_path / "a\nSYSTEM x" / "model.gguf")
+    with pytest.raises(ValueError, match="model has control characters"):
+        export_ollama(model, tmp_path / "out")
+    assert not (tmp_path / "out" / "Modelfile").exists()

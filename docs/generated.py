@@ -32,11 +32,13 @@ from nplora.models.families import FAMILIES
 from nplora.weights import storages
 
 _PART = re.compile(r"^<!-- generated: (\w+) ?(.*?) -->$", re.MULTILINE)
+# What only readers of the Markdown file need, in pages whose content is made when the site is built.
+_FOR_THE_REPOSITORY = re.compile(r"^<!-- in the repository -->\n.*?^<!-- end -->\n", re.MULTILINE | re.DOTALL)
 
 
 def fill(text: str) -> str:
-    """The text of a page with its generated parts."""
-    return _PART.sub(lambda match: PARTS[match[1]](*match[2].split()), text)
+    """The text of a page with its generated parts, and without what only the repository's readers need."""
+    return _PART.sub(lambda match: PARTS[match[1]](*match[2].split()), _FOR_THE_REPOSITORY.sub("", text))
 
 
 def escaped(text: str) -> str:

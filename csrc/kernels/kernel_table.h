@@ -226,8 +226,8 @@ struct Products : Tiles<T> {
   // Transposes `x` (rows, cols) into `xt` (cols, rows).
   void (*transpose)(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, size_t xt_stride);
 
-  // Sums the lanes of each row of `part` (rows, lanes / 2), in a fixed tree, and adds `bias` (rows), which may
-  // be null. The sums are stored in `y` (rows).
+  // Sums the lanes of each row of `part` (rows, lanes / 2), in a fixed tree, and adds `bias` (rows), which
+  // may be null. The sums are stored in `y` (rows).
   void (*sum_parts)(size_t rows, const T* part, const T* bias, T* y);
 
   // Does one AdamW step on `n` elements (Loshchilov & Hutter 2019, algorithm 2, as torch computes it). The
@@ -312,10 +312,10 @@ struct BlockDecoders {
 // read once, in the order in which it is stored.
 struct BlockDots {
   // Multiplies `x` (m, cols) with rows of blocks. `part` (m, rows, lanes / 2) holds partial sums: sum i adds
-  // the products of the elements k with k % (lanes / 2) == i. `cols` is a multiple of the number of
-  // elements in a block. There is one kernel for each row format, in the order of BlockFormat. The sums of a
-  // row of `x` have the same bits for every `m`. A kernel may sum the products of the codes of a sub-block with `x` before it multiplies by the scale, so magnitudes of
-  // `x` above 1e34 can overflow.
+  // the products of the elements k with k % (lanes / 2) == i. `cols` is a multiple of the number of elements
+  // in a block. There is one kernel for each row format, in the order of BlockFormat. The sums of a row of
+  // `x` have the same bits for every `m`. A kernel may sum the products of the codes of a sub-block with `x`
+  // before it multiplies by the scale, so magnitudes of `x` above 1e34 can overflow.
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
                             const float* x, size_t x_stride, float* part, const Fetch& next);
 

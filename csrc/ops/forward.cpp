@@ -19,8 +19,8 @@ bool reads_bf16(const WeightView& w) {
   return w.storage == Storage::kBfloat16;
 }
 
-// Neighbouring parts that read W in the same element type are computed together. Small batches are computed in
-// float even if larger ones are computed in pairs of bfloat16.
+// Neighbouring parts that read W in the same element type are computed together. Small batches are computed
+// in float even if larger ones are computed in pairs of bfloat16.
 template <class T>
 void small_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
   while (!parts.empty()) {
@@ -90,8 +90,8 @@ void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
   large_stack<T>(parts, x);
 }
 
-// A small batch reads each weight once for all groups. Larger batches read it once for each group, so that the
-// rows of a group have the same bits as alone.
+// A small batch reads each weight once for all groups. Larger batches read it once for each group, so that
+// the rows of a group have the same bits as alone.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
   if (x.rows > kernels::kSmallBatch || !share_weights(groups)) {

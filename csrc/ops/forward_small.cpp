@@ -178,8 +178,8 @@ class SmallForward {
       k_.sum_parts(rows.count, sums, bias_at(part_, rows.first), part_.y.row(t) + rows.first);
   }
 
-  // Does the work of `multiply` if W is not in low-bit blocks. If W must be decoded, a few rows are decoded at
-  // a time and stay in L2. The partial sums of several tokens stay in L1.
+  // Does the work of `multiply` if W is not in low-bit blocks. If W must be decoded, a few rows are decoded
+  // at a time and stay in L2. The partial sums of several tokens stay in L1.
   void multiply_rows(Range rows) const {
     const bool decodes = !in_place<W>(part_.w);
     const bool sums_in_l1 = std::is_same_v<W, Bf16> && part_.w.packed;

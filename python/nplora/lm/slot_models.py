@@ -7,28 +7,39 @@ longer piece of a prompt is computed alone.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core
 from nplora.models.cache import KVCache
+from nplora.models.decoder import Decoder
+from nplora.models.head import AnyHead
 from nplora.nn import TrainedEmbedding
-from nplora.nn.module import Module
+from nplora.nn.module import AdapterLayer, Module
 from nplora.nn.prepared import Prepared
 from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows, joined
 
-if TYPE_CHECKING:
-    from nplora.lm.language_model import LanguageModel
-
 Array = npt.NDArray[Any]
+
+
+class SlotModel(Protocol):
+    """The members of a LanguageModel that decoding uses."""
+
+    model: Decoder
+    lm_head: AnyHead
+
+    def adapter_layers(self) -> dict[str, AdapterLayer]: ...
+    def named_modules(self) -> Iterator[tuple[str, Module]]: ...
+    def copied(self, replaced: Mapping[int, Module]) -> Self: ...
+
 
 _SMALL = _core.constants.small_batch
 
 
-def decode(lm: LanguageModel, ids: Array, slots: Array, cache: KVCache) -> Array:
+def decode(lm: SlotModel, ids: Array, slots: Array, cache: KVCache) -> Array:
     """The logits (m, vocab) after the tokens `ids` (m, count), which are stored in the cache.
 
     The cache's lengths stay as they are. Call this function in `with inference()`.
@@ -49,13 +60,13 @@ def decode(lm: LanguageModel, ids: Array, slots: Array, cache: KVCache) -> Array
     return found[0] if len(found) == 1 else joined(found)
 
 
-def vocab_of(model: LanguageModel) -> int:
+def vocab_of(model: SlotModel) -> int:
     """The number of rows of the model's own embedding, with those for added tokens."""
     embedding = model.model.embed_tokens
     return int(embedding.rows.size if isinstance(embedding, TrainedEmbedding) else embedding.weight.shape[0])
 
 
-def _check_ids(models: Sequence[LanguageModel], ids: Array) -> None:
+def _check_ids(models: Sequence[SlotModel], ids: Array) -> None:
     vocabs = {id(model): vocab_of(model) for model in models}
     if len(set(vocabs.values())) == 1:
         _check.in_range("decode", "token_ids", ids, vocabs[id(models[0])])
@@ -64,7 +75,7 @@ def _check_ids(models: Sequence[LanguageModel], ids: Array) -> None:
         _check.in_range("decode", "token_ids", row, vocabs[id(model)])
 
 
-def _decode_few(models: Sequence[LanguageModel], ids: Array, slots: Array, cache: KVCache) -> Array:
+def _decode_few(models: Sequence[SlotModel], ids: Array, slots: Array, cache: KVCache) -> Array:
     """`decode` for as many sequences as are computed together."""
     count = ids.shape[1]
     acts = cache.acts(slots, cache.lengths[slots], count)
@@ -87,7 +98,7 @@ def _grouped(rows: Iterable[tuple[int, bool]]) -> tuple[RowGroup, ...]:
 
 
 def _logits(
-    lm: LanguageModel,
+    lm: SlotModel,
     ids: Array,
     slots: Array,
     cache: KVCache,
@@ -117,7 +128,7 @@ class JointModel:
         owner: the model whose layers may change. The others are copies that nobody else has.
     """
 
-    def __init__(self, models: Sequence[LanguageModel], owner: object) -> None:
+    def __init__(self, models: Sequence[SlotModel], owner: object) -> None:
         self._models = tuple(models)
         self._numbers = {id(model): number for number, model in enumerate(models)}
         adapted = [model.adapter_layers() for model in models]
@@ -134,11 +145,11 @@ class JointModel:
         )
         self._state = self._owner_state()
 
-    def number(self, model: Module) -> int:
+    def number(self, model: SlotModel) -> int:
         """The number of one of the models."""
         return self._numbers[id(model)]
 
-    def fits(self, models: Sequence[Module]) -> bool:
+    def fits(self, models: Sequence[SlotModel]) -> bool:
         """Whether all these models are joined, and the owner has not changed, by merging for example."""
         return all(id(model) in self._numbers for model in models) and self._state == self._owner_state()
 
@@ -149,7 +160,7 @@ class JointModel:
         ]
 
 
-def _joint_of(cache: KVCache, models: Sequence[LanguageModel]) -> JointModel:
+def _joint_of(cache: KVCache, models: Sequence[SlotModel]) -> JointModel:
     """A joint model of these models, which the cache keeps. A new one also joins those of the other slots."""
     joint = cache.joint
     if not isinstance(joint, JointModel) or not joint.fits(models):

@@ -33,7 +33,7 @@ KERNELS: dict[str, list[tuple[str, ...]]] = {
         ("Bf16Pair", "Bf16"),
     ],
     "merge_tiles": [("float",), ("double",)],
-    "dots_rows": [("float",), ("double",), ("Bf16",), ("Bf16Pair",)],
+    "dots_rows": [("float",), ("double",), ("Bf16",)],
     "dots_row_major": [("float",), ("double",), ("Bf16",)],
 }
 DOTS = "dots_rows", "dots_row_major"
@@ -46,7 +46,7 @@ class Loop:
 
     The template arguments are: gemm_tokens_in_lanes_fixed<float, vectors, rows, stride>,
     gemm_outputs_in_lanes_fixed<float, float, rows, vectors, partial>, merge_tiles<float, rows, vectors>,
-    dots_rows<float, interleave, rows> and dots_row_major.
+    dots_rows<float, tokens, rows> and dots_row_major.
     """
 
     isa: str
@@ -153,23 +153,20 @@ def merge_tiles_step(loop: Loop) -> Need:
 
 
 def dots_rows_turn(loop: Loop) -> Need:
-    """Rows of w, one panel wide, in groups as long as the interleave factor, each with a vector of x."""
-    interleave, rows = loop.sizes
+    """Rows of w, one panel wide, times some tokens. Vectors of x are read once for all rows, if at all."""
+    tokens, rows = loop.sizes
     element = loop.elements[0]
-    split = is_split(loop.isa, element)
-    width = 24 if element == "Bf16Pair" else 48
-    size, lanes = {"float": (4, 4), "double": (8, 2), "Bf16": (2, 4), "Bf16Pair": (4, 4)}[element]
-    groups = rows * width // interleave
-    loads = groups + width // interleave * (
-        1 + split
-    )  # x is read once for all rows, if at all; it is already split
-    copied = groups if 1 < interleave < lanes else 0  # to all lanes
-    widened = groups * ((element == "Bf16") + 2 * split)
-    fetches = rows * -(-width * size // 64)
-    sums = rows * 8  # four for each row: one is loaded and stored, three are set to zero and added
+    size, lanes = {"float": (4, 4), "double": (8, 2), "Bf16": (2, 4)}[element]
+    vectors = 48 // lanes
+    loads = (rows + tokens) * vectors
+    widened = rows * vectors * (element == "Bf16")
+    fetches = rows * -(-48 * size // 64)
+    sums = rows * tokens * 8  # four for each row: one is loaded and stored, three are set to zero and added
     # In row-major layout, sums are loaded and stored outside the loop. Row pointers take their registers.
-    control = 6  # four pointers advance (w, the next rows, prefetches, sums), a count, a branch
-    return Need(groups * (1 + split), loads + copied + widened + fetches + sums + control)
+    control = (
+        6 + tokens
+    )  # four pointers advance (w, the next rows, prefetches, sums), a count, a branch; rows of x
+    return Need(rows * tokens * vectors, loads + widened + fetches + sums + control)
 
 
 NEEDS = {

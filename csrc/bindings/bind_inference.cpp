@@ -1,4 +1,6 @@
 // Layers for repeated inference: their arrays are checked once and then read in place.
+#include <bit>
+#include <type_traits>
 #include <variant>
 #include <vector>
 
@@ -12,14 +14,25 @@ namespace {
 // A layer that computes y = x Wᵀ + scale (x Bᵀ) Aᵀ [+ bias]. The layer keeps the weight and the arrays alive.
 class InferenceLayer {
  public:
+  InferenceLayer(const InferenceLayer&) = delete;
+  InferenceLayer& operator=(const InferenceLayer&) = delete;
+
+  // If `constant` is set, a and b never change. They are then copied to bfloat16 if it has their values.
   template <class T>
   InferenceLayer(const py::object& weight, const Array<T>& a, const Array<T>& b, double scale,
-                 const std::optional<Array<T>>& bias)
+                 const std::optional<Array<T>>& bias, bool constant)
       : owners_(py::make_tuple(weight, a, b, bias)) {
     py::detail::make_caster<WeightArgument<T>> argument;
     require(argument.load(weight, false), "expected a weight");
     const WeightView w = view<T>(py::detail::cast_op<WeightArgument<T>>(argument));
-    part_ = ForwardPart<T>{w, low_rank(w, a, b, scale, 0, 0), bias_data(w, bias), {}, {}};
+    ForwardPart<T> part{w, low_rank(w, a, b, scale, 0, 0), bias_data(w, bias), {}, {}};
+    if constexpr (std::is_same_v<T, float>)
+      if (constant && part.low.rank() > 0 && narrowed(part.low.a, narrow_a_) &&
+          narrowed(part.low.b, narrow_b_)) {
+        part.low.narrow_a = narrow_a_.data();
+        part.low.narrow_b = narrow_b_.data();
+      }
+    part_ = part;
   }
 
   template <class T>
@@ -30,7 +43,20 @@ class InferenceLayer {
   }
 
  private:
+  // Copies a matrix to bfloat16. Returns false if bfloat16 does not have all its values.
+  static bool narrowed(Matrix<const float> m, std::vector<kernels::Bf16>& out) {
+    out.reserve(m.rows * m.cols);
+    for (size_t i = 0; i < m.rows; ++i)
+      for (size_t j = 0; j < m.cols; ++j) {
+        const auto bits = std::bit_cast<uint32_t>(m.row(i)[j]);
+        if (bits & 0xFFFF) return false;
+        out.push_back(kernels::Bf16(bits >> 16));
+      }
+    return true;
+  }
+
   py::tuple owners_;
+  std::vector<kernels::Bf16> narrow_a_, narrow_b_;
   std::variant<ForwardPart<float>, ForwardPart<double>> part_;
 };
 
@@ -95,10 +121,10 @@ py::list infer_groups(const Array<T>& x, const std::vector<Layers>& groups, cons
 template <class T>
 void register_products(py::module_& m, py::class_<InferenceLayer>& layer) {
   using py::arg;
-  layer.def(
-      py::init<const py::object&, const Array<T>&, const Array<T>&, double, const std::optional<Array<T>>&>(),
-      arg("weight"), arg("a").noconvert(), arg("b").noconvert(), arg("scale"),
-      arg("bias").noconvert().none(true));
+  layer.def(py::init<const py::object&, const Array<T>&, const Array<T>&, double,
+                     const std::optional<Array<T>>&, bool>(),
+            arg("weight"), arg("a").noconvert(), arg("b").noconvert(), arg("scale"),
+            arg("bias").noconvert().none(true), arg("constant") = false);
   m.def("infer", &infer<T>, arg("x").noconvert(), arg("layers"),
         "y = x W^T + scale (x B^T) A^T [+ bias] for layers that read one x");
   m.def("infer_groups", &infer_groups<T>, arg("x").noconvert(), arg("groups"), arg("rows"),

@@ -170,9 +170,9 @@ py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool drop
   const bool pairs = rows > kernels::kSmallBatch && computes_pairs(w, rows);
   const size_t element_bytes = w.storage == Storage::kFloat64 ? 8 : pairs ? 2 : 4;
   const LayerShape shape{rows, w.d_out, w.d_in, rank, element_bytes, dropout, decoded};
-  const char* paths[] = {
-      "few rows: W is read once in place, and each row is summed alone",
-      "tokens in the lanes: x and y are transposed", "outputs in the lanes: blocks of W are transposed"};
+  const char* paths[] = {"few rows: W is read once in place, and each row is summed alone",
+                         "tokens in the lanes: x and y are transposed",
+                         "outputs in the lanes: blocks of W are transposed"};
   const auto path = static_cast<size_t>(forward_path(rows, w.d_out, w.d_in, element_bytes, decoded));
   py::dict plan;
   plan["computes in"] = int8                 ? "int8, summed in integers and float32; the update in float32"

@@ -322,8 +322,7 @@ inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, cons
 #pragma GCC unroll 4
   for (size_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (size_t t = 0; t < kTokens && r < rows; ++t)
-      sums[r][t].store(part + (t * all + first + r) * kLanes);
+    for (size_t t = 0; t < kTokens && r < rows; ++t) sums[r][t].store(part + (t * all + first + r) * kLanes);
 }
 
 struct RowRange {

@@ -7,7 +7,7 @@
 //
 // Each kernel unit (isa_*.cpp) defines three constants.
 //   `kDotResident` is the largest number of vectors of `x`, for one panel, that stay in registers while rows
-//     of W are read.
+//     of W are read, beside the sums of one token.
 //   `kDotRows` is the number of rows of W that share each load of `x` if there is one token, and if `x` does
 //     not stay in registers.
 //   `kDotSums` is the number of partial sums of a row: the latency of an FMA times its throughput (4 x 2),
@@ -29,6 +29,11 @@ inline constexpr size_t kSideSums = kVectorsOfPanel<W> >= 2 * kDotSums ? kDotSum
 template <class W, size_t kTokens>
 inline constexpr size_t kSharingRows =
     kTokens == 1 ? kDotRows : (kTokens * kSideSums<W> < 8 ? 8 / (kTokens * kSideSums<W>) : 1);
+
+// Whether the part of `x` for one panel stays in registers, beside the sums.
+template <class W, size_t kTokens>
+inline constexpr bool kStaysInRegisters =
+    kTokens * (kVectorsOfPanel<W> + kSideSums<W>) <= kDotResident + kDotSums;
 
 // The partial sums of kRows rows of W and kTokens tokens.
 template <class W, size_t kTokens, size_t kRows>
@@ -115,7 +120,7 @@ template <class W, size_t kTokens, size_t kRows>
 inline void dots_rows(Dots<W>& p) {
   using V = Vec<Sum<W>>;
   constexpr size_t kVectors = kVectorsOfPanel<W>;
-  constexpr bool kResident = kTokens * kVectors <= kDotResident;
+  constexpr bool kResident = kStaysInRegisters<W, kTokens>;
   V x[kResident ? kTokens * kVectors : 1];
   if constexpr (kResident)
 #pragma GCC unroll 48
@@ -146,7 +151,7 @@ inline void dots_rows(Dots<W>& p) {
 
 template <class W, size_t kTokens>
 inline void dots_panel(Dots<W>& p) {
-  if constexpr (kTokens * kVectorsOfPanel<W> > kDotResident && kSharingRows<W, kTokens> > 1)
+  if constexpr (!kStaysInRegisters<W, kTokens> && kSharingRows<W, kTokens> > 1)
     dots_rows<W, kTokens, kSharingRows<W, kTokens>>(p);
   dots_rows<W, kTokens, 1>(p);
 }
@@ -313,8 +318,8 @@ inline void add_first(Vec<T> sums, size_t n, T* y) {
 
 // Adds the product of `a` (rows, kDepth) and `z` to `y` (rows), for at most kLanes rows. Each vector holds
 // several rows of `a`, because kDepth is less than kLanes.
-template <size_t kDepth, class T>
-inline void add_packed_rows(size_t rows, const T* a, Vec<T> z, T* y) {
+template <size_t kDepth, class A, class T>
+inline void add_packed_rows(size_t rows, const A* a, Vec<T> z, T* y) {
   constexpr size_t kLanes = Vec<T>::kLanes;
   Vec<T> products[kDepth];
 #pragma GCC unroll 8
@@ -330,8 +335,8 @@ inline void add_packed_rows(size_t rows, const T* a, Vec<T> z, T* y) {
 
 // Adds z aᵀ to `y` (m, rows), where `z` is (m, kDepth) and `a` is (rows, kDepth). A block of kLanes rows of
 // `a` is used for all tokens before the next block is loaded.
-template <size_t kDepth, class T>
-inline void add_packed_dots(size_t m, size_t rows, const T* a, const T* z, size_t z_stride, T* y,
+template <size_t kDepth, class A, class T>
+inline void add_packed_dots(size_t m, size_t rows, const A* a, const T* z, size_t z_stride, T* y,
                             size_t y_stride) {
   constexpr size_t kLanes = Vec<T>::kLanes;
   Vec<T> zs[kSmallBatch];
@@ -344,14 +349,14 @@ inline void add_packed_dots(size_t m, size_t rows, const T* a, const T* z, size_
 // Adds z aᵀ to `y` (kTokens, rows) for at most kLanes / kTokens rows, where `z` is (kTokens, depth) and `a`
 // is (rows, depth). If `rows` is less than kLanes / kTokens, the last row is repeated and its additional
 // sums are dropped.
-template <size_t kTokens, class T>
-inline void add_few_dots(size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
+template <size_t kTokens, class A, class T>
+inline void add_few_dots(size_t rows, size_t depth, const A* a, const T* z, size_t z_stride, T* y,
                          size_t y_stride) {
   constexpr size_t kLanes = Vec<T>::kLanes, kRows = kLanes / kTokens;
   Vec<T> sums[kLanes];
 #pragma GCC unroll 16
   for (size_t i = 0; i < kLanes; ++i) sums[i] = Vec<T>::zero();
-  const T* at[kRows];
+  const A* at[kRows];
 #pragma GCC unroll 16
   for (size_t r = 0; r < kRows; ++r) at[r] = a + smaller(r, rows - 1) * depth;
   const auto step = [&](size_t k, const auto& load) {
@@ -366,8 +371,8 @@ inline void add_few_dots(size_t rows, size_t depth, const T* a, const T* z, size
     }
   };
   size_t k = 0;
-  for (; k + kLanes <= depth; k += kLanes) step(k, [](const T* p) { return Vec<T>::load(p); });
-  if (k < depth) step(k, [n = depth - k](const T* p) { return Vec<T>::load_partial(p, n); });
+  for (; k + kLanes <= depth; k += kLanes) step(k, [](const auto* p) { return Vec<T>::load(p); });
+  if (k < depth) step(k, [n = depth - k](const auto* p) { return Vec<T>::load_partial(p, n); });
   const Vec<T> total = sums_of_neighbours(sums);
   if constexpr (kTokens == 1) {
     add_first(total, rows, y);
@@ -380,8 +385,8 @@ inline void add_few_dots(size_t rows, size_t depth, const T* a, const T* z, size
 }
 
 // Processes the `m` tokens in groups of 4, then 2, then 1. After the first group, the rows of `a` are in L1.
-template <size_t kTokens, class T>
-inline void add_block_dots(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
+template <size_t kTokens, class A, class T>
+inline void add_block_dots(size_t m, size_t rows, size_t depth, const A* a, const T* z, size_t z_stride, T* y,
                            size_t y_stride) {
   constexpr size_t kRows = Vec<T>::kLanes / kTokens;
   for (; m >= kTokens; m -= kTokens, z += kTokens * z_stride, y += kTokens * y_stride)
@@ -390,8 +395,8 @@ inline void add_block_dots(size_t m, size_t rows, size_t depth, const T* a, cons
   if constexpr (kTokens > 1) add_block_dots<kTokens / 2>(m, rows, depth, a, z, z_stride, y, y_stride);
 }
 
-template <size_t kDepth, class T>
-inline void add_dots_of_depth(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride,
+template <size_t kDepth, class A, class T>
+inline void add_dots_of_depth(size_t m, size_t rows, size_t depth, const A* a, const T* z, size_t z_stride,
                               T* y, size_t y_stride) {
   constexpr size_t kLanes = Vec<T>::kLanes;
   if constexpr (kDepth < kLanes) {
@@ -403,8 +408,8 @@ inline void add_dots_of_depth(size_t m, size_t rows, size_t depth, const T* a, c
                                        y_stride);
 }
 
-template <class T>
-void add_dots(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
+template <class W>
+void add_dots(size_t m, size_t rows, size_t depth, const W* a, const Sum<W>* z, size_t z_stride, Sum<W>* y,
               size_t y_stride) {
   add_dots_of_depth<2>(m, rows, depth, a, z, z_stride, y, y_stride);
 }

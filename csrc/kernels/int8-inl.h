@@ -145,12 +145,12 @@ struct Codes;
 
 // For formats with unsigned codes: an element is a code times its scale, plus a minimum.
 struct Unsigned {
-  static constexpr bool kHasMinimum = true;
+  static constexpr bool kHasMinimum = true, kPlainNibbles = false;
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot(codes, x); }
 };
 // For formats with signed codes: an element is a code times its scale.
 struct Signed {
-  static constexpr bool kHasMinimum = false;
+  static constexpr bool kHasMinimum = false, kPlainNibbles = false;
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot_signed(codes, x); }
 };
 
@@ -246,6 +246,125 @@ inline void int8_tiles(const Rows& w, size_t m, size_t sub_blocks, Int8Rows x, f
   if constexpr (kTokens > 1) int8_tiles<Block, kTokens / 2>(w, m, sub_blocks, x, y, all);
 }
 
+#if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
+
+// ---- rows of W in the lanes, for formats whose block is a single sub-block ----
+//
+// Each lane belongs to one of eight rows of W. The codes of the rows are transposed once for all tokens. Each
+// token needs one conversion to float for eight rows, and no sums across lanes.
+
+template <class Block>
+inline constexpr bool kRowsInLanes = Block::kElements == kSubBlock;
+
+// The largest number of tokens whose sums fit into the registers, beside the codes of eight rows.
+#if defined(NPLORA_SIMD_AVX512)
+inline constexpr size_t kLaneTokens = 8;
+#else
+inline constexpr size_t kLaneTokens = 4;
+#endif
+
+// Afterwards, lane r of codes[k] holds the codes 4k to 4k + 3 of the block at[r].
+template <class Block>
+[[gnu::always_inline]] inline void transposed_codes(const uint8_t* const (&at)[8], SubBlock (&codes)[8]) {
+  const auto block = [&](size_t r) -> const Block& { return *reinterpret_cast<const Block*>(at[r]); };
+  SubBlock low[4], high[4];
+  if constexpr (Codes<Block>::kPlainNibbles) {
+#pragma GCC unroll 4
+    for (size_t r = 0; r < 4; ++r) low[r] = join(load_bytes(block(r).q), load_bytes(block(r + 4).q));
+    transpose_dwords(low);
+#pragma GCC unroll 4
+    for (size_t k = 0; k < 4; ++k) {
+      codes[k] = low[k] & 15;
+      codes[k + 4] = move(low[k], 4, 0, 15);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (size_t r = 0; r < 4; ++r) {
+      const SubBlock a = Codes<Block>{{}, block(r)}.sub_block(0),
+                     b = Codes<Block>{{}, block(r + 4)}.sub_block(0);
+      low[r] = lower_halves(a, b);
+      high[r] = upper_halves(a, b);
+    }
+    transpose_dwords(low);
+    transpose_dwords(high);
+#pragma GCC unroll 4
+    for (size_t k = 0; k < 4; ++k) {
+      codes[k] = low[k];
+      codes[k + 4] = high[k];
+    }
+  }
+}
+
+// Multiplies kTokens rows of `x` with up to eight rows of W. If fewer rows are left, the last row is repeated
+// and its additional products are dropped.
+template <class Block, size_t kTokens>
+inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, float* y, size_t all) {
+  using C = Codes<Block>;
+  const uint8_t* at[8];
+  for (size_t r = 0; r < 8; ++r) at[r] = w.blocks + smaller(r, w.count - 1) * w.row_bytes;
+  Eight sums[kTokens];
+#pragma GCC unroll 8
+  for (size_t t = 0; t < kTokens; ++t) sums[t] = Eight{};
+  for (size_t s = 0; s < sub_blocks; ++s) {
+    SubBlock codes[8], magnitudes[8];
+    transposed_codes<Block>(at, codes);
+    if constexpr (!C::kHasMinimum)
+#pragma GCC unroll 8
+      for (size_t k = 0; k < 8; ++k) {
+        magnitudes[k] = (SubBlock)_mm256_abs_epi8((__m256i)codes[k]);
+        asm("" : "+m"(codes[k]));  // the signs are read from memory, the magnitudes stay in registers
+      }
+    EightBits heads;
+#pragma GCC unroll 8
+    for (size_t r = 0; r < 8; ++r) heads[r] = bits_at<uint32_t>(at[r]);
+    const Eight a = floats_of_halves(heads);
+    Eight b{};
+    if constexpr (requires(Block block) { block.m; })
+      b = floats_of_halves(heads >> 16);
+    else if constexpr (C::kHasMinimum)
+      b = a * -C::kOffset;
+#pragma GCC unroll 8
+    for (size_t t = 0; t < kTokens; ++t) {
+      const size_t i = t * sub_blocks + s;
+      EightInts products[2] = {};
+#pragma GCC unroll 8
+      for (size_t k = 0; k < 8; ++k) {
+        const auto some = (SubBlock)(EightBits{} + bits_at<uint32_t>(x.codes + i * kSubBlock + 4 * k));
+        if constexpr (C::kHasMinimum)
+          products[k % 2] = dot_dwords(products[k % 2], codes[k], some);
+        else
+          products[k % 2] = dot_dwords(products[k % 2], magnitudes[k],
+                                       (SubBlock)_mm256_sign_epi8((__m256i)some, (__m256i)codes[k]));
+      }
+      sums[t] += to_floats(products[0] + products[1]) * (a * x.scales[i]);
+      if constexpr (C::kHasMinimum) sums[t] += b * x.sums[i];
+    }
+#pragma GCC unroll 8
+    for (size_t r = 0; r < 8; ++r) {
+      __builtin_prefetch(at[r] + w.ahead, 0, 2);
+      at[r] += sizeof(Block);
+    }
+  }
+#pragma GCC unroll 8
+  for (size_t t = 0; t < kTokens; ++t)
+    if (w.count >= 8)
+      __builtin_memcpy(y + t * all, &sums[t], sizeof sums[t]);
+    else
+      for (size_t r = 0; r < w.count; ++r) y[t * all + r] = sums[t][r];
+}
+
+template <class Block, size_t kTokens>
+inline void int8_groups(const Rows& w, size_t m, size_t sub_blocks, Int8Rows x, float* y, size_t all) {
+  for (; m >= kTokens; m -= kTokens, y += kTokens * all) {
+    int8_lanes<Block, kTokens>(w, sub_blocks, x, y, all);
+    x = {x.codes + kTokens * sub_blocks * kSubBlock, x.scales + kTokens * sub_blocks,
+         x.sums + kTokens * sub_blocks, x.half_sums + 2 * kTokens * sub_blocks};
+  }
+  if constexpr (kTokens > 1) int8_groups<Block, kTokens / 2>(w, m, sub_blocks, x, y, all);
+}
+
+#endif
+
 template <class Block>
 void int8_dots(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes, const Int8Rows& x,
                float* y, const Fetch& following) {
@@ -255,6 +374,13 @@ void int8_dots(size_t m, size_t rows, size_t cols, const void* blocks, size_t ro
     fetch_share(next, rows - i);
     Rows few = w.after(i);
     few.count = smaller(kFewRows, few.count);
+#if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
+    if constexpr (kRowsInLanes<Block>) {
+      static_assert(kFewRows == 8);
+      int8_groups<Block, kLaneTokens>(few, m, cols / kSubBlock, x, y + i, rows);
+      continue;
+    }
+#endif
     int8_tiles<Block, 4>(few, m, cols / kSubBlock, x, y + i, rows);
   }
 }

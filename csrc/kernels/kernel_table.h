@@ -181,6 +181,12 @@ struct SmallProducts {
   void (*dots)(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>* x, size_t x_stride,
                Sum<W>* part, bool accumulate);
 
+  // Adds z aᵀ to `y` (m, rows), for z (m, depth) and a dense a (rows, depth). The product is the low-rank
+  // term of a small batch: `m` is at most kSmallBatch, and `depth` is a rank. A row of `y` has the same bits
+  // for every `m`. There is no such kernel for pairs of bfloat16.
+  void (*add_dots)(size_t m, size_t rows, size_t depth, const W* a, const Sum<W>* z, size_t z_stride,
+                   Sum<W>* y, size_t y_stride);
+
   // The same product as gemm_outputs_in_lanes in Tiles, except that `depth` always counts the rows of `w`. If
   // `a` holds pairs of bfloat16 values, the values of a pair multiply two neighbouring rows of `w`, one value
   // each. If `depth` is odd, the last row is paired with zeros.
@@ -223,12 +229,6 @@ struct Products : Tiles<T> {
   // Sums the lanes of each row of `part` (rows, lanes / 2), in a fixed tree, and adds `bias` (rows), which may
   // be null. The sums are stored in `y` (rows).
   void (*sum_parts)(size_t rows, const T* part, const T* bias, T* y);
-
-  // Adds z aᵀ to `y` (m, rows), for z (m, depth) and a dense a (rows, depth). The product is the low-rank
-  // term of a small batch: `m` is at most kSmallBatch, and `depth` is a rank. A row of `y` has the same
-  // bits for every `m`.
-  void (*add_dots)(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
-                   size_t y_stride);
 
   // Does one AdamW step on `n` elements (Loshchilov & Hutter 2019, algorithm 2, as torch computes it). The
   // gradient `g` is first multiplied by grad_scale.

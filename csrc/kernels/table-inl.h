@@ -20,7 +20,7 @@ constexpr Tiles<E> make_tiles() {
 
 template <class T>
 constexpr Products<T> make_products() {
-  return {make_tiles<T>(), to_lanes<T>, from_lanes<T>,     transpose<T>, sum_parts<T>, add_dots<T>,
+  return {make_tiles<T>(), to_lanes<T>, from_lanes<T>,     transpose<T>, sum_parts<T>,
           adamw<T>,        sgd<T>,      sum_of_squares<T>, dropout<T>,   merge<T>};
 }
 
@@ -28,9 +28,9 @@ template <class W>
 constexpr SmallProducts<W> make_small() {
   constexpr auto product = gemm_outputs_in_lanes<Operand<W>, typename StoredOf<W>::Type>;
   if constexpr (kValuesPerElement<W> == 1)
-    return {dots<W>, product};
+    return {dots<W>, add_dots<W>, product};
   else
-    return {nullptr, product};
+    return {nullptr, nullptr, product};
 }
 
 #define NPLORA_DECODE(name, Name) decode<Block##Name>,

@@ -47,12 +47,14 @@ struct ProjectedUpdate {
 template <class T>
 FetchList factors(const LowRank<T>& low, Range rows, size_t most) {
   if (low.rank() == 0 || rows.count == 0) return {Fetch::none(), Fetch::none()};
-  const auto lines = [&](const T* from, size_t n) {
-    return Fetch::memory(from, ceil_div(std::min(n * sizeof(T), most), kCacheLine));
+  const auto lines = [&]<class E>(const E* from, size_t n) {
+    return Fetch::memory(from, ceil_div(std::min(n * sizeof(E), most), kCacheLine));
   };
   const size_t size = low.b.rows * low.b.stride, first = size * rows.first / low.a.rows;
-  return {lines(low.b.data + first, size * (rows.first + rows.count) / low.a.rows - first),
-          lines(low.a.row(rows.first), rows.count * low.rank())};
+  const size_t b_count = size * (rows.first + rows.count) / low.a.rows - first;
+  const size_t a_first = rows.first * low.rank(), a_count = rows.count * low.rank();
+  if (low.narrow_a) return {lines(low.narrow_b + first, b_count), lines(low.narrow_a + a_first, a_count)};
+  return {lines(low.b.data + first, b_count), lines(low.a.data + a_first, a_count)};
 }
 
 // Prefetches a piece of memory into L2, all of it at once.
@@ -70,11 +72,7 @@ class SmallForward {
   using T = Sum<W>;
 
   SmallForward(const ForwardPart<T>& part, Matrix<const T> x, const kernels::Int8Rows& codes)
-      : part_(part),
-        x_(x),
-        k_(kernels::table().products<T>()),
-        lanes_(k_.lanes / 2),
-        codes_(codes) {}
+      : part_(part), x_(x), k_(kernels::table().products<T>()), lanes_(k_.lanes / 2), codes_(codes) {}
 
   // Adds the update of some rows of x. z has room for z of these rows.
   void add(Range rows, const LowRank<T>& low, T* z) {
@@ -115,10 +113,16 @@ class SmallForward {
     const auto& [rows, low, z] = groups_[group];
     const size_t n = rows.count, rank = low->rank();
     const Matrix<const T> x = dropped(*low, x_, rows);
-    const Matrix<const T> b = rows_of(low->b, ranks);
     T* sums = scratch<T>(Scratch::kSums, n * ranks.count * lanes_);
-    kernels::table().small<T>().dots(n, ranks.count, x.cols, {b.data, b.stride, kPanelColumns}, x.data,
-                                     x.stride, sums, false);
+    const auto dots = [&]<class E>(const E* b) {
+      kernels::table().small<E>().dots(n, ranks.count, x.cols,
+                                       {b + ranks.first * low->b.stride, low->b.stride, kPanelColumns},
+                                       x.data, x.stride, sums, false);
+    };
+    if constexpr (std::is_same_v<T, float>)
+      low->narrow_b ? dots(low->narrow_b) : dots(low->b.data);
+    else
+      dots(low->b.data);
     for (size_t t = 0; t < n; ++t, sums += ranks.count * lanes_) {
       T* row = z + t * rank + ranks.first;
       k_.sum_parts(ranks.count, sums, nullptr, row);
@@ -129,9 +133,18 @@ class SmallForward {
 
   // Adds the updates to the outputs of some rows of W: y[:, rows] += z A[rows]ᵀ.
   void update(Range rows) const {
-    for (const auto& [tokens, low, z] : groups_)
-      k_.add_dots(tokens.count, rows.count, low->rank(), low->a.row(rows.first), z, low->rank(),
-                  part_.y.row(tokens.first) + rows.first, part_.y.stride);
+    for (const auto& [tokens, low, z] : groups_) {
+      const size_t rank = low->rank();
+      T* y = part_.y.row(tokens.first) + rows.first;
+      const auto add = [&]<class E>(const E* a) {
+        kernels::table().small<E>().add_dots(tokens.count, rows.count, rank, a + rows.first * rank, z, rank,
+                                             y, part_.y.stride);
+      };
+      if constexpr (std::is_same_v<T, float>)
+        low->narrow_a ? add(low->narrow_a) : add(low->a.data);
+      else
+        add(low->a.data);
+    }
   }
 
  private:
@@ -265,7 +278,8 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
       const size_t rank = groups[i].rank();
       const bool whole = groups.size() >= threads || groups[i].low->dropout > 0;
       const size_t step = whole ? rank : std::max(kLeastRanks, ceil_div(rank, threads));
-      for (size_t r = 0; r < rank; r += step) projections.push_back({product, i, {r, std::min(step, rank - r)}});
+      for (size_t r = 0; r < rank; r += step)
+        projections.push_back({product, i, {r, std::min(step, rank - r)}});
     }
   }
   // Each worker multiplies rows of W, one task after the other, and then rows of B. When no rows of B are

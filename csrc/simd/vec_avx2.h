@@ -28,13 +28,6 @@ struct Vec<float> {
     if constexpr (kCount == 4) return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))};
     if constexpr (kCount == 8) return load(p);
   }
-  template <size_t kCount>
-  static Vec load_group(const Bf16* p) {
-    if constexpr (kCount == 1) return widen(_mm_set1_epi16(bits_at<short>(p)));
-    if constexpr (kCount == 2) return widen(_mm_set1_epi32(bits_at<int>(p)));
-    if constexpr (kCount == 4) return widen(_mm_set1_epi64x(bits_at<long long>(p)));
-    if constexpr (kCount == 8) return load(p);
-  }
   static Vec load_partial(const Bf16* p, size_t n) {
     Bf16 t[kLanes] = {};
     for (size_t i = 0; i < n; ++i) t[i] = p[i];
@@ -103,13 +96,6 @@ struct Vec<Bf16Pair> {
   static Vec load(const Bf16Pair* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
   static Vec load_partial(const Bf16Pair* p, size_t n) {
     return {_mm256_maskload_epi32(reinterpret_cast<const int*>(p), Vec<float>::mask(n))};
-  }
-  template <size_t kCount>
-  static Vec load_group(const Bf16Pair* p) {
-    if constexpr (kCount == 1) return broadcast(*p);
-    if constexpr (kCount == 2) return {_mm256_set1_epi64x(bits_at<long long>(p))};
-    if constexpr (kCount == 4) return {_mm256_broadcastsi128_si256(bits_at<__m128i>(p))};
-    if constexpr (kCount == 8) return load(p);
   }
   static Vec pair_rows(Vec<Bf16> first, Vec<Bf16> second);
 };

@@ -22,13 +22,6 @@ struct Vec<float> {
     if constexpr (kCount == 8) return {_mm512_broadcast_f32x8(_mm256_loadu_ps(p))};
     if constexpr (kCount == 16) return load(p);
   }
-  template <size_t kCount>
-  static Vec load_group(const Bf16* p) {
-    if constexpr (kCount == 2) return widen(_mm256_set1_epi32(bits_at<int>(p)));
-    if constexpr (kCount == 4) return widen(_mm256_set1_epi64x(bits_at<long long>(p)));
-    if constexpr (kCount == 8) return widen(_mm256_broadcastsi128_si256(bits_at<__m128i>(p)));
-    if constexpr (kCount == 16) return load(p);
-  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_partial(float* p, size_t n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
   static __mmask16 mask(size_t n) { return static_cast<__mmask16>((1u << n) - 1); }
@@ -86,13 +79,6 @@ struct Vec<Bf16Pair> {
   static Vec load_partial(const Bf16Pair* p, size_t n) {
     return {_mm512_maskz_loadu_epi32(Vec<float>::mask(n), p)};
   }
-  template <size_t kCount>
-  static Vec load_group(const Bf16Pair* p) {
-    if constexpr (kCount == 1) return broadcast(*p);
-    if constexpr (kCount == 2) return {_mm512_set1_epi64(bits_at<long long>(p))};
-    if constexpr (kCount == 4) return {_mm512_broadcast_i32x4(bits_at<__m128i>(p))};
-    if constexpr (kCount == 8) return {_mm512_broadcast_i64x4(bits_at<__m256i>(p))};
-  }
   static Vec pair_rows(Vec<Bf16> first, Vec<Bf16> second);
   void store(Bf16Pair* p) const { _mm512_storeu_si512(p, v); }
 };
@@ -115,17 +101,7 @@ inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second)
       _mm512_permutex2var_epi16(_mm512_castsi256_si512(first.v), order, _mm512_castsi256_si512(second.v))};
 }
 
-// Interleaves `a` and `b` in pairs of 32-bit lanes. `a` receives the first half of the result, and `b`
-// the second half.
-template <class T>
-inline void zip_pairs(Vec<T>& a, Vec<T>& b) {
-  const __m512i low = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0),
-                high = _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4);
-  const auto x = bits_at<__m512i>(&a.v), y = bits_at<__m512i>(&b.v);
-  a.v = reinterpret_cast<decltype(a.v)>(_mm512_permutex2var_epi64(x, low, y));
-  b.v = reinterpret_cast<decltype(b.v)>(_mm512_permutex2var_epi64(x, high, y));
-}
-// The inverse of zip_pairs: `a` receives the even pairs, and `b` the odd pairs.
+// Divides the pairs of 32-bit lanes of `a`, then `b`: `a` receives the even pairs, and `b` the odd pairs.
 template <class T>
 inline void unzip_pairs(Vec<T>& a, Vec<T>& b) {
   const __m512i even = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0),

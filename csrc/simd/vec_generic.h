@@ -98,12 +98,6 @@ struct Vec<Bf16Pair> {
     for (size_t i = 0; i < n; ++i) r.v[i] = static_cast<uint32_t>(p[i]);
     return r;
   }
-  template <size_t kCount>
-  static Vec load_group(const Bf16Pair* p) {
-    if constexpr (kCount == kLanes) return load(p);
-    const FourWords v = load_partial(p, kCount).v;
-    return {FourWords{v[0], v[1 % kCount], v[2 % kCount], v[3 % kCount]}};
-  }
   static Vec pair_rows(Vec<Bf16> first, Vec<Bf16> second);
 };
 

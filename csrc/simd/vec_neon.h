@@ -60,12 +60,6 @@ struct Vec<float> {
     if constexpr (kCount == 2) return Vec{vreinterpretq_f32_u64(vdupq_n_u64(bits_at<uint64_t>(p)))};
     if constexpr (kCount == 4) return load(p);
   }
-  template <size_t kCount>
-  static auto load_group(const Bf16* p) {
-    if constexpr (kCount == 1) return Scalar<float>{vget_low_f32(widen(vcreate_u16(bits_at<uint16_t>(p))).v)};
-    if constexpr (kCount == 2) return widen(vreinterpret_u16_u32(vdup_n_u32(bits_at<uint32_t>(p))));
-    if constexpr (kCount == 4) return load(p);
-  }
   void store(float* p) const { vst1q_f32(p, v); }
   void store_partial(float* p, size_t n) const {
     if (n > 0) vst1q_lane_f32(p, v, 0);
@@ -137,12 +131,6 @@ struct Vec<Bf16Pair> {
   static Scalar<Bf16Pair> broadcast(Bf16Pair x) { return {vcreate_u32(static_cast<uint32_t>(x))}; }
   static Vec load(const Bf16Pair* p) { return {vld1q_u32(reinterpret_cast<const uint32_t*>(p))}; }
   static Vec load_partial(const Bf16Pair* p, size_t n) { return {first_words(p, n)}; }
-  template <size_t kCount>
-  static auto load_group(const Bf16Pair* p) {
-    if constexpr (kCount == 1) return broadcast(*p);
-    if constexpr (kCount == 2) return Vec{vreinterpretq_u32_u64(vdupq_n_u64(bits_at<uint64_t>(p)))};
-    if constexpr (kCount == 4) return load(p);
-  }
   static Vec pair_rows(Vec<Bf16> first, Vec<Bf16> second);
 };
 

@@ -100,9 +100,14 @@ def lora_forward(x: Array, layers: list[ForwardPart]) -> None:
 
 @final
 class InferenceLayer:
-    """A layer for `infer`. It keeps the weight and the arrays, and reads their values in each call."""
+    """A layer for `infer`. It keeps the weight and the arrays, and reads their values in each call.
 
-    def __init__(self, weight: Weight, a: Array, b: Array, scale: float, bias: Array | None) -> None: ...
+    If a and b are constant, and bfloat16 has all their values, small batches read copies in bfloat16.
+    """
+
+    def __init__(
+        self, weight: Weight, a: Array, b: Array, scale: float, bias: Array | None, constant: bool = False
+    ) -> None: ...
 
 def infer(x: Array, layers: list[InferenceLayer]) -> list[Array]:
     """y = x Wᵀ + scale · (x Bᵀ) Aᵀ [+ bias], for layers that read the same x."""

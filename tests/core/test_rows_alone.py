@@ -109,3 +109,23 @@ def test_groups_refuse_what_does_not_fit() -> None:
     for groups, counts, message in refused:
         with pytest.raises(ValueError, match=message):
             _core.infer_groups(x, groups, counts)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5, 8, 16, 33])
+@pytest.mark.parametrize("rows", [1, 3, 8, 20])
+def test_constant_factors_in_bfloat16_give_the_same_bits(rank: int, rows: int) -> None:
+    fw, x = FrozenWeight(normal(70, 96), "q4_1", "int8"), normal(rows, 96, seed=1)
+    layer = layer_of(fw, rank, 2)
+    for factor in (layer.A, layer.B):
+        factor[...] = (factor.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    arguments = fw.packed, layer.A, layer.B, layer.scale, None
+    (live,), (constant,) = (
+        _core.infer(x, [_core.InferenceLayer(*arguments, constant)]) for constant in (False, True)
+    )
+    np.testing.assert_array_equal(live, constant)
+    layer.A[0, 0] += np.float32(0.3)  # bfloat16 does not have this value: the layer reads the float32 arrays
+    expected, got = (
+        _core.infer(x, [_core.InferenceLayer(*arguments, constant)])[0] for constant in (False, True)
+    )
+    np.testing.assert_array_equal(got, expected)
+    assert not np.array_equal(got, live)

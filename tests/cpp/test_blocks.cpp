@@ -219,7 +219,8 @@ void run_dots(const KernelTable& table, BlockFormat format, const DotShape& s, R
   const auto dots = table.block_dots.dots[static_cast<size_t>(format)];
   dots(s.m, s.rows, cols, from.data(), row_bytes + s.gap, fractions.data(), cols, together.data(), {});
   for (size_t t = 0; t < s.m; ++t) {
-    dots(1, s.rows, cols, from.data(), row_bytes + s.gap, fractions.data() + t * cols, cols, alone.data(), {});
+    dots(1, s.rows, cols, from.data(), row_bytes + s.gap, fractions.data() + t * cols, cols, alone.data(),
+         {});
     check::expect(std::memcmp(alone.data(), together.data() + t * all, all * sizeof(float)) == 0,
                   "token %zu differs alone", t);
   }

@@ -10,8 +10,8 @@
 
 using nplora::kernels::Bf16;
 using nplora::kernels::KernelTable;
-using nplora::kernels::kSmallBatch;
 using nplora::kernels::kPanelColumns;
+using nplora::kernels::kSmallBatch;
 using nplora::kernels::Panels;
 using nplora::kernels::Sum;
 
@@ -104,9 +104,8 @@ void run_dots(const KernelTable& table, Random& random, size_t m, size_t rows, s
       check::expect(equal(got, T(exact)), "token %zu row %zu lane %zu is %.9g, wanted exactly %.9g", t, j,
                     lane, double(got), double(exact));
     else
-      check::expect(std::abs(got - exact) <=
-                        gamma<T>(roundings) * terms +
-                            Wide<T>(roundings) * std::numeric_limits<T>::denorm_min(),
+      check::expect(std::abs(got - exact) <= gamma<T>(roundings) * terms +
+                                                 Wide<T>(roundings) * std::numeric_limits<T>::denorm_min(),
                     "token %zu row %zu lane %zu is %.17g, wanted %.17Lg", t, j, lane, double(got),
                     static_cast<long double>(exact));
   }
@@ -119,10 +118,10 @@ void run_dots(const KernelTable& table, Random& random, size_t m, size_t rows, s
   for (size_t t = 0; t < m; ++t) {
     std::vector<T> again(all);
     if (accumulate) std::copy_n(part0.begin() + std::ptrdiff_t(t * all), all, again.begin());
-    table.small<W>().dots(
-        1, rows, depth,
-        other_panels ? Panels<W>{other.data(), kPanel, rows * kPanel} : Panels<W>{other.data(), depth, kPanel},
-        x0.data() + t * depth, depth, again.data(), accumulate);
+    table.small<W>().dots(1, rows, depth,
+                          other_panels ? Panels<W>{other.data(), kPanel, rows * kPanel}
+                                       : Panels<W>{other.data(), depth, kPanel},
+                          x0.data() + t * depth, depth, again.data(), accumulate);
     for (size_t i = 0; i < all; ++i)
       check::expect(same(again[i], part(0, t * all + i)), "token %zu row %zu lane %zu differs alone", t,
                     i / lanes, i % lanes);
@@ -178,8 +177,7 @@ void test_sum_parts(const KernelTable& table) {
     if (!check::count_shape(std::string("sum_parts of ") + type_name<T>())) continue;
     for (Data data : kAllData)
       for (Place place : kPlaces)
-        for (bool with_bias : {false, true})
-          run_sum_parts<T>(table, random, rows, with_bias, data, place);
+        for (bool with_bias : {false, true}) run_sum_parts<T>(table, random, rows, with_bias, data, place);
   }
 }
 
@@ -192,7 +190,7 @@ void run_add_dots(const KernelTable& table, Random& random, size_t m, size_t row
                        y0 = draw<T>(random, m * rows, data);
   Row<T> a(place, a0);
   Placed<T> z(m, depth, {depth + gap}, place, z0), y(m, rows, {rows + gap}, place, y0);
-  table.products<T>().add_dots(m, rows, depth, a.data(), z.data(), depth + gap, y.data(), rows + gap);
+  table.small<T>().add_dots(m, rows, depth, a.data(), z.data(), depth + gap, y.data(), rows + gap);
   for (size_t i = 0; i < m; ++i)
     for (size_t j = 0; j < rows; ++j) {
       Wide<T> exact = y0[i * rows + j], terms = std::abs(exact);
@@ -214,7 +212,7 @@ void run_add_dots(const KernelTable& table, Random& random, size_t m, size_t row
   check::expect(a.untouched(a0) && z.untouched(z0), "wrote to an input");
   for (size_t i = 0; i < m; ++i) {
     std::vector<T> alone(y0.begin() + std::ptrdiff_t(i * rows), y0.begin() + std::ptrdiff_t((i + 1) * rows));
-    table.products<T>().add_dots(1, rows, depth, a0.data(), z0.data() + i * depth, depth, alone.data(), rows);
+    table.small<T>().add_dots(1, rows, depth, a0.data(), z0.data() + i * depth, depth, alone.data(), rows);
     for (size_t j = 0; j < rows; ++j)
       check::expect(same(alone[j], y(i, j)), "element (%zu, %zu) differs alone", i, j);
   }

@@ -35,8 +35,10 @@ struct Decoder<BlockQ4_0> {
 template <>
 struct Codes<BlockQ4_0> : Unsigned {
   using Factors = One;
+  static constexpr bool kPlainNibbles = true;  // the codes are the nibbles of q
+  static constexpr float kOffset = 8;
   const BlockQ4_0& block;
-  Factors a{to_float(block.d)}, b{-8 * a.v};
+  Factors a{to_float(block.d)}, b{-kOffset * a.v};
   SubBlock sub_block(size_t) const { return nibbles(block.q); }
 };
 

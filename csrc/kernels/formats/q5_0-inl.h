@@ -35,8 +35,9 @@ struct Decoder<BlockQ5_0> {
 template <>
 struct Codes<BlockQ5_0> : Unsigned {
   using Factors = One;
+  static constexpr float kOffset = 16;
   const BlockQ5_0& block;
-  Factors a{to_float(block.d)}, b{-16 * a.v};
+  Factors a{to_float(block.d)}, b{-kOffset * a.v};
   SubBlock sub_block(size_t) const { return nibbles(block.q) | high_bits(block.high); }
 };
 

@@ -18,6 +18,8 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from nplora.adapters import Adapter, combine
 from nplora.formats.errors import brief, missing_name, nearest_names
+from nplora.nn import LoRALayer
+from nplora.nn.module import AdapterLayer
 
 Names = tuple[str, ...]
 
@@ -29,9 +31,19 @@ class _Model(Protocol):
     """The members of a LanguageModel that `NamedAdapters` uses."""
 
     def with_adapter(self, adapter: Adapter, any_base: bool = False) -> Self: ...
+    def adapter_layers(self) -> dict[str, AdapterLayer]: ...
 
 
 Model = TypeVar("Model", bound=_Model)
+
+
+def _constant(model: Model) -> Model:
+    """Protect the factors from changes. Inference may then keep copies of them."""
+    for layer in model.adapter_layers().values():
+        if isinstance(layer, LoRALayer):
+            for array in (layer.A, layer.B):
+                array.flags.writeable = False
+    return model
 
 
 class NamedAdapters(Generic[Model]):
@@ -54,13 +66,15 @@ class NamedAdapters(Generic[Model]):
         """The adapters, as a read-only mapping from their names."""
         return MappingProxyType(self._adapters)
 
-    def add(self, lm: Model, name: str, adapter: Adapter, any_base: bool) -> None:
-        """Check that an adapter fits the model, and store a copy under a new name."""
+    def add(self, lm: Model, name: str, adapter: Adapter, any_base: bool, dtype: str | None = None) -> None:
+        """Check that an adapter fits the model, and store a copy under a new name, with rounded factors."""
         if not isinstance(name, str) or not name:
             raise TypeError(f"load_adapter: name is {name!r}, expected a non-empty text")
         adapter = copy.deepcopy(adapter)
+        if dtype is not None:
+            adapter.deltas = {name: delta.rounded(dtype) for name, delta in adapter.items()}
         with self._lock:
-            made = lm.with_adapter(adapter, any_base)
+            made = _constant(lm.with_adapter(adapter, any_base))
             if name in self._adapters:
                 raise ValueError(
                     f"load_adapter: an adapter {name!r} is loaded already; call delete_adapter first"
@@ -110,7 +124,7 @@ class NamedAdapters(Generic[Model]):
             if names not in self._models:
                 chosen = [self._adapters[name] for name in names]
                 summed = chosen[0] if len(chosen) == 1 else combine([(a, 1.0) for a in chosen], any_base=True)
-                self._models[names] = lm.with_adapter(summed, any_base=True)
+                self._models[names] = _constant(lm.with_adapter(summed, any_base=True))
             return self._models[names]
 
     def model_of(self, lm: Model, op: str, adapter: str | Adapter) -> Model:
@@ -121,7 +135,7 @@ class NamedAdapters(Generic[Model]):
             for name, known in self._adapters.items():
                 if known is adapter:
                     return self.model(lm, op, (name,))
-        return lm.with_adapter(adapter, any_base=True)
+        return _constant(lm.with_adapter(adapter, any_base=True))
 
     def forget_models(self) -> None:
         """Drop the copies of the model, because its layers were replaced. New copies are made when needed."""

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,18 @@ class LoraDelta:
     embedding: bool = False
     alpha: float | None = None
     use_rslora: bool = False
+
+    def rounded(self, dtype: str) -> Self:
+        """The same change with factors that are rounded to "bfloat16" or "float16", as float32 arrays."""
+
+        def round_array(values: Array) -> Array:
+            exact = np.ascontiguousarray(values, np.float32)
+            bits, rounded = np.empty(exact.shape, np.uint16), np.empty_like(exact)
+            _core.narrow(exact, dtype, bits)
+            _core.widen(bits, dtype, rounded)
+            return rounded
+
+        return dataclasses.replace(self, A=round_array(self.A), B=round_array(self.B))
 
     def __post_init__(self) -> None:
         a, b = self.A.shape, self.B.shape

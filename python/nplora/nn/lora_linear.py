@@ -278,7 +278,9 @@ class LoRALinear(LoRALayer):
         if self.use_dora and lone is None:
             return None  # the core's inference does not rescale rows
         weight, scale, bias = self._core_terms(lone)
-        return _core.InferenceLayer(weight, self.A, self.B, scale, bias)
+        a, b = self.A, self.B
+        constant = not (a.flags.writeable or b.flags.writeable)
+        return _core.InferenceLayer(weight, a, b, scale, bias, constant)
 
     def frozen_part(self) -> _core.InferenceLayer:
         """The layer without its update, as an argument for `_core.infer_groups`."""

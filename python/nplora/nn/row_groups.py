@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from nplora.nn.module import Module
 from nplora.nn.prepared import Prepared
 
 Array = npt.NDArray[Any]
+Parts: TypeAlias = list[list[_core.InferenceLayer]]  # for each group, the layers of a stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class RowGroup:
     rows: int
     acts: bool = True
 
+
+PartOf: TypeAlias = Callable[[Module, RowGroup], _core.InferenceLayer | None]
 
 _groups: ContextVar[tuple[RowGroup, ...] | None] = ContextVar("nplora_row_groups", default=None)
 
@@ -89,6 +92,7 @@ class GroupedLayer(Module):
     def __init__(self, layers: Sequence[Module]) -> None:
         self._layers = tuple(layers)
         self._parts: dict[tuple[int, bool], _core.InferenceLayer | None] = {}
+        self._stack: tuple[tuple[int, ...], tuple[RowGroup, ...], Parts | None] | None = None
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, None]:
         """Return the outputs of all rows of x. A shorter output is filled with -inf."""
@@ -98,6 +102,21 @@ class GroupedLayer(Module):
             with one_group(group):
                 ys.append(self._layers[group.model].forward(rows[some])[0])
         return joined(ys), None
+
+    def parts_of_stack(
+        self, layers: Sequence[Module], groups: tuple[RowGroup, ...], part_of: PartOf
+    ) -> Parts | None:
+        """The arguments of `_core.infer_groups` for a stack with this layer; None if the core cannot run it.
+
+        They are kept, because decoding needs the same ones again for the next tokens.
+        """
+        stack = tuple(map(id, layers))
+        kept = self._stack
+        if kept is None or kept[0] != stack or (kept[1] is not groups and kept[1] != groups):
+            parts = [[part_of(layer, group) for layer in layers] for group in groups]
+            whole = all(part is not None for group in parts for part in group)
+            kept = self._stack = stack, groups, cast(Parts, parts) if whole else None
+        return kept[2]
 
     def of(self, group: RowGroup) -> Module:
         """The layer that computes the rows of a group."""

@@ -14,8 +14,9 @@ from nplora.nn.active_rows import active_rows
 from nplora.nn.linear import Linear
 from nplora.nn.lora_linear import LoRALinear
 from nplora.nn.low_rank import UnloadedLayer
-from nplora.nn.module import Gradient, Saved, inference
-from nplora.nn.row_groups import GroupedLayer, RowGroup, joined, one_group, row_groups, slices
+from nplora.nn.module import Gradient, Module, Saved, inference
+from nplora.nn.prepared import Prepared
+from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows, joined, one_group, row_groups, slices
 from nplora.weights import FrozenWeight, buffers
 
 Array = npt.NDArray[Any]
@@ -86,21 +87,29 @@ def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
         return stack_forward(layers, x)[0]
 
 
-def _infer_groups(layers: Sequence[Stackable], x: Array, groups: Sequence[RowGroup]) -> list[Array]:
+def _infer_groups(
+    layers: Sequence[Stackable | GroupedLayer], x: Array, groups: tuple[RowGroup, ...]
+) -> list[Array]:
     """Compute each group of rows by its own layers. The core computes all groups together if it can."""
-    parts = [[_part(layer, group) for layer in layers] for group in groups]
-    if all(part is not None for group in parts for part in group):
-        return _core.infer_groups(x, parts, [group.rows for group in groups])  # type: ignore[arg-type]
+    first = next((layer for layer in layers if isinstance(layer, GroupedLayer)), None)
+    if first is None:  # all groups have the same layers
+        with grouped_rows(None):
+            return stack_infer(layers, x)  # type: ignore[arg-type]
+    parts = first.parts_of_stack(layers, groups, _part)
+    if parts is not None:
+        return _core.infer_groups(x, parts, [group.rows for group in groups])
     outputs = []
     for group, rows in zip(groups, slices(groups), strict=True):
         own = [layer.of(group) if isinstance(layer, GroupedLayer) else layer for layer in layers]
         with one_group(group):
-            outputs.append(stack_infer(own, x[rows]))
+            outputs.append(stack_infer(own, x[rows]))  # type: ignore[arg-type]
     return [joined(ys) for ys in zip(*outputs, strict=True)]
 
 
-def _part(layer: Stackable | GroupedLayer, group: RowGroup) -> _core.InferenceLayer | None:
-    return layer.part(group) if isinstance(layer, GroupedLayer) else layer.inference_layer()
+def _part(layer: Module, group: RowGroup) -> _core.InferenceLayer | None:
+    if isinstance(layer, GroupedLayer):
+        return layer.part(group)
+    return layer.inference_layer() if isinstance(layer, Prepared) else None
 
 
 def stack_backward(

@@ -54,9 +54,9 @@ class FrozenWeight:
             - "float32".
             - "bfloat16": x, dy, W and the factor B of an update are rounded to bfloat16. In the backward
               pass, or if x has many rows, A and z = x Bᵀ are rounded as well. Sums stay float32. Products are
-              twice as fast if the CPU has bfloat16 instructions. If x has up to 4 rows, products are still
+              twice as fast if the CPU has bfloat16 instructions. If x has up to 8 rows, products are still
               computed in float32.
-            - "int8", for inference: if x has up to 8 rows (4 without AVX), it is rounded to 8 bits, with one
+            - "int8", for inference: if x has up to 8 rows, it is rounded to 8 bits, with one
               scale for every 32 values, and multiplied with GGUF's blocks as integers. With more rows, with
               other storage formats, and in `matmul_t`, products are computed as with "bfloat16".
         double_quant: also quantise the absmax of NF4 to 8 bits. A value of W then takes 4.13 bits instead of

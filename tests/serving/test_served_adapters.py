@@ -11,6 +11,7 @@ from nplora.serving.api.app import Application
 
 openai = pytest.importorskip("openai")
 
+ENGINE = "real"
 CHAT = [{"role": "user", "content": "hello 12"}]
 
 

@@ -59,8 +59,8 @@ class FineTuning:
 
     >>> from nplora.serving.jobs import FineTuning
     >>> lm = nplora.load_model("model.gguf", compute="int8")
-    >>> with FineTuning(lm, "jobs", model="small") as jobs:
-    ...     file = jobs.create_file(open("train.jsonl", "rb"), "train.jsonl")
+    >>> with FineTuning(lm, "jobs", model="small") as jobs, open("train.jsonl", "rb") as rows:
+    ...     file = jobs.create_file(rows, "train.jsonl")
     ...     job = jobs.create_job({"model": "small", "training_file": file["id"]})
     ...     jobs.wait(job["id"])["status"]
     'succeeded'

@@ -216,7 +216,7 @@ def test_the_loss_of_a_job_is_drawn_and_its_adapter_is_chosen(page: Any, server:
     server.models.append("mine")
     server.answers["mine"] = ["trained"]
     page.click("#try")
-    assert page.input_value("#model") == "mine"
+    api.expect(page.locator("#model")).to_have_value("mine")
     ask(page, "Hi")
     assert answers(page, 1) == ["trained"]
 

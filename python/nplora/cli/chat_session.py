@@ -129,7 +129,7 @@ class ChatSession:
         if not self._chat.turns:
             raise ValueError("/save: there are no messages yet")
         path = Path(name).expanduser()
-        row = json.dumps({"messages": self._chat.messages}, ensure_ascii=False)
+        row = json.dumps({"messages": self._chat.messages}, ensure_ascii=False, allow_nan=False)
         with path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)

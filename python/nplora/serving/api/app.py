@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Application:
         body = Body(receive, None if length is None else length.decode("latin-1"), limit)
         started = False
 
-        async def noted(message: dict[str, Any]) -> None:
+        async def noted(message: MutableMapping[str, Any]) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
@@ -102,7 +102,7 @@ class Application:
         try:
             client = (scope.get("client") or ("",))[0]
             client = self._access.require(scope["method"], scope["path"], headers, client)
-            scope |= {"app": self, "nplora": (body, client)}
+            scope.update({"app": self, "nplora": (body, client)})
             await self._router(scope, body.receive, noted)
         except (DisconnectedError, ClientDisconnect):
             return

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, MutableMapping
 from typing import Any
 
 from nplora.formats import strict_json
 from nplora.formats.errors import FormatError
+from nplora.serving.api.access import Receive
 from nplora.serving.request_error import RequestError
-
-Receive = Callable[[], Awaitable[dict[str, Any]]]
 
 _MOST_VALUES = 1 << 19
 _STALL = 30.0  # seconds that a client may pause inside a body
@@ -36,7 +35,7 @@ class Body:
         self._receive, self._limit, self._size, self._ended = receive, limit, 0, False
         self._length = length
 
-    async def receive(self) -> dict[str, Any]:
+    async def receive(self) -> MutableMapping[str, Any]:
         """The ASGI function with limits.
 
         Raises:

@@ -126,7 +126,7 @@ class Storage:
     def content(self, file_id: str) -> Path:
         """The path of a file's content."""
         record = self.files[file_id]
-        return self.path / "files" / record["id"] / record["content"]
+        return self.path / "files" / str(record["id"]) / str(record["content"])
 
     # ---- jobs ----
 

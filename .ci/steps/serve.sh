@@ -4,6 +4,8 @@
 . "$(dirname "$0")/../environment.sh"
 
 with_test_packages serve test,serve
-install "$work/environments/serve" 'openai>=2'
-"$work/environments/serve/bin/python" -c 'import llguidance, openai, starlette, uvicorn'  # not skipped for want of one
+install "$work/environments/serve" 'openai>=2' playwright
+system_packages chromium-headless-shell:chromium-headless-shell
+# Without one of these, tests would be skipped.
+"$work/environments/serve/bin/python" -c 'import llguidance, openai, playwright, starlette, uvicorn'
 run_tests serve --skipped="$here/skipped" tests/serving | tee "$here/pytest.count"

@@ -219,8 +219,8 @@ inline size_t fetch_ahead(size_t row_bytes) {
 }
 
 // Prefetches a part of the memory `next` into L2. This function is called before each group of kFewRows rows
-// of W, when `rows` rows are left, including this group. Of the cache lines that are left in `next`, each call
-// prefetches the fraction kFewRows / rows. So all calls prefetch about the same number of lines.
+// of W, when `rows` rows are left, including this group. Each call prefetches the fraction kFewRows / rows of
+// the cache lines that `next` still has. So all calls prefetch about the same number of lines.
 inline void fetch_share(Fetch& next, size_t rows) {
   const size_t n = rows <= kFewRows ? next.lines : ceil_div(next.lines * kFewRows, rows);
   next.lines -= n;

@@ -150,7 +150,7 @@ def penalise(scores: Array, before: Sequence[int], sampling: Sampling, prompt: i
     Raises:
         ValueError: every token is ruled out by `logit_bias`.
     """
-    for token, bias in sampling.logit_bias:
+    for token, bias in dict(sampling.logit_bias).items():
         if token < len(scores):
             scores[int(token)] += bias
     if sampling.logit_bias and scores.max() == -np.inf:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from typing import Any
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -94,7 +95,7 @@ class Metrics:
 
     def copy(self) -> Metrics:
         """A copy, also while another thread counts."""
-        held = {
+        held: dict[str, Any] = {
             name: value.copy() for name, value in vars(self).items() if isinstance(value, dict | Histogram)
         }
         return dataclasses.replace(self, **held)

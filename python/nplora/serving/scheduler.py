@@ -124,7 +124,7 @@ class Scheduler:
 
     def _prepare(self, request: Request) -> None:
         """Make the request's empty slot ready for its adapter and its length."""
-        cache, slot = self._cache, request.slot
+        cache, slot = self._cache, _slot(request)
         assert slot is not None
         cache.adapters[slot] = request.adapter
         cache.limits[slot] = request.slot_limit
@@ -132,10 +132,10 @@ class Scheduler:
 
     def _give_back(self, request: Request) -> None:
         """Take the slot and the pages from a request."""
-        assert request.slot is not None
-        self._pool.release(self._cache.take(request.slot))
-        self._cache.adapters[request.slot] = None
-        self._slots.append(request.slot)
+        slot = _slot(request)
+        self._pool.release(self._cache.take(slot))
+        self._cache.adapters[slot] = None
+        self._slots.append(slot)
         request.slot = None
         self.running.remove(request)
 
@@ -152,7 +152,7 @@ class Scheduler:
         while self._missing(request, tokens):
             page = self._pool.new()
             if page is not None:
-                self._cache.give(request.slot, page)
+                self._cache.give(_slot(request), page)
                 continue
             if len(self.running) == 1:
                 request.cut()
@@ -189,7 +189,7 @@ class Scheduler:
 
         The last token of a prompt is always computed, because its scores are needed.
         """
-        cache, slot = self._cache, request.slot
+        cache, slot = self._cache, _slot(request)
         at = self._length(request)
         while at % PAGE == 0 and at + PAGE < request.to_read and cache.held[slot] == at // PAGE:
             page = self._pool.share(request.keys[at // PAGE])
@@ -258,8 +258,7 @@ class Scheduler:
 
     def _read_again(self, request: Request) -> None:
         """Begin again with LongRoPE's long factors: the keys were rotated by the short ones."""
-        assert request.slot is not None
-        self._pool.release(self._cache.take(request.slot))
+        self._pool.release(self._cache.take(_slot(request)))
         request.read_all()
         self._prepare(request)
 
@@ -268,10 +267,16 @@ class Scheduler:
         began = time.monotonic()
         try:
             with self._turn:
-                return self._lm.decode(ids, [one.slot for one in requests], self._cache)
+                return self._lm.decode(ids, [_slot(one) for one in requests], self._cache)
         except Exception as error:
             for request in requests:
                 self.end(request, "error", error)
             return None
         finally:
             self._metrics.compute_seconds += time.monotonic() - began
+
+
+def _slot(request: Request) -> int:
+    """The slot of a running request."""
+    assert request.slot is not None
+    return request.slot

@@ -54,7 +54,7 @@ def idle(lm: nplora.LanguageModel, tmp_path: Path) -> Any:
         ({"hyperparameters": {"n_epochs": "two"}}, "n_epochs is 'two'", "hyperparameters"),
         ({"hyperparameters": {"batch_size": 1e300}}, "batch_size is 1e+300", "hyperparameters"),
         ({"hyperparameters": {"learning_rate_multiplier": "nan"}}, "is 'nan'", "hyperparameters"),
-        ({"hyperparameters": {"learning_rate_multiplier": float("nan")}}, "is nan", "hyperparameters"),
+        ({"hyperparameters": {"learning_rate_multiplier": float("nan")}}, "is not JSON", "hyperparameters"),
         ({"epochs": 2}, "n_epochs and epochs are both given", "hyperparameters"),
         ({"rank": 0}, "rank is 0", "rank"),
         ({"rank": "8"}, "rank is '8'", "rank"),

@@ -40,19 +40,19 @@ def read_format(body: Fields) -> str | None:
         return None
     kind = given.choice("type", ("text", "json_object", "json_schema"))
     if kind == "json_object":
-        return json.dumps({"type": "object"})
+        return '{"type": "object"}'
     if kind == "json_schema":
         inner = given.object("json_schema") or given  # llama.cpp also takes the schema here
         inner.required("schema")
         schema = inner.object("schema")
-        return None if schema is None else json.dumps(schema.values)
+        return None if schema is None else json.dumps(schema.values, allow_nan=False)
     given.required("type")
     return None
 
 
 def calls(tools: list[dict[str, Any]]) -> str:
     """The JSON schema of a call of one of these tools."""
-    return json.dumps({"anyOf": [_call(tool["function"]) for tool in tools]})
+    return json.dumps({"anyOf": [_call(tool["function"]) for tool in tools]}, allow_nan=False)
 
 
 def _call(function: dict[str, Any]) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def _protocol() -> Any:
 
 def _raw(error: RequestError) -> bytes:
     """An error as a whole HTTP response."""
-    body = json.dumps(error.body()).encode()
+    body = json.dumps(error.body(), allow_nan=False).encode()
     phrase = "Bad Request" if error.status == 400 else "Service Unavailable"
     head = (
         f"HTTP/1.1 {error.status} {phrase}\r\ncontent-type: application/json\r\n"

@@ -14,7 +14,13 @@ from typing import Any
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _MARKS = (_OPEN, "[TOOL_CALLS]", "<|python_tag|>")
-_DECODER = json.JSONDecoder()
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def split_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
@@ -59,7 +65,7 @@ def _call(value: Any, names: Collection[str]) -> dict[str, Any] | None:
     if not isinstance(name, str) or name not in names:
         return None
     if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
+        arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     return {
         "id": f"call_{secrets.token_hex(12)}",
         "type": "function",

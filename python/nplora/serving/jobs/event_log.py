@@ -63,7 +63,7 @@ class EventLog:
             return
         self._seen.add(subject)
         self._events.append(event)
-        _append(self._path, json.dumps(event).encode() + b"\n")
+        _append(self._path, json.dumps(event, allow_nan=False).encode() + b"\n")
 
     def newest_first(self) -> list[Shape]:
         """All events, the newest first."""

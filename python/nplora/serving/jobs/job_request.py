@@ -103,7 +103,7 @@ def checked(request: Mapping[str, Any], base: str) -> JobRequest:
 def require_text(value: object, param: str | None = None) -> None:
     """Raise a RequestError if a value is not JSON, or a text in it has half a surrogate pair."""
     try:
-        json.dumps(value, ensure_ascii=False, default=dict).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False, default=dict).encode()
     except (ValueError, TypeError, RecursionError) as error:
         raise RequestError(
             f"the value is not JSON in UTF-8: {error}", param=param, code="invalid_value"

@@ -209,7 +209,7 @@ def _next_serial(records: Mapping[str, Record]) -> int:
 
 
 def _json(record: Record) -> bytes:
-    return json.dumps(record, ensure_ascii=False, indent=1).encode()
+    return json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1).encode()
 
 
 def _suffix(name: str) -> str:

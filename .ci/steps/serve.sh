@@ -5,5 +5,6 @@
 
 with_test_packages serve test,serve
 install "$work/environments/serve" 'openai>=2'
-"$work/environments/serve/bin/python" -c 'import llguidance, openai, starlette, uvicorn'  # not skipped for want of one
+# Without these the tests would be skipped.
+"$work/environments/serve/bin/python" -c 'import llguidance, openai, starlette, uvicorn'
 run_tests serve --skipped="$here/skipped" tests/serving | tee "$here/pytest.count"

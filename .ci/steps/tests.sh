@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Python tests against the installed wheel, without torch (`docs`, `examples`, `distributed`, `serve` are steps)
+# Python tests against the installed wheel, without torch and without those that are steps of their own
 # needs: wheel
 . "$(dirname "$0")/../environment.sh"
 

@@ -58,7 +58,7 @@ def nplora_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
     lm = nplora.load_model(path, compute="int8")
     names = [adapter.name for adapter in adapters]
     for adapter in adapters:
-        lm.load_adapter(adapter, adapter.name)
+        lm.load_adapter(adapter, adapter.name, dtype="bfloat16")
     engine = nplora.serving.Engine(lm, memory="2G", max_requests=STREAMS)
     engine.start()
     ends = dict.fromkeys(lm.tokenizer.eos_ids, -np.inf)

@@ -57,7 +57,7 @@ NOT_HERE = {
 }
 OPTIONS_OF_OTHERS = {
     *("--no-deps", "--no-build-isolation", "--lora", "--lora-scaled", "--lora-init-without-apply"),
-    *("--learning-rate", "--bind-to", "--hostfile", "--mca", "--mpi"),
+    *("--learning-rate", "--bind-to", "--hostfile", "--mca", "--mpi", "--kill-on-bad-exit"),
 }
 # The commands of these pages belong to code that the reader has changed by then.
 CHANGES_THE_CODE = {"add-a-block-format"}

@@ -8,6 +8,7 @@ import itertools
 import operator
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -99,7 +100,7 @@ class Engine:
         )
         self._requests: dict[int, Request] = {}  # by the id of their tickets, which they hold
         self._cancelled: deque[Ticket] = deque()
-        self._roots: dict[str, tuple[Adapter, str]] = {}
+        self._roots: dict[int, str] = {}  # by the id of each adapter that is still in memory
         self._numbers = itertools.count()
         self._lock = threading.RLock()  # for the queue and everything else that `submit` touches
         self._changed = threading.Condition(self._lock)
@@ -299,10 +300,11 @@ class Engine:
         adapter = self._lm.adapters.get(name)
         if adapter is None:
             raise KeyError(f"{_OP}: no adapter {name!r}; the loaded adapters are {list(self._lm.adapters)}")
-        known = self._roots.get(name)
-        if known is None or known[0] is not adapter:  # another adapter had this name before
-            known = self._roots[name] = adapter, f"adapter {next(self._numbers)}"
-        return known
+        root = self._roots.get(id(adapter))
+        if root is None:
+            root = self._roots[id(adapter)] = f"adapter {next(self._numbers)}"
+            weakref.finalize(adapter, self._roots.pop, id(adapter), None)
+        return adapter, root
 
 
 def _unselected(function: Callable[[], T]) -> T:

@@ -314,6 +314,8 @@ def test_an_unexpected_failure_is_logged_and_hides_its_text(
         ({"host": "evil.example"}, 403),  # DNS rebinding
         ({"host": "localhost", "origin": "http://evil.example"}, 403),
         ({"host": "localhost", "origin": "null"}, 403),
+        ({"host": "localhost", "origin": "http://["}, 403),
+        ({"host": "[", "origin": "http://["}, 403),
         ({"host": "localhost", "origin": "http://localhost"}, 200),
     ],
 )

@@ -217,6 +217,8 @@ def checked_name(what: str, name: object) -> str:
 def inside(directory: Path, path: str) -> Path:
     """The real path of an adapter in a directory. Links that lead out of the directory are refused.
 
+    The links inside a directory with an adapter are checked too.
+
     Raises:
         RequestError: the path is outside the directory, or does not exist.
     """
@@ -225,7 +227,8 @@ def inside(directory: Path, path: str) -> Path:
     root = directory.resolve()
     try:
         found = (root / path).resolve()
-        is_there = found.is_relative_to(root) and found.exists()
+        files = found.iterdir() if found.is_relative_to(root) and found.is_dir() else ()
+        is_there = found.exists() and all(file.resolve().is_relative_to(root) for file in (found, *files))
     except (OSError, RuntimeError, ValueError):
         is_there = False
     if not is_there:

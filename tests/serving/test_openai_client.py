@@ -164,11 +164,15 @@ def test_a_forced_tool_call_has_the_arguments_of_the_tool(client: Any, choice: A
     assert answer.finish_reason == "tool_calls"
     assert answer.message.content is None
     assert call.function.name == "add"
-    assert abs(json.loads(call.function.arguments)["x"]) >= 0
+    arguments = json.loads(call.function.arguments)
+    assert list(arguments) == ["x"]
+    assert type(arguments["x"]) is int
     pieces = [piece.choices[0] for piece in ask(client, stream=True, **options)]
     [streamed] = [delta.delta.tool_calls[0] for delta in pieces if delta.delta.tool_calls]
     assert streamed.function.arguments == call.function.arguments
     assert pieces[-1].finish_reason == "tool_calls"
+    formed = ask(client, response_format={"type": "json_object"}, **options).choices[0]
+    assert formed.message.tool_calls[0].function == call.function
     # The call and its result go back as messages.
     result = {"role": "tool", "content": "7", "tool_call_id": call.id}
     messages = [*CHAT, answer.message.model_dump(exclude_none=True), result]
@@ -220,6 +224,29 @@ def test_a_wrong_field_is_named(client: Any, changes: dict[str, Any], param: str
     with pytest.raises(openai.BadRequestError, match=message.replace("[", r"\[")) as caught:
         ask(client, **changes)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        ([{"role": "developer", "content": "be brief"}], [{"role": "system", "content": "be brief"}]),
+        ([{"role": "assistant", "content": None}], [{"role": "assistant", "content": ""}]),
+        ([{"role": "assistant"}], [{"role": "assistant", "content": ""}]),
+    ],
+)
+def test_messages_of_other_forms_are_the_same_prompt(client: Any, given: Any, same: Any) -> None:
+    options = {"max_tokens": 20, "logprobs": True}
+    one, other = (ask(client, messages=[*found, *CHAT], **options).choices[0] for found in (given, same))
+    assert one.logprobs == other.logprobs
+
+
+@pytest.mark.parametrize("arguments", [None, ""])
+def test_a_call_without_arguments_goes_back(client: Any, arguments: Any) -> None:
+    def asked(given: Any) -> Any:
+        call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": given}}
+        return ask(client, messages=[*CHAT, {"role": "assistant", "tool_calls": [call]}], logprobs=True)
+
+    assert asked(arguments).choices[0].logprobs == asked("{}").choices[0].logprobs
 
 
 def test_an_unknown_model_is_not_found(client: Any) -> None:

@@ -108,7 +108,8 @@ class Reader:
         ids = self._encode_chat(lm, chat, tools)
         format_ = guides.read_format(body)
         grammar = guides.calls(tools) if must_call else format_
-        names = frozenset(tool["function"]["name"] for tool in tools) if format_ is None else frozenset()
+        is_free = must_call or format_ is None
+        names = frozenset(tool["function"]["name"] for tool in tools) if is_free else frozenset()
         return self._request(
             body, lm, name, adapter, [ids], logprobs, grammar=grammar, tools=names, default_tokens=None
         )

@@ -352,7 +352,6 @@ def test_a_server_that_stops_finishes_what_has_begun(tmp_path: Any) -> None:
     app = live_server.application(tmp_path)
     engine: Any = app.service.engine
     engine.pause = 0.05
-    engine.close = lambda drain: None
     found = []
     body = {**CHAT, "max_tokens": 20}
     with live_server.running(app) as url:
@@ -364,6 +363,39 @@ def test_a_server_that_stops_finishes_what_has_begun(tmp_path: Any) -> None:
     assert found[0][1]["usage"]["completion_tokens"] == 20
     with pytest.raises(ConnectionRefusedError):
         connect(url)
+
+
+def test_answers_that_outlast_the_drain_end_with_an_error(
+    tmp_path: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    app = live_server.application(tmp_path)
+    engine: Any = app.service.engine
+    engine.pause = 0.05
+    found: list[Any] = []
+
+    def follow(url: str) -> None:
+        with connect(url) as client:
+            body = json.dumps({**CHAT, "max_tokens": 400, "stream": True}).encode()
+            client.sendall(request("/v1/chat/completions", body))
+            found.append(client.makefile("rb").read())
+
+    def ask(url: str) -> None:
+        found.append(post(url, {**CHAT, "max_tokens": 400}))
+
+    with live_server.running(app, drain_seconds=0.3) as url:
+        asking = [threading.Thread(target=one, args=(url,)) for one in (ask, follow)]
+        for thread in asking:
+            thread.start()
+        wait_for(lambda: len(engine.tickets) == 2)
+        time.sleep(0.1)
+    for thread in asking:
+        thread.join()
+    engine.close()
+    wait_for(lambda: {one.finish_reason for one in engine.tickets} == {"cancelled"})
+    [(status, answer), stream] = sorted(found, key=lambda one: isinstance(one, bytes))
+    assert (status, answer["error"]["code"]) == (503, "shutting_down")
+    assert b'"code":"shutting_down"' in stream
+    assert capfd.readouterr().err == ""
 
 
 def test_metrics_are_read_by_prometheus_rules(url: str) -> None:

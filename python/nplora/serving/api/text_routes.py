@@ -41,7 +41,7 @@ async def _answer(service: Service, body: Body, client: str, read: Read, shape: 
 
     values = await body.json()
     request, tickets = await asyncio.to_thread(_submit, service, values, client, read)
-    answers = Answers(tickets, service.timeout)
+    answers = service.follow(Answers(tickets, service.timeout))
     try:
         made = shape(request, tickets)
         if request.stream:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import nplora
+from nplora.lm import language_model
 from nplora.serving.api.app import Application
 
 openai = pytest.importorskip("openai")
@@ -63,6 +64,43 @@ def test_adapters_are_loaded_and_unloaded_while_the_server_runs(
     for name in ("../x", "/x", "a//b", "", "a b", "x" * 300, "a/../b", "base"):
         with pytest.raises(openai.BadRequestError):
             load(lora_name=name, lora_path="adapter1")
+
+
+def test_an_adapter_is_replaced_in_one_step(
+    client: Any, app: Application, lm: nplora.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, directory = app.service.models, app.service.adapter_dir
+
+    def listed() -> list[tuple[str, int, float]]:
+        return [(one["name"], one["id"], one["scale"]) for one in models.scales()]
+
+    before = listed()
+    models.set_scales([{"id": 0, "scale": 0.5}])
+    seen: list[Any] = []
+    read = language_model.read_for
+
+    def reading(*arguments: Any) -> Any:
+        seen.append(ask(client, model="adapter0").choices[0].message.content)
+        seen.append(ask(client, extra_body={"lora": [{"id": 0, "scale": 2}]}).choices[0].message.content)
+        return read(*arguments)
+
+    expected = [lm.with_adapter(lm.adapters["adapter0"]).generate(CHAT, 8)]
+    expected.append(ask(client, extra_body={"lora": [{"id": 0, "scale": 2}]}).choices[0].message.content)
+    monkeypatch.setattr(language_model, "read_for", reading)
+    try:
+        models.load("adapter0", directory / "adapter1", replace=True)
+        assert seen == expected
+        assert listed() == [("adapter0", 0, 0.5), *before[1:]]
+        new = ask(client, model="adapter0").choices[0].message.content
+        assert new == ask(client, model="adapter1").choices[0].message.content != expected[0]
+        scaled = ask(client, extra_body={"lora": [{"id": 0, "scale": 2}]}).choices[0].message.content
+        assert scaled == ask(client, extra_body={"lora": [{"id": 1, "scale": 2}]}).choices[0].message.content
+        with pytest.raises(OSError, match="no adapter|No such|not found|no such"):
+            models.load("adapter0", directory / "nowhere", replace=True)
+        assert ask(client, model="adapter0").choices[0].message.content == new
+    finally:
+        models.set_scales([])
+        models.load("adapter0", directory / "adapter0", replace=True)
 
 
 @pytest.mark.parametrize("path", ["..", "/etc", "../../etc/passwd", "nowhere", "link", "a\0b", "x" * 5000])

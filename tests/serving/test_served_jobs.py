@@ -87,6 +87,11 @@ def test_a_job_makes_an_adapter_that_answers(client: Any, file: Any) -> None:
         model=job.fine_tuned_model, messages=messages, max_tokens=4, temperature=0
     )
     assert answer.model == job.fine_tuned_model
+    checkpoints = client.fine_tuning.jobs.checkpoints
+    assert [one.fine_tuned_model_checkpoint for one in checkpoints.list(job.id)] == [job.fine_tuned_model]
+    assert client.models.delete(job.fine_tuned_model).deleted
+    assert list(checkpoints.list(job.id)) == []
+    assert client.fine_tuning.jobs.retrieve(job.id) == job
 
 
 def test_a_job_is_cancelled(client: Any, file: Any) -> None:

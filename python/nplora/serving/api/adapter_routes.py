@@ -28,6 +28,8 @@ def delete_model(service: Service, name: str) -> dict[str, Any]:
     if name == service.models.name:
         raise RequestError("the base model cannot be deleted", param="model")
     service.models.unload(name)
+    if service.jobs is not None:
+        service.jobs.delete_model(name)
     return {"id": name, "object": "model", "deleted": True}
 
 

@@ -13,10 +13,9 @@ from nplora.adapters import combine
 from nplora.formats.errors import brief, nearest_names
 from nplora.lm import LanguageModel
 from nplora.serving.api.fields import Fields, checked_integer, checked_number, wrong
+from nplora.serving.model_name import NAME, checked_name
 from nplora.serving.request_error import RequestError
 
-_NAME = re.compile(r"[^\W_][\w.:@+-]*(/[^\W_][\w.:@+-]*)*")
-_LONGEST_NAME = 200
 _MOST_SCALE = 1000.0
 _MOST_SUMS = 16  # sums of scaled adapters that are kept
 
@@ -194,17 +193,6 @@ class Models:
             self._scales = scales
 
 
-def checked_name(what: str, name: object) -> str:
-    """Check the name of a model. It may hold letters, digits and ``._:@+-``; parts may be split by "/"."""
-    if not isinstance(name, str) or len(name) > _LONGEST_NAME or not _NAME.fullmatch(name) or ".." in name:
-        raise RequestError(
-            f"{what} is {brief(name)}, expected letters, digits and any of . _ : @ + - /",
-            param="lora_name",
-            code="invalid_value",
-        )
-    return name
-
-
 def inside(directory: Path, path: str) -> Path:
     """The real path of an adapter in a directory. Links that lead out of the directory are refused.
 
@@ -248,7 +236,7 @@ def read_pairs(adapters: Sequence[str]) -> list[tuple[str, str]]:
     pairs = []
     for text in adapters:
         name, equals, path = text.partition("=")
-        if not equals or not _NAME.fullmatch(name):
+        if not equals or not NAME.fullmatch(name):
             name, path = "", text
         if not path:
             raise ValueError(f"adapter is {text!r}, expected NAME=PATH")

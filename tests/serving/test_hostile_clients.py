@@ -253,16 +253,35 @@ def test_connections_beyond_the_limit_are_refused(url: str, monkeypatch: pytest.
     wait_for(lambda: post(url, CHAT)[0] == 200)
 
 
-def test_a_full_queue_is_told_and_cancels_the_other_answers(url: str, app: Application) -> None:
+def test_a_full_queue_is_reported_and_the_other_answers_are_cancelled(url: str, app: Application) -> None:
+    many = {"n": 8, "max_tokens": 400}
     with slow_answers(app) as engine:
-        engine.max_waiting = 3
+        engine.max_waiting = 10
         try:
-            status, answer = post(url, {**CHAT, "n": 8, "max_tokens": 400})
+            with connect(url) as first:
+                first.sendall(request("/v1/chat/completions", json.dumps({**CHAT, **many}).encode()))
+                wait_for(lambda: len(engine.tickets) == 8)
+                status, answer = post(url, {**CHAT, **many})
             assert (status, answer["error"]["code"]) == (429, "queue_full")
             wait_for(lambda: all(ticket.finish_reason == "cancelled" for ticket in engine.tickets))
         finally:
             engine.max_waiting = 64
     assert_serves(url)
+
+
+def test_more_answers_than_the_queue_holds_are_a_bad_request(url: str, app: Application) -> None:
+    engine: Any = app.service.engine
+    engine.max_waiting, before = 3, len(engine.tickets)
+    try:
+        for path, body in (
+            ("/v1/chat/completions", {**CHAT, "n": 4}),
+            ("/v1/completions", {"prompt": ["a"] * 2, "n": 2}),
+        ):
+            status, answer = post(url, body, path)
+            assert (status, answer["error"]["param"]) == (400, "n")
+        assert len(engine.tickets) == before
+    finally:
+        engine.max_waiting = 64
 
 
 def test_an_answer_that_takes_too_long_is_cancelled(url: str, app: Application) -> None:
@@ -271,6 +290,10 @@ def test_an_answer_that_takes_too_long_is_cancelled(url: str, app: Application) 
         try:
             status, answer = post(url, {**CHAT, "max_tokens": 400})
             assert (status, answer["error"]["code"]) == (504, "timeout")
+            raw = request("/v1/chat/completions", json.dumps({**CHAT, "max_tokens": 400}).encode())
+            with connect(url) as client:
+                client.sendall(raw)
+                assert b"x-should-retry: false" in client.recv(4096)
             with connect(url) as client:
                 body = json.dumps({**CHAT, "max_tokens": 400, "stream": True}).encode()
                 client.sendall(request("/v1/chat/completions", body))

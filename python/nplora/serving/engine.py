@@ -84,7 +84,7 @@ class Engine:
         max_waiting: int = 1024,
         turn: AbstractContextManager[object] | None = None,
     ) -> None:
-        slots = _check.integer("Engine", "max_requests", max_requests, least=1)
+        self._slots = slots = _check.integer("Engine", "max_requests", max_requests, least=1)
         self._most_waiting = _check.integer("Engine", "max_waiting", max_waiting, least=0)
         self._lm, self._metrics = lm, Metrics()
         self._plan = plan_memory(lm, memory, slots)
@@ -117,6 +117,11 @@ class Engine:
     def context(self) -> int:
         """The most tokens of a prompt and its answer together: the model's context, or what memory allows."""
         return self._context
+
+    @property
+    def most_requests(self) -> int:
+        """The most requests that can run and wait at the same time."""
+        return self._slots + self._most_waiting
 
     @property
     def plan(self) -> MemoryPlan:

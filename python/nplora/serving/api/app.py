@@ -32,6 +32,7 @@ _PAGE_HEADERS = {
 }
 _FORM = 1 << 20  # bytes of an upload besides its file
 _RETRY = {429: b"1", 503: b"5"}  # seconds
+_FINAL = {504, 507}  # OpenAI's clients would repeat such a request, with the same result
 
 Handler = Callable[[Any], Awaitable[Any]]
 
@@ -120,6 +121,8 @@ class Application:
             headers["www-authenticate"] = "Bearer"
         if error.status in _RETRY:
             headers["retry-after"] = _RETRY[error.status].decode()
+        if error.status in _FINAL:
+            headers["x-should-retry"] = "false"
         if error.status == 405 and isinstance(error.__cause__, Exception):
             headers |= dict(getattr(error.__cause__, "headers", None) or {})
         await JSONResponse(error.body(), error.status, headers)(scope, receive, send)

@@ -95,7 +95,7 @@ def test_an_adapter_is_replaced_in_one_step(
         assert new == ask(client, model="adapter1").choices[0].message.content != expected[0]
         scaled = ask(client, extra_body={"lora": [{"id": 0, "scale": 2}]}).choices[0].message.content
         assert scaled == ask(client, extra_body={"lora": [{"id": 1, "scale": 2}]}).choices[0].message.content
-        with pytest.raises(OSError, match="no adapter|No such|not found|no such"):
+        with pytest.raises(OSError, match="nowhere"):
             models.load("adapter0", directory / "nowhere", replace=True)
         assert ask(client, model="adapter0").choices[0].message.content == new
     finally:

@@ -57,7 +57,9 @@ class Models:
         checked_name("the adapter's name", name)
         with self._changing:
             if name == self.name:
-                raise RequestError(f"{brief(name)} is the name of the base model", 400, "lora_name", "name_taken")
+                raise RequestError(
+                    f"{brief(name)} is the name of the base model", 400, "lora_name", "name_taken"
+                )
             known = self._loaded.get(name)
             if known is not None and not replace:
                 message = f"the name {brief(name)} is taken: unload that adapter first"

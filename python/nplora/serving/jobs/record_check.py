@@ -45,7 +45,9 @@ def _fits(record: Mapping[str, Any], fields: Mapping[str, Check]) -> bool:
 
 def _wrong(record: Mapping[str, Any], fields: Mapping[str, Check]) -> str | None:
     """The name of the first field that is missing or wrong; None if there is none."""
-    return next((name for name, check in fields.items() if name not in record or not check(record[name])), None)
+    return next(
+        (name for name, check in fields.items() if name not in record or not check(record[name])), None
+    )
 
 
 _TEXT, _INTEGER, _OBJECT = _is(str), _is(int), _is(dict)

@@ -212,7 +212,8 @@ def _next_serial(records: Mapping[str, Record]) -> int:
 
 
 def _json(record: Record) -> bytes:
-    return json.dumps({**record, "schema": record_check.SCHEMA}, ensure_ascii=False, allow_nan=False, indent=1).encode()
+    described = {**record, "schema": record_check.SCHEMA}
+    return json.dumps(described, ensure_ascii=False, allow_nan=False, indent=1).encode()
 
 
 def _suffix(name: str) -> str:

@@ -18,6 +18,7 @@ import pytest
 
 from commands import command
 from nplora import cli
+from nplora.serving.api import http_server
 
 pytest.importorskip("uvicorn")
 
@@ -123,6 +124,14 @@ def test_a_port_in_use_is_reported_before_the_model_is_read(capsys: pytest.Captu
         port = str(taken.getsockname()[1])
         assert cli.main(["serve", "nowhere.gguf", "--port", port]) == 2
         assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_a_port_is_taken_from_the_beginning() -> None:
+    """Two servers that start at the same time: the second one must not load its model in vain."""
+    with http_server.bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
+            http_server.bind("127.0.0.1", port)
 
 
 def test_help_names_the_options() -> None:

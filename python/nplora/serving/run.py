@@ -35,7 +35,7 @@ def serve(
     Args:
         adapters: pairs (name, path).
         any_base: accept adapters that were trained on another model of the same shapes.
-        listener: a bound socket; None: `options.host` and `options.port` are bound.
+        listener: a socket that listens; None: one for `options.host` and `options.port` is made.
         ready: called with the server's address when requests are accepted.
     Raises:
         ModuleNotFoundError: starlette or uvicorn is not installed.

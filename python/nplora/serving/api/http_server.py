@@ -37,7 +37,7 @@ def serve(
     A second signal ends the server at once.
 
     Args:
-        listener: a bound socket.
+        listener: a socket that listens.
         drain_seconds: how long answers that have begun may still take.
         ready: called when requests are accepted.
     """
@@ -46,7 +46,9 @@ def serve(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket, so that a port in use is found before the model is loaded. `serve` listens on it.
+    """Listen on a socket, so that a port in use is found before the model is loaded.
+
+    The connections that come before `serve` wait for it.
 
     Raises:
         OSError: the host is unknown, or the port is in use.
@@ -61,6 +63,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
+        made.listen()  # two sockets can be bound to one port, but only one can listen
     except OSError as error:
         made.close()
         raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error

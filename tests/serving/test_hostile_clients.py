@@ -158,6 +158,53 @@ def test_routes_that_do_not_exist(url: str, method: str, path: str, status: int)
         assert int(client.makefile("rb").readline().split()[1]) == status
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/files", {"GET", "HEAD", "POST"}),
+        ("/v1/files/file-1", {"GET", "HEAD", "DELETE"}),
+        ("/v1/models/x", {"GET", "HEAD", "DELETE"}),
+        ("/lora-adapters", {"GET", "HEAD", "POST"}),
+        ("/v1/chat/completions", {"POST"}),
+    ],
+)
+def test_a_wrong_method_learns_the_right_ones(url: str, path: str, allowed: set[str]) -> None:
+    with connect(url) as client:
+        client.sendall(request(path, b"", "PATCH"))
+        head = client.makefile("rb").read().decode().lower()
+    line = next(line for line in head.splitlines() if line.startswith("allow: "))
+    assert set(line.removeprefix("allow: ").upper().split(", ")) == allowed
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/v1/chat/completions", {"content-length": str(10 << 20)}, 413),
+        ("/v1/chat/completions", {"content-length": "1000", "host": "evil.example"}, 403),
+        ("/nowhere", {"content-length": "1000"}, 404),
+        ("/nowhere", {"transfer-encoding": "chunked"}, 404),
+    ],
+)
+def test_a_refused_request_is_answered_before_its_body_comes(
+    url: str, monkeypatch: pytest.MonkeyPatch, path: str, headers: dict[str, str], status: int
+) -> None:
+    monkeypatch.setattr(bodies, "_DRAIN_SECONDS", 600)
+    given = {"host": "localhost", **headers}
+    head = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items()), "", ""]
+    with connect(url) as client:
+        client.sendall("\r\n".join(head).encode())
+        found, answer = read_answer(client)
+    assert found == status
+    assert "error" in answer
+
+
+def test_a_connection_is_kept_after_an_error(url: str) -> None:
+    with connect(url) as client:
+        for status in (404, 404):
+            client.sendall(b"GET /nowhere HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert read_answer(client)[0] == status
+
+
 @contextlib.contextmanager
 def slow_answers(app: Application) -> Iterator[Any]:
     engine: Any = app.service.engine

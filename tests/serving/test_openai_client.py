@@ -296,7 +296,7 @@ def test_only_one_call_is_made_if_the_client_wants_one_at_a_time() -> None:
         streamed = ChatAnswer(request, [ticket])
         pieces = [*streamed.piece(0, chunks[0]), *streamed.end(0)]
         found = [piece["choices"][0]["delta"].get("tool_calls", []) for piece in pieces]
-        assert len(whole) == len(sum(found, [])) == count
+        assert len(whole) == sum(map(len, found)) == count
 
 
 def test_reading_a_request_honours_parallel_tool_calls(app: Any) -> None:

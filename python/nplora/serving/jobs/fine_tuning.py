@@ -88,7 +88,7 @@ class FineTuning:
         self._state = JobsState(Storage(directory))
         self._changed = threading.Condition(self._state.lock)
         self._running: JobRun | None = None
-        self._is_closing = False
+        self._is_closing = self._has_published = False
         self._thread: threading.Thread | None = None
 
     def _load(self, name: str, directory: Path) -> None:
@@ -96,11 +96,18 @@ class FineTuning:
 
     def start(self) -> None:
         """Publish the adapters of earlier jobs, and start the thread that trains."""
+        self.publish_earlier()
         with self._state.lock:
-            for job in self._jobs.values():
-                self._publish_again(job)
             self._thread = threading.Thread(target=self._work, name="nplora-training", daemon=True)
             self._thread.start()
+
+    def publish_earlier(self) -> None:
+        """Publish the adapters of earlier jobs, if that was not done. Then they can be counted before `start`."""
+        with self._state.lock:
+            jobs = [] if self._has_published else list(self._jobs.values())
+            self._has_published = True
+            for job in jobs:
+                self._publish_again(job)
 
     def _publish_again(self, job: Record) -> None:
         """Publish the adapters that a job has made so far."""

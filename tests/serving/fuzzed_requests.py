@@ -119,8 +119,8 @@ VALUES: list[Any] = [
 
 
 HEADERS = {
-    name: [b"", b"http://[", b"[", b"[::1", b"null", b"http://localhost", b"\xff\xfe", b":", b"//", b"x" * 9000, b"*",
-           b"Bearer", b"Bearer ", b"Bearer \xe9", b"http://localhost:99999999", b"http://\xef\xbc\x8f@x"]
+    name: [b"", b"http://[", b"[", b"[::1", b"null", b"http://localhost", b"\xff\xfe", b":", b"//", b"*",
+           b"x" * 9000, b"Bearer", b"Bearer ", b"Bearer \xe9", b"http://localhost:99999999", b"http://\xef\xbc\x8f@x"]
     for name in (b"host", b"origin", b"authorization")
 }  # fmt: skip
 

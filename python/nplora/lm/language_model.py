@@ -438,7 +438,8 @@ class LanguageModel(Module):
             replace: replace the adapter that has this name. If the new one cannot be loaded, the old one
                 stays.
         Raises:
-            ValueError: an adapter with this name is loaded already and `replace` is not set, or `dtype` is another word.
+            ValueError: an adapter with this name is loaded already and `replace` is not set, or `dtype` is
+                another word.
             TypeError: `path` is neither a path nor an `Adapter`, or `name` is not a text or is empty.
             FormatError: the adapter does not fit the model, or belongs to another model. The other errors are
                 those of `nplora.load_adapter`.

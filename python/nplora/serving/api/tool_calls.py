@@ -27,8 +27,8 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 def split_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
     """Split a text into its content and its tool calls, in the form of OpenAI's API.
 
-    A text without a complete call of a known function is all content. What follows the complete calls, such as
-    a call that was cut short, is content too.
+    A text without a complete call of a known function is all content. What follows the complete calls, such
+    as a call that was cut short, is content too.
 
     >>> content, calls = split_calls('<tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call>', {"add"})
     >>> content, calls[0]["function"]

@@ -102,7 +102,7 @@ class FineTuning:
             self._thread.start()
 
     def publish_earlier(self) -> None:
-        """Publish the adapters of earlier jobs, if that was not done. Then they can be counted before `start`."""
+        """Publish the adapters of earlier jobs, once. `start` does it too."""
         with self._state.lock:
             jobs = [] if self._has_published else list(self._jobs.values())
             self._has_published = True

@@ -180,6 +180,12 @@ def integer(op: str, name: str, value: object, least: int, most: int | None = No
     return int(value)
 
 
+def boolean(op: str, name: str, value: object) -> None:
+    """Check that a value is True or False. Any other value, such as the text "no", would count as one."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{op}: {name} is {value!r}, expected True or False")
+
+
 def rank(op: str, value: object) -> int:
     """Check that the rank of an adapter is an integer from 1 to MAX_RANK."""
     return integer(op, "rank", value, least=1, most=MAX_RANK)

@@ -118,6 +118,13 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
+HEADERS = {
+    name: [b"", b"http://[", b"[", b"[::1", b"null", b"http://localhost", b"\xff\xfe", b":", b"//", b"*",
+           b"x" * 9000, b"Bearer", b"Bearer ", b"Bearer \xe9", b"http://localhost:99999999", b"http://\xef\xbc\x8f@x"]
+    for name in (b"host", b"origin", b"authorization")
+}  # fmt: skip
+
+
 def mutated(random_: random.Random, value: Any) -> Any:
     """The value with one or more random changes."""
     value = copy.deepcopy(value)
@@ -166,6 +173,9 @@ def request_of(random_: random.Random, names: dict[str, str]) -> tuple[str, byte
             + random_.choice(("/", "%00", "..", "?limit=-1", "%2f..", "é", "&order=x"))
             + path[place:]
         )
+    for name, texts in HEADERS.items():
+        if random_.random() < 0.03:
+            headers[name] = random_.choice(texts)
     if path.startswith("/v1/files") and random_.random() < 0.5:
         headers[b"content-type"] = random_.choice(
             (b"multipart/form-data; boundary=x", b"multipart/form-data", b"\xff")

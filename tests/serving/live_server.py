@@ -72,8 +72,7 @@ def running(app: Application, drain_seconds: float = 5) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.handle_exit(0, None)
-        app.service.engine.close(drain=False)
-        thread.join(20)
+        thread.join(drain_seconds + 15)
         assert not thread.is_alive()
 
 

@@ -54,6 +54,10 @@ class StandInEngine:
         self.clients: list[str] = []
         self._lock = threading.Lock()
 
+    @property
+    def most_requests(self) -> int:
+        return self.max_waiting
+
     def submit(
         self,
         ids: Sequence[int],

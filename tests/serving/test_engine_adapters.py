@@ -1,5 +1,7 @@
 """The engine with adapters: each text is that of the model with its adapter alone."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,19 @@ def test_an_adapter_that_takes_the_name_of_another_shares_nothing_with_it(tmp_pa
     assert (waiting.text(), running.text()) == (before, before)
     assert other.text() == alone(lm, ids, "name") != before
     assert other.usage.cached == 0
+
+
+def test_deleted_adapters_leave_the_memory(tmp_path: Path) -> None:
+    lm, rng = small(tmp_path), np.random.default_rng(5)
+    engine, ids, held = Engine(lm, max_requests=1), prompt(rng, 5), []
+    for number in range(6):
+        name = f"adapter {number}"
+        lm.load_adapter(adapter_of(tmp_path, "few", number), name)
+        held.append(weakref.ref(lm.adapters[name]))
+        engine.submit(ids, Sampling(max_new_tokens=2), adapter=name).text()
+        lm.delete_adapter(name)
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 6
 
 
 def test_random_adapters_joins_and_cancellations_lose_nothing(lm: LanguageModel) -> None:

@@ -158,6 +158,53 @@ def test_routes_that_do_not_exist(url: str, method: str, path: str, status: int)
         assert int(client.makefile("rb").readline().split()[1]) == status
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/files", {"GET", "HEAD", "POST"}),
+        ("/v1/files/file-1", {"GET", "HEAD", "DELETE"}),
+        ("/v1/models/x", {"GET", "HEAD", "DELETE"}),
+        ("/lora-adapters", {"GET", "HEAD", "POST"}),
+        ("/v1/chat/completions", {"POST"}),
+    ],
+)
+def test_a_wrong_method_learns_the_right_ones(url: str, path: str, allowed: set[str]) -> None:
+    with connect(url) as client:
+        client.sendall(request(path, b"", "PATCH"))
+        head = client.makefile("rb").read().decode().lower()
+    line = next(line for line in head.splitlines() if line.startswith("allow: "))
+    assert set(line.removeprefix("allow: ").upper().split(", ")) == allowed
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/v1/chat/completions", {"content-length": str(10 << 20)}, 413),
+        ("/v1/chat/completions", {"content-length": "1000", "host": "evil.example"}, 403),
+        ("/nowhere", {"content-length": "1000"}, 404),
+        ("/nowhere", {"transfer-encoding": "chunked"}, 404),
+    ],
+)
+def test_a_refused_request_is_answered_before_its_body_comes(
+    url: str, monkeypatch: pytest.MonkeyPatch, path: str, headers: dict[str, str], status: int
+) -> None:
+    monkeypatch.setattr(bodies, "_DRAIN_SECONDS", 600)
+    given = {"host": "localhost", **headers}
+    head = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items()), "", ""]
+    with connect(url) as client:
+        client.sendall("\r\n".join(head).encode())
+        found, answer = read_answer(client)
+    assert found == status
+    assert "error" in answer
+
+
+def test_a_connection_is_kept_after_an_error(url: str) -> None:
+    with connect(url) as client:
+        for status in (404, 404):
+            client.sendall(b"GET /nowhere HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert read_answer(client)[0] == status
+
+
 @contextlib.contextmanager
 def slow_answers(app: Application) -> Iterator[Any]:
     engine: Any = app.service.engine
@@ -253,16 +300,35 @@ def test_connections_beyond_the_limit_are_refused(url: str, monkeypatch: pytest.
     wait_for(lambda: post(url, CHAT)[0] == 200)
 
 
-def test_a_full_queue_is_told_and_cancels_the_other_answers(url: str, app: Application) -> None:
+def test_a_full_queue_is_reported_and_the_other_answers_are_cancelled(url: str, app: Application) -> None:
+    many = {"n": 8, "max_tokens": 400}
     with slow_answers(app) as engine:
-        engine.max_waiting = 3
+        engine.max_waiting = 10
         try:
-            status, answer = post(url, {**CHAT, "n": 8, "max_tokens": 400})
+            with connect(url) as first:
+                first.sendall(request("/v1/chat/completions", json.dumps({**CHAT, **many}).encode()))
+                wait_for(lambda: len(engine.tickets) == 8)
+                status, answer = post(url, {**CHAT, **many})
             assert (status, answer["error"]["code"]) == (429, "queue_full")
             wait_for(lambda: all(ticket.finish_reason == "cancelled" for ticket in engine.tickets))
         finally:
             engine.max_waiting = 64
     assert_serves(url)
+
+
+def test_more_answers_than_the_queue_holds_are_a_bad_request(url: str, app: Application) -> None:
+    engine: Any = app.service.engine
+    engine.max_waiting, before = 3, len(engine.tickets)
+    try:
+        for path, body in (
+            ("/v1/chat/completions", {**CHAT, "n": 4}),
+            ("/v1/completions", {"prompt": ["a"] * 2, "n": 2}),
+        ):
+            status, answer = post(url, body, path)
+            assert (status, answer["error"]["param"]) == (400, "n")
+        assert len(engine.tickets) == before
+    finally:
+        engine.max_waiting = 64
 
 
 def test_an_answer_that_takes_too_long_is_cancelled(url: str, app: Application) -> None:
@@ -271,6 +337,10 @@ def test_an_answer_that_takes_too_long_is_cancelled(url: str, app: Application) 
         try:
             status, answer = post(url, {**CHAT, "max_tokens": 400})
             assert (status, answer["error"]["code"]) == (504, "timeout")
+            raw = request("/v1/chat/completions", json.dumps({**CHAT, "max_tokens": 400}).encode())
+            with connect(url) as client:
+                client.sendall(raw)
+                assert b"x-should-retry: false" in client.recv(4096)
             with connect(url) as client:
                 body = json.dumps({**CHAT, "max_tokens": 400, "stream": True}).encode()
                 client.sendall(request("/v1/chat/completions", body))
@@ -314,6 +384,8 @@ def test_an_unexpected_failure_is_logged_and_hides_its_text(
         ({"host": "evil.example"}, 403),  # DNS rebinding
         ({"host": "localhost", "origin": "http://evil.example"}, 403),
         ({"host": "localhost", "origin": "null"}, 403),
+        ({"host": "localhost", "origin": "http://["}, 403),
+        ({"host": "[", "origin": "http://["}, 403),
         ({"host": "localhost", "origin": "http://localhost"}, 200),
     ],
 )
@@ -350,7 +422,6 @@ def test_a_server_that_stops_finishes_what_has_begun(tmp_path: Any) -> None:
     app = live_server.application(tmp_path)
     engine: Any = app.service.engine
     engine.pause = 0.05
-    engine.close = lambda drain: None
     found = []
     body = {**CHAT, "max_tokens": 20}
     with live_server.running(app) as url:
@@ -362,6 +433,39 @@ def test_a_server_that_stops_finishes_what_has_begun(tmp_path: Any) -> None:
     assert found[0][1]["usage"]["completion_tokens"] == 20
     with pytest.raises(ConnectionRefusedError):
         connect(url)
+
+
+def test_answers_that_outlast_the_drain_end_with_an_error(
+    tmp_path: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    app = live_server.application(tmp_path)
+    engine: Any = app.service.engine
+    engine.pause = 0.05
+    found: list[Any] = []
+
+    def follow(url: str) -> None:
+        with connect(url) as client:
+            body = json.dumps({**CHAT, "max_tokens": 400, "stream": True}).encode()
+            client.sendall(request("/v1/chat/completions", body))
+            found.append(client.makefile("rb").read())
+
+    def ask(url: str) -> None:
+        found.append(post(url, {**CHAT, "max_tokens": 400}))
+
+    with live_server.running(app, drain_seconds=0.3) as url:
+        asking = [threading.Thread(target=one, args=(url,)) for one in (ask, follow)]
+        for thread in asking:
+            thread.start()
+        wait_for(lambda: len(engine.tickets) == 2)
+        time.sleep(0.1)
+    for thread in asking:
+        thread.join()
+    engine.close()
+    wait_for(lambda: {one.finish_reason for one in engine.tickets} == {"cancelled"})
+    [(status, answer), stream] = sorted(found, key=lambda one: isinstance(one, bytes))
+    assert (status, answer["error"]["code"]) == (503, "shutting_down")
+    assert b'"code":"shutting_down"' in stream
+    assert capfd.readouterr().err == ""
 
 
 def test_metrics_are_read_by_prometheus_rules(url: str) -> None:

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 import nplora
+from nplora.lm.generation import Sampling
+from nplora.serving import Chunk, Ticket, Usage
+from nplora.serving.api.answers import ChatAnswer
 from nplora.serving.api.app import Application
+from nplora.serving.api.requests import TextRequest
 
 openai = pytest.importorskip("openai")
 
@@ -164,11 +168,15 @@ def test_a_forced_tool_call_has_the_arguments_of_the_tool(client: Any, choice: A
     assert answer.finish_reason == "tool_calls"
     assert answer.message.content is None
     assert call.function.name == "add"
-    assert abs(json.loads(call.function.arguments)["x"]) >= 0
+    arguments = json.loads(call.function.arguments)
+    assert list(arguments) == ["x"]
+    assert type(arguments["x"]) is int
     pieces = [piece.choices[0] for piece in ask(client, stream=True, **options)]
     [streamed] = [delta.delta.tool_calls[0] for delta in pieces if delta.delta.tool_calls]
     assert streamed.function.arguments == call.function.arguments
     assert pieces[-1].finish_reason == "tool_calls"
+    formed = ask(client, response_format={"type": "json_object"}, **options).choices[0]
+    assert formed.message.tool_calls[0].function == call.function
     # The call and its result go back as messages.
     result = {"role": "tool", "content": "7", "tool_call_id": call.id}
     messages = [*CHAT, answer.message.model_dump(exclude_none=True), result]
@@ -183,7 +191,11 @@ def test_a_forced_tool_call_has_the_arguments_of_the_tool(client: Any, choice: A
         ({"max_tokens": "8"}, "max_tokens", "expected an integer"),
         ({"top_p": 2}, "top_p", "expected 0 to 1"),
         ({"n": 100}, "n", "expected 1 to 16"),
-        ({"stop": [""]}, "stop", "not empty"),
+        ({"stop": [5]}, "stop", "expected a text"),
+        ({"extra_body": {"web_search_options": {}}}, "web_search_options", "not supported"),
+        ({"extra_body": {"best_of": 2}}, "best_of", "not supported"),
+        ({"extra_body": {"repeat_penalty": 1.1, "repeat_last_n": 64}}, "repeat_last_n", "not supported"),
+        ({"extra_body": {"xtc_probability": 0.5}}, "xtc_probability", "not supported"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "tokens as integers"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "expected 0 to 20"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs is not true"),
@@ -220,6 +232,93 @@ def test_a_wrong_field_is_named(client: Any, changes: dict[str, Any], param: str
     with pytest.raises(openai.BadRequestError, match=message.replace("[", r"\[")) as caught:
         ask(client, **changes)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        ([{"role": "developer", "content": "be brief"}], [{"role": "system", "content": "be brief"}]),
+        ([{"role": "assistant", "content": None}], [{"role": "assistant", "content": ""}]),
+        ([{"role": "assistant"}], [{"role": "assistant", "content": ""}]),
+    ],
+)
+def test_messages_of_other_forms_are_the_same_prompt(client: Any, given: Any, same: Any) -> None:
+    options = {"max_tokens": 20, "logprobs": True}
+    one, other = (ask(client, messages=[*found, *CHAT], **options).choices[0] for found in (given, same))
+    assert one.logprobs == other.logprobs
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": ""},
+        {"stop": [""]},
+        {"prompt_cache_options": {}, "moderation": {"model": "x"}},
+        {"timings_per_token": True, "return_progress": True, "id_slot": -1, "reasoning_format": "auto"},
+        {
+            "samplers": ["top_k", "temperature"],
+            "repeat_last_n": 64,
+            "dynatemp_range": 0,
+            "dynatemp_exponent": 1,
+        },
+        {"xtc_probability": 0, "xtc_threshold": 0.1, "dry_multiplier": 0, "best_of": 1},
+        {"chat_template_kwargs": {}, "add_generation_prompt": True, "skip_special_tokens": True},
+        {"stop_token_ids": [], "parallel_tool_calls": True},
+    ],
+)
+def test_fields_of_other_clients_that_change_nothing_are_accepted(
+    client: Any, fields: dict[str, Any]
+) -> None:
+    plain, given = ask(client), ask(client, extra_body=fields)
+    assert given.choices[0].message.content == plain.choices[0].message.content
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "n_predict"])
+def test_minus_one_is_no_limit(client: Any, app: Any, field: str) -> None:
+    ids = [7] * 480
+    answer = client.post("/completions", body={"prompt": ids, field: -1, "temperature": 0}, cast_to=object)
+    longest = client.post(
+        "/completions", body={"prompt": ids, "max_tokens": 32, "temperature": 0}, cast_to=object
+    )
+    assert answer["choices"] == longest["choices"]
+    assert answer["usage"]["completion_tokens"] > 16
+
+
+def test_only_one_call_is_made_if_the_client_wants_one_at_a_time() -> None:
+    call = '{"name": "add", "arguments": {}}'
+    chunks, ticket = [Chunk(f"[{call}, {call}]", ())], Ticket(1, lambda: False, lambda ticket: None)
+    ticket.end("stop", Usage(1))
+    for most, count in ((None, 2), (1, 1)):
+        request = TextRequest(
+            "base", None, [[1]], 1, Sampling(), None, True, False, tools=frozenset({"add"}), most_calls=most
+        )
+        whole = ChatAnswer(request, [ticket]).choice(0, chunks)["message"]["tool_calls"]
+        streamed = ChatAnswer(request, [ticket])
+        pieces = [*streamed.piece(0, chunks[0]), *streamed.end(0)]
+        found = [piece["choices"][0]["delta"].get("tool_calls", []) for piece in pieces]
+        assert len(whole) == sum(map(len, found)) == count
+
+
+def test_reading_a_request_honours_parallel_tool_calls(app: Any) -> None:
+    body = {"messages": CHAT, "tools": [TOOL]}
+    assert app.service.reader.chat(body).most_calls is None
+    assert app.service.reader.chat({**body, "parallel_tool_calls": False}).most_calls == 1
+
+
+def test_a_json_object_may_have_a_schema(client: Any) -> None:
+    pytest.importorskip("llguidance")
+    form = {"type": "json_object", "schema": SCHEMA}
+    text = ask(client, max_tokens=60, response_format=form).choices[0].message.content
+    assert set(json.loads(text)) == {"a", "b"}
+
+
+@pytest.mark.parametrize("arguments", [None, ""])
+def test_a_call_without_arguments_goes_back(client: Any, arguments: Any) -> None:
+    def asked(given: Any) -> Any:
+        call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": given}}
+        return ask(client, messages=[*CHAT, {"role": "assistant", "tool_calls": [call]}], logprobs=True)
+
+    assert asked(arguments).choices[0].logprobs == asked("{}").choices[0].logprobs
 
 
 def test_an_unknown_model_is_not_found(client: Any) -> None:

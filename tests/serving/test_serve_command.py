@@ -18,6 +18,7 @@ import pytest
 
 from commands import command
 from nplora import cli
+from nplora.serving.api import http_server
 
 pytest.importorskip("uvicorn")
 
@@ -50,27 +51,37 @@ def curl(url: str, *more: str) -> str:
     return subprocess.run(["curl", "-sS", *more, url], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.slow
-def test_a_server_answers_curl_and_litellm_and_ends_with_sigterm(files: tuple[Path, list[Path]]) -> None:
+@pytest.fixture(scope="module")
+def served(files: tuple[Path, list[Path]]) -> Iterator[str]:
+    """The address of a server that ends without an error after the tests."""
     model, adapters = files
     arguments = model, "--adapter", f"mine={adapters[0]}", "--adapter", adapters[1], "--memory", "1G"
     with process(*arguments, env={**os.environ, "NPLORA_API_KEY": "secret"}) as (server, url):
-        if shutil.which("curl"):
-            key = "-H", "authorization: Bearer secret"
-            names = [one["id"] for one in json.loads(curl(f"{url}/v1/models", *key))["data"]]
-            assert names == ["small", "mine", "adapter1"]
-            answer = json.loads(curl(f"{url}/v1/chat/completions", *key, "-d", json.dumps(CHAT)))
-            assert answer["choices"][0]["message"]["content"]
-            assert "data: [DONE]" in curl(
-                f"{url}/v1/completions", *key, "-N", "-d", json.dumps({"prompt": "a", "stream": True})
-            )
-            assert json.loads(curl(f"{url}/v1/models"))["error"]["code"] == "invalid_api_key"
-        if importlib.util.find_spec("litellm"):
-            ask_litellm(url)
+        yield url
         server.send_signal(signal.SIGTERM)
         _, errors = server.communicate(timeout=20)
         assert server.returncode == 0
         assert errors == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_a_server_answers_curl_and_ends_with_sigterm(served: str) -> None:
+    key = "-H", "authorization: Bearer secret"
+    names = [one["id"] for one in json.loads(curl(f"{served}/v1/models", *key))["data"]]
+    assert names == ["small", "mine", "adapter1"]
+    answer = json.loads(curl(f"{served}/v1/chat/completions", *key, "-d", json.dumps(CHAT)))
+    assert answer["choices"][0]["message"]["content"]
+    assert "data: [DONE]" in curl(
+        f"{served}/v1/completions", *key, "-N", "-d", json.dumps({"prompt": "a", "stream": True})
+    )
+    assert json.loads(curl(f"{served}/v1/models"))["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("litellm") is None, reason="needs litellm")
+def test_a_server_answers_litellm(served: str) -> None:
+    ask_litellm(served)
 
 
 def ask_litellm(url: str) -> None:
@@ -123,6 +134,14 @@ def test_a_port_in_use_is_reported_before_the_model_is_read(capsys: pytest.Captu
         port = str(taken.getsockname()[1])
         assert cli.main(["serve", "nowhere.gguf", "--port", port]) == 2
         assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_a_port_is_taken_from_the_beginning() -> None:
+    """Two servers that start at the same time: the second one must not load its model in vain."""
+    with http_server.bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
+            http_server.bind("127.0.0.1", port)
 
 
 def test_help_names_the_options() -> None:

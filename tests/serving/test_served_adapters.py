@@ -1,5 +1,7 @@
 """Adapters of a server, chosen, loaded and unloaded by requests."""
 
+import errno
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 
 import nplora
+from nplora.lm import language_model
 from nplora.serving.api.app import Application
 
 openai = pytest.importorskip("openai")
@@ -63,6 +66,43 @@ def test_adapters_are_loaded_and_unloaded_while_the_server_runs(
             load(lora_name=name, lora_path="adapter1")
 
 
+def test_an_adapter_is_replaced_in_one_step(
+    client: Any, app: Application, lm: nplora.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, directory = app.service.models, app.service.adapter_dir
+
+    def listed() -> list[tuple[str, int, float]]:
+        return [(one["name"], one["id"], one["scale"]) for one in models.scales()]
+
+    before = listed()
+    models.set_scales([{"id": 0, "scale": 0.5}])
+    seen: list[Any] = []
+    read = language_model.read_for
+
+    def reading(*arguments: Any) -> Any:
+        seen.append(ask(client, model="adapter0").choices[0].message.content)
+        seen.append(ask(client, extra_body={"lora": [{"id": 0, "scale": 2}]}).choices[0].message.content)
+        return read(*arguments)
+
+    expected = [lm.with_adapter(lm.adapters["adapter0"]).generate(CHAT, 8)]
+    expected.append(ask(client, extra_body={"lora": [{"id": 0, "scale": 2}]}).choices[0].message.content)
+    monkeypatch.setattr(language_model, "read_for", reading)
+    try:
+        models.load("adapter0", directory / "adapter1", replace=True)
+        assert seen == expected
+        assert listed() == [("adapter0", 0, 0.5), *before[1:]]
+        new = ask(client, model="adapter0").choices[0].message.content
+        assert new == ask(client, model="adapter1").choices[0].message.content != expected[0]
+        scaled = ask(client, extra_body={"lora": [{"id": 0, "scale": 2}]}).choices[0].message.content
+        assert scaled == ask(client, extra_body={"lora": [{"id": 1, "scale": 2}]}).choices[0].message.content
+        with pytest.raises(OSError, match="nowhere"):
+            models.load("adapter0", directory / "nowhere", replace=True)
+        assert ask(client, model="adapter0").choices[0].message.content == new
+    finally:
+        models.set_scales([])
+        models.load("adapter0", directory / "adapter0", replace=True)
+
+
 @pytest.mark.parametrize("path", ["..", "/etc", "../../etc/passwd", "nowhere", "link", "a\0b", "x" * 5000])
 def test_adapters_outside_the_directory_are_refused(client: Any, app: Application, path: str) -> None:
     link: Path = app.service.adapter_dir / "link"
@@ -70,6 +110,46 @@ def test_adapters_outside_the_directory_are_refused(client: Any, app: Applicatio
         link.symlink_to("/etc")
     with pytest.raises((openai.NotFoundError, openai.BadRequestError)):
         client.post("/load_lora_adapter", body={"lora_name": "x", "lora_path": path}, cast_to=str)
+
+
+def test_links_inside_an_adapter_do_not_lead_out_of_the_directory(
+    client: Any, app: Application, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"root:x:0:0")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        place: Path = app.service.adapter_dir / f"linked-{name}"
+        shutil.copytree(app.service.adapter_dir / "adapter1", place)
+        (place / name).unlink()
+        (place / name).symlink_to(secret)
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.post("/load_lora_adapter", body={"lora_name": "x", "lora_path": place.name}, cast_to=str)
+        assert "root" not in str(caught.value)
+    inner: Path = app.service.adapter_dir / "linked"
+    inner.mkdir()
+    for file in (app.service.adapter_dir / "adapter1").iterdir():
+        (inner / file.name).symlink_to(file)
+    client.post("/load_lora_adapter", body={"lora_name": "linked", "lora_path": "linked"}, cast_to=str)
+    client.models.delete("linked")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "unreadable"])
+def test_an_adapter_that_cannot_be_read_is_a_bad_request(
+    client: Any, app: Application, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    place: Path = app.service.adapter_dir / damage
+    shutil.copytree(app.service.adapter_dir / "adapter1", place)
+    if damage == "truncated":
+        (place / "adapter_model.safetensors").write_bytes(b"12345")
+    else:
+
+        def refuse(*arguments: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(place / "adapter_model.safetensors"))
+
+        monkeypatch.setattr(app.service.models, "load", refuse)
+    with pytest.raises(openai.BadRequestError, match="cannot be loaded") as caught:
+        client.post("/load_lora_adapter", body={"lora_name": "x", "lora_path": damage}, cast_to=str)
+    assert str(app.service.adapter_dir) not in str(caught.value)
 
 
 def test_a_file_that_is_no_adapter_is_refused(client: Any, app: Application) -> None:

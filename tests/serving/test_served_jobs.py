@@ -14,6 +14,7 @@ from nplora.serving import run
 from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models
 from nplora.serving.api.service import Service
+from nplora.serving.jobs import FineTuning
 from nplora.serving.options import ServeOptions
 
 openai = pytest.importorskip("openai")
@@ -87,6 +88,33 @@ def test_a_job_makes_an_adapter_that_answers(client: Any, file: Any) -> None:
         model=job.fine_tuned_model, messages=messages, max_tokens=4, temperature=0
     )
     assert answer.model == job.fine_tuned_model
+    checkpoints = client.fine_tuning.jobs.checkpoints
+    assert [one.fine_tuned_model_checkpoint for one in checkpoints.list(job.id)] == [job.fine_tuned_model]
+    assert client.models.delete(job.fine_tuned_model).deleted
+    assert list(checkpoints.list(job.id)) == []
+    assert client.fine_tuning.jobs.retrieve(job.id) == job
+
+
+def test_the_adapters_of_earlier_jobs_are_there_when_the_engine_divides_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = live_server.save_model(tmp_path)
+    with FineTuning(nplora.load_model(path), tmp_path / "jobs", model="base") as jobs:
+        content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+        file = jobs.create_file(content, "rows.jsonl")
+        request = {"model": "base", "training_file": file["id"], "hyperparameters": {"n_epochs": 1}}
+        name = jobs.wait(jobs.create_job(request)["id"], 60)["fine_tuned_model"]
+    lm, seen = nplora.load_model(path), list[list[str]]()
+    engine = run.Engine
+
+    def planned(lm: nplora.LanguageModel, **options: Any) -> Any:
+        seen.append(list(lm.adapters))
+        return engine(lm, **options)
+
+    monkeypatch.setattr(run, "Engine", planned)
+    options = ServeOptions(jobs=str(tmp_path / "jobs"), memory="1G")
+    with run.running(lm, Models(lm, "base"), options):
+        assert seen == [[name]]
 
 
 def test_a_job_is_cancelled(client: Any, file: Any) -> None:

@@ -30,7 +30,19 @@ TEXTS = [
     ('{"answer": 42}', '{"answer": 42}', []),
     ('{"name": "unknown", "arguments": {}}', '{"name": "unknown", "arguments": {}}', []),
     ('<tool_call>{"name": "add", "arguments": {', '<tool_call>{"name": "add", "arguments": {', []),
-    (f"<tool_call>{ADD}</tool_call> and more", f"<tool_call>{ADD}</tool_call> and more", []),
+    ('{"name": "add", "arguments": 5}', '{"name": "add", "arguments": 5}', []),
+    ('{"name": "add", "arguments": "x"}', '{"name": "add", "arguments": "x"}', []),
+    ('{"name": "add", "arguments": {"x": 1e999}}', '{"name": "add", "arguments": {"x": 1e999}}', []),
+    # What follows complete calls is content.
+    (f"<tool_call>{ADD}</tool_call> and more", "and more", ["add"]),
+    (f"{ADD}\nDone.", "Done.", ["add"]),
+    (f"So: <tool_call>{ADD}</tool_call><tool_call>{{", "So: <tool_call>{", ["add"]),
+    (f"<tool_call>{ADD}</tool_call>\n<tool_call>", "", ["add"]),
+    # Arguments are always JSON objects in UTF-8.
+    ('{"name": "add", "arguments": {"x": "\\ud800"}}', "", ["add"]),
+    ('{"name": "add", "arguments": "{\\"x\\": \\"\\\\ud800\\"}"}', "", ["add"]),
+    ('{"name": "add", "arguments": ""}', "", ["add"]),
+    ('{"name": "add", "arguments": null}', "", ["add"]),
     ("<tool", "<tool", []),
     ("", "", []),
     ("[" * 5000, "[" * 5000, []),
@@ -43,7 +55,7 @@ def test_a_text_is_split_into_content_and_calls(text: str, content: str, names: 
     assert found == content
     assert [call["function"]["name"] for call in calls] == names
     for call in calls:
-        assert isinstance(json.loads(call["function"]["arguments"]), dict)
+        assert isinstance(json.loads(call["function"]["arguments"].encode()), dict)
     assert len({call["id"] for call in calls}) == len(calls)
 
 

@@ -351,6 +351,9 @@ class FinetuneOptions:
     op: InitVar[str] = "finetune"  # the name with which error messages begin
 
     def __post_init__(self, checkpoint_blocks: bool, op: str) -> None:
+        for field in dataclasses.fields(self):
+            if field.type == "bool":
+                _check.boolean(op, field.name, getattr(self, field.name))
         self._set("recompute", self.recompute or checkpoint_blocks)
         self._set("targets", target_names(self.targets))
         self._check_what_the_adapter_decides(op)

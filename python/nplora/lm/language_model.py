@@ -408,7 +408,12 @@ class LanguageModel(Module):
         return self._named.adapters
 
     def load_adapter(
-        self, path: StrPath | Adapter, name: str, any_base: bool = False, dtype: str | None = None
+        self,
+        path: StrPath | Adapter,
+        name: str,
+        any_base: bool = False,
+        dtype: str | None = None,
+        replace: bool = False,
     ) -> None:
         """Load an adapter under a name; `set_adapter` then selects it.
 
@@ -430,8 +435,11 @@ class LanguageModel(Module):
             dtype: "bfloat16" rounds A and B to bfloat16. Decoding with many adapters at once is then faster,
                 because their factors take half as long to read. None: the values stay as they are. If
                 bfloat16 has all of them, decoding is as fast.
+            replace: replace the adapter that has this name. If the new one cannot be loaded, the old one
+                stays.
         Raises:
-            ValueError: an adapter with this name is loaded already, or `dtype` is another word.
+            ValueError: an adapter with this name is loaded already and `replace` is not set, or `dtype` is
+                another word.
             TypeError: `path` is neither a path nor an `Adapter`, or `name` is not a text or is empty.
             FormatError: the adapter does not fit the model, or belongs to another model. The other errors are
                 those of `nplora.load_adapter`.
@@ -447,7 +455,7 @@ class LanguageModel(Module):
             )
         if dtype is not None:
             _check.choice("load_adapter", "dtype", dtype, ("bfloat16",))
-        self._named.add(self, name, adapter, any_base, dtype)
+        self._named.add(self, name, adapter, any_base, dtype, replace)
 
     def set_adapter(self, names: str | Sequence[str] | None) -> None:
         """Select the named adapter that later calls use instead of the model's own LoRA layers.

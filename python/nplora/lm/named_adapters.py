@@ -66,8 +66,16 @@ class NamedAdapters(Generic[Model]):
         """The adapters, as a read-only mapping from their names."""
         return MappingProxyType(self._adapters)
 
-    def add(self, lm: Model, name: str, adapter: Adapter, any_base: bool, dtype: str | None = None) -> None:
-        """Check that an adapter fits the model, and store a copy under a new name, with rounded factors."""
+    def add(
+        self,
+        lm: Model,
+        name: str,
+        adapter: Adapter,
+        any_base: bool,
+        dtype: str | None = None,
+        replace: bool = False,
+    ) -> None:
+        """Check that an adapter fits the model, and store a copy under a name, with rounded factors."""
         if not isinstance(name, str) or not name:
             raise TypeError(f"load_adapter: name is {name!r}, expected a non-empty text")
         adapter = copy.deepcopy(adapter)
@@ -75,12 +83,13 @@ class NamedAdapters(Generic[Model]):
             adapter.deltas = {name: delta.rounded(dtype) for name, delta in adapter.items()}
         with self._lock:
             made = _constant(lm.with_adapter(adapter, any_base))
-            if name in self._adapters:
+            if name in self._adapters and not replace:
                 raise ValueError(
                     f"load_adapter: an adapter {name!r} is loaded already; call delete_adapter first"
                 )
+            others = {names: lm for names, lm in self._models.items() if name not in names}
             self._adapters = {**self._adapters, name: adapter}
-            self._models[name,] = made
+            self._models = {**others, (name,): made}
 
     def delete(self, name: str) -> None:
         """Remove an adapter, also from this thread's selection. Raises KeyError for an unknown name."""

@@ -8,6 +8,7 @@ import itertools
 import operator
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -83,7 +84,7 @@ class Engine:
         max_waiting: int = 1024,
         turn: AbstractContextManager[object] | None = None,
     ) -> None:
-        slots = _check.integer("Engine", "max_requests", max_requests, least=1)
+        self._slots = slots = _check.integer("Engine", "max_requests", max_requests, least=1)
         self._most_waiting = _check.integer("Engine", "max_waiting", max_waiting, least=0)
         self._lm, self._metrics = lm, Metrics()
         self._plan = plan_memory(lm, memory, slots)
@@ -99,7 +100,7 @@ class Engine:
         )
         self._requests: dict[int, Request] = {}  # by the id of their tickets, which they hold
         self._cancelled: deque[Ticket] = deque()
-        self._roots: dict[str, tuple[Adapter, str]] = {}
+        self._roots: dict[int, str] = {}  # by the id of each adapter that is still in memory
         self._numbers = itertools.count()
         self._lock = threading.RLock()  # for the queue and everything else that `submit` touches
         self._changed = threading.Condition(self._lock)
@@ -116,6 +117,11 @@ class Engine:
     def context(self) -> int:
         """The most tokens of a prompt and its answer together: the model's context, or what memory allows."""
         return self._context
+
+    @property
+    def most_requests(self) -> int:
+        """The most requests that can run and wait at the same time."""
+        return self._slots + self._most_waiting
 
     @property
     def plan(self) -> MemoryPlan:
@@ -264,7 +270,7 @@ class Engine:
         while not self._stopping:
             try:
                 active = self.step()
-            except Exception as error:  # a mistake in the engine: the requests end, and the engine goes on
+            except Exception as error:  # a mistake in the engine: the requests end, and the engine continues
                 active = True
                 self._end_all("error", error)
             if not active:
@@ -299,10 +305,11 @@ class Engine:
         adapter = self._lm.adapters.get(name)
         if adapter is None:
             raise KeyError(f"{_OP}: no adapter {name!r}; the loaded adapters are {list(self._lm.adapters)}")
-        known = self._roots.get(name)
-        if known is None or known[0] is not adapter:  # another adapter had this name before
-            known = self._roots[name] = adapter, f"adapter {next(self._numbers)}"
-        return known
+        root = self._roots.get(id(adapter))
+        if root is None:
+            root = self._roots[id(adapter)] = f"adapter {next(self._numbers)}"
+            weakref.finalize(adapter, self._roots.pop, id(adapter), None)
+        return adapter, root
 
 
 def _unselected(function: Callable[[], T]) -> T:

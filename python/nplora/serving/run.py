@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nplora.finetuning.planning import parse_bytes
@@ -35,7 +35,7 @@ def serve(
     Args:
         adapters: pairs (name, path).
         any_base: accept adapters that were trained on another model of the same shapes.
-        listener: a bound socket; None: `options.host` and `options.port` are bound.
+        listener: a socket that listens; None: one for `options.host` and `options.port` is made.
         ready: called with the server's address when requests are accepted.
     Raises:
         ModuleNotFoundError: starlette or uvicorn is not installed.
@@ -70,16 +70,8 @@ def running(
 ) -> Iterator[tuple[ServingEngine, TuningJobs | None]]:
     """The engine and the fine-tuning jobs. Both are stopped at the end of this context."""
     turns = None if options.jobs is None else TimeShare(options.train_share)
-    engine = Engine(
-        lm,
-        memory=engine_memory(lm, options),
-        max_requests=options.max_requests,
-        max_waiting=options.max_queue,
-        turn=turns,
-    )
-    engine.start()
-    jobs = None
-    try:
+    with ExitStack() as stack:
+        jobs = None
         if options.jobs is not None:
             jobs = FineTuning(
                 lm,
@@ -91,12 +83,20 @@ def running(
                 memory=options.memory,
                 max_file_bytes=parse_bytes(options.max_file, "serve"),
             )
+            stack.callback(jobs.close)
+            jobs.publish_earlier()  # before the engine divides the memory that is left
+        engine = Engine(
+            lm,
+            memory=engine_memory(lm, options),
+            max_requests=options.max_requests,
+            max_waiting=options.max_queue,
+            turn=turns,
+        )
+        stack.callback(engine.close, drain=False)
+        engine.start()
+        if jobs is not None:
             jobs.start()
         yield engine, jobs
-    finally:
-        engine.close(drain=False)
-        if jobs is not None:
-            jobs.close()
 
 
 def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:

@@ -36,7 +36,7 @@ def idle(lm: nplora.LanguageModel, tmp_path: Path) -> Any:
         ({"suffix": 5}, "suffix is 5", "suffix"),
         ({"seed": -1}, "seed is -1, expected an integer", "seed"),
         ({"seed": True}, "seed is True", "seed"),
-        ({"metadata": {"a": "\ud800"}}, "not JSON in UTF-8", None),
+        ({"metadata": {"a": "\ud800"}}, "not JSON in UTF-8", "metadata"),
         ({"metadata": {"a": 5}}, "metadata has 'a': 5", "metadata"),
         ({"metadata": {str(n): "" for n in range(17)}}, "at most 16 texts", "metadata"),
         ({"integrations": [{"type": "wandb"}]}, "integrations are not supported", "integrations"),
@@ -58,6 +58,8 @@ def idle(lm: nplora.LanguageModel, tmp_path: Path) -> Any:
         ({"epochs": 2}, "n_epochs and epochs are both given", "hyperparameters"),
         ({"rank": 0}, "rank is 0", "rank"),
         ({"rank": "8"}, "rank is '8'", "rank"),
+        ({"use_dora": "no"}, "use_dora is 'no', expected True or False", "use_dora"),
+        ({"hyperparameters": {"chat": 0}}, "chat is 0, expected True or False", "chat"),
         ({"layers": "some"}, "layers='some'", "layers"),
         ({"rnk": 8}, "'rnk' is not a field of a job; did you mean 'rank'?", "rnk"),
         ({"adapter": "/etc"}, "'adapter' is not a field", "adapter"),
@@ -80,6 +82,19 @@ def test_a_wrong_request_is_refused(
     assert refused.value.code
     assert refused.value.status in (400, 404)
     assert idle.jobs()["data"] == []
+
+
+def test_a_job_whose_model_would_have_too_long_a_name_is_refused(
+    lm: nplora.LanguageModel, tmp_path: Path
+) -> None:
+    idle = FineTuning(lm, tmp_path / "jobs", model="m" * 150)
+    file = idle.create_file(jsonl(ROWS), "train.jsonl")
+    request = {"model": "m" * 150, "training_file": file["id"]}
+    with pytest.raises(RequestError, match="expected at most 200") as refused:
+        idle.create_job({**request, "suffix": "s" * 60})
+    assert refused.value.param == "suffix"
+    assert idle.create_job(request)["status"] == "queued"
+    idle.close()
 
 
 @pytest.mark.parametrize("file_id", ["", ".", "..", "../files", "file-\0", "a" * 5000, None, 5, "file.json"])

@@ -18,7 +18,7 @@ import pytest
 
 import nplora
 from nplora.formats import files
-from nplora.serving.jobs import FineTuning
+from nplora.serving.jobs import FineTuning, storage
 from nplora.serving.request_error import RequestError
 
 from .conftest import ROWS, jsonl
@@ -250,6 +250,68 @@ def test_what_a_killed_upload_left_is_removed_and_damaged_records_are_ignored(
     assert not list(place.glob(f"*/*{one}"))
     assert all((place / other).exists() for other in others), "a directory of somebody else was removed"
     idle.close()
+
+
+WRONG = {
+    "serial": "x", "checkpoints": None, "data": {"train": "../../x"}, "status": 5, "options": [],
+    "fine_tuned_model": 7, "schema": 2, "filenames": {"train": None},
+}  # fmt: skip
+
+
+def test_wrong_fields_of_a_record_do_not_stop_the_server(lm: nplora.LanguageModel, tmp_path: Path) -> None:
+    place = tmp_path / "jobs"
+    idle = FineTuning(lm, place, model="small")
+    job = queued(idle)
+    idle.close()
+    path = place / "jobs" / job / "job.json"
+    whole = json.loads(path.read_text())
+    [file] = place.glob("files/*/file.json")
+    damaged = [{**whole, name: value} for name, value in WRONG.items()]
+    damaged += [{other: whole[other] for other in whole if other != name} for name in whole]
+    damaged.append({**whole, "checkpoints": [{"name": "a", "step": 1}]})
+    for record in damaged:
+        path.write_text(json.dumps(record))
+        with pytest.warns(UserWarning, match="the record is ignored"):
+            made = FineTuning(lm, place, model="small")
+        assert made.jobs()["data"] == []
+        assert len(made.files()["data"]) == 1
+        made.close()
+    path.write_text(json.dumps(whole))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "content": "../../x"}))
+    with pytest.warns(UserWarning, match="the field content is missing or wrong"):
+        made = FineTuning(lm, place, model="small")
+    assert made.files()["data"] == []
+    assert [one["id"] for one in made.jobs()["data"]] == [job]
+    made.close()
+
+
+def test_a_server_that_cannot_read_its_records_unlocks_the_directory(
+    lm: nplora.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+
+        def failing(*arguments: object) -> None:
+            raise PermissionError("no")
+
+        patch.setattr(storage, "_read", failing)
+        with pytest.raises(PermissionError):
+            FineTuning(lm, tmp_path / "jobs", model="small")
+    FineTuning(lm, tmp_path / "jobs", model="small").close()
+
+
+def test_a_deleted_model_does_not_come_back(lm: nplora.LanguageModel, tmp_path: Path) -> None:
+    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
+        first, second = (
+            jobs.wait(queued(jobs, hyperparameters={"n_epochs": 1}), 60)["fine_tuned_model"] for _ in range(2)
+        )
+        lm.delete_adapter(first)
+        jobs.delete_model(first)
+        jobs.delete_model("small")
+        assert len(list((tmp_path / "jobs").glob("jobs/*/run"))) == 1
+    lm.delete_adapter(second)
+    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
+        assert list(lm.adapters) == [second]
+        assert [job["status"] for job in jobs.jobs()["data"]] == ["succeeded"] * 2
 
 
 def test_only_one_server_uses_a_directory(idle: FineTuning, lm: nplora.LanguageModel, tmp_path: Path) -> None:

@@ -74,7 +74,11 @@ class Access:
     def _require_origin(self, origin: str, host: str) -> None:
         if origin in self._origins or "*" in self._origins:
             return
-        if urlsplit(origin).netloc != host or not host:
+        try:
+            is_own = bool(host) and urlsplit(origin).netloc == host
+        except ValueError:  # "http://[" for example
+            is_own = False
+        if not is_own:
             raise RequestError(
                 f"requests from web pages of {brief(origin)} are refused; --allow-origin accepts them",
                 403,

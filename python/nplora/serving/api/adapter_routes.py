@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
-from nplora.formats.errors import FormatError
 from nplora.serving.api.bodies import Body
 from nplora.serving.api.fields import Fields, checked_text
 from nplora.serving.api.models import inside
@@ -28,6 +28,8 @@ def delete_model(service: Service, name: str) -> dict[str, Any]:
     if name == service.models.name:
         raise RequestError("the base model cannot be deleted", param="model")
     service.models.unload(name)
+    if service.jobs is not None:
+        service.jobs.delete_model(name)
     return {"id": name, "object": "model", "deleted": True}
 
 
@@ -46,8 +48,9 @@ async def load(service: Service, body: Body) -> str:
     found = inside(service.adapter_dir, path)
     try:
         await asyncio.to_thread(service.models.load, name, found, fields.boolean("load_inplace"))
-    except (FormatError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise RequestError(f"the adapter cannot be loaded: {error}", param="lora_path") from error
+    except (OSError, ValueError) as error:
+        message = str(error).replace(f"{service.adapter_dir.resolve()}{os.sep}", "")
+        raise RequestError(f"the adapter cannot be loaded: {message}", param="lora_path") from error
     return f"Success: LoRA adapter '{name}' added successfully."
 
 

@@ -91,7 +91,7 @@ class ChatAnswer(Answer):
     def choice(self, index: int, chunks: Sequence[Chunk]) -> Shape:
         calls = CallFilter(self.request.tools)
         content = "".join(calls.push(chunk.text) for chunk in chunks)
-        rest, called = calls.flush()
+        rest, called = self._flush(calls)
         content += rest
         message: Shape = {"role": "assistant", "content": content, "refusal": None}
         if called:
@@ -102,6 +102,10 @@ class ChatAnswer(Answer):
             "logprobs": self._logprobs(token for chunk in chunks for token in chunk.tokens),
             "finish_reason": self._reason(index, bool(called)),
         }
+
+    def _flush(self, calls: CallFilter) -> tuple[str, list[Shape]]:
+        rest, called = calls.flush()
+        return rest, called[: self.request.most_calls]
 
     def _reason(self, index: int, called: bool) -> str | None:
         reason = self.tickets[index].finish_reason
@@ -127,7 +131,7 @@ class ChatAnswer(Answer):
         return [] if is_empty else [self._delta(index, {"content": text}, logprobs=logprobs)]
 
     def end(self, index: int) -> list[Shape]:
-        text, called = self._filters[index].flush()
+        text, called = self._flush(self._filters[index])
         pieces = [self._delta(index, {"content": text})] if text else []
         if called:
             calls = [{"index": number, **call} for number, call in enumerate(called)]

@@ -32,6 +32,8 @@ _PAGE_HEADERS = {
 }
 _FORM = 1 << 20  # bytes of an upload besides its file
 _RETRY = {429: b"1", 503: b"5"}  # seconds
+_DRAINED, _DRAINED_OF_STRANGERS = 64 << 20, 64 << 10  # bytes of refused bodies that are still read
+_FINAL = {504, 507}  # OpenAI's clients would repeat such a request, with the same result
 
 Handler = Callable[[Any], Awaitable[Any]]
 
@@ -109,29 +111,43 @@ class Application:
         except Exception as error:
             if started:
                 raise
-            await body.drain()
-            await self._refuse(_known(error), scope, receive, noted)
+            await self._refuse(_known(error), scope, body, noted)
 
-    async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(self, error: RequestError, scope: Scope, body: Body, send: Send) -> None:
+        """Send an error. If the client still sends its body, read on for a while before the connection ends.
+
+        Otherwise the client's write would fail before it reads the error.
+        """
         from starlette.responses import JSONResponse
 
-        headers = {}
+        given = dict(scope["headers"])
+        has_body = b"transfer-encoding" in given or given.get(b"content-length", b"0") != b"0"
+        headers = {"connection": "close"} if has_body and not body.ended else {}
         if error.status == 401:
             headers["www-authenticate"] = "Bearer"
         if error.status in _RETRY:
             headers["retry-after"] = _RETRY[error.status].decode()
+        if error.status in _FINAL:
+            headers["x-should-retry"] = "false"
         if error.status == 405 and isinstance(error.__cause__, Exception):
             headers |= dict(getattr(error.__cause__, "headers", None) or {})
-        await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
+        response = JSONResponse(error.body(), error.status, headers)
+        start = {"type": "http.response.start", "status": error.status, "headers": response.raw_headers}
+        await send(start)
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+        await body.drain(_DRAINED_OF_STRANGERS if error.status in (401, 403) else _DRAINED)
+        await send({"type": "http.response.body", "body": b""})
 
     # ---- routes ----
 
     def _routes(self) -> Any:
         from starlette.routing import Route, Router
 
-        routes = [
-            Route(path, self._endpoint(handler), methods=[method]) for method, path, handler in self._table()
-        ]
+        by_path: dict[str, dict[str, Handler]] = {}
+        for method, path, handler in self._table():
+            by_path.setdefault(path, {})[method] = handler
+        # One route for each path: otherwise the Allow header of a 405 would name the methods of the first.
+        routes = [Route(path, self._endpoint(found), methods=[*found]) for path, found in by_path.items()]
         return Router([*routes, *(Route(path, self._file) for path in self._page)], redirect_slashes=False)
 
     def _table(self) -> list[tuple[str, str, Handler]]:
@@ -185,11 +201,11 @@ class Application:
             ("GET", "/metrics", self._metrics),
         ]
 
-    def _endpoint(self, handler: Handler) -> Handler:
+    def _endpoint(self, by_method: dict[str, Handler]) -> Handler:
         async def endpoint(request: Any) -> Any:
             from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-            made = await handler(request)
+            made = await by_method["GET" if request.method == "HEAD" else request.method](request)
             if isinstance(made, Response):
                 return made
             return PlainTextResponse(made) if isinstance(made, str) else JSONResponse(made)

@@ -15,7 +15,7 @@ from nplora.serving.request_error import RequestError
 _MOST_VALUES = 1 << 19
 _STALL = 30.0  # seconds that a client may pause inside a body
 _JSON_SECONDS = 60.0
-_DRAINED, _DRAIN_SECONDS = 64 << 20, 5.0
+_DRAIN_SECONDS = 5.0
 
 
 class DisconnectedError(Exception):
@@ -34,6 +34,11 @@ class Body:
     def __init__(self, receive: Receive, length: str | None, limit: int) -> None:
         self._receive, self._limit, self._size, self._ended = receive, limit, 0, False
         self._length = length
+
+    @property
+    def ended(self) -> bool:
+        """Whether the whole body was read."""
+        return self._ended
 
     async def receive(self) -> MutableMapping[str, Any]:
         """The ASGI function with limits.
@@ -92,14 +97,13 @@ class Body:
         except RecursionError:
             raise RequestError("the body is nested too deeply", code="invalid_json") from None
 
-    async def drain(self) -> None:
-        """Read the rest of a refused body. Otherwise the client's write fails before it reads the answer."""
-        left = _DRAINED
+    async def drain(self, most: int) -> None:
+        """Read the rest of a refused body, at most for some seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
-                while not self._ended and left > 0:
+                while not self._ended and most > 0:
                     message = await self._receive()
-                    left -= len(message.get("body", b""))
+                    most -= len(message.get("body", b""))
                     self._ended = message["type"] != "http.request" or not message.get("more_body", False)
 
 

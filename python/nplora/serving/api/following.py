@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
 from nplora.serving.request_error import RequestError
@@ -24,12 +25,18 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         self._end = self._loop.time() + timeout
         self._timeout = timeout
-        self._queue: asyncio.Queue[tuple[int, Chunk | None]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Chunk | None] | None] = asyncio.Queue()
         for index, ticket in enumerate(tickets):
             ticket.listen(lambda chunk, index=index: self._put(index, chunk))  # type: ignore[misc]
 
     def _put(self, index: int, chunk: Chunk | None) -> None:
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, chunk))
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the client's connection
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, chunk))
+
+    def stop(self) -> None:
+        """End the answers now, because the server ends: `follow` raises an error at once."""
+        self._queue.put_nowait(None)
+        self.cancel()
 
     def cancel(self) -> None:
         """End the answers that have not ended."""
@@ -41,7 +48,7 @@ class Answers:
         """Yield pairs (number of the answer, chunk) as they come. The chunk None ends an answer.
 
         Args:
-            pause: after so many seconds without a chunk, PAUSE is yielded.
+            pause: PAUSE is yielded after this many seconds without a chunk.
         Raises:
             RequestError: an answer failed, or took too long, or the server is shutting down.
         """
@@ -55,10 +62,13 @@ class Answers:
             wait = self._end - now if pause is None else min(pause, self._end - now)
             try:
                 async with asyncio.timeout(wait):  # wait_for of Python 3.11 may swallow a cancellation
-                    index, chunk = await self._queue.get()
+                    found = await self._queue.get()
             except TimeoutError:
                 yield PAUSE
                 continue
+            if found is None:
+                raise _shutting_down()
+            index, chunk = found
             if chunk is None:
                 left -= 1
                 _require_success(self.tickets[index])
@@ -69,4 +79,8 @@ def _require_success(ticket: Ticket) -> None:
     if ticket.finish_reason == "error" and ticket.error is not None:
         raise ticket.error
     if ticket.finish_reason == "cancelled":
-        raise RequestError("the server is shutting down", 503, code="shutting_down")
+        raise _shutting_down()
+
+
+def _shutting_down() -> RequestError:
+    return RequestError("the server is shutting down", 503, code="shutting_down")

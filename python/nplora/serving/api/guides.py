@@ -39,6 +39,8 @@ def read_format(body: Fields) -> str | None:
     if given is None:
         return None
     kind = given.choice("type", ("text", "json_object", "json_schema"))
+    if kind == "json_object" and given.has("schema"):  # as llama.cpp and others have it
+        kind = "json_schema"
     if kind == "json_object":
         return '{"type": "object"}'
     if kind == "json_schema":
@@ -154,7 +156,7 @@ def _package() -> Any:
     except ModuleNotFoundError:
         raise RequestError(
             'response_format and forced tool calls need the package llguidance: pip install "nplora[serve]"',
-            501,
+            400,
             _PARAM,
             "unsupported_parameter",
         ) from None

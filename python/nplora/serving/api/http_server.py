@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from nplora.serving.request_error import RequestError
 
 _HEADER_SECONDS = 10.0  # for the head of a request, from the first byte on or from the connection
 _KEEP_ALIVE_SECONDS = 30
+_LAST_SECONDS = 5  # after the drain, for the errors that the unfinished answers end with
 _STALL_SECONDS = 60.0  # that a client may leave an answer unread
 _MOST_CONNECTIONS = 1000
 _MOST_HEAD = 32 << 10  # bytes of the head of a request
@@ -35,7 +37,7 @@ def serve(
     A second signal ends the server at once.
 
     Args:
-        listener: a bound socket.
+        listener: a socket that listens.
         drain_seconds: how long answers that have begun may still take.
         ready: called when requests are accepted.
     """
@@ -44,7 +46,9 @@ def serve(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket, so that a port in use is found before the model is loaded. `serve` listens on it.
+    """Listen on a socket, so that a port in use is found before the model is loaded.
+
+    The connections that come before `serve` wait for it.
 
     Raises:
         OSError: the host is unknown, or the port is in use.
@@ -59,6 +63,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
+        made.listen()  # two sockets can be bound to one port, but only one can listen
     except OSError as error:
         made.close()
         raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
@@ -75,7 +80,9 @@ def _server(app: Application, drain_seconds: float, ready: Callable[[], None]) -
 
         async def shutdown(self, sockets: Any = None) -> None:
             app.service.draining = True
+            timer = asyncio.get_running_loop().call_later(drain_seconds, app.service.stop_answers)
             await super().shutdown(sockets)
+            timer.cancel()
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             self.should_exit, self.force_exit = True, bool(self.should_exit)
@@ -107,7 +114,7 @@ def _server(app: Application, drain_seconds: float, ready: Callable[[], None]) -
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=max(1, round(drain_seconds)),
+        timeout_graceful_shutdown=math.ceil(drain_seconds) + _LAST_SECONDS,
         h11_max_incomplete_event_size=_MOST_HEAD,
     )
     return Server(config)

@@ -34,6 +34,7 @@ def _message(given: Fields) -> Message:
     given.required("role")
     role = given.choice("role", ROLES)
     made = {name: value for name, value in given.values.items() if value is not None}
+    made["role"] = "system" if role == "developer" else role  # templates know the older name only
     called = given.objects("tool_calls", _MOST_CALLS)
     if (old := given.object("function_call")) is not None:
         called.append(old)
@@ -46,7 +47,7 @@ def _message(given: Fields) -> Message:
     made.pop("tool_calls", None)
     if called:
         made["tool_calls"] = [_call(call) for call in called]
-    made["content"] = _content(given, bool(called))
+    made["content"] = _content(given, role == "assistant")
     return made
 
 
@@ -77,7 +78,9 @@ def _call(call: Fields) -> dict[str, Any]:
     function = call.object("function") or call
     name = checked_text(function.name("name"), function.required("name"), empty=False)
     arguments = function.get("arguments")
-    if isinstance(arguments, str):
+    if arguments in (None, ""):
+        arguments = {}
+    elif isinstance(arguments, str):
         try:
             arguments = strict_json.loads(arguments.encode(), function.name("arguments"))
         except (FormatError, UnicodeEncodeError):

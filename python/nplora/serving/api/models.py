@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nplora.adapters import Adapter, combine
+from nplora.adapters import combine
 from nplora.formats.errors import brief, nearest_names
 from nplora.lm import LanguageModel
 from nplora.serving.api.fields import Fields, checked_integer, checked_number, wrong
+from nplora.serving.model_name import NAME, checked_name
 from nplora.serving.request_error import RequestError
 
-_NAME = re.compile(r"[^\W_][\w.:@+-]*(/[^\W_][\w.:@+-]*)*")
-_LONGEST_NAME = 200
 _MOST_SCALE = 1000.0
 _MOST_SUMS = 16  # sums of scaled adapters that are kept
 
@@ -36,6 +35,7 @@ class Models:
         checked_name("the model's name", name)
         self.lm, self.name = lm, name
         self._any_base, self._lock = any_base, threading.RLock()
+        self._changing = threading.RLock()  # for loading and unloading; requests do not wait for it
         self._loaded: dict[str, tuple[int, str]] = {}  # the id of each adapter, and its path
         self._next_id = 0
         self._scales: dict[int, float] = {}  # by id, of requests to the base model
@@ -47,51 +47,43 @@ class Models:
     def load(self, name: str, path: str | Path, replace: bool = False) -> None:
         """Load an adapter.
 
+        Args:
+            replace: an adapter with this name is replaced at once when the new one is read. It keeps its id
+                and its scale.
         Raises:
             RequestError: the name has wrong characters, or is taken.
             OSError, ValueError: the adapter cannot be read, or does not fit the model.
         """
         checked_name("the adapter's name", name)
-        with self._lock:
-            if name == self.name or (name in self._loaded and not replace):
+        with self._changing:
+            if name == self.name:
                 raise RequestError(
-                    f"the name {brief(name)} is taken: unload that adapter first",
-                    400,
-                    "lora_name",
-                    "name_taken",
+                    f"{brief(name)} is the name of the base model", 400, "lora_name", "name_taken"
                 )
-            if name in self._loaded:
-                adapter = self.lm.adapters[name]
-                self.unload(name)
-                try:
-                    self.lm.load_adapter(path, name, self._any_base)
-                except BaseException:
-                    self.lm.load_adapter(adapter, name, self._any_base)
-                    self._note(name, path)
-                    raise
-            else:
-                self.lm.load_adapter(path, name, self._any_base)
-            self._note(name, path)
-
-    def _note(self, name: str, path: str | Path) -> None:
-        self._loaded[name] = self._next_id, str(path)
-        self._next_id += 1
+            known = self._loaded.get(name)
+            if known is not None and not replace:
+                message = f"the name {brief(name)} is taken: unload that adapter first"
+                raise RequestError(message, 400, "lora_name", "name_taken")
+            self.lm.load_adapter(path, name, self._any_base, replace=replace)
+            with self._lock:
+                self._loaded[name] = (self._next_id if known is None else known[0]), str(path)
+                self._next_id += known is None
+                self._forget_sums()
 
     def unload(self, name: str) -> None:
         """Remove an adapter. Requests that use it are finished with it."""
-        with self._lock:
+        with self._changing, self._lock:
             if name not in self._loaded:
                 raise self._unknown(name, "adapter", "lora_name")
             id_, _ = self._loaded.pop(name)
             self._scales.pop(id_, None)
             self.lm.delete_adapter(name)
-            for hidden in self._sums.values():
-                self.lm.delete_adapter(hidden)
-            self._sums.clear()
+            self._forget_sums()
 
-    def adapter(self, name: str) -> Adapter | None:
-        """The adapter of this name, or None."""
-        return self.lm.adapters[name] if name in self._loaded else None
+    def _forget_sums(self) -> None:
+        for hidden in self._sums.values():
+            self.lm.delete_adapter(hidden)
+        self._sums.clear()
 
     # ---- requests ----
 
@@ -203,19 +195,10 @@ class Models:
             self._scales = scales
 
 
-def checked_name(what: str, name: object) -> str:
-    """Check the name of a model. It may hold letters, digits and ``._:@+-``; parts may be split by "/"."""
-    if not isinstance(name, str) or len(name) > _LONGEST_NAME or not _NAME.fullmatch(name) or ".." in name:
-        raise RequestError(
-            f"{what} is {brief(name)}, expected letters, digits and any of . _ : @ + - /",
-            param="lora_name",
-            code="invalid_value",
-        )
-    return name
-
-
 def inside(directory: Path, path: str) -> Path:
     """The real path of an adapter in a directory. Links that lead out of the directory are refused.
+
+    The links inside a directory with an adapter are checked too.
 
     Raises:
         RequestError: the path is outside the directory, or does not exist.
@@ -225,7 +208,8 @@ def inside(directory: Path, path: str) -> Path:
     root = directory.resolve()
     try:
         found = (root / path).resolve()
-        is_there = found.is_relative_to(root) and found.exists()
+        files = found.iterdir() if found.is_relative_to(root) and found.is_dir() else ()
+        is_there = found.exists() and all(file.resolve().is_relative_to(root) for file in (found, *files))
     except (OSError, RuntimeError, ValueError):
         is_there = False
     if not is_there:
@@ -254,7 +238,7 @@ def read_pairs(adapters: Sequence[str]) -> list[tuple[str, str]]:
     pairs = []
     for text in adapters:
         name, equals, path = text.partition("=")
-        if not equals or not _NAME.fullmatch(name):
+        if not equals or not NAME.fullmatch(name):
             name, path = "", text
         if not path:
             raise ValueError(f"adapter is {text!r}, expected NAME=PATH")

@@ -15,11 +15,16 @@ from nplora.serving.request_error import RequestError
 # Fields that do not change the answer.
 _NO_EFFECT = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-    *("prompt_cache_retention", "cache_prompt", "parallel_tool_calls", "stream_options", "verbosity"),
-    *("reasoning_effort", "prediction", "web_search_options"),
+    *("prompt_cache_retention", "prompt_cache_options", "cache_prompt", "stream_options", "verbosity"),
+    *("reasoning_effort", "prediction", "moderation"),
+    # llama.cpp's
+    *("timings_per_token", "return_progress", "id_slot", "samplers", "reasoning_format"),
+    *("dynatemp_exponent", "xtc_threshold"),
 }
 _COMMON = {"model", "lora", "stream", "logprobs", *sampling.FIELDS, *_NO_EFFECT}
-_CHAT = _COMMON | {"messages", "tools", "tool_choice", "response_format", "top_logprobs"}
+_CHAT = _COMMON | {
+    *("messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "top_logprobs"),
+}
 _COMPLETION = _COMMON | {"prompt", "echo", "best_of", "response_format"}
 # Fields that would change the answer but are not implemented, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -36,7 +41,16 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
+    "web_search_options": (),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "dynatemp_range": (0, 0.0),
+    "xtc_probability": (0, 0.0),
+    "dry_multiplier": (0, 0.0),
 }
+_UNSUPPORTED_CHAT = {**_UNSUPPORTED, "best_of": (1,)}
 _MOST_TOP = 20
 _MOST_PROMPTS = 64
 _COMPLETION_TOKENS = 16  # what OpenAI's API generates by default
@@ -58,6 +72,7 @@ class TextRequest:
         usage: whether a stream ends with the numbers of tokens.
         grammar: the form that the text must have, or None.
         tools: the names of the functions that the text may call.
+        most_calls: how many calls an answer may have; None: any number.
     """
 
     model: str
@@ -71,6 +86,7 @@ class TextRequest:
     texts: tuple[str, ...] = ()
     grammar: str | None = None
     tools: frozenset[str] = frozenset()
+    most_calls: int | None = None
 
 
 class Reader:
@@ -94,7 +110,7 @@ class Reader:
             RequestError: a field is missing, unknown or wrong, or the prompt is too long.
         """
         body = Fields(values)
-        body.require_known(_CHAT, _UNSUPPORTED)
+        body.require_known(_CHAT, _UNSUPPORTED_CHAT)
         name, adapter = self._models.chosen(body)
         chat = messages.read_messages(body)
         tools, must_call = messages.chosen_tools(body, messages.read_tools(body))
@@ -108,10 +124,12 @@ class Reader:
         ids = self._encode_chat(lm, chat, tools)
         format_ = guides.read_format(body)
         grammar = guides.calls(tools) if must_call else format_
-        names = frozenset(tool["function"]["name"] for tool in tools) if format_ is None else frozenset()
+        is_free = must_call or format_ is None
+        names = frozenset(tool["function"]["name"] for tool in tools) if is_free else frozenset()
         return self._request(
-            body, lm, name, adapter, [ids], logprobs, grammar=grammar, tools=names, default_tokens=None
-        )
+            body, lm, name, adapter, [ids], logprobs, grammar=grammar, tools=names, default_tokens=None,
+            most_calls=None if body.boolean("parallel_tool_calls", True) else 1,
+        )  # fmt: skip
 
     def completion(self, values: object) -> TextRequest:
         """Read the body of /v1/completions. The errors are those of `chat`."""
@@ -168,7 +186,7 @@ class Reader:
                 code="context_length_exceeded",
             )
         most = left if self._most_tokens is None else min(left, self._most_tokens)
-        wanted = sampling.read_sampling(body, min(default_tokens or most, most), lm.vocab_size)
+        wanted = sampling.read_sampling(body, min(default_tokens or most, most), most, lm.vocab_size)
         if self._most_tokens is not None and wanted.max_new_tokens > self._most_tokens:
             raise RequestError(
                 f"max_tokens is {wanted.max_new_tokens:,}, this server generates at most "

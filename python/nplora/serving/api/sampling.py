@@ -29,20 +29,22 @@ FIELDS = frozenset(
         *("temperature", "top_p", "top_k", "seed", "stop", "n"),
         *("max_tokens", "max_completion_tokens", "n_predict"),
         *("presence_penalty", "frequency_penalty", "repetition_penalty", "repeat_penalty", "logit_bias"),
+        "repeat_last_n",
     }
 )
 
 
-def read_sampling(body: Fields, default_tokens: int, vocab_size: int) -> Sampling:
+def read_sampling(body: Fields, default_tokens: int, most_tokens: int, vocab_size: int) -> Sampling:
     """The sampling of a request.
 
     Args:
         default_tokens: `max_tokens` if the request does not give it.
+        most_tokens: `max_tokens` if the request gives -1: no limit.
     Raises:
         RequestError: a field is out of range or has a wrong type.
     """
     limits = [
-        body.integer(name, 1, _MOST_TOKENS) for name in ("max_completion_tokens", "max_tokens", "n_predict")
+        _limit(body, name, most_tokens) for name in ("max_completion_tokens", "max_tokens", "n_predict")
     ]
     temperature = body.number("temperature", 0, 100)
     options: dict[str, Any] = {
@@ -61,10 +63,20 @@ def read_sampling(body: Fields, default_tokens: int, vocab_size: int) -> Samplin
     options |= {name: body.number(name, -2, 2) or None for name in ("presence_penalty", "frequency_penalty")}
     repetition = [body.number(name, 0.01, 100) for name in ("repetition_penalty", "repeat_penalty")]
     options["repetition_penalty"] = next((value for value in repetition if value is not None), 1.0)
+    if options["repetition_penalty"] != 1 and body.integer("repeat_last_n", -1) not in (None, -1):
+        raise RequestError(
+            "repeat_last_n is not supported: the penalty is for all tokens",
+            param="repeat_last_n",
+            code="unsupported_parameter",
+        )
     given = {name: value for name, value in options.items() if value is not None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Sampling(**given)
+
+
+def _limit(body: Fields, name: str, most: int) -> int | None:
+    return most if body.integer(name, -1, _MOST_TOKENS) == -1 else body.integer(name, 1, _MOST_TOKENS)
 
 
 def _stop(body: Fields) -> tuple[str, ...]:
@@ -73,10 +85,10 @@ def _stop(body: Fields) -> tuple[str, ...]:
         return ()
     texts = [given] if isinstance(given, str) else checked_list("stop", given, _MOST_STOPS)
     for text in texts:
-        checked_text("stop", text, empty=False)
+        checked_text("stop", text)
         if len(text) > _LONGEST_STOP:
             raise RequestError(f"a stop text has more than {_LONGEST_STOP:,} characters", param="stop")
-    return tuple(texts)
+    return tuple(text for text in texts if text)  # an empty text means none for many clients
 
 
 def _seed(body: Fields) -> int:

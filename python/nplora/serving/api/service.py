@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from pathlib import Path
 
+from nplora.serving.api.following import Answers
 from nplora.serving.api.models import Models
 from nplora.serving.api.protocols import ServingEngine, TuningJobs
 from nplora.serving.api.requests import Reader
@@ -38,3 +40,18 @@ class Service:
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.models, self.engine.context, self.most_tokens)
+        self._answers: weakref.WeakSet[Answers] = weakref.WeakSet()
+        self._is_stopped = False
+
+    def follow(self, answers: Answers) -> Answers:
+        """Remember answers that have begun, for `stop_answers`."""
+        self._answers.add(answers)
+        if self._is_stopped:
+            answers.stop()
+        return answers
+
+    def stop_answers(self) -> None:
+        """End all answers with an error, also those that begin later. Call it in the server's event loop."""
+        self._is_stopped = True
+        for answers in list(self._answers):
+            answers.stop()

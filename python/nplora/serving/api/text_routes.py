@@ -41,7 +41,7 @@ async def _answer(service: Service, body: Body, client: str, read: Read, shape: 
 
     values = await body.json()
     request, tickets = await asyncio.to_thread(_submit, service, values, client, read)
-    answers = Answers(tickets, service.timeout)
+    answers = service.follow(Answers(tickets, service.timeout))
     try:
         made = shape(request, tickets)
         if request.stream:
@@ -70,6 +70,10 @@ def _submit_once(
     service: Service, values: object, client: str, read: Read
 ) -> tuple[TextRequest, list[Ticket]]:
     request = read(service.reader, values)
+    wanted, most = len(request.prompts) * request.n, service.engine.most_requests
+    if wanted > most:
+        message = f"the request wants {wanted} answers, but this server's queue has room for {most}"
+        raise RequestError(message, param="n", code="invalid_value")
     tickets = list[Ticket]()
     try:
         for ids in request.prompts:

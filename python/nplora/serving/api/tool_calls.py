@@ -14,6 +14,7 @@ from typing import Any
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _MARKS = (_OPEN, "[TOOL_CALLS]", "<|python_tag|>")
+_BETWEEN = " \n\r\t;,"  # what may stand between calls
 
 
 def _refuse_constant(name: str) -> None:
@@ -26,7 +27,8 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 def split_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
     """Split a text into its content and its tool calls, in the form of OpenAI's API.
 
-    A text whose calls cannot be read, or that calls an unknown function, is all content.
+    A text without a complete call of a known function is all content. What follows the complete calls, such
+    as a call that was cut short, is content too.
 
     >>> content, calls = split_calls('<tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call>', {"add"})
     >>> content, calls[0]["function"]
@@ -36,40 +38,51 @@ def split_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, 
     begin = min(places, default=0)
     if not places and not text.lstrip().startswith(("{", "[")):
         return text, []
-    rest, calls = text[begin:], list[dict[str, Any]]()
-    while rest := rest.strip(" \n\r\t;,"):
-        for mark in (*_MARKS, _CLOSE):
-            if rest.startswith(mark):
-                rest = rest.removeprefix(mark)
-                break
-        else:
-            try:
-                value, end = _DECODER.raw_decode(rest)
-            except (ValueError, RecursionError):
-                break
-            found = value if isinstance(value, list) else [value]
-            made = [_call(one, names) for one in found]
-            if not made or None in made:
-                break
-            calls += [call for call in made if call is not None]
-            rest = rest[end:]
-    return (text, []) if rest or not calls else (text[:begin].rstrip(), calls)
+    rest = after = text[begin:]
+    calls = list[dict[str, Any]]()
+    while rest := rest.strip(_BETWEEN):
+        if mark := next((mark for mark in (*_MARKS, _CLOSE) if rest.startswith(mark)), ""):
+            rest = rest.removeprefix(mark)
+            after = rest if mark == _CLOSE else after
+            continue
+        try:
+            value, end = _DECODER.raw_decode(rest)
+            made = [_call(one, names) for one in (value if isinstance(value, list) else [value])]
+        except (ValueError, RecursionError):
+            break
+        if not made or None in made:
+            break
+        calls += [call for call in made if call is not None]
+        rest = after = rest[end:]
+    if not calls:
+        return text, []
+    after = after.strip(_BETWEEN) if rest else ""
+    return (text[:begin] + after if after else text[:begin].rstrip()), calls
 
 
 def _call(value: Any, names: Collection[str]) -> dict[str, Any] | None:
+    """A call whose arguments are an object, in JSON of ASCII: no half of a surrogate pair is left in it.
+
+    Raises:
+        ValueError, RecursionError: the arguments are not JSON.
+    """
     if not isinstance(value, dict):
         return None
     inner = value.get("function")
     value = inner if isinstance(inner, dict) else value
-    name, arguments = value.get("name"), value.get("arguments", value.get("parameters", {}))
+    name, arguments = value.get("name"), value.get("arguments", value.get("parameters"))
     if not isinstance(name, str) or name not in names:
         return None
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    if isinstance(arguments, str) and arguments:
+        arguments = _DECODER.decode(arguments)
+    if arguments in (None, ""):
+        arguments = {}
+    if not isinstance(arguments, dict):
+        return None
     return {
         "id": f"call_{secrets.token_hex(12)}",
         "type": "function",
-        "function": {"name": name, "arguments": arguments},
+        "function": {"name": name, "arguments": json.dumps(arguments, allow_nan=False)},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,10 +19,11 @@ from nplora.runtime.user_warning import warn_user
 from nplora.serving.jobs import shapes
 from nplora.serving.jobs.job_error import is_disk_full
 from nplora.serving.jobs.job_request import JobRequest, checked, require_text
-from nplora.serving.jobs.job_run import JobRun, Publishing
+from nplora.serving.jobs.job_run import JobRun, Publishing, checkpoint_name
 from nplora.serving.jobs.jobs_state import OPEN, JobsState
 from nplora.serving.jobs.pages import page
 from nplora.serving.jobs.storage import Record, Storage, new_id
+from nplora.serving.model_name import checked_name
 from nplora.serving.request_error import RequestError
 
 Shape = dict[str, Any]
@@ -29,6 +31,7 @@ Shape = dict[str, Any]
 MAX_FILE_BYTES = 512 << 20
 _MOST_JOBS, _MOST_EVENTS, _MOST_FILES = 100, 1000, 10_000
 _LONGEST_NAME = 255
+_MOST_STEPS = 10**9
 
 
 class FineTuning:
@@ -85,33 +88,57 @@ class FineTuning:
         self._state = JobsState(Storage(directory))
         self._changed = threading.Condition(self._state.lock)
         self._running: JobRun | None = None
-        self._is_closing = False
+        self._is_closing = self._has_published = False
         self._thread: threading.Thread | None = None
 
     def _load(self, name: str, directory: Path) -> None:
-        if name in self._lm.adapters:
-            self._lm.delete_adapter(name)
-        self._lm.load_adapter(directory, name)
+        self._lm.load_adapter(directory, name, replace=True)
 
     def start(self) -> None:
         """Publish the adapters of earlier jobs, and start the thread that trains."""
+        self.publish_earlier()
         with self._state.lock:
-            for job in self._jobs.values():
-                self._publish_again(job)
             self._thread = threading.Thread(target=self._work, name="nplora-training", daemon=True)
             self._thread.start()
 
+    def publish_earlier(self) -> None:
+        """Publish the adapters of earlier jobs, once. `start` does it too."""
+        with self._state.lock:
+            jobs = [] if self._has_published else list(self._jobs.values())
+            self._has_published = True
+            for job in jobs:
+                self._publish_again(job)
+
     def _publish_again(self, job: Record) -> None:
         """Publish the adapters that a job has made so far."""
-        place = self._state.storage.place(job["id"])
         for one in job["checkpoints"]:
-            is_final = one["name"] == job["fine_tuned_model"]
             try:
-                self._publishing.publish(
-                    one["name"], place / ("run" if is_final else f"checkpoints/step-{one['step']}")
-                )
+                self._publishing.publish(one["name"], self._adapter_place(job, one))
             except (OSError, ValueError, RequestError) as error:
                 warn_user(f"the adapter {one['name']!r} cannot be used: {error}")
+
+    def _adapter_place(self, job: Record, checkpoint: Record) -> Path:
+        """The directory of the adapter of one of a job's checkpoints."""
+        is_final = checkpoint["name"] == job["fine_tuned_model"]
+        part = "run" if is_final else f"checkpoints/step-{checkpoint['step']}"
+        return self._state.storage.place(job["id"]) / part
+
+    def delete_model(self, name: str) -> None:
+        """Delete the files of an adapter that a job has made, for ever: a part of DELETE /v1/models/{name}.
+
+        The name may be that of any model; only the adapters of jobs have files here. The caller withdraws the
+        adapter itself.
+
+        Raises:
+            RequestError: the disk is full or has failed.
+        """
+        with self._state.lock, _disk_errors():
+            for job in list(self._jobs.values()):
+                for one in [one for one in job["checkpoints"] if one["name"] == name]:
+                    place = self._adapter_place(job, one)
+                    kept = [other for other in job["checkpoints"] if other is not one]
+                    self._state.storage.change_job(job["id"], checkpoints=kept)
+                    shutil.rmtree(place, ignore_errors=True)
 
     def close(self) -> None:
         """Stop before the next block of the model. The job that trains continues after the next start."""
@@ -262,9 +289,11 @@ class FineTuning:
 
     def _new_record(self, asked: JobRequest, filenames: Mapping[str, str]) -> Record:
         job_id = new_id("ftjob")
+        name = f"ft:{self._model}:{asked.suffix or ''}:{secrets.token_hex(4)}"
+        checked_name("the name of the new model's checkpoints", checkpoint_name(name, _MOST_STEPS), "suffix")
         return {
             "id": job_id, "created_at": int(time.time()), "status": "queued", "model": asked.model,
-            "name": f"ft:{self._model}:{asked.suffix or ''}:{secrets.token_hex(4)}", "suffix": asked.suffix,
+            "name": name, "suffix": asked.suffix,
             "training_file": asked.training_file, "validation_file": asked.validation_file,
             "filenames": dict(filenames), "seed": asked.seed, "metadata": asked.metadata,
             "method": asked.method, "hyperparameters": asked.hyperparameters, "options": asked.options,

@@ -76,7 +76,9 @@ def checked(request: Mapping[str, Any], base: str) -> JobRequest:
     """
     if not isinstance(request, Mapping):
         raise RequestError(f"the body is {brief(request)}, expected an object", code="invalid_type")
-    require_text(request)
+    require_text(list(request))
+    for name, value in request.items():
+        require_text(value, str(name))
     fields = {name: value for name, value in request.items() if value is not None}
     _refuse_unknown(fields)
     method, given = _method(fields)

@@ -32,6 +32,11 @@ CHECKPOINT_SECONDS = 10.0  # the least time between two of them
 _SAVE_MINUTES = 1.0  # between two checkpoints of the run, the most that a killed process repeats
 
 
+def checkpoint_name(name: str, step: int) -> str:
+    """The name of a checkpoint's adapter. `name` is that of the job's last adapter."""
+    return f"{name}:ckpt-step-{step}"
+
+
 class StoppedError(Exception):
     """Ends the training of a job, because the job was cancelled or paused, or the server ends."""
 
@@ -163,7 +168,7 @@ class JobRun:
             return
         place = self._place / "checkpoints" / f"step-{step}"
         save_adapter(run.model, place, str(self._lm.source))
-        name = f"{job['name']}:ckpt-step-{step}"
+        name = checkpoint_name(job["name"], step)
         made = self._checkpoint(str(step), step, name, record.loss, record.val_loss)
         checkpoints = [*job["checkpoints"], made]
         self._publishing.publish(name, place)

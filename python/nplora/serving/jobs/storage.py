@@ -35,6 +35,8 @@ from nplora.formats import files, strict_json
 from nplora.formats.errors import FormatError
 from nplora.formats.files import NewFile, StrPath
 from nplora.runtime.user_warning import warn_user
+from nplora.serving.jobs import record_check
+from nplora.serving.jobs.record_check import Check
 from nplora.serving.request_error import RequestError
 from nplora.trainer.directory_lock import DirectoryLock
 
@@ -75,8 +77,12 @@ class Storage:
             self._directory.close()
             raise
         self.lock = threading.RLock()
-        self.files = _read(self.path / "files", _FILE)
-        self.jobs = _read(self.path / "jobs", _JOB)
+        try:
+            self.files = _read(self.path / "files", _FILE, record_check.FILE)
+            self.jobs = _read(self.path / "jobs", _JOB, record_check.JOB)
+        except BaseException:
+            self.close()
+            raise
         self._file_serials = itertools.count(_next_serial(self.files))
 
     def close(self) -> None:
@@ -183,7 +189,7 @@ class Storage:
             raise
 
 
-def _read(place: Path, name: str) -> dict[str, Record]:
+def _read(place: Path, name: str, fields: Mapping[str, Check]) -> dict[str, Record]:
     """The records in the directories of a directory, in the order in which they were made."""
     found = list[Record]()
     for entry in sorted(place.iterdir()):
@@ -195,13 +201,10 @@ def _read(place: Path, name: str) -> dict[str, Record]:
             continue
         try:
             record = strict_json.loads(bytes(files.read(path, follow_links=False)), str(path))
-            if not isinstance(record, dict) or record.get("id") != entry.name or "serial" not in record:
-                raise FormatError(f"{path}: not a record of {entry.name}")
+            found.append(record_check.require_record(str(path), record, entry.name, fields))
         except (FormatError, OSError) as error:
             warn_user(f"{error}; the record is ignored")
-            continue
-        found.append(record)
-    return {record["id"]: record for record in sorted(found, key=lambda record: int(record["serial"]))}
+    return {record["id"]: record for record in sorted(found, key=lambda record: record["serial"])}
 
 
 def _next_serial(records: Mapping[str, Record]) -> int:
@@ -209,7 +212,8 @@ def _next_serial(records: Mapping[str, Record]) -> int:
 
 
 def _json(record: Record) -> bytes:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1).encode()
+    described = {**record, "schema": record_check.SCHEMA}
+    return json.dumps(described, ensure_ascii=False, allow_nan=False, indent=1).encode()
 
 
 def _suffix(name: str) -> str:

@@ -1,0 +1,29 @@
+"""The names of models and adapters in the API."""
+
+from __future__ import annotations
+
+import re
+
+from nplora.formats.errors import brief
+from nplora.serving.request_error import RequestError
+
+NAME = re.compile(r"[^\W_][\w.:@+-]*(/[^\W_][\w.:@+-]*)*")
+LONGEST_NAME = 200
+
+
+def checked_name(what: str, name: object, param: str = "lora_name") -> str:
+    """Check the name of a model. It may hold letters, digits and ``._:@+-``; parts may be split by "/".
+
+    Raises:
+        RequestError: the name has other characters, or more than 200.
+    """
+    if isinstance(name, str) and len(name) > LONGEST_NAME:
+        message = f"{what} has {len(name)} characters, expected at most {LONGEST_NAME}: {brief(name)}"
+        raise RequestError(message, param=param, code="invalid_value")
+    if not isinstance(name, str) or not NAME.fullmatch(name) or ".." in name:
+        raise RequestError(
+            f"{what} is {brief(name)}, expected letters, digits and any of . _ : @ + - /",
+            param=param,
+            code="invalid_value",
+        )
+    return name

@@ -77,18 +77,22 @@ def test_the_fixed_texts_are_found(name: str) -> None:
         assert template.render(chat) == words.apply_chat_template(chat, True, now=TRAINING_TIME)
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_go_writes_the_same_chat(name: str, tmp_path: Path) -> None:
+def assert_go_writes_the_same(words: Tokenizer, template: go_template.GoTemplate, directory: Path) -> None:
     if shutil.which("go") is None:
         pytest.skip("there is no Go")
-    words, template = found(name)
-    (tmp_path / "main.go").write_text(PROGRAM)
+    (directory / "main.go").write_text(PROGRAM)
     given = {"Template": str(template), "Chats": [messages(chat) for chat in CHATS]}
-    run = subprocess.run(
-        ["go", "run", tmp_path / "main.go"], input=json.dumps(given).encode(), capture_output=True, check=True
-    )
+    line = ["go", "run", directory / "main.go"]
+    run = subprocess.run(line, input=json.dumps(given).encode(), capture_output=True, check=True)
     expected = [words.apply_chat_template(messages(chat), True, now=TRAINING_TIME) for chat in CHATS]
     assert json.loads(run.stdout) == expected
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_go_writes_the_same_chat(name: str, tmp_path: Path) -> None:
+    words, template = found(name)
+    assert template is not None
+    assert_go_writes_the_same(words, template, tmp_path)
 
 
 def test_the_system_message_may_stand_inside_the_first_user_message() -> None:
@@ -147,3 +151,15 @@ def test_special_tokens_of_the_template_are_its_stop_words() -> None:
     template = go_template.of(words)
     assert template is not None
     assert go_template.special_tokens(words, template) == ["<|end|>"]
+
+
+BRACES = [("a{", 'a{{ "{" }}'), ("{{{", '{{ "{{{" }}'), ("{a {{ b", '{a {{ "{{" }} b')]
+
+
+@pytest.mark.parametrize(("text", "written"), BRACES)
+def test_a_brace_before_a_message_does_not_join_its_action(text: str, written: str, tmp_path: Path) -> None:
+    words = tokenizer(f"{{% for m in messages %}}<{{{{ m.role + {text!r} + m.content }}}}>{{% endfor %}}{ANSWER}")
+    template = go_template.of(words)
+    assert template is not None
+    assert f"<user{written}{{{{ .Content }}}}>" in str(template)
+    assert_go_writes_the_same(words, template, tmp_path)

@@ -9,6 +9,7 @@ A template that asks for the time gets the time that it gets in training.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,8 @@ class GoTemplate:
 
 
 def _literal(text: str) -> str:
-    return text.replace("{{", '{{ "{{" }}')
+    """A text as Go writes it. Two braces begin an action, and a brace at the end would join the next action."""
+    return re.sub(r"\{{2,}|\{\Z", r'{{ "\g<0>" }}', text)
 
 
 def of(tokenizer: Tokenizer) -> GoTemplate | None:

@@ -134,6 +134,21 @@ def test_a_template_that_go_cannot_write_is_left_out(tmp_path: Path) -> None:
     assert [name for name, _ in instructions(tmp_path / "out" / "Modelfile")] == ["FROM", "PARAMETER num_ctx"]
 
 
+def test_tools_and_spaces_that_the_template_lacks_are_reported(tmp_path: Path) -> None:
+    tools = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    changes = {"tokenizer.chat_template": tools + TEMPLATE.replace("m.content", "m.content | trim")}
+    report = export_ollama(save_small_llama(tmp_path / "model.gguf", changes=changes), tmp_path / "out")
+    assert report.template
+    assert report.lines == (
+        "TEMPLATE has no tools: Ollama refuses requests with tools",
+        "TEMPLATE keeps spaces at the ends of messages, which the model's own removes (system, user, assistant)",
+    )
+
+
+def test_a_template_that_lacks_nothing_is_not_commented(model: Path, tmp_path: Path) -> None:
+    assert export_ollama(model, tmp_path / "out").lines == ()
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -158,8 +158,44 @@ BRACES = [("a{", 'a{{ "{" }}'), ("{{{", '{{ "{{{" }}'), ("{a {{ b", '{a {{ "{{" 
 
 @pytest.mark.parametrize(("text", "written"), BRACES)
 def test_a_brace_before_a_message_does_not_join_its_action(text: str, written: str, tmp_path: Path) -> None:
-    words = tokenizer(f"{{% for m in messages %}}<{{{{ m.role + {text!r} + m.content }}}}>{{% endfor %}}{ANSWER}")
+    words = tokenizer(
+        f"{{% for m in messages %}}<{{{{ m.role + {text!r} + m.content }}}}>{{% endfor %}}{ANSWER}"
+    )
     template = go_template.of(words)
     assert template is not None
     assert f"<user{written}{{{{ .Content }}}}>" in str(template)
     assert_go_writes_the_same(words, template, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "trimmed", "has_tools"),
+    [
+        ("gemma3", {"user", "assistant"}, False),
+        ("llama3_2", {"system", "user", "assistant"}, True),
+        ("qwen2_5", set(), True),
+        ("phi_4", set(), False),
+    ],
+)
+def test_what_the_translation_lacks_is_found(name: str, trimmed: set[str], has_tools: bool) -> None:
+    _, template = found(name)
+    assert template is not None
+    assert (set(template.trimmed), template.has_tools) == (trimmed, has_tools)
+    spaced = [{"role": role, "content": f" {role} "} for role in ("system", "user", "assistant", "user")]
+    stripped = [m | {"content": m["content"].strip()} if m["role"] in trimmed else m for m in spaced]
+    words = found(name)[0]
+    assert template.render(stripped) == words.apply_chat_template(spaced, True, now=TRAINING_TIME)
+
+
+def test_a_template_that_changes_spaces_in_another_way_is_not_translated() -> None:
+    one_end = "{% for m in messages %}<{{ m.role }}>{{ m.content.lstrip() }}{% endfor %}" + ANSWER
+    assert go_template.of(tokenizer(one_end)) is None
+
+
+def test_a_template_that_trims_one_role_says_which() -> None:
+    one_role = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{{ m.content | trim if m.role == 'user' else m.content }}{% endfor %}"
+    )
+    template = go_template.of(tokenizer(one_role + ANSWER))
+    assert template is not None
+    assert template.trimmed == ("user",)

@@ -63,7 +63,8 @@ def export_ollama(
 
     The directory gets `model.gguf`, the model with the adapter merged into it, and a `Modelfile` with the
     chat template, the stop words and the parameters. The template is written in Go's template language, if it
-    only puts fixed texts around the messages. If not, Ollama uses the template in `model.gguf`. An adapter
+    only puts fixed texts around the messages. If not, Ollama uses the template in `model.gguf`. The template
+    has no tools and removes no spaces; `lines` reports it if the model's own does. An adapter
     that was trained on texts without the chat template gets the template `{{ .Prompt }}`.
 
     Args:
@@ -112,9 +113,8 @@ def export_ollama(
         done = adapter_to_gguf(adapter, target / ADAPTER, model, any_base=any_base, overwrite=overwrite)
         lines.append(str(done))
     is_plain = adapter is not None and trained_with_template(adapter) is False
-    template, settings = _settings(gguf.open(path), is_plain, given)
-    if template is None:
-        lines.append("the Modelfile has no TEMPLATE: Ollama uses the chat template in the GGUF file")
+    template, settings, lacks = _settings(gguf.open(path), is_plain, given)
+    lines += lacks
     text = [f"FROM ./{MODEL}" if path == target / MODEL else f"FROM {path}"]
     text += [f"ADAPTER ./{ADAPTER}"] if keep_adapter else []
     text += [
@@ -162,22 +162,30 @@ def _with_tokenizer(done: ModelConversion) -> ModelConversion:
 
 def _settings(
     file: GgufFile, is_plain: bool, given: list[tuple[str, str]]
-) -> tuple[str | None, list[tuple[str, str]]]:
-    """The template in Go's language, and the parameters: those of the model, and those that were given."""
-    template, stops = ("{{ .Prompt }}", list[str]()) if is_plain else _template(file)
+) -> tuple[str | None, list[tuple[str, str]], list[str]]:
+    """The template in Go's language, the parameters of the model and of the user, and what the template lacks."""
+    template, stops, lacks = ("{{ .Prompt }}", list[str](), list[str]()) if is_plain else _template(file)
     architecture = file.metadata.string("general.architecture")
     context = min(int(file.metadata.number(f"{architecture}.context_length", _CONTEXT)), _CONTEXT)
     settings = [] if any(name == "num_ctx" for name, _ in given) else [("num_ctx", str(context))]
-    return template, [*settings, *(("stop", stop) for stop in stops), *given]
+    return template, [*settings, *(("stop", stop) for stop in stops), *given], lacks
 
 
-def _template(file: GgufFile) -> tuple[str | None, list[str]]:
-    """The template in Go's language, and its stop words."""
+def _template(file: GgufFile) -> tuple[str | None, list[str], list[str]]:
+    """The template in Go's language, its stop words, and what it lacks, in words."""
     words = tokenizer.from_gguf(file)
     found = go_template.of(words)
     if found is None or _quoted(str(found)) is None:
-        return None, []
-    return str(found), go_template.special_tokens(words, found)
+        return None, [], ["the Modelfile has no TEMPLATE: Ollama uses the chat template in the GGUF file"]
+    lacks = []
+    if found.has_tools:
+        lacks.append("TEMPLATE has no tools: Ollama refuses requests with tools")
+    if found.trimmed:
+        roles = ", ".join(found.trimmed)
+        lacks.append(
+            f"TEMPLATE keeps spaces at the ends of messages, which the model's own removes ({roles})"
+        )
+    return str(found), go_template.special_tokens(words, found), lacks
 
 
 def _require_quotable(name: str, text: str, lines: int | None = None) -> None:

@@ -141,7 +141,8 @@ def test_tools_and_spaces_that_the_template_lacks_are_reported(tmp_path: Path) -
     assert report.template
     assert report.lines == (
         "TEMPLATE has no tools: Ollama refuses requests with tools",
-        "TEMPLATE keeps spaces at the ends of messages, which the model's own removes (system, user, assistant)",
+        "TEMPLATE keeps spaces at the ends of messages; the model's own removes them "
+        "(system, user, assistant)",
     )
 
 

@@ -158,9 +158,8 @@ BRACES = [("a{", 'a{{ "{" }}'), ("{{{", '{{ "{{{" }}'), ("{a {{ b", '{a {{ "{{" 
 
 @pytest.mark.parametrize(("text", "written"), BRACES)
 def test_a_brace_before_a_message_does_not_join_its_action(text: str, written: str, tmp_path: Path) -> None:
-    words = tokenizer(
-        f"{{% for m in messages %}}<{{{{ m.role + {text!r} + m.content }}}}>{{% endfor %}}{ANSWER}"
-    )
+    message = f"<{{{{ m.role + {text!r} + m.content }}}}>"
+    words = tokenizer(f"{{% for m in messages %}}{message}{{% endfor %}}{ANSWER}")
     template = go_template.of(words)
     assert template is not None
     assert f"<user{written}{{{{ .Content }}}}>" in str(template)

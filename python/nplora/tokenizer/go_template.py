@@ -94,7 +94,7 @@ class GoTemplate:
 
 
 def _literal(text: str) -> str:
-    """A text as Go writes it. Two braces begin an action, and a brace at the end would join the next action."""
+    """A text as Go writes it. Two braces begin an action; a brace at the end would join the next one."""
     return re.sub(r"\{{2,}|\{\Z", r'{{ "\g<0>" }}', text)
 
 
@@ -152,7 +152,7 @@ def _found(tokenizer: Tokenizer) -> GoTemplate:
 
 
 def _trimmed(tokenizer: Tokenizer, found: GoTemplate, chats: Sequence[list[Any]]) -> tuple[str, ...]:
-    """Compare chats as they are, and with spaces around each message. Return the roles that lose the spaces."""
+    """Compare chats as they are, and with spaces around each message. Return the roles that lose these."""
     if _texts(tokenizer, chats) != [found.render(chat) for chat in chats]:
         raise _OtherError
     padded = _texts(tokenizer, [_changed(chat, " {} \n") for chat in chats])

@@ -1,10 +1,9 @@
 """`nplora chat`"""
 
 import argparse
-import os
 import sys
 
-from nplora.cli.errors import UsageError
+from nplora.cli.adapter_names import named_adapters
 from nplora.cli.parser import (
     add_any_base,
     add_compute,
@@ -54,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora.serving import Conversation, Engine
 
     sampling = checked(Sampling, {"max_new_tokens": _MOST_TOKENS, **given_options(arguments, Sampling)})
-    adapters = _named(arguments.adapter)
+    adapters = named_adapters(arguments.adapter)
     if sys.stdin is None:
         raise ValueError("the messages cannot be read: standard input is closed")
     lm = load_model(arguments.model, arguments.compute)
@@ -65,21 +64,3 @@ def run(arguments: argparse.Namespace) -> None:
     with Engine(lm, memory=arguments.memory, max_requests=1) as engine:
         chat = Conversation(engine, sampling, arguments.system, first)
         ChatSession(chat, opened([*COMMANDS])).run(arguments.model)
-
-
-def _named(given: list[str]) -> dict[str, str]:
-    """The adapters by name, from texts such as "tone=out/tone" and "out/tone".
-
-    Raises:
-        UsageError: two adapters have the same name.
-    """
-    found = dict[str, str]()
-    for text in given:
-        name, equals, file = text.partition("=")
-        if not (equals and name and file) or os.path.exists(text):
-            file = text
-            name = os.path.basename(os.path.abspath(file)).removesuffix(".gguf")
-        if name in found:
-            raise UsageError(f"two adapters have the name {name!r}: give --adapter NAME=PATH")
-        found[name] = file
-    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -205,13 +205,18 @@ class Models:
 
 def checked_name(what: str, name: object) -> str:
     """Check the name of a model. It may hold letters, digits and ``._:@+-``; parts may be split by "/"."""
-    if not isinstance(name, str) or len(name) > _LONGEST_NAME or not _NAME.fullmatch(name) or ".." in name:
+    if not isinstance(name, str) or not is_name(name):
         raise RequestError(
             f"{what} is {brief(name)}, expected letters, digits and any of . _ : @ + - /",
             param="lora_name",
             code="invalid_value",
         )
     return name
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a model."""
+    return len(text) <= _LONGEST_NAME and _NAME.fullmatch(text) is not None and ".." not in text
 
 
 def inside(directory: Path, path: str) -> Path:
@@ -243,23 +248,3 @@ def default_name(source: Path) -> str:
     stem = source.name.removesuffix(".gguf")
     name = re.sub(r"[^\w.:@+-]", "-", stem).strip("._-")
     return re.sub(r"\.{2,}", ".", name) or "model"
-
-
-def read_pairs(adapters: Sequence[str]) -> list[tuple[str, str]]:
-    """Split "name=path" into name and path. Without a name, the adapter gets the name of its file.
-
-    Raises:
-        ValueError: the path is empty, or two adapters have the same name.
-    """
-    pairs = []
-    for text in adapters:
-        name, equals, path = text.partition("=")
-        if not equals or not _NAME.fullmatch(name):
-            name, path = "", text
-        if not path:
-            raise ValueError(f"adapter is {text!r}, expected NAME=PATH")
-        pairs.append((name or default_name(Path(path)), path))
-    names = [name for name, _ in pairs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"two adapters have the name {twice!r}, expected NAME=PATH with different names")
-    return pairs

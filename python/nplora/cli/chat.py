@@ -18,7 +18,7 @@ HELP = "Chat with a model in the terminal."
 
 _EPILOG = (
     "In the chat, /help lists the commands, Ctrl-C stops an answer and Ctrl-D ends the chat. From a pipe, "
-    "each line is a message, and only the answers go to standard output."
+    "each line is a message, and only the answers go to standard output. With --commands, it may hold commands."
 )
 _MOST_TOKENS = 1024
 
@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="[NAME=]PATH", type=path, action="append", default=[], help=text)
     add_any_base(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
+    text = "obey commands such as /reset from a pipe too; without it, each line of a pipe is a message"
+    parser.add_argument("--commands", action="store_true", help=text)
     add_compute(parser)
     text = "memory limit of the whole process (default: a part of the available memory)"
     parser.add_argument("--memory", metavar="SIZE", help=text)
@@ -63,4 +65,5 @@ def run(arguments: argparse.Namespace) -> None:
     first = next(iter(adapters), None)
     with Engine(lm, memory=arguments.memory, max_requests=1) as engine:
         chat = Conversation(engine, sampling, arguments.system, first)
-        ChatSession(chat, opened([*COMMANDS])).run(arguments.model)
+        lines = opened([*COMMANDS])
+        ChatSession(chat, lines, lines.is_terminal or arguments.commands).run(arguments.model)

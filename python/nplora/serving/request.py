@@ -34,7 +34,7 @@ class Request:
         slot: the cache slot while the request runs.
         started: counts up with each request that starts; None before that. A request that is put back keeps
             it.
-        to_read: so many tokens are read in pieces. The tokens behind them are computed one by one, also when
+        to_read: how many tokens are read in pieces. The tokens behind them are computed one by one, also when
             they are computed again, so that all bits are the same.
         keys: the keys of the whole pages among the tokens to read.
         cached: how many tokens of the prompt were in shared pages when they were needed first.

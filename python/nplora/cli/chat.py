@@ -18,7 +18,7 @@ HELP = "Chat with a model in the terminal."
 
 _EPILOG = (
     "In the chat, /help lists the commands, Ctrl-C stops an answer and Ctrl-D ends the chat. From a pipe, "
-    "each line is a message, and only the answers go to standard output. With --commands, it may hold commands."
+    "each line is a message, and only the answers go to standard output. --commands allows commands there."
 )
 _MOST_TOKENS = 1024
 

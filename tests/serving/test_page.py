@@ -162,6 +162,55 @@ def test_an_answer_brings_no_html_into_the_page(page: Any, server: StandIn) -> N
     )
 
 
+@pytest.mark.parametrize("text", [">" * 8000 + " deep", "> " * 8000 + "deep", "**" * 4000, "[" * 4000])
+def test_deeply_nested_markdown_is_shown_and_the_next_message_works(
+    page: Any, server: StandIn, text: str
+) -> None:
+    server.answers[TONE] = [text]
+    opened(page, server)
+    ask(page, "Hi")
+    assert answers(page, 1)[0]
+    assert page.locator(".message blockquote").count() <= 8
+    server.answers[TONE] = ["fine"]
+    ask(page, "More")
+    assert answers(page, 2)[1] == "fine"
+
+
+def test_an_answer_that_cannot_be_drawn_is_shown_as_plain_text(page: Any, server: StandIn) -> None:
+    opened(page, server)
+    page.evaluate("() => { document.createDocumentFragment = () => { throw new RangeError('stack'); }; }")
+    ask(page, "Hi")
+    assert answers(page, 1) == ["Aye, I am **the tone**."]
+    ask(page, "More")
+    answers(page, 2)
+
+
+def test_both_columns_have_the_same_messages_when_compare_is_switched_on(page: Any, server: StandIn) -> None:
+    opened(page, server)
+    ask(page, "Who are you?")
+    answers(page, 1)
+    page.locator(".switch").click()
+    assert page.locator(".column").nth(1).locator(".message").count() == 2
+    ask(page, "Again?")
+    answers(page, 4)
+    contents = [[m["content"] for m in request["messages"]] for request in server.requests[1:]]
+    assert contents == [["Who are you?", "Aye, I am **the tone**.", "Again?"]] * 2
+
+
+def test_compare_during_an_answer_stops_it(page: Any, server: StandIn) -> None:
+    server.answers[TONE], server.pause = ["word "] * 2000, 0.01
+    opened(page, server)
+    ask(page, "Hi")
+    page.locator(".message.assistant .body", has_text="word word").wait_for()
+    page.locator(".switch").click()
+    page.locator("#send:not(.running)").wait_for()
+    server.answers, server.pause = {BASE: ["one"], TONE: ["two"]}, 0
+    ask(page, "More")
+    page.locator(".column").nth(0).locator(".body", has_text="two").wait_for()
+    page.locator(".column").nth(1).locator(".body", has_text="one").wait_for()
+    assert page.locator(".dots").count() == 0
+
+
 def test_an_error_is_shown_and_the_next_message_works(page: Any, server: StandIn) -> None:
     del server.answers[TONE]
     opened(page, server)
@@ -237,6 +286,62 @@ def test_a_job_is_started_and_cancelled(page: Any, server: StandIn, tmp_path: Pa
     assert b'{"messages": []}' in server.uploads[0]
     page.click("#cancel")
     page.locator("#jobs .state.cancelled").wait_for()
+
+
+def looks(page: Any) -> list[str]:
+    """The list of requests for jobs, which grows."""
+    found: list[str] = []
+    page.on("request", lambda request: "jobs?limit" in request.url and found.append(request.url))
+    return found
+
+
+def test_jobs_are_not_asked_for_while_the_chat_is_shown(page: Any, server: StandIn) -> None:
+    server.jobs = [job_of("ftjob-1")]
+    opened(page, server)
+    page.clock.install()
+    server.delay = 0.2
+    found = looks(page)
+    page.click("#show-training")
+    page.click("#show-chat")  # the first look has not ended
+    page.wait_for_timeout(700)
+    count = len(found)
+    for _ in range(3):
+        page.clock.run_for(3000)
+        page.wait_for_timeout(50)
+    assert len(found) == count
+
+
+def test_only_one_loop_asks_for_jobs(page: Any, server: StandIn) -> None:
+    server.jobs = [job_of("ftjob-1")]
+    opened(page, server)
+    page.clock.install()
+    server.delay = 0.2
+    for _ in range(4):
+        page.click("#show-training")
+        page.click("#show-chat")
+    page.click("#show-training")
+    page.wait_for_timeout(700)
+    server.delay = 0
+    found = looks(page)
+    for _ in range(3):
+        page.clock.run_for(2100)
+        page.wait_for_timeout(100)
+    assert 1 <= len(found) <= 3
+
+
+def test_an_error_of_a_look_goes_when_the_server_is_back(page: Any, server: StandIn) -> None:
+    jobs = [job_of("ftjob-1")]
+    server.jobs = jobs
+    opened(page, server)
+    page.clock.install()
+    page.click("#show-training")
+    page.locator("#job-state", has_text="running").wait_for()
+    server.jobs = None
+    page.clock.run_for(2100)
+    page.locator("#job-error", has_text="no fine-tuning jobs").wait_for()
+    server.jobs = jobs
+    page.clock.run_for(2100)
+    api.expect(page.locator("#job-error")).to_be_hidden()
 
 
 @pytest.mark.parametrize(("width", "height"), [(360, 640), (390, 844), (820, 1180), (1440, 900)])

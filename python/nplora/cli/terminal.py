@@ -3,7 +3,7 @@
 import sys
 
 # Escape sequences begin with ESC or with a control character of C1. They could change the clipboard, or
-# what was printed before. ESC is shown as Unicode's picture of it, like the other control characters below the space.
+# what was printed before. Unicode has pictures of the control characters below the space.
 _SHOWN = {
     **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"},
     **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),

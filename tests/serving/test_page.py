@@ -1,8 +1,10 @@
-"""The web page in Chromium, against a stand-in for the server.
+"""The web page in Chromium: most tests use a stand-in for the server, the last one the server itself.
 
 This needs the package playwright from PyPI, and Debian's chromium-headless-shell or chromium.
 """
 
+import contextlib
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -40,19 +42,26 @@ def server() -> Iterator[StandIn]:
         yield made
 
 
-@pytest.fixture
-def page(browser: Any, server: StandIn) -> Iterator[Any]:
+@contextlib.contextmanager
+def new_page(browser: Any, url: str) -> Iterator[Any]:
+    """A page that has no errors and loads nothing from elsewhere."""
     context = browser.new_context(viewport={"width": 1000, "height": 700})
     page = context.new_page()
     page.set_default_timeout(10_000)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     foreign: list[str] = []
-    page.on("request", lambda request: request.url.startswith(server.url) or foreign.append(request.url))
+    page.on("request", lambda request: request.url.startswith(url) or foreign.append(request.url))
     yield page
     context.close()
     assert not problems
     assert not foreign
+
+
+@pytest.fixture
+def page(browser: Any, server: StandIn) -> Iterator[Any]:
+    with new_page(browser, server.url) as made:
+        yield made
 
 
 def opened(page: Any, server: StandIn) -> Any:
@@ -366,3 +375,60 @@ def test_a_model_without_adapters_is_compared_with_nothing(page: Any, server: St
     opened(page, server)
     assert page.input_value("#model") == BASE
     assert not page.locator(".switch").is_visible()
+
+
+# ---- the server itself ----
+
+
+@pytest.fixture
+def real_server(tmp_path: Path) -> Iterator[str]:
+    """The address of a server with the engine and fine-tuning jobs."""
+    pytest.importorskip("starlette")
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("python_multipart")
+    import live_server
+
+    import nplora
+    from nplora.serving import run
+    from nplora.serving.api.app import Application
+    from nplora.serving.api.models import Models
+    from nplora.serving.api.service import Service
+    from nplora.serving.options import ServeOptions
+
+    lm = nplora.load_model(live_server.save_model(tmp_path))
+    models = Models(lm, "base")
+    options = ServeOptions(jobs=str(tmp_path / "jobs"), memory="1G")
+    with (
+        run.running(lm, models, options) as (engine, jobs),
+        live_server.running(Application(Service(engine, models, jobs))) as url,
+    ):
+        yield url
+
+
+def test_the_page_chats_with_the_server_trains_and_chats_with_the_new_adapter(
+    browser: Any, real_server: str, tmp_path: Path
+) -> None:
+    row = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "you"}]}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 6)
+    with new_page(browser, real_server) as page:
+        page.goto(real_server)
+        api.expect(page.locator("#model")).to_have_value("base")
+        page.click("#open-settings")
+        page.fill("#max-tokens", "5")
+        page.keyboard.press("Escape")
+        ask(page, "hello")
+        page.locator(".message.assistant .note", has_text="tokens").wait_for()
+        page.click("#show-training")
+        page.set_input_files("#data", tmp_path / "rows.jsonl")
+        page.fill("#suffix", "mine")
+        page.fill("#epochs", "2")
+        page.click("#new-job button")
+        page.click("#try", timeout=60_000)
+        api.expect(page.locator("#model")).to_have_value(re.compile("mine"))
+        page.click("#new-chat")
+        ask(page, "hello")
+        page.locator(".message.assistant .note", has_text="tokens").wait_for()
+        page.locator(".message.assistant .name", has_text="mine").wait_for()
+        page.click("#show-training")
+        assert page.locator("#chart path.train").count() > 0
+        assert page.locator("#job-state .succeeded").count() == 1

@@ -134,12 +134,35 @@ def test_a_template_that_go_cannot_write_is_left_out(tmp_path: Path) -> None:
     assert [name for name, _ in instructions(tmp_path / "out" / "Modelfile")] == ["FROM", "PARAMETER num_ctx"]
 
 
+def test_tools_and_spaces_that_the_template_lacks_are_reported(tmp_path: Path) -> None:
+    tools = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    changes = {"tokenizer.chat_template": tools + TEMPLATE.replace("m.content", "m.content | trim")}
+    report = export_ollama(save_small_llama(tmp_path / "model.gguf", changes=changes), tmp_path / "out")
+    assert report.template
+    assert report.lines == (
+        "TEMPLATE has no tools: Ollama refuses requests with tools",
+        "TEMPLATE keeps spaces at the ends of messages; the model's own removes them "
+        "(system, user, assistant)",
+    )
+
+
+def test_a_template_that_lacks_nothing_is_not_commented(model: Path, tmp_path: Path) -> None:
+    assert export_ollama(model, tmp_path / "out").lines == ()
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"parameters": [("Bad name", "1")]}, "parameter Bad name="),
-        ({"parameters": [("stop", "")]}, "parameter stop="),
-        ({"parameters": [("seed", "1\nFROM x")]}, "expected a name and one line"),
+        ({"parameters": [("Bad name", "1")]}, "Ollama has no parameter 'Bad name'"),
+        ({"parameters": [("temprature", "1")]}, "no parameter 'temprature'; did you mean temperature"),
+        ({"parameters": [("stop", "")]}, "parameter stop='', expected one line of text"),
+        ({"parameters": [("stop", "a\nFROM x")]}, "expected one line of text"),
+        ({"parameters": [("seed", "1\nFROM x")]}, "expected a whole number"),
+        ({"parameters": [("num_ctx", "4k")]}, "parameter num_ctx='4k', expected a whole number"),
+        ({"parameters": [("top_k", "1.5")]}, "expected a whole number"),
+        ({"parameters": [("temperature", "warm")]}, "expected a number"),
+        ({"parameters": [("temperature", "nan")]}, "expected a number"),
+        ({"parameters": [("use_mmap", "maybe")]}, "expected true or false"),
         ({"system": 'x """ y'}, "system has control characters"),
         ({"system": "\x1b[2J"}, "system has control characters"),
         ({"keep_adapter": True}, "keep_adapter needs an adapter"),
@@ -151,6 +174,18 @@ def test_what_a_modelfile_cannot_hold_is_refused(
     with pytest.raises(ValueError, match=words):
         export_ollama(model, tmp_path / "out", **more)
     assert not (tmp_path / "out" / "Modelfile").exists()
+
+
+def test_parameters_of_each_type_are_written_as_they_are(model: Path, tmp_path: Path) -> None:
+    given = [("seed", "-1"), ("min_p", "5e-2"), ("use_mmap", "false"), ("stop", "a b"), ("stop", "<b>")]
+    export_ollama(model, tmp_path / "out", parameters=given)
+    found = instructions(tmp_path / "out" / "Modelfile")
+    assert found[-len(given) :] == [(f"PARAMETER {name}", value) for name, value in given]
+
+
+def test_an_empty_system_message_writes_no_line(model: Path, tmp_path: Path) -> None:
+    export_ollama(model, tmp_path / "out", system="")
+    assert "SYSTEM" not in dict(instructions(tmp_path / "out" / "Modelfile"))
 
 
 def test_the_command_writes_it_and_replaces_only_with_overwrite(

@@ -13,12 +13,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 import nplora
 from nplora import adapters, cli
+from nplora.cli.chat_session import ChatSession
+from nplora.cli.message_lines import PipedLines
 from nplora.formats.gguf import Typed
+from nplora.serving import Conversation
 from small_llama import save_small_llama
 
 SECONDS = 60.0
@@ -50,8 +54,13 @@ def piped(
     return status, *capsys.readouterr()
 
 
+@pytest.mark.parametrize(("slash", "more"), [("/", []), ("//", ["--commands"])])
 def test_each_line_of_a_pipe_is_a_message_and_only_answers_are_printed(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    slash: str,
+    more: list[str],
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     lm = nplora.load_model(model)
     chat: list[dict[str, str]] = [{"role": "system", "content": "sys"}]
@@ -61,7 +70,7 @@ def test_each_line_of_a_pipe_is_a_message_and_only_answers_are_printed(
         expected.append(str(lm.generate(chat, max_new_tokens=4)))
         chat.append({"role": "assistant", "content": expected[-1]})
     options = [model, "--max-new-tokens", 4, "--system", "sys"]
-    status, out, err = piped(monkeypatch, capsys, "one\n\n//two\n", *options)
+    status, out, err = piped(monkeypatch, capsys, f"one\n\n{slash}two\n", *options, *more)
     assert (status, out) == (0, "".join(f"{answer}\n" for answer in expected))
     assert err.splitlines() == ["(the answer was cut after 4 tokens)"] * 2
 
@@ -75,7 +84,7 @@ def test_the_commands(
         "/adapter", "one", "/adapter none", "/adapter", "/system be brief", "/reset", "two", f"/save {rows}",
         "/adapter tone", "/system", "/reset", "three", f"/save {rows}", "/help", "/exit", "never",
     ]  # fmt: skip
-    options = [model, "--adapter", model.parent / "tone", "--max-new-tokens", 3]
+    options = [model, "--adapter", model.parent / "tone", "--max-new-tokens", 3, "--commands"]
     status, out, err = piped(monkeypatch, capsys, "\n".join(lines), *options)
     assert status == 0
     lm = nplora.load_model(model)
@@ -105,10 +114,10 @@ def test_the_commands(
 @pytest.mark.parametrize(
     ("text", "options", "words"),
     [
-        ("/adaptor x", [], "no command /adaptor; did you mean /adapter?"),
-        ("/adapter x", [], "no adapter 'x'; there are: none"),
-        ("/save x.txt", [], "expected a name that ends in .jsonl"),
-        ("/save x.jsonl", [], "there are no messages yet"),
+        ("/adaptor x", ["--commands"], "no command /adaptor; did you mean /adapter?"),
+        ("/adapter x", ["--commands"], "no adapter 'x'; there are: none"),
+        ("/save x.txt", ["--commands"], "expected a name that ends in .jsonl"),
+        ("/save x.jsonl", ["--commands"], "there are no messages yet"),
         ("a\udcff", [], "the message is not UTF-8, at byte 1"),
         ("", ["--memory", "1M"], "memory is 1 MB, expected at least"),
         ("", ["--adapter", "a/b", "--adapter", "c/b"], "two adapters have the name 'b'"),
@@ -126,6 +135,35 @@ def test_an_error_ends_a_chat_from_a_pipe(
     status, _, err = piped(monkeypatch, capsys, text, model, *options)
     assert status == 2
     assert words in err
+
+
+class _Hostile:
+    """A chat whose answers hold escape sequences."""
+
+    finish_reason, usage = "stop", None
+
+    def ask(self, text: str) -> Iterator[str]:
+        yield from ("\x1b]0;title\x07", "\x1b", "[2J", "\x9b1A\r\x08\x7f", "tab\tline\nend")
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "expected"),
+    [
+        (True, "␛]0;title␇␛[2J\ufffd1A␈␡tab\tline\nend\n"),
+        (False, "\x1b]0;title\x07\x1b[2J\x9b1A\r\x08\x7ftab\tline\nend\n"),
+    ],
+)
+def test_escape_sequences_of_an_answer_do_not_reach_a_terminal(
+    is_terminal: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = io.StringIO()
+    monkeypatch.setattr(output, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
+    ChatSession(cast(Conversation, _Hostile()), PipedLines()).run("m")
+    assert output.getvalue() == expected
 
 
 def test_closed_standard_input_is_an_error(

@@ -27,6 +27,7 @@ class StandIn(ThreadingHTTPServer):
         events: the events of each job, the newest first.
         answers: the pieces of the answer of each model.
         pause: seconds between two pieces.
+        delay: seconds before a list of jobs.
         requests: the bodies of the chats so far, as they came.
         uploads: the forms of the files so far.
         aborted: how many answers were not read to their end.
@@ -41,7 +42,7 @@ class StandIn(ThreadingHTTPServer):
         self.jobs: list[dict[str, Any]] | None = None
         self.events: dict[str, list[dict[str, Any]]] = {}
         self.answers: dict[str, list[str]] = {}
-        self.pause = 0.0
+        self.pause = self.delay = 0.0
         self.requests: list[dict[str, Any]] = []
         self.uploads: list[bytes] = []
         self.aborted = 0
@@ -112,6 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
             cards = [{"id": base, "parent": None}] + [{"id": name, "parent": base} for name in adapters]
             self._json({"object": "list", "data": [{"object": "model", **card} for card in cards]})
         elif path.startswith("/v1/fine_tuning/jobs") and self.server.jobs is not None:
+            time.sleep(self.server.delay)
             if path.endswith("/events"):
                 self._json(self._page(self.server.events.get(path.split("/")[-2], []), query))
             else:

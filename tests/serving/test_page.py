@@ -1,8 +1,10 @@
-"""The web page in Chromium, against a stand-in for the server.
+"""The web page in Chromium: most tests use a stand-in for the server, the last one the server itself.
 
 This needs the package playwright from PyPI, and Debian's chromium-headless-shell or chromium.
 """
 
+import contextlib
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -40,19 +42,26 @@ def server() -> Iterator[StandIn]:
         yield made
 
 
-@pytest.fixture
-def page(browser: Any, server: StandIn) -> Iterator[Any]:
+@contextlib.contextmanager
+def new_page(browser: Any, url: str) -> Iterator[Any]:
+    """A page that has no errors and loads nothing from elsewhere."""
     context = browser.new_context(viewport={"width": 1000, "height": 700})
     page = context.new_page()
     page.set_default_timeout(10_000)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     foreign: list[str] = []
-    page.on("request", lambda request: request.url.startswith(server.url) or foreign.append(request.url))
+    page.on("request", lambda request: request.url.startswith(url) or foreign.append(request.url))
     yield page
     context.close()
     assert not problems
     assert not foreign
+
+
+@pytest.fixture
+def page(browser: Any, server: StandIn) -> Iterator[Any]:
+    with new_page(browser, server.url) as made:
+        yield made
 
 
 def opened(page: Any, server: StandIn) -> Any:
@@ -162,6 +171,55 @@ def test_an_answer_brings_no_html_into_the_page(page: Any, server: StandIn) -> N
     )
 
 
+@pytest.mark.parametrize("text", [">" * 8000 + " deep", "> " * 8000 + "deep", "**" * 4000, "[" * 4000])
+def test_deeply_nested_markdown_is_shown_and_the_next_message_works(
+    page: Any, server: StandIn, text: str
+) -> None:
+    server.answers[TONE] = [text]
+    opened(page, server)
+    ask(page, "Hi")
+    assert answers(page, 1)[0]
+    assert page.locator(".message blockquote").count() <= 8
+    server.answers[TONE] = ["fine"]
+    ask(page, "More")
+    assert answers(page, 2)[1] == "fine"
+
+
+def test_an_answer_that_cannot_be_drawn_is_shown_as_plain_text(page: Any, server: StandIn) -> None:
+    opened(page, server)
+    page.evaluate("() => { document.createDocumentFragment = () => { throw new RangeError('stack'); }; }")
+    ask(page, "Hi")
+    assert answers(page, 1) == ["Aye, I am **the tone**."]
+    ask(page, "More")
+    answers(page, 2)
+
+
+def test_both_columns_have_the_same_messages_when_compare_is_switched_on(page: Any, server: StandIn) -> None:
+    opened(page, server)
+    ask(page, "Who are you?")
+    answers(page, 1)
+    page.locator(".switch").click()
+    assert page.locator(".column").nth(1).locator(".message").count() == 2
+    ask(page, "Again?")
+    answers(page, 4)
+    contents = [[m["content"] for m in request["messages"]] for request in server.requests[1:]]
+    assert contents == [["Who are you?", "Aye, I am **the tone**.", "Again?"]] * 2
+
+
+def test_compare_during_an_answer_stops_it(page: Any, server: StandIn) -> None:
+    server.answers[TONE], server.pause = ["word "] * 2000, 0.01
+    opened(page, server)
+    ask(page, "Hi")
+    page.locator(".message.assistant .body", has_text="word word").wait_for()
+    page.locator(".switch").click()
+    page.locator("#send:not(.running)").wait_for()
+    server.answers, server.pause = {BASE: ["one"], TONE: ["two"]}, 0
+    ask(page, "More")
+    page.locator(".column").nth(0).locator(".body", has_text="two").wait_for()
+    page.locator(".column").nth(1).locator(".body", has_text="one").wait_for()
+    assert page.locator(".dots").count() == 0
+
+
 def test_an_error_is_shown_and_the_next_message_works(page: Any, server: StandIn) -> None:
     del server.answers[TONE]
     opened(page, server)
@@ -239,6 +297,62 @@ def test_a_job_is_started_and_cancelled(page: Any, server: StandIn, tmp_path: Pa
     page.locator("#jobs .state.cancelled").wait_for()
 
 
+def looks(page: Any) -> list[str]:
+    """The list of requests for jobs, which grows."""
+    found: list[str] = []
+    page.on("request", lambda request: "jobs?limit" in request.url and found.append(request.url))
+    return found
+
+
+def test_jobs_are_not_asked_for_while_the_chat_is_shown(page: Any, server: StandIn) -> None:
+    server.jobs = [job_of("ftjob-1")]
+    opened(page, server)
+    page.clock.install()
+    server.delay = 0.2
+    found = looks(page)
+    page.click("#show-training")
+    page.click("#show-chat")  # the first look has not ended
+    page.wait_for_timeout(700)
+    count = len(found)
+    for _ in range(3):
+        page.clock.run_for(3000)
+        page.wait_for_timeout(50)
+    assert len(found) == count
+
+
+def test_only_one_loop_asks_for_jobs(page: Any, server: StandIn) -> None:
+    server.jobs = [job_of("ftjob-1")]
+    opened(page, server)
+    page.clock.install()
+    server.delay = 0.2
+    for _ in range(4):
+        page.click("#show-training")
+        page.click("#show-chat")
+    page.click("#show-training")
+    page.wait_for_timeout(700)
+    server.delay = 0
+    found = looks(page)
+    for _ in range(3):
+        page.clock.run_for(2100)
+        page.wait_for_timeout(100)
+    assert 1 <= len(found) <= 3
+
+
+def test_an_error_of_a_look_goes_when_the_server_is_back(page: Any, server: StandIn) -> None:
+    jobs = [job_of("ftjob-1")]
+    server.jobs = jobs
+    opened(page, server)
+    page.clock.install()
+    page.click("#show-training")
+    page.locator("#job-state", has_text="running").wait_for()
+    server.jobs = None
+    page.clock.run_for(2100)
+    page.locator("#job-error", has_text="no fine-tuning jobs").wait_for()
+    server.jobs = jobs
+    page.clock.run_for(2100)
+    api.expect(page.locator("#job-error")).to_be_hidden()
+
+
 @pytest.mark.parametrize(("width", "height"), [(360, 640), (390, 844), (820, 1180), (1440, 900)])
 def test_the_page_fits_every_screen(page: Any, server: StandIn, width: int, height: int) -> None:
     server.jobs = [job_of("ftjob-" + "x" * 60)]
@@ -261,3 +375,60 @@ def test_a_model_without_adapters_is_compared_with_nothing(page: Any, server: St
     opened(page, server)
     assert page.input_value("#model") == BASE
     assert not page.locator(".switch").is_visible()
+
+
+# ---- the server itself ----
+
+
+@pytest.fixture
+def real_server(tmp_path: Path) -> Iterator[str]:
+    """The address of a server with the engine and fine-tuning jobs."""
+    pytest.importorskip("starlette")
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("python_multipart")
+    import live_server
+
+    import nplora
+    from nplora.serving import run
+    from nplora.serving.api.app import Application
+    from nplora.serving.api.models import Models
+    from nplora.serving.api.service import Service
+    from nplora.serving.options import ServeOptions
+
+    lm = nplora.load_model(live_server.save_model(tmp_path))
+    models = Models(lm, "base")
+    options = ServeOptions(jobs=str(tmp_path / "jobs"), memory="1G")
+    with (
+        run.running(lm, models, options) as (engine, jobs),
+        live_server.running(Application(Service(engine, models, jobs))) as url,
+    ):
+        yield url
+
+
+def test_the_page_chats_with_the_server_trains_and_chats_with_the_new_adapter(
+    browser: Any, real_server: str, tmp_path: Path
+) -> None:
+    row = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "you"}]}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 6)
+    with new_page(browser, real_server) as page:
+        page.goto(real_server)
+        api.expect(page.locator("#model")).to_have_value("base")
+        page.click("#open-settings")
+        page.fill("#max-tokens", "5")
+        page.keyboard.press("Escape")
+        ask(page, "hello")
+        page.locator(".message.assistant .note", has_text="tokens").wait_for()
+        page.click("#show-training")
+        page.set_input_files("#data", tmp_path / "rows.jsonl")
+        page.fill("#suffix", "mine")
+        page.fill("#epochs", "2")
+        page.click("#new-job button")
+        page.click("#try", timeout=60_000)
+        api.expect(page.locator("#model")).to_have_value(re.compile("mine"))
+        page.click("#new-chat")
+        ask(page, "hello")
+        page.locator(".message.assistant .note", has_text="tokens").wait_for()
+        page.locator(".message.assistant .name", has_text="mine").wait_for()
+        page.click("#show-training")
+        assert page.locator("#chart path.train").count() > 0
+        assert page.locator("#job-state .succeeded").count() == 1

@@ -77,18 +77,22 @@ def test_the_fixed_texts_are_found(name: str) -> None:
         assert template.render(chat) == words.apply_chat_template(chat, True, now=TRAINING_TIME)
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_go_writes_the_same_chat(name: str, tmp_path: Path) -> None:
+def assert_go_writes_the_same(words: Tokenizer, template: go_template.GoTemplate, directory: Path) -> None:
     if shutil.which("go") is None:
         pytest.skip("there is no Go")
-    words, template = found(name)
-    (tmp_path / "main.go").write_text(PROGRAM)
+    (directory / "main.go").write_text(PROGRAM)
     given = {"Template": str(template), "Chats": [messages(chat) for chat in CHATS]}
-    run = subprocess.run(
-        ["go", "run", tmp_path / "main.go"], input=json.dumps(given).encode(), capture_output=True, check=True
-    )
+    line = ["go", "run", directory / "main.go"]
+    run = subprocess.run(line, input=json.dumps(given).encode(), capture_output=True, check=True)
     expected = [words.apply_chat_template(messages(chat), True, now=TRAINING_TIME) for chat in CHATS]
     assert json.loads(run.stdout) == expected
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_go_writes_the_same_chat(name: str, tmp_path: Path) -> None:
+    words, template = found(name)
+    assert template is not None
+    assert_go_writes_the_same(words, template, tmp_path)
 
 
 def test_the_system_message_may_stand_inside_the_first_user_message() -> None:
@@ -147,3 +151,50 @@ def test_special_tokens_of_the_template_are_its_stop_words() -> None:
     template = go_template.of(words)
     assert template is not None
     assert go_template.special_tokens(words, template) == ["<|end|>"]
+
+
+BRACES = [("a{", 'a{{ "{" }}'), ("{{{", '{{ "{{{" }}'), ("{a {{ b", '{a {{ "{{" }} b')]
+
+
+@pytest.mark.parametrize(("text", "written"), BRACES)
+def test_a_brace_before_a_message_does_not_join_its_action(text: str, written: str, tmp_path: Path) -> None:
+    message = f"<{{{{ m.role + {text!r} + m.content }}}}>"
+    words = tokenizer(f"{{% for m in messages %}}{message}{{% endfor %}}{ANSWER}")
+    template = go_template.of(words)
+    assert template is not None
+    assert f"<user{written}{{{{ .Content }}}}>" in str(template)
+    assert_go_writes_the_same(words, template, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "trimmed", "has_tools"),
+    [
+        ("gemma3", {"user", "assistant"}, False),
+        ("llama3_2", {"system", "user", "assistant"}, True),
+        ("qwen2_5", set(), True),
+        ("phi_4", set(), False),
+    ],
+)
+def test_what_the_translation_lacks_is_found(name: str, trimmed: set[str], has_tools: bool) -> None:
+    _, template = found(name)
+    assert template is not None
+    assert (set(template.trimmed), template.has_tools) == (trimmed, has_tools)
+    spaced = [{"role": role, "content": f" {role} "} for role in ("system", "user", "assistant", "user")]
+    stripped = [m | {"content": m["content"].strip()} if m["role"] in trimmed else m for m in spaced]
+    words = found(name)[0]
+    assert template.render(stripped) == words.apply_chat_template(spaced, True, now=TRAINING_TIME)
+
+
+def test_a_template_that_changes_spaces_in_another_way_is_not_translated() -> None:
+    one_end = "{% for m in messages %}<{{ m.role }}>{{ m.content.lstrip() }}{% endfor %}" + ANSWER
+    assert go_template.of(tokenizer(one_end)) is None
+
+
+def test_a_template_that_trims_one_role_says_which() -> None:
+    one_role = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{{ m.content | trim if m.role == 'user' else m.content }}{% endfor %}"
+    )
+    template = go_template.of(tokenizer(one_role + ANSWER))
+    assert template is not None
+    assert template.trimmed == ("user",)

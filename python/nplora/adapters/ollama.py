@@ -20,7 +20,26 @@ from nplora.tokenizer import go_template
 MODELFILE, MODEL, ADAPTER = "Modelfile", "model.gguf", "adapter.gguf"
 _OP = "export"
 _CONTEXT = 4096  # tokens; Ollama keeps memory for all of them
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+# The parameters of Ollama by their types (the structs Options and Runner in its api/types.go).
+_PARAMETERS = {
+    "a whole number": (
+        *("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "draft_num_predict"),
+        *("num_keep", "seed", "num_predict", "top_k", "repeat_last_n"),
+    ),
+    "a number": (
+        *("top_p", "min_p", "typical_p", "temperature"),
+        *("repeat_penalty", "presence_penalty", "frequency_penalty"),
+    ),
+    "true or false": ("use_mmap",),
+    "one line of text": ("stop",),
+}
+_TYPES = {name: type_ for type_, names in _PARAMETERS.items() for name in names}
+_VALUES = {
+    "a whole number": re.compile(r"[+-]?[0-9]{1,18}"),
+    "a number": re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,2})?", re.IGNORECASE),
+    "true or false": re.compile("true|false"),
+    "one line of text": re.compile(r"[^\n]*[^\s][^\n]*"),
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +82,8 @@ def export_ollama(
 
     The directory gets `model.gguf`, the model with the adapter merged into it, and a `Modelfile` with the
     chat template, the stop words and the parameters. The template is written in Go's template language, if it
-    only puts fixed texts around the messages. If not, Ollama uses the template in `model.gguf`. An adapter
+    only puts fixed texts around the messages. If not, Ollama uses the template in `model.gguf`. The template
+    has no tools and removes no spaces; `lines` reports it if the model's own does. An adapter
     that was trained on texts without the chat template gets the template `{{ .Prompt }}`.
 
     Args:
@@ -74,7 +94,7 @@ def export_ollama(
         dtype: the type of the merged weights. If `model` is a directory, it is the type of all matrices.
         keep_adapter: write `adapter.gguf` beside the model instead of merging it. Ollama takes adapters up to
             version 0.34.0.
-        system: the system message of the model.
+        system: the system message of the model. An empty text is no system message.
         parameters: more parameters of Ollama as pairs (name, value), such as ("temperature", "0.7").
         any_base, lossy: as in `merge_adapter`.
         overwrite: replace these files, if they exist.
@@ -92,7 +112,7 @@ def export_ollama(
     if keep_adapter and adapter is None:
         raise ValueError(f"{_OP}: keep_adapter needs an adapter")
     given = _checked(parameters)
-    if system is not None:
+    if system:
         _require_quotable("system", system)
     target = Path(directory)
     files.require_directory(target)
@@ -112,13 +132,14 @@ def export_ollama(
         done = adapter_to_gguf(adapter, target / ADAPTER, model, any_base=any_base, overwrite=overwrite)
         lines.append(str(done))
     is_plain = adapter is not None and trained_with_template(adapter) is False
-    template, settings = _settings(gguf.open(path), is_plain, given)
-    if template is None:
-        lines.append("the Modelfile has no TEMPLATE: Ollama uses the chat template in the GGUF file")
+    template, settings, lacks = _settings(gguf.open(path), is_plain, given)
+    lines += lacks
     text = [f"FROM ./{MODEL}" if path == target / MODEL else f"FROM {path}"]
     text += [f"ADAPTER ./{ADAPTER}"] if keep_adapter else []
     text += [
-        f"{name} {_quoted(it)}" for name, it in (("TEMPLATE", template), ("SYSTEM", system)) if it is not None
+        f"{name} {_quoted(it)}"
+        for name, it in (("TEMPLATE", template), ("SYSTEM", system or None))
+        if it is not None
     ]
     text += [f"PARAMETER {name} {_quoted(it) if name == 'stop' else it}" for name, it in settings]
     raw = "".join(f"{line}\n" for line in text).encode()
@@ -133,8 +154,11 @@ def _is_gguf(model: StrPath) -> bool:
 def _checked(parameters: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     found = [(str(name), str(value)) for name, value in parameters]
     for name, value in found:
-        if _NAME.fullmatch(name) is None or not value.strip() or "\n" in value or _quoted(value) is None:
-            raise ValueError(f"{_OP}: parameter {name}={brief(value)}, expected a name and one line of text")
+        if name not in _TYPES:
+            near = _check.suggestion(name, _TYPES) or f"; expected one of {', '.join(sorted(_TYPES))}"
+            raise ValueError(f"{_OP}: Ollama has no parameter {brief(name)}{near}")
+        if _VALUES[_TYPES[name]].fullmatch(value) is None or _quoted(value) is None:
+            raise ValueError(f"{_OP}: parameter {name}={brief(value)}, expected {_TYPES[name]}")
     return found
 
 
@@ -162,22 +186,28 @@ def _with_tokenizer(done: ModelConversion) -> ModelConversion:
 
 def _settings(
     file: GgufFile, is_plain: bool, given: list[tuple[str, str]]
-) -> tuple[str | None, list[tuple[str, str]]]:
-    """The template in Go's language, and the parameters: those of the model, and those that were given."""
-    template, stops = ("{{ .Prompt }}", list[str]()) if is_plain else _template(file)
+) -> tuple[str | None, list[tuple[str, str]], list[str]]:
+    """The template in Go's language, all parameters, and what the template lacks."""
+    template, stops, lacks = ("{{ .Prompt }}", list[str](), list[str]()) if is_plain else _template(file)
     architecture = file.metadata.string("general.architecture")
     context = min(int(file.metadata.number(f"{architecture}.context_length", _CONTEXT)), _CONTEXT)
     settings = [] if any(name == "num_ctx" for name, _ in given) else [("num_ctx", str(context))]
-    return template, [*settings, *(("stop", stop) for stop in stops), *given]
+    return template, [*settings, *(("stop", stop) for stop in stops), *given], lacks
 
 
-def _template(file: GgufFile) -> tuple[str | None, list[str]]:
-    """The template in Go's language, and its stop words."""
+def _template(file: GgufFile) -> tuple[str | None, list[str], list[str]]:
+    """The template in Go's language, its stop words, and what it lacks, in words."""
     words = tokenizer.from_gguf(file)
     found = go_template.of(words)
     if found is None or _quoted(str(found)) is None:
-        return None, []
-    return str(found), go_template.special_tokens(words, found)
+        return None, [], ["the Modelfile has no TEMPLATE: Ollama uses the chat template in the GGUF file"]
+    lacks = []
+    if found.has_tools:
+        lacks.append("TEMPLATE has no tools: Ollama refuses requests with tools")
+    if found.trimmed:
+        roles = ", ".join(found.trimmed)
+        lacks.append(f"TEMPLATE keeps spaces at the ends of messages; the model's own removes them ({roles})")
+    return str(found), go_template.special_tokens(words, found), lacks
 
 
 def _require_quotable(name: str, text: str, lines: int | None = None) -> None:

@@ -1,10 +1,9 @@
 """`nplora chat`"""
 
 import argparse
-import os
 import sys
 
-from nplora.cli.errors import UsageError
+from nplora.cli.adapter_names import named_adapters
 from nplora.cli.parser import (
     add_any_base,
     add_compute,
@@ -19,7 +18,7 @@ HELP = "Chat with a model in the terminal."
 
 _EPILOG = (
     "In the chat, /help lists the commands, Ctrl-C stops an answer and Ctrl-D ends the chat. From a pipe, "
-    "each line is a message, and only the answers go to standard output."
+    "each line is a message, and only the answers go to standard output. --commands allows commands there."
 )
 _MOST_TOKENS = 1024
 
@@ -36,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="[NAME=]PATH", type=path, action="append", default=[], help=text)
     add_any_base(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
+    text = "obey commands such as /reset from a pipe too; without it, each line of a pipe is a message"
+    parser.add_argument("--commands", action="store_true", help=text)
     add_compute(parser)
     text = "memory limit of the whole process (default: a part of the available memory)"
     parser.add_argument("--memory", metavar="SIZE", help=text)
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora.serving import Conversation, Engine
 
     sampling = checked(Sampling, {"max_new_tokens": _MOST_TOKENS, **given_options(arguments, Sampling)})
-    adapters = _named(arguments.adapter)
+    adapters = named_adapters(arguments.adapter)
     if sys.stdin is None:
         raise ValueError("the messages cannot be read: standard input is closed")
     lm = load_model(arguments.model, arguments.compute)
@@ -64,22 +65,5 @@ def run(arguments: argparse.Namespace) -> None:
     first = next(iter(adapters), None)
     with Engine(lm, memory=arguments.memory, max_requests=1) as engine:
         chat = Conversation(engine, sampling, arguments.system, first)
-        ChatSession(chat, opened([*COMMANDS])).run(arguments.model)
-
-
-def _named(given: list[str]) -> dict[str, str]:
-    """The adapters by name, from texts such as "tone=out/tone" and "out/tone".
-
-    Raises:
-        UsageError: two adapters have the same name.
-    """
-    found = dict[str, str]()
-    for text in given:
-        name, equals, file = text.partition("=")
-        if not (equals and name and file) or os.path.exists(text):
-            file = text
-            name = os.path.basename(os.path.abspath(file)).removesuffix(".gguf")
-        if name in found:
-            raise UsageError(f"two adapters have the name {name!r}: give --adapter NAME=PATH")
-        found[name] = file
-    return found
+        lines = opened([*COMMANDS])
+        ChatSession(chat, lines, lines.is_terminal or arguments.commands).run(arguments.model)

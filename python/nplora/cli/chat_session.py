@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from nplora import _check
 from nplora.cli.errors import show_error
 from nplora.cli.message_lines import Lines
+from nplora.cli.terminal import printed
 from nplora.runtime.stderr import stderr
 
 if TYPE_CHECKING:
@@ -33,10 +34,13 @@ class ChatSession:
     """Reads messages and commands, and prints answers.
 
     In a terminal, an error ends one answer, and Ctrl-C too. From a pipe, it ends the program.
+
+    Args:
+        obeys: whether a line that begins with a slash is a command. If not, it is a message.
     """
 
-    def __init__(self, chat: Conversation, lines: Lines) -> None:
-        self._chat, self._lines = chat, lines
+    def __init__(self, chat: Conversation, lines: Lines, obeys: bool = True) -> None:
+        self._chat, self._lines, self._obeys = chat, lines, obeys
 
     def run(self, model: str) -> None:
         """Chat until the lines end.
@@ -55,15 +59,17 @@ class ChatSession:
             self._lines.close()
 
     def _turn(self) -> bool:
-        """Read a line, and do what it says. Return whether the chat goes on."""
+        """Read a line, and do what it says. Return whether the chat continues."""
         try:
             line = self._lines.read()
             if line is None:
                 return False
-            if line.startswith("/") and not line.startswith("//"):
-                return self._command(*line.partition(" ")[::2])
+            if self._obeys and line.startswith("/"):
+                if not line.startswith("//"):
+                    return self._command(*line.partition(" ")[::2])
+                line = line.removeprefix("/")
             if line.strip():
-                self._answer(line.removeprefix("/") if line.startswith("//") else line)
+                self._answer(line)
         except KeyboardInterrupt:
             if not self._lines.is_terminal:
                 raise
@@ -79,7 +85,7 @@ class ChatSession:
         with contextlib.closing(self._chat.ask(text)) as pieces:
             try:
                 for piece in pieces:
-                    print(piece, end="", flush=True)
+                    print(printed(piece), end="", flush=True)
             except KeyboardInterrupt:
                 if not self._lines.is_terminal:
                     raise

@@ -9,6 +9,7 @@ from typing import Any
 
 from nplora.cli.errors import UsageError, show_warning
 from nplora.cli.parser import add_adapters, add_compute, add_model, add_options, checked, given_options
+from nplora.cli.terminal import printed
 
 HELP = "Generate text after a prompt."
 
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     with warnings.catch_warnings(record=True) as found:  # shown after the text, not inside it
         for piece in stream(lm, _prompt(arguments), sampling):
-            print(piece, end="", flush=True)
+            print(printed(piece), end="", flush=True)
     print(flush=True)
     for warning in found:
         show_warning(warning.message)

@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from nplora.cli.adapter_names import named_adapters
 from nplora.cli.parser import add_any_base, add_compute, add_model, add_options, checked, given_options, path
 
 HELP = "Serve a model and its adapters with OpenAI's API, and fine-tune in the same process."
@@ -25,14 +26,13 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora.lm import load_model
     from nplora.serving import run as serving
     from nplora.serving.api.http_server import bind
-    from nplora.serving.api.models import read_pairs
     from nplora.serving.options import ServeOptions
 
     given = given_options(arguments, ServeOptions)
     if key := os.environ.get(_KEY):
         given["api_key"] = (*given.get("api_key", ()), key)
     options = checked(ServeOptions, given)
-    adapters = read_pairs(arguments.adapter)
+    adapters = list(named_adapters(arguments.adapter).items())
     serving.require_packages()
     with bind(options.host, options.port) as listener:
         lm = load_model(arguments.model, arguments.compute)

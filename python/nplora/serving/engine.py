@@ -270,7 +270,7 @@ class Engine:
         while not self._stopping:
             try:
                 active = self.step()
-            except Exception as error:  # a mistake in the engine: the requests end, and the engine continues
+            except Exception as error:  # a mistake in the engine: the requests end, but not the engine
                 active = True
                 self._end_all("error", error)
             if not active:

@@ -20,10 +20,15 @@ def checked_name(what: str, name: object, param: str = "lora_name") -> str:
     if isinstance(name, str) and len(name) > LONGEST_NAME:
         message = f"{what} has {len(name)} characters, expected at most {LONGEST_NAME}: {brief(name)}"
         raise RequestError(message, param=param, code="invalid_value")
-    if not isinstance(name, str) or not NAME.fullmatch(name) or ".." in name:
+    if not isinstance(name, str) or not is_name(name):
         raise RequestError(
             f"{what} is {brief(name)}, expected letters, digits and any of . _ : @ + - /",
             param=param,
             code="invalid_value",
         )
     return name
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a model."""
+    return len(text) <= LONGEST_NAME and NAME.fullmatch(text) is not None and ".." not in text

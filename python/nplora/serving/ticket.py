@@ -101,7 +101,7 @@ class Ticket:
     Args:
         prompt: the number of tokens of the prompt.
         run: runs a round of the engine in this thread, or returns False if another thread runs the rounds.
-        cancel: called with this ticket when it is cancelled.
+        cancel: called with this ticket when it is cancelled, for the engine.
     """
 
     def __init__(self, prompt: int, run: Callable[[], bool], cancel: Callable[[Ticket], None]) -> None:
@@ -196,17 +196,17 @@ class Ticket:
                 self._chunks.append(chunk)
                 self._changed.notify_all()
             else:
-                self._pass_on(chunk)
+                self._report(chunk)
 
     def end(self, reason: str, usage: Usage, error: BaseException | None = None) -> None:
         """End the request. Only the engine calls this method."""
         with self._changed:
             self._usage, self._error, self._reason = usage, error, reason
             if self._listener is not None:
-                self._pass_on(None)
+                self._report(None)
             self._changed.notify_all()
 
-    def _pass_on(self, chunk: Chunk | None) -> None:
+    def _report(self, chunk: Chunk | None) -> None:
         try:
             assert self._listener is not None
             self._listener(chunk)

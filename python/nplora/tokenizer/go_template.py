@@ -2,15 +2,18 @@
 
 A Jinja template can do anything, but nearly all of them write a chat as fixed texts around the messages.
 These texts are found by rendering chats whose messages are marks. Then the fixed texts are compared with what
-the Jinja template writes for other chats. A template that does more than that is not translated.
+the Jinja template writes for other chats. A template that does more than that is not translated. There are
+two exceptions: `trimmed` and `has_tools` report what the translation lacks.
 
 A template that asks for the time gets the time that it gets in training.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 from nplora.formats.errors import FormatError
@@ -31,6 +34,8 @@ class GoTemplate:
         user: the texts before and after a user message that is not the first.
         assistant: the texts before and after an answer.
         answer: the text where the model's next answer begins.
+        trimmed: the roles of the messages that the Jinja template strips of white space. Go cannot do that.
+        has_tools: whether the Jinja template writes tools. This one does not.
     """
 
     first: str
@@ -38,6 +43,8 @@ class GoTemplate:
     user: tuple[str, str]
     assistant: tuple[str, str]
     answer: str
+    trimmed: tuple[str, ...] = ()
+    has_tools: bool = False
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
         """The chat as text, with the beginning of the next answer."""
@@ -87,7 +94,8 @@ class GoTemplate:
 
 
 def _literal(text: str) -> str:
-    return text.replace("{{", '{{ "{{" }}')
+    """A text as Go writes it. Two braces begin an action; a brace at the end would join the next one."""
+    return re.sub(r"\{{2,}|\{\Z", r'{{ "\g<0>" }}', text)
 
 
 def of(tokenizer: Tokenizer) -> GoTemplate | None:
@@ -102,17 +110,15 @@ def of(tokenizer: Tokenizer) -> GoTemplate | None:
         return None
     try:
         found = _found(tokenizer)
-        for chat in _CHATS:
-            if not found.system and chat[0]["role"] == "system":
-                continue
-            if found.render(chat) != tokenizer.apply_chat_template(chat, True, now=TRAINING_TIME):
-                return None
+        chats = [chat for chat in _CHATS if found.system or chat[0]["role"] != "system"]
+        trimmed = _trimmed(tokenizer, found, chats)
+        found = replace(found, trimmed=trimmed, has_tools=_has_tools(tokenizer, chats[0]))
     except (RefusedChatError, FormatError, _OtherError):
         return None
     bos = tokenizer.decode([tokenizer.bos_id]) if tokenizer.bos_id is not None else ""
     if bos and tokenizer.encode_prompt("a")[0] == tokenizer.bos_id:
         system = found.system and (found.system[0].removeprefix(bos), found.system[1])
-        return GoTemplate(found.first.removeprefix(bos), system, found.user, found.assistant, found.answer)
+        return replace(found, first=found.first.removeprefix(bos), system=system)
     return found
 
 
@@ -145,13 +151,53 @@ def _found(tokenizer: Tokenizer) -> GoTemplate:
     return GoTemplate(first, system, user, (_less(said, user_end), assistant_end), answer)
 
 
+def _trimmed(tokenizer: Tokenizer, found: GoTemplate, chats: Sequence[list[Any]]) -> tuple[str, ...]:
+    """Compare chats as they are, and with spaces around each message. Return the roles that lose these."""
+    if _texts(tokenizer, chats) != [found.render(chat) for chat in chats]:
+        raise _OtherError
+    padded = _texts(tokenizer, [_changed(chat, " {} \n") for chat in chats])
+    for count in range(len(_NAMES) + 1):
+        for roles in combinations(_NAMES.values(), count):
+            if padded == [found.render(_changed(chat, " {} \n", roles)) for chat in chats]:
+                return roles
+    raise _OtherError
+
+
+def _texts(tokenizer: Tokenizer, chats: Sequence[list[Any]]) -> list[str]:
+    return [tokenizer.apply_chat_template(chat, True, now=TRAINING_TIME) for chat in chats]
+
+
+def _changed(chat: list[Any], form: str, but: Sequence[str] = ()) -> list[Any]:
+    """A chat with spaces around its messages, but not around those of some roles."""
+    return [
+        message if message["role"] in but else {**message, "content": form.format(message["content"])}
+        for message in chat
+    ]
+
+
+def _has_tools(tokenizer: Tokenizer, chat: list[Any]) -> bool:
+    """Whether tools change the text of a chat."""
+    plain, tooled = (
+        tokenizer.apply_chat_template(chat, True, tools=tools, now=TRAINING_TIME) for tools in (None, [_TOOL])
+    )
+    return plain != tooled
+
+
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "now",
+        "description": "The time.",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
+_NAMES = {"s": "system", "u": "user", "a": "assistant"}
 _ROLES = {_S: "system", _U: "user", _A: "assistant", _V: "user"}
 
 
 def _chat(roles: str) -> list[dict[str, Any]]:
-    names = {"s": "system", "u": "user", "a": "assistant"}
     return [
-        {"role": names[role], "content": f"{number}. Was it {role}?"} for number, role in enumerate(roles)
+        {"role": _NAMES[role], "content": f"{number}. Was it {role}?"} for number, role in enumerate(roles)
     ]
 
 

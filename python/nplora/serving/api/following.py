@@ -48,7 +48,7 @@ class Answers:
         """Yield pairs (number of the answer, chunk) as they come. The chunk None ends an answer.
 
         Args:
-            pause: PAUSE is yielded after this many seconds without a chunk.
+            pause: seconds without a chunk after which PAUSE is yielded.
         Raises:
             RequestError: an answer failed, or took too long, or the server is shutting down.
         """

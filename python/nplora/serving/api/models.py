@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from nplora.adapters import combine
 from nplora.formats.errors import brief, nearest_names
 from nplora.lm import LanguageModel
 from nplora.serving.api.fields import Fields, checked_integer, checked_number, wrong
-from nplora.serving.model_name import NAME, checked_name
+from nplora.serving.model_name import checked_name
 from nplora.serving.request_error import RequestError
 
 _MOST_SCALE = 1000.0
@@ -227,23 +227,3 @@ def default_name(source: Path) -> str:
     stem = source.name.removesuffix(".gguf")
     name = re.sub(r"[^\w.:@+-]", "-", stem).strip("._-")
     return re.sub(r"\.{2,}", ".", name) or "model"
-
-
-def read_pairs(adapters: Sequence[str]) -> list[tuple[str, str]]:
-    """Split "name=path" into name and path. Without a name, the adapter gets the name of its file.
-
-    Raises:
-        ValueError: the path is empty, or two adapters have the same name.
-    """
-    pairs = []
-    for text in adapters:
-        name, equals, path = text.partition("=")
-        if not equals or not NAME.fullmatch(name):
-            name, path = "", text
-        if not path:
-            raise ValueError(f"adapter is {text!r}, expected NAME=PATH")
-        pairs.append((name or default_name(Path(path)), path))
-    names = [name for name, _ in pairs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"two adapters have the name {twice!r}, expected NAME=PATH with different names")
-    return pairs

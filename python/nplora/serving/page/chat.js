@@ -31,7 +31,9 @@ export function begin() {
   $("message").addEventListener("input", grow);
   $("new-chat").addEventListener("click", clear);
   $("compare").addEventListener("change", () => {
-    if ($("compare").checked) columns[1] = [];
+    stop();
+    // Both columns continue the same chat.
+    if ($("compare").checked) columns[1] = columns[0].map(({ writing, ...message }) => ({ ...message }));
     arrange();
   });
   for (const id of ["model", "other"]) $(id).addEventListener("change", keep);
@@ -115,8 +117,17 @@ function bubble(message) {
 
 function fill(body, message) {
   if (message.role === "user") body.textContent = message.content;
-  else if (message.content) body.replaceChildren(markdown(message.content));
+  else if (message.content) body.replaceChildren(drawn(message.content));
   else body.replaceChildren(message.writing ? element("span", { className: "dots" }, element("i"), element("i"), element("i")) : "");
+}
+
+// An answer must never end the page: what cannot be drawn is shown as plain text.
+function drawn(text) {
+  try {
+    return markdown(text);
+  } catch {
+    return text;
+  }
 }
 
 // Scrolls to the end, unless the reader has scrolled up.
@@ -142,15 +153,18 @@ async function send(text) {
     columns[number].push({ role: "user", content: text }, answer);
     return answer;
   });
-  arrange();
   running = answers.map(() => new AbortController());
   $("send").classList.add("running");
   $("send").setAttribute("aria-label", "Stop");
-  await Promise.all(answers.map((answer, number) => write(answer, number, running[number].signal)));
-  running = [];
-  $("send").classList.remove("running");
-  $("send").setAttribute("aria-label", "Send");
-  keep();
+  try {
+    arrange();
+    await Promise.allSettled(answers.map((answer, number) => write(answer, number, running[number].signal)));
+  } finally {
+    running = [];
+    $("send").classList.remove("running");
+    $("send").setAttribute("aria-label", "Send");
+    keep();
+  }
 }
 
 async function write(answer, number, signal) {

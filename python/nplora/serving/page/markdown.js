@@ -6,7 +6,9 @@ export function element(name, properties = {}, ...children) {
   return made;
 }
 
-export function markdown(text) {
+const DEEPEST = 8; // quotations inside each other; more would overflow the stack
+
+export function markdown(text, depth = 0) {
   const made = document.createDocumentFragment();
   const lines = text.replace(/\r\n?/g, "\n").split("\n");
   let at = 0;
@@ -24,10 +26,10 @@ export function markdown(text) {
       at++;
     } else if (/^\s*([-*+]|\d+[.)])\s+\S/.test(line)) {
       at = list(lines, at, made);
-    } else if (/^>\s?/.test(line)) {
+    } else if (depth < DEEPEST && /^>\s?/.test(line)) {
       const quoted = [];
       for (; at < lines.length && /^>\s?/.test(lines[at]); at++) quoted.push(lines[at].replace(/^>\s?/, ""));
-      made.append(element("blockquote", {}, markdown(quoted.join("\n"))));
+      made.append(element("blockquote", {}, markdown(quoted.join("\n"), depth + 1)));
     } else if (!line.trim()) {
       at++;
     } else {

@@ -12,6 +12,9 @@ let jobs = [];
 let shown = null; // the id of the job that is shown
 let log = new Map(); // its events by id
 let timer = 0;
+let turn = 0; // counts the looks; an older look that ends late changes nothing
+let isOpen = false;
+let isStale = false; // whether the error that is shown came from a look
 let ready = () => {}; // called when a job has succeeded
 
 // Whether the server has jobs at all.
@@ -28,6 +31,7 @@ export function begin(onReady, chatWith) {
   ready = onReady;
   $("new-job").addEventListener("submit", start);
   $("cancel").addEventListener("click", async () => {
+    report(null);
     await post(`/v1/fine_tuning/jobs/${encodeURIComponent(shown)}/cancel`).catch(report);
     look();
   });
@@ -36,29 +40,39 @@ export function begin(onReady, chatWith) {
 }
 
 export function open() {
-  clearTimeout(timer);
+  isOpen = true;
   look();
 }
 
 export function close() {
+  isOpen = false;
+  turn++;
   clearTimeout(timer);
 }
 
 const current = () => jobs.find((job) => job.id === shown);
 
+// Asks for the jobs, and again after a pause while this part of the page is open.
 async function look() {
   clearTimeout(timer);
+  if (!isOpen) return;
+  const mine = ++turn;
   try {
+    const found = (await get("/v1/fine_tuning/jobs?limit=50")).data;
+    if (mine !== turn) return;
     const before = new Map(jobs.map((job) => [job.id, job.status]));
-    jobs = (await get("/v1/fine_tuning/jobs?limit=50")).data;
+    jobs = found;
     if (jobs.some((job) => job.status === "succeeded" && before.has(job.id) && before.get(job.id) !== "succeeded")) ready();
     if (!current()) select(jobs[0]?.id ?? null);
     list();
     if (shown) await follow();
+    if (mine === turn && isStale) report(null);
   } catch (error) {
+    if (mine !== turn) return;
     report(error);
+    isStale = true;
   }
-  timer = setTimeout(look, PAUSE);
+  if (mine === turn) timer = setTimeout(look, PAUSE);
 }
 
 // ---- the list ----
@@ -70,6 +84,7 @@ function list() {
       const button = element("button", { type: "button" }, element("span", { className: "title", textContent: title(job) }), state(job));
       button.setAttribute("aria-current", String(job.id === shown));
       button.addEventListener("click", () => {
+        report(null);
         select(job.id);
         list();
         follow().catch(report);
@@ -150,7 +165,7 @@ async function start(event) {
   event.preventDefault();
   const button = event.submitter ?? $("new-job").querySelector("button");
   button.disabled = true;
-  $("job-error").hidden = true;
+  report(null);
   try {
     const { data: models } = await get("/v1/models");
     const upload = async (field) => {
@@ -178,7 +193,9 @@ async function start(event) {
   }
 }
 
+// Shows an error, or hides it: null.
 function report(error) {
-  $("job-error").textContent = error.message;
-  $("job-error").hidden = false;
+  isStale = false;
+  $("job-error").textContent = error?.message ?? "";
+  $("job-error").hidden = !error;
 }

@@ -1,0 +1,33 @@
+"""The adapters of a command line: NAME=PATH, or a path alone."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from nplora.cli.errors import UsageError
+
+
+def named_adapters(given: Iterable[str]) -> dict[str, str]:
+    """The paths by name, from texts such as "tone=out/tone" and "out/tone".
+
+    A text is a path if a file has this name, or if the part before "=" cannot be a name. Without a name, the
+    adapter has the name of its file or directory.
+
+    Raises:
+        UsageError: a path is empty, or two adapters have the same name.
+    """
+    from nplora.serving.api.models import default_name
+    from nplora.serving.model_name import is_name
+
+    found = dict[str, str]()
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not is_name(name) or os.path.exists(text):
+            name, path = "", text
+        if not path:
+            raise UsageError(f"--adapter is {text!r}, expected NAME=PATH")
+        name = name or default_name(Path(os.path.abspath(path)))
+        if name in found:
+            raise UsageError(f"two adapters have the name {name!r}: give --adapter NAME=PATH")
+        found[name] = path
+    return found

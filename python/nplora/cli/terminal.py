@@ -1,0 +1,18 @@
+"""Text from a model on a terminal."""
+
+import sys
+
+# Escape sequences begin with ESC or with a control character of C1. They could change the clipboard, or
+# what was printed before. Unicode has pictures of the control characters below the space.
+_SHOWN = {
+    **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"},
+    **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),
+    0x7F: "\u2421",
+    ord("\r"): None,
+}
+
+
+def printed(text: str) -> str:
+    """A text as it is printed. On a terminal, control characters except tabs and line ends become visible."""
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return text.translate(_SHOWN) if is_terminal else text

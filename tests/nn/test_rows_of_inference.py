@@ -1,5 +1,6 @@
-"""In inference, the bits of a row depend neither on the other rows nor, above a small batch, on their number."""
+"""In inference, the bits of a row do not depend on the other rows of a large batch, or on their number."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,6 @@ import numpy as np
 import pytest
 
 from nplora import FrozenWeight, Linear, LoRALinear, _core
-from nplora.nn.module import Module
 from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows
 from nplora.nn.stack import stack_infer
 
@@ -82,7 +82,7 @@ def test_an_update_that_acts_from_some_row_on_gives_the_same_bits_in_every_piece
     wanted = np.concatenate([plain[:first], stack_infer([adapted], x)[0][first:]])
     assert not np.array_equal(plain[first:], wanted[first:])
     for cuts in ((0, 300), (0, 64, 300), (0, 128, 256, 300)):
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in itertools.pairwise(cuts):
             before = min(max(first - begin, 0), end - begin)
             counts = ((before, False), (end - begin - before, True))
             groups = tuple(RowGroup(0, n, acts) for n, acts in counts if n)
@@ -94,5 +94,5 @@ def test_an_update_that_acts_from_some_row_on_gives_the_same_bits_in_every_piece
 def test_a_part_of_a_batch_cannot_claim_to_be_smaller_than_it_is() -> None:
     layer, x = layer_of(FrozenWeight(np.eye(32)), 0), np.ones((20, 32), np.float32)
     part = layer.inference_layer()
-    assert part is not None and isinstance(layer, Module)
+    assert part is not None
     np.testing.assert_array_equal(_core.infer(x, [part], 1)[0], _core.infer(x, [part])[0])

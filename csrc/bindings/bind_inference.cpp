@@ -77,7 +77,7 @@ std::vector<ForwardPart<T>> parts_of(const Layers& layers, const Array<T>& x, si
 }
 
 template <class T>
-py::list infer(const Array<T>& x, const Layers& layers) {
+py::list infer(const Array<T>& x, const Layers& layers, std::optional<size_t> batch) {
   const Matrix<const T> from = read(x);
   std::vector<ForwardPart<T>> parts = parts_of<T>(layers, x, from.rows);
   py::list ys(layers.size());
@@ -86,7 +86,7 @@ py::list infer(const Array<T>& x, const Layers& layers) {
     parts[i].y = write(y);
     ys[i] = std::move(y);
   }
-  without_gil([&] { lora_forward<T>(parts, from); });
+  without_gil([&] { lora_infer<T>(parts, from, batch.value_or(from.rows)); });
   return ys;
 }
 
@@ -125,7 +125,7 @@ void register_products(py::module_& m, py::class_<InferenceLayer>& layer) {
                      const std::optional<Array<T>>&, bool>(),
             arg("weight"), arg("a").noconvert(), arg("b").noconvert(), arg("scale"),
             arg("bias").noconvert().none(true), arg("constant") = false);
-  m.def("infer", &infer<T>, arg("x").noconvert(), arg("layers"),
+  m.def("infer", &infer<T>, arg("x").noconvert(), arg("layers"), arg("batch") = py::none(),
         "y = x W^T + scale (x B^T) A^T [+ bias] for layers that read one x");
   m.def("infer_groups", &infer_groups<T>, arg("x").noconvert(), arg("groups"), arg("rows"),
         "The same for groups of rows, each with layers of its own");

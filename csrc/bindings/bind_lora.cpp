@@ -58,7 +58,7 @@ struct BackwardFields {
 };
 
 template <class T>
-void forward(const Array<T>& x, const py::list& layers) {
+void forward(const Array<T>& x, const py::list& layers, std::optional<size_t> batch) {
   const Matrix<const T> from = read(x);
   auto all = all_fields<ForwardFields<T>>(layers);
   std::vector<ForwardPart<T>> parts;
@@ -71,7 +71,7 @@ void forward(const Array<T>& x, const py::list& layers) {
     parts.push_back({w, low, bias_data(w, bias), write(y), write(z)});
     require(w.compute == parts[0].w.compute, "the weights of a stack must have the same compute type");
   }
-  without_gil([&] { lora_forward<T>(parts, from); });
+  without_gil([&] { batch ? lora_infer<T>(parts, from, *batch) : lora_forward<T>(parts, from); });
 }
 
 template <class T>
@@ -194,6 +194,7 @@ void register_products(py::module_& m) {
   m.def("add_outer", &outer<T>, arg("a").noconvert(), arg("b").noconvert(), arg("scale"),
         arg("out").noconvert(), "out += scale a^T b");
   m.def("lora_forward", &forward<T>, arg("x").noconvert(), arg("layers").noconvert(),
+        arg("batch") = py::none(),
         "z = drop(x) B^T; y = x W^T + scale z A^T [+ bias] for layers that read one x");
   m.def("lora_backward", &backward<T>, arg("x").noconvert().none(true), arg("dx").noconvert().none(true),
         arg("layers").noconvert(),

@@ -1,6 +1,7 @@
 // Chooses the method for the forward pass z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias].
 #include "ops/forward.h"
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 #include <vector>
@@ -39,7 +40,7 @@ void small_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
 }
 
 template <class E, class T>
-void large_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
+void large_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t plan_tokens) {
   const size_t threads = useful_threads(flops_of(parts, x.rows));
   size_t outputs = 0;
   bool decoded = true;
@@ -47,10 +48,10 @@ void large_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
     outputs += part.w.d_out;
     decoded &= is_blocks(part.w.storage);
   }
-  forward_path(x.rows, outputs, x.cols, sizeof(E) / kernels::kValuesPerElement<E>, decoded) ==
+  forward_path(plan_tokens, outputs, x.cols, sizeof(E) / kernels::kValuesPerElement<E>, decoded) ==
           ForwardPath::kLanes
       ? forward_lanes<E>(parts, x, threads)
-      : forward_rows<E>(parts, x, threads);
+      : forward_rows<E>(parts, x, threads, plan_tokens);
 }
 
 bool same_weight(const WeightView& a, const WeightView& b) {
@@ -76,28 +77,39 @@ bool share_weights(std::span<const GroupParts<T>> groups) {
   return true;
 }
 
-}  // namespace
-
+// Computes the rows of x as if the batch had `plan_tokens` rows.
 template <class T>
-void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
+void forward_as(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t plan_tokens) {
   for (const ForwardPart<T>& part : parts)
     if (part.low.rank() == 0 && part.z.data)
       for (size_t i = 0; i < part.z.rows; ++i) std::fill_n(part.z.row(i), part.z.cols, T(0));
   if (x.rows == 0 || parts.empty()) return;
-  if (x.rows <= kernels::kSmallBatch) return small_stack(parts, x);
+  if (plan_tokens <= kernels::kSmallBatch) return small_stack(parts, x);
   if constexpr (std::is_same_v<T, float>)
-    if (computes_pairs(parts[0].w, x.rows)) return large_stack<Bf16Pair>(parts, x);
-  large_stack<T>(parts, x);
+    if (computes_pairs(parts[0].w, plan_tokens)) return large_stack<Bf16Pair>(parts, x, plan_tokens);
+  large_stack<T>(parts, x, plan_tokens);
 }
 
-// A small batch reads each weight once for all groups. Larger batches read it once for each group, so that
-// the rows of a group have the same bits as alone.
+}  // namespace
+
+template <class T>
+void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
+  forward_as(parts, x, x.rows);
+}
+
+template <class T>
+void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch) {
+  forward_as(parts, x, inference_tokens(std::max(batch, x.rows)));
+}
+
+// A small batch reads each weight once for all groups. Larger batches read it once for each group. All groups
+// are computed as the whole batch would be, so that the bits of a row do not depend on its group's size.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
   if (x.rows > kernels::kSmallBatch || !share_weights(groups)) {
     size_t first = 0;
     for (const GroupParts<T>& group : groups) {
-      lora_forward<T>(group.parts, rows_of(x, {first, group.rows}));
+      lora_infer<T>(group.parts, rows_of(x, {first, group.rows}), x.rows);
       first += group.rows;
     }
     return;
@@ -109,11 +121,13 @@ void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> 
     parts[i].y.rows = x.rows;
     parts[i].groups = updates[i];
   }
-  lora_forward<T>(parts, x);
+  lora_infer<T>(parts, x, x.rows);
 }
 
 template void lora_forward(std::span<const ForwardPart<float>>, Matrix<const float>);
 template void lora_forward(std::span<const ForwardPart<double>>, Matrix<const double>);
+template void lora_infer(std::span<const ForwardPart<float>>, Matrix<const float>, size_t);
+template void lora_infer(std::span<const ForwardPart<double>>, Matrix<const double>, size_t);
 template void lora_forward_groups(std::span<const GroupParts<float>>, Matrix<const float>);
 template void lora_forward_groups(std::span<const GroupParts<double>>, Matrix<const double>);
 

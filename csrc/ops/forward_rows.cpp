@@ -27,12 +27,12 @@ class RowsForward {
  public:
   using T = Sum<E>;
 
-  RowsForward(std::span<const ForwardPart<T>> parts, Matrix<const T> x)
+  RowsForward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t plan_tokens)
       : parts_(parts), x_(x), depth_(depth_of<E>(x.cols)) {
     joined_.reserve(parts.size());  // so that elements never move: updates_ points to them
     for (const auto& part : parts) {
       const bool keep_z = part.z.data != nullptr;
-      const LayerShape shape{x.rows,
+      const LayerShape shape{plan_tokens,
                              part.w.d_out,
                              x.cols,
                              part.low.rank(),
@@ -280,12 +280,15 @@ class RowsForward {
 }  // namespace
 
 template <class E>
-void forward_rows(std::span<const ForwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, size_t threads) {
-  RowsForward<E>(parts, x).run(threads);
+void forward_rows(std::span<const ForwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, size_t threads,
+                  size_t plan_tokens) {
+  RowsForward<E>(parts, x, plan_tokens).run(threads);
 }
 
-template void forward_rows<float>(std::span<const ForwardPart<float>>, Matrix<const float>, size_t);
-template void forward_rows<double>(std::span<const ForwardPart<double>>, Matrix<const double>, size_t);
-template void forward_rows<Bf16Pair>(std::span<const ForwardPart<float>>, Matrix<const float>, size_t);
+template void forward_rows<float>(std::span<const ForwardPart<float>>, Matrix<const float>, size_t, size_t);
+template void forward_rows<double>(std::span<const ForwardPart<double>>, Matrix<const double>, size_t,
+                                   size_t);
+template void forward_rows<Bf16Pair>(std::span<const ForwardPart<float>>, Matrix<const float>, size_t,
+                                     size_t);
 
 }  // namespace nplora

@@ -29,6 +29,14 @@ inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t
                                                                                : ForwardPath::kLanes;
 }
 
+// Inference computes every batch above kSmallBatch rows as if it had this many rows. So a row has the same bits
+// in all these batches, and a prompt may be read in pieces of any length above kSmallBatch.
+inline constexpr size_t kInferenceTokens = 64;
+
+inline size_t inference_tokens(size_t batch) {
+  return batch <= kernels::kSmallBatch ? batch : kInferenceTokens;
+}
+
 // Whether a product with this many rows is computed in pairs of bfloat16.
 inline bool computes_pairs(const WeightView& w, size_t tokens) {
   return w.compute != Compute::kFloat && tokens > kFloatBatch;

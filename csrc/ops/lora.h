@@ -49,6 +49,11 @@ struct ForwardPart {
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x);
 
+// The same for inference: the rows of x belong to a batch of `batch` rows, and are computed as in every other
+// batch that is small like this one, or large like this one (see kInferenceTokens).
+template <class T>
+void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);
+
 // The layers of a stack for the next `rows` rows of x.
 template <class T>
 struct GroupParts {
@@ -56,7 +61,7 @@ struct GroupParts {
   std::vector<ForwardPart<T>> parts;
 };
 
-// Computes several groups of rows of x, each with layers of its own. Usually, the layers share the weights
+// Does lora_infer for several groups of rows of x, each with layers of its own. Usually, the layers share the weights
 // and have different updates. Layer i of each group writes its rows of one array y.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x);

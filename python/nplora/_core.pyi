@@ -92,10 +92,10 @@ class ForwardPart(NamedTuple):
     y: Array
     z: Array | None
 
-def lora_forward(x: Array, layers: list[ForwardPart]) -> None:
+def lora_forward(x: Array, layers: list[ForwardPart], batch: int | None = None) -> None:
     """z = drop(x) Bᵀ; y = x Wᵀ + scale · z Aᵀ [+ bias], for layers that read the same x.
 
-    drop is the identity if dropout is 0.
+    drop is the identity if dropout is 0. If `batch` is given, the bits are those of `infer`.
     """
 
 @final
@@ -109,8 +109,12 @@ class InferenceLayer:
         self, weight: Weight, a: Array, b: Array, scale: float, bias: Array | None, constant: bool = False
     ) -> None: ...
 
-def infer(x: Array, layers: list[InferenceLayer]) -> list[Array]:
-    """y = x Wᵀ + scale · (x Bᵀ) Aᵀ [+ bias], for layers that read the same x."""
+def infer(x: Array, layers: list[InferenceLayer], batch: int | None = None) -> list[Array]:
+    """y = x Wᵀ + scale · (x Bᵀ) Aᵀ [+ bias], for layers that read the same x.
+
+    A row has the same bits in every batch of up to `constants.small_batch` rows, and the same bits in every
+    larger batch. If x is only a part of a batch, `batch` is the number of rows of the whole batch.
+    """
 
 def infer_groups(x: Array, groups: list[list[InferenceLayer]], rows: list[int]) -> list[Array]:
     """Like `infer`, but with other layers for each group of rows: groups[g] for the next rows[g] rows.

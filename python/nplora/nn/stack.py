@@ -60,31 +60,38 @@ def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[A
     op = "stack_forward"
     d_in, dtype = _common(op, layers)
     rows, lead = _check.rows(op, "x", x, d_in, "d_in", dtype)
+    return _forward(layers, rows, lead)
+
+
+def _forward(
+    layers: Sequence[Stackable], rows: Array, lead: tuple[int, ...], batch: int | None = None
+) -> tuple[list[Array], StackSaved]:
     parts, ys, kept = zip(*(layer.forward_part(rows, lead) for layer in layers), strict=True)
-    _core.lora_forward(rows, list(parts))
+    _core.lora_forward(rows, list(parts), batch)
     done = [layer.finish_forward(y, saved) for layer, y, saved in zip(layers, ys, kept, strict=True)]
     return [y for y, _ in done], StackSaved(tuple(saved for _, saved in done))
 
 
-def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
-    """Return the outputs (n, d_out) of `stack_forward`, for inference only.
+def stack_infer(layers: Sequence[Stackable], x: Array, batch: int | None = None) -> list[Array]:
+    """Return the outputs (n, d_out) of `stack_forward`, up to rounding, for inference only.
 
-    Decoding calls this function for each token.
+    Decoding calls this function for each token. A row has the same bits in every batch of up to
+    `_core.constants.small_batch` rows, and the same bits in every larger batch.
 
     Args:
         layers: one or more LoRALinear or Linear with the same d_in and arithmetic.
         x: contiguous array (n, d_in) in the layers' dtype; the core refuses other arrays.
+        batch: the number of rows of the whole batch, if x is only a part of it.
     """
+    batch = len(x) if batch is None else batch
     if (groups := row_groups()) is not None:
         return _infer_groups(layers, x, groups)
-    if active_rows() is not None:
-        with inference():
-            return stack_forward(layers, x)[0]
-    parts = [part for layer in layers if (part := layer.inference_layer()) is not None]
-    if len(parts) == len(layers):
-        return _core.infer(x, parts)
+    if active_rows() is None:
+        parts = [part for layer in layers if (part := layer.inference_layer()) is not None]
+        if len(parts) == len(layers):
+            return _core.infer(x, parts, batch)
     with inference():
-        return stack_forward(layers, x)[0]
+        return _forward(layers, x, (len(x),), batch)[0]
 
 
 def _infer_groups(
@@ -102,7 +109,7 @@ def _infer_groups(
     for group, rows in zip(groups, slices(groups), strict=True):
         own = [layer.of(group) if isinstance(layer, GroupedLayer) else layer for layer in layers]
         with one_group(group):
-            outputs.append(stack_infer(own, x[rows]))  # type: ignore[arg-type]
+            outputs.append(stack_infer(own, x[rows], len(x)))  # type: ignore[arg-type]
     return [joined(ys) for ys in zip(*outputs, strict=True)]
 
 

@@ -159,6 +159,24 @@ def test_urgent_work_waits_for_a_long_slice_only_once(monkeypatch: pytest.Monkey
     assert waited == [0.25]
 
 
+def test_urgent_work_that_is_interrupted_while_it_waits_does_not_hold_up_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    turns = TimeShare(0.5, clock)
+
+    def interrupted(condition: threading.Condition, seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    turns.pause()
+    monkeypatch.setattr(threading.Condition, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        turns.__enter__()
+    for _ in range(3):  # with urgent work, training would wait after each slice
+        clock.now += 1.0
+        turns.pause()
+
+
 @pytest.mark.parametrize("share", [0, -1, 1.01, float("nan")])
 def test_a_share_is_above_0_and_at_most_1(share: float) -> None:
     with pytest.raises(ValueError, match="share is"):

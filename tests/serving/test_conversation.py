@@ -86,6 +86,15 @@ def test_a_stopped_answer_stays_in_the_chat_as_far_as_it_came(lm: LanguageModel)
         assert len(chat.turns) == 4
 
 
+def test_a_question_with_an_empty_answer_stays_in_the_chat(lm: LanguageModel) -> None:
+    end = next(iter(lm.tokenizer.eos_ids))
+    with Engine(lm) as engine:
+        chat = Conversation(engine, nplora.generate.Sampling(max_new_tokens=5, logit_bias={end: 1e6}))
+        assert list(chat.ask("one")) == []
+        assert chat.finish_reason == "stop"
+        assert chat.turns == [{"role": "user", "content": "one"}, {"role": "assistant", "content": ""}]
+
+
 def test_a_message_that_fails_leaves_the_chat_as_it_was(lm: LanguageModel) -> None:
     with Engine(lm) as engine:
         chat = Conversation(engine, SAMPLING)

@@ -17,6 +17,7 @@ import nplora
 import small_models
 from nplora.lm import LanguageModel
 from nplora.lm.generation import PAGE, Sampling, generate_ids
+from nplora.models.invocation import NEVER
 from nplora.serving import Chunk, Engine, QueueFullError, Ticket, scheduler
 from vocabularies import byte_level
 
@@ -137,6 +138,25 @@ def test_with_longrope_an_answer_that_outgrows_the_short_factors_is_read_again(t
         assert [ticket.text() for ticket in tickets] == [alone(lm, ids, sampling) for ids in prompts]
 
 
+def test_generated_invocation_tokens_do_not_activate_an_adapter(tmp_path: Path) -> None:
+    """Also not when LongRoPE makes the engine read the prompt and the answer again."""
+    torch_models = pytest.importorskip("torch_models")
+    pytest.importorskip("transformers")
+    theirs = torch_models.make("phi3 with longrope", "as usual", 9)
+    lm = nplora.load_model(torch_models.save(theirs, tmp_path, "safetensors", "phi3 with longrope"))
+    lm._tokenizer = Numbers(lm.config.vocab_size)
+    assert lm.config.rope.long is not None
+    lm.add_lora(targets="o_proj", rank=2, invocation=(7, 7))
+    half = int(lm.config.rope.long.original_length)
+    engine, seen = Engine(lm, max_requests=1), set[int]()
+    ticket = engine.submit([5] * (half - 4), Sampling(max_new_tokens=12, logit_bias={7: 1e9}))
+    while engine.step():
+        if ticket.finish_reason is None:
+            seen.add(int(engine._scheduler._cache.activation[0]))
+    assert ticket.text() == "7 " * 12
+    assert seen == {NEVER}
+
+
 # ---- too little memory ----
 
 
@@ -162,7 +182,7 @@ def test_an_answer_ends_where_all_pages_are_full(lm: LanguageModel) -> None:
     assert (ticket.finish_reason, ticket.usage.generated) == ("length", 3 * PAGE)
     longer = alone(lm, ids, Sampling(max_new_tokens=3 * PAGE, logit_bias={0: -np.inf}))
     assert text == longer
-    with pytest.raises(ValueError, match="the prompt has 256 tokens, the model's context is 256"):
+    with pytest.raises(ValueError, match="the prompt has 256 tokens, the memory suffices for 256"):
         engine.submit(prompt(rng, 4 * PAGE))
 
 
@@ -257,7 +277,7 @@ def test_random_requests_joins_and_cancellations_lose_nothing(lm: LanguageModel)
     assert (metrics.running, metrics.waiting, metrics.pages_used) == (0, 0, 0)
 
 
-def test_scores_that_are_not_numbers_end_their_request_only(tmp_path: Path) -> None:
+def test_a_guide_that_fails_ends_its_request_only(tmp_path: Path) -> None:
     lm, rng = small(tmp_path), np.random.default_rng(9)
 
     class Broken:
@@ -322,7 +342,7 @@ def test_bad_requests_are_refused(lm: LanguageModel) -> None:
         ([], ValueError, "the prompt is empty"),
         ([VOCAB], ValueError, "vocabulary ends with"),
         ([-1], ValueError, "has token -1"),
-        ([1.5], TypeError, "float"),
+        ([1.5], TypeError, "expected integers"),
         ([1] * CONTEXT, ValueError, "the model's context is"),
     ):
         with pytest.raises(error, match=message):

@@ -103,15 +103,24 @@ def order_of(queue: FairQueue[Item]) -> list[Item]:
     return found
 
 
-def test_clients_take_turns_and_requests_that_come_back_are_first() -> None:
+def test_clients_take_turns_and_requests_that_come_back_are_first_of_their_priority() -> None:
     queue = FairQueue[Item]()
     a, b, c = [Item("a") for _ in range(3)], [Item("b") for _ in range(2)], [Item("c", priority=1)]
     back = [Item("a", started=4), Item("b", started=2)]
     for item in (*a, *b, *c, *back):
         queue.push(item)
     assert len(queue) == 8
-    assert order_of(queue) == [back[1], back[0], c[0], a[0], b[0], a[1], b[1], a[2]]
+    assert order_of(queue) == [c[0], back[1], back[0], a[0], b[0], a[1], b[1], a[2]]
     assert len(queue) == 0
+
+
+def test_among_requests_that_come_back_the_priority_decides_first() -> None:
+    queue = FairQueue[Item]()
+    low, high, older = Item("a", 0, started=1), Item("a", 5, started=9), Item("b", 5, started=3)
+    new, between = Item("c", 5), Item("c", 2)
+    for item in (low, between, high, new, older):
+        queue.push(item)
+    assert order_of(queue) == [older, high, new, between, low]
 
 
 @pytest.mark.parametrize("gone", range(5))

@@ -86,7 +86,7 @@ class Answer:
         """Choose the next token, and return the text that it completes.
 
         Args:
-            capacity: the most tokens of the prompt and the answer. With so many, the answer ends.
+            capacity: the maximum number of tokens of prompt and answer together. The answer ends there.
         """
         scores = self.own_scores(scores)
         if self._guide is not None:

@@ -253,7 +253,7 @@ def checked_ids(op: str, lm: GeneratingModel, ids: list[int], context: int | Non
     """Check the tokens of a prompt.
 
     Args:
-        context: the context, if it is smaller than the model's.
+        context: the context that the memory allows, if it is smaller than the model's.
     Raises as `prompt_ids`.
     """
     tokenizer, context = lm.tokenizer, context or int(lm.config.max_position_embeddings)
@@ -268,7 +268,9 @@ def checked_ids(op: str, lm: GeneratingModel, ids: list[int], context: int | Non
             f"the model's vocabulary ends with {vocab - 1}"
         )
     if len(ids) >= context:
-        raise ValueError(f"{op}: the prompt has {len(ids):,} tokens, the model's context is {context:,}")
+        by_memory = context < int(lm.config.max_position_embeddings)
+        limit = "the memory suffices for" if by_memory else "the model's context is"
+        raise ValueError(f"{op}: the prompt has {len(ids):,} tokens, {limit} {context:,}")
     return ids
 
 

@@ -1100,10 +1100,8 @@ class LanguageModel(Module):
                 cache is not changed.
             CorruptError: as in `require_unchanged`.
         """
-        ids, rows = (
-            _check.integers("decode", "token_ids", token_ids),
-            _check.integers("decode", "slots", slots),
-        )
+        ids = _check.integers("decode", "token_ids", token_ids)
+        rows = _check.integers("decode", "slots", slots)
         ids = ids[:, None] if ids.ndim == 1 else ids
         if rows.ndim != 1 or ids.ndim != 2 or len(ids) != len(rows) or not ids.size:
             raise ValueError(

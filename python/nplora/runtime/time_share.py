@@ -115,12 +115,18 @@ class TimeShare:
             if not self._is_busy(now):
                 self._since = now
             self._urgent += 1
-            deadline = now + _MOST_WAIT
-            while now < deadline and (self._is_slicing() or self._is_due(now)):
-                self._changed.wait(deadline - now)
-                now = self._clock()
+            try:
+                self._wait_for_slice(now + _MOST_WAIT)
+            except BaseException:  # such as KeyboardInterrupt: `__exit__` is not called then
+                self._urgent -= 1
+                self._changed.notify_all()
+                raise
             self._is_long = self._began is not None
             self._running += 1
+
+    def _wait_for_slice(self, deadline: float) -> None:
+        while (now := self._clock()) < deadline and (self._is_slicing() or self._is_due(now)):
+            self._changed.wait(deadline - now)
 
     def __exit__(self, *exception: object) -> None:
         with self._changed:

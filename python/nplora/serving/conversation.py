@@ -1,4 +1,4 @@
-"""A chat of several turns, whose earlier turns are not computed again."""
+"""A chat of several turns. The prompt of a turn begins with that of the turn before, which is kept."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from nplora.serving.ticket import Usage
 class Conversation:
     """A chat of several turns.
 
-    The engine keeps the keys and values of the turns so far. The next turn computes only what is new. If the
-    system message or the adapter changes, all turns are computed again.
+    The engine keeps the keys and values of the last prompt, while memory lasts. So the next turn computes
+    only the last answer, which is part of the prompt now, and the new message. If the system message or the
+    adapter changes, all turns are computed again.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> with nplora.serving.Engine(lm) as engine:
@@ -54,7 +55,8 @@ class Conversation:
         """Send a user's message, and yield the answer in pieces.
 
         If the caller stops early (an exception such as KeyboardInterrupt, or `close()`), the request is
-        cancelled, and the answer so far belongs to the chat. If the request fails, the chat stays as it was.
+        cancelled, and the answer so far belongs to the chat. If the request fails, or is cancelled before its
+        first text, the chat stays as it was.
 
         Raises:
             ValueError: the model has no chat template, or the chat fills the context.
@@ -63,19 +65,20 @@ class Conversation:
         question = {"role": "user", "content": text}
         ids = self.engine.lm.tokenizer.encode_chat([*self.messages, question], True)
         ticket = self.engine.submit(ids, self.sampling, adapter=self.adapter)
-        pieces = list[str]()
+        pieces, complete = list[str](), False
         try:
             for chunk in ticket:
                 pieces.append(chunk.text)
                 if chunk.text:
                     yield chunk.text
+            complete = ticket.finish_reason in ("stop", "length")
         except Exception:
             pieces.clear()
             raise
         finally:
             ticket.cancel()
             self.finish_reason, self.usage = ticket.finish_reason or "cancelled", ticket.usage
-            if pieces:
+            if pieces or complete:
                 self.turns += [question, {"role": "assistant", "content": "".join(pieces)}]
 
     def reset(self) -> None:

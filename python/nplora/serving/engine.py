@@ -10,12 +10,12 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from nplora import _check
-from nplora.adapters import Adapter
+from nplora.formats.errors import brief
 from nplora.lm import LanguageModel
 from nplora.lm.answer import Answer, Guide
 from nplora.lm.generation import PAGE, checked_ids, longest_before_switch
@@ -69,8 +69,8 @@ class Engine:
             values take what the weights and the work space leave. None: a part of the available memory.
         max_requests: how many requests are computed at the same time. The others wait.
         max_waiting: how many requests may wait.
-        turn: entered for the computation of each round. With a lock here, other work (training) can alternate
-            with the rounds.
+        turn: entered for each call of the model; a round has one for each piece of a prompt, and one for the
+            next tokens. With a lock here, other work (training) can alternate with the calls.
     Raises:
         ValueError: the memory does not suffice for one short request, or an argument is out of range.
     """
@@ -100,11 +100,12 @@ class Engine:
         )
         self._requests: dict[int, Request] = {}  # by the id of their tickets, which they hold
         self._cancelled: deque[Ticket] = deque()
-        self._roots: dict[int, str] = {}  # by the id of each adapter that is still in memory
+        self._roots = weakref.WeakKeyDictionary[LanguageModel, str]()
         self._numbers = itertools.count()
         self._lock = threading.RLock()  # for the queue and everything else that `submit` touches
         self._changed = threading.Condition(self._lock)
-        self._rounds = threading.RLock()
+        self._rounds = threading.Lock()
+        self._in_round: int | None = None  # the thread that holds `_rounds`
         self._thread: threading.Thread | None = None
         self._closed = self._stopping = False
 
@@ -155,6 +156,7 @@ class Engine:
             guide: restricts the tokens, for example to a grammar.
         Raises:
             KeyError: no adapter has this name.
+            TypeError: `ids` are not integers.
             ValueError: the prompt is empty, has tokens outside the vocabulary, or fills `context`; or an
                 option is out of range.
             QueueFullError: `max_waiting` requests are waiting.
@@ -165,32 +167,29 @@ class Engine:
             _check.integer(_OP, "logprobs", logprobs, least=0)
         _check.integer(_OP, "index", index, least=0)
         _check.integer(_OP, "priority", priority, least=-(2**31))
+        tokens = _integers(ids)
+        model = self._lm if adapter is None else self._named_model(adapter)
+        tokenizer = _unselected(lambda: model.tokenizer)
+        prompt = _unselected(lambda: checked_ids(_OP, model, tokens, self._context))
+        ticket = Ticket(len(prompt), self._run, self._cancel)
+        request = Request(
+            ticket,
+            Answer(tokenizer, index, prompt, sampling, guide),
+            tokenizer=tokenizer,
+            model=None if adapter is None else model,
+            root="base" if adapter is None else self._root(model),
+            invocation=invocation_of(model),
+            limit=min(self._context, len(prompt) + sampling.max_new_tokens),
+            switch=longest_before_switch(model.config),
+            logprobs=logprobs,
+            client=client,
+            priority=priority,
+        )
         with self._lock:
-            chosen, root = self._adapter(adapter)
-            model = self._lm if chosen is None else self._lm.named_model(chosen)
-            tokenizer = _unselected(lambda: model.tokenizer)
-            prompt = _unselected(
-                lambda: checked_ids(_OP, model, [operator.index(one) for one in ids], self._context)
-            )
-            ticket = Ticket(len(prompt), self._run, self._cancel)
-            answer = Answer(tokenizer, index, prompt, sampling, guide)
-            request = Request(
-                ticket,
-                answer,
-                tokenizer,
-                chosen,
-                root,
-                invocation_of(model),
-                min(self._context, len(prompt) + sampling.max_new_tokens),
-                longest_before_switch(model.config),
-                logprobs,
-                client,
-                priority,
-            )
             if self._closed:
                 raise RuntimeError(f"{_OP}: the engine was closed")
             if not sampling.max_new_tokens:
-                ticket.end("length", request.usage)
+                self._scheduler.end(request, "length")
                 return ticket
             if len(self._scheduler.queue) >= self._most_waiting + self._scheduler.free_slots:
                 raise QueueFullError(f"{_OP}: {_waiting(len(self._scheduler.queue))} waiting already")
@@ -203,8 +202,11 @@ class Engine:
         """Run one round. Return False if there was nothing to do.
 
         An error of one request ends this request only.
+
+        Raises:
+            RuntimeError: a listener, a guide or `turn` called this method during a round.
         """
-        with self._rounds:
+        with self._round("Engine.step"):
             while self._cancelled:
                 request = self._requests.get(id(self._cancelled.popleft()))
                 if request is not None:
@@ -231,7 +233,10 @@ class Engine:
         Args:
             drain: first compute all requests to their end; False: cancel them.
             timeout: seconds after which the rest is cancelled; None: no limit.
+        Raises:
+            RuntimeError: a listener, a guide or `turn` called this method during a round.
         """
+        self._require_no_round("Engine.close")
         with self._lock:
             self._closed = True
             self._changed.notify_all()
@@ -247,6 +252,9 @@ class Engine:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
         self._end_all("cancelled")
+        with self._round("Engine.close"):
+            self._cancelled.clear()
+            self._scheduler.close()
 
     def metrics(self) -> Metrics:
         """A snapshot of the counters, which does not change any more."""
@@ -270,7 +278,7 @@ class Engine:
         while not self._stopping:
             try:
                 active = self.step()
-            except Exception as error:  # a mistake in the engine: the requests end, but not the engine
+            except BaseException as error:  # a mistake in the engine: the requests end, but not the engine
                 active = True
                 self._end_all("error", error)
             if not active:
@@ -279,37 +287,66 @@ class Engine:
                         self._changed.wait()
 
     def _end_all(self, reason: str, error: BaseException | None = None) -> None:
-        with self._rounds:
+        with self._round("Engine"):
             for request in list(self._requests.values()):
                 self._scheduler.end(request, reason, error)
 
     def _run(self) -> bool:
         """Run a round in this thread, unless the engine has a thread of its own."""
-        if self._thread is not None:
+        self._require_no_round("Ticket")
+        if self._thread is not None and self._thread.is_alive():
             return False
         self.step()
         return True
 
+    @contextlib.contextmanager
+    def _round(self, op: str) -> Iterator[None]:
+        """A context that only one thread enters at a time."""
+        self._require_no_round(op)
+        with self._rounds:
+            self._in_round = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._in_round = None
+
+    def _require_no_round(self, op: str) -> None:
+        """Refuse a call from inside a round, which would wait for itself."""
+        if self._in_round == threading.get_ident():
+            raise RuntimeError(f"{op}: a listener, guide or turn of this engine called it during a round")
+
     def _cancel(self, ticket: Ticket) -> None:
-        self._cancelled.append(ticket)
+        """Take a request out of the queue, to make room for others. It ends before the next round."""
+        with self._lock:
+            request = self._requests.get(id(ticket))
+            if request is not None:
+                self._scheduler.queue.remove(request)
+                self._cancelled.append(ticket)
 
     def _ended(self, request: Request) -> None:
         with self._lock:
             self._requests.pop(id(request.ticket), None)
             self._changed.notify_all()
 
-    def _adapter(self, name: str | None) -> tuple[Adapter | None, str]:
-        """The adapter with this name, and a text that stands for it in the keys of pages."""
-        if name is None:
-            return None, "base"
+    def _named_model(self, name: str) -> LanguageModel:
         adapter = self._lm.adapters.get(name)
         if adapter is None:
             raise KeyError(f"{_OP}: no adapter {name!r}; the loaded adapters are {list(self._lm.adapters)}")
-        root = self._roots.get(id(adapter))
-        if root is None:
-            root = self._roots[id(adapter)] = f"adapter {next(self._numbers)}"
-            weakref.finalize(adapter, self._roots.pop, id(adapter), None)
-        return adapter, root
+        return self._lm.named_model(adapter)
+
+    def _root(self, model: LanguageModel) -> str:
+        """A text that stands for a model with an adapter in the keys of pages."""
+        with self._lock:
+            return self._roots.setdefault(model, f"adapter {next(self._numbers)}")
+
+
+def _integers(ids: Sequence[int]) -> list[int]:
+    try:
+        if not isinstance(ids, str | bytes):
+            return [operator.index(one) for one in ids]
+    except TypeError:
+        pass
+    raise TypeError(f"{_OP}: ids is {brief(ids)}, expected integers (lm.tokenizer.encode_prompt makes them)")
 
 
 def _unselected(function: Callable[[], T]) -> T:

@@ -24,19 +24,19 @@ Item = TypeVar("Item", bound=Waiting)
 class FairQueue(Generic[Item]):
     """Requests in the order in which they start.
 
-    Requests that have started before come first, the oldest of them first. Then come those with the highest
-    priority. Among these, the clients take turns, and each client's requests keep their order. All
-    methods may be called from any thread.
+    Requests with the highest priority come first: of these, those that have started before, the oldest first.
+    Among the others, the clients take turns, and each client's requests keep their order. All methods may be
+    called from any thread.
     """
 
     def __init__(self) -> None:
-        self._again: list[Item] = []
+        self._resumed: list[Item] = []
         self._lines: dict[int, OrderedDict[str, deque[Item]]] = {}
         self._count = 0
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
-        return self._count + len(self._again)
+        return self._count + len(self._resumed)
 
     def push(self, item: Item) -> None:
         """Add a request."""
@@ -45,8 +45,8 @@ class FairQueue(Generic[Item]):
 
     def _push(self, item: Item) -> None:
         if item.started is not None:
-            self._again.append(item)
-            self._again.sort(key=lambda one: one.started or 0)
+            self._resumed.append(item)
+            self._resumed.sort(key=lambda one: (-one.priority, one.started))
             return
         line = self._lines.setdefault(item.priority, OrderedDict())
         line.setdefault(item.client, deque()).append(item)
@@ -55,12 +55,10 @@ class FairQueue(Generic[Item]):
     def first(self) -> Item | None:
         """The request that starts next; None if there is none."""
         with self._lock:
-            if self._again:
-                return self._again[0]
-            if not self._lines:
-                return None
-            line = self._lines[max(self._lines)]
-            return next(iter(line.values()))[0]
+            highest = max(self._lines, default=None)
+            if self._resumed and (highest is None or self._resumed[0].priority >= highest):
+                return self._resumed[0]
+            return None if highest is None else next(iter(self._lines[highest].values()))[0]
 
     def remove(self, item: Item) -> bool:
         """Remove a request. Return False if it is not here.
@@ -71,8 +69,8 @@ class FairQueue(Generic[Item]):
             return self._remove(item)
 
     def _remove(self, item: Item) -> bool:
-        if item in self._again:
-            self._again.remove(item)
+        if item in self._resumed:
+            self._resumed.remove(item)
             return True
         line = self._lines.get(item.priority, OrderedDict())
         own = line.get(item.client, deque())

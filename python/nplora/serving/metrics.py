@@ -62,7 +62,7 @@ class Metrics:
             cache holds.
         page_tokens: the tokens of one page.
         rounds: rounds so far.
-        compute_seconds: seconds of computing.
+        compute_seconds: seconds of computing, without waiting for a turn.
         queue_seconds: from `submit` to the first computation.
         first_token_seconds: from `submit` to the first token.
         token_seconds: between the tokens of a request.

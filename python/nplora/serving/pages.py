@@ -67,6 +67,11 @@ class PagePool:
         """Whether a page has this key."""
         return key in self._by_key
 
+    def is_used(self, key: Key) -> bool:
+        """Whether a page in use has this key, so that one more user takes no page from `available`."""
+        page = self._by_key.get(key)
+        return page is not None and self._users[page] > 0
+
     def publish(self, page: int, key: Key) -> None:
         """Give a key to a page whose content is complete, so that others can share it."""
         if key not in self._by_key:

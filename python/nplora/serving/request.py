@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from nplora.lm import LanguageModel
 from nplora.lm.answer import Answer
 from nplora.lm.generation import PAGE
 from nplora.lm.sampling import log_probabilities
 from nplora.models.invocation import NEVER, start_of
-from nplora.serving.pages import page_keys
+from nplora.serving.pages import Key, page_keys
 from nplora.serving.ticket import Chunk, Ticket, Token, TopToken, Usage
 from nplora.tokenizer import Tokenizer
 
@@ -24,18 +24,20 @@ class Request:
     """A request in the engine.
 
     Args:
+        model: the model with the request's adapter, which the request keeps even if the adapter is deleted;
+            None for the engine's model.
         root: stands for all that decides about keys and values, besides the tokens (see `page_keys`).
+        invocation: the invocation tokens, if the adapter is an activated LoRA.
         limit: the most tokens of the prompt and the answer.
         switch: with LongRoPE, sequences of more tokens use other factors; infinite without LongRoPE.
     Attributes:
         ticket, answer: what the client holds; the tokens.
-        adapter: the adapter of the request's cache slot: None for the model itself.
-        client, priority: see `Engine.submit`.
+        client, priority, model: see the arguments, and `Engine.submit`.
         slot: the cache slot while the request runs.
         started: counts up with each request that starts; None before that. A request that is put back keeps
             it.
-        to_read: how many tokens are read in pieces. The tokens behind them are computed one by one, also when
-            they are computed again, so that all bits are the same.
+        to_read: the number of tokens that are read in pieces. All later tokens are computed one by one, even
+            if they are known already because the request was put back, so that all bits are the same.
         keys: the keys of the whole pages among the tokens to read.
         cached: how many tokens of the prompt were in shared pages when they were needed first.
         known: how many tokens were in the cache at the same time, at most.
@@ -45,17 +47,18 @@ class Request:
         self,
         ticket: Ticket,
         answer: Answer,
+        *,
         tokenizer: Tokenizer,
-        adapter: Any = None,
-        root: str = "",
-        invocation: tuple[int, ...] | None = None,
-        limit: int = 1,
-        switch: float = math.inf,
-        logprobs: int | None = None,
-        client: str = "",
-        priority: int = 0,
+        model: LanguageModel | None,
+        root: str,
+        invocation: tuple[int, ...] | None,
+        limit: int,
+        switch: float,
+        logprobs: int | None,
+        client: str,
+        priority: int,
     ) -> None:
-        self.ticket, self.answer, self.adapter = ticket, answer, adapter
+        self.ticket, self.answer, self.model = ticket, answer, model
         self.client, self.priority, self.limit, self.switch = client, priority, limit, switch
         self.slot: int | None = None
         self.started: int | None = None
@@ -70,8 +73,21 @@ class Request:
         ids = self.answer.ids
         self.to_read = len(ids)
         root = f"{self._root} {'long' if self.to_read > self.switch else 'short'}"
-        start = NEVER if self._invocation is None else start_of(np.asarray(ids), self._invocation)
+        start = NEVER if self._invocation is None else start_of(self.prompt, self._invocation)
         self.keys = list(page_keys(root, ids, PAGE, int(start)))
+
+    @property
+    def prompt(self) -> Array:
+        """The tokens of the prompt. Only in these, an activated LoRA looks for its invocation tokens."""
+        return np.asarray(self.answer.ids[: self.answer.prompt])
+
+    @property
+    def common_keys(self) -> list[Key]:
+        """The keys of the pages that another request's pages can replace.
+
+        The last token to read is always computed, because its scores are needed.
+        """
+        return self.keys[: (self.to_read - 1) // PAGE]
 
     @property
     def slot_limit(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,16 +17,15 @@ from nplora.lm.generation import PAGE, PIECE, prompt_pieces
 from nplora.models.cache import KVCache
 from nplora.serving.fair_queue import FairQueue
 from nplora.serving.metrics import Metrics
-from nplora.serving.pages import PagePool
+from nplora.serving.pages import Key, PagePool
 from nplora.serving.request import Request
 
 Array = npt.NDArray[Any]
 
 # Tokens of prompts that a round reads while other requests generate. These wait for as long as this takes.
 _READ_BETWEEN = 2 * PAGE
-_OLDEST_EVERY = (
-    4  # every fourth piece is read of the oldest prompt, the others of the one with the shortest rest
-)
+# Every fourth piece is read from the oldest prompt, the others from the prompt with the shortest rest.
+_OLDEST_EVERY = 4
 
 
 class Scheduler:
@@ -57,11 +57,12 @@ class Scheduler:
         self.queue: FairQueue[Request] = FairQueue()
         self.running: list[Request] = []
         self._lm, self._metrics, self._turn, self._ended = lm, metrics, turn, ended
-        self._cache = KVCache(lm.config, slots, context, lm, lm.named_model, PAGE, pages)
+        self._cache = KVCache(lm.config, slots, context, lm, _itself, PAGE, pages)
         self._pool = PagePool(pages)
         self._slots = list(range(slots - 1, -1, -1))
         self._started = itertools.count()
         self._pieces = itertools.count()
+        self._ending = threading.Lock()  # `end` may be called during a round of another thread
 
     @property
     def free_slots(self) -> int:
@@ -79,16 +80,21 @@ class Scheduler:
         return True
 
     def end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
-        """End a request, waiting or running."""
+        """End a request, waiting or running. During a round, another thread may only end a new one."""
         if request.slot is None:
             self.queue.remove(request)
         else:
             self._give_back(request)
         request.ticket.end(reason, request.usage, error)
-        finished = self._metrics.finished
-        finished[reason] = finished.get(reason, 0) + 1
-        self._metrics.request_seconds.add(time.monotonic() - request.submitted)
+        with self._ending:
+            finished = self._metrics.finished
+            finished[reason] = finished.get(reason, 0) + 1
+            self._metrics.request_seconds.add(time.monotonic() - request.submitted)
         self._ended(request)
+
+    def close(self) -> None:
+        """Free the keys and values. There are no requests any more, and none will come."""
+        self.__dict__.pop("_cache", None)
 
     def counts(self) -> None:
         """Write the numbers of requests and pages into the metrics."""
@@ -105,30 +111,39 @@ class Scheduler:
         Each running request is left a page more, so that a request that starts is not put back at once.
         """
         while self._slots and (request := self.queue.first()) is not None:
-            known = sum(1 for _ in itertools.takewhile(self._pool.has, request.keys))
-            needed = -(-(len(request.answer.ids) + 1) // PAGE) - known
-            unread = sum(self._missing(one, len(one.answer.ids) + 1) for one in self.running)
-            if self.running and needed + unread + len(self.running) > self._pool.available - known:
+            pages = self._pages_to_come([*self.running, request]) + len(self.running)
+            if self.running and pages > self._pool.available:
                 return
-            self.queue.remove(request)
+            if not self.queue.remove(request):  # it was cancelled a moment ago
+                continue
             if request.started is None:
                 request.started = next(self._started)
                 self._metrics.queue_seconds.add(time.monotonic() - request.submitted)
             request.slot = self._slots.pop()
             self.running.append(request)
             self.running.sort(key=lambda one: one.started or 0)
-            try:
-                self._prepare(request)
-            except Exception as error:  # its adapter was deleted, and does not fit any more
-                self.end(request, "error", error)
+            self._prepare(request)
+
+    def _pages_to_come(self, requests: Sequence[Request]) -> int:
+        """The number of available pages that these requests still need for their known tokens and one more.
+
+        A page that several of them can share counts once, or not at all if a running request has it already.
+        """
+        own, common = 0, set[Key]()
+        for request in requests:
+            held = 0 if request.slot is None else int(self._cache.held[request.slot])
+            shared = request.common_keys[held:]
+            own += max(0, -(-(len(request.answer.ids) + 1) // PAGE) - held - len(shared))
+            common.update(shared)
+        return own + sum(not self._pool.is_used(key) for key in common)
 
     def _prepare(self, request: Request) -> None:
         """Make the request's empty slot ready for its adapter and its length."""
         cache, slot = self._cache, _slot(request)
         assert slot is not None
-        cache.adapters[slot] = request.adapter
+        cache.adapters[slot] = request.model
         cache.limits[slot] = request.slot_limit
-        cache.activate(slot, np.asarray(request.answer.ids[: request.to_read]))
+        cache.activate(slot, request.prompt)
 
     def _give_back(self, request: Request) -> None:
         """Take the slot and the pages from a request."""
@@ -138,6 +153,8 @@ class Scheduler:
         self._slots.append(slot)
         request.slot = None
         self.running.remove(request)
+        if not self.running:  # the models that it joins may have adapters that are deleted now
+            self._cache.joint = None
 
     def _missing(self, request: Request, tokens: int) -> int:
         """The number of pages that a request lacks for this many tokens."""
@@ -146,8 +163,8 @@ class Scheduler:
     def _make_room(self, request: Request, tokens: int) -> bool:
         """Give a request the pages for this many tokens. Return False if it was put back or ended instead.
 
-        If the pages do not suffice, the request that started last is put back into the queue. It is computed
-        again later. If there is only one request, its answer ends.
+        If the pages do not suffice, a request is put back into the queue, and computed again later: of those
+        with the lowest priority, the one that started last. If there is only one request, its answer ends.
         """
         while self._missing(request, tokens):
             page = self._pool.new()
@@ -158,7 +175,7 @@ class Scheduler:
                 request.cut()
                 self.end(request, "length")
                 return False
-            last = self.running[-1]
+            last = min(reversed(self.running), key=lambda one: one.priority)
             self._metrics.put_back += 1
             self._give_back(last)
             self.queue.push(last)
@@ -211,14 +228,14 @@ class Scheduler:
         if not self._make_room(request, end):
             return 0
         ids = request.answer.ids
-        scores = self._compute([ids[begin:end]], [request])
+        [scores] = self._compute([ids[begin:end]], [request])
         if scores is None:
             return end - begin
         request.known = max(request.known, end)
         for page in range(begin // PAGE, end // PAGE):
             self._pool.publish(int(self._cache.table[request.slot, page]), request.keys[page])
         if end == len(ids):  # otherwise the next tokens are known: the request was put back
-            self._advance(request, scores[0])
+            self._advance(request, scores)
         return end - begin
 
     # ---- answers ----
@@ -233,8 +250,8 @@ class Scheduler:
             return
         # A request that was put back has tokens that are computed again, although they are known.
         rows = self._compute([one.answer.ids[self._length(one)] for one in ready], ready)
-        for request, scores in zip(ready, [] if rows is None else rows, strict=False):
-            if self._length(request) == len(request.answer.ids):
+        for request, scores in zip(ready, rows, strict=True):
+            if scores is not None and self._length(request) == len(request.answer.ids):
                 self._advance(request, scores)
 
     def _advance(self, request: Request, scores: Array) -> None:
@@ -242,7 +259,9 @@ class Scheduler:
         first = not request.answer.generated
         try:
             request.advance(scores)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a guide may raise anything
             self.end(request, "error", error)
             return
         now, metrics = time.monotonic(), self._metrics
@@ -262,18 +281,31 @@ class Scheduler:
         request.read_all()
         self._prepare(request)
 
-    def _compute(self, ids: Sequence[Any], requests: Sequence[Request]) -> Array | None:
-        """Call the model. If this fails, the requests end with the error."""
-        began = time.monotonic()
+    def _compute(self, ids: Sequence[Any], requests: Sequence[Request]) -> Sequence[Array | None]:
+        """The scores after the next tokens of each request. A request that fails ends, and has None.
+
+        If the requests fail together, each is computed alone, to find those that fail.
+        """
         try:
             with self._turn:
-                return self._lm.decode(ids, [_slot(one) for one in requests], self._cache)
+                return self._timed_decode(ids, requests)
         except Exception as error:
-            for request in requests:
-                self.end(request, "error", error)
-            return None
+            if len(requests) == 1:
+                self.end(requests[0], "error", error)
+                return [None]
+        return [self._compute([row], [one])[0] for row, one in zip(ids, requests, strict=True)]
+
+    def _timed_decode(self, ids: Sequence[Any], requests: Sequence[Request]) -> Sequence[Array]:
+        began = time.monotonic()
+        try:
+            return list(self._lm.decode(ids, [_slot(one) for one in requests], self._cache))
         finally:
             self._metrics.compute_seconds += time.monotonic() - began
+
+
+def _itself(model: LanguageModel) -> LanguageModel:
+    """The slots of the engine's cache are given models instead of adapters."""
+    return model
 
 
 def _slot(request: Request) -> int:

@@ -101,12 +101,13 @@ class Ticket:
     Args:
         prompt: the number of tokens of the prompt.
         run: runs a round of the engine in this thread, or returns False if another thread runs the rounds.
-        cancel: called with this ticket when it is cancelled, for the engine.
+        cancel: called with this ticket if it is cancelled.
     """
 
     def __init__(self, prompt: int, run: Callable[[], bool], cancel: Callable[[Ticket], None]) -> None:
         self._changed = threading.Condition()
-        self._chunks: deque[Chunk] = deque()
+        self._chunks: deque[Chunk | None] = deque()  # None: the end, for a listener only
+        self._is_passing = False  # a thread passes chunks to the listener
         self._listener: Callable[[Chunk | None], None] | None = None
         self._reason: str | None = None
         self._error: BaseException | None = None
@@ -154,13 +155,13 @@ class Ticket:
         """Wait for the next chunk. None: there are no more."""
         while True:
             with self._changed:
-                if self._chunks:
+                if self._chunks and self._listener is None:
                     return self._chunks.popleft()
                 if self._reason is not None:
                     return None
             if not self._run():
                 with self._changed:
-                    if not self._chunks and self._reason is None:
+                    if (not self._chunks or self._listener is not None) and self._reason is None:
                         self._changed.wait(_LONGEST_WAIT)
 
     def listen(self, callback: Callable[[Chunk | None], None]) -> None:
@@ -168,7 +169,8 @@ class Ticket:
 
         Chunks that came before are passed at once, from the calling thread; the later ones from the engine's
         thread, which waits for the callback. So it must return quickly, as `loop.call_soon_threadsafe(...)`
-        does. An exception of the callback cancels the request.
+        does. An exception of the callback cancels the request, with a warning. The callback may not close
+        the engine or wait for another answer.
 
         Raises:
             RuntimeError: the ticket has a listener already.
@@ -177,10 +179,9 @@ class Ticket:
             if self._listener is not None:
                 raise RuntimeError("Ticket.listen: the ticket has a listener already")
             self._listener = callback
-            while self._chunks:
-                callback(self._chunks.popleft())
             if self._reason is not None:
-                callback(None)
+                self._chunks.append(None)
+        self._pass_chunks()
 
     def text(self) -> str:
         """Wait for the end, and return the whole text. Raises `error` if there is one."""
@@ -192,29 +193,54 @@ class Ticket:
         """Pass a chunk on. Only the engine calls this method."""
         with self._changed:
             self._usage = usage
-            if self._listener is None:
-                self._chunks.append(chunk)
-                self._changed.notify_all()
-            else:
-                self._report(chunk)
+            self._chunks.append(chunk)
+            self._changed.notify_all()
+        self._pass_chunks()
 
     def end(self, reason: str, usage: Usage, error: BaseException | None = None) -> None:
-        """End the request. Only the engine calls this method."""
+        """End the request, and drop the references to the engine. Only the engine calls this method."""
         with self._changed:
             self._usage, self._error, self._reason = usage, error, reason
+            self._run, self._cancel = _no_round, _ignore
             if self._listener is not None:
-                self._report(None)
+                self._chunks.append(None)
             self._changed.notify_all()
+        self._pass_chunks()
 
-    def _report(self, chunk: Chunk | None) -> None:
-        try:
-            assert self._listener is not None
-            self._listener(chunk)
-        except Exception as error:
-            warn_user(f"Engine: a ticket's listener failed and is left out: {type(error).__name__}: {error}")
-            self._listener = _ignore
-            self.cancel()
+    def _pass_chunks(self) -> None:
+        """Pass the chunks to the listener, without the lock, which the listener may need in another thread.
+
+        Only one thread does this at a time, so that the chunks keep their order.
+        """
+        while True:
+            with self._changed:
+                listener = self._listener
+                if listener is None or self._is_passing or not self._chunks:
+                    return
+                chunk, self._is_passing = self._chunks.popleft(), True
+            try:
+                listener(chunk)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                self._leave_out(error)
+            finally:
+                with self._changed:
+                    self._is_passing = False
+                    if chunk is None:  # the listener is not needed any more
+                        self._listener = _ignore
+
+    def _leave_out(self, error: BaseException) -> None:
+        """Cancel the request because its listener failed."""
+        self._listener = _ignore
+        self.cancel()
+        warn_user(f"Engine: a ticket's listener failed and is left out: {type(error).__name__}: {error}")
 
 
-def _ignore(chunk: Chunk | None) -> None:
-    """Takes the chunks of a request whose listener failed."""
+def _ignore(value: object) -> None:
+    """Stands for the listener of a request whose listener failed, or which has ended."""
+
+
+def _no_round() -> bool:
+    """Stands for the engine of a request that has ended."""
+    return False

@@ -9,7 +9,7 @@ import pytest
 
 import nplora
 from nplora.adapters import Adapter
-from nplora.lm import LanguageModel, load_model
+from nplora.lm import LanguageModel, load_model, slot_models
 from small_llama import save_small_llama
 
 Array = np.ndarray[Any, Any]
@@ -203,3 +203,33 @@ def test_an_adapter_can_be_rounded_to_bfloat16(model: Path, paths: dict[str, Pat
     )
     with pytest.raises(ValueError, match="dtype='int4'"):
         lm.load_adapter(paths["all"], "other", dtype="int4")
+
+
+def test_sequences_with_the_same_adapter_are_computed_together(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = []
+
+    def counted(models: list[Any], *rest: Any, few: Any = slot_models._decode_few) -> Any:
+        together.append(len(set(map(id, models))))
+        return few(models, *rest)
+
+    monkeypatch.setattr(slot_models, "_decode_few", counted)
+    names = ["all", "added", None] * 8
+    wanted = {name: alone(lm, name, IDS[0], (4,))[0] for name in names}
+    cache = lm.new_cache(len(names), 4)
+    for slot, name in enumerate(names):
+        cache.adapters[slot] = name
+    slots = np.random.default_rng(0).permutation(len(names))
+    together.clear()
+    for token in range(4):
+        logits = lm.decode(np.full(len(slots), IDS[0, token]), slots, cache)
+    assert together == [1, 1, 1] * 4
+    for slot, got in zip(slots, logits, strict=True):
+        expected = wanted[names[slot]]
+        np.testing.assert_array_equal(got[: len(expected)], alone_in_steps(lm, names[slot]))
+        assert np.isneginf(got[len(expected) :]).all()
+
+
+def alone_in_steps(lm: LanguageModel, name: str | None) -> Array:
+    return alone(lm, name, IDS[0], (1, 1, 1, 1))[-1]

@@ -20,7 +20,7 @@ from nplora.models.head import AnyHead
 from nplora.nn import TrainedEmbedding
 from nplora.nn.module import AdapterLayer, Module
 from nplora.nn.prepared import Prepared
-from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows, joined
+from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows
 
 Array = npt.NDArray[Any]
 
@@ -53,11 +53,26 @@ def decode(lm: SlotModel, ids: Array, slots: Array, cache: KVCache) -> Array:
     _check_ids(models, ids)
     cache.find_invocation(slots, ids)
     together = max(1, _SMALL // ids.shape[1])
-    found = []
+    if len(slots) <= together:
+        return _decode_few(models, ids, slots, cache)
+    number = {id(model): index for index, model in enumerate(models)}  # one for each model
+    order = np.argsort([number[id(model)] for model in models], kind="stable")
+    logits = np.empty((len(slots), 0), np.float32)
     for first in range(0, len(slots), together):
-        some = slice(first, first + together)
-        found.append(_decode_few(models[some], ids[some], slots[some], cache))
-    return found[0] if len(found) == 1 else joined(found)
+        some = order[first : first + together]
+        few = _decode_few([models[row] for row in some], ids[some], slots[some], cache)
+        logits = _filled(logits, some, few)
+    return logits
+
+
+def _filled(logits: Array, rows: Array, few: Array) -> Array:
+    """Store some rows in the logits, which are made wider for the first ones. Shorter rows end with -inf."""
+    if few.shape[1] > logits.shape[1]:
+        wider = np.full((len(logits), few.shape[1]), -np.inf, few.dtype)
+        wider[:, : logits.shape[1]] = logits
+        logits = wider
+    logits[rows, : few.shape[1]] = few
+    return logits
 
 
 def vocab_of(model: SlotModel) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 import nplora
 from nplora.adapters import Adapter
-from nplora.lm import LanguageModel, load_model
+from nplora.lm import LanguageModel, load_model, slot_models
 from small_llama import save_small_llama
 
 Array = np.ndarray[Any, Any]
@@ -203,3 +203,62 @@ def test_an_adapter_can_be_rounded_to_bfloat16(model: Path, paths: dict[str, Pat
     )
     with pytest.raises(ValueError, match="dtype='int4'"):
         lm.load_adapter(paths["all"], "other", dtype="int4")
+
+
+def test_sequences_with_the_same_adapter_are_computed_together(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = []
+
+    def counted(models: list[Any], *rest: Any, few: Any = slot_models._decode_few) -> Any:
+        together.append(len(set(map(id, models))))
+        return few(models, *rest)
+
+    monkeypatch.setattr(slot_models, "_decode_few", counted)
+    names = ["all", "added", None] * 8
+    wanted = {name: alone(lm, name, IDS[0], (4,))[0] for name in names}
+    cache = lm.new_cache(len(names), 4)
+    for slot, name in enumerate(names):
+        cache.adapters[slot] = name
+    slots = np.random.default_rng(0).permutation(len(names))
+    together.clear()
+    for token in range(4):
+        logits = lm.decode(np.full(len(slots), IDS[0, token]), slots, cache)
+    assert together == [1, 1, 1] * 4
+    for slot, got in zip(slots, logits, strict=True):
+        expected = wanted[names[slot]]
+        np.testing.assert_array_equal(got[: len(expected)], alone_in_steps(lm, names[slot]))
+        assert np.isneginf(got[len(expected) :]).all()
+
+
+def alone_in_steps(lm: LanguageModel, name: str | None) -> Array:
+    return alone(lm, name, IDS[0], (1, 1, 1, 1))[-1]
+
+
+def adapter_with(model: Path, seed: int) -> Adapter:
+    lm, rng = load_model(model), np.random.default_rng(seed)
+    lm.add_lora(targets="q_proj,v_proj", rank=2)
+    for parameter in lm.parameters():
+        parameter.value[...] += rng.normal(0, 0.3, parameter.value.shape)
+    return Adapter.from_model(lm)
+
+
+def test_models_join_those_that_are_joined_and_take_the_place_of_one_that_rests(
+    model: Path,
+) -> None:
+    """Building a new joint model for each arrival would take longer than decoding."""
+    lm, names = load_model(model), [f"adapter {i}" for i in range(6)]
+    for number, name in enumerate(names):
+        lm.load_adapter(adapter_with(model, number), name)
+    cache = lm.new_cache(2, 4)
+    joints = set()
+    for number, name in enumerate([*names, *reversed(names)]):
+        cache.reset()
+        cache.adapters[0], cache.adapters[1] = names[number // 4], name
+        logits = lm.decode(IDS[:2], [0, 1], cache)
+        for row, own in enumerate((names[number // 4], name)):
+            np.testing.assert_array_equal(logits[row], alone(lm, own, IDS[row], (4,))[0])
+        if cache.joint is not None:
+            joints.add(id(cache.joint))
+            assert len(cache.joint._models) <= 3  # type: ignore[attr-defined]
+    assert len(joints) == 1

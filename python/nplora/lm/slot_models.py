@@ -20,7 +20,7 @@ from nplora.models.head import AnyHead
 from nplora.nn import TrainedEmbedding
 from nplora.nn.module import AdapterLayer, Module
 from nplora.nn.prepared import Prepared
-from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows, joined
+from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows
 
 Array = npt.NDArray[Any]
 
@@ -53,11 +53,26 @@ def decode(lm: SlotModel, ids: Array, slots: Array, cache: KVCache) -> Array:
     _check_ids(models, ids)
     cache.find_invocation(slots, ids)
     together = max(1, _SMALL // ids.shape[1])
-    found = []
+    if len(slots) <= together:
+        return _decode_few(models, ids, slots, cache)
+    number = {id(model): index for index, model in enumerate(models)}  # one for each model
+    order = np.argsort([number[id(model)] for model in models], kind="stable")
+    logits = np.empty((len(slots), 0), np.float32)
     for first in range(0, len(slots), together):
-        some = slice(first, first + together)
-        found.append(_decode_few(models[some], ids[some], slots[some], cache))
-    return found[0] if len(found) == 1 else joined(found)
+        some = order[first : first + together]
+        few = _decode_few([models[row] for row in some], ids[some], slots[some], cache)
+        logits = _filled(logits, some, few)
+    return logits
+
+
+def _filled(logits: Array, rows: Array, few: Array) -> Array:
+    """Store some rows in the logits, which are made wider for the first ones. Shorter rows end with -inf."""
+    if few.shape[1] > logits.shape[1]:
+        wider = np.full((len(logits), few.shape[1]), -np.inf, few.dtype)
+        wider[:, : logits.shape[1]] = logits
+        logits = wider
+    logits[rows, : few.shape[1]] = few
+    return logits
 
 
 def vocab_of(model: SlotModel) -> int:
@@ -126,32 +141,64 @@ class JointModel:
     Args:
         models: the models.
         owner: the model whose layers may change. The others are copies that nobody else has.
+        most: the most models. A further one takes the place of the one that was used least recently.
     """
 
-    def __init__(self, models: Sequence[SlotModel], owner: object) -> None:
-        self._models = tuple(models)
-        self._numbers = {id(model): number for number, model in enumerate(models)}
+    def __init__(self, models: Sequence[SlotModel], owner: object, most: int) -> None:
+        self._models = list(models)
+        self._owner, self._most = owner, most
+        self._numbers = {id(model): number for number, model in enumerate(models)}  # the last used one last
         adapted = [model.adapter_layers() for model in models]
         places = [dict(model.named_modules()) for model in models]
-        self._layers = [
-            layer for model, layers in zip(models, adapted, strict=True) if model is owner
-            for layer in layers.values()
-        ]  # fmt: skip
-        self.lm = models[0].copied(
-            {
-                id(places[0][name]): GroupedLayer([found[name] for found in places])
-                for name in dict.fromkeys(itertools.chain(*adapted))
-            }
-        )
-        self._state = self._owner_state()
+        self._grouped = {
+            name: GroupedLayer([found[name] for found in places])
+            for name in dict.fromkeys(itertools.chain(*adapted))
+        }
+        self.lm = models[0].copied({id(places[0][name]): layer for name, layer in self._grouped.items()})
+        self._watch_owner()
 
     def number(self, model: SlotModel) -> int:
         """The number of one of the models."""
         return self._numbers[id(model)]
 
-    def fits(self, models: Sequence[SlotModel]) -> bool:
-        """Whether all these models are joined, and the owner has not changed, by merging for example."""
-        return all(id(model) in self._numbers for model in models) and self._state == self._owner_state()
+    def join(self, models: Sequence[SlotModel], in_slots: Sequence[SlotModel]) -> bool:
+        """Join models that are not joined yet. They do not take the places of the models of the slots.
+
+        Return False if this is not possible: a model has an adapter in a place where no other model has one,
+        or the owner has changed, by merging for example.
+        """
+        if self._state != self._owner_state():
+            return False
+        for model in models:
+            if id(model) not in self._numbers and not self._add(model, in_slots):
+                return False
+            self._numbers[id(model)] = self._numbers.pop(id(model))
+        return True
+
+    def _add(self, model: SlotModel, in_slots: Sequence[SlotModel]) -> bool:
+        if not model.adapter_layers().keys() <= self._grouped.keys():
+            return False
+        number = self._free_number(in_slots)
+        self._models[number : number + 1] = [model]
+        self._numbers[id(model)] = number
+        places = dict(model.named_modules())
+        for name, layer in self._grouped.items():
+            layer.put(number, places[name])
+        self._watch_owner()
+        return True
+
+    def _free_number(self, in_slots: Sequence[SlotModel]) -> int:
+        """The next number, or that of the model that was used least recently and is in no slot."""
+        needed = {id(model) for model in in_slots}
+        unused = [one for one in self._numbers if one not in needed]
+        if len(self._models) < self._most or not unused:
+            return len(self._models)
+        return self._numbers.pop(unused[0])
+
+    def _watch_owner(self) -> None:
+        owned = [model for model in self._models if model is self._owner]
+        self._layers = [layer for model in owned for layer in model.adapter_layers().values()]
+        self._state = self._owner_state()
 
     def _owner_state(self) -> list[Hashable]:
         return [
@@ -163,10 +210,8 @@ class JointModel:
 def _joint_of(cache: KVCache, models: Sequence[SlotModel]) -> JointModel:
     """A joint model of these models, which the cache keeps. A new one also joins those of the other slots."""
     joint = cache.joint
-    if not isinstance(joint, JointModel) or not joint.fits(models):
-        others = (cache.adapters.model(slot) for slot in range(cache.slots))
-        joined_models: dict[int, Any] = {
-            id(model): model for model in (*others, *models) if model is not None
-        }
-        joint = cache.joint = JointModel(list(joined_models.values()), cache.owner)
+    others = (cache.adapters.model(slot) for slot in range(cache.slots))
+    in_slots: dict[int, Any] = {id(model): model for model in (*others, *models) if model is not None}
+    if not isinstance(joint, JointModel) or not joint.join(models, list(in_slots.values())):
+        joint = cache.joint = JointModel(list(in_slots.values()), cache.owner, cache.slots + 1)
     return joint

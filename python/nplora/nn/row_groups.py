@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +20,7 @@ Array = npt.NDArray[Any]
 Parts: TypeAlias = list[list[_core.InferenceLayer]]  # for each group, the layers of a stack
 
 
-@dataclass(frozen=True, slots=True)
-class RowGroup:
+class RowGroup(NamedTuple):
     """Neighbouring rows of a batch.
 
     Attributes:
@@ -38,6 +36,8 @@ class RowGroup:
 
 
 PartOf: TypeAlias = Callable[[Module, RowGroup], _core.InferenceLayer | None]
+
+_KEPT = 16  # stacks whose arguments are kept, of the groups that decoding last computed
 
 _groups: ContextVar[tuple[RowGroup, ...] | None] = ContextVar("nplora_row_groups", default=None)
 
@@ -73,7 +73,7 @@ def slices(groups: Sequence[RowGroup]) -> list[slice]:
 class GroupedLayer(Module):
     """The layers at one place of several models. Each group of rows is computed by its model's layer.
 
-    The layers must not change, except for the values in their arrays.
+    The layers must not change, except by `put` and for the values in their arrays.
 
         >>> import nplora, numpy as np
         >>> from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows
@@ -92,7 +92,13 @@ class GroupedLayer(Module):
     def __init__(self, layers: Sequence[Module]) -> None:
         self._layers = tuple(layers)
         self._parts: dict[tuple[int, bool], _core.InferenceLayer | None] = {}
-        self._stack: tuple[tuple[int, ...], tuple[RowGroup, ...], Parts | None] | None = None
+        self._stacks: dict[tuple[tuple[int, ...], tuple[RowGroup, ...]], Parts | None] = {}
+
+    def put(self, model: int, layer: Module) -> None:
+        """Set the layer of a model, or add that of the next model."""
+        self._layers = (*self._layers[:model], layer, *self._layers[model + 1 :])
+        self._parts = {key: part for key, part in self._parts.items() if key[0] != model}
+        self._stacks.clear()  # its other layers may be new, too
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, None]:
         """Return the outputs of all rows of x. A shorter output is filled with -inf."""
@@ -110,13 +116,14 @@ class GroupedLayer(Module):
 
         They are kept, because decoding needs the same ones again for the next tokens.
         """
-        stack = tuple(map(id, layers))
-        kept = self._stack
-        if kept is None or kept[0] != stack or (kept[1] is not groups and kept[1] != groups):
+        key = tuple(map(id, layers)), groups
+        if key not in self._stacks:
             parts = [[part_of(layer, group) for layer in layers] for group in groups]
             whole = all(part is not None for group in parts for part in group)
-            kept = self._stack = stack, groups, cast(Parts, parts) if whole else None
-        return kept[2]
+            if len(self._stacks) == _KEPT:
+                del self._stacks[next(iter(self._stacks))]
+            self._stacks[key] = cast(Parts, parts) if whole else None
+        return self._stacks[key]
 
     def of(self, group: RowGroup) -> Module:
         """The layer that computes the rows of a group."""

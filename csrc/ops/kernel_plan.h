@@ -29,8 +29,8 @@ inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t
                                                                                : ForwardPath::kLanes;
 }
 
-// Inference computes every batch above kSmallBatch rows as if it had this many rows. So a row has the same bits
-// in all these batches, and a prompt may be read in pieces of any length above kSmallBatch.
+// Inference computes every batch above kSmallBatch rows as if it had this many rows. So a row has the same
+// bits in all these batches, and a prompt may be read in pieces of any length above kSmallBatch.
 inline constexpr size_t kInferenceTokens = 64;
 
 inline size_t inference_tokens(size_t batch) {

@@ -61,8 +61,8 @@ struct GroupParts {
   std::vector<ForwardPart<T>> parts;
 };
 
-// Does lora_infer for several groups of rows of x, each with layers of its own. Usually, the layers share the weights
-// and have different updates. Layer i of each group writes its rows of one array y.
+// Does lora_infer for several groups of rows of x, each with layers of its own. Usually, the layers share the
+// weights and have different updates. Layer i of each group writes its rows of one array y.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x);
 

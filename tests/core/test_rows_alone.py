@@ -63,7 +63,7 @@ def layer_of(fw: FrozenWeight, rank: int, seed: int) -> LoRALinear:
     [("float32", "float32"), ("bfloat16", "bfloat16"), ("float64", "float32"), ("q4_1", "int8"),
      ("q4_k", "bfloat16")],
 )  # fmt: skip
-def test_groups_of_rows_have_the_bits_of_each_group_alone(
+def test_groups_of_rows_have_the_bits_of_a_batch_with_the_layers_of_each_group(
     storage: str, compute: str, counts: tuple[int, ...], threads: int
 ) -> None:
     stack = [FrozenWeight(normal(rows, 256, seed=rows), storage, compute) for rows in (130, 48)]
@@ -81,8 +81,8 @@ def compare_groups(groups: list[list[Any]], x: Array, counts: tuple[int, ...]) -
     got = _core.infer_groups(x, prepared, list(counts))
     bounds = np.cumsum((0, *counts))
     for each, first, end in zip(prepared, bounds[:-1], bounds[1:], strict=True):
-        for y, alone in zip(got, _core.infer(x[first:end], each), strict=True):
-            np.testing.assert_array_equal(y[first:end], alone)
+        for y, whole in zip(got, _core.infer(x, each), strict=True):
+            np.testing.assert_array_equal(y[first:end], whole[first:end])
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (5, 20)])

@@ -244,7 +244,7 @@ def test_the_process_stays_within_its_budget(tmp_path: Path) -> None:
     assert most >= pages - 1
     assert pages * page_bytes > 35e6
     assert peak <= budget
-    assert peak > budget - 60e6, "the plan counts memory that nobody uses"
+    assert peak > budget - 75e6, "the plan counts memory that nobody uses"
 
 
 # ---- joining, leaving, errors ----

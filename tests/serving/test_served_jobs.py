@@ -33,7 +33,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     directory = tmp_path_factory.mktemp("jobs")
     lm = nplora.load_model(live_server.save_model(directory))
     models = Models(lm, "base")
-    options = ServeOptions(jobs=str(directory / "jobs"), memory="1G")
+    options = ServeOptions(jobs=str(directory / "jobs"), memory="8G")
     with run.running(lm, models, options) as (engine, jobs):
         app = Application(Service(engine, models, jobs, max_file=100_000))
         with (
@@ -112,7 +112,7 @@ def test_the_adapters_of_earlier_jobs_are_there_when_the_engine_divides_the_memo
         return engine(lm, **options)
 
     monkeypatch.setattr(run, "Engine", planned)
-    options = ServeOptions(jobs=str(tmp_path / "jobs"), memory="1G")
+    options = ServeOptions(jobs=str(tmp_path / "jobs"), memory="8G")
     with run.running(lm, Models(lm, "base"), options):
         assert seen == [[name]]
 

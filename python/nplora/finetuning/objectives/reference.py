@@ -123,7 +123,7 @@ class Reference:
             shared.compute()
             known = {key: known[key] for key in seen}
         finally:  # also after Ctrl-C, so that the next start continues from here
-            if is_computed and writes and directory is not None:
+            if is_computed and known and writes and directory is not None:
                 _write(directory, self._model, known)
         self._set(known)
         self._is_kept = self._is_kept and (writes or not is_computed)

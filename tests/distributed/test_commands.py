@@ -144,7 +144,7 @@ def test_different_errors_of_two_ranks_are_both_printed(inputs: Path, tmp_path: 
     status, _, errors = run((1, first), (1, words(inputs, tmp_path / "out", data="no-train.jsonl")))
     assert status != 0
     assert sorted(name in errors for name in ("no-train.jsonl", "no-valid.jsonl")) == [True, True]
-    assert len(errors_of(errors)) == 2, errors
+    assert errors.count("error: ") == 2, errors  # the launcher may print both in one line
 
 
 @needs_mpi

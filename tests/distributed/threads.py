@@ -32,7 +32,8 @@ class ThreadRank:
         self.table.values[self.rank] = place, copy.deepcopy(value)  # as another process would get it
         self.table.barrier.wait()
         values = list(self.table.values)
-        with contextlib.suppress(threading.BrokenBarrierError):  # a rank that has these values may fail already
+        # A rank that has these values may have failed since.
+        with contextlib.suppress(threading.BrokenBarrierError):
             self.table.barrier.wait()
         assert len({other for other, _ in values}) == 1, values
         return [value for _, value in values]

@@ -44,11 +44,11 @@ def test_the_loss_of_a_sentence(smollm2: Path, ids: Array, figure: Figure) -> No
     assert nplora.load_model(smollm2, compute="bfloat16").loss(ids, ids) == pytest.approx(3.32180, abs=5e-2)
 
 
-def test_int8_changes_the_loss_of_a_sentence_by_less_than_half_a_percent(
+def test_int8_changes_the_loss_of_a_sentence_by_less_than_one_percent(
     smollm2: Path, ids: Array, figure: Figure
 ) -> None:
     loss = nplora.load_model(smollm2, compute="int8").loss(ids, ids)
-    assert loss == pytest.approx(3.32180, rel=5e-3)
+    assert loss == pytest.approx(3.32180, rel=1e-2)
     assert abs(loss - 3.32180) > 1e-5  # it was int8 that was measured
     figure("loss of the sentence in int8", loss)
 

@@ -4,8 +4,8 @@
 . "$(dirname "$0")/../environment.sh"
 
 with_test_packages serve test,serve
-install "$work/environments/serve" 'openai>=2' playwright
+install "$work/environments/serve" 'openai>=2' litellm playwright
 system_packages chromium-headless-shell:chromium-headless-shell
 # Without one of these, tests would be skipped.
-"$work/environments/serve/bin/python" -c 'import llguidance, openai, playwright, starlette, uvicorn'
+"$work/environments/serve/bin/python" -c 'import litellm, llguidance, openai, playwright, starlette, uvicorn'
 run_tests serve --skipped="$here/skipped" tests/serving | tee "$here/pytest.count"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -38,3 +38,17 @@ def url(app: Application) -> Iterator[str]:
 
     with live_server.running(app) as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[Any]:
+    """OpenAI's client."""
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def lm(app: Application) -> Any:
+    """The model that the application serves."""
+    return app.service.models.lm

@@ -119,14 +119,19 @@ class Numbers:
         return "".join(f"{one} " for one in ids)
 
 
-def test_with_longrope_an_answer_that_outgrows_the_short_factors_is_read_again(tmp_path: Path) -> None:
-    """The beginning of a prompt is shared only among requests with the same factors."""
+def model_with_longrope(directory: Path) -> LanguageModel:
     torch_models = pytest.importorskip("torch_models")
     pytest.importorskip("transformers")
     theirs = torch_models.make("phi3 with longrope", "as usual", 9)
-    lm = nplora.load_model(torch_models.save(theirs, tmp_path, "safetensors", "phi3 with longrope"))
+    lm = nplora.load_model(torch_models.save(theirs, directory, "safetensors", "phi3 with longrope"))
     lm._tokenizer = Numbers(lm.config.vocab_size)
     assert lm.config.rope.long is not None
+    return lm
+
+
+def test_with_longrope_an_answer_that_outgrows_the_short_factors_is_read_again(tmp_path: Path) -> None:
+    """The beginning of a prompt is shared only among requests with the same factors."""
+    lm = model_with_longrope(tmp_path)
     half = int(lm.config.rope.long.original_length)
     rng, sampling = np.random.default_rng(5), Sampling(max_new_tokens=12)
     prompts = [
@@ -140,12 +145,7 @@ def test_with_longrope_an_answer_that_outgrows_the_short_factors_is_read_again(t
 
 def test_generated_invocation_tokens_do_not_activate_an_adapter(tmp_path: Path) -> None:
     """Also not when LongRoPE makes the engine read the prompt and the answer again."""
-    torch_models = pytest.importorskip("torch_models")
-    pytest.importorskip("transformers")
-    theirs = torch_models.make("phi3 with longrope", "as usual", 9)
-    lm = nplora.load_model(torch_models.save(theirs, tmp_path, "safetensors", "phi3 with longrope"))
-    lm._tokenizer = Numbers(lm.config.vocab_size)
-    assert lm.config.rope.long is not None
+    lm = model_with_longrope(tmp_path)
     lm.add_lora(targets="o_proj", rank=2, invocation=(7, 7))
     half = int(lm.config.rope.long.original_length)
     engine, seen = Engine(lm, max_requests=1), set[int]()

@@ -1,7 +1,6 @@
 """The server as OpenAI's own Python client sees it."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import nplora
 from nplora.lm.generation import Sampling
 from nplora.serving import Chunk, Ticket, Usage
 from nplora.serving.api.answers import ChatAnswer
-from nplora.serving.api.app import Application
 from nplora.serving.api.requests import TextRequest
 
 openai = pytest.importorskip("openai")
@@ -36,17 +34,6 @@ TOOL = {
         },
     },
 }
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[Any]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def lm(app: Application) -> nplora.LanguageModel:
-    return app.service.models.lm
 
 
 def ask(client: Any, **changes: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import errno
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,6 @@ openai = pytest.importorskip("openai")
 
 ENGINE = "real"
 CHAT = [{"role": "user", "content": "hello 12"}]
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[Any]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def lm(app: Application) -> nplora.LanguageModel:
-    return app.service.models.lm
 
 
 def ask(client: Any, **changes: Any) -> Any:

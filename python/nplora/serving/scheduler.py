@@ -140,7 +140,6 @@ class Scheduler:
     def _prepare(self, request: Request) -> None:
         """Make the request's empty slot ready for its adapter and its length."""
         cache, slot = self._cache, _slot(request)
-        assert slot is not None
         cache.adapters[slot] = request.model
         cache.limits[slot] = request.slot_limit
         cache.activate(slot, request.prompt)

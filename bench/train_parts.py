@@ -70,6 +70,8 @@ def _timed(name: str, function: Callable[..., Any], spent: dict[str, float]) -> 
 
 
 def _part(name: str, arguments: tuple[Any, ...]) -> str:
-    if name in ("lora_forward", "lora_backward") and arguments[-1][0].weight.shape[0] > HEAD_ROWS:
-        return "head"
+    if name in ("lora_forward", "lora_backward"):
+        layers = next(argument for argument in arguments if isinstance(argument, list))
+        if layers[0].weight.shape[0] > HEAD_ROWS:
+            return "head"
     return PARTS.get(name, NEAR)

@@ -6,6 +6,6 @@
 with_test_packages serve test,serve
 install "$work/environments/serve" 'openai>=2' litellm playwright
 system_packages chromium-headless-shell:chromium-headless-shell
-# Without one of these, tests would be skipped.
-"$work/environments/serve/bin/python" -c 'import litellm, llguidance, openai, playwright, starlette, uvicorn'
+# Without one of these, tests would be skipped. litellm would load a list from the network.
+LITELLM_LOCAL_MODEL_COST_MAP=True "$work/environments/serve/bin/python" -c 'import litellm, llguidance, openai, playwright, starlette, uvicorn'
 run_tests serve --skipped="$here/skipped" tests/serving | tee "$here/pytest.count"

@@ -16,7 +16,9 @@ STREAMS, GENERATED, PROMPT = 8, 48, 16  # streams at the same time; tokens of ea
 SYSTEM, QUESTION = 1000, 24  # tokens of a system prompt and of the question behind it
 CONTEXT = 2048
 RANK = 8  # of the adapters, on all seven targets of each block
-CELLS = ("1 stream", f"{STREAMS} streams", f"{STREAMS} adapters", "first", "later")
+LONG = ("1 stream", f"{STREAMS} streams", f"{STREAMS} adapters", "first")
+CELLS = (*LONG, "later")
+ROUNDS = 7  # a call of LONG lasts seconds, so one of them in each round suffices
 
 _servers = ExitStack()  # llama.cpp's server, which lives as long as the process of its contestant
 
@@ -131,10 +133,10 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
         return []
     with TemporaryDirectory() as directory:
         arguments = threads, path, save_adapters(path, Path(directory))
-        contestants = [Contestant("nplora", nplora_calls, arguments)]
+        contestants = [Contestant("nplora", nplora_calls, arguments, long=LONG)]
         if llama_server.binary():
-            contestants.append(Contestant("llama.cpp", llama_calls, arguments, runtime="llama.cpp"))
-        result = Runtimes(threads).race(contestants, rounds=1 if quick else 5, seconds=0.03)
+            contestants.append(Contestant("llama.cpp", llama_calls, arguments, "llama.cpp", long=LONG))
+        result = Runtimes(threads).race(contestants, rounds=1 if quick else ROUNDS)
     found = []
     for contestant in contestants:
         one, several, adapted, first, later = (result.median(contestant.name, cell) for cell in CELLS)

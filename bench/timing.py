@@ -36,6 +36,7 @@ class Contestant:
     """An entry of a race. `prepare(*arguments)` builds data, checks results, and returns the calls by cell.
 
     A cell that is named in `ceilings` is not timed. It measures and returns operations or bytes per second.
+    A cell that is named in `long` lasts so long that one call in each turn suffices, without an earlier one.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Contestant:
         "nplora"  # contestants of one runtime share a process; nplora's keeps OpenBLAS at one thread
     )
     ceilings: tuple[str, ...] = ()
+    long: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class Runtimes:
 
     def race(self, contestants: Sequence[Contestant], *, rounds: int, seconds: float = 0.03) -> Result:
         """Run `rounds` turns. In each, every call is timed for about `seconds`, and at least three times.
+
+        Long calls are timed once in each turn.
 
         Prints a warning if other programs kept the machine busy.
         """
@@ -150,21 +154,18 @@ def _start(blas_threads: int) -> tuple[Any, Connection]:
 
 
 def _serve(connection: Connection) -> None:
-    entries: dict[str, tuple[Calls, tuple[str, ...]]] = {}
+    entries: dict[str, tuple[Calls, Contestant]] = {}
     while True:
         try:
             match connection.recv():
                 case ("prepare", contestant):
                     calls = contestant.prepare(*contestant.arguments)
-                    entries[contestant.name] = calls, contestant.ceilings
+                    entries[contestant.name] = calls, contestant
                     connection.send(None)
                 case ("turn", name, seconds):
-                    calls, ceilings = entries[name]
+                    calls, contestant = entries[name]
                     connection.send(
-                        {
-                            cell: _rate(call) if cell in ceilings else _time(call, seconds)
-                            for cell, call in calls.items()
-                        }
+                        {cell: _measure(call, cell, contestant, seconds) for cell, call in calls.items()}
                     )
                 case ("drop", name):
                     del entries[name]
@@ -176,17 +177,22 @@ def _serve(connection: Connection) -> None:
             connection.send(traceback.format_exc())
 
 
-def _time(call: Call, budget: float) -> float:
-    """Median seconds of a call, after one call that wakes the threads and warms the caches."""
+def _measure(call: Call, cell: str, contestant: Contestant, budget: float) -> float:
+    if cell in contestant.ceilings:
+        return _rate(call)
+    return _time_once(call) if cell in contestant.long else _time(call, budget)
+
+
+def _time_once(call: Call) -> float:
     start = time.perf_counter()
     call()
-    once = time.perf_counter() - start
-    seconds = []
-    for _ in range(min(200, max(3, int(budget / once)))):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
+    return time.perf_counter() - start
+
+
+def _time(call: Call, budget: float) -> float:
+    """Median seconds of a call, after one call that wakes the threads and warms the caches."""
+    once = _time_once(call)
+    return median(_time_once(call) for _ in range(min(200, max(3, int(budget / once)))))
 
 
 def _rate(ceiling: Callable[[], Any]) -> float:

@@ -59,9 +59,14 @@ def served(files: tuple[Path, list[Path]]) -> Iterator[str]:
     with process(*arguments, env={**os.environ, "NPLORA_API_KEY": "secret"}) as (server, url):
         yield url
         server.send_signal(signal.SIGTERM)
+        assert server.stdout is not None
+        lines = server.stdout.read()
         _, errors = server.communicate(timeout=20)
         assert server.returncode == 0
         assert errors == ""
+        for text in ("models: small, mine, adapter1", "context: 512 tokens", "(the limit is 1G)",
+                     "MB  keys and values of", "stopping; Ctrl-C again ends the server at once"):  # fmt: skip
+            assert text in lines
 
 
 @pytest.mark.slow
@@ -104,6 +109,30 @@ def ask_litellm(url: str) -> None:
     alone = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # it would load a list from the network
     made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=alone)
     assert made.stdout.endswith("done\n"), made.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_what_the_server_waits_for_and_a_second_one_ends_it(
+    files: tuple[Path, list[Path]],
+) -> None:
+    with process(files[0], "--memory", "1G") as (server, url):
+        address = "127.0.0.1", int(url.rpartition(":")[2])
+        body = json.dumps({"prompt": "a", "max_tokens": 500, "n": 16, "stream": True, "temperature": 0})
+        with socket.create_connection(address, timeout=20) as client:
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+            client.sendall((head + body).encode())
+            assert b"200 OK" in client.recv(1000)
+            server.send_signal(signal.SIGINT)
+            assert server.stdout is not None
+            line = next(line for line in server.stdout if line.startswith("stopping"))
+            assert (
+                line
+                == "stopping: waiting at most 30 s for 16 answers; Ctrl-C again ends the server at once\n"
+            )
+            server.send_signal(signal.SIGINT)
+            _, errors = server.communicate(timeout=20)
+        assert server.returncode == 0
+        assert errors == ""
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import nplora
-from nplora.lm import language_model
+from nplora.serving.adapter_memory import AdapterMemory
+from nplora.serving.api import models as models_module
 from nplora.serving.api.app import Application
 
 openai = pytest.importorskip("openai")
@@ -65,7 +66,7 @@ def test_an_adapter_is_replaced_in_one_step(
     before = listed()
     models.set_scales([{"id": 0, "scale": 0.5}])
     seen: list[Any] = []
-    read = language_model.read_for
+    read = models_module.read_for
 
     def reading(*arguments: Any) -> Any:
         seen.append(ask(client, model="adapter0").choices[0].message.content)
@@ -74,7 +75,7 @@ def test_an_adapter_is_replaced_in_one_step(
 
     expected = [lm.with_adapter(lm.adapters["adapter0"]).generate(CHAT, 8)]
     expected.append(ask(client, extra_body={"lora": [{"id": 0, "scale": 2}]}).choices[0].message.content)
-    monkeypatch.setattr(language_model, "read_for", reading)
+    monkeypatch.setattr(models_module, "read_for", reading)
     try:
         models.load("adapter0", directory / "adapter1", replace=True)
         assert seen == expected
@@ -89,6 +90,36 @@ def test_an_adapter_is_replaced_in_one_step(
     finally:
         models.set_scales([])
         models.load("adapter0", directory / "adapter0", replace=True)
+
+
+def test_an_adapter_that_does_not_fit_into_memory_is_refused(client: Any, app: Application) -> None:
+    """An adapter takes twice its size, and three times its size while it is loaded."""
+    models = app.service.models
+    models.memory = AdapterMemory(4 * models.lm.adapters["adapter1"].nbytes)
+
+    def load(name: str) -> Any:
+        return client.post(
+            "/load_lora_adapter", body={"lora_name": name, "lora_path": "adapter1"}, cast_to=str
+        )
+
+    try:
+        load("first")
+        for _ in range(2):
+            with pytest.raises(
+                openai.APIStatusError, match=r"no memory for the adapter 'second'.* MB"
+            ) as caught:
+                load("second")
+            assert (caught.value.status_code, caught.value.code) == (507, "insufficient_memory")
+            assert caught.value.response.headers["x-should-retry"] == "false"
+        assert "second" not in {model.id for model in client.models.list()}
+        for scale in (2, 3, 4):  # each sum takes the place of the one before
+            ask(client, extra_body={"lora": [{"id": 0, "scale": scale}]})
+        assert ask(client, model="first").choices[0].message.content
+        client.models.delete("first")
+        load("second")
+        client.models.delete("second")
+    finally:
+        models.memory = None
 
 
 @pytest.mark.parametrize("path", ["..", "/etc", "../../etc/passwd", "nowhere", "link", "a\0b", "x" * 5000])

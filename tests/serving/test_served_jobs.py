@@ -79,10 +79,10 @@ def test_a_job_makes_an_adapter_that_answers(client: Any, file: Any) -> None:
     )
     job = wait(client, job)
     assert job.status == "succeeded", job.error
+    assert job.fine_tuned_model in [model.id for model in client.models.list()]
     events = list(client.fine_tuning.jobs.list_events(job.id))
     assert any(event.type == "metrics" for event in events)
     assert next(iter(client.fine_tuning.jobs.list(limit=1))).id == job.id
-    assert job.fine_tuned_model in [model.id for model in client.models.list()]
     messages = [{"role": "user", "content": "hello"}]
     answer = client.chat.completions.create(
         model=job.fine_tuned_model, messages=messages, max_tokens=4, temperature=0

@@ -72,6 +72,14 @@ class AdapterContent(Mapping[str, LoraDelta]):
         return f"{type(self).__name__}({self.source!r}, {counted(len(self), 'layer')})"
 
     @property
+    def nbytes(self) -> int:
+        """The size of all arrays in bytes."""
+        factors = (array for delta in self.values() for array in (delta.A, delta.B, delta.m))
+        whole = (array for arrays in self.modules_to_save.values() for array in arrays.values())
+        rows = (array for rows in self.token_rows.values() for array in (rows.ids, rows.values))
+        return sum(array.nbytes for array in (*factors, *whole, *rows) if array is not None)
+
+    @property
     def use_dora(self) -> bool:
         return any(delta.use_dora for delta in self.values())
 

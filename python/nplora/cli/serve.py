@@ -1,6 +1,7 @@
 """`nplora serve`"""
 
 import argparse
+import contextlib
 import os
 
 from nplora.cli.adapter_names import named_adapters
@@ -36,8 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
     serving.require_packages()
     with bind(options.host, options.port) as listener:
         lm = load_model(arguments.model, arguments.compute)
-        serving.serve(lm, options, adapters, any_base=arguments.any_base, listener=listener, ready=_say)
+        serving.serve(lm, options, adapters, any_base=arguments.any_base, listener=listener, report=_print)
 
 
-def _say(url: str) -> None:
-    print(f"serving at {url}", flush=True)
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        print(text, flush=True)

@@ -67,6 +67,8 @@ class Engine:
             deleted at any time.
         memory: the most bytes that this process may use, as a number or as a text such as "2G". The keys and
             values take what the weights and the work space leave. None: a part of the available memory.
+        adapter_memory: a part of `memory` that stays free for adapters that are loaded later; None: an eighth
+            of what the model leaves.
         max_requests: how many requests are computed at the same time. The others wait.
         max_waiting: how many requests may wait.
         turn: entered for each call of the model; a round has one for each piece of a prompt, and one for the
@@ -80,6 +82,7 @@ class Engine:
         lm: LanguageModel,
         *,
         memory: int | str | None = None,
+        adapter_memory: int | str | None = 0,
         max_requests: int = 8,
         max_waiting: int = 1024,
         turn: AbstractContextManager[object] | None = None,
@@ -87,7 +90,7 @@ class Engine:
         self._slots = slots = _check.integer("Engine", "max_requests", max_requests, least=1)
         self._most_waiting = _check.integer("Engine", "max_waiting", max_waiting, least=0)
         self._lm, self._metrics = lm, Metrics()
-        self._plan = plan_memory(lm, memory, slots)
+        self._plan = plan_memory(lm, memory, slots, adapter_memory)
         self._context = min(int(lm.config.max_position_embeddings), self._plan.pages * PAGE)
         self._scheduler = Scheduler(
             lm,

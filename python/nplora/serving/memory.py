@@ -15,8 +15,9 @@ from nplora.runtime import get_num_threads
 
 _FLOAT = 4
 _THREAD = 3 << 19  # the scratch of a thread besides the rows of a product, rounded up
-_HEAP = 24 << 20  # small arrays, texts of requests, and memory that malloc keeps
-_PART = 0.5  # without a budget: the part of the available memory that keys and values may take
+_HEAP = 12 << 20  # small arrays, texts of requests, and memory that malloc keeps
+_PART = 0.5  # without a budget: the part of the available memory that the engine may take
+_ADAPTERS = 8  # by default, adapters that are loaded later get an eighth of what the model leaves
 _LEAST_PAGES = 4
 
 
@@ -27,6 +28,7 @@ class MemoryPlan:
     Attributes:
         process: this process before the engine, with the model and its adapters.
         weights: weights that are not read yet.
+        adapters: kept for adapters that are loaded later.
         work: what a round takes: a piece of a prompt, the scores of all requests, and scratch.
         pages: the number of pages for keys and values.
         page_bytes: the size of one page.
@@ -34,33 +36,40 @@ class MemoryPlan:
 
     process: int
     weights: int
+    adapters: int
     work: int
     pages: int
     page_bytes: int
 
     @property
     def total(self) -> int:
-        return self.process + self.weights + self.work + self.pages * self.page_bytes
+        fixed = self.process + self.weights + self.adapters + self.work
+        return fixed + self.pages * self.page_bytes
 
     def __str__(self) -> str:
         rows = (
             (self.process, "this process, with model and adapters"),
             (self.weights, "weights that are not read yet"),
-            (self.work, "working memory of a round"),
+            (self.adapters, "adapters that are loaded later"),
+            (self.work, "working memory"),
             (self.pages * self.page_bytes, f"keys and values of {self.pages * PAGE:,} tokens"),
         )
-        return "\n".join(f"  {size / 1e6:6.0f} MB  {text}" for size, text in rows)
+        return "\n".join(f"  {size / 1e6:6,.0f} MB  {text}" for size, text in rows if size)
 
 
-def plan_memory(lm: LanguageModel, memory: int | str | None, max_requests: int) -> MemoryPlan:
+def plan_memory(
+    lm: LanguageModel, memory: int | str | None, max_requests: int, adapter_memory: int | str | None = 0
+) -> MemoryPlan:
     """Divide the memory.
 
     Args:
         memory: the budget of the process; None: a part of what is available.
         max_requests: how many requests are computed at the same time.
+        adapter_memory: kept for adapters that are loaded later; None: an eighth of what the model leaves.
     Raises:
         ValueError: the budget is not a size, or does not suffice.
     """
+    _ = lm.tokenizer  # which reads it, so that it counts as memory in use
     process, weights = resident_memory(lm)
     work, page = work_bytes(lm, max_requests), page_bytes(lm.config)
     most = max_requests * -(-lm.config.max_position_embeddings // PAGE)
@@ -70,15 +79,21 @@ def plan_memory(lm: LanguageModel, memory: int | str | None, max_requests: int) 
     else:
         available = available_memory()
         budget = fixed + (most * page if available is None else int(_PART * max(0, available - fixed)))
-    pages = (budget - fixed) // page
+    left = max(0, budget - fixed)
+    adapters = left // _ADAPTERS if adapter_memory is None else _size(adapter_memory)
+    pages = (left - adapters) // page
     if pages < _LEAST_PAGES:
         raise ValueError(
             f"Engine: memory is {budget / 1e6:,.0f} MB, expected at least "
-            f"{(fixed + _LEAST_PAGES * page) / 1e6:,.0f} MB: {process / 1e6:,.0f} MB are in use, "
-            f"{weights / 1e6:,.0f} MB are weights that are not read yet, a round takes {work / 1e6:,.0f} MB, "
-            f"and {PAGE} tokens take {page / 1e6:,.1f} MB"
+            f"{(fixed + adapters + _LEAST_PAGES * page) / 1e6:,.0f} MB: {process / 1e6:,.0f} MB are in use, "
+            f"{weights / 1e6:,.0f} MB are weights that are not read yet, {adapters / 1e6:,.0f} MB are for "
+            f"adapters, a round takes {work / 1e6:,.0f} MB, and {PAGE} tokens take {page / 1e6:,.1f} MB"
         )
-    return MemoryPlan(process, weights, work, min(pages, most), page)
+    return MemoryPlan(process, weights, adapters, work, min(pages, most), page)
+
+
+def _size(adapter_memory: int | str) -> int:
+    return 0 if str(adapter_memory).strip() == "0" else parse_bytes(adapter_memory, "Engine")
 
 
 def page_bytes(config: ModelConfig) -> int:

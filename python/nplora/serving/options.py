@@ -35,6 +35,10 @@ class ServeOptions:
     memory: str | None = _option(
         None, "memory limit of the whole process (default: a part of the available memory)", metavar="SIZE"
     )
+    adapter_memory: str | None = _option(
+        None, "part of the memory for adapters that are loaded while the server runs (default: an eighth of "
+        "what the model leaves, if there are adapters or jobs)", metavar="SIZE",
+    )  # fmt: skip
     max_requests: int = _option(8, "number of requests that are computed at the same time; others wait")
     jobs: str | None = _option(
         None, "directory for uploaded files and fine-tuning jobs, which continue after a restart",
@@ -61,6 +65,9 @@ class ServeOptions:
     )
     max_body: str = _option("8M", "largest body of a request", group=_LIMITS, metavar="SIZE")
     max_file: str = _option("512M", "largest uploaded file", group=_LIMITS, metavar="SIZE")
+    max_files: str = _option(
+        "8G", "largest size of all uploaded files together", group=_LIMITS, metavar="SIZE"
+    )
     timeout: float = _option(600.0, "seconds after which an answer is cancelled", group=_LIMITS)
     drain: float = _option(
         30.0, "seconds that answers may still take when the server is stopped", group=_LIMITS
@@ -80,8 +87,8 @@ class ServeOptions:
                 raise ValueError(f"{_OP}: {name} is {getattr(self, name)}, expected above 0")
         if not 0 < _check.number(_OP, "train_share", self.train_share) <= 1:
             raise ValueError(f"{_OP}: train_share is {self.train_share}, expected above 0 and at most 1")
-        for name in ("max_body", "max_file", "memory"):
-            if getattr(self, name) is not None:
+        for name in ("max_body", "max_file", "max_files", "memory", "adapter_memory"):
+            if getattr(self, name) not in (None, "0"):
                 parse_bytes(getattr(self, name), _OP)
         for name in ("api_key", "allow_origin"):
             texts = _check.texts(_OP, name, getattr(self, name))

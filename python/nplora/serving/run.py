@@ -9,12 +9,13 @@ from pathlib import Path
 
 from nplora.finetuning.planning import parse_bytes
 from nplora.finetuning.planning.choice import resident_memory
+from nplora.finetuning.planning.resident import current_memory
 from nplora.lm import LanguageModel
 from nplora.runtime.time_share import TimeShare
+from nplora.serving.adapter_memory import AdapterMemory
 from nplora.serving.api import http_server
 from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models, default_name
-from nplora.serving.api.protocols import ServingEngine, TuningJobs
 from nplora.serving.api.service import Service
 from nplora.serving.engine import Engine
 from nplora.serving.jobs import FineTuning
@@ -28,7 +29,7 @@ def serve(
     *,
     any_base: bool = False,
     listener: socket.socket | None = None,
-    ready: Callable[[str], None] = lambda url: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Serve a model and its adapters until SIGTERM or SIGINT.
 
@@ -36,7 +37,8 @@ def serve(
         adapters: pairs (name, path).
         any_base: accept adapters that were trained on another model of the same shapes.
         listener: a socket that listens; None: one for `options.host` and `options.port` is made.
-        ready: called with the server's address when requests are accepted.
+        report: called with texts for the person who runs the server: the address and the memory plan when
+            requests are accepted, the events of jobs, and what the server waits for before it ends.
     Raises:
         ModuleNotFoundError: starlette or uvicorn is not installed.
         OSError: the port is in use, or an adapter cannot be read.
@@ -47,7 +49,7 @@ def serve(
     models = Models(lm, options.name or default_name(lm.source), any_base)
     for name, path in adapters:
         models.load(name, path)
-    with running(lm, models, options) as (engine, jobs):
+    with running(lm, models, options, report) as (engine, jobs):
         service = Service(
             engine,
             models,
@@ -61,14 +63,47 @@ def serve(
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         app = Application(service, options.api_key, options.allow_origin)
-        http_server.serve(app, listener, drain_seconds=options.drain, ready=lambda: ready(url))
+        http_server.serve(
+            app,
+            listener,
+            drain_seconds=options.drain,
+            ready=lambda: report(f"serving at {url}\n{description(engine, models, options)}"),
+            stopping=lambda: report(last_words(engine, options.drain)),
+        )
+
+
+def description(engine: Engine, models: Models, options: ServeOptions) -> str:
+    """What a person should know about a server that has started."""
+    most, context = int(engine.lm.config.max_position_embeddings), engine.context
+    why = f", because of the memory; the model has {most:,}" if context < most else ""
+    limit = "no limit was given" if options.memory is None else f"the limit is {options.memory}"
+    return (
+        f"models: {', '.join(models.names)}\n"
+        f"context: {context:,} tokens for a prompt and its answer{why}\n"
+        f"requests at the same time: {options.max_requests}; {options.max_queue} more may wait\n"
+        f"memory: {engine.plan.total / 1e6:,.0f} MB at most, without training ({limit})\n{engine.plan}"
+    )
+
+
+def last_words(engine: Engine, seconds: float) -> str:
+    """What a server waits for before it ends."""
+    metrics = engine.metrics()
+    count = metrics.running + metrics.waiting
+    if not count:
+        return "stopping; Ctrl-C again ends the server at once"
+    answers = "1 answer" if count == 1 else f"{count} answers"
+    return f"stopping: waiting at most {seconds:g} s for {answers}; Ctrl-C again ends the server at once"
 
 
 @contextmanager
 def running(
-    lm: LanguageModel, models: Models, options: ServeOptions
-) -> Iterator[tuple[ServingEngine, TuningJobs | None]]:
-    """The engine and the fine-tuning jobs. Both are stopped at the end of this context."""
+    lm: LanguageModel, models: Models, options: ServeOptions, log: Callable[[str], None] | None = None
+) -> Iterator[tuple[Engine, FineTuning | None]]:
+    """The engine and the fine-tuning jobs. Both are stopped at the end of this context.
+
+    Args:
+        log: called with the events of jobs.
+    """
     turns = None if options.jobs is None else TimeShare(options.train_share)
     with ExitStack() as stack:
         jobs = None
@@ -80,19 +115,23 @@ def running(
                 turns=turns,
                 publish=lambda name, directory: models.load(name, directory, replace=True),
                 withdraw=models.unload,
-                memory=options.memory,
+                memory=None if options.memory is None else lambda: training_memory(options, engine),
                 max_file_bytes=parse_bytes(options.max_file, "serve"),
+                max_files_bytes=parse_bytes(options.max_files, "serve"),
+                log=log,
             )
             stack.callback(jobs.close)
             jobs.publish_earlier()  # before the engine divides the memory that is left
         engine = Engine(
             lm,
             memory=engine_memory(lm, options),
+            adapter_memory=adapter_memory(lm, options),
             max_requests=options.max_requests,
             max_waiting=options.max_queue,
             turn=turns,
         )
         stack.callback(engine.close, drain=False)
+        models.memory = AdapterMemory(engine.plan.adapters)
         engine.start()
         if jobs is not None:
             jobs.start()
@@ -106,6 +145,18 @@ def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
     memory = parse_bytes(options.memory, "serve")
     left = max(0, memory - sum(resident_memory(lm)))
     return memory if options.jobs is None else memory - left // 2
+
+
+def training_memory(options: ServeOptions, engine: Engine) -> int:
+    """The memory limit of the process in training: what the engine will still take is not for training."""
+    assert options.memory is not None
+    return parse_bytes(options.memory, "serve") - max(0, engine.plan.total - current_memory())
+
+
+def adapter_memory(lm: LanguageModel, options: ServeOptions) -> int | str | None:
+    """The memory for adapters that are loaded later. None: an eighth of what the model leaves."""
+    may_load = lm.adapters or options.adapter_dir is not None or options.jobs is not None
+    return options.adapter_memory if may_load or options.adapter_memory is not None else 0
 
 
 def require_packages() -> None:

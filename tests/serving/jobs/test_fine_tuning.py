@@ -167,3 +167,55 @@ def test_epochs_leave_checkpoints_that_answer_while_the_job_trains(
     kept = {one["fine_tuned_model_checkpoint"] for one in jobs.checkpoints(job["id"])["data"]}
     assert len(kept) == 3
     assert lm.adapters.keys() == kept
+
+
+def test_a_job_has_not_succeeded_before_its_adapter_is_there(
+    lm: nplora.LanguageModel, tmp_path: Path
+) -> None:
+    seen = list[str]()
+
+    def publish(name: str, directory: Path) -> None:
+        seen.extend(job["status"] for job in jobs.jobs()["data"])
+        lm.load_adapter(directory, name)
+
+    with FineTuning(lm, tmp_path / "jobs", model="small", publish=publish) as jobs:
+        job = done(jobs, create(jobs))
+        assert seen == ["running"]
+        assert job["status"] == "succeeded"
+        assert list(lm.adapters) == [job["fine_tuned_model"]]
+
+
+def test_an_adapter_without_memory_fails_its_job_which_can_be_resumed(
+    lm: nplora.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First the checkpoints of the job make room. A checkpoint that does not fit is left out."""
+    monkeypatch.setattr(job_run, "CHECKPOINT_SECONDS", 0)
+    most, published = 2, list[str]()
+
+    def publish(name: str, directory: Path) -> None:
+        if len(published) >= most:
+            raise RequestError("there is no memory", 507, code="insufficient_memory")
+        published.append(name)
+
+    with FineTuning(lm, tmp_path / "jobs", model="small", publish=publish, withdraw=published.remove) as jobs:
+        job = done(jobs, create(jobs, hyperparameters={**FAST, "n_epochs": 6}))
+        assert job["status"] == "succeeded", job["error"]
+        assert published == [job["fine_tuned_model"]]
+        messages = [event["message"] for event in jobs.events(job["id"], limit=100)["data"]]
+        assert sum("cannot be used: there is no memory" in message for message in messages) == 3
+        most = 1
+        job = done(jobs, create(jobs))
+        assert job["status"] == "failed"
+        assert job["error"]["code"] == "insufficient_memory"
+        most = 2
+        jobs.resume(job["id"])
+        job = done(jobs, job)
+        assert job["status"] == "succeeded", job["error"]
+        assert job["fine_tuned_model"] in published
+
+
+def test_the_memory_limit_is_asked_for_when_a_job_begins(lm: nplora.LanguageModel, tmp_path: Path) -> None:
+    limits = iter([10**7, 10**12])
+    with FineTuning(lm, tmp_path / "jobs", model="small", memory=lambda: next(limits)) as jobs:
+        assert done(jobs, create(jobs))["error"]["code"] == "insufficient_memory"
+        assert done(jobs, create(jobs))["status"] == "succeeded"

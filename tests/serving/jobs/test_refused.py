@@ -124,6 +124,25 @@ def test_wrong_files_and_pages_are_refused(idle: FineTuning, tmp_path: Path) -> 
     assert not any((tmp_path / "jobs" / "files").iterdir())
 
 
+def test_all_files_together_have_a_limit(lm: nplora.LanguageModel, tmp_path: Path) -> None:
+    """A deleted file counts as long as a job needs it."""
+    jobs = FineTuning(lm, tmp_path / "jobs", model="small", max_files_bytes=1000)
+    try:
+        file = jobs.create_file(b'{"text": "x"}\n' * 40, "a.jsonl")
+        job = jobs.create_job({"model": "small", "training_file": file["id"]})
+        jobs.delete_file(file["id"])
+        for content in (b"x" * 600, iter([b"x" * 300, b"x" * 300])):
+            with pytest.raises(RequestError, match="more than 1,000 bytes, which is the limit") as refused:
+                jobs.create_file(content, "b.jsonl")
+            assert (refused.value.status, refused.value.code) == (507, "storage_limit_exceeded")
+        assert jobs.files()["data"] == []
+        jobs.create_file(b"x" * 400, "c.jsonl")
+        jobs.cancel(job["id"])
+        jobs.create_file(b"x" * 600, "d.jsonl")
+    finally:
+        jobs.close()
+
+
 def test_a_file_name_is_never_a_path(idle: FineTuning, tmp_path: Path) -> None:
     for name in ("../../x.jsonl", "/etc/passwd", "a\0b.csv", "..", "x.parquet/../y"):
         made = idle.create_file(b"text", name)

@@ -94,10 +94,16 @@ def test_a_job_that_is_killed_twice_ends_with_the_same_bits(
         seen.append(lines(events))
     assert 20 < seen[0] < seen[1] < STEPS, "the job was not killed in its midst"
     lm.delete_adapter(name)
-    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
+    log = list[str]()
+    with FineTuning(lm, tmp_path / "jobs", model="small", log=log.append) as jobs:
         found = jobs.wait(job, 60)
         assert found["status"] == "succeeded", found["error"]
         assert steps_of(jobs, job) == list(range(1, STEPS + 1))
+        messages = [event["message"] for event in jobs.events(job, limit=1000)["data"]]
+    assert messages.count("The server was restarted; the job continues from its last checkpoint") == 2
+    assert log[0] == f"{job}: The server was restarted; the job continues from its last checkpoint"
+    assert any(line.startswith(f"{job}: Fine-tuning job continues at step ") for line in log)
+    assert not any("training loss" in line for line in log)
     assert list(lm.adapters) == [found["fine_tuned_model"]]
     runs = [
         tmp_path / directory / "jobs" / one / "run" for directory, one in (("whole", whole), ("jobs", job))
@@ -116,6 +122,8 @@ def test_a_job_that_is_stopped_by_close_continues_after_the_next_start(
         assert steps_of(jobs, job) == list(range(1, STEPS + 1))
         messages = [event["message"] for event in jobs.events(job, limit=1000)["data"]]
         assert any(message.startswith("Fine-tuning job continues at step ") for message in messages)
+        assert "The server stops; the job continues after the next start" in messages
+        assert [path.name for path in (tmp_path / "jobs" / "jobs" / job).glob("train*")] == []
 
 
 def test_a_restarted_server_has_the_adapters_and_the_files_of_before(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import traceback
 
 from nplora.formats.errors import CorruptError
 from nplora.runtime.stderr import stderr
 from nplora.serving.engine import QueueFullError
+from nplora.serving.jobs.job_error import is_disk_full
 from nplora.serving.request_error import RequestError
 
 
@@ -18,7 +18,7 @@ def as_request_error(error: BaseException) -> RequestError:
         return error
     if isinstance(error, QueueFullError):
         return RequestError(f"too many requests are waiting: {error}", 429, code="queue_full")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         return RequestError("the server's disk is full", 507, code="disk_full")
     if isinstance(error, MemoryError):
         return RequestError("the server has too little memory for this request", 503, code="out_of_memory")

@@ -31,6 +31,7 @@ def serve(
     *,
     drain_seconds: float,
     ready: Callable[[], None] = lambda: None,
+    stopping: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT. Then take no new connections, and finish the answers that have begun.
 
@@ -40,8 +41,9 @@ def serve(
         listener: a socket that listens.
         drain_seconds: how long answers that have begun may still take.
         ready: called when requests are accepted.
+        stopping: called after the first signal, before the answers are finished.
     """
-    server = _server(app, drain_seconds, ready)
+    server = _server(app, drain_seconds, ready, stopping)
     asyncio.run(server.serve([listener]))
 
 
@@ -70,7 +72,12 @@ def bind(host: str, port: int) -> socket.socket:
     return made
 
 
-def _server(app: Application, drain_seconds: float, ready: Callable[[], None]) -> Any:
+def _server(
+    app: Application,
+    drain_seconds: float,
+    ready: Callable[[], None],
+    stopping: Callable[[], None] = lambda: None,
+) -> Any:
     import uvicorn
 
     class Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]
@@ -80,6 +87,7 @@ def _server(app: Application, drain_seconds: float, ready: Callable[[], None]) -
 
         async def shutdown(self, sockets: Any = None) -> None:
             app.service.draining = True
+            stopping()
             timer = asyncio.get_running_loop().call_later(drain_seconds, app.service.stop_answers)
             await super().shutdown(sockets)
             timer.cancel()

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nplora.adapters import combine
+from nplora.adapters import Adapter, combine, read_for
 from nplora.formats.errors import brief, nearest_names
 from nplora.lm import LanguageModel
+from nplora.serving.adapter_memory import AdapterMemory
 from nplora.serving.api.fields import Fields, checked_integer, checked_number, wrong
 from nplora.serving.model_name import checked_name
 from nplora.serving.request_error import RequestError
@@ -29,11 +30,15 @@ class Models:
         lm: the base model. Its named adapters are those of this object.
         name: the name of the base model.
         any_base: accept adapters that were trained on another model of the same shapes.
+    Attributes:
+        lm, name: see the arguments.
+        memory: the memory for adapters that are loaded from now on; None: no limit.
     """
 
     def __init__(self, lm: LanguageModel, name: str, any_base: bool = False) -> None:
         checked_name("the model's name", name)
         self.lm, self.name = lm, name
+        self.memory: AdapterMemory | None = None
         self._any_base, self._lock = any_base, threading.RLock()
         self._changing = threading.RLock()  # for loading and unloading; requests do not wait for it
         self._loaded: dict[str, tuple[int, str]] = {}  # the id of each adapter, and its path
@@ -51,7 +56,7 @@ class Models:
             replace: an adapter with this name is replaced at once when the new one is read. It keeps its id
                 and its scale.
         Raises:
-            RequestError: the name has wrong characters, or is taken.
+            RequestError: the name has wrong characters, or is taken, or there is too little memory.
             OSError, ValueError: the adapter cannot be read, or does not fit the model.
         """
         checked_name("the adapter's name", name)
@@ -64,11 +69,18 @@ class Models:
             if known is not None and not replace:
                 message = f"the name {brief(name)} is taken: unload that adapter first"
                 raise RequestError(message, 400, "lora_name", "name_taken")
-            self.lm.load_adapter(path, name, self._any_base, replace=replace)
+            self._add(read_for(self.lm, path, self.lm.source, self._any_base), name, self._any_base, replace)
             with self._lock:
                 self._loaded[name] = (self._next_id if known is None else known[0]), str(path)
                 self._next_id += known is None
                 self._forget_sums()
+
+    def _add(self, adapter: Adapter, name: str, any_base: bool, replace: bool = False) -> None:
+        if self.memory is not None:
+            self.memory.require(name, adapter)
+        self.lm.load_adapter(adapter, name, any_base, replace=replace)
+        if self.memory is not None:
+            self.memory.count(self.lm, name)
 
     def unload(self, name: str) -> None:
         """Remove an adapter. Requests that use it are finished with it."""
@@ -120,11 +132,21 @@ class Models:
                 while len(self._sums) >= _MOST_SUMS:
                     self.lm.delete_adapter(self._sums.pop(next(iter(self._sums))))
                 try:
-                    self.lm.load_adapter(combine(adapters, any_base=True), f"={key}", any_base=True)
+                    self._add_sum(combine(adapters, any_base=True), f"={key}")
                 except ValueError as error:
                     raise RequestError(str(error), param="lora") from error
                 self._sums[key] = f"={key}"
             return self._sums[key]
+
+    def _add_sum(self, adapter: Adapter, name: str) -> None:
+        """Add a sum. If there is too little memory for it, first forget the other sums."""
+        try:
+            self._add(adapter, name, any_base=True)
+        except RequestError:
+            if not self._sums:
+                raise
+            self._forget_sums()
+            self._add(adapter, name, any_base=True)
 
     def _read_scales(self, field: str, value: object) -> dict[int, float]:
         """Read llama.cpp's list of {"id": number of an adapter, "scale": its scale}."""

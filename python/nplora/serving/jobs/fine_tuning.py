@@ -28,7 +28,7 @@ from nplora.serving.request_error import RequestError
 
 Shape = dict[str, Any]
 
-MAX_FILE_BYTES = 512 << 20
+MAX_FILE_BYTES, MAX_FILES_BYTES = 512 << 20, 8 << 30
 _MOST_JOBS, _MOST_EVENTS, _MOST_FILES = 100, 1000, 10_000
 _LONGEST_NAME = 255
 _MOST_STEPS = 10**9
@@ -53,9 +53,12 @@ class FineTuning:
             Default: `lm.load_adapter`.
         withdraw: called as withdraw(name) for an adapter that is no longer there. Default:
             `lm.delete_adapter`. It may raise KeyError or RequestError.
-        memory: memory limit of the whole process while a job trains, as in `finetune`.
+        memory: memory limit of the whole process while a job trains, as in `finetune`; or a function that
+            returns the limit when a job begins.
         compute: arithmetic of training; None: that of `lm`, or float32 if `lm` computes in int8.
         max_file_bytes: the largest file that is accepted.
+        max_files_bytes: the largest size of all files together, with those that only jobs still use.
+        log: called with a line for each event of a job that is no metric.
     Raises:
         BlockingIOError: another process uses the directory.
         OSError: the directory cannot be created, read or written.
@@ -78,14 +81,17 @@ class FineTuning:
         turns: TimeShare | None = None,
         publish: Callable[[str, Path], None] | None = None,
         withdraw: Callable[[str], None] | None = None,
-        memory: str | int | None = None,
+        memory: str | int | Callable[[], int] | None = None,
         compute: str | None = None,
         max_file_bytes: int = MAX_FILE_BYTES,
+        max_files_bytes: int = MAX_FILES_BYTES,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         self._lm, self._model, self._turns = lm, model, turns
         self._memory, self._compute, self._max_file_bytes = memory, compute, max_file_bytes
+        self._max_files_bytes = max_files_bytes
         self._publishing = Publishing(publish or self._load, withdraw or lm.delete_adapter)
-        self._state = JobsState(Storage(directory))
+        self._state = JobsState(Storage(directory), log)
         self._changed = threading.Condition(self._state.lock)
         self._running: JobRun | None = None
         self._is_closing = self._has_published = False
@@ -98,6 +104,11 @@ class FineTuning:
         """Publish the adapters of earlier jobs, and start the thread that trains."""
         self.publish_earlier()
         with self._state.lock:
+            for job in self._jobs.values():
+                if job["status"] in OPEN and job["status"] != "queued":
+                    self._state.event(
+                        job["id"], "The server was restarted; the job continues from its last checkpoint"
+                    )
             self._thread = threading.Thread(target=self._work, name="nplora-training", daemon=True)
             self._thread.start()
 
@@ -146,6 +157,8 @@ class FineTuning:
             self._is_closing = True
             if self._running is not None:
                 self._running.stop()
+                message = "The server stops; the job continues after the next start"
+                self._state.event(self._running.job_id, message)
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
@@ -185,7 +198,7 @@ class FineTuning:
                         job["id"],
                         self._publishing,
                         self._turns,
-                        self._memory,
+                        self._memory() if callable(self._memory) else self._memory,
                         self._compute,
                     )
                     return self._running
@@ -211,7 +224,8 @@ class FineTuning:
         """Store a file: POST /v1/files.
 
         Raises:
-            RequestError: the file is empty or too large, its name or purpose is wrong, or the disk is full.
+            RequestError: the file is empty or too large, its name or purpose is wrong, all files together
+                would be too large, or the disk is full.
         """
         if purpose != "fine-tune":
             message = f"purpose is {brief(purpose)}, expected 'fine-tune'"
@@ -224,7 +238,8 @@ class FineTuning:
             "id": new_id("file"), "created_at": int(time.time()), "filename": filename, "purpose": purpose,
         }  # fmt: skip
         with _disk_errors():
-            return shapes.file(self._state.storage.add_file(record, content, self._max_file_bytes))
+            made = self._state.storage.add_file(record, content, self._max_file_bytes, self._max_files_bytes)
+            return shapes.file(made)
 
     def files(
         self, purpose: str | None = None, after: str | None = None, limit: int = 10_000, order: str = "desc"
@@ -358,6 +373,8 @@ class FineTuning:
                 self._running.stop()
             with _disk_errors():
                 self._state.storage.change_job(job_id, status=status, **changes)
+            if status == "cancelled":
+                self._state.drop_data(job_id)
             self._state.event(job_id, f"The job is {status}")
             self._changed.notify_all()
             return self.job(job_id)

@@ -9,6 +9,7 @@ from typing import Any
 from nplora.finetuning.planning import BudgetError
 from nplora.formats.errors import FormatError
 from nplora.nn.losses import NonFiniteLossError
+from nplora.serving.request_error import RequestError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LONGEST = 2000
@@ -38,6 +39,8 @@ def job_error(error: Exception, names: Mapping[str, tuple[str, str]]) -> dict[st
 def _code(error: Exception, param: str | None) -> str:
     if is_disk_full(error):
         return "disk_full"
+    if isinstance(error, RequestError) and error.code is not None:
+        return error.code
     if isinstance(error, BudgetError | MemoryError):
         return "insufficient_memory"
     if isinstance(error, NonFiniteLossError):

@@ -154,8 +154,7 @@ class JobRun:
             "learning_rate_multiplier": record["multiplier"] or (None if "lr" in options else 1.0),
         }
         self._state.advance(self.job_id, "running", resolved=resolved)
-        words = "Fine-tuning job started" if not run.step else f"Fine-tuning job continues at step {run.step}"
-        self._event(words, None)
+        self._event(_first_words(run.step, bool(record["resolved"])), None)
 
     def _save_checkpoint(self, run: Run, record: EpochRecord) -> None:
         """Save the adapter of an epoch, and make it available. Only the last few are kept."""
@@ -171,7 +170,12 @@ class JobRun:
         name = checkpoint_name(job["name"], step)
         made = self._checkpoint(str(step), step, name, record.loss, record.val_loss)
         checkpoints = [*job["checkpoints"], made]
-        self._publishing.publish(name, place)
+        try:
+            self._publishing.publish(name, place)
+        except RequestError as error:
+            shutil.rmtree(place, ignore_errors=True)
+            self._event(f"The checkpoint at step {step} cannot be used: {error}", None)
+            return
         self._state.change(self.job_id, checkpoints=checkpoints[-KEPT_CHECKPOINTS:])
         self._drop(checkpoints[:-KEPT_CHECKPOINTS])
         self._event(f"Checkpoint created at step {step}", None)
@@ -200,12 +204,12 @@ class JobRun:
             job = state.storage.jobs[self.job_id]
             if job["status"] in ENDED or self._is_stopped:
                 return
-            self._publishing.publish(job["name"], self._place / "run")
+            self._publish_result(job)
             steps, epochs = report.history.steps, report.history.epochs
             step = report.history.best_step or (steps[-1].step if steps else 0)
             train_loss = epochs[-1].loss if epochs else None
             final = self._checkpoint("final", step, job["name"], train_loss, report.loss_after)
-            earlier = job["checkpoints"]
+            earlier = state.storage.jobs[self.job_id]["checkpoints"]
             state.change(
                 self.job_id,
                 status="succeeded",
@@ -216,8 +220,20 @@ class JobRun:
                 checkpoints=[final],
             )
             self._drop(earlier)
+            state.drop_data(self.job_id)
         self._event(f"New fine-tuned model created: {job['name']}", None)
         self._event("The job has successfully completed", None)
+
+    def _publish_result(self, job: dict[str, Any]) -> None:
+        """Make the adapter available. If the memory does not suffice, first drop the job's checkpoints."""
+        try:
+            self._publishing.publish(job["name"], self._place / "run")
+        except RequestError as error:
+            if error.code != "insufficient_memory" or not job["checkpoints"]:
+                raise
+            self._state.change(self.job_id, checkpoints=[])
+            self._drop(job["checkpoints"])
+            self._publishing.publish(job["name"], self._place / "run")
 
     def _fail(self, error: Exception) -> None:
         state = self._state
@@ -227,3 +243,12 @@ class JobRun:
             found = job_error(error, state.names(self.job_id))
             state.change(self.job_id, status="failed", error=found, finished_at=int(time.time()))
         state.event(self.job_id, f"The job failed: {found['message']}", level="error")
+
+
+def _first_words(step: int, has_begun: bool) -> str:
+    """The message at the beginning of a run that starts at a step."""
+    if step:
+        return f"Fine-tuning job continues at step {step}"
+    return (
+        "Fine-tuning job starts again: it had no checkpoint yet" if has_begun else "Fine-tuning job started"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nplora.runtime.user_warning import warn_user
@@ -21,13 +21,15 @@ class JobsState:
     If the disk is full, a change that the training thread makes is kept in memory, and a warning says so: the
     job then continues after a restart from what is on the disk.
 
+    Args:
+        log: called with a line for each event that has a message only.
     Attributes:
         storage: the records. Read and change them while you hold `lock`.
         lock: the lock of the storage.
     """
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage, self.lock = storage, storage.lock
+    def __init__(self, storage: Storage, log: Callable[[str], None] | None = None) -> None:
+        self.storage, self.lock, self._log = storage, storage.lock, log
         self._logs: dict[str, EventLog] = {}
 
     def key(self, job_id: str) -> str:
@@ -46,6 +48,8 @@ class JobsState:
         self, job_id: str, message: str, level: str = "info", data: Mapping[str, Any] | None = None
     ) -> None:
         """Add an event to the log of a job."""
+        if self._log is not None and data is None:
+            self._log(message if job_id in message else f"{job_id}: {message}")
         with self.lock, _kept_in_memory(job_id):
             self.log(job_id).add(message, level, None if data is None else dict(data))
 
@@ -59,6 +63,11 @@ class JobsState:
         with self.lock:
             if self.storage.jobs[job_id]["status"] in OPEN:
                 self.change(job_id, status=status, **changes)
+
+    def drop_data(self, job_id: str) -> None:
+        """Remove the data of a job that will never train again."""
+        with self.lock, _kept_in_memory(job_id):
+            self.storage.drop_data(job_id)
 
     def add_results(self, job_id: str, content: bytes) -> list[str]:
         """Store the table of a job's losses as a file, and return its id, or nothing if the disk is full.

@@ -18,6 +18,7 @@ requests are only compared with those of records, so no text of a request become
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -83,6 +84,7 @@ class Storage:
         except BaseException:
             self.close()
             raise
+        self._arriving = dict[str, int]()  # the bytes of uploads that have not ended
         self._file_serials = itertools.count(_next_serial(self.files))
 
     def close(self) -> None:
@@ -92,11 +94,20 @@ class Storage:
 
     # ---- files ----
 
-    def add_file(self, record: Record, content: bytes | BinaryIO | Iterable[bytes], most: int) -> Record:
+    def add_file(
+        self,
+        record: Record,
+        content: bytes | BinaryIO | Iterable[bytes],
+        most: int,
+        most_together: int | None = None,
+    ) -> Record:
         """Write a file. Its record gets the number of bytes, the name of the content, and a serial number.
 
+        Args:
+            most: the most bytes of the file.
+            most_together: the most bytes of all files; None: no limit.
         Raises:
-            RequestError: the file is empty or has more than `most` bytes.
+            RequestError: the file is empty or too large, or all files together are.
             OSError: the file cannot be written; nothing of it is left.
         """
         record = {**record, "bytes": 0, "content": f"content{_suffix(record['filename'])}"}
@@ -109,6 +120,10 @@ class Storage:
                 if record["bytes"] > most:
                     message = f"the file has more than {most:,} bytes, which is the limit"
                     raise RequestError(message, 413, "file", "file_too_large")
+                with self.lock:
+                    self._arriving[record["id"]] = record["bytes"]
+                    if most_together is not None and self._file_bytes() > most_together:
+                        raise _too_many(most_together)
                 yield part
             if not record["bytes"]:
                 raise RequestError("the file is empty", param="file", code="invalid_value")
@@ -117,10 +132,31 @@ class Storage:
             yield _json(record)
 
         content_file = NewFile(place / record["content"], 0, counted())
-        self._make(place, [content_file, NewFile(place / _FILE, 0, described())])
-        with self.lock:
-            self.files[record["id"]] = record
+        try:
+            self._make(place, [content_file, NewFile(place / _FILE, 0, described())])
+            with self.lock:
+                self.files[record["id"]] = record
+        finally:
+            with self.lock:
+                self._arriving.pop(record["id"], None)
         return record
+
+    def _file_bytes(self) -> int:
+        """The bytes of all files: stored ones, those that arrive, and deleted ones that jobs still use."""
+        paths = [self.content(file_id) for file_id in self.files]
+        for job_id, job in self.jobs.items():
+            paths += [self.place(job_id) / name for name in job["data"].values()]
+        sizes = dict[tuple[int, int], int]()
+        for path in paths:
+            with contextlib.suppress(OSError):
+                found = path.stat(follow_symlinks=False)
+                sizes[found.st_dev, found.st_ino] = found.st_size
+        return sum(sizes.values()) + sum(self._arriving.values())
+
+    def drop_data(self, job_id: str) -> None:
+        """Remove the data of a job that will never train again."""
+        for name in self.jobs[job_id]["data"].values():
+            (self.place(job_id) / name).unlink(missing_ok=True)
 
     def delete_file(self, file_id: str) -> None:
         """Delete a file: first its record, so that no record lacks its content."""
@@ -214,6 +250,14 @@ def _next_serial(records: Mapping[str, Record]) -> int:
 def _json(record: Record) -> bytes:
     described = {**record, "schema": record_check.SCHEMA}
     return json.dumps(described, ensure_ascii=False, allow_nan=False, indent=1).encode()
+
+
+def _too_many(most: int) -> RequestError:
+    message = (
+        f"all files together would have more than {most:,} bytes, which is the limit: delete files that are "
+        "not needed"
+    )
+    return RequestError(message, 507, "file", "storage_limit_exceeded")
 
 
 def _suffix(name: str) -> str:

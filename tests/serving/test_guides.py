@@ -10,7 +10,7 @@ import pytest
 
 import nplora
 from nplora.serving.api import guides
-from nplora.serving.api.fields import Fields
+from nplora.serving.fields import Fields
 from nplora.serving.request_error import RequestError
 from nplora.tokenizer import Tokenizer
 

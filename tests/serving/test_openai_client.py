@@ -10,7 +10,7 @@ import nplora
 from nplora.lm.generation import Sampling
 from nplora.serving import Chunk, Ticket, Usage
 from nplora.serving.api.answers import ChatAnswer
-from nplora.serving.api.requests import TextRequest
+from nplora.serving.api.text_request import TextRequest
 
 openai = pytest.importorskip("openai")
 

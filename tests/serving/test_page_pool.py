@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nplora.serving.fair_queue import FairQueue
-from nplora.serving.pages import PagePool, page_keys
+from nplora.serving.page_pool import PagePool, page_keys
 
 
 def test_pages_are_shared_kept_and_reused_in_order() -> None:

@@ -1,5 +1,6 @@
 """Files and fine-tuning jobs, as OpenAI's own Python client uses them."""
 
+import errno
 import json
 import time
 from collections.abc import Iterator
@@ -154,6 +155,24 @@ def test_wrong_requests_get_an_error_object(client: Any, call: Any, error: type[
         call(client)
     assert 400 <= caught.value.status_code < 500
     assert caught.value.body["message"]
+
+
+def test_a_full_disk_refuses_an_upload_and_the_server_keeps_running(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk may be full before the file reaches the jobs: a large upload has a temporary file first."""
+
+    async def write(self: Any, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/upload")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("starlette.datastructures.UploadFile.write", write)
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.files.create(file=("rows.jsonl", b"x" * 5000), purpose="fine-tune")
+    assert (caught.value.status_code, caught.value.code) == (507, "disk_full")
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    assert "/tmp" not in str(caught.value)
+    client.files.delete(client.files.create(file=("rows.jsonl", b"x" * 5000), purpose="fine-tune").id)
 
 
 def test_forms_that_cannot_be_read_are_refused(client: Any, tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ class OllamaExport:
     Attributes:
         directory: the directory.
         lines: what was done, for people.
+        model: the GGUF file that the Modelfile names.
+        adapter: the adapter that the Modelfile names, or None.
         template: whether the Modelfile has the chat template.
 
     >>> nplora.adapters.export_ollama("model.gguf", "for-ollama").template
@@ -58,10 +60,16 @@ class OllamaExport:
     directory: str
     lines: tuple[str, ...]
     template: bool
+    model: str
+    adapter: str | None = None
 
     def __str__(self) -> str:
+        adapter = "" if self.adapter is None else f" --adapter {self.adapter}"
+        check_it = (
+            f"check it:  nplora eval {self.model}{adapter} --data ROWS: the loss should hardly have changed"
+        )
         import_it = f"import it: ollama create NAME -f {Path(self.directory, MODELFILE)}"
-        return "\n".join((*self.lines, import_it))
+        return "\n".join((*self.lines, check_it, import_it))
 
 
 @_check.keywords
@@ -105,6 +113,7 @@ def export_ollama(
 
     >>> print(nplora.adapters.export_ollama("model.gguf", "ollama", "adapter", system="Be brief."))
     ollama/model.gguf: ...
+    check it:  nplora eval ollama/model.gguf --data ROWS: the loss should hardly have changed
     import it: ollama create NAME -f ollama/Modelfile
     """
     files.require_named(_OP, model=model, directory=directory, adapter=adapter)
@@ -144,7 +153,8 @@ def export_ollama(
     text += [f"PARAMETER {name} {_quoted(it) if name == 'stop' else it}" for name, it in settings]
     raw = "".join(f"{line}\n" for line in text).encode()
     files.replace([NewFile(target / MODELFILE, len(raw), [raw])])
-    return OllamaExport(files.name(directory), tuple(lines), template is not None)
+    kept = files.name(target / ADAPTER) if keep_adapter else None
+    return OllamaExport(files.name(directory), tuple(lines), template is not None, files.name(path), kept)
 
 
 def _is_gguf(model: StrPath) -> bool:

@@ -13,7 +13,7 @@ from nplora.lm.answer import Answer
 from nplora.lm.generation import PAGE
 from nplora.lm.sampling import log_probabilities
 from nplora.models.invocation import NEVER, start_of
-from nplora.serving.pages import Key, page_keys
+from nplora.serving.page_pool import Key, page_keys
 from nplora.serving.ticket import Chunk, Ticket, Token, TopToken, Usage
 from nplora.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ from nplora.lm.generation import PAGE, PIECE, prompt_pieces
 from nplora.models.cache import KVCache
 from nplora.serving.fair_queue import FairQueue
 from nplora.serving.metrics import Metrics
-from nplora.serving.pages import Key, PagePool
+from nplora.serving.page_pool import Key, PagePool
 from nplora.serving.request import Request
 
 Array = npt.NDArray[Any]

@@ -7,9 +7,9 @@ import os
 from typing import Any
 
 from nplora.serving.api.bodies import Body
-from nplora.serving.api.fields import Fields, checked_text
 from nplora.serving.api.models import inside
 from nplora.serving.api.service import Service
+from nplora.serving.fields import Fields, checked_text
 from nplora.serving.request_error import RequestError
 
 

@@ -8,15 +8,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nplora import _core
-from nplora.serving.api.requests import TextRequest
+from nplora.serving.api.text_request import TextRequest
 from nplora.serving.api.tool_calls import CallFilter
+from nplora.serving.jobs.shapes import Shape
 from nplora.serving.ticket import Chunk, Ticket, Token, TopToken
 
-Shape = dict[str, Any]
 _REPLACEMENT = "\ufffd"
 
 
-class Answer:
+class AnswerObjects:
     """Makes the objects of the answer to one request.
 
     Args:
@@ -79,7 +79,7 @@ class Answer:
         raise NotImplementedError
 
 
-class ChatAnswer(Answer):
+class ChatObjects(AnswerObjects):
     """The answer to /v1/chat/completions."""
 
     objects, prefix = ("chat.completion", "chat.completion.chunk"), "chatcmpl"
@@ -139,7 +139,7 @@ class ChatAnswer(Answer):
         return [*pieces, self._delta(index, {}, self._reason(index, bool(called)))]
 
 
-class CompletionAnswer(Answer):
+class CompletionObjects(AnswerObjects):
     """The answer to /v1/completions."""
 
     objects, prefix = ("text_completion", "text_completion"), "cmpl"

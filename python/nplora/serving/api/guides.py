@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.formats.errors import brief
-from nplora.serving.api.fields import Fields
+from nplora.serving.fields import Fields
 from nplora.serving.request_error import RequestError
 from nplora.tokenizer import Tokenizer
 

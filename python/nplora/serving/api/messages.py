@@ -6,7 +6,7 @@ from typing import Any
 
 from nplora.formats import strict_json
 from nplora.formats.errors import FormatError
-from nplora.serving.api.fields import Fields, checked_text, wrong
+from nplora.serving.fields import Fields, checked_text, wrong
 from nplora.serving.request_error import RequestError
 
 Message = dict[str, Any]

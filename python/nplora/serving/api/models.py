@@ -13,7 +13,7 @@ from nplora.adapters import Adapter, combine, read_for
 from nplora.formats.errors import brief, nearest_names
 from nplora.lm import LanguageModel
 from nplora.serving.adapter_memory import AdapterMemory
-from nplora.serving.api.fields import Fields, checked_integer, checked_number, wrong
+from nplora.serving.fields import Fields, checked_integer, checked_number, wrong
 from nplora.serving.model_name import checked_name
 from nplora.serving.request_error import RequestError
 

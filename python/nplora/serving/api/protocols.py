@@ -9,10 +9,9 @@ from typing import Any, BinaryIO, Protocol
 from nplora.lm import LanguageModel
 from nplora.lm.answer import Guide
 from nplora.lm.generation import Sampling
+from nplora.serving.jobs.shapes import Shape
 from nplora.serving.metrics import Metrics
 from nplora.serving.ticket import Ticket
-
-Shape = dict[str, Any]  # an object of OpenAI's API
 
 
 class ServingEngine(Protocol):

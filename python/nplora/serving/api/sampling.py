@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 from nplora.lm.generation import Sampling
-from nplora.serving.api.fields import (
+from nplora.serving.fields import (
     Fields,
     checked_integer,
     checked_list,

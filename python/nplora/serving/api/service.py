@@ -6,10 +6,10 @@ import dataclasses
 import weakref
 from pathlib import Path
 
-from nplora.serving.api.following import Answers
 from nplora.serving.api.models import Models
 from nplora.serving.api.protocols import ServingEngine, TuningJobs
-from nplora.serving.api.requests import Reader
+from nplora.serving.api.text_request import Reader
+from nplora.serving.api.ticket_stream import TicketStream
 
 
 @dataclasses.dataclass
@@ -40,10 +40,10 @@ class Service:
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.models, self.engine.context, self.most_tokens)
-        self._answers: weakref.WeakSet[Answers] = weakref.WeakSet()
+        self._answers: weakref.WeakSet[TicketStream] = weakref.WeakSet()
         self._is_stopped = False
 
-    def follow(self, answers: Answers) -> Answers:
+    def follow(self, answers: TicketStream) -> TicketStream:
         """Remember answers that have begun, for `stop_answers`."""
         self._answers.add(answers)
         if self._is_stopped:

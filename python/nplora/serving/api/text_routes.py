@@ -8,12 +8,12 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from nplora.serving.api.answers import Answer, ChatAnswer, CompletionAnswer
+from nplora.serving.api.answers import AnswerObjects, ChatObjects, CompletionObjects
 from nplora.serving.api.bodies import Body, unless_disconnected
 from nplora.serving.api.errors import as_request_error
-from nplora.serving.api.following import Answers
-from nplora.serving.api.requests import Reader, TextRequest
 from nplora.serving.api.service import Service
+from nplora.serving.api.text_request import Reader, TextRequest
+from nplora.serving.api.ticket_stream import TicketStream
 from nplora.serving.request_error import RequestError
 from nplora.serving.ticket import Chunk, Ticket
 
@@ -28,20 +28,20 @@ Read = Callable[[Reader, object], TextRequest]
 
 async def chat(service: Service, body: Body, client: str) -> Any:
     """POST /v1/chat/completions"""
-    return await _answer(service, body, client, Reader.chat, ChatAnswer)
+    return await _answer(service, body, client, Reader.chat, ChatObjects)
 
 
 async def completion(service: Service, body: Body, client: str) -> Any:
     """POST /v1/completions"""
-    return await _answer(service, body, client, Reader.completion, CompletionAnswer)
+    return await _answer(service, body, client, Reader.completion, CompletionObjects)
 
 
-async def _answer(service: Service, body: Body, client: str, read: Read, shape: type[Answer]) -> Any:
+async def _answer(service: Service, body: Body, client: str, read: Read, shape: type[AnswerObjects]) -> Any:
     from starlette.responses import JSONResponse
 
     values = await body.json()
     request, tickets = await asyncio.to_thread(_submit, service, values, client, read)
-    answers = service.follow(Answers(tickets, service.timeout))
+    answers = service.follow(TicketStream(tickets, service.timeout))
     try:
         made = shape(request, tickets)
         if request.stream:
@@ -104,7 +104,7 @@ def _refusal(error: BaseException) -> BaseException:
     return error
 
 
-async def _collect(answers: Answers) -> list[list[Chunk]]:
+async def _collect(answers: TicketStream) -> list[list[Chunk]]:
     """The chunks of each answer, once all have ended."""
     chunks: list[list[Chunk]] = [[] for _ in answers.tickets]
     async for found in answers.follow():
@@ -113,7 +113,7 @@ async def _collect(answers: Answers) -> list[list[Chunk]]:
     return chunks
 
 
-def _stream(made: Answer, answers: Answers) -> Any:
+def _stream(made: AnswerObjects, answers: TicketStream) -> Any:
     """The response that sends the answers as server-sent events."""
     from starlette.responses import StreamingResponse
 
@@ -127,7 +127,7 @@ def _stream(made: Answer, answers: Answers) -> Any:
     return EventStream(_events(made, answers), media_type="text/event-stream", headers=_SSE_HEADERS)
 
 
-async def _events(made: Answer, answers: Answers) -> AsyncIterator[str]:
+async def _events(made: AnswerObjects, answers: TicketStream) -> AsyncIterator[str]:
     try:
         for piece in made.first():
             yield _event(piece)

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from nplora.serving.api.bodies import Body
-from nplora.serving.api.fields import Fields
 from nplora.serving.api.protocols import TuningJobs
 from nplora.serving.api.service import Service
+from nplora.serving.fields import Fields
 from nplora.serving.request_error import RequestError
 
 _METADATA = re.compile(r"metadata\[(.{1,64})\]")
-_MOST_LISTED = 10_000
 
 
 def jobs_of(service: Service) -> TuningJobs:
@@ -56,8 +55,7 @@ async def create_file(service: Service, request: Any) -> Any:
 
 def files(service: Service, query: Mapping[str, str]) -> Any:
     """GET /v1/files"""
-    limit, order = _limit(query, _MOST_LISTED), query.get("order", "desc")
-    return jobs_of(service).files(query.get("purpose"), query.get("after"), limit, order)
+    return jobs_of(service).files(**_chosen(query, "purpose", "after", "limit", "order"))
 
 
 async def create_job(service: Service, body: Body) -> Any:
@@ -70,25 +68,23 @@ async def create_job(service: Service, body: Body) -> Any:
 def jobs(service: Service, query: Mapping[str, str]) -> Any:
     """GET /v1/fine_tuning/jobs"""
     metadata = {found[1]: value for name, value in query.items() if (found := _METADATA.fullmatch(name))}
-    return jobs_of(service).jobs(query.get("after"), _limit(query, 20), metadata or None)
+    return jobs_of(service).jobs(**_chosen(query, "after", "limit"), metadata=metadata or None)
 
 
 def events(service: Service, query: Mapping[str, str], id_: str) -> Any:
     """GET /v1/fine_tuning/jobs/{id}/events"""
-    return jobs_of(service).events(id_, query.get("after"), _limit(query, 20))
+    return jobs_of(service).events(id_, **_chosen(query, "after", "limit"))
 
 
 def checkpoints(service: Service, query: Mapping[str, str], id_: str) -> Any:
     """GET /v1/fine_tuning/jobs/{id}/checkpoints"""
-    return jobs_of(service).checkpoints(id_, query.get("after"), _limit(query, 10))
+    return jobs_of(service).checkpoints(id_, **_chosen(query, "after", "limit"))
 
 
-def _limit(query: Mapping[str, str], default: int) -> int:
-    text = query.get("limit")
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise RequestError(
-            f"limit is {text[:40]!r}, expected an integer", param="limit", code="invalid_value"
-        )
-    return int(text)  # the list checks the range
+def _chosen(query: Mapping[str, str], *names: str) -> dict[str, Any]:
+    """The parts of a query with these names, as arguments. Their values are checked by the method."""
+    found: dict[str, Any] = {name: query[name] for name in names if name in query}
+    text = found.get("limit")
+    if text is not None and text.isascii() and text.isdecimal() and len(text) < 10:
+        found["limit"] = int(text)
+    return found

@@ -7,11 +7,9 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from nplora.formats import files, strict_json
-
-Shape = dict[str, Any]
+from nplora.serving.jobs.shapes import Shape
 
 
 class EventLog:

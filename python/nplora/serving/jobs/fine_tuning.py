@@ -21,12 +21,11 @@ from nplora.serving.jobs.job_error import is_disk_full
 from nplora.serving.jobs.job_request import JobRequest, checked, require_text
 from nplora.serving.jobs.job_run import JobRun, Publishing, checkpoint_name
 from nplora.serving.jobs.jobs_state import OPEN, JobsState
-from nplora.serving.jobs.pages import page
+from nplora.serving.jobs.list_page import list_page
+from nplora.serving.jobs.shapes import Shape
 from nplora.serving.jobs.storage import Record, Storage, new_id
 from nplora.serving.model_name import checked_name
 from nplora.serving.request_error import RequestError
-
-Shape = dict[str, Any]
 
 MAX_FILE_BYTES, MAX_FILES_BYTES = 512 << 20, 8 << 30
 _MOST_JOBS, _MOST_EVENTS, _MOST_FILES = 100, 1000, 10_000
@@ -251,7 +250,7 @@ class FineTuning:
         with self._state.lock:
             found = [shapes.file(one) for one in self._state.storage.files.values()]
         found = [one for one in found if purpose is None or one["purpose"] == purpose]
-        return page(found if order == "asc" else found[::-1], after, limit, _MOST_FILES)
+        return list_page(found if order == "asc" else found[::-1], after, limit, _MOST_FILES)
 
     def file(self, file_id: str) -> Shape:
         """One file: GET /v1/files/{id}."""
@@ -324,7 +323,7 @@ class FineTuning:
             found = [self._shape(job) for job in reversed(self._jobs.values())]
         wanted = (metadata or {}).items()
         found = [job for job in found if wanted <= (job["metadata"] or {}).items()]
-        return page(found, after, limit, _MOST_JOBS)
+        return list_page(found, after, limit, _MOST_JOBS)
 
     def job(self, job_id: str) -> Shape:
         """One job: GET /v1/fine_tuning/jobs/{id}."""
@@ -339,13 +338,13 @@ class FineTuning:
         """A job's events, the newest first: GET /v1/fine_tuning/jobs/{id}/events."""
         with self._state.lock:
             found = self._state.log(self._job(job_id)["id"]).newest_first()
-        return page(found, after, limit, _MOST_EVENTS)
+        return list_page(found, after, limit, _MOST_EVENTS)
 
     def checkpoints(self, job_id: str, after: str | None = None, limit: int = 10) -> Shape:
         """A job's checkpoints, the newest first: GET /v1/fine_tuning/jobs/{id}/checkpoints."""
         with self._state.lock:
             found = [shapes.checkpoint(job_id, one) for one in reversed(self._job(job_id)["checkpoints"])]
-        return page(found, after, limit, _MOST_JOBS)
+        return list_page(found, after, limit, _MOST_JOBS)
 
     def cancel(self, job_id: str) -> Shape:
         """End a job for ever: POST /v1/fine_tuning/jobs/{id}/cancel."""

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from nplora.finetuning import FinetuneOptions
-from nplora.formats.errors import brief, nearest_names
+from nplora.formats.errors import brief
+from nplora.serving.fields import Fields, checked_text, wrong
+from nplora.serving.jobs.shapes import Shape
 from nplora.serving.request_error import RequestError
-
-Shape = dict[str, Any]
 
 OBJECTIVES = {"supervised": "sft", "dpo": "dpo", "orpo": "orpo", "kto": "kto"}
 AUTO_EPOCHS = 3
+_MOST_SEED = 2**31 - 1
 _SUFFIX = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPENAI = (
     "model", "training_file", "validation_file", "suffix", "seed", "metadata", "method", "hyperparameters",
@@ -74,28 +75,27 @@ def checked(request: Mapping[str, Any], base: str) -> JobRequest:
     Raises:
         RequestError: a field is missing, unknown or wrong.
     """
-    if not isinstance(request, Mapping):
-        raise RequestError(f"the body is {brief(request)}, expected an object", code="invalid_type")
+    body = Fields(request)
     require_text(list(request))
     for name, value in request.items():
         require_text(value, str(name))
-    fields = {name: value for name, value in request.items() if value is not None}
-    _refuse_unknown(fields)
-    method, given = _method(fields)
+    body.require_known({*_OPENAI, *OPTIONS}, {"integrations": ([],)})
+    method, given = _method(body)
+    fields = {name: value for name, value in body.values.items() if value is not None}
     theirs = {name: value for name, value in given.items() if name in _HYPERPARAMETERS}
     ours = {name: value for name, value in (fields | given).items() if name in OPTIONS}
     options = ours | _translated(theirs, ours)
-    seed = _integer(fields, "seed", 0)
-    model = _text(fields, "model")
+    seed = body.integer("seed", 0, _MOST_SEED) or 0
+    model = checked_text("model", body.required("model"), empty=False)
     start = {} if model == base else {"adapter": model}
     _check_options({**options, **start, "objective": OBJECTIVES[method], "seed": seed}, theirs)
     return JobRequest(
         model=model,
-        training_file=_text(fields, "training_file"),
-        validation_file=_text(fields, "validation_file") if "validation_file" in fields else None,
-        suffix=_suffix(fields),
+        training_file=checked_text("training_file", body.required("training_file"), empty=False),
+        validation_file=body.text("validation_file", empty=False),
+        suffix=_suffix(body),
         seed=seed,
-        metadata=_metadata(fields),
+        metadata=_metadata(body),
         method=method,
         hyperparameters=theirs,
         options=options,
@@ -112,37 +112,17 @@ def require_text(value: object, param: str | None = None) -> None:
         ) from error
 
 
-def _refuse_unknown(fields: Mapping[str, Any]) -> None:
-    for name in fields:
-        if name not in _OPENAI and name not in OPTIONS:
-            near = nearest_names(str(name), [*_OPENAI, *OPTIONS], 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise _error(f"{brief(name)} is not a field of a job{hint}", str(name), "unknown_parameter")
-    if fields.get("integrations"):
-        raise _error("integrations are not supported", "integrations", "unsupported_parameter")
-
-
-def _method(fields: Mapping[str, Any]) -> tuple[str, Shape]:
+def _method(body: Fields) -> tuple[str, Shape]:
     """The method, and the hyperparameters of the request, which may be in `method` or beside it."""
-    method = fields.get("method", {"type": "supervised"})
-    kind = method.get("type") if isinstance(method, Mapping) else None
-    if not isinstance(kind, str) or kind not in OBJECTIVES:
-        known = ", ".join(OBJECTIVES)
-        raise _error(f"the type of the method is {brief(kind)}, expected one of {known}", "method")
-    inner = method.get(kind) or {}
-    if not isinstance(inner, Mapping):
-        raise _error(f"method.{kind} is {brief(inner)}, expected an object", "method", "invalid_type")
+    method = body.object("method") or Fields({}, "method.")
+    kind = method.choice("type", OBJECTIVES, "supervised")
+    assert kind is not None
+    inner = method.object(kind) or Fields({})
     found = Shape()
-    for given in (fields.get("hyperparameters"), inner.get("hyperparameters")):
-        if given is None:
-            continue
-        if not isinstance(given, Mapping):
-            message = f"hyperparameters are {brief(given)}, expected an object"
-            raise _error(message, "hyperparameters", "invalid_type")
-        found |= {name: value for name, value in given.items() if value not in (None, "auto")}
-    for name in found:
-        if name not in _HYPERPARAMETERS and name not in OPTIONS:
-            raise _error(f"{brief(name)} is not a hyperparameter", "hyperparameters", "unknown_parameter")
+    for given in (body.object("hyperparameters"), inner.object("hyperparameters")):
+        if given is not None:
+            given.require_known({*_HYPERPARAMETERS, *OPTIONS}, {})
+            found |= {name: value for name, value in given.values.items() if value not in (None, "auto")}
     return kind, found
 
 
@@ -177,44 +157,27 @@ def _check_options(options: Mapping[str, Any], given: Mapping[str, Any]) -> None
         raise _error(message, theirs.get(param or "", param)) from error
 
 
-def _text(fields: Mapping[str, Any], name: str) -> str:
-    value = fields.get(name)
+def _suffix(body: Fields) -> str | None:
+    value = body.get("suffix")
     if value is None:
-        raise _error(f"{name} is missing", name, "missing_required_parameter")
-    if not isinstance(value, str) or not value:
-        raise _error(f"{name} is {brief(value)}, expected a text", name, "invalid_type")
-    return value
-
-
-def _integer(fields: Mapping[str, Any], name: str, default: int) -> int:
-    value = fields.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
-        raise _error(f"{name} is {brief(value)}, expected an integer from 0 to 2147483647", name)
-    return value
-
-
-def _suffix(fields: Mapping[str, Any]) -> str | None:
-    if "suffix" not in fields:
         return None
-    value = fields["suffix"]
     if not isinstance(value, str) or not _SUFFIX.fullmatch(value) or ".." in value:
-        wanted = "expected 1 to 64 letters, digits, hyphens, underscores and single dots"
-        raise _error(f"suffix is {brief(value)}, {wanted}", "suffix")
+        raise wrong("suffix", value, "1 to 64 letters, digits, hyphens, underscores and single dots")
     return value
 
 
-def _metadata(fields: Mapping[str, Any]) -> dict[str, str] | None:
+def _metadata(body: Fields) -> dict[str, str] | None:
     """At most 16 texts of at most 512 characters, with names of at most 64, as in OpenAI's API."""
-    value = fields.get("metadata")
-    if value is None:
+    metadata = body.object("metadata")
+    if metadata is None:
         return None
-    if not isinstance(value, Mapping) or len(value) > 16:
-        raise _error(f"metadata is {brief(value)}, expected an object of at most 16 texts", "metadata")
-    for name, text in value.items():
+    if len(metadata.values) > 16:
+        raise wrong("metadata", metadata.values, "an object of at most 16 texts")
+    for name, text in metadata.values.items():
         if not (isinstance(name, str) and len(name) <= 64 and isinstance(text, str) and len(text) <= 512):
-            wanted = "expected names of at most 64 characters and texts of at most 512"
-            raise _error(f"metadata has {brief(name)}: {brief(text)}, {wanted}", "metadata")
-    return dict(value)
+            wanted = "a text of at most 512 characters, whose name has at most 64"
+            raise wrong(metadata.name(brief(name)), text, wanted, "metadata")
+    return dict(metadata.values)
 
 
 def _error(message: str, param: str | None, code: str = "invalid_value") -> RequestError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-Shape = dict[str, Any]
+Shape = dict[str, Any]  # an object of OpenAI's API
 
 _HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 _SHOWN = (

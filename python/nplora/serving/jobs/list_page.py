@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from nplora.serving.jobs.shapes import Shape
 from nplora.serving.request_error import RequestError
 
-Shape = dict[str, Any]
 
-
-def page(items: Sequence[Shape], after: str | None, limit: int, most: int) -> Shape:
+def list_page(items: Sequence[Shape], after: str | None, limit: int, most: int) -> Shape:
     """The page of a list that follows the item with the id `after`; None: the first page.
 
     Args:

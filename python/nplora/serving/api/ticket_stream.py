@@ -12,7 +12,7 @@ from nplora.serving.ticket import Chunk, Ticket
 PAUSE = None  # yielded when nothing has come for a while
 
 
-class Answers:
+class TicketStream:
     """The answers to one HTTP request.
 
     Args:

@@ -8,8 +8,8 @@ from typing import Any
 from nplora.lm import LanguageModel
 from nplora.lm.generation import Sampling
 from nplora.serving.api import guides, messages, sampling
-from nplora.serving.api.fields import Fields, checked_integer, checked_list, wrong
 from nplora.serving.api.models import Models
+from nplora.serving.fields import Fields, checked_integer, checked_list, wrong
 from nplora.serving.request_error import RequestError
 
 # Fields that do not change the answer.

@@ -81,7 +81,7 @@ def serving(
     command = [
         *(sys.executable, "-m", "nplora", "serve", model, "--port", "0", "--compute", options.compute),
         *("--memory", options.memory, "--adapter-dir", directory, "--jobs", directory / "jobs"),
-        *("--max-requests", options.slots),
+        *("--max-requests", options.slots, "--adapter-memory", options.adapter_memory),
     ]
     half = len(adapters) // 2
     for path in adapters[:half]:
@@ -331,6 +331,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=8, help="--max-requests of the server")
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--memory", default="700M", help="--memory of the server")
+    parser.add_argument("--adapter-memory", default="100M", help="--adapter-memory of the server")
     parser.add_argument("--compute", default="int8")
     parser.add_argument(
         "--longest", type=int, default=300, help="most tokens of a prompt, without the common part"

@@ -32,7 +32,7 @@ def prompt(rng: np.random.Generator, length: int, vocab: int = VOCAB) -> list[in
 
 
 def engine_with(lm: LanguageModel, pages: int, **options: Any) -> Engine:
-    """An engine with exactly so many pages."""
+    """An engine with exactly this number of pages."""
     fixed = memory.plan_memory(lm, "1G", options.get("max_requests", 8))
     room = pages * fixed.page_bytes + fixed.page_bytes // 2
     with pytest.MonkeyPatch.context() as patch:

@@ -202,10 +202,15 @@ from nplora.serving import Engine, memory
 lm = nplora.load_model(sys.argv[1])
 rng = np.random.default_rng(0)
 lm.tokenizer.encode("")
-budget = sum(memory.resident_memory(lm)) + memory.work_bytes(lm, 8) + 40_000_000
-engine = Engine(lm, memory=budget, max_requests=8)
-prompts = [rng.integers(1, 200, 600).tolist() for _ in range(6)]
-tickets = [engine.submit(ids, Sampling(max_new_tokens=10)) for ids in prompts]
+tuned = nplora.load_model(sys.argv[1])
+tuned.add_lora(rank=4, init="gaussian")
+lm.load_adapter(nplora.adapters.Adapter.from_model(tuned), "tuned")
+budget = sum(memory.resident_memory(lm)) + memory.work_bytes(lm, 12) + 40_000_000
+engine = Engine(lm, memory=budget, max_requests=12)
+prompts = [rng.integers(1, 200, length).tolist() for length in [600, 30] * 6]
+names = [None, "tuned", "tuned"] * 4
+sampling = Sampling(max_new_tokens=30, logit_bias={0: -np.inf})
+tickets = [engine.submit(ids, sampling, adapter=name) for ids, name in zip(prompts, names)]
 most = 0
 while engine.step():
     metrics = engine.metrics()

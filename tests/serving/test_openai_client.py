@@ -9,7 +9,7 @@ import pytest
 import nplora
 from nplora.lm.generation import Sampling
 from nplora.serving import Chunk, Ticket, Usage
-from nplora.serving.api.answers import ChatAnswer
+from nplora.serving.api.answers import ChatObjects
 from nplora.serving.api.text_request import TextRequest
 
 openai = pytest.importorskip("openai")
@@ -279,8 +279,8 @@ def test_only_one_call_is_made_if_the_client_wants_one_at_a_time() -> None:
         request = TextRequest(
             "base", None, [[1]], 1, Sampling(), None, True, False, tools=frozenset({"add"}), most_calls=most
         )
-        whole = ChatAnswer(request, [ticket]).choice(0, chunks)["message"]["tool_calls"]
-        streamed = ChatAnswer(request, [ticket])
+        whole = ChatObjects(request, [ticket]).choice(0, chunks)["message"]["tool_calls"]
+        streamed = ChatObjects(request, [ticket])
         pieces = [*streamed.piece(0, chunks[0]), *streamed.end(0)]
         found = [piece["choices"][0]["delta"].get("tool_calls", []) for piece in pieces]
         assert len(whole) == sum(map(len, found)) == count

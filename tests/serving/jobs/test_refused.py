@@ -1,4 +1,4 @@
-"""Requests and data that are wrong, and the error objects that tell so."""
+"""Requests and data that are wrong, and their error objects."""
 
 import json
 from pathlib import Path

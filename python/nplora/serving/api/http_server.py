@@ -110,6 +110,9 @@ def _server(
                     signal.signal(number, handler)
 
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client gets what it would log
+    logging.getLogger("asyncio").setLevel(
+        logging.ERROR
+    )  # it warns if a client leaves while it gets an answer
     config = uvicorn.Config(
         app,
         http=_protocol(),

@@ -49,6 +49,25 @@ def lora_backward(
     return dx, scale * dy.T @ (dropped @ B.T), dz.T @ dropped
 
 
+def convolution(
+    x: Array, W: Array, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> Array:
+    """y[n, o, i, j] = Σ over c, u, v of W[o, c, u, v] · x[n, c, i·stride + u·dilation - padding, …]."""
+    x, W = np.asarray(x, np.float64), np.asarray(W, np.float64)
+    (top, left), (_, _, height, width) = padding, W.shape
+    x = np.pad(x, ((0, 0), (0, 0), (top, top), (left, left)))
+    rows = range(0, x.shape[2] - dilation[0] * (height - 1), stride[0])
+    columns = range(0, x.shape[3] - dilation[1] * (width - 1), stride[1])
+    y = np.zeros((len(x), len(W), len(rows), len(columns)))
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            for u in range(height):
+                for v in range(width):
+                    seen = x[:, :, row + u * dilation[0], column + v * dilation[1]]
+                    y[:, :, i, j] += seen @ W[:, :, u, v].T
+    return y
+
+
 def merge(W: Array, A: Array, B: Array, scale: float) -> Array:
     """W + scale · A·B."""
     return np.asarray(W, np.float64) + scale * np.asarray(A, np.float64) @ np.asarray(B, np.float64)

@@ -12,7 +12,7 @@ import nplora
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-NUMPY_SCRIPTS = ["own_network.py", "custom_loss.py", "digits.py", "comparing_adapters.py"]
+NUMPY_SCRIPTS = ["own_network.py", "custom_loss.py", "digits.py", "comparing_adapters.py", "convolution.py"]
 TORCH_SCRIPTS = ["torch_in_and_out.py"]
 SMOLLM2_SCRIPTS = ["chat_finetuning.py"]
 NUMPY_NOTEBOOKS = ["numpy_layer.ipynb"]

@@ -78,6 +78,26 @@ def test_ignored_rows_have_no_part_in_the_loss() -> None:
     assert loss == losses.cross_entropy(p[[2]], t[[2]])[0]
 
 
+def test_class_weights_multiply_the_loss_of_their_rows(rng: np.random.Generator) -> None:
+    p, _ = problem("cross_entropy", rng)
+    weights = (0.5, 0.0, 3.0, 1.0, 2.0)
+    loss = losses.CrossEntropy(class_weights=weights)
+    found, gradient = loss(p, LABELS)
+    rows = [
+        (weights[label], losses.cross_entropy(row, label)[0])
+        for row, label in zip(p, LABELS, strict=True)
+        if label >= 0
+    ]
+    assert found == pytest.approx(sum(weight * value for weight, value in rows) / len(rows), rel=1e-12)
+    assert reference.gradient_error(lambda: loss(p, LABELS)[0], [(p, gradient)], rng) <= 1e-6
+    assert losses.CrossEntropy(class_weights=(1,) * 5)(p, LABELS)[0] == losses.cross_entropy(p, LABELS)[0]
+    assert repr(losses.cross_entropy) == "CrossEntropy(ignore_index=-100)"
+    with pytest.raises(ValueError, match="2 class weights, but the logits are of 5 classes"):
+        losses.CrossEntropy(class_weights=(1.0, 2.0))(p, LABELS)
+    with pytest.raises(ValueError, match="a class weight is -1"):
+        losses.CrossEntropy(class_weights=(1.0, -1.0))
+
+
 def test_logits_of_any_leading_axes_are_taken(rng: np.random.Generator) -> None:
     p, t = rng.standard_normal((2, 3, 4)), np.array([[0, 1, 2], [3, -100, 0]])
     loss, gradient = losses.cross_entropy(p, t)

@@ -149,19 +149,21 @@ def _last_part(name: str | None) -> str | None:
 
 
 def _require_alike(adapters: list[AdapterContent]) -> None:
-    """Raise ValueError if a layer differs in shape or kind (linear or embedding) between the adapters."""
+    """Raise ValueError if a layer differs in shape or kind (linear, say) between the adapters."""
     first: dict[str, tuple[str, LoraDelta]] = {}
     problems = []
     for adapter in adapters:
         for name, update in adapter.items():
             source, other = first.setdefault(name, (adapter.source, update))
-            if (update.shape, update.embedding) != (other.shape, other.embedding):
+            if _kind(update) != _kind(other):
                 problems.append(f"{name}: {_kind(other)} in {source}, {_kind(update)} in {adapter.source}")
     if problems:
         raise ValueError(f"combine: the adapters do not fit each other {in_places(problems)}")
 
 
 def _kind(update: LoraDelta) -> str:
+    if update.kernel is not None:
+        return f"a convolution {(update.shape[0], *update.kernel)}"
     return f"{'an embedding' if update.embedding else 'a linear layer'} {update.shape}"
 
 

@@ -13,7 +13,10 @@ from nplora.formats.errors import FormatError, brief, counted, in_places
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.models import model_digest
 
-_KINDS = ("a linear layer", "an embedding")
+
+def kind(embedding: bool, kernel: tuple[int, ...] | None) -> str:
+    """The name of a layer's kind in messages. `kernel` is the shape of a convolution's windows, or empty."""
+    return "a convolution" if kernel else "an embedding" if embedding else "a linear layer"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Place:
         shape: (d_out, d_in).
         embedding: whether the weight is an embedding table.
         use_dora: whether the layer has DoRA magnitudes.
+        kernel: the shape (c_in, height, width) of a convolution's windows; empty for other weights.
         dtype: the dtype that the factors are converted to.
     """
 
@@ -32,6 +36,7 @@ class Place:
     shape: tuple[int, ...] | None = None
     embedding: bool | None = None
     use_dora: bool | None = None
+    kernel: tuple[int, ...] | None = None
     dtype: npt.DTypeLike = np.float32
 
 
@@ -68,7 +73,14 @@ class Target:
         lambda source, has_dora, whole, tokens: None
     )
 
-    def place_of(self, layer: str, shape: tuple[int, ...], embedding: bool, use_dora: bool) -> Place:
+    def place_of(
+        self,
+        layer: str,
+        shape: tuple[int, ...],
+        embedding: bool,
+        use_dora: bool,
+        kernel: tuple[int, ...] | None = None,
+    ) -> Place:
         """Find the `Place` of an adapter's layer.
 
         Raises:
@@ -78,8 +90,16 @@ class Target:
         if isinstance(place, str):
             raise FormatError(f"{brief(layer)}: {place}")
         if place.embedding not in (None, embedding):
-            wanted, found = _KINDS[embedding], _KINDS[not embedding]
+            wanted, found = kind(embedding, kernel), kind(not embedding, place.kernel)
             raise FormatError(f"{brief(layer)}: the adapter has {wanted}, but {place.title} is {found}")
+        if place.kernel is not None and bool(place.kernel) != bool(kernel):
+            wanted, found = kind(embedding, kernel), kind(bool(place.embedding), place.kernel)
+            raise FormatError(f"{brief(layer)}: the adapter has {wanted}, but {place.title} is {found}")
+        if place.kernel and place.kernel != kernel:
+            raise FormatError(
+                f"{brief(layer)}: the adapter is for windows of shape {kernel}, but {place.title} has "
+                f"windows of shape {place.kernel}"
+            )
         if place.shape not in (None, shape):
             raise FormatError(
                 f"{brief(layer)}: the adapter is for a weight of shape {shape}, but {place.title} has shape "
@@ -159,7 +179,7 @@ class Target:
         problems = list[str]()
         for name, delta in adapter.items():
             with collecting(problems):
-                self.place_of(name, delta.shape, delta.embedding, delta.use_dora)
+                self.place_of(name, delta.shape, delta.embedding, delta.use_dora, delta.kernel)
         for name, rows in adapter.token_rows.items():
             with collecting(problems):
                 self.check_rows(name, rows.ids.tolist(), rows.values.shape[1], adapter.added_tokens)

@@ -135,7 +135,7 @@ def _target(model: BaseModel | None, family: Family) -> Target:
         heads = 0 if model is None else model.permuted_heads(layer)
         if heads and shape[0] % (2 * heads):
             return f"{shape[0]} rows cannot be divided into {heads} heads of an even number of rows"
-        return Place(weight, None if shapes is None else shapes[weight], weight == EMBEDDING)
+        return Place(weight, None if shapes is None else shapes[weight], weight == EMBEDDING, kernel=())
 
     return Target(title, place, digest, require_kind=_require_sums)
 

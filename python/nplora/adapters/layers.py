@@ -24,8 +24,10 @@ from nplora.formats.peft_config import short_number
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.lora.delta import LoraDelta
 from nplora.nn import (
+    Conv2d,
     Embedding,
     Linear,
+    LoRAConv2d,
     LoRAEmbedding,
     LoRALayer,
     LoRALinear,
@@ -340,6 +342,8 @@ def _new_layer(layer: Any, delta: LoraDelta, freeze_B: bool) -> LoRALayer:
         return LoRAEmbedding(layer.weight, delta.rank, delta.stated_alpha, **settings)
     assert isinstance(layer, Linear | LoRALinear | TrainedHead)
     settings["use_dora"] = delta.use_dora
+    if isinstance(layer, Conv2d | LoRAConv2d):
+        return LoRAConv2d.over(layer, delta.rank, delta.stated_alpha, **settings)
     return LoRALinear(layer.weight, delta.rank, delta.stated_alpha, layer.bias, **settings)
 
 
@@ -464,9 +468,9 @@ def _target(model: Module, live: bool, **more: Any) -> Target:
         use_dora = False if embedding else None  # a new layer may have DoRA or not
         if live and isinstance(module, LoRALayer):
             use_dora = module.use_dora
-        return Place(
-            "the model's layer", module.weight.shape, embedding, use_dora, module.weight.compute_dtype
-        )
+        kernel = module.kernel if isinstance(module, Conv2d | LoRAConv2d) else ()
+        dtype = module.weight.compute_dtype
+        return Place("the model's layer", module.weight.shape, embedding, use_dora, kernel, dtype)
 
     return Target(
         "the model", place, model.base_digest(), rows=rows, accepts_more=True, ties_head=model.ties_head,

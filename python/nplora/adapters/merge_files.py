@@ -291,7 +291,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
             return found
         if found.shape == shape and kind_of(found) not in STORAGES:
             return f"{found.name} has type {kind_of(found)}, which nplora cannot decode"
-        return Place(found.name, found.shape)
+        return Place(found.name, found.shape, kernel=())
 
     def rows(layer: str) -> tuple[int, int] | str:
         """The shape of a weight whose rows an adapter replaces."""

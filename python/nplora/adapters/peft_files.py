@@ -3,6 +3,7 @@
 A fully trained layer (`trainable=True`) is stored under PEFT's `modules_to_save`, with all its arrays.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
@@ -125,19 +126,30 @@ def _delta(opened: PeftAdapter, name: str, halves: tuple[str, str], target: Targ
     if embedding and config.use_dora:  # PEFT rescales columns here, not rows
         raise UnsupportedError(f"{brief(name)}: DoRA on an embedding is not supported")
     shape_a, shape_b = (entries[half].shape for half in halves)
+    kernel = peft_adapter.kernel(shape_a)
+    if kernel is not None:
+        shape_a, shape_b = (shape_a[0], math.prod(kernel)), shape_b[:2]
     shape = letters.weight_shape(shape_a, shape_b, embedding)
-    dtype = target.place_of(name, shape, embedding, config.use_dora).dtype
+    dtype = target.place_of(name, shape, embedding, config.use_dora, kernel).dtype
     m, magnitude = None, PREFIX + name + MAGNITUDE
     if config.use_dora:
         if magnitude not in entries:
             raise FormatError(f"DoRA needs the tensor {brief(magnitude, 200)}, which is missing")
-        if entries[magnitude].shape != shape[:1]:
-            found = entries[magnitude].shape
-            raise FormatError(f"{brief(name)}: magnitudes of shape {found}, expected {shape[:1]}")
-        m = opened.array(magnitude, dtype)
-    lora_a, lora_b = (opened.array(half, dtype) for half in halves)
+        found, wanted = entries[magnitude].shape, _magnitudes_shape(shape[0], kernel)
+        if found != wanted:
+            raise FormatError(f"{brief(name)}: magnitudes of shape {found}, expected {wanted}")
+        m = opened.array(magnitude, dtype).reshape(shape[:1])
+    lora_a, lora_b = (
+        opened.array(halves[0], dtype).reshape(shape_a),
+        opened.array(halves[1], dtype).reshape(shape_b),
+    )
     a, b = letters.from_peft(lora_a, lora_b, embedding)
-    return LoraDelta.of_alpha(a, b, config.alpha(name), config.use_rslora, m, embedding)
+    return LoraDelta.of_alpha(a, b, config.alpha(name), config.use_rslora, m, embedding, kernel)
+
+
+def _magnitudes_shape(d_out: int, kernel: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape in which PEFT stores the magnitudes of DoRA."""
+    return (d_out,) if kernel is None else (1, d_out, 1, 1)
 
 
 def _is_same(opened: PeftAdapter, tokens: Mapping[str, tuple[str, tuple[int, ...]]]) -> bool:
@@ -252,9 +264,13 @@ def save(adapter: AdapterContent, directory: StrPath | files.Directory) -> None:
         _require_finite(name, {"A": delta.A, "B": delta.B} | ({} if delta.m is None else {"m": delta.m}))
         halves = letters.to_peft(delta.A, delta.B, delta.embedding)
         suffixes = EMBEDDING if delta.embedding else LINEAR
+        if delta.kernel is not None:
+            halves = halves[0].reshape(-1, *delta.kernel), halves[1].reshape(*halves[1].shape, 1, 1)
         tensors |= {PREFIX + name + suffix: half for suffix, half in zip(suffixes, halves, strict=True)}
         if delta.m is not None:
-            tensors[PREFIX + name + MAGNITUDE] = delta.m
+            tensors[PREFIX + name + MAGNITUDE] = delta.m.reshape(
+                _magnitudes_shape(len(delta.m), delta.kernel)
+            )
     for layer, parameters in adapter.modules_to_save.items():
         _require_finite(layer, parameters)
         tensors |= {f"{PREFIX}{layer}.{parameter}": array for parameter, array in parameters.items()}

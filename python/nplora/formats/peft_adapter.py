@@ -49,7 +49,8 @@ BASE_DIGEST = "base_norms.sha256"
 CHAT_TEMPLATE = "chat_template"
 ADDED_TOKENS = "added_tokens"
 PREFIX = "base_model.model."  # precedes each layer's name
-LINEAR = (".lora_A.weight", ".lora_B.weight")  # (r, d_in) and (d_out, r)
+# (r, d_in) and (d_out, r); for a convolution (r, c_in, height, width) and (c_out, r, 1, 1)
+LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")  # (r, vocab) and (dim, r)
 MAGNITUDE = ".lora_magnitude_vector"
 TOKENS = ".token_adapter.trainable_tokens_delta"  # (k, dim): the rows of the trained tokens
@@ -247,7 +248,9 @@ class PeftAdapter:
         """Raise FormatError if the rank of a layer's factors differs from the configuration."""
         shape_a, shape_b = (self.tensors.entries[half].shape for half in halves)
         rank = self.config.rank(name)
-        if len(shape_a) != 2 or len(shape_b) != 2 or (shape_a[0], shape_b[1]) != (rank, rank):
+        axes = (2, 2) if kernel(shape_a) is None else (4, 4)
+        fits = (len(shape_a), len(shape_b)) == axes and (shape_a[0], shape_b[1]) == (rank, rank)
+        if not fits or shape_b[2:] not in ((), (1, 1)):
             raise FormatError(
                 f"{brief(name)}: lora_A has shape {shape_a}, lora_B {shape_b}, expected rank {rank}"
             )
@@ -301,6 +304,14 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
         is_ours = CONFIG_DIGEST in tensors.metadata
         template = _with_template(tensors)
         yield PeftAdapter(files.name(directory), config, tensors, paired, digest, template, is_ours)
+
+
+def kernel(lora_a: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """The shape (c_in, height, width) of a convolution's windows, from the shape of its lora_A, or None."""
+    if len(lora_a) != 4:
+        return None
+    _, channels, height, width = lora_a
+    return channels, height, width
 
 
 def trained_with_template(path: StrPath) -> bool | None:

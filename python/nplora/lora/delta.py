@@ -22,6 +22,8 @@ class LoraDelta:
             its norm becomes the magnitude of this row (Liu et al. 2024, eq. 5).
         embedding: whether W is an embedding table (vocab, dim). PEFT stores the A and B of embeddings in
             another layout.
+        kernel: the shape (c_in, height, width) of the windows of a convolution, or None. W is then the
+            kernel's matrix, with d_in = c_in · height · width. PEFT stores the same numbers with four axes.
         alpha, use_rslora: the settings that give `scale`, for saving the adapter again. If `alpha` is None,
             rank · scale is saved.
     Raises:
@@ -39,6 +41,7 @@ class LoraDelta:
     embedding: bool = False
     alpha: float | None = None
     use_rslora: bool = False
+    kernel: tuple[int, int, int] | None = None
 
     def rounded(self, dtype: str) -> Self:
         """The same change with factors that are rounded to "bfloat16" or "float16", as float32 arrays."""
@@ -61,11 +64,18 @@ class LoraDelta:
 
     @classmethod
     def of_alpha(
-        cls, a: Array, b: Array, alpha: float, use_rslora: bool, m: Array | None, embedding: bool
+        cls,
+        a: Array,
+        b: Array,
+        alpha: float,
+        use_rslora: bool,
+        m: Array | None,
+        embedding: bool,
+        kernel: tuple[int, int, int] | None = None,
     ) -> "LoraDelta":
         """Return a LoraDelta with scale alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         scale = alpha / (math.sqrt(len(b)) if use_rslora else len(b))
-        return cls(a, b, scale, m, embedding, float(alpha), use_rslora)
+        return cls(a, b, scale, m, embedding, float(alpha), use_rslora, kernel)
 
     @property
     def stated_alpha(self) -> float:

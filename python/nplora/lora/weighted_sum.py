@@ -54,4 +54,5 @@ def weighted_sum(
         right = ((root[:, None] * vt[:kept]) @ q_b.T).astype(np.float32)
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
         raise ValueError(f"combine: the sum of {name} is too large for float32")
-    return LoraDelta(left, right, 1.0, None, terms[0][0].embedding), error, total
+    first = terms[0][0]
+    return LoraDelta(left, right, 1.0, None, first.embedding, kernel=first.kernel), error, total

@@ -153,17 +153,31 @@ class CrossEntropy:
 
     Args:
         ignore_index: the label of rows that are left out of the mean.
+        class_weights: a number of at least 0 for each class, by which the loss of its rows is multiplied. The
+            mean still divides by the number of labelled rows.
+    Raises:
+        ValueError: a class weight is negative or not finite.
     """
 
     ignore_index: int = -100
+    class_weights: tuple[float, ...] | None = None
     name = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        if self.class_weights is not None:
+            checked = (_check.at_least(self.name, "a class weight", w, 0) for w in self.class_weights)
+            object.__setattr__(self, "class_weights", tuple(checked))
+
+    def __repr__(self) -> str:  # checkpoints hold it, also those of versions without class weights
+        weights = "" if self.class_weights is None else f", class_weights={self.class_weights}"
+        return f"CrossEntropy(ignore_index={self.ignore_index}{weights})"
 
     def __call__(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> tuple[float, Array]:
         """Return the loss and its gradient, for logits (..., C) of C classes and integer labels (...).
 
         Raises:
-            ValueError: the labels are not integers or do not have the shape (...), or a label is neither in
-                [0, C) nor ignore_index.
+            ValueError: the labels are not integers or do not have the shape (...); a label is neither in
+                [0, C) nor ignore_index; or there is not one class weight for each class.
         """
         logits, labels, labelled = self._read(prediction, target)
         rows, found = logits[labelled], labels[labelled]
@@ -178,6 +192,10 @@ class CrossEntropy:
             losses = np.log(sums[:, 0]) - shifted[at]
             exponentials /= sums
         exponentials[at] -= 1
+        if self.class_weights is not None:
+            weights = self._weights(logits)[found]
+            losses *= weights
+            exponentials *= weights[:, None]
         exponentials /= len(found)
         gradient[labelled] = exponentials
         return float(losses.mean(dtype=np.float64)), gradient.reshape(np.shape(prediction))
@@ -185,6 +203,14 @@ class CrossEntropy:
     def count(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> int:
         """Return the number of labelled rows."""
         return int(np.count_nonzero(np.asarray(target) != self.ignore_index))
+
+    def _weights(self, logits: Array) -> Array:
+        weights = np.array(self.class_weights, logits.dtype)
+        if len(weights) != logits.shape[-1]:
+            raise ValueError(
+                f"{self.name}: {len(weights)} class weights, but the logits are of {logits.shape[-1]} classes"
+            )
+        return weights
 
     def _read(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> tuple[Array, Array, Array]:
         """Return logits (n, C), labels (n,), and a mask (n,) that is true for labelled rows."""

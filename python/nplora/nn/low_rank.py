@@ -50,7 +50,7 @@ class LiveArray(Generic[T]):
 
 
 class LoRALayer(Prepared, AdapterLayer):
-    """Base class of `LoRALinear` and `LoRAEmbedding`: W + scale · A·B with a frozen W.
+    """Base class of `LoRALinear`, `LoRAConv2d` and `LoRAEmbedding`: W + scale · A·B with a frozen W.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(8), rank=2, alpha=4)
@@ -130,6 +130,11 @@ class LoRALayer(Prepared, AdapterLayer):
     @property
     def weight(self) -> FrozenWeight:
         return self._weight
+
+    @property
+    def kernel(self) -> tuple[int, int, int] | None:
+        """The shape (c_in, height, width) of a convolution's windows; None for other layers."""
+        return None
 
     @property
     def rank(self) -> int:
@@ -230,7 +235,7 @@ class LoRALayer(Prepared, AdapterLayer):
         if self._taken is not None:
             a, b = np.concatenate([a, -self._taken[0]], axis=1), np.concatenate([b, self._taken[1]])
             alpha *= math.sqrt(2) if self.use_rslora else 2
-        delta = LoraDelta.of_alpha(a, b, alpha, self.use_rslora, self.m, self.is_embedding)
+        delta = LoraDelta.of_alpha(a, b, alpha, self.use_rslora, self.m, self.is_embedding, self.kernel)
         # row row_order[i] of the adapter file is row i of the layer
         return delta if self.row_order is None else delta.rows(np.argsort(self.row_order))
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from nplora import _check, _core
 from nplora.nn.active_rows import active_rows
+from nplora.nn.conv import Conv2d, LoRAConv2d
 from nplora.nn.linear import Linear
 from nplora.nn.lora_linear import LoRALinear
 from nplora.nn.low_rank import UnloadedLayer
@@ -172,7 +173,9 @@ def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
     if not layers:
         raise ValueError(f"{op}: no layers")
     for i, layer in enumerate(layers):
-        if not isinstance(layer, LoRALinear | Linear | UnloadedLayer):
+        if isinstance(layer, Conv2d | LoRAConv2d) or not isinstance(
+            layer, LoRALinear | Linear | UnloadedLayer
+        ):
             raise TypeError(
                 f"{op}: layer {i} is of type {type(layer).__name__}, expected LoRALinear or Linear"
             )

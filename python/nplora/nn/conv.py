@@ -1,0 +1,376 @@
+"""Conv2d: a convolution of images, frozen or trained. LoRAConv2d: a frozen one with a low-rank update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.nn.linear import Linear
+from nplora.nn.lora_linear import LoRALinear
+from nplora.nn.module import Gradient, Parameter, Saved, SharedWeights, inferring, quiet
+from nplora.nn.windows import Windows, pair
+from nplora.weights import FrozenWeight
+
+Array = npt.NDArray[Any]
+
+_MOST_VALUES = 1 << 22  # values in the rows of windows that exist at the same time: 16 MB in float32
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ConvSaved(Saved):
+    """The values that `backward` of a convolution needs.
+
+    Attributes:
+        shape: the shape of x.
+        items: what the products of each group of images kept, without the rows of windows. `backward` makes
+            these rows again from the images.
+        x: the images (n, c_in, height, width), or None if the pass kept nothing.
+    """
+
+    shape: tuple[int, ...]
+    items: tuple[Any, ...]
+    x: Array | None = None
+
+
+class Conv2d(Linear):
+    """A convolution of images (n, c_in, height, width) with torch's conventions, without groups.
+
+    y[:, o] = Σ x ⋆ W[o] [+ bias[o]]. It is computed as a product of the windows of x and the kernel's matrix.
+
+        >>> import nplora, numpy as np
+        >>> layer = nplora.Conv2d(np.ones((2, 1, 3, 3)), padding=1)
+        >>> layer
+        Conv2d((2, 1, 3, 3), dtype='float32', padding=1, trainable=False)
+        >>> layer(np.ones((1, 1, 4, 4)))[0, 0]
+        array([[4., 6., 6., 4.],
+               [6., 9., 9., 6.],
+               [6., 9., 9., 6.],
+               [4., 6., 6., 4.]], dtype=float32)
+
+    Args:
+        W: the kernel (c_out, c_in, height, width), which is copied; or a FrozenWeight, which is shared, with
+            the kernel's matrix (c_out, c_in · height · width).
+        bias: array (c_out,) or None.
+        stride, padding, dilation: a number, or a pair (vertical, horizontal).
+        kernel_size: the height and width of the kernel; needed only if W is a FrozenWeight.
+        dtype, compute, trainable: as in Linear. A trained kernel is the parameter "weight" with four axes.
+    Attributes:
+        kernel: the shape (c_in, height, width) of the windows.
+        weight, dweight: the kernel's matrix and its gradient, as in Linear.
+    Raises:
+        ValueError: W does not have four axes; `kernel_size` does not fit W; a setting is too small; or as in
+            Linear. TypeError: as in Linear, or a setting is not a number or a pair.
+    """
+
+    @_check.keywords
+    def __init__(
+        self,
+        W: npt.ArrayLike | FrozenWeight,
+        bias: npt.ArrayLike | None = None,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | tuple[int, int] | None = None,
+        dtype: npt.DTypeLike | None = None,
+        compute: str = "float32",
+        trainable: bool = False,
+    ) -> None:
+        matrix, self._windows = _matrix("Conv2d", W, kernel_size, stride, padding, dilation)
+        super().__init__(matrix, bias, dtype, compute, trainable)
+        self._trained: list[Parameter] = []
+        if isinstance(self.weight, np.ndarray) and self.dweight is not None:
+            views = (array.reshape(-1, *self.kernel) for array in (self.weight, self.dweight))
+            self._trained.append(Parameter("weight", *views))
+
+    @property
+    def kernel(self) -> tuple[int, int, int]:
+        return (self._windows.channels, *self._windows.size)
+
+    @property
+    def windows(self) -> Windows:
+        """The geometry of the convolution."""
+        return self._windows
+
+    def local_parameters(self) -> list[Parameter]:
+        return [*self._trained, *(p for p in super().local_parameters() if p.name != "weight")]
+
+    def forward(self, x: npt.ArrayLike) -> tuple[Array, ConvSaved]:  # type: ignore[override]
+        """Return y (n, c_out, height, width), and the values that `backward` needs.
+
+            >>> import nplora, numpy as np
+            >>> y, saved = nplora.Conv2d(np.ones((2, 1, 3, 3)), stride=2).forward(np.ones((5, 1, 9, 9)))
+            >>> y.shape
+            (5, 2, 4, 4)
+
+        Raises:
+            ValueError: x is not (n, c_in, height, width), or an image is smaller than a window.
+        """
+        images = self._windows.check("Conv2d.forward", x, self._dtype)
+        y, items = _forward(self._windows, self.shape[0], images, super().forward)
+        keeps = self.reads_x and not inferring()
+        return y, ConvSaved(images.shape, items, images if keeps else None, layer=self)
+
+    def backward(self, dy: npt.ArrayLike, saved: ConvSaved, need_dx: bool = True) -> Gradient:  # type: ignore[override]
+        """Return dx, or None if need_dx is False. If the layer is trained, add to dweight and dbias.
+
+            >>> import nplora, numpy as np
+            >>> layer = nplora.Conv2d(np.ones((2, 1, 3, 3)), trainable=True)
+            >>> y, saved = layer.forward(np.ones((1, 1, 3, 3)))
+            >>> layer.backward(np.ones_like(y), saved).shape
+            (1, 1, 3, 3)
+            >>> layer.dweight.sum()
+            np.float32(18.0)
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as in `Linear.backward`.
+        """
+        op = "Conv2d.backward"
+        _check.saved(op, saved, ConvSaved)
+        _check.own(op, saved, self)
+        if self.trainable and saved.x is None:
+            raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
+        gradient = _gradient(op, self._windows, self.shape[0], dy, saved, self._dtype)
+        return _backward(self._windows, gradient, saved, super().backward, need_dx)
+
+    def __repr__(self) -> str:
+        parts = [f"{(self.shape[0], *self.kernel)}", f"dtype={str(self.weight.dtype)!r}"]
+        return f"Conv2d({', '.join([*parts, *self._windows.describe(), f'trainable={self.trainable}'])})"
+
+
+class LoRAConv2d(LoRALinear):
+    """A frozen convolution with a trainable low-rank update, in PEFT's layout for `torch.nn.Conv2d`.
+
+    The update is two convolutions: first B, with a kernel of the frozen size and r outputs, then A, with a
+    kernel of size 1 × 1. The layer keeps both as matrices, A (c_out, r) and B (r, c_in · height · width).
+    PEFT stores the same numbers with four axes. The frozen kernel is a matrix too, so all methods of
+    LoRALinear apply.
+
+        >>> import nplora, numpy as np
+        >>> layer = nplora.LoRAConv2d(np.ones((8, 3, 3, 3)), rank=2, padding=1)
+        >>> layer
+        LoRAConv2d((8, 3, 3, 3), rank=2, alpha=16, dtype='float32', padding=1, num_trainable=70)
+        >>> layer(np.ones((5, 3, 10, 10))).shape
+        (5, 8, 10, 10)
+
+    Args:
+        W, stride, padding, dilation, kernel_size: as in Conv2d.
+        rank, alpha, bias, dtype, compute, init, use_rslora, use_dora, freeze_B, rng: as in LoRALinear.
+        dropout: the probability that a value of a window is dropped on the low-rank path, in training only.
+            (PEFT drops a value of x from all of its windows.)
+    Attributes:
+        kernel: the shape (c_in, height, width) of the windows.
+    Raises:
+        ValueError, TypeError: as in Conv2d and LoRALinear.
+    Warns:
+        UserWarning: rank is above min(c_out, c_in · height · width).
+    """
+
+    @_check.keywords
+    def __init__(
+        self,
+        W: npt.ArrayLike | FrozenWeight,
+        rank: int = 8,
+        alpha: float = 16,
+        bias: npt.ArrayLike | None = None,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | tuple[int, int] | None = None,
+        dtype: npt.DTypeLike | None = None,
+        compute: str = "float32",
+        init: str = "zero",
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        freeze_B: bool = False,
+        rng: np.random.Generator | int | None = None,
+    ) -> None:
+        matrix, self._windows = _matrix("LoRAConv2d", W, kernel_size, stride, padding, dilation)
+        super().__init__(
+            matrix, rank, alpha, bias, dtype, compute, init, dropout, use_rslora, use_dora, freeze_B, rng
+        )
+
+    @property
+    def kernel(self) -> tuple[int, int, int]:
+        return (self._windows.channels, *self._windows.size)
+
+    @property
+    def windows(self) -> Windows:
+        """The geometry of the convolution."""
+        return self._windows
+
+    def settings(self) -> dict[str, Any]:
+        geometry = {name: list(getattr(self._windows, name)) for name in ("stride", "padding", "dilation")}
+        return super().settings() | {"kernel": list(self.kernel)} | geometry
+
+    def forward(self, x: npt.ArrayLike) -> tuple[Array, ConvSaved]:  # type: ignore[override]
+        """Return y (n, c_out, height, width), and the values that `backward` needs.
+
+            >>> import nplora, numpy as np
+            >>> layer = nplora.LoRAConv2d(np.ones((2, 1, 3, 3)), rank=1)
+            >>> y, saved = layer.forward(np.ones((5, 1, 4, 4)))
+            >>> y.shape
+            (5, 2, 2, 2)
+
+        Raises:
+            ValueError: x is not (n, c_in, height, width), or an image is smaller than a window.
+        """
+        images = self._windows.check("LoRAConv2d.forward", x, self.weight.compute_dtype)
+        y, items = _forward(self._windows, self.weight.shape[0], images, super().forward)
+        keeps = self.reads_x and not inferring()
+        return y, ConvSaved(images.shape, items, images if keeps else None, layer=self)
+
+    def backward(self, dy: npt.ArrayLike, saved: ConvSaved, need_dx: bool = True) -> Gradient:  # type: ignore[override]
+        """Add to the gradients dA, dB and dm; return dx, or None if need_dx is False.
+
+            >>> import nplora, numpy as np
+            >>> layer = nplora.LoRAConv2d(np.ones((2, 1, 3, 3)), rank=1)
+            >>> y, saved = layer.forward(np.ones((5, 1, 4, 4)))
+            >>> layer.backward(np.ones_like(y), saved).shape
+            (5, 1, 4, 4)
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as in `LoRALinear.backward`.
+        """
+        op = "LoRAConv2d.backward"
+        self.require_trainable("backward")
+        _check.saved(op, saved, ConvSaved)
+        _check.own(op, saved, self)
+        d_out, dtype = self.weight.shape[0], self.weight.compute_dtype
+        gradient = _gradient(op, self._windows, d_out, dy, saved, dtype)
+        return _backward(self._windows, gradient, saved, super().backward, need_dx)
+
+    @classmethod
+    def over(cls, layer: Conv2d | LoRAConv2d, rank: int, alpha: float, **options: Any) -> LoRAConv2d:
+        """Make a layer over the frozen kernel, the bias and the geometry of another layer.
+
+            >>> import nplora, numpy as np
+            >>> conv = nplora.Conv2d(np.ones((8, 3, 3, 3)), padding=1)
+            >>> nplora.LoRAConv2d.over(conv, rank=2, alpha=4).weight is conv.weight
+            True
+
+        Args:
+            options: further arguments of the constructor, such as `use_dora`.
+        Raises:
+            ValueError: the kernel of the layer is trained.
+        """
+        if not isinstance(layer.weight, FrozenWeight):
+            raise ValueError("LoRAConv2d.over: the layer's kernel is trained, expected a frozen one")
+        w = layer.windows
+        return cls(layer.weight, rank, alpha, layer.bias, w.stride, w.padding, w.dilation, w.size, **options)
+
+    def merged_kernel(self) -> Array:
+        """Return the kernel W + scale · A·B as a new array (c_out, c_in, height, width).
+
+        >>> import nplora, numpy as np
+        >>> nplora.LoRAConv2d(np.ones((8, 3, 3, 3)), rank=2).merged_kernel().shape
+        (8, 3, 3, 3)
+        """
+        return self.merged_weight().reshape(-1, *self.kernel)
+
+    def frozen(self) -> Conv2d:
+        self._require_whole_weight("frozen")
+        return self._plain(self.weight)
+
+    def unloaded(self, shared: SharedWeights) -> Conv2d:
+        return self._plain(self._merged_frozen())
+
+    def _plain(self, weight: FrozenWeight) -> Conv2d:
+        w = self._windows
+        return Conv2d(weight, self.bias, w.stride, w.padding, w.dilation, w.size)
+
+    def _describe(self) -> str:
+        text = super()._describe().replace(str(self.weight.shape), str((len(self.A), *self.kernel)), 1)
+        settings, _, trainable = text.rpartition(", ")
+        return ", ".join([settings, *self._windows.describe(), trainable])
+
+
+def _matrix(
+    op: str, W: npt.ArrayLike | FrozenWeight, kernel_size: Any, stride: Any, padding: Any, dilation: Any
+) -> tuple[npt.ArrayLike | FrozenWeight, Windows]:
+    """Return the kernel's matrix (c_out, c_in · height · width), and the geometry of the convolution."""
+    if isinstance(W, FrozenWeight):
+        if kernel_size is None:
+            raise ValueError(
+                f"{op}: W is a FrozenWeight, which needs kernel_size, the kernel's height and width"
+            )
+        windows = Windows.of(op, 1, kernel_size, stride, padding, dilation)
+        channels, rest = divmod(W.shape[1], windows.width)
+        if rest or not channels:
+            raise ValueError(
+                f"{op}: W has d_in={W.shape[1]}, expected a multiple of the kernel's {windows.width} values"
+            )
+        return W, dataclasses.replace(windows, channels=channels)
+    array = _check.as_array(op, "W", W)
+    if array.ndim != 4:
+        raise ValueError(f"{op}: W has {array.ndim} axes, expected 4 (c_out, c_in, height, width)")
+    if kernel_size is not None and pair(op, "kernel_size", kernel_size, 1) != array.shape[2:]:
+        raise ValueError(f"{op}: kernel_size is {kernel_size}, but W has shape {array.shape}")
+    windows = Windows.of(op, array.shape[1], array.shape[2:], stride, padding, dilation)
+    return array.reshape(len(array), -1), windows
+
+
+def _groups(windows: Windows, shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yield groups of images whose windows fit the limit, or single images. They depend on shapes alone."""
+    vertical, horizontal = windows.counts(*shape[2:])
+    images = max(1, _MOST_VALUES // (vertical * horizontal * windows.width or 1))
+    for start in range(0, shape[0], images):
+        yield slice(start, min(start + images, shape[0]))
+
+
+def _forward(
+    windows: Windows, c_out: int, x: Array, product: Callable[[Array], tuple[Array, Any]]
+) -> tuple[Array, tuple[Any, ...]]:
+    """Return y, and what `product` kept for each group of images, without its rows of windows."""
+    y = np.empty((len(x), c_out, *windows.counts(*x.shape[2:])), x.dtype)
+    items = []
+    for group in _groups(windows, x.shape):
+        rows, saved = product(windows.rows(x[group]))
+        part = y[group]
+        part[...] = rows.reshape(len(part), *y.shape[2:], c_out).transpose(0, 3, 1, 2)
+        items.append(dataclasses.replace(saved, x=None))
+    return y, tuple(items)
+
+
+def _gradient(
+    op: str, windows: Windows, c_out: int, dy: npt.ArrayLike, saved: ConvSaved, dtype: npt.DTypeLike
+) -> Array:
+    """Check the shape of dy and return dy as an array."""
+    shape = (saved.shape[0], c_out, *windows.counts(*saved.shape[2:]))
+    return _check.shaped(op, "dy", dy, shape, dtype)
+
+
+def _backward(
+    windows: Windows,
+    dy: Array,
+    saved: ConvSaved,
+    backward: Callable[[Array, Any, bool], Gradient],
+    need_dx: bool,
+) -> Gradient:
+    """Run the backward pass of each group of images, with its rows of windows made again.
+
+    The gradients of all groups are added to the layer's gradients at once, as if there were one group. So
+    several processes can get the bits of one process.
+    """
+    assert saved.layer is not None
+    grads = [p.grad for p in saved.layer.local_parameters()] if len(saved.items) > 1 else []
+    earlier = [grad.copy() for grad in grads]
+    for grad in grads:
+        grad.fill(0)
+    dx = np.empty(saved.shape, dy.dtype) if need_dx else None
+    for group, item in zip(_groups(windows, saved.shape), saved.items, strict=True):
+        rows = dy[group].transpose(0, 2, 3, 1).reshape(-1, dy.shape[1])
+        if saved.x is not None:
+            item = dataclasses.replace(item, x=windows.rows(saved.x[group]))
+        dwindows = backward(rows, item, need_dx)
+        if dx is not None:
+            dx[group] = windows.images(dwindows, *saved.shape[2:])
+    for grad, before in zip(grads, earlier, strict=True):
+        with quiet():
+            grad += before
+    return dx

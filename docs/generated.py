@@ -3,6 +3,7 @@
 A page asks for a part with a comment on a line of its own:
 
     <!-- generated: families -->            the model families, from their registry
+    <!-- generated: encoders -->            the families of encoders, from their registry
     <!-- generated: storages -->            the types of weights, from the core and from GGUF's list
     <!-- generated: commands -->            every command, from the parser that `--help` prints
     <!-- generated: api Module Linear -->   documentation of these names of `nplora`, from their docstrings
@@ -28,7 +29,7 @@ import error_messages
 import nplora
 from nplora.cli.parser import COMMANDS, parser_of
 from nplora.formats.gguf.ggml_types import GGML_TYPES
-from nplora.models.families import FAMILIES
+from nplora.models.families import ENCODERS, FAMILIES, EncoderFamily, Family
 from nplora.weights import storages
 
 _PART = re.compile(r"^<!-- generated: (\w+) ?(.*?) -->$", re.MULTILINE)
@@ -57,14 +58,23 @@ def table(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 def families() -> str:
     """A row for each family: its name, what its file says it is, and its names in files."""
+    return _family_table(FAMILIES)
+
+
+def encoders() -> str:
+    """The same for the families of encoders."""
+    return _family_table(ENCODERS)
+
+
+def _family_table(families: Iterable[Family | EncoderFamily]) -> str:
     rows = [
         (
             type(family).__name__,
             escaped(_first_sentence(sys.modules[type(family).__module__].__doc__ or "")),
             f"`{family.model_type}`",
-            f"`{family.architecture}`",
+            f"`{family.architecture}`" if family.architecture else "",
         )
-        for family in FAMILIES
+        for family in families
     ]
     return table(("family", "what it is", "`model_type` in `config.json`", "architecture in GGUF"), rows)
 
@@ -228,6 +238,7 @@ def _rst(text: str) -> str:
 
 PARTS: dict[str, Callable[..., str]] = {
     "families": families,
+    "encoders": encoders,
     "storages": weights,
     "commands": commands,
     "api": names,

@@ -149,6 +149,15 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return np.asarray(weight * x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + eps))
 
 
+def layer_norm_backward(dy: Array, x: Array, weight: Array, eps: float) -> Array:
+    """dx of `layer_norm`: r (dn - mean dn - xn mean(dn xn)), with dn = dy ∘ weight and normalised rows xn."""
+    r = 1 / np.sqrt(x.var(axis=-1, keepdims=True) + eps)
+    xn, dn = (x - x.mean(axis=-1, keepdims=True)) * r, dy * weight
+    return np.asarray(
+        r * (dn - dn.mean(axis=-1, keepdims=True) - xn * (dn * xn).mean(axis=-1, keepdims=True))
+    )
+
+
 # ---- the operations of a transformer ----
 
 
@@ -178,13 +187,26 @@ def gelu_tanh(x: Array) -> Array:
         return np.asarray(x / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
 
 
+def exact_gelu(x: Array) -> Array:
+    """x Φ(x). Unlike `gelu`, this is exact for x far below 0 too."""
+    return np.asarray(x * normal_distribution(x))
+
+
+def normal_distribution(x: Array) -> Array:
+    """Φ(x) = erfc(-x / √2) / 2."""
+    return np.asarray(np.vectorize(math.erfc, otypes=[np.float64])(-x / math.sqrt(2)) / 2)
+
+
 def gated(act: str, gate: Array, up: Array) -> Array:
     """act(gate) ∘ up (Shazeer 2020)."""
-    return np.asarray({"silu": silu, "gelu_pytorch_tanh": gelu_tanh}[act](gate) * up)
+    return np.asarray({"silu": silu, "gelu_pytorch_tanh": gelu_tanh, "gelu": exact_gelu}[act](gate) * up)
 
 
 def gated_backward(act: str, dout: Array, gate: Array, up: Array) -> tuple[Array, Array]:
-    """dgate and dup, using σ' = σ (1 - σ) p' for act(g) = g σ(p)."""
+    """dgate and dup, using σ' = σ (1 - σ) p' for act(g) = g σ(p), and Φ' = φ for the exact GELU."""
+    if act == "gelu":
+        slope = normal_distribution(gate) + gate * np.exp(-gate * gate / 2) / math.sqrt(2 * math.pi)
+        return dout * up * slope, dout * exact_gelu(gate)
     root = 2 * np.sqrt(2 / np.pi)
     inner, its_slope = root * (gate + 0.044715 * gate**3), root * (1 + 3 * 0.044715 * gate**2)
     if act == "silu":
@@ -195,25 +217,44 @@ def gated_backward(act: str, dout: Array, gate: Array, up: Array) -> tuple[Array
     return dout * up * slope, dout * gated(act, gate, np.ones_like(gate))
 
 
-def sees(queries: int, keys: int, window: int) -> Array:
-    """Which key a query sees, (queries, keys). The last query is the last key. window 0: all earlier keys."""
+def sees(queries: int, keys: int, window: int, causal: bool = True) -> Array:
+    """Which key a query sees, (queries, keys). The last query is the last key.
+
+    window 0: all earlier keys, and all later ones too if `causal` is False.
+    """
     distance = np.arange(keys - queries, keys)[:, None] - np.arange(keys)
-    return np.asarray((distance >= 0) & ((distance < window) if window else True))
+    near = np.abs(distance) < window if window else np.ones_like(distance, bool)
+    return np.asarray(near & (distance >= 0) if causal else near)
 
 
-def attention(q: Array, k: Array, v: Array, scale: float, window: int) -> tuple[Array, Array, Array]:
-    """out, lse and the weights p of one head of one sequence, using the full matrix of scores."""
-    scores = np.where(sees(len(q), len(k), window), scale * q @ k.T, -np.inf)
+def attention(
+    q: Array, k: Array, v: Array, scale: float, window: int, causal: bool = True, bias: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """out, lse and the weights p of one head of one sequence, using the full matrix of scores.
+
+    bias: None, or a number for each distance from 1 - tokens to tokens - 1 of the key from the query.
+    """
+    scores = scale * q @ k.T
+    if bias is not None:
+        scores = scores + bias[len(q) - 1 + np.arange(len(k)) - np.arange(len(q))[:, None]]
+    scores = np.where(sees(len(q), len(k), window, causal), scores, -np.inf)
     lse = np.logaddexp.reduce(scores, axis=1)
     p = np.exp(scores - lse[:, None])
     return p @ v, lse, p
 
 
 def attention_backward(
-    dout: Array, q: Array, k: Array, v: Array, scale: float, window: int
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float,
+    window: int,
+    causal: bool = True,
+    bias: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """dq, dk and dv of `attention`, using the Jacobian of softmax: ds = p ∘ (dp - Σ p dp)."""
-    _, _, p = attention(q, k, v, scale, window)
+    _, _, p = attention(q, k, v, scale, window, causal, bias)
     dp = dout @ v.T
     ds = scale * p * (dp - (p * dp).sum(axis=1, keepdims=True))
     return ds @ k, ds.T @ q, p.T @ dout

@@ -4,6 +4,7 @@ An example knows the names of its module, and `np`, `nplora` and `os`. It runs i
 
     model.gguf      a small Llama with a tokenizer and a chat template; its context is 64 tokens
     adapter/        a PEFT adapter for it, of rank 2
+    encoder-model/  a small BERT with a tokenizer; its texts have at most 32 tokens
     train.jsonl     16 rows {"prompt": "3+3=", "completion": "6"}; valid.jsonl has 4 more
 """
 
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 
 import nplora
+from small_encoder import save_small_encoder
 from small_llama import save_small_llama
 
 # Every public name of these modules (their __all__) has an example. Add yours.
@@ -50,7 +52,7 @@ _NOT_IMPORTED = {
     "nplora.tokenizer.renderer",
     "nplora.finetuning.judging.harness",
 }
-_NEEDS_TOKENIZERS = "model.gguf"
+_NEEDS_TOKENIZERS = ("model.gguf", "encoder-model")
 _NEEDS_MPI = "MPICommunicator() as"
 
 
@@ -78,6 +80,7 @@ def small_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lm = nplora.load_model(save_small_llama(directory / "model.gguf"))
     lm.add_lora(rank=2, init="gaussian")
     nplora.save_adapter(lm, directory / "adapter")
+    save_small_encoder(directory / "encoder-model")
     rows = [json.dumps({"prompt": f"{n}+{n}=", "completion": str(2 * n)}) + "\n" for n in range(20)]
     (directory / "train.jsonl").write_text("".join(rows[:16]))
     (directory / "valid.jsonl").write_text("".join(rows[16:]))
@@ -88,7 +91,7 @@ def small_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_example_prints_what_its_docstring_shows(
     test: doctest.DocTest, small_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if _NEEDS_TOKENIZERS in (test.docstring or ""):
+    if any(name in (test.docstring or "") for name in _NEEDS_TOKENIZERS):
         pytest.importorskip("tokenizers")
     if _NEEDS_MPI in (test.docstring or ""):
         pytest.importorskip("mpi4py")

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -40,7 +41,8 @@ std::vector<int64_t> within(const char* name, const Integers& array, size_t n, i
 Activation activation_of(const std::string& act) {
   if (act == "silu") return Activation::kSilu;
   if (act == "gelu_pytorch_tanh") return Activation::kGeluTanh;
-  throw std::invalid_argument("act is '" + act + "', expected silu or gelu_pytorch_tanh");
+  if (act == "gelu") return Activation::kGelu;
+  throw std::invalid_argument("act is '" + act + "', expected silu, gelu_pytorch_tanh or gelu");
 }
 
 void register_elements(py::module_& m) {
@@ -69,6 +71,56 @@ void register_elements(py::module_& m) {
       arg("dy").noconvert(), arg("x").noconvert(), arg("weight").noconvert(), arg("eps"),
       arg("dx").noconvert(), arg("accumulate"), "dx = [dx +] the gradient of x");
   m.def(
+      "layer_norm",
+      [](const Floats& x, const Floats& weight, const std::optional<Floats>& bias, double eps, Floats y) {
+        require_like("y", y, x);
+        require_size("weight", weight, size_t(x.shape(1)));
+        if (bias) require_size("bias", *bias, size_t(x.shape(1)));
+        const auto from = read(x);
+        const auto to = write(y);
+        const float* added = bias ? bias->data() : nullptr;
+        without_gil([&] { layer_norm(from, weight.data(), added, float(eps), to); });
+      },
+      arg("x").noconvert(), arg("weight").noconvert(), arg("bias").noconvert(), arg("eps"),
+      arg("y").noconvert(), "y = weight ∘ (x - mean x) / sqrt(variance x + eps) [+ bias]");
+  m.def(
+      "layer_norm_backward",
+      [](const Floats& dy, const Floats& x, const Floats& weight, double eps, Floats dx, bool accumulate) {
+        require_like("dy", dy, x);
+        require_like("dx", dx, x);
+        require_size("weight", weight, size_t(x.shape(1)));
+        const auto gradient = read(dy), from = read(x);
+        const auto to = write(dx);
+        without_gil([&] { layer_norm_backward(gradient, from, weight.data(), float(eps), to, accumulate); });
+      },
+      arg("dy").noconvert(), arg("x").noconvert(), arg("weight").noconvert(), arg("eps"),
+      arg("dx").noconvert(), arg("accumulate"), "dx = [dx +] the gradient of x");
+  m.def(
+      "activated",
+      [](const std::string& act, const Floats& x, Floats out) {
+        const Activation activation = activation_of(act);
+        require_like("out", out, x);
+        const auto from = read(x);
+        const auto to = write(out);
+        without_gil([&] { gated(activation, from.rows * from.cols, from.data, nullptr, to.data); });
+      },
+      arg("act"), arg("x").noconvert(), arg("out").noconvert(), "out = act(x)");
+  m.def(
+      "activated_backward",
+      [](const std::string& act, const Floats& dout, const Floats& x, Floats dx) {
+        const Activation activation = activation_of(act);
+        require_like("dout", dout, x);
+        require_like("dx", dx, x);
+        const auto gradient = read(dout), from = read(x);
+        const auto to = write(dx);
+        without_gil([&] {
+          gated_backward(activation, from.rows * from.cols, gradient.data, from.data, nullptr, to.data,
+                         nullptr);
+        });
+      },
+      arg("act"), arg("dout").noconvert(), arg("x").noconvert(), arg("dx").noconvert(),
+      "dx = act'(x) ∘ dout");
+  m.def(
       "rope",
       [](Floats x, const Integers& positions, const Floats& table, bool interleaved, bool inverse,
          size_t head_dim) {
@@ -95,7 +147,7 @@ void register_elements(py::module_& m) {
         without_gil([&] { gated(activation, g.rows * g.cols, g.data, u.data, to.data); });
       },
       arg("act"), arg("gate").noconvert(), arg("up").noconvert(), arg("out").noconvert(),
-      "out = act(gate) ∘ up, act being silu or gelu_pytorch_tanh");
+      "out = act(gate) ∘ up, act being silu, gelu_pytorch_tanh or gelu");
   m.def(
       "gated_backward",
       [](const std::string& act, const Floats& dout, const Floats& gate, const Floats& up, Floats dgate,
@@ -142,6 +194,21 @@ AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t k
   return {heads, kv_heads, dim, float(scale), size_t(std::min(window, kMostKeys))};
 }
 
+// Adds the direction and the bias to a shape. Each sequence must be short enough for the bias.
+void set_direction(AttentionShape& shape, bool causal, const std::optional<Floats>& bias,
+                   const std::vector<int64_t>& starts) {
+  shape.causal = causal;
+  if (!bias) return;
+  require(bias->ndim() == 2 && bias->shape(1) % 2 == 1, "bias must have an odd number of columns");
+  require_shape("bias", *bias, shape.heads, size_t(bias->shape(1)));
+  require_aligned(*bias);
+  shape.bias = bias->data();
+  shape.reach = size_t(bias->shape(1)) / 2;
+  for (size_t i = 1; i < starts.size(); ++i)
+    require(starts[i] - starts[i - 1] <= int64_t(shape.reach) + 1,
+            "bias must have a column for every distance in a sequence");
+}
+
 // Checks a copy of the array `starts`, which holds the first row of each sequence, followed by n, the total
 // number of rows.
 std::vector<int64_t> checked_starts(const Integers& array, size_t n) {
@@ -161,28 +228,31 @@ void register_attention(py::module_& m) {
   m.def(
       "attention",
       [](const Floats& q, const Floats& k, const Floats& v, const Integers& starts, size_t heads,
-         size_t kv_heads, double scale, int64_t window, Floats out, Floats lse) {
+         size_t kv_heads, double scale, int64_t window, Floats out, Floats lse, bool causal,
+         const std::optional<Floats>& bias) {
         const auto queries = read(q), keys = read(k), values = read(v);
-        const AttentionShape shape = shape_of(q, keys.cols, heads, kv_heads, scale, window);
+        AttentionShape shape = shape_of(q, keys.cols, heads, kv_heads, scale, window);
         require_shape("k", k, queries.rows, keys.cols);
         require_like("v", v, k);
         require_like("out", out, q);
         require_shape("lse", lse, queries.rows, heads);
         const auto begins = checked_starts(starts, queries.rows);
+        set_direction(shape, causal, bias, begins);
         const auto to = write(out), sums = write(lse);
         without_gil([&] { attention(shape, sequences_of(begins), queries, keys, values, to, sums); });
       },
       arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(), arg("starts").noconvert(),
       arg("heads"), arg("kv_heads"), arg("scale"), arg("window"), arg("out").noconvert(),
-      arg("lse").noconvert(), "Causal attention within packed sequences");
+      arg("lse").noconvert(), arg("causal") = true, arg("bias").noconvert() = py::none(),
+      "Attention within packed sequences");
   m.def(
       "attention_backward",
       [](const Floats& dout, const Floats& q, const Floats& k, const Floats& v, const Floats& out,
          const Floats& lse, const Integers& starts, size_t heads, size_t kv_heads, double scale,
-         int64_t window, Floats dq, Floats dk, Floats dv) {
+         int64_t window, Floats dq, Floats dk, Floats dv, bool causal, const std::optional<Floats>& bias) {
         const auto gradient = read(dout);
         const AttentionSaved saved{read(q), read(k), read(v), read(out), read(lse)};
-        const AttentionShape shape = shape_of(q, saved.k.cols, heads, kv_heads, scale, window);
+        AttentionShape shape = shape_of(q, saved.k.cols, heads, kv_heads, scale, window);
         require_shape("k", k, saved.q.rows, saved.k.cols);
         require_like("v", v, k);
         require_like("out", out, q);
@@ -192,6 +262,7 @@ void register_attention(py::module_& m) {
         require_like("dk", dk, k);
         require_like("dv", dv, k);
         const auto begins = checked_starts(starts, saved.q.rows);
+        set_direction(shape, causal, bias, begins);
         const auto to_q = write(dq), to_k = write(dk), to_v = write(dv);
         without_gil(
             [&] { attention_backward(shape, sequences_of(begins), gradient, saved, to_q, to_k, to_v); });
@@ -199,7 +270,8 @@ void register_attention(py::module_& m) {
       arg("dout").noconvert(), arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(),
       arg("out").noconvert(), arg("lse").noconvert(), arg("starts").noconvert(), arg("heads"),
       arg("kv_heads"), arg("scale"), arg("window"), arg("dq").noconvert(), arg("dk").noconvert(),
-      arg("dv").noconvert(), "The gradients of attention");
+      arg("dv").noconvert(), arg("causal") = true, arg("bias").noconvert() = py::none(),
+      "The gradients of attention");
   m.def(
       "attention_cached",
       [](const Floats& q, const Floats& keys, const Floats& values, const Integers& pages,

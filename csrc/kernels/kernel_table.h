@@ -348,9 +348,10 @@ struct Int8Products {
                             const Int8Rows& x, float* y, const Fetch& next);
 };
 
-// The activation functions of gated units: silu(g) = g / (1 + exp(-g)), and GELU in its tanh form.
-enum class Activation : uint8_t { kSilu, kGeluTanh };
-inline constexpr size_t kActivations = 2;
+// The activation functions: silu(g) = g / (1 + exp(-g)), GELU in its tanh form, and the exact GELU, which is g
+// Phi(g) with the normal distribution function Phi.
+enum class Activation : uint8_t { kSilu, kGeluTanh, kGelu };
+inline constexpr size_t kActivations = 3;
 
 // The operations of a language model other than matrix products with weights. If an output may be the same
 // array as an input, the kernel reads element i of the input before it writes element i of the output.
@@ -364,6 +365,16 @@ struct Transformer {
   void (*rms_norm_backward)(size_t n, const float* dy, const float* x, const float* weight, float eps,
                             float* dx, bool accumulate);
 
+  // LayerNorm of `n` elements: y = (x - mean x) * r * weight + bias with r = 1 / sqrt(variance x + eps). If
+  // `bias` is null, nothing is added.
+  void (*layer_norm)(size_t n, const float* x, const float* weight, const float* bias, float eps, float* y);
+
+  // The backward pass of LayerNorm: dx = r * (dn - mean(dn) - xn * mean(dn * xn)) with dn = dy * weight and
+  // xn = (x - mean x) * r. If `accumulate` is set, the gradient is added to `dx`. `dx` may be the same array
+  // as `dy`.
+  void (*layer_norm_backward)(size_t n, const float* dy, const float* x, const float* weight, float eps,
+                              float* dx, bool accumulate);
+
   // Rotary position encoding: each pair (a, b) in `x` (heads, head_dim) becomes (a cos - b sin, b cos + a
   // sin). A pair is elements i and half + i of a head, or elements 2i and 2i + 1 if `interleaved` is set.
   // Only the first 2 * half elements of a head are read or written. `table` holds `half` cosines, then `half`
@@ -371,11 +382,12 @@ struct Transformer {
   void (*rotate)(size_t heads, size_t head_dim, size_t half, const float* table, bool interleaved,
                  bool inverse, float* x);
 
-  // A gated unit: out = act(gate) * up. There is one kernel for each Activation.
+  // A gated unit: out = act(gate) * up. There is one kernel for each Activation. If `up` is null, out =
+  // act(gate).
   void (*gated[kActivations])(size_t n, const float* gate, const float* up, float* out);
 
   // The backward pass of a gated unit: dgate = dout * up * act'(gate) and dup = dout * act(gate). `dgate` and
-  // `dup` may be the same arrays as inputs.
+  // `dup` may be the same arrays as inputs. If `up` is null, so is `dup`, and dgate = dout * act'(gate).
   void (*gated_backward[kActivations])(size_t n, const float* dout, const float* gate, const float* up,
                                        float* dgate, float* dup);
 

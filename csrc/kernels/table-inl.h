@@ -52,9 +52,11 @@ constexpr Int8Products make_int8() {
 constexpr Transformer make_transformer() {
   return {rms_norm,
           rms_norm_backward,
+          layer_norm,
+          layer_norm_backward,
           rotate,
-          {gated<Silu>, gated<GeluTanh>},
-          {gated_backward<Silu>, gated_backward<GeluTanh>},
+          {gated<Silu>, gated<GeluTanh>, gated<Gelu>},
+          {gated_backward<Silu>, gated_backward<GeluTanh>, gated_backward<Gelu>},
           largest,
           exp_sum,
           scaled,

@@ -1,4 +1,4 @@
-// RMSNorm, rotary position encoding, gated units, and kernels over rows of logits. Each kernel is
+// RMSNorm, LayerNorm, rotary position encoding, gated units, and kernels over rows of logits. Each kernel is
 // documented in kernel_table.h.
 
 namespace nplora::kernels::NPLORA_ISA {
@@ -38,6 +38,56 @@ inline void rms_norm_backward(size_t n, const float* dy, const float* x, const f
   });
 }
 
+// The mean of a row, and 1 / sqrt(variance + eps). The variance is computed from the differences to the mean.
+struct Moments {
+  float mean, r;
+};
+inline Moments moments(size_t n, const float* x, float eps) {
+  using V = Vec<float>;
+  V sum = V::zero(), squares = V::zero();
+  for_vectors(n, [&](size_t i, auto span) { sum = sum + span.load(x + i); });
+  const float mean = sum_of_lanes(sum) / float(n);
+  const V centre = V::broadcast(mean);
+  for_vectors(n, [&](size_t i, auto span) {
+    const V d = span.or_zero(span.load(x + i) - centre);
+    squares = fma(d, d, squares);
+  });
+  return {mean, 1 / __builtin_sqrtf(sum_of_lanes(squares) / float(n) + eps)};
+}
+
+inline void layer_norm(size_t n, const float* x, const float* weight, const float* bias, float eps,
+                       float* y) {
+  using V = Vec<float>;
+  const Moments m = moments(n, x, eps);
+  const V mean = V::broadcast(m.mean), r = V::broadcast(m.r);
+  for_vectors(n, [&](size_t i, auto span) {
+    const V normalised = (span.load(x + i) - mean) * r;
+    span.store(fma(normalised, span.load(weight + i), bias ? span.load(bias + i) : V::zero()), y + i);
+  });
+}
+
+// The backward pass of y = weight ∘ xn + bias with xn = (x - mean) r. With dn = dy ∘ weight, dx = r (dn -
+// mean(dn) - xn mean(dn ∘ xn)), because mean and r depend on all elements of x.
+inline void layer_norm_backward(size_t n, const float* dy, const float* x, const float* weight, float eps,
+                                float* dx, bool accumulate) {
+  using V = Vec<float>;
+  const Moments m = moments(n, x, eps);
+  const V mean = V::broadcast(m.mean), r = V::broadcast(m.r);
+  V sum = V::zero(), products = V::zero();
+  for_vectors(n, [&](size_t i, auto span) {
+    const V dn = span.load(dy + i) * span.load(weight + i);
+    sum = sum + dn;
+    products = fma(dn, (span.load(x + i) - mean) * r, products);
+  });
+  const V level = V::broadcast(sum_of_lanes(sum) / float(n)),
+          along = V::broadcast(sum_of_lanes(products) / float(n));
+  for_vectors(n, [&](size_t i, auto span) {
+    const V dn = span.load(dy + i) * span.load(weight + i), xn = (span.load(x + i) - mean) * r;
+    const V d = r * (dn - level - xn * along);
+    span.store(accumulate ? span.load(dx + i) + d : d, dx + i);
+  });
+}
+
 // Rotates the pairs of one head. Neighbouring pairs are kStep elements apart, and the two elements of a pair
 // are `distance` elements apart.
 template <size_t kStep>
@@ -67,18 +117,29 @@ inline Vec<float> sigmoid(Vec<float> g) {
   return one / (one + exp(Vec<float>::zero() - g));
 }
 
-// Both activations have the form g * sigmoid(p(g)), each with its own polynomial p. In each struct, `inner`
-// returns p(g), and `slope` returns g * p'(g), where p' is the derivative of p.
+// Every activation has the form g * gate(g). In each struct, `gate` returns gate(g). `backward` returns d act'(g),
+// given d and s = gate(g).
 
-struct Silu {  // p = g
+// gate(g) = sigmoid(p(g)) with a polynomial p, so that act'(g) = s (1 + g p'(g) (1 - s)). `slope` is g p'(g).
+template <class Polynomial>
+struct Sigmoidal {
+  static Vec<float> gate(Vec<float> g) { return sigmoid(Polynomial::inner(g)); }
+  static Vec<float> backward(Vec<float> d, Vec<float> g, Vec<float> s) {
+    const Vec<float> one = Vec<float>::broadcast(1);
+    return d * s * fma(Polynomial::slope(g), one - s, one);
+  }
+};
+
+struct SiluInner {  // p = g
   static Vec<float> inner(Vec<float> g) { return g; }
   static Vec<float> slope(Vec<float> g) { return g; }
 };
+using Silu = Sigmoidal<SiluInner>;
 
 // The tanh form of GELU is g (1 + tanh u) / 2 with u = sqrt(2 / pi) (g + 0.044715 g³) (Hendrycks and Gimpel
 // 2016). Since 1 + tanh u = 2 s(2 u) for the sigmoid function s, the polynomial p of this activation is 2 u =
 // kA g + kB g³.
-struct GeluTanh {
+struct GeluTanhInner {
   static constexpr float kA = 1.5957691216057308f, kB = 0.07135481282553024f;
   static Vec<float> inner(Vec<float> g) {
     return g * fma(Vec<float>::broadcast(kB), g * g, Vec<float>::broadcast(kA));
@@ -87,26 +148,53 @@ struct GeluTanh {
     return g * fma(Vec<float>::broadcast(3 * kB), g * g, Vec<float>::broadcast(kA));
   }
 };
+using GeluTanh = Sigmoidal<GeluTanhInner>;
+
+// The exact GELU: gate(g) = Phi(g), and act'(g) = Phi(g) + g phi(g) with the density phi of N(0, 1).
+//
+// For z = |g| / sqrt(2), Phi(-|g|) = erfc(z) / 2 = t exp(P(t) - z²) / 2 with t = 1 / (1 + z / 2). The
+// polynomial P has a relative error below 1.2e-7 for all z (Press et al., Numerical Recipes, section 6.2). And
+// Phi(|g|) = 1 - Phi(-|g|).
+struct Gelu {
+  static Vec<float> gate(Vec<float> g) {
+    using V = Vec<float>;
+    constexpr float kP[] = {0.17087277f,  -0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f,
+                            -0.18628806f, 0.09678418f,  0.37409196f, 1.00002368f,  -1.26551223f};
+    const V one = V::broadcast(1), size = max(g, V::zero() - g), square = g * g;
+    const V t = one / fma(size, V(V::broadcast(0.35355339059327379f)), one);
+    V p = V::broadcast(kP[0]);
+#pragma GCC unroll 9
+    for (size_t i = 1; i < sizeof kP / sizeof *kP; ++i) p = fma(p, t, V(V::broadcast(kP[i])));
+    const V half = V::broadcast(0.5f), tail = half * t * exp(fma(square, V(V::broadcast(-0.5f)), p));
+    // Phi(g) is 1 - tail if g > 0, else tail. `positive` is 1 or 0, or between them where tail is 1/2 anyway.
+    const V positive = min(one, max(V::zero(), g * V(V::broadcast(1e30f))));
+    return tail + positive * (one - (tail + tail));
+  }
+  static Vec<float> backward(Vec<float> d, Vec<float> g, Vec<float> s) {
+    using V = Vec<float>;
+    const V density = V::broadcast(0.39894228040143268f) * exp(g * g * V::broadcast(-0.5f));
+    return d * fma(g, density, s);
+  }
+};
 
 template <class Act>
 void gated(size_t n, const float* gate, const float* up, float* out) {
   for_vectors(n, [&](size_t i, auto span) {
-    const Vec<float> g = span.load(gate + i);
-    span.store(g * sigmoid(Act::inner(g)) * span.load(up + i), out + i);
+    const Vec<float> g = span.load(gate + i), y = g * Act::gate(g);
+    span.store(up ? y * span.load(up + i) : y, out + i);
   });
 }
 
-// The backward pass of out = g s up, where s is the sigmoid of p(g) and its derivative is s (1 - s) p'.
+// The backward pass of out = act(g) up, where act(g) = g s.
 template <class Act>
 void gated_backward(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
                     float* dup) {
   using V = Vec<float>;
-  const V one = V::broadcast(1);
   for_vectors(n, [&](size_t i, auto span) {
-    const V d = span.load(dout + i), g = span.load(gate + i), u = span.load(up + i);
-    const V s = sigmoid(Act::inner(g));
-    span.store(d * u * s * fma(Act::slope(g), one - s, one), dgate + i);
-    span.store(d * g * s, dup + i);
+    const V d = span.load(dout + i), g = span.load(gate + i), s = Act::gate(g);
+    const V du = up ? d * span.load(up + i) : d;
+    span.store(Act::backward(du, g, s), dgate + i);
+    if (up) span.store(d * g * s, dup + i);
   });
 }
 

@@ -146,6 +146,10 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
     });
   for (size_t h = 0; h < heads; ++h) {
     float* s = scores + h * n;
+    if (shape.bias) {
+      const float* bias = shape.bias_of(h, run.first_position + piece.row - run.row) + piece.keys.first;
+      for (size_t i = 0; i < n; ++i) s[i] += bias[i];
+    }
     largest[h] = kernel().largest(n, s);
     sum[h] = kernel().exp_sum(n, s, largest[h], s);
   }
@@ -186,7 +190,7 @@ void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matr
   double operations = 0;
   for (const Run& run : runs)
     for (size_t i = 0; i < run.count; ++i) {
-      const Span keys = visible_keys(shape, run.first_position + i, run.first_position + i);
+      const Span keys = visible_keys(shape, run, run.first_position + i, run.first_position + i);
       const size_t first = round_down(keys.first, kKeyUnit), n = keys.end - first,
                    size = round_up(ceil_div(n, ceil_div(n, kPieceKeys)), kKeyUnit);
       operations += 4.0 * double(n) * double(shape.heads * shape.head_dim);

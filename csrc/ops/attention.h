@@ -1,4 +1,4 @@
-// Causal attention, tile by tile (Vaswani et al. 2017). Groups of query heads share keys and values (Ainslie
+// Attention, causal or in both directions, tile by tile (Vaswani et al. 2017). Groups of query heads share keys and values (Ainslie
 // et al. 2023). Only one tile of scores exists at a time (Dao et al. 2022; Dao 2023). Rows are tokens: a row
 // of q is (heads, head_dim), a row of k or v is (kv_heads, head_dim). Query head h uses key-value head h /
 // (heads / kv_heads).
@@ -15,8 +15,19 @@ struct AttentionShape {
   size_t heads, kv_heads, head_dim;
   float scale;    // the factor of all scores, usually 1 / sqrt(head_dim)
   size_t window;  // a token attends to itself and `window` - 1 tokens before it; 0 means no limit
+  // If false, a token also attends to the tokens after it (to `window` - 1 of them, if there is a window).
+  bool causal = true;
+  // A number that is added to the score of each head, query and key (Shaw et al. 2018). The number depends on
+  // the distance from the query to the key: bias is (heads, 2 reach + 1), and its columns are the distances
+  // -reach to reach. No key is further away than `reach`. Null: nothing is added.
+  const float* bias = nullptr;
+  size_t reach = 0;
 
   size_t group() const { return heads / kv_heads; }
+  // The numbers of a head for a query at position `query`; the number of the key at position j is at index j.
+  const float* bias_of(size_t head, size_t query) const {
+    return bias + head * (2 * reach + 1) + reach - query;
+  }
 };
 
 // Sequence i consists of the rows starts[i] to starts[i + 1] - 1.

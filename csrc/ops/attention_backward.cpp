@@ -81,8 +81,8 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
              keys_of_tile{std::max(seen.first, block.first), std::min(seen.end, block.end)};
   if (keys_of_tile.first >= keys_of_tile.end) return;
   const BackwardBuffers b(dim);
-  const bool sees_all =
-      keys_of_tile.first == seen.first && keys_of_tile.end == seen.end && seen.end - seen.first <= kTileKeys;
+  const bool sees_all = keys_of_tile.first == seen.first && keys_of_tile.end == seen.end &&
+                        seen.first / kTileKeys == (seen.end - 1) / kTileKeys;
   tile.gather(x.dout, 1, b.dout_rows);
   if (!sees_all) {
     find_delta(tile, x, first, b);
@@ -138,7 +138,8 @@ struct Task {
 // dq is a sum over keys; dk and dv are sums over queries. Think of a matrix whose rows are query blocks and
 // whose columns are key blocks. The blocks on one diagonal of this matrix share neither queries nor keys, so
 // they are computed in parallel. The diagonals are computed one after the other. So every sum has one fixed
-// order, no product is computed twice, and no thread waits for another within a diagonal.
+// order, no product is computed twice, and no thread waits for another within a diagonal. Causal attention
+// has only the diagonals below the main one; otherwise, each of these continues above it, as in a torus.
 void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
   std::vector<Run> runs;
@@ -153,18 +154,22 @@ void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix
   const Operands x{dout, saved, {delta, dout.rows, shape.heads, shape.heads}, dq, dk, dv};
   std::vector<Task> tasks;
   for (size_t diagonal = 0; diagonal * block < longest; ++diagonal) {
-    if (shape.window > 0 && diagonal > 0 && (diagonal - 1) * block + 1 >= shape.window)
+    if (shape.causal && shape.window > 0 && diagonal > 0 && (diagonal - 1) * block + 1 >= shape.window)
       break;  // beyond all windows
     tasks.clear();
     for (size_t i = 0; i < runs.size(); ++i)
-      for (size_t b = diagonal; b * block < runs[i].count; ++b)
+      for (size_t b = shape.causal || diagonal * block >= runs[i].count ? diagonal : 0;
+           b * block < runs[i].count; ++b)
         for (size_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head) tasks.push_back({i, kv_head, b});
     const double operations = 10.0 * double(tasks.size()) * double(block * block) * double(group * dim);
     parallel_for(tasks.size(), useful_threads(operations), Interruptible::kYes, [&](size_t i) {
       const Task& task = tasks[i];
       const Run& run = runs[task.run];
       const Range queries = nth_block(run.count, block, task.query_block),
-                  keys = nth_block(run.count, block, task.query_block - diagonal);
+                  keys = nth_block(run.count, block,
+                                   task.query_block < diagonal
+                                       ? task.query_block + ceil_div(run.count, block) - diagonal
+                                       : task.query_block - diagonal);
       const Span span{keys.first, keys.first + keys.count};
       for (size_t key = span.first; diagonal == 0 && key < span.end; ++key) {
         std::fill_n(dk.row(run.row + key) + task.kv_head * dim, dim, 0.0f);

@@ -65,10 +65,13 @@ struct Run {
   }
 };
 
-// The range of all keys to which the queries from first_position to last_position attend.
-inline Span visible_keys(const AttentionShape& shape, size_t first_position, size_t last_position) {
-  const size_t window = shape.window;
-  return {window > 0 && first_position + 1 > window ? first_position + 1 - window : 0, last_position + 1};
+// The range of all keys to which the queries from first_position to last_position of a run attend.
+inline Span visible_keys(const AttentionShape& shape, const Run& run, size_t first_position,
+                         size_t last_position) {
+  const size_t window = shape.window, keys = run.first_position + run.count;
+  const size_t first = window > 0 && first_position + 1 > window ? first_position + 1 - window : 0;
+  if (shape.causal) return {first, last_position + 1};
+  return {first, window > 0 ? std::min(last_position + window, keys) : keys};
 }
 
 // A tile: the lanes `first` to first + lanes - 1 of a run. All query heads of a tile share the key-value head
@@ -89,7 +92,7 @@ struct QueryTile {
   size_t position(size_t lane) const { return run.first_position + (first + lane) / shape.group(); }
 
   // The range of all keys to which the queries of the tile attend.
-  Span visible() const { return visible_keys(shape, position(0), position(lanes - 1)); }
+  Span visible() const { return visible_keys(shape, run, position(0), position(lanes - 1)); }
 
   // For each token of the tile, calls body(row of q, first head, number of heads, lane of the first head).
   template <class Body>
@@ -120,19 +123,32 @@ struct QueryTile {
     });
   }
 
-  // Sets the score of a lane and a key to -Inf if the query of the lane does not attend to the key. `scores`
-  // is (keys.end - keys.first, kTileLanes).
+  // Adds the bias to the scores, and sets the score of a lane and a key to -Inf if the query of the lane does
+  // not attend to the key. `scores` is (keys.end - keys.first, kTileLanes).
   void mask(Span keys, float* scores) const {
     const size_t window = shape.window;
-    if (keys.end <= position(0) + 1 && (window == 0 || keys.first + window > position(lanes - 1))) return;
+    if (shape.bias) add_bias(keys, scores);
+    const bool sees_later =
+        shape.causal ? keys.end <= position(0) + 1 : window == 0 || keys.end <= position(0) + window;
+    if (sees_later && (window == 0 || keys.first + window > position(lanes - 1))) return;
     for (size_t key = keys.first; key < keys.end; ++key, scores += kTileLanes) {
-      const size_t begin = lane_at(key), end = window > 0 ? lane_at(key + window) : lanes;
+      const size_t later = shape.causal ? 0 : window - 1;  // how far a query sees beyond itself
+      const size_t begin = lane_at(key > later ? key - later : 0),
+                   end = window > 0 ? lane_at(key + window) : lanes;
       std::fill(scores, scores + begin, -std::numeric_limits<float>::infinity());
       std::fill(scores + end, scores + lanes, -std::numeric_limits<float>::infinity());
     }
   }
 
  private:
+  void add_bias(Span keys, float* scores) const {
+    for (size_t lane = 0; lane < lanes; ++lane) {
+      const size_t head = kv_head * shape.group() + (first + lane) % shape.group();
+      const float* bias = shape.bias_of(head, position(lane));
+      for (size_t key = keys.first; key < keys.end; ++key)
+        scores[(key - keys.first) * kTileLanes + lane] += bias[key];
+    }
+  }
   // The first lane whose query has the position `at` or a later one.
   size_t lane_at(size_t at) const {
     if (at <= run.first_position) return 0;

@@ -54,6 +54,18 @@ void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const floa
   });
 }
 
+void layer_norm(Matrix<const float> x, const float* weight, const float* bias, float eps, Matrix<float> y) {
+  for_rows(x.rows, x.cols, kNormOperations,
+           [&](size_t i) { kernel().layer_norm(x.cols, x.row(i), weight, bias, eps, y.row(i)); });
+}
+
+void layer_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
+                         Matrix<float> dx, bool accumulate) {
+  for_rows(x.rows, x.cols, 2 * kNormOperations, [&](size_t i) {
+    kernel().layer_norm_backward(x.cols, dy.row(i), x.row(i), weight, eps, dx.row(i), accumulate);
+  });
+}
+
 void rope(Matrix<float> x, size_t head_dim, const int64_t* positions, RotaryTable table, bool inverse) {
   const size_t heads = x.cols / head_dim, half = table.rotary_dim / 2;
   for_rows(x.rows, x.cols, kRotationOperations, [&](size_t i) {
@@ -65,7 +77,7 @@ void rope(Matrix<float> x, size_t head_dim, const int64_t* positions, RotaryTabl
 void gated(Activation act, size_t n, const float* gate, const float* up, float* out) {
   const auto kernel_of_act = kernel().gated[size_t(act)];
   for_pieces(n, kSigmoidOperations, [&](size_t first, size_t count) {
-    kernel_of_act(count, gate + first, up + first, out + first);
+    kernel_of_act(count, gate + first, up ? up + first : nullptr, out + first);
   });
 }
 
@@ -73,7 +85,8 @@ void gated_backward(Activation act, size_t n, const float* dout, const float* ga
                     float* dgate, float* dup) {
   const auto kernel_of_act = kernel().gated_backward[size_t(act)];
   for_pieces(n, kSigmoidOperations, [&](size_t first, size_t count) {
-    kernel_of_act(count, dout + first, gate + first, up + first, dgate + first, dup + first);
+    kernel_of_act(count, dout + first, gate + first, up ? up + first : nullptr, dgate + first,
+                  dup ? dup + first : nullptr);
   });
 }
 

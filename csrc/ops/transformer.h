@@ -1,5 +1,5 @@
-// The operations of a transformer between its matrix products: RMSNorm, rotary position embeddings and gated
-// units. Rows are tokens.
+// The operations of a transformer between its matrix products: RMSNorm, LayerNorm, rotary position embeddings,
+// activations and gated units. Rows are tokens.
 #pragma once
 
 #include <cstddef>
@@ -20,6 +20,14 @@ void rms_norm(Matrix<const float> x, const float* weight, float eps, Matrix<floa
 void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                        Matrix<float> dx, bool accumulate);
 
+// y = (x - mean x) / sqrt(variance x + eps) ∘ weight + bias for each row (Ba et al. 2016). The shapes are those
+// of `rms_norm`, and bias is (d) or null. The mean and the variance are summed in the same way.
+void layer_norm(Matrix<const float> x, const float* weight, const float* bias, float eps, Matrix<float> y);
+
+// dx = [dx +] the gradient of x. Weight and bias are frozen, so their gradients are not computed.
+void layer_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
+                         Matrix<float> dx, bool accumulate);
+
 // The cosines and sines of rotary position embeddings. Row p of `data` holds rotary_dim / 2 cosines and then
 // as many sines, for position p. If `interleaved` is true, the two elements of a pair are neighbours;
 // otherwise they are rotary_dim / 2 apart.
@@ -37,11 +45,11 @@ void rope(Matrix<float> x, size_t head_dim, const int64_t* positions, RotaryTabl
 
 using kernels::Activation;
 
-// A gated unit: out (n) = act(gate) ∘ up (Shazeer 2020).
+// A gated unit: out (n) = act(gate) ∘ up (Shazeer 2020). If `up` is null, out = act(gate).
 void gated(Activation act, size_t n, const float* gate, const float* up, float* out);
 
 // Computes the gradients of `gated`. `dgate` may be the same array as `gate`, and `dup` the same array as
-// `up`.
+// `up`. If `up` is null, so is `dup`.
 void gated_backward(Activation act, size_t n, const float* dout, const float* gate, const float* up,
                     float* dgate, float* dup);
 

@@ -75,7 +75,7 @@ if TYPE_CHECKING:
         save_adapter,
     )
     from nplora.finetuning import data, evaluate, finetune, plan
-    from nplora.lm import LanguageModel, load_model
+    from nplora.lm import Encoder, LanguageModel, load_encoder, load_model
     from nplora.lm import generation as generate
     from nplora.models.gguf_export import model_to_gguf
     from nplora.trainer import Trainer, plot
@@ -90,10 +90,12 @@ _LATE: dict[str, tuple[str, str | None]] = {
     "data": ("nplora.finetuning.data", None),
     "generate": ("nplora.lm.generation", None),
     "plot": ("nplora.trainer.plot", None),
+    "Encoder": ("nplora.lm", "Encoder"),
     "LanguageModel": ("nplora.lm", "LanguageModel"),
     "Trainer": ("nplora.trainer", "Trainer"),
     "evaluate": ("nplora.finetuning", "evaluate"),
     "finetune": ("nplora.finetuning", "finetune"),
+    "load_encoder": ("nplora.lm", "load_encoder"),
     "load_model": ("nplora.lm", "load_model"),
     "model_to_gguf": ("nplora.models.gguf_export", "model_to_gguf"),
     "plan": ("nplora.finetuning", "plan"),
@@ -131,6 +133,7 @@ __all__ = [
     "AdamW",
     "Conv2d",
     "Embedding",
+    "Encoder",
     "Flatten",
     "FrozenWeight",
     "LanguageModel",
@@ -163,6 +166,7 @@ __all__ = [
     "generate",
     "get_num_threads",
     "load_adapter",
+    "load_encoder",
     "load_model",
     "lora_backward",
     "lora_forward",

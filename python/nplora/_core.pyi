@@ -280,6 +280,18 @@ def rms_norm(x: Array, weight: Array, eps: float, y: Array) -> None:
 def rms_norm_backward(dy: Array, x: Array, weight: Array, eps: float, dx: Array, accumulate: bool) -> None:
     """dx = [dx +] the gradient of x. The weight is frozen."""
 
+def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float, y: Array) -> None:
+    """y = weight ∘ (x - mean x) / sqrt(variance x + eps) [+ bias]. x and y are (n, d), the others (d,)."""
+
+def layer_norm_backward(dy: Array, x: Array, weight: Array, eps: float, dx: Array, accumulate: bool) -> None:
+    """dx = [dx +] the gradient of x. Weight and bias are frozen. dx may be the same array as dy."""
+
+def activated(act: str, x: Array, out: Array) -> None:
+    """out = act(x), all (n, f); act is as in `gated`. out may be the same array as x."""
+
+def activated_backward(act: str, dout: Array, x: Array, dx: Array) -> None:
+    """dx = act'(x) ∘ dout. dx may be the same array as dout or x."""
+
 def rope(x: Array, positions: Array, table: Array, interleaved: bool, inverse: bool, head_dim: int) -> None:
     """Rotate the heads of x (n, heads · head_dim) in place, using the rows `positions` (int64) of the table.
 
@@ -290,7 +302,7 @@ def rope(x: Array, positions: Array, table: Array, interleaved: bool, inverse: b
     """
 
 def gated(act: str, gate: Array, up: Array, out: Array) -> None:
-    """out = act(gate) ∘ up, all (n, f); act is "silu" or "gelu_pytorch_tanh"."""
+    """out = act(gate) ∘ up, all (n, f); act is "silu", "gelu_pytorch_tanh" or "gelu" (exact)."""
 
 def gated_backward(act: str, dout: Array, gate: Array, up: Array, dgate: Array, dup: Array) -> None:
     """The gradients of gate and up. dgate may be the same array as gate, and dup the same as up."""
@@ -306,12 +318,17 @@ def attention(
     window: int,
     out: Array,
     lse: Array,
+    causal: bool = True,
+    bias: Array | None = None,
 ) -> None:
-    """Causal attention within packed sequences, tile by tile.
+    """Attention within packed sequences, tile by tile.
 
     q, out: (n, heads · head_dim). k, v: (n, kv_heads · head_dim). starts: int64, the start of each sequence
     and the end of the last. window: the number of keys that a query attends to, the last of which is its own;
-    0: all keys up to its own.
+    0: all keys up to its own. If `causal` is false, a query also attends to the keys after its own: to
+    window - 1 of them, or with window = 0 to all.
+    bias (heads, 2 reach + 1): for each head, column reach + d is added to the score of a query and the key
+    that is d tokens after it. No sequence has more than reach + 1 tokens.
     lse (n, heads): log Σ exp(scale q kᵀ), for `attention_backward`.
     """
 
@@ -330,6 +347,8 @@ def attention_backward(
     dq: Array,
     dk: Array,
     dv: Array,
+    causal: bool = True,
+    bias: Array | None = None,
 ) -> None:
     """The gradients of q, k and v, from what `attention` read and wrote."""
 

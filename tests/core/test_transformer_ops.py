@@ -145,6 +145,91 @@ def test_rope_refuses_positions_and_widths_that_do_not_fit() -> None:
     assert (x == 1).all()
 
 
+# ---- LayerNorm ----
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("n", "d"), [row for row in ROWS if row[1] > 0])
+def test_layer_norm_matches_the_oracle(n: int, d: int, biased: bool, rng: np.random.Generator) -> None:
+    x, weight, y = 3 + normal(rng, n, d), normal(rng, d), unwritten(n, d)
+    bias = normal(rng, d) if biased else None
+    _core.layer_norm(x, weight, bias, 1e-5, y)
+    added = np.zeros(d) if bias is None else bias
+    exact = reference.layer_norm(*wide(x, weight, added), 1e-5)
+    # the mean errs by gamma_d times the mean magnitude, which is divided by the deviation
+    scale = np.abs(x).max(axis=1, initial=0, keepdims=True) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-5)
+    rounded = 4 * U * (np.abs(exact) + np.abs(added))
+    assert (np.abs(y - exact) <= reference.gamma(2 * d + 8) * (1 + scale) * np.abs(weight) + rounded).all()
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(("n", "d"), [row for row in ROWS if row[1] > 0])
+def test_layer_norm_backward_matches_the_oracle(
+    n: int, d: int, accumulate: bool, rng: np.random.Generator
+) -> None:
+    dy, x, weight = normal(rng, n, d), normal(rng, n, d), normal(rng, d)
+    before = normal(rng, n, d) if accumulate else unwritten(n, d)
+    dx = before.copy()
+    _core.layer_norm_backward(dy, x, weight, 0.01, dx, accumulate)
+    exact = reference.layer_norm_backward(*wide(dy, x, weight), 0.01)
+    r = 1 / np.sqrt(x.var(axis=1, keepdims=True) + 0.01)
+    widest = 1 + np.abs(x).max(axis=1, initial=0, keepdims=True) * r
+    size = r * widest**2 * np.abs(dy * weight).max(axis=1, initial=0, keepdims=True)
+    added = before if accumulate else np.zeros_like(dx)
+    assert (np.abs(dx - added - exact) <= reference.gamma(4 * d + 16) * size + 2 * U * np.abs(added)).all()
+    _core.layer_norm_backward(dy, x, weight, 0.01, dy, False)
+    if not accumulate:
+        assert np.array_equal(dy, dx)
+
+
+def test_layer_norm_backward_of_the_oracle_is_the_slope_of_its_forward(rng: np.random.Generator) -> None:
+    x, c, weight, bias = (rng.standard_normal(shape) for shape in ((3, 8), (3, 8), 8, 8))
+    dx = reference.layer_norm_backward(c, x, weight, 1e-3)
+    assert (
+        reference.gradient_error(
+            lambda: float((c * reference.layer_norm(x, weight, bias, 1e-3)).sum()), [(x, dx)], rng
+        )
+        <= 1e-6
+    )
+
+
+# ---- the exact GELU, and activations without a gate ----
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 17), (40, 1536), (1, 16400)])
+def test_the_exact_gelu_matches_the_oracle(
+    shape: tuple[int, int], spread: float, rng: np.random.Generator
+) -> None:
+    x, dout, out, dx = spread * normal(rng, *shape), normal(rng, *shape), unwritten(*shape), unwritten(*shape)
+    _core.activated("gelu", x, out)
+    _core.activated_backward("gelu", dout, x, dx)
+    g, d = wide(x, dout)
+    phi = reference.normal_distribution(g)
+    # the polynomial errs by 2 U; exp by EXP, and by the rounding of its argument, about g² / 2
+    error = 2 * EXP + 16 * U + 2 * U * g * g * (g < 0)
+    tiny = 1e-36 * (1 + np.abs(g) ** 3)
+    assert (np.abs(out - g * phi) <= error * np.abs(g * phi) + tiny).all()
+    exact, _ = reference.gated_backward("gelu", d, g, np.ones_like(g))
+    density = np.exp(-g * g / 2) / math.sqrt(2 * math.pi)
+    size = np.abs(d) * (error * phi + (EXP + (6 + g * g) * U) * np.abs(g) * density)
+    assert (np.abs(dx - exact) <= size + 4 * U * np.abs(exact) + tiny).all()
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh", "gelu"])
+def test_an_activation_is_a_gated_unit_whose_up_is_1(act: str, rng: np.random.Generator) -> None:
+    x, dout, one = normal(rng, 7, 33), normal(rng, 7, 33), np.ones((7, 33), np.float32)
+    out, gated, dx, dgate, dup = (unwritten(7, 33) for _ in range(5))
+    _core.activated(act, x, out)
+    _core.gated(act, x, one, gated)
+    _core.activated_backward(act, dout, x, dx)
+    _core.gated_backward(act, dout, x, one, dgate, dup)
+    assert np.array_equal(out, gated)
+    assert np.array_equal(dx, dgate)
+    _core.activated_backward(act, dout, x, dout)  # in place
+    assert np.array_equal(dout, dx)
+
+
 # ---- gated units ----
 
 ACTS = ("silu", "gelu_pytorch_tanh")
@@ -193,7 +278,7 @@ def test_the_oracle_of_gelu_is_that_of_the_paper(rng: np.random.Generator) -> No
     assert np.abs(reference.gelu_tanh(x) - paper).max() < 1e-14
 
 
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", [*ACTS, "gelu"])
 def test_gated_backward_of_the_oracle_is_the_slope_of_its_forward(act: str, rng: np.random.Generator) -> None:
     gate, up, c = (rng.standard_normal((3, 8)) for _ in range(3))
     pairs = list(zip((gate, up), reference.gated_backward(act, c, gate, up), strict=True))
@@ -203,7 +288,7 @@ def test_gated_backward_of_the_oracle_is_the_slope_of_its_forward(act: str, rng:
     )
 
 
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", [*ACTS, "gelu"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1e4, 1e4, 0.0])
 def test_gated_saturates_and_propagates(value: float, act: str) -> None:
     gate, up = np.full((1, 3), value, np.float32), np.full((1, 3), 2, np.float32)
@@ -216,7 +301,7 @@ def test_gated_saturates_and_propagates(value: float, act: str) -> None:
 def test_an_unknown_activation_is_refused() -> None:
     x = np.ones((1, 3), np.float32)
     for call in (lambda: _core.gated("relu", x, x, x), lambda: _core.gated_backward("relu", x, x, x, x, x)):
-        with pytest.raises(ValueError, match="act is 'relu', expected silu or gelu_pytorch_tanh"):
+        with pytest.raises(ValueError, match="act is 'relu', expected silu, gelu_pytorch_tanh or gelu"):
             call()
 
 
@@ -231,6 +316,8 @@ class Case(NamedTuple):
     kv_heads: int
     dim: int
     window: int = 0
+    causal: bool = True
+    biased: bool = False  # numbers for each distance are added to the scores
 
 
 CASES = [
@@ -246,10 +333,22 @@ CASES = [
     Case((3,), 60, 1, 6),
     Case((150,), 2, 2, 80, 1),
     Case((150, 20), 6, 2, 16, 7),
+    Case((130, 7), 4, 4, 16, 9),  # a tile of queries sees fewer than 64 keys, but in two tiles of keys
     Case((300,), 3, 1, 64, 64),
     Case((700,), 2, 1, 48, 513),
     Case((700, 530), 3, 1, 17),
     Case((1100,), 1, 1, 64, 100),
+    Case((0, 1, 2, 3), 3, 1, 2, causal=False),
+    Case((5, 17, 11), 2, 2, 16, causal=False),
+    Case((200, 49), 6, 2, 22, causal=False),
+    Case((700, 530, 65), 3, 1, 17, causal=False),
+    Case((150, 20, 1), 6, 2, 16, 7, causal=False),
+    Case((700, 12), 2, 1, 48, 65, causal=False),
+    Case((1100, 300), 1, 1, 64, 100, causal=False),
+    Case((150,), 2, 2, 80, 1, causal=False),
+    Case((3, 11, 1), 6, 6, 8, causal=False, biased=True),
+    Case((300, 40, 5), 6, 2, 16, causal=False, biased=True),
+    Case((130, 7), 4, 4, 16, 9, biased=True),
 ]
 
 
@@ -265,17 +364,26 @@ class Attention:
         self.k, self.v = (normal(rng, n, case.kv_heads * case.dim) for _ in range(2))
         self.out, self.lse = unwritten(*self.q.shape), unwritten(n, case.heads)
         self.dq, self.dk, self.dv = (unwritten(*x.shape) for x in (self.q, self.k, self.v))
+        self.reach = max(case.lengths, default=1) + 2  # more columns than are needed
+        self.bias = normal(rng, case.heads, 2 * self.reach + 1) if case.biased else None
+
+    def bias_of(self, head: int, tokens: int) -> Array | None:
+        """The numbers of one head for the distances in a sequence."""
+        middle = self.reach
+        return None if self.bias is None else self.bias[head, middle - tokens + 1 : middle + tokens]
 
     @property
     def options(self) -> tuple[int, int, float, int]:
         return self.case.heads, self.case.kv_heads, self.scale, self.case.window
 
     def forward(self) -> None:
-        _core.attention(self.q, self.k, self.v, self.starts, *self.options, self.out, self.lse)
+        more = self.case.causal, self.bias
+        _core.attention(self.q, self.k, self.v, self.starts, *self.options, self.out, self.lse, *more)
 
     def backward(self) -> None:
         saved = (self.q, self.k, self.v, self.out, self.lse)
-        _core.attention_backward(self.dout, *saved, self.starts, *self.options, self.dq, self.dk, self.dv)
+        made = self.dq, self.dk, self.dv, self.case.causal, self.bias
+        _core.attention_backward(self.dout, *saved, self.starts, *self.options, *made)
 
     def results(self) -> list[Array]:
         return [self.out, self.lse, self.dq, self.dk, self.dv]
@@ -302,11 +410,14 @@ def test_attention_and_its_backward_match_the_whole_matrix(case: Case) -> None:
             bound_k, bound_v = np.zeros_like(keys), np.zeros_like(values)
             for head in range(kv_head * group, (kv_head + 1) * group):
                 queries, gradient = q[sequence][head], dout[sequence][head]
-                arguments = queries, keys, values, run.scale, case.window
+                bias = run.bias_of(head, t)
+                arguments = queries, keys, values, run.scale, case.window, case.causal, bias
                 exact, exact_lse, p = reference.attention(*arguments)
                 # a score has this error (its sum, the scaled query, lse beside it), p the same relative error
                 score = reference.gamma(case.dim + 3) * run.scale * np.abs(queries) @ np.abs(keys).T
-                score = np.where(reference.sees(t, t, case.window), score, 0)
+                score = np.where(reference.sees(t, t, case.window, case.causal), score, 0)
+                if bias is not None:
+                    score += 4 * U * np.abs(bias).max()
                 off = score.max(axis=1) * 2 + EXP + reference.gamma(t + 8)
                 assert (np.abs(lse[:, head] - exact_lse) <= off + 4 * U * np.abs(exact_lse)).all()
                 assert (np.abs(out[sequence][head] - exact) <= 2 * off[:, None] * (p @ np.abs(values))).all()
@@ -390,7 +501,15 @@ def test_attention_has_the_sliding_window_of_transformers(rng: np.random.Generat
 
 
 @pytest.mark.usefixtures("thread_limit")
-@pytest.mark.parametrize("case", [Case((700, 30), 3, 1, 64), Case((300, 65), 4, 4, 32, 50)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((700, 30), 3, 1, 64),
+        Case((300, 65), 4, 4, 32, 50),
+        Case((700, 30), 3, 1, 64, causal=False, biased=True),
+    ],
+    ids=str,
+)
 def test_attention_has_the_same_bits_on_any_number_of_threads(case: Case) -> None:
     results = []
     for threads in (1, 2, 5):
@@ -685,6 +804,9 @@ def test_the_other_operations_have_the_same_bits_on_any_number_of_threads(rng: n
         _core.rms_norm_backward(gate, x, weight, 1e-5, dx, False)
         _core.gated("silu", gate, up, out)
         _core.gated_backward("silu", x, gate, up, dgate, dup)
+        normed, dnormed = unwritten(*x.shape), unwritten(*x.shape)
+        _core.layer_norm(x, weight, weight, 1e-5, normed)
+        _core.layer_norm_backward(gate, x, weight, 1e-5, dnormed, False)
         _core.cross_entropy(logits, targets, 0.5, losses, True)
-        results.append([a.tobytes() for a in (y, dx, out, dgate, dup, logits, losses)])
+        results.append([a.tobytes() for a in (y, dx, out, dgate, dup, normed, dnormed, logits, losses)])
     assert results[0] == results[1] == results[2]

@@ -217,6 +217,84 @@ void test_rms_norm_backward(const KernelTable& table) {
   });
 }
 
+// ---- LayerNorm ----
+
+// The mean and 1 / sqrt(variance + eps) of a row, and the largest distance of an element to the mean.
+struct Moments {
+  double mean = 0, r = 0, largest = 0;
+};
+Moments moments(const Values& x, double eps) {
+  Moments m;
+  double squares = 0;
+  for (float v : x) m.mean += double(v) / double(x.size());
+  for (float v : x) {
+    squares += (v - m.mean) * (v - m.mean) / double(x.size());
+    m.largest = std::max(m.largest, std::abs(v - m.mean));
+  }
+  m.r = 1 / std::sqrt(squares + eps);
+  return m;
+}
+
+void test_layer_norm(const KernelTable& table) {
+  Random random(45);
+  const float eps = 0.25f;
+  for_lengths("layer_norm", [&](size_t n, Place place) {
+    for (bool biased : {false, true}) {
+      check::Case one("%s layer_norm n %zu bias %d, %s", table.isa, n, biased, name_of(place));
+      const auto row = [&] { return draw<float>(random, n, Data::kUniform); };
+      const Values x0 = row(), w0 = row(), b0 = row();
+      Row<float> x(place, x0), weight(place, w0), bias(place, b0), y(place, n);
+      table.transformer.layer_norm(n, x.data(), weight.data(), biased ? bias.data() : nullptr, eps, y.data());
+      const Moments m = moments(x0, eps);
+      for (size_t i = 0; i < n; ++i) {
+        const double exact = (x0[i] - m.mean) * m.r * w0[i], added = biased ? b0[i] : 0;
+        // The mean, below 1, has an error of up to gamma(n).
+        expect_near(i, y[i], exact + added,
+                    gamma<float>(2 * n + 12) * ((1 + m.largest) * m.r * std::abs(w0[i]) + std::abs(added)));
+      }
+      check::expect(y.gaps_intact(), "wrote outside y");
+      check::expect(x.untouched(x0) && weight.untouched(w0) && bias.untouched(b0), "wrote to an input");
+    }
+  });
+}
+
+void test_layer_norm_backward(const KernelTable& table) {
+  Random random(46);
+  const float eps = 0.25f;
+  for_lengths("layer_norm_backward", [&](size_t n, Place place) {
+    for (bool accumulate : {false, true}) {
+      check::Case one("%s layer_norm_backward n %zu accumulate %d, %s", table.isa, n, accumulate,
+                      name_of(place));
+      const auto row = [&] { return draw<float>(random, n, Data::kUniform); };
+      const Values dy0 = row(), x0 = row(), w0 = row(), before = row();
+      Row<float> dy(place, dy0), x(place, x0), weight(place, w0), dx(place, before);
+      const auto backward = table.transformer.layer_norm_backward;
+      backward(n, dy.data(), x.data(), weight.data(), eps, dx.data(), accumulate);
+      const Moments m = moments(x0, eps);
+      double level = 0, along = 0, size = 1;
+      for (size_t i = 0; i < n; ++i) {
+        const double dn = double(dy0[i]) * w0[i];
+        level += dn / double(n);
+        along += dn * (x0[i] - m.mean) * m.r / double(n);
+        size = std::max(size, std::abs(dn));
+      }
+      for (size_t i = 0; i < n; ++i) {
+        const double dn = double(dy0[i]) * w0[i], xn = (x0[i] - m.mean) * m.r,
+                     kept = accumulate ? before[i] : 0;
+        const double widest = (1 + m.largest) * m.r;
+        expect_near(i, dx[i], kept + m.r * (dn - level - xn * along),
+                    gamma<float>(6 * n + 24) * (std::abs(kept) + m.r * size * (2 + widest * widest)));
+      }
+      check::expect(dx.gaps_intact(), "wrote outside dx");
+      check::expect(dy.untouched(dy0) && x.untouched(x0) && weight.untouched(w0), "wrote to an input");
+      const Values kept = dx.values();
+      backward(n, dy.data(), x.data(), weight.data(), eps, dy.data(), false);
+      for (size_t i = 0; !accumulate && i < n; ++i)
+        check::expect(same(dy[i], kept[i]), "element %zu differs in place", i);
+    }
+  });
+}
+
 // ---- rotary positions ----
 
 void test_rotate(const KernelTable& table) {
@@ -271,9 +349,27 @@ Inner inner_of(size_t act, double g) {
   return {g * (a + b * g * g), a + 3 * b * g * g};
 }
 
-// A bound on the relative error of s(p): that of exp and two operations, plus that of p where exp(-p)
-// dominates.
-double sigmoid_error(size_t act, double g) {
+bool is_exact_gelu(size_t act) {
+  return act == size_t(Activation::kGelu);
+}
+
+// The factor s of act(g) = g s.
+double gate_of(size_t act, double g) {
+  if (is_exact_gelu(act)) return std::erfc(-g / std::sqrt(2.0)) / 2;
+  return 1 / (1 + std::exp(-inner_of(act, g).p));
+}
+
+// The derivative of act, divided by s.
+double relative_slope(size_t act, double g) {
+  const double s = gate_of(act, g), pi = 3.14159265358979323846;
+  if (is_exact_gelu(act)) return 1 + g * std::exp(-g * g / 2) / std::sqrt(2 * pi) / s;
+  return 1 + g * inner_of(act, g).slope * (1 - s);
+}
+
+// A bound on the relative error of s: that of exp and two operations, plus that of p where exp(-p) dominates.
+// For the exact GELU, p is g² / 2, and the polynomial adds an error of 1.2e-7.
+double gate_error(size_t act, double g) {
+  if (is_exact_gelu(act)) return 2 * kExpError + 16 * kUnit + (g < 0 ? 2 * kUnit * g * g : 0);
   return kExpError + 4 * kUnit + (act && g < 0 ? 4 * kUnit * std::abs(inner_of(act, g).p) : 0);
 }
 
@@ -288,8 +384,13 @@ void test_gated(const KernelTable& table, size_t act) {
     Row<float> gate(place, g0), up(place, u0), out(place, n);
     table.transformer.gated[act](n, gate.data(), up.data(), out.data());
     for (size_t i = 0; i < n; ++i) {
-      const double exact = g0[i] / (1 + std::exp(-inner_of(act, g0[i]).p)) * u0[i];
-      expect_near(i, out[i], exact, (sigmoid_error(act, g0[i]) + 2 * kUnit) * std::abs(exact) + kSmallest);
+      const double exact = g0[i] * gate_of(act, g0[i]) * u0[i];
+      expect_near(i, out[i], exact, (gate_error(act, g0[i]) + 2 * kUnit) * std::abs(exact) + kSmallest);
+    }
+    table.transformer.gated[act](n, gate.data(), nullptr, out.data());
+    for (size_t i = 0; i < n; ++i) {
+      const double exact = g0[i] * gate_of(act, g0[i]);
+      expect_near(i, out[i], exact, (gate_error(act, g0[i]) + 2 * kUnit) * std::abs(exact) + kSmallest);
     }
     check::expect(out.gaps_intact(), "wrote outside out");
     check::expect(gate.untouched(g0) && up.untouched(u0), "wrote to an input");
@@ -306,17 +407,28 @@ void test_gated_backward(const KernelTable& table, size_t act) {
     const auto backward = table.transformer.gated_backward[act];
     backward(n, dout.data(), gate.data(), up.data(), dgate.data(), dup.data());
     for (size_t i = 0; i < n; ++i) {
-      const double g = g0[i], s = 1 / (1 + std::exp(-inner_of(act, g).p)), slope = g * inner_of(act, g).slope;
-      const double error = sigmoid_error(act, g), size = std::abs(double(d0[i]) * u0[i] * s);
+      const double g = g0[i], s = gate_of(act, g), slope = relative_slope(act, g);
+      const double error = gate_error(act, g), size = std::abs(double(d0[i]) * u0[i] * s);
       expect_near(i, dup[i], d0[i] * g * s, (error + 2 * kUnit) * std::abs(d0[i] * g * s) + kSmallest);
-      expect_near(i, dgate[i], double(d0[i]) * u0[i] * s * (1 + slope * (1 - s)),
-                  (error + 4 * kUnit) * size * (2 + 2 * std::abs(slope)) + kSmallest);
+      const double steepness =
+          is_exact_gelu(act) ? 1 + std::abs(slope) + g * g : std::abs(slope - 1) / (1 - s);
+      expect_near(i, dgate[i], double(d0[i]) * u0[i] * s * slope,
+                  (error + 4 * kUnit) * size * (2 + 2 * steepness) + kSmallest);
     }
     check::expect(dgate.gaps_intact() && dup.gaps_intact(), "wrote outside its outputs");
     check::expect(dout.untouched(d0) && gate.untouched(g0) && up.untouched(u0), "wrote to an input");
     backward(n, dout.data(), gate.data(), up.data(), gate.data(), up.data());
     for (size_t i = 0; i < n; ++i)
       check::expect(same(gate[i], dgate[i]) && same(up[i], dup[i]), "element %zu differs in place", i);
+    Row<float> alone(place, g0);
+    backward(n, dout.data(), alone.data(), nullptr, alone.data(), nullptr);
+    for (size_t i = 0; i < n; ++i) {
+      const double g = g0[i], s = gate_of(act, g), slope = relative_slope(act, g);
+      const double steepness =
+          is_exact_gelu(act) ? 1 + std::abs(slope) + g * g : std::abs(slope - 1) / (1 - s);
+      expect_near(i, alone[i], d0[i] * s * slope,
+                  (gate_error(act, g) + 4 * kUnit) * std::abs(d0[i] * s) * (2 + 2 * steepness) + kSmallest);
+    }
   });
 }
 
@@ -560,6 +672,8 @@ void test_transformer(const KernelTable& table) {
   test_dot(table);
   test_rms_norm(table);
   test_rms_norm_backward(table);
+  test_layer_norm(table);
+  test_layer_norm_backward(table);
   test_rotate(table);
   for (size_t act = 0; act < kActivations; ++act) {
     test_gated(table, act);

@@ -1,12 +1,14 @@
 """The directory in which the blocks of a page run. `python tests/docs/starting_directory.py DIR` makes one.
 
 It holds `train.jsonl` and `valid.jsonl` (chats), `hf-model/` (a tiny Llama of random numbers in Hugging
-Face's files, with a byte-level BPE tokenizer and a chat template), and `model.gguf` (the same model).
+Face's files, with a byte-level BPE tokenizer and a chat template), `model.gguf` (the same model), and
+`encoder-model/` (a tiny BERT of random numbers in the files of sentence-transformers).
 """
 
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ import nplora
 from nplora.formats import safetensors
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))  # for the import below, if this file runs as a program
+from small_encoder import save_small_encoder  # noqa: E402
+
 DATA = ("train.jsonl", "valid.jsonl")
 VOCAB, HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, CONTEXT = 512, 256, 512, 4, 4, 2, 512
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -27,7 +32,7 @@ TEMPLATE = (
 
 
 def make(directory: Path) -> None:
-    """Write the four entries into a directory, which must exist."""
+    """Write the five entries into a directory, which must exist."""
     for name in DATA:
         shutil.copy(HERE / name, directory)
     model = directory / "hf-model"
@@ -35,6 +40,7 @@ def make(directory: Path) -> None:
     write_tokenizer(model, (HERE / "train.jsonl").read_text())
     (model / "config.json").write_text(json.dumps(config(), indent=2))
     safetensors.save(model / "model.safetensors", tensors())
+    save_small_encoder(directory / "encoder-model")
     report = nplora.model_to_gguf(model, directory / "model.gguf")
     assert report.tokenizer, report
 

@@ -11,7 +11,7 @@ import generated
 import nplora
 from nplora.cli.parser import COMMANDS
 from nplora.formats import errors
-from nplora.models.families import FAMILIES
+from nplora.models.families import ENCODERS, FAMILIES
 from nplora.weights import storages
 from pages import ROOT
 
@@ -37,6 +37,12 @@ def test_the_table_of_families_has_a_row_for_each() -> None:
         assert f"`{family.model_type}`" in row
         assert f"`{family.architecture}`" in row
         assert len(row.split("|")[2].split()) > 2, "the family's file has no docstring"
+
+
+def test_the_table_of_encoders_has_a_row_for_each() -> None:
+    rows = generated.encoders().splitlines()[2:]
+    assert [row.split("|")[3].strip(" `") for row in rows] == [family.model_type for family in ENCODERS]
+    assert "`bert` |" in rows[0]
 
 
 def test_the_table_of_types_has_a_row_for_each() -> None:

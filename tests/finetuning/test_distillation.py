@@ -485,7 +485,7 @@ def test_a_stored_teacher_may_know_tokens_that_the_student_lacks(
 ) -> None:
     lm = load_model(talkative)
     batch = pack(read_dataset(data, lm.tokenizer))
-    ids = np.argsort(-lm.logits_of(lm.hidden_states(batch)), axis=1)
+    ids = np.argsort(-lm.logits_of(lm.residual_stream(batch)), axis=1)
     assert (ids[:, :4] >= lm.config.vocab_size - 7).any(), "some of the likely tokens are new"
     losses = {}
     for k in (4, lm.config.vocab_size):

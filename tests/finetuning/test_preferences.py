@@ -880,13 +880,13 @@ def test_a_loss_of_kto_whose_mismatched_pairs_are_not_finite_says_so(
     loss, (x, y) = objective.loss(None), next(batches.epoch(0))
     loss.forward_backward(lm, x, y, 1.0)
     assert loss.blame(lm, x) == "the output of every layer is finite, but the loss is not"
-    computed = LanguageModel.hidden_states
+    computed = LanguageModel.residual_stream
 
     def failing(self: LanguageModel, batch: Any) -> Array:
         hidden = computed(self, batch)
         return hidden * np.float32(np.nan) if np.array_equal(batch.ids, y.mismatched.ids) else hidden
 
-    monkeypatch.setattr(LanguageModel, "hidden_states", failing)
+    monkeypatch.setattr(LanguageModel, "residual_stream", failing)
     words = "for prompts with other answers, the first layer whose output is not finite is 'model.norm'"
     assert loss.blame(lm, x) == words
 

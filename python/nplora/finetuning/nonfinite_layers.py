@@ -21,7 +21,7 @@ def first_nonfinite_layer(lm: LanguageModel, batch: PackedBatch) -> str:
         vars(block)["run"] = _watched(block.run, f"model.layers.{index}", found)
     try:
         with quiet():
-            hidden = lm.hidden_states(batch)
+            hidden = lm.residual_stream(batch)
             return (found or [_in_head(lm, hidden, batch)])[0]
     finally:
         for block in lm.model.layers:

@@ -231,7 +231,7 @@ class _Writer:
 
     def _rows_of_batch(self, batch: PackedBatch) -> Iterator[tuple[bytes, bytes]]:
         lm, options = self._lm, self._options
-        hidden = lm.hidden_states(batch)
+        hidden = lm.residual_stream(batch)
         for rows in chunks(np.flatnonzero(batch.targets != IGNORED), lm.config.vocab_size):
             logits = np.ascontiguousarray(lm.logits_of(hidden[rows])[:, : _vocab(lm)])
             if not np.isfinite(logits.max(axis=1)).all():

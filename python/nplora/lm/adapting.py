@@ -16,12 +16,13 @@ from nplora.formats.errors import counted, nearest_names
 from nplora.models import families
 from nplora.models.config import ModelConfig
 from nplora.nn import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear, TrainedRowsLayer
-from nplora.nn.module import Module
+from nplora.nn.module import Module, layer_stream
 from nplora.nn.principal import PRINCIPAL_INITS
 from nplora.weights import buffers, storages
 
 Array = npt.NDArray[Any]
 
+_BLOCK = re.compile(r"(?:\w+\.){0,2}layers?\.(\d{1,6})(?:\.|$)")
 ALL_LINEAR = "all-linear"  # PEFT's word: every linear layer of the blocks, not the head
 
 
@@ -141,9 +142,12 @@ def _hits(name: str, target: str) -> bool:
 
 
 def block_of(name: str) -> int | None:
-    """The number of the block that contains a layer: 3 for "model.layers.3.mlp.up_proj"."""
-    parts = name.split(".")
-    return int(parts[2]) if parts[:2] == ["model", "layers"] else None
+    """The number of the block that contains a layer: 3 for "model.layers.3.mlp.up_proj".
+
+    Encoders call the list of blocks "layers" or "layer", as in "encoder.layer.3.output.dense".
+    """
+    found = _BLOCK.match(name)
+    return None if found is None else int(found[1])
 
 
 def chosen_blocks(layers: str | Sequence[int] | None, count: int, op: str = "add_lora") -> range | list[int]:
@@ -173,6 +177,44 @@ def parse_blocks(text: str, op: str = "add_lora") -> tuple[str, int]:
     if side not in ("first", "last") or not re.fullmatch("0*[1-9][0-9]{0,8}", number):
         raise ValueError(f"{op}: layers={text!r}, expected 'last:N' or 'first:N' with N above 0")
     return side, int(number)
+
+
+def lora_layers(
+    model: Module,
+    names: Sequence[str],
+    rank: int,
+    alpha: float,
+    rank_pattern: Mapping[str, int] | str | None,
+    alpha_pattern: Mapping[str, float] | str | None,
+    seed: int,
+    options: dict[str, Any],
+) -> dict[str, LoRALayer]:
+    """Create LoRA layers over the named layers of a model, with their initial factors.
+
+    Args:
+        options: the other options of `adapted`.
+    Raises:
+        ValueError: an option does not fit.
+    """
+    op = "add_lora"
+    rank = _check.rank(op, rank)
+    ranks, alphas = (
+        by_layer(op, option, parse_pattern(op, option, given), names)
+        for option, given in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern))
+    )
+    modules: dict[str, Any] = dict(model.named_modules())
+    with factors_side_by_side((modules[name], ranks.get(name, rank)) for name in names):
+        made = {
+            name: adapted(
+                name, modules[name], model.stored_row_order(name),
+                {**options, "rank": ranks.get(name, rank), "alpha": alphas.get(name, alpha)},
+            )
+            for name in names
+        }  # fmt: skip
+    seed = _check.integer(op, "seed", seed, least=0)
+    for name, layer in made.items():
+        layer.reset(layer_stream(seed, name))
+    return made
 
 
 def factors_side_by_side(layers: Iterable[tuple[Linear | Embedding, int]]) -> AbstractContextManager[None]:

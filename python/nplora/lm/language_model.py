@@ -37,7 +37,7 @@ from nplora.models.packing import IGNORED, PackedBatch, pack
 from nplora.models.positions import packed_positions
 from nplora.nn import LoRALayer, RMSNorm, TrainedEmbedding, TrainedHead, TrainedRowsLayer, optim
 from nplora.nn.losses import NonFiniteLossError
-from nplora.nn.module import Gradient, Module, Saved, inference, inferring, layer_stream
+from nplora.nn.module import Gradient, Module, Saved, inference, inferring
 from nplora.nn.optim import Optimizer
 from nplora.tokenizer import Tokenizer
 from nplora.weights import INFERENCE_COMPUTES
@@ -361,11 +361,6 @@ class LanguageModel(Module):
                 changed.
         """
         names = adapting.targeted(self, self.config.num_hidden_layers, targets, layers)
-        rank = _check.rank("add_lora", rank)
-        ranks, alphas = (
-            adapting.by_layer("add_lora", option, adapting.parse_pattern("add_lora", option, given), names)
-            for option, given in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern))
-        )
         tokens = activated.invocation_tokens(self, "add_lora", invocation)
         if tokens is not None:
             activated.require_plain(
@@ -379,19 +374,10 @@ class LanguageModel(Module):
             "dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora, "init": init,
             "freeze_B": freeze_B,
         }  # fmt: skip
-        modules: dict[str, Any] = dict(self.named_modules())
-        with adapting.factors_side_by_side((modules[name], ranks.get(name, rank)) for name in names):
-            made = {
-                name: adapting.adapted(
-                    name, modules[name], self.stored_row_order(name),
-                    {**options, "rank": ranks.get(name, rank), "alpha": alphas.get(name, alpha)},
-                )
-                for name in names
-            }  # fmt: skip
-        seed = _check.integer("add_lora", "seed", seed, least=0)
-        for name, layer in made.items():
-            layer.reset(layer_stream(seed, name))
+        made = adapting.lora_layers(self, names, rank, alpha, rank_pattern, alpha_pattern, seed, options)
+        for layer in made.values():
             layer.invocation_tokens = tokens
+        modules = dict(self.named_modules())
         rows = adapter_rows.trained_layers(self, wanted, tie_whole=True, tokens=new.added)
         self.exchange({id(modules[name]): layer for name, layer in {**made, **rows}.items()})
 
@@ -687,41 +673,71 @@ class LanguageModel(Module):
         self.require_unchanged()
         return -losses
 
-    def hidden_states(self, batch: PackedBatch) -> Array:
+    def hidden_states(self, token_ids: npt.ArrayLike) -> Array:
+        """The hidden states after the last norm, which the head turns into logits.
+
+        The result has shape (batch, time, hidden_size) for ids of shape (batch, time), and (time,
+        hidden_size) for ids of shape (time,). `nplora.load_encoder` loads the same model for texts of
+        different lengths, embeddings, and gradients of the hidden states.
+
+            >>> import nplora, numpy as np
+            >>> lm = nplora.load_model("model.gguf")
+            >>> states = lm.hidden_states([1, 2, 3])
+            >>> states.shape == (3, lm.config.hidden_size)
+            True
+            >>> np.allclose(states @ lm.lm_head.weight.to_numpy().T, lm.logits([1, 2, 3]), atol=1e-4)
+            True
+
+        Raises:
+            TypeError, ValueError, CorruptError: as in `logits`.
+        """
+        op = "hidden_states"
+        ids = self._ids(op, token_ids)
+        if (lm := self._selected(op)) is not self:
+            return lm.hidden_states(ids)
+        rows = np.atleast_2d(ids)
+        self._warn_if_longer(op, rows.shape[1])
+        starts = np.arange(len(rows) + 1, dtype=np.int64) * rows.shape[1]
+        with inference():
+            states = self.model.hidden_states(self.model.infer(rows.reshape(-1), packed_positions(starts)))
+        self.require_unchanged()
+        return states.reshape(*ids.shape, -1)
+
+    def residual_stream(self, batch: PackedBatch) -> Array:
         """The residual stream after the last block, (n, hidden_size). `logits_of` turns rows into logits.
 
             >>> import nplora
             >>> from nplora.models.packing import pack
             >>> lm = nplora.load_model("model.gguf")
-            >>> x = lm.hidden_states(pack([([1, 2, 3], [1, 2, 3])]))
+            >>> x = lm.residual_stream(pack([([1, 2, 3], [1, 2, 3])]))
             >>> x.shape == (3, lm.config.hidden_size)
             True
 
         Raises:
             ValueError, CorruptError: as in `logits`.
         """
-        self._check_batch("hidden_states", batch)
-        if (lm := self._selected("hidden_states")) is not self:
-            return lm.hidden_states(batch)
+        self._check_batch("residual_stream", batch)
+        if (lm := self._selected("residual_stream")) is not self:
+            return lm.residual_stream(batch)
         with inference():
             x = self.model.infer(batch.ids, packed_positions(batch.starts))
         self.require_unchanged()
         return x
 
-    def logits_of(self, hidden_states: Array) -> Array:
-        """Compute logits (m, vocab) from rows (m, hidden_size) of the array that `hidden_states` returned.
+    def logits_of(self, residual_stream: Array) -> Array:
+        """Compute logits (m, vocab) from rows (m, hidden_size) of the result of `residual_stream`.
 
         >>> import nplora, numpy as np
         >>> from nplora.models.packing import pack
         >>> lm = nplora.load_model("model.gguf")
-        >>> x = lm.hidden_states(pack([([1, 2, 3], [1, 2, 3])]))
+        >>> x = lm.residual_stream(pack([([1, 2, 3], [1, 2, 3])]))
         >>> np.allclose(lm.logits_of(x[1:]), lm.logits([1, 2, 3])[1:], atol=1e-4)
         True
         """
         if (lm := self._selected("logits_of")) is not self:
-            return lm.logits_of(hidden_states)
+            return lm.logits_of(residual_stream)
         with inference():
-            return head.logits_of(self.model, self.lm_head, hidden_states)
+            return head.logits_of(self.model, self.lm_head, residual_stream)
 
     def loss_with(self, batch: PackedBatch, loss: head.LogitLoss) -> float:
         """The sum of a loss over the rows of logits that have a target.

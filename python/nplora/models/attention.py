@@ -1,20 +1,20 @@
-"""Causal self-attention with rotary position embeddings and grouped-query heads, forward and backward."""
+"""Self-attention with rotary position embeddings and grouped-query heads, forward and backward."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _core
 from nplora.models.activation_storage import keeps_bits, narrowed, widened
-from nplora.models.config import ModelConfig
 from nplora.models.footprint import FLOAT, Adapted, Footprint, stored
 from nplora.models.norms import piecewise_norm_backward, piecewise_norm_forward
 from nplora.models.positions import CachePositions, PackedPositions
+from nplora.models.relative_bias import RelativeBias
 from nplora.models.rope import Rope
 from nplora.nn import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
 from nplora.nn.module import Gradient, Module, Saved, inferring
@@ -44,9 +44,29 @@ class AttentionSaved(Saved):
     o: StackSaved
 
 
-class Attention(Module):
-    """Computes softmax(q kᵀ · scale) v; a token attends to itself and earlier tokens (Vaswani et al. 2017).
+class AttentionConfig(Protocol):
+    """The settings that attention reads from the configuration of a decoder or an encoder."""
 
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def heads_width(self) -> int: ...
+    @property
+    def key_value_width(self) -> int: ...
+    @property
+    def attention_scale(self) -> float: ...
+    @property
+    def sliding_windows(self) -> tuple[int, ...]: ...
+    @property
+    def causal(self) -> bool: ...
+
+
+class Attention(Module):
+    """Computes softmax(q kᵀ · scale) v within each sequence (Vaswani et al. 2017).
+
+    In a causal model, a token attends to itself and earlier tokens; otherwise, it also attends to later ones.
     The layers `q_proj`, `k_proj` and `v_proj` are computed in one call. A single layer `qkv_proj` with the
     rows of all three can replace these layers. Each key/value head is shared by a group of query heads
     (grouped-query attention, Ainslie et al. 2023). The optional norms `q_norm` and `k_norm` are applied to q
@@ -57,10 +77,16 @@ class Attention(Module):
         layer: the index of this layer in the model.
         rope: the rotation of q and k, or None for no rotation.
         modules: the projections and the norms, by name.
+        bias: numbers that are added to the scores, depending on the distance of query and key; or None.
     """
 
     def __init__(
-        self, config: ModelConfig, layer: int, rope: Rope | None, modules: Mapping[str, Module]
+        self,
+        config: AttentionConfig,
+        layer: int,
+        rope: Rope | None,
+        modules: Mapping[str, Module],
+        bias: RelativeBias | None = None,
     ) -> None:
         for name, module in modules.items():
             setattr(self, name, module)
@@ -70,7 +96,7 @@ class Attention(Module):
         self.reading: tuple[str, ...] = (
             ("qkv_proj",) if "qkv_proj" in modules else ("q_proj", "k_proj", "v_proj")
         )
-        self._rope = rope
+        self._rope, self._bias, self._causal = rope, bias, config.causal
         self._heads = (config.num_attention_heads, config.num_key_value_heads)
         self._widths = (config.heads_width, config.key_value_width)
         self._narrow = keeps_bits(self.o_proj)
@@ -92,8 +118,9 @@ class Attention(Module):
         rotated_q, rotated_k = self._rotated(q, k, positions)
         out, lse = buffers.empty_like(q), np.empty((len(q), self._heads[0]), np.float32)
         _core.attention(
-            rotated_q, rotated_k, v, positions.starts, *self._heads, self._scale, self._window, out, lse
-        )
+            rotated_q, rotated_k, v, positions.starts, *self._heads, self._scale, self._window, out, lse,
+            self._causal, self._bias_for(positions),
+        )  # fmt: skip
         (y,), o = stack_forward((self.o_proj,), out)
         if self._narrow and not inferring():
             out = narrowed(out)
@@ -112,7 +139,7 @@ class Attention(Module):
         dq, dk, dv = buffers.empty_like(q), buffers.empty_like(k), buffers.empty_like(saved.v)
         _core.attention_backward(
             dout, q, k, saved.v, out, saved.lse, positions.starts, *self._heads, self._scale, self._window,
-            dq, dk, dv,
+            dq, dk, dv, self._causal, self._bias_for(positions),
         )  # fmt: skip
         dq, dk = self._rotated_backward(dq, dk, saved, positions)
         return stack_backward(self._inputs, self._joined(dq, dk, dv), saved.qkv.with_x(x), need_dx)
@@ -145,6 +172,9 @@ class Attention(Module):
         backward += FLOAT * d if adapted.read_inputs(self.reading) else 0  # x
         backward += FLOAT * (d + q) if narrow else 0  # x, and out
         return Footprint(saved + low, forward, backward)
+
+    def _bias_for(self, positions: PackedPositions) -> Array | None:
+        return None if self._bias is None else self._bias.table(positions.longest)
 
     def _split(self, outputs: Sequence[Array]) -> Sequence[Array]:
         """Split the output of `qkv_proj` into q, k and v; return three separate outputs as they are."""

@@ -1,23 +1,23 @@
-"""A block of the decoder, with its forward pass, its backward pass, and a forward pass with a cache.
+"""A block of a decoder or an encoder: its forward and backward pass, and a forward pass with a cache.
 
 A block consists of half-blocks. Each half-block is attention or an MLP, with optional norms before and after
-it, and adds its output to the residual stream.
+it, and adds its output to the residual stream. A further norm may follow the addition, as in BERT.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from nplora.models.activation_storage import narrowed, widened
+from nplora.models.activation_storage import keeps_bits, narrowed, widened
 from nplora.models.footprint import FLOAT, Adapted, Footprint, stored
-from nplora.models.norms import norm_backward, norm_forward
+from nplora.models.norms import Norm, norm_backward, norm_forward
 from nplora.models.positions import CachePositions, PackedPositions
-from nplora.nn import RMSNorm
+from nplora.nn import Linear
 from nplora.nn.module import Gradient, Module, Saved, inferring
 from nplora.weights import buffers
 
@@ -58,15 +58,17 @@ class Mixer(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Half:
-    """A half-block: x + scale · after(mixer(before(x))), where `before` and `after` are norms.
+    """A half-block: outer(x + scale · after(mixer(before(x)))), where outer, after and before are norms.
 
-    `mixer`, `before` and `after` are names of modules of the block. A missing norm is None.
+    `mixer`, `before`, `after` and `outer` are names of modules of the block. A missing norm is None. Models
+    with an `outer` norm have no norm `after`.
     """
 
     mixer: str
     before: str | None = None
     after: str | None = None
     scale: float = 1.0
+    outer: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class HalfSaved(Saved):
 
     Attributes:
         x: the residual stream before the half-block, possibly as bfloat16 bits.
-        y: the mixer's output (possibly as bfloat16 bits) if a norm follows it, else None.
+        y: the input of the norm `after` or `outer`, possibly as bfloat16 bits; None without such a norm.
         mixer: the values that the mixer's backward pass needs.
     """
 
@@ -111,9 +113,14 @@ class DecoderBlock(Module):
         keep = narrowed if self._narrow and not inferring() else _unchanged
         for half in self._halves:
             y, mixed = self._mixer(half).run(self._read(half, x), positions)
-            before = keep(x)
-            x, after = self._added(half, y, x), self._norm(half.after)
-            saved.append(HalfSaved(before, None if after is None else keep(y), mixed))
+            before, normed = keep(x), None
+            if half.after is not None:
+                normed = keep(y)
+            x = self._added(half, y, x)
+            if half.outer is not None:
+                normed = keep(x)
+                x = self._outer(half, x)
+            saved.append(HalfSaved(before, normed, mixed))
         return x, BlockSaved(tuple(saved))
 
     def run_backward(
@@ -139,7 +146,12 @@ class DecoderBlock(Module):
         """Accumulate the LoRA factors' gradients. If `need_dx`, overwrite `dy` with the input's gradient."""
         widen = widened if self._narrow else _unchanged
         mixer, before, x = self._mixer(half), self._norm(half.before), widen(kept.x)
-        dmixed = self._added_backward(half, dy, None if kept.y is None else widen(kept.y))
+        normed = None if kept.y is None else widen(kept.y)
+        outer = self._norm(half.outer)
+        if outer is not None:
+            assert normed is not None
+            norm_backward(outer, dy, normed, dy)
+        dmixed = self._added_backward(half, dy, normed)
         read = self._read(half, x) if mixer.reads_x else None
         dread = mixer.run_backward(dmixed, kept.mixer, read, positions, need_dx)
         if not need_dx:
@@ -154,7 +166,7 @@ class DecoderBlock(Module):
         """Compute the output y (m, d) for the m newest tokens."""
         for half in self._halves:
             y = self._mixer(half).run_cached(self._read(half, x), positions, keys, values)
-            x = self._added(half, y, x)
+            x = self._outer(half, self._added(half, y, x))
         return x
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
@@ -166,10 +178,10 @@ class DecoderBlock(Module):
         saved = forward = backward = 0
         for half in self._halves:
             mixer, stream = self._mixer(half).footprint(adapted, narrow), FLOAT * self._width
-            normed = FLOAT * self._width if half.after is not None else 0
+            normed = FLOAT * self._width if half.after or half.outer else 0
             forward = max(forward, saved + stream + normed + mixer.forward)
             backward = max(backward, mixer.backward + 2 * normed + (stream if half.scale != 1 else 0))
-            saved += mixer.saved + stored(narrow) * self._width * (1 if half.after is None else 2)
+            saved += mixer.saved + stored(narrow) * self._width * (2 if half.after or half.outer else 1)
         return Footprint(saved, forward, backward)
 
     @property
@@ -179,15 +191,20 @@ class DecoderBlock(Module):
 
     @property
     def _width(self) -> int:
-        norms = (self._norm(half.before or half.after) for half in self._halves)
+        norms = (self._norm(half.before or half.after or half.outer) for half in self._halves)
         return next(len(norm.weight) for norm in norms if norm is not None)
 
     def _mixer(self, half: Half) -> Mixer:
         mixer: Mixer = getattr(self, half.mixer)
         return mixer
 
-    def _norm(self, name: str | None) -> RMSNorm | None:
+    def _norm(self, name: str | None) -> Norm | None:
         return None if name is None else getattr(self, name)
+
+    def _outer(self, half: Half, x: Array) -> Array:
+        """The norm `outer` of `x`; `x` itself without such a norm."""
+        norm = self._norm(half.outer)
+        return x if norm is None else norm_forward(norm, x)
 
     def _read(self, half: Half, x: Array) -> Array:
         """The mixer's input: the residual stream `x`, normalised if the half-block has a norm `before`."""
@@ -213,6 +230,33 @@ class DecoderBlock(Module):
         dmixed = buffers.empty_like(y)
         norm_backward(norm, dy, y, dmixed)
         return dmixed
+
+
+def assemble(
+    halves: Sequence[Half],
+    mixer: Callable[[str, Mapping[str, Module]], Mixer],
+    modules: Mapping[str, Linear | Norm],
+) -> DecoderBlock:
+    """Build a block from its layers and norms.
+
+    Args:
+        halves: the half-blocks.
+        mixer: a function that makes a mixer from its name and its layers and norms.
+        modules: the layers and norms, by their names in the block.
+    """
+    parts: dict[str, Module] = {}
+    for half in halves:
+        prefix = f"{half.mixer}."
+        own = {name.removeprefix(prefix): m for name, m in modules.items() if name.startswith(prefix)}
+        named: dict[str | None, Any] = {
+            half.before: modules.get(half.before or ""),
+            half.mixer: mixer(half.mixer, own),
+            half.after: modules.get(half.after or ""),
+            half.outer: modules.get(half.outer or ""),
+        }
+        parts |= {name: module for name, module in named.items() if name is not None}
+    narrow = keeps_bits(next(module for module in modules.values() if isinstance(module, Linear)))
+    return DecoderBlock(halves, parts, narrow)
 
 
 def _unchanged(array: Array) -> Array:

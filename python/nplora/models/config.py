@@ -51,6 +51,7 @@ class ModelConfig:
         embedding_multiplier: a factor for the embeddings.
         residual_multiplier: a factor for the output of each half-block (attention or MLP).
         logits_scaling: a divisor for the logits.
+        causal: whether a token attends only to itself and earlier tokens. If False, the model is an encoder.
         interleaved: whether rotated pairs are neighbouring values of a head, as in some GGUF files. If False,
             value i of a head is paired with value i + rotary_dim / 2.
     """
@@ -82,6 +83,7 @@ class ModelConfig:
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
     interleaved: bool = False
+    causal: bool = True
 
     def __post_init__(self) -> None:
         self._require("vocab_size", self.vocab_size, MAX_VOCABULARY)
@@ -123,7 +125,7 @@ class ModelConfig:
 
         Settings with their default value are left out, so that a new setting does not change the texts.
         """
-        return _described(dataclasses.replace(self, source=""))
+        return described(self)
 
     @property
     def attention_scale(self) -> float:
@@ -147,6 +149,11 @@ class ModelConfig:
         if layer in self.unrotated:
             return None
         return self.local_rope if self.local_rope is not None and self.sliding_windows[layer] else self.rope
+
+
+def described(config: Any) -> str:
+    """The settings of a configuration as a text, without the file that they were read from."""
+    return _described(dataclasses.replace(config, source=""))
 
 
 def _described(value: Any) -> str:

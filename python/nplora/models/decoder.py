@@ -13,10 +13,10 @@ import numpy.typing as npt
 from nplora.models.block import BlockSaved, DecoderBlock
 from nplora.models.cache import KVCache
 from nplora.models.invocation import active_in, invocation_of
-from nplora.models.norms import norm_backward, norm_forward
+from nplora.models.norms import Norm, norm_backward, norm_forward
 from nplora.models.positions import CachePositions, PackedPositions
 from nplora.models.prefix_cache import PrefixCache
-from nplora.nn import Embedding, LoRAEmbedding, RMSNorm, TrainedEmbedding
+from nplora.nn import Embedding, LoRAEmbedding, TrainedEmbedding
 from nplora.nn.active_rows import only_active
 from nplora.nn.module import Module, Saved, inference
 from nplora.nn.row_groups import row_groups
@@ -70,7 +70,7 @@ class Decoder(Module):
         self,
         embed_tokens: Embedding | LoRAEmbedding | TrainedEmbedding,
         layers: list[DecoderBlock],
-        norm: RMSNorm,
+        norm: Norm | None,
         embedding_multiplier: float = 1.0,
         logits_scaling: float = 1.0,
     ) -> None:
@@ -128,29 +128,41 @@ class Decoder(Module):
                 kept = kept.context.run(_recomputed, block, kept, saved.positions)
             dx = block.run_backward(dx, kept, saved.positions, need_dx=whole or bool(saved.blocks))
         if whole:
-            self.embed_tokens.backward(
-                dx if self._multiplier == 1 else dx * self._multiplier, saved.embedding
-            )
+            self._embedded_backward(dx, saved.embedding)
 
     def run_cached(self, ids: Array, positions: CachePositions, cache: KVCache) -> Array:
         """Compute the residual stream (m, d) after the last block, for the m newest tokens."""
-        x = self._embedded(ids)[0]
+        x = self._embedded(ids, positions)[0]
         active = cache.active(positions) if row_groups() is None else None
         with only_active(active):
             for block, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
                 x = block.run_cached(x, positions, keys, values)
         return x
 
+    def hidden_states(self, x: Array) -> Array:
+        """The last norm of the residual stream x (n, d); the stream itself if the model has no last norm."""
+        return x if self.norm is None else norm_forward(self.norm, x)
+
+    def hidden_states_backward(self, dy: Array, x: Array) -> Array:
+        """The gradient of the residual stream `x`, given the gradient `dy` of the hidden states.
+
+        `dy` is not changed.
+        """
+        dx = buffers.empty_like(x)
+        if self.norm is None:
+            np.copyto(dx, dy)
+        else:
+            norm_backward(self.norm, dy, x, dx)
+        return dx
+
     def read_out(self, x: Array) -> Array:
-        """The head's input: the norm of the residual stream x (n, d), divided by `logits_scaling`."""
-        y = norm_forward(self.norm, x)
+        """The head's input: the hidden states, divided by `logits_scaling`."""
+        y = self.hidden_states(x)
         return y if self._readout == 1 else np.multiply(y, self._readout, out=y)
 
     def read_out_backward(self, dy: Array, x: Array) -> Array:
         """The gradient of the residual stream `x`, given the gradient `dy` of the head's input."""
-        dx = buffers.empty_like(x)
-        norm_backward(self.norm, dy if self._readout == 1 else dy * self._readout, x, dx)
-        return dx
+        return self.hidden_states_backward(dy if self._readout == 1 else dy * self._readout, x)
 
     def _run_frozen(self, first: int, ids: Array, positions: PackedPositions) -> tuple[Array, Any]:
         """The residual stream (n, d) before block `first`, and what the embedding's backward pass needs."""
@@ -158,19 +170,23 @@ class Decoder(Module):
         found = None if prefix is None else prefix.find(ids, positions.starts)
         if found is not None:
             return found, None
-        x, embedding = self._embedded(ids)
+        x, embedding = self._embedded(ids, positions)
         with inference():
             x = _run_through(self.layers[:first], x, positions)
         if prefix is not None:
             prefix.keep(ids, positions.starts, x)
         return x, embedding
 
-    def _embedded(self, ids: Array) -> tuple[Array, Any]:
+    def _embedded(self, ids: Array, positions: PackedPositions | CachePositions) -> tuple[Array, Any]:
         """The embeddings (n, d), and the values that the embedding's backward pass needs."""
         x, saved = self.embed_tokens.forward(ids)
         if self._multiplier != 1:
             np.multiply(x, self._multiplier, out=x)
         return x, saved
+
+    def _embedded_backward(self, dx: Array, saved: Any) -> None:
+        """Accumulate the gradients of the embedding, given the gradient `dx` of its output."""
+        self.embed_tokens.backward(dx if self._multiplier == 1 else dx * self._multiplier, saved)
 
     def first_adapted(self) -> int:
         """The index of the lowest block that needs a gradient, or the number of blocks if none does."""

@@ -1,28 +1,39 @@
-"""RMSNorm with a frozen weight, in the compiled core. The backward pass needs only the norm's input."""
+"""RMSNorm and LayerNorm with frozen weights, in the compiled core.
+
+The backward pass needs only the norm's input.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy.typing as npt
 
 from nplora import _core
-from nplora.nn import RMSNorm
+from nplora.nn import LayerNorm, RMSNorm
 from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
+Norm: TypeAlias = RMSNorm | LayerNorm
 
 
-def norm_forward(norm: RMSNorm, x: Array) -> Array:
-    """Compute y = weight ∘ x / sqrt(mean x² + eps) for each row of x (n, d)."""
+def norm_forward(norm: Norm, x: Array) -> Array:
+    """Compute the norm of each row of x (n, d)."""
     y = buffers.empty_like(x)
-    _core.rms_norm(x, norm.weight, norm.eps, y)
+    if isinstance(norm, RMSNorm):
+        _core.rms_norm(x, norm.weight, norm.eps, y)
+    else:
+        _core.layer_norm(x, norm.weight, norm.bias, norm.eps, y)
     return y
 
 
-def norm_backward(norm: RMSNorm, dy: Array, x: Array, dx: Array, accumulate: bool = False) -> None:
-    """Write the gradient of `x` to `dx`, or add it to `dx` if `accumulate` is True."""
-    _core.rms_norm_backward(dy, x, norm.weight, norm.eps, dx, accumulate)
+def norm_backward(norm: Norm, dy: Array, x: Array, dx: Array, accumulate: bool = False) -> None:
+    """Write the gradient of `x` to `dx`, or add it to `dx` if `accumulate` is True.
+
+    Without `accumulate`, `dx` may be the same array as `dy`.
+    """
+    kernel = _core.rms_norm_backward if isinstance(norm, RMSNorm) else _core.layer_norm_backward
+    kernel(dy, x, norm.weight, norm.eps, dx, accumulate)
 
 
 def piecewise_norm_forward(norm: RMSNorm, x: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,7 +65,20 @@ def require_tensors(weights: Weights, config: ModelConfig) -> None:
         FormatError: the tensors do not match. The message lists all problems, and similar names for missing
             tensors.
     """
-    tensors = families.of(config).tensors(config)
+    tensors, unused = families.of(config).tensors(config), weights.unused(config)
+    require_fitting(weights, config.model_type, tensors, unused.__contains__)
+
+
+def require_fitting(
+    weights: Weights, model_type: str, tensors: Iterable[TensorSpec], is_unused: Callable[[str], bool]
+) -> None:
+    """Check that a file holds `tensors` with the right shapes, and no others but unused ones.
+
+    Args:
+        is_unused: a function that says whether the model does not need a tensor of the file.
+    Raises:
+        FormatError: as in `require_tensors`.
+    """
     found, wanted = weights.shapes(), {weights.stored(tensor): tensor.shape for tensor in tensors}
     problems: list[str] = []
     for name, shape in wanted.items():
@@ -75,8 +88,8 @@ def require_tensors(weights: Weights, config: ModelConfig) -> None:
             problems.append(f"tensor {brief(name)} is missing{hint}")
         elif found[name] != shape:
             problems.append(f"tensor {brief(name)} has shape {found[name]}, expected {shape}")
-    left = found.keys() - wanted.keys() - weights.unused(config)
-    problems += [f"tensor {brief(name)} is not used by {config.model_type}" for name in sorted(left)]
+    left = [name for name in found.keys() - wanted.keys() if not is_unused(name)]
+    problems += [f"tensor {brief(name)} is not used by {model_type}" for name in sorted(left)]
     if problems:
         raise FormatError(f"{weights.source}: the tensors do not fit the model {in_places(problems)}")
 
@@ -132,10 +145,20 @@ class GgufWeights:
 
 
 class SafetensorsWeights:
-    """The tensors of one or several memory-mapped safetensors files. Matrices are not copied."""
+    """The tensors of one or several memory-mapped safetensors files. Matrices are not copied.
 
-    def __init__(self, file: SafetensorsFile | ShardedFile, compute: str, check: bool = True) -> None:
-        self.source, self.mapped = file.source, file.mapped
+    Args:
+        stored: a function from Hugging Face's name of a tensor to its name in the file; None: both are equal.
+    """
+
+    def __init__(
+        self,
+        file: SafetensorsFile | ShardedFile,
+        compute: str,
+        check: bool = True,
+        stored: Callable[[str], str] | None = None,
+    ) -> None:
+        self.source, self.mapped, self._stored = file.source, file.mapped, stored
         self._file, self._compute, self._check = file, compute, check
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -148,7 +171,7 @@ class SafetensorsWeights:
         return self._file[name].shape
 
     def stored(self, tensor: TensorSpec) -> str:
-        return tensor.name
+        return tensor.name if self._stored is None else self._stored(tensor.name)
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
         """Old files also hold the rotation's frequencies, and some hold a head that equals the embedding."""
@@ -157,16 +180,16 @@ class SafetensorsWeights:
         return frozenset(names | ({"lm_head.weight"} if config.tie_word_embeddings else set()))
 
     def matrix(self, tensor: TensorSpec) -> FrozenWeight:
-        stored = self._file[tensor.name]
+        stored = self._file[self.stored(tensor)]
         if self._check:
             require_finite(self.source, stored)
         if stored.dtype == "float64":
             return FrozenWeight(stored.array, "float32", self._compute)
-        return FrozenWeight.from_safetensors(self._file, tensor.name, self._compute)
+        return FrozenWeight.from_safetensors(self._file, stored.name, self._compute)
 
     def vector(self, tensor: TensorSpec) -> Array:
-        stored = self._file[tensor.name]
-        values = _floats(self.source, tensor.name, stored.dtype, stored.array)
+        stored = self._file[self.stored(tensor)]
+        values = _floats(self.source, stored.name, stored.dtype, stored.array)
         return values + np.float32(tensor.offset) if tensor.offset else values
 
 

@@ -52,7 +52,7 @@ _BEGINS_WITH_BOS = {"llama-bpe"}  # byte-level tokenizers that add BOS if the fi
 
 
 def from_gguf(file: GgufFile) -> Tokenizer:
-    """The tokenizer of a GGUF model: byte-level BPE ("gpt2") or SentencePiece ("llama").
+    """The tokenizer of a GGUF model: byte-level BPE ("gpt2"), SentencePiece ("llama") or WordPiece ("bert").
 
     Args:
         file: an open file, from `formats.gguf.open`.
@@ -84,9 +84,9 @@ class _Vocabulary:
         if f"{KEY}model" not in metadata:
             raise FormatError(f"{source}: the file has no tokenizer: no metadata '{KEY}model'")
         self.model = metadata.string(f"{KEY}model")
-        if self.model not in ("gpt2", "llama"):
+        if self.model not in ("gpt2", "llama", "bert"):
             raise UnsupportedError(
-                f"{source}: the tokenizer is {brief(self.model)}, expected 'gpt2' or 'llama'"
+                f"{source}: the tokenizer is {brief(self.model)}, expected 'gpt2', 'llama' or 'bert'"
             )
         self.types = self._read_types()
         self.ids = self._read_ids()
@@ -98,9 +98,14 @@ class _Vocabulary:
     def tokenizer(self) -> Tokenizer:
         end = ("eos_token_id", "eot_token_id", "eom_token_id")
         bos, eos, eot, eom, unknown = map(self._special, ("bos_token_id", *end, "unknown_token_id"))
-        backend = self._byte_level() if self.model == "gpt2" else self._sentencepiece(unknown)
-        self._add_special(backend)
-        self._add_ends(backend, bos, eos)
+        if self.model == "bert":
+            backend = self._wordpiece(unknown)
+            self._add_special(backend)
+            self._add_cls_and_sep(backend, bos, eos)
+        else:
+            backend = self._byte_level() if self.model == "gpt2" else self._sentencepiece(unknown)
+            self._add_special(backend)
+            self._add_ends(backend, bos, eos)
         return Tokenizer(
             backend,
             self.source,
@@ -149,7 +154,7 @@ class _Vocabulary:
     def _flag(self, key: str, default: bool) -> bool:
         return self.metadata.boolean(KEY + key, default)
 
-    # ---- the two kinds ----
+    # ---- the kinds ----
 
     def _byte_level(self) -> Any:
         package = backend_package()
@@ -228,6 +233,30 @@ class _Vocabulary:
                 )
         return merges
 
+    def _wordpiece(self, unknown: int | None) -> Any:
+        """Build BERT's tokenizer. llama.cpp marks the tokens that begin a word, BERT those that do not."""
+        package = backend_package()
+        names = {}
+        for id_, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
+            plain = token.removeprefix(_SPACE)
+            names[token if kind in (UNKNOWN, CONTROL) or plain != token else f"##{token}"] = id_
+        vocab = {name.removeprefix(_SPACE): id_ for name, id_ in names.items()}
+        if len(vocab) < len(self.tokens):
+            raise FormatError(f"{self.source}: two tokens are the same word of BERT")
+        self.tokens = list(vocab)
+        unknown_token = "[UNK]" if unknown is None else self.tokens[unknown]
+        if unknown_token not in vocab:
+            raise FormatError(f"{self.source}: the file names no unknown token, and has no token '[UNK]'")
+        model = package.models.WordPiece(vocab=vocab, unk_token=unknown_token, max_input_chars_per_word=100)
+        backend = package.Tokenizer(model)
+        # A vocabulary without capital letters is of a model that reads lower case only.
+        normal = (token for token, kind in zip(self.tokens, self.types, strict=True) if kind == NORMAL)
+        is_cased = any(token != token.lower() for token in normal if not token.startswith("["))
+        backend.normalizer = package.normalizers.BertNormalizer(lowercase=not is_cased)
+        backend.pre_tokenizer = package.pre_tokenizers.BertPreTokenizer()
+        backend.decoder = package.decoders.WordPiece()
+        return backend
+
     # ---- special tokens ----
 
     def _add_special(self, backend: Any) -> None:
@@ -239,6 +268,21 @@ class _Vocabulary:
             chosen = [self.tokens[id_] for id_ in np.flatnonzero(np.isin(self.types, kinds))]
             special = CONTROL in kinds
             add([added(token, special=special, normalized=False) for token in chosen])  # calls are slow
+
+    def _add_cls_and_sep(self, backend: Any, bos: int | None, eos: int | None) -> None:
+        """Put [CLS] before and [SEP] after each text. Old files call them BOS and EOS, or name them only."""
+        ids = {token: id_ for id_, token in enumerate(self.tokens)}
+        pairs = list[tuple[str, int]]()
+        for name, key, other in (("[CLS]", "cls_token_id", bos), ("[SEP]", "seperator_token_id", eos)):
+            id_ = self._special(key)
+            id_ = next((found for found in (id_, other, ids.get(name)) if found is not None), None)
+            if id_ is None:
+                raise FormatError(f"{self.source}: the file has no token {name}")
+            pairs.append((self.tokens[id_], id_))
+        (first, _), (last, _) = pairs
+        backend.post_processor = backend_package().processors.TemplateProcessing(
+            single=[first, "$A", last], special_tokens=pairs
+        )
 
     def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
         """Make the text begin with BOS and end with EOS if the file says so."""

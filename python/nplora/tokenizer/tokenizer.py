@@ -293,6 +293,38 @@ class Tokenizer:
                 ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def encode_texts(self, texts: Sequence[str], longest: int) -> tuple[list[list[int]], int]:
+        """Encode many texts with the tokens that the model puts around a text, and cut long ones.
+
+        Names of special tokens in the texts are read as plain text.
+
+        Args:
+            longest: the largest number of tokens of a text, including special tokens. What is cut is the end
+                of the text; the special tokens around it stay.
+        Returns:
+            the token ids of each text, and the number of texts that were cut.
+        Raises:
+            TypeError: a text is not a str.
+            ValueError: a text holds half a surrogate pair, or `longest` has no room for the special tokens.
+            FormatError: the tokenizer cannot encode a text.
+        """
+        for text in texts:
+            _require_text(text)
+        around = self._backend.num_special_tokens_to_add(False)
+        if longest < around:
+            raise ValueError(f"encode_texts: longest is {longest}, but there are {around} special tokens")
+        room = _CHARACTERS * (longest + _UNSURE)
+        shortened = [text if len(text) <= 4 * room else text[: _cut(text, 4 * room)] for text in texts]
+        with _encoding:  # the options below are stored in the backend, for all threads
+            self._backend.encode_special_tokens = True
+            self._backend.enable_truncation(longest)
+            try:
+                with backend_errors(f"{self.source}: the tokenizer fails with one of {len(texts):,} texts"):
+                    found = self._backend.encode_batch(shortened, add_special_tokens=True)
+            finally:
+                self._backend.no_truncation()
+        return [one.ids for one in found], sum(bool(one.overflowing) for one in found)
+
     def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
         """Encode a text that the model should continue, with the model's BOS but without EOS at the end.
 

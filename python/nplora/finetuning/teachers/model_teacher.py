@@ -50,7 +50,7 @@ class ModelTeacher:
             )
 
     def prepare_batch(self, batch: PackedBatch) -> DistributionsAt:
-        hidden = self._lm.hidden_states(batch)
+        hidden = self._lm.residual_stream(batch)
         return lambda rows: self._lm.logits_of(hidden[rows])
 
     def digest(self) -> str:

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 from nplora.formats.errors import UnsupportedError, brief
 from nplora.models.config import ModelConfig
-from nplora.models.families.family import Family, TensorSpec
+from nplora.models.encoder_config import EncoderConfig
+from nplora.models.families.bert import Bert
+from nplora.models.families.distilbert import DistilBert
+from nplora.models.families.encoder_family import EncoderFamily
+from nplora.models.families.family import Family
 from nplora.models.families.gemma3 import Gemma3
 from nplora.models.families.granite import Granite
 from nplora.models.families.llama import Llama
 from nplora.models.families.mistral import Mistral
+from nplora.models.families.modernbert import ModernBert
+from nplora.models.families.mpnet import MpNet
 from nplora.models.families.olmo2 import Olmo2
 from nplora.models.families.phi3 import Phi3
 from nplora.models.families.qwen2 import Qwen2
 from nplora.models.families.qwen3 import Qwen3
+from nplora.models.families.roberta import Roberta
 from nplora.models.families.smollm3 import SmolLM3
+from nplora.models.families.tensor_spec import TensorSpec
+from nplora.models.families.xlm_roberta import XlmRoberta
 
 __all__ = [
+    "ENCODERS",
     "FAMILIES",
+    "EncoderFamily",
     "Family",
     "TensorSpec",
     "by_architecture",
     "by_model_type",
+    "encoder_by_architecture",
+    "encoder_by_model_type",
+    "encoder_of",
     "find",
     "find_architecture",
     "of",
@@ -36,6 +50,15 @@ FAMILIES: tuple[Family, ...] = (
     Granite(),
     Olmo2(),
     Phi3(),
+)
+
+ENCODERS: tuple[EncoderFamily, ...] = (
+    Bert(),
+    Roberta(),
+    XlmRoberta(),
+    DistilBert(),
+    MpNet(),
+    ModernBert(),
 )
 
 
@@ -73,6 +96,29 @@ def by_architecture(source: str, name: str) -> Family:
 def of(config: ModelConfig) -> Family:
     """The family of a model."""
     return by_model_type(config.source, config.model_type)
+
+
+def encoder_of(config: EncoderConfig) -> EncoderFamily:
+    """The family of an encoder."""
+    return next(family for family in ENCODERS if family.model_type == config.model_type)
+
+
+def encoder_by_model_type(model_type: str) -> EncoderFamily | None:
+    """The family of encoders with this `model_type`, or None.
+
+    >>> encoder_by_model_type("bert").blocks
+    'encoder.layer'
+    """
+    return next((family for family in ENCODERS if family.model_type == model_type), None)
+
+
+def encoder_by_architecture(architecture: str) -> EncoderFamily | None:
+    """The first family of encoders with this GGUF architecture, or None.
+
+    >>> encoder_by_architecture("bert").model_type
+    'bert'
+    """
+    return next((family for family in ENCODERS if family.architecture == architecture), None)
 
 
 def find(model_type: str) -> Family | None:

@@ -6,14 +6,20 @@ import dataclasses
 
 from nplora.formats.config_json import Fields
 from nplora.formats.errors import FormatError, UnsupportedError, brief
-from nplora.models.config import ModelConfig
+from nplora.models.config import ModelConfig, require_layers
 from nplora.models.rope import Llama3Scaling, RopeConfig, require_theta
 
 NO_WINDOW = 0
 _WINDOW = 4096  # the default if config.json has no value; null means no window
 
 # The activations that config.json may name, and the core's names for them.
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu_new": "gelu_pytorch_tanh",
+}
 
 
 def require_readable(fields: Fields) -> None:
@@ -42,6 +48,20 @@ def activation(fields: Fields, name: str, default: str) -> str:
             f"{fields.source}: {name} is {brief(word)}, expected one of {', '.join(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[word]
+
+
+def heads(fields: Fields, name: str) -> int:
+    """The number of attention heads, at least 1."""
+    count = fields.integer(name)
+    if count < 1:
+        raise FormatError(f"{fields.source}: {name} is {count}, expected at least 1")
+    return count
+
+
+def no_windows(fields: Fields, layers: int) -> tuple[int, ...]:
+    """The sliding windows of a model that has none. The number of layers is checked first."""
+    require_layers(fields.source, layers)
+    return (NO_WINDOW,) * layers
 
 
 def with_attention_bias(config: ModelConfig, fields: Fields) -> ModelConfig:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,13 +15,13 @@ import numpy.typing as npt
 from nplora.formats.config_json import Fields
 from nplora.formats.errors import FormatError, UnsupportedError
 from nplora.formats.gguf import GgufFile, Typed
-from nplora.models.activation_storage import keeps_bits
 from nplora.models.attention import Attention
-from nplora.models.block import DecoderBlock, Half, Mixer
+from nplora.models.block import DecoderBlock, Half, Mixer, assemble
 from nplora.models.config import ModelConfig, require_layers
 from nplora.models.families import config_fields, gguf_fields
 from nplora.models.families.config_fields import NO_WINDOW
 from nplora.models.families.gguf_fields import ROPE_FREQS, ArchitectureMetadata
+from nplora.models.families.tensor_spec import TensorSpec
 from nplora.models.mlp import MLP
 from nplora.models.rope import Rope, RopeConfig
 from nplora.nn import Linear, RMSNorm
@@ -33,23 +32,6 @@ Array = npt.NDArray[Any]
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(.+)")
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor of a model, in Hugging Face's files and in GGUF.
-
-    Attributes:
-        name, gguf: the tensor's name in Hugging Face's files, and in GGUF.
-        heads: the number of heads if GGUF reorders the rows of each head (`formats.gguf_rows`), else 0.
-        offset: a number to add to the values of Hugging Face's files; GGUF files store the sums.
-    """
-
-    name: str
-    gguf: str
-    shape: tuple[int, ...]
-    heads: int = 0
-    offset: float = 0.0
 
 
 class Family:
@@ -329,18 +311,11 @@ class Family:
         self, config: ModelConfig, layer: int, rope: Rope | None, modules: Mapping[str, Linear | RMSNorm]
     ) -> DecoderBlock:
         """Build a block from `modules`: its layers and norms, by their names in the block."""
-        parts: dict[str, Module] = {}
-        for half in self.block_halves(config):
-            prefix = f"{half.mixer}."
-            own = {name.removeprefix(prefix): m for name, m in modules.items() if name.startswith(prefix)}
-            named: dict[str | None, Any] = {
-                half.before: modules.get(half.before or ""),
-                half.mixer: self.mixer(half.mixer, config, layer, rope, own),
-                half.after: modules.get(half.after or ""),
-            }
-            parts |= {name: module for name, module in named.items() if name is not None}
-        narrow = keeps_bits(next(module for module in modules.values() if isinstance(module, Linear)))
-        return DecoderBlock(self.block_halves(config), parts, narrow)
+
+        def mixer(name: str, own: Mapping[str, Module]) -> Mixer:
+            return self.mixer(name, config, layer, rope, own)
+
+        return assemble(self.block_halves(config), mixer, modules)
 
     def block_halves(self, config: ModelConfig) -> tuple[Half, ...]:
         """The half-blocks of a block."""

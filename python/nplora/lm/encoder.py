@@ -1,0 +1,474 @@
+"""Encoder: hidden states and embeddings of texts, and gradients of the adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.formats.errors import UnsupportedError, counted
+from nplora.formats.files import Stamp
+from nplora.formats.model_directory import CONFIG
+from nplora.lm import adapting
+from nplora.lm.pooling import Pooling, PoolingSaved
+from nplora.models import model_digest
+from nplora.models.config import ModelConfig
+from nplora.models.decoder import Decoder, DecoderSaved
+from nplora.models.encoder_config import EncoderConfig
+from nplora.models.packing import cut
+from nplora.models.positions import packed_positions
+from nplora.nn import LayerNorm, RMSNorm
+from nplora.nn.module import Gradient, Module, Saved, inference
+from nplora.tokenizer import Tokenizer
+
+Array = npt.NDArray[Any]
+Ids = Sequence[npt.ArrayLike]  # the token ids of each text
+
+# The most tokens that `embed` and `hidden_states` compute at once. More tokens take more memory, and are no
+# faster.
+MOST_TOKENS = 4096
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EncoderSaved(Saved):
+    """The values that `Encoder.backward` needs. `backward` frees these values when it uses them."""
+
+    x: Array
+    decoder: DecoderSaved
+    pooling: PoolingSaved | None
+    unused: list[None]  # empty once a backward pass has begun
+
+    def use_up(self, op: str) -> None:
+        """Mark these values as used. Raise RuntimeError if an earlier call has used them."""
+        try:
+            self.unused.pop()
+        except IndexError:
+            raise RuntimeError(
+                f"{op}: saved was used by an earlier backward pass, which freed it; call forward again"
+            ) from None
+
+
+class Encoder(Module):
+    """A model with frozen weights that turns texts into vectors; `nplora.load_encoder` makes it.
+
+    The layers have the names that transformers gives them in the model without a head:
+    `encoder.layer.0.attention.self.query` in BERT, `layers.0.self_attn.q_proj` in Llama.
+
+        >>> import nplora
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> encoder.embed(["a cat", "a dog and a cat"]).shape == (2, encoder.dim)
+        True
+
+    Attributes:
+        config: the sizes and settings of the model.
+        model: the embeddings, the blocks and the last norm.
+        pooling: how the hidden states of a text become its embedding.
+        max_length: the largest number of tokens of a text; `embed` cuts longer texts. It can be changed.
+        prompts: texts by name, which `embed` puts before each text if it is given the name.
+        default_prompt: the name of the prompt that `embed` uses if it is given none, or None.
+        prefix: the name of this model in transformers' models with a head: "bert" in
+            BertForSequenceClassification.
+    """
+
+    task_type = "FEATURE_EXTRACTION"
+
+    def __init__(
+        self,
+        config: EncoderConfig | ModelConfig,
+        model: Decoder,
+        load_tokenizer: Callable[[], Tokenizer],
+        pooling: Pooling,
+        *,
+        prefix: str,
+        max_length: int | None = None,
+        prompts: Mapping[str, str] | None = None,
+        default_prompt: str | None = None,
+        include_prompt: bool = True,
+        mapped: Sequence[Stamp] = (),
+    ) -> None:
+        self.config, self.model, self.pooling, self.prefix = config, model, pooling, prefix
+        self.max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
+        self.prompts, self.default_prompt = dict(prompts or {}), default_prompt
+        self._include_prompt = include_prompt
+        self._load_tokenizer = load_tokenizer
+        self._tokenizer: Tokenizer | None = None
+        self._mapped = tuple(mapped)
+
+    def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
+        """The modules of `model` have no "model." before their names, as in transformers and PEFT."""
+        if id(self) in seen:
+            return
+        seen.add(id(self))
+        yield prefix, self
+        for child, name in ((self.model, ""), (self.pooling, "pooling")):
+            for found, module in child._walk(name, seen):
+                yield ".".join(filter(None, (prefix, found or "model"))), module
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that came with the model. It is read at its first use.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_encoder("encoder-model").tokenizer
+        >>> tokenizer.decode(tokenizer.encode("a cat"))
+        'a cat'
+        """
+        if self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer()
+        return self._tokenizer
+
+    @property
+    def dim(self) -> int:
+        """The width of the embeddings.
+
+        >>> import nplora
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> encoder.dim == encoder.config.hidden_size
+        True
+        """
+        return self.pooling.dim(self.config.hidden_size)
+
+    # ---- adapters ----
+
+    @property
+    def source(self) -> Path:
+        """The file or directory that the model was read from.
+
+        >>> import nplora
+        >>> nplora.load_encoder("encoder-model").source.name
+        'encoder-model'
+        """
+        source = Path(self.config.source)
+        return source.parent if source.name == CONFIG else source
+
+    def stored_row_order(self, name: str) -> Array | None:
+        return adapting.row_order(self.config, name) if isinstance(self.config, ModelConfig) else None
+
+    def configuration(self) -> str:
+        return self.config.described()
+
+    def base_digest(self) -> str | None:
+        """A hash of the norm weights, which identifies the model (see `models.model_digest`)."""
+        norms = {
+            f"{name}.weight": module.weight
+            for name, module in self.named_modules()
+            if isinstance(module, LayerNorm | RMSNorm)
+        }
+        return model_digest.of(norms)
+
+    @_check.keywords
+    def add_lora(
+        self,
+        rank: int = 8,
+        alpha: float = 16,
+        targets: str | Iterable[str] = adapting.ALL_LINEAR,
+        layers: str | Sequence[int] | None = None,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        seed: int = 0,
+        init: str = "zero",
+        rank_pattern: Mapping[str, int] | str | None = None,
+        alpha_pattern: Mapping[str, float] | str | None = None,
+        freeze_B: bool = False,
+    ) -> None:
+        """Put a LoRA adapter on frozen layers. With init="zero", the outputs stay the same at first.
+
+        Layers that have an adapter already keep it. `nplora.save_adapter` saves the adapter for PEFT.
+
+            >>> import nplora
+            >>> encoder = nplora.load_encoder("encoder-model")
+            >>> encoder.add_lora(rank=2, targets="query,value", layers="last:1")
+            >>> list(encoder.adapter_layers())
+            ['encoder.layer.1.attention.self.query', 'encoder.layer.1.attention.self.value']
+
+        Args:
+            rank, alpha, dropout, use_rslora, use_dora: as in `LoRALinear`.
+            targets: the layers to adapt: "all-linear" (every linear layer of the blocks), the last part of
+                their names in transformers, such as "query,value", or a list of names.
+            layers: the blocks to adapt: None (all), "last:4", "first:4", a range, or a list of numbers.
+            seed, init, rank_pattern, alpha_pattern, freeze_B: as in `LanguageModel.add_lora`.
+        Raises:
+            ValueError: a target or block does not exist, or an option does not fit. The model is not changed.
+        """
+        names = adapting.targeted(self, self.config.num_hidden_layers, targets, layers)
+        options = {
+            "dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora, "init": init,
+            "freeze_B": freeze_B,
+        }  # fmt: skip
+        made = adapting.lora_layers(self, names, rank, alpha, rank_pattern, alpha_pattern, seed, options)
+        modules = dict(self.named_modules())
+        self.exchange({id(modules[name]): layer for name, layer in made.items()})
+
+    def require_unchanged(self) -> None:
+        """Raise CorruptError if a memory-mapped file of the weights was modified after it was opened.
+
+        >>> import nplora
+        >>> nplora.load_encoder("encoder-model").require_unchanged()
+        """
+        for stamp in self._mapped:
+            stamp.require_unchanged()
+
+    # ---- inference ----
+
+    def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """The token ids of each text, with the tokens that the model puts around a text.
+
+            >>> import nplora
+            >>> encoder = nplora.load_encoder("encoder-model")
+            >>> [len(ids) for ids in encoder.encode(["a cat", "a"])]
+            [4, 3]
+
+        Args:
+            max_length: the largest number of tokens of a text; None: `max_length` of the encoder.
+        Warns:
+            UserWarning: texts were longer, and were cut; the message says how many.
+        """
+        longest = self._longest("encode", max_length)
+        ids, shortened = self.tokenizer.encode_texts(texts, longest)
+        if shortened:
+            warnings.warn(
+                f"encode: {shortened:,} of {counted(len(ids), 'text')} are longer than {longest} tokens, and "
+                "were cut",
+                stacklevel=3,
+            )
+        return ids
+
+    def hidden_states(self, ids: Ids) -> list[Array]:
+        """The hidden states of each text's tokens, after the last norm.
+
+        A text does not depend on the other texts, because there is no padding.
+
+            >>> import nplora
+            >>> encoder = nplora.load_encoder("encoder-model")
+            >>> states = encoder.hidden_states([[2, 5, 3], [2, 5, 6, 7, 3]])
+            >>> [array.shape == (n, encoder.config.hidden_size) for array, n in zip(states, (3, 5))]
+            [True, True]
+
+        Args:
+            ids: the token ids of each text, including the special tokens.
+        Returns:
+            for each text, float32 (tokens, hidden_size).
+        Raises:
+            TypeError: the ids are not integers.
+            ValueError: a text has no tokens or too many, or an id is not in the vocabulary.
+            CorruptError: as in `require_unchanged`.
+        """
+        packed, starts = self._packed("hidden_states", ids)
+        states = list[Array]()
+        for rows, own in self._batches(packed, starts, MOST_TOKENS):
+            states += np.split(self._infer(rows, own), own[1:-1])
+        return states
+
+    @_check.keywords
+    def embed(
+        self,
+        texts: str | Iterable[str],
+        batch_size: int | None = None,
+        normalize: bool | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        max_length: int | None = None,
+    ) -> Array:
+        """The embedding of each text.
+
+        Texts that are too long are cut, and a warning says how many.
+
+            >>> import nplora
+            >>> encoder = nplora.load_encoder("encoder-model")
+            >>> vectors = encoder.embed(["a cat", "a dog"], normalize=True)
+            >>> similarity = vectors @ vectors.T
+
+        Args:
+            texts: the texts, or one text.
+            batch_size: the number of texts that are computed at once; None: as many as have 4,096 tokens. The
+                result does not depend on it, up to rounding.
+            normalize: whether the embeddings have length 1, so that their products are cosines; None: as the
+                model's files say.
+            prompt: a text that is put before each text, such as "query: "; "" for none.
+            prompt_name: the name of one of `prompts`, as another way to give the prompt.
+            max_length: the largest number of tokens of a text; None: `max_length` of the encoder.
+        Returns:
+            float32 (texts, dim); (dim,) for one text.
+        Raises:
+            TypeError: `texts` holds something else than texts.
+            ValueError: a text has no tokens, an option is out of range, or both prompts are given.
+            KeyError: there is no prompt with this name; the message lists the names.
+            CorruptError: as in `require_unchanged`.
+        Warns:
+            UserWarning: texts were cut.
+        """
+        if isinstance(texts, str):
+            return self.embed([texts], batch_size, normalize, prompt, prompt_name, max_length)[0]
+        given = _check.texts("embed", "texts", texts)
+        before = self._prompt(prompt, prompt_name)
+        ids = self.encode([before + text for text in given] if before else given, max_length)
+        return self.embed_ids(ids, batch_size, normalize)
+
+    def embed_ids(self, ids: Ids, batch_size: int | None = None, normalize: bool | None = None) -> Array:
+        """Like `embed`, but for the token ids of each text.
+
+        >>> import nplora
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> encoder.embed_ids([[2, 5, 3], [2, 5, 6, 3]]).shape == (2, encoder.dim)
+        True
+        """
+        if batch_size is not None:
+            _check.integer("embed", "batch_size", batch_size, least=1)
+        packed, starts = self._packed("embed", ids)
+        made = np.empty((len(starts) - 1, self.dim), np.float32)
+        done = 0
+        for rows, own in self._batches(packed, starts, MOST_TOKENS, batch_size):
+            with inference():
+                made[done : done + len(own) - 1] = self.pooling.pool(self._infer(rows, own), own, normalize)
+            done += len(own) - 1
+        return made
+
+    # ---- training ----
+
+    def forward(self, ids: Ids) -> tuple[Array, EncoderSaved]:
+        """The hidden states (n, hidden_size) of all texts, one after the other, and what `backward` needs.
+
+            >>> import nplora
+            >>> encoder = nplora.load_encoder("encoder-model")
+            >>> states, saved = encoder.forward([[2, 5, 3], [2, 5, 6, 3]])
+            >>> states.shape == (7, encoder.config.hidden_size)
+            True
+
+        Raises:
+            TypeError, ValueError, CorruptError: as in `hidden_states`.
+        """
+        packed, starts = self._packed("Encoder.forward", ids)
+        x, decoder = self.model.run(packed, packed_positions(starts))
+        self.require_unchanged()
+        return self.model.hidden_states(x), EncoderSaved(x, decoder, None, [None], layer=self)
+
+    def backward(self, dy: Array, saved: EncoderSaved, need_dx: bool = True) -> Gradient:
+        """Add the gradients of the adapters. Return None, because token ids have no gradient.
+
+            >>> import nplora, numpy as np
+            >>> encoder = nplora.load_encoder("encoder-model")
+            >>> encoder.add_lora(rank=2)
+            >>> states, saved = encoder.forward([[2, 5, 3], [2, 5, 6, 3]])
+            >>> encoder.backward(states, saved)
+            >>> bool(encoder.parameters()[0].grad.any())
+            True
+
+        Args:
+            dy: the gradient of the loss with respect to the result of `forward`.
+        Raises:
+            ValueError: `dy` does not have the shape of that result, or `saved` is from another model.
+            TypeError: `saved` was not returned by `forward`.
+            RuntimeError: `saved` was used before, or a layer is merged.
+        """
+        op = "Encoder.backward"
+        _check.saved(op, saved, EncoderSaved)
+        rows = _check.shaped(op, "dy", dy, saved.x.shape, np.float32)
+        _check.own(op, saved, self)
+        for layer in self.adapter_layers().values():
+            layer.require_trainable("backward")
+        saved.use_up(op)
+        self.model.run_backward(self.model.hidden_states_backward(rows, saved.x), saved.decoder)
+        return None
+
+    def embed_forward(self, ids: Ids, normalize: bool | None = None) -> tuple[Array, EncoderSaved]:
+        """The embeddings (texts, dim) for training, and the values that `embed_backward` needs.
+
+        >>> import nplora
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> encoder.add_lora(rank=2)
+        >>> vectors, saved = encoder.embed_forward([[2, 5, 3], [2, 5, 6, 3]])
+        >>> encoder.embed_backward(vectors, saved)
+        """
+        states, saved = self.forward(ids)
+        vectors, pooled = self.pooling.run(states, saved.decoder.positions.starts, normalize)
+        return vectors, dataclasses.replace(saved, pooling=pooled)
+
+    def embed_backward(self, dy: Array, saved: EncoderSaved) -> None:
+        """Add the gradients of the adapters, given the gradient of the embeddings.
+
+        The errors are those of `backward`.
+        """
+        op = "Encoder.embed_backward"
+        _check.saved(op, saved, EncoderSaved)
+        if saved.pooling is None:
+            raise ValueError(f"{op}: saved is from forward, expected one of embed_forward")
+        shape = len(saved.pooling.starts) - 1, self.dim
+        rows = _check.shaped(op, "dy", dy, shape, np.float32)
+        self.backward(self.pooling.run_backward(rows, saved.pooling), saved)
+
+    def __repr__(self) -> str:
+        config = self.config
+        lines = [
+            f"Encoder({str(self.source)!r}, {config.model_type}: "
+            f"{counted(config.num_hidden_layers, 'block')} of width {config.hidden_size:,}, "
+            f"vocabulary {config.vocab_size:,}, texts of at most {self.max_length:,} tokens)",
+            f"  embeddings of {self.dim:,} values: {self.pooling!r}",
+        ]
+        if layers := self.adapter_layers():
+            lines.append(
+                f"  adapter on {counted(len(layers), 'layer')}, {self.num_trainable:,} trained values"
+            )
+        return "\n".join(lines)
+
+    # ---- what comes in ----
+
+    def _packed(self, op: str, ids: Ids) -> tuple[Array, Array]:
+        """The ids of all texts one after the other, int64, and the start of each text."""
+        texts = [_check.integers(op, f"ids[{i}]", text) for i, text in enumerate(ids)]
+        longest = self.config.max_position_embeddings
+        for i, text in enumerate(texts):
+            if text.ndim != 1 or not 1 <= len(text) <= longest:
+                raise ValueError(
+                    f"{op}: ids[{i}] have shape {text.shape}, expected 1 to {longest:,} token ids"
+                )
+        starts = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+        packed = np.concatenate([np.empty(0, np.int64), *texts]).astype(np.int64, copy=False)
+        return _check.in_range(op, "ids", packed, self.config.vocab_size), starts
+
+    def _batches(
+        self, packed: Array, starts: Array, most: int, batch_size: int | None = None
+    ) -> Iterator[tuple[Array, Array]]:
+        """Cut packed texts into batches: the ids of each, and the starts of its texts."""
+        lengths = np.diff(starts)
+        if batch_size is None:
+            cuts = cut(lengths, most)
+        else:
+            cuts = [*range(0, len(lengths), batch_size), len(lengths)]
+        for first, end in itertools.pairwise(cuts):
+            own = starts[first : end + 1]
+            yield packed[own[0] : own[-1]], own - own[0]
+
+    def _infer(self, packed: Array, starts: Array) -> Array:
+        with inference():
+            states = self.model.hidden_states(self.model.infer(packed, packed_positions(starts)))
+        self.require_unchanged()
+        return states
+
+    def _longest(self, op: str, max_length: int | None) -> int:
+        most = self.config.max_position_embeddings
+        if max_length is None:
+            return min(self.max_length, most)
+        return _check.integer(op, "max_length", max_length, least=1, most=most)
+
+    def _prompt(self, prompt: str | None, name: str | None) -> str:
+        if prompt is not None and name is not None:
+            raise ValueError("embed: prompt and prompt_name are both given, expected one of them")
+        if name is not None and name not in self.prompts:
+            known = ", ".join(map(repr, self.prompts)) or "none"
+            raise KeyError(f"embed: no prompt is named {name!r}; the model has: {known}")
+        name = self.default_prompt if name is None and prompt is None else name
+        text = self.prompts[name] if name is not None else prompt or ""
+        if text and not self._include_prompt:
+            raise UnsupportedError(
+                f"{self.source}: include_prompt is false, so the pooling must leave the prompt out, which is "
+                "not supported"
+            )
+        return text

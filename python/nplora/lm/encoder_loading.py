@@ -1,0 +1,193 @@
+"""load_encoder: an encoder from a Hugging Face directory, a directory of sentence-transformers, or GGUF."""
+
+from __future__ import annotations
+
+import errno
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from nplora import _check, tokenizer
+from nplora.formats import files, gguf, model_directory
+from nplora.formats.config_json import Fields, read_fields
+from nplora.formats.errors import UnsupportedError, brief
+from nplora.formats.files import StrPath
+from nplora.formats.gguf import GgufFile
+from nplora.lm import sentence_files
+from nplora.lm.encoder import Encoder
+from nplora.lm.pooling import POOLINGS, Pooling
+from nplora.lm.sentence_files import SentenceSettings
+from nplora.models import building, families
+from nplora.models.config import ModelConfig
+from nplora.models.decoder import Decoder
+from nplora.models.encoder_config import EncoderConfig
+from nplora.models.weights import GgufWeights, SafetensorsWeights, Weights, require_decoded
+from nplora.tokenizer import Tokenizer
+from nplora.weights import COMPUTES
+
+# llama.cpp's numbers of poolings in GGUF's metadata.
+_GGUF_POOLINGS = {1: "mean", 2: "cls", 3: "last"}
+
+
+@_check.keywords
+def load_encoder(
+    path: StrPath,
+    compute: str = "float32",
+    mmap: bool = True,
+    check: bool = True,
+    pooling: str | None = None,
+) -> Encoder:
+    """Load a model that turns texts into vectors. The weights are frozen.
+
+    The model is an encoder of one of the families in `nplora.models.families.ENCODERS`, or a language model
+    of one of `FAMILIES`.
+
+        >>> import nplora
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> encoder.embed(["a cat", "a dog"]).shape == (2, encoder.dim)
+        True
+
+    Args:
+        path: a directory with config.json, model.safetensors and tokenizer.json, as transformers or
+            sentence-transformers write it, or a GGUF file.
+        compute, mmap, check: as in `load_model`; `compute` is "float32" or "bfloat16".
+        pooling: how the hidden states of a text's tokens become its embedding: "cls" (the first token),
+            "mean", "max", "last" (the last token), "weighted_mean" or "mean_sqrt". None: as the files say.
+            If they do not say, the mean for encoders, and the last token for language models.
+    Raises:
+        UnsupportedError: the architecture, a module, or the type of a tensor is not supported.
+        FormatError: a file breaks its format, or does not describe a whole model.
+        UnsafeError: the weights are a pickle, or a path leaves the directory.
+        ValueError: `pooling` or `compute` is unknown.
+        OSError: a file cannot be read.
+    Warns:
+        UserWarning: neither the files nor `pooling` say how to pool; the message says what is assumed.
+    """
+    files.require_named("load_encoder", path=path)
+    model_directory.require_no_hub_name(path)
+    _check.choice("load_encoder", "compute", compute, COMPUTES)
+    if pooling is not None:
+        _check.choice("load_encoder", "pooling", pooling, POOLINGS)
+    load = _from_directory if Path(path).is_dir() else _from_gguf
+    return load(path, compute, mmap, check, pooling)
+
+
+def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool, pooling: str | None) -> Encoder:
+    settings = sentence_files.read(Path(path))
+    directory = Path(path, settings.transformer)
+    if not (directory / model_directory.CONFIG).exists():
+        reason = f"the directory holds no {model_directory.CONFIG}"
+        raise FileNotFoundError(errno.ENOENT, reason, os.fspath(directory))
+    fields = read_fields(directory / model_directory.CONFIG)
+    file = model_directory.open_tensors(directory, mmap)
+    family = families.encoder_by_model_type(fields.string("model_type"))
+
+    def load_tokenizer() -> Tokenizer:
+        return tokenizer.from_directory(directory)
+
+    if family is None:
+        config = _decoder_config(fields)
+        weights = SafetensorsWeights(file, compute, check)
+        return _decoder(config, weights, load_tokenizer, settings, pooling)
+    names = family.stored_names(tuple(file))
+    weights = SafetensorsWeights(file, compute, check, names.stored)
+    encoder_config = family.read_config(fields)
+    model = building.encoder(encoder_config, weights, names.is_unused)
+    return _encoder(encoder_config, model, load_tokenizer, weights, settings, pooling)
+
+
+def _decoder_config(fields: Fields) -> ModelConfig:
+    """The configuration of a language model. The error for an unknown family lists all families."""
+    kind = fields.string("model_type")
+    family = families.find(kind)
+    if family is None:
+        known = sorted(each.model_type for each in (*families.ENCODERS, *families.FAMILIES))
+        raise UnsupportedError(
+            f"{fields.source}: model_type is {brief(kind)}, expected one of {', '.join(known)}"
+        )
+    return family.read_config(fields)
+
+
+def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool, pooling: str | None) -> Encoder:
+    file = gguf.open(path, mmap)
+    architecture = file.metadata.string("general.architecture")
+    require_decoded(file)
+    weights, settings = GgufWeights(file, compute, check), _gguf_settings(file, architecture)
+
+    def load_tokenizer() -> Tokenizer:
+        return tokenizer.from_gguf(file)
+
+    family = families.encoder_by_architecture(architecture)
+    if family is None:
+        config = families.by_architecture(file.source, architecture).read_metadata(file)
+        return _decoder(config, weights, load_tokenizer, settings, pooling)
+    encoder_config = family.read_metadata(file)
+    model = building.encoder(encoder_config, weights, family.is_unused_in_gguf)
+    return _encoder(encoder_config, model, load_tokenizer, weights, settings, pooling)
+
+
+def _gguf_settings(file: GgufFile, architecture: str) -> SentenceSettings:
+    """The pooling that the metadata name. llama.cpp normalises embeddings."""
+    found = file.metadata.integer(f"{architecture}.pooling_type", 0)
+    if found not in _GGUF_POOLINGS:
+        return SentenceSettings()
+    return SentenceSettings(Pooling(_GGUF_POOLINGS[found], normalize=True))
+
+
+def _encoder(
+    config: EncoderConfig,
+    model: Decoder,
+    load_tokenizer: Callable[[], Tokenizer],
+    weights: Weights,
+    settings: SentenceSettings,
+    pooling: str | None,
+) -> Encoder:
+    family = families.encoder_of(config)
+    return _made(config, model, load_tokenizer, weights, settings, pooling, family.prefix, "mean")
+
+
+def _decoder(
+    config: ModelConfig,
+    weights: Weights,
+    load_tokenizer: Callable[[], Tokenizer],
+    settings: SentenceSettings,
+    pooling: str | None,
+) -> Encoder:
+    model, _ = building.decoder(config, weights)
+    return _made(config, model, load_tokenizer, weights, settings, pooling, "model", "last")
+
+
+def _made(
+    config: EncoderConfig | ModelConfig,
+    model: Decoder,
+    load_tokenizer: Callable[[], Tokenizer],
+    weights: Weights,
+    settings: SentenceSettings,
+    pooling: str | None,
+    prefix: str,
+    default: str,
+) -> Encoder:
+    chosen = settings.pooling
+    if pooling is not None:
+        chosen = Pooling(pooling, normalize=chosen is not None and chosen.normalize)
+    elif chosen is None:
+        words = {"mean": "the mean of its tokens", "last": "its last token"}[default]
+        warnings.warn(
+            f"{config.source}: the model's files name no pooling, so a text's embedding is {words}; "
+            "load_encoder(path, pooling=...) sets another",
+            stacklevel=5,
+        )
+        chosen = Pooling(default)
+    return Encoder(
+        config,
+        model,
+        load_tokenizer,
+        chosen,
+        prefix=prefix,
+        max_length=settings.max_length,
+        prompts=settings.prompts,
+        default_prompt=settings.default_prompt,
+        include_prompt=settings.include_prompt,
+        mapped=weights.mapped,
+    )

@@ -1,0 +1,174 @@
+"""Pooling: turns the hidden states of a text's tokens into one embedding, forward and backward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.nn import Linear, LoRALinear, Tanh
+from nplora.nn.module import Module, Saved, inferring
+
+Array = npt.NDArray[Any]
+
+POOLINGS = ("cls", "mean", "max", "last", "weighted_mean", "mean_sqrt")
+_LEAST_NORM = np.float32(1e-12)  # as in torch.nn.functional.normalize
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolingSaved(Saved):
+    """The values that `Pooling.backward` needs.
+
+    Attributes:
+        starts: the start of each text among the rows.
+        x: the hidden states (n, d), which the maximum needs; else None.
+        layers: the saved values of each layer after the pooling.
+        unit: the embeddings after the normalisation, and their lengths before it; None: not normalised.
+    """
+
+    starts: Array
+    x: Array | None
+    layers: tuple[Any, ...]
+    unit: tuple[Array, Array] | None
+
+
+class Pooling(Module):
+    """One embedding per text: a mean, a maximum or one token of the hidden states, then optional layers.
+
+        >>> import numpy as np
+        >>> from nplora.lm.pooling import Pooling
+        >>> pooling = Pooling("mean")
+        >>> pooling.pool(np.float32([[1, 3], [3, 1], [8, 8]]), np.array([0, 2, 3]))
+        array([[2., 2.],
+               [8., 8.]], dtype=float32)
+
+    Args:
+        modes: "cls" (the first token), "mean", "max", "last" (the last token), "weighted_mean" (the i-th
+            token has weight i) or "mean_sqrt" (the sum divided by the square root of the number of tokens),
+            or several of them, whose results are joined.
+        layers: linear layers, each with the name of its activation, "tanh" or None.
+        normalize: whether the embeddings have length 1.
+    Raises:
+        ValueError: a mode or an activation is unknown.
+    """
+
+    def __init__(
+        self,
+        modes: str | Sequence[str],
+        layers: Sequence[tuple[Linear, str | None]] = (),
+        normalize: bool = False,
+    ) -> None:
+        self.modes = (modes,) if isinstance(modes, str) else tuple(modes)
+        for mode in self.modes:
+            _check.choice("Pooling", "mode", mode, POOLINGS)
+        if not self.modes:
+            raise ValueError(f"Pooling: no mode, expected one or several of {', '.join(POOLINGS)}")
+        for _, activation in layers:
+            _check.choice("Pooling", "activation", activation or "", ("tanh", ""))
+        self.dense: list[Linear | LoRALinear] = [layer for layer, _ in layers]
+        self._activations = [Tanh() if activation else None for _, activation in layers]
+        self.normalize = bool(normalize)
+
+    def dim(self, hidden_size: int) -> int:
+        """The width of the embeddings, for hidden states of width `hidden_size`."""
+        return int(self.dense[-1].shape[0]) if self.dense else len(self.modes) * hidden_size
+
+    def pool(self, x: Array, starts: Array, normalize: bool | None = None) -> Array:
+        """Return the embeddings (m, dim) of m texts, from the hidden states x (n, d) of all their tokens.
+
+        Args:
+            starts: int64 (m + 1,), the first row of each text, followed by n. No text is empty.
+            normalize: whether the embeddings have length 1; None: as in the constructor.
+        """
+        return self.run(x, starts, normalize)[0]
+
+    def run(self, x: Array, starts: Array, normalize: bool | None = None) -> tuple[Array, PoolingSaved]:
+        """Like `pool`, but also return the values that `run_backward` needs."""
+        y = np.concatenate([_pooled(mode, x, starts) for mode in self.modes], axis=1)
+        saved = list[Any]()
+        for layer, activation in zip(self.dense, self._activations, strict=True):
+            y, kept = layer.forward(y)
+            acted = None
+            if activation is not None:
+                y, acted = activation.forward(y)
+            saved.append((kept, acted))
+        unit = None
+        if self.normalize if normalize is None else normalize:
+            lengths = np.maximum(np.linalg.norm(y, axis=1, keepdims=True), _LEAST_NORM)
+            y = y / lengths
+            unit = y, lengths
+        keep = "max" in self.modes and not inferring()
+        return y, PoolingSaved(starts, x if keep else None, tuple(saved), unit)
+
+    def run_backward(self, dy: Array, saved: PoolingSaved) -> Array:
+        """The gradient of the hidden states (n, d), given the gradient of the embeddings (m, dim)."""
+        if saved.unit is not None:
+            unit, lengths = saved.unit
+            dy = (dy - unit * (unit * dy).sum(axis=1, keepdims=True)) / lengths
+        layers = zip(self.dense, self._activations, saved.layers, strict=True)
+        for layer, activation, (kept, acted) in reversed(list(layers)):
+            if activation is not None:
+                dy = activation.backward(dy, acted)
+            dy = layer.backward(dy, kept)
+        parts = np.split(dy, len(self.modes), axis=1)
+        total = _pooled_backward(self.modes[0], parts[0], saved)
+        for mode, part in zip(self.modes[1:], parts[1:], strict=True):
+            total += _pooled_backward(mode, part, saved)
+        return total
+
+    def __repr__(self) -> str:
+        words = ["+".join(self.modes), *(f"{layer.shape[1]} -> {layer.shape[0]}" for layer in self.dense)]
+        return f"Pooling({', '.join([*words, *(['normalize'] if self.normalize else [])])})"
+
+
+def _pooled(mode: str, x: Array, starts: Array) -> Array:
+    first, counts = starts[:-1], np.diff(starts)[:, None].astype(np.float32)
+    if not len(first):
+        return np.empty((0, x.shape[1]), np.float32)
+    if mode == "cls":
+        return x[first]
+    if mode == "last":
+        return x[starts[1:] - 1]
+    if mode == "max":
+        return np.maximum.reduceat(x, first, axis=0)
+    if mode == "weighted_mean":
+        return np.add.reduceat(x * _weights(starts)[:, None], first, axis=0)
+    total = np.add.reduceat(x, first, axis=0)
+    return total / (counts if mode == "mean" else np.sqrt(counts))
+
+
+def _weights(starts: Array) -> Array:
+    """The weight of each token in the weighted mean of its text, float32 (n,)."""
+    counts = np.diff(starts)
+    place = np.arange(starts[-1]) - np.repeat(starts[:-1], counts) + 1
+    return (place / np.repeat(counts * (counts + 1) / 2, counts)).astype(np.float32)
+
+
+def _pooled_backward(mode: str, dy: Array, saved: PoolingSaved) -> Array:
+    starts = saved.starts
+    counts = np.diff(starts)
+    if mode in ("cls", "last"):
+        dx = np.zeros((int(starts[-1]), dy.shape[1]), np.float32)
+        dx[starts[:-1] if mode == "cls" else starts[1:] - 1] = dy
+        return dx
+    if mode in ("mean", "mean_sqrt"):
+        divisor = counts[:, None].astype(np.float32)
+        return np.repeat(dy / (divisor if mode == "mean" else np.sqrt(divisor)), counts, axis=0)
+    spread = np.repeat(dy, counts, axis=0)
+    if mode == "weighted_mean":
+        return spread * _weights(starts)[:, None]
+    assert saved.x is not None
+    return _at_the_largest(saved.x, starts, spread)
+
+
+def _at_the_largest(x: Array, starts: Array, spread: Array) -> Array:
+    """`spread` (n, d) at the first largest element of each column and text, and 0 elsewhere."""
+    dx = np.zeros_like(x)
+    for first, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        row, column = first + x[first:end].argmax(axis=0), np.arange(x.shape[1])
+        dx[row, column] = spread[first]
+    return dx

@@ -1,0 +1,192 @@
+"""Reads the files of sentence-transformers that say how hidden states become an embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from nplora.formats import files, safetensors, strict_json
+from nplora.formats.config_json import MAX_CONFIG, Fields, read_fields
+from nplora.formats.errors import FormatError, UnsafeError, UnsupportedError, brief
+from nplora.lm.pooling import Pooling
+from nplora.nn import Linear
+
+MODULES = "modules.json"
+_SETTINGS = "config_sentence_transformers.json"
+_TRANSFORMER_SETTINGS = ("sentence_bert_config.json", "sentence_roberta_config.json",
+                         "sentence_distilbert_config.json", "sentence_mpnet_config.json",
+                         "sentence_xlm-roberta_config.json")  # fmt: skip
+_MOST_MODULES = 32
+# The names of poolings in 1_Pooling/config.json, in the order in which sentence-transformers joins them.
+_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt",
+    "pooling_mode_weightedmean_tokens": "weighted_mean",
+    "pooling_mode_lasttoken": "last",
+}
+_MODES = {
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt",
+    "weightedmean": "weighted_mean",
+    "lasttoken": "last",
+}
+_ACTIVATIONS = {"Identity": None, "Tanh": "tanh"}
+
+
+@dataclass(frozen=True)
+class SentenceSettings:
+    """What the files of sentence-transformers say.
+
+    Attributes:
+        pooling: the pooling, or None if there are no such files.
+        max_length: the largest number of tokens of a text, or None.
+        prompts: texts that are put before each text, by name.
+        default_prompt: the name of the prompt that is used if the caller gives none, or None.
+        include_prompt: whether the tokens of the prompt take part in the pooling.
+        transformer: the folder of the model's own files, relative to the directory.
+    """
+
+    pooling: Pooling | None = None
+    max_length: int | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    include_prompt: bool = True
+    transformer: str = ""
+
+
+def read(directory: Path) -> SentenceSettings:
+    """Read the module files in a model's directory.
+
+    Raises:
+        UnsupportedError: a module is not known.
+        UnsafeError: the path of a module leaves the directory, or its weights are a pickle.
+        FormatError: a file breaks its format.
+    """
+    path = directory / MODULES
+    if not path.exists():
+        return SentenceSettings(max_length=_max_length(directory))
+    modules = _modules(path)
+    kind, folder = modules[0]
+    if kind != "Transformer":
+        raise UnsupportedError(f"{files.name(path)}: the first module is {brief(kind)}, expected Transformer")
+    modes: tuple[str, ...] = ()
+    include_prompt, normalize, layers = True, False, list[tuple[Linear, str | None]]()
+    for kind, name in modules[1:]:
+        if kind == "Pooling" and not modes:
+            fields = read_fields(directory / name / "config.json")
+            modes, include_prompt = _pooling_modes(fields), fields.boolean("include_prompt", True)
+        elif kind == "Dense" and modes and not normalize:
+            layers.append(_dense(directory / name))
+        elif kind == "Normalize" and modes:
+            normalize = True
+        else:
+            raise UnsupportedError(
+                f"{files.name(path)}: module {brief(kind)} is not supported in this place; nplora reads "
+                "Transformer, Pooling, Dense and Normalize, in this order"
+            )
+    if not modes:
+        raise UnsupportedError(f"{files.name(path)}: no module Pooling")
+    prompts, default = _prompts(directory / _SETTINGS)
+    return SentenceSettings(
+        Pooling(modes, layers, normalize),
+        _max_length(directory / folder),
+        prompts,
+        default,
+        include_prompt,
+        folder,
+    )
+
+
+def _modules(path: Path) -> list[tuple[str, str]]:
+    """The class and the folder of each module."""
+    source = files.name(path)
+    listed = strict_json.loads(bytes(files.read(path, MAX_CONFIG)), source)
+    if not isinstance(listed, list) or not 1 <= len(listed) <= _MOST_MODULES:
+        raise FormatError(f"{source}: expected a list of 1 to {_MOST_MODULES} modules")
+    found = []
+    for entry in listed:
+        if not isinstance(entry, dict):
+            raise FormatError(f"{source}: {brief(entry)}, expected an object")
+        fields = Fields(source, entry)
+        folder = fields.string("path", "")
+        if PurePosixPath(folder).is_absolute() or ".." in PurePosixPath(folder).parts or "\\" in folder:
+            raise UnsafeError(f"{source}: the path {brief(folder)} leaves the directory")
+        found.append((fields.string("type").rpartition(".")[2], folder))
+    return found
+
+
+def _pooling_modes(fields: Fields) -> tuple[str, ...]:
+    """The poolings of a configuration: new files name them, older files have a flag for each."""
+    named = dict(fields.items()).get("pooling_mode")
+    if named is not None:
+        names = named if isinstance(named, list) else [named]
+        for name in names:
+            if name not in _MODES:
+                raise UnsupportedError(
+                    f"{fields.source}: pooling_mode is {brief(name)}, expected one of {', '.join(_MODES)}"
+                )
+        return tuple(_MODES[name] for name in names)
+    modes = tuple(mode for flag, mode in _FLAGS.items() if fields.boolean(flag, False))
+    if not modes:
+        raise FormatError(f"{fields.source}: no pooling is chosen, expected one of {', '.join(_FLAGS)}")
+    return modes
+
+
+def _dense(directory: Path) -> tuple[Linear, str | None]:
+    """The linear layer of a Dense module, and the name of its activation."""
+    fields = read_fields(directory / "config.json")
+    name = fields.string("activation_function", "torch.nn.modules.activation.Tanh").rpartition(".")[2]
+    if name not in _ACTIVATIONS:
+        raise UnsupportedError(
+            f"{fields.source}: activation_function is {brief(name)}, expected {' or '.join(_ACTIVATIONS)}"
+        )
+    path = directory / "model.safetensors"
+    if not path.exists() and (directory / "pytorch_model.bin").exists():
+        raise UnsafeError(f"{files.name(directory)}: a pickle can run any code; expected model.safetensors")
+    tensors = safetensors.open(path)
+    shape = fields.integer("out_features"), fields.integer("in_features")
+    weight = _array(tensors, "linear.weight", shape)
+    bias = _array(tensors, "linear.bias", shape[:1]) if fields.boolean("bias", True) else None
+    return Linear(weight, bias), _ACTIVATIONS[name]
+
+
+def _array(tensors: safetensors.SafetensorsFile, name: str, shape: tuple[int, ...]) -> Any:
+    tensor = tensors[name]
+    if tensor.shape != shape or tensor.dtype not in ("float32", "float16", "float64"):
+        found = f"{tensor.dtype} {tensor.shape}, expected float32 {shape}"
+        raise FormatError(f"{tensors.source}: tensor {name} is {found}")
+    values = np.asarray(tensor.numpy(), np.float32)
+    if not np.isfinite(values).all():
+        raise FormatError(f"{tensors.source}: tensor {name} holds NaN or an infinity")
+    return values
+
+
+def _max_length(directory: Path) -> int | None:
+    for name in _TRANSFORMER_SETTINGS:
+        if (directory / name).exists():
+            fields = read_fields(directory / name)
+            length = fields.integer_or_null("max_seq_length", None)
+            if length is not None and length < 1:
+                raise FormatError(f"{fields.source}: max_seq_length is {length}, expected at least 1")
+            return length
+    return None
+
+
+def _prompts(path: Path) -> tuple[dict[str, str], str | None]:
+    if not path.exists():
+        return {}, None
+    fields = read_fields(path)
+    prompts = fields.object("prompts")
+    named = {name: prompts.string(name) for name, _ in prompts.items()}
+    default = fields.string("default_prompt_name", "") or None
+    if default is not None and default not in named:
+        raise FormatError(f"{fields.source}: default_prompt_name is {brief(default)}, which is no prompt")
+    return named, default

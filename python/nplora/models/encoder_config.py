@@ -1,0 +1,122 @@
+"""The configuration of an encoder, independent of its file type."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from nplora.formats.errors import FormatError
+from nplora.models.config import (
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_POSITIONS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    described,
+    require_layers,
+)
+from nplora.models.rope import RopeConfig
+
+_MAX_TYPES = 1 << 10
+_MAX_BUCKETS = 1 << 12
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """The sizes and settings of an encoder. Names that also occur in BERT's config.json have its meaning.
+
+    Attributes:
+        source: the file that the configuration was read from.
+        model_type: the name of the model's family in `models.families`.
+        max_position_embeddings: the largest number of tokens of a text.
+        hidden_act: the activation: "gelu" (exact), "gelu_pytorch_tanh" or "silu".
+        type_vocab_size: the number of token types; 0: the model has none.
+        position_rows: the rows of the table of learned positions; 0: the model has none.
+        first_position: the row of the table for the first token.
+        relative_buckets: the number of buckets of relative positions; 0: the model has none.
+        sliding_windows: for each layer, how many tokens before and after itself a token attends to, plus 1
+            for the token itself; 0: all tokens.
+        rope, local_rope: the rotation of q and k in layers without and with a window; None: no rotation.
+        attention_bias, mlp_bias, norm_bias: whether the linear layers of attention, those of the MLP, and the
+            norms have a bias.
+        causal: whether a token attends only to itself and earlier tokens. Encoders attend to all tokens.
+    """
+
+    source: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    layer_norm_eps: float
+    max_position_embeddings: int
+    hidden_act: str
+    sliding_windows: tuple[int, ...]
+    type_vocab_size: int = 0
+    position_rows: int = 0
+    first_position: int = 0
+    relative_buckets: int = 0
+    rope: RopeConfig | None = None
+    local_rope: RopeConfig | None = None
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    norm_bias: bool = True
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        self._require("vocab_size", self.vocab_size, 1, MAX_VOCABULARY)
+        self._require("hidden_size", self.hidden_size, 1, MAX_WIDTH)
+        self._require("intermediate_size", self.intermediate_size, 1, MAX_WIDTH)
+        self._require("num_attention_heads", self.num_attention_heads, 1, MAX_HEADS)
+        self._require("max_position_embeddings", self.max_position_embeddings, 1, MAX_POSITIONS)
+        self._require("type_vocab_size", self.type_vocab_size, 0, _MAX_TYPES)
+        self._require("relative_attention_num_buckets", self.relative_buckets, 0, _MAX_BUCKETS)
+        require_layers(self.source, self.num_hidden_layers)
+        if self.hidden_size % self.num_attention_heads:
+            raise FormatError(
+                f"{self.source}: hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        self._require("the width of a head", self.head_dim, 1, MAX_HEAD_DIM)
+        if self.rope is not None and self.head_dim % 2:
+            raise FormatError(f"{self.source}: a head has {self.head_dim} values, expected an even number")
+        if not 0 < self.layer_norm_eps < 1:
+            raise FormatError(f"{self.source}: layer_norm_eps is {self.layer_norm_eps}, expected in (0, 1)")
+
+    def _require(self, name: str, value: int, least: int, most: int) -> None:
+        if not least <= value <= most:
+            raise FormatError(f"{self.source}: {name} is {value:,}, expected {least:,} to {most:,}")
+
+    def described(self) -> str:
+        """All settings as a text, as `ModelConfig.described` returns it."""
+        return described(self)
+
+    @property
+    def head_dim(self) -> int:
+        """The width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """The number of key and value heads, which equals that of the query heads."""
+        return self.num_attention_heads
+
+    @property
+    def heads_width(self) -> int:
+        """The total width of the query heads."""
+        return self.hidden_size
+
+    @property
+    def key_value_width(self) -> int:
+        """The total width of the key heads, which equals that of the value heads."""
+        return self.hidden_size
+
+    @property
+    def attention_scale(self) -> float:
+        """The factor of the attention scores."""
+        return 1 / math.sqrt(self.head_dim)
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """The rotation in a layer, or None if the layer has none."""
+        return self.local_rope if self.sliding_windows[layer] else self.rope

@@ -1,0 +1,81 @@
+"""An encoder: embeddings of tokens and positions, and blocks in which a token attends to the whole text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.models.block import DecoderBlock
+from nplora.models.decoder import Decoder
+from nplora.models.encoder_config import EncoderConfig
+from nplora.models.norms import norm_backward, norm_forward
+from nplora.models.positions import CachePositions, PackedPositions
+from nplora.nn import Embedding, LayerNorm, LoRAEmbedding
+from nplora.nn.module import Module, Saved, inferring
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EmbeddedSaved(Saved):
+    """The values that the backward pass of the embeddings needs.
+
+    Attributes:
+        total: the sum of the embeddings, which is the input of the embeddings' norm.
+        tokens: the values that the token embedding needs.
+    """
+
+    total: Array | None
+    tokens: Any
+
+
+class EncoderModel(Decoder):
+    """The embeddings, the blocks and, if the family has one, the last norm.
+
+    Texts of different lengths are packed, so no work is spent on padding. The layers have the names that
+    transformers gives them, such as "encoder.layer.0.attention.self.query".
+
+    Args:
+        embed_positions, embed_types: the embeddings of positions and of token types, or None. All tokens have
+            type 0.
+        embed_norm: the norm of the sum of the embeddings.
+        norm: the last norm, or None.
+        hf_name: a function that turns the name of a module here into its name in transformers.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        embed_tokens: Embedding | LoRAEmbedding,
+        embed_positions: Embedding | None,
+        embed_types: Embedding | None,
+        embed_norm: LayerNorm,
+        layers: list[DecoderBlock],
+        norm: LayerNorm | None,
+        hf_name: Callable[[str], str],
+    ) -> None:
+        super().__init__(embed_tokens, layers, norm)
+        self.embed_positions, self.embed_types = embed_positions, embed_types
+        self.embed_norm = embed_norm
+        self._first_position, self._hf_name = config.first_position, hf_name
+
+    def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
+        for name, module in super()._walk("", seen):
+            yield ".".join(filter(None, (prefix, self._hf_name(name)))), module
+
+    def _embedded(self, ids: Array, positions: PackedPositions | CachePositions) -> tuple[Array, Any]:
+        x, tokens = self.embed_tokens.forward(ids)
+        if self.embed_positions is not None:
+            x += self.embed_positions.forward(positions.in_sequence + self._first_position)[0]
+        if self.embed_types is not None:
+            x += self.embed_types.forward(np.zeros(1, np.int64))[0]
+        return norm_forward(self.embed_norm, x), EmbeddedSaved(None if inferring() else x, tokens)
+
+    def _embedded_backward(self, dx: Array, saved: EmbeddedSaved) -> None:
+        assert saved.total is not None
+        norm_backward(self.embed_norm, dx, saved.total, dx)
+        self.embed_tokens.backward(dx, saved.tokens)

@@ -1,0 +1,102 @@
+"""The feed-forward network of an encoder's block: down(act(up(x)))      (Vaswani et al. 2017)"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+
+from nplora import _core
+from nplora.models.activation_storage import keeps_bits, narrowed, widened
+from nplora.models.footprint import BITS, FLOAT, Adapted, Footprint, stored
+from nplora.nn import Linear, LoRALinear, stack_backward, stack_forward
+from nplora.nn.module import Gradient, Module, Saved, inferring
+from nplora.nn.stack import StackSaved, stack_infer
+from nplora.weights import buffers
+
+Array = npt.NDArray[Any]
+AnyLinear = Linear | LoRALinear
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FeedForwardSaved(Saved):
+    """The arrays that the backward pass needs, besides the layer's input `x`.
+
+    `up` (n, f), the input of the activation, may be bfloat16 bits.
+    """
+
+    up: Array
+    input: StackSaved
+    down: StackSaved
+
+
+class FeedForward(Module):
+    """Two linear layers with an activation between them. The backward pass computes act(up(x)) again.
+
+    Args:
+        act: the activation, named as in `ModelConfig.hidden_act`.
+        modules: the layers `up_proj` and `down_proj`.
+    """
+
+    reading = ("up_proj",)
+
+    def __init__(self, act: str, modules: Mapping[str, Module]) -> None:
+        self.up_proj: AnyLinear = modules["up_proj"]  # type: ignore[assignment]
+        self.down_proj: AnyLinear = modules["down_proj"]  # type: ignore[assignment]
+        self._act = act
+        self._narrow = keeps_bits(self.down_proj)
+
+    @property
+    def reads_x(self) -> bool:
+        """Whether the backward pass needs the input `x` for the gradients of LoRA factors."""
+        return self.up_proj.reads_x
+
+    def run(self, x: Array, positions: object = None) -> tuple[Array, FeedForwardSaved]:
+        """Compute the output y (n, d) from the input x (n, d)."""
+        (up,), entry = stack_forward((self.up_proj,), x)
+        hidden = up if inferring() else buffers.empty_like(up)
+        _core.activated(self._act, up, hidden)
+        (y,), down = stack_forward((self.down_proj,), hidden)
+        if self._narrow and not inferring():
+            up = narrowed(up)
+        return y, FeedForwardSaved(up, entry.with_x(None), down.with_x(None))
+
+    def run_cached(self, x: Array, *state: object) -> Array:
+        """Compute the output y, and store nothing for a backward pass."""
+        (hidden,) = stack_infer((self.up_proj,), x)
+        _core.activated(self._act, hidden, hidden)
+        return stack_infer((self.down_proj,), hidden)[0]
+
+    def run_backward(
+        self, dy: Array, saved: FeedForwardSaved, x: Array | None, positions: object, need_dx: bool
+    ) -> Gradient:
+        """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False."""
+        deeper = need_dx or bool(self.up_proj.local_parameters())
+        up, hidden = widened(saved.up) if self._narrow else saved.up, None
+        if self.down_proj.reads_x:
+            hidden = buffers.empty_like(up)
+            _core.activated(self._act, up, hidden)
+        dhidden = stack_backward((self.down_proj,), [dy], saved.down.with_x(hidden), deeper)
+        if not deeper:
+            return None
+        _core.activated_backward(self._act, dhidden, up, dhidden)  # in place
+        return stack_backward((self.up_proj,), [dhidden], saved.input.with_x(x), need_dx)
+
+    def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
+        """The memory per token of the forward and backward passes.
+
+        Args:
+            narrow: whether the products compute in bfloat16.
+        """
+        d, f = self.down_proj.weight.shape
+        low = adapted.saved(("up_proj", "down_proj"))
+        saved = stored(narrow) * f
+        forward = low + FLOAT * (2 * f + d) + (BITS * f if narrow else 0)  # up, hidden, y
+        backward = FLOAT * (f + d)  # the gradients of hidden and x
+        backward += FLOAT * d if adapted.read_inputs(("up_proj",)) and narrow else 0  # x
+        backward += FLOAT * f if adapted.read_inputs(("down_proj",)) else 0  # hidden
+        backward += FLOAT * f if narrow else 0  # up
+        backward += FLOAT * f if adapted.use_dora and adapted.outputs else 0
+        return Footprint(saved + low, forward, backward)

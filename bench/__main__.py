@@ -15,6 +15,7 @@ import numpy as np
 from bench import (
     bench_adamw,
     bench_dpo,
+    bench_embed,
     bench_import,
     bench_inference,
     bench_lora_step,
@@ -43,6 +44,7 @@ NAMES = (
     "serve",
     "train",
     "dpo",
+    "embed",
     "plan",
     "threads",
     "import",
@@ -97,6 +99,8 @@ def measure(name: str, quick: bool, threads: list[int], formats: list[str] | Non
             }
         case "dpo":
             return {name: bench_dpo.run(quick, threads[-1])}
+        case "embed":
+            return {name: bench_embed.run(quick, threads[-1])}
         case "plan":
             return {name: bench_plan.run(quick, threads[-1])}
         case "threads":

@@ -348,8 +348,8 @@ struct Int8Products {
                             const Int8Rows& x, float* y, const Fetch& next);
 };
 
-// The activation functions: silu(g) = g / (1 + exp(-g)), GELU in its tanh form, and the exact GELU, which is g
-// Phi(g) with the normal distribution function Phi.
+// The activation functions: silu(g) = g / (1 + exp(-g)), GELU in its tanh form, and the exact GELU, which is
+// g Phi(g) with the normal distribution function Phi.
 enum class Activation : uint8_t { kSilu, kGeluTanh, kGelu };
 inline constexpr size_t kActivations = 3;
 

@@ -117,8 +117,8 @@ inline Vec<float> sigmoid(Vec<float> g) {
   return one / (one + exp(Vec<float>::zero() - g));
 }
 
-// Every activation has the form g * gate(g). In each struct, `gate` returns gate(g). `backward` returns d act'(g),
-// given d and s = gate(g).
+// Every activation has the form act(g) = g * gate(g). In each struct, `gate` returns gate(g), and `backward`
+// returns d act'(g), given d and s = gate(g).
 
 // gate(g) = sigmoid(p(g)) with a polynomial p, so that act'(g) = s (1 + g p'(g) (1 - s)). `slope` is g p'(g).
 template <class Polynomial>
@@ -152,9 +152,9 @@ using GeluTanh = Sigmoidal<GeluTanhInner>;
 
 // The exact GELU: gate(g) = Phi(g), and act'(g) = Phi(g) + g phi(g) with the density phi of N(0, 1).
 //
-// For z = |g| / sqrt(2), Phi(-|g|) = erfc(z) / 2 = t exp(P(t) - z²) / 2 with t = 1 / (1 + z / 2). The
-// polynomial P has a relative error below 1.2e-7 for all z (Press et al., Numerical Recipes, section 6.2). And
-// Phi(|g|) = 1 - Phi(-|g|).
+// For z = |g| / sqrt(2), Phi(-|g|) = erfc(z) / 2 = t exp(P(t) - z²) / 2 with t = 1 / (1 + z / 2). With this
+// polynomial P, the relative error is below 1.2e-7 for all z (Press et al., Numerical Recipes, section 6.2).
+// And Phi(|g|) = 1 - Phi(-|g|).
 struct Gelu {
   static Vec<float> gate(Vec<float> g) {
     using V = Vec<float>;

@@ -1,7 +1,7 @@
-// Attention, causal or in both directions, tile by tile (Vaswani et al. 2017). Groups of query heads share keys and values (Ainslie
-// et al. 2023). Only one tile of scores exists at a time (Dao et al. 2022; Dao 2023). Rows are tokens: a row
-// of q is (heads, head_dim), a row of k or v is (kv_heads, head_dim). Query head h uses key-value head h /
-// (heads / kv_heads).
+// Attention, causal or in both directions, tile by tile (Vaswani et al. 2017). Groups of query heads share
+// keys and values (Ainslie et al. 2023). Only one tile of scores exists at a time (Dao et al. 2022; Dao
+// 2023). Rows are tokens: a row of q is (heads, head_dim), a row of k or v is (kv_heads, head_dim). Query
+// head h uses key-value head h / (heads / kv_heads).
 #pragma once
 
 #include <cstddef>

@@ -81,8 +81,8 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
              keys_of_tile{std::max(seen.first, block.first), std::min(seen.end, block.end)};
   if (keys_of_tile.first >= keys_of_tile.end) return;
   const BackwardBuffers b(dim);
-  const bool sees_all = keys_of_tile.first == seen.first && keys_of_tile.end == seen.end &&
-                        seen.first / kTileKeys == (seen.end - 1) / kTileKeys;
+  const bool sees_all =
+      keys_of_tile.first == seen.first && keys_of_tile.end == seen.end && seen.end - seen.first <= kTileKeys;
   tile.gather(x.dout, 1, b.dout_rows);
   if (!sees_all) {
     find_delta(tile, x, first, b);
@@ -95,7 +95,7 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
   kernels::table().f32.transpose(lanes, dim, b.dout_rows, dim, b.dout, kTileLanes);
 
   bool add = false;
-  for_key_tiles(keys_of_tile, [&](Span keys) {
+  const auto add_keys = [&](Span keys) {
     const size_t n = keys.size(), row = tile.run.row + keys.first;
     const Matrix<const float> k = tile.run.keys(tile.kv_head, dim, keys),
                               v = tile.run.values(tile.kv_head, dim, keys);
@@ -110,7 +110,9 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
     add_outer(n, lanes, dim, b.dp, b.q_rows, x.dk.row(row) + column, x.dk.stride);
     add_weighted(lanes, k, b.dp, b.dq, add);
     add = true;
-  });
+  };
+  // A whole softmax needs all keys at once, also if they cross a multiple of kTileKeys.
+  sees_all ? add_keys(keys_of_tile) : for_key_tiles(keys_of_tile, add_keys);
   kernels::table().f32.transpose(dim, lanes, b.dq, kTileLanes, b.q_rows, dim);
   tile.scatter(b.q_rows, tile.shape.scale, x.dq, !first);
 }

@@ -1,5 +1,5 @@
-// The operations of a transformer between its matrix products: RMSNorm, LayerNorm, rotary position embeddings,
-// activations and gated units. Rows are tokens.
+// The operations of a transformer between its matrix products: RMSNorm, LayerNorm, rotary position
+// embeddings, activations and gated units. Rows are tokens.
 #pragma once
 
 #include <cstddef>
@@ -20,8 +20,8 @@ void rms_norm(Matrix<const float> x, const float* weight, float eps, Matrix<floa
 void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                        Matrix<float> dx, bool accumulate);
 
-// y = (x - mean x) / sqrt(variance x + eps) ∘ weight + bias for each row (Ba et al. 2016). The shapes are those
-// of `rms_norm`, and bias is (d) or null. The mean and the variance are summed in the same way.
+// y = (x - mean x) / sqrt(variance x + eps) ∘ weight + bias for each row (Ba et al. 2016). The shapes are
+// those of `rms_norm`, and bias is (d) or null. The mean and the variance are summed in the same way.
 void layer_norm(Matrix<const float> x, const float* weight, const float* bias, float eps, Matrix<float> y);
 
 // dx = [dx +] the gradient of x. Weight and bias are frozen, so their gradients are not computed.

@@ -305,6 +305,7 @@ def test_long_texts_are_cut_and_counted(directory: Path) -> None:
     assert [WORDS[i] for i in ids[0]] == ["[CLS]", "a", "cat", "[SEP]"]
     with pytest.warns(UserWarning, match="1 of 1 text"):
         assert len(encoder.encode(["cat " * 400_000])[0]) == 32
+    assert len(encoder.encode([" " * 400_000 + "a cat"])[0]) == 4  # its beginning has no tokens
     with pytest.raises(ValueError, match="max_length"):
         encoder.embed(TEXTS, max_length=POSITIONS + 1)
     with pytest.raises(ValueError, match="longest is 1, but there are 2 special tokens"):
@@ -321,8 +322,12 @@ def test_names_of_special_tokens_in_a_text_are_plain_text(directory: Path) -> No
 
 def test_wrong_texts_and_ids_are_refused(directory: Path) -> None:
     encoder = nplora.load_encoder(directory)
-    with pytest.raises(TypeError, match="texts"):
-        encoder.embed([b"a"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"texts\[1\] is a float, expected a text"):
+        encoder.embed(["a", np.nan])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="texts is 3, expected texts"):
+        encoder.embed(3)  # type: ignore[arg-type]
+    assert np.array_equal(encoder.embed(np.array(TEXTS)), encoder.embed(TEXTS))
+    assert np.array_equal(encoder.embed(text for text in TEXTS), encoder.embed(TEXTS))
     with pytest.raises(ValueError, match="surrogate"):
         encoder.embed(["\ud800"])
     with pytest.raises(ValueError, match=r"ids\[1\] have shape \(0,\), expected 1 to 64 token ids"):
@@ -376,11 +381,25 @@ def test_tensors_that_the_configuration_does_not_explain_are_refused(directory: 
 
 
 def test_a_language_model_is_not_loaded_as_an_encoder_by_load_model(directory: Path) -> None:
-    with pytest.raises(UnsupportedError, match="bert"):
+    with pytest.raises(UnsupportedError, match=r"model_type is 'bert', .*nplora\.load_encoder reads"):
         nplora.load_model(directory)
 
 
 # ---- adapters ----
+
+
+def test_only_layers_that_are_trained_take_an_adapter(directory: Path) -> None:
+    encoder = nplora.load_encoder(directory)
+    for target in ("position_embeddings", "LayerNorm", "q_proj"):
+        with pytest.raises(ValueError, match=f"the model has no layer '{target}'"):
+            encoder.add_lora(targets=target)
+    assert encoder.num_parameters == sum(array.size for array in tensors().values())
+    encoder.add_lora(rank=2, targets="word_embeddings,output.dense", layers="last:1")
+    assert list(encoder.adapter_layers()) == [
+        "embeddings.word_embeddings",
+        "encoder.layer.1.attention.output.dense",
+        "encoder.layer.1.output.dense",
+    ]
 
 
 def test_an_adapter_is_saved_merged_and_refused_by_another_model(directory: Path, tmp_path: Path) -> None:
@@ -447,3 +466,18 @@ def test_a_language_model_embeds_by_its_last_token(tmp_path: Path) -> None:
     vectors, saved = encoder.embed_forward(ids)
     encoder.embed_backward(vectors, saved)
     assert encoder.parameters()[0].grad.any()
+
+
+def test_tensors_of_a_head_can_be_read(directory: Path, tmp_path: Path) -> None:
+    model = copied(directory, tmp_path)
+    pooler = np.arange(WIDTH * WIDTH, dtype=np.float32).reshape(WIDTH, WIDTH)
+    named = {f"bert.{name}": array for name, array in tensors().items()}
+    extra = {"bert.pooler.dense.weight": pooler, "classifier.bias": np.ones(2, np.float32)}
+    safetensors.save(model / "model.safetensors", named | extra)
+    encoder = nplora.load_encoder(model)
+    for name in ("pooler.dense.weight", "bert.pooler.dense.weight"):
+        found = encoder.head_tensor(name)
+        assert found is not None
+        assert np.array_equal(found, pooler)
+    assert encoder.head_tensor("classifier.bias") is not None
+    assert encoder.head_tensor("classifier.weight") is None

@@ -1,5 +1,6 @@
 """Encoders against transformers and PEFT: hidden states, gradients, adapters both ways."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import pytest
 
 import nplora
 from figures import Figure
+from nplora.formats.errors import UnsupportedError
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 import torch_encoders  # noqa: E402
+import torch_models  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -137,3 +140,74 @@ def test_the_files_of_a_model_with_a_head_are_read(kind: str, tmp_path: Path) ->
     inner = theirs.base_model.double()
     for one, other in zip(ours.hidden_states(texts), torch_encoders.hidden_states(inner, texts), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("family", "with_head", "changes"),
+    [
+        ("qwen3", True, {}),
+        ("qwen3", False, {}),
+        ("granite", True, {}),
+        ("gemma3", False, {"use_bidirectional_attention": True}),  # EmbeddingGemma
+    ],
+)
+def test_a_language_model_is_read_as_an_encoder(
+    family: str, with_head: bool, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = torch_models.make(family, **changes)
+    (theirs if with_head else theirs.model).save_pretrained(tmp_path)
+    window = getattr(theirs.config, "sliding_window", None)
+    if changes:  # transformers halves the window when it reads the file, and saves the half
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": 2 * (window - 1)}))
+        with pytest.raises(UnsupportedError, match="only causal models are read"):
+            nplora.load_model(tmp_path)
+    ours = nplora.load_encoder(tmp_path)
+    texts = torch_encoders.some_texts(longest=60)
+    wanted = torch_encoders.hidden_states(theirs.model.double(), texts)
+    for one, other in zip(ours.hidden_states(texts), wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+    if not changes and with_head:
+        lm, ids = nplora.load_model(tmp_path), np.array(texts[0])
+        np.testing.assert_allclose(lm.hidden_states(ids), wanted[0], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(lm.hidden_states([ids, ids])[1], wanted[0], rtol=0, atol=1e-4)
+
+
+def trained_tokenizer(kind: str, directory: Path) -> None:
+    """Write a small tokenizer of XLM-R's kind (Unigram) or of RoBERTa's (byte-level BPE)."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors, trainers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    options: dict[str, Any] = {"vocab_size": 300, "special_tokens": special, "show_progress": False}
+    if kind == "unigram":
+        backend = tokenizers.Tokenizer(models.Unigram())
+        backend.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " ")
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer: Any = trainers.UnigramTrainer(unk_token="<unk>", **options)
+    else:
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
+    backend.train_from_iterator([Path(__file__).read_text()], trainer)
+    if kind == "unigram":
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
+    else:
+        backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    backend.enable_truncation(7)
+    backend.save(str(directory / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_texts_become_tokens_and_are_cut_as_in_transformers(kind: str, tmp_path: Path) -> None:
+    model = torch_encoders.make("xlm-roberta", vocab_size=300, max_position_embeddings=34)
+    ours = nplora.load_encoder(torch_encoders.save(model, tmp_path))
+    trained_tokenizer(kind, tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    texts = ["def test", "a text that is far longer than thirty-two tokens, " * 9, "", "ünknöwn 中文"]
+    with pytest.warns(UserWarning, match="1 of 4 texts are longer than 32 tokens"):
+        found = ours.encode(texts)
+    assert found == [theirs(text, truncation=True, max_length=32).input_ids for text in texts]
+    assert len(found[1]) == 32

@@ -92,6 +92,7 @@ class Encoder(Module):
         default_prompt: str | None = None,
         include_prompt: bool = True,
         mapped: Sequence[Stamp] = (),
+        read_tensor: Callable[[str], Array | None] = lambda name: None,
     ) -> None:
         self.config, self.model, self.pooling, self.prefix = config, model, pooling, prefix
         self.max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
@@ -100,6 +101,7 @@ class Encoder(Module):
         self._load_tokenizer = load_tokenizer
         self._tokenizer: Tokenizer | None = None
         self._mapped = tuple(mapped)
+        self._read_tensor = read_tensor
 
     def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
         """The modules of `model` have no "model." before their names, as in transformers and PEFT."""
@@ -134,6 +136,24 @@ class Encoder(Module):
         True
         """
         return self.pooling.dim(self.config.hidden_size)
+
+    def head_tensor(self, name: str) -> Array | None:
+        """A tensor of the model's files that hidden states do not need, as float32; None if there is none.
+
+        BERT's classifiers begin with such a layer, "pooler.dense".
+
+            >>> import nplora
+            >>> encoder = nplora.load_encoder("encoder-model")
+            >>> encoder.head_tensor("pooler.dense.weight") is None
+            True
+
+        Args:
+            name: the name in transformers, with or without the `prefix` of models with a head.
+        Raises:
+            FormatError: a value is NaN or infinite.
+            UnsupportedError: the tensor does not hold floats.
+        """
+        return self._read_tensor(name)
 
     # ---- adapters ----
 
@@ -218,7 +238,7 @@ class Encoder(Module):
 
     # ---- inference ----
 
-    def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+    def encode(self, texts: Iterable[str], max_length: int | None = None) -> list[list[int]]:
         """The token ids of each text, with the tokens that the model puts around a text.
 
             >>> import nplora
@@ -232,7 +252,7 @@ class Encoder(Module):
             UserWarning: texts were longer, and were cut; the message says how many.
         """
         longest = self._longest("encode", max_length)
-        ids, shortened = self.tokenizer.encode_texts(texts, longest)
+        ids, shortened = self.tokenizer.encode_texts(_texts("encode", texts), longest)
         if shortened:
             warnings.warn(
                 f"encode: {shortened:,} of {counted(len(ids), 'text')} are longer than {longest} tokens, and "
@@ -306,8 +326,9 @@ class Encoder(Module):
             UserWarning: texts were cut.
         """
         if isinstance(texts, str):
-            return self.embed([texts], batch_size, normalize, prompt, prompt_name, max_length)[0]
-        given = _check.texts("embed", "texts", texts)
+            alone: Array = self.embed([texts], batch_size, normalize, prompt, prompt_name, max_length)
+            return np.asarray(alone[0])
+        given = _texts("embed", texts)
         before = self._prompt(prompt, prompt_name)
         ids = self.encode([before + text for text in given] if before else given, max_length)
         return self.embed_ids(ids, batch_size, normalize)
@@ -472,3 +493,14 @@ class Encoder(Module):
                 "not supported"
             )
         return text
+
+
+def _texts(op: str, texts: Iterable[str]) -> list[str]:
+    """The texts as a list. Raises TypeError if one of them is no text."""
+    if not np.iterable(texts):
+        raise TypeError(f"{op}: texts is {texts!r}, expected texts")
+    given = list(texts)
+    for i, text in enumerate(given):
+        if not isinstance(text, str):
+            raise TypeError(f"{op}: texts[{i}] is {_check.kind(text)}, expected a text")
+    return given

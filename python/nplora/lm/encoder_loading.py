@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 from nplora import _check, tokenizer
 from nplora.formats import files, gguf, model_directory
 from nplora.formats.config_json import Fields, read_fields
 from nplora.formats.errors import UnsupportedError, brief
-from nplora.formats.files import StrPath
+from nplora.formats.files import Stamp, StrPath
 from nplora.formats.gguf import GgufFile
 from nplora.lm import sentence_files
 from nplora.lm.encoder import Encoder
@@ -22,9 +27,11 @@ from nplora.models import building, families
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder
 from nplora.models.encoder_config import EncoderConfig
-from nplora.models.weights import GgufWeights, SafetensorsWeights, Weights, require_decoded
+from nplora.models.weights import GgufWeights, SafetensorsWeights, require_decoded
 from nplora.tokenizer import Tokenizer
 from nplora.weights import COMPUTES
+
+Array = npt.NDArray[Any]
 
 # llama.cpp's numbers of poolings in GGUF's metadata.
 _GGUF_POOLINGS = {1: "mean", 2: "cls", 3: "last"}
@@ -69,11 +76,61 @@ def load_encoder(
     _check.choice("load_encoder", "compute", compute, COMPUTES)
     if pooling is not None:
         _check.choice("load_encoder", "pooling", pooling, POOLINGS)
-    load = _from_directory if Path(path).is_dir() else _from_gguf
-    return load(path, compute, mmap, check, pooling)
+    read = _from_directory if Path(path).is_dir() else _from_gguf
+    return _encoder(read(path, compute, mmap, check), pooling)
 
 
-def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool, pooling: str | None) -> Encoder:
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of an encoder, from whichever file.
+
+    Attributes:
+        prefix: as in `Encoder`.
+        default: the pooling if the files name none.
+        read_tensor: reads a tensor that hidden states do not need.
+    """
+
+    config: EncoderConfig | ModelConfig
+    model: Decoder
+    prefix: str
+    default: str
+    settings: SentenceSettings
+    load_tokenizer: Callable[[], Tokenizer]
+    mapped: tuple[Stamp, ...]
+    read_tensor: Callable[[str], Array | None] = lambda name: None
+
+
+def _encoder(parts: _Parts, pooling: str | None) -> Encoder:
+    chosen = parts.settings.pooling
+    if pooling is not None:
+        chosen = Pooling(pooling, normalize=chosen is not None and chosen.normalize)
+    elif chosen is None:
+        words = {"mean": "the mean of its tokens", "last": "its last token"}[parts.default]
+        warnings.warn(
+            f"{parts.config.source}: the model's files name no pooling, so a text's embedding is {words}; "
+            "load_encoder(path, pooling=...) sets another",
+            stacklevel=4,
+        )
+        chosen = Pooling(parts.default)
+    return Encoder(
+        parts.config,
+        parts.model,
+        parts.load_tokenizer,
+        chosen,
+        prefix=parts.prefix,
+        max_length=parts.settings.max_length,
+        prompts=parts.settings.prompts,
+        default_prompt=parts.settings.default_prompt,
+        include_prompt=parts.settings.include_prompt,
+        mapped=parts.mapped,
+        read_tensor=parts.read_tensor,
+    )
+
+
+# ---- directories ----
+
+
+def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool) -> _Parts:
     settings = sentence_files.read(Path(path))
     directory = Path(path, settings.transformer)
     if not (directory / model_directory.CONFIG).exists():
@@ -87,14 +144,23 @@ def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool, poolin
         return tokenizer.from_directory(directory)
 
     if family is None:
-        config = _decoder_config(fields)
-        weights = SafetensorsWeights(file, compute, check)
-        return _decoder(config, weights, load_tokenizer, settings, pooling)
+        # No head is needed, so it does not matter whether the file has one.
+        config = dataclasses.replace(_decoder_config(fields), tie_word_embeddings=True)
+        weights = SafetensorsWeights(file, compute, check, _decoder_names(file))
+        model, _ = building.decoder(config, weights)
+        return _Parts(config, model, "model", "last", settings, load_tokenizer, weights.mapped, weights.array)
     names = family.stored_names(tuple(file))
     weights = SafetensorsWeights(file, compute, check, names.stored)
     encoder_config = family.read_config(fields)
-    model = building.encoder(encoder_config, weights, names.is_unused)
-    return _encoder(encoder_config, model, load_tokenizer, weights, settings, pooling)
+    encoder = building.encoder(encoder_config, weights, names.is_unused)
+
+    def read_tensor(name: str) -> Array | None:
+        own = weights.array(names.prefix + name.removeprefix(names.prefix))
+        return weights.array(name) if own is None else own
+
+    return _Parts(
+        encoder_config, encoder, family.prefix, "mean", settings, load_tokenizer, weights.mapped, read_tensor
+    )
 
 
 def _decoder_config(fields: Fields) -> ModelConfig:
@@ -102,14 +168,24 @@ def _decoder_config(fields: Fields) -> ModelConfig:
     kind = fields.string("model_type")
     family = families.find(kind)
     if family is None:
-        known = sorted(each.model_type for each in (*families.ENCODERS, *families.FAMILIES))
+        known = [each.model_type for each in families.FAMILIES]
+        known += [each.model_type for each in families.ENCODERS]
         raise UnsupportedError(
-            f"{fields.source}: model_type is {brief(kind)}, expected one of {', '.join(known)}"
+            f"{fields.source}: model_type is {brief(kind)}, expected one of {', '.join(sorted(known))}"
         )
     return family.read_config(fields)
 
 
-def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool, pooling: str | None) -> Encoder:
+def _decoder_names(names: Container[str]) -> Callable[[str], str]:
+    """A function from a tensor's name to its name in a file, whose model may have no head and no prefix."""
+    prefix = "" if "model.embed_tokens.weight" in names else "model."
+    return lambda name: name.removeprefix(prefix)
+
+
+# ---- GGUF ----
+
+
+def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> _Parts:
     file = gguf.open(path, mmap)
     architecture = file.metadata.string("general.architecture")
     require_decoded(file)
@@ -121,10 +197,11 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool, pooling: st
     family = families.encoder_by_architecture(architecture)
     if family is None:
         config = families.by_architecture(file.source, architecture).read_metadata(file)
-        return _decoder(config, weights, load_tokenizer, settings, pooling)
+        model, _ = building.decoder(config, weights)
+        return _Parts(config, model, "model", "last", settings, load_tokenizer, weights.mapped)
     encoder_config = family.read_metadata(file)
-    model = building.encoder(encoder_config, weights, family.is_unused_in_gguf)
-    return _encoder(encoder_config, model, load_tokenizer, weights, settings, pooling)
+    encoder = building.encoder(encoder_config, weights, family.is_unused_in_gguf)
+    return _Parts(encoder_config, encoder, family.prefix, "mean", settings, load_tokenizer, weights.mapped)
 
 
 def _gguf_settings(file: GgufFile, architecture: str) -> SentenceSettings:
@@ -133,61 +210,3 @@ def _gguf_settings(file: GgufFile, architecture: str) -> SentenceSettings:
     if found not in _GGUF_POOLINGS:
         return SentenceSettings()
     return SentenceSettings(Pooling(_GGUF_POOLINGS[found], normalize=True))
-
-
-def _encoder(
-    config: EncoderConfig,
-    model: Decoder,
-    load_tokenizer: Callable[[], Tokenizer],
-    weights: Weights,
-    settings: SentenceSettings,
-    pooling: str | None,
-) -> Encoder:
-    family = families.encoder_of(config)
-    return _made(config, model, load_tokenizer, weights, settings, pooling, family.prefix, "mean")
-
-
-def _decoder(
-    config: ModelConfig,
-    weights: Weights,
-    load_tokenizer: Callable[[], Tokenizer],
-    settings: SentenceSettings,
-    pooling: str | None,
-) -> Encoder:
-    model, _ = building.decoder(config, weights)
-    return _made(config, model, load_tokenizer, weights, settings, pooling, "model", "last")
-
-
-def _made(
-    config: EncoderConfig | ModelConfig,
-    model: Decoder,
-    load_tokenizer: Callable[[], Tokenizer],
-    weights: Weights,
-    settings: SentenceSettings,
-    pooling: str | None,
-    prefix: str,
-    default: str,
-) -> Encoder:
-    chosen = settings.pooling
-    if pooling is not None:
-        chosen = Pooling(pooling, normalize=chosen is not None and chosen.normalize)
-    elif chosen is None:
-        words = {"mean": "the mean of its tokens", "last": "its last token"}[default]
-        warnings.warn(
-            f"{config.source}: the model's files name no pooling, so a text's embedding is {words}; "
-            "load_encoder(path, pooling=...) sets another",
-            stacklevel=5,
-        )
-        chosen = Pooling(default)
-    return Encoder(
-        config,
-        model,
-        load_tokenizer,
-        chosen,
-        prefix=prefix,
-        max_length=settings.max_length,
-        prompts=settings.prompts,
-        default_prompt=settings.default_prompt,
-        include_prompt=settings.include_prompt,
-        mapped=weights.mapped,
-    )

@@ -75,7 +75,7 @@ class Pooling(Module):
 
     def dim(self, hidden_size: int) -> int:
         """The width of the embeddings, for hidden states of width `hidden_size`."""
-        return int(self.dense[-1].shape[0]) if self.dense else len(self.modes) * hidden_size
+        return int(self.dense[-1].weight.shape[0]) if self.dense else len(self.modes) * hidden_size
 
     def pool(self, x: Array, starts: Array, normalize: bool | None = None) -> Array:
         """Return the embeddings (m, dim) of m texts, from the hidden states x (n, d) of all their tokens.
@@ -121,7 +121,8 @@ class Pooling(Module):
         return total
 
     def __repr__(self) -> str:
-        words = ["+".join(self.modes), *(f"{layer.shape[1]} -> {layer.shape[0]}" for layer in self.dense)]
+        shapes = (layer.weight.shape for layer in self.dense)
+        words = ["+".join(self.modes), *(f"{d_in} -> {d_out}" for d_out, d_in in shapes)]
         return f"Pooling({', '.join([*words, *(['normalize'] if self.normalize else [])])})"
 
 
@@ -130,22 +131,22 @@ def _pooled(mode: str, x: Array, starts: Array) -> Array:
     if not len(first):
         return np.empty((0, x.shape[1]), np.float32)
     if mode == "cls":
-        return x[first]
+        return np.asarray(x[first])
     if mode == "last":
-        return x[starts[1:] - 1]
+        return np.asarray(x[starts[1:] - 1])
     if mode == "max":
-        return np.maximum.reduceat(x, first, axis=0)
+        return np.asarray(np.maximum.reduceat(x, first, axis=0))
     if mode == "weighted_mean":
-        return np.add.reduceat(x * _weights(starts)[:, None], first, axis=0)
+        return np.asarray(np.add.reduceat(x * _weights(starts)[:, None], first, axis=0))
     total = np.add.reduceat(x, first, axis=0)
-    return total / (counts if mode == "mean" else np.sqrt(counts))
+    return np.asarray(total / (counts if mode == "mean" else np.sqrt(counts)))
 
 
 def _weights(starts: Array) -> Array:
     """The weight of each token in the weighted mean of its text, float32 (n,)."""
     counts = np.diff(starts)
     place = np.arange(starts[-1]) - np.repeat(starts[:-1], counts) + 1
-    return (place / np.repeat(counts * (counts + 1) / 2, counts)).astype(np.float32)
+    return np.asarray(place / np.repeat(counts * (counts + 1) / 2, counts), np.float32)
 
 
 def _pooled_backward(mode: str, dy: Array, saved: PoolingSaved) -> Array:

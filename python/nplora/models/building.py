@@ -15,6 +15,7 @@ from nplora.models.relative_bias import RelativeBias
 from nplora.models.rope import Rope, RopeConfig
 from nplora.models.weights import Weights, require_fitting, require_tensors
 from nplora.nn import Embedding, LayerNorm, Linear, RMSNorm
+from nplora.weights import FrozenWeight
 
 
 def decoder(config: ModelConfig, weights: Weights) -> tuple[Decoder, Linear]:
@@ -77,13 +78,13 @@ def encoder(config: EncoderConfig, weights: Weights, is_unused: Callable[[str], 
         weight = weights.vector(tensors[f"{name}.weight"])
         return LayerNorm(weight, None if bias is None else weights.vector(bias), config.layer_norm_eps)
 
-    def table(part: str) -> Embedding | None:
+    def table(part: str) -> FrozenWeight | None:
         tensor = tensors.get(f"{family.outside[part][0]}.weight") if part in family.outside else None
-        return None if tensor is None else Embedding(weights.matrix(tensor))
+        return None if tensor is None else weights.matrix(tensor)
 
     tokens, buckets = table("embed_tokens"), table("relative_bias")
     assert tokens is not None
-    bias = None if buckets is None else RelativeBias(buckets.weight.to_numpy())
+    bias = None if buckets is None else RelativeBias(buckets.to_numpy())
     blocks = list[DecoderBlock]()
     for layer in range(config.num_hidden_layers):
         path = f"{family.blocks}.{layer}"
@@ -96,7 +97,7 @@ def encoder(config: EncoderConfig, weights: Weights, is_unused: Callable[[str], 
         blocks.append(family.block(config, layer, None if rope is None else ropes[id(rope)], bias, modules))
     return EncoderModel(
         config,
-        tokens,
+        Embedding(tokens),
         table("embed_positions"),
         table("embed_types"),
         norm(family.outside["embed_norm"][0]),

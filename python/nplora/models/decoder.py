@@ -13,10 +13,10 @@ import numpy.typing as npt
 from nplora.models.block import BlockSaved, DecoderBlock
 from nplora.models.cache import KVCache
 from nplora.models.invocation import active_in, invocation_of
-from nplora.models.norms import Norm, norm_backward, norm_forward
+from nplora.models.norms import norm_backward, norm_forward
 from nplora.models.positions import CachePositions, PackedPositions
 from nplora.models.prefix_cache import PrefixCache
-from nplora.nn import Embedding, LoRAEmbedding, TrainedEmbedding
+from nplora.nn import Embedding, LoRAEmbedding, RMSNorm, TrainedEmbedding
 from nplora.nn.active_rows import only_active
 from nplora.nn.module import Module, Saved, inference
 from nplora.nn.row_groups import row_groups
@@ -70,7 +70,7 @@ class Decoder(Module):
         self,
         embed_tokens: Embedding | LoRAEmbedding | TrainedEmbedding,
         layers: list[DecoderBlock],
-        norm: Norm | None,
+        norm: RMSNorm,
         embedding_multiplier: float = 1.0,
         logits_scaling: float = 1.0,
     ) -> None:
@@ -140,8 +140,8 @@ class Decoder(Module):
         return x
 
     def hidden_states(self, x: Array) -> Array:
-        """The last norm of the residual stream x (n, d); the stream itself if the model has no last norm."""
-        return x if self.norm is None else norm_forward(self.norm, x)
+        """The last norm of the residual stream x (n, d)."""
+        return norm_forward(self.norm, x)
 
     def hidden_states_backward(self, dy: Array, x: Array) -> Array:
         """The gradient of the residual stream `x`, given the gradient `dy` of the hidden states.
@@ -149,10 +149,7 @@ class Decoder(Module):
         `dy` is not changed.
         """
         dx = buffers.empty_like(x)
-        if self.norm is None:
-            np.copyto(dx, dy)
-        else:
-            norm_backward(self.norm, dy, x, dx)
+        norm_backward(self.norm, dy, x, dx)
         return dx
 
     def read_out(self, x: Array) -> Array:

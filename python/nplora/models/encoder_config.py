@@ -70,6 +70,7 @@ class EncoderConfig:
         self._require("intermediate_size", self.intermediate_size, 1, MAX_WIDTH)
         self._require("num_attention_heads", self.num_attention_heads, 1, MAX_HEADS)
         self._require("max_position_embeddings", self.max_position_embeddings, 1, MAX_POSITIONS)
+        self._require("pad_token_id + 1", self.first_position, 0, MAX_POSITIONS)
         self._require("type_vocab_size", self.type_vocab_size, 0, _MAX_TYPES)
         self._require("relative_attention_num_buckets", self.relative_buckets, 0, _MAX_BUCKETS)
         require_layers(self.source, self.num_hidden_layers)

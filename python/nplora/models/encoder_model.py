@@ -16,6 +16,7 @@ from nplora.models.norms import norm_backward, norm_forward
 from nplora.models.positions import CachePositions, PackedPositions
 from nplora.nn import Embedding, LayerNorm, LoRAEmbedding
 from nplora.nn.module import Module, Saved, inferring
+from nplora.weights import FrozenWeight, buffers
 
 Array = npt.NDArray[Any]
 
@@ -40,28 +41,33 @@ class EncoderModel(Decoder):
     transformers gives them, such as "encoder.layer.0.attention.self.query".
 
     Args:
-        embed_positions, embed_types: the embeddings of positions and of token types, or None. All tokens have
-            type 0.
+        positions, types: the embeddings of positions and of token types, or None. All tokens have type 0.
+            They are weights and no modules, because they take no adapter.
         embed_norm: the norm of the sum of the embeddings.
         norm: the last norm, or None.
         hf_name: a function that turns the name of a module here into its name in transformers.
     """
 
+    norm: LayerNorm | None  # type: ignore[assignment]
+
     def __init__(
         self,
         config: EncoderConfig,
         embed_tokens: Embedding | LoRAEmbedding,
-        embed_positions: Embedding | None,
-        embed_types: Embedding | None,
+        positions: FrozenWeight | None,
+        types: FrozenWeight | None,
         embed_norm: LayerNorm,
         layers: list[DecoderBlock],
         norm: LayerNorm | None,
         hf_name: Callable[[str], str],
     ) -> None:
-        super().__init__(embed_tokens, layers, norm)
-        self.embed_positions, self.embed_types = embed_positions, embed_types
+        super().__init__(embed_tokens, layers, norm)  # type: ignore[arg-type]
+        self._positions, self._types = positions, types
         self.embed_norm = embed_norm
         self._first_position, self._hf_name = config.first_position, hf_name
+
+    def local_frozen(self) -> list[FrozenWeight | Array]:
+        return [weight for weight in (self._positions, self._types) if weight is not None]
 
     def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
         for name, module in super()._walk("", seen):
@@ -69,13 +75,25 @@ class EncoderModel(Decoder):
 
     def _embedded(self, ids: Array, positions: PackedPositions | CachePositions) -> tuple[Array, Any]:
         x, tokens = self.embed_tokens.forward(ids)
-        if self.embed_positions is not None:
-            x += self.embed_positions.forward(positions.in_sequence + self._first_position)[0]
-        if self.embed_types is not None:
-            x += self.embed_types.forward(np.zeros(1, np.int64))[0]
+        if self._positions is not None:
+            x += self._positions.take(positions.in_sequence + self._first_position)
+        if self._types is not None:
+            x += self._types.take(np.zeros(1, np.int64))
         return norm_forward(self.embed_norm, x), EmbeddedSaved(None if inferring() else x, tokens)
 
     def _embedded_backward(self, dx: Array, saved: EmbeddedSaved) -> None:
         assert saved.total is not None
         norm_backward(self.embed_norm, dx, saved.total, dx)
         self.embed_tokens.backward(dx, saved.tokens)
+
+    def hidden_states(self, x: Array) -> Array:
+        """The last norm of the residual stream x (n, d); the stream itself if the model has no last norm."""
+        return x if self.norm is None else norm_forward(self.norm, x)
+
+    def hidden_states_backward(self, dy: Array, x: Array) -> Array:
+        dx = buffers.empty_like(x)
+        if self.norm is None:
+            np.copyto(dx, dy)
+        else:
+            norm_backward(self.norm, dy, x, dx)
+        return dx

@@ -40,7 +40,7 @@ class FeedForward(Module):
         modules: the layers `up_proj` and `down_proj`.
     """
 
-    reading = ("up_proj",)
+    reading: tuple[str, ...] = ("up_proj",)
 
     def __init__(self, act: str, modules: Mapping[str, Module]) -> None:
         self.up_proj: AnyLinear = modules["up_proj"]  # type: ignore[assignment]

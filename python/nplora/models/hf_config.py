@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nplora.formats.config_json import read_fields
+from nplora.formats.errors import UnsupportedError
 from nplora.formats.files import StrPath
 from nplora.models import families
 from nplora.models.config import ModelConfig
@@ -17,4 +18,10 @@ def read(path: StrPath) -> ModelConfig:
         OSError: the file cannot be read.
     """
     fields = read_fields(path)
-    return families.by_model_type(fields.source, fields.string("model_type")).read_config(fields)
+    config = families.by_model_type(fields.source, fields.string("model_type")).read_config(fields)
+    if not config.causal:
+        raise UnsupportedError(
+            f"{fields.source}: a token attends to later tokens too, but only causal models are read here; "
+            "load_encoder reads this one"
+        )
+    return config

@@ -192,6 +192,13 @@ class SafetensorsWeights:
         values = _floats(self.source, stored.name, stored.dtype, stored.array)
         return values + np.float32(tensor.offset) if tensor.offset else values
 
+    def array(self, name: str) -> Array | None:
+        """Any tensor of floats, copied to float32; None if the file has no tensor with this name."""
+        if name not in self._file:
+            return None
+        stored = self._file[name]
+        return _floats(self.source, name, stored.dtype, stored.array)
+
 
 def _floats(source: str, name: str, dtype: str, array: Array) -> Array:
     """Copy an array to float32."""

@@ -313,17 +313,25 @@ class Tokenizer:
         around = self._backend.num_special_tokens_to_add(False)
         if longest < around:
             raise ValueError(f"encode_texts: longest is {longest}, but there are {around} special tokens")
-        room = _CHARACTERS * (longest + _UNSURE)
-        shortened = [text if len(text) <= 4 * room else text[: _cut(text, 4 * room)] for text in texts]
+        room = 4 * _CHARACTERS * (longest + _UNSURE)
+        beginnings = [text if len(text) <= room else text[: _cut(text, room)] for text in texts]
+        found = self._encode_cut(beginnings, longest)
+        for i, (text, beginning) in enumerate(zip(texts, beginnings, strict=True)):
+            if len(beginning) < len(text) and not found[i][1]:  # long, but with few tokens, such as spaces
+                found[i] = self._encode_cut([text], longest)[0]
+        return [ids for ids, _ in found], sum(is_cut for _, is_cut in found)
+
+    def _encode_cut(self, texts: Sequence[str], longest: int) -> list[tuple[list[int], bool]]:
+        """The token ids of each text, and whether the text was cut."""
         with _encoding:  # the options below are stored in the backend, for all threads
             self._backend.encode_special_tokens = True
             self._backend.enable_truncation(longest)
             try:
                 with backend_errors(f"{self.source}: the tokenizer fails with one of {len(texts):,} texts"):
-                    found = self._backend.encode_batch(shortened, add_special_tokens=True)
+                    found = self._backend.encode_batch(texts, add_special_tokens=True)
             finally:
                 self._backend.no_truncation()
-        return [one.ids for one in found], sum(bool(one.overflowing) for one in found)
+        return [(one.ids, bool(one.overflowing)) for one in found]
 
     def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
         """Encode a text that the model should continue, with the model's BOS but without EOS at the end.

@@ -142,5 +142,7 @@ def find_architecture(architecture: str) -> Family | None:
 def _find(source: str, field: str, known: dict[str, Family], name: str) -> Family:
     if name not in known:
         words = ", ".join(sorted(known))
-        raise UnsupportedError(f"{source}: {field} is {brief(name)}, expected one of {words}")
+        is_encoder = any(name in (family.model_type, family.architecture) for family in ENCODERS)
+        hint = "; this is an encoder, which nplora.load_encoder reads" if is_encoder else ""
+        raise UnsupportedError(f"{source}: {field} is {brief(name)}, expected one of {words}{hint}")
     return known[name]

@@ -58,6 +58,11 @@ def heads(fields: Fields, name: str) -> int:
     return count
 
 
+def after_padding(fields: Fields) -> int:
+    """The row of the first position in models that keep the rows up to that of the padding token unused."""
+    return fields.integer("pad_token_id", 1) + 1
+
+
 def no_windows(fields: Fields, layers: int) -> tuple[int, ...]:
     """The sliding windows of a model that has none. The number of layers is checked first."""
     require_layers(fields.source, layers)

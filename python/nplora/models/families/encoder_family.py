@@ -83,7 +83,7 @@ class EncoderFamily:
         ignored: the first parts of names of tensors that do not affect the hidden states.
         halves: the half-blocks (attention and MLP) of a block.
         activation_field: the name of config.json's field for the activation.
-        first_position: the row of the table of positions for the first token.
+        first_position: the row of the table of positions for the first token, if config.json does not say.
     """
 
     model_type: ClassVar[str]
@@ -123,6 +123,7 @@ class EncoderFamily:
         config_fields.require_readable(fields)
         self.require_encoder(fields)
         layers, rows = fields.integer("num_hidden_layers"), fields.integer("max_position_embeddings", 512)
+        first = self.read_first_position(fields)
         return EncoderConfig(
             source=fields.source,
             model_type=self.model_type,
@@ -132,13 +133,17 @@ class EncoderFamily:
             num_hidden_layers=layers,
             num_attention_heads=config_fields.heads(fields, "num_attention_heads"),
             layer_norm_eps=fields.number("layer_norm_eps", 1e-12),
-            max_position_embeddings=rows - self.first_position,
+            max_position_embeddings=rows - first,
             hidden_act=config_fields.activation(fields, self.activation_field, "gelu"),
             sliding_windows=config_fields.no_windows(fields, layers),
             type_vocab_size=fields.integer("type_vocab_size", 2),
             position_rows=rows,
-            first_position=self.first_position,
+            first_position=first,
         )
+
+    def read_first_position(self, fields: Fields) -> int:
+        """The row of the table of positions for the first token."""
+        return self.first_position
 
     def require_encoder(self, fields: Fields) -> None:
         """Raise UnsupportedError for variants of the family that nplora does not compute."""

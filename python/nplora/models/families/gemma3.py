@@ -55,19 +55,18 @@ class Gemma3(Family):
 
     def read_config(self, fields: Fields) -> ModelConfig:
         config_fields.require_absent(fields, "final_logit_softcapping", "attn_logit_softcapping")
-        if fields.boolean("use_bidirectional_attention", False):
-            raise UnsupportedError(
-                f"{fields.source}: use_bidirectional_attention is set, but only causal models are read"
-            )
         config = config_fields.with_attention_bias(super().read_config(fields), fields)
         pattern = fields.integer(
             "sliding_window_pattern", fields.integer("_sliding_window_pattern", _PATTERN)
         )
+        windows = config_fields.windows(fields, _kinds(fields.source, config.num_hidden_layers, pattern))
+        bidirectional = fields.boolean("use_bidirectional_attention", False)
+        if bidirectional:  # as in EmbeddingGemma: half of the window is before the token, half after it
+            windows = tuple(window // 2 + 1 if window else NO_WINDOW for window in windows)
         return dataclasses.replace(
             config,
-            sliding_windows=config_fields.windows(
-                fields, _kinds(fields.source, config.num_hidden_layers, pattern)
-            ),
+            sliding_windows=windows,
+            causal=not bidirectional,
             local_rope=self._local_rope(fields),
             query_pre_attn_scalar=config_fields.positive(fields, "query_pre_attn_scalar", 256),
             embedding_multiplier=math.sqrt(config.hidden_size),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from nplora.formats.config_json import Fields
+from nplora.models.families import config_fields
 from nplora.models.families.encoder_family import EncoderFamily
 
 
 class Roberta(EncoderFamily):
     model_type = "roberta"
     prefix = "roberta"
-    first_position = 2  # the rows before it are for padding
+
+    def read_first_position(self, fields: Fields) -> int:
+        return config_fields.after_padding(fields)

@@ -18,7 +18,7 @@ import small_models
 from nplora.lm import LanguageModel
 from nplora.lm.generation import PAGE, Sampling, generate_ids
 from nplora.models.invocation import NEVER
-from nplora.serving import Chunk, Engine, QueueFullError, Ticket, scheduler
+from nplora.serving import Chunk, Engine, QueueFullError, Ticket, memory, scheduler
 from vocabularies import byte_level
 
 pytest.importorskip("tokenizers")
@@ -189,6 +189,19 @@ def test_an_answer_ends_where_all_pages_are_full(lm: LanguageModel) -> None:
 def test_too_small_a_budget_is_refused_with_what_is_needed(lm: LanguageModel) -> None:
     with pytest.raises(ValueError, match=r"Engine: memory is 20 MB, expected at least \d+ MB"):
         Engine(lm, memory="20M")
+
+
+def test_adapters_that_are_loaded_later_have_a_part_of_the_memory(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "resident_memory", lambda lm: (0, 0))
+    page = memory.page_bytes(lm.config)
+    budget = memory.work_bytes(lm, 1) + 8 * page
+    for given, adapters, pages in ((0, 0, 8), (2 * page, 2 * page, 6), (None, page, 7), ("0", 0, 8)):
+        plan = memory.plan_memory(lm, budget, 1, given)
+        assert (plan.adapters, plan.pages, plan.total) == (adapters, pages, budget)
+    with pytest.raises(ValueError, match="10 MB are for adapters"):
+        memory.plan_memory(lm, budget, 1, "10M")
 
 
 BUDGET = """

@@ -5,12 +5,14 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import live_server
 import pytest
 
 import nplora
+from nplora.finetuning.planning import current_memory
 from nplora.serving import run
 from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models
@@ -116,6 +118,12 @@ def test_the_adapters_of_earlier_jobs_are_there_when_the_engine_divides_the_memo
     options = ServeOptions(jobs=str(tmp_path / "jobs"), memory="8G")
     with run.running(lm, Models(lm, "base"), options):
         assert seen == [[name]]
+
+
+def test_training_does_not_get_the_memory_that_the_engine_will_still_take() -> None:
+    for later, limit in ((100e6, 900e6), (-100e6, 1e9)):
+        engine: Any = SimpleNamespace(plan=SimpleNamespace(total=current_memory() + int(later)))
+        assert run.training_memory(ServeOptions(memory="1G"), engine) == pytest.approx(limit, abs=30e6)
 
 
 def test_a_job_is_cancelled(client: Any, file: Any) -> None:

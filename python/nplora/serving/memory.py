@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from nplora import _core
+from nplora import _check, _core
 from nplora.finetuning.planning import available_memory, parse_bytes
 from nplora.finetuning.planning.choice import resident_memory
 from nplora.lm import LanguageModel
@@ -93,7 +93,9 @@ def plan_memory(
 
 
 def _size(adapter_memory: int | str) -> int:
-    return 0 if str(adapter_memory).strip() == "0" else parse_bytes(adapter_memory, "Engine")
+    if isinstance(adapter_memory, str) and adapter_memory.strip() != "0":
+        return parse_bytes(adapter_memory, "Engine")
+    return _check.integer("Engine", "adapter_memory", int(adapter_memory), least=0)
 
 
 def page_bytes(config: ModelConfig) -> int:

@@ -102,6 +102,51 @@ def test_a_sequence_has_the_same_bits_with_any_other_sequences(lm: LanguageModel
             np.testing.assert_array_equal(row, wanted[slot])
 
 
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "int8"])
+def test_pieces_of_different_lengths_are_computed_together(
+    model: Path, paths: dict[str, Path], compute: str
+) -> None:
+    lm = load_model(model, compute=compute)
+    for name, path in paths.items():
+        lm.load_adapter(path, name)
+    rng = np.random.default_rng(4)
+    names = [None, *SETTINGS, "all", None, "activated"] * 2
+    pieces = [
+        rng.integers(0, 9, (2, count))
+        for count in (1, 30, 2, 9, 8, 64, 10, 3, 200, 1, 12, 5, 2, 40, 2, 1, 70, 9, 16, 6, 11, 4)
+    ]
+    cache = lm.new_cache(len(names), 400)
+    for slot, name in enumerate(names):
+        cache.adapters[slot] = name
+    order = rng.permutation(len(names))
+    for step in range(2):
+        got = lm.decode([pieces[slot][step] for slot in order], order, cache)
+        np.testing.assert_array_equal(cache.lengths, [(step + 1) * row.shape[1] for row in pieces])
+    for slot, scores in zip(order, got, strict=True):
+        ids = pieces[slot].reshape(-1)
+        wanted = alone(lm, names[slot], ids, (ids.size // 2, ids.size // 2))[-1]
+        np.testing.assert_array_equal(scores[: len(wanted)], wanted, err_msg=str(names[slot]))
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [
+        ([[1, 2], []], "no tokens for a sequence"),
+        ([], "no tokens for a sequence"),
+        ([[[1]], [[2]]], r"shape \(2, 1, 1\), expected \(m, count\)"),
+        ([[1], [2], [3]], r"slots have shape \(2,\), expected one for each of 3"),
+        ([[1, 2], [3.0]], "expected integers"),
+        ([[1, 99999], [3]], "token_ids holds 99999"),
+        ([[1], [1] * 5], "a slot would hold 5 tokens"),
+    ],
+)
+def test_wrong_pieces_change_nothing(lm: LanguageModel, token_ids: Any, message: str) -> None:
+    cache = lm.new_cache(2, 4)
+    with pytest.raises((ValueError, TypeError), match=message):
+        lm.decode(token_ids, [0, 1], cache)
+    assert not cache.lengths.any()
+
+
 def test_the_adapter_of_an_empty_slot_can_be_changed(lm: LanguageModel) -> None:
     cache = lm.new_cache(2, 4)
     assert list(cache.adapters) == [None, None]
@@ -210,11 +255,11 @@ def test_sequences_with_the_same_adapter_are_computed_together(
 ) -> None:
     together = []
 
-    def counted(models: list[Any], *rest: Any, few: Any = slot_models._decode_few) -> Any:
+    def counted(models: list[Any], *rest: Any, few: Any = slot_models._decode_together) -> Any:
         together.append(len(set(map(id, models))))
         return few(models, *rest)
 
-    monkeypatch.setattr(slot_models, "_decode_few", counted)
+    monkeypatch.setattr(slot_models, "_decode_together", counted)
     names = ["all", "added", None] * 8
     wanted = {name: alone(lm, name, IDS[0], (4,))[0] for name in names}
     cache = lm.new_cache(len(names), 4)

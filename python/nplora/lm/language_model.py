@@ -1107,27 +1107,25 @@ class LanguageModel(Module):
             (5, 5)
 
         Args:
-            token_ids: integers (m, count) or (m,), the next tokens of each sequence. A long prompt may be
-                added in pieces.
-            slots: integers (m,), the cache slot of each row. No slot may occur twice.
+            token_ids: integers (m, count) or (m,), the next tokens of each sequence; or a list of m arrays
+                (count,) of different lengths. A long prompt may be added in pieces.
+            slots: integers (m,), the cache slot of each sequence. No slot may occur twice.
         Raises:
             TypeError: `token_ids` or `slots` are not integers.
             ValueError: the shapes do not fit, an id or slot is out of range, or the cache is full. The
                 cache is not changed.
             CorruptError: as in `require_unchanged`.
         """
-        ids = _check.integers("decode", "token_ids", token_ids)
+        pieces = slot_models.pieces_of(token_ids)
         rows = _check.integers("decode", "slots", slots)
-        ids = ids[:, None] if ids.ndim == 1 else ids
-        if rows.ndim != 1 or ids.ndim != 2 or len(ids) != len(rows) or not ids.size:
-            raise ValueError(
-                f"decode: token_ids have shape {ids.shape}, slots {rows.shape}; expected (m, count) and (m,)"
-            )
-        cache.require_room(rows, ids.shape[1])
+        if rows.shape != (len(pieces),):
+            raise ValueError(f"decode: slots have shape {rows.shape}, expected one for each of {len(pieces)}")
+        counts = np.array([len(piece) for piece in pieces])
+        cache.require_room(rows, counts)
         with inference():
-            logits = slot_models.decode(self, ids, rows, cache)
+            logits = slot_models.decode(self, pieces, rows, cache)
         self.require_unchanged()
-        cache.lengths[rows] += ids.shape[1]
+        cache.lengths[rows] += counts
         return logits
 
     @overload

@@ -1,7 +1,7 @@
 """Decodes the next tokens of several sequences of a cache together, each with the adapter of its slot.
 
-A small batch reads the frozen weights once for all its rows, and gives each row the same bits as alone. A
-longer piece of a prompt is computed alone.
+The frozen weights are read once for several sequences, and each sequence has the same bits as alone. The core
+computes a few rows in another way than many, so short pieces are joined to few rows, and long pieces to many.
 """
 
 from __future__ import annotations
@@ -36,36 +36,64 @@ class SlotModel(Protocol):
     def copied(self, replaced: Mapping[int, Module]) -> Self: ...
 
 
-_SMALL = _core.constants.small_batch
+_FEW = _core.constants.small_batch  # rows
+_MANY = 512  # rows, unless one sequence has more. They limit the memory
 
 
-def decode(lm: SlotModel, ids: Array, slots: Array, cache: KVCache) -> Array:
-    """The logits (m, vocab) after the tokens `ids` (m, count), which are stored in the cache.
+def pieces_of(token_ids: npt.ArrayLike) -> list[Array]:
+    """The next tokens of each sequence, int64 (count,), from the arguments of `LanguageModel.decode`."""
+    op, name = "decode", "token_ids"
+    if isinstance(token_ids, list | tuple) and all(np.ndim(piece) == 1 for piece in token_ids):
+        pieces = [_check.integers(op, name, piece) for piece in token_ids]
+    else:
+        ids = _check.integers(op, name, token_ids)
+        if ids.ndim not in (1, 2):
+            raise ValueError(f"{op}: {name} has shape {ids.shape}, expected (m, count) or (m,)")
+        pieces = list(ids.reshape(len(ids), -1))
+    if not pieces or not all(piece.size for piece in pieces):
+        raise ValueError(f"{op}: {name} has no tokens for a sequence, expected at least one for each")
+    return pieces
+
+
+def decode(lm: SlotModel, pieces: Sequence[Array], slots: Array, cache: KVCache) -> Array:
+    """The logits (m, vocab) after the next tokens of each sequence, which are stored in the cache.
 
     The cache's lengths stay as they are. Call this function in `with inference()`.
 
     Args:
         lm: the model for a cache without an owner.
+        pieces: (count,) token ids for each slot.
     Raises:
         ValueError: an id is out of range. The cache is not changed.
     """
     models: list[Any] = [cache.adapters.model(slot) or lm for slot in slots.tolist()]
-    _check_ids(models, ids)
-    cache.find_invocation(slots, ids)
-    together = max(1, _SMALL // ids.shape[1])
-    if len(slots) <= together:
-        return _decode_few(models, ids, slots, cache)
-    number = {id(model): index for index, model in enumerate(models)}  # one for each model
-    order = np.argsort([number[id(model)] for model in models], kind="stable")
+    _check_ids(models, pieces)
+    cache.find_invocation(slots, pieces)
     logits = np.empty((len(slots), 0), np.float32)
-    for first in range(0, len(slots), together):
-        some = order[first : first + together]
-        few = _decode_few([models[row] for row in some], ids[some], slots[some], cache)
+    for some in _batches(models, [len(piece) for piece in pieces]):
+        few = _decode_together([models[i] for i in some], [pieces[i] for i in some], slots[some], cache)
         logits = _filled(logits, some, few)
     return logits
 
 
-def _filled(logits: Array, rows: Array, few: Array) -> Array:
+def _batches(models: Sequence[SlotModel], counts: Sequence[int]) -> Iterator[list[int]]:
+    """The indices of sequences that are computed together. Those with the same model are neighbours."""
+    number = {id(model): index for index, model in enumerate(models)}  # one for each model
+    order = sorted(range(len(counts)), key=lambda i: (counts[i] > _FEW, number[id(models[i])]))
+    some: list[int] = []
+    for i in order:
+        is_long = counts[i] > _FEW
+        rows = sum(counts[j] for j in some) + counts[i]
+        alike = some and (counts[some[0]] > _FEW) == is_long
+        # The head has a row for each sequence, so their number is small, too.
+        if some and (not alike or len(some) == _FEW or rows > (_MANY if is_long else _FEW)):
+            yield some
+            some = []
+        some.append(i)
+    yield some
+
+
+def _filled(logits: Array, rows: list[int], few: Array) -> Array:
     """Store some rows in the logits, which are made wider for the first ones. Shorter rows end with -inf."""
     if few.shape[1] > logits.shape[1]:
         wider = np.full((len(logits), few.shape[1]), -np.inf, few.dtype)
@@ -81,27 +109,31 @@ def vocab_of(model: SlotModel) -> int:
     return int(embedding.rows.size if isinstance(embedding, TrainedEmbedding) else embedding.weight.shape[0])
 
 
-def _check_ids(models: Sequence[SlotModel], ids: Array) -> None:
+def _check_ids(models: Sequence[SlotModel], pieces: Sequence[Array]) -> None:
     vocabs = {id(model): vocab_of(model) for model in models}
     if len(set(vocabs.values())) == 1:
-        _check.in_range("decode", "token_ids", ids, vocabs[id(models[0])])
+        _check.in_range("decode", "token_ids", np.concatenate(pieces), vocabs[id(models[0])])
         return
-    for model, row in zip(models, ids, strict=True):
-        _check.in_range("decode", "token_ids", row, vocabs[id(model)])
+    for model, piece in zip(models, pieces, strict=True):
+        _check.in_range("decode", "token_ids", piece, vocabs[id(model)])
 
 
-def _decode_few(models: Sequence[SlotModel], ids: Array, slots: Array, cache: KVCache) -> Array:
-    """`decode` for as many sequences as are computed together."""
-    count = ids.shape[1]
-    acts = cache.acts(slots, cache.lengths[slots], count)
+def _decode_together(
+    models: Sequence[SlotModel], pieces: Sequence[Array], slots: Array, cache: KVCache
+) -> Array:
+    """`decode` for sequences that are computed together."""
+    counts = np.array([len(piece) for piece in pieces])
+    acts = cache.acts(cache.next_positions(slots, counts))
     if acts.all() and all(model is models[0] for model in models):
-        return _logits(models[0], ids, slots, cache)
+        return _logits(models[0], pieces, slots, cache)
     joint = _joint_of(cache, models)
     numbers = np.array([joint.number(model) for model in models])
-    order = np.lexsort((acts[:, 0], numbers))
-    rows = zip(np.repeat(numbers[order], count).tolist(), acts[order].reshape(-1).tolist(), strict=True)
-    last = ((number, True) for number in numbers[order].tolist())
-    logits = _logits(joint.lm, ids[order], slots[order], cache, _grouped(rows), _grouped(last))
+    acting = np.split(acts, np.cumsum(counts)[:-1])  # for each sequence
+    order = sorted(range(len(models)), key=lambda i: (numbers[i], acting[i][0]))
+    rows = [(int(numbers[i]), bool(does)) for i in order for does in acting[i]]
+    last = [(int(numbers[i]), True) for i in order]
+    sorted_pieces = [pieces[i] for i in order]
+    logits = _logits(joint.lm, sorted_pieces, slots[order], cache, _grouped(rows), _grouped(last))
     return np.asarray(logits[np.argsort(order)])
 
 
@@ -114,19 +146,19 @@ def _grouped(rows: Iterable[tuple[int, bool]]) -> tuple[RowGroup, ...]:
 
 def _logits(
     lm: SlotModel,
-    ids: Array,
+    pieces: Sequence[Array],
     slots: Array,
     cache: KVCache,
     groups: tuple[RowGroup, ...] | None = None,
     ends: tuple[RowGroup, ...] | None = None,
 ) -> Array:
     """Args: groups, ends: the groups of all rows, and of the last row of each sequence."""
-    count = ids.shape[1]
-    positions = cache.next_positions(slots, count)
+    counts = np.array([len(piece) for piece in pieces])
+    positions = cache.next_positions(slots, counts)
     with grouped_rows(groups):
-        x = lm.model.run_cached(ids.reshape(-1), positions, cache)
+        x = lm.model.run_cached(np.concatenate(pieces), positions, cache)
     with grouped_rows(ends):
-        return lm.lm_head.forward(lm.model.read_out(x[count - 1 :: count].copy()))[0]
+        return lm.lm_head.forward(lm.model.read_out(x[np.cumsum(counts) - 1]))[0]
 
 
 # ---- several models as one ----

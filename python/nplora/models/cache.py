@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,10 +99,12 @@ class KVCache:
         self.activation[slot], self.limits[slot] = UNKNOWN, self.capacity
         return pages
 
-    def next_positions(self, slots: Array, count: int) -> CachePositions:
-        """The positions of the next `count` tokens of the sequences in `slots`."""
-        in_sequence = (self.lengths[slots, None] + np.arange(count)).reshape(-1)
-        return self.positions(np.repeat(slots, count), in_sequence, np.repeat(self.limits[slots], count))
+    def next_positions(self, slots: Array, counts: Array | int) -> CachePositions:
+        """The positions of the next `counts` tokens of the sequences in `slots`."""
+        counts = np.broadcast_to(counts, slots.shape)
+        begins = np.cumsum(counts) - counts  # the first row of each sequence
+        in_sequence = np.arange(counts.sum()) + np.repeat(self.lengths[slots] - begins, counts)
+        return self.positions(np.repeat(slots, counts), in_sequence, np.repeat(self.limits[slots], counts))
 
     def positions(self, slots: Array, in_sequence: Array, limits: Array) -> CachePositions:
         """The positions of new tokens, given the slot, the position and the limit of each token."""
@@ -113,28 +115,25 @@ class KVCache:
         if (invocation := self.adapters.invocation(slot)) is not None:
             self.activation[slot] = start_of(np.asarray(ids), invocation)
 
-    def find_invocation(self, slots: Array, ids: Array) -> None:
-        """Look for the invocation tokens in the next tokens (m, count) of slots."""
-        for slot, row in zip(slots.tolist(), ids, strict=True):
+    def find_invocation(self, slots: Array, pieces: Sequence[Array]) -> None:
+        """Look for the invocation tokens in the next tokens of slots."""
+        for slot, piece in zip(slots.tolist(), pieces, strict=True):
             invocation = self.adapters.invocation(slot)
             if invocation is None or self.activation[slot] != UNKNOWN:
                 continue
-            if (start := start_of(row, invocation)) != NEVER:
+            if (start := start_of(piece, invocation)) != NEVER:
                 self.activation[slot] = self.lengths[slot] + start
 
     def active(self, positions: CachePositions) -> Array | None:
         """The new rows on which an activated LoRA acts. None: on all rows."""
-        if not self.adapters.any_invocation:
-            return None
-        starts = self._starts(positions.slots)
-        acts = positions.in_sequence >= starts
+        acts = self.acts(positions)
         return None if acts.all() else np.flatnonzero(acts)
 
-    def acts(self, slots: Array, lengths: Array, count: int) -> Array:
-        """Whether the adapters of slots act on their next `count` tokens, bool (m, count)."""
+    def acts(self, positions: CachePositions) -> Array:
+        """Whether the adapter of each new row's slot acts on it, bool (m,)."""
         if not self.adapters.any_invocation:
-            return np.ones((len(slots), count), np.bool_)
-        acts: Array = lengths[:, None] + np.arange(count) >= self._starts(slots)[:, None]
+            return np.ones(len(positions.slots), np.bool_)
+        acts: Array = positions.in_sequence >= self._starts(positions.slots)
         return acts
 
     def _starts(self, slots: Array) -> Array:
@@ -143,13 +142,13 @@ class KVCache:
         starts[[self.adapters.invocation(slot) is None for slot in slots.tolist()]] = 0
         return starts
 
-    def require_room(self, slots: Array, count: int) -> None:
-        """Check that no slot is given twice, and that each slot has room for `count` more tokens."""
+    def require_room(self, slots: Array, counts: Array) -> None:
+        """Check that no slot is given twice, and that each slot has room for `counts` more tokens."""
         _check.in_range("decode", "slots", slots, self.slots)
         if len(np.unique(slots)) != len(slots):
             raise ValueError(f"decode: slots are {slots.tolist()}, expected no slot twice")
         limits = np.minimum(np.minimum(self.limits, self.capacity), self.held * self.page_tokens)[slots]
-        for most, limit in zip(self.lengths[slots] + count, limits, strict=True):
+        for most, limit in zip(self.lengths[slots] + counts, limits, strict=True):
             if most > limit:
                 raise ValueError(f"decode: a slot would hold {most} tokens, the cache has room for {limit}")
 

@@ -198,7 +198,7 @@ class Scheduler:
                 self._share(request)
             oldest = next(self._pieces) % _OLDEST_EVERY == 0
             rest = [one.to_read - self._length(one) for one in reading]
-            left -= self._read_piece(reading[0 if oldest else int(np.argmin(rest))], left)
+            left -= self._read_pieces(reading[0 if oldest else int(np.argmin(rest))], reading, left)
 
     def _share(self, request: Request) -> None:
         """Give a request the next pages of its prompt that are there already.
@@ -219,23 +219,47 @@ class Scheduler:
                 request.cached += PAGE
                 self._metrics.cached_tokens += PAGE
 
-    def _read_piece(self, request: Request, most: int) -> int:
-        """Read the next piece of a prompt. Return its number of tokens."""
-        begin, end = next(
-            prompt_pieces(self._length(request), request.to_read, max(PAGE, most // PAGE * PAGE))
-        )
-        if not self._make_room(request, end):
+    def _read_pieces(self, first: Request, reading: Sequence[Request], most: int) -> int:
+        """Read the next piece of the first request's prompt. Return the number of tokens that were read.
+
+        If it is the rest behind the last whole page, the rests of other prompts are read with it. Whole pages
+        are read one prompt at a time, so that other prompts can share them.
+        """
+        begin, end = self._next_piece(first, most)
+        together, tokens = [first], end - begin
+        for other in reading if end % PAGE else ():
+            begin, end = self._next_piece(other, most)
+            if other is not first and end % PAGE and tokens + end - begin <= most:
+                together.append(other)
+                tokens += end - begin
+        for request in together:
+            if request.slot is not None:  # a request before it may have put it back
+                self._make_room(request, self._next_piece(request, most)[1])
+        ready = [request for request in together if request.slot is not None]
+        if not ready:
             return 0
-        ids = request.answer.ids
-        [scores] = self._compute([ids[begin:end]], [request])
-        if scores is None:
-            return end - begin
+        pieces = [self._next_piece(request, most) for request in ready]
+        rows = self._compute(
+            [one.answer.ids[begin:end] for one, (begin, end) in zip(ready, pieces, strict=True)], ready
+        )
+        for request, piece, scores in zip(ready, pieces, rows, strict=True):
+            if scores is not None:
+                self._have_read(request, piece, scores)
+        return sum(end - begin for begin, end in pieces)
+
+    def _next_piece(self, request: Request, most: int) -> tuple[int, int]:
+        """The bounds of the next piece of a prompt."""
+        pieces = prompt_pieces(self._length(request), request.to_read, max(PAGE, most // PAGE * PAGE))
+        return next(pieces)
+
+    def _have_read(self, request: Request, piece: tuple[int, int], scores: Array) -> None:
+        """Publish the whole pages of a piece that was read, and choose the first token behind the prompt."""
+        begin, end = piece
         request.known = max(request.known, end)
         for page in range(begin // PAGE, end // PAGE):
             self._pool.publish(int(self._cache.table[request.slot, page]), request.keys[page])
-        if end == len(ids):  # otherwise the next tokens are known: the request was put back
+        if end == len(request.answer.ids):  # otherwise the next tokens are known: the request was put back
             self._advance(request, scores)
-        return end - begin
 
     # ---- answers ----
 

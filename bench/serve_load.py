@@ -124,8 +124,13 @@ class Load:
         threads = [threading.Thread(target=self._client) for _ in range(clients)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:  # the report is about the requests so far
+            self.stop()
+            for thread in threads:
+                thread.join()
         return self.outcome
 
     def stop(self) -> None:

@@ -41,6 +41,7 @@ WITH_EXAMPLES = [
     "nplora.nn",
     "nplora.runtime",
     "nplora.serving",
+    "nplora.sklearn",
     "nplora.tokenizer",
     "nplora.trainer",
 ]

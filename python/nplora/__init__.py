@@ -65,6 +65,7 @@ from nplora.weights import FrozenWeight
 
 if TYPE_CHECKING:
     from nplora import adapters, distributed, finetuning, formats, models, serving, tokenizer, trainer
+    from nplora import sklearn as sklearn  # not in __all__, because it needs scikit-learn
     from nplora.adapters import (
         adapter_from_gguf,
         adapter_to_gguf,
@@ -86,7 +87,7 @@ __version__: str = _core.config()["version"]
 # module itself.
 _LATE: dict[str, tuple[str, str | None]] = {
     **{name: (f"nplora.{name}", None) for name in ("adapters", "distributed", "finetuning", "formats")},
-    **{name: (f"nplora.{name}", None) for name in ("models", "serving", "tokenizer", "trainer")},
+    **{name: (f"nplora.{name}", None) for name in ("models", "serving", "sklearn", "tokenizer", "trainer")},
     "data": ("nplora.finetuning.data", None),
     "generate": ("nplora.lm.generation", None),
     "plot": ("nplora.trainer.plot", None),

@@ -439,6 +439,22 @@ def test_an_embedding_with_the_factors_of_a_linear_layer_is_refused(tmp_path: Pa
         nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base)
 
 
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_the_factors_of_a_convolution_are_refused(has_weights: bool, tmp_path: Path) -> None:
+    directory = write_peft(tmp_path / "peft", alike(), factors(alike()))
+    name = f"{PREFIX}model.layers.0.mlp.up_proj"
+
+    def as_convolution(tensors: dict[str, Any]) -> None:
+        tensors[f"{name}.lora_A.weight"] = np.zeros((4, WIDTH, 1, 1))
+        tensors[f"{name}.lora_B.weight"] = np.zeros((FFN, 4, 1, 1))
+
+    base = base_gguf(tmp_path / "base.gguf") if has_weights else base_config(tmp_path / "base")
+    rewritten(directory, as_convolution)
+    with pytest.raises(FormatError, match=r"has a convolution, but blk\.0\.ffn_up\.weight is a linear layer"):
+        nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base)
+    assert not (tmp_path / "a.gguf").exists()
+
+
 def test_rows_that_do_not_make_the_base_s_heads_are_refused(tmp_path: Path) -> None:
     base = base_config(tmp_path / "base")
     fields = {"model_type": "llama", "num_attention_heads": 5}

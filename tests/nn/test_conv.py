@@ -270,3 +270,31 @@ def test_no_images_give_no_outputs() -> None:
     y, saved = layer.forward(np.zeros((0, 2, 8, 8)))
     assert y.shape == (0, 5, 6, 6)
     assert layer.backward(y, saved).shape == (0, 2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("lora_a", "lora_b", "words"),
+    [
+        (
+            (3, 2, 3, 3),
+            (5, 3, 3, 3),
+            r"lora_A has shape \(3, 2, 3, 3\), lora_B \(5, 3, 3, 3\), expected rank 3",
+        ),
+        ((3, 2, 3, 3), (5, 3), "expected rank 3"),
+        ((3, 18), (5, 3, 1, 1), "expected rank 3"),
+        ((3, 2, 9), (5, 3, 1), "expected rank 3"),
+        ((2, 2, 3, 3), (5, 2, 1, 1), "expected rank 3"),
+    ],
+)
+def test_factors_of_other_shapes_are_refused(
+    lora_a: tuple[int, ...], lora_b: tuple[int, ...], words: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    model = net(rng, dtype="float32")
+    nplora.save_adapter(model, tmp_path)
+    prefix, shapes = "base_model.model.0.", {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
+    tensors = {prefix + name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    safetensors.save(tmp_path / "adapter_model.safetensors", tensors)
+    with pytest.raises(FormatError, match=words):
+        nplora.load_adapter(model, tmp_path)
+    with pytest.raises(FormatError, match=words):
+        nplora.read_adapter(tmp_path)

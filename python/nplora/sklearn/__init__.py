@@ -1,0 +1,16 @@
+"""Estimators for scikit-learn, which is needed: `pip install "nplora[sklearn]"`.
+
+They work in pipelines, grid searches and cross-validation, and can be cloned and pickled.
+"""
+
+import importlib.util
+
+if importlib.util.find_spec("sklearn") is None:
+    message = 'nplora.sklearn: scikit-learn is not installed: pip install "nplora[sklearn]"'
+    raise ModuleNotFoundError(message, name="sklearn")
+
+from nplora.sklearn.lora_classifier import LoRAClassifier
+from nplora.sklearn.lora_regressor import LoRARegressor
+from nplora.sklearn.networks import read_network
+
+__all__ = ["LoRAClassifier", "LoRARegressor", "read_network"]

@@ -1,0 +1,192 @@
+"""LoRAEstimator: what all estimators share: the fit loop, held-out rows, checkpoints, copies and pickles."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator
+from sklearn.model_selection import train_test_split
+from sklearn.utils import _safe_indexing, check_random_state
+from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted
+
+from nplora import _check
+from nplora.nn.losses import Loss
+from nplora.nn.module import Module
+from nplora.nn.optim import SCHEDULES, AdamW
+from nplora.trainer import Batches, History, Trainer
+from nplora.trainer.batches import ArrayBatches
+from nplora.trainer.evaluation import predict
+from nplora.trainer.fingerprint import base_fingerprint, fingerprint
+
+Array = npt.NDArray[Any]
+
+_PREDICTION_ROWS = 256
+_UNSEEN = ("checkpoint_dir", "network", "verbose", "warm_start")  # parameters that are not a run's settings
+
+
+class HeldOut(NamedTuple):
+    """The rows that a fit does not train on: features as `_features` returns them, and encoded targets."""
+
+    x: Any
+    y: Array
+
+
+class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
+    """Base class of the estimators: trains a model that maps features to outputs (n, k).
+
+    The model is any Module: its `forward` takes a batch of features, and its `backward` the gradient of the
+    outputs. A subclass has a constructor with the parameters of `LoRAClassifier`, apart from those of its
+    network, and defines these methods:
+
+        _features(X, reset)         check X and return features, an array or a list of rows
+        _build(x, outputs, seed)    return a new model of these features
+
+    It may override others. For features that are no arrays, it overrides `_batches`, `_outputs` and
+    `_identity`.
+    """
+
+    # ---- what a subclass defines ----
+
+    def _features(self, X: Any, reset: bool) -> Any:
+        """Check X; return the rows that `_batches` and `_outputs` take. `reset`: X is of a first fit."""
+        raise NotImplementedError
+
+    def _features_and_targets(self, X: Any, y: Any, reset: bool, numeric: bool) -> tuple[Any, Array]:
+        """Check X and y; return features and targets. `numeric`: y has numbers, perhaps several for a row."""
+        features = self._features(X, reset)
+        dtype = np.float64 if numeric else None
+        targets: Array = check_array(y, ensure_2d=False, dtype=dtype, input_name="y")
+        check_consistent_length(features, targets)
+        return features, targets
+
+    def _build(self, x: Any, outputs: int, seed: int) -> Module:
+        """Return a new model of these features with this number of outputs."""
+        raise NotImplementedError
+
+    def _batches(self, x: Any, y: Array, shuffle: bool, seed: int) -> Batches:
+        """Return the batches of features and encoded targets."""
+        op, size = f"{type(self).__name__}.fit", self.batch_size
+        return ArrayBatches(op, x, y, size, shuffle, seed)
+
+    def _outputs(self, x: Any) -> Array:
+        """Compute the outputs (n, k) of the fitted model for features, in float64."""
+        return predict(self.model_, x, _PREDICTION_ROWS).astype(np.float64)
+
+    def _identity(self, x: Any) -> str:
+        """Return a text that differs for other features, for the name of a checkpoint."""
+        return fingerprint(np.asarray(x), whole=True)
+
+    # ---- the fit loop ----
+
+    def _train(
+        self, x: Any, y: Array, outputs: int, loss: Callable[[Array], Loss], stratify: Any
+    ) -> HeldOut | None:
+        """Train on features and encoded targets; return the rows that were held out, if any.
+
+        Args:
+            loss: makes the loss from the targets that are trained on.
+            stratify: the labels whose shares the held-out rows keep; None: the rows are drawn at random.
+        """
+        self._check_settings()
+        seed = self._seed()
+        held_out, rows = None, np.arange(len(y))
+        if self._holds_out:
+            rows, others = train_test_split(
+                rows, test_size=self.validation_fraction, random_state=seed, stratify=stratify
+            )
+            held_out = HeldOut(_safe_indexing(x, others), y[others])
+            x, y = _safe_indexing(x, rows), y[rows]
+        if not (self.warm_start and hasattr(self, "model_")):
+            self.model_ = self._build(x, outputs, seed)
+        self._start_run(seed)
+        validation = self._batches(*held_out, False, seed) if held_out and self.early_stopping else None
+        criterion = loss(y)
+        self._run(
+            self._batches(x, y, True, seed),
+            criterion,
+            self.schedule,
+            seed,
+            epochs=self.epochs,
+            validation=validation,
+            patience=self.patience if validation else None,
+            **self._checkpoint(x, y, held_out, criterion, seed),
+        )
+        return held_out
+
+    def _train_more(self, x: Any, y: Array, outputs: int, loss: Loss) -> None:
+        """Make one pass over some rows, which continues earlier passes. Nothing is held out."""
+        self._check_settings()
+        if not hasattr(self, "model_"):
+            self._start_run(self._seed())
+            self.model_ = self._build(x, outputs, self._first_seed)
+        seed = self._first_seed + self._calls
+        self._calls += 1
+        self._run(self._batches(x, y, True, seed), loss, "constant", seed, epochs=1)
+
+    def _start_run(self, seed: int) -> None:
+        """Begin with a new optimiser, and count the calls of `partial_fit` from 1."""
+        self._first_seed, self._calls = seed, 1
+        self._optimizer = AdamW(self.lr, weight_decay=self.weight_decay)
+
+    def _run(self, batches: Batches, loss: Loss, schedule: str, seed: int, **options: Any) -> None:
+        progress = bool(self.verbose)
+        trainer = Trainer(self.model_, loss, self._optimizer, schedule=schedule, seed=seed, progress=progress)
+        history: History = trainer.fit(batches, **options)
+        if history.interrupted:
+            raise KeyboardInterrupt
+        self.n_iter_ = len(history.epochs)
+        self.loss_curve_ = [record.loss for record in history.epochs]
+        self.validation_curve_ = [record.val_loss for record in history.epochs if record.val_loss is not None]
+
+    @property
+    def _holds_out(self) -> bool:
+        """Whether a fit keeps rows apart, to stop early or to calibrate."""
+        return bool(self.early_stopping) or bool(getattr(self, "calibrate", False))
+
+    def _seed(self) -> int:
+        return int(check_random_state(self.random_state).randint(2**31 - 1))
+
+    def _check_settings(self) -> None:
+        op = type(self).__name__
+        _check.rank(op, self.rank)
+        _check.number(op, "alpha", self.alpha)
+        _check.probability(op, "dropout", self.dropout)
+        _check.integer(op, "epochs", self.epochs, least=1)
+        _check.integer(op, "batch_size", self.batch_size, least=1)
+        _check.integer(op, "patience", self.patience, least=1)
+        _check.choice(op, "schedule", self.schedule, SCHEDULES)
+
+    # ---- checkpoints ----
+
+    def _checkpoint(
+        self, x: Any, y: Array, held_out: HeldOut | None, loss: Loss, seed: int
+    ) -> dict[str, Any]:
+        """Return the options of `Trainer.fit` for a checkpoint in a directory of this fit.
+
+        Its name is a digest of the settings, the network, the data and the values at the start. So the fits
+        of a grid search do not disturb each other, and each finds its own run again.
+        """
+        if self.checkpoint_dir is None:
+            return {}
+        start = [(p.name, fingerprint(p.value, whole=True)) for p in self.model_.parameters()]
+        settings = {k: repr(v) for k, v in self.get_params(deep=False).items() if k not in _UNSEEN}
+        parts = [settings, seed, repr(loss), base_fingerprint(self.model_, whole=True), start]
+        for features, targets in [(x, y), *([held_out] if held_out else [])]:
+            parts += [self._identity(features), fingerprint(targets, whole=True)]
+        digest = hashlib.sha256(repr(parts).encode()).hexdigest()
+        directory = Path(self.checkpoint_dir, f"{type(self).__name__}-{digest[:16]}")
+        os.makedirs(self.checkpoint_dir, exist_ok=True)
+        return {"checkpoint_dir": directory, "resume": True}
+
+    # ---- predictions ----
+
+    def _predicted(self, X: Any) -> Array:
+        """Check X and return the outputs of the fitted model."""
+        check_is_fitted(self, "model_")
+        return self._outputs(self._features(X, reset=False))

@@ -1,0 +1,123 @@
+"""ClassifierBase: labels, class weights, probabilities and calibration of a model that returns logits."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import ClassifierMixin
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.multiclass import _check_partial_fit_first_call, check_classification_targets
+from sklearn.utils.validation import column_or_1d
+
+from nplora.nn.losses import CrossEntropy
+from nplora.sklearn.base import LoRAEstimator
+from nplora.sklearn.calibration import log_probabilities, temperature
+
+Array = npt.NDArray[Any]
+
+
+class ClassifierBase(ClassifierMixin, LoRAEstimator):  # type: ignore[misc]
+    """Base class of the classifiers. Its subclasses define the methods that `LoRAEstimator` names."""
+
+    classes_: Array
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Train a new model, or with `warm_start` the present one.
+
+        Args:
+            X: the features of n rows. y: their labels (n,), of at least two classes.
+        Returns:
+            the estimator.
+        Raises:
+            ValueError: X or y does not fit, or y has only one class. KeyboardInterrupt: Ctrl-C.
+        """
+        x, y = self._checked(X, y, reset=True)
+        classes, encoded = np.unique(y, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(
+                f"{type(self).__name__}: the data has only one class, {_shown(classes)}, "
+                "expected at least two"
+            )
+        if self.warm_start and hasattr(self, "model_") and not np.array_equal(classes, self.classes_):
+            raise ValueError(
+                f"{type(self).__name__}: warm_start=True, but the data has the classes {_shown(classes)} and "
+                f"the earlier fit had {_shown(self.classes_)}"
+            )
+        self.classes_, self.temperature_ = classes, 1.0
+
+        def loss(labels: Array) -> CrossEntropy:
+            return CrossEntropy(class_weights=self._class_weights(classes, classes[labels]))
+
+        held_out = self._train(x, encoded, len(classes), loss, stratify=encoded)
+        if self.calibrate and held_out is not None:
+            self.temperature_ = temperature(self._outputs(held_out.x), held_out.y)
+        return self
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
+        """Make one pass over some rows. Later calls continue with other rows, as on a device that learns.
+
+        Args:
+            X, y: as in `fit`; y may have fewer classes.
+            classes: all labels that will ever occur; needed in the first call only.
+        Returns:
+            the estimator.
+        Raises:
+            ValueError: `classes` is missing in the first call or differs later; y has an unknown label; or
+                class_weight is "balanced", which needs all rows.
+        """
+        if self.class_weight == "balanced":
+            raise ValueError(
+                f"{type(self).__name__}.partial_fit: class_weight='balanced' needs all rows at once; "
+                "pass the weights as a dict"
+            )
+        is_first = _check_partial_fit_first_call(self, classes)
+        x, y = self._checked(X, y, reset=is_first or not hasattr(self, "model_"))
+        if unknown := sorted(set(np.unique(y).tolist()) - set(self.classes_.tolist()), key=repr):
+            raise ValueError(
+                f"{type(self).__name__}.partial_fit: y has the unknown label {unknown[0]!r}, expected one of "
+                f"{_shown(self.classes_)}"
+            )
+        if not hasattr(self, "temperature_"):
+            self.temperature_ = 1.0
+        encoded = np.searchsorted(self.classes_, y)
+        loss = CrossEntropy(class_weights=self._class_weights(self.classes_, y))
+        self._train_more(x, encoded, len(self.classes_), loss)
+        return self
+
+    def _checked(self, X: Any, y: Any, reset: bool) -> tuple[Any, Array]:
+        x, labels = self._features_and_targets(X, y, reset, numeric=False)
+        labels = column_or_1d(labels, warn=True)
+        check_classification_targets(labels)
+        return x, labels
+
+    def _class_weights(self, classes: Array, y: Array) -> tuple[float, ...] | None:
+        if self.class_weight is None:
+            return None
+        weights = compute_class_weight(self.class_weight, classes=classes, y=y)
+        return tuple(map(float, weights))
+
+    # ---- predictions ----
+
+    def decision_function(self, X: Any) -> Array:
+        """Return the logits (n, classes), or for two classes the second logit minus the first (n,)."""
+        logits = self._predicted(X)
+        return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
+
+    def predict_log_proba(self, X: Any) -> Array:
+        """Return the logarithms (n, classes) of `predict_proba`."""
+        return log_probabilities(self._predicted(X) / self.temperature_)
+
+    def predict_proba(self, X: Any) -> Array:
+        """Return the probability (n, classes) of each class, in the order of `classes_`."""
+        return np.asarray(np.exp(self.predict_log_proba(X)))
+
+    def predict(self, X: Any) -> Array:
+        """Return the most likely label of each row (n,)."""
+        best = self._predicted(X).argmax(axis=1)
+        return np.asarray(self.classes_[best])
+
+
+def _shown(classes: Array) -> str:
+    return ", ".join(map(repr, classes[:10].tolist())) + (", …" if len(classes) > 10 else "")

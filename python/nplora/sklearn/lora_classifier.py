@@ -1,0 +1,114 @@
+"""LoRAClassifier: a pretrained NumPy network with LoRA, as a classifier of scikit-learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nplora.formats.files import StrPath
+from nplora.nn.module import Module
+from nplora.sklearn.arrays import ArrayEstimator
+from nplora.sklearn.classification import ClassifierBase
+
+
+class LoRAClassifier(ClassifierBase, ArrayEstimator):
+    """Adapt a pretrained network to classes of your own, with LoRA and a new head.
+
+    The frozen weights are never copied: clones and the fits of a grid search share them. Every frozen linear
+    layer and convolution gets a LoRA layer, apart from the head.
+
+    Without a network there is nothing pretrained. Then one layer of random frozen features takes its place,
+    which LoRA adapts too. That is enough to try the estimator; if you have no pretrained network,
+    scikit-learn's own models are the better choice.
+
+        >>> rng = np.random.default_rng(0)
+        >>> X = rng.normal(size=(200, 4))
+        >>> y = np.where(X[:, 0] * X[:, 1] > 0, "same", "different")
+        >>> network = nplora.Sequential(nplora.Linear(rng.normal(size=(64, 4))), nplora.ReLU(),
+        ...                             nplora.Linear(rng.normal(size=(10, 64)) / 8))
+        >>> model = nplora.sklearn.LoRAClassifier(network, rank=4, random_state=0).fit(X[:150], y[:150])
+        >>> model.predict(X[150:153]).shape, model.score(X[150:], y[150:]) > 0.8
+        ((3,), True)
+
+    Args:
+        network: a Module such as a Sequential, which is not changed; the path of a safetensors file, as
+            in `read_network`; or None for random features.
+        rank, alpha, dropout: the settings of the LoRA layers, as in `LoRALinear`. A layer with a smaller side
+            than `rank` gets that side's length as its rank, with the same scale.
+        targets: the names of the layers to adapt, or the ends of their dotted names; None: all.
+        head: "replace" puts a new trained layer in the place of the network's last linear layer; "append"
+            puts it behind the network; "keep" takes the network's outputs as logits of the classes in sorted
+            order, and adapts the last layer too.
+        random_features, activation: without a network, the number of random features and their activation.
+            `activation` ("relu", "gelu", "silu" or "tanh") also stands between the layers of a file.
+        lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the run, as in `Trainer`.
+        class_weight: a dict of weights by label, "balanced", or None.
+        early_stopping: hold rows out, stop after `patience` epochs without a lower loss on them, and keep the
+            factors of the best epoch.
+        validation_fraction, patience: the share of rows that is held out, and the epochs to wait.
+        calibrate: hold rows out, and divide the logits by the temperature that fits them best, which makes
+            the probabilities more honest and changes no label.
+        checkpoint_dir: a directory for checkpoints. Each fit has a directory of its own inside, named after
+            its settings and data. An interrupted fit with an integer `random_state` continues there with the
+            same bits, and a finished one is loaded.
+        warm_start: whether `fit` continues with the factors of the last fit.
+        random_state: the seed of the factors, the head, the order of the rows, and what is held out.
+        verbose: whether to show progress.
+    Attributes:
+        classes_: the labels in sorted order.
+        model_: the adapted network. `nplora.save_adapter(estimator.model_, directory)` saves the adapter.
+        temperature_: the temperature, 1 without calibration.
+        n_iter_, loss_curve_, validation_curve_: the epochs of the last run, and the loss of each; the second
+            on the rows held out, if early stopping is on.
+        n_features_in_, feature_names_in_: as in scikit-learn.
+    """
+
+    def __init__(
+        self,
+        network: Module | StrPath | None = None,
+        *,
+        rank: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        targets: list[str] | None = None,
+        head: str = "replace",
+        random_features: int = 128,
+        activation: str = "relu",
+        lr: float = 5e-3,
+        epochs: int = 40,
+        batch_size: int = 32,
+        weight_decay: float = 0.01,
+        schedule: str = "cosine",
+        class_weight: dict[Any, float] | str | None = None,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        patience: int = 5,
+        calibrate: bool = False,
+        checkpoint_dir: StrPath | None = None,
+        warm_start: bool = False,
+        random_state: int | np.random.RandomState | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.network = network
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        self.targets = targets
+        self.head = head
+        self.random_features = random_features
+        self.activation = activation
+        self.lr = lr
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.class_weight = class_weight
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.calibrate = calibrate
+        self.checkpoint_dir = checkpoint_dir
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.verbose = verbose

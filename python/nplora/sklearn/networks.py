@@ -1,0 +1,212 @@
+"""Networks for the estimators: copies of a pretrained network with LoRA layers and a head."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.formats import bfloat16, files, safetensors
+from nplora.formats.errors import FormatError, brief, nearest_names
+from nplora.formats.files import StrPath
+from nplora.nn import GELU, Conv2d, Linear, LoRAConv2d, LoRALinear, ReLU, Sequential, SiLU, Tanh
+from nplora.nn.module import Module, layer_stream
+from nplora.weights import FrozenWeight
+
+Array = npt.NDArray[Any]
+
+ACTIVATIONS = {"relu": ReLU, "gelu": GELU, "silu": SiLU, "tanh": Tanh}
+HEADS = ("replace", "append", "keep")
+HEAD = "head"  # the name of the random stream of a new head
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How a network is adapted: the settings of the LoRA layers, and the kind of head.
+
+    Attributes:
+        rank: the rank of each LoRA layer; a layer with a smaller side gets that side's length.
+        targets: the names of the layers to adapt; None: all frozen linear layers and convolutions.
+        head: "replace", "append" or "keep", as in `LoRAClassifier`.
+        outputs: the number of outputs that the adapted network must have.
+        seed: the seed of the factors and of the head.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...] | None
+    head: str
+    outputs: int
+    seed: int
+
+
+# ---- networks without adapters ----
+
+
+def read_network(path: StrPath, activation: str = "relu") -> Sequential:
+    """Read a network of linear layers from a safetensors file, with one activation between the layers.
+
+    The file has a matrix "NAME.weight" (d_out, d_in) for each layer and perhaps "NAME.bias" (d_out,). The
+    layers stand in the natural order of their names, in which "fc2" comes before "fc10". A file that torch
+    wrote of such a `torch.nn.Sequential` fits. The weights stay in the file, which is mapped into memory.
+
+        >>> from nplora.formats import safetensors
+        >>> W1, W2 = np.ones((8, 4), np.float32), np.ones((3, 8), np.float32)
+        >>> safetensors.save("net.safetensors", {"0.weight": W1, "2.weight": W2})
+        >>> nplora.sklearn.read_network("net.safetensors")
+        Sequential: 0 of 56 values trained
+          0: Linear((8, 4), dtype='float32', trainable=False)
+          1: ReLU()
+          2: Linear((3, 8), dtype='float32', trainable=False)
+
+    Args:
+        activation: "relu", "gelu", "silu" or "tanh".
+    Raises:
+        FormatError: the file breaks its format, a tensor does not belong to a linear layer, or the layers do
+            not fit each other.
+        OSError: the file cannot be read. ValueError: the activation is unknown.
+    """
+    _check.choice("read_network", "activation", activation, ACTIVATIONS)
+    opened, source = safetensors.open(path), files.name(path)
+    names = sorted((name for name in opened if name.endswith(".weight")), key=_natural)
+    biases = {name: f"{name.removesuffix('weight')}bias" for name in names}
+    if others := set(opened) - {*names, *biases.values()}:
+        raise FormatError(
+            f"{source}: the tensor {brief(min(others), 200)} belongs to no linear layer, expected "
+            "NAME.weight and NAME.bias only; build any other network as a Module"
+        )
+    layers, width = list[Module](), None
+    for name in names:
+        shape = opened[name].shape
+        if len(shape) != 2 or width not in (None, shape[1]):
+            wanted = "two axes" if width is None else f"shape (d_out, {width}), as the layer before it has"
+            raise FormatError(f"{source}: the tensor {brief(name, 200)} has shape {shape}, expected {wanted}")
+        width = shape[0]
+        bias = _floats(opened[biases[name]]) if biases[name] in opened else None
+        if bias is not None and bias.shape != (width,):
+            raise FormatError(
+                f"{source}: {brief(biases[name], 200)} has shape {bias.shape}, expected ({width},)"
+            )
+        layers += [Linear(FrozenWeight.from_safetensors(opened, name), bias), ACTIVATIONS[activation]()]
+    if not layers:
+        raise FormatError(f"{source}: no tensor is named NAME.weight, expected the matrices of linear layers")
+    return Sequential(*layers[:-1])
+
+
+def _floats(tensor: safetensors.Tensor) -> Array:
+    return bfloat16.widen(tensor.array) if tensor.dtype == "bfloat16" else tensor.array
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts the numbers in names by their value."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts]
+
+
+def random_features(d_in: int, width: int, activation: str, dtype: npt.DTypeLike, seed: int) -> Sequential:
+    """Return a network of one frozen random layer (Rahimi & Recht 2008), if there is no pretrained one.
+
+    The weights are drawn from N(0, 2 / d_in) and the biases from U(-1, 1).
+    """
+    rng = np.random.default_rng(layer_stream(seed, "features"))
+    W = rng.normal(0, np.sqrt(2 / d_in), (width, d_in)).astype(dtype)
+    bias = rng.uniform(-1, 1, width).astype(dtype)
+    return Sequential(Linear(W, bias, np.dtype(dtype).name), ACTIVATIONS[activation]())
+
+
+# ---- adapted networks ----
+
+
+def adapted(network: Module, adaptation: Adaptation, probe: Array) -> Module:
+    """Copy a network, with LoRA layers over the same frozen weights, and give it a head.
+
+    Trained parts of the network are copied, and are trained in the copy. The network itself does not change.
+
+    Args:
+        probe: one row of x, which shows the number of outputs.
+    Raises:
+        ValueError: there is no layer of a wanted name, none that can be adapted, or the network has another
+            number of outputs than `adaptation`; or the row does not fit the network.
+    """
+    model = copy.deepcopy(network)
+    if isinstance(model, Linear) or not list(model.named_children()):
+        model = Sequential(model)  # a layer cannot replace itself
+    head = _new_head(model, adaptation, probe)
+    replaced: dict[int, Module] = {}
+    if adaptation.head == "replace":
+        replaced[id(last_linear(model))] = head
+    for layer in _targets(model, adaptation.targets, replaced.keys()).values():
+        replaced[id(layer)] = _lora_layer(layer, adaptation)
+    model.exchange(replaced)
+    model.seed(adaptation.seed)
+    if adaptation.head == "append":
+        model = Sequential(*model, head) if type(model) is Sequential else Sequential(model, head)
+    if not model.adapter_layers():
+        raise ValueError(
+            "LoRA: the network has no frozen linear layer or convolution to adapt besides its head"
+        )
+    return model
+
+
+def _new_head(model: Module, adaptation: Adaptation, probe: Array) -> Linear:
+    """Return a trained layer, or raise ValueError if a network that keeps its head has the wrong outputs."""
+    y = model(probe)
+    if y.ndim != 2:
+        raise ValueError(f"LoRA: the network's output has shape {y.shape}, expected (n, outputs)")
+    if adaptation.head == "keep" and y.shape[1] != adaptation.outputs:
+        raise ValueError(
+            f"LoRA: head='keep', but the network has {y.shape[1]} outputs and the data need "
+            f"{adaptation.outputs}; use head='replace' or 'append'"
+        )
+    width = last_linear(model).shape[1] if adaptation.head == "replace" else y.shape[1]
+    dtype = np.float64 if y.dtype == np.float64 else np.float32
+    rng, bound = np.random.default_rng(layer_stream(adaptation.seed, HEAD)), 1 / np.sqrt(max(1, width))
+    W = rng.uniform(-bound, bound, (adaptation.outputs, width)).astype(dtype)
+    return Linear(W, np.zeros(adaptation.outputs, dtype), np.dtype(dtype).name, trainable=True)
+
+
+def last_linear(model: Module) -> Linear:
+    """Return the last linear layer of a network.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = [m for _, m in model.named_modules() if isinstance(m, Linear) and not isinstance(m, Conv2d)]
+    if not layers:
+        raise ValueError("LoRA: head='replace', but the network has no linear layer; use head='append'")
+    return layers[-1]
+
+
+def _targets(
+    model: Module, wanted: tuple[str, ...] | None, without: Collection[int]
+) -> dict[str, Linear | Conv2d]:
+    """The frozen layers to adapt, by name. A name in `wanted` may be the end of a dotted name, as in PEFT."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and not module.trainable and id(module) not in without
+    }
+    if wanted is None:
+        return found
+    for end in wanted:
+        if not any(f".{name}".endswith(f".{end}") for name in found):
+            near = ", ".join(map(repr, nearest_names(end, found)))
+            raise ValueError(f"LoRA: targets has {end!r}, but no layer has this name; nearest names: {near}")
+    return {n: m for n, m in found.items() if any(f".{n}".endswith(f".{end}") for end in wanted)}
+
+
+def _lora_layer(layer: Linear, adaptation: Adaptation) -> LoRALinear:
+    rank = max(1, min(adaptation.rank, *layer.shape))
+    scale = adaptation.alpha / adaptation.rank  # kept where a small layer lowers the rank
+    options: dict[str, Any] = {"dropout": adaptation.dropout, "rng": 0}
+    if isinstance(layer, Conv2d):
+        return LoRAConv2d.over(layer, rank, scale * rank, **options)
+    assert isinstance(layer.weight, FrozenWeight)
+    return LoRALinear(layer.weight, rank, scale * rank, layer.bias, **options)

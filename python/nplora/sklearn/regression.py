@@ -1,0 +1,90 @@
+"""RegressorBase: targets and predictions of a model that returns numbers."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import RegressorMixin
+
+from nplora.nn import losses
+from nplora.sklearn.base import LoRAEstimator
+
+Array = npt.NDArray[Any]
+
+
+class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
+    """Base class of the regressors. Its subclasses define the methods that `LoRAEstimator` names.
+
+    A new head is trained on targets with mean 0 and variance 1, and `predict` undoes this. A kept head
+    (`head="keep"`) is trained on the targets as they are.
+    """
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Train a new model, or with `warm_start` the present one.
+
+        Args:
+            X: the features of n rows. y: their targets, (n,) or (n, targets).
+        Returns:
+            the estimator.
+        Raises:
+            ValueError: X or y does not fit. KeyboardInterrupt: Ctrl-C.
+        """
+        x, targets = self._checked(X, y, reset=True)
+        if not (self.warm_start and hasattr(self, "model_")):
+            self._measure(targets)
+        self._require_columns(targets)
+        loss = losses.get(self.loss)
+        self._train(x, self._standardised(targets, x), targets.shape[1], lambda _: loss, stratify=None)
+        return self
+
+    def partial_fit(self, X: Any, y: Any) -> Self:
+        """Make one pass over some rows. Later calls continue with other rows, as on a device that learns.
+
+        The first call sets the mean and the variance of the targets for all later calls.
+
+        Args:
+            X, y: as in `fit`.
+        Returns:
+            the estimator.
+        """
+        is_first = not hasattr(self, "model_")
+        x, targets = self._checked(X, y, reset=is_first)
+        if is_first:
+            self._measure(targets)
+        self._require_columns(targets)
+        y = self._standardised(targets, x)
+        self._train_more(x, y, targets.shape[1], losses.get(self.loss))
+        return self
+
+    def predict(self, X: Any) -> Array:
+        """Return the predicted targets, with the shape that y had in `fit`."""
+        outputs = self._predicted(X) * self._spread + self._centre
+        return outputs[:, 0] if self._is_vector else outputs
+
+    def _checked(self, X: Any, y: Any, reset: bool) -> tuple[Any, Array]:
+        x, targets = self._features_and_targets(X, y, reset, numeric=True)
+        array = np.asarray(targets, np.float64)
+        if reset:
+            self._is_vector = array.ndim == 1
+        return x, array.reshape(len(array), -1)
+
+    def _measure(self, targets: Array) -> None:
+        """Remember the mean and the standard deviation of each target; a constant one has 1."""
+        keeps = getattr(self, "head", None) == "keep"
+        spread = np.ones(targets.shape[1]) if keeps else targets.std(axis=0)
+        self._centre = np.zeros(targets.shape[1]) if keeps else targets.mean(axis=0)
+        self._spread = np.where(spread > 0, spread, 1.0)
+
+    def _require_columns(self, targets: Array) -> None:
+        if targets.shape[1] != len(self._centre):
+            raise ValueError(
+                f"{type(self).__name__}: y has {targets.shape[1]} targets, but earlier rows had "
+                f"{len(self._centre)}"
+            )
+
+    def _standardised(self, targets: Array, x: Any) -> Array:
+        """Return the targets that the model is trained on, in float32 unless the features are float64."""
+        dtype = np.float64 if getattr(x, "dtype", None) == np.float64 else np.float32
+        return ((targets - self._centre) / self._spread).astype(dtype)

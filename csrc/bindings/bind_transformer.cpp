@@ -84,6 +84,21 @@ void register_elements(py::module_& m) {
       arg("x").noconvert(), arg("weight").noconvert(), arg("bias").noconvert(), arg("eps"),
       arg("y").noconvert(), "y = weight ∘ (x - mean x) / sqrt(variance x + eps) [+ bias]");
   m.def(
+      "add_layer_norm",
+      [](const Floats& x, Floats sum, const Floats& weight, const std::optional<Floats>& bias, double eps,
+         Floats y) {
+        require_like("sum", sum, x);
+        require_like("y", y, x);
+        require_size("weight", weight, size_t(x.shape(1)));
+        if (bias) require_size("bias", *bias, size_t(x.shape(1)));
+        const auto from = read(x);
+        const auto total = write(sum), to = write(y);
+        const float* added = bias ? bias->data() : nullptr;
+        without_gil([&] { add_layer_norm(from, total, weight.data(), added, float(eps), to); });
+      },
+      arg("x").noconvert(), arg("sum").noconvert(), arg("weight").noconvert(), arg("bias").noconvert(),
+      arg("eps"), arg("y").noconvert(), "sum += x; y = the LayerNorm of sum");
+  m.def(
       "layer_norm_backward",
       [](const Floats& dy, const Floats& x, const Floats& weight, double eps, Floats dx, bool accumulate) {
         require_like("dy", dy, x);

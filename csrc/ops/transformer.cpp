@@ -59,6 +59,14 @@ void layer_norm(Matrix<const float> x, const float* weight, const float* bias, f
            [&](size_t i) { kernel().layer_norm(x.cols, x.row(i), weight, bias, eps, y.row(i)); });
 }
 
+void add_layer_norm(Matrix<const float> x, Matrix<float> sum, const float* weight, const float* bias,
+                    float eps, Matrix<float> y) {
+  for_rows(x.rows, x.cols, kNormOperations, [&](size_t i) {
+    kernel().scaled(x.cols, 1, x.row(i), sum.row(i), true);
+    kernel().layer_norm(x.cols, sum.row(i), weight, bias, eps, y.row(i));
+  });
+}
+
 void layer_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                          Matrix<float> dx, bool accumulate) {
   for_rows(x.rows, x.cols, 2 * kNormOperations, [&](size_t i) {

@@ -24,6 +24,10 @@ void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const floa
 // those of `rms_norm`, and bias is (d) or null. The mean and the variance are summed in the same way.
 void layer_norm(Matrix<const float> x, const float* weight, const float* bias, float eps, Matrix<float> y);
 
+// The same for the sum of two arrays, each row at a time: sum += x, then y = the norm of `sum`.
+void add_layer_norm(Matrix<const float> x, Matrix<float> sum, const float* weight, const float* bias,
+                    float eps, Matrix<float> y);
+
 // dx = [dx +] the gradient of x. Weight and bias are frozen, so their gradients are not computed.
 void layer_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                          Matrix<float> dx, bool accumulate);

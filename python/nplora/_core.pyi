@@ -283,6 +283,9 @@ def rms_norm_backward(dy: Array, x: Array, weight: Array, eps: float, dx: Array,
 def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float, y: Array) -> None:
     """y = weight ∘ (x - mean x) / sqrt(variance x + eps) [+ bias]. x and y are (n, d), the others (d,)."""
 
+def add_layer_norm(x: Array, sum: Array, weight: Array, bias: Array | None, eps: float, y: Array) -> None:
+    """sum += x, then y = the LayerNorm of sum, as in `layer_norm`. All but weight and bias are (n, d)."""
+
 def layer_norm_backward(dy: Array, x: Array, weight: Array, eps: float, dx: Array, accumulate: bool) -> None:
     """dx = [dx +] the gradient of x. Weight and bias are frozen. dx may be the same array as dy."""
 

@@ -162,6 +162,15 @@ def test_layer_norm_matches_the_oracle(n: int, d: int, biased: bool, rng: np.ran
     assert (np.abs(y - exact) <= reference.gamma(2 * d + 8) * (1 + scale) * np.abs(weight) + rounded).all()
 
 
+def test_add_layer_norm_is_layer_norm_of_the_sum(rng: np.random.Generator) -> None:
+    x, total, weight, bias = normal(rng, 70, 33), normal(rng, 70, 33), normal(rng, 33), normal(rng, 33)
+    wanted, y, exact = x + total, unwritten(70, 33), unwritten(70, 33)
+    _core.add_layer_norm(x, total, weight, bias, 1e-5, y)
+    assert np.array_equal(total, wanted)
+    _core.layer_norm(wanted, weight, bias, 1e-5, exact)
+    assert np.array_equal(y, exact)
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize(("n", "d"), [row for row in ROWS if row[1] > 0])
 def test_layer_norm_backward_matches_the_oracle(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from nplora.models.activation_storage import keeps_bits, narrowed, widened
 from nplora.models.footprint import FLOAT, Adapted, Footprint, stored
-from nplora.models.norms import Norm, norm_backward, norm_forward
+from nplora.models.norms import Norm, add_norm_forward, norm_backward, norm_forward
 from nplora.models.positions import CachePositions, PackedPositions
 from nplora.nn import Linear
 from nplora.nn.module import Gradient, Module, Saved, inferring
@@ -113,13 +113,12 @@ class DecoderBlock(Module):
         keep = narrowed if self._narrow and not inferring() else _unchanged
         for half in self._halves:
             y, mixed = self._mixer(half).run(self._read(half, x), positions)
-            before, normed = keep(x), None
-            if half.after is not None:
+            before, normed = keep(x), None if half.after is None else keep(y)
+            if half.outer is None:
+                x = self._added(half, y, x)
+            else:
+                x = self._outer(half, y, x)
                 normed = keep(y)
-            x = self._added(half, y, x)
-            if half.outer is not None:
-                normed = keep(x)
-                x = self._outer(half, x)
             saved.append(HalfSaved(before, normed, mixed))
         return x, BlockSaved(tuple(saved))
 
@@ -166,7 +165,7 @@ class DecoderBlock(Module):
         """Compute the output y (m, d) for the m newest tokens."""
         for half in self._halves:
             y = self._mixer(half).run_cached(self._read(half, x), positions, keys, values)
-            x = self._outer(half, self._added(half, y, x))
+            x = self._added(half, y, x) if half.outer is None else self._outer(half, y, x)
         return x
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
@@ -201,10 +200,13 @@ class DecoderBlock(Module):
     def _norm(self, name: str | None) -> Norm | None:
         return None if name is None else getattr(self, name)
 
-    def _outer(self, half: Half, x: Array) -> Array:
-        """The norm `outer` of `x`; `x` itself without such a norm."""
+    def _outer(self, half: Half, y: Array, x: Array) -> Array:
+        """The output outer(x + scale · y) of a half-block. `y` becomes the sum."""
         norm = self._norm(half.outer)
-        return x if norm is None else norm_forward(norm, x)
+        assert norm is not None
+        if half.scale != 1:
+            np.multiply(y, np.float32(half.scale), out=y)
+        return add_norm_forward(norm, x, y)
 
     def _read(self, half: Half, x: Array) -> Array:
         """The mixer's input: the residual stream `x`, normalised if the half-block has a norm `before`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 
 from nplora import _core
@@ -24,6 +25,16 @@ def norm_forward(norm: Norm, x: Array) -> Array:
         _core.rms_norm(x, norm.weight, norm.eps, y)
     else:
         _core.layer_norm(x, norm.weight, norm.bias, norm.eps, y)
+    return y
+
+
+def add_norm_forward(norm: Norm, x: Array, total: Array) -> Array:
+    """Add `x` to `total` in place, and compute the norm of each row of the sum (n, d)."""
+    if isinstance(norm, RMSNorm):
+        np.add(total, x, out=total)
+        return norm_forward(norm, total)
+    y = buffers.empty_like(total)
+    _core.add_layer_norm(x, total, norm.weight, norm.bias, norm.eps, y)
     return y
 
 

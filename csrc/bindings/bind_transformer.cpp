@@ -37,6 +37,17 @@ std::vector<int64_t> within(const char* name, const Integers& array, size_t n, i
   return values;
 }
 
+// Copies the targets of some rows of logits, and checks that each is a word or ignored.
+std::vector<int64_t> checked_targets(const Integers& targets, const Matrix<float>& logits) {
+  std::vector<int64_t> wanted = copied("targets", targets, logits.rows);
+  for (const int64_t target : wanted)
+    if (target != kIgnoredTarget && (target < 0 || target >= int64_t(logits.cols)))
+      throw std::invalid_argument("targets holds " + std::to_string(target) +
+                                  ", expected at least 0 and below " + std::to_string(logits.cols) +
+                                  ", or -100");
+  return wanted;
+}
+
 // The activation for a value of hidden_act in a configuration of the transformers library.
 Activation activation_of(const std::string& act) {
   if (act == "silu") return Activation::kSilu;
@@ -184,12 +195,7 @@ void register_elements(py::module_& m) {
       [](Floats logits, const Integers& targets, double factor, Array<double> losses, bool gradient) {
         const auto rows = write(logits);
         require_size("losses", losses, rows.rows);
-        const auto wanted = copied("targets", targets, rows.rows);
-        for (const int64_t target : wanted)
-          if (target != kIgnoredTarget && (target < 0 || target >= int64_t(rows.cols)))
-            throw std::invalid_argument("targets holds " + std::to_string(target) +
-                                        ", expected at least 0 and below " + std::to_string(rows.cols) +
-                                        ", or -100");
+        const auto wanted = checked_targets(targets, rows);
         double* to = losses.mutable_data();
         without_gil([&] { cross_entropy(rows, wanted.data(), factor, to, gradient); });
       },
@@ -198,7 +204,7 @@ void register_elements(py::module_& m) {
 }
 
 AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t kv_heads, double scale,
-                        int64_t window) {
+                        int64_t window, bool bfloat16 = false) {
   require(q.ndim() == 2, "expected an array with 2 axes");
   require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads");
   const size_t width = size_t(q.shape(1)), dim = width / heads;
@@ -206,7 +212,7 @@ AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t k
   require(kv_width == kv_heads * dim, "k must have a width of kv_heads * head_dim");
   require(window >= 0, "window must be at least 0");
   constexpr int64_t kMostKeys = int64_t{1} << 40;  // a window of this size covers every sequence
-  return {heads, kv_heads, dim, float(scale), size_t(std::min(window, kMostKeys))};
+  return {heads, kv_heads, dim, float(scale), size_t(std::min(window, kMostKeys)), bfloat16};
 }
 
 // Adds the direction and the bias to a shape. Each sequence must be short enough for the bias.
@@ -243,10 +249,10 @@ void register_attention(py::module_& m) {
   m.def(
       "attention",
       [](const Floats& q, const Floats& k, const Floats& v, const Integers& starts, size_t heads,
-         size_t kv_heads, double scale, int64_t window, Floats out, Floats lse, bool causal,
+         size_t kv_heads, double scale, int64_t window, Floats out, Floats lse, bool bfloat16, bool causal,
          const std::optional<Floats>& bias) {
         const auto queries = read(q), keys = read(k), values = read(v);
-        AttentionShape shape = shape_of(q, keys.cols, heads, kv_heads, scale, window);
+        AttentionShape shape = shape_of(q, keys.cols, heads, kv_heads, scale, window, bfloat16);
         require_shape("k", k, queries.rows, keys.cols);
         require_like("v", v, k);
         require_like("out", out, q);
@@ -258,16 +264,17 @@ void register_attention(py::module_& m) {
       },
       arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(), arg("starts").noconvert(),
       arg("heads"), arg("kv_heads"), arg("scale"), arg("window"), arg("out").noconvert(),
-      arg("lse").noconvert(), arg("causal") = true, arg("bias").noconvert() = py::none(),
-      "Attention within packed sequences");
+      arg("lse").noconvert(), arg("bfloat16") = false, arg("causal") = true,
+      arg("bias").noconvert() = py::none(), "Attention within packed sequences");
   m.def(
       "attention_backward",
       [](const Floats& dout, const Floats& q, const Floats& k, const Floats& v, const Floats& out,
          const Floats& lse, const Integers& starts, size_t heads, size_t kv_heads, double scale,
-         int64_t window, Floats dq, Floats dk, Floats dv, bool causal, const std::optional<Floats>& bias) {
+         int64_t window, Floats dq, Floats dk, Floats dv, bool bfloat16, bool causal,
+         const std::optional<Floats>& bias) {
         const auto gradient = read(dout);
         const AttentionSaved saved{read(q), read(k), read(v), read(out), read(lse)};
-        AttentionShape shape = shape_of(q, saved.k.cols, heads, kv_heads, scale, window);
+        AttentionShape shape = shape_of(q, saved.k.cols, heads, kv_heads, scale, window, bfloat16);
         require_shape("k", k, saved.q.rows, saved.k.cols);
         require_like("v", v, k);
         require_like("out", out, q);
@@ -285,8 +292,8 @@ void register_attention(py::module_& m) {
       arg("dout").noconvert(), arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(),
       arg("out").noconvert(), arg("lse").noconvert(), arg("starts").noconvert(), arg("heads"),
       arg("kv_heads"), arg("scale"), arg("window"), arg("dq").noconvert(), arg("dk").noconvert(),
-      arg("dv").noconvert(), arg("causal") = true, arg("bias").noconvert() = py::none(),
-      "The gradients of attention");
+      arg("dv").noconvert(), arg("bfloat16") = false, arg("causal") = true,
+      arg("bias").noconvert() = py::none(), "The gradients of attention");
   m.def(
       "attention_cached",
       [](const Floats& q, const Floats& keys, const Floats& values, const Integers& pages,

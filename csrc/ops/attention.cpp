@@ -36,6 +36,8 @@ struct Outputs {
 struct ForwardBuffers {
   explicit ForwardBuffers(size_t dim) {
     float* at = scratch<float>(Scratch::kAttention, kTileLanes * (3 * dim + kTileKeys + 3));
+    pairs = scratch<kernels::Bf16Pair>(Scratch::kPairing, kTileLanes * (ceil_div(dim, 2) + kTileKeys / 2));
+    weights = pairs + kTileLanes * ceil_div(dim, 2);
     for (float** buffer : {&rows, &queries, &sums}) {
       *buffer = at;
       at += kTileLanes * dim;
@@ -50,6 +52,9 @@ struct ForwardBuffers {
   float *queries, *sums;          // (head_dim, kTileLanes)
   float* scores;                  // (kTileKeys, kTileLanes)
   float *largest, *sum, *factor;  // (kTileLanes)
+  // If the products are computed in pairs: the queries (head_dim / 2, lanes), and the weights of a tile of
+  // keys (kTileKeys / 2, lanes).
+  kernels::Bf16Pair *pairs, *weights;
 };
 
 // Algorithm 1 of Dao 2023 (FlashAttention-2) for one tile of queries. All keys are read once. Whenever a tile
@@ -62,17 +67,32 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   std::fill_n(b.largest, lanes, kLowest);
   std::fill_n(b.sum, lanes, 0.0f);
 
+  const size_t column = tile.kv_head * dim;
+  if (tile.shape.pairs) pair_rows(dim, lanes, b.queries, b.pairs);
+
   // Keys before the window are masked. They are read so that the sums begin at a multiple of kKeyUnit.
   const Span visible = tile.visible();
   bool accumulate = false;
   for_key_tiles({round_down(visible.first, kKeyUnit), visible.end}, [&](Span keys) {
     const auto scores_of = [&](Span part) { return b.scores + (part.first - keys.first) * kTileLanes; };
-    tile.run.for_parts(keys, [&](Span part) {
-      score(lanes, tile.run.keys(tile.kv_head, dim, part), b.queries, scores_of(part));
-    });
+    if (tile.shape.pairs)
+      score(lanes, keys.size(), dim / 2, tile.run.k_pairs->over_dim(tile.run.row + keys.first, column),
+            b.pairs, lanes, b.scores);
+    else
+      tile.run.for_parts(keys, [&](Span part) {
+        score(lanes, tile.run.keys(tile.kv_head, dim, part), b.queries, scores_of(part));
+      });
     tile.mask(keys, b.scores);
     kernel().softmax_step(keys.size(), lanes, b.scores, kTileLanes, b.largest, b.sum, b.factor);
     if (accumulate) kernel().scale_columns(dim, lanes, b.factor, b.sums, kTileLanes);
+    if (tile.shape.pairs) {
+      pair_rows(keys.size(), lanes, b.scores, b.weights);
+      add_weighted(lanes, dim, ceil_div(keys.size(), 2),
+                   tile.run.v_pairs->over_keys(tile.run.pair_row + keys.first / 2, column), b.weights, lanes,
+                   b.sums, accumulate);
+      accumulate = true;
+      return;
+    }
     tile.run.for_parts(keys, [&](Span part) {
       add_weighted(lanes, tile.run.values(tile.kv_head, dim, part), scores_of(part), b.sums, accumulate);
       accumulate = true;
@@ -227,6 +247,8 @@ void attention(const AttentionShape& shape, Sequences sequences, Matrix<const fl
     const size_t row = size_t(sequences.starts[i]), count = size_t(sequences.starts[i + 1]) - row;
     if (count > 0) runs.push_back({row, count, 0, k.row(row), v.row(row), k.stride});
   }
+  if (!shape.pairs || shape.head_dim % 2 != 0) return attend_runs(in_floats(shape), runs, q, {out, lse});
+  const PairedKeysAndValues paired(runs, k, v, false);
   attend_runs(shape, runs, q, {out, lse});
 }
 

@@ -1,9 +1,11 @@
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "base/parallel.h"
 #include "ops/attention.h"
 #include "ops/attention_tile.h"
+#include "ops/elements.h"
 
 namespace nplora {
 
@@ -44,15 +46,43 @@ struct BackwardBuffers {
   float *lse, *delta;         // (kTileLanes)
 };
 
-// Adds weighted sums of rows: sums (keys, head_dim) += weights (keys, lanes) times rows (lanes, head_dim).
+// The operands of a tile in pairs of bfloat16. `q` and `dout` pair neighbours of one lane; the others pair
+// neighbouring lanes.
+struct PairBuffers {
+  static constexpr size_t kLanePairs = kTileLanes / 2;
+
+  PairBuffers(size_t dim, size_t lanes, const BackwardBuffers& b) {
+    const size_t half = kTileLanes * dim / 2, tile = kTileKeys * kLanePairs;
+    kernels::Bf16Pair* at = scratch<kernels::Bf16Pair>(Scratch::kPairing, 4 * half + 3 * tile);
+    for (kernels::Bf16Pair** buffer : {&q, &dout, &q_rows, &dout_rows}) {
+      *buffer = at;
+      at += half;
+    }
+    p = at;
+    ds = p + tile;
+    ds_down = ds + tile;
+    pair_rows(dim, lanes, b.q, q);
+    pair_rows(dim, lanes, b.dout, dout);
+    kernels::table().convert.pair_rows(lanes, dim, b.q_rows, dim, q_rows);
+    kernels::table().convert.pair_rows(lanes, dim, b.dout_rows, dim, dout_rows);
+  }
+
+  kernels::Bf16Pair *q, *dout;            // (head_dim / 2, lanes)
+  kernels::Bf16Pair *q_rows, *dout_rows;  // (lanes / 2, head_dim)
+  kernels::Bf16Pair *p, *ds;              // (kTileKeys, kLanePairs)
+  kernels::Bf16Pair* ds_down;             // (kTileKeys / 2, lanes)
+};
+
+// Adds weighted sums of rows: sums (keys, head_dim) += weights (keys, depth) times rows (depth, head_dim).
 // The columns are computed in groups of about equal width.
-void add_outer(size_t keys, size_t lanes, size_t dim, const float* weights, const float* rows, float* sums,
-               size_t stride) {
+template <class E>
+void add_outer(size_t keys, size_t depth, size_t dim, const E* weights, size_t w_stride, const E* rows,
+               float* sums, size_t stride) {
   const size_t width = round_up(ceil_div(dim, ceil_div(dim, kernels::kPanelColumns)), 16);
   for (size_t j = 0; j < dim; j += width)
-    kernels::table().f32.gemm_outputs_in_lanes(keys, std::min(width, dim - j), lanes,
-                                               {weights, kTileLanes, 1}, rows + j, dim, sums + j, stride,
-                                               true, kernels::Fetch::none());
+    kernels::table().tiles<E>().gemm_outputs_in_lanes(keys, std::min(width, dim - j), depth,
+                                                      {weights, w_stride, 1}, rows + j, dim, sums + j, stride,
+                                                      true, kernels::Fetch::none());
 }
 
 // Sets b.delta (lanes) to the delta of the tile. On the first diagonal, delta is computed and stored in
@@ -68,6 +98,71 @@ void find_delta(const QueryTile& tile, const Operands& x, bool first, const Back
   });
 }
 
+// Turns the scores into p, and dp into ds. If `whole` is set, the scores are those of all keys.
+void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers& b) {
+  if (whole)
+    kernel().whole_softmax_backward(n, lanes, b.scores, b.dp, kTileLanes);
+  else
+    kernel().softmax_backward(n, lanes, b.lse, b.delta, b.scores, b.dp, kTileLanes);
+}
+
+// The keys that a tile of queries meets. If `whole` is set, they are all keys that its queries see, and one
+// tile of scores holds them. Otherwise, they are cut at multiples of kTileKeys.
+struct Keys {
+  Span span;
+  bool whole;
+
+  template <class Body>
+  void for_tiles(const Body& body) const {
+    whole ? body(span) : for_key_tiles(span, body);
+  }
+};
+
+// Computes the products of one tile of queries and some keys in float32.
+void multiply(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
+  const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
+  bool add = false;
+  all.for_tiles([&](Span keys) {
+    const size_t n = keys.size(), row = tile.run.row + keys.first;
+    const Matrix<const float> k = tile.run.keys(tile.kv_head, dim, keys),
+                              v = tile.run.values(tile.kv_head, dim, keys);
+    score(lanes, k, b.q, b.scores);
+    tile.mask(keys, b.scores);
+    score(lanes, v, b.dout, b.dp);
+    softmax_backward(n, lanes, all.whole, b);
+    add_outer(n, lanes, dim, b.scores, kTileLanes, b.dout_rows, x.dv.row(row) + column, x.dv.stride);
+    add_outer(n, lanes, dim, b.dp, kTileLanes, b.q_rows, x.dk.row(row) + column, x.dk.stride);
+    add_weighted(lanes, k, b.dp, b.dq, add);
+    add = true;
+  });
+}
+
+// Does the same in pairs of bfloat16. Pairs of keys begin at even positions, so an earlier key may be
+// computed too. It is masked, because it is before the window.
+void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
+  const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
+  const PairBuffers pairs(dim, lanes, b);
+  const Run& run = tile.run;
+  bool add = false;
+  Keys{{round_down(all.span.first, 2), all.span.end}, all.whole}.for_tiles([&](Span keys) {
+    const size_t n = keys.size(), row = run.row + keys.first;
+    score(lanes, n, dim / 2, run.k_pairs->over_dim(row, column), pairs.q, lanes, b.scores);
+    tile.mask(keys, b.scores);
+    score(lanes, n, dim / 2, run.v_pairs->over_dim(row, column), pairs.dout, lanes, b.dp);
+    softmax_backward(n, lanes, all.whole, b);
+    constexpr size_t kStride = PairBuffers::kLanePairs;
+    elements_of<kernels::Bf16Pair>({b.scores, n, lanes, kTileLanes}, pairs.p, kStride);
+    elements_of<kernels::Bf16Pair>({b.dp, n, lanes, kTileLanes}, pairs.ds, kStride);
+    pair_rows(n, lanes, b.dp, pairs.ds_down);
+    const size_t depth = ceil_div(lanes, 2);
+    add_outer(n, depth, dim, pairs.p, kStride, pairs.dout_rows, x.dv.row(row) + column, x.dv.stride);
+    add_outer(n, depth, dim, pairs.ds, kStride, pairs.q_rows, x.dk.row(row) + column, x.dk.stride);
+    add_weighted(lanes, dim, ceil_div(n, 2), run.k_pairs->over_keys(run.pair_row + keys.first / 2, column),
+                 pairs.ds_down, lanes, b.dq, add);
+    add = true;
+  });
+}
+
 // Algorithm 2 of Dao 2023 (FlashAttention-2) for one tile of queries and one block of keys, with the queries
 // in the SIMD lanes of all products. With the scores s:
 //   p = exp(s - lse);  dv += p dout;  dp = dout vᵀ;  ds = p ∘ (dp - delta);
@@ -76,13 +171,13 @@ void find_delta(const QueryTile& tile, const Operands& x, bool first, const Back
 // queries, p and delta are computed from these scores. With so few keys, dp and delta can be nearly equal. A
 // delta that is computed from the rounded `out` would then make dp - delta too inexact.
 void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool first) {
-  const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
+  const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const Span seen = tile.visible(),
              keys_of_tile{std::max(seen.first, block.first), std::min(seen.end, block.end)};
   if (keys_of_tile.first >= keys_of_tile.end) return;
   const BackwardBuffers b(dim);
-  const bool sees_all =
-      keys_of_tile.first == seen.first && keys_of_tile.end == seen.end && seen.end - seen.first <= kTileKeys;
+  const bool sees_all = keys_of_tile.first == seen.first && keys_of_tile.end == seen.end &&
+                        seen.end - round_down(seen.first, 2) <= kTileKeys;
   tile.gather(x.dout, 1, b.dout_rows);
   if (!sees_all) {
     find_delta(tile, x, first, b);
@@ -94,25 +189,11 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
   kernels::table().f32.transpose(lanes, dim, b.q_rows, dim, b.q, kTileLanes);
   kernels::table().f32.transpose(lanes, dim, b.dout_rows, dim, b.dout, kTileLanes);
 
-  bool add = false;
-  const auto add_keys = [&](Span keys) {
-    const size_t n = keys.size(), row = tile.run.row + keys.first;
-    const Matrix<const float> k = tile.run.keys(tile.kv_head, dim, keys),
-                              v = tile.run.values(tile.kv_head, dim, keys);
-    score(lanes, k, b.q, b.scores);
-    tile.mask(keys, b.scores);
-    score(lanes, v, b.dout, b.dp);
-    if (sees_all)
-      kernel().whole_softmax_backward(n, lanes, b.scores, b.dp, kTileLanes);
-    else
-      kernel().softmax_backward(n, lanes, b.lse, b.delta, b.scores, b.dp, kTileLanes);
-    add_outer(n, lanes, dim, b.scores, b.dout_rows, x.dv.row(row) + column, x.dv.stride);
-    add_outer(n, lanes, dim, b.dp, b.q_rows, x.dk.row(row) + column, x.dk.stride);
-    add_weighted(lanes, k, b.dp, b.dq, add);
-    add = true;
-  };
-  // A whole softmax needs all keys at once, also if they cross a multiple of kTileKeys.
-  sees_all ? add_keys(keys_of_tile) : for_key_tiles(keys_of_tile, add_keys);
+  const Keys keys{keys_of_tile, sees_all};
+  if (tile.shape.pairs)
+    multiply_pairs(tile, keys, x, b);
+  else
+    multiply(tile, keys, x, b);
   kernels::table().f32.transpose(dim, lanes, b.dq, kTileLanes, b.q_rows, dim);
   tile.scatter(b.q_rows, tile.shape.scale, x.dq, !first);
 }
@@ -142,8 +223,9 @@ struct Task {
 // they are computed in parallel. The diagonals are computed one after the other. So every sum has one fixed
 // order, no product is computed twice, and no thread waits for another within a diagonal. Causal attention
 // has only the diagonals below the main one; otherwise, each of these continues above it, as in a torus.
-void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix<const float> dout,
+void attention_backward(const AttentionShape& given, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
+  const AttentionShape shape = given.head_dim % 2 == 0 ? given : in_floats(given);
   std::vector<Run> runs;
   size_t longest = 0;
   for (size_t i = 0; i < sequences.count; ++i) {
@@ -151,6 +233,8 @@ void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix
     if (count > 0) runs.push_back({row, count, 0, saved.k.row(row), saved.v.row(row), saved.k.stride});
     longest = std::max(longest, count);
   }
+  std::optional<PairedKeysAndValues> paired;
+  if (shape.pairs) paired.emplace(runs, saved.k, saved.v, true);
   const size_t block = block_tokens(shape, runs), group = shape.group(), dim = shape.head_dim;
   float* delta = scratch<float>(Scratch::kAttentionParts, dout.rows * shape.heads);
   const Operands x{dout, saved, {delta, dout.rows, shape.heads, shape.heads}, dq, dk, dv};

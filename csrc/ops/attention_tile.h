@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <limits>
+#include <vector>
 
 #include "base/matrix.h"
 #include "base/range.h"
@@ -33,6 +34,21 @@ struct Span {
 inline constexpr size_t kKeyUnit = kernels::kDepthUnit;
 static_assert(kPageUnit % kKeyUnit == 0 && kTileKeys % kKeyUnit == 0);
 
+// The keys or the values of all runs in pairs of bfloat16.
+struct PairedRows {
+  const kernels::Bf16Pair *along, *down;  // neighbours in a row; neighbouring positions of a run in a column
+  size_t width;                           // the number of values in a row
+
+  // One head's rows of `along`, from `row` on, as the left operand of a product over head_dim.
+  kernels::Strided<kernels::Bf16Pair> over_dim(size_t row, size_t column) const {
+    return {along + (row * width + column) / 2, width / 2, 1};
+  }
+  // One head's rows of `down`, from `row` on, as the left operand of a product over keys.
+  kernels::Strided<kernels::Bf16Pair> over_keys(size_t row, size_t column) const {
+    return {down + row * width + column, 1, width};
+  }
+};
+
 // A run: neighbouring queries, and the keys of their sequence. The positions of the queries are
 // first_position, first_position + 1, and so on.
 struct Run {
@@ -42,6 +58,9 @@ struct Run {
   size_t stride;                   // the row stride of k and v
   const int64_t* pages = nullptr;  // the page of each page_tokens positions; null: all are in page 0
   size_t page_tokens = 0;
+  const PairedRows* k_pairs = nullptr;  // if the products are computed in pairs; there are no pages then
+  const PairedRows* v_pairs = nullptr;
+  size_t pair_row = 0;  // the row of `down` that holds the positions 0 and 1
 
   Matrix<const float> keys(size_t head, size_t dim, Span part) const {
     return {k + row_of(part.first) * stride + head * dim, part.size(), dim, stride};
@@ -64,6 +83,11 @@ struct Run {
     }
   }
 };
+
+inline AttentionShape in_floats(AttentionShape shape) {
+  shape.pairs = false;
+  return shape;
+}
 
 // The range of all keys to which the queries from first_position to last_position of a run attend.
 inline Span visible_keys(const AttentionShape& shape, const Run& run, size_t first_position,
@@ -168,20 +192,48 @@ void for_key_tiles(Span keys, const Body& body) {
   }
 }
 
-// scores (keys, kTileLanes) = k (keys, head_dim) times queries (head_dim, kTileLanes). The queries are in the
-// SIMD lanes.
-inline void score(size_t lanes, Matrix<const float> k, const float* queries, float* scores) {
-  kernels::table().f32.gemm_outputs_in_lanes(k.rows, lanes, k.cols, {k.data, k.stride, 1}, queries,
-                                             kTileLanes, scores, kTileLanes, false, kernels::Fetch::none());
+// scores (keys, kTileLanes) = k (keys, depth) times queries (depth, q_stride). The queries are in the SIMD
+// lanes.
+template <class E>
+void score(size_t lanes, size_t keys, size_t depth, kernels::Strided<E> k, const E* queries, size_t q_stride,
+           float* scores) {
+  kernels::table().tiles<E>().gemm_outputs_in_lanes(keys, lanes, depth, k, queries, q_stride, scores,
+                                                    kTileLanes, false, kernels::Fetch::none());
 }
 
-// Weighted sums of the rows of v: sums (head_dim, kTileLanes) = [sums +] vᵀ (head_dim, keys) times weights
-// (keys, kTileLanes).
+// Weighted sums of the rows of v: sums (head_dim, kTileLanes) = [sums +] vᵀ (head_dim, depth) times weights
+// (depth, w_stride).
+template <class E>
+void add_weighted(size_t lanes, size_t dim, size_t depth, kernels::Strided<E> v, const E* weights,
+                  size_t w_stride, float* sums, bool accumulate) {
+  kernels::table().tiles<E>().gemm_outputs_in_lanes(dim, lanes, depth, v, weights, w_stride, sums, kTileLanes,
+                                                    accumulate, kernels::Fetch::none());
+}
+
+inline void score(size_t lanes, Matrix<const float> k, const float* queries, float* scores) {
+  score<float>(lanes, k.rows, k.cols, {k.data, k.stride, 1}, queries, kTileLanes, scores);
+}
 inline void add_weighted(size_t lanes, Matrix<const float> v, const float* weights, float* sums,
                          bool accumulate) {
-  kernels::table().f32.gemm_outputs_in_lanes(v.cols, lanes, v.rows, {v.data, 1, v.stride}, weights,
-                                             kTileLanes, sums, kTileLanes, accumulate,
-                                             kernels::Fetch::none());
+  add_weighted<float>(lanes, v.cols, v.rows, {v.data, 1, v.stride}, weights, kTileLanes, sums, accumulate);
 }
+
+// Pairs neighbouring rows of x (rows, lanes), whose rows are kTileLanes apart: out (ceil(rows / 2), lanes).
+inline void pair_rows(size_t rows, size_t lanes, const float* x, kernels::Bf16Pair* out) {
+  kernels::table().convert.pair_rows(rows, lanes, x, kTileLanes, out);
+}
+
+// The keys and values of some runs in pairs of bfloat16, in scratch memory of the calling thread.
+class PairedKeysAndValues {
+ public:
+  // Converts k and v (n, width), and lets the runs point to the results. Only a backward pass needs v along
+  // and k down.
+  PairedKeysAndValues(std::vector<Run>& runs, Matrix<const float> k, Matrix<const float> v, bool backward);
+  PairedKeysAndValues(const PairedKeysAndValues&) = delete;
+  PairedKeysAndValues& operator=(const PairedKeysAndValues&) = delete;
+
+ private:
+  PairedRows k_, v_;
+};
 
 }  // namespace nplora

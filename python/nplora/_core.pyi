@@ -321,6 +321,7 @@ def attention(
     window: int,
     out: Array,
     lse: Array,
+    bfloat16: bool = False,
     causal: bool = True,
     bias: Array | None = None,
 ) -> None:
@@ -333,6 +334,8 @@ def attention(
     bias (heads, 2 reach + 1): for each head, column reach + d is added to the score of a query and the key
     that is d tokens after it. No sequence has more than reach + 1 tokens.
     lse (n, heads): log Σ exp(scale q kᵀ), for `attention_backward`.
+    bfloat16: round the factors of products to bfloat16, and sum in float32. Sequences of only a few queries,
+        and heads of an odd size, are not rounded.
     """
 
 def attention_backward(
@@ -350,6 +353,7 @@ def attention_backward(
     dq: Array,
     dk: Array,
     dv: Array,
+    bfloat16: bool = False,
     causal: bool = True,
     bias: Array | None = None,
 ) -> None:

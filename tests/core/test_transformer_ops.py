@@ -358,15 +358,18 @@ CASES = [
     Case((3, 11, 1), 6, 6, 8, causal=False, biased=True),
     Case((300, 40, 5), 6, 2, 16, causal=False, biased=True),
     Case((130, 7), 4, 4, 16, 9, biased=True),
+    Case(
+        (300,), 36, 12, 16, 20
+    ),  # long blocks, and windows that begin in one tile of keys and end in another
 ]
 
 
 class Attention:
     """Inputs and results of one case, and the oracle's results."""
 
-    def __init__(self, case: Case, seed: int = 0) -> None:
+    def __init__(self, case: Case, seed: int = 0, bfloat16: bool = False) -> None:
         rng = np.random.default_rng(seed)
-        self.case = case
+        self.case, self.bfloat16 = case, bfloat16
         self.starts = np.cumsum((0, *case.lengths), dtype=np.int64)
         n, self.scale = int(self.starts[-1]), 1 / math.sqrt(case.dim)
         self.q, self.dout = (normal(rng, n, case.heads * case.dim) for _ in range(2))
@@ -386,13 +389,17 @@ class Attention:
         return self.case.heads, self.case.kv_heads, self.scale, self.case.window
 
     def forward(self) -> None:
-        more = self.case.causal, self.bias
-        _core.attention(self.q, self.k, self.v, self.starts, *self.options, self.out, self.lse, *more)
+        results = self.out, self.lse
+        _core.attention(self.q, self.k, self.v, self.starts, *self.options, *results, *self.more)
 
     def backward(self) -> None:
         saved = (self.q, self.k, self.v, self.out, self.lse)
-        made = self.dq, self.dk, self.dv, self.case.causal, self.bias
-        _core.attention_backward(self.dout, *saved, self.starts, *self.options, *made)
+        results = self.dq, self.dk, self.dv
+        _core.attention_backward(self.dout, *saved, self.starts, *self.options, *results, *self.more)
+
+    @property
+    def more(self) -> tuple[bool, bool, Array | None]:
+        return self.bfloat16, self.case.causal, self.bias
 
     def results(self) -> list[Array]:
         return [self.out, self.lse, self.dq, self.dk, self.dv]
@@ -401,9 +408,11 @@ class Attention:
         return reference.grouped_heads(x, heads, self.starts)
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_and_its_backward_match_the_whole_matrix(case: Case) -> None:
-    run = Attention(case)
+def test_attention_and_its_backward_match_the_whole_matrix(case: Case, bfloat16: bool) -> None:
+    run = Attention(case, bfloat16=bfloat16)
+    pair = 2.0**-8 if bfloat16 else 0  # a product of two factors that were rounded to bfloat16
     run.forward()
     run.backward()
     group = case.heads // case.kv_heads
@@ -423,13 +432,14 @@ def test_attention_and_its_backward_match_the_whole_matrix(case: Case) -> None:
                 arguments = queries, keys, values, run.scale, case.window, case.causal, bias
                 exact, exact_lse, p = reference.attention(*arguments)
                 # a score has this error (its sum, the scaled query, lse beside it), p the same relative error
-                score = reference.gamma(case.dim + 3) * run.scale * np.abs(queries) @ np.abs(keys).T
+                score = (reference.gamma(case.dim + 3) + pair) * run.scale * np.abs(queries) @ np.abs(keys).T
                 score = np.where(reference.sees(t, t, case.window, case.causal), score, 0)
                 if bias is not None:
                     score += 4 * U * np.abs(bias).max()
                 off = score.max(axis=1) * 2 + EXP + reference.gamma(t + 8)
                 assert (np.abs(lse[:, head] - exact_lse) <= off + 4 * U * np.abs(exact_lse)).all()
-                assert (np.abs(out[sequence][head] - exact) <= 2 * off[:, None] * (p @ np.abs(values))).all()
+                size = p @ np.abs(values)
+                assert (np.abs(out[sequence][head] - exact) <= (2 * off[:, None] + pair) * size).all()
 
                 eq, ek, ev = reference.attention_backward(gradient, *arguments)
                 dkeys += ek
@@ -437,7 +447,8 @@ def test_attention_and_its_backward_match_the_whole_matrix(case: Case) -> None:
                 dp = np.abs(gradient) @ np.abs(values).T
                 # ds = p (dp - delta): both have errors relative to their sums of magnitudes
                 delta = (np.abs(gradient) * (p @ np.abs(values))).sum(axis=1, keepdims=True)
-                ds = run.scale * p * (dp + delta) * (4 * off[:, None] + reference.gamma(2 * case.dim + 8))
+                sums = reference.gamma(2 * case.dim + 8) + 2 * pair  # of dp, and then of dq or dk
+                ds = run.scale * p * (dp + delta) * (4 * off[:, None] + sums)
                 assert (
                     np.abs(dq[sequence][head] - eq)
                     <= ds @ np.abs(keys)
@@ -447,9 +458,18 @@ def test_attention_and_its_backward_match_the_whole_matrix(case: Case) -> None:
                 bound_k += ds.T @ np.abs(queries) + rounds * (run.scale * p * (dp + delta)).T @ np.abs(
                     queries
                 )
-                bound_v += (p * (2 * off[:, None] + rounds)).T @ np.abs(gradient)
+                bound_v += (p * (2 * off[:, None] + rounds + pair)).T @ np.abs(gradient)
             assert (np.abs(dk[sequence][kv_head] - dkeys) <= bound_k).all()
             assert (np.abs(dv[sequence][kv_head] - dvalues) <= bound_v).all()
+
+
+def test_attention_in_bfloat16_rounds_its_products() -> None:
+    narrow, wide = Attention(Case((70, 33), 4, 2, 32), bfloat16=True), Attention(Case((70, 33), 4, 2, 32))
+    for run in (narrow, wide):
+        run.forward()
+        run.backward()
+    for ours, theirs in zip(narrow.results(), wide.results(), strict=True):
+        assert 1e-4 < np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 1e-2
 
 
 @pytest.mark.parametrize("case", [Case((1,) * 40, 6, 2, 22), Case((150,), 2, 2, 80, 1)], ids=str)

@@ -119,7 +119,7 @@ class Attention(Module):
         out, lse = buffers.empty_like(q), np.empty((len(q), self._heads[0]), np.float32)
         _core.attention(
             rotated_q, rotated_k, v, positions.starts, *self._heads, self._scale, self._window, out, lse,
-            self._causal, self._bias_for(positions),
+            self._narrow, self._causal, self._bias_for(positions),
         )  # fmt: skip
         (y,), o = stack_forward((self.o_proj,), out)
         if self._narrow and not inferring():
@@ -139,7 +139,7 @@ class Attention(Module):
         dq, dk, dv = buffers.empty_like(q), buffers.empty_like(k), buffers.empty_like(saved.v)
         _core.attention_backward(
             dout, q, k, saved.v, out, saved.lse, positions.starts, *self._heads, self._scale, self._window,
-            dq, dk, dv, self._causal, self._bias_for(positions),
+            dq, dk, dv, self._narrow, self._causal, self._bias_for(positions),
         )  # fmt: skip
         dq, dk = self._rotated_backward(dq, dk, saved, positions)
         return stack_backward(self._inputs, self._joined(dq, dk, dv), saved.qkv.with_x(x), need_dx)

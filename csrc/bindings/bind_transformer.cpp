@@ -6,6 +6,7 @@
 #include "bindings/arrays.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
+#include "ops/filtered_cross_entropy.h"
 #include "ops/transformer.h"
 
 namespace nplora::bindings {
@@ -203,6 +204,36 @@ void register_elements(py::module_& m) {
       arg("gradient"), "losses = log Σ exp(logits) - logits[target]");
 }
 
+void register_filtered_cross_entropy(py::module_& m) {
+  using py::arg;
+  m.def(
+      "filtered_cross_entropy",
+      [](const WeightArgument<float>& weight, Floats logits, const Integers& targets, double factor,
+         double bound, const Floats& mean, Array<double> losses, Array<double> skipped, Array<bool> is_flat,
+         Floats dx) {
+        const WeightView w = view<float>(weight);
+        const auto rows = write(logits), to = write(dx);
+        require(w.d_out <= size_t(INT32_MAX), "the vocabulary is too large");
+        require(rows.rows <= UINT32_MAX / (rows.cols + 1), "logits are too large");
+        require(bound > 0, "bound must be above 0");
+        require_shape("logits", logits, rows.rows, w.d_out);
+        require_shape("dx", dx, rows.rows, w.d_in);
+        require_size("mean", mean, w.d_in);
+        require_size("losses", losses, rows.rows);
+        require_size("skipped", skipped, rows.rows);
+        require_size("is_flat", is_flat, rows.rows);
+        const auto wanted = checked_targets(targets, rows);
+        const FilteredRows out{losses.mutable_data(), skipped.mutable_data(),
+                               reinterpret_cast<uint8_t*>(is_flat.mutable_data())};
+        const WordFilter filter{bound, mean.data()};
+        without_gil([&] { filtered_cross_entropy(w, rows, wanted.data(), factor, filter, out, to); });
+      },
+      arg("weight"), arg("logits").noconvert(), arg("targets").noconvert(), arg("factor"), arg("bound"),
+      arg("mean").noconvert(), arg("losses").noconvert(), arg("skipped").noconvert(),
+      arg("is_flat").noconvert(), arg("dx").noconvert(),
+      "The losses, and dx = factor (Σ p W + (1 - Σ p) mean - W[target]) over the words with p >= bound");
+}
+
 AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t kv_heads, double scale,
                         int64_t window, bool bfloat16 = false) {
   require(q.ndim() == 2, "expected an array with 2 axes");
@@ -328,6 +359,7 @@ void register_attention(py::module_& m) {
 
 void register_transformer(py::module_& m) {
   register_elements(m);
+  register_filtered_cross_entropy(m);
   register_attention(m);
 }
 

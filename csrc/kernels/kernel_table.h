@@ -348,6 +348,9 @@ struct Int8Products {
                             const Int8Rows& x, float* y, const Fetch& next);
 };
 
+// `select` looks at this many elements at a time.
+inline constexpr size_t kSelected = 64;
+
 // The activation functions: silu(g) = g / (1 + exp(-g)), GELU in its tanh form, and the exact GELU, which is
 // g Phi(g) with the normal distribution function Phi.
 enum class Activation : uint8_t { kSilu, kGeluTanh, kGelu };
@@ -415,6 +418,17 @@ struct Transformer {
   // dim). Head h uses the `dim` columns of `v` from column h / group * dim on, with h / group rounded down.
   void (*add_values)(size_t rows, size_t heads, size_t group, size_t dim, const float* weights,
                      size_t w_stride, const float* v, size_t v_stride, float* out);
+
+  // Stores the indices of the elements of `x` that are at least `least` in `ids`, in ascending order, and
+  // these elements in `values`. Returns their number, or `limit` + 1 if there are more than `limit`; the
+  // contents of `ids` and `values` are then undefined. Both have room for `limit` + kSelected elements. `n`
+  // is below 2^31. NaN is not selected.
+  size_t (*select)(size_t n, const float* x, float least, size_t limit, int32_t* ids, float* values);
+
+  // Adds weighted rows to `out` (n): out += the sum of weights[i] * row ids[i] over i < count, one product
+  // after another. The last panel of `rows` may be narrower.
+  void (*add_rows)(size_t count, size_t n, const uint8_t* ids, const float* weights,
+                   const Panels<float>& rows, float* out);
 
   // Multiplies column j of `x` (rows, n) by factor[j], for each column.
   void (*scale_columns)(size_t rows, size_t n, const float* factor, float* x, size_t x_stride);

@@ -63,6 +63,8 @@ constexpr Transformer make_transformer() {
           dot,
           key_dots,
           add_values,
+          select,
+          add_rows,
           scale_columns,
           softmax_step,
           softmax_backward,

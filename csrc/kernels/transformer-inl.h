@@ -232,6 +232,71 @@ inline void scaled(size_t n, float factor, const float* x, float* y, bool accumu
   });
 }
 
+// Most groups of kSelected elements have nothing to select, or only little. The test for a whole group is
+// vectorised by the compiler. Within a group, each element is stored, and the next one overwrites it unless
+// it counts, because a branch would often be mispredicted.
+inline size_t select(size_t n, const float* x, float least, size_t limit, int32_t* ids, float* values) {
+  size_t count = 0;
+  for (size_t first = 0; first < n; first += kSelected) {
+    const size_t end = smaller(first + kSelected, n);
+    int any = 0;
+    for (size_t i = first; i < end; ++i) any |= x[i] >= least;
+    if (!any) continue;
+    for (size_t i = first; i < end; ++i) {
+      ids[count] = static_cast<int32_t>(i);
+      values[count] = x[i];
+      count += x[i] >= least;
+    }
+    if (count > limit) return limit + 1;
+  }
+  return count;
+}
+
+// Does add_rows for kPanels full panels. The sums stay in registers.
+template <size_t kPanels>
+inline void add_rows_of_panels(size_t count, const uint8_t* ids, const float* weights,
+                               const Panels<float>& rows, float* out) {
+  using V = Vec<float>;
+  constexpr size_t kVectors = kPanelColumns / V::kLanes;
+  V sums[kPanels][kVectors];
+#pragma GCC unroll 12
+  for (size_t p = 0; p < kPanels; ++p)
+#pragma GCC unroll 12
+    for (size_t v = 0; v < kVectors; ++v) sums[p][v] = V::load(out + p * kPanelColumns + v * V::kLanes);
+  for (size_t i = 0; i < count; ++i) {
+    const float* row = rows.data + ids[i] * rows.row_stride;
+    const V weight = V::broadcast(weights[i]);
+#pragma GCC unroll 12
+    for (size_t p = 0; p < kPanels; ++p)
+#pragma GCC unroll 12
+      for (size_t v = 0; v < kVectors; ++v)
+        sums[p][v] = fma(weight, V::load(row + p * rows.panel_stride + v * V::kLanes), sums[p][v]);
+  }
+#pragma GCC unroll 12
+  for (size_t p = 0; p < kPanels; ++p)
+#pragma GCC unroll 12
+    for (size_t v = 0; v < kVectors; ++v) sums[p][v].store(out + p * kPanelColumns + v * V::kLanes);
+}
+
+inline void add_rows(size_t count, size_t n, const uint8_t* ids, const float* weights,
+                     const Panels<float>& rows, float* out) {
+  constexpr size_t kLanes = Vec<float>::kLanes,
+                   kMost = 12 * kLanes < kPanelColumns ? 1 : 12 * kLanes / kPanelColumns;
+  Panels<float> at = rows;
+  for (; n >= kMost * kPanelColumns; n -= kMost * kPanelColumns, out += kMost * kPanelColumns) {
+    add_rows_of_panels<kMost>(count, ids, weights, at, out);
+    at.data += kMost * rows.panel_stride;
+  }
+  for (; n >= kPanelColumns; n -= kPanelColumns, out += kPanelColumns, at.data += rows.panel_stride)
+    add_rows_of_panels<1>(count, ids, weights, at, out);
+  for_vectors(n, [&](size_t j, auto span) {
+    Vec<float> sum = span.load(out + j);
+    for (size_t i = 0; i < count; ++i)
+      sum = fma(Vec<float>::broadcast(weights[i]), span.load(at.data + ids[i] * rows.row_stride + j), sum);
+    span.store(sum, out + j);
+  });
+}
+
 inline float dot(size_t n, const float* a, const float* b) {
   Vec<float> sum = Vec<float>::zero();
   for_vectors(n, [&](size_t i, auto span) { sum = fma(span.load(a + i), span.load(b + i), sum); });

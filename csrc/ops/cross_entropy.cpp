@@ -14,44 +14,50 @@ namespace nplora {
 namespace {
 
 constexpr size_t kPiece = 2048;
-constexpr double kOperations = 24;  // the cost of one logit, in floating-point operations
 
-// Computes the loss of one row piece by piece (Milakov & Gimelshein 2018), so that the row is read from
-// memory once. The exponentials of a piece are relative to the largest logit so far, which `shifts` stores
-// for each piece.
 double row_loss(size_t n, float* logits, size_t target, double factor, bool gradient) {
   const auto& kernel = kernels::table().transformer;
   const size_t pieces = ceil_div(n, kPiece);
-  float* shifts = scratch<float>(Scratch::kSums, pieces);
+  float* shifts = gradient ? scratch<float>(Scratch::kSums, pieces) : nullptr;
   const float logit = logits[target];
-  float largest = std::numeric_limits<float>::lowest();
-  double sum = 0;
-  for (size_t i = 0; i < pieces; ++i) {
-    const Range piece = nth_block(n, kPiece, i);
-    float* x = logits + piece.first;
-    const float before = largest;
-    shifts[i] = largest = std::max(before, kernel.largest(piece.count, x));
-    sum = sum * std::exp(double(before) - double(largest)) +
-          kernel.exp_sum(piece.count, x, largest, gradient ? x : nullptr);
-  }
+  const RowSum row = sum_of_row(n, logits, shifts);
   if (gradient) {
     for (size_t i = 0; i < pieces; ++i) {
       const Range piece = nth_block(n, kPiece, i);
       float* x = logits + piece.first;
-      kernel.scaled(piece.count, float(factor / sum * std::exp(double(shifts[i]) - double(largest))), x, x,
-                    false);
+      const double shrunk = std::exp(double(shifts[i]) - double(row.largest));
+      kernel.scaled(piece.count, float(factor / row.sum * shrunk), x, x, false);
     }
     logits[target] -= float(factor);
   }
-  return std::log(sum) + (double(largest) - double(logit));
+  return row.loss(logit);
 }
 
 }  // namespace
 
+double RowSum::loss(float logit) const {
+  return std::log(sum) + (double(largest) - double(logit));
+}
+
+RowSum sum_of_row(size_t n, float* logits, float* shifts) {
+  const auto& kernel = kernels::table().transformer;
+  RowSum row{std::numeric_limits<float>::lowest(), 0};
+  for (size_t i = 0; i < ceil_div(n, kPiece); ++i) {
+    const Range piece = nth_block(n, kPiece, i);
+    float* x = logits + piece.first;
+    const float before = row.largest;
+    row.largest = std::max(before, kernel.largest(piece.count, x));
+    if (shifts) shifts[i] = row.largest;
+    row.sum = row.sum * std::exp(double(before) - double(row.largest)) +
+              kernel.exp_sum(piece.count, x, row.largest, shifts ? x : nullptr);
+  }
+  return row;
+}
+
 void cross_entropy(Matrix<float> logits, const int64_t* targets, double factor, double* losses,
                    bool gradient) {
   const size_t vocab = logits.cols;
-  parallel_for(logits.rows, useful_threads(kOperations * double(logits.rows) * double(vocab)),
+  parallel_for(logits.rows, useful_threads(kLogitCost * double(logits.rows) * double(vocab)),
                Interruptible::kYes, [&](size_t i) {
                  if (targets[i] != kIgnoredTarget) {
                    losses[i] = row_loss(vocab, logits.row(i), size_t(targets[i]), factor, gradient);

@@ -19,4 +19,20 @@ inline constexpr int64_t kIgnoredTarget = -100;  // as in torch and transformers
 void cross_entropy(Matrix<float> logits, const int64_t* targets, double factor, double* losses,
                    bool gradient);
 
+// The cost of one logit, in floating-point operations.
+inline constexpr double kLogitCost = 24;
+
+// The softmax of one row is exp(logits - largest) / sum.
+struct RowSum {
+  float largest;
+  double sum;
+
+  double loss(float logit) const;
+};
+
+// Sums one row piece by piece (Milakov & Gimelshein 2018), so that the row is read from memory once. The
+// exponentials of a piece are relative to the largest logit so far. If `shifts` is not null, it receives that
+// logit for each piece of kPiece logits, and the exponentials overwrite the logits.
+RowSum sum_of_row(size_t n, float* logits, float* shifts);
+
 }  // namespace nplora

@@ -387,6 +387,26 @@ def cross_entropy(logits: Array, targets: Array, factor: float, losses: Array, g
     ValueError if a target is out of range.
     """
 
+def filtered_cross_entropy(
+    weight: Weight,
+    logits: Array,
+    targets: Array,
+    factor: float,
+    bound: float,
+    mean: Array,
+    losses: Array,
+    skipped: Array,
+    is_flat: Array,
+    dx: Array,
+) -> None:
+    """The losses of cross_entropy, and the gradient of x, where logits = x Wᵀ, without unlikely words.
+
+    dx (n, d) = factor · (Σ p W + skipped · mean - W[target]), where Σ runs over the words with p >= bound and
+    the target, and `skipped` (n,) float64 is the probability of all other words. `is_flat` (n,) bool marks
+    rows in which more than a quarter of all words have p >= bound: their logits and their dx do not change,
+    and their `skipped` is 0. All other logits become undefined. The weight is not float64.
+    """
+
 class Constants(NamedTuple):
     """Constants of the core, the same on every machine."""
 

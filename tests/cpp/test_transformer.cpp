@@ -662,6 +662,71 @@ void test_add_values(const KernelTable& table) {
   });
 }
 
+// ---- unlikely words ----
+
+void test_select(const KernelTable& table) {
+  using nplora::kernels::kSelected;
+  Random random(46);
+  for_lengths("select", [&](size_t n, Place place) {
+    for (size_t limit : {size_t{0}, size_t{3}, n / 4, n}) {
+      check::Case one("%s select n %zu limit %zu, %s", table.isa, n, limit, name_of(place));
+      Values values = draw<float>(random, n, Data::kIntegers);
+      if (n > 5) values[5] = std::numeric_limits<float>::quiet_NaN();
+      const float least = 4;
+      std::vector<int32_t> exact;
+      for (size_t i = 0; i < n; ++i)
+        if (values[i] >= least) exact.push_back(int32_t(i));
+      Row<float> x(place, values), found(place, limit + kSelected);
+      const Guarded<int32_t> ids(limit + kSelected, place);
+      const size_t count = table.transformer.select(n, x.data(), least, limit, ids.data(), found.data());
+      check::expect(count == std::min(exact.size(), limit + 1), "found %zu of %zu", count, exact.size());
+      for (size_t i = 0; count <= limit && i < count; ++i)
+        check::expect(ids.data()[i] == exact[i] && found[i] == values[size_t(exact[i])],
+                      "element %zu differs", i);
+      check::expect(x.untouched(values) && found.gaps_intact(), "wrote outside the results");
+    }
+  });
+}
+
+void test_add_rows(const KernelTable& table) {
+  using nplora::kernels::kPanelColumns;
+  Random random(47);
+  constexpr size_t kRows = 5;
+  for (size_t n = 0; n <= 250; ++n)
+    for (size_t count : {0, 1, 7}) {
+      if (!check::count_shape("add_rows")) continue;
+      for (Data data : {Data::kIntegers, Data::kUniform})
+        for (Place place : kPlaces)
+          for (bool in_panels : {false, true}) {
+            if (in_panels && n % kPanelColumns != 0) continue;
+            check::Case one("%s add_rows n %zu count %zu panels %d, %s, %s", table.isa, n, count, in_panels,
+                            name_of(data), name_of(place));
+            const Values w0 = draw<float>(random, count, data), rows0 = draw<float>(random, kRows * n, data),
+                         before = draw<float>(random, n, data);
+            std::vector<uint8_t> ids(count);
+            for (size_t i = 0; i < count; ++i) ids[i] = uint8_t(3 * i % kRows);
+            const size_t row_stride = in_panels ? kPanelColumns : n,
+                         panel_stride = in_panels ? kRows * kPanelColumns : kPanelColumns;
+            Row<float> weights(place, w0), rows(place, rows0), out(place, before);
+            table.transformer.add_rows(count, n, ids.data(), weights.data(),
+                                       {rows.data(), row_stride, panel_stride}, out.data());
+            for (size_t j = 0; j < n; ++j) {
+              double exact = before[j], terms = std::abs(exact);
+              for (size_t i = 0; i < count; ++i) {
+                const double term =
+                    double(w0[i]) *
+                    rows0[j / kPanelColumns * panel_stride + ids[i] * row_stride + j % kPanelColumns];
+                exact += term;
+                terms += std::abs(term);
+              }
+              expect_near(j, out[j], exact, sum_error(data, 2 * count + 1, terms));
+            }
+            check::expect(out.gaps_intact(), "wrote outside out");
+            check::expect(weights.untouched(w0) && rows.untouched(rows0), "wrote to an input");
+          }
+    }
+}
+
 }  // namespace
 
 void test_transformer(const KernelTable& table) {
@@ -685,4 +750,6 @@ void test_transformer(const KernelTable& table) {
   test_whole_softmax_backward(table);
   test_key_dots(table);
   test_add_values(table);
+  test_select(table);
+  test_add_rows(table);
 }

@@ -1540,3 +1540,36 @@ def test_a_notebook_shows_progress_by_default_in_one_line(
     assert "\rstep 3/3, loss " in printed
     finetune(model, data, tmp_path / "quiet", **options, progress=False)
     assert capsys.readouterr().err == ""
+
+
+# ---- the word filter ----
+
+
+def test_a_filtered_run_logs_what_it_skips_and_resumes_to_the_bit(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        **QUICK,
+        "batch_examples": 4,
+        "schedule": "constant",
+        "filter_vocabulary": 0.01,
+    }
+    del options["epochs"]
+    plain = finetune(model, data, tmp_path / "plain", steps=6, **options | {"filter_vocabulary": 0.0})
+    lm = load_model(model)
+    whole = finetune(lm, data, tmp_path / "whole", steps=6, **options)
+    assert lm.model.word_filter is None
+    assert whole.history.loss[0] == plain.history.loss[0]
+    assert whole.history.loss[-1] == pytest.approx(plain.history.loss[-1], rel=0.05)
+    assert whole.history.loss != plain.history.loss
+    skipped = [row.metrics["skipped_probability"] for row in whole.history.steps]
+    assert all(0 < value < 0.9 for value in skipped)
+    finetune(model, data, tmp_path / "parts", steps=2, **options)
+    with pytest.warns(UserWarning, match="total_steps was 2, is 6"):
+        finetune(model, data, tmp_path / "parts", steps=6, resume=True, **options)
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
+def test_a_wrong_filter_is_refused() -> None:
+    with pytest.raises(ValueError, match="finetune: filter_vocabulary is 1"):
+        FinetuneOptions(filter_vocabulary=1)

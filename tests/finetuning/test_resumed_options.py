@@ -81,6 +81,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "patience": ("valid", 5),
     "keep": ("valid", "last"),
     "recompute": ("sft", True),
+    "filter_vocabulary": ("sft", 1e-4),
     "memory": ("sft", "8G"),
     "keep_prefix": ("upper", "memory"),
     "any_base": ("sft", True),

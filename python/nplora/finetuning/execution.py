@@ -95,6 +95,7 @@ def plan(
     keep: str = "best",
     compute: str | None = None,
     recompute: bool = False,
+    filter_vocabulary: float = 0.0,
     memory: str | int | None = None,
     keep_prefix: str = "off",
     save_every: int = 100,

@@ -287,6 +287,13 @@ class FinetuneOptions:
         "gradient checkpointing: recompute activations in the backward pass; slower, but saves memory",
         alias="checkpoint_blocks",
     )
+    filter_vocabulary: float = _unplanned(
+        _SPEED,
+        0.0,
+        "probability below which words are left out of the gradient of the output layer, such as 1e-6: a "
+        "faster step with a small error (default: 0, all words are kept)",
+        metavar="P",
+    )
     memory: str | int | None = _option(
         _SPEED,
         None,
@@ -440,7 +447,7 @@ class FinetuneOptions:
         for name in (*lr, "lora_plus_ratio", "alpha", "max_grad_norm", "outer_lr"):
             if _check.number(op, name, getattr(self, name)) <= 0:
                 raise ValueError(f"{op}: {name} is {getattr(self, name)}, expected above 0")
-        for name in ("dropout", "outer_momentum"):
+        for name in ("dropout", "outer_momentum", "filter_vocabulary"):
             _check.probability(op, name, getattr(self, name))
         for name in ("weight_decay", "save_minutes"):
             _check.at_least(op, name, getattr(self, name), 0)

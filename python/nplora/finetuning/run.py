@@ -34,7 +34,7 @@ from nplora.formats.errors import FormatError
 from nplora.formats.files import StrPath
 from nplora.formats.run_files import holds_run
 from nplora.lm import LanguageModel
-from nplora.models import PrefixCache
+from nplora.models import PrefixCache, WordFilter
 from nplora.nn import LoRALinear
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import layer_stream
@@ -108,6 +108,7 @@ def finetune(
     keep: str = "best",
     compute: str | None = None,
     recompute: bool = False,
+    filter_vocabulary: float = 0.0,
     memory: str | int | None = None,
     keep_prefix: str = "off",
     save_every: int = 100,
@@ -218,6 +219,8 @@ def finetune(
             `memory` is too small for float32).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
+        filter_vocabulary: probability below which words are left out of the gradient of the output layer,
+            such as 1e-6: a faster step with a small error (default: 0, all words are kept).
         memory: memory limit of the whole process, such as 600M or 1.5G; the fastest plan that fits is used.
         keep_prefix: where to cache the outputs of the frozen blocks below the lowest adapter for later
             epochs: off, memory, or disk (in the output directory, during the run); takes 4 bytes x hidden
@@ -318,12 +321,14 @@ def _finetune(
     if is_first:
         require_free(place, chosen, bool(inputs.added_tokens))
     prefix = _new_prefix(inputs, place, chosen.keep_prefix)
+    word_filter = WordFilter(chosen.filter_vocabulary) if chosen.filter_vocabulary else None
 
-    with _opened_output(place, ranks) as directory, _computing(lm, execution, prefix):
+    with _opened_output(place, ranks) as directory, _computing(lm, execution, prefix, word_filter):
         read = [batches, *([validation] if validation else [])]
         prepared = Preparation(inputs.objective, plain, read, directory, say, ranks)
         del plain
         loss = inputs.objective.loss(execution.micro_tokens)
+        loss.word_filter = word_filter
         baseline = Baseline(lm, loss, validation, inputs.prompts(chosen.sample), say, ranks)
         is_new = directory is not None and not (chosen.resume and holds_run(directory))
         is_new = ranks.broadcast(is_new, "the choice between a new run and an earlier one")
@@ -392,14 +397,16 @@ def _new_prefix(inputs: RunInputs, output: StrPath, where: str) -> PrefixCache |
 
 
 @contextlib.contextmanager
-def _computing(lm: LanguageModel, execution: ExecutionPlan, prefix: PrefixCache | None) -> Iterator[None]:
+def _computing(
+    lm: LanguageModel, execution: ExecutionPlan, prefix: PrefixCache | None, word_filter: WordFilter | None
+) -> Iterator[None]:
     """The model computes according to the plan inside the `with` block, and as before after it."""
     before = lm.model.recompute
-    lm.model.recompute, lm.model.prefix = execution.recompute, prefix
+    lm.model.recompute, lm.model.prefix, lm.model.word_filter = execution.recompute, prefix, word_filter
     try:
         yield
     finally:
-        lm.model.recompute, lm.model.prefix = before, None
+        lm.model.recompute, lm.model.prefix, lm.model.word_filter = before, None, None
         if prefix is not None:
             prefix.close()
 

@@ -3,5 +3,6 @@
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.prefix_cache import PrefixCache
+from nplora.models.word_filter import WordFilter
 
-__all__ = ["KVCache", "ModelConfig", "PrefixCache"]
+__all__ = ["KVCache", "ModelConfig", "PrefixCache", "WordFilter"]

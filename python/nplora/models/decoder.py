@@ -16,6 +16,7 @@ from nplora.models.invocation import active_in, invocation_of
 from nplora.models.norms import norm_backward, norm_forward
 from nplora.models.positions import CachePositions, PackedPositions
 from nplora.models.prefix_cache import PrefixCache
+from nplora.models.word_filter import WordFilter
 from nplora.nn import Embedding, LoRAEmbedding, RMSNorm, TrainedEmbedding
 from nplora.nn.active_rows import only_active
 from nplora.nn.module import Module, Saved, inference
@@ -64,6 +65,7 @@ class Decoder(Module):
             the block again in the backward pass. Training then takes a third more work and a tenth of the
             memory. The gradients are identical to the bit.
         prefix: the cached outputs of the blocks below the lowest adapted block, or None.
+        word_filter: what leaves unlikely words out of the gradient of the head's input, or None.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Decoder(Module):
         self.norm = norm
         self.recompute = False
         self.prefix: PrefixCache | None = None
+        self.word_filter: WordFilter | None = None
 
     @property
     def checkpoint_blocks(self) -> bool:

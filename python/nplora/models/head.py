@@ -98,7 +98,10 @@ def _chunk_gradient(
     The logits of these rows are freed at the end.
     """
     logits, saved = logits_forward(head, model.read_out(x))
-    losses = np.empty(len(x))
+    losses, word_filter = np.empty(len(x)), model.word_filter
+    if word_filter is not None and isinstance(head, Linear) and word_filter.applies(head):
+        give_way()
+        return losses, model.read_out_backward(word_filter.gradient(head, logits, targets, factor, losses), x)
     _core.cross_entropy(logits, targets, factor, losses, True)
     if weights is not None:
         logits *= weights[:, None]

@@ -46,7 +46,7 @@ class DistillLoss(PackedLoss):
         total = 0.0
         for part, _, _ in self._micro_batches(x):
             total += model.forward_backward_with(part, self._loss_of_batch(part), factor)
-            self.after_part()
+            self._end_part()
         return total
 
     def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:

@@ -61,7 +61,7 @@ class KtoLoss(PackedLoss):
         for part, sequences, _ in self._micro_batches(x):
             loss = functools.partial(self._scaled, part, y.good[sequences], kl, factor)
             total += model.forward_backward_of(part, loss)
-            self.after_part()
+            self._end_part()
         return total
 
     def evaluate(self, model: Module, x: PackedBatch, y: Judgements) -> float:

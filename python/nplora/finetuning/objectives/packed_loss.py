@@ -9,6 +9,7 @@ from nplora.finetuning.nonfinite_layers import first_nonfinite_layer
 from nplora.finetuning.objectives.tally import Addition, Tally
 from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch
+from nplora.models.word_filter import WordFilter
 from nplora.nn.module import Module
 from nplora.trainer import FusedLoss
 
@@ -23,6 +24,7 @@ class PackedLoss(FusedLoss):
     Attributes:
         tokens: number of tokens, trained or not, of all batches that were processed, here or on other ranks.
         after_part: called after the backward pass of each micro-batch.
+        word_filter: the filter of the model's head, or None.
         unit: what `count` counts, for progress lines.
     """
 
@@ -33,6 +35,7 @@ class PackedLoss(FusedLoss):
         self.tokens = 0
         self._tally = Tally()
         self.after_part: Callable[[], None] = _nothing
+        self.word_filter: WordFilter | None = None
 
     def parts(self, x: PackedBatch, y: Any) -> int:
         """The number of micro-batches of a batch."""
@@ -41,12 +44,19 @@ class PackedLoss(FusedLoss):
     def computed_elsewhere(self, x: PackedBatch, y: Any) -> None:
         self.tokens += len(x.ids)
 
+    def _end_part(self) -> None:
+        """Count the probability of the words that the filter has skipped, and call `after_part`."""
+        if self.word_filter is not None:
+            self._tally.add("skipped_probability", self.word_filter.take_skipped(), counted=True)
+        self.after_part()
+
     def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
         """The micro-batches that are computed. Those without a target have no loss."""
         return (each for each in micro_batches(x, self.micro_tokens) if each[0].num_targets)
 
     def settings(self) -> dict[str, Any]:
-        return {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}
+        cut = {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}
+        return cut if self.word_filter is None else cut | {"filter_vocabulary": self.word_filter.bound}
 
     def count(self, x: PackedBatch, y: Any) -> int:
         return x.num_targets

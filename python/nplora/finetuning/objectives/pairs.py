@@ -44,7 +44,7 @@ class PairLoss(PackedLoss):
         for part, _, tokens in self._micro_batches(x):
             loss = functools.partial(self._scaled, part, y.is_answer[tokens], weight, factor)
             total += model.forward_backward_of(part, loss)
-            self.after_part()
+            self._end_part()
         return total
 
     def evaluate(self, model: Module, x: PackedBatch, y: Answers) -> float:

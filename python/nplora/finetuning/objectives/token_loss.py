@@ -34,7 +34,7 @@ class TokenLoss(PackedLoss):
         total = 0.0
         for part, _, _ in self._micro_batches(x):
             total += model.forward_backward(part, factor)
-            self.after_part()
+            self._end_part()
         return total
 
     def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:

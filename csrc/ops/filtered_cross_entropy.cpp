@@ -1,0 +1,181 @@
+#include "ops/filtered_cross_entropy.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "base/parallel.h"
+#include "ops/blocking.h"
+#include "ops/cross_entropy.h"
+#include "ops/scratch.h"
+
+namespace nplora {
+
+namespace {
+
+// The words of the vocabulary are multiplied block by block. A task multiplies up to kColumns columns of W at
+// a time. That part of a block takes 24 KB, so it stays in L1 while all tokens use it.
+constexpr size_t kWords = 32, kColumns = 2 * kDecodedColumns;
+// A kept word costs about as much as this many words of a dense product.
+constexpr double kKeptCost = 2;
+
+// The kept words of all rows: at most limit() likely words, and the target. At first, each row has a list in
+// ascending order. The lists overwrite the rows' logits, so they take no other memory: the first counts[i]
+// floats of row i are the weights, and the second half of the row begins with the ids.
+//
+// Then, `arrange` brings the words into the order in which they are multiplied: block by block, and row by
+// row in each block. The lists of the rows are too far apart in memory to be read in this order.
+class KeptWords {
+ public:
+  explicit KeptWords(Matrix<float> logits)
+      : logits_(logits), counts_(logits.rows), blocks_(ceil_div(logits.cols, kWords)) {}
+
+  size_t limit() const { return logits_.cols / 4; }
+  size_t rows() const { return logits_.rows; }
+  size_t blocks() const { return blocks_; }
+  size_t size() const { return size_; }
+
+  // Stores the kept words of one row. Returns false, and changes nothing, if there are more than the limit.
+  bool keep(size_t row, const RowSum& sum, int32_t target, double factor, double bound, double* skipped);
+
+  void arrange();
+
+  // After `arrange`: the words of a block and a row are first(block, row) to first(block, row + 1) - 1.
+  size_t first(size_t block, size_t row) const { return firsts_[block * rows() + row]; }
+  const float* weights() const { return weights_; }
+  const uint8_t* ids() const { return ids_; }  // counted from the first word of the block
+
+ private:
+  float* row_weights(size_t row) const { return logits_.row(row); }
+  int32_t* row_ids(size_t row) const {
+    return reinterpret_cast<int32_t*>(logits_.row(row) + logits_.cols / 2);
+  }
+
+  const Matrix<float> logits_;
+  std::vector<size_t> counts_;
+  size_t blocks_, size_ = 0;
+  uint32_t* firsts_ = nullptr;
+  float* weights_ = nullptr;
+  uint8_t* ids_ = nullptr;
+};
+
+bool KeptWords::keep(size_t row, const RowSum& sum, int32_t target, double factor, double bound,
+                     double* skipped) {
+  const auto& kernel = kernels::table().transformer;
+  const float* logits = logits_.row(row);
+  float* values = scratch<float>(Scratch::kSums, limit() + kernels::kSelected);
+  int32_t* ids = scratch<int32_t>(Scratch::kCodes, limit() + kernels::kSelected);
+  const auto least = float(double(sum.largest) + std::log(sum.sum) + std::log(bound));
+  size_t count = kernel.select(logits_.cols, logits, least, limit(), ids, values);
+  if (count > limit()) return false;
+  int32_t* place = std::lower_bound(ids, ids + count, target);
+  const auto at = size_t(place - ids);
+  if (at == count || *place != target) {  // an unlikely target is kept too
+    std::copy_backward(place, ids + count, ids + count + 1);
+    std::copy_backward(values + at, values + count, values + count + 1);
+    *place = target;
+    values[at] = logits[target];
+    ++count;
+  }
+  *skipped = 1 - kernel.exp_sum(count, values, sum.largest, values) / sum.sum;
+  kernel.scaled(count, float(factor / sum.sum), values, row_weights(row), false);
+  row_weights(row)[at] -= float(factor);
+  std::memcpy(row_ids(row), ids, count * sizeof *ids);
+  counts_[row] = count;
+  return true;
+}
+
+// A counting sort by blocks, which keeps the order of the rows.
+void KeptWords::arrange() {
+  firsts_ = scratch<uint32_t>(Scratch::kLowGradients, blocks_ * rows() + 1);
+  std::fill_n(firsts_, blocks_ * rows() + 1, 0);
+  const size_t threads = useful_threads(double(blocks_ * rows()));
+  // Calls body(row) for all rows. Neighbouring rows go to the same thread, because their counts are neighbours.
+  const auto for_rows = [&](const auto& body) {
+    for_pieces(rows(), kTokenUnit, threads, [&](Range some) {
+      for (size_t i = 0; i < some.count; ++i) body(some.first + i);
+    });
+  };
+  for_rows([&](size_t row) {
+    const int32_t* ids = row_ids(row);
+    for (size_t i = 0; i < counts_[row]; ++i) ++firsts_[size_t(ids[i]) / kWords * rows() + row];
+  });
+  for (size_t i = 0; i <= blocks_ * rows(); ++i) size_ += std::exchange(firsts_[i], uint32_t(size_));
+  weights_ = scratch<float>(Scratch::kLanes, size_);
+  ids_ = scratch<uint8_t>(Scratch::kLowLanes, size_);
+  for_rows([&](size_t row) {
+    const int32_t* ids = row_ids(row);
+    for (size_t i = 0; i < counts_[row];) {
+      const size_t block = size_t(ids[i]) / kWords;
+      for (size_t to = first(block, row); i < counts_[row] && size_t(ids[i]) / kWords == block; ++i, ++to) {
+        weights_[to] = row_weights(row)[i];
+        ids_[to] = uint8_t(size_t(ids[i]) % kWords);
+      }
+    }
+  });
+}
+
+// The columns [first, first + cols.count) of W that a block of words takes at a time: full panels, or the last
+// narrower panel.
+Range next_columns(const WeightView& w, Range side, size_t done) {
+  const size_t first = side.first + done, full = full_columns(w.d_in),
+               end = std::min(side.first + side.count, first < full ? full : w.d_in);
+  return {first, std::min(kColumns, end - first)};
+}
+
+// Adds the weighted rows of W to dx. A task owns some columns of dx, for some tokens. A block of words that no
+// token of the task keeps is not decoded.
+void add_kept_rows(const WeightView& w, const KeptWords& kept, Matrix<float> dx) {
+  const double work = kKeptCost * flops(1, kept.size(), dx.cols);
+  const size_t threads = useful_threads(work);
+  const Grid grid({dx.rows, kTokenUnit, dx.rows}, {dx.cols, kColumns, round_up(dx.cols, kColumns)}, work,
+                  threads);
+  const kernels::Transformer& kernel = kernels::table().transformer;
+  parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t task) {
+    const Range tokens = grid.tokens(task), side = grid.side(task);
+    float* made = scratch<float>(Scratch::kWeight, kWords * scratch_columns(kColumns));
+    for (size_t done = 0; done < side.count;) {
+      const Range cols = next_columns(w, side, done);
+      for (size_t block = 0; block < kept.blocks(); ++block) {
+        if (kept.first(block, tokens.first) == kept.first(block, tokens.first + tokens.count)) continue;
+        const Range words = nth_block(w.d_out, kWords, block);
+        const kernels::Panels<float> rows = row_block<float>(w, words, cols, true, made);
+        for (size_t i = tokens.first; i < tokens.first + tokens.count; ++i) {
+          const size_t first = kept.first(block, i), count = kept.first(block, i + 1) - first;
+          if (count > 0)
+            kernel.add_rows(count, cols.count, kept.ids() + first, kept.weights() + first, rows,
+                            dx.row(i) + cols.first);
+        }
+      }
+      done += cols.count;
+    }
+  });
+}
+
+}  // namespace
+
+void filtered_cross_entropy(const WeightView& w, Matrix<float> logits, const int64_t* targets, double factor,
+                            const WordFilter& filter, const FilteredRows& rows, Matrix<float> dx) {
+  const size_t vocab = logits.cols;
+  KeptWords kept(logits);
+  parallel_for(logits.rows, useful_threads(kLogitCost * double(logits.rows) * double(vocab)),
+               Interruptible::kYes, [&](size_t i) {
+                 rows.losses[i] = rows.skipped[i] = 0;
+                 rows.is_flat[i] = 0;
+                 if (targets[i] != kIgnoredTarget) {
+                   const RowSum sum = sum_of_row(vocab, logits.row(i), nullptr);
+                   rows.losses[i] = sum.loss(logits.row(i)[targets[i]]);
+                   rows.is_flat[i] =
+                       !kept.keep(i, sum, int32_t(targets[i]), factor, filter.bound, rows.skipped + i);
+                   if (rows.is_flat[i]) return;
+                 }
+                 kernels::table().transformer.scaled(dx.cols, float(factor * rows.skipped[i]), filter.mean,
+                                                     dx.row(i), false);
+               });
+  kept.arrange();
+  add_kept_rows(w, kept, dx);
+}
+
+}  // namespace nplora

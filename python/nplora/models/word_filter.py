@@ -1,0 +1,100 @@
+"""WordFilter: leaves unlikely words of the vocabulary out of the gradient of the head's input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.nn import Linear
+from nplora.nn.module import Module
+from nplora.weights import FrozenWeight, buffers
+
+Array = npt.NDArray[Any]
+
+
+class WordFilter:
+    """Leaves words below a probability out of a product (gradient filtering of Wijmans et al. 2024).
+
+    The gradient of the head's input x is dx = factor · (Σ p_w W_w - W_target), a sum over the whole
+    vocabulary. The filter keeps the words with p_w >= `bound`, and the target. In place of the row of each
+    skipped word, it takes the mean row μ of W, so the probabilities still add up to 1. The error is
+
+        ‖error of dx‖ <= factor · m · max_w ‖W_w - μ‖,
+
+    where m is the probability of the skipped words together. This is the triangle inequality for the error
+    factor · Σ_skipped p_w (W_w - μ). Losses do not change, not even in a bit. If a quarter of the vocabulary
+    is at or above the bound in some row, that row is computed without the filter.
+
+    The filter applies to a frozen head in float32 or bfloat16 arithmetic. A head that is trained, or has an
+    adapter, is computed without it.
+
+        >>> import nplora
+        >>> from nplora.models import WordFilter
+        >>> lm = nplora.load_model("model.gguf")
+        >>> lm.add_lora(rank=2)
+        >>> lm.model.word_filter = WordFilter(1e-6)
+        >>> loss = lm.train_step([[1, 2, 3]], optimizer=nplora.AdamW(lr=1e-3))
+        >>> len(lm.model.word_filter.take_skipped())      # one for each target
+        2
+
+    Args:
+        bound: the least probability of a word that is kept: above 0 and below 1.
+    Raises:
+        ValueError: `bound` is out of range.
+    """
+
+    def __init__(self, bound: float) -> None:
+        self.bound = _check.probability("WordFilter", "bound", bound)
+        if bound == 0:
+            raise ValueError("WordFilter: bound is 0, expected a value above 0")
+        self._mean: tuple[FrozenWeight, Array] | None = None  # a weight and its mean row
+        self._skipped: list[Array] = []
+
+    def applies(self, head: Module) -> bool:
+        """Whether the filter can compute the gradient of this head's input."""
+        return (
+            type(head) is Linear
+            and isinstance(head.weight, FrozenWeight)
+            and head.weight.compute_dtype == np.float32
+        )
+
+    def gradient(self, head: Linear, logits: Array, targets: Array, factor: float, losses: Array) -> Array:
+        """Return dx (n, d) for rows of logits, which are overwritten, and fill `losses` (n,), float64.
+
+        No target may be ignored.
+        """
+        weight = head.weight
+        assert isinstance(weight, FrozenWeight)
+        dx = buffers.empty((len(logits), weight.shape[1]), np.float32)
+        skipped, is_flat = np.empty(len(logits)), np.empty(len(logits), np.bool_)
+        _core.filtered_cross_entropy(
+            weight.packed, logits, targets, factor, self.bound, self._mean_of(weight), losses, skipped,
+            is_flat, dx,
+        )  # fmt: skip
+        if is_flat.any():
+            rows = logits[is_flat]
+            _core.cross_entropy(rows, targets[is_flat], factor, np.empty(len(rows)), True)
+            dense = np.empty((len(rows), dx.shape[1]), np.float32)
+            _core.matmul_t(weight.packed, rows, dense)
+            dx[is_flat] = dense
+        self._skipped.append(skipped)
+        return dx
+
+    def take_skipped(self) -> Array:
+        """The probability of the skipped words in each row since the last call, float64."""
+        taken, self._skipped = self._skipped, []
+        return np.concatenate([np.empty(0), *taken])
+
+    def _mean_of(self, weight: FrozenWeight) -> Array:
+        """The mean row (d,) of a weight. It is computed once, as a product with a row of ones."""
+        if self._mean is None or self._mean[0] is not weight:
+            ones, total = (
+                np.ones((1, weight.shape[0]), np.float32),
+                np.empty((1, weight.shape[1]), np.float32),
+            )
+            _core.matmul_t(weight.packed, ones, total)
+            self._mean = weight, total[0] / np.float32(weight.shape[0])
+        return self._mean[1]

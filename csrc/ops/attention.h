@@ -13,8 +13,8 @@ namespace nplora {
 
 struct AttentionShape {
   size_t heads, kv_heads, head_dim;
-  float scale;    // the factor of all scores, usually 1 / sqrt(head_dim)
-  size_t window;  // a token attends to itself and `window` - 1 tokens before it; 0 means no limit
+  float scale;         // the factor of all scores, usually 1 / sqrt(head_dim)
+  size_t window;       // a token attends to itself and `window` - 1 tokens before it; 0 means no limit
   bool pairs = false;  // whether tiles of queries are multiplied in pairs of bfloat16, summed in float32
   // If false, a token also attends to the tokens after it (to `window` - 1 of them, if there is a window).
   bool causal = true;

@@ -145,7 +145,7 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a bool": ({"num_hidden_layers": True}, FormatError, "num_hidden_layers is True, expected an integer"),
     "no width": ({"hidden_size": None}, FormatError, "hidden_size is missing"),
     "a billion layers": ({"num_hidden_layers": 10**9}, FormatError, "1,000,000,000 layers"),
-    "another activation": ({"hidden_act": "gelu"}, UnsupportedError, "hidden_act is 'gelu'"),
+    "another activation": ({"hidden_act": "relu"}, UnsupportedError, "hidden_act is 'relu'"),
     "quantised": ({"quantization_config": {"bits": 4}}, UnsupportedError, "quantization_config"),
     "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, UnsupportedError, "'yarn', expected"),
     "a ramp upside down": (

@@ -817,7 +817,11 @@ PIECE_TOKENS = sentencepiece()["tokenizer.ggml.tokens"]
         ),
         (byte_level(tokens=5), FormatError, "expected an array of STRING"),
         (byte_level(model=7), FormatError, "expected a STRING"),
-        (byte_level(model="t5"), UnsupportedError, "the tokenizer is 't5', expected 'gpt2' or 'llama'"),
+        (
+            byte_level(model="t5"),
+            UnsupportedError,
+            "the tokenizer is 't5', expected 'gpt2', 'llama' or 'bert'",
+        ),
         (byte_level(model=None), FormatError, "no tokenizer: no metadata 'tokenizer.ggml.model'"),
         (byte_level(pre="new"), UnsupportedError, "pre is 'new', expected one of 'default', 'gpt-2'"),
     ],

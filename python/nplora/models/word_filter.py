@@ -36,7 +36,7 @@ class WordFilter:
         >>> lm = nplora.load_model("model.gguf")
         >>> lm.add_lora(rank=2)
         >>> lm.model.word_filter = WordFilter(1e-6)
-        >>> loss = lm.train_step([[1, 2, 3]], optimizer=nplora.AdamW(lr=1e-3))
+        >>> loss = lm.train_step([[1, 2, 3]], [[1, 2, 3]], optimizer=nplora.AdamW(lr=1e-3))
         >>> len(lm.model.word_filter.take_skipped())      # one for each target
         2
 

@@ -4,7 +4,7 @@
 
 Plain NumPy, as if somebody else had trained it: 64-512-512-10 with ReLU, AdamW, cosine schedule, and images
 moved, turned and scaled a little at random. The file holds float16 weights. Each matrix is rounded to
-multiples of a step, an eighth of its standard deviation, so that it compresses well. The file also holds the
+multiples of a step, half of its standard deviation, so that it compresses well. The file also holds the
 three parts of the 1,797 digits, so that whoever adapts the network knows which digits it has never seen. One
 machine gives the same bytes each time; other BLAS libraries round otherwise.
 """
@@ -49,8 +49,8 @@ def main() -> None:
 
 
 def coarse(w: np.ndarray) -> np.ndarray:
-    """Multiples of a power of 2 that is at most an eighth of the standard deviation, as float16."""
-    step = 2.0 ** np.floor(np.log2(w.std() / 8))
+    """Multiples of a power of 2 that is at most half of the standard deviation, as float16."""
+    step = 2.0 ** np.floor(np.log2(w.std() / 2))
     return (np.round(w / step) * step).astype(np.float16)
 
 

@@ -259,7 +259,7 @@ def test_a_cache_that_does_not_fit_refuses_and_stays_as_it_was(lm: LanguageModel
         ([[1] * 6], [1], "a slot would hold 9 tokens, the cache has room for 8"),
         ([1, 2], [1, 1], "expected no slot twice"),
         ([1], [2], "slots holds 2"),
-        ([1, 2], [1], "expected \\(m, count\\) and \\(m,\\)"),
+        ([1, 2], [1], r"slots have shape \(1,\), expected one for each of 2"),
         ([VOCAB], [0], f"token_ids holds {VOCAB}"),
     ):
         with pytest.raises(ValueError, match=message):

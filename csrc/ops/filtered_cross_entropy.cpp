@@ -92,7 +92,7 @@ void KeptWords::arrange() {
   firsts_ = scratch<uint32_t>(Scratch::kLowGradients, blocks_ * rows() + 1);
   std::fill_n(firsts_, blocks_ * rows() + 1, 0);
   const size_t threads = useful_threads(double(blocks_ * rows()));
-  // Calls body(row) for all rows. Neighbouring rows go to the same thread, because their counts are neighbours.
+  // Calls body(row) for all rows. Neighbouring rows go to the same thread: their counts are neighbours.
   const auto for_rows = [&](const auto& body) {
     for_pieces(rows(), kTokenUnit, threads, [&](Range some) {
       for (size_t i = 0; i < some.count; ++i) body(some.first + i);
@@ -117,16 +117,16 @@ void KeptWords::arrange() {
   });
 }
 
-// The columns [first, first + cols.count) of W that a block of words takes at a time: full panels, or the last
-// narrower panel.
+// The columns [first, first + cols.count) of W that a block of words takes at a time: full panels, or the
+// last narrower panel.
 Range next_columns(const WeightView& w, Range side, size_t done) {
   const size_t first = side.first + done, full = full_columns(w.d_in),
                end = std::min(side.first + side.count, first < full ? full : w.d_in);
   return {first, std::min(kColumns, end - first)};
 }
 
-// Adds the weighted rows of W to dx. A task owns some columns of dx, for some tokens. A block of words that no
-// token of the task keeps is not decoded.
+// Adds the weighted rows of W to dx. A task owns some columns of dx, for some tokens. A block of words that
+// no token of the task keeps is not decoded.
 void add_kept_rows(const WeightView& w, const KeptWords& kept, Matrix<float> dx) {
   const double work = kKeptCost * flops(1, kept.size(), dx.cols);
   const size_t threads = useful_threads(work);

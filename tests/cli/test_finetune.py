@@ -138,7 +138,7 @@ def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         "rises to its peak (default: 0) ", "LoRA dropout probability (default: 0.0) ",
         "q_proj,v_proj (repeatable) (default: all-linear) ", "a chat if the training data are chats ",
-        "first:N (default: all) ", "backward pass; slower, but saves memory --memory SIZE ",
+        "first:N (default: all) ", "backward pass; slower, but saves memory --filter-vocabulary P ",
     ):  # fmt: skip
         assert words in text
 

@@ -414,4 +414,5 @@ def test_fits_leave_no_network_behind(rng: np.random.Generator) -> None:
         gc.collect()
         return sum(isinstance(held, nplora.LoRALinear) for held in gc.get_objects())
 
-    assert count() == count()
+    before = count()
+    assert count() <= before  # fewer if objects of other tests were still there

@@ -37,7 +37,22 @@ class ConvSaved(Saved):
     x: Array | None = None
 
 
-class Conv2d(Linear):
+class _Convolution:
+    """The geometry that convolutions have, with LoRA and without."""
+
+    _windows: Windows
+
+    @property
+    def kernel(self) -> tuple[int, int, int]:
+        return (self._windows.channels, *self._windows.size)
+
+    @property
+    def windows(self) -> Windows:
+        """The geometry of the convolution."""
+        return self._windows
+
+
+class Conv2d(_Convolution, Linear):
     """A convolution of images (n, c_in, height, width) with torch's conventions, without groups.
 
     y[:, o] = Σ x ⋆ W[o] [+ bias[o]]. It is computed as a product of the windows of x and the kernel's matrix.
@@ -87,15 +102,6 @@ class Conv2d(Linear):
             views = (array.reshape(-1, *self.kernel) for array in (self.weight, self.dweight))
             self._trained.append(Parameter("weight", *views))
 
-    @property
-    def kernel(self) -> tuple[int, int, int]:
-        return (self._windows.channels, *self._windows.size)
-
-    @property
-    def windows(self) -> Windows:
-        """The geometry of the convolution."""
-        return self._windows
-
     def local_parameters(self) -> list[Parameter]:
         return [*self._trained, *(p for p in super().local_parameters() if p.name != "weight")]
 
@@ -142,7 +148,7 @@ class Conv2d(Linear):
         return f"Conv2d({', '.join([*parts, *self._windows.describe(), f'trainable={self.trainable}'])})"
 
 
-class LoRAConv2d(LoRALinear):
+class LoRAConv2d(_Convolution, LoRALinear):
     """A frozen convolution with a trainable low-rank update, in PEFT's layout for `torch.nn.Conv2d`.
 
     The update is two convolutions: first B, with a kernel of the frozen size and r outputs, then A, with a
@@ -194,15 +200,6 @@ class LoRAConv2d(LoRALinear):
         super().__init__(
             matrix, rank, alpha, bias, dtype, compute, init, dropout, use_rslora, use_dora, freeze_B, rng
         )
-
-    @property
-    def kernel(self) -> tuple[int, int, int]:
-        return (self._windows.channels, *self._windows.size)
-
-    @property
-    def windows(self) -> Windows:
-        """The geometry of the convolution."""
-        return self._windows
 
     def settings(self) -> dict[str, Any]:
         geometry = {name: list(getattr(self._windows, name)) for name in ("stride", "padding", "dilation")}

@@ -122,6 +122,28 @@ def test_deleted_adapters_leave_the_memory(tmp_path: Path) -> None:
     assert [ref() for ref in held] == [None] * 6
 
 
+def test_a_deleted_adapter_leaves_the_memory_while_another_request_runs(tmp_path: Path) -> None:
+    lm, rng = small(tmp_path), np.random.default_rng(6)
+    engine, held = Engine(lm, max_requests=4), []
+    long = Sampling(max_new_tokens=100, logit_bias={0: -np.inf})
+    ids, short = prompt(rng, 5), Sampling(max_new_tokens=2)
+    running, expected = engine.submit(ids, long), alone(lm, ids, None, long)
+    lm.load_adapter(adapter_of(tmp_path, "all", 0), "stays")
+    for number in range(6):
+        name = f"adapter {number}"
+        lm.load_adapter(adapter_of(tmp_path, "few", number), name)
+        held.append(weakref.ref(lm.named_model(name)))
+        tickets = [engine.submit(ids, short, adapter=one) for one in (name, "stays")]
+        assert [one.text() for one in tickets] == [alone(lm, ids, one, short) for one in (name, "stays")]
+        lm.delete_adapter(name)
+        engine.step()
+        gc.collect()
+        assert held[-1]() is None
+        assert engine._scheduler._cache.joint is not None  # the other models stay joined
+    assert running.finish_reason is None
+    assert running.text() == expected
+
+
 def test_random_adapters_joins_and_cancellations_lose_nothing(lm: LanguageModel) -> None:
     rng = np.random.default_rng(4)
     systems = [prompt(rng, n) for n in (0, PAGE, 2 * PAGE + 30)]

@@ -1122,6 +1122,7 @@ class LanguageModel(Module):
             raise ValueError(f"decode: slots have shape {rows.shape}, expected one for each of {len(pieces)}")
         counts = np.array([len(piece) for piece in pieces])
         cache.require_room(rows, counts)
+        slot_models.forget(cache, self._named.models)
         with inference():
             logits = slot_models.decode(self, pieces, rows, cache)
         self.require_unchanged()

@@ -66,6 +66,11 @@ class NamedAdapters(Generic[Model]):
         """The adapters, as a read-only mapping from their names."""
         return MappingProxyType(self._adapters)
 
+    @property
+    def models(self) -> list[Model]:
+        """The copies of the model with one or several of the adapters."""
+        return list(self._models.values())
+
     def add(
         self,
         lm: Model,

@@ -7,8 +7,8 @@ computes a few rows in another way than many, so short pieces are joined to few 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -179,6 +179,7 @@ class JointModel:
     def __init__(self, models: Sequence[SlotModel], owner: object, most: int) -> None:
         self._models = list(models)
         self._owner, self._most = owner, most
+        self._free = list[int]()  # the numbers of models that are not joined any more
         self._numbers = {id(model): number for number, model in enumerate(models)}  # the last used one last
         adapted = [model.adapter_layers() for model in models]
         places = [dict(model.named_modules()) for model in models]
@@ -219,8 +220,25 @@ class JointModel:
         self._watch_owner()
         return True
 
+    def keep(self, models: Collection[SlotModel]) -> bool:
+        """Let go of all models but these and the owner. Return False if none is left."""
+        needed = {id(self._owner), *map(id, models)}
+        unused = [one for one in self._numbers if one not in needed]
+        if len(unused) in (0, len(self._numbers)):
+            return not unused
+        self._free += [self._numbers.pop(one) for one in unused]
+        stand_in = self._models[next(iter(self._numbers.values()))]
+        places = dict(stand_in.named_modules())
+        for number in self._free:
+            self._models[number] = stand_in
+            for name, layer in self._grouped.items():
+                layer.put(number, places[name])
+        return True
+
     def _free_number(self, in_slots: Sequence[SlotModel]) -> int:
-        """The next number, or that of the model that was used least recently and is in no slot."""
+        """A free number, the next one, or that of the least recently used model that is in no slot."""
+        if self._free:
+            return self._free.pop()
         needed = {id(model) for model in in_slots}
         unused = [one for one in self._numbers if one not in needed]
         if len(self._models) < self._most or not unused:
@@ -237,6 +255,18 @@ class JointModel:
             layer._inference_state() if isinstance(layer, Prepared) else (layer.merged, layer.adapter_enabled)
             for layer in self._layers
         ]
+
+
+def forget(cache: KVCache, named: Iterable[SlotModel]) -> None:
+    """Let the cache forget models that are in no slot, except those with a named adapter.
+
+    Their adapters were deleted, so the models are not needed again, and would take memory.
+    """
+    if isinstance(cache.joint, JointModel):
+        in_slots = (cache.adapters.model(slot) for slot in range(cache.slots))
+        slot_models = [cast(SlotModel, model) for model in in_slots if model is not None]
+        if not cache.joint.keep([*named, *slot_models]):
+            cache.joint = None
 
 
 def _joint_of(cache: KVCache, models: Sequence[SlotModel]) -> JointModel:

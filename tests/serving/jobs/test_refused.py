@@ -13,6 +13,7 @@ from nplora.serving.request_error import RequestError
 from .conftest import ROWS, jsonl
 
 FAST = {"n_epochs": 1, "batch_size": 8}
+BETA = {"beta": 0.3}
 
 
 @pytest.fixture
@@ -45,6 +46,23 @@ def idle(lm: nplora.LanguageModel, tmp_path: Path) -> Any:
             {"method": {"type": "reinforcement"}},
             "'reinforcement', expected one of supervised, dpo",
             "method.type",
+        ),
+        ({"method": {}}, "method.type is missing", "method.type"),
+        (
+            {"method": {"typ": "dpo", "dpo": {"hyperparameters": BETA}}},
+            "method.type is missing",
+            "method.type",
+        ),
+        ({"method": {"dpo": {"hyperparameters": BETA}}}, "method.type is missing", "method.type"),
+        (
+            {"method": {"type": "supervised", "supervised": {"hyperparameter": {"n_epochs": 9}}}},
+            "unrecognized field 'hyperparameter'; did you mean hyperparameters?",
+            "hyperparameter",
+        ),
+        (
+            {"method": {"type": "dpo", "supervised": {"hyperparameters": {"n_epochs": 9}}}},
+            "unrecognized field 'supervised'",
+            "supervised",
         ),
         ({"method": {"type": "dpo", "dpo": 5}}, "method.dpo is 5, expected an object", "method.dpo"),
         ({"hyperparameters": 5}, "hyperparameters is 5, expected an object", "hyperparameters"),

@@ -114,10 +114,13 @@ def require_text(value: object, param: str | None = None) -> None:
 
 def _method(body: Fields) -> tuple[str, Shape]:
     """The method, and the hyperparameters of the request, which may be in `method` or beside it."""
-    method = body.object("method") or Fields({}, "method.")
-    kind = method.choice("type", OBJECTIVES, "supervised")
-    assert kind is not None
-    inner = method.object(kind) or Fields({})
+    kind, inner = "supervised", Fields({})
+    if (method := body.object("method")) is not None:
+        method.required("type")
+        kind = method.choice("type", OBJECTIVES) or kind
+        method.require_known({"type", kind}, {})
+        inner = method.object(kind) or inner
+        inner.require_known({"hyperparameters"}, {})
     found = Shape()
     for given in (body.object("hyperparameters"), inner.object("hyperparameters")):
         if given is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from nplora import _check, _core
+from nplora import _core
 from nplora.finetuning.planning import available_memory, parse_bytes
 from nplora.finetuning.planning.choice import resident_memory
 from nplora.lm import LanguageModel
@@ -80,22 +81,25 @@ def plan_memory(
         available = available_memory()
         budget = fixed + (most * page if available is None else int(_PART * max(0, available - fixed)))
     left = max(0, budget - fixed)
-    adapters = left // _ADAPTERS if adapter_memory is None else _size(adapter_memory)
+    adapters = left // _ADAPTERS if adapter_memory is None else _adapter_bytes(adapter_memory)
     pages = (left - adapters) // page
     if pages < _LEAST_PAGES:
+        least = _LEAST_PAGES * page
+        least = least * _ADAPTERS // (_ADAPTERS - 1) + 1 if adapter_memory is None else least + adapters
         raise ValueError(
             f"Engine: memory is {budget / 1e6:,.0f} MB, expected at least "
-            f"{(fixed + adapters + _LEAST_PAGES * page) / 1e6:,.0f} MB: {process / 1e6:,.0f} MB are in use, "
+            f"{math.ceil((fixed + least) / 1e6):,} MB: {process / 1e6:,.0f} MB are in use, "
             f"{weights / 1e6:,.0f} MB are weights that are not read yet, {adapters / 1e6:,.0f} MB are for "
             f"adapters, a round takes {work / 1e6:,.0f} MB, and {PAGE} tokens take {page / 1e6:,.1f} MB"
         )
     return MemoryPlan(process, weights, adapters, work, min(pages, most), page)
 
 
-def _size(adapter_memory: int | str) -> int:
-    if isinstance(adapter_memory, str) and adapter_memory.strip() != "0":
-        return parse_bytes(adapter_memory, "Engine")
-    return _check.integer("Engine", "adapter_memory", int(adapter_memory), least=0)
+def _adapter_bytes(adapter_memory: int | str) -> int:
+    """The number of bytes in `adapter_memory`, which may be 0."""
+    if adapter_memory in (0, "0") and not isinstance(adapter_memory, bool | float):
+        return 0
+    return parse_bytes(adapter_memory, "Engine", "adapter_memory")
 
 
 def page_bytes(config: ModelConfig) -> int:

@@ -88,8 +88,9 @@ class ServeOptions:
         if not 0 < _check.number(_OP, "train_share", self.train_share) <= 1:
             raise ValueError(f"{_OP}: train_share is {self.train_share}, expected above 0 and at most 1")
         for name in ("max_body", "max_file", "max_files", "memory", "adapter_memory"):
-            if getattr(self, name) not in (None, "0"):
-                parse_bytes(getattr(self, name), _OP)
+            size = getattr(self, name)
+            if size is not None and (name, size) != ("adapter_memory", "0"):
+                parse_bytes(size, _OP, name)
         for name in ("api_key", "allow_origin"):
             texts = _check.texts(_OP, name, getattr(self, name))
             object.__setattr__(self, name, texts)

@@ -30,9 +30,11 @@ _GROUP = r"(?m)^\d+:([^:\n]*):(/.*)$"  # the controllers (none in version 2) and
 _CACHES = ("active_file", "inactive_file", "slab_reclaimable")
 
 
-def parse_bytes(memory: int | str, op: str = "parse_bytes") -> int:
+def parse_bytes(memory: int | str, op: str = "parse_bytes", name: str = "memory") -> int:
     """Read a size such as 600M, 1.5G or 512MiB, or a plain number of bytes. Return the number of bytes.
 
+    Args:
+        op, name: the operation and the argument that error messages name.
     Raises:
         ValueError: the text is not a size, or the size is not above 0; or the size is below 1 MiB and has no
             unit, which was probably forgotten.
@@ -42,11 +44,11 @@ def parse_bytes(memory: int | str, op: str = "parse_bytes") -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMGT]?I?)B?", str(memory).strip().upper())
     if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
-        raise ValueError(f"{op}: memory is {memory!r}, expected a size like 600M, 1.5G or 512MiB")
+        raise ValueError(f"{op}: {name} is {memory!r}, expected a size like 600M, 1.5G or 512MiB")
     size = int(float(found[1]) * _UNITS[found[2]])
     if not found[2] and size < _LEAST_PLAIN:
         raise ValueError(
-            f"{op}: memory is {memory!r}, {size:,} bytes: give a unit, as in 600M, 1.5G or 512MiB"
+            f"{op}: {name} is {memory!r}, {size:,} bytes: give a unit, as in 600M, 1.5G or 512MiB"
         )
     return size
 

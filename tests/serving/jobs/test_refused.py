@@ -169,6 +169,33 @@ def test_all_files_together_have_a_limit(lm: nplora.LanguageModel, tmp_path: Pat
         jobs.close()
 
 
+def test_a_failed_job_that_is_cancelled_frees_its_data(lm: nplora.LanguageModel, tmp_path: Path) -> None:
+    with FineTuning(lm, tmp_path / "jobs", model="small", max_files_bytes=1000) as jobs:
+        file = jobs.create_file(b'{"bad": 1}\n' * 80, "a.jsonl")
+        job = jobs.wait(jobs.create_job({"model": "small", "training_file": file["id"]})["id"], 60)
+        assert job["status"] == "failed"
+        jobs.delete_file(file["id"])
+        with pytest.raises(RequestError, match="cancel failed jobs"):
+            jobs.create_file(b"x" * 500, "b.jsonl")
+        cancelled = jobs.cancel(job["id"])
+        assert (cancelled["status"], cancelled["error"]) == ("cancelled", job["error"])
+        jobs.create_file(b"x" * 500, "b.jsonl")
+
+
+@pytest.mark.parametrize("status", ["succeeded", "cancelled"])
+def test_data_that_a_crash_left_are_removed_at_the_next_start(
+    idle: FineTuning, lm: nplora.LanguageModel, tmp_path: Path, status: str
+) -> None:
+    file = idle.create_file(jsonl(ROWS), "a.jsonl")
+    job = idle.create_job({"model": "small", "training_file": file["id"]})["id"]
+    idle._state.storage.change_job(job, status=status)
+    idle.close()
+    data = tmp_path / "jobs" / "jobs" / job / "train.jsonl"
+    assert data.exists()
+    FineTuning(lm, tmp_path / "jobs", model="small").close()
+    assert not data.exists()
+
+
 def test_a_file_name_is_never_a_path(idle: FineTuning, tmp_path: Path) -> None:
     for name in ("../../x.jsonl", "/etc/passwd", "a\0b.csv", "..", "x.parquet/../y"):
         made = idle.create_file(b"text", name)

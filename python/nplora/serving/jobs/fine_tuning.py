@@ -105,9 +105,7 @@ class FineTuning:
         with self._state.lock:
             for job in self._jobs.values():
                 if job["status"] in OPEN and job["status"] != "queued":
-                    self._state.event(
-                        job["id"], "The server was restarted; the job continues from its last checkpoint"
-                    )
+                    self._state.event(job["id"], "The server was restarted")
             self._thread = threading.Thread(target=self._work, name="nplora-training", daemon=True)
             self._thread.start()
 
@@ -156,8 +154,9 @@ class FineTuning:
             self._is_closing = True
             if self._running is not None:
                 self._running.stop()
-                message = "The server stops; the job continues after the next start"
-                self._state.event(self._running.job_id, message)
+                if self._jobs[self._running.job_id]["status"] in OPEN:
+                    message = "The server stops; the job continues after the next start"
+                    self._state.event(self._running.job_id, message)
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
@@ -347,8 +346,11 @@ class FineTuning:
         return list_page(found, after, limit, _MOST_JOBS)
 
     def cancel(self, job_id: str) -> Shape:
-        """End a job for ever: POST /v1/fine_tuning/jobs/{id}/cancel."""
-        return self._end(job_id, (*OPEN, "paused"), "cancelled", finished_at=int(time.time()))
+        """End a job for ever, and remove its data: POST /v1/fine_tuning/jobs/{id}/cancel.
+
+        A failed job can be cancelled, too. Its error is kept.
+        """
+        return self._end(job_id, (*OPEN, "paused", "failed"), "cancelled", finished_at=int(time.time()))
 
     def pause(self, job_id: str) -> Shape:
         """Stop a job until `resume`: POST /v1/fine_tuning/jobs/{id}/pause."""

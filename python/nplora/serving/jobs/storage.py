@@ -86,6 +86,10 @@ class Storage:
             raise
         self._arriving = dict[str, int]()  # the bytes of uploads that have not ended
         self._file_serials = itertools.count(_next_serial(self.files))
+        for job_id, job in self.jobs.items():
+            if job["status"] in ("succeeded", "cancelled"):  # a crash may have come before this
+                with contextlib.suppress(OSError):
+                    self.drop_data(job_id)
 
     def close(self) -> None:
         """Unlock the directory."""
@@ -136,6 +140,7 @@ class Storage:
             self._make(place, [content_file, NewFile(place / _FILE, 0, described())])
             with self.lock:
                 self.files[record["id"]] = record
+                del self._arriving[record["id"]]
         finally:
             with self.lock:
                 self._arriving.pop(record["id"], None)
@@ -255,7 +260,7 @@ def _json(record: Record) -> bytes:
 def _too_many(most: int) -> RequestError:
     message = (
         f"all files together would have more than {most:,} bytes, which is the limit: delete files that are "
-        "not needed"
+        "not needed, and cancel failed jobs, which keep their data for `resume`"
     )
     return RequestError(message, 507, "file", "storage_limit_exceeded")
 

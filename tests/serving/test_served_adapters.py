@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import nplora
 from nplora.serving.adapter_memory import AdapterMemory
 from nplora.serving.api import models as models_module
 from nplora.serving.api.app import Application
+from nplora.serving.request_error import RequestError
 
 openai = pytest.importorskip("openai")
 
@@ -120,6 +122,39 @@ def test_an_adapter_that_does_not_fit_into_memory_is_refused(client: Any, app: A
         client.models.delete("second")
     finally:
         models.memory = None
+
+
+def test_adapters_are_swapped_while_a_request_runs(client: Any, app: Application) -> None:
+    """There is room for the new adapter only when the old one has left the memory."""
+    models = app.service.models
+    ids = models.lm.tokenizer.encode("hello")
+    long = nplora.generate.Sampling(max_new_tokens=400, logit_bias={models.lm.tokenizer.eos_id or 0: -np.inf})
+    models.memory = AdapterMemory(4 * models.lm.adapters["adapter1"].nbytes)
+    try:
+        running = app.service.engine.submit(ids, long)
+        for number in range(4):
+            models.load(f"swapped{number}", app.service.adapter_dir / "adapter1")
+            assert ask(client, model=f"swapped{number}", max_tokens=2).choices[0].message.content is not None
+            models.unload(f"swapped{number}")
+        assert running.finish_reason is None
+        running.cancel()
+        running.text()
+    finally:
+        models.memory = None
+
+
+def test_two_adapters_that_are_loaded_at_the_same_time_do_not_exceed_the_memory(
+    lm: nplora.LanguageModel,
+) -> None:
+    size = lm.adapters["adapter1"].nbytes
+    memory = AdapterMemory(4 * size)
+    with memory.room(lm, "adapter0", size):
+        assert memory.used == 3 * size
+        with pytest.raises(RequestError, match="no memory for the adapter 'adapter1'"):
+            memory.room(lm, "adapter1", size).__enter__()
+    assert memory.used == 2 * size
+    with pytest.raises(OSError, match="no file"), AdapterMemory(4 * size).room(lm, "adapter1", size):
+        raise OSError("no file")
 
 
 @pytest.mark.parametrize("path", ["..", "/etc", "../../etc/passwd", "nowhere", "link", "a\0b", "x" * 5000])

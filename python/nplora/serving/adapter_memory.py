@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
+import time
 import weakref
+from collections.abc import Iterator
 
-from nplora.adapters import Adapter
 from nplora.formats.errors import brief
 from nplora.lm import LanguageModel
 from nplora.serving.request_error import RequestError
 
 _COPIES = 2  # of a loaded adapter: one by its name, and one in the model's layers
 _LOADING = _COPIES + 1  # while it is read
+_WAIT = 5.0  # seconds
 
 
 class AdapterMemory:
@@ -21,27 +24,53 @@ class AdapterMemory:
     The memory of an unloaded adapter is free when the last request with this adapter has ended.
 
     Args:
-        most: the bytes for all adapters that are loaded from now on.
+        most: the bytes for all adapters that are loaded after the engine was planned.
     """
 
     def __init__(self, most: int) -> None:
-        self.most, self._used, self._lock = most, 0, threading.Lock()
+        self.most, self._lock = most, threading.Lock()
+        self._sizes: dict[object, int] = {}  # of each adapter
+        self._unloaded = float("-inf")  # the time
 
     @property
     def used(self) -> int:
         """The bytes that are taken."""
-        return self._used
+        return sum(list(self._sizes.values()))
 
-    def require(self, name: str, adapter: Adapter) -> None:
-        """Check that an adapter fits.
+    def unloaded(self) -> None:
+        """Note that an adapter was unloaded. Its memory is free after the present round at the earliest."""
+        self._unloaded = time.monotonic()
 
+    @contextlib.contextmanager
+    def room(self, lm: LanguageModel, name: str, size: int, waits: bool = True) -> Iterator[None]:
+        """Reserve memory for an adapter that is loaded in this block, until nobody uses it any more.
+
+        Args:
+            size: the bytes of its values.
+            waits: wait a few seconds for the memory of an adapter that was unloaded just now.
         Raises:
-            RequestError: it does not. The status is 507.
+            RequestError: the adapter does not fit. The status is 507.
         """
-        needed = _LOADING * adapter.nbytes
-        if self._used + needed > self.most:
+        needed, key = _LOADING * size, object()
+        while self.used + needed > self.most:
             gc.collect()
-        left = self.most - self._used
+            if not waits or time.monotonic() > self._unloaded + _WAIT:
+                break
+            time.sleep(0.01)
+        with self._lock:
+            self._require(name, needed)
+            self._sizes[key] = needed
+        try:
+            yield
+            model = lm.named_model(name)
+        except BaseException:
+            del self._sizes[key]
+            raise
+        self._sizes[key] = _COPIES * size
+        weakref.finalize(model, self._sizes.pop, key, None)  # without a lock: it runs at any time
+
+    def _require(self, name: str, needed: int) -> None:
+        left = self.most - self.used
         if needed > left:
             raise RequestError(
                 f"there is no memory for the adapter {brief(name)}: it needs {needed / 1e6:,.1f} MB, and "
@@ -50,13 +79,3 @@ class AdapterMemory:
                 507,
                 code="insufficient_memory",
             )
-
-    def count(self, lm: LanguageModel, name: str) -> None:
-        """Count an adapter that was loaded, until nobody uses it any more."""
-        size = _COPIES * lm.adapters[name].nbytes
-        self._add(size)
-        weakref.finalize(lm.named_model(name), self._add, -size)
-
-    def _add(self, size: int) -> None:
-        with self._lock:
-            self._used += size

@@ -76,11 +76,14 @@ class Models:
                 self._forget_sums()
 
     def _add(self, adapter: Adapter, name: str, any_base: bool, replace: bool = False) -> None:
-        if self.memory is not None:
-            self.memory.require(name, adapter)
-        self.lm.load_adapter(adapter, name, any_base, replace=replace)
-        if self.memory is not None:
-            self.memory.count(self.lm, name)
+        if self.memory is None:
+            self.lm.load_adapter(adapter, name, any_base, replace=replace)
+            return
+        is_sum = name.startswith("=")  # requests to the base model wait for a sum, so it does not wait
+        with self.memory.room(self.lm, name, adapter.nbytes, waits=not is_sum):
+            self.lm.load_adapter(adapter, name, any_base, replace=replace)
+        if replace:
+            self.memory.unloaded()
 
     def unload(self, name: str) -> None:
         """Remove an adapter. Requests that use it are finished with it."""
@@ -91,6 +94,8 @@ class Models:
             self._scales.pop(id_, None)
             self.lm.delete_adapter(name)
             self._forget_sums()
+            if self.memory is not None:
+                self.memory.unloaded()
 
     def _forget_sums(self) -> None:
         for hidden in self._sums.values():

@@ -104,9 +104,15 @@ def test_a_sequence_has_the_same_bits_with_any_other_sequences(lm: LanguageModel
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16", "int8"])
 def test_pieces_of_different_lengths_are_computed_together(
-    model: Path, paths: dict[str, Path], compute: str
+    model: Path, paths: dict[str, Path], compute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm = load_model(model, compute=compute)
+    lm, batches = load_model(model, compute=compute), list[list[int]]()
+
+    def counted(models: Any, pieces: Any, *rest: Any, few: Any = slot_models._decode_together) -> Any:
+        batches.append([len(piece) for piece in pieces])
+        return few(models, pieces, *rest)
+
+    monkeypatch.setattr(slot_models, "_decode_together", counted)
     for name, path in paths.items():
         lm.load_adapter(path, name)
     rng = np.random.default_rng(4)
@@ -122,6 +128,10 @@ def test_pieces_of_different_lengths_are_computed_together(
     for step in range(2):
         got = lm.decode([pieces[slot][step] for slot in order], order, cache)
         np.testing.assert_array_equal(cache.lengths, [(step + 1) * row.shape[1] for row in pieces])
+    assert len(batches) < len(names)  # for two steps
+    for counts in batches:
+        few = slot_models._FEW
+        assert sum(counts) <= few or (min(counts) > few and sum(counts) <= slot_models._MANY)
     for slot, scores in zip(order, got, strict=True):
         ids = pieces[slot].reshape(-1)
         wanted = alone(lm, names[slot], ids, (ids.size // 2, ids.size // 2))[-1]

@@ -171,6 +171,22 @@ def test_requests_that_lose_their_pages_are_computed_again_with_the_same_text(lm
     assert metrics.pages_used == 0
 
 
+def test_the_ends_of_prompts_are_read_in_one_call(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, sampling, calls = np.random.default_rng(12), Sampling(max_new_tokens=1), list[list[int]]()
+    prompts = [prompt(rng, 20) for _ in range(8)]
+    expected = [alone(lm, ids, sampling) for ids in prompts]
+
+    def counted(ids: Any, *rest: Any, decode: Any = lm.decode) -> Any:
+        calls.append([np.size(piece) for piece in ids])
+        return decode(ids, *rest)
+
+    monkeypatch.setattr(lm, "decode", counted, raising=False)
+    engine = Engine(lm)
+    tickets = [engine.submit(ids, sampling) for ids in prompts]
+    assert [ticket.text() for ticket in tickets] == expected
+    assert calls == [[20] * 8]
+
+
 def test_an_answer_ends_where_all_pages_are_full(lm: LanguageModel) -> None:
     rng = np.random.default_rng(7)
     ids = prompt(rng, PAGE)

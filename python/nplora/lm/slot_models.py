@@ -1,7 +1,8 @@
 """Decodes the next tokens of several sequences of a cache together, each with the adapter of its slot.
 
 The frozen weights are read once for several sequences, and each sequence has the same bits as alone. The core
-computes a few rows in another way than many, so short pieces are joined to few rows, and long pieces to many.
+has one method for up to 8 rows and another for more, and they round differently. So short pieces are only
+joined up to 8 rows, and long pieces only with long ones.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class SlotModel(Protocol):
 
 
 _FEW = _core.constants.small_batch  # rows
-_MANY = 512  # rows, unless one sequence has more. They limit the memory
+_MANY = 512  # most rows of a batch of long pieces, for the memory; a longer piece is a batch of its own
 
 
 def pieces_of(token_ids: npt.ArrayLike) -> list[Array]:
@@ -152,7 +153,11 @@ def _logits(
     groups: tuple[RowGroup, ...] | None = None,
     ends: tuple[RowGroup, ...] | None = None,
 ) -> Array:
-    """Args: groups, ends: the groups of all rows, and of the last row of each sequence."""
+    """The logits of sequences that one model computes, or a joint model.
+
+    Args:
+        groups, ends: for a joint model, the groups of all rows, and of the last row of each sequence.
+    """
     counts = np.array([len(piece) for piece in pieces])
     positions = cache.next_positions(slots, counts)
     with grouped_rows(groups):

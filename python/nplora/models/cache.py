@@ -100,7 +100,7 @@ class KVCache:
         return pages
 
     def next_positions(self, slots: Array, counts: Array | int) -> CachePositions:
-        """The positions of the next `counts` tokens of the sequences in `slots`."""
+        """The positions of the next tokens of the sequences in `slots`; `counts`: how many for each."""
         counts = np.broadcast_to(counts, slots.shape)
         begins = np.cumsum(counts) - counts  # the first row of each sequence
         in_sequence = np.arange(counts.sum()) + np.repeat(self.lengths[slots] - begins, counts)

@@ -13,7 +13,7 @@ from nplora.formats.errors import brief
 from nplora.lm import LanguageModel
 from nplora.serving.request_error import RequestError
 
-_COPIES = 2  # of a loaded adapter: one by its name, and one in the model's layers
+_COPIES = 2  # a loaded adapter is in `lm.adapters`, and in the layers of its model
 _LOADING = _COPIES + 1  # while it is read
 _WAIT = 5.0  # seconds
 

@@ -71,8 +71,9 @@ class Engine:
             of what the model leaves.
         max_requests: how many requests are computed at the same time. The others wait.
         max_waiting: how many requests may wait.
-        turn: entered for each call of the model; a round has one for each piece of a prompt, and one for the
-            next tokens. With a lock here, other work (training) can alternate with the calls.
+        turn: entered for each call of the model. A round has one call for each page of a prompt, one for the
+            incomplete last pages of several prompts, and one for the next tokens. With a lock here, other
+            work (training) can alternate with the calls.
     Raises:
         ValueError: the memory does not suffice for one short request, or an argument is out of range.
     """

@@ -222,8 +222,8 @@ class Scheduler:
     def _read_pieces(self, first: Request, reading: Sequence[Request], most: int) -> int:
         """Read the next piece of the first request's prompt. Return the number of tokens that were read.
 
-        If it is the rest behind the last whole page, the rests of other prompts are read with it. Whole pages
-        are read one prompt at a time, so that other prompts can share them.
+        If the piece is the prompt's last, incomplete page, the incomplete last pages of other prompts are
+        read in the same call. Whole pages are read one prompt at a time, so that others can share them.
         """
         begin, end = self._next_piece(first, most)
         together, tokens = [first], end - begin

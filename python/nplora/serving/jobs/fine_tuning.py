@@ -57,7 +57,7 @@ class FineTuning:
         compute: arithmetic of training; None: that of `lm`, or float32 if `lm` computes in int8.
         max_file_bytes: the largest file that is accepted.
         max_files_bytes: the largest size of all files together, with those that only jobs still use.
-        log: called with a line for each event of a job that is no metric.
+        log: called with one line for each event except metrics.
     Raises:
         BlockingIOError: another process uses the directory.
         OSError: the directory cannot be created, read or written.

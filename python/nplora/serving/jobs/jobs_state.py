@@ -22,7 +22,7 @@ class JobsState:
     job then continues after a restart from what is on the disk.
 
     Args:
-        log: called with a line for each event that has a message only.
+        log: called with one line for each event except metrics.
     Attributes:
         storage: the records. Read and change them while you hold `lock`.
         lock: the lock of the storage.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nplora.formats.errors import brief
 from nplora.serving.jobs.shapes import Shape
 from nplora.serving.request_error import RequestError
 
@@ -17,13 +18,13 @@ def list_page(items: Sequence[Shape], after: str | None, limit: int, most: int) 
         RequestError: `limit` is out of range, or no item has this id.
     """
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= most:
-        message = f"limit is {limit!r}, expected an integer from 1 to {most:,}"
+        message = f"limit is {brief(limit)}, expected an integer from 1 to {most:,}"
         raise RequestError(message, param="limit", code="invalid_value")
     start = 0
     if after is not None:
         start = 1 + next((index for index, item in enumerate(items) if item["id"] == after), -1)
         if not start:
-            raise RequestError(f"no item has the id {after!r}", param="after", code="invalid_value")
+            raise RequestError(f"no item has the id {brief(after)}", param="after", code="invalid_value")
     found = list(items[start : start + limit])
     return {
         "object": "list",

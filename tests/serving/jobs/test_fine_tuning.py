@@ -188,7 +188,7 @@ def test_a_job_has_not_succeeded_before_its_adapter_is_there(
 def test_an_adapter_without_memory_fails_its_job_which_can_be_resumed(
     lm: nplora.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """First the checkpoints of the job make room. A checkpoint that does not fit is left out."""
+    """First the oldest checkpoints of the job make room. A checkpoint that does not fit is left out."""
     monkeypatch.setattr(job_run, "CHECKPOINT_SECONDS", 0)
     most, published = 2, list[str]()
 
@@ -202,16 +202,22 @@ def test_an_adapter_without_memory_fails_its_job_which_can_be_resumed(
         assert job["status"] == "succeeded", job["error"]
         assert published == [job["fine_tuned_model"]]
         messages = [event["message"] for event in jobs.events(job["id"], limit=100)["data"]]
-        assert sum("cannot be used: there is no memory" in message for message in messages) == 3
+        assert sum(message.startswith("Checkpoint created") for message in messages) == 5
         most = 1
         job = done(jobs, create(jobs))
         assert job["status"] == "failed"
         assert job["error"]["code"] == "insufficient_memory"
+        events = jobs.events(job["id"], limit=100)["data"]
+        assert any("cannot be used: there is no memory" in event["message"] for event in events)
         most = 2
         jobs.resume(job["id"])
         job = done(jobs, job)
         assert job["status"] == "succeeded", job["error"]
         assert job["fine_tuned_model"] in published
+        after = jobs.events(job["id"], limit=100)["data"]
+        assert [one for one in after if one["type"] == "metrics"] == [
+            one for one in events if one["type"] == "metrics"
+        ]
 
 
 def test_the_memory_limit_is_asked_for_when_a_job_begins(lm: nplora.LanguageModel, tmp_path: Path) -> None:

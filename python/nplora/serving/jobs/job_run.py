@@ -169,13 +169,15 @@ class JobRun:
         save_adapter(run.model, place, str(self._lm.source))
         name = checkpoint_name(job["name"], step)
         made = self._checkpoint(str(step), step, name, record.loss, record.val_loss)
-        checkpoints = [*job["checkpoints"], made]
         try:
-            self._publishing.publish(name, place)
+            self._publish(name, place)
         except RequestError as error:
+            if error.code != "insufficient_memory":
+                raise
             shutil.rmtree(place, ignore_errors=True)
             self._event(f"The checkpoint at step {step} cannot be used: {error}", None)
             return
+        checkpoints = [*self._state.storage.jobs[self.job_id]["checkpoints"], made]
         self._state.change(self.job_id, checkpoints=checkpoints[-KEPT_CHECKPOINTS:])
         self._drop(checkpoints[:-KEPT_CHECKPOINTS])
         self._event(f"Checkpoint created at step {step}", None)
@@ -192,19 +194,27 @@ class JobRun:
 
     def _drop(self, checkpoints: list[dict[str, Any]]) -> None:
         for one in checkpoints:
-            with contextlib.suppress(KeyError, RequestError):  # somebody else may have removed it
-                self._publishing.withdraw(one["name"])
+            self._withdraw(one["name"])
             shutil.rmtree(self._place / "checkpoints" / f"step-{one['step']}", ignore_errors=True)
+
+    def _withdraw(self, name: str) -> None:
+        with contextlib.suppress(KeyError, RequestError):  # somebody else may have removed it
+            self._publishing.withdraw(name)
 
     # ---- the end ----
 
+    def _has_ended(self) -> bool:
+        return self._state.storage.jobs[self.job_id]["status"] in ENDED or self._is_stopped
+
     def _finish(self, report: FinetuneReport) -> None:
-        state = self._state
+        state, job = self._state, self._state.storage.jobs[self.job_id]
+        if self._has_ended():
+            return
+        self._publish(job["name"], self._place / "run")  # without the lock: it may take seconds
         with state.lock:
-            job = state.storage.jobs[self.job_id]
-            if job["status"] in ENDED or self._is_stopped:
+            if self._has_ended():
+                self._withdraw(job["name"])
                 return
-            self._publish_result(job)
             steps, epochs = report.history.steps, report.history.epochs
             step = report.history.best_step or (steps[-1].step if steps else 0)
             train_loss = epochs[-1].loss if epochs else None
@@ -224,16 +234,17 @@ class JobRun:
         self._event(f"New fine-tuned model created: {job['name']}", None)
         self._event("The job has successfully completed", None)
 
-    def _publish_result(self, job: dict[str, Any]) -> None:
-        """Make the adapter available. If the memory does not suffice, first drop the job's checkpoints."""
-        try:
-            self._publishing.publish(job["name"], self._place / "run")
-        except RequestError as error:
-            if error.code != "insufficient_memory" or not job["checkpoints"]:
-                raise
-            self._state.change(self.job_id, checkpoints=[])
-            self._drop(job["checkpoints"])
-            self._publishing.publish(job["name"], self._place / "run")
+    def _publish(self, name: str, place: Path) -> None:
+        """Make an adapter available. As long as memory is missing, drop the job's oldest checkpoint."""
+        while True:
+            try:
+                return self._publishing.publish(name, place)
+            except RequestError as error:
+                checkpoints = self._state.storage.jobs[self.job_id]["checkpoints"]
+                if error.code != "insufficient_memory" or not checkpoints:
+                    raise
+            self._state.change(self.job_id, checkpoints=checkpoints[1:])
+            self._drop(checkpoints[:1])
 
     def _fail(self, error: Exception) -> None:
         state = self._state

@@ -157,6 +157,18 @@ def test_two_adapters_that_are_loaded_at_the_same_time_do_not_exceed_the_memory(
         raise OSError("no file")
 
 
+def test_an_adapter_that_disappears_again_and_again_is_a_temporary_error(
+    client: Any, app: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*arguments: object, **options: object) -> None:
+        raise KeyError("no adapter '=adapter0*2'")
+
+    monkeypatch.setattr(app.service.engine, "submit", missing)
+    with pytest.raises(openai.InternalServerError, match="try again in a moment") as caught:
+        ask(client, extra_body={"lora": [{"id": 0, "scale": 2}]})
+    assert (caught.value.status_code, caught.value.code) == (503, "adapter_unloaded")
+
+
 @pytest.mark.parametrize("path", ["..", "/etc", "../../etc/passwd", "nowhere", "link", "a\0b", "x" * 5000])
 def test_adapters_outside_the_directory_are_refused(client: Any, app: Application, path: str) -> None:
     link: Path = app.service.adapter_dir / "link"

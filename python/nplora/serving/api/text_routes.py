@@ -63,7 +63,8 @@ def _submit(service: Service, values: object, client: str, read: Read) -> tuple[
             return _submit_once(service, values, client, read)
         except KeyError as error:
             missing = error
-    raise missing
+    message = "the adapter of the request was unloaded several times; try again in a moment"
+    raise RequestError(message, 503, code="adapter_unloaded") from missing
 
 
 def _submit_once(

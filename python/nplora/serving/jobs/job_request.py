@@ -177,9 +177,10 @@ def _metadata(body: Fields) -> dict[str, str] | None:
     if len(metadata.values) > 16:
         raise wrong("metadata", metadata.values, "an object of at most 16 texts")
     for name, text in metadata.values.items():
-        if not (isinstance(name, str) and len(name) <= 64 and isinstance(text, str) and len(text) <= 512):
-            wanted = "a text of at most 512 characters, whose name has at most 64"
-            raise wrong(metadata.name(brief(name)), text, wanted, "metadata")
+        if len(name) > 64:
+            raise wrong("a name in metadata", name, "at most 64 characters", "metadata")
+        if not isinstance(text, str) or len(text) > 512:
+            raise wrong(metadata.name(name), text, "a text of at most 512 characters", "metadata")
     return dict(metadata.values)
 
 

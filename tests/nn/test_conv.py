@@ -13,6 +13,8 @@ import reference
 from nplora.formats import safetensors
 from nplora.formats.errors import FormatError
 from nplora.nn import conv
+from nplora.nn.module import inference
+from nplora.nn.windows import Windows
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -146,6 +148,37 @@ def test_two_passes_in_groups_give_the_sum_of_their_gradients_bit_for_bit(
         layer.backward(dy, layer.forward(x)[1])
     np.testing.assert_array_equal(together.dA, apart[0].dA + apart[1].dA)
     np.testing.assert_array_equal(together.dB, apart[0].dB + apart[1].dB)
+
+
+@pytest.mark.parametrize("fails", ["inference", "interrupt"])
+def test_a_failed_backward_pass_leaves_the_earlier_gradients(
+    fails: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv, "_MOST_VALUES", 3 * 36 * 18)  # three images at a time
+    x, dy = rng.normal(size=(7, 2, 8, 8)), rng.normal(size=(7, 5, 6, 6))
+    layer = layer_of(rng)
+    layer.backward(dy, layer.forward(x)[1])
+    earlier = [p.grad.copy() for p in layer.parameters()]
+    if fails == "inference":
+        with inference():
+            saved = layer.forward(x)[1]
+        with pytest.raises(RuntimeError, match="ran in inference mode and kept nothing"):
+            layer.backward(dy, saved)
+    else:
+        saved, calls = layer.forward(x)[1], list[Any]()
+        images = Windows.images
+
+        def interrupted(self: Windows, *arguments: Any) -> Any:
+            calls.append(arguments)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return images(self, *arguments)
+
+        monkeypatch.setattr(Windows, "images", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            layer.backward(dy, saved)
+    for parameter, before in zip(layer.parameters(), earlier, strict=True):
+        np.testing.assert_array_equal(parameter.grad, before)
 
 
 def test_the_pass_keeps_the_images_and_not_their_windows(rng: np.random.Generator) -> None:

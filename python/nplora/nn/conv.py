@@ -352,13 +352,32 @@ def _backward(
     """Run the backward pass of each group of images, with its rows of windows made again.
 
     The gradients of all groups are added to the layer's gradients at once, as if there were one group. So
-    several processes can get the bits of one process.
+    several processes can get the bits of one process. If a group fails, the layer has its earlier gradients.
     """
     assert saved.layer is not None
     grads = [p.grad for p in saved.layer.local_parameters()] if len(saved.items) > 1 else []
     earlier = [grad.copy() for grad in grads]
-    for grad in grads:
-        grad.fill(0)
+    try:
+        for grad in grads:
+            grad.fill(0)
+        dx = _groups_backward(windows, dy, saved, backward, need_dx)
+    except BaseException:
+        for grad, before in zip(grads, earlier, strict=True):
+            grad[...] = before
+        raise
+    for grad, before in zip(grads, earlier, strict=True):
+        with quiet():
+            grad += before
+    return dx
+
+
+def _groups_backward(
+    windows: Windows,
+    dy: Array,
+    saved: ConvSaved,
+    backward: Callable[[Array, Any, bool], Gradient],
+    need_dx: bool,
+) -> Gradient:
     dx = np.empty(saved.shape, dy.dtype) if need_dx else None
     for group, item in zip(_groups(windows, saved.shape), saved.items, strict=True):
         rows = dy[group].transpose(0, 2, 3, 1).reshape(-1, dy.shape[1])
@@ -367,7 +386,4 @@ def _backward(
         dwindows = backward(rows, item, need_dx)
         if dx is not None:
             dx[group] = windows.images(dwindows, *saved.shape[2:])
-    for grad, before in zip(grads, earlier, strict=True):
-        with quiet():
-            grad += before
     return dx

@@ -240,6 +240,7 @@ def test_a_dense_module_of_another_shape_or_in_a_pickle_is_refused(
         (modules("Transformer"), UnsupportedError, "no module Pooling"),
         ([{"type": "a.Transformer", "path": "../.."}], UnsafeError, "leaves the directory"),
         ([{"type": "a.Transformer", "path": "/etc"}], UnsafeError, "leaves the directory"),
+        ([{"type": "a.Transformer", "path": "a\0b"}], UnsafeError, "leaves the directory"),
     ],
 )
 def test_bad_module_files_are_refused(
@@ -249,6 +250,64 @@ def test_bad_module_files_are_refused(
     (model / "modules.json").write_text(json.dumps(listed))
     with pytest.raises(error, match=words):
         nplora.load_encoder(model)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "error", "words"),
+    [
+        ([{}], UnsupportedError, "pooling_mode is {}, expected one of cls"),
+        ({"a": 1}, UnsupportedError, "pooling_mode is .*, expected one of cls"),
+        ([], FormatError, "pooling_mode is an empty list"),
+        (["mean"] * 1000, FormatError, "names a pooling twice"),
+    ],
+)
+def test_bad_poolings_are_refused(
+    pooling: Any, error: type[Exception], words: str, directory: Path, tmp_path: Path
+) -> None:
+    model = copied(directory, tmp_path)
+    (model / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": pooling}))
+    with pytest.raises(error, match=words):
+        nplora.load_encoder(model)
+
+
+def test_dense_modules_that_do_not_fit_are_refused(
+    directory: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    model, _ = with_dense(directory, tmp_path, rng, in_features=7)
+    stored = model / "2_Dense" / "model.safetensors"
+    bias = {"linear.bias": np.ones(6, np.float32)}
+    safetensors.save(stored, {"linear.weight": np.ones((6, 7), np.float32)} | bias)
+    with pytest.raises(FormatError, match=r"Dense module 1 .* has in_features 7, but it gets 32 values"):
+        nplora.load_encoder(model)
+    safetensors.save(stored, bias)
+    with pytest.raises(FormatError, match=r"there is no tensor linear\.weight"):
+        nplora.load_encoder(model)
+    change(model / "2_Dense" / "config.json", in_features=WIDTH)
+    safetensors.save(stored, {"linear.weight": np.full((6, WIDTH), 1e300)} | bias)
+    with pytest.raises(FormatError, match=r"tensor linear\.weight holds NaN or an infinity"):
+        nplora.load_encoder(model)
+    safetensors.save(stored, {"linear.weight": np.ones((6, WIDTH), np.float32)} | bias)
+    shutil.copytree(model / "2_Dense", model / "3_Dense")
+    (model / "modules.json").write_text(json.dumps(modules("Transformer", "Pooling", "Dense", "Dense")))
+    with pytest.raises(FormatError, match=r"Dense module 2 .* has in_features 32, but it gets 6 values"):
+        nplora.load_encoder(model)
+    change(model / "2_Dense" / "config.json", in_features=0)
+    with pytest.raises(FormatError, match=r"out_features and in_features are \(6, 0\), expected at least 1"):
+        nplora.load_encoder(model)
+
+
+def test_a_second_embed_backward_adds_no_gradient(
+    directory: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    encoder = nplora.load_encoder(with_dense(directory, tmp_path, rng)[0])
+    encoder.add_lora(rank=2, targets=["query", "pooling.dense.0"], init="gaussian")
+    vectors, saved = encoder.embed_forward([[2, 5, 3], [2, 6, 3]])
+    encoder.embed_backward(vectors, saved)
+    earlier = [p.grad.copy() for p in encoder.parameters()]
+    with pytest.raises(RuntimeError, match=r"Encoder\.embed_backward: saved was used by an earlier"):
+        encoder.embed_backward(vectors, saved)
+    for parameter, before in zip(encoder.parameters(), earlier, strict=True):
+        np.testing.assert_array_equal(parameter.grad, before)
 
 
 def test_without_pooling_information_a_message_says_what_is_assumed(tmp_path: Path) -> None:
@@ -306,6 +365,10 @@ def test_long_texts_are_cut_and_counted(directory: Path) -> None:
     with pytest.warns(UserWarning, match="1 of 1 text"):
         assert len(encoder.encode(["cat " * 400_000])[0]) == 32
     assert len(encoder.encode([" " * 400_000 + "a cat"])[0]) == 4  # its beginning has no tokens
+    spaces = (
+        " " * 33_692 + "a" + "s" * 149 + " cat cat cat"
+    )  # the beginning that is read ends inside the word
+    assert [WORDS[i] for i in encoder.encode([spaces])[0]] == ["[CLS]", "[UNK]", "cat", "cat", "cat", "[SEP]"]
     with pytest.raises(ValueError, match="max_length"):
         encoder.embed(TEXTS, max_length=POSITIONS + 1)
     with pytest.raises(ValueError, match="longest is 1, but there are 2 special tokens"):

@@ -106,3 +106,11 @@ def test_what_a_file_cannot_be_is_refused(tmp_path: Path) -> None:
     del kept["encoder.layer.1.output.dense.bias"]
     with pytest.raises(FormatError, match=r"'blk\.1\.ffn_down\.bias' is missing"):
         nplora.load_encoder(write(path, kept))
+
+
+@pytest.mark.parametrize("name", ["$A", "$B", "$7", "$", "a:b", "x:9", "[CLS]:1"])
+def test_any_token_may_be_the_one_before_a_text(name: str, tmp_path: Path) -> None:
+    words = list(metadata()["tokenizer.ggml.tokens"])
+    words[2] = name
+    write(tmp_path / "model.gguf", tokenizer__ggml__tokens=words)
+    assert nplora.load_encoder(tmp_path / "model.gguf").encode(["a cat"]) == [[2, 5, 6, 3]]

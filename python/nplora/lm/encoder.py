@@ -392,11 +392,8 @@ class Encoder(Module):
         op = "Encoder.backward"
         _check.saved(op, saved, EncoderSaved)
         rows = _check.shaped(op, "dy", dy, saved.x.shape, np.float32)
-        _check.own(op, saved, self)
-        for layer in self.adapter_layers().values():
-            layer.require_trainable("backward")
-        saved.use_up(op)
-        self.model.run_backward(self.model.hidden_states_backward(rows, saved.x), saved.decoder)
+        self._use_up(op, saved)
+        self._run_backward(rows, saved)
         return None
 
     def embed_forward(self, ids: Ids, normalize: bool | None = None) -> tuple[Array, EncoderSaved]:
@@ -423,7 +420,18 @@ class Encoder(Module):
             raise ValueError(f"{op}: saved is from forward, expected one of embed_forward")
         shape = len(saved.pooling.starts) - 1, self.dim
         rows = _check.shaped(op, "dy", dy, shape, np.float32)
-        self.backward(self.pooling.run_backward(rows, saved.pooling), saved)
+        self._use_up(op, saved)
+        self._run_backward(self.pooling.run_backward(rows, saved.pooling), saved)
+
+    def _use_up(self, op: str, saved: EncoderSaved) -> None:
+        """Make the checks that come before the first gradient, and mark `saved` as used."""
+        _check.own(op, saved, self)
+        for layer in self.adapter_layers().values():
+            layer.require_trainable("backward")
+        saved.use_up(op)
+
+    def _run_backward(self, dy: Array, saved: EncoderSaved) -> None:
+        self.model.run_backward(self.model.hidden_states_backward(dy, saved.x), saved.decoder)
 
     def __repr__(self) -> str:
         config = self.config

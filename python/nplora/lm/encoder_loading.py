@@ -16,7 +16,7 @@ import numpy.typing as npt
 from nplora import _check, tokenizer
 from nplora.formats import files, gguf, model_directory
 from nplora.formats.config_json import Fields, read_fields
-from nplora.formats.errors import UnsupportedError, brief
+from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import Stamp, StrPath
 from nplora.formats.gguf import GgufFile
 from nplora.lm import sentence_files
@@ -112,6 +112,7 @@ def _encoder(parts: _Parts, pooling: str | None) -> Encoder:
             stacklevel=4,
         )
         chosen = Pooling(parts.default)
+    _require_fitting(chosen, parts.config)
     return Encoder(
         parts.config,
         parts.model,
@@ -125,6 +126,19 @@ def _encoder(parts: _Parts, pooling: str | None) -> Encoder:
         mapped=parts.mapped,
         read_tensor=parts.read_tensor,
     )
+
+
+def _require_fitting(pooling: Pooling, config: EncoderConfig | ModelConfig) -> None:
+    """Raise FormatError if a Dense module does not fit the values that it gets."""
+    width = len(pooling.modes) * config.hidden_size
+    for i, layer in enumerate(pooling.dense):
+        d_out, d_in = layer.weight.shape
+        if d_in != width:
+            raise FormatError(
+                f"{config.source}: the Dense module {i + 1} after the model has in_features {d_in}, but it "
+                f"gets {width} values"
+            )
+        width = d_out
 
 
 # ---- directories ----

@@ -117,7 +117,8 @@ def _modules(path: Path) -> list[tuple[str, str]]:
             raise FormatError(f"{source}: {brief(entry)}, expected an object")
         fields = Fields(source, entry)
         folder = fields.string("path", "")
-        if PurePosixPath(folder).is_absolute() or ".." in PurePosixPath(folder).parts or "\\" in folder:
+        parts = PurePosixPath(folder)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in folder or "\0" in folder:
             raise UnsafeError(f"{source}: the path {brief(folder)} leaves the directory")
         found.append((fields.string("type").rpartition(".")[2], folder))
     return found
@@ -128,11 +129,17 @@ def _pooling_modes(fields: Fields) -> tuple[str, ...]:
     named = dict(fields.items()).get("pooling_mode")
     if named is not None:
         names = named if isinstance(named, list) else [named]
+        if not names:
+            raise FormatError(
+                f"{fields.source}: pooling_mode is an empty list, expected one pooling or several"
+            )
         for name in names:
-            if name not in _MODES:
+            if not isinstance(name, str) or name not in _MODES:
                 raise UnsupportedError(
                     f"{fields.source}: pooling_mode is {brief(name)}, expected one of {', '.join(_MODES)}"
                 )
+        if len(set(names)) < len(names):
+            raise FormatError(f"{fields.source}: pooling_mode is {brief(names)}, which names a pooling twice")
         return tuple(_MODES[name] for name in names)
     modes = tuple(mode for flag, mode in _FLAGS.items() if fields.boolean(flag, False))
     if not modes:
@@ -153,17 +160,22 @@ def _dense(directory: Path) -> tuple[Linear, str | None]:
         raise UnsafeError(f"{files.name(directory)}: a pickle can run any code; expected model.safetensors")
     tensors = safetensors.open(path)
     shape = fields.integer("out_features"), fields.integer("in_features")
+    if min(shape) < 1:
+        raise FormatError(f"{fields.source}: out_features and in_features are {shape}, expected at least 1")
     weight = _array(tensors, "linear.weight", shape)
     bias = _array(tensors, "linear.bias", shape[:1]) if fields.boolean("bias", True) else None
     return Linear(weight, bias), _ACTIVATIONS[name]
 
 
 def _array(tensors: safetensors.SafetensorsFile, name: str, shape: tuple[int, ...]) -> Any:
+    if name not in tensors:
+        raise FormatError(f"{tensors.source}: there is no tensor {name}")
     tensor = tensors[name]
     if tensor.shape != shape or tensor.dtype not in ("float32", "float16", "float64"):
         found = f"{tensor.dtype} {tensor.shape}, expected float32 {shape}"
         raise FormatError(f"{tensors.source}: tensor {name} is {found}")
-    values = np.asarray(tensor.numpy(), np.float32)
+    with np.errstate(over="ignore"):
+        values = np.asarray(tensor.numpy(), np.float32)
     if not np.isfinite(values).all():
         raise FormatError(f"{tensors.source}: tensor {name} holds NaN or an infinity")
     return values

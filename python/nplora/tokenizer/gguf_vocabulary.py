@@ -272,17 +272,13 @@ class _Vocabulary:
     def _add_cls_and_sep(self, backend: Any, bos: int | None, eos: int | None) -> None:
         """Put [CLS] before and [SEP] after each text. Old files call them BOS and EOS, or name them only."""
         ids = {token: id_ for id_, token in enumerate(self.tokens)}
-        pairs = list[tuple[str, int]]()
+        found = list[int]()
         for name, key, other in (("[CLS]", "cls_token_id", bos), ("[SEP]", "seperator_token_id", eos)):
-            id_ = self._special(key)
-            id_ = next((found for found in (id_, other, ids.get(name)) if found is not None), None)
+            id_ = next((i for i in (self._special(key), other, ids.get(name)) if i is not None), None)
             if id_ is None:
                 raise FormatError(f"{self.source}: the file has no token {name}")
-            pairs.append((self.tokens[id_], id_))
-        (first, _), (last, _) = pairs
-        backend.post_processor = backend_package().processors.TemplateProcessing(
-            single=[first, "$A", last], special_tokens=pairs
-        )
+            found.append(id_)
+        _put_around(backend, {"cls": found[0]}, {"sep": found[1]})
 
     def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
         """Make the text begin with BOS and end with EOS if the file says so."""
@@ -290,6 +286,14 @@ class _Vocabulary:
         before = {"bos": bos} if bos is not None and self._flag("add_bos_token", begins) else {}
         after = {"eos": eos} if eos is not None and self._flag("add_eos_token", False) else {}
         if before or after:
-            backend.post_processor = backend_package().processors.TemplateProcessing(
-                single=[*before, "$A", *after], special_tokens=[*before.items(), *after.items()]
-            )
+            _put_around(backend, before, after)
+
+
+def _put_around(backend: Any, before: dict[str, int], after: dict[str, int]) -> None:
+    """Put tokens before and after each text.
+
+    The template has names of our own, because a token of a file, such as "$A", may have a meaning there.
+    """
+    backend.post_processor = backend_package().processors.TemplateProcessing(
+        single=[*before, "$A", *after], special_tokens=[*before.items(), *after.items()]
+    )

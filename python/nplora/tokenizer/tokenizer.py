@@ -317,12 +317,12 @@ class Tokenizer:
         beginnings = [text if len(text) <= room else text[: _cut(text, room)] for text in texts]
         found = self._encode_cut(beginnings, longest)
         for i, (text, beginning) in enumerate(zip(texts, beginnings, strict=True)):
-            if len(beginning) < len(text) and not found[i][1]:  # long, but with few tokens, such as spaces
+            if len(beginning) < len(text) and found[i][1] < _UNSURE:  # few tokens, such as many spaces
                 found[i] = self._encode_cut([text], longest)[0]
-        return [ids for ids, _ in found], sum(is_cut for _, is_cut in found)
+        return [ids for ids, _ in found], sum(beyond > 0 for _, beyond in found)
 
-    def _encode_cut(self, texts: Sequence[str], longest: int) -> list[tuple[list[int], bool]]:
-        """The token ids of each text, and whether the text was cut."""
+    def _encode_cut(self, texts: Sequence[str], longest: int) -> list[tuple[list[int], int]]:
+        """The token ids of each text, and the number of tokens that were cut off."""
         with _encoding:  # the options below are stored in the backend, for all threads
             self._backend.encode_special_tokens = True
             self._backend.enable_truncation(longest)
@@ -331,7 +331,8 @@ class Tokenizer:
                     found = self._backend.encode_batch(texts, add_special_tokens=True)
             finally:
                 self._backend.no_truncation()
-        return [(one.ids, bool(one.overflowing)) for one in found]
+        own = self._backend.num_special_tokens_to_add(False)
+        return [(one.ids, sum(len(part.ids) - own for part in one.overflowing)) for one in found]
 
     def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
         """Encode a text that the model should continue, with the model's BOS but without EOS at the end.

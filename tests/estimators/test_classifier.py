@@ -416,3 +416,53 @@ def test_fits_leave_no_network_behind(rng: np.random.Generator) -> None:
 
     before = count()
     assert count() <= before  # fewer if objects of other tests were still there
+
+
+def test_a_last_layer_with_an_adapter_is_the_one_that_is_replaced(rng: np.random.Generator) -> None:
+    X = rng.normal(size=(40, 4))
+    base = nplora.Sequential(
+        nplora.Linear(rng.normal(size=(5, 4))),
+        nplora.ReLU(),
+        nplora.LoRALinear(rng.normal(size=(5, 5)), rank=2),
+    )
+    for classes in (2, 5):
+        model = LoRAClassifier(base, epochs=1, random_state=0).fit(X, np.arange(40) % classes).model_
+        assert model[0].weight is base[0].weight
+        assert isinstance(model[2], nplora.Linear)
+        assert model[2].shape == (classes, 5)
+
+
+def test_layers_of_a_fixed_width_after_the_new_head_are_named(rng: np.random.Generator) -> None:
+    X = rng.normal(size=(40, 4))
+    norm = nplora.LayerNorm(np.ones(6), np.zeros(6))
+    base = nplora.Sequential(nplora.Linear(rng.normal(size=(6, 4))), nplora.Linear(np.eye(6)), norm)
+    with pytest.raises(ValueError, match=r"head='replace' gives .* 2 outputs, which the layers after it ref"):
+        LoRAClassifier(base, epochs=1).fit(X, np.arange(40) % 2)
+
+
+@pytest.mark.parametrize("fails", ["features", "lr", "interrupt"])
+def test_a_failed_fit_leaves_the_fitted_estimator(
+    fails: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X, y = blobs(rng)
+    model = classifier(calibrate=True, warm_start=fails == "features", epochs=2).fit(X, y)
+    before = model.predict_proba(X)
+    if fails == "features":
+        with pytest.raises(ValueError, match=f"X has 3 features, but LoRAClassifier is expecting {D_IN}"):
+            model.fit(X[:, :3], y)
+    elif fails == "lr":
+        model.lr = -1
+        with pytest.raises(ValueError, match="lr"):
+            model.fit(X, y % 2)
+    else:
+        stopping_at(monkeypatch, 1)
+        with pytest.raises(StopError):
+            model.fit(X, y % 2)
+    np.testing.assert_array_equal(model.predict_proba(X), before)
+
+
+def test_partial_fit_drops_an_old_temperature(rng: np.random.Generator) -> None:
+    X, y = blobs(rng)
+    model = classifier(calibrate=True).fit(X, y)
+    assert model.temperature_ != 1
+    assert model.partial_fit(X, y).temperature_ == 1

@@ -91,3 +91,20 @@ def test_bad_targets_are_refused_with_plain_words(rng: np.random.Generator) -> N
         model.partial_fit(X, np.stack([y, y], axis=1))
     with pytest.raises(ValueError, match="loss='l1' is not available"):
         regressor(loss="l1").fit(X, y)
+
+
+def test_very_large_targets_are_learned_or_refused(rng: np.random.Generator) -> None:
+    X, y = task(rng)
+    plain, large = regressor(epochs=3).fit(X, y).predict(X), regressor(epochs=3).fit(X, y * 2.0**1000)
+    np.testing.assert_allclose(large.predict(X) / 2.0**1000, plain, rtol=1e-6)
+    one = nplora.Sequential(nplora.Linear(np.eye(D_IN)), nplora.Linear(np.ones((1, D_IN))))
+    with pytest.raises(ValueError, match="y has a target that is too large for float32"):
+        regressor(network=one, head="keep").fit(X.astype(np.float32), y * 1e39)
+
+
+def test_a_failed_fit_leaves_the_shape_of_predictions(rng: np.random.Generator) -> None:
+    X, y = task(rng)
+    model = regressor(epochs=1, warm_start=True).fit(X, y)
+    with pytest.raises(ValueError, match="y has 2 targets, but earlier rows had 1"):
+        model.fit(X, np.stack([y, y], axis=1))
+    assert model.predict(X).shape == y.shape

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,30 @@ Array = npt.NDArray[Any]
 
 _PREDICTION_ROWS = 256
 _UNSEEN = ("checkpoint_dir", "network", "verbose", "warm_start")  # parameters that are not a run's settings
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+E = TypeVar("E", bound="LoRAEstimator")
+
+
+def unchanged_on_error(method: Callable[Concatenate[E, P], T]) -> Callable[Concatenate[E, P], T]:
+    """Give the estimator its earlier attributes if the method fails, so that it can still predict.
+
+    A model that was being trained further keeps the steps that it has made.
+    """
+
+    @functools.wraps(method)
+    def safe(self: E, *args: P.args, **options: P.kwargs) -> T:
+        earlier = dict(vars(self))
+        try:
+            return method(self, *args, **options)
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(earlier)
+            raise
+
+    return safe
 
 
 class HeldOut(NamedTuple):
@@ -102,7 +127,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
             )
             held_out = HeldOut(_safe_indexing(x, others), y[others])
             x, y = _safe_indexing(x, rows), y[rows]
-        if not (self.warm_start and hasattr(self, "model_")):
+        if not self._continues:
             self.model_ = self._build(x, outputs, seed)
         self._start_run(seed)
         validation = self._batches(*held_out, False, seed) if held_out and self.early_stopping else None
@@ -143,6 +168,11 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         self.n_iter_ = len(history.epochs)
         self.loss_curve_ = [record.loss for record in history.epochs]
         self.validation_curve_ = [record.val_loss for record in history.epochs if record.val_loss is not None]
+
+    @property
+    def _continues(self) -> bool:
+        """Whether `fit` trains the present model further."""
+        return bool(self.warm_start) and hasattr(self, "model_")
 
     @property
     def _holds_out(self) -> bool:

@@ -12,7 +12,7 @@ from sklearn.utils.multiclass import _check_partial_fit_first_call, check_classi
 from sklearn.utils.validation import column_or_1d
 
 from nplora.nn.losses import CrossEntropy
-from nplora.sklearn.base import LoRAEstimator
+from nplora.sklearn.base import LoRAEstimator, unchanged_on_error
 from nplora.sklearn.calibration import log_probabilities, temperature
 
 Array = npt.NDArray[Any]
@@ -23,6 +23,7 @@ class ClassifierBase(ClassifierMixin, LoRAEstimator):  # type: ignore[misc]
 
     classes_: Array
 
+    @unchanged_on_error
     def fit(self, X: Any, y: Any) -> Self:
         """Train a new model, or with `warm_start` the present one.
 
@@ -33,14 +34,14 @@ class ClassifierBase(ClassifierMixin, LoRAEstimator):  # type: ignore[misc]
         Raises:
             ValueError: X or y does not fit, or y has only one class. KeyboardInterrupt: Ctrl-C.
         """
-        x, y = self._checked(X, y, reset=True)
+        x, y = self._checked(X, y, reset=not self._continues)
         classes, encoded = np.unique(y, return_inverse=True)
         if len(classes) < 2:
             raise ValueError(
                 f"{type(self).__name__}: the data has only one class, {_shown(classes)}, "
                 "expected at least two"
             )
-        if self.warm_start and hasattr(self, "model_") and not np.array_equal(classes, self.classes_):
+        if self._continues and not np.array_equal(classes, self.classes_):
             raise ValueError(
                 f"{type(self).__name__}: warm_start=True, but the data has the classes {_shown(classes)} and "
                 f"the earlier fit had {_shown(self.classes_)}"
@@ -55,8 +56,11 @@ class ClassifierBase(ClassifierMixin, LoRAEstimator):  # type: ignore[misc]
             self.temperature_ = temperature(self._outputs(held_out.x), held_out.y)
         return self
 
+    @unchanged_on_error
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
         """Make one pass over some rows. Later calls continue with other rows, as on a device that learns.
+
+        The probabilities are not calibrated afterwards, because no rows are held out.
 
         Args:
             X, y: as in `fit`; y may have fewer classes.
@@ -79,8 +83,7 @@ class ClassifierBase(ClassifierMixin, LoRAEstimator):  # type: ignore[misc]
                 f"{type(self).__name__}.partial_fit: y has the unknown label {unknown[0]!r}, expected one of "
                 f"{_shown(self.classes_)}"
             )
-        if not hasattr(self, "temperature_"):
-            self.temperature_ = 1.0
+        self.temperature_ = 1.0  # the temperature of an earlier fit does not suit the model that follows
         encoded = np.searchsorted(self.classes_, y)
         loss = CrossEntropy(class_weights=self._class_weights(self.classes_, y))
         self._train_more(x, encoded, len(self.classes_), loss)

@@ -141,7 +141,7 @@ def adapted(network: Module, adaptation: Adaptation, probe: Array) -> Module:
     head = _new_head(model, adaptation, probe)
     replaced: dict[int, Module] = {}
     if adaptation.head == "replace":
-        replaced[id(last_linear(model))] = head
+        replaced[id(_last_linear(model))] = head
     for layer in _targets(model, adaptation.targets, replaced.keys()).values():
         replaced[id(layer)] = _lora_layer(layer, adaptation)
     model.exchange(replaced)
@@ -152,7 +152,20 @@ def adapted(network: Module, adaptation: Adaptation, probe: Array) -> Module:
         raise ValueError(
             "LoRA: the network has no frozen linear layer or convolution to adapt besides its head"
         )
+    if adaptation.head == "replace":
+        _require_outputs(model, adaptation.outputs, probe)
     return model
+
+
+def _require_outputs(model: Module, outputs: int, probe: Array) -> None:
+    """Raise ValueError if the layers after a new head do not fit it."""
+    words = f"LoRA: head='replace' gives the last linear layer {outputs} outputs"
+    try:
+        shape = model(probe).shape
+    except ValueError as error:
+        raise ValueError(f"{words}, which the layers after it refuse: {error}; use head='append'") from error
+    if shape != (len(probe), outputs):
+        raise ValueError(f"{words}, but the network's output has shape {shape}; use head='append'")
 
 
 def _new_head(model: Module, adaptation: Adaptation, probe: Array) -> Linear:
@@ -165,20 +178,24 @@ def _new_head(model: Module, adaptation: Adaptation, probe: Array) -> Linear:
             f"LoRA: head='keep', but the network has {y.shape[1]} outputs and the data need "
             f"{adaptation.outputs}; use head='replace' or 'append'"
         )
-    width = last_linear(model).shape[1] if adaptation.head == "replace" else y.shape[1]
+    width = _last_linear(model).weight.shape[1] if adaptation.head == "replace" else y.shape[1]
     dtype = np.float64 if y.dtype == np.float64 else np.float32
     rng, bound = np.random.default_rng(layer_stream(adaptation.seed, HEAD)), 1 / np.sqrt(max(1, width))
     W = rng.uniform(-bound, bound, (adaptation.outputs, width)).astype(dtype)
     return Linear(W, np.zeros(adaptation.outputs, dtype), np.dtype(dtype).name, trainable=True)
 
 
-def last_linear(model: Module) -> Linear:
-    """Return the last linear layer of a network.
+def _last_linear(model: Module) -> Linear | LoRALinear:
+    """Return the last linear layer of a network, with or without an adapter.
 
     Raises:
         ValueError: there is none.
     """
-    layers = [m for _, m in model.named_modules() if isinstance(m, Linear) and not isinstance(m, Conv2d)]
+    layers = [
+        module
+        for _, module in model.named_modules()
+        if isinstance(module, Linear | LoRALinear) and not isinstance(module, Conv2d | LoRAConv2d)
+    ]
     if not layers:
         raise ValueError("LoRA: head='replace', but the network has no linear layer; use head='append'")
     return layers[-1]

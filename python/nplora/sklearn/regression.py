@@ -9,7 +9,7 @@ import numpy.typing as npt
 from sklearn.base import RegressorMixin
 
 from nplora.nn import losses
-from nplora.sklearn.base import LoRAEstimator
+from nplora.sklearn.base import LoRAEstimator, unchanged_on_error
 
 Array = npt.NDArray[Any]
 
@@ -21,6 +21,7 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
     (`head="keep"`) is trained on the targets as they are.
     """
 
+    @unchanged_on_error
     def fit(self, X: Any, y: Any) -> Self:
         """Train a new model, or with `warm_start` the present one.
 
@@ -31,14 +32,15 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
         Raises:
             ValueError: X or y does not fit. KeyboardInterrupt: Ctrl-C.
         """
-        x, targets = self._checked(X, y, reset=True)
-        if not (self.warm_start and hasattr(self, "model_")):
+        x, targets = self._checked(X, y, reset=not self._continues)
+        if not self._continues:
             self._measure(targets)
         self._require_columns(targets)
         loss = losses.get(self.loss)
         self._train(x, self._standardised(targets, x), targets.shape[1], lambda _: loss, stratify=None)
         return self
 
+    @unchanged_on_error
     def partial_fit(self, X: Any, y: Any) -> Self:
         """Make one pass over some rows. Later calls continue with other rows, as on a device that learns.
 
@@ -73,8 +75,10 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
     def _measure(self, targets: Array) -> None:
         """Remember the mean and the standard deviation of each target; a constant one has 1."""
         keeps = getattr(self, "head", None) == "keep"
-        spread = np.ones(targets.shape[1]) if keeps else targets.std(axis=0)
-        self._centre = np.zeros(targets.shape[1]) if keeps else targets.mean(axis=0)
+        _, power = np.frexp(np.abs(targets).max(axis=0))  # without it, the squares of large targets overflow
+        scaled = np.ldexp(targets, -power)
+        spread = np.ones(targets.shape[1]) if keeps else np.ldexp(scaled.std(axis=0), power)
+        self._centre = np.zeros(targets.shape[1]) if keeps else np.ldexp(scaled.mean(axis=0), power)
         self._spread = np.where(spread > 0, spread, 1.0)
 
     def _require_columns(self, targets: Array) -> None:
@@ -87,4 +91,8 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
     def _standardised(self, targets: Array, x: Any) -> Array:
         """Return the targets that the model is trained on, in float32 unless the features are float64."""
         dtype = np.float64 if getattr(x, "dtype", None) == np.float64 else np.float32
-        return ((targets - self._centre) / self._spread).astype(dtype)
+        with np.errstate(over="ignore"):
+            scaled = ((targets - self._centre) / self._spread).astype(dtype)
+        if not np.isfinite(scaled).all():
+            raise ValueError(f"{type(self).__name__}: y has a target that is too large for {dtype.__name__}")
+        return scaled

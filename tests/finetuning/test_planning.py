@@ -24,10 +24,12 @@ from nplora.finetuning.planning import (
     BudgetError,
     ExecutionPlan,
     MicroBatch,
+    Work,
     available_memory,
     choice,
     current_memory,
     memory_plan,
+    needed,
     parse_bytes,
     peak_memory,
     resident,
@@ -36,6 +38,7 @@ from nplora.finetuning.planning.memory import Memory, predicted
 from nplora.finetuning.planning.resident import unread
 from nplora.formats.gguf import Typed
 from nplora.lm import load_model
+from nplora.models.footprint import NOT_ADAPTED
 from nplora.models.packing import pack
 from small_llama import save_small_llama
 
@@ -730,3 +733,49 @@ def test_a_run_with_a_plan_resumes_to_the_bit(
     with pytest.warns(UserWarning, match="total_steps"):
         finetune(model, data, tmp_path / "other", steps=6, schedule="constant", resume=True, **without)
     assert (tmp_path / "other" / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_the_pairs_of_attention_are_what_a_pass_keeps(model: Path) -> None:
+    """Compared with how much a new process grows in a forward and a backward pass in bfloat16."""
+    n, width, heads = 8192, 512, 8
+    code = (
+        "import numpy as np\n"
+        "from nplora import _core\n"
+        f"n, width, heads = {n}, {width}, {heads}\n"
+        "def memory():\n"
+        "    return 4096 * int(open('/proc/self/statm').read().split()[1])\n"
+        "_core.set_num_threads(1)\n"
+        "starts = np.arange(0, n + 1, 16)\n"
+        "q, k, v, dout, out, dq, dk, dv = (np.ones((n, width), np.float32) for _ in range(8))\n"
+        "lse = np.ones((n, heads), np.float32)\n"
+        "before = memory()\n"
+        "shape = heads, heads, 0.1, 0\n"
+        "_core.attention(q, k, v, starts, *shape, out, lse, True, False, None)\n"
+        "_core.attention_backward(\n"
+        "    dout, q, k, v, out, lse, starts, *shape, dq, dk, dv, True, False, None)\n"
+        "print(memory() - before)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lm = load_model(model)
+    own = lm.model.layers[0].footprint(NOT_ADAPTED, narrow=True).scratch
+    planned = n * own * width // lm.config.key_value_width
+    sizes = [
+        memory_of(lm, MicroBatch(tokens, 1, 16), ExecutionPlan("bfloat16", True)).scratch
+        for tokens in (4096, 8192)
+    ]
+    assert sizes[1] - sizes[0] >= 4096 * own
+    assert planned <= int(run.stdout) < planned + (4 << 20)  # the rest of a thread's scratch is a few MB
+
+
+def test_a_filter_of_the_vocabulary_is_planned(model: Path) -> None:
+    lm = load_model(model)
+    adapters = Adapters.of(lm, rank=2, targets="all-linear", layers=None)
+    work = Work([(np.array([64]), np.array([64]))], steps=10)
+    kept = ExecutionPlan("float32", recompute=False)
+    plain, filtered = (
+        needed(lm, adapters, dataclasses.replace(work, filters=filters), kept, (0, 0)).total
+        for filters in (False, True)
+    )
+    vocab, width = lm.config.vocab_size, lm.config.hidden_size
+    lists, copied = 4 * 64 * vocab * 11 // 32, 4 * 32 * (vocab + width)
+    assert lists <= filtered - plain <= lists + copied

@@ -344,6 +344,7 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
             options.distributed == "mpi", options.communication_dtype, options.local_steps
         ),
         is_local=is_local,
+        filters=options.filter_vocabulary > 0,
         reference=[
             size for one in read_before for size in _sizes(one) for _ in range(1 + objective.extra_passes)
         ],

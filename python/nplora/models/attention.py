@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from nplora import _core
 from nplora.models.activation_storage import keeps_bits, narrowed, widened
-from nplora.models.footprint import FLOAT, Adapted, Footprint, stored
+from nplora.models.footprint import BITS, FLOAT, Adapted, Footprint, stored
 from nplora.models.norms import piecewise_norm_backward, piecewise_norm_forward
 from nplora.models.positions import CachePositions, PackedPositions
 from nplora.models.relative_bias import RelativeBias
@@ -171,7 +171,8 @@ class Attention(Module):
         backward = FLOAT * (q + q + 2 * kv + d + 2 * normed + joint)
         backward += FLOAT * d if adapted.read_inputs(self.reading) else 0  # x
         backward += FLOAT * (d + q) if narrow else 0  # x, and out
-        return Footprint(saved + low, forward, backward)
+        pairs = 4 * BITS * kv if narrow else 0  # keys and values as bfloat16 pairs, each in two orders
+        return Footprint(saved + low, forward, backward, pairs)
 
     def _bias_for(self, positions: PackedPositions) -> Array | None:
         return None if self._bias is None else self._bias.table(positions.longest)

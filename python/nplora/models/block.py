@@ -174,14 +174,15 @@ class DecoderBlock(Module):
         Args:
             narrow: whether the products compute in bfloat16.
         """
-        saved = forward = backward = 0
+        saved = forward = backward = scratch = 0
         for half in self._halves:
             mixer, stream = self._mixer(half).footprint(adapted, narrow), FLOAT * self._width
             normed = FLOAT * self._width if half.after or half.outer else 0
             forward = max(forward, saved + stream + normed + mixer.forward)
             backward = max(backward, mixer.backward + 2 * normed + (stream if half.scale != 1 else 0))
+            scratch = max(scratch, mixer.scratch)
             saved += mixer.saved + stored(narrow) * self._width * (2 if half.after or half.outer else 1)
-        return Footprint(saved, forward, backward)
+        return Footprint(saved, forward, backward, scratch)
 
     @property
     def mixers(self) -> dict[str, Mixer]:

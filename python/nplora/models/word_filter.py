@@ -14,6 +14,8 @@ from nplora.weights import FrozenWeight, buffers
 
 Array = npt.NDArray[Any]
 
+FLAT_ROWS = 32  # the most rows of logits that are copied at once
+
 
 class WordFilter:
     """Leaves words below a probability out of a product (gradient filtering of Wijmans et al. 2024).
@@ -25,8 +27,8 @@ class WordFilter:
         ‖error of dx‖ <= factor · m · max_w ‖W_w - μ‖,
 
     where m is the probability of the skipped words together. This is the triangle inequality for the error
-    factor · Σ_skipped p_w (W_w - μ). Losses do not change, not even in a bit. If a quarter of the vocabulary
-    is at or above the bound in some row, that row is computed without the filter.
+    factor · Σ_skipped p_w (W_w - μ). Losses do not change, not even in a bit. If more than a quarter of the
+    vocabulary is at or above the bound in some row, that row is computed without the filter.
 
     The filter applies to a frozen head in float32 or bfloat16 arithmetic. A head that is trained, or has an
     adapter, is computed without it.
@@ -74,12 +76,14 @@ class WordFilter:
             weight.packed, logits, targets, factor, self.bound, self._mean_of(weight), losses, skipped,
             is_flat, dx,
         )  # fmt: skip
-        if is_flat.any():
-            rows = logits[is_flat]
-            _core.cross_entropy(rows, targets[is_flat], factor, np.empty(len(rows)), True)
+        flat = np.flatnonzero(is_flat)
+        for start in range(0, len(flat), FLAT_ROWS):
+            chosen = flat[start : start + FLAT_ROWS]
+            rows = logits[chosen]
+            _core.cross_entropy(rows, targets[chosen], factor, np.empty(len(rows)), True)
             dense = np.empty((len(rows), dx.shape[1]), np.float32)
             _core.matmul_t(weight.packed, rows, dense)
-            dx[is_flat] = dense
+            dx[chosen] = dense
         self._skipped.append(skipped)
         return dx
 

@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from nplora.finetuning.planning.memory import NOTHING, Adapters, ExecutionPlan, Memory, MicroBatch, predicted
+from nplora.finetuning.planning.memory import (
+    NOTHING,
+    Adapters,
+    ExecutionPlan,
+    Memory,
+    MicroBatch,
+    predicted,
+    with_filter,
+)
 from nplora.finetuning.planning.memory_plan import Alternative, MemoryPlan, need, room
 from nplora.finetuning.planning.nodes import BatchTime
 from nplora.finetuning.planning.resident import available_memory, current_memory, unread
@@ -96,6 +104,8 @@ def needed(
     if work.teaching is not None:
         targets = (one.targets for one in work.micro_batches(plan.micro_tokens))
         extra = work.teaching.extra(largest, targets, work.evaluated)
+    if work.filters:
+        extra = with_filter(extra, lm.config, largest.targets)
     memory = predicted(
         lm, adapters, largest, work.evaluated, plan, threads, resident, work.prefix_tokens, extra,
         work.keeps_best,

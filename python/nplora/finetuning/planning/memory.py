@@ -20,6 +20,7 @@ from nplora.lm import LanguageModel, adapting
 from nplora.models.config import ModelConfig
 from nplora.models.footprint import NOT_ADAPTED, Adapted
 from nplora.models.head import most_rows
+from nplora.models.word_filter import FLAT_ROWS
 from nplora.nn.principal import PRINCIPAL_INITS
 
 _FLOAT, _BITS = 4, 2
@@ -282,6 +283,17 @@ class Extra:
 NOTHING = Extra()
 
 
+def with_filter(extra: Extra, config: ModelConfig, targets: int) -> Extra:
+    """Add the bytes that a word filter takes.
+
+    The core keeps lists of at most a quarter of a chunk's logits: their weights, the last byte of their ids,
+    and where each list begins. Rows without a filter are copied, a few at a time.
+    """
+    logits = _FLOAT * min(most_rows(targets, config.vocab_size), targets) * config.vocab_size
+    copied = _FLOAT * FLAT_ROWS * (config.vocab_size + config.hidden_size)
+    return dataclasses.replace(extra, kept=extra.kept + logits * 11 // 32, head=extra.head + copied)
+
+
 def predicted(
     lm: LanguageModel,
     adapters: Adapters,
@@ -341,6 +353,9 @@ def predicted(
         if narrow
         else _FLOAT * min(step.tokens, 256) * config.intermediate_size
     )
+    pairs = max(step.tokens, evaluated) * max(
+        block.footprint(NOT_ADAPTED, narrow).scratch for block in layers
+    )
     process, weights = resident
     return Memory(
         process,
@@ -351,6 +366,7 @@ def predicted(
         kept,
         work,
         threads * (min(_LANES, lanes) + _THREAD)
+        + pairs
         + adapters.scratch(narrow, max(step.tokens, evaluated), threads)
         + _HEAP,
     )

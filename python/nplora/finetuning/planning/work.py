@@ -43,6 +43,7 @@ class Work:
         teaching: the additional memory and time of a distillation; None without a teacher.
         adds_in_order: whether the gradients of each micro-batch are kept, to be added up in a fixed order.
         is_local: whether ranks make steps of their own, which outer steps combine.
+        filters: whether a word filter computes the gradient of the head's input.
 
     >>> work = nplora.finetuning.planning.Work([(np.array([8, 5]), np.array([3, 2]))], steps=10)
     >>> work.longest, work.batch_tokens
@@ -64,6 +65,7 @@ class Work:
     teaching: Teaching | None = None
     adds_in_order: bool = False
     is_local: bool = False
+    filters: bool = False
 
     def batches_of_steps(self) -> Iterator[list[tuple[Array, Array]]]:
         """The batches of each step that is made, as far as they are listed.

@@ -203,6 +203,24 @@ def test_layers_stand_in_the_natural_order_of_their_names(tmp_path: Path) -> Non
     assert isinstance(model[1], nplora.Tanh)
 
 
+def test_hostile_names_and_biases_are_sorted_or_refused(tmp_path: Path) -> None:
+    path, save = tmp_path / "odd.safetensors", nplora.formats.safetensors.save
+    first, last = np.ones((4, 3), np.float32), np.ones((2, 4), np.float32)
+    save(path, {"1" * 5000 + ".weight": last, "9²3.weight": first})
+    assert [layer.shape for layer in read_network(path) if isinstance(layer, nplora.Linear)] == [
+        (4, 3),
+        (2, 4),
+    ]
+    for changes, words in (
+        ({"0.weight": first * np.float32(np.nan)}, r"0\.weight"),
+        ({"0.bias": np.float32([1, np.inf, 1, 1])}, r"0\.bias"),
+        ({"0.bias": np.arange(4)}, r"'0\.bias' is int64, expected one of"),
+    ):
+        save(path, {"0.weight": first} | changes)
+        with pytest.raises(FormatError, match=words):
+            read_network(path)
+
+
 # ---- learning in parts ----
 
 

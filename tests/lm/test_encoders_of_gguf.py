@@ -114,3 +114,10 @@ def test_any_token_may_be_the_one_before_a_text(name: str, tmp_path: Path) -> No
     words[2] = name
     write(tmp_path / "model.gguf", tokenizer__ggml__tokens=words)
     assert nplora.load_encoder(tmp_path / "model.gguf").encode(["a cat"]) == [[2, 5, 6, 3]]
+
+
+@pytest.mark.parametrize("number", [4, 9])
+def test_a_pooling_that_is_not_known_is_refused(number: int, tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", bert__pooling_type=gguf.Typed(number, "UINT32"))
+    with pytest.raises(UnsupportedError, match=f"pooling_type is {number}, expected 0"):
+        nplora.load_encoder(tmp_path / "model.gguf")

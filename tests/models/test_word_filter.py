@@ -53,7 +53,7 @@ def test_a_filter_leaves_the_loss_and_changes_gradients_a_little(lm: LanguageMod
     assert 1e-4 < np.linalg.norm(filtered - plain) / np.linalg.norm(plain) < 0.2
 
 
-def test_a_filter_that_keeps_every_word_gives_the_bits_of_no_filter(lm: LanguageModel) -> None:
+def test_rows_without_unlikely_words_have_the_bits_of_no_filter(lm: LanguageModel) -> None:
     loss, plain = gradients(lm)
     lm.model.word_filter = WordFilter(1e-30)
     filtered_loss, filtered = gradients(lm)

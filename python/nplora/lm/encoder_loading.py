@@ -61,7 +61,8 @@ def load_encoder(
         compute, mmap, check: as in `load_model`; `compute` is "float32" or "bfloat16".
         pooling: how the hidden states of a text's tokens become its embedding: "cls" (the first token),
             "mean", "max", "last" (the last token), "weighted_mean" or "mean_sqrt". None: as the files say.
-            If they do not say, the mean for encoders, and the last token for language models.
+            If they do not say, the mean for encoders, and the last token for causal language models. Dense
+            modules are left out if a pooling is given.
     Raises:
         UnsupportedError: the architecture, a module, or the type of a tensor is not supported.
         FormatError: a file breaks its format, or does not describe a whole model.
@@ -162,7 +163,10 @@ def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool) -> _Pa
         config = dataclasses.replace(_decoder_config(fields), tie_word_embeddings=True)
         weights = SafetensorsWeights(file, compute, check, _decoder_names(file))
         model, _ = building.decoder(config, weights)
-        return _Parts(config, model, "model", "last", settings, load_tokenizer, weights.mapped, weights.array)
+        default = "last" if config.causal else "mean"
+        return _Parts(
+            config, model, "model", default, settings, load_tokenizer, weights.mapped, weights.array
+        )
     names = family.stored_names(tuple(file))
     weights = SafetensorsWeights(file, compute, check, names.stored)
     encoder_config = family.read_config(fields)
@@ -212,7 +216,8 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> _Parts:
     if family is None:
         config = families.by_architecture(file.source, architecture).read_metadata(file)
         model, _ = building.decoder(config, weights)
-        return _Parts(config, model, "model", "last", settings, load_tokenizer, weights.mapped)
+        default = "last" if config.causal else "mean"
+        return _Parts(config, model, "model", default, settings, load_tokenizer, weights.mapped)
     encoder_config = family.read_metadata(file)
     encoder = building.encoder(encoder_config, weights, family.is_unused_in_gguf)
     return _Parts(encoder_config, encoder, family.prefix, "mean", settings, load_tokenizer, weights.mapped)
@@ -221,6 +226,11 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> _Parts:
 def _gguf_settings(file: GgufFile, architecture: str) -> SentenceSettings:
     """The pooling that the metadata name. llama.cpp normalises embeddings."""
     found = file.metadata.integer(f"{architecture}.pooling_type", 0)
-    if found not in _GGUF_POOLINGS:
+    if found == 0:  # the file asks for no pooling, or says nothing
         return SentenceSettings()
+    if found not in _GGUF_POOLINGS:
+        raise UnsupportedError(
+            f"{file.source}: {architecture}.pooling_type is {found}, expected 0 (none) or one of "
+            f"{', '.join(f'{number} ({name})' for number, name in _GGUF_POOLINGS.items())}"
+        )
     return SentenceSettings(Pooling(_GGUF_POOLINGS[found], normalize=True))

@@ -101,7 +101,10 @@ def _chunk_gradient(
     losses, word_filter = np.empty(len(x)), model.word_filter
     if word_filter is not None and isinstance(head, Linear) and word_filter.applies(head):
         give_way()
-        return losses, model.read_out_backward(word_filter.gradient(head, logits, targets, factor, losses), x)
+        dnormed = word_filter.gradient(head, logits, targets, factor, losses)
+        if weights is not None:
+            dnormed *= weights[:, None]
+        return losses, model.read_out_backward(dnormed, x)
     _core.cross_entropy(logits, targets, factor, losses, True)
     if weights is not None:
         logits *= weights[:, None]

@@ -17,7 +17,8 @@ from nplora.formats.errors import FormatError, brief, nearest_names
 from nplora.formats.files import StrPath
 from nplora.nn import GELU, Conv2d, Linear, LoRAConv2d, LoRALinear, ReLU, Sequential, SiLU, Tanh
 from nplora.nn.module import Module, layer_stream
-from nplora.weights import FrozenWeight
+from nplora.weights import FrozenWeight, storages
+from nplora.weights.nonfinite import require_finite
 
 Array = npt.NDArray[Any]
 
@@ -89,25 +90,38 @@ def read_network(path: StrPath, activation: str = "relu") -> Sequential:
             wanted = "two axes" if width is None else f"shape (d_out, {width}), as the layer before it has"
             raise FormatError(f"{source}: the tensor {brief(name, 200)} has shape {shape}, expected {wanted}")
         width = shape[0]
-        bias = _floats(opened[biases[name]]) if biases[name] in opened else None
+        bias = _bias(opened, biases[name])
         if bias is not None and bias.shape != (width,):
             raise FormatError(
                 f"{source}: {brief(biases[name], 200)} has shape {bias.shape}, expected ({width},)"
             )
-        layers += [Linear(FrozenWeight.from_safetensors(opened, name), bias), ACTIVATIONS[activation]()]
+        weight = FrozenWeight.from_safetensors(opened, name)
+        require_finite(opened.source, opened[name])
+        layers += [Linear(weight, bias), ACTIVATIONS[activation]()]
     if not layers:
         raise FormatError(f"{source}: no tensor is named NAME.weight, expected the matrices of linear layers")
     return Sequential(*layers[:-1])
 
 
-def _floats(tensor: safetensors.Tensor) -> Array:
+def _bias(opened: safetensors.SafetensorsFile, name: str) -> Array | None:
+    if name not in opened:
+        return None
+    tensor = opened[name]
+    if tensor.dtype not in storages.FLOATS:
+        known = ", ".join(storages.FLOATS)
+        raise FormatError(f"{opened.source}: {brief(name, 200)} is {tensor.dtype}, expected one of {known}")
+    require_finite(opened.source, tensor)
     return bfloat16.widen(tensor.array) if tensor.dtype == "bfloat16" else tensor.array
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """A key that sorts the numbers in names by their value."""
+    """A key that sorts the numbers in names by their value. Names of any length are compared quickly."""
     parts = re.split(r"([0-9]+)", name)
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts]
+    digits = [part.lstrip("0") if i % 2 else "" for i, part in enumerate(parts)]
+    return [
+        (1, len(number), number) if i % 2 else (0, 0, part)
+        for i, (part, number) in enumerate(zip(parts, digits, strict=True))
+    ]
 
 
 def random_features(d_in: int, width: int, activation: str, dtype: npt.DTypeLike, seed: int) -> Sequential:

@@ -43,13 +43,13 @@ def unchanged_on_error(method: Callable[Concatenate[E, P], T]) -> Callable[Conca
     """
 
     @functools.wraps(method)
-    def safe(self: E, *args: P.args, **options: P.kwargs) -> T:
-        earlier = dict(vars(self))
+    def safe(self: E, /, *args: P.args, **options: P.kwargs) -> T:
+        earlier = dict(self.__dict__)
         try:
             return method(self, *args, **options)
         except BaseException:
-            vars(self).clear()
-            vars(self).update(earlier)
+            self.__dict__.clear()
+            self.__dict__.update(earlier)
             raise
 
     return safe

@@ -34,6 +34,7 @@ WITH_EXAMPLES = [
     "nplora.distributed",
     "nplora.finetuning",
     "nplora.finetuning.data",
+    "nplora.finetuning.embedding",
     "nplora.finetuning.planning",
     "nplora.formats.gguf",
     "nplora.lm",

@@ -75,7 +75,7 @@ if TYPE_CHECKING:
         read_adapter,
         save_adapter,
     )
-    from nplora.finetuning import data, evaluate, finetune, plan
+    from nplora.finetuning import data, embedding, evaluate, finetune, plan
     from nplora.lm import Encoder, LanguageModel, load_encoder, load_model
     from nplora.lm import generation as generate
     from nplora.models.gguf_export import model_to_gguf
@@ -89,6 +89,7 @@ _LATE: dict[str, tuple[str, str | None]] = {
     **{name: (f"nplora.{name}", None) for name in ("adapters", "distributed", "finetuning", "formats")},
     **{name: (f"nplora.{name}", None) for name in ("models", "serving", "sklearn", "tokenizer", "trainer")},
     "data": ("nplora.finetuning.data", None),
+    "embedding": ("nplora.finetuning.embedding", None),
     "generate": ("nplora.lm.generation", None),
     "plot": ("nplora.trainer.plot", None),
     "Encoder": ("nplora.lm", "Encoder"),
@@ -160,6 +161,7 @@ __all__ = [
     "combine",
     "data",
     "distributed",
+    "embedding",
     "evaluate",
     "finetune",
     "finetuning",

@@ -1,13 +1,15 @@
-"""Finds the first layer of a language model whose output is NaN or infinite."""
+"""Finds the first layer of a model whose output is NaN or infinite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from nplora.lm import LanguageModel
+from nplora.models.decoder import Decoder
 from nplora.models.head import chunks
 from nplora.models.packing import IGNORED, PackedBatch
 from nplora.nn.module import quiet
@@ -15,18 +17,30 @@ from nplora.nn.module import quiet
 
 def first_nonfinite_layer(lm: LanguageModel, batch: PackedBatch) -> str:
     """The name of the first layer whose output for the batch is not finite; "" if all outputs are finite."""
-    found: list[str] = []
     prefix, lm.model.prefix = lm.model.prefix, None
-    for index, block in enumerate(lm.model.layers):
-        vars(block)["run"] = _watched(block.run, f"model.layers.{index}", found)
     try:
-        with quiet():
+        with quiet(), watched_blocks(lm.model, "model.layers.{}".format) as found:
             hidden = lm.residual_stream(batch)
             return (found or [_in_head(lm, hidden, batch)])[0]
     finally:
-        for block in lm.model.layers:
-            del vars(block)["run"]
         lm.model.prefix = prefix
+
+
+@contextlib.contextmanager
+def watched_blocks(model: Decoder, name: Callable[[int], str]) -> Iterator[list[str]]:
+    """A context whose list gets the name of each block when its output is not finite.
+
+    Args:
+        name: the name of the block with this number.
+    """
+    found: list[str] = []
+    for index, block in enumerate(model.layers):
+        vars(block)["run"] = _watched(block.run, name(index), found)
+    try:
+        yield found
+    finally:
+        for block in model.layers:
+            del vars(block)["run"]
 
 
 def _in_head(lm: LanguageModel, hidden: Any, batch: PackedBatch) -> str:

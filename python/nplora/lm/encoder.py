@@ -329,7 +329,7 @@ class Encoder(Module):
             alone: Array = self.embed([texts], batch_size, normalize, prompt, prompt_name, max_length)
             return np.asarray(alone[0])
         given = _texts("embed", texts)
-        before = self._prompt(prompt, prompt_name)
+        before = self.prompt_text(prompt, prompt_name)
         ids = self.encode([before + text for text in given] if before else given, max_length)
         return self.embed_ids(ids, batch_size, normalize)
 
@@ -487,7 +487,17 @@ class Encoder(Module):
             return min(self.max_length, most)
         return _check.integer(op, "max_length", max_length, least=1, most=most)
 
-    def _prompt(self, prompt: str | None, name: str | None) -> str:
+    def prompt_text(self, prompt: str | None = None, name: str | None = None) -> str:
+        """The text that is put before each text, from the arguments `prompt` and `prompt_name` of `embed`.
+
+            >>> import nplora
+            >>> nplora.load_encoder("encoder-model").prompt_text("query: ")
+            'query: '
+
+        Raises:
+            ValueError, KeyError: as in `embed`.
+            UnsupportedError: the pooling must leave the prompt out.
+        """
         if prompt is not None and name is not None:
             raise ValueError("embed: prompt and prompt_name are both given, expected one of them")
         if name is not None and name not in self.prompts:

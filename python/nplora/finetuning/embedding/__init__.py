@@ -1,0 +1,38 @@
+"""Training and evaluation of embeddings: losses, data, batches of any size, and measures of quality.
+
+`nplora.embedding` is this package.
+"""
+
+from nplora.finetuning.embedding.batches import TextBatch, TextBatches
+from nplora.finetuning.embedding.examples import TextExamples, TextReport, read_examples
+from nplora.finetuning.embedding.loss import EmbeddingLoss
+from nplora.finetuning.embedding.metrics import (
+    RetrievalScores,
+    evaluate_retrieval,
+    evaluate_similarity,
+    pearson,
+    spearman,
+)
+from nplora.finetuning.embedding.training import EmbeddingTraining, train
+from nplora.nn.embedding_losses import CoSENTLoss, CosineLoss, MatryoshkaLoss, RankingLoss, TripletLoss
+
+__all__ = [
+    "CoSENTLoss",
+    "CosineLoss",
+    "EmbeddingLoss",
+    "EmbeddingTraining",
+    "MatryoshkaLoss",
+    "RankingLoss",
+    "RetrievalScores",
+    "TextBatch",
+    "TextBatches",
+    "TextExamples",
+    "TextReport",
+    "TripletLoss",
+    "evaluate_retrieval",
+    "evaluate_similarity",
+    "pearson",
+    "read_examples",
+    "spearman",
+    "train",
+]

@@ -1,0 +1,152 @@
+"""Batches of texts for the training of embeddings: columns of token ids, such as anchors and positives."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextBatch:
+    """The token ids of texts, in columns.
+
+        >>> import nplora
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> questions, answers = encoder.encode(["where is my parcel"]), encoder.encode(["the order is late"])
+        >>> len(nplora.embedding.TextBatch([questions, answers]))
+        1
+
+    Args:
+        columns: for each column, the token ids of its texts: anchors, positives and perhaps negatives, or
+            first and second texts. The first two columns have the same number of texts.
+    """
+
+    columns: Sequence[Sequence[npt.ArrayLike]]
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    @functools.cached_property
+    def texts(self) -> list[npt.ArrayLike]:
+        """The token ids of all texts, column after column."""
+        return [ids for column in self.columns for ids in column]
+
+    def split(self, rows: Array) -> list[Array]:
+        """Divide an array with a row for each of the texts into one array for each column."""
+        return np.split(rows, np.cumsum([len(column) for column in self.columns[:-1]]))
+
+    def known_positives(self) -> Array | None:
+        """The candidates that must not count as negatives of an anchor, as bool (n, candidates).
+
+        These are copies of the anchor or of its positive, and the positives of other copies of the anchor.
+        None if there are no such candidates.
+        """
+        numbers = dict[bytes, int]()
+        keys = (np.asarray(ids, np.int64).tobytes() for ids in self.texts)
+        anchors, positives, *rest = self.split(np.array([numbers.setdefault(k, len(numbers)) for k in keys]))
+        candidates = np.concatenate([positives, *rest])
+        known = (candidates == positives[:, None]) | (candidates == anchors[:, None])
+        known[:, : len(anchors)] |= anchors == anchors[:, None]
+        own = np.arange(len(anchors))
+        known[own, own] = False
+        return known if known.any() else None
+
+
+class Examples(Protocol):
+    """The examples of `TextBatches`, which are `TextExamples`."""
+
+    @property
+    def report(self) -> Any:
+        """A summary with a source, and the numbers of examples and tokens."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: npt.ArrayLike) -> tuple[TextBatch, Array | None]:
+        """These examples as a batch, and their scores."""
+
+    def fingerprint(self) -> str:
+        """A text that differs for other examples."""
+
+
+class TextBatches:
+    """Batches of a fixed number of examples, for `Trainer.fit`. The order depends only on seed and epoch.
+
+        >>> import nplora
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> rows = [{"anchor": "a cat", "positive": "the cat"}, {"anchor": "a dog", "positive": "the dog"}]
+        >>> examples = nplora.embedding.read_examples(rows, encoder)
+        >>> nplora.embedding.TextBatches(examples, batch_size=1).length
+        2
+
+    Args:
+        examples: the examples.
+        batch_size: the number of examples in a batch; the last batch of an epoch may have fewer.
+        shuffle: whether each epoch has the examples in a new random order.
+        seed: the seed of the order.
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(self, examples: Examples, batch_size: int = 64, shuffle: bool = True, seed: int = 0) -> None:
+        op = "TextBatches"
+        self.examples, self.shuffle = examples, bool(shuffle)
+        self.batch_size = _check.integer(op, "batch_size", batch_size, least=1)
+        self.seed = _check.integer(op, "seed", seed, least=0)
+
+    @property
+    def length(self) -> int:
+        """The number of batches in an epoch."""
+        return -(-len(self.examples) // self.batch_size)
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[TextBatch, Array | None]]:
+        """The batches of an epoch (counted from 0) without its first `skip` batches, and their scores."""
+        order = self._order(epoch)
+        for begin in range(skip * self.batch_size, len(order), self.batch_size):
+            yield self.examples.batch(order[begin : begin + self.batch_size])
+
+    def __iter__(self) -> Iterator[tuple[TextBatch, Array | None]]:
+        return self.epoch(0)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a resumed run must have in common with the first run, as JSON values."""
+        return {
+            "data": self.examples.fingerprint(),
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+        }
+
+    def log_summary(self) -> dict[str, Any]:
+        """What the log of a run says about these batches, as JSON values."""
+        report = self.examples.report
+        return {
+            "source": report.source,
+            "examples": report.examples,
+            "tokens": report.tokens,
+            "batch_size": self.batch_size,
+        }
+
+    def _order(self, epoch: int) -> Array:
+        """A random permutation from the raw output of PCG64, which is the same in all versions of NumPy."""
+        if not self.shuffle:
+            return np.arange(len(self.examples))
+        stream = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
+        return np.argsort(stream.random_raw(len(self.examples)), kind="stable")
+
+
+def digest(*arrays: Array | None) -> str:
+    """A SHA-256 over the dtypes, shapes and values of some arrays."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(b"-" if array is None else f"{array.dtype} {array.shape} ".encode() + array.tobytes())
+    return found.hexdigest()

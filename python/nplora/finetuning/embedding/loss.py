@@ -1,0 +1,143 @@
+"""EmbeddingLoss: trains an encoder with a loss over the embeddings of a whole batch, in micro-batches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.finetuning.embedding.batches import TextBatch
+from nplora.finetuning.nonfinite_layers import watched_blocks
+from nplora.lm import Encoder
+from nplora.models.packing import cut
+from nplora.nn import embedding_losses
+from nplora.nn.embedding_losses import EmbeddingFunction, MatryoshkaLoss, RankingLoss
+from nplora.nn.module import Module
+from nplora.trainer import FusedLoss
+
+Array = npt.NDArray[Any]
+
+MICRO_TOKENS = 4096
+
+
+class EmbeddingLoss(FusedLoss):
+    """A loss for `Trainer` over the embeddings of all texts of a batch.
+
+    The batch is computed in micro-batches, so a batch of thousands of texts needs little memory (Gao et al.
+    2021, "GradCache"): each micro-batch is embedded, and only its embeddings are kept. The loss gives the
+    gradient of the embeddings. Then each micro-batch is computed again, with the same dropout, and its
+    backward pass follows. The last micro-batch is computed once, so a batch that fits into one micro-batch
+    takes no additional time.
+
+        >>> import nplora
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> encoder.add_lora(rank=2)
+        >>> rows = [{"anchor": "a cat", "positive": "the cat"}, {"anchor": "a dog", "positive": "the dog"}]
+        >>> batches = nplora.embedding.TextBatches(nplora.embedding.read_examples(rows, encoder))
+        >>> trainer = nplora.Trainer(encoder, nplora.embedding.EmbeddingLoss(), nplora.AdamW(lr=1e-2))
+        >>> history = trainer.fit(batches, epochs=20)
+        >>> history.loss[-1] < history.loss[0]
+        True
+
+    Args:
+        loss: "ranking" (multiple negatives), "triplet", "cosine" or "cosent", or a loss of
+            `nplora.embedding`, such as `RankingLoss(scale=50)`.
+        dims: also train the first values of the embeddings by themselves: the widths, for `MatryoshkaLoss`.
+        micro_tokens: maximum tokens of a micro-batch, unless one text has more. The gradients do not depend
+            on it, up to rounding.
+        leave_out_known: in a ranking, a text that equals the anchor or its positive is no negative, nor is
+            the positive of an equal anchor. False: all other texts are negatives.
+    Raises:
+        ValueError, TypeError: an argument does not fit its description above.
+    """
+
+    def __init__(
+        self,
+        loss: str | EmbeddingFunction = "ranking",
+        *,
+        dims: Sequence[int] | None = None,
+        micro_tokens: int = MICRO_TOKENS,
+        leave_out_known: bool = True,
+    ) -> None:
+        op = "EmbeddingLoss"
+        self.function = embedding_losses.get(op, loss)
+        if dims is not None:
+            self.function = MatryoshkaLoss(self.function, tuple(dims))
+        self.micro_tokens = _check.integer(op, "micro_tokens", micro_tokens, least=1)
+        self.leave_out_known = bool(leave_out_known)
+
+    def count(self, x: TextBatch, y: Any) -> int:
+        """The number of examples in a batch."""
+        return len(x)
+
+    def forward_backward(self, model: Module, x: TextBatch, y: Any, factor: float) -> float:
+        """Return the sum of a batch's losses; add `factor` times its gradient to the model's gradients."""
+        encoder = _encoder(model)
+        parts = list(self._micro_batches(x))
+        vectors, streams = np.empty((len(x.texts), encoder.dim), np.float32), []
+        for rows in parts[:-1]:
+            streams.append(encoder.random_state())
+            vectors[rows] = encoder.embed_forward(x.texts[rows])[0]
+        vectors[parts[-1]], saved = encoder.embed_forward(x.texts[parts[-1]])
+        loss, dy = self._loss(x, vectors, y)
+        if not math.isfinite(loss):
+            return loss
+        dy *= np.float32(factor * len(x))
+        encoder.embed_backward(dy[parts[-1]], saved)
+        del saved
+        after = encoder.random_state()
+        for rows, stream in zip(parts[:-1], streams, strict=True):
+            encoder.set_random_state(stream)
+            encoder.embed_backward(dy[rows], encoder.embed_forward(x.texts[rows])[1])
+        encoder.set_random_state(after)
+        return loss * len(x)
+
+    def evaluate(self, model: Module, x: TextBatch, y: Any) -> float:
+        """The mean loss of a batch, without dropout."""
+        return self._loss(x, _encoder(model).embed_ids(x.texts), y)[0]
+
+    def blame(self, model: Module, x: TextBatch) -> str:
+        """After a loss that is not finite: a sentence that says where NaN or infinity appears first."""
+        encoder = _encoder(model)
+        names = {id(module): name for name, module in encoder.named_modules()}
+        with watched_blocks(encoder.model, lambda i: names[id(encoder.model.layers[i])]) as found:
+            for rows in self._micro_batches(x):
+                encoder.embed_forward(x.texts[rows])
+                if found:
+                    return f"the first block whose output is not finite is {found[0]!r}"
+        return "the output of every block is finite, but the loss is not"
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that must be the same when a run is resumed, as JSON values."""
+        return {
+            "loss": repr(self.function),
+            "micro_tokens": self.micro_tokens,
+            "leave_out_known": self.leave_out_known,
+        }
+
+    def _loss(self, x: TextBatch, vectors: Array, scores: Any) -> tuple[float, Array]:
+        """The mean loss, and the gradient of the embeddings of all texts."""
+        inner = self.function.loss if isinstance(self.function, MatryoshkaLoss) else self.function
+        targets = scores
+        if isinstance(inner, RankingLoss):
+            targets = x.known_positives() if self.leave_out_known else None
+        loss, gradients = self.function(x.split(vectors), targets)
+        return loss, np.concatenate(gradients)
+
+    def _micro_batches(self, x: TextBatch) -> Iterator[slice]:
+        """The texts of each micro-batch."""
+        cuts = cut(np.array([np.size(ids) for ids in x.texts]), self.micro_tokens)
+        return (slice(first, end) for first, end in itertools.pairwise(cuts))
+
+
+def _encoder(model: Module) -> Encoder:
+    if not isinstance(model, Encoder):
+        raise TypeError(
+            f"EmbeddingLoss: the model is {_check.kind(model)}, expected an Encoder, which load_encoder makes"
+        )
+    return model

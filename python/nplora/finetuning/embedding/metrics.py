@@ -1,0 +1,280 @@
+"""Measures of embeddings: Spearman's rank correlation of scored pairs; recall, nDCG and MRR of a search."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.finetuning.data.sources import Data
+from nplora.finetuning.embedding.examples import read_examples
+from nplora.formats.errors import brief
+from nplora.lm import Encoder
+from nplora.weights import FrozenWeight
+
+Array = npt.NDArray[Any]
+
+_QUERIES = 256  # queries that are searched at once
+_DOCUMENTS = 16384  # documents that are searched at once
+
+
+def pearson(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
+    """Pearson's correlation of two arrays (n,); NaN if one of them is constant.
+
+    >>> import nplora
+    >>> nplora.embedding.pearson([1, 2, 3], [2, 4, 6])
+    1.0
+    """
+    a, b = _two("pearson", x, y)
+    a, b = a - a.mean(), b - b.mean()
+    scale = np.sqrt((a * a).sum() * (b * b).sum())
+    return float(np.clip((a * b).sum() / scale, -1, 1)) if scale > 0 else float("nan")
+
+
+def spearman(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
+    """Spearman's rank correlation of two arrays (n,). Equal values have the mean of their ranks.
+
+    >>> import nplora
+    >>> nplora.embedding.spearman([1, 2, 3], [10, 100, 1000])
+    1.0
+    """
+    a, b = _two("spearman", x, y)
+    return pearson(_ranks(a), _ranks(b))
+
+
+def _two(op: str, x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Array, Array]:
+    a, b = _check.floats(op, "x", x, np.float64), _check.floats(op, "y", y, np.float64)
+    if a.ndim != 1 or a.shape != b.shape or len(a) < 2:
+        raise ValueError(f"{op}: x has shape {a.shape}, y has {b.shape}, expected two arrays of one length")
+    return a, b
+
+
+def _ranks(values: Array) -> Array:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[inverse])
+
+
+@_check.keywords
+def evaluate_similarity(
+    encoder: Encoder,
+    data: Data,
+    columns: Mapping[str, str] | None = None,
+    prompts: str | Mapping[str, str] | None = None,
+    dim: int | None = None,
+    max_length: int | None = None,
+) -> dict[str, float]:
+    """How well the cosines of pairs of texts agree with the scores that people gave them.
+
+        >>> import nplora
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> rows = [
+        ...     {"sentence1": "a cat", "sentence2": "the cat", "score": 1.0},
+        ...     {"sentence1": "a cat", "sentence2": "my parcel", "score": 0.0},
+        ... ]
+        >>> sorted(nplora.embedding.evaluate_similarity(encoder, rows))
+        ['pairs', 'pearson', 'spearman']
+
+    Args:
+        data, columns, prompts, max_length: as in `read_examples`; a row has "sentence1", "sentence2" and
+            "score".
+        dim: use only the first `dim` values of an embedding (Matryoshka); None: all.
+    Returns:
+        "spearman" (the usual measure), "pearson", and the number of "pairs".
+    Raises:
+        DataError: a row is wrong; the message names the file and the line.
+        ValueError: an argument is out of range, or there is one pair only.
+    """
+    _require_dim("evaluate_similarity", encoder, dim)
+    examples = read_examples(data, encoder, "cosent", columns, prompts, max_length)
+    vectors = _units(encoder.embed_ids(examples.texts(), normalize=False), dim)
+    assert examples.scores is not None
+    cosines = (vectors[examples.first] * vectors[examples.second]).sum(axis=1, dtype=np.float64)
+    return {
+        "spearman": spearman(cosines, examples.scores),
+        "pearson": pearson(cosines, examples.scores),
+        "pairs": float(len(examples)),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalScores:
+    """The scores of a search, each the mean over the queries.
+
+    Attributes:
+        recall: by k: the share of the relevant documents that are among the first k.
+        precision: by k: the share of the first k documents that are relevant.
+        ndcg: by k: the normalised discounted cumulative gain, with linear gains as in trec_eval.
+        mrr: by k: 1 / the rank of the first relevant document, 0 if it is not among the first k.
+        accuracy: by k: the share of the queries with a relevant document among the first k.
+        queries, documents: their numbers.
+    """
+
+    recall: dict[int, float]
+    precision: dict[int, float]
+    ndcg: dict[int, float]
+    mrr: dict[int, float]
+    accuracy: dict[int, float]
+    queries: int
+    documents: int
+
+    def as_dict(self) -> dict[str, float]:
+        """All scores by names such as "recall@10".
+
+        >>> import nplora
+        >>> half = {1: 0.5}
+        >>> nplora.embedding.RetrievalScores(half, half, half, half, half, 2, 10).as_dict()["recall@1"]
+        0.5
+        """
+        names = ("recall", "precision", "ndcg", "mrr", "accuracy")
+        return {f"{name}@{k}": score for name in names for k, score in getattr(self, name).items()}
+
+    def __str__(self) -> str:
+        words = ", ".join(f"{name} {score:.4f}" for name, score in self.as_dict().items())
+        return f"{self.queries:,} queries, {self.documents:,} documents: {words}"
+
+
+Relevant = Mapping[Any, Mapping[Any, float] | Sequence[Any] | set[Any] | frozenset[Any]]
+
+
+@_check.keywords
+def evaluate_retrieval(
+    encoder: Encoder,
+    queries: Mapping[Any, str],
+    corpus: Mapping[Any, str],
+    relevant: Relevant,
+    k: Sequence[int] = (1, 3, 5, 10),
+    query_prompt: str | None = None,
+    corpus_prompt: str | None = None,
+    dim: int | None = None,
+    batch_size: int | None = None,
+) -> RetrievalScores:
+    """How well a search by cosines finds the relevant documents.
+
+        >>> import nplora
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> queries, corpus = {"q": "where is my parcel"}, {"a": "where is my parcel", "b": "the cat"}
+        >>> nplora.embedding.evaluate_retrieval(encoder, queries, corpus, {"q": ["a"]}, k=[1]).recall
+        {1: 1.0}
+
+    Args:
+        queries, corpus: the texts by their names.
+        relevant: for each query, the names of its relevant documents, or a grade above 0 for each of them.
+            Queries without a relevant document are left out.
+        k: numbers of documents at which the scores are computed.
+        query_prompt, corpus_prompt: texts that are put before each text, as in `Encoder.embed`.
+        dim: use only the first `dim` values of an embedding (Matryoshka); None: all.
+        batch_size: as in `Encoder.embed`.
+    Raises:
+        ValueError: no query has a relevant document, the corpus is empty, or an argument is out of range.
+        KeyError: a query or document is not among the texts.
+    """
+    op = "evaluate_retrieval"
+    places = {name: i for i, name in enumerate(corpus)}
+    grades = {name: _grades(op, name, queries, places, given) for name, given in relevant.items()}
+    names = [name for name in queries if grades.get(name)]
+    if not names:
+        raise ValueError(f"{op}: no query has a relevant document in the corpus")
+    steps = sorted({_check.integer(op, "k", each, least=1) for each in k})
+    if not steps:
+        raise ValueError(f"{op}: k is empty, expected numbers of documents")
+    _require_dim(op, encoder, dim)
+    asked = _units(encoder.embed([queries[name] for name in names], batch_size, False, query_prompt), dim)
+    stored = _units(encoder.embed(list(corpus.values()), batch_size, False, corpus_prompt), dim)
+    found = nearest(asked, stored, steps[-1])
+    return _scores(found, [grades[name] for name in names], steps, len(corpus))
+
+
+def _require_dim(op: str, encoder: Encoder, dim: int | None) -> None:
+    if dim is not None:
+        _check.integer(op, "dim", dim, 1, encoder.dim)
+
+
+def _units(vectors: Array, dim: int | None) -> Array:
+    """The first `dim` values of the embeddings, divided by their length."""
+    cut = vectors if dim is None else np.ascontiguousarray(vectors[:, :dim])
+    return np.asarray(cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), np.float32(1e-12)))
+
+
+def _grades(
+    op: str, query: Any, queries: Mapping[Any, str], places: Mapping[Any, int], given: Any
+) -> dict[int, float]:
+    """The grade of each relevant document, by its place in the corpus."""
+    if query not in queries:
+        raise KeyError(f"{op}: relevant names the query {brief(query)}, which is not among the queries")
+    if isinstance(given, str) or not np.iterable(given):
+        raise TypeError(f"{op}: relevant[{brief(query)}] is {brief(given)}, expected names of documents")
+    pairs = given.items() if isinstance(given, Mapping) else ((name, 1.0) for name in given)
+    grades = {}
+    for name, grade in pairs:
+        if name not in places:
+            raise KeyError(f"{op}: relevant[{brief(query)}] has {brief(name)}, which is not in the corpus")
+        if _check.at_least(op, "a grade", grade, 0) > 0:
+            grades[places[name]] = float(grade)
+    return grades
+
+
+def nearest(queries: Array, corpus: Array, k: int) -> Array:
+    """The places of the k rows of `corpus` with the largest products with each row of `queries`.
+
+    Equal products are in the order of the corpus.
+
+        >>> import numpy as np
+        >>> from nplora.finetuning.embedding.metrics import nearest
+        >>> nearest(np.float32([[1, 0]]), np.float32([[0, 1], [2, 0], [1, 0]]), 2)
+        array([[1, 2]])
+
+    Returns:
+        int64 (queries, min(k, documents)), the best first.
+    """
+    k = min(k, len(corpus))
+    best = np.empty((len(queries), k), np.int64)
+    for begin in range(0, len(queries), _QUERIES):
+        rows = slice(begin, begin + _QUERIES)
+        best[rows] = _nearest_of_few(queries[rows], corpus, k)
+    return best
+
+
+def _nearest_of_few(queries: Array, corpus: Array, k: int) -> Array:
+    scores: Array = np.empty((len(queries), 0), np.float32)
+    places: Array = np.empty((len(queries), 0), np.int64)
+    for begin in range(0, len(corpus), _DOCUMENTS):
+        part = corpus[begin : begin + _DOCUMENTS]
+        scores = np.concatenate([scores, FrozenWeight(part).matmul(queries)], axis=1)
+        own = np.broadcast_to(np.arange(begin, begin + len(part)), (len(queries), len(part)))
+        places = np.concatenate([places, own], axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        scores, places = (np.take_along_axis(each, order, axis=1) for each in (scores, places))
+    return places
+
+
+def _scores(
+    found: Array, grades: Sequence[Mapping[int, float]], steps: Sequence[int], documents: int
+) -> RetrievalScores:
+    """The scores of the places `found` (queries, most documents)."""
+    gains = np.array(
+        [[grade.get(int(i), 0.0) for i in row] for row, grade in zip(found, grades, strict=True)]
+    )
+    gains = gains.reshape(len(grades), found.shape[1])
+    right = gains > 0
+    known = np.array([len(grade) for grade in grades])
+    discounts = 1 / np.log2(np.arange(2, 2 + max(steps)))
+    ideal = np.zeros((len(grades), max(steps)))
+    for row, grade in zip(ideal, grades, strict=True):
+        best = sorted(grade.values(), reverse=True)[: max(steps)]
+        row[: len(best)] = best
+    first = np.where(right.any(axis=1), right.argmax(axis=1), max(steps))
+    scores = RetrievalScores({}, {}, {}, {}, {}, len(grades), documents)
+    for k in steps:
+        hits, width = right[:, :k].sum(axis=1), min(k, found.shape[1])
+        scores.recall[k] = float((hits / known).mean())
+        scores.precision[k] = float(hits.mean() / k)
+        gained = (gains[:, :k] * discounts[:width]).sum(axis=1)
+        scores.ndcg[k] = float((gained / (ideal[:, :k] * discounts[:k]).sum(axis=1)).mean())
+        scores.mrr[k] = float(np.where(first < k, 1 / (first + 1), 0).mean())
+        scores.accuracy[k] = float((hits > 0).mean())
+    return scores

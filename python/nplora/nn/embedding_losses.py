@@ -1,0 +1,426 @@
+"""Losses of embeddings: rankings with in-batch negatives, triplets, cosine similarities, Matryoshka.
+
+An embedding loss is a callable (columns, targets) -> (loss, gradients). `columns` are arrays (n, d) of
+embeddings, such as the anchors and their positives, and there is a gradient for each. float64 embeddings are
+computed in float64, all others in float32.
+
+    >>> import numpy as np
+    >>> from nplora.nn.embedding_losses import RankingLoss
+    >>> loss, gradients = RankingLoss()([np.eye(3), np.eye(3)])
+    >>> loss < 1e-8
+    True
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.nn.module import quiet
+from nplora.weights import FrozenWeight
+
+Array = npt.NDArray[Any]
+
+DISTANCES = ("euclidean", "cosine", "manhattan")
+_LEAST_NORM = 1e-12  # as in torch.nn.functional.normalize
+_ROWS = 512  # rows of similarities that are computed at once
+
+
+class EmbeddingFunction(Protocol):
+    """A loss of embeddings.
+
+    Attributes:
+        columns: the names of the columns: at least the first two are needed.
+        needs_scores: whether the targets are a number for each row.
+    """
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
+    def needs_scores(self) -> bool: ...
+
+    def __call__(self, columns: Sequence[Array], targets: Array | None = None) -> tuple[float, list[Array]]:
+        """The mean loss over the rows, and its gradient for each column."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingLoss:
+    """Multiple negatives ranking (InfoNCE): each anchor must be nearest to its own positive.
+
+    The loss is the cross entropy of softmax(scale · cosine(anchor, candidate)) over all candidates: the
+    positives and the negatives of the whole batch (Henderson et al. 2017, section 4.4).
+
+        >>> import numpy as np
+        >>> from nplora.nn.embedding_losses import RankingLoss
+        >>> anchors, positives = np.float32([[1, 0], [0, 1]]), np.float32([[1, 0], [1, 1]])
+        >>> round(RankingLoss(scale=1.0)([anchors, positives])[0], 4)
+        0.4795
+
+    Args:
+        scale: the factor of the cosines, which is 1 / temperature.
+        symmetric: also rank the anchors for each positive, and take the mean of both losses.
+    Raises:
+        ValueError: `scale` is not above 0.
+    """
+
+    scale: float = 20.0
+    symmetric: bool = False
+
+    columns: ClassVar[tuple[str, ...]] = ("anchors", "positives", "negatives")
+    needs_scores: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _above_zero("RankingLoss", "scale", self.scale)
+
+    def __call__(self, columns: Sequence[Array], targets: Array | None = None) -> tuple[float, list[Array]]:
+        """The mean loss over the anchors, and the gradients of the columns.
+
+        Args:
+            columns: anchors (n, d), positives (n, d), and perhaps negatives (m, d), with any m.
+            targets: bool (n, n + m): candidates that are left out for an anchor, because they are right too.
+                An anchor's own positive is never left out.
+        Raises:
+            ValueError: the shapes do not fit each other.
+        """
+        given = _columns("RankingLoss", columns, 2, 3, equal=2)
+        n, units = len(given[0]), [_normalized(x) for x in given]
+        left_out = None if targets is None else _mask(targets, n, sum(map(len, given[1:])))
+        with quiet():
+            anchors, candidates = units[0][0], np.concatenate([unit for unit, _ in units[1:]])
+            loss, da, dc = _ranked(anchors, candidates, self.scale, left_out)
+            if self.symmetric:
+                mirrored = None if left_out is None else left_out[:, :n].T
+                other, dp, da_too = _ranked(candidates[:n], anchors, self.scale, mirrored)
+                loss, da, dc = (loss + other) / 2, (da + da_too) / 2, dc / 2
+                dc[:n] += dp / 2
+            parts = np.split(dc, np.cumsum([len(x) for x in given[1:-1]]))
+            return loss, [_normalized_backward(d, *unit) for d, unit in zip([da, *parts], units, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TripletLoss:
+    """The mean of max(0, d(anchor, positive) - d(anchor, negative) + margin) over triplets.
+
+        >>> import numpy as np
+        >>> from nplora.nn.embedding_losses import TripletLoss
+        >>> a, p, n = np.float32([[0, 0]]), np.float32([[3, 4]]), np.float32([[6, 8]])
+        >>> round(TripletLoss(margin=7.0)([a, p, n])[0], 4)
+        2.0
+
+    Args:
+        margin: how much farther than the positive the negative must be.
+        distance: "euclidean", "cosine" (1 - cosine) or "manhattan".
+    Raises:
+        ValueError: `margin` is not above 0, or the distance is unknown.
+    """
+
+    margin: float = 5.0
+    distance: str = "euclidean"
+
+    columns: ClassVar[tuple[str, ...]] = ("anchors", "positives", "negatives")
+    needs_scores: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _above_zero("TripletLoss", "margin", self.margin)
+        _check.choice("TripletLoss", "distance", self.distance, DISTANCES)
+
+    def __call__(self, columns: Sequence[Array], targets: Array | None = None) -> tuple[float, list[Array]]:
+        """The mean loss over the triplets, and the gradients of the columns, which all are (n, d).
+
+        Raises:
+            ValueError: the shapes do not fit each other.
+        """
+        anchors, positives, negatives = _columns("TripletLoss", columns, 3, 3, equal=3)
+        with quiet():
+            near, near_a, near_p = _distance(self.distance, anchors, positives)
+            far, far_a, far_n = _distance(self.distance, anchors, negatives)
+            excess = near - far + near.dtype.type(self.margin)
+            active = np.where(excess > 0, 1 / max(1, len(excess)), 0).astype(near.dtype)[:, None]
+            loss = _mean(np.where(excess > 0, excess, excess * 0))  # keeps NaN
+            return loss, [active * (near_a - far_a), active * near_p, -active * far_n]
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineLoss:
+    """The mean of (cosine(a, b) - score)² over pairs of texts.
+
+    >>> import numpy as np
+    >>> from nplora.nn.embedding_losses import CosineLoss
+    >>> CosineLoss()([np.float32([[1, 0]]), np.float32([[0, 2]])], np.float32([0.5]))[0]
+    0.25
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ("first", "second")
+    needs_scores: ClassVar[bool] = True
+
+    def __call__(self, columns: Sequence[Array], targets: Array | None = None) -> tuple[float, list[Array]]:
+        """The mean loss over the pairs, and the gradients of both columns (n, d).
+
+        Args:
+            targets: the scores (n,), as cosines.
+        Raises:
+            ValueError: the shapes do not fit each other, or there are no scores.
+        """
+        cosines, first, second, scores = _scored("CosineLoss", columns, targets)
+        with quiet():
+            error = cosines - scores
+            slope = (2 / max(1, len(error)) * error).astype(error.dtype)[:, None]
+            return _mean(error * error), [slope * first, slope * second]
+
+
+@dataclasses.dataclass(frozen=True)
+class CoSENTLoss:
+    """log(1 + Σ exp(scale · (cosine of pair i - cosine of pair j))) over all i, j with a lower score of i.
+
+    Only the order of the scores matters (Su 2022, "CoSENT").
+
+        >>> import numpy as np
+        >>> from nplora.nn.embedding_losses import CoSENTLoss
+        >>> a, b = np.float32([[1, 0], [1, 0]]), np.float32([[1, 0], [0, 1]])
+        >>> CoSENTLoss()([a, b], np.float32([1, 0]))[0] < 1e-8
+        True
+
+    Args:
+        scale: the factor of the cosines.
+    Raises:
+        ValueError: `scale` is not above 0.
+    """
+
+    scale: float = 20.0
+
+    columns: ClassVar[tuple[str, ...]] = ("first", "second")
+    needs_scores: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _above_zero("CoSENTLoss", "scale", self.scale)
+
+    def __call__(self, columns: Sequence[Array], targets: Array | None = None) -> tuple[float, list[Array]]:
+        """The loss of the whole batch, and the gradients of both columns (n, d).
+
+        Args:
+            targets: the scores (n,), of which only the order matters.
+        Raises:
+            ValueError: the shapes do not fit each other, or there are no scores.
+        """
+        cosines, first, second, scores = _scored("CoSENTLoss", columns, targets)
+        scale = cosines.dtype.type(self.scale)
+        with quiet():
+            pairs = scale * (cosines[:, None] - cosines)
+            pairs = np.where(scores[:, None] < scores, pairs, -np.inf)
+            top = max(0.0, float(pairs.max(initial=0)))
+            weights = np.exp(pairs - cosines.dtype.type(top))
+            total = weights.sum(dtype=np.float64) + np.exp(-top)
+            loss = float(np.log(total) + top + 0 * cosines.sum(dtype=np.float64))  # keeps NaN
+            slope = scale * (weights.sum(axis=1) - weights.sum(axis=0)) / cosines.dtype.type(total)
+            return loss, [slope[:, None] * first, slope[:, None] * second]
+
+
+@dataclasses.dataclass(frozen=True)
+class MatryoshkaLoss:
+    """The weighted sum of a loss over embeddings that are cut to their first values (Kusupati et al. 2022).
+
+    After training, the first values of an embedding are a good embedding by themselves. A cut embedding is
+    normalised before the loss is computed.
+
+        >>> import numpy as np
+        >>> from nplora.nn.embedding_losses import CosineLoss, MatryoshkaLoss
+        >>> loss = MatryoshkaLoss(CosineLoss(), dims=(4, 2))
+        >>> loss([np.ones((1, 4)), np.ones((1, 4))], np.zeros(1))[0]
+        2.0
+
+    Args:
+        loss: the loss of embeddings of each width.
+        dims: the widths.
+        weights: the weight of each width; None: all 1.
+    Raises:
+        ValueError: there are no widths, a width is below 1 or given twice, or a weight is below 0.
+    """
+
+    loss: EmbeddingFunction
+    dims: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        op = "MatryoshkaLoss"
+        dims = tuple(_check.integer(op, "a width of dims", dim, least=1) for dim in self.dims)
+        if not dims or len(set(dims)) < len(dims):
+            raise ValueError(f"{op}: dims is {self.dims}, expected different widths")
+        weights = (1.0,) * len(dims) if self.weights is None else tuple(self.weights)
+        if len(weights) != len(dims):
+            raise ValueError(f"{op}: {len(weights)} weights for {len(dims)} dims, expected one for each")
+        for weight in weights:
+            _check.at_least(op, "a weight", weight, 0)
+        object.__setattr__(self, "dims", dims)
+        object.__setattr__(self, "weights", weights)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.loss.columns
+
+    @property
+    def needs_scores(self) -> bool:
+        return self.loss.needs_scores
+
+    def __call__(self, columns: Sequence[Array], targets: Array | None = None) -> tuple[float, list[Array]]:
+        """The weighted sum of the losses, and the gradients of the columns.
+
+        Raises:
+            ValueError: a width is above that of the embeddings, or the loss raises the error.
+        """
+        given = _columns("MatryoshkaLoss", columns, 1, len(columns), equal=1)
+        width, total, gradients = given[0].shape[1], 0.0, [np.zeros_like(x) for x in given]
+        if max(self.dims) > width:
+            raise ValueError(
+                f"MatryoshkaLoss: a width is {max(self.dims)}, but embeddings have {width} values"
+            )
+        assert self.weights is not None
+        for dim, weight in zip(self.dims, self.weights, strict=True):
+            units = [_normalized(np.ascontiguousarray(x[:, :dim])) for x in given]
+            value, slopes = self.loss([unit for unit, _ in units], targets)
+            total += weight * value
+            for gradient, slope, unit in zip(gradients, slopes, units, strict=True):
+                gradient[:, :dim] += gradient.dtype.type(weight) * _normalized_backward(slope, *unit)
+        return total, gradients
+
+
+_BY_NAME = {
+    "ranking": RankingLoss,
+    "triplet": TripletLoss,
+    "cosine": CosineLoss,
+    "cosent": CoSENTLoss,
+}
+NAMES = tuple(_BY_NAME)
+
+
+def get(op: str, loss: str | EmbeddingFunction) -> EmbeddingFunction:
+    """The loss with this name, or the loss itself.
+
+    Raises:
+        ValueError: no loss has this name.
+        TypeError: `loss` is neither a name nor a loss.
+    """
+    if isinstance(loss, str):
+        made: EmbeddingFunction = _BY_NAME[_check.choice(op, "loss", loss, NAMES)]()
+        return made
+    if not callable(loss) or not hasattr(loss, "columns") or isinstance(loss, type):
+        raise TypeError(f"{op}: loss is {_check.kind(loss)}, expected a name or a loss such as RankingLoss()")
+    return loss
+
+
+# ---- the parts ----
+
+
+def _ranked(
+    queries: Array, candidates: Array, scale: float, left_out: Array | None
+) -> tuple[float, Array, Array]:
+    """The mean cross entropy of each query's own candidate, which has the same row; and both gradients.
+
+    s = scale · q cᵀ, loss = mean(log Σ exp(s) - s_ii), ds = (softmax(s) - I) / n.
+    """
+    n, dtype = len(queries), queries.dtype
+    weight = FrozenWeight(candidates, dtype=dtype.name)
+    total, dq, dc = 0.0, np.empty_like(queries), np.zeros_like(candidates)
+    for begin in range(0, n, _ROWS):
+        rows = slice(begin, min(begin + _ROWS, n))
+        own = np.arange(rows.start, rows.stop)
+        scores = weight.matmul(queries[rows]) * dtype.type(scale)
+        if left_out is not None:
+            hidden = left_out[rows].copy()
+            hidden[own - begin, own] = False
+            scores[hidden] = -np.inf
+        scores -= scores.max(axis=1, keepdims=True)
+        right = scores[own - begin, own].astype(np.float64)
+        np.exp(scores, out=scores)
+        sums = scores.sum(axis=1, keepdims=True)
+        total += float((np.log(sums[:, 0], dtype=np.float64) - right).sum())
+        scores /= sums
+        scores[own - begin, own] -= 1
+        scores *= dtype.type(scale / n)
+        dq[rows] = weight.matmul_t(scores)
+        dc += FrozenWeight(queries[rows], dtype=dtype.name).matmul_t(np.ascontiguousarray(scores.T))
+    return total / max(1, n), dq, dc
+
+
+def _distance(name: str, x: Array, y: Array) -> tuple[Array, Array, Array]:
+    """The distance of each row of x to that of y (n,), and its gradients with respect to x and y."""
+    if name == "cosine":
+        cosines, dx, dy = _cosine(x, y)
+        return 1 - cosines, -dx, -dy
+    difference = x - y
+    if name == "manhattan":
+        slope = np.sign(difference)
+        return np.abs(difference).sum(axis=1), slope, -slope
+    lengths = np.sqrt((difference * difference).sum(axis=1))
+    slope = difference / np.where(lengths == 0, 1, lengths)[:, None]
+    return lengths, slope, -slope
+
+
+def _cosine(x: Array, y: Array) -> tuple[Array, Array, Array]:
+    """The cosine of each row of x and that of y (n,), and its gradients with respect to x and y."""
+    (u, lengths_x), (v, lengths_y) = _normalized(x), _normalized(y)
+    cosines = (u * v).sum(axis=1)
+    return cosines, _normalized_backward(v, u, lengths_x), _normalized_backward(u, v, lengths_y)
+
+
+def _normalized(x: Array) -> tuple[Array, Array]:
+    """The rows of x divided by their lengths, and the lengths (n, 1)."""
+    with quiet():
+        lengths = np.sqrt((x * x).sum(axis=1, keepdims=True))
+        lengths = np.maximum(lengths, x.dtype.type(_LEAST_NORM))
+        return x / lengths, lengths
+
+
+def _normalized_backward(du: Array, u: Array, lengths: Array) -> Array:
+    """The gradient of x, given that of u = x / |x|: dx = (du - u (u · du)) / |x|."""
+    return np.asarray((du - u * (u * du).sum(axis=1, keepdims=True)) / lengths)
+
+
+def _mean(values: Array) -> float:
+    return float(values.sum(dtype=np.float64)) / max(1, len(values))
+
+
+# ---- checks ----
+
+
+def _columns(op: str, columns: Sequence[Array], least: int, most: int, equal: int) -> list[Array]:
+    """The columns as arrays of one dtype. The first `equal` of them have the same number of rows."""
+    if not least <= len(columns) <= most:
+        wanted = f"{least}" if least == most else f"{least} to {most}"
+        raise ValueError(f"{op}: {len(columns)} columns of embeddings, expected {wanted}")
+    exact = all(np.asarray(x).dtype == np.float64 for x in columns)
+    dtype = np.float64 if exact else np.float32
+    given = [_check.floats(op, f"columns[{i}]", x, dtype) for i, x in enumerate(columns)]
+    shapes = [x.shape for x in given]
+    fits = all(len(shape) == 2 and shape[1:] == shapes[0][1:] for shape in shapes)
+    if not fits or len({shape[0] for shape in shapes[:equal]}) > 1:
+        raise ValueError(f"{op}: columns have shapes {', '.join(map(str, shapes))}, expected the same shape")
+    return given
+
+
+def _scored(op: str, columns: Sequence[Array], targets: Array | None) -> tuple[Array, Array, Array, Array]:
+    """The cosines (n,) of two columns, their gradients, and the scores as an array of the same dtype."""
+    x, y = _columns(op, columns, 2, 2, equal=2)
+    if targets is None:
+        raise ValueError(f"{op}: targets is None, expected a score for each pair")
+    scores = _check.shaped(op, "targets", targets, (len(x),), x.dtype)
+    cosines, dx, dy = _cosine(x, y)
+    return cosines, dx, dy, scores
+
+
+def _mask(targets: Array, n: int, m: int) -> Array:
+    mask = np.asarray(targets)
+    if mask.dtype != np.bool_ or mask.shape != (n, m):
+        raise ValueError(
+            f"RankingLoss: targets is {mask.dtype} {mask.shape}, expected bool ({n}, {m}): "
+            "the candidates that are left out for each anchor"
+        )
+    return mask
+
+
+def _above_zero(op: str, name: str, value: float) -> None:
+    if _check.number(op, name, value) <= 0:
+        raise ValueError(f"{op}: {name} is {value}, expected above 0")

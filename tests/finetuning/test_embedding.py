@@ -1,0 +1,375 @@
+"""Training of embeddings: micro-batches, data, measures and saved adapters."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora.finetuning.embedding import (
+    EmbeddingLoss,
+    RankingLoss,
+    TextBatch,
+    TextBatches,
+    evaluate_retrieval,
+    evaluate_similarity,
+    read_examples,
+    spearman,
+    train,
+)
+from nplora.finetuning.embedding import metrics as measures
+from nplora.formats.errors import DataError
+from small_encoder import WORDS, save_small_encoder
+
+pytest.importorskip("tokenizers")
+
+Array = np.ndarray[Any, Any]
+ROWS = [
+    {"anchor": "where is my parcel", "positive": "delivery is late", "negative": "the cat sat"},
+    {"anchor": "a cat and a dog", "positive": "the dog", "negative": "my refund"},
+    {"anchor": "return an order", "positive": "refund my order .", "negative": "the mat"},
+    {"anchor": "how do i query", "positive": "query : the order", "negative": "late cat"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_encoder(tmp_path_factory.mktemp("encoders") / "model")
+
+
+def adapted(model: Path, dropout: float = 0.0) -> nplora.Encoder:
+    encoder = nplora.load_encoder(model)
+    encoder.add_lora(rank=2, init="gaussian", dropout=dropout)
+    return encoder
+
+
+def random_batch(rng: np.random.Generator, n: int = 8) -> TextBatch:
+    """A batch of pairs with texts of 1 to 20 tokens."""
+    return TextBatch([[rng.integers(5, len(WORDS), rng.integers(1, 20)) for _ in range(n)] for _ in range(2)])
+
+
+def gradients(
+    encoder: nplora.Encoder, loss: EmbeddingLoss, x: TextBatch, y: Any = None
+) -> tuple[float, Array]:
+    encoder.zero_grad()
+    value = loss.forward_backward(encoder, x, y, 1 / len(x))
+    return value / len(x), np.concatenate([p.grad.ravel() for p in encoder.parameters()])
+
+
+# ---- micro-batches ----
+
+
+@pytest.mark.parametrize("dims", [None, (32, 8)])
+def test_micro_batches_give_the_gradients_of_the_whole_batch(
+    model: Path, dims: Any, rng: np.random.Generator
+) -> None:
+    """The sums over tokens are cut in other places. The loss multiplies their rounding by its scale, 20."""
+    encoder, x = adapted(model), random_batch(rng)
+    loss, whole = gradients(encoder, EmbeddingLoss(dims=dims), x)
+    for micro_tokens in (1, 30, 70):
+        value, parts = gradients(encoder, EmbeddingLoss(dims=dims, micro_tokens=micro_tokens), x)
+        assert value == pytest.approx(loss, rel=1e-5)
+        assert np.linalg.norm(parts - whole) <= 20 * 5e-6 * np.linalg.norm(whole)
+
+
+def test_a_micro_batch_is_computed_again_with_the_same_dropout(
+    model: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, x, forward = adapted(model, dropout=0.5), random_batch(rng), nplora.Encoder.embed_forward
+    seen = dict[bytes, list[Array]]()
+
+    def watched(self: nplora.Encoder, ids: Any, normalize: bool | None = None) -> Any:
+        vectors, saved = forward(self, ids, normalize)
+        seen.setdefault(np.concatenate(ids).tobytes(), []).append(vectors.copy())
+        return vectors, saved
+
+    monkeypatch.setattr(nplora.Encoder, "embed_forward", watched)
+    before = encoder.random_state()
+    gradients(encoder, EmbeddingLoss(micro_tokens=40), x)
+    assert len(seen) > 2
+    assert sorted(map(len, seen.values())) == [1, *[2] * (len(seen) - 1)]  # the last one is kept
+    for found in seen.values():
+        assert all(np.array_equal(found[0], other) for other in found)
+    after = encoder.random_state()
+    calls = {name: state[1] - before[name][1] for name, state in after.items()}
+    assert set(calls.values()) == {len(seen)}  # the next batch gets other masks
+
+
+def test_only_one_micro_batch_is_kept_at_a_time(
+    model: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gc
+    import weakref
+
+    encoder, forward = adapted(model), nplora.Encoder.embed_forward
+    alive = list[weakref.ref[Any]]()
+    most = 0
+
+    def watched(self: nplora.Encoder, ids: Any, normalize: bool | None = None) -> Any:
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(each() is not None for each in alive))
+        vectors, saved = forward(self, ids, normalize)
+        alive.append(weakref.ref(saved.x.base if saved.x.base is not None else saved.x))
+        return vectors, saved
+
+    monkeypatch.setattr(nplora.Encoder, "embed_forward", watched)
+    gradients(encoder, EmbeddingLoss(micro_tokens=20), random_batch(rng))
+    assert len(alive) > 10
+    assert most == 0
+
+
+def test_known_positives_are_no_negatives() -> None:
+    a, b, c, d = [5], [6, 7], [8], [9]
+    batch = TextBatch([[a, b, a, c], [b, c, d, d], [a, d]])
+    known = batch.known_positives()
+    assert known is not None
+    assert known.astype(int).tolist() == [
+        [0, 0, 1, 0, 1, 0],  # its anchor is also that of d, and is a negative
+        [1, 0, 0, 0, 0, 0],  # itself
+        [1, 0, 0, 1, 1, 1],
+        [0, 1, 1, 0, 0, 1],  # itself, and copies of its positive
+    ]
+    assert TextBatch([[a, b], [c, d]]).known_positives() is None
+
+
+def test_a_loss_that_is_not_finite_names_the_block_and_changes_nothing(
+    model: Path, rng: np.random.Generator
+) -> None:
+    encoder = adapted(model)
+    encoder.adapter_layers()["encoder.layer.1.output.dense"].A[...] = np.inf  # type: ignore[attr-defined]
+    x, loss = random_batch(rng), EmbeddingLoss(micro_tokens=30)
+    before = [p.value.copy() for p in encoder.parameters()]
+    with pytest.raises(
+        nplora.NonFiniteLossError, match=r"block whose output is not finite is 'encoder.layer.1'"
+    ):
+        nplora.Trainer(encoder, loss, nplora.AdamW(lr=1e-2)).fit([(x, None)])
+    for old, new in zip(before, encoder.parameters(), strict=True):
+        np.testing.assert_array_equal(old, new.value)
+
+
+def test_another_model_than_an_encoder_is_refused() -> None:
+    trainer = nplora.Trainer(nplora.LoRALinear(np.eye(2), rank=1), EmbeddingLoss())
+    with pytest.raises(TypeError, match="EmbeddingLoss: the model is a LoRALinear, expected an Encoder"):
+        trainer.fit([(TextBatch([[[1]], [[2]]]), None)])
+
+
+# ---- data ----
+
+
+def test_rows_of_files_become_examples_and_long_texts_are_cut_and_counted(
+    model: Path, tmp_path: Path
+) -> None:
+    encoder = nplora.load_encoder(model)
+    rows = [*ROWS, {"anchor": "a " * 100, "positive": "the dog"}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = read_examples(path, encoder)
+    words = str(examples.report)
+    assert words.endswith("pairs.jsonl: 5 examples, 13 different texts, 94 tokens; 1 text cut to 32 tokens")
+    assert examples.report.tokens == sum(map(len, examples.texts()))
+    batch, scores = examples.batch([4, 0])
+    assert scores is None
+    assert [len(column) for column in batch.columns] == [2, 2, 1]
+    assert len(batch.columns[0][0]) == encoder.max_length  # type: ignore[arg-type]
+    assert list(batch.columns[2][0]) == encoder.encode(["the cat sat"])[0]  # type: ignore[call-overload]
+    table = tmp_path / "pairs.csv"
+    table.write_text("question,answer\na cat,the cat\n")
+    read = read_examples(table, encoder, columns={"anchor": "question", "positive": "answer"})
+    assert [list(ids) for ids in read.texts()] == encoder.encode(["a cat", "the cat"])
+    prompted = read_examples(ROWS[:1], encoder, prompts={"anchor": "query : "})
+    wanted = encoder.encode(["query : where is my parcel", "delivery is late", "the cat sat"])
+    assert [list(ids) for ids in prompted.texts()] == wanted
+
+
+@pytest.mark.parametrize(
+    ("loss", "row", "words"),
+    [
+        ("ranking", {"anchor": "a"}, "positive is missing; the row has"),
+        ("ranking", {"anchor": " ", "positive": "a"}, "anchor is empty, expected a text"),
+        ("ranking", {"anchor": 3, "positive": "a"}, "anchor is 3, expected a string"),
+        ("ranking", {"anchor": "a", "positive": "b", "negatives": "c"}, "negatives is 'c', expected a list"),
+        ("ranking", {"anchor": "a", "positive": "b", "negatives": ["c", ""]}, r"negatives\[1\] is ''"),
+        ("triplet", {"anchor": "a", "positive": "b"}, "negative is missing"),
+        ("cosine", {"sentence1": "a", "sentence2": "b"}, "score is missing"),
+        ("cosine", {"sentence1": "a", "sentence2": "b", "score": "high"}, "score is 'high', expected"),
+        ("cosine", {"sentence1": "a", "sentence2": "b", "score": True}, "score is True, expected a number"),
+        ("cosent", {"sentence1": "a", "sentence2": "b", "score": "nan"}, "score is 'nan', expected a number"),
+        ("cosine", {"sentence1": "a", "sentence2": "b", "score": 5}, "score is 5, but a cosine is from"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_names_its_file_and_line(
+    model: Path, tmp_path: Path, loss: str, row: dict[str, Any], words: str
+) -> None:
+    encoder = nplora.load_encoder(model)
+    good = {**ROWS[0], "sentence1": "a", "sentence2": "b", "score": "0.5"}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=rf"pairs.jsonl, line 2: {words}"):
+        read_examples(path, encoder, loss)
+    examples = read_examples(path, encoder, loss, skip_bad=True)
+    assert (len(examples), examples.report.skipped) == (1, 1)
+    assert "line 2" in str(examples.report)
+
+
+def test_wrong_arguments_of_the_reader_are_refused(model: Path, tmp_path: Path) -> None:
+    encoder = nplora.load_encoder(model)
+    with pytest.raises(ValueError, match="columns has 'question', expected one of anchor, positive"):
+        read_examples(ROWS, encoder, columns={"question": "anchor"})
+    with pytest.raises(ValueError, match="prompts has 'query', expected one of anchor, positive"):
+        read_examples(ROWS, encoder, prompts={"query": "q: "})
+    path = tmp_path / "text.txt"
+    path.write_text("a cat\n")
+    with pytest.raises(DataError, match=r"text.txt, line 1: a plain text has no pairs"):
+        read_examples(path, encoder)
+    with pytest.raises(DataError, match=r"data: no rows to train on; 1 bad row skipped \(data, row 1"):
+        read_examples([{"anchor": ""}], encoder, skip_bad=True)
+
+
+def test_an_epoch_has_every_example_once_in_an_order_of_its_own(model: Path) -> None:
+    examples = read_examples(ROWS, nplora.load_encoder(model))
+    batches = TextBatches(examples, batch_size=3, seed=1)
+    assert batches.length == 2
+    orders = []
+    for epoch in range(4):
+        found = [tuple(ids) for batch, _ in batches.epoch(epoch) for ids in batch.columns[0]]  # type: ignore[arg-type]
+        assert len(set(found)) == 4
+        orders.append(found)
+    assert len({tuple(order) for order in orders}) > 1
+    rest = [batch.columns for batch, _ in batches.epoch(2, skip=1)]
+    assert len(rest) == 1
+    assert batches.identity() != TextBatches(examples, batch_size=3, seed=2).identity()
+
+
+# ---- measures ----
+
+
+def test_spearman_has_the_mean_rank_for_equal_values(rng: np.random.Generator) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    x, y = rng.integers(0, 6, 40), rng.integers(0, 6, 40)
+    assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert spearman(x, 3 * x + 1) == pytest.approx(1)
+    assert np.isnan(spearman(x, np.ones(40)))
+    with pytest.raises(ValueError, match="expected two arrays of one length"):
+        spearman([1, 2], [1, 2, 3])
+
+
+def test_similarities_are_measured_with_cosines(model: Path) -> None:
+    encoder = nplora.load_encoder(model)
+    texts = [("a cat", "the cat"), ("my parcel", "the mat"), ("a dog", "return an order"), ("late", "late")]
+    scores = [0.9, 0.1, 0.4, 0.9]
+    rows = [{"sentence1": a, "sentence2": b, "score": s} for (a, b), s in zip(texts, scores, strict=True)]
+    found = evaluate_similarity(encoder, rows, dim=12)
+    first, second = (encoder.embed(list(side), normalize=False)[:, :12] for side in zip(*texts, strict=True))
+    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(first, second, strict=True)]
+    assert found["spearman"] == pytest.approx(spearman(cosines, scores))
+    assert found["pearson"] == pytest.approx(np.corrcoef(cosines, scores)[0, 1], abs=1e-5)
+    assert found["pairs"] == 4
+
+
+def plain_scores(order: list[int], grades: dict[int, float], k: int) -> dict[str, float]:
+    """The scores of one query, by their definitions."""
+    gains = [grades.get(i, 0.0) for i in order[:k]]
+    best = sorted(grades.values(), reverse=True)[:k]
+    discounted = [sum(g / np.log2(i + 2) for i, g in enumerate(each)) for each in (gains, best)]
+    ranks = [i for i, gain in enumerate(gains) if gain > 0]
+    return {
+        "recall": len(ranks) / len(grades),
+        "precision": len(ranks) / k,
+        "ndcg": discounted[0] / discounted[1],
+        "mrr": 1 / (ranks[0] + 1) if ranks else 0,
+        "accuracy": float(bool(ranks)),
+    }
+
+
+@pytest.mark.parametrize("k", [1, 3, 20])
+def test_scores_of_a_search_are_those_of_their_definitions(
+    model: Path, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures, "_DOCUMENTS", 3)
+    monkeypatch.setattr(measures, "_QUERIES", 2)
+    encoder = nplora.load_encoder(model)
+    corpus = {f"d{i}": f"{a} {b}" for i, (a, b) in enumerate(zip(WORDS[5:15], WORDS[20:30], strict=True))}
+    queries = {"q1": "a cat", "q2": "where is my parcel", "none": "the mat", "q3": "delivery refund"}
+    relevant: dict[str, Any] = {"q3": ["d9"], "q1": {"d0": 2, "d4": 1, "d7": 3, "d8": 0}, "q2": {"d2", "d5"}}
+    found = evaluate_retrieval(encoder, queries, corpus, {**relevant, "none": []}, k=[k, 2])
+    stored = encoder.embed(list(corpus.values()))
+    wanted = []
+    for name, given in relevant.items():
+        cosines = stored @ encoder.embed(queries[name])
+        order = np.argsort(-cosines, kind="stable").tolist()
+        graded = given.items() if isinstance(given, dict) else [(each, 1.0) for each in given]
+        grades = {int(each[1:]): grade for each, grade in graded if grade > 0}
+        wanted.append(plain_scores(order, grades, k))
+    for name in wanted[0]:
+        mean = np.mean([each[name] for each in wanted])
+        assert found.as_dict()[f"{name}@{k}"] == pytest.approx(mean), name
+    assert (found.queries, found.documents) == (3, 10)
+
+
+def test_unknown_names_of_a_search_are_refused(model: Path) -> None:
+    encoder = nplora.load_encoder(model)
+    queries, corpus = {"q": "a cat"}, {"d": "a dog"}
+    with pytest.raises(KeyError, match="which is not in the corpus"):
+        evaluate_retrieval(encoder, queries, corpus, {"q": ["e"]})
+    with pytest.raises(KeyError, match="which is not among the queries"):
+        evaluate_retrieval(encoder, queries, corpus, {"p": ["d"]})
+    with pytest.raises(ValueError, match="no query has a relevant document"):
+        evaluate_retrieval(encoder, queries, corpus, {"q": []})
+    with pytest.raises(TypeError, match="expected names of documents"):
+        evaluate_retrieval(encoder, queries, corpus, {"q": "d"})
+
+
+# ---- runs ----
+
+
+def test_a_run_learns_the_pairs_and_its_adapter_gives_equal_embeddings(model: Path, tmp_path: Path) -> None:
+    queries = {i: row["anchor"] for i, row in enumerate(ROWS)}
+    corpus = {i: row["positive"] for i, row in enumerate(ROWS)}
+    relevant = {i: [i] for i in queries}
+    result = train(model, ROWS, tmp_path / "out", valid=ROWS, lr=1e-2, epochs=30, batch_size=2, dropout=0.1)
+    assert len(result.history.steps) == 60
+    assert evaluate_retrieval(result.encoder, queries, corpus, relevant, k=[1]).recall[1] == 1
+    assert result.history.best_loss is not None
+    assert result.history.best_loss < 0.1
+    encoder = nplora.load_encoder(model)
+    nplora.read_adapter(tmp_path / "out").attach(encoder)
+    texts = [row["anchor"] for row in ROWS]
+    np.testing.assert_array_equal(encoder.embed(texts), result.encoder.embed(texts))
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["task_type"] == "FEATURE_EXTRACTION"
+
+
+def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(model: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"lr": 1e-2, "batch_size": 3, "dropout": 0.2, "micro_tokens": 20}
+
+    class Stop(nplora.trainer.Callback):
+        def on_step_end(self, run: Any, record: Any) -> None:
+            if record.step == 3:
+                raise OSError("stop")
+
+    whole = train(model, ROWS, tmp_path / "whole", epochs=4, **options)
+    with pytest.raises(OSError, match="stop"):
+        train(model, ROWS, tmp_path / "out", epochs=4, callbacks=[Stop()], **options)
+    again = train(model, ROWS, tmp_path / "out", epochs=4, resume=True, **options)
+    assert len(again.history.steps) == 8
+    for one, other in zip(whole.encoder.parameters(), again.encoder.parameters(), strict=True):
+        np.testing.assert_array_equal(one.value, other.value)
+
+
+def test_every_loss_trains_on_its_rows(model: Path, tmp_path: Path) -> None:
+    scored = [{"sentence1": "a cat", "sentence2": "the cat", "score": 1.0},
+              {"sentence1": "a cat", "sentence2": "my parcel", "score": 0.0}]  # fmt: skip
+    ranking = RankingLoss(scale=50, symmetric=True)
+    for loss, rows in [("triplet", ROWS), ("cosine", scored), ("cosent", scored), (ranking, ROWS)]:
+        options: dict[str, Any] = {
+            "loss": loss,
+            "lr": 1e-2,
+            "epochs": 20,
+            "dims": (32, 16),
+            "overwrite": True,
+        }
+        losses = train(model, rows, tmp_path / "out", **options).history.loss
+        assert losses[-1] < 0.7 * losses[0], loss

@@ -27,6 +27,7 @@ COMMANDS = {
     "teach": "teach",
     "eval": "evaluate",
     "tune": "tune",
+    "embed": "embed",
     "generate": "generate",
     "chat": "chat",
     "serve": "serve",

@@ -5,6 +5,7 @@
 
 from nplora.finetuning.embedding.batches import TextBatch, TextBatches
 from nplora.finetuning.embedding.examples import TextExamples, TextReport, read_examples
+from nplora.finetuning.embedding.files import Embedded, embed_file
 from nplora.finetuning.embedding.loss import EmbeddingLoss
 from nplora.finetuning.embedding.metrics import (
     RetrievalScores,
@@ -19,6 +20,7 @@ from nplora.nn.embedding_losses import CoSENTLoss, CosineLoss, MatryoshkaLoss, R
 __all__ = [
     "CoSENTLoss",
     "CosineLoss",
+    "Embedded",
     "EmbeddingLoss",
     "EmbeddingTraining",
     "MatryoshkaLoss",
@@ -29,6 +31,7 @@ __all__ = [
     "TextExamples",
     "TextReport",
     "TripletLoss",
+    "embed_file",
     "evaluate_retrieval",
     "evaluate_similarity",
     "pearson",

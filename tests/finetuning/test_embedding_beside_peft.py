@@ -16,6 +16,12 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+# PEFT asks transformers for an attribute that it will remove.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+
 TEXTS = ["where is my parcel", "delivery is late", "a cat and a dog", "return an order ."]
 
 

@@ -41,6 +41,12 @@ class TextReport:
         max_length: the largest number of tokens of a text.
         skipped: the number of bad rows that were skipped.
         problems: the errors of the first few skipped rows.
+
+    >>> import nplora
+    >>> encoder = nplora.load_encoder("encoder-model")
+    >>> report = nplora.embedding.read_examples([{"anchor": "a", "positive": "cat " * 60}], encoder).report
+    >>> report.examples, report.cut, report.max_length
+    (1, 1, 32)
     """
 
     source: str
@@ -77,6 +83,12 @@ class TextExamples:
         negative_starts: int64 (examples + 1,), the start of the negatives of each example.
         scores: float32 (examples,), or None.
         report: a summary.
+
+    >>> import nplora
+    >>> encoder = nplora.load_encoder("encoder-model")
+    >>> examples = nplora.embedding.read_examples([{"anchor": "a cat", "positive": "the cat"}], encoder)
+    >>> len(examples), [len(ids) for ids in examples.texts()]
+    (1, [4, 4])
     """
 
     tokens: Array

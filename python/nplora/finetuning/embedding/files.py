@@ -41,6 +41,11 @@ class Embedded:
         dim: the width of an embedding.
         cut: the number of texts that were longer than `max_length` tokens, and were cut.
         max_length: the largest number of tokens of a text.
+
+    >>> import nplora
+    >>> made = nplora.embedding.embed_file("encoder-model", [{"text": "a cat"}], "cat.npy")
+    >>> made.texts, made.dim, made.cut
+    (1, 32, 0)
     """
 
     output: Path

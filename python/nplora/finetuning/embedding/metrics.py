@@ -112,6 +112,11 @@ class RetrievalScores:
         mrr: by k: 1 / the rank of the first relevant document, 0 if it is not among the first k.
         accuracy: by k: the share of the queries with a relevant document among the first k.
         queries, documents: their numbers.
+
+    >>> import nplora
+    >>> encoder, texts = nplora.load_encoder("encoder-model"), {"a": "a cat", "b": "my parcel"}
+    >>> print(nplora.embedding.evaluate_retrieval(encoder, texts, texts, {"a": ["a"], "b": ["b"]}, k=[1]))
+    2 queries, 2 documents: recall@1 1.0000, precision@1 1.0000, ... accuracy@1 1.0000
     """
 
     recall: dict[int, float]

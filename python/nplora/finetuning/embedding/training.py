@@ -32,6 +32,11 @@ class EmbeddingTraining:
         output: the directory of the adapter.
         train, valid: what the examples were.
         history: the records of the run.
+
+    >>> import nplora
+    >>> rows = [{"anchor": "a cat", "positive": "the cat"}, {"anchor": "a dog", "positive": "the dog"}]
+    >>> print(nplora.embedding.train("encoder-model", rows, "trained", steps=2))
+    trained: 2 steps, training loss ... -> ...
     """
 
     encoder: Encoder

@@ -162,7 +162,15 @@ def test_the_trainer_knows_only_the_protocol_of_its_ranks() -> None:
 
 
 # The modules that all families share.
-FAMILY_BASES = {"__init__", "family", "encoder_family", "tensor_spec", "config_fields", "gguf_fields"}
+FAMILY_BASES = {
+    "__init__",
+    "family",
+    "encoder_family",
+    "head_spec",
+    "tensor_spec",
+    "config_fields",
+    "gguf_fields",
+}
 
 
 def test_only_the_registry_imports_a_family() -> None:

@@ -76,7 +76,15 @@ if TYPE_CHECKING:
         save_adapter,
     )
     from nplora.finetuning import data, embedding, evaluate, finetune, plan
-    from nplora.lm import Encoder, LanguageModel, load_encoder, load_model
+    from nplora.lm import (
+        Encoder,
+        LanguageModel,
+        TextClassifier,
+        load_classifier,
+        load_encoder,
+        load_model,
+        new_classifier,
+    )
     from nplora.lm import generation as generate
     from nplora.models.gguf_export import model_to_gguf
     from nplora.trainer import Trainer, plot
@@ -94,10 +102,13 @@ _LATE: dict[str, tuple[str, str | None]] = {
     "plot": ("nplora.trainer.plot", None),
     "Encoder": ("nplora.lm", "Encoder"),
     "LanguageModel": ("nplora.lm", "LanguageModel"),
+    "TextClassifier": ("nplora.lm", "TextClassifier"),
     "Trainer": ("nplora.trainer", "Trainer"),
     "evaluate": ("nplora.finetuning", "evaluate"),
     "finetune": ("nplora.finetuning", "finetune"),
+    "load_classifier": ("nplora.lm", "load_classifier"),
     "load_encoder": ("nplora.lm", "load_encoder"),
+    "new_classifier": ("nplora.lm", "new_classifier"),
     "load_model": ("nplora.lm", "load_model"),
     "model_to_gguf": ("nplora.models.gguf_export", "model_to_gguf"),
     "plan": ("nplora.finetuning", "plan"),
@@ -154,6 +165,7 @@ __all__ = [
     "Sequential",
     "SiLU",
     "Tanh",
+    "TextClassifier",
     "Trainer",
     "adapter_from_gguf",
     "adapter_to_gguf",
@@ -169,6 +181,7 @@ __all__ = [
     "generate",
     "get_num_threads",
     "load_adapter",
+    "load_classifier",
     "load_encoder",
     "load_model",
     "lora_backward",
@@ -178,6 +191,7 @@ __all__ = [
     "merge_lora",
     "model_to_gguf",
     "models",
+    "new_classifier",
     "optim",
     "plan",
     "plot",

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nplora.adapters.trained_rows import HEAD, TokenRows
 from nplora.formats.errors import UnsupportedError, brief, counted
+from nplora.formats.label_record import LabelRecord
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.lora.delta import LoraDelta
 
@@ -25,6 +26,9 @@ class AdapterContent(Mapping[str, LoraDelta]):
         task_type: PEFT's name for the task, such as "CAUSAL_LM", or None.
         base_digest: the digest of the base model's norms (`models.model_digest.of`), or None.
         modules_to_save: the arrays of fully trained layers: layer -> parameter -> array.
+        saved_names: PEFT's names for the fully trained layers in its configuration; empty: the names of the
+            layers. PEFT names the head of a classifier as a whole, not its layers.
+        labels: the outputs of a classifier, or None.
         token_rows: the trained rows of embeddings and heads: layer -> `TokenRows`.
         invocation_tokens: the tokens from which on an activated LoRA (aLoRA) acts, or None.
         is_tied: whether the embedding and the head in `modules_to_save` are one weight.
@@ -54,6 +58,8 @@ class AdapterContent(Mapping[str, LoraDelta]):
     chat_template: bool | None = None
     added_tokens: tuple[AddedToken, ...] = ()
     tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
+    saved_names: tuple[str, ...] = ()
+    labels: LabelRecord | None = None
 
     def __post_init__(self) -> None:
         self.deltas, self.modules_to_save = dict(self.deltas), dict(self.modules_to_save or {})

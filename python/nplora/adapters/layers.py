@@ -90,6 +90,8 @@ def from_model(model: Module, op: str) -> AdapterContent:
         task_type=model.task_type,
         base_digest=model.base_digest(),
         modules_to_save=whole,
+        saved_names=model.saved_names,
+        labels=model.label_record,
         token_rows=_token_rows(model),
         invocation_tokens=next(layer.invocation_tokens for layer in layers.values()),
         is_tied=any(layer.is_tied and layer.is_whole for layer in _trained_rows(model).values()),

@@ -98,6 +98,7 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
         uses_expression=isinstance(config.target_modules, str),
         chat_template=opened.chat_template,
         added_tokens=added,
+        labels=opened.labels(),
     )
     target.require(adapter, problems, any_base)
     if not edited_config:
@@ -279,7 +280,7 @@ def save(adapter: AdapterContent, directory: StrPath | files.Directory) -> None:
         tensors[PREFIX + layer + TOKENS] = rows.values
     peft_adapter.save(
         directory, config_of(adapter), tensors, adapter.base_digest, adapter.chat_template,
-        adapter.added_tokens, adapter.tokenizer_files,
+        adapter.added_tokens, adapter.tokenizer_files, adapter.labels,
     )  # fmt: skip
 
 
@@ -295,7 +296,8 @@ def config_of(adapter: AdapterContent) -> PeftConfig:
     Raises:
         ValueError: PEFT's format cannot express the adapter.
     """
-    for name in adapter.modules_to_save:
+    whole = tuple(n for n in adapter.modules_to_save if not (adapter.is_tied and n == ROWS_HEAD))
+    for name in () if adapter.saved_names else adapter.modules_to_save:
         _require_unmistakable(name, [*adapter, *(other for other in adapter.neighbours if other != name)])
     ranks = {name: delta.rank for name, delta in adapter.items()}
     alphas = {name: short_number(delta.stated_alpha) for name, delta in adapter.items()}
@@ -304,7 +306,7 @@ def config_of(adapter: AdapterContent) -> PeftConfig:
         r=rank,
         lora_alpha=alpha,
         target_modules=_targets(adapter),
-        modules_to_save=tuple(n for n in adapter.modules_to_save if not (adapter.is_tied and n == ROWS_HEAD)),
+        modules_to_save=adapter.saved_names or whole,
         trainable_token_indices=_tokens(adapter),
         ensure_weight_tying=adapter.is_tied,
         alora_invocation_tokens=adapter.invocation_tokens,

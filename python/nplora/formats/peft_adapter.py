@@ -27,6 +27,7 @@ from nplora.formats import (
     base_digest,
     bfloat16,
     files,
+    label_record,
     model_directory,
     peft_config,
     run_files,
@@ -36,6 +37,7 @@ from nplora.formats import (
 )
 from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsafeError, brief, counted
 from nplora.formats.files import StrPath
+from nplora.formats.label_record import LabelRecord
 from nplora.formats.peft_config import PeftConfig
 from nplora.formats.safetensors import SafetensorsFile, Tensors
 from nplora.formats.tokenizer_json import AddedToken
@@ -48,6 +50,7 @@ REPLACED_DIGEST = "replaced_adapter_config.sha256"
 BASE_DIGEST = "base_norms.sha256"
 CHAT_TEMPLATE = "chat_template"
 ADDED_TOKENS = "added_tokens"
+LABELS = "labels"
 PREFIX = "base_model.model."  # precedes each layer's name
 # (r, d_in) and (d_out, r); for a convolution (r, c_in, height, width) and (c_out, r, 1, 1)
 LINEAR = (".lora_A.weight", ".lora_B.weight")
@@ -105,6 +108,16 @@ class PeftAdapter:
         raw = bytes(files.read(path, tokenizer_json.MAX_BYTES))
         return tokenizer_json.added_tokens(raw, str(path), wanted)
 
+    def labels(self) -> LabelRecord | None:
+        """What the metadata say about the outputs of a classifier, or None.
+
+        Raises:
+            FormatError: the metadata are damaged.
+        """
+        text = self.tensors.metadata.get(LABELS) if self.is_ours else None
+        source = f"{Path(self.directory, TENSORS)}: {LABELS}"
+        return None if text is None else label_record.loads(text, source)
+
     def copy_of(self, layer: str) -> str | None:
         """The tensor in which PEFT stored the frozen weight of an embedding or head, or None."""
         endings = (_TOKEN_ADAPTER + BASE_COPY, _ORIGINAL, BASE_COPY, ".weight")
@@ -125,19 +138,22 @@ class PeftAdapter:
             is_factor = tensor.endswith((*LINEAR, *EMBEDDING, MAGNITUDE, TOKENS)) or self._is_base_copy(
                 tensor
             )
-            if not is_factor and tensor.startswith(PREFIX) and any(name in f".{layer}." for name in names):
+            if not is_factor and tensor.startswith(PREFIX) and any(name in f"{layer}." for name in names):
                 found.setdefault(layer, {})[parameter] = tensor
         return found
 
     @property
     def _saved_names(self) -> list[str]:
-        """The names of `modules_to_save`, each between dots."""
+        """The names of `modules_to_save`, each with a dot at its end.
+
+        PEFT saves every module whose name ends in one of them: "classifier" also means "pre_classifier".
+        """
         saved = self.config.modules_to_save
         if self.config.ensure_weight_tying:  # PEFT then also stores the layers that share the weight
             saved += (
                 tuple(_TIED.values()) if _TIED.keys() & {name.rpartition(".")[2] for name in saved} else ()
             )
-        return [f".{name}." for name in saved]
+        return [f"{name}." for name in saved]
 
     def tokens(self, problems: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The trained tokens of each layer: layer -> (tensor's name, token ids).
@@ -228,7 +244,7 @@ class PeftAdapter:
             if name.endswith(ending):
                 return name.removesuffix(ending).rpartition(".")[2] in _RESIZED
         layer = name.removesuffix(".weight")
-        is_saved = any(saved in f".{layer}." for saved in self._saved_names)
+        is_saved = any(saved in f"{layer}." for saved in self._saved_names)
         return layer != name and layer.rpartition(".")[2] in _RESIZED and not is_saved
 
     def _limit_patterns(self, layers: int) -> None:
@@ -446,6 +462,7 @@ def save(
     chat_template: bool | None = None,
     added_tokens: Sequence[AddedToken] = (),
     tokenizer: Mapping[str, bytes] | None = None,
+    labels: LabelRecord | None = None,
 ) -> None:
     """Write both files of an adapter. The directory is created if needed.
 
@@ -455,6 +472,7 @@ def save(
     Args:
         added_tokens: the new tokens that the adapter trains.
         tokenizer: the files of a tokenizer with these tokens, for other programs.
+        labels: the outputs of a classifier.
     Raises:
         ValueError: the directory's name is empty.
         NotADirectoryError: the path is not a directory.
@@ -471,6 +489,8 @@ def save(
         metadata[CHAT_TEMPLATE] = str(chat_template).lower()
     if added_tokens:
         metadata[ADDED_TOKENS] = tokenizer_json.dumps(added_tokens)
+    if labels is not None:
+        metadata[LABELS] = label_record.dumps(labels)
     if not isinstance(directory, files.Directory):
         os.makedirs(directory, exist_ok=True)
     with files.Directory(directory) as held:

@@ -153,7 +153,8 @@ class Encoder(Module):
             FormatError: a value is NaN or infinite.
             UnsupportedError: the tensor does not hold floats.
         """
-        return self._read_tensor(name)
+        found = self._read_tensor(name)
+        return self._read_tensor(name.removeprefix(f"{self.prefix}.")) if found is None else found
 
     # ---- adapters ----
 
@@ -281,10 +282,9 @@ class Encoder(Module):
             ValueError: a text has no tokens or too many, or an id is not in the vocabulary.
             CorruptError: as in `require_unchanged`.
         """
-        packed, starts = self._packed("hidden_states", ids)
         states = list[Array]()
-        for rows, own in self._batches(packed, starts, MOST_TOKENS):
-            states += np.split(self._infer(rows, own), own[1:-1])
+        for rows, starts in self.packed_states("hidden_states", ids):
+            states += np.split(rows, starts[1:-1])
         return states
 
     @_check.keywords
@@ -343,14 +343,11 @@ class Encoder(Module):
         """
         if batch_size is not None:
             _check.integer("embed", "batch_size", batch_size, least=1)
-        packed, starts = self._packed("embed", ids)
-        made = np.empty((len(starts) - 1, self.dim), np.float32)
-        done = 0
-        for rows, own in self._batches(packed, starts, MOST_TOKENS, batch_size):
+        made = [np.empty((0, self.dim), np.float32)]
+        for states, starts in self.packed_states("embed", ids, batch_size):
             with inference():
-                made[done : done + len(own) - 1] = self.pooling.pool(self._infer(rows, own), own, normalize)
-            done += len(own) - 1
-        return made
+                made.append(self.pooling.pool(states, starts, normalize))
+        return np.concatenate(made)
 
     # ---- training ----
 
@@ -474,6 +471,19 @@ class Encoder(Module):
         for first, end in itertools.pairwise(cuts):
             own = starts[first : end + 1]
             yield packed[own[0] : own[-1]], own - own[0]
+
+    def packed_states(
+        self, op: str, ids: Ids, batch_size: int | None = None
+    ) -> Iterator[tuple[Array, Array]]:
+        """The hidden states of a few texts at a time, one text after the other, and the start of each text.
+
+        Args:
+            op: the name of the calling function, for messages.
+            batch_size: the number of texts that are computed at once; None: as in `embed`.
+        """
+        packed, starts = self._packed(op, ids)
+        for rows, own in self._batches(packed, starts, MOST_TOKENS, batch_size):
+            yield self._infer(rows, own), own
 
     def _infer(self, packed: Array, starts: Array) -> Array:
         with inference():

@@ -39,6 +39,7 @@ class EncoderConfig:
         rope, local_rope: the rotation of q and k in layers without and with a window; None: no rotation.
         attention_bias, mlp_bias, norm_bias: whether the linear layers of attention, those of the MLP, and the
             norms have a bias.
+        classifier_pooling, classifier_activation, classifier_bias: settings of the head of a classifier.
         causal: whether a token attends only to itself and earlier tokens. Encoders attend to all tokens.
     """
 
@@ -62,6 +63,9 @@ class EncoderConfig:
     attention_bias: bool = True
     mlp_bias: bool = True
     norm_bias: bool = True
+    classifier_pooling: str = "cls"
+    classifier_activation: str = "tanh"
+    classifier_bias: bool = True
     causal: bool = False
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from nplora.lora.merging import MergeReport
 from nplora.weights import FrozenWeight
 
 if TYPE_CHECKING:  # `import nplora` loads no formats
+    from nplora.formats.label_record import LabelRecord
     from nplora.formats.tokenizer_json import AddedToken
 
 Array = npt.NDArray[Any]
@@ -171,6 +172,10 @@ class Module:
     """
 
     task_type: str | None = None  # PEFT's name for the model's task, which is written into saved adapters
+
+    # PEFT's names for the fully trained layers, and the outputs of a classifier, for saved adapters.
+    saved_names: tuple[str, ...] = ()
+    label_record: LabelRecord | None = None
 
     # The layers whose rows can be trained (`TrainedRowsLayer`), and whether the head shares the embedding's.
     trained_row_layers: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from nplora.formats.config_json import Fields
 from nplora.models.encoder_config import EncoderConfig
 from nplora.models.families import config_fields
 from nplora.models.families.encoder_family import EncoderFamily, Names
+from nplora.models.families.head_spec import HeadSpec
 
 
 class DistilBert(EncoderFamily):
@@ -50,3 +51,6 @@ class DistilBert(EncoderFamily):
             sliding_windows=config_fields.no_windows(fields, layers),
             position_rows=rows,
         )
+
+    def head(self, config: EncoderConfig) -> HeadSpec:
+        return HeadSpec("cls", "classifier", ("pre_classifier", "classifier"), "pre_classifier", "relu")

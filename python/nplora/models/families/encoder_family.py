@@ -20,6 +20,7 @@ from nplora.models.encoder_config import EncoderConfig
 from nplora.models.families import config_fields, gguf_fields
 from nplora.models.families.config_fields import NO_WINDOW
 from nplora.models.families.gguf_fields import ArchitectureMetadata
+from nplora.models.families.head_spec import HeadSpec
 from nplora.models.families.tensor_spec import TensorSpec
 from nplora.models.feed_forward import FeedForward
 from nplora.models.norms import Norm
@@ -208,6 +209,16 @@ class EncoderFamily:
         prefix = f"{self.prefix}."
         has_prefix = f"{prefix}{self.outside['embed_tokens'][0]}.weight" in names
         return StoredNames(frozenset(names), prefix if has_prefix else "", self.ignored)
+
+    # ---- the head of a classifier ----
+
+    def head(self, config: EncoderConfig) -> HeadSpec:
+        """The head of transformers' model that classifies texts."""
+        return HeadSpec("cls", "classifier", ("pooler", "classifier"), f"{self.prefix}.pooler.dense")
+
+    def token_head(self, config: EncoderConfig) -> HeadSpec:
+        """The head of transformers' model that classifies tokens."""
+        return HeadSpec(None, "classifier", ("classifier",))
 
     # ---- tensors ----
 

@@ -5,6 +5,7 @@ Every third layer attends to the whole text. The others have a window, and anoth
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from nplora.models.encoder_config import EncoderConfig
 from nplora.models.families import config_fields
 from nplora.models.families.config_fields import NO_WINDOW
 from nplora.models.families.encoder_family import EncoderFamily, Names
+from nplora.models.families.head_spec import HeadSpec
 from nplora.models.mlp import MLP
 from nplora.models.relative_bias import RelativeBias
 from nplora.models.rope import Rope, RopeConfig
@@ -23,6 +25,7 @@ from nplora.nn.module import Module
 
 _PATTERN = 3  # every third layer attends to all tokens
 _WINDOW = 128  # half of it on each side of a token
+_POOLINGS, _ACTIVATIONS = ("cls", "mean"), ("gelu", "relu", "silu", "tanh")  # of a classifier's head
 _GLOBAL_THETA, _LOCAL_THETA = 160_000.0, 10_000.0
 
 
@@ -69,7 +72,35 @@ class ModernBert(EncoderFamily):
             attention_bias=fields.boolean("attention_bias", False),
             mlp_bias=fields.boolean("mlp_bias", False),
             norm_bias=fields.boolean("norm_bias", False),
+            classifier_pooling=fields.string("classifier_pooling", "cls"),
+            classifier_activation=fields.string("classifier_activation", "gelu"),
+            classifier_bias=fields.boolean("classifier_bias", False),
         )
+
+    def head(self, config: EncoderConfig) -> HeadSpec:
+        if config.classifier_pooling not in _POOLINGS:
+            raise UnsupportedError(
+                f"{config.source}: classifier_pooling is {brief(config.classifier_pooling)}, expected "
+                f"{' or '.join(map(repr, _POOLINGS))}"
+            )
+        if config.classifier_activation not in _ACTIVATIONS:
+            raise UnsupportedError(
+                f"{config.source}: classifier_activation is {brief(config.classifier_activation)}, expected "
+                f"one of {', '.join(_ACTIVATIONS)}"
+            )
+        return HeadSpec(
+            config.classifier_pooling,
+            "classifier",
+            ("head", "classifier"),
+            "head.dense",
+            config.classifier_activation,
+            "head.norm",
+            dense_bias=config.classifier_bias,
+            norm_bias=config.norm_bias,
+        )
+
+    def token_head(self, config: EncoderConfig) -> HeadSpec:
+        return dataclasses.replace(self.head(config), pooling=None)
 
     def linear_shapes(self, config: EncoderConfig) -> dict[str, tuple[int, int, bool]]:
         d, f = config.hidden_size, config.intermediate_size

@@ -10,6 +10,7 @@ from nplora.formats.config_json import Fields
 from nplora.formats.errors import UnsupportedError
 from nplora.models.encoder_config import EncoderConfig
 from nplora.models.families.encoder_family import EncoderFamily, Names
+from nplora.models.families.head_spec import HeadSpec
 
 _BUCKETS = 32  # transformers computes with this number, whatever the configuration says
 
@@ -42,3 +43,6 @@ class MpNet(EncoderFamily):
             )
         config = super().read_config(fields)
         return dataclasses.replace(config, type_vocab_size=0, relative_buckets=buckets)
+
+    def head(self, config: EncoderConfig) -> HeadSpec:
+        return HeadSpec("cls", "classifier.out_proj", ("classifier",), "classifier.dense")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from nplora.formats.config_json import Fields
+from nplora.models.encoder_config import EncoderConfig
 from nplora.models.families import config_fields
 from nplora.models.families.encoder_family import EncoderFamily
+from nplora.models.families.head_spec import HeadSpec
 
 
 class Roberta(EncoderFamily):
@@ -13,3 +15,6 @@ class Roberta(EncoderFamily):
 
     def read_first_position(self, fields: Fields) -> int:
         return config_fields.after_padding(fields)
+
+    def head(self, config: EncoderConfig) -> HeadSpec:
+        return HeadSpec("cls", "classifier.out_proj", ("classifier",), "classifier.dense")

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from nplora.formats.config_json import Fields
-from nplora.models.families import config_fields
-from nplora.models.families.encoder_family import EncoderFamily
+from nplora.models.families.roberta import Roberta
 
 
-class XlmRoberta(EncoderFamily):
+class XlmRoberta(Roberta):
     model_type = "xlm-roberta"
     prefix = "roberta"
-
-    def read_first_position(self, fields: Fields) -> int:
-        return config_fields.after_padding(fields)

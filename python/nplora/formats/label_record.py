@@ -1,0 +1,61 @@
+"""LabelRecord: what an adapter of a classifier says about its outputs, in the metadata of its file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from nplora.formats import strict_json
+from nplora.formats.errors import FormatError, LimitError, brief
+
+TASKS = ("single", "multi", "regression")
+MAX_LABELS = 1 << 16
+
+
+@dataclass(frozen=True)
+class LabelRecord:
+    """The task of a classifier, and the names of its outputs.
+
+    Attributes:
+        task: "single" (one label for each text), "multi" (any number of labels) or "regression" (numbers).
+        labels: the name of each output, in order.
+        max_length: the number of tokens after which texts are cut, or None.
+        tokens: whether each token has its own outputs.
+    """
+
+    task: str
+    labels: tuple[str, ...]
+    max_length: int | None = None
+    tokens: bool = False
+
+
+def dumps(record: LabelRecord) -> str:
+    """The record as JSON."""
+    fields = {"task": record.task, "labels": list(record.labels), "max_length": record.max_length}
+    return json.dumps(fields | ({"tokens": True} if record.tokens else {}))
+
+
+def loads(text: str, source: str) -> LabelRecord:
+    """Read a record. `source` is the name of its place in messages.
+
+    Raises:
+        FormatError: the text breaks the format. LimitError: there are too many labels.
+    """
+    fields = strict_json.loads(text.encode(), source)
+    if not isinstance(fields, dict):
+        raise FormatError(f"{source}: {brief(fields)}, expected an object")
+    task, labels, length = fields.get("task"), fields.get("labels"), fields.get("max_length")
+    if task not in TASKS:
+        raise FormatError(f"{source}: task is {brief(task)}, expected one of {', '.join(TASKS)}")
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+        raise FormatError(f"{source}: labels is {brief(labels)}, expected a list of texts")
+    if len(labels) > MAX_LABELS:
+        raise LimitError(f"{source}: {len(labels):,} labels, at most {MAX_LABELS:,} are read")
+    if len(set(labels)) < len(labels):
+        raise FormatError(f"{source}: two labels have the same name")
+    if length is not None and (type(length) is not int or length < 1):
+        raise FormatError(f"{source}: max_length is {brief(length)}, expected a number of tokens")
+    tokens = fields.get("tokens", False)
+    if not isinstance(tokens, bool):
+        raise FormatError(f"{source}: tokens is {brief(tokens)}, expected true or false")
+    return LabelRecord(task, tuple(labels), length, tokens)

@@ -1,0 +1,284 @@
+"""TextClassifier: an encoder and a head that classifies texts or tokens, or predicts numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.formats.label_record import LabelRecord
+from nplora.lm import adapting
+from nplora.lm.classifier_head import ClassifierHead, HeadSaved
+from nplora.lm.encoder import Encoder, EncoderSaved, Ids
+from nplora.nn.module import Gradient, Module, Saved, inference
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClassifierSaved(Saved):
+    """The values that `TextClassifier.backward` needs."""
+
+    encoder: EncoderSaved
+    head: HeadSaved
+    shape: tuple[int, ...]
+
+
+class TextClassifier(Module):
+    """An encoder with a trained head. `nplora.new_classifier` and `nplora.load_classifier` make it.
+
+    The layers have the names of transformers' model for the task, such as
+    `bert.encoder.layer.0.attention.self.query` and `classifier`.
+
+        >>> import nplora
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> classifier = nplora.new_classifier(encoder, ["order", "refund"])
+        >>> classifier.predict_proba(["where is my parcel"]).shape
+        (1, 2)
+
+    Attributes:
+        encoder: the encoder.
+        head: the pooling and the layers after the encoder.
+        labels: the names of the outputs.
+        task: "single" (each text has one label), "multi" (each text has any number of labels) or "regression"
+            (each output is a number).
+    """
+
+    def __init__(self, encoder: Encoder, head: ClassifierHead, record: LabelRecord) -> None:
+        self.encoder, self.head, self._record = encoder, head, record
+        self.saved_names = head.spec.saved
+
+    def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
+        if id(self) in seen:
+            return
+        seen.add(id(self))
+        yield prefix, self
+        for name, module in self.encoder.model._walk("", seen):
+            yield ".".join(filter(None, (self.encoder.prefix, name or "body"))), module
+        yield from self.head._walk("", seen)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self._record.labels
+
+    @property
+    def task(self) -> str:
+        return self._record.task
+
+    @property
+    def label_record(self) -> LabelRecord:  # type: ignore[override]
+        """The task and the labels, as saved adapters have them."""
+        return dataclasses.replace(self._record, max_length=self.encoder.max_length)
+
+    @property
+    def classifies_tokens(self) -> bool:
+        """Whether each token has its own label, as in the search for names.
+
+        >>> import nplora
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> nplora.new_classifier(encoder, ["no", "name"], tokens=True).classifies_tokens
+        True
+        """
+        return self.head.spec.pooling is None
+
+    # ---- what adapters and checkpoints ask ----
+
+    @property
+    def task_type(self) -> str:  # type: ignore[override]
+        """PEFT's name for the task: "SEQ_CLS" or "TOKEN_CLS"."""
+        return "TOKEN_CLS" if self.classifies_tokens else "SEQ_CLS"
+
+    @property
+    def source(self) -> Path:
+        """The file or directory that the encoder was read from."""
+        return self.encoder.source
+
+    def configuration(self) -> str:
+        return f"{self.encoder.configuration()} {self.task} {self.labels}"
+
+    def base_digest(self) -> str | None:
+        return self.encoder.base_digest()
+
+    @_check.keywords
+    def add_lora(
+        self,
+        rank: int = 8,
+        alpha: float = 16,
+        targets: str | Iterable[str] = adapting.ALL_LINEAR,
+        layers: str | Sequence[int] | None = None,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        seed: int = 0,
+        init: str = "zero",
+        rank_pattern: Mapping[str, int] | str | None = None,
+        alpha_pattern: Mapping[str, float] | str | None = None,
+        freeze_B: bool = False,
+    ) -> None:
+        """Put a LoRA adapter on layers of the encoder. Arguments and errors are those of `Encoder.add_lora`.
+
+        >>> import nplora
+        >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
+        >>> classifier.add_lora(rank=2, targets="query", layers="last:1")
+        >>> list(classifier.adapter_layers())
+        ['bert.encoder.layer.1.attention.self.query']
+        """
+        self.encoder.add_lora(
+            rank, alpha, targets, layers, dropout, use_rslora, use_dora, seed, init, rank_pattern,
+            alpha_pattern, freeze_B,
+        )  # fmt: skip
+
+    # ---- inference ----
+
+    def __call__(self, x: Ids) -> Array:
+        """The logits for the token ids of each text, without dropout.
+
+        >>> import nplora
+        >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
+        >>> classifier([[2, 5, 3], [2, 5, 6, 3]]).shape
+        (2, 2)
+        """
+        return self.logits_of_ids(x)
+
+    def logits_of_ids(self, ids: Ids, batch_size: int | None = None) -> Array:
+        """The logits for the token ids of each text, which include the special tokens.
+
+            >>> import nplora
+            >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
+            >>> classifier.logits_of_ids([[2, 5, 3]]).shape
+            (1, 2)
+
+        Args:
+            batch_size: the number of texts that are computed at once; None: as many as have 4,096 tokens.
+        Returns:
+            float32 (texts, outputs); (tokens, outputs) if tokens are classified.
+        """
+        if batch_size is not None:
+            _check.integer("logits", "batch_size", batch_size, least=1)
+        made = [np.empty((0, len(self.labels)), np.float32)]
+        with inference():
+            for states, starts in self.encoder.packed_states("logits", ids, batch_size):
+                made.append(self.head.run(states, starts)[0])
+        return np.concatenate(made)
+
+    def logits(self, texts: Iterable[str], batch_size: int | None = None) -> Array:
+        """The logits of each text: float32 (texts, outputs). For a regression, these are the predictions.
+
+            >>> import nplora
+            >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
+            >>> classifier.logits(["a cat", "a dog"]).shape
+            (2, 2)
+
+        Args:
+            batch_size: as in `logits_of_ids`.
+        Raises:
+            TypeError: `texts` holds something else than texts.
+        Warns:
+            UserWarning: texts were too long, and were cut.
+        """
+        return self.logits_of_ids(self.encoder.encode(texts), batch_size)
+
+    def predict_proba(self, texts: Iterable[str], batch_size: int | None = None) -> Array:
+        """The probability of each label for each text: float64 (texts, outputs).
+
+        If each text has one label, a row adds up to 1. Otherwise each label has a probability of its own.
+
+            >>> import nplora
+            >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
+            >>> probabilities = classifier.predict_proba(["a cat"])
+            >>> bool(abs(probabilities.sum() - 1) < 1e-9)
+            True
+
+        Raises:
+            ValueError: the task is a regression.
+        """
+        return probabilities(self.task, self.logits(texts, batch_size))
+
+    def predict(self, texts: Iterable[str], batch_size: int | None = None) -> list[Any]:
+        """What is most likely for each text: its label, a list of labels, or a number.
+
+        With the task "multi", these are the labels with a probability of at least 0.5.
+
+            >>> import nplora
+            >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
+            >>> classifier.predict(["a cat"])[0] in ("a", "b")
+            True
+        """
+        return self.decided(self.logits(texts, batch_size))
+
+    def decided(self, logits: Array) -> list[Any]:
+        """What `predict` returns for texts with these logits.
+
+        >>> import nplora, numpy as np
+        >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
+        >>> classifier.decided(np.array([[1.0, 3.0]]))
+        ['b']
+        """
+        if self.task == "single":
+            return [self.labels[i] for i in logits.argmax(axis=-1).tolist()]
+        if self.task == "multi":
+            return [[self.labels[i] for i in np.flatnonzero(row >= 0).tolist()] for row in logits]
+        return [float(row[0]) if len(row) == 1 else row.tolist() for row in logits]
+
+    # ---- training ----
+
+    def forward(self, x: Ids) -> tuple[Array, ClassifierSaved]:
+        """The logits for the token ids of each text, and what `backward` needs.
+
+        >>> import nplora
+        >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
+        >>> logits, saved = classifier.forward([[2, 5, 3], [2, 5, 6, 3]])
+        >>> logits.shape
+        (2, 2)
+        """
+        states, encoder = self.encoder.forward(x)
+        logits, head = self.head.run(states, encoder.decoder.positions.starts)
+        return logits, ClassifierSaved(encoder, head, logits.shape, layer=self)
+
+    def backward(self, dy: Array, saved: ClassifierSaved, need_dx: bool = True) -> Gradient:
+        """Add the gradients of the adapters and the head. Return None: token ids have no gradient.
+
+            >>> import nplora
+            >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
+            >>> logits, saved = classifier.forward([[2, 5, 3]])
+            >>> classifier.backward(logits, saved)
+
+        Args:
+            dy: the gradient of the loss with respect to the logits.
+        Raises:
+            ValueError, TypeError, RuntimeError: as in `Encoder.backward`.
+        """
+        op = "TextClassifier.backward"
+        _check.saved(op, saved, ClassifierSaved)
+        rows = _check.shaped(op, "dy", dy, saved.shape, np.float32)
+        _check.own(op, saved, self)
+        self.encoder.backward(self.head.run_backward(rows, saved.head), saved.encoder)
+        return None
+
+    def __repr__(self) -> str:
+        names = ", ".join(map(repr, self.labels[:8])) + (", …" if len(self.labels) > 8 else "")
+        kind = {"single": "one of", "multi": "any of", "regression": "numbers"}[self.task]
+        lines = repr(self.encoder).splitlines()[:1]
+        lines.append(f"  {kind} {names}; {self.num_trainable:,} trained values")
+        return "\n".join(["TextClassifier of", *(f"  {line}" for line in lines)])
+
+
+def probabilities(task: str, logits: Array) -> Array:
+    """The probabilities that belong to logits (..., outputs), in float64.
+
+    Raises:
+        ValueError: the task is a regression.
+    """
+    if task == "regression":
+        raise ValueError("predict_proba: the task is a regression, which has no probabilities")
+    wide = np.asarray(logits, np.float64)
+    if task == "multi":
+        small = np.exp(-np.abs(wide))
+        return np.asarray(np.where(wide >= 0, 1, small) / (1 + small))
+    exponentials = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))

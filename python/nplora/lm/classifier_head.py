@@ -1,0 +1,110 @@
+"""ClassifierHead: turns hidden states into logits, forward and backward. All of it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.lm.pooling import Pooling, PoolingSaved
+from nplora.models.families.head_spec import HeadSpec
+from nplora.nn import GELU, LayerNorm, Linear, ReLU, SiLU, Tanh
+from nplora.nn.module import Module, Saved
+
+Array = npt.NDArray[Any]
+Arrays = Mapping[str, Mapping[str, Array]]  # layer -> "weight" or "bias" -> array
+
+_ACTIVATIONS = {"gelu": GELU, "relu": ReLU, "silu": SiLU, "tanh": Tanh}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HeadSaved(Saved):
+    """The values that `ClassifierHead.run_backward` needs: those of the pooling and of each layer."""
+
+    pooling: PoolingSaved | None
+    layers: tuple[Any, ...]
+
+
+class ClassifierHead(Module):
+    """The pooling and the layers that follow an encoder. The layers have transformers' names.
+
+    Args:
+        spec: the layers, as the family describes them.
+        arrays: the weight and the bias of each layer.
+        eps: the epsilon of the norm.
+    """
+
+    def __init__(self, spec: HeadSpec, arrays: Arrays, eps: float) -> None:
+        self.spec = spec
+        self.pooling = None if spec.pooling is None else Pooling(spec.pooling)
+        self.steps: dict[str, Module] = {}
+        if spec.dense is not None:
+            self.steps[spec.dense] = _linear(arrays[spec.dense])
+            self.steps[f"{spec.dense}.activation"] = _ACTIVATIONS[spec.activation]()
+        if spec.norm is not None:
+            norm = arrays[spec.norm]
+            self.steps[spec.norm] = LayerNorm(norm["weight"], norm.get("bias"), eps, trainable=True)
+        self.out = self.steps[spec.out] = _linear(arrays[spec.out])
+
+    def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
+        """The layers have transformers' names, which are those of the whole model."""
+        for name, module in self.steps.items():
+            yield from module._walk(name, seen)
+
+    def run(self, states: Array, starts: Array) -> tuple[Array, HeadSaved]:
+        """The logits from the hidden states (n, d) of all tokens, and what `run_backward` needs.
+
+        Args:
+            starts: int64 (m + 1,), the first row of each text, followed by n.
+        Returns:
+            logits (m, outputs); (n, outputs) if each token has its own.
+        """
+        y, pooled = (states, None) if self.pooling is None else self.pooling.run(states, starts)
+        kept = list[Any]()
+        for module in self.steps.values():
+            y, saved = module.forward(y)
+            kept.append(saved)
+        return y, HeadSaved(pooled, tuple(kept))
+
+    def run_backward(self, dy: Array, saved: HeadSaved) -> Array:
+        """Add the gradients of the layers. Return that of the hidden states (n, d)."""
+        for module, kept in reversed(list(zip(self.steps.values(), saved.layers, strict=True))):
+            dy = module.backward(dy, kept)
+        if self.pooling is None:
+            return dy
+        assert saved.pooling is not None
+        return self.pooling.run_backward(dy, saved.pooling)
+
+    def rescale(self, factor: Array | float, offset: Array | float = 0.0) -> None:
+        """Change the last layer so that each logit becomes factor · logit + offset.
+
+        Raises:
+            ValueError: there is an offset, but the last layer has no bias.
+        """
+        factor, weight, bias = np.asarray(factor, np.float64), self.out.weight, self.out.bias
+        assert isinstance(weight, np.ndarray)
+        if bias is None and np.any(offset):
+            raise ValueError("ClassifierHead.rescale: the last layer has no bias, expected offset 0")
+        weight[...] = weight * (factor[:, None] if factor.ndim else factor)
+        if bias is not None:
+            bias[...] = bias * factor + offset
+
+
+def _linear(arrays: Mapping[str, Array]) -> Linear:
+    return Linear(arrays["weight"], arrays.get("bias"), trainable=True)
+
+
+def shapes(spec: HeadSpec, width: int, outputs: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of all arrays of a head: layer -> "weight" or "bias" -> shape."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape, has_bias in (
+        (spec.dense, (width, width), spec.dense_bias),
+        (spec.norm, (width,), spec.norm_bias),
+        (spec.out, (outputs, width), spec.out_bias),
+    ):
+        if name is not None:
+            found[name] = {"weight": shape} | ({"bias": shape[:1]} if has_bias else {})
+    return found

@@ -1,0 +1,257 @@
+"""new_classifier and load_classifier: classifiers with a new head, or with that of an adapter or a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.adapters import Adapter
+from nplora.formats.config_json import Fields, read_fields
+from nplora.formats.errors import FormatError, brief
+from nplora.formats.files import StrPath
+from nplora.formats.label_record import MAX_LABELS, TASKS, LabelRecord
+from nplora.formats.model_directory import CONFIG
+from nplora.lm import classifier_head
+from nplora.lm.classifier import TextClassifier
+from nplora.lm.classifier_head import ClassifierHead
+from nplora.lm.encoder import Encoder
+from nplora.lm.encoder_loading import load_encoder
+from nplora.models import families
+from nplora.models.config import ModelConfig
+from nplora.models.families.head_spec import HeadSpec, language_model_head
+from nplora.nn.module import layer_stream
+
+Array = npt.NDArray[Any]
+
+_SPREAD = 0.02  # the standard deviation of transformers' new layers
+_PROBLEMS = {  # transformers' names of the tasks
+    "single_label_classification": "single",
+    "multi_label_classification": "multi",
+    "regression": "regression",
+}
+
+
+@_check.keywords
+def new_classifier(
+    encoder: Encoder,
+    labels: Iterable[str],
+    task: str = "single",
+    tokens: bool = False,
+    seed: int = 0,
+) -> TextClassifier:
+    """Put a new head on an encoder, to be trained. Nothing of the encoder is copied.
+
+    The dense layer of the head begins with the values in the model's files, if these have them. All other
+    weights are drawn from N(0, 0.02²), as in transformers.
+
+        >>> import nplora
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> classifier = nplora.new_classifier(encoder, ["order", "refund"])
+        >>> classifier.add_lora(rank=4)
+        >>> classifier.labels
+        ('order', 'refund')
+
+    Args:
+        labels: the names of the outputs; for a regression, the names of the numbers.
+        task: "single" (each text has one label), "multi" (each text has any number of labels) or
+            "regression" (each output is a number).
+        tokens: whether each token has its own outputs.
+        seed: the seed of the new weights.
+    Raises:
+        ValueError: two labels have the same name, the number of labels does not fit the task, or the task is
+            unknown.
+        TypeError: the labels are no texts.
+    """
+    op = "new_classifier"
+    record = _record(op, labels, task, tokens)
+    spec = _spec(encoder, tokens)
+    _check.integer(op, "seed", seed, least=0)
+    arrays: dict[str, dict[str, Array]] = {}
+    for layer, shapes in classifier_head.shapes(spec, encoder.config.hidden_size, len(record.labels)).items():
+        stored = None if layer == spec.out else _stored(encoder, layer, shapes)
+        arrays[layer] = _new(layer, shapes, seed, layer == spec.norm) if stored is None else stored
+    return TextClassifier(encoder, ClassifierHead(spec, arrays, _eps(encoder)), record)
+
+
+@_check.keywords
+def load_classifier(
+    model: StrPath | Encoder,
+    adapter: StrPath | Adapter | None = None,
+    compute: str = "float32",
+    any_base: bool = False,
+) -> TextClassifier:
+    """Load a classifier: a model with an adapter of a classifier, or a model whose files have a head.
+
+    The adapter is of PEFT's kind SEQ_CLS or TOKEN_CLS, written by nplora or PEFT. Adapters of nplora name the
+    labels. For adapters of PEFT, the names are those in the model's config.json if their number fits, or else
+    LABEL_0, LABEL_1 and so on.
+
+        >>> import nplora
+        >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["order", "refund"])
+        >>> classifier.add_lora(rank=2)
+        >>> nplora.save_adapter(classifier, "mine")
+        >>> nplora.load_classifier("encoder-model", "mine").labels
+        ('order', 'refund')
+
+    Args:
+        model: as for `load_encoder`; or a loaded encoder without an adapter, which then gets the adapter.
+        adapter: a PEFT directory, or an `Adapter`.
+        compute: as for `load_encoder`.
+        any_base: accept an adapter that was trained on another model with the same shapes.
+    Raises:
+        FormatError: the adapter or the model has no head for a classifier, or the adapter does not fit.
+        Other errors: see `load_encoder` and `Adapter.attach`.
+    """
+    encoder = model if isinstance(model, Encoder) else _loaded(model, compute)
+    if adapter is None:
+        return _from_model(encoder)
+    found = adapter if isinstance(adapter, Adapter) else Adapter.read(adapter, any_base=any_base)
+    tokens = found.task_type == "TOKEN_CLS"
+    spec = _spec(encoder, tokens)
+    head = found.modules_to_save
+    if "weight" not in head.get(spec.out, {}):
+        raise FormatError(
+            f"{found.source}: the adapter has no layer {spec.out!r}, expected an adapter of a classifier"
+        )
+    weight = head[spec.out]["weight"]
+    outputs = weight.shape[0] if weight.ndim else 0
+    arrays = {}
+    for layer, shapes in classifier_head.shapes(spec, encoder.config.hidden_size, outputs).items():
+        arrays[layer] = _given(found.source, layer, shapes, head, encoder)
+    if unknown := [name for name in head if name not in arrays]:
+        raise FormatError(f"{found.source}: the head of this model has no layer {brief(unknown[0])}")
+    record = found.labels or _guessed(encoder, outputs, tokens)
+    if len(record.labels) != outputs:
+        raise FormatError(f"{found.source}: {len(record.labels)} labels, but the head has {outputs} outputs")
+    made = TextClassifier(encoder, ClassifierHead(spec, arrays, _eps(encoder)), record)
+    factors = Adapter.of(dataclasses.replace(found, modules_to_save={}))
+    factors.attach(made, any_base)
+    if record.max_length is not None:
+        encoder.max_length = min(record.max_length, encoder.config.max_position_embeddings)
+    return made
+
+
+def _loaded(model: StrPath, compute: str) -> Encoder:
+    """The encoder. A head has a pooling of its own, so that of the encoder is of no interest."""
+    return load_encoder(model, compute, pooling="mean")
+
+
+def _record(op: str, labels: Iterable[str], task: str, tokens: bool) -> LabelRecord:
+    if isinstance(labels, str) or not np.iterable(labels):
+        raise TypeError(f"{op}: labels is {labels!r}, expected a list of texts")
+    names = _check.texts(op, "labels", list(labels))
+    _check.choice(op, "task", task, TASKS)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{op}: two labels are named {twice!r}")
+    least = 2 if task == "single" else 1
+    if not least <= len(names) <= MAX_LABELS:
+        raise ValueError(
+            f"{op}: {len(names)} labels, expected {least} to {MAX_LABELS:,} for the task {task!r}"
+        )
+    return LabelRecord(task, names, None, bool(tokens))
+
+
+def _spec(encoder: Encoder, tokens: bool) -> HeadSpec:
+    config = encoder.config
+    if isinstance(config, ModelConfig):
+        return language_model_head(tokens)
+    family = families.encoder_of(config)
+    return family.token_head(config) if tokens else family.head(config)
+
+
+def _eps(encoder: Encoder) -> float:
+    config = encoder.config
+    return config.rms_norm_eps if isinstance(config, ModelConfig) else config.layer_norm_eps
+
+
+def _new(layer: str, shapes: Mapping[str, tuple[int, ...]], seed: int, is_norm: bool) -> dict[str, Array]:
+    rng = np.random.default_rng(layer_stream(seed, layer))
+    made = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    made["weight"][...] = 1 if is_norm else _SPREAD * rng.standard_normal(shapes["weight"], np.float32)
+    return made
+
+
+def _stored(encoder: Encoder, layer: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array] | None:
+    """The arrays of a layer in the model's files; None if one is missing or has another shape."""
+    found = {name: encoder.head_tensor(f"{layer}.{name}") for name in shapes}
+    fitting = {n: a for n, a in found.items() if a is not None and a.shape == shapes[n]}
+    return fitting if len(fitting) == len(shapes) else None
+
+
+def _given(
+    source: str,
+    layer: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    head: Mapping[str, Mapping[str, Array]],
+    encoder: Encoder,
+) -> dict[str, Array]:
+    """The arrays of a layer in an adapter; if the adapter has none, those in the model's files."""
+    if layer not in head:
+        stored = _stored(encoder, layer, shapes)
+        if stored is None:
+            raise FormatError(
+                f"{source}: neither the adapter nor the model has the layer {layer!r}, which the head needs"
+            )
+        return stored
+    given = dict(head[layer])
+    if given.keys() != shapes.keys():
+        raise FormatError(
+            f"{source}: {layer} has the arrays {', '.join(sorted(map(brief, given)))}, expected "
+            f"{', '.join(sorted(shapes))}"
+        )
+    for name, shape in shapes.items():
+        if given[name].shape != shape:
+            raise FormatError(f"{source}: {layer}.{name} has shape {given[name].shape}, expected {shape}")
+    return given
+
+
+def _from_model(encoder: Encoder) -> TextClassifier:
+    """The classifier in the files of a model with a head."""
+    width, config = encoder.config.hidden_size, _config(encoder)
+    tokens = config is not None and "TokenClassification" in _architecture(config)
+    spec = _spec(encoder, tokens)
+    weight = encoder.head_tensor(f"{spec.out}.weight")
+    outputs = 0 if weight is None or weight.ndim != 2 else weight.shape[0]
+    arrays = {
+        layer: _stored(encoder, layer, shapes)
+        for layer, shapes in classifier_head.shapes(spec, width, outputs).items()
+    }
+    if not outputs or (missing := [name for name, found in arrays.items() if found is None]):
+        name = spec.out if not outputs else missing[0]
+        raise FormatError(
+            f"{encoder.source}: the model has no layer {name!r}, expected the files of a classifier, or an "
+            "adapter of one"
+        )
+    head = ClassifierHead(spec, {name: found or {} for name, found in arrays.items()}, _eps(encoder))
+    return TextClassifier(encoder, head, _guessed(encoder, outputs, tokens))
+
+
+def _config(encoder: Encoder) -> Fields | None:
+    path = encoder.source / CONFIG
+    return read_fields(path) if path.is_file() else None
+
+
+def _architecture(config: Fields) -> str:
+    values = dict(config.items()).get("architectures")
+    first = values[0] if isinstance(values, list) and values else ""
+    return first if isinstance(first, str) else ""
+
+
+def _guessed(encoder: Encoder, outputs: int, tokens: bool) -> LabelRecord:
+    """The labels and the task that config.json names."""
+    config = _config(encoder)
+    values = {} if config is None else dict(config.items())
+    named, problem = values.get("id2label"), values.get("problem_type")
+    labels = tuple(f"LABEL_{i}" for i in range(outputs))
+    if isinstance(named, dict) and len(named) == outputs:
+        found = [named.get(str(i)) for i in range(outputs)]
+        if all(isinstance(name, str) for name in found) and len(set(found)) == outputs:
+            labels = tuple(map(str, found))
+    task = _PROBLEMS.get(problem, "") if isinstance(problem, str) else ""
+    return LabelRecord(task or ("single" if outputs > 1 else "regression"), labels, None, tokens)

@@ -1,0 +1,193 @@
+"""Classifiers without torch: new heads, wrong arguments, and adapters that do not fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora.formats import label_record, safetensors
+from nplora.formats.errors import FormatError, LimitError
+from nplora.formats.label_record import LabelRecord
+from small_encoder import save_small_encoder, tensors
+
+IDS = [[2, 5, 3], [2, 5, 6, 7, 3], [2, 9, 10, 11, 12, 3]]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_small_encoder(tmp_path / "model")
+
+
+def new(model: Path, labels: tuple[str, ...] = ("a", "b"), **options: Any) -> nplora.TextClassifier:
+    return nplora.new_classifier(nplora.load_encoder(model), labels, **options)
+
+
+def saved(model: Path, directory: Path, **options: Any) -> Path:
+    classifier = new(model, **options)
+    classifier.add_lora(rank=2, init="gaussian")
+    nplora.save_adapter(classifier, directory)
+    return directory
+
+
+def rewritten(directory: Path, change: Any) -> Path:
+    """Replace the adapter's tensors and metadata by what `change` returns for them."""
+    path = directory / "adapter_model.safetensors"
+    opened = safetensors.open(path, mmap=False)
+    arrays, metadata = change({name: opened[name].array.copy() for name in opened}, dict(opened.metadata))
+    safetensors.save(path, arrays, metadata)
+    return directory
+
+
+def test_gradients_are_those_of_finite_differences(model: Path) -> None:
+    classifier = new(model, ("a", "b", "c"))
+    classifier.add_lora(rank=2, init="gaussian", targets="query,output.dense")
+    labels = np.array([0, 2, 1])
+    logits, kept = classifier.forward(IDS)
+    classifier.backward(nplora.losses.cross_entropy(logits, labels)[1], kept)
+    rng = np.random.default_rng(0)
+    for parameter in classifier.parameters():
+        if not parameter.name.startswith(("bert.pooler", "classifier")):
+            continue
+        direction = rng.choice([-1, 1], parameter.value.shape).astype(np.float32)
+        before, losses = parameter.value.copy(), []
+        for sign in (1, -1):
+            parameter.value[...] = before + np.float32(sign * 1e-2) * direction
+            losses.append(nplora.losses.cross_entropy(classifier(IDS).astype(np.float64), labels)[0])
+        parameter.value[...] = before
+        slope, wanted = (losses[0] - losses[1]) / 2e-2, float((parameter.grad * direction).sum())
+        assert abs(slope - wanted) <= 2e-2 * max(1e-2, abs(wanted)), parameter.name
+
+
+def test_a_new_head_begins_with_the_pooler_of_the_file(model: Path) -> None:
+    path = model / "model.safetensors"
+    weight = np.random.default_rng(1).standard_normal((32, 32), np.float32)
+    safetensors.save(
+        path, {**tensors(), "pooler.dense.weight": weight, "pooler.dense.bias": weight[0].copy()}
+    )
+    found = {parameter.name: parameter.value for parameter in new(model).parameters()}
+    np.testing.assert_array_equal(found["bert.pooler.dense.weight"], weight)
+    assert 0.01 < found["classifier.weight"].std() < 0.03
+    assert not found["classifier.bias"].any()
+
+
+def test_an_adapter_without_the_pooler_takes_that_of_the_file(model: Path, tmp_path: Path) -> None:
+    weight = np.random.default_rng(1).standard_normal((32, 32), np.float32)
+
+    def without_pooler(arrays: dict[str, Any], metadata: dict[str, str]) -> Any:
+        return {name: array for name, array in arrays.items() if "pooler" not in name}, metadata
+
+    adapter = rewritten(saved(model, tmp_path / "adapter"), without_pooler)
+    with pytest.raises(FormatError, match=r"neither the adapter nor the model has .*'bert.pooler.dense'"):
+        nplora.load_classifier(model, adapter)
+    safetensors.save(
+        model / "model.safetensors",
+        {**tensors(), "pooler.dense.weight": weight, "pooler.dense.bias": weight[0].copy()},
+    )
+    found = {p.name: p.value for p in nplora.load_classifier(model, adapter).parameters()}
+    np.testing.assert_array_equal(found["bert.pooler.dense.weight"], weight)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "error", "message"),
+    [
+        (["a"], {}, ValueError, "1 labels, expected 2 to 65,536 for the task 'single'"),
+        ([], {"task": "multi"}, ValueError, "0 labels, expected 1 to"),
+        (["a", "a"], {}, ValueError, "two labels are named 'a'"),
+        (["a", 1], {}, TypeError, "labels is"),
+        ("ab", {}, TypeError, "labels is 'ab', expected a list of texts"),
+        (["a", "b"], {"task": "both"}, ValueError, "task='both' is not available"),
+        (["a", "b"], {"seed": -1}, ValueError, "seed is -1"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    labels: Any, options: dict[str, Any], error: type[Exception], message: str, model: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        nplora.new_classifier(nplora.load_encoder(model), labels, **options)
+
+
+def test_adapters_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> None:
+    encoder = nplora.load_encoder(model)
+    encoder.add_lora(rank=2)
+    nplora.save_adapter(encoder, tmp_path / "plain")
+    with pytest.raises(FormatError, match="no layer 'classifier', expected an adapter of a classifier"):
+        nplora.load_classifier(model, tmp_path / "plain")
+
+    def narrow(arrays: dict[str, Any], metadata: dict[str, str]) -> Any:
+        name = "base_model.model.classifier.weight"
+        return {**arrays, name: arrays[name][:, :-1].copy()}, metadata
+
+    with pytest.raises(FormatError, match=r"classifier.weight has shape \(2, 31\), expected \(2, 32\)"):
+        nplora.load_classifier(model, rewritten(saved(model, tmp_path / "narrow"), narrow))
+
+    def third(arrays: dict[str, Any], metadata: dict[str, str]) -> Any:
+        return arrays, {**metadata, "labels": json.dumps({"task": "single", "labels": ["a", "b", "c"]})}
+
+    with pytest.raises(FormatError, match="3 labels, but the head has 2 outputs"):
+        nplora.load_classifier(model, rewritten(saved(model, tmp_path / "third"), third))
+
+    def flat(arrays: dict[str, Any], metadata: dict[str, str]) -> Any:
+        name = "base_model.model.classifier.weight"
+        return {**arrays, name: np.float32(3).reshape(())}, metadata
+
+    with pytest.raises(FormatError, match=r"classifier.weight has shape \(\)"):
+        nplora.load_classifier(model, rewritten(saved(model, tmp_path / "flat"), flat))
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("[]", FormatError, "expected an object"),
+        ("{", FormatError, "place"),
+        ('{"task": "x", "labels": ["a"]}', FormatError, "task is 'x', expected one of single, multi"),
+        ('{"task": [], "labels": ["a"]}', FormatError, "task is"),
+        ('{"task": "multi", "labels": []}', FormatError, "labels is"),
+        ('{"task": "multi", "labels": [1]}', FormatError, "labels is"),
+        ('{"task": "multi", "labels": ["a", "a"]}', FormatError, "two labels have the same name"),
+        ('{"task": "multi", "labels": ["a"], "max_length": 0}', FormatError, "max_length is 0"),
+        ('{"task": "multi", "labels": ["a"], "max_length": true}', FormatError, "max_length is True"),
+        ('{"task": "multi", "labels": ["a"], "tokens": 1}', FormatError, "tokens is 1"),
+        (json.dumps({"task": "multi", "labels": [str(i) for i in range(70_000)]}), LimitError, "70,000"),
+    ],
+)  # fmt: skip
+def test_damaged_records_of_labels_are_refused(text: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        label_record.loads(text, "place")
+
+
+def test_a_record_of_labels_is_read_as_it_was_written() -> None:
+    record = LabelRecord("multi", ("ä", "b"), 7, True)
+    assert label_record.loads(label_record.dumps(record), "place") == record
+
+
+def test_tokens_have_logits_of_their_own(model: Path, tmp_path: Path) -> None:
+    classifier = new(model, ("O", "B", "I"), tokens=True)
+    assert classifier(IDS).shape == (14, 3)
+    assert [name for name, _ in classifier.named_modules() if "pooler" in name] == []
+    again = nplora.load_classifier(model, saved(model, tmp_path / "adapter", tokens=True))
+    assert again.classifies_tokens
+    assert again.task_type == "TOKEN_CLS"
+    with pytest.raises(ValueError, match="classifies tokens, expected one of whole texts"):
+        nplora.finetuning.evaluate_classifier(again, [{"text": "a", "label": "a"}])
+
+
+def test_a_regression_has_no_probabilities(model: Path) -> None:
+    pytest.importorskip("tokenizers")
+    classifier = new(model, ("score",), task="regression")
+    assert isinstance(classifier.predict(["a cat"])[0], float)
+    with pytest.raises(ValueError, match="a regression, which has no probabilities"):
+        classifier.predict_proba(["a cat"])
+
+
+def test_saved_values_of_another_classifier_are_refused(model: Path) -> None:
+    one, other = new(model), new(model)
+    logits, kept = one.forward(IDS)
+    with pytest.raises(ValueError, match="another TextClassifier"):
+        other.backward(logits, kept)
+    with pytest.raises(TypeError, match="expected ClassifierSaved"):
+        one.backward(logits, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dy has shape"):
+        one.backward(logits[:1], kept)

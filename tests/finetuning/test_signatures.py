@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nplora.finetuning import (
+    ClassifyOptions,
     EvaluateOptions,
     FinetuneOptions,
     TeachOptions,
@@ -18,6 +19,7 @@ from nplora.finetuning import (
     finetune,
     plan,
     teach,
+    train_classifier,
 )
 from nplora.finetuning.judging.metrics import MetricFunction
 
@@ -28,8 +30,14 @@ OWN = {
     evaluate: ["model", "data", "adapter", "any_base", "progress", "record"],
     compare: ["model", "data", "adapters", "any_base", "progress", "record"],
     teach: ["model", "data", "output", "valid", "adapter", "any_base", "progress"],
+    train_classifier: ["model", "data", "output", "valid", "progress", "callbacks"],
 }
-DESCRIBED = [(finetune, FinetuneOptions), (evaluate, EvaluateOptions), (teach, TeachOptions)]
+DESCRIBED = [
+    (finetune, FinetuneOptions),
+    (evaluate, EvaluateOptions),
+    (teach, TeachOptions),
+    (train_classifier, ClassifyOptions),
+]
 FUNCTIONS = [*DESCRIBED, (plan, FinetuneOptions), (compare, EvaluateOptions)]
 # A function takes more kinds of values than the checked options hold.
 TAKEN = {
@@ -69,7 +77,7 @@ def test_a_docstring_describes_the_options_as_the_help_does(
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("options", [FinetuneOptions, EvaluateOptions, TeachOptions])
+@pytest.mark.parametrize("options", [FinetuneOptions, EvaluateOptions, TeachOptions, ClassifyOptions])
 def test_the_help_of_an_option_names_its_choices_and_other_options_that_exist(options: Any) -> None:
     fields = {field.name: field for field in dataclasses.fields(options)}
     for field in fields.values():

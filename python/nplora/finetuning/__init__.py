@@ -1,6 +1,16 @@
-"""Fine-tuning and evaluation of a language model on a file of text."""
+"""Fine-tuning and evaluation of language models and classifiers on files of text."""
 
 from nplora.finetuning.attach import attach_adapter, load_with_adapter
+from nplora.finetuning.classification import (
+    ClassificationReport,
+    ClassifierRun,
+    ClassifyOptions,
+    LabelScore,
+    TextBatches,
+    evaluate_classifier,
+    predict_rows,
+    train_classifier,
+)
 from nplora.finetuning.comparison import Comparison, compare
 from nplora.finetuning.evaluation import evaluate, evaluate_batches
 from nplora.finetuning.execution import plan
@@ -15,17 +25,22 @@ from nplora.finetuning.token_progress import TokenProgress
 from nplora.finetuning.tuning import Trial, TuneOptions, TuneReport, tune
 
 __all__ = [
+    "ClassificationReport",
+    "ClassifierRun",
+    "ClassifyOptions",
     "Comparison",
     "Difference",
     "EvaluateOptions",
     "Evaluation",
     "FinetuneOptions",
     "FinetuneReport",
+    "LabelScore",
     "MeanLoss",
     "Sample",
     "Score",
     "Taught",
     "TeachOptions",
+    "TextBatches",
     "TokenLoss",
     "TokenProgress",
     "Trial",
@@ -35,10 +50,13 @@ __all__ = [
     "compare",
     "evaluate",
     "evaluate_batches",
+    "evaluate_classifier",
     "finetune",
     "held_out_loss",
     "load_with_adapter",
     "plan",
+    "predict_rows",
     "teach",
+    "train_classifier",
     "tune",
 ]

@@ -43,17 +43,22 @@ def require_free(output: StrPath, options: FinetuneOptions, adds_tokens: bool) -
     Args:
         adds_tokens: whether the adapter adds tokens, so that a tokenizer is saved with it.
     """
-    model_directory.require_no_model(output)
     if options.report_to and Path(output, REPORTS).is_symlink():
         raise UnsafeError(f"{Path(output, REPORTS)}: a symbolic link, expected a directory for reports")
-    if peft_adapter.lies_in(output) and not (holds_run(output) or options.overwrite):
+    require_free_directory(output, options.resume, options.overwrite, adds_tokens)
+
+
+def require_free_directory(output: StrPath, resume: bool, overwrite: bool, adds_tokens: bool = False) -> None:
+    """Refuse an output directory that holds a model, or a run or an adapter that is not to be replaced."""
+    model_directory.require_no_model(output)
+    if peft_adapter.lies_in(output) and not (holds_run(output) or overwrite):
         raise FileExistsError(
             errno.EEXIST,
             "the directory holds an adapter but no run: --overwrite (overwrite=True) replaces it",
             os.fspath(output),
         )
-    peft_adapter.require_ours(output, options.overwrite, adds_tokens)
-    if holds_run(output) and not (options.resume or options.overwrite):
+    peft_adapter.require_ours(output, overwrite, adds_tokens)
+    if holds_run(output) and not (resume or overwrite):
         raise FileExistsError(
             errno.EEXIST,
             "the directory holds a run: --resume (resume=True) continues it, "

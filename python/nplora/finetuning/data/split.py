@@ -7,9 +7,9 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from nplora.finetuning.data.dataset import ReadOptions, parsed
-from nplora.finetuning.data.examples import Example
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source
 from nplora.formats.errors import DataError, LimitError, counted
@@ -92,8 +92,8 @@ class Division:
             )
 
 
-def is_held_out(example: Example, share: float, where: str) -> bool:
-    """Whether an example is held out, by a hash of all that it says.
+def is_held_out(example: Any, share: float, where: str) -> bool:
+    """Whether an example, which is a dataclass, is held out, by a hash of all that it says.
 
     Raises:
         DataError: the example has a value that JSON cannot represent, so that it has no hash.

@@ -1,0 +1,167 @@
+"""`nplora classify`"""
+
+import argparse
+import contextlib
+import csv
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TextIO
+
+from nplora.cli.errors import UsageError
+from nplora.cli.parser import (
+    adapter_path,
+    add_any_base,
+    add_data,
+    add_model,
+    add_options,
+    checked,
+    given_data,
+    given_options,
+    path,
+)
+
+HELP = (
+    "Train a classifier of texts with LoRA, print how well it predicts the labels of rows, or write its "
+    "predictions."
+)
+
+_SHARED = ("columns", "separator", "skip_bad", "compute")  # options that not only train has
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from nplora.finetuning import ClassifyOptions
+
+    text = (
+        "train (a new head and LoRA), eval (compare with the labels of rows) or predict (write predictions)"
+    )
+    parser.add_argument("what", metavar="WHAT", choices=("train", "eval", "predict"), help=text)
+    add_model(parser)
+    add_data(parser, "train.csv and perhaps valid.csv", weighted=False)
+    text = "validation rows of train; the loss on them is printed after every epoch"
+    parser.add_argument("--valid", metavar="FILE", type=path, help=text)
+    text = (
+        "of train: directory for the adapter, the checkpoints and log.jsonl; of predict: new file for the "
+        "rows with their predictions, .csv or .jsonl (default: JSON lines on stdout)"
+    )
+    parser.add_argument("--output", metavar="PATH", type=path, help=text)
+    text = "adapter of eval and predict: PEFT directory (default: the head in the files of the model)"
+    parser.add_argument("--adapter", metavar="DIR", type=adapter_path, help=text)
+    add_any_base(parser)
+    parser.add_argument("--json", action="store_true", help="print the report of eval as JSON")
+    add_options(parser, ClassifyOptions)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from nplora.finetuning import ClassifyOptions
+
+    options = given_options(arguments, ClassifyOptions)
+    options = {name: value for name, value in options.items() if value is not False}
+    if arguments.what == "train":
+        for name in ("adapter", "any_base", "json"):
+            if getattr(arguments, name):
+                raise UsageError(f"classify train: --{name.replace('_', '-')} is for eval and predict")
+        if arguments.output is None:
+            raise UsageError("classify train: --output DIR is missing")
+        checked(ClassifyOptions, options)
+        _train(arguments, options)
+        return
+    own = {"eval": _SHARED, "predict": ("columns", "skip_bad", "compute")}[arguments.what]
+    others = ["valid"] * (arguments.valid is not None) + [name for name in options if name not in own]
+    if others:
+        raise UsageError(
+            f"classify {arguments.what}: --{others[0].replace('_', '-')} is an option of classify train"
+        )
+    checked(ClassifyOptions, options)
+    (_evaluate if arguments.what == "eval" else _predict)(arguments, options)
+
+
+def _train(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    from nplora import finetuning
+
+    data = given_data(arguments.data)
+    report = finetuning.train_classifier(
+        arguments.model, data, arguments.output, valid=arguments.valid, progress=True, **options
+    )
+    print(report, flush=True)
+    if report.history.interrupted:
+        raise KeyboardInterrupt
+
+
+def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    from nplora import finetuning
+
+    if arguments.output is not None:
+        raise UsageError("classify eval: --output is for train and predict")
+    classifier = _loaded(arguments, options)
+    report = finetuning.evaluate_classifier(classifier, given_data(arguments.data), progress=True, **options)
+    print(json.dumps(report.as_json(), allow_nan=False) if arguments.json else report, flush=True)
+
+
+def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    from nplora import finetuning
+
+    if arguments.json:
+        raise UsageError("classify predict: --json is for eval; predictions are JSON lines anyway")
+    with _opened(arguments.output) as stream:
+        classifier = _loaded(arguments, options)
+        data = given_data(arguments.data)
+        rows = finetuning.predict_rows(classifier, data, progress=arguments.output is not None, **options)
+        is_table = arguments.output is not None and arguments.output.lower().endswith(".csv")
+        (_write_table if is_table else _write_lines)(stream, rows)
+
+
+def _loaded(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
+    from nplora.lm import load_classifier
+
+    compute = options.pop("compute", "float32")
+    return load_classifier(arguments.model, arguments.adapter, compute, arguments.any_base)
+
+
+@contextlib.contextmanager
+def _opened(output: str | None) -> Iterator[TextIO]:
+    """A new file, which is deleted again if an error is raised; or stdout."""
+    if output is None:
+        yield sys.stdout
+        return
+    if not output.lower().endswith((".csv", ".jsonl")):
+        raise UsageError(
+            f"classify predict: --output is {output!r}, expected a name that ends in .csv or .jsonl"
+        )
+    if os.path.lexists(output):
+        raise FileExistsError(errno.EEXIST, "the file exists already; choose another for --output", output)
+    with open(output, "x", encoding="utf-8", newline="") as stream:
+        try:
+            yield stream
+            stream.flush()
+        except BaseException:
+            os.unlink(output)
+            raise
+
+
+def _write_lines(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
+    from nplora.formats.strict_json import json_values
+
+    for row in rows:
+        stream.write(json.dumps(json_values(row), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write_table(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
+    """Write CSV. Each label has a column with its probability; several predicted labels are joined by "|"."""
+    writer: Callable[[list[Any]], Any] = csv.writer(stream).writerow
+    columns: list[str] | None = None
+    for row in rows:
+        chances = {f"probability {name}": p for name, p in (row.pop("probabilities", None) or {}).items()}
+        flat = {name: _cell(value) for name, value in {**row, **chances}.items()}
+        if columns is None:
+            columns = list(flat)
+            writer(columns)
+        writer([flat.get(name, "") for name in columns])
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return "|".join(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value

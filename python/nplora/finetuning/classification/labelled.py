@@ -1,0 +1,260 @@
+"""Labelled texts: rows of files or of Python become texts and targets, with the place of each in its file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.finetuning.data.bad_rows import BadRows
+from nplora.finetuning.data.rows import Row
+from nplora.finetuning.data.sources import Source
+from nplora.finetuning.data.split import is_held_out
+from nplora.formats.errors import DataError, LimitError, brief
+
+Array = npt.NDArray[Any]
+Target = str | tuple[str, ...] | float  # a label, several labels, or a number
+
+_MOST_SHOWN = 8  # labels in a message
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of the fields of a row.
+
+    Attributes:
+        text, label: the fields with the text and its label or labels.
+    """
+
+    text: str = "text"
+    label: str = "label"
+
+    @staticmethod
+    def of(op: str, names: Mapping[str, str]) -> Columns:
+        """Raises ValueError for names of ours that do not exist."""
+        for ours in names:
+            if ours not in ("text", "label"):
+                raise ValueError(f"{op}: columns names {ours!r}, expected text or label, as in text=review")
+        return Columns(**names)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text and its target."""
+
+    text: str
+    target: Target
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """The rows of some sources.
+
+    Attributes:
+        names: the names of the sources, for messages.
+        rows: the texts and targets.
+        places: the place of each row, for messages.
+        bad: the rows that were skipped.
+        other_labels: labels that none of these rows need have.
+    """
+
+    names: str
+    rows: list[Labelled]
+    places: list[str]
+    bad: BadRows
+    other_labels: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> list[str]:
+        return [row.text for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def labels(self, task: str) -> tuple[str, ...]:
+        """All labels in their natural order: numbers by their value, then texts.
+
+        Raises:
+            DataError: there is only one label, but texts have one label each, or there is no label.
+        """
+        if task == "regression":
+            return ("score",)
+        given = (row.target if isinstance(row.target, tuple) else (str(row.target),) for row in self.rows)
+        found = sorted({*self.other_labels, *(label for labels in given for label in labels)}, key=_natural)
+        if len(found) < (2 if task == "single" else 1):
+            what = f"all rows have the label {found[0]!r}" if found else "no row has a label"
+            raise DataError(f"{self.names}: {what}, expected at least {2 if task == 'single' else 1} labels")
+        return tuple(found)
+
+    def with_labels(self, labels: tuple[str, ...]) -> LabelledTexts:
+        """The same rows, which also know these labels."""
+        return dataclasses.replace(self, other_labels=labels)
+
+    def divided(self, share: float) -> tuple[LabelledTexts, LabelledTexts]:
+        """The rows to train on, and those that are held out, by a hash of each row.
+
+        Raises:
+            DataError: one of the two parts is empty.
+        """
+        held = [is_held_out(row, share, at) for row, at in zip(self.rows, self.places, strict=True)]
+        if sum(held) in (0, len(held)):
+            raise DataError(
+                f"{self.names}: valid_split={share} holds out {sum(held)} of {len(held)} rows, expected some "
+                "rows on both sides"
+            )
+        return self._part([not each for each in held]), self._part(held)
+
+    def _part(self, chosen: Sequence[bool]) -> LabelledTexts:
+        rows = [row for row, is_chosen in zip(self.rows, chosen, strict=True) if is_chosen]
+        places = [at for at, is_chosen in zip(self.places, chosen, strict=True) if is_chosen]
+        return LabelledTexts(self.names, rows, places, self.bad)
+
+
+class RowReader:
+    """Reads the text and the target of rows, and checks that all labels are of one type.
+
+    Args:
+        columns: the names of the fields.
+        task: as in `TextClassifier`.
+        separator: the text between several labels, if a field is no list.
+        labels: the known labels; None: every label is accepted.
+    """
+
+    def __init__(
+        self, columns: Columns, task: str, separator: str, labels: Iterable[str] | None = None
+    ) -> None:
+        self._columns, self._task, self._separator = columns, task, separator
+        self._known = None if labels is None else dict.fromkeys(labels)
+        self._first: tuple[bool, str, Any] | None = None  # is a text, place and value of the first label
+
+    def read(self, sources: Sequence[Source], skip_bad: bool) -> LabelledTexts:
+        """Read all rows.
+
+        Raises:
+            DataError: a row is wrong and `skip_bad` is not set, or there are no rows.
+        """
+        names, bad = ", ".join(source.name for source in sources), BadRows()
+        rows, places = list[Labelled](), list[str]()
+        for row in rows_of(sources):
+            try:
+                made = self._labelled(row)
+            except (DataError, LimitError) as error:
+                bad.skip(error, skip_bad)
+                continue
+            rows.append(made)
+            places.append(row.where)
+        if not rows:
+            reason = f": {bad.reason()}" if bad.count else ""
+            raise DataError(f"{names}: no rows to read{reason}")
+        return LabelledTexts(names, rows, places, bad)
+
+    def _labelled(self, row: Row) -> Labelled:
+        text = text_of(row, self._columns.text)
+        if not text.strip():
+            raise DataError(f"{row.where}: the text is empty")
+        value = _field(row, self._columns.label)
+        if self._task == "regression":
+            return Labelled(text, _number(value, row.where))
+        if self._task == "single":
+            return Labelled(text, self._label(value, row.where))
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(self._separator) if part.strip()]
+        items = value if isinstance(value, list) else [value]
+        return Labelled(text, tuple(dict.fromkeys(self._label(item, row.where) for item in items)))
+
+    def _label(self, value: Any, where: str) -> str:
+        is_text = isinstance(value, str)
+        if not is_text and type(value) not in (int, bool):
+            hint = "; --task regression (task='regression') predicts numbers" if _is_float(value) else ""
+            raise DataError(f"{where}: the label is {brief(value)}, expected a text or an integer{hint}")
+        name = value.strip() if is_text else str(value)
+        if not name:
+            raise DataError(f"{where}: the label is empty")
+        first = self._first = self._first or (is_text, where, value)
+        if first[0] != is_text:
+            ours, theirs = ("a text", "a number") if is_text else ("a number", "a text")
+            raise DataError(
+                f"{where}: the label {brief(value)} is {ours}, but {first[1]} has {brief(first[2])}, "
+                f"{theirs}; expected labels of one type"
+            )
+        if self._known is not None and name not in self._known:
+            shown = ", ".join(map(brief, list(self._known)[:_MOST_SHOWN]))
+            more = ", …" if len(self._known) > _MOST_SHOWN else ""
+            raise DataError(f"{where}: the label {brief(name)} is unknown, expected one of {shown}{more}")
+        return name
+
+
+def rows_of(sources: Iterable[Source]) -> Iterator[Row]:
+    """All rows. Raises ValueError for a plain text, which has no rows."""
+    for source in sources:
+        if source.is_text:
+            raise ValueError(f"{source.name}: a plain text has no rows; expected a table or JSON lines")
+        yield from source.read()
+
+
+def text_of(row: Row, column: str) -> str:
+    """The text of a row. Raises DataError if it has none, and the error with which the row was read."""
+    value = _field(row, column)
+    if not isinstance(value, str):
+        raise DataError(f"{row.where}: {column!r} is {brief(value)}, expected a text")
+    return value
+
+
+def _field(row: Row, column: str) -> Any:
+    if row.error is not None:
+        raise row.error
+    if column not in row.values:
+        ours = {"text": "text", "label": "label"}.get(column, column)
+        raise DataError(
+            f"{row.where}: no field {column!r}, only {brief(list(row.values))}; --columns {ours}=NAME names "
+            "another"
+        )
+    return row.values[column]
+
+
+def _number(value: Any, where: str) -> float:
+    wrong = DataError(f"{where}: the target is {brief(value)}, expected a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise wrong from None
+    if not abs(number) <= float(np.finfo(np.float32).max):  # also refuses NaN
+        raise wrong
+    return number
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _natural(label: str) -> tuple[int, float, str]:
+    """A key that sorts labels that are integers by their value, before all others."""
+    digits = label.removeprefix("-")
+    if digits.isascii() and digits.isdigit() and len(digits) < 300:
+        return 0, float(label), label
+    return 1, 0.0, label
+
+
+def targets_of(rows: LabelledTexts, task: str, labels: Sequence[str]) -> Array:
+    """The targets as an array: labels as int64 (n,), or float32 (n, outputs).
+
+    Raises:
+        DataError: a label is not among `labels`.
+    """
+    if task == "regression":
+        return np.array([[row.target] for row in rows.rows], np.float32)
+    index = {label: i for i, label in enumerate(labels)}
+    if task == "single":
+        return np.array([index[str(row.target)] for row in rows.rows], np.int64)
+    made = np.zeros((len(rows), len(labels)), np.float32)
+    for i, row in enumerate(rows.rows):
+        assert isinstance(row.target, tuple)
+        made[i, [index[label] for label in row.target]] = 1
+    return made

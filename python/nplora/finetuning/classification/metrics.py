@@ -1,0 +1,198 @@
+"""ClassificationReport: how well predictions agree with the truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.formats.errors import counted
+from nplora.lm.classifier import probabilities
+
+Array = npt.NDArray[Any]
+
+_BINS = 15  # of the calibration error, as Guo et al. 2017 use
+_MOST_IN_MATRIX = 12  # labels in a printed confusion matrix
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """How well one label is predicted.
+
+    Attributes:
+        precision: the share of the texts with this prediction that have the label.
+        recall: the share of the texts with this label that have the prediction.
+        f1: the harmonic mean of both; 0 if both are 0.
+        support: the number of texts with this label.
+
+    >>> nplora.finetuning.LabelScore(1.0, 0.5, 2 / 3, 4).support
+    4
+    """
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@dataclass(frozen=True)
+class ClassificationReport:
+    """How well a classifier predicts the rows of some data; `print` shows it.
+
+    Attributes:
+        task: as in `TextClassifier`.
+        labels: the names of the outputs.
+        examples: the number of texts.
+        values: the metrics by name. For "single": loss (cross entropy), accuracy, macro_f1 and
+            calibration_error. For "multi": loss, subset_accuracy, micro_f1 and macro_f1. For "regression":
+            loss (mean squared error), mae, rmse, r2, pearson and spearman. A metric that is not defined is
+            NaN.
+        scores: the scores of each label; empty for a regression.
+        confusion: for "single": the number of texts for each true label (row) and predicted label (column).
+
+    >>> logits = np.array([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> report = nplora.finetuning.ClassificationReport.of("single", ["a", "b"], logits, np.array([0, 1, 1]))
+    >>> round(report.values["accuracy"], 3), report.confusion.tolist()
+    (0.667, [[1, 0], [1, 1]])
+    """
+
+    task: str
+    labels: tuple[str, ...]
+    examples: int
+    values: dict[str, float]
+    scores: dict[str, LabelScore] = field(default_factory=dict)
+    confusion: Array | None = None
+
+    @staticmethod
+    def of(task: str, labels: Sequence[str], logits: Array, targets: Array) -> ClassificationReport:
+        """Compare logits (n, outputs) with targets, as the losses take them."""
+        names, wide = tuple(labels), np.asarray(logits, np.float64)
+        if task == "regression":
+            return ClassificationReport(task, names, len(wide), _regression(wide, targets))
+        if task == "multi":
+            return _several(names, wide, np.asarray(targets) > 0.5)
+        return _single(names, wide, np.asarray(targets))
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as values that JSON can hold; NaN becomes None.
+
+        >>> report = nplora.finetuning.ClassificationReport("regression", ("score",), 1, {"r2": float("nan")})
+        >>> report.as_json()["r2"] is None
+        True
+        """
+        values = {name: None if math.isnan(value) else value for name, value in self.values.items()}
+        found: dict[str, Any] = {"task": self.task, "examples": self.examples, **values}
+        if self.scores:
+            found["labels"] = {name: vars(score) for name, score in self.scores.items()}
+        if self.confusion is not None:
+            found["confusion"] = self.confusion.tolist()
+        return found
+
+    def __str__(self) -> str:
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in self.values.items())
+        lines = [f"{counted(self.examples, 'text')}: {metrics}"]
+        if self.scores:
+            width = max(5, *map(len, self.labels))
+            lines.append(f"{'label':<{width}}  precision  recall     f1  texts")
+            for name, score in self.scores.items():
+                lines.append(
+                    f"{name:<{width}}  {score.precision:9.3f}  {score.recall:6.3f}  {score.f1:5.3f}  "
+                    f"{score.support:5d}"
+                )
+        if self.confusion is not None and len(self.labels) <= _MOST_IN_MATRIX:
+            lines += ["", *self._matrix(self.confusion)]
+        return "\n".join(lines)
+
+    def _matrix(self, confusion: Array) -> list[str]:
+        first = max(16, *map(len, self.labels))
+        width = max(5, *map(len, self.labels), len(str(confusion.max())))
+        heads = "  ".join(f"{name:>{width}}" for name in self.labels)
+        rows = ("  ".join(f"{count:>{width}d}" for count in row) for row in confusion.tolist())
+        return [
+            f"{'true | predicted':<{first}}  {heads}",
+            *(f"{name:<{first}}  {row}" for name, row in zip(self.labels, rows, strict=True)),
+        ]
+
+
+def _single(labels: tuple[str, ...], logits: Array, targets: Array) -> ClassificationReport:
+    k, predicted = len(labels), logits.argmax(axis=1)
+    confusion = np.bincount(targets * k + predicted, minlength=k * k).reshape(k, k)
+    chances = probabilities("single", logits)
+    right = predicted == targets
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(targets)), targets]
+    scores = _scores(labels, np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1))
+    values = {
+        "loss": float(losses.mean()),
+        "accuracy": float(right.mean()),
+        "macro_f1": float(np.mean([score.f1 for score in scores.values()])),
+        "calibration_error": _calibration_error(chances.max(axis=1), right),
+    }
+    return ClassificationReport("single", labels, len(targets), values, scores, confusion)
+
+
+def _several(labels: tuple[str, ...], logits: Array, truth: Array) -> ClassificationReport:
+    predicted = logits >= 0
+    hits = (predicted & truth).sum(axis=0)
+    scores = _scores(labels, hits, predicted.sum(axis=0), truth.sum(axis=0))
+    total = predicted.sum() + truth.sum()
+    losses = np.maximum(logits, 0) - logits * truth + np.log1p(np.exp(-np.abs(logits)))
+    values = {
+        "loss": float(losses.mean()),
+        "subset_accuracy": float((predicted == truth).all(axis=1).mean()),
+        "micro_f1": float(2 * hits.sum() / total) if total else 0.0,
+        "macro_f1": float(np.mean([score.f1 for score in scores.values()])),
+    }
+    return ClassificationReport("multi", labels, len(truth), values, scores)
+
+
+def _regression(predicted: Array, targets: Array) -> dict[str, float]:
+    found, truth = predicted.ravel(), np.asarray(targets, np.float64).ravel()
+    error = found - truth
+    mse, spread = float((error**2).mean()), float(((truth - truth.mean()) ** 2).mean())
+    return {
+        "loss": mse,
+        "mae": float(np.abs(error).mean()),
+        "rmse": math.sqrt(mse),
+        "r2": 1 - mse / spread if spread else math.nan,
+        "pearson": _correlation(found, truth),
+        "spearman": _correlation(_ranks(found), _ranks(truth)),
+    }
+
+
+def _scores(labels: tuple[str, ...], hits: Array, predicted: Array, true: Array) -> dict[str, LabelScore]:
+    made = {}
+    rows = zip(labels, hits.tolist(), predicted.tolist(), true.tolist(), strict=True)
+    for name, right, chosen, support in rows:
+        both = chosen + support
+        made[name] = LabelScore(
+            right / chosen if chosen else 0.0,
+            right / support if support else 0.0,
+            2 * right / both if both else 0.0,
+            support,
+        )
+    return made
+
+
+def _calibration_error(confidence: Array, right: Array) -> float:
+    """The mean difference of confidence and accuracy over bins of confidence    (Guo et al. 2017, eq. 3)."""
+    bins = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
+    gap = np.bincount(bins, confidence, _BINS) - np.bincount(bins, right.astype(np.float64), _BINS)
+    return float(np.abs(gap).sum() / len(right))
+
+
+def _correlation(a: Array, b: Array) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale else math.nan
+
+
+def _ranks(values: Array) -> Array:
+    """The rank of each value; equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[inverse])

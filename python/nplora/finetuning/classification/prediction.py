@@ -1,0 +1,189 @@
+"""evaluate_classifier and predict_rows: a classifier on the rows of files or of Python."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.finetuning.classification.labelled import Columns, RowReader, rows_of, targets_of, text_of
+from nplora.finetuning.classification.metrics import ClassificationReport
+from nplora.finetuning.data import Data
+from nplora.finetuning.data.bad_rows import BadRows
+from nplora.finetuning.data.rows import Row
+from nplora.finetuning.data.sources import Source, sources_of
+from nplora.finetuning.options import parse_columns
+from nplora.finetuning.token_progress import speaker
+from nplora.formats.errors import DataError, LimitError, counted
+from nplora.lm import TextClassifier
+from nplora.lm.classifier import probabilities
+from nplora.runtime.user_warning import warn_user
+
+Array = npt.NDArray[Any]
+
+_ROWS = 1024  # rows that are predicted at a time
+
+
+@_check.keywords
+def evaluate_classifier(
+    classifier: TextClassifier,
+    data: Data,
+    columns: Mapping[str, str] | str | None = None,
+    separator: str = "|",
+    skip_bad: bool = False,
+    progress: bool | None = False,
+) -> ClassificationReport:
+    """Compare the predictions of a classifier with the labels of rows.
+
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> classifier = nplora.new_classifier(encoder, ["order", "refund"])
+        >>> rows = [{"text": "a refund", "label": "refund"}, {"text": "where is it", "label": "order"}]
+        >>> report = nplora.finetuning.evaluate_classifier(classifier, rows)
+        >>> report.examples, report.confusion.sum()
+        (2, 2)
+
+    Args:
+        data: rows as for `train_classifier`. In a directory, the validation data are read, or else train.csv.
+        columns, separator, skip_bad: as for `train_classifier`.
+        progress: print on stderr how many rows are done; None: only on a terminal or in a notebook.
+    Raises:
+        DataError: a row is wrong, or has a label that the classifier does not know. With `skip_bad`, such
+            rows are left out, and a warning says how many.
+        ValueError: the classifier classifies tokens.
+    Warns:
+        UserWarning: texts were cut, or rows were skipped.
+    """
+    op = "evaluate_classifier"
+    _require_texts(op, classifier)
+    labels = None if classifier.task == "regression" else classifier.labels
+    reader = RowReader(Columns.of(op, parse_columns(columns, op)), classifier.task, separator, labels)
+    rows = reader.read(sources_of(op, data), skip_bad)
+    if rows.bad.count:
+        warn_user(f"{op}: {rows.bad.reason()}")
+    predictor, done = _Predictor(op, classifier), _Done(progress, len(rows))
+    parts = list[Array]()
+    for begin in range(0, len(rows), _ROWS):
+        texts = rows.texts[begin : begin + _ROWS]
+        parts.append(predictor.logits(texts))
+        done.add(len(texts))
+    predictor.warn()
+    targets = targets_of(rows, classifier.task, classifier.labels)
+    return ClassificationReport.of(classifier.task, classifier.labels, np.concatenate(parts), targets)
+
+
+def predict_rows(
+    classifier: TextClassifier,
+    data: Data,
+    columns: Mapping[str, str] | str | None = None,
+    skip_bad: bool = False,
+    progress: bool | None = False,
+) -> Iterator[dict[str, Any]]:
+    """Yield each row with the prediction for its text.
+
+    The fields of the row stay. New are "prediction" and, for labels, "probability" (that of the predicted
+    label; for several labels, the least) and "probabilities" (of all labels, by name).
+
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> classifier = nplora.new_classifier(encoder, ["order", "refund"])
+        >>> row = next(nplora.finetuning.predict_rows(classifier, [{"id": 7, "text": "a refund"}]))
+        >>> list(row), sorted(row["probabilities"])
+        (['id', 'text', 'prediction', 'probability', 'probabilities'], ['order', 'refund'])
+
+    Args:
+        data: rows with a text. Rows are read when they are needed.
+        columns: the name of the field with the text, as in text=review.
+        skip_bad: leave out rows without a text, and say at the end how many there were.
+        progress: as in `evaluate_classifier`.
+    Raises:
+        DataError: a row has no text, and `skip_bad` is not set. ValueError: the classifier classifies tokens.
+    Warns:
+        UserWarning: texts were cut, texts were empty, or rows were skipped.
+    """
+    op = "predict_rows"
+    _require_texts(op, classifier)
+    column = Columns.of(op, parse_columns(columns, op)).text
+    return _predicted(_Predictor(op, classifier), sources_of(op, data), column, skip_bad, progress)
+
+
+def _predicted(
+    predictor: _Predictor, sources: Iterable[Source], column: str, skip_bad: bool, progress: bool | None
+) -> Iterator[dict[str, Any]]:
+    held, texts, bad, done = list[Row](), list[str](), BadRows(), _Done(progress)
+    for row in rows_of(sources):
+        try:
+            texts.append(text_of(row, column))
+        except (DataError, LimitError) as error:
+            bad.skip(error, skip_bad)
+            continue
+        held.append(row)
+        if len(held) == _ROWS:
+            yield from predictor.rows(held, texts)
+            done.add(len(held))
+            held, texts = [], []
+    yield from predictor.rows(held, texts)
+    predictor.warn()
+    if bad.count:
+        warn_user(f"predict_rows: {bad.reason()}")
+
+
+class _Done:
+    """Prints how many texts are done, how many a second, and the time left if their number is known."""
+
+    def __init__(self, progress: bool | None, total: int | None = None) -> None:
+        self._say, self._total = speaker(progress), total
+        self._count, self._begun = 0, time.monotonic()
+
+    def add(self, count: int) -> None:
+        self._count += count
+        rate = self._count / max(1e-9, time.monotonic() - self._begun)
+        total = "" if self._total is None else f" of {self._total:,}"
+        left = "" if self._total is None else f", {(self._total - self._count) / rate:.0f} s left"
+        self._say(f"{self._count:,}{total} texts, {rate:.1f} texts/s{left}")
+
+
+class _Predictor:
+    """Predicts texts, and counts those that were cut or empty."""
+
+    def __init__(self, op: str, classifier: TextClassifier) -> None:
+        self._op, self._classifier = op, classifier
+        self._cut = self._empty = 0
+
+    def logits(self, texts: list[str]) -> Array:
+        encoder = self._classifier.encoder
+        ids, cut = encoder.tokenizer.encode_texts(texts, encoder.max_length)
+        self._cut += cut
+        self._empty += sum(not text.strip() for text in texts)
+        return self._classifier.logits_of_ids(ids)
+
+    def rows(self, held: list[Row], texts: list[str]) -> Iterator[dict[str, Any]]:
+        if not held:
+            return
+        classifier = self._classifier
+        logits = self.logits(texts)
+        decided = classifier.decided(logits)
+        if classifier.task == "regression":
+            for row, value in zip(held, decided, strict=True):
+                yield {**row.values, "prediction": value}
+            return
+        chances = probabilities(classifier.task, logits)
+        for row, value, own in zip(held, decided, chances, strict=True):
+            chosen = own.max() if classifier.task == "single" else np.maximum(own, 1 - own).min()
+            named = dict(zip(classifier.labels, own.tolist(), strict=True))
+            yield {**row.values, "prediction": value, "probability": float(chosen), "probabilities": named}
+
+    def warn(self) -> None:
+        """Warn of texts that were cut, and of empty texts."""
+        longest = self._classifier.encoder.max_length
+        if self._cut:
+            warn_user(f"{self._op}: {counted(self._cut, 'text')} had more than {longest} tokens and were cut")
+        if self._empty:
+            warn_user(f"{self._op}: {counted(self._empty, 'empty text')}; the predictions mean little")
+
+
+def _require_texts(op: str, classifier: TextClassifier) -> None:
+    if classifier.classifies_tokens:
+        raise ValueError(f"{op}: the classifier classifies tokens, expected one of whole texts")

@@ -1,0 +1,76 @@
+"""TextBatches: batches of token ids and targets. The order depends only on seed and epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.trainer.batches import ArrayBatches
+from nplora.trainer.fingerprint import fingerprint
+
+Array = npt.NDArray[Any]
+
+
+class TextBatches:
+    """The token ids of texts and their targets, `batch_size` texts at a time, for `Trainer.fit`.
+
+        >>> ids, labels = [[2, 5, 3], [2, 5, 6, 3], [2, 7, 3]], np.array([0, 1, 1])
+        >>> batches = nplora.finetuning.TextBatches(ids, labels, batch_size=2)
+        >>> [len(x) for x, y in batches.epoch(0, 0)]
+        [2, 1]
+
+    Args:
+        ids: the token ids of each text, with the special tokens.
+        targets: the targets, as the loss takes them.
+        shuffle: whether each epoch has the texts in a new random order.
+        seed: the seed of the order.
+    Attributes:
+        length: the number of batches in an epoch.
+    Raises:
+        ValueError: there are no texts, or another number of targets.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[Sequence[int]],
+        targets: Array,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self._ids, self._targets = list(ids), np.asarray(targets)
+        _check.integer("TextBatches", "batch_size", batch_size, least=1)
+        numbers = np.arange(len(self._ids))
+        self._numbers = ArrayBatches(
+            "TextBatches", numbers, self._targets, batch_size, shuffle, seed, ("ids", "targets")
+        )
+
+    @property
+    def length(self) -> int:
+        return self._numbers.length
+
+    def epoch(self, epoch: int, skip: int) -> Iterator[tuple[list[Sequence[int]], Array]]:
+        """The batches of an epoch (counted from 0), without its first `skip` batches."""
+        for numbers, targets in self._numbers.epoch(epoch, skip):
+            yield [self._ids[i] for i in numbers.tolist()], targets
+
+    def __iter__(self) -> Iterator[tuple[list[Sequence[int]], Array]]:
+        return self.epoch(0, 0)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a resumed run must have in common with the first run, as JSON values."""
+        found = hashlib.sha256()
+        for text in self._ids:
+            found.update(np.array([len(text), *text], np.int64).tobytes())
+        targets = fingerprint(self._targets, whole=True)
+        return {**self._numbers.identity(), "x": found.hexdigest(), "y": targets}
+
+    def log_summary(self) -> dict[str, Any]:
+        """What the log of a run says about these batches."""
+        tokens = sum(map(len, self._ids))
+        return {**self._numbers.log_summary(), "tokens": tokens}

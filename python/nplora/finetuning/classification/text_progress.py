@@ -1,0 +1,20 @@
+"""TextProgress: a line of progress on stderr while a classifier is trained."""
+
+from __future__ import annotations
+
+from nplora.finetuning.token_progress import TokenProgress
+
+
+class TextProgress(TokenProgress):
+    """A line with the mean loss of the last steps, texts per second, peak memory and the time left.
+
+    Args:
+        counted: what the loss counts for each text: 1, or the number of labels.
+    """
+
+    def __init__(self, counted: int = 1) -> None:
+        super().__init__()
+        self._counted = counted
+
+    def _rate(self, seconds: float) -> str:
+        return f"{sum(record.count for record in self._recent) / self._counted / seconds:.1f} texts/s"

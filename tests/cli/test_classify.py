@@ -1,0 +1,93 @@
+"""`nplora classify`: train, eval and predict."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from nplora import cli
+from small_encoder import save_small_encoder
+
+pytest.importorskip("tokenizers")
+
+LINES = ["a cat and a dog,pet", "return an order,shop", "the cat sat,pet", '"where, is my parcel",shop']
+FAST = ["--rank", "2", "--lr", "0.01", "--epochs", "20"]
+
+
+def status_of(words: list[str]) -> object:
+    try:
+        return cli.main(words)
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    save_small_encoder(tmp_path / "model")
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *LINES]) + "\n")
+    return tmp_path
+
+
+def test_the_command_trains_evaluates_and_predicts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["classify", "train", "model", "--data", "train.csv", "--output", "out", *FAST]
+    assert cli.main(train) == 0
+    out, err = capsys.readouterr()
+    assert "2 labels: pet, shop" in out
+    assert "texts/s" in err
+    assert "left" in err
+    shared = ["model", "--adapter", "out", "--data", "train.csv"]
+    assert cli.main(["classify", "eval", *shared]) == 0
+    assert "accuracy 1.0000" in capsys.readouterr().out
+    assert cli.main(["classify", "eval", *shared, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["confusion"] == [[2, 0], [0, 2]]
+    assert cli.main(["classify", "predict", *shared]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prediction"] for row in rows] == ["pet", "shop", "pet", "shop"]
+    assert cli.main(["classify", "predict", *shared, "--output", "found.csv"]) == 0
+    table = list(csv.DictReader((here / "found.csv").read_text().splitlines()))
+    assert [row["text"] for row in table] == [row["text"] for row in rows]
+    assert [float(row["probability pet"]) for row in table] == [row["probabilities"]["pet"] for row in rows]
+    assert cli.main(["classify", "predict", *shared, "--output", "found.jsonl"]) == 0
+    assert [json.loads(line) for line in (here / "found.jsonl").read_text().splitlines()] == rows
+    capsys.readouterr()
+    assert cli.main(["classify", "predict", *shared, "--output", "found.csv"]) == 2
+    assert "the file exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train model --data train.csv", "--output DIR is missing"),
+        ("train model --data train.csv --output out --adapter x", "--adapter is for eval and predict"),
+        ("train model --data train.csv --output out --json", "--json is for eval and predict"),
+        ("eval model --data train.csv --rank 3", "--rank is an option of classify train"),
+        ("eval model --data train.csv --resume", "--resume is an option of classify train"),
+        ("predict model --data train.csv --valid v", "--valid is an option of classify train"),
+        ("predict model --data train.csv --output a.txt", "expected a name that ends in .csv or .jsonl"),
+        ("eval model --data train.csv", "the model has no layer 'classifier', expected the files of a"),
+        ("train model --data train.csv --output out --task many", "invalid choice: 'many'"),
+        ("train model --data no.csv --output out", "no such file: no.csv"),
+        ("train model --data train.csv --output out --lr 0", "lr is 0.0, expected above 0"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    words: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(["classify", *words.split()]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (here / "out").exists()
+
+
+def test_a_file_of_predictions_is_not_left_behind_after_an_error(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["classify", "train", "model", "--data", "train.csv", "--output", "out", *FAST]) == 0
+    (here / "rows.jsonl").write_text('{"text": "a cat"}\n{"review": "a cat"}\n')
+    words = ["classify", "predict", "model", "--adapter", "out", "--data", "rows.jsonl", "--output", "p.csv"]
+    assert cli.main(words) == 2
+    assert "rows.jsonl, line 2: no field 'text'" in capsys.readouterr().err
+    assert not (here / "p.csv").exists()

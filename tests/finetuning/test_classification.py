@@ -1,0 +1,286 @@
+"""Classifiers of texts: training, resuming, labels, metrics and bad rows."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora.finetuning import (
+    ClassificationReport,
+    ClassifyOptions,
+    evaluate_classifier,
+    predict_rows,
+    train_classifier,
+)
+from nplora.finetuning.classification.calibration import temperature
+from nplora.formats.errors import DataError
+from nplora.trainer import Callback, Run, StepRecord
+from small_encoder import WORDS, save_small_encoder
+
+pytest.importorskip("tokenizers")
+
+PETS, OTHERS = ("cat", "dog"), WORDS[15:28]
+FAST: dict[str, Any] = {"rank": 2, "lr": 1e-2, "batch_examples": 8}
+
+
+def some_rows(count: int = 48, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts of random words. Those with a pet have the label "pet"."""
+    rng, rows = np.random.default_rng(seed), list[dict[str, Any]]()
+    for _ in range(count):
+        words = rng.choice(OTHERS, 5).tolist()
+        pets = [pet for pet in PETS if rng.random() < 0.3]
+        words += pets
+        rng.shuffle(words)
+        row = {"text": " ".join(words), "label": "pet" if pets else "shop", "pets": pets}
+        rows.append({**row, "number": 10.0 + 5 * len(pets)})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_encoder(tmp_path_factory.mktemp("model"))
+
+
+def test_a_classifier_learns_and_its_adapter_is_read_again(model: Path, tmp_path: Path) -> None:
+    rows = some_rows()
+    run = train_classifier(model, rows, tmp_path, valid=some_rows(40, 1), epochs=8, **FAST)
+    assert run.classifier.labels == ("pet", "shop")
+    assert run.valid is not None
+    assert run.valid.values["accuracy"] >= 0.9
+    again = nplora.load_classifier(model, tmp_path)
+    assert again.encoder.max_length == 32
+    texts = [row["text"] for row in rows]
+    np.testing.assert_array_equal(again.logits(texts), run.classifier.logits(texts))
+    assert evaluate_classifier(again, some_rows(40, 1)).as_json() == run.valid.as_json()
+    predicted = list(predict_rows(again, iter(rows)))
+    assert [row["prediction"] for row in predicted] == again.predict(texts)
+    assert list(predicted[0]["probabilities"].values()) == again.predict_proba(texts)[0].tolist()
+
+
+def test_several_labels_for_a_text_are_learned(model: Path, tmp_path: Path) -> None:
+    rows = some_rows()
+    run = train_classifier(model, rows, tmp_path, task="multi", columns="label=pets", epochs=20, **FAST)
+    report = evaluate_classifier(run.classifier, rows, columns={"label": "pets"})
+    assert run.classifier.labels == PETS
+    assert report.values["micro_f1"] >= 0.9
+    separated = [{"text": row["text"], "label": "; ".join(row["pets"])} for row in rows]
+    assert evaluate_classifier(run.classifier, separated, separator=";").as_json() == report.as_json()
+
+
+def test_a_regression_predicts_the_targets_as_they_are(model: Path, tmp_path: Path) -> None:
+    rows = some_rows()
+    run = train_classifier(
+        model, rows, tmp_path, task="regression", columns="label=number", epochs=20, **FAST
+    )
+    found = nplora.load_classifier(model, tmp_path).predict([row["text"] for row in rows])
+    wanted = [row["number"] for row in rows]
+    assert np.corrcoef(found, wanted)[0, 1] > 0.9
+    assert abs(np.mean(found) - np.mean(wanted)) < 1
+    report = evaluate_classifier(run.classifier, rows, columns="label=number")
+    assert math.isclose(report.values["loss"], np.mean(np.subtract(found, wanted) ** 2), rel_tol=1e-5)
+
+
+class _Fail(Callback):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
+        if record.step == self._step:
+            raise OSError("the power is gone")
+
+
+@pytest.mark.parametrize("task", ["single", "regression"])
+def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(task: str, model: Path, tmp_path: Path) -> None:
+    column = "label=number" if task == "regression" else "label=label"
+    options = {**FAST, "task": task, "columns": column, "epochs": 2, "dropout": 0.1, "save_every": 3}
+    options |= {"valid_split": 0.2, "calibrate": task == "single", "accumulate": 2}
+    whole = train_classifier(model, some_rows(), tmp_path / "whole", **options)
+    for step in (1, 3, 4):
+        with pytest.raises(OSError, match="the power is gone"):
+            train_classifier(
+                model, some_rows(), tmp_path / "cut", callbacks=[_Fail(step)], resume=True, **options
+            )
+    again = train_classifier(model, some_rows(), tmp_path / "cut", resume=True, **options)
+    finished = train_classifier(model, some_rows(), tmp_path / "cut", resume=True, **options)
+    files = [Path(tmp_path, name, "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert files[0] == files[1]
+    assert whole.temperature == again.temperature == finished.temperature
+    with pytest.raises(FileExistsError, match="holds a run"):
+        train_classifier(model, some_rows(), tmp_path / "cut", **options)
+    other = [*some_rows()[:-1], {"text": "a cat", "label": "shop", "number": 3}]
+    with pytest.raises(ValueError, match=r"\b[xy]\b"):
+        train_classifier(model, other, tmp_path / "cut", resume=True, **options)
+
+
+def test_balanced_weights_give_all_labels_the_same_weight(model: Path, tmp_path: Path) -> None:
+    """The first loss, whose logits are nearly 0 for all labels, is the mean of weight · log 2."""
+    rows = [{"text": "a cat", "label": 1}] * 2 + [{"text": "the mat", "label": 0}] * 6
+    run = train_classifier(model, rows, tmp_path, class_weights="balanced", steps=1, lr=1e-12)
+    logits = run.classifier.logits([row["text"] for row in rows]).astype(np.float64)
+    labels, weights = np.array([1, 1, 0, 0, 0, 0, 0, 0]), np.array([8 / 12, 8 / 4])
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(8), labels]
+    assert math.isclose(run.history.loss[0], (weights[labels] * losses).mean(), rel_tol=1e-6)
+    assert run.classifier.labels == ("0", "1")
+
+
+def test_labels_are_sorted_by_their_value(model: Path, tmp_path: Path) -> None:
+    rows = [{"text": "a cat", "label": label} for label in ("10", "9", "-1", "b", "a")]
+    run = train_classifier(model, rows, tmp_path, steps=1)
+    assert run.classifier.labels == ("-1", "9", "10", "a", "b")
+
+
+def test_long_texts_are_cut_and_counted(model: Path, tmp_path: Path) -> None:
+    rows = [{"text": "a cat " * 40, "label": "pet"}, {"text": "the mat", "label": "shop"}]
+    run = train_classifier(model, rows, tmp_path, steps=1, max_length=10)
+    assert run.cut == 1
+    assert "1 text had more than 10 tokens and were cut" in str(run)
+    again = nplora.load_classifier(model, tmp_path)
+    assert again.encoder.max_length == 10
+    with pytest.warns(UserWarning, match="1 text had more than 10 tokens"):
+        evaluate_classifier(again, rows)
+
+
+ROW = {"text": "a cat", "label": "pet"}
+SHOP = {"text": "the mat", "label": "shop"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([ROW, ROW], {}, "all rows have the label 'pet', expected at least 2 labels"),
+        ([ROW, {"text": "", "label": "shop"}], {}, "data, row 2: the text is empty"),
+        ([ROW, {"text": " \n", "label": "shop"}], {}, "data, row 2: the text is empty"),
+        ([ROW, {"text": None, "label": "shop"}], {}, "row 2: 'text' is None, expected a text"),
+        ([ROW, {"label": "shop"}], {}, r"row 2: no field 'text', only \['label'\]"),
+        ([ROW, {"text": "a"}], {}, "row 2: no field 'label'.*--columns label=NAME"),
+        ([ROW, {"text": "a", "label": 3}], {}, "row 2: the label 3 is a number, but data, row 1 has 'pet'"),
+        ([ROW, {"text": "a", "label": 0.5}], {}, "row 2: the label is 0.5, expected .* an integer; --task"),
+        ([ROW, {"text": "a", "label": float("nan")}], {}, "row 2: the label is nan, expected"),
+        ([ROW, {"text": "a", "label": None}], {}, "row 2: the label is None, expected"),
+        ([ROW, {"text": "a", "label": " "}], {}, "row 2: the label is empty"),
+        ([ROW, {"text": "a", "label": ["pet", 1]}], {"task": "multi"}, "row 2: the label 1 is a number"),
+        ([{"text": "a", "label": []}], {"task": "multi"}, "no row has a label"),
+        ([{"text": "a", "label": float("nan")}], {"task": "regression"}, "the target is nan, expected"),
+        ([{"text": "a", "label": "1e999"}], {"task": "regression"}, "row 1: the target is '1e999'"),
+        ([{"text": "a", "label": 1e39}], {"task": "regression"}, "row 1: the target is 1e"),
+        ([{"text": "a", "label": True}], {"task": "regression"}, "row 1: the target is True"),
+        ([{"text": "a", "label": "many"}], {"task": "regression"}, "row 1: the target is 'many'"),
+        ([ROW, SHOP], {"valid": [{"text": "a", "label": "zoo"}]}, "the label 'zoo' is unknown"),
+        ([ROW, SHOP], {"valid_split": 1e-9}, "valid_split=1e-09 holds out 0 of 2 rows"),
+    ],
+)  # fmt: skip
+def test_wrong_rows_are_refused_with_their_place(
+    rows: list[dict[str, Any]], options: dict[str, Any], message: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=message):
+        train_classifier(model, rows, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_rows_are_skipped_and_counted_on_request(model: Path, tmp_path: Path) -> None:
+    bad = {"text": "", "label": "shop"}
+    run = train_classifier(model, [ROW, bad, SHOP, bad], tmp_path, steps=1, skip_bad=True)
+    assert run.examples == 2
+    assert "2 bad rows skipped (data, row 2: the text is empty" in str(run)
+    with pytest.warns(UserWarning, match="1 bad row skipped .*the label 'zoo' is unknown"):
+        report = evaluate_classifier(run.classifier, [ROW, {"text": "a", "label": "zoo"}], skip_bad=True)
+    assert report.examples == 1
+    with pytest.raises(DataError, match="the label 'zoo' is unknown, expected one of 'pet', 'shop'"):
+        evaluate_classifier(run.classifier, [ROW, {"text": "a", "label": "zoo"}])
+    with pytest.warns(UserWarning, match="1 empty text; the predictions mean little"):
+        assert len(list(predict_rows(run.classifier, [{"text": ""}]))) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "several"}, "task='several' is not available"),
+        ({"task": "multi", "class_weights": "balanced"}, "class_weights='balanced' needs the task 'single'"),
+        ({"task": "regression", "calibrate": True}, "calibrate is for labels"),
+        ({"epochs": 1, "steps": 1}, "epochs and steps are both given"),
+        ({"separator": ""}, "separator is '', expected a text"),
+        ({"valid_split": 1.0}, "valid_split is 1.0, expected between 0 and 1"),
+        ({"rank": 0}, "rank is 0"),
+        ({"lr": 0}, "lr is 0, expected above 0"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClassifyOptions(**options)
+
+
+def test_calibration_needs_validation_data(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="calibrate needs validation data"):
+        train_classifier(model, [ROW, SHOP], tmp_path / "out", calibrate=True)
+
+
+def test_unknown_columns_are_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="columns names 'prompt', expected text or label"):
+        train_classifier(model, [ROW, SHOP], tmp_path / "out", columns="prompt=x")
+
+
+# ---- metrics, against scikit-learn ----
+
+
+def test_the_metrics_of_single_labels_are_those_of_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    logits, truth = rng.normal(size=(200, 4)), rng.integers(0, 3, 200)  # the last label never occurs
+    report = ClassificationReport.of("single", list("abcd"), logits, truth)
+    predicted = logits.argmax(axis=1)
+    assert report.confusion is not None
+    every = list(range(4))
+    np.testing.assert_array_equal(report.confusion, metrics.confusion_matrix(truth, predicted, labels=every))
+    chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert math.isclose(report.values["loss"], metrics.log_loss(truth, chances, labels=every))
+    found = np.array([[s.precision, s.recall, s.f1, s.support] for s in report.scores.values()]).T
+    wanted = metrics.precision_recall_fscore_support(truth, predicted, labels=every, zero_division=0)
+    np.testing.assert_allclose(found, wanted)
+    assert math.isclose(report.values["accuracy"], metrics.accuracy_score(truth, predicted))
+    assert math.isclose(report.values["macro_f1"], wanted[2].mean())
+
+
+def test_the_metrics_of_several_labels_are_those_of_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    logits, truth = rng.normal(size=(150, 3)), rng.integers(0, 2, (150, 3))
+    report = ClassificationReport.of("multi", list("abc"), logits, truth)
+    predicted = (logits >= 0).astype(int)
+    for name, average in (("micro_f1", "micro"), ("macro_f1", "macro")):
+        assert math.isclose(report.values[name], metrics.f1_score(truth, predicted, average=average))
+    assert math.isclose(report.values["subset_accuracy"], metrics.accuracy_score(truth, predicted))
+    losses = [metrics.log_loss(truth[:, i], 1 / (1 + np.exp(-logits[:, i]))) for i in range(3)]
+    assert math.isclose(report.values["loss"], np.mean(losses))
+
+
+def test_the_metrics_of_numbers_are_those_of_scipy_and_scikit_learn() -> None:
+    metrics, stats = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 5, 60).astype(float)  # with ties
+    found = truth + rng.normal(size=60)
+    values = ClassificationReport.of("regression", ["score"], found[:, None], truth[:, None]).values
+    assert math.isclose(values["mae"], metrics.mean_absolute_error(truth, found))
+    assert math.isclose(values["r2"], metrics.r2_score(truth, found))
+    assert math.isclose(values["pearson"], stats.pearsonr(truth, found).statistic)
+    assert math.isclose(values["spearman"], stats.spearmanr(truth, found).statistic)
+    constant = ClassificationReport.of("regression", ["score"], found[:, None], np.ones((60, 1)))
+    assert json.loads(json.dumps(constant.as_json(), allow_nan=False))["r2"] is None
+
+
+@pytest.mark.parametrize("task", ["single", "multi"])
+def test_the_temperature_has_the_lowest_loss(task: str) -> None:
+    optimize = pytest.importorskip("scipy.optimize")
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.normal(size=(400, 3))
+    noisy = logits / 2.5 + rng.gumbel(size=logits.shape)
+    truth = noisy.argmax(axis=1) if task == "single" else (noisy > 0.5).astype(np.float32)
+
+    def loss(t: float) -> float:
+        return ClassificationReport.of(task, list("abc"), logits / t, truth).values["loss"]
+
+    wanted = optimize.minimize_scalar(loss, bounds=(0.1, 50), method="bounded", options={"xatol": 1e-8}).x
+    assert math.isclose(temperature(task, logits, truth), wanted, rel_tol=1e-5)

@@ -11,6 +11,16 @@ if importlib.util.find_spec("sklearn") is None:
 
 from nplora.sklearn.lora_classifier import LoRAClassifier
 from nplora.sklearn.lora_regressor import LoRARegressor
+from nplora.sklearn.lora_text_classifier import LoRATextClassifier
+from nplora.sklearn.lora_text_regressor import LoRATextRegressor
 from nplora.sklearn.networks import read_network
+from nplora.sklearn.text_embedder import TextEmbedder
 
-__all__ = ["LoRAClassifier", "LoRARegressor", "read_network"]
+__all__ = [
+    "LoRAClassifier",
+    "LoRARegressor",
+    "LoRATextClassifier",
+    "LoRATextRegressor",
+    "TextEmbedder",
+    "read_network",
+]

@@ -1,0 +1,94 @@
+"""LoRATextRegressor: a pretrained encoder with LoRA, as a regressor of scikit-learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nplora.formats.files import StrPath
+from nplora.sklearn.regression import RegressorBase
+from nplora.sklearn.texts import TextEstimator
+
+
+class LoRATextRegressor(RegressorBase, TextEstimator):
+    """Predict numbers from texts with a pretrained encoder, LoRA and a new head.
+
+    X is a list or a column of texts; y has one number or several for each. Clones and pickles are as for
+    `LoRATextClassifier`.
+
+        >>> X = ["a cat", "a dog", "the cat and the dog", "the mat"] * 4
+        >>> y = [1, 1, 2, 0] * 4
+        >>> model = nplora.sklearn.LoRATextRegressor("encoder-model", epochs=40, lr=1e-2, random_state=0)
+        >>> model.fit(X, y).score(X, y) > 0.8
+        True
+
+    Args:
+        model: the path of an encoder, as for `nplora.load_encoder`.
+        rank, alpha, dropout, layers: the settings of LoRA, as in `Encoder.add_lora`.
+        targets: the layers to adapt: "all-linear", or the ends of their names.
+        max_length: the number of tokens after which texts are cut; None: that of the model.
+        lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the run, as in `Trainer`.
+        loss: "mse" or "huber".
+        early_stopping: hold rows out, stop after `patience` epochs without a lower loss on them, and keep the
+            factors of the best epoch.
+        validation_fraction, patience: the share of rows that is held out, and the epochs to wait.
+        checkpoint_dir, warm_start, random_state, verbose: as in `LoRAClassifier`.
+    Attributes:
+        model_: the trained `TextClassifier`. `nplora.save_adapter(estimator.model_, directory)` saves it
+            as PEFT's adapter.
+        n_iter_, loss_curve_, validation_curve_: as in `LoRAClassifier`.
+    """
+
+    _task = "regression"
+
+    def __init__(
+        self,
+        model: StrPath | None = None,
+        *,
+        rank: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        targets: str | Sequence[str] = "all-linear",
+        layers: str | None = None,
+        max_length: int | None = None,
+        lr: float = 1e-3,
+        epochs: int = 3,
+        batch_size: int = 32,
+        weight_decay: float = 0.01,
+        schedule: str = "cosine",
+        loss: str = "mse",
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        patience: int = 5,
+        checkpoint_dir: StrPath | None = None,
+        warm_start: bool = False,
+        random_state: int | np.random.RandomState | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.model = model
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        self.targets = targets
+        self.layers = layers
+        self.max_length = max_length
+        self.lr = lr
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.loss = loss
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.checkpoint_dir = checkpoint_dir
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags

@@ -1,0 +1,180 @@
+"""TextEstimator: the part of an estimator that is about texts and pretrained encoders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.finetuning import TextBatches
+from nplora.formats import files
+from nplora.formats.errors import FormatError, counted
+from nplora.formats.files import StrPath
+from nplora.lm import Encoder, TextClassifier, load_encoder, new_classifier
+from nplora.nn.module import Module
+from nplora.runtime.user_warning import warn_user
+from nplora.sklearn.base import LoRAEstimator
+from nplora.trainer import Batches
+from nplora.trainer.fingerprint import base_fingerprint, factors, set_factors
+
+Array = npt.NDArray[Any]
+
+# The encoders in use, by path and time of change. Estimators over one model share its frozen weights.
+_loaded: weakref.WeakValueDictionary[tuple[str, int], Encoder] = weakref.WeakValueDictionary()
+
+
+def shared_encoder(op: str, model: StrPath | None) -> Encoder:
+    """Load an encoder, or return the one that is loaded from this path already.
+
+    Raises:
+        TypeError: `model` is no path. Other errors: see `load_encoder`.
+    """
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(f"{op}: model is {_check.kind(model)}, expected the path of an encoder")
+    place = Path(files.absolute(model))
+    key = os.fspath(place), place.stat().st_mtime_ns
+    found = _loaded.get(key)
+    if found is None:
+        found = _loaded[key] = load_encoder(model, pooling="mean")
+    return found
+
+
+def texts_of(op: str, X: Any) -> list[str]:
+    """The texts as a list.
+
+    Raises:
+        ValueError: X is not a sequence of texts, or it is empty.
+    """
+    if isinstance(X, str) or not np.iterable(X) or getattr(X, "ndim", 1) != 1:
+        raise ValueError(f"{op}: X is {_check.kind(X)}, expected a list or a column of texts")
+    texts = list(X)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{op}: X[{i}] is {_check.kind(text)}, expected a text")
+    if not texts:
+        raise ValueError(f"{op}: X has no texts")
+    return texts
+
+
+@dataclass(frozen=True)
+class StoredClassifier:
+    """A fitted model as it is pickled: without the frozen weights.
+
+    Attributes:
+        path: the encoder.
+        labels, task, lora, max_length: what the model is built from.
+        values, streams: the trained arrays, and the dropout streams.
+        base: the fingerprint of the frozen weights.
+    """
+
+    path: str
+    labels: tuple[str, ...]
+    task: str
+    lora: dict[str, Any]
+    max_length: int
+    values: dict[str, Array]
+    streams: dict[str, list[int]]
+    base: str
+
+    def restored(self) -> TextClassifier:
+        """Read the encoder again and return the model.
+
+        Raises:
+            FormatError: the path has another encoder now. OSError: it cannot be read.
+        """
+        made = _classifier(self.path, self.labels, self.task, self.lora, self.max_length, 0)
+        if base_fingerprint(made, whole=True) != self.base:
+            raise FormatError(f"{self.path}: this is not the encoder that the estimator was fitted with")
+        set_factors(made, self.values)
+        made.set_random_state(self.streams)
+        return made
+
+
+def _classifier(
+    path: StrPath, labels: Sequence[str], task: str, lora: dict[str, Any], max_length: int | None, seed: int
+) -> TextClassifier:
+    encoder = shared_encoder("TextEstimator", path).copied({})
+    if max_length is not None:
+        encoder.max_length = min(max_length, encoder.config.max_position_embeddings)
+    made = new_classifier(encoder, labels, task, seed=seed)
+    made.add_lora(**lora, seed=seed)
+    return made
+
+
+class TextEstimator(LoRAEstimator):
+    """Base class of the estimators over texts: their features are token ids."""
+
+    model_: TextClassifier
+    _task: str
+
+    def _features(self, X: Any, reset: bool) -> list[list[int]]:
+        op = type(self).__name__
+        texts = texts_of(op, X)
+        self._encoder = shared_encoder(op, self.model)
+        longest = self._encoder.max_length
+        if self.max_length is not None:
+            most = self._encoder.config.max_position_embeddings
+            longest = min(_check.integer(op, "max_length", self.max_length, least=1), most)
+        ids, cut = self._encoder.tokenizer.encode_texts(texts, longest)
+        if cut:
+            warn_user(f"{op}: {counted(cut, 'text')} had more than {longest} tokens and were cut")
+        return ids
+
+    def _build(self, x: Any, outputs: int, seed: int) -> Module:
+        targets = self.targets if isinstance(self.targets, str) else tuple(self.targets)
+        lora = {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "targets": targets,
+            "layers": self.layers,
+            "dropout": self.dropout,
+        }
+        self._lora = lora
+        return _classifier(self.model, self._labels(outputs), self._task, lora, self.max_length, seed)
+
+    def _labels(self, outputs: int) -> list[str]:
+        """The names of the outputs, which the saved adapter has."""
+        return [f"target_{i}" for i in range(outputs)]
+
+    def _batches(self, x: Any, y: Array, shuffle: bool, seed: int) -> Batches:
+        return TextBatches(x, y, self.batch_size, shuffle, seed)
+
+    def _outputs(self, x: Any) -> Array:
+        return self.model_.logits_of_ids(x).astype(np.float64)
+
+    def _identity(self, x: Any) -> str:
+        found = hashlib.sha256()
+        for text in x:
+            found.update(np.array([len(text), *text], np.int64).tobytes())
+        return found.hexdigest()
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array, tags.input_tags.one_d_array, tags.input_tags.string = False, True, True
+        tags.no_validation = True
+        return tags
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        state = {name: value for name, value in state.items() if name != "_encoder"}
+        if isinstance(made := state.get("model_"), TextClassifier):
+            values = {name: value.copy() for name, value in factors(made).items()}
+            base = base_fingerprint(made, whole=True)
+            state["model_"] = StoredClassifier(
+                os.fspath(files.absolute(self.model)), made.labels, made.task, self._lora,
+                made.encoder.max_length, values, made.random_state(), base,
+            )  # fmt: skip
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(stored := state.get("model_"), StoredClassifier):
+            state = {**state, "model_": stored.restored()}
+        super().__setstate__(state)

@@ -1,0 +1,139 @@
+"""The estimators over texts, with a small encoder of random numbers."""
+
+import copy
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+
+import nplora
+from nplora.finetuning import train_classifier
+from nplora.formats import safetensors
+from nplora.formats.errors import FormatError
+from nplora.sklearn import LoRATextClassifier, LoRATextRegressor, TextEmbedder
+from small_encoder import save_small_encoder, tensors
+
+pytest.importorskip("tokenizers")
+
+X = ["where is my parcel", "my delivery is late", "return an order", "a refund"] * 5
+Y = ["delivery", "delivery", "return", "return"] * 5
+FAST: dict[str, Any] = {"rank": 2, "epochs": 3, "lr": 1e-2, "batch_size": 8, "random_state": 0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def test_the_classifier_is_that_of_train_classifier(model: Path, tmp_path: Path) -> None:
+    """With the seed that `random_state` gives, both train the same values."""
+    fitted = LoRATextClassifier(model, **FAST).fit(np.array(X, object), Y)
+    seed = int(np.random.RandomState(0).randint(2**31 - 1))
+    rows = [{"text": text, "label": label} for text, label in zip(X, Y, strict=True)]
+    options = {"rank": 2, "epochs": 3, "lr": 1e-2, "batch_examples": 8, "seed": seed, "max_grad_norm": 1e9}
+    wanted = train_classifier(model, rows, tmp_path / "out", **options).classifier
+    np.testing.assert_array_equal(fitted.decision_function(X), np.diff(wanted.logits(X).astype(float))[:, 0])
+    nplora.save_adapter(fitted.model_, tmp_path / "adapter")
+    again = nplora.load_classifier(model, tmp_path / "adapter")
+    assert again.predict(X) == fitted.predict(X).tolist() == Y
+    np.testing.assert_allclose(again.predict_proba(X), fitted.predict_proba(X), rtol=1e-12)
+
+
+def test_copies_and_pickles_predict_the_same(model: Path) -> None:
+    for estimator, y in (
+        (LoRATextClassifier(model, **FAST), Y),
+        (LoRATextRegressor(model, **FAST), range(20)),
+    ):
+        fitted = estimator.fit(X, y)
+        stored = pickle.dumps(fitted)
+        assert len(stored) < 4 * sum(p.value.nbytes for p in fitted.model_.parameters())
+        for other in (copy.deepcopy(fitted), pickle.loads(stored)):
+            np.testing.assert_array_equal(other.predict(X), fitted.predict(X))
+        with pytest.raises(NotFittedError):
+            clone(fitted).predict(X)
+
+
+def test_a_pickle_refuses_another_encoder(tmp_path: Path) -> None:
+    path = save_small_encoder(tmp_path / "encoder")
+    stored = pickle.dumps(LoRATextClassifier(path, **FAST).fit(X, Y))
+    safetensors.save(path / "model.safetensors", tensors(seed=1))
+    os.utime(path, (0, 0))  # the directory has changed, as after a new download
+    with pytest.raises(FormatError, match="not the encoder that the estimator was fitted with"):
+        pickle.loads(stored)
+
+
+def test_a_grid_search_shares_the_frozen_weights(model: Path) -> None:
+    search = GridSearchCV(LoRATextClassifier(model, **FAST), {"rank": [1, 2], "lr": [1e-4, 1e-2]}, cv=2)
+    search.fit(X, Y)
+    assert search.best_params_["lr"] == 1e-2
+    assert search.best_score_ == 1
+    other = LoRATextClassifier(model, **FAST).fit(X, Y)
+    name = "bert.encoder.layer.0.attention.self.query"
+    both = [each.model_.adapter_layers()[name].weight for each in (search.best_estimator_, other)]
+    assert both[0] is both[1]
+
+
+def test_partial_fits_and_interrupted_fits_continue(model: Path, tmp_path: Path) -> None:
+    learner = LoRATextClassifier(model, **FAST)
+    for _ in range(5):
+        learner.partial_fit(X, Y, classes=["delivery", "return", "other"])
+    assert learner.score(X, Y) == 1
+    assert learner.predict_proba(X).shape == (20, 3)
+    kept = LoRATextClassifier(model, checkpoint_dir=tmp_path, **FAST).fit(X, Y)
+    again = LoRATextClassifier(model, checkpoint_dir=tmp_path, **FAST).fit(X, Y)
+    np.testing.assert_array_equal(kept.decision_function(X), again.decision_function(X))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_several_numbers_are_predicted(model: Path) -> None:
+    y = np.c_[np.tile([1.0, 1.0, 5.0, 5.0], 5), np.ones(20)]
+    fitted = LoRATextRegressor(model, **FAST | {"epochs": 20}).fit(X, y)
+    assert fitted.predict(X).shape == (20, 2)
+    np.testing.assert_allclose(fitted.predict(X), y, atol=1)
+
+
+def test_an_embedder_stands_in_a_pipeline(model: Path) -> None:
+    embedder = TextEmbedder(model, max_length=8)
+    np.testing.assert_array_equal(embedder.transform(X), nplora.load_encoder(model).embed(X, max_length=8))
+    pipeline = make_pipeline(embedder, LogisticRegression(C=100))
+    assert cross_val_score(pipeline, X, Y, cv=2).mean() == 1
+    again = pickle.loads(pickle.dumps(embedder))
+    np.testing.assert_array_equal(again.transform(X), embedder.transform(X))
+    assert list(embedder.get_feature_names_out()[:2]) == ["textembedder0", "textembedder1"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "message"),
+    [
+        ("a text", ["a"], "X is 'a text', expected a list or a column of texts"),
+        ([1, 2], ["a", "b"], r"X\[0\] is a int, expected a text"),
+        (["a", None], ["a", "b"], r"X\[1\] is a NoneType"),
+        ([], [], "X has no texts"),
+        (np.array([["a"], ["b"]]), ["a", "b"], "expected a list or a column of texts"),
+        (["a", "b"], ["a", "a"], "only one class"),
+        (["a", "b"], ["a"], "inconsistent numbers of samples"),
+    ],
+)
+def test_wrong_texts_are_refused(texts: Any, labels: list[str], message: str, model: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoRATextClassifier(model, **FAST).fit(texts, labels)
+
+
+def test_a_missing_model_is_said(model: Path) -> None:
+    with pytest.raises(TypeError, match="model is a NoneType, expected the path of an encoder"):
+        LoRATextClassifier().fit(X, Y)
+    with pytest.raises(TypeError, match="model is a NoneType, expected the path of an encoder"):
+        TextEmbedder().transform(X)
+
+
+def test_long_texts_are_cut_with_a_warning(model: Path) -> None:
+    with pytest.warns(UserWarning, match="1 text had more than 6 tokens and were cut"):
+        LoRATextClassifier(model, max_length=6, **FAST).fit(["a", "b", "a cat and the dog sat"], [0, 1, 1])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import prod
 
 # Instructions as GNU objdump prints them for aarch64 and (in AT&T syntax) for x86-64.
-MULTIPLY_ADD = re.compile(r"(fmla|bfdot)\s+v|vfmadd\d+p[sd]|vdpbf16ps")
+MULTIPLY_ADD = re.compile(r"(fmla|bfdot|sdot)\s+v|vfmadd\d+p[sd]|vdpbf16ps|(\{vex\} )?vpdpbusd")
 VECTOR = re.compile(r"[\s{][qdsv]\d|%[xyz]mm\d")
 VECTOR_STORE = re.compile(r"st\w+\s+\{?[qdsv]\d|v\w+\s+%[xyz]mm\d+,[^,]*\(")
 MOVED = re.compile(r"(vmov[qd]\s+%xmm|kmov[qd]\s+%k)\d+,%[re]\w+$|fmov\s+[xw]\d+, [sd]\d")
@@ -35,8 +35,13 @@ KERNELS: dict[str, list[tuple[str, ...]]] = {
     "merge_tiles": [("float",), ("double",)],
     "dots_rows": [("float",), ("double",), ("Bf16",)],
     "dots_row_major": [("float",), ("double",), ("Bf16",)],
+    "int8_token_tile": [()],
+    "int8_group_tile": [()],
 }
 DOTS = "dots_rows", "dots_row_major"
+INT8 = "int8_token_tile", "int8_group_tile"
+HAVE_INT8 = "avxvnni", "avx512vnni", "avx512bf16", "neonbf16"  # multiply codes in one instruction
+ONLY_INT8 = "avxvnni", "avx512vnni"  # units without other kernels
 INSTANCE = re.compile(rf"nplora::kernels::(\w+)::({'|'.join(KERNELS)})<(.*?)>\(")
 
 
@@ -46,6 +51,7 @@ class Loop:
 
     The template arguments are: gemm_tokens_in_lanes_fixed<float, vectors, rows, stride>,
     gemm_outputs_in_lanes_fixed<float, float, rows, vectors, partial>, merge_tiles<float, rows, vectors>,
+    int8_token_tile<rows, vectors, partial>, int8_group_tile,
     dots_rows<float, tokens, rows> and dots_row_major.
     """
 
@@ -171,12 +177,23 @@ def dots_rows_turn(loop: Loop) -> Need:
     return Need(rows * tokens * vectors, others + again)
 
 
+def int8_step(loop: Loop) -> Need:
+    """Four codes of rows of x times vectors of w."""
+    rows, vectors = loop.sizes
+    # Four pointers advance (w, and x from up to three rows on), a comparison, a branch; AVX2 reads offsets of
+    # rows from the stack, or spills one of the 16 vectors.
+    control = 9 if loop.isa == "avxvnni" else 7
+    return Need(rows * vectors, rows + vectors + control)
+
+
 NEEDS = {
     "gemm_tokens_in_lanes_fixed": gemm_tokens_in_lanes_step,
     "gemm_outputs_in_lanes_fixed": gemm_outputs_in_lanes_step,
     "merge_tiles": merge_tiles_step,
     "dots_rows": dots_rows_turn,
     "dots_row_major": dots_rows_turn,
+    "int8_token_tile": int8_step,
+    "int8_group_tile": int8_step,
 }
 
 
@@ -246,6 +263,10 @@ def multiplying_loops(binary: str, prefix: str) -> Iterator[Loop]:
 def checked_elements(isa: str, kernel: str) -> list[tuple[str, ...]]:
     """All elements on NEON. On x86, operands of dots can be in memory, so there is little to count, and split
     pairs are spilled: tiles small enough to hold all halves would hardly be faster."""
+    if kernel in INT8:
+        return KERNELS[kernel] if isa in HAVE_INT8 else []
+    if isa in ONLY_INT8:
+        return []
     if isa.startswith("neon"):
         return KERNELS[kernel]
     return [e for e in KERNELS[kernel] if kernel not in DOTS and not is_split(isa, e[0])]

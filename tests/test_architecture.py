@@ -308,7 +308,18 @@ def test_kernels_and_operations_start_no_threads() -> None:
 def test_each_instruction_set_has_a_unit_with_its_own_namespace() -> None:
     names = {unit.stem for unit in kernel_units()}
     assert names >= {
-        f"isa_{isa}" for isa in ("generic", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16")
+        f"isa_{isa}"
+        for isa in (
+            "generic",
+            "avx2",
+            "avxvnni",
+            "avx512",
+            "avx512vnni",
+            "avx512bf16",
+            "amx",
+            "neon",
+            "neonbf16",
+        )
     }
     for unit in kernel_units():
         isa = unit.stem.removeprefix("isa_")

@@ -17,13 +17,13 @@ namespace {
 
 template <class T>
 void matmul(const WeightArgument<T>& weight, const Array<T>& x, const std::optional<Array<T>>& bias,
-            Array<T> out) {
+            Array<T> out, bool int8) {
   const WeightView w = view<T>(weight);
   const Matrix<const T> from = read(x);
   require_shape("x", x, from.rows, w.d_in);
   require_shape("out", out, from.rows, w.d_out);
   const ForwardPart<T> part{w, {}, bias_data(w, bias), write(out), {}};
-  without_gil([&] { lora_forward<T>({&part, 1}, from); });
+  without_gil([&] { lora_forward<T>({&part, 1}, from, int8); });
 }
 
 template <class T>
@@ -58,7 +58,7 @@ struct BackwardFields {
 };
 
 template <class T>
-void forward(const Array<T>& x, const py::list& layers, std::optional<size_t> batch) {
+void forward(const Array<T>& x, const py::list& layers, std::optional<size_t> batch, bool int8) {
   const Matrix<const T> from = read(x);
   auto all = all_fields<ForwardFields<T>>(layers);
   std::vector<ForwardPart<T>> parts;
@@ -71,7 +71,7 @@ void forward(const Array<T>& x, const py::list& layers, std::optional<size_t> ba
     parts.push_back({w, low, bias_data(w, bias), write(y), write(z)});
     require(w.compute == parts[0].w.compute, "the weights of a stack must have the same compute type");
   }
-  without_gil([&] { batch ? lora_infer<T>(parts, from, *batch) : lora_forward<T>(parts, from); });
+  without_gil([&] { batch ? lora_infer<T>(parts, from, *batch) : lora_forward<T>(parts, from, int8); });
 }
 
 template <class T>
@@ -166,21 +166,26 @@ py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool drop
   require(rows >= 1 && rows <= PTRDIFF_MAX, "explain: rows is " + std::to_string(rows) +
                                                 ", expected at least 1 and no more than an array can have");
   const WeightView w = weight.view();
-  const bool int8 = dots_int8(w) && rows <= kernels::kSmallBatch, decoded = is_blocks(w.storage);
+  const bool small_int8 = dots_int8(w) && rows <= kernels::kSmallBatch, decoded = is_blocks(w.storage);
+  const bool int8 = keep_z && forward_in_int8(w, rows), int8_back = backward_in_int8(w, rows);
   const bool pairs = rows > kernels::kSmallBatch && computes_pairs(w, rows);
   const size_t element_bytes = w.storage == Storage::kFloat64 ? 8 : pairs ? 2 : 4;
   const LayerShape shape{rows, w.d_out, w.d_in, rank, element_bytes, dropout, decoded};
   const char* paths[] = {"few rows: W is read once in place, and each row is summed alone",
                          "tokens in the lanes: x and y are transposed",
                          "outputs in the lanes: blocks of W are transposed"};
-  const auto path = static_cast<size_t>(forward_path(rows, w.d_out, w.d_in, element_bytes, decoded));
+  const ForwardPath by_cost = forward_path(rows, w.d_out, w.d_in, element_bytes, decoded);
+  const auto path = static_cast<size_t>(int8 ? ForwardPath::kRows : by_cost);
   py::dict plan;
-  plan["computes in"] = int8                 ? "int8, summed in integers and float32; the update in float32"
+  plan["computes in"] = small_int8 ? "int8, summed in integers and float32, with W in its own blocks; the "
+                                     "update in float32"
+                        : int8     ? "int8, summed in integers and float32; the update in bfloat16"
                         : element_bytes == 2 ? "bfloat16, summed in float32"
                         : element_bytes == 4 ? "float32"
                                              : "float64";
   plan["forward"] = std::string(paths[path]) + "; " + in_words(plan_forward(shape, keep_z));
-  plan["backward"] = "inputs in the lanes: W is read in place; " + in_words(plan_backward(shape));
+  plan["backward"] = std::string("inputs in the lanes: W is ") +
+                     (int8_back ? "rounded to int8; " : "read in place; ") + in_words(plan_backward(shape));
   return plan;
 }
 
@@ -188,13 +193,13 @@ template <class T>
 void register_products(py::module_& m) {
   using py::arg;
   m.def("matmul", &matmul<T>, arg("w").noconvert(), arg("x").noconvert(), arg("bias").noconvert().none(true),
-        arg("out").noconvert(), "out = x W^T [+ bias]");
+        arg("out").noconvert(), arg("int8") = true, "out = x W^T [+ bias]");
   m.def("matmul_t", &matmul_t<T>, arg("w").noconvert(), arg("dy").noconvert(), arg("out").noconvert(),
         "out = dy W");
   m.def("add_outer", &outer<T>, arg("a").noconvert(), arg("b").noconvert(), arg("scale"),
         arg("out").noconvert(), "out += scale a^T b");
   m.def("lora_forward", &forward<T>, arg("x").noconvert(), arg("layers").noconvert(),
-        arg("batch") = py::none(),
+        arg("batch") = py::none(), arg("int8") = true,
         "z = drop(x) B^T; y = x W^T + scale z A^T [+ bias] for layers that read one x");
   m.def("lora_backward", &backward<T>, arg("x").noconvert().none(true), arg("dx").noconvert().none(true),
         arg("layers").noconvert(),

@@ -15,6 +15,7 @@ extern const KernelTable k_generic_table;
 #if defined(NPLORA_X86_64)
 extern const KernelTable k_avx2_table, k_avx512_table, k_avx512bf16_table;
 extern const PairProducts k_amx_products;
+extern const Int8Gemm k_avxvnni_products, k_avx512vnni_products;
 #elif defined(NPLORA_AARCH64)
 extern const KernelTable k_neon_table, k_neonbf16_table;
 #endif
@@ -22,6 +23,20 @@ extern const KernelTable k_neon_table, k_neonbf16_table;
 namespace {
 
 #if defined(NPLORA_X86_64)
+KernelTable with_int8(const KernelTable& table, const char* isa, const Int8Gemm& products) {
+  KernelTable made = table;
+  made.isa = isa;
+  made.int8_gemm = products;
+  return made;
+}
+const KernelTable& avxvnni_table() {
+  static const KernelTable table = with_int8(k_avx2_table, "avxvnni", k_avxvnni_products);
+  return table;
+}
+const KernelTable& avx512vnni_table() {
+  static const KernelTable table = with_int8(k_avx512_table, "avx512vnni", k_avx512vnni_products);
+  return table;
+}
 const KernelTable& amx_table() {
   static const KernelTable table = [] {
     KernelTable made = k_avx512bf16_table;
@@ -49,12 +64,14 @@ const Choice* choices(size_t* count) {
       {&k_generic_table, true, ""},
 #if defined(NPLORA_X86_64)
       {&k_avx2_table, cpu().avx2, "AVX2, FMA3 and F16C"},
+      {&avxvnni_table(), cpu().avxvnni, "AVX2, FMA3, F16C and AVX-VNNI"},
       {&k_avx512_table, cpu().avx512, "AVX-512 F, BW, DQ and VL"},
+      {&avx512vnni_table(), cpu().avx512vnni, "AVX-512 F, BW, DQ, VL and VNNI"},
       {&k_avx512bf16_table, cpu().avx512bf16, "AVX-512 F, BW, DQ, VL, BF16 and VNNI"},
       {&amx_table(), cpu().amx, "AMX with BF16, beside the AVX-512 of avx512bf16", true},
 #elif defined(NPLORA_AARCH64)
       {&k_neon_table, cpu().neon, "NEON"},
-      {&k_neonbf16_table, cpu().neonbf16, "NEON with BF16"},
+      {&k_neonbf16_table, cpu().neonbf16, "NEON with BF16 and dot products"},
 #endif
   };
   *count = sizeof all / sizeof *all;

@@ -8,6 +8,7 @@
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
 #include "simd/vec_bytes.h"
+#include "simd/vec_quads.h"
 #include "simd/vec_sub_blocks.h"
 
 namespace nplora::kernels::avx2 {
@@ -15,6 +16,7 @@ inline constexpr size_t kTileRows = 6;
 inline constexpr size_t kTileTokens = 6, kOutputVectors = 2, kPanelVectors = 6, kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 12, kDotRows = 4, kDotSums = 2;
 inline constexpr size_t kUnrolledSubBlocks = 8;
+inline constexpr size_t kTokenTileRows = 4, kTokenTileVectors = 3, kGroupTileRows = 3, kGroupTileVectors = 2;
 }  // namespace nplora::kernels::avx2
 
 #include "kernels/dots-inl.h"
@@ -24,6 +26,7 @@ inline constexpr size_t kUnrolledSubBlocks = 8;
 #include "kernels/blocks-inl.h"
 #include "kernels/exp-inl.h"
 #include "kernels/int8-inl.h"
+#include "kernels/int8_gemm-inl.h"
 
 #include "kernels/attention-inl.h"
 #include "kernels/transformer-inl.h"

@@ -6,6 +6,7 @@
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
 #include "simd/vec_bytes.h"
+#include "simd/vec_quads.h"
 #include "simd/vec_sub_blocks.h"
 
 namespace nplora::kernels::avx512 {
@@ -13,6 +14,7 @@ inline constexpr size_t kTileRows = 12;
 inline constexpr size_t kTileTokens = 8, kOutputVectors = 3, kPanelVectors = kOutputVectors, kNearRows = 4;
 inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
 inline constexpr size_t kUnrolledSubBlocks = 8;
+inline constexpr size_t kTokenTileRows = 6, kTokenTileVectors = 3, kGroupTileRows = 4, kGroupTileVectors = 2;
 }  // namespace nplora::kernels::avx512
 
 #include "kernels/dots-inl.h"
@@ -22,6 +24,7 @@ inline constexpr size_t kUnrolledSubBlocks = 8;
 #include "kernels/blocks-inl.h"
 #include "kernels/exp-inl.h"
 #include "kernels/int8-inl.h"
+#include "kernels/int8_gemm-inl.h"
 
 #include "kernels/attention-inl.h"
 #include "kernels/transformer-inl.h"

@@ -6,6 +6,7 @@
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
 #include "simd/vec_bytes.h"
+#include "simd/vec_quads.h"
 #include "simd/vec_sub_blocks.h"
 
 namespace nplora::kernels::generic {
@@ -14,6 +15,7 @@ inline constexpr size_t kTileTokens = 4, kOutputVectors = 3, kPanelVectors = kOu
                         kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 0, kDotRows = 4, kDotSums = 2;
 inline constexpr size_t kUnrolledSubBlocks = 1;
+inline constexpr size_t kTokenTileRows = 2, kTokenTileVectors = 1, kGroupTileRows = 2, kGroupTileVectors = 1;
 }  // namespace nplora::kernels::generic
 
 #include "kernels/dots-inl.h"
@@ -23,6 +25,7 @@ inline constexpr size_t kUnrolledSubBlocks = 1;
 #include "kernels/blocks-inl.h"
 #include "kernels/exp-inl.h"
 #include "kernels/int8-inl.h"
+#include "kernels/int8_gemm-inl.h"
 
 #include "kernels/attention-inl.h"
 #include "kernels/transformer-inl.h"

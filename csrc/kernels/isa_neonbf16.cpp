@@ -5,10 +5,12 @@
 #define NPLORA_ISA neonbf16
 #define NPLORA_SIMD_NEON
 #define NPLORA_SIMD_BF16
+#define NPLORA_SIMD_DOTPROD
 
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
 #include "simd/vec_bytes.h"
+#include "simd/vec_quads.h"
 #include "simd/vec_sub_blocks.h"
 
 namespace nplora::kernels::neonbf16 {
@@ -17,6 +19,7 @@ inline constexpr size_t kTileTokens = 8, kOutputVectors = 3, kPanelVectors = kOu
                         kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
 inline constexpr size_t kUnrolledSubBlocks = 8;
+inline constexpr size_t kTokenTileRows = 6, kTokenTileVectors = 4, kGroupTileRows = 3, kGroupTileVectors = 4;
 }  // namespace nplora::kernels::neonbf16
 
 #include "kernels/dots-inl.h"
@@ -26,6 +29,7 @@ inline constexpr size_t kUnrolledSubBlocks = 8;
 #include "kernels/blocks-inl.h"
 #include "kernels/exp-inl.h"
 #include "kernels/int8-inl.h"
+#include "kernels/int8_gemm-inl.h"
 
 #include "kernels/attention-inl.h"
 #include "kernels/transformer-inl.h"

@@ -46,6 +46,10 @@ enum class Bf16 : uint16_t {};
 // the first in the low half.
 enum class Bf16Pair : uint32_t {};
 
+// The element type of W in the int8 products of large batches: four codes that are neighbours along the
+// depth, the first in the lowest byte.
+enum class Int8Quad : uint32_t {};
+
 // The type in which products of elements of type E are summed.
 template <class E>
 struct SumOf {
@@ -67,6 +71,8 @@ template <class E>
 inline constexpr size_t kValuesPerElement = 1;
 template <>
 inline constexpr size_t kValuesPerElement<Bf16Pair> = 2;
+template <>
+inline constexpr size_t kValuesPerElement<Int8Quad> = 4;
 
 // The number of elements of a full panel along the depth.
 template <class E>
@@ -348,6 +354,81 @@ struct Int8Products {
                             const Int8Rows& x, float* y, const Fetch& next);
 };
 
+// Rows in int8 for the products of large batches. Each row has a scale for every group of `group` values
+// along the depth; the last group may be shorter. Element i of a row is about codes[i] * scales[i / group].
+// `corrections` holds the sum of the codes of each group, times minus the offset of W's codes (see Int8Gemm).
+// The rows of `codes` begin `stride` bytes apart, and are filled with zeros up to a multiple of four codes.
+// The rows of `scales` and `corrections` are `groups` apart.
+struct CodedRows {
+  const int8_t* codes;
+  size_t stride;
+  const float* scales;
+  const int32_t* corrections;
+  size_t group, groups;
+};
+
+// x has one scale for this many values of a row. The outliers of activations are in few channels, so a scale
+// for a whole row would leave the other channels few bits.
+inline constexpr size_t kInt8Group = 64;
+
+// The number of columns of a panel of W in forward products. The backward products have kPanelColumns.
+inline constexpr size_t kInt8PanelColumns = 32;
+
+// The largest depth of one int8 product. A sum of codes then fits into 32 bits, with room to spare: a product
+// of two codes is at most 255 * 127, and 4096 * 255 * 127 < 2^27. The correction for the offset of W's codes
+// is smaller: 4096 * 128 * 127 < 2^26. A longer depth is cut, and the parts are added in float, so no depth
+// can overflow. 4032 is the largest such multiple of both kPanelColumns and kInt8Group.
+inline constexpr size_t kInt8Depth = 4032;
+static_assert(kInt8Depth % kPanelColumns == 0 && kInt8Depth % kInt8Group == 0 && kInt8Depth <= 4096);
+static_assert(int64_t{255 + 128} * 127 * 4096 < int64_t{1} << 31);
+
+// The scale of values whose largest magnitude is `largest`, and the factor that turns the values into codes.
+// Both are 0 if the magnitudes are so small that 1 / scale could be infinite. If a value is NaN or infinite,
+// the scale is NaN and the factor is 0.
+struct CodeScale {
+  float scale, inverse;
+};
+static inline CodeScale code_scale(float largest) {
+  constexpr float kLargestCode = 127, kLeast = 0x1p-119f, kLargestFloat = 0x1.fffffep127f;
+  if (!(largest <= kLargestFloat)) return {__builtin_nanf(""), 0};
+  if (largest < kLeast) return {0, 0};
+  const float scale = largest / kLargestCode;
+  return {scale, 1 / scale};
+}
+
+// The products of large batches in int8. W has one scale for each row. The codes of W and of `x` are from
+// -127 to 127; in memory, the codes of W have an offset that depends on the instruction set.
+struct Int8Gemm {
+  // Quantises a row of `n` elements x[i] * factors[i], or x[i] if `factors` is null, in groups of `group`
+  // elements. Each group has the scale of code_scale, and a code is x * (1 / scale), rounded to nearest, ties
+  // to even. The codes are 0 if the scale is 0 or NaN. Codes after the last one, up to a multiple of four,
+  // become 0.
+  void (*quantize)(size_t n, size_t group, const float* x, const float* factors, int8_t* codes, float* scales,
+                   int32_t* corrections);
+
+  // Raises largest[row] to the largest magnitude of a row of w (rows, cols), where NaN is above all numbers.
+  void (*largest)(size_t rows, size_t cols, const float* w, size_t w_stride, float* largest);
+
+  // Converts floats w (rows, cols) to codes (rows, cols) of W: w * inverses[row], rounded to nearest, ties to
+  // even, plus the offset. The products w * inverses[row] must be from -127.5 to 127.5, or NaN.
+  void (*encode)(size_t rows, size_t cols, const float* w, size_t w_stride, const float* inverses,
+                 uint8_t* codes, size_t codes_stride);
+
+  // Interleaves each four rows of codes (rows, cols): out (ceil(rows / 4), cols), in elements of four codes
+  // of one column. Rows that are missing from the last four are filled with zeros. The rows of `out` are
+  // `out_stride` elements apart.
+  void (*quad_rows)(size_t rows, size_t cols, const uint8_t* codes, size_t codes_stride, Int8Quad* out,
+                    size_t out_stride);
+
+  // Computes c = a w diag(scales), or adds it to `c` if `accumulate` is set, for c (m, n), a (m, depth) and w
+  // (depth / 4, n) in a panel whose rows are `columns` elements apart. `columns` is kInt8PanelColumns or
+  // kPanelColumns, and n is at most `columns`; all columns of the panel may be read. `depth` counts values
+  // and is at most kInt8Depth. `a` begins at the start of a group. If `scales` is null, the factor is 1.
+  // Within a group, codes are summed in integers; the groups are summed in order, in float.
+  void (*multiply)(size_t m, size_t n, size_t depth, const CodedRows& a, const Int8Quad* w, size_t columns,
+                   const float* scales, float* c, size_t c_stride, bool accumulate);
+};
+
 // `select` looks at this many elements at a time.
 inline constexpr size_t kSelected = 64;
 
@@ -466,6 +547,7 @@ struct KernelTable {
   BlockDecoders blocks;
   BlockDots block_dots;
   Int8Products int8;
+  Int8Gemm int8_gemm;
   Transformer transformer;
 
   // Whether small_pairs.gemm_outputs_in_lanes pairs the rows of `w` in registers, instead of making a copy of

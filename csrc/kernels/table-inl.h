@@ -85,6 +85,7 @@ constexpr KernelTable make_table(const char* isa) {
           make_block_decoders(),
           make_block_dots(),
           make_int8(),
+          make_int8_gemm(),
           make_transformer()};
 }
 

@@ -14,6 +14,7 @@ namespace nplora {
 
 using kernels::Bf16;
 using kernels::Bf16Pair;
+using kernels::Int8Quad;
 using kernels::Sum;
 
 namespace {
@@ -24,17 +25,20 @@ namespace {
 // interrupted call leaves dA and dB unchanged.
 template <class E, class W>
 void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, Matrix<Sum<E>> dx) {
-  BackwardStack<E> stack(parts, x, dx);
-  const InputGradient<E, W> input(stack);
+  BackwardStack<E> stack(parts, x, dx, !std::is_same_v<W, Int8Quad>);
+  InputGradient<E, W> input(stack);
   const FactorGradients<E> factors(stack);
   const size_t threads = useful_threads(stack.work()), tokens = stack.tokens(), group = input.group();
   const size_t most = input.block_tokens(threads);
   stack.reserve(most);
+  input.reserve(most);
   for (size_t first = 0; first < tokens; first += most) {
     const Range token_block{first, std::min(most, tokens - first)};
     if (stack.prepares())
-      for_pieces(token_block.count, kTokenUnit, threads,
-                 [&](Range some) { stack.prepare(token_block, some); });
+      for_pieces(token_block.count, kTokenUnit, threads, [&](Range some) {
+        stack.prepare(token_block, some);
+        input.prepare(token_block, some);
+      });
     const double work = stack.work() * double(token_block.count) / double(tokens);
     const Grid grid({dx.data ? token_block.count : 0, kTokenUnit, input.task_tokens(token_block.count)},
                     {dx.cols, group, round_up(dx.cols, group)}, work, threads);
@@ -67,6 +71,8 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const size_t most_paired = !all_packed                           ? kInPlaceBatch
                                : kernels::table().pairs_in_registers ? kPairedBatch
                                                                      : kFewTokens;
+    const auto in_int8 = [&](const BackwardPart<T>& part) { return backward_in_int8(part.w, tokens); };
+    if (std::all_of(parts.begin(), parts.end(), in_int8)) return backward<Bf16Pair, Int8Quad>(parts, x, dx);
     if (computes_pairs(parts[0].w, tokens))
       return all_bf16 && tokens <= most_paired ? backward<Bf16Pair, Bf16>(parts, x, dx)
                                                : backward<Bf16Pair, Bf16Pair>(parts, x, dx);

@@ -13,6 +13,7 @@ namespace nplora {
 using kernels::Bf16;
 using kernels::Bf16Pair;
 using kernels::Fetch;
+using kernels::Int8Quad;
 using kernels::kPanelColumns;
 using kernels::kValuesPerElement;
 using kernels::Strided;
@@ -43,7 +44,40 @@ InputGradient<E, W>::InputGradient(const Stack& stack) : stack_(stack) {
   for (const Part& p : stack.parts()) {
     merges_ |= stack.dx().data && p.update == Update::kMergedOnTheFly;
     if (makes_two_panels(p.arrays.w, is_shared())) group_ = kDecodedColumns;
+    if (kInt8 && stack.dx().data) {
+      p.arrays.w.row_scales->find(p.arrays.w);
+      codes_.emplace_back(p.arrays.w.d_out, int8_depth_block(p.arrays.w.d_out));
+    }
   }
+}
+
+template <class E, class W>
+void InputGradient<E, W>::reserve(size_t block_tokens) {
+  if (codes_.empty()) return;
+  divide_scratch<float, int8_t>(Scratch::kCodeScales, Scratch::kCodes,
+                                [&](Arena<float>& scales, Arena<int8_t>& codes) {
+                                  for (CodedBlock& each : codes_) each.divide(block_tokens, scales, codes);
+                                });
+}
+
+// The scales of W's rows are factors of dy, so that the products need no scales of W.
+template <class E, class W>
+void InputGradient<E, W>::prepare(Range token_block, Range some) const {
+  if constexpr (kInt8)
+    for (size_t j = 0; j < codes_.size(); ++j) {
+      const BackwardPart<T>& part = stack_.parts()[j].arrays;
+      for (size_t i = some.first; i < some.first + some.count; ++i)
+        codes_[j].quantize(i, part.dy.row(token_block.first + i), part.w.row_scales->scales());
+    }
+}
+
+template <class E, class W>
+typename InputGradient<E, W>::Gradient InputGradient<E, W>::gradient_of(const Part& p, Range token_block,
+                                                                        Range some) const {
+  if constexpr (kInt8)
+    return {{}, &codes_[static_cast<size_t>(&p - stack_.parts().data())], some.first};
+  else
+    return {stack_.dy_of(p, token_block, some), nullptr, 0};
 }
 
 // Whether many tokens share a copy of each block of W. With double, a copy of two panels would not stay in
@@ -84,7 +118,7 @@ void InputGradient<E, W>::multiply(Range token_block, Range some, Range cols) co
     bool accumulate = false;
     for (const Part& p : stack_.parts()) {
       const bool last = &p == &stack_.parts().back();
-      add_frozen(p, stack_.dy_of(p, token_block, some), group, dx, accumulate, [&](Range panel, Range few) {
+      add_frozen(p, gradient_of(p, token_block, some), group, dx, accumulate, [&](Range panel, Range few) {
         if (!last) return;
         for (const Joined& each : stack_.joined())
           if (each.adds) add_low_rank(each, token_block, {some.first + few.first, few.count}, panel, dx, few);
@@ -94,21 +128,30 @@ void InputGradient<E, W>::multiply(Range token_block, Range some, Range cols) co
   }
 }
 
+template <class E, class W>
+ColumnBlock<W> InputGradient<E, W>::block_at(const WeightView& w, Range rows, Range cols, W* made) const {
+  if constexpr (kInt8)
+    return column_quads(w, rows, cols, made);
+  else
+    return column_block(w, rows, cols, is_shared(), made);
+}
+
 // Multiplies dy by a group of columns of W: dx[:, group] = [dx +] dy W[:, group]. Calls after(panel, tokens)
 // as soon as the outputs of a few tokens in one panel are complete, while they are still in L1.
 template <class E, class W>
 template <class After>
-void InputGradient<E, W>::add_frozen(const Part& p, Strided<E> dy, Range group, Matrix<T> dx, bool accumulate,
-                                     const After& after) const {
+void InputGradient<E, W>::add_frozen(const Part& p, const Gradient& dy, Range group, Matrix<T> dx,
+                                     bool accumulate, const After& after) const {
   const WeightView& w = p.arrays.w;
   const size_t width = makes_two_panels(w, is_shared()) ? kDecodedColumns : kPanelColumns;
-  W* made = scratch<W>(Scratch::kWeight, kDepthBlock * width);
+  const size_t depth = kInt8 ? int8_depth_block(w.d_out) : depth_block(w.d_out);
+  W* made = scratch<W>(Scratch::kWeight, (kInt8 ? depth_of<W>(depth) : kDepthBlock) * width);
   for (size_t g = 0; g < group.count; g += width) {
     const Range cols{group.first + g, std::min(width, group.count - g)};
     size_t o = 0;
     do {  // runs once even if W has no rows, to set dx to zero
-      const Range rows{o, std::min(depth_block(w.d_out), w.d_out - o)};
-      const ColumnBlock<W> block = column_block(w, rows, cols, is_shared(), made);
+      const Range rows{o, std::min(depth, w.d_out - o)};
+      const ColumnBlock<W> block = block_at(w, rows, cols, made);
       for (size_t c = 0; c < cols.count; c += kPanelColumns) {
         const Range panel{cols.first + c, std::min(kPanelColumns, cols.count - c)};
         const ColumnBlock<W> its{block.data + c / kPanelColumns * block.panel_stride, block.row_stride};
@@ -123,7 +166,7 @@ void InputGradient<E, W>::add_frozen(const Part& p, Strided<E> dy, Range group, 
 // update is merged on the fly, it is added to the block first.
 template <class E, class W>
 template <class After>
-void InputGradient<E, W>::add_block(const Part& p, Strided<E> dy, Range rows, Range panel,
+void InputGradient<E, W>::add_block(const Part& p, const Gradient& dy, Range rows, Range panel,
                                     ColumnBlock<W> block, Matrix<T> dx, bool accumulate,
                                     const After& after) const {
   if constexpr (std::is_same_v<W, T>)
@@ -131,15 +174,23 @@ void InputGradient<E, W>::add_block(const Part& p, Strided<E> dy, Range rows, Ra
       block = merged_block<T>(p.arrays.low, rows, panel, block,
                               scratch<T>(Scratch::kDecoded, kDepthBlock * kPanelColumns));
   const bool last = rows.first + rows.count == p.arrays.w.d_out;
-  const size_t chunk = last ? kFewTokens : dx.rows;
+  const size_t chunk = !last ? dx.rows : kInt8 ? kFewInt8Tokens : kFewTokens;
   for (size_t i = 0; i < dx.rows; i += chunk) {
     const Range few{i, std::min(chunk, dx.rows - i)};
-    const size_t depth = std::is_same_v<E, W> ? depth_of<E>(rows.count) : rows.count;
-    gemm_outputs_in_lanes<E, W>()(
-        few.count, panel.count, depth,
-        {dy.data + i * dy.row_stride + rows.first / kValuesPerElement<E>, dy.row_stride, 1}, block.data,
-        block.row_stride, dx.row(i) + panel.first, dx.stride, accumulate,
-        i == 0 ? following<E>(p.arrays.w, rows, panel, few.count, block.data) : Fetch::rows_ahead());
+    T* out = dx.row(i) + panel.first;
+    if constexpr (kInt8) {
+      kernels::table().int8_gemm.multiply(few.count, panel.count, rows.count,
+                                          dy.codes->from(dy.first + i, rows.first), block.data, kPanelColumns,
+                                          nullptr, out, dx.stride, accumulate);
+    } else {
+      const Strided<E>& a = dy.elements;
+      const size_t depth = std::is_same_v<E, W> ? depth_of<E>(rows.count) : rows.count;
+      gemm_outputs_in_lanes<E, W>()(
+          few.count, panel.count, depth,
+          {a.data + i * a.row_stride + rows.first / kValuesPerElement<E>, a.row_stride, 1}, block.data,
+          block.row_stride, out, dx.stride, accumulate,
+          i == 0 ? following<E>(p.arrays.w, rows, panel, few.count, block.data) : Fetch::rows_ahead());
+    }
     if (last) after(panel, few);
   }
 }
@@ -171,5 +222,6 @@ template class InputGradient<float, Bf16>;
 template class InputGradient<double, double>;
 template class InputGradient<Bf16Pair, Bf16>;
 template class InputGradient<Bf16Pair, Bf16Pair>;
+template class InputGradient<Bf16Pair, Int8Quad>;
 
 }  // namespace nplora

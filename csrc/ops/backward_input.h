@@ -2,11 +2,16 @@
 // stack, where undrop applies the dropout mask of x to a gradient.
 #pragma once
 
+#include <type_traits>
+#include <vector>
+
 #include "ops/backward_stack.h"
+#include "ops/int8_weight.h"
 
 namespace nplora {
 
-// Computes dx. E is the element type of the products, and W the element type of the weight's blocks.
+// Computes dx. E is the element type of the products with the factors, and W the element type of the weight's
+// blocks: if W is Int8Quad, dy is multiplied with the weight in int8.
 template <class E, class W>
 class InputGradient {
  public:
@@ -23,6 +28,11 @@ class InputGradient {
   // The largest number of tokens in a task.
   size_t task_tokens(size_t block_tokens) const;
 
+  // If W is Int8Quad, reserves memory for token blocks of at most this many tokens, and quantises the dy of
+  // some tokens of a token block.
+  void reserve(size_t block_tokens);
+  void prepare(Range token_block, Range some) const;
+
   // Computes the columns `cols` of dx for the tokens `some` of a token block.
   void multiply(Range token_block, Range some, Range cols) const;
 
@@ -30,19 +40,31 @@ class InputGradient {
   using Part = typename Stack::Part;
   using Joined = typename Stack::Joined;
 
+  static constexpr bool kInt8 = std::is_same_v<W, kernels::Int8Quad>;
+
+  // The dy of some tokens: in elements E, or in int8.
+  struct Gradient {
+    kernels::Strided<E> elements;
+    const CodedBlock* codes;
+    size_t first;  // the first token of `codes`
+  };
+
   bool is_shared() const;
+  Gradient gradient_of(const Part& p, Range token_block, Range some) const;
+  ColumnBlock<W> block_at(const WeightView& w, Range rows, Range cols, W* made) const;
   template <class After>
-  void add_frozen(const Part& p, kernels::Strided<E> dy, Range group, Matrix<T> dx, bool accumulate,
+  void add_frozen(const Part& p, const Gradient& dy, Range group, Matrix<T> dx, bool accumulate,
                   const After& after) const;
   template <class After>
-  void add_block(const Part& p, kernels::Strided<E> dy, Range rows, Range panel, ColumnBlock<W> block,
+  void add_block(const Part& p, const Gradient& dy, Range rows, Range panel, ColumnBlock<W> block,
                  Matrix<T> dx, bool accumulate, const After& after) const;
   void add_low_rank(const Joined& all, Range token_block, Range some, Range panel, Matrix<T> dx,
                     Range few) const;
 
   const Stack& stack_;
   size_t group_ = kernels::kPanelColumns;
-  bool merges_ = false;  // whether an update is merged on the fly
+  bool merges_ = false;            // whether an update is merged on the fly
+  std::vector<CodedBlock> codes_;  // the dy of each part in int8
 };
 
 }  // namespace nplora

@@ -13,8 +13,13 @@ using kernels::kValuesPerElement;
 using kernels::Strided;
 
 template <class E>
-BackwardStack<E>::BackwardStack(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx)
-    : x_(x), dx_(dx), tokens_(parts[0].dy.rows), d_in_(parts[0].w.d_in) {
+BackwardStack<E>::BackwardStack(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx,
+                                bool multiplies_elements)
+    : x_(x),
+      dx_(dx),
+      multiplies_elements_(multiplies_elements),
+      tokens_(parts[0].dy.rows),
+      d_in_(parts[0].w.d_in) {
   joined_.reserve(parts.size());  // so that elements never move: parts point to them
   for (const BackwardPart<T>& p : parts) {
     const size_t rank = p.low.rank();
@@ -69,7 +74,7 @@ void BackwardStack<E>::divide(Arena<T>& t, Arena<E>& e) {
     if (p.wants_da) p.da = t.take(p.rank() * p.arrays.w.d_out);
     if (!kPairs) continue;
     if (p.joined) p.a.data = e.take(p.dy_depth() * p.rank());
-    if (p.joined || dx_.data) p.dy = e.take(block_tokens_ * p.dy_depth());
+    if (p.joined || (dx_.data && multiplies_elements_)) p.dy = e.take(block_tokens_ * p.dy_depth());
     if (p.wants_da) p.z_rows = e.take(p.rank() * depth_of<E>(block_tokens_));
   }
 }

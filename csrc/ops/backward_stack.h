@@ -54,7 +54,9 @@ class BackwardStack {
     size_t dy_depth() const { return depth_of<E>(arrays.w.d_out); }
   };
 
-  BackwardStack(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx);
+  // If `multiplies_elements` is set, dy is multiplied with W in elements E.
+  BackwardStack(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx,
+                bool multiplies_elements);
   BackwardStack(const BackwardStack&) = delete;
   BackwardStack& operator=(const BackwardStack&) = delete;
 
@@ -91,6 +93,7 @@ class BackwardStack {
 
   const Matrix<const T> x_;
   const Matrix<T> dx_;
+  const bool multiplies_elements_;
   const size_t tokens_, d_in_;
   size_t block_tokens_ = 0;
   double work_ = 0;

@@ -13,6 +13,7 @@ namespace nplora {
 
 using kernels::Bf16;
 using kernels::Bf16Pair;
+using kernels::Int8Quad;
 
 namespace {
 
@@ -51,7 +52,7 @@ void large_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_
   forward_path(plan_tokens, outputs, x.cols, sizeof(E) / kernels::kValuesPerElement<E>, decoded) ==
           ForwardPath::kLanes
       ? forward_lanes<E>(parts, x, threads)
-      : forward_rows<E>(parts, x, threads, plan_tokens);
+      : forward_rows<E, E>(parts, x, threads, plan_tokens);
 }
 
 bool same_weight(const WeightView& a, const WeightView& b) {
@@ -79,27 +80,30 @@ bool share_weights(std::span<const GroupParts<T>> groups) {
 
 // Computes the rows of x as if the batch had `plan_tokens` rows.
 template <class T>
-void forward_as(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t plan_tokens) {
+void forward_as(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t plan_tokens, bool int8) {
   for (const ForwardPart<T>& part : parts)
     if (part.low.rank() == 0 && part.z.data)
       for (size_t i = 0; i < part.z.rows; ++i) std::fill_n(part.z.row(i), part.z.cols, T(0));
   if (x.rows == 0 || parts.empty()) return;
   if (plan_tokens <= kernels::kSmallBatch) return small_stack(parts, x);
-  if constexpr (std::is_same_v<T, float>)
+  if constexpr (std::is_same_v<T, float>) {
+    if (int8 && forward_in_int8(parts[0].w, plan_tokens))
+      return forward_rows<Bf16Pair, Int8Quad>(parts, x, useful_threads(flops_of(parts, x.rows)), plan_tokens);
     if (computes_pairs(parts[0].w, plan_tokens)) return large_stack<Bf16Pair>(parts, x, plan_tokens);
+  }
   large_stack<T>(parts, x, plan_tokens);
 }
 
 }  // namespace
 
 template <class T>
-void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
-  forward_as(parts, x, x.rows);
+void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8) {
+  forward_as(parts, x, x.rows, int8);
 }
 
 template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch) {
-  forward_as(parts, x, inference_tokens(std::max(batch, x.rows)));
+  forward_as(parts, x, inference_tokens(std::max(batch, x.rows)), false);
 }
 
 // A small batch reads each weight once for all groups. Larger batches read it once for each group. All groups
@@ -124,8 +128,8 @@ void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> 
   lora_infer<T>(parts, x, x.rows);
 }
 
-template void lora_forward(std::span<const ForwardPart<float>>, Matrix<const float>);
-template void lora_forward(std::span<const ForwardPart<double>>, Matrix<const double>);
+template void lora_forward(std::span<const ForwardPart<float>>, Matrix<const float>, bool);
+template void lora_forward(std::span<const ForwardPart<double>>, Matrix<const double>, bool);
 template void lora_infer(std::span<const ForwardPart<float>>, Matrix<const float>, size_t);
 template void lora_infer(std::span<const ForwardPart<double>>, Matrix<const double>, size_t);
 template void lora_forward_groups(std::span<const GroupParts<float>>, Matrix<const float>);

@@ -22,8 +22,9 @@ void forward_lanes(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<c
                    size_t threads);
 
 // The method with outputs in the SIMD lanes. Blocks of W are transposed, and the low-rank update may be added
-// to these blocks (merged on the fly), as is best for a batch of `plan_tokens` rows.
-template <class E>
+// to these blocks (merged on the fly), as is best for a batch of `plan_tokens` rows. Blocks of W have elements
+// W: E, or Int8Quad.
+template <class E, class W>
 void forward_rows(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                   size_t threads, size_t plan_tokens);
 
@@ -62,16 +63,17 @@ struct PartRows {
   Range rows;
 };
 
-// The rows of all parts of a stack, as one sequence of blocks. Each part begins with a new block of kRowBlock
-// rows.
+// The rows of all parts of a stack, as one sequence of blocks. Each part begins with a new block of
+// `block_rows` rows.
 template <class T>
 class StackRows {
  public:
-  explicit StackRows(std::span<const ForwardPart<T>> parts) : parts_(parts) {}
+  explicit StackRows(std::span<const ForwardPart<T>> parts, size_t block_rows = kRowBlock)
+      : parts_(parts), block_rows_(block_rows) {}
 
   size_t blocks() const {
     size_t sum = 0;
-    for (const auto& part : parts_) sum += ceil_div(part.w.d_out, kRowBlock);
+    for (const auto& part : parts_) sum += ceil_div(part.w.d_out, block_rows_);
     return sum;
   }
 
@@ -80,12 +82,12 @@ class StackRows {
   void for_parts(Range blocks, const Body& body) const {
     size_t first = 0;
     for (size_t i = 0; i < parts_.size(); ++i) {
-      const size_t d_out = parts_[i].w.d_out, count = ceil_div(d_out, kRowBlock);
+      const size_t d_out = parts_[i].w.d_out, count = ceil_div(d_out, block_rows_);
       const size_t from = std::max(first, blocks.first),
                    to = std::min(first + count, blocks.first + blocks.count);
       if (from < to) {
-        const size_t row = (from - first) * kRowBlock;
-        body(PartRows{i, {row, std::min(d_out, (to - first) * kRowBlock) - row}});
+        const size_t row = (from - first) * block_rows_;
+        body(PartRows{i, {row, std::min(d_out, (to - first) * block_rows_) - row}});
       }
       first += count;
     }
@@ -93,6 +95,7 @@ class StackRows {
 
  private:
   std::span<const ForwardPart<T>> parts_;
+  size_t block_rows_;
 };
 
 template <class T>

@@ -1,17 +1,21 @@
 // The forward pass z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] with the outputs in the SIMD lanes. This
 // method uses the same matrix product as the backward pass, on blocks of Wᵀ.
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "base/parallel.h"
 #include "ops/elements.h"
 #include "ops/forward.h"
+#include "ops/int8_weight.h"
 #include "ops/kernel_plan.h"
 #include "ops/outer.h"
 
 namespace nplora {
 
 using kernels::Bf16Pair;
+using kernels::Int8Quad;
+using kernels::kInt8PanelColumns;
 using kernels::kPanelColumns;
 using kernels::kValuesPerElement;
 using kernels::Panels;
@@ -21,8 +25,9 @@ using kernels::Sum;
 namespace {
 
 // The forward pass with outputs in the SIMD lanes. Each block of W is transposed once for all tokens of a
-// task. The update may be merged into the block on the fly.
-template <class E>
+// task. The update may be merged into the block on the fly. E is the element type of the products with the
+// factors, and W the element type of the blocks of W: E, or Int8Quad for products with W in int8.
+template <class E, class W>
 class RowsForward {
  public:
   using T = Sum<E>;
@@ -46,12 +51,12 @@ class RowsForward {
   }
 
   void run(size_t threads) {
-    block_tokens_ = tokens_of_l3_block(x_.rows, x_.cols, sizeof(E) / kValuesPerElement<E>);
+    block_tokens_ = tokens_of_l3_block(x_.rows, x_.cols, sizeof(W) / kValuesPerElement<W>);
     reserve();
-    const StackRows<T> rows(parts_);
+    const StackRows<T> rows(parts_, kTaskRows);
     for (size_t first = 0; first < x_.rows; first += block_tokens_) {
       const Range token_block{first, std::min(block_tokens_, x_.rows - first)};
-      if (!joined_.empty() || kValuesPerElement<E> > 1)
+      if (!joined_.empty() || kConverts)
         for_pieces(token_block.count, kTokenUnit, threads, [&](Range some) { prepare(token_block, some); });
       const Grid grid({token_block.count, kTokenUnit, token_block.count}, {rows.blocks(), 1, rows.blocks()},
                       flops_of(parts_, token_block.count), threads);
@@ -62,6 +67,12 @@ class RowsForward {
   }
 
  private:
+  static constexpr bool kInt8 = std::is_same_v<W, Int8Quad>, kConverts = kValuesPerElement<W> > 1;
+  // The number of rows of W in a transposed block, and a number of rows of which tasks take multiples.
+  static constexpr size_t kBlockRows = kInt8 ? kInt8PanelColumns : kPanelColumns;
+  static constexpr size_t kTaskRows = kInt8 ? 2 * kRowBlock : kRowBlock;
+  static_assert(kTaskRows % kBlockRows == 0);
+
   // A group of parts whose z are columns of one product, so that x is read once. A part with dropout is a
   // group of its own, because it drops different elements of x.
   struct Joined {
@@ -96,7 +107,13 @@ class RowsForward {
       if (u.joined) u.column = std::exchange(u.joined->rank, u.joined->rank + u.rank());
     divide_scratch<T, E>(Scratch::kLowGradients, Scratch::kLowLanes,
                          [this](Arena<T>& t, Arena<E>& e) { divide(t, e); });
-    if constexpr (kValuesPerElement<E> > 1) x_elements_ = scratch<E>(Scratch::kLanes, block_tokens_ * depth_);
+    if constexpr (kInt8)
+      divide_scratch<float, int8_t>(Scratch::kCodeScales, Scratch::kCodes,
+                                    [this](Arena<float>& scales, Arena<int8_t>& codes) {
+                                      x_codes_.divide(block_tokens_, scales, codes);
+                                    });
+    else if constexpr (kConverts)
+      x_elements_ = scratch<E>(Scratch::kLanes, block_tokens_ * depth_);
     for (PartUpdate& u : updates_)
       if (u.rank()) bring(u);
   }
@@ -131,24 +148,32 @@ class RowsForward {
   void prepare(Range token_block, Range some) const {
     for (size_t i = 0; i < some.count; i += kTokenUnit) {
       const Range few{some.first + i, std::min(kTokenUnit, some.count - i)};
-      if constexpr (kValuesPerElement<E> > 1)
-        elements_of<E>(rows_of(x_, {token_block.first + few.first, few.count}),
-                       x_elements_ + few.first * depth_, depth_);
-      for (const Joined& each : joined_) project(each, token_block, few);
+      const Strided<E> x = convert(rows_of(x_, {token_block.first + few.first, few.count}), few.first);
+      for (const Joined& each : joined_) project(each, x, token_block, few);
       for (const PartUpdate& u : updates_)
         if (u.joined) keep(u, token_block, few);
     }
   }
 
+  // Converts the x of a few tokens for the products with W, and returns it for the products with B. `first` is
+  // the first token, counted from the start of the token block.
+  Strided<E> convert(Matrix<const T> x, size_t first) const {
+    if constexpr (kInt8) {
+      for (size_t i = 0; i < x.rows; ++i) x_codes_.quantize(first + i, x.row(i), nullptr);
+      if (joined_.empty()) return {};
+      return elements_or_self<E>(x, scratch<E>(Scratch::kPairing, x.rows * depth_));
+    } else {
+      return elements_or_self<E>(x, kConverts ? x_elements_ + first * depth_ : nullptr);
+    }
+  }
+
   // Computes the z of a few tokens of a token block.
-  void project(const Joined& all, Range token_block, Range few) const {
+  void project(const Joined& all, Strided<E> x, Range token_block, Range few) const {
     const Range tokens{token_block.first + few.first, few.count};
-    const Strided<E> x =
-        all.dropped ? elements_or_self<E>(dropped(*all.dropped, x_, tokens),
-                                          kValuesPerElement<E> == 1
-                                              ? nullptr
-                                              : scratch<E>(Scratch::kDroppedLanes, few.count * depth_))
-                    : elements(token_block, few.first);
+    if (all.dropped)
+      x = elements_or_self<E>(
+          dropped(*all.dropped, x_, tokens),
+          kValuesPerElement<E> == 1 ? nullptr : scratch<E>(Scratch::kDroppedLanes, few.count * depth_));
     add_product<E>(few.count, all.rank, depth_, x, all.b, all.rank, all.z + few.first * all.rank, all.rank,
                    false, rows_after(x_, tokens));
   }
@@ -184,21 +209,23 @@ class RowsForward {
   // panels are transposed at a time, so that x is loaded into L2 once for all these panels.
   void multiply(Range token_block, Range some, PartRows piece) const {
     const PartUpdate& u = updates_[piece.part];
-    const size_t depth = depth_block(x_.cols), block_size = depth_of<E>(depth) * kPanelColumns;
+    const size_t depth = kInt8 ? int8_depth_block(x_.cols) : depth_block(x_.cols);
+    const size_t block_size = depth_of<W>(depth) * kBlockRows;
     const size_t most =
-        std::max<size_t>(1, kBlocksBytes / sizeof(E) / std::max<size_t>(1, block_size)) * kPanelColumns;
-    E* blocks = scratch<E>(Scratch::kWeight, most / kPanelColumns * block_size);
+        std::max<size_t>(1, kBlocksBytes / sizeof(W) / std::max<size_t>(1, block_size)) * kBlockRows;
+    constexpr size_t kFew = kInt8 ? kFewInt8Tokens : kFewTokens;
+    W* blocks = scratch<W>(Scratch::kWeight, most / kBlockRows * block_size);
     for (size_t r = 0; r < piece.rows.count; r += most) {
       const Range rows{piece.rows.first + r, std::min(most, piece.rows.count - r)};
       size_t col = 0;
       do {  // runs once even if W has no columns, to set y to zero
         const Range cols{col, std::min(depth, x_.cols - col)};
-        for_panels_of(rows,
-                      [&](size_t i, Range panel) { make_block(u, panel, cols, blocks + i * block_size); });
-        for (size_t i = 0; i < some.count; i += kFewTokens) {
-          const Range few{some.first + i, std::min(kFewTokens, some.count - i)};
-          for_panels_of(rows, [&](size_t p, Range panel) {
-            multiply(u, token_block, few, panel, cols, blocks + p * block_size);
+        for_blocks_of(rows,
+                      [&](size_t i, Range block) { make_block(u, block, cols, blocks + i * block_size); });
+        for (size_t i = 0; i < some.count; i += kFew) {
+          const Range few{some.first + i, std::min(kFew, some.count - i)};
+          for_blocks_of(rows, [&](size_t b, Range block) {
+            multiply(u, token_block, few, block, cols, blocks + b * block_size);
           });
         }
         col += cols.count;
@@ -206,27 +233,33 @@ class RowsForward {
     }
   }
 
-  // Calls body(index, rows) for each group of kPanelColumns rows of W, which become the columns of a panel of
-  // Wᵀ.
+  // Calls body(index, rows) for each group of kBlockRows rows of W, which become the columns of a block of Wᵀ.
   template <class Body>
-  static void for_panels_of(Range rows, const Body& body) {
-    for (size_t i = 0; i * kPanelColumns < rows.count; ++i) {
-      const Range panel = nth_block(rows.count, kPanelColumns, i);
-      body(i, {rows.first + panel.first, panel.count});
+  static void for_blocks_of(Range rows, const Body& body) {
+    for (size_t i = 0; i * kBlockRows < rows.count; ++i) {
+      const Range block = nth_block(rows.count, kBlockRows, i);
+      body(i, {rows.first + block.first, block.count});
     }
   }
 
   // Multiplies a few tokens by a block of Wᵀ: y[few, rows] = [y +] x[few, cols] W[rows, cols]ᵀ. The update is
   // added after the last columns.
   void multiply(const PartUpdate& u, Range token_block, Range few, Range rows, Range cols,
-                const E* block) const {
-    const Strided<E> x = elements(token_block, few.first);
+                const W* block) const {
     T* y = u.part.y.row(token_block.first + few.first) + rows.first;
-    gemm_outputs_in_lanes<E, E>()(few.count, rows.count, depth_of<E>(cols.count),
-                                  {x.data + cols.first / kValuesPerElement<E>, x.row_stride, 1}, block,
-                                  kPanelColumns, y, u.part.y.stride, cols.first > 0,
-                                  kernels::Fetch::rows_ahead());
+    if constexpr (kInt8)
+      kernels::table().int8_gemm.multiply(
+          few.count, rows.count, cols.count, x_codes_.from(few.first, cols.first), block, kBlockRows,
+          u.part.w.row_scales->scales() + rows.first, y, u.part.y.stride, cols.first > 0);
+    else
+      multiply(elements(token_block, few.first), few.count, rows, cols, block, y, u.part.y.stride);
     if (cols.first + cols.count == x_.cols) add_update(u, few, rows, y);
+  }
+  static void multiply(Strided<E> x, size_t tokens, Range rows, Range cols, const E* block, T* y,
+                       size_t y_stride) {
+    gemm_outputs_in_lanes<E, E>()(tokens, rows.count, depth_of<E>(cols.count),
+                                  {x.data + cols.first / kValuesPerElement<E>, x.row_stride, 1}, block,
+                                  kPanelColumns, y, y_stride, cols.first > 0, kernels::Fetch::rows_ahead());
   }
 
   // Adds the update of a few tokens: y[few, rows] += z (scale A[rows])ᵀ [+ bias].
@@ -242,9 +275,15 @@ class RowsForward {
                      true);
   }
 
-  // Stores the transpose of W[rows, cols] in `block` (cols, kPanelColumns), as elements of type E. If the
-  // update is merged on the fly, it is added to the block.
-  void make_block(const PartUpdate& u, Range rows, Range cols, E* block) const {
+  // Stores the transpose of W[rows, cols] in `block` (cols, kBlockRows), as elements of type W. If the update
+  // is merged on the fly, it is added to the block.
+  void make_block(const PartUpdate& u, Range rows, Range cols, W* block) const {
+    if constexpr (kInt8)
+      transposed_quads(u.part.w, rows, cols, block);
+    else
+      make_float_block(u, rows, cols, block);
+  }
+  void make_float_block(const PartUpdate& u, Range rows, Range cols, E* block) const {
     const auto& k = kernels::table().products<T>();
     const WeightView& w = u.part.w;
     // The number of columns to transpose at a time. A block that is read in place need not be cut.
@@ -274,21 +313,27 @@ class RowsForward {
   size_t block_tokens_ = 0;
   std::vector<Joined> joined_;
   std::vector<PartUpdate> updates_;
-  E* x_elements_ = nullptr;
+  E* x_elements_ = nullptr;  // x of a token block in elements E, or x_codes_ in int8
+  CodedBlock x_codes_{x_.cols, kernels::kInt8Group};
 };
 
 }  // namespace
 
-template <class E>
+template <class E, class W>
 void forward_rows(std::span<const ForwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, size_t threads,
                   size_t plan_tokens) {
-  RowsForward<E>(parts, x, plan_tokens).run(threads);
+  if constexpr (std::is_same_v<W, Int8Quad>)
+    for (const ForwardPart<Sum<E>>& part : parts) part.w.row_scales->find(part.w);
+  RowsForward<E, W>(parts, x, plan_tokens).run(threads);
 }
 
-template void forward_rows<float>(std::span<const ForwardPart<float>>, Matrix<const float>, size_t, size_t);
-template void forward_rows<double>(std::span<const ForwardPart<double>>, Matrix<const double>, size_t,
-                                   size_t);
-template void forward_rows<Bf16Pair>(std::span<const ForwardPart<float>>, Matrix<const float>, size_t,
-                                     size_t);
+template void forward_rows<float, float>(std::span<const ForwardPart<float>>, Matrix<const float>, size_t,
+                                         size_t);
+template void forward_rows<double, double>(std::span<const ForwardPart<double>>, Matrix<const double>, size_t,
+                                           size_t);
+template void forward_rows<Bf16Pair, Bf16Pair>(std::span<const ForwardPart<float>>, Matrix<const float>,
+                                               size_t, size_t);
+template void forward_rows<Bf16Pair, Int8Quad>(std::span<const ForwardPart<float>>, Matrix<const float>,
+                                               size_t, size_t);
 
 }  // namespace nplora

@@ -45,11 +45,13 @@ struct ForwardPart {
   std::span<const GroupUpdate<T>> groups = {};
 };
 
-// All parts of a stack read the same x (n, d_in).
+// All parts of a stack read the same x (n, d_in). If `int8` is not set, large batches with weights of
+// Compute::kInt8 are computed as with kBfloat16. Rounding W once more, from its blocks to codes with one scale
+// for each row, speeds up training, but an answer of the model should not suffer from it.
 template <class T>
-void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x);
+void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 
-// The same for inference: the rows of x belong to a batch of `batch` rows, and are computed as in every other
+// The same for inference, without int8 for large batches: the rows of x belong to a batch of `batch` rows, and are computed as in every other
 // batch that is small like this one, or large like this one (see kInferenceTokens).
 template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);

@@ -35,11 +35,14 @@ enum class Scratch {
   kFactor,
   kDropped,       // rows of x after dropout: 32 d_in
   kDroppedLanes,  // rows of x after dropout, in lanes or pairs: 32 d_in
-  // Rows of x before they are put into lanes: 48 L, or 8 d_in. A tile of attention in pairs: 96 (head_dim +
-  // 24).
+  // Rows of x before they are put into lanes: 48 L, or 8 d_in; rows of x in pairs: 16 d_in. A tile of attention
+  // in pairs: 96 (head_dim + 24).
   kPairing,
-  kCodes,       // a small batch of x in int8: 8 d_in
-  kCodeScales,  // the scales and sums of these codes: d_in
+  // Holds x, or the dy of a stack, in int8: a small batch (8 d_in) or a token block, of at most
+  // kL3BlockBytes or 64 d_in elements, whichever is larger, or (backward) kTaskTokens d_out for each two
+  // threads.
+  kCodes,
+  kCodeScales,  // the scales and sums of these codes: at most an eighth of their size
   // Holds a tile of attention, with 48 (5 head_dim + 130) elements, or the scores of a single query, with
   // heads (256 + head_dim) elements.
   kAttention,

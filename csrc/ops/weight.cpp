@@ -6,6 +6,7 @@
 
 #include "base/parallel.h"
 #include "ops/blocks.h"
+#include "ops/int8_weight.h"
 #include "ops/scratch.h"
 
 namespace nplora {
@@ -382,10 +383,20 @@ void int8_dots_of_blocks(const WeightView& w, Range rows, size_t m, const kernel
       next);
 }
 
+PackedWeight::PackedWeight(const WeightView& w, std::shared_ptr<const void> owner)
+    : owner_(std::move(owner)), view_(w) {
+  if (view_.compute == Compute::kInt8) row_scales_ = std::make_unique<RowScales>();
+  view_.row_scales = row_scales_.get();
+}
+
+PackedWeight::~PackedWeight() = default;
+
 template <class T>
 PackedWeight::PackedWeight(Matrix<const T> w, Storage storage, Compute compute)
     : buffer_(w.rows * w.cols * bytes_per_element(storage), Life::kLong),
-      view_{storage, true, buffer_.as<void>(), w.rows, w.cols, 0, compute} {
+      view_{storage, true, buffer_.as<void>(), w.rows, w.cols, 0, compute},
+      row_scales_(compute == Compute::kInt8 ? std::make_unique<RowScales>() : nullptr) {
+  view_.row_scales = row_scales_.get();
   for_rows(w.rows, w.cols, [&](size_t i) {
     for_panels(w.cols, [&](size_t c, size_t width) {
       narrow(storage, width, w.row(i) + c, buffer_.as<char>() + packed_offset(view_, i, c));

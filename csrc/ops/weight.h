@@ -15,10 +15,13 @@
 
 namespace nplora {
 
+class RowScales;
+
 // The arithmetic of the products with a weight. With kFloat, products use the weight's own float type. With
 // kBfloat16, larger batches use pairs of bfloat16, summed in float: forward above kSmallBatch rows, backward
-// above kFloatBatch rows. With kInt8, forward passes of small batches use int8 if W is in one of GGUF's block
-// formats; all other products are computed as with kBfloat16.
+// above kFloatBatch rows. With kInt8, these products use int8 instead (see ops/int8_weight.h), and forward
+// passes of small batches use int8 too if W is in one of GGUF's block formats. The products with the factors
+// of an update, and backward products above kInt8Outputs, are computed as with kBfloat16.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
 // W in the form that the products read. If `packed` is true, W is panels of kPanelColumns columns with
@@ -32,6 +35,7 @@ struct WeightView {
   size_t row_stride;  // in elements for row-major data, in bytes for blocks
   Compute compute = Compute::kFloat;
   kernels::Nf4 nf4{};
+  RowScales* row_scales = nullptr;  // the scales of W in int8; not null if `compute` is kInt8
 };
 
 template <class T>
@@ -114,7 +118,8 @@ void int8_dots_of_blocks(const WeightView& w, Range rows, size_t m, const kernel
 class PackedWeight {
  public:
   // W in its storage layout, in memory that exists as long as `owner` exists. Nothing is copied.
-  PackedWeight(const WeightView& w, std::shared_ptr<const void> owner) : owner_(std::move(owner)), view_(w) {}
+  PackedWeight(const WeightView& w, std::shared_ptr<const void> owner);
+  ~PackedWeight();
 
   // Packs a copy of w. The values of w are float or double, which are rounded to the storage format, or
   // uint16_t, which are bit patterns of a 16-bit format.
@@ -143,6 +148,7 @@ class PackedWeight {
   AlignedBuffer buffer_;
   std::shared_ptr<const void> owner_;
   WeightView view_;
+  std::unique_ptr<RowScales> row_scales_;
 };
 
 }  // namespace nplora

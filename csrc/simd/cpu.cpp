@@ -13,6 +13,9 @@
 #if !defined(HWCAP2_BF16)  // older headers do not define HWCAP2_BF16
 #define HWCAP2_BF16 (1ul << 14)
 #endif
+#if !defined(HWCAP_ASIMDDP)
+#define HWCAP_ASIMDDP (1ul << 20)
+#endif
 #endif
 
 namespace nplora::simd {
@@ -68,7 +71,9 @@ Cpu detect() {
   const bool f = bit(leaf7.ebx, 16), dq = bit(leaf7.ebx, 17), bw = bit(leaf7.ebx, 30),
              vl = bit(leaf7.ebx, 31);
   found.avx512 = found.avx2 && zmm && f && dq && bw && vl;
-  found.avx512bf16 = found.avx512 && bit(leaf7_1.eax, 5) && bit(leaf7.ecx, 11);                 // BF16, VNNI
+  found.avxvnni = found.avx2 && bit(leaf7_1.eax, 4);
+  found.avx512vnni = found.avx512 && bit(leaf7.ecx, 11);
+  found.avx512bf16 = found.avx512vnni && bit(leaf7_1.eax, 5);
   const bool tiles = (state & 0x60000) == 0x60000 && bit(leaf7.edx, 24) && bit(leaf7.edx, 22);  // TILE, BF16
   found.amx = found.avx512bf16 && tiles && linux_offers_tiles();
   return found;
@@ -80,7 +85,7 @@ Cpu detect() {
   Cpu found;
   found.neon = true;  // NEON is part of the aarch64 architecture
 #if defined(__linux__)
-  found.neonbf16 = (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
+  found.neonbf16 = (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0 && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
   return found;
 }

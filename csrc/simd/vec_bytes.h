@@ -220,6 +220,20 @@ inline BytePair interleave(Bytes a, Bytes b) {
 
 #endif
 
+// The words of two bytes a0 b0 a1 b1 ... as `low` and `high`, interleaved as `interleave` does with bytes.
+inline BytePair interleave_words(Bytes a, Bytes b) {
+#if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
+  return {(Bytes)_mm_unpacklo_epi16((__m128i)a, (__m128i)b),
+          (Bytes)_mm_unpackhi_epi16((__m128i)a, (__m128i)b)};
+#elif defined(NPLORA_SIMD_NEON)
+  return {(Bytes)vzip1q_u16((uint16x8_t)a, (uint16x8_t)b), (Bytes)vzip2q_u16((uint16x8_t)a, (uint16x8_t)b)};
+#else
+  const auto x = (Words)a, y = (Words)b;
+  return {(Bytes)(Words){x[0], y[0], x[1], y[1], x[2], y[2], x[3], y[3]},
+          (Bytes)(Words){x[4], y[4], x[5], y[5], x[6], y[6], x[7], y[7]}};
+#endif
+}
+
 inline Bytes low_nibbles(Bytes b) {
   return b & 15;
 }

@@ -26,8 +26,8 @@ class PackedWeight:
 
         compute: "float" computes in float32 (float64 for "float64"). "bfloat16" rounds x, dy, W and B to
         bfloat16, and sums in float32; in the backward pass and for many rows, all operands of the low-rank
-        products are rounded. "int8" multiplies a small batch of x with GGUF's blocks in int8, and computes
-        everything else as "bfloat16" does.
+        products are rounded. "int8" rounds x, dy and W to int8 in the products with W, and computes the
+        low-rank products as "bfloat16" does.
         """
     @staticmethod
     def of_array(w: Array, storage: str, compute: str) -> PackedWeight:
@@ -67,8 +67,8 @@ class PackedWeight:
 
 Weight = PackedWeight | Array
 
-def matmul(w: Weight, x: Array, bias: Array | None, out: Array) -> None:
-    """out = x Wᵀ [+ bias]."""
+def matmul(w: Weight, x: Array, bias: Array | None, out: Array, int8: bool = True) -> None:
+    """out = x Wᵀ [+ bias]. `int8` is described in `lora_forward`."""
 
 def matmul_t(w: Weight, dy: Array, out: Array) -> None:
     """out = dy W."""
@@ -92,10 +92,11 @@ class ForwardPart(NamedTuple):
     y: Array
     z: Array | None
 
-def lora_forward(x: Array, layers: list[ForwardPart], batch: int | None = None) -> None:
+def lora_forward(x: Array, layers: list[ForwardPart], batch: int | None = None, int8: bool = True) -> None:
     """z = drop(x) Bᵀ; y = x Wᵀ + scale · z Aᵀ [+ bias], for layers that read the same x.
 
-    drop is the identity if dropout is 0. If `batch` is given, the bits are those of `infer`.
+    drop is the identity if dropout is 0. If `batch` is given, the bits are those of `infer`. If `int8` is
+    False, large batches with weights that compute in int8 are computed in bfloat16, as in `infer`.
     """
 
 @final

@@ -48,6 +48,7 @@ void test_elementwise(const nplora::kernels::KernelTable& table);
 void test_conversions(const nplora::kernels::KernelTable& table);
 void test_blocks(const nplora::kernels::KernelTable& table);
 void test_int8(const nplora::kernels::KernelTable& table);
+void test_int8_gemm(const nplora::kernels::KernelTable& table);
 void test_transformer(const nplora::kernels::KernelTable& table);
 
 // The choice of the table, and NPLORA_ISA.

@@ -48,6 +48,7 @@ int main(int count, char** words) {
     if (has_own(&K::convert)) test_conversions(table);
     if (has_own(&K::blocks, &K::block_dots)) test_blocks(table);
     if (has_own(&K::int8)) test_int8(table);
+    if (has_own(&K::int8_gemm)) test_int8_gemm(table);
     if (has_own(&K::transformer)) test_transformer(table);
     check::close_isa(table.isa);
   }

@@ -46,7 +46,9 @@ std::string choice(const char* name) {
 const std::vector<const char*> kOptional = {
 #if defined(__x86_64__)
     "avx2",
+    "avxvnni",
     "avx512",
+    "avx512vnni",
     "avx512bf16",
     "amx",
 #elif defined(__aarch64__)

@@ -553,8 +553,8 @@ def test_a_frozen_weight_keeps_its_own_storage() -> None:
         ("float32", "bfloat16", "computes in float32; pass W.with_compute('bfloat16') instead"),
         ("q8_0", "int8", "computes in float32; pass W.with_compute('int8') instead"),
         ("float64", "bfloat16", "computes in float64"),
-        ("float32", "int8", "compute='int8' is for GGUF's blocks, W is stored as float32"),
-        ("nf4", "int8", "compute='int8' is for GGUF's blocks, W is stored as nf4"),
+        ("float32", "int8", "computes in float32; pass W.with_compute('int8') instead"),
+        ("float64", "int8", "computes in float64"),
     ],
 )
 def test_a_frozen_weight_keeps_its_own_arithmetic(dtype: str, compute: str, message: str) -> None:

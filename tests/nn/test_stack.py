@@ -448,7 +448,6 @@ def test_explain_tells_of_no_pass_that_is_refused_and_no_update_that_is_not_comp
     assert "backward: " not in layer.explain(40)
     layer.adapter_enabled = False
     assert "backward: " not in layer.explain(40)
-    assert "backward: " not in LoRALinear(np.ones((8, 32)), 2, dtype="q8_0", compute="int8").explain(40)
 
 
 def test_what_is_no_layer_of_a_stack_is_named() -> None:

@@ -108,7 +108,7 @@ class Linear(Prepared, Module):
         d_out, d_in = self.shape
         rows, lead = _check.rows("Linear.forward", "x", x, d_in, "d_in", self._dtype)
         y = buffers.empty((len(rows), d_out), self._dtype)
-        _core.matmul(core_weight(self.weight), rows, self.bias, y)
+        _core.matmul(core_weight(self.weight), rows, self.bias, y, not inferring())
         keep = self.trainable and not inferring()
         return y.reshape(*lead, d_out), LinearSaved(lead, rows if keep else None, layer=self)
 

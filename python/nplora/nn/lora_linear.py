@@ -72,8 +72,7 @@ class LoRALinear(LoRALayer):
         dtype: the storage format of W, as in FrozenWeight: "float32" (also for None), "float64", "bfloat16",
             "float16", or quantised ("q8_0", "q4_1", "nf4", ...). With "float64" all arrays are float64;
             otherwise x is converted to float32.
-        compute: the arithmetic of products with W, as in FrozenWeight: "float32", "bfloat16", or, for
-            inference only, "int8".
+        compute: the arithmetic of products with W, as in FrozenWeight: "float32", "bfloat16" or "int8".
         init: how the factors A and B start.
 
             - "zero": A is 0, and B is drawn from U(±1/sqrt(d_in)). At first, the layer computes x Wᵀ.
@@ -89,10 +88,9 @@ class LoRALinear(LoRALayer):
         rng: a random generator or a seed, for the initial factors and the dropout.
     Raises:
         ValueError: W does not have two axes; bias does not have the shape (d_out,); rank is not from 1 to
-            65536; alpha is not finite; dropout is not in [0, 1); dtype, compute or init is unknown; or
-            compute is "int8" but W is not stored in GGUF's blocks. If init is "pissa" or "olora", also:
-            use_dora is set; rank is above min(d_out, d_in); alpha is not positive; or W holds NaN, an
-            infinity or values that are too large.
+            65536; alpha is not finite; dropout is not in [0, 1); or dtype, compute or init is unknown.
+            If init is "pissa" or "olora", also: use_dora is set; rank is above min(d_out, d_in); alpha is not
+            positive; or W holds NaN, an infinity or values that are too large.
         TypeError: W does not hold floats; rank is not an integer.
     Warns:
         UserWarning: rank is above min(d_out, d_in).
@@ -191,7 +189,7 @@ class LoRALinear(LoRALayer):
         d_in, dtype = self.weight.shape[1], self.weight.compute_dtype
         rows, lead = _check.rows("LoRALinear.forward", "x", x, d_in, "d_in", dtype)
         part, y, saved = self.forward_part(rows, lead)
-        _core.lora_forward(rows, [part])
+        _core.lora_forward(rows, [part], int8=not inferring())
         return self.finish_forward(y, saved)
 
     def forward_part(
@@ -321,8 +319,8 @@ class LoRALinear(LoRALayer):
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, shape,
                 rank or dtype.
             TypeError: `saved` is from another kind of layer.
-            RuntimeError: the layer is merged, or it was merged during the forward pass; the forward pass ran
-                in inference mode; or the weight computes in int8.
+            RuntimeError: the layer is merged, or it was merged during the forward pass; or the forward pass
+                ran in inference mode.
         """
         rows = self.backward_rows("LoRALinear.backward", dy, saved)
         _check.own("LoRALinear.backward", saved, self)
@@ -401,7 +399,7 @@ class LoRALinear(LoRALayer):
         weight, scale, _ = self._core_terms(self._lone_weight()[0])
         dropout = bool(self.dropout) and training
         plan = _core.explain(weight, rows, self.rank if scale else 0, dropout, training)
-        if not training or self.merged or self.weight.compute == "int8":
+        if not training or self.merged:
             del plan["backward"]  # it would raise an error
         return "\n".join(f"{name}: {text}" for name, text in plan.items())
 

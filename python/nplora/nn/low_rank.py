@@ -170,14 +170,6 @@ class LoRALayer(Prepared, AdapterLayer):
     def dropout(self) -> float:
         return self._dropout
 
-    def require_trainable(self, what: str) -> None:
-        super().require_trainable(what)
-        if self.weight.compute == "int8":
-            raise RuntimeError(
-                f"{type(self).__name__}.{what}: compute='int8' is for inference; to train, load the "
-                "weight with compute='bfloat16' or 'float32'"
-            )
-
     def settings(self) -> dict[str, int | float | bool | str]:
         return {
             "rank": self.rank,

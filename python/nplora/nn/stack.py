@@ -15,7 +15,7 @@ from nplora.nn.conv import Conv2d, LoRAConv2d
 from nplora.nn.linear import Linear
 from nplora.nn.lora_linear import LoRALinear
 from nplora.nn.low_rank import UnloadedLayer
-from nplora.nn.module import Gradient, Module, Saved, inference
+from nplora.nn.module import Gradient, Module, Saved, inference, inferring
 from nplora.nn.prepared import Prepared
 from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows, joined, one_group, row_groups, slices
 from nplora.weights import FrozenWeight, buffers
@@ -68,7 +68,7 @@ def _forward(
     layers: Sequence[Stackable], rows: Array, lead: tuple[int, ...], batch: int | None = None
 ) -> tuple[list[Array], StackSaved]:
     parts, ys, kept = zip(*(layer.forward_part(rows, lead) for layer in layers), strict=True)
-    _core.lora_forward(rows, list(parts), batch)
+    _core.lora_forward(rows, list(parts), batch, not inferring())
     done = [layer.finish_forward(y, saved) for layer, y, saved in zip(layers, ys, kept, strict=True)]
     return [y for y, _ in done], StackSaved(tuple(saved for _, saved in done))
 

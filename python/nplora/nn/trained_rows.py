@@ -232,11 +232,6 @@ class TrainedRowsLayer(AdapterLayer):
         self.require_unmerged("reset")
         self.rows.value[...] = self.rows.original(self.weight)
 
-    def require_trainable(self, what: str) -> None:
-        super().require_trainable(what)
-        if self.weight.compute == "int8":
-            raise RuntimeError(f"{type(self).__name__}.{what}: compute='int8' is for inference")
-
     def _terms(self) -> _Terms:
         """The terms of a pass.
 
@@ -416,7 +411,7 @@ class TrainedHead(TrainedRowsLayer):
         inputs, lead = _check.rows("TrainedHead.forward", "x", x, dim, "dim", dtype)
         weight, rows, alone, merged = self._terms()
         y = buffers.empty((len(inputs), weight.shape[0]), dtype)
-        _core.matmul(core_weight(weight), inputs, self.bias, y)
+        _core.matmul(core_weight(weight), inputs, self.bias, y, not inferring())
         if rows is not None:
             own = np.empty((len(inputs), len(rows.values)), dtype)
             bias = None if self.bias is None else self.bias[rows.ids]
@@ -436,8 +431,7 @@ class TrainedHead(TrainedRowsLayer):
         Raises:
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer.
             TypeError: `saved` is from another kind of layer.
-            RuntimeError: the layer was merged in the forward pass, or that pass ran in inference mode; or
-                the weight computes in int8.
+            RuntimeError: the layer was merged in the forward pass, or that pass ran in inference mode.
         """
         op, (stored, dim), dtype = "TrainedHead.backward", self.weight.shape, self.weight.compute_dtype
         size = self.rows.size

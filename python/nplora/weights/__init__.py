@@ -2,11 +2,10 @@
 
 from nplora.weights.frozen_weight import (
     COMPUTES,
-    INFERENCE_COMPUTES,
     FrozenWeight,
     become_infinite,
     dtype_name,
     freeze,
 )
 
-__all__ = ["COMPUTES", "INFERENCE_COMPUTES", "FrozenWeight", "become_infinite", "dtype_name", "freeze"]
+__all__ = ["COMPUTES", "FrozenWeight", "become_infinite", "dtype_name", "freeze"]

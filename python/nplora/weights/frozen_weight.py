@@ -19,8 +19,7 @@ if TYPE_CHECKING:  # the file readers take most of the import time, and only som
 
 Array = npt.NDArray[Any]
 
-COMPUTES = ("float32", "bfloat16")
-INFERENCE_COMPUTES = (*COMPUTES, "int8")
+COMPUTES = ("float32", "bfloat16", "int8")
 _UNROUNDED_ROWS = _core.constants.float_batch
 
 # The smallest magnitude that becomes infinite: the largest finite value plus half a unit in its last place.
@@ -56,9 +55,15 @@ class FrozenWeight:
               pass, or if x has many rows, A and z = x Bᵀ are rounded as well. Sums stay float32. Products are
               twice as fast if the CPU has bfloat16 instructions. If x has up to 8 rows, products are still
               computed in float32.
-            - "int8", for inference: if x has up to 8 rows, it is rounded to 8 bits, with one
-              scale for every 32 values, and multiplied with GGUF's blocks as integers. With more rows, with
-              other storage formats, and in `matmul_t`, products are computed as with "bfloat16".
+            - "int8": W is rounded to 8 bits with one scale for each row, and x to 8 bits with one scale for
+              every 64 values. In the backward pass, dy times the scales of W is rounded to 8 bits, with one
+              scale for each row of dy (or for each of several equal parts of a row, if d_out is above 4032).
+              Products of codes are summed as integers. The factors of an update, and the backward pass of a
+              weight with 32000 outputs or more (the head of a model), are computed as with "bfloat16". If x
+              has up to 8 rows, it is multiplied with GGUF's own blocks, with one scale for every 32 values;
+              other storage formats then compute in float32. `matmul_t` with up to 4 rows computes in
+              float32. Layers round W in this way only in training. In inference, they compute more than 8
+              rows as with "bfloat16".
         double_quant: also quantise the absmax of NF4 to 8 bits. A value of W then takes 4.13 bits instead of
             4.5.
     Raises:
@@ -487,9 +492,11 @@ def _restored(storage: str, shape: tuple[int, int], arrays: tuple[Array, ...], c
 
 def _core_compute(op: str, storage: str, compute: str) -> str:
     """Return the C++ core's name for `compute`, in which "float" means the weight's own type."""
-    _check.choice(op, "compute", compute, INFERENCE_COMPUTES)
+    _check.choice(op, "compute", compute, COMPUTES)
     if storage == "float64" and compute != "float32":
-        raise ValueError(f"{op}: a float64 weight computes in float64, got compute={compute!r}")
+        raise ValueError(
+            f"{op}: a float64 weight computes in float64, got compute={compute!r}; dtype='float32' allows it"
+        )
     return "float" if compute == "float32" else compute
 
 
@@ -551,25 +558,15 @@ def freeze(
 ) -> FrozenWeight:
     """Return W itself if it is a FrozenWeight that fits `dtype` and `compute`; pack an array W."""
     if not isinstance(W, FrozenWeight):
-        storage = dtype_name(op, dtype)
-        if compute == "int8":
-            _require_blocks(op, storage, f"would be stored as {storage}; dtype='q8_0' gives such blocks")
-        return FrozenWeight(W, storage, compute)
+        return FrozenWeight(W, dtype_name(op, dtype), compute)
     if dtype is not None and dtype_name(op, dtype) != W.dtype:
         raise ValueError(
             f"{op}: dtype={dtype_name(op, dtype)!r}, but W is a FrozenWeight stored as {W.dtype}"
         )
-    if _check.choice(op, "compute", compute, INFERENCE_COMPUTES) in ("float32", W.compute):
+    if _check.choice(op, "compute", compute, COMPUTES) in ("float32", W.compute):
         return W
-    if compute == "int8":
-        _require_blocks(op, W.dtype, f"is stored as {W.dtype}")
     way = "" if W.dtype == "float64" else f"; pass W.with_compute({compute!r}) instead"
     raise ValueError(f"{op}: compute={compute!r}, but W is a FrozenWeight that computes in {W.compute}{way}")
-
-
-def _require_blocks(op: str, storage: str, words: str) -> None:
-    if storage in storages.FLOATS or storage == "nf4":
-        raise ValueError(f"{op}: compute='int8' is for GGUF's blocks, W {words}")
 
 
 def dtype_name(op: str, dtype: npt.DTypeLike | None) -> str:

@@ -1,0 +1,133 @@
+#include "ops/int8_weight.h"
+
+#include <algorithm>
+
+#include "base/parallel.h"
+
+namespace nplora {
+
+using kernels::Int8Quad;
+using kernels::kInt8PanelColumns;
+using kernels::kPanelColumns;
+using kernels::Panels;
+
+namespace {
+
+constexpr size_t kCodesPerQuad = kernels::kValuesPerElement<Int8Quad>;
+
+// Rows of W that are decoded at a time: 48 rows of two panels are 18 KB of floats.
+constexpr size_t kRowsAtOnce = 48;
+
+// Calls body(panel, columns) for each panel of floats W[rows, cols], at most kDecodedColumns columns at a
+// time. A last panel that is narrower is decoded alone (see full_columns).
+template <class Body>
+void for_float_panels(const WeightView& w, Range rows, Range cols, const Body& body) {
+  float* decoded = scratch<float>(Scratch::kDecoded, rows.count * scratch_columns(kDecodedColumns));
+  const size_t end = cols.first + cols.count, full = full_columns(w.d_in);
+  for (size_t first = cols.first, c; first < end; first += c) {
+    c = std::min(kDecodedColumns, (first < full ? std::min(full, end) : end) - first);
+    const Range some{first, c};
+    const Panels<float> panels = row_block(w, rows, some, false, decoded);
+    for (size_t p = 0; p < some.count; p += kPanelColumns)
+      body(Matrix<const float>{panels.data + p / kPanelColumns * panels.panel_stride, rows.count,
+                               std::min(kPanelColumns, some.count - p), panels.row_stride},
+           first - cols.first + p);
+  }
+}
+
+}  // namespace
+
+// ---- the scales of W's rows ----
+
+void RowScales::find(const WeightView& w) {
+  if (found_.load(std::memory_order_acquire)) return;
+  std::unique_ptr<float[]> found(new float[w.d_out]);
+  const kernels::Int8Gemm& k = kernels::table().int8_gemm;
+  const double elements = static_cast<double>(w.d_out) * static_cast<double>(w.d_in);
+  parallel_for(ceil_div(w.d_out, kRowsAtOnce), useful_threads(4 * elements), Interruptible::kYes,
+               [&](size_t task) {
+                 const Range rows = nth_block(w.d_out, kRowsAtOnce, task);
+                 float* largest = found.get() + rows.first;
+                 std::fill_n(largest, rows.count, 0.0f);
+                 for_float_panels(w, rows, {0, w.d_in}, [&](Matrix<const float> panel, size_t) {
+                   k.largest(panel.rows, panel.cols, panel.data, panel.stride, largest);
+                 });
+                 for (size_t i = 0; i < rows.count; ++i) largest[i] = kernels::code_scale(largest[i]).scale;
+               });
+  float* none = nullptr;
+  if (found_.compare_exchange_strong(none, found.get())) found.release();
+}
+
+// ---- rows of x or dy ----
+
+// Rows whose distance is a multiple of 1 KB would evict each other from L1.
+size_t CodedBlock::stride() const {
+  const size_t bytes = round_up(cols_, kCodesPerQuad);
+  return bytes % 1024 == 0 ? bytes + kCacheLine : bytes;
+}
+
+void CodedBlock::divide(size_t rows, Arena<float>& scales, Arena<int8_t>& codes) {
+  scales_ = scales.take(rows * groups());
+  corrections_ = reinterpret_cast<int32_t*>(scales.take(rows * groups()));
+  codes_ = codes.take(rows * stride());
+}
+
+void CodedBlock::quantize(size_t row, const float* x, const float* factors) const {
+  kernels::table().int8_gemm.quantize(cols_, group_, x, factors, codes_ + row * stride(),
+                                      scales_ + row * groups(), corrections_ + row * groups());
+}
+
+kernels::CodedRows CodedBlock::from(size_t row, size_t col) const {
+  const size_t first = row * groups() + col / group_;
+  return {codes_ + row * stride() + col, stride(), scales_ + first, corrections_ + first, group_, groups()};
+}
+
+// ---- blocks of W ----
+
+namespace {
+
+// 1 / scale for some rows of W, or 0 if the scale is 0 or NaN.
+struct Inverses {
+  float of[kRowsAtOnce];
+
+  Inverses(const WeightView& w, Range rows) {
+    const float* scales = w.row_scales->scales() + rows.first;
+    for (size_t i = 0; i < rows.count; ++i) of[i] = scales[i] > 0 ? 1 / scales[i] : 0;
+  }
+};
+static_assert(kInt8PanelColumns <= kRowsAtOnce);
+
+}  // namespace
+
+void transposed_quads(const WeightView& w, Range rows, Range cols, Int8Quad* out) {
+  const kernels::KernelTable& k = kernels::table();
+  const Inverses inverses(w, rows);
+  alignas(kCacheLine) uint8_t codes[kInt8PanelColumns * kPanelColumns];
+  for_float_panels(w, rows, cols, [&](Matrix<const float> panel, size_t col) {
+    if (panel.cols % kCodesPerQuad != 0) std::fill_n(codes, sizeof codes, uint8_t{0});
+    k.int8_gemm.encode(rows.count, panel.cols, panel.data, panel.stride, inverses.of, codes, kPanelColumns);
+    // Four codes are moved as if they were a float.
+    k.f32.to_lanes(kInt8PanelColumns, rows.count, ceil_div(panel.cols, kCodesPerQuad),
+                   reinterpret_cast<const float*>(codes), kPanelColumns / kCodesPerQuad,
+                   reinterpret_cast<float*>(out + col / kCodesPerQuad * kInt8PanelColumns));
+  });
+}
+
+ColumnBlock<Int8Quad> column_quads(const WeightView& w, Range rows, Range cols, Int8Quad* out) {
+  const kernels::Int8Gemm& k = kernels::table().int8_gemm;
+  const size_t panel_stride = ceil_div(rows.count, kCodesPerQuad) * kPanelColumns;
+  uint8_t codes[kRowsAtOnce * kPanelColumns];
+  for (size_t i = 0; i < rows.count; i += kRowsAtOnce) {
+    const Range some{rows.first + i, std::min(kRowsAtOnce, rows.count - i)};
+    const Inverses inverses(w, some);
+    for_float_panels(w, some, cols, [&](Matrix<const float> panel, size_t col) {
+      k.encode(panel.rows, panel.cols, panel.data, panel.stride, inverses.of, codes, kPanelColumns);
+      k.quad_rows(panel.rows, panel.cols, codes, kPanelColumns,
+                  out + col / kPanelColumns * panel_stride + i / kCodesPerQuad * kPanelColumns,
+                  kPanelColumns);
+    });
+  }
+  return {out, kPanelColumns, panel_stride};
+}
+
+}  // namespace nplora

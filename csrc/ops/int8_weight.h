@@ -1,0 +1,81 @@
+// W and the rows that it multiplies in int8, for large batches. W is recoded from its storage while a block is
+// packed: each row has one scale, whatever the storage. (Products of small batches use the blocks' own codes,
+// see kernels::Int8Products.)
+#pragma once
+
+#include <atomic>
+#include <memory>
+
+#include "base/matrix.h"
+#include "base/range.h"
+#include "kernels/kernel_table.h"
+#include "ops/scratch.h"
+#include "ops/weight.h"
+
+namespace nplora {
+
+// The scales of W's rows. They are computed when a product first needs them, because decoding with a mapped
+// model should not read the whole file first.
+class RowScales {
+ public:
+  RowScales() = default;
+  ~RowScales() { delete[] found_.load(); }
+  RowScales(const RowScales&) = delete;
+  RowScales& operator=(const RowScales&) = delete;
+
+  // Computes the scales of `w`, unless they are known. If several threads do so together, one result is kept.
+  void find(const WeightView& w);
+
+  // The scales (d_out) after `find`: the largest magnitude of a row / 127. The scale is 0 if all magnitudes
+  // are below 2^-119, and NaN if an element is NaN or infinite.
+  const float* scales() const { return found_.load(std::memory_order_acquire); }
+
+ private:
+  std::atomic<float*> found_ = nullptr;
+};
+
+// The depth of a block in int8 products, in values. A depth that fits is not cut; a longer depth is cut into
+// blocks of about equal size.
+inline constexpr size_t kInt8DepthUnit = 192;  // a multiple of two panels and of kInt8Group
+static_assert(kernels::kInt8Depth % kInt8DepthUnit == 0);
+static_assert(kInt8DepthUnit % kDecodedColumns == 0 && kInt8DepthUnit % kernels::kInt8Group == 0);
+inline size_t int8_depth_block(size_t depth) {
+  const size_t blocks = std::max<size_t>(1, ceil_div(depth, kernels::kInt8Depth));
+  return round_up(std::max<size_t>(1, ceil_div(depth, blocks)), kInt8DepthUnit);
+}
+
+// Rows of x or dy of a token block in int8.
+class CodedBlock {
+ public:
+  CodedBlock() = default;
+  CodedBlock(size_t cols, size_t group) : cols_(cols), group_(group) {}
+
+  // Takes memory for `rows` rows.
+  void divide(size_t rows, Arena<float>& scales, Arena<int8_t>& codes);
+
+  // Quantises x (cols), times `factors` if they are not null, and stores the result as row `row`.
+  void quantize(size_t row, const float* x, const float* factors) const;
+
+  // The rows from `row` on, from column `col` on. `col` is the first column of a group.
+  kernels::CodedRows from(size_t row, size_t col) const;
+
+ private:
+  size_t stride() const;
+  size_t groups() const { return ceil_div(cols_, group_); }
+
+  size_t cols_ = 0, group_ = 1;
+  int8_t* codes_ = nullptr;
+  float* scales_ = nullptr;
+  int32_t* corrections_ = nullptr;
+};
+
+// The transpose of W[rows, cols] in codes, for forward products: out (cols / 4, kInt8PanelColumns). There are
+// at most kInt8PanelColumns rows, and the first column is a multiple of kInt8DepthUnit.
+void transposed_quads(const WeightView& w, Range rows, Range cols, kernels::Int8Quad* out);
+
+// W[rows, cols] in codes, for backward products: out (rows / 4, kPanelColumns), or two such panels one after
+// the other. The first column is a multiple of kPanelColumns, and there are at most kDecodedColumns columns.
+ColumnBlock<kernels::Int8Quad> column_quads(const WeightView& w, Range rows, Range cols,
+                                            kernels::Int8Quad* out);
+
+}  // namespace nplora

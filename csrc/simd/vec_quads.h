@@ -1,0 +1,192 @@
+// Vectors of four int8 codes in each 32-bit lane, which are multiplied as integers and summed in each lane.
+// The rules of kernel units are in vec.h.
+//
+//   `all_lanes(x)` is a Vec<float> with x in all lanes.
+//   `LaneInts` has a 32-bit integer for each lane of Vec<float>. `floats_of(v)` converts them to floats.
+//     `to_ints(v)` rounds floats to nearest, ties to even. The floats must be within +-2^22. NaN becomes an
+//     unspecified number.
+//   `kCodeOffset` is added to the codes of W in memory: 128 if the instruction multiplies unsigned by signed
+//     bytes, else 0.
+//   `load_quads(p)` loads a vector of codes.
+//   `dot_vectors(sums, w, x)` adds the products of the four codes of each lane of each vector of `w` (with
+//     the offset) and `x` to the sums of this lane.
+#pragma once
+
+#include "simd/vec.h"
+
+namespace nplora::kernels::NPLORA_ISA {
+
+inline constexpr size_t kIntLanes = Vec<float>::kLanes;
+typedef int32_t LaneInts __attribute__((vector_size(4 * kIntLanes)));
+typedef int32_t UnalignedInts __attribute__((vector_size(4 * kIntLanes), aligned(4), may_alias));
+typedef int8_t LaneCodes __attribute__((vector_size(kIntLanes)));
+
+inline Vec<float> all_lanes(float x) {
+  return {decltype(Vec<float>::v){} + x};
+}
+inline LaneInts broadcast_int(int32_t x) {
+  return LaneInts{} + x;
+}
+inline Vec<float> floats_of(LaneInts v) {
+  return {__builtin_convertvector(v, decltype(Vec<float>::v))};
+}
+inline int32_t largest_lane(LaneInts v) {
+#if defined(NPLORA_SIMD_AVX512)
+  return _mm512_reduce_max_epi32((__m512i)v);
+#elif defined(NPLORA_SIMD_NEON)
+  return vmaxvq_s32((int32x4_t)v);
+#else
+  int32_t largest = v[0];
+  for (size_t i = 1; i < kIntLanes; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+#endif
+}
+inline int32_t sum_of_lanes(LaneInts v) {
+#if defined(NPLORA_SIMD_AVX512)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#elif defined(NPLORA_SIMD_NEON)
+  return vaddvq_s32((int32x4_t)v);
+#else
+  int32_t sum = 0;
+  for (size_t i = 0; i < kIntLanes; ++i) sum += v[i];
+  return sum;
+#endif
+}
+// The low byte of each lane.
+inline LaneCodes low_bytes(LaneInts v) {
+  return __builtin_convertvector(v, LaneCodes);
+}
+
+#if defined(NPLORA_SIMD_AVX512)
+
+inline LaneInts to_ints(Vec<float> v) {
+  return (LaneInts)_mm512_cvtps_epi32(v.v);
+}
+inline LaneInts load_quads(const void* p) {
+  LaneInts v;  // GCC 12 would move a vector that an intrinsic loads to the stack and back
+  __asm__("vmovdqu32 %1, %0" : "=v"(v) : "m"(*static_cast<const UnalignedInts*>(p)));
+  return v;
+}
+
+#if defined(NPLORA_SIMD_VNNI)
+
+inline constexpr uint8_t kCodeOffset = 128;
+#define NPLORA_DOT "vpdpbusd "
+#define NPLORA_IN "v"
+
+#else
+
+// The instruction vpmaddubsw multiplies unsigned by signed bytes, so the signs of `w` are moved to `x`. The
+// sum of two products is at most 2 * 127 * 127, which fits into 16 bits.
+inline constexpr uint8_t kCodeOffset = 0;
+inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
+  const __m512i codes = (__m512i)w, with_sign = _mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask(codes),
+                                                                     _mm512_setzero_si512(), (__m512i)x);
+  sums += (LaneInts)_mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_abs_epi8(codes), with_sign),
+                                      _mm512_set1_epi16(1));
+}
+
+#endif
+
+#elif defined(NPLORA_SIMD_AVX2)
+
+inline LaneInts to_ints(Vec<float> v) {
+  return (LaneInts)_mm256_cvtps_epi32(v.v);
+}
+inline LaneInts load_quads(const void* p) {
+  LaneInts v;
+  __asm__("vmovdqu %1, %0" : "=x"(v) : "m"(*static_cast<const UnalignedInts*>(p)));
+  return v;
+}
+
+#if defined(NPLORA_SIMD_VNNI)
+
+inline constexpr uint8_t kCodeOffset = 128;
+#define NPLORA_DOT "%{vex%} vpdpbusd "
+#define NPLORA_IN "x"
+
+#else
+
+inline constexpr uint8_t kCodeOffset = 0;
+// As with AVX-512 without VNNI: the signs of `w` are moved to `x`.
+inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
+  const __m256i codes = (__m256i)w, with_sign = _mm256_sign_epi8((__m256i)x, codes);
+  sums += (LaneInts)_mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(codes), with_sign),
+                                      _mm256_set1_epi16(1));
+}
+
+#endif
+
+#elif defined(NPLORA_SIMD_NEON)
+
+inline LaneInts to_ints(Vec<float> v) {
+  return (LaneInts)vcvtnq_s32_f32(v.v);
+}
+inline LaneInts load_quads(const void* p) {
+  return (LaneInts)vld1q_s32(static_cast<const int32_t*>(p));
+}
+
+inline constexpr uint8_t kCodeOffset = 0;
+inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
+  const auto a = (int8x16_t)w, b = (int8x16_t)x;
+#if defined(NPLORA_SIMD_DOTPROD)
+  sums = (LaneInts)vdotq_s32((int32x4_t)sums, a, b);
+#else  // the sum of two products of at most 127 * 127 fits into 16 bits
+  const int16x8_t neighbours = vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
+  sums = (LaneInts)vpadalq_s16((int32x4_t)sums, neighbours);
+#endif
+}
+
+#else
+
+// Adding 1.5 * 2^23 leaves the rounded number in the low bits of the float.
+inline LaneInts to_ints(Vec<float> v) {
+  constexpr float kShift = 0x1.8p23f;
+  __asm__("" : "+m"(v.v));  // so that a multiplication before this addition is rounded on its own
+  return (LaneInts)(v.v + kShift) - __builtin_bit_cast(int32_t, kShift);
+}
+inline LaneInts load_quads(const void* p) {
+  return bits_at<LaneInts>(static_cast<const char*>(p));
+}
+
+inline constexpr uint8_t kCodeOffset = 0;
+inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
+  int8_t a[4 * kIntLanes], b[4 * kIntLanes];
+  __builtin_memcpy(a, &w, sizeof a);
+  __builtin_memcpy(b, &x, sizeof b);
+  for (size_t j = 0; j < 4 * kIntLanes; ++j) sums[j / 4] += a[j] * b[j];
+}
+
+#endif
+
+#if defined(NPLORA_SIMD_VNNI)
+// GCC 12 copies the sums of the intrinsic _mm512_dpbusd_epi32 and spills the copies, which halves the speed.
+// With one asm statement for each product, it still copies some sums.
+template <size_t kVectors>
+[[gnu::always_inline]] inline void dot_vectors(LaneInts (&s)[kVectors], const LaneInts (&w)[kVectors],
+                                               LaneInts x) {
+  if constexpr (kVectors == 1)
+    __asm__(NPLORA_DOT "%2, %1, %0" : "+&" NPLORA_IN(s[0]) : NPLORA_IN(w[0]), NPLORA_IN(x));
+  else if constexpr (kVectors == 2)
+    __asm__(NPLORA_DOT "%4, %2, %0\n\t" NPLORA_DOT "%4, %3, %1"
+            : "+&" NPLORA_IN(s[0]), "+&" NPLORA_IN(s[1])
+            : NPLORA_IN(w[0]), NPLORA_IN(w[1]), NPLORA_IN(x));
+  else {
+    static_assert(kVectors == 3);
+    __asm__(NPLORA_DOT "%6, %3, %0\n\t" NPLORA_DOT "%6, %4, %1\n\t" NPLORA_DOT "%6, %5, %2"
+            : "+&" NPLORA_IN(s[0]), "+&" NPLORA_IN(s[1]), "+&" NPLORA_IN(s[2])
+            : NPLORA_IN(w[0]), NPLORA_IN(w[1]), NPLORA_IN(w[2]), NPLORA_IN(x));
+  }
+}
+#undef NPLORA_DOT
+#undef NPLORA_IN
+#else
+template <size_t kVectors>
+[[gnu::always_inline]] inline void dot_vectors(LaneInts (&s)[kVectors], const LaneInts (&w)[kVectors],
+                                               LaneInts x) {
+#pragma GCC unroll 8
+  for (size_t v = 0; v < kVectors; ++v) dot_quads(s[v], w[v], x);
+}
+#endif
+
+}  // namespace nplora::kernels::NPLORA_ISA

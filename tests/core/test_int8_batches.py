@@ -1,0 +1,192 @@
+"""compute="int8" for many rows: the scheme in NumPy, whose integer codes must be the same."""
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora import FrozenWeight, LoRALinear
+from nplora.nn.stack import stack_backward, stack_forward
+from nplora.weights.storages import BLOCKS, FLOATS
+
+Array = np.ndarray[Any, Any]
+STORAGES = sorted((set(FLOATS) | set(BLOCKS)) - {"float64"})
+ROWS = (9, 16, 63, 64, 130)
+GROUP, DEPTH, UNIT = 64, 4032, 192
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def coded(x: Array, group: int) -> tuple[Array, Array]:
+    """Codes and scales of the rows of x, a list of groups of columns: (n, cols) and (n, groups)."""
+    codes, scales = np.zeros(x.shape), np.zeros((len(x), -(-x.shape[1] // group)))
+    for i in range(scales.shape[1]):
+        columns = slice(i * group, (i + 1) * group)
+        largest = np.abs(x[:, columns]).max(axis=1).astype(np.float32)
+        scale = largest / np.float32(127)
+        ok = np.isfinite(largest) & (largest >= 2.0**-119)
+        inverse = np.where(ok, np.float32(1) / np.where(ok, scale, 1), 0).astype(np.float32)
+        product = np.where(ok[:, None], x[:, columns], 0) * inverse[:, None]
+        assert product.dtype == np.float32
+        codes[:, columns] = np.rint(product)
+        scales[:, i] = np.where(np.isfinite(largest), np.where(ok, scale, 0), np.nan)
+    return codes, scales
+
+
+def products(x: Array, W: Array) -> tuple[Array, Array]:
+    """x Wᵀ in the scheme, with sums in float64, and a bound of the error of float32 sums."""
+    (x_codes, x_scales), (w_codes, w_scales) = coded(x, GROUP), coded(W, W.shape[1])
+    return _sums(x_codes, x_scales, GROUP, w_codes.T, w_scales[:, 0])
+
+
+def transposed_products(dy: Array, W: Array) -> tuple[Array, Array]:
+    w_codes, w_scales = coded(W, W.shape[1])
+    blocks = math.ceil(len(W) / DEPTH)
+    group = math.ceil(math.ceil(len(W) / blocks) / UNIT) * UNIT
+    codes, scales = coded(dy * w_scales[:, 0].astype(np.float32), group)
+    return _sums(codes, scales, group, w_codes, np.ones(W.shape[1]))
+
+
+def _sums(codes: Array, scales: Array, group: int, other: Array, factors: Array) -> tuple[Array, Array]:
+    total, magnitude = (np.zeros((len(codes), other.shape[1])) for _ in range(2))
+    for i in range(scales.shape[1]):
+        columns = slice(i * group, (i + 1) * group)
+        part = scales[:, i, None] * (codes[:, columns] @ other[columns])
+        total, magnitude = total + part, magnitude + np.abs(part)
+    bound = 2.0**-24 * (2 * scales.shape[1] + 4) * magnitude * np.abs(factors)
+    return total * factors, bound + 1e-37
+
+
+def agree(got: Array, wanted: tuple[Array, Array]) -> bool:
+    return bool(np.all(np.abs(got - wanted[0]) <= wanted[1]))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_products_are_those_of_the_scheme(storage: str, rows: int) -> None:
+    x, dy = normal(rows, 512), normal(rows, 75, seed=2)
+    fw = FrozenWeight(normal(75, 512, seed=1), storage, "int8")
+    W = fw.to_numpy()
+    assert agree(fw.matmul(x), products(x, W))
+    assert agree(fw.matmul_t(dy), transposed_products(dy, W))
+
+
+@pytest.mark.parametrize("d_out", [1, 3, 31, 32, 33, 49, 100])
+@pytest.mark.parametrize("d_in", [1, 2, 5, 47, 48, 63, 65, 97, 200])
+def test_shapes_without_a_common_factor(d_out: int, d_in: int) -> None:
+    x, dy, W = normal(11, d_in), normal(11, d_out, seed=1), normal(d_out, d_in, seed=2)
+    fw = FrozenWeight(W, compute="int8")
+    assert agree(fw.matmul(x), products(x, W))
+    assert agree(fw.matmul_t(dy), transposed_products(dy, W))
+
+
+@pytest.mark.parametrize("depth", [4032, 4033, 9000])
+def test_a_long_depth_is_cut(depth: int) -> None:
+    x, W = normal(9, depth), normal(5, depth, seed=1)
+    assert agree(FrozenWeight(W, compute="int8").matmul(x), products(x, W))
+    dy, W = normal(9, depth), normal(depth, 5, seed=1)
+    assert agree(FrozenWeight(W, compute="int8").matmul_t(dy), transposed_products(dy, W))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_the_largest_codes_do_not_overflow(sign: int) -> None:
+    """All codes are 127 or -127; without cuts, the sums would be 2^20 * 127 * 127 = 2^34."""
+    depth = 2**20
+    ones, W = np.ones((9, depth), np.float32), np.full((1, depth), sign, np.float32)
+    assert FrozenWeight(W, "bfloat16", "int8").matmul(ones) == pytest.approx(sign * depth, rel=1e-4)
+    depth = 31999  # a larger d_out computes in bfloat16
+    dx = FrozenWeight(np.full((depth, 1), sign, np.float32), compute="int8").matmul_t(ones[:, :depth])
+    assert dx == pytest.approx(sign * depth, rel=1e-5)
+
+
+def test_the_backward_pass_of_a_head_computes_in_bfloat16() -> None:
+    dy, W = normal(9, 32000), normal(32000, 3, seed=1)
+    int8, bfloat16 = (FrozenWeight(W, compute=compute) for compute in ("int8", "bfloat16"))
+    assert np.array_equal(int8.matmul_t(dy), bfloat16.matmul_t(dy))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_stay(value: float) -> None:
+    x, dy, W = normal(20, 128), normal(20, 40, seed=1), normal(40, 128, seed=2)
+    fw = FrozenWeight(W, compute="int8")
+    x[3, 70] = dy[4, 9] = value
+    y, dx = fw.matmul(x), fw.matmul_t(dy)
+    assert not np.isfinite(y[3]).any()
+    assert not np.isfinite(dx[4]).any()
+    assert np.isfinite(np.delete(y, 3, 0)).all()
+    assert np.isfinite(np.delete(dx, 4, 0)).all()
+    W[7, 5] = value
+    fw = FrozenWeight(W, compute="int8")
+    assert not np.isfinite(fw.matmul(normal(20, 128))[:, 7]).any()
+    assert not np.isfinite(fw.matmul_t(normal(20, 40))[:, 5]).any()
+
+
+def test_zeros_and_tiny_numbers_give_zero() -> None:
+    x, W = np.zeros((9, 128), np.float32), normal(40, 128)
+    x[1] = 1e-40
+    W[3] = 0
+    W[4] = 1e-42
+    fw = FrozenWeight(W, compute="int8")
+    assert np.all(fw.matmul(x) == 0)
+    assert np.all(fw.matmul_t(np.eye(40, dtype=np.float32)[[0, 3, 4, 3, 4, 3]])[1:] == 0)
+
+
+@pytest.mark.usefixtures("thread_limit")
+def test_results_do_not_depend_on_threads_or_on_other_rows() -> None:
+    fw = FrozenWeight(normal(900, 512), "q4_k", "int8")
+    x, dy = normal(300, 512, seed=1), normal(300, 900, seed=2)
+    results = set()
+    for threads in (1, 2, 3, 7):
+        nplora.set_num_threads(threads)
+        results.add(fw.matmul(x).tobytes() + fw.matmul_t(dy).tobytes())
+    assert len(results) == 1
+    assert np.array_equal(fw.matmul(x[50:70]), fw.matmul(x)[50:70])
+    assert np.array_equal(fw.matmul_t(dy[50:70]), fw.matmul_t(dy)[50:70])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_layer_adds_its_update_as_with_bfloat16(dropout: float) -> None:
+    """y, dx, dA and dB differ from those of bfloat16 by the products with W alone."""
+    x, dy, W = normal(40, 192), normal(40, 96, seed=1), normal(96, 192, seed=2)
+    found = {}
+    for compute in ("int8", "bfloat16"):
+        layer = LoRALinear(FrozenWeight(W, "q8_0", compute), rank=5, init="gaussian", dropout=dropout, rng=0)
+        y, saved = layer.forward(x)
+        dx = layer.backward(dy, saved)
+        assert dx is not None
+        frozen = layer.weight.matmul(x), layer.weight.matmul_t(dy)
+        found[compute] = y - frozen[0], dx - frozen[1], layer.dA, layer.dB
+    for int8, bfloat16 in zip(found["int8"], found["bfloat16"], strict=True):
+        assert np.allclose(int8, bfloat16, rtol=0, atol=2e-4 * np.abs(bfloat16).max())
+
+
+def test_a_stack_reads_x_once_and_sums_dx_over_its_layers() -> None:
+    x, dys = normal(30, 96), [normal(30, n, seed=n) for n in (64, 33)]
+    layers = [LoRALinear(FrozenWeight(normal(n, 96, seed=n), "float32", "int8"), 2, rng=0) for n in (64, 33)]
+    ys, saved = stack_forward(layers, x)
+    for y, layer in zip(ys, layers, strict=True):
+        assert np.array_equal(y, layer.forward(x)[0])
+    dx = stack_backward(layers, dys, saved)
+    wanted = sum(layer.weight.matmul_t(dy) for layer, dy in zip(layers, dys, strict=True))
+    assert np.allclose(dx, wanted, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("storage", ["float32", "q4_1"])
+def test_layers_compute_many_rows_in_bfloat16_unless_they_train(storage: str) -> None:
+    """W is not rounded once more for an answer of the model."""
+    x, W = normal(40, 64), normal(33, 64, seed=1)
+    for make in (lambda w: LoRALinear(w, 2, rng=0), nplora.Linear):
+        int8, bfloat16 = (make(FrozenWeight(W, storage, compute)) for compute in ("int8", "bfloat16"))
+        assert np.array_equal(int8(x), bfloat16(x))
+        assert not np.array_equal(int8.forward(x)[0], bfloat16.forward(x)[0])
+
+
+def test_the_nearest_choice_for_a_float64_weight_is_named() -> None:
+    words = "a float64 weight computes in float64, got compute='int8'; dtype='float32' allows it"
+    with pytest.raises(ValueError, match=f"FrozenWeight: {re.escape(words)}$"):
+        LoRALinear(normal(8, 64), rank=2, dtype="float64", compute="int8")

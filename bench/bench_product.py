@@ -12,6 +12,9 @@ from bench.timing import BF16_UNIT, Calls, Contestant, Result, Runtimes, assert_
 
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096), (577, 1531), (999, 1001)]
 BATCHES = (8, 32, 128, 512, 2048)
+INT8_SHAPES, INT8_BATCHES = SHAPES[:4], (32, 128, 512, 2048)
+INT8_STORAGE = "q4_1"  # of the weights that int8 and bfloat16 share
+INT8_ERROR = 0.02  # of the norm of a result, against float64
 ROW_SHAPE, ROW_BATCHES = (8192, 4096), (1, 2, 4, 16)
 COLD_BYTES = 128 * 2**20  # copies of W are used in turn, so that none is in a cache
 COLD_BATCHES = 32  # batches up to this size are also timed cold
@@ -34,7 +37,8 @@ class Case(NamedTuple):
     d_out: int
     d_in: int
     batches: tuple[int, ...]
-    dtype: str  # of the weight and of the products: "float32" or "bfloat16"
+    dtype: str  # of the products: "float32", "bfloat16" or "int8"
+    storage: str | None = None  # of the weight; None: `dtype`
 
     @property
     def weight_bytes(self) -> int:
@@ -67,6 +71,10 @@ def arrays(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     n = max(case.batches)
     shapes = (case.d_out, case.d_in), (n, case.d_in), (n, case.d_out)
     W, x, dy = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    if case.storage is not None:
+        from nplora import FrozenWeight
+
+        W = FrozenWeight(W, case.storage).to_numpy()
     return W, x, dy
 
 
@@ -76,6 +84,11 @@ def check(case: Case, cell: Cell, got: np.ndarray) -> None:
     rows = np.linspace(0, cell.batch - 1, min(CHECKED, cell.batch)).astype(int)
     left, right = (x[rows], W.T) if cell.direction == "forward" else (dy[rows], W)
     left, right = left.astype(np.float64), right.astype(np.float64)
+    if case.storage is not None:
+        wanted = left @ right
+        if not np.linalg.norm(got[rows] - wanted) < INT8_ERROR * np.linalg.norm(wanted):
+            raise AssertionError(f"{case.dtype}: a product is off by more than {INT8_ERROR:.0%}")
+        return
     terms, unit = (len(right) + 2, 2.0**-24) if case.dtype == "float32" else (4, BF16_UNIT)
     assert_within_rounding(got[rows], left @ right, np.abs(left) @ np.abs(right), terms, unit)
 
@@ -104,7 +117,7 @@ def packed_weights(case: Case) -> list[Any]:
     import nplora
 
     W = arrays(case)[0]
-    return [nplora.FrozenWeight(W, case.dtype, case.dtype) for _ in range(case.copies)]
+    return [nplora.FrozenWeight(W, case.storage or case.dtype, case.dtype) for _ in range(case.copies)]
 
 
 def weights_of_a_file(case: Case) -> list[Any]:
@@ -207,6 +220,10 @@ def race(runtimes: Runtimes, case: Case, bound: str, rounds: int) -> Result:
     contestants = [
         Contestant("nplora", nplora_products, (case, runtimes.threads, path, bound), ceilings=names)
     ]
+    if case.dtype == "int8":
+        arguments = case._replace(dtype="bfloat16"), runtimes.threads, None, bound
+        contestants.append(Contestant("bfloat16", nplora_products, arguments))
+        return runtimes.race(contestants, rounds=rounds)
     if case.dtype == "float32":
         contestants.append(Contestant("NumPy", numpy_products, (case,), "numpy"))
     if has_torch():
@@ -225,7 +242,7 @@ def figures(case: Case, threads: int, result: Result, amount: Amount) -> list[di
     rows = []
     for cell in case.cells():
         mine, bound = ("nplora", cell.name), ("nplora", f"bound {cell.name}")
-        peers = [peer for peer in ("NumPy", "torch", "a file") if (peer, cell.name) in result]
+        peers = [peer for peer in ("NumPy", "torch", "a file", "bfloat16") if (peer, cell.name) in result]
         rows.append(
             {
                 "d_out": case.d_out,
@@ -243,11 +260,14 @@ def figures(case: Case, threads: int, result: Result, amount: Amount) -> list[di
 
 def show(case: Case, threads: int, unit: str, bound: str, rows: list[dict[str, Any]]) -> None:
     peers = list(rows[0]["over"])
-    print(f"\nW {case.d_out}x{case.d_in} {case.dtype}, {on_threads(threads)}")
-    print(f"  {'rows':>5} {'':9}{'':5} {unit:>8} {bound:>9}" + "".join(f"{'× ' + peer:>9}" for peer in peers))
+    storage = f" from {case.storage}" if case.storage else ""
+    print(f"\nW {case.d_out}x{case.d_in} {case.dtype}{storage}, {on_threads(threads)}")
+    print(
+        f"  {'rows':>5} {'':9}{'':5} {unit:>8} {bound:>9}" + "".join(f"{'× ' + peer:>11}" for peer in peers)
+    )
     for row in rows:
         share = f"{row['of_bound']:9.1%}" if row["of_bound"] is not None else f"{'':9}"
-        over = "".join(f"{row['over'][peer]:9.2f}" for peer in peers)
+        over = "".join(f"{row['over'][peer]:11.2f}" for peer in peers)
         where = "cold" if row["cold"] else "warm"
         print(f"  {row['batch']:5} {row['direction']:9}{where:5} {row['rate'] / 1e9:8.1f} {share}{over}")
 
@@ -264,6 +284,12 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
             found = figures(case, threads, result, case.flops)
             show(case, threads, "GFLOP/s", "of peak", found)
             rows += found
+    for shape in [SHAPES[-2]] if quick else INT8_SHAPES:
+        case = Case(*shape, (128,) if quick else INT8_BATCHES, "int8", INT8_STORAGE)
+        result = race(runtimes, case, "int8_dots", 2 if quick else 7)
+        found = figures(case, threads, result, case.flops)
+        show(case, threads, "GFLOP/s", "of peak", found)
+        rows += found
     return rows
 
 

@@ -165,6 +165,44 @@ constexpr long kBf16Operations = 0;
 void bf16_loop(long) {}
 #endif
 
+#if (defined(__AVX512VNNI__) || defined(__AVXVNNI__)) || defined(__ARM_FEATURE_DOTPROD)
+
+// Four products of bytes in each 32-bit lane: 8 operations.
+typedef int IntLanes __attribute__((vector_size(kBytes)));
+constexpr long kInt8Operations = 2 * kBytes;
+
+void int8_dot(IntLanes& sum, IntLanes x) {
+#if defined(__AVX512VNNI__)
+  asm("vpdpbusd %1, %1, %0" : "+v"(sum) : "v"(x));
+#elif defined(__AVXVNNI__)
+  asm("%{vex%} vpdpbusd %1, %1, %0" : "+x"(sum) : "x"(x));
+#else
+  asm("sdot %0.4s, %1.16b, %1.16b" : "+w"(sum) : "w"(x));
+#endif
+}
+
+void int8_loop(long iterations) {
+  volatile int source = 0x01010101;
+  const IntLanes ones = IntLanes{} + source;
+  IntLanes sums[kAccumulators];
+#pragma GCC unroll 16
+  for (int i = 0; i < kAccumulators; ++i) sums[i] = IntLanes{} + i;
+  for (long k = 0; k < iterations; ++k) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kAccumulators; ++i) int8_dot(sums[i], ones);
+    asm volatile("" : "+r"(k));  // GCC would otherwise take the loop for empty
+  }
+  IntLanes total{};
+#pragma GCC unroll 16
+  for (int i = 0; i < kAccumulators; ++i) total += sums[i];
+  sink = static_cast<float>(total[0]);
+}
+
+#else
+constexpr long kInt8Operations = 0;
+void int8_loop(long) {}
+#endif
+
 constexpr long kReadLines = 8;
 
 void read_loop(const float* values, long count) {
@@ -195,6 +233,12 @@ extern "C" double multiply_add(long threads, long iterations) {
 extern "C" double bf16_dots(long threads, long iterations) {
   return rate(threads, 1.0 * kAccumulators * kBf16Operations * iterations * threads,
               [&](long) { bf16_loop(iterations); });
+}
+
+// 0 if there is no such instruction.
+extern "C" double int8_dots(long threads, long iterations) {
+  return rate(threads, 1.0 * kAccumulators * kInt8Operations * iterations * threads,
+              [&](long) { int8_loop(iterations); });
 }
 
 // Reads `count` floats once. Each thread reads a share of them (a multiple of 8 * 16).

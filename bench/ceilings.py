@@ -19,7 +19,9 @@ STREAMED = 64 * 2**20  # float32 values: 256 MiB, beyond every cache
 MARCH = {
     "generic": "x86-64",
     "avx2": "x86-64-v3",
+    "avxvnni": "alderlake",
     "avx512": "x86-64-v4",
+    "avx512vnni": "cascadelake",
     "avx512bf16": "cooperlake",
 }
 
@@ -52,6 +54,12 @@ def multiply_add(path: str, threads: int) -> Ceiling:
 def bf16_dots(path: str, threads: int) -> Ceiling | None:
     """Dot products of bfloat16 pairs in registers; None if the machine has no such instruction."""
     loop = _loop(path, "bf16_dots", ctypes.c_long, ctypes.c_long)
+    return (lambda: loop(threads, FMA_ITERATIONS)) if loop(1, 1) > 0 else None
+
+
+def int8_dots(path: str, threads: int) -> Ceiling | None:
+    """Dot products of four int8 values in registers; None if the machine has no such instruction."""
+    loop = _loop(path, "int8_dots", ctypes.c_long, ctypes.c_long)
     return (lambda: loop(threads, FMA_ITERATIONS)) if loop(1, 1) > 0 else None
 
 

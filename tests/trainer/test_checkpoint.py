@@ -1146,6 +1146,7 @@ def test_a_run_cannot_resume_with_other_data_or_batches(stopped: Path, tmp_path:
         ({"use_rslora": True}, r"0\.use_rslora was False, is True; --overwrite"),
         ({"dropout": 0.5}, r"0\.dropout was 0\.3, is 0\.5; --overwrite"),
         ({"compute": "bfloat16"}, r"0\.compute was float32, is bfloat16; --overwrite"),
+        ({"compute": "int8"}, r"0\.compute was float32, is int8; --overwrite"),
     ],
 )
 def test_a_run_cannot_resume_with_other_settings_of_a_layer(

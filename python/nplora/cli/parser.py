@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from nplora import _check, _core
 from nplora.cli.errors import UsageError, one_line
 from nplora.formats import model_directory
-from nplora.weights import INFERENCE_COMPUTES
+from nplora.weights import COMPUTES
 
 T = TypeVar("T")
 
@@ -181,10 +181,10 @@ def add_any_base(parser: argparse.ArgumentParser) -> None:
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
     text = (
-        "arithmetic of the products with frozen weights; int8 is for quantised weights and few tokens "
-        "(default: float32)"
+        "arithmetic of the products with frozen weights; int8 makes decoding faster if the weights are "
+        "quantised (default: float32)"
     )
-    parser.add_argument("--compute", choices=INFERENCE_COMPUTES, default="float32", help=text)
+    parser.add_argument("--compute", choices=COMPUTES, default="float32", help=text)
 
 
 def path(text: str) -> str:

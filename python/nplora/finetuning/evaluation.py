@@ -67,8 +67,7 @@ def evaluate(
         learn: tokens in the loss: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
         strict: refuse examples that are longer than `max_length`.
-        compute: arithmetic of the products with frozen weights: float32, bfloat16, or int8 for quantised
-            weights and few tokens (default: float32).
+        compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32).
     Returns:
         the mean loss, the number of tokens in the mean, the other metrics, and a report of the data.
     Raises:
@@ -79,9 +78,8 @@ def evaluate(
         FormatError: a file is invalid, or the adapter does not fit the model or was trained on another model.
         OSError: a file cannot be read.
     Warns:
-        UserWarning: `compute` is "int8", but no weight can use int8; a metric failed in some examples; or the
-            adapter was trained with the chat template and these rows do not go through it, or the other way
-            round.
+        UserWarning: a metric failed in some examples; or the adapter was trained with the chat template and
+            these rows do not go through it, or the other way round.
         Other warnings: see `attach_adapter`.
 
     >>> result = nplora.evaluate("model.gguf", "valid.jsonl", adapter="adapter")

@@ -97,11 +97,6 @@ def read_inputs(
     if share is not None and held_out_sources is not None:
         raise ValueError(f"{op}: valid_split is {share}, but there are validation data already")
     lm = opened(op, model, options.compute, check)
-    if lm.compute not in COMPUTES:
-        raise ValueError(
-            f"{op}: the model was loaded with compute={lm.compute!r}, which cannot train; expected "
-            f"{' or '.join(map(repr, COMPUTES))}"
-        )
     require_plain(op, lm)
     lm.require_trainable(op)  # fails if a named adapter is selected
     start = _start(op, lm, options)
@@ -176,7 +171,7 @@ def require_plain(op: str, lm: LanguageModel) -> None:
 def opened(op: str, model: StrPath | LanguageModel, compute: str | None, check: bool = True) -> LanguageModel:
     """Return the model. If `model` is a path, load the model."""
     if not isinstance(model, LanguageModel):
-        return loaded(op, model, compute or COMPUTES[0], check)
+        return load_model(model, compute or COMPUTES[0], check=check)
     if compute is not None:
         raise ValueError(
             f"{op}: compute={compute!r} is given, but the model is loaded already, with {model.compute!r}"
@@ -184,13 +179,13 @@ def opened(op: str, model: StrPath | LanguageModel, compute: str | None, check: 
     return model
 
 
-def loaded(op: str, path: StrPath, compute: str, check: bool = True) -> LanguageModel:
-    """Load a model as `load_model` does. Warn if `compute` is "int8" and no weight can use int8."""
-    lm = load_model(path, compute, check=check)
+def loaded_to_decode(op: str, path: StrPath, compute: str) -> LanguageModel:
+    """Load a model as `load_model` does. Warn if `compute` is "int8" and decoding cannot use int8."""
+    lm = load_model(path, compute)
     if compute == "int8" and not any(weight.meets_int8 for weight in _frozen_weights(lm)):
         warn_user(
-            f"{op}: compute='int8' needs weights in GGUF's quantised formats, but {files.name(path)} has "
-            "none, so compute='bfloat16' is used"
+            f"{op}: with compute='int8', few tokens are computed in int8 only if weights are in GGUF's "
+            f"quantised formats, but {files.name(path)} has none, so decoding computes in float32"
         )
     return lm
 

@@ -35,7 +35,7 @@ from nplora.nn.optim import SCHEDULES
 from nplora.trainer.fit_config import KEEP, require_outer_steps
 from nplora.trainer.reporters import REPORTERS
 from nplora.trainer.training_setup import OUTER_LR, OUTER_MOMENTUM
-from nplora.weights import COMPUTES, INFERENCE_COMPUTES
+from nplora.weights import COMPUTES
 
 T = TypeVar("T")
 
@@ -277,9 +277,9 @@ class FinetuneOptions:
     compute: str | None = _option(
         _SPEED,
         None,
-        "arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32, unless "
+        "arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32, unless "
         "`memory` is too small for float32)",
-        choices=tuple(COMPUTES),
+        choices=COMPUTES,
     )
     recompute: bool = _option(
         _SPEED,
@@ -518,9 +518,8 @@ class EvaluateOptions:
     compute: str | None = _option(
         _SPEED,
         None,
-        "arithmetic of the products with frozen weights: float32, bfloat16, or int8 for quantised weights "
-        "and few tokens (default: float32)",
-        choices=INFERENCE_COMPUTES,
+        "arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32)",
+        choices=COMPUTES,
     )
     op: InitVar[str] = "evaluate"  # the name with which error messages begin
 
@@ -532,7 +531,7 @@ class EvaluateOptions:
         _check_format(op, self.format, EVALUATED)
         self.reading(self.max_length, op)
         if self.compute is not None:
-            _check.choice(op, "compute", self.compute, INFERENCE_COMPUTES)
+            _check.choice(op, "compute", self.compute, COMPUTES)
 
     def reading(self, max_length: int | None, op: str = "evaluate") -> ReadOptions:
         """How the data are read, with this maximum length."""
@@ -594,8 +593,8 @@ class TeachOptions:
     compute: str | None = _option(
         _SPEED,
         None,
-        "arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32)",
-        choices=tuple(COMPUTES),
+        "arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32)",
+        choices=COMPUTES,
     )
     overwrite: bool = _option(_RUN, False, "replace an existing file")
     op: InitVar[str] = "teach"  # the name with which error messages begin

@@ -215,8 +215,8 @@ def finetune(
             stopping).
         keep: adapter that is saved if there are validation data: best (of the lowest validation loss) or
             last.
-        compute: arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32, unless
-            `memory` is too small for float32).
+        compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32,
+            unless `memory` is too small for float32).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
         filter_vocabulary: probability below which words are left out of the gradient of the output layer,

@@ -27,7 +27,7 @@ from nplora.lm.generation import Adapters, Message, Prompt, Sampling, generate
 from nplora.lm.named_adapters import NamedAdapters
 from nplora.lm.shared_weights import SharedWeights
 from nplora.lora.merging import MergeReport
-from nplora.models import building, families, head, model_digest, stepwise
+from nplora.models import building, families, head, model_digest
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.continuations import MOST_ROWS, Question, groups
@@ -40,7 +40,7 @@ from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import Gradient, Module, Saved, inference, inferring
 from nplora.nn.optim import Optimizer
 from nplora.tokenizer import Tokenizer
-from nplora.weights import INFERENCE_COMPUTES
+from nplora.weights import COMPUTES
 
 Array = npt.NDArray[Any]
 
@@ -240,7 +240,7 @@ class LanguageModel(Module):
     def with_compute(self, compute: str) -> LanguageModel:
         """A model without adapter that shares the weights, but has another arithmetic for their products.
 
-        So a model that answers with compute="int8" can be trained meanwhile. `self` is not changed.
+        So a model that answers with compute="int8" can be trained in float32. `self` is not changed.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf", compute="int8")
@@ -252,7 +252,7 @@ class LanguageModel(Module):
         Raises:
             ValueError: `compute` is not available.
         """
-        _check.choice("with_compute", "compute", compute, INFERENCE_COMPUTES)
+        _check.choice("with_compute", "compute", compute, COMPUTES)
         modules = dict(self.with_tokens(()).named_modules())
         weights = SharedWeights(self.config, modules, self._mapped, compute)
         model, lm_head = building.decoder(self.config, weights)
@@ -627,8 +627,6 @@ class LanguageModel(Module):
     def loss_packed(self, batch: PackedBatch) -> float:
         """Like `loss`, for packed sequences.
 
-        With compute="int8", a few tokens are computed at a time, as in decoding.
-
             >>> import nplora
             >>> from nplora.models.packing import pack
             >>> lm = nplora.load_model("model.gguf")
@@ -643,11 +641,8 @@ class LanguageModel(Module):
         if (lm := self._selected("loss_packed")) is not self:
             return lm.loss_packed(batch)
         with inference():
-            if self.compute == "int8":
-                total = stepwise.loss(self.config, self.model, self.lm_head, batch)
-            else:
-                x = self.model.infer(batch.ids, packed_positions(batch.starts))
-                total = head.loss(self.model, self.lm_head, x, batch.targets)
+            x = self.model.infer(batch.ids, packed_positions(batch.starts))
+            total = head.loss(self.model, self.lm_head, x, batch.targets)
         self.require_unchanged()
         return total / max(1, batch.num_targets)
 
@@ -766,8 +761,7 @@ class LanguageModel(Module):
     def token_scores(self, batch: PackedBatch) -> TokenScores:
         """The log-probability of each target of a batch, and whether the target is the most likely token.
 
-        The targets are in the order of the batch. With compute="int8", a few tokens are computed at a time,
-        as in decoding.
+        The targets are in the order of the batch.
 
             >>> import nplora
             >>> from nplora.models.packing import pack
@@ -784,11 +778,8 @@ class LanguageModel(Module):
         if (lm := self._selected("token_scores")) is not self:
             return lm.token_scores(batch)
         with inference():
-            if self.compute == "int8":
-                losses, is_top = stepwise.token_scores(self.config, self.model, self.lm_head, batch)
-            else:
-                x = self.model.infer(batch.ids, packed_positions(batch.starts))
-                losses, is_top = head.token_scores(self.model, self.lm_head, x, batch.targets)
+            x = self.model.infer(batch.ids, packed_positions(batch.starts))
+            losses, is_top = head.token_scores(self.model, self.lm_head, x, batch.targets)
         self.require_unchanged()
         return TokenScores(-losses, is_top)
 
@@ -829,10 +820,10 @@ class LanguageModel(Module):
             raise ValueError(f"{op}: a prompt has no continuation, expected at least one")
         self._warn_if_longer(op, max((question.length for question in questions), default=0))
         lm = self._selected(op)
-        rows, found = stepwise.FEW if self.compute == "int8" else MOST_ROWS, list[list[TokenScores]]()
+        found = list[list[TokenScores]]()
         with inference():
             for group in groups(questions):
-                scores = score_continuations(lm.config, lm.model, lm.lm_head, group, rows)
+                scores = score_continuations(lm.config, lm.model, lm.lm_head, group, MOST_ROWS)
                 found += [[TokenScores(-losses, is_top) for losses, is_top in each] for each in scores]
         self.require_unchanged()
         return found
@@ -894,7 +885,7 @@ class LanguageModel(Module):
 
         Raises:
             ValueError: the model has no adapter, or an id or target is not in the vocabulary.
-            RuntimeError: a layer is merged or computes in int8, or a named adapter is selected.
+            RuntimeError: a layer is merged, or a named adapter is selected.
             CorruptError: as in `require_unchanged`; the gradients are then not valid.
         """
         self._require_ready("forward_backward", batch)
@@ -1046,7 +1037,7 @@ class LanguageModel(Module):
         Raises:
             ValueError: `dy` does not have the shape of the logits, or `saved` was returned by another model.
             TypeError: `saved` was not returned by `forward`.
-            RuntimeError: `saved` was used before, or a layer is merged or computes in int8.
+            RuntimeError: `saved` was used before, or a layer is merged.
         """
         op, vocab = "LanguageModel.backward", self.vocab_size
         _check.saved(op, saved, LanguageModelSaved)

@@ -15,7 +15,7 @@ from nplora.models import building, gguf_config, hf_config
 from nplora.models.config import ModelConfig
 from nplora.models.weights import GgufWeights, SafetensorsWeights, Weights, require_decoded
 from nplora.tokenizer import Tokenizer
-from nplora.weights import INFERENCE_COMPUTES
+from nplora.weights import COMPUTES
 
 
 @_check.keywords
@@ -31,8 +31,8 @@ def load_model(
 
     Args:
         path: a GGUF file, or a directory with config.json and model.safetensors (one file or shards).
-        compute: arithmetic of the products with frozen weights: "float32" or "bfloat16", as in
-            `FrozenWeight`, or "int8", for inference with GGUF's quantised weights.
+        compute: arithmetic of the products with frozen weights: "float32", "bfloat16" or "int8", as in
+            `FrozenWeight`.
         mmap: map the files into memory. Weights are then not copied, and the system keeps them in memory
             while there is room. If another program truncates a mapped file, the process ends with a message
             and status 135. If another program writes to a mapped file, the next call of the model raises
@@ -51,7 +51,7 @@ def load_model(
     """
     files.require_named("load_model", path=path)
     model_directory.require_no_hub_name(path)
-    _check.choice("load_model", "compute", compute, INFERENCE_COMPUTES)
+    _check.choice("load_model", "compute", compute, COMPUTES)
     load = _from_directory if Path(path).is_dir() else _from_gguf
     return load(path, compute, mmap, check)
 

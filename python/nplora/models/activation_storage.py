@@ -1,6 +1,7 @@
 """Stores activations for the backward pass.
 
-Activations are float32, or bfloat16 (half the memory) if the matrix products compute in bfloat16.
+Activations are float32, or bfloat16 (half the memory) if the gradients of the factors are computed in
+bfloat16.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Array = npt.NDArray[Any]
 
 def keeps_bits(layer: Linear | LoRALinear) -> bool:
     """Whether a layer's inputs and outputs are stored as bfloat16 bits."""
-    return getattr(layer.weight, "compute", None) == "bfloat16"
+    return getattr(layer.weight, "compute", None) in ("bfloat16", "int8")
 
 
 def narrowed(values: Array) -> Array:

@@ -325,7 +325,7 @@ def predicted(
     >>> large.kept == 10 * small.kept
     True
     """
-    narrow, config, layers = plan.compute == "bfloat16", lm.config, lm.model.layers
+    narrow, config, layers = plan.compute != "float32", lm.config, lm.model.layers
     first = adapters.first_block(len(layers))
     blocks = [layers[i].footprint(adapters.of_block(i), narrow) for i in range(first, len(layers))]
     width = _FLOAT * config.hidden_size

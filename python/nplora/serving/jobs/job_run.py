@@ -25,7 +25,6 @@ from nplora.serving.jobs.progress import Progress
 from nplora.serving.jobs.results import results_csv
 from nplora.serving.request_error import RequestError
 from nplora.trainer import EpochRecord, Run
-from nplora.weights import COMPUTES
 
 KEPT_CHECKPOINTS = 3
 CHECKPOINT_SECONDS = 10.0  # the least time between two of them
@@ -121,7 +120,8 @@ class JobRun:
             options["lr"] = multiplier * default_lr(self._lm.config.hidden_size)
         data = {role: self._place / name for role, name in record["data"].items()}
         start = self._place / "start"
-        compute = self._compute or (self._lm.compute if self._lm.compute in COMPUTES else COMPUTES[0])
+        own = self._lm.compute  # int8 is chosen for the speed of answers; a job trains in int8 only if asked
+        compute = self._compute or ("float32" if own == "int8" else own)
         return finetune(
             self._lm.with_compute(compute),
             data["train"],

@@ -1,0 +1,66 @@
+"""Training with compute="int8": gradients near those of float32, and runs that resume in int8 alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora.finetuning import finetune
+from nplora.models.packing import pack
+from small_llama import save_small_llama
+
+VOCAB = 32768  # as large as the vocabularies of real models, so that the head's dx is not rounded to int8
+
+
+@pytest.fixture(scope="module", params=["float32", "q8_0"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("int8") / "model.gguf"
+    return save_small_llama(path, request.param)
+
+
+def gradient(lm: nplora.LanguageModel) -> tuple[float, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(0)
+    batch = pack([(ids, ids) for ids in rng.integers(1, 250, (4, 40))])
+    lm.add_lora(rank=4, seed=1)
+    for layer in lm.adapter_layers().values():  # as after some steps, so that dB is not zero
+        layer.A[...] = 0.02 * rng.standard_normal(layer.A.shape, np.float32)
+    loss = lm.forward_backward(batch, 1 / batch.num_targets) / batch.num_targets
+    return loss, np.concatenate([p.grad.ravel() for p in lm.parameters()])
+
+
+@pytest.mark.parametrize("storage", ["float32", "q8_0"])
+def test_gradients_point_where_those_of_float32_point(storage: str, tmp_path: Path) -> None:
+    path = save_small_llama(tmp_path / "model.gguf", storage, vocab=VOCAB)
+    loss, exact = gradient(nplora.load_model(path))
+    loss_int8, int8 = gradient(nplora.load_model(path, compute="int8"))
+    assert loss_int8 == pytest.approx(loss, rel=3e-3)
+    assert loss_int8 != loss
+    assert int8 @ exact > 0.98 * np.linalg.norm(int8) * np.linalg.norm(exact)
+
+
+def test_a_run_in_int8_learns_as_in_bfloat16_and_resumes_with_the_same_bits(
+    model: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    lines = ({"prompt": f"{i} ", "completion": "abc" * (1 + i % 3)} for i in range(12))
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"rank": 4, "lr": 1e-2, "batch_examples": 4, "seed": 3, "save_every": 2, "schedule": "constant"}
+
+    def losses(name: str, compute: str, **more: Any) -> list[float]:
+        finetune(model, data, tmp_path / name, compute=compute, progress=False, **options, **more)
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in log if row.get("loss") is not None]
+
+    whole = losses("whole", "int8", steps=8)
+    assert np.mean(whole[-3:]) < 0.9 * whole[0]
+    assert whole == pytest.approx(losses("bfloat16", "bfloat16", steps=8), rel=0.03)
+    losses("stopped", "int8", steps=4)
+    with pytest.raises(ValueError, match=r"compute was int8, is bfloat16"):
+        losses("stopped", "bfloat16", steps=8, resume=True)
+    with pytest.warns(UserWarning, match="total_steps was 4, is 8"):
+        losses("stopped", "int8", steps=8, resume=True)
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert files[0] == files[1]

@@ -27,14 +27,14 @@ void matmul(const WeightArgument<T>& weight, const Array<T>& x, const std::optio
 }
 
 template <class T>
-void matmul_t(const WeightArgument<T>& weight, const Array<T>& dy, Array<T> out) {
+void matmul_t(const WeightArgument<T>& weight, const Array<T>& dy, Array<T> out, bool int8) {
   const WeightView w = view<T>(weight);
   const Matrix<const T> from = read(dy);
   require_shape("dy", dy, from.rows, w.d_out);
   require_shape("out", out, from.rows, w.d_in);
   const Matrix<T> to = write(out);
   const BackwardPart<T> part{w, {}, from, {}, {}, {}};
-  without_gil([&] { lora_backward<T>({&part, 1}, {}, to); });
+  without_gil([&] { lora_backward<T>({&part, 1}, {}, to, int8); });
 }
 
 template <class T>
@@ -75,13 +75,13 @@ void forward(const Array<T>& x, const py::list& layers, std::optional<size_t> ba
 }
 
 template <class T>
-void backward(const Maybe<T>& x, Maybe<T> dx, const py::list& layers) {
+void backward(const Maybe<T>& x, Maybe<T> dx, const py::list& layers, bool int8) {
   // pybind11 chooses between float and double by the dtype of x or dx. If x and dx are both None, the dtype
   // of dy decides.
   if constexpr (std::is_same_v<T, float>)
     if (!x && !dx && !layers.empty() &&
         py::isinstance<Array<double>>(py::getattr(layers[0], "dy", py::none())))
-      return backward<double>({}, {}, layers);
+      return backward<double>({}, {}, layers, int8);
   auto all = all_fields<BackwardFields<T>>(layers);
   std::vector<BackwardPart<T>> parts;
   const Matrix<const T> from = x ? read(*x) : Matrix<const T>{};
@@ -102,7 +102,7 @@ void backward(const Maybe<T>& x, Maybe<T> dx, const py::list& layers) {
     require(gradient.rows == parts[0].dy.rows, "the gradients of a stack must have the same number of rows");
     require(w.compute == parts[0].w.compute, "the weights of a stack must have the same compute type");
   }
-  without_gil([&] { lora_backward<T>(parts, from, to); });
+  without_gil([&] { lora_backward<T>(parts, from, to, int8); });
 }
 
 template <class T>
@@ -195,14 +195,14 @@ void register_products(py::module_& m) {
   m.def("matmul", &matmul<T>, arg("w").noconvert(), arg("x").noconvert(), arg("bias").noconvert().none(true),
         arg("out").noconvert(), arg("int8") = true, "out = x W^T [+ bias]");
   m.def("matmul_t", &matmul_t<T>, arg("w").noconvert(), arg("dy").noconvert(), arg("out").noconvert(),
-        "out = dy W");
+        arg("int8") = true, "out = dy W");
   m.def("add_outer", &outer<T>, arg("a").noconvert(), arg("b").noconvert(), arg("scale"),
         arg("out").noconvert(), "out += scale a^T b");
   m.def("lora_forward", &forward<T>, arg("x").noconvert(), arg("layers").noconvert(),
         arg("batch") = py::none(), arg("int8") = true,
         "z = drop(x) B^T; y = x W^T + scale z A^T [+ bias] for layers that read one x");
   m.def("lora_backward", &backward<T>, arg("x").noconvert().none(true), arg("dx").noconvert().none(true),
-        arg("layers").noconvert(),
+        arg("layers").noconvert(), arg("int8") = true,
         "dz = scale dy A; dx = sum of dy W + undrop(dz B); da += scale dy^T z; db += dz^T drop(x)");
 }
 

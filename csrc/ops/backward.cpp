@@ -30,8 +30,7 @@ void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> 
   const FactorGradients<E> factors(stack);
   const size_t threads = useful_threads(stack.work()), tokens = stack.tokens(), group = input.group();
   const size_t most = input.block_tokens(threads);
-  stack.reserve(most);
-  input.reserve(most);
+  input.place_codes(most, stack.reserve(most, input.code_bytes(most)));
   for (size_t first = 0; first < tokens; first += most) {
     const Range token_block{first, std::min(most, tokens - first)};
     if (stack.prepares())
@@ -56,7 +55,7 @@ void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> 
 }  // namespace
 
 template <class T>
-void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx) {
+void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8) {
   if (parts.empty() || parts[0].dy.rows == 0) return;
   if constexpr (std::is_same_v<T, float>) {
     const size_t tokens = parts[0].dy.rows;
@@ -71,8 +70,7 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const size_t most_paired = !all_packed                           ? kInPlaceBatch
                                : kernels::table().pairs_in_registers ? kPairedBatch
                                                                      : kFewTokens;
-    const auto in_int8 = [&](const BackwardPart<T>& part) { return backward_in_int8(part.w, tokens); };
-    if (std::all_of(parts.begin(), parts.end(), in_int8)) return backward<Bf16Pair, Int8Quad>(parts, x, dx);
+    if (int8 && backward_in_int8(parts[0].w, tokens)) return backward<Bf16Pair, Int8Quad>(parts, x, dx);
     if (computes_pairs(parts[0].w, tokens))
       return all_bf16 && tokens <= most_paired ? backward<Bf16Pair, Bf16>(parts, x, dx)
                                                : backward<Bf16Pair, Bf16Pair>(parts, x, dx);
@@ -109,8 +107,8 @@ void add_outer(Matrix<const T> a, Matrix<const T> b, double scale, Matrix<T> out
   });
 }
 
-#define NPLORA_INSTANTIATE(T)                                                                \
-  template void lora_backward(std::span<const BackwardPart<T>>, Matrix<const T>, Matrix<T>); \
+#define NPLORA_INSTANTIATE(T)                                                                      \
+  template void lora_backward(std::span<const BackwardPart<T>>, Matrix<const T>, Matrix<T>, bool); \
   template void add_outer(Matrix<const T>, Matrix<const T>, double, Matrix<T>)
 NPLORA_INSTANTIATE(float);
 NPLORA_INSTANTIATE(double);

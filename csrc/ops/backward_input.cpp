@@ -52,12 +52,18 @@ InputGradient<E, W>::InputGradient(const Stack& stack) : stack_(stack) {
 }
 
 template <class E, class W>
-void InputGradient<E, W>::reserve(size_t block_tokens) {
-  if (codes_.empty()) return;
-  divide_scratch<float, int8_t>(Scratch::kCodeScales, Scratch::kCodes,
-                                [&](Arena<float>& scales, Arena<int8_t>& codes) {
-                                  for (CodedBlock& each : codes_) each.divide(block_tokens, scales, codes);
-                                });
+size_t InputGradient<E, W>::code_bytes(size_t block_tokens) const {
+  size_t sum = 0;
+  for (const CodedBlock& each : codes_) sum += each.bytes(block_tokens);
+  return sum;
+}
+
+template <class E, class W>
+void InputGradient<E, W>::place_codes(size_t block_tokens, void* memory) {
+  for (CodedBlock& each : codes_) {
+    each.place(block_tokens, memory);
+    memory = static_cast<char*>(memory) + each.bytes(block_tokens);
+  }
 }
 
 // The scales of W's rows are factors of dy, so that the products need no scales of W.

@@ -28,9 +28,13 @@ class InputGradient {
   // The largest number of tokens in a task.
   size_t task_tokens(size_t block_tokens) const;
 
-  // If W is Int8Quad, reserves memory for token blocks of at most this many tokens, and quantises the dy of
-  // some tokens of a token block.
-  void reserve(size_t block_tokens);
+  // The memory, in bytes, for dy in int8, for token blocks of at most this many tokens.
+  size_t code_bytes(size_t block_tokens) const;
+
+  // Uses this memory for dy in int8.
+  void place_codes(size_t block_tokens, void* memory);
+
+  // If W is Int8Quad, quantises the dy of some tokens of a token block.
   void prepare(Range token_block, Range some) const;
 
   // Computes the columns `cols` of dx for the tokens `some` of a token block.

@@ -47,21 +47,23 @@ typename BackwardStack<E>::Joined* BackwardStack<E>::join(const LowRank<T>& low,
 }
 
 template <class E>
-void BackwardStack<E>::reserve(size_t block_tokens) {
+void* BackwardStack<E>::reserve(size_t block_tokens, size_t more) {
   block_tokens_ = block_tokens;
   for (Part& p : parts_)
     if (p.joined) p.column = std::exchange(p.joined->rank, p.joined->rank + p.rank());
+  void* free = nullptr;
   divide_scratch<T, E>(Scratch::kLowGradients, Scratch::kLanes,
-                       [this](Arena<T>& t, Arena<E>& e) { divide(t, e); });
+                       [&](Arena<T>& t, Arena<E>& e) { free = divide(t, e, more); });
   for (Part& p : parts_)
     if (p.joined) p.a = pairs_down_columns<E>(p.arrays.low.a, const_cast<E*>(p.a.data));
   for (Joined& each : joined_)
     if (each.adds) bring_b(each);
+  return free;
 }
 
-// Divides the scratch memory among the layers of the stack.
+// Divides the scratch memory among the layers of the stack. Returns memory for `more` bytes.
 template <class E>
-void BackwardStack<E>::divide(Arena<T>& t, Arena<E>& e) {
+E* BackwardStack<E>::divide(Arena<T>& t, Arena<E>& e, size_t more) {
   constexpr bool kPairs = kValuesPerElement<E> > 1;
   for (Joined& each : joined_) {
     each.dz = t.take(block_tokens_ * each.rank);
@@ -77,6 +79,7 @@ void BackwardStack<E>::divide(Arena<T>& t, Arena<E>& e) {
     if (p.joined || (dx_.data && multiplies_elements_)) p.dy = e.take(block_tokens_ * p.dy_depth());
     if (p.wants_da) p.z_rows = e.take(p.rank() * depth_of<E>(block_tokens_));
   }
+  return e.take(ceil_div(more, sizeof(E)));
 }
 
 // Stacks the B matrices of all joined layers, one below the other. If there is only one layer, its B is used

@@ -61,8 +61,8 @@ class BackwardStack {
   BackwardStack& operator=(const BackwardStack&) = delete;
 
   // Reserves scratch memory for token blocks of at most this many tokens, and converts the factors to
-  // elements E.
-  void reserve(size_t block_tokens);
+  // elements E. Returns `more` bytes, aligned to E, that the caller may use.
+  void* reserve(size_t block_tokens, size_t more);
 
   // Whether `prepare` has anything to do.
   bool prepares() const { return !joined_.empty() || kernels::kValuesPerElement<E> > 1; }
@@ -86,7 +86,7 @@ class BackwardStack {
 
  private:
   Joined* join(const LowRank<T>& low, bool adds, bool wants_db);
-  void divide(Arena<T>& t, Arena<E>& e);
+  E* divide(Arena<T>& t, Arena<E>& e, size_t more);
   void bring_b(Joined& all) const;
   void prepare(const Part& p, Range token_block, Range few) const;
   void transpose_pairs(Matrix<const T> z, E* out, Range few) const;

@@ -58,11 +58,6 @@ inline constexpr size_t kBlocksBytes = size_t{448} << 10;
 inline constexpr size_t kFewTokens = 64;
 // Int8 products take 72 tokens instead, which are whole tiles of 8 and of 9 tokens.
 inline constexpr size_t kFewInt8Tokens = 72;
-// The largest d_out of a backward product in int8. Gradients of logits have many small elements beside one
-// large element of their row. Rounded to nearest in int8, the small ones would vanish together. So the head of
-// a model computes in bfloat16. Vocabularies of language models have 32000 tokens or more, and the inner
-// layers of almost all models have fewer outputs.
-inline constexpr size_t kInt8Outputs = 31999;
 // kColumnBlock: the number of columns of a gradient of A or B that one task owns. kSumDepth: the number of
 // tokens whose products a task adds at a time.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;

@@ -108,10 +108,7 @@ class RowsForward {
     divide_scratch<T, E>(Scratch::kLowGradients, Scratch::kLowLanes,
                          [this](Arena<T>& t, Arena<E>& e) { divide(t, e); });
     if constexpr (kInt8)
-      divide_scratch<float, int8_t>(Scratch::kCodeScales, Scratch::kCodes,
-                                    [this](Arena<float>& scales, Arena<int8_t>& codes) {
-                                      x_codes_.divide(block_tokens_, scales, codes);
-                                    });
+      x_codes_.place(block_tokens_, scratch<char>(Scratch::kLanes, x_codes_.bytes(block_tokens_)));
     else if constexpr (kConverts)
       x_elements_ = scratch<E>(Scratch::kLanes, block_tokens_ * depth_);
     for (PartUpdate& u : updates_)
@@ -155,8 +152,8 @@ class RowsForward {
     }
   }
 
-  // Converts the x of a few tokens for the products with W, and returns it for the products with B. `first` is
-  // the first token, counted from the start of the token block.
+  // Converts the x of a few tokens for the products with W, and returns it for the products with B. `first`
+  // is the first token, counted from the start of the token block.
   Strided<E> convert(Matrix<const T> x, size_t first) const {
     if constexpr (kInt8) {
       for (size_t i = 0; i < x.rows; ++i) x_codes_.quantize(first + i, x.row(i), nullptr);
@@ -233,7 +230,8 @@ class RowsForward {
     }
   }
 
-  // Calls body(index, rows) for each group of kBlockRows rows of W, which become the columns of a block of Wᵀ.
+  // Calls body(index, rows) for each group of kBlockRows rows of W, which become the columns of a block of
+  // Wᵀ.
   template <class Body>
   static void for_blocks_of(Range rows, const Body& body) {
     for (size_t i = 0; i * kBlockRows < rows.count; ++i) {

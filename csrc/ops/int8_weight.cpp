@@ -66,10 +66,10 @@ size_t CodedBlock::stride() const {
   return bytes % 1024 == 0 ? bytes + kCacheLine : bytes;
 }
 
-void CodedBlock::divide(size_t rows, Arena<float>& scales, Arena<int8_t>& codes) {
-  scales_ = scales.take(rows * groups());
-  corrections_ = reinterpret_cast<int32_t*>(scales.take(rows * groups()));
-  codes_ = codes.take(rows * stride());
+void CodedBlock::place(size_t rows, void* memory) {
+  scales_ = static_cast<float*>(memory);
+  corrections_ = reinterpret_cast<int32_t*>(scales_ + rows * groups());
+  codes_ = reinterpret_cast<int8_t*>(corrections_ + rows * groups());
 }
 
 void CodedBlock::quantize(size_t row, const float* x, const float* factors) const {

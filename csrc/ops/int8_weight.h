@@ -1,6 +1,6 @@
-// W and the rows that it multiplies in int8, for large batches. W is recoded from its storage while a block is
-// packed: each row has one scale, whatever the storage. (Products of small batches use the blocks' own codes,
-// see kernels::Int8Products.)
+// W and the rows that it multiplies in int8, for large batches. W is recoded from its storage while a block
+// is packed: each row has one scale, whatever the storage. (Products of small batches use the blocks' own
+// codes, see kernels::Int8Products.)
 #pragma once
 
 #include <atomic>
@@ -50,8 +50,11 @@ class CodedBlock {
   CodedBlock() = default;
   CodedBlock(size_t cols, size_t group) : cols_(cols), group_(group) {}
 
-  // Takes memory for `rows` rows.
-  void divide(size_t rows, Arena<float>& scales, Arena<int8_t>& codes);
+  // The memory for `rows` rows, in bytes.
+  size_t bytes(size_t rows) const { return rows * (groups() * (sizeof(float) + sizeof(int32_t)) + stride()); }
+
+  // Uses this memory for `rows` rows.
+  void place(size_t rows, void* memory);
 
   // Quantises x (cols), times `factors` if they are not null, and stores the result as row `row`.
   void quantize(size_t row, const float* x, const float* factors) const;

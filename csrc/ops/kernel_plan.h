@@ -42,13 +42,13 @@ inline bool computes_pairs(const WeightView& w, size_t tokens) {
   return w.compute != Compute::kFloat && tokens > kFloatBatch;
 }
 
-// Whether a forward product, or a backward product, with this many rows is computed in int8. (Forward products
-// of small batches are computed in int8 if dots_int8 is true.)
+// Whether a forward product, or a backward product, with this many rows is computed in int8. (Forward
+// products of small batches are computed in int8 if dots_int8 is true.)
 inline bool forward_in_int8(const WeightView& w, size_t tokens) {
   return w.compute == Compute::kInt8 && tokens > kernels::kSmallBatch;
 }
 inline bool backward_in_int8(const WeightView& w, size_t tokens) {
-  return w.compute == Compute::kInt8 && tokens > kFloatBatch && w.d_out <= kInt8Outputs;
+  return w.compute == Compute::kInt8 && tokens > kFloatBatch;
 }
 
 enum class Update {

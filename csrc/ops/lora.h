@@ -46,13 +46,14 @@ struct ForwardPart {
 };
 
 // All parts of a stack read the same x (n, d_in). If `int8` is not set, large batches with weights of
-// Compute::kInt8 are computed as with kBfloat16. Rounding W once more, from its blocks to codes with one scale
-// for each row, speeds up training, but an answer of the model should not suffer from it.
+// Compute::kInt8 are computed as with kBfloat16. Rounding W once more, from its blocks to codes with one
+// scale for each row, speeds up training, but an answer of the model should not suffer from it.
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 
-// The same for inference, without int8 for large batches: the rows of x belong to a batch of `batch` rows, and are computed as in every other
-// batch that is small like this one, or large like this one (see kInferenceTokens).
+// The same for inference, without int8 for large batches. The rows of x belong to a batch of `batch` rows,
+// and are computed as in every other batch that is small like this one, or large like this one (see
+// kInferenceTokens).
 template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);
 
@@ -79,9 +80,11 @@ struct BackwardPart {
 };
 
 // Computes the gradients of all parts, and dx = the sum of dy W + undrop(dz B) over all parts. The data of dx
-// may be null.
+// may be null. If `int8` is not set, weights of Compute::kInt8 are computed as with kBfloat16. This is for
+// gradients of logits: they have many small elements beside one large element of their row. Rounded to
+// nearest in int8, the small ones would vanish together.
 template <class T>
-void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx);
+void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8);
 
 // Adds a scaled product: out (p, q) += scale aᵀ b, where a is (n, p) and b is (n, q).
 template <class T>

@@ -13,10 +13,11 @@ namespace nplora {
 // unless they name a unit. L is the number of SIMD lanes (at most 32), and r is the sum of the ranks of a
 // stack.
 enum class Scratch {
-  // Holds x of a token block, transposed into lanes or converted to pairs of bfloat16 values. The largest
-  // size is kLanesBytes or 64 d_in elements (64 tokens), whichever is larger. In the backward pass, holds dy,
-  // z and dz in pairs, and the factors. For attention in bfloat16, holds the keys and values of a batch in
-  // pairs. For a filtered loss, holds the weights of the kept words: up to a quarter of the logits.
+  // Holds x of a token block, transposed into lanes or converted to pairs of bfloat16 values or to int8. The
+  // largest size is kLanesBytes or 64 d_in elements (64 tokens), whichever is larger. In the backward pass,
+  // holds dy, z and dz in pairs, dy in int8, and the factors. For attention in bfloat16, holds the keys and
+  // values of a batch in pairs. For a filtered loss, holds the weights of the kept words: up to a quarter of
+  // the logits.
   kLanes,
   // Holds z of a token block in lanes or pairs, with r elements for each token. For other uses, holds a
   // stack's factors, with r (d_in + d_out) elements, or B in panels.
@@ -35,14 +36,11 @@ enum class Scratch {
   kFactor,
   kDropped,       // rows of x after dropout: 32 d_in
   kDroppedLanes,  // rows of x after dropout, in lanes or pairs: 32 d_in
-  // Rows of x before they are put into lanes: 48 L, or 8 d_in; rows of x in pairs: 16 d_in. A tile of attention
-  // in pairs: 96 (head_dim + 24).
+  // Rows of x before they are put into lanes: 48 L, or 8 d_in; rows of x in pairs: 16 d_in. A tile of
+  // attention in pairs: 96 (head_dim + 24).
   kPairing,
-  // Holds x, or the dy of a stack, in int8: a small batch (8 d_in) or a token block, of at most
-  // kL3BlockBytes or 64 d_in elements, whichever is larger, or (backward) kTaskTokens d_out for each two
-  // threads.
-  kCodes,
-  kCodeScales,  // the scales and sums of these codes: at most an eighth of their size
+  kCodes,       // a small batch of x in int8: 8 d_in
+  kCodeScales,  // the scales and sums of these codes: d_in
   // Holds a tile of attention, with 48 (5 head_dim + 130) elements, or the scores of a single query, with
   // heads (256 + head_dim) elements.
   kAttention,

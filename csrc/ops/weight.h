@@ -21,7 +21,7 @@ class RowScales;
 // kBfloat16, larger batches use pairs of bfloat16, summed in float: forward above kSmallBatch rows, backward
 // above kFloatBatch rows. With kInt8, these products use int8 instead (see ops/int8_weight.h), and forward
 // passes of small batches use int8 too if W is in one of GGUF's block formats. The products with the factors
-// of an update, and backward products above kInt8Outputs, are computed as with kBfloat16.
+// of an update are computed as with kBfloat16.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
 // W in the form that the products read. If `packed` is true, W is panels of kPanelColumns columns with

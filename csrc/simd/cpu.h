@@ -4,9 +4,9 @@
 namespace nplora::simd {
 
 struct Cpu {
-  bool avx2 = false;        // with FMA3 and F16C
-  bool avxvnni = false;     // with AVX2
-  bool avx512 = false;      // the parts F, BW, DQ and VL
+  bool avx2 = false;     // with FMA3 and F16C
+  bool avxvnni = false;  // with AVX2
+  bool avx512 = false;   // the parts F, BW, DQ and VL
   bool avx512vnni = false;
   bool avx512bf16 = false;  // with VNNI
   bool amx = false;         // with BF16, on a processor that has avx512bf16; see ask_for_tiles

@@ -70,8 +70,8 @@ Weight = PackedWeight | Array
 def matmul(w: Weight, x: Array, bias: Array | None, out: Array, int8: bool = True) -> None:
     """out = x Wᵀ [+ bias]. `int8` is described in `lora_forward`."""
 
-def matmul_t(w: Weight, dy: Array, out: Array) -> None:
-    """out = dy W."""
+def matmul_t(w: Weight, dy: Array, out: Array, int8: bool = True) -> None:
+    """out = dy W. `int8` is described in `lora_backward`."""
 
 def add_outer(a: Array, b: Array, scale: float, out: Array) -> None:
     """out (p, q) += scale · aᵀ b with a (n, p), b (n, q)."""
@@ -140,10 +140,12 @@ class BackwardPart(NamedTuple):
     da: Array | None
     db: Array | None
 
-def lora_backward(x: Array | None, dx: Array | None, layers: list[BackwardPart]) -> None:
+def lora_backward(x: Array | None, dx: Array | None, layers: list[BackwardPart], int8: bool = True) -> None:
     """dz = scale · dy A; dx = Σ dy W + undrop(dz B); da += scale · dyᵀ z; db += dzᵀ drop(x).
 
-    dx None: not needed. x may be None if every db is None.
+    dx None: not needed. x may be None if every db is None. If `int8` is False, weights that compute in int8
+    are computed in bfloat16. A gradient of logits needs this: rounded to int8, its small elements would
+    become 0.
     """
 
 def explain(weight: PackedWeight, rows: int, rank: int, dropout: bool, keep_z: bool) -> dict[str, str]:

@@ -560,7 +560,7 @@ def test_the_model_does_not_teach_itself(model: Path, data: Path, tmp_path: Path
         ({"temperature": 0.009}, "teach: temperature is 0.009, expected 0.01 to 100"),
         ({"temperature": 101}, "teach: temperature is 101, expected 0.01 to 100"),
         ({"dtype": "int8"}, "teach: dtype='int8' is not"),
-        ({"compute": "int4"}, "teach: compute='int4' is not"),
+        ({"compute": "int8"}, "teach: compute='int8' is not"),
     ],
 )  # fmt: skip
 def test_teach_refuses_wrong_options(

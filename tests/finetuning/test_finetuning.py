@@ -1473,18 +1473,20 @@ def test_a_weight_that_is_not_finite_is_refused_in_the_name_of_the_caller(model:
 
 
 def test_decoding_in_int8_without_quantised_weights_is_warned_of(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = r"with compute='int8', few tokens .*, but .*model.gguf has none, so decoding computes in float32"
-    with pytest.warns(UserWarning, match=f"^load_with_adapter: {words}") as caught:
-        load_with_adapter(model, compute="int8")
+    with pytest.warns(UserWarning, match=f"^evaluate: {words}") as caught:
+        evaluate(model, data, compute="int8")
     assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(UserWarning, match=f"^load_with_adapter: {words}"):
+        load_with_adapter(model, compute="int8")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.main(["generate", str(model), "1", "--max-new-tokens", "1", "--compute", "int8"]) == 0
     shown = words.replace("compute='int8'", "--compute int8")
     assert re.search(rf"nplora: warning: load_with_adapter: {shown}", capsys.readouterr().err)
-    load_with_adapter(save_small_llama(tmp_path / "low.gguf", "q8_0"), compute="int8")  # warns of nothing
+    evaluate(save_small_llama(tmp_path / "low.gguf", "q8_0"), data, compute="int8")  # warns of nothing
 
 
 def test_finetune_and_plan_take_an_adapter_of_another_model_on_request(

@@ -78,7 +78,8 @@ def test_a_named_adapter_changes_the_scores(lm: LanguageModel) -> None:
     assert abs(found.log_probs - lm.continuation_scores([[5, 6, 7]], [[[8, 9]]])[0][0].log_probs).max() > 1e-3
 
 
-def test_scores_in_int8_agree_with_those_of_whole_sequences(tmp_path: Path) -> None:
+def test_int8_scores_a_few_tokens_at_a_time(tmp_path: Path) -> None:
+    """With int8, products of more rows than a small batch would be computed in bfloat16."""
     lm = load_model(save_small_llama(tmp_path / "model.gguf", "q8_0"), compute="int8")
     found = lm.continuation_scores(PROMPTS, CONTINUATIONS)
     for prompt, several, scores in zip(PROMPTS, CONTINUATIONS, found, strict=True):
@@ -86,7 +87,7 @@ def test_scores_in_int8_agree_with_those_of_whole_sequences(tmp_path: Path) -> N
             ids = [*prompt, *tokens]
             labels = [-100] * len(prompt) + tokens
             expected = lm.token_scores(pack([(ids, labels)]))
-            np.testing.assert_allclose(score.log_probs, expected.log_probs, rtol=0, atol=5e-2)
+            np.testing.assert_allclose(score.log_probs, expected.log_probs, rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("compute", ["float32", "int8"])

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import nplora
-from nplora.finetuning import finetune
+from nplora.finetuning import TokenLoss, finetune
+from nplora.models import head
 from nplora.models.packing import pack
 from small_llama import save_small_llama
 
-VOCAB = 32768  # as large as the vocabularies of real models, so that the head's dx is not rounded to int8
+VOCAB = 32768  # rounded to int8, most of a gradient of so many logits would be 0
 
 
 @pytest.fixture(scope="module", params=["float32", "q8_0"])
@@ -21,14 +22,18 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return save_small_llama(path, request.param)
 
 
-def gradient(lm: nplora.LanguageModel) -> tuple[float, np.ndarray[Any, Any]]:
+def gradient(lm: nplora.LanguageModel, **options: Any) -> tuple[float, np.ndarray[Any, Any]]:
     rng = np.random.default_rng(0)
     batch = pack([(ids, ids) for ids in rng.integers(1, 250, (4, 40))])
-    lm.add_lora(rank=4, seed=1)
+    lm.add_lora(rank=4, seed=1, **options)
     for layer in lm.adapter_layers().values():  # as after some steps, so that dB is not zero
         layer.A[...] = 0.02 * rng.standard_normal(layer.A.shape, np.float32)
     loss = lm.forward_backward(batch, 1 / batch.num_targets) / batch.num_targets
     return loss, np.concatenate([p.grad.ravel() for p in lm.parameters()])
+
+
+def cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 @pytest.mark.parametrize("storage", ["float32", "q8_0"])
@@ -38,7 +43,32 @@ def test_gradients_point_where_those_of_float32_point(storage: str, tmp_path: Pa
     loss_int8, int8 = gradient(nplora.load_model(path, compute="int8"))
     assert loss_int8 == pytest.approx(loss, rel=3e-3)
     assert loss_int8 != loss
-    assert int8 @ exact > 0.98 * np.linalg.norm(int8) * np.linalg.norm(exact)
+    assert cosine(int8, exact) > 0.98
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"targets": ("q_proj", "lm_head")}, {"modules_to_save": "lm_head"}, {"add_tokens": ["new"]}],
+)
+def test_the_gradient_of_the_logits_is_not_rounded_to_int8(model: Path, options: dict[str, Any]) -> None:
+    """Each kind of head computes the gradient of its input in bfloat16."""
+    results = []
+    for compute in ("int8", "bfloat16"):
+        lm = nplora.load_model(model, compute=compute)
+        lm.add_lora(rank=2, seed=1, **options)
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((30, lm.config.hidden_size), np.float32)
+        logits, saved = head.logits_forward(lm.lm_head, x)
+        results.append(head.logits_backward(lm.lm_head, rng.standard_normal(logits.shape, np.float32), saved))
+    assert np.array_equal(*results)
+
+
+def test_an_evaluation_computes_as_decoding_and_a_validation_whole_sequences(tmp_path: Path) -> None:
+    path = save_small_llama(tmp_path / "model.gguf", "q8_0")
+    int8, bfloat16 = (nplora.load_model(path, compute=compute) for compute in ("int8", "bfloat16"))
+    batch = pack([(ids, ids) for ids in np.random.default_rng(0).integers(1, 250, (4, 40))])
+    assert TokenLoss().evaluate(int8, batch, None) == bfloat16.loss_packed(batch)
+    assert int8.loss_packed(batch) != bfloat16.loss_packed(batch)
 
 
 def test_a_run_in_int8_learns_as_in_bfloat16_and_resumes_with_the_same_bits(

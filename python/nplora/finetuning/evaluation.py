@@ -67,7 +67,8 @@ def evaluate(
         learn: tokens in the loss: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
         strict: refuse examples that are longer than `max_length`.
-        compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32).
+        compute: arithmetic of the products with frozen weights: float32, bfloat16, or int8 for quantised
+            weights and few tokens (default: float32).
     Returns:
         the mean loss, the number of tokens in the mean, the other metrics, and a report of the data.
     Raises:
@@ -78,8 +79,9 @@ def evaluate(
         FormatError: a file is invalid, or the adapter does not fit the model or was trained on another model.
         OSError: a file cannot be read.
     Warns:
-        UserWarning: a metric failed in some examples; or the adapter was trained with the chat template and
-            these rows do not go through it, or the other way round.
+        UserWarning: `compute` is "int8", but no weight can use int8; a metric failed in some examples; or the
+            adapter was trained with the chat template and these rows do not go through it, or the other way
+            round.
         Other warnings: see `attach_adapter`.
 
     >>> result = nplora.evaluate("model.gguf", "valid.jsonl", adapter="adapter")
@@ -117,7 +119,7 @@ def read_all(
         prepare: attaches adapters, which may add tokens, to the model before the data are read.
     """
     sources, metrics = sources_to_judge(op, data), metrics_of(op, options.metric)
-    lm = prepare(opened(op, model, options.compute))
+    lm = prepare(opened(op, model, options.compute, to_decode=True))
     return lm, judge_for(op, lm, sources, options, metrics)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from nplora.adapters import Adapter, read_for
@@ -168,10 +169,17 @@ def require_plain(op: str, lm: LanguageModel) -> None:
         raise ValueError(f"{op}: the model already has an adapter, on {on}; expected a model without one")
 
 
-def opened(op: str, model: StrPath | LanguageModel, compute: str | None, check: bool = True) -> LanguageModel:
-    """Return the model. If `model` is a path, load the model."""
+def opened(
+    op: str, model: StrPath | LanguageModel, compute: str | None, check: bool = True, to_decode: bool = False
+) -> LanguageModel:
+    """Return the model. If `model` is a path, load the model.
+
+    Args:
+        to_decode: warn as `loaded_to_decode` does.
+    """
     if not isinstance(model, LanguageModel):
-        return load_model(model, compute or COMPUTES[0], check=check)
+        load = partial(loaded_to_decode, op) if to_decode else load_model
+        return load(model, compute or COMPUTES[0], check=check)
     if compute is not None:
         raise ValueError(
             f"{op}: compute={compute!r} is given, but the model is loaded already, with {model.compute!r}"
@@ -179,9 +187,9 @@ def opened(op: str, model: StrPath | LanguageModel, compute: str | None, check: 
     return model
 
 
-def loaded_to_decode(op: str, path: StrPath, compute: str) -> LanguageModel:
+def loaded_to_decode(op: str, path: StrPath, compute: str, check: bool = True) -> LanguageModel:
     """Load a model as `load_model` does. Warn if `compute` is "int8" and decoding cannot use int8."""
-    lm = load_model(path, compute)
+    lm = load_model(path, compute, check=check)
     if compute == "int8" and not any(weight.meets_int8 for weight in _frozen_weights(lm)):
         warn_user(
             f"{op}: with compute='int8', few tokens are computed in int8 only if weights are in GGUF's "

@@ -35,7 +35,7 @@ from nplora.nn.optim import SCHEDULES
 from nplora.trainer.fit_config import KEEP, require_outer_steps
 from nplora.trainer.reporters import REPORTERS
 from nplora.trainer.training_setup import OUTER_LR, OUTER_MOMENTUM
-from nplora.weights import COMPUTES
+from nplora.weights import COMPUTES, FLOAT_COMPUTES
 
 T = TypeVar("T")
 
@@ -518,7 +518,8 @@ class EvaluateOptions:
     compute: str | None = _option(
         _SPEED,
         None,
-        "arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32)",
+        "arithmetic of the products with frozen weights: float32, bfloat16, or int8 for quantised weights "
+        "and few tokens (default: float32)",
         choices=COMPUTES,
     )
     op: InitVar[str] = "evaluate"  # the name with which error messages begin
@@ -593,8 +594,8 @@ class TeachOptions:
     compute: str | None = _option(
         _SPEED,
         None,
-        "arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32)",
-        choices=COMPUTES,
+        "arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32)",
+        choices=FLOAT_COMPUTES,
     )
     overwrite: bool = _option(_RUN, False, "replace an existing file")
     op: InitVar[str] = "teach"  # the name with which error messages begin
@@ -606,7 +607,7 @@ class TeachOptions:
         require_temperature(op, self.temperature)
         _check.choice(op, "dtype", self.dtype, TEACHER_DTYPES)
         if self.compute is not None:
-            _check.choice(op, "compute", self.compute, COMPUTES)
+            _check.choice(op, "compute", self.compute, FLOAT_COMPUTES)
 
     def reading(self, max_length: int, op: str = "teach") -> ReadOptions:
         """How the data are read, with this maximum length."""

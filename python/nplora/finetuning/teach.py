@@ -115,7 +115,7 @@ def teach(
         learn: tokens to predict: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
         strict: refuse examples that are longer than `max_length`.
-        compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32).
+        compute: arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32).
         overwrite: replace an existing file.
     Returns:
         a summary of the file.

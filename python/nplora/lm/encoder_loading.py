@@ -29,7 +29,7 @@ from nplora.models.decoder import Decoder
 from nplora.models.encoder_config import EncoderConfig
 from nplora.models.weights import GgufWeights, SafetensorsWeights, require_decoded
 from nplora.tokenizer import Tokenizer
-from nplora.weights import COMPUTES
+from nplora.weights import FLOAT_COMPUTES
 
 Array = npt.NDArray[Any]
 
@@ -74,7 +74,7 @@ def load_encoder(
     """
     files.require_named("load_encoder", path=path)
     model_directory.require_no_hub_name(path)
-    _check.choice("load_encoder", "compute", compute, COMPUTES)
+    _check.choice("load_encoder", "compute", compute, FLOAT_COMPUTES)
     if pooling is not None:
         _check.choice("load_encoder", "pooling", pooling, POOLINGS)
     read = _from_directory if Path(path).is_dir() else _from_gguf

@@ -27,7 +27,7 @@ from nplora.lm.generation import Adapters, Message, Prompt, Sampling, generate
 from nplora.lm.named_adapters import NamedAdapters
 from nplora.lm.shared_weights import SharedWeights
 from nplora.lora.merging import MergeReport
-from nplora.models import building, families, head, model_digest
+from nplora.models import building, families, head, model_digest, stepwise
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.continuations import MOST_ROWS, Question, groups
@@ -624,7 +624,7 @@ class LanguageModel(Module):
         """
         return self.loss_packed(self._packed("loss", token_ids, labels))
 
-    def loss_packed(self, batch: PackedBatch) -> float:
+    def loss_packed(self, batch: PackedBatch, as_decoded: bool = True) -> float:
         """Like `loss`, for packed sequences.
 
             >>> import nplora
@@ -634,15 +634,21 @@ class LanguageModel(Module):
             >>> batch.num_targets, lm.loss_packed(batch) > 0
             (3, True)
 
+        Args:
+            as_decoded: with compute="int8", compute a few tokens at a time, as in decoding. False: compute
+                whole sequences in bfloat16, as the model reads prompts, which is faster.
         Raises:
             ValueError, CorruptError: as in `logits`.
         """
         self._check_batch("loss_packed", batch)
         if (lm := self._selected("loss_packed")) is not self:
-            return lm.loss_packed(batch)
+            return lm.loss_packed(batch, as_decoded)
         with inference():
-            x = self.model.infer(batch.ids, packed_positions(batch.starts))
-            total = head.loss(self.model, self.lm_head, x, batch.targets)
+            if self.compute == "int8" and as_decoded:
+                total = stepwise.loss(self.config, self.model, self.lm_head, batch)
+            else:
+                x = self.model.infer(batch.ids, packed_positions(batch.starts))
+                total = head.loss(self.model, self.lm_head, x, batch.targets)
         self.require_unchanged()
         return total / max(1, batch.num_targets)
 
@@ -761,7 +767,8 @@ class LanguageModel(Module):
     def token_scores(self, batch: PackedBatch) -> TokenScores:
         """The log-probability of each target of a batch, and whether the target is the most likely token.
 
-        The targets are in the order of the batch.
+        The targets are in the order of the batch. With compute="int8", a few tokens are computed at a time,
+        as in decoding.
 
             >>> import nplora
             >>> from nplora.models.packing import pack
@@ -778,8 +785,11 @@ class LanguageModel(Module):
         if (lm := self._selected("token_scores")) is not self:
             return lm.token_scores(batch)
         with inference():
-            x = self.model.infer(batch.ids, packed_positions(batch.starts))
-            losses, is_top = head.token_scores(self.model, self.lm_head, x, batch.targets)
+            if self.compute == "int8":
+                losses, is_top = stepwise.token_scores(self.config, self.model, self.lm_head, batch)
+            else:
+                x = self.model.infer(batch.ids, packed_positions(batch.starts))
+                losses, is_top = head.token_scores(self.model, self.lm_head, x, batch.targets)
         self.require_unchanged()
         return TokenScores(-losses, is_top)
 
@@ -820,10 +830,10 @@ class LanguageModel(Module):
             raise ValueError(f"{op}: a prompt has no continuation, expected at least one")
         self._warn_if_longer(op, max((question.length for question in questions), default=0))
         lm = self._selected(op)
-        found = list[list[TokenScores]]()
+        rows, found = stepwise.FEW if self.compute == "int8" else MOST_ROWS, list[list[TokenScores]]()
         with inference():
             for group in groups(questions):
-                scores = score_continuations(lm.config, lm.model, lm.lm_head, group, MOST_ROWS)
+                scores = score_continuations(lm.config, lm.model, lm.lm_head, group, rows)
                 found += [[TokenScores(-losses, is_top) for losses, is_top in each] for each in scores]
         self.require_unchanged()
         return found

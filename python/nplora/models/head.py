@@ -159,12 +159,12 @@ def logits_forward(head: AnyHead, x: Array) -> tuple[Array, Any]:
 def logits_backward(head: AnyHead, dlogits: Array, saved: Any) -> Array:
     """The gradient of the head's input. The gradients of a trained head are accumulated too.
 
-    `dlogits` may be overwritten.
+    `dlogits` may be overwritten. A head with compute="int8" computes in bfloat16 here, see `stack_backward`.
     """
     if isinstance(head, TrainedHead):
         dx: Array = head.backward(dlogits, saved, overwrite_dy=True)
         return dx
-    return stack_backward((head,), [dlogits], saved)
+    return stack_backward((head,), [dlogits], saved, int8=False)
 
 
 def loss(model: Decoder, head: AnyHead, x: Array, targets: Array) -> float:

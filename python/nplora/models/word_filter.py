@@ -30,7 +30,7 @@ class WordFilter:
     factor · Σ_skipped p_w (W_w - μ). Losses do not change, not even in a bit. If more than a quarter of the
     vocabulary is at or above the bound in some row, that row is computed without the filter.
 
-    The filter applies to a frozen head in float32 or bfloat16 arithmetic. A head that is trained, or has an
+    The filter applies to a frozen head, unless it computes in float64. A head that is trained, or has an
     adapter, is computed without it.
 
         >>> import nplora
@@ -82,7 +82,7 @@ class WordFilter:
             rows = logits[chosen]
             _core.cross_entropy(rows, targets[chosen], factor, np.empty(len(rows)), True)
             dense = np.empty((len(rows), dx.shape[1]), np.float32)
-            _core.matmul_t(weight.packed, rows, dense)
+            _core.matmul_t(weight.packed, rows, dense, False)
             dx[chosen] = dense
         self._skipped.append(skipped)
         return dx

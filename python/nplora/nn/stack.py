@@ -121,7 +121,11 @@ def _part(layer: Module, group: RowGroup) -> _core.InferenceLayer | None:
 
 
 def stack_backward(
-    layers: Sequence[Stackable], dys: Sequence[npt.ArrayLike], saved: StackSaved, need_dx: bool = True
+    layers: Sequence[Stackable],
+    dys: Sequence[npt.ArrayLike],
+    saved: StackSaved,
+    need_dx: bool = True,
+    int8: bool = True,
 ) -> Gradient:
     """Add to each layer's gradients; return the sum of all dx (..., d_in), or None if need_dx is False.
 
@@ -135,6 +139,9 @@ def stack_backward(
     Args:
         layers: the layers of the forward pass.
         dys: the gradients dy (..., d_out) of the layers' outputs, in the order of `layers`.
+        need_dx: compute dx.
+        int8: False: weights with compute="int8" compute dx in bfloat16. This is for the head of a model: most
+            elements of a gradient of logits are small, and would become 0 if they were rounded to int8.
     Raises:
         ValueError: a dy does not have the shape of its y, the numbers of dys and layers differ, or `saved` is
             from a pass of other layers.
@@ -157,7 +164,7 @@ def stack_backward(
     parts = [layer.backward_part(du, item) for layer, du, item in zip(layers, rows, items, strict=True)]
     dx = buffers.empty((len(rows[0]), d_in), dtype) if need_dx else None
     x = next((item.x for item in items if item.x is not None), None)
-    _core.lora_backward(x, dx, parts)
+    _core.lora_backward(x, dx, parts, int8)
     for layer, du, item in zip(layers, rows, items, strict=True):
         if isinstance(layer, LoRALinear):
             layer.finish_backward(du, item, dx)

@@ -450,7 +450,7 @@ class TrainedHead(TrainedRowsLayer):
             return None
         dx = buffers.empty((len(dlogits), dim), dtype)
         if rows is None:
-            _core.matmul_t(core_weight(self.weight if alone else self.rows.value), dlogits, dx)
+            _core.matmul_t(core_weight(self.weight if alone else self.rows.value), dlogits, dx, False)
             return dx.reshape(*saved.lead, dim)
         rest = dlogits
         if size > stored:
@@ -459,7 +459,7 @@ class TrainedHead(TrainedRowsLayer):
             rest = dlogits.copy()
         ids = np.asarray(rows.ids)
         rest[:, ids[ids < stored]] = 0  # the frozen copies of these rows were not used
-        _core.matmul_t(core_weight(self.weight), rest, dx)
+        _core.matmul_t(core_weight(self.weight), rest, dx, False)
         more = np.empty_like(dx)
         _core.matmul_t(rows.values, own, more)
         dx += more

@@ -2,10 +2,11 @@
 
 from nplora.weights.frozen_weight import (
     COMPUTES,
+    FLOAT_COMPUTES,
     FrozenWeight,
     become_infinite,
     dtype_name,
     freeze,
 )
 
-__all__ = ["COMPUTES", "FrozenWeight", "become_infinite", "dtype_name", "freeze"]
+__all__ = ["COMPUTES", "FLOAT_COMPUTES", "FrozenWeight", "become_infinite", "dtype_name", "freeze"]

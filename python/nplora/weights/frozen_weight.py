@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # the file readers take most of the import time, and only som
 
 Array = npt.NDArray[Any]
 
-COMPUTES = ("float32", "bfloat16", "int8")
+FLOAT_COMPUTES = ("float32", "bfloat16")
+COMPUTES = (*FLOAT_COMPUTES, "int8")
 _UNROUNDED_ROWS = _core.constants.float_batch
 
 # The smallest magnitude that becomes infinite: the largest finite value plus half a unit in its last place.
@@ -58,12 +59,13 @@ class FrozenWeight:
             - "int8": W is rounded to 8 bits with one scale for each row, and x to 8 bits with one scale for
               every 64 values. In the backward pass, dy times the scales of W is rounded to 8 bits, with one
               scale for each row of dy (or for each of several equal parts of a row, if d_out is above 4032).
-              Products of codes are summed as integers. The factors of an update, and the backward pass of a
-              weight with 32000 outputs or more (the head of a model), are computed as with "bfloat16". If x
-              has up to 8 rows, it is multiplied with GGUF's own blocks, with one scale for every 32 values;
-              other storage formats then compute in float32. `matmul_t` with up to 4 rows computes in
-              float32. Layers round W in this way only in training. In inference, they compute more than 8
-              rows as with "bfloat16".
+              Products of codes are summed as integers. The factors of an update are computed as with
+              "bfloat16". If x has up to 8 rows, it is multiplied with GGUF's own blocks, with one scale for
+              every 32 values; other storage formats then compute in float32. `matmul_t` with up to 4 rows
+              computes in float32. Layers round W in this way only in training. In inference, they compute
+              more than 8 rows as with "bfloat16". The head of a language model computes its backward pass in
+              bfloat16 (`int8=False` in `stack_backward`). In a model of your own, a layer whose outputs go
+              into a softmax over many classes should have "bfloat16".
         double_quant: also quantise the absmax of NF4 to 8 bits. A value of W then takes 4.13 bits instead of
             4.5.
     Raises:

@@ -39,4 +39,4 @@ class TokenLoss(PackedLoss):
 
     def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:
         assert isinstance(model, LanguageModel)
-        return model.loss_packed(x)
+        return model.loss_packed(x, as_decoded=False)

@@ -106,6 +106,8 @@ def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str) -> S
     head = [weight.with_compute(compute) for weight in _matrices(lm.lm_head)]
     head_rows = (_HEAD_ROWS // 4, _HEAD_ROWS)
     to = _cost(head, FrozenWeight.matmul, 1, head_rows)
+    if compute == "int8":  # the gradient of the head's input is computed in bfloat16
+        head = [weight.with_compute("bfloat16") for weight in head]
     back = _cost(head, FrozenWeight.matmul_t, 0, head_rows)
     operations = 2.0 * sum(weight.size for weight in weights) / forward.token
     return Speed(forward, backward, Cost(to.call + back.call, to.token + back.token), operations)

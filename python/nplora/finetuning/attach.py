@@ -12,7 +12,7 @@ from nplora import _check
 from nplora.adapters import Adapter, combine, read_for
 from nplora.adapters.layers import require_no_adapter
 from nplora.adapters.sources import trained_with_template
-from nplora.finetuning.load import loaded_to_decode, require_plain
+from nplora.finetuning.load import loaded, require_plain
 from nplora.formats import files, peft_adapter
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
@@ -38,7 +38,7 @@ def load_with_adapter(
     True
     >>> half = nplora.finetuning.load_with_adapter("model.gguf", ("adapter", 0.5))
     """
-    lm = loaded_to_decode("load_with_adapter", model, compute)
+    lm = loaded("load_with_adapter", model, compute)
     if adapter is not None:
         attach("load_with_adapter", lm, adapter, any_base)
     return lm

@@ -175,10 +175,10 @@ def opened(
     """Return the model. If `model` is a path, load the model.
 
     Args:
-        to_decode: warn as `loaded_to_decode` does.
+        to_decode: warn as `loaded` does.
     """
     if not isinstance(model, LanguageModel):
-        load = partial(loaded_to_decode, op) if to_decode else load_model
+        load = partial(loaded, op) if to_decode else load_model
         return load(model, compute or COMPUTES[0], check=check)
     if compute is not None:
         raise ValueError(
@@ -187,7 +187,7 @@ def opened(
     return model
 
 
-def loaded_to_decode(op: str, path: StrPath, compute: str, check: bool = True) -> LanguageModel:
+def loaded(op: str, path: StrPath, compute: str, check: bool = True) -> LanguageModel:
     """Load a model as `load_model` does. Warn if `compute` is "int8" and decoding cannot use int8."""
     lm = load_model(path, compute, check=check)
     if compute == "int8" and not any(weight.meets_int8 for weight in _frozen_weights(lm)):

@@ -147,8 +147,8 @@ struct Int8Product {
   bool accumulate;
 };
 
-// Stores the sums of one vector of outputs, times the scales of W. If `kPartial` is set, the outputs may be fewer
-// than a vector has.
+// Stores the sums of one vector of outputs, times the scales of W. If `kPartial` is set, the outputs may be
+// fewer than a vector has.
 template <bool kPartial>
 [[gnu::always_inline]] inline void store_outputs(const Int8Product& p, Vec<float> sums, size_t row,
                                                  size_t column) {

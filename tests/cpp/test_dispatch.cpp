@@ -45,12 +45,7 @@ std::string choice(const char* name) {
 // Tables that some machines of this architecture cannot run.
 const std::vector<const char*> kOptional = {
 #if defined(__x86_64__)
-    "avx2",
-    "avxvnni",
-    "avx512",
-    "avx512vnni",
-    "avx512bf16",
-    "amx",
+    "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx",
 #elif defined(__aarch64__)
     "neonbf16",
 #endif

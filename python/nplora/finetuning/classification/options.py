@@ -96,7 +96,7 @@ class ClassifyOptions:
     compute: str = _option(
         "memory and speed",
         "float32",
-        "arithmetic of the products with frozen weights: float32 or bfloat16",
+        "arithmetic of the products with frozen weights: float32, bfloat16 or int8",
         choices=tuple(COMPUTES),
     )
     save_every: int = _same("save_every")

@@ -43,7 +43,7 @@ def evaluate_classifier(
         >>> classifier = nplora.new_classifier(encoder, ["order", "refund"])
         >>> rows = [{"text": "a refund", "label": "refund"}, {"text": "where is it", "label": "order"}]
         >>> report = nplora.finetuning.evaluate_classifier(classifier, rows)
-        >>> report.examples, report.confusion.sum()
+        >>> report.examples, int(report.confusion.sum())
         (2, 2)
 
     Args:

@@ -900,10 +900,11 @@ def test_a_signal_at_the_very_end_exits_like_any_other(tmp_path: Path, signum: s
         def on_fit_end(self, run: Run) -> None:
             signal.raise_signal(signum)
 
+    before = signal.getsignal(signum)
     with pytest.raises(SystemExit, match=str(128 + signum)):
         interrupted_fit(trainer_of(net(), callbacks=[Late()]), checkpoint_dir=tmp_path)
     assert saved_step(tmp_path) == 20
-    assert signal.getsignal(signum) is signal.SIG_DFL
+    assert signal.getsignal(signum) is before
 
 
 def test_sighup_stays_ignored_under_nohup(tmp_path: Path) -> None:

@@ -198,4 +198,5 @@ def _table(texts: list[str], vectors: Array) -> Iterator[str]:
 def _objects(texts: list[str], vectors: Array) -> Iterator[str]:
     for text, vector in zip(texts, vectors.tolist(), strict=True):
         values = ", ".join(f"{value:.9g}" for value in vector)
-        yield f'{{"text": {json.dumps(text, ensure_ascii=False, allow_nan=False)}, "embedding": [{values}]}}\n'
+        written = json.dumps(text, ensure_ascii=False, allow_nan=False)
+        yield f'{{"text": {written}, "embedding": [{values}]}}\n'

@@ -13,40 +13,36 @@ namespace nplora::kernels {
 // The kernel tables in this build. CMakeLists.txt chooses them.
 extern const KernelTable k_generic_table;
 #if defined(NPLORA_X86_64)
-extern const KernelTable k_avx2_table, k_avx512_table, k_avx512bf16_table;
+extern const KernelTable k_avx2_table, k_avx512_table;
+extern const NarrowKernels k_avx512bf16_kernels;
 extern const PairProducts k_amx_products;
 extern const Int8Gemm k_avxvnni_products, k_avx512vnni_products;
 #elif defined(NPLORA_AARCH64)
-extern const KernelTable k_neon_table, k_neonbf16_table;
+extern const KernelTable k_neon_table;
+extern const NarrowKernels k_neonbf16_kernels;
 #endif
 
 namespace {
 
-#if defined(NPLORA_X86_64)
-KernelTable with_int8(const KernelTable& table, const char* isa, const Int8Gemm& products) {
+KernelTable with(const KernelTable& table, const char* isa, const NarrowKernels& kernels) {
   KernelTable made = table;
   made.isa = isa;
-  made.int8_gemm = products;
+  static_cast<NarrowKernels&>(made) = kernels;
   return made;
 }
-const KernelTable& avxvnni_table() {
-  static const KernelTable table = with_int8(k_avx2_table, "avxvnni", k_avxvnni_products);
-  return table;
+
+#if defined(NPLORA_X86_64)
+KernelTable with(const KernelTable& table, const char* isa, const Int8Gemm& products) {
+  NarrowKernels kernels = table;
+  kernels.int8_gemm = products;
+  return with(table, isa, kernels);
 }
-const KernelTable& avx512vnni_table() {
-  static const KernelTable table = with_int8(k_avx512_table, "avx512vnni", k_avx512vnni_products);
-  return table;
-}
-const KernelTable& amx_table() {
-  static const KernelTable table = [] {
-    KernelTable made = k_avx512bf16_table;
-    made.isa = "amx";
-    made.bf16 = k_amx_products.tiles;
-    made.small_pairs.gemm_outputs_in_lanes = k_amx_products.small_gemm_outputs_in_lanes;
-    made.pairs_in_registers = false;
-    return made;
-  }();
-  return table;
+KernelTable with(const KernelTable& table, const char* isa, const PairProducts& products) {
+  NarrowKernels kernels = table;
+  kernels.bf16 = products.tiles;
+  kernels.small_pairs.gemm_outputs_in_lanes = products.small_gemm_outputs_in_lanes;
+  kernels.pairs_in_registers = false;
+  return with(table, isa, kernels);
 }
 #endif
 
@@ -60,18 +56,26 @@ struct Choice {
 // Returns the tables of this build, with the best table last.
 const Choice* choices(size_t* count) {
   using simd::cpu;
+#if defined(NPLORA_X86_64)
+  static const KernelTable avxvnni = with(k_avx2_table, "avxvnni", k_avxvnni_products);
+  static const KernelTable avx512vnni = with(k_avx512_table, "avx512vnni", k_avx512vnni_products);
+  static const KernelTable avx512bf16 = with(k_avx512_table, "avx512bf16", k_avx512bf16_kernels);
+  static const KernelTable amx = with(avx512bf16, "amx", k_amx_products);
+#elif defined(NPLORA_AARCH64)
+  static const KernelTable neonbf16 = with(k_neon_table, "neonbf16", k_neonbf16_kernels);
+#endif
   static const Choice all[] = {
       {&k_generic_table, true, ""},
 #if defined(NPLORA_X86_64)
       {&k_avx2_table, cpu().avx2, "AVX2, FMA3 and F16C"},
-      {&avxvnni_table(), cpu().avxvnni, "AVX2, FMA3, F16C and AVX-VNNI"},
+      {&avxvnni, cpu().avxvnni, "AVX2, FMA3, F16C and AVX-VNNI"},
       {&k_avx512_table, cpu().avx512, "AVX-512 F, BW, DQ and VL"},
-      {&avx512vnni_table(), cpu().avx512vnni, "AVX-512 F, BW, DQ, VL and VNNI"},
-      {&k_avx512bf16_table, cpu().avx512bf16, "AVX-512 F, BW, DQ, VL, BF16 and VNNI"},
-      {&amx_table(), cpu().amx, "AMX with BF16, beside the AVX-512 of avx512bf16", true},
+      {&avx512vnni, cpu().avx512vnni, "AVX-512 F, BW, DQ, VL and VNNI"},
+      {&avx512bf16, cpu().avx512bf16, "AVX-512 F, BW, DQ, VL, BF16 and VNNI"},
+      {&amx, cpu().amx, "AMX with BF16, beside the AVX-512 of avx512bf16", true},
 #elif defined(NPLORA_AARCH64)
       {&k_neon_table, cpu().neon, "NEON"},
-      {&k_neonbf16_table, cpu().neonbf16, "NEON with BF16 and dot products"},
+      {&neonbf16, cpu().neonbf16, "NEON with BF16 and dot products"},
 #endif
   };
   *count = sizeof all / sizeof *all;

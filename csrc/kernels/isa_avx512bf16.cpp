@@ -1,5 +1,6 @@
 // AVX-512 with BF16 and VNNI (Cooper Lake, Sapphire Rapids, Zen 4). Products of bfloat16 pairs use vdpbf16ps,
-// which treats subnormal inputs and results as zero. Products of bytes use vpdpbusd.
+// which treats subnormal inputs and results as zero. Products of bytes use vpdpbusd. The file dispatch.cpp
+// combines these kernels with the others of avx512.
 #define NPLORA_ISA avx512bf16
 #define NPLORA_SIMD_AVX512
 #define NPLORA_SIMD_BF16
@@ -34,6 +35,6 @@ inline constexpr size_t kTokenTileRows = 9, kTokenTileVectors = 3, kGroupTileRow
 #include "kernels/table-inl.h"
 
 namespace nplora::kernels {
-extern const KernelTable k_avx512bf16_table;
-constinit const KernelTable k_avx512bf16_table = avx512bf16::make_table("avx512bf16");
+extern const NarrowKernels k_avx512bf16_kernels;
+constinit const NarrowKernels k_avx512bf16_kernels = avx512bf16::make_narrow();
 }  // namespace nplora::kernels

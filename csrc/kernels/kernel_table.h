@@ -534,25 +534,29 @@ struct Transformer {
   void (*whole_softmax_backward)(size_t rows, size_t n, float* s, float* dp, size_t stride);
 };
 
-struct KernelTable {
-  const char* isa;
-  Products<float> f32;
-  Products<double> f64;
+// The kernels that instructions for bfloat16 and bytes make faster.
+struct NarrowKernels {
   Tiles<Bf16Pair> bf16;
-  SmallProducts<float> small_f32;
-  SmallProducts<double> small_f64;
-  SmallProducts<Bf16> small_bf16;
   SmallProducts<Bf16Pair> small_pairs;
   Conversions convert;
-  BlockDecoders blocks;
-  BlockDots block_dots;
   Int8Products int8;
   Int8Gemm int8_gemm;
-  Transformer transformer;
 
   // Whether small_pairs.gemm_outputs_in_lanes pairs the rows of `w` in registers, instead of making a copy of
   // `w` in pairs at each call.
   bool pairs_in_registers = true;
+};
+
+struct KernelTable : NarrowKernels {
+  const char* isa;
+  Products<float> f32;
+  Products<double> f64;
+  SmallProducts<float> small_f32;
+  SmallProducts<double> small_f64;
+  SmallProducts<Bf16> small_bf16;
+  BlockDecoders blocks;
+  BlockDots block_dots;
+  Transformer transformer;
 
   template <class T>
   const Products<T>& products() const;

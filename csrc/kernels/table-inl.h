@@ -71,22 +71,21 @@ constexpr Transformer make_transformer() {
           whole_softmax_backward};
 }
 
-constexpr KernelTable make_table(const char* isa) {
-  return {isa,
-          make_products<float>(),
-          make_products<double>(),
-          make_tiles<Bf16Pair>(),
-          make_small<float>(),
-          make_small<double>(),
-          make_small<Bf16>(),
+constexpr NarrowKernels make_narrow() {
+  return {make_tiles<Bf16Pair>(),
           make_small<Bf16Pair>(),
           {widen_bfloat16, narrow_bfloat16, widen_float16, narrow_float16, dither_bfloat16, dither_float16,
            pair_rows, pair_bits},
-          make_block_decoders(),
-          make_block_dots(),
           make_int8(),
-          make_int8_gemm(),
-          make_transformer()};
+          make_int8_gemm()};
+}
+
+constexpr KernelTable make_table(const char* isa) {
+  return {make_narrow(),          isa,
+          make_products<float>(), make_products<double>(),
+          make_small<float>(),    make_small<double>(),
+          make_small<Bf16>(),     make_block_decoders(),
+          make_block_dots(),      make_transformer()};
 }
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -13,8 +13,8 @@ using nplora::kernels::KernelTable;
 namespace {
 
 // Whether one of these groups of kernels differs between two tables.
-template <class... Groups>
-bool differ(const KernelTable& table, const KernelTable& other, Groups KernelTable::*... groups) {
+template <class... Tables, class... Groups>
+bool differ(const KernelTable& table, const KernelTable& other, Groups Tables::*... groups) {
   static_assert((std::has_unique_object_representations_v<Groups> && ...));  // no padding
   return ((std::memcmp(&(table.*groups), &(other.*groups), sizeof(Groups)) != 0) || ...);
 }
@@ -35,7 +35,7 @@ int main(int count, char** words) {
   const auto tables = usable_tables();
   for (size_t i = part; i < tables.size(); i += parts) {
     const KernelTable& table = *tables[i];
-    // AMX's table shares most of its kernels with the table before it. Shared kernels are tested once.
+    // Some tables share most of their kernels with the table before them. Shared kernels are tested once.
     const auto has_own = [&](auto... groups) { return i == 0 || differ(table, *tables[i - 1], groups...); };
     using K = KernelTable;
     test_products(table);

@@ -164,4 +164,4 @@ def _write_table(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
 def _cell(value: Any) -> Any:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return "|".join(value)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) if isinstance(value, dict | list) else value

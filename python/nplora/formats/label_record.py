@@ -32,7 +32,7 @@ class LabelRecord:
 def dumps(record: LabelRecord) -> str:
     """The record as JSON."""
     fields = {"task": record.task, "labels": list(record.labels), "max_length": record.max_length}
-    return json.dumps(fields | ({"tokens": True} if record.tokens else {}))
+    return json.dumps(fields | ({"tokens": True} if record.tokens else {}), allow_nan=False)
 
 
 def loads(text: str, source: str) -> LabelRecord:

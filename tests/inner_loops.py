@@ -41,7 +41,8 @@ KERNELS: dict[str, list[tuple[str, ...]]] = {
 DOTS = "dots_rows", "dots_row_major"
 INT8 = "int8_token_tile", "int8_group_tile"
 HAVE_INT8 = "avxvnni", "avx512vnni", "avx512bf16", "neonbf16"  # multiply codes in one instruction
-ONLY_INT8 = "avxvnni", "avx512vnni"  # units without other kernels
+ONLY_INT8 = "avxvnni", "avx512vnni"  # units without other products
+ONLY_PAIRS = "avx512bf16", "neonbf16"  # units whose other products are of bfloat16 pairs
 INSTANCE = re.compile(rf"nplora::kernels::(\w+)::({'|'.join(KERNELS)})<(.*?)>\(")
 
 
@@ -267,6 +268,8 @@ def checked_elements(isa: str, kernel: str) -> list[tuple[str, ...]]:
         return KERNELS[kernel] if isa in HAVE_INT8 else []
     if isa in ONLY_INT8:
         return []
+    if isa in ONLY_PAIRS:
+        return [e for e in KERNELS[kernel] if e[0] == "Bf16Pair"]
     if isa.startswith("neon"):
         return KERNELS[kernel]
     return [e for e in KERNELS[kernel] if kernel not in DOTS and not is_split(isa, e[0])]

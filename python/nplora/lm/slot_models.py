@@ -70,8 +70,11 @@ def decode(lm: SlotModel, pieces: Sequence[Array], slots: Array, cache: KVCache)
     models: list[Any] = [cache.adapters.model(slot) or lm for slot in slots.tolist()]
     _check_ids(models, pieces)
     cache.find_invocation(slots, pieces)
+    batches = list(_batches(models, [len(piece) for piece in pieces]))
+    if len(batches) == 1:  # the usual case: no copy of the logits
+        return _decode_together(models, pieces, slots, cache)
     logits = np.empty((len(slots), 0), np.float32)
-    for some in _batches(models, [len(piece) for piece in pieces]):
+    for some in batches:
         few = _decode_together([models[i] for i in some], [pieces[i] for i in some], slots[some], cache)
         logits = _filled(logits, some, few)
     return logits

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import prod
 
 # Instructions as GNU objdump prints them for aarch64 and (in AT&T syntax) for x86-64.
-MULTIPLY_ADD = re.compile(r"(fmla|bfdot|sdot)\s+v|vfmadd\d+p[sd]|vdpbf16ps|(\{vex\} )?vpdpbusd")
+MULTIPLY_ADD = re.compile(r"(fmla|bfdot|sdot|smmla)\s+v|vfmadd\d+p[sd]|vdpbf16ps|(\{vex\} )?vpdpbusd")
 VECTOR = re.compile(r"[\s{][qdsv]\d|%[xyz]mm\d")
 VECTOR_STORE = re.compile(r"st\w+\s+\{?[qdsv]\d|v\w+\s+%[xyz]mm\d+,[^,]*\(")
 MOVED = re.compile(r"(vmov[qd]\s+%xmm|kmov[qd]\s+%k)\d+,%[re]\w+$|fmov\s+[xw]\d+, [sd]\d")
@@ -40,8 +40,8 @@ KERNELS: dict[str, list[tuple[str, ...]]] = {
 }
 DOTS = "dots_rows", "dots_row_major"
 INT8 = "int8_token_tile", "int8_group_tile"
-HAVE_INT8 = "avxvnni", "avx512vnni", "avx512bf16", "neonbf16"  # multiply codes in one instruction
-ONLY_INT8 = "avxvnni", "avx512vnni"  # units without other products
+HAVE_INT8 = "avxvnni", "avx512vnni", "avx512bf16", "neonbf16", "neoni8mm"  # multiply codes in one instruction
+ONLY_INT8 = "avxvnni", "avx512vnni", "neoni8mm"  # units without other products
 ONLY_PAIRS = "avx512bf16", "neonbf16"  # units whose other products are of bfloat16 pairs
 INSTANCE = re.compile(rf"nplora::kernels::(\w+)::({'|'.join(KERNELS)})<(.*?)>\(")
 
@@ -184,6 +184,8 @@ def int8_step(loop: Loop) -> Need:
     # Four pointers advance (w, and x from up to three rows on), a comparison, a branch; AVX2 reads offsets of
     # rows from the stack, or spills one of the 16 vectors.
     control = 9 if loop.isa == "avxvnni" else 7
+    if loop.isa == "neoni8mm":  # two steps: two vectors of w are loaded and zipped, and rows of x in halves
+        return Need(rows * vectors, rows + 4 * vectors + control)
     return Need(rows * vectors, rows + vectors + control)
 
 

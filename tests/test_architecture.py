@@ -319,6 +319,7 @@ def test_each_instruction_set_has_a_unit_with_its_own_namespace() -> None:
             "amx",
             "neon",
             "neonbf16",
+            "neoni8mm",
         )
     }
     for unit in kernel_units():

@@ -22,7 +22,8 @@ must_find 'gemm_tokens_in_lanes_fixed<float> .*spilled vectors' \
 # The older of two emulated processors lacks BF16. Nobody takes the generic kernels on aarch64, except with
 # NPLORA_ISA=generic: they are compiled, not run. One of four shapes is enough, because the code that divides
 # shapes into tiles runs on all of them in the step `kernels`.
-qemu-aarch64 -cpu cortex-a72 "$tests" 2 3 4 | tee "$here/a72.count"
-qemu-aarch64 -cpu max "$tests" 3 3 4 | tee "$here/max.count"
-[ "$(awk '$3 == "kernels," {print $1}' "$here/a72.count" "$here/max.count" | xargs)" = 'neon neonbf16' ] ||
-  fail 'neon and neonbf16 did not run'
+qemu-aarch64 -cpu cortex-a72 "$tests" 2 4 4 | tee "$here/a72.count"
+qemu-aarch64 -cpu max "$tests" 3 4 4 | tee "$here/max.count"
+qemu-aarch64 -cpu max "$tests" 4 4 4 | tee "$here/i8mm.count"
+[ "$(awk '$3 == "kernels," {print $1}' "$here/a72.count" "$here/max.count" "$here/i8mm.count" | xargs)" = 'neon neonbf16 neoni8mm' ] ||
+  fail 'neon, neonbf16 and neoni8mm did not run'

@@ -75,13 +75,14 @@ void forward(const Array<T>& x, const py::list& layers, std::optional<size_t> ba
 }
 
 template <class T>
-void backward(const Maybe<T>& x, Maybe<T> dx, const py::list& layers, bool int8) {
+void backward(const Maybe<T>& x, Maybe<T> dx, const py::list& layers, bool int8,
+              std::optional<uint64_t> dither_key) {
   // pybind11 chooses between float and double by the dtype of x or dx. If x and dx are both None, the dtype
   // of dy decides.
   if constexpr (std::is_same_v<T, float>)
     if (!x && !dx && !layers.empty() &&
         py::isinstance<Array<double>>(py::getattr(layers[0], "dy", py::none())))
-      return backward<double>({}, {}, layers, int8);
+      return backward<double>({}, {}, layers, int8, dither_key);
   auto all = all_fields<BackwardFields<T>>(layers);
   std::vector<BackwardPart<T>> parts;
   const Matrix<const T> from = x ? read(*x) : Matrix<const T>{};
@@ -102,7 +103,7 @@ void backward(const Maybe<T>& x, Maybe<T> dx, const py::list& layers, bool int8)
     require(gradient.rows == parts[0].dy.rows, "the gradients of a stack must have the same number of rows");
     require(w.compute == parts[0].w.compute, "the weights of a stack must have the same compute type");
   }
-  without_gil([&] { lora_backward<T>(parts, from, to, int8); });
+  without_gil([&] { lora_backward<T>(parts, from, to, int8, dither_key); });
 }
 
 template <class T>
@@ -202,7 +203,7 @@ void register_products(py::module_& m) {
         arg("batch") = py::none(), arg("int8") = true,
         "z = drop(x) B^T; y = x W^T + scale z A^T [+ bias] for layers that read one x");
   m.def("lora_backward", &backward<T>, arg("x").noconvert().none(true), arg("dx").noconvert().none(true),
-        arg("layers").noconvert(), arg("int8") = true,
+        arg("layers").noconvert(), arg("int8") = true, arg("dither_key") = py::none(),
         "dz = scale dy A; dx = sum of dy W + undrop(dz B); da += scale dy^T z; db += dz^T drop(x)");
 }
 

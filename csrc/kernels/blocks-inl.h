@@ -80,6 +80,55 @@ struct DecodedRow {
   operator float*() const { return row + at + (at < kPanelColumns ? 0 : apart); }
 };
 
+// A destination that stores decoded values as int8 codes (see BlockDecoders::encode).
+struct EncodedRow {
+  uint8_t* codes;
+  Vec<float> inverse;
+  int32_t offset;
+
+  EncodedRow operator+(size_t elements) const { return {codes + elements, inverse, offset}; }
+};
+inline Bytes encoded(const Floats& values, const EncodedRow& to) {
+  LaneCodes codes[kVectors];
+  for (size_t i = 0; i < kVectors; ++i) codes[i] = low_bytes(to_ints(values.v[i] * to.inverse) + to.offset);
+  return load_bytes(codes);
+}
+inline void put(Bytes codes, const EncodedRow& to) {
+  __builtin_memcpy(to.codes, &codes, sizeof codes);
+}
+inline void put(const Floats& values, const EncodedRow& to) {
+  put(encoded(values, to), to);
+}
+inline void put(const Floats& q, Vec<float> d, const EncodedRow& to) {
+  Floats values;
+  for (size_t i = 0; i < kVectors; ++i) values.v[i] = q.v[i] * d;
+  put(values, to);
+}
+inline void put(const Floats& q, Vec<float> d, Vec<float> m, const EncodedRow& to) {
+  Floats values;
+  for (size_t i = 0; i < kVectors; ++i) values.v[i] = fma(q.v[i], d, m);
+  put(values, to);
+}
+
+// What turns nibbles into the values that a destination takes. Codes in int8 are computed once for all sixteen
+// nibbles of a sub-block, and then looked up.
+struct NibbleCodes {
+  Bytes codes;
+};
+template <class To>
+inline Nibbles nibbles_for(const To&, const Nibbles& values) {
+  return values;
+}
+inline NibbleCodes nibbles_for(const EncodedRow& to, const Nibbles& values) {
+  return {encoded(values.all(), to)};
+}
+inline Bytes low(const NibbleCodes& n, Bytes b) {
+  return lookup(n.codes, low_nibbles(b));
+}
+inline Bytes high(const NibbleCodes& n, Bytes b) {
+  return lookup(n.codes, high_nibbles(b));
+}
+
 // A destination that does not store decoded values but multiplies them with kTokens rows of `x`. The products
 // of each token are added up in one vector of sums, in an order that does not depend on the number of tokens.
 template <size_t kTokens>
@@ -185,14 +234,15 @@ inline void fetch_columns(const void* at, size_t bytes) {
     __builtin_prefetch(static_cast<const char*>(at) + line);
 }
 
-template <class Block>
-void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
-            const DecodedRows& to) {
+// Decodes columns of each row. The destination of row i is destination(i).
+template <class Block, class Destination>
+inline void decode_rows(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
+                        const Destination& destination) {
   constexpr size_t kSubBlocks = Block::kElements / kSubBlock;
   for (size_t row = 0; row < rows; ++row) {
     const Block* in_row =
         reinterpret_cast<const Block*>(static_cast<const uint8_t*>(blocks) + row * row_bytes);
-    DecodedRow out{to.data + row * to.stride, to.apart};
+    auto out = destination(row);
     fetch_columns(reinterpret_cast<const char*>(in_row + first / Block::kElements) + kRowsAhead * row_bytes,
                   cols / kSubBlock * sizeof(Block) / kSubBlocks);
     for (size_t sub_block = first / kSubBlock, end = (first + cols) / kSubBlock; sub_block < end;) {
@@ -206,6 +256,21 @@ void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t r
       out = out + n * kSubBlock;
     }
   }
+}
+
+template <class Block>
+void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
+            const DecodedRows& to) {
+  decode_rows<Block>(rows, first, cols, blocks, row_bytes,
+                     [&](size_t row) { return DecodedRow{to.data + row * to.stride, to.apart}; });
+}
+
+template <class Block>
+void encode_blocks(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
+                   const float* inverses, uint8_t offset, uint8_t* codes, size_t codes_stride) {
+  decode_rows<Block>(rows, first, cols, blocks, row_bytes, [&](size_t row) {
+    return EncodedRow{codes + row * codes_stride, all_lanes(inverses[row]), offset};
+  });
 }
 
 // ---- products of a few tokens with rows of blocks ----

@@ -20,10 +20,12 @@ extern const Int8Gemm k_avxvnni_products, k_avx512vnni_products;
 #elif defined(NPLORA_AARCH64)
 extern const KernelTable k_neon_table;
 extern const NarrowKernels k_neonbf16_kernels;
+extern const Int8Gemm k_neoni8mm_products;
 #endif
 
 namespace {
 
+#if defined(NPLORA_X86_64) || defined(NPLORA_AARCH64)
 KernelTable with(const KernelTable& table, const char* isa, const NarrowKernels& kernels) {
   KernelTable made = table;
   made.isa = isa;
@@ -31,12 +33,14 @@ KernelTable with(const KernelTable& table, const char* isa, const NarrowKernels&
   return made;
 }
 
-#if defined(NPLORA_X86_64)
 KernelTable with(const KernelTable& table, const char* isa, const Int8Gemm& products) {
   NarrowKernels kernels = table;
   kernels.int8_gemm = products;
   return with(table, isa, kernels);
 }
+#endif
+
+#if defined(NPLORA_X86_64)
 KernelTable with(const KernelTable& table, const char* isa, const PairProducts& products) {
   NarrowKernels kernels = table;
   kernels.bf16 = products.tiles;
@@ -63,6 +67,7 @@ const Choice* choices(size_t* count) {
   static const KernelTable amx = with(avx512bf16, "amx", k_amx_products);
 #elif defined(NPLORA_AARCH64)
   static const KernelTable neonbf16 = with(k_neon_table, "neonbf16", k_neonbf16_kernels);
+  static const KernelTable neoni8mm = with(neonbf16, "neoni8mm", k_neoni8mm_products);
 #endif
   static const Choice all[] = {
       {&k_generic_table, true, ""},
@@ -76,6 +81,7 @@ const Choice* choices(size_t* count) {
 #elif defined(NPLORA_AARCH64)
       {&k_neon_table, cpu().neon, "NEON"},
       {&neonbf16, cpu().neonbf16, "NEON with BF16 and dot products"},
+      {&neoni8mm, cpu().neoni8mm, "NEON with BF16, dot products and I8MM"},
 #endif
   };
   *count = sizeof all / sizeof *all;

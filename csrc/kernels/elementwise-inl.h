@@ -1,6 +1,8 @@
 // Optimiser steps, sums of squares, dropout and 16-bit conversions. These kernels are plain loops that the
 // compiler vectorises for each instruction set.
 
+#include "kernels/philox-inl.h"
+
 namespace nplora::kernels::NPLORA_ISA {
 
 // Optimiser steps are limited by memory bandwidth, but they do not prefetch. The hardware prefetcher of a Zen
@@ -73,27 +75,6 @@ double sum_of_squares(size_t n, const T* x) {
   for (size_t half = 8; half > 0; half /= 2)
     for (size_t j = 0; j < half; ++j) sums[j] += sums[j + half];
   return sums[0];
-}
-
-// Runs the random number generator Philox4x32-10 (Salmon et al. 2011) on kPhiloxBlocks counters at once. The
-// output words[w][i] is word w of the counter first + i.
-inline constexpr size_t kPhiloxBlocks = 16;
-inline void philox(uint64_t seed, uint64_t first, uint32_t (&words)[4][kPhiloxBlocks]) {
-  for (size_t i = 0; i < kPhiloxBlocks; ++i) {
-    words[0][i] = uint32_t(first + i);
-    words[1][i] = uint32_t((first + i) >> 32);
-    words[2][i] = words[3][i] = 0;
-  }
-  uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u)
-    for (size_t i = 0; i < kPhiloxBlocks; ++i) {
-      const uint64_t product0 = uint64_t(0xD2511F53u) * words[0][i],
-                     product1 = uint64_t(0xCD9E8D57u) * words[2][i];
-      words[0][i] = uint32_t(product1 >> 32) ^ words[1][i] ^ key0;
-      words[1][i] = uint32_t(product1);
-      words[2][i] = uint32_t(product0 >> 32) ^ words[3][i] ^ key1;
-      words[3][i] = uint32_t(product0);
-    }
 }
 
 // Calls `body(i, word)` for each i < n, where `word` is the random word of element e = first + i. The random

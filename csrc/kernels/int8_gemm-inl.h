@@ -7,6 +7,8 @@
 //   `kGroupTileRows` x `kGroupTileVectors` is the tile if a row of `a` has several groups. The tile has as
 //     many integer and as many float accumulators.
 
+#include "kernels/philox-inl.h"
+
 namespace nplora::kernels::NPLORA_ISA {
 
 // ---- x and W to int8 ----
@@ -36,9 +38,37 @@ inline float largest_magnitude(size_t n, const Load& load, float least) {
   return __builtin_bit_cast(float, largest_lane(most));
 }
 
-// Quantises one group. `load(i, whole)` returns the elements from i on, as load_upto does.
-template <class Load>
-inline void quantize_group(size_t n, const Load& load, int8_t* codes, float& scale, int32_t& correction) {
+// Rounds to the nearest integers, ties to even.
+struct Nearest {
+  LaneInts operator()(size_t, Vec<float> x) const { return to_ints(x); }
+};
+
+// Rounds stochastically the elements from `first` on (see Int8Gemm::dither). The random words are computed
+// kDithered elements at a time, so elements must be rounded in order.
+struct Stochastic {
+  static constexpr int kFraction = 23;  // the bits of a fraction: numbers of up to 127 then fit into 31 bits
+  uint64_t seed, first;
+  mutable uint32_t words[4][kPhiloxBlocks];
+
+  Stochastic(uint64_t seed, uint64_t first) : seed(seed), first(first) {}
+  LaneInts operator()(size_t i, Vec<float> x) const {
+    static_assert(sizeof words == kDithered * sizeof(uint32_t) && kDithered % kIntLanes == 0);
+    if (i % kDithered == 0) philox(seed, (first + i) / 4, words);
+    LaneInts random;
+    __builtin_memcpy(&random, &words[0][0] + i % kDithered, sizeof random);
+    constexpr int32_t kMost = 127 << kFraction;
+    LaneInts fixed = __builtin_convertvector((x * all_lanes(0x1p23f)).v, LaneInts);
+    fixed = fixed > kMost ? broadcast_int(kMost) : fixed;
+    fixed = fixed < -kMost ? broadcast_int(-kMost) : fixed;
+    return (fixed + (random & ((1 << kFraction) - 1))) >> kFraction;
+  }
+};
+
+// Quantises one group. `load(i, whole)` returns the elements from i on, as load_upto does. `round(i, v)` turns
+// these elements, times 1 / scale, into codes.
+template <class Load, class Round>
+inline void quantize_group(size_t n, const Load& load, const Round& round, int8_t* codes, float& scale,
+                           int32_t& correction) {
   const size_t padded = ceil_div(n, 4) * 4;
   const CodeScale found = code_scale(largest_magnitude(n, load, 0));
   scale = found.scale;
@@ -50,7 +80,7 @@ inline void quantize_group(size_t n, const Load& load, int8_t* codes, float& sca
   const Vec<float> inverse = all_lanes(found.inverse);
   LaneInts total{};
   const auto code = [&](size_t i, bool whole) __attribute__((always_inline)) {
-    const LaneInts numbers = to_ints(load(i, whole) * inverse);
+    const LaneInts numbers = round(i, load(i, whole) * inverse);
     total += numbers;
     return low_bytes(numbers);
   };
@@ -66,8 +96,10 @@ inline void quantize_group(size_t n, const Load& load, int8_t* codes, float& sca
   correction = -static_cast<int32_t>(kCodeOffset) * sum_of_lanes(total);
 }
 
-inline void quantize_groups(size_t n, size_t group, const float* x, const float* factors, int8_t* codes,
-                            float* scales, int32_t* corrections) {
+template <class RoundFrom>
+inline void quantize_all_groups(size_t n, size_t group, const float* x, const float* factors,
+                                const RoundFrom& round_from, int8_t* codes, float* scales,
+                                int32_t* corrections) {
   for (size_t first = 0; first < n; first += group, ++scales, ++corrections, codes += group) {
     const size_t count = smaller(group, n - first);
     const auto plain = [&](size_t i, bool whole)
@@ -75,9 +107,22 @@ inline void quantize_groups(size_t n, size_t group, const float* x, const float*
     const auto folded = [&](size_t i, bool whole) __attribute__((always_inline)) {
       return plain(i, whole) * load_upto(count, factors + first, i, whole);
     };
-    factors ? quantize_group(count, folded, codes, *scales, *corrections)
-            : quantize_group(count, plain, codes, *scales, *corrections);
+    const auto round = round_from(first);
+    factors ? quantize_group(count, folded, round, codes, *scales, *corrections)
+            : quantize_group(count, plain, round, codes, *scales, *corrections);
   }
+}
+
+inline void quantize_groups(size_t n, size_t group, const float* x, const float* factors, int8_t* codes,
+                            float* scales, int32_t* corrections) {
+  quantize_all_groups(n, group, x, factors, [](size_t) { return Nearest{}; }, codes, scales, corrections);
+}
+
+inline void dither_groups(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x,
+                          const float* factors, int8_t* codes, float* scales, int32_t* corrections) {
+  quantize_all_groups(
+      n, group, x, factors, [&](size_t i) { return Stochastic(seed, first + i); }, codes, scales,
+      corrections);
 }
 
 inline void largest_of_rows(size_t rows, size_t cols, const float* w, size_t w_stride, float* largest) {
@@ -193,6 +238,71 @@ template <size_t kRows, size_t kVectors>
   }
 }
 
+#if defined(NPLORA_SIMD_I8MM)
+
+// Two vectors of sums of one column vector, for two rows. smmla needs them as blocks of two rows and two
+// columns. The exchange of halves is its own inverse.
+[[gnu::always_inline]] inline void exchange_halves(LaneInts& first, LaneInts& second) {
+  const auto a = (int64x2_t)first, b = (int64x2_t)second;
+  first = (LaneInts)vzip1q_s64(a, b);
+  second = (LaneInts)vzip2q_s64(a, b);
+}
+
+// Does the work of int8_steps for two steps at a time: smmla multiplies eight codes of two rows of `a` with
+// those of two columns of `w`. An odd step and an odd row are left to int8_steps.
+template <size_t kRows, size_t kVectors>
+[[gnu::always_inline]] inline void int8_double_steps(size_t quads, const int8_t* a, size_t a_stride,
+                                                     const Int8Quad* w, size_t columns,
+                                                     LaneInts (&sums)[kRows][kVectors]) {
+  if constexpr (kRows == 1) return int8_steps(quads, a, a_stride, w, columns, sums);
+  constexpr size_t kPaired = kRows / 2 * 2;
+#pragma GCC unroll 8
+  for (size_t i = 0; i < kPaired; i += 2)
+#pragma GCC unroll 8
+    for (size_t v = 0; v < kVectors; ++v) exchange_halves(sums[i][v], sums[i + 1][v]);
+  const int8_t* at = a;
+  const Int8Quad* quad = w;
+  for (size_t left = quads / 2; left > 0; --left, at += 8, quad += 2 * columns) {
+    int8x16_t x[ceil_div(kRows, size_t{2})];
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kPaired; i += 2)
+      x[i / 2] = vcombine_s8(vld1_s8(at + i * a_stride), vld1_s8(at + (i + 1) * a_stride));
+#pragma GCC unroll 8
+    for (size_t v = 0; v < kVectors; ++v) {
+      const auto near = (int32x4_t)load_quads(quad + v * kIntLanes),
+                 far = (int32x4_t)load_quads(quad + columns + v * kIntLanes);
+      const auto low = (int8x16_t)vzip1q_s32(near, far), high = (int8x16_t)vzip2q_s32(near, far);
+#pragma GCC unroll 8
+      for (size_t i = 0; i < kPaired; i += 2) {
+        sums[i][v] = (LaneInts)vmmlaq_s32((int32x4_t)sums[i][v], x[i / 2], low);
+        sums[i + 1][v] = (LaneInts)vmmlaq_s32((int32x4_t)sums[i + 1][v], x[i / 2], high);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (size_t i = 0; i < kPaired; i += 2)
+#pragma GCC unroll 8
+    for (size_t v = 0; v < kVectors; ++v) exchange_halves(sums[i][v], sums[i + 1][v]);
+  if constexpr (kRows % 2 != 0) {
+    LaneInts last[1][kVectors];
+    for (size_t v = 0; v < kVectors; ++v) last[0][v] = sums[kRows - 1][v];
+    int8_steps(quads / 2 * 2, a + (kRows - 1) * a_stride, a_stride, w, columns, last);
+    for (size_t v = 0; v < kVectors; ++v) sums[kRows - 1][v] = last[0][v];
+  }
+  if (quads % 2 != 0) int8_steps(1, at, a_stride, quad, columns, sums);
+}
+
+#else
+
+template <size_t kRows, size_t kVectors>
+[[gnu::always_inline]] inline void int8_double_steps(size_t quads, const int8_t* a, size_t a_stride,
+                                                     const Int8Quad* w, size_t columns,
+                                                     LaneInts (&sums)[kRows][kVectors]) {
+  int8_steps(quads, a, a_stride, w, columns, sums);
+}
+
+#endif
+
 template <size_t kRows, size_t kVectors>
 [[gnu::always_inline]] inline void begin_sums(const int32_t* corrections, size_t groups,
                                               LaneInts (&sums)[kRows][kVectors]) {
@@ -202,12 +312,24 @@ template <size_t kRows, size_t kVectors>
     for (size_t v = 0; v < kVectors; ++v) sums[i][v] = broadcast_int(corrections[i * groups]);
 }
 
+// Prefetches the outputs of a tile. Otherwise, the stores at the end of the tile would wait for memory, and the
+// next tile for them.
+template <size_t kRows, size_t kVectors>
+[[gnu::always_inline]] inline void fetch_outputs(const Int8Product& p, size_t column) {
+#pragma GCC unroll 16
+  for (size_t i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (size_t v = 0; v < kVectors; ++v)
+      __builtin_prefetch(p.c + i * p.c_stride + column + v * kIntLanes, 1);
+}
+
 // Computes one tile for rows of `a` that have one group. `column` is the first column of the tile.
 template <size_t kRows, size_t kVectors, bool kPartial>
 inline void int8_token_tile(const Int8Product& p, size_t column) {
+  fetch_outputs<kRows, kVectors>(p, column);
   LaneInts sums[kRows][kVectors];
   begin_sums(p.a.corrections, p.a.groups, sums);
-  int8_steps(ceil_div(p.depth, 4), p.a.codes, p.a.stride, p.w + column, p.columns, sums);
+  int8_double_steps(ceil_div(p.depth, 4), p.a.codes, p.a.stride, p.w + column, p.columns, sums);
 #pragma GCC unroll 16
   for (size_t i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
@@ -219,6 +341,7 @@ inline void int8_token_tile(const Int8Product& p, size_t column) {
 // Computes one tile for rows of `a` that have several groups.
 template <size_t kRows, size_t kVectors, bool kPartial>
 inline void int8_group_tile(const Int8Product& p, size_t column) {
+  fetch_outputs<kRows, kVectors>(p, column);
   const size_t groups = p.a.groups;
   Vec<float> totals[kRows][kVectors];
 #pragma GCC unroll 16
@@ -233,10 +356,10 @@ inline void int8_group_tile(const Int8Product& p, size_t column) {
     const size_t count = smaller(left, p.a.group), quads = ceil_div(count, 4);
     LaneInts sums[kRows][kVectors];
     begin_sums(corrections, groups, sums);
-    int8_steps(quads, codes, p.a.stride, w, p.columns, sums);
+    int8_double_steps(quads, codes, p.a.stride, w, p.columns, sums);
 #pragma GCC unroll 16
     for (size_t i = 0; i < kRows; ++i) {
-      const Vec<float> scale = all_lanes(scales[i * groups]);
+      const auto scale = Vec<float>::broadcast(scales[i * groups]);
 #pragma GCC unroll 8
       for (size_t v = 0; v < kVectors; ++v) totals[i][v] = fma(floats_of(sums[i][v]), scale, totals[i][v]);
     }
@@ -294,7 +417,7 @@ inline void int8_multiply(size_t m, size_t n, size_t depth, const CodedRows& a, 
 }
 
 constexpr Int8Gemm make_int8_gemm() {
-  return {quantize_groups, largest_of_rows, encode, quad_rows, int8_multiply};
+  return {kCodeOffset, quantize_groups, dither_groups, largest_of_rows, encode, quad_rows, int8_multiply};
 }
 
 }  // namespace nplora::kernels::NPLORA_ISA

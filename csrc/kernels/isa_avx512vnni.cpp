@@ -10,7 +10,7 @@
 #include "simd/vec_quads.h"
 
 namespace nplora::kernels::avx512vnni {
-inline constexpr size_t kTokenTileRows = 9, kTokenTileVectors = 3, kGroupTileRows = 8, kGroupTileVectors = 2;
+inline constexpr size_t kTokenTileRows = 9, kTokenTileVectors = 3, kGroupTileRows = 7, kGroupTileVectors = 2;
 }  // namespace nplora::kernels::avx512vnni
 
 #include "kernels/int8_gemm-inl.h"

@@ -308,6 +308,11 @@ struct BlockDecoders {
   void (*decode[kRowFormats])(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
                               const DecodedRows& to);
 
+  // Decodes like `decode`, and converts the values to `codes` (rows, cols) as Int8Gemm::encode does, with the
+  // same bits: value * inverses[row], rounded to nearest, ties to even, plus `offset`.
+  void (*encode[kRowFormats])(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
+                              const float* inverses, uint8_t offset, uint8_t* codes, size_t codes_stride);
+
   // Decodes NF4 to `to` (rows, cols). Element (i, j) of `to` is element first + i * row_step + j of the
   // flattened tensor. Any `first` and `row_step` are allowed, but even numbers are faster. If the panels of
   // `to` are apart (see DecodedRows), `first` and `row_step` must be multiples of 16.
@@ -396,15 +401,26 @@ static inline CodeScale code_scale(float largest) {
   return {scale, 1 / scale};
 }
 
+inline constexpr size_t kDithered = 64;
+
 // The products of large batches in int8. W has one scale for each row. The codes of W and of `x` are from
 // -127 to 127; in memory, the codes of W have an offset that depends on the instruction set.
 struct Int8Gemm {
+  size_t code_offset;  // of the codes of W; at most 128
+
   // Quantises a row of `n` elements x[i] * factors[i], or x[i] if `factors` is null, in groups of `group`
   // elements. Each group has the scale of code_scale, and a code is x * (1 / scale), rounded to nearest, ties
   // to even. The codes are 0 if the scale is 0 or NaN. Codes after the last one, up to a multiple of four,
   // become 0.
   void (*quantize)(size_t n, size_t group, const float* x, const float* factors, int8_t* codes, float* scales,
                    int32_t* corrections);
+
+  // Quantises like `quantize`, but rounds stochastically: x * (1 / scale) becomes one of the two whole numbers
+  // beside it, and the expected code is the value itself, with an error of at most 2^-23. Let e = first + i,
+  // where `first` and `group` are multiples of kDithered. The random bits of element i are the low 23 bits of
+  // output word e / 16 % 4 of the Philox counter e / kDithered * 16 + e % 16.
+  void (*dither)(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x, const float* factors,
+                 int8_t* codes, float* scales, int32_t* corrections);
 
   // Raises largest[row] to the largest magnitude of a row of w (rows, cols), where NaN is above all numbers.
   void (*largest)(size_t rows, size_t cols, const float* w, size_t w_stride, float* largest);

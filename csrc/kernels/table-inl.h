@@ -34,10 +34,11 @@ constexpr SmallProducts<W> make_small() {
 }
 
 #define NPLORA_DECODE(name, Name) decode<Block##Name>,
+#define NPLORA_ENCODE(name, Name) encode_blocks<Block##Name>,
 #define NPLORA_DOTS(name, Name) dot_blocks<Block##Name>,
 #define NPLORA_INT8_DOTS(name, Name) int8_dots<Block##Name>,
 constexpr BlockDecoders make_block_decoders() {
-  return {{NPLORA_ROW_FORMATS(NPLORA_DECODE)}, decode_nf4};
+  return {{NPLORA_ROW_FORMATS(NPLORA_DECODE)}, {NPLORA_ROW_FORMATS(NPLORA_ENCODE)}, decode_nf4};
 }
 constexpr BlockDots make_block_dots() {
   return {{NPLORA_ROW_FORMATS(NPLORA_DOTS)}, dot_nf4};
@@ -46,6 +47,7 @@ constexpr Int8Products make_int8() {
   return {quantize_row, {NPLORA_ROW_FORMATS(NPLORA_INT8_DOTS)}};
 }
 #undef NPLORA_DECODE
+#undef NPLORA_ENCODE
 #undef NPLORA_DOTS
 #undef NPLORA_INT8_DOTS
 

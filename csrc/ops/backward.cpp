@@ -24,9 +24,10 @@ namespace {
 // that dy and x are read from memory once. The sums are added to the caller's dA and dB at the end, so an
 // interrupted call leaves dA and dB unchanged.
 template <class E, class W>
-void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, Matrix<Sum<E>> dx) {
+void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, Matrix<Sum<E>> dx,
+              std::optional<uint64_t> dither_key = {}) {
   BackwardStack<E> stack(parts, x, dx, !std::is_same_v<W, Int8Quad>);
-  InputGradient<E, W> input(stack);
+  InputGradient<E, W> input(stack, dither_key);
   const FactorGradients<E> factors(stack);
   const size_t threads = useful_threads(stack.work()), tokens = stack.tokens(), group = input.group();
   const size_t most = input.block_tokens(threads);
@@ -35,8 +36,11 @@ void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> 
     const Range token_block{first, std::min(most, tokens - first)};
     if (stack.prepares())
       for_pieces(token_block.count, kTokenUnit, threads, [&](Range some) {
-        stack.prepare(token_block, some);
-        input.prepare(token_block, some);
+        for (size_t i = 0; i < some.count; i += kTokenUnit) {  // a few tokens at a time, so that dy is in L2
+          const Range few{some.first + i, std::min(kTokenUnit, some.count - i)};
+          stack.prepare(token_block, few);
+          input.prepare(token_block, few);
+        }
       });
     const double work = stack.work() * double(token_block.count) / double(tokens);
     const Grid grid({dx.data ? token_block.count : 0, kTokenUnit, input.task_tokens(token_block.count)},
@@ -55,7 +59,8 @@ void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> 
 }  // namespace
 
 template <class T>
-void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8) {
+void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8,
+                   std::optional<uint64_t> dither_key) {
   if (parts.empty() || parts[0].dy.rows == 0) return;
   if constexpr (std::is_same_v<T, float>) {
     const size_t tokens = parts[0].dy.rows;
@@ -70,7 +75,8 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const size_t most_paired = !all_packed                           ? kInPlaceBatch
                                : kernels::table().pairs_in_registers ? kPairedBatch
                                                                      : kFewTokens;
-    if (int8 && backward_in_int8(parts[0].w, tokens)) return backward<Bf16Pair, Int8Quad>(parts, x, dx);
+    if (int8 && backward_in_int8(parts[0].w, tokens))
+      return backward<Bf16Pair, Int8Quad>(parts, x, dx, dither_key);
     if (computes_pairs(parts[0].w, tokens))
       return all_bf16 && tokens <= most_paired ? backward<Bf16Pair, Bf16>(parts, x, dx)
                                                : backward<Bf16Pair, Bf16Pair>(parts, x, dx);
@@ -107,8 +113,9 @@ void add_outer(Matrix<const T> a, Matrix<const T> b, double scale, Matrix<T> out
   });
 }
 
-#define NPLORA_INSTANTIATE(T)                                                                      \
-  template void lora_backward(std::span<const BackwardPart<T>>, Matrix<const T>, Matrix<T>, bool); \
+#define NPLORA_INSTANTIATE(T)                                                                     \
+  template void lora_backward(std::span<const BackwardPart<T>>, Matrix<const T>, Matrix<T>, bool, \
+                              std::optional<uint64_t>);                                           \
   template void add_outer(Matrix<const T>, Matrix<const T>, double, Matrix<T>)
 NPLORA_INSTANTIATE(float);
 NPLORA_INSTANTIATE(double);

@@ -40,7 +40,8 @@ Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens, con
 }  // namespace
 
 template <class E, class W>
-InputGradient<E, W>::InputGradient(const Stack& stack) : stack_(stack) {
+InputGradient<E, W>::InputGradient(const Stack& stack, std::optional<uint64_t> dither_key)
+    : stack_(stack), dither_key_(dither_key) {
   for (const Part& p : stack.parts()) {
     merges_ |= stack.dx().data && p.update == Update::kMergedOnTheFly;
     if (makes_two_panels(p.arrays.w, is_shared())) group_ = kDecodedColumns;
@@ -72,8 +73,13 @@ void InputGradient<E, W>::prepare(Range token_block, Range some) const {
   if constexpr (kInt8)
     for (size_t j = 0; j < codes_.size(); ++j) {
       const BackwardPart<T>& part = stack_.parts()[j].arrays;
-      for (size_t i = some.first; i < some.first + some.count; ++i)
-        codes_[j].quantize(i, part.dy.row(token_block.first + i), part.w.row_scales->scales());
+      for (size_t i = some.first; i < some.first + some.count; ++i) {
+        const size_t row = token_block.first + i;
+        if (dither_key_)
+          codes_[j].dither(i, *dither_key_ + j, row, part.dy.row(row), part.w.row_scales->scales());
+        else
+          codes_[j].quantize(i, part.dy.row(row), part.w.row_scales->scales());
+      }
     }
 }
 

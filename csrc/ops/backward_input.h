@@ -2,6 +2,7 @@
 // stack, where undrop applies the dropout mask of x to a gradient.
 #pragma once
 
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -18,7 +19,7 @@ class InputGradient {
   using T = kernels::Sum<E>;
   using Stack = BackwardStack<E>;
 
-  explicit InputGradient(const Stack& stack);
+  InputGradient(const Stack& stack, std::optional<uint64_t> dither_key);
 
   // The number of columns of dx that are computed at a time.
   size_t group() const { return group_; }
@@ -34,7 +35,8 @@ class InputGradient {
   // Uses this memory for dy in int8.
   void place_codes(size_t block_tokens, void* memory);
 
-  // If W is Int8Quad, quantises the dy of some tokens of a token block.
+  // If W is Int8Quad, quantises the dy of some tokens of a token block. With a dither key, dy is rounded
+  // stochastically.
   void prepare(Range token_block, Range some) const;
 
   // Computes the columns `cols` of dx for the tokens `some` of a token block.
@@ -66,6 +68,7 @@ class InputGradient {
                     Range few) const;
 
   const Stack& stack_;
+  const std::optional<uint64_t> dither_key_;
   size_t group_ = kernels::kPanelColumns;
   bool merges_ = false;            // whether an update is merged on the fly
   std::vector<CodedBlock> codes_;  // the dy of each part in int8

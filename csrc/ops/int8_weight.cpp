@@ -60,6 +60,8 @@ void RowScales::find(const WeightView& w) {
 
 // ---- rows of x or dy ----
 
+static_assert(kInt8DepthUnit % kernels::kDithered == 0 && kernels::kInt8Group % kernels::kDithered == 0);
+
 // Rows whose distance is a multiple of 1 KB would evict each other from L1.
 size_t CodedBlock::stride() const {
   const size_t bytes = round_up(cols_, kCodesPerQuad);
@@ -75,6 +77,13 @@ void CodedBlock::place(size_t rows, void* memory) {
 void CodedBlock::quantize(size_t row, const float* x, const float* factors) const {
   kernels::table().int8_gemm.quantize(cols_, group_, x, factors, codes_ + row * stride(),
                                       scales_ + row * groups(), corrections_ + row * groups());
+}
+
+void CodedBlock::dither(size_t row, uint64_t seed, size_t random_row, const float* x,
+                        const float* factors) const {
+  kernels::table().int8_gemm.dither(cols_, group_, seed, random_row * round_up(cols_, kernels::kDithered), x,
+                                    factors, codes_ + row * stride(), scales_ + row * groups(),
+                                    corrections_ + row * groups());
 }
 
 kernels::CodedRows CodedBlock::from(size_t row, size_t col) const {
@@ -102,30 +111,50 @@ static_assert(kInt8PanelColumns <= kRowsAtOnce);
 void transposed_quads(const WeightView& w, Range rows, Range cols, Int8Quad* out) {
   const kernels::KernelTable& k = kernels::table();
   const Inverses inverses(w, rows);
-  alignas(kCacheLine) uint8_t codes[kInt8PanelColumns * kPanelColumns];
+  constexpr size_t kColumns = kInt8DepthUnit;
+  alignas(kCacheLine) uint8_t codes[kInt8PanelColumns * scratch_columns(kColumns)];
+  const auto transpose = [&](Matrix<const uint8_t> block, size_t col) {
+    // Four codes are moved as if they were a float.
+    k.f32.to_lanes(kInt8PanelColumns, rows.count, ceil_div(block.cols, kCodesPerQuad),
+                   reinterpret_cast<const float*>(block.data), block.stride / kCodesPerQuad,
+                   reinterpret_cast<float*>(out + col / kCodesPerQuad * kInt8PanelColumns));
+  };
+  if (encodes_blocks(w)) {
+    for (size_t c = 0; c < cols.count; c += kColumns) {
+      const Range some{cols.first + c, std::min(kColumns, cols.count - c)};
+      transpose(encoded_block(w, rows, some, inverses.of, codes), c);
+    }
+    return;
+  }
   for_float_panels(w, rows, cols, [&](Matrix<const float> panel, size_t col) {
     if (panel.cols % kCodesPerQuad != 0) std::fill_n(codes, sizeof codes, uint8_t{0});
     k.int8_gemm.encode(rows.count, panel.cols, panel.data, panel.stride, inverses.of, codes, kPanelColumns);
-    // Four codes are moved as if they were a float.
-    k.f32.to_lanes(kInt8PanelColumns, rows.count, ceil_div(panel.cols, kCodesPerQuad),
-                   reinterpret_cast<const float*>(codes), kPanelColumns / kCodesPerQuad,
-                   reinterpret_cast<float*>(out + col / kCodesPerQuad * kInt8PanelColumns));
+    transpose({codes, rows.count, panel.cols, kPanelColumns}, col);
   });
 }
 
 ColumnBlock<Int8Quad> column_quads(const WeightView& w, Range rows, Range cols, Int8Quad* out) {
   const kernels::Int8Gemm& k = kernels::table().int8_gemm;
   const size_t panel_stride = ceil_div(rows.count, kCodesPerQuad) * kPanelColumns;
-  uint8_t codes[kRowsAtOnce * kPanelColumns];
+  uint8_t codes[kRowsAtOnce * scratch_columns(kDecodedColumns)];
   for (size_t i = 0; i < rows.count; i += kRowsAtOnce) {
     const Range some{rows.first + i, std::min(kRowsAtOnce, rows.count - i)};
     const Inverses inverses(w, some);
-    for_float_panels(w, some, cols, [&](Matrix<const float> panel, size_t col) {
-      k.encode(panel.rows, panel.cols, panel.data, panel.stride, inverses.of, codes, kPanelColumns);
-      k.quad_rows(panel.rows, panel.cols, codes, kPanelColumns,
+    const auto interleave = [&](Matrix<const uint8_t> panel, size_t col) {
+      k.quad_rows(panel.rows, panel.cols, panel.data, panel.stride,
                   out + col / kPanelColumns * panel_stride + i / kCodesPerQuad * kPanelColumns,
                   kPanelColumns);
-    });
+    };
+    if (encodes_blocks(w)) {
+      const Matrix<const uint8_t> block = encoded_block(w, some, cols, inverses.of, codes);
+      for (size_t c = 0; c < cols.count; c += kPanelColumns)
+        interleave({block.data + c, some.count, std::min(kPanelColumns, cols.count - c), block.stride}, c);
+    } else {
+      for_float_panels(w, some, cols, [&](Matrix<const float> panel, size_t col) {
+        k.encode(panel.rows, panel.cols, panel.data, panel.stride, inverses.of, codes, kPanelColumns);
+        interleave({codes, panel.rows, panel.cols, kPanelColumns}, col);
+      });
+    }
   }
   return {out, kPanelColumns, panel_stride};
 }

@@ -59,6 +59,9 @@ class CodedBlock {
   // Quantises x (cols), times `factors` if they are not null, and stores the result as row `row`.
   void quantize(size_t row, const float* x, const float* factors) const;
 
+  // The same, rounded stochastically. The random bits depend on `seed`, on `random_row` and on the column.
+  void dither(size_t row, uint64_t seed, size_t random_row, const float* x, const float* factors) const;
+
   // The rows from `row` on, from column `col` on. `col` is the first column of a group.
   kernels::CodedRows from(size_t row, size_t col) const;
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -80,11 +81,13 @@ struct BackwardPart {
 };
 
 // Computes the gradients of all parts, and dx = the sum of dy W + undrop(dz B) over all parts. The data of dx
-// may be null. If `int8` is not set, weights of Compute::kInt8 are computed as with kBfloat16. This is for
-// gradients of logits: they have many small elements beside one large element of their row. Rounded to
-// nearest in int8, the small ones would vanish together.
+// may be null. If `int8` is not set, weights of Compute::kInt8 are computed as with kBfloat16. With
+// `dither_key`, int8 products round dy stochastically, with random bits that depend on the key and on the
+// element. Gradients of logits need one of the two: they have many small elements beside one large element of
+// their row. Rounded to nearest in int8, the small ones would vanish together.
 template <class T>
-void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8);
+void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8,
+                   std::optional<uint64_t> dither_key = {});
 
 // Adds a scaled product: out (p, q) += scale aᵀ b, where a is (n, p) and b is (n, q).
 template <class T>

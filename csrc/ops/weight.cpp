@@ -361,6 +361,17 @@ template Panels<double> row_block(const WeightView&, Range, Range, bool, double*
 template ColumnBlock<float> column_block(const WeightView&, Range, Range, bool, float*);
 template ColumnBlock<double> column_block(const WeightView&, Range, Range, bool, double*);
 
+Matrix<const uint8_t> encoded_block(const WeightView& w, Range rows, Range cols, const float* inverses,
+                                    uint8_t* scratch) {
+  const WholeSubBlocks sub_blocks = sub_blocks_of(w, cols);
+  const size_t stride = sub_blocks.cols.count;
+  kernels::table().blocks.encode[static_cast<size_t>(format_of(w.storage))](
+      rows.count, sub_blocks.cols.first, sub_blocks.cols.count,
+      static_cast<const char*>(w.data) + rows.first * w.row_stride, w.row_stride, inverses,
+      static_cast<uint8_t>(kernels::table().int8_gemm.code_offset), scratch, stride);
+  return {scratch + sub_blocks.before, rows.count, cols.count, stride};
+}
+
 bool dots_blocks(const WeightView& w) {
   return is_blocks(w.storage) && (w.storage != Storage::kNf4 || w.d_in % BlockNf4::kElements == 0);
 }

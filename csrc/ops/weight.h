@@ -98,6 +98,17 @@ ColumnBlock<kernels::Bf16> column_block(const WeightView&, Range, Range, bool, k
 template <>
 ColumnBlock<kernels::Bf16Pair> column_block(const WeightView&, Range, Range, bool, kernels::Bf16Pair*);
 
+// Whether encoded_block accepts W.
+inline bool encodes_blocks(const WeightView& w) {
+  return is_blocks(w.storage) && w.storage != Storage::kNf4;
+}
+
+// The block W[rows, cols] in int8 codes (see kernels::Int8Gemm::encode), with a factor for each of the rows.
+// `scratch` has rows * scratch_columns(cols) codes. If the first column is a multiple of kDecodedColumns, the
+// codes begin where `scratch` begins.
+Matrix<const uint8_t> encoded_block(const WeightView& w, Range rows, Range cols, const float* inverses,
+                                    uint8_t* scratch);
+
 // Whether dots_of_blocks accepts W: W must be in low-bit blocks, with a whole number of blocks in each row.
 bool dots_blocks(const WeightView& w);
 

@@ -13,6 +13,9 @@
 #if !defined(HWCAP2_BF16)  // older headers do not define HWCAP2_BF16
 #define HWCAP2_BF16 (1ul << 14)
 #endif
+#if !defined(HWCAP2_I8MM)
+#define HWCAP2_I8MM (1ul << 13)
+#endif
 #if !defined(HWCAP_ASIMDDP)
 #define HWCAP_ASIMDDP (1ul << 20)
 #endif
@@ -86,6 +89,7 @@ Cpu detect() {
   found.neon = true;  // NEON is part of the aarch64 architecture
 #if defined(__linux__)
   found.neonbf16 = (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0 && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+  found.neoni8mm = found.neonbf16 && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
 #endif
   return found;
 }

@@ -12,6 +12,7 @@ struct Cpu {
   bool amx = false;         // with BF16, on a processor that has avx512bf16; see ask_for_tiles
   bool neon = false;
   bool neonbf16 = false;  // with the dot products of bytes
+  bool neoni8mm = false;  // with BF16
 };
 
 const Cpu& cpu();

@@ -10,7 +10,8 @@
 //   `lookup(levels, b)` returns levels[byte] for each byte, which must be below 16. The levels of `lookup`
 //     are floats or bytes.
 //   `low(nibbles, b)` decodes the low nibble q of each byte: the value is d * (q - offset) or d * q + m.
-//   `high(nibbles, b)` decodes the high nibble of each byte in the same way as `low`.
+//   `high(nibbles, b)` decodes the high nibble of each byte in the same way as `low`. `nibbles.all()` returns
+//     the values of the codes 0 to 15.
 #pragma once
 
 #include "simd/vec.h"
@@ -84,6 +85,7 @@ struct Nibbles {
   __m512 values;
   Nibbles(int offset, Vec<float> d) : values(_mm512_mul_ps(codes(offset), d.v)) {}
   Nibbles(Vec<float> d, Vec<float> m) : values(_mm512_fmadd_ps(codes(0), d.v, m.v)) {}
+  Floats all() const { return {{{values}}}; }
   static __m512 codes(int offset) {
     const __m512i q = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(q, _mm512_set1_epi32(offset)));
@@ -253,6 +255,7 @@ struct Nibbles {
     for (size_t i = 0; i < kVectors; ++i) f.v[i] = adds ? fma(f.v[i], d, m) : f.v[i] * d;
     return f;
   }
+  Floats all() const { return values(Bytes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}); }
 };
 inline Floats low(const Nibbles& n, Bytes b) {
   return n.values(low_nibbles(b));

@@ -140,12 +140,19 @@ class BackwardPart(NamedTuple):
     da: Array | None
     db: Array | None
 
-def lora_backward(x: Array | None, dx: Array | None, layers: list[BackwardPart], int8: bool = True) -> None:
+def lora_backward(
+    x: Array | None,
+    dx: Array | None,
+    layers: list[BackwardPart],
+    int8: bool = True,
+    dither_key: int | None = None,
+) -> None:
     """dz = scale · dy A; dx = Σ dy W + undrop(dz B); da += scale · dyᵀ z; db += dzᵀ drop(x).
 
     dx None: not needed. x may be None if every db is None. If `int8` is False, weights that compute in int8
-    are computed in bfloat16. A gradient of logits needs this: rounded to int8, its small elements would
-    become 0.
+    are computed in bfloat16. With a `dither_key`, they round dy stochastically, with random bits that depend
+    on the key and on the element. A gradient of logits needs one of the two: rounded to nearest in int8, its
+    small elements would become 0.
     """
 
 def explain(weight: PackedWeight, rows: int, rank: int, dropout: bool, keep_z: bool) -> dict[str, str]:

@@ -32,7 +32,8 @@ enum class Pairs {
 inline Pairs pairs_of(const nplora::kernels::KernelTable& table) {
   if (std::strcmp(table.isa, "avx512bf16") == 0) return Pairs::kVdpbf16ps;
   if (std::strcmp(table.isa, "amx") == 0) return Pairs::kTiles;
-  if (std::strcmp(table.isa, "neonbf16") == 0) return Pairs::kBfdot;
+  if (std::strcmp(table.isa, "neonbf16") == 0 || std::strcmp(table.isa, "neoni8mm") == 0)
+    return Pairs::kBfdot;
   return Pairs::kAsFloats;
 }
 

@@ -86,6 +86,7 @@ void test_decode(const KernelTable& table, BlockFormat format) {
   const auto run = [&](const Shape& shape) {
     if (!check::count_shape(std::string("decode ") + kBlockFormats[static_cast<size_t>(format)].name)) return;
     for (Place place : kPlaces) {
+      run_encode_blocks<Block>(table, format, shape, random, place);
       run_decode<Block>(table, format, shape, false, random, place);
       if (shape.sub_blocks * kSubBlock <= 2 * kPanelColumns)
         run_decode<Block>(table, format, shape, true, random, place);
@@ -97,6 +98,49 @@ void test_decode(const KernelTable& table, BlockFormat format) {
         for (size_t sub_blocks = 0; first + sub_blocks <= row_blocks * kSubBlocks;
              sub_blocks += 1 + sub_blocks / 4)
           run({rows, row_blocks, first, sub_blocks, (rows + first) % 4});
+}
+
+// The codes of blocks must be those of the decoded values.
+template <class Block>
+void run_encode_blocks(const KernelTable& table, BlockFormat format, const Shape& s, Random& random,
+                       Place place) {
+  check::Case one("%s encode blocks %s rows %zu of %zu blocks, sub-blocks %zu from %zu, gap %zu, %s",
+                  table.isa, kBlockFormats[static_cast<size_t>(format)].name, s.rows, s.row_blocks,
+                  s.sub_blocks, s.first, s.gap, name_of(place));
+  const size_t row_bytes = s.row_blocks * sizeof(Block), cols = s.sub_blocks * kSubBlock;
+  std::vector<uint8_t> bytes(s.rows * row_bytes);
+  for (size_t i = 0; i < s.rows * s.row_blocks; ++i) {
+    Block block;
+    for (size_t j = 0; j < sizeof block; ++j)
+      reinterpret_cast<uint8_t*>(&block)[j] = static_cast<uint8_t>(random.bits());
+    draw_scales(random, block);
+    std::memcpy(bytes.data() + i * sizeof block, &block, sizeof block);
+  }
+  Placed<uint8_t> from(s.rows, row_bytes, {row_bytes + s.gap}, place, bytes);
+  std::vector<float> values(s.rows * cols), inverse_values(s.rows);
+  table.blocks.decode[static_cast<size_t>(format)](s.rows, s.first * kSubBlock, cols, from.data(),
+                                                   row_bytes + s.gap, {values.data(), cols});
+  for (size_t row = 0; row < s.rows; ++row) {
+    float largest = 0;
+    for (size_t c = 0; c < cols; ++c) largest = std::max(largest, std::abs(values[row * cols + c]));
+    inverse_values[row] = 1 / nplora::kernels::code_scale(largest).scale;
+    if (!(largest >= 0x1p-119f && std::isfinite(largest))) inverse_values[row] = 0;
+  }
+  Row<float> inverses(place, inverse_values);
+  Placed<uint8_t> codes(s.rows, cols, {cols + s.gap}, place);
+  table.blocks.encode[static_cast<size_t>(format)](s.rows, s.first * kSubBlock, cols, from.data(),
+                                                   row_bytes + s.gap, inverses.data(), 128, codes.data(),
+                                                   cols + s.gap);
+  for (size_t row = 0; row < s.rows; ++row)
+    for (size_t c = 0; c < cols; ++c) {
+      const float value = values[row * cols + c];
+      if (!std::isfinite(value)) continue;
+      volatile float product = value * inverse_values[row];
+      const int wanted = 128 + static_cast<int>(std::nearbyint(double(product)));
+      check::expect(codes(row, c) == wanted, "row %zu column %zu of %.9g is %d, wanted %d", row, c,
+                    double(value), codes(row, c), wanted);
+    }
+  check::expect(codes.gaps_intact() && from.untouched(bytes), "wrote outside its output");
 }
 
 // ---- NF4 ----

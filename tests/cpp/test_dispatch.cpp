@@ -48,6 +48,7 @@ const std::vector<const char*> kOptional = {
     "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx",
 #elif defined(__aarch64__)
     "neonbf16",
+    "neoni8mm",
 #endif
 };
 

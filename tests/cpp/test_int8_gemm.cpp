@@ -8,6 +8,7 @@
 #include "guarded.h"
 #include "kernel_tests.h"
 #include "numbers.h"
+#include "philox.h"
 
 using nplora::kernels::Int8Quad;
 using nplora::kernels::KernelTable;
@@ -31,15 +32,37 @@ uint8_t offset_of(const KernelTable& table) {
   const float zero = 0, one = 1;
   uint8_t code = 77;
   table.int8_gemm.encode(1, 1, &zero, 1, &one, &code, 1);
+  check::expect(code == table.int8_gemm.code_offset, "the code of 0 is %d, not the offset %zu", code,
+                table.int8_gemm.code_offset);
   return code;
 }
 
 // ---- x to int8 ----
 
-void run_quantize(const KernelTable& table, size_t n, size_t group, bool folds, Data data, Random& random,
-                  Place place) {
-  check::Case one("%s int8 quantize_groups %zu by %zu%s %s, %s", table.isa, n, group, folds ? " folded" : "",
-                  name_of(data), name_of(place));
+struct Rounding {
+  bool dithers = false;
+  uint64_t seed = 0, first = 0;
+};
+
+// The random bits of element i of a dithered row, as kernel_table.h defines them.
+uint32_t random_bits(const Rounding& r, size_t i) {
+  const uint64_t e = r.first + i, counter = e / 64 * 16 + e % 16;
+  const Words words = philox({static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0},
+                             static_cast<uint32_t>(r.seed), static_cast<uint32_t>(r.seed >> 32));
+  return words[e / 16 % 4] & 0x7FFFFF;
+}
+
+// x * inverse, rounded to float, and then up or down by a random fraction.
+int dithered(float x, float inverse, uint32_t bits) {
+  volatile float product = x * inverse;
+  const double fixed = std::trunc(double(product) * 0x1p23), most = 127 * 0x1p23;
+  return static_cast<int>(std::floor((std::min(std::max(fixed, -most), most) + bits) * 0x1p-23));
+}
+
+void run_quantize(const KernelTable& table, size_t n, size_t group, bool folds, Data data,
+                  const Rounding& rounding, Random& random, Place place) {
+  check::Case one("%s int8 %s %zu by %zu%s %s, %s", table.isa, rounding.dithers ? "dither" : "quantize", n,
+                  group, folds ? " folded" : "", name_of(data), name_of(place));
   std::vector<float> values = draw<float>(random, n, data), factors = draw<float>(random, n, Data::kUniform);
   if (n > group && random.below(4) == 0)
     std::fill_n(values.begin(), group, random.below(2) ? 0.0f : 0x1p-125f);
@@ -47,8 +70,12 @@ void run_quantize(const KernelTable& table, size_t n, size_t group, bool folds, 
   Row<float> x(place, values), factor_row(place, factors), scales(place, groups);
   Row<int8_t> codes(place, up_to_four(n));
   Row<int32_t> corrections(place, groups);
-  table.int8_gemm.quantize(n, group, x.data(), folds ? factor_row.data() : nullptr, codes.data(),
+  const float* folded = folds ? factor_row.data() : nullptr;
+  if (rounding.dithers)
+    table.int8_gemm.dither(n, group, rounding.seed, rounding.first, x.data(), folded, codes.data(),
                            scales.data(), corrections.data());
+  else
+    table.int8_gemm.quantize(n, group, x.data(), folded, codes.data(), scales.data(), corrections.data());
   if (folds)
     for (size_t i = 0; i < n; ++i) {
       volatile float product = values[i] * factors[i];
@@ -65,7 +92,9 @@ void run_quantize(const KernelTable& table, size_t n, size_t group, bool folds, 
                   double(scale));
     int64_t sum = 0;
     for (size_t i = first; i < end; ++i) {
-      const int wanted = finite && !zero ? code_of(values[i], 1 / scale) : 0;
+      const int wanted = !finite || zero    ? 0
+                         : rounding.dithers ? dithered(values[i], 1 / scale, random_bits(rounding, i))
+                                            : code_of(values[i], 1 / scale);
       check::expect(codes[i] == wanted && std::abs(wanted) <= 127, "code %zu is %d, wanted %d", i, codes[i],
                     wanted);
       sum += wanted;
@@ -85,8 +114,30 @@ void test_quantize(const KernelTable& table) {
     for (size_t group : {size_t{64}, size_t{192}, size_t{4032}})
       for (Data data : kAllData) {
         if (!check::count_shape("int8 quantize_groups")) continue;
-        for (Place place : kPlaces) run_quantize(table, n, group, random.below(2) == 0, data, random, place);
+        for (Place place : kPlaces) {
+          run_quantize(table, n, group, random.below(2) == 0, data, {}, random, place);
+          const Rounding dithered{true, uint64_t{random.bits()} << 32 | random.bits(), 64 * random.below(9)};
+          run_quantize(table, n, group, random.below(2) == 0, data, dithered, random, place);
+        }
       }
+}
+
+// The mean code of an element must be the element. Rounded to nearest, these elements would all become 0.
+void test_mean_of_dithered(const KernelTable& table) {
+  check::Case one("%s int8 dither, mean", table.isa);
+  constexpr size_t kRows = 4000, kSmall = 63;
+  std::vector<float> x(kSmall + 1, 0.3f / 127);
+  x[kSmall] = 1;
+  double sum = 0;
+  for (size_t row = 0; row < kRows; ++row) {
+    int8_t codes[kSmall + 1];
+    float scale;
+    int32_t correction;
+    table.int8_gemm.dither(kSmall + 1, 64, 7, 64 * row, x.data(), nullptr, codes, &scale, &correction);
+    for (size_t i = 0; i < kSmall; ++i) sum += codes[i];
+  }
+  const double n = kRows * kSmall, deviation = std::sqrt(0.3 * 0.7 / n);
+  check::expect(std::abs(sum / n - 0.3) < 5 * deviation, "the mean is %.5f, wanted 0.3", sum / n);
 }
 
 // ---- W to int8 ----
@@ -241,6 +292,7 @@ void test_multiply(const KernelTable& table) {
 
 void test_int8_gemm(const KernelTable& table) {
   test_quantize(table);
+  test_mean_of_dithered(table);
   test_packing(table);
   test_multiply(table);
 }

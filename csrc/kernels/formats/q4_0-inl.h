@@ -25,7 +25,7 @@ struct Decoder<BlockQ4_0> {
 
   template <class To>
   void sub_block(size_t, To to) const {
-    const Nibbles values(8, d);
+    const auto values = nibbles_for(to, Nibbles(8, d));
     const Bytes q = load_bytes(b.q);
     put(low(values, q), to);
     put(high(values, q), to + kBytes);

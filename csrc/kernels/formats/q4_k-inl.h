@@ -34,7 +34,7 @@ struct Decoder<BlockQ4_K> {
 
   template <class To>
   void sub_block(size_t j, To to) const {
-    const Nibbles values(scales.scale(j), scales.minus_min(j));
+    const auto values = nibbles_for(to, Nibbles(scales.scale(j), scales.minus_min(j)));
     for (size_t i = 0; i < kSubBlock; i += kBytes) {
       const Bytes q = load_bytes(b.q + j / 2 * kSubBlock + i);
       put(j % 2 == 0 ? low(values, q) : high(values, q), to + i);

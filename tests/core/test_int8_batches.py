@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import nplora
+import reference
 from nplora import FrozenWeight, LoRALinear
 from nplora.nn.stack import stack_backward, stack_forward
 from nplora.weights.storages import BLOCKS, FLOATS
@@ -153,6 +154,73 @@ def test_results_do_not_depend_on_threads_or_on_other_rows() -> None:
     assert len(results) == 1
     assert np.array_equal(fw.matmul(x[50:70]), fw.matmul(x)[50:70])
     assert np.array_equal(fw.matmul_t(dy[50:70]), fw.matmul_t(dy)[50:70])
+
+
+# ---- stochastic rounding of dy ----
+
+
+def dithered_codes(values: Array, key: int) -> Array:
+    """Rows of values, in units of their scales, rounded up or down by the random bits of the core."""
+    n, cols = values.shape
+    element = np.arange(n)[:, None] * (-(-cols // 64) * 64) + np.arange(cols)
+    counter = (element // 64 * 16 + element % 16).astype(np.uint64)
+    words = reference.philox4x32(counter.ravel(), key).reshape(*counter.shape, 4)
+    chosen = np.take_along_axis(words, (element // 16 % 4)[..., None], axis=2)[..., 0]
+    bits = chosen.astype(np.int64) & (2**23 - 1)
+    fixed = np.clip(np.trunc(values.astype(np.float64) * 2**23), -127 * 2**23, 127 * 2**23)
+    codes: Array = np.floor((fixed + bits) / 2**23)
+    return codes
+
+
+def backward(layers: list[nplora.Linear], dys: list[Array], **options: Any) -> Array:
+    _, saved = stack_forward(layers, np.zeros((len(dys[0]), layers[0].shape[1]), np.float32))
+    dx: Array = stack_backward(layers, dys, saved, **options)
+    return dx
+
+
+def test_dithered_codes_are_those_of_philox() -> None:
+    """The layers of a stack draw with keys that follow each other."""
+    sizes, key = (64, 200), 2**64 - 1
+    weights = [normal(n, 96, seed=n) for n in sizes]
+    layers = [nplora.Linear(FrozenWeight(W, "float32", "int8")) for W in weights]
+    dys = [normal(30, n, seed=1 + n) ** 3 for n in sizes]
+    total, magnitude = np.zeros((30, 96)), np.zeros((30, 96))
+    for i, (dy, W) in enumerate(zip(dys, weights, strict=True)):
+        w_codes, w_scales = coded(W, 96)
+        folded = dy * w_scales[:, 0].astype(np.float32)
+        scale = np.abs(folded).max(axis=1, keepdims=True) / np.float32(127)
+        codes = dithered_codes(folded * (np.float32(1) / scale), (key + i) % 2**64)
+        total += scale * (codes @ w_codes)
+        magnitude += np.abs(scale * (codes @ w_codes))
+    dx = backward(layers, dys, dither_key=key)
+    assert np.all(np.abs(dx - total) <= 8 * 2.0**-24 * magnitude + 1e-30)
+    assert not np.array_equal(dx, backward(layers, dys))
+
+
+def test_a_gradient_of_logits_survives_in_the_mean_of_its_dithered_products() -> None:
+    """dy is p - onehot, where no p reaches half a code. Rounded to nearest, all p become 0 together."""
+    words, n = 800, 12
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal((words, 64)).astype(np.float32) + 1  # so that the mean row matters
+    dy = rng.dirichlet(np.full(words, 50.0), n).astype(np.float32)
+    assert dy.max() < 0.5 / 127
+    dy[np.arange(n), rng.integers(0, words, n)] -= 1
+    layer, exact = nplora.Linear(FrozenWeight(W, "float32", "int8")), dy.astype(np.float64) @ W
+    error = lambda dx: np.linalg.norm(dx - exact) / np.linalg.norm(exact)  # noqa: E731
+    runs = [backward([layer], [dy], dither_key=key) for key in range(64)]
+    assert error(backward([layer], [dy])) > 0.3
+    assert error(np.mean(runs, axis=0)) < 0.05
+    assert error(runs[0]) > 2 * error(np.mean(runs, axis=0))  # the runs differ
+    assert np.array_equal(runs[5], backward([layer], [dy], dither_key=5))
+
+
+def test_dithered_products_have_the_same_bits_with_any_number_of_threads() -> None:
+    layer, dy = nplora.Linear(FrozenWeight(normal(999, 700), "float32", "int8")), normal(600, 999, seed=1)
+    results = set()
+    for threads in (1, 2, 5):
+        nplora.set_num_threads(threads)
+        results.add(backward([layer], [dy], dither_key=3).tobytes())
+    assert len(results) == 1
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -11,6 +11,7 @@ import nplora
 from nplora.finetuning import TokenLoss, finetune
 from nplora.models import head
 from nplora.models.packing import pack
+from nplora.nn import stack_backward
 from small_llama import save_small_llama
 
 
@@ -42,6 +43,32 @@ def test_gradients_point_where_those_of_float32_point(storage: str, tmp_path: Pa
     assert loss_int8 == pytest.approx(loss, rel=3e-3)
     assert loss_int8 != loss
     assert cosine(int8, exact) > 0.98
+
+
+def test_a_head_in_int8_rounds_stochastically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_small_llama(tmp_path / "model.gguf", vocab=3000)
+    _, exact = gradient(nplora.load_model(path))
+
+    def with_head(in_int8: bool) -> np.ndarray[Any, Any]:
+        lm = nplora.load_model(path, compute="int8")
+        lm.model.int8_head = in_int8
+        return gradient(lm)[1]
+
+    dithered = with_head(True)
+    assert cosine(dithered, exact) > 0.975
+    assert np.array_equal(dithered, with_head(True))
+    assert not np.array_equal(dithered, with_head(False))
+    keys = []
+
+    def to_nearest(*args: Any, dither_key: int | None = None, **more: Any) -> Any:
+        keys.append(dither_key)
+        return stack_backward(*args, **more)
+
+    monkeypatch.setattr(head, "stack_backward", to_nearest)
+    assert not np.array_equal(dithered, with_head(True))
+    assert None not in keys
+    with_head(False)
+    assert keys[-1] is None
 
 
 @pytest.mark.parametrize(

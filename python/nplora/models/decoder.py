@@ -22,6 +22,7 @@ from nplora.nn.active_rows import only_active
 from nplora.nn.module import Module, Saved, inference
 from nplora.nn.row_groups import row_groups
 from nplora.runtime.giving_way import give_way
+from nplora.runtime.machine import has_bfloat16_instructions
 from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
@@ -66,6 +67,9 @@ class Decoder(Module):
             memory. The gradients are identical to the bit.
         prefix: the cached outputs of the blocks below the lowest adapted block, or None.
         word_filter: what leaves unlikely words out of the gradient of the head's input, or None.
+        int8_head: with compute="int8", also compute the gradient of the head's input in int8, rounded
+            stochastically. This gradient is a little less exact than in bfloat16, so the default is False on
+            machines with bfloat16 instructions.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Decoder(Module):
         self.recompute = False
         self.prefix: PrefixCache | None = None
         self.word_filter: WordFilter | None = None
+        self.int8_head = not has_bfloat16_instructions()
 
     @property
     def checkpoint_blocks(self) -> bool:

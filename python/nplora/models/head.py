@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeAlias
@@ -109,7 +110,7 @@ def _chunk_gradient(
     if weights is not None:
         logits *= weights[:, None]
     give_way()
-    dnormed = logits_backward(head, logits, saved)
+    dnormed = logits_backward(head, logits, saved, _dither_key(model, losses))
     return losses, model.read_out_backward(dnormed, x)
 
 
@@ -131,7 +132,7 @@ def _chunk_of_logit_loss(
     logits, saved = logits_forward(head, model.read_out(x))
     losses = row_loss(logits, rows, factor, True)
     give_way()
-    dnormed = logits_backward(head, logits, saved)
+    dnormed = logits_backward(head, logits, saved, _dither_key(model, losses))
     return losses, model.read_out_backward(dnormed, x)
 
 
@@ -156,15 +157,31 @@ def logits_forward(head: AnyHead, x: Array) -> tuple[Array, Any]:
     return logits, saved
 
 
-def logits_backward(head: AnyHead, dlogits: Array, saved: Any) -> Array:
+def _dither_key(model: Decoder, losses: Array) -> int | None:
+    """The key for `logits_backward`, or None if the model's head computes in bfloat16.
+
+    The key is a hash of the losses. So each step draws other numbers, a step that is computed again draws the
+    same numbers, and a run has no state of the generator to save.
+    """
+    if not model.int8_head:
+        return None
+    return int.from_bytes(hashlib.blake2b(losses.tobytes(), digest_size=8).digest(), "little")
+
+
+def logits_backward(head: AnyHead, dlogits: Array, saved: Any, dither_key: int | None = None) -> Array:
     """The gradient of the head's input. The gradients of a trained head are accumulated too.
 
-    `dlogits` may be overwritten. A head with compute="int8" computes in bfloat16 here, see `stack_backward`.
+    `dlogits` may be overwritten.
+
+    Args:
+        dither_key: a head with compute="int8" computes in int8, and rounds dlogits stochastically (see
+            `stack_backward`). None, or a head with trained rows: it computes in bfloat16.
     """
     if isinstance(head, TrainedHead):
         dx: Array = head.backward(dlogits, saved, overwrite_dy=True)
         return dx
-    return stack_backward((head,), [dlogits], saved, int8=False)
+    in_int8 = dither_key is not None
+    return stack_backward((head,), [dlogits], saved, int8=in_int8, dither_key=dither_key)
 
 
 def loss(model: Decoder, head: AnyHead, x: Array, targets: Array) -> float:

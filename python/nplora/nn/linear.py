@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core
+from nplora.nn.int8 import in_int8
 from nplora.nn.module import Gradient, Module, Parameter, Saved, inferring, quiet
 from nplora.nn.prepared import Prepared
 from nplora.weights import FrozenWeight, buffers, freeze
@@ -54,6 +55,8 @@ class Linear(Prepared, Module):
             unknown, contradicts a FrozenWeight, or cannot be combined with `trainable`.
         TypeError: W does not hold floats.
     """
+
+    int8 = True  # as in LoRALinear
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class Linear(Prepared, Module):
         d_out, d_in = self.shape
         rows, lead = _check.rows("Linear.forward", "x", x, d_in, "d_in", self._dtype)
         y = buffers.empty((len(rows), d_out), self._dtype)
-        _core.matmul(core_weight(self.weight), rows, self.bias, y, not inferring())
+        _core.matmul(core_weight(self.weight), rows, self.bias, y, in_int8(self))
         keep = self.trainable and not inferring()
         return y.reshape(*lead, d_out), LinearSaved(lead, rows if keep else None, layer=self)
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from nplora import _check, _core
 from nplora.nn.active_rows import active_rows
+from nplora.nn.int8 import in_int8
 from nplora.nn.linear import Linear, no_factors
 from nplora.nn.low_rank import LoRALayer
 from nplora.nn.module import Gradient, Saved, SharedWeights, inferring, quiet
@@ -95,6 +96,8 @@ class LoRALinear(LoRALayer):
     Warns:
         UserWarning: rank is above min(d_out, d_in).
     """
+
+    int8 = True  # False: training computes in bfloat16 although the weight has compute="int8"
 
     @_check.keywords
     def __init__(
@@ -189,7 +192,7 @@ class LoRALinear(LoRALayer):
         d_in, dtype = self.weight.shape[1], self.weight.compute_dtype
         rows, lead = _check.rows("LoRALinear.forward", "x", x, d_in, "d_in", dtype)
         part, y, saved = self.forward_part(rows, lead)
-        _core.lora_forward(rows, [part], int8=not inferring())
+        _core.lora_forward(rows, [part], int8=in_int8(self))
         return self.finish_forward(y, saved)
 
     def forward_part(
@@ -327,7 +330,7 @@ class LoRALinear(LoRALayer):
         part = self.backward_part(rows, saved)
         dx = buffers.empty((len(rows), self.weight.shape[1]), rows.dtype) if need_dx else None
         if dx is not None or (not saved.alone and saved.active is None):
-            _core.lora_backward(saved.x, dx, [part])
+            _core.lora_backward(saved.x, dx, [part], in_int8(self))
         self.finish_backward(rows, saved, dx)
         return None if dx is None else dx.reshape(*saved.lead, dx.shape[1])
 

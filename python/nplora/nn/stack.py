@@ -12,10 +12,11 @@ import numpy.typing as npt
 from nplora import _check, _core
 from nplora.nn.active_rows import active_rows
 from nplora.nn.conv import Conv2d, LoRAConv2d
+from nplora.nn.int8 import in_int8
 from nplora.nn.linear import Linear
 from nplora.nn.lora_linear import LoRALinear
 from nplora.nn.low_rank import UnloadedLayer
-from nplora.nn.module import Gradient, Module, Saved, inference, inferring
+from nplora.nn.module import Gradient, Module, Saved, inference
 from nplora.nn.prepared import Prepared
 from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows, joined, one_group, row_groups, slices
 from nplora.weights import FrozenWeight, buffers
@@ -68,7 +69,7 @@ def _forward(
     layers: Sequence[Stackable], rows: Array, lead: tuple[int, ...], batch: int | None = None
 ) -> tuple[list[Array], StackSaved]:
     parts, ys, kept = zip(*(layer.forward_part(rows, lead) for layer in layers), strict=True)
-    _core.lora_forward(rows, list(parts), batch, not inferring())
+    _core.lora_forward(rows, list(parts), batch, in_int8(*layers))
     done = [layer.finish_forward(y, saved) for layer, y, saved in zip(layers, ys, kept, strict=True)]
     return [y for y, _ in done], StackSaved(tuple(saved for _, saved in done))
 
@@ -126,6 +127,7 @@ def stack_backward(
     saved: StackSaved,
     need_dx: bool = True,
     int8: bool = True,
+    dither_key: int | None = None,
 ) -> Gradient:
     """Add to each layer's gradients; return the sum of all dx (..., d_in), or None if need_dx is False.
 
@@ -142,6 +144,8 @@ def stack_backward(
         need_dx: compute dx.
         int8: False: weights with compute="int8" compute dx in bfloat16. This is for the head of a model: most
             elements of a gradient of logits are small, and would become 0 if they were rounded to int8.
+        dither_key: int8 products round dys stochastically, so that small elements stay in the mean. The
+            random bits depend on this key (below 2^64) and on the element. None: round to nearest.
     Raises:
         ValueError: a dy does not have the shape of its y, the numbers of dys and layers differ, or `saved` is
             from a pass of other layers.
@@ -164,7 +168,7 @@ def stack_backward(
     parts = [layer.backward_part(du, item) for layer, du, item in zip(layers, rows, items, strict=True)]
     dx = buffers.empty((len(rows[0]), d_in), dtype) if need_dx else None
     x = next((item.x for item in items if item.x is not None), None)
-    _core.lora_backward(x, dx, parts, int8)
+    _core.lora_backward(x, dx, parts, int8 and in_int8(*layers), dither_key)
     for layer, du, item in zip(layers, rows, items, strict=True):
         if isinstance(layer, LoRALinear):
             layer.finish_backward(du, item, dx)

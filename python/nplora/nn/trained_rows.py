@@ -18,6 +18,7 @@ from nplora import _check, _core
 from nplora.lora.merging import Merge, MergeReport, merge_weight
 from nplora.lora.new_rows import NewRows
 from nplora.nn.embedding import Embedding, add_rows, token_ids
+from nplora.nn.int8 import in_int8
 from nplora.nn.linear import Linear, core_weight
 from nplora.nn.low_rank import UnloadedLayer
 from nplora.nn.module import AdapterLayer, Commit, Gradient, Parameter, Saved, SharedWeights, inferring
@@ -411,7 +412,7 @@ class TrainedHead(TrainedRowsLayer):
         inputs, lead = _check.rows("TrainedHead.forward", "x", x, dim, "dim", dtype)
         weight, rows, alone, merged = self._terms()
         y = buffers.empty((len(inputs), weight.shape[0]), dtype)
-        _core.matmul(core_weight(weight), inputs, self.bias, y, not inferring())
+        _core.matmul(core_weight(weight), inputs, self.bias, y, in_int8())
         if rows is not None:
             own = np.empty((len(inputs), len(rows.values)), dtype)
             bias = None if self.bias is None else self.bias[rows.ids]

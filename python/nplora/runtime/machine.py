@@ -15,6 +15,11 @@ def machine() -> dict[str, str | int]:
     return {"isa": _core.config()["isa"], "threads": _core.get_num_threads(), "cpu": cpu_name()}
 
 
+def has_bfloat16_instructions() -> bool:
+    """Whether products in bfloat16 are faster than in float32 with the instruction set in use."""
+    return _core.config()["isa"] in ("avx512bf16", "amx", "neonbf16", "neoni8mm")
+
+
 @functools.cache
 def cpu_name() -> str:
     """The processor's name, such as "AMD EPYC 9B45", or its architecture if the system gives no name."""

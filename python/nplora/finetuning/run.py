@@ -20,6 +20,7 @@ from nplora.finetuning.baseline import Baseline, answers_of
 from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.earlier_run import find_earlier_run
 from nplora.finetuning.execution import choose_execution
+from nplora.finetuning.int8_check import Int8Check
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
 from nplora.finetuning.milestones import Milestones
 from nplora.finetuning.objectives import PackedLoss
@@ -348,6 +349,7 @@ def _finetune(
                 )
                 stack.enter_context(_saved_after_an_error(lm, directory, base, save, reached))
             callbacks += [TokenProgress(loss=loss)] if speaking else []
+            callbacks += [Int8Check(lm, batches, say)] if lm.compute == "int8" else []
             trainer = new_trainer(lm, loss, chosen, callbacks, ranks)
             history = _train(trainer, batches, validation, chosen, directory)
         found_at = place

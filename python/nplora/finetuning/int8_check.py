@@ -1,0 +1,168 @@
+"""Int8Check: compares gradients in int8 with gradients in bfloat16 during a run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.finetuning.data import TokenBatches
+from nplora.lm import LanguageModel
+from nplora.models.packing import PackedBatch
+from nplora.nn import Linear, LoRALinear
+from nplora.nn.int8 import without_int8
+from nplora.trainer import Callback, Run
+from nplora.trainer.history import StepRecord
+
+Array = npt.NDArray[np.float32]
+Gradients = dict[str, Array]  # the gradient of each part of the model, as one vector
+
+EVERY = 100  # steps between two comparisons; there is also one after the first step
+SAMPLE_TOKENS = 512  # the most tokens of the sample, if its first sequence is not longer
+# The least cosine of a part's gradients. With int8, SmolLM2 has about 0.985. A cosine of 0.95 means that the
+# error has a third of the gradient's norm, less than the noise of a batch.
+LEAST_COSINE = 0.95
+_EVENT = "int8"  # the event of these lines in the log
+
+
+class Int8Check(Callback):
+    """Computes the gradient of a sample in int8 and in bfloat16, and compares their directions.
+
+    Every comparison takes the same sample: the first sequences of the training data. The parts of the model
+    are its blocks, the head and the embedding. If the cosine of a part's two gradients is too small, the part
+    computes in bfloat16 from then on. If only the cosine of the whole gradient is too small, the part with
+    the smallest cosine does. The log has one line for each comparison.
+
+    Args:
+        lm: the model, with its adapter.
+        batches: the training data.
+        say: prints a line.
+        every: the number of steps between two comparisons.
+        least_cosine: the smallest cosine that is accepted; None: LEAST_COSINE.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        batches: TokenBatches,
+        say: Callable[[str], None],
+        every: int = EVERY,
+        least_cosine: float | None = None,
+    ) -> None:
+        self._lm, self._batches, self._say = lm, batches, say
+        self._every, self._least = every, LEAST_COSINE if least_cosine is None else least_cosine
+        self._fallen_back: list[str] = []  # the parts that compute in bfloat16
+
+    def on_fit_start(self, run: Run) -> None:
+        """Take over the parts that an earlier run of this directory has returned to bfloat16."""
+        self._fall_back(run.logged(_EVENT).get("in_bfloat16", []))
+
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
+        if run.step == 1 or run.step % self._every == 0:
+            self._compare(run)
+
+    def on_fit_end(self, run: Run) -> None:
+        for layer in layers_of(self._lm, self._fallen_back):
+            layer.int8 = True
+
+    def _compare(self, run: Run) -> None:
+        whole, parts = cosines(self._lm, self._sample())
+        worst = min(parts, key=lambda part: parts[part], default="")
+        failed = [part for part, cosine in parts.items() if not cosine >= self._least]
+        if not failed and not whole >= self._least:
+            failed = [worst]
+        new = [part for part in failed if part not in self._fallen_back]
+        if new:
+            self._say(
+                f"step {run.step}: the gradient in int8 has a cosine of {whole:.3f} with that in bfloat16; "
+                f"computed in bfloat16 from now on: {', '.join(new)}"
+            )
+        self._fall_back(new)
+        run.log(
+            _EVENT,
+            {
+                "step": run.step,
+                "cosine": whole,
+                "worst": worst,
+                "worst_cosine": parts.get(worst),
+                "in_bfloat16": self._fallen_back,
+            },
+        )
+
+    def _sample(self) -> PackedBatch:
+        batch, _ = next(self._batches.epoch(0))
+        pieces = batch.pieces(SAMPLE_TOKENS)
+        return next((piece for piece in pieces if piece.num_targets), pieces[0])
+
+    def _fall_back(self, parts: Iterable[str]) -> None:
+        self._fallen_back += parts
+        for layer in layers_of(self._lm, self._fallen_back):
+            layer.int8 = False
+
+
+def cosines(lm: LanguageModel, sample: PackedBatch) -> tuple[float, dict[str, float]]:
+    """The cosine of the gradients in int8 and in bfloat16: of all parameters, and of those of each part.
+
+    The gradients of the parameters and the states of the random generators stay as they are.
+    """
+    with _undisturbed(lm):
+        int8 = _gradients(lm, sample)
+    with _undisturbed(lm), without_int8():
+        exact = _gradients(lm, sample)
+    parts = {part: _cosine(int8[part], exact[part]) for part in exact}
+    return _cosine(*(np.concatenate([np.empty(0, np.float32), *g.values()]) for g in (int8, exact))), parts
+
+
+def layers_of(lm: LanguageModel, parts: Iterable[str]) -> Iterator[Linear | LoRALinear]:
+    """The layers of some parts of a model that can compute in int8."""
+    wanted = set(parts)
+    for name, module in lm.named_modules():
+        if isinstance(module, Linear | LoRALinear) and part_of(name) in wanted:
+            yield module
+
+
+def part_names(lm: LanguageModel) -> list[str]:
+    """The parts of the model that have parameters."""
+    return list(dict.fromkeys(part_of(parameter.name) for parameter in lm.parameters()))
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a layer or parameter belongs to.
+
+    >>> part_of("model.layers.12.mlp.up_proj.A"), part_of("lm_head.A")
+    ('model.layers.12', 'lm_head')
+    """
+    words = name.split(".")
+    digits = next((i for i, word in enumerate(words) if word.isdecimal()), 0)
+    return ".".join(words[: digits + 1])
+
+
+@contextlib.contextmanager
+def _undisturbed(lm: LanguageModel) -> Iterator[None]:
+    """After the `with` block, the gradients and the random generators are as they were before it."""
+    streams, kept = lm.random_state(), [p.grad.copy() for p in lm.parameters()]
+    lm.zero_grad()
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(lm.parameters(), kept, strict=True):
+            parameter.grad[...] = gradient
+        lm.set_random_state(streams)
+
+
+def _gradients(lm: LanguageModel, sample: PackedBatch) -> Gradients:
+    lm.forward_backward(sample, 1 / max(1, sample.num_targets))
+    found: dict[str, list[Array]] = {}
+    for parameter in lm.parameters():
+        found.setdefault(part_of(parameter.name), []).append(parameter.grad.astype(np.float32).ravel())
+    return {part: np.concatenate(gradients) for part, gradients in found.items()}
+
+
+def _cosine(a: Array, b: Array) -> float:
+    """The cosine of two vectors; 1 if both are zero."""
+    lengths = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
+    if lengths == 0:
+        return float(not a.any() and not b.any())
+    return float(np.dot(a, b)) / lengths

@@ -1,0 +1,117 @@
+"""Int8Check: the sampled cosine of gradients in int8, and the return of blocks to bfloat16."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora.finetuning import TokenLoss, finetune, int8_check
+from nplora.finetuning.int8_check import Int8Check, cosines, layers_of
+from nplora.models.packing import pack
+from nplora.trainer import Callback
+from small_llama import save_small_llama
+
+BATCH = pack([(ids, ids) for ids in np.random.default_rng(0).integers(1, 250, (4, 40))])
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return save_small_llama(tmp_path / "model.gguf", "q8_0")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    lines = ({"prompt": f"{i} ", "completion": "abc" * (1 + i % 3)} for i in range(12))
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def with_adapter(path: Path, compute: str, dropout: float = 0.0) -> nplora.LanguageModel:
+    lm = nplora.load_model(path, compute=compute)
+    lm.add_lora(rank=4, dropout=dropout, seed=1)
+    rng = np.random.default_rng(2)
+    for layer in lm.adapter_layers().values():  # as after some steps, so that dB is not zero
+        layer.A[...] = 0.02 * rng.standard_normal(layer.A.shape, np.float32)
+    return lm
+
+
+def gradients(lm: nplora.LanguageModel) -> dict[str, Any]:
+    lm.zero_grad()
+    lm.forward_backward(BATCH, 1 / BATCH.num_targets)
+    return {p.name: p.grad.copy() for p in lm.parameters()}
+
+
+def test_cosines_are_those_of_models_that_compute_in_int8_and_in_bfloat16(path: Path) -> None:
+    lm = with_adapter(path, "int8")
+    whole, parts = cosines(lm, BATCH)
+    int8, exact = (gradients(with_adapter(path, compute)) for compute in ("int8", "bfloat16"))
+    for part, found in [("", whole), *parts.items()]:
+        a, b = (
+            np.concatenate([g[name].ravel() for name in g if name.startswith(part)]).astype(np.float64)
+            for g in (int8, exact)
+        )
+        assert found == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-5)
+        assert found < 0.99999
+    assert len(parts) > 1
+
+
+def test_a_comparison_leaves_gradients_and_dropout_alone(path: Path) -> None:
+    plain, compared = (with_adapter(path, "int8", dropout=0.5) for _ in range(2))
+    for lm in (plain, compared):
+        lm.forward_backward(BATCH, 1.0)
+    cosines(compared, BATCH)
+    for lm in (plain, compared):
+        lm.forward_backward(BATCH, 1.0)
+    for p, q in zip(plain.parameters(), compared.parameters(), strict=True):
+        assert np.array_equal(p.grad, q.grad)
+
+
+class Flags(Callback):
+    def __init__(self, lm: nplora.LanguageModel) -> None:
+        self.lm, self.seen = lm, list[list[bool]]()
+
+    def on_step_end(self, run: Any, record: Any) -> None:
+        self.seen.append([layer.int8 for layer in layers_of(self.lm, int8_check.part_names(self.lm))])
+
+
+def test_parts_below_the_threshold_return_to_bfloat16(path: Path, data: Path) -> None:
+    lm, said = with_adapter(path, "int8"), list[str]()
+    batches = nplora.data.TokenBatches(nplora.data.read_dataset(data, lm.tokenizer), batch_examples=4)
+    sample = next(batches.epoch(0))[0]
+    _, parts = cosines(lm, sample)
+    best = max(parts, key=lambda part: parts[part])
+    flags = Flags(lm)
+    check = Int8Check(lm, batches, said.append, every=2, least_cosine=parts[best] - 1e-7)
+    trainer = nplora.Trainer(lm, TokenLoss(), nplora.AdamW(lr=0.0), callbacks=[check, flags], progress=False)
+    trainer.fit(batches, steps=2)
+    lower = {part for part in parts if part != best}
+    assert {name.strip() for name in said[0].split(": ")[-1].split(",")} == lower
+    assert not all(flags.seen[0])
+    assert all(layer.int8 for layer in layers_of(lm, parts))  # after the run, as before it
+
+
+def test_a_run_logs_its_cosines_and_resumes_with_its_parts(
+    path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_check, "LEAST_COSINE", 2.0)  # all parts return
+    options: dict[str, Any] = {"compute": "int8", "progress": False, "rank": 4, "lr": 1e-2, "seed": 3}
+    options |= {"batch_examples": 4, "save_every": 2, "schedule": "constant"}
+
+    def rows(name: str, **more: Any) -> list[dict[str, Any]]:
+        finetune(path, data, tmp_path / name, **options, **more)
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return [row for row in log if row["event"] == "int8"]
+
+    (first,) = rows("whole", steps=6)
+    assert first["step"] == 1
+    assert 0.5 < first["cosine"] < 1
+    assert first["worst"] in first["in_bfloat16"]
+    rows("stopped", steps=4)
+    with pytest.warns(UserWarning, match="total_steps was 4, is 6"):
+        rows("stopped", steps=6, resume=True)
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert files[0] == files[1]

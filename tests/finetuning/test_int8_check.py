@@ -85,7 +85,7 @@ def test_parts_below_the_threshold_return_to_bfloat16(path: Path, data: Path) ->
     _, parts = cosines(lm, sample)
     best = max(parts, key=lambda part: parts[part])
     flags = Flags(lm)
-    check = Int8Check(lm, batches, said.append, every=2, least_cosine=parts[best] - 1e-7)
+    check = Int8Check(lm, batches, said.append, every=2, micro_tokens=None, least_cosine=parts[best] - 1e-7)
     trainer = nplora.Trainer(lm, TokenLoss(), nplora.AdamW(lr=0.0), callbacks=[check, flags], progress=False)
     trainer.fit(batches, steps=2)
     lower = {part for part in parts if part != best}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -17,7 +18,6 @@ from nplora.trainer import Callback, Run
 from nplora.trainer.history import StepRecord
 
 Array = npt.NDArray[np.float32]
-Gradients = dict[str, Array]  # the gradient of each part of the model, as one vector
 
 EVERY = 100  # steps between two comparisons; there is also one after the first step
 SAMPLE_TOKENS = 512  # the most tokens of the sample, if its first sequence is not longer
@@ -39,6 +39,7 @@ class Int8Check(Callback):
         lm: the model, with its adapter.
         batches: the training data.
         say: prints a line.
+        micro_tokens: the most tokens that are in memory together, as in PackedLoss.
         every: the number of steps between two comparisons.
         least_cosine: the smallest cosine that is accepted; None: LEAST_COSINE.
     """
@@ -48,15 +49,19 @@ class Int8Check(Callback):
         lm: LanguageModel,
         batches: TokenBatches,
         say: Callable[[str], None],
+        micro_tokens: int | None = None,
         every: int = EVERY,
         least_cosine: float | None = None,
     ) -> None:
         self._lm, self._batches, self._say = lm, batches, say
+        self._tokens = min(SAMPLE_TOKENS, micro_tokens or SAMPLE_TOKENS)
         self._every, self._least = every, LEAST_COSINE if least_cosine is None else least_cosine
         self._fallen_back: list[str] = []  # the parts that compute in bfloat16
 
     def on_fit_start(self, run: Run) -> None:
         """Take over the parts that an earlier run of this directory has returned to bfloat16."""
+        for layer in layers_of(self._lm, part_names(self._lm)):
+            layer.int8 = True  # an earlier run may have ended with an error
         self._fall_back(run.logged(_EVENT).get("in_bfloat16", []))
 
     def on_step_end(self, run: Run, record: StepRecord) -> None:
@@ -93,7 +98,7 @@ class Int8Check(Callback):
 
     def _sample(self) -> PackedBatch:
         batch, _ = next(self._batches.epoch(0))
-        pieces = batch.pieces(SAMPLE_TOKENS)
+        pieces = batch.pieces(self._tokens)
         return next((piece for piece in pieces if piece.num_targets), pieces[0])
 
     def _fall_back(self, parts: Iterable[str]) -> None:
@@ -108,11 +113,33 @@ def cosines(lm: LanguageModel, sample: PackedBatch) -> tuple[float, dict[str, fl
     The gradients of the parameters and the states of the random generators stay as they are.
     """
     with _undisturbed(lm):
-        int8 = _gradients(lm, sample)
+        lm.forward_backward(sample, 1 / max(1, sample.num_targets))
+        int8 = [parameter.grad.copy() for parameter in lm.parameters()]
+    whole, parts = Products(), dict[str, Products]()
     with _undisturbed(lm), without_int8():
-        exact = _gradients(lm, sample)
-    parts = {part: _cosine(int8[part], exact[part]) for part in exact}
-    return _cosine(*(np.concatenate([np.empty(0, np.float32), *g.values()]) for g in (int8, exact))), parts
+        lm.forward_backward(sample, 1 / max(1, sample.num_targets))
+        for gradient, parameter in zip(int8, lm.parameters(), strict=True):
+            for products in (whole, parts.setdefault(part_of(parameter.name), Products())):
+                products.add(gradient.ravel(), parameter.grad.ravel())
+    return whole.cosine(), {part: products.cosine() for part, products in parts.items()}
+
+
+class Products:
+    """The products of two long vectors, which come in pieces."""
+
+    def __init__(self) -> None:
+        self.ab = self.aa = self.bb = 0.0
+
+    def add(self, a: Array, b: Array) -> None:
+        self.ab += float(np.dot(a, b))
+        self.aa += float(np.dot(a, a))
+        self.bb += float(np.dot(b, b))
+
+    def cosine(self) -> float:
+        """The cosine of the vectors; 1 if both are zero."""
+        if self.aa == self.bb == 0:
+            return 1.0
+        return self.ab / math.sqrt(self.aa * self.bb) if self.aa and self.bb else 0.0
 
 
 def layers_of(lm: LanguageModel, parts: Iterable[str]) -> Iterator[Linear | LoRALinear]:
@@ -142,27 +169,16 @@ def part_of(name: str) -> str:
 @contextlib.contextmanager
 def _undisturbed(lm: LanguageModel) -> Iterator[None]:
     """After the `with` block, the gradients and the random generators are as they were before it."""
-    streams, kept = lm.random_state(), [p.grad.copy() for p in lm.parameters()]
+    streams = lm.random_state()
+    kept = [p.grad.copy() if p.grad.any() else None for p in lm.parameters()]  # usually zero after a step
     lm.zero_grad()
     try:
         yield
     finally:
+        lm.zero_grad()
         for parameter, gradient in zip(lm.parameters(), kept, strict=True):
-            parameter.grad[...] = gradient
+            if gradient is not None:
+                parameter.grad[...] = gradient
         lm.set_random_state(streams)
-
-
-def _gradients(lm: LanguageModel, sample: PackedBatch) -> Gradients:
-    lm.forward_backward(sample, 1 / max(1, sample.num_targets))
-    found: dict[str, list[Array]] = {}
-    for parameter in lm.parameters():
-        found.setdefault(part_of(parameter.name), []).append(parameter.grad.astype(np.float32).ravel())
-    return {part: np.concatenate(gradients) for part, gradients in found.items()}
-
-
-def _cosine(a: Array, b: Array) -> float:
-    """The cosine of two vectors; 1 if both are zero."""
-    lengths = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
-    if lengths == 0:
-        return float(not a.any() and not b.any())
-    return float(np.dot(a, b)) / lengths
+        if lm.model.word_filter is not None:
+            lm.model.word_filter.take_skipped()  # these words are not the run's

@@ -349,7 +349,8 @@ def _finetune(
                 )
                 stack.enter_context(_saved_after_an_error(lm, directory, base, save, reached))
             callbacks += [TokenProgress(loss=loss)] if speaking else []
-            callbacks += [Int8Check(lm, batches, say)] if lm.compute == "int8" else []
+            if lm.compute == "int8":
+                callbacks.append(Int8Check(lm, batches, say, execution.micro_tokens))
             trainer = new_trainer(lm, loss, chosen, callbacks, ranks)
             history = _train(trainer, batches, validation, chosen, directory)
         found_at = place

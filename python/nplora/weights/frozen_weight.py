@@ -64,8 +64,8 @@ class FrozenWeight:
               every 32 values; other storage formats then compute in float32. `matmul_t` with up to 4 rows
               computes in float32. Layers round W in this way only in training. In inference, they compute
               more than 8 rows as with "bfloat16". The head of a language model computes its backward pass in
-              bfloat16 (`int8=False` in `stack_backward`). In a model of your own, a layer whose outputs go
-              into a softmax over many classes should have "bfloat16".
+              bfloat16, or rounds it stochastically (`int8` and `dither_key` in `stack_backward`). In a model
+              of your own, a layer whose outputs go into a softmax over many classes should have "bfloat16".
         double_quant: also quantise the absmax of NF4 to 8 bits. A value of W then takes 4.13 bits instead of
             4.5.
     Raises:

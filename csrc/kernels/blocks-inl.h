@@ -110,8 +110,8 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const EncodedRow& t
   put(values, to);
 }
 
-// What turns nibbles into the values that a destination takes. Codes in int8 are computed once for all sixteen
-// nibbles of a sub-block, and then looked up.
+// What turns nibbles into the values that a destination takes. Codes in int8 are computed once for the
+// sixteen possible nibbles of a sub-block, and then looked up.
 struct NibbleCodes {
   Bytes codes;
 };

@@ -64,8 +64,8 @@ struct Stochastic {
   }
 };
 
-// Quantises one group. `load(i, whole)` returns the elements from i on, as load_upto does. `round(i, v)` turns
-// these elements, times 1 / scale, into codes.
+// Quantises one group. `load(i, whole)` returns the elements from i on, as load_upto does. `round(i, v)`
+// turns these elements, times 1 / scale, into codes.
 template <class Load, class Round>
 inline void quantize_group(size_t n, const Load& load, const Round& round, int8_t* codes, float& scale,
                            int32_t& correction) {
@@ -312,8 +312,8 @@ template <size_t kRows, size_t kVectors>
     for (size_t v = 0; v < kVectors; ++v) sums[i][v] = broadcast_int(corrections[i * groups]);
 }
 
-// Prefetches the outputs of a tile. Otherwise, the stores at the end of the tile would wait for memory, and the
-// next tile for them.
+// Prefetches the outputs of a tile. Otherwise, the stores at the end of the tile would wait for memory, and
+// the next tile for them.
 template <size_t kRows, size_t kVectors>
 [[gnu::always_inline]] inline void fetch_outputs(const Int8Product& p, size_t column) {
 #pragma GCC unroll 16

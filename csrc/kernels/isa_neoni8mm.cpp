@@ -1,5 +1,5 @@
-// NEON with int8 matrix products (Neoverse V1 and N2, Apple M2): int8 products of large batches with smmla. The
-// file dispatch.cpp combines these products with the other kernels of neonbf16.
+// NEON with int8 matrix products (Neoverse V1 and N2, Apple M2): int8 products of large batches with smmla.
+// The file dispatch.cpp combines these products with the other kernels of neonbf16.
 #define NPLORA_ISA neoni8mm
 #define NPLORA_SIMD_NEON
 #define NPLORA_SIMD_DOTPROD

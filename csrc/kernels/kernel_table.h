@@ -415,10 +415,10 @@ struct Int8Gemm {
   void (*quantize)(size_t n, size_t group, const float* x, const float* factors, int8_t* codes, float* scales,
                    int32_t* corrections);
 
-  // Quantises like `quantize`, but rounds stochastically: x * (1 / scale) becomes one of the two whole numbers
-  // beside it, and the expected code is the value itself, with an error of at most 2^-23. Let e = first + i,
-  // where `first` and `group` are multiples of kDithered. The random bits of element i are the low 23 bits of
-  // output word e / 16 % 4 of the Philox counter e / kDithered * 16 + e % 16.
+  // Quantises like `quantize`, but rounds stochastically: x * (1 / scale) becomes one of the two whole
+  // numbers beside it, and the expected code is the value itself, with an error of at most 2^-23. Let e =
+  // first + i, where `first` and `group` are multiples of kDithered. The random bits of element i are the low
+  // 23 bits of output word e / 16 % 4 of the Philox counter e / kDithered * 16 + e % 16.
   void (*dither)(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x, const float* factors,
                  int8_t* codes, float* scales, int32_t* corrections);
 

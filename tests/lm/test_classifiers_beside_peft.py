@@ -25,6 +25,7 @@ pytestmark = [
 Array = np.ndarray[Any, Any]
 
 LABELS = ["bad", "so-so", "good"]
+UPDATE = 0.02  # the scale of A. From 0.1 on, attention is so sharp that float32 in torch errs by 2e-4
 TOLERANCE = 1e-5  # logits are of the order of 1, as hidden states are
 GRADIENT_TOLERANCE = 1e-4  # relative to the largest element of an array's gradient
 SEQUENCES = ["bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "modernbert", "modernbert with biases"]
@@ -116,7 +117,7 @@ def test_an_adapter_of_ours_gives_the_same_logits_in_peft(kind: str, task: str, 
     rng = np.random.default_rng(0)
     for parameter in ours.parameters():
         if parameter.name.endswith(".A"):
-            parameter.value[...] *= np.float32(0.1)
+            parameter.value[...] *= np.float32(UPDATE)
         elif not parameter.name.endswith(".B"):
             parameter.value[...] += 0.2 * rng.standard_normal(parameter.value.shape, np.float32)
     base = str(tmp_path / "base")
@@ -125,11 +126,8 @@ def test_an_adapter_of_ours_gives_the_same_logits_in_peft(kind: str, task: str, 
         peft, f"AutoPeftModelFor{'Token' if task == 'TOKEN_CLS' else 'Sequence'}Classification"
     ).from_pretrained(tmp_path / "ours", num_labels=3)
     texts = torch_encoders.some_texts()
-    narrow = logits_of(loaded.eval(), texts)
-    wanted = logits_of(loaded.double(), texts)
-    # A norm in the head magnifies the rounding of some tokens. float32 in torch shows by how much.
-    tolerance = max(5 * TOLERANCE, 2 * float(np.abs(narrow - wanted).max()))
-    np.testing.assert_allclose(ours(texts), wanted, rtol=0, atol=tolerance)
+    wanted = logits_of(loaded.double().eval(), texts)
+    np.testing.assert_allclose(ours(texts), wanted, rtol=0, atol=TOLERANCE)
     again = nplora.load_classifier(tmp_path / "base", tmp_path / "ours")
     assert (again.labels, again.task) == (tuple(LABELS), "single")
     np.testing.assert_array_equal(again(texts), ours(texts))

@@ -53,3 +53,34 @@ def test_similarities_are_those_that_the_hub_shows(encoder: nplora.Encoder) -> N
     """The example of the model's page: similarities of the first text to the three after it."""
     vectors = encoder.embed(TEXTS[:4])
     np.testing.assert_allclose(vectors[1:] @ vectors[0], [0.695, 0.943, 0.257], atol=2e-3)
+
+
+PARCELS = ["where is my parcel", "the delivery is late", "my package never came", "track the shipment",
+           "the courier did not ring", "when will the box arrive", "delivered to the wrong house",
+           "has my order left the warehouse"]  # fmt: skip
+REFUNDS = ["i want my money back", "refund the purchase", "the payment was charged twice",
+           "return it for a refund", "why was my card billed", "cancel and reimburse me",
+           "the invoice is wrong", "give me back what i paid"]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
+def test_a_classifier_of_few_texts_knows_others_and_peft_has_its_logits(
+    encoder: nplora.Encoder, tmp_path: Path
+) -> None:
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    both = ((PARCELS, "delivery"), (REFUNDS, "money"))
+    rows = [{"text": text, "label": label} for texts, label in both for text in texts[:5]]
+    held_out = [{"text": text, "label": label} for texts, label in both for text in texts[5:]]
+    run = nplora.finetuning.train_classifier(
+        encoder.source, rows, tmp_path, valid=held_out, epochs=8, rank=4, lr=2e-3, batch_examples=5
+    )
+    assert run.valid is not None
+    assert run.valid.values["accuracy"] == 1
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder.source)
+    texts = [row["text"] for row in held_out]
+    with torch.no_grad():
+        wanted = model.double().eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits.numpy()
+    np.testing.assert_allclose(run.classifier.logits(texts), wanted, rtol=0, atol=1e-4)

@@ -44,7 +44,7 @@ OPTIONAL_PACKAGES = {
     "distributed": {"mpi4py"},
     "tokenizer": {"jinja2", "tokenizers"},
     "trainer": {"matplotlib", "mlflow", "tensorboardX", "tqdm", "wandb"},
-    "finetuning": {"lm_eval", "optuna", "pyarrow"},
+    "finetuning": {"lm_eval", "matplotlib", "optuna", "pyarrow"},
     "serving": {"llguidance", "python_multipart", "starlette", "uvicorn"},
     "sklearn": {"sklearn"},
     "cli": {"sklearn"},

@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nplora import cli
@@ -51,9 +52,29 @@ def test_the_command_trains_evaluates_and_predicts(here: Path, capsys: pytest.Ca
     assert [float(row["probability pet"]) for row in table] == [row["probabilities"]["pet"] for row in rows]
     assert cli.main(["classify", "predict", *shared, "--output", "found.jsonl"]) == 0
     assert [json.loads(line) for line in (here / "found.jsonl").read_text().splitlines()] == rows
+    assert cli.main(["classify", "predict", *shared, "--output", "found.npy"]) == 0
+    np.testing.assert_array_equal(
+        np.load(here / "found.npy"), [list(row["probabilities"].values()) for row in rows]
+    )
+    (here / "texts.txt").write_text("".join(f"{row['text']}\n" for row in rows))
+    capsys.readouterr()
+    assert cli.main(["classify", "predict", "model", "--adapter", "out", "--data", "texts.txt"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [{key: value for key, value in row.items() if key != "label"} for row in rows]
     capsys.readouterr()
     assert cli.main(["classify", "predict", *shared, "--output", "found.csv"]) == 2
     assert "the file exists already" in capsys.readouterr().err
+
+
+def test_eval_draws_the_confusion_matrix(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert cli.main(["classify", "train", "model", "--data", "train.csv", "--output", "out", *FAST]) == 0
+    words = ["classify", "eval", "model", "--adapter", "out", "--data", "train.csv", "--plot", "found.png"]
+    assert cli.main(words) == 0
+    assert (here / "found.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    assert "found.png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -61,11 +82,17 @@ def test_the_command_trains_evaluates_and_predicts(here: Path, capsys: pytest.Ca
     [
         ("train model --data train.csv", "--output DIR is missing"),
         ("train model --data train.csv --output out --adapter x", "--adapter is for eval and predict"),
-        ("train model --data train.csv --output out --json", "--json is for eval and predict"),
+        ("train model --data train.csv --output out --json", "--json is for eval"),
         ("eval model --data train.csv --rank 3", "--rank is an option of classify train"),
         ("eval model --data train.csv --resume", "--resume is an option of classify train"),
         ("predict model --data train.csv --valid v", "--valid is an option of classify train"),
-        ("predict model --data train.csv --output a.txt", "expected a name that ends in .csv or .jsonl"),
+        (
+            "predict model --data train.csv --output a.txt",
+            "expected a name that ends in .csv, .jsonl or .npy",
+        ),
+        ("predict model --data train.csv --plot a.png", "--plot is for eval"),
+        ("train model --data train.csv --output out --plot a.png", "--plot is for eval"),
+        ("train model --data train.csv --output out --compute int8", "invalid choice: 'int8'"),
         ("eval model --data train.csv", "the model has no layer 'classifier', expected the files of a"),
         ("train model --data train.csv --output out --task many", "invalid choice: 'many'"),
         ("train model --data no.csv --output out", "no such file: no.csv"),

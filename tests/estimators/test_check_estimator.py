@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from nplora.sklearn import LoRAClassifier, LoRARegressor
+from nplora.sklearn import LoRAClassifier, LoRARegressor, LoRATextClassifier, LoRATextRegressor, TextEmbedder
 
-ESTIMATORS = [LoRAClassifier(epochs=25), LoRARegressor(epochs=25)]
+# scikit-learn's checks with data give numbers, so estimators over texts get the checks of the interface only.
+OVER_TEXTS = [LoRATextClassifier("model"), LoRATextRegressor("model"), TextEmbedder("model")]
+ESTIMATORS = [LoRAClassifier(epochs=25), LoRARegressor(epochs=25), *OVER_TEXTS]
 
 
 @parametrize_with_checks(ESTIMATORS)

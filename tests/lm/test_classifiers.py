@@ -11,6 +11,7 @@ import nplora
 from nplora.formats import label_record, safetensors
 from nplora.formats.errors import FormatError, LimitError
 from nplora.formats.label_record import LabelRecord
+from nplora.lm.pooling import Pooling
 from small_encoder import save_small_encoder, tensors
 
 IDS = [[2, 5, 3], [2, 5, 6, 7, 3], [2, 9, 10, 11, 12, 3]]
@@ -191,3 +192,42 @@ def test_saved_values_of_another_classifier_are_refused(model: Path) -> None:
         one.backward(logits, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dy has shape"):
         one.backward(logits[:1], kept)
+
+
+def gradients_of(encoder: nplora.Encoder, states: Any, saved: Any, dy: Any) -> list[Any]:
+    encoder.zero_grad()
+    encoder.backward(dy.astype(np.float32), saved)
+    return [parameter.grad.copy() for parameter in encoder.parameters()]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("layers", [None, "first:1", "last:1"])
+@pytest.mark.parametrize("mode", ["cls", "last"])
+def test_the_last_block_computes_only_the_tokens_that_are_read(
+    mode: str, layers: str | None, recompute: bool, tmp_path: Path
+) -> None:
+    """States and gradients are those of all tokens, of which the head then reads one in each text."""
+    encoder = nplora.load_encoder(save_small_encoder(tmp_path / "model"), pooling="mean")
+    encoder.add_lora(rank=2, init="gaussian", layers=layers)
+    encoder.model.recompute = recompute
+    ids = [[2, 5, 3], [2, 3], [2, 7, 8, 9, 3]]
+    read = np.array([0, 3, 5] if mode == "cls" else [2, 4, 9])
+    states, saved = encoder.forward_for(Pooling(mode), ids)
+    dy = np.random.default_rng(0).standard_normal(states.shape)
+    found = gradients_of(encoder, states, saved, dy)
+    every, saved = encoder.forward(ids)
+    np.testing.assert_allclose(states, every[read], rtol=0, atol=1e-5)
+    whole = np.zeros(every.shape)
+    whole[read] = dy
+    for mine, wanted in zip(found, gradients_of(encoder, every, saved, whole), strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
+    inferred = [rows for rows, _ in encoder.packed_states("test", ids, 2, Pooling(mode))]
+    np.testing.assert_allclose(np.concatenate(inferred), every[read], rtol=0, atol=1e-5)
+
+
+def test_without_an_adapter_only_the_tokens_that_are_read_come_back(tmp_path: Path) -> None:
+    encoder = nplora.load_encoder(save_small_encoder(tmp_path / "model"), pooling="cls")
+    ids = [[2, 5, 3], [2, 7, 8, 9, 3]]
+    every = encoder.forward(ids)[0]
+    np.testing.assert_allclose(encoder.forward_for(encoder.pooling, ids)[0], every[[0, 3]], atol=1e-5)
+    np.testing.assert_allclose(encoder.embed_ids(ids, normalize=False), every[[0, 3]], atol=1e-5)

@@ -30,6 +30,13 @@ HELP = (
 
 _SHARED = ("columns", "separator", "skip_bad", "compute")  # options that not only train has
 
+_NOT_OF_TRAIN = {
+    "adapter": "eval and predict",
+    "any_base": "eval and predict",
+    "json": "eval",
+    "plot": "eval",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import ClassifyOptions
@@ -44,13 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--valid", metavar="FILE", type=path, help=text)
     text = (
         "of train: directory for the adapter, the checkpoints and log.jsonl; of predict: new file for the "
-        "rows with their predictions, .csv or .jsonl (default: JSON lines on stdout)"
+        "rows with their predictions, .csv or .jsonl (default: JSON lines on stdout), or for the "
+        "probabilities alone, .npy"
     )
     parser.add_argument("--output", metavar="PATH", type=path, help=text)
     text = "adapter of eval and predict: PEFT directory (default: the head in the files of the model)"
     parser.add_argument("--adapter", metavar="DIR", type=adapter_path, help=text)
     add_any_base(parser)
     parser.add_argument("--json", action="store_true", help="print the report of eval as JSON")
+    text = "new PNG file for the plot of eval: the confusion matrix, and the scores of each label"
+    parser.add_argument("--plot", metavar="FILE", type=path, help=text)
     add_options(parser, ClassifyOptions)
 
 
@@ -60,9 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
     options = given_options(arguments, ClassifyOptions)
     options = {name: value for name, value in options.items() if value is not False}
     if arguments.what == "train":
-        for name in ("adapter", "any_base", "json"):
+        for name, owner in _NOT_OF_TRAIN.items():
             if getattr(arguments, name):
-                raise UsageError(f"classify train: --{name.replace('_', '-')} is for eval and predict")
+                raise UsageError(f"classify train: --{name.replace('_', '-')} is for {owner}")
         if arguments.output is None:
             raise UsageError("classify train: --output DIR is missing")
         checked(ClassifyOptions, options)
@@ -92,12 +102,17 @@ def _train(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 
 def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     from nplora import finetuning
+    from nplora.formats import files
 
     if arguments.output is not None:
         raise UsageError("classify eval: --output is for train and predict")
+    if arguments.plot is not None:
+        files.require_new(arguments.plot, overwrite=False)
     classifier = _loaded(arguments, options)
     report = finetuning.evaluate_classifier(classifier, given_data(arguments.data), progress=True, **options)
     print(json.dumps(report.as_json(), allow_nan=False) if arguments.json else report, flush=True)
+    if arguments.plot is not None:
+        report.plot(arguments.plot)
 
 
 def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -105,12 +120,17 @@ def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 
     if arguments.json:
         raise UsageError("classify predict: --json is for eval; predictions are JSON lines anyway")
+    if arguments.plot is not None:
+        raise UsageError("classify predict: --plot is for eval")
     with _opened(arguments.output) as stream:
         classifier = _loaded(arguments, options)
         data = given_data(arguments.data)
         rows = finetuning.predict_rows(classifier, data, progress=arguments.output is not None, **options)
-        is_table = arguments.output is not None and arguments.output.lower().endswith(".csv")
-        (_write_table if is_table else _write_lines)(stream, rows)
+        suffix = ".jsonl" if arguments.output is None else os.path.splitext(arguments.output)[1].lower()
+        if suffix == ".npy":
+            _write_array(stream, rows)
+        else:
+            (_write_table if suffix == ".csv" else _write_lines)(stream, rows)
 
 
 def _loaded(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
@@ -126,9 +146,9 @@ def _opened(output: str | None) -> Iterator[TextIO]:
     if output is None:
         yield sys.stdout
         return
-    if not output.lower().endswith((".csv", ".jsonl")):
+    if not output.lower().endswith((".csv", ".jsonl", ".npy")):
         raise UsageError(
-            f"classify predict: --output is {output!r}, expected a name that ends in .csv or .jsonl"
+            f"classify predict: --output is {output!r}, expected a name that ends in .csv, .jsonl or .npy"
         )
     if os.path.lexists(output):
         raise FileExistsError(errno.EEXIST, "the file exists already; choose another for --output", output)
@@ -139,6 +159,16 @@ def _opened(output: str | None) -> Iterator[TextIO]:
         except BaseException:
             os.unlink(output)
             raise
+
+
+def _write_array(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
+    """Write the probabilities, float64 (texts, labels), or the numbers of a regression (texts, 1)."""
+    import numpy as np
+
+    values = [
+        list(row["probabilities"].values()) if "probabilities" in row else [row["prediction"]] for row in rows
+    ]
+    np.save(stream.buffer, np.array(values, np.float64), allow_pickle=False)  # type: ignore[attr-defined]
 
 
 def _write_lines(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:

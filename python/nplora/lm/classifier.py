@@ -162,7 +162,7 @@ class TextClassifier(Module):
             _check.integer("logits", "batch_size", batch_size, least=1)
         made = [np.empty((0, len(self.labels)), np.float32)]
         with inference():
-            for states, starts in self.encoder.packed_states("logits", ids, batch_size):
+            for states, starts in self.encoder.packed_states("logits", ids, batch_size, self.head.pooling):
                 made.append(self.head.run(states, starts)[0])
         return np.concatenate(made)
 
@@ -236,8 +236,8 @@ class TextClassifier(Module):
         >>> logits.shape
         (2, 2)
         """
-        states, encoder = self.encoder.forward(x)
-        logits, head = self.head.run(states, encoder.decoder.positions.starts)
+        states, encoder = self.encoder.forward_for(self.head.pooling, x)
+        logits, head = self.head.run(states, encoder.starts)
         return logits, ClassifierSaved(encoder, head, logits.shape, layer=self)
 
     def backward(self, dy: Array, saved: ClassifierSaved, need_dx: bool = True) -> Gradient:

@@ -38,9 +38,13 @@ MOST_TOKENS = 4096
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EncoderSaved(Saved):
-    """The values that `Encoder.backward` needs. `backward` frees these values when it uses them."""
+    """The values that `Encoder.backward` needs. `backward` frees these values when it uses them.
+
+    `starts` is the start of each text among the rows of `x`, which holds the tokens that are needed.
+    """
 
     x: Array
+    starts: Array
     decoder: DecoderSaved
     pooling: PoolingSaved | None
     unused: list[None]  # empty once a backward pass has begun
@@ -344,7 +348,7 @@ class Encoder(Module):
         if batch_size is not None:
             _check.integer("embed", "batch_size", batch_size, least=1)
         made = [np.empty((0, self.dim), np.float32)]
-        for states, starts in self.packed_states("embed", ids, batch_size):
+        for states, starts in self.packed_states("embed", ids, batch_size, self.pooling):
             with inference():
                 made.append(self.pooling.pool(states, starts, normalize))
         return np.concatenate(made)
@@ -363,10 +367,30 @@ class Encoder(Module):
         Raises:
             TypeError, ValueError, CorruptError: as in `hidden_states`.
         """
+        return self.forward_for(None, ids)
+
+    def forward_for(self, pooling: Pooling | None, ids: Ids) -> tuple[Array, EncoderSaved]:
+        """Like `forward`, but with only those tokens that a pooling reads. `starts` of the result has these.
+
+        >>> import nplora
+        >>> from nplora.lm.pooling import Pooling
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> states, saved = encoder.forward_for(Pooling("cls"), [[2, 5, 3], [2, 3]])
+        >>> len(states), saved.starts
+        (2, array([0, 1, 2]))
+        """
         packed, starts = self._packed("Encoder.forward", ids)
-        x, decoder = self.model.run(packed, packed_positions(starts))
+        rows, own = self._read_by(pooling, starts)
+        x, decoder = self.model.run(packed, packed_positions(starts), rows)
         self.require_unchanged()
-        return self.model.hidden_states(x), EncoderSaved(x, decoder, None, [None], layer=self)
+        return self.model.hidden_states(x), EncoderSaved(x, own, decoder, None, [None], layer=self)
+
+    def _read_by(self, pooling: Pooling | None, starts: Array) -> tuple[Array | None, Array]:
+        """The tokens that a pooling reads (None: all), and the start of each text among these tokens."""
+        one = pooling is not None and pooling.modes in (("cls",), ("last",))
+        if pooling is None or not one or not self.model.may_leave_out_rows():
+            return None, starts
+        return (starts[:-1] if pooling.modes == ("cls",) else starts[1:] - 1), np.arange(len(starts))
 
     def backward(self, dy: Array, saved: EncoderSaved, need_dx: bool = True) -> Gradient:
         """Add the gradients of the adapters. Return None, because token ids have no gradient.
@@ -402,8 +426,8 @@ class Encoder(Module):
         >>> vectors, saved = encoder.embed_forward([[2, 5, 3], [2, 5, 6, 3]])
         >>> encoder.embed_backward(vectors, saved)
         """
-        states, saved = self.forward(ids)
-        vectors, pooled = self.pooling.run(states, saved.decoder.positions.starts, normalize)
+        states, saved = self.forward_for(self.pooling, ids)
+        vectors, pooled = self.pooling.run(states, saved.starts, normalize)
         return vectors, dataclasses.replace(saved, pooling=pooled)
 
     def embed_backward(self, dy: Array, saved: EncoderSaved) -> None:
@@ -473,23 +497,23 @@ class Encoder(Module):
             yield packed[own[0] : own[-1]], own - own[0]
 
     def packed_states(
-        self, op: str, ids: Ids, batch_size: int | None = None
+        self, op: str, ids: Ids, batch_size: int | None = None, pooling: Pooling | None = None
     ) -> Iterator[tuple[Array, Array]]:
         """The hidden states of a few texts at a time, one text after the other, and the start of each text.
 
         Args:
             op: the name of the calling function, for messages.
             batch_size: the number of texts that are computed at once; None: as in `embed`.
+            pooling: what reads the states; only tokens that it reads are returned. None: all tokens.
         """
         packed, starts = self._packed(op, ids)
-        for rows, own in self._batches(packed, starts, MOST_TOKENS, batch_size):
-            yield self._infer(rows, own), own
-
-    def _infer(self, packed: Array, starts: Array) -> Array:
-        with inference():
-            states = self.model.hidden_states(self.model.infer(packed, packed_positions(starts)))
-        self.require_unchanged()
-        return states
+        for own_ids, own_starts in self._batches(packed, starts, MOST_TOKENS, batch_size):
+            rows, kept = self._read_by(pooling, own_starts)
+            with inference():
+                x = self.model.infer(own_ids, packed_positions(own_starts), rows)
+                states = self.model.hidden_states(x)
+            self.require_unchanged()
+            yield states, kept
 
     def _longest(self, op: str, max_length: int | None) -> int:
         most = self.config.max_position_embeddings

@@ -13,7 +13,7 @@ from nplora import _core
 from nplora.models.activation_storage import keeps_bits, narrowed, widened
 from nplora.models.footprint import BITS, FLOAT, Adapted, Footprint, stored
 from nplora.models.norms import piecewise_norm_backward, piecewise_norm_forward
-from nplora.models.positions import CachePositions, PackedPositions
+from nplora.models.positions import CachePositions, PackedPositions, scattered
 from nplora.models.relative_bias import RelativeBias
 from nplora.models.rope import Rope
 from nplora.nn import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
@@ -111,8 +111,14 @@ class Attention(Module):
     def _inputs(self) -> tuple[AnyLinear, ...]:
         return tuple(getattr(self, name) for name in self.reading)
 
-    def run(self, x: Array, positions: PackedPositions) -> tuple[Array, AttentionSaved]:
-        """Compute the output y (n, d) from the input x (n, d)."""
+    def run(
+        self, x: Array, positions: PackedPositions, rows: Array | None = None
+    ) -> tuple[Array, AttentionSaved]:
+        """Compute the output y (n, d) from the input x (n, d).
+
+        Args:
+            rows: int64 (m,), the different tokens whose outputs are needed; then y is (m, d). None: all.
+        """
         outputs, qkv = stack_forward(self._inputs, x)
         q, k, v = self._split(outputs)
         rotated_q, rotated_k = self._rotated(q, k, positions)
@@ -121,20 +127,34 @@ class Attention(Module):
             rotated_q, rotated_k, v, positions.starts, *self._heads, self._scale, self._window, out, lse,
             self._narrow, self._causal, self._bias_for(positions),
         )  # fmt: skip
-        (y,), o = stack_forward((self.o_proj,), out)
+        (y,), o = stack_forward((self.o_proj,), out if rows is None else out[rows])
         if self._narrow and not inferring():
             out = narrowed(out)
         return y, AttentionSaved(q, k, v, out, lse, qkv.with_x(None), o.with_x(None))
 
     def run_backward(
-        self, dy: Array, saved: AttentionSaved, x: Array | None, positions: PackedPositions, need_dx: bool
+        self,
+        dy: Array,
+        saved: AttentionSaved,
+        x: Array | None,
+        positions: PackedPositions,
+        need_dx: bool,
+        rows: Array | None = None,
     ) -> Gradient:
-        """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False."""
+        """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False.
+
+        Args:
+            rows: those of `run`.
+        """
         deeper = need_dx or any(layer.local_parameters() for layer in self._inputs)
         out = widened(saved.out) if self._narrow else saved.out
-        dout = stack_backward((self.o_proj,), [dy], saved.o.with_x(out), deeper)
+        read = out if rows is None else out[rows]
+        dout = stack_backward((self.o_proj,), [dy], saved.o.with_x(read), deeper)
         if not deeper:
             return None
+        if rows is not None:
+            assert dout is not None
+            dout = scattered(dout, rows, len(out))
         q, k = (saved.q, saved.k) if self.q_norm is None else self._rotated(saved.q, saved.k, positions)
         dq, dk, dv = buffers.empty_like(q), buffers.empty_like(k), buffers.empty_like(saved.v)
         _core.attention_backward(

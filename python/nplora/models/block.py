@@ -16,7 +16,7 @@ import numpy.typing as npt
 from nplora.models.activation_storage import keeps_bits, narrowed, widened
 from nplora.models.footprint import FLOAT, Adapted, Footprint, stored
 from nplora.models.norms import Norm, add_norm_forward, norm_backward, norm_forward
-from nplora.models.positions import CachePositions, PackedPositions
+from nplora.models.positions import CachePositions, PackedPositions, scattered
 from nplora.nn import Linear
 from nplora.nn.module import Gradient, Module, Saved, inferring
 from nplora.weights import buffers
@@ -54,6 +54,24 @@ class Mixer(Protocol):
         Args:
             narrow: whether the products compute in bfloat16.
         """
+
+
+class AttentionMixer(Mixer, Protocol):
+    """Attention, which is the first mixer of a block. It can leave out outputs that nobody needs."""
+
+    def run(self, x: Array, positions: PackedPositions, rows: Array | None = None) -> tuple[Array, Any]:
+        """Like `Mixer.run`. With `rows` (m,), y (m, d) has only the outputs of these tokens."""
+
+    def run_backward(
+        self,
+        dy: Array,
+        saved: Any,
+        x: Array | None,
+        positions: PackedPositions,
+        need_dx: bool,
+        rows: Array | None = None,
+    ) -> Gradient:
+        """Like `Mixer.run_backward`, with the rows of `run`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,13 +125,25 @@ class DecoderBlock(Module):
             setattr(self, name, module)
         self._halves, self._narrow = tuple(halves), narrow
 
-    def run(self, x: Array, positions: PackedPositions) -> tuple[Array, BlockSaved]:
-        """Return the output y (n, d), and the values that `run_backward` needs."""
+    def run(
+        self, x: Array, positions: PackedPositions, rows: Array | None = None
+    ) -> tuple[Array, BlockSaved]:
+        """Return the output y (n, d), and the values that `run_backward` needs.
+
+        Args:
+            rows: int64 (m,), the different tokens whose outputs are needed; then y is (m, d). None: all. The
+                first half-block reads all tokens. The MLP computes only these rows.
+        """
         saved = list[HalfSaved]()
         keep = narrowed if self._narrow and not inferring() else _unchanged
-        for half in self._halves:
-            y, mixed = self._mixer(half).run(self._read(half, x), positions)
-            before, normed = keep(x), None if half.after is None else keep(y)
+        for index, half in enumerate(self._halves):
+            read, before = self._read(half, x), keep(x)
+            if index == 0 and rows is not None:
+                y, mixed = self._attention.run(read, positions, rows)
+                x = x[rows]
+            else:
+                y, mixed = self._mixer(half).run(read, positions)
+            normed = None if half.after is None else keep(y)
             if half.outer is None:
                 x = self._added(half, y, x)
             else:
@@ -123,26 +153,43 @@ class DecoderBlock(Module):
         return x, BlockSaved(tuple(saved))
 
     def run_backward(
-        self, dy: Array, saved: BlockSaved, positions: PackedPositions, need_dx: bool
+        self,
+        dy: Array,
+        saved: BlockSaved,
+        positions: PackedPositions,
+        need_dx: bool,
+        rows: Array | None = None,
     ) -> Gradient:
         """Accumulate the gradients of the LoRA factors. Return dx, or None if `need_dx` is False.
 
-        The returned `dx` is in the memory of `dy`. The outputs of the norms were not stored, so they are
-        computed again if a gradient needs them.
+        `dy` is overwritten. Without `rows`, `dx` is in its memory. The outputs of the norms were not stored,
+        so they are computed again if a gradient needs them.
+
+        Args:
+            rows: those of `run`.
         """
         for index in reversed(range(len(self._halves))):
             half, kept = self._halves[index], saved.halves[index]
             lower = (self._mixer(other) for other in self._halves[:index])
             need = need_dx or any(bool(mixer.parameters()) for mixer in lower)  # type: ignore[attr-defined]
-            self._half_backward(half, dy, kept, positions, need)
+            dy = self._half_backward(half, dy, kept, positions, need, rows if index == 0 else None)
             if not need:
                 return None
         return dy
 
     def _half_backward(
-        self, half: Half, dy: Array, kept: HalfSaved, positions: PackedPositions, need_dx: bool
-    ) -> None:
-        """Accumulate the LoRA factors' gradients. If `need_dx`, overwrite `dy` with the input's gradient."""
+        self,
+        half: Half,
+        dy: Array,
+        kept: HalfSaved,
+        positions: PackedPositions,
+        need_dx: bool,
+        rows: Array | None,
+    ) -> Array:
+        """Accumulate the LoRA factors' gradients. If `need_dx`, return the input's gradient.
+
+        It is in the memory of `dy`, except with `rows`.
+        """
         widen = widened if self._narrow else _unchanged
         mixer, before, x = self._mixer(half), self._norm(half.before), widen(kept.x)
         normed = None if kept.y is None else widen(kept.y)
@@ -152,14 +199,20 @@ class DecoderBlock(Module):
             norm_backward(outer, dy, normed, dy)
         dmixed = self._added_backward(half, dy, normed)
         read = self._read(half, x) if mixer.reads_x else None
-        dread = mixer.run_backward(dmixed, kept.mixer, read, positions, need_dx)
+        if rows is None:
+            dread = mixer.run_backward(dmixed, kept.mixer, read, positions, need_dx)
+        else:
+            dread = self._attention.run_backward(dmixed, kept.mixer, read, positions, need_dx, rows)
         if not need_dx:
-            return
+            return dy
         assert dread is not None
+        if rows is not None:
+            dy = scattered(dy, rows, len(dread))
         if before is None:
             np.add(dy, dread, out=dy)
         else:
             norm_backward(before, dread, x, dy, accumulate=True)
+        return dy
 
     def run_cached(self, x: Array, positions: CachePositions, keys: Array, values: Array) -> Array:
         """Compute the output y (m, d) for the m newest tokens."""
@@ -193,6 +246,11 @@ class DecoderBlock(Module):
     def _width(self) -> int:
         norms = (self._norm(half.before or half.after or half.outer) for half in self._halves)
         return next(len(norm.weight) for norm in norms if norm is not None)
+
+    @property
+    def _attention(self) -> AttentionMixer:
+        attention: AttentionMixer = getattr(self, self._halves[0].mixer)
+        return attention
 
     def _mixer(self, half: Half) -> Mixer:
         mixer: Mixer = getattr(self, half.mixer)

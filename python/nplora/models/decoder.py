@@ -47,12 +47,14 @@ class BlockInput(Saved):
 class DecoderSaved(Saved):
     """The values that `run_backward` needs, for the lowest adapted block and all blocks above it.
 
-    `run_backward` begins with the last block, and removes a block's values when it uses them.
+    `run_backward` begins with the last block, and removes a block's values when it uses them. `rows` are the
+    tokens whose outputs were computed; None: all.
     """
 
     positions: PackedPositions
     embedding: Any
     blocks: list[BlockSaved | BlockInput]
+    rows: Array | None = None
 
 
 class Decoder(Module):
@@ -98,19 +100,29 @@ class Decoder(Module):
     def checkpoint_blocks(self, on: bool) -> None:
         self.recompute = on
 
-    def infer(self, ids: Array, positions: PackedPositions) -> Array:
-        """Compute the residual stream (n, d) after the last block. Call this method in `with inference()`."""
-        first = self.first_adapted()
+    def infer(self, ids: Array, positions: PackedPositions, rows: Array | None = None) -> Array:
+        """Compute the residual stream (n, d) after the last block. Call this method in `with inference()`.
+
+        Args:
+            rows: int64 (m,), the different tokens that are needed; then the result is (m, d). None: all.
+        """
+        first = self.first_adapted() if rows is None else min(self.first_adapted(), len(self.layers) - 1)
         x = self._run_frozen(first, ids, positions)[0]
         with self._activated(ids, positions):
-            return _run_through(self.layers[first:], x, positions)
+            return _run_through(self.layers[first:], x, positions, rows)
+
+    def may_leave_out_rows(self) -> bool:
+        """Whether `run` and `infer` can have `rows`: no adapter acts on some rows only."""
+        return invocation_of(self) is None and row_groups() is None
 
     def _activated(self, ids: Array, positions: PackedPositions) -> AbstractContextManager[None]:
         """A context in which an activated LoRA acts only from its invocation tokens on."""
         invocation = invocation_of(self)
         return only_active(None if invocation is None else active_in(ids, positions.starts, invocation))
 
-    def run(self, ids: Array, positions: PackedPositions) -> tuple[Array, DecoderSaved]:
+    def run(
+        self, ids: Array, positions: PackedPositions, rows: Array | None = None
+    ) -> tuple[Array, DecoderSaved]:
         """Like `infer`, but for training: also return the values that `run_backward` needs."""
         first = self.first_adapted()
         x, embedding = self._run_frozen(first, ids, positions)
@@ -118,23 +130,26 @@ class Decoder(Module):
         with self._activated(ids, positions):
             for block in self.layers[first:]:
                 give_way()
+                needed = rows if block is self.layers[-1] else None
                 if self.recompute:
                     blocks.append(BlockInput(x, block.random_state(), copy_context()))
-                    x = block.run(x, positions)[0]
+                    x = block.run(x, positions, needed)[0]
                 else:
-                    x, saved = block.run(x, positions)
+                    x, saved = block.run(x, positions, needed)
                     blocks.append(saved)
-        return x, DecoderSaved(positions, embedding, blocks)
+        if rows is not None and not blocks:
+            x = x[rows]
+        return x, DecoderSaved(positions, embedding, blocks, rows)
 
     def run_backward(self, dx: Array, saved: DecoderSaved) -> None:
         """Accumulate the gradients of all LoRA factors. The stream's gradient `dx` (n, d) is overwritten."""
         whole = bool(self.embed_tokens.local_parameters())
         for block in reversed(self.layers[len(self.layers) - len(saved.blocks) :]):
             give_way()
-            kept = saved.blocks.pop()
+            kept, rows = saved.blocks.pop(), saved.rows if block is self.layers[-1] else None
             if isinstance(kept, BlockInput):
-                kept = kept.context.run(_recomputed, block, kept, saved.positions)
-            dx = block.run_backward(dx, kept, saved.positions, need_dx=whole or bool(saved.blocks))
+                kept = kept.context.run(_recomputed, block, kept, saved.positions, rows)
+            dx = block.run_backward(dx, kept, saved.positions, whole or bool(saved.blocks), rows)
         if whole:
             self._embedded_backward(dx, saved.embedding)
 
@@ -201,17 +216,21 @@ class Decoder(Module):
         return next(adapted, len(self.layers))
 
 
-def _run_through(blocks: list[DecoderBlock], x: Array, positions: PackedPositions) -> Array:
-    for block in blocks:
+def _run_through(
+    blocks: list[DecoderBlock], x: Array, positions: PackedPositions, rows: Array | None = None
+) -> Array:
+    for index, block in enumerate(blocks, 1):
         give_way()
-        x = block.run(x, positions)[0]
+        x = block.run(x, positions, rows if index == len(blocks) else None)[0]
     return x
 
 
-def _recomputed(block: DecoderBlock, kept: BlockInput, positions: PackedPositions) -> BlockSaved:
+def _recomputed(
+    block: DecoderBlock, kept: BlockInput, positions: PackedPositions, rows: Array | None
+) -> BlockSaved:
     """Run the block's forward pass again, with the dropout masks of the first run."""
     now = block.random_state()
     block.set_random_state(kept.streams)
-    saved = block.run(kept.x, positions)[1]
+    saved = block.run(kept.x, positions, rows)[1]
     block.set_random_state(now)
     return saved

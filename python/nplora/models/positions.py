@@ -58,6 +58,13 @@ class CachePositions:
         return self.limits
 
 
+def scattered(y: Array, rows: Array, count: int) -> Array:
+    """An array (count, d) with y (m, d) in its rows `rows`, and zeros in the others."""
+    whole = np.zeros((count, y.shape[1]), y.dtype)
+    whole[rows] = y
+    return whole
+
+
 def packed_positions(starts: Array) -> PackedPositions:
     """The positions of sequences that begin at `starts`."""
     counts = np.diff(starts)

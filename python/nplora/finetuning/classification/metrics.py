@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from nplora.finetuning.classification.picture import draw
+from nplora.formats import files
 from nplora.formats.errors import counted
+from nplora.formats.files import StrPath
 from nplora.lm.classifier import probabilities
 
 Array = npt.NDArray[Any]
@@ -91,6 +95,38 @@ class ClassificationReport:
         if self.confusion is not None:
             found["confusion"] = self.confusion.tolist()
         return found
+
+    def plot(self, output: StrPath, overwrite: bool = False) -> Path:
+        """Draw the confusion matrix and the scores of each label in a PNG file.
+
+            >>> logits, truth = np.array([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), np.array([0, 1, 1])
+            >>> report = nplora.finetuning.ClassificationReport.of("single", ["a", "b"], logits, truth)
+            >>> report.plot("confusion.png", overwrite=True)
+            PosixPath('confusion.png')
+
+        Args:
+            output: the path of the PNG.
+            overwrite: replace an existing file.
+        Raises:
+            ModuleNotFoundError: matplotlib, from the extra [plot], is not installed.
+            ValueError: the report is of a regression, or the name of the output does not end in .png.
+            FileExistsError: the output exists, and `overwrite` is not set.
+            OSError: the file cannot be written.
+        """
+        path = Path(output)
+        if not self.scores:
+            raise ValueError("plot: the task is a regression, which has no labels to draw")
+        if files.suffix(path) != ".png":
+            raise ValueError(f"plot: the output is {files.name(path)}, expected a name that ends in .png")
+        files.require_new(path, overwrite)
+        scores = {
+            "precision": [score.precision for score in self.scores.values()],
+            "recall": [score.recall for score in self.scores.values()],
+            "F1": [score.f1 for score in self.scores.values()],
+        }
+        picture = draw(self.labels, scores, self.confusion)
+        files.replace([files.NewFile(path, len(picture), [picture])])
+        return path
 
     def __str__(self) -> str:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in self.values.items())

@@ -14,7 +14,7 @@ from nplora.lm.adapting import parse_blocks, target_names
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
 from nplora.trainer.fit_config import KEEP
-from nplora.weights import COMPUTES
+from nplora.weights import FLOAT_COMPUTES
 
 CLASS_WEIGHTS = ("none", "balanced")
 
@@ -96,8 +96,8 @@ class ClassifyOptions:
     compute: str = _option(
         "memory and speed",
         "float32",
-        "arithmetic of the products with frozen weights: float32, bfloat16 or int8",
-        choices=tuple(COMPUTES),
+        "arithmetic of the products with frozen weights: float32 or bfloat16",
+        choices=FLOAT_COMPUTES,
     )
     save_every: int = _same("save_every")
     save_minutes: float = _same("save_minutes")
@@ -122,7 +122,7 @@ class ClassifyOptions:
                 raise ValueError(f"{op}: {one} and {other} are both given, expected only one of them")
         for name, words in (
             ("task", TASKS), ("class_weights", CLASS_WEIGHTS), ("schedule", SCHEDULES), ("keep", KEEP),
-            ("init", LoRALinear.inits), ("compute", COMPUTES),
+            ("init", LoRALinear.inits), ("compute", FLOAT_COMPUTES),
         ):  # fmt: skip
             _check.choice(op, name, getattr(self, name), words)
         if self.class_weights == "balanced" and self.task != "single":

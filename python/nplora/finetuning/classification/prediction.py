@@ -94,7 +94,8 @@ def predict_rows(
         (['id', 'text', 'prediction', 'probability', 'probabilities'], ['order', 'refund'])
 
     Args:
-        data: rows with a text. Rows are read when they are needed.
+        data: rows with a text, or a .txt file, each line of which is a text. Rows are read when they are
+            needed.
         columns: the name of the field with the text, as in text=review.
         skip_bad: leave out rows without a text, and say at the end how many there were.
         progress: as in `evaluate_classifier`.
@@ -113,7 +114,7 @@ def _predicted(
     predictor: _Predictor, sources: Iterable[Source], column: str, skip_bad: bool, progress: bool | None
 ) -> Iterator[dict[str, Any]]:
     held, texts, bad, done = list[Row](), list[str](), BadRows(), _Done(progress)
-    for row in rows_of(sources):
+    for row in _rows(sources, column):
         try:
             texts.append(text_of(row, column))
         except (DataError, LimitError) as error:
@@ -128,6 +129,21 @@ def _predicted(
     predictor.warn()
     if bad.count:
         warn_user(f"predict_rows: {bad.reason()}")
+
+
+def _rows(sources: Iterable[Source], column: str) -> Iterator[Row]:
+    """The rows of all sources. Each line of a plain text is a row."""
+    for source in sources:
+        if not source.is_text:
+            yield from rows_of([source])
+            continue
+        number = 0
+        for part in source.read():
+            if part.error is not None:
+                raise part.error
+            for line in str(part.values["text"]).removesuffix("\n").split("\n"):
+                number += 1
+                yield Row(f"{source.name}, line {number}", {column: line})
 
 
 class _Done:

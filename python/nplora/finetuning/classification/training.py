@@ -199,7 +199,7 @@ def train_classifier(
             stopping).
         keep: adapter that is saved if there are validation data: best (of the lowest validation loss) or
             last.
-        compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8.
+        compute: arithmetic of the products with frozen weights: float32 or bfloat16.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         resume: continue the run in the output directory; the results are bit for bit the same as without a

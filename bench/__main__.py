@@ -14,6 +14,7 @@ import numpy as np
 
 from bench import (
     bench_adamw,
+    bench_classify,
     bench_dpo,
     bench_embed,
     bench_import,
@@ -45,6 +46,7 @@ NAMES = (
     "train",
     "dpo",
     "embed",
+    "classify",
     "plan",
     "threads",
     "import",
@@ -101,6 +103,8 @@ def measure(name: str, quick: bool, threads: list[int], formats: list[str] | Non
             return {name: bench_dpo.run(quick, threads[-1])}
         case "embed":
             return {name: bench_embed.run(quick, threads[-1])}
+        case "classify":
+            return {name: bench_classify.run(quick, threads[-1])}
         case "plan":
             return {name: bench_plan.run(quick, threads[-1])}
         case "threads":

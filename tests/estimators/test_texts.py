@@ -137,3 +137,36 @@ def test_a_missing_model_is_said(model: Path) -> None:
 def test_long_texts_are_cut_with_a_warning(model: Path) -> None:
     with pytest.warns(UserWarning, match="1 text had more than 6 tokens and were cut"):
         LoRATextClassifier(model, max_length=6, **FAST).fit(["a", "b", "a cat and the dog sat"], [0, 1, 1])
+
+
+@pytest.mark.parametrize("kind", [LoRATextClassifier, LoRATextRegressor, TextEmbedder])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cloneable", "get_tags_default_keys", "repr", "tags_renamed", "valid_tag_types",
+        "no_attributes_set_in_init", "get_params_invariance", "set_params",
+        "do_not_raise_errors_in_init_or_set_param", "parameters_default_constructible",
+    ],
+)  # fmt: skip
+def test_scikit_learn_s_checks_without_data_pass(kind: Any, name: str) -> None:
+    """`check_estimator` itself stops after the first of these, as its data are numbers and not texts."""
+    checks = pytest.importorskip("sklearn.utils.estimator_checks")
+    names = (f"check_estimator_{name}", f"check_{name}")
+    check = next(getattr(checks, each) for each in names if hasattr(checks, each))
+    check(kind.__name__, kind("model"))
+
+
+def test_a_second_fit_starts_anew_and_predictions_change_nothing(model: Path) -> None:
+    """What `check_estimator` would ask, with texts."""
+    estimator = LoRATextClassifier(model, **FAST)
+    given = estimator.get_params()
+    first = estimator.fit(X, Y).decision_function(X)
+    before = {name: value for name, value in vars(estimator).items() if name not in ("model_", "_encoder")}
+    estimator.predict_proba(X)
+    now = vars(estimator)
+    assert all(now[name] is value for name, value in before.items())
+    np.testing.assert_array_equal(estimator.fit(X, Y).decision_function(X), first)
+    assert estimator.get_params() == given
+    np.testing.assert_array_equal(
+        np.concatenate([estimator.predict(X[i : i + 1]) for i in range(4)]), estimator.predict(X[:4])
+    )

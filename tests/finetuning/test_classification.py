@@ -17,7 +17,7 @@ from nplora.finetuning import (
     train_classifier,
 )
 from nplora.finetuning.classification.calibration import temperature
-from nplora.formats.errors import DataError
+from nplora.formats.errors import DataError, FormatError
 from nplora.trainer import Callback, Run, StepRecord
 from small_encoder import WORDS, save_small_encoder
 
@@ -211,6 +211,21 @@ def test_bad_rows_are_skipped_and_counted_on_request(model: Path, tmp_path: Path
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClassifyOptions(**options)
+
+
+def test_the_tokenizer_of_another_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    path = save_small_encoder(tmp_path / "model")
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["elephant"] = len(WORDS)
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rows = [ROW, {"text": "an elephant", "label": "zoo"}]
+    with pytest.raises(FormatError, match="the tokenizer has a token 31, but the model's vocabulary has 31"):
+        train_classifier(path, rows, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    classifier = nplora.new_classifier(nplora.load_encoder(path), ["pet", "zoo"])
+    for use in (classifier.predict, classifier.encoder.embed):
+        with pytest.raises(FormatError, match="expected the tokenizer of this model"):
+            use(["an elephant"])
 
 
 def test_calibration_needs_validation_data(model: Path, tmp_path: Path) -> None:

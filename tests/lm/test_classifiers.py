@@ -209,6 +209,10 @@ def test_the_last_block_computes_only_the_tokens_that_are_read(
     """States and gradients are those of all tokens, of which the head then reads one in each text."""
     encoder = nplora.load_encoder(save_small_encoder(tmp_path / "model"), pooling="mean")
     encoder.add_lora(rank=2, init="gaussian", layers=layers)
+    for parameter in encoder.parameters():
+        parameter.value[...] *= np.float32(
+            0.3
+        )  # large factors make attention so sharp that rounding is magnified
     encoder.model.recompute = recompute
     ids = [[2, 5, 3], [2, 3], [2, 7, 8, 9, 3]]
     read = np.array([0, 3, 5] if mode == "cls" else [2, 4, 9])
@@ -216,13 +220,13 @@ def test_the_last_block_computes_only_the_tokens_that_are_read(
     dy = np.random.default_rng(0).standard_normal(states.shape)
     found = gradients_of(encoder, states, saved, dy)
     every, saved = encoder.forward(ids)
-    np.testing.assert_allclose(states, every[read], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(states, every[read], rtol=0, atol=2e-5)
     whole = np.zeros(every.shape)
     whole[read] = dy
     for mine, wanted in zip(found, gradients_of(encoder, every, saved, whole), strict=True):
-        np.testing.assert_allclose(mine, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
+        np.testing.assert_allclose(mine, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
     inferred = [rows for rows, _ in encoder.packed_states("test", ids, 2, Pooling(mode))]
-    np.testing.assert_allclose(np.concatenate(inferred), every[read], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(inferred), every[read], rtol=0, atol=2e-5)
 
 
 def test_without_an_adapter_only_the_tokens_that_are_read_come_back(tmp_path: Path) -> None:

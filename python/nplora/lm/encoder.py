@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.formats.errors import UnsupportedError, counted
+from nplora.formats.errors import FormatError, UnsupportedError, counted
 from nplora.formats.files import Stamp
 from nplora.formats.model_directory import CONFIG
 from nplora.lm import adapting
@@ -257,7 +257,7 @@ class Encoder(Module):
             UserWarning: texts were longer, and were cut; the message says how many.
         """
         longest = self._longest("encode", max_length)
-        ids, shortened = self.tokenizer.encode_texts(_texts("encode", texts), longest)
+        ids, shortened = self.token_ids(_texts("encode", texts), longest)
         if shortened:
             warnings.warn(
                 f"encode: {shortened:,} of {counted(len(ids), 'text')} are longer than {longest} tokens, and "
@@ -265,6 +265,25 @@ class Encoder(Module):
                 stacklevel=3,
             )
         return ids
+
+    def token_ids(self, texts: list[str], longest: int) -> tuple[list[list[int]], int]:
+        """The token ids of each text, cut to `longest` tokens, and how many texts were cut.
+
+            >>> import nplora
+            >>> nplora.load_encoder("encoder-model").token_ids(["a cat", "a"], 3)[1]
+            1
+
+        Raises:
+            FormatError: the tokenizer has tokens that the model does not have.
+        """
+        ids, cut = self.tokenizer.encode_texts(texts, longest)
+        largest = max((max(text) for text in ids if text), default=0)
+        if largest >= self.config.vocab_size:
+            raise FormatError(
+                f"{self.source}: the tokenizer has a token {largest:,}, but the model's vocabulary has "
+                f"{self.config.vocab_size:,} tokens; expected the tokenizer of this model"
+            )
+        return ids, cut
 
     def hidden_states(self, ids: Ids) -> list[Array]:
         """The hidden states of each text's tokens, after the last norm.

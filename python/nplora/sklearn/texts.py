@@ -123,7 +123,7 @@ class TextEstimator(LoRAEstimator):
         if self.max_length is not None:
             most = self._encoder.config.max_position_embeddings
             longest = min(_check.integer(op, "max_length", self.max_length, least=1), most)
-        ids, cut = self._encoder.tokenizer.encode_texts(texts, longest)
+        ids, cut = self._encoder.token_ids(texts, longest)
         if cut:
             warn_user(f"{op}: {counted(cut, 'text')} had more than {longest} tokens and were cut")
         return ids

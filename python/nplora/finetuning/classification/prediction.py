@@ -170,7 +170,7 @@ class _Predictor:
 
     def logits(self, texts: list[str]) -> Array:
         encoder = self._classifier.encoder
-        ids, cut = encoder.tokenizer.encode_texts(texts, encoder.max_length)
+        ids, cut = encoder.token_ids(texts, encoder.max_length)
         self._cut += cut
         self._empty += sum(not text.strip() for text in texts)
         return self._classifier.logits_of_ids(ids)

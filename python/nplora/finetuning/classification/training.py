@@ -255,7 +255,6 @@ class _Training:
         if isinstance(model, Encoder) and model.adapter_layers():
             raise ValueError(f"{op}: the encoder has an adapter already, expected one without")
         self._require_not_read(encoder, [*splits.train, *(held_out or [])])
-        require_free_directory(output, options.resume, options.overwrite)
         if options.max_length is not None:
             encoder.max_length = min(options.max_length, encoder.config.max_position_embeddings)
         self.classifier = new_classifier(encoder, labels, options.task, seed=options.seed)
@@ -263,6 +262,7 @@ class _Training:
         self.train_ids = self._encoded(self.train)
         self.valid_ids = None if self.valid is None else self._encoded(self.valid)
         self.base = os.fspath(encoder.source if isinstance(model, Encoder) else model)
+        require_free_directory(output, options.resume, options.overwrite)
 
     def _read(
         self, sources: Sequence[Source], held_out: Sequence[Source] | None
@@ -295,7 +295,7 @@ class _Training:
 
     def _encoded(self, rows: LabelledTexts) -> list[list[int]]:
         encoder = self.classifier.encoder
-        ids, cut = encoder.tokenizer.encode_texts(rows.texts, encoder.max_length)
+        ids, cut = encoder.token_ids(rows.texts, encoder.max_length)
         self.cut += cut
         return ids
 

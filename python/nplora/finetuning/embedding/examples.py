@@ -287,7 +287,7 @@ class _Collected:
         return self._numbers.setdefault(self._prompts[field] + text, len(self._numbers))
 
     def examples(self, name: str, encoder: Encoder, longest: int, bad: BadRows) -> TextExamples:
-        ids, cut = encoder.tokenizer.encode_texts(list(self._numbers), longest)
+        ids, cut = encoder.token_ids(list(self._numbers), longest)
         starts = np.cumsum([0, *map(len, ids)], dtype=np.int64)
         tokens = np.concatenate([np.asarray(each, np.int32) for each in ids])
         report = TextReport(

@@ -116,7 +116,7 @@ def embed_file(
     if max_length is not None:
         longest = _check.integer(op, "max_length", max_length, 1, encoder.config.max_position_embeddings)
     before = encoder.prompt_text(prompt, prompt_name)
-    ids, cut = encoder.tokenizer.encode_texts([before + text for text in texts], longest)
+    ids, cut = encoder.token_ids([before + text for text in texts], longest)
     vectors = _embedded(encoder, ids, batch_size, normalize, speaker(progress))
     files.replace([_new_file(output, texts, vectors)])
     return Embedded(Path(output), len(texts), encoder.dim, cut, longest)

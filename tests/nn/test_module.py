@@ -517,3 +517,11 @@ def test_a_users_module_can_say_its_bytes() -> None:
     net = Net()
     x = np.ones((3, 6), np.float32)
     assert nplora.saved_nbytes(net.forward(x)[1]) == 2 * x.nbytes + 2 * 3 * 2 * 4
+
+
+def test_the_children_may_be_listed_while_a_layer_gets_an_attribute() -> None:
+    """Inference in one thread keeps prepared objects in the layers that another thread copies."""
+    net = nplora.Sequential(nplora.ReLU())
+    for number, _ in enumerate(net.named_children()):
+        setattr(net, f"new{number}", number)
+    assert len(list(net.named_children())) == 1

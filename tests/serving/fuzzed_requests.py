@@ -23,7 +23,7 @@ import nplora
 from nplora.serving import run
 from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models
-from nplora.serving.api.service import Service
+from nplora.serving.api.service import TextService
 from nplora.serving.options import ServeOptions
 
 CHAT = [
@@ -272,7 +272,7 @@ def run_fuzzer(directory: Path, seed: int, count: int, seconds: float) -> Counte
         assert jobs is not None
         file = jobs.create_file(b'{"prompt": "a", "completion": "b"}\n' * 4, "rows.jsonl")
         job = jobs.create_job({"model": "base", "training_file": file["id"]})
-        service = Service(engine, models, jobs, directory, most_tokens=16, max_body=1 << 20)
+        service = TextService(engine, models, jobs, directory, most_tokens=16, max_body=1 << 20)
         names = {"FILE": file["id"], "JOB": job["id"]}
         return asyncio.run(fuzz(Application(service), seed, count, seconds, names))
 

@@ -15,7 +15,7 @@ import nplora
 from nplora.serving.api import http_server
 from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models
-from nplora.serving.api.service import Service
+from nplora.serving.api.service import TextService
 from small_llama import save_small_llama
 
 CONTEXT = 512
@@ -56,7 +56,7 @@ def application(directory: Path, **options: Any) -> Application:
         models.load(f"adapter{number}", path)
     engine = options.pop("engine", StandInEngine)(lm)
     outer = {name: options.pop(name) for name in ("keys", "origins", "hosts") if name in options}
-    return Application(Service(engine, models, **options), **outer)
+    return Application(TextService(engine, models, **options), **outer)
 
 
 @contextlib.contextmanager

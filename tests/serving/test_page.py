@@ -392,7 +392,7 @@ def real_server(tmp_path: Path) -> Iterator[str]:
     from nplora.serving import run
     from nplora.serving.api.app import Application
     from nplora.serving.api.models import Models
-    from nplora.serving.api.service import Service
+    from nplora.serving.api.service import TextService
     from nplora.serving.options import ServeOptions
 
     lm = nplora.load_model(live_server.save_model(tmp_path))
@@ -400,7 +400,7 @@ def real_server(tmp_path: Path) -> Iterator[str]:
     options = ServeOptions(jobs=str(tmp_path / "jobs"), memory="1G")
     with (
         run.running(lm, models, options) as (engine, jobs),
-        live_server.running(Application(Service(engine, models, jobs))) as url,
+        live_server.running(Application(TextService(engine, models, jobs))) as url,
     ):
         yield url
 

@@ -16,7 +16,7 @@ from nplora.finetuning.planning import current_memory
 from nplora.serving import run
 from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models
-from nplora.serving.api.service import Service
+from nplora.serving.api.service import TextService
 from nplora.serving.jobs import FineTuning
 from nplora.serving.options import ServeOptions
 
@@ -38,7 +38,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     models = Models(lm, "base")
     options = ServeOptions(jobs=str(directory / "jobs"), memory="8G")
     with run.running(lm, models, options) as (engine, jobs):
-        app = Application(Service(engine, models, jobs, max_file=100_000))
+        app = Application(TextService(engine, models, jobs, max_file=100_000))
         with (
             live_server.running(app) as url,
             openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as made,

@@ -7,7 +7,7 @@ import os
 from nplora.cli.adapter_names import named_adapters
 from nplora.cli.parser import add_any_base, add_compute, add_model, add_options, checked, given_options, path
 
-HELP = "Serve a model and its adapters with OpenAI's API, and fine-tune in the same process."
+HELP = "Serve a model or an encoder and its adapters with OpenAI's API, and fine-tune in the same process."
 
 _KEY = "NPLORA_API_KEY"
 
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from nplora.lm import load_model
+    from nplora.lm import Encoder, LanguageModel, load_encoder, load_model
+    from nplora.lm.encoder_loading import is_encoder
     from nplora.serving import run as serving
     from nplora.serving.api.http_server import bind
     from nplora.serving.options import ServeOptions
@@ -36,8 +37,13 @@ def run(arguments: argparse.Namespace) -> None:
     adapters = list(named_adapters(arguments.adapter).items())
     serving.require_packages()
     with bind(options.host, options.port) as listener:
-        lm = load_model(arguments.model, arguments.compute)
-        serving.serve(lm, options, adapters, any_base=arguments.any_base, listener=listener, report=_print)
+        if options.embeddings or options.pooling is not None or is_encoder(arguments.model):
+            model: LanguageModel | Encoder = load_encoder(
+                arguments.model, arguments.compute, pooling=options.pooling
+            )
+        else:
+            model = load_model(arguments.model, arguments.compute)
+        serving.serve(model, options, adapters, any_base=arguments.any_base, listener=listener, report=_print)
 
 
 def _print(text: str) -> None:

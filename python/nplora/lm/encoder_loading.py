@@ -81,6 +81,33 @@ def load_encoder(
     return _encoder(read(path, compute, mmap, check), pooling)
 
 
+def is_encoder(path: StrPath) -> bool:
+    """Whether a model's files say that it makes embeddings or classes, and does not generate text.
+
+    >>> import nplora
+    >>> from nplora.lm.encoder_loading import is_encoder
+    >>> is_encoder("encoder-model"), is_encoder("model.gguf")
+    (True, False)
+
+    Raises:
+        FormatError: a file breaks its format.
+        OSError: a file cannot be read.
+    """
+    if not Path(path).is_dir():
+        file = gguf.open(path, True)
+        architecture = file.metadata.string("general.architecture")
+        is_pooled = bool(file.metadata.integer(f"{architecture}.pooling_type", 0))
+        return is_pooled or families.encoder_by_architecture(architecture) is not None
+    config = Path(path, model_directory.CONFIG)
+    if Path(path, sentence_files.MODULES).exists() or not config.exists():
+        return Path(path, sentence_files.MODULES).exists()
+    fields = read_fields(config)
+    if families.encoder_by_model_type(fields.string("model_type")) is not None:
+        return True
+    names = dict(fields.items()).get("architectures")
+    return isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
+
+
 @dataclass(frozen=True)
 class _Parts:
     """The parts of an encoder, from whichever file.

@@ -272,7 +272,7 @@ class Module:
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """Yield the modules in this module's attributes, by name, in the order of their definition."""
-        for name, value in vars(self).items():
+        for name, value in list(vars(self).items()):  # another thread may prepare this layer meanwhile
             if isinstance(value, _HOLDERS):
                 yield from _modules_in(value, name)
 

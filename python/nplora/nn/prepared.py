@@ -46,4 +46,6 @@ class Prepared:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles. The kept argument is left out: a copy builds its own."""
-        return {name: value for name, value in vars(self).items() if name != "_prepared"}
+        state = vars(self).copy()  # another thread may prepare this layer meanwhile
+        state.pop("_prepared", None)
+        return state

@@ -8,14 +8,20 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from typing import Protocol
 
 from nplora.formats.errors import brief
-from nplora.lm import LanguageModel
 from nplora.serving.request_error import RequestError
 
 _COPIES = 2  # a loaded adapter is in `lm.adapters`, and in the layers of its model
 _LOADING = _COPIES + 1  # while it is read
 _WAIT = 5.0  # seconds
+
+
+class NamedModels(Protocol):
+    """The member of a served model that this file needs."""
+
+    def named_model(self, name: str, /) -> object: ...
 
 
 class AdapterMemory:
@@ -42,7 +48,7 @@ class AdapterMemory:
         self._unloaded = time.monotonic()
 
     @contextlib.contextmanager
-    def room(self, lm: LanguageModel, name: str, size: int, waits: bool = True) -> Iterator[None]:
+    def room(self, lm: NamedModels, name: str, size: int, waits: bool = True) -> Iterator[None]:
         """Reserve memory for an adapter that is loaded in this block, until nobody uses it any more.
 
         Args:

@@ -8,7 +8,8 @@ import math
 from nplora import _core
 from nplora.finetuning.planning import available_memory, parse_bytes
 from nplora.finetuning.planning.choice import resident_memory
-from nplora.lm import LanguageModel
+from nplora.finetuning.planning.resident import current_memory, unread
+from nplora.lm import Encoder, LanguageModel
 from nplora.lm.generation import PAGE, PIECE
 from nplora.models.config import ModelConfig
 from nplora.models.footprint import NOT_ADAPTED
@@ -93,6 +94,45 @@ def plan_memory(
             f"adapters, a round takes {work / 1e6:,.0f} MB, and {PAGE} tokens take {page / 1e6:,.1f} MB"
         )
     return MemoryPlan(process, weights, adapters, work, min(pages, most), page)
+
+
+def plan_encoder_memory(
+    encoder: Encoder, memory: int | str | None, tokens: int, adapter_memory: int | str | None = 0
+) -> MemoryPlan:
+    """Divide the memory of a process that serves an encoder, which has no keys and values to keep.
+
+    Args:
+        tokens: how many tokens are computed at once; a longer text is computed alone.
+        memory, adapter_memory: as in `plan_memory`.
+    Raises:
+        ValueError: the budget is not a size, or does not suffice.
+    """
+    _ = encoder.tokenizer  # which reads it, so that it counts as memory in use
+    process, weights = current_memory(), unread(encoder.config.source)
+    work = encoder_work_bytes(encoder, max(tokens, encoder.max_length))
+    fixed = process + weights + work
+    if memory is None:
+        budget = fixed + int(_PART * max(0, (available_memory() or 0) - fixed))
+    else:
+        budget = parse_bytes(memory, "EncoderEngine")
+    left = budget - fixed
+    adapters = max(0, left) // _ADAPTERS if adapter_memory is None else _adapter_bytes(adapter_memory)
+    if left < adapters and memory is not None:
+        raise ValueError(
+            f"EncoderEngine: memory is {budget / 1e6:,.0f} MB, expected at least "
+            f"{math.ceil((fixed + adapters) / 1e6):,} MB: {process / 1e6:,.0f} MB are in use, "
+            f"{weights / 1e6:,.0f} MB are weights that are not read yet, {adapters / 1e6:,.0f} MB are for "
+            f"adapters, and a round takes {work / 1e6:,.0f} MB"
+        )
+    return MemoryPlan(process, weights, adapters, work, 0, 0)
+
+
+def encoder_work_bytes(encoder: Encoder, tokens: int) -> int:
+    """The memory that computing so many tokens at once takes at most."""
+    block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in encoder.model.layers)
+    streams = 3 * _FLOAT * encoder.config.hidden_size  # the residual stream, the norm's result and its copy
+    scratch = get_num_threads() * (_core.constants.lanes_bytes + _THREAD)
+    return tokens * (block + streams) + scratch + _HEAP
 
 
 def _adapter_bytes(adapter_memory: int | str) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nplora import _check
+from nplora.lm.pooling import POOLINGS
 
 _OP = "serve"
 _ACCESS, _LIMITS = "access", "limits"
@@ -32,6 +33,13 @@ class ServeOptions:
     host: str = _option("127.0.0.1", "address to listen on; 0.0.0.0: all IPv4 addresses of this machine")
     port: int = _option(8080, "port to listen on; 0: any free port")
     name: str | None = _option(None, "name of the base model in the API (default: the name of its file)")
+    embeddings: bool = _option(
+        False, "serve embeddings and classes of texts instead of generated text; always so for encoders"
+    )
+    pooling: str | None = _option(
+        None, "how the hidden states of a text become its embedding: cls, mean, max, last, weighted_mean or "
+        "mean_sqrt (default: as the model's files say)", metavar="NAME",
+    )  # fmt: skip
     memory: str | None = _option(
         None, "memory limit of the whole process (default: a part of the available memory)", metavar="SIZE"
     )
@@ -78,6 +86,8 @@ class ServeOptions:
         from nplora.serving.api.access import is_loopback
 
         _check.integer(_OP, "port", self.port, least=0, most=65535)
+        if self.pooling is not None:
+            _check.choice(_OP, "pooling", self.pooling, POOLINGS)
         for name in ("max_requests", "max_queue"):
             _check.integer(_OP, name, getattr(self, name), least=1)
         if self.max_tokens is not None:

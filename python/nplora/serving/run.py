@@ -6,24 +6,28 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from nplora.finetuning.planning import parse_bytes
 from nplora.finetuning.planning.choice import resident_memory
 from nplora.finetuning.planning.resident import current_memory
-from nplora.lm import LanguageModel
+from nplora.lm import Encoder, LanguageModel
 from nplora.runtime.time_share import TimeShare
 from nplora.serving.adapter_memory import AdapterMemory
 from nplora.serving.api import http_server
 from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models, default_name
-from nplora.serving.api.service import Service
+from nplora.serving.api.protocols import AnyEngine
+from nplora.serving.api.service import EncoderService, Service, TextService
+from nplora.serving.encoder_engine import EncoderEngine
 from nplora.serving.engine import Engine
 from nplora.serving.jobs import FineTuning
 from nplora.serving.options import ServeOptions
+from nplora.serving.served_encoder import ServedEncoder, read_adapter
 
 
 def serve(
-    lm: LanguageModel,
+    model: LanguageModel | Encoder,
     options: ServeOptions,
     adapters: Sequence[tuple[str, str]] = (),
     *,
@@ -34,6 +38,7 @@ def serve(
     """Serve a model and its adapters until SIGTERM or SIGINT.
 
     Args:
+        model: a language model, which generates text; or an encoder, for embeddings and classes.
         adapters: pairs (name, path).
         any_base: accept adapters that were trained on another model of the same shapes.
         listener: a socket that listens; None: one for `options.host` and `options.port` is made.
@@ -46,37 +51,80 @@ def serve(
     """
     require_packages()
     listener = listener or http_server.bind(options.host, options.port)
+    if isinstance(model, LanguageModel):
+        prepared = _text_service(model, options, adapters, any_base, report)
+    else:
+        prepared = _encoder_service(model, options, adapters, any_base)
+    with prepared as (service, text):
+        host, port = listener.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        http_server.serve(
+            Application(service, options.api_key, options.allow_origin),
+            listener,
+            drain_seconds=options.drain,
+            ready=lambda: report(f"serving at {url}\n{text}"),
+            stopping=lambda: report(last_words(service.engine, options.drain)),
+        )
+
+
+@contextmanager
+def _text_service(
+    lm: LanguageModel,
+    options: ServeOptions,
+    adapters: Sequence[tuple[str, str]],
+    any_base: bool,
+    report: Callable[[str], None],
+) -> Iterator[tuple[Service, str]]:
+    """What the routes of a language model need, and its description."""
     models = Models(lm, options.name or default_name(lm.source), any_base)
     for name, path in adapters:
         models.load(name, path)
     with running(lm, models, options, report) as (engine, jobs):
-        service = Service(
-            engine,
-            models,
-            jobs,
-            None if options.adapter_dir is None else Path(options.adapter_dir),
-            options.max_tokens,
-            parse_bytes(options.max_body, "serve"),
-            parse_bytes(options.max_file, "serve"),
-            options.timeout,
-        )
-        host, port = listener.getsockname()[:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        app = Application(service, options.api_key, options.allow_origin)
-        http_server.serve(
-            app,
-            listener,
-            drain_seconds=options.drain,
-            ready=lambda: report(f"serving at {url}\n{description(engine, models, options)}"),
-            stopping=lambda: report(last_words(engine, options.drain)),
-        )
+        service = TextService(engine, models, jobs, most_tokens=options.max_tokens, **_limits(options))
+        yield service, description(engine, models, options)
 
 
-def description(engine: Engine, models: Models, options: ServeOptions) -> str:
+@contextmanager
+def _encoder_service(
+    encoder: Encoder,
+    options: ServeOptions,
+    adapters: Sequence[tuple[str, str]],
+    any_base: bool,
+) -> Iterator[tuple[Service, str]]:
+    """What the routes of an encoder need, and its description."""
+    if options.jobs is not None:
+        raise ValueError("serve: fine-tuning jobs need a language model that generates text")
+    served = ServedEncoder(encoder)
+    models = Models(served, options.name or default_name(encoder.source), any_base, read_adapter)
+    for name, path in adapters:
+        models.load(name, path)
+    reserved = adapter_memory(served, options)
+    engine = EncoderEngine(
+        served, memory=options.memory, adapter_memory=reserved, max_waiting=options.max_queue
+    )
+    models.memory = AdapterMemory(engine.plan.adapters)
+    engine.start()
+    try:
+        yield EncoderService(engine, models, **_limits(options)), encoder_description(engine, models, options)
+    finally:
+        engine.close(drain=False)
+
+
+def _limits(options: ServeOptions) -> dict[str, Any]:
+    """The fields that all services have."""
+    return {
+        "adapter_dir": None if options.adapter_dir is None else Path(options.adapter_dir),
+        "max_body": parse_bytes(options.max_body, "serve"),
+        "max_file": parse_bytes(options.max_file, "serve"),
+        "timeout": options.timeout,
+    }
+
+
+def description(engine: Engine, models: Models[LanguageModel], options: ServeOptions) -> str:
     """What a person should know about a server that has started."""
     most, context = int(engine.lm.config.max_position_embeddings), engine.context
     why = f", because of the memory; the model has {most:,}" if context < most else ""
-    limit = "no limit was given" if options.memory is None else f"the limit is {options.memory}"
+    limit = _limit(options)
     return (
         f"models: {', '.join(models.names)}\n"
         f"context: {context:,} tokens for a prompt and its answer{why}\n"
@@ -85,7 +133,24 @@ def description(engine: Engine, models: Models, options: ServeOptions) -> str:
     )
 
 
-def last_words(engine: Engine, seconds: float) -> str:
+def encoder_description(engine: EncoderEngine, models: Models[ServedEncoder], options: ServeOptions) -> str:
+    """What a person should know about a server with an encoder that has started."""
+    served = engine.served
+    found = served.classifier
+    classes = "" if found is None else f"; classes: {', '.join(found.labels[:8])}"
+    return (
+        f"models: {', '.join(models.names)}\n"
+        f"embeddings of {served.encoder.dim:,} values: {served.encoder.pooling!r}{classes}\n"
+        f"texts of at most {engine.context:,} tokens; {options.max_queue} requests may wait\n"
+        f"memory: {engine.plan.total / 1e6:,.0f} MB at most ({_limit(options)})\n{engine.plan}"
+    )
+
+
+def _limit(options: ServeOptions) -> str:
+    return "no limit was given" if options.memory is None else f"the limit is {options.memory}"
+
+
+def last_words(engine: AnyEngine, seconds: float) -> str:
     """What a server waits for before it ends."""
     metrics = engine.metrics()
     count = metrics.running + metrics.waiting
@@ -97,7 +162,10 @@ def last_words(engine: Engine, seconds: float) -> str:
 
 @contextmanager
 def running(
-    lm: LanguageModel, models: Models, options: ServeOptions, log: Callable[[str], None] | None = None
+    lm: LanguageModel,
+    models: Models[LanguageModel],
+    options: ServeOptions,
+    log: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Engine, FineTuning | None]]:
     """The engine and the fine-tuning jobs. Both are stopped at the end of this context.
 
@@ -153,7 +221,7 @@ def training_memory(options: ServeOptions, engine: Engine) -> int:
     return parse_bytes(options.memory, "serve") - max(0, engine.plan.total - current_memory())
 
 
-def adapter_memory(lm: LanguageModel, options: ServeOptions) -> int | str | None:
+def adapter_memory(lm: LanguageModel | ServedEncoder, options: ServeOptions) -> int | str | None:
     """The memory for adapters that are loaded later. None: an eighth of what the model leaves."""
     may_load = lm.adapters or options.adapter_dir is not None or options.jobs is not None
     return options.adapter_memory if may_load or options.adapter_memory is not None else 0

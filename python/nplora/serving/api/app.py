@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nplora.finetuning.planning.resident import current_memory
-from nplora.serving.api import adapter_routes, text_routes, tuning_routes
+from nplora.serving.api import adapter_routes, encoder_routes, text_routes, tuning_routes
 from nplora.serving.api.access import Access, Receive, Scope, Send
 from nplora.serving.api.bodies import Body, DisconnectedError
 from nplora.serving.api.errors import as_request_error
 from nplora.serving.api.prometheus import CONTENT_TYPE, exposition
-from nplora.serving.api.service import Service
+from nplora.serving.api.service import EncoderService, Service
 from nplora.serving.request_error import RequestError
 
 PAGE = Path(__file__).parents[1] / "page"
@@ -67,7 +67,7 @@ class Application:
     ) -> None:
         self.service = service
         self.responses: Counter[int] = Counter()
-        self._page = page_files()
+        self._page = {} if isinstance(service, EncoderService) else page_files()
         self._access = Access(keys, origins, self._page, hosts)
         self._router = self._routes()
         self._app: Any = self._respond_to
@@ -151,45 +151,55 @@ class Application:
         return Router([*routes, *(Route(path, self._file) for path in self._page)], redirect_slashes=False)
 
     def _table(self) -> list[tuple[str, str, Handler]]:
-        service = self.service
+        """The method, the path and the handler of each route."""
+        is_encoder = isinstance(self.service, EncoderService)
+        text = [
+            ("POST", "/v1/chat/completions", text_routes.chat),
+            ("POST", "/v1/completions", text_routes.completion),
+        ]
+        vectors = [
+            ("POST", "/v1/embeddings", encoder_routes.embeddings),
+            ("POST", "/v1/classify", encoder_routes.classify),
+            ("POST", "/classify", encoder_routes.classify),
+        ]
+        own, others = (vectors, text) if is_encoder else (text, vectors)
+        return [
+            *((method, path, self._answering(function)) for method, path, function in own),
+            *((method, path, self._refusing(is_encoder)) for method, path, _ in others),
+            *self._adapter_table(),
+            *([] if is_encoder else self._tuning_table()),
+            ("GET", "/health", self._health),
+            ("GET", "/metrics", self._metrics),
+        ]
 
-        def with_body(function: Callable[[Service, Body], Awaitable[Any]]) -> Handler:
-            return lambda request: function(service, request.scope["nplora"][0])
+    def _adapter_table(self) -> list[tuple[str, str, Handler]]:
+        return [
+            ("GET", "/v1/models", self._simple(adapter_routes.models)),
+            ("GET", "/v1/models/{name:path}", self._named(adapter_routes.model)),
+            ("DELETE", "/v1/models/{name:path}", self._named(adapter_routes.delete_model)),
+            ("POST", "/v1/load_lora_adapter", self._with_body(adapter_routes.load)),
+            ("POST", "/v1/unload_lora_adapter", self._with_body(adapter_routes.unload)),
+            ("GET", "/lora-adapters", self._simple(adapter_routes.scales)),
+            ("POST", "/lora-adapters", self._with_body(adapter_routes.set_scales)),
+        ]
 
-        def text(function: Callable[[Service, Body, str], Awaitable[Any]]) -> Handler:
-            return lambda request: function(service, *request.scope["nplora"])
-
-        def simple(function: Callable[[Service], Any]) -> Handler:
-            return lambda request: asyncio.to_thread(function, service)
+    def _tuning_table(self) -> list[tuple[str, str, Handler]]:
+        def job(name: str) -> Handler:
+            return self._named(lambda service, id_: getattr(tuning_routes.jobs_of(service), name)(id_))
 
         def listed(function: Callable[..., Any]) -> Handler:
             return lambda request: asyncio.to_thread(
-                function, service, dict(request.query_params), *request.path_params.values()
+                function, self.service, dict(request.query_params), *request.path_params.values()
             )
-
-        def named(function: Callable[[Service, str], Any]) -> Handler:
-            return lambda request: asyncio.to_thread(function, service, *request.path_params.values())
-
-        def job(name: str) -> Handler:
-            return named(lambda service, id_: getattr(tuning_routes.jobs_of(service), name)(id_))
 
         job_path, file_path = "/v1/fine_tuning/jobs/{id}", "/v1/files/{id}"
         return [
-            ("POST", "/v1/chat/completions", text(text_routes.chat)),
-            ("POST", "/v1/completions", text(text_routes.completion)),
-            ("GET", "/v1/models", simple(adapter_routes.models)),
-            ("GET", "/v1/models/{name:path}", named(adapter_routes.model)),
-            ("DELETE", "/v1/models/{name:path}", named(adapter_routes.delete_model)),
-            ("POST", "/v1/load_lora_adapter", with_body(adapter_routes.load)),
-            ("POST", "/v1/unload_lora_adapter", with_body(adapter_routes.unload)),
-            ("GET", "/lora-adapters", simple(adapter_routes.scales)),
-            ("POST", "/lora-adapters", with_body(adapter_routes.set_scales)),
-            ("POST", "/v1/files", lambda request: tuning_routes.create_file(service, request)),
+            ("POST", "/v1/files", lambda request: tuning_routes.create_file(self.service, request)),
             ("GET", "/v1/files", listed(tuning_routes.files)),
             ("GET", file_path, job("file")),
             ("DELETE", file_path, job("delete_file")),
             ("GET", f"{file_path}/content", self._content),
-            ("POST", "/v1/fine_tuning/jobs", with_body(tuning_routes.create_job)),
+            ("POST", "/v1/fine_tuning/jobs", self._with_body(tuning_routes.create_job)),
             ("GET", "/v1/fine_tuning/jobs", listed(tuning_routes.jobs)),
             ("GET", job_path, job("job")),
             ("GET", f"{job_path}/events", listed(tuning_routes.events)),
@@ -197,9 +207,32 @@ class Application:
             ("POST", f"{job_path}/cancel", job("cancel")),
             ("POST", f"{job_path}/pause", job("pause")),
             ("POST", f"{job_path}/resume", job("resume")),
-            ("GET", "/health", self._health),
-            ("GET", "/metrics", self._metrics),
         ]
+
+    def _answering(self, function: Callable[[Any, Body, str], Awaitable[Any]]) -> Handler:
+        return lambda request: function(self.service, *request.scope["nplora"])
+
+    def _with_body(self, function: Callable[[Service, Body], Awaitable[Any]]) -> Handler:
+        return lambda request: function(self.service, request.scope["nplora"][0])
+
+    def _simple(self, function: Callable[[Service], Any]) -> Handler:
+        return lambda request: asyncio.to_thread(function, self.service)
+
+    def _named(self, function: Callable[[Service, str], Any]) -> Handler:
+        return lambda request: asyncio.to_thread(function, self.service, *request.path_params.values())
+
+    def _refusing(self, is_encoder: bool) -> Handler:
+        """The handler of a route for the other kind of model."""
+        text = (
+            "this server has embeddings and classes, and does not generate text"
+            if is_encoder
+            else "this server generates text; start it with --embeddings for embeddings and classes"
+        )
+
+        async def refuse(request: Any) -> Any:
+            raise RequestError(text, 404, code="unsupported_task")
+
+        return refuse
 
     def _endpoint(self, by_method: dict[str, Handler]) -> Handler:
         async def endpoint(request: Any) -> Any:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from nplora.adapters import Adapter, combine, read_for
 from nplora.formats.errors import brief, nearest_names
-from nplora.lm import LanguageModel
 from nplora.serving.adapter_memory import AdapterMemory
 from nplora.serving.fields import Fields, checked_integer, checked_number, wrong
 from nplora.serving.model_name import checked_name
@@ -21,7 +20,24 @@ _MOST_SCALE = 1000.0
 _MOST_SUMS = 16  # sums of scaled adapters that are kept
 
 
-class Models:
+class ServedModel(Protocol):
+    """The members of a model that `Models` uses: a `LanguageModel` or a `ServedEncoder`."""
+
+    @property
+    def source(self) -> Path: ...
+    @property
+    def adapters(self) -> Mapping[str, Adapter]: ...
+    def load_adapter(
+        self, adapter: Adapter, name: str, /, any_base: bool = False, *, replace: bool = False
+    ) -> None: ...
+    def delete_adapter(self, name: str) -> None: ...
+    def named_model(self, name: str, /) -> object: ...
+
+
+LM = TypeVar("LM", bound=ServedModel)
+
+
+class Models(Generic[LM]):
     """The base model and its adapters.
 
     All methods may be called from any thread.
@@ -30,14 +46,17 @@ class Models:
         lm: the base model. Its named adapters are those of this object.
         name: the name of the base model.
         any_base: accept adapters that were trained on another model of the same shapes.
+        read: reads an adapter, as `nplora.adapters.read_for` does.
     Attributes:
         lm, name: see the arguments.
         memory: the memory for adapters that are loaded from now on; None: no limit.
     """
 
-    def __init__(self, lm: LanguageModel, name: str, any_base: bool = False) -> None:
+    def __init__(
+        self, lm: LM, name: str, any_base: bool = False, read: Callable[..., Adapter] = read_for
+    ) -> None:
         checked_name("the model's name", name)
-        self.lm, self.name = lm, name
+        self.lm, self.name, self._read = lm, name, read
         self.memory: AdapterMemory | None = None
         self._any_base, self._lock = any_base, threading.RLock()
         self._changing = threading.RLock()  # for loading and unloading; requests do not wait for it
@@ -69,7 +88,8 @@ class Models:
             if known is not None and not replace:
                 message = f"the name {brief(name)} is taken: unload that adapter first"
                 raise RequestError(message, 400, "lora_name", "name_taken")
-            self._add(read_for(self.lm, path, self.lm.source, self._any_base), name, self._any_base, replace)
+            adapter = self._read(self.lm, path, self.lm.source, self._any_base)
+            self._add(adapter, name, self._any_base, replace)
             with self._lock:
                 self._loaded[name] = (self._next_id if known is None else known[0]), str(path)
                 self._next_id += known is None

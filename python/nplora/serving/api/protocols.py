@@ -1,28 +1,40 @@
-"""What the HTTP interface needs from the engine, and from the object that runs fine-tuning jobs."""
+"""What the HTTP interface needs from the engines, and from the object that runs fine-tuning jobs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
+
+from numpy.typing import NDArray
 
 from nplora.lm import LanguageModel
 from nplora.lm.answer import Guide
 from nplora.lm.generation import Sampling
 from nplora.serving.jobs.shapes import Shape
 from nplora.serving.metrics import Metrics
+from nplora.serving.served_encoder import Model
 from nplora.serving.ticket import Ticket
 
 
-class ServingEngine(Protocol):
-    """The members of `nplora.serving.Engine` that the server uses."""
+class AnyEngine(Protocol):
+    """The members that both engines have, and the server uses."""
 
-    @property
-    def lm(self) -> LanguageModel: ...
     @property
     def context(self) -> int: ...
     @property
     def most_requests(self) -> int: ...
+    def start(self) -> None: ...
+    def close(self, drain: bool = True, timeout: float | None = None) -> None: ...
+    def metrics(self) -> Metrics: ...
+
+
+class ServingEngine(AnyEngine, Protocol):
+    """The members of `nplora.serving.Engine` that the server uses."""
+
+    @property
+    def lm(self) -> LanguageModel: ...
     def submit(
         self,
         ids: Sequence[int],
@@ -35,9 +47,20 @@ class ServingEngine(Protocol):
         index: int = 0,
         guide: Guide | None = None,
     ) -> Ticket: ...
-    def start(self) -> None: ...
-    def close(self, drain: bool = True, timeout: float | None = None) -> None: ...
-    def metrics(self) -> Metrics: ...
+
+
+class EncodingEngine(AnyEngine, Protocol):
+    """The members of `nplora.serving.EncoderEngine` that the server uses."""
+
+    def submit(
+        self,
+        ids: Sequence[Sequence[int]],
+        *,
+        model: Model | None = None,
+        classes: bool = False,
+        normalize: bool | None = None,
+        client: str = "",
+    ) -> Future[NDArray[Any]]: ...
 
 
 class TuningJobs(Protocol):

@@ -5,11 +5,20 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from pathlib import Path
+from typing import Any, Protocol
 
+from nplora.lm import LanguageModel
+from nplora.serving.api.encoder_request import EncoderReader
 from nplora.serving.api.models import Models
-from nplora.serving.api.protocols import ServingEngine, TuningJobs
+from nplora.serving.api.protocols import AnyEngine, EncodingEngine, ServingEngine, TuningJobs
 from nplora.serving.api.text_request import Reader
-from nplora.serving.api.ticket_stream import TicketStream
+from nplora.serving.served_encoder import ServedEncoder
+
+
+class Stoppable(Protocol):
+    """An answer that has begun."""
+
+    def stop(self) -> None: ...
 
 
 @dataclasses.dataclass
@@ -17,19 +26,19 @@ class Service:
     """What all routes share.
 
     Attributes:
-        engine: generates the answers.
+        engine: computes the answers.
         models: the base model and the adapters.
         jobs: files and fine-tuning jobs; None: the server has none.
         adapter_dir: the directory that adapters may be loaded from while the server runs; None: none may.
-        most_tokens: the largest accepted `max_tokens`.
+        most_tokens: the largest accepted `max_tokens`, if the model generates text.
         max_body: the largest body in bytes.
         max_file: the largest uploaded file in bytes.
         timeout: seconds after which an answer is cancelled.
         draining: whether the server is shutting down.
     """
 
-    engine: ServingEngine
-    models: Models
+    engine: AnyEngine
+    models: Models[Any]
     jobs: TuningJobs | None = None
     adapter_dir: Path | None = None
     most_tokens: int | None = None
@@ -39,19 +48,41 @@ class Service:
     draining: bool = False
 
     def __post_init__(self) -> None:
-        self.reader = Reader(self.models, self.engine.context, self.most_tokens)
-        self._answers: weakref.WeakSet[TicketStream] = weakref.WeakSet()
+        self._answers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._is_stopped = False
 
-    def follow(self, answers: TicketStream) -> TicketStream:
+    def follow(self, answers: Stoppable) -> None:
         """Remember answers that have begun, for `stop_answers`."""
         self._answers.add(answers)
         if self._is_stopped:
             answers.stop()
-        return answers
 
     def stop_answers(self) -> None:
         """End all answers with an error, also those that begin later. Call it in the server's event loop."""
         self._is_stopped = True
         for answers in list(self._answers):
             answers.stop()
+
+
+@dataclasses.dataclass
+class TextService(Service):
+    """What the routes of a server share that generates text."""
+
+    engine: ServingEngine
+    models: Models[LanguageModel]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.reader = Reader(self.models, self.engine.context, self.most_tokens)
+
+
+@dataclasses.dataclass
+class EncoderService(Service):
+    """What the routes of a server share that has embeddings and classes."""
+
+    engine: EncodingEngine
+    models: Models[ServedEncoder]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.reader = EncoderReader(self.models)

@@ -99,7 +99,7 @@ class Reader:
         most_tokens: the largest accepted `max_tokens`; None: no limit but the context.
     """
 
-    def __init__(self, models: Models, context: int, most_tokens: int | None = None) -> None:
+    def __init__(self, models: Models[LanguageModel], context: int, most_tokens: int | None = None) -> None:
         self._models, self._context, self._most_tokens = models, context, most_tokens
         self._guides = guides.Guides()
 

@@ -11,13 +11,13 @@ from typing import Any
 from nplora.serving.api.answers import AnswerObjects, ChatObjects, CompletionObjects
 from nplora.serving.api.bodies import Body, unless_disconnected
 from nplora.serving.api.errors import as_request_error
-from nplora.serving.api.service import Service
+from nplora.serving.api.service import TextService
+from nplora.serving.api.submitting import refusal, submitted
 from nplora.serving.api.text_request import Reader, TextRequest
 from nplora.serving.api.ticket_stream import TicketStream
 from nplora.serving.request_error import RequestError
 from nplora.serving.ticket import Chunk, Ticket
 
-_ATTEMPTS = 3
 _PING_SECONDS = (
     10.0  # a stream that has nothing to send sends a comment, which shows whether the client is there
 )
@@ -26,22 +26,25 @@ _SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 Read = Callable[[Reader, object], TextRequest]
 
 
-async def chat(service: Service, body: Body, client: str) -> Any:
+async def chat(service: TextService, body: Body, client: str) -> Any:
     """POST /v1/chat/completions"""
     return await _answer(service, body, client, Reader.chat, ChatObjects)
 
 
-async def completion(service: Service, body: Body, client: str) -> Any:
+async def completion(service: TextService, body: Body, client: str) -> Any:
     """POST /v1/completions"""
     return await _answer(service, body, client, Reader.completion, CompletionObjects)
 
 
-async def _answer(service: Service, body: Body, client: str, read: Read, shape: type[AnswerObjects]) -> Any:
+async def _answer(
+    service: TextService, body: Body, client: str, read: Read, shape: type[AnswerObjects]
+) -> Any:
     from starlette.responses import JSONResponse
 
     values = await body.json()
     request, tickets = await asyncio.to_thread(_submit, service, values, client, read)
-    answers = service.follow(TicketStream(tickets, service.timeout))
+    answers = TicketStream(tickets, service.timeout)
+    service.follow(answers)
     try:
         made = shape(request, tickets)
         if request.stream:
@@ -53,22 +56,15 @@ async def _answer(service: Service, body: Body, client: str, read: Read, shape: 
         raise
 
 
-def _submit(service: Service, values: object, client: str, read: Read) -> tuple[TextRequest, list[Ticket]]:
-    """Read a request, and submit all of its answers to the engine, or none.
-
-    If its adapter is unloaded meanwhile, the request is read again: then it is refused, or gets another one.
-    """
-    for _ in range(_ATTEMPTS):
-        try:
-            return _submit_once(service, values, client, read)
-        except KeyError as error:
-            missing = error
-    message = "the adapter of the request was unloaded several times; try again in a moment"
-    raise RequestError(message, 503, code="adapter_unloaded") from missing
+def _submit(
+    service: TextService, values: object, client: str, read: Read
+) -> tuple[TextRequest, list[Ticket]]:
+    """Read a request, and submit all of its answers to the engine, or none."""
+    return submitted(lambda: _submit_once(service, values, client, read))
 
 
 def _submit_once(
-    service: Service, values: object, client: str, read: Read
+    service: TextService, values: object, client: str, read: Read
 ) -> tuple[TextRequest, list[Ticket]]:
     request = read(service.reader, values)
     wanted, most = len(request.prompts) * request.n, service.engine.most_requests
@@ -92,17 +88,8 @@ def _submit_once(
     except BaseException as error:
         for ticket in tickets:
             ticket.cancel()
-        raise _refusal(error) from error
+        raise refusal(error) from error
     return request, tickets
-
-
-def _refusal(error: BaseException) -> BaseException:
-    """The error of `Engine.submit` as a client should see it."""
-    if isinstance(error, ValueError):
-        return RequestError(str(error), code="invalid_value")
-    if type(error) is RuntimeError:
-        return RequestError("the server is shutting down", 503, code="shutting_down")
-    return error
 
 
 async def _collect(answers: TicketStream) -> list[list[Chunk]]:

@@ -1,0 +1,201 @@
+"""The requests for vectors: what /v1/embeddings and /v1/classify read from their bodies."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.formats.errors import UnsupportedError, counted
+from nplora.lm import Encoder, TextClassifier
+from nplora.lm.classifier import probabilities
+from nplora.serving.api.models import Models
+from nplora.serving.fields import Fields, checked_integer, checked_list, checked_text, wrong
+from nplora.serving.jobs.shapes import Shape
+from nplora.serving.request_error import RequestError
+from nplora.serving.served_encoder import Model, ServedEncoder, encoder_of
+
+Array = npt.NDArray[Any]
+
+_MOST_INPUTS = 2048  # as in OpenAI's API
+_NO_EFFECT = {"user", "priority"}
+_COMMON = {"model", "input", "lora", "truncate_prompt_tokens", *_NO_EFFECT}
+_EMBEDDINGS = _COMMON | {"encoding_format", "dimensions", "normalize", "prompt_name"}
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"add_special_tokens": (True,)}
+
+
+@dataclass(frozen=True)
+class EncoderRequest:
+    """What a request wants.
+
+    Attributes:
+        name: the name of the model, as the answer repeats it.
+        model: the model, with its adapter.
+        ids: the token ids of each text.
+        base64: whether embeddings are sent as base64.
+        dimensions: the number of values of an embedding; None: all of them.
+        normalize: whether embeddings have length 1.
+        classifier: the model, if classes are wanted; None: embeddings are wanted.
+    """
+
+    name: str
+    model: Model
+    ids: list[list[int]]
+    base64: bool = False
+    dimensions: int | None = None
+    normalize: bool = True
+    classifier: TextClassifier | None = None
+
+    def embeddings(self, rows: Array) -> Shape:
+        """OpenAI's object for embeddings (texts, dim)."""
+        if self.dimensions is not None and self.dimensions < rows.shape[1]:
+            rows = rows[:, : self.dimensions]
+            if self.normalize:
+                rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        data = [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": _base64(row) if self.base64 else row.tolist(),
+            }
+            for index, row in enumerate(rows)
+        ]
+        return {"object": "list", "data": data, "model": self.name, "usage": self._usage()}
+
+    def classes(self, logits: Array) -> Shape:
+        """vLLM's object for classes, from a classifier's logits (texts, outputs)."""
+        assert self.classifier is not None
+        labels, task = self.classifier.labels, self.classifier.task
+        if task == "regression":
+            data = [{"index": i, "values": row.tolist()} for i, row in enumerate(logits)]
+        else:
+            data = [
+                {
+                    "index": i,
+                    "label": labels[int(row.argmax())],
+                    "probs": row.tolist(),
+                    "num_classes": len(labels),
+                }
+                for i, row in enumerate(probabilities(task, logits))
+            ]
+        return {
+            "id": f"classify-{secrets.token_hex(12)}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": self.name,
+            "labels": list(labels),
+            "data": data,
+            "usage": self._usage(),
+        }
+
+    def _usage(self) -> Shape:
+        tokens = sum(map(len, self.ids))
+        return {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+class EncoderReader:
+    """Reads requests for an encoder. Tokenizing takes time, so it is done in a thread."""
+
+    def __init__(self, models: Models[ServedEncoder]) -> None:
+        self._models = models
+
+    def embeddings(self, values: object) -> EncoderRequest:
+        """Read the body of /v1/embeddings.
+
+        Raises:
+            RequestError: a field is missing, unknown or wrong, or a text is too long.
+            KeyError: the adapter was unloaded meanwhile.
+        """
+        body = Fields(values)
+        body.require_known(_EMBEDDINGS, _UNSUPPORTED)
+        name, adapter = self._models.chosen(body)
+        model = self._models.lm.named_model(adapter)
+        if adapter is not None and isinstance(model, TextClassifier):
+            raise _wrong_task(f"the model {name!r} is a classifier: use /v1/classify")
+        encoder = encoder_of(model)
+        return EncoderRequest(
+            name,
+            model,
+            _read_input(body, encoder, _prompt(body, encoder)),
+            base64=body.choice("encoding_format", ("float", "base64"), "float") == "base64",
+            dimensions=body.integer("dimensions", 1, encoder.dim),
+            normalize=body.boolean("normalize", True),
+        )
+
+    def classes(self, values: object) -> EncoderRequest:
+        """Read the body of /v1/classify. The errors are those of `embeddings`."""
+        body = Fields(values)
+        body.require_known(_COMMON, _UNSUPPORTED)
+        name, adapter = self._models.chosen(body)
+        model: Model = self._models.lm.named_model(adapter)
+        if not isinstance(model, TextClassifier):
+            raise _wrong_task(f"the model {name!r} is not a classifier: use /v1/embeddings")
+        return EncoderRequest(name, model, _read_input(body, model.encoder, ""), classifier=model)
+
+
+def _wrong_task(message: str) -> RequestError:
+    return RequestError(message, param="model", code="unsupported_task")
+
+
+def _prompt(body: Fields, encoder: Encoder) -> str:
+    """The text that is put before each text."""
+    name = body.choice("prompt_name", encoder.prompts) if body.has("prompt_name") else None
+    try:
+        return encoder.prompt_text(name=name)
+    except UnsupportedError as error:
+        raise RequestError(str(error), param="prompt_name", code="unsupported_parameter") from error
+
+
+def _read_input(body: Fields, encoder: Encoder, prompt: str) -> list[list[int]]:
+    """The token ids of each text: `input` is a text, several texts, tokens, or several lists of tokens."""
+    given = body.required("input")
+    most = body.integer("truncate_prompt_tokens", -1, encoder.max_length)
+    if isinstance(given, str) or (isinstance(given, list) and given and isinstance(given[0], int)):
+        given = [given]
+    inputs = checked_list("input", given, _MOST_INPUTS)
+    if not inputs:
+        raise RequestError("input is empty", param="input", code="invalid_value")
+    if isinstance(inputs[0], str):
+        return _encoded(encoder, inputs, prompt, most)
+    return [_tokens(encoder, f"input[{i}]", one, most) for i, one in enumerate(inputs)]
+
+
+def _encoded(encoder: Encoder, inputs: list[Any], prompt: str, most: int | None) -> list[list[int]]:
+    texts = [prompt + checked_text(f"input[{i}]", text, empty=False) for i, text in enumerate(inputs)]
+    longest = encoder.max_length if most in (None, -1) else most
+    try:
+        ids, shortened = encoder.tokenizer.encode_texts(texts, longest or 0)
+    except ValueError as error:
+        raise RequestError(str(error), param="input", code="invalid_value") from error
+    if shortened and most is None:
+        raise _too_long(f"{shortened:,} of {counted(len(texts), 'text')} have", encoder)
+    return ids
+
+
+def _tokens(encoder: Encoder, name: str, given: object, most: int | None) -> list[int]:
+    """Tokens of a client, which are computed as they are."""
+    if not isinstance(given, list) or not given:
+        raise wrong(name, given, "a text or a list of tokens that is not empty", "input")
+    if len(given) > encoder.max_length and most is None:
+        raise _too_long(f"{name} has", encoder)
+    longest = encoder.max_length if most in (None, -1) else most
+    return [checked_integer(name, id_, 0, encoder.config.vocab_size - 1) for id_ in given[:longest]]
+
+
+def _too_long(what: str, encoder: Encoder) -> RequestError:
+    return RequestError(
+        f"{what} more than {encoder.max_length:,} tokens, the most that the model reads; "
+        '"truncate_prompt_tokens": -1 cuts long texts',
+        param="input",
+        code="context_length_exceeded",
+    )
+
+
+def _base64(row: Array) -> str:
+    """The values as little-endian float32, in base64."""
+    return base64.b64encode(np.ascontiguousarray(row, "<f4").tobytes()).decode()

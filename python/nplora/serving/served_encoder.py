@@ -1,0 +1,105 @@
+"""ServedEncoder: an encoder and its named adapters, some of which classify texts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from nplora.adapters import Adapter
+from nplora.formats.errors import FormatError, UnsupportedError
+from nplora.formats.files import StrPath
+from nplora.lm import Encoder, TextClassifier, load_classifier
+
+Model = Encoder | TextClassifier
+
+
+class ServedEncoder:
+    """An encoder and its named adapters. All of them share the frozen weights.
+
+    An adapter of a classifier brings its own head. Without an adapter, the model classifies texts if its
+    files have the head of a classifier. All methods may be called from any thread.
+
+    Args:
+        encoder: the encoder, without an adapter. It may not be changed meanwhile.
+    Attributes:
+        encoder: see the arguments.
+        classifier: the classifier in the model's files, or None.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.classifier = _own_classifier(encoder)
+        self._adapters: dict[str, Adapter] = {}
+        self._models: dict[str, Model] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def source(self) -> Path:
+        """The file or directory of the model."""
+        return self.encoder.source
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The adapters, as a read-only mapping from their names."""
+        return MappingProxyType(self._adapters)
+
+    def load_adapter(
+        self, adapter: Adapter, name: str, any_base: bool = False, *, replace: bool = False
+    ) -> None:
+        """Add an adapter under a name.
+
+        Raises:
+            FormatError: the adapter does not fit the model, or belongs to another model.
+            UnsupportedError: the adapter classifies tokens.
+            ValueError: the name is taken, and `replace` is not set.
+        """
+        made = self._with_adapter(adapter, any_base)
+        with self._lock:
+            if name in self._adapters and not replace:
+                raise ValueError(f"load_adapter: an adapter {name!r} is loaded already")
+            self._adapters = {**self._adapters, name: adapter}
+            self._models = {**self._models, name: made}
+
+    def _with_adapter(self, adapter: Adapter, any_base: bool) -> Model:
+        copy = self.encoder.copied({})
+        if adapter.task_type == "TOKEN_CLS":
+            raise UnsupportedError(
+                f"{adapter.source}: the adapter classifies tokens, expected one for embeddings or classes "
+                "of texts"
+            )
+        if adapter.task_type == "SEQ_CLS":
+            return load_classifier(copy, adapter, any_base=any_base)
+        adapter.attach(copy, any_base)
+        return copy
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter. Raises KeyError if there is none with this name."""
+        with self._lock:
+            adapters, models = dict(self._adapters), dict(self._models)
+            del adapters[name], models[name]
+            self._adapters, self._models = adapters, models
+
+    def named_model(self, name: str | None) -> Model:
+        """The model with one adapter; None: without an adapter. Raises KeyError for an unknown name."""
+        return self._models[name] if name is not None else self.classifier or self.encoder
+
+
+def encoder_of(model: Model) -> Encoder:
+    """The encoder that a model uses."""
+    return model.encoder if isinstance(model, TextClassifier) else model
+
+
+def read_adapter(served: Any, path: StrPath, base: StrPath, any_base: bool = False) -> Adapter:
+    """Read an adapter, which may have the head of a classifier."""
+    return Adapter.read(path, any_base=any_base)
+
+
+def _own_classifier(encoder: Encoder) -> TextClassifier | None:
+    try:
+        found = load_classifier(encoder.copied({}))
+    except FormatError:  # the files have no head
+        return None
+    return None if found.classifies_tokens else found

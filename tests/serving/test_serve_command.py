@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import live_server
+import numpy as np
 import pytest
 
+import nplora
 from commands import command
 from nplora import cli
 from nplora.serving.api import http_server
+from small_encoder import save_small_encoder
 
 pytest.importorskip("uvicorn")
 
@@ -135,9 +138,42 @@ def test_ctrl_c_says_what_the_server_waits_for_and_a_second_one_ends_it(
         assert errors == ""
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_an_encoder_is_served_with_embeddings(tmp_path: Path) -> None:
+    model = save_small_encoder(tmp_path / "small")
+    classifier = nplora.new_classifier(nplora.load_encoder(model), ["a", "b"])
+    classifier.add_lora(rank=2)
+    nplora.save_adapter(classifier, tmp_path / "kinds")
+    with process(model, "--adapter", tmp_path / "kinds", "--memory", "1G") as (server, url):
+        answer = json.loads(curl(f"{url}/v1/embeddings", "-d", '{"input": ["a cat", "a dog"]}'))
+        wanted = nplora.load_encoder(model).embed(["a cat", "a dog"])
+        np.testing.assert_allclose([one["embedding"] for one in answer["data"]], wanted, atol=1e-6)
+        answer = json.loads(curl(f"{url}/classify", "-d", '{"model": "kinds", "input": "a cat"}'))
+        assert sum(answer["data"][0]["probs"]) == pytest.approx(1)
+        assert "unsupported_task" in curl(f"{url}/v1/completions", "-d", '{"prompt": "a"}')
+        assert "unknown_route" in curl(f"{url}/v1/files")
+        server.send_signal(signal.SIGTERM)
+        assert server.stdout is not None
+        lines = server.stdout.read()
+        _, errors = server.communicate(timeout=20)
+    assert server.returncode == 0
+    assert errors == ""
+    for text in ("models: small, kinds", "embeddings of 32 values: Pooling(mean, normalize)",
+                 "texts of at most 32 tokens", "(the limit is 1G)", "stopping"):  # fmt: skip
+        assert text in lines
+
+
+def test_an_encoder_has_no_fine_tuning_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_small_encoder(tmp_path / "small")
+    assert cli.main(["serve", str(model), "--port", "0", "--jobs", str(tmp_path / "jobs")]) == 2
+    assert "fine-tuning jobs need a language model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["m", "--pooling", "best"], "pooling"),
         (["m", "--host", "0.0.0.0"], "other machines could use the server without a key"),
         (["m", "--port", "70000"], "port is 70000, expected at most 65535"),
         (["m", "--memory", "lots"], "expected a size like 600M"),

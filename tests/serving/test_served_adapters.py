@@ -10,7 +10,6 @@ import pytest
 
 import nplora
 from nplora.serving.adapter_memory import AdapterMemory
-from nplora.serving.api import models as models_module
 from nplora.serving.api.app import Application
 from nplora.serving.request_error import RequestError
 
@@ -68,7 +67,7 @@ def test_an_adapter_is_replaced_in_one_step(
     before = listed()
     models.set_scales([{"id": 0, "scale": 0.5}])
     seen: list[Any] = []
-    read = models_module.read_for
+    read = models._read
 
     def reading(*arguments: Any) -> Any:
         seen.append(ask(client, model="adapter0").choices[0].message.content)
@@ -77,7 +76,7 @@ def test_an_adapter_is_replaced_in_one_step(
 
     expected = [lm.with_adapter(lm.adapters["adapter0"]).generate(CHAT, 8)]
     expected.append(ask(client, extra_body={"lora": [{"id": 0, "scale": 2}]}).choices[0].message.content)
-    monkeypatch.setattr(models_module, "read_for", reading)
+    monkeypatch.setattr(models, "_read", reading)
     try:
         models.load("adapter0", directory / "adapter1", replace=True)
         assert seen == expected

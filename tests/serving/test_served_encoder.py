@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 import nplora
+from nplora.lm.encoder_loading import is_encoder
 from nplora.serving import EncoderEngine, QueueFullError
 from nplora.serving.served_encoder import ServedEncoder, read_adapter
 from small_encoder import WIDTH, save_small_encoder
+from small_llama import save_small_llama
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("tokenizers")
@@ -311,7 +313,7 @@ def test_a_request_that_is_cancelled_is_not_computed(directory: Path) -> None:
 def test_an_error_ends_the_requests_of_its_round_only(directory: Path) -> None:
     encoder = nplora.load_encoder(directory / "model")
     with EncoderEngine(encoder) as engine:
-        with pytest.raises(ValueError, match="in the range"):
+        with pytest.raises(ValueError, match="expected integers from 0 to 30"):
             engine.submit([[2, 10**6, 3]]).result(10)
         assert engine.submit([[2, 5, 3]]).result(10).shape == (1, WIDTH)
         with pytest.raises(ValueError, match=r"ids\[1\] is empty"):
@@ -321,7 +323,7 @@ def test_an_error_ends_the_requests_of_its_round_only(directory: Path) -> None:
 
 
 def test_closing_computes_or_cancels_what_is_left(directory: Path) -> None:
-    encoder = nplora.load_encoder(directory / "model")
+    encoder, before = nplora.load_encoder(directory / "model"), threading.active_count()
     with EncoderEngine(encoder) as engine:
         futures = [engine.submit(encoder.encode(TEXTS)) for _ in range(20)]
     assert all(future.result(0).shape == (3, WIDTH) for future in futures)
@@ -331,7 +333,7 @@ def test_closing_computes_or_cancels_what_is_left(directory: Path) -> None:
     left = idle.submit([[2, 5, 3]])
     idle.close(drain=False)
     assert left.cancelled()
-    assert "nplora-encoder" not in {thread.name for thread in threading.enumerate()}
+    assert threading.active_count() <= before
 
 
 def test_too_little_memory_is_refused(directory: Path) -> None:
@@ -339,3 +341,28 @@ def test_too_little_memory_is_refused(directory: Path) -> None:
     with pytest.raises(ValueError, match="memory is 2 MB, expected at least"):
         EncoderEngine(encoder, memory="2M")
     assert EncoderEngine(encoder, memory="64G", adapter_memory=None).plan.adapters > 0
+
+
+# ---- which files are served so ----
+
+
+def test_encoders_and_models_with_a_pooling_are_served_with_embeddings(tmp_path: Path) -> None:
+    assert is_encoder(save_small_encoder(tmp_path / "encoder", pooling=None))
+    assert not is_encoder(save_small_llama(tmp_path / "small.gguf"))
+    pooled = {"llama.pooling_type": nplora.formats.gguf.Typed(3, "UINT32")}
+    assert is_encoder(save_small_llama(tmp_path / "pooled.gguf", changes=pooled))
+    decoder = tmp_path / "decoder"
+    decoder.mkdir()
+    (decoder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    assert not is_encoder(decoder)
+    (decoder / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}'
+    )
+    assert is_encoder(decoder)
+
+
+def test_a_language_model_has_embeddings(tmp_path: Path) -> None:
+    encoder = nplora.load_encoder(save_small_llama(tmp_path / "small.gguf"), pooling="last")
+    with EncoderEngine(encoder) as engine:
+        found = engine.submit(encoder.encode(TEXTS), normalize=True).result(10)
+    np.testing.assert_allclose(found, encoder.embed(TEXTS, normalize=True), atol=1e-5)

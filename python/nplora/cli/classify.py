@@ -117,6 +117,7 @@ def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 
 def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     from nplora import finetuning
+    from nplora.finetuning.classification.prediction import save_array
 
     if arguments.json:
         raise UsageError("classify predict: --json is for eval; predictions are JSON lines anyway")
@@ -128,7 +129,7 @@ def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         rows = finetuning.predict_rows(classifier, data, progress=arguments.output is not None, **options)
         suffix = ".jsonl" if arguments.output is None else os.path.splitext(arguments.output)[1].lower()
         if suffix == ".npy":
-            _write_array(stream, rows)
+            save_array(stream.buffer, rows)  # type: ignore[attr-defined]
         else:
             (_write_table if suffix == ".csv" else _write_lines)(stream, rows)
 
@@ -159,16 +160,6 @@ def _opened(output: str | None) -> Iterator[TextIO]:
         except BaseException:
             os.unlink(output)
             raise
-
-
-def _write_array(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
-    """Write the probabilities, float64 (texts, labels), or the numbers of a regression (texts, 1)."""
-    import numpy as np
-
-    values = [
-        list(row["probabilities"].values()) if "probabilities" in row else [row["prediction"]] for row in rows
-    ]
-    np.save(stream.buffer, np.array(values, np.float64), allow_pickle=False)  # type: ignore[attr-defined]
 
 
 def _write_lines(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -108,6 +108,17 @@ def predict_rows(
     _require_texts(op, classifier)
     column = Columns.of(op, parse_columns(columns, op)).text
     return _predicted(_Predictor(op, classifier), sources_of(op, data), column, skip_bad, progress)
+
+
+def save_array(stream: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write what `predict_rows` found as a .npy file.
+
+    The array is float64: the probabilities (texts, labels), or the numbers of a regression (texts, 1).
+    """
+    values = [
+        list(row["probabilities"].values()) if "probabilities" in row else [row["prediction"]] for row in rows
+    ]
+    np.save(stream, np.array(values, np.float64), allow_pickle=False)
 
 
 def _predicted(

@@ -94,7 +94,7 @@ def torch_step(start: Path, threads: int, batch_size: int) -> Step:
         value = loss([model.preprocess(column) for column in batch], None)
         value.backward()
         optimizer.step()
-        return float(value)
+        return float(value.item())
 
     return step
 

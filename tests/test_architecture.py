@@ -16,6 +16,7 @@ PACKAGE = ROOT / "python" / "nplora"
 
 # A room may import only rooms that come before it here. A new module needs a place here too.
 PYTHON_ROOMS = [
+    "platform",
     "_core",
     "_check",
     "runtime",
@@ -125,7 +126,7 @@ def test_a_python_room_imports_only_rooms_above_it(file: Path) -> None:
 
 
 def test_there_are_few_rooms() -> None:
-    assert len([room for room in PYTHON_ROOMS if not room.startswith("__")]) <= 17
+    assert len([room for room in PYTHON_ROOMS if not room.startswith("__")]) <= 18
 
 
 def module_of(file: Path) -> str:
@@ -206,6 +207,63 @@ def test_no_room_reads_files_that_hold_code() -> None:
         )
 
 
+# What exists on some systems only, or asks which system this is.
+SYSTEM_MODULES = {
+    *("_winapi", "ctypes", "fcntl", "grp", "msvcrt", "nt", "platform", "posix", "pty", "pwd", "resource"),
+    *("termios", "tty", "winreg"),
+}
+SYSTEM_NAMES = {
+    "sys": {"platform", "getwindowsversion", "winver"},
+    "os": {
+        *("name", "uname", "environb", "fork", "forkpty", "register_at_fork", "killpg", "setsid", "getpgid"),
+        *("getuid", "geteuid", "preadv", "pwritev", "pread", "pwrite", "posix_fallocate", "posix_fadvise"),
+        *("fchmod", "fchown", "fchdir", "sysconf", "sched_getaffinity", "sched_setaffinity", "openpty"),
+        *("mkfifo", "getloadavg", "nice", "startfile", "set_blocking", "statvfs", "fstatvfs", "symlink"),
+        *("sendfile", "copy_file_range", "memfd_create", "O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"),
+        *("O_DIRECTORY", "O_BINARY", "O_DSYNC", "O_SYNC", "O_TMPFILE"),
+    },
+    "signal": {
+        *("SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGPIPE", "SIGBUS", "SIGALRM", "SIGPROF", "SIGVTALRM"),
+        *("SIGBREAK", "SIGCHLD", "SIGQUIT", "SIGSTOP", "SIGCONT", "SIGTSTP", "CTRL_C_EVENT", "alarm"),
+        *("setitimer", "pthread_sigmask", "pthread_kill", "sigwait", "ITIMER_REAL", "ITIMER_VIRTUAL"),
+    },
+    "socket": {
+        *("AF_UNIX", "SO_REUSEADDR", "SO_EXCLUSIVEADDRUSE", "TCP_KEEPIDLE", "TCP_KEEPALIVE"),
+        *("TCP_USER_TIMEOUT", "TCP_KEEPINTVL", "TCP_KEEPCNT"),
+    },
+    "mmap": {"MAP_SHARED", "MAP_PRIVATE", "PROT_READ", "PROT_WRITE", "MADV_WILLNEED", "MADV_DONTNEED"},
+}
+SYSTEM_ARGUMENTS = {
+    *("dir_fd", "src_dir_fd", "dst_dir_fd", "start_new_session", "preexec_fn", "creationflags", "pass_fds"),
+}
+
+
+def system_specifics(file: Path) -> Iterator[str]:
+    """What a module uses that is not the same on all operating systems."""
+    for name, _ in imports(file):
+        if name.partition(".")[0] in SYSTEM_MODULES:
+            yield f"import {name}"
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.attr in SYSTEM_NAMES.get(node.value.id, ()):
+                yield f"{node.value.id}.{node.attr}"
+        elif isinstance(node, ast.ImportFrom) and node.module in SYSTEM_NAMES:
+            yield from (a.name for a in node.names if a.name in SYSTEM_NAMES[node.module])
+        elif isinstance(node, ast.keyword) and node.arg in SYSTEM_ARGUMENTS:
+            yield f"{node.arg}="
+        elif isinstance(node, ast.Constant) and re.match(r"/?(proc|sys|dev)/", str(node.value)):
+            yield str(node.value)
+
+
+def test_only_one_room_knows_the_operating_system() -> None:
+    found = {
+        str(file.relative_to(PACKAGE)): specifics
+        for file in python_files()
+        if room_of(file) != "platform" and (specifics := sorted(set(system_specifics(file))))
+    }
+    assert found == {}
+
+
 # Imports for `nplora demo` and for `nplora info`, which prints the norms of an adapter.
 COMPUTES = {"demo/dictionary.py", "demo/digits.py", "description.py"}
 
@@ -279,6 +337,27 @@ def test_base_uses_only_the_standard_library_and_the_system() -> None:
     for file in cpp_files():
         if cpp_room(file) == "base":
             assert all(name.startswith("base/") for name in includes(file)[0]), file
+
+
+SYSTEM_MACROS = re.compile(
+    r"\b(__linux__|__gnu_linux__|__unix__|_?WIN32|_WIN64|__MINGW\d+__|__CYGWIN__|_MSC_VER|__APPLE__|__MACH__|"
+    r"TARGET_OS_\w+|__EMSCRIPTEN__|__wasm\w*__|__\w+BSD__|__ANDROID__|__GLIBC__|__BIONIC__|_POSIX_\w+|"
+    r"_SC_\w+|MADV_\w+)\b"
+)
+STANDARD_C_HEADERS = {"stddef.h", "stdint.h"}
+
+
+def test_only_the_files_of_the_platform_know_the_operating_system() -> None:
+    """CMakeLists.txt chooses between these files, so that no file asks which system it is compiled for."""
+    for file in cpp_files():
+        path = str(file.relative_to(CSRC))
+        if re.fullmatch(r"base/platform_\w+\.cpp", path):
+            assert not re.search(r"#\s*(el)?ifn?(def)?\b.*\b(linux|WIN|APPLE|EMSC|wasm)", code_of(file)), path
+            continue
+        assert not SYSTEM_MACROS.search(code_of(file)), path
+        headers = {name for name in includes(file)[1] if name.endswith(".h") and "/" not in name}
+        headers |= {name for name in includes(file)[1] if name.startswith("sys/")}
+        assert headers <= STANDARD_C_HEADERS | INTRINSICS | {"omp.h", "Python.h"}, path
 
 
 def test_python_is_known_to_bindings_only() -> None:

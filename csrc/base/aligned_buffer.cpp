@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <new>
 #include <utility>
 
@@ -29,7 +28,7 @@ AlignedBuffer::AlignedBuffer(size_t bytes, Life life) : bytes_(bytes) {
   if (bytes == 0) return;
   if (bytes > SIZE_MAX - 2 * kHugePage) throw std::bad_alloc();
   if (bytes < kLeastMapped)
-    data_ = std::aligned_alloc(kCacheLine, round_up(bytes, kCacheLine));
+    data_ = ::operator new(bytes, std::align_val_t{kCacheLine}, std::nothrow);
   else
     data_ = life == Life::kLong ? map_beside(bytes) : map(bytes);
   if (data_ == nullptr) throw std::bad_alloc();
@@ -40,7 +39,7 @@ AlignedBuffer::~AlignedBuffer() {
   if (bytes_ >= kLeastMapped)
     unmap(data_, bytes_);
   else
-    std::free(data_);
+    ::operator delete(data_, std::align_val_t{kCacheLine});
 }
 
 AlignedBuffer::AlignedBuffer(AlignedBuffer&& other) noexcept

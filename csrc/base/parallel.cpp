@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <string>
 #include <string_view>
-#include <thread>
 
+#include "base/platform.h"
 #include "base/pool.h"
 
 #ifdef _OPENMP
@@ -114,11 +116,15 @@ size_t most_threads() {
 #ifdef _OPENMP
   return static_cast<size_t>(std::max(1, omp_get_max_threads()));
 #else
-  static const long asked = [] {
-    const char* variable = std::getenv("OMP_NUM_THREADS");
-    return variable == nullptr ? 0 : std::strtol(variable, nullptr, 10);
+  static const size_t asked = [] {
+    const char* text = std::getenv("OMP_NUM_THREADS");
+    if (text == nullptr) text = "";
+    text += std::strspn(text, " \t");
+    unsigned number = 0;  // 0 also if the text is not a number from 1 on
+    std::from_chars(text, text + std::strlen(text), number);
+    return number > 0 ? size_t{number} : platform::usable_processors();
   }();
-  return asked > 0 ? static_cast<size_t>(asked) : std::max(1u, std::thread::hardware_concurrency());
+  return asked;
 #endif
 }
 
@@ -144,7 +150,7 @@ int openmp_version() {
 }
 
 size_t num_threads() {
-  if (forked()) return 1;
+  if (forked() || !platform::has_threads()) return 1;
   const size_t most = most_threads(), limit = thread_limit;
   return limit == 0 ? most : std::min(limit, most);
 }

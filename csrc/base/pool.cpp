@@ -1,9 +1,5 @@
 #include "base/pool.h"
 
-#include <pthread.h>
-#include <sched.h>
-#include <signal.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -14,15 +10,14 @@
 #include <vector>
 
 #include "base/pause.h"
+#include "base/platform.h"
 
 namespace nplora {
 
 namespace {
 
 std::atomic<bool> in_child{false};
-// Registers a function that notes in a forked child that it was forked. If the system has no memory for this
-// registration, forked children may hang. Nothing else depends on the registration.
-[[maybe_unused]] const int fork_watch = pthread_atfork(nullptr, nullptr, [] { in_child = true; });
+[[maybe_unused]] const bool fork_watch = (platform::call_in_forked_child([] { in_child = true; }), true);
 
 // How long an idle thread polls before it sleeps. The polling time is longer than the gaps between the calls
 // of a training step. A sleeping thread may be woken on the caller's own core (in a virtual machine, the
@@ -70,13 +65,10 @@ class Pool {
     done_.wait(lock, all_returned);
   }
 
-  // If the system refuses a thread, or memory for a thread, only speed is lost. Workers block all signals, so
-  // that the program's own threads receive them.
+  // If the system refuses a thread, or memory for a thread, only speed is lost.
   void start_workers(size_t wanted) {
     if (worker_threads_.size() >= wanted) return;
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    const platform::WithoutSignals without_signals;
     try {
       while (worker_threads_.size() < wanted) {
         worker_threads_.reserve(worker_threads_.size() + 1);
@@ -87,23 +79,15 @@ class Pool {
       }
     } catch (const std::exception&) {
     }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
   // Keeps the workers off the caller's processor. A sleeping worker would often be woken on that processor,
   // and would wait there for a time slice while the caller does all the work. On any other processor a worker
   // gets enough time, even if the threads of a BLAS spin there for a while after each product.
   void steer_workers() {
-#ifdef __linux__
-    const int cpu = sched_getcpu();
-    if (cpu == steered_from_ || cpu < 0) return;
-    cpu_set_t allowed;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
-    CPU_CLR(static_cast<size_t>(cpu), &allowed);
-    if (CPU_COUNT(&allowed) == 0) return;
-    for (const pthread_t worker : worker_threads_) pthread_setaffinity_np(worker, sizeof allowed, &allowed);
-    steered_from_ = cpu;
-#endif
+    const int processor = platform::current_processor();
+    if (processor == steered_from_ || processor < 0) return;
+    if (platform::avoid_processor(worker_threads_, processor)) steered_from_ = processor;
   }
 
   [[noreturn]] void serve() {
@@ -133,9 +117,9 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::vector<Job*> jobs_;
-  std::atomic<size_t> open_places_{0};     // of all jobs
-  std::vector<pthread_t> worker_threads_;  // these never end
-  int steered_from_ = -1;                  // the caller's processor, which the workers avoid
+  std::atomic<size_t> open_places_{0};            // of all jobs
+  std::vector<platform::Thread> worker_threads_;  // these never end
+  int steered_from_ = -1;                         // the caller's processor, which the workers avoid
 };
 
 }  // namespace

@@ -1,24 +1,9 @@
 #include "simd/cpu.h"
 
+#include "base/platform.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <cstdint>
-#endif
-#elif defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#if !defined(HWCAP2_BF16)  // older headers do not define HWCAP2_BF16
-#define HWCAP2_BF16 (1ul << 14)
-#endif
-#if !defined(HWCAP2_I8MM)
-#define HWCAP2_I8MM (1ul << 13)
-#endif
-#if !defined(HWCAP_ASIMDDP)
-#define HWCAP_ASIMDDP (1ul << 20)
-#endif
 #endif
 
 namespace nplora::simd {
@@ -50,19 +35,6 @@ unsigned saved_state() {
   return eax;
 }
 
-constexpr long kTileData = 18;  // XFEATURE_XTILEDATA
-
-// Whether a process may request the tile registers of AMX.
-bool linux_offers_tiles() {
-#if defined(__linux__)
-  constexpr long kSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
-  uint64_t features = 0;
-  return syscall(SYS_arch_prctl, kSupported, &features) == 0 && (features >> kTileData & 1) != 0;
-#else
-  return false;
-#endif
-}
-
 Cpu detect() {
   Cpu found;
   const Registers leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
@@ -78,7 +50,7 @@ Cpu detect() {
   found.avx512vnni = found.avx512 && bit(leaf7.ecx, 11);
   found.avx512bf16 = found.avx512vnni && bit(leaf7_1.eax, 5);
   const bool tiles = (state & 0x60000) == 0x60000 && bit(leaf7.edx, 24) && bit(leaf7.edx, 22);  // TILE, BF16
-  found.amx = found.avx512bf16 && tiles && linux_offers_tiles();
+  found.amx = found.avx512bf16 && tiles && platform::offers_tiles();
   return found;
 }
 
@@ -87,10 +59,8 @@ Cpu detect() {
 Cpu detect() {
   Cpu found;
   found.neon = true;  // NEON is part of the aarch64 architecture
-#if defined(__linux__)
-  found.neonbf16 = (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0 && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
-  found.neoni8mm = found.neonbf16 && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
-#endif
+  found.neonbf16 = platform::has_arm_bf16_and_dot_products();
+  found.neoni8mm = found.neonbf16 && platform::has_arm_i8mm();
   return found;
 }
 
@@ -110,12 +80,7 @@ const Cpu& cpu() {
 }
 
 bool ask_for_tiles() {
-#if defined(__x86_64__) && defined(__linux__)
-  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
+  return platform::request_tiles();
 }
 
 }  // namespace nplora::simd

@@ -32,7 +32,6 @@ from nplora.finetuning.planning import (
     needed,
     parse_bytes,
     peak_memory,
-    resident,
 )
 from nplora.finetuning.planning.memory import Memory, predicted
 from nplora.finetuning.planning.resident import unread
@@ -40,6 +39,7 @@ from nplora.formats.gguf import Typed
 from nplora.lm import load_model
 from nplora.models.footprint import NOT_ADAPTED
 from nplora.models.packing import pack
+from nplora.platform import memory as system_memory
 from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
@@ -596,7 +596,7 @@ def test_mappings_of_files_with_odd_names_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only \\n ends a line. Names may contain any bytes, also those at which `str.splitlines` cuts."""
-    monkeypatch.setattr(resident, "_ROOT", tmp_path)
+    monkeypatch.setattr(system_memory, "_ROOT", tmp_path)
     sizes = b"Size: 8 kB\nRss: 3 kB\n"
     (tmp_path / "proc/self").mkdir(parents=True)
     for name in (b"other\x1cSize: many", b"other\xe2\x80\xa8Size: many", b"other\xff"):
@@ -674,7 +674,7 @@ GROUPS = {  # files below the root; the process has 300 kB of its own, the machi
 def test_what_is_available_is_what_the_machine_and_every_group_leave(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resident, "_ROOT", tmp_path)
+    monkeypatch.setattr(system_memory, "_ROOT", tmp_path)
     assert available_memory() is None
     machine = {
         "proc/meminfo": "MemTotal: 90000 kB\nMemAvailable: 40000 kB\n",

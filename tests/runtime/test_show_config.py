@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import nplora
+from nplora.platform import host
 from nplora.runtime import machine
 
 
@@ -48,7 +49,7 @@ def test_the_processor_has_the_name_that_the_system_gives_it(
 ) -> None:
     if text is not None:
         (tmp_path / "cpuinfo").write_text(text)
-    monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(host, "_CPU_INFO", tmp_path / "cpuinfo")
     assert machine.cpu_name.__wrapped__() == name
 
 

@@ -1,14 +1,11 @@
 """How the ranks of one machine share its cores."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from nplora.platform import host
 from nplora.runtime import get_num_threads
-
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
 
 
 @dataclass(frozen=True)
@@ -33,11 +30,7 @@ def cores_of_this_process() -> Cores:
     >>> len(cores_of_this_process().cores) >= 1
     True
     """
-    try:
-        machine = _BOOT_ID.read_text().strip()
-    except OSError:
-        machine = os.uname().nodename
-    return Cores(machine, frozenset(os.sched_getaffinity(0)), get_num_threads())
+    return Cores(host.machine_id(), host.usable_cores(), get_num_threads())
 
 
 def fair_threads(ranks: Sequence[Cores], rank: int) -> tuple[int, bool]:

@@ -5,7 +5,6 @@ All file-system calls of nplora's formats are in this module.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import mmap
 import os
@@ -27,6 +26,7 @@ from nplora.formats.errors import (
     UnsafeError,
     brief,
 )
+from nplora.platform import files as system
 from nplora.runtime import mappings
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -83,10 +83,8 @@ def require_named(op: str, **paths: StrPath | None) -> None:
 
 @contextlib.contextmanager
 def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
-    # Without O_NONBLOCK, opening a FIFO that has no writer would wait for ever.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
-    try:
-        fd = os.open(path, flags)
+    try:  # opening a FIFO that has no writer would wait for ever
+        fd = system.open_file(path, os.O_RDONLY, follow_links=follow_links, wait=False)
     except OSError as error:
         if error.errno == errno.ELOOP and os.path.islink(path):
             raise UnsafeError(f"{name(path)}: a symbolic link, expected a regular file") from error
@@ -157,7 +155,7 @@ class Reader:
         except (MemoryError, OSError, OverflowError) as error:
             raise MemoryError(f"{self._name}: no memory for {end - begin:,} bytes") from error
         while begin < end:
-            count = os.preadv(self._fd, [data[begin - end :]], begin)
+            count = system.read_at(self._fd, data[begin - end :], begin)
             if count == 0:
                 raise TruncatedError(
                     f"{self._name}: ends at byte {begin:,}, but its size was {self._size:,} bytes"
@@ -296,9 +294,8 @@ class Directory(os.PathLike[str]):
     def __init__(self, path: "StrPath | Directory") -> None:
         held = path if isinstance(path, Directory) else None
         self._path: str = absolute(path) if held is None else held._path
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        self.fd: int = os.open(
-            self._path if held is None else ".", flags, dir_fd=None if held is None else held.fd
+        self.fd: int = (
+            system.open_directory(self._path) if held is None else system.open_directory(".", held.fd)
         )
 
     def is_at(self, path: StrPath) -> bool:
@@ -314,8 +311,8 @@ class Directory(os.PathLike[str]):
 
     def __fspath__(self) -> str:
         if not self.is_at(self._path):
-            with contextlib.suppress(OSError):  # a system without /proc
-                moved = os.readlink(f"/proc/self/fd/{self.fd}")
+            with contextlib.suppress(OSError):  # the system does not know
+                moved = system.path_of(self.fd)
                 return moved if self.is_at(moved) else self._path
         return self._path
 
@@ -400,9 +397,9 @@ def replace(
     with _temporaries(files, directory) as written:
         check([target.parent / temporary for _, temporary, target in written])
         for place, temporary, target in written:
-            os.replace(temporary, target.name, src_dir_fd=place, dst_dir_fd=place)
+            system.replace_in(place, temporary, target.name)
             with disk_errors(target.parent, f"{target.name} is in place, but a power cut may undo that"):
-                os.fsync(place)  # makes the renames reach the disk in order
+                system.sync_directory(place)  # makes the renames reach the disk in order
 
 
 @contextlib.contextmanager
@@ -444,17 +441,17 @@ def _temporaries(
         finally:
             for place, temporary, _ in temporaries:
                 with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=place)
+                    system.remove_in(place, temporary)
 
 
 def _require_replaceable(target: Path, directory: int | None = None) -> None:
     """Raise an error if an existing target is not a regular file. A rename would replace even a device."""
-    place = target if directory is None else target.name or "."
+    place = str(target) if directory is None else target.name or "."
     try:
-        kind = stat.S_IFMT(os.stat(place, dir_fd=directory).st_mode)
+        kind = stat.S_IFMT(system.stat_in(directory, place).st_mode)
     except FileNotFoundError:
         try:
-            kind = stat.S_IFMT(os.stat(place, dir_fd=directory, follow_symlinks=False).st_mode)
+            kind = stat.S_IFMT(system.stat_in(directory, place, follow_links=False).st_mode)
         except FileNotFoundError:
             return
     if kind == stat.S_IFDIR:
@@ -468,7 +465,7 @@ def _require_replaceable(target: Path, directory: int | None = None) -> None:
 def _permissions(target: str, directory: int) -> int | None:
     """The permissions of the file that will be replaced, or None if there is none."""
     try:
-        return os.stat(target, dir_fd=directory).st_mode & 0o777
+        return system.stat_in(directory, target).st_mode & 0o777
     except OSError:
         return None
 
@@ -486,7 +483,7 @@ def unfinished(directory: int, targets: Container[str]) -> list[str]:
     """The temporary files of these targets: a crash left them, or another `replace` is writing them."""
     return [
         file
-        for file in sorted(os.listdir(directory))
+        for file in sorted(system.list_in(directory))
         if (match := _TEMPORARY.fullmatch(file)) and match[1] in targets
     ]
 
@@ -499,26 +496,31 @@ def _clear_and_share(directory: int, targets: set[str]) -> None:
     or if the file system has no locks.
     """
     with contextlib.suppress(OSError):
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        system.lock(directory)
         for file in unfinished(directory, targets):
-            os.unlink(file, dir_fd=directory)
+            system.remove_in(directory, file)
     with contextlib.suppress(OSError):
-        fcntl.flock(directory, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        system.lock(directory, shared=True)
 
 
 def _write_new(file: NewFile, directory: int, temporary: str, permissions: int | None) -> None:
     """Create a new file, write its chunks, and fsync it."""
     progress = Progress(file.nbytes)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with disk_errors(file.path, progress):
-        fd = os.open(temporary, flags, 0o666 if permissions is None else permissions, dir_fd=directory)
+        fd = system.open_file(
+            temporary,
+            os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+            permissions=0o666 if permissions is None else permissions,
+            directory=directory,
+            follow_links=False,
+        )
         try:
             if permissions is not None:
                 with contextlib.suppress(PermissionError):  # a file system without permissions
-                    os.fchmod(fd, permissions)
+                    system.set_permissions(fd, permissions)
             for chunk in file.chunks:
                 write(fd, chunk, progress)
-            os.fsync(fd)
+            system.sync(fd)
         finally:
             os.close(fd)
 

@@ -14,6 +14,7 @@ from nplora.formats.errors import FormatError, UnsafeError
 from nplora.formats.files import NewFile, StrPath
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.formats.sharded import ShardedFile
+from nplora.platform.files import link
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -164,6 +165,6 @@ def linked(source: Path, weights: Path, changed: Mapping[str, Path] | None = Non
     with tempfile.TemporaryDirectory(prefix="nplora-") as made:
         for path in source.iterdir():
             if files.suffix(path) in _COMPANIONS and not is_index(path) and path.is_file():
-                os.symlink((changed or {}).get(path.name, path).absolute(), Path(made, path.name))
-        os.symlink(weights.absolute(), Path(made, WEIGHTS))
+                link((changed or {}).get(path.name, path).absolute(), Path(made, path.name))
+        link(weights.absolute(), Path(made, WEIGHTS))
         yield Path(made)

@@ -41,6 +41,7 @@ from nplora.formats.label_record import LabelRecord
 from nplora.formats.peft_config import PeftConfig
 from nplora.formats.safetensors import SafetensorsFile, Tensors
 from nplora.formats.tokenizer_json import AddedToken
+from nplora.platform.files import remove_in
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -508,7 +509,7 @@ def save(
         )
         for name in tokenizer_json.FILES if is_stale else ():
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=held.fd)
+                remove_in(held.fd, name)
 
 
 def _digest_in(directory: files.Directory) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import os
 import tempfile
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from nplora import _core
 from nplora.formats import files
 from nplora.formats.files import StrPath
+from nplora.platform.files import read_at, reserve, write_at
 from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
@@ -125,7 +125,7 @@ class _Disk:
         with files.disk_errors(directory, f"the frozen blocks' outputs take {nbytes:,} bytes"):
             self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
             try:
-                os.posix_fallocate(self._file.fileno(), 0, max(1, nbytes))
+                reserve(self._file.fileno(), max(1, nbytes))
             except BaseException:
                 self._file.close()
                 raise
@@ -134,7 +134,7 @@ class _Disk:
         rest, offset = _bytes(out), start * self._row_bytes
         with files.disk_errors(self._directory, "the frozen blocks' outputs cannot be read back"):
             while rest:
-                count = os.preadv(self._file.fileno(), [rest], offset)
+                count = read_at(self._file.fileno(), rest, offset)
                 if not count:
                     raise OSError(errno.EIO, "the file has become shorter")
                 rest, offset = rest[count:], offset + count
@@ -146,7 +146,7 @@ class _Disk:
         )
         with files.disk_errors(self._directory, "the frozen blocks' outputs cannot be stored"):
             while rest:
-                count = os.pwrite(self._file.fileno(), rest, offset)
+                count = write_at(self._file.fileno(), rest, offset)
                 rest, offset = rest[count:], offset + count
 
     def close(self) -> None:

@@ -1,11 +1,11 @@
 """Sets the number of threads, releases idle memory, and prints the configuration for a bug report."""
 
-import platform
 import sys
 
 import numpy as np
 
 from nplora import _check, _core
+from nplora.platform import host
 from nplora.runtime.machine import cpu_name
 
 _INT_MAX = 2**31 - 1  # the core counts threads in an int
@@ -69,7 +69,7 @@ def show_config() -> None:
         "compiler": config["compiler"],
         "Python": sys.version.split()[0],
         "NumPy": np.__version__,
-        "platform": platform.platform(),
+        "platform": host.system_name(),
     }
     for i, pool in enumerate(_thread_pools()):
         lines[f"runtime {i}"] = pool

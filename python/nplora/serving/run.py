@@ -10,8 +10,8 @@ from typing import Any
 
 from nplora.finetuning.planning import parse_bytes
 from nplora.finetuning.planning.choice import resident_memory
-from nplora.finetuning.planning.resident import current_memory
 from nplora.lm import Encoder, LanguageModel
+from nplora.platform.memory import current_memory
 from nplora.runtime.time_share import TimeShare
 from nplora.serving.adapter_memory import AdapterMemory
 from nplora.serving.api import http_server

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import datetime
 import json
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nplora.formats.errors import FormatError, LimitError, UnsafeError
+from nplora.platform.limits import Limits
 from nplora.tokenizer.render_process import End, RenderProcess
 
 MAX_TEMPLATE = 1 << 16  # characters; the longest in use have 20,000
@@ -21,12 +21,13 @@ MAX_TEMPLATE = 1 << 16  # characters; the longest in use have 20,000
 _COMPILING, _RENDERING, _RENDERING_A_BYTE = 2.0, 0.5, 1e-5
 _MEMORY, _MEMORY_A_BYTE = 64 << 20, 64  # a template of MAX_TEMPLATE takes 33 MB to compile, then 14
 _LENGTH, _LENGTH_A_BYTE = 4 << 20, 16  # of the rendered text; longer text counts as too much memory
-# The meaning of the signal that ended the process.
-_ENDS: dict[int, str] = {
-    signal.SIGVTALRM: "takes more than {compiling} s of CPU time to compile",
-    signal.SIGPROF: "takes more than {rendering:.1f} s of CPU time",
-    signal.SIGKILL: "takes too much memory",
-    signal.SIGSEGV: "is nested too deeply",
+# What the cause of the process's end means.
+_ENDS = {
+    "compiling": "takes more than {compiling} s of CPU time to compile",
+    "rendering": "takes more than {rendering:.1f} s of CPU time",
+    "memory": "takes too much memory",
+    "nesting": "is nested too deeply",
+    "other": "ends its process",
 }
 
 
@@ -85,18 +86,20 @@ class ChatTemplate:
             raise ValueError(
                 f"{self.source}: the messages cannot be passed to a template: {error}"
             ) from error
-        limits = {
-            "compiling": _COMPILING,
-            "rendering": _RENDERING + _RENDERING_A_BYTE * len(data),
-            "memory": _MEMORY + _MEMORY_A_BYTE * len(data),
-        }
+        limits = Limits(
+            compiling=_COMPILING,
+            rendering=_RENDERING + _RENDERING_A_BYTE * len(data),
+            memory=_MEMORY + _MEMORY_A_BYTE * len(data),
+        )
         now = now or datetime.datetime.now()
-        request = json.dumps({"template": self.text, "now": now.isoformat(), **limits}).encode()
-        answer = _PROCESS.ask(request + b"\n" + data + b"\n", _LENGTH + _LENGTH_A_BYTE * len(data))
+        own = limits.set_by_process()._asdict()
+        request = json.dumps({"template": self.text, "now": now.isoformat(), **own}).encode()
+        length = _LENGTH + _LENGTH_A_BYTE * len(data)
+        answer = _PROCESS.ask(request + b"\n" + data + b"\n", length, limits)
         if not isinstance(answer, End):
             kind, words = answer
-        elif answer.status < 0:
-            kind, words = "unsafe", _ENDS.get(-answer.status, "ends its process").format(**limits)
+        elif answer.cause is not None:
+            kind, words = "unsafe", _ENDS[answer.cause].format(**limits._asdict())
         else:
             end = f"{answer.status}: {answer.words}" if answer.words else f"{answer.status}"
             raise RuntimeError(f"{self.source}: the process that renders templates ended with {end}")

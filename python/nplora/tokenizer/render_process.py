@@ -6,26 +6,61 @@ import importlib.util
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+from nplora.platform import limits, processes
+from nplora.platform.limits import Limits
+from nplora.platform.memory import usage_of
 
 _PROGRAM = Path(__file__).with_name("renderer.py")
 
 
 class End(NamedTuple):
-    """How the process ended: its status (negative for a signal), and the last line of its error output."""
+    """How the process ended: its status, the last line of its error output, and the limit that ended it."""
 
     status: int
     words: str
+    cause: str | None = None
+
+
+class _Line(NamedTuple):
+    """One end of two pipes."""
+
+    reader: int
+    writer: int
+
+    @classmethod
+    def pair(cls) -> tuple[Self, Self]:
+        first, second = os.pipe(), os.pipe()
+        return cls(first[0], second[1]), cls(second[0], first[1])
+
+    def send(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self.writer, rest) :]
+
+    def receive(self, most: int) -> bytes:
+        """A line of at most `most` bytes; less if the other end is closed."""
+        received = bytearray()
+        while not received.endswith(b"\n") and len(received) < most:
+            piece = os.read(self.reader, 1 << 16)
+            if not piece:
+                break
+            received += piece
+        return bytes(received)
+
+    def close(self) -> None:
+        os.close(self.reader)
+        os.close(self.writer)
 
 
 class _Child(NamedTuple):
     process: subprocess.Popen[bytes]
-    line: socket.socket
+    line: _Line
     errors: io.FileIO
 
 
@@ -39,28 +74,35 @@ class RenderProcess:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: _Child | None = None
-        self._pair: tuple[socket.socket, ...] = ()  # sockets of a process that is just being started
-        os.register_at_fork(after_in_child=self._leave)
+        self._pair: tuple[_Line, ...] = ()  # pipes of a process that is just being started
+        processes.call_in_forked_child(self._leave)
 
-    def ask(self, question: bytes, length: int) -> tuple[str, str] | End:
+    def ask(self, question: bytes, length: int, most: Limits) -> tuple[str, str] | End:
         """Send a request. Return the answer (at most `length` bytes), or how the process ended.
 
+        Args:
+            most: what the process may use for the answer.
         Raises:
             ModuleNotFoundError: the package `jinja2` is not installed.
             OSError: the process cannot be started.
         """
         with self._lock:
             child = self._running()
-            try:
-                child.line.sendall(question)
-                answer = _received(child.line, length + 1)
-            except (BrokenPipeError, ConnectionResetError):
-                return self._stop()
-            except BaseException:  # after Ctrl-C, the next question must not receive this answer
-                self._stop()
-                raise
-            if not answer.endswith(b"\n"):
-                return self._stop()
+            process, answer = child.process, b""
+            with limits.watched(lambda: usage_of(process.pid), process.kill, most) as causes:
+                try:
+                    child.line.send(question)
+                    answer = child.line.receive(length + 1)
+                except BrokenPipeError:
+                    pass
+                except BaseException:  # after Ctrl-C, the next question must not receive this answer
+                    self._stop()
+                    raise
+            if len(answer) > length:
+                causes.append("memory")
+            if causes or not answer.endswith(b"\n"):
+                end = self._stop()
+                return end._replace(cause=causes[0]) if causes else end
         kind, words = json.loads(answer)
         return kind, words
 
@@ -78,7 +120,7 @@ class RenderProcess:
         status = child.process.wait()
         with child.errors:
             words = (child.errors.read(1 << 16) or b"").decode(errors="replace").strip()
-        return End(status, words.rpartition("\n")[2])
+        return End(status, words.rpartition("\n")[2], limits.cause_of_end(status))
 
     def _running(self) -> _Child:
         if self._child is not None and self._child.process.poll() is not None:
@@ -96,16 +138,15 @@ class RenderProcess:
                 f"chat templates are rendered by a separate Python process, but sys.executable "
                 f"{sys.executable!r} cannot run {_PROGRAM}"
             )
-        self._pair = ours, theirs = socket.socketpair()
+        self._pair = ours, theirs = _Line.pair()
         try:
-            process = subprocess.Popen(
+            process = processes.start_apart(
                 [sys.executable, "-I", "-S", "-W", "ignore", str(_PROGRAM), *_searched()],
                 env={**os.environ, "NO_COLOR": "1"},
                 bufsize=0,  # a buffer has a lock, which a fork could leave held for ever
-                stdin=theirs.fileno(),
-                stdout=theirs.fileno(),
+                stdin=theirs.reader,
+                stdout=theirs.writer,
                 stderr=subprocess.PIPE,
-                start_new_session=True,  # so that Ctrl-C does not reach it
             )
         except BaseException:
             ours.close()
@@ -114,7 +155,7 @@ class RenderProcess:
             theirs.close()
             self._pair = ()
         assert isinstance(process.stderr, io.FileIO)
-        os.set_blocking(process.stderr.fileno(), False)  # a forked process may keep the other end open
+        processes.do_not_wait(process.stderr)  # a forked process may keep the other end open
         return _Child(process, ours, process.stderr)
 
     def _leave(self) -> None:
@@ -135,13 +176,3 @@ class RenderProcess:
 def _searched() -> list[str]:
     """The entries of `sys.path` that can be passed to another process."""
     return [path for path in sys.path if isinstance(path, str) and "\0" not in path]
-
-
-def _received(line: socket.socket, most: int) -> bytes:
-    received = bytearray()
-    while not received.endswith(b"\n") and len(received) < most:
-        piece = line.recv(1 << 16)
-        if not piece:
-            break
-        received += piece
-    return bytes(received)

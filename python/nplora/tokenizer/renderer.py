@@ -3,7 +3,7 @@
 A request is two lines of JSON on standard input:
 
 - an object with "template", "now", and the limits "compiling" and "rendering" (seconds of CPU time) and
-  "memory" (bytes);
+  "memory" (bytes), which are 0 if the system cannot set them;
 - an object with the template's variables.
 
 The answer is one line of JSON on standard output: ["text", the rendered text] or [kind of refusal, reason].
@@ -12,21 +12,23 @@ The program is started by its path and does not import the package nplora, so th
 second.
 """
 
-import contextlib
 import datetime
 import functools
 import gc
+import importlib
 import json
 import os
 import re
-import resource
-import signal
 import sys
 from typing import Any, NoReturn
 
 if __name__ == "__main__":
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path.append(os.path.join(os.path.dirname(here), "platform"))
+    limits = importlib.import_module("limits")
     sys.path[:] = sys.argv[1:]
-    os.set_blocking(sys.stderr.fileno(), False)  # nothing reads it until this process ends
+else:
+    from nplora.platform import limits
 
 import jinja2
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
@@ -65,10 +67,10 @@ def answer(request: dict[str, Any], variables: dict[str, Any]) -> tuple[str, str
 
 def _answer(request: dict[str, Any], variables: dict[str, Any]) -> tuple[str, str]:
     try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, request["compiling"])
+        limits.limit_compiling(request["compiling"])
         template = _compiled(request["template"])
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.setitimer(signal.ITIMER_PROF, request["rendering"])
+        limits.limit_compiling(0)
+        limits.limit_rendering(request["rendering"])
         now = datetime.datetime.fromisoformat(request["now"])
         context = template.new_context({**variables, "strftime_now": now.strftime})
         return "text", "".join(template.root_render_func(context))
@@ -129,42 +131,21 @@ def _raise_exception(message: Any) -> NoReturn:
     raise RefusalError(str(message))
 
 
-def size() -> int | None:
-    """The bytes of memory that this process has mapped; None on systems that do not report them."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[0]) * resource.getpagesize()
-    except FileNotFoundError:
-        return None
-
-
 def main() -> None:
     """Render templates until standard input ends.
 
     At a time limit, the signal of a timer ends the process, even in the middle of a long Python operation.
-    Memory is limited only if the system reports how much the process uses.
     """
-    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
-        resource.setrlimit(kind, (0, 0))
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    for number in (signal.SIGPROF, signal.SIGVTALRM):
-        signal.signal(number, signal.SIG_DFL)
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits.isolate()
     gc.freeze()  # these objects stay
     for line in sys.stdin.buffer:
         request, variables = json.loads(line), json.loads(sys.stdin.buffer.readline())
         gc.collect()  # otherwise reference cycles of earlier templates would add up
-        now = size()
         try:
-            if now is not None:
-                with contextlib.suppress(ValueError):  # the hard limit is lower already
-                    resource.setrlimit(resource.RLIMIT_AS, (now + request["memory"], hard))
-            rendered = json.dumps(answer(request, variables)).encode()
+            with limits.limited_memory(request["memory"]):
+                rendered = json.dumps(answer(request, variables)).encode()
         except MemoryError:
-            os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
-        for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
-            signal.setitimer(timer, 0)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+            limits.end_without_memory()
         sys.stdout.buffer.write(rendered + b"\n")
         sys.stdout.buffer.flush()
 

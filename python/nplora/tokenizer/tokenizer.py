@@ -6,7 +6,6 @@ import datetime
 import hashlib
 import itertools
 import json
-import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.tokenizer_json import TOKENIZER, TOKENIZER_CONFIG, AddedToken
+from nplora.platform.processes import call_in_forked_child
 from nplora.tokenizer import turns as turns_of
 from nplora.tokenizer.chat_template import ChatTemplate, plain
 from nplora.tokenizer.streaming import StreamDecoder
@@ -60,7 +60,7 @@ def _renew_lock() -> None:
     _encoding = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+call_in_forked_child(_renew_lock)
 
 
 @dataclass(frozen=True)

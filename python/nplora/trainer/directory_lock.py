@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Self
 from nplora.formats import files
 from nplora.formats.errors import TruncatedError, UnsafeError
 from nplora.formats.run_files import LOCK
+from nplora.platform import files as system
 
 
 class DirectoryLock:
@@ -35,18 +35,18 @@ class DirectoryLock:
         self._descriptor = self._lock(what)
         self._pid = os.getpid()  # forked children must not unlock
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{self._pid}\n".encode(), 0)
+        system.write_at(self._descriptor, f"{self._pid}\n".encode(), 0)
 
     def _lock(self, what: str) -> int:
         """Open and lock the file. If another process removes the file before it is locked, try again."""
         while True:
             descriptor = open_ours(self._directory, LOCK, os.O_RDWR | os.O_CREAT, _is_lock)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                system.lock(descriptor)
                 if self._is_in_directory(descriptor):
                     return descriptor
             except BlockingIOError as error:
-                pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
+                pid = _content(descriptor).decode(errors="replace").strip() or "unknown"
                 reason = f"{what} (process {pid}) writes to this directory"
                 os.close(descriptor)
                 raise BlockingIOError(error.errno, reason, os.fspath(self._directory)) from error
@@ -58,7 +58,7 @@ class DirectoryLock:
     def _is_in_directory(self, descriptor: int) -> bool:
         """Whether the lock file in the directory is still the opened file."""
         try:
-            found = os.stat(LOCK, dir_fd=self._directory.fd, follow_symlinks=False)
+            found = system.stat_in(self._directory.fd, LOCK, follow_links=False)
         except FileNotFoundError:
             return False
         return os.path.samestat(os.fstat(descriptor), found)
@@ -74,7 +74,7 @@ class DirectoryLock:
         if self._pid == os.getpid():
             with contextlib.suppress(OSError):
                 if self._is_in_directory(self._descriptor):
-                    os.unlink(LOCK, dir_fd=self._directory.fd)
+                    system.remove_in(self._directory.fd, LOCK)
         os.close(self._descriptor)
         self._descriptor = -1
 
@@ -98,9 +98,8 @@ def open_ours(
         OSError: the file cannot be opened.
     """
     path = Path(directory, name)
-    flags |= os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        descriptor = os.open(name, flags, 0o666, dir_fd=directory.fd)
+        descriptor = system.open_file(name, flags, directory=directory.fd, follow_links=False, wait=False)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UnsafeError(f"{path}: a symbolic link, expected a regular file") from error
@@ -117,6 +116,12 @@ def open_ours(
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _content(descriptor: int) -> bytes:
+    """The first bytes of a file."""
+    content = bytearray(20)
+    return bytes(content[: system.read_at(descriptor, memoryview(content), 0)])
 
 
 def _is_lock(reader: files.Reader) -> bool:

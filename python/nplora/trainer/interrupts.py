@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-REPEAT_SECONDS = 0.5  # two Ctrl-C within this time end the program
+from nplora.platform.processes import ENDING_SIGNALS, NOTICE
 
-_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+REPEAT_SECONDS = 0.5  # two Ctrl-C within this time end the program
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -63,7 +63,7 @@ class Interrupts:
 
     def __init__(self, terminate: bool, noted_only: bool = False) -> None:
         self._signals: tuple[signal.Signals, ...] = (
-            (signal.SIGINT, *_ENDING) if terminate else (signal.SIGINT,)
+            (signal.SIGINT, *ENDING_SIGNALS) if terminate else (signal.SIGINT,)
         )
         self._noted_only = noted_only
         self._previous: dict[int, Any] = {}
@@ -90,7 +90,7 @@ class Interrupts:
     def __exit__(self, *exception: object) -> None:
         for signum, previous in self._previous.items():
             # MPI may have a handler of its own here, which Python does not know and cannot restore.
-            is_usual = self._noted_only and signum == signal.SIGUSR1 and previous is signal.SIG_DFL
+            is_usual = self._noted_only and signum == NOTICE and previous is signal.SIG_DFL
             signal.signal(signum, _ignore if is_usual else previous)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:

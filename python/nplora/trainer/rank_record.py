@@ -1,11 +1,11 @@
 """RankRecord: how one rank of a distributed run has spent its time."""
 
-import os
 from dataclasses import dataclass
 
 from nplora.distributed.communicator import Communicator
+from nplora.platform.host import host_name
+from nplora.platform.memory import peak_memory
 from nplora.runtime import get_num_threads
-from nplora.runtime.memory import peak_memory
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,6 @@ class Stopwatch:
         """The record of the run so far."""
         ranks = self.communicator
         return RankRecord(
-            ranks.rank, os.uname().nodename, get_num_threads(), items, now - self.started, computed,
+            ranks.rank, host_name(), get_num_threads(), items, now - self.started, computed,
             ranks.waited - self.waited, ranks.exchanged - self.exchanged, peak_memory(),
         )  # fmt: skip

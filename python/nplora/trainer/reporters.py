@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from nplora import _check
 from nplora.formats import files
 from nplora.formats.files import StrPath
+from nplora.platform.files import open_file
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.history import EvaluationRecord, StepRecord
@@ -170,8 +171,8 @@ class CsvReporter(Reporter):
         self._names = tuple(dict.fromkeys([*self._usual, *(name for row in rows for name in row), *more]))
         text = _csv_text([self._names, *map(self._cells, rows)])
         files.replace([_new_file(self._path, text)])
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._file = open(os.open(self._path, flags), "a", newline="", encoding="utf-8")  # noqa: SIM115
+        descriptor = open_file(self._path, os.O_WRONLY | os.O_APPEND, follow_links=False)
+        self._file = open(descriptor, "a", newline="", encoding="utf-8")  # noqa: SIM115
 
     def _rows_before(self, run: Run) -> list[dict[str, str]]:
         """The rows of this run up to the step from which it resumes.

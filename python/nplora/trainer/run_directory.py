@@ -35,6 +35,7 @@ from nplora.formats.files import StrPath
 from nplora.formats.run_files import CHECKPOINTS, LOG, REFERENCE, REFERENCE_MARK, holds_run
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.formats.strict_json import json_values
+from nplora.platform import files as system
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer import checkpoint as checkpoints
 from nplora.trainer.checkpoint import MARKS, Checkpoint
@@ -148,7 +149,7 @@ class RunDirectory:
 
     def _require_ours(self) -> None:
         """Before any write, check that all files with the names of a run's files were made by a run."""
-        for name in {LOG, REFERENCE, *CHECKPOINTS}.intersection(os.listdir(self._directory.fd)):
+        for name in {LOG, REFERENCE, *CHECKPOINTS}.intersection(system.list_in(self._directory.fd)):
             self._open(name, os.O_RDONLY)
             os.close(self._descriptors.pop())
 
@@ -159,7 +160,7 @@ class RunDirectory:
 
     def _remove_unfinished(self) -> None:
         for file in files.unfinished(self._directory.fd, run_files.NAMES):
-            os.unlink(file, dir_fd=self._directory.fd)
+            system.remove_in(self._directory.fd, file)
             warn_user(f"{self.path / file}: removed, because a run that was killed left this file unfinished")
 
     @functools.cached_property
@@ -243,7 +244,9 @@ class RunDirectory:
         with files.disk_errors(self.path / LOG, f"cutting the log to {size:,} bytes failed"):
             self.log_bytes = min(self.log_bytes, size)
             start = max(0, self.log_bytes - _LONGEST_LINE)
-            self.log_bytes = start + os.pread(self._log, self.log_bytes - start, start).rfind(b"\n") + 1
+            end = bytearray(self.log_bytes - start)
+            count = system.read_at(self._log, memoryview(end), start)
+            self.log_bytes = start + end[:count].rfind(b"\n") + 1
             os.ftruncate(self._log, self.log_bytes)
 
     def begin(self) -> None:
@@ -283,7 +286,7 @@ class RunDirectory:
             OSError: the flush has failed, and lines of the log may be lost.
         """
         with files.disk_errors(self.path / LOG, "the log may have lost lines, so no checkpoint is written"):
-            os.fsync(self._log)
+            system.sync(self._log)
 
     def _write(self, checkpoint: Checkpoint, slot: int, *more: files.NewFile, **metadata: str) -> None:
         numbered = dataclasses.replace(checkpoint, serial=max(self._serials) + 1, log_bytes=self.log_bytes)
@@ -324,8 +327,8 @@ class RunDirectory:
         with files.disk_errors(self.path, "the adapter of an earlier run could not be removed"):
             for name in (peft_adapter.TENSORS, peft_adapter.CONFIG):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name, dir_fd=self._directory.fd)
-            os.fsync(self._directory.fd)
+                    system.remove_in(self._directory.fd, name)
+            system.sync_directory(self._directory.fd)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line of JSON to the log. NaN and infinity become null."""

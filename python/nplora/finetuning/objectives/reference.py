@@ -30,6 +30,7 @@ from nplora.formats.run_files import REFERENCE, REFERENCE_MARK, holds_run
 from nplora.lm import LanguageModel
 from nplora.models.packing import IGNORED, PackedBatch
 from nplora.nn.losses import NonFiniteLossError
+from nplora.platform.files import remove_in
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer.fingerprint import base_fingerprint
 
@@ -216,7 +217,7 @@ def drop(directory: files.Directory) -> None:
         with safetensors.reading(Path(directory, REFERENCE), follow_links=False) as content:
             is_ours = REFERENCE_MARK in content.metadata
         if is_ours:
-            os.unlink(REFERENCE, dir_fd=directory.fd)
+            remove_in(directory.fd, REFERENCE)
 
 
 def _parts(sequences: Iterable[PackedBatch]) -> Iterable[PackedBatch]:

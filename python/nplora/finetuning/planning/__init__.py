@@ -10,10 +10,10 @@ from nplora.finetuning.planning.choice import (
 from nplora.finetuning.planning.memory import Adapters, ExecutionPlan, Memory, MicroBatch, predicted
 from nplora.finetuning.planning.memory_plan import Alternative, MemoryPlan, shortage
 from nplora.finetuning.planning.nodes import BatchTime, NodesPlan
-from nplora.finetuning.planning.resident import available_memory, current_memory, parse_bytes
+from nplora.finetuning.planning.resident import parse_bytes
 from nplora.finetuning.planning.teaching import Teaching
 from nplora.finetuning.planning.work import Work
-from nplora.runtime.memory import peak_memory
+from nplora.platform.memory import available_memory, current_memory, peak_memory
 
 __all__ = [
     "Adapters",

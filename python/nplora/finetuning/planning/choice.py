@@ -20,12 +20,12 @@ from nplora.finetuning.planning.memory import (
 )
 from nplora.finetuning.planning.memory_plan import Alternative, MemoryPlan, need, room
 from nplora.finetuning.planning.nodes import BatchTime
-from nplora.finetuning.planning.resident import available_memory, current_memory, unread
+from nplora.finetuning.planning.resident import unread
 from nplora.finetuning.planning.speed import Speed, measured
 from nplora.finetuning.planning.work import Array, Work
 from nplora.lm import LanguageModel
+from nplora.platform.memory import available_memory, current_memory, peak_memory
 from nplora.runtime import get_num_threads
-from nplora.runtime.memory import peak_memory
 
 _LEAST_MICRO_BATCH = 32  # tokens: smaller micro-batches save little memory and lose speed
 # The memory of a process before its run differs a little between processes. So a new plan keeps this share of

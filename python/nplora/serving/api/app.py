@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from nplora.finetuning.planning.resident import current_memory
+from nplora.platform.memory import current_memory
 from nplora.serving.api import adapter_routes, encoder_routes, text_routes, tuning_routes
 from nplora.serving.api.access import Access, Receive, Scope, Send
 from nplora.serving.api.bodies import Body, DisconnectedError

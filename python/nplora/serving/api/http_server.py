@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from nplora.platform import processes
 from nplora.serving.api.app import Application
 from nplora.serving.request_error import RequestError
 
@@ -63,7 +64,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise OSError(f"the host {host!r} is unknown: {error.strerror}") from error
     made = socket.socket(family, kind, protocol)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        processes.reuse_address(made)
         made.bind(address)
         made.listen()  # two sockets can be bound to one port, but only one can listen
     except OSError as error:
@@ -143,7 +144,7 @@ def _protocol() -> Any:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            _detect_vanished_peer(transport.get_extra_info("socket"))
+            processes.detect_vanished_peer(transport.get_extra_info("socket"))
             if len(self.connections) > _MOST_CONNECTIONS:
                 transport.write(_raw(_FULL))
                 transport.close()
@@ -202,13 +203,3 @@ def _raw(error: RequestError) -> bytes:
         f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
     )
     return head.encode() + body
-
-
-def _detect_vanished_peer(connection: Any) -> None:
-    """Let the system close connections whose other end has vanished without a word."""
-    with contextlib.suppress(OSError, AttributeError):  # not TCP, or not Linux
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)

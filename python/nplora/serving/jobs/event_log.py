@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nplora.formats import files, strict_json
+from nplora.platform.files import open_file
 from nplora.serving.jobs.shapes import Shape
 
 
@@ -90,10 +91,9 @@ def _append(path: Path, line: bytes) -> None:
 
     The line survives the end of this process at once. The system writes it to the disk a little later.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     progress = files.Progress(len(line))
     with files.disk_errors(path, progress):
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, follow_links=False)
         try:
             size = os.fstat(descriptor).st_size
             try:

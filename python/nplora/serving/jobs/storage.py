@@ -35,6 +35,7 @@ from nplora.finetuning.data.rows import COMPRESSED, SUFFIXES
 from nplora.formats import files, strict_json
 from nplora.formats.errors import FormatError
 from nplora.formats.files import NewFile, StrPath
+from nplora.platform.files import sync_directory
 from nplora.runtime.user_warning import warn_user
 from nplora.serving.jobs import record_check
 from nplora.serving.jobs.record_check import Check
@@ -224,7 +225,7 @@ class Storage:
         try:
             files.replace(new)
             with files.Directory(place.parent) as parent:
-                os.fsync(parent.fd)
+                sync_directory(parent.fd)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise

@@ -1,0 +1,97 @@
+// What differs between operating systems. All other files of csrc are the same on every system.
+//
+// CMakeLists.txt compiles the files platform_*.cpp that belong to the target: platform_posix.cpp and
+// platform_linux.cpp, platform_posix.cpp and platform_macos.cpp, platform_windows.cpp, or platform_wasm.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string_view>
+#include <thread>
+
+namespace nplora::platform {
+
+// ---- memory ----
+
+size_t page_size();
+
+// Maps whole pages. The memory starts at a multiple of `alignment`, a power of two, if the system has a use
+// for that, and at least at a multiple of a cache line. Returns nullptr if there is no memory.
+char* map_pages(size_t bytes, size_t alignment);
+
+// Only on systems where `can_collapse_pages` may return true, a part of a mapping can be unmapped.
+void unmap_pages(void* at, size_t bytes);
+
+// These two ask for huge or for small pages. If the system refuses, only speed or memory is lost.
+void prefer_huge_pages(char* at, size_t bytes);
+void keep_small_pages(char* at, size_t bytes);
+
+// Whether `collapse_pages` can work on huge pages of this size. Returns no value if there is no memory for a
+// trial.
+std::optional<bool> can_collapse_pages(size_t huge_page);
+
+// Moves the content of small pages into huge pages. If the system refuses, only speed is lost.
+void collapse_pages(char* at, size_t bytes);
+
+// ---- threads ----
+
+using Thread = std::thread::native_handle_type;
+
+// Whether this build can start threads.
+bool has_threads();
+
+// The number of processors that this process may use, at least 1.
+size_t usable_processors();
+
+// Calls `f` in every child that is forked from now on. If the system has no memory for this registration,
+// forked children may hang. Nothing else depends on the registration.
+void call_in_forked_child(void (*f)());
+
+// Threads that are started during the lifetime of this object block all signals, so that the program's own
+// threads receive them.
+class WithoutSignals {
+ public:
+  WithoutSignals();
+  ~WithoutSignals();
+  WithoutSignals(const WithoutSignals&) = delete;
+  WithoutSignals& operator=(const WithoutSignals&) = delete;
+
+ private:
+  alignas(16) unsigned char before_[128];  // the signals that were blocked before
+};
+
+// The number of the processor that runs the calling thread, or -1 if the system does not say.
+int current_processor();
+
+// Keeps the threads off this processor. Returns false if the system refuses, or if no processor is left.
+bool avoid_processor(std::span<const Thread> threads, int processor);
+
+// ---- faults in mapped files ----
+
+// Returns the message about an address, or an empty text. It is called in a signal handler.
+using FaultMessage = std::string_view (*)(uintptr_t address);
+
+// From now on, if a page of a mapped file cannot be read and `find` has a message about its address, the
+// message goes to stderr, the handler that was installed before is called, and the process ends with status
+// kFaultStatus. Call this function again before each new mapping: other code may have restored an older
+// handler, as faulthandler.disable() does.
+void explain_faults(FaultMessage find);
+
+inline constexpr int kFaultStatus = 135;  // 128 + Linux' SIGBUS; the same on every system
+
+// ---- the processor ----
+
+// Whether a process may use the tile registers of AMX after `request_tiles`, which returns false if the
+// system refuses. All threads of the process then need larger signal stacks.
+bool offers_tiles();
+bool request_tiles();
+
+// Whether an aarch64 processor has the instructions for bfloat16 and for dot products of bytes.
+bool has_arm_bf16_and_dot_products();
+
+// Whether an aarch64 processor has the instructions for products of int8 matrices (I8MM).
+bool has_arm_i8mm();
+
+}  // namespace nplora::platform

@@ -1,0 +1,127 @@
+// What Linux has beyond POSIX.
+#include <sched.h>
+#include <sys/auxv.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <fstream>
+#include <string>
+
+#include "base/platform.h"
+
+namespace nplora::platform {
+
+namespace {
+
+constexpr int kCollapse = 25;  // MADV_COLLAPSE (Linux 6.1), which older headers lack
+
+std::string huge_page_setting(const char* name) {
+  std::string line;
+  std::getline(std::ifstream(std::string("/sys/kernel/mm/transparent_hugepage/") + name), line);
+  return line;
+}
+
+}  // namespace
+
+void prefer_huge_pages(char* at, size_t bytes) {
+  madvise(at, bytes, MADV_HUGEPAGE);
+}
+
+void keep_small_pages(char* at, size_t bytes) {
+  madvise(at, bytes, MADV_NOHUGEPAGE);
+}
+
+// MADV_COLLAPSE ignores the administrator's settings for huge pages, so these settings are read first.
+std::optional<bool> can_collapse_pages(size_t huge_page) {
+  std::string enabled =
+      huge_page_setting(("hugepages-" + std::to_string(huge_page >> 10) + "kB/enabled").c_str());
+  if (enabled.empty() || enabled.find("[inherit]") != std::string::npos)
+    enabled = huge_page_setting("enabled");
+  if (enabled.empty() || enabled.find("[never]") != std::string::npos) return false;
+  if (huge_page_setting("hpage_pmd_size") != std::to_string(huge_page)) return false;
+  char* const trial = map_pages(huge_page, huge_page);
+  if (trial == nullptr) return std::nullopt;
+  *trial = 1;
+  // The error EINVAL means that the kernel does not know kCollapse. Other errors mean that no huge page is
+  // free.
+  const bool knows = madvise(trial, huge_page, kCollapse) == 0 || errno != EINVAL;
+  unmap_pages(trial, huge_page);
+  return knows;
+}
+
+void collapse_pages(char* at, size_t bytes) {
+  madvise(at, bytes, kCollapse);
+}
+
+// std::thread::hardware_concurrency counts the processors of the machine, also those that taskset or a
+// container takes from this process.
+size_t usable_processors() {
+  for (size_t most = 1024; most <= size_t{1} << 20; most *= 4) {  // more than the kernel can have
+    cpu_set_t* const allowed = CPU_ALLOC(most);
+    if (allowed == nullptr) break;
+    const size_t bytes = CPU_ALLOC_SIZE(most);
+    const int count = sched_getaffinity(0, bytes, allowed) == 0 ? CPU_COUNT_S(bytes, allowed) : 0;
+    CPU_FREE(allowed);
+    if (count > 0) return static_cast<size_t>(count);
+  }
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+int current_processor() {
+  return sched_getcpu();
+}
+
+bool avoid_processor(std::span<const Thread> threads, int processor) {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return false;
+  CPU_CLR(static_cast<size_t>(processor), &allowed);
+  if (CPU_COUNT(&allowed) == 0) return false;
+  for (const Thread thread : threads) pthread_setaffinity_np(thread, sizeof allowed, &allowed);
+  return true;
+}
+
+#if defined(__x86_64__)
+
+namespace {
+
+constexpr long kTileData = 18;  // XFEATURE_XTILEDATA
+
+}  // namespace
+
+bool offers_tiles() {
+  constexpr long kSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
+  uint64_t features = 0;
+  return syscall(SYS_arch_prctl, kSupported, &features) == 0 && (features >> kTileData & 1) != 0;
+}
+
+bool request_tiles() {
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+#else
+
+bool offers_tiles() {
+  return false;
+}
+
+bool request_tiles() {
+  return false;
+}
+
+#endif
+
+bool has_arm_bf16_and_dot_products() {
+  constexpr unsigned long kBf16 = 1ul << 14, kDotProducts = 1ul << 20;  // of AT_HWCAP2 and AT_HWCAP
+  return (getauxval(AT_HWCAP2) & kBf16) != 0 && (getauxval(AT_HWCAP) & kDotProducts) != 0;
+}
+
+bool has_arm_i8mm() {
+  constexpr unsigned long kI8mm = 1ul << 13;  // of AT_HWCAP2
+  return (getauxval(AT_HWCAP2) & kI8mm) != 0;
+}
+
+}  // namespace nplora::platform

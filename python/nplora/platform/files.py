@@ -1,0 +1,181 @@
+"""Open files and directories, locks, and replacing files.
+
+A directory is held open by a descriptor, and its files are named relative to it. So neither a rename of the
+directory nor a change of the working directory matters.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import sys
+import threading
+
+if sys.platform == "win32":
+    from nplora.platform import windows_files
+else:
+    import fcntl
+
+_F_PREALLOCATE = 42  # of macOS' <sys/fcntl.h>
+_seeking = threading.Lock()  # on systems that cannot read or write at a position
+
+
+def open_file(
+    path: str | os.PathLike[str],
+    flags: int,
+    *,
+    permissions: int = 0o666,
+    directory: int | None = None,
+    follow_links: bool = True,
+    wait: bool = True,
+) -> int:
+    """Open a file, and return a descriptor that child processes do not get.
+
+    Args:
+        flags: os.O_RDONLY, os.O_WRONLY or os.O_RDWR, with os.O_CREAT, os.O_EXCL, os.O_APPEND.
+        directory: the descriptor of the directory that a relative path begins at.
+        follow_links: whether a symbolic link is followed; else it raises OSError with errno.ELOOP.
+        wait: whether opening a FIFO waits for another process.
+    """
+    if sys.platform == "win32":
+        return windows_files.open_file(path, flags, directory, follow_links)
+    flags |= os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW) | (0 if wait else os.O_NONBLOCK)
+    return os.open(path, flags, permissions, dir_fd=directory)
+
+
+def open_directory(path: str, directory: int | None = None) -> int:
+    """Open a directory, and return its descriptor. `directory`: where a relative path begins."""
+    if sys.platform == "win32":
+        return windows_files.open_directory(path, directory)
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+
+
+def path_of(descriptor: int) -> str:
+    """The current path of an open directory.
+
+    Raises:
+        OSError: the system does not know the path.
+    """
+    if sys.platform == "win32":
+        return windows_files.path_of(descriptor)
+    if sys.platform == "darwin":
+        found = fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024))
+        return os.fsdecode(found.partition(b"\0")[0])
+    return os.readlink(f"/proc/self/fd/{descriptor}")
+
+
+def stat_in(directory: int | None, name: str, follow_links: bool = True) -> os.stat_result:
+    """os.stat of a file in an open directory; None: in the working directory."""
+    if sys.platform == "win32":
+        return os.stat(windows_files.joined(directory, name), follow_symlinks=follow_links)
+    return os.stat(name, dir_fd=directory, follow_symlinks=follow_links)
+
+
+def list_in(directory: int) -> list[str]:
+    """The names of the files in an open directory."""
+    if sys.platform == "win32":
+        return os.listdir(windows_files.path_of(directory))
+    return os.listdir(directory)
+
+
+def remove_in(directory: int, name: str) -> None:
+    """Remove a file from an open directory."""
+    if sys.platform == "win32":
+        os.unlink(windows_files.joined(directory, name))
+    else:
+        os.unlink(name, dir_fd=directory)
+
+
+def replace_in(directory: int, old: str, new: str) -> None:
+    """Rename a file of an open directory. An existing file of the new name is replaced.
+
+    Windows does not replace a file that is mapped. Then the mapped file is renamed first, and a crash between
+    the two renames leaves no file of the new name. The renamed file is removed as soon as nobody maps it.
+    """
+    if sys.platform == "win32":
+        windows_files.replace(windows_files.joined(directory, old), windows_files.joined(directory, new))
+    else:
+        os.replace(old, new, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Make a symbolic link. On Windows, which allows them to few users: a second name, or else a copy."""
+    if sys.platform != "win32":
+        os.symlink(source, target)
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def lock(descriptor: int, shared: bool = False) -> None:
+    """Lock an open file or directory without waiting. The lock ends when the descriptor is closed.
+
+    Raises:
+        BlockingIOError: another process has a lock. OSError: the file system or the system has no such locks.
+    """
+    if sys.platform == "win32":
+        windows_files.lock(descriptor, shared)
+    else:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
+def set_permissions(descriptor: int, permissions: int) -> None:
+    """Set the permissions of an open file. Windows has none of this kind."""
+    if sys.platform != "win32":
+        os.fchmod(descriptor, permissions)
+
+
+def sync(descriptor: int) -> None:
+    """Write a file's data to the disk."""
+    if sys.platform == "darwin":  # fsync leaves the data in the disk's own cache
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+        except OSError:  # not every file system knows F_FULLFSYNC
+            pass
+    os.fsync(descriptor)
+
+
+def sync_directory(descriptor: int) -> None:
+    """Write a directory's names to the disk. NTFS does so without being asked."""
+    if sys.platform != "win32":
+        os.fsync(descriptor)
+
+
+def read_at(descriptor: int, into: memoryview, offset: int) -> int:
+    """Read bytes from a position, and return their number, which may be smaller than asked for."""
+    if sys.platform == "win32":
+        with _seeking:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            read = os.read(descriptor, len(into))
+        into[: len(read)] = read
+        return len(read)
+    return os.preadv(descriptor, [into], offset)
+
+
+def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> int:
+    """Write bytes at a position, and return how many were written."""
+    if sys.platform == "win32":
+        with _seeking:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.write(descriptor, data)
+    return os.pwrite(descriptor, data, offset)
+
+
+def reserve(descriptor: int, nbytes: int) -> None:
+    """Make a new file this long, and reserve its place on the disk.
+
+    Raises:
+        OSError: the disk has not enough place.
+    """
+    if sys.platform == "win32":
+        os.ftruncate(descriptor, nbytes)  # NTFS reserves what it adds
+    elif sys.platform == "darwin":
+        # struct fstore: F_ALLOCATEALL, F_PEOFPOSMODE, from 0, this many bytes
+        fcntl.fcntl(descriptor, _F_PREALLOCATE, struct.pack("=Iiqqq", 4, 3, 0, nbytes, 0))
+        os.ftruncate(descriptor, nbytes)
+    else:
+        os.posix_fallocate(descriptor, 0, nbytes)

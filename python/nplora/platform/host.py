@@ -1,0 +1,52 @@
+"""The machine: its name, its processor, the processors that this process may use."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
+_KEYS = ("model name", "Model", "Hardware")  # x86-64 has the first; some ARM boards have one of the others
+
+
+def cpu_name() -> str:
+    """The processor's name, such as "AMD EPYC 9B45", or its architecture if the system gives no name."""
+    if sys.platform == "darwin":
+        from nplora.platform.macos_memory import text
+
+        return text(b"machdep.cpu.brand_string") or platform.machine()
+    try:
+        lines = _CPU_INFO.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    found = next((named[key] for key in _KEYS if named.get(key)), "")
+    return " ".join(found.split()) or platform.processor() or platform.machine()
+
+
+def host_name() -> str:
+    """The name of the machine in its network."""
+    return platform.node()
+
+
+def system_name() -> str:
+    """The operating system, its version and the architecture, for a bug report."""
+    return platform.platform()
+
+
+def machine_id() -> str:
+    """A text that is different on every machine, and the same in all processes of one machine."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return host_name()
+
+
+def usable_cores() -> frozenset[int]:
+    """The numbers of the cores that this process may use. Only Linux takes cores from a process."""
+    if sys.platform == "linux":
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))

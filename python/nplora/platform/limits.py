@@ -1,0 +1,167 @@
+"""Limits on the process that renders chat templates.
+
+renderer.py imports this module by its path, without the package, so that its process starts fast.
+
+Linux limits the memory and the CPU time of a process. macOS limits only the time, and Windows neither. There,
+the parent process watches the use, every few milliseconds, and ends the process (see `watched`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, NoReturn
+
+if sys.platform != "win32":
+    import resource
+
+LIMITS_MEMORY = sys.platform == "linux"
+LIMITS_TIME = sys.platform != "win32"
+_POLL = 0.005  # seconds between two looks at the process
+_IDLE = 48 << 20, 1.0  # bytes and seconds that the process needs to start
+_MEMORY_STATUS = 86  # the exit status on Windows
+_STACK_OVERFLOW = 0xC000_00FD  # Windows' exit status
+
+if sys.platform == "win32":
+    _CAUSES = {_MEMORY_STATUS: "memory", _STACK_OVERFLOW: "nesting"}
+else:
+    _CAUSES = {
+        -signal.SIGVTALRM: "compiling",
+        -signal.SIGPROF: "rendering",
+        -signal.SIGKILL: "memory",
+        -signal.SIGSEGV: "nesting",
+    }
+
+
+def cause_of_end(status: int) -> str | None:
+    """The limit that ended a process: "compiling", "rendering", "memory" or "nesting"; None: another cause.
+
+    Args:
+        status: the exit status; on POSIX negative for a signal.
+    """
+    return _CAUSES.get(status, "other" if status < 0 else None)
+
+
+# ---- in the process itself ----
+
+
+def isolate() -> None:
+    """Forbid this process to write files, and let the signals of the time limits end it."""
+    if sys.platform != "win32":
+        os.set_blocking(sys.stderr.fileno(), False)  # nothing reads it until this process ends
+        for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
+            resource.setrlimit(kind, (0, 0))
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        for number in (signal.SIGPROF, signal.SIGVTALRM):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def limit_compiling(seconds: float) -> None:
+    """From now on, let `seconds` of CPU time end this process; 0: no limit."""
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+
+
+def limit_rendering(seconds: float) -> None:
+    """From now on, let `seconds` of CPU time, the system's included, end this process; 0: no limit."""
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+@contextlib.contextmanager
+def limited_memory(nbytes: int) -> Iterator[None]:
+    """Let the process use this much more memory in a `with` body. After that, no time limit is set either."""
+    if sys.platform == "linux":
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        with open("/proc/self/statm") as file:
+            mapped = int(file.read().split()[0]) * resource.getpagesize()
+        if nbytes:
+            with contextlib.suppress(ValueError):  # the hard limit is lower already
+                resource.setrlimit(resource.RLIMIT_AS, (mapped + nbytes, hard))
+    yield
+    limit_compiling(0)
+    limit_rendering(0)
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def end_without_memory() -> NoReturn:
+    """End this process as the system does when memory runs out."""
+    if sys.platform != "win32":
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(_MEMORY_STATUS)
+
+
+# ---- in its parent ----
+
+
+class Limits(NamedTuple):
+    """What the process may use for one request, besides what it has already used; 0: no limit.
+
+    Attributes:
+        compiling, rendering: seconds of CPU time.
+        memory: bytes.
+    """
+
+    compiling: float
+    rendering: float
+    memory: int
+
+    def set_by_process(self) -> Limits:
+        """The limits that the process can set itself."""
+        return self._replace(**({} if LIMITS_TIME else _NO_TIME), **({} if LIMITS_MEMORY else _NO_MEMORY))
+
+    def set_by_parent(self) -> Limits:
+        """The limits that the parent must watch."""
+        return self._replace(**(_NO_TIME if LIMITS_TIME else {}), **(_NO_MEMORY if LIMITS_MEMORY else {}))
+
+
+_NO_TIME: dict[str, Any] = {"compiling": 0.0, "rendering": 0.0}
+_NO_MEMORY: dict[str, Any] = {"memory": 0}
+
+
+@contextlib.contextmanager
+def watched(
+    usage: Callable[[], tuple[int, float] | None], kill: Callable[[], None], limits: Limits
+) -> Iterator[list[str]]:
+    """End a process during a `with` body as soon as it exceeds a limit that it cannot set itself.
+
+    Yields a list, which then holds the cause, "memory" or "rendering".
+
+    Args:
+        usage: returns the bytes and the seconds of CPU time that the process has used; None if it is gone.
+        kill: ends the process.
+    """
+    causes: list[str] = []
+    most = limits.set_by_parent()
+    seconds = most.compiling + most.rendering
+    if not (most.memory or seconds):
+        yield causes
+        return
+    ended = threading.Event()
+    begun = usage() or (0, 0.0)
+
+    def watch() -> None:
+        while not ended.wait(_POLL):
+            used = usage()
+            if used is None:
+                return
+            if most.memory and used[0] > max(begun[0], _IDLE[0]) + most.memory:
+                causes.append("memory")
+            elif seconds and used[1] > max(begun[1], _IDLE[1]) + seconds:
+                causes.append("rendering")
+            if causes:
+                kill()
+                return
+
+    thread = threading.Thread(target=watch, name="nplora-limits", daemon=True)
+    thread.start()
+    try:
+        yield causes
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,66 @@
+"""Child processes, forks, signals and connections."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import IO, Any
+
+HAS_FORK = hasattr(os, "fork")
+# Signals that ask a run to end. Windows has only Ctrl-Break, which is also sent when the console is closed.
+if sys.platform == "win32":
+    ENDING_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGBREAK)
+    NOTICE: signal.Signals | None = None
+else:
+    ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    NOTICE = signal.SIGUSR1  # that Slurm and mpirun can send before the end of a job
+
+
+def call_in_forked_child(function: Callable[[], object]) -> None:
+    """Call a function in every child that `os.fork` makes from now on."""
+    if sys.platform != "win32":
+        os.register_at_fork(after_in_child=function)
+
+
+def start_apart(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a program that Ctrl-C in this program's terminal does not reach."""
+    if sys.platform == "win32":
+        flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
+        return subprocess.Popen(arguments, creationflags=flags, **options)
+    return subprocess.Popen(arguments, start_new_session=True, **options)
+
+
+def do_not_wait(stream: IO[bytes]) -> None:
+    """Let reads from a pipe return at once, even if another process keeps the pipe's other end open."""
+    if sys.platform != "win32":
+        os.set_blocking(stream.fileno(), False)
+
+
+def detect_vanished_peer(connection: Any) -> None:
+    """Let the system close connections whose other end has vanished without a word."""
+    with contextlib.suppress(OSError, AttributeError):  # not TCP, or a system without one of these
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        if sys.platform == "darwin":
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPALIVE, 30)
+            return
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+        if sys.platform == "linux":
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
+
+
+def reuse_address(listener: socket.socket) -> None:
+    """Let a server listen on its port again at once after it ended.
+
+    Windows allows that anyway. There, SO_REUSEADDR would let another program take the port.
+    """
+    if sys.platform == "win32":
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+    else:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

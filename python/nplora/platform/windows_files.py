@@ -1,0 +1,101 @@
+"""Windows' means for `files.py`. Files are opened so that they can be renamed and removed while in use."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import sys
+from typing import TYPE_CHECKING
+
+assert sys.platform == "win32" or not TYPE_CHECKING  # type checkers ignore the rest elsewhere
+
+with contextlib.suppress(ImportError):  # the module can be imported on every system
+    import _winapi
+    import msvcrt
+
+_SHARED = 1 | 2 | 4  # FILE_SHARE_READ, FILE_SHARE_WRITE, FILE_SHARE_DELETE
+_CREATE_NEW, _CREATE_ALWAYS, _OPEN_EXISTING, _OPEN_ALWAYS = 1, 2, 3, 4
+_NORMAL = 0x80  # FILE_ATTRIBUTE_NORMAL
+_DIRECTORY = 0x0200_0000  # FILE_FLAG_BACKUP_SEMANTICS
+_LOCKED_BYTE = (
+    1 << 40
+)  # a lock keeps other processes from reading the locked bytes, so it is at none that exists
+_LONGEST = 1 << 15
+
+
+def open_file(path: str | os.PathLike[str], flags: int, directory: int | None, follow_links: bool) -> int:
+    path = joined(directory, os.fspath(path))
+    if not follow_links and os.path.islink(path):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+    access = {os.O_RDONLY: _winapi.GENERIC_READ, os.O_WRONLY: _winapi.GENERIC_WRITE}.get(
+        flags & (os.O_RDONLY | os.O_WRONLY | os.O_RDWR), _winapi.GENERIC_READ | _winapi.GENERIC_WRITE
+    )
+    if not flags & os.O_CREAT:
+        creation = _OPEN_EXISTING
+    else:
+        creation = _CREATE_NEW if flags & os.O_EXCL else _OPEN_ALWAYS
+    return _descriptor(path, access, creation, _NORMAL, flags)
+
+
+def open_directory(path: str, directory: int | None) -> int:
+    path = joined(directory, path)
+    if not os.path.isdir(path):
+        os.stat(path)  # FileNotFoundError
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+    return _descriptor(path, 0, _OPEN_EXISTING, _DIRECTORY, os.O_RDONLY)
+
+
+def _descriptor(path: str, access: int, creation: int, attributes: int, flags: int) -> int:
+    try:
+        handle = _winapi.CreateFile(path, access, _SHARED, 0, creation, attributes, 0)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, path, error.winerror) from None
+    try:
+        return msvcrt.open_osfhandle(handle, flags & os.O_APPEND | os.O_NOINHERIT)
+    except OSError:
+        _winapi.CloseHandle(handle)
+        raise
+
+
+def path_of(descriptor: int) -> str:
+    buffer = ctypes.create_unicode_buffer(_LONGEST)
+    handle = ctypes.c_void_p(msvcrt.get_osfhandle(descriptor))
+    if not ctypes.windll.kernel32.GetFinalPathNameByHandleW(handle, buffer, _LONGEST, 0):
+        raise ctypes.WinError()
+    path = buffer.value
+    return path if path.startswith("\\\\?\\UNC\\") else path.removeprefix("\\\\?\\")
+
+
+def joined(directory: int | None, name: str) -> str:
+    return name if directory is None else os.path.join(path_of(directory), name)
+
+
+def replace(old: str, new: str) -> None:
+    try:
+        os.replace(old, new)
+    except PermissionError:  # the file is mapped
+        aside = os.path.join(os.path.dirname(new), f".{os.path.basename(new)}.{secrets.token_hex(6)}.tmp")
+        os.rename(new, aside)
+        try:
+            os.rename(old, new)
+        except BaseException:
+            os.rename(aside, new)
+            raise
+        with contextlib.suppress(OSError):  # still mapped; a later call of formats.files.replace removes it
+            os.unlink(aside)
+
+
+def lock(descriptor: int, shared: bool) -> None:
+    if shared or os.path.isdir(path_of(descriptor)):
+        raise OSError(errno.ENOTSUP, "directories and shared locks are not supported")
+    before = os.lseek(descriptor, 0, os.SEEK_CUR)
+    os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+    finally:
+        os.lseek(descriptor, before, os.SEEK_SET)

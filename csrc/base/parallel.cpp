@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cfenv>
 #include <charconv>
+#include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -110,13 +111,10 @@ Backend backend() {
   return chosen;
 }
 
-// The number of threads that OMP_NUM_THREADS and threadpoolctl allow. A build without OpenMP reads only
-// OMP_NUM_THREADS.
-size_t most_threads() {
-#ifdef _OPENMP
-  return static_cast<size_t>(std::max(1, omp_get_max_threads()));
-#else
-  static const size_t asked = [] {
+#ifndef _OPENMP
+
+size_t threads_at_start() {
+  static const size_t found = [] {
     const char* text = std::getenv("OMP_NUM_THREADS");
     if (text == nullptr) text = "";
     text += std::strspn(text, " \t");
@@ -124,9 +122,12 @@ size_t most_threads() {
     std::from_chars(text, text + std::strlen(text), number);
     return number > 0 ? size_t{number} : platform::usable_processors();
   }();
-  return asked;
-#endif
+  return found;
 }
+
+thread_local size_t outer_limit = 0;  // 0: not set in this thread
+
+#endif
 
 }  // namespace
 
@@ -149,9 +150,25 @@ int openmp_version() {
 #endif
 }
 
+void set_outer_threads(size_t n) {
+#ifdef _OPENMP
+  omp_set_num_threads(static_cast<int>(std::min<size_t>(n, INT_MAX)));
+#else
+  outer_limit = n;
+#endif
+}
+
+size_t outer_threads() {
+#ifdef _OPENMP
+  return static_cast<size_t>(std::max(1, omp_get_max_threads()));
+#else
+  return outer_limit > 0 ? outer_limit : threads_at_start();
+#endif
+}
+
 size_t num_threads() {
   if (forked() || !platform::has_threads()) return 1;
-  const size_t most = most_threads(), limit = thread_limit;
+  const size_t most = outer_threads(), limit = thread_limit;
   return limit == 0 ? most : std::min(limit, most);
 }
 

@@ -12,10 +12,15 @@ struct Interrupted : std::runtime_error {
 };
 
 // Sets our own limit for the number of threads; 0 means no limit. num_threads() is the smaller of this limit
-// and omp_get_max_threads(), so OMP_NUM_THREADS and threadpoolctl are honoured. In a forked child
-// num_threads() is always 1, because threads do not survive a fork.
+// and outer_threads(). In a forked child num_threads() is always 1, because threads do not survive a fork.
 void set_thread_limit(size_t n);
 size_t num_threads();
+
+// The limit that other libraries set, as threadpoolctl does. It begins as OMP_NUM_THREADS, or else as the
+// number of processors that this process may use. It belongs to the calling thread, as OpenMP's limit does;
+// in a build with OpenMP, it is OpenMP's limit.
+void set_outer_threads(size_t n);
+size_t outer_threads();
 
 // The backend that provides the threads: "openmp" or "pool" (pool.h). The environment variable
 // NPLORA_PARALLEL chooses the backend, and is read once. Results do not depend on the backend. Throws

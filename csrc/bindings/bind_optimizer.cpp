@@ -116,7 +116,7 @@ std::optional<double> clip_and_step(const std::vector<Trained>& parameters, doub
 
 std::optional<double> adamw(const py::tuple& parameters, const py::tuple& exp_avgs,
                             const py::tuple& exp_avg_sqs, double lr, double lr_of_a, const Array<bool>& is_a,
-                            double weight_decay, double beta1, double beta2, double eps, long step,
+                            double weight_decay, double beta1, double beta2, double eps, int64_t step,
                             double grad_scale, std::optional<double> max_norm) {
   require(step >= 1, "step must be at least 1");
   const std::vector<Trained>& all = collect(parameters, &exp_avgs, &exp_avg_sqs, {lr, lr_of_a, is_a});

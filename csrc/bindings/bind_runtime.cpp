@@ -10,7 +10,8 @@ namespace nplora::bindings {
 
 namespace {
 
-unsigned long main_thread = 0;  // Python's main thread, the only one that runs signal handlers
+// Python's main thread, the only one that runs signal handlers.
+unsigned long main_thread = 0;  // as PyThread_get_thread_ident returns it
 
 // The interrupt hook. The hook is called between tasks, on the thread that called the core and released the
 // GIL. On Python's main thread, a pending Ctrl-C becomes a Python exception. Threads other than the main
@@ -19,8 +20,8 @@ unsigned long main_thread = 0;  // Python's main thread, the only one that runs 
 bool signal_pending() {
   using Clock = std::chrono::steady_clock;
   constexpr auto kInterval = std::chrono::milliseconds(50);
-  static Clock::time_point last = Clock::now();
   if (PyThread_get_thread_ident() != main_thread) return false;
+  static Clock::time_point last = Clock::now();
   const auto now = Clock::now();
   if (now - last < kInterval) return false;
   last = now;
@@ -54,6 +55,15 @@ py::dict config() {
 
 }  // namespace
 
+}  // namespace nplora::bindings
+
+// By this symbol, threadpoolctl finds the core among the libraries of a process.
+extern "C" PYBIND11_EXPORT size_t nplora_outer_threads() {
+  return nplora::outer_threads();
+}
+
+namespace nplora::bindings {
+
 void register_runtime(py::module_& m) {
   // If NPLORA_ISA or NPLORA_PARALLEL cannot be satisfied, the import fails with an error that says why.
   kernels::table();
@@ -69,11 +79,19 @@ void register_runtime(py::module_& m) {
   });
   m.def(
       "set_num_threads",
-      [](long n) {
+      [](int64_t n) {
         require(n >= 1, "the number of threads must be at least 1, got " + std::to_string(n));
         set_thread_limit(size_t(n));
       },
       py::arg("n"), "Use at most n threads");
+  m.def(
+      "set_outer_threads",
+      [](int64_t n) {
+        require(n >= 1, "the number of threads must be at least 1, got " + std::to_string(n));
+        set_outer_threads(size_t(n));
+      },
+      py::arg("n"), "What omp_set_num_threads does: for calls from this thread");
+  m.def("get_outer_threads", &outer_threads, "What omp_get_max_threads returns");
   m.def("get_num_threads", &num_threads, "The number of threads in use");
   m.def("config", &config, "Version, instruction set, threads and compiler");
   m.def(

@@ -18,7 +18,7 @@ bool in_main_interpreter() {
 // PyInit__core can check the interpreter first. Python 3.13 calls PyInit__core in the main interpreter even
 // if a subinterpreter imports the module, so the body of the module checks again.
 #define PyInit__core PyInit__core_of_pybind11
-PYBIND11_MODULE(_core, m) {
+PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   if (!in_main_interpreter()) throw pybind11::import_error(kOnlyInMain);
   m.doc() =
       "The compiled core of nplora. It is strict about shapes, dtypes and order; the functions of `nplora` "

@@ -436,6 +436,12 @@ constants: Constants
 
 def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
+def set_outer_threads(n: int) -> None:
+    """Do what omp_set_num_threads does: limit the threads of calls from this thread."""
+
+def get_outer_threads() -> int:
+    """What omp_get_max_threads returns: the limit of other libraries, at first that of OMP_NUM_THREADS."""
+
 def config() -> dict[str, Any]:
     """version, isa, num_threads, parallel ("pool" or "openmp"), openmp (0: no), compiler."""
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from nplora import _core
 
 F32 = NDArray[np.float32]
+KINDS = ["pool", "openmp"] if _core.config()["openmp"] else ["pool"]
 
 # A fresh interpreter finds this file, and what this interpreter finds.
 HERE = os.path.dirname(__file__)
@@ -70,7 +71,7 @@ def test_results_are_bitwise_equal_for_any_number_and_kind_of_threads(
     runs = [
         run_python(code, OMP_NUM_THREADS=count, NPLORA_PARALLEL=kind, PYTHONPATH=SEARCH_PATH)
         for count in ("1", "2", "3", "7")
-        for kind in ("pool", "openmp")
+        for kind in KINDS
     ]
     assert len({done.stdout for done in runs}) == 1, [done.stderr for done in runs]
     assert len(runs[0].stdout) > 60
@@ -99,14 +100,44 @@ def test_limits_of_threads_are_honoured() -> None:
     with threadpoolctl.threadpool_limits(1, user_api="openmp"):
         assert _core.get_num_threads() == 1
     assert _core.get_num_threads() == most
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        assert _core.get_num_threads() == most
     with pytest.raises(ValueError, match="at least 1, got 0"):
         _core.set_num_threads(0)
     done = run_python("from nplora import _core; print(_core.get_num_threads())", OMP_NUM_THREADS="5")
     assert done.stdout.strip() == "5"
 
 
+@pytest.mark.usefixtures("threads")
+def test_a_limit_of_threadpoolctl_belongs_to_its_thread() -> None:
+    """As libgomp's does: omp_set_num_threads changes the calling thread's limit."""
+    _core.set_num_threads(10_000)
+    most, seen = _core.get_num_threads(), []
+    with threadpoolctl.threadpool_limits(most + 3, user_api="openmp"):
+        assert _core.get_num_threads() == most + 3
+        other = threading.Thread(target=lambda: seen.append(_core.get_num_threads()))
+        other.start()
+        other.join()
+    assert seen == [most]
+    pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "openmp"]
+    assert any(pool["num_threads"] == most for pool in pools)
+
+
+@pytest.mark.parametrize(
+    ("variable", "threads"), [(" 3", 3), ("2,4", 2), ("", None), ("0", None), ("-1", None), ("many", None)]
+)
+def test_the_number_of_threads_at_the_start(variable: str, threads: int | None) -> None:
+    """As in OpenMP; else one for each processor that this process may use, which taskset changes."""
+    code = (
+        "import os; cpu = min(os.sched_getaffinity(0)); os.sched_setaffinity(0, {cpu})\n"
+        "from nplora import _core; print(_core.get_num_threads())"
+    )
+    done = run_python(code, OMP_NUM_THREADS=variable)
+    assert int(done.stdout) == (threads or 1), done.stderr
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pool", "openmp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_forked_child_computes_the_same_bits(kind: str) -> None:
     code = (
         "import os, sys, warnings; warnings.simplefilter('ignore'); import test_threads as t\n"
@@ -214,7 +245,7 @@ def test_ctrl_c_is_heard_in_a_small_batch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pool", "openmp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_program_ends_in_order_while_a_daemon_thread_computes(kind: str) -> None:
     code = (
         "import threading, time, test_threads as t\n"
@@ -228,7 +259,7 @@ def test_a_program_ends_in_order_while_a_daemon_thread_computes(kind: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pool", "openmp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_workers_round_as_the_caller_does(kind: str) -> None:
     code = (
         "import ctypes, ctypes.util, test_threads as t; from nplora import _core\n"
@@ -293,7 +324,7 @@ def test_an_unknown_instruction_set_is_refused_with_the_reason() -> None:
 def test_an_unknown_kind_of_threads_is_refused_with_the_reason() -> None:
     done = run_python("from nplora import _core", NPLORA_PARALLEL="tbb")
     assert done.returncode != 0
-    assert "NPLORA_PARALLEL=tbb: expected pool or openmp" in done.stderr
+    assert "NPLORA_PARALLEL=tbb: expected pool" in done.stderr
 
 
 def test_failed_calls_leak_nothing() -> None:

@@ -1018,7 +1018,8 @@ class LanguageModel(Module):
         elif (lm := self._selected("LanguageModel.forward")) is not self:
             return lm.forward(x)
         ids = self._ids("LanguageModel.forward", x)
-        starts = np.arange(0, ids.size + 1, ids.shape[-1]) if ids.size else np.zeros(1, np.int64)
+        starts = np.arange(len(ids.reshape(-1, ids.shape[-1])) + 1 if ids.size else 1, dtype=np.int64)
+        starts *= ids.shape[-1]
         positions = packed_positions(starts)
         if inferring():
             stream, saved = self.model.infer(ids.reshape(-1), positions), None

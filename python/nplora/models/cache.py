@@ -77,7 +77,7 @@ class KVCache:
         self.keys = [np.zeros(shape, np.float32) for _ in range(config.num_hidden_layers)]
         self.values = [np.zeros(shape, np.float32) for _ in range(config.num_hidden_layers)]
         self.lengths = np.zeros(self.slots, np.int64)
-        self.limits = np.full(self.slots, self.capacity)
+        self.limits = np.full(self.slots, self.capacity, np.int64)
         self.activation = np.full(self.slots, UNKNOWN, np.int64)
         self.adapters = SlotAdapters(self.lengths, owner, resolve)
         self.joint: object = None  # what `decode` made to compute the models of several slots together
@@ -103,7 +103,9 @@ class KVCache:
         """The positions of the next tokens of the sequences in `slots`; `counts`: how many for each."""
         counts = np.broadcast_to(counts, slots.shape)
         begins = np.cumsum(counts) - counts  # the first row of each sequence
-        in_sequence = np.arange(counts.sum()) + np.repeat(self.lengths[slots] - begins, counts)
+        in_sequence = np.arange(counts.sum(), dtype=np.int64) + np.repeat(
+            self.lengths[slots] - begins, counts
+        )
         return self.positions(np.repeat(slots, counts), in_sequence, np.repeat(self.limits[slots], counts))
 
     def positions(self, slots: Array, in_sequence: Array, limits: Array) -> CachePositions:

@@ -77,7 +77,7 @@ def token_scores(
     Args:
         most_rows: the number of tokens that are computed at a time.
     """
-    starts = np.cumsum([0, *(question.slots for question in questions)])
+    starts = np.cumsum([0, *(question.slots for question in questions)], dtype=np.int64)
     cache = KVCache(config, int(starts[-1]), max(question.length for question in questions), model)
     for question, first in zip(questions, starts[:-1], strict=True):
         for slot in range(first, first + question.slots):
@@ -133,7 +133,8 @@ def _run_continuations(
 
 def _rows(ids: Array, slot: int, begin: int, limit: int) -> _Rows:
     count = len(ids)
-    return _Rows(ids, np.full(count, slot), np.arange(begin, begin + count), np.full(count, limit))
+    positions = np.arange(begin, begin + count, dtype=np.int64)
+    return _Rows(ids, np.full(count, slot, np.int64), positions, np.full(count, limit, np.int64))
 
 
 def _run(model: Decoder, parts: list[_Rows], cache: KVCache, most_rows: int, kept: Array) -> Array:

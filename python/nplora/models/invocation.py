@@ -63,5 +63,5 @@ def active_in(ids: Array, starts: Array, invocation: tuple[int, ...]) -> Array:
     for begin, end in itertools.pairwise(starts):
         start = start_of(ids[begin:end], invocation)
         if start < end - begin:
-            parts.append(np.arange(begin + start, end))
+            parts.append(np.arange(begin + start, end, dtype=np.int64))
     return np.concatenate(parts)

@@ -57,7 +57,8 @@ class PackedBatch:
     @property
     def positions(self) -> Array:
         """int64 (n,): the position of each token in its own sequence."""
-        return np.asarray(np.arange(len(self.ids)) - np.repeat(self.starts[:-1], np.diff(self.starts)))
+        ends = np.repeat(self.starts[:-1], np.diff(self.starts))
+        return np.asarray(np.arange(len(self.ids), dtype=np.int64) - ends)
 
     @property
     def num_targets(self) -> int:
@@ -111,6 +112,6 @@ def pack(sequences: Iterable[tuple[npt.ArrayLike, npt.ArrayLike]]) -> PackedBatc
                 "expected the same length"
             )
         ids.append(tokens)
-        targets += [labels[1:], np.full(min(1, len(tokens)), IGNORED)]
+        targets += [labels[1:], np.full(min(1, len(tokens)), IGNORED, np.int64)]
         starts.append(starts[-1] + len(tokens))
-    return PackedBatch(np.concatenate(ids), np.asarray(starts), np.concatenate(targets))
+    return PackedBatch(np.concatenate(ids), np.asarray(starts, np.int64), np.concatenate(targets))

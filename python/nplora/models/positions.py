@@ -67,8 +67,9 @@ def scattered(y: Array, rows: Array, count: int) -> Array:
 
 def packed_positions(starts: Array) -> PackedPositions:
     """The positions of sequences that begin at `starts`."""
+    starts = np.asarray(starts, np.int64)  # NumPy's default has 32 bits on some systems
     counts = np.diff(starts)
-    in_sequence = np.arange(starts[-1]) - np.repeat(starts[:-1], counts)
+    in_sequence = np.arange(starts[-1], dtype=np.int64) - np.repeat(starts[:-1], counts)
     return PackedPositions(starts, in_sequence, int(counts.max(initial=0)))
 
 
@@ -83,6 +84,7 @@ def cache_positions(
         pages: the cache's table of pages, from which only the columns that are needed are kept.
         page_tokens: the number of tokens in a page.
     """
+    slots, in_sequence = np.asarray(slots, np.int64), np.asarray(in_sequence, np.int64)
     page, cell = np.divmod(in_sequence, page_tokens)
     cells: tuple[Any, Any] = (pages[slots, page], cell)
     if slots[0] == slots[-1] and page[0] == page[-1] and cell[-1] - cell[0] == len(cell) - 1:

@@ -11,6 +11,37 @@ from nplora.runtime.machine import cpu_name
 _INT_MAX = 2**31 - 1  # the core counts threads in an int
 
 
+def obey_threadpoolctl() -> None:
+    """Let `threadpoolctl.threadpool_limits` limit nplora's threads too, as it limits those of OpenMP.
+
+    threadpoolctl knows OpenMP's libraries, but nplora has threads of its own. A build with OpenMP needs
+    nothing, because it follows OpenMP's limit.
+    """
+    try:
+        from threadpoolctl import LibController, register
+    except ImportError:
+        return
+    if _core.config()["openmp"]:
+        return
+
+    class Controller(LibController):  # type: ignore[misc, unused-ignore]
+        user_api = "openmp"
+        internal_api = "nplora"
+        filename_prefixes = ("_core",)
+        check_symbols = ("nplora_outer_threads",)
+
+        def get_version(self) -> str:
+            return str(_core.config()["version"])
+
+        def get_num_threads(self) -> int:
+            return _core.get_outer_threads()
+
+        def set_num_threads(self, num_threads: int) -> None:
+            _core.set_outer_threads(num_threads)
+
+    register(Controller)
+
+
 def set_num_threads(n: int) -> None:
     """Use at most `n` threads. Results are bit-identical for any number of threads.
 

@@ -1,0 +1,64 @@
+"""NumPy's default integer has 32 bits on some systems. The core takes int64 only, so code must ask for it."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from small_llama import save_small_llama
+
+# Functions that choose the type of their result, if they are called without `dtype`.
+CHOOSING = (
+    "arange",
+    "full",
+    "array",
+    "asarray",
+    "fromiter",
+    "cumsum",
+    "argsort",
+    "flatnonzero",
+    "searchsorted",
+)
+
+
+def narrowed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as it is on such a system."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        made = function(*arguments, **options)
+        types = [a for a in (*arguments[1:], *options.values()) if isinstance(a, type | np.dtype)]
+        is_wide = any(isinstance(a, np.ndarray) and a.dtype == np.int64 for a in arguments)
+        is_place = function.__name__ in ("argsort", "flatnonzero", "searchsorted")
+        if made.dtype == np.int64 and not types and (is_place or not is_wide):
+            return made.astype(np.int32)
+        return made
+
+    return call
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CHOOSING:
+        monkeypatch.setattr(np, name, narrowed(getattr(np, name)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_models_run_where_the_default_integer_has_32_bits(tmp_path: Path) -> None:
+    assert np.arange(2).dtype == np.int32
+    assert np.asarray([1]).dtype == np.int32
+    model = save_small_llama(tmp_path / "model.gguf")
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(8)]
+    done = nplora.finetune(model, rows, rank=2, steps=2, batch=2, valid=0.25, seed=0)
+    assert np.isfinite(done.history.losses).all()
+    pairs = [{"prompt": "a", "chosen": "bc", "rejected": "d"}] * 4
+    nplora.finetune(model, pairs, rank=2, steps=2, batch=2)
+    lm = nplora.load_model(model)
+    assert len(lm.generate([3, 1, 2], max_tokens=4)) == 4
+    lm.forward([[1, 2, 3], [3, 2, 1]])

@@ -1,0 +1,57 @@
+"""Files relative to an open directory."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nplora.platform import files
+
+
+def test_a_directory_is_found_again_after_a_rename(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    descriptor = files.open_directory(str(tmp_path / "old"))
+    try:
+        (tmp_path / "old").rename(tmp_path / "new")
+        assert os.path.samefile(files.path_of(descriptor), tmp_path / "new")
+        file = files.open_file("name", os.O_WRONLY | os.O_CREAT, directory=descriptor)
+        assert files.write_at(file, b"abc", 2) == 3
+        os.close(file)
+        assert (tmp_path / "new/name").read_bytes() == b"\0\0abc"
+        assert files.list_in(descriptor) == ["name"]
+        files.replace_in(descriptor, "name", "other")
+        assert files.stat_in(descriptor, "other").st_size == 5
+        files.remove_in(descriptor, "other")
+        assert files.list_in(descriptor) == []
+    finally:
+        os.close(descriptor)
+
+
+def test_a_locked_file_cannot_be_locked_again(tmp_path: Path) -> None:
+    first, second = (files.open_file(tmp_path / "lock", os.O_RDWR | os.O_CREAT) for _ in range(2))
+    files.lock(first)
+    with pytest.raises(BlockingIOError):
+        files.lock(second)
+    os.close(first)
+    files.lock(second)
+    os.close(second)
+
+
+def test_a_link_is_not_followed_unless_it_may_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    files.link(tmp_path / "file", tmp_path / "link")
+    os.close(files.open_file(tmp_path / "link", os.O_RDONLY))
+    with pytest.raises(OSError, match="symbolic"):
+        files.open_file(tmp_path / "link", os.O_RDONLY, follow_links=False)
+
+
+def test_reserved_files_have_their_size_and_can_be_read_at_a_position(tmp_path: Path) -> None:
+    descriptor = files.open_file(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    files.reserve(descriptor, 1000)
+    assert os.fstat(descriptor).st_size == 1000
+    files.write_at(descriptor, b"abc", 500)
+    into = bytearray(4)
+    assert files.read_at(descriptor, memoryview(into), 499) == 4
+    assert into == b"\0abc"
+    assert files.read_at(descriptor, memoryview(into), 1000) == 0
+    os.close(descriptor)

@@ -12,17 +12,8 @@ import nplora
 from small_llama import save_small_llama
 
 # Functions that choose the type of their result, if they are called without `dtype`.
-CHOOSING = (
-    "arange",
-    "full",
-    "array",
-    "asarray",
-    "fromiter",
-    "cumsum",
-    "argsort",
-    "flatnonzero",
-    "searchsorted",
-)
+MAKING = ("arange", "full", "array", "asarray", "fromiter", "cumsum")
+PLACES = ("argsort", "flatnonzero", "searchsorted")
 
 
 def narrowed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,7 +24,7 @@ def narrowed(function: Callable[..., Any]) -> Callable[..., Any]:
         made = function(*arguments, **options)
         types = [a for a in (*arguments[1:], *options.values()) if isinstance(a, type | np.dtype)]
         is_wide = any(isinstance(a, np.ndarray) and a.dtype == np.int64 for a in arguments)
-        is_place = function.__name__ in ("argsort", "flatnonzero", "searchsorted")
+        is_place = function.__name__ in PLACES
         if made.dtype == np.int64 and not types and (is_place or not is_wide):
             return made.astype(np.int32)
         return made
@@ -43,7 +34,7 @@ def narrowed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in CHOOSING:
+    for name in (*MAKING, *PLACES):
         monkeypatch.setattr(np, name, narrowed(getattr(np, name)))
 
 

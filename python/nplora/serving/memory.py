@@ -8,11 +8,12 @@ import math
 from nplora import _core
 from nplora.finetuning.planning import available_memory, parse_bytes
 from nplora.finetuning.planning.choice import resident_memory
-from nplora.finetuning.planning.resident import current_memory, unread
+from nplora.finetuning.planning.resident import unread
 from nplora.lm import Encoder, LanguageModel
 from nplora.lm.generation import PAGE, PIECE
 from nplora.models.config import ModelConfig
 from nplora.models.footprint import NOT_ADAPTED
+from nplora.platform.memory import current_memory
 from nplora.runtime import get_num_threads
 
 _FLOAT = 4

@@ -6,7 +6,8 @@
 # In one build with the C++ tests, which test the wheel's own kernels. tests/inner_loops.py needs -g1.
 rm -rf "$here/dist"
 pip wheel -q . --no-deps --wheel-dir "$here/dist" -C build-dir="$here/native" -C cmake.define.NPLORA_BUILD_TESTS=ON \
-  -C cmake.define.NPLORA_WERROR=ON -C cmake.define.NPLORA_UNITY=ON -C cmake.define.CMAKE_CXX_FLAGS=-g1
+  -C cmake.define.NPLORA_OPENMP=OFF -C cmake.define.NPLORA_WERROR=ON -C cmake.define.NPLORA_UNITY=ON \
+  -C cmake.define.CMAKE_CXX_FLAGS=-g1
 rm -f "$here"/nplora-*.whl
 auditwheel repair -z 9 --wheel-dir "$here" "$here"/dist/*.whl
 wheel=$(echo "$here"/nplora-*.whl)

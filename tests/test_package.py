@@ -48,7 +48,8 @@ def test_import_loads_only_numpy() -> None:
         "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert set(run.stdout.split()) <= {"nplora", "numpy"} | sys.stdlib_module_names
+    learns = {"threadpoolctl"}  # if it is installed, it learns of nplora's threads; it imports nothing else
+    assert set(run.stdout.split()) <= {"nplora", "numpy"} | learns | sys.stdlib_module_names
 
 
 def test_import_does_not_load_files_models_and_training() -> None:

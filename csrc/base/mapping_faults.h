@@ -7,9 +7,9 @@
 namespace nplora {
 
 // From now on, a SIGBUS between `start` and `start + bytes` writes `message` to stderr, calls the handler
-// that was installed before, and ends the process with status platform::kFaultStatus. A SIGBUS at any other address
-// only calls the handler that was installed before. Returns a number for `unwatch_mapping`. Only the first
-// kLongestMessage bytes of the message are kept.
+// that was installed before, and ends the process with status platform::kFaultStatus. A SIGBUS at any other
+// address only calls the handler that was installed before. Returns a number for `unwatch_mapping`. Only the
+// first kLongestMessage bytes of the message are kept.
 inline constexpr size_t kLongestMessage = 1000;
 size_t watch_mapping(const void* start, size_t bytes, const char* message, size_t length);
 

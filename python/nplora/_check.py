@@ -92,8 +92,8 @@ _OTHER_NAMES = {
     "data": "dataset dataset_path dataset_name train_file train_data train_dataset data_path",
     "valid": "validation validation_file valid_file eval_file eval_data eval_dataset",
     "validation": "valid validation_data eval_data eval_dataset",
-    "max_new_tokens": "max_tokens n_predict num_predict",
-    "temperature": "temp",
+    "max_new_tokens": "max_tokens max_completion_tokens n_predict num_predict max_length",
+    "temperature": "temp do_sample",
     "repetition_penalty": "repeat_penalty",
     "stop": "stop_sequences stop_strings",
 }
@@ -102,14 +102,26 @@ _NOT_OURS = (
     *("logging_steps", "log_steps", "log_every"),
     *("steps_per_report", "save_strategy", "val_batches"),
 )
-_OTHER_UNITS = {"warmup_ratio": ", a number of steps"}
+_OTHER_MEANINGS = {
+    "warmup_ratio": ", a number of steps",
+    "max_length": ", which does not count the prompt",
+    "do_sample": ", where 0 takes always the most likely token",
+}
+# Keywords of functions that generate text, and what nplora does instead.
+_INSTEAD = {
+    **dict.fromkeys(
+        ("batch_size", "eval_batch_size", "per_device_eval_batch_size"), "; nplora forms the batches itself"
+    ),
+    **dict.fromkeys(("num_beams", "num_return_sequences"), "; nplora generates one text, without beams"),
+}
 
 
 def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
     """Return the end of a message about an unknown name: for example, "; did you mean rank?".
 
     If another library uses the name, the suggestion is our name for the same setting. For any other name, the
-    suggestion is the known name with the most similar spelling. Without a suggestion, the text is empty.
+    suggestion is the known name with the most similar spelling. For some settings that nplora does not need,
+    the text says what it does instead. Without a suggestion, the text is empty.
 
     Args:
         show: a function that formats the suggested name.
@@ -118,8 +130,12 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
         return ""
     known = list(known)
     same = [ours for ours in known if name in _OTHER_NAMES.get(ours, "").split()]
-    near = same or difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {show(near[0])}{_OTHER_UNITS.get(name, '')}?" if near else ""
+    if same:
+        return f"; did you mean {show(same[0])}{_OTHER_MEANINGS.get(name, '')}?"
+    if name in _INSTEAD and "max_new_tokens" in known:
+        return _INSTEAD[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {show(near[0])}?" if near else ""
 
 
 def keywords(function: Callable[P, T]) -> Callable[P, T]:

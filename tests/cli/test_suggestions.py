@@ -46,6 +46,34 @@ def test_an_option_is_suggested_only_if_the_command_has_it(capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["generate", "m", "x", "--max-length", "3"],
+            "mean --max-new-tokens, which does not count the prompt?",
+        ),
+        (
+            ["generate", "m", "x", "--do-sample", "1"],
+            "mean --temperature, where 0 takes always the most likely",
+        ),
+        (["generate", "m", "x", "--num-beams", "3"], "no option --num-beams; nplora generates one text"),
+        (["eval", "m", "d", "--batch-size", "3"], "no option --batch-size; nplora forms the batches itself"),
+    ],
+)
+def test_a_setting_that_works_otherwise_here_is_explained(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    assert message in capsys.readouterr().err
+
+
+def test_a_command_that_generates_no_text_explains_no_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "f", "--batch-size", "1"]) == 2
+    assert "unrecognized arguments: --batch-size 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("words", "found"),
     [
         (["--temp", "0.5"], {"temperature": 0.5}),  # the beginning of one option stands for it

@@ -36,15 +36,26 @@ WITH_EXAMPLES = [
     "nplora.finetuning.data",
     "nplora.finetuning.embedding",
     "nplora.finetuning.planning",
+    "nplora.formats",
     "nplora.formats.gguf",
     "nplora.lm",
+    "nplora.lm.generation",
     "nplora.lora",
+    "nplora.models",
     "nplora.nn",
     "nplora.runtime",
     "nplora.serving",
     "nplora.sklearn",
     "nplora.tokenizer",
     "nplora.trainer",
+    "nplora.trainer.reporters",
+]
+# Every public method of these classes has an example.
+METHODS_WITH_EXAMPLES = [
+    nplora.adapters.Adapter,
+    nplora.generate.StopText,
+    nplora.tokenizer.StreamDecoder,
+    nplora.tokenizer.Tokenizer,
 ]
 
 # Programs, the core, and a module that needs the package lm_eval.
@@ -55,7 +66,12 @@ _NOT_IMPORTED = {
     "nplora.finetuning.judging.harness",
 }
 _NEEDS_TOKENIZERS = ("model.gguf", "encoder-model")
-_NEEDS_MPI = "MPICommunicator() as"
+_NEEDS = {  # what an example uses, and the package that it needs
+    "MPICommunicator() as": "mpi4py",
+    "TensorBoardReporter(": "tensorboardX",
+    "WandbReporter(": "wandb",
+    "MlflowReporter(": "mlflow",
+}
 
 
 class _Finder(doctest.DocTestFinder):
@@ -95,8 +111,9 @@ def test_an_example_prints_what_its_docstring_shows(
 ) -> None:
     if any(name in (test.docstring or "") for name in _NEEDS_TOKENIZERS):
         pytest.importorskip("tokenizers")
-    if _NEEDS_MPI in (test.docstring or ""):
-        pytest.importorskip("mpi4py")
+    for used, package in _NEEDS.items():
+        if used in (test.docstring or ""):
+            pytest.importorskip(package)
     shutil.copytree(small_files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     test.globs |= {"np": np, "nplora": nplora, "os": os}
@@ -110,5 +127,13 @@ def test_every_public_name_has_an_example(name: str) -> None:
     module = importlib.import_module(name)
     for public in module.__all__:
         value = getattr(module, public)
-        if callable(value):
+        if inspect.isclass(value) or inspect.isroutine(value):
             assert ">>> " in (inspect.getdoc(value) or ""), f"{name}.{public} has no example"
+
+
+@pytest.mark.parametrize("kind", METHODS_WITH_EXAMPLES)
+def test_every_public_method_has_an_example(kind: type) -> None:
+    for name, value in vars(kind).items():
+        method = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+        if inspect.isfunction(method) and not name.startswith("_"):
+            assert ">>> " in (inspect.getdoc(method) or ""), f"{kind.__name__}.{name} has no example"

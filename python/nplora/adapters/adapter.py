@@ -34,7 +34,12 @@ class Adapter(AdapterContent):
 
     @staticmethod
     def of(content: AdapterContent) -> Adapter:
-        """Return the content as an `Adapter`."""
+        """Return the content as an `Adapter`.
+
+        >>> content = nplora.read_adapter("adapter")
+        >>> Adapter.of(content) is content
+        True
+        """
         return content if isinstance(content, Adapter) else Adapter(**vars(content))
 
     @staticmethod
@@ -43,6 +48,11 @@ class Adapter(AdapterContent):
 
         Raises:
             ValueError: the model has no LoRA layer.
+
+        >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2, rng=0))
+        >>> adapter = Adapter.from_model(model)
+        >>> adapter["0"].A is model[0].A
+        True
         """
         return Adapter.of(layers.from_model(model, "read_adapter"))
 
@@ -53,6 +63,12 @@ class Adapter(AdapterContent):
         """Read a PEFT directory or a llama.cpp file.
 
         Unlike `read_adapter`, this method accepts an adapter with fully trained layers.
+
+        >>> adapter = Adapter.read("adapter")
+        >>> adapter
+        Adapter('adapter', 14 layers)
+        >>> adapter["model.layers.0.self_attn.q_proj"].rank
+        2
         """
         return Adapter.of(sources.read(source, base, edited_config, any_base))
 
@@ -68,6 +84,12 @@ class Adapter(AdapterContent):
             FileExistsError: the directory holds a training run; or it holds an adapter, and `overwrite` is
                 not set.
             ValueError: the adapter has no layers, or the path ends in .gguf and `base` is missing.
+
+        >>> adapter = Adapter.read("adapter")
+        >>> adapter.save("copy")
+        >>> report = adapter.save("adapter.gguf", base="model.gguf")
+        >>> sorted(os.listdir("copy")), report.target
+        (['adapter_config.json', 'adapter_model.safetensors'], 'adapter.gguf')
         """
         if base is not None:
             return gguf_files.save(self, path, base, any_base, overwrite)
@@ -95,6 +117,16 @@ class Adapter(AdapterContent):
             RuntimeError: the update of a layer to be replaced is merged into the layer's weight.
             FormatError: the adapter does not fit the model or belongs to another model, or it has fully
                 trained layers.
+
+        >>> lm = nplora.load_model("model.gguf")
+        >>> adapter = Adapter.read("adapter")
+        >>> adapter.attach(lm)
+        >>> len(lm.adapter_layers())
+        14
+        >>> adapter.attach(lm)
+        Traceback (most recent call last):
+        ValueError: attach_adapter: the model already has an adapter, on 14 layers; replace=True removes it
+        >>> adapter.attach(lm, replace=True)
         """
         layers.attach(self, model, any_base, replace, freeze_B)
 
@@ -140,7 +172,14 @@ class Adapter(AdapterContent):
         return CombinedAdapter(**vars(combination.combine(adapters, rank, base, any_base)))
 
     def merge(self, base: StrPath, output: StrPath, **options: Any) -> ModelMerge:
-        """Write a model with this adapter merged into it. `options` are the options of `merge_adapter`."""
+        """Write a model with this adapter merged into it. `options` are the options of `merge_adapter`.
+
+        >>> report = Adapter.read("adapter").merge("model.gguf", "merged.gguf")
+        >>> len(report.reports), report.kept  # matrices with an update, and other tensors
+        (14, 7)
+        >>> nplora.load_model("merged.gguf").config.hidden_size
+        32
+        """
         return merge_files.merge_adapter(base, self, output, **options)
 
 

@@ -9,35 +9,96 @@ class FormatError(ValueError):
     """The bytes do not follow the format.
 
     The message names the file and the field or tensor, then says what was found and what is allowed.
+
+    >>> import nplora
+    >>> nplora.formats.safetensors.loads(b"\\x02" + bytes(7) + b"[]")
+    Traceback (most recent call last):
+    nplora.formats.errors.FormatError: <bytes>: the header begins with b'[]', expected '{'
     """
 
 
 class TruncatedError(FormatError):
-    """The file ends before the data that its header announces."""
+    """The file ends before the data that its header announces.
+
+    >>> import nplora
+    >>> whole = nplora.formats.safetensors.dumps({"w": np.ones(4)})
+    >>> nplora.formats.safetensors.loads(whole[:-8])
+    Traceback (most recent call last):
+    nplora.formats.errors.TruncatedError: <bytes>: the tensors end at byte 96, but the file has 88 bytes
+    """
 
 
 class LimitError(FormatError):
-    """A size or count exceeds a documented limit. Limits are checked before memory is allocated."""
+    """A size or count exceeds a documented limit. Limits are checked before memory is allocated.
+
+    >>> import nplora
+    >>> nplora.formats.safetensors.loads((1 << 60).to_bytes(8, "little") + b"{}")
+    Traceback (most recent call last):
+    nplora.formats.errors.LimitError: <bytes>: ... at most 100,000,000 are read
+    """
 
 
 class UnsupportedError(FormatError):
-    """The file is well formed, but it uses a feature that nplora does not support."""
+    """The file is well formed, but it uses a feature that nplora does not support.
+
+    >>> import json, nplora
+    >>> os.mkdir("gpt2")
+    >>> with open("gpt2/config.json", "w") as file:
+    ...     json.dump({"model_type": "gpt2"}, file)
+    >>> nplora.formats.safetensors.save("gpt2/model.safetensors", {"wte.weight": np.ones((8, 8))})
+    >>> nplora.load_model("gpt2")
+    Traceback (most recent call last):
+    nplora.formats.errors.UnsupportedError: gpt2/config.json: model_type is 'gpt2', expected one of ...
+    """
 
 
 class NotFetchedError(FormatError):
-    """The file is a Git LFS pointer. The real content has not been downloaded."""
+    """The file is a Git LFS pointer. The real content has not been downloaded.
+
+    >>> import nplora
+    >>> with open("pointer.gguf", "w") as file:
+    ...     _ = file.write("version https://git-lfs.github.com/spec/v1")
+    >>> nplora.load_model("pointer.gguf")
+    Traceback (most recent call last):
+    nplora.formats.errors.NotFetchedError: pointer.gguf: is a Git LFS pointer; ...
+    """
 
 
 class UnsafeError(FormatError):
-    """Reading this file could run code, access files outside the directory, or hang."""
+    """Reading this file could run code, access files outside the directory, or hang.
+
+    >>> import nplora
+    >>> os.symlink("model.gguf", "link.safetensors")
+    >>> nplora.formats.safetensors.open("link.safetensors", follow_links=False)
+    Traceback (most recent call last):
+    nplora.formats.errors.UnsafeError: link.safetensors: a symbolic link, expected a regular file
+    """
 
 
 class CorruptError(FormatError):
-    """A file does not match its recorded checksum, or its recorded size and time."""
+    """A file does not match its recorded checksum, or its recorded size and time.
+
+    >>> import nplora
+    >>> with open("adapter/adapter_config.json") as file:
+    ...     config = file.read()
+    >>> with open("adapter/adapter_config.json", "w") as file:
+    ...     _ = file.write(config.replace('"lora_alpha": 16', '"lora_alpha": 32'))
+    >>> nplora.read_adapter("adapter")
+    Traceback (most recent call last):
+    nplora.formats.errors.CorruptError: adapter/adapter_config.json: not the file that was saved ...
+    """
 
 
 class DataError(FormatError):
-    """A line of training data is invalid."""
+    """A line of training data is invalid.
+
+    >>> import nplora
+    >>> with open("train.jsonl", "w") as file:
+    ...     _ = file.write('{"question": "When are you open?", "answer": "From ten to six."}')
+    >>> nplora.data.read_dataset("train.jsonl", nplora.load_model("model.gguf").tokenizer)
+    Traceback (most recent call last):
+    nplora.formats.errors.DataError: train.jsonl, line 1: the row has ['question', 'answer'], expected ...
+    """
 
 
 # difflib takes time quadratic in the length of a name and linear in the number of names.

@@ -74,6 +74,11 @@ class Tensor:
         name: the tensor's name in the file.
         dtype: NumPy's name ("float32", "int8", ...) or "bfloat16", whose bit patterns are stored as uint16.
         array: the elements. Arrays from a file are read-only and keep the file mapped.
+
+    >>> bits = np.array([0x3F80], np.uint16)  # 1 as bfloat16
+    >>> tensor = loads(dumps({"w": Tensor("w", "bfloat16", bits)}))["w"]
+    >>> tensor
+    Tensor('w', bfloat16, (1,))
     """
 
     name: str
@@ -103,6 +108,10 @@ class Stream:
     Attributes:
         dtype: as in `Tensor`.
         chunks: a function that returns the bytes in order. The writer calls this function once.
+
+    >>> rows = Stream("float32", (3, 2), lambda: (np.full(2, i, np.float32).tobytes() for i in range(3)))
+    >>> loads(dumps({"w": rows}))["w"].numpy()[:, 0]
+    array([0., 1., 2.], dtype=float32)
     """
 
     dtype: str
@@ -121,6 +130,10 @@ class Entry:
     Attributes:
         tag: the element type as the file names it.
         begin, end: the tensor's position, in bytes from the start of the file.
+
+    >>> file = loads(dumps({"w": np.ones((2, 3), np.float32)}))
+    >>> file.entries["w"]
+    Entry(tag='F32', shape=(2, 3), begin=72, end=96)
     """
 
     tag: str
@@ -139,6 +152,10 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
     `entries` gives the tensors' shapes and element types without reading the tensors. If the file is mapped,
     `mapped` holds its `Stamp`, which shows later changes of the file.
+
+    >>> file = loads(dumps({"w": np.eye(2)}, {"made by": "hand"}))
+    >>> file, list(file), file.metadata
+    (SafetensorsFile('<bytes>', 1 tensors), ['w'], {'made by': 'hand'})
     """
 
     def __init__(self, data: Buffer, source: str, mapped: tuple[files.Stamp, ...] = ()) -> None:
@@ -221,6 +238,13 @@ def reading(path: StrPath, follow_links: bool = True) -> Iterator[SafetensorsFil
     """Like `open`, but each tensor is read from disk on access, and only inside the `with` block.
 
     Use this function for untrusted files, because `entries` gives the sizes before memory is allocated.
+
+    >>> save("toy.safetensors", {"w": np.arange(3)})
+    >>> with reading("toy.safetensors") as file:
+    ...     sizes = {name: entry.shape for name, entry in file.entries.items()}
+    ...     values = file["w"].numpy()
+    >>> sizes, values
+    ({'w': (3,)}, array([0, 1, 2]))
     """
     with files.reading(path, follow_links) as reader:
         yield SafetensorsFile(reader, files.name(path))

@@ -14,7 +14,16 @@ MAX_SHARDS = 1_000  # each mapped file uses a file descriptor
 
 
 class ShardedFile(Mapping[str, Tensor]):
-    """The tensors of all shards by name, in the index's order. `metadata` holds the index's metadata."""
+    """The tensors of all shards by name, in the index's order. `metadata` holds the index's metadata.
+
+    >>> import json, nplora
+    >>> nplora.formats.safetensors.save("part.safetensors", {"w": np.eye(2)})
+    >>> index = json.dumps({"metadata": {}, "weight_map": {"w": "part.safetensors"}})
+    >>> _ = Path("model.safetensors.index.json").write_text(index)
+    >>> file = nplora.formats.sharded.open("model.safetensors.index.json")
+    >>> list(file), file["w"].shape, sorted(file.shards)
+    (['w'], (2, 2), ['part.safetensors'])
+    """
 
     def __init__(self, source: str, shards: dict[str, SafetensorsFile], metadata: dict[str, Any]) -> None:
         self.source = source

@@ -121,13 +121,24 @@ class StopText:
 
     Attributes:
         found: whether a stop text was found. After a stop text, no more text is returned.
+
+    >>> stop = StopText(["END"])
+    >>> [stop.push(piece) for piece in ("one E", "ven two E", "ND three")]
+    ['one ', 'Even two ', '']
+    >>> stop.found
+    True
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop, self._held, self.found = tuple(stop), "", False
 
     def push(self, piece: str) -> str:
-        """Add a piece of text, and return the text that certainly does not begin a stop text."""
+        """Add a piece of text, and return the text that certainly does not begin a stop text.
+
+        >>> stop = StopText(["END"])
+        >>> stop.push("text E"), stop.push("ND")
+        ('text ', '')
+        """
         if self.found:
             return ""
         text = self._held + piece
@@ -142,7 +153,12 @@ class StopText:
         return text[:keep]
 
     def flush(self) -> str:
-        """End the text, and return the characters that were held back."""
+        """End the text, and return the characters that were held back.
+
+        >>> stop = StopText(["END"])
+        >>> stop.push("text E"), stop.flush()
+        ('text ', 'E')
+        """
         held, self._held = self._held, ""
         return held
 

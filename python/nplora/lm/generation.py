@@ -41,7 +41,14 @@ _OP = "generate"
 
 
 class GeneratingModel(Protocol):
-    """The methods that generation needs from a model. `nplora.LanguageModel` has them."""
+    """The methods that generation needs from a model. `nplora.LanguageModel` has them.
+
+    >>> import nplora
+    >>> lm = nplora.load_model("model.gguf")
+    >>> cache = lm.new_cache(slots=1, capacity=8)
+    >>> lm.decode([[5, 6]], [0], cache).shape == (1, lm.config.vocab_size)
+    True
+    """
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -241,6 +248,14 @@ def prompt_ids(op: str, lm: GeneratingModel, prompt: Prompt) -> list[int]:
     Raises:
         TypeError: the prompt is neither a text nor a chat.
         ValueError: the prompt has no tokens, fills the context, or has tokens outside the vocabulary.
+
+    >>> import nplora
+    >>> lm = nplora.load_model("model.gguf")
+    >>> prompt_ids("my_program", lm, "Hello") == lm.tokenizer.encode_prompt("Hello")
+    True
+    >>> prompt_ids("my_program", lm, "")
+    Traceback (most recent call last):
+    ValueError: my_program: the prompt is empty
     """
     tokenizer, chat = lm.tokenizer, not isinstance(prompt, str)
     if chat and not (isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)):

@@ -119,6 +119,14 @@ def choose(
 
     Raises:
         FloatingPointError: a score is NaN, or the largest one is infinite.
+
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> scores = np.array([0.0, 3.0, 1.0])
+    >>> choose(scores, [], Sampling(), rng)
+    1
+    >>> [choose(scores, [], Sampling(temperature=2.0), rng) for _ in range(5)]
+    [1, 1, 0, 0, 2]
     """
     place, largest = f"the token at position {len(before)}", scores.max()
     if np.isnan(largest):
@@ -149,6 +157,12 @@ def penalise(scores: Array, before: Sequence[int], sampling: Sampling, prompt: i
 
     Raises:
         ValueError: every token is ruled out by `logit_bias`.
+
+    >>> import numpy as np
+    >>> scores = np.array([1.0, 2.0, 3.0])
+    >>> penalise(scores, [2, 2], Sampling(frequency_penalty=0.5))
+    >>> scores
+    array([1., 2., 2.])
     """
     for token, bias in dict(sampling.logit_bias).items():
         if token < len(scores):
@@ -173,13 +187,25 @@ def log_probabilities(scores: Array) -> Array:
 
 
 def softmax(scores: Array) -> Array:
-    """Compute exp(scores) / sum(exp(scores)). The largest score must be finite."""
+    """Compute exp(scores) / sum(exp(scores)). The largest score must be finite.
+
+    >>> import numpy as np
+    >>> softmax(np.log([1.0, 3.0]))
+    array([0.25, 0.75])
+    """
     powers = np.exp(scores - scores.max())
     return np.asarray(powers / powers.sum())
 
 
 def penalise_repetition(scores: Array, before: Sequence[int], penalty: float) -> None:
-    """Lower the scores of earlier tokens in place (Keskar et al. 2019, section 4.1). Scores stay finite."""
+    """Lower the scores of earlier tokens in place (Keskar et al. 2019, section 4.1). Scores stay finite.
+
+    >>> import numpy as np
+    >>> scores = np.array([-1.0, 2.0, 3.0])
+    >>> penalise_repetition(scores, [0, 1, 1], 2.0)
+    >>> scores
+    array([-2.,  1.,  3.])
+    """
     seen = np.unique(np.asarray(before, np.int64))
     seen = seen[np.isfinite(scores[seen])]
     with np.errstate(over="ignore"):
@@ -189,7 +215,14 @@ def penalise_repetition(scores: Array, before: Sequence[int], penalty: float) ->
 
 
 def keep_top_k(scores: Array, k: int) -> None:
-    """Set all scores below the k-th largest to -inf, in place."""
+    """Set all scores below the k-th largest to -inf, in place.
+
+    >>> import numpy as np
+    >>> scores = np.array([1.0, 4.0, 3.0])
+    >>> keep_top_k(scores, 2)
+    >>> scores
+    array([-inf,   4.,   3.])
+    """
     if k < len(scores):
         scores[scores < np.partition(scores, -k)[-k]] = -np.inf
 
@@ -198,6 +231,12 @@ def keep_top_p(scores: Array, p: float) -> None:
     """Set the scores of the least likely tokens, up to a total probability of 1 - p, to -inf.
 
     The scores are changed in place (nucleus sampling, Holtzman et al. 2020).
+
+    >>> import numpy as np
+    >>> scores = np.log([0.1, 0.6, 0.3])
+    >>> keep_top_p(scores, 0.8)
+    >>> softmax(scores).round(3)
+    array([0.   , 0.667, 0.333])
     """
     order = np.argsort(scores, kind="stable")
     unlikely = np.cumsum(softmax(scores)[order]) <= 1 - p

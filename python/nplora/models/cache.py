@@ -48,6 +48,15 @@ class KVCache:
         activation: int64 (slots,), for an activated LoRA: the position from which on it acts in each slot;
             UNKNOWN: `decode` looks for the invocation tokens in the next tokens; NEVER: it does not act.
         owner: the model (with its selected named adapters) that may fill the cache; None allows any model.
+
+    >>> lm = nplora.load_model("model.gguf")
+    >>> cache = lm.new_cache(slots=2, capacity=16)
+    >>> scores = lm.decode([[5, 6, 7], [8]], [0, 1], cache)
+    >>> cache.lengths
+    array([3, 1])
+    >>> cache.reset()
+    >>> cache.lengths
+    array([0, 0])
     """
 
     def __init__(

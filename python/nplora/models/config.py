@@ -54,6 +54,11 @@ class ModelConfig:
         causal: whether a token attends only to itself and earlier tokens. If False, the model is an encoder.
         interleaved: whether rotated pairs are neighbouring values of a head, as in some GGUF files. If False,
             value i of a head is paired with value i + rotary_dim / 2.
+
+    >>> import nplora
+    >>> config = nplora.load_model("model.gguf").config
+    >>> config.model_type, config.hidden_size, config.num_hidden_layers, config.max_position_embeddings
+    ('llama', 32, 2, 64)
     """
 
     source: str

@@ -48,6 +48,15 @@ class PrefixCache:
     Raises:
         OSError: the directory is not writable, or the disk is too small. The message says how much space is
             needed.
+
+    >>> cache = PrefixCache(blocks=1, capacity=100, width=4)
+    >>> ids, starts = np.arange(60), np.array([0, 20, 60])  # two sequences, of 20 and 40 tokens
+    >>> cache.keep(ids, starts, np.ones((60, 4), np.float32))
+    >>> cache.find(ids, starts).shape, cache.nbytes
+    ((60, 4), 960)
+    >>> cache.find(ids + 1, starts) is None
+    True
+    >>> cache.close()
     """
 
     def __init__(self, blocks: int, capacity: int, width: int, directory: StrPath | None = None) -> None:

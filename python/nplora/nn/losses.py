@@ -47,7 +47,20 @@ class NonFiniteLossError(FloatingPointError):
 
 @runtime_checkable
 class Loss(Protocol):
-    """A loss function that can count the elements or rows in its mean."""
+    """A loss function that can count the elements or rows in its mean.
+
+    >>> import nplora, numpy as np
+    >>> class SumOfSquares:
+    ...     def __call__(self, prediction, target):
+    ...         difference = prediction - target
+    ...         return float((difference**2).sum()), 2 * difference
+    ...
+    ...     def count(self, prediction, target):
+    ...         return len(prediction)
+    >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1, rng=0), loss=SumOfSquares())
+    >>> trainer.fit(np.eye(4), np.ones((4, 4)), steps=1).loss
+    [12.0]
+    """
 
     def __call__(self, prediction: Array, target: Any) -> tuple[float, Array]:
         """Return the loss, and its gradient with the shape and dtype of `prediction`."""
@@ -261,6 +274,11 @@ def call(loss: Loss, prediction: Array, target: Any) -> tuple[float, Array]:
     Raises:
         TypeError: the loss function does not return a number and an array.
         ValueError: the gradient does not have the shape of `prediction`.
+
+    >>> import numpy as np
+    >>> loss, gradient = call(MeanSquaredError(), np.array([[1.0, 3.0]]), np.array([[1.0, 1.0]]))
+    >>> loss, gradient
+    (2.0, array([[0., 2.]]))
     """
     result = loss(prediction, target)
     return result if type(loss).__module__ == __name__ else _checked(loss, result, prediction)

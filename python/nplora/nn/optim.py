@@ -384,6 +384,11 @@ def require(op: str, optimizer: object) -> None:
 
     Raises:
         TypeError: `optimizer` is another object, such as an optimiser of torch.
+
+    >>> require("my_loop", AdamW(lr=0.01))
+    >>> require("my_loop", "adam")
+    Traceback (most recent call last):
+    TypeError: my_loop: optimizer is 'adam', expected an AdamW(...) or SGD(...) of nplora
     """
     if not isinstance(optimizer, Optimizer):
         got = _check.kind(optimizer)

@@ -31,7 +31,12 @@ class StreamDecoder:
         self._given = len(decode(self._ids, self._skip))  # characters of the text of _ids already returned
 
     def push(self, id_: int) -> str:
-        """Add a token, and return the text that the token completes, which may be empty."""
+        """Add a token, and return the text that the token completes, which may be empty.
+
+        >>> decoder = StreamDecoder(lambda ids, skip: "".join("abc"[id_] for id_ in ids))
+        >>> decoder.push(0), decoder.push(2)
+        ('a', 'c')
+        """
         self._ids.append(id_)
         text = self._decode(self._ids, self._skip)
         waiting = len(self._ids) - self._context <= _LONGEST
@@ -45,7 +50,14 @@ class StreamDecoder:
         return piece
 
     def flush(self) -> str:
-        """Return the rest of the text, with U+FFFD for an incomplete character."""
+        """Return the rest of the text, with U+FFFD for an incomplete character.
+
+        >>> parts = [bytes([byte]) for byte in "€".encode()[:2]]  # two of the three bytes of a euro sign
+        >>> read = lambda ids, skip: b"".join(parts[i] for i in ids).decode(errors="replace")
+        >>> decoder = StreamDecoder(read)
+        >>> decoder.push(0), decoder.push(1), decoder.flush()
+        ('', '', '�')
+        """
         piece = self._decode(self._ids, self._skip)[self._given :]
         self._ids, self._context, self._given = [], 0, 0
         return piece

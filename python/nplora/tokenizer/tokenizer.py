@@ -146,11 +146,23 @@ class Tokenizer:
         """The text of each token in the vocabulary's own spelling, by id; None for an id without a token.
 
         The same token has the same spelling in a GGUF file and in a Hugging Face directory.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+        >>> spelling = tokenizer.tokens()
+        >>> [spelling[id_] for id_ in tokenizer.encode("1 + 1")]
+        ['1', 'Ġ', '+', 'Ġ', '1']
         """
         return [self._backend.id_to_token(id_) for id_ in range(self.vocab_size)]
 
     def digest(self) -> str:
-        """A digest of all that decides which tokens a text or a chat has."""
+        """A digest of all that decides which tokens a text or a chat has.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+        >>> len(tokenizer.digest()), tokenizer.digest() == nplora.load_model("model.gguf").tokenizer.digest()
+        (64, True)
+        """
         template = self.chat_template and self.chat_template.text
         parts = self._backend.to_str(), self.bos_id, self.eos_id, sorted(self.eos_ids), template
         return hashlib.sha256(json.dumps(parts, allow_nan=False).encode()).hexdigest()
@@ -163,6 +175,12 @@ class Tokenizer:
         Raises:
             FormatError: a token's id or text belongs to another token.
             UnsupportedError: the ids of this tokenizer have gaps, so that new tokens would get ids in them.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+        >>> larger = tokenizer.with_tokens([AddedToken(tokenizer.vocab_size, "<|new|>")])
+        >>> larger.encode("<|new|>", parse_special=True) == [tokenizer.vocab_size]
+        True
         """
         new = sorted((token for token in tokens if not self._has(token)), key=lambda token: token.id)
         if not new:
@@ -199,6 +217,12 @@ class Tokenizer:
             rows: the number of rows of the model's embedding. A token beyond them has no row.
         Raises:
             FormatError, UnsupportedError: as in `with_tokens`.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+        >>> token = AddedToken(tokenizer.vocab_size, "<|new|>")
+        >>> tokenizer.missing([token], rows=tokenizer.vocab_size) == (token,)
+        True
         """
         found = tuple(token for token in tokens if token.id >= rows or self.id_of(token.text) != token.id)
         for token in found:
@@ -225,12 +249,23 @@ class Tokenizer:
         return False
 
     def to_json(self) -> str:
-        """The tokenizer as the text of a tokenizer.json."""
+        """The tokenizer as the text of a tokenizer.json.
+
+        >>> import json, nplora
+        >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+        >>> json.loads(tokenizer.to_json())["model"]["type"]
+        'BPE'
+        """
         text: str = self._backend.to_str()
         return text
 
     def files(self) -> dict[str, bytes]:
-        """The files of this tokenizer as transformers reads them, by name."""
+        """The files of this tokenizer as transformers reads them, by name.
+
+        >>> import nplora
+        >>> sorted(nplora.load_model("model.gguf").tokenizer.files())
+        ['tokenizer.json', 'tokenizer_config.json']
+        """
         names = {"bos_token": self._text(self.bos_id), "eos_token": self._text(self.eos_id)}
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -270,6 +305,13 @@ class Tokenizer:
         Raises:
             ValueError: the text holds half a surrogate pair, which UTF-8 cannot represent.
             FormatError: the tokenizer cannot encode the text, for example because it has no unknown token.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+        >>> tokenizer.encode("1+1=")
+        [17, 11, 17, 29]
+        >>> tokenizer.decode(tokenizer.encode("1+1="))
+        '1+1='
         """
         return self._encode_beginning(text, most, add_special_tokens, parse_special)[0]
 
@@ -307,6 +349,12 @@ class Tokenizer:
             TypeError: a text is not a str.
             ValueError: a text holds half a surrogate pair, or `longest` has no room for the special tokens.
             FormatError: the tokenizer cannot encode a text.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_encoder("encoder-model").tokenizer
+        >>> ids, cut = tokenizer.encode_texts(["a cat", "a longer text about a cat and a dog"], longest=8)
+        >>> [len(each) for each in ids], cut
+        ([4, 8], 1)
         """
         for text in texts:
             _require_text(text)
@@ -338,6 +386,11 @@ class Tokenizer:
         """Encode a text that the model should continue, with the model's BOS but without EOS at the end.
 
         `most` is as in `encode`.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+        >>> tokenizer.decode(tokenizer.encode_prompt("1+1="))
+        '1+1='
         """
         ids, is_whole = self._encode_beginning(text, most, add_special_tokens=True)
         return ids[:-1] if is_whole and ids and ids[-1] == self.eos_id else ids
@@ -346,6 +399,12 @@ class Tokenizer:
         """Encode a text that follows another, without the space that some models add before a text.
 
         `most` is as in `encode`.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+        >>> ids = tokenizer.encode_prompt("1+1=") + tokenizer.encode_continuation("2")
+        >>> tokenizer.decode(ids, skip_special_tokens=True)
+        '1+1=2'
         """
         alone = self.encode("a")
         if not alone or not self._text(alone[0]).startswith(_SPACES):
@@ -358,12 +417,24 @@ class Tokenizer:
         return self.encode(text, most=most)
 
     def id_of(self, token: str) -> int | None:
-        """The id of the token with this text, such as "<|im_end|>", or None if there is no such token."""
+        """The id of the token with this text, such as "<|im_end|>", or None if there is no such token.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_encoder("encoder-model").tokenizer
+        >>> tokenizer.id_of("[CLS]"), tokenizer.id_of("[no such token]")
+        (2, None)
+        """
         found: int | None = self._backend.token_to_id(token)
         return found
 
     def special_in(self, text: str) -> list[str]:
-        """The special tokens in a text, such as "<|im_end|>", in order."""
+        """The special tokens in a text, such as "<|im_end|>", in order.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_encoder("encoder-model").tokenizer
+        >>> tokenizer.special_in("A name such as [SEP] in a text")
+        ['[SEP]']
+        """
         return [found[0] for found in self._special_pattern.finditer(text) if found[0]]
 
     def decode(self, ids: Iterable[int] | npt.NDArray[Any], skip_special_tokens: bool = False) -> str:
@@ -375,6 +446,11 @@ class Tokenizer:
         Raises:
             ValueError: an id is negative or not below `vocab_size`.
             FormatError: the tokenizer cannot decode the ids.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+        >>> tokenizer.decode(tokenizer.encode("1+1="))
+        '1+1='
         """
         listed = [int(id_) for id_ in ids]
         if listed and (min(listed) < 0 or max(listed) >= self.vocab_size):
@@ -390,6 +466,12 @@ class Tokenizer:
         Args:
             skip_special_tokens: leave out special tokens such as BOS.
             context: tokens that come before the first one; their text is not returned.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+        >>> decoder = tokenizer.stream()
+        >>> [decoder.push(id_) for id_ in tokenizer.encode("1+1=")]
+        ['1', '+', '1', '=']
         """
         return StreamDecoder(self.decode, skip_special_tokens, context)
 
@@ -416,6 +498,12 @@ class Tokenizer:
             ValueError: the model has no chat template, or the template refuses the messages.
             UnsafeError, FormatError: the template is not safe, or not valid Jinja.
             TypeError: a message, tool or document is not a dictionary of values that JSON can represent.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+        >>> chat = [{"role": "user", "content": "1+1?"}]
+        >>> tokenizer.apply_chat_template(chat, add_generation_prompt=True)  # of a small test model
+        '1+1?'
         """
         return self._render(messages, add_generation_prompt, now, _given(tools, documents))
 
@@ -452,6 +540,12 @@ class Tokenizer:
         """Encode a chat to tokens. Special tokens in the messages' own text are encoded as plain text.
 
         `most` is as in `encode`. The other arguments and the errors are those of `apply_chat_template`.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+        >>> ids = tokenizer.encode_chat([{"role": "user", "content": "1+1?"}])
+        >>> tokenizer.decode(ids)
+        '1+1?'
         """
         given = self._quoted_given(tools, documents)
         text = self._render(self._quoted(messages), add_generation_prompt, None, given)
@@ -481,6 +575,13 @@ class Tokenizer:
                 special tokens around it, so the tokens of a turn are not known.
             ValueError: the chat has so many turns and tokens that encoding would take minutes; or as in
                 `apply_chat_template`.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+        >>> messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+        >>> chat = tokenizer.encode_conversation(messages)
+        >>> tokenizer.decode(chat.ids[place] for place in chat.turns[1])
+        '2'
         """
         given = self._quoted_given(tools, documents)
         quoted = self._quoted(messages)

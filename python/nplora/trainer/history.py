@@ -50,7 +50,11 @@ class StepRecord:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """The record for the log."""
+        """The record for the log.
+
+        >>> StepRecord(step=1, epoch=1, loss=0.5, count=4, lr=0.1, grad_norm=1.0, seconds=0.25).row()["loss"]
+        0.5
+        """
         return _row(self)
 
 

@@ -36,6 +36,13 @@ class RunLog(NamedTuple):
         steps, epochs: the records of all steps and epochs.
         loss_before: the validation loss before the first step; None if it was not measured.
         evaluations: the records of all evaluations. An older log has evaluations only in its epoch records.
+
+    >>> import nplora, numpy as np
+    >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1, rng=0), loss="mse")
+    >>> history = trainer.fit(np.eye(4), np.ones((4, 4)), epochs=2, checkpoint_dir="run", overwrite=True)
+    >>> log = nplora.plot.read_log("run/log.jsonl")
+    >>> log.steps[0]["loss"], len(log.epochs)
+    (0.75, 2)
     """
 
     steps: Records

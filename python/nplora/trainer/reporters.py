@@ -146,10 +146,20 @@ class Reporter(Callback):
 
 
 class CsvReporter(Reporter):
-    """Writes a row into metrics.csv for each step and each evaluation; `Reporter` has an example.
+    """Writes a row into metrics.csv for each step and each evaluation.
 
     Metrics of the loss, such as the rewards of DPO, get further columns. The settings are written to
     settings.json in the same directory.
+
+    >>> import nplora, numpy as np
+    >>> report = CsvReporter("reports", {"rank": 1})
+    >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
+    >>> trainer = nplora.Trainer(layer, loss="mse", callbacks=[report])
+    >>> history = trainer.fit(np.eye(4), np.ones((4, 4)), steps=2)
+    >>> with open("reports/metrics.csv") as file:
+    ...     rows = list(csv.DictReader(file))
+    >>> rows[0]["step"], rows[0]["loss"]
+    ('1', '0.75')
     """
 
     name = "csv"
@@ -217,7 +227,16 @@ class CsvReporter(Reporter):
 
 
 class TensorBoardReporter(Reporter):
-    """Writes event files for TensorBoard, with tensorboardX: `tensorboard --logdir DIRECTORY` shows them."""
+    """Writes event files for TensorBoard, with tensorboardX: `tensorboard --logdir DIRECTORY` shows them.
+
+    >>> import nplora, numpy as np
+    >>> report = TensorBoardReporter("reports/tensorboard", {"rank": 1})
+    >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
+    >>> trainer = nplora.Trainer(layer, loss="mse", callbacks=[report])
+    >>> history = trainer.fit(np.eye(4), np.ones((4, 4)), steps=2)
+    >>> [name.split(".")[0] for name in os.listdir("reports/tensorboard")]
+    ['events']
+    """
 
     name = "tensorboard"
     package, pip = "tensorboardX", '"nplora[report]"'
@@ -250,6 +269,11 @@ class WandbReporter(Reporter):
 
     Environment variables of wandb select the destination, such as WANDB_PROJECT (default: nplora) and
     WANDB_MODE=offline.
+
+    >>> import nplora, numpy as np
+    >>> report = WandbReporter("reports", {"rank": 1})
+    >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
+    >>> trainer = nplora.Trainer(layer, loss="mse", callbacks=[report])
     """
 
     name = "wandb"
@@ -284,6 +308,11 @@ class MlflowReporter(Reporter):
 
     Environment variables of MLflow select the destination: MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME
     (default: nplora).
+
+    >>> import nplora, numpy as np
+    >>> report = MlflowReporter("reports", {"rank": 1})
+    >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
+    >>> trainer = nplora.Trainer(layer, loss="mse", callbacks=[report])
     """
 
     name = "mlflow"

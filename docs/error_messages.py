@@ -1,6 +1,7 @@
 """Real messages for the page about errors: each function here makes a mistake, and nplora reports it."""
 
 import contextlib
+import importlib
 import json
 import struct
 import tempfile
@@ -13,9 +14,12 @@ from typing import Any
 import numpy as np
 
 import nplora
+from nplora.distributed.farewell import Farewell
 from nplora.formats import gguf, safetensors
 
 Mistake = Callable[[], object]
+
+_PUBLIC = ("nplora", "nplora.formats", "nplora.distributed", "nplora.serving")
 
 
 def message_of(kind: str) -> tuple[str, str]:
@@ -26,7 +30,7 @@ def message_of(kind: str) -> tuple[str, str]:
             MISTAKES[kind]()
         except Exception as error:
             name = type(error).__name__
-            public = next((m for m in ("nplora", "nplora.formats") if hasattr(_module(m), name)), "")
+            public = next((m for m in _PUBLIC if name in vars(importlib.import_module(m))), "")
             return f"{public}.{name}" if public else name, str(error)
     raise AssertionError(f"the mistake for {kind} raises no error")
 
@@ -39,13 +43,24 @@ def block(kind: str) -> str:
     return f"```{{code-block}} text\n:class: message\n\n{name}: {text}\n```\n"
 
 
-def _module(path: str) -> object:
-    return nplora if path == "nplora" else nplora.formats
-
-
 def _small_model(name: str = "model.gguf") -> bytes:
     gguf.save(name, {"token_embd.weight": np.ones((8, 32), np.float32)}, {"general.architecture": "llama"})
     return Path(name).read_bytes()
+
+
+def _language_model() -> nplora.LanguageModel:
+    """A model of one block. It has no tokenizer, because these pages are built without the package."""
+    block = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    norms = ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")
+    tensors = {f"{name}.weight": np.ones(32, np.float32) for name in norms}
+    tensors |= {f"blk.0.{name}.weight": np.eye(32, dtype=np.float32) for name in block}
+    tensors["token_embd.weight"] = np.eye(8, 32, dtype=np.float32)
+    sizes = {"block_count": 1, "context_length": 256, "embedding_length": 32, "feed_forward_length": 32}
+    heads = {"attention.head_count": 1, "attention.head_count_kv": 1, "vocab_size": 8}
+    metadata = {f"llama.{key}": gguf.Typed(value, "UINT32") for key, value in (sizes | heads).items()}
+    metadata["llama.attention.layer_norm_rms_epsilon"] = gguf.Typed(1e-5, "FLOAT32")
+    gguf.save("model.gguf", tensors, {"general.architecture": "llama", **metadata})
+    return nplora.load_model("model.gguf")
 
 
 def _layer() -> nplora.Sequential:
@@ -107,6 +122,19 @@ def numbers_that_are_not_finite() -> None:
     nplora.Trainer(_layer(), "mse", nplora.AdamW(lr=1e-3), progress=False).fit(x, x, epochs=1, batch_size=8)
 
 
+def a_rank_that_hangs() -> None:
+    ranks = SimpleNamespace(rank=0, size=2, isend=lambda notice, dest, tag: None)  # instead of MPI's
+    raise Farewell(None, ranks, timeout=600).no_answer({1})
+
+
+def too_many_requests() -> None:
+    lm = _language_model()
+    lm._tokenizer = SimpleNamespace(eos_ids=(), vocab_size=8, stream=lambda context: None)  # type: ignore[assignment]
+    engine = nplora.serving.Engine(lm, max_requests=1, max_waiting=2)
+    for _ in range(4):  # there is one free slot, and two may wait
+        engine.submit([1])
+
+
 def a_wrong_shape() -> None:
     _layer()(np.ones((2, 5), np.float32))
 
@@ -135,6 +163,8 @@ MISTAKES: dict[str, Mistake] = {
     "CorruptError": an_edited_configuration,
     "DataError": unknown_fields,
     "NonFiniteLossError": numbers_that_are_not_finite,
+    "RankError": a_rank_that_hangs,
+    "QueueFullError": too_many_requests,
     "ValueError": a_wrong_shape,
     "TypeError": an_integer_weight,
     "FileExistsError": an_adapter_in_the_way,

@@ -96,7 +96,7 @@ def test_the_api_page_says_nothing_twice() -> None:
 def public_errors() -> set[str]:
     classes = {name for name, value in vars(errors).items() if inspect.isclass(value)}
     classes = {name for name in classes if issubclass(vars(errors)[name], errors.FormatError)}
-    return classes | {"NonFiniteLossError", "BudgetError"}
+    return classes | {"NonFiniteLossError", "BudgetError", "RankError", "QueueFullError"}
 
 
 def test_every_class_of_errors_is_explained() -> None:

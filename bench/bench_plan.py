@@ -147,6 +147,7 @@ TESTED = (
     Setting(2, 384, options={"memory": "330M"}),
     Setting(2, 64, 32, {"objective": "dpo"}),
     Setting(2, 64, 32, {"objective": "kto"}),
+    Setting(2, 64, 32, {"objective": "orpo"}),
     Setting(1, 64, options={"objective": "distill"}),
 )
 

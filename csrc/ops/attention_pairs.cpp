@@ -25,25 +25,25 @@ PairedKeysAndValues::PairedKeysAndValues(std::vector<Run>& runs, Matrix<const fl
   k_ = {k_along, k_down, width};
   v_ = {v_along, v_down, width};
 
-  struct Piece {
+  struct KeyBlock {
     const Run* run;
     size_t first, count;
   };
-  std::vector<Piece> pieces;
+  std::vector<KeyBlock> blocks;
   for (const Run& run : runs)
     for (size_t first = 0; first < run.count; first += kTileKeys)
-      pieces.push_back({&run, first, std::min(kTileKeys, run.count - first)});
+      blocks.push_back({&run, first, std::min(kTileKeys, run.count - first)});
   const kernels::Conversions& convert = kernels::table().convert;
-  parallel_for(pieces.size(), useful_threads(double(k.rows * width)), Interruptible::kYes, [&](size_t i) {
-    const Piece& piece = pieces[i];
-    const size_t row = piece.run->row + piece.first, pair = piece.run->pair_row + piece.first / 2;
+  parallel_for(blocks.size(), useful_threads(double(k.rows * width)), Interruptible::kYes, [&](size_t i) {
+    const KeyBlock& block = blocks[i];
+    const size_t row = block.run->row + block.first, pair = block.run->pair_row + block.first / 2;
     const auto narrow = [&](Matrix<const float> x, Bf16Pair* to) {
       if (to)
-        for (size_t j = row; j < row + piece.count; ++j)
+        for (size_t j = row; j < row + block.count; ++j)
           convert.narrow_bfloat16(width, x.row(j), reinterpret_cast<uint16_t*>(to + j * width / 2));
     };
     const auto pair_down = [&](Matrix<const float> x, Bf16Pair* to) {
-      if (to) convert.pair_rows(piece.count, width, x.row(row), x.stride, to + pair * width);
+      if (to) convert.pair_rows(block.count, width, x.row(row), x.stride, to + pair * width);
     };
     narrow(k, k_along);
     narrow(v, v_along);

@@ -13,20 +13,20 @@ namespace nplora {
 
 namespace {
 
-constexpr size_t kPiece = 2048;
+constexpr size_t kBlockLogits = 2048;
 
 double row_loss(size_t n, float* logits, size_t target, double factor, bool gradient) {
   const auto& kernel = kernels::table().transformer;
-  const size_t pieces = ceil_div(n, kPiece);
-  float* shifts = gradient ? scratch<float>(Scratch::kSums, pieces) : nullptr;
+  const size_t blocks = ceil_div(n, kBlockLogits);
+  float* shifts = gradient ? scratch<float>(Scratch::kSums, blocks) : nullptr;
   const float logit = logits[target];
   const RowSum row = sum_of_row(n, logits, shifts);
   if (gradient) {
-    for (size_t i = 0; i < pieces; ++i) {
-      const Range piece = nth_block(n, kPiece, i);
-      float* x = logits + piece.first;
+    for (size_t i = 0; i < blocks; ++i) {
+      const Range block = nth_block(n, kBlockLogits, i);
+      float* x = logits + block.first;
       const double shrunk = std::exp(double(shifts[i]) - double(row.largest));
-      kernel.scaled(piece.count, float(factor / row.sum * shrunk), x, x, false);
+      kernel.scaled(block.count, float(factor / row.sum * shrunk), x, x, false);
     }
     logits[target] -= float(factor);
   }
@@ -42,14 +42,14 @@ double RowSum::loss(float logit) const {
 RowSum sum_of_row(size_t n, float* logits, float* shifts) {
   const auto& kernel = kernels::table().transformer;
   RowSum row{std::numeric_limits<float>::lowest(), 0};
-  for (size_t i = 0; i < ceil_div(n, kPiece); ++i) {
-    const Range piece = nth_block(n, kPiece, i);
-    float* x = logits + piece.first;
+  for (size_t i = 0; i < ceil_div(n, kBlockLogits); ++i) {
+    const Range block = nth_block(n, kBlockLogits, i);
+    float* x = logits + block.first;
     const float before = row.largest;
-    row.largest = std::max(before, kernel.largest(piece.count, x));
+    row.largest = std::max(before, kernel.largest(block.count, x));
     if (shifts) shifts[i] = row.largest;
     row.sum = row.sum * std::exp(double(before) - double(row.largest)) +
-              kernel.exp_sum(piece.count, x, row.largest, shifts ? x : nullptr);
+              kernel.exp_sum(block.count, x, row.largest, shifts ? x : nullptr);
   }
   return row;
 }

@@ -33,7 +33,7 @@ class LanesForward {
         tiles_(kernels::table().tiles<E>()),
         lanes_(width(x.rows)),
         depth_(depth_of<E>(x.cols)) {
-    for (const auto& part : parts) updates_.push_back({part, {}, nullptr});
+    for (const auto& part : parts) deltas_.push_back({part, {}, nullptr});
   }
 
   void run(size_t threads) {
@@ -56,7 +56,7 @@ class LanesForward {
   }
 
  private:
-  struct Update {
+  struct LoraDelta {
     const ForwardPart<T>& part;
     Strided<E> b;  // B in elements E
     T* zt;         // z of a token block, transposed (blocks, r, lanes), times the scale
@@ -64,15 +64,15 @@ class LanesForward {
 
   void reserve() {
     size_t ranks = 0;
-    for (const Update& update : updates_) ranks += update.part.low.rank();
+    for (const LoraDelta& delta : deltas_) ranks += delta.part.low.rank();
     xt_ = scratch<E>(Scratch::kLanes, block_tokens_ * depth_);
     T* zt = scratch<T>(Scratch::kLowLanes, block_tokens_ * ranks);
     E* b = kValuesPerElement<E> == 1 ? nullptr : scratch<E>(Scratch::kFactor, ranks * depth_);
-    for (Update& update : updates_) {
-      const size_t rank = update.part.low.rank();
+    for (LoraDelta& delta : deltas_) {
+      const size_t rank = delta.part.low.rank();
       if (rank == 0) continue;
-      update.zt = zt;
-      update.b = elements_or_self<E>(update.part.low.b, b);
+      delta.zt = zt;
+      delta.b = elements_or_self<E>(delta.part.low.b, b);
       zt += block_tokens_ * rank;
       b += kValuesPerElement<E> == 1 ? 0 : rank * depth_;
     }
@@ -92,24 +92,24 @@ class LanesForward {
     const Range tokens = lane_block(token_block, b);
     E* lanes = xt_ + b * depth_ * lanes_;
     lanes_of<E>(width(tokens.count), rows_of(x_, tokens), lanes);
-    for (const Update& update : updates_)
-      if (update.part.low.rank()) project(update, tokens, b, lanes);
+    for (const LoraDelta& delta : deltas_)
+      if (delta.part.low.rank()) project(delta, tokens, b, lanes);
   }
 
   // Multiplies B by one block of tokens: zt (r, lanes) = scale * B drop(x)ᵀ. The caller's z (tokens, r) is
   // stored without the scale.
-  void project(const Update& update, Range tokens, size_t b, const E* xt) const {
-    const ForwardPart<T>& part = update.part;
+  void project(const LoraDelta& delta, Range tokens, size_t b, const E* xt) const {
+    const ForwardPart<T>& part = delta.part;
     const size_t rank = part.low.rank(), lanes = width(tokens.count);
     if (part.low.dropout > 0) {
       E* dropped_xt = scratch<E>(Scratch::kDroppedLanes, depth_ * lanes);
       lanes_of<E>(lanes, dropped(part.low, x_, tokens), dropped_xt);
       xt = dropped_xt;
     }
-    T* zt = update.zt + b * rank * lanes_;
+    T* zt = delta.zt + b * rank * lanes_;
     tiles_.gemm_tokens_in_lanes(lanes, rank, depth_,
-                                {update.b.data, update.b.row_stride, kPanelColumns / kValuesPerElement<E>},
-                                xt, zt, false);
+                                {delta.b.data, delta.b.row_stride, kPanelColumns / kValuesPerElement<E>}, xt,
+                                zt, false);
     if (part.z.data)
       k_.from_lanes(lanes, tokens.count, rank, zt, nullptr, part.z.row(tokens.first), part.z.stride);
     for (size_t i = 0; i < rank * lanes; ++i) zt[i] *= T(part.low.scale);
@@ -118,8 +118,8 @@ class LanesForward {
   // Computes y for some rows of a part, and for some lane blocks of a token block. A lane block consists of
   // the tokens that fill all lanes once.
   void multiply(Range token_block, Range blocks, PartRows piece) const {
-    const Update& update = updates_[piece.part];
-    const ForwardPart<T>& part = update.part;
+    const LoraDelta& delta = deltas_[piece.part];
+    const ForwardPart<T>& part = delta.part;
     const size_t rank = part.low.rank();
     T* yt = scratch<T>(Scratch::kSums, blocks.count * kRowBlock * lanes_);
     for (size_t r = 0; r < piece.rows.count; r += kRowBlock) {
@@ -130,7 +130,7 @@ class LanesForward {
         if (rank)
           k_.gemm_tokens_in_lanes(lanes, rows.count, rank,
                                   {part.low.a.row(rows.first), part.low.a.stride, kPanelColumns},
-                                  update.zt + b * rank * lanes_, out, true);
+                                  delta.zt + b * rank * lanes_, out, true);
         k_.from_lanes(lanes, tokens.count, rows.count, out, bias_at(part, rows.first),
                       part.y.row(tokens.first) + rows.first, part.y.stride);
       });
@@ -170,7 +170,7 @@ class LanesForward {
   const Tiles<E>& tiles_;
   const size_t lanes_, depth_;
   size_t block_tokens_ = 0;
-  std::vector<Update> updates_;
+  std::vector<LoraDelta> deltas_;
   E* xt_ = nullptr;
 };
 

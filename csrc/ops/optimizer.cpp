@@ -11,43 +11,43 @@ namespace nplora {
 
 namespace {
 
-constexpr size_t kPieceElements = 16384;
+constexpr size_t kBlockElements = 16384;
 constexpr double kOperationsPerElement = 16;
 
-// A task is several neighbouring pieces, as long as there are enough tasks for all threads. After each jump
+// A task is several neighbouring blocks, as long as there are enough tasks for all threads. After each jump
 // to another place in memory, the hardware must detect the access pattern again before it can prefetch.
-constexpr size_t kTaskPieces = 8, kTasksPerThread = 8;
+constexpr size_t kTaskBlocks = 8, kTasksPerThread = 8;
 
-struct Piece {
+struct ElementBlock {
   size_t parameter;
   Range range;
   double sum;
 };
 
-// Cuts the parameters into pieces of at most kPieceElements elements, and calls body(parameter, piece) for
-// each piece. So threads share many small buffers as evenly as a few large buffers. Returns the pieces, which
+// Cuts the parameters into blocks of at most kBlockElements elements, and calls body(parameter, block) for
+// each block. So threads share many small buffers as evenly as a few large buffers. Returns the blocks, which
 // are valid until this thread's next call. The loop cannot be interrupted, because the caller could not see
 // which parameters had been changed.
 template <class Body>
-const std::vector<Piece>& for_pieces(const std::vector<Trained>& parameters, const Body& body) {
-  static thread_local std::vector<Piece> kept;
-  std::vector<Piece>& pieces = kept;  // in a task on another thread, `kept` would be another variable
-  pieces.clear();
+const std::vector<ElementBlock>& for_blocks(const std::vector<Trained>& parameters, const Body& body) {
+  static thread_local std::vector<ElementBlock> kept;
+  std::vector<ElementBlock>& blocks = kept;  // in a task on another thread, `kept` would be another variable
+  blocks.clear();
   double elements = 0;
   for (size_t i = 0; i < parameters.size(); ++i) {
     const size_t n = parameters[i].n;
     elements += double(n);
-    for (size_t block = 0; block < ceil_div(n, kPieceElements); ++block)
-      pieces.push_back({i, nth_block(n, kPieceElements, block), 0});
+    for (size_t j = 0; j < ceil_div(n, kBlockElements); ++j)
+      blocks.push_back({i, nth_block(n, kBlockElements, j), 0});
   }
   const size_t threads = useful_threads(kOperationsPerElement * elements);
-  const size_t step = std::clamp(pieces.size() / (kTasksPerThread * threads), size_t{1}, kTaskPieces);
-  parallel_for(ceil_div(pieces.size(), step), threads, Interruptible::kNo, [&](size_t task) {
-    const Range range = nth_block(pieces.size(), step, task);
-    for (Piece& piece : std::span(pieces).subspan(range.first, range.count))
-      body(parameters[piece.parameter], piece);
+  const size_t step = std::clamp(blocks.size() / (kTasksPerThread * threads), size_t{1}, kTaskBlocks);
+  parallel_for(ceil_div(blocks.size(), step), threads, Interruptible::kNo, [&](size_t task) {
+    const Range range = nth_block(blocks.size(), step, task);
+    for (ElementBlock& block : std::span(blocks).subspan(range.first, range.count))
+      body(parameters[block.parameter], block);
   });
-  return pieces;
+  return blocks;
 }
 
 template <class T>
@@ -80,28 +80,29 @@ double squares(const Trained& p, Range r) {
 }  // namespace
 
 void adamw_step(const std::vector<Trained>& parameters, kernels::AdamWCoefficients shared) {
-  for_pieces(parameters, [&](const Trained& p, const Piece& piece) {
+  for_blocks(parameters, [&](const Trained& p, const ElementBlock& block) {
     kernels::AdamWCoefficients k = shared;
     k.lr = p.lr;
-    p.is_double ? adamw<double>(p, piece.range, k) : adamw<float>(p, piece.range, k);
+    p.is_double ? adamw<double>(p, block.range, k) : adamw<float>(p, block.range, k);
   });
 }
 
 void sgd_step(const std::vector<Trained>& parameters, kernels::SgdCoefficients shared) {
-  for_pieces(parameters, [&](const Trained& p, const Piece& piece) {
+  for_blocks(parameters, [&](const Trained& p, const ElementBlock& block) {
     kernels::SgdCoefficients k = shared;
     k.lr = p.lr;
-    p.is_double ? sgd<double>(p, piece.range, k) : sgd<float>(p, piece.range, k);
+    p.is_double ? sgd<double>(p, block.range, k) : sgd<float>(p, block.range, k);
   });
 }
 
-// Each piece has a sum of its own, and these sums are added in the order of the pieces.
+// Each block has a sum of its own, and these sums are added in the order of the blocks.
 double sum_of_squares(const std::vector<Trained>& parameters) {
-  const std::vector<Piece>& pieces = for_pieces(parameters, [](const Trained& p, Piece& piece) {
-    piece.sum = p.is_double ? squares<double>(p, piece.range) : squares<float>(p, piece.range);
+  const std::vector<ElementBlock>& blocks = for_blocks(parameters, [](const Trained& p, ElementBlock& block) {
+    block.sum = p.is_double ? squares<double>(p, block.range) : squares<float>(p, block.range);
   });
   double floats = 0, doubles = 0;
-  for (const Piece& piece : pieces) (parameters[piece.parameter].is_double ? doubles : floats) += piece.sum;
+  for (const ElementBlock& block : blocks)
+    (parameters[block.parameter].is_double ? doubles : floats) += block.sum;
   return floats + doubles;
 }
 

@@ -136,9 +136,9 @@ def _found(tokenizer: Tokenizer) -> GoTemplate:
         chat = [{"role": _ROLES[mark], "content": mark} for mark in roles]
         return tokenizer.apply_chat_template(chat, answering, now=TRAINING_TIME)
 
-    asked, told = written(_U), written(_U, False)
+    asked, alone = written(_U), written(_U, False)
     first, after = _split(asked, _U)
-    user_end = told.removeprefix(first + _U)
+    user_end = alone.removeprefix(first + _U)
     answer = _less(after, user_end)
     try:
         before, between, _ = _split(written(_S + _U), _S, _U)

@@ -683,11 +683,11 @@ class Tokenizer:
     def _prompt_pieces(self, quoted: list[Message], given: dict[str, Any]) -> turns_of.Pieces:
         """What the template writes where the assistant's first answer should begin."""
         index = next(index for index, message in enumerate(quoted) if message.get("role") == "assistant")
-        asked, told = (
+        asked, without = (
             self._split(self._render(quoted[:index] or quoted, begins, TRAINING_TIME, given))
             for begins in (True, False)
         )
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(asked, told, strict=False))
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(asked, without, strict=False))
         return asked[sum(1 for _ in same) :]
 
     def _split(self, text: str) -> turns_of.Pieces:

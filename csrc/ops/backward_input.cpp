@@ -207,9 +207,9 @@ void InputGradient<E, W>::add_block(const Part& p, const Gradient& dy, Range row
   }
 }
 
-// Adds the low-rank part of the gradient for a few tokens: dx[few, panel] += undrop(dz B[:, panel]). The
-// range `few` counts these tokens from the first row of dx, and `some` counts them from the start of the
-// token block.
+// Adds the low-rank part of the gradient for a few tokens: dx[few, panel] += undrop(dz B[:, panel]). Both
+// ranges mean the same tokens: 0 in `few` is the first row of dx, and 0 in `some` is the start of the token
+// block.
 template <class E, class W>
 void InputGradient<E, W>::add_low_rank(const Joined& all, Range token_block, Range some, Range panel,
                                        Matrix<T> dx, Range few) const {

@@ -63,7 +63,7 @@ inline LaneInts to_ints(Vec<float> v) {
   return (LaneInts)_mm512_cvtps_epi32(v.v);
 }
 inline LaneInts load_quads(const void* p) {
-  LaneInts v;  // GCC 12 would move a vector that an intrinsic loads to the stack and back
+  LaneInts v;  // in assembler, because GCC 12 moves the result of the load intrinsic to the stack and back
   __asm__("vmovdqu32 %1, %0" : "=v"(v) : "m"(*static_cast<const UnalignedInts*>(p)));
   return v;
 }

@@ -1,4 +1,4 @@
-"""The lines that a user types, with a history that is kept; or the lines of a pipe."""
+"""Reads lines from a user, whose earlier lines are kept in a history, or from a pipe."""
 
 import contextlib
 import os

@@ -256,7 +256,7 @@ def add_options(
     """Add an option for every field of a dataclass. The field's metadata give its help and its group.
 
     Args:
-        shown: a key of the metadata. An option whose field has False under this key is hidden in --help.
+        shown: a key of the metadata. If its value is False for a field, --help does not show the option.
         names: the fields that become options; None: all of them.
     """
     kinds = typing.get_type_hints(options)

@@ -1,4 +1,4 @@
-"""The loss on held-out data, as the check of a merge."""
+"""The loss on held-out data before and after a merge, which shows what the merge lost."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
     """The tensors of an open file by name, in the header's order. `metadata` maps text to text.
 
     `entries` gives the tensors' shapes and element types without reading the tensors. If the file is mapped,
-    `mapped` holds its `Stamp`, which shows later changes of the file.
+    `mapped` holds its `Stamp`, with which a later change of the file is detected.
 
     >>> file = loads(dumps({"w": np.eye(2)}, {"made by": "hand"}))
     >>> file, list(file), file.metadata

@@ -160,8 +160,8 @@ class Linear(Prepared, Module):
     ) -> tuple[_core.ForwardPart, Array, LinearSaved]:
         """Prepare this layer's part of a call of `_core.lora_forward` on `rows` (n, d_in).
 
-        Several layers can share the call. Return this layer's argument, the array y (n, d_out) that the call
-        fills, and the values for `backward`.
+        Several layers can share the call. Return three things: the argument for the call, the array y
+        (n, d_out) into which the call writes this layer's output, and the values for `backward`.
         """
         y = buffers.empty((len(rows), self.shape[0]), self._dtype)
         a, b = self._factors

@@ -171,9 +171,9 @@ class Optimizer:
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Continue from a result of `state_dict`, whose docstring has an example.
 
-        After `init` or a step, the state must fit the same parameters, and is copied into the existing
-        arrays. For a new optimiser, the first step checks whether the state fits. If the arrays are the
-        optimiser's own, from `state_dict(copy=False)`, each must keep its name.
+        If the optimiser has its parameters already (after `init` or a step), the state must fit them, and is
+        copied into the optimiser's arrays. In a new optimiser, the first step checks whether the state fits.
+        If the arrays are the optimiser's own, from `state_dict(copy=False)`, each must keep its name.
 
         Raises:
             ValueError: an array is missing, unknown, or has another shape or dtype. The message lists all

@@ -185,7 +185,7 @@ class OrderedGradients(Gradients):
         return _Result(value, count)
 
     def _check_parts(self, loss: PartedLoss, parts: int) -> None:
-        """Refuse a loss that has left gradients in the model, which would not be added to those of others."""
+        """Refuse a loss that has not called `after_part` for every part: some gradients would be lost."""
         if self._sum.kept != parts:
             raise RuntimeError(
                 f"{type(loss).__name__}.forward_backward has called after_part {self._sum.kept} times, "

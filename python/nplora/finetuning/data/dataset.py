@@ -208,7 +208,8 @@ def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: 
 def text_windows(op: str, source: Source, tokenizer: Tokenizer, length: int | None) -> Iterator[Encoded]:
     """Divide a plain text into windows of this many tokens, all of which are trained.
 
-    Neighbours share a token, so that each token of the text but the first is a target.
+    The last token of a window is also the first token of the next one. So every token of the text, except the
+    first, is once a target.
 
     Raises:
         ValueError: `length` is None. DataError: the file cannot be read as text.

@@ -69,8 +69,9 @@ class PairLoss(PackedLoss):
 
         Args:
             is_answer: for each token, whether the next token belongs to an answer.
-            weight: pairs / trained tokens of their chosen sequences, in the whole batch. In an evaluation, in
-                the whole data set, so that its loss does not depend on how the data are cut into batches.
+            weight: the number of pairs, divided by the number of trained tokens of their chosen sequences.
+                In training, both are counted in the whole batch. In an evaluation, both are counted in the
+                whole data set. So its loss does not depend on how the data are cut into batches.
             log_probs: the log-probabilities of all targets (m,).
         """
 

@@ -1,12 +1,14 @@
-"""Check the built documentation: every link leads somewhere, and nothing is loaded from elsewhere.
+"""Check the built documentation: its links, its search, and that nothing is loaded from elsewhere.
 
     python scripts/check_site.py build/docs
 
 Links within the site must name an existing file, and an existing anchor in it. Links to other hosts are
-listed, not followed. A script, style sheet, font or picture of another host is an error.
+listed, not followed. A script, style sheet, font or picture of another host is an error. The search must find
+each page by a word of its title.
 """
 
 import argparse
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -19,20 +21,24 @@ _FETCHED = {
     "img": ("src", "srcset"), "input": ("src",), "link": ("href",), "object": ("data",), "script": ("src",),
     "source": ("src", "srcset"), "track": ("src",), "use": ("href", "xlink:href"), "video": ("src", "poster"),
 }  # fmt: skip
+_SEARCH = ("searchindex.js", "searchtools.js")  # the index, and the script that looks words up in it
+_NOT_SEARCHED = ("search", "genindex", "py-modindex")  # pages that Sphinx adds
+_STEM = 4  # letters that a word has in common with its stem, which the index holds
 _IN_STYLES = re.compile(r"""url\(\s*['"]?([^'")]+)|@import\s+['"]([^'"]+)""")
 # Addresses in scripts that a script could fetch. Namespaces of XML are names, not addresses.
 _IN_SCRIPTS = re.compile(r"""(?:fetch|import|importScripts|open)\(\s*[`'"]((?:https?:)?//[^`'"]+)""")
 
 
 class _Page(HTMLParser):
-    """The anchors of a page, its links, and what it fetches."""
+    """The anchors of a page, its title, its links, and what it fetches."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.anchors: set[str] = set()
         self.links: list[tuple[int, str]] = []
         self.fetched: list[tuple[int, str]] = []
-        self._in_style = False
+        self.title = ""
+        self._in_style = self._in_title = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -47,13 +53,16 @@ class _Page(HTMLParser):
                 self.fetched += [(line, address.split()[0]) for address in _addresses(name, given[name])]
         self.fetched += [(line, address) for address in in_styles(given.get("style", ""))]
         self._in_style = tag == "style"
+        self._in_title = self._in_title or (tag == "h1" and not self.title)
 
     def handle_data(self, data: str) -> None:
         if self._in_style:
             self.fetched += [(self.getpos()[0], address) for address in in_styles(data)]
+        self.title += data if self._in_title else ""
 
     def handle_endtag(self, tag: str) -> None:
         self._in_style = False
+        self._in_title = self._in_title and tag != "h1"
 
 
 def _addresses(attribute: str, value: str) -> list[str]:
@@ -68,6 +77,18 @@ def in_styles(text: str) -> list[str]:
 
 def is_elsewhere(address: str) -> bool:
     return address.startswith("//") or urlsplit(address).scheme not in ("", "data")
+
+
+def found_by_search(index: str) -> dict[str, set[str]]:
+    """The first letters of all words that lead to a page, by the name of the page."""
+    parsed = json.loads(index.removeprefix("Search.setIndex(").rstrip().removesuffix(")"))
+    names = parsed["docnames"]
+    found: dict[str, set[str]] = {name: set() for name in names}
+    for kind in ("terms", "titleterms"):
+        for word, numbers in parsed[kind].items():
+            for number in numbers if isinstance(numbers, list) else [numbers]:
+                found[names[number]].add(word[:_STEM].lower())
+    return found
 
 
 class Site:
@@ -91,6 +112,8 @@ class Site:
         for path in sorted(self.directory.rglob("*")):
             if path.suffix in (".css", ".js"):
                 self._check_text(path)
+        if (self.directory / _SEARCH[0]).exists():
+            self._check_search()
 
     def _check_link(self, path: Path, line: int, address: str) -> None:
         if urlsplit(address).scheme in ("mailto", "javascript", "data"):
@@ -121,6 +144,19 @@ class Site:
         for address in found:
             self._check_fetched(path, 0, address.partition("#")[0].partition("?")[0] or "data:")
 
+    def _check_search(self) -> None:
+        path = self.directory / "search.html"
+        fetched = {Path(urlsplit(address).path).name for _, address in self.pages[path].fetched}
+        for script in _SEARCH:
+            if script not in fetched:
+                self._report(path, 0, f"does not load {script}")
+        found = found_by_search((self.directory / _SEARCH[0]).read_text("utf-8"))
+        for path, page in self.pages.items():
+            name = self._name(path).removesuffix(".html")
+            words = {word[:_STEM] for word in re.findall(r"[a-z]{3,}", page.title.lower())}
+            if name not in _NOT_SEARCHED and not words & found.get(name, set()):
+                self._report(path, 0, f"the search does not find it by its title, {page.title.rstrip('¶')!r}")
+
     def _report(self, path: Path, line: int, problem: str) -> None:
         self.problems.append(f"{self._name(path)}{f':{line}' if line else ''}: {problem}")
 
@@ -135,6 +171,8 @@ def main() -> int:
     site = Site(given.directory)
     if not site.pages:
         site.problems.append(f"{given.directory}: no pages")
+    if not (site.directory / _SEARCH[0]).is_file():
+        site.problems.append(f"{given.directory}: no {_SEARCH[0]}, so the search finds nothing")
     for address, pages in sorted(site.external.items()):
         print(f"external, not followed: {address}  ({len(pages)} pages)")
     for problem in site.problems:

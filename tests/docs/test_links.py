@@ -1,5 +1,6 @@
 """Links: in the sources of all pages, and how scripts/check_site.py finds bad ones in the built pages."""
 
+import json
 import re
 from pathlib import Path
 
@@ -104,3 +105,33 @@ def test_what_styles_and_scripts_load_from_elsewhere_is_found(name: str, text: s
     problems = site(tmp_path, "", **{name: text}).problems
     assert len(problems) == 1
     assert problems[0].startswith(f"{name}: is loaded from elsewhere: https://f.org/")
+
+
+def index(terms: dict[str, int | list[int]]) -> str:
+    """An index of words, as Sphinx writes it."""
+    words = {"docnames": ["b", "index"], "terms": terms, "titleterms": {}}
+    return f"Search.setIndex({json.dumps(words)})"
+
+
+SEARCH = '<h1>Search</h1><script src="_static/searchtools.js"></script><script src="searchindex.js"></script>'
+
+
+@pytest.mark.parametrize(
+    ("terms", "search", "problems"),
+    [
+        ({"serv": 0, "adapt": [0, 1]}, SEARCH, []),
+        ({"adapt": [0, 1]}, SEARCH, ["b.html: the search does not find it by its title, 'Serving'"]),
+        (
+            {"serv": 0, "adapt": [0, 1]},
+            SEARCH.replace('<script src="searchindex.js"></script>', ""),
+            ["search.html: does not load searchindex.js"],
+        ),
+    ],
+)
+def test_the_search_must_find_each_page_by_its_title(
+    terms: dict[str, int | list[int]], search: str, problems: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "_static").mkdir()
+    (tmp_path / "_static" / "searchtools.js").write_text("")
+    others = {"b.html": "<h1>Serving<a>¶</a></h1>", "search.html": search, "searchindex.js": index(terms)}
+    assert site(tmp_path, "<h1>Adapters <em>and</em> files</h1>", **others).problems == problems

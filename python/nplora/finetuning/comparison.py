@@ -62,15 +62,35 @@ class Comparison:
         return f"{text_table(self.evaluations)}\n\n" + "\n".join(self.sentences())
 
     def markdown(self) -> str:
-        """The table and the sentences in Markdown."""
+        """The table and the sentences in Markdown.
+
+        >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
+        >>> print(comparison.markdown())
+        |  | loss ...
+        | --- ...
+        | base | ...
+        | adapter | ...
+        <BLANKLINE>
+        - 4 examples are too few ...
+        """
         return f"{markdown_table(self.evaluations)}\n\n" + "\n".join(f"- {s}" for s in self.sentences())
 
     def sentences(self) -> list[str]:
-        """A sentence for each difference, without those that other sentences imply."""
+        """A sentence for each difference, without those that other sentences imply.
+
+        >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
+        >>> comparison.sentences()[0]
+        '4 examples are too few ...'
+        """
         return [str(one) for one in self.differences if one.metric not in _LEFT_OUT]
 
     def as_json(self) -> dict[str, Any]:
-        """The results as values that JSON has: numbers that are not finite become None."""
+        """The results as values that JSON has: numbers that are not finite become None.
+
+        >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
+        >>> list(comparison.as_json())
+        ['evaluations', 'differences', 'summary']
+        """
         differences = [{**vars(one), "values": list(one.values)} for one in self.differences]
         found: dict[str, Any] = json_values({
             "evaluations": self.evaluations, "differences": differences, "summary": self.sentences()

@@ -94,7 +94,11 @@ class Tensor:
         return self.array.nbytes
 
     def numpy(self) -> Array:
-        """The elements as an array, without a copy. bfloat16 elements are uint16 bit patterns."""
+        """The elements as an array, without a copy. bfloat16 elements are uint16 bit patterns.
+
+        >>> loads(dumps({"w": np.arange(3)}))["w"].numpy()
+        array([0, 1, 2])
+        """
         return self.array
 
     def __repr__(self) -> str:
@@ -170,7 +174,15 @@ class SafetensorsFile(Mapping[str, Tensor]):
         return Tensor(name, entry.dtype, self._array(name, entry))
 
     def load(self) -> None:
-        """Copy the file into memory, so that nothing is read from disk afterwards."""
+        """Copy the file into memory, so that nothing is read from disk afterwards.
+
+        >>> save("toy.safetensors", {"w": np.arange(3)})
+        >>> file = open("toy.safetensors")
+        >>> file.load()
+        >>> os.remove("toy.safetensors")
+        >>> file["w"].numpy()
+        array([0, 1, 2])
+        """
         self._data = self._data[:]
 
     def _array(self, name: str, entry: Entry) -> Array:

@@ -290,7 +290,11 @@ class LanguageModel(Module):
         return self.config.described()
 
     def base_digest(self) -> str | None:
-        """A hash of the norm weights, which identifies the model (see `models.model_digest`)."""
+        """A hash of the norm weights, which identifies the model (see `models.model_digest`).
+
+        >>> nplora.load_model("model.gguf").base_digest() == nplora.load_model("model.gguf").base_digest()
+        True
+        """
         norms = {name: m.weight for name, m in self.named_modules() if isinstance(m, RMSNorm)}
         family = families.of(self.config)
         return model_digest.of({f"{family.gguf_layer(name)}.weight": norm for name, norm in norms.items()})

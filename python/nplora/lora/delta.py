@@ -44,7 +44,12 @@ class LoraDelta:
     kernel: tuple[int, int, int] | None = None
 
     def rounded(self, dtype: str) -> Self:
-        """The same change with factors that are rounded to "bfloat16" or "float16", as float32 arrays."""
+        """The same change with factors that are rounded to "bfloat16" or "float16", as float32 arrays.
+
+        >>> delta = nplora.adapters.LoraDelta(np.full((2, 1), 0.1, np.float32), np.ones((1, 2), np.float32), 1.0)
+        >>> float(delta.rounded("bfloat16").A[0, 0])
+        0.10009765625
+        """
 
         def round_array(values: Array) -> Array:
             exact = np.ascontiguousarray(values, np.float32)
@@ -73,7 +78,12 @@ class LoraDelta:
         embedding: bool,
         kernel: tuple[int, int, int] | None = None,
     ) -> "LoraDelta":
-        """Return a LoraDelta with scale alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        """Return a LoraDelta with scale alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+
+        >>> a, b = np.ones((4, 2), np.float32), np.ones((2, 3), np.float32)
+        >>> LoraDelta.of_alpha(a, b, alpha=16, use_rslora=False, m=None, embedding=False).scale
+        8.0
+        """
         scale = alpha / (math.sqrt(len(b)) if use_rslora else len(b))
         return cls(a, b, scale, m, embedding, float(alpha), use_rslora, kernel)
 
@@ -83,7 +93,13 @@ class LoraDelta:
         return self.scale * self.rank if self.alpha is None else self.alpha
 
     def rows(self, order: Array | None) -> "LoraDelta":
-        """Return the change of the rows order[0], order[1], ... of W. If `order` is None, return self."""
+        """Return the change of the rows order[0], order[1], ... of W. If `order` is None, return self.
+
+        >>> a, b = np.array([[1.0], [2.0], [3.0]], np.float32), np.ones((1, 3), np.float32)
+        >>> LoraDelta(a, b, 1.0).rows(np.array([2, 0])).A
+        array([[3.],
+               [1.]], dtype=float32)
+        """
         if order is None:
             return self
         return dataclasses.replace(self, A=self.A[order], m=None if self.m is None else self.m[order])
@@ -109,7 +125,13 @@ class LoraDelta:
         return self.scale == 0 or not (self.A.any() and self.B.any())
 
     def apply(self, rows: Array, first: int) -> Array:
-        """Apply the change to `rows`, the rows of W from number `first` on; return the result as new rows."""
+        """Apply the change to `rows`, the rows of W from number `first` on; return the result as new rows.
+
+        >>> a, b = np.array([[1.0], [2.0], [3.0]], np.float32), np.ones((1, 3), np.float32)
+        >>> LoraDelta(a, b, 0.5).apply(np.zeros((2, 3), np.float32), first=1)  # the second and the third row
+        array([[1. , 1. , 1. ],
+               [1.5, 1.5, 1.5]], dtype=float32)
+        """
         merged = rows.copy()
         part = slice(first, first + len(rows))
         a, b = (np.ascontiguousarray(factor, rows.dtype) for factor in (self.A[part], self.B))
@@ -117,7 +139,12 @@ class LoraDelta:
         return merged if self.m is None else (merged * self._gain(merged, part)).astype(rows.dtype)
 
     def delta(self, rows: Array, first: int) -> Array:
-        """Return the exact change of these rows, in float64. `rows` and `first` are as in `apply`."""
+        """Return the exact change of these rows, in float64. `rows` and `first` are as in `apply`.
+
+        >>> a, b = np.array([[1.0], [2.0], [3.0]], np.float32), np.ones((1, 3), np.float32)
+        >>> LoraDelta(a, b, 0.5).delta(np.zeros((1, 3), np.float32), first=2)
+        array([[1.5, 1.5, 1.5]])
+        """
         part, w = slice(first, first + len(rows)), rows.astype(np.float64)
         if self.scale == 0:
             delta = np.zeros_like(w)

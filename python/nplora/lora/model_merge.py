@@ -101,7 +101,12 @@ class ModelMerge:
         return self.total.norm / self.total.weight_norm if self.total.weight_norm else 0.0
 
     def table(self) -> str:
-        """Return one line for every merged tensor."""
+        """Return one line for every merged tensor.
+
+        >>> done = nplora.merge_adapter("model.gguf", "adapter", "merged.gguf")
+        >>> len(done.table().splitlines()) == len(done.reports)
+        True
+        """
         return "\n".join(map(str, self.reports))
 
     def __str__(self) -> str:

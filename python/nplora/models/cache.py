@@ -92,17 +92,39 @@ class KVCache:
         self.joint: object = None  # what `decode` made to compute the models of several slots together
 
     def reset(self) -> None:
-        """Drop all sequences."""
+        """Drop all sequences.
+
+        >>> lm = nplora.load_model("model.gguf")
+        >>> cache = lm.new_cache(slots=1, capacity=16)
+        >>> scores = lm.decode([[5, 6, 7]], [0], cache)
+        >>> cache.reset()
+        >>> cache.lengths
+        array([0])
+        """
         self.lengths[:] = 0
         self.activation[:] = UNKNOWN
 
     def give(self, slot: int, page: int) -> None:
-        """Give the next page to a slot."""
+        """Give the next page to a slot.
+
+        >>> lm = nplora.load_model("model.gguf")
+        >>> cache = KVCache(lm.config, slots=1, capacity=64, owner=lm, page_tokens=16, pages=2)
+        >>> cache.give(0, 1)
+        >>> cache.held, cache.take(0), cache.held
+        (array([0]), [1], array([0]))
+        """
         self.table[slot, self.held[slot]] = page
         self.held[slot] += 1
 
     def take(self, slot: int) -> list[int]:
-        """Take all pages from a slot, which is empty then. Return the pages."""
+        """Take all pages from a slot, which is empty then. Return the pages.
+
+        >>> lm = nplora.load_model("model.gguf")
+        >>> cache = KVCache(lm.config, slots=1, capacity=64, owner=lm, page_tokens=16, pages=2)
+        >>> cache.give(0, 1)
+        >>> cache.take(0)
+        [1]
+        """
         pages = [int(page) for page in self.table[slot, : self.held[slot]]]
         self.table[slot] = self.held[slot] = self.lengths[slot] = 0
         self.activation[slot], self.limits[slot] = UNKNOWN, self.capacity

@@ -129,6 +129,10 @@ class ModelConfig:
         """All settings as a text, without the file that they were read from. Equal settings have equal texts.
 
         Settings with their default value are left out, so that a new setting does not change the texts.
+
+        >>> import nplora
+        >>> print(nplora.load_model("model.gguf").config.described())
+        ModelConfig(source='', model_type='llama', vocab_size=266, ...
         """
         return described(self)
 
@@ -150,7 +154,13 @@ class ModelConfig:
         return self.num_key_value_heads * self.head_dim
 
     def rope_of(self, layer: int) -> RopeConfig | None:
-        """The rotation in a layer, or None if the layer has none."""
+        """The rotation in a layer, or None if the layer has none.
+
+        >>> import nplora
+        >>> config = nplora.load_model("model.gguf").config
+        >>> config.rope_of(0) is config.rope
+        True
+        """
         if layer in self.unrotated:
             return None
         return self.local_rope if self.local_rope is not None and self.sliding_windows[layer] else self.rope

@@ -73,7 +73,12 @@ class PrefixCache:
         return 4 * self._used * self._width
 
     def find(self, ids: Array, starts: Array) -> Array | None:
-        """Return the rows (n, width) of packed sequences as a new array, or None if some are not stored."""
+        """Return the rows (n, width) of packed sequences as a new array, or None if some are not stored.
+
+        >>> cache = PrefixCache(blocks=1, capacity=100, width=4)
+        >>> cache.find(np.arange(60), np.array([0, 60])) is None  # nothing is stored yet
+        True
+        """
         if len(ids) <= SMALL_BATCH:
             return None
         places = [self._starts.get(ids[begin:end].tobytes()) for begin, end in _spans(starts)]
@@ -86,7 +91,13 @@ class PrefixCache:
         return rows
 
     def keep(self, ids: Array, starts: Array, rows: Array) -> None:
-        """Store the rows (n, width) of packed sequences, as far as there is room."""
+        """Store the rows (n, width) of packed sequences, as far as there is room.
+
+        >>> cache = PrefixCache(blocks=1, capacity=100, width=4)
+        >>> cache.keep(np.arange(60), np.array([0, 60]), np.ones((60, 4), np.float32))
+        >>> cache.nbytes
+        960
+        """
         if len(ids) <= SMALL_BATCH:
             return
         for begin, end in _spans(starts):
@@ -97,7 +108,14 @@ class PrefixCache:
                 self._used += end - begin
 
     def close(self) -> None:
-        """Free the rows and their file."""
+        """Free the rows and their file.
+
+        >>> cache = PrefixCache(blocks=1, capacity=100, width=4)
+        >>> cache.keep(np.arange(60), np.array([0, 60]), np.ones((60, 4), np.float32))
+        >>> cache.close()
+        >>> cache.nbytes
+        0
+        """
         self._starts.clear()
         self._capacity = self._used = 0
         self._store.close()

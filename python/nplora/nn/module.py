@@ -182,7 +182,12 @@ class Module:
     ties_head: bool = False
 
     def base_digest(self) -> str | None:
-        """Return a text that identifies the frozen model in saved adapters, or None."""
+        """Return a text that identifies the frozen model in saved adapters, or None.
+
+        >>> import nplora, numpy as np
+        >>> nplora.Linear(np.eye(2)).base_digest() is None
+        True
+        """
         return None
 
     def configuration(self) -> str:
@@ -271,7 +276,13 @@ class Module:
         return []
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """Yield the modules in this module's attributes, by name, in the order of their definition."""
+        """Yield the modules in this module's attributes, by name, in the order of their definition.
+
+        >>> import nplora, numpy as np
+        >>> model = nplora.Sequential(nplora.Linear(np.eye(2)), nplora.Tanh())
+        >>> [(name, type(child).__name__) for name, child in model.named_children()]
+        [('0', 'Linear'), ('1', 'Tanh')]
+        """
         for name, value in list(vars(self).items()):  # another thread may prepare this layer meanwhile
             if isinstance(value, _HOLDERS):
                 yield from _modules_in(value, name)
@@ -378,6 +389,14 @@ class Module:
 
         Args:
             what: the name of the operation that needs the gradients, for the message.
+
+        >>> import nplora, numpy as np
+        >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(2), rank=1, rng=0))
+        >>> model.require_trainable("my_loop")
+        >>> reports = model.merge()
+        >>> model.require_trainable("my_loop")
+        Traceback (most recent call last):
+        RuntimeError: LoRALinear.my_loop: the layer is merged; call unmerge() first
         """
         for layer in self.adapter_layers().values():
             layer.require_trainable(what)
@@ -527,6 +546,16 @@ class Module:
         Raises:
             ValueError: the names differ from the names of this model's adapter layers, or an entry is not two
                 integers.
+
+        >>> import nplora, numpy as np
+        >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4), rank=1, dropout=0.5, rng=0))
+        >>> state = model.random_state()
+        >>> y = model.forward(np.ones((2, 4)))
+        >>> model.random_state() == state
+        False
+        >>> model.set_random_state(state)
+        >>> model.random_state() == state
+        True
         """
         op, layers = "set_random_state", self.adapter_layers()
         if state.keys() != layers.keys():

@@ -52,13 +52,22 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.max_length = max_length
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Check X. Nothing is learned."""
+        """Check X. Nothing is learned.
+
+        >>> embedder = nplora.sklearn.TextEmbedder("encoder-model")
+        >>> embedder.fit(["a text", "another text"]) is embedder
+        True
+        """
         texts_of("TextEmbedder", X)
         self._loaded()
         return self
 
     def transform(self, X: Any) -> Array:
-        """Return the embedding of each text, float32 (texts, dim)."""
+        """Return the embedding of each text, float32 (texts, dim).
+
+        >>> nplora.sklearn.TextEmbedder("encoder-model").transform(["a text", "another text"]).shape
+        (2, 32)
+        """
         texts = texts_of("TextEmbedder", X)
         found: Array = self._loaded().embed(
             texts, self.batch_size, self.normalize, self.prompt, max_length=self.max_length
@@ -66,7 +75,11 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return found
 
     def get_feature_names_out(self, input_features: Any = None) -> Array:
-        """Return the names of the columns: textembedder0, textembedder1, ..."""
+        """Return the names of the columns: textembedder0, textembedder1, ...
+
+        >>> nplora.sklearn.TextEmbedder("encoder-model").get_feature_names_out()[:2].tolist()
+        ['textembedder0', 'textembedder1']
+        """
         return np.array([f"textembedder{i}" for i in range(self._loaded().dim)], object)
 
     def _loaded(self) -> Encoder:

@@ -325,7 +325,12 @@ class FrozenWeight:
         return out
 
     def contents(self) -> Iterator[Array]:
-        """Yield arrays that together determine the matrix, a few rows at a time if they must be decoded."""
+        """Yield arrays that together determine the matrix, a few rows at a time if they must be decoded.
+
+        >>> weight = FrozenWeight(np.eye(2, dtype=np.float32))
+        >>> [part.shape for part in weight.contents()]
+        [(2, 2)]
+        """
         if self._arrays:
             yield from self._arrays
             return
@@ -413,12 +418,24 @@ class FrozenWeight:
         return dx
 
     def matmul_unrounded(self, x: npt.ArrayLike) -> Array:
-        """Like `matmul`, but in float32 even if the weight computes in bfloat16 or int8."""
+        """Like `matmul`, but in float32 even if the weight computes in bfloat16 or int8.
+
+        >>> weight = FrozenWeight(np.full((1, 64), 1.0, np.float32), compute="bfloat16")
+        >>> x = np.full((16, 64), 1.001, np.float32)
+        >>> weight.matmul(x)[0], weight.matmul_unrounded(x)[0].round(2)
+        (array([64.], dtype=float32), array([64.06], dtype=float32))
+        """
         plain = self.with_compute("float32") if self.meets_int8 else self
         return _few_at_a_time(plain.matmul, x) if plain.rounds else plain.matmul(x)
 
     def matmul_t_unrounded(self, dy: npt.ArrayLike) -> Array:
-        """Like `matmul_t`, but in float32 even if the weight computes in bfloat16 or int8."""
+        """Like `matmul_t`, but in float32 even if the weight computes in bfloat16 or int8.
+
+        >>> weight = FrozenWeight(np.full((64, 1), 1.0, np.float32), compute="bfloat16")
+        >>> dy = np.full((16, 64), 1.001, np.float32)
+        >>> weight.matmul_t(dy)[0], weight.matmul_t_unrounded(dy)[0].round(2)
+        (array([64.], dtype=float32), array([64.06], dtype=float32))
+        """
         return _few_at_a_time(self.matmul_t, dy) if self.rounds else self.matmul_t(dy)
 
     def take(self, ids: npt.ArrayLike) -> Array:
@@ -466,6 +483,12 @@ class FrozenWeight:
         """Return a copy of this weight in the same storage format, with new values in the rows `ids`.
 
         The other rows keep their bytes, except that NF4 is quantised again.
+
+        >>> weight = FrozenWeight(np.zeros((3, 2), np.float32))
+        >>> weight.with_rows(np.array([1]), np.ones((1, 2), np.float32)).to_numpy()
+        array([[0., 0.],
+               [1., 1.],
+               [0., 0.]], dtype=float32)
         """
         if self.dtype not in storages.BLOCKS or self.dtype == "nf4":
             W = self.to_numpy()

@@ -59,7 +59,14 @@ class Dataset(Stored, Sequence[tuple[Array, Array]]):
         return self._labelled(int(self._order[range(len(self))[index]]))
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Array]:
-        """These examples in one batch, and the batch's targets."""
+        """These examples in one batch, and the batch's targets.
+
+        >>> lm = nplora.load_model("model.gguf")
+        >>> dataset = nplora.data.read_dataset("train.jsonl", lm.tokenizer)
+        >>> batch, targets = dataset.batch(np.array([0, 3]))
+        >>> batch.starts  # two sequences of six tokens
+        array([ 0,  6, 12])
+        """
         batch = pack(self[int(index)] for index in indices)
         return batch, batch.targets
 

@@ -150,43 +150,82 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
         return key in self._values
 
     def typed(self) -> dict[str, Typed]:
-        """All values with their types in the file, in the form that `gguf.save` accepts."""
+        """All values with their types in the file, in the form that `gguf.save` accepts.
+
+        >>> from nplora.formats import gguf
+        >>> metadata = gguf.loads(gguf.dumps({}, {"name": "toy", "size": gguf.Typed(7, "UINT32")})).metadata
+        >>> metadata.typed()["size"]
+        Typed(value=7, type='UINT32')
+        """
         return {key: Typed(self[key], self.types[key]) for key in self}
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A scalar of any integer type."""
+        """A scalar of any integer type.
+
+        >>> from nplora.formats import gguf
+        >>> metadata = gguf.loads(gguf.dumps({}, {"size": gguf.Typed(7, "UINT32")})).metadata
+        >>> metadata.integer("size"), metadata.integer("heads", default=1)
+        (7, 1)
+        """
         value = self._values.get(key, default)
         if type(value) is not int:
             self._refuse(key, "an integer")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A scalar of any integer or float type."""
+        """A scalar of any integer or float type.
+
+        >>> from nplora.formats import gguf
+        >>> gguf.loads(gguf.dumps({}, {"eps": gguf.Typed(0.5, "FLOAT32")})).metadata.number("eps")
+        0.5
+        """
         value = self._values.get(key, default)
         if type(value) is not int and type(value) is not float:
             self._refuse(key, "a number")
         return value
 
     def boolean(self, key: str, default: bool | None = None) -> bool:
-        """A scalar BOOL."""
+        """A scalar BOOL.
+
+        >>> from nplora.formats import gguf
+        >>> gguf.loads(gguf.dumps({}, {"tied": True})).metadata.boolean("tied")
+        True
+        """
         value = self._values.get(key, default)
         if type(value) is not bool:
             self._refuse(key, "a BOOL")
         return value
 
     def string(self, key: str, default: str | None = None) -> str:
-        """A scalar STRING."""
+        """A scalar STRING.
+
+        >>> from nplora.formats import gguf
+        >>> gguf.loads(gguf.dumps({}, {"name": "toy"})).metadata.string("name")
+        'toy'
+        """
         value = self._values.get(key, default)
         if type(value) is not str:
             self._refuse(key, "a STRING")
         return value
 
     def array(self, key: str, type: str, count: int | None = None) -> Array:
-        """An array of numbers or BOOL. `type` names the type of its elements, as in `Typed`."""
+        """An array of numbers or BOOL. `type` names the type of its elements, as in `Typed`.
+
+        >>> from nplora.formats import gguf
+        >>> metadata = gguf.loads(gguf.dumps({}, {"factors": np.array([1.0, 2.0], np.float32)})).metadata
+        >>> metadata.array("factors", "FLOAT32")
+        array([1., 2.], dtype=float32)
+        """
         return self._array(key, self._array_entry(key, type, count))  # type: ignore[return-value]
 
     def strings(self, key: str, count: int | None = None) -> StringArray:
-        """An array of STRING."""
+        """An array of STRING.
+
+        >>> from nplora.formats import gguf
+        >>> metadata = gguf.loads(gguf.dumps({}, {"tokens": ["a", "b"]})).metadata
+        >>> list(metadata.strings("tokens"))
+        ['a', 'b']
+        """
         return self._array(key, self._array_entry(key, "STRING", count))  # type: ignore[return-value]
 
     def _array_entry(self, key: str, element: str, count: int | None) -> ArrayEntry:

@@ -65,6 +65,10 @@ class Tensor:
 
         Raises:
             UnsupportedError: the type is quantised, so NumPy has no element type for it.
+
+        >>> from nplora.formats import gguf
+        >>> gguf.loads(gguf.dumps({"w": np.arange(3, dtype=np.float32)}))["w"].numpy()
+        array([0., 1., 2.], dtype=float32)
         """
         dtype = GGML_TYPES[self.type].dtype
         if dtype is None:

@@ -53,7 +53,12 @@ WITH_EXAMPLES = [
 # Every public method of these classes has an example.
 METHODS_WITH_EXAMPLES = [
     nplora.adapters.Adapter,
+    nplora.adapters.LoraDelta,
+    nplora.finetuning.Comparison,
+    nplora.formats.gguf.Metadata,
+    nplora.formats.safetensors.SafetensorsFile,
     nplora.generate.StopText,
+    nplora.models.PrefixCache,
     nplora.tokenizer.StreamDecoder,
     nplora.tokenizer.Tokenizer,
 ]

@@ -46,7 +46,7 @@ class LoraDelta:
     def rounded(self, dtype: str) -> Self:
         """The same change with factors that are rounded to "bfloat16" or "float16", as float32 arrays.
 
-        >>> delta = nplora.adapters.LoraDelta(np.full((2, 1), 0.1, np.float32), np.ones((1, 2), np.float32), 1.0)
+        >>> delta = LoraDelta(np.full((2, 1), 0.1, np.float32), np.ones((1, 2), np.float32), 1.0)
         >>> float(delta.rounded("bfloat16").A[0, 0])
         0.10009765625
         """

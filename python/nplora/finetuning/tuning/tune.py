@@ -323,7 +323,7 @@ class _Trials:
     Args:
         base: the options of all trials.
         first: the same, with the first value of each searched option. All trials are evaluated by the loss of
-            these options: losses of other kinds or strengths do not compare.
+            these options, because only losses of the same kind and the same strength can be compared.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,3 +89,34 @@ def test_bad_texts_and_outputs_are_refused_and_an_old_file_stays(model: Path, tm
     with pytest.raises(FileExistsError, match="overwrite"):
         embed_file(model, [{"text": "a"}], target)
     assert target.read_bytes() == b"old"
+
+
+def test_a_file_that_is_read_is_never_overwritten(model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"text": "a cat"}\n')
+    with pytest.raises(ValueError, match=r"embed_file: .*texts.jsonl is the data itself"):
+        embed_file(model, data, data, overwrite=True)
+    assert data.read_text() == '{"text": "a cat"}\n'
+    link = tmp_path / "link.csv"
+    link.symlink_to(data)
+    with pytest.raises(ValueError, match=r"embed_file: .*link.csv is the data itself"):
+        embed_file(nplora.load_encoder(model), data, link, overwrite=True)
+
+
+@pytest.mark.parametrize("output", ["npy", "csv", "jsonl"])
+def test_embeddings_with_nan_or_infinity_are_refused(model: Path, tmp_path: Path, output: str) -> None:
+    """JSON has no NaN, and a search with such a vector finds nothing."""
+    encoder = nplora.load_encoder(model)
+    encoder.add_lora(rank=2, init="gaussian")
+    encoder.adapter_layers()["encoder.layer.1.output.dense"].A[...] = 3e38  # type: ignore[attr-defined]
+    target = tmp_path / f"v.{output}"
+    with pytest.raises(ValueError, match="embed_file: 2 embeddings of 2 have NaN or infinity, first"):
+        embed_file(encoder, [{"text": "a cat"}, {"text": "a dog"}], target)
+    assert not target.exists()
+
+
+def test_a_wrong_batch_size_is_named(model: Path, tmp_path: Path) -> None:
+    wrong: Any = 2.5
+    for size, error in ((wrong, TypeError), (0, ValueError)):
+        with pytest.raises(error, match="embed_file: batch_size is"):
+            embed_file(model, [{"text": "a cat"}], tmp_path / "v.npy", batch_size=size)

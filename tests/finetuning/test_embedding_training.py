@@ -10,9 +10,10 @@ import pytest
 import nplora
 from nplora.finetuning.embedding import (
     EmbeddingLoss,
+    ExampleBatches,
+    MatryoshkaLoss,
     RankingLoss,
     TextBatch,
-    TextBatches,
     evaluate_retrieval,
     evaluate_similarity,
     read_examples,
@@ -154,7 +155,22 @@ def test_another_model_than_an_encoder_is_refused() -> None:
         trainer.fit([(TextBatch([[[1]], [[2]]]), None)])
 
 
+def test_known_positives_are_left_out_of_nested_matryoshka_losses(model: Path) -> None:
+    """Both anchors are equal, so no text is a negative, and the loss is 0 at each width."""
+    encoder = adapted(model)
+    x = TextBatch([encoder.encode(["a cat", "a cat"]), encoder.encode(["the cat", "the dog"])])
+    nested = EmbeddingLoss(MatryoshkaLoss(RankingLoss(), (16,)), dims=(16,))
+    assert nested.evaluate(encoder, x, None) == 0
+
+
 # ---- data ----
+
+
+def directory_of(path: Path, **splits: list[dict[str, str]]) -> Path:
+    path.mkdir()
+    for name, rows in splits.items():
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def test_rows_of_files_become_examples_and_long_texts_are_cut_and_counted(
@@ -195,6 +211,7 @@ def test_rows_of_files_become_examples_and_long_texts_are_cut_and_counted(
         ("cosine", {"sentence1": "a", "sentence2": "b", "score": "high"}, "score is 'high', expected"),
         ("cosine", {"sentence1": "a", "sentence2": "b", "score": True}, "score is True, expected a number"),
         ("cosent", {"sentence1": "a", "sentence2": "b", "score": "nan"}, "score is 'nan', expected a number"),
+        ("cosent", {"sentence1": "a", "sentence2": "b", "score": 1e39}, r"score is 1e\+39, expected"),
         ("cosine", {"sentence1": "a", "sentence2": "b", "score": 5}, "score is 5, but a cosine is from"),
     ],
 )  # fmt: skip
@@ -218,6 +235,17 @@ def test_wrong_arguments_of_the_reader_are_refused(model: Path, tmp_path: Path) 
         read_examples(ROWS, encoder, columns={"question": "anchor"})
     with pytest.raises(ValueError, match="prompts has 'query', expected one of anchor, positive"):
         read_examples(ROWS, encoder, prompts={"query": "q: "})
+    wrong: Any = 5
+    with pytest.raises(TypeError, match="read_examples: prompts is a int, expected a dictionary"):
+        read_examples(ROWS, encoder, prompts=wrong)
+    with pytest.raises(TypeError, match=r"prompts\['anchor'\] is a int, expected a text"):
+        read_examples(ROWS, encoder, prompts={"anchor": wrong})
+    with pytest.raises(TypeError, match=r"columns\['anchor'\] is a int, expected a text"):
+        read_examples(ROWS, encoder, columns={"anchor": wrong})
+    with pytest.raises(TypeError, match="read_examples: columns is a int, expected a dictionary"):
+        read_examples(ROWS, encoder, columns=wrong)
+    with pytest.raises(TypeError, match="evaluate_retrieval: k is 5, expected numbers of documents"):
+        evaluate_retrieval(encoder, {"q": "a"}, {"d": "a"}, {"q": ["d"]}, k=wrong)
     path = tmp_path / "text.txt"
     path.write_text("a cat\n")
     with pytest.raises(DataError, match=r"text.txt, line 1: a plain text has no pairs"):
@@ -226,9 +254,34 @@ def test_wrong_arguments_of_the_reader_are_refused(model: Path, tmp_path: Path) 
         read_examples([{"anchor": ""}], encoder, skip_bad=True)
 
 
+def test_columns_may_be_named_in_one_text(model: Path) -> None:
+    rows = [{"q": "a cat", "positive": "the cat"}]
+    assert len(read_examples(rows, nplora.load_encoder(model), columns="anchor=q")) == 1
+
+
+def test_the_training_split_is_trained_on_and_the_validation_split_is_measured(
+    model: Path, tmp_path: Path
+) -> None:
+    encoder = nplora.load_encoder(model)
+    both = directory_of(tmp_path / "both", train=ROWS[:3], valid=ROWS[3:])
+    splits = {"train": ROWS[:3], "validation": ROWS[3:]}
+    for number, data in enumerate((both, splits)):
+        assert len(read_examples(data, encoder)) == 3
+        result = train(model, data, tmp_path / f"{number}", steps=1)
+        assert result.valid is not None
+        assert (result.train.examples, result.valid.examples) == (3, 1)
+        assert result.history.best_loss is not None
+    other = train(model, ROWS, tmp_path / "other", valid=both, steps=1)
+    assert other.valid is not None
+    assert (other.train.examples, other.valid.examples) == (4, 1)
+    scored = [{"sentence1": "a", "sentence2": "b", "score": i} for i in range(5)]
+    found = evaluate_similarity(encoder, {"train": scored, "validation": scored[:2]})
+    assert found["pairs"] == 2
+
+
 def test_an_epoch_has_every_example_once_in_an_order_of_its_own(model: Path) -> None:
     examples = read_examples(ROWS, nplora.load_encoder(model))
-    batches = TextBatches(examples, batch_size=3, seed=1)
+    batches = ExampleBatches(examples, batch_size=3, seed=1)
     assert batches.length == 2
     orders = []
     for epoch in range(4):
@@ -238,7 +291,7 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own(model: Path) -> 
     assert len({tuple(order) for order in orders}) > 1
     rest = [batch.columns for batch, _ in batches.epoch(2, skip=1)]
     assert len(rest) == 1
-    assert batches.identity() != TextBatches(examples, batch_size=3, seed=2).identity()
+    assert batches.identity() != ExampleBatches(examples, batch_size=3, seed=2).identity()
 
 
 # ---- measures ----
@@ -307,6 +360,27 @@ def test_scores_of_a_search_are_those_of_their_definitions(
     assert (found.queries, found.documents) == (3, 10)
 
 
+@pytest.mark.parametrize("k", [1, 3, 7, 40, 100])
+def test_the_nearest_rows_are_those_of_a_stable_sort(
+    k: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small whole numbers have exact products, many of which are equal."""
+    monkeypatch.setattr(measures, "_DOCUMENTS", 17)
+    queries, corpus = (rng.integers(-2, 3, (n, 3)).astype(np.float32) for n in (9, 60))
+    wanted = np.argsort(-(queries @ corpus.T), axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(measures.nearest(queries, corpus, k), wanted)
+
+
+def test_embeddings_that_are_not_finite_are_not_measured(model: Path) -> None:
+    encoder = adapted(model)
+    encoder.adapter_layers()["encoder.layer.1.output.dense"].A[...] = np.nan  # type: ignore[attr-defined]
+    rows = [{"sentence1": "a", "sentence2": "b", "score": i} for i in range(2)]
+    with pytest.raises(ValueError, match="evaluate_similarity: the model gives embeddings with NaN"):
+        evaluate_similarity(encoder, rows)
+    with pytest.raises(ValueError, match="evaluate_retrieval: the model gives embeddings with NaN"):
+        evaluate_retrieval(encoder, {"q": "a"}, {"d": "a"}, {"q": ["d"]})
+
+
 def test_unknown_names_of_a_search_are_refused(model: Path) -> None:
     encoder = nplora.load_encoder(model)
     queries, corpus = {"q": "a cat"}, {"d": "a dog"}
@@ -371,3 +445,67 @@ def test_every_loss_trains_on_its_rows(model: Path, tmp_path: Path) -> None:
         }
         losses = train(model, rows, tmp_path / "out", **options).history.loss
         assert losses[-1] < 0.7 * losses[0], loss
+
+
+def test_a_directory_that_is_in_use_is_refused_before_the_run(model: Path, tmp_path: Path) -> None:
+    def files(directory: Path) -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+    encoder = nplora.load_encoder(model)
+    before = files(model)
+    with pytest.raises(FileExistsError, match="the directory holds a model"):
+        train(encoder, ROWS, model, steps=1)
+    assert files(model) == before
+    assert not encoder.adapter_layers()
+    out = tmp_path / "out"
+    nplora.save_adapter(adapted(model), out)
+    before = files(out)
+    with pytest.raises(FileExistsError, match="the directory holds an adapter but no run"):
+        train(model, ROWS, out, steps=1)
+    assert files(out) == before
+    assert train(model, ROWS, out, steps=1, overwrite=True).output == out
+    with pytest.raises(FileExistsError, match="the directory holds a run"):
+        train(model, ROWS, out, steps=1)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    with pytest.raises(ValueError, match=r"train: .*log.jsonl is the data itself"):
+        train(model, data / "log.jsonl", data, steps=1, overwrite=True)
+    assert len((data / "log.jsonl").read_text().splitlines()) == len(ROWS)
+
+
+def test_an_encoder_with_an_adapter_is_trained_further_and_refuses_another_adapter(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = adapted(model)
+    with pytest.raises(ValueError, match="train: rank, layers would change the adapter, but the encoder has"):
+        train(encoder, ROWS, tmp_path / "out", rank=4, layers="last:1", steps=1)
+    result = train(encoder, ROWS, tmp_path / "out", steps=1, progress=True)
+    assert result.encoder is encoder
+    assert "the encoder has an adapter on 12 layers, which is trained further" in capsys.readouterr().err
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == 2
+    with pytest.raises(ValueError, match="train: compute='bfloat16' is given, but the encoder is loaded"):
+        train(encoder, ROWS, tmp_path / "other", compute="bfloat16", steps=1)
+
+
+def test_options_of_the_adapter_and_of_the_checkpoints_have_their_effect(model: Path, tmp_path: Path) -> None:
+    steps = list[int]()
+
+    class Watch(nplora.trainer.Callback):
+        def on_step_end(self, run: Any, record: Any) -> None:
+            steps.append(record.step)
+
+    result = train(
+        model, ROWS, tmp_path / "out", layers="last:1", use_dora=True, use_rslora=True, init="gaussian",
+        compute="bfloat16", save_every=1, keep="last", valid=ROWS, steps=2, callbacks=[Watch()],
+    )  # fmt: skip
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["use_dora"], config["use_rslora"]) == (True, True)
+    names = list(result.encoder.adapter_layers())
+    assert len(names) == 6
+    assert all(name.startswith("encoder.layer.1.") for name in names)
+    assert all(layer.A.any() for layer in result.encoder.adapter_layers().values())  # type: ignore[attr-defined]
+    layer = dict(result.encoder.named_modules())[names[0]]
+    assert layer.weight.compute == "bfloat16"  # type: ignore[attr-defined]
+    assert steps == [1, 2]

@@ -105,6 +105,28 @@ CASES: dict[str, tuple[Any, Any, list[int], Any]] = {
 }
 
 
+def test_cosent_of_a_large_batch_needs_no_array_of_all_pairs(rng: np.random.Generator) -> None:
+    import tracemalloc
+
+    n = 2000
+    columns, scores = [rng.standard_normal((n, 2), np.float32) for _ in range(2)], rng.uniform(size=n)
+    tracemalloc.start()
+    CoSENTLoss()(columns, scores)
+    assert tracemalloc.get_traced_memory()[1] < n * n
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("scale", [1.0, 5000.0])
+def test_cosent_is_finite_for_any_scale_and_keeps_nan(scale: float) -> None:
+    """The loss is log(1 + exp(2 * scale)). It overflows unless it is summed as a logarithm."""
+    columns = [np.float64([[1, 0], [1, 0]]), np.float64([[-1, 0], [1, 0]])]
+    loss, gradients = CoSENTLoss(scale)(columns, np.float64([1, 0]))
+    assert loss == pytest.approx(np.logaddexp(0, 2 * scale))
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert np.isnan(CoSENTLoss(scale)(columns, np.float64([1, np.nan]))[0])
+    assert np.isnan(CoSENTLoss(scale)([columns[0], columns[1] * np.nan], np.float64([1, 1]))[0])
+
+
 def problem(sizes: list[int], targets: Any, rng: np.random.Generator) -> tuple[list[Array], Any]:
     columns = [rng.standard_normal((size, DIM)) for size in sizes]
     return columns, np.round(8 * rng.uniform(size=N)) / 8 if isinstance(targets, str) else targets

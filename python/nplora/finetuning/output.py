@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from nplora.adapters import Adapter
@@ -24,15 +25,29 @@ def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | Adap
     Args:
         adapter: the adapter that the run continues from.
     """
-    names = [*run_files.NAMES, peft_adapter.CONFIG, peft_adapter.TENSORS]
-    names += tokenizer_json.FILES if inputs.added_tokens else ()
-    read: list[tuple[str, StrPath]] = [
-        ("model", path) for path in model_directory.files_of(inputs.lm.config.source)
-    ]
-    read += inputs.paths
+    read: list[tuple[str, StrPath]] = [*inputs.paths]
     if adapter is not None and not isinstance(adapter, Adapter):
         read += [("adapter", path) for path in peft_adapter.files_of(adapter)]
-    files.require_not_read("finetune", [Path(output, name) for name in names], read)
+    more = tokenizer_json.FILES if inputs.added_tokens else ()
+    require_inputs_kept("finetune", output, inputs.lm.config.source, read, more)
+
+
+def require_inputs_kept(
+    op: str,
+    output: StrPath,
+    model: StrPath,
+    read: Iterable[tuple[str, StrPath]],
+    more: Iterable[str] = (),
+) -> None:
+    """Refuse a directory in which a run would write to a file of the model, or to another file that it reads.
+
+    Args:
+        read: pairs (word for the message, path) of the other files.
+        more: names of files that are written besides those of every run.
+    """
+    names = [*run_files.NAMES, peft_adapter.CONFIG, peft_adapter.TENSORS, *more]
+    inputs = [("model", path) for path in model_directory.files_of(model)]
+    files.require_not_read(op, [Path(output, name) for name in names], [*inputs, *read])
 
 
 def require_free(output: StrPath, options: FinetuneOptions, adds_tokens: bool) -> None:

@@ -207,16 +207,19 @@ class CoSENTLoss:
             ValueError: the shapes do not fit each other, or there are no scores.
         """
         cosines, first, second, scores = _scored("CoSENTLoss", columns, targets)
-        scale = cosines.dtype.type(self.scale)
         with quiet():
-            pairs = scale * (cosines[:, None] - cosines)
-            pairs = np.where(scores[:, None] < scores, pairs, -np.inf)
-            top = max(0.0, float(pairs.max(initial=0)))
-            weights = np.exp(pairs - cosines.dtype.type(top))
-            total = weights.sum(dtype=np.float64) + np.exp(-top)
-            loss = float(np.log(total) + top + 0 * cosines.sum(dtype=np.float64))  # keeps NaN
-            slope = scale * (weights.sum(axis=1) - weights.sum(axis=0)) / cosines.dtype.type(total)
-            return loss, [slope[:, None] * first, slope[:, None] * second]
+            order = np.argsort(scores, kind="stable")
+            ranked = scores[order]
+            x = np.where(np.isnan(ranked), np.nan, self.scale * cosines[order].astype(np.float64))
+            least, most = np.searchsorted(ranked, ranked), np.searchsorted(ranked, ranked, "right")
+            # below[j] = log Σ exp(x_i) over the i with a lower score; above[i] = log Σ exp(-x_j) over the j
+            # with a higher score. Sums from the left and from the right need no array (n, n).
+            below = np.append(-np.inf, np.logaddexp.accumulate(x))[least]
+            above = np.append(np.logaddexp.accumulate(-x[::-1])[::-1], -np.inf)[most]
+            loss = np.logaddexp.reduce(below - x, initial=0.0) + 0 * x.sum()  # keeps NaN
+            slope = np.empty_like(cosines)
+            slope[order] = self.scale * (np.exp(x + above - loss) - np.exp(below - x - loss))
+            return float(loss), [slope[:, None] * first, slope[:, None] * second]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,6 +311,13 @@ def get(op: str, loss: str | EmbeddingFunction) -> EmbeddingFunction:
         return made
     if not callable(loss) or not hasattr(loss, "columns") or isinstance(loss, type):
         raise TypeError(f"{op}: loss is {_check.kind(loss)}, expected a name or a loss such as RankingLoss()")
+    return loss
+
+
+def innermost(loss: EmbeddingFunction) -> EmbeddingFunction:
+    """The loss that a `MatryoshkaLoss` computes at each width, or the loss itself."""
+    while isinstance(loss, MatryoshkaLoss):
+        loss = loss.loss
     return loss
 
 

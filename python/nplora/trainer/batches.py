@@ -44,13 +44,25 @@ class Batches(Protocol):
         """The settings that must be the same when a run is resumed, as values that JSON can hold."""
 
 
+def shuffled(rows: int, seed: int, epoch: int) -> Array:
+    """A random order of rows, which depends only on the seed and the number of the epoch.
+
+    The rows are sorted by raw numbers of PCG64, which are the same in every version of NumPy. The results of
+    NumPy's `Generator.permutation` may change from version to version.
+
+        >>> from nplora.trainer.batches import shuffled
+        >>> sorted(shuffled(3, seed=0, epoch=1).tolist())
+        [0, 1, 2]
+    """
+    stream = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch,)))
+    return np.argsort(stream.random_raw(rows), kind="stable")
+
+
 class ArrayBatches:
     """Rows of two arrays, `batch_size` at a time; the last batch of an epoch may be smaller.
 
     The order of the rows in an epoch depends only on the seed and the number of the epoch. So a resumed run
-    finds its position in the data without reading the earlier batches. The rows are shuffled by sorting raw
-    numbers of PCG64, which are the same in every version of NumPy. The results of NumPy's
-    `Generator.permutation` may change from version to version.
+    finds its position in the data without reading the earlier batches.
 
     Args:
         op: the name of the calling function in messages.
@@ -89,15 +101,11 @@ class ArrayBatches:
         return -(-len(self.x) // self.batch_size)
 
     def epoch(self, epoch: int, skip: int) -> Iterator[Batch]:
-        order = self._order(epoch) if self.shuffle else None
+        order = shuffled(len(self.x), self.seed, epoch) if self.shuffle else None
         for start in range(skip * self.batch_size, len(self.x), self.batch_size):
             window = slice(start, start + self.batch_size)
             rows = window if order is None else order[window]
             yield self.x[rows], self.y[rows]
-
-    def _order(self, epoch: int) -> Array:
-        stream = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
-        return np.argsort(stream.random_raw(len(self.x)), kind="stable")
 
     def identity(self) -> dict[str, Any]:
         return {

@@ -3,7 +3,7 @@
 `nplora.embedding` is this package.
 """
 
-from nplora.finetuning.embedding.batches import TextBatch, TextBatches
+from nplora.finetuning.embedding.batches import ExampleBatches, TextBatch
 from nplora.finetuning.embedding.examples import TextExamples, TextReport, read_examples
 from nplora.finetuning.embedding.files import Embedded, embed_file
 from nplora.finetuning.embedding.loss import EmbeddingLoss
@@ -23,11 +23,11 @@ __all__ = [
     "Embedded",
     "EmbeddingLoss",
     "EmbeddingTraining",
+    "ExampleBatches",
     "MatryoshkaLoss",
     "RankingLoss",
     "RetrievalScores",
     "TextBatch",
-    "TextBatches",
     "TextExamples",
     "TextReport",
     "TripletLoss",

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.trainer.batches import shuffled
 
 Array = npt.NDArray[Any]
 
@@ -63,7 +64,7 @@ class TextBatch:
 
 
 class Examples(Protocol):
-    """The examples of `TextBatches`, which are `TextExamples`."""
+    """The examples of `ExampleBatches`, which are `TextExamples`."""
 
     @property
     def report(self) -> Any:
@@ -78,14 +79,14 @@ class Examples(Protocol):
         """A text that differs for other examples."""
 
 
-class TextBatches:
+class ExampleBatches:
     """Batches of a fixed number of examples, for `Trainer.fit`. The order depends only on seed and epoch.
 
         >>> import nplora
         >>> encoder = nplora.load_encoder("encoder-model")
         >>> rows = [{"anchor": "a cat", "positive": "the cat"}, {"anchor": "a dog", "positive": "the dog"}]
         >>> examples = nplora.embedding.read_examples(rows, encoder)
-        >>> nplora.embedding.TextBatches(examples, batch_size=1).length
+        >>> nplora.embedding.ExampleBatches(examples, batch_size=1).length
         2
 
     Args:
@@ -98,7 +99,7 @@ class TextBatches:
     """
 
     def __init__(self, examples: Examples, batch_size: int = 64, shuffle: bool = True, seed: int = 0) -> None:
-        op = "TextBatches"
+        op = "ExampleBatches"
         self.examples, self.shuffle = examples, bool(shuffle)
         self.batch_size = _check.integer(op, "batch_size", batch_size, least=1)
         self.seed = _check.integer(op, "seed", seed, least=0)
@@ -110,7 +111,8 @@ class TextBatches:
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[TextBatch, Array | None]]:
         """The batches of an epoch (counted from 0) without its first `skip` batches, and their scores."""
-        order = self._order(epoch)
+        rows = len(self.examples)
+        order = shuffled(rows, self.seed, epoch) if self.shuffle else np.arange(rows)
         for begin in range(skip * self.batch_size, len(order), self.batch_size):
             yield self.examples.batch(order[begin : begin + self.batch_size])
 
@@ -135,13 +137,6 @@ class TextBatches:
             "tokens": report.tokens,
             "batch_size": self.batch_size,
         }
-
-    def _order(self, epoch: int) -> Array:
-        """A random permutation from the raw output of PCG64, which is the same in all versions of NumPy."""
-        if not self.shuffle:
-            return np.arange(len(self.examples))
-        stream = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
-        return np.argsort(stream.random_raw(len(self.examples)), kind="stable")
 
 
 def digest(*arrays: Array | None) -> str:

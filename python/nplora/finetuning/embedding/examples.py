@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,13 @@ from nplora.finetuning.data.bad_rows import BadRows
 from nplora.finetuning.data.kinds import renamed
 from nplora.finetuning.data.parsing.fields import Fields
 from nplora.finetuning.data.rows import Row
-from nplora.finetuning.data.sources import Data, Source, sources_of
+from nplora.finetuning.data.sources import Data, Source, splits_of
 from nplora.finetuning.embedding.batches import TextBatch, digest
+from nplora.finetuning.options import parse_columns
 from nplora.formats.errors import DataError, LimitError, brief, counted
 from nplora.lm import Encoder
 from nplora.nn import embedding_losses
-from nplora.nn.embedding_losses import EmbeddingFunction, MatryoshkaLoss
+from nplora.nn.embedding_losses import EmbeddingFunction, innermost
 
 Array = npt.NDArray[Any]
 
@@ -132,7 +133,7 @@ def read_examples(
     data: Data,
     encoder: Encoder,
     loss: str | EmbeddingFunction = "ranking",
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | str | None = None,
     prompts: str | Mapping[str, str] | None = None,
     max_length: int | None = None,
     skip_bad: bool = False,
@@ -153,10 +154,11 @@ def read_examples(
 
     Args:
         data: a file (.jsonl, .json, .csv, .tsv, .parquet or .arrow), several files, or rows, as in
-            `nplora.data.read_dataset`.
+            `nplora.data.read_dataset`. The training data of a directory or of a dictionary of splits is read.
         encoder: the model, which has the tokenizer.
         loss: the name of the loss, or the loss.
-        columns: names of fields in the data, by the names above: {"anchor": "question"}.
+        columns: names of fields in the data, by the names above: {"anchor": "question"}, or
+            "anchor=question".
         prompts: a text that is put before each text, or one for each field: {"anchor": "query: "}. None: the
             model's default prompt.
         max_length: the largest number of tokens of a text, with special tokens; None: the encoder's. Longer
@@ -169,14 +171,27 @@ def read_examples(
         OSError: a file cannot be read.
     """
     op = "read_examples"
+    return read_sources(op, splits_of(op, data).train, encoder, loss, columns, prompts, max_length, skip_bad)
+
+
+def read_sources(
+    op: str,
+    sources: Sequence[Source],
+    encoder: Encoder,
+    loss: str | EmbeddingFunction,
+    columns: Mapping[str, str] | str | None,
+    prompts: str | Mapping[str, str] | None,
+    max_length: int | None,
+    skip_bad: bool = False,
+) -> TextExamples:
+    """Like `read_examples`, but for sources of rows."""
     function = embedding_losses.get(op, loss)
-    names = dict(columns or {})
-    _require_fields(op, "columns", names)
+    names = _fields(op, "columns", parse_columns(columns, op))
     longest = encoder.max_length
     if max_length is not None:
         longest = _check.integer(op, "max_length", max_length, 1, encoder.config.max_position_embeddings)
     collected = _Collected(_prompts(op, encoder, prompts))
-    sources, bad = sources_of(op, data), BadRows()
+    bad = BadRows()
     for source in sources:
         for row in source.read():
             try:
@@ -211,7 +226,7 @@ def _parsed(row: Row, source: Source, names: Mapping[str, str], loss: EmbeddingF
         return _Texts(("sentence1", first), ("sentence2", second), score=_score(fields, loss))
     anchor, positive = ("anchor", fields.text("anchor")), ("positive", fields.text("positive"))
     negatives = [("negative", fields.text("negative"))] if fields.has("negative") else []
-    if isinstance(_innermost(loss), embedding_losses.TripletLoss):
+    if isinstance(innermost(loss), embedding_losses.TripletLoss):
         negatives = negatives or [("negative", fields.text("negative"))]
     elif fields.has("negatives"):
         negatives += [("negative", text) for text in _list(fields, "negatives")]
@@ -234,9 +249,9 @@ def _score(fields: Fields, loss: EmbeddingFunction) -> float:
         score = float(value) if isinstance(value, int | float | str) else math.nan
     except (ValueError, OverflowError):
         score = math.nan
-    if isinstance(value, bool) or not math.isfinite(score):
+    if isinstance(value, bool) or not abs(score) <= float(np.finfo(np.float32).max):
         raise fields.error(f"score is {brief(value)}, expected a number")
-    if isinstance(_innermost(loss), embedding_losses.CosineLoss) and not -1 <= score <= 1:
+    if isinstance(innermost(loss), embedding_losses.CosineLoss) and not -1 <= score <= 1:
         raise fields.error(
             f"score is {score:g}, but a cosine is from -1 to 1; divide the scores, or use loss 'cosent', for "
             "which only their order matters"
@@ -244,16 +259,16 @@ def _score(fields: Fields, loss: EmbeddingFunction) -> float:
     return score
 
 
-def _innermost(loss: EmbeddingFunction) -> EmbeddingFunction:
-    while isinstance(loss, MatryoshkaLoss):
-        loss = loss.loss
-    return loss
-
-
-def _require_fields(op: str, name: str, given: Mapping[str, str]) -> None:
-    for field in given:
+def _fields(op: str, name: str, given: object) -> Mapping[str, str]:
+    """An argument that has a text for some of the fields."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{op}: {name} is {_check.kind(given)}, expected a dictionary")
+    for field, text in given.items():
         if field not in FIELDS:
             raise ValueError(f"{op}: {name} has {brief(field)}, expected one of {', '.join(FIELDS)}")
+        if not isinstance(text, str):
+            raise TypeError(f"{op}: {name}[{field!r}] is {_check.kind(text)}, expected a text")
+    return given
 
 
 def _prompts(op: str, encoder: Encoder, prompts: str | Mapping[str, str] | None) -> dict[str, str]:
@@ -261,8 +276,8 @@ def _prompts(op: str, encoder: Encoder, prompts: str | Mapping[str, str] | None)
     if isinstance(prompts, str | None):
         text = encoder.prompt_text(prompts)
         return dict.fromkeys(FIELDS, text)
-    _require_fields(op, "prompts", prompts)
-    return {name: encoder.prompt_text(prompts.get(name, "")) for name in FIELDS}
+    given = _fields(op, "prompts", prompts)
+    return {name: encoder.prompt_text(given.get(name, "")) for name in FIELDS}
 
 
 class _Collected:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from nplora.finetuning.data.parsing.fields import Fields
 from nplora.finetuning.data.sources import Data, Source, sources_of
 from nplora.finetuning.slow_progress import Progress
 from nplora.finetuning.token_progress import speaker
-from nplora.formats import files
+from nplora.formats import files, model_directory, peft_adapter
 from nplora.formats.errors import DataError, brief, counted
 from nplora.formats.files import NewFile, StrPath
 from nplora.lm import Encoder, load_encoder
@@ -96,7 +96,8 @@ def embed_file(
         progress: print progress on stderr; None: only on a terminal or in a notebook.
     Raises:
         DataError: a text is missing or empty, or there are no texts. The message names the file and the line.
-        ValueError, KeyError, TypeError: an argument does not fit.
+        ValueError, KeyError, TypeError: an argument does not fit, the output is a file that is read, or an
+            embedding has NaN or infinity.
         FileExistsError: the output exists, and `overwrite` is not set.
         OSError: a file cannot be read or written. An existing output is not changed by the failure.
     """
@@ -106,18 +107,22 @@ def embed_file(
         raise ValueError(
             f"{op}: output is {files.name(output)}, expected a file that ends in {', '.join(OUTPUTS)}"
         )
+    if batch_size is not None:
+        _check.integer(op, "batch_size", batch_size, least=1)
     files.require_new(output, overwrite)
     sources = sources_of(op, data)
     texts = [text for source in sources for text in _texts(source, column)]
     if not texts:
         raise DataError(f"{', '.join(source.name for source in sources)}: there are no texts")
     encoder = _opened(op, model, adapter)
+    _require_not_read(op, output, encoder, sources, adapter)
     longest = encoder.max_length
     if max_length is not None:
         longest = _check.integer(op, "max_length", max_length, 1, encoder.config.max_position_embeddings)
     before = encoder.prompt_text(prompt, prompt_name)
     ids, cut = encoder.token_ids([before + text for text in texts], longest)
     vectors = _embedded(encoder, ids, batch_size, normalize, speaker(progress))
+    _require_finite(op, vectors, texts)
     files.replace([_new_file(output, texts, vectors)])
     return Embedded(Path(output), len(texts), encoder.dim, cut, longest)
 
@@ -131,6 +136,26 @@ def _opened(op: str, model: StrPath | Encoder, adapter: StrPath | Adapter | None
     if adapter is not None:
         (adapter if isinstance(adapter, Adapter) else read_adapter(adapter)).attach(encoder)
     return encoder
+
+
+def _require_not_read(
+    op: str, output: StrPath, encoder: Encoder, sources: Sequence[Source], adapter: StrPath | Adapter | None
+) -> None:
+    read = [("model", path) for path in model_directory.files_of(encoder.config.source)]
+    read += [("data", source.path) for source in sources if source.path is not None]
+    if adapter is not None and not isinstance(adapter, Adapter):
+        read += [("adapter", path) for path in peft_adapter.files_of(adapter)]
+    files.require_not_read(op, [output], read)
+
+
+def _require_finite(op: str, vectors: Array, texts: Sequence[str]) -> None:
+    wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(wrong):
+        first = int(wrong[0])
+        raise ValueError(
+            f"{op}: {counted(len(wrong), 'embedding')} of {len(texts):,} have NaN or infinity, first that of "
+            f"text {first + 1:,}, {brief(texts[first])}: the model or its adapter computes no finite values"
+        )
 
 
 def _texts(source: Source, column: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ from nplora.finetuning.nonfinite_layers import watched_blocks
 from nplora.lm import Encoder
 from nplora.models.packing import cut
 from nplora.nn import embedding_losses
-from nplora.nn.embedding_losses import EmbeddingFunction, MatryoshkaLoss, RankingLoss
+from nplora.nn.embedding_losses import EmbeddingFunction, MatryoshkaLoss, RankingLoss, innermost
 from nplora.nn.module import Module
 from nplora.trainer import FusedLoss
 
@@ -38,7 +38,7 @@ class EmbeddingLoss(FusedLoss):
         >>> encoder = nplora.load_encoder("encoder-model")
         >>> encoder.add_lora(rank=2)
         >>> rows = [{"anchor": "a cat", "positive": "the cat"}, {"anchor": "a dog", "positive": "the dog"}]
-        >>> batches = nplora.embedding.TextBatches(nplora.embedding.read_examples(rows, encoder))
+        >>> batches = nplora.embedding.ExampleBatches(nplora.embedding.read_examples(rows, encoder))
         >>> trainer = nplora.Trainer(encoder, nplora.embedding.EmbeddingLoss(), nplora.AdamW(lr=1e-2))
         >>> history = trainer.fit(batches, epochs=20)
         >>> history.loss[-1] < history.loss[0]
@@ -48,8 +48,8 @@ class EmbeddingLoss(FusedLoss):
         loss: "ranking" (multiple negatives), "triplet", "cosine" or "cosent", or a loss of
             `nplora.embedding`, such as `RankingLoss(scale=50)`.
         dims: also train the first values of the embeddings by themselves: the widths, for `MatryoshkaLoss`.
-        micro_tokens: maximum tokens of a micro-batch, unless one text has more. The gradients do not depend
-            on it, up to rounding.
+        micro_tokens: maximum tokens of a micro-batch, unless one text has more. Without dropout, the
+            gradients do not depend on it, up to rounding. With dropout, other micro-batches have other masks.
         leave_out_known: in a ranking, a text that equals the anchor or its positive is no negative, nor is
             the positive of an equal anchor. False: all other texts are negatives.
     Raises:
@@ -122,9 +122,8 @@ class EmbeddingLoss(FusedLoss):
 
     def _loss(self, x: TextBatch, vectors: Array, scores: Any) -> tuple[float, Array]:
         """The mean loss, and the gradient of the embeddings of all texts."""
-        inner = self.function.loss if isinstance(self.function, MatryoshkaLoss) else self.function
         targets = scores
-        if isinstance(inner, RankingLoss):
+        if isinstance(innermost(self.function), RankingLoss):
             targets = x.known_positives() if self.leave_out_known else None
         loss, gradients = self.function(x.split(vectors), targets)
         return loss, np.concatenate(gradients)

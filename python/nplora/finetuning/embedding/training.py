@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nplora import _check
 from nplora.adapters import rollback_on_error, save_adapter
-from nplora.finetuning.data.sources import Data
-from nplora.finetuning.embedding.batches import TextBatches
-from nplora.finetuning.embedding.examples import TextReport, read_examples
+from nplora.finetuning.data.sources import Data, sources_of, splits_of
+from nplora.finetuning.embedding.batches import ExampleBatches
+from nplora.finetuning.embedding.examples import TextReport, read_sources
 from nplora.finetuning.embedding.loss import MICRO_TOKENS, EmbeddingLoss
+from nplora.finetuning.options import default_lr
+from nplora.finetuning.output import require_free_directory, require_inputs_kept
 from nplora.finetuning.token_progress import speaker
 from nplora.formats import files
 from nplora.formats.errors import counted
@@ -21,6 +25,8 @@ from nplora.lm import Encoder, load_encoder
 from nplora.nn.embedding_losses import EmbeddingFunction
 from nplora.nn.optim import AdamW
 from nplora.trainer import Callback, History, Trainer
+from nplora.trainer.interrupts import Interrupts
+from nplora.weights import FLOAT_COMPUTES
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class EmbeddingTraining:
     Attributes:
         encoder: the encoder with the trained adapter.
         output: the directory of the adapter.
-        train, valid: what the examples were.
+        train, valid: summaries of the examples for training and validation; `valid` is None without
+            validation.
         history: the records of the run.
 
     >>> import nplora
@@ -63,15 +70,19 @@ def train(
     valid: Data | None = None,
     loss: str | EmbeddingFunction = "ranking",
     dims: Sequence[int] | None = None,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | str | None = None,
     prompts: str | Mapping[str, str] | None = None,
     max_length: int | None = None,
     skip_bad: bool = False,
     rank: int = 8,
     alpha: float = 16.0,
     targets: str | Iterable[str] = "all-linear",
+    layers: str | Sequence[int] | None = None,
     dropout: float = 0.0,
-    lr: float = 2e-4,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init: str = "zero",
+    lr: float | None = None,
     weight_decay: float = 0.0,
     epochs: int | None = None,
     steps: int | None = None,
@@ -82,6 +93,10 @@ def train(
     max_grad_norm: float | None = 1.0,
     eval_every: int | None = None,
     patience: int | None = None,
+    keep: str = "best",
+    compute: str | None = None,
+    save_every: int = 100,
+    save_minutes: float = 5.0,
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     progress: bool | None = None,
@@ -99,18 +114,20 @@ def train(
         >>> nplora.read_adapter("out").attach(encoder)
 
     Args:
-        model: a directory or GGUF file, as for `load_encoder`, or an encoder. An encoder that has an adapter
-            continues with it.
-        data: the examples, as in `read_examples`.
+        model: a directory or GGUF file, as for `load_encoder`, or an encoder. If an encoder has an adapter,
+            the run trains this adapter further, and options of a new adapter are refused.
+        data: the examples, as in `read_examples`. A directory with train.jsonl, or a dictionary of splits,
+            may have validation data too.
         output: the directory for checkpoints and the adapter.
-        valid: examples for the validation loss, which is evaluated after every epoch; the adapter with the
-            lowest is saved. In a ranking, this loss depends on `batch_size`.
+        valid: examples for the validation loss, which is evaluated after every epoch. In a ranking, this loss
+            depends on `batch_size`.
         loss: "ranking" (each anchor against all other texts of the batch), "triplet", "cosine" or "cosent",
             or a loss such as `RankingLoss(scale=50)`.
         dims: widths to which embeddings are also cut in training (Matryoshka); name the full width too.
         columns, prompts, max_length, skip_bad: as in `read_examples`.
-        rank, alpha, targets, dropout: as in `Encoder.add_lora`.
-        lr, weight_decay: of AdamW.
+        rank, alpha, targets, layers, dropout, use_rslora, use_dora, init: as in `Encoder.add_lora`.
+        lr: peak learning rate; None: 0.8 / hidden size of the model, at most 2e-3.
+        weight_decay: weight decay of AdamW.
         epochs, steps: the length of the run; by default, one epoch.
         batch_size: examples in a step. In a ranking, a larger batch has more negatives.
         micro_tokens: maximum tokens of a micro-batch: fewer take less memory.
@@ -119,6 +136,12 @@ def train(
         max_grad_norm: maximum norm of the gradients; None: no limit.
         eval_every: steps between evaluations, besides those after every epoch.
         patience: evaluations in a row without a lower validation loss after which the run ends.
+        keep: the adapter that is saved if there are validation data: "best" (of the lowest validation loss)
+            or "last".
+        compute: arithmetic of the products with frozen weights: "float32" (the default) or "bfloat16". A
+            loaded encoder has its own.
+        save_every: steps between checkpoints.
+        save_minutes: maximum minutes between checkpoints; 0: no limit.
         seed: seed of the initial factors, dropout and the order of the examples.
         callbacks: callbacks of the trainer.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
@@ -128,39 +151,87 @@ def train(
         the encoder with the adapter, and the history of the run.
     Raises:
         DataError: a row is wrong; the message names the file and the line.
-        ValueError, TypeError: an argument does not fit.
-        NonFiniteLossError, CorruptError, FileExistsError, OSError: as in `Trainer.fit`.
+        ValueError, TypeError: an argument does not fit, or the run would write to a file that it reads.
+        FileExistsError: `output` holds a model; or a run, and neither `resume` nor `overwrite` is set; or an
+            adapter, and `overwrite` is not set.
+        NonFiniteLossError, CorruptError, OSError: as in `Trainer.fit`.
     """
     op = "train"
     files.require_named(op, output=output)
-    encoder = model if isinstance(model, Encoder) else load_encoder(model)
+    files.require_directory(output)
     function = EmbeddingLoss(loss, dims=dims, micro_tokens=micro_tokens)
+    splits = splits_of(op, data)
+    held_out = splits.valid if valid is None else sources_of(op, valid)
+    encoder = _opened(op, model, compute)
+    paths = [each.path for each in [*splits.train, *(held_out or [])] if each.path is not None]
+    require_inputs_kept(op, output, encoder.config.source, [("data", path) for path in paths])
     read = [
-        read_examples(each, encoder, function.function, columns, prompts, max_length, skip_bad)
-        for each in (data, valid)
-        if each is not None
+        read_sources(op, sources, encoder, function.function, columns, prompts, max_length, skip_bad)
+        for sources in (splits.train, held_out)
+        if sources is not None
     ]
-    say = speaker(progress)
+    say, place = speaker(progress), Path(files.absolute(output))
     for examples in read:
         say(str(examples.report))
+    batches = [
+        ExampleBatches(examples, batch_size, shuffle, seed)
+        for examples, shuffle in zip(read, (True, False), strict=False)
+    ]
+    lora = {
+        "rank": rank, "alpha": alpha, "targets": targets, "layers": layers, "dropout": dropout,
+        "use_rslora": use_rslora, "use_dora": use_dora, "init": init,
+    }  # fmt: skip
     with rollback_on_error(encoder):
-        if not encoder.adapter_layers():
-            encoder.add_lora(rank, alpha, targets, dropout=dropout, seed=seed)
+        _add_lora(op, encoder, lora, seed, say)
+        rate = default_lr(encoder.config.hidden_size) if lr is None else lr
         trainer = Trainer(
-            encoder, function, AdamW(lr, weight_decay=weight_decay), schedule=schedule, warmup_steps=warmup,
+            encoder, function, AdamW(rate, weight_decay=weight_decay), schedule=schedule, warmup_steps=warmup,
             clip_norm=max_grad_norm, seed=seed, callbacks=callbacks, progress=progress,
         )  # fmt: skip
-        history = trainer.fit(
-            TextBatches(read[0], batch_size, seed=seed),
-            epochs=epochs,
-            steps=steps,
-            validation=TextBatches(read[1], batch_size, shuffle=False) if valid is not None else None,
-            eval_every=eval_every,
-            patience=patience,
-            checkpoint_dir=output,
-            resume=resume,
-            overwrite=overwrite,
+        require_free_directory(place, resume, overwrite)
+        with files.Directory(place) as directory:
+            history = trainer.fit(
+                batches[0],
+                epochs=epochs,
+                steps=steps,
+                validation=batches[1] if len(batches) > 1 else None,
+                eval_every=eval_every,
+                patience=patience,
+                keep=keep,
+                checkpoint_dir=directory,
+                checkpoint_every=save_every,
+                save_minutes=save_minutes,
+                resume=resume,
+                overwrite=overwrite,
+            )
+            with Interrupts(terminate=False) as interrupts, interrupts.hold():
+                save_adapter(encoder, directory, os.fspath(encoder.source))
+            found_at = directory.seen_from(output)
+    report = read[1].report if len(read) > 1 else None
+    return EmbeddingTraining(encoder, found_at, read[0].report, report, history)
+
+
+def _opened(op: str, model: StrPath | Encoder, compute: str | None) -> Encoder:
+    if not isinstance(model, Encoder):
+        return load_encoder(model, compute or FLOAT_COMPUTES[0])
+    if compute is not None:
+        raise ValueError(f"{op}: compute={compute!r} is given, but the encoder is loaded already")
+    return model
+
+
+def _add_lora(
+    op: str, encoder: Encoder, options: Mapping[str, Any], seed: int, say: Callable[[str], None]
+) -> None:
+    """Add a new adapter, unless the encoder has one."""
+    layers = encoder.adapter_layers()
+    if not layers:
+        encoder.add_lora(**options, seed=seed)
+        return
+    defaults = inspect.signature(train).parameters
+    given = [name for name, value in options.items() if value != defaults[name].default]
+    if given:
+        raise ValueError(
+            f"{op}: {', '.join(given)} would change the adapter, but the encoder has an adapter already, "
+            "which is trained further"
         )
-        save_adapter(encoder, output, os.fspath(encoder.source))
-    report = read[1].report if valid is not None else None
-    return EmbeddingTraining(encoder, Path(output), read[0].report, report, history)
+    say(f"the encoder has an adapter on {counted(len(layers), 'layer')}, which is trained further")

@@ -296,6 +296,28 @@ def test_dense_modules_that_do_not_fit_are_refused(
         nplora.load_encoder(model)
 
 
+def test_pooled_parts_are_written_into_one_array_at_once(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts that are kept until the end would double the memory of the result."""
+    import weakref
+
+    encoder, pool = nplora.load_encoder(directory), Pooling.pool
+    alive, most = list[weakref.ref[Any]](), 0
+
+    def watched(self: Pooling, *given: Any) -> Any:
+        nonlocal most
+        most = max(most, sum(part() is not None for part in alive))
+        made = pool(self, *given)
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(Pooling, "pool", watched)
+    assert encoder.embed_ids([[2, 5, 3]] * 8, batch_size=1).shape == (8, encoder.dim)
+    assert len(alive) == 8
+    assert most <= 1
+
+
 def test_a_second_embed_backward_adds_no_gradient(
     directory: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:

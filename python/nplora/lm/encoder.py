@@ -366,11 +366,13 @@ class Encoder(Module):
         """
         if batch_size is not None:
             _check.integer("embed", "batch_size", batch_size, least=1)
-        made = [np.empty((0, self.dim), np.float32)]
+        made, done = np.empty((len(ids), self.dim), np.float32), 0
         for states, starts in self.packed_states("embed", ids, batch_size, self.pooling):
             with inference():
-                made.append(self.pooling.pool(states, starts, normalize))
-        return np.concatenate(made)
+                rows = self.pooling.pool(states, starts, normalize)
+            made[done : done + len(rows)] = rows
+            done += len(rows)
+        return made
 
     # ---- training ----
 

@@ -47,6 +47,28 @@ def test_the_classifier_is_that_of_train_classifier(model: Path, tmp_path: Path)
     np.testing.assert_allclose(again.predict_proba(X), fitted.predict_proba(X), rtol=1e-12)
 
 
+def test_a_grid_search_loads_a_model_that_turns_texts_into_vectors_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = save_small_encoder(tmp_path / "model"), list[Any]()
+    load = nplora.load_encoder
+    monkeypatch.setattr(
+        "nplora.sklearn.text_embedder.load_encoder", lambda *a, **k: read.append(a) or load(*a, **k)
+    )
+    pipeline = make_pipeline(TextEmbedder(model), LogisticRegression())
+    search = GridSearchCV(pipeline, {"logisticregression__C": [1, 100]}, cv=2).fit(X, Y)
+    assert len(read) == 1
+    embedder = search.best_estimator_[0]
+    assert clone(embedder).set_params(pooling="cls").fit(X).transform(X).shape == (20, 32)
+    assert len(read) == 2
+    safetensors.save(model / "model.safetensors", tensors(seed=1))
+    vectors = clone(embedder).fit(X).transform(X)
+    np.testing.assert_array_equal(vectors, nplora.load_encoder(model).embed(X))
+    assert len(read) == 3
+    other = pickle.loads(pickle.dumps(embedder)).transform(X)
+    np.testing.assert_array_equal(other, vectors)
+
+
 def test_copies_and_pickles_predict_the_same(model: Path) -> None:
     for estimator, y in (
         (LoRATextClassifier(model, **FAST), Y),

@@ -10,11 +10,15 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator, TransformerMixin
 
 from nplora import _check
+from nplora.formats import files, model_directory
 from nplora.formats.files import StrPath
 from nplora.lm import Encoder, load_encoder
 from nplora.sklearn.texts import texts_of
 
 Array = npt.NDArray[Any]
+
+
+_UNPICKLED = ("_encoder", "_encoders", "_key")
 
 
 class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -52,14 +56,14 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.max_length = max_length
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Check X. Nothing is learned.
+        """Check X, and load the encoder if its files have changed. Nothing is learned.
 
         >>> embedder = nplora.sklearn.TextEmbedder("encoder-model")
         >>> embedder.fit(["a text", "another text"]) is embedder
         True
         """
         texts_of("TextEmbedder", X)
-        self._loaded()
+        self._load()
         return self
 
     def transform(self, X: Any) -> Array:
@@ -83,19 +87,37 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return np.array([f"textembedder{i}" for i in range(self._loaded().dim)], object)
 
     def _loaded(self) -> Encoder:
-        """The encoder. It is loaded at its first use, also in a copy or after unpickling."""
+        """The encoder. It is loaded at its first use, also after unpickling."""
+        if getattr(self, "_key", None) != (str(self.model), self.pooling):
+            self._load()
+        return self._encoder
+
+    def _load(self) -> None:
+        """Load the encoder, or take it from a clone that has loaded the same files."""
         if not isinstance(self.model, str | os.PathLike):
             raise TypeError(
                 f"TextEmbedder: model is {_check.kind(self.model)}, expected the path of an encoder"
             )
-        key = str(self.model), self.pooling
-        if getattr(self, "_key", None) != key:
-            self._encoder, self._key = load_encoder(self.model, pooling=self.pooling), key
-        return self._encoder
+        shared, version = self._shared(), (_version(self.model), self.pooling)
+        if version not in shared:
+            made = load_encoder(self.model, pooling=self.pooling)
+            shared.clear()  # so that clones with other models do not add up in memory
+            shared[version] = made
+        self._encoder, self._key = shared[version], (str(self.model), self.pooling)
+
+    def _shared(self) -> dict[Any, Encoder]:
+        """The encoder that this estimator and its clones loaded last, by the versions of its files."""
+        found: dict[Any, Encoder] = self.__dict__.setdefault("_encoders", {})
+        return found
+
+    def __sklearn_clone__(self) -> Self:
+        made: Self = super().__sklearn_clone__()
+        made._encoders = self._shared()
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return {name: value for name, value in state.items() if name not in ("_encoder", "_key")}
+        return {name: value for name, value in state.items() if name not in _UNPICKLED}
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
@@ -105,3 +127,9 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         tags.input_tags.two_d_array, tags.input_tags.one_d_array, tags.input_tags.string = False, True, True
         tags.no_validation, tags.requires_fit = True, False
         return tags
+
+
+def _version(model: StrPath) -> tuple[Any, ...]:
+    """The paths, sizes and times of the files of a model."""
+    stats = [(path, path.stat()) for path in model_directory.files_of(files.absolute(model)) if path.exists()]
+    return tuple((os.fspath(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)

@@ -72,6 +72,19 @@ def test_modules_that_are_imported_lazily_are_available() -> None:
     assert run.stdout.splitlines() == ["[]", "[]", "<class 'nplora.trainer.callbacks.Callback'>"]
 
 
+def test_modules_can_be_imported_by_the_names_that_the_docs_use() -> None:
+    code = (
+        "import importlib, types, nplora\n"
+        "from nplora.embedding import train\n"
+        "names = [n for n in nplora.__all__ if isinstance(getattr(nplora, n), types.ModuleType)]\n"
+        "same = [importlib.import_module('nplora.' + n) is getattr(nplora, n) for n in names]\n"
+        "print(len(same) > 10, all(same))\n"
+        "print(train is nplora.embedding.train, nplora.data.__name__, nplora.losses is nplora.nn.losses)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["True True", "True nplora.finetuning.data True"]
+
+
 def test_import_does_not_change_the_floating_point_mode() -> None:
     """A subnormal survives. -ffast-math would set flush-to-zero when the library is loaded."""
     code = "import nplora, numpy as np; print(np.float32(2.0**-130) * np.float32(0.5) > 0, 5e-324 * 1.0 > 0)"

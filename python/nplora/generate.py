@@ -1,0 +1,8 @@
+"""`nplora.generate` is the module `nplora.lm.generation`."""
+
+import sys
+
+from nplora.lm import generation
+from nplora.lm.generation import *  # noqa: F403 (for type checkers)
+
+sys.modules[__name__] = generation

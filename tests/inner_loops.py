@@ -182,7 +182,7 @@ def int8_step(loop: Loop) -> Need:
     """Four codes of rows of x times vectors of w."""
     rows, vectors = loop.sizes
     # Four pointers advance (w, and x from up to three rows on), a comparison, a branch; AVX2 reads offsets of
-    # rows from the stack, or spills one of the 16 vectors. NEON reads the end and the step of w from the stack.
+    # rows from the stack, or spills one of the 16 vectors. NEON reads two numbers from the stack.
     control = 9 if loop.isa in ("avxvnni", "neonbf16") else 7
     if loop.isa == "neoni8mm":  # two steps: two vectors of w are loaded and zipped, and rows of x in halves
         return Need(rows * vectors, rows + 4 * vectors + control)

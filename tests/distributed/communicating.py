@@ -1,5 +1,6 @@
 """Checks of MPICommunicator on its ranks: `python communicating.py CHECK`."""
 
+import os
 import sys
 import warnings
 from typing import Any
@@ -36,6 +37,23 @@ def threads() -> None:
     with MPICommunicator() as ranks:
         assert ranks.size == 1 or get_num_threads() == 1
     assert get_num_threads() == 2
+
+
+def crowded() -> None:
+    """Each rank runs as many threads as there are cores: rank 0 warns once, for all ranks of the machine."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(cores)
+    set_num_threads(cores)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with MPICommunicator() as ranks:
+            assert get_num_threads() == cores
+    words = (
+        f"the ranks on {os.uname().nodename} run {2 * cores} threads on {cores} cores, so they wait for each"
+    )
+    messages = [str(one.message) for one in caught]
+    assert len(messages) == (ranks.rank == 0), messages
+    assert all(words in text and "or a smaller OMP_NUM_THREADS" in text for text in messages), messages
 
 
 def many() -> None:

@@ -1,9 +1,15 @@
-"""The program of a rank that fails: `python faults.py KIND RANK STEP DIRECTORY`, with a fault at a step."""
+"""The program of a rank that fails: `python faults.py KIND RANK STEP DIRECTORY`, with a fault at a step.
+
+STEP is a number of milliseconds for kill-at and stop-at. They slow the run, so that it takes a second, half
+of it for checkpoints.
+"""
 
 import functools
 import os
+import resource
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +33,8 @@ SIGNALS = {
     "handled": signal.SIGUSR1,
 }
 
+TIMED = {"kill-at": signal.SIGKILL, "stop-at": signal.SIGSTOP}
+
 
 class Fault(Callback):
     def __init__(self, kind: str, step: int) -> None:
@@ -39,6 +47,8 @@ class Fault(Callback):
             os.kill(os.getpid(), SIGNALS[self.kind])
         if self.kind == "error":
             raise MemoryError("no memory for a test")
+        if self.kind == "disk":  # no file can grow any more, as on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         if self.kind == "raise":
             raise KeyboardInterrupt
         if self.kind in ("batch", "slow-batch"):  # of the next step
@@ -72,12 +82,62 @@ def save_slowly(seconds: float) -> None:
     RunDirectory.save = save  # type: ignore[method-assign]
 
 
+class Moment:
+    """Sends this process a signal after some milliseconds. Prints where the process was."""
+
+    doing = "starting"
+
+    def __init__(self, milliseconds: int, signum: int) -> None:
+        timer = threading.Timer(milliseconds / 1000, self._send, [signum])
+        timer.daemon = True
+        timer.start()
+
+    def _send(self, signum: int) -> None:
+        os.write(2, f"it gets a signal while {Moment.doing}\n".encode())
+        os.kill(os.getpid(), signum)
+
+
+class SlowStep(Callback):
+    def on_fit_start(self, run: Run) -> None:
+        Moment.doing = "training"
+
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
+        time.sleep(0.03)
+
+    def on_fit_end(self, run: Run) -> None:
+        Moment.doing = "ending"
+
+
+def write_slowly(seconds: float) -> None:
+    """Wait before and after each file of a checkpoint reaches the disk, and before it gets its name."""
+    usual_save, usual_fsync, usual_replace = RunDirectory.save, os.fsync, os.replace
+
+    def save(directory: RunDirectory, checkpoint: Checkpoint) -> None:
+        before, Moment.doing = Moment.doing, "writing a checkpoint"
+        usual_save(directory, checkpoint)
+        Moment.doing = before
+
+    def fsync(fd: int) -> None:
+        time.sleep(seconds)
+        usual_fsync(fd)
+        time.sleep(seconds)
+
+    def replace(*names: Any, **places: Any) -> None:
+        time.sleep(seconds)
+        usual_replace(*names, **places)
+        time.sleep(seconds)
+
+    RunDirectory.save = save  # type: ignore[method-assign]
+    os.fsync, os.replace = fsync, replace  # type: ignore[assignment]
+
+
 def train(
     ranks: Communicator | None,
     callbacks: list[Callback],
     directory: Path | None,
     data: int = 0,
     overwrite: bool = False,
+    checkpoint_every: int | None = None,
     **more: Any,
 ) -> nplora.Module:
     rng = np.random.default_rng(data)
@@ -87,14 +147,24 @@ def train(
         model, "mse", accumulate=4, communicator=ranks, callbacks=callbacks, progress=False, **more
     )
     resume = directory is not None and not overwrite
-    trainer.fit(x, y, batch_size=4, epochs=3, checkpoint_dir=directory, resume=resume, overwrite=overwrite)
+    trainer.fit(
+        x, y, batch_size=4, epochs=3, checkpoint_dir=directory, checkpoint_every=checkpoint_every,
+        resume=resume, overwrite=overwrite,
+    )  # fmt: skip
     return model
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     kind, rank, step, place = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    if kind in TIMED:
+        write_slowly(0.003)
+    mine = os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == str(rank)
+    if kind == "kill-at" and mine:  # perhaps before MPI is started
+        Moment(step, TIMED[kind])
     with MPICommunicator(share_cores=False) as here:
+        if kind == "stop-at" and mine:  # in the start of MPI, no timeout of nplora counts
+            Moment(step, TIMED[kind])
         faults: list[Callback] = [Fault(kind, step)] if rank in (here.rank, -1) else []
         if kind == "handled":
             signal.signal(
@@ -104,8 +174,10 @@ if __name__ == "__main__":
             faults = [Fault("slow-batch", step)]
         if kind in ("user", "stop") and "FAULT_SECONDS" in os.environ:
             save_slowly(float(os.environ["FAULT_SECONDS"]))
+        faults += [SlowStep()] if kind in TIMED else []
         differs = here.rank == rank
         train(
             here, faults, None if here.rank else place, data=int(differs and kind == "data"),
+            checkpoint_every=1 if kind in TIMED else None,
             **({"clip_norm": 0.5} if differs and kind == "settings" else {}),
         )  # fmt: skip

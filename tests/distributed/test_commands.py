@@ -1,6 +1,7 @@
 """`nplora finetune --distributed mpi`, as a user runs it."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import nplora
+from commands import command
 from distributed.cases import PAIRS, ROWS
 from distributed.launching import needs_mpi, run
 from distributed.threads import ThreadRank, on_threads
@@ -139,6 +141,21 @@ def test_a_rank_that_fails_before_it_meets_the_others_ends_them(
 
 @needs_mpi
 @pytest.mark.slow
+def test_only_rank_0_needs_an_output_directory(inputs: Path, tmp_path: Path) -> None:
+    steps = "--steps", 2
+    missing = words(inputs, Path("/proc/no/such/directory"), *steps)  # nobody can make one there
+    status, _, errors = run((1, words(inputs, tmp_path / "out", *steps)), (1, missing))
+    assert status == 0, errors
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    status, _, errors = run((1, missing), (1, words(inputs, tmp_path / "other", *steps)))
+    assert status != 0
+    assert len(errors_of(errors)) == 1, errors
+    assert "/proc/no" in errors
+    assert "; this was rank 0" in errors
+
+
+@needs_mpi
+@pytest.mark.slow
 def test_different_errors_of_two_ranks_are_both_printed(inputs: Path, tmp_path: Path) -> None:
     first = words(inputs, tmp_path / "out", "--valid", inputs / "no-valid.jsonl")
     status, _, errors = run((1, first), (1, words(inputs, tmp_path / "out", data="no-train.jsonl")))
@@ -167,7 +184,8 @@ def test_ranks_without_the_option_are_refused(inputs: Path, tmp_path: Path) -> N
     without = without[: without.index("--distributed")]
     status, _, errors = run((2, without))
     assert status != 0
-    assert "mpirun started 2 ranks, and each of them would make the whole run" in errors
+    found = "--distributed mpi makes them train together; --distributed off makes separate runs"
+    assert f"mpirun started 2 ranks, and each of them would make the whole run: {found}" in errors
 
 
 @needs_mpi
@@ -271,12 +289,54 @@ def test_the_variables_of_a_launcher_without_the_option_are_refused(
     finetune(inputs / "model.gguf", ROWS, tmp_path / "out", steps=1, rank=2, distributed="off")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tune", "m", "--data", "d", "--output", "o"],
+        ["classify", "train", "m", "--data", "d", "--output", "o"],
+        ["embed", "m", "texts.txt", "--output", "o.npy"],
+        ["teach", "m", "--data", "d", "--output", "o"],
+        ["merge", "m", "a", "--output", "o"],
+        ["convert", "m", "o"],
+    ],
+)
+def test_commands_that_cannot_be_divided_are_refused_under_a_launcher(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PMI_SIZE", "4")
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == (
+        f"nplora: error: {arguments[0]}: mpirun started 4 ranks, and each of them would do the same work and "
+        "write the same output: start it without mpirun; or, for separate runs, as "
+        f"`env -u PMI_SIZE nplora {arguments[0]}`, each with its own output\n"
+    )
+
+
+def test_commands_that_write_nothing_are_not_refused_under_a_launcher(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PMI_SIZE", "4")
+    assert cli.main(["info", str(inputs / "model.gguf")]) == 0
+
+
 def test_mpi_without_mpi4py_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, inputs: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'nplora\[mpi\]'"):
         finetune(inputs / "model.gguf", ROWS, tmp_path / "out", distributed="mpi")
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_mpi_without_a_library_says_what_to_install(inputs: Path, tmp_path: Path) -> None:
+    missing = {**os.environ, "MPI4PY_LIBMPI": "/no/such/libmpi.so"}  # mpi4py loads this library
+    done = command(*words(inputs, tmp_path / "out")[2:], env=missing)
+    assert done.returncode != 0
+    found = "cannot load an MPI library: pip install mpich, or install the system's MPICH or Open MPI ("
+    assert len(errors_of(done.stderr)) == 1, done.stderr
+    assert found in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_cache_of_the_prefix_is_refused_with_the_reason() -> None:

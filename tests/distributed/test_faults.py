@@ -40,12 +40,31 @@ def test_an_error_on_one_rank_ends_all_and_the_run_is_saved(rank: int, tmp_path:
     require_same_end(tmp_path / "run")
 
 
+def test_a_full_disk_of_rank_0_ends_all_and_the_last_checkpoint_is_resumed(tmp_path: Path) -> None:
+    status, _, errors = run((2, [HERE / "faults.py", "disk", 0, 5, tmp_path / "run"]))
+    assert status != 0
+    assert "\nthis was rank 0\n" in errors
+    assert "RankError: rank 0: OSError: [Errno 27] File too large: " in errors
+    assert saved_step(tmp_path / "run") == 1  # the checkpoint after the first step
+    require_same_end(tmp_path / "run")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_is_resumed(rank: int, tmp_path: Path) -> None:
     status, _, _ = run((2, [HERE / "faults.py", "kill", rank, 5, tmp_path / "run"]))
     assert status != 0
     assert saved_step(tmp_path / "run") == 1  # the checkpoint after the first step
     require_same_end(tmp_path / "run")
+
+
+def test_a_rank_that_is_killed_while_it_writes_a_checkpoint_leaves_an_older_one(tmp_path: Path) -> None:
+    for milliseconds in range(600, 3000, 100):  # most moments are within a checkpoint
+        directory = tmp_path / str(milliseconds)
+        _, _, errors = run((2, [HERE / "faults.py", "kill-at", 0, milliseconds, directory]))
+        if "it gets a signal while writing a checkpoint" in errors:
+            require_same_end(directory)
+            return
+    raise AssertionError("no signal came while a checkpoint was written")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

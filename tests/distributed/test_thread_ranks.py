@@ -10,7 +10,7 @@ import nplora
 from distributed import cases
 from distributed.threads import ThreadRank, on_threads
 from nplora.distributed import Alone, OrderedSum
-from nplora.distributed.cores import Cores, fair_threads
+from nplora.distributed.cores import Cores, crowded_machines, fair_threads, is_bound
 from nplora.finetuning import FinetuneOptions, agreement
 from nplora.finetuning.agreement import require_same_options
 from nplora.trainer import Callback, Run, StepRecord
@@ -267,16 +267,45 @@ def test_ranks_with_another_option_are_named(option: str, value: Any) -> None:
         on_threads(2, work)
 
 
+SECOND = {"node-b": (2, 1)}  # only the second machine has too few cores
+
+
 @pytest.mark.parametrize(
-    ("ranks", "wanted"),
+    ("ranks", "wanted", "crowded"),
     [
-        ([Cores("a", frozenset(range(8)), 8)] * 2, [(4, False)] * 2),
-        ([Cores("a", frozenset(range(8)), 8), Cores("b", frozenset(range(4)), 4)], [(8, False), (4, False)]),
-        ([Cores("a", frozenset(range(2)), 2)] * 3, [(1, True)] * 3),
-        ([Cores("a", frozenset({0}), 1), Cores("a", frozenset({1}), 1)], [(1, False)] * 2),
-        ([Cores("a", frozenset(range(8)), 3)] * 2, [(3, False)] * 2),
-        ([Cores("a", frozenset(range(7)), 7)] * 2, [(3, False)] * 2),
+        ([Cores("a", frozenset(range(8)), 8)] * 2, [4, 4], {}),
+        ([Cores("a", frozenset(range(8)), 8), Cores("b", frozenset(range(4)), 4)], [8, 4], {}),
+        ([Cores("a", frozenset(range(2)), 2)] * 3, [1, 1, 1], {"node-a": (3, 2)}),
+        ([Cores("a", frozenset({0}), 1), Cores("a", frozenset({1}), 1)], [1, 1], {}),
+        ([Cores("a", frozenset(range(8)), 3)] * 2, [3, 3], {}),
+        ([Cores("a", frozenset(range(7)), 7)] * 2, [3, 3], {}),
+        ([Cores("a", frozenset(range(4)), 4), *[Cores("b", frozenset({0}), 1)] * 2], [4, 1, 1], SECOND),
     ],
 )
-def test_ranks_share_the_cores_of_their_machine(ranks: list[Cores], wanted: list[tuple[int, bool]]) -> None:
+def test_ranks_share_the_cores_of_their_machine(
+    ranks: list[Cores], wanted: list[int], crowded: dict[str, tuple[int, int]]
+) -> None:
     assert [fair_threads(ranks, rank) for rank in range(len(ranks))] == wanted
+    used = [(f"node-{rank.machine}", threads) for rank, threads in zip(ranks, wanted, strict=True)]
+    assert crowded_machines(ranks, used) == crowded
+
+
+def test_ranks_with_a_fixed_number_of_threads_may_be_too_many() -> None:
+    ranks = [Cores("a", frozenset(range(4)), 4)] * 2
+    assert crowded_machines(ranks, [("node1", 2)] * 2) == {}
+    assert crowded_machines(ranks, [("node1", 2), ("node1", 3)]) == {"node1": (5, 4)}
+
+
+@pytest.mark.parametrize(
+    ("cores", "environment", "all_cores", "wanted"),
+    [
+        ({3}, {"OMPI_COMM_WORLD_SIZE": "2"}, 8, True),
+        ({3}, {"PMI_SIZE": "2"}, 8, False),
+        ({3, 4}, {"OMPI_COMM_WORLD_SIZE": "2"}, 8, False),
+        ({0}, {"OMPI_COMM_WORLD_SIZE": "2"}, 2, False),
+    ],
+)
+def test_a_rank_that_open_mpi_has_bound_to_one_core_is_noticed(
+    cores: set[int], environment: dict[str, str], all_cores: int, wanted: bool
+) -> None:
+    assert is_bound(Cores("a", frozenset(cores), 1), environment, all_cores) == wanted

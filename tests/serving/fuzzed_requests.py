@@ -270,6 +270,7 @@ def run_fuzzer(directory: Path, seed: int, count: int, seconds: float) -> Counte
     options = ServeOptions(jobs=str(directory / "jobs"), memory="1G")
     with run.running(lm, models, options) as (engine, jobs):
         assert jobs is not None
+        jobs.start()
         file = jobs.create_file(b'{"prompt": "a", "completion": "b"}\n' * 4, "rows.jsonl")
         job = jobs.create_job({"model": "base", "training_file": file["id"]})
         service = TextService(engine, models, jobs, directory, most_tokens=16, max_body=1 << 20)

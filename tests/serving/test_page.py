@@ -402,6 +402,8 @@ def real_server(tmp_path: Path) -> Iterator[str]:
         run.running(lm, models, options) as (engine, jobs),
         live_server.running(Application(TextService(engine, models, jobs))) as url,
     ):
+        assert jobs is not None
+        jobs.start()
         yield url
 
 

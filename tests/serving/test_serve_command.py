@@ -21,6 +21,7 @@ import nplora
 from commands import command
 from nplora import cli
 from nplora.serving.api import http_server
+from nplora.serving.jobs import FineTuning
 from small_encoder import save_small_encoder
 
 pytest.importorskip("uvicorn")
@@ -112,6 +113,22 @@ def ask_litellm(url: str) -> None:
     alone = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # it would load a list from the network
     made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=alone)
     assert made.stdout.endswith("done\n"), made.stderr
+
+
+@pytest.mark.slow
+def test_the_address_comes_before_the_events_of_an_open_job(
+    files: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    jobs = FineTuning(nplora.load_model(files[0]), tmp_path / "jobs", model="small")
+    rows = b'{"text": "hello"}\n' * 4
+    file = jobs.create_file(rows, "rows.jsonl")
+    job = jobs.create_job({"model": "small", "training_file": file["id"]})
+    jobs._state.change(job["id"], status="running")
+    jobs.close()
+    with process(files[0], "--memory", "1G", "--jobs", tmp_path / "jobs") as (server, _):
+        assert server.stdout is not None
+        event = f"{job['id']}: The server was restarted\n"
+        assert next(line for line in server.stdout if line.startswith("ftjob")) == event
 
 
 @pytest.mark.slow

@@ -38,6 +38,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     models = Models(lm, "base")
     options = ServeOptions(jobs=str(directory / "jobs"), memory="8G")
     with run.running(lm, models, options) as (engine, jobs):
+        assert jobs is not None
+        jobs.start()
         app = Application(TextService(engine, models, jobs, max_file=100_000))
         with (
             live_server.running(app) as url,

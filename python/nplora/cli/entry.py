@@ -1,5 +1,6 @@
 """The entry point: run one command, and print its error as one line."""
 
+import argparse
 import contextlib
 import functools
 import io
@@ -13,6 +14,7 @@ from typing import TextIO
 from nplora.cli.errors import Spelling, UsageError, show_error, show_warning
 from nplora.cli.parser import parser_of
 from nplora.distributed.communicator import RankError
+from nplora.distributed.launch import require_one_process
 from nplora.distributed.opening import heard_by_all_ranks
 from nplora.runtime.stderr import stderr
 
@@ -63,6 +65,7 @@ def _status(arguments: list[str]) -> int:
         spelled = Spelling(getattr(parsed, "options", {}), arguments)
         with warnings.catch_warnings():
             warnings.showwarning = functools.partial(show_warning, spelled=spelled)
+            _require_one_writer(parsed)
             parsed.run_command(parsed)
         print(end="", flush=True)
     except (KeyboardInterrupt, SystemExit) as end:
@@ -87,6 +90,13 @@ def _distributed(arguments: list[str]) -> str | None:
     """Whether the arguments, which may be wrong, ask for a run on the ranks of MPI."""
     pairs = {" ".join(pair) for pair in itertools.pairwise(arguments)} | set(arguments)
     return None if pairs.isdisjoint({"--distributed mpi", "--distributed=mpi"}) else "mpi"
+
+
+def _require_one_writer(parsed: argparse.Namespace) -> None:
+    """Refuse a command that cannot divide its work, if mpirun would run it several times on one output."""
+    places = getattr(parsed, "output", None), getattr(parsed, "target", None)
+    if any(place is not None for place in places) and not hasattr(parsed, "distributed"):
+        require_one_process(parsed.prog.split()[-1])
 
 
 def _discard_unwritable(stream: TextIO | None) -> None:

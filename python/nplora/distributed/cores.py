@@ -1,7 +1,8 @@
 """How the ranks of one machine share its cores."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nplora.platform import host
@@ -33,17 +34,46 @@ def cores_of_this_process() -> Cores:
     return Cores(host.machine_id(), host.usable_cores(), get_num_threads())
 
 
-def fair_threads(ranks: Sequence[Cores], rank: int) -> tuple[int, bool]:
+def fair_threads(ranks: Sequence[Cores], rank: int) -> int:
     """The number of threads of a rank that shares cores with other ranks of its machine.
 
     >>> from nplora.distributed.cores import Cores, fair_threads
     >>> fair_threads([Cores("a", frozenset(range(8)), 8)] * 2, rank=0)
-    (4, False)
-
-    Returns:
-        the number of threads; and whether the machine has more ranks than cores.
+    4
     """
     own = ranks[rank]
     neighbours = [other for other in ranks if other.machine == own.machine]
     share = sum(1 / sum(core in other.cores for other in neighbours) for core in own.cores)
-    return max(1, min(own.threads, math.floor(share + 1e-9))), share < 1 - 1e-9
+    return max(1, min(own.threads, math.floor(share + 1e-9)))
+
+
+def crowded_machines(ranks: Sequence[Cores], used: Sequence[tuple[str, int]]) -> dict[str, tuple[int, int]]:
+    """The machines whose ranks run more threads than they have cores.
+
+    Args:
+        used: for each rank, the name of its machine and its number of threads.
+    Returns:
+        for the name of each such machine, the numbers of threads and of cores.
+
+    >>> from nplora.distributed.cores import Cores, crowded_machines
+    >>> crowded_machines([Cores("a", frozenset(range(2)), 2)] * 4, [("node1", 1)] * 4)
+    {'node1': (4, 2)}
+    """
+    found = {}
+    for machine in dict.fromkeys(rank.machine for rank in ranks):
+        here = [number for number, rank in enumerate(ranks) if rank.machine == machine]
+        threads = sum(used[number][1] for number in here)
+        cores = len(frozenset().union(*(ranks[number].cores for number in here)))
+        if threads > cores:
+            found[used[here[0]][0]] = threads, cores
+    return found
+
+
+def is_bound(own: Cores, environment: Mapping[str, str], all_cores: int | None = os.cpu_count()) -> bool:
+    """Whether Open MPI has bound this rank to one of many cores, as it does unless it is told otherwise.
+
+    >>> from nplora.distributed.cores import Cores, is_bound
+    >>> is_bound(Cores("a", frozenset({3}), 1), {"OMPI_COMM_WORLD_SIZE": "2"}, all_cores=8)
+    True
+    """
+    return "OMPI_COMM_WORLD_SIZE" in environment and len(own.cores) == 1 and (all_cores or 1) >= 4

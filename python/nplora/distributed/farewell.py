@@ -115,6 +115,8 @@ class Farewell:
             raise
         except Exception:  # MPI itself has failed
             self._abort_beside(error, set(self._others()) - self._gone)
+        if isinstance(error, OSError | MemoryError) and not isinstance(error, RankError):
+            error.add_note(f"this was rank {self.rank}")  # whose disk or memory it is
         if self.rank and self._reported is not None:
             their_rank, theirs = self._reported
             if their_rank == rank or theirs.startswith(reason):

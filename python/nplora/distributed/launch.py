@@ -19,15 +19,29 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
     return max(1, next((int(size) for size in sizes if size.isdigit()), 1))
 
 
-def require_one_process(op: str) -> None:
-    """Refuse a run of this process alone if a launcher has started several.
+def require_one_process(op: str, can_train_together: bool = False) -> None:
+    """Refuse the work of this process alone if a launcher has started several.
 
+    Args:
+        op: the name of the calling function or command in messages.
+        can_train_together: whether it has the option `distributed`.
     Raises:
         ValueError: a launcher started several ranks.
+
+    >>> from nplora.distributed.launch import require_one_process
+    >>> require_one_process("tune")
     """
     ranks = launched_ranks()
-    if ranks > 1:
+    if ranks == 1:
+        return
+    started = f"{op}: mpirun started {ranks} ranks, and each of them would"
+    if can_train_together:
         raise ValueError(
-            f"{op}: mpirun started {ranks} ranks, and each of them would make the whole run: "
-            "distributed='mpi' (--distributed mpi) makes them train together; 'off' makes separate runs"
+            f"{started} make the whole run: distributed='mpi' makes them train together; "
+            "distributed='off' makes separate runs"
         )
+    names = " ".join(f"-u {name}" for name in _SIZES if name in os.environ)
+    raise ValueError(
+        f"{started} do the same work and write the same output: start it without mpirun; or, for separate "
+        f"runs, as `env {names} nplora {op}`, each with its own output"
+    )

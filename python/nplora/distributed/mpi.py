@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.distributed.communicator import RankError
-from nplora.distributed.cores import cores_of_this_process, fair_threads
+from nplora.distributed.cores import cores_of_this_process, crowded_machines, fair_threads, is_bound
 from nplora.distributed.farewell import PAUSE, Farewell
 from nplora.distributed.launch import launched_ranks
 from nplora.runtime import get_num_threads, set_num_threads
@@ -89,7 +89,8 @@ class MPICommunicator:
         ValueError: the launcher belongs to another MPI library than the one that mpi4py uses; MPI is not
             running; or the timeout is not a number above 0.
     Warns:
-        UserWarning: a machine has more ranks than cores, or the launcher has bound a rank to one core.
+        UserWarning: the ranks of a machine run more threads than it has cores, or the launcher has bound a
+            rank to one core.
     """
 
     def __init__(self, timeout: float | None = None, share_cores: bool = True) -> None:
@@ -116,16 +117,22 @@ class MPICommunicator:
             raise
 
     def _share_cores(self) -> None:
-        ranks = self.gather(cores_of_this_process(), "the start of the ranks")
-        if "OMP_NUM_THREADS" in os.environ:
-            return
-        threads, crowded = fair_threads(ranks, self.rank)
-        self._threads = get_num_threads()
-        set_num_threads(threads)
-        if self.rank == 0 and crowded:
-            warn_user(f"{_OP}: the machine of rank 0 has more ranks than cores, so they wait for each other")
-        own, all_cores = ranks[self.rank].cores, os.cpu_count() or 1
-        if self.rank == 0 and "OMPI_COMM_WORLD_SIZE" in os.environ and len(own) == 1 and all_cores >= 4:
+        own, is_fixed = cores_of_this_process(), "OMP_NUM_THREADS" in os.environ
+        ranks = self.gather(own, "the start of the ranks")
+        if not is_fixed:
+            self._threads = get_num_threads()
+            set_num_threads(fair_threads(ranks, self.rank))
+        used = self.gather((os.uname().nodename, get_num_threads()), "the threads of the ranks")
+        if self.rank == 0:
+            for machine, (running, cores) in crowded_machines(ranks, used).items():
+                advice = (
+                    "fewer ranks there, or a smaller OMP_NUM_THREADS" if is_fixed else "fewer ranks there"
+                )
+                warn_user(
+                    f"{_OP}: the ranks on {machine} run {running} threads on {cores} cores, so they wait for "
+                    f"each other: use {advice}"
+                )
+        if self.rank == 0 and is_bound(own, os.environ):
             warn_user(f"{_OP}: Open MPI has bound each rank to one core: mpirun --bind-to none lifts this")
 
     # ---- the methods of Communicator ----

@@ -23,7 +23,7 @@ def opened_communicator(op: str, distributed: str | None) -> Iterator[Communicat
     """
     if distributed != "mpi":
         if distributed is None:
-            require_one_process(op)
+            require_one_process(op, can_train_together=True)
         yield Alone()
         return
     with MPICommunicator() as ranks, warnings.catch_warnings():

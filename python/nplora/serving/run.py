@@ -55,14 +55,19 @@ def serve(
         prepared = _text_service(model, options, adapters, any_base, report)
     else:
         prepared = _encoder_service(model, options, adapters, any_base)
-    with prepared as (service, text):
+    with prepared as (service, text, start_jobs):
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+        def ready() -> None:
+            report(f"serving at {url}\n{text}")
+            start_jobs()
+
         http_server.serve(
             Application(service, options.api_key, options.allow_origin),
             listener,
             drain_seconds=options.drain,
-            ready=lambda: report(f"serving at {url}\n{text}"),
+            ready=ready,
             stopping=lambda: report(last_words(service.engine, options.drain)),
         )
 
@@ -74,14 +79,14 @@ def _text_service(
     adapters: Sequence[tuple[str, str]],
     any_base: bool,
     report: Callable[[str], None],
-) -> Iterator[tuple[Service, str]]:
-    """What the routes of a language model need, and its description."""
+) -> Iterator[tuple[Service, str, Callable[[], None]]]:
+    """What the routes of a language model need, its description, and a function that starts the jobs."""
     models = Models(lm, options.name or default_name(lm.source), any_base)
     for name, path in adapters:
         models.load(name, path)
     with running(lm, models, options, report) as (engine, jobs):
         service = TextService(engine, models, jobs, most_tokens=options.max_tokens, **_limits(options))
-        yield service, description(engine, models, options)
+        yield service, description(engine, models, options), _nothing if jobs is None else jobs.start
 
 
 @contextmanager
@@ -90,8 +95,8 @@ def _encoder_service(
     options: ServeOptions,
     adapters: Sequence[tuple[str, str]],
     any_base: bool,
-) -> Iterator[tuple[Service, str]]:
-    """What the routes of an encoder need, and its description."""
+) -> Iterator[tuple[Service, str, Callable[[], None]]]:
+    """The same for an encoder, which has no jobs."""
     if options.jobs is not None:
         raise ValueError("serve: fine-tuning jobs need a language model that generates text")
     served = ServedEncoder(encoder)
@@ -105,9 +110,14 @@ def _encoder_service(
     models.memory = AdapterMemory(engine.plan.adapters)
     engine.start()
     try:
-        yield EncoderService(engine, models, **_limits(options)), encoder_description(engine, models, options)
+        service = EncoderService(engine, models, **_limits(options))
+        yield service, encoder_description(engine, models, options), _nothing
     finally:
         engine.close(drain=False)
+
+
+def _nothing() -> None:
+    """Start no jobs."""
 
 
 def _limits(options: ServeOptions) -> dict[str, Any]:
@@ -169,6 +179,8 @@ def running(
 ) -> Iterator[tuple[Engine, FineTuning | None]]:
     """The engine and the fine-tuning jobs. Both are stopped at the end of this context.
 
+    The caller starts the jobs, after the lines that should come before their events.
+
     Args:
         log: called with the events of jobs.
     """
@@ -201,8 +213,6 @@ def running(
         stack.callback(engine.close, drain=False)
         models.memory = AdapterMemory(engine.plan.adapters)
         engine.start()
-        if jobs is not None:
-            jobs.start()
         yield engine, jobs
 
 

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from distributed import faults, launching
 
-STEPS, ACCUMULATE = 6, 4
+CHAIN = "--steps 6 --accumulate 4 --batch-tokens 384 --dropout 0.1"  # the run of `resume`
 KINDS = ("error", "kill", "stop", "interrupt", "terminate", "user", "batch", "raise", "disk", *faults.TIMED)
 SECONDS = 3.0  # after which a run with a timed fault is over
 TIMEOUT, MOST = 3, 10  # seconds after which a rank is given up, and in which every other job must end
@@ -53,10 +53,10 @@ CASES = {
     "recompute": "--accumulate 4 --dropout 0.1 --recompute",
     "modules-to-save": "--accumulate 4 --modules-to-save lm_head",
 }
-MICRO_TOKENS = {"micro-batches": 100}
+MICRO_TOKENS = {"micro-batches": 60}
 # One process adds parts of a gradient in another order here, unless it is a rank.
 NEEDS_RANKS = {"modules-to-save"}
-EXAMPLES = 120
+EXAMPLES = 48
 
 # The program of a rank, which first writes its process number.
 RUN = """
@@ -76,9 +76,9 @@ def start(
     place: Path, ranks: int, options: str = "", data: Path = demo.DATA, micro_tokens: int | None = None
 ) -> subprocess.Popen[str]:
     """Fine-tune SmolLM2 on a number of ranks; 0: one process without MPI. By default, with dropout."""
-    options = options or f"--steps {STEPS} --accumulate {ACCUMULATE} --dropout 0.1"
+    options = options or CHAIN
     words = [sys.executable, "-c", RUN, str(place), "finetune", str(model_file()), "--data", str(data)]
-    words += ["--output", str(place / "run"), "--batch-tokens", "384", "--save-every", "1", *options.split()]
+    words += ["--output", str(place / "run"), "--save-every", "1", *options.split()]
     if ranks:
         words = [str(launching.MPIEXEC), "-n", str(ranks), *words, "--distributed", "mpi"]
     more = {} if micro_tokens is None else {"MICRO_TOKENS": str(micro_tokens)}
@@ -127,7 +127,7 @@ def same(place: Path, numbers: list[int], cases: list[str]) -> None:
         here = place / name
         here.mkdir()
         write_data(here / "data", has_pairs=name == "dpo")
-        more = f"--steps 3 {CASES[name]}", here / "data", MICRO_TOKENS.get(name)
+        more = f"--steps 3 --batch-tokens 150 {CASES[name]}", here / "data", MICRO_TOKENS.get(name)
         found = {"one process": whole(here / "one", int(name in NEEDS_RANKS), *more)}
         for ranks in numbers:
             found[f"{ranks} ranks"] = whole(here / str(ranks), ranks, *more)
@@ -140,7 +140,7 @@ def resume(place: Path, numbers: list[int]) -> None:
     chain.mkdir()
     for part, ranks in enumerate(numbers):
         before = made(chain)
-        process = start(chain, ranks, f"--steps {STEPS} --accumulate {ACCUMULATE} --dropout 0.1 --resume")
+        process = start(chain, ranks, f"{CHAIN} --resume")
         if part < len(numbers) - 1:
             while made(chain) < before + 2 and process.poll() is None:
                 time.sleep(0.05)

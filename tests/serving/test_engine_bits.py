@@ -13,6 +13,7 @@ import small_models
 from nplora.adapters import Adapter
 from nplora.lm import LanguageModel
 from nplora.lm.generation import PAGE, Sampling
+from nplora.models.gguf_export import model_to_gguf
 from nplora.serving import Engine
 from nplora.serving.ticket import Ticket
 
@@ -28,7 +29,7 @@ NO_END = {0: -np.inf}
 SAMPLING = Sampling(max_new_tokens=4, logit_bias=NO_END)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])
 def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     """A model as wide as a real one, so that the core has several methods to choose from."""
     directory = tmp_path_factory.mktemp("wide")
@@ -37,7 +38,11 @@ def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
             patch.setattr(small_models, name, value)
         patch.setattr(small_models, "DIM", 64)
         small(directory, context=10 * PAGE)
-    lm = nplora.load_model(directory / "small.gguf", compute=request.param)
+    path = directory / "small.gguf"
+    if request.param == "int8":  # the products in 8-bit integers are those of GGUF's blocks
+        model_to_gguf(path, directory / "blocks.gguf", "q4_0")
+        path = directory / "blocks.gguf"
+    lm = nplora.load_model(path, compute=request.param)
     for name, settings in ADAPTERS.items():
         lm.load_adapter(adapter_of(directory, **settings), name)
     return lm

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from small_encoder import save_small_encoder
 
 pytest.importorskip("uvicorn")
 
-CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5, "temperature": 0}
+ROWS = b'{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "1"}]}\n' * 4
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5, "temperature": 0}
 
 
 @contextlib.contextmanager
@@ -56,10 +58,11 @@ def curl(url: str, *more: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def served(files: tuple[Path, list[Path]]) -> Iterator[str]:
+def served(files: tuple[Path, list[Path]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server that ends without an error after the tests."""
     model, adapters = files
     arguments = model, "--adapter", f"mine={adapters[0]}", "--adapter", adapters[1], "--memory", "1G"
+    arguments += "--jobs", tmp_path_factory.mktemp("jobs")
     with process(*arguments, env={**os.environ, "NPLORA_API_KEY": "secret"}) as (server, url):
         yield url
         server.send_signal(signal.SIGTERM)
@@ -88,6 +91,38 @@ def test_a_server_answers_curl_and_ends_with_sigterm(served: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl_reads_log_probabilities_uploads_rows_and_trains_an_adapter(served: str, tmp_path: Path) -> None:
+    def ask(route: str, *more: str, **body: Any) -> Any:
+        content = ["-d", json.dumps(body)] if body else []
+        return json.loads(curl(f"{served}/v1/{route}", "-H", "authorization: Bearer secret", *more, *content))
+
+    tokens = ask("chat/completions", **CHAT, logprobs=True, top_logprobs=2)["choices"][0]["logprobs"][
+        "content"
+    ]
+    assert len(tokens) == CHAT["max_tokens"]
+    for token in tokens:  # with temperature 0, the most likely token is chosen
+        assert token["logprob"] == token["top_logprobs"][0]["logprob"] >= token["top_logprobs"][1]["logprob"]
+    (tmp_path / "rows.jsonl").write_bytes(ROWS)
+    file = ask("files", "-F", "purpose=fine-tune", "-F", f"file=@{tmp_path / 'rows.jsonl'}")
+    assert ask("files")["data"] == [file]
+    assert (
+        curl(f"{served}/v1/files/{file['id']}/content", "-H", "authorization: Bearer secret").encode() == ROWS
+    )
+    job = ask("fine_tuning/jobs", model="small", training_file=file["id"], hyperparameters={"n_epochs": 1})
+    end = time.monotonic() + 60
+    while job["status"] not in ("succeeded", "failed"):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+        job = ask(f"fine_tuning/jobs/{job['id']}")
+    assert job["status"] == "succeeded", job["error"]
+    assert ask("chat/completions", **CHAT, model=job["fine_tuned_model"])["model"] == job["fine_tuned_model"]
+    assert any(event["type"] == "metrics" for event in ask(f"fine_tuning/jobs/{job['id']}/events")["data"])
+    assert ask(f"models/{job['fine_tuned_model']}", "-X", "DELETE")["deleted"]
+    assert ask(f"files/{file['id']}", "-X", "DELETE")["deleted"]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("litellm") is None, reason="needs litellm")
 def test_a_server_answers_litellm(served: str) -> None:
     ask_litellm(served)
@@ -95,7 +130,7 @@ def test_a_server_answers_litellm(served: str) -> None:
 
 def ask_litellm(url: str) -> None:
     program = f"""if True:
-        import litellm, json
+        import litellm, time
         options = dict(base_url={url + "/v1"!r}, api_key="secret", temperature=0, max_tokens=5)
         chat = [{{"role": "user", "content": "hello"}}]
         whole = litellm.completion("openai/mine", chat, **options)
@@ -105,6 +140,23 @@ def ask_litellm(url: str) -> None:
         assert whole.usage.completion_tokens == 5
         other = litellm.text_completion(prompt="hello", model="text-completion-openai/small", **options)
         assert other.choices[0].text
+        scored = litellm.completion("openai/mine", chat, logprobs=True, top_logprobs=2, **options)
+        tokens = scored.choices[0].logprobs.content
+        assert len(tokens) == 5 and all(len(token.top_logprobs) == 2 for token in tokens), tokens
+        there = dict(custom_llm_provider="openai", api_base={url + "/v1"!r}, api_key="secret")
+        file = litellm.create_file(file=("rows.jsonl", {ROWS!r}), purpose="fine-tune", **there)
+        assert litellm.file_content(file.id, **there).content == {ROWS!r}
+        job = litellm.create_fine_tuning_job(model="small", training_file=file.id, **there)
+        for _ in range(600):
+            if job.status in ("succeeded", "failed"):
+                break
+            time.sleep(0.1)
+            job = litellm.retrieve_fine_tuning_job(job.id, **there)
+        assert job.status == "succeeded", job
+        assert job.id in [one.id for one in litellm.list_fine_tuning_jobs(**there)]
+        tuned = litellm.completion("openai/" + job.fine_tuned_model, chat, **options)
+        assert tuned.usage.completion_tokens
+        assert litellm.file_delete(file.id, **there).deleted
         try:
             litellm.completion("openai/nothing", chat, **options)
         except litellm.NotFoundError:
@@ -120,8 +172,7 @@ def test_the_address_comes_before_the_events_of_an_open_job(
     files: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
     jobs = FineTuning(nplora.load_model(files[0]), tmp_path / "jobs", model="small")
-    rows = b'{"text": "hello"}\n' * 4
-    file = jobs.create_file(rows, "rows.jsonl")
+    file = jobs.create_file(ROWS, "rows.jsonl")
     job = jobs.create_job({"model": "small", "training_file": file["id"]})
     jobs._state.change(job["id"], status="running")
     jobs.close()

@@ -1,6 +1,7 @@
 """Farewell: how the ranks of MPI learn that a rank has failed, and end together."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Collection
@@ -157,6 +158,7 @@ class Farewell:
     def abort(self) -> None:
         """End all ranks at once."""
         self._mpi.COMM_WORLD.Abort(1)
+        os._exit(1)  # MPICH's Abort returns if the launcher has ended already
 
 
 def _named(ranks: Collection[int]) -> str:

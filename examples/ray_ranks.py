@@ -72,6 +72,7 @@ def main() -> int:
         sys.exit("ray_ranks.py: give --accumulate, the number of batches in a step, which the ranks divide")
     most = int(options[options.index("--accumulate") + 1])
     ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
+    signal.signal(signal.SIGINT, lambda *_: None)  # the launcher gets Ctrl-C too, and the run is saved
     for restart in range(RESTARTS + 1):
         nodes = living_nodes(most)
         print(f"ray_ranks.py: {len(nodes)} nodes", file=sys.stderr)

@@ -131,6 +131,18 @@ def write_slowly(seconds: float) -> None:
     os.fsync, os.replace = fsync, replace  # type: ignore[assignment]
 
 
+def die_in_checkpoint(step: int) -> None:
+    """Kill this process when the file of a checkpoint is written, but does not have its name yet."""
+    usual = RunDirectory.save
+
+    def save(directory: RunDirectory, checkpoint: Checkpoint) -> None:
+        if checkpoint.step == step:
+            os.replace = lambda *names, **places: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        usual(directory, checkpoint)
+
+    RunDirectory.save = save  # type: ignore[method-assign]
+
+
 def train(
     ranks: Communicator | None,
     callbacks: list[Callback],
@@ -159,6 +171,8 @@ if __name__ == "__main__":
     kind, rank, step, place = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     if kind in TIMED:
         write_slowly(0.003)
+    if kind == "checkpoint":
+        die_in_checkpoint(step)
     mine = os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == str(rank)
     if kind == "kill-at" and mine:  # perhaps before MPI is started
         Moment(step, TIMED[kind])
@@ -178,6 +192,6 @@ if __name__ == "__main__":
         differs = here.rank == rank
         train(
             here, faults, None if here.rank else place, data=int(differs and kind == "data"),
-            checkpoint_every=1 if kind in TIMED else None,
+            checkpoint_every=1 if kind in (*TIMED, "checkpoint") else None,
             **({"clip_norm": 0.5} if differs and kind == "settings" else {}),
         )  # fmt: skip

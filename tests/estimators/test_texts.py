@@ -1,6 +1,7 @@
 """The estimators over texts, with a small encoder of random numbers."""
 
 import copy
+import json
 import os
 import pickle
 from pathlib import Path
@@ -19,7 +20,9 @@ from nplora.finetuning import train_classifier
 from nplora.formats import safetensors
 from nplora.formats.errors import FormatError
 from nplora.sklearn import LoRATextClassifier, LoRATextRegressor, TextEmbedder
+from nplora.trainer import Trainer
 from small_encoder import save_small_encoder, tensors
+from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
 
@@ -190,3 +193,84 @@ def test_a_second_fit_starts_anew_and_predictions_change_nothing(model: Path) ->
     np.testing.assert_array_equal(
         np.concatenate([estimator.predict(X[i : i + 1]) for i in range(4)]), estimator.predict(X[:4])
     )
+
+
+def test_a_saved_adapter_predicts_the_numbers_of_the_regressor(model: Path, tmp_path: Path) -> None:
+    y = np.linspace(100, 120, 20)
+    fitted = LoRATextRegressor(model, warm_start=True, **FAST).fit(X, y)
+    for name in ("first", "again", "more"):
+        nplora.save_adapter(fitted.model_, tmp_path / name)
+        found = nplora.load_classifier(model, tmp_path / name).predict(X)
+        assert abs(np.mean(found) - 110) < 10
+        np.testing.assert_allclose(found, fitted.predict(X), rtol=1e-6)
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).predict(X), fitted.predict(X))
+        fitted = fitted.fit(X, y) if name == "first" else fitted.partial_fit(X, y)
+
+
+def test_a_language_model_predicts_numbers_without_a_bias(tmp_path: Path) -> None:
+    path = save_small_llama(tmp_path / "model.gguf")
+    y = np.tile([100.0, 107.0], 10)
+    fitted = LoRATextRegressor(path, **FAST).fit(X, y)
+    nplora.save_adapter(fitted.model_, tmp_path / "out")
+    found = nplora.load_classifier(path, tmp_path / "out").predict(X)
+    np.testing.assert_allclose(found, fitted.predict(X), rtol=1e-6)
+
+
+def test_a_saved_adapter_has_the_temperature_of_the_classifier(model: Path, tmp_path: Path) -> None:
+    options = FAST | {"calibrate": True, "validation_fraction": 0.3, "warm_start": True}
+    rng = np.random.default_rng(0)
+    fitted = LoRATextClassifier(model, **options).fit(X, rng.permutation(Y))
+    assert fitted.temperature_ != 1
+    for _ in range(2):
+        nplora.save_adapter(fitted.model_, tmp_path / "out")
+        found = nplora.load_classifier(model, tmp_path / "out").predict_proba(X)
+        np.testing.assert_allclose(found, fitted.predict_proba(X), rtol=1e-6)
+        raw = fitted.decision_function(X) * fitted.temperature_
+        fitted.partial_fit(X[:1], Y[:1])  # the temperature no longer holds
+        assert fitted.temperature_ == 1
+        assert np.abs(fitted.decision_function(X) - raw).max() < 0.2 * np.abs(raw).max() + 0.2
+
+
+def test_a_fit_that_is_stopped_leaves_the_predictions_in_units_of_the_targets(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = LoRATextRegressor(model, warm_start=True, **FAST).fit(X, np.linspace(100, 120, 20))
+    before = fitted.predict(X)
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fitted.fit(X, np.linspace(100, 120, 20))
+    np.testing.assert_allclose(fitted.predict(X), before, rtol=1e-5)
+
+
+def test_a_fitted_estimator_needs_its_files_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_small_encoder(tmp_path / "encoder")
+    monkeypatch.chdir(tmp_path)
+    fitted = LoRATextClassifier("encoder", **FAST).fit(X, Y)
+    before = fitted.decision_function(X)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    np.testing.assert_array_equal(fitted.decision_function(X), before)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).decision_function(X), before)
+    fitted.set_params(model="no such encoder")
+    np.testing.assert_array_equal(fitted.decision_function(X), before)
+    stored = pickle.dumps(fitted)
+    np.testing.assert_array_equal(pickle.loads(stored).decision_function(X), before)
+    (tmp_path / "encoder").rename(tmp_path / "moved")
+    np.testing.assert_array_equal(fitted.decision_function(X), before)
+    assert pickle.dumps(fitted)
+
+
+def test_a_tokenizer_that_was_edited_in_place_is_read_again(tmp_path: Path) -> None:
+    path = save_small_encoder(tmp_path / "encoder")
+    first = LoRATextClassifier(path, **FAST).fit(X, Y)
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["cat"], words["dog"] = words["dog"], words["cat"]
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    second = LoRATextClassifier(path, **FAST).fit(X, Y)
+    ids = [each.model_.encoder.encode(["a cat"])[0][2] for each in (first, second)]
+    assert ids == [6, 7]

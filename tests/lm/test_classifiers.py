@@ -12,7 +12,9 @@ from nplora.formats import label_record, safetensors
 from nplora.formats.errors import FormatError, LimitError
 from nplora.formats.label_record import LabelRecord
 from nplora.lm.pooling import Pooling
+from nplora.nn.module import Module
 from small_encoder import save_small_encoder, tensors
+from small_llama import save_small_llama
 
 IDS = [[2, 5, 3], [2, 5, 6, 7, 3], [2, 9, 10, 11, 12, 3]]
 
@@ -235,3 +237,20 @@ def test_without_an_adapter_only_the_tokens_that_are_read_come_back(tmp_path: Pa
     every = encoder.forward(ids)[0]
     np.testing.assert_allclose(encoder.forward_for(encoder.pooling, ids)[0], every[[0, 3]], atol=1e-5)
     np.testing.assert_allclose(encoder.embed_ids(ids, normalize=False), every[[0, 3]], atol=1e-5)
+
+
+def test_an_adapter_on_rows_that_gguf_reorders_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+    path = save_small_llama(tmp_path / "model.gguf")
+    classifier = nplora.new_classifier(nplora.load_encoder(path, pooling="last"), ["a", "b", "c"])
+    classifier.add_lora(rank=2, init="gaussian")
+    nplora.save_adapter(classifier, tmp_path / "adapter")
+    again = nplora.load_classifier(path, tmp_path / "adapter")
+    ids = [[1, 5, 3], [1, 5, 6, 7]]
+    np.testing.assert_array_equal(again(ids), classifier(ids))
+
+
+def test_a_classifier_has_the_hooks_of_its_encoder() -> None:
+    """What `Encoder` changes of `Module`, such as the order of rows, must hold for the classifier too."""
+    hooks = {name for name in vars(nplora.Encoder) if not name.startswith("__") and hasattr(Module, name)}
+    assert "stored_row_order" in hooks
+    assert hooks <= vars(nplora.TextClassifier).keys()

@@ -104,6 +104,9 @@ class TextClassifier(Module):
     def base_digest(self) -> str | None:
         return self.encoder.base_digest()
 
+    def stored_row_order(self, name: str) -> Array | None:
+        return self.encoder.stored_row_order(name)
+
     @_check.keywords
     def add_lora(
         self,

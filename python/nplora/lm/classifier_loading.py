@@ -165,6 +165,11 @@ def _spec(encoder: Encoder, tokens: bool) -> HeadSpec:
     return family.token_head(config) if tokens else family.head(config)
 
 
+def has_output_bias(encoder: Encoder) -> bool:
+    """Whether the last layer of a new head for texts has a bias. Language models have none."""
+    return _spec(encoder, tokens=False).out_bias
+
+
 def _eps(encoder: Encoder) -> float:
     config = encoder.config
     return config.rms_norm_eps if isinstance(config, ModelConfig) else config.layer_norm_eps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -162,9 +163,10 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     def _run(self, batches: Batches, loss: Loss, schedule: str, seed: int, **options: Any) -> None:
         progress = bool(self.verbose)
         trainer = Trainer(self.model_, loss, self._optimizer, schedule=schedule, seed=seed, progress=progress)
-        history: History = trainer.fit(batches, **options)
-        if history.interrupted:
-            raise KeyboardInterrupt
+        with self._unscaled():
+            history: History = trainer.fit(batches, **options)
+            if history.interrupted:
+                raise KeyboardInterrupt
         self.n_iter_ = len(history.epochs)
         self.loss_curve_ = [record.loss for record in history.epochs]
         self.validation_curve_ = [record.val_loss for record in history.epochs if record.val_loss is not None]
@@ -215,6 +217,23 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         return {"checkpoint_dir": directory, "resume": True}
 
     # ---- predictions ----
+
+    def _has_bias(self) -> bool:
+        """Whether a new head can add the mean of the targets."""
+        return True
+
+    def _set_scale(self, factor: Array | float, offset: Array | float = 0.0) -> None:
+        """After a fit: predictions are made from factor · output + offset."""
+        self._scale = np.asarray(factor, np.float64), np.asarray(offset, np.float64)
+
+    def _unscaled(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model has the outputs that it is trained with."""
+        return contextlib.nullcontext()
+
+    def _scaled(self, outputs: Array) -> Array:
+        """The outputs with the scale of the last fit."""
+        factor, offset = self._scale
+        return np.asarray(outputs * factor + offset)
 
     def _predicted(self, X: Any) -> Array:
         """Check X and return the outputs of the fitted model."""

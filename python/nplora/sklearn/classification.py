@@ -52,8 +52,10 @@ class ClassifierBase(ClassifierMixin, LoRAEstimator):  # type: ignore[misc]
             return CrossEntropy(class_weights=self._class_weights(classes, classes[labels]))
 
         held_out = self._train(x, encoded, len(classes), loss, stratify=encoded)
+        self._set_scale(1.0)
         if self.calibrate and held_out is not None:
             self.temperature_ = temperature(self._outputs(held_out.x), held_out.y)
+            self._set_scale(1 / self.temperature_)
         return self
 
     @unchanged_on_error
@@ -87,6 +89,7 @@ class ClassifierBase(ClassifierMixin, LoRAEstimator):  # type: ignore[misc]
         encoded = np.searchsorted(self.classes_, y)
         loss = CrossEntropy(class_weights=self._class_weights(self.classes_, y))
         self._train_more(x, encoded, len(self.classes_), loss)
+        self._set_scale(1.0)
         return self
 
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[Any, Array]:
@@ -110,7 +113,7 @@ class ClassifierBase(ClassifierMixin, LoRAEstimator):  # type: ignore[misc]
 
     def predict_log_proba(self, X: Any) -> Array:
         """Return the logarithms (n, classes) of `predict_proba`."""
-        return log_probabilities(self._predicted(X) / self.temperature_)
+        return log_probabilities(self._scaled(self._predicted(X)))
 
     def predict_proba(self, X: Any) -> Array:
         """Return the probability (n, classes) of each class, in the order of `classes_`."""

@@ -38,6 +38,7 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
         self._require_columns(targets)
         loss = losses.get(self.loss)
         self._train(x, self._standardised(targets, x), targets.shape[1], lambda _: loss, stratify=None)
+        self._set_scale(self._spread, self._centre)
         return self
 
     @unchanged_on_error
@@ -58,11 +59,12 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
         self._require_columns(targets)
         y = self._standardised(targets, x)
         self._train_more(x, y, targets.shape[1], losses.get(self.loss))
+        self._set_scale(self._spread, self._centre)
         return self
 
     def predict(self, X: Any) -> Array:
         """Return the predicted targets, with the shape that y had in `fit`."""
-        outputs = self._predicted(X) * self._spread + self._centre
+        outputs = self._scaled(self._predicted(X))
         return outputs[:, 0] if self._is_vector else outputs
 
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[Any, Array]:
@@ -74,12 +76,14 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
 
     def _measure(self, targets: Array) -> None:
         """Remember the mean and the standard deviation of each target; a constant one has 1."""
-        keeps = getattr(self, "head", None) == "keep"
+        if getattr(self, "head", None) == "keep":
+            self._centre, self._spread = np.zeros(targets.shape[1]), np.ones(targets.shape[1])
+            return
         _, power = np.frexp(np.abs(targets).max(axis=0))  # without it, the squares of large targets overflow
         scaled = np.ldexp(targets, -power)
-        spread = np.ones(targets.shape[1]) if keeps else np.ldexp(scaled.std(axis=0), power)
-        self._centre = np.zeros(targets.shape[1]) if keeps else np.ldexp(scaled.mean(axis=0), power)
-        self._spread = np.where(spread > 0, spread, 1.0)
+        centre = scaled.mean(axis=0) if self._has_bias() else np.zeros(targets.shape[1])
+        spread = np.ldexp(np.sqrt(((scaled - centre) ** 2).mean(axis=0)), power)
+        self._centre, self._spread = np.ldexp(centre, power), np.where(spread > 0, spread, 1.0)
 
     def _require_columns(self, targets: Array) -> None:
         if targets.shape[1] != len(self._centre):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nplora.formats import files
 from nplora.formats.errors import FormatError, counted
 from nplora.formats.files import StrPath
 from nplora.lm import Encoder, TextClassifier, load_encoder, new_classifier
+from nplora.lm.classifier_loading import has_output_bias
 from nplora.nn.module import Module
 from nplora.runtime.user_warning import warn_user
 from nplora.sklearn.base import LoRAEstimator
@@ -26,9 +28,10 @@ from nplora.trainer import Batches
 from nplora.trainer.fingerprint import base_fingerprint, factors, set_factors
 
 Array = npt.NDArray[Any]
+Scale = tuple[Array, Array]  # a factor and an offset of the outputs
 
-# The encoders in use, by path and time of change. Estimators over one model share its frozen weights.
-_loaded: weakref.WeakValueDictionary[tuple[str, int], Encoder] = weakref.WeakValueDictionary()
+# The encoders in use, by path and versions of the files. Estimators over one model share its frozen weights.
+_loaded: weakref.WeakValueDictionary[tuple[str, tuple[Any, ...]], Encoder] = weakref.WeakValueDictionary()
 
 
 def shared_encoder(op: str, model: StrPath | None) -> Encoder:
@@ -40,11 +43,20 @@ def shared_encoder(op: str, model: StrPath | None) -> Encoder:
     if not isinstance(model, str | os.PathLike):
         raise TypeError(f"{op}: model is {_check.kind(model)}, expected the path of an encoder")
     place = Path(files.absolute(model))
-    key = os.fspath(place), place.stat().st_mtime_ns
+    key = os.fspath(place), _versions(place)
     found = _loaded.get(key)
     if found is None:
         found = _loaded[key] = load_encoder(model, pooling="mean")
     return found
+
+
+def _versions(place: Path) -> tuple[Any, ...]:
+    """What changes if a file of the model changes: its name, number, size and time of change."""
+    found = [place]
+    if place.is_dir():  # the modules of sentence-transformers have directories of their own
+        found += sorted([*place.glob("*"), *place.glob("*/*")])
+    stats = [(path.name, path.stat()) for path in found if path.exists()]
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def texts_of(op: str, X: Any) -> list[str]:
@@ -109,6 +121,11 @@ def _classifier(
     return made
 
 
+def _inverse(scale: Scale) -> Scale:
+    factor, offset = scale
+    return 1 / factor, -offset / factor
+
+
 class TextEstimator(LoRAEstimator):
     """Base class of the estimators over texts: their features are token ids."""
 
@@ -116,13 +133,18 @@ class TextEstimator(LoRAEstimator):
     _task: str
 
     def _features(self, X: Any, reset: bool) -> list[list[int]]:
+        """The token ids. A fitted model keeps its tokenizer, whatever becomes of `model` and its files."""
         op = type(self).__name__
         texts = texts_of(op, X)
-        self._encoder = shared_encoder(op, self.model)
-        longest = self._encoder.max_length
-        if self.max_length is not None:
-            most = self._encoder.config.max_position_embeddings
-            longest = min(_check.integer(op, "max_length", self.max_length, least=1), most)
+        if reset or not hasattr(self, "model_"):
+            self._encoder = shared_encoder(op, self.model)
+            longest = self._encoder.max_length
+            if self.max_length is not None:
+                most = self._encoder.config.max_position_embeddings
+                longest = min(_check.integer(op, "max_length", self.max_length, least=1), most)
+        else:
+            self._encoder = self.model_.encoder
+            longest = self._encoder.max_length
         ids, cut = self._encoder.token_ids(texts, longest)
         if cut:
             warn_user(f"{op}: {counted(cut, 'text')} had more than {longest} tokens and were cut")
@@ -137,12 +159,39 @@ class TextEstimator(LoRAEstimator):
             "layers": self.layers,
             "dropout": self.dropout,
         }
-        self._lora = lora
+        self._lora, self._path = lora, os.fspath(files.absolute(self.model))
+        self._rescaling: list[Scale] = []
         return _classifier(self.model, self._labels(outputs), self._task, lora, self.max_length, seed)
 
     def _labels(self, outputs: int) -> list[str]:
         """The names of the outputs, which the saved adapter has."""
         return [f"target_{i}" for i in range(outputs)]
+
+    # The scale of predictions is a part of the head, so that a saved adapter predicts the same.
+
+    def _set_scale(self, factor: Array | float, offset: Array | float = 0.0) -> None:
+        for earlier in self._rescaling:
+            self.model_.head.rescale(*_inverse(earlier))
+        super()._set_scale(factor, offset)
+        self._rescaling[:] = [self._scale]
+        self.model_.head.rescale(*self._scale)
+
+    @contextlib.contextmanager
+    def _unscaled(self) -> Iterator[None]:
+        earlier = list(self._rescaling)
+        for scale in earlier:
+            self.model_.head.rescale(*_inverse(scale))
+        try:
+            yield
+        finally:
+            for scale in earlier:
+                self.model_.head.rescale(*scale)
+
+    def _scaled(self, outputs: Array) -> Array:
+        return outputs
+
+    def _has_bias(self) -> bool:
+        return has_output_bias(self._encoder)
 
     def _batches(self, x: Any, y: Array, shuffle: bool, seed: int) -> Batches:
         return TextBatches(x, y, self.batch_size, shuffle, seed)
@@ -169,7 +218,7 @@ class TextEstimator(LoRAEstimator):
             values = {name: value.copy() for name, value in factors(made).items()}
             base = base_fingerprint(made, whole=True)
             state["model_"] = StoredClassifier(
-                os.fspath(files.absolute(self.model)), made.labels, made.task, self._lora,
+                self._path, made.labels, made.task, self._lora,
                 made.encoder.max_length, values, made.random_state(), base,
             )  # fmt: skip
         return state

@@ -118,3 +118,31 @@ def test_a_file_of_predictions_is_not_left_behind_after_an_error(
     assert cli.main(words) == 2
     assert "rows.jsonl, line 2: no field 'text'" in capsys.readouterr().err
     assert not (here / "p.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            '{"text": "a cat", "id": 1}\n{"text": "a dog", "note": 2}\n',
+            "row 2 has a field 'note', but the first",
+        ),
+        (
+            '{"text": "a cat", "probability pet": 1}\n',
+            "row 1 has a field 'probability pet', which is the name",
+        ),
+        (
+            '{"text": "a cat", "prediction": 1}\n',
+            "line 1: the field 'prediction' has the name of a new field",
+        ),
+    ],
+)
+def test_no_field_of_a_row_is_lost_in_a_table(
+    rows: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["classify", "train", "model", "--data", "train.csv", "--output", "out", *FAST]) == 0
+    (here / "rows.jsonl").write_text(rows)
+    words = ["classify", "predict", "model", "--adapter", "out", "--data", "rows.jsonl", "--output", "p.csv"]
+    assert cli.main(words) == 2
+    assert message in capsys.readouterr().err
+    assert not (here / "p.csv").exists()

@@ -20,6 +20,7 @@ from nplora.finetuning.classification.calibration import temperature
 from nplora.formats.errors import DataError, FormatError
 from nplora.trainer import Callback, Run, StepRecord
 from small_encoder import WORDS, save_small_encoder
+from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
 
@@ -52,7 +53,7 @@ def test_a_classifier_learns_and_its_adapter_is_read_again(model: Path, tmp_path
     assert run.valid is not None
     assert run.valid.values["accuracy"] >= 0.9
     again = nplora.load_classifier(model, tmp_path)
-    assert again.encoder.max_length == 32
+    assert again.max_length == 32
     texts = [row["text"] for row in rows]
     np.testing.assert_array_equal(again.logits(texts), run.classifier.logits(texts))
     assert evaluate_classifier(again, some_rows(40, 1)).as_json() == run.valid.as_json()
@@ -139,7 +140,7 @@ def test_long_texts_are_cut_and_counted(model: Path, tmp_path: Path) -> None:
     assert run.cut == 1
     assert "1 text had more than 10 tokens and were cut" in str(run)
     again = nplora.load_classifier(model, tmp_path)
-    assert again.encoder.max_length == 10
+    assert again.max_length == 10
     with pytest.warns(UserWarning, match="1 text had more than 10 tokens"):
         evaluate_classifier(again, rows)
 
@@ -299,3 +300,214 @@ def test_the_temperature_has_the_lowest_loss(task: str) -> None:
 
     wanted = optimize.minimize_scalar(loss, bounds=(0.1, 50), method="bounded", options={"xatol": 1e-8}).x
     assert math.isclose(temperature(task, logits, truth), wanted, rel_tol=1e-5)
+
+
+# ---- inputs that went wrong once ----
+
+PETS_AND_SHOPS = [ROW, SHOP]
+
+
+def untrained(model: Path, labels: Any = ("pet", "shop"), **options: Any) -> nplora.TextClassifier:
+    return nplora.new_classifier(nplora.load_encoder(model), labels, **options)
+
+
+def damaged(model: Path) -> nplora.TextClassifier:
+    """A classifier whose logits overflow."""
+    classifier = untrained(model)
+    classifier.add_lora(rank=2, init="gaussian")
+    for parameter in classifier.parameters():
+        if parameter.name.endswith((".A", ".B")):
+            parameter.value[...] = 3e38
+    return classifier
+
+
+@pytest.mark.parametrize("form", ["directory", "mapping"])
+def test_validation_data_are_the_validation_rows_of_a_directory(
+    form: str, model: Path, tmp_path: Path
+) -> None:
+    held = some_rows(2, 1)
+    for name, rows in (("train", some_rows(6)), ("valid", held)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    valid: Any = tmp_path if form == "directory" else {"train": some_rows(6), "validation": held}
+    run = train_classifier(model, some_rows(6), tmp_path / "out", valid=valid, steps=1)
+    assert run.valid is not None
+    assert run.valid.examples == 2
+
+
+def test_one_text_is_not_a_list_of_texts(model: Path) -> None:
+    classifier = untrained(model)
+    for use in (classifier.predict, classifier.predict_proba, classifier.logits, classifier.encoder.encode):
+        with pytest.raises(TypeError, match="texts is 'a cat', expected a list of texts"):
+            use("a cat")
+
+
+def test_logits_that_are_not_finite_are_an_error_that_names_the_row(model: Path) -> None:
+    classifier = damaged(model)
+    with np.errstate(all="ignore"):
+        for use in (classifier.predict, classifier.predict_proba):
+            with pytest.raises(ValueError, match=r"the logits of texts\[0\] are NaN or infinite"):
+                use(["a cat"])
+        with pytest.raises(ValueError, match="evaluate_classifier: the logits of data, row 1 are NaN"):
+            evaluate_classifier(classifier, PETS_AND_SHOPS)
+        with pytest.raises(ValueError, match="predict_rows: the logits of data, row 1 are NaN"):
+            list(predict_rows(classifier, PETS_AND_SHOPS))
+    for task, targets in (("single", np.array([0])), ("regression", np.ones((1, 2)))):
+        with pytest.raises(ValueError, match="ClassificationReport: the logits of"):
+            ClassificationReport.of(task, ["a", "b"], np.array([[0.0, np.nan]]), targets)
+
+
+def test_a_loaded_encoder_is_left_as_it_was(model: Path, tmp_path: Path) -> None:
+    encoder = nplora.load_encoder(model)
+    with pytest.raises(OSError, match="the power is gone"):
+        train_classifier(encoder, some_rows(), tmp_path / "a", max_length=5, callbacks=[_Fail(1)], **FAST)
+    assert encoder.max_length == 32
+    run = train_classifier(encoder, some_rows(8), tmp_path / "b", max_length=5, steps=1, **FAST)
+    assert (encoder.max_length, run.classifier.max_length) == (32, 5)
+    other = nplora.load_encoder(model)
+    assert nplora.load_classifier(other, tmp_path / "b").max_length == 5
+    assert other.max_length == 32
+
+
+def test_an_encoder_has_no_adapter_after_saving_has_failed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = nplora.load_encoder(model)
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nplora.finetuning.classification.training.save_adapter", full)
+        with pytest.raises(OSError, match="no space left"):
+            train_classifier(encoder, PETS_AND_SHOPS, tmp_path, steps=1)
+    assert not encoder.adapter_layers()
+    run = train_classifier(encoder, PETS_AND_SHOPS, tmp_path, steps=1, resume=True)
+    assert run.classifier.adapter_layers()
+
+
+def test_compute_is_refused_for_a_loaded_encoder(model: Path, tmp_path: Path) -> None:
+    encoder = nplora.load_encoder(model)
+    with pytest.raises(ValueError, match="compute='bfloat16' is given, but the encoder is loaded already"):
+        train_classifier(encoder, PETS_AND_SHOPS, tmp_path / "out", compute="bfloat16")
+    with pytest.raises(ValueError, match="compute='int8' is not available"):
+        train_classifier(model, PETS_AND_SHOPS, tmp_path / "out", compute="int8")
+    with pytest.raises(ValueError, match="load_classifier: compute='float32' is given"):
+        nplora.load_classifier(encoder, compute="float32")
+
+
+def test_a_text_without_tokens_is_a_bad_row(tmp_path: Path) -> None:
+    """The tokenizer of a language model may add no token to an empty text."""
+    path = save_small_llama(tmp_path / "model.gguf", changes={"tokenizer.ggml.add_bos_token": False})
+    classifier = nplora.new_classifier(nplora.load_encoder(path, pooling="last"), ["pet", "shop"])
+    rows = [{"text": "a cat"}, {"text": ""}, {"text": "a dog"}]
+    with pytest.raises(DataError, match="data, row 2: the text has no tokens"):
+        list(predict_rows(classifier, rows))
+    with pytest.warns(UserWarning, match="row 2: the text has no tokens"):
+        found = list(predict_rows(classifier, rows, skip_bad=True))
+    assert [row["text"] for row in found] == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_length_without_room_for_words_is_refused(length: int, model: Path, tmp_path: Path) -> None:
+    message = f"max_length is {length}, but the tokenizer puts 2 tokens around a text; expected at least 3"
+    with pytest.raises(FormatError, match=f"train_classifier: {message}"):
+        train_classifier(model, PETS_AND_SHOPS, tmp_path / "out", max_length=length)
+    classifier = untrained(model)
+    classifier.add_lora(rank=2)
+    classifier.max_length = length
+    nplora.save_adapter(classifier, tmp_path / "saved")
+    encoder = nplora.load_encoder(model)
+    with pytest.raises(FormatError, match=f"saved.*: {message}"):
+        nplora.load_classifier(encoder, tmp_path / "saved")
+    assert not encoder.adapter_layers()
+
+
+def test_fields_that_a_prediction_would_replace_are_refused(model: Path) -> None:
+    row = {"text": "a cat", "probability": 3}
+    with pytest.raises(DataError, match="row 1: the field 'probability' has the name of a new field"):
+        list(predict_rows(untrained(model), [row]))
+    number = untrained(model, ["score"], task="regression")
+    assert next(predict_rows(number, [row]))["probability"] == 3
+
+
+def test_labels_are_found_with_spaces_and_by_number(model: Path) -> None:
+    rows = [{"text": "a cat", "label": " a"}, {"text": "a dog", "label": "b"}]
+    assert evaluate_classifier(untrained(model, [" a", "b"]), rows).examples == 2
+    numbered = [{"text": "a cat", "label": 0}, {"text": "a dog", "label": 1.0}]
+    for labels in (["LABEL_0", "LABEL_1"], [0, 1], {0: "x", 1: "y"}, {"1": "y", "0": "x"}):
+        report = evaluate_classifier(untrained(model, labels), numbered)
+        assert report.scores[report.labels[0]].support == 1
+        assert report.labels[0] in ("LABEL_0", "0", "x")
+    both = [{"text": "a cat", "label": 1}, {"text": "a dog", "label": True}]
+    with pytest.raises(DataError, match="the label True is true or false, but data, row 1 has 1, a number"):
+        evaluate_classifier(untrained(model, ["1", "True"]), both)
+    with pytest.raises(DataError, match="the label '2' is unknown"):
+        evaluate_classifier(untrained(model), [{"text": "a", "label": 2}])
+    with pytest.raises(ValueError, match=r"labels has the keys \[0, 2\], expected 0 to n - 1"):
+        untrained(model, {0: "x", 2: "y"})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"separator": ""}, ValueError, "evaluate_classifier: separator is '', expected a text"),
+        ({"separator": 5}, TypeError, "evaluate_classifier: separator is 5, expected a text"),
+        ({"columns": {"text": 5}}, TypeError, r"evaluate_classifier: columns\['text'\] is 5, expected"),
+        ({"columns": 5}, TypeError, "columns is"),
+    ],
+)
+def test_wrong_arguments_of_an_evaluation_are_named(
+    options: dict[str, Any], error: type[Exception], message: str, model: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        evaluate_classifier(untrained(model), PETS_AND_SHOPS, **options)
+
+
+def test_a_classifier_of_two_numbers_has_no_rows_to_compare(model: Path) -> None:
+    both = untrained(model, ["x", "y"], task="regression")
+    with pytest.raises(ValueError, match="the classifier predicts 2 numbers, but rows have one"):
+        evaluate_classifier(both, [{"text": "a", "label": 1}])
+
+
+def test_the_rate_counts_the_texts_of_the_steps(model: Path, tmp_path: Path) -> None:
+    for task, column in (("single", "label"), ("multi", "pets")):
+        options = {**FAST, "batch_examples": 2, "task": task, "columns": f"label={column}"}
+        run = train_classifier(model, some_rows(), tmp_path / task, steps=3, **options)
+        assert f" s, {6 / run.history.seconds:.1f} texts/s," in str(run)
+
+
+def test_many_labels_need_no_matrix() -> None:
+    """The confusion matrix of 60,000 labels would take 29 GB."""
+    labels, truth = [str(i) for i in range(60_000)], np.array([0, 59_999, 7])
+    logits = np.zeros((3, 60_000))
+    logits[[0, 1, 2], [0, 59_999, 8]] = [9, 1, 1]
+    report = ClassificationReport.of("single", labels, logits, truth)
+    assert report.confusion is None
+    assert "confusion" not in report.as_json()
+    assert report.values["accuracy"] == 2 / 3
+    found = [report.scores[name] for name in ("0", "7", "8", "59999")]
+    assert [(score.f1, score.support) for score in found] == [(1, 1), (0, 1), (0, 0), (1, 1)]
+    assert 0.01 <= temperature("single", logits, truth) <= 100
+
+
+def test_reports_show_labels_without_control_characters(model: Path, tmp_path: Path) -> None:
+    names = ["\x1b[31mred", "a\nb", "x" * 900]
+    report = ClassificationReport.of("single", names, np.eye(3), np.arange(3))
+    assert "\x1b" not in str(report)
+    assert str(report).count("\n") == 9
+    assert max(map(len, str(report).split("\n"))) < 200
+    rows = [{"text": "a cat", "label": name} for name in names]
+    text = str(train_classifier(model, rows, tmp_path / "out", steps=1, valid=rows))
+    assert "\\x1b[31mred, a\\nb, xxx" in text
+    assert "\x1b" not in text + repr(nplora.load_classifier(model, tmp_path / "out"))
+    with pytest.raises(DataError, match="row 1: the label has 2,000 characters, expected at most 1,000"):
+        train_classifier(model, [{"text": "a", "label": "x" * 2000}], tmp_path / "long", steps=1)
+
+
+def test_infinite_metrics_are_null_in_json() -> None:
+    targets = np.array([[1.0], [1.0 + 1e-160]])
+    report = ClassificationReport("regression", ("score",), 2, {"r2": -math.inf, "loss": 1.0})
+    assert json.loads(json.dumps(report.as_json(), allow_nan=False))["r2"] is None
+    tiny = ClassificationReport.of("regression", ["score"], np.array([[1e20], [3.0]]), targets * 1e-160)
+    json.dumps(tiny.as_json(), allow_nan=False)

@@ -149,6 +149,8 @@ def test_adapters_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> No
         ('{"task": [], "labels": ["a"]}', FormatError, "task is"),
         ('{"task": "multi", "labels": []}', FormatError, "labels is"),
         ('{"task": "multi", "labels": [1]}', FormatError, "labels is"),
+        ('{"task": "multi", "labels": [""]}', FormatError, "a label has 0 characters, expected 1 to 1,000"),
+        (json.dumps({"task": "multi", "labels": ["x" * 2000]}), FormatError, "a label has 2,000 characters"),
         ('{"task": "multi", "labels": ["a", "a"]}', FormatError, "two labels have the same name"),
         ('{"task": "multi", "labels": ["a"], "max_length": 0}', FormatError, "max_length is 0"),
         ('{"task": "multi", "labels": ["a"], "max_length": true}', FormatError, "max_length is True"),
@@ -254,3 +256,41 @@ def test_a_classifier_has_the_hooks_of_its_encoder() -> None:
     hooks = {name for name in vars(nplora.Encoder) if not name.startswith("__") and hasattr(Module, name)}
     assert "stored_row_order" in hooks
     assert hooks <= vars(nplora.TextClassifier).keys()
+
+
+def test_heads_of_no_outputs_or_too_many_are_refused(model: Path, tmp_path: Path) -> None:
+    def with_outputs(count: int) -> Any:
+        def change(arrays: dict[str, Any], metadata: dict[str, str]) -> Any:
+            name = "base_model.model.classifier"
+            new_arrays = {
+                f"{name}.weight": np.zeros((count, 32), np.float32),
+                f"{name}.bias": np.zeros(count, np.float32),
+            }
+            return {**arrays, **new_arrays}, {}
+
+        return change
+
+    for count, error, message in (
+        (0, FormatError, "the head has no outputs"),
+        (70_000, LimitError, "the head has 70,000 outputs, at most 65,536 are read"),
+    ):
+        adapter = rewritten(saved(model, tmp_path / str(count)), with_outputs(count))
+        with pytest.raises(error, match=message):
+            nplora.load_classifier(model, adapter)
+
+
+def test_labels_of_tokens_need_an_adapter_for_tokens(model: Path, tmp_path: Path) -> None:
+    def for_tokens(arrays: dict[str, Any], metadata: dict[str, str]) -> Any:
+        record = {"task": "single", "labels": ["a", "b"], "tokens": True}
+        return arrays, {**metadata, "labels": json.dumps(record)}
+
+    adapter = rewritten(saved(model, tmp_path / "adapter"), for_tokens)
+    with pytest.raises(FormatError, match="the labels are of tokens, but task_type SEQ_CLS is of whole"):
+        nplora.load_classifier(model, adapter)
+
+
+def test_predictions_of_tokens_are_refused(model: Path) -> None:
+    classifier = new(model, ("O", "B"), tokens=True)
+    for use in (classifier.predict, classifier.predict_proba):
+        with pytest.raises(ValueError, match="the classifier classifies tokens; `logits` has a row for each"):
+            use(["a cat"])

@@ -106,6 +106,40 @@ def test_logits_and_gradients_of_an_adapter_of_peft(
     figure("error of a gradient of a classifier, relative", assert_gradients_agree(ours, model))
 
 
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_an_adapter_of_all_linear_layers_has_factors_in_the_head(kind: str, tmp_path: Path) -> None:
+    """PEFT puts factors on the dense layer of the head, because only the last layer is in modules_to_save."""
+    theirs = torch_encoders.make(kind, TASKS["SEQ_CLS"], num_labels=3)
+    theirs.save_pretrained(tmp_path / "base")
+    theirs.name_or_path = str(tmp_path / "base")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=6, target_modules="all-linear")
+    model = peft.get_peft_model(theirs, config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "theirs")
+    ours = nplora.load_classifier(tmp_path / "base", tmp_path / "theirs")
+    dense = {"bert": "bert.pooler.dense", "modernbert": "head.dense"}[kind]
+    assert dense in ours.adapter_layers()
+    texts = torch_encoders.some_texts()
+    logits, saved = ours.forward(texts)
+    wanted = torch.cat([model.double()(input_ids=torch.tensor([ids])).logits for ids in texts])
+    np.testing.assert_allclose(logits, wanted.detach().numpy(), rtol=0, atol=TOLERANCE)
+    labels = np.random.default_rng(0).integers(0, 3, len(logits))
+    torch.nn.functional.cross_entropy(wanted, torch.from_numpy(labels)).backward()
+    ours.backward(nplora.losses.cross_entropy(logits, labels)[1], saved)
+    assert_gradients_agree(ours, model)
+    nplora.save_adapter(ours, tmp_path / "ours", str(tmp_path / "base"))
+    plain = transformers.AutoModelForSequenceClassification
+    base = plain.from_pretrained(tmp_path / "base", num_labels=3)
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "ours").double().eval()
+    np.testing.assert_allclose(logits_of(again, texts), logits, rtol=0, atol=TOLERANCE)
+    np.testing.assert_array_equal(
+        nplora.load_classifier(tmp_path / "base", tmp_path / "ours")(texts), ours(texts)
+    )
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("kind", SEQUENCES)
 def test_an_adapter_of_ours_gives_the_same_logits_in_peft(kind: str, task: str, tmp_path: Path) -> None:

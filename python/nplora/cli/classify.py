@@ -28,7 +28,7 @@ HELP = (
     "predictions."
 )
 
-_SHARED = ("columns", "separator", "skip_bad", "compute")  # options that not only train has
+_SHARED = ("columns", "separator", "skip_bad", "compute")  # options of several of the three commands
 
 _NOT_OF_TRAIN = {
     "adapter": "eval and predict",
@@ -47,19 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="WHAT", choices=("train", "eval", "predict"), help=text)
     add_model(parser)
     add_data(parser, "train.csv and perhaps valid.csv", weighted=False)
-    text = "validation rows of train; the loss on them is printed after every epoch"
+    text = "train: validation rows; the loss on them is printed after every epoch"
     parser.add_argument("--valid", metavar="FILE", type=path, help=text)
     text = (
-        "of train: directory for the adapter, the checkpoints and log.jsonl; of predict: new file for the "
+        "train: directory for the adapter, the checkpoints and log.jsonl; predict: new file for the "
         "rows with their predictions, .csv or .jsonl (default: JSON lines on stdout), or for the "
         "probabilities alone, .npy"
     )
     parser.add_argument("--output", metavar="PATH", type=path, help=text)
-    text = "adapter of eval and predict: PEFT directory (default: the head in the files of the model)"
+    text = "eval and predict: PEFT directory of the adapter (default: the head in the files of the model)"
     parser.add_argument("--adapter", metavar="DIR", type=adapter_path, help=text)
     add_any_base(parser)
-    parser.add_argument("--json", action="store_true", help="print the report of eval as JSON")
-    text = "new PNG file for the plot of eval: the confusion matrix, and the scores of each label"
+    parser.add_argument("--json", action="store_true", help="eval: print the report as JSON")
+    text = "eval: new PNG file for a plot of the confusion matrix and of the scores of each label"
     parser.add_argument("--plot", metavar="FILE", type=path, help=text)
     add_options(parser, ClassifyOptions)
 
@@ -137,7 +137,7 @@ def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 def _loaded(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
     from nplora.lm import load_classifier
 
-    compute = options.pop("compute", "float32")
+    compute = options.pop("compute", None)
     return load_classifier(arguments.model, arguments.adapter, compute, arguments.any_base)
 
 
@@ -170,15 +170,30 @@ def _write_lines(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _write_table(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
-    """Write CSV. Each label has a column with its probability; several predicted labels are joined by "|"."""
+    """Write CSV with the columns of the first row. "|" joins several predicted labels.
+
+    Each label has a column with its probability.
+    """
+    from nplora.formats.errors import DataError, brief
+
     writer: Callable[[list[Any]], Any] = csv.writer(stream).writerow
-    columns: list[str] | None = None
-    for row in rows:
+    columns: dict[str, None] | None = None
+    for number, row in enumerate(rows, 1):
         chances = {f"probability {name}": p for name, p in (row.pop("probabilities", None) or {}).items()}
+        if both := row.keys() & chances.keys():
+            raise DataError(
+                f"--output: row {number} has a field {brief(min(both))}, which is the name of a new column; "
+                "rename it, or write .jsonl"
+            )
         flat = {name: _cell(value) for name, value in {**row, **chances}.items()}
         if columns is None:
-            columns = list(flat)
-            writer(columns)
+            columns = dict.fromkeys(flat)
+            writer(list(columns))
+        if others := [name for name in flat if name not in columns]:
+            raise DataError(
+                f"--output: row {number} has a field {brief(others[0])}, but the first row, which gives the "
+                "columns of CSV, has none; write .jsonl"
+            )
         writer([flat.get(name, "") for name in columns])
 
 

@@ -10,6 +10,8 @@ from nplora.formats.errors import FormatError, LimitError, brief
 
 TASKS = ("single", "multi", "regression")
 MAX_LABELS = 1 << 16
+LONGEST_LABEL = 1000  # characters
+_SHOWN = 40  # characters of a label in reports
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,17 @@ def dumps(record: LabelRecord) -> str:
     return json.dumps(fields | ({"tokens": True} if record.tokens else {}), allow_nan=False)
 
 
+def is_name(label: str) -> bool:
+    """Whether a text can be the name of an output: it is neither empty nor very long."""
+    return 0 < len(label) <= LONGEST_LABEL
+
+
+def shown(label: str) -> str:
+    """A label for a line of text: without control characters, and not longer than 40 characters."""
+    cut = label if len(label) <= _SHOWN else label[: _SHOWN - 1] + "…"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
+
+
 def loads(text: str, source: str) -> LabelRecord:
     """Read a record. `source` is the name of its place in messages.
 
@@ -51,6 +64,9 @@ def loads(text: str, source: str) -> LabelRecord:
         raise FormatError(f"{source}: labels is {brief(labels)}, expected a list of texts")
     if len(labels) > MAX_LABELS:
         raise LimitError(f"{source}: {len(labels):,} labels, at most {MAX_LABELS:,} are read")
+    wrong = next((name for name in labels if not is_name(name)), None)
+    if wrong is not None:
+        raise FormatError(f"{source}: a label has {len(wrong):,} characters, expected 1 to {LONGEST_LABEL:,}")
     if len(set(labels)) < len(labels):
         raise FormatError(f"{source}: two labels have the same name")
     if length is not None and (type(length) is not int or length < 1):

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.formats.label_record import LabelRecord
+from nplora.formats.label_record import LabelRecord, shown
 from nplora.lm import adapting
 from nplora.lm.classifier_head import ClassifierHead, HeadSaved
 from nplora.lm.encoder import Encoder, EncoderSaved, Ids
@@ -47,11 +47,16 @@ class TextClassifier(Module):
         labels: the names of the outputs.
         task: "single" (each text has one label), "multi" (each text has any number of labels) or "regression"
             (each output is a number).
+        max_length: the largest number of tokens of a text; longer texts are cut. It can be changed.
     """
 
     def __init__(self, encoder: Encoder, head: ClassifierHead, record: LabelRecord) -> None:
         self.encoder, self.head, self._record = encoder, head, record
-        self.saved_names = head.spec.saved
+        longest = encoder.config.max_position_embeddings
+        self.max_length = min(record.max_length or encoder.max_length, longest)
+        whole = [name for name, step in head.steps.items() if step.local_parameters()]
+        parts = {part for name in whole for part in name.split(".")}
+        self.saved_names = tuple(name for name in head.spec.saved if name in parts)
 
     def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
         if id(self) in seen:
@@ -61,6 +66,10 @@ class TextClassifier(Module):
         for name, module in self.encoder.model._walk("", seen):
             yield ".".join(filter(None, (self.encoder.prefix, name or "body"))), module
         yield from self.head._walk("", seen)
+
+    def exchange(self, replaced: Mapping[int, Module]) -> None:
+        super().exchange(replaced)
+        self.head.exchange(replaced)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -73,7 +82,7 @@ class TextClassifier(Module):
     @property
     def label_record(self) -> LabelRecord:  # type: ignore[override]
         """The task and the labels, as saved adapters have them."""
-        return dataclasses.replace(self._record, max_length=self.encoder.max_length)
+        return dataclasses.replace(self._record, max_length=self.max_length)
 
     @property
     def classifies_tokens(self) -> bool:
@@ -180,11 +189,11 @@ class TextClassifier(Module):
         Args:
             batch_size: as in `logits_of_ids`.
         Raises:
-            TypeError: `texts` holds something else than texts.
+            TypeError: `texts` is one text, or holds something else than texts.
         Warns:
             UserWarning: texts were too long, and were cut.
         """
-        return self.logits_of_ids(self.encoder.encode(texts), batch_size)
+        return self.logits_of_ids(self.encoder.encode(texts, self.max_length), batch_size)
 
     def predict_proba(self, texts: Iterable[str], batch_size: int | None = None) -> Array:
         """The probability of each label for each text: float64 (texts, outputs).
@@ -198,8 +207,9 @@ class TextClassifier(Module):
             True
 
         Raises:
-            ValueError: the task is a regression.
+            ValueError: the task is a regression, tokens are classified, or a logit is NaN or infinite.
         """
+        self._require_texts("predict_proba")
         return probabilities(self.task, self.logits(texts, batch_size))
 
     def predict(self, texts: Iterable[str], batch_size: int | None = None) -> list[Any]:
@@ -211,8 +221,16 @@ class TextClassifier(Module):
             >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
             >>> classifier.predict(["a cat"])[0] in ("a", "b")
             True
+
+        Raises:
+            ValueError: tokens are classified, or a logit is NaN or infinite.
         """
+        self._require_texts("predict")
         return self.decided(self.logits(texts, batch_size))
+
+    def _require_texts(self, op: str) -> None:
+        if self.classifies_tokens:
+            raise ValueError(f"{op}: the classifier classifies tokens; `logits` has a row for each token")
 
     def decided(self, logits: Array) -> list[Any]:
         """What `predict` returns for texts with these logits.
@@ -222,6 +240,7 @@ class TextClassifier(Module):
         >>> classifier.decided(np.array([[1.0, 3.0]]))
         ['b']
         """
+        require_finite("predict", logits)
         if self.task == "single":
             return [self.labels[i] for i in logits.argmax(axis=-1).tolist()]
         if self.task == "multi":
@@ -264,7 +283,9 @@ class TextClassifier(Module):
         return None
 
     def __repr__(self) -> str:
-        names = ", ".join(map(repr, self.labels[:8])) + (", …" if len(self.labels) > 8 else "")
+        names = ", ".join(repr(shown(name)) for name in self.labels[:8]) + (
+            ", …" if len(self.labels) > 8 else ""
+        )
         kind = {"single": "one of", "multi": "any of", "regression": "numbers"}[self.task]
         lines = repr(self.encoder).splitlines()[:1]
         lines.append(f"  {kind} {names}; {self.num_trainable:,} trained values")
@@ -275,13 +296,27 @@ def probabilities(task: str, logits: Array) -> Array:
     """The probabilities that belong to logits (..., outputs), in float64.
 
     Raises:
-        ValueError: the task is a regression.
+        ValueError: the task is a regression, or a logit is NaN or infinite.
     """
     if task == "regression":
         raise ValueError("predict_proba: the task is a regression, which has no probabilities")
+    require_finite("predict_proba", logits)
     wide = np.asarray(logits, np.float64)
     if task == "multi":
         small = np.exp(-np.abs(wide))
         return np.asarray(np.where(wide >= 0, 1, small) / (1 + small))
     exponentials = np.exp(wide - wide.max(axis=-1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
+
+
+def require_finite(op: str, logits: Array, places: Sequence[str] = ()) -> None:
+    """Raise ValueError if a logit is NaN or infinite, which is no prediction.
+
+    Args:
+        logits: an array (texts, outputs).
+        places: the place of each text, for the message; empty: texts are counted from 0.
+    """
+    wrong = np.flatnonzero(~np.isfinite(logits).all(axis=-1))
+    if len(wrong):
+        name = places[wrong[0]] if places else f"texts[{wrong[0]}]"
+        raise ValueError(f"{op}: the logits of {name} are NaN or infinite, so the weights are damaged")

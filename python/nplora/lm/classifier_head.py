@@ -1,9 +1,9 @@
-"""ClassifierHead: turns hidden states into logits, forward and backward. All of it is trained."""
+"""ClassifierHead: turns hidden states into logits, forward and backward. Most often, all of it is trained."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,24 +35,29 @@ class ClassifierHead(Module):
         spec: the layers, as the family describes them.
         arrays: the weight and the bias of each layer.
         eps: the epsilon of the norm.
+        frozen: the layers that are not trained, such as a dense layer that gets a LoRA adapter.
     """
 
-    def __init__(self, spec: HeadSpec, arrays: Arrays, eps: float) -> None:
+    def __init__(self, spec: HeadSpec, arrays: Arrays, eps: float, frozen: Container[str] = ()) -> None:
         self.spec = spec
         self.pooling = None if spec.pooling is None else Pooling(spec.pooling)
         self.steps: dict[str, Module] = {}
         if spec.dense is not None:
-            self.steps[spec.dense] = _linear(arrays[spec.dense])
+            self.steps[spec.dense] = _linear(arrays[spec.dense], spec.dense not in frozen)
             self.steps[f"{spec.dense}.activation"] = _ACTIVATIONS[spec.activation]()
         if spec.norm is not None:
             norm = arrays[spec.norm]
-            self.steps[spec.norm] = LayerNorm(norm["weight"], norm.get("bias"), eps, trainable=True)
-        self.out = self.steps[spec.out] = _linear(arrays[spec.out])
+            is_trained = spec.norm not in frozen
+            self.steps[spec.norm] = LayerNorm(norm["weight"], norm.get("bias"), eps, trainable=is_trained)
+        self.out = self.steps[spec.out] = _linear(arrays[spec.out], True)
 
     def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
         """The layers have transformers' names, which are those of the whole model."""
         for name, module in self.steps.items():
             yield from module._walk(name, seen)
+
+    def exchange(self, replaced: Mapping[int, Module]) -> None:
+        self.steps = {name: replaced.get(id(module), module) for name, module in self.steps.items()}
 
     def run(self, states: Array, starts: Array) -> tuple[Array, HeadSaved]:
         """The logits from the hidden states (n, d) of all tokens, and what `run_backward` needs.
@@ -93,8 +98,8 @@ class ClassifierHead(Module):
             bias[...] = bias * factor + offset
 
 
-def _linear(arrays: Mapping[str, Array]) -> Linear:
-    return Linear(arrays["weight"], arrays.get("bias"), trainable=True)
+def _linear(arrays: Mapping[str, Array], trainable: bool) -> Linear:
+    return Linear(arrays["weight"], arrays.get("bias"), trainable=trainable)
 
 
 def shapes(spec: HeadSpec, width: int, outputs: int) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from nplora import _check
 from nplora.adapters import Adapter
 from nplora.formats.config_json import Fields, read_fields
-from nplora.formats.errors import FormatError, brief
+from nplora.formats.errors import FormatError, LimitError, brief, counted
 from nplora.formats.files import StrPath
-from nplora.formats.label_record import MAX_LABELS, TASKS, LabelRecord
+from nplora.formats.label_record import LONGEST_LABEL, MAX_LABELS, TASKS, LabelRecord, is_name
 from nplora.formats.model_directory import CONFIG
 from nplora.lm import classifier_head
 from nplora.lm.classifier import TextClassifier
@@ -29,6 +29,7 @@ from nplora.nn.module import layer_stream
 Array = npt.NDArray[Any]
 
 _SPREAD = 0.02  # the standard deviation of transformers' new layers
+_SHORT = 8  # tokens; only such a limit may have no room for words, and reading the tokenizer takes time
 _PROBLEMS = {  # transformers' names of the tasks
     "single_label_classification": "single",
     "multi_label_classification": "multi",
@@ -39,7 +40,7 @@ _PROBLEMS = {  # transformers' names of the tasks
 @_check.keywords
 def new_classifier(
     encoder: Encoder,
-    labels: Iterable[str],
+    labels: Iterable[str] | Iterable[int] | Mapping[int, str],
     task: str = "single",
     tokens: bool = False,
     seed: int = 0,
@@ -57,7 +58,8 @@ def new_classifier(
         ('order', 'refund')
 
     Args:
-        labels: the names of the outputs; for a regression, the names of the numbers.
+        labels: the names of the outputs; for a regression, the names of the numbers. Integers become texts. A
+            dictionary such as transformers' `id2label` has the name of each number from 0 on.
         task: "single" (each text has one label), "multi" (each text has any number of labels) or
             "regression" (each output is a number).
         tokens: whether each token has its own outputs.
@@ -82,7 +84,7 @@ def new_classifier(
 def load_classifier(
     model: StrPath | Encoder,
     adapter: StrPath | Adapter | None = None,
-    compute: str = "float32",
+    compute: str | None = None,
     any_base: bool = False,
 ) -> TextClassifier:
     """Load a classifier: a model with an adapter of a classifier, or a model whose files have a head.
@@ -101,13 +103,13 @@ def load_classifier(
     Args:
         model: as for `load_encoder`; or a loaded encoder without an adapter, which then gets the adapter.
         adapter: a PEFT directory, or an `Adapter`.
-        compute: as for `load_encoder`.
+        compute: as for `load_encoder`; None: float32, or that of a loaded encoder.
         any_base: accept an adapter that was trained on another model with the same shapes.
     Raises:
         FormatError: the adapter or the model has no head for a classifier, or the adapter does not fit.
         Other errors: see `load_encoder` and `Adapter.attach`.
     """
-    encoder = model if isinstance(model, Encoder) else _loaded(model, compute)
+    encoder = opened_encoder("load_classifier", model, compute)
     if adapter is None:
         return _from_model(encoder)
     found = adapter if isinstance(adapter, Adapter) else Adapter.read(adapter, any_base=any_base)
@@ -119,32 +121,71 @@ def load_classifier(
             f"{found.source}: the adapter has no layer {spec.out!r}, expected an adapter of a classifier"
         )
     weight = head[spec.out]["weight"]
-    outputs = weight.shape[0] if weight.ndim else 0
+    outputs = weight.shape[0] if weight.ndim else 1  # without axes, the shape is refused below
+    _require_outputs(found.source, outputs)
     arrays = {}
     for layer, shapes in classifier_head.shapes(spec, encoder.config.hidden_size, outputs).items():
         arrays[layer] = _given(found.source, layer, shapes, head, encoder)
     if unknown := [name for name in head if name not in arrays]:
         raise FormatError(f"{found.source}: the head of this model has no layer {brief(unknown[0])}")
     record = found.labels or _guessed(encoder, outputs, tokens)
+    if record.tokens != tokens:
+        kinds = ("tokens", "whole texts") if record.tokens else ("whole texts", "tokens")
+        raise FormatError(
+            f"{found.source}: the labels are of {kinds[0]}, but task_type {found.task_type} is of {kinds[1]}"
+        )
     if len(record.labels) != outputs:
         raise FormatError(f"{found.source}: {len(record.labels)} labels, but the head has {outputs} outputs")
-    made = TextClassifier(encoder, ClassifierHead(spec, arrays, _eps(encoder)), record)
+    # PEFT's target "all-linear" puts factors on the dense layer. Then only `out` is trained as a whole.
+    frozen = [name for name in spec.layers if name not in head] if spec.dense in found else []
+    made = TextClassifier(encoder, ClassifierHead(spec, arrays, _eps(encoder), frozen), record)
     factors = Adapter.of(dataclasses.replace(found, modules_to_save={}))
+    if record.max_length is not None and record.max_length < _SHORT:
+        require_room(found.source, made)  # before the encoder gets layers
     factors.attach(made, any_base)
-    if record.max_length is not None:
-        encoder.max_length = min(record.max_length, encoder.config.max_position_embeddings)
     return made
 
 
-def _loaded(model: StrPath, compute: str) -> Encoder:
-    """The encoder. A head has a pooling of its own, so that of the encoder is of no interest."""
-    return load_encoder(model, compute, pooling="mean")
+def require_room(source: str, classifier: TextClassifier) -> None:
+    """Raise FormatError if `max_length` has no room for a word between the tokens around a text.
+
+    Args:
+        source: what set `max_length`, for the message.
+    """
+    around = len(classifier.encoder.token_ids([""], classifier.encoder.config.max_position_embeddings)[0][0])
+    if classifier.max_length <= around:
+        raise FormatError(
+            f"{source}: max_length is {classifier.max_length}, but the tokenizer puts "
+            f"{counted(around, 'token')} around a text; expected at least {around + 1}"
+        )
 
 
-def _record(op: str, labels: Iterable[str], task: str, tokens: bool) -> LabelRecord:
+def opened_encoder(op: str, model: StrPath | Encoder, compute: str | None) -> Encoder:
+    """The encoder, loaded if `model` is a path. Its pooling does not matter, because a head has its own.
+
+    Raises:
+        ValueError: `compute` is given for an encoder that is loaded already.
+    """
+    if not isinstance(model, Encoder):
+        return load_encoder(model, compute or "float32", pooling="mean")
+    if compute is not None:
+        raise ValueError(f"{op}: compute={compute!r} is given, but the encoder is loaded already")
+    return model
+
+
+def _record(op: str, labels: Iterable[Any], task: str, tokens: bool) -> LabelRecord:
     if isinstance(labels, str) or not np.iterable(labels):
         raise TypeError(f"{op}: labels is {labels!r}, expected a list of texts")
-    names = _check.texts(op, "labels", list(labels))
+    if isinstance(labels, Mapping):  # id2label of transformers
+        if sorted(map(str, labels)) != sorted(map(str, range(len(labels)))):
+            raise ValueError(f"{op}: labels has the keys {brief(list(labels))}, expected 0 to n - 1")
+        labels = [name for _, name in sorted(labels.items(), key=lambda item: int(item[0]))]
+    given = list(labels)
+    if all(isinstance(name, int | np.integer) and not isinstance(name, bool) for name in given):
+        given = list(map(str, given))
+    names = _check.texts(op, "labels", given)
+    if any(not is_name(name) for name in names):
+        raise ValueError(f"{op}: a label is empty or has more than {LONGEST_LABEL:,} characters")
     _check.choice(op, "task", task, TASKS)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -163,6 +204,13 @@ def _spec(encoder: Encoder, tokens: bool) -> HeadSpec:
         return language_model_head(tokens)
     family = families.encoder_of(config)
     return family.token_head(config) if tokens else family.head(config)
+
+
+def _require_outputs(source: str, outputs: int) -> None:
+    if not outputs:
+        raise FormatError(f"{source}: the head has no outputs")
+    if outputs > MAX_LABELS:
+        raise LimitError(f"{source}: the head has {outputs:,} outputs, at most {MAX_LABELS:,} are read")
 
 
 def has_output_bias(encoder: Encoder) -> bool:
@@ -233,6 +281,7 @@ def _from_model(encoder: Encoder) -> TextClassifier:
             f"{encoder.source}: the model has no layer {name!r}, expected the files of a classifier, or an "
             "adapter of one"
         )
+    _require_outputs(str(encoder.source), outputs)
     head = ClassifierHead(spec, {name: found or {} for name, found in arrays.items()}, _eps(encoder))
     return TextClassifier(encoder, head, _guessed(encoder, outputs, tokens))
 
@@ -256,7 +305,7 @@ def _guessed(encoder: Encoder, outputs: int, tokens: bool) -> LabelRecord:
     labels = tuple(f"LABEL_{i}" for i in range(outputs))
     if isinstance(named, dict) and len(named) == outputs:
         found = [named.get(str(i)) for i in range(outputs)]
-        if all(isinstance(name, str) for name in found) and len(set(found)) == outputs:
+        if all(isinstance(name, str) and is_name(name) for name in found) and len(set(found)) == outputs:
             labels = tuple(map(str, found))
     task = _PROBLEMS.get(problem, "") if isinstance(problem, str) else ""
     return LabelRecord(task or ("single" if outputs > 1 else "regression"), labels, None, tokens)

@@ -570,8 +570,8 @@ class Encoder(Module):
 
 def _texts(op: str, texts: Iterable[str]) -> list[str]:
     """The texts as a list. Raises TypeError if one of them is no text."""
-    if not np.iterable(texts):
-        raise TypeError(f"{op}: texts is {texts!r}, expected texts")
+    if isinstance(texts, str) or not np.iterable(texts):
+        raise TypeError(f"{op}: texts is {_check.kind(texts)}, expected a list of texts")
     given = list(texts)
     for i, text in enumerate(given):
         if not isinstance(text, str):

@@ -71,7 +71,9 @@ class ServedEncoder:
                 "of texts"
             )
         if adapter.task_type == "SEQ_CLS":
-            return load_classifier(copy, adapter, any_base=any_base)
+            made = load_classifier(copy, adapter, any_base=any_base)
+            copy.max_length = made.max_length  # requests are cut by the length of the copy
+            return made
         adapter.attach(copy, any_base)
         return copy
 

@@ -114,9 +114,9 @@ def _classifier(
     path: StrPath, labels: Sequence[str], task: str, lora: dict[str, Any], max_length: int | None, seed: int
 ) -> TextClassifier:
     encoder = shared_encoder("TextEstimator", path).copied({})
-    if max_length is not None:
-        encoder.max_length = min(max_length, encoder.config.max_position_embeddings)
     made = new_classifier(encoder, labels, task, seed=seed)
+    if max_length is not None:
+        made.max_length = min(max_length, encoder.config.max_position_embeddings)
     made.add_lora(**lora, seed=seed)
     return made
 
@@ -144,7 +144,7 @@ class TextEstimator(LoRAEstimator):
                 longest = min(_check.integer(op, "max_length", self.max_length, least=1), most)
         else:
             self._encoder = self.model_.encoder
-            longest = self._encoder.max_length
+            longest = self.model_.max_length
         ids, cut = self._encoder.token_ids(texts, longest)
         if cut:
             warn_user(f"{op}: {counted(cut, 'text')} had more than {longest} tokens and were cut")
@@ -219,7 +219,7 @@ class TextEstimator(LoRAEstimator):
             base = base_fingerprint(made, whole=True)
             state["model_"] = StoredClassifier(
                 self._path, made.labels, made.task, self._lora,
-                made.encoder.max_length, values, made.random_state(), base,
+                made.max_length, values, made.random_state(), base,
             )  # fmt: skip
         return state
 

@@ -18,18 +18,19 @@ _HALVINGS = 60
 def temperature(task: str, logits: Array, targets: Array) -> float:
     """The temperature T for which logits / T have the smallest loss on these targets    (Guo et al. 2017).
 
-    The loss is convex in 1 / T, so the zero of its derivative is found by bisection. The result lies between
-    0.01 and 100: the loss of logits that are all right falls for ever as T becomes smaller.
+    The loss is convex in 1 / T, so the zero of its derivative is found by bisection. The result is between
+    0.01 and 100, because the loss has no minimum if all predictions are right: it becomes smaller with T.
 
     Args:
         task: "single" or "multi".
         logits: (n, outputs). targets: labels (n,), or 0 and 1 (n, outputs).
     """
     wide = np.asarray(logits, np.float64)
-    truth = np.eye(wide.shape[1])[targets] if task == "single" else np.asarray(targets, np.float64)
+    # The sum of truth · logits, without a matrix of zeros and ones for "single".
+    right = wide[np.arange(len(wide)), targets] if task == "single" else np.asarray(targets) * wide
     low, high = 1 / _MOST, 1 / _LEAST
     for _ in range(_HALVINGS):
         middle = (low * high) ** 0.5
-        slope = float(((probabilities(task, middle * wide) - truth) * wide).sum())
+        slope = float((probabilities(task, middle * wide) * wide).sum() - right.sum())
         low, high = (middle, high) if slope < 0 else (low, middle)
     return float(1 / (low * high) ** 0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.split import is_held_out
 from nplora.formats.errors import DataError, LimitError, brief
+from nplora.formats.label_record import LONGEST_LABEL
 
 Array = npt.NDArray[Any]
 Target = str | tuple[str, ...] | float  # a label, several labels, or a number
@@ -36,8 +38,10 @@ class Columns:
 
     @staticmethod
     def of(op: str, names: Mapping[str, str]) -> Columns:
-        """Raises ValueError for names of ours that do not exist."""
-        for ours in names:
+        """Raises ValueError for our names that do not exist, and TypeError for fields that are no texts."""
+        for ours, theirs in names.items():
+            if not isinstance(theirs, str):
+                raise TypeError(f"{op}: columns[{ours!r}] is {theirs!r}, expected the name of a field")
             if ours not in ("text", "label"):
                 raise ValueError(f"{op}: columns names {ours!r}, expected text or label, as in text=review")
         return Columns(**names)
@@ -60,7 +64,7 @@ class LabelledTexts:
         rows: the texts and targets.
         places: the place of each row, for messages.
         bad: the rows that were skipped.
-        other_labels: labels that none of these rows need have.
+        other_labels: labels that are known although perhaps no row has them.
     """
 
     names: str
@@ -123,14 +127,22 @@ class RowReader:
         task: as in `TextClassifier`.
         separator: the text between several labels, if a field is no list.
         labels: the known labels; None: every label is accepted.
+        numbered: whether an integer that is no label is the number of one, as in transformers' data sets.
     """
 
     def __init__(
-        self, columns: Columns, task: str, separator: str, labels: Iterable[str] | None = None
+        self,
+        columns: Columns,
+        task: str,
+        separator: str,
+        labels: Iterable[str] | None = None,
+        numbered: bool = False,
     ) -> None:
         self._columns, self._task, self._separator = columns, task, separator
-        self._known = None if labels is None else dict.fromkeys(labels)
-        self._first: tuple[bool, str, Any] | None = None  # is a text, place and value of the first label
+        self._known = None if labels is None else tuple(labels)
+        self._numbered = numbered
+        self._by_name = _by_name(self._known or ())
+        self._first: tuple[str, str, Any] | None = None  # kind, place and value of the first label
 
     def read(self, sources: Sequence[Source], skip_bad: bool) -> LabelledTexts:
         """Read all rows.
@@ -168,25 +180,53 @@ class RowReader:
         return Labelled(text, tuple(dict.fromkeys(self._label(item, row.where) for item in items)))
 
     def _label(self, value: Any, where: str) -> str:
-        is_text = isinstance(value, str)
-        if not is_text and type(value) not in (int, bool):
+        if isinstance(value, float) and value.is_integer():  # pandas has floats beside missing integers
+            value = int(value)
+        kind = {str: "a text", int: "a number", bool: "true or false"}.get(type(value))
+        if kind is None:
             hint = "; --task regression (task='regression') predicts numbers" if _is_float(value) else ""
             raise DataError(f"{where}: the label is {brief(value)}, expected a text or an integer{hint}")
-        name = value.strip() if is_text else str(value)
+        name = str(value).strip()
         if not name:
             raise DataError(f"{where}: the label is empty")
-        first = self._first = self._first or (is_text, where, value)
-        if first[0] != is_text:
-            ours, theirs = ("a text", "a number") if is_text else ("a number", "a text")
+        if len(name) > LONGEST_LABEL:
             raise DataError(
-                f"{where}: the label {brief(value)} is {ours}, but {first[1]} has {brief(first[2])}, "
-                f"{theirs}; expected labels of one type"
+                f"{where}: the label has {len(name):,} characters, expected at most {LONGEST_LABEL:,}"
             )
-        if self._known is not None and name not in self._known:
-            shown = ", ".join(map(brief, list(self._known)[:_MOST_SHOWN]))
-            more = ", …" if len(self._known) > _MOST_SHOWN else ""
-            raise DataError(f"{where}: the label {brief(name)} is unknown, expected one of {shown}{more}")
-        return name
+        first = self._first = self._first or (kind, where, value)
+        if first[0] != kind:
+            raise DataError(
+                f"{where}: the label {brief(value)} is {kind}, but {first[1]} has {brief(first[2])}, "
+                f"{first[0]}; expected labels of one type"
+            )
+        return name if self._known is None else self._found(value, name, where)
+
+    def _found(self, value: str | int, name: str, where: str) -> str:
+        """The known label that a row means."""
+        assert self._known is not None
+        if str(value) in self._known:
+            return str(value)
+        if name in self._by_name:
+            return self._by_name[name]
+        if self._numbered and type(value) is int and 0 <= value < len(self._known):
+            return self._known[value]
+        shown = ", ".join(map(brief, self._known[:_MOST_SHOWN]))
+        more = ", …" if len(self._known) > _MOST_SHOWN else ""
+        raise DataError(f"{where}: the label {brief(name)} is unknown, expected one of {shown}{more}")
+
+
+def require_separator(op: str, separator: object) -> None:
+    """Raise TypeError or ValueError if the text between labels is no text, or is empty."""
+    if not isinstance(separator, str):
+        raise TypeError(f"{op}: separator is {separator!r}, expected a text")
+    if not separator:
+        raise ValueError(f"{op}: separator is '', expected a text")
+
+
+def require_tokens(where: str, ids: Sequence[int]) -> None:
+    """Raise DataError if a text has no tokens, as an empty text for some language models."""
+    if not ids:
+        raise DataError(f"{where}: the text has no tokens, expected at least one word")
 
 
 def rows_of(sources: Iterable[Source]) -> Iterator[Row]:
@@ -232,6 +272,12 @@ def _number(value: Any, where: str) -> float:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
+
+
+def _by_name(labels: Sequence[str]) -> dict[str, str]:
+    """The labels by their names without spaces around them, as rows are read. Equal names are left out."""
+    counts = Counter(label.strip() for label in labels)
+    return {label.strip(): label for label in labels if counts[label.strip()] == 1}
 
 
 def _natural(label: str) -> tuple[int, float, str]:

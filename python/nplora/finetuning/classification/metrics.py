@@ -15,11 +15,13 @@ from nplora.finetuning.classification.picture import draw
 from nplora.formats import files
 from nplora.formats.errors import counted
 from nplora.formats.files import StrPath
-from nplora.lm.classifier import probabilities
+from nplora.formats.label_record import shown
+from nplora.lm.classifier import probabilities, require_finite
 
 Array = npt.NDArray[Any]
 
 _BINS = 15  # of the calibration error, as Guo et al. 2017 use
+_MOST_IN_CONFUSION = 1000  # labels; the matrix of more takes too much memory
 _MOST_IN_MATRIX = 12  # labels in a printed confusion matrix
 
 
@@ -57,6 +59,7 @@ class ClassificationReport:
             NaN.
         scores: the scores of each label; empty for a regression.
         confusion: for "single": the number of texts for each true label (row) and predicted label (column).
+            None with more than 1,000 labels.
 
     >>> logits = np.array([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     >>> report = nplora.finetuning.ClassificationReport.of("single", ["a", "b"], logits, np.array([0, 1, 1]))
@@ -73,8 +76,13 @@ class ClassificationReport:
 
     @staticmethod
     def of(task: str, labels: Sequence[str], logits: Array, targets: Array) -> ClassificationReport:
-        """Compare logits (n, outputs) with targets, as the losses take them."""
+        """Compare logits (n, outputs) with targets, as the losses take them.
+
+        Raises:
+            ValueError: a logit is NaN or infinite.
+        """
         names, wide = tuple(labels), np.asarray(logits, np.float64)
+        require_finite("ClassificationReport", wide)
         if task == "regression":
             return ClassificationReport(task, names, len(wide), _regression(wide, targets))
         if task == "multi":
@@ -82,13 +90,13 @@ class ClassificationReport:
         return _single(names, wide, np.asarray(targets))
 
     def as_json(self) -> dict[str, Any]:
-        """The report as values that JSON can hold; NaN becomes None.
+        """The report as values that JSON can hold; NaN and infinity become None.
 
         >>> report = nplora.finetuning.ClassificationReport("regression", ("score",), 1, {"r2": float("nan")})
         >>> report.as_json()["r2"] is None
         True
         """
-        values = {name: None if math.isnan(value) else value for name, value in self.values.items()}
+        values = {name: value if math.isfinite(value) else None for name, value in self.values.items()}
         found: dict[str, Any] = {"task": self.task, "examples": self.examples, **values}
         if self.scores:
             found["labels"] = {name: vars(score) for name, score in self.scores.items()}
@@ -124,44 +132,50 @@ class ClassificationReport:
             "recall": [score.recall for score in self.scores.values()],
             "F1": [score.f1 for score in self.scores.values()],
         }
-        picture = draw(self.labels, scores, self.confusion)
+        picture = draw(list(map(shown, self.labels)), scores, self.confusion)
         files.replace([files.NewFile(path, len(picture), [picture])])
         return path
 
     def __str__(self) -> str:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in self.values.items())
         lines = [f"{counted(self.examples, 'text')}: {metrics}"]
+        names = list(map(shown, self.labels))
         if self.scores:
-            width = max(5, *map(len, self.labels))
+            width = max(5, *map(len, names))
             lines.append(f"{'label':<{width}}  precision  recall     f1  texts")
-            for name, score in self.scores.items():
+            for name, score in zip(names, self.scores.values(), strict=True):
                 lines.append(
                     f"{name:<{width}}  {score.precision:9.3f}  {score.recall:6.3f}  {score.f1:5.3f}  "
                     f"{score.support:5d}"
                 )
         if self.confusion is not None and len(self.labels) <= _MOST_IN_MATRIX:
-            lines += ["", *self._matrix(self.confusion)]
+            lines += ["", *_matrix(names, self.confusion)]
         return "\n".join(lines)
 
-    def _matrix(self, confusion: Array) -> list[str]:
-        first = max(16, *map(len, self.labels))
-        width = max(5, *map(len, self.labels), len(str(confusion.max())))
-        heads = "  ".join(f"{name:>{width}}" for name in self.labels)
-        rows = ("  ".join(f"{count:>{width}d}" for count in row) for row in confusion.tolist())
-        return [
-            f"{'true | predicted':<{first}}  {heads}",
-            *(f"{name:<{first}}  {row}" for name, row in zip(self.labels, rows, strict=True)),
-        ]
+
+def _matrix(names: Sequence[str], confusion: Array) -> list[str]:
+    """The lines of a printed confusion matrix."""
+    first = max(16, *map(len, names))
+    width = max(5, *map(len, names), len(str(confusion.max())))
+    heads = "  ".join(f"{name:>{width}}" for name in names)
+    rows = ("  ".join(f"{count:>{width}d}" for count in row) for row in confusion.tolist())
+    return [
+        f"{'true | predicted':<{first}}  {heads}",
+        *(f"{name:<{first}}  {row}" for name, row in zip(names, rows, strict=True)),
+    ]
 
 
 def _single(labels: tuple[str, ...], logits: Array, targets: Array) -> ClassificationReport:
     k, predicted = len(labels), logits.argmax(axis=1)
-    confusion = np.bincount(targets * k + predicted, minlength=k * k).reshape(k, k)
+    hits = np.bincount(targets[targets == predicted], minlength=k)
+    confusion = None
+    if k <= _MOST_IN_CONFUSION:
+        confusion = np.bincount(targets * k + predicted, minlength=k * k).reshape(k, k)
     chances = probabilities("single", logits)
     right = predicted == targets
     shifted = logits - logits.max(axis=1, keepdims=True)
     losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(targets)), targets]
-    scores = _scores(labels, np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1))
+    scores = _scores(labels, hits, np.bincount(predicted, minlength=k), np.bincount(targets, minlength=k))
     values = {
         "loss": float(losses.mean()),
         "accuracy": float(right.mean()),

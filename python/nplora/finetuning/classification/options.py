@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nplora import _check
+from nplora.finetuning.classification.labelled import require_separator
 from nplora.finetuning.options import FinetuneOptions, parse_columns
 from nplora.formats.label_record import TASKS
 from nplora.lm.adapting import parse_blocks, target_names
@@ -93,10 +94,10 @@ class ClassifyOptions:
     eval_every: int | None = _same("eval_every")
     patience: int | None = _same("patience")
     keep: str = _same("keep")
-    compute: str = _option(
+    compute: str | None = _option(
         "memory and speed",
-        "float32",
-        "arithmetic of the products with frozen weights: float32 or bfloat16",
+        None,
+        "arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32)",
         choices=FLOAT_COMPUTES,
     )
     save_every: int = _same("save_every")
@@ -122,15 +123,16 @@ class ClassifyOptions:
                 raise ValueError(f"{op}: {one} and {other} are both given, expected only one of them")
         for name, words in (
             ("task", TASKS), ("class_weights", CLASS_WEIGHTS), ("schedule", SCHEDULES), ("keep", KEEP),
-            ("init", LoRALinear.inits), ("compute", FLOAT_COMPUTES),
+            ("init", LoRALinear.inits),
         ):  # fmt: skip
             _check.choice(op, name, getattr(self, name), words)
+        if self.compute is not None:
+            _check.choice(op, "compute", self.compute, FLOAT_COMPUTES)
         if self.class_weights == "balanced" and self.task != "single":
             raise ValueError(f"{op}: class_weights='balanced' needs the task 'single', not {self.task!r}")
         if self.calibrate and self.task == "regression":
             raise ValueError(f"{op}: calibrate is for labels, but the task is a regression")
-        if not isinstance(self.separator, str) or not self.separator:
-            raise ValueError(f"{op}: separator is {self.separator!r}, expected a text")
+        require_separator(op, self.separator)
 
     def _check_numbers(self, op: str) -> None:
         for name in ("epochs", "steps", "eval_every", "patience", "max_length"):

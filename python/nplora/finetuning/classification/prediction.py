@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
@@ -10,7 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.finetuning.classification.labelled import Columns, RowReader, rows_of, targets_of, text_of
+from nplora.finetuning.classification.labelled import (
+    Columns,
+    RowReader,
+    require_separator,
+    require_tokens,
+    rows_of,
+    targets_of,
+    text_of,
+)
 from nplora.finetuning.classification.metrics import ClassificationReport
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.bad_rows import BadRows
@@ -20,7 +29,7 @@ from nplora.finetuning.options import parse_columns
 from nplora.finetuning.token_progress import speaker
 from nplora.formats.errors import DataError, LimitError, counted
 from nplora.lm import TextClassifier
-from nplora.lm.classifier import probabilities
+from nplora.lm.classifier import probabilities, require_finite
 from nplora.runtime.user_warning import warn_user
 
 Array = npt.NDArray[Any]
@@ -48,28 +57,39 @@ def evaluate_classifier(
 
     Args:
         data: rows as for `train_classifier`. In a directory, the validation data are read, or else train.csv.
+            A label may also be the number of one, counted from 0, as in data sets of transformers.
         columns, separator, skip_bad: as for `train_classifier`.
         progress: print on stderr how many rows are done; None: only on a terminal or in a notebook.
     Raises:
         DataError: a row is wrong, or has a label that the classifier does not know. With `skip_bad`, such
             rows are left out, and a warning says how many.
-        ValueError: the classifier classifies tokens.
+        ValueError: the classifier classifies tokens or predicts several numbers, the separator is empty, or a
+            logit is NaN or infinite.
+        TypeError: the separator or the name of a column is no text.
     Warns:
         UserWarning: texts were cut, or rows were skipped.
     """
     op = "evaluate_classifier"
     _require_texts(op, classifier)
+    require_separator(op, separator)
     labels = None if classifier.task == "regression" else classifier.labels
-    reader = RowReader(Columns.of(op, parse_columns(columns, op)), classifier.task, separator, labels)
+    if labels is None and len(classifier.labels) > 1:
+        raise ValueError(f"{op}: the classifier predicts {len(classifier.labels)} numbers, but rows have one")
+    named = Columns.of(op, parse_columns(columns, op))
+    reader = RowReader(named, classifier.task, separator, labels, numbered=True)
     rows = reader.read(sources_of(op, data), skip_bad)
     if rows.bad.count:
         warn_user(f"{op}: {rows.bad.reason()}")
     predictor, done = _Predictor(op, classifier), _Done(progress, len(rows))
     parts = list[Array]()
+    every = rows.texts
     for begin in range(0, len(rows), _ROWS):
-        texts = rows.texts[begin : begin + _ROWS]
-        parts.append(predictor.logits(texts))
-        done.add(len(texts))
+        own = slice(begin, begin + _ROWS)
+        ids = predictor.token_ids(every[own])
+        for where, text in zip(rows.places[own], ids, strict=True):
+            require_tokens(where, text)
+        parts.append(predictor.logits(ids, rows.places[own]))
+        done.add(len(ids))
     predictor.warn()
     targets = targets_of(rows, classifier.task, classifier.labels)
     return ClassificationReport.of(classifier.task, classifier.labels, np.concatenate(parts), targets)
@@ -84,8 +104,10 @@ def predict_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield each row with the prediction for its text.
 
-    The fields of the row stay. New are "prediction" and, for labels, "probability" (that of the predicted
-    label; for several labels, the least) and "probabilities" (of all labels, by name).
+    A row keeps its fields and gets "prediction". For labels, it also gets "probabilities", which has the
+    probability of each label by name, and "probability", which says how sure the prediction is. With one
+    label for each text, this is the probability of the predicted label. With several, each label is predicted
+    or not, and "probability" is that of the least sure of these decisions.
 
         >>> encoder = nplora.load_encoder("encoder-model")
         >>> classifier = nplora.new_classifier(encoder, ["order", "refund"])
@@ -100,7 +122,9 @@ def predict_rows(
         skip_bad: leave out rows without a text, and say at the end how many there were.
         progress: as in `evaluate_classifier`.
     Raises:
-        DataError: a row has no text, and `skip_bad` is not set. ValueError: the classifier classifies tokens.
+        DataError: a row has no text, a text has no tokens, or a row has a field with the name of one of the
+            new ones, and `skip_bad` is not set.
+        ValueError: the classifier classifies tokens, or a logit is NaN or infinite.
     Warns:
         UserWarning: texts were cut, texts were empty, or rows were skipped.
     """
@@ -124,19 +148,26 @@ def save_array(stream: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
 def _predicted(
     predictor: _Predictor, sources: Iterable[Source], column: str, skip_bad: bool, progress: bool | None
 ) -> Iterator[dict[str, Any]]:
-    held, texts, bad, done = list[Row](), list[str](), BadRows(), _Done(progress)
-    for row in _rows(sources, column):
-        try:
-            texts.append(text_of(row, column))
-        except (DataError, LimitError) as error:
-            bad.skip(error, skip_bad)
-            continue
-        held.append(row)
-        if len(held) == _ROWS:
-            yield from predictor.rows(held, texts)
-            done.add(len(held))
-            held, texts = [], []
-    yield from predictor.rows(held, texts)
+    bad, done, rows = BadRows(), _Done(progress), _rows(sources, column)
+    while held := list(itertools.islice(rows, _ROWS)):
+        found = list[tuple[Row, str]]()
+        for row in held:
+            try:
+                predictor.require_free_names(row)
+                found.append((row, text_of(row, column)))
+            except (DataError, LimitError) as error:
+                bad.skip(error, skip_bad)
+        kept, ids = list[Row](), list[list[int]]()
+        for (row, _), own in zip(found, predictor.token_ids([text for _, text in found]), strict=True):
+            try:
+                require_tokens(row.where, own)
+            except DataError as error:
+                bad.skip(error, skip_bad)
+                continue
+            kept.append(row)
+            ids.append(own)
+        yield from predictor.rows(kept, ids)
+        done.add(len(kept))
     predictor.warn()
     if bad.count:
         warn_user(f"predict_rows: {bad.reason()}")
@@ -179,18 +210,31 @@ class _Predictor:
         self._op, self._classifier = op, classifier
         self._cut = self._empty = 0
 
-    def logits(self, texts: list[str]) -> Array:
-        encoder = self._classifier.encoder
-        ids, cut = encoder.token_ids(texts, encoder.max_length)
-        self._cut += cut
-        self._empty += sum(not text.strip() for text in texts)
-        return self._classifier.logits_of_ids(ids)
+    def require_free_names(self, row: Row) -> None:
+        """Raise DataError if a row has a field that the prediction would replace."""
+        names = ["prediction"]
+        if self._classifier.task != "regression":
+            names += ["probability", "probabilities"]
+        for name in names:
+            if name in row.values:
+                raise DataError(f"{row.where}: the field {name!r} has the name of a new field; rename it")
 
-    def rows(self, held: list[Row], texts: list[str]) -> Iterator[dict[str, Any]]:
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        ids, cut = self._classifier.encoder.token_ids(texts, self._classifier.max_length)
+        self._cut += cut
+        self._empty += sum(bool(own) and not text.strip() for text, own in zip(texts, ids, strict=True))
+        return ids
+
+    def logits(self, ids: list[list[int]], places: list[str]) -> Array:
+        found = self._classifier.logits_of_ids(ids)
+        require_finite(self._op, found, places)
+        return found
+
+    def rows(self, held: list[Row], ids: list[list[int]]) -> Iterator[dict[str, Any]]:
         if not held:
             return
         classifier = self._classifier
-        logits = self.logits(texts)
+        logits = self.logits(ids, [row.where for row in held])
         decided = classifier.decided(logits)
         if classifier.task == "regression":
             for row, value in zip(held, decided, strict=True):
@@ -204,7 +248,7 @@ class _Predictor:
 
     def warn(self) -> None:
         """Warn of texts that were cut, and of empty texts."""
-        longest = self._classifier.encoder.max_length
+        longest = self._classifier.max_length
         if self._cut:
             warn_user(f"{self._op}: {counted(self._cut, 'text')} had more than {longest} tokens and were cut")
         if self._empty:

@@ -14,13 +14,19 @@ import numpy.typing as npt
 from nplora import _check
 from nplora.adapters import rollback_on_error, save_adapter
 from nplora.finetuning.classification.calibration import temperature as fitting_temperature
-from nplora.finetuning.classification.labelled import Columns, LabelledTexts, RowReader, targets_of
+from nplora.finetuning.classification.labelled import (
+    Columns,
+    LabelledTexts,
+    RowReader,
+    require_tokens,
+    targets_of,
+)
 from nplora.finetuning.classification.metrics import ClassificationReport
 from nplora.finetuning.classification.options import ClassifyOptions
 from nplora.finetuning.classification.text_batches import TextBatches
 from nplora.finetuning.classification.text_progress import TextProgress
 from nplora.finetuning.data import Data
-from nplora.finetuning.data.sources import Source, splits_of
+from nplora.finetuning.data.sources import Source, sources_of, splits_of
 from nplora.finetuning.options import default_lr, parse_columns
 from nplora.finetuning.output import require_free_directory
 from nplora.finetuning.planning import peak_memory
@@ -28,7 +34,9 @@ from nplora.finetuning.token_progress import speaker, speaks
 from nplora.formats import files, model_directory, peft_adapter, run_files
 from nplora.formats.errors import counted
 from nplora.formats.files import StrPath
-from nplora.lm import Encoder, TextClassifier, load_encoder, new_classifier
+from nplora.formats.label_record import shown
+from nplora.lm import Encoder, TextClassifier, new_classifier
+from nplora.lm.classifier_loading import opened_encoder, require_room
 from nplora.nn.losses import BinaryCrossEntropy, CrossEntropy, Loss, MeanSquaredError
 from nplora.nn.optim import AdamW
 from nplora.trainer import Callback, History, Trainer
@@ -74,20 +82,19 @@ class ClassifierRun:
 
     def __str__(self) -> str:
         model, history = self.classifier, self.history
-        texts = history.epochs[-1].epoch * self.examples if history.epochs else 0
+        counted_each = len(model.labels) if model.task == "multi" else 1  # elements of the loss for a text
+        texts = sum(record.count for record in history.steps) / counted_each
         rate = texts / max(1e-9, history.seconds)
         losses = f", loss {history.loss[0]:.4f} -> {history.loss[-1]:.4f}" if history.steps else ""
-        shown = ", ".join(model.labels[:20]) + (", …" if len(model.labels) > 20 else "")
+        names = ", ".join(map(shown, model.labels[:20])) + (", …" if len(model.labels) > 20 else "")
         lines = [
             f"{counted(len(history.steps), 'step')} in {history.seconds:.1f} s, {rate:.1f} texts/s, "
             f"peak memory {peak_memory() / 1e6:.0f} MB{losses}",
-            f"{counted(len(model.labels), 'label')}: {shown}",
+            f"{counted(len(model.labels), 'label')}: {names}",
             f"trained {model.num_trainable:,} of {model.num_parameters:,} values",
         ]
         if self.cut:
-            lines.append(
-                f"{counted(self.cut, 'text')} had more than {model.encoder.max_length} tokens and were cut"
-            )
+            lines.append(f"{counted(self.cut, 'text')} had more than {model.max_length} tokens and were cut")
         if self.skipped:
             lines.append(self.skipped)
         if history.best_step is not None and len(history.evaluations) > 1:
@@ -139,7 +146,7 @@ def train_classifier(
     eval_every: int | None = None,
     patience: int | None = None,
     keep: str = "best",
-    compute: str = "float32",
+    compute: str | None = None,
     save_every: int = 100,
     save_minutes: float = 5.0,
     resume: bool = False,
@@ -154,12 +161,14 @@ def train_classifier(
     Nothing is written before all rows are read and checked.
 
     For a regression, the model is trained on targets with mean 0 and variance 1. The saved head gives the
-    targets as they are.
+    targets as they are. The head of a language model has no bias, so its targets keep their mean and are only
+    divided by the root of their mean square.
 
     Args:
-        model: as for `load_encoder`; or a loaded encoder without an adapter, which keeps the adapter.
+        model: as for `load_encoder`; or a loaded encoder without an adapter. This encoder itself is trained:
+            it has the adapter afterwards.
         data: rows to train on: a file (.csv, .jsonl, .parquet, …), an iterable of dictionaries, a data frame;
-            or a directory with train.csv and perhaps valid.csv. Weights have no effect.
+            or a directory with train.csv and perhaps valid.csv. Weights of files are ignored.
         output: directory for the adapter, the checkpoints and the log.
         valid: rows to evaluate on, after every epoch and at the end.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
@@ -199,7 +208,7 @@ def train_classifier(
             stopping).
         keep: adapter that is saved if there are validation data: best (of the lowest validation loss) or
             last.
-        compute: arithmetic of the products with frozen weights: float32 or bfloat16.
+        compute: arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32).
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
@@ -244,20 +253,19 @@ class _Training:
         self.options, self.given, self.output = options, output, Path(files.absolute(output))
         files.require_directory(output)
         splits = splits_of(op, data)
-        held_out = splits.valid if valid is None else splits_of(op, valid).train
+        held_out = splits.valid if valid is None else sources_of(op, valid)
         self.train, self.valid = self._read(splits.train, held_out)
         if self.valid is None and options.calibrate:
             raise ValueError(f"{op}: calibrate needs validation data: give valid or valid_split")
         labels = self.train.labels(options.task)
-        encoder = (
-            model if isinstance(model, Encoder) else load_encoder(model, options.compute, pooling="mean")
-        )
+        encoder = opened_encoder(op, model, options.compute)
         if isinstance(model, Encoder) and model.adapter_layers():
             raise ValueError(f"{op}: the encoder has an adapter already, expected one without")
         self._require_not_read(encoder, [*splits.train, *(held_out or [])])
-        if options.max_length is not None:
-            encoder.max_length = min(options.max_length, encoder.config.max_position_embeddings)
         self.classifier = new_classifier(encoder, labels, options.task, seed=options.seed)
+        if options.max_length is not None:
+            self.classifier.max_length = min(options.max_length, encoder.config.max_position_embeddings)
+            require_room(op, self.classifier)
         self.cut = 0
         self.train_ids = self._encoded(self.train)
         self.valid_ids = None if self.valid is None else self._encoded(self.valid)
@@ -295,8 +303,10 @@ class _Training:
 
     def _encoded(self, rows: LabelledTexts) -> list[list[int]]:
         encoder = self.classifier.encoder
-        ids, cut = encoder.token_ids(rows.texts, encoder.max_length)
+        ids, cut = encoder.token_ids(rows.texts, self.classifier.max_length)
         self.cut += cut
+        for where, text in zip(rows.places, ids, strict=True):
+            require_tokens(where, text)
         return ids
 
     # ---- the run ----
@@ -320,7 +330,6 @@ class _Training:
         train, valid = self._batches(targets, truth, centre, spread)
         with files.Directory(self.output) as directory:
             history = self._fit(trainer, train, valid, directory)
-            keep_layers()
             classifier.head.rescale(spread, centre)
             fitted, report = 1.0, None
             if self.valid_ids is not None and truth is not None:
@@ -332,6 +341,7 @@ class _Training:
                 report = ClassificationReport.of(options.task, labels, logits, truth)
             with Interrupts(terminate=False) as interrupts, interrupts.hold():
                 save_adapter(classifier, directory, self.base)
+            keep_layers()  # if saving fails, the encoder is as before
             found_at = directory.seen_from(self.given)
         bad = [rows.bad.reason() for rows in (self.train, self.valid) if rows is not None and rows.bad.count]
         return ClassifierRun(

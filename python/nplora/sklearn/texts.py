@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.finetuning import TextBatches
+from nplora.finetuning.classification.text_batches import ids_fingerprint
 from nplora.formats import files
 from nplora.formats.errors import FormatError, counted
 from nplora.formats.files import StrPath
@@ -200,10 +200,7 @@ class TextEstimator(LoRAEstimator):
         return self.model_.logits_of_ids(x).astype(np.float64)
 
     def _identity(self, x: Any) -> str:
-        found = hashlib.sha256()
-        for text in x:
-            found.update(np.array([len(text), *text], np.int64).tobytes())
-        return found.hexdigest()
+        return ids_fingerprint(x)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

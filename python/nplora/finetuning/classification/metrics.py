@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.finetuning.classification.picture import draw
+from nplora.finetuning.embedding.metrics import pearson, spearman
 from nplora.formats import files
 from nplora.formats.errors import counted
 from nplora.formats.files import StrPath
@@ -209,8 +210,8 @@ def _regression(predicted: Array, targets: Array) -> dict[str, float]:
         "mae": float(np.abs(error).mean()),
         "rmse": math.sqrt(mse),
         "r2": 1 - mse / spread if spread else math.nan,
-        "pearson": _correlation(found, truth),
-        "spearman": _correlation(_ranks(found), _ranks(truth)),
+        "pearson": pearson(found, truth) if len(found) > 1 else math.nan,
+        "spearman": spearman(found, truth) if len(found) > 1 else math.nan,
     }
 
 
@@ -233,16 +234,3 @@ def _calibration_error(confidence: Array, right: Array) -> float:
     bins = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
     gap = np.bincount(bins, confidence, _BINS) - np.bincount(bins, right.astype(np.float64), _BINS)
     return float(np.abs(gap).sum() / len(right))
-
-
-def _correlation(a: Array, b: Array) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    scale = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / scale if scale else math.nan
-
-
-def _ranks(values: Array) -> Array:
-    """The rank of each value; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[inverse])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,13 +64,18 @@ class TextBatches:
 
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must have in common with the first run, as JSON values."""
-        found = hashlib.sha256()
-        for text in self._ids:
-            found.update(np.array([len(text), *text], np.int64).tobytes())
         targets = fingerprint(self._targets, whole=True)
-        return {**self._numbers.identity(), "x": found.hexdigest(), "y": targets}
+        return {**self._numbers.identity(), "x": ids_fingerprint(self._ids), "y": targets}
 
     def log_summary(self) -> dict[str, Any]:
         """What the log of a run says about these batches."""
         tokens = sum(map(len, self._ids))
         return {**self._numbers.log_summary(), "tokens": tokens}
+
+
+def ids_fingerprint(ids: Iterable[Sequence[int]]) -> str:
+    """A hash of the token ids of texts."""
+    found = hashlib.sha256()
+    for text in ids:
+        found.update(np.array([len(text), *text], np.int64).tobytes())
+    return found.hexdigest()

@@ -60,7 +60,8 @@ def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_is_resumed(rank: int
 def test_a_rank_that_is_killed_while_it_writes_a_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
     status, _, _ = run((2, [HERE / "faults.py", "checkpoint", 0, 5, tmp_path / "run"]))
     assert status != 0
-    assert saved_step(tmp_path / "run") == 4
+    with pytest.warns(UserWarning, match="removed, because a run that was killed left this file unfinished"):
+        assert saved_step(tmp_path / "run") == 4
     require_same_end(tmp_path / "run")
 
 

@@ -409,7 +409,7 @@ def test_wrong_texts_and_ids_are_refused(directory: Path) -> None:
     encoder = nplora.load_encoder(directory)
     with pytest.raises(TypeError, match=r"texts\[1\] is a float, expected a text"):
         encoder.embed(["a", np.nan])  # type: ignore[list-item]
-    with pytest.raises(TypeError, match="texts is 3, expected texts"):
+    with pytest.raises(TypeError, match="texts is a int, expected a list of texts"):
         encoder.embed(3)  # type: ignore[arg-type]
     assert np.array_equal(encoder.embed(np.array(TEXTS)), encoder.embed(TEXTS))
     assert np.array_equal(encoder.embed(text for text in TEXTS), encoder.embed(TEXTS))

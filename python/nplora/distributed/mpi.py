@@ -13,6 +13,7 @@ from nplora.distributed.communicator import RankError
 from nplora.distributed.cores import cores_of_this_process, crowded_machines, fair_threads, is_bound
 from nplora.distributed.farewell import PAUSE, Farewell
 from nplora.distributed.launch import launched_ranks
+from nplora.platform import host
 from nplora.runtime import get_num_threads, set_num_threads
 from nplora.runtime.user_warning import warn_user
 
@@ -122,7 +123,7 @@ class MPICommunicator:
         if not is_fixed:
             self._threads = get_num_threads()
             set_num_threads(fair_threads(ranks, self.rank))
-        used = self.gather((os.uname().nodename, get_num_threads()), "the threads of the ranks")
+        used = self.gather((host.host_name(), get_num_threads()), "the threads of the ranks")
         if self.rank == 0:
             for machine, (running, cores) in crowded_machines(ranks, used).items():
                 advice = (

@@ -29,7 +29,7 @@ cat >"$tools/c++" <<END
 #!/usr/bin/env bash
 arguments=()
 for argument in "\$@"; do
-  [ "\$argument" != -march=armv8.2-a+bf16+dotprod ] || argument=-mcpu=generic+v8_2a+bf16+dotprod
+  [ "\${argument#-march=armv8.2-a+}" = "\$argument" ] || argument=-mcpu=generic+v8_2a+\${argument#-march=armv8.2-a+}
   [ "\$argument" != -bundle ] || arguments+=(-s)
   [ "\$argument" != -bundle ] || argument=-shared
   arguments+=("\$argument")

@@ -94,6 +94,20 @@ def test_parts_below_the_threshold_return_to_bfloat16(path: Path, data: Path) ->
     assert all(layer.int8 for layer in layers_of(lm, parts))  # after the run, as before it
 
 
+def test_the_worst_part_that_still_computes_in_int8_returns_next(
+    path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, said = with_adapter(path, "int8"), list[str]()
+    names = int8_check.part_names(lm)
+    found = {name: 0.96 + i / 1000 for i, name in enumerate(names)}
+    monkeypatch.setattr(int8_check, "cosines", lambda *_: (0.9, found))
+    batches = nplora.data.TokenBatches(nplora.data.read_dataset(data, lm.tokenizer), batch_examples=4)
+    check = Int8Check(lm, batches, said.append, every=1, micro_tokens=None)
+    trainer = nplora.Trainer(lm, TokenLoss(), nplora.AdamW(lr=0.0), callbacks=[check], progress=False)
+    trainer.fit(batches, steps=len(names) + 1)
+    assert [line.split(": ")[-1] for line in said] == names  # one after another, then nothing is left
+
+
 def test_a_run_logs_its_cosines_and_resumes_with_its_parts(
     path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

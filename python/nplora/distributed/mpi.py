@@ -113,6 +113,8 @@ class MPICommunicator:
             if share_cores and self.size > 1:
                 self._share_cores()
         except BaseException as error:
+            if self._threads is not None:
+                set_num_threads(self._threads)
             if self.size > 1:
                 self._farewell.leave(error)
             raise
@@ -133,7 +135,7 @@ class MPICommunicator:
                     f"{_OP}: the ranks on {machine} run {running} threads on {cores} cores, so they wait for "
                     f"each other: use {advice}"
                 )
-        if self.rank == 0 and is_bound(own, os.environ):
+        if self.rank == 0 and not is_fixed and is_bound(own, os.environ):
             warn_user(f"{_OP}: Open MPI has bound each rank to one core: mpirun --bind-to none lifts this")
 
     # ---- the methods of Communicator ----

@@ -75,10 +75,10 @@ class Int8Check(Callback):
     def _compare(self, run: Run) -> None:
         whole, parts = cosines(self._lm, self._sample())
         worst = min(parts, key=lambda part: parts[part], default="")
-        failed = [part for part, cosine in parts.items() if not cosine >= self._least]
-        if not failed and not whole >= self._least:
-            failed = [worst]
-        new = [part for part in failed if part not in self._fallen_back]
+        in_int8 = [part for part in parts if any(layer.int8 for layer in layers_of(self._lm, [part]))]
+        new = [part for part in in_int8 if not parts[part] >= self._least]
+        if in_int8 and not new and not whole >= self._least:
+            new = [min(in_int8, key=lambda part: parts[part])]
         if new:
             self._say(
                 f"step {run.step}: the gradient in int8 has a cosine of {whole:.3f} with that in bfloat16; "

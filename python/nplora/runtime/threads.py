@@ -17,11 +17,11 @@ def obey_threadpoolctl() -> None:
     threadpoolctl knows OpenMP's libraries, but nplora has threads of its own. A build with OpenMP needs
     nothing, because it follows OpenMP's limit.
     """
+    if _core.config()["openmp"]:
+        return
     try:
         from threadpoolctl import LibController, register
     except ImportError:
-        return
-    if _core.config()["openmp"]:
         return
 
     class Controller(LibController):  # type: ignore[misc, unused-ignore]

@@ -298,6 +298,8 @@ def test_the_variables_of_a_launcher_without_the_option_are_refused(
         ["teach", "m", "--data", "d", "--output", "o"],
         ["merge", "m", "a", "--output", "o"],
         ["convert", "m", "o"],
+        ["export", "m", "--ollama", "d"],
+        ["classify", "eval", "m", "--data", "d", "--plot", "p.png"],
     ],
 )
 def test_commands_that_cannot_be_divided_are_refused_under_a_launcher(

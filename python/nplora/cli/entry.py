@@ -92,10 +92,13 @@ def _distributed(arguments: list[str]) -> str | None:
     return None if pairs.isdisjoint({"--distributed mpi", "--distributed=mpi"}) else "mpi"
 
 
+_PLACES = ("output", "target", "ollama", "plot")  # the arguments that name files to write
+
+
 def _require_one_writer(parsed: argparse.Namespace) -> None:
     """Refuse a command that cannot divide its work, if mpirun would run it several times on one output."""
-    places = getattr(parsed, "output", None), getattr(parsed, "target", None)
-    if any(place is not None for place in places) and not hasattr(parsed, "distributed"):
+    writes = any(getattr(parsed, name, None) is not None for name in _PLACES)
+    if writes and not hasattr(parsed, "distributed"):
         require_one_process(parsed.prog.split()[-1])
 
 

@@ -26,27 +26,27 @@ extern const Int8Gemm k_neoni8mm_products;
 namespace {
 
 #if defined(NPLORA_X86_64) || defined(NPLORA_AARCH64)
-KernelTable with(const KernelTable& table, const char* isa, const NarrowKernels& kernels) {
+KernelTable with_kernels(const KernelTable& table, const char* isa, const NarrowKernels& kernels) {
   KernelTable made = table;
   made.isa = isa;
   static_cast<NarrowKernels&>(made) = kernels;
   return made;
 }
 
-KernelTable with(const KernelTable& table, const char* isa, const Int8Gemm& products) {
+KernelTable with_kernels(const KernelTable& table, const char* isa, const Int8Gemm& products) {
   NarrowKernels kernels = table;
   kernels.int8_gemm = products;
-  return with(table, isa, kernels);
+  return with_kernels(table, isa, kernels);
 }
 #endif
 
 #if defined(NPLORA_X86_64)
-KernelTable with(const KernelTable& table, const char* isa, const PairProducts& products) {
+KernelTable with_kernels(const KernelTable& table, const char* isa, const PairProducts& products) {
   NarrowKernels kernels = table;
   kernels.bf16 = products.tiles;
   kernels.small_pairs.gemm_outputs_in_lanes = products.small_gemm_outputs_in_lanes;
   kernels.pairs_in_registers = false;
-  return with(table, isa, kernels);
+  return with_kernels(table, isa, kernels);
 }
 #endif
 
@@ -61,13 +61,13 @@ struct Choice {
 const Choice* choices(size_t* count) {
   using simd::cpu;
 #if defined(NPLORA_X86_64)
-  static const KernelTable avxvnni = with(k_avx2_table, "avxvnni", k_avxvnni_products);
-  static const KernelTable avx512vnni = with(k_avx512_table, "avx512vnni", k_avx512vnni_products);
-  static const KernelTable avx512bf16 = with(k_avx512_table, "avx512bf16", k_avx512bf16_kernels);
-  static const KernelTable amx = with(avx512bf16, "amx", k_amx_products);
+  static const KernelTable avxvnni = with_kernels(k_avx2_table, "avxvnni", k_avxvnni_products);
+  static const KernelTable avx512vnni = with_kernels(k_avx512_table, "avx512vnni", k_avx512vnni_products);
+  static const KernelTable avx512bf16 = with_kernels(k_avx512_table, "avx512bf16", k_avx512bf16_kernels);
+  static const KernelTable amx = with_kernels(avx512bf16, "amx", k_amx_products);
 #elif defined(NPLORA_AARCH64)
-  static const KernelTable neonbf16 = with(k_neon_table, "neonbf16", k_neonbf16_kernels);
-  static const KernelTable neoni8mm = with(neonbf16, "neoni8mm", k_neoni8mm_products);
+  static const KernelTable neonbf16 = with_kernels(k_neon_table, "neonbf16", k_neonbf16_kernels);
+  static const KernelTable neoni8mm = with_kernels(neonbf16, "neoni8mm", k_neoni8mm_products);
 #endif
   static const Choice all[] = {
       {&k_generic_table, true, ""},

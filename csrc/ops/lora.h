@@ -83,8 +83,8 @@ struct BackwardPart {
 // Computes the gradients of all parts, and dx = the sum of dy W + undrop(dz B) over all parts. The data of dx
 // may be null. If `int8` is not set, weights of Compute::kInt8 are computed as with kBfloat16. With
 // `dither_key`, int8 products round dy stochastically, with random bits that depend on the key and on the
-// element. Gradients of logits need one of the two: they have many small elements beside one large element of
-// their row. Rounded to nearest in int8, the small ones would vanish together.
+// element. Gradients of logits need int8 = false or a `dither_key`: they have many small elements beside one
+// large element of their row. Rounded to nearest in int8, the small ones would vanish together.
 template <class T>
 void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8,
                    std::optional<uint64_t> dither_key = {});

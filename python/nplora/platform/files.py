@@ -166,10 +166,10 @@ def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> int:
 
 
 def reserve(descriptor: int, nbytes: int) -> None:
-    """Make a new file this long, and reserve its place on the disk.
+    """Make a new file this long, and reserve its disk space.
 
     Raises:
-        OSError: the disk has not enough place.
+        OSError: the disk has too little space.
     """
     if sys.platform == "win32":
         os.ftruncate(descriptor, nbytes)  # NTFS reserves what it adds

@@ -3,87 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import itertools
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nplora import _check
 from nplora.lm import Encoder, TextClassifier
-from nplora.models.packing import cut
+from nplora.serving.encoder_work import Array, Ids, Part, Request, Work
 from nplora.serving.engine import QueueFullError
 from nplora.serving.fair_queue import FairQueue
 from nplora.serving.memory import MemoryPlan, plan_encoder_memory
 from nplora.serving.metrics import Metrics
-from nplora.serving.served_encoder import Model, ServedEncoder
-
-Array = npt.NDArray[Any]
-Ids = Sequence[Sequence[int]]
+from nplora.serving.served_encoder import Model, ServedEncoder, encoder_of
 
 _OP = "EncoderEngine.submit"
 ROUND = 2048  # the most tokens that are computed at once, except for one longer text
 _PART = 1024  # a request with more tokens is divided, so that other requests need not wait for its end
-
-
-@dataclasses.dataclass(frozen=True)
-class _Work:
-    """What is computed. Texts with equal work are computed together."""
-
-    model: Model
-    classes: bool
-    normalize: bool | None
-
-    def width(self) -> int:
-        if not isinstance(self.model, TextClassifier):
-            return self.model.dim
-        return len(self.model.labels) if self.classes else self.model.encoder.dim
-
-    def compute(self, ids: Ids) -> Array:
-        if not isinstance(self.model, TextClassifier):
-            return self.model.embed_ids(ids, normalize=self.normalize)
-        if self.classes:
-            return self.model.logits_of_ids(ids)
-        return self.model.encoder.embed_ids(ids, normalize=self.normalize)
-
-
-@dataclasses.dataclass(eq=False)
-class _Request:
-    work: _Work
-    future: Future[Array]
-    rows: Array
-    parts_left: int
-    tokens: int
-    arrived: float
-    begun: bool = False
-
-
-@dataclasses.dataclass(eq=False)
-class _Part:
-    """Some of a request's texts, from text number `first` on."""
-
-    request: _Request
-    first: int
-    ids: Ids
-    client: str
-    priority: int = 0
-    started: int | None = None  # only for the queue
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.ids))
+WAITING = 64 << 20  # the most bytes of token ids and results of all requests, except for one larger request
 
 
 class EncoderEngine:
     """Computes embeddings, and the logits of classifiers, for many requests.
 
     Clients take turns. Small requests to the same model are computed together. A result does not depend on
-    other requests, up to rounding.
+    other requests, up to rounding. An error ends only the request that causes it.
 
         >>> encoder = nplora.load_encoder("encoder-model")
         >>> with nplora.serving.EncoderEngine(encoder) as engine:
@@ -117,8 +63,9 @@ class EncoderEngine:
         self._most = _check.integer("EncoderEngine", "max_waiting", max_waiting, least=1)
         self.plan: MemoryPlan = plan_encoder_memory(self.served.encoder, memory, ROUND, adapter_memory)
         self._metrics = Metrics()
-        self._queue = FairQueue[_Part]()
-        self._open: dict[Future[Array], _Request] = {}
+        self._queue = FairQueue[Request]()
+        self._open: dict[Future[Array], Request] = {}
+        self._bytes = 0  # of the open requests
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
@@ -146,7 +93,8 @@ class EncoderEngine:
         """Add a request. It may be called from any thread.
 
         Args:
-            ids: the token ids of each text, including special tokens (`encoder.encode` makes them).
+            ids: the token ids of each text, including special tokens (`encoder.encode` makes them). Do not
+                change arrays before the result is there.
             model: one of `served.named_model`; None: the model without an adapter.
             classes: whether the result is a classifier's logits (texts, outputs), instead of embeddings
                 (texts, dim).
@@ -155,52 +103,55 @@ class EncoderEngine:
         Returns:
             the result, float32, once it is computed. `cancel()` ends the request.
         Raises:
-            TypeError: classes are wanted, but the model is not a classifier.
-            ValueError: a text has no tokens.
-            QueueFullError: too many requests are waiting.
+            TypeError: classes are wanted, but the model is not a classifier; or the ids are not integers.
+            ValueError: a text has no tokens or too many, or the model does not have a token.
+            QueueFullError: too many requests are waiting, or they take too much memory.
             RuntimeError: the engine was closed.
         """
         model = model or self.served.named_model(None)
         if classes and not isinstance(model, TextClassifier):
             raise TypeError(f"{_OP}: the model is not a classifier")
-        lengths = np.array([len(one) for one in ids], np.int64)
-        if not lengths.all():
-            raise ValueError(f"{_OP}: ids[{int(lengths.argmin())}] is empty, expected at least one token")
-        work, cuts = _Work(model, classes, normalize), cut(lengths, _PART)
-        rows = np.empty((len(ids), work.width()), np.float32)
-        request = _Request(work, Future(), rows, len(cuts) - 1, int(lengths.sum()), time.monotonic())
+        work = Work(model, classes, normalize)
+        texts = work.checked(_OP, ids, self._longest(model))
+        request = Request(work, texts, client, _PART)
         with self._lock:
-            if self._closed:
-                raise RuntimeError(f"{_OP}: the engine was closed")
-            if len(self._open) >= self._most:
-                raise QueueFullError(f"{_OP}: {len(self._open):,} requests are waiting already")
-            self._open[request.future] = request
-            for first, end in itertools.pairwise(cuts):
-                self._queue.push(_Part(request, first, ids[first:end], client))
-            self._changed.notify_all()
+            self._admit(request)
         request.future.add_done_callback(self._ended)
-        if not len(ids):
-            request.future.set_result(rows)
+        if not texts:
+            request.future.set_result(np.empty((0, work.width()), np.float32))
         return request.future
+
+    def _longest(self, model: Model) -> int:
+        """The most tokens of a text."""
+        return min(max(ROUND, self.context), encoder_of(model).config.max_position_embeddings)
+
+    def _admit(self, request: Request) -> None:
+        """Put a request into the queue. Raise an error if the engine is closed, or the queue is full."""
+        if self._closed:
+            raise RuntimeError(f"{_OP}: the engine was closed")
+        if len(self._open) >= self._most:
+            raise QueueFullError(f"{_OP}: {len(self._open):,} requests are waiting already")
+        if self._open and self._bytes + request.bytes > WAITING:
+            raise QueueFullError(
+                f"{_OP}: this request takes {request.bytes:,} bytes and the waiting ones {self._bytes:,}, "
+                f"expected at most {WAITING:,} bytes together"
+            )
+        self._open[request.future] = request
+        self._bytes += request.bytes
+        if request.tokens:
+            self._queue.push(request)
+        self._changed.notify_all()
 
     def step(self) -> bool:
         """Compute the next texts. Return False if there was nothing to do.
 
-        An error ends the requests of these texts only.
+        An error ends only the requests whose texts cause it.
         """
         parts = self._next_parts()
         if not parts:
             return False
         began = time.monotonic()
-        try:
-            rows = parts[0].request.work.compute([ids for part in parts for ids in part.ids])
-            if not np.isfinite(rows).all():
-                raise FloatingPointError("the model's values are NaN or infinite for a text")
-            self._store(parts, rows)
-        except Exception as error:
-            for part in parts:
-                with contextlib.suppress(InvalidStateError):  # it has ended already
-                    part.request.future.set_exception(error)
+        self._compute(parts)
         with self._lock:
             self._metrics.rounds += 1
             self._metrics.compute_seconds += time.monotonic() - began
@@ -258,49 +209,74 @@ class EncoderEngine:
                 self._changed.wait_for(lambda: self._open or self._closed)
                 if not self._open:
                     return
-            if not self.step():  # the last parts are computed, and their requests end in a moment
+            if not self.step():  # the request that is left has no texts, and ends in a moment
                 time.sleep(0.001)
 
-    def _next_parts(self) -> list[_Part]:
+    def _next_parts(self) -> list[Part]:
         """Take the parts of the next round out of the queue."""
-        parts, tokens = list[_Part](), 0
+        parts, tokens = list[Part](), 0
         with self._lock:
-            while (part := self._queue.first()) is not None:
-                request = part.request
-                is_open = request.future in self._open
-                if is_open and parts:
-                    is_alike = request.work == parts[0].request.work
-                    if not is_alike or tokens + part.tokens > ROUND:
-                        break
-                self._queue.remove(part)
-                if is_open:
-                    parts.append(part)
-                    tokens += part.tokens
-                    if not request.begun:
-                        request.begun = True
-                        self._metrics.queue_seconds.add(time.monotonic() - request.arrived)
+            while (request := self._queue.first()) is not None:
+                part = request.next_part()
+                tokens += part.tokens
+                if parts and (request.work != parts[0].request.work or tokens > ROUND):
+                    break
+                if not request.begun:
+                    self._metrics.queue_seconds.add(time.monotonic() - request.arrived)
+                if request.take_part():
+                    self._queue.remove(request)
+                else:
+                    self._queue.pass_turn(request)
+                parts.append(part)
         return parts
 
-    def _store(self, parts: Sequence[_Part], rows: Array) -> None:
-        """Copy the rows of a round to their requests. Requests that are complete end."""
-        start = 0
+    def _compute(self, parts: Sequence[Part]) -> None:
+        """Compute parts together, and after an error one by one, to find the part that causes it."""
+        try:
+            rows = parts[0].request.work.compute([ids for part in parts for ids in part.ids])
+        except Exception as error:
+            if len(parts) == 1:
+                _fail(parts[0].request, error)
+                return
+        else:
+            ends = np.cumsum([len(part.ids) for part in parts])
+            for part, own in zip(parts, np.split(rows, ends[:-1]), strict=True):
+                _store(part, own)
+            return
         for part in parts:
-            request, count = part.request, len(part.ids)
-            request.rows[part.first : part.first + count] = rows[start : start + count]
-            start += count
-            request.parts_left -= 1
-            if not request.parts_left:
-                with contextlib.suppress(InvalidStateError):  # it was cancelled
-                    request.future.set_result(request.rows)
+            if not part.request.future.done():
+                self._compute([part])
 
     def _ended(self, future: Future[Array]) -> None:
-        """Count a request that has ended."""
+        """Count a request that has ended, and forget the parts that were not computed."""
         reason = "cancelled"
         if not future.cancelled():
             reason = "stop" if future.exception() is None else "error"
         with self._lock:
             request, metrics = self._open.pop(future), self._metrics
+            self._queue.remove(request)
+            self._bytes -= request.bytes
             metrics.finished[reason] = metrics.finished.get(reason, 0) + 1
             metrics.prompt_tokens += request.tokens if reason == "stop" else 0
             metrics.request_seconds.add(time.monotonic() - request.arrived)
             self._changed.notify_all()
+
+
+def _store(part: Part, rows: Array) -> None:
+    """Give the rows of a part to its request, which ends if it is complete."""
+    request = part.request
+    try:
+        if not np.isfinite(rows).all():
+            raise FloatingPointError("the model's values are NaN or infinite for a text")
+        made = request.store(part.first, rows)
+    except (FloatingPointError, MemoryError) as error:
+        _fail(request, error)
+        return
+    if made is not None:
+        with contextlib.suppress(InvalidStateError):  # it was cancelled
+            request.future.set_result(made)
+
+
+def _fail(request: Request, error: Exception) -> None:
+    with contextlib.suppress(InvalidStateError):  # it has ended already
+        request.future.set_exception(error)

@@ -60,6 +60,13 @@ class FairQueue(Generic[Item]):
                 return self._resumed[0]
             return None if highest is None else next(iter(self._lines[highest].values()))[0]
 
+    def pass_turn(self, item: Item) -> None:
+        """Let other clients come first, if `item` is first. It stays the first one of its client."""
+        with self._lock:
+            line = self._lines.get(item.priority)
+            if line is not None and item is self.first():
+                line.move_to_end(item.client)
+
     def remove(self, item: Item) -> bool:
         """Remove a request. Return False if it is not here.
 

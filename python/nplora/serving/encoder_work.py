@@ -1,0 +1,127 @@
+"""The requests of an EncoderEngine, and the parts of them that are computed at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.lm import TextClassifier
+from nplora.models.packing import cut
+from nplora.serving.served_encoder import Model, encoder_of
+
+Array = npt.NDArray[Any]
+Ids = Sequence[npt.ArrayLike]  # the token ids of each text
+
+_ARRAY = 128  # the bytes of a small array besides its values, rounded up
+_FLOAT = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is computed. Texts with equal work are computed together."""
+
+    model: Model
+    classes: bool
+    normalize: bool | None
+
+    def width(self) -> int:
+        """The number of values of a text."""
+        if not isinstance(self.model, TextClassifier):
+            return self.model.dim
+        return len(self.model.labels) if self.classes else self.model.encoder.dim
+
+    def compute(self, ids: Sequence[Array]) -> Array:
+        """The values of each text."""
+        if not isinstance(self.model, TextClassifier):
+            return self.model.embed_ids(ids, normalize=self.normalize)
+        if self.classes:
+            return self.model.logits_of_ids(ids)
+        return self.model.encoder.embed_ids(ids, normalize=self.normalize)
+
+    def checked(self, op: str, ids: Ids, longest: int) -> list[Array]:
+        """The token ids of each text, int64.
+
+        Raises:
+            TypeError: ids are not integers.
+            ValueError: a text has no tokens or more than `longest`, or the model does not have a token.
+        """
+        texts = [_check.integers(op, f"ids[{i}]", text) for i, text in enumerate(ids)]
+        for i, text in enumerate(texts):
+            if text.ndim != 1:
+                raise ValueError(f"{op}: ids[{i}] has shape {text.shape}, expected a list of token ids")
+            if not len(text):
+                raise ValueError(f"{op}: ids[{i}] is empty, expected at least one token")
+            if len(text) > longest:
+                raise ValueError(f"{op}: ids[{i}] has {len(text):,} tokens, expected at most {longest:,}")
+        if texts:
+            _check.in_range(op, "ids", np.concatenate(texts), encoder_of(self.model).config.vocab_size)
+        return texts
+
+
+class Request:
+    """Texts that one client sent together. A long request is computed in parts.
+
+    Args:
+        part: the most tokens of a part, except for one longer text.
+    Attributes:
+        tokens: the number of tokens.
+        bytes: the memory of the ids and of the result.
+        begun: whether the first part was taken.
+        priority, started: for the queue only.
+    """
+
+    priority = 0
+    started: int | None = None
+
+    def __init__(self, work: Work, ids: list[Array], client: str, part: int) -> None:
+        self.work, self.client = work, client
+        self.future: Future[Array] = Future()
+        self.arrived = time.monotonic()
+        self.tokens = sum(map(len, ids))
+        self.bytes = sum(text.nbytes + _ARRAY for text in ids) + len(ids) * work.width() * _FLOAT
+        self._ids = ids
+        self._cuts = cut(np.array(list(map(len, ids)), np.int64), part)
+        self._taken = self._stored = 0
+        self._rows: Array | None = None  # made with the first rows, so that a waiting request has none
+
+    @property
+    def begun(self) -> bool:
+        return self._taken > 0
+
+    def next_part(self) -> Part:
+        """The part that is computed next."""
+        first, end = self._cuts[self._taken : self._taken + 2]
+        return Part(self, first, self._ids[first:end])
+
+    def take_part(self) -> bool:
+        """Count the next part as taken. Return whether it was the last one."""
+        self._taken += 1
+        return self._taken == len(self._cuts) - 1
+
+    def store(self, first: int, rows: Array) -> Array | None:
+        """Keep the rows of a part. Return all rows after the last part, and None before."""
+        if self._rows is None:
+            self._rows = np.empty((len(self._ids), self.work.width()), np.float32)
+        self._rows[first : first + len(rows)] = rows
+        self._stored += 1
+        return self._rows if self._stored == len(self._cuts) - 1 else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Some of a request's texts, from text number `first` on."""
+
+    request: Request
+    first: int
+    ids: list[Array]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.ids))

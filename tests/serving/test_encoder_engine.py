@@ -1,0 +1,139 @@
+"""EncoderEngine: what a request that fails or is cancelled leaves of the others, and memory."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora.lm import Encoder
+from nplora.serving import EncoderEngine, QueueFullError, encoder_engine
+from small_encoder import WORDS, save_small_encoder
+
+pytest.importorskip("tokenizers")
+
+GOOD = [[2, 5, 6, 3]]
+BAD = WORDS.index("late")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    return nplora.load_encoder(save_small_encoder(tmp_path_factory.mktemp("small") / "model"))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    """An encoder with a token whose embedding is NaN."""
+    directory = save_small_encoder(tmp_path_factory.mktemp("broken") / "model")
+    tensors = nplora.formats.safetensors.open(directory / "model.safetensors")
+    held = {name: tensors[name].numpy().copy() for name in tensors}
+    held["embeddings.word_embeddings.weight"][BAD] = np.nan
+    nplora.formats.safetensors.save(directory / "model.safetensors", held)
+    return nplora.load_encoder(directory, check=False)
+
+
+def finish(engine: EncoderEngine) -> None:
+    while engine.step():
+        pass
+
+
+# ---- requests that fail ----
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[2, 31, 3]], "ids holds 31, expected integers from 0 to 30"),
+        ([[2, -1, 3]], "ids holds -1, expected integers from 0 to 30"),
+        ([[2, 3], [5] * 65], r"ids\[1\] has 65 tokens, expected at most 64"),
+        ([[2, 3], [[5, 6]]], r"ids\[1\] has shape \(1, 2\)"),
+    ],
+)
+def test_wrong_ids_are_refused_before_they_join_a_round(encoder: Encoder, ids: Any, message: str) -> None:
+    engine = EncoderEngine(encoder)
+    beside = engine.submit(GOOD)
+    with pytest.raises(ValueError, match=message):
+        engine.submit(ids)
+    with pytest.raises(TypeError, match="expected integers"):
+        engine.submit([[2.5, 3.0]])
+    finish(engine)
+    np.testing.assert_allclose(beside.result(0), encoder.embed_ids(GOOD), atol=1e-6)
+
+
+def test_a_text_whose_values_are_nan_fails_alone(broken: Encoder) -> None:
+    engine = EncoderEngine(broken)
+    before, failed, after = (engine.submit(ids) for ids in (GOOD, [[2, 5, 3], [2, BAD, 3]], GOOD))
+    finish(engine)
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        failed.result(0)
+    for future in (before, after):
+        np.testing.assert_allclose(future.result(0), broken.embed_ids(GOOD), atol=1e-6)
+    assert engine.metrics().finished == {"stop": 2, "error": 1}
+
+
+def test_an_error_of_a_round_ends_only_the_request_that_causes_it(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = Encoder.embed_ids
+
+    def failing(self: Encoder, ids: Any, *args: Any, **named: Any) -> Any:
+        if any(len(one) == 2 for one in ids):
+            raise MemoryError("too little for this text")
+        return compute(self, ids, *args, **named)
+
+    engine = EncoderEngine(encoder)
+    futures = [engine.submit(ids) for ids in (GOOD, [[2, 3]], GOOD, [[2, 3]])]
+    monkeypatch.setattr(Encoder, "embed_ids", failing)
+    finish(engine)
+    errors = [future.exception(0) for future in futures]
+    assert [type(error) for error in errors] == [type(None), MemoryError, type(None), MemoryError]
+    assert errors[1] is not errors[3]
+    np.testing.assert_allclose(futures[2].result(0), compute(encoder, GOOD), atol=1e-6)
+
+
+# ---- requests that are cancelled, and requests that wait ----
+
+
+def test_a_cancelled_request_leaves_the_queue_and_its_memory(encoder: Encoder) -> None:
+    engine = EncoderEngine(encoder)
+    ids = np.array([2, 5, 3])
+    seen = weakref.ref(ids)
+    first = engine.submit(GOOD)
+    future = engine.submit([ids], client="b")
+    many = engine.submit([[5] * 60] * 100, client="b")
+    del ids
+    assert len(engine._queue) == 3
+    future.cancel()
+    many.cancel()
+    assert len(engine._queue) == 1
+    gc.collect()
+    assert seen() is None
+    assert engine.metrics().waiting == 1
+    first.cancel()
+    assert not len(engine._queue)
+    assert not engine.step()
+
+
+def test_a_request_that_is_cancelled_after_its_first_part_is_not_computed_further(encoder: Encoder) -> None:
+    engine = EncoderEngine(encoder)
+    future = engine.submit([[5] * 60] * 100)
+    assert engine.step()
+    assert len(engine._queue) == 1
+    future.cancel()
+    assert not len(engine._queue)
+    assert not engine.step()
+
+
+def test_waiting_requests_have_a_limit_in_bytes(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_engine, "WAITING", 10_000)
+    engine = EncoderEngine(encoder)
+    large = engine.submit([[5] * 60] * 100)  # above the limit, but nothing else waits
+    with pytest.raises(QueueFullError, match="10,000 bytes"):
+        engine.submit(GOOD)
+    large.cancel()
+    assert engine.submit(GOOD) is not None
+    finish(engine)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import json
+import urllib.error
+import urllib.request
 import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,3 +143,50 @@ def test_waiting_requests_have_a_limit_in_bytes(encoder: Encoder, monkeypatch: p
     large.cancel()
     assert engine.submit(GOOD) is not None
     finish(engine)
+
+
+# ---- the server ----
+
+
+def test_a_token_that_the_model_lacks_is_an_error_of_the_model(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = save_small_encoder(tmp_path / "model")
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["beyond"] = len(WORDS)
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with served(nplora.load_encoder(directory)) as ask:
+        status, answer = ask(input=["a cat", "beyond"])
+        assert (status, answer["error"]["code"]) == (500, "model_error")
+        assert "the tokenizer has a token 31" in answer["error"]["message"]
+        assert ask(input=["a cat"])[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@contextlib.contextmanager
+def served(encoder: Encoder, **options: Any) -> Iterator[Callable[..., tuple[int, Any]]]:
+    """A server. Yields a function that asks /v1/embeddings: fields to the status and the answer."""
+    pytest.importorskip("uvicorn")
+    import live_server
+
+    from nplora.serving.api.app import Application
+    from nplora.serving.api.models import Models
+    from nplora.serving.api.service import EncoderService
+    from nplora.serving.served_encoder import ServedEncoder, read_adapter
+
+    model = ServedEncoder(encoder)
+    with EncoderEngine(model, **options) as engine:
+        app = Application(EncoderService(engine, Models(model, "base", read=read_adapter)))
+        with live_server.running(app) as url:
+
+            def ask(**fields: Any) -> tuple[int, Any]:
+                try:
+                    with urllib.request.urlopen(
+                        f"{url}/v1/embeddings", json.dumps(fields).encode()
+                    ) as answer:
+                        return answer.status, json.load(answer)
+                except urllib.error.HTTPError as error:
+                    with error:
+                        return error.code, json.load(error)
+
+            yield ask

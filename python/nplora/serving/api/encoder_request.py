@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora.formats.errors import UnsupportedError, counted
+from nplora.formats.errors import FormatError, UnsupportedError, counted
 from nplora.lm import Encoder, TextClassifier
 from nplora.lm.classifier import probabilities
 from nplora.serving.api.models import Models
@@ -169,7 +169,9 @@ def _encoded(encoder: Encoder, inputs: list[Any], prompt: str, most: int | None)
     texts = [prompt + checked_text(f"input[{i}]", text, empty=False) for i, text in enumerate(inputs)]
     longest = encoder.max_length if most in (None, -1) else most
     try:
-        ids, shortened = encoder.tokenizer.encode_texts(texts, longest or 0)
+        ids, shortened = encoder.token_ids(texts, longest or 0)
+    except FormatError as error:  # the tokenizer does not belong to the model
+        raise RequestError(str(error), 500, code="model_error") from error
     except ValueError as error:
         raise RequestError(str(error), param="input", code="invalid_value") from error
     if shortened and most is None:

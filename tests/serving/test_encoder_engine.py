@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import urllib.error
@@ -17,8 +18,10 @@ import pytest
 
 import nplora
 from nplora.lm import Encoder
+from nplora.platform.memory import current_memory
 from nplora.serving import EncoderEngine, QueueFullError, encoder_engine
 from small_encoder import WORDS, save_small_encoder
+from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
 
@@ -145,7 +148,41 @@ def test_waiting_requests_have_a_limit_in_bytes(encoder: Encoder, monkeypatch: p
     finish(engine)
 
 
+def test_the_memory_decides_how_long_a_text_may_be(tmp_path: Path) -> None:
+    changes = {"llama.context_length": nplora.formats.gguf.Typed(1 << 20, "UINT32")}
+    small = EncoderEngine(nplora.load_encoder(save_small_encoder(tmp_path / "small")))
+    assert (small.context, small.longest) == (
+        32,
+        64,
+    )  # of the files of sentence-transformers, of the positions
+    lm = nplora.load_encoder(save_small_llama(tmp_path / "small.gguf", changes=changes), pooling="last")
+    assert lm.max_length == 1 << 20
+    short = EncoderEngine(lm, memory=current_memory() + (160 << 20))
+    assert encoder_engine.ROUND < short.context < 1 << 20
+    assert short.plan.total <= short.plan.process + (161 << 20)
+    with pytest.raises(ValueError, match=f"expected at most {short.context:,}"):
+        short.submit([np.full(short.context + 1, 5)])
+    assert EncoderEngine(lm, memory="64G").context == 1 << 20
+
+
 # ---- the server ----
+
+
+@pytest.mark.parametrize(("longest", "reason"), [(8, "the server has memory for"), (64, "the model reads")])
+def test_a_text_that_is_too_long_is_refused_or_cut(encoder: Encoder, longest: int, reason: str) -> None:
+    most = min(longest, encoder.max_length)
+    with served(encoder, longest) as ask:
+        for text in ("a " * 40, [5] * 40):
+            status, answer = ask(input=text)
+            assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+            assert f"more than {most} tokens, the most that {reason}" in answer["error"]["message"]
+            status, answer = ask(input=text, truncate_prompt_tokens=-1)
+            assert (status, answer["usage"]["prompt_tokens"]) == (200, most)
+            status, answer = ask(input=text, truncate_prompt_tokens=5)
+            assert (status, answer["usage"]["prompt_tokens"]) == (200, 5)
+        for wrong in (0, -2, most + 1):
+            status, answer = ask(input=text, truncate_prompt_tokens=wrong)
+            assert (status, answer["error"]["param"]) == (400, "truncate_prompt_tokens")
 
 
 def test_a_token_that_the_model_lacks_is_an_error_of_the_model(
@@ -164,7 +201,7 @@ def test_a_token_that_the_model_lacks_is_an_error_of_the_model(
 
 
 @contextlib.contextmanager
-def served(encoder: Encoder, **options: Any) -> Iterator[Callable[..., tuple[int, Any]]]:
+def served(encoder: Encoder, longest: int | None = None) -> Iterator[Callable[..., tuple[int, Any]]]:
     """A server. Yields a function that asks /v1/embeddings: fields to the status and the answer."""
     pytest.importorskip("uvicorn")
     import live_server
@@ -175,7 +212,9 @@ def served(encoder: Encoder, **options: Any) -> Iterator[Callable[..., tuple[int
     from nplora.serving.served_encoder import ServedEncoder, read_adapter
 
     model = ServedEncoder(encoder)
-    with EncoderEngine(model, **options) as engine:
+    with EncoderEngine(model) as engine:
+        if longest is not None:
+            engine.plan = dataclasses.replace(engine.plan, longest=longest)
         app = Application(EncoderService(engine, Models(model, "base", read=read_adapter)))
         with live_server.running(app) as url:
 

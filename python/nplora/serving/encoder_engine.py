@@ -17,7 +17,7 @@ from nplora.serving.engine import QueueFullError
 from nplora.serving.fair_queue import FairQueue
 from nplora.serving.memory import MemoryPlan, plan_encoder_memory
 from nplora.serving.metrics import Metrics
-from nplora.serving.served_encoder import Model, ServedEncoder, encoder_of
+from nplora.serving.served_encoder import Model, ServedEncoder
 
 _OP = "EncoderEngine.submit"
 ROUND = 2048  # the most tokens that are computed at once, except for one longer text
@@ -61,7 +61,9 @@ class EncoderEngine:
     ) -> None:
         self.served = encoder if isinstance(encoder, ServedEncoder) else ServedEncoder(encoder)
         self._most = _check.integer("EncoderEngine", "max_waiting", max_waiting, least=1)
-        self.plan: MemoryPlan = plan_encoder_memory(self.served.encoder, memory, ROUND, adapter_memory)
+        self.plan: MemoryPlan = plan_encoder_memory(
+            self.served.encoder, memory, ROUND, adapter_memory, WAITING
+        )
         self._metrics = Metrics()
         self._queue = FairQueue[Request]()
         self._open: dict[Future[Array], Request] = {}
@@ -73,8 +75,13 @@ class EncoderEngine:
 
     @property
     def context(self) -> int:
-        """The most tokens of a text."""
-        return self.served.encoder.max_length
+        """The most tokens of a text, without an adapter."""
+        return min(self.longest, self.served.encoder.max_length)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a text that the memory suffices for, with any adapter."""
+        return self.plan.longest
 
     @property
     def most_requests(self) -> int:
@@ -112,7 +119,7 @@ class EncoderEngine:
         if classes and not isinstance(model, TextClassifier):
             raise TypeError(f"{_OP}: the model is not a classifier")
         work = Work(model, classes, normalize)
-        texts = work.checked(_OP, ids, self._longest(model))
+        texts = work.checked(_OP, ids, self.longest)
         request = Request(work, texts, client, _PART)
         with self._lock:
             self._admit(request)
@@ -120,10 +127,6 @@ class EncoderEngine:
         if not texts:
             request.future.set_result(np.empty((0, work.width()), np.float32))
         return request.future
-
-    def _longest(self, model: Model) -> int:
-        """The most tokens of a text."""
-        return min(max(ROUND, self.context), encoder_of(model).config.max_position_embeddings)
 
     def _admit(self, request: Request) -> None:
         """Put a request into the queue. Raise an error if the engine is closed, or the queue is full."""

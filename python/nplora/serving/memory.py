@@ -32,9 +32,11 @@ class MemoryPlan:
         process: this process before the engine, with the model and its adapters.
         weights: weights that are not read yet.
         adapters: kept for adapters that are loaded later.
-        work: what a round takes: a piece of a prompt, the scores of all requests, and scratch.
+        work: what a round takes: a piece of a prompt, the scores of all requests, and scratch;
+            for an encoder, also the waiting requests.
         pages: the number of pages for keys and values.
         page_bytes: the size of one page.
+        longest: for an encoder, the most tokens of a text that the memory suffices for.
     """
 
     process: int
@@ -43,6 +45,7 @@ class MemoryPlan:
     work: int
     pages: int
     page_bytes: int
+    longest: int = 0
 
     @property
     def total(self) -> int:
@@ -98,24 +101,36 @@ def plan_memory(
 
 
 def plan_encoder_memory(
-    encoder: Encoder, memory: int | str | None, tokens: int, adapter_memory: int | str | None = 0
+    encoder: Encoder,
+    memory: int | str | None,
+    tokens: int,
+    adapter_memory: int | str | None = 0,
+    waiting: int = 0,
 ) -> MemoryPlan:
     """Divide the memory of a process that serves an encoder, which has no keys and values to keep.
 
+    A text longer than `tokens` is computed alone. The memory that is left decides how long it may be, up to
+    the encoder's `max_length`.
+
     Args:
-        tokens: how many tokens are computed at once; a longer text is computed alone.
+        tokens: how many tokens are computed at once.
         memory, adapter_memory: as in `plan_memory`.
+        waiting: the bytes of waiting requests.
     Raises:
         ValueError: the budget is not a size, or does not suffice.
     """
     _ = encoder.tokenizer  # which reads it, so that it counts as memory in use
     process, weights = current_memory(), unread(encoder.config.source)
-    work = encoder_work_bytes(encoder, max(tokens, encoder.max_length))
+    work = encoder_work_bytes(encoder, tokens) + waiting
+    a_token = encoder_work_bytes(encoder, tokens + 1) + waiting - work
+    most = max(tokens, encoder.max_length)
     fixed = process + weights + work
-    if memory is None:
-        budget = fixed + int(_PART * max(0, (available_memory() or 0) - fixed))
-    else:
+    if memory is not None:
         budget = parse_bytes(memory, "EncoderEngine")
+    elif (available := available_memory()) is not None:
+        budget = fixed + int(_PART * max(0, available - fixed))
+    else:  # it is unknown: enough for the longest text, with room for adapters
+        budget = fixed + 2 * (most - tokens) * a_token
     left = budget - fixed
     adapters = max(0, left) // _ADAPTERS if adapter_memory is None else _adapter_bytes(adapter_memory)
     if left < adapters and memory is not None:
@@ -123,9 +138,11 @@ def plan_encoder_memory(
             f"EncoderEngine: memory is {budget / 1e6:,.0f} MB, expected at least "
             f"{math.ceil((fixed + adapters) / 1e6):,} MB: {process / 1e6:,.0f} MB are in use, "
             f"{weights / 1e6:,.0f} MB are weights that are not read yet, {adapters / 1e6:,.0f} MB are for "
-            f"adapters, and a round takes {work / 1e6:,.0f} MB"
+            f"adapters, and a round and the waiting requests take {work / 1e6:,.0f} MB"
         )
-    return MemoryPlan(process, weights, adapters, work, 0, 0)
+    more = min(max(0, left - adapters) // a_token, most - tokens)
+    longest = min(tokens + more, encoder.config.max_position_embeddings)
+    return MemoryPlan(process, weights, adapters, work + more * a_token, 0, 0, longest)
 
 
 def encoder_work_bytes(encoder: Encoder, tokens: int) -> int:

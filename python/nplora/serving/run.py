@@ -147,11 +147,15 @@ def encoder_description(engine: EncoderEngine, models: Models[ServedEncoder], op
     """What a person should know about a server with an encoder that has started."""
     served = engine.served
     found = served.classifier
-    classes = "" if found is None else f"; classes: {', '.join(found.labels[:8])}"
+    labels = () if found is None else found.labels
+    more = ", …" if len(labels) > 8 else ""
+    classes = f"; classes: {', '.join(labels[:8])}{more}" if labels else ""
+    most = served.encoder.max_length
+    why = f", because of the memory; the model reads {most:,}" if engine.context < most else ""
     return (
         f"models: {', '.join(models.names)}\n"
         f"embeddings of {served.encoder.dim:,} values: {served.encoder.pooling!r}{classes}\n"
-        f"texts of at most {engine.context:,} tokens; {options.max_queue} requests may wait\n"
+        f"texts of at most {engine.context:,} tokens{why}; {options.max_queue} requests may wait\n"
         f"memory: {engine.plan.total / 1e6:,.0f} MB at most ({_limit(options)})\n{engine.plan}"
     )
 

@@ -99,10 +99,14 @@ class EncoderRequest:
 
 
 class EncoderReader:
-    """Reads requests for an encoder. Tokenizing takes time, so it is done in a thread."""
+    """Reads requests for an encoder. Tokenizing takes time, so it is done in a thread.
 
-    def __init__(self, models: Models[ServedEncoder]) -> None:
-        self._models = models
+    Args:
+        longest: the most tokens of a text that the memory suffices for.
+    """
+
+    def __init__(self, models: Models[ServedEncoder], longest: int) -> None:
+        self._models, self._longest = models, longest
 
     def embeddings(self, values: object) -> EncoderRequest:
         """Read the body of /v1/embeddings.
@@ -121,7 +125,7 @@ class EncoderReader:
         return EncoderRequest(
             name,
             model,
-            _read_input(body, encoder, _prompt(body, encoder)),
+            self._input(body, encoder, _prompt(body, encoder)),
             base64=body.choice("encoding_format", ("float", "base64"), "float") == "base64",
             dimensions=body.integer("dimensions", 1, encoder.dim),
             normalize=body.boolean("normalize", True),
@@ -135,7 +139,41 @@ class EncoderReader:
         model: Model = self._models.lm.named_model(adapter)
         if not isinstance(model, TextClassifier):
             raise _wrong_task(f"the model {name!r} is not a classifier: use /v1/embeddings")
-        return EncoderRequest(name, model, _read_input(body, model.encoder, ""), classifier=model)
+        return EncoderRequest(name, model, self._input(body, model.encoder, ""), classifier=model)
+
+    def _input(self, body: Fields, encoder: Encoder, prompt: str) -> list[list[int]]:
+        """The token ids of each text: `input` is a text, several texts, tokens, or lists of tokens."""
+        given = body.required("input")
+        length = _Length.read(body, encoder, self._longest)
+        if isinstance(given, str) or (isinstance(given, list) and given and isinstance(given[0], int)):
+            given = [given]
+        inputs = checked_list("input", given, _MOST_INPUTS)
+        if not inputs:
+            raise RequestError("input is empty", param="input", code="invalid_value")
+        if isinstance(inputs[0], str):
+            return _encoded(encoder, inputs, prompt, length)
+        return [_tokens(encoder, f"input[{i}]", one, length) for i, one in enumerate(inputs)]
+
+
+@dataclass(frozen=True)
+class _Length:
+    """The most tokens of a text, whether longer texts are cut, and why there are no more tokens."""
+
+    most: int
+    cuts: bool
+    reason: str
+
+    @classmethod
+    def read(cls, body: Fields, encoder: Encoder, longest: int) -> _Length:
+        """Read the field `truncate_prompt_tokens`, for a server with memory for `longest` tokens."""
+        name = "truncate_prompt_tokens"
+        is_short = longest < encoder.max_length
+        most = min(longest, encoder.max_length)
+        reason = "the server has memory for" if is_short else "the model reads"
+        given = body.integer(name, -1, most)
+        if given == 0:
+            raise wrong(name, given, f"-1, or an integer from 1 to {most}")
+        return cls(most if given in (None, -1) else given, given is not None, reason)
 
 
 def _wrong_task(message: str) -> RequestError:
@@ -151,47 +189,31 @@ def _prompt(body: Fields, encoder: Encoder) -> str:
         raise RequestError(str(error), param="prompt_name", code="unsupported_parameter") from error
 
 
-def _read_input(body: Fields, encoder: Encoder, prompt: str) -> list[list[int]]:
-    """The token ids of each text: `input` is a text, several texts, tokens, or several lists of tokens."""
-    given = body.required("input")
-    most = body.integer("truncate_prompt_tokens", -1, encoder.max_length)
-    if isinstance(given, str) or (isinstance(given, list) and given and isinstance(given[0], int)):
-        given = [given]
-    inputs = checked_list("input", given, _MOST_INPUTS)
-    if not inputs:
-        raise RequestError("input is empty", param="input", code="invalid_value")
-    if isinstance(inputs[0], str):
-        return _encoded(encoder, inputs, prompt, most)
-    return [_tokens(encoder, f"input[{i}]", one, most) for i, one in enumerate(inputs)]
-
-
-def _encoded(encoder: Encoder, inputs: list[Any], prompt: str, most: int | None) -> list[list[int]]:
+def _encoded(encoder: Encoder, inputs: list[Any], prompt: str, length: _Length) -> list[list[int]]:
     texts = [prompt + checked_text(f"input[{i}]", text, empty=False) for i, text in enumerate(inputs)]
-    longest = encoder.max_length if most in (None, -1) else most
     try:
-        ids, shortened = encoder.token_ids(texts, longest or 0)
+        ids, shortened = encoder.token_ids(texts, length.most)
     except FormatError as error:  # the tokenizer does not belong to the model
         raise RequestError(str(error), 500, code="model_error") from error
     except ValueError as error:
         raise RequestError(str(error), param="input", code="invalid_value") from error
-    if shortened and most is None:
-        raise _too_long(f"{shortened:,} of {counted(len(texts), 'text')} have", encoder)
+    if shortened and not length.cuts:
+        raise _too_long(f"{shortened:,} of {counted(len(texts), 'text')} have", length)
     return ids
 
 
-def _tokens(encoder: Encoder, name: str, given: object, most: int | None) -> list[int]:
+def _tokens(encoder: Encoder, name: str, given: object, length: _Length) -> list[int]:
     """Tokens of a client, which are computed as they are."""
     if not isinstance(given, list) or not given:
         raise wrong(name, given, "a text or a list of tokens that is not empty", "input")
-    if len(given) > encoder.max_length and most is None:
-        raise _too_long(f"{name} has", encoder)
-    longest = encoder.max_length if most in (None, -1) else most
-    return [checked_integer(name, id_, 0, encoder.config.vocab_size - 1) for id_ in given[:longest]]
+    if len(given) > length.most and not length.cuts:
+        raise _too_long(f"{name} has", length)
+    return [checked_integer(name, id_, 0, encoder.config.vocab_size - 1) for id_ in given[: length.most]]
 
 
-def _too_long(what: str, encoder: Encoder) -> RequestError:
+def _too_long(what: str, length: _Length) -> RequestError:
     return RequestError(
-        f"{what} more than {encoder.max_length:,} tokens, the most that the model reads; "
+        f"{what} more than {length.most:,} tokens, the most that {length.reason}; "
         '"truncate_prompt_tokens": -1 cuts long texts',
         param="input",
         code="context_length_exceeded",

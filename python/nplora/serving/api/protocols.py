@@ -52,6 +52,9 @@ class ServingEngine(AnyEngine, Protocol):
 class EncodingEngine(AnyEngine, Protocol):
     """The members of `nplora.serving.EncoderEngine` that the server uses."""
 
+    @property
+    def longest(self) -> int: ...
+
     def submit(
         self,
         ids: Sequence[Sequence[int]],

@@ -85,4 +85,4 @@ class EncoderService(Service):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.reader = EncoderReader(self.models)
+        self.reader = EncoderReader(self.models, self.engine.longest)

@@ -178,6 +178,12 @@ def test_the_head_in_a_models_files_classifies(directory: Path, tmp_path: Path) 
     with EncoderEngine(served) as engine:
         logits = engine.submit(classifier.encoder.encode(TEXTS), classes=True).result()
     np.testing.assert_allclose(logits, classifier.logits(TEXTS), atol=1e-6)
+    held["classifier.weight"][1, 2] = np.nan
+    nplora.formats.safetensors.save(model / "model.safetensors", held)
+    with pytest.raises(
+        nplora.formats.FormatError, match=r"classifier\.weight"
+    ):  # it does not start without classes
+        ServedEncoder(nplora.load_encoder(model))
 
 
 @pytest.mark.parametrize(

@@ -266,8 +266,7 @@ def _given(
 
 def _from_model(encoder: Encoder) -> TextClassifier:
     """The classifier in the files of a model with a head."""
-    width, config = encoder.config.hidden_size, _config(encoder)
-    tokens = config is not None and "TokenClassification" in _architecture(config)
+    width, tokens = encoder.config.hidden_size, _classifies_tokens(encoder)
     spec = _spec(encoder, tokens)
     weight = encoder.head_tensor(f"{spec.out}.weight")
     outputs = 0 if weight is None or weight.ndim != 2 else weight.shape[0]
@@ -284,6 +283,21 @@ def _from_model(encoder: Encoder) -> TextClassifier:
     _require_outputs(str(encoder.source), outputs)
     head = ClassifierHead(spec, {name: found or {} for name, found in arrays.items()}, _eps(encoder))
     return TextClassifier(encoder, head, _guessed(encoder, outputs, tokens))
+
+
+def has_head(encoder: Encoder) -> bool:
+    """Whether the model's files have the last layer of a classifier. It may still be broken.
+
+    Raises:
+        FormatError, UnsupportedError: as in `Encoder.head_tensor`.
+    """
+    spec = _spec(encoder, _classifies_tokens(encoder))
+    return encoder.head_tensor(f"{spec.out}.weight") is not None
+
+
+def _classifies_tokens(encoder: Encoder) -> bool:
+    config = _config(encoder)
+    return config is not None and "TokenClassification" in _architecture(config)
 
 
 def _config(encoder: Encoder) -> Fields | None:

@@ -9,9 +9,10 @@ from types import MappingProxyType
 from typing import Any
 
 from nplora.adapters import Adapter
-from nplora.formats.errors import FormatError, UnsupportedError
+from nplora.formats.errors import UnsupportedError
 from nplora.formats.files import StrPath
 from nplora.lm import Encoder, TextClassifier, load_classifier
+from nplora.lm.classifier_loading import has_head
 
 Model = Encoder | TextClassifier
 
@@ -27,6 +28,8 @@ class ServedEncoder:
     Attributes:
         encoder: see the arguments.
         classifier: the classifier in the model's files, or None.
+    Raises:
+        FormatError: the files have the head of a classifier, but it is broken.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -100,8 +103,7 @@ def read_adapter(served: Any, path: StrPath, base: StrPath, any_base: bool = Fal
 
 
 def _own_classifier(encoder: Encoder) -> TextClassifier | None:
-    try:
-        found = load_classifier(encoder.copied({}))
-    except FormatError:  # the files have no head
+    if not has_head(encoder):
         return None
+    found = load_classifier(encoder.copied({}))
     return None if found.classifies_tokens else found

@@ -36,7 +36,7 @@ class EncoderRequest:
     Attributes:
         name: the name of the model, as the answer repeats it.
         model: the model, with its adapter.
-        ids: the token ids of each text.
+        ids: the token ids of each text, int64. As arrays, they take a fraction of the memory of lists.
         base64: whether embeddings are sent as base64.
         dimensions: the number of values of an embedding; None: all of them.
         normalize: whether embeddings have length 1.
@@ -45,7 +45,7 @@ class EncoderRequest:
 
     name: str
     model: Model
-    ids: list[list[int]]
+    ids: list[Array]
     base64: bool = False
     dimensions: int | None = None
     normalize: bool = True
@@ -141,7 +141,7 @@ class EncoderReader:
             raise _wrong_task(f"the model {name!r} is not a classifier: use /v1/embeddings")
         return EncoderRequest(name, model, self._input(body, model.encoder, ""), classifier=model)
 
-    def _input(self, body: Fields, encoder: Encoder, prompt: str) -> list[list[int]]:
+    def _input(self, body: Fields, encoder: Encoder, prompt: str) -> list[Array]:
         """The token ids of each text: `input` is a text, several texts, tokens, or lists of tokens."""
         given = body.required("input")
         length = _Length.read(body, encoder, self._longest)
@@ -151,8 +151,9 @@ class EncoderReader:
         if not inputs:
             raise RequestError("input is empty", param="input", code="invalid_value")
         if isinstance(inputs[0], str):
-            return _encoded(encoder, inputs, prompt, length)
-        return [_tokens(encoder, f"input[{i}]", one, length) for i, one in enumerate(inputs)]
+            return [np.array(ids, np.int64) for ids in _encoded(encoder, inputs, prompt, length)]
+        every = (_tokens(encoder, f"input[{i}]", one, length) for i, one in enumerate(inputs))
+        return [np.array(ids, np.int64) for ids in every]
 
 
 @dataclass(frozen=True)

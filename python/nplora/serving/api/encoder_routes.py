@@ -34,16 +34,23 @@ async def classify(service: EncoderService, body: Body, client: str) -> Any:
 async def _answer(service: EncoderService, body: Body, client: str, read: Read, make: Make) -> Any:
     from starlette.responses import JSONResponse
 
+    request, future = await _submitted(service, body, client, read)
+    answer = FutureAnswer(future, service.timeout)
+    service.follow(answer)
+    rows = await unless_disconnected(body.receive, answer.rows())
+    return await asyncio.to_thread(lambda: JSONResponse(make(request, rows)))
+
+
+async def _submitted(
+    service: EncoderService, body: Body, client: str, read: Read
+) -> tuple[EncoderRequest, Future[Rows]]:
+    """Read and submit a request. Its texts are not kept while it waits."""
     values = await body.json()
 
     def submit() -> tuple[EncoderRequest, Future[Rows]]:
         return submitted(lambda: _submit_once(service, values, client, read))
 
-    request, future = await asyncio.to_thread(submit)
-    answer = FutureAnswer(future, service.timeout)
-    service.follow(answer)
-    rows = await unless_disconnected(body.receive, answer.rows())
-    return await asyncio.to_thread(lambda: JSONResponse(make(request, rows)))
+    return await asyncio.to_thread(submit)
 
 
 def _submit_once(

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from nplora.lm import LanguageModel
 from nplora.lm.answer import Guide
@@ -57,7 +57,7 @@ class EncodingEngine(AnyEngine, Protocol):
 
     def submit(
         self,
-        ids: Sequence[Sequence[int]],
+        ids: Sequence[ArrayLike],
         *,
         model: Model | None = None,
         classes: bool = False,

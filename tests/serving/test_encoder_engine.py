@@ -20,6 +20,7 @@ import nplora
 from nplora.lm import Encoder
 from nplora.platform.memory import current_memory
 from nplora.serving import EncoderEngine, QueueFullError, encoder_engine
+from nplora.serving.run import last_words
 from small_encoder import WORDS, save_small_encoder
 from small_llama import save_small_llama
 
@@ -166,6 +167,14 @@ def test_the_memory_decides_how_long_a_text_may_be(tmp_path: Path) -> None:
 
 
 # ---- the server ----
+
+
+def test_the_last_words_say_what_a_second_signal_waits_for(encoder: Encoder) -> None:
+    engine = EncoderEngine(encoder)
+    end = "Ctrl-C again ends the server after the texts that it computes now"
+    assert last_words(engine, 30) == f"stopping; {end}"
+    engine.submit(GOOD)
+    assert last_words(engine, 30) == f"stopping: waiting at most 30 s for 1 answer; {end}"
 
 
 @pytest.mark.parametrize(("longest", "reason"), [(8, "the server has memory for"), (64, "the model reads")])

@@ -114,6 +114,17 @@ def test_clients_take_turns_and_requests_that_come_back_are_first_of_their_prior
     assert len(queue) == 0
 
 
+def test_a_request_that_passes_its_turn_stays_the_first_of_its_client() -> None:
+    queue = FairQueue[Item]()
+    a, b = [Item("a") for _ in range(2)], [Item("b") for _ in range(2)]
+    for item in (*a, *b):
+        queue.push(item)
+    queue.pass_turn(b[0])  # it is not the first one
+    assert queue.first() is a[0]
+    queue.pass_turn(a[0])
+    assert order_of(queue) == [b[0], a[0], b[1], a[1]]
+
+
 def test_among_requests_that_come_back_the_priority_decides_first() -> None:
     queue = FairQueue[Item]()
     low, high, older = Item("a", 0, started=1), Item("a", 5, started=9), Item("b", 5, started=3)

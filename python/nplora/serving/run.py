@@ -168,10 +168,13 @@ def last_words(engine: AnyEngine, seconds: float) -> str:
     """What a server waits for before it ends."""
     metrics = engine.metrics()
     count = metrics.running + metrics.waiting
+    ends = "at once"
+    if isinstance(engine, EncoderEngine):  # its rounds may take long, and cannot be cancelled
+        ends = "after the texts that it computes now"
     if not count:
-        return "stopping; Ctrl-C again ends the server at once"
+        return f"stopping; Ctrl-C again ends the server {ends}"
     answers = "1 answer" if count == 1 else f"{count} answers"
-    return f"stopping: waiting at most {seconds:g} s for {answers}; Ctrl-C again ends the server at once"
+    return f"stopping: waiting at most {seconds:g} s for {answers}; Ctrl-C again ends the server {ends}"
 
 
 @contextmanager

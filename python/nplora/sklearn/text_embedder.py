@@ -10,10 +10,9 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator, TransformerMixin
 
 from nplora import _check
-from nplora.formats import files, model_directory
 from nplora.formats.files import StrPath
 from nplora.lm import Encoder, load_encoder
-from nplora.sklearn.texts import texts_of
+from nplora.sklearn.texts import texts_of, versions_of
 
 Array = npt.NDArray[Any]
 
@@ -98,7 +97,7 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             raise TypeError(
                 f"TextEmbedder: model is {_check.kind(self.model)}, expected the path of an encoder"
             )
-        shared, version = self._shared(), (_version(self.model), self.pooling)
+        shared, version = self._shared(), (versions_of(self.model), self.pooling)
         if version not in shared:
             made = load_encoder(self.model, pooling=self.pooling)
             shared.clear()  # so that clones with other models do not add up in memory
@@ -127,9 +126,3 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         tags.input_tags.two_d_array, tags.input_tags.one_d_array, tags.input_tags.string = False, True, True
         tags.no_validation, tags.requires_fit = True, False
         return tags
-
-
-def _version(model: StrPath) -> tuple[Any, ...]:
-    """The paths, sizes and times of the files of a model."""
-    stats = [(path, path.stat()) for path in model_directory.files_of(files.absolute(model)) if path.exists()]
-    return tuple((os.fspath(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)

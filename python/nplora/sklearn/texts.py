@@ -16,7 +16,7 @@ import numpy.typing as npt
 from nplora import _check
 from nplora.finetuning import TextBatches
 from nplora.finetuning.classification.text_batches import ids_fingerprint
-from nplora.formats import files
+from nplora.formats import files, model_directory
 from nplora.formats.errors import FormatError, counted
 from nplora.formats.files import StrPath
 from nplora.lm import Encoder, TextClassifier, load_encoder, new_classifier
@@ -31,7 +31,7 @@ Array = npt.NDArray[Any]
 Scale = tuple[Array, Array]  # a factor and an offset of the outputs
 
 # The encoders in use, by path and versions of the files. Estimators over one model share its frozen weights.
-_loaded: weakref.WeakValueDictionary[tuple[str, tuple[Any, ...]], Encoder] = weakref.WeakValueDictionary()
+_loaded: weakref.WeakValueDictionary[tuple[Any, ...], Encoder] = weakref.WeakValueDictionary()
 
 
 def shared_encoder(op: str, model: StrPath | None) -> Encoder:
@@ -42,20 +42,20 @@ def shared_encoder(op: str, model: StrPath | None) -> Encoder:
     """
     if not isinstance(model, str | os.PathLike):
         raise TypeError(f"{op}: model is {_check.kind(model)}, expected the path of an encoder")
-    place = Path(files.absolute(model))
-    key = os.fspath(place), _versions(place)
+    key = versions_of(model)
     found = _loaded.get(key)
     if found is None:
         found = _loaded[key] = load_encoder(model, pooling="mean")
     return found
 
 
-def _versions(place: Path) -> tuple[Any, ...]:
-    """What changes if a file of the model changes: its name, number, size and time of change."""
-    found = [place]
+def versions_of(model: StrPath) -> tuple[Any, ...]:
+    """What changes if a file of the model changes: its path, number, size and time of change."""
+    place = Path(files.absolute(model))
+    found = {*model_directory.files_of(place)}
     if place.is_dir():  # the modules of sentence-transformers have directories of their own
-        found += sorted([*place.glob("*"), *place.glob("*/*")])
-    stats = [(path.name, path.stat()) for path in found if path.exists()]
+        found |= {*place.glob("*"), *place.glob("*/*")}
+    stats = [(os.fspath(path), path.stat()) for path in sorted(found) if path.exists()]
     return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 

@@ -6,10 +6,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <exception>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <variant>
 #include <vector>
 
@@ -25,9 +27,19 @@ namespace py = pybind11;
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
+// Takes the GIL back. If the interpreter shuts down meanwhile, Python (before 3.14) ends a daemon thread here
+// with pthread_exit, which glibc does by unwinding the stack. The destructors of Python objects in the
+// callers would then run without the GIL. So the thread stops here until the process ends, as in Python 3.14.
+inline void take_gil(PyThreadState* state) {
+  try {
+    PyEval_RestoreThread(state);
+  } catch (...) {  // no exception: only pthread_exit gets here, and glibc forbids to leave this block
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
+}
+
 // Runs `f` without the GIL. pybind11's gil_scoped_release is not used, because its destructor takes the GIL
-// back. If a daemon thread takes the GIL while the interpreter shuts down, Python ends the thread by forced
-// unwinding, which must not pass a destructor or a catch block.
+// back, and pthread_exit must not pass a destructor.
 template <class F>
 void without_gil(const F& f) {
   PyThreadState* state = PyEval_SaveThread();
@@ -37,7 +49,7 @@ void without_gil(const F& f) {
   } catch (...) {
     error = std::current_exception();
   }
-  PyEval_RestoreThread(state);
+  take_gil(state);
   if (error) std::rethrow_exception(error);
 }
 

@@ -194,24 +194,30 @@ struct HighBits {
         high(each_bit(static_cast<uint16_t>(bits[2] | bits[3] << 8), 16)) {}
 };
 
+// The factors and the minima of the sub-blocks of one block, decoded to memory by `read`. A format that packs
+// them into few bits specialises this.
+template <class Block>
+struct Scales {
+  void read(const Block&) {}
+};
+
 // The factors d * scale_j and the negated minima -dmin * min_j of the eight sub-blocks j of a Q4_K or Q5_K
 // block. The factors are d[0] to d[7], and the negated minima are m_from_8[8] to m_from_8[15].
+template <class Block>
 struct SubScales {
-  float d[16], m_from_8[16];
+  alignas(64) float d[16], m_from_8[16];
 
-  SubScales(Half d_half, Half m_half, const uint8_t (&bytes)[12]) {
+  void read(const Block& block) {
     uint32_t low, middle, high;  // four bytes each
-    __builtin_memcpy(&low, bytes, 4);
-    __builtin_memcpy(&middle, bytes + 4, 4);
-    __builtin_memcpy(&high, bytes + 8, 4);
+    __builtin_memcpy(&low, block.scales, 4);
+    __builtin_memcpy(&middle, block.scales + 4, 4);
+    __builtin_memcpy(&high, block.scales + 8, 4);
     constexpr uint32_t kSix = 0x3F3F3F3F, kFour = 0x0F0F0F0F, kTwo = 0x30303030;
     const uint64_t d_codes = (low & kSix) | uint64_t((high & kFour) | ((low >> 2) & kTwo)) << 32;
     const uint64_t m_codes = (middle & kSix) | uint64_t(((high >> 4) & kFour) | ((middle >> 2) & kTwo)) << 32;
     const Floats codes = widen(pair(d_codes, m_codes));
-    put(codes, broadcast(d_half), d);
-    put(codes, broadcast(negative(m_half)), m_from_8);
-  }
-  void keep() {
+    put(codes, broadcast(block.d), d);
+    put(codes, broadcast(negative(block.dmin)), m_from_8);
     keep_in_memory(d);
     keep_in_memory(m_from_8);
   }

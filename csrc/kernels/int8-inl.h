@@ -91,22 +91,11 @@ inline float sum(EightSubBlocks x) {
 // The factors of a block with eight sub-blocks, one for each half of a sub-block. The two factors of a
 // sub-block are multiplied by the same scale, which belongs to the matching sub-block of `x`.
 struct Halves {
-  Eight v[8];
-  Eight at(size_t j) const { return v[j]; }
-  friend Halves operator*(const Halves& x, const EightSubBlocks& y) {
-    Halves r;
-#pragma GCC unroll 8
-    for (size_t j = 0; j < 8; ++j) r.v[j] = x.v[j] * y.v[j];
-    return r;
-  }
+  const float* factors;
+  Eight x;  // the scales of eight sub-blocks of `x`
+  Eight at(size_t j) const { return spread(factors + 2 * j) * broadcast_eight(x[j]); }
+  friend Halves operator*(const Halves& a, const EightSubBlocks& y) { return {a.factors, y.v}; }
 };
-
-inline Halves halves(const float (&factors)[16]) {
-  Halves r;
-#pragma GCC unroll 8
-  for (size_t j = 0; j < 8; ++j) r.v[j] = spread(factors[2 * j], factors[2 * j + 1]);
-  return r;
-}
 
 // The minima of a block with eight sub-blocks, one for each half of a sub-block. Each minimum is multiplied
 // by the sum of the matching half of a sub-block of `x`.
@@ -116,6 +105,7 @@ struct HalfMinima {
   friend HalfMinima operator*(const HalfMinima& x, const HalfMinima& y) {
     return {x.low * y.low, x.high * y.high};
   }
+  friend HalfMinima operator*(const HalfMinima& x, float y) { return {x.low * y, x.high * y}; }
   friend HalfMinima operator+(const HalfMinima& x, const HalfMinima& y) {
     return {x.low + y.low, x.high + y.high};
   }
@@ -154,6 +144,20 @@ struct Signed {
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot_signed(codes, x); }
 };
 
+// For formats with signed codes of eight bits. vpdpbusd multiplies unsigned bytes, and adds the products in 32
+// bits. For it, 128 is added to each code, and subtracted again as a minimum.
+#if defined(NPLORA_SIMD_VNNI)
+struct EightBitCodes : Unsigned {
+  static constexpr float kOffset = 128;
+  static auto moved(auto codes) { return codes ^ 128; }
+};
+#else
+struct EightBitCodes : Signed {
+  static constexpr float kOffset = 0;
+  static auto moved(auto codes) { return codes; }
+};
+#endif
+
 // Returns the 32 nibbles of 16 bytes as 32 bytes: first all low nibbles, then all high nibbles.
 inline SubBlock nibbles(const uint8_t* q) {
   const Bytes b = load_bytes(q);
@@ -188,6 +192,16 @@ struct Rows {
   Rows after(size_t i) const { return {blocks + i * row_bytes, count - i, row_bytes, ahead}; }
 };
 
+// Formats without `Scales` read their factors from the block. The scales of all rows are decoded before their
+// products begin, because decoding is a long chain of instructions: the chains of several rows overlap.
+template <class Block>
+inline Codes<Block> codes_of(const Block& block, const Scales<Block>& scales) {
+  if constexpr (requires { Codes<Block>{{}, block, scales}; })
+    return {{}, block, scales};
+  else
+    return {{}, block};
+}
+
 // Multiplies kTokens rows of `x` with up to kRows rows of W and stores the products in `y`, whose rows are
 // `all` elements apart. If fewer than kRows rows are left, the last row is repeated and its additional
 // products are dropped.
@@ -208,12 +222,15 @@ inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float
       minima[r][t] = Minima{};
     }
   }
-  for (size_t sub_block = 0; sub_block < sub_blocks; sub_block += kSubBlocks)
+  for (size_t sub_block = 0; sub_block < sub_blocks; sub_block += kSubBlocks) {
+    Scales<Block> scales_of[kRows];
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r) scales_of[r].read(*reinterpret_cast<const Block*>(at[r]));
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r, at[r - 1] += sizeof(Block)) {
       for (size_t line = 0; line < sizeof(Block); line += kCacheLine)
         __builtin_prefetch(at[r] + w.ahead + line, 0, 2);
-      const Codes<Block> codes{{}, *reinterpret_cast<const Block*>(at[r])};
+      const Codes<Block> codes = codes_of(*reinterpret_cast<const Block*>(at[r]), scales_of[r]);
 #pragma GCC unroll 4
       for (size_t t = 0; t < kTokens; ++t) {
         const size_t first = t * sub_blocks + sub_block;
@@ -228,6 +245,7 @@ inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float
         }
       }
     }
+  }
 #pragma GCC unroll 4
   for (size_t r = 0; r < kRows; ++r)
     for (size_t t = 0; t < kTokens && r < w.count; ++t) y[t * all + r] = sum(sums[r][t]) + sum(minima[r][t]);

@@ -12,7 +12,7 @@
 //   `transpose_dwords(v)`, on x86 only, transposes each half of four vectors: afterwards, lanes 0 to 3 of
 //     vector k hold lane k of all four vectors, and lanes 4 to 7 hold their lanes 4 + k.
 //   `to_floats(sums)` converts the eight integer sums to floats.
-//   `spread(low, high)` puts `low` into lanes 0 to 3 and `high` into lanes 4 to 7.
+//   `spread(two)` puts `two[0]` into lanes 0 to 3 and `two[1]` into lanes 4 to 7.
 //   `sum(v)` returns the sum of the eight lanes of `v`, added in a fixed tree.
 #pragma once
 
@@ -44,8 +44,15 @@ inline Eight broadcast_eight(float x) {
 inline Eight to_floats(EightInts sums) {
   return __builtin_convertvector(sums, Eight);
 }
-inline Eight spread(float low, float high) {
-  return Eight{low, low, low, low, high, high, high, high};
+inline Eight spread(const float* two) {
+#if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
+  double both;
+  __builtin_memcpy(&both, two, sizeof both);
+  return (Eight)_mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(both)),
+                                     _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+#else
+  return Eight{two[0], two[0], two[0], two[0], two[1], two[1], two[1], two[1]};
+#endif
 }
 inline float sum(Eight v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));

@@ -36,6 +36,11 @@ inline constexpr IQ4Levels kIQ4 = [] {
   return levels;
 }();
 
+// The codes are levels.
+struct IQ4Codes : EightBitCodes {
+  static SubBlock of(const uint8_t* q) { return lookup(moved(kIQ4.as_bytes()), nibbles(q)); }
+};
+
 // Decodes 32 codes, which are the nibbles of 16 bytes: stores `d` times their levels to `to`.
 template <class To>
 inline void put_iq4(const uint8_t* codes, Vec<float> d, To to) {
@@ -61,11 +66,11 @@ struct Decoder<BlockIQ4_NL> {
 };
 
 template <>
-struct Codes<BlockIQ4_NL> : Signed {
+struct Codes<BlockIQ4_NL> : IQ4Codes {
   using Factors = One;
   const BlockIQ4_NL& block;
-  Factors a{to_float(block.d)};
-  SubBlock sub_block(size_t) const { return lookup(kIQ4.as_bytes(), nibbles(block.q)); }
+  Factors a{to_float(block.d)}, b{-kOffset * a.v};
+  SubBlock sub_block(size_t) const { return of(block.q); }
 };
 
 }  // namespace nplora::kernels::NPLORA_ISA

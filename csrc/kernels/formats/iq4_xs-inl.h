@@ -25,9 +25,14 @@ static_assert(sizeof(BlockIQ4_XS) == 136);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// Stores the factors d * (scale - 32) of the eight sub-blocks to `to`, followed by eight numbers
-// without meaning.
-inline void put_scales(const BlockIQ4_XS& block, float* to) {
+// The factors d * (scale - 32) of the eight sub-blocks, followed by eight numbers without meaning.
+template <>
+struct Scales<BlockIQ4_XS> {
+  alignas(64) float d[16];
+
+  void read(const BlockIQ4_XS& block);
+};
+inline void Scales<BlockIQ4_XS>::read(const BlockIQ4_XS& block) {
   uint32_t low;
   __builtin_memcpy(&low, block.scales_low, sizeof low);
   // Spreads eight 2-bit fields over eight bytes. Each step splits every run of adjacent fields into two
@@ -37,36 +42,30 @@ inline void put_scales(const BlockIQ4_XS& block, float* to) {
   high = (high | high << 6) & 0x0303030303030303;
   const Bytes nibbles = pair(low, 0);
   const Bytes codes = interleave(low_nibbles(nibbles), high_nibbles(nibbles)).low | pair(high << 4, 0);
-  put(widen(codes - 32), broadcast(block.d), to);
+  put(widen(codes - 32), broadcast(block.d), d);
+  keep_in_memory(d);
 }
 
 template <>
 struct Decoder<BlockIQ4_XS> {
   const BlockIQ4_XS& b;
-  float scales[16];
+  Scales<BlockIQ4_XS> scales;
 
-  explicit Decoder(const BlockIQ4_XS& block) : b(block) {
-    put_scales(b, scales);
-    keep_in_memory(scales);
-  }
+  explicit Decoder(const BlockIQ4_XS& block) : b(block) { scales.read(block); }
 
   template <class To>
   void sub_block(size_t j, To to) const {
-    put_iq4(b.q + j * kBytes, Vec<float>::broadcast(scales[j]), to);
+    put_iq4(b.q + j * kBytes, Vec<float>::broadcast(scales.d[j]), to);
   }
 };
 
 template <>
-struct Codes<BlockIQ4_XS> : Signed {
+struct Codes<BlockIQ4_XS> : IQ4Codes {
   using Factors = EightSubBlocks;
   const BlockIQ4_XS& block;
-  Factors a = scales_of(block);
-  SubBlock sub_block(size_t j) const { return lookup(kIQ4.as_bytes(), nibbles(block.q + j * kBytes)); }
-  static Factors scales_of(const BlockIQ4_XS& block) {
-    float scales[16];
-    put_scales(block, scales);
-    return Factors::load(scales);
-  }
+  const Scales<BlockIQ4_XS>& scales;
+  Factors a = Factors::load(scales.d), b{a.v * -kOffset};
+  SubBlock sub_block(size_t j) const { return of(block.q + j * kBytes); }
 };
 
 }  // namespace nplora::kernels::NPLORA_ISA

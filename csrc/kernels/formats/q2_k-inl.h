@@ -22,25 +22,25 @@ static_assert(sizeof(BlockQ2_K) == 84);
 namespace nplora::kernels::NPLORA_ISA {
 
 // For each half of a sub-block, the factor d * scale and the negated minimum -dmin * min.
-struct Q2Scales {
-  float d[16], m[16];
+template <>
+struct Scales<BlockQ2_K> {
+  alignas(64) float d[16], m[16];
 
-  explicit Q2Scales(const BlockQ2_K& block) {
+  void read(const BlockQ2_K& block) {
     const Bytes codes = load_bytes(block.scales);
     put(widen(low_nibbles(codes)), broadcast(block.d), d);
     put(widen(high_nibbles(codes)), broadcast(negative(block.dmin)), m);
+    keep_in_memory(d);
+    keep_in_memory(m);
   }
 };
 
 template <>
 struct Decoder<BlockQ2_K> {
   const BlockQ2_K& b;
-  Q2Scales scales;
+  Scales<BlockQ2_K> scales;
 
-  explicit Decoder(const BlockQ2_K& block) : b(block), scales(block) {
-    keep_in_memory(scales.d);
-    keep_in_memory(scales.m);
-  }
+  explicit Decoder(const BlockQ2_K& block) : b(block) { scales.read(block); }
 
   template <class To>
   void sub_block(size_t j, To to) const {
@@ -68,8 +68,8 @@ struct Codes<BlockQ2_K> : Unsigned {
   using Factors = EightSubBlocks;
   using Minima = HalfMinima;
   const BlockQ2_K& block;
-  Q2Scales scales{block};
-  Halves a = halves(scales.d);
+  const Scales<BlockQ2_K>& scales;
+  Halves a{scales.d, {}};
   Minima b = Minima::load(scales.m);
   SubBlock sub_block(size_t j) const {
     return move(load_sub_block(block.q + j / 4 * kSubBlock), j % 4 * 2, 0, 3);

@@ -40,20 +40,27 @@ inline void put_scales(const BlockQ3_K& block, float* to) {
 }
 
 template <>
+struct Scales<BlockQ3_K> {
+  alignas(64) float d[16];
+
+  void read(const BlockQ3_K& block) {
+    put_scales(block, d);
+    keep_in_memory(d);
+  }
+};
+
+template <>
 struct Decoder<BlockQ3_K> {
   const BlockQ3_K& b;
-  float scales[16];
+  Scales<BlockQ3_K> scales;
 
-  explicit Decoder(const BlockQ3_K& block) : b(block) {
-    put_scales(b, scales);
-    keep_in_memory(scales);
-  }
+  explicit Decoder(const BlockQ3_K& block) : b(block) { scales.read(block); }
 
   template <class To>
   void sub_block(size_t j, To to) const {
     for (size_t i = 0; i < kSubBlock; i += kBytes) {
       const Bytes q = load_bytes(b.low + j / 4 * kSubBlock + i), high = load_bytes(b.high + i);
-      const auto d = Vec<float>::broadcast(scales[2 * j + i / kBytes]);
+      const auto d = Vec<float>::broadcast(scales.d[2 * j + i / kBytes]);
 #if defined(NPLORA_SIMD_AVX512)
       // The permutation reads four bits of each index: the three bits of this code and, above them, one bit
       // of another code. The table holds each value twice, so the highest of the four bits does not matter.
@@ -69,19 +76,18 @@ struct Decoder<BlockQ3_K> {
   }
 };
 
+// The codes are left unsigned: the 4 that an element subtracts from its code is part of the minimum.
 template <>
-struct Codes<BlockQ3_K> : Signed {
+struct Codes<BlockQ3_K> : Unsigned {
   using Factors = EightSubBlocks;
+  using Minima = HalfMinima;
   const BlockQ3_K& block;
-  Halves a = scales_of(block);
+  const Scales<BlockQ3_K>& scales;
+  Halves a{scales.d, {}};
+  Minima b = Minima::load(scales.d) * -4;
   SubBlock sub_block(size_t j) const {
     const SubBlock q = load_sub_block(block.low + j / 4 * kSubBlock);
-    return (move(q, j % 4 * 2, 0, 3) | move(load_sub_block(block.high), j, 2, 4)) - 4;
-  }
-  static Halves scales_of(const BlockQ3_K& block) {
-    float scales[16];
-    put_scales(block, scales);
-    return halves(scales);
+    return move(q, j % 4 * 2, 0, 3) | move(load_sub_block(block.high), j, 2, 4);
   }
 };
 

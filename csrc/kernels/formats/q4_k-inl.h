@@ -26,11 +26,14 @@ static_assert(sizeof(BlockQ4_K) == 144);
 namespace nplora::kernels::NPLORA_ISA {
 
 template <>
+struct Scales<BlockQ4_K> : SubScales<BlockQ4_K> {};
+
+template <>
 struct Decoder<BlockQ4_K> {
   const BlockQ4_K& b;
-  SubScales scales;
+  Scales<BlockQ4_K> scales;
 
-  explicit Decoder(const BlockQ4_K& block) : b(block), scales(b.d, b.dmin, b.scales) { scales.keep(); }
+  explicit Decoder(const BlockQ4_K& block) : b(block) { scales.read(block); }
 
   template <class To>
   void sub_block(size_t j, To to) const {
@@ -46,7 +49,7 @@ template <>
 struct Codes<BlockQ4_K> : Unsigned {
   using Factors = EightSubBlocks;
   const BlockQ4_K& block;
-  SubScales scales{block.d, block.dmin, block.scales};
+  const Scales<BlockQ4_K>& scales;
   Factors a = Factors::load(scales.d), b = Factors::load(scales.m_from_8 + 8);
   SubBlock sub_block(size_t j) const {
     const SubBlock q = load_sub_block(block.q + j / 2 * kSubBlock);

@@ -22,11 +22,14 @@ static_assert(sizeof(BlockQ5_K) == 176);
 namespace nplora::kernels::NPLORA_ISA {
 
 template <>
+struct Scales<BlockQ5_K> : SubScales<BlockQ5_K> {};
+
+template <>
 struct Decoder<BlockQ5_K> {
   const BlockQ5_K& b;
-  SubScales scales;
+  Scales<BlockQ5_K> scales;
 
-  explicit Decoder(const BlockQ5_K& block) : b(block), scales(b.d, b.dmin, b.scales) { scales.keep(); }
+  explicit Decoder(const BlockQ5_K& block) : b(block) { scales.read(block); }
 
   template <class To>
   void sub_block(size_t j, To to) const {
@@ -42,7 +45,7 @@ template <>
 struct Codes<BlockQ5_K> : Unsigned {
   using Factors = EightSubBlocks;
   const BlockQ5_K& block;
-  SubScales scales{block.d, block.dmin, block.scales};
+  const Scales<BlockQ5_K>& scales;
   Factors a = Factors::load(scales.d), b = Factors::load(scales.m_from_8 + 8);
   SubBlock sub_block(size_t j) const {
     const SubBlock q = load_sub_block(block.q + j / 2 * kSubBlock),

@@ -24,15 +24,23 @@ static_assert(sizeof(BlockQ6_K) == 210);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
+// For each half of a sub-block, the factor d * scale.
+template <>
+struct Scales<BlockQ6_K> {
+  alignas(64) float d[16];
+
+  void read(const BlockQ6_K& block) {
+    put(widen(load_bytes(block.scales)), broadcast(block.d), d);
+    keep_in_memory(d);
+  }
+};
+
 template <>
 struct Decoder<BlockQ6_K> {
   const BlockQ6_K& b;
-  float scales[16];
+  Scales<BlockQ6_K> scales;
 
-  explicit Decoder(const BlockQ6_K& block) : b(block) {
-    put(widen(load_bytes(b.scales)), broadcast(b.d), scales);
-    keep_in_memory(scales);
-  }
+  explicit Decoder(const BlockQ6_K& block) : b(block) { scales.read(block); }
 
   template <class To>
   void sub_block(size_t j, To to) const {
@@ -41,26 +49,25 @@ struct Decoder<BlockQ6_K> {
       const Bytes q = load_bytes(b.low + half * 64 + t % 2 * kSubBlock + i),
                   high = load_bytes(b.high + half * kSubBlock + i);
       const Bytes code = (t < 2 ? low_nibbles(q) : high_nibbles(q)) | move(high, 2 * t, 4, 48);
-      put(widen(code - 32), Vec<float>::broadcast(scales[2 * j + i / kBytes]), to + i);
+      put(widen(code - 32), Vec<float>::broadcast(scales.d[2 * j + i / kBytes]), to + i);
     }
   }
 };
 
+// The codes are left unsigned: the 32 that an element subtracts from its code is part of the minimum.
 template <>
-struct Codes<BlockQ6_K> : Signed {
+struct Codes<BlockQ6_K> : Unsigned {
   using Factors = EightSubBlocks;
+  using Minima = HalfMinima;
   const BlockQ6_K& block;
-  Halves a = scales_of(block);
+  const Scales<BlockQ6_K>& scales;
+  Halves a{scales.d, {}};
+  Minima b = Minima::load(scales.d) * -32;
   SubBlock sub_block(size_t j) const {
     const size_t half = j / 4, t = j % 4;
     const SubBlock q = load_sub_block(block.low + half * 64 + t % 2 * kSubBlock);
     const SubBlock low = t < 2 ? q & 15 : move(q, 4, 0, 15);
-    return (low | move(load_sub_block(block.high + half * kSubBlock), 2 * t, 4, 48)) - 32;
-  }
-  static Halves scales_of(const BlockQ6_K& block) {
-    float scales[16];
-    put(widen(load_bytes(block.scales)), Vec<float>::broadcast(to_float(block.d)), scales);
-    return halves(scales);
+    return low | move(load_sub_block(block.high + half * kSubBlock), 2 * t, 4, 48);
   }
 };
 

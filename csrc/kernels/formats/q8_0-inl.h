@@ -30,11 +30,11 @@ struct Decoder<BlockQ8_0> {
 };
 
 template <>
-struct Codes<BlockQ8_0> : Signed {
+struct Codes<BlockQ8_0> : EightBitCodes {
   using Factors = One;
   const BlockQ8_0& block;
-  Factors a{to_float(block.d)};
-  SubBlock sub_block(size_t) const { return load_sub_block(block.q); }
+  Factors a{to_float(block.d)}, b{-kOffset * a.v};
+  SubBlock sub_block(size_t) const { return moved(load_sub_block(block.q)); }
 };
 
 }  // namespace nplora::kernels::NPLORA_ISA

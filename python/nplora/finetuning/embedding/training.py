@@ -135,9 +135,9 @@ def train(
         warmup: steps in which the learning rate rises.
         max_grad_norm: maximum norm of the gradients; None: no limit.
         eval_every: steps between evaluations, besides those after every epoch.
-        patience: evaluations in a row without a lower validation loss after which the run ends.
-        keep: the adapter that is saved if there are validation data: "best" (of the lowest validation loss)
-            or "last".
+        patience: end the run after this number of evaluations in a row without a lower validation loss.
+        keep: the adapter to save if there are validation data: "best" (with the lowest validation loss) or
+            "last".
         compute: arithmetic of the products with frozen weights: "float32" (the default) or "bfloat16". A
             loaded encoder has its own.
         save_every: steps between checkpoints.

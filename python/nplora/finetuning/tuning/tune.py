@@ -83,7 +83,7 @@ def tune(
             option of the loss is searched, such as `beta`, the first value decides by which loss all trials
             are compared. The learning rate, the rank, the targets and the epochs are searched anyway, unless
             they are given.
-        sampler: where the first trials come from: "halving" (a grid of learning rates) or "optuna" (its TPE
+        sampler: source of the first trials: "halving" (a grid of learning rates) or "optuna" (its TPE
             sampler, over all searched options but the epochs).
         resume: continue the search in the output directory; no trial is repeated. The budget counts the time
             of the earlier trials too, and may be larger than before.

@@ -1,4 +1,4 @@
-"""The loss on held-out data before and after a merge, which shows what the merge lost."""
+"""The loss on held-out data before and after a merge shows how much the merge lost."""
 
 from __future__ import annotations
 

@@ -457,15 +457,15 @@ class FinetuneOptions:
             raise ValueError(f"{op}: valid_split is {self.valid_split}, expected between 0 and 1")
 
     def reading(self, max_length: int, op: str = "finetune") -> ReadOptions:
-        """How the data are read, with this maximum length."""
+        """The options for reading the data, with this maximum length."""
         return _reading(self, max_length, op)
 
 
 def default_lr(hidden_size: int) -> float:
     """The learning rate of a run whose options give none, with two significant digits.
 
-    A wider model needs a smaller one. `bench/defaults.py` measured narrow models. 0.8 / hidden size also
-    gives the 2e-4 and 1e-4 with which QLoRA trained models of width 4096 and 8192.
+    A wider model needs a smaller learning rate. `bench/defaults.py` measured narrow models. 0.8 / hidden size
+    also gives the 2e-4 and 1e-4 with which QLoRA trained models of width 4096 and 8192.
     """
     return float(f"{min(0.8 / hidden_size, 2e-3):.2g}")
 
@@ -536,7 +536,7 @@ class EvaluateOptions:
             _check.choice(op, "compute", self.compute, COMPUTES)
 
     def reading(self, max_length: int | None, op: str = "evaluate") -> ReadOptions:
-        """How the data are read, with this maximum length."""
+        """The options for reading the data, with this maximum length."""
         return _reading(self, max_length, op)
 
 
@@ -564,9 +564,11 @@ class TeachOptions:
     'float16'
     """
 
-    top_k: int = _option(_TEACHER, 32, "number of tokens to store for each trained token")
+    top_k: int = _option(_TEACHER, 32, "number of most likely tokens to store for each trained token")
     temperature: float = _option(
-        _TEACHER, 1.0, "softmax temperature of the stored probabilities, which fine-tuning uses too"
+        _TEACHER,
+        1.0,
+        "softmax temperature of the stored probabilities; fine-tuning uses the same temperature",
     )
     dtype: str = _option(
         _TEACHER,
@@ -611,7 +613,7 @@ class TeachOptions:
             _check.choice(op, "compute", self.compute, FLOAT_COMPUTES)
 
     def reading(self, max_length: int, op: str = "teach") -> ReadOptions:
-        """How the data are read, with this maximum length."""
+        """The options for reading the data, with this maximum length."""
         return _reading(self, max_length, op)
 
 

@@ -127,14 +127,13 @@ def finetune(
 ) -> FinetuneReport:
     """Fine-tune a language model with LoRA on a file of text, and save the adapter in PEFT's format.
 
-    The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run and saves the adapter as
-    it is at that moment, even if an earlier one had a lower validation loss. `resume=True` continues the run;
-    the results are bit for bit the same as without a stop. Nothing is written before all input is read and
-    checked.
+    The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run and saves the current
+    adapter, even if an earlier one had a lower validation loss. `resume=True` continues the run; the results
+    are bit for bit the same as without a stop. Nothing is written before all input is read and checked.
 
     If a step raises an error, the run is saved too, and a note on the error says so. If a loss is not finite,
-    the model and the output directory get the adapter of the last checkpoint before the failed step, unless
-    that is the checkpoint of step 0. The adapter is also saved if a callback or a report fails, or is
+    the model and the output directory get the adapter of the last checkpoint before the failed step, except
+    if this is the checkpoint of step 0. The adapter is also saved if a callback or a report fails, or is
     interrupted, after the last step.
 
     A loaded model keeps the adapter after the call. If the call ends with an error before its first step, the
@@ -147,10 +146,10 @@ def finetune(
             weights, as for `nplora.data.read_dataset`; or a directory with train.jsonl and perhaps
             valid.jsonl.
         output: directory for the adapter, the checkpoints and the log.
-        valid: rows to evaluate on, before training and after every epoch; of the same kinds as `data`. The
-            adapter of the lowest loss is saved; see `keep`.
+        valid: rows to evaluate on, before training and after every epoch. They may be of the same kinds as
+            `data`. The adapter of the lowest loss is saved; see `keep`.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
-        callbacks: `Callback`s of your own; `run.model` is the language model.
+        callbacks: your `Callback`s; `run.model` is the language model.
         rank: rank of the LoRA factors.
         alpha: LoRA alpha: the update is scaled by alpha / rank.
         rank_pattern: ranks of layers that differ from `rank`, by parts of their names, as in
@@ -259,8 +258,8 @@ def finetune(
         NonFiniteLossError, CorruptError, OSError, RankError: see `Trainer.fit`.
         ModuleNotFoundError, ImportError: `distributed` is "mpi", and mpi4py or an MPI library is missing.
     Warns:
-        UserWarning: `memory` is not set, and the remaining steps need more memory than is available; or a
-            resumed run has no validation data, or other validation data than before.
+        UserWarning: `memory` is not set, and the remaining steps need more memory than is available; or the
+            validation data of a resumed run are missing or have changed.
         Other warnings: see `Trainer.fit`.
 
     >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", valid="valid.jsonl", lr=1e-2, epochs=4)
@@ -388,7 +387,7 @@ def put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOp
 
 
 def _new_prefix(inputs: RunInputs, output: StrPath, where: str) -> PrefixCache | None:
-    """A cache with room for the outputs of the blocks below the adapters, for all examples.
+    """Make a cache for the outputs of the blocks below the adapters, large enough for all examples.
 
     Args:
         where: the option `keep_prefix`. "off": there is no cache, and the result is None.
@@ -403,7 +402,10 @@ def _new_prefix(inputs: RunInputs, output: StrPath, where: str) -> PrefixCache |
 def _computing(
     lm: LanguageModel, execution: ExecutionPlan, prefix: PrefixCache | None, word_filter: WordFilter | None
 ) -> Iterator[None]:
-    """The model computes according to the plan inside the `with` block, and as before after it."""
+    """Inside the `with` block, the model computes according to the plan.
+
+    Afterwards, it computes as before.
+    """
     before = lm.model.recompute
     lm.model.recompute, lm.model.prefix, lm.model.word_filter = execution.recompute, prefix, word_filter
     try:
@@ -415,7 +417,7 @@ def _computing(
 
 
 def _shown(options: FinetuneOptions, inputs: RunInputs, batches: TokenBatches) -> dict[str, Any]:
-    """The settings that reports show as hyper-parameters: the options as they took effect, and the inputs."""
+    """The settings that reports show as hyper-parameters: the effective options, and the inputs."""
     lm, held_out, summary = inputs.lm, inputs.held_out, batches.log_summary()
     chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     used = {name: summary[name] for name in ("batch_examples", "batch_tokens") if name in summary}
@@ -502,7 +504,7 @@ def _save_as_of(
 ) -> str:
     """Save the adapter of the checkpoint of `step`. Return a note that says whether the adapter was saved.
 
-    If `step` is None, save the present adapter.
+    If `step` is None, save the current adapter.
     """
     try:
         if step is not None:
@@ -518,7 +520,7 @@ def _save_as_of(
 
 
 def _save_undisturbed(lm: LanguageModel, output: StrPath, base: str, save: Callable[..., None]) -> None:
-    """Save the adapter. Ctrl-C takes effect when the adapter is on the disk."""
+    """Save the adapter. Ctrl-C takes effect only after the adapter is on the disk."""
     with Interrupts(terminate=False) as interrupts, interrupts.hold():
         save(lm, output, base)
 

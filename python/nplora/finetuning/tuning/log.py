@@ -23,7 +23,7 @@ class TuneLog:
 
     Attributes:
         path: the file.
-        start: all that the search depends on; it must be the same when the search is resumed.
+        start: everything that the search depends on; it must be the same when the search is resumed.
         baseline: the loss before training and the seconds of its evaluation, if it is known.
         rungs: the rungs that were decided, by their numbers.
         trials: the trials with their results, in order.
@@ -85,7 +85,7 @@ class TuneLog:
         self._add(trial.to_json())
 
     def trials_before(self, rung: int) -> list[Trial]:
-        """The trials that were known when a rung was decided; all trials, if it is not decided yet."""
+        """The trials that were known when a rung was decided; all trials, if the rung is not decided yet."""
         return self.trials[: self._trials_before.get(rung)]
 
     def find(self, key: tuple[Any, ...]) -> Trial | None:

@@ -21,7 +21,7 @@ def kind(embedding: bool, kernel: tuple[int, ...] | None) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """The properties of a weight, which an adapter's layer must fit. A property of None fits all layers.
+    """The properties of a weight, which an adapter's layer must fit. A property that is None fits all layers.
 
     Attributes:
         title: the weight's name in messages.

@@ -77,7 +77,7 @@ class Attention(Module):
         layer: the index of this layer in the model.
         rope: the rotation of q and k, or None for no rotation.
         modules: the projections and the norms, by name.
-        bias: numbers that are added to the scores, depending on the distance of query and key; or None.
+        bias: numbers that are added to the scores, and depend on the distance of query and key; or None.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ def chunks(
         raw: uint8 (rows, row_nbytes), the rows in the type `given`.
         d_in: the number of values in a row.
         storage: the new type.
-        order: the order of the rows; None: as they are.
+        order: the order of the rows; None: unchanged.
         offset: a number that is added to each value.
     """
 

@@ -64,5 +64,5 @@ class SlotAdapters:
 
     @property
     def any_invocation(self) -> bool:
-        """Whether the adapter of some slot is an activated LoRA."""
+        """Whether the adapter of any slot is an activated LoRA."""
         return any(self._invocations)

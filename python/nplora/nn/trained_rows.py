@@ -45,7 +45,7 @@ class TrainedRows:
     """The trained copies of rows of a frozen weight, and rows that the weight lacks.
 
     Rows of new tokens start with the mean of all rows of the weight. They may be rows that the weight has (as
-    padding), or rows beyond its end. A weight with rows beyond its end stays as it is.
+    padding), or rows beyond its end. The weight itself never gets more rows.
 
         >>> import nplora, numpy as np
         >>> rows = nplora.nn.TrainedRows(nplora.FrozenWeight(np.eye(4)), [3, 1])
@@ -59,7 +59,7 @@ class TrainedRows:
     Args:
         weight: the weight. The trained rows start with its values.
         ids: the numbers of the rows, each once, or None for all rows.
-        size: the number of rows, with those beyond the weight's end; None: as many as the weight has.
+        size: the number of rows, including those beyond the weight's end; None: as many as the weight has.
         tokens: the new tokens, whose texts an adapter stores.
     Attributes:
         value: the rows (k, dim), which optimisers update in place.
@@ -158,7 +158,7 @@ def _distinct(ids: npt.ArrayLike, rows: int) -> Array:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainedRowsSaved(Saved):
-    """What `backward` needs: the token ids (n,) of an embedding, or the input (n, dim) of a head."""
+    """The values for `backward`: the token ids (n,) of an embedding, or the input (n, dim) of a head."""
 
     lead: tuple[int, ...]
     alone: bool = False  # the pass ran with the adapter disabled
@@ -167,7 +167,7 @@ class TrainedRowsSaved(Saved):
 
 
 class _Terms(NamedTuple):
-    """What a pass computes with.
+    """The arrays and states with which a pass computes.
 
     Attributes:
         weight: the weight.
@@ -311,7 +311,7 @@ class TrainedRowsLayer(AdapterLayer):
 
 
 def _nothing() -> None:
-    """Commit nothing: another layer merges the rows that this layer shares with it."""
+    """Do nothing, because the layer that shares these rows merges them."""
 
 
 def _rounded(

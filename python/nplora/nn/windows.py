@@ -1,4 +1,4 @@
-"""Windows: the geometry of a convolution, which turns images into rows of windows and back."""
+"""Windows: the geometry of a convolution. It turns images into rows of windows and back."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Windows:
 
 
 def pair(op: str, name: str, value: Any, least: int) -> tuple[int, int]:
-    """Return a number twice, or a pair of numbers as it is.
+    """Return a pair: a number twice, or a pair of numbers unchanged.
 
     Raises:
         ValueError: a number is below `least`. TypeError: the value is neither a number nor a pair.

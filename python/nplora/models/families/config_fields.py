@@ -59,7 +59,7 @@ def heads(fields: Fields, name: str) -> int:
 
 
 def after_padding(fields: Fields) -> int:
-    """The row of the first position in models that keep the rows up to that of the padding token unused."""
+    """The row of the first position in models that leave all rows up to the padding token's row unused."""
     return fields.integer("pad_token_id", 1) + 1
 
 

@@ -138,7 +138,7 @@ class PeftConfig:
 
 
 def short_number(value: float) -> Number:
-    """A number as people write it: 16, not 16.0."""
+    """A number in its usual form: 16, not 16.0."""
     return int(value) if float(value).is_integer() else float(value)
 
 

@@ -409,8 +409,7 @@ class Encoder(Module):
         return self.model.hidden_states(x), EncoderSaved(x, own, decoder, None, [None], layer=self)
 
     def _read_by(self, pooling: Pooling | None, starts: Array) -> tuple[Array | None, Array]:
-        """The tokens that a pooling reads (None: all of them), and the start of each text among these
-        tokens."""
+        """The tokens that a pooling reads (None: all), and the start of each text among these tokens."""
         one = pooling is not None and pooling.modes in (("cls",), ("last",))
         if pooling is None or not one or not self.model.may_leave_out_rows():
             return None, starts

@@ -119,7 +119,7 @@ class LoraDelta:
 
     @property
     def is_zero(self) -> bool:
-        """Whether ΔW is 0. If ΔW is 0, a merge that keeps the storage format leaves the weight unchanged."""
+        """Whether ΔW is 0. A merge of such a ΔW changes no weight whose storage format is kept."""
         if self.m is not None or not all(np.isfinite(factor).all() for factor in (self.A, self.B)):
             return False
         return self.scale == 0 or not (self.A.any() and self.B.any())

@@ -194,7 +194,7 @@ struct OutputsInLanes {
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>& tile, Fetch& fetch) {
   using T = Sum<E>;
-  OutputsInLanes<E, W> p = tile;  // copied, because GCC would keep the caller's object in memory
+  OutputsInLanes<E, W> p = tile;  // a copy, because GCC would keep the caller's object in memory
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = p.n - (kVectors - 1) * kLanes;
   constexpr bool kWide = kVectors > kOutputVectors;
@@ -337,15 +337,15 @@ inline void gemm_outputs_in_lanes_groups(size_t m, OutputsInLanes<E, W> p, Fetch
 }
 
 // Multiplies `a` with a dense panel, which is split into L1 blocks of about equal size. Each block is read
-// once for each tile of rows and each group of columns. If the caller asks for Fetch::rows_ahead, the next
-// block is prefetched in equal shares, one share each time that the current block is read.
+// once for each tile of rows and each group of columns. If the caller requests rows_ahead, the next block is
+// prefetched in equal shares, one share each time that the current block is read.
 template <class E, class W>
 inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fetch fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
   const size_t vectors = smaller(kPanelVectors, ceil_div(p.n, kLanes)), row_bytes = p.n * sizeof(W);
   const size_t readings = ceil_div(m, rows_beside(vectors)) * ceil_div(p.n, kPanelVectors * kLanes);
   size_t left = p.depth, blocks = left > 0 ? ceil_div(left * row_bytes, kL1BlockBytes<E>) : 1;
-  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller asks for Fetch::rows_ahead
+  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller requests rows_ahead
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
   // Each time a block is read, one cache line of each row of the next block is prefetched. If a block is read
   // fewer times than a row has cache lines, these prefetches miss a part of the next block. The hardware

@@ -30,7 +30,7 @@ const kernels::Transformer& kernel() {
 }
 
 struct Outputs {
-  Matrix<float> out, lse;  // lse is not written if its data is null
+  Matrix<float> out, lse;  // if its data is null, lse is not written
 };
 
 struct ForwardBuffers {
@@ -157,7 +157,7 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
   float *largest = part + heads * dim, *sum = largest + heads;
   float *scaled = scratch<float>(Scratch::kAttention, heads * (dim + n)), *scores = scaled + heads * dim;
   kernel().scaled(heads * dim, shape.scale, q.row(piece.row), scaled, false);
-  // key_dots sums the last keys of a call in another order. So its first call ends at a multiple of kKeyUnit.
+  // key_dots sums the last keys of a call in another order. So the first call ends at a multiple of kKeyUnit.
   const size_t aligned = std::min(round_up(piece.keys.first, kKeyUnit), piece.keys.end);
   for (const Span half : {Span{piece.keys.first, aligned}, Span{aligned, piece.keys.end}})
     run.for_parts(half, [&](Span part) {
@@ -206,7 +206,7 @@ void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const f
 void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
                  const Outputs& to) {
   std::vector<Piece> pieces;
-  std::vector<size_t> first_piece;  // index of the first piece of each row, then the number of all pieces
+  std::vector<size_t> first_piece;  // the first piece of each row, then the number of all pieces
   double operations = 0;
   for (const Run& run : runs)
     for (size_t i = 0; i < run.count; ++i) {

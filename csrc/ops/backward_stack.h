@@ -64,7 +64,7 @@ class BackwardStack {
   // elements E. Returns `more` bytes, aligned to E, that the caller may use.
   void* reserve(size_t block_tokens, size_t more);
 
-  // Whether `prepare` has anything to do.
+  // Whether `prepare` must be called.
   bool prepares() const { return !joined_.empty() || kernels::kValuesPerElement<E> > 1; }
 
   // Computes dz for some tokens. If E is pairs of bfloat16, also converts dy, z and dz to pairs.
@@ -78,7 +78,7 @@ class BackwardStack {
   const std::vector<Part>& parts() const { return parts_; }
   const std::vector<Joined>& joined() const { return joined_; }
   Matrix<const T> x() const { return x_; }
-  Matrix<T> dx() const { return dx_; }  // the data is null if dx is not wanted
+  Matrix<T> dx() const { return dx_; }  // the data is null if dx is not needed
   size_t tokens() const { return tokens_; }
   size_t d_in() const { return d_in_; }
   size_t block_tokens() const { return block_tokens_; }

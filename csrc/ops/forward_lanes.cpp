@@ -58,7 +58,7 @@ class LanesForward {
  private:
   struct LoraDelta {
     const ForwardPart<T>& part;
-    Strided<E> b;  // B in elements E
+    Strided<E> b;  // B, converted to elements E
     T* zt;         // z of a token block, transposed (blocks, r, lanes), times the scale
   };
 

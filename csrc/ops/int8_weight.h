@@ -23,7 +23,8 @@ class RowScales {
   RowScales(const RowScales&) = delete;
   RowScales& operator=(const RowScales&) = delete;
 
-  // Computes the scales of `w`, unless they are known. If several threads do so together, one result is kept.
+  // Computes the scales of `w`, unless they are known. If several threads compute them at the same time, one
+  // result is kept.
   void find(const WeightView& w);
 
   // The scales (d_out) after `find`: the largest magnitude of a row / 127. The scale is 0 if all magnitudes
@@ -59,7 +60,8 @@ class CodedBlock {
   // Quantises x (cols), times `factors` if they are not null, and stores the result as row `row`.
   void quantize(size_t row, const float* x, const float* factors) const;
 
-  // The same, rounded stochastically. The random bits depend on `seed`, on `random_row` and on the column.
+  // Does the same as `quantize`, but rounds stochastically. The random bits depend on `seed`, on `random_row`
+  // and on the column.
   void dither(size_t row, uint64_t seed, size_t random_row, const float* x, const float* factors) const;
 
   // The rows from `row` on, from column `col` on. `col` is the first column of a group.

@@ -24,7 +24,7 @@ class RowScales;
 // of an update are computed as with kBfloat16.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
-// W in the form that the products read. If `packed` is true, W is panels of kPanelColumns columns with
+// W in the form in which the products read it. If `packed` is true, W is panels of kPanelColumns columns with
 // contiguous rows; the last panel may be narrower and is not padded. Otherwise W is a row-major array, rows
 // of blocks, or NF4, whose blocks may contain the end of one row and the start of the next.
 struct WeightView {

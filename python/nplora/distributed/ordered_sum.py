@@ -20,7 +20,7 @@ class OrderedSum:
 
     Floating-point sums depend on the order of their terms. Here each rank adds a slice of all terms, in the
     order of the terms, and the ranks then exchange the finished slices. So the sums have the same bits as if
-    one process adds the same terms one after the other.
+    one process added the same terms one after the other.
 
     Args:
         arrays: the arrays, which `keep` reads and clears, and `finish` overwrites.

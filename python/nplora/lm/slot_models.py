@@ -1,6 +1,6 @@
 """Decodes the next tokens of several sequences of a cache together, each with the adapter of its slot.
 
-The frozen weights are read once for several sequences, and each sequence has the same bits as if it is
+The frozen weights are read once for several sequences, and each sequence has the same bits as if it were
 computed alone. The core rounds differently for up to 8 rows and for more rows. So short pieces are joined up
 to 8 rows, and long pieces only with long pieces.
 """

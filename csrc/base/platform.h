@@ -71,7 +71,7 @@ bool avoid_processor(std::span<const Thread> threads, int processor);
 
 // ---- faults in mapped files ----
 
-// Returns the message about an address, or an empty text. It is called in a signal handler.
+// Returns the message about an address, or an empty text. The function is called in a signal handler.
 using FaultMessage = std::string_view (*)(uintptr_t address);
 
 // From now on, if a page of a mapped file cannot be read and `find` has a message about its address, the

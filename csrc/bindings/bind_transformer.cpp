@@ -246,7 +246,8 @@ AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t k
   return {heads, kv_heads, dim, float(scale), size_t(std::min(window, kMostKeys)), bfloat16};
 }
 
-// Adds the direction and the bias to a shape. Each sequence must be short enough for the bias.
+// Adds the direction and the bias to a shape. Requires that each sequence is short enough for the distances
+// in the bias.
 void set_direction(AttentionShape& shape, bool causal, const std::optional<Floats>& bias,
                    const std::vector<int64_t>& starts) {
   shape.causal = causal;

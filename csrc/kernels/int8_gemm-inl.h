@@ -46,7 +46,7 @@ struct Nearest {
 // Rounds stochastically the elements from `first` on (see Int8Gemm::dither). The random words are computed
 // kDithered elements at a time, so elements must be rounded in order.
 struct Stochastic {
-  static constexpr int kFraction = 23;  // bits of the fraction: numbers up to 127 then fit into 31 bits
+  static constexpr int kFraction = 23;  // with 23 bits of fraction, numbers up to 127 fit into 31 bits
   uint64_t seed, first;
   mutable uint32_t words[4][kPhiloxBlocks];
 

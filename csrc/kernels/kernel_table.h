@@ -120,8 +120,8 @@ static_assert(kPanelDepth<float> % kDepthUnit == 0);
 // same bits.
 template <class E>
 struct Tiles {
-  // The number of tokens in a full tile of gemm_tokens_in_lanes. These tokens fill two vectors. Small batches
-  // use one vector of lanes / 2 tokens.
+  // The number of tokens in a full tile of gemm_tokens_in_lanes. The tokens of a tile fill two vectors. Small
+  // batches use one vector of lanes / 2 tokens.
   size_t lanes;
   // The number of rows of `w` in a full tile of gemm_tokens_in_lanes. Any number of rows is allowed, but full
   // tiles are the fastest.
@@ -183,19 +183,19 @@ struct SmallProducts {
   // sums: sum i adds the products of the elements k with k % (lanes / 2) == i. The sums are stored in `part`,
   // or added to it if `accumulate` is set. If `depth` is not 0, row_stride must be greater than 0. The order
   // of the additions of a row of `x` depends neither on `m` nor on the storage of `w`, which may be panels or
-  // row-major. There is no such kernel for pairs of bfloat16.
+  // row-major. Pairs of bfloat16 have no such kernel.
   void (*dots)(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>* x, size_t x_stride,
                Sum<W>* part, bool accumulate);
 
   // Adds z aᵀ to `y` (m, rows), for z (m, depth) and a dense a (rows, depth). The product is the low-rank
   // term of a small batch: `m` is at most kSmallBatch, and `depth` is a rank. A row of `y` has the same bits
-  // for every `m`. There is no such kernel for pairs of bfloat16.
+  // for every `m`. Pairs of bfloat16 have no such kernel.
   void (*add_dots)(size_t m, size_t rows, size_t depth, const W* a, const Sum<W>* z, size_t z_stride,
                    Sum<W>* y, size_t y_stride);
 
-  // The same product as gemm_outputs_in_lanes in Tiles, except that `depth` always counts the rows of `w`. If
-  // `a` holds pairs of bfloat16 values, the values of a pair multiply two neighbouring rows of `w`, one value
-  // each. If `depth` is odd, the last row is paired with zeros.
+  // Computes the same product as gemm_outputs_in_lanes in Tiles, except that `depth` always counts the rows
+  // of `w`. If `a` holds pairs of bfloat16 values, the values of a pair multiply two neighbouring rows of
+  // `w`, one value each. If `depth` is odd, the last row is paired with zeros.
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                                 const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c,
                                 size_t c_stride, bool accumulate, const Fetch& next);
@@ -372,14 +372,14 @@ struct CodedRows {
   size_t group, groups;
 };
 
-// x has one scale for this many values of a row. The outliers of activations are in few channels, so one
-// scale for a whole row would leave few bits for the other channels.
+// The number of neighbouring values in a row of x that share one scale. The outliers of activations are in
+// few channels, so one scale for a whole row would leave few bits for the other channels.
 inline constexpr size_t kInt8Group = 64;
 
 // The number of columns of a panel of W in forward products. Backward products use kPanelColumns instead.
 inline constexpr size_t kInt8PanelColumns = 32;
 
-// The largest depth of one int8 product. A sum of codes then fits into 32 bits, with room to spare: a product
+// The largest depth of one int8 product. With this depth, a sum of codes easily fits into 32 bits: a product
 // of two codes is at most 255 * 127, and 4096 * 255 * 127 < 2^27. The correction for the offset of W's codes
 // is smaller: 4096 * 128 * 127 < 2^26. A longer depth is cut, and the parts are added in float, so no depth
 // can overflow. 4032 is the largest such multiple of both kPanelColumns and kInt8Group.
@@ -422,8 +422,8 @@ struct Int8Gemm {
   void (*dither)(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x, const float* factors,
                  int8_t* codes, float* scales, int32_t* corrections);
 
-  // Raises largest[row] to the largest magnitude of a row of w (rows, cols). NaN counts as larger than all
-  // numbers.
+  // Sets largest[row] to the maximum of largest[row] and the magnitudes of a row of w (rows, cols). NaN
+  // counts as larger than all numbers.
   void (*largest)(size_t rows, size_t cols, const float* w, size_t w_stride, float* largest);
 
   // Converts floats w (rows, cols) to codes (rows, cols) of W: w * inverses[row], rounded to nearest, ties to

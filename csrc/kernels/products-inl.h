@@ -112,8 +112,8 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 
 // ---- gemm_outputs_in_lanes: the product c = a w ----
 
-// How many rows of `w` belong to one element of `a`. There are two if `a` holds pairs of bfloat16 values, but
-// `w` holds single values, which are then paired in registers. Otherwise there is one.
+// How many rows of `w` belong to one element of `a`. The number is 2 if `a` holds pairs of bfloat16 values
+// and `w` holds single values, which are paired in registers. In all other cases, it is 1.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
@@ -141,7 +141,7 @@ inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
 }
 
 // The cache lines that a tile prefetches at each step: the lines of a Fetch or, if too few of these lines are
-// left, later rows of `w`. These rows are kFetchAhead bytes after the rows that the step reads. A tile
+// left, later rows of `w`. The later rows are kFetchAhead bytes after the rows that the step reads. A tile
 // prefetches only its own columns of later rows, because the other columns are in L2 already.
 struct FetchSteps {
   const char* at;
@@ -348,9 +348,10 @@ inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fe
   bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller requests rows_ahead
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
   // Each time a block is read, one cache line of each row of the next block is prefetched. If a block is read
-  // fewer times than a row has cache lines, these prefetches miss a part of the next block. The hardware
-  // prefetches better without them then. It prefetches best in blocks of 6 KB: on a Zen 4, products with 4
-  // rows are a quarter faster than in blocks of 12 KB. A panel that is read only once needs no blocks.
+  // fewer times than a row has cache lines, these prefetches miss a part of the next block. In this case, the
+  // hardware prefetches better without them. The hardware prefetches best in blocks of 6 KB: on a Zen 4,
+  // products with 4 rows are a quarter faster than in blocks of 12 KB. A panel that is read only once needs
+  // no blocks.
   if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
     fetch = Fetch::none();

@@ -154,7 +154,7 @@ using GeluTanh = Sigmoidal<GeluTanhInner>;
 //
 // For z = |g| / sqrt(2), Phi(-|g|) = erfc(z) / 2 = t exp(P(t) - z²) / 2 with t = 1 / (1 + z / 2). With this
 // polynomial P, the relative error is below 1.2e-7 for all z (Press et al., Numerical Recipes, section 6.2).
-// And Phi(|g|) = 1 - Phi(-|g|).
+// For the positive side, Phi(|g|) = 1 - Phi(-|g|).
 struct Gelu {
   static Vec<float> gate(Vec<float> g) {
     using V = Vec<float>;

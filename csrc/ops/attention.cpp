@@ -57,8 +57,8 @@ struct ForwardBuffers {
   kernels::Bf16Pair *pairs, *weights;
 };
 
-// Algorithm 1 of Dao 2023 (FlashAttention-2) for one tile of queries. All keys are read once. Whenever a tile
-// of keys has a larger score than all tiles before, the sums so far are scaled down.
+// Algorithm 1 of Dao 2023 (FlashAttention-2) for one tile of queries. Each key is read from memory only once.
+// Whenever a tile of keys has a larger score than all tiles before, the sums so far are scaled down.
 void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const ForwardBuffers b(dim);
@@ -70,7 +70,7 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t column = tile.kv_head * dim;
   if (tile.shape.pairs) pair_rows(dim, lanes, b.queries, b.pairs);
 
-  // Keys before the window are masked. They are read so that the sums begin at a multiple of kKeyUnit.
+  // Keys before the window are masked. Such keys are read so that the sums begin at a multiple of kKeyUnit.
   const Span visible = tile.visible();
   bool accumulate = false;
   for_key_tiles({round_down(visible.first, kKeyUnit), visible.end}, [&](Span keys) {

@@ -107,7 +107,7 @@ void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers&
 }
 
 // The keys for which a tile of queries is computed. If `whole` is set, they are all keys to which the queries
-// attend, and one tile of scores holds them. Otherwise, they are cut at multiples of kTileKeys.
+// attend, and one tile of scores holds them. Otherwise, the keys are cut at multiples of kTileKeys.
 struct Keys {
   Span span;
   bool whole;

@@ -59,7 +59,7 @@ struct Run {
   size_t stride;                   // the row stride of k and v
   const int64_t* pages = nullptr;  // the page of each page_tokens positions; null: all are in page 0
   size_t page_tokens = 0;
-  const PairedRows* k_pairs = nullptr;  // set if the products are computed in pairs; there are then no pages
+  const PairedRows* k_pairs = nullptr;  // set if products are computed in pairs, always without pages
   const PairedRows* v_pairs = nullptr;
   size_t pair_row = 0;  // the row of `down` that holds the positions 0 and 1
 

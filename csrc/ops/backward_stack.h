@@ -27,8 +27,8 @@ class BackwardStack {
   using T = kernels::Sum<E>;
 
   // A group of parts whose dz are stored side by side. For a group, dz B and dB are one product each, and x
-  // is read once. All parts of a group have the same values of `adds` and `wants_db`. A part with dropout is
-  // a group of its own, because it drops different elements of x.
+  // is read once. All parts of a group have the same values of `adds` and `wants_db`. A part with dropout
+  // forms its own group, because it drops different elements of x.
   struct Joined {
     bool adds, wants_db;                  // whether dz B is added to dx; whether dB is wanted
     const LowRank<T>* dropped = nullptr;  // the part that uses dropout, or null

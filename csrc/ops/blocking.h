@@ -56,7 +56,7 @@ inline constexpr size_t kBlocksBytes = size_t{448} << 10;
 // The last block of W is multiplied with this many tokens at a time, so that their outputs in one panel (64 x
 // 48 floats = 12 KB) are still in L1 when the update is added.
 inline constexpr size_t kFewTokens = 64;
-// Int8 products take 63 tokens instead, which are whole tiles of 7 and of 9 tokens.
+// Int8 products use 63 tokens instead, a multiple of their tile sizes 7 and 9.
 inline constexpr size_t kFewInt8Tokens = 63;
 // kColumnBlock: the number of columns of a gradient of A or B that one task owns. kSumDepth: the number of
 // tokens whose products a task adds at a time.

@@ -16,7 +16,7 @@ namespace nplora {
 namespace {
 
 // The words of the vocabulary are multiplied block by block. A task multiplies up to kColumns columns of W at
-// a time. That part of a block takes 24 KB, so it stays in L1 while all tokens use it.
+// a time. These columns of a block take 24 KB, so they stay in L1 while all tokens use them.
 constexpr size_t kWords = 32, kColumns = 2 * kDecodedColumns;
 // The cost of one kept word, in words of a dense product.
 constexpr double kKeptCost = 2;

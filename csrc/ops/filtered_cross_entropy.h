@@ -31,9 +31,10 @@ struct FilteredRows {
 // words. The float32 rounding errors are additional: those of the sums, and that of m, which is the error of
 // the sum Σ in `cross_entropy`.
 //
-// A row is flat if more than a quarter of all words have p_w >= bound. Then the dense product is faster. The
-// loss of a flat row is computed, but its logits and its row of dx do not change, and its mass is 0. All
-// other logits are overwritten with undefined values. Rows with an ignored target have loss, mass and dx 0.
+// A row is flat if more than a quarter of all words have p_w >= bound. For flat rows, the dense product is
+// faster. The loss of a flat row is computed, but its logits and its row of dx do not change, and its mass is
+// 0. All other logits are overwritten with undefined values. Rows with an ignored target have loss, mass and
+// dx 0.
 //
 // Σ_kept adds the words in ascending order, in float32, even if W computes in bfloat16. W is not float64.
 void filtered_cross_entropy(const WeightView& w, Matrix<float> logits, const int64_t* targets, double factor,

@@ -14,8 +14,8 @@
 
 namespace nplora {
 
-// The scales of W's rows. They are computed when a product first needs them, because decoding with a mapped
-// model should not read the whole file first.
+// The scales of W's rows. The scales are computed when a product first needs them, because decoding with a
+// mapped model should not read the whole file first.
 class RowScales {
  public:
   RowScales() = default;
@@ -54,7 +54,7 @@ class CodedBlock {
   // The memory for `rows` rows, in bytes.
   size_t bytes(size_t rows) const { return rows * (groups() * (sizeof(float) + sizeof(int32_t)) + stride()); }
 
-  // Uses this memory for `rows` rows.
+  // Sets the memory in which `rows` rows are stored.
   void place(size_t rows, void* memory);
 
   // Quantises x (cols), times `factors` if they are not null, and stores the result as row `row`.

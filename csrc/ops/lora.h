@@ -21,7 +21,7 @@ struct LowRank {
   double dropout = 0;  // the probability of dropping an element of x on the low-rank path
   uint64_t key = 0;    // the key of the dropout mask
   // The elements of a and b in bfloat16, without gaps, or null. Small batches read these copies instead,
-  // because they take half as long to read. They must have the same values as a and b.
+  // because they take half as long to read. The copies must have the same values as a and b.
   const kernels::Bf16 *narrow_a = nullptr, *narrow_b = nullptr;
 
   size_t rank() const { return scale == 0 ? 0 : a.cols; }

@@ -36,8 +36,8 @@ enum class Scratch {
   kFactor,
   kDropped,       // rows of x after dropout: 32 d_in
   kDroppedLanes,  // rows of x after dropout, in lanes or pairs: 32 d_in
-  // Rows of x before they are put into lanes: 48 L, or 8 d_in; rows of x in pairs: 16 d_in. A tile of
-  // attention in pairs: 96 (head_dim + 24).
+  // Rows of x before they are put into lanes: 48 L, or 8 d_in; rows of x in pairs: 16 d_in. For attention in
+  // pairs, holds a tile: 96 (head_dim + 24) elements.
   kPairing,
   kCodes,       // a small batch of x in int8: 8 d_in
   kCodeScales,  // the scales and sums of these codes: d_in

@@ -52,7 +52,8 @@ inline size_t full_columns(size_t d_in) {
 // The address of element (row, col) of packed W. `col` is a multiple of kPanelColumns.
 const char* stored_at(const WeightView& w, size_t row, size_t col);
 
-// Whether W is stored as elements of type E, so that it can be read in place. Otherwise W is decoded.
+// Whether W is stored as elements of type E, so that it can be read in place. If the types differ, W is
+// decoded.
 template <class E>
 bool in_place(const WeightView& w);
 

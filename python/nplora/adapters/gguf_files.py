@@ -255,7 +255,7 @@ def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: b
 
 
 def _common_alpha(wanted: Iterable[float]) -> float:
-    """The alpha that most layers need. It is never 0, because llama.cpp reads 0 as a scale of 1."""
+    """The alpha that most layers need. The result is never 0, because llama.cpp reads 0 as a scale of 1."""
     usable = [alpha for alpha in wanted if _LEAST_ALPHA <= abs(_rounded(alpha)) < math.inf]
     return Counter(usable).most_common(1)[0][0] if usable else 1.0
 

@@ -90,9 +90,9 @@ def export_ollama(
 
     The directory gets `model.gguf`, the model with the adapter merged into it, and a `Modelfile` with the
     chat template, the stop words and the parameters. The template is written in Go's template language, if it
-    only puts fixed texts around the messages. If not, Ollama uses the template in `model.gguf`. The template
-    has no tools and removes no spaces. `lines` reports if the model's template differs in this. An adapter
-    that was trained on texts without the chat template gets the template `{{ .Prompt }}`.
+    only puts fixed texts around the messages. Otherwise, Ollama uses the template in `model.gguf`. The
+    template has no tools and removes no spaces. `lines` reports if the model's template differs in this. An
+    adapter that was trained on texts without the chat template gets the template `{{ .Prompt }}`.
 
     Args:
         model: a GGUF file or a Hugging Face directory. Without an adapter, a GGUF file is not copied: the

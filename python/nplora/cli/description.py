@@ -130,7 +130,7 @@ def _unknown(family: object, known: Collection[str], commands: str) -> str:
 
 
 def _target(stored: str, architecture: object) -> str:
-    """The name of a tensor's layer in --targets. If it has no such name, the name of the tensor."""
+    """The name of a tensor's layer in --targets, or the tensor's name if --targets cannot name the layer."""
     layer = stored.removesuffix(".weight")
     family = families.find_architecture(architecture) if isinstance(architecture, str) else None
     return (family or families.FAMILIES[0]).hf_layer(layer) or layer

@@ -103,7 +103,10 @@ def _require_one_writer(parsed: argparse.Namespace) -> None:
 
 
 def _discard_unwritable(stream: TextIO | None) -> None:
-    """Send a stream's buffered text to /dev/null if it cannot be written. Otherwise Python fails at exit."""
+    """Send a stream's buffered text to /dev/null if it cannot be written.
+
+    Without this, Python fails at exit.
+    """
     if stream is None:
         return
     try:

@@ -96,7 +96,7 @@ class Communicator(Ranks, Protocol):
         """Send row r of `parts` to rank r, and receive row s of `out` from rank s.
 
         Args:
-            parts: array (size, m). Only the ranks in `senders` send it.
+            parts: array (size, m). Only the ranks in `senders` send their `parts`.
             out: array (size, m). The rows of ranks that do not send stay unchanged.
         """
 

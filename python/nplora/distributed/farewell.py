@@ -127,7 +127,10 @@ class Farewell:
                 mark_reported(error)
 
     def _wait_for_the_end_of_others(self, error: BaseException) -> None:
-        """Wait until the other ranks have left. They may first compute a batch, or save the run."""
+        """Wait until the other ranks have left.
+
+        Before they leave, they may compute a batch or save the run.
+        """
         started = self._noticed_at = time.monotonic()
         is_told = not isinstance(error, Exception) or isinstance(error, RankError)
         while silent := set(self._others()) - self._gone:

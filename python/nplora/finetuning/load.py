@@ -62,7 +62,10 @@ class RunInputs:
         return passes * sum(dataset.report.tokens for dataset in self.datasets)
 
     def prompts(self, texts: Sequence[str]) -> list[Prompt]:
-        """These texts as prompts. They become chats if the chat template wrote all training examples."""
+        """Turn texts into prompts.
+
+        If the chat template wrote all training examples, the prompts are chats.
+        """
         if not self.train.report.chat:
             return list(texts)
         return [[{"role": "user", "content": text}] for text in texts]

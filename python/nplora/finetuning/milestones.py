@@ -1,4 +1,4 @@
-"""Milestones: records how far a run has come. This decides what is left after an error."""
+"""Milestones: records how far a run has come. The progress decides what is left after an error."""
 
 from collections.abc import Callable
 

@@ -146,8 +146,8 @@ def finetune(
             weights, as for `nplora.data.read_dataset`; or a directory with train.jsonl and perhaps
             valid.jsonl.
         output: directory for the adapter, the checkpoints and the log.
-        valid: rows to evaluate on, before training and after every epoch. They may be of the same kinds as
-            `data`. The adapter of the lowest loss is saved; see `keep`.
+        valid: rows to evaluate on, before training and after every epoch. `valid` takes the same kinds of
+            rows as `data`. The adapter of the lowest loss is saved; see `keep`.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
         callbacks: your `Callback`s; `run.model` is the language model.
         rank: rank of the LoRA factors.

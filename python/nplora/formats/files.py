@@ -118,7 +118,8 @@ class Stamp(NamedTuple):
     def require_unchanged(self) -> None:
         """Raise CorruptError if the file was modified after this stamp: its mapping then shows other data.
 
-        It is no error if another file was renamed over this one: the mapping still shows the old content.
+        No error is raised if another file was renamed over this one, because the mapping still shows the old
+        content.
         """
         try:
             found = os.stat(self.name)

@@ -47,7 +47,8 @@ class TextClassifier(Module):
         labels: the names of the outputs.
         task: "single" (each text has one label), "multi" (each text has any number of labels) or "regression"
             (each output is a number).
-        max_length: the largest number of tokens of a text; longer texts are cut. It can be changed.
+        max_length: the largest number of tokens of a text; longer texts are cut. This attribute can be
+            changed.
     """
 
     def __init__(self, encoder: Encoder, head: ClassifierHead, record: LabelRecord) -> None:

@@ -59,7 +59,7 @@ def new_classifier(
 
     Args:
         labels: the names of the outputs; for a regression, the names of the numbers. Integers become texts.
-            They may be a dictionary such as transformers' `id2label`, from each number (0, 1, ...) to its
+            `labels` may be a dictionary such as transformers' `id2label`, from each number (0, 1, ...) to its
             name.
         task: "single" (each text has one label), "multi" (each text has any number of labels) or
             "regression" (each output is a number).

@@ -119,7 +119,7 @@ class Encoder(Module):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that came with the model. It is read at its first use.
+        """The tokenizer that came with the model. The tokenizer is read at its first use.
 
         >>> import nplora
         >>> tokenizer = nplora.load_encoder("encoder-model").tokenizer
@@ -331,8 +331,8 @@ class Encoder(Module):
 
         Args:
             texts: the texts, or one text.
-            batch_size: the number of texts that are computed at once; None: as many as have 4,096 tokens. It
-                changes the result only by rounding.
+            batch_size: the number of texts that are computed at once; None: as many as have 4,096 tokens. The
+                batch size changes the result only by rounding.
             normalize: whether the embeddings have length 1, so that their products are cosines; None: as the
                 model's files say.
             prompt: a text to put before each text, such as "query: "; "" for none.

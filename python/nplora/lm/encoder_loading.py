@@ -61,8 +61,8 @@ def load_encoder(
         compute, mmap, check: as in `load_model`; `compute` is "float32" or "bfloat16".
         pooling: how the hidden states of a text's tokens become its embedding: "cls" (the first token),
             "mean", "max", "last" (the last token), "weighted_mean" or "mean_sqrt". None: the pooling that the
-            files name. If they name none, it is the mean for encoders, and the last token for causal language
-            models. Dense modules are left out if a pooling is given.
+            files name. If the files name no pooling, encoders use the mean, and causal language models use
+            the last token. Dense modules are left out if a pooling is given.
     Raises:
         UnsupportedError: the architecture, a module, or the type of a tensor is not supported.
         FormatError: a file breaks its format, or does not describe a whole model.

@@ -352,8 +352,8 @@ class LanguageModel(Module):
             modules_to_save: "embed_tokens", "lm_head" or both, to train all rows of the embedding or of the
                 head in float32. If the two share one weight, both names train this weight.
             invocation: a text, or the ids of its tokens, for activated LoRA (aLoRA). The adapter acts only
-                from the last occurrence of these tokens on, in each sequence. It can adapt linear layers of
-                the blocks, without DoRA and dropout.
+                from the last occurrence of these tokens on, in each sequence. An activated LoRA can adapt
+                linear layers of the blocks, without DoRA and dropout.
             add_tokens: new tokens, as a list of texts, or a text like "<tool>,</tool>". Each gets a row in
                 the embedding and in the head, which starts with the mean of all rows and is trained. If the
                 model already has a token, its row keeps its values at first, and is trained.
@@ -536,7 +536,9 @@ class LanguageModel(Module):
         return made
 
     def named_model(self, adapter: str | Adapter) -> LanguageModel:
-        """The model with one named adapter, for inference. It shares the frozen weights with this model.
+        """The model with one named adapter, for inference.
+
+        The result shares the frozen weights with this model.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -547,7 +549,8 @@ class LanguageModel(Module):
             True
 
         Args:
-            adapter: a name, or one of the values of `adapters`. Such an adapter may have been deleted since.
+            adapter: a name, or one of the values of `adapters`. An `Adapter` may also be one that was deleted
+                in the meantime.
         Raises:
             KeyError: no adapter has this name.
             TypeError: `adapter` is neither a name nor an `Adapter`.
@@ -964,8 +967,8 @@ class LanguageModel(Module):
 
         Args:
             loss: called as loss(logits, rows, factor, gradient) with the logits of some rows that have a
-                target, and the positions of these rows in the batch. It returns the loss of each row, and
-                overwrites the logits with `factor` times the gradient.
+                target, and the positions of these rows in the batch. The function returns the loss of each
+                row, and overwrites the logits with `factor` times the gradient.
         Raises the errors that `forward_backward` raises.
         """
         self._require_ready("forward_backward_with", batch)
@@ -1075,10 +1078,10 @@ class LanguageModel(Module):
         """Create a cache for `slots` sequences of at most `capacity` tokens, for the selected adapter.
 
         A model with LongRoPE (Phi-3 with a long context) uses other rotation factors for sequences that are
-        longer than its original context. The factors are chosen by `cache.limits`, the maximum length of each
-        sequence, which is `capacity` at first. If a sequence will stay short, lower its limit before adding
-        its first token. `generate` begins with the short factors, as transformers does. When a sequence
-        outgrows the original context, `generate` computes all its tokens again.
+        longer than its original context. `cache.limits` has the maximum length of each sequence, which
+        selects the factors. Its initial value is `capacity`. If a sequence will stay short, lower its limit
+        before adding its first token. `generate` begins with the short factors, as transformers does. When a
+        sequence outgrows the original context, `generate` computes all its tokens again.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")

@@ -81,7 +81,7 @@ def decode(lm: SlotModel, pieces: Sequence[Array], slots: Array, cache: KVCache)
 
 
 def _batches(models: Sequence[SlotModel], counts: Sequence[int]) -> Iterator[list[int]]:
-    """The indices of sequences that are computed together. Those with the same model are neighbours."""
+    """The indices of sequences that are computed together. Sequences with the same model are neighbours."""
     number = {id(model): index for index, model in enumerate(models)}  # one for each model
     order = sorted(range(len(counts)), key=lambda i: (counts[i] > _FEW, number[id(models[i])]))
     some: list[int] = []
@@ -206,7 +206,7 @@ class JointModel:
         return self._numbers[id(model)]
 
     def join(self, models: Sequence[SlotModel], in_slots: Sequence[SlotModel]) -> bool:
-        """Join models that are not joined yet. They do not replace models that a slot uses.
+        """Join models that are not joined yet. The new models do not replace models that a slot uses.
 
         Return False if this is not possible, because a model adapts a layer that no other model adapts, or
         because the owner has changed, for example by merging.

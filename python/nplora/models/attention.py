@@ -117,7 +117,8 @@ class Attention(Module):
         """Compute the output y (n, d) from the input x (n, d).
 
         Args:
-            rows: int64 (m,), the different tokens whose outputs are needed; then y is (m, d). None: all.
+            rows: int64 (m,), the tokens whose outputs are needed, each at most once. If given, y is (m, d).
+                None: all.
         """
         outputs, qkv = stack_forward(self._inputs, x)
         q, k, v = self._split(outputs)

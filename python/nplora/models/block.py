@@ -57,7 +57,7 @@ class Mixer(Protocol):
 
 
 class AttentionMixer(Mixer, Protocol):
-    """Attention, the first mixer of a block. It can leave out outputs that are not needed."""
+    """Attention, the first mixer of a block. The mixer can leave out outputs that are not needed."""
 
     def run(self, x: Array, positions: PackedPositions, rows: Array | None = None) -> tuple[Array, Any]:
         """Like `Mixer.run`. With `rows` (m,), y (m, d) has only the outputs of these tokens."""

@@ -112,7 +112,7 @@ class Decoder(Module):
             return _run_through(self.layers[first:], x, positions, rows)
 
     def may_leave_out_rows(self) -> bool:
-        """Whether `run` and `infer` accept `rows`. They do not if an adapter acts only on some rows."""
+        """Whether `run` and `infer` accept `rows`. This is false if an adapter acts only on some rows."""
         return invocation_of(self) is None and row_groups() is None
 
     def _activated(self, ids: Array, positions: PackedPositions) -> AbstractContextManager[None]:
@@ -163,7 +163,7 @@ class Decoder(Module):
         return x
 
     def hidden_states(self, x: Array) -> Array:
-        """The last norm of the residual stream x (n, d)."""
+        """Apply the model's last norm to the residual stream x (n, d)."""
         return norm_forward(self.norm, x)
 
     def hidden_states_backward(self, dy: Array, x: Array) -> Array:

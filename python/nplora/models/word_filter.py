@@ -26,7 +26,7 @@ class WordFilter:
 
         ‖error of dx‖ <= factor · m · max_w ‖W_w - μ‖,
 
-    where m is the total probability of the skipped words. This is the triangle inequality for the error
+    where m is the total probability of the skipped words. The bound is the triangle inequality for the error
     factor · Σ_skipped p_w (W_w - μ). The bits of losses do not change. If more than a quarter of the
     vocabulary is at or above the bound in some row, that row is computed without the filter.
 
@@ -93,7 +93,7 @@ class WordFilter:
         return np.concatenate([np.empty(0), *taken])
 
     def _mean_of(self, weight: FrozenWeight) -> Array:
-        """The mean row (d,) of a weight. It is computed once, as a product with a row of ones."""
+        """The mean row (d,) of a weight. The mean is computed once, as a product with a row of ones."""
         if self._mean is None or self._mean[0] is not weight:
             ones, total = (
                 np.ones((1, weight.shape[0]), np.float32),

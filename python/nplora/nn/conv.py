@@ -55,7 +55,8 @@ class _Convolution:
 class Conv2d(_Convolution, Linear):
     """A convolution of images (n, c_in, height, width) with torch's conventions, without groups.
 
-    y[:, o] = Σ x ⋆ W[o] [+ bias[o]]. It is computed as a product of the windows of x and the kernel's matrix.
+    y[:, o] = Σ x ⋆ W[o] [+ bias[o]]. The convolution is computed as a product of the windows of x and the
+    kernel's matrix.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.Conv2d(np.ones((2, 1, 3, 3)), padding=1)

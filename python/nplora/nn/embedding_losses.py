@@ -202,7 +202,7 @@ class CoSENTLoss:
         """The loss of the whole batch, and the gradients of both columns (n, d).
 
         Args:
-            targets: the scores (n,). Only their order matters.
+            targets: the scores (n,). Only the order of the scores matters.
         Raises:
             ValueError: the shapes do not fit each other, or there are no scores.
         """

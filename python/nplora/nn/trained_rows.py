@@ -44,8 +44,8 @@ class Merged:
 class TrainedRows:
     """The trained copies of rows of a frozen weight, and rows that the weight lacks.
 
-    Rows of new tokens start with the mean of all rows of the weight. They may be rows that the weight has (as
-    padding), or rows beyond its end. The weight itself never gets more rows.
+    Rows of new tokens start with the mean of all rows of the weight. A row of a new token may be one that the
+    weight already has (as padding), or a row beyond its end. The weight itself never gets more rows.
 
         >>> import nplora, numpy as np
         >>> rows = nplora.nn.TrainedRows(nplora.FrozenWeight(np.eye(4)), [3, 1])
@@ -193,8 +193,9 @@ class TrainedRowsLayer(AdapterLayer):
 
     Args:
         weight: the frozen weight (vocab, dim), which is shared.
-        rows: its trained rows. They are a parameter of this layer, unless `is_tied`.
-        is_tied: whether the rows belong to another layer with the same weight. That layer also merges them.
+        rows: its trained rows. The rows are a parameter of this layer, unless `is_tied` is set.
+        is_tied: whether the rows belong to another layer with the same weight. The other layer also merges
+            the rows.
     """
 
     def __init__(self, weight: FrozenWeight, rows: TrainedRows, is_tied: bool = False) -> None:

@@ -146,7 +146,7 @@ class Engine:
         index: int = 0,
         guide: Guide | None = None,
     ) -> Ticket:
-        """Add a request. It may be called from any thread.
+        """Add a request. This method may be called from any thread.
 
         Args:
             ids: the tokens of the prompt (`lm.tokenizer.encode_prompt` or `encode_chat`).

@@ -39,8 +39,8 @@ class Request:
         started: a number that increases with each request that starts; None before the start. A request that
             is put back keeps its number.
         to_read: the number of tokens that are read in pieces. All later tokens are computed one by one, so
-            that all bits are the same. This is also done for tokens that are already known, after the request
-            was put back.
+            that all bits are the same. After a request was put back, tokens that are already known are
+            computed one by one too.
         keys: the keys of the whole pages among the tokens to read.
         cached: the number of prompt tokens that were in shared pages when they were first needed.
         known: the largest number of tokens that were in the cache at the same time.

@@ -42,7 +42,7 @@ def serve(
         adapters: pairs (name, path).
         any_base: accept adapters that were trained on another model of the same shapes.
         listener: a socket that listens; None: one for `options.host` and `options.port` is made.
-        report: called with texts for the person who runs the server. They report the address and the memory
+        report: called with texts for the person who runs the server. The texts are the address and the memory
             plan when the server is ready, the events of jobs, and what the server waits for before it ends.
     Raises:
         ModuleNotFoundError: starlette or uvicorn is not installed.
@@ -236,10 +236,7 @@ def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
 
 
 def training_memory(options: ServeOptions, engine: Engine) -> int:
-    """The memory limit of the process during training.
-
-    It excludes the memory that the engine will still take.
-    """
+    """The memory limit of the process during training, without the memory that the engine will still take."""
     assert options.memory is not None
     return parse_bytes(options.memory, "serve") - max(0, engine.plan.total - current_memory())
 

@@ -130,8 +130,8 @@ class Scheduler:
     def _pages_to_come(self, requests: Sequence[Request]) -> int:
         """The number of pages that these requests still need for their known tokens and one more token.
 
-        A page that several of these requests can share counts once. It does not count if a running request
-        already has it.
+        A page that several of these requests can share counts once. A page that a running request already has
+        does not count.
         """
         own, common = 0, set[Key]()
         for request in requests:
@@ -166,9 +166,9 @@ class Scheduler:
     def _make_room(self, request: Request, tokens: int) -> bool:
         """Give a request the pages for this many tokens. Return False if it was put back or ended instead.
 
-        If there are too few pages, a request is put back into the queue and computed again later. It is the
-        one that started last among those with the lowest priority. If there is only one request, its answer
-        ends.
+        If there are too few pages, a request is put back into the queue and computed again later. Among the
+        requests with the lowest priority, the one that started last is put back. If there is only one
+        request, its answer ends.
         """
         while self._missing(request, tokens):
             page = self._pool.new()

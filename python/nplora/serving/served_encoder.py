@@ -24,7 +24,7 @@ class ServedEncoder:
     have the head of a classifier. All methods may be called from any thread.
 
     Args:
-        encoder: the encoder, without an adapter. It must not change while it is served.
+        encoder: the encoder, without an adapter. The encoder must not change while it is served.
     Attributes:
         encoder: see the arguments.
         classifier: the classifier of the model's files; None if they have none.

@@ -137,7 +137,7 @@ class Ticket:
     def cancel(self) -> None:
         """Cancel the request, which ends before the next round.
 
-        If it has already ended, this method does nothing.
+        If the request has already ended, this method does nothing.
         """
         if self._reason is None:
             self._cancel(self)
@@ -171,7 +171,7 @@ class Ticket:
     def listen(self, callback: Callable[[Chunk | None], None]) -> None:
         """Pass the chunks to a callback instead of an iterator.
 
-        It gets each chunk once, in order, and then None.
+        The callback gets each chunk once, in order, and then None.
 
         The calling thread passes the chunks that are already there. The engine's thread passes the later
         chunks, and waits for the callback. So the callback must return quickly, as

@@ -25,7 +25,7 @@ _DTYPES = [np.float64, np.float32]
 
 @dataclass(frozen=True)
 class FileModel:
-    """The pickled form of a fitted model whose network is in a file. It lacks the frozen weights.
+    """The pickled form of a fitted model whose network is in a file, without the frozen weights.
 
     Attributes:
         path, activation, adaptation, probe: the arguments that build the model.

@@ -19,8 +19,8 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
     layer and convolution gets a LoRA layer, apart from the head.
 
     Without a network, nothing is pretrained. One layer of random frozen features then replaces the network,
-    and LoRA adapts this layer too. That is enough to try the estimator; if you have no pretrained network,
-    scikit-learn's own models are the better choice.
+    and LoRA adapts this layer too. Random features are enough to try the estimator. If you have no pretrained
+    network, scikit-learn's models are the better choice.
 
         >>> rng = np.random.default_rng(0)
         >>> X = rng.normal(size=(200, 4))

@@ -115,7 +115,10 @@ def _bias(opened: safetensors.SafetensorsFile, name: str) -> Array | None:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """A key that sorts the numbers in names by their value. Names of any length are compared quickly."""
+    """A sort key for names, which compares the numbers in names by their value.
+
+    Names of any length are compared quickly.
+    """
     parts = re.split(r"([0-9]+)", name)
     digits = [part.lstrip("0") if i % 2 else "" for i, part in enumerate(parts)]
     return [

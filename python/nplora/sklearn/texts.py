@@ -78,7 +78,7 @@ def texts_of(op: str, X: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class StoredClassifier:
-    """The pickled form of a fitted model. It lacks the frozen weights.
+    """The pickled form of a fitted model, without the frozen weights.
 
     Attributes:
         path: the encoder.

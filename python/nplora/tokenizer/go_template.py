@@ -1,9 +1,9 @@
 """Writes a chat template in the template language of Go, which Ollama reads.
 
 A Jinja template can do anything, but nearly all templates write a chat as fixed texts around the messages.
-These texts are found by rendering chats whose messages are marks. Then the fixed texts are compared with what
-the Jinja template writes for other chats. A template that does more than that is not translated. There are
-two exceptions: `trimmed` and `has_tools` report what the translation lacks.
+The fixed texts are found by rendering chats whose messages are marks. They are then compared with what the
+Jinja template writes for other chats. A template that does more than that is not translated. There are two
+exceptions: `trimmed` and `has_tools` report what the translation lacks.
 
 A template that uses the time gets the same time as in training.
 """

@@ -72,7 +72,8 @@ class Chat:
         turns: for each assistant message (by its index), the positions of the turn's tokens, including the
             end token.
         unused: "messages", "tools" or "documents", if some were given that do not change the rendered text.
-        lost_calls: the tool calls that the template leaves out: index of the message, number of the call.
+        lost_calls: the tool calls that the template leaves out, as pairs (index of the message, number of the
+            call).
     """
 
     ids: list[int]
@@ -320,7 +321,7 @@ class Tokenizer:
     ) -> tuple[list[int], bool]:
         """Like `encode`, but also return whether these are all tokens.
 
-        If they are not, over `_UNSURE` more follow.
+        If the result is False, more than `_UNSURE` further tokens follow.
         """
         _require_text(text)
         size = len(text) if most is None else _CHARACTERS * (most + _UNSURE)
@@ -566,7 +567,7 @@ class Tokenizer:
 
         For each assistant turn, the template is rendered up to the start and up to the end of the turn. The
         tokens between these two points belong to the turn. Some templates write earlier messages differently
-        when more messages follow. Then a turn is found by the special tokens around it (see
+        when more messages follow. For such templates, a turn is found by the special tokens around it (see
         `nplora.tokenizer.turns`). A template that uses the time gets `TRAINING_TIME`, so that the same chat
         always has the same tokens.
 

@@ -185,7 +185,8 @@ def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> di
     """For each of the assistant's turns, the number of its first special token, and the text of the head.
 
     A prompt may end with text that only the last turn has, such as "<think>". The other turns then begin
-    with only a part of the prompt. This part must be so long that no message of another role begins with it.
+    with only a part of the prompt. The common part must be so long that no message of another role begins
+    with it.
     """
     begin = next((place for place, (_, is_special) in enumerate(prompt) if is_special), None)
     if begin is None:

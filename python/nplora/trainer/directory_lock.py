@@ -26,7 +26,7 @@ class DirectoryLock:
     Raises:
         BlockingIOError: another process has the lock; the message names its PID.
         UnsafeError: a symbolic link has the name of the lock file.
-        FileExistsError: a file of this name is not a lock. It is left unchanged.
+        FileExistsError: a file of this name is not a lock. The file is left unchanged.
         OSError: the file cannot be created or written.
     """
 

@@ -52,7 +52,7 @@ class FusedLoss(Protocol):
     def blame(self, model: Module, x: Any) -> str:
         """Return a sentence that says where NaN or infinity appears first.
 
-        It is called if a loss is not finite.
+        The trainer calls this method if a loss is not finite.
         """
 
     def settings(self) -> dict[str, Any]:

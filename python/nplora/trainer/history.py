@@ -164,8 +164,8 @@ class History:
         steps, evaluations, epochs: the records of all steps, evaluations and epochs, in order.
         ended: why the run ended: "complete", "patience" (early stopping), "callback" or "interrupted".
         best_step, best_epoch, best_loss: the step, the epoch (counted from 1) and the validation loss of the
-            evaluation whose factors the model has after the run. All are None if the model has the factors of
-            the last step.
+            evaluation whose factors the model has after the run. All three are None if the model has the
+            factors of the last step.
         kept_step: after Ctrl-C, the step of the best evaluation so far, if the checkpoint keeps its factors
             for the resumed run.
     """

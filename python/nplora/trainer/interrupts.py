@@ -39,7 +39,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 def _ignore(signum: int, frame: FrameType | None) -> None:
     """The handler of SIGUSR1 after a run of several processes.
 
-    It does nothing, so that the program can still save its results.
+    The handler does nothing, so that the program can still save its results.
     """
 
 

@@ -108,8 +108,8 @@ class OrderedGradients(Gradients):
         """Run one batch on each rank; return the results of all ranks.
 
         Each rank must know how many dropout masks the earlier batches of the round have drawn. At first, one
-        mask for each part and layer is assumed. If this is wrong, the round is run again with the right
-        number.
+        mask for each part and layer is assumed. If this number is wrong, the round is run again with the
+        right number.
         """
         start = [layer.dropout_stream for layer in self._adapters]
         data = checksum(batches) if self._meeting.size > 1 else 0

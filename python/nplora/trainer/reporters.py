@@ -130,14 +130,17 @@ class Reporter(Callback):
             self._succeeds(lambda: self._close(ended))
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
-        """Write to the report, if it is open. If this fails, close the report."""
+        """Write to the report, if it is open. If the write fails, close the report."""
         if self._is_open and not self._succeeds(lambda: self._write(step, metrics)):
             self._is_open = False
             with contextlib.suppress(Exception):  # a warning about the same report was given
                 self._close(None)
 
     def _succeeds(self, action: Callable[[], None]) -> bool:
-        """Write to the report or close it. If this fails, warn: the report ends, but the run continues."""
+        """Write to the report or close it.
+
+        A failure gives a warning: the report ends, but the run continues.
+        """
         try:
             action()
         except Exception as error:
@@ -370,7 +373,10 @@ def require_reporters(op: str, names: Iterable[str]) -> None:
 def reporting(
     names: Iterable[str], directory: Path, settings: Mapping[str, Any], tokens: Callable[[], int] | None
 ) -> Iterator[list[Reporter]]:
-    """The reporters of these names. Their files are in `directory`. All are closed after the `with` block."""
+    """The reporters of these names. Their files are in `directory`.
+
+    All reporters are closed after the `with` block.
+    """
     made = [
         REPORTERS[name](directory / name if name == "tensorboard" else directory, settings, tokens)
         for name in names

@@ -34,7 +34,7 @@ _INFINITE_FROM = {
 
 
 class FrozenWeight:
-    """A frozen (d_out, d_in) matrix, packed for the kernels. It is immutable, and layers may share it.
+    """A frozen, immutable (d_out, d_in) matrix, packed for the kernels. Layers may share it.
 
     Forward and backward products use the same copy of the matrix. Sums are computed in float32, or in float64
     for float64 storage. Products with a low-bit matrix decode only a few blocks at a time. `from_gguf` and

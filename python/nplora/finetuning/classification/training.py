@@ -155,10 +155,10 @@ def train_classifier(
     """Train LoRA on an encoder, and a new head, to predict the labels of texts or numbers.
 
     A row has a text and its label, {"text": ..., "label": ...}. With task="multi", the label is a list of
-    texts, or a text with separators. The adapter is of PEFT's kind SEQ_CLS. It has the head and the names of
-    the labels. The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run and saves the
-    current adapter. `resume=True` continues the run; the results are bit for bit the same as without a stop.
-    Nothing is written before all rows are read and checked.
+    texts, or a text with separators. The adapter is of PEFT's kind SEQ_CLS. The adapter includes the head and
+    the names of the labels. The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run
+    and saves the current adapter. `resume=True` continues the run; the results are bit for bit the same as
+    without a stop. Nothing is written before all rows are read and checked.
 
     For a regression, the model is trained on targets with mean 0 and variance 1. The saved head predicts the
     original targets. The head of a language model has no bias, so its targets keep their mean and are only
@@ -414,7 +414,7 @@ class _Training:
 
 
 def _standard(targets: Array, classifier: TextClassifier) -> tuple[float, float]:
-    """The mean and the standard deviation of the targets. They are merged into the last layer after training.
+    """The mean and the standard deviation of the targets. Both are merged into the last layer after training.
 
     A last layer without a bias cannot add the mean, so the mean is then 0.
     """

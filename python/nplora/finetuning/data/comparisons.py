@@ -51,7 +51,7 @@ class PairDataset(Stored):
         return self._labelled(first), self._labelled(first + 1)
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Answers]:
-        """These pairs as a batch, and the additional inputs of the loss."""
+        """The pairs with these indices as a batch, and the additional inputs of the loss."""
         batch = pack(sequence for index in indices for sequence in self[int(index)])
         return batch, Answers(batch.targets >= 0, self._tokens_per_pair)
 
@@ -114,7 +114,7 @@ class JudgedDataset(Stored):
         return (*self._labelled(stored), bool(self.good[stored]))
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Judgements]:
-        """These answers in one batch, and their judgements."""
+        """The answers with these indices in one batch, and their judgements."""
         batch = pack(self[int(index)][:2] for index in indices)
         pairs = zip(indices.tolist(), self._others(indices).tolist(), strict=True) if self.mismatches else ()
         mismatched = pack(self._mismatched(*pair) for pair in pairs)
@@ -228,7 +228,7 @@ def read_judged(
 
 
 class _JudgedBuilder(Builder[JudgedDataset]):
-    """Builds judged answers. It also stores whether each answer is good."""
+    """Builds judged answers. The builder also stores whether each answer is good."""
 
     def __init__(
         self, max_length: int | None, strict: bool, made: type[JudgedDataset], unit: str = "answer"

@@ -59,7 +59,7 @@ class Dataset(Stored, Sequence[tuple[Array, Array]]):
         return self._labelled(int(self._order[range(len(self))[index]]))
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Array]:
-        """These examples as one batch, and its targets.
+        """The examples with these indices as one batch, and its targets.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> dataset = nplora.data.read_dataset("train.jsonl", lm.tokenizer)
@@ -76,7 +76,7 @@ class ReadOptions:
     """The options that define how rows become examples, as in `read_dataset`.
 
     Raises:
-        ValueError, TypeError: a value is out of its range.
+        ValueError, TypeError: a value is out of range or has a wrong type.
     """
 
     max_length: int | None = None

@@ -201,7 +201,7 @@ def preview(
 ) -> Preview:
     """Show how training data are read: what is trained, how long the examples are, and what is wrong.
 
-    Bad rows do not end the preview. They are counted, and the errors of the first few are shown.
+    Bad rows do not end the preview. The preview counts bad rows, and shows the errors of the first few.
 
     Args:
         data, tokenizer, format, columns, chat, max_length, learn: as for `read_dataset`. The rows may also be

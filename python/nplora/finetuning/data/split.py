@@ -55,7 +55,7 @@ class Division:
         ]
 
     def _read(self, number: int) -> Iterator[Row]:
-        """The rows to train on. They include bad rows, so that the errors of bad rows are reported."""
+        """The rows to train on. Bad rows are included, so that their errors are reported."""
         rows, held_out = 0, list[Row]()
         for row in self._sources[number].read():
             rows += 1

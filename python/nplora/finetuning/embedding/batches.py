@@ -49,8 +49,8 @@ class TextBatch:
     def known_positives(self) -> Array | None:
         """A mask, bool (n, candidates), of the candidates that must not count as negatives of an anchor.
 
-        These are copies of the anchor or of its positive, and the positives of other copies of the anchor.
-        None if there are no such candidates.
+        The mask marks copies of the anchor or of its positive, and the positives of other copies of the
+        anchor. The result is None if there are no such candidates.
         """
         numbers = dict[bytes, int]()
         keys = (np.asarray(ids, np.int64).tobytes() for ids in self.texts)
@@ -73,7 +73,7 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: npt.ArrayLike) -> tuple[TextBatch, Array | None]:
-        """These examples as a batch, and their scores."""
+        """The examples with these indices as a batch, and their scores."""
 
     def fingerprint(self) -> str:
         """A text that identifies the examples."""

@@ -31,8 +31,8 @@ class Score(TypedDict):
         value: the metric; NaN, which is null in JSON, if the metric failed in all examples.
         low, high: the interval, by a bootstrap over the examples; None for fewer than two examples.
         examples: the number of examples.
-        failed: the number of examples in which the metric failed. They count as 0, unless the metric failed
-            in all examples.
+        failed: the number of examples in which the metric failed. Such examples count as 0, unless the metric
+            failed in all examples.
         error: the first error of the metric; empty if it never failed.
 
     >>> nplora.evaluate("model.gguf", "valid.jsonl")["metrics"]["token_accuracy"]["examples"]

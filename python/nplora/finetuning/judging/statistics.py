@@ -68,7 +68,7 @@ def interval(measured: Measured) -> Interval | None:
 
 
 def difference_interval(one: Measured, other: Measured) -> Interval | None:
-    """The bootstrap interval of `one` minus `other`. The same examples are drawn for both."""
+    """The bootstrap interval of `one` minus `other`. The same examples are drawn for both metrics."""
     if not (_can_resample(one) and _can_resample(other)):
         return None
     values, weights, others, other_weights = _resampled(one.values, one.weights, other.values, other.weights)

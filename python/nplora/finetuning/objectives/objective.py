@@ -43,7 +43,7 @@ class Objective:
         self._reference = Reference()
 
     def with_options(self, op: str, options: FinetuneOptions) -> Self:
-        """The same objective with other options. The teacher and the reference are shared.
+        """Return a copy of the objective with other options. The teacher and the reference are shared.
 
         Raises:
             ValueError: the options do not fit the teacher.
@@ -101,7 +101,7 @@ class Objective:
             batches: the training data, and the validation data, if there are any.
             directory: the output directory; None on other ranks than rank 0.
             say: prints a text.
-            writes: whether the directory may be changed now. If not, `keep` changes it later.
+            writes: whether the directory may be changed now; otherwise, `keep` changes it later.
             ranks: the processes that train together.
         """
         if self.has_reference:

@@ -1,6 +1,7 @@
 """The formulas of preference losses, with their derivatives, on float64 arrays.
 
-A log-ratio is log p(answer) - log p_ref(answer). It measures how much likelier the adapter makes an answer.
+A log-ratio is log p(answer) - log p_ref(answer). The log-ratio measures how much likelier the adapter makes
+an answer.
 """
 
 from __future__ import annotations

@@ -84,13 +84,14 @@ class Reference:
             batches: the training data, and the validation data, if there are any.
             sequences_of: the sequences of a batch whose log-probabilities are needed.
             directory: the output directory; None on other ranks than rank 0.
-            writes: whether the file is written, every minute and at the end. If not, `keep` writes it later.
+            writes: whether the file is written, every minute and at the end. Otherwise, `keep` writes the
+                file later.
             ranks: the processes that train together. Each rank computes a share of the log-probabilities.
         Raises:
             NonFiniteLossError: a log-probability is NaN or infinite.
             ValueError: the ranks have different models.
         Warns:
-            UserWarning: the file cannot be written. The run can continue without it.
+            UserWarning: the file cannot be written. The run can continue without the file.
         """
         ranks, self._model = ranks or Alone(), _identity(lm)
         known, problem = ({}, "") if directory is None else _read(directory, self._model)

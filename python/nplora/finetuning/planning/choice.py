@@ -188,7 +188,8 @@ def _plans(
     """The plans that the constraints allow, float32 first.
 
     Args:
-        free: whether to vary the settings that the constraints leave open. Otherwise they get their defaults.
+        free: whether to vary the settings that the constraints leave open. Otherwise, these settings get
+            their defaults.
     """
     computes, policies = [constraints.compute or lm.compute], [constraints.recompute]
     if free and constraints.compute is None and lm.compute == "float32":

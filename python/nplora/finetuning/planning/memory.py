@@ -135,7 +135,7 @@ class Adapters:
         tokens: Sequence[AddedToken] = (),
         least: int = 0,
     ) -> Self:
-        """The same layers, and trained rows: layer -> ids of the rows, or None for all rows.
+        """Add trained rows to the adapted layers: layer -> ids of the rows, or None for all rows.
 
         Args:
             tokens: the number of tokens that are added to the model.

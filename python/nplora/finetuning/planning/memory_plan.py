@@ -78,8 +78,8 @@ class MemoryPlan:
         """Predict the time of a step if several machines like this one train together, one rank on each.
 
         The prediction includes the passes and the sums of the gradients in every step, but no evaluations and
-        checkpoints. It assumes that every machine is as fast as this one, and that its network carries the
-        full rate in both directions.
+        checkpoints. The prediction assumes that every machine is as fast as this one, and that the network
+        carries the full rate in both directions.
 
         Args:
             nodes: the number of machines.

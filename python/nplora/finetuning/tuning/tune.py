@@ -60,15 +60,15 @@ def tune(
 ) -> TuneReport:
     """Search for the learning rate, the rank, the targets and the epochs of `finetune`, within a time budget.
 
-    The search makes short runs, and compares their losses on held-out data. It begins with the learning rate,
-    which matters most. Then it varies the rank and the targets. The best settings are trained at full length,
-    and then for more epochs, as long as the loss falls. All trials share the loaded model, the tokenised data
-    and, if only upper blocks are adapted, the outputs of the frozen blocks below.
+    The search makes short runs, and compares their losses on held-out data. The search begins with the
+    learning rate, which matters most, and then varies the rank and the targets. The best settings are trained
+    at full length, and then for more epochs, as long as the loss falls. All trials share the loaded model,
+    the tokenised data and, if only upper blocks are adapted, the outputs of the frozen blocks below.
 
-    Every trial begins anew, with a learning rate schedule that ends with the trial. It is evaluated after its
-    last step. The last trials are trained exactly as `finetune` trains with the same options. `tune.jsonl` in
-    the output directory records every decision and every trial. Ctrl-C ends the search, and `resume=True`
-    continues it.
+    Every trial begins anew, with a learning rate schedule that ends with the trial. Each trial is evaluated
+    after its last step. The last trials are trained exactly as `finetune` trains with the same options.
+    `tune.jsonl` in the output directory records every decision and every trial. Ctrl-C ends the search, and
+    `resume=True` continues it.
 
     Args:
         model, data: as for `finetune`.
@@ -318,7 +318,9 @@ def _plain(value: Any) -> Any:
 
 
 class _Trials:
-    """Makes trials on one model. They share its weights, the data, and the outputs of the frozen blocks.
+    """Makes trials on one model.
+
+    All trials share the weights, the data, and the outputs of the frozen blocks.
 
     Args:
         base: the options of all trials.
@@ -409,7 +411,7 @@ class _Trials:
     def _shared_prefix(self, lm: LanguageModel) -> PrefixCache | None:
         """The cache of outputs below the adapters.
 
-        It is where the options say or, if it is small, in memory.
+        The options decide where it is stored; a small cache is in memory.
         """
         first, nbytes = lm.model.first_adapted(), 4 * self._inputs.tokens * lm.config.hidden_size
         if self._prefix is None and first:

@@ -204,7 +204,7 @@ def _encoded(encoder: Encoder, inputs: list[Any], prompt: str, length: _Length) 
 
 
 def _tokens(encoder: Encoder, name: str, given: object, length: _Length) -> list[int]:
-    """Check the tokens that a client sent. They are used unchanged."""
+    """Check the tokens that a client sent. The tokens are used unchanged."""
     if not isinstance(given, list) or not given:
         raise wrong(name, given, "a text or a list of tokens that is not empty", "input")
     if len(given) > length.most and not length.cuts:

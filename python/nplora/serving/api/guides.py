@@ -130,7 +130,7 @@ def _require_small(schema: str) -> None:
 
 
 class Guide:
-    """Allows the tokens that the grammar allows next. It is the engine's `Guide`."""
+    """Allows the tokens that the grammar allows next. The class implements the engine's `Guide`."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher

@@ -15,8 +15,8 @@ _ATTEMPTS = 3
 def submitted(submit: Callable[[], T]) -> T:
     """Read a request and submit it.
 
-    If the adapter is unloaded in between, the request is read again. It is then refused, or uses another
-    adapter that has the same name now.
+    If the adapter is unloaded in between, the request is read again. After that, the request is refused, or
+    uses another adapter that now has the same name.
 
     Args:
         submit: raises KeyError if the adapter was unloaded.

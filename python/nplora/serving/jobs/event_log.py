@@ -45,7 +45,7 @@ class EventLog:
         Args:
             data: numbers. Only the first event with the same kind of numbers for the same "step" is added.
         Raises:
-            OSError: the event cannot be written. It is still added in memory.
+            OSError: the event cannot be written. The event is still added in memory.
         """
         number = 1 + int(self._events[-1]["id"].rpartition("-")[2]) if self._events else 0
         event: Shape = {

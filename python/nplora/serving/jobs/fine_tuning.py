@@ -37,22 +37,22 @@ class FineTuning:
     """Keeps files and fine-tuning jobs in one directory. A thread trains the jobs one after the other.
 
     All methods may be called from any thread. The methods return dictionaries in the shapes of OpenAI's API.
-    They raise `RequestError`, which has the fields of OpenAI's error object. Every change is on the disk
-    before the method returns, so a killed process loses no change. After the next `start`, a job continues
-    from its last checkpoint, and ends with the same bits.
+    On errors, they raise `RequestError`, which has the fields of OpenAI's error object. Every change is on
+    the disk before the method returns, so a killed process loses no change. After the next `start`, a job
+    continues from its last checkpoint, and ends with the same bits.
 
     Args:
-        lm: the model that answers requests. It does not change: a job trains a second model that shares the
-            frozen weights.
+        lm: the model that answers requests. This model does not change: a job trains a second model that
+            shares the frozen weights.
         directory: the directory for files and jobs, created if needed. One process can use it at a time.
         model: the name of the base model in the API.
         turns: the engine's `turn`, which divides the time between training and answers. None: training does
             not wait.
-        publish: called as publish(name, directory) when a job has ended, and in `start` for earlier jobs. It
-            makes the adapter in this PEFT directory available under the name, even if another adapter has the
-            name. Default: `lm.load_adapter`.
+        publish: called as publish(name, directory) when a job has ended, and in `start` for earlier jobs. The
+            function makes the adapter in this PEFT directory available under the name, even if another
+            adapter has the name. Default: `lm.load_adapter`.
         withdraw: called as withdraw(name) for an adapter that is no longer there. Default:
-            `lm.delete_adapter`. It may raise KeyError or RequestError.
+            `lm.delete_adapter`. The function may raise KeyError or RequestError.
         memory: memory limit of the whole process while a job trains, as in `finetune`; or a function that
             returns the limit when a job begins.
         compute: arithmetic of training; None: that of `lm`, or float32 if `lm` computes in int8.

@@ -45,9 +45,9 @@ class Publishing:
     """Functions that make adapters available, and withdraw them.
 
     Attributes:
-        publish: called as publish(name, directory). It makes the adapter in this PEFT directory available
-            under the name.
-        withdraw: called as withdraw(name). It removes the adapter with this name.
+        publish: called as publish(name, directory). The function makes the adapter in this PEFT directory
+            available under the name.
+        withdraw: called as withdraw(name). The function removes the adapter with this name.
     """
 
     publish: Callable[[str, Path], None]
@@ -58,7 +58,7 @@ class JobRun:
     """One job in training.
 
     Args:
-        lm: the model that answers requests. It does not change.
+        lm: the model that answers requests. This model does not change.
         state: the records and the events of all jobs.
         job_id: the job.
         publishing: how the adapter becomes available.
@@ -158,7 +158,10 @@ class JobRun:
         self._event(_first_words(run.step, bool(record["resolved"])), None)
 
     def _save_checkpoint(self, run: Run, record: EpochRecord) -> None:
-        """Save the adapter of an epoch, and make it available. Only the last few are kept."""
+        """Save the adapter of an epoch, and make it available.
+
+        Only the adapters of the last few epochs are kept.
+        """
         is_last = run.total_steps is not None and record.step >= run.total_steps
         if is_last or time.monotonic() - self._last_checkpoint < CHECKPOINT_SECONDS:
             return  # the next one follows soon

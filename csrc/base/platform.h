@@ -18,8 +18,8 @@ namespace nplora::platform {
 
 size_t page_size();
 
-// Maps whole pages. The memory starts at a multiple of `alignment`, a power of two, if the system has a use
-// for that, and at least at a multiple of a cache line. Returns nullptr if there is no memory.
+// Maps whole pages. The memory starts at a multiple of `alignment`, a power of two, if the system supports
+// this, and at least at a multiple of a cache line. Returns nullptr if there is no memory.
 char* map_pages(size_t bytes, size_t alignment);
 
 // A part of a mapping can be unmapped only on systems where `can_collapse_pages` may return true.

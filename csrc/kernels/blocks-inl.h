@@ -316,7 +316,7 @@ struct Decoders<Block, kRows> {
   Decoders(const Block* const (&at)[kRows], size_t n) : at(at) {
     static_assert(offsetof(Block, d) == 0);
     if constexpr (kFactors == 2) static_assert(offsetof(Block, m) == sizeof(Half));
-    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // so many scales and minima fit into 64 bits
+    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // their scales and minima fit into 64 bits
     for (size_t i = 0; i < n; ++i)
       for (size_t r = 0; r < kRows; r += kAtOnce) {
         uint64_t halves = 0;

@@ -477,9 +477,9 @@ struct Transformer {
                               float* dx, bool accumulate);
 
   // Rotary position encoding: each pair (a, b) in `x` (heads, head_dim) becomes (a cos - b sin, b cos + a
-  // sin). A pair is elements i and half + i of a head, or elements 2i and 2i + 1 if `interleaved` is set.
-  // Only the first 2 * half elements of a head are read or written. `table` holds `half` cosines, then `half`
-  // sines. If `inverse` is set, the sines are negated.
+  // sin). A pair consists of elements i and half + i of a head, or of elements 2i and 2i + 1 if `interleaved`
+  // is set. Only the first 2 * half elements of a head are read or written. `table` holds `half` cosines,
+  // then `half` sines. If `inverse` is set, the sines are negated.
   void (*rotate)(size_t heads, size_t head_dim, size_t half, const float* table, bool interleaved,
                  bool inverse, float* x);
 

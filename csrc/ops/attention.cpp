@@ -52,8 +52,8 @@ struct ForwardBuffers {
   float *queries, *sums;          // (head_dim, kTileLanes)
   float* scores;                  // (kTileKeys, kTileLanes)
   float *largest, *sum, *factor;  // (kTileLanes)
-  // If the products are computed in pairs: the queries (head_dim / 2, lanes), and the weights of a tile of
-  // keys (kTileKeys / 2, lanes).
+  // For products in pairs, these hold the queries (head_dim / 2, lanes) and the weights of a tile of keys
+  // (kTileKeys / 2, lanes).
   kernels::Bf16Pair *pairs, *weights;
 };
 

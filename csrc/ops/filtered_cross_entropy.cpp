@@ -18,7 +18,7 @@ namespace {
 // The words of the vocabulary are multiplied block by block. A task multiplies up to kColumns columns of W at
 // a time. These columns of a block take 24 KB, so they stay in L1 while all tokens use them.
 constexpr size_t kWords = 32, kColumns = 2 * kDecodedColumns;
-// The cost of one kept word, in words of a dense product.
+// A dense product of this many words costs about as much as one kept word.
 constexpr double kKeptCost = 2;
 
 // The kept words of all rows: at most limit() likely words, and the target. At first, each row has a list in
@@ -42,7 +42,8 @@ class KeptWords {
 
   void arrange();
 
-  // After `arrange`: the words of a block and a row are first(block, row) to first(block, row + 1) - 1.
+  // After `arrange`, the words of a block and a row have the indices first(block, row) to first(block, row +
+  // 1) - 1.
   size_t first(size_t block, size_t row) const { return firsts_[block * rows() + row]; }
   const float* weights() const { return weights_; }
   const uint8_t* ids() const { return ids_; }  // counted from the first word of the block

@@ -1,5 +1,5 @@
 // W and the rows that it multiplies in int8, for large batches. W is recoded from its storage while a block
-// is packed: each row has one scale, whatever the storage. (Products of small batches use the blocks' own
+// is packed: each row has one scale, for every storage format. (Products of small batches use the blocks' own
 // codes, see kernels::Int8Products.)
 #pragma once
 

@@ -87,7 +87,7 @@ struct KernelPlan {
 };
 
 // Chooses the cheaper alternative. Only float and double may be merged on the fly: in bfloat16, rounding W +
-// scale A B would lose the update of a young adapter, which is still small.
+// scale A B would lose a small update, such as that of an adapter at the start of training.
 inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
   if (s.rank == 0) return {Update::kNone, cost};
   const bool can_merge = s.element_bytes >= 4 && !s.dropout && s.tokens > kernels::kSmallBatch;

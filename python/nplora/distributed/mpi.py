@@ -275,7 +275,7 @@ def _elsewhere(rank: int, place: str, first: str) -> RankError:
 
 
 def _checked_timeout(seconds: float | None) -> float:
-    """Check the timeout. If the caller gives none, it comes from the environment."""
+    """Check and return the timeout. If the caller gives no timeout, the environment sets it."""
     if seconds is not None:
         if not _check.number(_OP, "timeout", seconds) > 0:
             raise ValueError(f"{_OP}: timeout is {seconds}, expected a number of seconds above 0")

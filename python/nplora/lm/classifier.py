@@ -30,7 +30,9 @@ class ClassifierSaved(Saved):
 
 
 class TextClassifier(Module):
-    """An encoder with a trained head. `nplora.new_classifier` and `nplora.load_classifier` make it.
+    """An encoder with a trained head.
+
+    `nplora.new_classifier` and `nplora.load_classifier` make such an object.
 
     The layers have the names of transformers' model for the task, such as
     `bert.encoder.layer.0.attention.self.query` and `classifier`.

@@ -145,7 +145,7 @@ class Attention(Module):
         """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False.
 
         Args:
-            rows: those of `run`.
+            rows: the argument `rows` of `run`.
         """
         deeper = need_dx or any(layer.local_parameters() for layer in self._inputs)
         out = widened(saved.out) if self._narrow else saved.out

@@ -166,7 +166,7 @@ class DecoderBlock(Module):
         stored, so they are computed again if a gradient needs them.
 
         Args:
-            rows: those of `run`.
+            rows: the argument `rows` of `run`.
         """
         for index in reversed(range(len(self._halves))):
             half, kept = self._halves[index], saved.halves[index]

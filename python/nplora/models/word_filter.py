@@ -43,7 +43,7 @@ class WordFilter:
         2
 
     Args:
-        bound: the least probability of a word that is kept: above 0 and below 1.
+        bound: the smallest probability of a word that is kept; above 0 and below 1.
     Raises:
         ValueError: `bound` is out of range.
     """

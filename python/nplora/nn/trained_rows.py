@@ -64,7 +64,7 @@ class TrainedRows:
     Attributes:
         value: the rows (k, dim), which optimisers update in place.
         grad: the gradient of `value`.
-        merged: the rows as a merge rounded them, or None if they are not merged.
+        merged: the rows after the rounding of a merge; None if they are not merged.
     Raises:
         ValueError: an id is not a row, or occurs twice, or there are no ids; or a row beyond the weight's end
             is not trained.

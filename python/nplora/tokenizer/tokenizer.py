@@ -231,7 +231,10 @@ class Tokenizer:
         return found
 
     def _has(self, token: AddedToken) -> bool:
-        """Whether the tokenizer has this token. Raises FormatError if its text or id is another token's."""
+        """Whether the tokenizer has this token.
+
+        Raises FormatError if its text or its id belongs to another token.
+        """
         id_ = self.id_of(token.text)
         there = self._backend.id_to_token(token.id)
         if id_ == token.id:

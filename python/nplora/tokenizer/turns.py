@@ -128,7 +128,7 @@ def find_turns(
 
     Args:
         messages: the chat.
-        text, marked: the chat as the template writes it, without and with marks.
+        text, marked: the text that the template writes for the chat, without and with marks.
         mark: the character of the marks.
         prompt: the text that the template writes where the assistant's answer should begin.
         is_end: a function that returns whether a special token ends a turn.

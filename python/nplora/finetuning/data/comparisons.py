@@ -1,4 +1,4 @@
-"""Data sets of comparisons: pairs of a chosen and a rejected answer, and answers that somebody judged."""
+"""Data sets of comparisons: pairs of a chosen and a rejected answer, and judged answers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Judgements:
 
 
 class JudgedDataset(Stored):
-    """Answers that somebody found good or bad.
+    """Answers that were judged as good or bad.
 
     Each prompt is also paired with an answer to another prompt. This answer is the nearest one before the
     prompt in its batch or, if the batch has only one prompt, in the data set. If the search reaches the

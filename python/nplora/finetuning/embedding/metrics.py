@@ -287,7 +287,7 @@ def _largest(scores: Array, k: int) -> Array:
 def _scores(
     found: Array, grades: Sequence[Mapping[int, float]], steps: Sequence[int], documents: int
 ) -> RetrievalScores:
-    """The scores of the search results `found`, indices (queries, documents)."""
+    """The scores of the search results. `found` has the indices of the documents found for each query."""
     gains = np.array(
         [[grade.get(int(i), 0.0) for i in row] for row, grade in zip(found, grades, strict=True)]
     )

@@ -29,7 +29,8 @@ class Measured:
 
     Attributes:
         name: the metric.
-        values, weights: float64 (examples,). For a loss: the summed loss of an example, and its tokens.
+        values, weights: float64 (examples,). For a loss, these are the summed loss of each example, and its
+            number of tokens.
         lower_is_better: whether a lower metric is better.
         failed: the number of examples that could not be scored.
         error: the first error of the metric, if some could not.

@@ -145,7 +145,7 @@ class TuneLog:
         other = [name for name in {**start, **self.start} if start.get(name) != self.start.get(name)]
         if other:
             raise ValueError(
-                f"tune: {self.path} belongs to a search with {', '.join(other)} other than now: "
+                f"tune: {self.path} belongs to a search with different values of {', '.join(other)}: "
                 f"{self.start.get(other[0])!r}, now {start.get(other[0])!r}"[:300]
             )
 

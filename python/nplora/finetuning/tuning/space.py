@@ -60,7 +60,7 @@ class Space:
         return made
 
     def variations(self) -> Iterator[tuple[str, Any]]:
-        """Every value of every option, except its first. The options take turns."""
+        """Yield every value of every option, except its first. Values of different options alternate."""
         rows = [[(name, value) for value in values[1:]] for name, values in self.others.items()]
         for turn in range(max(map(len, rows), default=0)):
             yield from (row[turn] for row in rows if turn < len(row))

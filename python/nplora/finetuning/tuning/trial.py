@@ -14,7 +14,7 @@ class Trial:
     """One run of a search.
 
     Attributes:
-        number: counts the trials from 1.
+        number: the number of the trial, counted from 1.
         rung: the rung that the trial belongs to, from 1.
         settings: the options that the trial tries.
         steps: the number of steps.

@@ -205,7 +205,7 @@ class EncoderFamily:
         return ".".join(filter(None, (self.blocks, match[1], names[0] if names else match[2])))
 
     def stored_names(self, names: Collection[str]) -> StoredNames:
-        """How a file with these tensors names the encoder's tensors."""
+        """The names of the encoder's tensors in a file that has these tensors."""
         prefix = f"{self.prefix}."
         has_prefix = f"{prefix}{self.outside['embed_tokens'][0]}.weight" in names
         return StoredNames(frozenset(names), prefix if has_prefix else "", self.ignored)

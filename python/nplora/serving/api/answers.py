@@ -1,4 +1,4 @@
-"""The shapes of answers: OpenAI's objects for chats and completions, whole and in pieces."""
+"""Makes OpenAI's objects for chats and completions, as whole answers and in pieces."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ class FineTuning:
                 self._changed.notify_all()
 
     def _next(self) -> JobRun | None:
-        """Wait for the oldest job that has not ended; None: the server ends."""
+        """Wait for the oldest job that has not ended. Return None when the server shuts down."""
         with self._changed:
             while not self._is_closing:
                 job = next((job for job in self._jobs.values() if job["status"] in OPEN), None)

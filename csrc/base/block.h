@@ -24,7 +24,7 @@ struct BlockFacts {
   // The largest magnitude of a value. A larger value would need a scale or minimum beyond the range of
   // float16, or of float in NF4.
   float largest;
-  const char* shorter = nullptr;  // the format that llama.cpp uses if a row is not a whole number of blocks
+  const char* shorter = nullptr;  // llama.cpp uses this format if a row is not whole blocks
 };
 
 }  // namespace nplora

@@ -33,8 +33,8 @@ AlignedBuffer BufferCache::take(size_t bytes) {
   return buffer;
 }
 
-// Makes room for a new buffer of `bytes`: frees idle buffers, the largest first, until the sum of used, idle
-// and new memory is at most the peak of used memory. The new buffer counts as used in this peak.
+// Makes room for a new buffer of `bytes`: frees idle buffers, the largest first, until used, idle and new
+// memory together are at most the peak of used memory. This peak includes the new buffer.
 void BufferCache::make_room(size_t bytes) {
   const size_t most = std::max(most_used_, used_bytes_ + bytes);
   while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {
@@ -52,7 +52,7 @@ void BufferCache::give_back(AlignedBuffer buffer) noexcept {
     idle_.emplace(bytes, std::move(buffer));
     idle_bytes_ += bytes;
   } catch (const std::bad_alloc&) {
-    // There is no memory for an entry in the list of idle buffers, so the buffer is freed.
+    // If there is no memory for an entry in the list of idle buffers, the buffer is freed.
   }
 }
 

@@ -75,7 +75,7 @@ class Neighbours {
     end_ = nullptr;
     char* const region = platform::map_pages(kRegion, kHugePage);
     if (region == nullptr) return false;
-    platform::keep_small_pages(region, kRegion);  // pages stay small until weights fill them
+    platform::keep_small_pages(region, kRegion);  // the pages stay small until weights fill a huge page
     next_ = region;
     small_pages_ = region;
     end_ = region + kRegion;

@@ -29,7 +29,7 @@ std::atomic<bool (*)()> interrupt_hook{nullptr};
 // starts stays on this thread.
 thread_local bool asking = false;
 
-// The least number of operations for which another thread is worth starting. One core computes this many
+// The smallest number of operations that makes it worth starting another thread. One core computes this many
 // operations in about 5 µs, which is also the time to wake a worker.
 constexpr double kOperationsPerThread = 5e5;
 
@@ -118,14 +118,14 @@ size_t threads_at_start() {
     const char* text = std::getenv("OMP_NUM_THREADS");
     if (text == nullptr) text = "";
     text += std::strspn(text, " \t");
-    unsigned number = 0;  // 0 also if the text is not a number from 1 on
+    unsigned number = 0;  // returns 0 also if the text is not a number of at least 1
     std::from_chars(text, text + std::strlen(text), number);
     return number > 0 ? size_t{number} : platform::usable_processors();
   }();
   return found;
 }
 
-thread_local size_t outer_limit = 0;  // 0: not set in this thread
+thread_local size_t outer_limit = 0;  // 0 means that this thread has set no limit
 
 #endif
 

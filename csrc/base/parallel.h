@@ -16,9 +16,9 @@ struct Interrupted : std::runtime_error {
 void set_thread_limit(size_t n);
 size_t num_threads();
 
-// The limit that other libraries set, as threadpoolctl does. It begins as OMP_NUM_THREADS, or else as the
-// number of processors that this process may use. It belongs to the calling thread, as OpenMP's limit does;
-// in a build with OpenMP, it is OpenMP's limit.
+// The limit that other libraries set, as threadpoolctl does. Its first value is OMP_NUM_THREADS or, if this
+// is not set, the number of processors that this process may use. Each calling thread has its own limit, as
+// in OpenMP; in a build with OpenMP, the limit is OpenMP's limit.
 void set_outer_threads(size_t n);
 size_t outer_threads();
 
@@ -41,7 +41,7 @@ void run_tasks(size_t tasks, size_t threads, Interruptible interruptible, void (
                const void* context);
 }
 
-// How many threads are worth starting for this many floating-point operations. For elementwise work,
+// The number of threads that is worth starting for this many floating-point operations. For elementwise work,
 // `operations` may be the number of elements.
 size_t useful_threads(double operations);
 

@@ -1,4 +1,4 @@
-// How a thread waits for another thread.
+// Functions with which a thread waits for another thread.
 #pragma once
 
 #include <chrono>

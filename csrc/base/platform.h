@@ -1,4 +1,5 @@
-// What differs between operating systems. All other files of csrc are the same on every system.
+// All functions of csrc that differ between operating systems. All other files of csrc are the same on every
+// system.
 //
 // CMakeLists.txt compiles the files platform_*.cpp that belong to the target: platform_posix.cpp and
 // platform_linux.cpp, platform_posix.cpp and platform_macos.cpp, platform_windows.cpp, or platform_wasm.cpp.
@@ -17,14 +18,14 @@ namespace nplora::platform {
 
 size_t page_size();
 
-// Maps whole pages. The memory starts at a multiple of `alignment`, a power of two, if the system has a use
-// for that, and at least at a multiple of a cache line. Returns nullptr if there is no memory.
+// Maps whole pages. The memory starts at a multiple of `alignment`, a power of two, if the system supports
+// this, and at least at a multiple of a cache line. Returns nullptr if there is no memory.
 char* map_pages(size_t bytes, size_t alignment);
 
-// Only on systems where `can_collapse_pages` may return true, a part of a mapping can be unmapped.
+// A part of a mapping can be unmapped only on systems where `can_collapse_pages` may return true.
 void unmap_pages(void* at, size_t bytes);
 
-// These two ask for huge or for small pages. If the system refuses, only speed or memory is lost.
+// These two functions request huge pages or small pages. If the system refuses, only speed or memory is lost.
 void prefer_huge_pages(char* at, size_t bytes);
 void keep_small_pages(char* at, size_t bytes);
 
@@ -45,8 +46,8 @@ bool has_threads();
 // The number of processors that this process may use, at least 1.
 size_t usable_processors();
 
-// Calls `f` in every child that is forked from now on. If the system has no memory for this registration,
-// forked children may hang. Nothing else depends on the registration.
+// Calls `f` in every child process that is forked after this call. If the system has no memory for this
+// registration, forked children may hang. Nothing else depends on the registration.
 void call_in_forked_child(void (*f)());
 
 // Threads that are started during the lifetime of this object block all signals, so that the program's own
@@ -59,7 +60,7 @@ class WithoutSignals {
   WithoutSignals& operator=(const WithoutSignals&) = delete;
 
  private:
-  [[maybe_unused]] alignas(16) unsigned char before_[128];  // the signals that were blocked before
+  [[maybe_unused]] alignas(16) unsigned char before_[128];  // the signals that were already blocked before
 };
 
 // The number of the processor that runs the calling thread, or -1 if the system does not say.
@@ -70,7 +71,7 @@ bool avoid_processor(std::span<const Thread> threads, int processor);
 
 // ---- faults in mapped files ----
 
-// Returns the message about an address, or an empty text. It is called in a signal handler.
+// Returns the message about an address, or an empty text. The function is called in a signal handler.
 using FaultMessage = std::string_view (*)(uintptr_t address);
 
 // From now on, if a page of a mapped file cannot be read and `find` has a message about its address, the

@@ -1,4 +1,4 @@
-// What Linux has beyond POSIX.
+// The functions for Linux that go beyond POSIX.
 #include <sched.h>
 #include <sys/auxv.h>
 #include <sys/mman.h>
@@ -56,10 +56,10 @@ void collapse_pages(char* at, size_t bytes) {
   madvise(at, bytes, kCollapse);
 }
 
-// std::thread::hardware_concurrency counts the processors of the machine, also those that taskset or a
-// container takes from this process.
+// std::thread::hardware_concurrency counts all processors of the machine, including those that taskset or a
+// container forbids to this process.
 size_t usable_processors() {
-  for (size_t most = 1024; most <= size_t{1} << 20; most *= 4) {  // more than the kernel can have
+  for (size_t most = 1024; most <= size_t{1} << 20; most *= 4) {  // more processors than the kernel supports
     cpu_set_t* const allowed = CPU_ALLOC(most);
     if (allowed == nullptr) break;
     const size_t bytes = CPU_ALLOC_SIZE(most);
@@ -115,7 +115,7 @@ bool request_tiles() {
 #endif
 
 bool has_arm_bf16_and_dot_products() {
-  constexpr unsigned long kBf16 = 1ul << 14, kDotProducts = 1ul << 20;  // of AT_HWCAP2 and AT_HWCAP
+  constexpr unsigned long kBf16 = 1ul << 14, kDotProducts = 1ul << 20;  // the bits of AT_HWCAP2 and AT_HWCAP
   return (getauxval(AT_HWCAP2) & kBf16) != 0 && (getauxval(AT_HWCAP) & kDotProducts) != 0;
 }
 

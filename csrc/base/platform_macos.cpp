@@ -1,4 +1,5 @@
-// What macOS has beyond POSIX, and what it lacks: huge pages, processors that a thread can be kept off, AMX.
+// The functions for macOS that go beyond POSIX. macOS has no huge pages, no AMX, and cannot keep a thread off
+// a processor.
 #include <sys/sysctl.h>
 
 #include <algorithm>

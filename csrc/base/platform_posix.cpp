@@ -86,7 +86,7 @@ void call(const struct sigaction& action, int signal, siginfo_t* info, void* con
 
 [[noreturn]] void end_with(std::string_view message, int signal, siginfo_t* info, void* context) {
   static std::atomic_flag begun;
-  while (begun.test_and_set()) pause();  // another thread is ending the process
+  while (begun.test_and_set()) pause();  // another thread is already ending the process
   for (size_t done = 0; done < message.size();) {
     const ssize_t count = write(STDERR_FILENO, message.data() + done, message.size() - done);
     if (count <= 0) break;
@@ -97,7 +97,7 @@ void call(const struct sigaction& action, int signal, siginfo_t* info, void* con
 }
 
 void on_bus_error(int signal, siginfo_t* info, void* context) {
-  const bool is_access = info->si_code > 0;  // false if another process sent the signal
+  const bool is_access = info->si_code > 0;  // false if the signal was sent by another process
   if (is_access) {
     const std::string_view message = message_of.load()(reinterpret_cast<uintptr_t>(info->si_addr));
     if (!message.empty()) end_with(message, signal, info, context);

@@ -10,7 +10,7 @@ size_t page_size() {
   return size_t{64} << 10;
 }
 
-// The alignment has no use here.
+// WebAssembly has no use for the alignment.
 char* map_pages(size_t bytes, size_t) {
   return static_cast<char*>(::operator new(bytes, std::align_val_t{kCacheLine}, std::nothrow));
 }

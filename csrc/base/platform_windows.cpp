@@ -1,4 +1,4 @@
-// Windows. Large pages need a privilege that users lack, so pages are small.
+// Windows. The functions for Windows. Large pages need a privilege that users lack, so all pages are small.
 #define WIN32_LEAN_AND_MEAN
 #define NOMINMAX
 #include <windows.h>
@@ -42,7 +42,7 @@ size_t page_size() {
   return size_of_page;
 }
 
-// The memory starts at a multiple of 64 KiB.
+// On Windows, the memory starts at a multiple of 64 KiB.
 char* map_pages(size_t bytes, size_t) {
   return static_cast<char*>(VirtualAlloc(nullptr, bytes, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE));
 }

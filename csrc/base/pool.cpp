@@ -28,8 +28,8 @@ constexpr auto kSpinTime = std::chrono::microseconds(1000);
 struct Job {
   void (*work)(void*, bool);
   void* context;
-  size_t places;                   // how many workers may still join; guarded by Pool::mutex_
-  std::atomic<size_t> working{0};  // how many workers have joined and not yet returned
+  size_t places;                   // the number of workers that may still join; guarded by Pool::mutex_
+  std::atomic<size_t> working{0};  // the number of workers that have joined and not yet returned
 };
 
 class Pool {
@@ -65,7 +65,7 @@ class Pool {
     done_.wait(lock, all_returned);
   }
 
-  // If the system refuses a thread, or memory for a thread, only speed is lost.
+  // If the system refuses a thread or the memory for it, only speed is lost.
   void start_workers(size_t wanted) {
     if (worker_threads_.size() >= wanted) return;
     const platform::WithoutSignals without_signals;

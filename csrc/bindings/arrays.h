@@ -117,7 +117,7 @@ Array<T> empty_rows(size_t rows, size_t cols) {
 Storage storage_of(const std::string& name);
 const char* name_of(Storage storage);
 
-// A weight as Python passes it: a packed weight, or an array.
+// A weight in the form that Python passes: a packed weight, or an array.
 template <class T>
 using WeightArgument = std::variant<const PackedWeight*, Array<T>>;
 

@@ -17,7 +17,8 @@ class InferenceLayer {
   InferenceLayer(const InferenceLayer&) = delete;
   InferenceLayer& operator=(const InferenceLayer&) = delete;
 
-  // If `constant` is set, a and b never change. They are then copied to bfloat16 if it has their values.
+  // If `constant` is set, a and b never change. They are then copied to bfloat16 if bfloat16 can represent
+  // all their values.
   template <class T>
   InferenceLayer(const py::object& weight, const Array<T>& a, const Array<T>& b, double scale,
                  const std::optional<Array<T>>& bias, bool constant)
@@ -43,7 +44,7 @@ class InferenceLayer {
   }
 
  private:
-  // Copies a matrix to bfloat16. Returns false if bfloat16 does not have all its values.
+  // Copies a matrix to bfloat16. Returns false if bfloat16 cannot represent all its values.
   static bool narrowed(Matrix<const float> m, std::vector<kernels::Bf16>& out) {
     out.reserve(m.rows * m.cols);
     for (size_t i = 0; i < m.rows; ++i)

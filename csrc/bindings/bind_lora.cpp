@@ -40,7 +40,7 @@ void matmul_t(const WeightArgument<T>& weight, const Array<T>& dy, Array<T> out,
 template <class T>
 using Maybe = std::optional<Array<T>>;
 
-// The fields of one layer of a stack, as Python passes them.
+// The fields of one layer of a stack, in the form that Python passes.
 template <class T>
 struct ForwardFields {
   static constexpr const char* kType = "ForwardPart";

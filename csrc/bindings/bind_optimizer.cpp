@@ -10,10 +10,10 @@ namespace nplora::bindings {
 
 namespace {
 
-// The buffers of an optimiser step come in tuples, which nobody can change while the GIL is released. The
-// buffers are checked here one by one. Two slower ways were measured with the 420 factors of a language
-// model: casting lists to vectors of array_t took a sixth of a step, and preparing error messages that were
-// never shown took another sixth.
+// Python passes the buffers of an optimiser step as tuples, which no code can change while the GIL is
+// released. The buffers are checked here one by one. Two slower ways were measured with the 420 factors of a
+// language model: casting lists to vectors of array_t took a sixth of a step, and preparing error messages
+// that were never shown took another sixth.
 [[noreturn]] void refuse(const std::string& message) {
   throw std::invalid_argument(message);
 }
@@ -98,8 +98,8 @@ const std::vector<Trained>& collect(const py::tuple& parameters, const py::tuple
 }
 
 // Calls step(scale) without the GIL. If max_norm is given, the scale is first lowered so that the norm of the
-// gradients is at most max_norm. Returns the norm under the scale that was given. If the norm is not finite,
-// `step` is not called.
+// gradients is at most max_norm. Returns the norm with the given scale. If the norm is not finite, `step` is
+// not called.
 template <class Step>
 std::optional<double> clip_and_step(const std::vector<Trained>& parameters, double scale,
                                     std::optional<double> max_norm, const Step& step) {

@@ -11,7 +11,7 @@ namespace nplora::bindings {
 namespace {
 
 // Python's main thread, the only one that runs signal handlers.
-unsigned long main_thread = 0;  // as PyThread_get_thread_ident returns it
+unsigned long main_thread = 0;  // the result of PyThread_get_thread_ident
 
 // The interrupt hook. The hook is called between tasks, on the thread that called the core and released the
 // GIL. On Python's main thread, a pending Ctrl-C becomes a Python exception. Threads other than the main
@@ -57,7 +57,7 @@ py::dict config() {
 
 }  // namespace nplora::bindings
 
-// By this symbol, threadpoolctl finds the core among the libraries of a process.
+// threadpoolctl searches the libraries of a process for this symbol to find the core.
 extern "C" PYBIND11_EXPORT size_t nplora_outer_threads() {
   return nplora::outer_threads();
 }

@@ -21,7 +21,7 @@ void require_like(const char* name, const Floats& array, const Floats& other) {
   require_shape(name, array, size_t(other.shape(0)), size_t(other.shape(1)));
 }
 
-// Copies indices before they are checked. Nobody can write to the copy while the GIL is released.
+// Copies indices before they are checked. No other code can write to the copy while the GIL is released.
 std::vector<int64_t> copied(const char* name, const Integers& array, size_t n) {
   require_size(name, array, n);
   return {array.data(), array.data() + n};
@@ -49,7 +49,7 @@ std::vector<int64_t> checked_targets(const Integers& targets, const Matrix<float
   return wanted;
 }
 
-// The activation for a value of hidden_act in a configuration of the transformers library.
+// The activation that a value of hidden_act names in a configuration of the transformers library.
 Activation activation_of(const std::string& act) {
   if (act == "silu") return Activation::kSilu;
   if (act == "gelu_pytorch_tanh") return Activation::kGeluTanh;
@@ -246,7 +246,8 @@ AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t k
   return {heads, kv_heads, dim, float(scale), size_t(std::min(window, kMostKeys)), bfloat16};
 }
 
-// Adds the direction and the bias to a shape. Each sequence must be short enough for the bias.
+// Adds the direction and the bias to a shape. Requires that each sequence is short enough for the distances
+// in the bias.
 void set_direction(AttentionShape& shape, bool causal, const std::optional<Floats>& bias,
                    const std::vector<int64_t>& starts) {
   shape.causal = causal;

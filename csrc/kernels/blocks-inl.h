@@ -110,8 +110,8 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const EncodedRow& t
   put(values, to);
 }
 
-// What turns nibbles into the values that a destination takes. Codes in int8 are computed once for the
-// sixteen possible nibbles of a sub-block, and then looked up.
+// Turns nibbles into the values that a destination takes. Codes in int8 are computed once for the sixteen
+// possible nibbles of a sub-block, and then looked up.
 struct NibbleCodes {
   Bytes codes;
 };
@@ -322,7 +322,7 @@ struct Decoders<Block, kRows> {
   Decoders(const Block* const (&at)[kRows], size_t n) : at(at) {
     static_assert(offsetof(Block, d) == 0);
     if constexpr (kFactors == 2) static_assert(offsetof(Block, m) == sizeof(Half));
-    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // rows whose scales and minima fit into 64 bits
+    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // their scales and minima fit into 64 bits
     for (size_t i = 0; i < n; ++i)
       for (size_t r = 0; r < kRows; r += kAtOnce) {
         uint64_t halves = 0;

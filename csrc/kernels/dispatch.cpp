@@ -53,8 +53,8 @@ KernelTable with_kernels(const KernelTable& table, const char* isa, const PairPr
 struct Choice {
   const KernelTable* table;
   bool available;            // on this machine
-  const char* parts;         // required features of the processor
-  bool takes_tiles = false;  // needs the tile registers of AMX, which Linux may refuse
+  const char* parts;         // the processor features that the table requires
+  bool takes_tiles = false;  // whether the table needs the tile registers of AMX, which Linux may refuse
 };
 
 // Returns the tables of this build, with the best table last.

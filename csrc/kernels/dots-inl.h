@@ -94,7 +94,7 @@ struct Dots {
   Sum<W>* part;
   size_t part_stride;
   bool accumulate;
-  const W* next;  // later rows of W, which are prefetched
+  const W* next;  // later rows of W to prefetch
 
   template <size_t kTokens, size_t kRows>
   [[gnu::always_inline]] void load_sums(RowSums<W, kTokens, kRows>& sums) const {

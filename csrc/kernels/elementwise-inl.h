@@ -240,7 +240,7 @@ inline void narrow_float16_portable(size_t n, const float* from, uint16_t* to) {
     uint32_t half;
     if (value > 0x7F800000u) {  // NaN
       half = 0x7E00u | ((value >> 13) & 0x3FFu);
-    } else if (value >= 0x477FF000u) {  // magnitudes of at least 65520 round to infinity
+    } else if (value >= 0x477FF000u) {  // a magnitude of at least 65520 is rounded to infinity
       half = 0x7C00u;
     } else if (value < 0x38800000u) {
       // In the sum with 0.5, the last bit of the float has the value 2^-24, like the last bit of a subnormal

@@ -26,7 +26,7 @@ inline uint32_t largest_bits(const float* x) {
 
 inline void quantize_sub_block(const float* x, int8_t* codes, float& scale, float& sum_of_codes,
                                float* half_sums) {
-  constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // below `kLeast`, 1 / scale may be infinite
+  constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // below kLeast, 1 / scale may be infinite
   constexpr uint32_t kInfinite = 0x7F800000u;
   constexpr float kShift = 0x1.8p23f;  // x + kShift holds x, rounded to a whole number, in its low bits
   const uint32_t largest = largest_bits(x);
@@ -330,7 +330,7 @@ inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, floa
 #pragma GCC unroll 8
       for (size_t k = 0; k < 8; ++k) {
         magnitudes[k] = (SubBlock)_mm256_abs_epi8((__m256i)codes[k]);
-        asm("" : "+m"(codes[k]));  // the signs are read from memory, the magnitudes stay in registers
+        asm("" : "+m"(codes[k]));  // the signs are read from memory, and the magnitudes stay in registers
       }
     EightBits heads;
 #pragma GCC unroll 8

@@ -13,14 +13,14 @@ namespace nplora::kernels::NPLORA_ISA {
 
 // ---- x and W to int8 ----
 
-// Loads the elements of `from` from i on, with zeros after the last of the `n`. If `whole` is set, there are
-// enough for all lanes.
+// Loads the elements of `from` from element i on, with zeros after the last of the `n` elements. If `whole`
+// is set, there are enough elements for all lanes.
 [[gnu::always_inline]] inline Vec<float> load_upto(size_t n, const float* from, size_t i, bool whole) {
   return whole || n - i >= kIntLanes ? Vec<float>::load(from + i) : Vec<float>::load_partial(from + i, n - i);
 }
 
-// Returns the largest magnitude of `n` elements and `least`, where NaN is above all numbers. The bits of
-// magnitudes, read as integers, have this order.
+// Returns the largest of `least` and the magnitudes of `n` elements. NaN counts as larger than all numbers.
+// The bits of magnitudes, read as integers, are ordered in the same way.
 template <class Load>
 inline float largest_magnitude(size_t n, const Load& load, float least) {
   LaneInts most = broadcast_int(__builtin_bit_cast(int32_t, least)), other = most;
@@ -46,7 +46,7 @@ struct Nearest {
 // Rounds stochastically the elements from `first` on (see Int8Gemm::dither). The random words are computed
 // kDithered elements at a time, so elements must be rounded in order.
 struct Stochastic {
-  static constexpr int kFraction = 23;  // the bits of a fraction: numbers of up to 127 then fit into 31 bits
+  static constexpr int kFraction = 23;  // with 23 bits of fraction, numbers up to 127 fit into 31 bits
   uint64_t seed, first;
   mutable uint32_t words[4][kPhiloxBlocks];
 
@@ -240,8 +240,8 @@ template <size_t kRows, size_t kVectors>
 
 #if defined(NPLORA_SIMD_I8MM)
 
-// Two vectors of sums of one column vector, for two rows. smmla needs them as blocks of two rows and two
-// columns. The exchange of halves is its own inverse.
+// Two vectors of sums, for two rows and one vector of columns. smmla needs the sums as blocks of two rows and
+// two columns. Exchanging halves twice restores the vectors.
 [[gnu::always_inline]] inline void exchange_halves(LaneInts& first, LaneInts& second) {
   const auto a = (int64x2_t)first, b = (int64x2_t)second;
   first = (LaneInts)vzip1q_s64(a, b);
@@ -312,8 +312,8 @@ template <size_t kRows, size_t kVectors>
     for (size_t v = 0; v < kVectors; ++v) sums[i][v] = broadcast_int(corrections[i * groups]);
 }
 
-// Prefetches the outputs of a tile. Otherwise, the stores at the end of the tile would wait for memory, and
-// the next tile for them.
+// Prefetches the outputs of a tile. Without the prefetch, the stores at the end of the tile would wait for
+// memory, and the next tile would wait for the stores.
 template <size_t kRows, size_t kVectors>
 [[gnu::always_inline]] inline void fetch_outputs(const Int8Product& p, size_t column) {
 #pragma GCC unroll 16
@@ -398,7 +398,8 @@ inline void int8_rows(size_t m, Int8Product p, size_t column) {
   }
 }
 
-// Columns that are not kVectors whole vectors are computed one vector at a time, in tiles of fewer rows.
+// The last columns, which are fewer than kVectors whole vectors, are computed one vector at a time, in tiles
+// of fewer rows.
 template <bool kOneGroup, size_t kRows, size_t kVectors>
 inline void int8_columns(size_t m, const Int8Product& p) {
   constexpr size_t kWidth = kVectors * kIntLanes, kFewRows = kRows < 4 ? kRows : 4;

@@ -99,9 +99,9 @@ struct Fetch {
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
 
-// How many bytes ahead a weight is prefetched if it is read only once. Memory delivers about 10 bytes in each
-// cycle. The first bytes arrive more than 500 cycles after the request, or 1000 cycles if other programs use
-// the same memory. In 1000 cycles memory delivers 10000 bytes, and kFetchAhead is more.
+// The distance, in bytes, at which a weight that is read only once is prefetched. Memory delivers about 10
+// bytes in each cycle. The first bytes arrive more than 500 cycles after the request, or 1000 cycles if other
+// programs use the same memory. In 1000 cycles memory delivers 10000 bytes, and kFetchAhead is more.
 inline constexpr size_t kFetchAhead = 12288;
 
 // A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
@@ -120,8 +120,8 @@ static_assert(kPanelDepth<float> % kDepthUnit == 0);
 // same bits.
 template <class E>
 struct Tiles {
-  // The number of tokens in a full tile of gemm_tokens_in_lanes. These tokens fill two vectors. Small batches
-  // use one vector of lanes / 2 tokens.
+  // The number of tokens in a full tile of gemm_tokens_in_lanes. The tokens of a tile fill two vectors. Small
+  // batches use one vector of lanes / 2 tokens.
   size_t lanes;
   // The number of rows of `w` in a full tile of gemm_tokens_in_lanes. Any number of rows is allowed, but full
   // tiles are the fastest.
@@ -132,7 +132,7 @@ struct Tiles {
   // In a dense panel, gemm_outputs_in_lanes processes blocks of at most l1_block_bytes bytes, which stay in
   // L1. If l1_block_bytes is 0, a panel is processed as a whole.
   size_t l1_block_bytes;
-  size_t depth_unit;  // a number of elements, which divides kDepthUnit
+  size_t depth_unit;  // a number of elements that divides kDepthUnit
 
   // Computes yt = w xt, or yt += w xt if `accumulate` is set, for yt (rows, n_lanes), w (rows, depth) and xt
   // (depth, n_lanes). The tokens are in the SIMD lanes, and the elements of `w` are broadcast. `n_lanes` is
@@ -183,19 +183,19 @@ struct SmallProducts {
   // sums: sum i adds the products of the elements k with k % (lanes / 2) == i. The sums are stored in `part`,
   // or added to it if `accumulate` is set. If `depth` is not 0, row_stride must be greater than 0. The order
   // of the additions of a row of `x` depends neither on `m` nor on the storage of `w`, which may be panels or
-  // row-major. There is no such kernel for pairs of bfloat16.
+  // row-major. Pairs of bfloat16 have no such kernel.
   void (*dots)(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>* x, size_t x_stride,
                Sum<W>* part, bool accumulate);
 
   // Adds z aᵀ to `y` (m, rows), for z (m, depth) and a dense a (rows, depth). The product is the low-rank
   // term of a small batch: `m` is at most kSmallBatch, and `depth` is a rank. A row of `y` has the same bits
-  // for every `m`. There is no such kernel for pairs of bfloat16.
+  // for every `m`. Pairs of bfloat16 have no such kernel.
   void (*add_dots)(size_t m, size_t rows, size_t depth, const W* a, const Sum<W>* z, size_t z_stride,
                    Sum<W>* y, size_t y_stride);
 
-  // The same product as gemm_outputs_in_lanes in Tiles, except that `depth` always counts the rows of `w`. If
-  // `a` holds pairs of bfloat16 values, the values of a pair multiply two neighbouring rows of `w`, one value
-  // each. If `depth` is odd, the last row is paired with zeros.
+  // Computes the same product as gemm_outputs_in_lanes in Tiles, except that `depth` always counts the rows
+  // of `w`. If `a` holds pairs of bfloat16 values, the values of a pair multiply two neighbouring rows of
+  // `w`, one value each. If `depth` is odd, the last row is paired with zeros.
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                                 const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c,
                                 size_t c_stride, bool accumulate, const Fetch& next);
@@ -209,7 +209,7 @@ struct PairProducts {
 
 struct AdamWCoefficients {
   double lr, beta1, beta2, eps, weight_decay;
-  double bias1, bias2;  // bias corrections 1 - beta1^t and 1 - beta2^t at step t
+  double bias1, bias2;  // the bias corrections 1 - beta1^t and 1 - beta2^t at step t
   double grad_scale;
 };
 
@@ -269,7 +269,7 @@ struct Conversions {
   // Rounds stochastically: each x[i] becomes one of its two neighbours in the 16-bit format. The random
   // choice makes the expected value of the result equal to x[i]. For float16 below 2^-14, the expected value
   // has an error of at most 2^-48. The random bits come from the generator of dropout. Values beyond the
-  // largest finite number of the format stay as they are.
+  // largest finite number of the format do not change.
   void (*dither_bfloat16)(size_t n, uint64_t seed, uint64_t first, float* x);
   void (*dither_float16)(size_t n, uint64_t seed, uint64_t first, float* x);
 
@@ -372,14 +372,14 @@ struct CodedRows {
   size_t group, groups;
 };
 
-// x has one scale for this many values of a row. The outliers of activations are in few channels, so a scale
-// for a whole row would leave the other channels few bits.
+// The number of neighbouring values in a row of x that share one scale. The outliers of activations are in
+// few channels, so one scale for a whole row would leave few bits for the other channels.
 inline constexpr size_t kInt8Group = 64;
 
-// The number of columns of a panel of W in forward products. The backward products have kPanelColumns.
+// The number of columns of a panel of W in forward products. Backward products use kPanelColumns instead.
 inline constexpr size_t kInt8PanelColumns = 32;
 
-// The largest depth of one int8 product. A sum of codes then fits into 32 bits, with room to spare: a product
+// The largest depth of one int8 product. With this depth, a sum of codes easily fits into 32 bits: a product
 // of two codes is at most 255 * 127, and 4096 * 255 * 127 < 2^27. The correction for the offset of W's codes
 // is smaller: 4096 * 128 * 127 < 2^26. A longer depth is cut, and the parts are added in float, so no depth
 // can overflow. 4032 is the largest such multiple of both kPanelColumns and kInt8Group.
@@ -387,9 +387,9 @@ inline constexpr size_t kInt8Depth = 4032;
 static_assert(kInt8Depth % kPanelColumns == 0 && kInt8Depth % kInt8Group == 0 && kInt8Depth <= 4096);
 static_assert(int64_t{255 + 128} * 127 * 4096 < int64_t{1} << 31);
 
-// The scale of values whose largest magnitude is `largest`, and the factor that turns the values into codes.
-// Both are 0 if the magnitudes are so small that 1 / scale could be infinite. If a value is NaN or infinite,
-// the scale is NaN and the factor is 0.
+// Returns the scale of values whose largest magnitude is `largest`, and the factor that turns these values
+// into codes. Both are 0 if the magnitudes are so small that 1 / scale could be infinite. If a value is NaN
+// or infinite, the scale is NaN and the factor is 0.
 struct CodeScale {
   float scale, inverse;
 };
@@ -406,7 +406,7 @@ inline constexpr size_t kDithered = 64;
 // The products of large batches in int8. W has one scale for each row. The codes of W and of `x` are from
 // -127 to 127; in memory, the codes of W have an offset that depends on the instruction set.
 struct Int8Gemm {
-  size_t code_offset;  // of the codes of W; at most 128
+  size_t code_offset;  // the offset of the codes of W; at most 128
 
   // Quantises a row of `n` elements x[i] * factors[i], or x[i] if `factors` is null, in groups of `group`
   // elements. Each group has the scale of code_scale, and a code is x * (1 / scale), rounded to nearest, ties
@@ -422,7 +422,8 @@ struct Int8Gemm {
   void (*dither)(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x, const float* factors,
                  int8_t* codes, float* scales, int32_t* corrections);
 
-  // Raises largest[row] to the largest magnitude of a row of w (rows, cols), where NaN is above all numbers.
+  // Sets largest[row] to the maximum of largest[row] and the magnitudes of a row of w (rows, cols). NaN
+  // counts as larger than all numbers.
   void (*largest)(size_t rows, size_t cols, const float* w, size_t w_stride, float* largest);
 
   // Converts floats w (rows, cols) to codes (rows, cols) of W: w * inverses[row], rounded to nearest, ties to
@@ -445,7 +446,7 @@ struct Int8Gemm {
                    const float* scales, float* c, size_t c_stride, bool accumulate);
 };
 
-// `select` looks at this many elements at a time.
+// `select` tests this many elements at a time.
 inline constexpr size_t kSelected = 64;
 
 // The activation functions: silu(g) = g / (1 + exp(-g)), GELU in its tanh form, and the exact GELU, which is
@@ -476,9 +477,9 @@ struct Transformer {
                               float* dx, bool accumulate);
 
   // Rotary position encoding: each pair (a, b) in `x` (heads, head_dim) becomes (a cos - b sin, b cos + a
-  // sin). A pair is elements i and half + i of a head, or elements 2i and 2i + 1 if `interleaved` is set.
-  // Only the first 2 * half elements of a head are read or written. `table` holds `half` cosines, then `half`
-  // sines. If `inverse` is set, the sines are negated.
+  // sin). A pair consists of elements i and half + i of a head, or of elements 2i and 2i + 1 if `interleaved`
+  // is set. Only the first 2 * half elements of a head are read or written. `table` holds `half` cosines,
+  // then `half` sines. If `inverse` is set, the sines are negated.
   void (*rotate)(size_t heads, size_t head_dim, size_t half, const float* table, bool interleaved,
                  bool inverse, float* x);
 
@@ -550,7 +551,7 @@ struct Transformer {
   void (*whole_softmax_backward)(size_t rows, size_t n, float* s, float* dp, size_t stride);
 };
 
-// The kernels that instructions for bfloat16 and bytes make faster.
+// The kernels that become faster with instructions for bfloat16 and bytes.
 struct NarrowKernels {
   Tiles<Bf16Pair> bf16;
   SmallProducts<Bf16Pair> small_pairs;

@@ -112,8 +112,8 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 
 // ---- gemm_outputs_in_lanes: the product c = a w ----
 
-// How many rows of `w` belong to one element of `a`. There are two if `a` holds pairs of bfloat16 values, but
-// `w` holds single values, which are then paired in registers. Otherwise there is one.
+// How many rows of `w` belong to one element of `a`. The number is 2 if `a` holds pairs of bfloat16 values
+// and `w` holds single values, which are paired in registers. In all other cases, it is 1.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
@@ -141,7 +141,7 @@ inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
 }
 
 // The cache lines that a tile prefetches at each step: the lines of a Fetch or, if too few of these lines are
-// left, later rows of `w`. These rows are kFetchAhead bytes after the rows that the step reads. A tile
+// left, later rows of `w`. The later rows are kFetchAhead bytes after the rows that the step reads. A tile
 // prefetches only its own columns of later rows, because the other columns are in L2 already.
 struct FetchSteps {
   const char* at;
@@ -194,7 +194,7 @@ struct OutputsInLanes {
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>& tile, Fetch& fetch) {
   using T = Sum<E>;
-  OutputsInLanes<E, W> p = tile;  // copied, because GCC would keep the caller's object in memory
+  OutputsInLanes<E, W> p = tile;  // a copy, because GCC would keep the caller's object in memory
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = p.n - (kVectors - 1) * kLanes;
   constexpr bool kWide = kVectors > kOutputVectors;
@@ -337,20 +337,21 @@ inline void gemm_outputs_in_lanes_groups(size_t m, OutputsInLanes<E, W> p, Fetch
 }
 
 // Multiplies `a` with a dense panel, which is split into L1 blocks of about equal size. Each block is read
-// once for each tile of rows and each group of columns. If the caller asks for Fetch::rows_ahead, the next
-// block is prefetched in equal shares, one share each time that the current block is read.
+// once for each tile of rows and each group of columns. If the caller requests rows_ahead, the next block is
+// prefetched in equal shares, one share each time that the current block is read.
 template <class E, class W>
 inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fetch fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
   const size_t vectors = smaller(kPanelVectors, ceil_div(p.n, kLanes)), row_bytes = p.n * sizeof(W);
   const size_t readings = ceil_div(m, rows_beside(vectors)) * ceil_div(p.n, kPanelVectors * kLanes);
   size_t left = p.depth, blocks = left > 0 ? ceil_div(left * row_bytes, kL1BlockBytes<E>) : 1;
-  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller asks for Fetch::rows_ahead
+  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller requests rows_ahead
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
   // Each time a block is read, one cache line of each row of the next block is prefetched. If a block is read
-  // fewer times than a row has cache lines, these prefetches miss a part of the next block. The hardware
-  // prefetches better without them then. It prefetches best in blocks of 6 KB: on a Zen 4, products with 4
-  // rows are a quarter faster than in blocks of 12 KB. A panel that is read only once needs no blocks.
+  // fewer times than a row has cache lines, these prefetches miss a part of the next block. In this case, the
+  // hardware prefetches better without them. The hardware prefetches best in blocks of 6 KB: on a Zen 4,
+  // products with 4 rows are a quarter faster than in blocks of 12 KB. A panel that is read only once needs
+  // no blocks.
   if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
     fetch = Fetch::none();

@@ -154,7 +154,7 @@ using GeluTanh = Sigmoidal<GeluTanhInner>;
 //
 // For z = |g| / sqrt(2), Phi(-|g|) = erfc(z) / 2 = t exp(P(t) - z²) / 2 with t = 1 / (1 + z / 2). With this
 // polynomial P, the relative error is below 1.2e-7 for all z (Press et al., Numerical Recipes, section 6.2).
-// And Phi(|g|) = 1 - Phi(-|g|).
+// For the positive side, Phi(|g|) = 1 - Phi(-|g|).
 struct Gelu {
   static Vec<float> gate(Vec<float> g) {
     using V = Vec<float>;
@@ -166,7 +166,8 @@ struct Gelu {
 #pragma GCC unroll 9
     for (size_t i = 1; i < sizeof kP / sizeof *kP; ++i) p = fma(p, t, V(V::broadcast(kP[i])));
     const V half = V::broadcast(0.5f), tail = half * t * exp(fma(square, V(V::broadcast(-0.5f)), p));
-    // Phi(g) is 1 - tail if g > 0, else tail. `positive` is 1 or 0, or between them where tail is 1/2 anyway.
+    // Phi(g) is 1 - tail if g > 0, else tail. `positive` is 1 or 0. Where tail is 1/2, it may also be between
+    // 0 and 1, without effect.
     const V positive = min(one, max(V::zero(), g * V(V::broadcast(1e30f))));
     return tail + positive * (one - (tail + tail));
   }
@@ -232,9 +233,9 @@ inline void scaled(size_t n, float factor, const float* x, float* y, bool accumu
   });
 }
 
-// Most groups of kSelected elements have nothing to select, or only little. The test for a whole group is
-// vectorised by the compiler. Within a group, each element is stored, and the next one overwrites it unless
-// it counts, because a branch would often be mispredicted.
+// Most groups of kSelected elements have no elements to select, or only a few. The compiler vectorises the
+// test for a whole group. Within a group, each element is stored, and the next element overwrites it unless
+// it is selected. A branch for each element would often be mispredicted.
 inline size_t select(size_t n, const float* x, float least, size_t limit, int32_t* ids, float* values) {
   size_t count = 0;
   for (size_t first = 0; first < n; first += kSelected) {

@@ -30,7 +30,7 @@ const kernels::Transformer& kernel() {
 }
 
 struct Outputs {
-  Matrix<float> out, lse;  // lse is not written if its data is null
+  Matrix<float> out, lse;  // if its data is null, lse is not written
 };
 
 struct ForwardBuffers {
@@ -52,13 +52,13 @@ struct ForwardBuffers {
   float *queries, *sums;          // (head_dim, kTileLanes)
   float* scores;                  // (kTileKeys, kTileLanes)
   float *largest, *sum, *factor;  // (kTileLanes)
-  // If the products are computed in pairs: the queries (head_dim / 2, lanes), and the weights of a tile of
-  // keys (kTileKeys / 2, lanes).
+  // For products in pairs, these hold the queries (head_dim / 2, lanes) and the weights of a tile of keys
+  // (kTileKeys / 2, lanes).
   kernels::Bf16Pair *pairs, *weights;
 };
 
-// Algorithm 1 of Dao 2023 (FlashAttention-2) for one tile of queries. All keys are read once. Whenever a tile
-// of keys has a larger score than all tiles before, the sums so far are scaled down.
+// Algorithm 1 of Dao 2023 (FlashAttention-2) for one tile of queries. Each key is read from memory only once.
+// Whenever a tile of keys has a larger score than all tiles before, the sums so far are scaled down.
 void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const ForwardBuffers b(dim);
@@ -70,7 +70,7 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t column = tile.kv_head * dim;
   if (tile.shape.pairs) pair_rows(dim, lanes, b.queries, b.pairs);
 
-  // Keys before the window are masked. They are read so that the sums begin at a multiple of kKeyUnit.
+  // Keys before the window are masked. Such keys are read so that the sums begin at a multiple of kKeyUnit.
   const Span visible = tile.visible();
   bool accumulate = false;
   for_key_tiles({round_down(visible.first, kKeyUnit), visible.end}, [&](Span keys) {
@@ -157,7 +157,7 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
   float *largest = part + heads * dim, *sum = largest + heads;
   float *scaled = scratch<float>(Scratch::kAttention, heads * (dim + n)), *scores = scaled + heads * dim;
   kernel().scaled(heads * dim, shape.scale, q.row(piece.row), scaled, false);
-  // key_dots sums the last keys of a call in another order. So its first call ends at a multiple of kKeyUnit.
+  // key_dots sums the last keys of a call in another order. So the first call ends at a multiple of kKeyUnit.
   const size_t aligned = std::min(round_up(piece.keys.first, kKeyUnit), piece.keys.end);
   for (const Span half : {Span{piece.keys.first, aligned}, Span{aligned, piece.keys.end}})
     run.for_parts(half, [&](Span part) {
@@ -206,7 +206,7 @@ void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const f
 void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
                  const Outputs& to) {
   std::vector<Piece> pieces;
-  std::vector<size_t> first_piece;  // index of the first piece of each row, then the number of all pieces
+  std::vector<size_t> first_piece;  // the first piece of each row, then the number of all pieces
   double operations = 0;
   for (const Run& run : runs)
     for (size_t i = 0; i < run.count; ++i) {

@@ -16,7 +16,8 @@ struct AttentionShape {
   float scale;         // the factor of all scores, usually 1 / sqrt(head_dim)
   size_t window;       // a token attends to itself and `window` - 1 tokens before it; 0 means no limit
   bool pairs = false;  // whether tiles of queries are multiplied in pairs of bfloat16, summed in float32
-  // If false, a token also attends to the tokens after it (to `window` - 1 of them, if there is a window).
+  // If `causal` is false, a token also attends to the tokens after it (to `window` - 1 of them, if there is a
+  // window).
   bool causal = true;
   // A number that is added to the score of each head, query and key (Shaw et al. 2018). The number depends on
   // the distance from the query to the key: bias is (heads, 2 reach + 1), and its columns are the distances
@@ -25,7 +26,7 @@ struct AttentionShape {
   size_t reach = 0;
 
   size_t group() const { return heads / kv_heads; }
-  // The numbers of a head for a query at position `query`; the number of the key at position j is at index j.
+  // The numbers of a head for a query at position `query`. Index j has the number of the key at position j.
   const float* bias_of(size_t head, size_t query) const {
     return bias + head * (2 * reach + 1) + reach - query;
   }
@@ -40,8 +41,8 @@ struct Sequences {
 // Computes out = softmax(scale q kᵀ) v within each sequence, and lse (n, heads) = log Σ exp(scores), which
 // the backward pass needs. A score is a sum of head_dim products; an output is a sum of one product for each
 // key. All sums run in order, in float32. So the error of a sum of m products is below gamma(m) = m u / (1 -
-// m u) times the sum of their magnitudes, where u is the unit roundoff. Inf or NaN in a row may spread to all
-// rows of its own sequence, but not to other sequences.
+// m u) times the sum of the products' magnitudes, where u is the unit roundoff. Inf or NaN in a row may
+// spread to all rows of its own sequence, but not to other sequences.
 void attention(const AttentionShape& shape, Sequences sequences, Matrix<const float> q, Matrix<const float> k,
                Matrix<const float> v, Matrix<float> out, Matrix<float> lse);
 
@@ -65,8 +66,8 @@ struct KeyValueCache {
 };
 // Row i of q is the query of token lengths[i] - 1 in slot slots[i] of the cache. The query attends to this
 // token and all tokens before it, as far as the window allows. The bits of a row depend neither on the size
-// of the pages nor on the other rows, with one exception: fewer than kFewestLanes / group neighbouring tokens
-// of one slot are computed in another way than more of them.
+// of the pages nor on the other rows, with one exception: if there are fewer than kFewestLanes / group
+// neighbouring tokens of one slot, they are computed by another method.
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out);
 

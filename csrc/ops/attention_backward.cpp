@@ -106,8 +106,8 @@ void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers&
     kernel().softmax_backward(n, lanes, b.lse, b.delta, b.scores, b.dp, kTileLanes);
 }
 
-// The keys that a tile of queries meets. If `whole` is set, they are all keys that its queries see, and one
-// tile of scores holds them. Otherwise, they are cut at multiples of kTileKeys.
+// The keys for which a tile of queries is computed. If `whole` is set, they are all keys to which the queries
+// attend, and one tile of scores holds them. Otherwise, the keys are cut at multiples of kTileKeys.
 struct Keys {
   Span span;
   bool whole;
@@ -138,7 +138,7 @@ void multiply(const QueryTile& tile, const Keys& all, const Operands& x, const B
 }
 
 // Does the same in pairs of bfloat16. Pairs of keys begin at even positions, so an earlier key may be
-// computed too. It is masked, because it is before the window.
+// computed too. This key is masked, because it is before the window.
 void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const PairBuffers pairs(dim, lanes, b);
@@ -222,7 +222,8 @@ struct Task {
 // whose columns are key blocks. The blocks on one diagonal of this matrix share neither queries nor keys, so
 // they are computed in parallel. The diagonals are computed one after the other. So every sum has one fixed
 // order, no product is computed twice, and no thread waits for another within a diagonal. Causal attention
-// has only the diagonals below the main one; otherwise, each of these continues above it, as in a torus.
+// has only the main diagonal and those below it. Without causality, each diagonal continues above the main
+// one, as on a torus.
 void attention_backward(const AttentionShape& given, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
   const AttentionShape shape = given.head_dim % 2 == 0 ? given : in_floats(given);

@@ -36,8 +36,9 @@ static_assert(kPageUnit % kKeyUnit == 0 && kTileKeys % kKeyUnit == 0);
 
 // The keys or the values of all runs in pairs of bfloat16.
 struct PairedRows {
-  const kernels::Bf16Pair *along, *down;  // neighbours in a row; neighbouring positions of a run in a column
-  size_t width;                           // the number of values in a row
+  const kernels::Bf16Pair* along;  // pairs of neighbours in a row
+  const kernels::Bf16Pair* down;   // pairs of neighbouring positions of a run in a column
+  size_t width;                    // the number of values in a row
 
   // One head's rows of `along`, from `row` on, as the left operand of a product over head_dim.
   kernels::Strided<kernels::Bf16Pair> over_dim(size_t row, size_t column) const {
@@ -58,7 +59,7 @@ struct Run {
   size_t stride;                   // the row stride of k and v
   const int64_t* pages = nullptr;  // the page of each page_tokens positions; null: all are in page 0
   size_t page_tokens = 0;
-  const PairedRows* k_pairs = nullptr;  // if the products are computed in pairs; there are no pages then
+  const PairedRows* k_pairs = nullptr;  // set if products are computed in pairs, always without pages
   const PairedRows* v_pairs = nullptr;
   size_t pair_row = 0;  // the row of `down` that holds the positions 0 and 1
 
@@ -156,7 +157,7 @@ struct QueryTile {
         shape.causal ? keys.end <= position(0) + 1 : window == 0 || keys.end <= position(0) + window;
     if (sees_later && (window == 0 || keys.first + window > position(lanes - 1))) return;
     for (size_t key = keys.first; key < keys.end; ++key, scores += kTileLanes) {
-      const size_t later = shape.causal ? 0 : window - 1;  // how far a query sees beyond itself
+      const size_t later = shape.causal ? 0 : window - 1;  // to how many later positions a query attends
       const size_t begin = lane_at(key > later ? key - later : 0),
                    end = window > 0 ? lane_at(key + window) : lanes;
       std::fill(scores, scores + begin, -std::numeric_limits<float>::infinity());
@@ -182,7 +183,7 @@ struct QueryTile {
 };
 
 // Cuts a range of keys at multiples of kTileKeys, and calls body(keys) for each tile. So the result of a
-// query does not depend on the other queries of its tile, which may see other keys.
+// query does not depend on the other queries of its tile, which may attend to other keys.
 template <class Body>
 void for_key_tiles(Span keys, const Body& body) {
   while (keys.first < keys.end) {

@@ -32,7 +32,7 @@ class InputGradient {
   // The memory, in bytes, for dy in int8, for token blocks of at most this many tokens.
   size_t code_bytes(size_t block_tokens) const;
 
-  // Uses this memory for dy in int8.
+  // Sets the memory in which dy in int8 is stored.
   void place_codes(size_t block_tokens, void* memory);
 
   // If W is Int8Quad, quantises the dy of some tokens of a token block. With a dither key, dy is rounded

@@ -27,8 +27,8 @@ class BackwardStack {
   using T = kernels::Sum<E>;
 
   // A group of parts whose dz are stored side by side. For a group, dz B and dB are one product each, and x
-  // is read once. All parts of a group have the same values of `adds` and `wants_db`. A part with dropout is
-  // a group of its own, because it drops different elements of x.
+  // is read once. All parts of a group have the same values of `adds` and `wants_db`. A part with dropout
+  // forms its own group, because it drops different elements of x.
   struct Joined {
     bool adds, wants_db;                  // whether dz B is added to dx; whether dB is wanted
     const LowRank<T>* dropped = nullptr;  // the part that uses dropout, or null
@@ -64,7 +64,7 @@ class BackwardStack {
   // elements E. Returns `more` bytes, aligned to E, that the caller may use.
   void* reserve(size_t block_tokens, size_t more);
 
-  // Whether `prepare` has anything to do.
+  // Whether `prepare` must be called.
   bool prepares() const { return !joined_.empty() || kernels::kValuesPerElement<E> > 1; }
 
   // Computes dz for some tokens. If E is pairs of bfloat16, also converts dy, z and dz to pairs.
@@ -78,7 +78,7 @@ class BackwardStack {
   const std::vector<Part>& parts() const { return parts_; }
   const std::vector<Joined>& joined() const { return joined_; }
   Matrix<const T> x() const { return x_; }
-  Matrix<T> dx() const { return dx_; }  // the data is null if dx is not wanted
+  Matrix<T> dx() const { return dx_; }  // the data is null if dx is not needed
   size_t tokens() const { return tokens_; }
   size_t d_in() const { return d_in_; }
   size_t block_tokens() const { return block_tokens_; }

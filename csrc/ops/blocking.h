@@ -1,6 +1,6 @@
-// How the matrix products are divided into blocks and tasks. Block sizes do not change a result, because
-// every sum runs over its whole depth in order and is cut only at multiples of kDepthUnitValues. The limits
-// below which a batch counts as small do change results, because small batches are summed in another order.
+// Divides the matrix products into blocks and tasks. Block sizes do not change a result, because every sum
+// runs over its whole depth in order and is cut only at multiples of kDepthUnitValues. The limits below which
+// a batch counts as small do change results, because small batches are summed in another order.
 #pragma once
 
 #include <algorithm>
@@ -31,8 +31,8 @@ static_assert(kDepthBlock % kDepthCut == 0 && kDepthCut % kDepthUnitValues == 0)
 inline size_t depth_block(size_t depth) {
   return round_up(ceil_div(depth, std::max<size_t>(1, ceil_div(depth, kDepthBlock))), kDepthCut);
 }
-// kTaskTokens: the largest number of tokens that a task keeps in L2 or L3. kLanesBytes: how many bytes a
-// token block of x may take after it is transposed into lanes.
+// kTaskTokens: the largest number of tokens that a task keeps in L2 or L3. kLanesBytes: the largest size in
+// bytes of a token block of x after it is transposed into lanes.
 inline constexpr size_t kTaskTokens = 256, kLanesBytes = size_t{8} << 20;
 // In the backward pass, batches of up to this many rows are computed in the weight's own float type, because
 // bfloat16 products are not faster with so few rows.
@@ -56,7 +56,7 @@ inline constexpr size_t kBlocksBytes = size_t{448} << 10;
 // The last block of W is multiplied with this many tokens at a time, so that their outputs in one panel (64 x
 // 48 floats = 12 KB) are still in L1 when the update is added.
 inline constexpr size_t kFewTokens = 64;
-// Int8 products take 63 tokens instead, which are whole tiles of 7 and of 9 tokens.
+// Int8 products use 63 tokens instead, a multiple of their tile sizes 7 and 9.
 inline constexpr size_t kFewInt8Tokens = 63;
 // kColumnBlock: the number of columns of a gradient of A or B that one task owns. kSumDepth: the number of
 // tokens whose products a task adds at a time.
@@ -82,7 +82,7 @@ inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes,
   return round_up(ceil_div(tokens, std::max<size_t>(1, blocks)), kTokenUnit);
 }
 // The number of tokens in a token block if blocks of W are transposed, or if an update is added to them. All
-// tokens of a token block must stay in a core's share of L3.
+// tokens of a token block must fit into a core's share of L3.
 inline constexpr size_t kL3BlockBytes = size_t{4} << 20;
 inline size_t tokens_of_l3_block(size_t tokens, size_t width, size_t element_bytes) {
   return tokens_of_block(tokens, width, element_bytes, kL3BlockBytes);
@@ -115,7 +115,7 @@ class Grid {
 
   Grid(Cut tokens, Cut side, double operations, size_t threads) {
     if (tokens.count == 0) return;
-    // There is at least one unit, so that there are tasks even if W has no rows or columns to cut.
+    // The number of units is at least one, so that there are tasks even if W has no rows or columns.
     const size_t units = std::max<size_t>(1, ceil_div(side.count, side.unit));
     size_t pieces = ceil_div(tokens.count, std::max<size_t>(1, tokens.most));
     // If W has too few units for all threads, the tokens are cut too. If the threads can share the units of W

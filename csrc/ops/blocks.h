@@ -14,8 +14,8 @@ namespace nplora {
 // `bytes` describe one block.
 void dequantize(BlockFormat format, Matrix<const uint8_t> blocks, Matrix<float> out);
 
-// Quantises values (rows, cols) to blocks, with a squared error close to the smallest possible. Throws what
-// require_storable throws, before anything is written.
+// Quantises values (rows, cols) to blocks, with a squared error close to the smallest possible. Before
+// anything is written, throws the errors of require_storable.
 void quantize(BlockFormat format, Matrix<const float> values, Matrix<uint8_t> blocks);
 
 // Throws std::invalid_argument, which names the row, if a value is not finite or too large for the format.
@@ -27,7 +27,7 @@ void quantize_row(BlockFormat format, size_t cols, const float* x, uint8_t* out)
 // ---- NF4, whose blocks cut the flat tensor ----
 
 // Quantises n = rows * cols values, which have no gaps between rows, to codes (ceil(n / 2)) and absmax
-// (ceil(n / 64)). Throws what `quantize` throws.
+// (ceil(n / 64)). Throws the errors of `quantize`.
 void quantize_nf4(Matrix<const float> values, uint8_t* codes, float* absmax);
 
 // The second quantisation of NF4, which quantises absmax (n) itself. Fills codes (n), book (kNf4Book) and

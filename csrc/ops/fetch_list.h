@@ -16,8 +16,8 @@ class FetchList {
   FetchList(const kernels::Fetch& first, const kernels::Fetch& second) : left_{first, second} {}
 
   // Takes the next share of the memory: one of `shares` about equal parts of all that is left. Usually a
-  // share is one range of memory. It has two ranges if it contains the end of the first memory and the start
-  // of the second memory.
+  // share is one range of memory. A share has two ranges if it contains the end of the first memory and the
+  // start of the second memory.
   std::array<kernels::Fetch, 2> share(size_t shares) {
     const size_t n = ceil_div(left_[0].lines + left_[1].lines, shares);
     std::array<kernels::Fetch, 2> taken{take(left_[0], n), kernels::Fetch::none()};

@@ -16,9 +16,9 @@ namespace nplora {
 namespace {
 
 // The words of the vocabulary are multiplied block by block. A task multiplies up to kColumns columns of W at
-// a time. That part of a block takes 24 KB, so it stays in L1 while all tokens use it.
+// a time. These columns of a block take 24 KB, so they stay in L1 while all tokens use them.
 constexpr size_t kWords = 32, kColumns = 2 * kDecodedColumns;
-// A kept word costs about as much as this many words of a dense product.
+// A dense product of this many words costs about as much as one kept word.
 constexpr double kKeptCost = 2;
 
 // The kept words of all rows: at most limit() likely words, and the target. At first, each row has a list in
@@ -42,7 +42,8 @@ class KeptWords {
 
   void arrange();
 
-  // After `arrange`: the words of a block and a row are first(block, row) to first(block, row + 1) - 1.
+  // After `arrange`, the words of a block and a row have the indices first(block, row) to first(block, row +
+  // 1) - 1.
   size_t first(size_t block, size_t row) const { return firsts_[block * rows() + row]; }
   const float* weights() const { return weights_; }
   const uint8_t* ids() const { return ids_; }  // counted from the first word of the block
@@ -72,7 +73,7 @@ bool KeptWords::keep(size_t row, const RowSum& sum, int32_t target, double facto
   if (count > limit()) return false;
   int32_t* place = std::lower_bound(ids, ids + count, target);
   const auto at = size_t(place - ids);
-  if (at == count || *place != target) {  // an unlikely target is kept too
+  if (at == count || *place != target) {  // the target is kept even if it is unlikely
     std::copy_backward(place, ids + count, ids + count + 1);
     std::copy_backward(values + at, values + count, values + count + 1);
     *place = target;
@@ -87,7 +88,7 @@ bool KeptWords::keep(size_t row, const RowSum& sum, int32_t target, double facto
   return true;
 }
 
-// A counting sort by blocks, which keeps the order of the rows.
+// This is a counting sort by blocks, which keeps the order of the rows.
 void KeptWords::arrange() {
   firsts_ = scratch<uint32_t>(Scratch::kLowGradients, blocks_ * rows() + 1);
   std::fill_n(firsts_, blocks_ * rows() + 1, 0);

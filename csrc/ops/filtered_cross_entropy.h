@@ -8,13 +8,14 @@
 
 namespace nplora {
 
-// The least probability of the words in a row's gradient, and the row of W that stands for all other words.
+// The smallest probability of the words that a row's gradient uses, and the row that replaces those of all
+// other words.
 struct WordFilter {
   double bound;       // above 0
   const float* mean;  // (d_in)
 };
 
-// For each row: whether it was too flat for the filter, and the probability of its skipped words.
+// For each row, whether it was too flat for the filter, and the total probability of its skipped words.
 struct FilteredRows {
   double *losses, *skipped;  // (n)
   uint8_t* is_flat;          // (n)
@@ -23,18 +24,19 @@ struct FilteredRows {
 // Computes the losses of `cross_entropy`, with the same bits, and the gradient of the input x of logits = x
 // Wᵀ. With p = softmax(logits), that gradient is dx = factor (Σ p_w W_w - W_target). The words w with p_w >=
 // bound are kept, and so is the target; all other words are skipped (gradient filtering of Wijmans et al.
-// 2024, word by word). The mean row μ of W stands for each skipped word:
+// 2024, word by word). The mean row μ of W replaces the row of each skipped word:
 //   dx = factor (Σ_kept p_w W_w + m μ - W_target),  where m = Σ_skipped p_w = 1 - Σ_kept p_w.
 // The error of a row of dx is factor Σ_skipped p_w (W_w - μ). Its norm is therefore, by the triangle
-// inequality, at most factor m max_w ‖W_w - μ‖. And m is at most bound times the number of skipped words.
-// The float32 rounding errors come on top: those of the sums, and that of m, which is the error of the sum Σ
-// in `cross_entropy`.
+// inequality, at most factor m max_w ‖W_w - μ‖. The mass m is at most bound times the number of skipped
+// words. The float32 rounding errors are additional: those of the sums, and that of m, which is the error of
+// the sum Σ in `cross_entropy`.
 //
-// A row is flat if more than a quarter of all words have p_w >= bound. Then the dense product is faster. The
-// loss of a flat row is computed, but its logits and its row of dx do not change, and its mass is 0. All
-// other logits are overwritten with undefined values. Rows with an ignored target have loss, mass and dx 0.
+// A row is flat if more than a quarter of all words have p_w >= bound. For flat rows, the dense product is
+// faster. The loss of a flat row is computed, but its logits and its row of dx do not change, and its mass is
+// 0. All other logits are overwritten with undefined values. Rows with an ignored target have loss, mass and
+// dx 0.
 //
-// Σ_kept adds the words in ascending order, in float32, also if W computes in bfloat16. W is not float64.
+// Σ_kept adds the words in ascending order, in float32, even if W computes in bfloat16. W is not float64.
 void filtered_cross_entropy(const WeightView& w, Matrix<float> logits, const int64_t* targets, double factor,
                             const WordFilter& filter, const FilteredRows& rows, Matrix<float> dx);
 

@@ -58,7 +58,7 @@ class LanesForward {
  private:
   struct LoraDelta {
     const ForwardPart<T>& part;
-    Strided<E> b;  // B in elements E
+    Strided<E> b;  // B, converted to elements E
     T* zt;         // z of a token block, transposed (blocks, r, lanes), times the scale
   };
 
@@ -138,8 +138,8 @@ class LanesForward {
   }
 
   // Multiplies some rows of W by several blocks of tokens: yt (blocks, kRowBlock, lanes) = W[rows] xt, where
-  // xt is x transposed. When the yt of a block is complete, and is still in L1, calls after(block, yt of the
-  // block).
+  // xt is x transposed. Calls after(block, yt of the block) as soon as the yt of a block is complete, while
+  // it is still in L1.
   template <class After>
   void frozen(const ForwardPart<T>& part, Range token_block, Range rows, Range blocks, T* yt,
               const After& after) const {

@@ -34,7 +34,7 @@ class RowsForward {
 
   RowsForward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t plan_tokens)
       : parts_(parts), x_(x), depth_(depth_of<E>(x.cols)) {
-    joined_.reserve(parts.size());  // so that elements never move: updates_ points to them
+    joined_.reserve(parts.size());  // reserved, so that elements never move: updates_ points to them
     for (const auto& part : parts) {
       const bool keep_z = part.z.data != nullptr;
       const LayerShape shape{plan_tokens,
@@ -68,7 +68,8 @@ class RowsForward {
 
  private:
   static constexpr bool kInt8 = std::is_same_v<W, Int8Quad>, kConverts = kValuesPerElement<W> > 1;
-  // The number of rows of W in a transposed block, and a number of rows of which tasks take multiples.
+  // The number of rows of W in a transposed block, and a unit: each task has a multiple of this number of
+  // rows.
   static constexpr size_t kBlockRows = kInt8 ? kInt8PanelColumns : kPanelColumns;
   static constexpr size_t kTaskRows = kInt8 ? 2 * kRowBlock : kRowBlock;
   static_assert(kTaskRows % kBlockRows == 0);

@@ -85,7 +85,7 @@ class SmallForward {
   // are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // the limit for all A, and for all B, so that both stay in L2
+    constexpr size_t kMostBytes = 256 << 10;  // a limit for all A and for all B, so that both stay in L2
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
@@ -212,11 +212,11 @@ class SmallForward {
   const Matrix<const T> x_;
   const Products<T>& k_;
   const size_t lanes_;
-  const kernels::Int8Rows& codes_;  // x in int8, if W is multiplied in int8
+  const kernels::Int8Rows& codes_;  // x in int8, if the product with W is in int8
   std::vector<ProjectedUpdate<T>> groups_;
 };
 
-// Each worker takes at least this many rows of B, because kernels compute up to four rows side by side.
+// Each worker takes at least this many rows of B, because kernels compute up to four rows at a time.
 constexpr size_t kLeastRanks = 4;
 
 // Rows of B of one group of a part.
@@ -273,8 +273,8 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
     for (size_t i = 0; i < grid.tasks(); ++i) tasks.push_back({product, grid.side(i)});
     const auto& groups = products.back().groups();
     for (size_t i = 0; i < groups.size(); ++i) {
-      // Several groups are tasks enough. With dropout, all rows of B are one task, because each of several
-      // tasks would have to apply dropout to all of x.
+      // If there are at least as many groups as threads, each group is one task. With dropout, all rows of B
+      // are one task, because each of several tasks would have to apply dropout to all of x.
       const size_t rank = groups[i].rank();
       const bool whole = groups.size() >= threads || groups[i].low->dropout > 0;
       const size_t step = whole ? rank : std::max(kLeastRanks, ceil_div(rank, threads));

@@ -1,5 +1,5 @@
 // W and the rows that it multiplies in int8, for large batches. W is recoded from its storage while a block
-// is packed: each row has one scale, whatever the storage. (Products of small batches use the blocks' own
+// is packed: each row has one scale, for every storage format. (Products of small batches use the blocks' own
 // codes, see kernels::Int8Products.)
 #pragma once
 
@@ -14,8 +14,8 @@
 
 namespace nplora {
 
-// The scales of W's rows. They are computed when a product first needs them, because decoding with a mapped
-// model should not read the whole file first.
+// The scales of W's rows. The scales are computed when a product first needs them, because decoding with a
+// mapped model should not read the whole file first.
 class RowScales {
  public:
   RowScales() = default;
@@ -23,7 +23,8 @@ class RowScales {
   RowScales(const RowScales&) = delete;
   RowScales& operator=(const RowScales&) = delete;
 
-  // Computes the scales of `w`, unless they are known. If several threads do so together, one result is kept.
+  // Computes the scales of `w`, unless they are known. If several threads compute them at the same time, one
+  // result is kept.
   void find(const WeightView& w);
 
   // The scales (d_out) after `find`: the largest magnitude of a row / 127. The scale is 0 if all magnitudes
@@ -53,13 +54,14 @@ class CodedBlock {
   // The memory for `rows` rows, in bytes.
   size_t bytes(size_t rows) const { return rows * (groups() * (sizeof(float) + sizeof(int32_t)) + stride()); }
 
-  // Uses this memory for `rows` rows.
+  // Sets the memory in which `rows` rows are stored.
   void place(size_t rows, void* memory);
 
   // Quantises x (cols), times `factors` if they are not null, and stores the result as row `row`.
   void quantize(size_t row, const float* x, const float* factors) const;
 
-  // The same, rounded stochastically. The random bits depend on `seed`, on `random_row` and on the column.
+  // Does the same as `quantize`, but rounds stochastically. The random bits depend on `seed`, on `random_row`
+  // and on the column.
   void dither(size_t row, uint64_t seed, size_t random_row, const float* x, const float* factors) const;
 
   // The rows from `row` on, from column `col` on. `col` is the first column of a group.

@@ -1,6 +1,6 @@
-// Chooses how a product and its low-rank update are computed. The choice compares numbers of operations. The
-// choice never depends on timing, on the number of threads or on the instruction set, so that none of these
-// changes a result.
+// Chooses the methods to compute a product and its low-rank update. The choice compares numbers of
+// operations. The choice never depends on timing, on the number of threads or on the instruction set, so that
+// none of these changes a result.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 namespace nplora {
 
 enum class ForwardPath {
-  kSmall,  // up to kSmallBatch rows: nothing is transposed
+  kSmall,  // for up to kSmallBatch rows: nothing is transposed
   kLanes,  // x and y are transposed
   kRows,   // W is transposed, which is fastest for large batches
 };
@@ -59,7 +59,7 @@ enum class Update {
 
 struct LayerShape {
   size_t tokens, d_out, d_in, rank;
-  size_t element_bytes;  // the bytes of a value in the arithmetic: 8, 4, or 2 for bfloat16
+  size_t element_bytes;  // the bytes of a value in the arithmetic: double 8, float 4, bfloat16 2
   bool dropout;          // whether the update uses drop(x) instead of x
   bool decoded;          // whether W is in low-bit blocks
 };
@@ -80,14 +80,14 @@ inline double merge_cost(const LayerShape& s, size_t width) {
          (flops(s.d_out, s.rank, s.d_in) + kCopyOperations * double(s.d_out) * double(s.d_in));
 }
 
-// How one layer of a stack is computed, and the cost of each alternative.
+// The method for one layer of a stack, and the cost of each alternative.
 struct KernelPlan {
   Update update;
   UpdateCost cost;
 };
 
 // Chooses the cheaper alternative. Only float and double may be merged on the fly: in bfloat16, rounding W +
-// scale A B would lose the update of a young adapter, which is still small.
+// scale A B would lose a small update, such as that of an adapter at the start of training.
 inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
   if (s.rank == 0) return {Update::kNone, cost};
   const bool can_merge = s.element_bytes >= 4 && !s.dropout && s.tokens > kernels::kSmallBatch;

@@ -20,8 +20,8 @@ struct LowRank {
   double scale = 0;
   double dropout = 0;  // the probability of dropping an element of x on the low-rank path
   uint64_t key = 0;    // the key of the dropout mask
-  // The elements of a and b in bfloat16, without gaps, or null. Small batches read them instead, because they
-  // take half as long to read. They must have the same values.
+  // The elements of a and b in bfloat16, without gaps, or null. Small batches read these copies instead,
+  // because they take half as long to read. The copies must have the same values as a and b.
   const kernels::Bf16 *narrow_a = nullptr, *narrow_b = nullptr;
 
   size_t rank() const { return scale == 0 ? 0 : a.cols; }
@@ -47,13 +47,14 @@ struct ForwardPart {
 };
 
 // All parts of a stack read the same x (n, d_in). If `int8` is not set, large batches with weights of
-// Compute::kInt8 are computed as with kBfloat16. Rounding W once more, from its blocks to codes with one
-// scale for each row, speeds up training, but an answer of the model should not suffer from it.
+// Compute::kInt8 are computed as with kBfloat16. In training, W is rounded once more, from its blocks to
+// codes with one scale for each row, because this is faster. The answers of the model should not lose
+// accuracy by it.
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 
-// The same for inference, without int8 for large batches. The rows of x belong to a batch of `batch` rows,
-// and are computed as in every other batch that is small like this one, or large like this one (see
+// Does the same for inference, without int8 for large batches. The rows of x belong to a batch of `batch`
+// rows, and are computed as in every other batch that is small like this one, or large like this one (see
 // kInferenceTokens).
 template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);
@@ -65,8 +66,8 @@ struct GroupParts {
   std::vector<ForwardPart<T>> parts;
 };
 
-// Does lora_infer for several groups of rows of x, each with layers of its own. Usually, the layers share the
-// weights and have different updates. Layer i of each group writes its rows of one array y.
+// Does lora_infer for several groups of rows of x. Each group has its own layers. Usually, the layers share
+// the weights and have different updates. Layer i of each group writes its rows of one array y.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x);
 
@@ -84,7 +85,7 @@ struct BackwardPart {
 // may be null. If `int8` is not set, weights of Compute::kInt8 are computed as with kBfloat16. With
 // `dither_key`, int8 products round dy stochastically, with random bits that depend on the key and on the
 // element. Gradients of logits need int8 = false or a `dither_key`: they have many small elements beside one
-// large element of their row. Rounded to nearest in int8, the small ones would vanish together.
+// large element of their row. If they were rounded to nearest in int8, all small elements would become 0.
 template <class T>
 void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8,
                    std::optional<uint64_t> dither_key = {});

@@ -15,7 +15,7 @@ using kernels::Products;
 namespace {
 
 constexpr size_t kRowsPerTask = 48;  // a multiple of tile_tokens (for float) on every instruction set
-// At a time, a task multiplies its rows with as many columns of B as fit into this many bytes. On a Zen 4,
+// The largest size, in bytes, of the columns of B that a task multiplies with its rows at a time. On a Zen 4,
 // whose L2 holds 1 MB, 128 KB was 2-3 % slower.
 constexpr size_t kColumnsBytes = size_t{320} << 10;
 // The number of columns of a tile. 16-bit weights are converted to float one tile at a time: 8 x 384 floats =

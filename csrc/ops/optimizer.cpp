@@ -31,7 +31,7 @@ struct ElementBlock {
 template <class Body>
 const std::vector<ElementBlock>& for_blocks(const std::vector<Trained>& parameters, const Body& body) {
   static thread_local std::vector<ElementBlock> kept;
-  std::vector<ElementBlock>& blocks = kept;  // in a task on another thread, `kept` would be another variable
+  std::vector<ElementBlock>& blocks = kept;  // because `kept` is another variable in a task on another thread
   blocks.clear();
   double elements = 0;
   for (size_t i = 0; i < parameters.size(); ++i) {
@@ -95,7 +95,7 @@ void sgd_step(const std::vector<Trained>& parameters, kernels::SgdCoefficients s
   });
 }
 
-// Each block has a sum of its own, and these sums are added in the order of the blocks.
+// Each block has its own sum, and these sums are added in the order of the blocks.
 double sum_of_squares(const std::vector<Trained>& parameters) {
   const std::vector<ElementBlock>& blocks = for_blocks(parameters, [](const Trained& p, ElementBlock& block) {
     block.sum = p.is_double ? squares<double>(p, block.range) : squares<float>(p, block.range);

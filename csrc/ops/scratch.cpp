@@ -16,7 +16,7 @@ thread_local AlignedBuffer* current = nullptr;  // the buffers of the innermost 
 void* scratch_bytes(Scratch use, size_t bytes) {
   AlignedBuffer& buffer = (current ? current : own)[static_cast<size_t>(use)];
   if (buffer.size() < bytes) {
-    buffer = AlignedBuffer();  // the old buffer is freed first, so that the two never exist together
+    buffer = AlignedBuffer();  // the old buffer is freed first, so that both buffers never exist together
     buffer = AlignedBuffer(bytes);
   }
   return buffer.as<void>();

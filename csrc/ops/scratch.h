@@ -25,8 +25,8 @@ enum class Scratch {
   // Holds z or dz of a token block, with r elements for each token. For other uses, holds A, or the sums of
   // the gradients of A and B, with r (d_in + d_out) elements.
   kLowGradients,
-  // Partial sums of outputs: L / 2 for each of kStreamedRows rows of W, or for 8 tokens and each of 48 rows
-  // of W or r rows of B.
+  // Holds L / 2 partial sums for each of kStreamedRows rows of W, or for each pair of one of 8 tokens and one
+  // of 48 rows of W or r rows of B.
   kSums,
   kWeight,   // decoded or transposed blocks of W: kBlocksBytes, or 48 kStreamedRows elements
   kDecoded,  // a block of W before it is transposed, or after the update is added: 48 kDepthBlock
@@ -36,8 +36,8 @@ enum class Scratch {
   kFactor,
   kDropped,       // rows of x after dropout: 32 d_in
   kDroppedLanes,  // rows of x after dropout, in lanes or pairs: 32 d_in
-  // Rows of x before they are put into lanes: 48 L, or 8 d_in; rows of x in pairs: 16 d_in. A tile of
-  // attention in pairs: 96 (head_dim + 24).
+  // Rows of x before they are put into lanes: 48 L, or 8 d_in; rows of x in pairs: 16 d_in. For attention in
+  // pairs, holds a tile: 96 (head_dim + 24) elements.
   kPairing,
   kCodes,       // a small batch of x in int8: 8 d_in
   kCodeScales,  // the scales and sums of these codes: d_in

@@ -24,7 +24,7 @@ void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const floa
 // those of `rms_norm`, and bias is (d) or null. The mean and the variance are summed in the same way.
 void layer_norm(Matrix<const float> x, const float* weight, const float* bias, float eps, Matrix<float> y);
 
-// The same for the sum of two arrays, each row at a time: sum += x, then y = the norm of `sum`.
+// Does the same for the sum of two arrays, row by row: sum += x, then y = the norm of `sum`.
 void add_layer_norm(Matrix<const float> x, Matrix<float> sum, const float* weight, const float* bias,
                     float eps, Matrix<float> y);
 

@@ -275,7 +275,7 @@ struct Panelling {
 // Before each call, the rows of the next call are prefetched.
 template <class Body>
 void for_fetched_rows(const WeightView& w, Range rows, Range cols, const Body& body) {
-  constexpr size_t kRows = 16;  // 6 KB of floats, which stay in L1 together with the prefetched rows
+  constexpr size_t kRows = 16;  // 6 KB of floats stay in L1 together with the prefetched rows
   for (size_t i = 0; i < rows.count; i += kRows) {
     const size_t end = std::min(i + kRows, rows.count);
     fetch(w, {rows.first + end, std::min(kRows, rows.count - end)}, cols);

@@ -24,7 +24,7 @@ class RowScales;
 // of an update are computed as with kBfloat16.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
-// W in the form that the products read. If `packed` is true, W is panels of kPanelColumns columns with
+// W in the form in which the products read it. If `packed` is true, W is panels of kPanelColumns columns with
 // contiguous rows; the last panel may be narrower and is not padded. Otherwise W is a row-major array, rows
 // of blocks, or NF4, whose blocks may contain the end of one row and the start of the next.
 struct WeightView {
@@ -52,7 +52,8 @@ inline size_t full_columns(size_t d_in) {
 // The address of element (row, col) of packed W. `col` is a multiple of kPanelColumns.
 const char* stored_at(const WeightView& w, size_t row, size_t col);
 
-// Whether W is stored as elements of type E, so that it can be read in place. Otherwise W is decoded.
+// Whether W is stored as elements of type E, so that it can be read in place. If the types differ, W is
+// decoded.
 template <class E>
 bool in_place(const WeightView& w);
 

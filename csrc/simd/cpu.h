@@ -4,14 +4,14 @@
 namespace nplora::simd {
 
 struct Cpu {
-  bool avx2 = false;     // with FMA3 and F16C
+  bool avx2 = false;     // AVX2 together with FMA3 and F16C
   bool avxvnni = false;  // with AVX2
-  bool avx512 = false;   // the parts F, BW, DQ and VL
+  bool avx512 = false;   // AVX-512 with the parts F, BW, DQ and VL
   bool avx512vnni = false;
   bool avx512bf16 = false;  // with VNNI
-  bool amx = false;         // with BF16, on a processor that has avx512bf16; see ask_for_tiles
+  bool amx = false;         // AMX with BF16, on a processor that also has avx512bf16; see ask_for_tiles
   bool neon = false;
-  bool neonbf16 = false;  // with the dot products of bytes
+  bool neonbf16 = false;  // BF16 together with dot products of bytes
   bool neoni8mm = false;  // with BF16
 };
 

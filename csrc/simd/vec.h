@@ -7,7 +7,8 @@
 // linker could share these too.
 //
 //   `zero()`, `load(p)` and `store(p)` work on all lanes of a vector.
-//   `broadcast(x)` copies x to all lanes. `broadcast` returns a vector, or a type that `fma` accepts as its
+//   `broadcast(x)` copies x to all lanes. The result of `broadcast` is a vector, or another type that `fma`
+//   accepts as its
 //     second argument.
 //   `load_partial(p, n)` and `store_partial(p, n)` access only the first n lanes. `load_partial` sets the
 //     other lanes to 0.

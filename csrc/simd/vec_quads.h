@@ -63,7 +63,7 @@ inline LaneInts to_ints(Vec<float> v) {
   return (LaneInts)_mm512_cvtps_epi32(v.v);
 }
 inline LaneInts load_quads(const void* p) {
-  LaneInts v;  // in assembler, because GCC 12 moves the result of the load intrinsic to the stack and back
+  LaneInts v;  // in assembler: GCC 12 moves the result of the load intrinsic to the stack and back
   __asm__("vmovdqu32 %1, %0" : "=v"(v) : "m"(*static_cast<const UnalignedInts*>(p)));
   return v;
 }
@@ -108,7 +108,7 @@ inline constexpr uint8_t kCodeOffset = 128;
 #else
 
 inline constexpr uint8_t kCodeOffset = 0;
-// As with AVX-512 without VNNI: the signs of `w` are moved to `x`.
+// The signs of `w` are moved to `x`, as for AVX-512 without VNNI.
 inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
   const __m256i codes = (__m256i)w, with_sign = _mm256_sign_epi8((__m256i)x, codes);
   sums += (LaneInts)_mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(codes), with_sign),
@@ -131,7 +131,7 @@ inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
   const auto a = (int8x16_t)w, b = (int8x16_t)x;
 #if defined(NPLORA_SIMD_DOTPROD)
   sums = (LaneInts)vdotq_s32((int32x4_t)sums, a, b);
-#else  // the sum of two products of at most 127 * 127 fits into 16 bits
+#else  // the sum of two products fits into 16 bits: each is at most 127 * 127
   const int16x8_t neighbours = vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
   sums = (LaneInts)vpadalq_s16((int32x4_t)sums, neighbours);
 #endif
@@ -142,7 +142,7 @@ inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
 // Adding 1.5 * 2^23 leaves the rounded number in the low bits of the float.
 inline LaneInts to_ints(Vec<float> v) {
   constexpr float kShift = 0x1.8p23f;
-  __asm__("" : "+m"(v.v));  // so that a multiplication before this addition is rounded on its own
+  __asm__("" : "+m"(v.v));  // prevents the compiler from fusing an earlier multiplication with this addition
   return (LaneInts)(v.v + kShift) - __builtin_bit_cast(int32_t, kShift);
 }
 inline LaneInts load_quads(const void* p) {

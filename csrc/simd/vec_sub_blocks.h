@@ -104,7 +104,7 @@ inline void transpose_dwords(SubBlock (&v)[4]) {
   v[3] = (SubBlock)_mm256_unpackhi_epi64(c, d);
 }
 
-// Joins the lower, or the upper, halves of two vectors.
+// Joins the lower halves, or the upper halves, of two vectors.
 inline SubBlock lower_halves(SubBlock a, SubBlock b) {
   return (SubBlock)_mm256_permute2x128_si256((__m256i)a, (__m256i)b, 0x20);
 }

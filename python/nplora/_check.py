@@ -24,8 +24,10 @@ MAX_RANK = 1 << 16  # a larger rank of an adapter is surely a mistake, and might
 
 
 def is_bfloat16(array: Array) -> bool:
-    """Whether the array's dtype is ml_dtypes.bfloat16. Only the dtype's name is compared, so ml_dtypes is not
-    imported."""
+    """Whether the array's dtype is ml_dtypes.bfloat16.
+
+    The dtype's name is compared, without importing ml_dtypes.
+    """
     return array.dtype.name == "bfloat16"
 
 
@@ -121,7 +123,7 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
 
     If another library uses the name, the suggestion is our name for the same setting. For any other name, the
     suggestion is the known name with the most similar spelling. For some settings that nplora does not need,
-    the text says what it does instead. Without a suggestion, the text is empty.
+    the text says what nplora does instead. Without a suggestion, the text is empty.
 
     Args:
         show: a function that formats the suggested name.
@@ -197,7 +199,10 @@ def integer(op: str, name: str, value: object, least: int, most: int | None = No
 
 
 def boolean(op: str, name: str, value: object) -> None:
-    """Check that a value is True or False. Any other value, such as the text "no", would count as one."""
+    """Check that a value is True or False.
+
+    Any other value, such as the text "no", would count as true or false too.
+    """
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{op}: {name} is {value!r}, expected True or False")
 

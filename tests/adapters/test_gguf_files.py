@@ -667,12 +667,12 @@ def test_a_file_is_replaced_on_request_alone(tmp_path: Path, capsys: pytest.Capt
     nplora.adapter_to_gguf(tmp_path / "one", target, base)
     one = target.read_bytes()
     for write in (nplora.adapter_to_gguf, adapters.convert_adapter):
-        with pytest.raises(FileExistsError, match="the file is there; name another one"):
+        with pytest.raises(FileExistsError, match="the file already exists; name another one"):
             write(tmp_path / "two", target, base)
     line = ["convert", str(tmp_path / "two"), str(target), "--base", str(base)]
     assert cli.main(line) == 2
     assert capsys.readouterr().err == (
-        f"nplora: error: {target}: the file is there; name another one, or --overwrite replaces it\n"
+        f"nplora: error: {target}: the file already exists; name another one, or --overwrite replaces it\n"
     )
     assert target.read_bytes() == one
     assert cli.main([*line, "--overwrite"]) == 0

@@ -500,7 +500,7 @@ def test_weights_are_replaced_on_request_alone(
         weights_file.write_bytes(b"of another model")
         line = ["merge", str(base), str(tmp_path / "adapter"), "--output", str(output)]
         assert cli.main(line) == 2
-        assert f"{weights_file}: the file is there; name another one" in capsys.readouterr().err
+        assert f"{weights_file}: the file already exists; name another one" in capsys.readouterr().err
         assert weights_file.read_bytes() == b"of another model"
         assert cli.main([*line, "--overwrite"]) == 0
         assert weights_file.read_bytes() != b"of another model"

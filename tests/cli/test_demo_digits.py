@@ -152,7 +152,7 @@ def test_no_run_is_replaced_without_overwrite(tmp_path):
 
 def test_no_picture_is_replaced_without_overwrite(tmp_path):
     (tmp_path / "plot.png").write_bytes(b"a user's")
-    with pytest.raises(FileExistsError, match=r"the file is there; .*plot\.png"):
+    with pytest.raises(FileExistsError, match=r"the file already exists; .*plot\.png"):
         demo.run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
     assert (tmp_path / "plot.png").read_bytes() == b"a user's"

@@ -107,7 +107,7 @@ def test_eval_writes_the_answers_to_a_file(
     assert (tmp_path / "a.jsonl").read_text() == before
     status, _, err = run(capsys, model, "--data", data, "--answers", tmp_path / "b.jsonl")
     assert status == 0
-    assert "--answers: nothing was written, because no answers were made; --metric makes them" in err
+    assert "--answers: nothing was written, because no answers were generated; add --metric" in err
 
 
 def test_a_loss_that_is_not_finite_fails_after_the_table(

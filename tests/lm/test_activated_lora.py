@@ -243,7 +243,7 @@ def test_data_without_the_call_are_refused_or_warned_of(model: Path, tmp_path: P
     message = (
         f"finetune: {data}: 24 of 24 examples do not have the invocation tokens {tokens}, the text '@@', so "
         "the adapter would not act in them; set --invocation (invocation=) to a text just before the "
-        "answers, which becomes the same tokens in each example"
+        "answers that has the same tokens in each example"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         nplora.finetune(model, data, tmp_path / "out", invocation="@@")

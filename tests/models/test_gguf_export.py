@@ -200,7 +200,7 @@ def test_the_command_distinguishes_models_from_adapters(
         out = capsys.readouterr().out
         assert out.startswith(f"{target}: llama, 21 tensors: 16 Q8_0, 5 F32\nwithout a tokenizer")
     assert cli.main(["convert", str(directory), target]) == 2
-    assert f"{target}: the file is there; name another one" in capsys.readouterr().err
+    assert f"{target}: the file already exists; name another one" in capsys.readouterr().err
     assert not model_conversion.is_model(tmp_path / "a.gguf")
     (directory / "adapter_config.json").write_text("{}")
     assert not model_conversion.is_model(directory)

@@ -94,7 +94,7 @@ def test_the_command_prints_the_types(
     assert cli.main(["convert", str(model), str(target), "--dtype", "q8_0"]) == 0
     assert capsys.readouterr().out == f"{target}: llama, 21 tensors: 16 Q8_0, 5 F32\n"
     assert cli.main(["convert", str(model), str(target), "--dtype", "q8_0"]) == 2
-    assert "the file is there" in capsys.readouterr().err
+    assert "the file already exists" in capsys.readouterr().err
     assert cli.main(["convert", str(model), str(tmp_path / "other.gguf")]) == 2
     assert "is a GGUF model already" in capsys.readouterr().err
 

@@ -6,9 +6,9 @@ namespace nplora {
 
 // A block has eight sub-blocks. An element with code q is d * scale * (q - 32), with one `scale` for each
 // half of a sub-block. The codes have six bits. The low four bits of the codes of sub-block j are in 32 bytes
-// of `low`, from byte 64 * (j / 4) + 32 * (j % 2) on. They are the low nibbles of these bytes if j % 4 < 2,
-// else the high nibbles. The high two bits of the codes are in 32 bytes of `high`, from byte 32 * (j / 4) on,
-// at bit 2 * (j % 4) of each byte.
+// of `low`, from byte 64 * (j / 4) + 32 * (j % 2) on. If j % 4 < 2, these bits are the low nibbles of the
+// bytes, else the high nibbles. The high two bits of the codes are in 32 bytes of `high`, from byte 32 * (j /
+// 4) on, at bit 2 * (j % 4) of each byte.
 struct BlockQ6_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 127 * kLargestHalf, .shorter = "q8_0"};

@@ -29,7 +29,7 @@ struct Best {
   void show(CodeGrid other) {
     const CodeGrid stored = rounded(other);
     const float e = squared_error<kElements>(x, stored, codes);
-    if (e < error) {  // false if `d` became infinite, because `e` is then NaN
+    if (e < error) {  // the comparison is false if `d` became infinite, because `e` is then NaN
       error = e;
       grid = stored;
     }

@@ -50,8 +50,8 @@ inline float absmax(size_t n, const float* x) {
   return most;
 }
 
-// Fits d to the current codes and scales, then codes and scales to d. Repeats this as long as the error
-// becomes smaller, at most kRounds - 1 times.
+// Fits d to the current codes and scales, and then the codes and scales to d. Repeats both steps as long as
+// the error becomes smaller, at most kRounds - 1 times.
 template <class Format>
 ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
   for (int i = 1; i < kRounds; ++i) {

@@ -107,9 +107,9 @@ class Adapter(AdapterContent):
         The new layers have no dropout. If an error is raised, the model is unchanged.
 
         Args:
-            replace: first remove the model's present adapter from all layers. After this call, create a
-                new optimiser, because the old one holds the arrays of the removed layers. (`load_adapter`, in
-                contrast, keeps the layers and loads the adapter's values into them.)
+            replace: first remove the model's present adapter from all layers. After this call, create a new
+                optimiser, because the old optimiser holds the arrays of the removed layers. (`load_adapter`,
+                in contrast, keeps the layers and loads the adapter's values into them.)
             freeze_B: train A only, as in `LoRALinear`.
         Raises:
             ValueError: the model has an adapter and `replace` is not set; or a layer to be replaced was made

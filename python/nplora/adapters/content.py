@@ -30,7 +30,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
             layers. PEFT names the head of a classifier as a whole, not its layers.
         labels: the outputs of a classifier, or None.
         token_rows: the trained rows of embeddings and heads: layer -> `TokenRows`.
-        invocation_tokens: the tokens from which on an activated LoRA (aLoRA) acts, or None.
+        invocation_tokens: the tokens after which an activated LoRA (aLoRA) begins to act, or None.
         is_tied: whether the embedding and the head in `modules_to_save` are one weight.
         dropout: the LoRA dropout probability of most layers.
         unknown: the keys of adapter_config.json that nplora does not know.
@@ -100,7 +100,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
 
     @property
     def rows(self) -> int:
-        """The least number of rows that the embedding and the head must have for this adapter."""
+        """The smallest number of rows that the embedding and the head must have for this adapter."""
         whole = [len(arrays["weight"]) for arrays in self.modules_to_save.values() if "weight" in arrays]
         trained = [1 + int(rows.ids.max()) for rows in self.token_rows.values() if rows.ids.size]
         return max([0, *whole, *trained])

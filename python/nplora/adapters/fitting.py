@@ -21,7 +21,7 @@ def kind(embedding: bool, kernel: tuple[int, ...] | None) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """The properties of a weight, which an adapter's layer must fit. A property of None fits all layers.
+    """The properties of a weight, which an adapter's layer must fit. A property that is None fits all layers.
 
     Attributes:
         title: the weight's name in messages.
@@ -54,8 +54,8 @@ class Target:
         ties_head: whether the head of the model shares the embedding's weight.
         whole: the arrays of the model's fully trained layers: layer -> parameter -> array, or the `Place` of
             one. If `whole` is None, the adapter may have any fully trained layers.
-        rows: a function that takes a layer's name. It returns the shape of the weight whose rows an adapter
-            may replace, or a text that says why there is none. None accepts all rows.
+        rows: a function that takes a layer's name. The function returns the shape of the weight whose rows an
+            adapter may replace, or a text that says why there is no such weight. None accepts all rows.
         require_kind: a function that raises UnsupportedError if the target cannot hold this kind of adapter.
             The arguments of the function are the adapter's source, whether the adapter has DoRA, the
             adapter's fully trained layers, and the layers in which it trains tokens.

@@ -7,8 +7,8 @@ Both formats name the factors lora_a and lora_b (see `letters`). The formats dif
 - Scale: PEFT has alpha / r or, with rsLoRA, alpha / sqrt(r), and alpha and r may differ by layer. llama.cpp
   has alpha / r with one alpha for all layers, and reads alpha = 0 as a scale of 1.
 
-If a layer needs another alpha than the file has, its scale is folded into lora_b: lora_b is multiplied by the
-ratio of the two alphas.
+If a layer needs another alpha than that of the file, the scale is folded into lora_b: lora_b is multiplied by
+the ratio of the two alphas.
 """
 
 import dataclasses
@@ -255,7 +255,7 @@ def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: b
 
 
 def _common_alpha(wanted: Iterable[float]) -> float:
-    """The alpha that most layers need. It is never 0, because llama.cpp reads 0 as a scale of 1."""
+    """The alpha that most layers need. The result is never 0, because llama.cpp reads 0 as a scale of 1."""
     usable = [alpha for alpha in wanted if _LEAST_ALPHA <= abs(_rounded(alpha)) < math.inf]
     return Counter(usable).most_common(1)[0][0] if usable else 1.0
 

@@ -52,7 +52,7 @@ def merge_adapter(
 
     With `check`, the new model is first written to a temporary file and loaded. Its loss is compared with
     that of the base model with the adapter attached. If the loss rises by more than the tolerance, the file
-    is removed, and an existing output stays.
+    is removed, and an existing output is not changed.
 
     Args:
         base: a GGUF file, a safetensors file or index, or a Hugging Face directory.

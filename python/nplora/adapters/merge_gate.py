@@ -1,4 +1,4 @@
-"""The merge gate: a merged model is kept only if it keeps what the adapter learned.
+"""The merge gate: a merged model is kept only if it preserves what the adapter learned.
 
 Two measures decide: the share of ΔW that rounding keeps, and the loss on held-out data.
 """
@@ -75,7 +75,7 @@ class MergeGate:
                 )
 
     def judge(self, merged: MergedTensors, written: list[Path]) -> Verdict:
-        """Measure a merge whose files still have their temporary names.
+        """Measure a merge while its files still have temporary names.
 
         Raises:
             CorruptError: another program wrote to the base.
@@ -124,7 +124,10 @@ class MergeGate:
         return "no type that the file can hold keeps the loss: use the adapter beside the model"
 
     def _trial(self, merged: MergedTensors, output: StrPath) -> HeldOutLoss | None:
-        """Write a trial merge, measure its loss and remove the file. None if the file cannot be written."""
+        """Write a trial merge, measure its loss and remove the file.
+
+        Return None if the file cannot be written.
+        """
         try:
             with files.written(merged.loadable_files(output)) as written:
                 return self._loss(merged, written)
@@ -139,7 +142,7 @@ class MergeGate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How much a merge keeps.
+    """How much of an adapter a merge keeps.
 
     Attributes:
         kept: the share of ΔW that the merge keeps.
@@ -217,7 +220,7 @@ def _sampled(update: LoraDelta | NewRows, count: int) -> Array:
 
 @contextlib.contextmanager
 def _loadable_base(base: StrPath) -> Iterator[StrPath]:
-    """A path that `load_model` reads the base from."""
+    """A path from which `load_model` reads the base."""
     if Path(base).is_dir() or files.suffix(base) != ".safetensors":
         yield Path(base).parent if model_directory.is_index(base) else base
     else:
@@ -227,7 +230,7 @@ def _loadable_base(base: StrPath) -> Iterator[StrPath]:
 
 @contextlib.contextmanager
 def _loadable(merged: MergedTensors, base: StrPath, written: list[Path]) -> Iterator[Path]:
-    """A path that `load_model` reads the new model from.
+    """A path from which `load_model` reads the new model.
 
     Args:
         written: the new files with their temporary names, in the order of `merged.new_files`.
@@ -245,7 +248,7 @@ def _loadable(merged: MergedTensors, base: StrPath, written: list[Path]) -> Iter
 
 
 def require_check(check: object) -> Check | None:
-    """Raise TypeError if the check is not a function. The message says how data become one."""
+    """Raise TypeError if the check is not a function. The message says how to make a check from data."""
     if check is None or callable(check):
         return check
     raise TypeError(

@@ -53,7 +53,7 @@ class MergedTensors:
         return self.model.new_files(output, {**self.model.tensors, **streams}, self.vocabulary)
 
     def loadable_files(self, output: StrPath) -> list[NewFile]:
-        """Those new files that differ from the files of the model. The weights come first."""
+        """The new files that differ from the files of the model. The weights come first."""
         return self.new_files(output)[: 1 if self.vocabulary is None else None]
 
     def reports(self) -> tuple[MergeReport, ...]:
@@ -77,7 +77,7 @@ def kind_of(tensor: Tensor) -> str:
 def merge_of(
     tensor: Tensor, name: str, update: LoraDelta | NewRows, dtype: str, sample: Array | None = None
 ) -> Merge:
-    """Set up the merge of a tensor, or only of the rows in `sample`."""
+    """Prepare the merge of a tensor, or only of its rows in `sample`."""
     storage = STORAGES[kind_of(tensor)]
     stored, d_in = tensor.shape[0], update.shape[1]
     rows: Array | _LongerRows = _bytes(tensor).reshape(stored, storages.row_nbytes(storage, d_in))

@@ -15,8 +15,8 @@ _OTHERS = "use --base MODEL (base)"
 def find(directory: StrPath) -> Path:
     """The base model of a PEFT adapter, as its adapter_config.json names it.
 
-    A name is tried as a path, as in PEFT, and then as a model of the Hugging Face Hub that was downloaded
-    before. The file is not trusted: only a GGUF file, a config.json or a directory that holds one is taken.
+    A name is first tried as a path, as in PEFT, and then as a model of the Hugging Face Hub in the local
+    cache. The file is not trusted: only a GGUF file, a config.json or a directory that holds one is taken.
 
     Raises:
         ValueError: the file names no model, or none that is on this machine.
@@ -43,7 +43,7 @@ def _is_base(path: Path) -> bool:
 
 
 def _cached(name: str) -> list[Path]:
-    """The directory of a Hub model in the cache of huggingface_hub, if `name` is one that could be there."""
+    """The directory of a Hub model in the cache of huggingface_hub, if `name` is a valid name."""
     if _HUB_NAME.fullmatch(name) is None:
         return []
     repository = _cache() / f"models--{name.replace('/', '--')}"

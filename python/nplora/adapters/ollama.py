@@ -48,7 +48,7 @@ class OllamaExport:
 
     Attributes:
         directory: the directory.
-        lines: what was done, for people.
+        lines: a readable report of what was done.
         model: the GGUF file that the Modelfile names.
         adapter: the adapter that the Modelfile names, or None.
         template: whether the Modelfile has the chat template.
@@ -90,9 +90,9 @@ def export_ollama(
 
     The directory gets `model.gguf`, the model with the adapter merged into it, and a `Modelfile` with the
     chat template, the stop words and the parameters. The template is written in Go's template language, if it
-    only puts fixed texts around the messages. If not, Ollama uses the template in `model.gguf`. The template
-    has no tools and removes no spaces; `lines` reports it if the model's own does. An adapter
-    that was trained on texts without the chat template gets the template `{{ .Prompt }}`.
+    only puts fixed texts around the messages. Otherwise, Ollama uses the template in `model.gguf`. The
+    template has no tools and removes no spaces. `lines` reports if the model's template differs in this. An
+    adapter that was trained on texts without the chat template gets the template `{{ .Prompt }}`.
 
     Args:
         model: a GGUF file or a Hugging Face directory. Without an adapter, a GGUF file is not copied: the
@@ -197,7 +197,7 @@ def _with_tokenizer(done: ModelConversion) -> ModelConversion:
 def _settings(
     file: GgufFile, is_plain: bool, given: list[tuple[str, str]]
 ) -> tuple[str | None, list[tuple[str, str]], list[str]]:
-    """The template in Go's language, all parameters, and what the template lacks."""
+    """The template in Go's language, all parameters, and a list of what the template lacks."""
     template, stops, lacks = ("{{ .Prompt }}", list[str](), list[str]()) if is_plain else _template(file)
     architecture = file.metadata.string("general.architecture")
     context = min(int(file.metadata.number(f"{architecture}.context_length", _CONTEXT)), _CONTEXT)
@@ -206,7 +206,7 @@ def _settings(
 
 
 def _template(file: GgufFile) -> tuple[str | None, list[str], list[str]]:
-    """The template in Go's language, its stop words, and what it lacks, in words."""
+    """The template in Go's language, its stop words, and sentences about what it lacks."""
     words = tokenizer.from_gguf(file)
     found = go_template.of(words)
     if found is None or _quoted(str(found)) is None:

@@ -1,4 +1,4 @@
-"""Layers that train rows of a language model's embedding and head, made for an adapter or a new run."""
+"""Makes layers that train rows of a language model's embedding and head, for an adapter or a new run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,14 +59,14 @@ def trained_layers(
 ) -> dict[str, TrainedRowsLayer]:
     """Make layers that train rows over the frozen weights of a model. The model itself does not change.
 
-    A head with the embedding's weight shares the trained rows of the embedding, unless it has its own. Rows
-    beyond the end of a weight are in both layers, even if `wanted` names only one of them.
+    If the head shares the embedding's weight, it also shares its trained rows, unless it has its own rows.
+    Rows beyond the end of a weight are in both layers, even if `wanted` names only one of them.
 
     Args:
         wanted: the rows to train in each layer.
-        tie_whole: share the rows with the head also if all rows are trained.
+        tie_whole: share the rows with the head even if all rows are trained.
         tokens: the new tokens, whose rows start with the mean of all rows.
-        size: the number of rows of both layers; None: as many as the weights have, and rows for all ids of
+        size: the number of rows of both layers; None: enough for the rows of the weights and for all ids in
             `wanted` and `tokens`.
     Raises:
         ValueError: an id is not a row, or occurs twice.
@@ -102,7 +102,7 @@ def with_rows_beyond(ties_head: bool, wanted: Mapping[str, Ids], stored: int, si
 
     Args:
         stored: the number of rows of the weights.
-        size: the number of rows with those beyond the end.
+        size: the number of rows, including those beyond the end.
     """
     if size == stored:
         return dict(wanted)

@@ -1,4 +1,4 @@
-"""The adapters of a command line: NAME=PATH, or a path alone."""
+"""Reads the adapters of a command line: NAME=PATH, or a path alone."""
 
 import os
 from collections.abc import Iterable

@@ -17,8 +17,9 @@ from nplora.cli.parser import (
 HELP = "Chat with a model in the terminal."
 
 _EPILOG = (
-    "In the chat, /help lists the commands, Ctrl-C stops an answer and Ctrl-D ends the chat. From a pipe, "
-    "each line is a message, and only the answers go to standard output. --commands allows commands there."
+    "In the chat, /help lists the commands, Ctrl-C stops an answer and Ctrl-D ends the chat. If the input is "
+    "a pipe, each line is a message, and only the answers go to standard output. --commands allows commands "
+    "in a pipe."
 )
 _MOST_TOKENS = 1024
 
@@ -30,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     text = (
         "PEFT directory or llama.cpp file; the default NAME is the last part of PATH (repeatable). The chat "
-        "begins with the first; /adapter NAME changes it"
+        "begins with the first adapter; /adapter NAME changes it"
     )
     parser.add_argument("--adapter", metavar="[NAME=]PATH", type=path, action="append", default=[], help=text)
     add_any_base(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
-    text = "obey commands such as /reset from a pipe too; without it, each line of a pipe is a message"
+    text = "obey commands such as /reset from a pipe too; by default, each line of a pipe is a message"
     parser.add_argument("--commands", action="store_true", help=text)
     add_compute(parser)
     text = "memory limit of the whole process (default: a part of the available memory)"

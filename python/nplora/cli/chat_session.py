@@ -33,17 +33,18 @@ _NO_ADAPTER = "none"
 class ChatSession:
     """Reads messages and commands, and prints answers.
 
-    In a terminal, an error ends one answer, and Ctrl-C too. From a pipe, it ends the program.
+    In a terminal, an error or Ctrl-C ends only the current answer. If the input is a pipe, it ends the
+    program.
 
     Args:
-        obeys: whether a line that begins with a slash is a command. If not, it is a message.
+        obeys: whether a line that begins with a slash is a command; else, it is a message.
     """
 
     def __init__(self, chat: Conversation, lines: Lines, obeys: bool = True) -> None:
         self._chat, self._lines, self._obeys = chat, lines, obeys
 
     def run(self, model: str) -> None:
-        """Chat until the lines end.
+        """Chat until there are no more lines.
 
         Args:
             model: the name of the model, which the first line names.
@@ -59,7 +60,10 @@ class ChatSession:
             self._lines.close()
 
     def _turn(self) -> bool:
-        """Read a line, and do what it says. Return whether the chat continues."""
+        """Read a line, and send it as a message or carry it out as a command.
+
+        Return whether the chat continues.
+        """
         try:
             line = self._lines.read()
             if line is None:
@@ -81,7 +85,10 @@ class ChatSession:
         return True
 
     def _answer(self, text: str) -> None:
-        """Print the answer as it is generated. Ctrl-C in a terminal stops it; the chat keeps what it has."""
+        """Print the answer while it is generated.
+
+        Ctrl-C in a terminal stops it; the chat keeps the answer so far.
+        """
         with contextlib.closing(self._chat.ask(text)) as pieces:
             try:
                 for piece in pieces:

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="WHAT", choices=("train", "eval", "predict"), help=text)
     add_model(parser)
     add_data(parser, "train.csv and perhaps valid.csv", weighted=False)
-    text = "train: validation rows; the loss on them is printed after every epoch"
+    text = "train: validation rows; their loss is printed after every epoch"
     parser.add_argument("--valid", metavar="FILE", type=path, help=text)
     text = (
         "train: directory for the adapter, the checkpoints and log.jsonl; predict: new file for the "
@@ -143,7 +143,7 @@ def _loaded(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _opened(output: str | None) -> Iterator[TextIO]:
-    """A new file, which is deleted again if an error is raised; or stdout."""
+    """Open a new file, which is deleted if an error is raised; or return stdout."""
     if output is None:
         yield sys.stdout
         return

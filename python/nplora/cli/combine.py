@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", type=path, required=True, help=text)
     text = "maximum rank; larger ranks are truncated (default: the rank that the exact sum needs)"
     parser.add_argument("--rank", type=int, help=text)
-    text = "model that the adapters were trained on; some .gguf adapters need it"
+    text = "model that the adapters were trained on; needed for some .gguf adapters"
     parser.add_argument("--base", metavar="MODEL", type=path, help=text)
     parser.add_argument(
         "--any-base", action="store_true", help="accept adapters that were trained on different models"

@@ -7,8 +7,8 @@ from nplora.cli.errors import UsageError
 from nplora.cli.parser import STORAGES, add_any_base, path
 
 HELP = (
-    "Convert a LoRA adapter from a PEFT directory to llama.cpp's GGUF file, or back. Or convert a model from "
-    "a Hugging Face directory to GGUF, or a GGUF model to another type."
+    "Convert a LoRA adapter from a PEFT directory to llama.cpp's GGUF file, or back. Also converts a model "
+    "from a Hugging Face directory to GGUF, or a GGUF model to another storage type."
 )
 
 _EPILOG = (

@@ -122,7 +122,7 @@ def _gguf(file: GgufFile, size: int) -> str:
 
 
 def _unknown(family: object, known: Collection[str], commands: str) -> str:
-    """A line that says which commands refuse an unsupported family, or "" for a supported family."""
+    """A line that lists the commands that refuse an unsupported family, or "" for a supported family."""
     if family is None or (isinstance(family, str) and family in known):
         return ""
     families = ", ".join(sorted(known))
@@ -130,7 +130,7 @@ def _unknown(family: object, known: Collection[str], commands: str) -> str:
 
 
 def _target(stored: str, architecture: object) -> str:
-    """The name that --targets uses for a tensor's layer, or else the tensor's own name."""
+    """The name of a tensor's layer in --targets, or the tensor's name if --targets cannot name the layer."""
     layer = stored.removesuffix(".weight")
     family = families.find_architecture(architecture) if isinstance(architecture, str) else None
     return (family or families.FAMILIES[0]).hf_layer(layer) or layer
@@ -286,7 +286,7 @@ def _peft(adapter: PeftAdapter) -> str:
         f"{adapter.directory}: PEFT's {kind} adapter for {base}",
         f"rank {config.r:,}, alpha {config.lora_alpha:g}, scale = alpha / {rule}; layers may differ",
         _activated(config.alora_invocation_tokens),
-        "" if adapter.paired else "the configuration is not the one that was saved with the tensors",
+        "" if adapter.paired else "the configuration differs from the one that was saved with the tensors",
         targets=_targets(layer[0] for layer in layers),
         layers=layers,
         **_trained_rows(adapter, tokens, whole),

@@ -96,14 +96,17 @@ _PLACES = ("output", "target", "ollama", "plot")  # the arguments that name file
 
 
 def _require_one_writer(parsed: argparse.Namespace) -> None:
-    """Refuse a command that cannot divide its work, if mpirun would run it several times on one output."""
+    """Refuse a command that cannot divide its work, if each rank of mpirun would write the same output."""
     writes = any(getattr(parsed, name, None) is not None for name in _PLACES)
     if writes and not hasattr(parsed, "distributed"):
         require_one_process(parsed.prog.split()[-1])
 
 
 def _discard_unwritable(stream: TextIO | None) -> None:
-    """Send a stream's buffered text to /dev/null if it cannot be written. Otherwise Python fails at exit."""
+    """Send a stream's buffered text to /dev/null if it cannot be written.
+
+    Without this, Python fails at exit.
+    """
     if stream is None:
         return
     try:

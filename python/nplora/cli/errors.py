@@ -40,17 +40,17 @@ def show_warning(
 
 
 class Spelling:
-    """Replaces the names of Python's keywords in a message with the options of a command.
+    """Replaces the names of Python keywords in a message by the options of a command.
 
     `resume=True` becomes --resume, `rank=8` becomes "--rank 8", and a name with an underscore, such as
     `valid_split`, becomes --valid-split. A keyword in parentheses behind its option is dropped.
 
-    A message about a file begins with its name. Its fields may have the names of options, so only keywords
-    with values are replaced, and not even these if the message is about a row. An argument that the user has
-    typed stays as it is, because it may be the name of a file.
+    A message about a file begins with the file's name. The fields of a file may have the names of options, so
+    such a message has only keywords with values replaced. In a message about a row, nothing is replaced. An
+    argument that the user has typed stays unchanged, because it may be the name of a file.
 
     Args:
-        options: the options by the names of their keywords.
+        options: for the name of each keyword, the option.
         typed: the arguments of the command line.
     """
 

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         common = {"any_base": arguments.any_base, "progress": True, "record": record, **options}
         (_compare if arguments.compare else _evaluate)(arguments, common)
     if record is not None and not record.has_written:
-        show_warning("--answers: nothing was written, because no answers were made; --metric makes them")
+        show_warning("--answers: nothing was written, because no answers were generated; add --metric")
 
 
 def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:

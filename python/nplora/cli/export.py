@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "directory to write; `ollama create NAME -f DIR/Modelfile` imports it"
     parser.add_argument("--ollama", metavar="DIR", type=path, required=True, help=text)
     text = (
-        "storage type of the merged weights or, if MODEL is a directory, of all matrices; same: as they are "
-        "(default: q8_0)"
+        "storage type of the merged weights or, if MODEL is a directory, of all matrices; same: keep the "
+        "types (default: q8_0)"
     )
     parser.add_argument("--dtype", choices=STORAGES, default="q8_0", help=text)
     text = "do not merge the adapter, but write it beside the model; only for Ollama 0.34.0 and older"

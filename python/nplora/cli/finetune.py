@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_model(parser)
     add_data(parser)
-    text = "validation file; the loss on it is printed before training and after every epoch"
+    text = "validation file; its loss is printed before training and after every epoch"
     parser.add_argument("--valid", metavar="FILE", type=path, help=text)
     text = "directory for the adapter, the checkpoints and log.jsonl"
     parser.add_argument("--output", metavar="DIR", type=path, required=True, help=text)

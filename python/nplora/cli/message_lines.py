@@ -1,4 +1,4 @@
-"""Reads lines from a user, whose earlier lines are kept in a history, or from a pipe."""
+"""Reads lines from a pipe, or from a user, whose earlier lines are kept in a history."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ class PipedLines:
         return None
 
     def close(self) -> None:
-        """Nothing is kept of a pipe."""
+        """A pipe has no history."""
 
 
 class TerminalLines:
@@ -42,8 +42,8 @@ class TerminalLines:
     A message that begins with three quotation marks may have several lines, up to the next three.
 
     Args:
-        words: the words that the tabulator completes at the beginning of a line.
-        history: the file that keeps the lines for the next chat.
+        words: the words that the Tab key completes at the beginning of a line.
+        history: the file that stores the lines for the next chat.
     """
 
     is_terminal = True
@@ -72,7 +72,7 @@ class TerminalLines:
         return text.partition(_MULTILINE)[0].strip("\n")
 
     def close(self) -> None:
-        """Keep the history. A disk that cannot be written is no reason to fail."""
+        """Keep the history. If the disk cannot be written, no error is raised."""
         if self._readline is None:
             return
         with contextlib.suppress(OSError):
@@ -92,7 +92,7 @@ def opened(words: Sequence[str]) -> Lines:
 
 
 def history_file() -> Path:
-    """Where the lines of earlier chats are kept."""
+    """The file that stores the lines of earlier chats."""
     state = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
     return Path(state, "nplora", "chat_history")
 

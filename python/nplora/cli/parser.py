@@ -93,9 +93,9 @@ class CommandParser(Parser):
 
 
 def parser_of(words: Sequence[str]) -> Parser:
-    """Make the parser for `words`, with the arguments of the one command that `words` name.
+    """Make the parser for `words`, with only the arguments of the command in `words`.
 
-    If `words` name a command, the modules of the other commands are not loaded.
+    If `words` contain a command, the modules of the other commands are not loaded.
 
     Raises:
         SystemExit: there is no such command.
@@ -143,7 +143,7 @@ def add_data(
 
     Args:
         directory: the files of a directory that are read.
-        weighted: whether the help names weights.
+        weighted: whether the help text describes weights.
     """
     text = (
         f"file of rows (.jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow), or directory with {directory}. "
@@ -162,7 +162,7 @@ def add_data(
 
 
 def given_data(data: list[tuple[str, float]]) -> Any:
-    """The data as Python's functions take them: a path, or pairs (path, weight)."""
+    """The data in the form that the Python functions take: a path, or pairs (path, weight)."""
     return data[0][0] if len(data) == 1 and data[0][1] == 1 else data
 
 
@@ -188,7 +188,7 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
 
 
 def path(text: str) -> str:
-    """Check a path. An empty path, such as from an unset shell variable, is refused."""
+    """Check a path. An empty path, for example from an unset shell variable, is refused."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return text
@@ -253,7 +253,9 @@ def add_options(
     shown: str = "help",
     names: Container[str] | None = None,
 ) -> None:
-    """Add an option for every field of a dataclass. The field's metadata give its help and its group.
+    """Add an option for every field of a dataclass.
+
+    The metadata of the field give the help text and the group.
 
     Args:
         shown: a key of the metadata. If its value is False for a field, --help does not show the option.

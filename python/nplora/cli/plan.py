@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--valid", metavar="FILE", type=path, help="validation file of the run")
     parser.add_argument("--output", help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="list all plans that --memory chooses from")
-    group = parser.add_argument_group("several machines (also give --accumulate, a step's number of batches)")
-    group.add_argument("--nodes", metavar="N", type=int, help="machines like this one that train together")
+    group = parser.add_argument_group("several machines (also give --accumulate, the batches of a step)")
+    group.add_argument("--nodes", metavar="N", type=int, help="number of machines like this one in the run")
     rate = "rate of each machine's network connection, in bits per second (1Gb) or bytes per second (125MB)"
     group.add_argument("--network", metavar="RATE", help=rate)
     latency = f"time from one machine to another (default: {_LATENCY})"

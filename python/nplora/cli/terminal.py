@@ -13,6 +13,9 @@ _SHOWN = {
 
 
 def printed(text: str) -> str:
-    """A text as it is printed. On a terminal, control characters except tabs and line ends become visible."""
+    """The printed form of a text.
+
+    On a terminal, control characters except tabs and line ends become visible.
+    """
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     return text.translate(_SHOWN) if is_terminal else text

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import FinetuneOptions, TuneOptions
     from nplora.finetuning.tuning.options import NOT_PASSED
 
-    parser.epilog = "An option of finetune that you give holds for all trials, and is not searched."
+    parser.epilog = "If you give an option of finetune, all trials use its value, and it is not searched."
     add_model(parser)
     add_data(parser)
     text = "held-out data to compare the trials on (default: a tenth of the examples)"

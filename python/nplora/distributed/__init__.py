@@ -1,4 +1,4 @@
-"""Training on several processes: how they exchange values, and MPI, which connects them.
+"""Training on several processes, which exchange values through MPI.
 
 >>> import nplora
 >>> nplora.distributed.Alone().size

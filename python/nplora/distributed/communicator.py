@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class RankError(ConnectionError):
-    """Another rank has failed, or does not answer. The message names the rank and the reason.
+    """Another rank has failed or does not respond. The message names the rank and the reason.
 
     Attributes:
         rank, reason: the number of that rank, and the reason.
@@ -30,7 +30,7 @@ class RankError(ConnectionError):
 
 
 def mark_reported(error: BaseException) -> None:
-    """Note that rank 0 reports an error of another rank, so that it is not printed twice."""
+    """Record that rank 0 reports an error of another rank, so that the error is not printed twice."""
     vars(error)["_is_reported"] = True
 
 
@@ -48,8 +48,8 @@ class Ranks(Protocol):
     """Processes that exchange small values.
 
     Every rank must call the same methods in the same order. Each method returns when this rank has all the
-    values that it needs. `place` says where in the program the call is, such as "step 3". If a rank calls
-    from another place than rank 0, the ranks raise a `RankError` that names both.
+    values that it needs. `place` says where in the program the call is, such as "step 3". If the place of a
+    rank differs from that of rank 0, the ranks raise a `RankError` that names both places.
     """
 
     @property
@@ -79,7 +79,7 @@ class Communicator(Ranks, Protocol):
 
     >>> import nplora, numpy as np
     >>> class Watched(nplora.distributed.Alone):
-    ...     "The communicator of a single process, which prints what it joins."
+    ...     "The communicator of a single process. It prints the size of the arrays that it joins."
     ...     def join(self, part, out):
     ...         print("joins", part.size, "gradients")
     ...         super().join(part, out)
@@ -96,7 +96,7 @@ class Communicator(Ranks, Protocol):
         """Send row r of `parts` to rank r, and receive row s of `out` from rank s.
 
         Args:
-            parts: array (size, m). Only the ranks in `senders` send it.
+            parts: array (size, m). Only the ranks in `senders` send their `parts`.
             out: array (size, m). The rows of ranks that do not send stay unchanged.
         """
 

@@ -22,18 +22,18 @@ _ENDS, _LEAVES = "ends", "leaves"  # kinds of notices
 class Farewell:
     """Tells the other ranks about a failure, and waits until all ranks have left.
 
-    - "ends": a rank sends it when it learns of a failure, or when another rank does not answer. It may now
-      save the run. The others raise the same failure in their next exchange.
-    - "leaves": a rank sends it when an exception leaves its `with` block. The others also raise the failure,
-      and no longer wait for this rank.
+    - "ends": a rank sends this notice when it learns of a failure, or when another rank does not respond. The
+      rank may then save the run. The other ranks raise the same failure in their next exchange.
+    - "leaves": a rank sends this notice when an exception leaves its `with` block. The other ranks also raise
+      the failure, and no longer wait for this rank.
 
     A rank reads notices only while it waits in an exchange. So the rank that leaves waits for the others,
-    which may first compute a batch. If it hears nothing for the timeout, it ends all ranks by force. It does
-    so at once if it has already waited that long for all ranks that are left.
+    which may first compute a batch. If no notice arrives within the timeout, the rank ends all ranks by
+    force. If it has already waited this long for all remaining ranks, it ends them at once.
 
     Attributes:
-        timeout: the seconds after which a rank that does not answer is given up.
-        pending: requests of MPI that an exception has left unfinished, with their buffers.
+        timeout: the seconds after which a rank that does not respond counts as failed.
+        pending: unfinished MPI requests that an exception has left, with their buffers.
     """
 
     def __init__(self, mpi: Any, comm: Any, timeout: float) -> None:
@@ -55,8 +55,8 @@ class Farewell:
         """Raise the failure of another rank, if there is one.
 
         Args:
-            missing: ranks that have not sent their values. The failure is raised only if one of them will
-                not send any; None: it is raised in any case.
+            missing: ranks that have not sent their values. The failure is raised only if one of these ranks
+                will send no values. None: the failure is raised in any case.
         """
         if self._failure is None:
             return
@@ -66,7 +66,10 @@ class Farewell:
             raise self._failure
 
     def no_answer(self, missing: Collection[int]) -> RankError:
-        """The error that ranks have not answered within the timeout. The other ranks hear of it."""
+        """Return the error for ranks that did not respond within the timeout.
+
+        Also report it to the other ranks.
+        """
         self._hung.update(missing)
         names = ", ".join(map(str, sorted(set(missing))))
         more = f" (nor do other ranks: {names})" if len(set(missing)) > 1 else ""
@@ -104,7 +107,7 @@ class Farewell:
     # ---- after an exception ----
 
     def leave(self, error: BaseException) -> None:
-        """Tell the other ranks about an error, and wait until they have ended their runs too."""
+        """Report an error to the other ranks, and wait until they have ended their runs too."""
         rank, reason = (error.rank, error.reason) if isinstance(error, RankError) else (self.rank, "")
         reason = reason or in_words(error)
         try:
@@ -124,7 +127,10 @@ class Farewell:
                 mark_reported(error)
 
     def _wait_for_the_end_of_others(self, error: BaseException) -> None:
-        """Wait until the other ranks have left. They may first compute a batch, or save the run."""
+        """Wait until the other ranks have left.
+
+        Before they leave, they may compute a batch or save the run.
+        """
         started = self._noticed_at = time.monotonic()
         is_told = not isinstance(error, Exception) or isinstance(error, RankError)
         while silent := set(self._others()) - self._gone:
@@ -145,7 +151,7 @@ class Farewell:
             time.sleep(PAUSE)
 
     def _abort_beside(self, error: BaseException, silent: Collection[int]) -> None:
-        """Print the error and end all ranks, because some of them do not react."""
+        """Print the error and end all ranks, because some ranks do not respond."""
         text = str(error) if isinstance(error, RankError) else f"rank {self.rank}: {in_words(error)}"
         others = f"; {_named(silent)} did not react" if silent else ""
         print(f"nplora: error: {text}{_notes(error)}{others}, so all ranks are ended", file=stderr)

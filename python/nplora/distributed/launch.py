@@ -1,4 +1,4 @@
-"""What the program that started this process, such as mpirun, says about its ranks."""
+"""The number of ranks that a launcher such as mpirun has started."""
 
 import os
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def require_one_process(op: str, can_train_together: bool = False) -> None:
-    """Refuse the work of this process alone if a launcher has started several.
+    """Raise an error if a launcher has started several ranks, because each rank would do the whole work.
 
     Args:
         op: the name of the calling function or command in messages.
-        can_train_together: whether it has the option `distributed`.
+        can_train_together: whether this function or command has the option `distributed`.
     Raises:
         ValueError: a launcher started several ranks.
 

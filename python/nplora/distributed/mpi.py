@@ -32,7 +32,7 @@ def _mpi() -> Any:
     """The module mpi4py.MPI, which starts MPI when it is imported.
 
     Raises:
-        ModuleNotFoundError: mpi4py is not installed. ImportError: it finds no MPI library.
+        ModuleNotFoundError: mpi4py is not installed. ImportError: mpi4py finds no MPI library.
         ValueError: MPI has not been started, or has ended, or allows no calls from this thread.
     """
     try:
@@ -64,11 +64,11 @@ class MPICommunicator:
     """The ranks that `mpirun`, `mpiexec` or `srun` has started, in a `with` block around a `Trainer`'s run.
 
     If an exception leaves the block on one rank, the other ranks raise `RankError` in their next exchange, so
-    that rank 0 can still save its run. They may compute a batch before, so the rank that has failed waits for
-    them up to the timeout; then the whole job is aborted. A rank that does not answer within the timeout is
-    named in the error of the others. After an error, open no other communicator.
+    that rank 0 can still save its run. The other ranks may first compute a batch, so the failed rank waits
+    for them up to the timeout; after the timeout, it aborts the whole job. If a rank does not respond within
+    the timeout, the errors of the other ranks name it. After an error, open no other communicator.
 
-    Only one thread may use a communicator at a time, so only one run.
+    Only one thread, and so only one run, may use a communicator at a time.
 
         >>> import nplora, numpy as np
         >>> x, y = np.eye(4), np.ones((4, 4))
@@ -90,8 +90,8 @@ class MPICommunicator:
         ValueError: the launcher belongs to another MPI library than the one that mpi4py uses; MPI is not
             running; or the timeout is not a number above 0.
     Warns:
-        UserWarning: the ranks of a machine run more threads than it has cores, or the launcher has bound a
-            rank to one core.
+        UserWarning: the ranks of a machine run more threads than the machine has cores, or the launcher has
+            bound a rank to one core.
     """
 
     def __init__(self, timeout: float | None = None, share_cores: bool = True) -> None:
@@ -128,9 +128,7 @@ class MPICommunicator:
         used = self.gather((host.host_name(), get_num_threads()), "the threads of the ranks")
         if self.rank == 0:
             for machine, (running, cores) in crowded_machines(ranks, used).items():
-                advice = (
-                    "fewer ranks there, or a smaller OMP_NUM_THREADS" if is_fixed else "fewer ranks there"
-                )
+                advice = "fewer ranks, or a smaller OMP_NUM_THREADS" if is_fixed else "fewer ranks"
                 warn_user(
                     f"{_OP}: the ranks on {machine} run {running} threads on {cores} cores, so they wait for "
                     f"each other: use {advice}"
@@ -175,7 +173,7 @@ class MPICommunicator:
     def _values(
         self, value: Any, place: str, receivers: Sequence[int], senders: Sequence[int]
     ) -> dict[int, tuple[str, Any]]:
-        """Send a value to some ranks. Return the values that others have sent, each with its place."""
+        """Send a value to some ranks. Return the values of other ranks, each with the place of its call."""
         started, byte, status = time.perf_counter(), self._mpi.BYTE, self._mpi.Status()
         content = self._mpi.pickle.dumps((place, value)) if receivers else b""
         sent = {rank: self._comm.Isend([content, byte], dest=rank, tag=_VALUE) for rank in receivers}
@@ -209,16 +207,16 @@ class MPICommunicator:
         self.exchanged += time.perf_counter() - started
 
     def _others(self) -> list[int]:
-        """The other ranks, each rank beginning with the next one, so that not all send to rank 0 first."""
+        """The other ranks, from the next rank on, so that not all ranks send to rank 0 first."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
     def _wait(self, missing: Callable[[], list[int]], receives: dict[int, Any], sent: dict[int, Any]) -> None:
-        """Wait until no rank is missing, but not for a rank that has failed or stopped.
+        """Wait for all missing ranks, except those that have failed or stopped.
 
         Args:
-            receives, sent: the requests, which MPI may still carry out after an exception.
+            receives, sent: the MPI requests. MPI may still carry them out after an exception.
         Raises:
-            RankError: another rank has failed, or does not answer within the timeout.
+            RankError: another rank has failed, or does not respond within the timeout.
         """
         farewell, started = self._farewell, time.monotonic()
         try:
@@ -268,7 +266,7 @@ class MPICommunicator:
 
 
 def _unfinished(*requests: dict[int, Any]) -> list[int]:
-    """The ranks of requests that are not carried out yet."""
+    """The ranks whose requests are not complete yet."""
     return [rank for each in requests for rank, request in each.items() if not request.Test()]
 
 
@@ -277,7 +275,7 @@ def _elsewhere(rank: int, place: str, first: str) -> RankError:
 
 
 def _checked_timeout(seconds: float | None) -> float:
-    """The timeout of the caller, or that of the environment."""
+    """Check and return the timeout. If the caller gives no timeout, the environment sets it."""
     if seconds is not None:
         if not _check.number(_OP, "timeout", seconds) > 0:
             raise ValueError(f"{_OP}: timeout is {seconds}, expected a number of seconds above 0")

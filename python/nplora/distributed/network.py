@@ -40,10 +40,10 @@ class Network:
 
     @classmethod
     def parse(cls, rate: str, latency: str = "50us", op: str = "Network.parse") -> Network:
-        """Read a rate such as 1Gb, 2.5Gb or 100MB (bytes), and a latency such as 50us or 1ms.
+        """Read a rate such as 1Gb, 2.5Gb (bits) or 100MB (bytes), and a latency such as 50us or 1ms.
 
         Args:
-            op: name of the public function, with which error messages begin.
+            op: name of the public function. Error messages begin with this name.
         Raises:
             ValueError: a text is not of this form, or the rate is not above 0.
 
@@ -63,7 +63,7 @@ class Network:
         return cls(float(bits[1]) * of_unit, float(seconds[1]) * _UNITS[seconds[2]])
 
     def exchange(self, size: int, nodes: int) -> float:
-        """Seconds in which each node sends a slice of an array to every other node, and receives as many.
+        """The seconds that all nodes take to send each other a slice of an array.
 
         Args:
             size: bytes of the array, which is cut into as many slices as there are nodes.
@@ -74,15 +74,15 @@ class Network:
         return self.latency + _MESSAGE * (nodes - 1) + 8 * sent / (self.rate * _PAYLOAD)
 
     def gather(self, nodes: int) -> float:
-        """Seconds in which each node sends a small value to every other node."""
+        """The seconds that all nodes take to send each other a small value."""
         return self.exchange(0, nodes)
 
     def sums(self, size: int, nodes: int, terms: int, rounds: int) -> float:
-        """Seconds in which the ranks add up the gradients of a step, in the order of the batches.
+        """The seconds that the ranks take to add up the gradients of a step, in the order of the batches.
 
-        In each round, every rank computes one batch, and the ranks exchange their results. For each term,
-        every rank sends one slice of it to each rank, which adds that slice of all terms. At the end of the
-        step, every rank sends its slice of the sums to all others, and learns whether the run is over.
+        In each round, every rank computes one batch, and the ranks exchange their results. Every rank adds up
+        one slice of all gradients, and so receives this slice from all other ranks. At the end of the step,
+        every rank sends its slice of the sums to all others, and the ranks agree on whether the run is over.
 
         Args:
             size: bytes of the gradients.
@@ -92,10 +92,11 @@ class Network:
         return (terms + 1) * self.exchange(size, nodes) + (rounds + 1) * self.gather(nodes)
 
     def local_sums(self, size: int, nodes: int, local_steps: int, rounds: int) -> float:
-        """Seconds in which the ranks exchange values in an average step if each makes steps of its own.
+        """The seconds per average step that the ranks take to exchange values if each rank makes local steps.
 
-        They exchange small values in every step. In every outer step, they add up the changes of the trained
-        values and the two moments of AdamW, each as `sums` adds up one gradient.
+        The ranks exchange small values in every step. In every outer step, they add up the changes of the
+        trained values and the two moments of AdamW. Each of these three sums takes as long as the sum of one
+        gradient (see `sums`).
 
         Args:
             size: bytes of the trained values.

@@ -34,10 +34,10 @@ def opened_communicator(op: str, distributed: str | None) -> Iterator[Communicat
 
 @contextlib.contextmanager
 def heard_by_all_ranks(distributed: str | None) -> Iterator[None]:
-    """Tell the other ranks about an error in a block that comes before `opened_communicator`.
+    """Report an error to the other ranks if it occurs in this block, before `opened_communicator`.
 
-    They wait there until this rank has opened its communicator too, and no timeout ends that wait. So this
-    rank opens one only to leave it with the error.
+    The other ranks wait in `opened_communicator`, without a timeout, until this rank has opened its
+    communicator too. So after an error, this rank opens a communicator only to report the error and leave.
 
     Args:
         distributed: as in `opened_communicator`.

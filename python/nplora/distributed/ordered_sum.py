@@ -19,14 +19,14 @@ class OrderedSum:
     """Adds up the contents of the same arrays on all ranks, such as the gradients of a model.
 
     Floating-point sums depend on the order of their terms. Here each rank adds a slice of all terms, in the
-    order of the terms, and the ranks then exchange the finished slices. So the sums have the same bits as
-    those of one process that adds the same terms one after the other.
+    order of the terms, and the ranks then exchange the finished slices. So the sums have the same bits as if
+    one process added the same terms one after the other.
 
     Args:
         arrays: the arrays, which `keep` reads and clears, and `finish` overwrites.
-        dtype: "bfloat16" rounds each term, and later the sum, to bfloat16, and so sends half of the bytes.
-            The terms are still added in the dtype of the arrays. A single process rounds in the same way.
-            "float32" sends all values as they are, float64 ones too.
+        dtype: "bfloat16" rounds each term, and later the sum, to bfloat16. So the ranks send half as many
+            bytes. The terms are still added in the dtype of the arrays. A single process rounds in the same
+            way. "float32" sends all values unchanged, including float64 values.
 
     >>> import nplora, numpy as np
     >>> gradient = np.zeros(3, np.float32)
@@ -152,7 +152,7 @@ class _Slices:
         self.sum = None
 
     def _store(self, values: Array, out: Array) -> None:
-        """Write values as they are sent: as bit patterns of bfloat16, or unchanged."""
+        """Write values in the form in which they are sent: as bit patterns of bfloat16, or unchanged."""
         if self._rounds:
             _core.narrow(np.ascontiguousarray(values, np.float32), _BFLOAT16, out)
         else:

@@ -17,9 +17,10 @@ _MAY_DIFFER = ("memory", "report_to", "save_every", "save_minutes", "teacher", "
 
 
 def require_same_options(ranks: Communicator, options: FinetuneOptions) -> None:
-    """Check that all ranks have the same program and options, and that each gets a batch in every step.
+    """Check that all ranks have the same program and options, and that each rank has a batch in every step.
 
-    The data are compared by `require_same_data`, when they are read, and the model before the first step.
+    `require_same_data` compares the data after they are read. The trainer compares the models before the
+    first step.
 
     Raises:
         ValueError: a rank differs from rank 0, and the message names the rank and what differs; or there are
@@ -34,7 +35,7 @@ def require_same_options(ranks: Communicator, options: FinetuneOptions) -> None:
 
 
 def require_same_data(ranks: Communicator, inputs: RunInputs) -> None:
-    """Check that all ranks have read the same data, because what they exchange next depends on it.
+    """Check that all ranks have read the same data, because their next exchanges depend on the data.
 
     Raises:
         ValueError: a rank differs from rank 0.

@@ -95,8 +95,8 @@ def warn_of_form(op: str, adapter: Adapters, chat: bool | None, use: str, remedy
     """Warn if an adapter's training data went through the chat template and this use does not, or vice versa.
 
     Args:
-        chat: whether this use goes through the template; None: not known, so there is no warning.
-        use: what the warning calls the present text, such as "this text".
+        chat: whether this use goes through the template; None: unknown, so there is no warning.
+        use: the name of the current text in the warning, such as "this text".
         remedy: the advice in the warning if the text does not go through the template.
     """
     for one, _ in _weighted(op, adapter):

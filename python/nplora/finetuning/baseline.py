@@ -20,7 +20,7 @@ _SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)  # the penalty: 
 
 
 def answers_of(lm: LanguageModel, prompts: Sequence[Prompt]) -> list[str]:
-    """The text that the model generates after each prompt."""
+    """Return the text that the model generates after each prompt."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a full context: the user did not choose the length
         return generate(lm, prompts, _SAMPLING)
@@ -31,7 +31,7 @@ class Baseline(Callback):
 
     Attributes:
         loss: validation loss before training; None without validation data, or if the log of a resumed run
-            has no loss for the present validation data.
+            has no loss on these validation data.
         metrics: other values that the loss measures on the validation data; may be empty.
         was_finished: whether the resumed run had already made all of its steps.
         answers: the generated text for each prompt; "" if the log of a resumed run does not have it.
@@ -94,7 +94,7 @@ class Baseline(Callback):
 
 
 def _text(prompt: Prompt) -> str:
-    """A prompt as its user gave it: the text, or the last message of a chat."""
+    """A prompt in the user's words: the text, or the last message of a chat."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 

@@ -41,8 +41,8 @@ class Comparison:
 
     Attributes:
         evaluations: the results of each system, by its name. The first is "base", the model alone.
-        differences: each adapter compared with the base by every metric. With several adapters, the one with
-            the lowest loss is also compared with the others.
+        differences: each adapter compared with the base by every metric. If there are several adapters, the
+            one with the lowest loss is also compared with the others.
 
     >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
     >>> list(comparison.evaluations)
@@ -85,7 +85,7 @@ class Comparison:
         return [str(one) for one in self.differences if one.metric not in _LEFT_OUT]
 
     def as_json(self) -> dict[str, Any]:
-        """The results as values that JSON has: numbers that are not finite become None.
+        """The results as JSON values. Numbers that are not finite become None.
 
         >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
         >>> list(comparison.as_json())
@@ -142,7 +142,10 @@ def compare(
     made = dict[str, LanguageModel]()
 
     def prepare(lm: LanguageModel) -> LanguageModel:
-        """Attach all adapters. Return the model without adapter, with the tokens that the adapters add."""
+        """Attach all adapters.
+
+        Return the model without an adapter, but with the tokens that the adapters add.
+        """
         require_plain("compare", lm)
         made.update((name, with_adapters("compare", lm, one, any_base)) for name, one in named.items())
         return lm.with_tokens(_same_tokens(made))
@@ -183,7 +186,7 @@ def _recorder(name: str, record: Record | None) -> Record:
 
 
 def _differences(measured: dict[str, list[Measured]]) -> list[Difference]:
-    """Each adapter against the base; then the adapter with the lowest loss against the others."""
+    """Compare each adapter with the base, and then the adapter with the lowest loss with the others."""
     names = [name for name in measured if name != BASE]
     pairs = [(name, BASE) for name in names]
     losses = {name: measured[name][0].value for name in names}

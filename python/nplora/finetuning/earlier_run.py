@@ -1,4 +1,4 @@
-"""EarlierRun: how a run has computed its steps so far. A resumed run computes its steps in the same way."""
+"""EarlierRun: how a run computed its steps so far. A resumed run computes its steps in the same way."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EarlierRun:
     step: int
 
     def keep_compute(self, options: FinetuneOptions) -> FinetuneOptions:
-        """Return the options. If their `compute` is None, it becomes that of the earlier run."""
+        """Return the options. If `compute` of these options is None, it becomes that of the earlier run."""
         if options.compute is None and self.compute is not None:
             return dataclasses.replace(options, compute=self.compute)
         return options

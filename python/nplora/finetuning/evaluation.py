@@ -41,9 +41,9 @@ def evaluate(
     """Compute the mean loss of a language model over a file of text, and other metrics.
 
     In multiple-choice rows {"prompt": …, "choices": […], "answer": …}, "answer" is the text of the right
-    choice, its index from 0, or its letter. The likelihood of each choice decides what the model answers. The
-    loss is that of the right choice. In preference rows {"prompt": …, "chosen": …, "rejected": …}, it is that
-    of the chosen answers.
+    choice, its index from 0, or its letter. The model's answer is the choice with the largest likelihood. The
+    loss is that of the right choice. In preference rows {"prompt": …, "chosen": …, "rejected": …}, the loss
+    is that of the chosen answers.
 
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
@@ -51,11 +51,12 @@ def evaluate(
             `nplora.data.read_dataset`, but without weights; or a directory. In a directory, valid.jsonl is
             read, or train.jsonl if there is no valid.jsonl.
         adapter: adapter to evaluate the model with: a PEFT directory, a llama.cpp file or an `Adapter`; or a
-            pair (one of these, weight); or a list, whose adapters add up. The adapter does not change a
-            loaded model.
+            pair (one of these, weight); or a list, whose adapters are added up. A loaded model does not
+            change.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
-        record: is called with a dictionary for each generated answer and each multiple-choice question.
+        record: a function that is called with a dictionary for each generated answer and each multiple-choice
+            question.
         metric: metric of generated answers: exact_match, f1, or module:function, a function of the answer,
             the reference and the row; several are separated by commas. Python also takes functions and lists.
         max_new_tokens: maximum tokens of a generated answer.
@@ -80,8 +81,7 @@ def evaluate(
         OSError: a file cannot be read.
     Warns:
         UserWarning: `compute` is "int8", but no weight can use int8; a metric failed in some examples; or the
-            adapter was trained with the chat template and these rows do not go through it, or the other way
-            round.
+            adapter was trained with the chat template and these rows do not go through it, or vice versa.
         Other warnings: see `attach_adapter`.
 
     >>> result = nplora.evaluate("model.gguf", "valid.jsonl", adapter="adapter")
@@ -116,7 +116,8 @@ def read_all(
     """Read the model and the data.
 
     Args:
-        prepare: attaches adapters, which may add tokens, to the model before the data are read.
+        prepare: a function that attaches adapters to the model before the data are read. The adapters may add
+            tokens.
     """
     sources, metrics = sources_to_judge(op, data), metrics_of(op, options.metric)
     lm = prepare(opened(op, model, options.compute, to_decode=True))

@@ -147,13 +147,14 @@ def choose_execution(
 ) -> ExecutionPlan:
     """Decide how `finetune` computes its steps. If `memory` is set, choose a plan that fits, and print it.
 
-    If the plan uses another arithmetic than the loaded model, the model in `inputs` is loaded again.
+    If the arithmetic of the plan differs from that of the loaded model, the model in `inputs` is loaded
+    again.
 
     Args:
         earlier: the run to resume, which keeps its micro-batch size; None for a new run.
         say: function that prints a text.
-        ranks: the processes that train together. Each plans for its own memory, and the plan that needs the
-            least memory besides the weights is used by all of them.
+        ranks: the processes that train together. Each rank makes a plan for its memory. All ranks then use
+            the plan that needs the least memory besides the weights.
     Raises:
         BudgetError: no plan fits into `memory`.
         ValueError: the options do not fit the model.
@@ -194,7 +195,7 @@ def choose_execution(
 def predicted(
     op: str, inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, execution: ExecutionPlan
 ) -> MemoryPlan:
-    """The predicted memory and time of a run that computes its steps in this way."""
+    """The predicted memory and time of a run with this execution plan."""
     fixed = PlanConstraints(execution.compute, execution.recompute, (execution.micro_tokens,))
     return _planned(op, inputs, adapters, dataclasses.replace(options, memory=None), fixed)
 
@@ -247,10 +248,10 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
 def _require_invocation(
     op: str, lm: LanguageModel, dataset: Examples, invocation: tuple[int, ...], is_new: bool
 ) -> None:
-    """Check that an activated LoRA acts in the examples: where it does not act, it changes nothing.
+    """Check that an activated LoRA is active in the examples. Where it is inactive, it changes nothing.
 
     Args:
-        is_new: the adapter is new, so that its invocation can be chosen.
+        is_new: whether the adapter is new, so that its invocation can still be chosen.
     Raises:
         ValueError: no example has the invocation tokens.
     Warns:
@@ -270,10 +271,10 @@ def _require_invocation(
 
 
 def _invocation_advice(lm: LanguageModel, dataset: Examples) -> str:
-    """Which text an invocation should be, as the end of a message."""
+    """The end of a message: which text is a good invocation."""
     advice = (
-        "; set --invocation (invocation=) to a text just before the answers, which becomes the same tokens "
-        "in each example"
+        "; set --invocation (invocation=) to a text just before the answers that has the same tokens in each "
+        "example"
     )
     if not dataset.report.chat:
         return advice
@@ -310,7 +311,7 @@ def _shortage(
 
 
 def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | None = None) -> Work:
-    """List the batches of a run with these options.
+    """Describe the batches of a run with these options.
 
     Args:
         most_epochs: maximum number of epochs to list; None: enough epochs for about `_MOST_EXAMPLES`
@@ -357,6 +358,6 @@ def _largest_evaluation(held_out: Examples) -> int:
 
 
 def _sizes(dataset: Examples) -> list[tuple[int, int]]:
-    """For each batch of an evaluation, the number of tokens and of those that count in the loss."""
+    """For each batch of an evaluation, the number of tokens, and of tokens that count in the loss."""
     batches, lengths, targets = evaluation_batches(dataset).members(0), dataset.lengths, dataset.targets
     return [(int(lengths[batch].sum()), int(targets[batch].sum())) for batch in batches]

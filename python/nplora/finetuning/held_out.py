@@ -1,4 +1,4 @@
-"""The loss on held-out data before and after a merge, which shows what the merge lost."""
+"""The loss on held-out data before and after a merge shows how much the merge lost."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def held_out_loss(data: Data, *, progress: bool | None = None, **reading: Any) -
         reading: how the data are read: `format`, `columns`, `chat`, `max_length`, `learn` and `skip_bad`, as
             in `evaluate`.
     Returns:
-        a function of a model's path and an adapter (or None) that returns the mean loss. It reads the model
-        at each call. It reads and reports the data at the first call, and reads them again only for a model
-        with another tokenizer. It raises the errors of `evaluate`.
+        a function of a model's path and an adapter (or None) that returns the mean loss. Each call reads the
+        model. The first call reads and reports the data; later calls read the data again only for a model
+        with another tokenizer. The function raises the errors of `evaluate`.
     Raises:
         ValueError, TypeError: an option is unknown or out of range.
 

@@ -33,13 +33,13 @@ class Int8Check(Callback):
     Every comparison takes the same sample: the first sequences of the training data. The parts of the model
     are its blocks, the head and the embedding. If the cosine of a part's two gradients is too small, the part
     computes in bfloat16 from then on. If only the cosine of the whole gradient is too small, the part with
-    the smallest cosine does. The log has one line for each comparison.
+    the smallest cosine switches to bfloat16. The log has one line for each comparison.
 
     Args:
         lm: the model, with its adapter.
         batches: the training data.
         say: prints a line.
-        micro_tokens: the most tokens that are in memory together, as in PackedLoss.
+        micro_tokens: maximum tokens of a micro-batch, as in PackedLoss.
         every: the number of steps between two comparisons.
         least_cosine: the smallest cosine that is accepted; None: LEAST_COSINE.
     """
@@ -59,7 +59,7 @@ class Int8Check(Callback):
         self._fallen_back: list[str] = []  # the parts that compute in bfloat16
 
     def on_fit_start(self, run: Run) -> None:
-        """Take over the parts that an earlier run of this directory has returned to bfloat16."""
+        """Restore the parts that an earlier run in this directory has switched back to bfloat16."""
         for layer in layers_of(self._lm, part_names(self._lm)):
             layer.int8 = True  # an earlier run may have ended with an error
         self._fall_back(run.logged(_EVENT).get("in_bfloat16", []))
@@ -108,9 +108,9 @@ class Int8Check(Callback):
 
 
 def cosines(lm: LanguageModel, sample: PackedBatch) -> tuple[float, dict[str, float]]:
-    """The cosine of the gradients in int8 and in bfloat16: of all parameters, and of those of each part.
+    """The cosine between the gradients in int8 and in bfloat16, for all parameters and for each part.
 
-    The gradients of the parameters and the states of the random generators stay as they are.
+    The gradients of the parameters and the states of the random generators stay unchanged.
     """
     with _undisturbed(lm):
         lm.forward_backward(sample, 1 / max(1, sample.num_targets))
@@ -125,7 +125,7 @@ def cosines(lm: LanguageModel, sample: PackedBatch) -> tuple[float, dict[str, fl
 
 
 class Products:
-    """The products of two long vectors, which come in pieces."""
+    """The products of two long vectors, which are added piece by piece."""
 
     def __init__(self) -> None:
         self.ab = self.aa = self.bb = 0.0

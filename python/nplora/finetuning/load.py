@@ -38,8 +38,8 @@ class RunInputs:
         train: the examples to train on.
         held_out: the examples to evaluate on, if any.
         start: the adapter to continue from, if any.
-        paths: the files of the data, each with what it holds.
-        objective: what the run minimises.
+        paths: the files of the data, each with a description of its content.
+        objective: the objective that the run minimises.
         added_tokens: the tokens that the adapter adds to the model.
     """
 
@@ -62,7 +62,10 @@ class RunInputs:
         return passes * sum(dataset.report.tokens for dataset in self.datasets)
 
     def prompts(self, texts: Sequence[str]) -> list[Prompt]:
-        """These texts as prompts: chats, if the chat template wrote all training examples."""
+        """Turn texts into prompts.
+
+        If the chat template wrote all training examples, the prompts are chats.
+        """
         if not self.train.report.chat:
             return list(texts)
         return [[{"role": "user", "content": text}] for text in texts]
@@ -127,10 +130,10 @@ def read_inputs(
 def _added_tokens(
     op: str, lm: LanguageModel, start: Adapter | None, options: FinetuneOptions
 ) -> tuple[AddedToken, ...]:
-    """The tokens that the adapter of a run adds to the model.
+    """The tokens that the run's adapter adds to the model.
 
     Raises:
-        ValueError: a teacher would have to know the tokens.
+        ValueError: the run has a teacher, which does not know the tokens.
     Warns:
         UserWarning: the model has a token already.
     """
@@ -150,7 +153,7 @@ def _added_tokens(
 
 
 def _warn_of_unused(op: str, tokens: Sequence[AddedToken], train: Examples) -> None:
-    """Warn about new tokens that the training data lack: they learn no meaning."""
+    """Warn about new tokens that do not occur in the training data, because such tokens learn no meaning."""
     if missing := [brief(token.text) for token in tokens if not train.has(token.id)]:
         warn_user(f"{op}: {train.report.source}: no example has the new tokens {', '.join(missing)}")
 

@@ -1,4 +1,4 @@
-"""Milestones: notes how far a run has come, because this decides what an error leaves behind."""
+"""Milestones: records how far a run has come. The progress decides what is left after an error."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from nplora.trainer import Callback, Run, StepRecord
 
 
 class Milestones(Callback):
-    """Notes the first step and the end of a run.
+    """Records the first step and the end of a run.
 
     Args:
         on_first_step: function to call after the first step that this call of `finetune` makes, or None.

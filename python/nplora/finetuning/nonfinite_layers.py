@@ -28,7 +28,7 @@ def first_nonfinite_layer(lm: LanguageModel, batch: PackedBatch) -> str:
 
 @contextlib.contextmanager
 def watched_blocks(model: Decoder, name: Callable[[int], str]) -> Iterator[list[str]]:
-    """A context whose list gets the name of each block when its output is not finite.
+    """A context that yields a list. The name of each block whose output is not finite is added to the list.
 
     Args:
         name: the name of the block with this number.

@@ -1,4 +1,4 @@
-"""The options of the objectives: which go together, and their ranges."""
+"""The options of the objectives: their ranges, and which of them can be combined."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _check_distillation(op: str, options: Any) -> None:
 def require_temperature(op: str, temperature: object) -> None:
     """Raise an error unless the value is a number from 0.01 to 100.
 
-    Beyond these, the softmax is one token or even, and float32 cannot hold the divergences.
+    Beyond this range, the softmax is a single token or uniform, and float32 cannot represent the divergences.
     """
     least, most = TEMPERATURES
     if not least <= _check.number(op, "temperature", temperature) <= most:

@@ -92,7 +92,7 @@ class FinetuneOptions:
     alpha_pattern: Mapping[str, float] | str | None = _unplanned(
         _ADAPTER,
         None,
-        "alphas of layers that differ from `alpha`, in the same form",
+        "alphas of layers that differ from `alpha`, in the form of `rank_pattern`",
         kind="pattern",
         metavar="NAME=ALPHA",
     )
@@ -109,7 +109,7 @@ class FinetuneOptions:
     use_rslora: bool = _unplanned(_ADAPTER, False, "scale the update by alpha / sqrt(rank) (rsLoRA)")
     use_dora: bool = _option(_ADAPTER, False, "also train the magnitude of each row of the weights (DoRA)")
     freeze_B: bool = _option(  # noqa: N815
-        _ADAPTER, False, "train A only, and keep B as it starts (LoRA-FA): less memory and time"
+        _ADAPTER, False, "train only A, and keep B at its initial values (LoRA-FA); saves memory and time"
     )
     init: str = _option(
         _ADAPTER,
@@ -135,7 +135,7 @@ class FinetuneOptions:
     invocation: str | Sequence[int] | None = _option(
         _ADAPTER,
         None,
-        "activated LoRA (aLoRA): text from whose last occurrence on the adapter acts",
+        "activated LoRA (aLoRA): text that activates the adapter, from the last occurrence of the text on",
         metavar="TEXT",
     )
     add_tokens: str | Sequence[str] | None = _option(
@@ -158,47 +158,47 @@ class FinetuneOptions:
         _OBJECTIVE,
         "sft",
         "goal of the training: sft (learn the answers), dpo or orpo (prefer chosen answers to rejected "
-        "ones), kto (prefer good answers to bad ones), or distill (learn the predictions of a `teacher`)",
+        "ones), kto (prefer good answers to bad ones) or distill (learn the predictions of a `teacher`)",
         choices=OBJECTIVES,
     )
     beta: float = _unplanned(
         _OBJECTIVE,
         0.1,
-        "strength of the preference: of dpo and kto, larger values stay closer to the model without adapter; "
-        "of orpo, the weight of the comparison",
+        "strength of the preference; in dpo and kto, larger values keep the model closer to the one without "
+        "adapter; in orpo, the weight of the comparison",
     )
     loss_type: str | None = _option(
         _OBJECTIVE,
         None,
-        "variant of the loss: of dpo, sigmoid (the default), hinge, ipo, robust or sigmoid_norm; of kto, kto "
-        "(the default) or apo_zero_unpaired",
+        "variant of the loss; for dpo: sigmoid (the default), hinge, ipo, robust or sigmoid_norm; for kto: "
+        "kto (the default) or apo_zero_unpaired",
         choices=ALL_LOSS_TYPES,
     )
     label_smoothing: float = _unplanned(
         _OBJECTIVE,
         0.0,
-        "share of the pairs of dpo that may be the wrong way round, for sigmoid, sigmoid_norm and robust",
+        "assumed share of pairs in dpo whose answers are swapped, for sigmoid, sigmoid_norm and robust",
     )
-    desirable_weight: float = _unplanned(_OBJECTIVE, 1.0, "weight of the good answers of kto")
-    undesirable_weight: float = _unplanned(_OBJECTIVE, 1.0, "weight of the bad answers of kto")
+    desirable_weight: float = _unplanned(_OBJECTIVE, 1.0, "weight of the good answers in the loss of kto")
+    undesirable_weight: float = _unplanned(_OBJECTIVE, 1.0, "weight of the bad answers in the loss of kto")
     teacher: str | os.PathLike[str] | LanguageModel | None = _option(  # noqa: RUF009
         _OBJECTIVE,
         None,
-        "teacher of distill: a model with the same vocabulary, or a file that nplora teach made",
+        "teacher for distill: a model with the same vocabulary, or a file that nplora teach made",
         kind="path",
         metavar="PATH",
     )
     kl: str = _option(
         _OBJECTIVE,
         "forward",
-        "divergence of distill: forward (cover all that the teacher may say) or reverse (say only what the "
-        "teacher would say)",
+        "divergence for distill: forward (learn everything that the teacher may say) or reverse (say only "
+        "what the teacher would say)",
         choices=DIVERGENCES,
     )
     temperature: float | None = _option(
         _OBJECTIVE,
         None,
-        "softmax temperature of distill, of teacher and student (default: 1, or that of a stored `teacher`)",
+        "softmax temperature of teacher and student in distill (default: 1, or that of a stored `teacher`)",
     )
     kd_ratio: float = _option(
         _OBJECTIVE, 0.5, "share of the divergence in the loss of distill; the rest is the loss of sft"
@@ -249,7 +249,7 @@ class FinetuneOptions:
     )
     chat: bool = _option(_DATA, False, "write prompts and completions with the model's chat template")
     valid_split: float | None = _option(
-        _DATA, None, "share of the examples to hold out for validation; a hash of each example decides"
+        _DATA, None, "share of the examples to hold out for validation; chosen by a hash of each example"
     )
     max_length: int = _option(_DATA, 1024, "maximum tokens of an example; longer examples are cut")
     learn: str = _option(
@@ -266,12 +266,13 @@ class FinetuneOptions:
     patience: int | None = _unplanned(
         _VALIDATION,
         None,
-        "evaluations in a row without a lower validation loss after which the run ends (early stopping)",
+        "end the run after this number of evaluations in a row without a lower validation loss (early "
+        "stopping)",
     )
     keep: str = _option(
         _VALIDATION,
         "best",
-        "adapter that is saved if there are validation data: best (of the lowest validation loss) or last",
+        "adapter to save if there are validation data: best (with the lowest validation loss) or last",
         choices=KEEP,
     )
     compute: str | None = _option(
@@ -290,8 +291,8 @@ class FinetuneOptions:
     filter_vocabulary: float = _unplanned(
         _SPEED,
         0.0,
-        "probability below which words are left out of the gradient of the output layer, such as 1e-6: a "
-        "faster step with a small error (default: 0, all words are kept)",
+        "leave words below this probability, such as 1e-6, out of the gradient of the output layer; makes "
+        "steps faster, with a small error (default: 0, all words are kept)",
         metavar="P",
     )
     memory: str | int | None = _option(
@@ -325,14 +326,14 @@ class FinetuneOptions:
     sample: tuple[str, ...] = _unplanned(
         _RUN,
         (),
-        "prompt to answer before and after training; a chat if the training data are chats",
+        "prompt to answer before and after training; sent as a chat if the training data are chats",
         metavar="PROMPT",
     )
     distributed: str | None = _option(
         _RUN,
         None,
-        "what the processes that mpirun started do: mpi (train one adapter together, each on a part of every "
-        "step) or off (each makes a run of its own)",
+        "work of the processes that mpirun started: mpi (they train one adapter together, each on a part of "
+        "every step) or off (each process makes a separate run)",
         choices=DISTRIBUTED,
     )
     communication_dtype: str = _option(
@@ -345,8 +346,8 @@ class FinetuneOptions:
     local_steps: int | None = _option(
         _RUN,
         None,
-        "steps that every rank makes on its own before the ranks are averaged (DiLoCo), for slow networks "
-        "(default: they exchange gradients in every step)",
+        "local steps that every rank makes before the ranks are averaged (DiLoCo), for slow networks "
+        "(default: the ranks exchange gradients in every step)",
     )
     outer_lr: float = _unplanned(
         _RUN,
@@ -456,15 +457,15 @@ class FinetuneOptions:
             raise ValueError(f"{op}: valid_split is {self.valid_split}, expected between 0 and 1")
 
     def reading(self, max_length: int, op: str = "finetune") -> ReadOptions:
-        """How the data are read, with this maximum length."""
+        """The options for reading the data, with this maximum length."""
         return _reading(self, max_length, op)
 
 
 def default_lr(hidden_size: int) -> float:
     """The learning rate of a run whose options give none, with two significant digits.
 
-    A wider model needs a smaller one. `bench/defaults.py` measured narrow models. 0.8 / hidden size also
-    gives the 2e-4 and 1e-4 with which QLoRA trained models of width 4096 and 8192.
+    A wider model needs a smaller learning rate. `bench/defaults.py` measured narrow models. 0.8 / hidden size
+    also gives the 2e-4 and 1e-4 with which QLoRA trained models of width 4096 and 8192.
     """
     return float(f"{min(0.8 / hidden_size, 2e-3):.2g}")
 
@@ -535,7 +536,7 @@ class EvaluateOptions:
             _check.choice(op, "compute", self.compute, COMPUTES)
 
     def reading(self, max_length: int | None, op: str = "evaluate") -> ReadOptions:
-        """How the data are read, with this maximum length."""
+        """The options for reading the data, with this maximum length."""
         return _reading(self, max_length, op)
 
 
@@ -563,9 +564,11 @@ class TeachOptions:
     'float16'
     """
 
-    top_k: int = _option(_TEACHER, 32, "number of tokens to store for each trained token")
+    top_k: int = _option(_TEACHER, 32, "number of most likely tokens to store for each trained token")
     temperature: float = _option(
-        _TEACHER, 1.0, "softmax temperature of the stored probabilities, which fine-tuning uses too"
+        _TEACHER,
+        1.0,
+        "softmax temperature of the stored probabilities; fine-tuning uses the same temperature",
     )
     dtype: str = _option(
         _TEACHER,
@@ -610,7 +613,7 @@ class TeachOptions:
             _check.choice(op, "compute", self.compute, FLOAT_COMPUTES)
 
     def reading(self, max_length: int, op: str = "teach") -> ReadOptions:
-        """How the data are read, with this maximum length."""
+        """The options for reading the data, with this maximum length."""
         return _reading(self, max_length, op)
 
 

@@ -20,7 +20,7 @@ REPORTS = "reports"  # the directory in the output directory for the reports of 
 
 
 def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | Adapter | None) -> None:
-    """Refuse a directory in which the run would write to a file that it reads.
+    """Refuse a directory if the run would write to one of its input files there.
 
     Args:
         adapter: the adapter that the run continues from.
@@ -39,11 +39,11 @@ def require_inputs_kept(
     read: Iterable[tuple[str, StrPath]],
     more: Iterable[str] = (),
 ) -> None:
-    """Refuse a directory in which a run would write to a file of the model, or to another file that it reads.
+    """Refuse a directory if a run would write to a file of the model or to another input file there.
 
     Args:
-        read: pairs (word for the message, path) of the other files.
-        more: names of files that are written besides those of every run.
+        read: pairs (name for messages, path) of the other input files.
+        more: names of further files that are written, besides those of every run.
     """
     names = [*run_files.NAMES, peft_adapter.CONFIG, peft_adapter.TENSORS, *more]
     inputs = [("model", path) for path in model_directory.files_of(model)]
@@ -53,7 +53,7 @@ def require_inputs_kept(
 def require_free(output: StrPath, options: FinetuneOptions, adds_tokens: bool) -> None:
     """Refuse an output directory that is in use or holds a model.
 
-    A directory with a run or an adapter is refused too, unless the options say to continue or replace it.
+    A directory with a run or an adapter is refused too, unless an option continues or replaces it.
 
     Args:
         adds_tokens: whether the adapter adds tokens, so that a tokenizer is saved with it.
@@ -64,7 +64,7 @@ def require_free(output: StrPath, options: FinetuneOptions, adds_tokens: bool) -
 
 
 def require_free_directory(output: StrPath, resume: bool, overwrite: bool, adds_tokens: bool = False) -> None:
-    """Refuse an output directory that holds a model, or a run or an adapter that is not to be replaced."""
+    """Refuse an output directory that holds a model, or a run or an adapter that should not be replaced."""
     model_directory.require_no_model(output)
     if peft_adapter.lies_in(output) and not (holds_run(output) or overwrite):
         raise FileExistsError(

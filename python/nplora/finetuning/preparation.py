@@ -1,4 +1,4 @@
-"""Preparation: computes what an objective needs before the first step, and keeps it in the directory."""
+"""Preparation: computes the values that an objective needs before the first step, and stores them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from nplora.trainer.run_directory import RunDirectory
 class Preparation(Callback):
     """Prepares an objective for a run.
 
-    A new run computes before the trainer starts (`compute`), so that an error leaves an earlier run in the
-    directory as it is. A resumed run computes after the trainer has locked the directory and has accepted the
-    checkpoint, so that a refused run changes nothing. The files of an earlier run are replaced when the first
-    checkpoint of this run is on the disk.
+    A new run computes the values before the trainer starts (`compute`), so that an error does not change an
+    earlier run in the directory. A resumed run computes them after the trainer has locked the directory and
+    has accepted the checkpoint, so that a refused run changes nothing. The files of an earlier run are
+    replaced when the first checkpoint of this run is on the disk.
 
     Args:
         lm: the model without the adapter; released after the computation.
@@ -44,7 +44,7 @@ class Preparation(Callback):
         self._lm: LanguageModel | None = lm
 
     def compute(self) -> None:
-        """Compute for a new run. The directory is locked meanwhile."""
+        """Compute the values for a new run, while the directory is locked."""
         if self._directory is None:
             self._compute(writes=False, ranks=self._ranks)
             return

@@ -53,7 +53,7 @@ class FinetuneReport:
     Attributes:
         output: the directory with the adapter.
         train, valid: summaries of the training data and the validation data.
-        loss_before, loss_after: validation loss before training, and of the saved adapter; None without
+        loss_before, loss_after: validation loss before training, and with the saved adapter; None without
             validation data. `loss_before` is also None if the log of a resumed run does not have it.
             `loss_after` is also None if the run was interrupted.
         samples: prompts, with the texts before and after training.
@@ -63,10 +63,10 @@ class FinetuneReport:
         parameters: number of all values of the model.
         was_finished: whether the resumed run was already finished, so that nothing was trained.
         unit: the unit of the counts in the history: trained tokens, pairs or answers.
-        metrics_before, metrics_after: other values that the loss measures on the validation data before and
-            after training, such as the rewards of DPO.
-        process: number of the process that made the report, if several have trained together. Only rank 0 has
-            the texts of the samples.
+        metrics_before, metrics_after: other quantities that the loss measures on the validation data, such as
+            the rewards of DPO, before and after training.
+        process: number of the process that made the report, if several processes have trained together. Only
+            rank 0 has the texts of the samples.
         ranks: the speed and the waiting time of each of these processes.
         tokens: number of trained tokens in all steps, including the steps before a resume. If the unit is
             pairs or answers, the number is estimated from their mean length.
@@ -138,7 +138,7 @@ class FinetuneReport:
         return "\n".join(lines)
 
     def _counted_rate(self) -> str:
-        """Trained tokens, pairs or answers per second, whichever the loss counts."""
+        """Trained tokens, pairs or answers per second, depending on what the loss counts."""
         rate = sum(record.count for record in self.history.steps) / max(1e-9, self.history.seconds)
         return f"{rate:.0f} trained" if self.unit == "trained tokens" else f"{rate:.1f} {self.unit}/s"
 
@@ -161,7 +161,7 @@ class FinetuneReport:
         return f" (step {best}, the lowest of {len(evaluations)} evaluations)"
 
     def _kept_best(self) -> str:
-        """After Ctrl-C, a line about an earlier adapter, if it has a lower validation loss and is kept."""
+        """A line about an earlier adapter after Ctrl-C, if its validation loss is lower and it is kept."""
         evaluations = self.history.evaluations
         for best in evaluations[:-1]:
             if best.step == self.history.kept_step:

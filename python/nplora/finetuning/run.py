@@ -127,14 +127,13 @@ def finetune(
 ) -> FinetuneReport:
     """Fine-tune a language model with LoRA on a file of text, and save the adapter in PEFT's format.
 
-    The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run and saves the adapter as
-    it is at that moment, even if an earlier one had a lower validation loss. `resume=True` continues the run;
-    the results are bit for bit the same as without a stop. Nothing is written before all input is read and
-    checked.
+    The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run and saves the current
+    adapter, even if an earlier one had a lower validation loss. `resume=True` continues the run; the results
+    are bit for bit the same as without a stop. Nothing is written before all input is read and checked.
 
     If a step raises an error, the run is saved too, and a note on the error says so. If a loss is not finite,
-    the model and the output directory get the adapter of the last checkpoint before the failed step, unless
-    that is the checkpoint of step 0. The adapter is also saved if a callback or a report fails, or is
+    the model and the output directory get the adapter of the last checkpoint before the failed step, except
+    if this is the checkpoint of step 0. The adapter is also saved if a callback or a report fails, or is
     interrupted, after the last step.
 
     A loaded model keeps the adapter after the call. If the call ends with an error before its first step, the
@@ -147,47 +146,48 @@ def finetune(
             weights, as for `nplora.data.read_dataset`; or a directory with train.jsonl and perhaps
             valid.jsonl.
         output: directory for the adapter, the checkpoints and the log.
-        valid: rows to evaluate on, before training and after every epoch; of the same kinds as `data`. The
-            adapter of the lowest loss is saved; see `keep`.
+        valid: rows to evaluate on, before training and after every epoch. `valid` takes the same kinds of
+            rows as `data`. The adapter of the lowest loss is saved; see `keep`.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
-        callbacks: `Callback`s of your own; `run.model` is the language model.
+        callbacks: your `Callback`s; `run.model` is the language model.
         rank: rank of the LoRA factors.
         alpha: LoRA alpha: the update is scaled by alpha / rank.
         rank_pattern: ranks of layers that differ from `rank`, by parts of their names, as in
             q_proj=16,layers.3.mlp=4.
-        alpha_pattern: alphas of layers that differ from `alpha`, in the same form.
+        alpha_pattern: alphas of layers that differ from `alpha`, in the form of `rank_pattern`.
         targets: layers that get an adapter: all-linear, or a list of names such as q_proj,v_proj.
         layers: blocks that get an adapter: last:N or first:N (default: all).
         dropout: LoRA dropout probability.
         use_rslora: scale the update by alpha / sqrt(rank) (rsLoRA).
         use_dora: also train the magnitude of each row of the weights (DoRA).
-        freeze_B: train A only, and keep B as it starts (LoRA-FA): less memory and time.
+        freeze_B: train only A, and keep B at its initial values (LoRA-FA); saves memory and time.
         init: initial factors: zero (the model is unchanged at first), gaussian (both factors are random, so
             that the model changes at once), pissa or olora (the principal part of each weight; unquantised
             weights only).
         trainable_tokens: tokens whose rows of the embedding and the head are trained too: ids or texts, as in
             <|im_start|>,<|im_end|>.
         modules_to_save: layers to train as a whole, in float32: embed_tokens, lm_head or both.
-        invocation: activated LoRA (aLoRA): text from whose last occurrence on the adapter acts.
+        invocation: activated LoRA (aLoRA): text that activates the adapter, from the last occurrence of the
+            text on.
         add_tokens: new tokens to add to the vocabulary and to train, as in <tool>,</tool>.
         adapter: adapter to continue from: PEFT directory or llama.cpp file; its layers, ranks and alphas are
             kept.
         any_base: accept an `adapter` that was trained on another model with the same shapes.
         objective: goal of the training: sft (learn the answers), dpo or orpo (prefer chosen answers to
-            rejected ones), kto (prefer good answers to bad ones), or distill (learn the predictions of a
+            rejected ones), kto (prefer good answers to bad ones) or distill (learn the predictions of a
             `teacher`).
-        beta: strength of the preference: of dpo and kto, larger values stay closer to the model without
-            adapter; of orpo, the weight of the comparison.
-        loss_type: variant of the loss: of dpo, sigmoid (the default), hinge, ipo, robust or sigmoid_norm; of
-            kto, kto (the default) or apo_zero_unpaired.
-        label_smoothing: share of the pairs of dpo that may be the wrong way round, for sigmoid, sigmoid_norm
+        beta: strength of the preference; in dpo and kto, larger values keep the model closer to the one
+            without adapter; in orpo, the weight of the comparison.
+        loss_type: variant of the loss; for dpo: sigmoid (the default), hinge, ipo, robust or sigmoid_norm;
+            for kto: kto (the default) or apo_zero_unpaired.
+        label_smoothing: assumed share of pairs in dpo whose answers are swapped, for sigmoid, sigmoid_norm
             and robust.
-        desirable_weight: weight of the good answers of kto.
-        undesirable_weight: weight of the bad answers of kto.
-        teacher: teacher of distill: a model with the same vocabulary, or a file that nplora teach made.
-        kl: divergence of distill: forward (cover all that the teacher may say) or reverse (say only what the
-            teacher would say).
-        temperature: softmax temperature of distill, of teacher and student (default: 1, or that of a stored
+        desirable_weight: weight of the good answers in the loss of kto.
+        undesirable_weight: weight of the bad answers in the loss of kto.
+        teacher: teacher for distill: a model with the same vocabulary, or a file that nplora teach made.
+        kl: divergence for distill: forward (learn everything that the teacher may say) or reverse (say only
+            what the teacher would say).
+        temperature: softmax temperature of teacher and student in distill (default: 1, or that of a stored
             `teacher`).
         kd_ratio: share of the divergence in the loss of distill; the rest is the loss of sft.
         lr: peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3).
@@ -206,22 +206,21 @@ def finetune(
             the names of the fields decide).
         columns: names of fields in the data, as in prompt=question,completion=answer.
         chat: write prompts and completions with the model's chat template.
-        valid_split: share of the examples to hold out for validation; a hash of each example decides.
+        valid_split: share of the examples to hold out for validation; chosen by a hash of each example.
         max_length: maximum tokens of an example; longer examples are cut.
         learn: tokens to train on: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
         strict: refuse examples that are longer than `max_length`.
         eval_every: steps between evaluations of the validation data, besides those after every epoch.
-        patience: evaluations in a row without a lower validation loss after which the run ends (early
+        patience: end the run after this number of evaluations in a row without a lower validation loss (early
             stopping).
-        keep: adapter that is saved if there are validation data: best (of the lowest validation loss) or
-            last.
+        keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
         compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32,
             unless `memory` is too small for float32).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
-        filter_vocabulary: probability below which words are left out of the gradient of the output layer,
-            such as 1e-6: a faster step with a small error (default: 0, all words are kept).
+        filter_vocabulary: leave words below this probability, such as 1e-6, out of the gradient of the output
+            layer; makes steps faster, with a small error (default: 0, all words are kept).
         memory: memory limit of the whole process, such as 600M or 1.5G; the fastest plan that fits is used.
         keep_prefix: where to cache the outputs of the frozen blocks below the lowest adapter for later
             epochs: off, memory, or disk (in the output directory, during the run); takes 4 bytes x hidden
@@ -233,13 +232,13 @@ def finetune(
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
-        sample: prompt to answer before and after training; a chat if the training data are chats.
-        distributed: what the processes that mpirun started do: mpi (train one adapter together, each on a
-            part of every step) or off (each makes a run of its own).
+        sample: prompt to answer before and after training; sent as a chat if the training data are chats.
+        distributed: work of the processes that mpirun started: mpi (they train one adapter together, each on
+            a part of every step) or off (each process makes a separate run).
         communication_dtype: precision in which ranks send gradients: float32, or bfloat16 for half of the
             bytes; one process rounds in the same way.
-        local_steps: steps that every rank makes on its own before the ranks are averaged (DiLoCo), for slow
-            networks (default: they exchange gradients in every step).
+        local_steps: local steps that every rank makes before the ranks are averaged (DiLoCo), for slow
+            networks (default: the ranks exchange gradients in every step).
         outer_lr: learning rate of the outer step, which adds the average change after `local_steps`.
         outer_momentum: Nesterov momentum of the outer step.
         checkpoint_blocks: the old name of `recompute`.
@@ -259,8 +258,8 @@ def finetune(
         NonFiniteLossError, CorruptError, OSError, RankError: see `Trainer.fit`.
         ModuleNotFoundError, ImportError: `distributed` is "mpi", and mpi4py or an MPI library is missing.
     Warns:
-        UserWarning: `memory` is not set, and the remaining steps need more memory than is available; or a
-            resumed run has no validation data, or other validation data than before.
+        UserWarning: `memory` is not set, and the remaining steps need more memory than is available; or the
+            validation data of a resumed run are missing or have changed.
         Other warnings: see `Trainer.fit`.
 
     >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", valid="valid.jsonl", lr=1e-2, epochs=4)
@@ -388,7 +387,7 @@ def put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOp
 
 
 def _new_prefix(inputs: RunInputs, output: StrPath, where: str) -> PrefixCache | None:
-    """A cache with room for the outputs of the blocks below the adapters, for all examples.
+    """Make a cache for the outputs of the blocks below the adapters, large enough for all examples.
 
     Args:
         where: the option `keep_prefix`. "off": there is no cache, and the result is None.
@@ -403,7 +402,10 @@ def _new_prefix(inputs: RunInputs, output: StrPath, where: str) -> PrefixCache |
 def _computing(
     lm: LanguageModel, execution: ExecutionPlan, prefix: PrefixCache | None, word_filter: WordFilter | None
 ) -> Iterator[None]:
-    """The model computes according to the plan inside the `with` block, and as before after it."""
+    """Inside the `with` block, the model computes according to the plan.
+
+    Afterwards, it computes as before.
+    """
     before = lm.model.recompute
     lm.model.recompute, lm.model.prefix, lm.model.word_filter = execution.recompute, prefix, word_filter
     try:
@@ -415,7 +417,7 @@ def _computing(
 
 
 def _shown(options: FinetuneOptions, inputs: RunInputs, batches: TokenBatches) -> dict[str, Any]:
-    """The settings that reports show as hyper-parameters: the options as they took effect, and the inputs."""
+    """The settings that reports show as hyper-parameters: the effective options, and the inputs."""
     lm, held_out, summary = inputs.lm, inputs.held_out, batches.log_summary()
     chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     used = {name: summary[name] for name in ("batch_examples", "batch_tokens") if name in summary}
@@ -502,7 +504,7 @@ def _save_as_of(
 ) -> str:
     """Save the adapter of the checkpoint of `step`. Return a note that says whether the adapter was saved.
 
-    If `step` is None, save the present adapter.
+    If `step` is None, save the current adapter.
     """
     try:
         if step is not None:
@@ -518,7 +520,7 @@ def _save_as_of(
 
 
 def _save_undisturbed(lm: LanguageModel, output: StrPath, base: str, save: Callable[..., None]) -> None:
-    """Save the adapter. Ctrl-C takes effect when the adapter is on the disk."""
+    """Save the adapter. Ctrl-C takes effect only after the adapter is on the disk."""
     with Interrupts(terminate=False) as interrupts, interrupts.hold():
         save(lm, output, base)
 

@@ -1,4 +1,4 @@
-"""Progress: lines that say how far a computation is, if it takes longer than a moment."""
+"""Progress: prints how far a computation is, if it takes longer than a moment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Progress:
     Args:
         what: name of the computation, which begins each line of `add`; may be empty.
         unit: what is counted, in the plural.
-        total: how many of them there are.
+        total: the number of all units.
         say: prints a line.
     """
 

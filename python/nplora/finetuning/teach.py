@@ -1,4 +1,4 @@
-"""teach: store what a teacher predicts for a data set, so that students learn from it without the teacher."""
+"""teach: store the predictions of a teacher for a data set, so that students learn without the teacher."""
 
 import os
 import tempfile
@@ -89,12 +89,12 @@ def teach(
     compute: str | None = None,
     overwrite: bool = False,
 ) -> Taught:
-    """Store a teacher's most likely tokens for each trained token of some data, with their log-probabilities.
+    """Store the teacher's most likely tokens and their log-probabilities for each trained token of some data.
 
     `finetune` with objective="distill" and this file as `teacher` does not need the teacher itself. In
     float16, each trained token takes 6 bytes for each of the `top_k` tokens, and 2 more bytes: 194 bytes for
-    32 tokens. Equal examples are stored once. Fine-tuning may split and weight the data in another way, but
-    the tokens of each example must be the same.
+    32 tokens. Equal examples are stored once. Fine-tuning may split and weight the data differently, but the
+    tokens of each example must be the same.
 
     Args:
         model: the teacher: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
@@ -104,8 +104,8 @@ def teach(
         adapter: adapter of the teacher, as for `evaluate`.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
-        top_k: number of tokens to store for each trained token.
-        temperature: softmax temperature of the stored probabilities, which fine-tuning uses too.
+        top_k: number of most likely tokens to store for each trained token.
+        temperature: softmax temperature of the stored probabilities; fine-tuning uses the same temperature.
         dtype: storage type of the log-probabilities: float16 or float32.
         format: format of the rows: messages, sharegpt, alpaca, completion or text (default: the names of the
             fields decide).
@@ -121,7 +121,7 @@ def teach(
         a summary of the file.
     Raises:
         DataError: a line of the data is wrong.
-        ValueError, TypeError: an option is out of range, or the output is a file that is read.
+        ValueError, TypeError: an option is out of range, or the output is one of the input files.
         FormatError: a file is invalid, or the adapter does not fit.
         NonFiniteLossError: the teacher's numbers are not finite.
         FileExistsError: the output exists, and `overwrite` is not set.
@@ -155,7 +155,7 @@ def teach(
 
 
 def _vocab(lm: LanguageModel) -> int:
-    """The number of ids that stand for tokens. The ids after them only pad the model's head."""
+    """The number of ids that have tokens. Larger ids only pad the model's head."""
     return min(lm.tokenizer.vocab_size, lm.vocab_size)
 
 
@@ -219,7 +219,7 @@ class _Writer:
         return np.array(list(found), np.uint64), np.array(list(found.values()), np.int64)
 
     def _rows(self) -> Iterator[tuple[bytes, bytes]]:
-        """The ids and the log-probabilities of some rows at a time, as bytes."""
+        """Yield the ids and the log-probabilities as bytes, some rows at a time."""
         seen, progress = set[int](), Progress("", "tokens", self._total, self._say)
         progress.begin(f"computing {counted(self._total, 'token')} of the teacher")
         for batch in self._batches():
@@ -241,10 +241,10 @@ class _Writer:
             yield top.ids.astype("<i4").tobytes(), self._rounded(top).tobytes()
 
     def _rounded(self, top: TopK) -> Array:
-        """The log-probabilities as they are stored.
+        """Convert the log-probabilities to the stored form.
 
         Raises:
-            ValueError: a log-probability does not fit into `dtype`, so that no student could use the file.
+            ValueError: a log-probability does not fit into `dtype`. No student could use such a file.
         """
         with np.errstate(over="ignore"):
             stored = top.log_probs.astype(np.dtype(self._options.dtype).newbyteorder("<"))
@@ -258,7 +258,10 @@ class _Writer:
 
 
 def _without(batch: PackedBatch, seen: set[int]) -> PackedBatch | None:
-    """The sequences of a batch that are not in `seen`, or None if all are. Adds them to `seen`."""
+    """The sequences of a batch that are not in `seen`; None if all are in it.
+
+    The sequences are added to `seen`.
+    """
     kept = []
     for index, key in enumerate(sequence_keys(batch).tolist()):
         if key not in seen:

@@ -35,7 +35,7 @@ class TokenProgress(Callback):
     A terminal and a notebook show one line that is redrawn. Elsewhere a new line appears every few seconds.
 
     Args:
-        every: seconds between two lines, where the line is not redrawn.
+        every: seconds between two lines, if the line is not redrawn.
         loss: the loss object of the run, which counts all tokens. None: only trained tokens are shown.
 
     >>> lm = nplora.load_model("model.gguf")

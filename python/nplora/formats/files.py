@@ -118,7 +118,8 @@ class Stamp(NamedTuple):
     def require_unchanged(self) -> None:
         """Raise CorruptError if the file was modified after this stamp: its mapping then shows other data.
 
-        It is no error if another file was renamed over this one: the mapping still shows the old content.
+        No error is raised if another file was renamed over this one, because the mapping still shows the old
+        content.
         """
         try:
             found = os.stat(self.name)
@@ -164,7 +165,7 @@ class Reader:
         return data.toreadonly()
 
     def is_at(self, path: StrPath) -> bool:
-        """Whether `path` still leads to this file, and not to one that replaced it."""
+        """Whether `path` still leads to this file, and not to a file that has replaced it."""
         try:
             return os.path.samestat(os.stat(path), os.fstat(self._fd))
         except OSError:
@@ -283,7 +284,7 @@ def absolute(path: StrPath) -> str:
 
 
 class Directory(os.PathLike[str]):
-    """A directory that is held open, so that neither a rename nor a change of working directory matters.
+    """A directory that is held open, so that renaming it or changing the working directory has no effect.
 
     Used as a path, the object gives the directory's current location.
 
@@ -346,14 +347,14 @@ def require_new(path: StrPath, overwrite: bool) -> None:
         return
     _require_replaceable(Path(path))
     if not overwrite:
-        raise FileExistsError(errno.EEXIST, f"the file is there; {OTHER_OR} replaces it", name(path))
+        raise FileExistsError(errno.EEXIST, f"the file already exists; {OTHER_OR} replaces it", name(path))
 
 
 def require_not_read(op: str, outputs: Iterable[StrPath], inputs: Iterable[tuple[str, StrPath]]) -> None:
     """Raise an error if an output is a file that the same call reads, even through a symbolic or hard link.
 
     Args:
-        inputs: pairs (word for the message, path). Paths that do not exist are ignored.
+        inputs: pairs (name for the message, path). Paths that do not exist are ignored.
     Raises:
         ValueError: an output is also an input.
     """
@@ -388,8 +389,8 @@ def replace(
     Args:
         directory: an open directory that all files are written into. With `directory`, only the last
             component of a path names the file, and the whole path appears in messages.
-        check: called with the temporary files before they are renamed. If it raises an error, they are
-            removed, and every old file stays.
+        check: a function that is called with the temporary files before they are renamed. If it raises an
+            error, the temporary files are removed, and all old files stay unchanged.
     Raises:
         OSError: a target exists and is not a regular file (or a link to one), or the disk fails. After a
             disk failure, the temporary files are removed, and the message gives the number of needed bytes.
@@ -463,7 +464,7 @@ def _require_replaceable(target: Path, directory: int | None = None) -> None:
 
 
 def _permissions(target: str, directory: int) -> int | None:
-    """The permissions of the file that will be replaced, or None if there is none."""
+    """The permissions of the file that will be replaced, or None if there is no such file."""
     try:
         return system.stat_in(directory, target).st_mode & 0o777
     except OSError:

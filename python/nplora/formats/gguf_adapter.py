@@ -64,7 +64,7 @@ class GgufAdapter:
         passed_over: the norm tensors of the file, which nplora and llama.cpp ignore.
         base_digest: the digest of the base model (see `models.model_digest.of`), or None if the file has
             none.
-        invocation_tokens: of an activated LoRA (aLoRA), the tokens from which on it acts.
+        invocation_tokens: the tokens after which an activated LoRA (aLoRA) begins to act, or None.
         chat_template: whether the training data went through the chat template; None if that is not known.
     """
 

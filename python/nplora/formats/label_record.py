@@ -1,4 +1,4 @@
-"""LabelRecord: what an adapter of a classifier says about its outputs, in the metadata of its file."""
+"""LabelRecord: the description of a classifier's outputs, which the metadata of its adapter file hold."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def shown(label: str) -> str:
 
 
 def loads(text: str, source: str) -> LabelRecord:
-    """Read a record. `source` is the name of its place in messages.
+    """Read a record. `source` names the place of the text in messages.
 
     Raises:
         FormatError: the text breaks the format. LimitError: there are too many labels.

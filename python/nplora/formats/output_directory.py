@@ -1,4 +1,4 @@
-"""Checks whether a command may write into a directory, which may hold results of earlier training."""
+"""Checks whether a command may write into a directory, which may hold results of an earlier run."""
 
 import errno
 

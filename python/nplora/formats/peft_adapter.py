@@ -95,7 +95,8 @@ class PeftAdapter:
         """The new tokens of the adapter: those in the metadata, or in a tokenizer.json of another program.
 
         Args:
-            wanted: the ids of the tokens to return from a tokenizer.json, which also names older tokens.
+            wanted: the ids of the tokens to return from a tokenizer.json. Such a file also names older
+                tokens.
         Raises:
             FormatError: the metadata or the file are damaged.
         """
@@ -110,7 +111,7 @@ class PeftAdapter:
         return tokenizer_json.added_tokens(raw, str(path), wanted)
 
     def labels(self) -> LabelRecord | None:
-        """What the metadata say about the outputs of a classifier, or None.
+        """The description of a classifier's outputs in the metadata, or None.
 
         Raises:
             FormatError: the metadata are damaged.
@@ -147,7 +148,8 @@ class PeftAdapter:
     def _saved_names(self) -> list[str]:
         """The names of `modules_to_save`, each with a dot at its end.
 
-        PEFT saves every module whose name ends in one of them: "classifier" also means "pre_classifier".
+        PEFT saves every module whose name ends in one of these names: "classifier" also means
+        "pre_classifier".
         """
         saved = self.config.modules_to_save
         if self.config.ensure_weight_tying:  # PEFT then also stores the layers that share the weight
@@ -334,7 +336,7 @@ def kernel(lora_a: tuple[int, ...]) -> tuple[int, int, int] | None:
 def trained_with_template(path: StrPath) -> bool | None:
     """Whether the training data of an adapter directory went through the chat template.
 
-    None: that is not known, as for the file of another program.
+    None: unknown, for example if another program wrote the file.
     """
     tensors = Path(path, TENSORS)
     if not tensors.is_file():

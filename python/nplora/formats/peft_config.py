@@ -92,7 +92,7 @@ class Patterns:
         )
 
     def value(self, name: str, default: Number) -> Number:
-        """The value for the module `name`. This method is slow: it tries every inexact pattern."""
+        """The value for the module `name`. The lookup is slow, because it tries every inexact pattern."""
         places, exact = Name(name), self._exact.get(name, len(self.pairs))
         position = next((at for at, pattern in self.inexact if at < exact and pattern.matches(places)), exact)
         return self.pairs[position][1] if position < len(self.pairs) else default
@@ -138,7 +138,7 @@ class PeftConfig:
 
 
 def short_number(value: float) -> Number:
-    """A number as people write it: 16, not 16.0."""
+    """A number in its usual form: 16, not 16.0."""
     return int(value) if float(value).is_integer() else float(value)
 
 

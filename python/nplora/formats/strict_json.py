@@ -118,7 +118,7 @@ def _measured(raw: Bytes) -> tuple[int, Array]:
 
 
 def json_values(value: Any) -> Any:
-    """The value with None in place of NaN and infinities, which JSON does not have."""
+    """The value, with NaN and infinities replaced by None, because JSON does not have them."""
     if isinstance(value, dict):
         return {name: json_values(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -127,7 +127,7 @@ def json_values(value: Any) -> Any:
 
 
 class Marks:
-    """Finds the brackets and the commas outside strings, in a text that comes in parts.
+    """Finds the brackets and the commas outside strings, in a text that is read part by part.
 
     Attributes:
         depth: the nesting depth after the parts so far.
@@ -140,9 +140,8 @@ class Marks:
     def find(self, part: bytes) -> tuple[bytes, Array, Array]:
         """The marks of the next part.
 
-        Returns:
-            the part, the places of its marks, and the depth after each mark. If the part ends inside an
-            escape, the backslash comes with the next part.
+        Returns: the part, the positions of its marks, and the depth after each mark. If the part ends inside
+            an escape, the backslash comes with the next part.
         """
         text = self._rest + part
         hidden = text

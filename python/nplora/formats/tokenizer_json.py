@@ -24,7 +24,7 @@ _MAX_ID = 1 << 31
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that a vocabulary has besides those of its model.
+    """A token of a vocabulary that is not part of the tokenizer's model.
 
     Attributes:
         id: the number of the token, and of its row in the embedding.

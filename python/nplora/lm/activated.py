@@ -1,4 +1,4 @@
-"""Activated LoRA (aLoRA): the options of `add_lora` that go with it."""
+"""Activated LoRA (aLoRA): checks the options of `add_lora` that can be combined with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One prompt and the tokens generated after it: when they end, and their text."""
+"""Answer: one prompt and the tokens that are generated after it, their text, and when they end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Guide(Protocol):
     def restrict(self, scores: Array) -> None:
         """Set the scores (vocab,) of the tokens that may not come next to -inf, in place.
 
-        At least one score must stay finite. End tokens are tokens like any others.
+        At least one score must stay finite. End tokens can be ruled out like all other tokens.
         """
 
     def advance(self, token: int) -> None:
@@ -49,7 +49,7 @@ class Answer:
     Attributes:
         ids: the tokens of the prompt and of the answer, without an end token.
         prompt: the number of tokens of the prompt.
-        generated: the number of generated tokens. An end token counts.
+        generated: the number of generated tokens, including an end token.
         ended: whether the answer has ended.
         cut_off: whether it ended because the cache was full.
     """

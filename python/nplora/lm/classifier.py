@@ -30,7 +30,9 @@ class ClassifierSaved(Saved):
 
 
 class TextClassifier(Module):
-    """An encoder with a trained head. `nplora.new_classifier` and `nplora.load_classifier` make it.
+    """An encoder with a trained head.
+
+    `nplora.new_classifier` and `nplora.load_classifier` make such an object.
 
     The layers have the names of transformers' model for the task, such as
     `bert.encoder.layer.0.attention.self.query` and `classifier`.
@@ -47,7 +49,8 @@ class TextClassifier(Module):
         labels: the names of the outputs.
         task: "single" (each text has one label), "multi" (each text has any number of labels) or "regression"
             (each output is a number).
-        max_length: the largest number of tokens of a text; longer texts are cut. It can be changed.
+        max_length: the largest number of tokens of a text; longer texts are cut. This attribute can be
+            changed.
     """
 
     def __init__(self, encoder: Encoder, head: ClassifierHead, record: LabelRecord) -> None:
@@ -81,12 +84,12 @@ class TextClassifier(Module):
 
     @property
     def label_record(self) -> LabelRecord:  # type: ignore[override]
-        """The task and the labels, as saved adapters have them."""
+        """The task and the labels, in the form that saved adapters store."""
         return dataclasses.replace(self._record, max_length=self.max_length)
 
     @property
     def classifies_tokens(self) -> bool:
-        """Whether each token has its own label, as in the search for names.
+        """Whether each token has its own label, as in named entity recognition.
 
         >>> import nplora
         >>> encoder = nplora.load_encoder("encoder-model")
@@ -189,7 +192,7 @@ class TextClassifier(Module):
         Args:
             batch_size: as in `logits_of_ids`.
         Raises:
-            TypeError: `texts` is one text, or holds something else than texts.
+            TypeError: `texts` is one text, or an item is not a text.
         Warns:
             UserWarning: texts were too long, and were cut.
         """
@@ -198,7 +201,8 @@ class TextClassifier(Module):
     def predict_proba(self, texts: Iterable[str], batch_size: int | None = None) -> Array:
         """The probability of each label for each text: float64 (texts, outputs).
 
-        If each text has one label, a row adds up to 1. Otherwise each label has a probability of its own.
+        If each text has one label, the probabilities of a row add up to 1. Otherwise, the probability of each
+        label is independent of the others.
 
             >>> import nplora
             >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
@@ -213,9 +217,9 @@ class TextClassifier(Module):
         return probabilities(self.task, self.logits(texts, batch_size))
 
     def predict(self, texts: Iterable[str], batch_size: int | None = None) -> list[Any]:
-        """What is most likely for each text: its label, a list of labels, or a number.
+        """The prediction for each text: its label, a list of labels, or a number.
 
-        With the task "multi", these are the labels with a probability of at least 0.5.
+        With the task "multi", the prediction is the list of labels with a probability of at least 0.5.
 
             >>> import nplora
             >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
@@ -233,7 +237,7 @@ class TextClassifier(Module):
             raise ValueError(f"{op}: the classifier classifies tokens; `logits` has a row for each token")
 
     def decided(self, logits: Array) -> list[Any]:
-        """What `predict` returns for texts with these logits.
+        """The result of `predict` for texts with these logits.
 
         >>> import nplora, numpy as np
         >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
@@ -310,7 +314,7 @@ def probabilities(task: str, logits: Array) -> Array:
 
 
 def require_finite(op: str, logits: Array, places: Sequence[str] = ()) -> None:
-    """Raise ValueError if a logit is NaN or infinite, which is no prediction.
+    """Raise ValueError if a logit is NaN or infinite.
 
     Args:
         logits: an array (texts, outputs).

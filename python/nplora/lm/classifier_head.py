@@ -1,4 +1,7 @@
-"""ClassifierHead: turns hidden states into logits, forward and backward. Most often, all of it is trained."""
+"""ClassifierHead: turns hidden states into logits, forward and backward.
+
+Usually, the whole head is trained.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class ClassifierHead(Module):
     """The pooling and the layers that follow an encoder. The layers have transformers' names.
 
     Args:
-        spec: the layers, as the family describes them.
+        spec: the family's description of the layers.
         arrays: the weight and the bias of each layer.
         eps: the epsilon of the norm.
         frozen: the layers that are not trained, such as a dense layer that gets a LoRA adapter.
@@ -52,7 +55,7 @@ class ClassifierHead(Module):
         self.out = self.steps[spec.out] = _linear(arrays[spec.out], True)
 
     def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
-        """The layers have transformers' names, which are those of the whole model."""
+        """The layers have the names that they have in transformers' whole model."""
         for name, module in self.steps.items():
             yield from module._walk(name, seen)
 
@@ -64,8 +67,7 @@ class ClassifierHead(Module):
 
         Args:
             starts: int64 (m + 1,), the first row of each text, followed by n.
-        Returns:
-            logits (m, outputs); (n, outputs) if each token has its own.
+        Returns: logits (m, outputs); (n, outputs) if each token has its own logits.
         """
         y, pooled = (states, None) if self.pooling is None else self.pooling.run(states, starts)
         kept = list[Any]()
@@ -75,7 +77,7 @@ class ClassifierHead(Module):
         return y, HeadSaved(pooled, tuple(kept))
 
     def run_backward(self, dy: Array, saved: HeadSaved) -> Array:
-        """Add the gradients of the layers. Return that of the hidden states (n, d)."""
+        """Add the gradients of the layers. Return the gradient of the hidden states (n, d)."""
         for module, kept in reversed(list(zip(self.steps.values(), saved.layers, strict=True))):
             dy = module.backward(dy, kept)
         if self.pooling is None:

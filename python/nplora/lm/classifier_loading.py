@@ -1,4 +1,4 @@
-"""new_classifier and load_classifier: classifiers with a new head, or with that of an adapter or a model."""
+"""new_classifier and load_classifier: make classifiers with a new head, or with a head from files."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def new_classifier(
     tokens: bool = False,
     seed: int = 0,
 ) -> TextClassifier:
-    """Put a new head on an encoder, to be trained. Nothing of the encoder is copied.
+    """Put a new head on an encoder, to be trained. The encoder is not copied.
 
-    The dense layer of the head begins with the values in the model's files, if these have them. All other
-    weights are drawn from N(0, 0.02²), as in transformers.
+    The dense layer of the head starts with the values in the model's files, if they have this layer. All
+    other weights are drawn from N(0, 0.02²), as in transformers.
 
         >>> import nplora
         >>> encoder = nplora.load_encoder("encoder-model")
@@ -58,8 +58,9 @@ def new_classifier(
         ('order', 'refund')
 
     Args:
-        labels: the names of the outputs; for a regression, the names of the numbers. Integers become texts. A
-            dictionary such as transformers' `id2label` has the name of each number from 0 on.
+        labels: the names of the outputs; for a regression, the names of the numbers. Integers become texts.
+            `labels` may be a dictionary such as transformers' `id2label`, from each number (0, 1, ...) to its
+            name.
         task: "single" (each text has one label), "multi" (each text has any number of labels) or
             "regression" (each output is a number).
         tokens: whether each token has its own outputs.
@@ -67,7 +68,7 @@ def new_classifier(
     Raises:
         ValueError: two labels have the same name, the number of labels does not fit the task, or the task is
             unknown.
-        TypeError: the labels are no texts.
+        TypeError: the labels are not texts.
     """
     op = "new_classifier"
     record = _record(op, labels, task, tokens)
@@ -150,7 +151,7 @@ def require_room(source: str, classifier: TextClassifier) -> None:
     """Raise FormatError if `max_length` has no room for a word between the tokens around a text.
 
     Args:
-        source: what set `max_length`, for the message.
+        source: the file or argument that set `max_length`, for the message.
     """
     around = len(classifier.encoder.token_ids([""], classifier.encoder.config.max_position_embeddings)[0][0])
     if classifier.max_length <= around:
@@ -161,7 +162,7 @@ def require_room(source: str, classifier: TextClassifier) -> None:
 
 
 def opened_encoder(op: str, model: StrPath | Encoder, compute: str | None) -> Encoder:
-    """The encoder, loaded if `model` is a path. Its pooling does not matter, because a head has its own.
+    """The encoder, loaded if `model` is a path. Its pooling is not used, because the head has a pooling.
 
     Raises:
         ValueError: `compute` is given for an encoder that is loaded already.
@@ -286,7 +287,7 @@ def _from_model(encoder: Encoder) -> TextClassifier:
 
 
 def has_head(encoder: Encoder) -> bool:
-    """Whether the model's files have the last layer of a classifier. It may still be broken.
+    """Whether the model's files have the last layer of a classifier. The layer may still be broken.
 
     Raises:
         FormatError, UnsupportedError: as in `Encoder.head_tensor`.

@@ -75,9 +75,9 @@ class Encoder(Module):
         model: the embeddings, the blocks and the last norm.
         pooling: how the hidden states of a text become its embedding.
         max_length: the largest number of tokens of a text; `embed` cuts longer texts. It can be changed.
-        prompts: texts by name, which `embed` puts before each text if it is given the name.
-        default_prompt: the name of the prompt that `embed` uses if it is given none, or None.
-        prefix: the name of this model in transformers' models with a head: "bert" in
+        prompts: texts by name. If `embed` gets such a name, it puts the prompt before each text.
+        default_prompt: the name of the prompt that `embed` uses by default, or None.
+        prefix: the name of this model inside transformers' models with a head, such as "bert" in
             BertForSequenceClassification.
     """
 
@@ -108,7 +108,7 @@ class Encoder(Module):
         self._read_tensor = read_tensor
 
     def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
-        """The modules of `model` have no "model." before their names, as in transformers and PEFT."""
+        """As in transformers and PEFT, the names of modules in `model` do not begin with "model."."""
         if id(self) in seen:
             return
         seen.add(id(self))
@@ -119,7 +119,7 @@ class Encoder(Module):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that came with the model. It is read at its first use.
+        """The tokenizer that came with the model. The tokenizer is read at its first use.
 
         >>> import nplora
         >>> tokenizer = nplora.load_encoder("encoder-model").tokenizer
@@ -142,9 +142,9 @@ class Encoder(Module):
         return self.pooling.dim(self.config.hidden_size)
 
     def head_tensor(self, name: str) -> Array | None:
-        """A tensor of the model's files that hidden states do not need, as float32; None if there is none.
+        """A tensor of the model's files that hidden states do not need, as float32; None if it is missing.
 
-        BERT's classifiers begin with such a layer, "pooler.dense".
+        For example, BERT's classifiers begin with the layer "pooler.dense".
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")
@@ -206,7 +206,7 @@ class Encoder(Module):
     ) -> None:
         """Put a LoRA adapter on frozen layers. With init="zero", the outputs stay the same at first.
 
-        Layers that have an adapter already keep it. `nplora.save_adapter` saves the adapter for PEFT.
+        Layers that already have an adapter keep it. `nplora.save_adapter` saves the adapter for PEFT.
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")
@@ -332,16 +332,16 @@ class Encoder(Module):
         Args:
             texts: the texts, or one text.
             batch_size: the number of texts that are computed at once; None: as many as have 4,096 tokens. The
-                result does not depend on it, up to rounding.
+                batch size changes the result only by rounding.
             normalize: whether the embeddings have length 1, so that their products are cosines; None: as the
                 model's files say.
-            prompt: a text that is put before each text, such as "query: "; "" for none.
-            prompt_name: the name of one of `prompts`, as another way to give the prompt.
+            prompt: a text to put before each text, such as "query: "; "" for none.
+            prompt_name: the name of one of `prompts`, instead of `prompt`.
             max_length: the largest number of tokens of a text; None: `max_length` of the encoder.
         Returns:
             float32 (texts, dim); (dim,) for one text.
         Raises:
-            TypeError: `texts` holds something else than texts.
+            TypeError: an item of `texts` is not a text.
             ValueError: a text has no tokens, an option is out of range, or both prompts are given.
             KeyError: there is no prompt with this name; the message lists the names.
             CorruptError: as in `require_unchanged`.
@@ -391,7 +391,9 @@ class Encoder(Module):
         return self.forward_for(None, ids)
 
     def forward_for(self, pooling: Pooling | None, ids: Ids) -> tuple[Array, EncoderSaved]:
-        """Like `forward`, but with only those tokens that a pooling reads. `starts` of the result has these.
+        """Like `forward`, but returns only the tokens that a pooling reads.
+
+        `starts` of the result counts these tokens.
 
         >>> import nplora
         >>> from nplora.lm.pooling import Pooling
@@ -520,12 +522,13 @@ class Encoder(Module):
     def packed_states(
         self, op: str, ids: Ids, batch_size: int | None = None, pooling: Pooling | None = None
     ) -> Iterator[tuple[Array, Array]]:
-        """The hidden states of a few texts at a time, one text after the other, and the start of each text.
+        """Yield the hidden states of a few texts at a time, joined, and the start of each text.
 
         Args:
             op: the name of the calling function, for messages.
             batch_size: the number of texts that are computed at once; None: as in `embed`.
-            pooling: what reads the states; only tokens that it reads are returned. None: all tokens.
+            pooling: the pooling that reads the states; only the tokens that it reads are returned. None: all
+                tokens.
         """
         packed, starts = self._packed(op, ids)
         for own_ids, own_starts in self._batches(packed, starts, MOST_TOKENS, batch_size):
@@ -543,7 +546,7 @@ class Encoder(Module):
         return _check.integer(op, "max_length", max_length, least=1, most=most)
 
     def prompt_text(self, prompt: str | None = None, name: str | None = None) -> str:
-        """The text that is put before each text, from the arguments `prompt` and `prompt_name` of `embed`.
+        """The prompt for each text, from the arguments `prompt` and `prompt_name` of `embed`.
 
             >>> import nplora
             >>> nplora.load_encoder("encoder-model").prompt_text("query: ")
@@ -551,7 +554,7 @@ class Encoder(Module):
 
         Raises:
             ValueError, KeyError: as in `embed`.
-            UnsupportedError: the pooling must leave the prompt out.
+            UnsupportedError: the model's files exclude the prompt from the pooling.
         """
         if prompt is not None and name is not None:
             raise ValueError("embed: prompt and prompt_name are both given, expected one of them")
@@ -569,7 +572,7 @@ class Encoder(Module):
 
 
 def _texts(op: str, texts: Iterable[str]) -> list[str]:
-    """The texts as a list. Raises TypeError if one of them is no text."""
+    """The texts as a list. Raises TypeError if one of them is not a text."""
     if isinstance(texts, str) or not np.iterable(texts):
         raise TypeError(f"{op}: texts is {_check.kind(texts)}, expected a list of texts")
     given = list(texts)

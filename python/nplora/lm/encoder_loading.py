@@ -60,9 +60,9 @@ def load_encoder(
             sentence-transformers write it, or a GGUF file.
         compute, mmap, check: as in `load_model`; `compute` is "float32" or "bfloat16".
         pooling: how the hidden states of a text's tokens become its embedding: "cls" (the first token),
-            "mean", "max", "last" (the last token), "weighted_mean" or "mean_sqrt". None: as the files say.
-            If they do not say, the mean for encoders, and the last token for causal language models. Dense
-            modules are left out if a pooling is given.
+            "mean", "max", "last" (the last token), "weighted_mean" or "mean_sqrt". None: the pooling that the
+            files name. If the files name no pooling, encoders use the mean, and causal language models use
+            the last token. Dense modules are left out if a pooling is given.
     Raises:
         UnsupportedError: the architecture, a module, or the type of a tensor is not supported.
         FormatError: a file breaks its format, or does not describe a whole model.
@@ -70,7 +70,7 @@ def load_encoder(
         ValueError: `pooling` or `compute` is unknown.
         OSError: a file cannot be read.
     Warns:
-        UserWarning: neither the files nor `pooling` say how to pool; the message says what is assumed.
+        UserWarning: neither the files nor `pooling` name a pooling; the message names the one that is used.
     """
     files.require_named("load_encoder", path=path)
     model_directory.require_no_hub_name(path)
@@ -82,7 +82,7 @@ def load_encoder(
 
 
 def is_encoder(path: StrPath) -> bool:
-    """Whether a model's files say that it makes embeddings or classes, and does not generate text.
+    """Whether a model's files say that the model makes embeddings or classes, and does not generate text.
 
     >>> import nplora
     >>> from nplora.lm.encoder_loading import is_encoder
@@ -110,12 +110,12 @@ def is_encoder(path: StrPath) -> bool:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The parts of an encoder, from whichever file.
+    """The parts of an encoder, from any kind of file.
 
     Attributes:
         prefix: as in `Encoder`.
         default: the pooling if the files name none.
-        read_tensor: reads a tensor that hidden states do not need.
+        read_tensor: a function that reads a tensor that hidden states do not need.
     """
 
     config: EncoderConfig | ModelConfig
@@ -222,7 +222,10 @@ def _decoder_config(fields: Fields) -> ModelConfig:
 
 
 def _decoder_names(names: Container[str]) -> Callable[[str], str]:
-    """A function from a tensor's name to its name in a file, whose model may have no head and no prefix."""
+    """A function that maps a tensor's name to its name in the file.
+
+    The file may have no head and no prefix.
+    """
     prefix = "" if "model.embed_tokens.weight" in names else "model."
     return lambda name: name.removeprefix(prefix)
 

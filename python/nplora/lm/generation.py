@@ -59,7 +59,7 @@ class GeneratingModel(Protocol):
 
 
 class AdapterChoosingModel(GeneratingModel, Protocol):
-    """The method that generation needs too, if prompts have adapters."""
+    """A model with the method that generation also needs if prompts have adapters."""
 
     def named_model(self, adapter: str | Adapter) -> GeneratingModel: ...
 
@@ -83,8 +83,8 @@ def generate(
 
     Args:
         prompts: texts, or chats. A chat is a list of messages; the model's chat template renders it as text.
-        sampling: how tokens are chosen, or None for always the most likely token, up to 128 tokens.
-        adapters: for each prompt, the name of a named adapter or an `Adapter`; None for the model as it is.
+        sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
+        adapters: for each prompt, the name of a named adapter or an `Adapter`; None: the model without them.
     Returns:
         the generated texts, without their prompts.
     Raises:
@@ -299,9 +299,9 @@ def _read(lm: GeneratingModel, ids: list[int], slot: int, cache: Any) -> Array:
 def prompt_pieces(begin: int, end: int, most: int = PIECE) -> Iterator[tuple[int, int]]:
     """Cut the tokens of a prompt into the pieces that are read at a time.
 
-    The core computes a few rows in another way than many rows, which rounds differently. So the rest behind
-    the last whole page is a piece of its own: the bits of a prompt do not depend on how much of it is in the
-    cache already, if that ends at a multiple of PAGE, nor on `most`.
+    The core rounds differently for a few rows and for many rows. So the tokens after the last whole page are
+    a separate piece. Then the bits of a prompt depend neither on `most` nor on how much of the prompt is in
+    the cache, if this is a multiple of PAGE.
 
     Args:
         begin: the number of tokens in the cache, a multiple of PAGE.

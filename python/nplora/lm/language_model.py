@@ -186,7 +186,7 @@ class LanguageModel(Module):
         return self._extended[1]
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """Those tokens of an adapter that the model lacks: their text is no token, or the token has no row.
+        """The tokens of an adapter that the model lacks: they are not in its tokenizer, or have no row.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -206,7 +206,7 @@ class LanguageModel(Module):
         return self._tokenizer_with(self.added_tokens).files() if self.added_tokens else {}
 
     def with_tokens(self, tokens: Sequence[AddedToken]) -> Self:
-        """A model without adapter that shares the weights and also has these tokens, in rows of their own.
+        """A model without adapter that shares the weights and has additional rows for these tokens.
 
         The new rows are the mean of all rows of the embedding, or of the head. `self` is not changed.
 
@@ -238,7 +238,7 @@ class LanguageModel(Module):
         return getattr(self.lm_head.weight, "compute", "float32")
 
     def with_compute(self, compute: str) -> LanguageModel:
-        """A model without adapter that shares the weights, but has another arithmetic for their products.
+        """A model without adapter that shares the weights, but computes products in another arithmetic.
 
         So a model that answers with compute="int8" can be trained in float32. `self` is not changed.
 
@@ -352,13 +352,13 @@ class LanguageModel(Module):
             modules_to_save: "embed_tokens", "lm_head" or both, to train all rows of the embedding or of the
                 head in float32. If the two share one weight, both names train this weight.
             invocation: a text, or the ids of its tokens, for activated LoRA (aLoRA). The adapter acts only
-                from the last occurrence of these tokens on, in each sequence. It can adapt linear layers of
-                the blocks, without DoRA and dropout.
+                from the last occurrence of these tokens on, in each sequence. An activated LoRA can adapt
+                linear layers of the blocks, without DoRA and dropout.
             add_tokens: new tokens, as a list of texts, or a text like "<tool>,</tool>". Each gets a row in
-                the embedding and in the head, which starts with the mean of all rows and is trained. The
-                row of a token that the model has already is trained only.
-            freeze_B: train A only, and keep B as it starts (LoRA-FA). DoRA's magnitudes and the rows of
-                `trainable_tokens`, `modules_to_save` and `add_tokens` are trained all the same.
+                the embedding and in the head, which starts with the mean of all rows and is trained. If the
+                model already has a token, its row keeps its values at first, and is trained.
+            freeze_B: train only A, and keep B at its initial values (LoRA-FA). DoRA's magnitudes and the rows
+                of `trainable_tokens`, `modules_to_save` and `add_tokens` are still trained.
         Raises:
             UnsupportedError: the tokenizer cannot take new tokens.
             ValueError: a target, block or token does not exist, or an option does not fit. The model is not
@@ -423,9 +423,9 @@ class LanguageModel(Module):
             path: a PEFT directory, a GGUF adapter file, or an `Adapter`.
             any_base: as in `nplora.load_adapter`.
             dtype: "bfloat16" rounds A and B to bfloat16. Decoding with many adapters at once is then faster,
-                because their factors take half as long to read. None: the values stay as they are. If
-                bfloat16 has all of them, decoding is as fast.
-            replace: replace the adapter that has this name. If the new one cannot be loaded, the old one
+                because their factors take half as long to read. None: the values stay unchanged. If bfloat16
+                can represent all of them, decoding is equally fast.
+            replace: replace the adapter that has this name. If the new adapter cannot be loaded, the old one
                 stays.
         Raises:
             ValueError: an adapter with this name is loaded already and `replace` is not set, or `dtype` is
@@ -536,7 +536,9 @@ class LanguageModel(Module):
         return made
 
     def named_model(self, adapter: str | Adapter) -> LanguageModel:
-        """The model with one named adapter, for inference. It shares the frozen weights with this model.
+        """The model with one named adapter, for inference.
+
+        The result shares the frozen weights with this model.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -547,7 +549,8 @@ class LanguageModel(Module):
             True
 
         Args:
-            adapter: a name, or one of the values of `adapters`, which may have been deleted meanwhile.
+            adapter: a name, or one of the values of `adapters`. An `Adapter` may also be one that was deleted
+                in the meantime.
         Raises:
             KeyError: no adapter has this name.
             TypeError: `adapter` is neither a name nor an `Adapter`.
@@ -913,7 +916,9 @@ class LanguageModel(Module):
         return total
 
     def forward_backward_of(self, batch: PackedBatch, loss: Callable[[Array], tuple[float, Array]]) -> float:
-        """Return a loss that is a function of log-probabilities; add its gradient to the adapters' gradients.
+        """Compute a loss that is a function of log-probabilities.
+
+        Add its gradient to the adapters' gradients.
 
             >>> import nplora, numpy as np
             >>> from nplora.models.packing import pack
@@ -926,8 +931,8 @@ class LanguageModel(Module):
             True
 
         Args:
-            loss: takes the log-probability of each target of the batch, float64 (m,); returns the loss and
-                its derivative with respect to each log-probability (m,).
+            loss: a function that takes the log-probability of each target of the batch, float64 (m,), and
+                returns the loss and its derivative with respect to each log-probability (m,).
         Raises as `forward_backward`.
         """
         self._require_ready("forward_backward_of", batch)
@@ -962,8 +967,8 @@ class LanguageModel(Module):
 
         Args:
             loss: called as loss(logits, rows, factor, gradient) with the logits of some rows that have a
-                target, and the positions of these rows in the batch. It returns the loss of each row, and
-                overwrites the logits with `factor` times the gradient.
+                target, and the positions of these rows in the batch. The function returns the loss of each
+                row, and overwrites the logits with `factor` times the gradient.
         Raises the errors that `forward_backward` raises.
         """
         self._require_ready("forward_backward_with", batch)
@@ -978,10 +983,10 @@ class LanguageModel(Module):
 
     @contextlib.contextmanager
     def _added_at_once(self) -> Iterator[None]:
-        """Add to the gradients of the head once, though a pass computes them in several parts.
+        """Add to the gradients of the head only once, although a pass computes them in several parts.
 
-        So a sum over several batches has the same bits, whether this process adds them or several processes
-        do. A head that is trained as a whole is left out, because its gradient is too large for a copy.
+        So a sum over several batches has the same bits if one process adds them and if several processes do.
+        A head that is trained as a whole is left out, because its gradient is too large for a copy.
         """
         arrays = [parameter.grad for parameter in self.lm_head.parameters()]
         if isinstance(self.lm_head, TrainedHead):
@@ -1073,10 +1078,10 @@ class LanguageModel(Module):
         """Create a cache for `slots` sequences of at most `capacity` tokens, for the selected adapter.
 
         A model with LongRoPE (Phi-3 with a long context) uses other rotation factors for sequences that are
-        longer than its original context. The factors are chosen by `cache.limits`, the maximum length of each
-        sequence, which is `capacity` at first. If a sequence will stay short, lower its limit before adding
-        its first token. `generate` begins with the short factors, as transformers does. When a sequence
-        outgrows the original context, `generate` computes all its tokens again.
+        longer than its original context. `cache.limits` has the maximum length of each sequence, which
+        selects the factors. Its initial value is `capacity`. If a sequence will stay short, lower its limit
+        before adding its first token. `generate` begins with the short factors, as transformers does. When a
+        sequence outgrows the original context, `generate` computes all its tokens again.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -1097,9 +1102,9 @@ class LanguageModel(Module):
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
         """Add the next tokens of m sequences to a cache, and return the logits (m, vocab) that follow.
 
-        The logits of a sequence are the same bits in every call, whichever other sequences are in it. Each
-        sequence has the adapter that `cache.adapters` gives its slot. If an adapter adds tokens, the other
-        sequences have scores of -inf for them.
+        The logits of a sequence have the same bits in every call, no matter which other sequences the call
+        has. Each sequence has the adapter that `cache.adapters` gives its slot. If an adapter adds tokens,
+        sequences with other adapters have scores of -inf for these tokens.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")

@@ -26,9 +26,9 @@ class PoolingSaved(Saved):
 
     Attributes:
         starts: the start of each text among the rows.
-        x: the hidden states (n, d), which the maximum needs; else None.
+        x: the hidden states (n, d), if the pooling is a maximum; else None.
         layers: the saved values of each layer after the pooling.
-        unit: the embeddings after the normalisation, and their lengths before it; None: not normalised.
+        unit: the normalised embeddings, and their lengths before the normalisation; None: not normalised.
     """
 
     starts: Array

@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Sampling: chooses the next token."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether always the most likely token is taken, by the model's own scores."""
+        """Whether the token with the model's highest score is always chosen."""
         changed = self.logit_bias, self.presence_penalty, self.frequency_penalty
         return self.temperature == 0 and self.repetition_penalty == 1 and not any(changed)
 

@@ -43,15 +43,15 @@ _ACTIVATIONS = {"Identity": None, "Tanh": "tanh"}
 
 @dataclass(frozen=True)
 class SentenceSettings:
-    """What the files of sentence-transformers say.
+    """The content of the files of sentence-transformers.
 
     Attributes:
         pooling: the pooling, or None if there are no such files.
         max_length: the largest number of tokens of a text, or None.
-        prompts: texts that are put before each text, by name.
-        default_prompt: the name of the prompt that is used if the caller gives none, or None.
+        prompts: texts to put before each text, by name.
+        default_prompt: the name of the prompt that is used by default, or None.
         include_prompt: whether the tokens of the prompt take part in the pooling.
-        transformer: the folder of the model's own files, relative to the directory.
+        transformer: the folder of the model's files, relative to the directory.
     """
 
     pooling: Pooling | None = None

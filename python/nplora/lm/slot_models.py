@@ -1,8 +1,8 @@
 """Decodes the next tokens of several sequences of a cache together, each with the adapter of its slot.
 
-The frozen weights are read once for several sequences, and each sequence has the same bits as alone. The core
-has one method for up to 8 rows and another for more, and they round differently. So short pieces are only
-joined up to 8 rows, and long pieces only with long ones.
+The frozen weights are read once for several sequences, and each sequence has the same bits as if it were
+computed alone. The core rounds differently for up to 8 rows and for more rows. So short pieces are joined up
+to 8 rows, and long pieces only with long pieces.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def pieces_of(token_ids: npt.ArrayLike) -> list[Array]:
 def decode(lm: SlotModel, pieces: Sequence[Array], slots: Array, cache: KVCache) -> Array:
     """The logits (m, vocab) after the next tokens of each sequence, which are stored in the cache.
 
-    The cache's lengths stay as they are. Call this function in `with inference()`.
+    The cache's lengths do not change. Call this function in `with inference()`.
 
     Args:
         lm: the model for a cache without an owner.
@@ -81,7 +81,7 @@ def decode(lm: SlotModel, pieces: Sequence[Array], slots: Array, cache: KVCache)
 
 
 def _batches(models: Sequence[SlotModel], counts: Sequence[int]) -> Iterator[list[int]]:
-    """The indices of sequences that are computed together. Those with the same model are neighbours."""
+    """The indices of sequences that are computed together. Sequences with the same model are neighbours."""
     number = {id(model): index for index, model in enumerate(models)}  # one for each model
     order = sorted(range(len(counts)), key=lambda i: (counts[i] > _FEW, number[id(models[i])]))
     some: list[int] = []
@@ -98,7 +98,10 @@ def _batches(models: Sequence[SlotModel], counts: Sequence[int]) -> Iterator[lis
 
 
 def _filled(logits: Array, rows: list[int], few: Array) -> Array:
-    """Store some rows in the logits, which are made wider for the first ones. Shorter rows end with -inf."""
+    """Store some rows in the logits, which are widened if these rows are longer.
+
+    Shorter rows end with -inf.
+    """
     if few.shape[1] > logits.shape[1]:
         wider = np.full((len(logits), few.shape[1]), -np.inf, few.dtype)
         wider[:, : logits.shape[1]] = logits
@@ -108,7 +111,7 @@ def _filled(logits: Array, rows: list[int], few: Array) -> Array:
 
 
 def vocab_of(model: SlotModel) -> int:
-    """The number of rows of the model's own embedding, with those for added tokens."""
+    """The number of rows of the model's embedding, including those for added tokens."""
     embedding = model.model.embed_tokens
     return int(embedding.rows.size if isinstance(embedding, TrainedEmbedding) else embedding.weight.shape[0])
 
@@ -156,7 +159,7 @@ def _logits(
     groups: tuple[RowGroup, ...] | None = None,
     ends: tuple[RowGroup, ...] | None = None,
 ) -> Array:
-    """The logits of sequences that one model computes, or a joint model.
+    """The logits of sequences that are computed by one model, or by a joint model.
 
     Args:
         groups, ends: for a joint model, the groups of all rows, and of the last row of each sequence.
@@ -176,12 +179,12 @@ class JointModel:
     """Several models that share the frozen weights, as one model with a GroupedLayer in each adapted place.
 
     Attributes:
-        lm: the joint model. It computes inside `grouped_rows` only.
+        lm: the joint model, which can only compute inside `grouped_rows`.
 
     Args:
         models: the models.
-        owner: the model whose layers may change. The others are copies that nobody else has.
-        most: the most models. A further one takes the place of the one that was used least recently.
+        owner: the model whose layers may change. All other models are copies that are used only here.
+        most: the maximum number of models. A further model replaces the least recently used one.
     """
 
     def __init__(self, models: Sequence[SlotModel], owner: object, most: int) -> None:
@@ -203,10 +206,10 @@ class JointModel:
         return self._numbers[id(model)]
 
     def join(self, models: Sequence[SlotModel], in_slots: Sequence[SlotModel]) -> bool:
-        """Join models that are not joined yet. They do not take the places of the models of the slots.
+        """Join models that are not joined yet. The new models do not replace models that a slot uses.
 
-        Return False if this is not possible: a model has an adapter in a place where no other model has one,
-        or the owner has changed, by merging for example.
+        Return False if this is not possible, because a model adapts a layer that no other model adapts, or
+        because the owner has changed, for example by merging.
         """
         if self._state != self._owner_state():
             return False
@@ -229,7 +232,7 @@ class JointModel:
         return True
 
     def keep(self, models: Collection[SlotModel]) -> bool:
-        """Let go of all models but these and the owner. Return False if none is left."""
+        """Remove all models except these and the owner. Return False if none is left."""
         needed = {id(self._owner), *map(id, models)}
         unused = [one for one in self._numbers if one not in needed]
         if len(unused) in (0, len(self._numbers)):
@@ -244,7 +247,7 @@ class JointModel:
         return True
 
     def _free_number(self, in_slots: Sequence[SlotModel]) -> int:
-        """A free number, the next one, or that of the least recently used model that is in no slot."""
+        """A free number, the next number, or that of the least recently used model that no slot uses."""
         if self._free:
             return self._free.pop()
         needed = {id(model) for model in in_slots}
@@ -266,9 +269,9 @@ class JointModel:
 
 
 def forget(cache: KVCache, named: Iterable[SlotModel]) -> None:
-    """Let the cache forget models that are in no slot, except those with a named adapter.
+    """Remove from the cache the models that no slot uses, except those with a named adapter.
 
-    Their adapters were deleted, so the models are not needed again, and would take memory.
+    The adapters of these models were deleted, so the models are not needed again.
     """
     if isinstance(cache.joint, JointModel):
         in_slots = (cache.adapters.model(slot) for slot in range(cache.slots))
@@ -278,7 +281,10 @@ def forget(cache: KVCache, named: Iterable[SlotModel]) -> None:
 
 
 def _joint_of(cache: KVCache, models: Sequence[SlotModel]) -> JointModel:
-    """A joint model of these models, which the cache keeps. A new one also joins those of the other slots."""
+    """A joint model of these models, which the cache keeps.
+
+    A new one also joins the models of other slots.
+    """
     joint = cache.joint
     others = (cache.adapters.model(slot) for slot in range(cache.slots))
     in_slots: dict[int, Any] = {id(model): model for model in (*others, *models) if model is not None}

@@ -28,7 +28,7 @@ class _Model(Protocol):
 
 
 def token_list(op: str, tokens: str | Sequence[str | int]) -> tuple[str | int, ...]:
-    """Split a text like "<|im_start|>,2" into texts and ids. A part of digits is an id.
+    """Split a text like "<|im_start|>,2" into texts and ids. A part that consists of digits is an id.
 
     Raises:
         TypeError: `tokens` is neither a text nor a list of texts and integers.
@@ -134,7 +134,7 @@ class NewTokens:
 
     @property
     def ids(self) -> list[int]:
-        """The ids of all tokens, whose rows are trained."""
+        """The ids of all tokens. Their rows are trained."""
         return [*self.known.values(), *(token.id for token in self.added)]
 
 
@@ -168,7 +168,7 @@ def wanted(
     targets: Iterable[str],
     new: NewTokens | None = None,
 ) -> Mapping[str, Ids]:
-    """The layers of a model whose rows are trained, and these rows.
+    """Choose the layers of a model whose rows are trained, and the rows.
 
     Args:
         targets: the dotted names of the layers that get LoRA factors.

@@ -44,7 +44,7 @@ class LoraDelta:
     kernel: tuple[int, int, int] | None = None
 
     def rounded(self, dtype: str) -> Self:
-        """The same change with factors that are rounded to "bfloat16" or "float16", as float32 arrays.
+        """Return the change with factors that are rounded to "bfloat16" or "float16", as float32 arrays.
 
         >>> delta = LoraDelta(np.full((2, 1), 0.1, np.float32), np.ones((1, 2), np.float32), 1.0)
         >>> float(delta.rounded("bfloat16").A[0, 0])
@@ -119,7 +119,7 @@ class LoraDelta:
 
     @property
     def is_zero(self) -> bool:
-        """Whether ΔW is 0. If ΔW is 0, a merge that keeps the storage format leaves the weight unchanged."""
+        """Whether ΔW is 0. A merge of such a ΔW changes no weight whose storage format is kept."""
         if self.m is not None or not all(np.isfinite(factor).all() for factor in (self.A, self.B)):
             return False
         return self.scale == 0 or not (self.A.any() and self.B.any())

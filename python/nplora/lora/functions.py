@@ -82,7 +82,7 @@ def lora_backward(
     Args:
         dy: array (..., d_out).
         x: array (..., d_in), the input of the forward pass.
-        z: array (..., r), as the forward pass returned it. If None, z is computed again.
+        z: array (..., r), the result of the forward pass. If None, z is computed again.
         fw, A, B, scale: as in the forward pass.
         out: (dx, dA, dB): arrays for the results, or None for new arrays. dx is overwritten, but the
             gradients are ADDED to dA and dB.
@@ -234,7 +234,7 @@ def _merge(
 
 
 def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, int, int, np.dtype[Any]]:
-    """Return four values: the weight as the core takes it, d_out, d_in, and the dtype of the computation."""
+    """Return four values: the weight in the core's form, d_out, d_in, and the dtype of the computation."""
     if isinstance(fw, FrozenWeight):
         return fw.packed, *fw.shape, fw.compute_dtype
     given = _check.as_array(op, "fw", fw)

@@ -2,7 +2,7 @@
 
 The quantisation steps of a low-bit format can be larger than the update, so a merge can lose the update. The
 new weight is W + ΔW, computed in float32 (in float64 if W is float64) and then rounded to the storage format.
-It is compared with W + ΔW in float64, which shows the loss.
+The comparison with W + ΔW in float64 shows the loss.
 """
 
 import math
@@ -59,7 +59,7 @@ class MergeReport:
 
     @classmethod
     def unchanged(cls, name: str, storage: str, nbytes: int) -> "MergeReport":
-        """Return the report of a weight that stays as it is because ΔW is 0."""
+        """Return the report of a weight that does not change because ΔW is 0."""
         return cls(name, storage, nbytes, 0.0, 1.0, (0, 0), 0.0)
 
     @classmethod
@@ -104,7 +104,7 @@ class Merge:
     After `rows()` has yielded the last bytes, `report` is complete. `rows()` can be used only once.
 
     Args:
-        read: a function: read(first, stop) returns the rows W[first:stop], (n, d_in), float32 or float64.
+        read: a function; read(first, stop) returns the rows W[first:stop], (n, d_in), float32 or float64.
     Raises:
         ValueError: a row of W is not a whole number of blocks of the storage format.
     """
@@ -145,7 +145,7 @@ class Merge:
             yield first, self._encoded(before, merged, delta, np.arange(first, block.stop))
 
     def _encoded(self, before: Array, merged: Array, delta: Array, numbers: Array) -> Array:
-        """Encode merged rows, and count what rounding takes from their change `delta`.
+        """Encode merged rows, and measure how much of their change `delta` is lost by rounding.
 
         Args:
             numbers: the numbers of the rows.
@@ -210,7 +210,7 @@ class RowsMerge(Merge):
     """The merge of new rows into a weight that keeps its storage format. The other rows keep their bytes.
 
     Args:
-        read: a function: read(first, stop) returns the bytes (n, row_nbytes) of the rows W[first:stop].
+        read: a function; read(first, stop) returns the bytes (n, row_nbytes) of the rows W[first:stop].
     """
 
     def rows(self) -> Iterator[tuple[int, Array]]:
@@ -254,6 +254,6 @@ def merge_weight(
 
 
 def _relative(lost: Array, asked: Array) -> Array:
-    """Return the relative error √(lost / asked) of squared norms, or 0 where `lost` is 0."""
+    """Return the relative error √(lost / asked) of squared norms. Where `lost` is 0, the error is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(lost == 0, 0.0, np.sqrt(lost / asked))

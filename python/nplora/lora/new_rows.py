@@ -33,7 +33,7 @@ class NewRows:
         return self.ids[order], order
 
     def found(self, ids: Array) -> tuple[Array, Array]:
-        """The places in `ids` (n,) whose row is replaced, and the number of that row in `values`."""
+        """The positions in `ids` (n,) whose row is replaced, and the number of each such row in `values`."""
         if self.ids is None:
             return np.arange(len(ids)), ids
         known, order = self._sorted

@@ -77,7 +77,7 @@ class Attention(Module):
         layer: the index of this layer in the model.
         rope: the rotation of q and k, or None for no rotation.
         modules: the projections and the norms, by name.
-        bias: numbers that are added to the scores, depending on the distance of query and key; or None.
+        bias: numbers that are added to the scores, and depend on the distance of query and key; or None.
     """
 
     def __init__(
@@ -117,7 +117,8 @@ class Attention(Module):
         """Compute the output y (n, d) from the input x (n, d).
 
         Args:
-            rows: int64 (m,), the different tokens whose outputs are needed; then y is (m, d). None: all.
+            rows: int64 (m,), the tokens whose outputs are needed, each at most once. If given, y is (m, d).
+                None: all.
         """
         outputs, qkv = stack_forward(self._inputs, x)
         q, k, v = self._split(outputs)
@@ -144,7 +145,7 @@ class Attention(Module):
         """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False.
 
         Args:
-            rows: those of `run`.
+            rows: the argument `rows` of `run`.
         """
         deeper = need_dx or any(layer.local_parameters() for layer in self._inputs)
         out = widened(saved.out) if self._narrow else saved.out

@@ -57,7 +57,7 @@ class Mixer(Protocol):
 
 
 class AttentionMixer(Mixer, Protocol):
-    """Attention, which is the first mixer of a block. It can leave out outputs that nobody needs."""
+    """Attention, the first mixer of a block. The mixer can leave out outputs that are not needed."""
 
     def run(self, x: Array, positions: PackedPositions, rows: Array | None = None) -> tuple[Array, Any]:
         """Like `Mixer.run`. With `rows` (m,), y (m, d) has only the outputs of these tokens."""
@@ -116,7 +116,7 @@ class DecoderBlock(Module):
 
     Args:
         halves: the half-blocks.
-        modules: the mixers and norms, by the names that the half-blocks give them.
+        modules: the mixers and norms, by the names that the half-blocks use.
         narrow: store activations for the backward pass in bfloat16.
     """
 
@@ -162,11 +162,11 @@ class DecoderBlock(Module):
     ) -> Gradient:
         """Accumulate the gradients of the LoRA factors. Return dx, or None if `need_dx` is False.
 
-        `dy` is overwritten. Without `rows`, `dx` is in its memory. The outputs of the norms were not stored,
-        so they are computed again if a gradient needs them.
+        `dy` is overwritten. Without `rows`, `dx` is in the memory of `dy`. The outputs of the norms were not
+        stored, so they are computed again if a gradient needs them.
 
         Args:
-            rows: those of `run`.
+            rows: the argument `rows` of `run`.
         """
         for index in reversed(range(len(self._halves))):
             half, kept = self._halves[index], saved.halves[index]
@@ -188,7 +188,7 @@ class DecoderBlock(Module):
     ) -> Array:
         """Accumulate the LoRA factors' gradients. If `need_dx`, return the input's gradient.
 
-        It is in the memory of `dy`, except with `rows`.
+        Without `rows`, it is in the memory of `dy`.
         """
         widen = widened if self._narrow else _unchanged
         mixer, before, x = self._mixer(half), self._norm(half.before), widen(kept.x)

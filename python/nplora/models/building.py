@@ -56,7 +56,7 @@ def encoder(config: EncoderConfig, weights: Weights, is_unused: Callable[[str], 
     """Build an encoder from its files.
 
     Args:
-        is_unused: a function that says whether the hidden states do not depend on a tensor of the file.
+        is_unused: a function that returns whether a tensor of the file has no effect on the hidden states.
     """
     family = families.encoder_of(config)
     tensors = {tensor.name: tensor for tensor in family.tensors(config)}

@@ -42,10 +42,11 @@ class KVCache:
         keys, values: for each layer an array (pages, page_tokens, kv_heads · head_dim). The arrays take
             memory only as they are filled.
         table: int64 (slots, pages of a slot), the pages of each slot in order.
-        held: int64 (slots,), how many pages each slot has. The rest of its row in the table means nothing.
+        held: int64 (slots,), how many pages each slot has. Later entries of the slot's row in `table` are not
+            used.
         adapters: the adapter of each slot, which can be set while the slot is empty: the name of a named
-            adapter, an `Adapter`, or None (at first) for the owner as it is.
-        activation: int64 (slots,), for an activated LoRA: the position from which on it acts in each slot;
+            adapter, an `Adapter`, or None (the initial value) for the owner without them.
+        activation: int64 (slots,), for an activated LoRA, the first position at which it acts in each slot;
             UNKNOWN: `decode` looks for the invocation tokens in the next tokens; NEVER: it does not act.
         owner: the model (with its selected named adapters) that may fill the cache; None allows any model.
 
@@ -117,7 +118,7 @@ class KVCache:
         self.held[slot] += 1
 
     def take(self, slot: int) -> list[int]:
-        """Take all pages from a slot, which is empty then. Return the pages.
+        """Take all pages from a slot, so that it becomes empty. Return the pages.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> cache = KVCache(lm.config, slots=1, capacity=64, owner=lm, page_tokens=16, pages=2)
@@ -170,7 +171,7 @@ class KVCache:
         return acts
 
     def _starts(self, slots: Array) -> Array:
-        """The position from which on the adapter of each slot acts."""
+        """The first position at which the adapter of each slot acts."""
         starts = np.where(self.activation[slots] == UNKNOWN, NEVER, self.activation[slots])
         starts[[self.adapters.invocation(slot) is None for slot in slots.tolist()]] = 0
         return starts

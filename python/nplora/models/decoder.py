@@ -66,9 +66,9 @@ class Decoder(Module):
     Attributes:
         recompute: use gradient checkpointing (Chen et al. 2016): store only each block's input, and compute
             the block again in the backward pass. Training then takes a third more work and a tenth of the
-            memory. The gradients are identical to the bit.
+            memory. The gradients have the same bits.
         prefix: the cached outputs of the blocks below the lowest adapted block, or None.
-        word_filter: what leaves unlikely words out of the gradient of the head's input, or None.
+        word_filter: a filter that leaves unlikely words out of the gradient of the head's input, or None.
         int8_head: with compute="int8", also compute the gradient of the head's input in int8, rounded
             stochastically. This gradient is a little less exact than in bfloat16, so the default is False on
             machines with bfloat16 instructions.
@@ -112,7 +112,7 @@ class Decoder(Module):
             return _run_through(self.layers[first:], x, positions, rows)
 
     def may_leave_out_rows(self) -> bool:
-        """Whether `run` and `infer` can have `rows`: no adapter acts on some rows only."""
+        """Whether `run` and `infer` accept `rows`. This is false if an adapter acts only on some rows."""
         return invocation_of(self) is None and row_groups() is None
 
     def _activated(self, ids: Array, positions: PackedPositions) -> AbstractContextManager[None]:
@@ -163,7 +163,7 @@ class Decoder(Module):
         return x
 
     def hidden_states(self, x: Array) -> Array:
-        """The last norm of the residual stream x (n, d)."""
+        """Apply the model's last norm to the residual stream x (n, d)."""
         return norm_forward(self.norm, x)
 
     def hidden_states_backward(self, dy: Array, x: Array) -> Array:

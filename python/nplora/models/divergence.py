@@ -12,9 +12,9 @@ A teacher is given by all of its logits, or by its k most likely tokens. With k 
 one class, "the rest", of probability p_r = 1 - Σ p_i and q_r = 1 - Σ q_i. The divergence of these k + 1
 classes is a lower bound of the full divergence, and equals it if k is the size of the vocabulary. For a token
 j of the rest, dL/dz_j is q_j (1 - p_r / q_r) for the forward divergence, and q_j (log(q_r / p_r) - KL) for
-the reverse one. Without the class "the rest", the student would be pulled towards the teacher's k tokens
-alone, a distribution that is too sharp (Anshumann et al. 2025, arXiv:2503.16870). TRL also computes this
-divergence (`loss_add_tail` of its server distillation).
+the reverse one. Without the class "the rest", the student would learn a distribution over the teacher's k
+tokens alone, which is too sharp (Anshumann et al. 2025, arXiv:2503.16870). TRL also computes this divergence
+(`loss_add_tail` of its server distillation).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class TopK:
     Attributes:
         ids: integers (n, k), the tokens, each at most once in a row. -1: a token that the student lacks.
         log_probs: float64 (n, k + 1), the log-probabilities of these k tokens, -inf for the id -1. The last
-            column has that of all other tokens together, or -inf if there are none. The probabilities of a
-            row sum to 1.
+            column has the log-probability of all other tokens together, or -inf if there are none. The
+            probabilities of a row sum to 1.
     """
 
     ids: Array
@@ -188,8 +188,8 @@ def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array
 def _dense(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
     """The divergences (n,), given all logits of the teacher (t) and of the student (z). Overwrites both.
 
-    At a high temperature, p and q are almost equal, and the divergence is much smaller than its terms. So
-    they are added up in float64, and divided by Σ p, which rounding moves away from 1.
+    At a high temperature, p and q are almost equal, and the divergence is much smaller than its terms. So the
+    terms are added up in float64, and divided by Σ p, which is not exactly 1 because of rounding.
     """
     log_ratio = t - z
     shift = _softmax(t) - _softmax(z)  # t is p, and z is q

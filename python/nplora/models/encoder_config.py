@@ -40,7 +40,8 @@ class EncoderConfig:
         attention_bias, mlp_bias, norm_bias: whether the linear layers of attention, those of the MLP, and the
             norms have a bias.
         classifier_pooling, classifier_activation, classifier_bias: settings of the head of a classifier.
-        causal: whether a token attends only to itself and earlier tokens. Encoders attend to all tokens.
+        causal: whether a token attends only to itself and earlier tokens. In an encoder, each token attends
+            to all tokens.
     """
 
     source: str

@@ -42,7 +42,7 @@ class EncoderModel(Decoder):
 
     Args:
         positions, types: the embeddings of positions and of token types, or None. All tokens have type 0.
-            They are weights and no modules, because they take no adapter.
+            These tables are weights instead of modules, because they cannot have an adapter.
         embed_norm: the norm of the sum of the embeddings.
         norm: the last norm, or None.
         hf_name: a function that turns the name of a module here into its name in transformers.

@@ -44,7 +44,7 @@ class ModelConversion:
         types: the number of tensors of each ggml type.
         why_no_tokenizer: why the file has no tokenizer; empty if it has one.
         short: a sentence about matrices that could not get the requested type, because their rows are not
-            whole blocks of that type; empty if all matrices got it.
+            whole blocks of that type; empty if all matrices have the type.
     """
 
     target: str
@@ -96,7 +96,8 @@ def model_to_gguf(
     A matrix whose rows are not whole blocks of that type gets the next type that fits, as in llama.cpp. Norms
     and biases are float32. Rows of the q and k layers are permuted if the architecture requires that.
 
-    A GGUF model keeps its metadata, its tokenizer and its vectors. What an earlier rounding lost stays lost.
+    A GGUF model keeps its metadata, its tokenizer and its vectors. Values that were already rounded do not
+    become more precise.
 
     Args:
         source: a directory with config.json and model.safetensors (one file or shards), or the file or index
@@ -192,7 +193,7 @@ def _retyped(source: StrPath, path: StrPath, dtype: str) -> ModelConversion:
 
 
 def _in_type(file: gguf.GgufFile, name: str, dtype: str) -> gguf.Tensor | gguf.Stream:
-    """A tensor of a GGUF file in another type. Vectors and integers stay as they are."""
+    """A tensor of a GGUF file in another type. Vectors and integers stay unchanged."""
     tensor = file[name]
     given = {kind: storage for storage, kind in storages.GGML_NAMES.items()}.get(tensor.type)
     if len(tensor.shape) < 2 or (given is None and GGML_TYPES[tensor.type].dtype is not None):

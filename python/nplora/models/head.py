@@ -68,8 +68,8 @@ def gradient_of_losses(
     head needs weighted gradients of the logits, and therefore a second pass.
 
     Args:
-        function: takes the losses of all rows with a target, float64 (m,); returns the value of the function
-            and its derivative with respect to each loss (m,).
+        function: takes the losses of all rows with a target, float64 (m,), and returns a value and its
+            derivative with respect to each loss (m,).
     """
     dx, trained = np.zeros_like(x), np.flatnonzero(targets != IGNORED)
     if head.parameters() or isinstance(head, TrainedHead):  # a tied head trains the rows of the embedding
@@ -160,8 +160,8 @@ def logits_forward(head: AnyHead, x: Array) -> tuple[Array, Any]:
 def _dither_key(model: Decoder, losses: Array) -> int | None:
     """The key for `logits_backward`, or None if the model's head computes in bfloat16.
 
-    The key is a hash of the losses. So each step draws other numbers, a step that is computed again draws the
-    same numbers, and a run has no state of the generator to save.
+    The key is a hash of the losses. So each step draws different numbers, a repeated step draws the same
+    numbers, and a run need not save the state of a generator.
     """
     if not model.int8_head:
         return None

@@ -1,4 +1,4 @@
-"""Where activated LoRA (aLoRA) begins to act: at the last occurrence of its invocation tokens.
+"""Finds where activated LoRA (aLoRA) begins to act: at the last occurrence of its invocation tokens.
 
 The tokens before it are computed with the base model alone, as in PEFT. A sequence without the invocation
 tokens is computed with the base model as a whole.
@@ -36,7 +36,7 @@ def start_of(ids: Array, invocation: tuple[int, ...]) -> int:
 
 
 def sequences_with(ids: Array, starts: Array, invocation: tuple[int, ...]) -> Array:
-    """For each packed sequence, how often the invocation tokens occur in it.
+    """The number of occurrences of the invocation tokens in each packed sequence.
 
     Args:
         ids: the tokens (n,).

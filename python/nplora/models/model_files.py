@@ -46,11 +46,11 @@ class ModelFiles:
         suffix: the kind of file: ".gguf" or ".safetensors".
         family: the description of the model's family; Llama's if the family is not known.
         place: a function that returns the tensor name of a layer's weight (or None), and its row order.
-        new_files: a function that returns the files to write for given tensors and a new vocabulary, or None
-            for the model's own. A tensor may be a stream.
+        new_files: a function that returns the files to write, for given tensors and a new vocabulary (None:
+            the model's vocabulary). A tensor may be a stream.
         tokenizer: a function that returns the model's tokenizer.
         tied: whether the head shares the embedding's weight.
-        mapped: the stamps of the memory-mapped files, which show later changes.
+        mapped: the stamps of the memory-mapped files, by which later changes are detected.
         shards: the names of the shard files, if the model has several.
     """
 
@@ -172,7 +172,7 @@ def _extended(companions: list[NewFile], base: Path, vocabulary: NewVocabulary) 
 
 
 def _resized(raw: bytes, size: int) -> bytes:
-    """A config.json for another size of the vocabulary."""
+    """A config.json with another size of the vocabulary."""
     fields = json.loads(raw)
     for part in (fields, fields.get("text_config")):
         if isinstance(part, dict) and "vocab_size" in part:

@@ -54,7 +54,7 @@ class CachePositions:
     limits: Array
 
     def sequence_lengths(self) -> Array:
-        """int64 (m,): the length of each row's sequence, which decides between LongRoPE's factors."""
+        """int64 (m,): the length of each row's sequence, which selects LongRoPE's factors."""
         return self.limits
 
 

@@ -36,7 +36,7 @@ class PrefixCache:
 
     The stream depends only on a sequence's own tokens, because all blocks below are frozen and attention
     stays within a sequence. So sequences are looked up by their tokens, however they are packed. A stored
-    stream is identical, to the bit, to one that is computed again.
+    stream has the same bits as one that is computed again.
 
     Args:
         blocks: the number of blocks below the first adapted block. A model with a different number ignores

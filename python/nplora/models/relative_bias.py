@@ -16,8 +16,8 @@ _MAX_DISTANCE = 128  # all keys that are at least this far away share a bucket
 class RelativeBias:
     """A learned number for each head and each bucket of distances.
 
-    Distances close to 0 have a bucket of their own. The further away a key is, the more distances share a
-    bucket. Keys before and after the query have different buckets.
+    Each distance close to 0 has its own bucket. Farther away, more and more distances share a bucket. Keys
+    before and after the query have different buckets.
 
     Args:
         weight: float32 (buckets, heads). The number of buckets is a multiple of 4.

@@ -22,7 +22,7 @@ def storage_of(given: str, shape: tuple[int, ...], dtype: str) -> str:
     """Choose the storage type of a tensor.
 
     Vectors are float32, because ggml computes with float32 vectors. A matrix gets the requested type if its
-    rows are whole blocks of that type. Otherwise it gets a type with shorter blocks, or float16.
+    rows are whole blocks of that type. Any other matrix gets a type with shorter blocks, or float16.
     """
     if len(shape) == 1:
         return "float32"
@@ -55,7 +55,7 @@ def chunks(
         raw: uint8 (rows, row_nbytes), the rows in the type `given`.
         d_in: the number of values in a row.
         storage: the new type.
-        order: the order of the rows; None: as they are.
+        order: the order of the rows; None: unchanged.
         offset: a number that is added to each value.
     """
 

@@ -14,7 +14,7 @@ Array = npt.NDArray[Any]
 
 
 class SlotAdapters:
-    """A list with one adapter for each slot. It can be changed while the slot is empty.
+    """A list with one adapter for each slot. An entry can be changed while its slot is empty.
 
     Args:
         lengths: the number of tokens in each slot, a live array.
@@ -64,5 +64,5 @@ class SlotAdapters:
 
     @property
     def any_invocation(self) -> bool:
-        """Whether the adapter of some slot is an activated LoRA."""
+        """Whether the adapter of any slot is an activated LoRA."""
         return any(self._invocations)

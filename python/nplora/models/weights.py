@@ -75,7 +75,7 @@ def require_fitting(
     """Check that a file holds `tensors` with the right shapes, and no others but unused ones.
 
     Args:
-        is_unused: a function that says whether the model does not need a tensor of the file.
+        is_unused: a function that returns whether the model ignores a tensor of the file.
     Raises:
         FormatError: as in `require_tensors`.
     """

@@ -21,13 +21,13 @@ class WordFilter:
     """Leaves words below a probability out of a product (gradient filtering of Wijmans et al. 2024).
 
     The gradient of the head's input x is dx = factor · (Σ p_w W_w - W_target), a sum over the whole
-    vocabulary. The filter keeps the words with p_w >= `bound`, and the target. In place of the row of each
-    skipped word, it takes the mean row μ of W, so the probabilities still add up to 1. The error is
+    vocabulary. The filter keeps the words with p_w >= `bound`, and the target. For each skipped word, it uses
+    the mean row μ of W instead of the word's row, so the probabilities still add up to 1. The error is
 
         ‖error of dx‖ <= factor · m · max_w ‖W_w - μ‖,
 
-    where m is the probability of the skipped words together. This is the triangle inequality for the error
-    factor · Σ_skipped p_w (W_w - μ). Losses do not change, not even in a bit. If more than a quarter of the
+    where m is the total probability of the skipped words. The bound is the triangle inequality for the error
+    factor · Σ_skipped p_w (W_w - μ). The bits of losses do not change. If more than a quarter of the
     vocabulary is at or above the bound in some row, that row is computed without the filter.
 
     The filter applies to a frozen head, unless it computes in float64. A head that is trained, or has an
@@ -43,7 +43,7 @@ class WordFilter:
         2
 
     Args:
-        bound: the least probability of a word that is kept: above 0 and below 1.
+        bound: the smallest probability of a word that is kept; above 0 and below 1.
     Raises:
         ValueError: `bound` is out of range.
     """
@@ -66,7 +66,7 @@ class WordFilter:
     def gradient(self, head: Linear, logits: Array, targets: Array, factor: float, losses: Array) -> Array:
         """Return dx (n, d) for rows of logits, which are overwritten, and fill `losses` (n,), float64.
 
-        No target may be ignored.
+        Every row must have a target that is not ignored.
         """
         weight = head.weight
         assert isinstance(weight, FrozenWeight)
@@ -93,7 +93,7 @@ class WordFilter:
         return np.concatenate([np.empty(0), *taken])
 
     def _mean_of(self, weight: FrozenWeight) -> Array:
-        """The mean row (d,) of a weight. It is computed once, as a product with a row of ones."""
+        """The mean row (d,) of a weight. The mean is computed once, as a product with a row of ones."""
         if self._mean is None or self._mean[0] is not weight:
             ones, total = (
                 np.ones((1, weight.shape[0]), np.float32),

@@ -1,4 +1,4 @@
-"""The layers of nplora."""
+"""The layers, losses and optimisers of nplora."""
 
 from nplora.nn.activations import GELU, ReLU, SiLU, Tanh
 from nplora.nn.conv import Conv2d, LoRAConv2d

@@ -27,8 +27,8 @@ class ConvSaved(Saved):
 
     Attributes:
         shape: the shape of x.
-        items: what the products of each group of images kept, without the rows of windows. `backward` makes
-            these rows again from the images.
+        items: the values that the products of each group of images have kept, without the rows of windows.
+            `backward` computes these rows again from the images.
         x: the images (n, c_in, height, width), or None if the pass kept nothing.
     """
 
@@ -38,7 +38,7 @@ class ConvSaved(Saved):
 
 
 class _Convolution:
-    """The geometry that convolutions have, with LoRA and without."""
+    """The geometry of convolutions with and without LoRA."""
 
     _windows: Windows
 
@@ -55,7 +55,8 @@ class _Convolution:
 class Conv2d(_Convolution, Linear):
     """A convolution of images (n, c_in, height, width) with torch's conventions, without groups.
 
-    y[:, o] = Σ x ⋆ W[o] [+ bias[o]]. It is computed as a product of the windows of x and the kernel's matrix.
+    y[:, o] = Σ x ⋆ W[o] [+ bias[o]]. The convolution is computed as a product of the windows of x and the
+    kernel's matrix.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.Conv2d(np.ones((2, 1, 3, 3)), padding=1)
@@ -313,7 +314,7 @@ def _matrix(
 
 
 def _groups(windows: Windows, shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield groups of images whose windows fit the limit, or single images. They depend on shapes alone."""
+    """Yield groups of images whose windows fit the limit, or single images. Groups depend only on shapes."""
     vertical, horizontal = windows.counts(*shape[2:])
     images = max(1, _MOST_VALUES // (vertical * horizontal * windows.width or 1))
     for start in range(0, shape[0], images):
@@ -323,7 +324,7 @@ def _groups(windows: Windows, shape: tuple[int, ...]) -> Iterator[slice]:
 def _forward(
     windows: Windows, c_out: int, x: Array, product: Callable[[Array], tuple[Array, Any]]
 ) -> tuple[Array, tuple[Any, ...]]:
-    """Return y, and what `product` kept for each group of images, without its rows of windows."""
+    """Return y, and the values that `product` kept for each group of images, without the rows of windows."""
     y = np.empty((len(x), c_out, *windows.counts(*x.shape[2:])), x.dtype)
     items = []
     for group in _groups(windows, x.shape):
@@ -349,10 +350,11 @@ def _backward(
     backward: Callable[[Array, Any, bool], Gradient],
     need_dx: bool,
 ) -> Gradient:
-    """Run the backward pass of each group of images, with its rows of windows made again.
+    """Run the backward pass of each group of images, after computing its rows of windows again.
 
     The gradients of all groups are added to the layer's gradients at once, as if there were one group. So
-    several processes can get the bits of one process. If a group fails, the layer has its earlier gradients.
+    several processes can get the same bits as one process. If a group fails, the gradients of the layer do
+    not change.
     """
     assert saved.layer is not None
     grads = [p.grad for p in saved.layer.local_parameters()] if len(saved.items) > 1 else []

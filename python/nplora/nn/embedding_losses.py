@@ -1,7 +1,7 @@
 """Losses of embeddings: rankings with in-batch negatives, triplets, cosine similarities, Matryoshka.
 
 An embedding loss is a callable (columns, targets) -> (loss, gradients). `columns` are arrays (n, d) of
-embeddings, such as the anchors and their positives, and there is a gradient for each. float64 embeddings are
+embeddings, such as the anchors and their positives, and each has a gradient. Losses of float64 embeddings are
 computed in float64, all others in float32.
 
     >>> import numpy as np
@@ -33,7 +33,7 @@ class EmbeddingFunction(Protocol):
     """A loss of embeddings.
 
     Attributes:
-        columns: the names of the columns: at least the first two are needed.
+        columns: the names of the columns. At least the first two columns are needed.
         needs_scores: whether the targets are a number for each row.
     """
 
@@ -81,8 +81,8 @@ class RankingLoss:
 
         Args:
             columns: anchors (n, d), positives (n, d), and perhaps negatives (m, d), with any m.
-            targets: bool (n, n + m): candidates that are left out for an anchor, because they are right too.
-                An anchor's own positive is never left out.
+            targets: bool (n, n + m), the candidates that are left out for an anchor, because they are also
+                right. The positive of an anchor is never left out for this anchor.
         Raises:
             ValueError: the shapes do not fit each other.
         """
@@ -112,7 +112,7 @@ class TripletLoss:
         2.0
 
     Args:
-        margin: how much farther than the positive the negative must be.
+        margin: how much farther away the negative must be than the positive.
         distance: "euclidean", "cosine" (1 - cosine) or "manhattan".
     Raises:
         ValueError: `margin` is not above 0, or the distance is unknown.
@@ -202,7 +202,7 @@ class CoSENTLoss:
         """The loss of the whole batch, and the gradients of both columns (n, d).
 
         Args:
-            targets: the scores (n,), of which only the order matters.
+            targets: the scores (n,). Only the order of the scores matters.
         Raises:
             ValueError: the shapes do not fit each other, or there are no scores.
         """
@@ -272,7 +272,7 @@ class MatryoshkaLoss:
         """The weighted sum of the losses, and the gradients of the columns.
 
         Raises:
-            ValueError: a width is above that of the embeddings, or the loss raises the error.
+            ValueError: a width is above that of the embeddings; or as in the loss.
         """
         given = _columns("MatryoshkaLoss", columns, 1, len(columns), equal=1)
         width, total, gradients = given[0].shape[1], 0.0, [np.zeros_like(x) for x in given]
@@ -327,7 +327,7 @@ def innermost(loss: EmbeddingFunction) -> EmbeddingFunction:
 def _ranked(
     queries: Array, candidates: Array, scale: float, left_out: Array | None
 ) -> tuple[float, Array, Array]:
-    """The mean cross entropy of each query's own candidate, which has the same row; and both gradients.
+    """The mean cross entropy and both gradients. The right candidate of a query has the same row number.
 
     s = scale · q cᵀ, loss = mean(log Σ exp(s) - s_ii), ds = (softmax(s) - I) / n.
     """

@@ -1,4 +1,4 @@
-"""Flatten: joins all axes after the first, as between convolutions and linear layers."""
+"""Flatten: joins all axes after the first, for example between convolutions and linear layers."""
 
 from __future__ import annotations
 

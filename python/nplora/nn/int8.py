@@ -1,4 +1,4 @@
-"""Whether training computes the products with frozen weights in int8, if the weights have compute="int8"."""
+"""Switches that exclude layers and products from int8, for weights with compute="int8"."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _allowed: ContextVar[bool] = ContextVar("nplora_int8", default=True)
 
 
 class Int8Layer(Protocol):
-    """A layer that may be excluded from int8: with `int8` False, its large products are in bfloat16."""
+    """A layer that can be excluded from int8.
+
+    If `int8` is False, its large products are computed in bfloat16.
+    """
 
     int8: bool
 
@@ -39,5 +42,5 @@ def without_int8() -> Iterator[None]:
 
 
 def in_int8(*layers: Int8Layer) -> bool:
-    """Whether the products of these layers, which are computed together, may be in int8."""
+    """Whether the products of these layers may be in int8. The layers are computed together."""
     return _allowed.get() and not inferring() and all(layer.int8 for layer in layers)

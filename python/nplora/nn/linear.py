@@ -1,4 +1,4 @@
-"""Linear: y = x Wᵀ + bias. The weight is frozen, or trained as a whole (for a new head, say)."""
+"""Linear: y = x Wᵀ + bias. The weight is frozen, or trained as a whole, for example in a new head."""
 
 from __future__ import annotations
 

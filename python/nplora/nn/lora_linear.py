@@ -409,7 +409,9 @@ class LoRALinear(LoRALayer):
     # ---- DoRA's norms ----
 
     def _row_norms(self) -> Array:
-        """Return ‖W_o + s A_o B‖ for each row o, in float64, without forming A·B. Here s is `scale`.
+        """Return ‖W_o + s A_o B‖ for each row o, in float64, without forming A·B.
+
+        In the formula, s is `scale`.
 
         ‖W_o + s A_o B‖² = ‖W_o‖² + 2 s A_o · (B W_oᵀ) + s² A_o (B Bᵀ) A_oᵀ
         """

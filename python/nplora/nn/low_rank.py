@@ -408,7 +408,7 @@ class LoRALayer(Prepared, AdapterLayer):
 
 
 class UnloadedLayer:
-    """The class of a layer that `merge_and_unload` replaced. Every use of the layer raises an error.
+    """The class of a layer after `merge_and_unload` has replaced it. Every use of the layer raises an error.
 
     LoRALayer itself has no `__getattr__`, because that would slow down every access to an attribute.
     """

@@ -195,7 +195,7 @@ class Module:
         return ""
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """Return those tokens of an adapter that the model itself lacks."""
+        """Return the tokens of an adapter that the model itself lacks."""
         return tuple(tokens)
 
     def tokenizer_files(self) -> Mapping[str, bytes]:
@@ -508,7 +508,7 @@ class Module:
 
         Each layer draws from its own random stream, which depends on the seed and the layer's dotted name
         only. So two layers of the same shape start differently, and a layer starts with the same factors
-        whichever other layers the model has.
+        regardless of the other layers in the model.
 
             >>> import nplora, numpy as np
             >>> one, other = (nplora.LoRALinear(np.eye(4), rank=2) for _ in range(2))
@@ -665,7 +665,7 @@ class AdapterLayer(Module):
         raise NotImplementedError
 
     def restart_dropout(self, stream: np.random.SeedSequence) -> None:
-        """Restart the dropout stream. The factors stay as they are."""
+        """Restart the dropout stream. The factors do not change."""
         self.dropout_stream = (int(np.random.default_rng(stream).integers(2**63)), 0)
 
     def reset(self, stream: np.random.SeedSequence) -> None:

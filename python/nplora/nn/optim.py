@@ -39,7 +39,7 @@ class Optimizer:
     Attributes:
         lr: the base learning rate.
         lr_ratio: the learning rate of every parameter named "A" is multiplied by this ratio (LoRA+, Hayou et
-            al. 2024, eq. 6). This project's A is B in the paper.
+            al. 2024, eq. 6). A of this project is B in the paper.
         steps: the number of steps made.
     """
 

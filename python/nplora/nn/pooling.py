@@ -72,7 +72,7 @@ class MaxPool2d(Module):
         return y, PoolSaved(images.shape, largest, layer=self)
 
     def backward(self, dy: npt.ArrayLike, saved: PoolSaved, need_dx: bool = True) -> Gradient:
-        """Return dx, in which each dy stands at the place of the largest value; or None without `need_dx`.
+        """Return dx, which has each dy at the position of the largest value; or None without `need_dx`.
 
             >>> import nplora, numpy as np
             >>> pool = nplora.MaxPool2d(2)

@@ -6,8 +6,8 @@ same as in PEFT. U S Vᵀ is the singular value decomposition of W, cut to rank 
     - pissa: A = U √(S / scale),  B = √(S / scale) Vᵀ.
     - olora: A = Q[:, :r],  B = R[:r]  with the QR decomposition W = Q R.
 
-The methods only multiply by the weight, in float32 (float64 for a float64 weight). They never decode the
-whole weight to a dense matrix.
+The methods only multiply by the weight, in float32 (float64 for a float64 weight). The whole weight is never
+decoded to a dense matrix.
 """
 
 from __future__ import annotations

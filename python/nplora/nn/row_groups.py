@@ -1,4 +1,7 @@
-"""Groups of rows of one batch, each computed by a model of its own, while all share the frozen weights."""
+"""Groups of rows of one batch.
+
+Each group is computed by its own model, and all models share the frozen weights.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def grouped_rows(groups: tuple[RowGroup, ...] | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_group(group: RowGroup) -> Iterator[None]:
-    """A context for the rows of one group alone."""
+    """A context in which only the rows of one group are computed."""
     with grouped_rows(None), only_active(None if group.acts else np.empty(0, np.int64)):
         yield
 
@@ -95,13 +98,13 @@ class GroupedLayer(Module):
         self._stacks: dict[tuple[tuple[int, ...], tuple[RowGroup, ...]], Parts | None] = {}
 
     def put(self, model: int, layer: Module) -> None:
-        """Set the layer of a model, or add that of the next model."""
+        """Set the layer of a model, or add the layer of the next model."""
         self._layers = (*self._layers[:model], layer, *self._layers[model + 1 :])
         self._parts = {key: part for key, part in self._parts.items() if key[0] != model}
         self._stacks.clear()  # its other layers may be new, too
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, None]:
-        """Return the outputs of all rows of x. A shorter output is filled with -inf."""
+        """Return the outputs of all rows of x. A shorter output is extended with -inf."""
         groups, rows, ys = row_groups(), np.asarray(x), []
         assert groups is not None
         for group, some in zip(groups, slices(groups), strict=True):
@@ -114,7 +117,7 @@ class GroupedLayer(Module):
     ) -> Parts | None:
         """The arguments of `_core.infer_groups` for a stack with this layer; None if the core cannot run it.
 
-        They are kept, because decoding needs the same ones again for the next tokens.
+        The arguments are kept, because decoding needs them again for the next tokens.
         """
         key = tuple(map(id, layers)), groups
         if key not in self._stacks:

@@ -142,10 +142,10 @@ def stack_backward(
         layers: the layers of the forward pass.
         dys: the gradients dy (..., d_out) of the layers' outputs, in the order of `layers`.
         need_dx: compute dx.
-        int8: False: weights with compute="int8" compute dx in bfloat16. This is for the head of a model: most
+        int8: False: weights with compute="int8" compute dx in bfloat16. The head of a model needs this: most
             elements of a gradient of logits are small, and would become 0 if they were rounded to int8.
-        dither_key: int8 products round dys stochastically, so that small elements stay in the mean. The
-            random bits depend on this key (below 2^64) and on the element. None: round to nearest.
+        dither_key: int8 products round dys stochastically, so that the mean keeps small elements. The random
+            bits depend on this key (below 2^64) and on the element. None: round to nearest.
     Raises:
         ValueError: a dy does not have the shape of its y, the numbers of dys and layers differ, or `saved` is
             from a pass of other layers.

@@ -44,8 +44,8 @@ class Merged:
 class TrainedRows:
     """The trained copies of rows of a frozen weight, and rows that the weight lacks.
 
-    Rows of new tokens start with the mean of all rows of the weight. They may be rows that the weight has (as
-    padding), or rows beyond its end. A weight with rows beyond its end stays as it is.
+    Rows of new tokens start with the mean of all rows of the weight. A row of a new token may be one that the
+    weight already has (as padding), or a row beyond its end. The weight itself never gets more rows.
 
         >>> import nplora, numpy as np
         >>> rows = nplora.nn.TrainedRows(nplora.FrozenWeight(np.eye(4)), [3, 1])
@@ -59,12 +59,12 @@ class TrainedRows:
     Args:
         weight: the weight. The trained rows start with its values.
         ids: the numbers of the rows, each once, or None for all rows.
-        size: the number of rows, with those beyond the weight's end; None: as many as the weight has.
+        size: the number of rows, including those beyond the weight's end; None: as many as the weight has.
         tokens: the new tokens, whose texts an adapter stores.
     Attributes:
         value: the rows (k, dim), which optimisers update in place.
         grad: the gradient of `value`.
-        merged: the rows as a merge rounded them, or None if they are not merged.
+        merged: the rows after the rounding of a merge; None if they are not merged.
     Raises:
         ValueError: an id is not a row, or occurs twice, or there are no ids; or a row beyond the weight's end
             is not trained.
@@ -158,7 +158,7 @@ def _distinct(ids: npt.ArrayLike, rows: int) -> Array:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainedRowsSaved(Saved):
-    """What `backward` needs: the token ids (n,) of an embedding, or the input (n, dim) of a head."""
+    """The values for `backward`: the token ids (n,) of an embedding, or the input (n, dim) of a head."""
 
     lead: tuple[int, ...]
     alone: bool = False  # the pass ran with the adapter disabled
@@ -167,7 +167,7 @@ class TrainedRowsSaved(Saved):
 
 
 class _Terms(NamedTuple):
-    """What a pass computes with.
+    """The arrays and states with which a pass computes.
 
     Attributes:
         weight: the weight.
@@ -193,8 +193,9 @@ class TrainedRowsLayer(AdapterLayer):
 
     Args:
         weight: the frozen weight (vocab, dim), which is shared.
-        rows: its trained rows. They are a parameter of this layer, unless `is_tied`.
-        is_tied: whether the rows belong to another layer with the same weight. That layer also merges them.
+        rows: its trained rows. The rows are a parameter of this layer, unless `is_tied` is set.
+        is_tied: whether the rows belong to another layer with the same weight. The other layer also merges
+            the rows.
     """
 
     def __init__(self, weight: FrozenWeight, rows: TrainedRows, is_tied: bool = False) -> None:
@@ -311,7 +312,7 @@ class TrainedRowsLayer(AdapterLayer):
 
 
 def _nothing() -> None:
-    """Commit nothing: another layer merges the rows that this layer shares with it."""
+    """Do nothing, because the layer that shares these rows merges them."""
 
 
 def _rounded(

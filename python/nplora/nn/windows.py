@@ -1,4 +1,4 @@
-"""Windows: the geometry of a convolution, which turns images into rows of windows and back."""
+"""Windows: the geometry of a convolution. The class turns images into rows of windows and back."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ class Windows:
         return self.channels * self.size[0] * self.size[1]
 
     def counts(self, height: int, width: int) -> tuple[int, int]:
-        """Return the numbers of windows in an image, vertical and horizontal. They may be 0 or below."""
+        """Return the numbers of windows in an image, vertical and horizontal.
+
+        The numbers may be 0 or below.
+        """
         vertical, horizontal = (
             (length + 2 * padding - dilation * (size - 1) - 1) // stride + 1
             for length, padding, dilation, size, stride in zip(
@@ -136,7 +139,7 @@ class Windows:
 
 
 def pair(op: str, name: str, value: Any, least: int) -> tuple[int, int]:
-    """Return a number twice, or a pair of numbers as it is.
+    """Return a pair: a number twice, or a pair of numbers unchanged.
 
     Raises:
         ValueError: a number is below `least`. TypeError: the value is neither a number nor a pair.

@@ -1,1 +1,1 @@
-"""What differs between operating systems: files, locks, memory, limits, processes."""
+"""Functions that differ between operating systems: files, locks, memory, limits, processes."""

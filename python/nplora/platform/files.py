@@ -1,7 +1,7 @@
 """Open files and directories, locks, and replacing files.
 
-A directory is held open by a descriptor, and its files are named relative to it. So neither a rename of the
-directory nor a change of the working directory matters.
+A directory is held open by a descriptor, and its files are named relative to it. So renaming the directory or
+changing the working directory has no effect on these names.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def open_file(
     follow_links: bool = True,
     wait: bool = True,
 ) -> int:
-    """Open a file, and return a descriptor that child processes do not get.
+    """Open a file, and return a descriptor that child processes do not inherit.
 
     Args:
         flags: os.O_RDONLY, os.O_WRONLY or os.O_RDWR, with os.O_CREAT, os.O_EXCL, os.O_APPEND.
-        directory: the descriptor of the directory that a relative path begins at.
+        directory: the descriptor of the directory that contains a relative path.
         follow_links: whether a symbolic link is followed; else it raises OSError with errno.ELOOP.
-        wait: whether opening a FIFO waits for another process.
+        wait: whether to wait for another process that opens the other end of a FIFO.
     """
     if sys.platform == "win32":
         return windows_files.open_file(path, flags, directory, follow_links)
@@ -45,7 +45,10 @@ def open_file(
 
 
 def open_directory(path: str, directory: int | None = None) -> int:
-    """Open a directory, and return its descriptor. `directory`: where a relative path begins."""
+    """Open a directory, and return its descriptor.
+
+    `directory`: the directory that contains a relative path.
+    """
     if sys.platform == "win32":
         return windows_files.open_directory(path, directory)
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
@@ -90,8 +93,9 @@ def remove_in(directory: int, name: str) -> None:
 def replace_in(directory: int, old: str, new: str) -> None:
     """Rename a file of an open directory. An existing file of the new name is replaced.
 
-    Windows does not replace a file that is mapped. Then the mapped file is renamed first, and a crash between
-    the two renames leaves no file of the new name. The renamed file is removed as soon as nobody maps it.
+    Windows cannot replace a file that is mapped. The mapped file is therefore renamed first. A crash between
+    the two renames leaves no file with the new name. The renamed file is removed when no process maps it any
+    more.
     """
     if sys.platform == "win32":
         windows_files.replace(windows_files.joined(directory, old), windows_files.joined(directory, new))
@@ -100,7 +104,7 @@ def replace_in(directory: int, old: str, new: str) -> None:
 
 
 def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Make a symbolic link. On Windows, which allows them to few users: a second name, or else a copy."""
+    """Make a symbolic link. Windows allows few users to make one; a hard link or a copy then replaces it."""
     if sys.platform != "win32":
         os.symlink(source, target)
         return
@@ -123,7 +127,7 @@ def lock(descriptor: int, shared: bool = False) -> None:
 
 
 def set_permissions(descriptor: int, permissions: int) -> None:
-    """Set the permissions of an open file. Windows has none of this kind."""
+    """Set the permissions of an open file. On Windows, this does nothing."""
     if sys.platform != "win32":
         os.fchmod(descriptor, permissions)
 
@@ -140,13 +144,13 @@ def sync(descriptor: int) -> None:
 
 
 def sync_directory(descriptor: int) -> None:
-    """Write a directory's names to the disk. NTFS does so without being asked."""
+    """Write the entries of a directory to the disk. NTFS does this by itself."""
     if sys.platform != "win32":
         os.fsync(descriptor)
 
 
 def read_at(descriptor: int, into: memoryview, offset: int) -> int:
-    """Read bytes from a position, and return their number, which may be smaller than asked for."""
+    """Read bytes from a position. Return their number, which may be smaller than the size of `into`."""
     if sys.platform == "win32":
         with _seeking:
             os.lseek(descriptor, offset, os.SEEK_SET)
@@ -166,7 +170,7 @@ def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> int:
 
 
 def reserve(descriptor: int, nbytes: int) -> None:
-    """Make a new file this long, and reserve its disk space.
+    """Make a new file of this length, and reserve its disk space.
 
     Raises:
         OSError: the disk has too little space.

@@ -2,8 +2,9 @@
 
 renderer.py imports this module by its path, without the package, so that its process starts fast.
 
-Linux limits the memory and the CPU time of a process. macOS limits only the time, and Windows neither. There,
-the parent process watches the use, every few milliseconds, and ends the process (see `watched`).
+Linux limits the memory and the CPU time of a process. macOS limits only the time, and Windows neither. On
+macOS and Windows, the parent process checks what the process uses every few milliseconds, and ends the
+process if it exceeds a limit (see `watched`).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def cause_of_end(status: int) -> str | None:
     """The limit that ended a process: "compiling", "rendering", "memory" or "nesting"; None: another cause.
 
     Args:
-        status: the exit status; on POSIX negative for a signal.
+        status: the exit status; on POSIX, a negative number means that a signal ended the process.
     """
     return _CAUSES.get(status, "other" if status < 0 else None)
 
@@ -61,20 +62,23 @@ def isolate() -> None:
 
 
 def limit_compiling(seconds: float) -> None:
-    """From now on, let `seconds` of CPU time end this process; 0: no limit."""
+    """End this process after `seconds` more of CPU time in user mode; 0: no limit."""
     if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
 
 
 def limit_rendering(seconds: float) -> None:
-    """From now on, let `seconds` of CPU time, the system's included, end this process; 0: no limit."""
+    """End this process after `seconds` more of CPU time in user and system mode; 0: no limit."""
     if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 @contextlib.contextmanager
 def limited_memory(nbytes: int) -> Iterator[None]:
-    """Let the process use this much more memory in a `with` body. After that, no time limit is set either."""
+    """Let the process use this much more memory in a `with` body.
+
+    The end of the body removes time limits too.
+    """
     if sys.platform == "linux":
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         with open("/proc/self/statm") as file:
@@ -100,7 +104,7 @@ def end_without_memory() -> NoReturn:
 
 
 class Limits(NamedTuple):
-    """What the process may use for one request, besides what it has already used; 0: no limit.
+    """What the process may use for one request, in addition to what it has already used; 0: no limit.
 
     Attributes:
         compiling, rendering: seconds of CPU time.
@@ -130,7 +134,7 @@ def watched(
 ) -> Iterator[list[str]]:
     """End a process during a `with` body as soon as it exceeds a limit that it cannot set itself.
 
-    Yields a list, which then holds the cause, "memory" or "rendering".
+    Yields a list. If the process is ended, the cause is added to the list: "memory" or "rendering".
 
     Args:
         usage: returns the bytes and the seconds of CPU time that the process has used; None if it is gone.

@@ -26,7 +26,7 @@ _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ")
 def peak_memory() -> int:
     """The peak memory of this process, including mapped files.
 
-    `getrusage` is only the fallback: in a child process, its peak begins at the peak of the parent.
+    `getrusage` is only the fallback: in a child process, it counts the peak of the parent process too.
 
     >>> from nplora.platform.memory import peak_memory
     >>> peak_memory() > 1e6
@@ -59,7 +59,7 @@ def current_memory() -> int:
 
 
 def available_memory() -> int | None:
-    """The bytes that this process can have at most, including what it has now; None if unknown.
+    """The most bytes that this process can have, including those that it has now; None if unknown.
 
     The result is the lowest limit of the machine and of all control groups (containers) of the process.
 
@@ -138,7 +138,7 @@ def _sizes(path: str, name: str) -> Iterator[int]:
 def _text(path: str | os.PathLike[str]) -> str:
     """The text of a file in /proc or /sys, or an empty text if the file does not exist.
 
-    The file may contain file names, which may hold any bytes.
+    The text may contain file names, which may consist of any bytes.
     """
     try:
         return os.fsdecode((_ROOT / path).read_bytes())

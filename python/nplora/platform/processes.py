@@ -22,13 +22,13 @@ else:
 
 
 def call_in_forked_child(function: Callable[[], object]) -> None:
-    """Call a function in every child that `os.fork` makes from now on."""
+    """Call a function in every child process that `os.fork` makes after this call."""
     if sys.platform != "win32":
         os.register_at_fork(after_in_child=function)
 
 
 def start_apart(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:
-    """Start a program that Ctrl-C in this program's terminal does not reach."""
+    """Start a program in such a way that Ctrl-C in the terminal does not reach it."""
     if sys.platform == "win32":
         flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
         return subprocess.Popen(arguments, creationflags=flags, **options)
@@ -42,7 +42,7 @@ def do_not_wait(stream: IO[bytes]) -> None:
 
 
 def detect_vanished_peer(connection: Any) -> None:
-    """Let the system close connections whose other end has vanished without a word."""
+    """Let the system close a connection whose other end has vanished without closing it."""
     with contextlib.suppress(OSError, AttributeError):  # not TCP, or a system without one of these
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
@@ -58,7 +58,7 @@ def detect_vanished_peer(connection: Any) -> None:
 def reuse_address(listener: socket.socket) -> None:
     """Let a server listen on its port again at once after it ended.
 
-    Windows allows that anyway. There, SO_REUSEADDR would let another program take the port.
+    Windows always allows this. On Windows, SO_REUSEADDR would let another program take the port.
     """
     if sys.platform == "win32":
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)

@@ -1,4 +1,7 @@
-"""Windows' means for `files.py`. Files are opened so that they can be renamed and removed while in use."""
+"""The functions of `files.py` for Windows.
+
+Files are opened so that they can be renamed and removed while in use.
+"""
 
 from __future__ import annotations
 

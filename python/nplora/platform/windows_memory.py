@@ -10,7 +10,7 @@ _QUERY_AND_READ = 0x1000 | 0x0010  # PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_
 
 
 class Counters(NamedTuple):
-    """Bytes of a process: in memory now and at the peak, and those that no other process shares."""
+    """The memory of a process in bytes: in use now, at the peak, and not shared with other processes."""
 
     resident: int
     peak: int
@@ -64,7 +64,7 @@ def counters(process: int = _THIS_PROCESS) -> Counters:
 
 
 def free() -> int:
-    """The memory of the machine that is not in use."""
+    """The free memory of the machine."""
     found = _Machine()
     found.dwLength = ctypes.sizeof(found)
     _kernel().GlobalMemoryStatusEx(ctypes.byref(found))

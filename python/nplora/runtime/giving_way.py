@@ -1,4 +1,4 @@
-"""Giving way: long work offers its thread, between its parts, to work that is more urgent."""
+"""Giving way: between its parts, long work lets more urgent work run first."""
 
 from __future__ import annotations
 

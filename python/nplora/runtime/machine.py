@@ -12,7 +12,7 @@ def machine() -> dict[str, str | int]:
 
 
 def has_bfloat16_instructions() -> bool:
-    """Whether products in bfloat16 are faster than in float32 with the instruction set in use."""
+    """Whether the instruction set in use computes products faster in bfloat16 than in float32."""
     return _core.config()["isa"] in ("avx512bf16", "amx", "neonbf16", "neoni8mm")
 
 

@@ -12,10 +12,10 @@ _INT_MAX = 2**31 - 1  # the core counts threads in an int
 
 
 def obey_threadpoolctl() -> None:
-    """Let `threadpoolctl.threadpool_limits` limit nplora's threads too, as it limits those of OpenMP.
+    """Let `threadpoolctl.threadpool_limits` limit nplora's threads too, like those of OpenMP.
 
-    threadpoolctl knows OpenMP's libraries, but nplora has threads of its own. A build with OpenMP needs
-    nothing, because it follows OpenMP's limit.
+    threadpoolctl knows OpenMP's libraries, but nplora has its own thread pool. A build with OpenMP follows
+    OpenMP's limit, so it needs no such help.
     """
     if _core.config()["openmp"]:
         return

@@ -18,10 +18,10 @@ _MOST_WAIT = 0.25  # seconds that urgent work waits for the end of a slice
 
 
 class TimeBudget:
-    """Says when the next slice of training may begin, so that training keeps to its share of the time.
+    """Computes when the next slice of training may begin, so that training keeps to its share of the time.
 
-    Training takes at most `share` of any second. In addition, each slice is followed by a pause in
-    proportion, so that the slices are spread over the second. A slice that is longer than its share of a
+    Training takes at most `share` of any second. In addition, a pause follows each slice, in proportion to
+    the slice, so that the slices are spread over the second. A slice that is longer than its share of a
     second is followed by a longer pause.
 
     The next slice is expected to take as long as the longest recent one, but at most twice the median. So an
@@ -39,7 +39,10 @@ class TimeBudget:
         self._recent = collections.deque[float](maxlen=_RECENT)
 
     def add(self, began: float, ended: float, counted_from: float | None = None) -> None:
-        """Note a slice. Only the part after `counted_from` counts; None: the whole slice."""
+        """Note a slice.
+
+        Only the part of the slice after `counted_from` counts; None: the whole slice counts.
+        """
         self._recent.append(ended - began)
         begin = began if counted_from is None else max(began, counted_from)
         if begin < ended:
@@ -56,7 +59,7 @@ class TimeBudget:
         return max(self._until_spread(now), self._until_within(now, expected, window), 0.0)
 
     def _until_spread(self, now: float) -> float:
-        """The seconds until the pause after the last slice is in proportion to the slice."""
+        """The seconds until the pause after the last slice is long enough."""
         if not self._slices:
             return 0.0
         began, ended = self._slices[-1]
@@ -83,7 +86,7 @@ class TimeShare:
 
     Args:
         share: the share of the time for training, above 0 and at most 1.
-        clock: returns the time in seconds.
+        clock: a function that returns the time in seconds.
 
     >>> turns = TimeShare(0.5)
     >>> with turns:          # urgent work
@@ -134,7 +137,7 @@ class TimeShare:
             self._changed.notify_all()
 
     def pause(self) -> None:
-        """End the present slice, wait while urgent work goes first, and begin the next slice."""
+        """End the current slice, wait while urgent work runs, and begin the next slice."""
         with self._changed:
             self._end_slice()
             self._waits = True
@@ -145,7 +148,7 @@ class TimeShare:
             self._waits, self._began = False, now
 
     def end(self) -> None:
-        """End the present slice, for work that needs no turn."""
+        """End the current slice, before work that needs no turn."""
         with self._changed:
             self._end_slice()
 
@@ -157,19 +160,19 @@ class TimeShare:
             self._changed.notify_all()
 
     def _is_slicing(self) -> bool:
-        """Whether training runs a slice for whose end urgent work waits."""
+        """Whether training runs a slice, so that urgent work waits for its end."""
         return self._began is not None and not self._is_long
 
     def _is_busy(self, now: float) -> bool:
-        """Whether there is urgent work now, or was a moment ago, so that more is likely to come."""
+        """Whether there is urgent work now, or was a moment ago. More work is then likely to come."""
         return self._urgent > 0 or now - self._until < _GAP
 
     def _is_due(self, now: float) -> bool:
-        """Whether training waits, and may run its next slice before urgent work that comes later."""
+        """Whether training waits, and has the right to run its next slice before later urgent work."""
         return self._waits and self._budget.delay(now) <= 0
 
     def _seconds(self, now: float) -> float | None:
-        """The seconds after which training looks again; None: when urgent work ends."""
+        """The seconds after which training checks again; None: when urgent work ends."""
         if self._running:
             return None
         delay = self._budget.delay(now)

@@ -19,7 +19,7 @@ _WAIT = 5.0  # seconds
 
 
 class NamedModels(Protocol):
-    """The member of a served model that this file needs."""
+    """The member of a served model that `AdapterMemory` uses."""
 
     def named_model(self, name: str, /) -> object: ...
 
@@ -40,16 +40,16 @@ class AdapterMemory:
 
     @property
     def used(self) -> int:
-        """The bytes that are taken."""
+        """The bytes that adapters take now."""
         return sum(list(self._sizes.values()))
 
     def unloaded(self) -> None:
-        """Note that an adapter was unloaded. Its memory is free after the present round at the earliest."""
+        """Record that an adapter was unloaded. Its memory is free after the current round at the earliest."""
         self._unloaded = time.monotonic()
 
     @contextlib.contextmanager
     def room(self, lm: NamedModels, name: str, size: int, waits: bool = True) -> Iterator[None]:
-        """Reserve memory for an adapter that is loaded in this block, until nobody uses it any more.
+        """Reserve memory for an adapter that the `with` block loads, until no request uses it any more.
 
         Args:
             size: the bytes of its values.

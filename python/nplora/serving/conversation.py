@@ -1,4 +1,4 @@
-"""A chat of several turns. The prompt of a turn begins with that of the turn before, which is kept."""
+"""Conversation: a chat of several turns, which computes only the new messages of each turn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Conversation:
     """A chat of several turns.
 
     The engine keeps the keys and values of the last prompt, while memory lasts. So the next turn computes
-    only the last answer, which is part of the prompt now, and the new message. If the system message or the
+    only the last answer, which is now a part of the prompt, and the new message. If the system message or the
     adapter changes, all turns are computed again.
 
         >>> lm = nplora.load_model("model.gguf")
@@ -24,13 +24,14 @@ class Conversation:
         (['user', 'assistant'], True)
 
     Args:
-        engine: the engine. It may serve other conversations at the same time.
-        sampling: how tokens are chosen, or None for always the most likely token, up to 128 tokens.
+        engine: the engine, which may serve other conversations at the same time.
+        sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
         system: the system message, or None.
         adapter: the name of one of the model's adapters, or None for the model alone.
     Attributes:
         turns: the messages of the user and the assistant, in order.
-        finish_reason, usage: how the last answer ended, and its numbers of tokens; None before the first.
+        finish_reason, usage: how the last answer ended, and its numbers of tokens; None before the first
+            answer.
     """
 
     def __init__(
@@ -54,8 +55,8 @@ class Conversation:
     def ask(self, text: str) -> Generator[str, None, None]:
         """Send a user's message, and yield the answer in pieces.
 
-        If the caller stops early (an exception such as KeyboardInterrupt, or `close()`), the request is
-        cancelled, and the answer so far belongs to the chat. If the request fails, or is cancelled before its
+        If the caller stops early (by an exception such as KeyboardInterrupt, or by `close()`), the request is
+        cancelled, and the chat keeps the answer so far. If the request fails, or is cancelled before its
         first text, the chat stays as it was.
 
         Raises:
@@ -82,5 +83,5 @@ class Conversation:
                 self.turns += [question, {"role": "assistant", "content": "".join(pieces)}]
 
     def reset(self) -> None:
-        """Forget all turns. The system message and the adapter stay."""
+        """Forget all turns. The chat keeps its system message and its adapter."""
         self.turns.clear()

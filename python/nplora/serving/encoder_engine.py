@@ -38,11 +38,11 @@ class EncoderEngine:
         True
 
     Args:
-        encoder: the encoder, which may not be trained or merged meanwhile.
+        encoder: the encoder, which must not be trained or merged while the engine uses it.
         memory: the most bytes that this process may use, as a number or as a text such as "2G". None: a part
             of the available memory.
-        adapter_memory: a part of `memory` that stays free for adapters that are loaded later; None: an eighth
-            of what the model leaves.
+        adapter_memory: a part of `memory` that is reserved for adapters that are loaded later; None: an
+            eighth of the memory that the model leaves.
         max_waiting: how many requests may wait or be computed at the same time.
     Attributes:
         served: the encoder and its named adapters.
@@ -80,7 +80,7 @@ class EncoderEngine:
 
     @property
     def longest(self) -> int:
-        """The most tokens of a text that the memory suffices for, with any adapter."""
+        """The largest number of tokens of a text that fits into memory, with any adapter."""
         return self.plan.longest
 
     @property
@@ -97,18 +97,17 @@ class EncoderEngine:
         normalize: bool | None = None,
         client: str = "",
     ) -> Future[Array]:
-        """Add a request. It may be called from any thread.
+        """Add a request. This method may be called from any thread.
 
         Args:
             ids: the token ids of each text, including special tokens (`encoder.encode` makes them). Do not
-                change arrays before the result is there.
+                change these arrays before the result is available.
             model: one of `served.named_model`; None: the model without an adapter.
             classes: whether the result is a classifier's logits (texts, outputs), instead of embeddings
                 (texts, dim).
             normalize: whether embeddings have length 1; None: as the model's files say.
             client: clients take turns, and each client's requests are computed in order.
-        Returns:
-            the result, float32, once it is computed. `cancel()` ends the request.
+        Returns: a future with the result, float32. `cancel()` ends the request.
         Raises:
             TypeError: classes are wanted, but the model is not a classifier; or the ids are not integers.
             ValueError: a text has no tokens or too many, or the model does not have a token.
@@ -161,7 +160,7 @@ class EncoderEngine:
         return True
 
     def start(self) -> None:
-        """Compute in a thread of its own, whenever there is something to do, until `close`."""
+        """Start a thread that computes all waiting requests, until `close`."""
         with self._lock:
             if self._closed:
                 raise RuntimeError("EncoderEngine.start: the engine was closed")
@@ -170,7 +169,7 @@ class EncoderEngine:
                 self._thread.start()
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
-        """Take no more requests, and end the thread.
+        """Accept no more requests, and end the thread.
 
         Args:
             drain: first compute all requests to their end; False: cancel them.
@@ -188,7 +187,7 @@ class EncoderEngine:
             self._thread.join()
 
     def metrics(self) -> Metrics:
-        """A snapshot of the counters, which does not change any more."""
+        """A snapshot of the counters."""
         with self._lock:
             self._metrics.running = sum(request.begun for request in self._open.values())
             self._metrics.waiting = len(self._open) - self._metrics.running
@@ -216,7 +215,7 @@ class EncoderEngine:
                 time.sleep(0.001)
 
     def _next_parts(self) -> list[Part]:
-        """Take the parts of the next round out of the queue."""
+        """Remove the parts of the next round from the queue."""
         parts, tokens = list[Part](), 0
         with self._lock:
             while (request := self._queue.first()) is not None:
@@ -234,7 +233,10 @@ class EncoderEngine:
         return parts
 
     def _compute(self, parts: Sequence[Part]) -> None:
-        """Compute parts together, and after an error one by one, to find the part that causes it."""
+        """Compute parts together.
+
+        After an error, compute them one by one, to find the part that causes it.
+        """
         try:
             rows = parts[0].request.work.compute([ids for part in parts for ids in part.ids])
         except Exception as error:

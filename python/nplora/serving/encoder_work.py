@@ -25,7 +25,7 @@ _FLOAT = 4
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is computed. Texts with equal work are computed together."""
+    """What is computed. Texts that need the same kind of work are computed together."""
 
     model: Model
     classes: bool
@@ -74,7 +74,7 @@ class Request:
         tokens: the number of tokens.
         bytes: the memory of the ids and of the result.
         begun: whether the first part was taken.
-        priority, started: for the queue only.
+        priority, started: attributes that only the queue needs.
     """
 
     priority = 0
@@ -106,7 +106,7 @@ class Request:
         return self._taken == len(self._cuts) - 1
 
     def store(self, first: int, rows: Array) -> Array | None:
-        """Keep the rows of a part. Return all rows after the last part, and None before."""
+        """Keep the rows of a part. Return all rows after the last part, and None before that."""
         if self._rows is None:
             self._rows = np.empty((len(self._ids), self.work.width()), np.float32)
         self._rows[first : first + len(rows)] = rows

@@ -50,8 +50,8 @@ class Engine:
     """Generates the answers of many requests together.
 
     Requests join and leave between rounds. A round reads a piece of the waiting prompts, and then generates
-    one token of every running request. The greedy text of a request has the same bits alone and beside any
-    other requests, and it is the text that `lm.generate` returns.
+    one token for every running request. Other requests do not change a bit of the greedy text of a request,
+    which equals the text that `lm.generate` returns.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> sampling = nplora.generate.Sampling(max_new_tokens=4)
@@ -63,17 +63,18 @@ class Engine:
         True
 
     Args:
-        lm: the model, which may not be trained or merged meanwhile. Its named adapters may be loaded and
-            deleted at any time.
+        lm: the model, which must not be trained or merged while the engine uses it. Its named adapters may be
+            loaded and deleted at any time.
         memory: the most bytes that this process may use, as a number or as a text such as "2G". The keys and
-            values take what the weights and the work space leave. None: a part of the available memory.
+            values take the memory that the weights and the work space leave. None: a part of the available
+            memory.
         adapter_memory: a part of `memory` that stays free for adapters that are loaded later; None: an eighth
             of what the model leaves.
         max_requests: how many requests are computed at the same time. The others wait.
         max_waiting: how many requests may wait.
-        turn: entered for each call of the model. A round has one call for each page of a prompt, one for the
-            incomplete last pages of several prompts, and one for the next tokens. With a lock here, other
-            work (training) can alternate with the calls.
+        turn: a context manager that is entered for each call of the model. A round has one call for each page
+            of a prompt, one for the incomplete last pages of several prompts, and one for the next tokens.
+            With a lock here, other work (training) can alternate with the calls.
     Raises:
         ValueError: the memory does not suffice for one short request, or an argument is out of range.
     """
@@ -145,18 +146,19 @@ class Engine:
         index: int = 0,
         guide: Guide | None = None,
     ) -> Ticket:
-        """Add a request. It may be called from any thread.
+        """Add a request. This method may be called from any thread.
 
         Args:
             ids: the tokens of the prompt (`lm.tokenizer.encode_prompt` or `encode_chat`).
-            sampling: how tokens are chosen, or None for always the most likely one, up to 128 tokens.
-            adapter: the name of one of `lm.adapters`, or None for the model without a named adapter. A
-                request keeps its adapter to the end, even if the adapter is deleted meanwhile.
-            logprobs: None: no log-probabilities; n: those of each token and of the n most likely tokens.
+            sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
+            adapter: the name of one of `lm.adapters`; None: the model without a named adapter. A request
+                keeps its adapter to the end, even if the adapter is deleted in between.
+            logprobs: n: the log-probabilities of each token and of the n most likely tokens; None: no
+                log-probabilities.
             client: clients take turns, and each client's requests are computed in order.
             priority: requests with a higher priority start first.
-            index: which one of several answers to the same prompt; each draws other random numbers. With
-                index i, the answer is that of row i of `lm.generate`.
+            index: the number of the answer, if a prompt gets several answers. Each answer draws other random
+                numbers. With index i, the answer equals row i of `lm.generate`.
             guide: restricts the tokens, for example to a grammar.
         Raises:
             KeyError: no adapter has this name.
@@ -223,7 +225,7 @@ class Engine:
         return bool(self._requests)
 
     def start(self) -> None:
-        """Run rounds in a thread of its own, whenever there is something to do, until `close`."""
+        """Start a thread that runs rounds whenever there are requests, until `close`."""
         with self._lock:
             if self._closed:
                 raise RuntimeError("Engine.start: the engine was closed")
@@ -296,7 +298,7 @@ class Engine:
                 self._scheduler.end(request, reason, error)
 
     def _run(self) -> bool:
-        """Run a round in this thread, unless the engine has a thread of its own."""
+        """Run a round in this thread, unless `start` has started the engine's thread."""
         self._require_no_round("Ticket")
         if self._thread is not None and self._thread.is_alive():
             return False
@@ -315,12 +317,15 @@ class Engine:
                 self._in_round = None
 
     def _require_no_round(self, op: str) -> None:
-        """Refuse a call from inside a round, which would wait for itself."""
+        """Refuse a call from inside a round, because the call would wait for itself."""
         if self._in_round == threading.get_ident():
             raise RuntimeError(f"{op}: a listener, guide or turn of this engine called it during a round")
 
     def _cancel(self, ticket: Ticket) -> None:
-        """Take a request out of the queue, to make room for others. It ends before the next round."""
+        """Remove a request from the queue, to make room for others.
+
+        The request ends before the next round.
+        """
         with self._lock:
             request = self._requests.get(id(ticket))
             if request is not None:
@@ -339,7 +344,7 @@ class Engine:
         return self._lm.named_model(adapter)
 
     def _root(self, model: LanguageModel) -> str:
-        """A text that stands for a model with an adapter in the keys of pages."""
+        """A text that identifies a model with an adapter in the keys of pages."""
         with self._lock:
             return self._roots.setdefault(model, f"adapter {next(self._numbers)}")
 
@@ -354,7 +359,7 @@ def _integers(ids: Sequence[int]) -> list[int]:
 
 
 def _unselected(function: Callable[[], T]) -> T:
-    """Call a function where no named adapter is selected: the caller may have selected one in its thread."""
+    """Call a function with no named adapter selected, even if the calling thread has selected one."""
     return contextvars.Context().run(function)
 
 

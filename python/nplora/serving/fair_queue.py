@@ -1,4 +1,4 @@
-"""The waiting requests. Clients take turns, so that many requests of one client do not block the others."""
+"""FairQueue: the waiting requests. Clients take turns, so one client's requests do not block the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Waiting(Protocol):
-    """The attributes that the queue needs of a request."""
+    """The attributes of a request that the queue needs."""
 
     @property
     def client(self) -> str: ...
@@ -22,11 +22,11 @@ Item = TypeVar("Item", bound=Waiting)
 
 
 class FairQueue(Generic[Item]):
-    """Requests in the order in which they start.
+    """The waiting requests, in the order in which they will start.
 
-    Requests with the highest priority come first: of these, those that have started before, the oldest first.
-    Among the others, the clients take turns, and each client's requests keep their order. All methods may be
-    called from any thread.
+    Requests with the highest priority come first. Among requests of equal priority, those that have already
+    been running come first, the oldest before the others. For the rest, the clients take turns, and each
+    client's requests keep their order. All methods may be called from any thread.
     """
 
     def __init__(self) -> None:
@@ -61,16 +61,19 @@ class FairQueue(Generic[Item]):
             return None if highest is None else next(iter(self._lines[highest].values()))[0]
 
     def pass_turn(self, item: Item) -> None:
-        """Let other clients come first, if `item` is first. It stays the first one of its client."""
+        """If `item` is first, move its client behind the other clients.
+
+        `item` stays the first request of its client.
+        """
         with self._lock:
             line = self._lines.get(item.priority)
             if line is not None and item is self.first():
                 line.move_to_end(item.client)
 
     def remove(self, item: Item) -> bool:
-        """Remove a request. Return False if it is not here.
+        """Remove a request. Return False if the queue does not hold it.
 
-        If the request is the first one, it starts now, and the next turn is another client's.
+        If the request is the first one, it starts now, and the next turn goes to another client.
         """
         with self._lock:
             return self._remove(item)

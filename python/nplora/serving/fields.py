@@ -16,7 +16,7 @@ class Fields:
 
     Args:
         values: the object.
-        inside: what stands before the names of its fields in messages, such as "messages[0].".
+        inside: the prefix of field names in messages, such as "messages[0].".
     """
 
     def __init__(self, values: object, inside: str = "") -> None:
@@ -42,10 +42,10 @@ class Fields:
         return self.values[field]
 
     def require_known(self, known: Collection[str], unsupported: Mapping[str, Collection[Any]]) -> None:
-        """Refuse unknown fields, and fields that would change the answer but are not implemented.
+        """Refuse unknown fields, and known fields that are not implemented but would change the answer.
 
         Args:
-            unsupported: fields that may only have these values.
+            unsupported: fields that are not implemented, each with the values that are accepted.
         """
         for field, value in self.values.items():
             if field in unsupported:

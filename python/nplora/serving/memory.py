@@ -31,12 +31,12 @@ class MemoryPlan:
     Attributes:
         process: this process before the engine, with the model and its adapters.
         weights: weights that are not read yet.
-        adapters: kept for adapters that are loaded later.
-        work: what a round takes: a piece of a prompt, the scores of all requests, and scratch;
-            for an encoder, also the waiting requests.
+        adapters: reserved for adapters that are loaded later.
+        work: the memory of a round: a piece of a prompt, the scores of all requests, and scratch memory; for
+            an encoder, also the waiting requests.
         pages: the number of pages for keys and values.
         page_bytes: the size of one page.
-        longest: for an encoder, the most tokens of a text that the memory suffices for.
+        longest: for an encoder, the largest number of tokens of a text that fits into memory.
     """
 
     process: int
@@ -69,9 +69,10 @@ def plan_memory(
     """Divide the memory.
 
     Args:
-        memory: the budget of the process; None: a part of what is available.
+        memory: the budget of the process; None: a part of the available memory.
         max_requests: how many requests are computed at the same time.
-        adapter_memory: kept for adapters that are loaded later; None: an eighth of what the model leaves.
+        adapter_memory: reserved for adapters that are loaded later; None: an eighth of the memory that the
+            model leaves.
     Raises:
         ValueError: the budget is not a size, or does not suffice.
     """
@@ -107,10 +108,10 @@ def plan_encoder_memory(
     adapter_memory: int | str | None = 0,
     waiting: int = 0,
 ) -> MemoryPlan:
-    """Divide the memory of a process that serves an encoder, which has no keys and values to keep.
+    """Divide the memory of a process that serves an encoder. An encoder keeps no keys and values.
 
-    A text longer than `tokens` is computed alone. The memory that is left decides how long it may be, up to
-    the encoder's `max_length`.
+    A text of more than `tokens` tokens is computed alone. The remaining memory limits its length, up to the
+    encoder's `max_length`.
 
     Args:
         tokens: how many tokens are computed at once.
@@ -146,7 +147,7 @@ def plan_encoder_memory(
 
 
 def encoder_work_bytes(encoder: Encoder, tokens: int) -> int:
-    """The memory that computing so many tokens at once takes at most."""
+    """The most memory that computing this many tokens at once takes."""
     block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in encoder.model.layers)
     streams = 3 * _FLOAT * encoder.config.hidden_size  # the residual stream, the norm's result and its copy
     scratch = get_num_threads() * (_core.constants.lanes_bytes + _THREAD)
@@ -166,7 +167,7 @@ def page_bytes(config: ModelConfig) -> int:
 
 
 def work_bytes(lm: LanguageModel, max_requests: int) -> int:
-    """The memory that a round takes at most."""
+    """The most memory that a round takes."""
     config, threads = lm.config, get_num_threads()
     block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in lm.model.layers)
     piece = PIECE * (block + 2 * _FLOAT * config.hidden_size)

@@ -11,12 +11,13 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 
 @dataclasses.dataclass
 class Histogram:
-    """How often values up to each bound were seen.
+    """A histogram: the number of values between each two bounds.
 
     Attributes:
         bounds: the upper bounds, ascending.
-        counts: for each bound, the values above the bound before and up to this one; the last entry counts
-            the values above all bounds. (Prometheus wants running sums of these.)
+        counts: for each bound, the number of values that are above the bound before and not above this bound;
+            the last entry counts the values above all bounds. (Prometheus expects the running sums of these
+            numbers.)
         total: the sum of all values.
 
     >>> histogram = nplora.serving.Histogram(bounds=(0.1, 1.0))
@@ -44,7 +45,7 @@ class Histogram:
         return sum(self.counts)
 
     def copy(self) -> Histogram:
-        """A copy, also while another thread adds values."""
+        """Return a copy, even while another thread adds values."""
         return Histogram(self.bounds, list(self.counts), self.total)
 
 
@@ -54,14 +55,14 @@ class Metrics:
 
     Attributes:
         finished: requests by finish reason ("stop", "length", "cancelled", "error").
-        prompt_tokens, cached_tokens, generated_tokens: tokens of prompts, those of them that the prefix cache
-            had, and generated tokens.
+        prompt_tokens, cached_tokens, generated_tokens: prompt tokens, prompt tokens that were found in the
+            prefix cache, and generated tokens.
         put_back: how often a request lost its pages to older ones, and was computed again later.
-        running, waiting: requests now.
-        pages, pages_used, pages_cached: all pages; those of running requests; those that only the prefix
-            cache holds.
+        running, waiting: the numbers of requests that run and wait now.
+        pages, pages_used, pages_cached: the number of all pages, of pages of running requests, and of pages
+            that only the prefix cache holds.
         page_tokens: the tokens of one page.
-        rounds: rounds so far.
+        rounds: the number of rounds so far.
         compute_seconds: seconds of computing, without waiting for a turn.
         queue_seconds: from `submit` to the first computation.
         first_token_seconds: from `submit` to the first token.
@@ -94,7 +95,7 @@ class Metrics:
     request_seconds: Histogram = dataclasses.field(default_factory=Histogram)
 
     def copy(self) -> Metrics:
-        """A copy, also while another thread counts."""
+        """Return a copy, even while another thread counts."""
         held: dict[str, Any] = {
             name: value.copy() for name, value in vars(self).items() if isinstance(value, dict | Histogram)
         }

@@ -12,7 +12,9 @@ LONGEST_NAME = 200
 
 
 def checked_name(what: str, name: object, param: str = "lora_name") -> str:
-    """Check the name of a model. It may hold letters, digits and ``._:@+-``; parts may be split by "/".
+    """Check the name of a model.
+
+    A name may have letters, digits and ``._:@+-``, and parts that are separated by "/".
 
     Raises:
         RequestError: the name has other characters, or more than 200.

@@ -1,8 +1,8 @@
-"""The pages of the cache: free ones, those of requests, and those that are kept for later prompts.
+"""PagePool: the pages of the cache, which are free, in use by requests, or kept for later prompts.
 
-A page that is full with tokens of a prompt gets a key, which stands for the adapter and for all tokens up to
-the end of the page. Another request whose prompt begins in the same way shares the page. A page that no
-request uses any more is kept as long as its memory is not needed.
+A page that is full of prompt tokens gets a key, which identifies the adapter and all tokens up to the end of
+the page. Another request whose prompt begins in the same way shares the page. A page that no request uses any
+more is kept as long as its memory is not needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Key = bytes
 
 
 class PagePool:
-    """Which pages are used, kept or free.
+    """Keeps track of which pages are used, kept or free.
 
     Args:
         pages: the number of pages.
@@ -44,7 +44,10 @@ class PagePool:
         return len(self._kept)
 
     def new(self) -> int | None:
-        """Give a page to a user. A kept page loses its content if no page is free. None: all are in use."""
+        """Give a page to a user. If no page is free, a kept page loses its content.
+
+        Return None if all pages are in use.
+        """
         if self._free:
             page = self._free.pop()
         elif self._kept:
@@ -56,7 +59,7 @@ class PagePool:
         return page
 
     def share(self, key: Key) -> int | None:
-        """Give the page with this key to one more user. None: no page has this key."""
+        """Give the page with this key to one more user. Return None if no page has this key."""
         page = self._by_key.get(key)
         if page is not None:
             self._kept.pop(page, None)
@@ -68,7 +71,7 @@ class PagePool:
         return key in self._by_key
 
     def is_used(self, key: Key) -> bool:
-        """Whether a page in use has this key, so that one more user takes no page from `available`."""
+        """Whether the page with this key is in use. Its next user then takes no page from `available`."""
         page = self._by_key.get(key)
         return page is not None and self._users[page] > 0
 
@@ -78,9 +81,9 @@ class PagePool:
             self._by_key[key], self._keys[page] = page, key
 
     def release(self, pages: Sequence[int]) -> None:
-        """Take the pages of one sequence, in order, from one of their users.
+        """Release the pages of one sequence, in order, for one of their users.
 
-        Later pages are worth nothing without the earlier ones, so their memory is reused first.
+        Later pages are useless without the earlier ones, so the memory of later pages is reused first.
         """
         for page in reversed(pages):
             self._users[page] -= 1
@@ -100,8 +103,8 @@ def page_keys(root: str, ids: Sequence[int], page_tokens: int, start: int = int(
     """The key of each whole page of a prompt.
 
     Args:
-        root: stands for all that decides about keys and values, besides the tokens: the adapter.
-        start: the position from which on an activated LoRA acts.
+        root: identifies the adapter, on which the keys and values depend besides the tokens.
+        start: the first position at which an activated LoRA acts.
     """
     tokens, key = np.asarray(ids, np.int64), hashlib.sha256(root.encode()).digest()
     for begin in range(0, len(tokens) - page_tokens + 1, page_tokens):

@@ -26,21 +26,24 @@ class Request:
     Args:
         model: the model with the request's adapter, which the request keeps even if the adapter is deleted;
             None for the engine's model.
-        root: stands for all that decides about keys and values, besides the tokens (see `page_keys`).
+        root: identifies the adapter, on which the keys and values depend besides the tokens (see
+            `page_keys`).
         invocation: the invocation tokens, if the adapter is an activated LoRA.
         limit: the most tokens of the prompt and the answer.
-        switch: with LongRoPE, sequences of more tokens use other factors; infinite without LongRoPE.
+        switch: with LongRoPE, the number of tokens above which a sequence uses the long factors; else
+            infinite.
     Attributes:
-        ticket, answer: what the client holds; the tokens.
+        ticket, answer: the client's view of the request, and the tokens.
         client, priority, model: see the arguments, and `Engine.submit`.
         slot: the cache slot while the request runs.
-        started: counts up with each request that starts; None before that. A request that is put back keeps
-            it.
-        to_read: the number of tokens that are read in pieces. All later tokens are computed one by one, even
-            if they are known already because the request was put back, so that all bits are the same.
+        started: a number that increases with each request that starts; None before the start. A request that
+            is put back keeps its number.
+        to_read: the number of tokens that are read in pieces. All later tokens are computed one by one, so
+            that all bits are the same. After a request was put back, tokens that are already known are
+            computed one by one too.
         keys: the keys of the whole pages among the tokens to read.
-        cached: how many tokens of the prompt were in shared pages when they were needed first.
-        known: how many tokens were in the cache at the same time, at most.
+        cached: the number of prompt tokens that were in shared pages when they were first needed.
+        known: the largest number of tokens that were in the cache at the same time.
     """
 
     def __init__(
@@ -78,12 +81,12 @@ class Request:
 
     @property
     def prompt(self) -> Array:
-        """The tokens of the prompt. Only in these, an activated LoRA looks for its invocation tokens."""
+        """The tokens of the prompt. An activated LoRA looks for its invocation tokens only in the prompt."""
         return np.asarray(self.answer.ids[: self.answer.prompt])
 
     @property
     def common_keys(self) -> list[Key]:
-        """The keys of the pages that another request's pages can replace.
+        """The keys of the pages that the request can take from other requests.
 
         The last token to read is always computed, because its scores are needed.
         """
@@ -91,7 +94,7 @@ class Request:
 
     @property
     def slot_limit(self) -> int:
-        """The length that decides between LongRoPE's factors, and that the slot must not exceed."""
+        """The length that selects LongRoPE's factors, and that the slot must not exceed."""
         return self.limit if self.to_read > self.switch else int(min(self.limit, self.switch))
 
     @property

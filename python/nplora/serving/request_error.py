@@ -1,4 +1,4 @@
-"""RequestError: a request that cannot be carried out, in the terms of OpenAI's API."""
+"""RequestError: a request that cannot be carried out, with the fields of OpenAI's error object."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RequestError(Exception):
     Attributes:
         status: the HTTP status.
         param: the name of the field that is wrong, or None.
-        code: a word for programs, such as "invalid_value", or None.
+        code: a machine-readable word such as "invalid_value", or None.
 
     >>> from nplora.serving.request_error import RequestError
     >>> error = RequestError("n is 0, expected at least 1", param="n", code="invalid_value")

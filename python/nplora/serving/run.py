@@ -42,8 +42,8 @@ def serve(
         adapters: pairs (name, path).
         any_base: accept adapters that were trained on another model of the same shapes.
         listener: a socket that listens; None: one for `options.host` and `options.port` is made.
-        report: called with texts for the person who runs the server: the address and the memory plan when
-            requests are accepted, the events of jobs, and what the server waits for before it ends.
+        report: called with texts for the person who runs the server. The texts are the address and the memory
+            plan when the server is ready, the events of jobs, and what the server waits for before it ends.
     Raises:
         ModuleNotFoundError: starlette or uvicorn is not installed.
         OSError: the port is in use, or an adapter cannot be read.
@@ -80,7 +80,7 @@ def _text_service(
     any_base: bool,
     report: Callable[[str], None],
 ) -> Iterator[tuple[Service, str, Callable[[], None]]]:
-    """What the routes of a language model need, its description, and a function that starts the jobs."""
+    """The service of a language model, its description, and a function that starts the jobs."""
     models = Models(lm, options.name or default_name(lm.source), any_base)
     for name, path in adapters:
         models.load(name, path)
@@ -96,7 +96,7 @@ def _encoder_service(
     adapters: Sequence[tuple[str, str]],
     any_base: bool,
 ) -> Iterator[tuple[Service, str, Callable[[], None]]]:
-    """The same for an encoder, which has no jobs."""
+    """The service of an encoder and its description. An encoder has no jobs."""
     if options.jobs is not None:
         raise ValueError("serve: fine-tuning jobs need a language model that generates text")
     served = ServedEncoder(encoder)
@@ -131,7 +131,7 @@ def _limits(options: ServeOptions) -> dict[str, Any]:
 
 
 def description(engine: Engine, models: Models[LanguageModel], options: ServeOptions) -> str:
-    """What a person should know about a server that has started."""
+    """The lines that a server with a language model prints when it has started."""
     most, context = int(engine.lm.config.max_position_embeddings), engine.context
     why = f", because of the memory; the model has {most:,}" if context < most else ""
     limit = _limit(options)
@@ -144,7 +144,7 @@ def description(engine: Engine, models: Models[LanguageModel], options: ServeOpt
 
 
 def encoder_description(engine: EncoderEngine, models: Models[ServedEncoder], options: ServeOptions) -> str:
-    """What a person should know about a server with an encoder that has started."""
+    """The lines that a server with an encoder prints when it has started."""
     served = engine.served
     found = served.classifier
     labels = () if found is None else found.labels
@@ -165,7 +165,7 @@ def _limit(options: ServeOptions) -> str:
 
 
 def last_words(engine: AnyEngine, seconds: float) -> str:
-    """What a server waits for before it ends."""
+    """The line that says what a server waits for before it ends."""
     metrics = engine.metrics()
     count = metrics.running + metrics.waiting
     ends = "at once"
@@ -186,7 +186,7 @@ def running(
 ) -> Iterator[tuple[Engine, FineTuning | None]]:
     """The engine and the fine-tuning jobs. Both are stopped at the end of this context.
 
-    The caller starts the jobs, after the lines that should come before their events.
+    The caller starts the jobs, so that it can print its own lines before the events of jobs.
 
     Args:
         log: called with the events of jobs.
@@ -224,7 +224,10 @@ def running(
 
 
 def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
-    """The memory limit of the engine. If there are jobs, half of what the model leaves is for training."""
+    """The memory limit of the engine.
+
+    If there are jobs, half of the memory that the model leaves is for training.
+    """
     if options.memory is None:
         return None
     memory = parse_bytes(options.memory, "serve")
@@ -233,13 +236,13 @@ def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
 
 
 def training_memory(options: ServeOptions, engine: Engine) -> int:
-    """The memory limit of the process in training: what the engine will still take is not for training."""
+    """The memory limit of the process during training, without the memory that the engine will still take."""
     assert options.memory is not None
     return parse_bytes(options.memory, "serve") - max(0, engine.plan.total - current_memory())
 
 
 def adapter_memory(lm: LanguageModel | ServedEncoder, options: ServeOptions) -> int | str | None:
-    """The memory for adapters that are loaded later. None: an eighth of what the model leaves."""
+    """The memory for adapters that are loaded later. None: an eighth of the memory that the model leaves."""
     may_load = lm.adapters or options.adapter_dir is not None or options.jobs is not None
     return options.adapter_memory if may_load or options.adapter_memory is not None else 0
 

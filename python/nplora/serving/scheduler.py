@@ -1,4 +1,4 @@
-"""Rounds: which requests are computed now, which pages they have, and the calls of the model."""
+"""Scheduler: decides which requests a round computes and which pages they get, and calls the model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,10 @@ class Scheduler:
         return True
 
     def end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
-        """End a request, waiting or running. During a round, another thread may only end a new one."""
+        """End a waiting or running request.
+
+        During a round, other threads may only end requests that have not started.
+        """
         if request.slot is None:
             self.queue.remove(request)
         else:
@@ -93,7 +96,7 @@ class Scheduler:
         self._ended(request)
 
     def close(self) -> None:
-        """Free the keys and values. There are no requests any more, and none will come."""
+        """Free the keys and values. Call this method only when there are no more requests."""
         self.__dict__.pop("_cache", None)
 
     def counts(self) -> None:
@@ -108,7 +111,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Start waiting requests, as long as slots are free and the pages suffice for their prompts.
 
-        Each running request is left a page more, so that a request that starts is not put back at once.
+        One more page is left for each running request, so that a new request is not put back at once.
         """
         while self._slots and (request := self.queue.first()) is not None:
             pages = self._pages_to_come([*self.running, request]) + len(self.running)
@@ -125,9 +128,10 @@ class Scheduler:
             self._prepare(request)
 
     def _pages_to_come(self, requests: Sequence[Request]) -> int:
-        """The number of available pages that these requests still need for their known tokens and one more.
+        """The number of pages that these requests still need for their known tokens and one more token.
 
-        A page that several of them can share counts once, or not at all if a running request has it already.
+        A page that several of these requests can share counts once. A page that a running request already has
+        does not count.
         """
         own, common = 0, set[Key]()
         for request in requests:
@@ -145,7 +149,7 @@ class Scheduler:
         cache.activate(slot, request.prompt)
 
     def _give_back(self, request: Request) -> None:
-        """Take the slot and the pages from a request."""
+        """Release the slot and the pages of a request."""
         slot = _slot(request)
         self._pool.release(self._cache.take(slot))
         self._cache.adapters[slot] = None
@@ -162,8 +166,9 @@ class Scheduler:
     def _make_room(self, request: Request, tokens: int) -> bool:
         """Give a request the pages for this many tokens. Return False if it was put back or ended instead.
 
-        If the pages do not suffice, a request is put back into the queue, and computed again later: of those
-        with the lowest priority, the one that started last. If there is only one request, its answer ends.
+        If there are too few pages, a request is put back into the queue and computed again later. Among the
+        requests with the lowest priority, the one that started last is put back. If there is only one
+        request, its answer ends.
         """
         while self._missing(request, tokens):
             page = self._pool.new()
@@ -188,7 +193,7 @@ class Scheduler:
         return int(self._cache.lengths[request.slot])
 
     def _read(self) -> None:
-        """Read pieces of prompts; only a few tokens while other requests generate."""
+        """Read pieces of prompts. While other requests generate tokens, the pieces are short."""
         left = PIECE if all(self._length(one) < one.to_read for one in self.running) else _READ_BETWEEN
         while left > 0:
             reading = [one for one in self.running if self._length(one) < one.to_read]
@@ -201,7 +206,7 @@ class Scheduler:
             left -= self._read_pieces(reading[0 if oldest else int(np.argmin(rest))], reading, left)
 
     def _share(self, request: Request) -> None:
-        """Give a request the next pages of its prompt that are there already.
+        """Give a request the next pages of its prompt that are already in the cache.
 
         The last token of a prompt is always computed, because its scores are needed.
         """
@@ -253,7 +258,10 @@ class Scheduler:
         return next(pieces)
 
     def _have_read(self, request: Request, piece: tuple[int, int], scores: Array) -> None:
-        """Publish the whole pages of a piece that was read, and choose the first token behind the prompt."""
+        """Publish the whole pages of a piece that was read.
+
+        After the last piece, choose the first token of the answer.
+        """
         begin, end = piece
         request.known = max(request.known, end)
         for page in range(begin // PAGE, end // PAGE):
@@ -278,7 +286,7 @@ class Scheduler:
                 self._advance(request, scores)
 
     def _advance(self, request: Request, scores: Array) -> None:
-        """Choose a request's next token, and end the request if it was the last."""
+        """Choose a request's next token, and end the request if this token is its last."""
         first = not request.answer.generated
         try:
             request.advance(scores)
@@ -299,13 +307,18 @@ class Scheduler:
             self._read_again(request)
 
     def _read_again(self, request: Request) -> None:
-        """Begin again with LongRoPE's long factors: the keys were rotated by the short ones."""
+        """Compute a request again with LongRoPE's long factors.
+
+        Its keys were rotated by the short factors.
+        """
         self._pool.release(self._cache.take(_slot(request)))
         request.read_all()
         self._prepare(request)
 
     def _compute(self, ids: Sequence[Any], requests: Sequence[Request]) -> Sequence[Array | None]:
-        """The scores after the next tokens of each request. A request that fails ends, and has None.
+        """The scores after the next tokens of each request.
+
+        A request that fails ends, and None replaces its scores.
 
         If the requests fail together, each is computed alone, to find those that fail.
         """
@@ -327,7 +340,7 @@ class Scheduler:
 
 
 def _itself(model: LanguageModel) -> LanguageModel:
-    """The slots of the engine's cache are given models instead of adapters."""
+    """Return the model: the slots of the engine's cache hold models instead of adapters."""
     return model
 
 

@@ -20,14 +20,14 @@ Model = Encoder | TextClassifier
 class ServedEncoder:
     """An encoder and its named adapters. All of them share the frozen weights.
 
-    An adapter of a classifier brings its own head. Without an adapter, the model classifies texts if its
-    files have the head of a classifier. All methods may be called from any thread.
+    The adapter of a classifier includes a head. Without an adapter, the model classifies texts if its files
+    have the head of a classifier. All methods may be called from any thread.
 
     Args:
-        encoder: the encoder, without an adapter. It may not be changed meanwhile.
+        encoder: the encoder, without an adapter. The encoder must not change while it is served.
     Attributes:
         encoder: see the arguments.
-        classifier: the classifier in the model's files, or None.
+        classifier: the classifier of the model's files; None if they have none.
     Raises:
         FormatError: the files have the head of a classifier, but it is broken.
     """
@@ -81,14 +81,17 @@ class ServedEncoder:
         return copy
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter. Raises KeyError if there is none with this name."""
+        """Remove an adapter. Raises KeyError if no adapter has this name."""
         with self._lock:
             adapters, models = dict(self._adapters), dict(self._models)
             del adapters[name], models[name]
             self._adapters, self._models = adapters, models
 
     def named_model(self, name: str | None) -> Model:
-        """The model with one adapter; None: without an adapter. Raises KeyError for an unknown name."""
+        """The model with the adapter of this name; None: the model without an adapter.
+
+        Raises KeyError for an unknown name.
+        """
         return self._models[name] if name is not None else self.classifier or self.encoder
 
 
@@ -98,7 +101,7 @@ def encoder_of(model: Model) -> Encoder:
 
 
 def read_adapter(served: Any, path: StrPath, base: StrPath, any_base: bool = False) -> Adapter:
-    """Read an adapter, which may have the head of a classifier."""
+    """Read an adapter, which may include the head of a classifier."""
     return Adapter.read(path, any_base=any_base)
 
 

@@ -1,4 +1,4 @@
-"""One request to the engine: what it yields, how it is followed, and how it is cancelled."""
+"""Ticket: the client's view of a request, to follow its text or to cancel it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TopToken:
 
     Attributes:
         id: the token.
-        text: the token decoded alone; U+FFFD stands for bytes that are not a whole character.
+        text: the text of this token alone. U+FFFD replaces bytes that are not a whole character.
         logprob: the natural logarithm of the model's probability.
 
     >>> nplora.serving.TopToken(id=7, text=" the", logprob=-0.5).text
@@ -36,7 +36,7 @@ class Token:
 
     Attributes:
         id: the token.
-        text: the token decoded alone; U+FFFD stands for bytes that are not a whole character.
+        text: the text of this token alone. U+FFFD replaces bytes that are not a whole character.
         logprob: the natural logarithm of the model's probability, before temperature, penalties and biases;
             None if the request did not ask for log-probabilities.
         top: the most likely tokens at this position, as many as the request asked for, the likeliest first.
@@ -59,9 +59,10 @@ class Chunk:
     """The next piece of an answer.
 
     Attributes:
-        text: whole characters. Text that may be the beginning of a stop text is held back until it is clear.
-        tokens: the tokens that were generated since the chunk before, without the end token. Because text is
-            held back, the joined texts of the tokens may differ from `text`.
+        text: whole characters. Text that may be the beginning of a stop text is held back until this is
+            decided.
+        tokens: the tokens that were generated since the last chunk, without the end token. Because some text
+            is held back, the joined texts of these tokens may differ from `text`.
 
     >>> nplora.serving.Chunk("Hello").tokens
     ()
@@ -77,8 +78,8 @@ class Usage:
 
     Attributes:
         prompt: the tokens of the prompt.
-        cached: how many of them were not computed, because the prefix cache had them.
-        generated: the generated tokens. An end token counts.
+        cached: the number of prompt tokens that were found in the prefix cache, and were not computed.
+        generated: the number of generated tokens, including an end token.
 
     >>> nplora.serving.Usage(prompt=5)
     Usage(prompt=5, cached=0, generated=0)
@@ -101,7 +102,7 @@ class Ticket:
     Args:
         prompt: the number of tokens of the prompt.
         run: runs a round of the engine in this thread, or returns False if another thread runs the rounds.
-        cancel: called with this ticket if it is cancelled.
+        cancel: called with this ticket when a client cancels it.
     """
 
     def __init__(self, prompt: int, run: Callable[[], bool], cancel: Callable[[Ticket], None]) -> None:
@@ -121,7 +122,7 @@ class Ticket:
 
     @property
     def finish_reason(self) -> str | None:
-        """How the answer ended; None while it has not ended.
+        """How the answer ended; None before its end.
 
         "stop": an end token or a stop text. "length": `max_new_tokens`, or the context or the memory for keys
         and values is full. "cancelled": `cancel` was called, or the engine was closed. "error": see `error`.
@@ -134,7 +135,10 @@ class Ticket:
         return self._error
 
     def cancel(self) -> None:
-        """End the request. It ends before the next round; nothing happens if it has ended already."""
+        """Cancel the request, which ends before the next round.
+
+        If the request has already ended, this method does nothing.
+        """
         if self._reason is None:
             self._cancel(self)
 
@@ -152,7 +156,7 @@ class Ticket:
             raise self._error
 
     def _next(self) -> Chunk | None:
-        """Wait for the next chunk. None: there are no more."""
+        """Wait for the next chunk. None: there are no more chunks."""
         while True:
             with self._changed:
                 if self._chunks and self._listener is None:
@@ -165,12 +169,14 @@ class Ticket:
                         self._changed.wait(_LONGEST_WAIT)
 
     def listen(self, callback: Callable[[Chunk | None], None]) -> None:
-        """Pass the chunks to a callback instead of an iterator: each chunk once, in order, then None once.
+        """Pass the chunks to a callback instead of an iterator.
 
-        Chunks that came before are passed at once, from the calling thread; the later ones from the engine's
-        thread, which waits for the callback. So it must return quickly, as `loop.call_soon_threadsafe(...)`
-        does. An exception of the callback cancels the request, with a warning. The callback may not close
-        the engine or wait for another answer.
+        The callback gets each chunk once, in order, and then None.
+
+        The calling thread passes the chunks that are already there. The engine's thread passes the later
+        chunks, and waits for the callback. So the callback must return quickly, as
+        `loop.call_soon_threadsafe(...)` does. An exception of the callback cancels the request, with a
+        warning. The callback may not close the engine or wait for another answer.
 
         Raises:
             RuntimeError: the ticket has a listener already.
@@ -208,7 +214,9 @@ class Ticket:
         self._pass_chunks()
 
     def _pass_chunks(self) -> None:
-        """Pass the chunks to the listener, without the lock, which the listener may need in another thread.
+        """Pass the chunks to the listener.
+
+        The lock is released before, because the listener may need it in another thread.
 
         Only one thread does this at a time, so that the chunks keep their order.
         """
@@ -238,9 +246,9 @@ class Ticket:
 
 
 def _ignore(value: object) -> None:
-    """Stands for the listener of a request whose listener failed, or which has ended."""
+    """Replaces the listener of a request that has ended, or whose listener has failed."""
 
 
 def _no_round() -> bool:
-    """Stands for the engine of a request that has ended."""
+    """Replaces the engine of a request that has ended."""
     return False

@@ -1,6 +1,6 @@
 """Estimators for scikit-learn, which is needed: `pip install "nplora[sklearn]"`.
 
-They work in pipelines, grid searches and cross-validation, and can be cloned and pickled.
+The estimators work in pipelines, grid searches and cross-validation, and can be cloned and pickled.
 """
 
 import importlib.util

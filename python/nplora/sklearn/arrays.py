@@ -1,4 +1,4 @@
-"""ArrayEstimator: the part of an estimator that is about arrays and networks in NumPy."""
+"""ArrayEstimator: what the estimators for arrays and NumPy networks share."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _DTYPES = [np.float64, np.float32]
 
 @dataclass(frozen=True)
 class FileModel:
-    """A fitted model as it is pickled if its network is in a file: without the frozen weights.
+    """The pickled form of a fitted model whose network is in a file, without the frozen weights.
 
     Attributes:
-        path, activation, adaptation, probe: what the model is built from.
+        path, activation, adaptation, probe: the arguments that build the model.
         values, streams: the trained arrays, and the dropout streams.
         base: the fingerprint of the frozen weights.
     """
@@ -45,7 +45,7 @@ class FileModel:
         """Read the network again and return the model.
 
         Raises:
-            FormatError: the file holds another network now. OSError: the file cannot be read.
+            FormatError: the file now holds a different network. OSError: the file cannot be read.
         """
         model = adapted(read_network(self.path, self.activation), self.adaptation, self.probe)
         if base_fingerprint(model, whole=True) != self.base:
@@ -58,7 +58,7 @@ class FileModel:
 
 
 class ArrayEstimator(LoRAEstimator):
-    """Base class of the estimators over arrays: their features are arrays, and their model a network."""
+    """Base class of the estimators whose features are arrays and whose model is a network."""
 
     def _features(self, X: Any, reset: bool) -> Array:
         array: Array = validate_data(self, X, reset=reset, **self._array_options())

@@ -38,9 +38,9 @@ E = TypeVar("E", bound="LoRAEstimator")
 
 
 def unchanged_on_error(method: Callable[Concatenate[E, P], T]) -> Callable[Concatenate[E, P], T]:
-    """Give the estimator its earlier attributes if the method fails, so that it can still predict.
+    """Restore the estimator's attributes if the method fails, so that the estimator can still predict.
 
-    A model that was being trained further keeps the steps that it has made.
+    If a further training of the same model fails, the model keeps the steps made so far.
     """
 
     @functools.wraps(method)
@@ -73,8 +73,8 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         _features(X, reset)         check X and return features, an array or a list of rows
         _build(x, outputs, seed)    return a new model of these features
 
-    It may override others. For features that are no arrays, it overrides `_batches`, `_outputs` and
-    `_identity`.
+    A subclass may override other methods. If its features are not arrays, it overrides `_batches`, `_outputs`
+    and `_identity`.
     """
 
     # ---- what a subclass defines ----
@@ -105,7 +105,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         return predict(self.model_, x, _PREDICTION_ROWS).astype(np.float64)
 
     def _identity(self, x: Any) -> str:
-        """Return a text that differs for other features, for the name of a checkpoint."""
+        """Return a text that identifies the features, for the name of a checkpoint."""
         return fingerprint(np.asarray(x), whole=True)
 
     # ---- the fit loop ----
@@ -116,8 +116,9 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         """Train on features and encoded targets; return the rows that were held out, if any.
 
         Args:
-            loss: makes the loss from the targets that are trained on.
-            stratify: the labels whose shares the held-out rows keep; None: the rows are drawn at random.
+            loss: a function that takes the targets of the training rows and returns the loss.
+            stratify: labels; each label has the same share of the held-out rows as of all rows. None: the
+                rows are drawn at random.
         """
         self._check_settings()
         seed = self._seed()
@@ -146,7 +147,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         return held_out
 
     def _train_more(self, x: Any, y: Array, outputs: int, loss: Loss) -> None:
-        """Make one pass over some rows, which continues earlier passes. Nothing is held out."""
+        """Train on some rows once, as a continuation of earlier calls. No rows are held out."""
         self._check_settings()
         if not hasattr(self, "model_"):
             self._start_run(self._seed())
@@ -173,12 +174,12 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
 
     @property
     def _continues(self) -> bool:
-        """Whether `fit` trains the present model further."""
+        """Whether `fit` continues to train the existing model."""
         return bool(self.warm_start) and hasattr(self, "model_")
 
     @property
     def _holds_out(self) -> bool:
-        """Whether a fit keeps rows apart, to stop early or to calibrate."""
+        """Whether a fit holds out rows, to stop early or to calibrate."""
         return bool(self.early_stopping) or bool(getattr(self, "calibrate", False))
 
     def _seed(self) -> int:
@@ -202,7 +203,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         """Return the options of `Trainer.fit` for a checkpoint in a directory of this fit.
 
         Its name is a digest of the settings, the network, the data and the values at the start. So the fits
-        of a grid search do not disturb each other, and each finds its own run again.
+        of a grid search do not disturb each other, and a repeated fit finds its checkpoint.
         """
         if self.checkpoint_dir is None:
             return {}
@@ -219,15 +220,15 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     # ---- predictions ----
 
     def _has_bias(self) -> bool:
-        """Whether a new head can add the mean of the targets."""
+        """Whether a new head has a bias, which can hold the mean of the targets."""
         return True
 
     def _set_scale(self, factor: Array | float, offset: Array | float = 0.0) -> None:
-        """After a fit: predictions are made from factor · output + offset."""
+        """Set the scale after a fit: a prediction is made from factor · output + offset."""
         self._scale = np.asarray(factor, np.float64), np.asarray(offset, np.float64)
 
     def _unscaled(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model has the outputs that it is trained with."""
+        """A context in which the model returns the unscaled outputs that training uses."""
         return contextlib.nullcontext()
 
     def _scaled(self, outputs: Array) -> Array:

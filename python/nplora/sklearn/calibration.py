@@ -1,4 +1,4 @@
-"""Calibration by temperature: one number by which logits are divided, so that probabilities fit the data."""
+"""Calibration by temperature: dividing all logits by one number makes the probabilities fit the data."""
 
 import numpy as np
 import numpy.typing as npt

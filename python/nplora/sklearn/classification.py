@@ -19,13 +19,16 @@ Array = npt.NDArray[Any]
 
 
 class ClassifierBase(ClassifierMixin, LoRAEstimator):  # type: ignore[misc]
-    """Base class of the classifiers. Its subclasses define the methods that `LoRAEstimator` names."""
+    """Base class of the classifiers.
+
+    Its subclasses define the methods that the docstring of `LoRAEstimator` lists.
+    """
 
     classes_: Array
 
     @unchanged_on_error
     def fit(self, X: Any, y: Any) -> Self:
-        """Train a new model, or with `warm_start` the present one.
+        """Train a new model or, with `warm_start`, continue to train the existing one.
 
         Args:
             X: the features of n rows. y: their labels (n,), of at least two classes.

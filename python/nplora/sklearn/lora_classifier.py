@@ -18,9 +18,9 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
     The frozen weights are never copied: clones and the fits of a grid search share them. Every frozen linear
     layer and convolution gets a LoRA layer, apart from the head.
 
-    Without a network there is nothing pretrained. Then one layer of random frozen features takes its place,
-    which LoRA adapts too. That is enough to try the estimator; if you have no pretrained network,
-    scikit-learn's own models are the better choice.
+    Without a network, nothing is pretrained. One layer of random frozen features then replaces the network,
+    and LoRA adapts this layer too. Random features are enough to try the estimator. If you have no pretrained
+    network, scikit-learn's models are the better choice.
 
         >>> rng = np.random.default_rng(0)
         >>> X = rng.normal(size=(200, 4))
@@ -34,24 +34,25 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
     Args:
         network: a Module such as a Sequential, which is not changed; the path of a safetensors file, as
             in `read_network`; or None for random features.
-        rank, alpha, dropout: the settings of the LoRA layers, as in `LoRALinear`. A layer with a smaller side
-            than `rank` gets that side's length as its rank, with the same scale.
+        rank, alpha, dropout: the settings of the LoRA layers, as in `LoRALinear`. If a side of a layer is
+            shorter than `rank`, the layer's rank is the length of that side. The scale stays the same.
         targets: the names of the layers to adapt, or the ends of their dotted names; None: all.
-        head: "replace" puts a new trained layer in the place of the network's last linear layer; "append"
-            puts it behind the network; "keep" takes the network's outputs as logits of the classes in sorted
-            order, and adapts the last layer too.
+        head: "replace" replaces the network's last linear layer by a new trained layer; "append" adds a new
+            trained layer behind the network; "keep" uses the network's outputs as logits of the classes in
+            sorted order, and adapts the last layer too.
         random_features, activation: without a network, the number of random features and their activation.
-            `activation` ("relu", "gelu", "silu" or "tanh") also stands between the layers of a file.
+            `activation` ("relu", "gelu", "silu" or "tanh") is also the activation between layers that are
+            read from a file.
         lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the run, as in `Trainer`.
         class_weight: a dict of weights by label, "balanced", or None.
         early_stopping: hold rows out, stop after `patience` epochs without a lower loss on them, and keep the
             factors of the best epoch.
         validation_fraction, patience: the share of rows that is held out, and the epochs to wait.
-        calibrate: hold rows out, and divide the logits by the temperature that fits them best, which makes
-            the probabilities more honest and changes no label.
-        checkpoint_dir: a directory for checkpoints. Each fit has a directory of its own inside, named after
-            its settings and data. An interrupted fit with an integer `random_state` continues there with the
-            same bits, and a finished one is loaded.
+        calibrate: hold rows out, and divide the logits by the temperature that fits these rows best. The
+            probabilities then match the error rates better, and the predicted labels stay the same.
+        checkpoint_dir: a directory for checkpoints. Each fit writes to a subdirectory, which is named after
+            the settings and the data. If `random_state` is an integer, a repeated fit continues an
+            interrupted one with the same bits, and loads a finished one.
         warm_start: whether `fit` continues with the factors of the last fit.
         random_state: the seed of the factors, the head, the order of the rows, and what is held out.
         verbose: whether to show progress.
@@ -59,8 +60,8 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
         classes_: the labels in sorted order.
         model_: the adapted network. `nplora.save_adapter(estimator.model_, directory)` saves the adapter.
         temperature_: the temperature, 1 without calibration.
-        n_iter_, loss_curve_, validation_curve_: the epochs of the last run, and the loss of each; the second
-            on the rows held out, if early stopping is on.
+        n_iter_, loss_curve_, validation_curve_: the number of epochs of the last run; the training loss of
+            each epoch; with early stopping, the loss on the held-out rows after each epoch.
         n_features_in_, feature_names_in_: as in scikit-learn.
     """
 

@@ -15,8 +15,8 @@ from nplora.sklearn.regression import RegressorBase
 class LoRARegressor(RegressorBase, ArrayEstimator):
     """Adapt a pretrained network to targets of your own, with LoRA and a new head.
 
-    The arguments are described in `LoRAClassifier`, apart from these. Without a network, random features take
-    its place, as there.
+    `LoRAClassifier` describes all other arguments. Without a network, random features replace it, as in
+    `LoRAClassifier`.
 
         >>> rng = np.random.default_rng(0)
         >>> X = rng.normal(size=(200, 4))

@@ -15,8 +15,8 @@ from nplora.sklearn.texts import TextEstimator
 class LoRATextClassifier(ClassifierBase, TextEstimator):
     """Classify texts with a pretrained encoder, LoRA and a new head.
 
-    X is a list or a column of texts. The fits of a grid search share the frozen weights. A pickle holds the
-    path of the encoder and the trained values only.
+    X is a list or a column of texts. The fits of a grid search share the frozen weights. A pickle holds only
+    the path of the encoder and the trained values.
 
         >>> X = ["where is my parcel", "my delivery is late", "return an order", "a refund"]
         >>> y = ["delivery", "delivery", "return", "return"]
@@ -34,7 +34,7 @@ class LoRATextClassifier(ClassifierBase, TextEstimator):
         early_stopping: hold rows out, stop after `patience` epochs without a lower loss on them, and keep the
             factors of the best epoch.
         validation_fraction, patience: the share of rows that is held out, and the epochs to wait.
-        calibrate: hold rows out, and divide the logits by the temperature that fits them best.
+        calibrate: hold rows out, and divide the logits by the temperature that fits these rows best.
         checkpoint_dir, warm_start, random_state, verbose: as in `LoRAClassifier`.
     Attributes:
         classes_: the labels in sorted order.

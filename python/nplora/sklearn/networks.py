@@ -87,7 +87,7 @@ def read_network(path: StrPath, activation: str = "relu") -> Sequential:
     for name in names:
         shape = opened[name].shape
         if len(shape) != 2 or width not in (None, shape[1]):
-            wanted = "two axes" if width is None else f"shape (d_out, {width}), as the layer before it has"
+            wanted = "two axes" if width is None else f"shape (d_out, {width}) after that layer"
             raise FormatError(f"{source}: the tensor {brief(name, 200)} has shape {shape}, expected {wanted}")
         width = shape[0]
         bias = _bias(opened, biases[name])
@@ -115,7 +115,10 @@ def _bias(opened: safetensors.SafetensorsFile, name: str) -> Array | None:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """A key that sorts the numbers in names by their value. Names of any length are compared quickly."""
+    """A sort key for names, which compares the numbers in names by their value.
+
+    Names of any length are compared quickly.
+    """
     parts = re.split(r"([0-9]+)", name)
     digits = [part.lstrip("0") if i % 2 else "" for i, part in enumerate(parts)]
     return [
@@ -139,15 +142,16 @@ def random_features(d_in: int, width: int, activation: str, dtype: npt.DTypeLike
 
 
 def adapted(network: Module, adaptation: Adaptation, probe: Array) -> Module:
-    """Copy a network, with LoRA layers over the same frozen weights, and give it a head.
+    """Return a copy of a network with LoRA layers and a head. The copy shares the frozen weights.
 
-    Trained parts of the network are copied, and are trained in the copy. The network itself does not change.
+    The trained parts of the network are copied, and only the copy is trained. The network itself does not
+    change.
 
     Args:
         probe: one row of x, which shows the number of outputs.
     Raises:
-        ValueError: there is no layer of a wanted name, none that can be adapted, or the network has another
-            number of outputs than `adaptation`; or the row does not fit the network.
+        ValueError: no layer has a wanted name; no layer can be adapted; the number of outputs differs from
+            that of `adaptation`; or the row does not fit the network.
     """
     model = copy.deepcopy(network)
     if isinstance(model, Linear) or not list(model.named_children()):
@@ -203,7 +207,7 @@ def _last_linear(model: Module) -> Linear | LoRALinear:
     """Return the last linear layer of a network, with or without an adapter.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the network has no linear layer.
     """
     layers = [
         module

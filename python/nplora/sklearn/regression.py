@@ -75,7 +75,10 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
         return x, array.reshape(len(array), -1)
 
     def _measure(self, targets: Array) -> None:
-        """Remember the mean and the standard deviation of each target; a constant one has 1."""
+        """Store the mean and the standard deviation of each target.
+
+        For a constant target, 1 replaces the standard deviation.
+        """
         if getattr(self, "head", None) == "keep":
             self._centre, self._spread = np.zeros(targets.shape[1]), np.ones(targets.shape[1])
             return

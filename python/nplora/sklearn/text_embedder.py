@@ -86,7 +86,7 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return np.array([f"textembedder{i}" for i in range(self._loaded().dim)], object)
 
     def _loaded(self) -> Encoder:
-        """The encoder. It is loaded at its first use, also after unpickling."""
+        """The encoder. The encoder is loaded at its first use, also after unpickling."""
         if getattr(self, "_key", None) != (str(self.model), self.pooling):
             self._load()
         return self._encoder
@@ -105,7 +105,7 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self._encoder, self._key = shared[version], (str(self.model), self.pooling)
 
     def _shared(self) -> dict[Any, Encoder]:
-        """The encoder that this estimator and its clones loaded last, by the versions of its files."""
+        """The encoder that this estimator or a clone loaded last. Its key is the versions of its files."""
         found: dict[Any, Encoder] = self.__dict__.setdefault("_encoders", {})
         return found
 

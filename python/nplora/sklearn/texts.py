@@ -1,4 +1,4 @@
-"""TextEstimator: the part of an estimator that is about texts and pretrained encoders."""
+"""TextEstimator: what the estimators for texts and pretrained encoders share."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def shared_encoder(op: str, model: StrPath | None) -> Encoder:
 
 
 def versions_of(model: StrPath) -> tuple[Any, ...]:
-    """What changes if a file of the model changes: its path, number, size and time of change."""
+    """A key that changes if a file of the model changes: each file's path, inode, size and time of change."""
     place = Path(files.absolute(model))
     found = {*model_directory.files_of(place)}
     if place.is_dir():  # the modules of sentence-transformers have directories of their own
@@ -78,11 +78,11 @@ def texts_of(op: str, X: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class StoredClassifier:
-    """A fitted model as it is pickled: without the frozen weights.
+    """The pickled form of a fitted model, without the frozen weights.
 
     Attributes:
         path: the encoder.
-        labels, task, lora, max_length: what the model is built from.
+        labels, task, lora, max_length: the arguments that build the model.
         values, streams: the trained arrays, and the dropout streams.
         base: the fingerprint of the frozen weights.
     """
@@ -100,7 +100,7 @@ class StoredClassifier:
         """Read the encoder again and return the model.
 
         Raises:
-            FormatError: the path has another encoder now. OSError: it cannot be read.
+            FormatError: the path now holds a different encoder. OSError: the encoder cannot be read.
         """
         made = _classifier(self.path, self.labels, self.task, self.lora, self.max_length, 0)
         if base_fingerprint(made, whole=True) != self.base:
@@ -127,13 +127,13 @@ def _inverse(scale: Scale) -> Scale:
 
 
 class TextEstimator(LoRAEstimator):
-    """Base class of the estimators over texts: their features are token ids."""
+    """Base class of the estimators whose inputs are texts. Their features are token ids."""
 
     model_: TextClassifier
     _task: str
 
     def _features(self, X: Any, reset: bool) -> list[list[int]]:
-        """The token ids. A fitted model keeps its tokenizer, whatever becomes of `model` and its files."""
+        """The token ids. A fitted model keeps its tokenizer, even if `model` or its files change later."""
         op = type(self).__name__
         texts = texts_of(op, X)
         if reset or not hasattr(self, "model_"):
@@ -164,7 +164,7 @@ class TextEstimator(LoRAEstimator):
         return _classifier(self.model, self._labels(outputs), self._task, lora, self.max_length, seed)
 
     def _labels(self, outputs: int) -> list[str]:
-        """The names of the outputs, which the saved adapter has."""
+        """The names of the outputs, as the saved adapter stores them."""
         return [f"target_{i}" for i in range(outputs)]
 
     # The scale of predictions is a part of the head, so that a saved adapter predicts the same.

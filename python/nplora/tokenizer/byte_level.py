@@ -69,7 +69,7 @@ def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
     """The ids of the tokens that are added before a text, and of those that are added after it.
 
     Raises:
-        UnsupportedError: the post-processor does something else.
+        UnsupportedError: the post-processor does anything else.
     """
     whole = "post_processor"
     templates = [step for step in steps(fields, whole) if step.get("type") != "ByteLevel"]

@@ -63,7 +63,7 @@ class ChatTemplate:
         Args:
             messages: dictionaries that consist of strings, numbers, lists and dictionaries.
             add_generation_prompt: end the text with the start of the assistant's next turn.
-            now: the time that the template gets if it asks; None means the current time.
+            now: the time for templates that use the time; None: the current time.
             variables: other variables of the template, such as bos_token.
         Raises:
             FormatError: the template is not valid Jinja.

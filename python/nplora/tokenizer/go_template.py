@@ -1,11 +1,11 @@
 """Writes a chat template in the template language of Go, which Ollama reads.
 
-A Jinja template can do anything, but nearly all of them write a chat as fixed texts around the messages.
-These texts are found by rendering chats whose messages are marks. Then the fixed texts are compared with what
-the Jinja template writes for other chats. A template that does more than that is not translated. There are
-two exceptions: `trimmed` and `has_tools` report what the translation lacks.
+A Jinja template can do anything, but nearly all templates write a chat as fixed texts around the messages.
+The fixed texts are found by rendering chats whose messages are marks. They are then compared with what the
+Jinja template writes for other chats. A template that does more than that is not translated. There are two
+exceptions: `trimmed` and `has_tools` report what the translation lacks.
 
-A template that asks for the time gets the time that it gets in training.
+A template that uses the time gets the same time as in training.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class GoTemplate:
         user: the texts before and after a user message that is not the first.
         assistant: the texts before and after an answer.
         answer: the text where the model's next answer begins.
-        trimmed: the roles of the messages that the Jinja template strips of white space. Go cannot do that.
-        has_tools: whether the Jinja template writes tools. This one does not.
+        trimmed: the roles of the messages from which the Jinja template strips white space. A Go template
+            cannot do this.
+        has_tools: whether the Jinja template writes tools. The Go template does not write them.
     """
 
     first: str
@@ -72,7 +73,9 @@ class GoTemplate:
         return f"{begin}{{{{ range .Messages }}}}{user}{answer}{{{{ end }}}}{_literal(self.answer)}"
 
     def _begin(self, system: str, user: str = "") -> str | None:
-        """What Go writes before the first user message, without `user`. None: it does not end with `user`.
+        """The Go text before the first user message, without `user` at its end.
+
+        None if it does not end with `user`.
 
         Args:
             system: Go's name of the system message.
@@ -94,7 +97,7 @@ class GoTemplate:
 
 
 def _literal(text: str) -> str:
-    """A text as Go writes it. Two braces begin an action; a brace at the end would join the next one."""
+    """A text in Go's syntax. Two braces begin an action, so a brace at the end of the text is escaped too."""
     return re.sub(r"\{{2,}|\{\Z", r'{{ "\g<0>" }}', text)
 
 
@@ -123,12 +126,12 @@ def of(tokenizer: Tokenizer) -> GoTemplate | None:
 
 
 def special_tokens(tokenizer: Tokenizer, template: GoTemplate) -> list[str]:
-    """The special tokens that the template writes: where one appears in an answer, the answer has ended."""
+    """The special tokens that the template writes. If one appears in an answer, the answer has ended."""
     return list(dict.fromkeys(tokenizer.special_in(template.texts)))
 
 
 class _OtherError(Exception):
-    """The template writes something else than fixed texts."""
+    """The template writes more than fixed texts."""
 
 
 def _found(tokenizer: Tokenizer) -> GoTemplate:
@@ -152,7 +155,7 @@ def _found(tokenizer: Tokenizer) -> GoTemplate:
 
 
 def _trimmed(tokenizer: Tokenizer, found: GoTemplate, chats: Sequence[list[Any]]) -> tuple[str, ...]:
-    """Compare chats as they are, and with spaces around each message. Return the roles that lose these."""
+    """Compare chats without and with spaces around each message. Return the roles that lose these spaces."""
     if _texts(tokenizer, chats) != [found.render(chat) for chat in chats]:
         raise _OtherError
     padded = _texts(tokenizer, [_changed(chat, " {} \n") for chat in chats])

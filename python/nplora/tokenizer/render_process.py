@@ -44,7 +44,7 @@ class _Line(NamedTuple):
             rest = rest[os.write(self.writer, rest) :]
 
     def receive(self, most: int) -> bytes:
-        """A line of at most `most` bytes; less if the other end is closed."""
+        """Read a line of at most `most` bytes. The result may be incomplete if the other end is closed."""
         received = bytearray()
         while not received.endswith(b"\n") and len(received) < most:
             piece = os.read(self.reader, 1 << 16)
@@ -67,8 +67,8 @@ class _Child(NamedTuple):
 class RenderProcess:
     """The process that renders chat templates.
 
-    The process starts at its first use, restarts if it has ended, and ends with its parent. Threads use the
-    process one after another.
+    The process starts at its first use, restarts if it has ended, and ends with its parent. The process
+    serves one thread at a time.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class RenderProcess:
         """Send a request. Return the answer (at most `length` bytes), or how the process ended.
 
         Args:
-            most: what the process may use for the answer.
+            most: the limits of the process for this request.
         Raises:
             ModuleNotFoundError: the package `jinja2` is not installed.
             OSError: the process cannot be started.

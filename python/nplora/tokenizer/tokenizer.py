@@ -72,7 +72,8 @@ class Chat:
         turns: for each assistant message (by its index), the positions of the turn's tokens, including the
             end token.
         unused: "messages", "tools" or "documents", if some were given that do not change the rendered text.
-        lost_calls: the tool calls that the template leaves out: index of the message, number of the call.
+        lost_calls: the tool calls that the template leaves out, as pairs (index of the message, number of the
+            call).
     """
 
     ids: list[int]
@@ -156,7 +157,7 @@ class Tokenizer:
         return [self._backend.id_to_token(id_) for id_ in range(self.vocab_size)]
 
     def digest(self) -> str:
-        """A digest of all that decides which tokens a text or a chat has.
+        """A digest of everything that decides which tokens a text or a chat has.
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -170,7 +171,7 @@ class Tokenizer:
     # ---- added tokens ----
 
     def with_tokens(self, tokens: Iterable[AddedToken]) -> Tokenizer:
-        """A tokenizer that also knows these tokens. Tokens that it has already stay as they are.
+        """A tokenizer that also knows these tokens. Tokens that it already has do not change.
 
         Raises:
             FormatError: a token's id or text belongs to another token.
@@ -211,7 +212,7 @@ class Tokenizer:
         return made
 
     def missing(self, tokens: Iterable[AddedToken], rows: int) -> tuple[AddedToken, ...]:
-        """Those of an adapter's tokens that a model with this tokenizer lacks.
+        """The tokens of an adapter that a model with this tokenizer lacks.
 
         Args:
             rows: the number of rows of the model's embedding. A token beyond them has no row.
@@ -230,7 +231,10 @@ class Tokenizer:
         return found
 
     def _has(self, token: AddedToken) -> bool:
-        """Whether the tokenizer has this token. Raises FormatError if its text or id is another token's."""
+        """Whether the tokenizer has this token.
+
+        Raises FormatError if its text or its id belongs to another token.
+        """
         id_ = self.id_of(token.text)
         there = self._backend.id_to_token(token.id)
         if id_ == token.id:
@@ -297,9 +301,9 @@ class Tokenizer:
                 BOS; some add nothing.
             parse_special: read names such as "<|im_end|>" as special tokens, as needed for the output of
                 `apply_chat_template`. False: read the names as plain text, which is right for untrusted text.
-            most: how many tokens are needed. If the text is long, only its beginning is encoded, and the
-                first `most` tokens are returned. If the text is short, all tokens are returned, even if there
-                are more than `most`.
+            most: the number of tokens that are needed. If the text is long, only its beginning is encoded,
+                and the first `most` tokens are returned. If the text is short, all tokens are returned, even
+                if there are more than `most`.
         Returns:
             list of token ids.
         Raises:
@@ -318,7 +322,10 @@ class Tokenizer:
     def _encode_beginning(
         self, text: str, most: int | None, add_special_tokens: bool = False, parse_special: bool = False
     ) -> tuple[list[int], bool]:
-        """Like `encode`, but also return whether these are all tokens. If not, over `_UNSURE` more follow."""
+        """Like `encode`, but also return whether these are all tokens.
+
+        If the result is False, more than `_UNSURE` further tokens follow.
+        """
         _require_text(text)
         size = len(text) if most is None else _CHARACTERS * (most + _UNSURE)
         while most is not None and size < len(text):
@@ -341,8 +348,8 @@ class Tokenizer:
         Names of special tokens in the texts are read as plain text.
 
         Args:
-            longest: the largest number of tokens of a text, including special tokens. What is cut is the end
-                of the text; the special tokens around it stay.
+            longest: the largest number of tokens of a text, including special tokens. The end of the text is
+                cut; the special tokens around the text are kept.
         Returns:
             the token ids of each text, and the number of texts that were cut.
         Raises:
@@ -493,7 +500,7 @@ class Tokenizer:
             add_generation_prompt: end the text with the start of the assistant's next turn.
             tools: functions that the assistant may call, as JSON schemas.
             documents: texts that the assistant may read, as dictionaries with "title" and "text".
-            now: the time that a template gets if it asks; None: the current time.
+            now: the time for templates that use the time; None: the current time.
         Raises:
             ValueError: the model has no chat template, or the template refuses the messages.
             UnsafeError, FormatError: the template is not safe, or not valid Jinja.
@@ -563,9 +570,9 @@ class Tokenizer:
 
         For each assistant turn, the template is rendered up to the start and up to the end of the turn. The
         tokens between these two points belong to the turn. Some templates write earlier messages differently
-        when more messages follow. Then the special tokens around a message bound its turn (see
-        `nplora.tokenizer.turns`). A template that asks for the time gets `TRAINING_TIME`, so that the same
-        chat always has the same tokens.
+        when more messages follow. For such templates, a turn is found by the special tokens around it (see
+        `nplora.tokenizer.turns`). A template that uses the time gets `TRAINING_TIME`, so that the same chat
+        always has the same tokens.
 
         Args:
             messages, tools, documents: as in `apply_chat_template`.
@@ -681,7 +688,7 @@ class Tokenizer:
         return turns
 
     def _prompt_pieces(self, quoted: list[Message], given: dict[str, Any]) -> turns_of.Pieces:
-        """What the template writes where the assistant's first answer should begin."""
+        """The text that the template writes where the assistant's first answer should begin."""
         index = next(index for index, message in enumerate(quoted) if message.get("role") == "assistant")
         asked, without = (
             self._split(self._render(quoted[:index] or quoted, begins, TRAINING_TIME, given))
@@ -800,7 +807,7 @@ def _require_text(text: str) -> None:
 
 
 def _cut(text: str, size: int) -> int:
-    """Where to cut a text: before a line that begins with a letter, or else at `size`.
+    """The position at which to cut a text: before a line that begins with a letter, or else at `size`.
 
     All tokenizers split a text before a line that begins with a letter.
     """

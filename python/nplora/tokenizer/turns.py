@@ -1,9 +1,10 @@
 """Finds the assistant's turns in a chat that a template wrote.
 
 Many templates write a message differently when other messages follow: Qwen 3 drops the reasoning of earlier
-turns. So a turn cannot always be found by rendering the chat up to it. Here the chat is rendered a second
-time, with marks in place of the messages' own text. A mark shows which special tokens stand before and after
-a message. Only the template can write special tokens, so both texts contain the same ones, in the same order.
+turns. So a turn cannot always be found by rendering the chat up to it. Instead, the chat is rendered a second
+time, with marks that replace the texts of the messages. A mark shows which special tokens stand before and
+after a message. Only the template can write special tokens, so both texts contain the same ones, in the same
+order.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _named(call: Any, mark: str) -> Any:
 def with_written_marks(
     messages: Sequence[Mapping[str, Any]], mark: str, by_id: bool
 ) -> tuple[list[Mapping[str, Any]], dict[Part, str]]:
-    """Copy the messages, and put a mark of its own at the end of each part that a template should write.
+    """Copy the messages, and put a separate mark at the end of each part that a template should write.
 
     Parts are the texts of messages that are not the assistant's, and the names of called functions. Text
     before a mark is kept, because templates look for settings in it.
@@ -127,10 +128,10 @@ def find_turns(
 
     Args:
         messages: the chat.
-        text, marked: the chat as the template writes it, without and with marks.
+        text, marked: the text that the template writes for the chat, without and with marks.
         mark: the character of the marks.
-        prompt: what the template writes where the assistant's answer should begin.
-        is_end: whether a special token ends a turn.
+        prompt: the text that the template writes where the assistant's answer should begin.
+        is_end: a function that returns whether a special token ends a turn.
     Raises:
         UnsupportedError: the turns are not known for certain.
     """
@@ -181,10 +182,11 @@ def _marked_places(marked: Pieces, mark: str) -> dict[int, list[int]]:
 
 
 def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> dict[int, str]:
-    """Where the assistant's turns begin: the number of the special token, and the text of the head.
+    """For each of the assistant's turns, the number of its first special token, and the text of the head.
 
     A prompt may end with text that only the last turn has, such as "<think>". The other turns then begin
-    with only a part of the prompt. This part must be so long that no message of another role begins with it.
+    with only a part of the prompt. The common part must be so long that no message of another role begins
+    with it.
     """
     begin = next((place for place, (_, is_special) in enumerate(prompt) if is_special), None)
     if begin is None:
@@ -215,7 +217,7 @@ def _parts(prompt: Pieces) -> list[Pieces]:
 
 
 def _begins(text: Pieces, place: int, head: Pieces) -> bool:
-    """Whether the head stands in the text at piece number `place`."""
+    """Whether the text contains the head at piece number `place`."""
     *whole, (last, is_special) = head
     end = place + len(whole)
     if end >= len(text) or text[place:end] != whole or text[end][1] != is_special:

@@ -117,7 +117,7 @@ class ArrayBatches:
         }
 
     def log_summary(self) -> dict[str, Any]:
-        """What the log of a run says about these batches."""
+        """The description of these batches for the log of a run."""
         return {"rows": len(self.x), "batch_size": self.batch_size}
 
 
@@ -192,7 +192,7 @@ def validation_of(op: str, validation: Any, batch_size: int, several: bool) -> B
     """Make the batches of the validation data from a tuple of two arrays, or from an iterable of batches.
 
     Args:
-        several: whether the data will be read more than once; if so, a generator is refused.
+        several: whether the data will be read more than once; a generator is then refused.
     """
     if isinstance(validation, Batches):
         return validation

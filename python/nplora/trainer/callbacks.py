@@ -15,15 +15,14 @@ class Callback:
 
     Each hook gets the object `run`, with the attributes `model`, `history`, `step` and `total_steps`.
     `run.stop()` ends the run after the current step, as if this step were the last. If a hook raises an
-    exception, the run is saved, and ends.
+    exception, the run is saved and ends.
 
-    A resumed run has the log up to its checkpoint. A callback with a state of its own can therefore write
-    this state with `run.log` in `on_step_end`, and read the last written state with `run.logged` in
-    `on_fit_start`.
+    A resumed run has the log up to its checkpoint. So a callback can save its state with `run.log` in
+    `on_step_end`, and read the last saved state with `run.logged` in `on_fit_start`.
 
-    On several ranks, every rank calls the hooks of its own callbacks, except `on_checkpoint`, which is called
-    on rank 0 only. A callback that changes the model or its gradients must do the same on all ranks;
-    otherwise the run ends with an error.
+    On several ranks, every rank calls the hooks of its callbacks, but only rank 0 calls `on_checkpoint`. A
+    callback that changes the model or its gradients must do the same on all ranks; otherwise the run ends
+    with an error.
 
         >>> import nplora, numpy as np
         >>> class StopAt(nplora.trainer.Callback):
@@ -42,15 +41,15 @@ class Callback:
         """Called before the first step. A resumed run has already loaded its checkpoint.
 
         A new run writes its first checkpoint after this hook. So if the hook raises an exception, the
-        directory holds no new run, and an earlier run that was to be overwritten is still there.
+        directory contains no new run, and an earlier run that should be overwritten is still there.
         """
 
     def on_before_optimizer_step(self, run: Run, gradients: Mapping[str, npt.NDArray[Any]]) -> None:
         """Called in every step, before the gradients are clipped and the parameters are updated.
 
-        `gradients` maps the name of each parameter to its gradient, for the mean loss over all batches of the
-        step. The norm, the clipping and the check for NaN come after the hook, so the hook may change these
-        arrays in place. The hook is not called in a step without any label to train on.
+        `gradients` maps the name of each parameter to its gradient. The gradient is that of the mean loss
+        over all batches of the step. The norm, the clipping and the check for NaN come after the hook, so the
+        hook may change these arrays in place. The hook is not called in a step without any label to train on.
 
         >>> import nplora, numpy as np
         >>> class FreezeB(nplora.trainer.Callback):
@@ -69,7 +68,7 @@ class Callback:
         """Called after every update of the parameters."""
 
     def on_evaluation(self, run: Run, record: EvaluationRecord) -> None:
-        """Called after every evaluation of the validation data, also at the end of an epoch."""
+        """Called after every evaluation of the validation data, including those at the end of an epoch."""
 
     def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
         """Called after every epoch and its validation."""

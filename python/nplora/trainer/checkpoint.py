@@ -35,18 +35,18 @@ class Checkpoint:
             epoch.
         total_steps: the number of steps in the whole run; None if unknown.
         random_state: the state of each layer's dropout, from `Module.random_state`.
-        settings: the settings of the run, which are compared with those of a resumed run.
+        settings: the settings of the run. A resumed run compares its settings with these.
         base: the fingerprint of the model's frozen weights, from `base_fingerprint`.
         best: the evaluation with the lowest validation loss, as a dictionary of "loss", "epoch", "step" and
-            "since", the number of evaluations made after it.
+            "since". "since" is the number of later evaluations.
         epochs, evaluations: the records of the last finished epochs and of the last evaluations.
         log_bytes: the length of the log in bytes. The log holds all records.
         parameters, optimizer, best_parameters: dictionaries of the model's factors, the optimiser's moments,
             and the factors of the best evaluation.
         history: the records of the last steps, one array for each field. Earlier records are only in the log,
             so a checkpoint does not grow with its run.
-        outer: the momentum of outer steps; empty if the ranks make no steps on their own.
-        isa, version: the instruction set and the version of nplora with which the checkpoint was made.
+        outer: the momentum of outer steps; empty if the ranks make no local steps.
+        isa, version: the instruction set and the version of nplora that made the checkpoint.
         serial: the number of the checkpoint. Each new checkpoint in a directory gets a higher number.
     """
 
@@ -119,8 +119,8 @@ def new_file(path: Path, checkpoint: Checkpoint, more: Mapping[str, str] | None 
 def read(path: Path) -> Checkpoint:
     """Read the arrays of a checkpoint one by one to check them; then map the file into memory.
 
-    The file is mapped because there may not be enough memory for a copy of all arrays. The arrays are read
-    first, because a disk error in a mapped file would end the process.
+    The file is mapped because the memory may be too small for a copy of all arrays. The arrays are read
+    before the file is mapped, because a disk error in a mapped file would end the process.
 
     Raises:
         UnsupportedError: a later version of nplora made the file. FormatError: the file is damaged. OSError:
@@ -210,7 +210,7 @@ def _fields(state: object, path: Path) -> dict[str, Any]:
 
 
 def _completed(state: object) -> object:
-    """Add the fields that an older schema lacks. In `best`, step 0 then means that the step is unknown."""
+    """Add the fields that an older schema lacks. Step 0 in `best` then means that the step is unknown."""
     if not isinstance(state, dict) or "evaluations" in state:
         return state
     best = state.get("best")

@@ -12,7 +12,7 @@ _PLAIN = (str, bytes, int, float, complex, type(None))
 def checksum(value: Any, start: int = 0) -> int:
     """The CRC-32 of all arrays, texts and numbers in a value: an array, a tuple, a dataclass, ...
 
-    Objects of other kinds are left out.
+    Objects of all other types are ignored.
 
     >>> import numpy as np
     >>> from nplora.trainer.checksum import checksum

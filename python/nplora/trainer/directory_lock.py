@@ -15,18 +15,18 @@ from nplora.platform import files as system
 
 
 class DirectoryLock:
-    """A locked file in a directory, which contains the PID of its process, until `close`.
+    """A locked file in a directory. The file contains the PID of the process, and is locked until `close`.
 
-    The operating system unlocks the file when the process ends, whatever ends it. A lock file that a killed
-    process left does not lock.
+    The operating system unlocks the file when the process ends for any reason. So the lock file of a killed
+    process locks nothing.
 
     Args:
         directory: the directory; the lock uses it until `close`.
-        what: what the message about another process calls it.
+        what: the name of the other process in error messages.
     Raises:
         BlockingIOError: another process has the lock; the message names its PID.
         UnsafeError: a symbolic link has the name of the lock file.
-        FileExistsError: a file of this name is not a lock. It is left unchanged.
+        FileExistsError: a file of this name is not a lock. The file is left unchanged.
         OSError: the file cannot be created or written.
     """
 
@@ -66,8 +66,8 @@ class DirectoryLock:
     def close(self) -> None:
         """Unlock the directory.
 
-        The lock file is removed before it is unlocked. In the other order, another process could lock the
-        file between the two actions, and its lock file would be removed.
+        The lock file is removed before it is unlocked. If the lock file was unlocked first, another process
+        could lock the file before it is removed, and would lose its lock file.
         """
         if self._descriptor < 0:
             return
@@ -91,9 +91,9 @@ def open_ours(
     """Open a file of a run without following a symbolic link or waiting for a FIFO.
 
     Args:
-        is_ours: whether a run may have made a file with this content.
+        is_ours: a function that decides from the content of a file whether a run may have made the file.
     Raises:
-        UnsafeError: the name is that of a symbolic link.
+        UnsafeError: a symbolic link has this name.
         FileExistsError: the file is not a regular file, or no run made it.
         OSError: the file cannot be opened.
     """

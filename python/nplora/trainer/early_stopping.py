@@ -25,7 +25,7 @@ class EarlyStopping:
         best: the evaluation with the lowest validation loss, as a dictionary of "loss", "epoch", "step" and
             "since", the number of evaluations made after it. "loss" is None until an evaluation has a finite
             loss. `best` itself is None before the first evaluation.
-        copies: copies of the best factors. They are out of date while the model has the best factors itself.
+        copies: copies of the best factors. The copies are out of date while the model has the best factors.
     """
 
     def __init__(self, model: Module, patience: int | None, keeps_factors: bool) -> None:
@@ -49,7 +49,7 @@ class EarlyStopping:
     def continue_from(self, best: dict[str, Any] | None, best_factors: Mapping[str, Array]) -> None:
         """Take over the best evaluation and its factors from a checkpoint.
 
-        If best factors are to be kept, but the checkpoint has none, the earlier best evaluation is forgotten.
+        If best factors should be kept, but the checkpoint has none, the earlier best evaluation is dropped.
         """
         if best is not None and best["loss"] is not None and self._keeps_factors and not best_factors:
             best = None
@@ -60,7 +60,10 @@ class EarlyStopping:
             self._copy(best_factors)
 
     def before_other_factors(self) -> None:
-        """Copy the model's factors if they are the best ones, because the model will get others."""
+        """Copy the model's factors if they are the best ones.
+
+        Call this method before the model's factors change.
+        """
         if self._is_in_model:
             self._copy(factors(self._model))
 
@@ -89,7 +92,10 @@ class EarlyStopping:
         return self.best if self.best and self.best["loss"] is not None and self.best_factors else None
 
     def restore_best(self) -> dict[str, Any] | None:
-        """Set the model's factors to the best ones and return `best`; None if there are no such factors."""
+        """Set the model's factors to the best ones and return `best`.
+
+        Return None if no best factors are known.
+        """
         if self.kept is not None and not self._is_in_model:
             set_factors(self._model, self.copies)
         return self.kept

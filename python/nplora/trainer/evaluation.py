@@ -22,9 +22,9 @@ def evaluate(
 ) -> dict[str, float]:
     """The mean loss over all examples, tokens or elements, without dropout, and other metrics.
 
-    For class labels, the result also has the accuracy; for a `MeasuredLoss`, its own metrics. Several ranks
-    evaluate one batch each at a time. The values are added in the order of the batches, so that the result
-    does not depend on the number of ranks.
+    For class labels, the result also has the accuracy; for a `MeasuredLoss`, its own metrics. If there are
+    several ranks, each rank evaluates one batch at a time. The values are added in the order of the batches,
+    so that the result does not depend on the number of ranks.
     """
     ranks = ranks or Alone()
     take_metrics(loss)  # drops the metrics of an unfinished evaluation
@@ -51,7 +51,7 @@ class _Sums:
 
     Attributes:
         count: the number of items over which the loss is averaged.
-        right, labelled: the numbers of labels that were predicted, and of all labels.
+        right, labelled: the number of labels that were predicted correctly, and the number of all labels.
         has_classes: whether the labels are numbers of classes.
     """
 

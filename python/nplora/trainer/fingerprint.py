@@ -1,4 +1,4 @@
-"""What a checkpoint stores of a model: a fingerprint of the frozen model, and the factors by name."""
+"""What a checkpoint stores of a model: the fingerprint of the frozen model, and the factors by name."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ def base_fingerprint(model: Module, whole: bool = False) -> str:
     """SHA-256 over the names, shapes and rows of all frozen arrays, and another one of the configuration.
 
     Args:
-        whole: whether all rows are read, so that every changed bit is detected. Otherwise sampled rows
+        whole: whether to read all rows, so that every changed bit is detected. Otherwise sampled rows
             distinguish base models: reading all of a large model would take longer than the first training
             steps.
     """
@@ -66,7 +66,7 @@ def _sample(array: FrozenWeight | Array) -> Array:
 
 
 def factors(model: Module) -> dict[str, Array]:
-    """The model's own arrays that a checkpoint stores: the parameters, and B of layers that train only A."""
+    """The model's arrays that a checkpoint stores: the parameters, and B of layers that train only A."""
     arrays = {p.name: p.value for p in model.parameters()}
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer) and module.freeze_B:

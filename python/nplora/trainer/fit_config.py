@@ -18,7 +18,7 @@ class FitConfig:
             epoch.
         patience: the run ends after this number of evaluations in a row without a lower validation loss.
             None: there is no early stopping.
-        keep: the factors that the model has after the run, "best" or "last".
+        keep: which factors the model has after the run: "best" or "last".
         checkpoint_every: the number of steps between two checkpoints; None: about one checkpoint per epoch.
         save_seconds: the longest time between two checkpoints, in seconds; infinity: no limit.
     """

@@ -11,9 +11,10 @@ class FusedLoss(Protocol):
     """A loss for `Trainer` that runs the forward pass, the loss and the backward pass in one call.
 
     A `FusedLoss` may also have a method `take_metrics()`, which returns other quantities by name. Each is a
-    mean over all batches since the last call. The records of steps and epochs then have these metrics. If a
-    mean NAME has another number of values than `count`, the metric "count/NAME" says how many. On several
-    ranks, such a loss also needs the methods of `MergedLoss`, because a rank measures its own batches only.
+    mean over all batches since the last call. The records of steps and epochs then have these metrics. If the
+    number of values in a mean NAME differs from `count`, the metric "count/NAME" gives this number. On
+    several ranks, such a loss also needs the methods of `MergedLoss`, because each rank measures only its own
+    batches.
 
     >>> import nplora, numpy as np
     >>> class Distance:
@@ -49,7 +50,10 @@ class FusedLoss(Protocol):
         """The mean loss of a batch, without dropout."""
 
     def blame(self, model: Module, x: Any) -> str:
-        """After a loss that is not finite: a sentence that says where NaN or infinity appears first."""
+        """Return a sentence that says where NaN or infinity appears first.
+
+        The trainer calls this method if a loss is not finite.
+        """
 
     def settings(self) -> dict[str, Any]:
         """The settings that must be the same when a run is resumed, as values that JSON can hold."""
@@ -57,7 +61,7 @@ class FusedLoss(Protocol):
 
 @runtime_checkable
 class MeasuredLoss(FusedLoss, Protocol):
-    """A `FusedLoss` that also measures other things than the loss, such as an accuracy."""
+    """A `FusedLoss` that also measures other quantities, such as an accuracy."""
 
     def take_metrics(self) -> dict[str, float]:
         """The means over all batches since the last call, by name."""
@@ -65,18 +69,18 @@ class MeasuredLoss(FusedLoss, Protocol):
 
 @runtime_checkable
 class MergedLoss(MeasuredLoss, Protocol):
-    """A `MeasuredLoss` whose measurements of batches on different ranks can be put together."""
+    """A `MeasuredLoss` whose measurements on different ranks can be merged."""
 
     def take_measured(self) -> Any:
-        """What was measured since the last call. The next `take_metrics` does not contain it."""
+        """Return the measurements since the last call. `take_metrics` then no longer returns them."""
 
     def add_measured(self, measured: Any) -> None:
-        """Add what `take_measured` has returned here or on another rank."""
+        """Add measurements that `take_measured` has returned, on this rank or on another one."""
 
 
 @runtime_checkable
 class PartedLoss(FusedLoss, Protocol):
-    """A `FusedLoss` that cuts a batch into parts, each with a forward and a backward pass of its own.
+    """A `FusedLoss` that cuts a batch into parts, and runs a forward and a backward pass for each part.
 
     Attributes:
         after_part: called after each backward pass of `forward_backward`.
@@ -92,16 +96,16 @@ class PartedLoss(FusedLoss, Protocol):
 
 
 def take_measured(loss: Any) -> Any:
-    """What a loss has measured since the last call; None if it cannot be put together with other ranks'."""
+    """The measurements of a loss since the last call; None if ranks cannot merge their measurements."""
     return loss.take_measured() if isinstance(loss, MergedLoss) else None
 
 
 def add_measured(loss: Any, measured: Any) -> None:
-    """Add what `take_measured` has returned."""
+    """Add measurements that `take_measured` has returned."""
     if isinstance(loss, MergedLoss):
         loss.add_measured(measured)
 
 
 def take_metrics(loss: Any) -> dict[str, float]:
-    """The metrics of a loss since the last call; empty if the loss measures nothing else."""
+    """The metrics of a loss since the last call; empty if the loss has no metrics."""
     return loss.take_metrics() if isinstance(loss, MeasuredLoss) else {}

@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 class StepTotals:
     """The totals over the batches of one step. The model holds the sum of the batches' gradients.
 
-    If ranks make steps on their own, the model holds the gradients of this rank's batches only.
+    If ranks make local steps, the model holds only the gradients of this rank's batches.
     """
 
     step: int = 0  # the number of the step, from 1
@@ -55,8 +55,8 @@ class NonfiniteLoss:
 
     Attributes:
         batch: the number of the batch in the step, from 1.
-        what: the end of an error message, with the value of the loss and the place where NaN or infinity
-            appears first.
+        what: the end of an error message: the value of the loss, and the place where NaN or infinity appears
+            first.
     """
 
     batch: int
@@ -95,7 +95,7 @@ class Gradients:
         return NonfiniteLoss(totals.batches, self._blame(value, x, y))
 
     def finish(self, totals: StepTotals) -> NonfiniteLoss | None:
-        """Complete the gradients of a step that has no more batches."""
+        """Complete the gradients of a step after its last batch."""
         return None
 
     def _blame(self, value: float, x: Any, y: Any) -> str:
@@ -164,7 +164,10 @@ class Gradients:
         return pair[0], pair[1]
 
     def _check_buffers(self) -> None:
-        """Refuse a model that has replaced a trained array by a new one, which would not be updated."""
+        """Refuse a model that has replaced a trained array by a new array.
+
+        The new array would not be updated.
+        """
         if self._checked:
             return
         now = {p.name: p for p in self._model.parameters()}

@@ -21,7 +21,7 @@ _LONG = 40  # characters; a longer value is not shown
 
 
 def require_agreement(communicator: Communicator, setup: TrainingSetup, config: FitConfig) -> None:
-    """Check that all ranks make the same run.
+    """Check that all ranks start the same run.
 
     A signal does not end the handshake: the run is not loaded yet, so an interrupted run could not be saved.
 
@@ -64,7 +64,7 @@ def program() -> dict[str, str]:
 
 
 def _described(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
-    """All that the results of a run depend on, by name."""
+    """Everything that the results of a run depend on, by name."""
     settings = settings_of(setup, config)
     fixed = settings["fixed"]
     layers = fixed.pop("layers")

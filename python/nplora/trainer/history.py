@@ -35,7 +35,7 @@ class StepRecord:
         loss: the mean loss of the step's batches before the update, weighted by each batch's count.
         count: the number of examples, tokens or elements over which the loss is averaged.
         lr: the learning rate.
-        grad_norm: the Euclidean norm of all gradients together, before clipping.
+        grad_norm: the Euclidean norm of all gradients, before clipping.
         seconds: the time that the step took.
         metrics: other quantities that the loss function measured, by name; empty if there are none.
     """
@@ -60,7 +60,7 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRecord:
-    """One evaluation of the validation data: after some steps, or at the end of an epoch.
+    """One evaluation of the validation data, after some steps or at the end of an epoch.
 
         >>> import nplora, numpy as np
         >>> x, labels = np.eye(3), np.array([0, 1, 2])
@@ -164,10 +164,10 @@ class History:
         steps, evaluations, epochs: the records of all steps, evaluations and epochs, in order.
         ended: why the run ended: "complete", "patience" (early stopping), "callback" or "interrupted".
         best_step, best_epoch, best_loss: the step, the epoch (counted from 1) and the validation loss of the
-            evaluation whose factors the model has after the run. All are None if the model has the factors of
-            the last step.
-        kept_step: after Ctrl-C, the step of the best evaluation so far, if its factors are kept for the end
-            of the resumed run.
+            evaluation whose factors the model has after the run. All three are None if the model has the
+            factors of the last step.
+        kept_step: after Ctrl-C, the step of the best evaluation so far, if the checkpoint keeps its factors
+            for the resumed run.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -321,8 +321,8 @@ def last_of_each_event(log: bytes) -> dict[str, dict[str, Any]]:
 def _validated(epochs: Sequence[EpochRecord], evaluations: Sequence[EvaluationRecord]) -> list[EpochRecord]:
     """The epochs of a log or a checkpoint, with NaN for each validation loss that was not finite.
 
-    In JSON such a loss is null, as is the loss of an epoch without validation data. But only an epoch of the
-    first kind has an evaluation at its end.
+    JSON stores such a loss as null, and also the missing loss of an epoch without validation data. Only an
+    epoch with validation data has an evaluation at its end.
     """
     ends = {(record.epoch, record.step): record.val_loss for record in evaluations}
     return [
@@ -367,7 +367,7 @@ def _restored(kind: type[R], row: dict[str, Any]) -> R:
 
 
 def _field(kind: Any, value: Any) -> Any:
-    """Check a number in a record of the log; return it. A null stands for a number that was not finite."""
+    """Check a number in a record of the log, and return it. A null replaces a number that was not finite."""
     if value is None and kind is not int:
         return math.nan if kind is float else None
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
@@ -397,7 +397,8 @@ def _measured(columns: list[str], values: Sequence[float]) -> dict[str, float]:
 def mean_metrics(steps: Sequence[StepRecord]) -> dict[str, float]:
     """The means of the metrics of several steps, over all values that were measured.
 
-    Each step has the metric `COUNT`NAME, the number of values in its mean NAME, or else its `count`.
+    The number of values in a step's mean NAME is the metric `COUNT`NAME or, if there is none, the step's
+    `count`.
     """
     means = dict[str, float]()
     for name in dict.fromkeys(name for record in steps for name in record.metrics):
@@ -412,7 +413,7 @@ def mean_metrics(steps: Sequence[StepRecord]) -> dict[str, float]:
 
 
 def with_margin(means: dict[str, float]) -> dict[str, float]:
-    """Set the mean reward margin, which is the difference of two means, if both are known."""
+    """Set the mean reward margin, the difference of two means, if both means are known."""
     if {"rewards/chosen", "rewards/rejected"} <= means.keys():
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means

@@ -37,11 +37,14 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def _ignore(signum: int, frame: FrameType | None) -> None:
-    """The handler of SIGUSR1 after a run of several processes: the program may still save its results."""
+    """The handler of SIGUSR1 after a run of several processes.
+
+    The handler does nothing, so that the program can still save its results.
+    """
 
 
 class Interrupts:
-    """A context manager that can delay SIGINT, SIGTERM, SIGHUP and SIGUSR1.
+    """A context manager that can delay the signals SIGINT, SIGTERM, SIGHUP and SIGUSR1.
 
     A signal is handled at once, except inside a `hold()` block, where it waits until the block ends. The
     existing handlers are kept: Python's handler of SIGINT raises KeyboardInterrupt, and an ignored signal,
@@ -52,8 +55,8 @@ class Interrupts:
 
     Args:
         terminate: whether SIGTERM, SIGHUP and SIGUSR1 raise Terminated.
-        noted_only: only note signals until `end_run` handles them. For runs of several processes, which must
-            end together.
+        noted_only: only record signals until `end_run` handles them. Runs of several processes need this,
+            because the processes must end together.
     Attributes:
         repeated: whether the last Ctrl-C came soon after another Ctrl-C, perhaps in the previous run. A
             repeated Ctrl-C means that the user wants to end the whole program.
@@ -115,14 +118,15 @@ class Interrupts:
                 self._handlers[signum := self._waiting.pop(0)](signum, None)
 
     def noted(self) -> tuple[int, bool] | None:
-        """The last signal that was noted, and `repeated`; None if there was none."""
+        """The last signal that was recorded, and `repeated`; None if no signal was recorded."""
         return (self._waiting[-1], self.repeated) if self._waiting else None
 
     def end_run(self, signum: int, repeated: bool) -> None:
-        """Handle a signal that this process or another one has noted.
+        """Handle a signal that this process or another one has recorded.
 
         Raises:
-            KeyboardInterrupt, Terminated: unless the program has a handler of its own that returns.
+            KeyboardInterrupt, Terminated: the signal ends the run. Nothing is raised if the program has set a
+                handler that returns.
         """
         self._waiting.clear()
         self.repeated = repeated

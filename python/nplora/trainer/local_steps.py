@@ -1,4 +1,4 @@
-"""LocalSteps: every rank makes steps of its own, and after a number of steps the ranks are combined."""
+"""LocalSteps: every rank makes local steps, and after a number of steps the ranks are combined."""
 
 from typing import Any
 
@@ -14,18 +14,18 @@ Array = npt.NDArray[Any]
 
 
 class LocalSteps:
-    """Combines the steps that ranks have made on their own (DiLoCo, Douillard et al. 2023, algorithm 1).
+    """Combines the local steps of all ranks (DiLoCo, Douillard et al. 2023, algorithm 1).
 
-    θ are the trained values after the last outer step, and θₖ those of rank k after some steps of its own:
+    θ are the trained values after the last outer step, and θₖ those of rank k after its local steps:
 
         Δ = mean over the ranks of (θ - θₖ);  θ = the outer optimiser's step from θ with the gradient Δ
 
-    Unlike in the paper, the moments of the ranks' own optimisers are averaged too. So after an outer step
-    all ranks have the same state, and a checkpoint holds one state instead of one for each rank.
+    Unlike in the paper, the moments of the ranks' optimisers are averaged too. So after an outer step all
+    ranks have the same state, and a checkpoint holds one state instead of one for each rank.
 
     Attributes:
         every: the number of steps between two outer steps; None: there are no outer steps.
-        is_open: whether the ranks have made steps that are not combined yet.
+        is_open: whether the ranks have made local steps that are not combined yet.
     """
 
     def __init__(self, setup: TrainingSetup, state: RunState, meeting: Meeting) -> None:
@@ -37,18 +37,18 @@ class LocalSteps:
         self.is_open = False
 
     def begin(self) -> None:
-        """Keep a copy of the present state, unless the ranks have made steps on their own already."""
+        """Keep a copy of the current state, unless the ranks have already made local steps."""
         if self.every is not None and not self.is_open:
             self._state.copy_to(self._start)
             self.is_open = True
 
     @property
     def is_due(self) -> bool:
-        """Whether the ranks have made all steps before the next outer step."""
+        """Whether the ranks have made all local steps before the next outer step."""
         return self.every is not None and self._state.step % self.every == 0
 
     def combine(self) -> None:
-        """Make an outer step, if the ranks have made steps on their own.
+        """Make an outer step, if the ranks have made local steps.
 
         Raises:
             KeyboardInterrupt, Terminated: a signal has reached one of the ranks.
@@ -75,7 +75,7 @@ class LocalSteps:
         state.updating = self.is_open = False
 
     def undo(self) -> bool:
-        """Return to the state after the last outer step; return whether there was anything to undo."""
+        """Go back to the state after the last outer step. Return whether there was anything to undo."""
         was_open, self.is_open = self.is_open, False
         if was_open:
             self._state.return_to(self._start)

@@ -18,8 +18,8 @@ _MOST = 4000  # the most characters of a text, so that a line of the log stays s
 def log_header(model: Module, batches: Batches, validation: Batches | None) -> dict[str, Any]:
     """Make the record for the log about the program that begins or resumes a run.
 
-    "command" is the command line of the program, or of the kernel in a notebook. "data" and "valid" say what
-    is trained and evaluated, and in batches of which size.
+    "command" is the command line of the program, or of the kernel in a notebook. "data" and "valid" describe
+    the training and the validation data, and the sizes of their batches.
     """
     return {
         "nplora": str(_core.config()["version"]),
@@ -41,7 +41,7 @@ def _shown(model: Module) -> str:
 
 
 def _summary(batches: Batches) -> dict[str, Any]:
-    """What the batches say about themselves, and their number in an epoch."""
+    """The description of the batches, and the number of batches in an epoch."""
     summary: dict[str, Any] = getattr(batches, "log_summary", dict)()
     shown = {name: _text(value) if isinstance(value, str) else value for name, value in summary.items()}
     return shown | {"batches": batches.length}

@@ -12,7 +12,7 @@ class Meeting:
     """The ranks of one call of `Trainer.fit`.
 
     A signal must not end the run of one rank alone, because the other ranks would wait for it. So with
-    several ranks, signals are only noted when they arrive, and `gather` raises the exception on all ranks.
+    several ranks, signals are only recorded when they arrive, and `gather` raises the exception on all ranks.
 
     Attributes:
         is_ended: whether a signal has ended the run on all ranks.

@@ -16,15 +16,16 @@ from nplora.trainer.training_setup import TrainingSetup
 
 @dataclass
 class _Result:
-    """What a rank reports about its batch.
+    """The report of a rank about its batch.
 
     Attributes:
         loss: the sum of the batch's losses.
         count: the number of items over which the loss is averaged.
         terms: the number of gradients to add, one for each part of the batch.
-        problem: why the loss is not finite; empty if it is.
-        masks: for each layer, the number of dropout masks that a part has drawn, if it is not as expected.
-        measured: what the loss has measured.
+        problem: why the loss is not finite; empty if it is finite.
+        masks: for each layer, the number of dropout masks that a part has drawn; None if all numbers are as
+            expected.
+        measured: the measurements of the loss.
         data: the checksum of all batches of the round.
     """
 
@@ -42,7 +43,7 @@ class OrderedGradients(Gradients):
 
     Each batch gets the same dropout masks as on one rank. The gradients of the batches, or of their
     parts, are added in the order of the batches. So the sums have the same bits for any number of ranks. But
-    if ranks make steps on their own (`local_steps`), each adds the gradients of its own batches only.
+    if ranks make local steps (`local_steps`), each rank adds only the gradients of its own batches.
 
     Attributes:
         computed: the seconds that this rank has spent in forward and backward passes.
@@ -65,7 +66,7 @@ class OrderedGradients(Gradients):
         self.computed, self.items = 0.0, 0
 
     def begin(self) -> None:
-        """Drop what an unfinished step has left."""
+        """Drop the terms of an unfinished step."""
         self._round.clear()
         self._measured.clear()
         self._sum.restart()
@@ -106,8 +107,9 @@ class OrderedGradients(Gradients):
     def _results(self, batches: list[tuple[Any, Any]], parts: list[int], totals: StepTotals) -> list[_Result]:
         """Run one batch on each rank; return the results of all ranks.
 
-        Each rank must know how many dropout masks the earlier batches of the round draw. At first, one mask
-        for each part and layer is assumed. If this is wrong, the round is run again with the right number.
+        Each rank must know how many dropout masks the earlier batches of the round have drawn. At first, one
+        mask for each part and layer is assumed. If this number is wrong, the round is run again with the
+        right number.
         """
         start = [layer.dropout_stream for layer in self._adapters]
         data = checksum(batches) if self._meeting.size > 1 else 0
@@ -228,7 +230,7 @@ class OrderedGradients(Gradients):
             layer.dropout_stream = seed, calls + masks * parts
 
     def _unexpected_masks(self, before: list[tuple[int, int]], parts: int) -> list[int] | None:
-        """The numbers of masks that each layer has drawn in a part, if they are not as expected."""
+        """The number of masks that each layer has drawn in a part. None if all numbers are as expected."""
         drawn = [
             layer.dropout_stream[1] - calls for layer, (_, calls) in zip(self._adapters, before, strict=True)
         ]

@@ -171,7 +171,7 @@ def _curve(label: str, records: Records, name: str, **style: Any) -> _Curve:
 def smoothed(values: Sequence[float], window: float) -> list[float]:
     """The exponential moving average of a curve.
 
-    The weight of a value falls by the factor exp(-1 / window) with every step back. The weights of each
+    The weight of a value decreases by the factor exp(-1 / window) with each later step. The weights of each
     average add up to 1, so the first average is the first value.
 
         >>> import nplora

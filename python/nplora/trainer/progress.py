@@ -23,7 +23,7 @@ class ProgressLine(Callback):
 
 
 def progress_line(progress: bool | None) -> ProgressLine | None:
-    """A callback that shows progress on stderr, or None if nothing is to be shown.
+    """A callback that shows progress on stderr; None if no progress should be shown.
 
     Args:
         progress: whether to show progress; None: only in a terminal or a notebook. A process without stderr

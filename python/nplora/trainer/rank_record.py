@@ -41,7 +41,7 @@ class RankRecord:
     peak_memory: int
 
     def in_words(self, unit: str) -> str:
-        """A line about this rank, in which the items are called `unit`."""
+        """A line about this rank. `unit` is the name of the items."""
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         waited, exchanged = (each / max(1e-9, self.seconds) for each in (self.waited, self.exchanged))
         rate = self.items / max(1e-9, self.computed)

@@ -1,6 +1,6 @@
 """Reporters: callbacks that send the metrics of a run to CSV files, TensorBoard, Weights & Biases or MLflow.
 
-Each reporter except `CsvReporter` needs a library of its own, which is imported at the start of the run.
+Each reporter except `CsvReporter` needs a library, which is imported at the start of the run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _FLUSH_SECONDS = 10
 class Reporter(Callback):
     """The base class of reporters. A resumed run appends to the report of the run that was stopped.
 
-    If a report fails during the run (without a network, say), the run warns and continues without it.
+    If a report fails during the run, for example without a network, the run warns and continues without the
+    report.
 
     Args:
         directory: the directory for files of the report, created if needed.
@@ -129,14 +130,17 @@ class Reporter(Callback):
             self._succeeds(lambda: self._close(ended))
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
-        """Write to the report, if it is open. If this fails, close the report."""
+        """Write to the report, if it is open. If the write fails, close the report."""
         if self._is_open and not self._succeeds(lambda: self._write(step, metrics)):
             self._is_open = False
             with contextlib.suppress(Exception):  # a warning about the same report was given
                 self._close(None)
 
     def _succeeds(self, action: Callable[[], None]) -> bool:
-        """Write to the report or close it. If this fails, warn: the report ends, but not the run."""
+        """Write to the report or close it.
+
+        A failure gives a warning: the report ends, but the run continues.
+        """
         try:
             action()
         except Exception as error:
@@ -148,8 +152,8 @@ class Reporter(Callback):
 class CsvReporter(Reporter):
     """Writes a row into metrics.csv for each step and each evaluation.
 
-    Metrics of the loss, such as the rewards of DPO, get further columns. The settings are written to
-    settings.json in the same directory.
+    The file has further columns for metrics of the loss, such as the rewards of DPO. The settings are written
+    to settings.json in the same directory.
 
     >>> import nplora, numpy as np
     >>> report = CsvReporter("reports", {"rank": 1})
@@ -187,8 +191,8 @@ class CsvReporter(Reporter):
     def _rows_before(self, run: Run) -> list[dict[str, str]]:
         """The rows of this run up to the step from which it resumes.
 
-        Rows of later steps are dropped, because the resumed run writes them again. A row that is missing
-        (after Ctrl-C between a step and its report, say) is made from the run's history.
+        Rows of later steps are dropped, because the resumed run writes them again. A missing row, for example
+        after Ctrl-C between a step and its report, is made from the run's history.
         """
         rows = self._rows() if os.path.lexists(self._path) else []
         found = {(row["step"], "loss" not in row): row for row in rows if "step" in row}
@@ -207,7 +211,7 @@ class CsvReporter(Reporter):
         text = bytes(files.read(self._path, _MAX_CSV)).decode(errors="replace")
         header, *rows = list(csv.reader(io.StringIO(text))) or [[]]
         if tuple(header[: len(self._usual)]) != self._usual:
-            raise FileExistsError(errno.EEXIST, "the file is there, and no run wrote it", str(self._path))
+            raise FileExistsError(errno.EEXIST, "the file exists, and no run wrote it", str(self._path))
         complete = (zip(header, row, strict=True) for row in rows if len(row) == len(header))
         return [{name: cell for name, cell in row if cell} for row in complete]
 
@@ -369,7 +373,10 @@ def require_reporters(op: str, names: Iterable[str]) -> None:
 def reporting(
     names: Iterable[str], directory: Path, settings: Mapping[str, Any], tokens: Callable[[], int] | None
 ) -> Iterator[list[Reporter]]:
-    """The reporters of these names. Their files are in `directory`. All are closed after the `with` block."""
+    """The reporters of these names. Their files are in `directory`.
+
+    All reporters are closed after the `with` block.
+    """
     made = [
         REPORTERS[name](directory / name if name == "tensorboard" else directory, settings, tokens)
         for name in names

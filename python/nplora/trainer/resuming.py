@@ -30,8 +30,8 @@ def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
     """The settings of a run, as values that JSON writes and reads without a change.
 
     The settings under "fixed" must be the same when the run is resumed, because the position in the data and
-    the arrays of a checkpoint depend on them. A changed setting under "free" only gives a warning. With other
-    validation data, the best factors are chosen anew.
+    the arrays of a checkpoint depend on them. A changed setting under "free" only gives a warning. If the
+    validation data have changed, the earlier best factors are dropped.
     """
     model, loss, optimizer = setup.model, setup.loss, setup.optimizer
     public = {k: v for k, v in vars(optimizer).items() if not k.startswith("_") and k != "steps"}
@@ -63,13 +63,16 @@ def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
 
 
 def _of_ranks(setup: TrainingSetup) -> dict[str, Any]:
-    """The settings of several ranks that change results, unless they are the usual ones."""
+    """The settings of several ranks that change results, without those that have their usual values."""
     chosen = {name: getattr(setup, name) for name in _USUAL}
     return {name: value for name, value in chosen.items() if value != _USUAL[name]}
 
 
 def _of_outer_steps(setup: TrainingSetup) -> dict[str, Any]:
-    """What influences outer steps. Otherwise the number of ranks changes no results."""
+    """The settings that influence outer steps.
+
+    Without outer steps, the number of ranks changes no results.
+    """
     if setup.local_steps is None:
         return {}
     ranks = setup.communicator.size
@@ -93,7 +96,7 @@ def failure_record(step: int, error: Exception, settings: dict[str, Any]) -> dic
 def _choices(settings: dict[str, Any]) -> str:
     """The settings that influence the losses of a run, as one text.
 
-    `total_steps` is left out, because a longer run would meet the same losses.
+    `total_steps` is left out, because a longer run would have the same losses.
     """
     free = {name: value for name, value in settings["free"].items() if name != "total_steps"}
     return json.dumps(free, sort_keys=True)
@@ -144,9 +147,8 @@ def restored_history(
     Args:
         base: the fingerprint of the run's base model.
         batches: the number of batches in an epoch; None if unknown.
-    Returns:
-        the history; and the records that the end of the log lacks, for example after a full disk, as pairs
-        (event, record).
+    Returns: the history; and the records that are missing at the end of the log, for example after a full
+        disk, as pairs (event, record).
     Raises:
         CorruptError: the checkpoint belongs to another model or another data file, its arrays do not fit (the
             message lists the first few differences), or its position is beyond the end of an epoch.
@@ -177,7 +179,7 @@ def restored_history(
 
 
 def has_other_validation(checkpoint: Checkpoint, settings: dict[str, Any]) -> bool:
-    """Whether the run was validated on other data, so that its earlier validation losses do not compare."""
+    """Whether the run used other validation data, so that earlier validation losses cannot be compared."""
     then, now = checkpoint.settings.get("validation"), settings["validation"]
     return then is not None and now is not None and then != now
 

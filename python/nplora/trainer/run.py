@@ -91,8 +91,8 @@ class Run:
     def logged(self, event: str) -> dict[str, Any]:
         """The content of the last line with the event `event` in the run's log; empty if there is none.
 
-        On several ranks, only rank 0 writes the log. The other ranks know the log of a resumed run, and what
-        they have logged themselves.
+        On several ranks, only rank 0 writes the log. The other ranks know the log of a resumed run, and the
+        lines that they have logged.
         """
         if self._directory is None:
             return dict((self._logged or {}).get(event, {}))

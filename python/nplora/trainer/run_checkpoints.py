@@ -115,7 +115,9 @@ class RunCheckpoints:
         return self._age() >= (EPOCH_CHECKPOINT_SECONDS if by_epochs else self._config.save_seconds)
 
     def save(self, must: bool = False) -> bool:
-        """Write a checkpoint; return False if there is nothing new to save, or if it could not be written.
+        """Write a checkpoint.
+
+        Return False if there is nothing new to save, or if the checkpoint was not written.
 
         Args:
             must: whether a failed write raises an error instead of giving a warning. (After a warning, the
@@ -196,9 +198,9 @@ class RunCheckpoints:
         return f"the run is saved at step {saved}{problem}{hint}"
 
     def _log_divergence(self, error: NonFiniteLossError) -> str:
-        """Write to the log that the present parameters lead to an error; return advice for the user.
+        """Write to the log that the current parameters lead to an error. Return advice for the user.
 
-        A resumed run will start from an earlier checkpoint, and needs other settings.
+        A resumed run then starts from an earlier checkpoint, and needs other settings.
         """
         step = self._state.diverged_after  # the present step may be an earlier one, without local steps
         good = self._directory.before(step)

@@ -240,7 +240,7 @@ class RunDirectory:
         return log[: log.rfind(b"\n") + 1]
 
     def cut_log(self, size: int) -> None:
-        """Cut the log after the last complete line in its first `size` bytes."""
+        """Truncate the log after the last complete line in its first `size` bytes."""
         with files.disk_errors(self.path / LOG, f"cutting the log to {size:,} bytes failed"):
             self.log_bytes = min(self.log_bytes, size)
             start = max(0, self.log_bytes - _LONGEST_LINE)
@@ -298,9 +298,9 @@ class RunDirectory:
     def _drop_other(self, checkpoint: Checkpoint) -> None:
         """Write the first checkpoint of a run that overwrites an earlier run; delete the earlier run's files.
 
-        The new run replaces the old one at the moment when the file of the checkpoint is renamed. After a
-        crash, `_finish_dropping` replaces the log and deletes the old adapter. For this, the checkpoint
-        contains the new log and a digest of the old adapter.
+        The new run replaces the old one when the checkpoint's file is renamed. After a crash,
+        `_finish_dropping` replaces the log and deletes the old adapter. For this, the checkpoint contains the
+        new log and a digest of the old adapter.
         """
         log = bytes(self._first_log or b"")
         metadata = {run_files.FIRST_LOG: log.decode()}

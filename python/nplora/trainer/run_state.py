@@ -44,14 +44,14 @@ class RunState:
 
     Attributes:
         model, optimizer, parameters: the objects that change in training.
-        outer: the optimiser of outer steps; None if the ranks make no steps on their own.
+        outer: the optimiser of outer steps; None if the ranks make no local steps.
         history: the records of the run so far.
         early_stopping: keeps the best evaluation so far.
         step: the number of updates made.
         epoch, batch: the numbers of epochs finished, and of batches used in the current epoch.
         total_steps: the number of steps in the whole run; None if the number of batches is unknown.
         updating: whether an update has begun that `step` does not count yet.
-        divergence: the error if the present parameters led to NaN or infinity; otherwise None.
+        divergence: the error if the current parameters led to NaN or infinity; otherwise None.
         diverged_after: the step that made these parameters.
     """
 
@@ -84,7 +84,7 @@ class RunState:
 
     @property
     def last_evaluation(self) -> EvaluationRecord | None:
-        """The evaluation of the present factors; None if they have not been evaluated."""
+        """The evaluation of the current factors; None if they have not been evaluated."""
         last = self.history.evaluations[-1:]
         return last[0] if last and last[0].step == self.step else None
 
@@ -111,7 +111,7 @@ class RunState:
             layer.dropout_stream = stream
 
     def copy_to(self, copy: StateCopy) -> None:
-        """Copy the state between two steps into `copy`, whose arrays are used again."""
+        """Copy the state between two steps into `copy`, whose arrays are reused."""
         copy.step, copy.batch, copy.records = self.step, self.batch, len(self.history.steps)
         copy.updates, copy.streams = self.optimizer.steps, list(self._streams)
         copy.outer_updates = 0 if self.outer is None else self.outer.steps
@@ -121,7 +121,10 @@ class RunState:
                 np.copyto(array, now)
 
     def return_to(self, copy: StateCopy) -> None:
-        """Undo all steps since `copy_to`. There must be no evaluation and no end of an epoch between."""
+        """Undo all steps since `copy_to`.
+
+        No evaluation and no end of an epoch may have happened since then.
+        """
         self.step, self.batch, self.optimizer.steps = copy.step, copy.batch, copy.updates
         if self.outer is not None:
             self.outer.steps = copy.outer_updates
@@ -141,7 +144,7 @@ class RunState:
         return [array for state in states for name, array in state.items() if name != "steps"]
 
     def add_evaluation(self, record: EvaluationRecord, at_the_end: bool = False) -> None:
-        """Record an evaluation of the present factors, and update early stopping.
+        """Record an evaluation of the current factors, and update early stopping.
 
         Args:
             at_the_end: whether the run ends here within an epoch, so that a longer run would not evaluate
@@ -160,8 +163,8 @@ class RunState:
     def reopen_epoch(self) -> None:
         """Remove the records that exist only because the run ended within an epoch.
 
-        A resumed run makes such records at its own end. The best factors may stay: a resumed run takes them
-        from the last checkpoint, which is earlier.
+        A resumed run makes such records at its own end. The best factors need no change: a resumed run takes
+        them from the last checkpoint, which is older than these records.
         """
         if self._evaluated_at_the_end:
             self.history.evaluations.pop()
@@ -211,17 +214,17 @@ class RunState:
         self.early_stopping.continue_from(best, checkpoint.best_parameters)
 
     def continues_momentum(self, checkpoint: Checkpoint) -> bool:
-        """Whether the outer steps continue with the momentum of a checkpoint.
+        """Whether the outer steps continue with the momentum that a checkpoint stores.
 
-        They start with a momentum of zero if `outer_momentum` is 0 here, or was 0 when the checkpoint was
-        written.
+        The outer steps start with a momentum of zero if `outer_momentum` is 0 now, or was 0 when the
+        checkpoint was written.
         """
         if self.outer is None:
             return False
         return checkpoint.outer.keys() == self.outer.state_dict(copy=False).keys()
 
     def share(self, meeting: Meeting, resumed: bool) -> bool:
-        """Give the state of a resumed run from rank 0 to all ranks; return whether rank 0 has one."""
+        """Send the state of a resumed run from rank 0 to all ranks. Return whether rank 0 resumes a run."""
         mine = (self.checkpoint({}, ""), self.history) if resumed else None
         given = meeting.broadcast(mine, "the start of a run")
         if given is not None and meeting.rank:

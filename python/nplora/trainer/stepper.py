@@ -24,8 +24,7 @@ Array = npt.NDArray[Any]
 
 
 class Stepper:
-    """Makes the steps of a run: adds up the gradients of several batches, clips them, and updates the
-    parameters."""
+    """Makes the steps of a run: adds up gradients of batches, clips the sum, and updates the parameters."""
 
     def __init__(self, setup: TrainingSetup, state: RunState, meeting: Meeting) -> None:
         self._setup, self._state, self._meeting = setup, state, meeting
@@ -40,7 +39,7 @@ class Stepper:
 
     @property
     def work(self) -> tuple[int, float]:
-        """On several ranks: the number of items that this rank has computed, and the seconds it took."""
+        """On several ranks: the number of items that this rank has computed, and the seconds that it took."""
         made = self._gradients
         return (made.items, made.computed) if isinstance(made, OrderedGradients) else (0, 0.0)
 
@@ -60,7 +59,7 @@ class Stepper:
         return self._totals.own_count > 0
 
     def gradients(self) -> Mapping[str, Array]:
-        """The gradients of the step's mean loss, by parameter name; the arrays are the model's own."""
+        """The gradients of the step's mean loss, by parameter name. The arrays are those of the model."""
         self._weight_gradients()
         return MappingProxyType({p.name: p.grad for p in self._state.parameters})
 
@@ -85,7 +84,7 @@ class Stepper:
         self._require_finite(self._gradients.add(x, y, self._totals))
 
     def complete(self) -> None:
-        """Complete the gradients of a step that has all of its batches.
+        """Complete the gradients of a step after its last batch.
 
         Raises:
             NonFiniteLossError: the loss of a batch is NaN or infinite.
@@ -147,7 +146,8 @@ class Stepper:
     def _nonfinite(self, what: str) -> NonFiniteLossError:
         """Make the error for NaN or infinity in a step.
 
-        The error is blamed on the parameters, unless the data are not finite or no step has been made yet.
+        The error counts as divergence of the parameters, unless the data are not finite or no step has been
+        made.
         """
         state = self._state
         blamed = state.step > 0 and not what.endswith((INPUT, TARGETS))

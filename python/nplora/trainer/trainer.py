@@ -66,18 +66,18 @@ class Trainer(TrainingSetup):
             any number of ranks up to `accumulate`. Every rank makes the same calls with the same model and
             data. Only rank 0 writes to the `checkpoint_dir` and shows progress.
         communication_dtype: the precision in which ranks send gradients: "float32", or "bfloat16" for half of
-            the bytes. With "bfloat16", the gradient of every batch (of every micro-batch, if the loss makes
-            several) is rounded before it is added, and the sum is rounded too. One process rounds in the
-            same way, so the results have the same bits for any number of ranks.
-        local_steps: if given, every rank updates its own copy of the trained values with its own batches, and
-            after this number of steps, and at the end of every epoch, the changes of all ranks are averaged
-            (DiLoCo). Ranks then exchange trained values much less often. `accumulate` is still the number of
-            batches of all ranks together. The results depend on the number of ranks.
+            the bytes. With "bfloat16", the gradient of every batch (or of every micro-batch, if the loss
+            divides batches) is rounded before it is added, and the sum is rounded too. One process rounds in
+            the same way, so the results have the same bits for any number of ranks.
+        local_steps: if given, every rank updates its copy of the trained values with its own batches. After
+            this number of steps, and at the end of every epoch, the changes of all ranks are averaged
+            (DiLoCo). Ranks then exchange values much less often. `accumulate` is still the number of batches
+            of all ranks together. The results depend on the number of ranks.
         outer_lr, outer_momentum: learning rate and Nesterov momentum of the outer step, which adds the
             average change to the trained values. With 1 and 0, the values become the averages of the ranks'
-            values. DiLoCo's own are 0.7 and 0.9, for runs with hundreds of outer steps.
+            values. DiLoCo uses 0.7 and 0.9, for runs with hundreds of outer steps.
     Attributes:
-        ranks: after a run on several ranks: a `RankRecord` of each, with its speed and waiting time.
+        ranks: after a run on several ranks, a `RankRecord` for each rank, with its speed and waiting time.
     Raises:
         ValueError, TypeError: an argument does not fit its description above.
     """
@@ -158,7 +158,7 @@ class Trainer(TrainingSetup):
         Args:
             x, y: arrays of the same length. Without y, x is an iterable of batches (x, y) or a `Batches`, and
                 `batch_size` and `shuffle` have no effect. An iterable is read once per epoch, so a generator
-                is enough for one epoch only. To resume a run within an epoch, the iterable is read from its
+                is only enough for one epoch. To resume a run within an epoch, the iterable is read from its
                 beginning and the used batches are skipped, so it must yield the same batches again.
             epochs, steps: the length of the run in passes over the data, or in updates of the parameters. At
                 most one of `epochs` and `steps` may be given; the default is 1 epoch.
@@ -200,7 +200,7 @@ class Trainer(TrainingSetup):
                 that no run made has the name of one of the run's files. UnsafeError: one of the run's files
                 is a symbolic link.
             BlockingIOError: another process writes to the directory.
-            RankError: another rank has failed or does not answer.
+            RankError: another rank has failed or does not respond.
             OSError: the directory, the log, or the first or last checkpoint cannot be written. The earlier
                 checkpoint is kept, and the message says how many bytes were needed.
         Warns:
@@ -248,7 +248,7 @@ class Trainer(TrainingSetup):
 
         Args:
             x, y: as in `fit`.
-            batch_size: the number of rows that the model gets at a time.
+            batch_size: the number of rows in a call of the model.
         Returns:
             the "loss". For integer labels (...) and predictions (..., C), the result also has "accuracy": the
             share of the labelled rows whose label has the largest prediction.
@@ -360,7 +360,7 @@ class Trainer(TrainingSetup):
             raise RuntimeError(f"{_OP}: the adapters are switched off here by disable_adapter()")
 
     def _check_labels(self, batches: ArrayBatches) -> None:
-        """Check all labels before the first step. The output for one row shows the number of classes."""
+        """Check all labels before the first step. The number of classes comes from the output for one row."""
         if isinstance(self.loss, CrossEntropy) and batches.y.dtype.kind in "iu":
             with np.errstate(over="ignore", invalid="ignore"):
                 classes = self.model(batches.x[:1]).shape[-1]

@@ -68,7 +68,7 @@ class TrainingRun(Run):
         return self.history
 
     def _train_until_interrupted(self, resume: bool) -> None:
-        """Train until the end or a signal. The first Ctrl-C only ends the run early.
+        """Train until the end of the run or until a signal. The first Ctrl-C only ends the run early.
 
         A second Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 also raise an exception after the run is saved.
         """
@@ -162,9 +162,10 @@ class TrainingRun(Run):
             self._close_epoch(complete=False)
 
     def _is_over(self) -> bool:
-        """Whether the run is over, on all ranks: a callback may have ended it on one of them.
+        """Whether the run is over on all ranks. A callback may have ended it on one of the ranks.
 
-        A callback ends a run after an outer step only, so that a resumed run gets the same results.
+        If a callback ends a run, the end comes after an outer step, so that a resumed run gets the same
+        results.
 
         Raises:
             ValueError: the ranks have different trained values.
@@ -226,7 +227,7 @@ class TrainingRun(Run):
         self._evaluate_if_due()
 
     def _save_if_due(self) -> None:
-        """Write a checkpoint if it is time for one and the ranks have no steps to combine."""
+        """Write a checkpoint if one is due and the ranks have no local steps to combine."""
         checkpoints = None if self._local.is_open else self._checkpoints
         if checkpoints is not None and checkpoints.is_due_after_step():
             self._save()
@@ -278,13 +279,13 @@ class TrainingRun(Run):
         self._call("on_epoch_end", record)
 
     def _stop_if_patience_is_lost(self) -> None:
-        """End the run early if `patience` is lost, unless all steps are made."""
+        """End the run early if `patience` is used up, unless all steps are made."""
         is_last = self._is_complete() or self.step == self.total_steps
         if self._ended is None and self._state.early_stopping.is_over and not is_last:
             self._ended = "patience"
 
     def _keep_best(self) -> None:
-        """Copy the best factors, unless the run is over, so that the model keeps them anyway."""
+        """Copy the best factors, unless the run is over. After the run, the model itself keeps them."""
         if not self._is_over():
             self._state.early_stopping.before_other_factors()
 

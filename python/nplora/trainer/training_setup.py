@@ -85,9 +85,9 @@ class TrainingSetup:
 
 
 def adds_in_order(on_ranks: bool, communication_dtype: str, local_steps: int | None) -> bool:
-    """Whether a step keeps the gradient of each part of a batch, to add them up in order.
+    """Whether a step keeps the gradients of all parts of a batch, to add them up in order.
 
-    A process that trains alone does so too if it must get the results of several ranks.
+    A process that trains alone also keeps them if its results must equal those of several ranks.
 
     Args:
         on_ranks: whether the run has a communicator.
@@ -96,7 +96,7 @@ def adds_in_order(on_ranks: bool, communication_dtype: str, local_steps: int | N
 
 
 def too_many_ranks(ranks: int, batches: int) -> str:
-    """The words of the error that some ranks would get no batch in a step."""
+    """The text of the error if some ranks would get no batch in a step."""
     return (
         f"{ranks} ranks need at least {ranks} batches in a step, but there are {batches}: use fewer ranks, "
         f"or accumulate={ranks}"
@@ -112,5 +112,5 @@ def _require_communicator(given: Any) -> None:
 
 
 def _measures_alone(loss: Any) -> bool:
-    """Whether a loss has metrics of the batches of this rank only."""
+    """Whether the metrics of a loss cover only the batches of this rank."""
     return isinstance(loss, MeasuredLoss) and not isinstance(loss, MergedLoss)

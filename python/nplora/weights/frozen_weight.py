@@ -34,7 +34,7 @@ _INFINITE_FROM = {
 
 
 class FrozenWeight:
-    """A frozen (d_out, d_in) matrix, packed for the kernels. It is immutable, and layers may share it.
+    """A frozen, immutable (d_out, d_in) matrix, packed for the kernels. Layers may share it.
 
     Forward and backward products use the same copy of the matrix. Sums are computed in float32, or in float64
     for float64 storage. Products with a low-bit matrix decode only a few blocks at a time. `from_gguf` and
@@ -64,8 +64,8 @@ class FrozenWeight:
               every 32 values; other storage formats then compute in float32. `matmul_t` with up to 4 rows
               computes in float32. Layers round W in this way only in training. In inference, they compute
               more than 8 rows as with "bfloat16". The head of a language model computes its backward pass in
-              bfloat16, or rounds it stochastically (`int8` and `dither_key` in `stack_backward`). In a model
-              of your own, a layer whose outputs go into a softmax over many classes should have "bfloat16".
+              bfloat16, or rounds it stochastically (`int8` and `dither_key` in `stack_backward`). In your own
+              models, use "bfloat16" for a layer whose outputs go into a softmax over many classes.
         double_quant: also quantise the absmax of NF4 to 8 bits. A value of W then takes 4.13 bits instead of
             4.5.
     Raises:
@@ -138,7 +138,9 @@ class FrozenWeight:
 
     @classmethod
     def from_gguf(cls, file: StrPath | gguf.GgufFile, name: str, compute: str = "float32") -> Self:
-        """Return a weight that uses a matrix of a GGUF file in place. No matrix is copied, whatever its type.
+        """Return a weight that uses a matrix of a GGUF file in place.
+
+        Matrices of all types are used without a copy.
 
         The weight keeps the file mapped into memory. The system may drop pages of the file and read them
         again.
@@ -622,7 +624,7 @@ def become_infinite(W: Array, storage: str) -> Array:
 
 
 def _values(array: Array, storage: str) -> Array:
-    """Return W as the core takes it: 16-bit patterns, float32, or float64 for float64 storage."""
+    """Return W in the form that the core takes: 16-bit patterns, float32, or float64 for float64 storage."""
     _check.matrix("FrozenWeight", "W", array)
     bits = array.dtype == np.uint16 and storage == "bfloat16"
     if array.dtype.kind != "f" and not _check.is_bfloat16(array) and not bits:

@@ -35,7 +35,7 @@ class DictionaryReport:
 
     @property
     def failures(self) -> list[str]:
-        """A message for each claim of the demo that is false. The list is empty unless there is a bug."""
+        """One message for each claim of the demo that is false. The list is empty unless there is a bug."""
         before, after = self.run.loss_before, self.run.loss_after
         promises = {
             "the held-out loss did not fall": before is not None and after is not None and after < before,

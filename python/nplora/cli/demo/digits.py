@@ -76,10 +76,10 @@ class MergeCheck:
     """How well merged and unmerged outputs agree on the changed images of the held-out digits.
 
     Attributes:
-        difference: the change of one element of a layer's output by merging. It is the element whose change
-            is nearest to its `bound`.
-        bound: the largest change of that element that rounding alone can make.
-        logits: the largest change of the network's logits by merging.
+        difference: how much merging changes one element of a layer's output. The element is chosen so that
+            its change is nearest to its `bound`.
+        bound: the largest change that rounding alone can make to this element.
+        logits: the largest change that merging makes to the network's logits.
     """
 
     difference: float
@@ -95,7 +95,7 @@ class DemoReport:
         before: accuracy before training.
         after: accuracy after training.
         off: accuracy after training, with the adapter switched off.
-        examples, held_out: number of digits to train on, and to evaluate on.
+        examples, held_out: the number of digits for training, and for evaluation.
         rank, factors, parameters: the rank, the number of trained values, and the number of frozen values.
         saved_bytes: bytes of the activations that one batch keeps for the backward pass.
         seconds, threads: duration of the training, and its number of threads.
@@ -162,7 +162,7 @@ def run(
     epochs: int = 80,
     lr: float = 4e-3,
 ) -> DemoReport:
-    """Adapt the pretrained network to digits that are rotated by 90° and inverted. Print the results.
+    """Adapt the pretrained network to digit images that are rotated by 90° and inverted. Print the results.
 
     Args:
         output: directory for the adapter, log.jsonl and, if matplotlib is installed, the plot. A missing
@@ -226,7 +226,7 @@ def run(
 
 
 def pretrained_weights() -> SafetensorsFile:
-    """Read the pretrained network in float16, and the indices of the digits in each split."""
+    """Read the pretrained network, stored in float16, and the indices of the digits in each split."""
     with resources.as_file(resources.files("nplora.cli.demo") / "digits.safetensors") as path:
         return safetensors.open(path, mmap=False)
 

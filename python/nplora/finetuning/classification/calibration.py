@@ -1,4 +1,4 @@
-"""Temperature scaling: one number that makes the probabilities of a classifier agree with its accuracy."""
+"""Temperature scaling: one number adjusts the probabilities of a classifier to its accuracy."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ _HALVINGS = 60
 def temperature(task: str, logits: Array, targets: Array) -> float:
     """The temperature T for which logits / T have the smallest loss on these targets    (Guo et al. 2017).
 
-    The loss is convex in 1 / T, so the zero of its derivative is found by bisection. The result is between
-    0.01 and 100, because the loss has no minimum if all predictions are right: it becomes smaller with T.
+    The loss is convex in 1 / T, so the zero of its derivative is found by bisection. The result is limited to
+    the range from 0.01 to 100, because the loss has no minimum if all predictions are right: a smaller T then
+    always gives a smaller loss.
 
     Args:
         task: "single" or "multi".

@@ -1,4 +1,4 @@
-"""Labelled texts: rows of files or of Python become texts and targets, with the place of each in its file."""
+"""Labelled texts: reads texts and targets from rows of files or of Python, with their places in the files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Columns:
 
     @staticmethod
     def of(op: str, names: Mapping[str, str]) -> Columns:
-        """Raises ValueError for our names that do not exist, and TypeError for fields that are no texts."""
+        """Raises ValueError for unknown names of ours, and TypeError for field names that are not texts."""
         for ours, theirs in names.items():
             if not isinstance(theirs, str):
                 raise TypeError(f"{op}: columns[{ours!r}] is {theirs!r}, expected the name of a field")
@@ -64,7 +64,7 @@ class LabelledTexts:
         rows: the texts and targets.
         places: the place of each row, for messages.
         bad: the rows that were skipped.
-        other_labels: labels that are known although perhaps no row has them.
+        other_labels: labels that are known even if no row has them.
     """
 
     names: str
@@ -84,7 +84,7 @@ class LabelledTexts:
         """All labels in their natural order: numbers by their value, then texts.
 
         Raises:
-            DataError: there is only one label, but texts have one label each, or there is no label.
+            DataError: no row has a label; or there is only one label, and the task is "single".
         """
         if task == "regression":
             return ("score",)
@@ -96,7 +96,7 @@ class LabelledTexts:
         return tuple(found)
 
     def with_labels(self, labels: tuple[str, ...]) -> LabelledTexts:
-        """The same rows, which also know these labels."""
+        """The same rows, with these labels as further known labels."""
         return dataclasses.replace(self, other_labels=labels)
 
     def divided(self, share: float) -> tuple[LabelledTexts, LabelledTexts]:
@@ -127,7 +127,8 @@ class RowReader:
         task: as in `TextClassifier`.
         separator: the text between several labels, if a field is no list.
         labels: the known labels; None: every label is accepted.
-        numbered: whether an integer that is no label is the number of one, as in transformers' data sets.
+        numbered: whether an integer that is not a label is the number of a label, as in data sets of
+            transformers.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class RowReader:
         return name if self._known is None else self._found(value, name, where)
 
     def _found(self, value: str | int, name: str, where: str) -> str:
-        """The known label that a row means."""
+        """Return the known label that the value in a row stands for."""
         assert self._known is not None
         if str(value) in self._known:
             return str(value)
@@ -216,7 +217,7 @@ class RowReader:
 
 
 def require_separator(op: str, separator: object) -> None:
-    """Raise TypeError or ValueError if the text between labels is no text, or is empty."""
+    """Raise TypeError if the separator of labels is not a text, or ValueError if it is empty."""
     if not isinstance(separator, str):
         raise TypeError(f"{op}: separator is {separator!r}, expected a text")
     if not separator:
@@ -224,7 +225,7 @@ def require_separator(op: str, separator: object) -> None:
 
 
 def require_tokens(where: str, ids: Sequence[int]) -> None:
-    """Raise DataError if a text has no tokens, as an empty text for some language models."""
+    """Raise DataError if a text has no tokens. Some language models have no tokens for an empty text."""
     if not ids:
         raise DataError(f"{where}: the text has no tokens, expected at least one word")
 
@@ -238,7 +239,10 @@ def rows_of(sources: Iterable[Source]) -> Iterator[Row]:
 
 
 def text_of(row: Row, column: str) -> str:
-    """The text of a row. Raises DataError if it has none, and the error with which the row was read."""
+    """The text of a row.
+
+    Raises DataError if the row has no text, or the error that occurred when the row was read.
+    """
     value = _field(row, column)
     if not isinstance(value, str):
         raise DataError(f"{row.where}: {column!r} is {brief(value)}, expected a text")
@@ -275,13 +279,13 @@ def _is_float(value: Any) -> bool:
 
 
 def _by_name(labels: Sequence[str]) -> dict[str, str]:
-    """The labels by their names without spaces around them, as rows are read. Equal names are left out."""
+    """The labels without surrounding spaces, in the form in which rows are read. Equal names are left out."""
     counts = Counter(label.strip() for label in labels)
     return {label.strip(): label for label in labels if counts[label.strip()] == 1}
 
 
 def _natural(label: str) -> tuple[int, float, str]:
-    """A key that sorts labels that are integers by their value, before all others."""
+    """A sort key: labels that are integers come first, ordered by their value."""
     digits = label.removeprefix("-")
     if digits.isascii() and digits.isdigit() and len(digits) < 300:
         return 0, float(label), label

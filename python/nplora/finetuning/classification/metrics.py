@@ -1,4 +1,4 @@
-"""ClassificationReport: how well predictions agree with the truth."""
+"""ClassificationReport: how well predictions agree with the true labels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LabelScore:
     Attributes:
         precision: the share of the texts with this prediction that have the label.
         recall: the share of the texts with this label that have the prediction.
-        f1: the harmonic mean of both; 0 if both are 0.
+        f1: the harmonic mean of precision and recall; 0 if both are 0.
         support: the number of texts with this label.
 
     >>> nplora.finetuning.LabelScore(1.0, 0.5, 2 / 3, 4).support
@@ -77,7 +77,7 @@ class ClassificationReport:
 
     @staticmethod
     def of(task: str, labels: Sequence[str], logits: Array, targets: Array) -> ClassificationReport:
-        """Compare logits (n, outputs) with targets, as the losses take them.
+        """Compare logits (n, outputs) with targets, both in the form that the losses take.
 
         Raises:
             ValueError: a logit is NaN or infinite.
@@ -230,7 +230,7 @@ def _scores(labels: tuple[str, ...], hits: Array, predicted: Array, true: Array)
 
 
 def _calibration_error(confidence: Array, right: Array) -> float:
-    """The mean difference of confidence and accuracy over bins of confidence    (Guo et al. 2017, eq. 3)."""
+    """The mean difference of confidence and accuracy over all bins of confidence (Guo et al. 2017, eq. 3)."""
     bins = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
     gap = np.bincount(bins, confidence, _BINS) - np.bincount(bins, right.astype(np.float64), _BINS)
     return float(np.abs(gap).sum() / len(right))

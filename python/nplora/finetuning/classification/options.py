@@ -25,7 +25,7 @@ def _option(group: str, default: Any, text: str, **more: Any) -> Any:
 
 
 def _same(name: str, **more: Any) -> Any:
-    """The option of `finetune` with this name. `more` replaces parts of its metadata."""
+    """Copy the option of `finetune` with this name. `more` replaces parts of its metadata."""
     field = next(field for field in dataclasses.fields(FinetuneOptions) if field.name == name)
     return dataclasses.field(default=field.default, metadata={**field.metadata, **more})
 
@@ -44,7 +44,7 @@ class ClassifyOptions:
     task: str = _option(
         "labels",
         "single",
-        "what the labels are: single (one for each text), multi (any number for each text) or regression (a "
+        "kind of the labels: single (one for each text), multi (any number for each text) or regression (a "
         "number for each text)",
         choices=TASKS,
     )
@@ -85,7 +85,7 @@ class ClassifyOptions:
         "columns", help="names of fields in the data, as in text=review,label=stars"
     )
     valid_split: float | None = _same(
-        "valid_split", help="share of the rows to hold out for validation; a hash of each row decides"
+        "valid_split", help="share of the rows to hold out for validation; chosen by a hash of each row"
     )
     max_length: int | None = _option(
         "data", None, "maximum tokens of a text; longer texts are cut (default: the model's maximum)"

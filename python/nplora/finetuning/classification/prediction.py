@@ -1,4 +1,4 @@
-"""evaluate_classifier and predict_rows: a classifier on the rows of files or of Python."""
+"""evaluate_classifier and predict_rows: apply a classifier to rows of files or of Python."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def evaluate_classifier(
 
     Args:
         data: rows as for `train_classifier`. In a directory, the validation data are read, or else train.csv.
-            A label may also be the number of one, counted from 0, as in data sets of transformers.
+            A label may also be given by its number, counted from 0, as in data sets of transformers.
         columns, separator, skip_bad: as for `train_classifier`.
         progress: print on stderr how many rows are done; None: only on a terminal or in a notebook.
     Raises:
@@ -65,7 +65,7 @@ def evaluate_classifier(
             rows are left out, and a warning says how many.
         ValueError: the classifier classifies tokens or predicts several numbers, the separator is empty, or a
             logit is NaN or infinite.
-        TypeError: the separator or the name of a column is no text.
+        TypeError: the separator or the name of a column is not a text.
     Warns:
         UserWarning: texts were cut, or rows were skipped.
     """
@@ -104,10 +104,10 @@ def predict_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield each row with the prediction for its text.
 
-    A row keeps its fields and gets "prediction". For labels, it also gets "probabilities", which has the
-    probability of each label by name, and "probability", which says how sure the prediction is. With one
-    label for each text, this is the probability of the predicted label. With several, each label is predicted
-    or not, and "probability" is that of the least sure of these decisions.
+    A row keeps its fields and gets "prediction". If labels are predicted, the row also gets "probabilities",
+    the probability of each label by name, and "probability", the confidence of the prediction. If each text
+    has one label, "probability" is the probability of the predicted label. If texts have several labels, it
+    is the smallest probability of the decisions on all labels.
 
         >>> encoder = nplora.load_encoder("encoder-model")
         >>> classifier = nplora.new_classifier(encoder, ["order", "refund"])
@@ -119,7 +119,7 @@ def predict_rows(
         data: rows with a text, or a .txt file, each line of which is a text. Rows are read when they are
             needed.
         columns: the name of the field with the text, as in text=review.
-        skip_bad: leave out rows without a text, and say at the end how many there were.
+        skip_bad: leave out rows without a text, and warn at the end how many rows were left out.
         progress: as in `evaluate_classifier`.
     Raises:
         DataError: a row has no text, a text has no tokens, or a row has a field with the name of one of the
@@ -135,7 +135,7 @@ def predict_rows(
 
 
 def save_array(stream: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write what `predict_rows` found as a .npy file.
+    """Write the results of `predict_rows` to a .npy file.
 
     The array is float64: the probabilities (texts, labels), or the numbers of a regression (texts, 1).
     """
@@ -189,7 +189,7 @@ def _rows(sources: Iterable[Source], column: str) -> Iterator[Row]:
 
 
 class _Done:
-    """Prints how many texts are done, how many a second, and the time left if their number is known."""
+    """Prints the number of finished texts, the texts per second and, if the total is known, the time left."""
 
     def __init__(self, progress: bool | None, total: int | None = None) -> None:
         self._say, self._total = speaker(progress), total

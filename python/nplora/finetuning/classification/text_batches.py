@@ -26,13 +26,13 @@ class TextBatches:
 
     Args:
         ids: the token ids of each text, with the special tokens.
-        targets: the targets, as the loss takes them.
+        targets: the targets, in the form that the loss takes.
         shuffle: whether each epoch has the texts in a new random order.
         seed: the seed of the order.
     Attributes:
         length: the number of batches in an epoch.
     Raises:
-        ValueError: there are no texts, or another number of targets.
+        ValueError: there are no texts, or the numbers of texts and targets differ.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TextBatches:
         return self.epoch(0, 0)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that a resumed run must have in common with the first run, as JSON values."""
+        """The settings that must be the same when the run is resumed, as JSON values."""
         targets = fingerprint(self._targets, whole=True)
         return {**self._numbers.identity(), "x": ids_fingerprint(self._ids), "y": targets}
 

@@ -155,25 +155,25 @@ def train_classifier(
     """Train LoRA on an encoder, and a new head, to predict the labels of texts or numbers.
 
     A row has a text and its label, {"text": ..., "label": ...}. With task="multi", the label is a list of
-    texts, or a text with separators. The adapter is of PEFT's kind SEQ_CLS. It has the head and the names of
-    the labels. The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run and saves the
-    adapter as it is. `resume=True` continues the run; the results are bit for bit the same as without a stop.
-    Nothing is written before all rows are read and checked.
+    texts, or a text with separators. The adapter is of PEFT's kind SEQ_CLS. The adapter includes the head and
+    the names of the labels. The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run
+    and saves the current adapter. `resume=True` continues the run; the results are bit for bit the same as
+    without a stop. Nothing is written before all rows are read and checked.
 
-    For a regression, the model is trained on targets with mean 0 and variance 1. The saved head gives the
-    targets as they are. The head of a language model has no bias, so its targets keep their mean and are only
+    For a regression, the model is trained on targets with mean 0 and variance 1. The saved head predicts the
+    original targets. The head of a language model has no bias, so its targets keep their mean and are only
     divided by the root of their mean square.
 
     Args:
-        model: as for `load_encoder`; or a loaded encoder without an adapter. This encoder itself is trained:
-            it has the adapter afterwards.
+        model: as for `load_encoder`; or a loaded encoder without an adapter. The given encoder itself is
+            trained, and has the adapter after the call.
         data: rows to train on: a file (.csv, .jsonl, .parquet, …), an iterable of dictionaries, a data frame;
             or a directory with train.csv and perhaps valid.csv. Weights of files are ignored.
         output: directory for the adapter, the checkpoints and the log.
         valid: rows to evaluate on, after every epoch and at the end.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
-        callbacks: `Callback`s of your own; `run.model` is the classifier.
-        task: what the labels are: single (one for each text), multi (any number for each text) or regression
+        callbacks: your `Callback`s; `run.model` is the classifier.
+        task: kind of the labels: single (one for each text), multi (any number for each text) or regression
             (a number for each text).
         class_weights: weights of the labels in the loss: none, or balanced (rare labels count more, so that
             all labels have the same total weight).
@@ -200,14 +200,13 @@ def train_classifier(
         batch_examples: texts in a batch.
         accumulate: batches in one step (gradient accumulation).
         columns: names of fields in the data, as in text=review,label=stars.
-        valid_split: share of the rows to hold out for validation; a hash of each row decides.
+        valid_split: share of the rows to hold out for validation; chosen by a hash of each row.
         max_length: maximum tokens of a text; longer texts are cut (default: the model's maximum).
         skip_bad: skip bad rows of the data, and count them.
         eval_every: steps between evaluations of the validation data, besides those after every epoch.
-        patience: evaluations in a row without a lower validation loss after which the run ends (early
+        patience: end the run after this number of evaluations in a row without a lower validation loss (early
             stopping).
-        keep: adapter that is saved if there are validation data: best (of the lowest validation loss) or
-            last.
+        keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
         compute: arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32).
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
@@ -288,7 +287,7 @@ class _Training:
         return train, valid.read(held_out, options.skip_bad)
 
     def _divided(self, rows: LabelledTexts, share: float) -> tuple[LabelledTexts, LabelledTexts]:
-        """Both parts know all labels, also those that only held-out rows have."""
+        """Both parts know all labels, including those that only held-out rows have."""
         train, valid = rows.divided(share)
         labels = () if self.options.task == "regression" else rows.labels(self.options.task)
         return train.with_labels(labels), valid
@@ -415,9 +414,9 @@ class _Training:
 
 
 def _standard(targets: Array, classifier: TextClassifier) -> tuple[float, float]:
-    """The mean and the standard deviation of the targets, which the last layer gets after the training.
+    """The mean and the standard deviation of the targets. Both are merged into the last layer after training.
 
-    A last layer without a bias cannot add the mean, so it is 0 then.
+    A last layer without a bias cannot add the mean, so the mean is then 0.
     """
     wide = targets.astype(np.float64)
     centre = 0.0 if classifier.head.out.bias is None else float(wide.mean())

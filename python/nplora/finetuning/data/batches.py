@@ -18,8 +18,8 @@ EVALUATION_TOKENS = 1024  # maximum tokens in a batch of an evaluation, unless o
 class TokenBatches:
     """Packed batches with a fixed number of examples, or with as many examples as a token limit allows.
 
-    With `batch_tokens`, the examples are grouped into batches once, in an order that the seed decides. Each
-    epoch then uses the same batches in another order, so all epochs have the same number of batches. With
+    With `batch_tokens`, the examples are grouped into batches once. The seed decides their order. Each epoch
+    then uses the same batches in another order, so all epochs have the same number of batches. With
     `batch_examples`, each epoch forms new batches, unless the examples of a batch belong together
     (`dataset.same_batches`). Any batch can be made without the batches before it.
 
@@ -80,7 +80,9 @@ class TokenBatches:
         return self.length
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[PackedBatch, Any]]:
-        """Make the batches of an epoch (counted from 0), each paired with what the loss needs besides it.
+        """Make the batches of an epoch (counted from 0).
+
+        Each is paired with the additional inputs of the loss.
 
         Args:
             skip: number of batches to leave out at the start of the epoch.
@@ -116,7 +118,7 @@ class TokenBatches:
         }
 
     def log_summary(self) -> dict[str, Any]:
-        """What the log of a run says about these batches, as JSON values."""
+        """The description of these batches for the log of a run, as JSON values."""
         report = self.dataset.report
         sizes = {"batch_tokens": self._tokens, "batch_examples": self._examples}
         return {

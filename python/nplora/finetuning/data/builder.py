@@ -27,8 +27,8 @@ class Builder(Generic[_Made]):
 
     Args:
         max_length, strict: as in `read_dataset`.
-        made: the class of the dataset, which says how many sequences an example has.
-        unit: what the report calls an example.
+        made: the class of the dataset, which defines the number of sequences of an example.
+        unit: the name of an example in the report.
 
     Attributes:
         bad: the rows of the current source that are skipped.
@@ -51,7 +51,7 @@ class Builder(Generic[_Made]):
         self.kind = ""
 
     def begin(self, source: Source) -> None:
-        """Begin a source. The examples that are added from now on belong to it."""
+        """Begin a source. Begin a source. All examples that are added after this call belong to it."""
         self._sources.append(source)
         self._first = self.stored
         self.bad, self._emptied_before, self.kind = BadRows(), self._emptied, ""
@@ -92,11 +92,11 @@ class Builder(Generic[_Made]):
         return Encoded(sequence.ids[:most], sequence.trained[:most])
 
     def end(self) -> None:
-        """End a source: take its examples as often as its weight says.
+        """End a source: repeat its examples according to its weight.
 
         Raises:
-            DataError: the source has no examples, though it should have some. LimitError: its weight
-                repeats them too often.
+            DataError: the source has no examples, but must have some. LimitError: the weight repeats the
+                examples too often.
         """
         source, added, reasons = self._sources[-1], range(self._first, self.stored), self._why()
         if not added and source.may_be_empty and not reasons:
@@ -179,7 +179,10 @@ def warn_of_unused(source: str, count: int, unit: str = "example") -> None:
 
 
 def copies(weight: float, tokens: array.array[int]) -> int:
-    """How often an example is in an epoch. A hash of its tokens decides about a fraction of the weight."""
+    """How often an epoch uses an example.
+
+    If the weight has a fraction, a hash of the tokens decides about it.
+    """
     whole, fraction = divmod(weight, 1)
     if not fraction:
         return int(whole)
@@ -188,11 +191,11 @@ def copies(weight: float, tokens: array.array[int]) -> int:
 
 
 def is_emptied(cut: list[Encoded], whole: list[Encoded]) -> bool:
-    """Whether an example is left out, because of the cut: nothing is trained, or no pair is left."""
+    """Whether an example is left out after it was cut: nothing is trained, or no pair is left."""
     is_cut = any(len(one.ids) < len(before.ids) for one, before in zip(cut, whole, strict=True))
     return is_cut and (not all(any(one.trained[1:]) for one in cut) or _are_equal(cut))
 
 
 def _are_equal(sequences: list[Encoded]) -> bool:
-    """Whether several sequences have the same tokens. Two long answers may be equal after they are cut."""
+    """Whether two sequences have the same tokens. Two long answers may be equal after they are cut."""
     return len(sequences) > 1 and all(one.ids == sequences[0].ids for one in sequences)

@@ -1,4 +1,4 @@
-"""Data sets of comparisons: pairs of a chosen and a rejected answer, and answers that somebody judged."""
+"""Data sets of comparisons: pairs of a chosen and a rejected answer, and judged answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Labelled = tuple[Array, Array]  # ids and labels of a sequence
 
 @dataclass(frozen=True)
 class Answers:
-    """What a loss of pairs needs besides a batch.
+    """The additional inputs of a loss of pairs, besides a batch.
 
     Attributes:
         is_answer: for each token of the batch, whether the next one belongs to an answer.
@@ -51,7 +51,7 @@ class PairDataset(Stored):
         return self._labelled(first), self._labelled(first + 1)
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Answers]:
-        """These pairs as a batch, and which of its tokens are answers."""
+        """The pairs with these indices as a batch, and the additional inputs of the loss."""
         batch = pack(sequence for index in indices for sequence in self[int(index)])
         return batch, Answers(batch.targets >= 0, self._tokens_per_pair)
 
@@ -77,11 +77,11 @@ class LearnedPairs(PairDataset):
 
 @dataclass(frozen=True)
 class Judgements:
-    """Judgements of the answers in a batch, and mismatched pairs: all that the loss needs besides the batch.
+    """The additional inputs of the loss besides a batch: judgements of the answers, and mismatched pairs.
 
     Attributes:
         good: whether each answer is good.
-        mismatched: each prompt with an answer to another prompt; empty if the loss needs no such sequences.
+        mismatched: each prompt with an answer to another prompt; empty if the loss does not need them.
     """
 
     good: Array
@@ -89,12 +89,13 @@ class Judgements:
 
 
 class JudgedDataset(Stored):
-    """Answers that somebody found good or bad.
+    """Answers that were judged as good or bad.
 
-    Each prompt is also paired with an answer to another prompt: the nearest one before it in its batch, or,
-    in a batch with one prompt, in the data set. A search that reaches the beginning continues at the end. The
-    mean log-ratio of these mismatched pairs estimates the KL divergence from the reference. The batches are
-    the same in all epochs, so the log-probabilities of the reference are computed only once.
+    Each prompt is also paired with an answer to another prompt. This answer is the nearest one before the
+    prompt in its batch or, if the batch has only one prompt, in the data set. If the search reaches the
+    beginning, it continues at the end. The mean log-ratio of these mismatched pairs estimates the KL
+    divergence from the reference. The batches are the same in all epochs, so the log-probabilities of the
+    reference are computed only once.
 
     Attributes:
         good: for each stored example, whether the answer is good.
@@ -113,7 +114,7 @@ class JudgedDataset(Stored):
         return (*self._labelled(stored), bool(self.good[stored]))
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Judgements]:
-        """These answers in one batch, and their judgements."""
+        """The answers with these indices in one batch, and their judgements."""
         batch = pack(self[int(index)][:2] for index in indices)
         pairs = zip(indices.tolist(), self._others(indices).tolist(), strict=True) if self.mismatches else ()
         mismatched = pack(self._mismatched(*pair) for pair in pairs)
@@ -125,7 +126,7 @@ class JudgedDataset(Stored):
         return bool((self._prompts != self._prompts[0]).any())
 
     def _others(self, indices: Array) -> Array:
-        """For each example of a batch, the example whose answer its prompt gets."""
+        """For each example of a batch, the example whose answer is paired with its prompt."""
         found = _before_with_another(self._prompts[indices])
         return self._others_in_data[indices] if found is None else indices[found]
 
@@ -164,9 +165,9 @@ def _first_trained(labels: Array) -> int:
 
 
 def _before_with_another(values: Array) -> Array | None:
-    """For each position, the nearest one before it that has another value; None if all values are equal.
+    """For each position, the nearest earlier position with another value; None if all values are equal.
 
-    The search continues at the end: the last position is before the first.
+    The positions form a circle: the last position comes before the first.
     """
     begins = np.flatnonzero(values != np.roll(values, 1))  # of the runs of equal values
     if not len(begins):
@@ -209,8 +210,8 @@ def read_judged(
 
     Args:
         mismatches: whether the loss needs prompts with answers to other prompts.
-    Raises as `read_dataset`. DataError: the rows have no judgement, or they need other prompts than the one
-        that they have.
+    Raises as `read_dataset`. DataError: the rows have no judgement; or they have only one prompt, and the
+    loss needs several.
     """
     builder = _JudgedBuilder(options.max_length, options.strict, JudgedDataset, "answer")
     _read(op, builder, sources, tokenizer, options, _Wanted(objective, ("kto", "preference")), _each)
@@ -227,7 +228,7 @@ def read_judged(
 
 
 class _JudgedBuilder(Builder[JudgedDataset]):
-    """Also keeps whether each answer is good."""
+    """Builds judged answers. The builder also stores whether each answer is good."""
 
     def __init__(
         self, max_length: int | None, strict: bool, made: type[JudgedDataset], unit: str = "answer"

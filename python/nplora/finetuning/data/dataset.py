@@ -1,4 +1,4 @@
-"""Dataset: the examples of a file as tokens, with a mark for each trained token, and a report on the file."""
+"""Dataset: the examples of a file as tokens, a mark for each trained token, and a report on the file."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Dataset(Stored, Sequence[tuple[Array, Array]]):
         return self._labelled(int(self._order[range(len(self))[index]]))
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Array]:
-        """These examples in one batch, and the batch's targets.
+        """The examples with these indices as one batch, and its targets.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> dataset = nplora.data.read_dataset("train.jsonl", lm.tokenizer)
@@ -73,10 +73,10 @@ class Dataset(Stored, Sequence[tuple[Array, Array]]):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How rows become examples, as in `read_dataset`.
+    """The options that define how rows become examples, as in `read_dataset`.
 
     Raises:
-        ValueError, TypeError: a value is out of its range.
+        ValueError, TypeError: a value is out of range or has a wrong type.
     """
 
     max_length: int | None = None
@@ -143,7 +143,8 @@ def read_dataset(
             - rows: an iterable of dictionaries, a data frame of pandas or polars, or a `Dataset` of Hugging
               Face.
             - a list of paths, or of pairs (path, weight). An epoch has each example of a file `weight` times.
-              A fraction takes that share of the examples, which stays the same in every epoch.
+              If the weight has a fraction, this share of the examples is added, the same examples in every
+              epoch.
         tokenizer: the model's tokenizer, or the model.
         max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
         learn: "completion" trains the tokens that are listed above; "all" trains all tokens.
@@ -183,10 +184,10 @@ def read_dataset(
 
 
 def tokenizer_of(op: str, given: object) -> Tokenizer:
-    """The tokenizer that is given, or that of a model.
+    """Return the given tokenizer, or the tokenizer of the given model.
 
     Raises:
-        TypeError: it is neither of them.
+        TypeError: the argument is neither a model nor a tokenizer.
     """
     found: Any = given.tokenizer if isinstance(given, LanguageModel) else given
     if not hasattr(found, "eos_id"):
@@ -215,8 +216,8 @@ def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: 
 def text_windows(op: str, source: Source, tokenizer: Tokenizer, length: int | None) -> Iterator[Encoded]:
     """Divide a plain text into windows of this many tokens, all of which are trained.
 
-    The last token of a window is also the first token of the next one. So every token of the text, except the
-    first, is once a target.
+    The last token of a window is also the first token of the next one. So every token of the text except the
+    first is a target exactly once.
 
     Raises:
         ValueError: `length` is None. DataError: the file cannot be read as text.
@@ -243,9 +244,9 @@ def add_rows(
     """Add the rows of a source.
 
     Args:
-        require: takes the kind and the place of a row, and raises a DataError if the objective does not read
-            rows of this kind.
-        examples_of: divides the sequences of a row into examples.
+        require: a function that takes the kind and the place of a row, and raises a DataError if the
+            objective does not read rows of this kind.
+        examples_of: a function that divides the sequences of a row into examples.
     """
     encoder = Encoder(tokenizer, options.learn == "all", options.max_length, options.chat)
     kind: Kind | None = None
@@ -267,7 +268,7 @@ def add_rows(
 
 
 def forgotten_in(row: Row, example: Example, unread: dict[str, Any], options: ReadOptions) -> str | None:
-    """The field that probably holds the prompt, if the row is a comparison without a prompt of its own."""
+    """The field that probably holds the prompt, if the row is a comparison without a field named prompt."""
     if not isinstance(example, Preference) or row.values.get(options.columns.get("prompt", "prompt")):
         return None
     return forgotten_prompt(example, unread)
@@ -306,7 +307,7 @@ def kind_of(
     options: ReadOptions,
     require: Callable[[Kind, str], None] = _require_one_answer,
 ) -> Kind:
-    """The kind of a row, which must be that of the rows before it.
+    """The kind of a row, which must be the kind of the rows before it.
 
     Raises the error that occurred when the row was read, or a DataError.
     """
@@ -318,9 +319,9 @@ class Parsed(NamedTuple):
 
     Attributes:
         kind: its kind.
-        example: what it says.
+        example: the content of the row.
         lacks_context: whether the row has tools or documents that the example lacks.
-        unread: the other fields that are not used and not empty, with the names that they have in the data.
+        unread: all other fields that are not used and not empty, by their names in the data.
     """
 
     kind: Kind

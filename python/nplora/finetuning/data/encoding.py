@@ -1,4 +1,4 @@
-"""Encoder: the examples of a data set as tokens, with a mark for each trained token."""
+"""Encoder: turns the examples of a data set into tokens, and marks each trained token."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Encoded:
     Attributes:
         ids: the tokens.
         trained: whether each token is trained.
-        unused: whether the example has messages, tools or documents that the template did not write.
-        is_chat: whether the chat template wrote it.
-        good: whether somebody judged it to be a good answer.
+        unused: whether the example has messages, tools or documents that the template leaves out.
+        is_chat: whether the chat template wrote the sequence.
+        good: whether the sequence was judged to be a good answer.
     """
 
     ids: list[int]
@@ -51,10 +51,10 @@ class Encoder:
     """Turns examples into tokens.
 
     Args:
-        learn_all: all tokens are trained, prompts too.
+        learn_all: whether all tokens are trained, including prompts.
         max_length: the maximum number of tokens, or None. If an example is longer, one more token is encoded,
-            to show that it is too long.
-        chat: completions go through the chat template, too.
+            which shows that the example is too long.
+        chat: whether completions go through the chat template too.
     Raises:
         ValueError: the model has no EOS token.
     """
@@ -69,7 +69,7 @@ class Encoder:
         self._most = None if max_length is None else max_length + 1
 
     def encode(self, example: Example, where: str) -> list[Encoded]:
-        """The sequences of an example: one; for a preference two, the chosen answer first.
+        """The sequences of an example: one sequence or, for a preference, two, the chosen answer first.
 
         Raises:
             DataError: nothing can be trained, both answers of a preference have the same tokens, or the chat
@@ -158,10 +158,10 @@ class Encoder:
 def _require_calls(message: Message, lost: list[int], where: str) -> None:
     """Check that the template writes all tool calls of a trained turn.
 
-    Without them, the model would learn to end its turn at once.
+    If the template left them out, the model would learn to end its turn at once.
 
     Args:
-        lost: the numbers of the calls that it leaves out.
+        lost: the numbers of the calls that the template leaves out.
     """
     if lost:
         name = message["tool_calls"][lost[0]]["function"]["name"]
@@ -172,7 +172,7 @@ def _require_calls(message: Message, lost: list[int], where: str) -> None:
 
 
 def _unusual_order(messages: list[Message]) -> str:
-    """Words for the first message whose role many templates refuse at its place; empty if there is none."""
+    """A text about the first message with a role that many templates refuse at its position; may be empty."""
     before: str | None = None
     for number, message in enumerate(messages, 1):
         role = message["role"]

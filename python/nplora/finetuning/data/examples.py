@@ -1,4 +1,4 @@
-"""What a row of training data says, whatever its format: a text, a completion, a chat, or a comparison."""
+"""The content of a row of training data in any format: a text, a completion, a chat, or a comparison."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt as plain text, and the text that follows it."""
+    """A prompt as plain text, and its completion."""
 
     prompt: str
     completion: str
 
     def as_chat(self) -> Chat:
-        """The completion as a chat: the user asks the prompt, and the assistant answers."""
+        """The completion as a chat: a message of the user with the prompt, and one of the assistant."""
         turns = ("user", self.prompt), ("assistant", self.completion)
         return Chat([{"role": role, "content": content} for role, content in turns])
 
@@ -103,7 +103,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Judged:
-    """An answer that somebody found good or bad."""
+    """An answer that was judged as good or bad."""
 
     answer: Answered
     good: bool
@@ -141,7 +141,7 @@ Example: TypeAlias = Text | Completion | Chat | Instruction | Preference | Judge
 
 
 def through_template(example: Example) -> Example:
-    """The same example, in which completions have become chats."""
+    """Turn completions into chats, and return all other examples unchanged."""
     if isinstance(example, Completion | Instruction):
         return example.as_chat()
     if isinstance(example, Preference):

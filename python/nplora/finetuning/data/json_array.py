@@ -18,14 +18,14 @@ _NEXT = json.JSONDecoder()
 def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
     """The elements of the array in a text: the text is `[…]`, or an object with the array as its "data".
 
-    The elements are not parsed, and neither is the rest of such an object.
+    Neither the elements nor the rest of such an object are parsed.
 
     Args:
         parts: the text. The array must begin within the first megabyte.
         name: the name of the text, for messages.
         most: the largest number of bytes of an element.
     Raises:
-        DataError: the text is neither an array nor such an object, it does not end, or text follows it.
+        DataError: the text is neither an array nor such an object, its end is missing, or more text follows.
         LimitError: an element is too long.
     """
     joined = bytearray()
@@ -62,7 +62,7 @@ def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
 
 
 def _after_object(rest: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """What follows the object whose array has ended."""
+    """Read the rest of an object after its array has ended."""
     marks, is_begun = Marks(depth=1), False
     for part in rest:
         text, places, depths = marks.find(part)
@@ -90,7 +90,7 @@ def _follows(text: bytes, name: str, before: str) -> DataError:
 
 
 def _begin(head: bytes, name: str) -> tuple[int, bool]:
-    """Where the first element begins, and whether the array is in an object."""
+    """The position of the first element, and whether the array is in an object."""
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
     before = len(head) - len(text.encode("utf-8", "surrogateescape"))
     place = _skip(text, 0)
@@ -123,6 +123,6 @@ def _begin(head: bytes, name: str) -> tuple[int, bool]:
 
 
 def _skip(text: str, place: int) -> int:
-    """The place after white space."""
+    """The position after white space."""
     found = _SPACE.match(text, place)
     return found.end() if found else place

@@ -1,4 +1,4 @@
-"""The kinds of rows, and which of them a row is. The files in `parsing/` make examples from rows."""
+"""The kinds of rows, and how a row's kind is found. The files in `parsing/` make examples from rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Kind:
     """A kind of rows.
 
     Attributes:
-        name: what `format` calls it.
+        name: its name in the option `format`.
         fields: the fields that a row of this kind has, for messages.
         known_by: a row that has one of these fields is of this kind.
         parse: makes an example from the fields of a row.
@@ -60,7 +60,7 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
     """The kind of a row, by the names of its fields.
 
     Raises:
-        DataError: the row is of no kind, or of two kinds.
+        DataError: the fields belong to no kind, or to two kinds.
     """
     there = [name for name, value in values.items() if value is not None]
     found = _kinds_with(there) or _kinds_with(list(values))
@@ -77,7 +77,7 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
 
 
 def _kinds_with(names: list[str]) -> dict[str, str]:
-    """The kinds that fields with these names may belong to, each with the field that shows it."""
+    """The kinds that fields with these names may belong to, each with the field that identifies it."""
     found = {kind.name: name for kind in KINDS for name in reversed(kind.known_by) if name in names}
     if "completion" in found and "label" in names:
         found["kto"] = found.pop("completion")
@@ -102,7 +102,7 @@ def renamed(values: dict[str, Any], columns: Mapping[str, str], where: str) -> d
 
 
 def lacks_context(values: Mapping[str, Any], example: Example) -> bool:
-    """Whether a row has tools or documents that its example lacks, because only messages have them."""
+    """Whether a row has tools or documents that its example lacks. Only examples with messages have them."""
     answer: object = example
     if isinstance(example, Preference):
         answer = example.chosen

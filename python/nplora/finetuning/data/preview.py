@@ -86,19 +86,19 @@ class Part:
         source: the files.
         kinds: the formats of the rows.
         examples: the number of examples. A pair is one.
-        epoch: the number of examples of an epoch: without those that are left out, and as often as the
-            weights say.
+        epoch: the number of examples of an epoch, without those that are left out, and repeated according to
+            the weights.
         lengths: the number of tokens of each sequence before it is cut. A pair has two.
         trained: the number of tokens that count in the loss, before examples are cut.
         cut: the number of examples that are longer than the maximum length.
-        lost: the number of tokens that the cut takes away.
-        emptied: the number of examples that are left out, because after the cut they have nothing to train
-            on, or the answers of a pair are the same.
+        lost: the number of tokens that are cut off.
+        emptied: the number of examples that are left out because, after the cut, they have nothing to train
+            on or both answers of a pair are the same.
         unused: the number of examples with messages, tools or documents that the chat template leaves
             out.
         unread: the fields that are not used, each with the number of rows that have it.
-        without_prompt: the comparisons without a prompt whose prompt is probably in another field: that
-            field, with the number of rows.
+        without_prompt: for comparisons without a prompt, the other field that probably holds the prompt, and
+            the number of rows.
         repeated: the number of examples that repeat an earlier example.
         bad: the number of bad rows.
         problems: the errors of the first few bad rows.
@@ -139,7 +139,7 @@ class Preview:
         train, valid: the examples to train on, and those to evaluate on, if any.
         max_length: the maximum length, to which examples are cut.
         examples: the first examples to train on.
-        shared: the number of examples to evaluate on that are among those to train on.
+        shared: the number of validation examples that are also training examples.
     """
 
     train: Part
@@ -149,7 +149,7 @@ class Preview:
     shared: int
 
     def require_usable(self) -> None:
-        """Check that there is something to train on, and to evaluate on if there are data for it.
+        """Check that there are training examples and, if validation data are given, validation examples.
 
         Raises:
             DataError: all rows are bad, are left out, or are for `nplora eval` alone; or the weights leave
@@ -201,11 +201,11 @@ def preview(
 ) -> Preview:
     """Show how training data are read: what is trained, how long the examples are, and what is wrong.
 
-    Bad rows do not end the preview. They are counted, and the errors of the first few are shown.
+    Bad rows do not end the preview. The preview counts bad rows, and shows the errors of the first few.
 
     Args:
-        data, tokenizer, format, columns, chat, max_length, learn: as for `read_dataset`. The rows may be
-            comparisons, too. A plain text is shown in the windows that `finetune` trains.
+        data, tokenizer, format, columns, chat, max_length, learn: as for `read_dataset`. The rows may also be
+            comparisons. A plain text is shown in the windows that `finetune` trains on.
         valid: rows to evaluate on. The preview counts those that are also in `data`.
         valid_split: share of the examples to hold out, as for `finetune`.
         examples: how many of the first examples are shown.
@@ -253,7 +253,7 @@ def preview(
 
 @dataclass(frozen=True)
 class _Found:
-    """A good row: its place, kind and sequences, and its judgement, if somebody judged it."""
+    """A good row: its place, kind and sequences, and its judgement, if it has one."""
 
     where: str
     kind: str
@@ -272,7 +272,7 @@ class _Found:
         return ("chosen", "rejected") if self.kind == "preference" else ("",)
 
     def digest(self) -> bytes:
-        """A hash that equal examples share."""
+        """A hash that is the same for equal examples."""
         said = repr([self.good, [(one.ids, one.trained) for one in self.sequences]])
         return hashlib.blake2b(said.encode(), digest_size=16).digest()
 

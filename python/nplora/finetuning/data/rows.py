@@ -58,7 +58,7 @@ def read_rows(path: StrPath) -> Iterator[Row]:
 
 
 def suffix_of(path: StrPath) -> str:
-    """The suffix that decides how a file is read: ".jsonl" of train.jsonl and of train.jsonl.gz."""
+    """The suffix that decides how a file is read: it is ".jsonl" for train.jsonl and for train.jsonl.gz."""
     plain = Path(path)
     if files.suffix(plain) == ".gz":
         plain = plain.with_suffix("")
@@ -95,7 +95,7 @@ def _decompressed(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
 def _inflated(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
     """The content of one or several gzip streams in small pieces.
 
-    Each call of zlib gets few bytes, because it copies those that follow the end of a stream.
+    Each call of zlib gets only a few bytes, because zlib copies all bytes after the end of a stream.
     """
     stream, read, made = zlib.decompressobj(_GZIP), 0, 0
     try:
@@ -124,7 +124,7 @@ def _inflated(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 
 def _after_padding(part: bytes, begin: int) -> int:
-    """Where the next stream may begin. Zero bytes may pad a gzip file."""
+    """The position at which the next stream may begin. A gzip file may be padded with zero bytes."""
     is_padded = part[begin : begin + 1] == b"\0"
     return len(part) - len(part[begin:].lstrip(b"\0")) if is_padded else begin
 

@@ -1,4 +1,4 @@
-"""Sources: where the rows of a data set come from, files or Python objects, each with a weight."""
+"""Sources: the files or Python objects that provide the rows of a data set, each with a weight."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _VALID_FILES = ("valid", "validation")
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from.
+    """A source of rows.
 
     Attributes:
         name: the file, or "data" for Python objects.
-        read: reads the rows; it can be called again.
+        read: a function that reads the rows, and can be called several times.
         path: the file; None for Python objects.
         weight: how many times each example is in an epoch; a fraction takes that share of the examples.
-        may_be_empty: whether it is no error if the source has no rows.
+        may_be_empty: whether the source may have no rows.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Splits(NamedTuple):
 
 
 def splits_of(op: str, data: Data) -> Splits:
-    """The training data in `data`, and the validation data that a directory or a mapping of splits has.
+    """The training data in `data`, and the validation data if `data` is a directory or a mapping of splits.
 
     Raises:
         FileNotFoundError: there is no such file, or a directory has no train.*.
@@ -89,7 +89,7 @@ def splits_of(op: str, data: Data) -> Splits:
 def sources_of(op: str, data: Data) -> list[Source]:
     """The sources to evaluate on: the validation data of a directory, or else the training data.
 
-    Of a mapping of splits, the validation data, or else the test data, or else the training data.
+    In a mapping of splits, these are the validation data, or else the test data, or else the training data.
 
     Raises as `splits_of`.
     """
@@ -155,7 +155,7 @@ def _file(path: Path) -> Source:
 
 
 class _Frame:
-    """The rows of a data frame, which become dictionaries only while they are read."""
+    """The rows of a data frame. Each row becomes a dictionary only when it is read."""
 
     def __init__(self, frame: Any) -> None:
         self._frame = frame
@@ -165,10 +165,10 @@ class _Frame:
 
 
 def _objects(rows: Iterable[Any], is_table: bool) -> Source:
-    """The source of rows that are Python's objects.
+    """The source of rows that are Python objects.
 
     Args:
-        is_table: the rows are those of a table, whose nulls stand for fields that are missing.
+        is_table: whether the rows come from a table, in which a null means a missing field.
     """
 
     def read() -> Iterator[Row]:
@@ -189,7 +189,7 @@ def _row(values: object, where: str, is_table: bool) -> Row:
 
 
 def in_memory(source: Source) -> Source:
-    """The same source, whose rows are read now and kept in memory."""
+    """The same source, but its rows are read now and kept in memory."""
     return dataclasses.replace(source, read=functools.partial(iter, list(source.read())))
 
 

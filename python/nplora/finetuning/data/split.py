@@ -16,15 +16,15 @@ from nplora.formats.errors import DataError, LimitError, counted
 
 
 class Division:
-    """Sources whose rows are divided: some are to train on, the others are held out.
+    """Sources whose rows are divided into training rows and held-out rows.
 
-    Whether a row is held out depends on a hash of its example. So a row stays on its side when others are
-    added or the order changes, and rows with equal examples are on one side. Each source is read only once:
+    Whether a row is held out depends on a hash of its example. So a row stays in its part when rows are added
+    or the order changes, and rows with equal examples are in the same part. Each source is read only once:
     while the rows to train on are read, the others are kept in memory for `held_out`.
 
     Attributes:
-        train: the sources of the rows to train on. The end of the last one raises a DataError if no row is
-            held out, or if all rows are.
+        train: the sources of the rows to train on. The end of the last source raises a DataError if no row or
+            every row is held out.
     """
 
     def __init__(self, op: str, sources: list[Source], share: float, options: ReadOptions) -> None:
@@ -55,7 +55,7 @@ class Division:
         ]
 
     def _read(self, number: int) -> Iterator[Row]:
-        """The rows to train on. Bad rows are among them, so that their errors are seen."""
+        """The rows to train on. Bad rows are included, so that their errors are reported."""
         rows, held_out = 0, list[Row]()
         for row in self._sources[number].read():
             rows += 1
@@ -93,7 +93,7 @@ class Division:
 
 
 def is_held_out(example: Any, share: float, where: str) -> bool:
-    """Whether an example, which is a dataclass, is held out, by a hash of all that it says.
+    """Whether an example is held out, by a hash of its content. An example is a dataclass.
 
     Raises:
         DataError: the example has a value that JSON cannot represent, so that it has no hash.

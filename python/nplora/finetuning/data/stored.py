@@ -1,4 +1,4 @@
-"""Stored: the examples of a data set as tokens, with a mark for each trained token, and a report on them."""
+"""The stored examples of a data set: tokens, a mark for each trained token, and a report."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class DataReport:
 
     Attributes:
         source: the file.
-        examples: the number of examples of an epoch: rows, or windows of a plain text, as often as the
-            weights say.
+        examples: the number of examples of an epoch: rows or windows of a plain text, repeated according to
+            the weights.
         tokens: the number of tokens in all examples.
         learned: the number of tokens that count in the loss.
         shortest, median, longest: lengths of the examples, in tokens.
@@ -34,8 +34,8 @@ class DataReport:
         unused: the number of examples with messages, tools or documents that the chat template leaves out, so
             that the model does not see them.
         kind: the format of the rows, as `format` in `read_dataset`, or "plain text".
-        unit: what an example is: "example", or "pair" or "answer" for a preference objective.
-        chat: whether the chat template wrote the examples; None if it wrote some of them.
+        unit: the name of an example: "example", or "pair" or "answer" for a preference objective.
+        chat: whether the chat template wrote the examples; None if it wrote only some of them.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> print(nplora.data.read_dataset("valid.jsonl", tokenizer).report)
@@ -115,7 +115,7 @@ class Examples(Protocol):
         """SHA-256 of the examples."""
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Any]:
-        """The examples with these indices as one batch, and what the loss needs besides the batch."""
+        """The examples with these indices as one batch, and the additional inputs of the loss."""
 
 
 class Stored:

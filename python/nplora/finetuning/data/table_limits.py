@@ -1,4 +1,4 @@
-"""How large the content of Parquet and Arrow files is: known before it is decompressed or made into objects.
+"""Finds the size of the content of Parquet and Arrow files before it is decompressed or made into objects.
 
 A small file can hold a large table: compression, dictionaries, run lengths and views repeat bytes. So the
 sizes are checked first: those that a file states for its parts, and then those of its rows.
@@ -44,7 +44,7 @@ def require_parquet(metadata: Any, name: str, file_size: int) -> None:
 
 
 def reading(metadata: Any, rows: int) -> tuple[list[str], int]:
-    """How a Parquet file is read without filling the memory.
+    """Choose how to read a Parquet file without filling the memory.
 
     Texts stay in their dictionaries, because a few bytes may repeat a long text in every row. Texts in delta
     encoding have no dictionaries in pyarrow. Such a text may repeat all the texts before it, so only a few
@@ -110,13 +110,13 @@ def _stated(metadata: bytes, body: memoryview) -> tuple[int, int]:
 
 
 class _Table:
-    """A table of a flatbuffer. Every place is checked against the end of the bytes, by `struct`."""
+    """A table of a flatbuffer. `struct` checks that every position is within the bytes."""
 
     def __init__(self, raw: bytes, begin: int) -> None:
         self._raw, self._begin = raw, begin
 
     def place(self, field: int) -> int | None:
-        """Where a field is; None if it has its default."""
+        """The position of a field; None if the field has its default value."""
         names = self._begin - int(self._read("<i", self._begin))
         if 4 + 2 * field + 2 > self._read("<H", names):
             return None
@@ -156,7 +156,7 @@ class _Table:
 def row_sizes(batch: Any) -> Array:
     """About how many bytes each row of a batch takes as Python's objects.
 
-    The batch must be valid, because its offsets are followed.
+    The batch must be valid, because this function follows its offsets.
     """
     sizes = np.zeros(batch.num_rows, np.int64)
     for column in batch.columns:
@@ -165,7 +165,7 @@ def row_sizes(batch: Any) -> Array:
 
 
 def _sizes(array: Any) -> Array:
-    """The bytes of each value, with all that it repeats."""
+    """The bytes of each value. Repeated content counts at every repetition."""
     import pyarrow.types as types
 
     kind, count = array.type, len(array)
@@ -207,7 +207,7 @@ def _list_sizes(array: Any) -> Array:
 
 
 def _taken(sizes: Array, indices: Any) -> Array:
-    """The sizes with these indices, of which some may be null."""
+    """The sizes with these indices. Some indices may be null."""
     places = indices.fill_null(0).to_numpy(zero_copy_only=False)
     is_there = indices.is_valid().to_numpy(zero_copy_only=False)
     return np.where(is_there, sizes[places] if len(sizes) else _VALUE, _VALUE)

@@ -1,6 +1,6 @@
 """Rows of tables: Parquet and Arrow files, and the data frames of pandas and polars.
 
-Nothing here imports these packages before it is needed. A frame is recognised by its methods.
+These packages are imported only when they are needed. A data frame is recognised by its methods.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def read_parquet(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
     """The rows of a Parquet file.
 
     Args:
-        most: the largest number of bytes of a row; None stands for a row that has more.
+        most: the largest number of bytes of a row. None replaces a row that has more bytes.
     Raises:
         DataError: the file is not a Parquet file. LimitError: a part of it is too large.
         ModuleNotFoundError: `pyarrow` is not installed.
@@ -104,7 +104,7 @@ def frame_rows(table: Any) -> Iterator[dict[str, Any]] | None:
 def without_nulls(row: Any) -> Any:
     """The row without the nulls inside its lists of objects.
 
-    In a table, all objects of a list have the same fields, so a field that an object lacks is null there.
+    In a table, all objects of a list have the same fields, so a missing field of an object is null.
     """
     if isinstance(row, Mapping):
         return {str(name): without_nulls(value) for name, value in row.items() if value is not None}
@@ -112,10 +112,10 @@ def without_nulls(row: Any) -> Any:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """The value made of Python's own objects: arrays become lists, and NumPy's scalars become numbers.
+    """The value as Python objects: arrays become lists, and NumPy scalars become numbers.
 
     Raises:
-        DataError: a text cannot be encoded. LimitError: the value is nested too deep, or holds itself.
+        DataError: a text cannot be encoded. LimitError: the value is nested too deeply, or contains itself.
     """
     if isinstance(value, str):
         if not value.isascii() and _SURROGATE.search(value):
@@ -133,7 +133,7 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 def _present(value: Any) -> Any:
-    """None for the NaN or NA that pandas has for a missing value."""
+    """Replace NaN or NA, which pandas uses for a missing value, by None."""
     is_missing = (isinstance(value, float | np.floating) and math.isnan(value)) or (
         type(value).__name__ in ("NAType", "NaTType")
     )

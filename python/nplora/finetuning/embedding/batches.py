@@ -47,10 +47,10 @@ class TextBatch:
         return np.split(rows, np.cumsum([len(column) for column in self.columns[:-1]]))
 
     def known_positives(self) -> Array | None:
-        """The candidates that must not count as negatives of an anchor, as bool (n, candidates).
+        """A mask, bool (n, candidates), of the candidates that must not count as negatives of an anchor.
 
-        These are copies of the anchor or of its positive, and the positives of other copies of the anchor.
-        None if there are no such candidates.
+        The mask marks copies of the anchor or of its positive, and the positives of other copies of the
+        anchor. The result is None if there are no such candidates.
         """
         numbers = dict[bytes, int]()
         keys = (np.asarray(ids, np.int64).tobytes() for ids in self.texts)
@@ -73,10 +73,10 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: npt.ArrayLike) -> tuple[TextBatch, Array | None]:
-        """These examples as a batch, and their scores."""
+        """The examples with these indices as a batch, and their scores."""
 
     def fingerprint(self) -> str:
-        """A text that differs for other examples."""
+        """A text that identifies the examples."""
 
 
 class ExampleBatches:
@@ -110,7 +110,10 @@ class ExampleBatches:
         return -(-len(self.examples) // self.batch_size)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[TextBatch, Array | None]]:
-        """The batches of an epoch (counted from 0) without its first `skip` batches, and their scores."""
+        """The batches of an epoch (counted from 0) and their scores.
+
+        The first `skip` batches are left out.
+        """
         rows = len(self.examples)
         order = shuffled(rows, self.seed, epoch) if self.shuffle else np.arange(rows)
         for begin in range(skip * self.batch_size, len(order), self.batch_size):

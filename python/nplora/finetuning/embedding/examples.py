@@ -159,8 +159,8 @@ def read_examples(
         loss: the name of the loss, or the loss.
         columns: names of fields in the data, by the names above: {"anchor": "question"}, or
             "anchor=question".
-        prompts: a text that is put before each text, or one for each field: {"anchor": "query: "}. None: the
-            model's default prompt.
+        prompts: a text that precedes each text, or one such text for each field: {"anchor": "query: "}. None:
+            the model's default prompt.
         max_length: the largest number of tokens of a text, with special tokens; None: the encoder's. Longer
             texts are cut, and the report says how many.
         skip_bad: skip bad rows, and count them.
@@ -260,7 +260,7 @@ def _score(fields: Fields, loss: EmbeddingFunction) -> float:
 
 
 def _fields(op: str, name: str, given: object) -> Mapping[str, str]:
-    """An argument that has a text for some of the fields."""
+    """Check an argument that maps some of the fields to texts."""
     if not isinstance(given, Mapping):
         raise TypeError(f"{op}: {name} is {_check.kind(given)}, expected a dictionary")
     for field, text in given.items():

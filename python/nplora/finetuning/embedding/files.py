@@ -96,10 +96,10 @@ def embed_file(
         progress: print progress on stderr; None: only on a terminal or in a notebook.
     Raises:
         DataError: a text is missing or empty, or there are no texts. The message names the file and the line.
-        ValueError, KeyError, TypeError: an argument does not fit, the output is a file that is read, or an
+        ValueError, KeyError, TypeError: an argument does not fit, the output is one of the input files, or an
             embedding has NaN or infinity.
         FileExistsError: the output exists, and `overwrite` is not set.
-        OSError: a file cannot be read or written. An existing output is not changed by the failure.
+        OSError: a file cannot be read or written. An existing output then stays unchanged.
     """
     op = "embed_file"
     files.require_named(op, output=output)
@@ -207,7 +207,7 @@ def _new_file(output: StrPath, texts: list[str], vectors: Array) -> NewFile:
 
 
 def _table(texts: list[str], vectors: Array) -> Iterator[str]:
-    """The lines of a table. Nine digits give the same float32 when they are read."""
+    """The lines of a table. With nine digits, each value is read as the same float32 again."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["text", *range(vectors.shape[1])])

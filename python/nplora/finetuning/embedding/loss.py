@@ -31,8 +31,8 @@ class EmbeddingLoss(FusedLoss):
     The batch is computed in micro-batches, so a batch of thousands of texts needs little memory (Gao et al.
     2021, "GradCache"): each micro-batch is embedded, and only its embeddings are kept. The loss gives the
     gradient of the embeddings. Then each micro-batch is computed again, with the same dropout, and its
-    backward pass follows. The last micro-batch is computed once, so a batch that fits into one micro-batch
-    takes no additional time.
+    backward pass follows. The last micro-batch is computed only once, so a batch that fits into one
+    micro-batch takes no additional time.
 
         >>> import nplora
         >>> encoder = nplora.load_encoder("encoder-model")
@@ -47,11 +47,11 @@ class EmbeddingLoss(FusedLoss):
     Args:
         loss: "ranking" (multiple negatives), "triplet", "cosine" or "cosent", or a loss of
             `nplora.embedding`, such as `RankingLoss(scale=50)`.
-        dims: also train the first values of the embeddings by themselves: the widths, for `MatryoshkaLoss`.
-        micro_tokens: maximum tokens of a micro-batch, unless one text has more. Without dropout, the
-            gradients do not depend on it, up to rounding. With dropout, other micro-batches have other masks.
-        leave_out_known: in a ranking, a text that equals the anchor or its positive is no negative, nor is
-            the positive of an equal anchor. False: all other texts are negatives.
+        dims: widths to which embeddings are also cut in training, as in `MatryoshkaLoss`.
+        micro_tokens: maximum tokens of a micro-batch, unless one text has more. Without dropout, it changes
+            the gradients only by rounding. With dropout, it also changes the masks.
+        leave_out_known: in a ranking, do not use a text as a negative if it equals the anchor or its
+            positive, or if it is the positive of an equal anchor. False: all other texts are negatives.
     Raises:
         ValueError, TypeError: an argument does not fit its description above.
     """

@@ -1,4 +1,4 @@
-"""Measures of embeddings: Spearman's rank correlation of scored pairs; recall, nDCG and MRR of a search."""
+"""Metrics of embeddings: Spearman's rank correlation of scored pairs; recall, nDCG and MRR of a search."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def evaluate_similarity(
     dim: int | None = None,
     max_length: int | None = None,
 ) -> dict[str, float]:
-    """How well the cosines of pairs of texts agree with the scores that people gave them.
+    """Measure how well the cosines of pairs of texts agree with the scores that people gave the pairs.
 
         >>> import nplora
         >>> encoder = nplora.load_encoder("encoder-model")
@@ -112,7 +112,7 @@ class RetrievalScores:
         ndcg: by k: the normalised discounted cumulative gain, with linear gains as in trec_eval.
         mrr: by k: 1 / the rank of the first relevant document, 0 if it is not among the first k.
         accuracy: by k: the share of the queries with a relevant document among the first k.
-        queries, documents: their numbers.
+        queries, documents: the numbers of queries and documents.
 
     >>> import nplora
     >>> encoder, texts = nplora.load_encoder("encoder-model"), {"a": "a cat", "b": "my parcel"}
@@ -159,7 +159,7 @@ def evaluate_retrieval(
     dim: int | None = None,
     batch_size: int | None = None,
 ) -> RetrievalScores:
-    """How well a search by cosines finds the relevant documents.
+    """Measure how well a search by cosines finds the relevant documents.
 
         >>> import nplora
         >>> encoder = nplora.load_encoder("encoder-model")
@@ -169,15 +169,15 @@ def evaluate_retrieval(
 
     Args:
         queries, corpus: the texts by their names.
-        relevant: for each query, the names of its relevant documents, or a grade above 0 for each of them.
-            Queries without a relevant document are left out.
+        relevant: for each query, the names of its relevant documents, or a dictionary with a grade above 0
+            for each of them. Queries without a relevant document are left out.
         k: numbers of documents at which the scores are computed.
-        query_prompt, corpus_prompt: texts that are put before each text, as in `Encoder.embed`.
+        query_prompt, corpus_prompt: texts that precede each query and each document, as in `Encoder.embed`.
         dim: use only the first `dim` values of an embedding (Matryoshka); None: all.
         batch_size: as in `Encoder.embed`.
     Raises:
         ValueError: no query has a relevant document, the corpus is empty, or an argument is out of range.
-        KeyError: a query or document is not among the texts.
+        KeyError: `relevant` has a name that is not in `queries` or `corpus`.
     """
     op = "evaluate_retrieval"
     if isinstance(k, str) or not np.iterable(k):
@@ -206,7 +206,7 @@ def _units(op: str, vectors: Array, dim: int | None) -> Array:
     """The first `dim` values of the embeddings, divided by their length.
 
     Raises:
-        ValueError: an embedding has NaN or infinity, so a measure would mean nothing.
+        ValueError: an embedding has NaN or infinity, so the metrics would mean nothing.
     """
     if not np.isfinite(vectors).all():
         raise ValueError(f"{op}: the model gives embeddings with NaN or infinity, expected finite values")
@@ -217,7 +217,7 @@ def _units(op: str, vectors: Array, dim: int | None) -> Array:
 def _grades(
     op: str, query: Any, queries: Mapping[Any, str], places: Mapping[Any, int], given: Any
 ) -> dict[int, float]:
-    """The grade of each relevant document, by its place in the corpus."""
+    """The grade of each relevant document, by its index in the corpus."""
     if query not in queries:
         raise KeyError(f"{op}: relevant names the query {brief(query)}, which is not among the queries")
     if isinstance(given, str) or not np.iterable(given):
@@ -233,7 +233,7 @@ def _grades(
 
 
 def nearest(queries: Array, corpus: Array, k: int) -> Array:
-    """The places of the k rows of `corpus` with the largest products with each row of `queries`.
+    """For each row of `queries`, the indices of the k rows of `corpus` with the largest products.
 
     Equal products are in the order of the corpus.
 
@@ -267,7 +267,7 @@ def _nearest_of_few(queries: Array, corpus: Array, k: int) -> Array:
 
 
 def _largest(scores: Array, k: int) -> Array:
-    """The places of the k largest values of each row, largest first, and equal values in their order.
+    """The indices of the k largest values of each row, the largest first. Equal values keep their order.
 
     Sorting only k values takes a fraction of the time of sorting all.
     """
@@ -287,7 +287,7 @@ def _largest(scores: Array, k: int) -> Array:
 def _scores(
     found: Array, grades: Sequence[Mapping[int, float]], steps: Sequence[int], documents: int
 ) -> RetrievalScores:
-    """The scores of the places `found` (queries, most documents)."""
+    """The scores of the search results. `found` has the indices of the documents found for each query."""
     gains = np.array(
         [[grade.get(int(i), 0.0) for i in row] for row, grade in zip(found, grades, strict=True)]
     )

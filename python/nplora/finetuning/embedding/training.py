@@ -123,23 +123,23 @@ def train(
             depends on `batch_size`.
         loss: "ranking" (each anchor against all other texts of the batch), "triplet", "cosine" or "cosent",
             or a loss such as `RankingLoss(scale=50)`.
-        dims: widths to which embeddings are also cut in training (Matryoshka); name the full width too.
+        dims: widths to which embeddings are also cut in training (Matryoshka); include the full width.
         columns, prompts, max_length, skip_bad: as in `read_examples`.
         rank, alpha, targets, layers, dropout, use_rslora, use_dora, init: as in `Encoder.add_lora`.
         lr: peak learning rate; None: 0.8 / hidden size of the model, at most 2e-3.
         weight_decay: weight decay of AdamW.
         epochs, steps: the length of the run; by default, one epoch.
         batch_size: examples in a step. In a ranking, a larger batch has more negatives.
-        micro_tokens: maximum tokens of a micro-batch: fewer take less memory.
+        micro_tokens: maximum tokens of a micro-batch; smaller values save memory.
         schedule: learning rate schedule after the warm-up: linear, cosine or constant.
         warmup: steps in which the learning rate rises.
         max_grad_norm: maximum norm of the gradients; None: no limit.
         eval_every: steps between evaluations, besides those after every epoch.
-        patience: evaluations in a row without a lower validation loss after which the run ends.
-        keep: the adapter that is saved if there are validation data: "best" (of the lowest validation loss)
-            or "last".
+        patience: end the run after this number of evaluations in a row without a lower validation loss.
+        keep: the adapter to save if there are validation data: "best" (with the lowest validation loss) or
+            "last".
         compute: arithmetic of the products with frozen weights: "float32" (the default) or "bfloat16". A
-            loaded encoder has its own.
+            loaded encoder keeps its arithmetic.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         seed: seed of the initial factors, dropout and the order of the examples.

@@ -1,1 +1,1 @@
-"""Judging a model on data: losses, generated answers, multiple choice, and comparisons of adapters."""
+"""Evaluates a model on data: losses, generated answers, multiple choice, and comparisons of adapters."""

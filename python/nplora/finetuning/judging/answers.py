@@ -48,7 +48,7 @@ def asked(tokenizer: Tokenizer, example: Example, row: dict[str, Any], where: st
     """The prompt of an example. The reference answer is the last text that training would learn.
 
     Args:
-        chat: texts go through the chat template, too.
+        chat: whether texts go through the chat template too.
     Raises:
         DataError: the example has no prompt, its answer is not a text, or the chat template refuses the
             example.
@@ -86,14 +86,14 @@ def _of_chat(tokenizer: Tokenizer, chat: Chat) -> tuple[list[int], str]:
 
 
 def answers(lm: LanguageModel, questions: list[Asked], max_new_tokens: int) -> Iterator[str]:
-    """The model's answer to each prompt: greedy decoding, with the surrounding white space removed."""
+    """The model's answer to each prompt, by greedy decoding. White space around the answer is removed."""
     sampling = Sampling(max_new_tokens=max_new_tokens)
     for group in groups([question.ids for question in questions], max_new_tokens):
         yield from map(str.strip, generate_ids(lm, group, sampling))
 
 
 def groups(prompts: list[list[int]], max_new_tokens: int) -> list[list[list[int]]]:
-    """Divide the prompts, in order, into groups that are answered together."""
+    """Divide the prompts, in their order, into groups. The prompts of a group are answered together."""
     found, longest = list[list[list[int]]](), 0
     for ids in prompts:
         longest = max(longest, len(ids))
@@ -115,7 +115,7 @@ def measure_answers(
     """The scores of the generated answers, by each metric. A metric that always fails has no value (NaN).
 
     Args:
-        record: is called with the answer and the scores of each prompt.
+        record: a function that is called with the answer and the scores of each prompt.
     """
     scores = np.zeros((len(metrics), len(questions)))
     for metric in metrics:

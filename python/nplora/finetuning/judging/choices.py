@@ -43,7 +43,7 @@ class Choices:
 def encode_choices(tokenizer: Tokenizer, example: MultipleChoice, where: str, chat: bool) -> Choices:
     """The tokens of a question and of each choice.
 
-    A choice follows a prompt as in lm-evaluation-harness: after a space, unless white space is there already.
+    A choice follows a prompt as in lm-evaluation-harness: after a space, unless there is already white space.
     White space at the end of the prompt is moved to the beginning of each choice, because tokens begin with
     white space rather than end with it.
 
@@ -81,10 +81,11 @@ def _continuation(tokenizer: Tokenizer, before: str, prompt: list[int], text: st
 def measure_choices(
     lm: LanguageModel, questions: list[Choices], record: Callable[[dict[str, Any]], None]
 ) -> list[Measured]:
-    """The loss and token accuracy of the right choices, and how often each rule chooses them.
+    """The loss and token accuracy of the right choices, and how often each of three rules picks them.
 
-    `acc` chooses the most likely choice, `acc_norm` divides its log-probability by its characters, and
-    `acc_token` by its tokens. The first two are those of lm-evaluation-harness.
+    `acc` picks the choice with the largest log-probability. `acc_norm` first divides each log-probability by
+    the number of characters, and `acc_token` by the number of tokens. `acc` and `acc_norm` are the metrics of
+    lm-evaluation-harness.
     """
     loss, tokens, top = (np.zeros(len(questions)) for _ in range(3))
     hits = {name: np.zeros(len(questions)) for name in ("acc", "acc_norm", "acc_token")}

@@ -1,7 +1,7 @@
 """NploraLM: a model class for lm-evaluation-harness (the package `lm_eval`, of the extra `eval`).
 
-Importing this module registers the class under the name "nplora". Run as a program, this module is the
-command `lm_eval` with the class registered:
+Importing this module registers the class under the name "nplora". As a program, this module is the command
+`lm_eval` with the registered class:
 
     python -m nplora.finetuning.judging.harness run --model nplora \
         --model_args pretrained=model.gguf,adapter=out --tasks arc_easy
@@ -34,17 +34,17 @@ _TOGETHER = 16  # contexts; the model divides them further by their tokens
 class NploraLM(LM):  # type: ignore[misc]
     """A language model with an adapter, for lm-evaluation-harness.
 
-    Contexts that several continuations share are computed once. A text that is too long loses its beginning,
-    as with the harness's own models. The text of a special token, such as `<|end|>`, is read as this token.
+    Contexts that several continuations share are computed once. If a text is too long, its beginning is cut,
+    as in the models of the harness. The text of a special token, such as `<|end|>`, is read as this token.
 
     Args:
         pretrained: a GGUF file, a Hugging Face directory, or a loaded `LanguageModel`.
-        adapter: as in `nplora.evaluate`; or several paths, separated by "+", whose adapters add up.
+        adapter: as in `nplora.evaluate`; or several paths, separated by "+", whose adapters are added up.
         compute: arithmetic of the products with frozen weights.
         any_base: accept an adapter that was trained on another model with the same shapes.
         max_length: the maximum number of tokens of a text; None: the model's context.
         max_gen_toks: the maximum number of generated tokens for tasks that do not set it.
-        batch_size, max_batch_size, device: accepted for the harness, and not used.
+        batch_size, max_batch_size, device: accepted because the harness passes them, but not used.
     """
 
     def __init__(
@@ -127,14 +127,14 @@ class NploraLM(LM):  # type: ignore[misc]
     # ---- tokens ----
 
     def _encode(self, text: str) -> list[int]:
-        """The tokens of a text, with the model's BOS, unless the text begins with it."""
+        """The tokens of a text. The model's BOS is added, unless the text already begins with it."""
         ids = self.lm.tokenizer.encode(text, parse_special=True)
         if self._bos is None or ids[:1] == [self._bos]:
             return ids or [self._prefix_id()]
         return [self._bos, *ids]
 
     def _prefix_id(self) -> int:
-        """The token before a text without a context."""
+        """The token that precedes a text without a context."""
         if self._prefix is None:
             raise ValueError(f"{self.lm.source}: the model has neither BOS nor EOS to begin a text with")
         return self._prefix
@@ -175,7 +175,7 @@ class NploraLM(LM):  # type: ignore[misc]
         return found
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
-        """How to generate, according to a task's options, which have the names that transformers uses."""
+        """The sampling options for a task. The options of a task have the names that transformers uses."""
         until = options.get("until") or []
         stop = [until] if isinstance(until, str) else list(until)
         count = options.get("max_gen_toks", options.get("max_new_tokens", self.max_gen_toks))

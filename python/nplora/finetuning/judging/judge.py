@@ -1,4 +1,4 @@
-"""Judge: the data of an evaluation, ready to measure one model after another."""
+"""Judge: holds the data of an evaluation, and measures one model after another."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ Record = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Judge:
-    """What a model is measured on.
+    """The data on which models are measured.
 
     Attributes:
         report: a summary of the data.
         metrics: the metrics of generated answers.
         max_new_tokens: the maximum length of an answer.
-        dataset: the examples to compute a loss on; None if the rows are of another kind.
+        dataset: the examples for a loss; None if the rows are of another kind.
         choices: the multiple-choice questions; empty if the rows are of another kind.
-        asked: the prompts to answer.
+        asked: the prompts that the model must answer.
         pairs: the preference pairs; None if the rows are of another kind.
     """
 
@@ -58,7 +58,7 @@ class Judge:
     _reference: PairScores | None = None
 
     def refer_to(self, lm: LanguageModel) -> None:
-        """Take a model without an adapter as the reference of preference pairs."""
+        """Use a model without an adapter as the reference of preference pairs."""
         if self.pairs is not None:
             self._reference = PairScores(lm, self.pairs)
 
@@ -66,7 +66,7 @@ class Judge:
         """Measure a model.
 
         Args:
-            record: is called with the results for each question and each generated answer.
+            record: a function that is called with the results for each question and each generated answer.
         """
         if self.pairs is not None:
             found = PairScores(lm, self.pairs).measured(self._reference)

@@ -1,4 +1,4 @@
-"""Metrics of a generated answer: exact match, F1, and functions of the user."""
+"""Metrics of a generated answer: exact match, F1, and functions that the user provides."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _plain(text: str) -> str:
 
 
 def _unmarked(text: str) -> str:
-    """Lower-case text without punctuation, except the signs of numbers and the marks inside numbers."""
+    """The text in lower case, without punctuation. Signs of numbers and marks inside numbers are kept."""
     return _NUMBER_OR_MARK.sub(lambda found: found[1] or "", _THOUSANDS.sub("", _plain(text)))
 
 
@@ -50,11 +50,12 @@ def _without_articles(text: str) -> str:
 
 
 def words_of(answer: str, reference: str) -> tuple[list[str], list[str]]:
-    """The words of both texts: in lower case, without punctuation and without English articles.
+    """The words of both texts, in lower case, without punctuation and English articles.
 
     The steps and their order are those of SQuAD's script evaluate-v1.1.py (Rajpurkar et al. 2016), with two
-    differences. Numbers keep their signs and the marks inside them. If a text would have no words left, the
-    articles of both texts count, and then their punctuation too. So the answers "A" and "+" can be wrong.
+    differences. Numbers keep their signs and the marks inside them. If a text has no words left, the articles
+    of both texts are kept; if it still has none, their punctuation is kept too. So the answers "A" and "+"
+    are compared, and can be wrong.
 
     >>> words_of("The answer: -1.5", "1.5")
     (['answer', '-1.5'], ['1.5'])
@@ -163,7 +164,7 @@ def metrics_of(op: str, given: object) -> list[Metric]:
 
 
 def _numbered(name: str, known: Sequence[str]) -> str:
-    """The name of a function; with a number if another function has this name."""
+    """The name of a function, with a number if another function has the same name."""
     count = itertools.count(2)
     found = name
     while found in known:
@@ -183,7 +184,7 @@ def _named(op: str, name: str) -> Metric:
 
 
 def _imported(op: str, name: str, module: str, attribute: str) -> MetricFunction:
-    """The function of a module. The module may be a file in the working directory."""
+    """Import a function from a module. The module may be a file in the working directory."""
     with _working_directory():
         try:
             value: Any = importlib.import_module(module) if module else None

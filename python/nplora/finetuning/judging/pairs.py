@@ -39,8 +39,8 @@ class PairScores:
         """The metrics of these scores.
 
         Args:
-            reference: the scores of the model without an adapter. They give the rewards: how much the adapter
-                raises the log-probability of an answer.
+            reference: the scores of the model without an adapter. The rewards are computed from these scores:
+                a reward is how much the adapter raises the log-probability of an answer.
         """
         tokens, ones = self.counts[:, 0], np.ones(len(self.counts))
         per_token = self.log_probs / np.maximum(1, self.counts)

@@ -31,8 +31,8 @@ class Score(TypedDict):
         value: the metric; NaN, which is null in JSON, if the metric failed in all examples.
         low, high: the interval, by a bootstrap over the examples; None for fewer than two examples.
         examples: the number of examples.
-        failed: the number of examples that the metric could not score; the score of each of them counts as 0,
-            unless these are all examples.
+        failed: the number of examples in which the metric failed. Such examples count as 0, unless the metric
+            failed in all examples.
         error: the first error of the metric; empty if it never failed.
 
     >>> nplora.evaluate("model.gguf", "valid.jsonl")["metrics"]["token_accuracy"]["examples"]
@@ -67,7 +67,7 @@ class Evaluation(MeanLoss):
         examples, truncated, emptied, skipped: counts of examples and rows, see `DataReport`.
         perplexity: e to the power of the loss.
         token_accuracy: the share of these tokens that the model ranks first.
-        metrics: every metric by its name, "loss" and "token_accuracy" too, each as a `Score`. For
+        metrics: every metric by its name, including "loss" and "token_accuracy", each as a `Score`. For
             multiple-choice rows: "acc", "acc_norm" and "acc_token". For preference pairs: "acc", "acc_token"
             and, with an adapter, "reward_acc" and "reward_margin".
 
@@ -125,7 +125,7 @@ def perplexity(loss: float) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much a metric of one system differs from that of another on the same examples; `print` shows it.
+    """The difference of two systems in a metric, on the same examples; `print` shows it.
 
     Attributes:
         one, other: the names of the systems.
@@ -134,8 +134,8 @@ class Difference:
         difference: the value for `one` minus the value for `other`.
         low, high: the 95 % confidence interval of the difference, by a bootstrap that draws the same examples
             for both systems; None for fewer than two examples.
-        p: the probability of a difference at least as large, if the systems were equally good: the p-value of
-            a paired permutation test; None for fewer than two examples.
+        p: the p-value of a paired permutation test: the probability of a difference at least as large if both
+            systems are equally good; None for fewer than two examples.
         is_better: whether `one` is better than `other`, if p is below 0.05; otherwise None. With fewer than 6
             examples, p is never below 0.05.
         examples: the number of examples.

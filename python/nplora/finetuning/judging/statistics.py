@@ -1,9 +1,9 @@
 """Confidence intervals and paired tests over examples.
 
-The bootstrap draws as many examples as there are, with replacement, and computes the metric again (Efron and
-Tibshirani 1993, chapter 13: percentile intervals). The paired test swaps the values of both systems in random
-examples (Noreen 1989, approximate randomisation). All draws come from the raw output of PCG64 with a fixed
-seed, so that results are the same in every run and with every version of NumPy.
+The bootstrap draws n of the n examples, with replacement, and computes the metric again (Efron and Tibshirani
+1993, chapter 13: percentile intervals). The paired test swaps the values of both systems in random examples
+(Noreen 1989, approximate randomisation). All draws come from the raw output of PCG64 with a fixed seed, so
+that results are the same in every run and with every version of NumPy.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ class Measured:
 
     Attributes:
         name: the metric.
-        values, weights: float64 (examples,). For a loss: the summed loss of an example, and its tokens.
+        values, weights: float64 (examples,). For a loss, these are the summed loss of each example, and its
+            number of tokens.
         lower_is_better: whether a lower metric is better.
         failed: the number of examples that could not be scored.
         error: the first error of the metric, if some could not.
-        exact: the metric, if it was computed by sums in another order; None: it is computed from the arrays.
+        exact: the value of the metric if sums in another order have computed it; None: it is computed from
+            the arrays.
     """
 
     name: str
@@ -67,7 +69,7 @@ def interval(measured: Measured) -> Interval | None:
 
 
 def difference_interval(one: Measured, other: Measured) -> Interval | None:
-    """The bootstrap interval of `one` minus `other`. Both are resampled together, example by example."""
+    """The bootstrap interval of `one` minus `other`. The same examples are drawn for both metrics."""
     if not (_can_resample(one) and _can_resample(other)):
         return None
     values, weights, others, other_weights = _resampled(one.values, one.weights, other.values, other.weights)
@@ -77,8 +79,9 @@ def difference_interval(one: Measured, other: Measured) -> Interval | None:
 def paired_p(one: Measured, other: Measured) -> float | None:
     """The two-sided p-value of the paired permutation test; None as in `interval`.
 
-    With few examples, all permutations are counted. With many, a random sample of them is counted, and the
-    data as they are count as one more. So p is never 0 (Phipson and Smyth 2010).
+    If there are few examples, all permutations are counted. If there are many, a random sample of
+    permutations is counted, and the unpermuted data count as one more. So p is never 0 (Phipson and Smyth
+    2010).
     """
     if not (_can_resample(one) and _can_resample(other)):
         return None
@@ -118,7 +121,7 @@ def _draws(n: int) -> Iterator[Array]:
 
 
 def _swaps(n: int) -> Iterator[Array]:
-    """Whether each of n examples is swapped, for each random permutation."""
+    """For each random permutation, whether each of n examples is swapped."""
     stream = np.random.PCG64(np.random.SeedSequence(_SEED, spawn_key=(1,)))
     for _ in range(RESAMPLES):
         raw = stream.random_raw(-(-n // 64)).astype("<u8")

@@ -1,4 +1,4 @@
-"""Objectives: what a fine-tuning run minimises. Each is a module with an `Objective`."""
+"""Objectives that a fine-tuning run minimises. Each module has an `Objective`."""
 
 from nplora.finetuning.objectives.distill import DistillObjective
 from nplora.finetuning.objectives.kto import KtoObjective

@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 class DistillLoss(PackedLoss):
     """The mean over the trained tokens of ratio · T² · KL + (1 - ratio) · cross-entropy (T: temperature).
 
-    Its metrics are the mean divergence, without T², and the mean cross-entropy, if it was computed.
+    The metrics are the mean divergence, without T², and the mean cross-entropy, if it was computed.
     """
 
     def __init__(self, formula: Distillation, teacher: Teacher, micro_tokens: int | None = None) -> None:

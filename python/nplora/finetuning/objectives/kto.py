@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: answers that were judged one by one, instead of pairs."""
+"""Kahneman-Tversky optimisation: learns from answers that were judged one by one, instead of pairs."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class KtoLoss(PackedLoss):
         return value / len(y.good)
 
     def blame(self, model: Module, x: PackedBatch) -> str:
-        """Also look into the mismatched pairs of the last batch, from which the KL divergence comes."""
+        """Also search the mismatched pairs of the last batch, which give the KL divergence."""
         assert isinstance(model, LanguageModel)
         name = "" if self._mismatched is None else first_nonfinite_layer(model, self._mismatched)
         if name and not first_nonfinite_layer(model, x):

@@ -1,4 +1,4 @@
-"""Objective: what a run minimises, which rows it reads, and what it computes before the first step."""
+"""Objective: the loss that a run minimises, the rows that it reads, and the work before the first step."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Objective:
     Each run has its own object.
 
     Attributes:
-        has_reference: `prepare` needs the model without its adapter.
-        extra_passes: the number of additional forward passes in a step, each over about as many tokens as the
-            step's own.
+        has_reference: whether `prepare` needs the model without its adapter.
+        extra_passes: the number of additional forward passes in a step. Each has about as many tokens as the
+            step.
     """
 
     name: ClassVar[str] = "sft"
@@ -43,7 +43,7 @@ class Objective:
         self._reference = Reference()
 
     def with_options(self, op: str, options: FinetuneOptions) -> Self:
-        """The same objective with other options. The teacher and the reference are shared.
+        """Return a copy of the objective with other options. The teacher and the reference are shared.
 
         Raises:
             ValueError: the options do not fit the teacher.
@@ -58,7 +58,7 @@ class Objective:
 
     @property
     def teacher(self) -> Teacher | None:
-        """The teacher of a distillation, after `open`."""
+        """The teacher of a distillation; available after `open`."""
         return None
 
     def teaching(self, lm: LanguageModel) -> Teaching | None:
@@ -66,7 +66,7 @@ class Objective:
         return None
 
     def open(self, op: str, lm: LanguageModel, check: bool) -> None:
-        """Open what the objective needs besides the data (a teacher), and check that it fits the model.
+        """Open the teacher, if the objective needs one, and check that it fits the model.
 
         Args:
             check: whether `load_model` looks for NaN and infinities in the weights.
@@ -92,14 +92,16 @@ class Objective:
         writes: bool = True,
         ranks: Ranks | None = None,
     ) -> None:
-        """Compute all that the losses need besides the model. A second call adds what other batches need.
+        """Compute the values that the losses need besides the model.
+
+        A second call adds the values for other batches.
 
         Args:
             lm: the model without the adapter that is trained.
             batches: the training data, and the validation data, if there are any.
             directory: the output directory; None on other ranks than rank 0.
             say: prints a text.
-            writes: whether the directory may be changed. If not, `keep` changes it later.
+            writes: whether the directory may be changed now; otherwise, `keep` changes it later.
             ranks: the processes that train together.
         """
         if self.has_reference:
@@ -108,7 +110,7 @@ class Objective:
             self.keep(directory)
 
     def keep(self, directory: files.Directory) -> None:
-        """Write to the output directory what a resumed run needs, and remove what it does not need."""
+        """Write the files that a resumed run needs, and remove files that it does not need."""
         if self.has_reference:
             self._reference.keep(directory)
         else:

@@ -1,4 +1,4 @@
-"""PackedLoss: what the losses of a language model have in common."""
+"""PackedLoss: the common part of all losses of a language model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PackedLoss(FusedLoss):
         tokens: number of tokens, trained or not, of all batches that were processed, here or on other ranks.
         after_part: called after the backward pass of each micro-batch.
         word_filter: the filter of the model's head, or None.
-        unit: what `count` counts, for progress lines.
+        unit: the name of the items that `count` counts, for progress lines.
     """
 
     unit = "trained tokens"
@@ -45,13 +45,13 @@ class PackedLoss(FusedLoss):
         self.tokens += len(x.ids)
 
     def _end_part(self) -> None:
-        """Count the probability of the words that the filter has skipped, and call `after_part`."""
+        """Add up the probability of the words that the filter has skipped, and call `after_part`."""
         if self.word_filter is not None:
             self._tally.add("skipped_probability", self.word_filter.take_skipped(), counted=True)
         self.after_part()
 
     def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
-        """The micro-batches that are computed. Those without a target have no loss."""
+        """The micro-batches that are computed. Micro-batches without a target have no loss."""
         return (each for each in micro_batches(x, self.micro_tokens) if each[0].num_targets)
 
     def settings(self) -> dict[str, Any]:

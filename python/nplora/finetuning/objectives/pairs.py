@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 class PairLoss(PackedLoss):
     """The mean of a loss over pairs. A micro-batch never divides a pair.
 
-    Its metrics are the mean rewards and margin, and the share of pairs whose chosen answer has the larger
+    The metrics are the mean rewards and margin, and the share of pairs whose chosen answer has the larger
     reward.
     """
 
@@ -71,7 +71,8 @@ class PairLoss(PackedLoss):
             is_answer: for each token, whether the next token belongs to an answer.
             weight: the number of pairs, divided by the number of trained tokens of their chosen sequences.
                 In training, both are counted in the whole batch. In an evaluation, both are counted in the
-                whole data set. So its loss does not depend on how the data are cut into batches.
+                whole data set. So the loss of an evaluation does not depend on how the data are cut into
+                batches.
             log_probs: the log-probabilities of all targets (m,).
         """
 
@@ -113,8 +114,9 @@ class DpoLoss(PairLoss):
 class OrpoLoss(PairLoss):
     """The loss of the chosen text, prompt included, and a penalty for the odds of the rejected answer.
 
-    The tokens of the chosen texts are averaged, and the penalties of the pairs. The trainer divides the sum
-    by the number of pairs, so the loss of each token is multiplied by `weight`, pairs / tokens.
+    The loss is the mean over the tokens of the chosen texts, plus the mean penalty over the pairs. The
+    trainer divides the sum by the number of pairs, so the loss of each token is multiplied by `weight`, pairs
+    / tokens.
     """
 
     def __init__(self, beta: float, micro_tokens: int | None = None) -> None:

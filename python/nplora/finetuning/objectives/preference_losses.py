@@ -1,6 +1,7 @@
 """The formulas of preference losses, with their derivatives, on float64 arrays.
 
-A log-ratio is log p(answer) - log p_ref(answer): how much likelier an answer became under the adapter.
+A log-ratio is log p(answer) - log p_ref(answer). The log-ratio measures how much likelier the adapter makes
+an answer.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ def sigmoid(x: Array) -> Array:
 
 @dataclass(frozen=True)
 class Dpo:
-    """Direct preference optimisation, and losses like it.
+    """Direct preference optimisation, and similar losses.
 
     sigmoid: Rafailov et al. 2023, eq. 7; with label smoothing the conservative DPO of Mitchell 2023.
     robust: Chowdhury et al. 2024. hinge: Zhao et al. 2023 (SLiC). ipo: Azar et al. 2023, eq. 17.
-    sigmoid_norm: the log-ratios divided by the numbers of tokens.
+    sigmoid_norm: like sigmoid, with each log-ratio divided by the number of tokens.
     """
 
     loss_type: str

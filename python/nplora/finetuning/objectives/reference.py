@@ -1,8 +1,8 @@
 """Reference: the log-probabilities of the model without its adapter, computed once and kept in a file.
 
-The file holds one number for each sequence. It is used only if all weights, the configuration, the
-arithmetic, the instruction set and the version of nplora are the same, and if its SHA-256 shows that it is
-whole. Log-probabilities that it lacks are computed.
+The file holds one number for each sequence. The file is used only if all weights, the configuration, the
+arithmetic, the instruction set and the version of nplora are the same, and if the SHA-256 in the file is
+right. Log-probabilities that are not in the file are computed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _WRITE_SECONDS = 60.0  # the least time between two writes of the file
 class Reference:
     """The log-probability of each sequence under the reference: the sum over its targets.
 
-    A digest of its tokens and targets identifies each sequence, so the data may be in any order.
+    Each sequence is identified by a digest of its tokens and targets, so the data may be in any order.
 
     Args:
         known: log-probabilities by the keys of their sequences, see `sequence_keys`.
@@ -77,20 +77,21 @@ class Reference:
         writes: bool,
         ranks: Ranks | None = None,
     ) -> None:
-        """Add the log-probabilities of all sequences of the data: from the file, or computed.
+        """Add the log-probabilities of all sequences of the data, from the file or by computing them.
 
         Args:
             lm: the model without the adapter.
             batches: the training data, and the validation data, if there are any.
             sequences_of: the sequences of a batch whose log-probabilities are needed.
             directory: the output directory; None on other ranks than rank 0.
-            writes: whether the file is written, every minute and at the end. If not, `keep` writes it later.
-            ranks: the processes that train together. Each computes a share of the log-probabilities.
+            writes: whether the file is written, every minute and at the end. Otherwise, `keep` writes the
+                file later.
+            ranks: the processes that train together. Each rank computes a share of the log-probabilities.
         Raises:
             NonFiniteLossError: a log-probability is NaN or infinite.
             ValueError: the ranks have different models.
         Warns:
-            UserWarning: the file cannot be written. The run can continue without it.
+            UserWarning: the file cannot be written. The run can continue without the file.
         """
         ranks, self._model = ranks or Alone(), _identity(lm)
         known, problem = ({}, "") if directory is None else _read(directory, self._model)
@@ -130,7 +131,7 @@ class Reference:
         self._is_kept = self._is_kept and (writes or not is_computed)
 
     def keep(self, directory: files.Directory) -> None:
-        """Write the file, unless it holds everything already."""
+        """Write the file, unless it already holds all log-probabilities."""
         if not self._is_kept:
             _write(directory, self._model, self._found())
         self._is_kept = True
@@ -146,8 +147,8 @@ class Reference:
 class _SharedParts:
     """Computes the log-probabilities of parts of batches, one part on each rank at a time (a round).
 
-    The ranks exchange the results after every round. So a faster rank waits for a slower one for one part
-    only, and all ranks know the results of all parts but the last few.
+    The ranks exchange the results after every round. So a faster rank waits for a slower one during at most
+    one part, and all ranks know the results of all parts but the last few.
 
     Args:
         known: log-probabilities by the keys of their sequences, to which the results are added.
@@ -165,8 +166,8 @@ class _SharedParts:
     def add(self, part: PackedBatch) -> None:
         """Add a part to the round, and compute the round if it is full.
 
-        The whole part is computed, so that the results are the same bits, whichever of its sequences are
-        known.
+        The whole part is computed, so that the results have the same bits, no matter which of its sequences
+        are known.
         """
         self._round.append(part)
         self._keys.update(sequence_keys(part).tolist())
@@ -176,7 +177,7 @@ class _SharedParts:
     def compute(self) -> None:
         """Compute the parts of the round.
 
-        A sequence may be in several parts, with other roundings. The last one counts, as on one rank.
+        A sequence may be in several parts, with different rounding. The last part counts, as on one rank.
         """
         if not self._round:
             return
@@ -241,14 +242,14 @@ def _log_probs(lm: LanguageModel, part: PackedBatch) -> Array:
 
 
 def _identity(lm: LanguageModel) -> str:
-    """What the log-probabilities depend on besides the tokens."""
+    """Everything that the log-probabilities depend on besides the tokens."""
     config = _core.config()
     parts = base_fingerprint(lm, whole=True), lm.compute, str(config["isa"]), str(config["version"])
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str]:
-    """The content of the file, and what is wrong with the file. Without a file, both are empty.
+    """The content of the file, and a text about an error in the file. If there is no file, both are empty.
 
     Raises:
         FileExistsError: the file is not in the safetensors format, and the directory holds no run.

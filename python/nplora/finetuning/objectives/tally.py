@@ -23,13 +23,13 @@ class Tally:
         """Add values.
 
         Args:
-            counted: whether `take` also returns their number, because there are not as many as items in the
-                loss.
+            counted: whether `take` also returns the number of values, because it differs from the number of
+                items in the loss.
         """
         self._additions.append((name, float(np.sum(values)), np.size(values), counted))
 
     def add_all(self, additions: list[Addition]) -> None:
-        """Add what `take_additions` has returned, here or in another process."""
+        """Add the additions that `take_additions` has returned, in this process or in another one."""
         self._additions += additions
 
     def take_additions(self) -> list[Addition]:

@@ -52,7 +52,8 @@ class PlanConstraints:
         compute: arithmetic of the products with frozen weights; None: not fixed.
         recompute: True: activations are recomputed in the backward pass; False: not fixed.
         micro_tokens: sizes of micro-batches to choose from; None: any size.
-        resuming: whether the run is resumed. A resumed run may use the margin that its first plan kept free.
+        resuming: whether the run is resumed. A resumed run may use the memory that its first plan reserved as
+            a margin.
 
     >>> constraints = nplora.finetuning.planning.PlanConstraints(compute="bfloat16")
     >>> constraints.recompute, constraints.micro_tokens
@@ -127,9 +128,9 @@ def choose(
 
     Args:
         resident: the result of `resident_memory`, as in `needed`.
-        budget: memory limit of the process in bytes. None: nothing is chosen; settings that the constraints
-            leave open get their defaults, and this plan is predicted.
-        op: name of the public function, with which error messages begin.
+        budget: memory limit of the process in bytes. None: the plan is not chosen by memory; settings that
+            the constraints leave open get their defaults.
+        op: name of the public function. Error messages begin with this name.
     Raises:
         BudgetError: no plan fits.
 
@@ -187,7 +188,8 @@ def _plans(
     """The plans that the constraints allow, float32 first.
 
     Args:
-        free: whether to vary the settings that the constraints leave open. Otherwise they get their defaults.
+        free: whether to vary the settings that the constraints leave open. Otherwise, these settings get
+            their defaults.
     """
     computes, policies = [constraints.compute or lm.compute], [constraints.recompute]
     if free and constraints.compute is None and lm.compute == "float32":
@@ -209,7 +211,7 @@ def _halves(work: Work) -> Iterator[int]:
 
 
 def _teaching_times(work: Work, computes: tuple[str, ...]) -> dict[str, Callable[[MicroBatch], float]]:
-    """For each arithmetic, a function that predicts how many seconds the teacher takes for a micro-batch."""
+    """For each arithmetic, a function that predicts the teacher's seconds for a micro-batch."""
     teaching = work.teaching
     if teaching is None:
         return dict.fromkeys(computes, lambda one: 0.0)
@@ -246,7 +248,7 @@ def _batch_times(
     """The predicted time of each of these batches.
 
     Args:
-        taught: predicts how many seconds the teacher takes for a micro-batch.
+        taught: a function that predicts the teacher's seconds for a micro-batch.
     """
     for batch in batches:
         times = [

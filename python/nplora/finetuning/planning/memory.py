@@ -135,10 +135,10 @@ class Adapters:
         tokens: Sequence[AddedToken] = (),
         least: int = 0,
     ) -> Self:
-        """The same layers, and trained rows: layer -> ids of the rows, or None for all rows.
+        """Add trained rows to the adapted layers: layer -> ids of the rows, or None for all rows.
 
         Args:
-            tokens: the tokens that are added to the model.
+            tokens: the number of tokens that are added to the model.
             least: the least number of rows of the embedding and the head.
         """
         stored, width = lm.config.vocab_size, lm.config.hidden_size
@@ -166,12 +166,12 @@ class Adapters:
         return self.ranks.get(name, self.rank)
 
     def scratch(self, narrow: bool, tokens: int, threads: int) -> int:
-        """The bytes of scratch, at most, that a call needs for its layers' factors, z = x Bᵀ and dz.
+        """The most scratch, in bytes, that a call needs for its layers' factors, z = x Bᵀ and dz.
 
         The scratch consists of four buffers in csrc/ops/scratch.h: kLowGradients, kLowLanes, kLanes and
-        kFactor. These buffers hold two layouts of B; the sums of B's gradient; A, or the sums of A's
-        gradient; and the bfloat16 layouts of A. A call with one float32 layer has one layout of B less. A
-        frozen B has no gradient.
+        kFactor. These buffers hold two layouts of B, the sums of B's gradient, A or the sums of A's gradient,
+        and the bfloat16 layouts of A. A call with one float32 layer needs only one layout of B. A frozen B
+        has no gradient.
         """
         layers: Counter[str] = Counter()
         ranks: Counter[str] = Counter()
@@ -230,7 +230,7 @@ class Adapters:
 class Memory:
     """Peak memory in bytes, term by term; `total` is the peak of the whole process.
 
-    `gradients` is 0 if the gradients of each batch are added to those of the step at once.
+    `gradients` is 0 if the gradients of each batch are immediately added to those of the step.
 
     >>> memory = nplora.plan("model.gguf", "train.jsonl").memory
     >>> memory.total > memory.process
@@ -267,8 +267,8 @@ class Extra:
     Attributes:
         kept: bytes that are held during a whole micro-batch.
         head: bytes for one chunk of rows, taken while the head is computed.
-        inference: bytes taken at the start of a micro-batch, while none of its activations are kept.
-        evaluation: bytes taken in an evaluation, besides those of the model's own inference.
+        inference: bytes taken at the start of a micro-batch, before any of its activations are kept.
+        evaluation: bytes taken in an evaluation, besides those of the model's forward pass.
 
     >>> nplora.finetuning.planning.memory.Extra(kept=5).head
     0
@@ -287,7 +287,7 @@ def with_filter(extra: Extra, config: ModelConfig, targets: int) -> Extra:
     """Add the bytes that a word filter takes.
 
     The core keeps lists of at most a quarter of a chunk's logits: their weights, the last byte of their ids,
-    and where each list begins. Rows without a filter are copied, a few at a time.
+    and the start of each list. Rows without a filter are copied, a few at a time.
     """
     logits = _FLOAT * min(most_rows(targets, config.vocab_size), targets) * config.vocab_size
     copied = _FLOAT * FLAT_ROWS * (config.vocab_size + config.hidden_size)
@@ -311,7 +311,8 @@ def predicted(
     Args:
         step: the largest micro-batch.
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
-        resident: bytes in memory before the adapters are made, and bytes of the weights not read yet.
+        resident: bytes in memory before the adapters are made, and bytes of the weights that are not read
+            yet.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
         extra: bytes that the loss takes besides the head.
         keeps_best: whether a copy of the best factors is kept.

@@ -41,8 +41,8 @@ class MemoryPlan:
         memory: peak memory of the process in bytes, term by term.
         seconds: the time of an average step.
         steps: the number of steps of the run.
-        others: alternatives that do not fit, are slower, or are less exact than the chosen plan.
-        limit: maximum bytes of a plan, the memory limit minus a reserve; infinite if no limit is set.
+        others: alternatives, which do not fit, are slower, or are less exact than the chosen plan.
+        limit: maximum bytes of a plan: the memory limit minus a reserve; infinite without a memory limit.
         available: bytes that the process may use on this machine and in its container; None: unknown.
         before: the seconds of the reference pass of DPO and KTO, before the first step.
         accumulate: the number of batches in a step.
@@ -77,8 +77,8 @@ class MemoryPlan:
     ) -> NodesPlan:
         """Predict the time of a step if several machines like this one train together, one rank on each.
 
-        The predicted times are those of the passes and of adding up the gradients in every step, without
-        evaluations and checkpoints. Every machine is as fast as this one, and its network
+        The prediction includes the passes and the sums of the gradients in every step, but no evaluations and
+        checkpoints. The prediction assumes that every machine is as fast as this one, and that the network
         carries the full rate in both directions.
 
         Args:
@@ -90,7 +90,7 @@ class MemoryPlan:
         Returns:
             the predicted time and efficiency; `print` shows them.
         Raises:
-            ValueError: there are more machines than batches in a step, or a text is of another form.
+            ValueError: there are more machines than batches in a step, or a text has a wrong form.
 
         >>> plan = nplora.plan("model.gguf", "train.jsonl", batch_examples=2, accumulate=4)
         >>> print(plan.on_nodes(4, network="1Gb"))
@@ -138,7 +138,10 @@ class MemoryPlan:
 
 
 def need(size: int) -> str:
-    """Needed bytes as a text, rounded up. As `room` rounds down, a need above the limit also looks larger."""
+    """Needed bytes as a text, rounded up.
+
+    `room` rounds down, so the printed need is above the printed limit.
+    """
     return f"{math.ceil(size / 1e6)} MB"
 
 

@@ -32,11 +32,11 @@ class NodesPlan:
     Attributes:
         nodes: the number of machines.
         network: the network between them.
-        batches: the number of batches in a step, unless its epoch ends.
+        batches: the number of batches in a step, except at the end of an epoch.
         alone: seconds of the step on one machine.
-        waiting: seconds that an average machine waits for the slowest one, because batches differ in length,
-            or because the last round of a step has too few batches, as in the last step of an epoch.
-        sums: seconds in which the machines add up their gradients, or what outer steps add up.
+        waiting: seconds that an average machine waits for the slowest one. Machines wait because batches
+            differ in length, or because the last round of a step has too few batches.
+        sums: seconds in which the machines add up their gradients or, with outer steps, the changes.
         size: bytes of the gradients.
         local_steps: steps of each machine between two outer steps; None: there are no outer steps.
 
@@ -79,7 +79,8 @@ class NodesPlan:
         Args:
             size: bytes of the gradients of the trained values.
             op: name of the public function, with which error messages begin.
-            accumulate: the number of batches in a step, unless its epoch ends; None: that of the largest.
+            accumulate: the number of batches in a step, except at the end of an epoch; None: that of the
+                largest step.
             local_steps: steps of each machine between two outer steps, as in `finetune`.
         Raises:
             ValueError: there are more nodes than batches in a step.

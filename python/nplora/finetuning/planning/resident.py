@@ -1,4 +1,4 @@
-"""The memory of this process: used now, used at the peak, available, and mapped but not read yet."""
+"""The memory of this process: in use now, the peak, available, and mapped but not read yet."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parse_bytes(memory: int | str, op: str = "parse_bytes", name: str = "memory"
     """Read a size such as 600M, 1.5G or 512MiB, or a plain number of bytes. Return the number of bytes.
 
     Args:
-        op, name: the operation and the argument that error messages name.
+        op, name: the operation and the argument, for error messages.
     Raises:
         ValueError: the text is not a size, or the size is not above 0; or the size is below 1 MiB and has no
             unit, which was probably forgotten.

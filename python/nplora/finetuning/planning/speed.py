@@ -134,7 +134,7 @@ def _multiply(weights: list[FrozenWeight], product: Callable[..., Array], axis: 
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """The shorter time of two runs, after a warm-up run."""
+    """The time of the faster of two runs, after a warm-up run."""
     times = []
     for _ in range(3):
         give_way()

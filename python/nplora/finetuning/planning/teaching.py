@@ -24,7 +24,7 @@ _ROWS = 32  # rows of logits in a timing
 
 @dataclass(frozen=True)
 class Teaching:
-    """What the plan needs to know about a distillation.
+    """The properties of a distillation that the plan needs.
 
     Attributes:
         student: the model that learns.
@@ -73,7 +73,7 @@ class Teaching:
         return (block + _FLOAT * self.model.config.hidden_size) * tokens
 
     def extra(self, step: MicroBatch, targets: Iterable[int], evaluated: int) -> Extra:
-        """All of these bytes for a run.
+        """The bytes that a distillation takes in a run.
 
         Args:
             step: the largest micro-batch.

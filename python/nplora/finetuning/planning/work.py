@@ -31,18 +31,19 @@ class Work:
         batches: for each batch, two arrays: the number of tokens and of trained tokens of each example.
         steps: the number of steps of the run.
         accumulate: the number of batches in a step.
-        epoch: the number of batches in an epoch, whose last step may have fewer; 0: all are of one epoch.
+        epoch: the number of batches in an epoch, whose last step may have fewer batches; 0: all batches
+            belong to one epoch.
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
         keeps_best: whether a copy of the best factors is kept.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
         sequences: the number of sequences of an example. The maximum length applies to each sequence.
         extra_passes: the number of additional forward passes in a step, each over about as many tokens as the
             step's own.
-        reference: for each forward pass before the first step, its number of tokens, and of those in the
+        reference: for each forward pass before the first step, the number of tokens, and of tokens in the
             loss.
         teaching: the additional memory and time of a distillation; None without a teacher.
         adds_in_order: whether the gradients of each micro-batch are kept, to be added up in a fixed order.
-        is_local: whether ranks make steps of their own, which outer steps combine.
+        is_local: whether ranks make local steps, which outer steps combine.
         filters: whether a word filter computes the gradient of the head's input.
 
     >>> work = nplora.finetuning.planning.Work([(np.array([8, 5]), np.array([3, 2]))], steps=10)
@@ -68,7 +69,7 @@ class Work:
     filters: bool = False
 
     def batches_of_steps(self) -> Iterator[list[tuple[Array, Array]]]:
-        """The batches of each step that is made, as far as they are listed.
+        """The batches of each step, for all batches in `batches`.
 
         >>> batch = np.array([8, 5]), np.array([3, 2])
         >>> work = nplora.finetuning.planning.Work([batch] * 6, steps=10, accumulate=2, epoch=3)
@@ -93,7 +94,7 @@ class Work:
             yield MicroBatch(int(part.sum()), int(targets[first:last].sum()), int(part.max(initial=0)))
 
     def largest(self, micro_tokens: int | None) -> MicroBatch:
-        """The maximum of `tokens`, of `targets` and of `longest` over all micro-batches, each by itself."""
+        """The separate maxima of `tokens`, `targets` and `longest` over all micro-batches."""
         found = list(self.micro_batches(micro_tokens))
         return MicroBatch(
             *(max(getattr(one, name) for one in found) for name in ("tokens", "targets", "longest"))
@@ -114,7 +115,7 @@ class Work:
         return summed + (_ARRAYS_OF_OUTER_STEPS if self.is_local else 0)
 
     def shortened(self, length: int) -> Work:
-        """The same work, with every longer sequence cut to this length."""
+        """The same work, with longer sequences cut to this length."""
         most = self.sequences * length
         batches = [(np.minimum(n, most), np.minimum(trained, most)) for n, trained in self.batches]
         evaluated = min(self.evaluated, max(EVALUATION_TOKENS, most))

@@ -11,7 +11,7 @@ different sequences, and k the number of tokens that are stored for each trained
     tokens      uint8            the vocabulary: the tokens in UTF-8, one after another
     token_ends  int64 (v,)       the end of each token there; an id without a token has no bytes
 
-The rows are read from the file as they are needed, and are not kept in memory.
+The rows are read from the file when they are needed, and are not kept in memory.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class StoredTeacher:
         return lambda rows: top[numbers[rows]]
 
     def _places(self, batch: PackedBatch) -> tuple[Array, Array]:
-        """The number of each sequence of a batch in the file, and whether the file has it."""
+        """For each sequence of a batch, its number in the file, and whether the file has it."""
         keys = sequence_keys(batch)
         found = np.minimum(np.searchsorted(self._keys, keys), max(0, len(self._keys) - 1))
         return self._order[found], self._keys[found] == keys
@@ -197,7 +197,7 @@ class StoredTeacher:
         return np.frombuffer(data, dtype).reshape(-1, entry.shape[1])
 
     def _distributions(self, ids: Array, log_probs: Array) -> TopK:
-        """Check the rows, leave out tokens that the student lacks, and scale the rest to the sum 1.
+        """Check the rows, leave out tokens that the student lacks, and scale the other ones to the sum 1.
 
         Rounding also changes the sum.
         """

@@ -24,7 +24,8 @@ class Teacher(Protocol):
         name: the file or directory, for messages.
         model: the model that runs beside the student; None if the distributions are stored.
         top_k: the number of stored tokens in each distribution; 0 for a model.
-        temperature: the temperature of the distributions; None: any, as they are computed from logits.
+        temperature: the temperature of the distributions; None: any temperature, because they are computed
+            from logits.
         paths: the files that are read.
     """
 
@@ -45,7 +46,10 @@ class Teacher(Protocol):
         """Raise FormatError if the teacher cannot teach these examples."""
 
     def prepare_batch(self, batch: PackedBatch) -> DistributionsAt:
-        """Prepare a batch. Return a function: positions that have a target -> the distributions there."""
+        """Prepare a batch.
+
+        Return a function that maps positions with a target to the distributions at these positions.
+        """
 
     def digest(self) -> str:
         """A hash that identifies the teacher's distributions."""

@@ -14,7 +14,7 @@ _SHOWN = 3
 def require_same_vocabulary(
     op: str, teacher: str, theirs: Sequence[str | None], student: str, ours: Sequence[str | None]
 ) -> None:
-    """Raise FormatError if an id stands for different tokens in the two vocabularies.
+    """Raise FormatError if an id has different tokens in the two vocabularies.
 
     One vocabulary may be longer than the other. An id without a token, or with a token that only pads the
     vocabulary, agrees with every token.

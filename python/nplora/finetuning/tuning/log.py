@@ -23,7 +23,7 @@ class TuneLog:
 
     Attributes:
         path: the file.
-        start: all that the search depends on; it must be the same when the search is resumed.
+        start: everything that the search depends on; it must be the same when the search is resumed.
         baseline: the loss before training and the seconds of its evaluation, if it is known.
         rungs: the rungs that were decided, by their numbers.
         trials: the trials with their results, in order.
@@ -85,7 +85,7 @@ class TuneLog:
         self._add(trial.to_json())
 
     def trials_before(self, rung: int) -> list[Trial]:
-        """The trials that were known when a rung was decided; all trials, if it is not decided yet."""
+        """The trials that were known when a rung was decided; all trials, if the rung is not decided yet."""
         return self.trials[: self._trials_before.get(rung)]
 
     def find(self, key: tuple[Any, ...]) -> Trial | None:
@@ -145,7 +145,7 @@ class TuneLog:
         other = [name for name in {**start, **self.start} if start.get(name) != self.start.get(name)]
         if other:
             raise ValueError(
-                f"tune: {self.path} belongs to a search with {', '.join(other)} other than now: "
+                f"tune: {self.path} belongs to a search with different values of {', '.join(other)}: "
                 f"{self.start.get(other[0])!r}, now {start.get(other[0])!r}"[:300]
             )
 

@@ -50,7 +50,7 @@ class TuneOptions:
     )
     sampler: str = _option(
         "halving",
-        "where the first trials come from: halving (a grid of learning rates) or optuna (its TPE sampler)",
+        "source of the first trials: halving (a grid of learning rates) or optuna (its TPE sampler)",
         choices=SAMPLERS,
     )
     resume: bool = _option(False, "continue the search in the output directory; no trial is repeated")

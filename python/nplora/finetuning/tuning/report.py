@@ -26,7 +26,7 @@ class TuneReport:
     Attributes:
         output: the directory with tune.jsonl.
         trials: all trials, in the order in which they were made.
-        winner: the trial of the lowest loss among the longest ones; None if all of them diverged.
+        winner: the trial with the lowest loss among the longest trials; None if all of them diverged.
         options: the options of `finetune` that train the winner, including those that the search was given.
         command: the `nplora finetune` line for the winner; "" without a winner.
         loss_before: the validation loss before training.
@@ -56,7 +56,10 @@ class TuneReport:
     notes: tuple[str, ...] = ()
 
     def table(self) -> str:
-        """One line for each trial: by rung, the lowest loss first. A star marks the winner."""
+        """One line for each trial, sorted by rung and then by loss, the lowest loss first.
+
+        A star marks the winner.
+        """
         names = list(dict.fromkeys(name for trial in self.trials for name in trial.settings))
         rows = [["rung", "steps", *names, "loss", "seconds", ""]]
         for trial in sorted(self.trials, key=lambda trial: (trial.rung, trial.steps, trial.loss)):
@@ -115,6 +118,6 @@ def _option(name: str, value: Any, kind: Any) -> list[str]:
 
 
 def _exact(value: float) -> str:
-    """The shortest text that is read as this value."""
+    """The shortest text that the command line reads as this value."""
     short = shown_value(value)
     return short if float(short) == value else repr(value)

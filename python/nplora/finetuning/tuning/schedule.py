@@ -1,10 +1,10 @@
-"""How a time budget is divided into rungs of trials: successive halving.
+"""Divides a time budget into rungs of trials, by successive halving.
 
 Each rung trains fewer candidates for more steps (Jamieson and Talwalkar 2016; Li et al. 2018, "Hyperband").
-Every trial starts from scratch with its own learning rate schedule, which ends with the trial. If the trials
-of a rung were continued in the next one instead, their schedules would have to be constant or be stretched
-later. The rungs would then compare runs that `finetune` never makes. They would also judge high learning
-rates too early, because these pay off only when the schedule has lowered the rate.
+Every trial starts from scratch with its own learning rate schedule, which ends with the trial. The
+alternative is to continue the trials of a rung in the next rung. Their schedules would then have to be
+constant, or be stretched later, so the rungs would compare runs that `finetune` never makes. High learning
+rates would also be judged too early, because they pay off only after the schedule has lowered the rate.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Rung:
 
     Attributes:
         count: the number of trials.
-        steps: the steps of each; 0: there is no time for this rung.
+        steps: the steps of each trial; 0: there is no time for this rung.
     """
 
     count: int
@@ -47,7 +47,7 @@ class Rung:
 
 
 def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
-    """The rung of learning rates: all of them, or as many as there is time for with LEAST_STEPS steps each.
+    """The rung of learning rates: all of them, or as many as the time allows with LEAST_STEPS steps each.
 
     Args:
         full: the steps of the run that is tuned.
@@ -78,7 +78,7 @@ def last_rung(left: float, pace: Pace, survivors: int, least: int, full: int) ->
     """The rung of full runs. If none fits, two shorter runs, at least 1.5 times as long as before.
 
     Args:
-        least: the steps of the trials in the rung before.
+        least: the steps of the trials in the previous rung.
     """
     for count in range(survivors, 0, -1):
         if count * pace.seconds(full) <= left:
@@ -106,7 +106,7 @@ def parse_budget(budget: str | float, op: str = "tune") -> float:
 
 
 def shown_time(seconds: float) -> str:
-    """A duration for people: 45s, 12m, 1.5h."""
+    """A duration as a readable text: 45s, 12m, 1.5h."""
     if seconds < 100:
         return f"{seconds:.0f}s"
     return f"{seconds / 60:.0f}m" if seconds < 6000 else f"{seconds / 3600:.1f}h"

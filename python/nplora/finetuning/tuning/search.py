@@ -27,14 +27,14 @@ _ROUNDS = 4  # rounds of trials with neighbouring learning rates
 
 
 class Sampler(Protocol):
-    """Proposes the settings of the first rung one by one."""
+    """Proposes the settings of the first rung, one trial at a time."""
 
     def propose(self) -> Settings: ...
     def tell(self, loss: float) -> None: ...
 
 
 class OutOfBudgetError(Exception):
-    """There is no time for the next trial."""
+    """Raised if there is no time for the next trial."""
 
 
 @dataclass
@@ -43,12 +43,12 @@ class Search:
 
     Attributes:
         epoch_steps: the steps of an epoch.
-        full: the steps of the run that is tuned; if the number of epochs is searched, those of the fewest
+        full: the steps of the run that is tuned; if the number of epochs is searched, the steps of the fewest
             epochs.
         budget: the seconds that the trials may take.
         planned: the predicted seconds of a step, used until a trial has measured them.
-        train: makes a trial: the settings and the steps -> the loss, and the seconds of training and
-            evaluation.
+        train: a function that makes a trial. Its arguments are the settings and the steps. It returns the
+            loss and the seconds of training and evaluation.
         sampler: proposes the settings of the first rung; None: the learning rates of the space.
         say: prints a text.
     """
@@ -108,7 +108,7 @@ class Search:
         return _by_loss(made)
 
     def _second(self, first: list[Trial]) -> list[Trial]:
-        """Try the best learning rates, one near them, and other values of the other options."""
+        """Try the best learning rates, one more rate near them, and other values of the other options."""
         rates = [trial.settings["lr"] for trial in _finite(first)[:_SURVIVORS]]
         if not rates:
             return []
@@ -156,7 +156,7 @@ class Search:
         return number
 
     def _neighbours(self, number: int) -> None:
-        """Use the time that is left to try learning rates beside the winner's, until none is better."""
+        """Use the remaining time to try learning rates near that of the winner, until none is better."""
         for rung_number in range(number, number + _ROUNDS):
             before = self.log.trials_before(rung_number)
             winner = winner_of(before, self.full)
@@ -172,7 +172,10 @@ class Search:
                 return
 
     def _nearby(self, rates: Sequence[float]) -> list[float]:
-        """A learning rate between the best two, or, if the best is at the edge of those tried, beyond it."""
+        """A learning rate between the best two.
+
+        If the best is the smallest or largest tried, one beyond it.
+        """
         tried = sorted(rates)
         if len(tried) < 2:
             return []
@@ -183,7 +186,7 @@ class Search:
         return [rounded(math.sqrt(best * second))]
 
     def _with_combination(self, number: int, made: list[Trial]) -> list[Trial]:
-        """Also try the combination of all changes that helped, unless that was done."""
+        """Also try the combination of all changes that helped, unless it was already tried."""
         start = self.space.settings(0.0)
         combined = dict(made[0].settings)
         for trial in reversed(made):  # the best trial last, because its values take precedence
@@ -198,9 +201,9 @@ class Search:
     # ---- trials ----
 
     def _rung(self, number: int, decided: Rung) -> Rung:
-        """The rung with this number: from the log, or if the log lacks it, the one that is decided now.
+        """The rung with this number, from the log or, if the log lacks it, decided now.
 
-        A rung without trials is not logged, because a search that resumes with more time may fill it.
+        A rung without trials is not logged, because a resumed search with more time may fill it.
         """
         if number not in self.log.rungs and decided.count:
             self.log.add_rung(number, decided)
@@ -231,7 +234,7 @@ class Search:
 
     @property
     def _pace(self) -> Pace:
-        """The measured speed, or the predicted speed as long as no trial has made all its steps."""
+        """The measured speed or, until a trial has made all its steps, the predicted speed."""
         whole = _finite(self.log.trials)
         steps = sum(trial.steps for trial in whole)
         evaluation = self.log.baseline[1] if self.log.baseline else 0.0
@@ -263,7 +266,7 @@ def _shown(settings: Settings) -> str:
 
 
 def shown_value(value: object) -> str:
-    """A value as the command line takes it."""
+    """A value in the form that the command line takes."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

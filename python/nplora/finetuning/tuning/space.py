@@ -42,7 +42,7 @@ class Space:
 
     Attributes:
         rates: learning rates, from small to large.
-        others: values of other options; the first is where the search starts.
+        others: values of other options; the search starts with the first value.
         epochs: numbers of epochs, from small to large; empty if the length of the run is given.
         alpha_ratio: alpha / rank of a trial, if ranks are searched and alpha is not given.
     """
@@ -60,7 +60,7 @@ class Space:
         return made
 
     def variations(self) -> Iterator[tuple[str, Any]]:
-        """Every value of every option, except its first. The options take turns."""
+        """Yield every value of every option, except its first. Values of different options alternate."""
         rows = [[(name, value) for value in values[1:]] for name, values in self.others.items()]
         for turn in range(max(map(len, rows), default=0)):
             yield from (row[turn] for row in rows if turn < len(row))
@@ -82,17 +82,17 @@ def space_of(
     default_lr: float,
     op: str = "tune",
 ) -> Space:
-    """The values to try: those in `search`, and the usual values of options in neither `search` nor `given`.
+    """The values to try: those in `search`, and the usual values of options that `given` lacks.
 
-    If the user gives ranks or alphas of named layers, the targets are searched only if the user asks for it:
-    not all of the usual targets have these layers.
+    If the user gives ranks or alphas of named layers, the targets are searched only if they are in `search`,
+    because not all of the usual targets have these layers.
 
     Args:
         given: the options of `finetune` that the user has fixed.
         default_lr: the learning rate of a run that gives none.
     Raises:
-        ValueError: a searched option is unknown or without values, or some of the targets do not have a layer
-            that has its own rank or alpha.
+        ValueError: a searched option is unknown or has no values, or `rank_pattern` or `alpha_pattern` names
+            a layer that some of the targets lack.
     """
     wanted = {name: listed_values(op, name, values) for name, values in search.items()}
     continues = given.get("adapter") is not None
@@ -129,7 +129,7 @@ def require_searchable(op: str, name: str) -> None:
 
 
 def require_values(op: str, search: Mapping[str, Sequence[Any]], given: Mapping[str, Any]) -> None:
-    """Check the values of searched options as `finetune` does, each beside every value of every other option.
+    """Check the values of searched options as `finetune` does, for all pairs of options.
 
     Args:
         given: the options of `finetune` that the user has fixed.

@@ -14,7 +14,7 @@ class Trial:
     """One run of a search.
 
     Attributes:
-        number: counts the trials from 1.
+        number: the number of the trial, counted from 1.
         rung: the rung that the trial belongs to, from 1.
         settings: the options that the trial tries.
         steps: the number of steps.
@@ -39,7 +39,7 @@ class Trial:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Two trials with the same key have the same result."""
+        """A key of the trial. Trials with the same key have the same result."""
         return key_of(self.settings, self.steps)
 
     def to_json(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Trial:
 
 
 def key_of(settings: Settings, steps: int) -> tuple[Any, ...]:
-    """What decides the result of a trial."""
+    """A key of everything that decides the result of a trial."""
     return steps, *sorted((name, str(_plain(value))) for name, value in settings.items())
 
 

@@ -60,15 +60,15 @@ def tune(
 ) -> TuneReport:
     """Search for the learning rate, the rank, the targets and the epochs of `finetune`, within a time budget.
 
-    The search makes short runs, and compares their losses on held-out data. It begins with the learning rate,
-    which matters most. Then it varies the rank and the targets. The best settings are trained at full length,
-    and then for more epochs, as long as the loss falls. All trials share the loaded model, the tokenised data
-    and, if only upper blocks are adapted, the outputs of the frozen blocks below.
+    The search makes short runs, and compares their losses on held-out data. The search begins with the
+    learning rate, which matters most, and then varies the rank and the targets. The best settings are trained
+    at full length, and then for more epochs, as long as the loss falls. All trials share the loaded model,
+    the tokenised data and, if only upper blocks are adapted, the outputs of the frozen blocks below.
 
-    Every trial begins anew, with a learning rate schedule that ends with the trial. It is evaluated after its
-    last step. The last trials are trained exactly as `finetune` trains with the same options. `tune.jsonl` in
-    the output directory records every decision and every trial. Ctrl-C ends the search, and `resume=True`
-    continues it.
+    Every trial begins anew, with a learning rate schedule that ends with the trial. Each trial is evaluated
+    after its last step. The last trials are trained exactly as `finetune` trains with the same options.
+    `tune.jsonl` in the output directory records every decision and every trial. Ctrl-C ends the search, and
+    `resume=True` continues it.
 
     Args:
         model, data: as for `finetune`.
@@ -79,14 +79,14 @@ def tune(
         budget: time for all trials, such as "90s", "30m" or "1.5h"; a number counts minutes. The time to load
             the model and the data is not included.
         search: values to try, such as {"lr": [1e-4, 1e-3], "dropout": [0, 0.05]}, for any option of
-            `finetune` that changes the training; the search starts at the first value of each list. If an
-            option of the loss is searched, such as `beta`, the first value decides by which loss all trials
-            are compared. The learning rate, the rank, the targets and the epochs are searched anyway, unless
-            they are given.
-        sampler: where the first trials come from: "halving" (a grid of learning rates) or "optuna" (its TPE
+            `finetune` that changes the training. The search starts with the first value of each list. If an
+            option of the loss such as `beta` is searched, all trials are compared by the loss with its first
+            value. The learning rate, the rank, the targets and the epochs are always searched, unless they
+            are given.
+        sampler: source of the first trials: "halving" (a grid of learning rates) or "optuna" (its TPE
             sampler, over all searched options but the epochs).
-        resume: continue the search in the output directory; no trial is repeated. The budget counts the time
-            of the earlier trials too, and may be larger than before.
+        resume: continue the search in the output directory; no trial is repeated. The budget includes the
+            time of the earlier trials, and may be larger than before.
         overwrite: delete the search in the output directory.
         options: options of `finetune` for all trials, such as `layers="last:8"`. An option that is given is
             not searched.
@@ -137,7 +137,7 @@ def _with_split(data: Data, valid: Data | None, options: Mapping[str, Any]) -> d
 
 @dataclass
 class _Tuning:
-    """A search: its arguments, and what its trials share."""
+    """A search: its arguments, and the objects that its trials share."""
 
     model: StrPath | LanguageModel
     data: Data
@@ -222,7 +222,7 @@ class _Tuning:
         return dataclasses.replace(self.base, **first)
 
     def _identity(self, inputs: RunInputs, space: Space) -> dict[str, Any]:
-        """What the results of the trials depend on, as JSON values."""
+        """Everything that the results of the trials depend on, as JSON values."""
         assert inputs.held_out is not None
         changed = {
             field.name: getattr(self.base, field.name)
@@ -273,7 +273,7 @@ class _Tuning:
 
 
 def _named(data: Data, otherwise: str) -> list[tuple[str, float]]:
-    """The files as they were given, each with its weight; `otherwise` for data that are not in files."""
+    """The given files, each with its weight; `otherwise` for data that are not in files."""
     given: list[Any] = (
         [data] if isinstance(data, str | os.PathLike) or not isinstance(data, Sequence) else list(data)
     )
@@ -318,12 +318,15 @@ def _plain(value: Any) -> Any:
 
 
 class _Trials:
-    """Makes trials on one model. They share its weights, the data, and the outputs of the frozen blocks.
+    """Makes trials on one model.
+
+    All trials share the weights, the data, and the outputs of the frozen blocks.
 
     Args:
         base: the options of all trials.
-        first: the same, with the first value of each searched option. All trials are evaluated by the loss of
-            these options, because only losses of the same kind and the same strength can be compared.
+        first: the options of all trials, with the first value of each searched option. All trials are
+            evaluated by the loss of these options, because only losses of the same kind and the same strength
+            can be compared.
     """
 
     def __init__(
@@ -406,7 +409,10 @@ class _Trials:
         return found, time.perf_counter() - start
 
     def _shared_prefix(self, lm: LanguageModel) -> PrefixCache | None:
-        """The cache of outputs below the adapters: where the options put it, or in memory if it is small."""
+        """The cache of outputs below the adapters.
+
+        The options decide where it is stored; a small cache is in memory.
+        """
         first, nbytes = lm.model.first_adapted(), 4 * self._inputs.tokens * lm.config.hidden_size
         if self._prefix is None and first:
             where = self._base.keep_prefix

@@ -85,7 +85,7 @@ class StringArray(Sequence[str]):
         return self._text(index, int(self._begins[index]))[0]
 
     def _find(self) -> Array:
-        """The position of each string. Only access by index needs the positions."""
+        """The position of each string, which is only needed for access by index."""
         begins, begin = np.empty(len(self), np.int64), self._entry.begin
         for index in range(len(self)):
             begins[index] = begin

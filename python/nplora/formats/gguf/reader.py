@@ -1,4 +1,4 @@
-"""Opens GGUF files. Tensors and metadata are views of the mapped file."""
+"""Opens GGUF files. Reads GGUF files. Tensors and metadata are views of the mapped file."""
 
 import mmap
 import weakref

@@ -47,7 +47,7 @@ Tensors: TypeAlias = "Mapping[str, ArrayLike | Tensor | Stream | HasTensor]"
 
 
 def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write a GGUF file. If the write fails, an existing file stays as it was.
+    """Write a GGUF file. If the write fails, an existing file does not change.
 
     The bytes are written to a temporary file beside the target, which is then renamed to the target.
 
@@ -157,7 +157,7 @@ def _text(where: str, text: object) -> bytes:
 
 
 def _typed(key: str, value: Any) -> Typed:
-    """Pair a value with its type in the file: the given type, or the one that follows from the value."""
+    """Pair a value with its type in the file: the given type, or the type that the value implies."""
     where = f"metadata {brief(key)}"
     if isinstance(value, Typed):
         if value.type != "STRING" and value.type not in VALUE_DTYPES:

@@ -59,12 +59,15 @@ def heads(fields: Fields, name: str) -> int:
 
 
 def after_padding(fields: Fields) -> int:
-    """The row of the first position in models that keep the rows up to that of the padding token unused."""
+    """The row of the first position in models that leave all rows up to the padding token's row unused."""
     return fields.integer("pad_token_id", 1) + 1
 
 
 def no_windows(fields: Fields, layers: int) -> tuple[int, ...]:
-    """The sliding windows of a model that has none. The number of layers is checked first."""
+    """The entries of `sliding_windows` for a model without sliding windows.
+
+    The number of layers is checked first.
+    """
     require_layers(fields.source, layers)
     return (NO_WINDOW,) * layers
 
@@ -131,7 +134,7 @@ def positive(fields: Fields, name: str, default: float | None = None) -> float:
 
 
 def has_window(fields: Fields) -> bool:
-    """Whether there is a sliding window. There is none only if the field `sliding_window` is null."""
+    """Whether there is a sliding window. A model has no window only if the field `sliding_window` is null."""
     return fields.integer_or_null("sliding_window", _WINDOW) is not None
 
 
@@ -153,7 +156,7 @@ def windows(fields: Fields, kinds: list[str]) -> tuple[int, ...]:
 
 
 def require_window(source: str, window: int) -> int:
-    """Check a sliding window, and return it. It is at least 1, because a token attends to itself."""
+    """Check a sliding window, and return it. A window is at least 1, because a token attends to itself."""
     if not 1 <= window < 1 << 31:
         raise FormatError(f"{source}: sliding_window is {window:,}, expected 1 to 2^31 - 1")
     return window

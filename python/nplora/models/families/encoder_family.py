@@ -1,4 +1,4 @@
-"""The base class of families of encoders: how files describe an encoder, and what its blocks consist of.
+"""The base class of families of encoders: how files describe an encoder, and the parts of its blocks.
 
 Each family has its own module: `bert`, `modernbert`, ...
 """
@@ -60,7 +60,7 @@ class StoredNames:
         return old if found not in self.names and old in self.names else found
 
     def is_unused(self, name: str) -> bool:
-        """Whether the hidden states do not depend on a tensor of the file."""
+        """Whether a tensor of the file has no effect on the hidden states."""
         return not name.startswith(self.prefix) or name.removeprefix(self.prefix).startswith(self.ignored)
 
 
@@ -188,7 +188,7 @@ class EncoderFamily:
         )
 
     def is_unused_in_gguf(self, name: str) -> bool:
-        """Whether the hidden states do not depend on a tensor of a GGUF file."""
+        """Whether a tensor of a GGUF file has no effect on the hidden states."""
         return name.startswith("cls.")
 
     # ---- names ----
@@ -205,7 +205,7 @@ class EncoderFamily:
         return ".".join(filter(None, (self.blocks, match[1], names[0] if names else match[2])))
 
     def stored_names(self, names: Collection[str]) -> StoredNames:
-        """How a file with these tensors names the encoder's tensors."""
+        """The names of the encoder's tensors in a file that has these tensors."""
         prefix = f"{self.prefix}."
         has_prefix = f"{prefix}{self.outside['embed_tokens'][0]}.weight" in names
         return StoredNames(frozenset(names), prefix if has_prefix else "", self.ignored)

@@ -1,4 +1,4 @@
-"""The base class of model families: how files describe a decoder, and what its blocks consist of.
+"""The base class of model families: how files describe a decoder, and the parts of its blocks.
 
 Each family has its own module: `llama`, `mistral`, ...
 """
@@ -38,8 +38,8 @@ class Family:
     """The base class of all families. The base class itself describes Llama.
 
     A block computes h = x + attention(norm(x)), then y = h + mlp(norm(h)). Blocks use RMSNorm, rotary
-    position embeddings, grouped-query attention, and a gated MLP. A subclass defines only what differs from
-    Llama, which most families resemble.
+    position embeddings, grouped-query attention, and a gated MLP. Most families resemble Llama, so a subclass
+    defines only what differs from Llama.
 
     Attributes:
         model_type: Hugging Face's name for the family.

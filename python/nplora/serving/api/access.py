@@ -1,4 +1,4 @@
-"""Who may use the server: keys, hosts and origins. And the last line of defence: every error has a shape."""
+"""Access: checks who may use the server, by keys, hosts and origins."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Access:
     """Decides which requests are answered.
 
     - With keys, a request needs one of them as `Authorization: Bearer KEY`.
-    - Without keys, the request must name a host of this machine. So a web page whose name points to this
-      machine (DNS rebinding) gets no answer.
-    - A request from a web page must come from this server's own page, or from one of `origins`. A browser
-      would send some requests of any page.
+    - Without keys, the request must name a host of this machine. So the server refuses a web page whose name
+      points to this machine (DNS rebinding).
+    - A request from a web page must come from this server's own page, or from one of `origins`. Without this
+      check, a browser would send some requests of any page.
 
     Args:
         keys: the accepted keys; empty: none is needed.
         origins: the origins of other web pages that may use the server.
         page: the paths of the page's files, which need no key.
-        hosts: names of this machine beside those of the loopback interface.
+        hosts: names of this machine in addition to those of the loopback interface.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Access:
         self._hosts = frozenset(hosts)
 
     def require(self, method: str, path: str, headers: dict[bytes, bytes], client: str) -> str:
-        """Check a request, and return a name for its client, for fair queueing.
+        """Check a request, and return a name of its client, which the fair queue needs.
 
         Raises:
             RequestError: the request is refused.

@@ -1,4 +1,4 @@
-"""The routes for models and adapters, as OpenAI's API, vLLM and llama.cpp have them."""
+"""The routes for models and adapters, in the forms of OpenAI's API, vLLM and llama.cpp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shapes of answers: OpenAI's objects for chats and completions, whole and in pieces."""
+"""Makes OpenAI's objects for chats and completions, as whole answers and in pieces."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AnswerObjects:
 
     Args:
         request: the request.
-        tickets: one for each answer: the answers to the first prompt come first.
+        tickets: one ticket for each answer. The answers to the first prompt come first.
     """
 
     objects = "", ""  # the names of a whole answer and of a piece
@@ -60,7 +60,7 @@ class AnswerObjects:
         }
 
     def last(self) -> list[Shape]:
-        """The pieces after the last choice of a stream."""
+        """The last pieces of a stream, after the ends of all choices."""
         return [self.object(1, [], usage=self.usage())] if self.request.usage else []
 
     def choice(self, index: int, chunks: Sequence[Chunk]) -> Shape:
@@ -196,7 +196,7 @@ class CompletionObjects(AnswerObjects):
 
 
 def _shown(token: Token | TopToken) -> Shape:
-    """A token with its bytes, which are unknown if the token holds a part of a character."""
+    """A token with its bytes. The bytes are unknown if the token holds only a part of a character."""
     whole = _REPLACEMENT not in token.text
     return {
         "token": token.text,

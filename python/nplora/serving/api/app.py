@@ -39,7 +39,7 @@ Handler = Callable[[Any], Awaitable[Any]]
 
 
 def page_files(directory: Path = PAGE) -> dict[str, tuple[bytes, str]]:
-    """The files of the page by the path of their routes, with their types."""
+    """The files of the page: for the path of each route, the file and its type."""
     if not (directory / "index.html").is_file():
         return {}
     found = {
@@ -114,9 +114,9 @@ class Application:
             await self._refuse(_known(error), scope, body, noted)
 
     async def _refuse(self, error: RequestError, scope: Scope, body: Body, send: Send) -> None:
-        """Send an error. If the client still sends its body, read on for a while before the connection ends.
+        """Send an error. If the client is still sending its body, continue to read it for a while.
 
-        Otherwise the client's write would fail before it reads the error.
+        If the connection ended at once, the client's write would fail before the client reads the error.
         """
         from starlette.responses import JSONResponse
 
@@ -222,7 +222,7 @@ class Application:
         return lambda request: asyncio.to_thread(function, self.service, *request.path_params.values())
 
     def _refusing(self, is_encoder: bool) -> Handler:
-        """The handler of a route for the other kind of model."""
+        """The handler of a route that only the other kind of model has. The handler refuses all requests."""
         text = (
             "this server has embeddings and classes, and does not generate text"
             if is_encoder
@@ -272,7 +272,7 @@ class Application:
 
 
 def _known(error: Exception) -> RequestError:
-    """The answer to any error of a route."""
+    """The response to any error of a route."""
     from starlette.exceptions import HTTPException
 
     if isinstance(error, HTTPException):

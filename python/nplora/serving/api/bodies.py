@@ -37,11 +37,11 @@ class Body:
 
     @property
     def ended(self) -> bool:
-        """Whether the whole body was read."""
+        """Whether the body was read to its end."""
         return self._ended
 
     async def receive(self) -> MutableMapping[str, Any]:
-        """The ASGI function with limits.
+        """The ASGI function `receive`, with limits of size and time.
 
         Raises:
             RequestError: the body is too large, or the client pauses too long.

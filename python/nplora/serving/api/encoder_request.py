@@ -31,7 +31,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {"add_special_tokens": (True,)}
 
 @dataclass(frozen=True)
 class EncoderRequest:
-    """What a request wants.
+    """A checked request for embeddings or classes.
 
     Attributes:
         name: the name of the model, as the answer repeats it.
@@ -39,8 +39,8 @@ class EncoderRequest:
         ids: the token ids of each text, int64. As arrays, they take a fraction of the memory of lists.
         base64: whether embeddings are sent as base64.
         dimensions: the number of values of an embedding; None: all of them.
-        normalize: whether embeddings have length 1.
-        classifier: the model, if classes are wanted; None: embeddings are wanted.
+        normalize: whether embeddings are scaled to length 1.
+        classifier: the classifier that computes the classes; None: the request is for embeddings.
     """
 
     name: str
@@ -102,7 +102,7 @@ class EncoderReader:
     """Reads requests for an encoder. Tokenizing takes time, so it is done in a thread.
 
     Args:
-        longest: the most tokens of a text that the memory suffices for.
+        longest: the largest number of tokens of a text that fits into memory.
     """
 
     def __init__(self, models: Models[ServedEncoder], longest: int) -> None:
@@ -113,7 +113,7 @@ class EncoderReader:
 
         Raises:
             RequestError: a field is missing, unknown or wrong, or a text is too long.
-            KeyError: the adapter was unloaded meanwhile.
+            KeyError: the adapter was unloaded while the request was read.
         """
         body = Fields(values)
         body.require_known(_EMBEDDINGS, _UNSUPPORTED)
@@ -158,7 +158,7 @@ class EncoderReader:
 
 @dataclass(frozen=True)
 class _Length:
-    """The most tokens of a text, whether longer texts are cut, and why there are no more tokens."""
+    """The largest number of tokens of a text, whether longer texts are cut, and the reason for the limit."""
 
     most: int
     cuts: bool
@@ -182,7 +182,7 @@ def _wrong_task(message: str) -> RequestError:
 
 
 def _prompt(body: Fields, encoder: Encoder) -> str:
-    """The text that is put before each text."""
+    """The prompt that precedes each text."""
     name = body.choice("prompt_name", encoder.prompts) if body.has("prompt_name") else None
     try:
         return encoder.prompt_text(name=name)
@@ -204,7 +204,7 @@ def _encoded(encoder: Encoder, inputs: list[Any], prompt: str, length: _Length) 
 
 
 def _tokens(encoder: Encoder, name: str, given: object, length: _Length) -> list[int]:
-    """Tokens of a client, which are computed as they are."""
+    """Check the tokens that a client sent. The tokens are used unchanged."""
     if not isinstance(given, list) or not given:
         raise wrong(name, given, "a text or a list of tokens that is not empty", "input")
     if len(given) > length.most and not length.cuts:

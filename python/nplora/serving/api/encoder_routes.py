@@ -44,7 +44,7 @@ async def _answer(service: EncoderService, body: Body, client: str, read: Read, 
 async def _submitted(
     service: EncoderService, body: Body, client: str, read: Read
 ) -> tuple[EncoderRequest, Future[Rows]]:
-    """Read and submit a request. Its texts are not kept while it waits."""
+    """Read and submit a request. The texts are not kept in memory while the request waits."""
     values = await body.json()
 
     def submit() -> tuple[EncoderRequest, Future[Rows]]:
@@ -81,11 +81,11 @@ class FutureAnswer:
         self._future, self._timeout = future, timeout
 
     def stop(self) -> None:
-        """End the answer now, because the server ends: `rows` raises an error at once."""
+        """End the answer now, because the server shuts down: `rows` raises an error at once."""
         self._future.cancel()
 
     async def rows(self) -> Rows:
-        """Wait for the rows.
+        """Wait for the computed rows.
 
         Raises:
             RequestError: the answer took too long, or the server is shutting down.

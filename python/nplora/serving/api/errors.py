@@ -1,4 +1,4 @@
-"""Which answer an exception becomes."""
+"""Turns exceptions into the errors that clients see."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nplora.serving.request_error import RequestError
 
 
 def as_request_error(error: BaseException) -> RequestError:
-    """The error that a client sees. An error that nobody expected is written to stderr."""
+    """The error that a client sees. An unexpected exception is also written to stderr."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, QueueFullError):

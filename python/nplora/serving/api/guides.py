@@ -30,7 +30,7 @@ _MOST_INTERSECTED = 8  # schemas that are combined by allOf: for patterns, the t
 
 
 def read_format(body: Fields) -> str | None:
-    """The grammar that `response_format` asks for, as a JSON schema; None for any text.
+    """The grammar that `response_format` requires, as a JSON schema; None: any text is allowed.
 
     Raises:
         RequestError: the format is unknown, or its schema is no object.
@@ -53,7 +53,7 @@ def read_format(body: Fields) -> str | None:
 
 
 def calls(tools: list[dict[str, Any]]) -> str:
-    """The JSON schema of a call of one of these tools."""
+    """The JSON schema of a call to one of these tools."""
     return json.dumps({"anyOf": [_call(tool["function"]) for tool in tools]}, allow_nan=False)
 
 
@@ -66,7 +66,7 @@ def _call(function: dict[str, Any]) -> dict[str, Any]:
 
 
 class Guides:
-    """Makes guides, and keeps what they need of each tokenizer."""
+    """Makes guides. For each tokenizer, it keeps the data that all guides share."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -105,7 +105,7 @@ class Guides:
 
 
 def _require_small(schema: str) -> None:
-    """Refuse a schema that would take long to prepare."""
+    """Refuse a schema that would take too long to prepare."""
     if len(schema) > _LONGEST_SCHEMA:
         raise RequestError(
             f"the schema has {len(schema):,} characters, at most {_LONGEST_SCHEMA:,} are accepted",
@@ -130,7 +130,7 @@ def _require_small(schema: str) -> None:
 
 
 class Guide:
-    """Allows the tokens that the grammar allows next. It is the engine's `Guide`."""
+    """Allows the tokens that the grammar allows next. The class implements the engine's `Guide`."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher

@@ -34,12 +34,12 @@ def serve(
     ready: Callable[[], None] = lambda: None,
     stopping: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. Then take no new connections, and finish the answers that have begun.
+    """Serve until SIGTERM or SIGINT. Then accept no new connections, and finish the answers that have begun.
 
     A second signal ends the server at once.
 
     Args:
-        listener: a socket that listens.
+        listener: a listening socket.
         drain_seconds: how long answers that have begun may still take.
         ready: called when requests are accepted.
         stopping: called after the first signal, before the answers are finished.
@@ -98,7 +98,7 @@ def _server(
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """Handle the signals, but do not send them again at the end: the exit is orderly."""
+            """Handle the signals. Unlike uvicorn, do not raise them again after the server has ended."""
             numbers = (signal.SIGINT, signal.SIGTERM)
             try:
                 before = {number: signal.signal(number, self.handle_exit) for number in numbers}
@@ -137,7 +137,7 @@ def _protocol() -> Any:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Connection(H11Protocol):  # type: ignore[misc, unused-ignore]
-        """A connection with time limits: for the head of a request, and for a client that reads nothing."""
+        """A connection with time limits for the head of a request, and for a client that reads nothing."""
 
         head_timer: asyncio.TimerHandle | None = None
         stall_timer: asyncio.TimerHandle | None = None

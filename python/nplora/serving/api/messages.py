@@ -21,7 +21,7 @@ def read_messages(body: Fields) -> list[Message]:
     """The messages of a request. The content of each is one text, and the arguments of calls are objects.
 
     Raises:
-        RequestError: a message has a wrong form, or holds something else than text.
+        RequestError: a message has a wrong form, or contains anything but text.
     """
     body.required("messages")
     given = body.objects("messages", _MOST_MESSAGES)

@@ -45,7 +45,7 @@ class Models(Generic[LM]):
     Args:
         lm: the base model. Its named adapters are those of this object.
         name: the name of the base model.
-        any_base: accept adapters that were trained on another model of the same shapes.
+        any_base: accept adapters that were trained on another model with the same shapes.
         read: reads an adapter, as `nplora.adapters.read_for` does.
     Attributes:
         lm, name: see the arguments.
@@ -72,8 +72,8 @@ class Models(Generic[LM]):
         """Load an adapter.
 
         Args:
-            replace: an adapter with this name is replaced at once when the new one is read. It keeps its id
-                and its scale.
+            replace: replace an existing adapter with this name as soon as the new one is read. The new
+                adapter gets the id and the scale of the old one.
         Raises:
             RequestError: the name has wrong characters, or is taken, or there is too little memory.
             OSError, ValueError: the adapter cannot be read, or does not fit the model.
@@ -106,7 +106,7 @@ class Models(Generic[LM]):
             self.memory.unloaded()
 
     def unload(self, name: str) -> None:
-        """Remove an adapter. Requests that use it are finished with it."""
+        """Remove an adapter. Requests that use the adapter are finished with it."""
         with self._changing, self._lock:
             if name not in self._loaded:
                 raise self._unknown(name, "adapter", "lora_name")
@@ -164,7 +164,7 @@ class Models(Generic[LM]):
             return self._sums[key]
 
     def _add_sum(self, adapter: Adapter, name: str) -> None:
-        """Add a sum. If there is too little memory for it, first forget the other sums."""
+        """Add a sum. If the memory is too small for the sum, the other sums are deleted first."""
         try:
             self._add(adapter, name, any_base=True)
         except RequestError:
@@ -236,16 +236,19 @@ class Models(Generic[LM]):
             ]
 
     def set_scales(self, value: object) -> None:
-        """Set the scales of requests to the base model that give none. Adapters that are left out get 0."""
+        """Set the default scales: those of requests to the base model that give no scales.
+
+        Adapters that are left out get 0.
+        """
         scales = self._read_scales("the body", value)
         with self._lock:
             self._scales = scales
 
 
 def inside(directory: Path, path: str) -> Path:
-    """The real path of an adapter in a directory. Links that lead out of the directory are refused.
+    """Return the real path of an adapter in a directory. A link that leads out of the directory is refused.
 
-    The links inside a directory with an adapter are checked too.
+    The links inside the adapter's directory are checked too.
 
     Raises:
         RequestError: the path is outside the directory, or does not exist.

@@ -11,7 +11,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _COUNTERS = {
     "prompt_tokens": "Tokens of prompts.",
-    "cached_tokens": "Tokens of prompts that the prefix cache had.",
+    "cached_tokens": "Prompt tokens that were found in the prefix cache.",
     "generated_tokens": "Generated tokens.",
     "put_back": "Requests that lost their pages and were computed again.",
     "rounds": "Rounds of the engine.",
@@ -23,7 +23,7 @@ _GAUGES = {
     "pages": "Pages for keys and values.",
     "pages_used": "Pages of running requests.",
     "pages_cached": "Pages that only the prefix cache holds.",
-    "page_tokens": "Tokens of a page.",
+    "page_tokens": "Tokens per page.",
 }
 _HISTOGRAMS = {
     "queue_seconds": "Seconds from the arrival of a request to its first computation.",

@@ -19,7 +19,7 @@ from nplora.serving.ticket import Ticket
 
 
 class AnyEngine(Protocol):
-    """The members that both engines have, and the server uses."""
+    """The members of both engines that the server uses."""
 
     @property
     def context(self) -> int: ...
@@ -67,7 +67,7 @@ class EncodingEngine(AnyEngine, Protocol):
 
 
 class TuningJobs(Protocol):
-    """Files and fine-tuning jobs. Each method stands for one route, and returns an object of OpenAI's API.
+    """Files and fine-tuning jobs. Each method implements one route, and returns an object of OpenAI's API.
 
     The methods may be called from any thread, and raise `RequestError`.
     """

@@ -1,4 +1,4 @@
-"""How a request wants its tokens chosen: OpenAI's fields, and those that vLLM and llama.cpp add."""
+"""Reads the sampling options of a request: OpenAI's fields, and those that vLLM and llama.cpp add."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def read_sampling(body: Fields, default_tokens: int, most_tokens: int, vocab_siz
     """The sampling of a request.
 
     Args:
-        default_tokens: `max_tokens` if the request does not give it.
-        most_tokens: `max_tokens` if the request gives -1: no limit.
+        default_tokens: the value of `max_tokens` if the request gives none.
+        most_tokens: the value of `max_tokens` if the request gives -1, which means no limit.
     Raises:
         RequestError: a field is out of range or has a wrong type.
     """
@@ -92,13 +92,13 @@ def _stop(body: Fields) -> tuple[str, ...]:
 
 
 def _seed(body: Fields) -> int:
-    """The given seed, or a new random one. Negative seeds are seeds like others, as in llama.cpp."""
+    """The given seed, or a new random one. Negative seeds are valid, as in llama.cpp."""
     seed = body.integer("seed", -_LARGEST_SEED - 1, _LARGEST_SEED)
     return secrets.randbits(62) if seed is None else seed % (_LARGEST_SEED + 1)
 
 
 def _biases(body: Fields, vocab_size: int) -> dict[int, float] | None:
-    """The biases by token. JSON's names are texts, so a token is given as text."""
+    """The biases by token. The names in a JSON object are strings, so each token is given as a string."""
     given = body.object("logit_bias")
     if given is None or not given.values:
         return None

@@ -1,4 +1,4 @@
-"""Service: what all routes share."""
+"""Service: the objects and limits that all routes share."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from nplora.serving.served_encoder import ServedEncoder
 
 
 class Stoppable(Protocol):
-    """An answer that has begun."""
+    """An answer that has begun and can be stopped."""
 
     def stop(self) -> None: ...
 
 
 @dataclasses.dataclass
 class Service:
-    """What all routes share.
+    """The objects and limits that all routes share.
 
     Attributes:
         engine: computes the answers.
         models: the base model and the adapters.
         jobs: files and fine-tuning jobs; None: the server has none.
-        adapter_dir: the directory that adapters may be loaded from while the server runs; None: none may.
+        adapter_dir: the directory from which requests may load adapters; None: requests may load none.
         most_tokens: the largest accepted `max_tokens`, if the model generates text.
         max_body: the largest body in bytes.
         max_file: the largest uploaded file in bytes.
@@ -58,7 +58,10 @@ class Service:
             answers.stop()
 
     def stop_answers(self) -> None:
-        """End all answers with an error, also those that begin later. Call it in the server's event loop."""
+        """End all answers with an error, also those that begin later.
+
+        Call this method in the server's event loop.
+        """
         self._is_stopped = True
         for answers in list(self._answers):
             answers.stop()
@@ -66,7 +69,7 @@ class Service:
 
 @dataclasses.dataclass
 class TextService(Service):
-    """What the routes of a server share that generates text."""
+    """The objects and limits that all routes share if the server generates text."""
 
     engine: ServingEngine
     models: Models[LanguageModel]
@@ -78,7 +81,7 @@ class TextService(Service):
 
 @dataclasses.dataclass
 class EncoderService(Service):
-    """What the routes of a server share that has embeddings and classes."""
+    """The objects and limits that all routes share if the server computes embeddings and classes."""
 
     engine: EncodingEngine
     models: Models[ServedEncoder]

@@ -1,4 +1,4 @@
-"""How a request is given to the engine, and which error its client sees if that fails."""
+"""Submits requests to the engine, and turns the errors of `submit` into those that clients see."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _ATTEMPTS = 3
 def submitted(submit: Callable[[], T]) -> T:
     """Read a request and submit it.
 
-    If its adapter is unloaded meanwhile, the request is read again: then it is refused, or gets another one.
+    If the adapter is unloaded in between, the request is read again. After that, the request is refused, or
+    uses another adapter that now has the same name.
 
     Args:
         submit: raises KeyError if the adapter was unloaded.
@@ -30,7 +31,7 @@ def submitted(submit: Callable[[], T]) -> T:
 
 
 def refusal(error: BaseException) -> BaseException:
-    """The error of an engine's `submit` as a client should see it."""
+    """Turn an error of an engine's `submit` into the one that the client sees."""
     if isinstance(error, ValueError):
         return RequestError(str(error), code="invalid_value")
     if type(error) is RuntimeError:

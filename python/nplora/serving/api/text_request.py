@@ -64,7 +64,7 @@ class TextRequest:
         model: the name of the model, as the answer repeats it.
         adapter: the named adapter, or None.
         prompts: the tokens of each prompt.
-        texts: the text of each prompt, if the answer repeats it.
+        texts: the text of each prompt, if the answer must repeat it.
         n: the number of answers to each prompt.
         sampling: how tokens are chosen.
         logprobs: the number of most likely tokens to report beside each token; None: no log-probabilities.
@@ -72,7 +72,7 @@ class TextRequest:
         usage: whether a stream ends with the numbers of tokens.
         grammar: the form that the text must have, or None.
         tools: the names of the functions that the text may call.
-        most_calls: how many calls an answer may have; None: any number.
+        most_calls: the largest number of tool calls in an answer; None: no limit.
     """
 
     model: str
@@ -234,7 +234,10 @@ class Reader:
         return ids
 
     def _prompts(self, lm: LanguageModel, body: Fields) -> list[list[int]]:
-        """The tokens of each prompt: a text, several texts, tokens, or several lists of tokens."""
+        """The tokens of each prompt.
+
+        The field is a text, several texts, tokens, or several lists of tokens.
+        """
         given = body.required("prompt")
         if isinstance(given, list) and given and not isinstance(given[0], int):
             prompts = checked_list("prompt", given, _MOST_PROMPTS)

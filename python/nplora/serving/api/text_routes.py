@@ -59,7 +59,7 @@ async def _answer(
 def _submit(
     service: TextService, values: object, client: str, read: Read
 ) -> tuple[TextRequest, list[Ticket]]:
-    """Read a request, and submit all of its answers to the engine, or none."""
+    """Read a request, and submit its answers to the engine: either all of them or none."""
     return submitted(lambda: _submit_once(service, values, client, read))
 
 
@@ -93,7 +93,7 @@ def _submit_once(
 
 
 async def _collect(answers: TicketStream) -> list[list[Chunk]]:
-    """The chunks of each answer, once all have ended."""
+    """Wait until all answers have ended, and return the chunks of each answer."""
     chunks: list[list[Chunk]] = [[] for _ in answers.tickets]
     async for found in answers.follow():
         if found is not None and found[1] is not None:

@@ -34,7 +34,7 @@ class TicketStream:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, chunk))
 
     def stop(self) -> None:
-        """End the answers now, because the server ends: `follow` raises an error at once."""
+        """End the answers now, because the server shuts down: `follow` raises an error at once."""
         self._queue.put_nowait(None)
         self.cancel()
 

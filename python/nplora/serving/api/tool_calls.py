@@ -27,8 +27,8 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 def split_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
     """Split a text into its content and its tool calls, in the form of OpenAI's API.
 
-    A text without a complete call of a known function is all content. What follows the complete calls, such
-    as a call that was cut short, is content too.
+    If the text has no complete call of a known function, the whole text is content. Text after the complete
+    calls, such as a call that was cut short, is content too.
 
     >>> content, calls = split_calls('<tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call>', {"add"})
     >>> content, calls[0]["function"]
@@ -61,7 +61,9 @@ def split_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, 
 
 
 def _call(value: Any, names: Collection[str]) -> dict[str, Any] | None:
-    """A call whose arguments are an object, in JSON of ASCII: no half of a surrogate pair is left in it.
+    """A call whose arguments are an object.
+
+    The arguments are written as ASCII JSON, which cannot contain half of a surrogate pair.
 
     Raises:
         ValueError, RecursionError: the arguments are not JSON.
@@ -112,7 +114,7 @@ class CallFilter:
         return split_calls(held, self._names) if self._names and held else (held, [])
 
     def _first_doubt(self, text: str) -> int:
-        """Where a tool call may begin: at a mark or the beginning of one, or at JSON that begins the text."""
+        """Where a tool call may begin: at a whole or partial mark, or at JSON that begins the text."""
         if not self._begun and (not text.strip() or text.lstrip().startswith(("{", "["))):
             return 0
         places = [place for mark in _MARKS if (place := text.find(mark)) >= 0]

@@ -18,8 +18,8 @@ class EventLog:
 
     A line that a crash cut short is removed. A damaged line is ignored.
 
-    A job that continues after a crash repeats its last steps, with the same results. Their events are in the
-    log already, so they are not added again.
+    A job that continues after a crash repeats its last steps, with the same results. The events of these
+    steps are already in the log, so they are not added again.
 
     Args:
         path: the file; it is created with the first event.
@@ -40,12 +40,12 @@ class EventLog:
         self._seen = {_subject(event) for event in self._events} - {None}
 
     def add(self, message: str, level: str = "info", data: Shape | None = None) -> None:
-        """Add an event. Its type is "metrics" if there are data, else "message".
+        """Add an event. The type of the event is "metrics" if there are data, else "message".
 
         Args:
             data: numbers. Only the first event with the same kind of numbers for the same "step" is added.
         Raises:
-            OSError: the event cannot be written. It is in memory all the same.
+            OSError: the event cannot be written. The event is still added in memory.
         """
         number = 1 + int(self._events[-1]["id"].rpartition("-")[2]) if self._events else 0
         event: Shape = {
@@ -87,9 +87,9 @@ def _subject(event: Shape) -> tuple[str, int] | None:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Append a line. If it cannot be written as a whole, nothing of it is left.
+    """Append a line. If the whole line cannot be written, no part of it is left.
 
-    The line survives the end of this process at once. The system writes it to the disk a little later.
+    The line survives if this process is killed. The system writes it to the disk a little later.
     """
     progress = files.Progress(len(line))
     with files.disk_errors(path, progress):

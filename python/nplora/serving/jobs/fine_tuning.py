@@ -34,29 +34,30 @@ _MOST_STEPS = 10**9
 
 
 class FineTuning:
-    """Files and fine-tuning jobs in one directory, and a thread that trains the jobs one after the other.
+    """Keeps files and fine-tuning jobs in one directory. A thread trains the jobs one after the other.
 
-    All methods may be called from any thread. They return dictionaries in the shapes of OpenAI's API, and
-    raise `RequestError`, whose `status`, `param` and `code` belong into OpenAI's error object. Every change
-    is on the disk before its method returns, so a process that is killed loses nothing: after the next
-    `start`, a job continues from its last checkpoint, and ends with the same bits.
+    All methods may be called from any thread. The methods return dictionaries in the shapes of OpenAI's API.
+    On errors, they raise `RequestError`, which has the fields of OpenAI's error object. Every change is on
+    the disk before the method returns, so a killed process loses no change. After the next `start`, a job
+    continues from its last checkpoint, and ends with the same bits.
 
     Args:
-        lm: the model that answers; it does not change. A job trains a twin that shares its frozen weights.
+        lm: the model that answers requests. This model does not change: a job trains a second model that
+            shares the frozen weights.
         directory: the directory for files and jobs, created if needed. One process can use it at a time.
         model: the name of the base model in the API.
-        turns: divides the time between training and answers: the engine's `turn`. None: training does not
-            wait.
-        publish: called as publish(name, directory) when a job has ended, and in `start` for earlier jobs:
-            from then on, the adapter in this PEFT directory answers to the name, also if the name is taken.
-            Default: `lm.load_adapter`.
+        turns: the engine's `turn`, which divides the time between training and answers. None: training does
+            not wait.
+        publish: called as publish(name, directory) when a job has ended, and in `start` for earlier jobs. The
+            function makes the adapter in this PEFT directory available under the name, even if another
+            adapter has the name. Default: `lm.load_adapter`.
         withdraw: called as withdraw(name) for an adapter that is no longer there. Default:
-            `lm.delete_adapter`. It may raise KeyError or RequestError.
+            `lm.delete_adapter`. The function may raise KeyError or RequestError.
         memory: memory limit of the whole process while a job trains, as in `finetune`; or a function that
             returns the limit when a job begins.
         compute: arithmetic of training; None: that of `lm`, or float32 if `lm` computes in int8.
         max_file_bytes: the largest file that is accepted.
-        max_files_bytes: the largest size of all files together, with those that only jobs still use.
+        max_files_bytes: the largest size of all files together, including deleted files that jobs still use.
         log: called with one line for each event except metrics.
     Raises:
         BlockingIOError: another process uses the directory.
@@ -110,7 +111,7 @@ class FineTuning:
             self._thread.start()
 
     def publish_earlier(self) -> None:
-        """Publish the adapters of earlier jobs, once. `start` does it too."""
+        """Publish the adapters of earlier jobs, once. `start` also does this."""
         with self._state.lock:
             jobs = [] if self._has_published else list(self._jobs.values())
             self._has_published = True
@@ -132,10 +133,10 @@ class FineTuning:
         return self._state.storage.place(job["id"]) / part
 
     def delete_model(self, name: str) -> None:
-        """Delete the files of an adapter that a job has made, for ever: a part of DELETE /v1/models/{name}.
+        """Permanently delete the files of an adapter that a job has made: a part of DELETE /v1/models/{name}.
 
-        The name may be that of any model; only the adapters of jobs have files here. The caller withdraws the
-        adapter itself.
+        The name may be that of any model, but only the adapters of jobs have files here. The caller must
+        withdraw the adapter.
 
         Raises:
             RequestError: the disk is full or has failed.
@@ -149,7 +150,10 @@ class FineTuning:
                     shutil.rmtree(place, ignore_errors=True)
 
     def close(self) -> None:
-        """Stop before the next block of the model. The job that trains continues after the next start."""
+        """Stop the training before the next block of the model.
+
+        The interrupted job continues after the next start.
+        """
         with self._changed:
             self._is_closing = True
             if self._running is not None:
@@ -185,7 +189,7 @@ class FineTuning:
                 self._changed.notify_all()
 
     def _next(self) -> JobRun | None:
-        """Wait for the oldest job that has not ended; None: the server ends."""
+        """Wait for the oldest job that has not ended. Return None when the server shuts down."""
         with self._changed:
             while not self._is_closing:
                 job = next((job for job in self._jobs.values() if job["status"] in OPEN), None)
@@ -346,9 +350,9 @@ class FineTuning:
         return list_page(found, after, limit, _MOST_JOBS)
 
     def cancel(self, job_id: str) -> Shape:
-        """End a job for ever, and remove its data: POST /v1/fine_tuning/jobs/{id}/cancel.
+        """End a job permanently, and remove its data: POST /v1/fine_tuning/jobs/{id}/cancel.
 
-        A failed job can be cancelled, too. Its error is kept.
+        A failed job can be cancelled too, and keeps its error.
         """
         return self._end(job_id, (*OPEN, "paused", "failed"), "cancelled", finished_at=int(time.time()))
 
@@ -369,7 +373,7 @@ class FineTuning:
                 raise RequestError(message, 400, "fine_tuning_job_id", "invalid_status")
             if self._trains(job_id) and self._running is not None:
                 if status == "queued":
-                    message = f"the job {job_id} still stops; try again in a moment"
+                    message = f"the job {job_id} is still stopping; try again in a moment"
                     raise RequestError(message, 409, "fine_tuning_job_id", "invalid_status")
                 self._running.stop()
             with _disk_errors():

@@ -16,7 +16,7 @@ _LONGEST = 2000
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error means that there is no room on the disk."""
+    """Whether an error means that the disk is full."""
     return isinstance(error, OSError) and error.errno in _DISK_FULL
 
 
@@ -24,8 +24,8 @@ def job_error(error: Exception, names: Mapping[str, tuple[str, str]]) -> dict[st
     """The code, the message and the parameter of the error that ended a job.
 
     Args:
-        names: for the path of each file of data, the file's name for the user, and the parameter that names
-            the file.
+        names: for the path of each data file, the file's name for the user, and the parameter that names the
+            file.
     """
     message, param = str(error) or type(error).__name__, None
     for path, (name, parameter) in names.items():

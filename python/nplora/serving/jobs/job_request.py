@@ -1,4 +1,4 @@
-"""JobRequest: the body of a request for a fine-tuning job, checked, and translated into our options."""
+"""JobRequest: checks the body of a request for a fine-tuning job, and translates it into our options."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class JobRequest:
     """A checked request for a job.
 
     Attributes:
-        model: the model to train: the base model, or an adapter to continue from.
+        model: the model to train: the base model, or an adapter whose training continues.
         training_file, validation_file: the ids of files.
         suffix: a part of the name of the new adapter.
         seed: the random seed.
-        metadata: the client's own texts.
+        metadata: texts that the client stores with the job.
         method: "supervised", "dpo", "orpo" or "kto".
         hyperparameters: those that the request gives, by OpenAI's names.
-        options: options of `finetune`, without the learning rate that a multiplier gives.
+        options: options of `finetune`. A learning rate that is given as a multiplier is not included.
     """
 
     model: str
@@ -113,7 +113,10 @@ def require_text(value: object, param: str | None = None) -> None:
 
 
 def _method(body: Fields) -> tuple[str, Shape]:
-    """The method, and the hyperparameters of the request, which may be in `method` or beside it."""
+    """The method and the hyperparameters of the request.
+
+    The hyperparameters may be in `method` or beside it.
+    """
     kind, inner = "supervised", Fields({})
     if (method := body.object("method")) is not None:
         method.required("type")
@@ -130,7 +133,7 @@ def _method(body: Fields) -> tuple[str, Shape]:
 
 
 def _translated(given: Mapping[str, Any], own: Mapping[str, Any]) -> Shape:
-    """OpenAI's hyperparameters as our options, without the learning rate."""
+    """Translate OpenAI's hyperparameters into our options, without the learning rate."""
     options = Shape()
     for name, ours in _HYPERPARAMETERS.items():
         if name not in given:

@@ -32,21 +32,22 @@ _SAVE_MINUTES = 1.0  # between two checkpoints of the run, the most that a kille
 
 
 def checkpoint_name(name: str, step: int) -> str:
-    """The name of a checkpoint's adapter. `name` is that of the job's last adapter."""
+    """The name of a checkpoint's adapter. `name` is the name of the job's final adapter."""
     return f"{name}:ckpt-step-{step}"
 
 
 class StoppedError(Exception):
-    """Ends the training of a job, because the job was cancelled or paused, or the server ends."""
+    """Ends the training of a job, because the job was cancelled or paused, or the server shuts down."""
 
 
 @dataclass(frozen=True)
 class Publishing:
-    """How adapters become available, and disappear.
+    """Functions that make adapters available, and withdraw them.
 
     Attributes:
-        publish: called as publish(name, directory): from then on, this PEFT directory answers to the name.
-        withdraw: called as withdraw(name), which no adapter has afterwards.
+        publish: called as publish(name, directory). The function makes the adapter in this PEFT directory
+            available under the name.
+        withdraw: called as withdraw(name). The function removes the adapter with this name.
     """
 
     publish: Callable[[str, Path], None]
@@ -57,7 +58,7 @@ class JobRun:
     """One job in training.
 
     Args:
-        lm: the model that answers. It does not change.
+        lm: the model that answers requests. This model does not change.
         state: the records and the events of all jobs.
         job_id: the job.
         publishing: how the adapter becomes available.
@@ -157,7 +158,10 @@ class JobRun:
         self._event(_first_words(run.step, bool(record["resolved"])), None)
 
     def _save_checkpoint(self, run: Run, record: EpochRecord) -> None:
-        """Save the adapter of an epoch, and make it available. Only the last few are kept."""
+        """Save the adapter of an epoch, and make it available.
+
+        Only the adapters of the last few epochs are kept.
+        """
         is_last = run.total_steps is not None and record.step >= run.total_steps
         if is_last or time.monotonic() - self._last_checkpoint < CHECKPOINT_SECONDS:
             return  # the next one follows soon
@@ -235,7 +239,7 @@ class JobRun:
         self._event("The job has successfully completed", None)
 
     def _publish(self, name: str, place: Path) -> None:
-        """Make an adapter available. As long as memory is missing, drop the job's oldest checkpoint."""
+        """Make an adapter available. While the memory is too small, withdraw the job's oldest checkpoint."""
         while True:
             try:
                 return self._publishing.publish(name, place)

@@ -18,13 +18,13 @@ OPEN = ("queued", "validating_files", "running")
 class JobsState:
     """The records of a `Storage`, and the events of its jobs.
 
-    If the disk is full, a change that the training thread makes is kept in memory, and a warning says so: the
-    job then continues after a restart from what is on the disk.
+    If the disk is full, a change by the training thread is kept only in memory, with a warning. After a
+    restart, the job then continues from the state on the disk.
 
     Args:
         log: called with one line for each event except metrics.
     Attributes:
-        storage: the records. Read and change them while you hold `lock`.
+        storage: the records. Hold `lock` while you read or change them.
         lock: the lock of the storage.
     """
 
@@ -59,7 +59,7 @@ class JobsState:
             self.storage.change_job(job_id, **changes)
 
     def advance(self, job_id: str, status: str, **changes: Any) -> None:
-        """Change the status of a job, unless it has ended meanwhile."""
+        """Change the status of a job, unless the job has ended."""
         with self.lock:
             if self.storage.jobs[job_id]["status"] in OPEN:
                 self.change(job_id, status=status, **changes)
@@ -70,7 +70,9 @@ class JobsState:
             self.storage.drop_data(job_id)
 
     def add_results(self, job_id: str, content: bytes) -> list[str]:
-        """Store the table of a job's losses as a file, and return its id, or nothing if the disk is full.
+        """Store the table of a job's losses as a file, and return the file's id in a list.
+
+        The list is empty if the disk is full.
 
         A repeated call replaces the file.
         """

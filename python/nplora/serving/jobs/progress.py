@@ -36,7 +36,7 @@ class Progress(Callback):
 
     @property
     def estimated_finish(self) -> int | None:
-        """The Unix time at which the last step will end, if the steps take as long as the recent ones."""
+        """The Unix time at which the last step will end, if further steps take as long as the recent ones."""
         return round(self._last + self._left * self._seconds) if self._seconds else None
 
     def on_fit_start(self, run: Run) -> None:

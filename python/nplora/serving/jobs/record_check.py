@@ -27,7 +27,7 @@ def _texts(value: object) -> bool:
 
 
 def _file_names(value: object) -> bool:
-    """Whether a value is an object of names of files, none of which leads out of a directory."""
+    """Whether a value is an object whose values are file names, and no name leads out of its directory."""
     return _texts(value) and all(map(_is_file_name, value.values()))  # type: ignore[attr-defined]
 
 

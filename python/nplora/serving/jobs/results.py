@@ -1,4 +1,4 @@
-"""The table of a job's losses, which the job leaves as a file."""
+"""The table of a job's losses, which is stored as a file when the job ends."""
 
 from __future__ import annotations
 

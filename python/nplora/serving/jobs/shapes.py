@@ -46,7 +46,7 @@ def job(record: Mapping[str, Any], estimated_finish: int | None) -> Shape:
 
 
 def checkpoint(job_id: str, record: Mapping[str, Any]) -> Shape:
-    """A checkpoint of a job, whose adapter answers to a name."""
+    """A checkpoint of a job, whose adapter is available under a name."""
     return {
         "id": record["id"],
         "object": "fine_tuning.job.checkpoint",

@@ -11,9 +11,10 @@ The directory holds
     jobs/ID/run/                         the output directory of `finetune`: checkpoints, log and adapter
     jobs/ID/checkpoints/step-N/          adapters of the last epochs
 
-A record is written last, and replaced as a whole. A directory without a record was left by a process that was
-killed, and is removed. Only directories whose names are ids are looked at. Ids are made here, and ids of
-requests are only compared with those of records, so no text of a request becomes a part of a path.
+A record is written after all other files, and is replaced as a whole. A directory without a record is
+removed, because it was left by a killed process. Directories whose names are not ids are ignored. This module
+makes all ids, and compares an id from a request only with the ids of records. So no text from a request
+becomes a part of a path.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def new_id(kind: str) -> str:
 
 
 class Storage:
-    """The files and the records of jobs in one directory.
+    """Keeps uploaded files and the records of jobs in one directory.
 
     Attributes:
         files, jobs: the records by id, in the order in which they were made. Hold `lock` while you read them,
@@ -106,13 +107,15 @@ class Storage:
         most: int,
         most_together: int | None = None,
     ) -> Record:
-        """Write a file. Its record gets the number of bytes, the name of the content, and a serial number.
+        """Write a file.
+
+        The record of the file gets the number of bytes, the name of the content, and a serial number.
 
         Args:
             most: the most bytes of the file.
             most_together: the most bytes of all files; None: no limit.
         Raises:
-            RequestError: the file is empty or too large, or all files together are.
+            RequestError: the file is empty or too large, or all files together are too large.
             OSError: the file cannot be written; nothing of it is left.
         """
         record = {**record, "bytes": 0, "content": f"content{_suffix(record['filename'])}"}
@@ -148,7 +151,10 @@ class Storage:
         return record
 
     def _file_bytes(self) -> int:
-        """The bytes of all files: stored ones, those that arrive, and deleted ones that jobs still use."""
+        """The bytes of all files.
+
+        Files that are being uploaded count, and deleted files that jobs still use.
+        """
         paths = [self.content(file_id) for file_id in self.files]
         for job_id, job in self.jobs.items():
             paths += [self.place(job_id) / name for name in job["data"].values()]
@@ -165,7 +171,7 @@ class Storage:
             (self.place(job_id) / name).unlink(missing_ok=True)
 
     def delete_file(self, file_id: str) -> None:
-        """Delete a file: first its record, so that no record lacks its content."""
+        """Delete a file. The record is deleted first, so that no record is left without its content."""
         place = self.path / "files" / self.files[file_id]["id"]
         os.unlink(place / _FILE)
         del self.files[file_id]
@@ -208,7 +214,7 @@ class Storage:
         """Replace the record of a job by one with these changes, in memory and on the disk.
 
         Raises:
-            OSError: the disk still has the old record. In memory, the new one is used.
+            OSError: the disk still has the old record. The new record is used in memory.
         """
         record = {**self.jobs[job_id], **changes}
         self.jobs[job_id] = record
@@ -267,7 +273,7 @@ def _too_many(most: int) -> RequestError:
 
 
 def _suffix(name: str) -> str:
-    """The end of a name that says how its rows are read; .jsonl if it says nothing."""
+    """The suffix of a file name that selects the file format; .jsonl if the name has no known suffix."""
     lower = name.lower()
     known = sorted((*SUFFIXES, *COMPRESSED), key=len, reverse=True)
     return next((suffix for suffix in known if lower.endswith(suffix)), ".jsonl")
@@ -284,7 +290,7 @@ def _parts(content: bytes | BinaryIO | Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make a second name of a file, or a copy where the file system has no links."""
+    """Make a hard link to a file, or a copy if the file system has no links."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,1 +1,1 @@
-"""How the fields of a row become an example: one file for each family of kinds."""
+"""Makes examples from the fields of rows: one file for each family of kinds."""

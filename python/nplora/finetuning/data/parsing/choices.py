@@ -49,8 +49,8 @@ def _choices(row: Fields) -> tuple[tuple[str, ...], list[str] | None]:
 def _right_choice(row: Fields, choices: tuple[str, ...], labels: list[str] | None) -> int:
     """The index of the right choice. The row gives its label, the choice itself, or its index.
 
-    The labels A, B, … of a row without labels come after the choices. Numbers as labels leave no room for
-    indices, because the first label may be 0 or 1.
+    If the row gives no labels, they are A, B, …, and a choice with such a text takes precedence. If labels
+    are numbers, "answer" cannot be an index, because the first label may be 0 or 1.
     """
     answer = row.get("answer")
     if isinstance(answer, str | int) and not isinstance(answer, bool):

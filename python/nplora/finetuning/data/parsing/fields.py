@@ -13,7 +13,7 @@ CONTEXT = ("tools", "documents")  # fields of a row that the chat template gets 
 
 
 class _Noted(Mapping[str, Any]):
-    """A mapping that notes which of its keys were looked up."""
+    """A mapping that records which of its keys were looked up."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.raw, self.asked = values, set[str]()
@@ -47,7 +47,7 @@ class Fields:
         return self.values.get(name) is not None
 
     def get(self, name: str) -> Any:
-        """The value of a field that must be there."""
+        """The value of a required field."""
         if name not in self.values:
             raise self.error(f"{name} is missing; the row has {brief(list(self.values))}; {renaming(name)}")
         return self.values[name]
@@ -63,7 +63,7 @@ class Fields:
         return value
 
     def objects(self, name: str) -> Objects | None:
-        """A list of objects, which may be given as JSON text; None if it is missing."""
+        """A list of objects, which may be given as JSON text; None if the field is missing."""
         value = self.values.get(name)
         if isinstance(value, str):
             value = self._json(name, value) if value.strip() else None
@@ -84,7 +84,7 @@ class Fields:
 
 
 def renaming(ours: str, theirs: str | None = None) -> str:
-    """How to read a field that has another name in the data, as the end of a message."""
+    """The end of a message: how to read a field that has another name in the data."""
     name = theirs or "NAME"
     return f"--columns {ours}={name} (columns={{{ours!r}: {name!r}}}) reads the field {name!r} as {ours}"
 
@@ -94,7 +94,7 @@ def _is_empty(value: object) -> bool:
 
 
 def loads(text: str) -> Any:
-    """Parse JSON that a text of a row holds, as strictly as the JSON of a file.
+    """Parse a text of a row as JSON, as strictly as the JSON of a file.
 
     Raises:
         ValueError: the text is not JSON, or exceeds a limit.

@@ -1,4 +1,4 @@
-"""Comparisons: a chosen and a rejected answer, or an answer that somebody judged."""
+"""Comparisons: a chosen and a rejected answer, or a judged answer."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _without_prompt(row: Fields) -> Preference:
 def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
     """The number of items at the beginning that both answers share, as TRL's `extract_prompt` counts them.
 
-    A space before the difference belongs to the answers, and each answer has an item at least.
+    A space before the first difference belongs to the answers, and each answer has at least one item.
     """
     same = (a == b for a, b in zip(one[:-1], other[:-1], strict=False))
     count = sum(1 for _ in itertools.takewhile(bool, same))
@@ -100,7 +100,7 @@ def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
 
 
 def prompt_among(unread: Mapping[str, Any]) -> str | None:
-    """The field that is probably the prompt, among those of a row that are not used: a known name or a text.
+    """The unused field of a row that is probably the prompt: it has a known name, or it is a text.
 
     A text of one word is not a prompt, but an identifier or the name of a source. A text without letters is a
     date or a number.
@@ -115,9 +115,9 @@ def _is_prose(text: str) -> bool:
 
 
 def forgotten_prompt(pair: Preference, unread: Mapping[str, Any]) -> str | None:
-    """The field that probably holds the prompt of two texts, if the beginning that both share is no prompt.
+    """The field that probably holds the prompt of two texts, if their common beginning is not a prompt.
 
-    A beginning of several lines or many words is a prompt.
+    A common beginning of several lines or many words is a prompt.
 
     Args:
         unread: the fields of the row that are not used.

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
@@ -95,6 +95,8 @@ def serving(
         lines = [address]
         while not lines[-1].startswith("memory: "):
             lines.append(process.stdout.readline())
+            if not lines[-1]:
+                raise RuntimeError("the server ended at its start")
         plan = float(lines[-1].split()[1].replace(",", ""))
         threading.Thread(target=lambda: [*map(sys.stdout.write, process.stdout or ())], daemon=True).start()
         server = Server(process, int(address.rpartition(":")[2]), plan)
@@ -158,9 +160,10 @@ class Load:
             "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         began, first, texts, usage, reason, done = time.monotonic(), 0.0, list[str](), 0, None, False
-        connection = HTTPConnection("127.0.0.1", self.server.port, timeout=600)
-        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-        with connection.getresponse() as response:
+        head = {"content-type": "application/json"}
+        with closing(HTTPConnection("127.0.0.1", self.server.port, timeout=600)) as connection:
+            connection.request("POST", "/v1/completions", json.dumps(body), head)
+            response = connection.getresponse()
             if response.status != 200:
                 raise RuntimeError(f"{response.status}: {response.read().decode()}")
             for line in response:
@@ -178,7 +181,6 @@ class Load:
                 usage = (event.get("usage") or {}).get("completion_tokens", usage)
                 if leaves is not None and len(texts) > leaves:
                     break
-        connection.close()
         self._note(
             time.monotonic() - began, first, (which, name, tokens), "".join(texts), usage, reason, done
         )
@@ -207,8 +209,25 @@ class Load:
             if outcome.texts.setdefault(key, text) != text:
                 outcome.problems.append(f"{key}: two texts")
 
+    def compare(self, lm: Any, count: int) -> None:
+        """Compare the texts of the base model with those of `nplora.generate` for some of the requests."""
+        import nplora
+
+        base, compared = self.names[0], 0
+        for (which, name, tokens), text in sorted(self.outcome.texts.items()):
+            if name == base and compared < count:
+                compared += 1
+                sampling = nplora.generate.Sampling(max_new_tokens=tokens)
+                if nplora.generate.generate_ids(lm, [self._prompts[which]], sampling) != [text]:
+                    self.outcome.problems.append(
+                        f"prompt {which}, {tokens} tokens: generate has another text"
+                    )
+        print(f"{compared} texts compared with nplora.generate")
+
 
 def percentiles(seconds: list[float]) -> str:
+    if not seconds:
+        return "none"
     found = np.percentile(seconds, (50, 90, 99, 100)) * 1e3
     return ", ".join(
         f"{name} {value:,.0f} ms" for name, value in zip(("p50", "p90", "p99", "max"), found, strict=True)
@@ -218,6 +237,17 @@ def percentiles(seconds: list[float]) -> str:
 def watch(server: Server, samples: list[float], ended: threading.Event) -> None:
     while not ended.wait(0.25):
         samples.append(server.memory("VmRSS"))
+
+
+def check(server: Server, outcome: Outcome, trains: bool) -> None:
+    """Note as problems: more memory than planned, and requests or pages that are left at the end."""
+    peak, metrics = server.memory("VmHWM"), str(server.ask("GET", "/metrics"))
+    if peak > server.plan and not trains:
+        outcome.problems.append(f"the peak of {peak:,.0f} MB is above the plan of {server.plan:,.0f} MB")
+    for name in ("running", "waiting", "pages_used"):
+        value = float(re.search(rf"(?m)^nplora_{name} (\S+)$", metrics)[1])  # type: ignore[index]
+        if value:
+            outcome.problems.append(f"{name} is {value:g} at the end, expected 0")
 
 
 def report(server: Server, outcome: Outcome, samples: list[float], memory: str) -> None:
@@ -236,9 +266,6 @@ def report(server: Server, outcome: Outcome, samples: list[float], memory: str) 
         print(
             f"memory in use: {second:,.0f} MB in the second quarter of the time, {last:,.0f} MB in the last"
         )
-    metrics = str(server.ask("GET", "/metrics"))
-    for name in ("running", "waiting", "pages_used"):
-        print(f"  {next(line for line in metrics.splitlines() if line.startswith(f'nplora_{name} '))}")
 
 
 # ---- training ----
@@ -323,6 +350,8 @@ def main() -> None:
                 watcher.join()
             with suppress(KeyboardInterrupt):
                 time.sleep(1)  # the last cancellations
+            check(server, load.outcome, options.job)
+            load.compare(nplora.load_model(model, compute=options.compute), options.compare)
             report(server, load.outcome, samples, options.memory)
             if load.outcome.problems:
                 raise SystemExit(1)
@@ -342,6 +371,9 @@ def parse_arguments() -> argparse.Namespace:
         "--longest", type=int, default=300, help="most tokens of a prompt, without the common part"
     )
     parser.add_argument("--tokens", type=int, default=60, help="most tokens of an answer")
+    parser.add_argument(
+        "--compare", type=int, default=20, help="answers that are compared with those of nplora.generate"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--job", action="store_true", help="train too; the requests end with the job")
     parser.add_argument("--epochs", type=int, default=3, help="of the job")

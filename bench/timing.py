@@ -11,7 +11,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -212,11 +212,15 @@ def _ticks_of_others() -> tuple[int, int]:
 
 
 def _ticks_of(pid: int) -> int:
-    """CPU ticks of a process and its descendants, in user mode and in the kernel."""
-    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    children = [
-        child for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
-    ]
+    """CPU ticks of a process and its descendants, in user mode and in the kernel; 0 if it has ended."""
+    children = list[str]()
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):  # a thread has ended, or the kernel lists no children
+                children += (task / "children").read_text().split()
+    except OSError:
+        return 0
     return sum(map(int, after_name[11:15])) + sum(_ticks_of(int(child)) for child in children)
 
 

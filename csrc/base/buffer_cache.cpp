@@ -33,10 +33,11 @@ AlignedBuffer BufferCache::take(size_t bytes) {
   return buffer;
 }
 
-// Makes room for a new buffer of `bytes`: frees idle buffers, the largest first, until used, idle and new
-// memory together are at most the peak of used memory. This peak includes the new buffer.
+// Makes room for a new buffer of `bytes`: frees idle buffers, the largest first, until the sum of used, idle
+// and new memory is at most the peak of used memory and the spare memory. The new buffer counts as used in
+// this peak.
 void BufferCache::make_room(size_t bytes) {
-  const size_t most = std::max(most_used_, used_bytes_ + bytes);
+  const size_t peak = std::max(most_used_, used_bytes_ + bytes), most = peak + std::min(peak, kSpareBytes);
   while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {
     const auto largest = std::prev(idle_.end());
     idle_bytes_ -= largest->first;

@@ -9,9 +9,13 @@
 
 namespace nplora {
 
-// Used and idle buffers together never take more memory than the peak of the used buffers alone.
+// Used and idle buffers together take at most kSpareBytes more memory than the peak of the used buffers
+// alone, and at most twice this peak. Without spare memory, a pass that needs a few buffers of different
+// sizes one after the other, such as reading a prompt, would free and map nearly all of them in each layer.
 class BufferCache {
  public:
+  static constexpr size_t kSpareBytes = size_t{4} << 20;
+
   // Returns a buffer of at least this many bytes, with undefined contents. Reuses an idle buffer that is not
   // much larger; if there is none, allocates a new buffer.
   AlignedBuffer take(size_t bytes);

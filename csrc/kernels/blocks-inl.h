@@ -284,16 +284,16 @@ void encode_blocks(size_t rows, size_t first, size_t cols, const void* blocks, s
 // All tokens are multiplied with kFewRows rows of W before the next rows are read. The code also prefetches
 // the same columns of later rows, at least kFetchAhead bytes ahead.
 inline constexpr size_t kFewRows = 8;
-inline size_t fetch_ahead(size_t row_bytes) {
-  const size_t few = kFewRows * row_bytes;
+inline size_t fetch_ahead(size_t row_bytes, size_t group = kFewRows) {
+  const size_t few = group * row_bytes;
   return few == 0 ? 0 : ceil_div(kFetchAhead, few) * few;
 }
 
-// Prefetches a part of the memory `next` into L2. This function is called before each group of kFewRows rows
-// of W, when `rows` rows are left, including this group. Each call prefetches the fraction kFewRows / rows of
-// the cache lines that `next` still has. So all calls prefetch about the same number of lines.
-inline void fetch_share(Fetch& next, size_t rows) {
-  const size_t n = rows <= kFewRows ? next.lines : ceil_div(next.lines * kFewRows, rows);
+// Prefetches a part of the memory `next` into L2. This function is called before each group of rows of W,
+// when `rows` rows are left, including this group. Each call prefetches the fraction group / rows of the
+// cache lines that `next` still has. So all calls prefetch about the same number of lines.
+inline void fetch_share(Fetch& next, size_t rows, size_t group = kFewRows) {
+  const size_t n = rows <= group ? next.lines : ceil_div(next.lines * group, rows);
   next.lines -= n;
   for (const char* end = next.at + n * kCacheLine; next.at < end; next.at += kCacheLine)
     __builtin_prefetch(next.at, 0, 2);

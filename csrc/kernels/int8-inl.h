@@ -268,43 +268,53 @@ inline void int8_tiles(const Rows& w, size_t m, size_t sub_blocks, Int8Rows x, f
 
 // ---- rows of W in the lanes, for formats whose block is a single sub-block ----
 //
-// Each lane belongs to one of eight rows of W. The codes of the rows are transposed once for all tokens. Each
-// token needs one conversion to float for eight rows, and no sums across lanes.
+// Each lane belongs to one of kLaneRows rows of W. The codes of the rows are transposed once for all tokens.
+// Each token needs one conversion to float for all rows of the lanes, and no sums across lanes.
 
 template <class Block>
 inline constexpr bool kRowsInLanes = Block::kElements == kSubBlock;
 
-// The largest number of tokens whose sums fit into the registers, beside the codes of eight rows.
+// The largest number of tokens whose sums fit into the registers, beside the codes of the rows.
 #if defined(NPLORA_SIMD_AVX512)
 inline constexpr size_t kLaneTokens = 8;
 #else
 inline constexpr size_t kLaneTokens = 4;
 #endif
 
-// Afterwards, lane r of codes[k] holds the codes 4k to 4k + 3 of the block at[r].
-template <class Block>
-[[gnu::always_inline]] inline void transposed_codes(const uint8_t* const (&at)[8], SubBlock (&codes)[8]) {
-  const auto block = [&](size_t r) -> const Block& { return *reinterpret_cast<const Block*>(at[r]); };
-  SubBlock low[4], high[4];
+// Vectors k of four registers: part p holds what of(k + 4p) returns.
+template <class Of>
+[[gnu::always_inline]] inline auto of_parts(size_t k, const Of& of) {
+  struct {
+    decltype(of(k)) parts[kLaneParts];
+  } found;
+#pragma GCC unroll 4
+  for (size_t p = 0; p < kLaneParts; ++p) found.parts[p] = of(k + 4 * p);
+  return found;
+}
+
+// Afterwards, lane r of codes[k] holds the codes 4k to 4k + 3 of the block at(r).
+template <class Block, class At>
+[[gnu::always_inline]] inline void transposed_codes(const At& at, LaneBytes (&codes)[8]) {
+  LaneBytes low[4], high[4];
   if constexpr (Codes<Block>::kPlainNibbles) {
 #pragma GCC unroll 4
-    for (size_t r = 0; r < 4; ++r) low[r] = join(load_bytes(block(r).q), load_bytes(block(r + 4).q));
-    transpose_dwords(low);
+    for (size_t r = 0; r < 4; ++r)
+      low[r] = join_parts(of_parts(r, [&](size_t row) { return load_bytes(at(row).q); }).parts);
+    transpose_parts(low);
 #pragma GCC unroll 4
     for (size_t k = 0; k < 4; ++k) {
       codes[k] = low[k] & 15;
-      codes[k + 4] = move(low[k], 4, 0, 15);
+      codes[k + 4] = (LaneBytes)((LaneBits)low[k] >> 4) & 15;
     }
   } else {
 #pragma GCC unroll 4
     for (size_t r = 0; r < 4; ++r) {
-      const SubBlock a = Codes<Block>{{}, block(r)}.sub_block(0),
-                     b = Codes<Block>{{}, block(r + 4)}.sub_block(0);
-      low[r] = lower_halves(a, b);
-      high[r] = upper_halves(a, b);
+      const auto rows = of_parts(r, [&](size_t row) { return Codes<Block>{{}, at(row)}.sub_block(0); });
+      low[r] = first_halves(rows.parts);
+      high[r] = last_halves(rows.parts);
     }
-    transpose_dwords(low);
-    transpose_dwords(high);
+    transpose_parts(low);
+    transpose_parts(high);
 #pragma GCC unroll 4
     for (size_t k = 0; k < 4; ++k) {
       codes[k] = low[k];
@@ -313,30 +323,49 @@ template <class Block>
   }
 }
 
-// Multiplies kTokens rows of `x` with up to eight rows of W. If fewer rows are left, the last row is repeated
-// and its additional products are dropped.
+// Lane r holds the first four bytes of the block at(r).
+template <class Block, class At>
+[[gnu::always_inline]] inline LaneBits first_bytes(const At& at) {
+  if constexpr (kLaneRows == 8) {
+    LaneBits found;
+#pragma GCC unroll 8
+    for (size_t r = 0; r < 8; ++r) found[r] = bits_at<uint32_t>(&at(r));
+    return found;
+  }
+  static_assert(sizeof(Block) >= sizeof(Bytes));
+  LaneBytes heads[4];
+#pragma GCC unroll 4
+  for (size_t r = 0; r < 4; ++r)
+    heads[r] = join_parts(of_parts(r, [&](size_t row) { return load_bytes(&at(row)); }).parts);
+  transpose_parts(heads);  // the other results are not used, and not computed
+  return (LaneBits)heads[0];
+}
+
+// Multiplies kTokens rows of `x` with up to kLaneRows rows of W. If fewer rows are left, the last row is
+// repeated and its additional products are dropped.
 template <class Block, size_t kTokens>
 inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, float* y, size_t all) {
   using C = Codes<Block>;
-  const uint8_t* at[8];
-  for (size_t r = 0; r < 8; ++r) at[r] = w.blocks + smaller(r, w.count - 1) * w.row_bytes;
-  Eight sums[kTokens];
+  const uint8_t* rows[kLaneRows];
+  for (size_t r = 0; r < kLaneRows; ++r) rows[r] = w.blocks + smaller(r, w.count - 1) * w.row_bytes;
+  LaneFloats sums[kTokens];
 #pragma GCC unroll 8
-  for (size_t t = 0; t < kTokens; ++t) sums[t] = Eight{};
+  for (size_t t = 0; t < kTokens; ++t) sums[t] = LaneFloats{};
   for (size_t s = 0; s < sub_blocks; ++s) {
-    SubBlock codes[8], magnitudes[8];
+    const auto at = [&](size_t r) -> const Block& { return reinterpret_cast<const Block*>(rows[r])[s]; };
+    LaneBytes codes[8];
     transposed_codes<Block>(at, codes);
-    if constexpr (!C::kHasMinimum)
+    [[maybe_unused]] LaneSigns signs[8];
+    if constexpr (!C::kHasMinimum)  // the signs of W move to x, because dot_lanes needs unsigned bytes
 #pragma GCC unroll 8
       for (size_t k = 0; k < 8; ++k) {
-        magnitudes[k] = (SubBlock)_mm256_abs_epi8((__m256i)codes[k]);
-        asm("" : "+m"(codes[k]));  // the signs are read from memory, and the magnitudes stay in registers
+        const LaneBytes all = codes[k];
+        codes[k] = magnitudes(all);
+        set_signs(signs[k], all);
       }
-    EightBits heads;
-#pragma GCC unroll 8
-    for (size_t r = 0; r < 8; ++r) heads[r] = bits_at<uint32_t>(at[r]);
-    const Eight a = floats_of_halves(heads);
-    Eight b{};
+    const LaneBits heads = first_bytes<Block>(at);
+    const LaneFloats a = floats_of_halves(heads);
+    LaneFloats b{};
     if constexpr (requires(Block block) { block.m; })
       b = floats_of_halves(heads >> 16);
     else if constexpr (C::kHasMinimum)
@@ -344,28 +373,22 @@ inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, floa
 #pragma GCC unroll 8
     for (size_t t = 0; t < kTokens; ++t) {
       const size_t i = t * sub_blocks + s;
-      EightInts products[2] = {};
+      LaneInts products[2] = {};
 #pragma GCC unroll 8
       for (size_t k = 0; k < 8; ++k) {
-        const auto some = (SubBlock)(EightBits{} + bits_at<uint32_t>(x.codes + i * kSubBlock + 4 * k));
-        if constexpr (C::kHasMinimum)
-          products[k % 2] = dot_dwords(products[k % 2], codes[k], some);
-        else
-          products[k % 2] = dot_dwords(products[k % 2], magnitudes[k],
-                                       (SubBlock)_mm256_sign_epi8((__m256i)some, (__m256i)codes[k]));
+        LaneBytes some = broadcast_four(x.codes + i * kSubBlock + 4 * k);
+        if constexpr (!C::kHasMinimum) some = with_signs(some, signs[k]);
+        products[k % 2] = dot_lanes(products[k % 2], codes[k], some);
       }
       sums[t] += to_floats(products[0] + products[1]) * (a * x.scales[i]);
       if constexpr (C::kHasMinimum) sums[t] += b * x.sums[i];
     }
-#pragma GCC unroll 8
-    for (size_t r = 0; r < 8; ++r) {
-      __builtin_prefetch(at[r] + w.ahead, 0, 2);
-      at[r] += sizeof(Block);
-    }
+#pragma GCC unroll 16
+    for (size_t r = 0; r < kLaneRows; ++r) __builtin_prefetch(rows[r] + s * sizeof(Block) + w.ahead, 0, 2);
   }
 #pragma GCC unroll 8
   for (size_t t = 0; t < kTokens; ++t)
-    if (w.count >= 8)
+    if (w.count >= kLaneRows)
       __builtin_memcpy(y + t * all, &sums[t], sizeof sums[t]);
     else
       for (size_t r = 0; r < w.count; ++r) y[t * all + r] = sums[t][r];
@@ -381,20 +404,32 @@ inline void int8_groups(const Rows& w, size_t m, size_t sub_blocks, Int8Rows x, 
   if constexpr (kTokens > 1) int8_groups<Block, kTokens / 2>(w, m, sub_blocks, x, y, all);
 }
 
+template <class Block>
+constexpr size_t int8_rows_together() {
+  return kRowsInLanes<Block> ? kLaneRows : kFewRows;
+}
+
+#else
+
+template <class Block>
+constexpr size_t int8_rows_together() {
+  return kFewRows;
+}
+
 #endif
 
 template <class Block>
 void int8_dots(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes, const Int8Rows& x,
                float* y, const Fetch& following) {
+  constexpr size_t kGroup = int8_rows_together<Block>();
   Fetch next = following;
-  const Rows w{static_cast<const uint8_t*>(blocks), rows, row_bytes, fetch_ahead(row_bytes)};
-  for (size_t i = 0; i < rows; i += kFewRows) {
-    fetch_share(next, rows - i);
+  const Rows w{static_cast<const uint8_t*>(blocks), rows, row_bytes, fetch_ahead(row_bytes, kGroup)};
+  for (size_t i = 0; i < rows; i += kGroup) {
+    fetch_share(next, rows - i, kGroup);
     Rows few = w.after(i);
-    few.count = smaller(kFewRows, few.count);
+    few.count = smaller(kGroup, few.count);
 #if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
     if constexpr (kRowsInLanes<Block>) {
-      static_assert(kFewRows == 8);
       int8_groups<Block, kLaneTokens>(few, m, cols / kSubBlock, x, y + i, rows);
       continue;
     }

@@ -6,6 +6,7 @@
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
 #include "simd/vec_bytes.h"
+#include "simd/vec_lanes.h"
 #include "simd/vec_quads.h"
 #include "simd/vec_sub_blocks.h"
 

@@ -25,6 +25,10 @@ constexpr size_t kFewestLanes = 12;
 // The keys of a single query are cut into pieces of at most this many keys.
 constexpr size_t kPieceKeys = 256;
 
+// The time of single queries, divided by the time of their floating-point operations in a matrix product.
+// Each key and value is read from memory for a few operations only.
+constexpr double kReadingCost = 4;
+
 const kernels::Transformer& kernel() {
   return kernels::table().transformer;
 }
@@ -213,7 +217,7 @@ void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matr
       const Span keys = visible_keys(shape, run, run.first_position + i, run.first_position + i);
       const size_t first = round_down(keys.first, kKeyUnit), n = keys.end - first,
                    size = round_up(ceil_div(n, ceil_div(n, kPieceKeys)), kKeyUnit);
-      operations += 4.0 * double(n) * double(shape.heads * shape.head_dim);
+      operations += kReadingCost * 4.0 * double(n) * double(shape.heads * shape.head_dim);
       first_piece.push_back(pieces.size());
       for (size_t key = first; key < keys.end; key += size)
         pieces.push_back({&run, run.row + i, {std::max(key, keys.first), std::min(key + size, keys.end)}});
@@ -221,12 +225,17 @@ void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matr
   first_piece.push_back(pieces.size());
   const size_t stride = shape.heads * (shape.head_dim + 2), threads = useful_threads(operations);
   float* parts = scratch<float>(Scratch::kAttentionParts, pieces.size() * stride);
-  parallel_for(pieces.size(), threads, Interruptible::kYes,
-               [&](size_t i) { attend_piece(shape, pieces[i], q, parts + i * stride); });
-  parallel_for(first_piece.size() - 1, threads, Interruptible::kYes, [&](size_t i) {
+  const size_t rows = first_piece.size() - 1;
+  const bool whole = pieces.size() == rows;  // each query has a single piece
+  const auto join = [&](size_t i) {
     const size_t first = first_piece[i];
     join_pieces(shape, pieces[first].row, first_piece[i + 1] - first, parts + first * stride, to);
+  };
+  parallel_for(pieces.size(), threads, Interruptible::kYes, [&](size_t i) {
+    attend_piece(shape, pieces[i], q, parts + i * stride);
+    if (whole) join(i);
   });
+  if (!whole) parallel_for(rows, threads, Interruptible::kYes, join);
 }
 
 void attend_runs(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,

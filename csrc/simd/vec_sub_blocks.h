@@ -7,10 +7,6 @@
 //     3 sum over the first half of the bytes, lanes 4 to 7 over the second half. The bytes of `u` must be
 //     from 0 to 127, and those of `x` from -127 to 127.
 //   `dot_signed(w, x)` does the same as `dot` for any signed bytes `w`.
-//   `dot_dwords(sums, u, x)`, on x86 only, adds the products of the four bytes of each lane of `u` and `x` to
-//     the sums of eight lanes, with the same ranges as `dot`.
-//   `transpose_dwords(v)`, on x86 only, transposes each half of four vectors: afterwards, lanes 0 to 3 of
-//     vector k hold lane k of all four vectors, and lanes 4 to 7 hold their lanes 4 + k.
 //   `to_floats(sums)` converts the eight integer sums to floats.
 //   `spread(two)` puts `two[0]` into lanes 0 to 3 and `two[1]` into lanes 4 to 7.
 //   `sum(v)` returns the sum of the eight lanes of `v`, added in a fixed tree.
@@ -84,39 +80,6 @@ inline EightInts dot(SubBlock u, SubBlock x) {
 // unsigned byte, and the sum of two products still fits into 16 bits.
 inline EightInts dot_signed(SubBlock w, SubBlock x) {
   return dot((SubBlock)_mm256_abs_epi8((__m256i)w), (SubBlock)_mm256_sign_epi8((__m256i)x, (__m256i)w));
-}
-
-inline EightInts dot_dwords(EightInts sums, SubBlock u, SubBlock x) {
-#if defined(NPLORA_SIMD_VNNI)
-  return (EightInts)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)u, (__m256i)x);
-#else
-  return sums + dot(u, x);
-#endif
-}
-
-inline void transpose_dwords(SubBlock (&v)[4]) {
-  const auto at = [&](size_t i) { return (__m256i)v[i]; };
-  const __m256i a = _mm256_unpacklo_epi32(at(0), at(1)), b = _mm256_unpacklo_epi32(at(2), at(3)),
-                c = _mm256_unpackhi_epi32(at(0), at(1)), d = _mm256_unpackhi_epi32(at(2), at(3));
-  v[0] = (SubBlock)_mm256_unpacklo_epi64(a, b);
-  v[1] = (SubBlock)_mm256_unpackhi_epi64(a, b);
-  v[2] = (SubBlock)_mm256_unpacklo_epi64(c, d);
-  v[3] = (SubBlock)_mm256_unpackhi_epi64(c, d);
-}
-
-// Joins the lower halves, or the upper halves, of two vectors.
-inline SubBlock lower_halves(SubBlock a, SubBlock b) {
-  return (SubBlock)_mm256_permute2x128_si256((__m256i)a, (__m256i)b, 0x20);
-}
-inline SubBlock upper_halves(SubBlock a, SubBlock b) {
-  return (SubBlock)_mm256_permute2x128_si256((__m256i)a, (__m256i)b, 0x31);
-}
-
-// Converts the float16 numbers in the low halves of eight lanes.
-inline Eight floats_of_halves(EightBits halves) {
-  const auto low = (__m256i)(halves & 0xFFFF);
-  return (Eight)_mm256_cvtph_ps(
-      _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
 }
 
 #else

@@ -358,6 +358,19 @@ def test_a_bias_of_minus_infinity_rules_a_token_out(rng: np.random.Generator) ->
         choose(scores, [], Sampling(logit_bias=dict.fromkeys(range(3), -np.inf)), rng)
 
 
+def test_the_likeliest_token_with_biases_is_that_of_the_biased_scores() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        scores = rng.integers(-3, 4, 12).astype(np.float32)  # many are equal
+        tokens = rng.permutation(14)[: rng.integers(1, 6)].tolist()
+        biases = {token: float(rng.choice([-np.inf, -2, -1, 0, 0.5, 1, 2])) for token in tokens}
+        wanted = scores.astype(np.float64)
+        for token, bias in biases.items():
+            if token < len(wanted):
+                wanted[token] += bias
+        assert choose(scores, [], Sampling(logit_bias=biases), rng) == int(wanted.argmax())
+
+
 @pytest.mark.parametrize("penalty", [1e308, -1e308])
 def test_extreme_penalties_still_choose_a_token(penalty: float) -> None:
     sampling = Sampling(temperature=1.0, presence_penalty=penalty, frequency_penalty=penalty)

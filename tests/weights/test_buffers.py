@@ -111,6 +111,24 @@ print(rss(), most)
     assert held < 1.05 * most + 4
 
 
+def test_buffers_of_different_sizes_that_are_used_in_turn_are_all_kept():
+    """As in the layers of a model that reads a prompt: attention has other sizes than the MLP."""
+    out = in_fresh_process("""
+from nplora import _core
+def layer():
+    for sizes in ((300, 100, 100, 300), (800, 800, 300)):
+        arrays = [buffers.empty((size << 10,), np.uint8) for size in sizes]
+        del arrays
+for _ in range(3):
+    layer()
+allocated = _core.allocations()
+for _ in range(10):
+    layer()
+print(_core.allocations() - allocated)
+""")
+    assert int(out[0]) == 0
+
+
 def test_idle_memory_can_be_returned():
     out = in_fresh_process("""
 array = taken(100)

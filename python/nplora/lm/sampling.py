@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +87,13 @@ class Sampling:
     @property
     def plain(self) -> bool:
         """Whether the token with the model's highest score is always chosen."""
-        changed = self.logit_bias, self.presence_penalty, self.frequency_penalty
-        return self.temperature == 0 and self.repetition_penalty == 1 and not any(changed)
+        return self.only_biased and not self.logit_bias
+
+    @property
+    def only_biased(self) -> bool:
+        """Whether the token with the highest sum of the model's score and `logit_bias` is always chosen."""
+        penalties = self.presence_penalty, self.frequency_penalty
+        return self.temperature == 0 and self.repetition_penalty == 1 and not any(penalties)
 
 
 def _biases(given: Any) -> tuple[tuple[int, float], ...]:
@@ -128,7 +133,8 @@ def choose(
     >>> [choose(scores, [], Sampling(temperature=2.0), rng) for _ in range(5)]
     [1, 1, 0, 0, 2]
     """
-    place, largest = f"the token at position {len(before)}", scores.max()
+    best = int(scores.argmax())  # the first NaN, if there is one
+    place, largest = f"the token at position {len(before)}", scores[best]
     if np.isnan(largest):
         raise FloatingPointError(f"{_OP}: the scores of {place} are NaN")
     if not np.isfinite(largest):
@@ -136,7 +142,9 @@ def choose(
             f"{_OP}: the largest score of {place} is {largest}, expected a finite number"
         )
     if sampling.plain:
-        return int(scores.argmax())
+        return best
+    if sampling.only_biased and (biased := _likeliest_biased(scores, best, sampling.logit_bias)) is not None:
+        return biased
     scores = np.array(scores, np.float64)
     penalise(scores, before, sampling, prompt)
     if sampling.temperature == 0:
@@ -150,6 +158,19 @@ def choose(
         keep_top_p(scores, sampling.top_p)
     shares = np.cumsum(softmax(scores))
     return int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))
+
+
+def _likeliest_biased(scores: Array, best: int, biases: Iterable[tuple[int, float]]) -> int | None:
+    """The most likely token with these biases, if the one without biases, `best`, has none; else None.
+
+    All other tokens keep their scores, so only the biased ones are compared with `best`. A copy of all scores
+    would take longer than all else.
+    """
+    found = {token: float(scores[token]) + bias for token, bias in biases if token < len(scores)}
+    if best in found:
+        return None
+    found[best] = float(scores[best])
+    return max(found, key=lambda token: (found[token], -token))
 
 
 def penalise(scores: Array, before: Sequence[int], sampling: Sampling, prompt: int = 0) -> None:

@@ -13,7 +13,9 @@ from typing import Protocol
 from nplora.formats.errors import brief
 from nplora.serving.request_error import RequestError
 
-_COPIES = 2  # a loaded adapter is in `lm.adapters`, and in the layers of its model
+# A loaded adapter is in memory in `lm.adapters` and in the layers of its model. If bfloat16 holds its values
+# exactly, as in most files, the layers also keep a copy in bfloat16, which decoding reads.
+_COPIES = 2.5
 _LOADING = _COPIES + 1  # while it is read
 _WAIT = 5.0  # seconds
 
@@ -47,6 +49,14 @@ class AdapterMemory:
         """Record that an adapter was unloaded. Its memory is free after the current round at the earliest."""
         self._unloaded = time.monotonic()
 
+    def require(self, name: str, size: int, waits: bool = True) -> None:
+        """Check that there is memory for an adapter of at least this size, before it is read.
+
+        The arguments and the error are those of `room`.
+        """
+        self._wait(needed := int(_LOADING * size), waits)
+        self._require(name, needed)
+
     @contextlib.contextmanager
     def room(self, lm: NamedModels, name: str, size: int, waits: bool = True) -> Iterator[None]:
         """Reserve memory for an adapter that the `with` block loads, until no request uses it any more.
@@ -57,12 +67,8 @@ class AdapterMemory:
         Raises:
             RequestError: the adapter does not fit. The status is 507.
         """
-        needed, key = _LOADING * size, object()
-        while self.used + needed > self.most:
-            gc.collect()
-            if not waits or time.monotonic() > self._unloaded + _WAIT:
-                break
-            time.sleep(0.01)
+        needed, key = int(_LOADING * size), object()
+        self._wait(needed, waits)
         with self._lock:
             self._require(name, needed)
             self._sizes[key] = needed
@@ -72,8 +78,15 @@ class AdapterMemory:
         except BaseException:
             del self._sizes[key]
             raise
-        self._sizes[key] = _COPIES * size
+        self._sizes[key] = int(_COPIES * size)
         weakref.finalize(model, self._sizes.pop, key, None)  # without a lock: it runs at any time
+
+    def _wait(self, needed: int, waits: bool) -> None:
+        while self.used + needed > self.most:
+            gc.collect()
+            if not waits or time.monotonic() > self._unloaded + _WAIT:
+                return
+            time.sleep(0.01)
 
     def _require(self, name: str, needed: int) -> None:
         left = self.most - self.used

@@ -102,8 +102,8 @@ class Request:
         """The number of tokens so far."""
         return Usage(self.answer.prompt, self.cached, self.answer.generated)
 
-    def advance(self, scores: Array) -> None:
-        """Choose the next token, and pass its text on.
+    def advance(self, scores: Array) -> Chunk:
+        """Choose the next token. Return what `pass_on` passes to the client.
 
         Raises:
             FloatingPointError: the scores are NaN, or the largest one is infinite.
@@ -111,14 +111,16 @@ class Request:
         answer = self.answer
         count = len(answer.ids)
         piece = answer.advance(scores, self.limit)
-        tokens = tuple(self._token(token, scores) for token in answer.ids[count:])
-        if piece or tokens:
-            self.ticket.put(Chunk(piece, tokens), self.usage)
+        return Chunk(piece, tuple(self._token(token, scores) for token in answer.ids[count:]))
+
+    def pass_on(self, chunk: Chunk) -> None:
+        """Pass a chunk to the client, unless it is empty."""
+        if chunk.text or chunk.tokens:
+            self.ticket.put(chunk, self.usage)
 
     def cut(self) -> None:
         """End the answer because there is no more memory, and pass the rest of the text on."""
-        if piece := self.answer.cut():
-            self.ticket.put(Chunk(piece), self.usage)
+        self.pass_on(Chunk(self.answer.cut()))
 
     def _token(self, token: int, scores: Array) -> Token:
         if self._logprobs is None:

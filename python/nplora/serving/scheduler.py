@@ -19,6 +19,7 @@ from nplora.serving.fair_queue import FairQueue
 from nplora.serving.metrics import Metrics
 from nplora.serving.page_pool import Key, PagePool
 from nplora.serving.request import Request
+from nplora.serving.ticket import Chunk
 
 Array = npt.NDArray[Any]
 
@@ -247,9 +248,12 @@ class Scheduler:
         rows = self._compute(
             [one.answer.ids[begin:end] for one, (begin, end) in zip(ready, pieces, strict=True)], ready
         )
-        for request, piece, scores in zip(ready, pieces, rows, strict=True):
-            if scores is not None:
-                self._have_read(request, piece, scores)
+        have_read = [
+            (request, scores)
+            for request, piece, scores in zip(ready, pieces, rows, strict=True)
+            if scores is not None and self._have_read(request, piece)
+        ]
+        self._advance(have_read)
         return sum(end - begin for begin, end in pieces)
 
     def _next_piece(self, request: Request, most: int) -> tuple[int, int]:
@@ -257,17 +261,13 @@ class Scheduler:
         pieces = prompt_pieces(self._length(request), request.to_read, max(PAGE, most // PAGE * PAGE))
         return next(pieces)
 
-    def _have_read(self, request: Request, piece: tuple[int, int], scores: Array) -> None:
-        """Publish the whole pages of a piece that was read.
-
-        After the last piece, choose the first token of the answer.
-        """
+    def _have_read(self, request: Request, piece: tuple[int, int]) -> bool:
+        """Publish the whole pages of a piece that was read. Return whether the next token is to be chosen."""
         begin, end = piece
         request.known = max(request.known, end)
         for page in range(begin // PAGE, end // PAGE):
             self._pool.publish(int(self._cache.table[request.slot, page]), request.keys[page])
-        if end == len(request.answer.ids):  # otherwise the next tokens are known: the request was put back
-            self._advance(request, scores)
+        return end == len(request.answer.ids)  # a request that was put back knows its next tokens
 
     # ---- answers ----
 
@@ -281,20 +281,37 @@ class Scheduler:
             return
         # A request that was put back has tokens that are computed again, although they are known.
         rows = self._compute([one.answer.ids[self._length(one)] for one in ready], ready)
-        for request, scores in zip(ready, rows, strict=True):
-            if scores is not None and self._length(request) == len(request.answer.ids):
-                self._advance(request, scores)
+        self._advance(
+            [
+                (request, scores)
+                for request, scores in zip(ready, rows, strict=True)
+                if scores is not None and self._length(request) == len(request.answer.ids)
+            ]
+        )
 
-    def _advance(self, request: Request, scores: Array) -> None:
-        """Choose a request's next token, and end the request if this token is its last."""
-        first = not request.answer.generated
+    def _advance(self, computed: Sequence[tuple[Request, Array]]) -> None:
+        """Choose the next tokens of requests. Then pass them on together, which wakes the clients once."""
+        chunks = list[tuple[Request, bool, Chunk]]()
         try:
-            request.advance(scores)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a guide may raise anything
-            self.end(request, "error", error)
-            return
+            for request, scores in computed:
+                first = not request.answer.generated
+                try:
+                    chunks.append((request, first, request.advance(scores)))
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as error:  # a guide may raise anything
+                    self.end(request, "error", error)
+        finally:
+            for request, first, chunk in chunks:
+                self._pass_on(request, first, chunk)
+
+    def _pass_on(self, request: Request, first: bool, chunk: Chunk) -> None:
+        """Pass a chunk to the client, and end the request if it was the last.
+
+        Args:
+            first: whether it has the request's first token.
+        """
+        request.pass_on(chunk)
         now, metrics = time.monotonic(), self._metrics
         metrics.generated_tokens += 1
         (metrics.first_token_seconds if first else metrics.token_seconds).add(now - request.last_token)

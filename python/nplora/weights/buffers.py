@@ -18,8 +18,8 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     """Return a new array without initial values, if possible in memory that earlier arrays have freed.
 
     New memory pages can cost the system more time than a matrix product takes to fill them. Idle and used
-    memory together never exceed the largest amount that was in use at once. `release` returns idle memory to
-    the system.
+    memory together exceed the largest amount that was in use at once by at most 4 MiB. `release` returns idle
+    memory to the system.
     """
     dtype = np.dtype(dtype)
     if math.prod(shape) * dtype.itemsize < _core.constants.least_buffer_bytes:  # malloc's caches are as fast

@@ -10,6 +10,7 @@ import pytest
 import nplora
 from nplora.finetuning import finetune
 from nplora.serving.jobs import FineTuning, job_run
+from nplora.serving.jobs.storage import Storage
 from nplora.serving.request_error import RequestError
 
 from .conftest import ROWS, jsonl
@@ -225,3 +226,29 @@ def test_the_memory_limit_is_asked_for_when_a_job_begins(lm: nplora.LanguageMode
     with FineTuning(lm, tmp_path / "jobs", model="small", memory=lambda: next(limits)) as jobs:
         assert done(jobs, create(jobs))["error"]["code"] == "insufficient_memory"
         assert done(jobs, create(jobs))["status"] == "succeeded"
+
+
+def test_a_log_that_fails_ends_neither_a_request_nor_a_job(lm: nplora.LanguageModel, tmp_path: Path) -> None:
+    def closed(line: str) -> None:
+        raise BrokenPipeError("the terminal is closed")
+
+    with (
+        pytest.warns(UserWarning, match="events of jobs are printed no more: BrokenPipeError: the terminal"),
+        FineTuning(lm, tmp_path / "jobs", model="small", log=closed) as jobs,
+    ):
+        assert done(jobs, create(jobs))["status"] == "succeeded"
+
+
+def test_the_stored_files_are_counted_once_for_a_long_upload(
+    lm: nplora.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = list[int]()
+    count = Storage._stored_bytes
+    monkeypatch.setattr(Storage, "_stored_bytes", lambda self: counts.append(count(self)) or counts[-1])
+    rows = jsonl([{"prompt": "1+1=", "completion": "2" * 1000}]) * 4000  # 4 MB, which come in 4 parts
+    with FineTuning(lm, tmp_path / "jobs", model="small", max_files_bytes=3 * len(rows) - 1) as jobs:
+        for name in ("a.jsonl", "b.jsonl"):
+            jobs.create_file(io.BytesIO(rows), name)
+        with pytest.raises(RequestError, match="all files together would have more than"):
+            jobs.create_file(io.BytesIO(rows), "c.jsonl")
+    assert counts == [0, len(rows), 2 * len(rows)]

@@ -29,15 +29,16 @@ class AnswerObjects:
 
     def __init__(self, request: TextRequest, tickets: Sequence[Ticket]) -> None:
         self.request, self.tickets = request, tickets
-        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time())}
+        self._id, self._created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
+        self._fingerprint = f"nplora-{_core.config()['version']}"
 
     def object(self, which: int, choices: list[Shape], **more: Any) -> Shape:
-        fingerprint = f"nplora-{_core.config()['version']}"
         return {
-            **self._head,
+            "id": self._id,
+            "created": self._created,
             "object": self.objects[which],
             "model": self.request.model,
-            "system_fingerprint": fingerprint,
+            "system_fingerprint": self._fingerprint,
             "choices": choices,
             **more,
         }

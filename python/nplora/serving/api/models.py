@@ -18,6 +18,7 @@ from nplora.serving.request_error import RequestError
 
 _MOST_SCALE = 1000.0
 _MOST_SUMS = 16  # sums of scaled adapters that are kept
+_MOST_HEADER = 1 << 20  # bytes of an adapter's file that are no values
 
 
 class ServedModel(Protocol):
@@ -88,6 +89,8 @@ class Models(Generic[LM]):
             if known is not None and not replace:
                 message = f"the name {brief(name)} is taken: unload that adapter first"
                 raise RequestError(message, 400, "lora_name", "name_taken")
+            if self.memory is not None:
+                self.memory.require(name, _file_size(Path(path)))
             adapter = self._read(self.lm, path, self.lm.source, self._any_base)
             self._add(adapter, name, self._any_base, replace)
             with self._lock:
@@ -243,6 +246,12 @@ class Models(Generic[LM]):
         scales = self._read_scales("the body", value)
         with self._lock:
             self._scales = scales
+
+
+def _file_size(path: Path) -> int:
+    """At most the size of the values in an adapter's file, in bytes; 0 if the file is not there."""
+    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    return max(0, file.stat().st_size - _MOST_HEADER) if file.is_file() else 0
 
 
 def inside(directory: Path, path: str) -> Path:

@@ -4,12 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import weakref
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 
 from nplora.serving.request_error import RequestError
 from nplora.serving.ticket import Chunk, Ticket
 
 PAUSE = None  # yielded when nothing has come for a while
+
+
+Queue = asyncio.Queue[tuple[int, Chunk | None] | None]
+
+
+class Inbox:
+    """Brings chunks from the engine's thread into the queues of a loop.
+
+    A round of the engine has a chunk for each of its requests. To wake the loop takes a system call, during
+    which the engine may lose the interpreter's lock, so the loop is woken once for all that has come.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._came = deque[tuple[Queue, int, Chunk | None]]()
+        self._woken = False
+
+    def put(self, queue: Queue, index: int, chunk: Chunk | None) -> None:
+        """Put a chunk into a queue of the loop. Any thread may call this."""
+        self._came.append((queue, index, chunk))
+        if not self._woken and (loop := self._loop()) is not None:
+            self._woken = True
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it all connections
+                loop.call_soon_threadsafe(self._distribute)
+
+    def _distribute(self) -> None:
+        self._woken = False  # first: what comes from now on wakes the loop again
+        while self._came:
+            queue, index, chunk = self._came.popleft()
+            queue.put_nowait((index, chunk))
+
+
+_inboxes = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Inbox]()
 
 
 class TicketStream:
@@ -25,13 +61,10 @@ class TicketStream:
         self._loop = asyncio.get_running_loop()
         self._end = self._loop.time() + timeout
         self._timeout = timeout
-        self._queue: asyncio.Queue[tuple[int, Chunk | None] | None] = asyncio.Queue()
+        self._queue: Queue = asyncio.Queue()
+        inbox = _inboxes.setdefault(self._loop, Inbox(self._loop))
         for index, ticket in enumerate(tickets):
-            ticket.listen(lambda chunk, index=index: self._put(index, chunk))  # type: ignore[misc]
-
-    def _put(self, index: int, chunk: Chunk | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the client's connection
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, chunk))
+            ticket.listen(functools.partial(inbox.put, self._queue, index))
 
     def stop(self) -> None:
         """End the answers now, because the server shuts down: `follow` raises an error at once."""

@@ -48,10 +48,20 @@ class JobsState:
         self, job_id: str, message: str, level: str = "info", data: Mapping[str, Any] | None = None
     ) -> None:
         """Add an event to the log of a job."""
-        if self._log is not None and data is None:
-            self._log(message if job_id in message else f"{job_id}: {message}")
+        if data is None:
+            self._print(message if job_id in message else f"{job_id}: {message}")
         with self.lock, _kept_in_memory(job_id):
             self.log(job_id).add(message, level, None if data is None else dict(data))
+
+    def _print(self, line: str) -> None:
+        """Call `log`. An error of it, such as a closed pipe, ends neither a request nor the training."""
+        log = self._log
+        try:
+            if log is not None:
+                log(line)
+        except Exception as error:
+            self._log = None
+            warn_user(f"events of jobs are printed no more: {type(error).__name__}: {error}")
 
     def change(self, job_id: str, **changes: Any) -> None:
         """Change the record of a job."""

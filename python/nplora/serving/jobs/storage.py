@@ -87,6 +87,7 @@ class Storage:
             self.close()
             raise
         self._arriving = dict[str, int]()  # the bytes of uploads that have not ended
+        self._stored: int | None = None  # the bytes of all files, once counted, until they change
         self._file_serials = itertools.count(_next_serial(self.files))
         for job_id, job in self.jobs.items():
             if job["status"] in ("succeeded", "cancelled"):  # a crash may have come before this
@@ -143,7 +144,7 @@ class Storage:
         try:
             self._make(place, [content_file, NewFile(place / _FILE, 0, described())])
             with self.lock:
-                self.files[record["id"]] = record
+                self.files[record["id"]], self._stored = record, None
                 del self._arriving[record["id"]]
         finally:
             with self.lock:
@@ -155,6 +156,11 @@ class Storage:
 
         Files that are being uploaded count, and deleted files that jobs still use.
         """
+        if self._stored is None:
+            self._stored = self._stored_bytes()
+        return self._stored + sum(self._arriving.values())
+
+    def _stored_bytes(self) -> int:
         paths = [self.content(file_id) for file_id in self.files]
         for job_id, job in self.jobs.items():
             paths += [self.place(job_id) / name for name in job["data"].values()]
@@ -163,16 +169,17 @@ class Storage:
             with contextlib.suppress(OSError):
                 found = path.stat(follow_symlinks=False)
                 sizes[found.st_dev, found.st_ino] = found.st_size
-        return sum(sizes.values()) + sum(self._arriving.values())
+        return sum(sizes.values())
 
     def drop_data(self, job_id: str) -> None:
         """Remove the data of a job that will never train again."""
+        self._stored = None
         for name in self.jobs[job_id]["data"].values():
             (self.place(job_id) / name).unlink(missing_ok=True)
 
     def delete_file(self, file_id: str) -> None:
         """Delete a file. The record is deleted first, so that no record is left without its content."""
-        place = self.path / "files" / self.files[file_id]["id"]
+        place, self._stored = self.path / "files" / self.files[file_id]["id"], None
         os.unlink(place / _FILE)
         del self.files[file_id]
         shutil.rmtree(place, ignore_errors=True)
@@ -207,7 +214,7 @@ class Storage:
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
-        self.jobs[record["id"]] = record
+        self.jobs[record["id"]], self._stored = record, None
         return record
 
     def change_job(self, job_id: str, **changes: Any) -> Record:

@@ -1,0 +1,153 @@
+// Vectors of whole registers on x86-64. Each lane of 32 bits belongs to one of kLaneRows rows of W. A part of
+// such a vector is 128 bits: part p has the lanes of rows 4p to 4p + 3. The rules of kernel units are in
+// vec.h.
+//
+//   `join_parts(parts)` joins one Bytes for each part. `first_halves(s)` and `last_halves(s)` do the same
+//     with halves of sub-blocks.
+//   `transpose_parts(v)` transposes each part of four vectors: lane r of a part of vector k becomes lane k of
+//     the same part of vector r.
+//   `dot_lanes(sums, u, x)` adds the products of the four bytes of each lane of `u` and `x` to the sums. The
+//     bytes of `u` must be from 0 to 128, and those of `x` from -127 to 127.
+//   `broadcast_four(p)` loads four bytes into each lane.
+//   `magnitudes(b)` and `set_signs(signs, b)` divide signed bytes. `with_signs(x, signs)` multiplies `x` by
+//     the signs. The sign of 0 may be 1.
+//   `to_floats(sums)` converts integers, `floats_of_halves(lanes)` the float16 numbers in the low halves of
+//     the lanes.
+#pragma once
+
+#include "simd/vec_sub_blocks.h"
+
+#if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
+
+namespace nplora::kernels::NPLORA_ISA {
+
+#if defined(NPLORA_SIMD_AVX512)
+inline constexpr size_t kLaneRows = 16;
+#else
+inline constexpr size_t kLaneRows = 8;
+#endif
+inline constexpr size_t kLaneParts = kLaneRows / 4;
+
+typedef uint8_t LaneBytes __attribute__((vector_size(4 * kLaneRows)));
+typedef int32_t LaneInts __attribute__((vector_size(4 * kLaneRows)));
+typedef uint32_t LaneBits __attribute__((vector_size(4 * kLaneRows)));
+typedef float LaneFloats __attribute__((vector_size(4 * kLaneRows)));
+
+inline LaneBytes broadcast_four(const void* p) {
+  uint32_t four;
+  __builtin_memcpy(&four, p, sizeof four);
+  return (LaneBytes)(LaneBits{} + four);
+}
+
+#if defined(NPLORA_SIMD_AVX512)
+
+inline LaneFloats to_floats(LaneInts sums) {
+  return __builtin_convertvector(sums, LaneFloats);
+}
+
+inline LaneBytes join_parts(const Bytes (&parts)[kLaneParts]) {
+  return (LaneBytes)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)join(parts[0], parts[1])),
+                                       (__m256i)join(parts[2], parts[3]), 1);
+}
+inline LaneBytes first_halves(const SubBlock (&s)[kLaneParts]) {
+  const __m256i low = _mm256_permute2x128_si256((__m256i)s[0], (__m256i)s[1], 0x20),
+                high = _mm256_permute2x128_si256((__m256i)s[2], (__m256i)s[3], 0x20);
+  return (LaneBytes)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+inline LaneBytes last_halves(const SubBlock (&s)[kLaneParts]) {
+  const __m256i low = _mm256_permute2x128_si256((__m256i)s[0], (__m256i)s[1], 0x31),
+                high = _mm256_permute2x128_si256((__m256i)s[2], (__m256i)s[3], 0x31);
+  return (LaneBytes)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+inline void transpose_parts(LaneBytes (&v)[4]) {
+  const auto at = [&](size_t i) { return (__m512i)v[i]; };
+  const __m512i a = _mm512_unpacklo_epi32(at(0), at(1)), b = _mm512_unpacklo_epi32(at(2), at(3)),
+                c = _mm512_unpackhi_epi32(at(0), at(1)), d = _mm512_unpackhi_epi32(at(2), at(3));
+  v[0] = (LaneBytes)_mm512_unpacklo_epi64(a, b);
+  v[1] = (LaneBytes)_mm512_unpackhi_epi64(a, b);
+  v[2] = (LaneBytes)_mm512_unpacklo_epi64(c, d);
+  v[3] = (LaneBytes)_mm512_unpackhi_epi64(c, d);
+}
+
+inline LaneInts dot_lanes(LaneInts sums, LaneBytes u, LaneBytes x) {
+#if defined(NPLORA_SIMD_VNNI)
+  return (LaneInts)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)u, (__m512i)x);
+#else
+  return sums +
+         (LaneInts)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)u, (__m512i)x), _mm512_set1_epi16(1));
+#endif
+}
+
+// The signs of bytes.
+using LaneSigns = __mmask64;
+[[gnu::always_inline]] inline void set_signs(LaneSigns& signs, LaneBytes b) {
+  signs = _mm512_movepi8_mask((__m512i)b);
+}
+inline LaneBytes with_signs(LaneBytes x, const LaneSigns& signs) {
+  return (LaneBytes)_mm512_mask_sub_epi8((__m512i)x, signs, _mm512_setzero_si512(), (__m512i)x);
+}
+inline LaneBytes magnitudes(LaneBytes b) {
+  return (LaneBytes)_mm512_abs_epi8((__m512i)b);
+}
+
+inline LaneFloats floats_of_halves(LaneBits halves) {
+  return (LaneFloats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)halves));
+}
+
+#else
+
+inline LaneBytes join_parts(const Bytes (&parts)[kLaneParts]) {
+  return join(parts[0], parts[1]);
+}
+inline LaneBytes first_halves(const SubBlock (&s)[kLaneParts]) {
+  return (LaneBytes)_mm256_permute2x128_si256((__m256i)s[0], (__m256i)s[1], 0x20);
+}
+inline LaneBytes last_halves(const SubBlock (&s)[kLaneParts]) {
+  return (LaneBytes)_mm256_permute2x128_si256((__m256i)s[0], (__m256i)s[1], 0x31);
+}
+
+inline void transpose_parts(LaneBytes (&v)[4]) {
+  const auto at = [&](size_t i) { return (__m256i)v[i]; };
+  const __m256i a = _mm256_unpacklo_epi32(at(0), at(1)), b = _mm256_unpacklo_epi32(at(2), at(3)),
+                c = _mm256_unpackhi_epi32(at(0), at(1)), d = _mm256_unpackhi_epi32(at(2), at(3));
+  v[0] = (LaneBytes)_mm256_unpacklo_epi64(a, b);
+  v[1] = (LaneBytes)_mm256_unpackhi_epi64(a, b);
+  v[2] = (LaneBytes)_mm256_unpacklo_epi64(c, d);
+  v[3] = (LaneBytes)_mm256_unpackhi_epi64(c, d);
+}
+
+inline LaneInts dot_lanes(LaneInts sums, LaneBytes u, LaneBytes x) {
+#if defined(NPLORA_SIMD_VNNI)
+  return (LaneInts)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)u, (__m256i)x);
+#else
+  return sums + dot(u, x);
+#endif
+}
+
+// The signs of bytes are the bytes themselves. They stay in memory: the magnitudes need the registers.
+struct LaneSigns {
+  LaneBytes bytes;
+};
+[[gnu::always_inline]] inline void set_signs(LaneSigns& signs, LaneBytes b) {
+  signs.bytes = b;
+  asm("" : "+m"(signs.bytes));
+}
+inline LaneBytes with_signs(LaneBytes x, const LaneSigns& signs) {
+  return (LaneBytes)_mm256_sign_epi8((__m256i)x, (__m256i)signs.bytes);
+}
+inline LaneBytes magnitudes(LaneBytes b) {
+  return (LaneBytes)_mm256_abs_epi8((__m256i)b);
+}
+
+inline LaneFloats floats_of_halves(LaneBits halves) {
+  const auto low = (__m256i)(halves & 0xFFFF);
+  return (LaneFloats)_mm256_cvtph_ps(
+      _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+}
+
+#endif
+
+}  // namespace nplora::kernels::NPLORA_ISA
+
+#endif

@@ -143,8 +143,10 @@ def choose(
         )
     if sampling.plain:
         return best
-    if sampling.only_biased and (biased := _likeliest_biased(scores, best, sampling.logit_bias)) is not None:
-        return biased
+    if sampling.only_biased:
+        biased = _likeliest_biased(scores, best, dict(sampling.logit_bias))
+        if biased is not None:
+            return biased
     scores = np.array(scores, np.float64)
     penalise(scores, before, sampling, prompt)
     if sampling.temperature == 0:
@@ -160,13 +162,13 @@ def choose(
     return int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))
 
 
-def _likeliest_biased(scores: Array, best: int, biases: Iterable[tuple[int, float]]) -> int | None:
-    """The most likely token with these biases, if the one without biases, `best`, has none; else None.
+def _likeliest_biased(scores: Array, best: int, biases: dict[int, float]) -> int | None:
+    """The most likely token with these biases. None if `best`, the most likely one without them, has a bias.
 
-    All other tokens keep their scores, so only the biased ones are compared with `best`. A copy of all scores
-    would take longer than all else.
+    All other tokens keep their scores, so that only the tokens with a bias are compared with `best`. A copy of
+    all scores would take much longer.
     """
-    found = {token: float(scores[token]) + bias for token, bias in biases if token < len(scores)}
+    found = {token: float(scores[token]) + bias for token, bias in biases.items() if token < len(scores)}
     if best in found:
         return None
     found[best] = float(scores[best])

@@ -80,7 +80,9 @@ def run(
     model = find_model()
     if not overwrite:
         require_untouched(output)
-    print(f"SmolLM2 (135 million parameters, 4 bit) trains {STEPS} steps on entries of The Devil's Dictionary.")
+    print(
+        f"SmolLM2 (135 million parameters, 4 bit) trains {STEPS} steps on entries of The Devil's Dictionary."
+    )
     done = finetune(
         model,
         DATA,

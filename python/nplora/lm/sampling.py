@@ -165,8 +165,8 @@ def choose(
 def _likeliest_biased(scores: Array, best: int, biases: dict[int, float]) -> int | None:
     """The most likely token with these biases. None if `best`, the most likely one without them, has a bias.
 
-    All other tokens keep their scores, so that only the tokens with a bias are compared with `best`. A copy of
-    all scores would take much longer.
+    All other tokens keep their scores. So only the tokens with a bias are compared with `best`. A copy of all
+    scores would take much longer.
     """
     found = {token: float(scores[token]) + bias for token, bias in biases.items() if token < len(scores)}
     if best in found:

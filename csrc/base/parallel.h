@@ -27,7 +27,7 @@ size_t outer_threads();
 // std::invalid_argument if NPLORA_PARALLEL has another value, or names a backend that this build lacks.
 const char* parallel_backend();
 
-// The OpenMP version as its standard writes it (201511 is 4.5), or 0 if the build has no OpenMP.
+// The value of the macro _OPENMP (201511 for version 4.5), or 0 if the build has no OpenMP.
 int openmp_version();
 
 // Sets the interrupt hook. parallel_for calls the hook between tasks, only on the thread that called

@@ -21,9 +21,9 @@ template <class E>
 void forward_lanes(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                    size_t threads);
 
-// The method with outputs in the SIMD lanes. Blocks of W are transposed, and the low-rank update may be added
-// to these blocks (merged on the fly), as is best for a batch of `plan_tokens` rows. Blocks of W have
-// elements W: E, or Int8Quad.
+// The method with outputs in the SIMD lanes. Blocks of W are transposed. The low-rank update is added to
+// these blocks (merged on the fly) if plan_forward chooses this for a batch of `plan_tokens` rows. Blocks of
+// W have elements W: E, or Int8Quad.
 template <class E, class W>
 void forward_rows(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                   size_t threads, size_t plan_tokens);

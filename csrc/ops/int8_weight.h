@@ -64,7 +64,7 @@ class CodedBlock {
   // and on the column.
   void dither(size_t row, uint64_t seed, size_t random_row, const float* x, const float* factors) const;
 
-  // The rows from `row` on, from column `col` on. `col` is the first column of a group.
+  // The stored rows, beginning at row `row` and column `col`. `col` is the first column of a group.
   kernels::CodedRows from(size_t row, size_t col) const;
 
  private:

@@ -54,8 +54,8 @@ template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 
 // Does the same for inference, without int8 for large batches. The rows of x belong to a batch of `batch`
-// rows, and are computed as in every other batch that is small like this one, or large like this one (see
-// kInferenceTokens).
+// rows. All batches of up to kSmallBatch rows are computed in the same way, and so are all larger batches
+// (see kInferenceTokens).
 template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);
 

@@ -19,11 +19,11 @@ enum class Scratch {
   // values of a batch in pairs. For a filtered loss, holds the weights of the kept words: up to a quarter of
   // the logits.
   kLanes,
-  // Holds z of a token block in lanes or pairs, with r elements for each token. For other uses, holds a
-  // stack's factors, with r (d_in + d_out) elements, or B in panels.
+  // Holds z of a token block in lanes or pairs, with r elements for each token. Also holds a stack's factors,
+  // with r (d_in + d_out) elements, or B in panels.
   kLowLanes,
-  // Holds z or dz of a token block, with r elements for each token. For other uses, holds A, or the sums of
-  // the gradients of A and B, with r (d_in + d_out) elements.
+  // Holds z or dz of a token block, with r elements for each token. Also holds A, or the sums of the
+  // gradients of A and B. These sums have r (d_in + d_out) elements.
   kLowGradients,
   // Holds L / 2 partial sums for each of kStreamedRows rows of W, or for each pair of one of 8 tokens and one
   // of 48 rows of W or r rows of B.

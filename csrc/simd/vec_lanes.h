@@ -125,7 +125,8 @@ inline LaneInts dot_lanes(LaneInts sums, LaneBytes u, LaneBytes x) {
 #endif
 }
 
-// The signs of bytes are the bytes themselves. They stay in memory: the magnitudes need the registers.
+// The signs of bytes, stored as the bytes themselves. The bytes stay in memory, because the magnitudes need
+// the registers.
 struct LaneSigns {
   LaneBytes bytes;
 };

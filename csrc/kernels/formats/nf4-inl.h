@@ -10,7 +10,7 @@ namespace nplora {
 // elements of the flattened tensor, and may begin and end within a row. In a block, element 2 i is the high
 // nibble of byte i, and element 2 i + 1 is the low nibble. The scales are in a separate array, with one float
 // for each block. The scales may themselves be quantised. A quantised scale with code c is book[c] * s +
-// offset, where the book has kNf4Book levels and one factor s belongs to kNf4Group blocks.
+// offset. The book has kNf4Book levels. Each group of kNf4Group blocks shares one factor s.
 struct BlockNf4 {
   static constexpr size_t kElements = 64;
   static constexpr BlockFacts kFacts{.largest = 0x1.FFFFFEp127f};

@@ -186,7 +186,7 @@ def _recorder(name: str, record: Record | None) -> Record:
 
 
 def _differences(measured: dict[str, list[Measured]]) -> list[Difference]:
-    """Compare each adapter with the base, and then the adapter with the lowest loss with the others."""
+    """Compare each adapter with the base, and the best adapter (lowest loss) with each of the others."""
     names = [name for name in measured if name != BASE]
     pairs = [(name, BASE) for name in names]
     losses = {name: measured[name][0].value for name in names}

@@ -376,9 +376,9 @@ def _pair(
 ) -> tuple[SafetensorsFile, bytes, bool]:
     """Open the tensors and read the configuration. The returned bool is False if the two do not match.
 
-    The tensors are opened first, because a save replaces them before the configuration. If the opened file is
-    still at its path after the configuration was read, the configuration is not newer than the tensors. If
-    another file replaced the opened one, both files are read again.
+    A save replaces the tensors first, and then the configuration. So the tensors are opened before the
+    configuration is read. If the tensors file is not replaced in between, the configuration is not newer than
+    the tensors. If it is replaced, both files are read again.
     """
     for _ in range(_MOST_REPLACED):
         with contextlib.ExitStack() as attempt:

@@ -73,7 +73,7 @@ class Request:
     Attributes:
         tokens: the number of tokens.
         bytes: the memory of the ids and of the result.
-        begun: whether the first part was taken.
+        begun: whether `take_part` was called.
         priority, started: attributes that only the queue needs.
     """
 

@@ -50,7 +50,7 @@ def _draw_matrix(axes: Any, names: Sequence[str], confusion: Array) -> None:
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted label", ylabel="true label", title="texts, coloured by the share of the row")
+    axes.set(xlabel="predicted label", ylabel="true label", title="texts (colour: share of the row)")
     if len(names) <= _MOST_WITH_NUMBERS:
         for row, column in np.ndindex(confusion.shape):
             colour = "white" if shares[row, column] > 0.5 else "black"

@@ -168,7 +168,8 @@ def train_classifier(
         model: as for `load_encoder`; or a loaded encoder without an adapter. The given encoder itself is
             trained, and has the adapter after the call.
         data: rows to train on: a file (.csv, .jsonl, .parquet, …), an iterable of dictionaries, a data frame;
-            or a directory with train.csv and perhaps valid.csv. Weights of files are ignored.
+            or a directory with train.csv and perhaps valid.csv. In pairs (file, weight), the weight is
+            ignored.
         output: directory for the adapter, the checkpoints and the log.
         valid: rows to evaluate on, after every epoch and at the end.
         progress: print progress on stderr; None: only on a terminal or in a notebook.

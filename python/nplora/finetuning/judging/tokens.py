@@ -1,4 +1,4 @@
-"""The loss of each example, and how many of its trained tokens are the most likely ones."""
+"""The loss of each example, and the number of its trained tokens that the model predicts correctly."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ class Access:
     """Decides which requests are answered.
 
     - With keys, a request needs one of them as `Authorization: Bearer KEY`.
-    - Without keys, the request must name a host of this machine. So the server refuses a web page whose name
-      points to this machine (DNS rebinding).
+    - Without keys, the Host header of a request must name this machine. So the server refuses a web page
+      whose name points to this machine (DNS rebinding).
     - A request from a web page must come from this server's own page, or from one of `origins`. Without this
       check, a browser would send some requests of any page.
 

@@ -27,7 +27,7 @@
   X(q3_k, Q3_K)               \
   X(q2_k, Q2_K)               \
   X(iq4_xs, IQ4_XS)           \
-  // Add new formats above this line.
+  // New formats come above this line.
 
 namespace nplora {
 

@@ -108,7 +108,7 @@ for batch in range(8):
 print(rss(), most)
 """)
     held, most = map(float, out)
-    assert held < 1.05 * most + 4
+    assert held < 1.05 * most + 4 + 4  # of these, 4 MiB are the spare memory of the cache
 
 
 def test_buffers_of_different_sizes_that_are_used_in_turn_are_all_kept():

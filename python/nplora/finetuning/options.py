@@ -109,7 +109,7 @@ class FinetuneOptions:
     use_rslora: bool = _unplanned(_ADAPTER, False, "scale the update by alpha / sqrt(rank) (rsLoRA)")
     use_dora: bool = _option(_ADAPTER, False, "also train the magnitude of each row of the weights (DoRA)")
     freeze_B: bool = _option(  # noqa: N815
-        _ADAPTER, False, "train only A, and keep B at its initial values (LoRA-FA); saves memory and time"
+        _ADAPTER, False, "train only A (LoRA-FA), and keep B at its initial values; saves memory and time"
     )
     init: str = _option(
         _ADAPTER,

@@ -160,7 +160,7 @@ def finetune(
         dropout: LoRA dropout probability.
         use_rslora: scale the update by alpha / sqrt(rank) (rsLoRA).
         use_dora: also train the magnitude of each row of the weights (DoRA).
-        freeze_B: train only A, and keep B at its initial values (LoRA-FA); saves memory and time.
+        freeze_B: train only A (LoRA-FA), and keep B at its initial values; saves memory and time.
         init: initial factors: zero (the model is unchanged at first), gaussian (both factors are random, so
             that the model changes at once), pissa or olora (the principal part of each weight; unquantised
             weights only).

@@ -357,7 +357,7 @@ class LanguageModel(Module):
             add_tokens: new tokens, as a list of texts, or a text like "<tool>,</tool>". Each gets a row in
                 the embedding and in the head, which starts with the mean of all rows and is trained. If the
                 model already has a token, its row keeps its values at first, and is trained.
-            freeze_B: train only A, and keep B at its initial values (LoRA-FA). DoRA's magnitudes and the rows
+            freeze_B: train only A (LoRA-FA), and keep B at its initial values. DoRA's magnitudes and the rows
                 of `trainable_tokens`, `modules_to_save` and `add_tokens` are still trained.
         Raises:
             UnsupportedError: the tokenizer cannot take new tokens.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The wheel: built, repaired to manylinux, at most 3 MB
+# The wheel: built, repaired to manylinux, at most 3 MB, with a complete bill of materials
 # needs: tools
 . "$(dirname "$0")/../environment.sh"
 
@@ -15,3 +15,4 @@ size=$(stat -c %s "$wheel")
 printf '%s: %d bytes\n' "$(basename "$wheel")" "$size"
 case $wheel in *manylinux*) ;; *) fail 'the wheel has no manylinux tag' ;; esac
 [ "$size" -le 3000000 ] || fail 'the wheel is larger than 3 MB'
+python scripts/check_sbom.py "$wheel" "$here/native"

@@ -222,7 +222,8 @@ inline BytePair interleave(Bytes a, Bytes b) {
 
 #endif
 
-// The words of two bytes a0 b0 a1 b1 ... as `low` and `high`, interleaved as `interleave` does with bytes.
+// Does the same as `interleave` with words of two bytes: returns the words a0 b0 a1 b1 ... as `low` and
+// `high`.
 inline BytePair interleave_words(Bytes a, Bytes b) {
 #if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
   return {(Bytes)_mm_unpacklo_epi16((__m128i)a, (__m128i)b),

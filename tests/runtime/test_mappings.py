@@ -70,7 +70,7 @@ CUT = {
     """,
     "in a thread, beside handlers of Python's signals": """
         import signal, threading
-        signal.signal(signal.SIGTERM, lambda *_: print("term"))
+        signal.signal(signal.SIGTERM, lambda *_: print("term", flush=True))
         os.kill(os.getpid(), signal.SIGTERM)
         cut()
         thread = threading.Thread(target=lm.logits, args=(ids,))

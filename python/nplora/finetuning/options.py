@@ -639,7 +639,9 @@ def _reporter_names(given: Any, op: str) -> tuple[str, ...]:
 
 
 def parse_columns(columns: Mapping[str, str] | str | None, op: str = "finetune") -> Mapping[str, str]:
-    """Read "prompt=question,completion=answer" as our names -> names in the data. A mapping stays as it is.
+    """Read "prompt=question,completion=answer" as a dictionary from our names to names in the data.
+
+    A mapping stays as it is.
 
     Raises:
         ValueError: the text does not have this form. TypeError: it is neither a text nor a mapping.

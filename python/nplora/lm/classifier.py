@@ -318,7 +318,7 @@ def require_finite(op: str, logits: Array, places: Sequence[str] = ()) -> None:
 
     Args:
         logits: an array (texts, outputs).
-        places: the place of each text, for the message; empty: texts are counted from 0.
+        places: the place of each text, for the message. If it is empty, the message counts texts from 0.
     """
     wrong = np.flatnonzero(~np.isfinite(logits).all(axis=-1))
     if len(wrong):

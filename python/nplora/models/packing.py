@@ -71,7 +71,8 @@ class PackedBatch:
         A sequence with more tokens gets its own batch.
 
         Args:
-            together: the sequences form groups of this size, in order; a group stays in one batch.
+            together: the number of neighbouring sequences in a group. All sequences of a group are in one
+                batch.
         """
         lengths = np.diff(self.starts).reshape(-1, together).sum(axis=1)
         cuts = [together * index for index in cut(lengths, most_tokens)]

@@ -17,7 +17,7 @@ _INCHES = 0.45  # for each label
 
 
 def draw(labels: Sequence[str], scores: Mapping[str, Sequence[float]], confusion: Array | None) -> bytes:
-    """A PNG image. Without a confusion matrix, the picture shows only the scores.
+    """A PNG image. Without a confusion matrix, the picture only shows the scores.
 
     Args:
         scores: the name of each score, and its value for each label.

@@ -192,7 +192,7 @@ class Storage:
     # ---- jobs ----
 
     def add_job(self, record: Record, data: Mapping[str, str], start: Adapter | None) -> Record:
-        """Write a new job. Its record gets the names of its data, and a serial number.
+        """Write a new job. The job's record gets the names of the data, and a serial number.
 
         Args:
             data: ids of files by their role, "train" or "valid".

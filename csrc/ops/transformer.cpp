@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/parallel.h"
+#include "base/profile.h"
 #include "base/range.h"
 #include "kernels/kernel_table.h"
 
@@ -43,24 +44,28 @@ void for_pieces(size_t n, double operations_per_element, const Body& body) {
 }  // namespace
 
 void rms_norm(Matrix<const float> x, const float* weight, float eps, Matrix<float> y) {
+  const Timed timed(Activity::kNorm);
   for_rows(x.rows, x.cols, kNormOperations,
            [&](size_t i) { kernel().rms_norm(x.cols, x.row(i), weight, eps, y.row(i)); });
 }
 
 void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                        Matrix<float> dx, bool accumulate) {
+  const Timed timed(Activity::kNorm);
   for_rows(x.rows, x.cols, 2 * kNormOperations, [&](size_t i) {
     kernel().rms_norm_backward(x.cols, dy.row(i), x.row(i), weight, eps, dx.row(i), accumulate);
   });
 }
 
 void layer_norm(Matrix<const float> x, const float* weight, const float* bias, float eps, Matrix<float> y) {
+  const Timed timed(Activity::kNorm);
   for_rows(x.rows, x.cols, kNormOperations,
            [&](size_t i) { kernel().layer_norm(x.cols, x.row(i), weight, bias, eps, y.row(i)); });
 }
 
 void add_layer_norm(Matrix<const float> x, Matrix<float> sum, const float* weight, const float* bias,
                     float eps, Matrix<float> y) {
+  const Timed timed(Activity::kNorm);
   for_rows(x.rows, x.cols, kNormOperations, [&](size_t i) {
     kernel().scaled(x.cols, 1, x.row(i), sum.row(i), true);
     kernel().layer_norm(x.cols, sum.row(i), weight, bias, eps, y.row(i));
@@ -69,12 +74,14 @@ void add_layer_norm(Matrix<const float> x, Matrix<float> sum, const float* weigh
 
 void layer_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                          Matrix<float> dx, bool accumulate) {
+  const Timed timed(Activity::kNorm);
   for_rows(x.rows, x.cols, 2 * kNormOperations, [&](size_t i) {
     kernel().layer_norm_backward(x.cols, dy.row(i), x.row(i), weight, eps, dx.row(i), accumulate);
   });
 }
 
 void rope(Matrix<float> x, size_t head_dim, const int64_t* positions, RotaryTable table, bool inverse) {
+  const Timed timed(Activity::kRope);
   const size_t heads = x.cols / head_dim, half = table.rotary_dim / 2;
   for_rows(x.rows, x.cols, kRotationOperations, [&](size_t i) {
     const float* angles = table.data + size_t(positions[i]) * table.rotary_dim;
@@ -83,6 +90,7 @@ void rope(Matrix<float> x, size_t head_dim, const int64_t* positions, RotaryTabl
 }
 
 void gated(Activation act, size_t n, const float* gate, const float* up, float* out) {
+  const Timed timed(Activity::kActivation);
   const auto kernel_of_act = kernel().gated[size_t(act)];
   for_pieces(n, kSigmoidOperations, [&](size_t first, size_t count) {
     kernel_of_act(count, gate + first, up ? up + first : nullptr, out + first);
@@ -91,6 +99,7 @@ void gated(Activation act, size_t n, const float* gate, const float* up, float* 
 
 void gated_backward(Activation act, size_t n, const float* dout, const float* gate, const float* up,
                     float* dgate, float* dup) {
+  const Timed timed(Activity::kActivation);
   const auto kernel_of_act = kernel().gated_backward[size_t(act)];
   for_pieces(n, kSigmoidOperations, [&](size_t first, size_t count) {
     kernel_of_act(count, dout + first, gate + first, up ? up + first : nullptr, dgate + first,

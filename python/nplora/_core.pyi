@@ -457,3 +457,18 @@ def unwatch_mapping(number: int) -> None:
 
 def available_isas() -> list[str]:
     """The values of NPLORA_ISA for this machine, the best last. Linux may still refuse to enable amx."""
+
+def start_profile() -> None:
+    """Time the later calls of this thread, and count the operations of their products."""
+
+def stop_profile() -> None:
+    """Time no more calls of this thread."""
+
+def take_profile() -> list[Any]:
+    """(activity, calls, seconds, {arithmetic: operations}) since the last call of this or start_profile."""
+
+def peak_rate(arithmetic: str) -> float:
+    """The most operations per second of products in registers, on all threads, measured now.
+
+    arithmetic: "float64", "float32", "bfloat16" or "int8".
+    """

@@ -88,6 +88,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "save_every": ("sft", 7),
     "save_minutes": ("sft", 1.0),
     "report_to": ("sft", ("csv",)),
+    "profile": ("sft", True),
     "sample": ("sft", ("1+1=",)),
     "distributed": ("sft", "off"),
     "communication_dtype": ("sft", "bfloat16"),

@@ -101,6 +101,7 @@ def plan(
     save_every: int = 100,
     save_minutes: float = 5.0,
     report_to: str | Sequence[str] = (),
+    profile: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     sample: Sequence[str] = (),

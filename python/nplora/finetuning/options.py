@@ -316,6 +316,11 @@ class FinetuneOptions:
         "in the output directory",
         metavar="NAMES",
     )
+    profile: bool = _unplanned(
+        _RUN,
+        False,
+        "print where the time of a step goes, against the fastest that the processor can multiply",
+    )
     resume: bool = _unplanned(
         _RUN,
         False,

@@ -29,6 +29,7 @@ from nplora.finetuning.output import REPORTS, require_free, require_not_read
 from nplora.finetuning.planning import ExecutionPlan
 from nplora.finetuning.preparation import Preparation
 from nplora.finetuning.report import FinetuneReport, Sample
+from nplora.finetuning.step_profile import StepProfile, StepProfiler
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
 from nplora.formats import files
 from nplora.formats.errors import FormatError
@@ -115,6 +116,7 @@ def finetune(
     save_every: int = 100,
     save_minutes: float = 5.0,
     report_to: str | Sequence[str] = (),
+    profile: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     sample: Sequence[str] = (),
@@ -230,6 +232,7 @@ def finetune(
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         report_to: where to report metrics: csv, tensorboard, wandb, mlflow; csv and tensorboard write into
             reports/ in the output directory.
+        profile: print where the time of a step goes, against the fastest that the processor can multiply.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
@@ -341,7 +344,11 @@ def _finetune(
         base = os.fspath(model.source if isinstance(model, LanguageModel) else model)
         save = functools.partial(save_adapter, chat_template=inputs.train.report.chat)
         with contextlib.ExitStack() as stack:
+            profiler = StepProfiler() if chosen.profile else None
             callbacks = [reached, prepared, baseline, *own]
+            if profiler is not None:
+                stack.callback(profiler.cancel)
+                callbacks.insert(0, profiler)
             if directory is not None:
                 reports, shown = Path(directory, REPORTS), _shown(chosen, inputs, batches)
                 callbacks += stack.enter_context(
@@ -357,7 +364,8 @@ def _finetune(
         if directory is not None:
             _save(lm, directory, base, save)
             found_at = directory.seen_from(output)
-    return _report(found_at, inputs, chosen, baseline, history, trainer)
+    profile = None if profiler is None else profiler.result()
+    return _report(found_at, inputs, chosen, baseline, history, trainer, profile)
 
 
 @contextlib.contextmanager
@@ -538,6 +546,7 @@ def _report(
     baseline: Baseline,
     history: History,
     trainer: Trainer,
+    profile: StepProfile | None,
 ) -> FinetuneReport:
     lm, stopped = inputs.lm, history.interrupted
     process, is_silent = trainer.communicator.rank, stopped or trainer.communicator.rank
@@ -559,6 +568,7 @@ def _report(
         was_finished=baseline.was_finished,
         process=process,
         ranks=tuple(trainer.ranks),
+        profile=profile,
     )
 
 

@@ -32,6 +32,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "kto": (JUDGED, {"objective": "kto"}),
     "distill": (SUMS, {"objective": "distill", "teacher": "teacher.gguf"}),
     "local": (SUMS, {"local_steps": 1}),
+    "int8": (SUMS, {"compute": "int8", "int8_head": "off"}),
 }
 
 # For each option: the run that is resumed with another value of the option, and that value.
@@ -83,6 +84,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "recompute": ("sft", True),
     "filter_vocabulary": ("sft", 1e-4),
     "memory": ("sft", "8G"),
+    "int8_head": ("int8", "on"),
     "keep_prefix": ("upper", "memory"),
     "any_base": ("sft", True),
     "save_every": ("sft", 7),

@@ -21,7 +21,13 @@ from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.earlier_run import find_earlier_run
 from nplora.finetuning.execution import choose_execution
 from nplora.finetuning.int8_check import Int8Check
-from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
+from nplora.finetuning.load import (
+    RunInputs,
+    computes_head_in_int8,
+    evaluation_batches,
+    read_inputs,
+    training_batches,
+)
 from nplora.finetuning.milestones import Milestones
 from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.options import FinetuneOptions, default_lr, from_arguments
@@ -109,6 +115,7 @@ def finetune(
     patience: int | None = None,
     keep: str = "best",
     compute: str | None = None,
+    int8_head: str = "auto",
     recompute: bool = False,
     filter_vocabulary: float = 0.0,
     memory: str | int | None = None,
@@ -220,6 +227,8 @@ def finetune(
             last.
         compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32,
             unless `memory` is too small for float32).
+        int8_head: with int8: whether the head's backward pass is in int8 too, rounded stochastically (on), in
+            bfloat16 (off), or in int8 only on processors without bfloat16 instructions (auto).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
         filter_vocabulary: probability below which words are left out of the gradient of the output layer,
@@ -306,6 +315,8 @@ def _finetune(
     earlier = ranks.broadcast(earlier, "the search for an earlier run")
     if earlier is not None and not isinstance(model, LanguageModel):
         chosen = earlier.keep_compute(chosen)
+    if earlier is not None:
+        chosen = earlier.keep_int8_head(chosen)
 
     inputs = read_inputs("finetune", model, data, valid, chosen)
     require_same_data(ranks, inputs)
@@ -325,14 +336,15 @@ def _finetune(
     if is_first:
         require_free(place, chosen, bool(inputs.added_tokens))
     prefix = _new_prefix(inputs, place, chosen.keep_prefix)
+    int8_head = computes_head_in_int8(lm, chosen)
     word_filter = WordFilter(chosen.filter_vocabulary) if chosen.filter_vocabulary else None
 
-    with _opened_output(place, ranks) as directory, _computing(lm, execution, prefix, word_filter):
+    with _opened_output(place, ranks) as directory, _computing(lm, execution, prefix, word_filter, int8_head):
         read = [batches, *([validation] if validation else [])]
         prepared = Preparation(inputs.objective, plain, read, directory, say, ranks)
         del plain
         loss = inputs.objective.loss(execution.micro_tokens)
-        loss.word_filter = word_filter
+        loss.word_filter, loss.int8_head = word_filter, int8_head
         baseline = Baseline(lm, loss, validation, inputs.prompts(chosen.sample), say, ranks)
         is_new = directory is not None and not (chosen.resume and holds_run(directory))
         is_new = ranks.broadcast(is_new, "the choice between a new run and an earlier one")
@@ -409,15 +421,21 @@ def _new_prefix(inputs: RunInputs, output: StrPath, where: str) -> PrefixCache |
 
 @contextlib.contextmanager
 def _computing(
-    lm: LanguageModel, execution: ExecutionPlan, prefix: PrefixCache | None, word_filter: WordFilter | None
+    lm: LanguageModel,
+    execution: ExecutionPlan,
+    prefix: PrefixCache | None,
+    word_filter: WordFilter | None,
+    int8_head: bool,
 ) -> Iterator[None]:
     """The model computes according to the plan inside the `with` block, and as before after it."""
-    before = lm.model.recompute
+    before = lm.model.recompute, lm.model.int8_head
     lm.model.recompute, lm.model.prefix, lm.model.word_filter = execution.recompute, prefix, word_filter
+    lm.model.int8_head = int8_head
     try:
         yield
     finally:
-        lm.model.recompute, lm.model.prefix, lm.model.word_filter = before, None, None
+        lm.model.recompute, lm.model.int8_head = before
+        lm.model.prefix = lm.model.word_filter = None
         if prefix is not None:
             prefix.close()
 
@@ -433,7 +451,7 @@ def _shown(options: FinetuneOptions, inputs: RunInputs, batches: TokenBatches) -
         "examples": summary["examples"],
         "valid": None if held_out is None else held_out.report.source,
         "trained_values": lm.num_trainable,
-    } | (chosen | used | {"compute": lm.compute})
+    } | (chosen | used | {"compute": lm.compute, "int8_head": computes_head_in_int8(lm, options)})
 
 
 def new_trainer(

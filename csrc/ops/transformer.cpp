@@ -6,6 +6,7 @@
 #include "base/profile.h"
 #include "base/range.h"
 #include "kernels/kernel_table.h"
+#include "ops/scratch.h"
 
 namespace nplora {
 
@@ -16,6 +17,8 @@ const kernels::Transformer& kernel() {
 }
 
 constexpr size_t kElementsPerTask = 16384;
+// The number of elements that are converted at a time. Four arrays of them fill half of a 32 KB L1.
+constexpr size_t kConvertedElements = 1024;
 
 // The cost of one element of each function, in floating-point operations.
 constexpr double kNormOperations = 12, kRotationOperations = 8, kSigmoidOperations = 20;
@@ -104,6 +107,55 @@ void gated_backward(Activation act, size_t n, const float* dout, const float* ga
   for_pieces(n, kSigmoidOperations, [&](size_t first, size_t count) {
     kernel_of_act(count, dout + first, gate + first, up ? up + first : nullptr, dgate + first,
                   dup ? dup + first : nullptr);
+  });
+}
+
+namespace {
+
+// Calls body(first, count) for pieces of kConvertedElements elements.
+template <class Body>
+void for_converted(size_t n, const Body& body) {
+  for_pieces(n, kSigmoidOperations, [&](size_t first, size_t count) {
+    for (size_t i = 0; i < count; i += kConvertedElements)
+      body(first + i, std::min(kConvertedElements, count - i));
+  });
+}
+
+}  // namespace
+
+void gated(Activation act, size_t n, const uint16_t* gate, const uint16_t* up, float* out) {
+  const Timed timed(Activity::kActivation);
+  const auto kernel_of_act = kernel().gated[size_t(act)];
+  const auto widen = kernels::table().convert.widen_bfloat16;
+  for_converted(n, [&](size_t first, size_t count) {
+    float *g = scratch<float>(Scratch::kPairing, 2 * kConvertedElements), *u = g + kConvertedElements;
+    widen(count, gate + first, g);
+    widen(count, up + first, u);
+    kernel_of_act(count, g, u, out + first);
+  });
+}
+
+void gated_backward(Activation act, size_t n, const float* dout, const uint16_t* gate, const uint16_t* up,
+                    float* dgate, float* dup) {
+  const Timed timed(Activity::kActivation);
+  const auto kernel_of_act = kernel().gated_backward[size_t(act)];
+  const auto widen = kernels::table().convert.widen_bfloat16;
+  for_converted(n, [&](size_t first, size_t count) {  // the kernel overwrites its inputs
+    widen(count, gate + first, dgate + first);
+    widen(count, up + first, dup + first);
+    kernel_of_act(count, dout + first, dgate + first, dup + first, dgate + first, dup + first);
+  });
+}
+
+void gated_narrow(Activation act, size_t n, const float* gate, const float* up, float* out,
+                  uint16_t* gate_bits, uint16_t* up_bits) {
+  const Timed timed(Activity::kActivation);
+  const auto kernel_of_act = kernel().gated[size_t(act)];
+  const auto narrow = kernels::table().convert.narrow_bfloat16;
+  for_converted(n, [&](size_t first, size_t count) {
+    kernel_of_act(count, gate + first, up + first, out + first);
+    narrow(count, gate + first, gate_bits + first);
+    narrow(count, up + first, up_bits + first);
   });
 }
 

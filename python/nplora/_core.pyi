@@ -315,10 +315,19 @@ def rope(x: Array, positions: Array, table: Array, interleaved: bool, inverse: b
     """
 
 def gated(act: str, gate: Array, up: Array, out: Array) -> None:
-    """out = act(gate) ∘ up, all (n, f); act is "silu", "gelu_pytorch_tanh" or "gelu" (exact)."""
+    """out = act(gate) ∘ up, all (n, f); act is "silu", "gelu_pytorch_tanh" or "gelu" (exact).
+
+    gate and up are float32, or uint16 bits of bfloat16.
+    """
+
+def gated_narrow(act: str, gate: Array, up: Array, out: Array, gate_bits: Array, up_bits: Array) -> None:
+    """Compute `gated` of float32 arrays, and store gate and up as bits of bfloat16 (uint16) too."""
 
 def gated_backward(act: str, dout: Array, gate: Array, up: Array, dgate: Array, dup: Array) -> None:
-    """The gradients of gate and up. dgate may be the same array as gate, and dup the same as up."""
+    """The gradients of gate and up. dgate may be the same array as gate, and dup the same as up.
+
+    gate and up are float32, or uint16 bits of bfloat16.
+    """
 
 def attention(
     q: Array,

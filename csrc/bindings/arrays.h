@@ -143,5 +143,6 @@ void register_runtime(py::module_& m);
 void register_constants(py::module_& m);
 void register_blocks(py::module_& m);
 void register_transformer(py::module_& m);
+void register_profile(py::module_& m);
 
 }  // namespace nplora::bindings

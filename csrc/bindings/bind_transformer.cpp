@@ -16,7 +16,8 @@ namespace {
 using Floats = Array<float>;
 using Integers = Array<int64_t>;
 
-void require_like(const char* name, const Floats& array, const Floats& other) {
+template <class T, class U>
+void require_like(const char* name, const Array<T>& array, const Array<U>& other) {
   require(other.ndim() == 2, "expected an array with 2 axes");
   require_shape(name, array, size_t(other.shape(0)), size_t(other.shape(1)));
 }
@@ -55,6 +56,41 @@ Activation activation_of(const std::string& act) {
   if (act == "gelu_pytorch_tanh") return Activation::kGeluTanh;
   if (act == "gelu") return Activation::kGelu;
   throw std::invalid_argument("act is '" + act + "', expected silu, gelu_pytorch_tanh or gelu");
+}
+
+// Gated units whose inputs are float32 or bits of bfloat16.
+template <class T>
+void register_gated(py::module_& m) {
+  using py::arg;
+  m.def(
+      "gated",
+      [](const std::string& act, const Array<T>& gate, const Array<T>& up, Floats out) {
+        const Activation activation = activation_of(act);
+        require_like("up", up, gate);
+        require_like("out", out, gate);
+        const auto g = read(gate), u = read(up);
+        const auto to = write(out);
+        without_gil([&] { gated(activation, g.rows * g.cols, g.data, u.data, to.data); });
+      },
+      arg("act"), arg("gate").noconvert(), arg("up").noconvert(), arg("out").noconvert(),
+      "out = act(gate) ∘ up, act being silu, gelu_pytorch_tanh or gelu");
+  m.def(
+      "gated_backward",
+      [](const std::string& act, const Floats& dout, const Array<T>& gate, const Array<T>& up, Floats dgate,
+         Floats dup) {
+        const Activation activation = activation_of(act);
+        require_like("dout", dout, gate);
+        require_like("up", up, gate);
+        require_like("dgate", dgate, gate);
+        require_like("dup", dup, gate);
+        const auto d = read(dout);
+        const auto g = read(gate), u = read(up);
+        const auto dg = write(dgate), du = write(dup);
+        without_gil(
+            [&] { gated_backward(activation, g.rows * g.cols, d.data, g.data, u.data, dg.data, du.data); });
+      },
+      arg("act"), arg("dout").noconvert(), arg("gate").noconvert(), arg("up").noconvert(),
+      arg("dgate").noconvert(), arg("dup").noconvert(), "The gradients of gated");
 }
 
 void register_elements(py::module_& m) {
@@ -163,34 +199,27 @@ void register_elements(py::module_& m) {
       },
       arg("x").noconvert(), arg("positions").noconvert(), arg("table").noconvert(), arg("interleaved"),
       arg("inverse"), arg("head_dim"), "Rotary positions in place");
+  register_gated<float>(m);
+  register_gated<uint16_t>(m);
   m.def(
-      "gated",
-      [](const std::string& act, const Floats& gate, const Floats& up, Floats out) {
+      "gated_narrow",
+      [](const std::string& act, const Floats& gate, const Floats& up, Floats out, Array<uint16_t> gate_bits,
+         Array<uint16_t> up_bits) {
         const Activation activation = activation_of(act);
         require_like("up", up, gate);
         require_like("out", out, gate);
+        require_like("gate_bits", gate_bits, gate);
+        require_like("up_bits", up_bits, gate);
         const auto g = read(gate), u = read(up);
         const auto to = write(out);
-        without_gil([&] { gated(activation, g.rows * g.cols, g.data, u.data, to.data); });
+        const auto g_bits = write(gate_bits), u_bits = write(up_bits);
+        without_gil([&] {
+          gated_narrow(activation, g.rows * g.cols, g.data, u.data, to.data, g_bits.data, u_bits.data);
+        });
       },
       arg("act"), arg("gate").noconvert(), arg("up").noconvert(), arg("out").noconvert(),
-      "out = act(gate) ∘ up, act being silu, gelu_pytorch_tanh or gelu");
-  m.def(
-      "gated_backward",
-      [](const std::string& act, const Floats& dout, const Floats& gate, const Floats& up, Floats dgate,
-         Floats dup) {
-        const Activation activation = activation_of(act);
-        require_like("dout", dout, gate);
-        require_like("up", up, gate);
-        require_like("dgate", dgate, gate);
-        require_like("dup", dup, gate);
-        const auto d = read(dout), g = read(gate), u = read(up);
-        const auto dg = write(dgate), du = write(dup);
-        without_gil(
-            [&] { gated_backward(activation, g.rows * g.cols, d.data, g.data, u.data, dg.data, du.data); });
-      },
-      arg("act"), arg("dout").noconvert(), arg("gate").noconvert(), arg("up").noconvert(),
-      arg("dgate").noconvert(), arg("dup").noconvert(), "The gradients of gated");
+      arg("gate_bits").noconvert(), arg("up_bits").noconvert(),
+      "gated, and the bits of gate and up in bfloat16");
   m.def(
       "cross_entropy",
       [](Floats logits, const Integers& targets, double factor, Array<double> losses, bool gradient) {

@@ -33,6 +33,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   nplora::bindings::register_elementwise(m);
   nplora::bindings::register_blocks(m);
   nplora::bindings::register_transformer(m);
+  nplora::bindings::register_profile(m);
 }
 #undef PyInit__core
 

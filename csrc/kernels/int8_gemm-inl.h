@@ -240,6 +240,13 @@ template <size_t kRows, size_t kVectors>
 
 #if defined(NPLORA_SIMD_I8MM)
 
+// The operations of one vector of products in int8_peak.
+inline constexpr double kPeakOperations = 16 * kIntLanes;
+[[gnu::always_inline]] inline void peak_step(LaneInts (&sums)[3], LaneInts x) {
+#pragma GCC unroll 3
+  for (LaneInts& sum : sums) sum = (LaneInts)vmmlaq_s32((int32x4_t)sum, (int8x16_t)x, (int8x16_t)x);
+}
+
 // Two vectors of sums, for two rows and one vector of columns. smmla needs the sums as blocks of two rows and
 // two columns. Exchanging halves twice restores the vectors.
 [[gnu::always_inline]] inline void exchange_halves(LaneInts& first, LaneInts& second) {
@@ -293,6 +300,11 @@ template <size_t kRows, size_t kVectors>
 }
 
 #else
+
+inline constexpr double kPeakOperations = 8 * kIntLanes;
+[[gnu::always_inline]] inline void peak_step(LaneInts (&sums)[3], LaneInts x) {
+  dot_vectors(sums, {x, x, x}, x);
+}
 
 template <size_t kRows, size_t kVectors>
 [[gnu::always_inline]] inline void int8_double_steps(size_t quads, const int8_t* a, size_t a_stride,
@@ -417,8 +429,28 @@ inline void int8_multiply(size_t m, size_t n, size_t depth, const CodedRows& a, 
     int8_columns<false, kGroupTileRows, kGroupTileVectors>(m, p);
 }
 
+// Twelve sums hide the latency of the products.
+inline double int8_peak(size_t iterations) {
+  constexpr size_t kGroups = 4, kVectors = 3;
+  alignas(64) const LaneInts ones = broadcast_int(0x01010101);
+  LaneInts sums[kGroups][kVectors] = {};
+  const void* at = &ones;
+  for (size_t k = 0; k < iterations; ++k) {
+    keep(at);  // so that the compiler does not know the operands, and computes every product
+    const LaneInts x = load_quads(at);
+#pragma GCC unroll 4
+    for (size_t i = 0; i < kGroups; ++i) peak_step(sums[i], x);
+  }
+  LaneInts total{};
+  for (size_t i = 0; i < kGroups; ++i) total += sums[i][0] + sums[i][1] + sums[i][2];
+  int32_t sum = sum_of_lanes(total);
+  __asm__ volatile("" : "+r"(sum));  // so that the sums are used
+  return double(iterations) * double(kGroups * kVectors) * kPeakOperations;
+}
+
 constexpr Int8Gemm make_int8_gemm() {
-  return {kCodeOffset, quantize_groups, dither_groups, largest_of_rows, encode, quad_rows, int8_multiply};
+  return {kCodeOffset, quantize_groups, dither_groups, largest_of_rows,
+          encode,      quad_rows,       int8_multiply, int8_peak};
 }
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -16,6 +16,6 @@ static_assert(kDepthUnit % amx::kTileSide == 0);
 extern const PairProducts k_amx_products;
 constinit const PairProducts k_amx_products = {
     {2 * amx::kTileSide, 3 * amx::kTileSide, 2 * amx::kTileSide, kPanelColumns, 0, amx::kTileSide,
-     amx::gemm_tokens_in_lanes, amx::gemm_outputs_in_lanes},
+     amx::gemm_tokens_in_lanes, amx::gemm_outputs_in_lanes, amx::peak},
     amx::paired_gemm_outputs_in_lanes};
 }  // namespace nplora::kernels

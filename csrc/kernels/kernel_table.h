@@ -112,6 +112,10 @@ inline constexpr size_t kFetchAhead = 12288;
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
+// Multiplies in registers only, as fast as the instructions of a product can. Returns the number of
+// floating-point operations.
+using Peak = double (*)(size_t iterations);
+
 // The two matrix products on which the larger operations are built. In both products, the argument `depth`
 // counts elements. Both products sum over the depth strictly in order. If depth_unit is above 1, each group
 // of depth_unit elements is summed first, and then the sums of the groups are added in order. Both products
@@ -146,6 +150,8 @@ struct Tiles {
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<E>& a, const E* w,
                                 size_t w_stride, Sum<E>* c, size_t c_stride, bool accumulate,
                                 const Fetch& next);
+
+  Peak peak;
 };
 
 // The largest number of rows of a small batch.
@@ -444,6 +450,8 @@ struct Int8Gemm {
   // Within a group, codes are summed in integers; the groups are summed in order, in float.
   void (*multiply)(size_t m, size_t n, size_t depth, const CodedRows& a, const Int8Quad* w, size_t columns,
                    const float* scales, float* c, size_t c_stride, bool accumulate);
+
+  Peak peak;
 };
 
 // `select` tests this many elements at a time.

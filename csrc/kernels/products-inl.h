@@ -538,4 +538,33 @@ void transpose(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, siz
     }
 }
 
+// Twelve sums hide the latency of the products: 4 cycles, and two products start in each cycle.
+template <class E>
+double peak(size_t iterations) {
+  constexpr size_t kSums = 12, kLanes = Vec<E>::kLanes;
+  alignas(64) E operand[kLanes] = {};
+  const E* at = operand;
+  keep(at);  // the compiler does not know the operand, so it computes every product
+  const Vec<E> x = Vec<E>::load(at);
+  const auto factor = Vec<E>::broadcast(*at);
+  Vec<Sum<E>> sums[kSums];
+#pragma GCC unroll 12
+  for (size_t i = 0; i < kSums; ++i) sums[i] = Vec<Sum<E>>::broadcast(Sum<E>(i));
+  for (size_t k = 0; k < iterations; ++k) {
+#pragma GCC unroll 12
+    for (size_t i = 0; i < kSums; ++i)
+      if constexpr (kValuesPerElement<E> == 1)
+        sums[i] = fma(sums[i], factor, x);  // no two products are equal: one could replace the other
+      else
+        sums[i] = fma(x, factor, sums[i]);
+  }
+  Vec<Sum<E>> total = sums[0];
+#pragma GCC unroll 12
+  for (size_t i = 1; i < kSums; ++i) total = total + sums[i];
+  Sum<E> lanes[Vec<Sum<E>>::kLanes];
+  total.store(lanes);
+  __asm__ volatile("" : : "m"(lanes));  // so that the sums are used
+  return 2.0 * double(iterations) * double(kSums * kLanes * kValuesPerElement<E>);
+}
+
 }  // namespace nplora::kernels::NPLORA_ISA

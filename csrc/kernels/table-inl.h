@@ -15,7 +15,8 @@ constexpr Tiles<E> make_tiles() {
           kL1BlockBytes<E>,
           1,
           gemm_tokens_in_lanes<E>,
-          gemm_outputs_in_lanes<E, E>};
+          gemm_outputs_in_lanes<E, E>,
+          peak<E>};
 }
 
 template <class T>

@@ -242,4 +242,18 @@ inline void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, cons
   release_tiles();
 }
 
+// Products of two registers, for all six sums.
+inline double peak(size_t iterations) {
+  alignas(64) const Bf16Pair operand[kTileSide * kTileSide] = {};
+  set_shapes(kTileSide, kTileSide, kTileSide);
+  load_tile<kA>(operand, kTileSide);
+  load_tile<kB>(operand, kTileSide);
+  for_sums<2, 3>([&]<int kRow, int kColumn>() { zero_tile<kRow * 3 + kColumn>(); });
+  for (size_t k = 0; k < iterations; ++k)
+    for_sums<2, 3>([&]<int kRow, int kColumn>()
+                       __attribute__((always_inline)) { multiply_tiles<kRow * 3 + kColumn, kA, kB>(); });
+  release_tiles();
+  return 2.0 * double(iterations) * 6.0 * double(kTileSide * kTileSide * 2 * kTileSide);
+}
+
 }  // namespace nplora::kernels::NPLORA_ISA

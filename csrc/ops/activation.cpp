@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "base/parallel.h"
+#include "base/profile.h"
 #include "base/range.h"
 #include "ops/dropout.h"
 
@@ -56,6 +57,7 @@ T gelu_slope(T x, bool tanh) {
 
 template <class T>
 void gelu(size_t n, const T* x, bool tanh, T* out) {
+  const Timed timed(Activity::kActivation);
   for_pieces(n, kErfOperations, [&](size_t first, size_t count) {
     for (size_t i = first; i < first + count; ++i) out[i] = gelu_of(x[i], tanh);
   });
@@ -63,6 +65,7 @@ void gelu(size_t n, const T* x, bool tanh, T* out) {
 
 template <class T>
 void gelu_backward(size_t n, const T* x, const T* dy, bool tanh, T* out) {
+  const Timed timed(Activity::kActivation);
   for_pieces(n, kErfOperations, [&](size_t first, size_t count) {
     for (size_t i = first; i < first + count; ++i) out[i] = dy[i] * gelu_slope(x[i], tanh);
   });
@@ -70,17 +73,20 @@ void gelu_backward(size_t n, const T* x, const T* dy, bool tanh, T* out) {
 
 template <class T>
 void dropout(size_t n, const T* x, double probability, uint64_t key, T* out) {
+  const Timed timed(Activity::kActivation);
   for_pieces(n, kPhiloxOperations, [&](size_t first, size_t count) {
     drop_rows<T>(probability, key, 0, first, 0, {x + first, 1, count, count}, {out + first, 1, count, count});
   });
 }
 
 void widen_bits(size_t n, const uint16_t* from, Storage storage, float* to) {
+  const Timed timed(Activity::kConversion);
   for_pieces(n, kConversionOperations,
              [&](size_t first, size_t count) { widen(storage, count, from + first, to + first); });
 }
 
 void narrow_bits(size_t n, const float* from, Storage storage, uint16_t* to) {
+  const Timed timed(Activity::kConversion);
   for_pieces(n, kConversionOperations,
              [&](size_t first, size_t count) { narrow(storage, count, from + first, to + first); });
 }

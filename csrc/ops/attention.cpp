@@ -251,11 +251,13 @@ void attend_runs(const AttentionShape& shape, const std::vector<Run>& runs, Matr
 
 void attention(const AttentionShape& shape, Sequences sequences, Matrix<const float> q, Matrix<const float> k,
                Matrix<const float> v, Matrix<float> out, Matrix<float> lse) {
+  const Timed timed(Activity::kAttention);
   std::vector<Run> runs;
   for (size_t i = 0; i < sequences.count; ++i) {
     const size_t row = size_t(sequences.starts[i]), count = size_t(sequences.starts[i + 1]) - row;
     if (count > 0) runs.push_back({row, count, 0, k.row(row), v.row(row), k.stride});
   }
+  if (timed) count_operations(timed, shape, runs, 2);
   if (!shape.pairs || shape.head_dim % 2 != 0) return attend_runs(in_floats(shape), runs, q, {out, lse});
   const PairedKeysAndValues paired(runs, k, v, false);
   attend_runs(shape, runs, q, {out, lse});
@@ -263,6 +265,7 @@ void attention(const AttentionShape& shape, Sequences sequences, Matrix<const fl
 
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out) {
+  const Timed timed(Activity::kAttention);
   std::vector<Run> runs;
   for (size_t i = 0; i < q.rows; ++i) {
     // Row i is the next token of the same prompt, so it joins the run of row i - 1.
@@ -273,6 +276,7 @@ void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyVal
     runs.push_back({i, 1, size_t(lengths[i]) - 1, cache.keys, cache.values, shape.kv_heads * shape.head_dim,
                     cache.table + size_t(slots[i]) * cache.slot_pages, cache.page_tokens});
   }
+  if (timed) count_operations(timed, shape, runs, 2);
   attend_runs(shape, runs, q, {out, {}});
 }
 

@@ -226,6 +226,7 @@ struct Task {
 // one, as on a torus.
 void attention_backward(const AttentionShape& given, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
+  const Timed timed(Activity::kAttentionBackward);
   const AttentionShape shape = given.head_dim % 2 == 0 ? given : in_floats(given);
   std::vector<Run> runs;
   size_t longest = 0;
@@ -234,6 +235,7 @@ void attention_backward(const AttentionShape& given, Sequences sequences, Matrix
     if (count > 0) runs.push_back({row, count, 0, saved.k.row(row), saved.v.row(row), saved.k.stride});
     longest = std::max(longest, count);
   }
+  if (timed) count_operations(timed, shape, runs, 5);
   std::optional<PairedKeysAndValues> paired;
   if (shape.pairs) paired.emplace(runs, saved.k, saved.v, true);
   const size_t block = block_tokens(shape, runs), group = shape.group(), dim = shape.head_dim;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/matrix.h"
+#include "base/profile.h"
 #include "base/range.h"
 #include "kernels/kernel_table.h"
 #include "ops/attention.h"
@@ -97,6 +98,18 @@ inline Span visible_keys(const AttentionShape& shape, const Run& run, size_t fir
   const size_t first = window > 0 && first_position + 1 > window ? first_position + 1 - window : 0;
   if (shape.causal) return {first, last_position + 1};
   return {first, window > 0 ? std::min(last_position + window, keys) : keys};
+}
+
+// Counts the operations of some products over all pairs of a query head and a visible key, with 2 head_dim
+// operations each.
+inline void count_operations(const Timed& timed, const AttentionShape& shape, const std::vector<Run>& runs,
+                             double products) {
+  double pairs = 0;
+  for (const Run& run : runs)
+    for (size_t i = run.first_position; i < run.first_position + run.count; ++i)
+      pairs += double(visible_keys(shape, run, i, i).size());
+  timed.count(shape.pairs ? Arithmetic::kBfloat16 : Arithmetic::kFloat32,
+              products * pairs * 2.0 * double(shape.heads * shape.head_dim));
 }
 
 // A tile: the lanes `first` to first + lanes - 1 of a run. All query heads of a tile share the key-value head

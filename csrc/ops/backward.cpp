@@ -56,12 +56,30 @@ void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> 
   factors.finish();
 }
 
+// Counts the operations of a backward pass, as if the updates were not merged on the fly.
+template <class T>
+void count_operations(const Timed& timed, std::span<const BackwardPart<T>> parts, bool wants_dx,
+                      Arithmetic arithmetic) {
+  for (const BackwardPart<T>& part : parts) {
+    const size_t tokens = part.dy.rows, rank = part.low.rank(), d_out = part.w.d_out, d_in = part.w.d_in;
+    const size_t of_dz = rank ? d_out : 0, of_dx = wants_dx ? d_in : 0, of_da = part.da.data ? d_out : 0,
+                 of_db = part.db.data ? d_in : 0;
+    if (wants_dx) timed.count(arithmetic, flops(tokens, d_out, d_in));
+    timed.count(arithmetic_of_update(arithmetic), flops(tokens, rank, of_dz + of_dx + of_da + of_db));
+  }
+}
+
 }  // namespace
 
 template <class T>
 void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8,
                    std::optional<uint64_t> dither_key) {
   if (parts.empty() || parts[0].dy.rows == 0) return;
+  const bool in_int8 = int8 && backward_in_int8(parts[0].w, parts[0].dy.rows);
+  const Timed timed(Activity::kBackward);
+  if (timed)
+    count_operations(timed, parts, dx.data != nullptr,
+                     arithmetic_of<T>(parts[0].w, parts[0].dy.rows, in_int8));
   if constexpr (std::is_same_v<T, float>) {
     const size_t tokens = parts[0].dy.rows;
     const auto is_bf16 = [](const BackwardPart<T>& part) { return part.w.storage == Storage::kBfloat16; };
@@ -75,8 +93,7 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const size_t most_paired = !all_packed                           ? kInPlaceBatch
                                : kernels::table().pairs_in_registers ? kPairedBatch
                                                                      : kFewTokens;
-    if (int8 && backward_in_int8(parts[0].w, tokens))
-      return backward<Bf16Pair, Int8Quad>(parts, x, dx, dither_key);
+    if (in_int8) return backward<Bf16Pair, Int8Quad>(parts, x, dx, dither_key);
     if (computes_pairs(parts[0].w, tokens))
       return all_bf16 && tokens <= most_paired ? backward<Bf16Pair, Bf16>(parts, x, dx)
                                                : backward<Bf16Pair, Bf16Pair>(parts, x, dx);
@@ -88,6 +105,10 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
 template <class T>
 void add_outer(Matrix<const T> a, Matrix<const T> b, double scale, Matrix<T> out) {
   if (scale == 0 || a.rows == 0) return;
+  const Timed timed(Activity::kBackward);
+  if (timed)
+    timed.count(sizeof(T) == 8 ? Arithmetic::kFloat64 : Arithmetic::kFloat32,
+                flops(a.rows, out.rows, out.cols));
   const size_t row_tasks = ceil_div(out.rows, kRowBlock), col_tasks = ceil_div(out.cols, kColumnBlock);
   const double work = flops(a.rows, out.rows, out.cols);
   parallel_for(row_tasks * col_tasks, useful_threads(work), Interruptible::kYes, [&](size_t i) {

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "base/parallel.h"
+#include "base/profile.h"
 #include "base/range.h"
 #include "kernels/kernel_table.h"
 #include "ops/scratch.h"
@@ -56,6 +57,7 @@ RowSum sum_of_row(size_t n, float* logits, float* shifts) {
 
 void cross_entropy(Matrix<float> logits, const int64_t* targets, double factor, double* losses,
                    bool gradient) {
+  const Timed timed(Activity::kLoss);
   const size_t vocab = logits.cols;
   parallel_for(logits.rows, useful_threads(kLogitCost * double(logits.rows) * double(vocab)),
                Interruptible::kYes, [&](size_t i) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/parallel.h"
+#include "base/profile.h"
 #include "ops/blocking.h"
 #include "ops/cross_entropy.h"
 #include "ops/scratch.h"
@@ -159,6 +160,7 @@ void add_kept_rows(const WeightView& w, const KeptWords& kept, Matrix<float> dx)
 
 void filtered_cross_entropy(const WeightView& w, Matrix<float> logits, const int64_t* targets, double factor,
                             const WordFilter& filter, const FilteredRows& rows, Matrix<float> dx) {
+  const Timed timed(Activity::kLoss);
   const size_t vocab = logits.cols;
   KeptWords kept(logits);
   parallel_for(logits.rows, useful_threads(kLogitCost * double(logits.rows) * double(vocab)),

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "base/profile.h"
 #include "ops/blocking.h"
 #include "ops/weight.h"
 
@@ -49,6 +50,18 @@ inline bool forward_in_int8(const WeightView& w, size_t tokens) {
 }
 inline bool backward_in_int8(const WeightView& w, size_t tokens) {
   return w.compute == Compute::kInt8 && tokens > kFloatBatch;
+}
+
+// The arithmetic of a product with W, if `in_int8` says whether it is computed in int8; the update of such a
+// product is computed in pairs of bfloat16.
+template <class T>
+Arithmetic arithmetic_of(const WeightView& w, size_t tokens, bool in_int8) {
+  if (sizeof(T) == 8) return Arithmetic::kFloat64;
+  if (in_int8) return Arithmetic::kInt8;
+  return computes_pairs(w, tokens) ? Arithmetic::kBfloat16 : Arithmetic::kFloat32;
+}
+inline Arithmetic arithmetic_of_update(Arithmetic product) {
+  return product == Arithmetic::kInt8 ? Arithmetic::kBfloat16 : product;
 }
 
 enum class Update {

@@ -5,6 +5,7 @@
 #include <span>
 
 #include "base/parallel.h"
+#include "base/profile.h"
 #include "base/range.h"
 
 namespace nplora {
@@ -80,6 +81,7 @@ double squares(const Trained& p, Range r) {
 }  // namespace
 
 void adamw_step(const std::vector<Trained>& parameters, kernels::AdamWCoefficients shared) {
+  const Timed timed(Activity::kOptimizer);
   for_blocks(parameters, [&](const Trained& p, const ElementBlock& block) {
     kernels::AdamWCoefficients k = shared;
     k.lr = p.lr;
@@ -88,6 +90,7 @@ void adamw_step(const std::vector<Trained>& parameters, kernels::AdamWCoefficien
 }
 
 void sgd_step(const std::vector<Trained>& parameters, kernels::SgdCoefficients shared) {
+  const Timed timed(Activity::kOptimizer);
   for_blocks(parameters, [&](const Trained& p, const ElementBlock& block) {
     kernels::SgdCoefficients k = shared;
     k.lr = p.lr;
@@ -97,6 +100,7 @@ void sgd_step(const std::vector<Trained>& parameters, kernels::SgdCoefficients s
 
 // Each block has its own sum, and these sums are added in the order of the blocks.
 double sum_of_squares(const std::vector<Trained>& parameters) {
+  const Timed timed(Activity::kOptimizer);
   const std::vector<ElementBlock>& blocks = for_blocks(parameters, [](const Trained& p, ElementBlock& block) {
     block.sum = p.is_double ? squares<double>(p, block.range) : squares<float>(p, block.range);
   });

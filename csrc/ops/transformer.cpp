@@ -3,8 +3,10 @@
 #include <algorithm>
 
 #include "base/parallel.h"
+#include "base/profile.h"
 #include "base/range.h"
 #include "kernels/kernel_table.h"
+#include "ops/scratch.h"
 
 namespace nplora {
 
@@ -15,6 +17,8 @@ const kernels::Transformer& kernel() {
 }
 
 constexpr size_t kElementsPerTask = 16384;
+// The number of elements that are converted at a time. Four arrays of them fill half of a 32 KB L1.
+constexpr size_t kConvertedElements = 1024;
 
 // The cost of one element of each function, in floating-point operations.
 constexpr double kNormOperations = 12, kRotationOperations = 8, kSigmoidOperations = 20;
@@ -43,24 +47,28 @@ void for_pieces(size_t n, double operations_per_element, const Body& body) {
 }  // namespace
 
 void rms_norm(Matrix<const float> x, const float* weight, float eps, Matrix<float> y) {
+  const Timed timed(Activity::kNorm);
   for_rows(x.rows, x.cols, kNormOperations,
            [&](size_t i) { kernel().rms_norm(x.cols, x.row(i), weight, eps, y.row(i)); });
 }
 
 void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                        Matrix<float> dx, bool accumulate) {
+  const Timed timed(Activity::kNorm);
   for_rows(x.rows, x.cols, 2 * kNormOperations, [&](size_t i) {
     kernel().rms_norm_backward(x.cols, dy.row(i), x.row(i), weight, eps, dx.row(i), accumulate);
   });
 }
 
 void layer_norm(Matrix<const float> x, const float* weight, const float* bias, float eps, Matrix<float> y) {
+  const Timed timed(Activity::kNorm);
   for_rows(x.rows, x.cols, kNormOperations,
            [&](size_t i) { kernel().layer_norm(x.cols, x.row(i), weight, bias, eps, y.row(i)); });
 }
 
 void add_layer_norm(Matrix<const float> x, Matrix<float> sum, const float* weight, const float* bias,
                     float eps, Matrix<float> y) {
+  const Timed timed(Activity::kNorm);
   for_rows(x.rows, x.cols, kNormOperations, [&](size_t i) {
     kernel().scaled(x.cols, 1, x.row(i), sum.row(i), true);
     kernel().layer_norm(x.cols, sum.row(i), weight, bias, eps, y.row(i));
@@ -69,12 +77,14 @@ void add_layer_norm(Matrix<const float> x, Matrix<float> sum, const float* weigh
 
 void layer_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                          Matrix<float> dx, bool accumulate) {
+  const Timed timed(Activity::kNorm);
   for_rows(x.rows, x.cols, 2 * kNormOperations, [&](size_t i) {
     kernel().layer_norm_backward(x.cols, dy.row(i), x.row(i), weight, eps, dx.row(i), accumulate);
   });
 }
 
 void rope(Matrix<float> x, size_t head_dim, const int64_t* positions, RotaryTable table, bool inverse) {
+  const Timed timed(Activity::kRope);
   const size_t heads = x.cols / head_dim, half = table.rotary_dim / 2;
   for_rows(x.rows, x.cols, kRotationOperations, [&](size_t i) {
     const float* angles = table.data + size_t(positions[i]) * table.rotary_dim;
@@ -83,6 +93,7 @@ void rope(Matrix<float> x, size_t head_dim, const int64_t* positions, RotaryTabl
 }
 
 void gated(Activation act, size_t n, const float* gate, const float* up, float* out) {
+  const Timed timed(Activity::kActivation);
   const auto kernel_of_act = kernel().gated[size_t(act)];
   for_pieces(n, kSigmoidOperations, [&](size_t first, size_t count) {
     kernel_of_act(count, gate + first, up ? up + first : nullptr, out + first);
@@ -91,10 +102,60 @@ void gated(Activation act, size_t n, const float* gate, const float* up, float* 
 
 void gated_backward(Activation act, size_t n, const float* dout, const float* gate, const float* up,
                     float* dgate, float* dup) {
+  const Timed timed(Activity::kActivation);
   const auto kernel_of_act = kernel().gated_backward[size_t(act)];
   for_pieces(n, kSigmoidOperations, [&](size_t first, size_t count) {
     kernel_of_act(count, dout + first, gate + first, up ? up + first : nullptr, dgate + first,
                   dup ? dup + first : nullptr);
+  });
+}
+
+namespace {
+
+// Calls body(first, count) for pieces of kConvertedElements elements.
+template <class Body>
+void for_converted(size_t n, const Body& body) {
+  for_pieces(n, kSigmoidOperations, [&](size_t first, size_t count) {
+    for (size_t i = 0; i < count; i += kConvertedElements)
+      body(first + i, std::min(kConvertedElements, count - i));
+  });
+}
+
+}  // namespace
+
+void gated(Activation act, size_t n, const uint16_t* gate, const uint16_t* up, float* out) {
+  const Timed timed(Activity::kActivation);
+  const auto kernel_of_act = kernel().gated[size_t(act)];
+  const auto widen = kernels::table().convert.widen_bfloat16;
+  for_converted(n, [&](size_t first, size_t count) {
+    float *g = scratch<float>(Scratch::kPairing, 2 * kConvertedElements), *u = g + kConvertedElements;
+    widen(count, gate + first, g);
+    widen(count, up + first, u);
+    kernel_of_act(count, g, u, out + first);
+  });
+}
+
+void gated_backward(Activation act, size_t n, const float* dout, const uint16_t* gate, const uint16_t* up,
+                    float* dgate, float* dup) {
+  const Timed timed(Activity::kActivation);
+  const auto kernel_of_act = kernel().gated_backward[size_t(act)];
+  const auto widen = kernels::table().convert.widen_bfloat16;
+  for_converted(n, [&](size_t first, size_t count) {  // the kernel overwrites its inputs
+    widen(count, gate + first, dgate + first);
+    widen(count, up + first, dup + first);
+    kernel_of_act(count, dout + first, dgate + first, dup + first, dgate + first, dup + first);
+  });
+}
+
+void gated_narrow(Activation act, size_t n, const float* gate, const float* up, float* out,
+                  uint16_t* gate_bits, uint16_t* up_bits) {
+  const Timed timed(Activity::kActivation);
+  const auto kernel_of_act = kernel().gated[size_t(act)];
+  const auto narrow = kernels::table().convert.narrow_bfloat16;
+  for_converted(n, [&](size_t first, size_t count) {
+    kernel_of_act(count, gate + first, up + first, out + first);
+    narrow(count, gate + first, gate_bits + first);
+    narrow(count, up + first, up_bits + first);
   });
 }
 

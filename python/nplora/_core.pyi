@@ -315,10 +315,19 @@ def rope(x: Array, positions: Array, table: Array, interleaved: bool, inverse: b
     """
 
 def gated(act: str, gate: Array, up: Array, out: Array) -> None:
-    """out = act(gate) ∘ up, all (n, f); act is "silu", "gelu_pytorch_tanh" or "gelu" (exact)."""
+    """out = act(gate) ∘ up, all (n, f); act is "silu", "gelu_pytorch_tanh" or "gelu" (exact).
+
+    gate and up are float32, or uint16 bits of bfloat16.
+    """
+
+def gated_narrow(act: str, gate: Array, up: Array, out: Array, gate_bits: Array, up_bits: Array) -> None:
+    """Compute `gated` of float32 arrays, and store gate and up as bits of bfloat16 (uint16) too."""
 
 def gated_backward(act: str, dout: Array, gate: Array, up: Array, dgate: Array, dup: Array) -> None:
-    """The gradients of gate and up. dgate may be the same array as gate, and dup the same as up."""
+    """The gradients of gate and up. dgate may be the same array as gate, and dup the same as up.
+
+    gate and up are float32, or uint16 bits of bfloat16.
+    """
 
 def attention(
     q: Array,
@@ -457,3 +466,18 @@ def unwatch_mapping(number: int) -> None:
 
 def available_isas() -> list[str]:
     """The values of NPLORA_ISA for this machine, the best last. Linux may still refuse to enable amx."""
+
+def start_profile() -> None:
+    """Time the later calls of this thread, and count the operations of their products."""
+
+def stop_profile() -> None:
+    """Time no more calls of this thread."""
+
+def take_profile() -> list[Any]:
+    """(activity, calls, seconds, {arithmetic: operations}) since the last call of this or start_profile."""
+
+def peak_rate(arithmetic: str) -> float:
+    """The most operations per second of products in registers, on all threads, measured now.
+
+    arithmetic: "float64", "float32", "bfloat16" or "int8".
+    """

@@ -250,6 +250,32 @@ def sigmoid_error(act: str, g: Array) -> Array:
     return np.asarray(EXP + 4 * U + (0 if act == "silu" else 4 * U) * p * (g < 0))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (2, 1024), (5, 7000)])
+def test_a_gated_unit_of_bits_is_that_of_the_widened_numbers(
+    shape: tuple[int, int], rng: np.random.Generator
+) -> None:
+    dout, gate, up = (rng.normal(0, 2, shape).astype(np.float32) for _ in range(3))
+    gate_bits, up_bits = np.empty(shape, np.uint16), np.empty(shape, np.uint16)
+    out, same, dgate, dup = (unwritten(*shape) for _ in range(4))
+    _core.gated("silu", gate, up, out)
+    _core.gated_narrow("silu", gate, up, same, gate_bits, up_bits)
+    assert np.array_equal(out, same)
+    for values, bits in ((gate, gate_bits), (up, up_bits)):
+        expected = np.empty(shape, np.uint16)
+        _core.narrow(values, "bfloat16", expected)
+        assert np.array_equal(bits, expected)
+        _core.widen(bits, "bfloat16", values)
+    _core.gated("silu", gate, up, out)
+    _core.gated("silu", gate_bits, up_bits, same)
+    assert np.array_equal(out, same)
+    _core.gated_backward("silu", dout, gate_bits, up_bits, dgate, dup)
+    _core.gated_backward("silu", dout, gate, up, gate, up)
+    assert np.array_equal(dgate, gate)
+    assert np.array_equal(dup, up)
+    with pytest.raises(ValueError, match="up_bits must have shape"):
+        _core.gated_narrow("silu", gate, up, same, gate_bits, up_bits[:0])
+
+
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("spread", [1.0, 20.0])
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 17), (40, 1536), (1, 16400)])

@@ -187,9 +187,11 @@ def test_callbacks_run_in_a_fine_tuning_run(model: Path, data: Path, tmp_path: P
     assert calls[1:] == [
         "on_fit_start",
         "on_checkpoint",
+        "on_step_begin",
         "on_before_optimizer_step",
         "on_step_end",
         "on_checkpoint",
+        "on_step_begin",
         "on_before_optimizer_step",
         "on_step_end",
         "on_evaluation",

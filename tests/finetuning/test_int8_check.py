@@ -59,6 +59,16 @@ def test_cosines_are_those_of_models_that_compute_in_int8_and_in_bfloat16(path: 
     assert len(parts) > 1
 
 
+def test_many_values_are_compared_by_a_sample(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = with_adapter(path, "int8")
+    exact, parts = cosines(lm, BATCH)
+    monkeypatch.setattr(int8_check, "COMPARED", lm.num_trainable // 3)
+    whole, sampled = cosines(lm, BATCH)
+    assert whole != exact
+    assert whole == pytest.approx(exact, abs=0.01)
+    assert sampled.keys() == parts.keys()
+
+
 def test_a_comparison_leaves_gradients_and_dropout_alone(path: Path) -> None:
     plain, compared = (with_adapter(path, "int8", dropout=0.5) for _ in range(2))
     for lm in (plain, compared):

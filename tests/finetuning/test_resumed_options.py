@@ -32,6 +32,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "kto": (JUDGED, {"objective": "kto"}),
     "distill": (SUMS, {"objective": "distill", "teacher": "teacher.gguf"}),
     "local": (SUMS, {"local_steps": 1}),
+    "int8": (SUMS, {"compute": "int8", "int8_head": "off"}),
 }
 
 # For each option: the run that is resumed with another value of the option, and that value.
@@ -83,11 +84,13 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "recompute": ("sft", True),
     "filter_vocabulary": ("sft", 1e-4),
     "memory": ("sft", "8G"),
+    "int8_head": ("int8", "on"),
     "keep_prefix": ("upper", "memory"),
     "any_base": ("sft", True),
     "save_every": ("sft", 7),
     "save_minutes": ("sft", 1.0),
     "report_to": ("sft", ("csv",)),
+    "profile": ("sft", True),
     "sample": ("sft", ("1+1=",)),
     "distributed": ("sft", "off"),
     "communication_dtype": ("sft", "bfloat16"),
@@ -103,7 +106,7 @@ def table() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for line in text.splitlines()[2:]:
         options, effect = (cell.strip() for cell in line.strip("|").split(" | "))
-        for name in re.findall(r"`--([a-zA-Z-]+)`", options):
+        for name in re.findall(r"`--([a-zA-Z0-9-]+)`", options):
             found.setdefault(name.replace("-", "_"), []).append(effect)
     return found
 

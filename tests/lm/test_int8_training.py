@@ -119,3 +119,38 @@ def test_a_run_in_int8_learns_as_in_bfloat16_and_resumes_with_the_same_bits(
         losses("stopped", "int8", steps=8, resume=True)
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert files[0] == files[1]
+
+
+def test_the_head_in_int8_is_an_option_that_a_run_keeps(model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"{i} ", "completion": "abc" * 3}) + "\n" for i in range(12))
+    )
+    options: dict[str, Any] = {"rank": 4, "lr": 1e-2, "batch_examples": 4, "seed": 3, "schedule": "constant"}
+
+    def adapter(name: str, model: Any = model, **more: Any) -> bytes:
+        report = finetune(model, data, tmp_path / name, progress=False, **options, **more)
+        return (report.output / "adapter_model.safetensors").read_bytes()
+
+    on, off = (adapter(word, compute="int8", int8_head=word, steps=4) for word in ("on", "off"))
+    assert on != off
+    loaded = nplora.load_model(model, compute="int8")
+    loaded.model.int8_head = True
+    assert adapter("loaded", loaded, steps=4) == on  # "auto" is what the model says
+    loaded = nplora.load_model(model, compute="int8")
+    loaded.model.int8_head = True
+    assert adapter("loaded_off", loaded, int8_head="off", steps=4) == off
+    assert loaded.model.int8_head
+    for name, other, whole in (("on", "off", on), ("off", "on", off)):
+        adapter(f"stopped_{name}", compute="int8", int8_head=name, steps=2)
+        with pytest.raises(ValueError, match="int8_head"):
+            adapter(f"stopped_{name}", compute="int8", int8_head=other, steps=4, resume=True)
+        with pytest.warns(UserWarning, match="total_steps"):
+            assert adapter(f"stopped_{name}", steps=4, resume=True) == whole  # keeps both choices
+
+
+@pytest.mark.parametrize("compute", [None, "bfloat16"])
+def test_the_head_in_int8_needs_int8(model: Path, tmp_path: Path, compute: str | None) -> None:
+    rows = [{"prompt": "a", "completion": "b"}]
+    with pytest.raises(ValueError, match="finetune: int8_head='on' needs compute='int8', but compute is"):
+        finetune(model, rows, tmp_path / "out", compute=compute, int8_head="on", progress=False)

@@ -175,3 +175,20 @@ def test_what_a_callback_logs_lets_it_resume_to_the_same_bits(step: int, tmp_pat
     fit(trainer_of(first, Momentum(), Stop()), epochs=4, checkpoint_dir=tmp_path)
     fit(trainer_of(second, Momentum()), epochs=4, checkpoint_dir=tmp_path, resume=True)
     assert (whole.A.tobytes(), whole.B.tobytes()) == (second.A.tobytes(), second.B.tobytes())
+
+
+class Order(Callback):
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def on_step_begin(self, run: Run) -> None:
+        self.calls.append(f"begin {run.step}")
+
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
+        self.calls.append(f"end {run.step}")
+
+
+def test_every_step_begins_once_before_its_first_batch() -> None:
+    order = Order()
+    fit(trainer_of(layer(), order))  # 6 batches make steps of 4 and 2 batches, in each of 2 epochs
+    assert order.calls == [f"{what} {i + (what == 'end')}" for i in range(4) for what in ("begin", "end")]

@@ -20,6 +20,7 @@ from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.options import EvaluateOptions, FinetuneOptions, TeachOptions
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.run import finetune
+from nplora.finetuning.step_profile import StepProfile
 from nplora.finetuning.teach import Taught, teach
 from nplora.finetuning.token_progress import TokenProgress
 from nplora.finetuning.tuning import Trial, TuneOptions, TuneReport, tune
@@ -38,6 +39,7 @@ __all__ = [
     "MeanLoss",
     "Sample",
     "Score",
+    "StepProfile",
     "Taught",
     "TeachOptions",
     "TextBatches",

@@ -13,7 +13,7 @@ from nplora.trainer.resuming import first_few
 from nplora.trainer.training_setup import too_many_ranks
 
 # The options that may differ from machine to machine, and those that may be objects or paths.
-_MAY_DIFFER = ("memory", "report_to", "save_every", "save_minutes", "teacher", "adapter")
+_MAY_DIFFER = ("memory", "report_to", "profile", "save_every", "save_minutes", "teacher", "adapter")
 
 
 def require_same_options(ranks: Communicator, options: FinetuneOptions) -> None:

@@ -20,6 +20,7 @@ class EarlierRun:
 
     Attributes:
         compute: arithmetic of the products with frozen weights; None: the checkpoint does not name it.
+        int8_head: whether the gradient of the head's input was computed in int8.
         micro_tokens: maximum tokens of a micro-batch; None: the run did not cut its batches.
         step: the number of steps that the run has made.
     """
@@ -27,11 +28,18 @@ class EarlierRun:
     compute: str | None
     micro_tokens: int | None
     step: int
+    int8_head: bool = False
 
     def keep_compute(self, options: FinetuneOptions) -> FinetuneOptions:
         """Return the options. If `compute` of these options is None, it becomes that of the earlier run."""
         if options.compute is None and self.compute is not None:
             return dataclasses.replace(options, compute=self.compute)
+        return options
+
+    def keep_int8_head(self, options: FinetuneOptions) -> FinetuneOptions:
+        """Return the options. If the run is in int8 and `int8_head` is "auto", it becomes that of the run."""
+        if self.compute == "int8" and options.compute in ("int8", None) and options.int8_head == "auto":
+            return dataclasses.replace(options, int8_head="on" if self.int8_head else "off")
         return options
 
 
@@ -55,4 +63,5 @@ def _described(checkpoint: Checkpoint) -> EarlierRun:
         computes.pop() if len(computes) == 1 else None,
         micro_tokens if type(micro_tokens) is int and micro_tokens > 0 else None,
         checkpoint.step,
+        settings.get("int8_head") is True,
     )

@@ -10,7 +10,13 @@ from nplora.distributed.communicator import Alone, Communicator
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.earlier_run import EarlierRun
-from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
+from nplora.finetuning.load import (
+    RunInputs,
+    computes_head_in_int8,
+    evaluation_batches,
+    read_inputs,
+    training_batches,
+)
 from nplora.finetuning.options import FinetuneOptions, from_arguments
 from nplora.finetuning.planning import (
     Adapters,
@@ -94,6 +100,7 @@ def plan(
     patience: int | None = None,
     keep: str = "best",
     compute: str | None = None,
+    int8_head: str = "auto",
     recompute: bool = False,
     filter_vocabulary: float = 0.0,
     memory: str | int | None = None,
@@ -101,6 +108,7 @@ def plan(
     save_every: int = 100,
     save_minutes: float = 5.0,
     report_to: str | Sequence[str] = (),
+    profile: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     sample: Sequence[str] = (),
@@ -346,6 +354,7 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
         ),
         is_local=is_local,
         filters=options.filter_vocabulary > 0,
+        int8_head=computes_head_in_int8(inputs.lm, options),
         reference=[
             size for one in read_before for size in _sizes(one) for _ in range(1 + objective.extra_passes)
         ],

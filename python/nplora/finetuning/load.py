@@ -101,6 +101,7 @@ def read_inputs(
     if share is not None and held_out_sources is not None:
         raise ValueError(f"{op}: valid_split is {share}, but there are validation data already")
     lm = opened(op, model, options.compute, check)
+    options.require_int8_head(op, lm.compute)
     require_plain(op, lm)
     lm.require_trainable(op)  # fails if a named adapter is selected
     start = _start(op, lm, options)
@@ -241,6 +242,12 @@ def _start(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter | No
         return options.adapter
     files.require_named(op, adapter=options.adapter)
     return read_for(lm, options.adapter, lm.source, options.any_base)
+
+
+def computes_head_in_int8(lm: LanguageModel, options: FinetuneOptions) -> bool:
+    """Whether a run computes the gradient of the head's input in int8. False unless the model uses int8."""
+    chosen = lm.model.int8_head if options.int8_head == "auto" else options.int8_head == "on"
+    return chosen and lm.compute == "int8"
 
 
 def training_batches(dataset: Examples, options: FinetuneOptions) -> TokenBatches:

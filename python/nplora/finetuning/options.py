@@ -44,6 +44,7 @@ TEACHER_DTYPES = ("float16", "float32")
 EVALUATED = (*ONE_ANSWER, "preference", "choice")
 KEEP_PREFIX = ("off", "memory", "disk")
 DISTRIBUTED = ("mpi", "off")
+INT8_HEAD = ("auto", "on", "off")
 _OF_THE_ADAPTER = (
     "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "layers", "use_rslora", "use_dora", "init",
     "trainable_tokens", "modules_to_save", "invocation", "add_tokens",
@@ -282,6 +283,13 @@ class FinetuneOptions:
         "`memory` is too small for float32)",
         choices=COMPUTES,
     )
+    int8_head: str = _option(
+        _SPEED,
+        "auto",
+        "with int8: whether the head's backward pass is in int8 too, rounded stochastically (on), in "
+        "bfloat16 (off), or in int8 only on processors without bfloat16 instructions (auto)",
+        choices=INT8_HEAD,
+    )
     recompute: bool = _option(
         _SPEED,
         False,
@@ -316,6 +324,11 @@ class FinetuneOptions:
         "where to report metrics: csv, tensorboard, wandb, mlflow; csv and tensorboard write into reports/ "
         "in the output directory",
         metavar="NAMES",
+    )
+    profile: bool = _unplanned(
+        _RUN,
+        False,
+        "print where the time of a step goes, against the fastest that the processor can multiply",
     )
     resume: bool = _unplanned(
         _RUN,
@@ -408,7 +421,7 @@ class FinetuneOptions:
     def _check_choices(self, op: str) -> None:
         for name, words in (
             ("schedule", SCHEDULES), ("init", LoRALinear.inits),
-            ("keep_prefix", KEEP_PREFIX), ("keep", KEEP),
+            ("keep_prefix", KEEP_PREFIX), ("keep", KEEP), ("int8_head", INT8_HEAD),
         ):  # fmt: skip
             _check.choice(op, name, getattr(self, name), words)
         if self.distributed is not None:
@@ -421,6 +434,7 @@ class FinetuneOptions:
             )
         if self.compute is not None:
             _check.choice(op, "compute", self.compute, COMPUTES)
+            self.require_int8_head(op, self.compute)
         if self.freeze_B and self.lora_plus_ratio != 1:
             raise ValueError(
                 f"{op}: lora_plus_ratio={self.lora_plus_ratio} and freeze_B exclude each other: the ratio is "
@@ -431,6 +445,13 @@ class FinetuneOptions:
             own := [n for n, value in given.items() if getattr(self, n) != value]
         ):
             raise ValueError(f"{op}: {own[0]} is for local_steps, which is not set")
+
+    def require_int8_head(self, op: str, compute: str) -> None:
+        """Raise a ValueError if `int8_head` is set and `compute` is not "int8"."""
+        if self.int8_head != "auto" and compute != "int8":
+            raise ValueError(
+                f"{op}: int8_head={self.int8_head!r} needs compute='int8', but compute is {compute!r}"
+            )
 
     def _check_numbers(self, op: str) -> None:
         counts = (

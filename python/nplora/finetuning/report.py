@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nplora.finetuning.data import DataReport
 from nplora.finetuning.planning import peak_memory
+from nplora.finetuning.step_profile import StepProfile
 from nplora.formats.errors import counted
 from nplora.trainer import History, RankRecord, StepRecord
 from nplora.trainer.history import mean_metrics
@@ -68,6 +69,7 @@ class FinetuneReport:
         process: number of the process that made the report, if several processes have trained together. Only
             rank 0 has the texts of the samples.
         ranks: the speed and the waiting time of each of these processes.
+        profile: where the time of the steps went, if `profile` was set.
         tokens: number of trained tokens in all steps, including the steps before a resume. If the unit is
             pairs or answers, the number is estimated from their mean length.
 
@@ -95,6 +97,7 @@ class FinetuneReport:
     metrics_after: dict[str, float] = field(default_factory=dict)
     process: int = 0
     ranks: tuple[RankRecord, ...] = ()
+    profile: StepProfile | None = None
 
     @property
     def tokens(self) -> int:
@@ -128,6 +131,8 @@ class FinetuneReport:
             f"peak memory {peak_memory() / 1e6:.0f} MB{losses}"
         )
         lines += [record.in_words(self.unit) for record in self.ranks]
+        if self.profile is not None:
+            lines.append(str(self.profile))
         lines.append(f"trained {self.trained:,} of {self.parameters:,} values")
         ended = ", interrupted: --resume continues" if history.interrupted else ""
         if best := self._kept_best():

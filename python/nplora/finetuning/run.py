@@ -21,7 +21,13 @@ from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.earlier_run import find_earlier_run
 from nplora.finetuning.execution import choose_execution
 from nplora.finetuning.int8_check import Int8Check
-from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
+from nplora.finetuning.load import (
+    RunInputs,
+    computes_head_in_int8,
+    evaluation_batches,
+    read_inputs,
+    training_batches,
+)
 from nplora.finetuning.milestones import Milestones
 from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.options import FinetuneOptions, default_lr, from_arguments
@@ -29,6 +35,7 @@ from nplora.finetuning.output import REPORTS, require_free, require_not_read
 from nplora.finetuning.planning import ExecutionPlan
 from nplora.finetuning.preparation import Preparation
 from nplora.finetuning.report import FinetuneReport, Sample
+from nplora.finetuning.step_profile import StepProfile, StepProfiler
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
 from nplora.formats import files
 from nplora.formats.errors import FormatError
@@ -108,6 +115,7 @@ def finetune(
     patience: int | None = None,
     keep: str = "best",
     compute: str | None = None,
+    int8_head: str = "auto",
     recompute: bool = False,
     filter_vocabulary: float = 0.0,
     memory: str | int | None = None,
@@ -115,6 +123,7 @@ def finetune(
     save_every: int = 100,
     save_minutes: float = 5.0,
     report_to: str | Sequence[str] = (),
+    profile: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     sample: Sequence[str] = (),
@@ -217,6 +226,8 @@ def finetune(
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
         compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32,
             unless `memory` is too small for float32).
+        int8_head: with int8: whether the head's backward pass is in int8 too, rounded stochastically (on), in
+            bfloat16 (off), or in int8 only on processors without bfloat16 instructions (auto).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
         filter_vocabulary: leave words below this probability, such as 1e-6, out of the gradient of the output
@@ -229,6 +240,7 @@ def finetune(
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         report_to: where to report metrics: csv, tensorboard, wandb, mlflow; csv and tensorboard write into
             reports/ in the output directory.
+        profile: print where the time of a step goes, against the fastest that the processor can multiply.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
@@ -302,6 +314,8 @@ def _finetune(
     earlier = ranks.broadcast(earlier, "the search for an earlier run")
     if earlier is not None and not isinstance(model, LanguageModel):
         chosen = earlier.keep_compute(chosen)
+    if earlier is not None:
+        chosen = earlier.keep_int8_head(chosen)
 
     inputs = read_inputs("finetune", model, data, valid, chosen)
     require_same_data(ranks, inputs)
@@ -321,14 +335,15 @@ def _finetune(
     if is_first:
         require_free(place, chosen, bool(inputs.added_tokens))
     prefix = _new_prefix(inputs, place, chosen.keep_prefix)
+    int8_head = computes_head_in_int8(lm, chosen)
     word_filter = WordFilter(chosen.filter_vocabulary) if chosen.filter_vocabulary else None
 
-    with _opened_output(place, ranks) as directory, _computing(lm, execution, prefix, word_filter):
+    with _opened_output(place, ranks) as directory, _computing(lm, execution, prefix, word_filter, int8_head):
         read = [batches, *([validation] if validation else [])]
         prepared = Preparation(inputs.objective, plain, read, directory, say, ranks)
         del plain
         loss = inputs.objective.loss(execution.micro_tokens)
-        loss.word_filter = word_filter
+        loss.word_filter, loss.int8_head = word_filter, int8_head
         baseline = Baseline(lm, loss, validation, inputs.prompts(chosen.sample), say, ranks)
         is_new = directory is not None and not (chosen.resume and holds_run(directory))
         is_new = ranks.broadcast(is_new, "the choice between a new run and an earlier one")
@@ -340,7 +355,11 @@ def _finetune(
         base = os.fspath(model.source if isinstance(model, LanguageModel) else model)
         save = functools.partial(save_adapter, chat_template=inputs.train.report.chat)
         with contextlib.ExitStack() as stack:
+            profiler = StepProfiler() if chosen.profile else None
             callbacks = [reached, prepared, baseline, *own]
+            if profiler is not None:
+                stack.callback(profiler.cancel)
+                callbacks.insert(0, profiler)
             if directory is not None:
                 reports, shown = Path(directory, REPORTS), _shown(chosen, inputs, batches)
                 callbacks += stack.enter_context(
@@ -356,7 +375,8 @@ def _finetune(
         if directory is not None:
             _save(lm, directory, base, save)
             found_at = directory.seen_from(output)
-    return _report(found_at, inputs, chosen, baseline, history, trainer)
+    profile = None if profiler is None else profiler.result()
+    return _report(found_at, inputs, chosen, baseline, history, trainer, profile)
 
 
 @contextlib.contextmanager
@@ -400,18 +420,24 @@ def _new_prefix(inputs: RunInputs, output: StrPath, where: str) -> PrefixCache |
 
 @contextlib.contextmanager
 def _computing(
-    lm: LanguageModel, execution: ExecutionPlan, prefix: PrefixCache | None, word_filter: WordFilter | None
+    lm: LanguageModel,
+    execution: ExecutionPlan,
+    prefix: PrefixCache | None,
+    word_filter: WordFilter | None,
+    int8_head: bool,
 ) -> Iterator[None]:
     """Inside the `with` block, the model computes according to the plan.
 
     Afterwards, it computes as before.
     """
-    before = lm.model.recompute
+    before = lm.model.recompute, lm.model.int8_head
     lm.model.recompute, lm.model.prefix, lm.model.word_filter = execution.recompute, prefix, word_filter
+    lm.model.int8_head = int8_head
     try:
         yield
     finally:
-        lm.model.recompute, lm.model.prefix, lm.model.word_filter = before, None, None
+        lm.model.recompute, lm.model.int8_head = before
+        lm.model.prefix = lm.model.word_filter = None
         if prefix is not None:
             prefix.close()
 
@@ -427,7 +453,7 @@ def _shown(options: FinetuneOptions, inputs: RunInputs, batches: TokenBatches) -
         "examples": summary["examples"],
         "valid": None if held_out is None else held_out.report.source,
         "trained_values": lm.num_trainable,
-    } | (chosen | used | {"compute": lm.compute})
+    } | (chosen | used | {"compute": lm.compute, "int8_head": computes_head_in_int8(lm, options)})
 
 
 def new_trainer(
@@ -540,6 +566,7 @@ def _report(
     baseline: Baseline,
     history: History,
     trainer: Trainer,
+    profile: StepProfile | None,
 ) -> FinetuneReport:
     lm, stopped = inputs.lm, history.interrupted
     process, is_silent = trainer.communicator.rank, stopped or trainer.communicator.rank
@@ -561,6 +588,7 @@ def _report(
         was_finished=baseline.was_finished,
         process=process,
         ranks=tuple(trainer.ranks),
+        profile=profile,
     )
 
 

@@ -15,6 +15,7 @@ from nplora.models.decoder import Decoder
 from nplora.models.packing import IGNORED
 from nplora.nn import Linear, LoRALinear, TrainedHead, stack_backward, stack_forward
 from nplora.runtime.giving_way import give_way
+from nplora.runtime.profile import section
 
 Array = npt.NDArray[Any]
 AnyHead = Linear | LoRALinear | TrainedHead
@@ -33,6 +34,8 @@ class LogitLoss(Protocol):
             rows: the positions of these rows in the batch.
         """
 
+
+SECTION = "head"  # of a Profiler: the head and the loss
 
 # Logits of a chunk. A chunk must be small enough to stay in the cache between head, loss and gradient, and
 # have enough rows that reading the head's weight costs little compared with the products. If more than
@@ -228,7 +231,8 @@ def _chunks_of(targets: Array, head: AnyHead) -> Iterator[Array]:
     """
     for rows in chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0]):
         give_way()
-        yield rows
+        with section(SECTION):
+            yield rows
 
 
 def most_rows(rows: int, vocab: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _core
-from nplora.models.activation_storage import keeps_bits, narrowed, widened
+from nplora.models.activation_storage import keeps_bits
 from nplora.models.footprint import BITS, FLOAT, Adapted, Footprint, stored
 from nplora.nn import Linear, LoRALinear, stack_backward, stack_forward
 from nplora.nn.module import Gradient, Module, Saved, inferring
@@ -69,9 +69,12 @@ class MLP(Module):
         """Compute the output y (n, d) from the input x (n, d)."""
         outputs, inputs = stack_forward(self._inputs, x)
         gate, up = _split(outputs)
-        (y,), down = stack_forward((self.down_proj,), self._gated(gate, up))
+        del outputs
         if self._narrow and not inferring():
-            gate, up = narrowed(gate), narrowed(up)
+            hidden, gate, up = self._gated_narrow(gate, up)
+        else:
+            hidden = self._gated(gate, up)
+        (y,), down = stack_forward((self.down_proj,), hidden)
         return y, MLPSaved(gate, up, inputs.with_x(None), down.with_x(None))
 
     def run_cached(self, x: Array, *state: object) -> Array:
@@ -85,16 +88,19 @@ class MLP(Module):
     ) -> Gradient:
         """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False.
 
-        The arrays in `saved` are overwritten.
+        Arrays of float32 in `saved` are overwritten.
         """
         deeper = need_dx or any(layer.local_parameters() for layer in self._inputs)
-        gate, up = (widened(saved.gate), widened(saved.up)) if self._narrow else (saved.gate, saved.up)
+        gate, up = saved.gate, saved.up
         hidden = self._gated(gate, up) if self.down_proj.reads_x else None
         dhidden = stack_backward((self.down_proj,), [dy], saved.down.with_x(hidden), deeper)
         if not deeper:
             return None
-        _core.gated_backward(self._act, dhidden, gate, up, gate, up)  # in place
-        gradients = [gate, up] if len(self.reading) == 2 else [np.concatenate((gate, up), axis=1)]
+        assert dhidden is not None
+        del hidden
+        dgate, dup = (buffers.empty_like(dhidden) for _ in range(2)) if self._narrow else (gate, up)
+        _core.gated_backward(self._act, dhidden, gate, up, dgate, dup)
+        gradients = [dgate, dup] if len(self.reading) == 2 else [np.concatenate((dgate, dup), axis=1)]
         return stack_backward(self._inputs, gradients, saved.inputs.with_x(x), need_dx)
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
@@ -107,19 +113,25 @@ class MLP(Module):
         joint = 2 * f if len(self.reading) == 1 else 0
         low = adapted.saved((*self.reading, "down_proj"))
         saved = stored(narrow) * 2 * f
-        # x, gate, up, hidden, y
-        forward = low + FLOAT * (d + 3 * f + joint + d) + (BITS * 2 * f if narrow else 0)
+        # x, gate, up, hidden, and y or the bits of gate and up
+        forward = low + FLOAT * (d + 3 * f + joint) + (BITS * 2 * f if narrow else FLOAT * d)
         backward = FLOAT * (f + d + joint)  # the gradients of hidden and x
         backward += FLOAT * d if adapted.read_inputs(self.reading) else 0  # x
-        backward += FLOAT * f if adapted.read_inputs(("down_proj",)) else 0  # hidden
-        backward += FLOAT * (d + 2 * f) if narrow else 0  # x, gate, up
+        backward += FLOAT * f if adapted.read_inputs(("down_proj",)) and not narrow else 0  # hidden
+        backward += FLOAT * (d + 2 * f) if narrow else 0  # x, and the gradients of gate and up
         backward += FLOAT * 2 * f if adapted.use_dora and adapted.outputs else 0
         return Footprint(saved + low, forward, backward)
 
     def _gated(self, gate: Array, up: Array) -> Array:
-        out = buffers.empty_like(gate)
+        out = buffers.empty(gate.shape, np.float32)
         _core.gated(self._act, gate, up, out)
         return out
+
+    def _gated_narrow(self, gate: Array, up: Array) -> tuple[Array, Array, Array]:
+        """The gated unit, and the bits of gate and up in bfloat16."""
+        out, gate_bits, up_bits = (buffers.empty(gate.shape, t) for t in (np.float32, np.uint16, np.uint16))
+        _core.gated_narrow(self._act, gate, up, out, gate_bits, up_bits)
+        return out, gate_bits, up_bits
 
 
 def _split(outputs: Sequence[Array]) -> Sequence[Array]:

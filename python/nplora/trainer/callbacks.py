@@ -44,6 +44,9 @@ class Callback:
         directory contains no new run, and an earlier run that should be overwritten is still there.
         """
 
+    def on_step_begin(self, run: Run) -> None:
+        """Called in every step, before its first batch is computed."""
+
     def on_before_optimizer_step(self, run: Run, gradients: Mapping[str, npt.NDArray[Any]]) -> None:
         """Called in every step, before the gradients are clipped and the parameters are updated.
 

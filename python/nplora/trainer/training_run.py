@@ -194,6 +194,8 @@ class TrainingRun(Run):
         stepper = self._stepper
         stepper.begin()
         for x, y in self._config.batches.epoch(self.epoch, self.batch):
+            if not stepper.has_batches:
+                self._call("on_step_begin")
             stepper.add(x, y)
             if stepper.is_full:
                 self._update()

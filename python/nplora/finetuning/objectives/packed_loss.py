@@ -25,6 +25,7 @@ class PackedLoss(FusedLoss):
         tokens: number of tokens, trained or not, of all batches that were processed, here or on other ranks.
         after_part: called after the backward pass of each micro-batch.
         word_filter: the filter of the model's head, or None.
+        int8_head: whether the gradient of the head's input is computed in int8.
         unit: the name of the items that `count` counts, for progress lines.
     """
 
@@ -36,6 +37,7 @@ class PackedLoss(FusedLoss):
         self._tally = Tally()
         self.after_part: Callable[[], None] = _nothing
         self.word_filter: WordFilter | None = None
+        self.int8_head = False
 
     def parts(self, x: PackedBatch, y: Any) -> int:
         """The number of micro-batches of a batch."""
@@ -56,7 +58,8 @@ class PackedLoss(FusedLoss):
 
     def settings(self) -> dict[str, Any]:
         cut = {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}
-        return cut if self.word_filter is None else cut | {"filter_vocabulary": self.word_filter.bound}
+        filtered = {} if self.word_filter is None else {"filter_vocabulary": self.word_filter.bound}
+        return cut | filtered | ({"int8_head": True} if self.int8_head else {})
 
     def count(self, x: PackedBatch, y: Any) -> int:
         return x.num_targets

@@ -162,7 +162,7 @@ def choose(
             f"{op}: the peak memory of this process is {need(reached)} already, and the limit is "
             f"{room(budget)}: plan and train in a new process"
         )
-    speeds = measured(lm, tuple(dict.fromkeys(plan.compute for plan in plans)))
+    speeds = measured(lm, tuple(dict.fromkeys(plan.compute for plan in plans)), work.int8_head)
     taught = _teaching_times(work, tuple(speeds))
     seconds = {
         plan: _seconds(lm, adapters, work, plan, speeds[plan.compute], taught[plan.compute]) for plan in plans

@@ -15,12 +15,14 @@ from typing import Any, Self
 
 from nplora import _core
 from nplora.adapters.trained_rows import rows_needed, with_rows_beyond
+from nplora.finetuning.int8_check import COMPARED
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.lm import LanguageModel, adapting
 from nplora.models.config import ModelConfig
 from nplora.models.footprint import NOT_ADAPTED, Adapted
 from nplora.models.head import most_rows
 from nplora.models.word_filter import FLAT_ROWS
+from nplora.nn import Linear, LoRALinear
 from nplora.nn.principal import PRINCIPAL_INITS
 
 _FLOAT, _BITS = 4, 2
@@ -357,6 +359,7 @@ def predicted(
     pairs = max(step.tokens, evaluated) * max(
         block.footprint(NOT_ADAPTED, narrow).scratch for block in layers
     )
+    codes = _of_int8(lm, adapters) if plan.compute == "int8" else 0
     process, weights = resident
     return Memory(
         process,
@@ -369,8 +372,16 @@ def predicted(
         threads * (min(_LANES, lanes) + _THREAD)
         + pairs
         + adapters.scratch(narrow, max(step.tokens, evaluated), threads)
+        + codes
         + _HEAP,
     )
+
+
+def _of_int8(lm: LanguageModel, adapters: Adapters) -> int:
+    """The bytes that only int8 takes: a scale for each row of the weights, and gradients to compare."""
+    layers = [module for _, module in lm.named_modules() if isinstance(module, Linear | LoRALinear)]
+    rows = sum(layer.weight.shape[0] for layer in layers)
+    return _FLOAT * (rows + min(COMPARED, adapters.numbers))
 
 
 def _is_embedding(name: str) -> bool:

@@ -67,8 +67,12 @@ class Speed:
         return lm.config.num_hidden_layers * self.forward.seconds(tokens) + self.head.seconds(targets) / 2
 
 
-def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
-    """Measure the speed in each arithmetic, with the current number of threads."""
+def measured(lm: LanguageModel, computes: tuple[str, ...], int8_head: bool = False) -> dict[str, Speed]:
+    """Measure the speed in each arithmetic, with the current number of threads.
+
+    Args:
+        int8_head: whether the gradient of the head's input is computed in int8, if the other products are.
+    """
     block = lm.model.layers[0]
     config = lm.config
     x = np.random.default_rng(0).standard_normal((_MANY, config.hidden_size), np.float32)
@@ -82,8 +86,8 @@ def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
 
     forward_seconds, whole_seconds = seconds(whole_forward), seconds(whole)
     linears = [weight for _, module in block.named_modules() for weight in _matrices(module)]
-    speeds = {compute: _products(lm, linears, compute) for compute in computes}
-    reference = speeds.get(lm.compute) or _products(lm, linears, lm.compute)
+    speeds = {compute: _products(lm, linears, compute, int8_head) for compute in computes}
+    reference = speeds.get(lm.compute) or _products(lm, linears, lm.compute, int8_head)
     rest = max(0.0, forward_seconds - reference.forward.seconds(_MANY)) / _MANY
     rest_backward = max(0.0, whole_seconds - forward_seconds - reference.backward.seconds(_MANY)) / _MANY
     buffers.release()
@@ -98,7 +102,7 @@ def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
     }
 
 
-def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str) -> Speed:
+def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str, int8_head: bool) -> Speed:
     """The speed of the products with frozen weights, without the other work of a block."""
     weights = [weight.with_compute(compute) for weight in linears]
     forward = _cost(weights, FrozenWeight.matmul, 1, (_FEW, _MANY))
@@ -106,7 +110,7 @@ def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str) -> S
     head = [weight.with_compute(compute) for weight in _matrices(lm.lm_head)]
     head_rows = (_HEAD_ROWS // 4, _HEAD_ROWS)
     to = _cost(head, FrozenWeight.matmul, 1, head_rows)
-    if compute == "int8":  # the gradient of the head's input is computed in bfloat16
+    if compute == "int8" and not int8_head:  # the gradient of the head's input is computed in bfloat16
         head = [weight.with_compute("bfloat16") for weight in head]
     back = _cost(head, FrozenWeight.matmul_t, 0, head_rows)
     operations = 2.0 * sum(weight.size for weight in weights) / forward.token

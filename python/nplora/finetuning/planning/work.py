@@ -45,6 +45,7 @@ class Work:
         adds_in_order: whether the gradients of each micro-batch are kept, to be added up in a fixed order.
         is_local: whether ranks make local steps, which outer steps combine.
         filters: whether a word filter computes the gradient of the head's input.
+        int8_head: whether plans in int8 compute this gradient in int8.
 
     >>> work = nplora.finetuning.planning.Work([(np.array([8, 5]), np.array([3, 2]))], steps=10)
     >>> work.longest, work.batch_tokens
@@ -67,6 +68,7 @@ class Work:
     adds_in_order: bool = False
     is_local: bool = False
     filters: bool = False
+    int8_head: bool = False
 
     def batches_of_steps(self) -> Iterator[list[tuple[Array, Array]]]:
         """The batches of each step, for all batches in `batches`.

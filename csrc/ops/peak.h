@@ -1,0 +1,12 @@
+// The most operations that this machine can do in a second, with operands in registers.
+#pragma once
+
+#include "base/profile.h"
+
+namespace nplora {
+
+// Multiplies on all threads for some milliseconds. Returns the floating-point operations per second of the
+// instructions that products in this arithmetic use.
+double peak_rate(Arithmetic arithmetic);
+
+}  // namespace nplora

@@ -1,0 +1,146 @@
+"""StepProfile: where the time of a run's steps went, against the floor of the arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nplora import _core
+from nplora.models.head import SECTION as HEAD
+from nplora.runtime import get_num_threads
+from nplora.runtime.profile import Profiler, Total
+from nplora.trainer import Callback, Run
+from nplora.trainer.history import StepRecord
+
+_NAMES = {
+    ("", "forward"): "products, forward",
+    ("", "backward"): "products, backward",
+    ("", "attention"): "attention, forward",
+    ("", "attention_backward"): "attention, backward",
+    ("", "norm"): "norms",
+    ("", "rope"): "rotary positions",
+    ("", "activation"): "activation functions",
+    ("", "conversion"): "to bfloat16 and back",
+    (HEAD, "forward"): "head: products, forward",
+    (HEAD, "backward"): "head: products, backward",
+    (HEAD, "loss"): "head: loss",
+    ("", "optimizer"): "clipping and optimiser",
+}
+_HEAD_REST, _REST = "head: norm and rest", "rest: Python and NumPy"
+_PEAKS = ("float32", "bfloat16", "int8")  # measured before the run too
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """One activity.
+
+    Attributes:
+        seconds: in all steps.
+        operations: floating-point operations of products, by arithmetic; an operation in int8 counts as one.
+            Products with W count with those of the adapter.
+    """
+
+    name: str
+    seconds: float
+    operations: Mapping[str, float]
+
+    def floor(self, peaks: Mapping[str, float]) -> float:
+        """The seconds that the operations take at the peak rates."""
+        return sum(number / peaks[arithmetic] for arithmetic, number in self.operations.items())
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """Where the time of a run's steps went; `print` shows a table.
+
+    Attributes:
+        steps: the number of steps.
+        seconds: the time of all steps, without evaluations and checkpoints.
+        threads: the number of threads.
+        rows: the activities. Their seconds add up to `seconds`.
+        peaks: the most operations per second of the processor's instructions on all threads, by arithmetic,
+            as measured at the beginning and the end of the run.
+
+    >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", steps=2, profile=True, overwrite=True)
+    >>> report.profile.steps, [row.name for row in report.profile.rows][:2]
+    (2, ['products, forward', 'products, backward'])
+    """
+
+    steps: int
+    seconds: float
+    threads: int
+    rows: tuple[ProfileRow, ...]
+    peaks: Mapping[str, float]
+
+    @property
+    def floor(self) -> float:
+        """The seconds that the products of all steps take at the peak rates."""
+        return sum(row.floor(self.peaks) for row in self.rows)
+
+    def __str__(self) -> str:
+        head = f"{'a step':<26}{'ms':>9}{'share':>8}{'GFLOP/s':>10}{'of peak':>9}"
+        lines = [head, *map(self._line, self.rows)]
+        used = {arithmetic for row in self.rows for arithmetic in row.operations}
+        peaks = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in self.peaks.items() if name in used)
+        each, floor = (1e3 * seconds / max(1, self.steps) for seconds in (self.seconds, self.floor))
+        lines.append(f"{'all':<26}{each:9.1f}{1:8.1%}")
+        lines.append(f"products alone, at the peak rates: {floor:.1f} ms a step")
+        lines.append(f"peak rates on {self.threads} threads, in GFLOP/s: {peaks}")
+        return "\n".join(lines)
+
+    def _line(self, row: ProfileRow) -> str:
+        text = f"{row.name:<26}{1e3 * row.seconds / max(1, self.steps):9.1f}"
+        text += f"{row.seconds / max(1e-9, self.seconds):8.1%}"
+        if not row.operations:
+            return text
+        seconds = max(1e-9, row.seconds)
+        rate = sum(row.operations.values()) / seconds
+        return f"{text}{rate / 1e9:10.0f}{row.floor(self.peaks) / seconds:9.0%}"
+
+
+class StepProfiler(Callback):
+    """Makes the profile of a run.
+
+    It must be the first callback, so that the work of other callbacks is not recorded. `cancel` must be
+    called at the end.
+    """
+
+    def __init__(self) -> None:
+        self._profiler = Profiler()
+        self._steps, self._seconds = 0, 0.0
+        self._peaks = dict[str, float]()
+
+    def on_fit_start(self, run: Run) -> None:
+        self._measure(_PEAKS)
+
+    def on_step_begin(self, run: Run) -> None:
+        self._profiler.start()
+
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
+        self._profiler.stop()
+        self._steps += 1
+        self._seconds += record.seconds
+
+    def cancel(self) -> None:
+        """Record no more calls."""
+        self._profiler.cancel()
+
+    def result(self) -> StepProfile:
+        """The profile of all steps so far."""
+        totals, sections = self._profiler.totals, self._profiler.sections
+        self._measure({name for total in totals.values() for name in total.operations})
+        rows = [_row(name, totals[key]) for key, name in _NAMES.items() if key in totals]
+        in_head = sum(total.seconds for key, total in totals.items() if key[0] == HEAD and key in _NAMES)
+        rows.append(ProfileRow(_HEAD_REST, sections[HEAD] - in_head, {}))
+        rest = self._seconds - sum(row.seconds for row in rows)
+        rows.append(ProfileRow(_REST, rest, {}))
+        return StepProfile(self._steps, self._seconds, get_num_threads(), tuple(rows), dict(self._peaks))
+
+    def _measure(self, arithmetics: set[str] | tuple[str, ...]) -> None:
+        """Measure peak rates. The highest of all measurements counts: other programs may disturb some."""
+        for name in sorted(arithmetics):
+            self._peaks[name] = max(self._peaks.get(name, 0.0), _core.peak_rate(name))
+
+
+def _row(name: str, total: Total) -> ProfileRow:
+    return ProfileRow(name, total.seconds, dict(total.operations))

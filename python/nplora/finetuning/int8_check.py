@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from nplora.finetuning.data import TokenBatches
 from nplora.lm import LanguageModel
-from nplora.models.packing import PackedBatch
 from nplora.nn import Linear, LoRALinear
 from nplora.nn.int8 import without_int8
+from nplora.nn.module import Module
 from nplora.trainer import Callback, Run
 from nplora.trainer.history import StepRecord
 
@@ -26,41 +26,40 @@ SAMPLE_TOKENS = 512  # the most tokens of the sample, if its first sequence is n
 LEAST_COSINE = 0.95
 _EVENT = "int8"  # the event of these lines in the log
 
+AddGradient = Callable[[], None]  # adds the gradient of the sample to the gradients of the model
+
 
 class Int8Check(Callback):
     """Computes the gradient of a sample in int8 and in bfloat16, and compares their directions.
 
-    Every comparison takes the same sample: the first sequences of the training data. The parts of the model
-    are its blocks, the head and the embedding. If the cosine of a part's two gradients is too small, the part
+    Every comparison takes the same sample of the training data. The parts of the model are its blocks, the
+    head and the embedding. If the cosine of a part's two gradients is too small, the part
     computes in bfloat16 from then on. If only the cosine of the whole gradient is too small, the part with
     the smallest cosine does. The log has one line for each comparison.
 
     Args:
-        lm: the model, with its adapter.
-        batches: the training data.
+        model: the model, with its adapter.
+        add_gradient: adds the gradient of the sample.
         say: prints a line.
-        micro_tokens: the most tokens that are in memory together, as in PackedLoss.
         every: the number of steps between two comparisons.
         least_cosine: the smallest cosine that is accepted; None: LEAST_COSINE.
     """
 
     def __init__(
         self,
-        lm: LanguageModel,
-        batches: TokenBatches,
+        model: Module,
+        add_gradient: AddGradient,
         say: Callable[[str], None],
-        micro_tokens: int | None = None,
         every: int = EVERY,
         least_cosine: float | None = None,
     ) -> None:
-        self._lm, self._batches, self._say = lm, batches, say
-        self._tokens = min(SAMPLE_TOKENS, micro_tokens or SAMPLE_TOKENS)
+        self._model, self._add_gradient, self._say = model, add_gradient, say
         self._every, self._least = every, LEAST_COSINE if least_cosine is None else least_cosine
         self._fallen_back: list[str] = []  # the parts that compute in bfloat16
 
     def on_fit_start(self, run: Run) -> None:
         """Take over the parts that an earlier run of this directory has returned to bfloat16."""
-        for layer in layers_of(self._lm, part_names(self._lm)):
+        for layer in layers_of(self._model, part_names(self._model)):
             layer.int8 = True  # an earlier run may have ended with an error
         self._fall_back(run.logged(_EVENT).get("in_bfloat16", []))
 
@@ -69,13 +68,13 @@ class Int8Check(Callback):
             self._compare(run)
 
     def on_fit_end(self, run: Run) -> None:
-        for layer in layers_of(self._lm, self._fallen_back):
+        for layer in layers_of(self._model, self._fallen_back):
             layer.int8 = True
 
     def _compare(self, run: Run) -> None:
-        whole, parts = cosines(self._lm, self._sample())
+        whole, parts = cosines(self._model, self._add_gradient)
         worst = min(parts, key=lambda part: parts[part], default="")
-        in_int8 = [part for part in parts if any(layer.int8 for layer in layers_of(self._lm, [part]))]
+        in_int8 = [part for part in parts if any(layer.int8 for layer in layers_of(self._model, [part]))]
         new = [part for part in in_int8 if not parts[part] >= self._least]
         if in_int8 and not new and not whole >= self._least:
             new = [min(in_int8, key=lambda part: parts[part])]
@@ -96,29 +95,43 @@ class Int8Check(Callback):
             },
         )
 
-    def _sample(self) -> PackedBatch:
-        batch, _ = next(self._batches.epoch(0))
-        pieces = batch.pieces(self._tokens)
-        return next((piece for piece in pieces if piece.num_targets), pieces[0])
-
     def _fall_back(self, parts: Iterable[str]) -> None:
         self._fallen_back += parts
-        for layer in layers_of(self._lm, self._fallen_back):
+        for layer in layers_of(self._model, self._fallen_back):
             layer.int8 = False
 
 
-def cosines(lm: LanguageModel, sample: PackedBatch) -> tuple[float, dict[str, float]]:
+def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None = None) -> AddGradient:
+    """Adds the gradient of a language model for the first sequences of the training data.
+
+    Args:
+        micro_tokens: the most tokens that are in memory together, as in PackedLoss.
+    """
+    tokens = min(SAMPLE_TOKENS, micro_tokens or SAMPLE_TOKENS)
+
+    def add_gradient() -> None:
+        batch, _ = next(batches.epoch(0))
+        pieces = batch.pieces(tokens)
+        sample = next((piece for piece in pieces if piece.num_targets), pieces[0])
+        lm.forward_backward(sample, 1 / max(1, sample.num_targets))
+        if lm.model.word_filter is not None:
+            lm.model.word_filter.take_skipped()  # these words are not the run's
+
+    return add_gradient
+
+
+def cosines(model: Module, add_gradient: AddGradient) -> tuple[float, dict[str, float]]:
     """The cosine of the gradients in int8 and in bfloat16: of all parameters, and of those of each part.
 
     The gradients of the parameters and the states of the random generators stay as they are.
     """
-    with _undisturbed(lm):
-        lm.forward_backward(sample, 1 / max(1, sample.num_targets))
-        int8 = [parameter.grad.copy() for parameter in lm.parameters()]
+    with _undisturbed(model):
+        add_gradient()
+        int8 = [parameter.grad.copy() for parameter in model.parameters()]
     whole, parts = Products(), dict[str, Products]()
-    with _undisturbed(lm), without_int8():
-        lm.forward_backward(sample, 1 / max(1, sample.num_targets))
-        for gradient, parameter in zip(int8, lm.parameters(), strict=True):
+    with _undisturbed(model), without_int8():
+        add_gradient()
+        for gradient, parameter in zip(int8, model.parameters(), strict=True):
             for products in (whole, parts.setdefault(part_of(parameter.name), Products())):
                 products.add(gradient.ravel(), parameter.grad.ravel())
     return whole.cosine(), {part: products.cosine() for part, products in parts.items()}
@@ -142,17 +155,23 @@ class Products:
         return self.ab / math.sqrt(self.aa * self.bb) if self.aa and self.bb else 0.0
 
 
-def layers_of(lm: LanguageModel, parts: Iterable[str]) -> Iterator[Linear | LoRALinear]:
+def computes_in_int8(model: Module) -> bool:
+    """Whether some frozen weights of a model have compute="int8"."""
+    layers = (module for _, module in model.named_modules() if isinstance(module, Linear | LoRALinear))
+    return any(getattr(layer.weight, "compute", None) == "int8" for layer in layers)
+
+
+def layers_of(model: Module, parts: Iterable[str]) -> Iterator[Linear | LoRALinear]:
     """The layers of some parts of a model that can compute in int8."""
     wanted = set(parts)
-    for name, module in lm.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, Linear | LoRALinear) and part_of(name) in wanted:
             yield module
 
 
-def part_names(lm: LanguageModel) -> list[str]:
+def part_names(model: Module) -> list[str]:
     """The parts of the model that have parameters."""
-    return list(dict.fromkeys(part_of(parameter.name) for parameter in lm.parameters()))
+    return list(dict.fromkeys(part_of(parameter.name) for parameter in model.parameters()))
 
 
 def part_of(name: str) -> str:
@@ -167,18 +186,16 @@ def part_of(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _undisturbed(lm: LanguageModel) -> Iterator[None]:
+def _undisturbed(model: Module) -> Iterator[None]:
     """After the `with` block, the gradients and the random generators are as they were before it."""
-    streams = lm.random_state()
-    kept = [p.grad.copy() if p.grad.any() else None for p in lm.parameters()]  # usually zero after a step
-    lm.zero_grad()
+    streams = model.random_state()
+    kept = [p.grad.copy() if p.grad.any() else None for p in model.parameters()]  # usually zero after a step
+    model.zero_grad()
     try:
         yield
     finally:
-        lm.zero_grad()
-        for parameter, gradient in zip(lm.parameters(), kept, strict=True):
+        model.zero_grad()
+        for parameter, gradient in zip(model.parameters(), kept, strict=True):
             if gradient is not None:
                 parameter.grad[...] = gradient
-        lm.set_random_state(streams)
-        if lm.model.word_filter is not None:
-            lm.model.word_filter.take_skipped()  # these words are not the run's
+        model.set_random_state(streams)

@@ -27,6 +27,7 @@ from nplora.finetuning.classification.text_batches import TextBatches
 from nplora.finetuning.classification.text_progress import TextProgress
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
+from nplora.finetuning.int8_check import Int8Check, computes_in_int8
 from nplora.finetuning.options import default_lr, parse_columns
 from nplora.finetuning.output import require_free_directory
 from nplora.finetuning.planning import peak_memory
@@ -208,7 +209,7 @@ def train_classifier(
             stopping).
         keep: adapter that is saved if there are validation data: best (of the lowest validation loss) or
             last.
-        compute: arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32).
+        compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32).
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
@@ -326,8 +327,11 @@ class _Training:
             *own,
             *([TextProgress(len(labels) if options.task == "multi" else 1)] * speaks(progress)),
         ]
-        trainer = self._trainer(self._loss(targets), callbacks)
+        loss = self._loss(targets)
         train, valid = self._batches(targets, truth, centre, spread)
+        if computes_in_int8(classifier):
+            callbacks.append(Int8Check(classifier, train.sample_gradient(classifier, loss), say))
+        trainer = self._trainer(loss, callbacks)
         with files.Directory(self.output) as directory:
             history = self._fit(trainer, train, valid, directory)
             classifier.head.rescale(spread, centre)

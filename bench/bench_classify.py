@@ -24,6 +24,7 @@ from bench.bench_embed import has_model, model_directory
 from bench.timing import on_threads
 
 RANK, ALPHA, RATE, BATCH, CLIP, LONGEST = 8, 16, 2e-3, 32, 1.0, 256
+HELD_OUT = 600  # texts to predict after the training
 CONTESTANTS = (
     "nplora",
     "nplora bfloat16",
@@ -138,7 +139,7 @@ def batches(lengths: list[int], sort: bool, seed: int) -> list[list[int]]:
 
 def rows_of(data: str, count: int) -> tuple[labelled_texts.Rows, labelled_texts.Rows]:
     train, held_out = labelled_texts.split(data)
-    return train[:count], held_out
+    return train[:count], held_out[:HELD_OUT]
 
 
 def peak() -> float:

@@ -9,7 +9,8 @@
 
 namespace nplora {
 
-// Used and idle buffers together never take more memory than the peak of the used buffers alone.
+// Used and idle buffers together never take more memory than the peak of the used buffers alone. With
+// `keep_more`, they may take an eighth more.
 class BufferCache {
  public:
   // Returns a buffer of at least this many bytes, with undefined contents. Reuses an idle buffer that is not
@@ -17,15 +18,21 @@ class BufferCache {
   AlignedBuffer take(size_t bytes);
   void give_back(AlignedBuffer buffer) noexcept;
 
+  // Whether more idle buffers are kept, for batches of changing sizes. Otherwise, they would return most of
+  // their memory to the system in each step, and get it back as new pages.
+  void keep_more(bool on);
+
   // Returns the idle buffers to the system.
   void release() noexcept;
 
  private:
+  size_t most_for(size_t bytes) const;
   void make_room(size_t bytes);
 
   std::mutex mutex_;
   std::multimap<size_t, AlignedBuffer> idle_;  // by size
   size_t used_bytes_ = 0, idle_bytes_ = 0, most_used_ = 0;
+  bool keeps_more_ = false;
 };
 
 // The buffer cache of this process. The cache is never destroyed, because arrays may give their buffers back

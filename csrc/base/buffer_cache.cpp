@@ -6,8 +6,8 @@
 
 namespace nplora {
 
-// The largest size of an idle buffer that `take` reuses for a request of `bytes`. This size is larger than the
-// request, because batches differ in their number of tokens.
+// The largest size of an idle buffer that `take` reuses for a request of `bytes`. This size is larger than
+// the request, because batches differ in their number of tokens.
 size_t BufferCache::most_for(size_t bytes) const {
   return bytes + bytes / (keeps_more_ ? 2 : 4);
 }
@@ -29,9 +29,9 @@ AlignedBuffer BufferCache::take(size_t bytes) {
   return buffer;
 }
 
-// Makes room for a new buffer of `bytes`: frees idle buffers until the sum of used, idle and new memory is at
-// most the peak of used memory, or an eighth more. The new buffer counts as used in this peak. The first to go
-// is the largest buffer that is smaller than the new one: the new one will serve its requests too.
+// Makes room for a new buffer of `bytes`: frees idle buffers until the sum of used, idle and new memory is
+// at most the peak of used memory, or an eighth more. The new buffer counts as used in this peak. The first
+// to go is the largest buffer that is smaller than the new one: the new one will serve its requests too.
 void BufferCache::make_room(size_t bytes) {
   size_t most = std::max(most_used_, used_bytes_ + bytes);
   if (keeps_more_) most += most / 8;

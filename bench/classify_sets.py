@@ -2,15 +2,17 @@
 
 - tfidf: words and pairs of words, TF-IDF, logistic regression.
 - frozen: MiniLM's embeddings as they are, logistic regression.
-- lora: MiniLM with LoRA and a new head, by nplora.
-- setfit: MiniLM trained on pairs of texts by SetFit, logistic regression. SetFit is in an environment of its
-  own, whose python `--setfit` names. It is left out for all examples and for many texts, as it takes hours.
+- lora: MiniLM with LoRA and a new head, by nplora, trained with compute="int8".
+- setfit: MiniLM trained on 640 pairs of texts by SetFit, logistic regression. SetFit is in an environment of
+  its own, whose python `--setfit` names. It is left out for many texts, as it takes hours.
 
 Each run is a process of its own. Its CPU time and its peak memory are those of the training, with the loading
-of the model. The accuracy is that on the held-out texts, as the mean of the seeds.
+of the model. The accuracy is that on the held-out texts, as the mean of the seeds. `--most` and `--held-out`
+leave out texts beyond a number.
 """
 
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from bench.bench_embed import model_directory
 PER_CLASS = (8, 64, None)
 LONGEST = 64  # tokens of a text, for every contestant
 EPOCHS = {8: 20, 64: 10, None: 2}  # of LoRA
-PAIRS = 20  # SetFit's num_iterations
+PAIRS = 640  # of SetFit, half of them of texts with the same label
 MOST_FOR_SETFIT = 100  # texts
 Result = dict[str, float]
 
@@ -58,7 +60,7 @@ def lora(train: labelled_texts.Rows, per_class: int | None, seed: int) -> Any:
     with tempfile.TemporaryDirectory() as output:
         run = train_classifier(
             model_directory(), train, output, epochs=EPOCHS[per_class], seed=seed, max_length=LONGEST,
-            batch_examples=16 if per_class else 32, progress=False,
+            batch_examples=16 if per_class else 32, compute="int8", progress=False,
         )  # fmt: skip
     return run.classifier.predict
 
@@ -72,7 +74,7 @@ def setfit(train: labelled_texts.Rows, per_class: int | None, seed: int) -> Any:
     model = library.SetFitModel.from_pretrained(str(model_directory()), device="cpu")
     model.model_body.max_seq_length = LONGEST
     settings = library.TrainingArguments(
-        num_iterations=PAIRS, seed=seed, report_to="none", output_dir=tempfile.mkdtemp()
+        num_iterations=PAIRS // (2 * len(train)), seed=seed, report_to="none", output_dir=tempfile.mkdtemp()
     )
     trainer = library.Trainer(model=model, args=settings, train_dataset=datasets.Dataset.from_list(train))
     trainer.train()
@@ -86,10 +88,14 @@ def columns(rows: labelled_texts.Rows) -> tuple[list[str], list[str]]:
     return [row["text"] for row in rows], [row["label"] for row in rows]
 
 
-def measured(name: str, data: str, per_class: int | None, seed: int) -> Result:
+def measured(
+    name: str, data: str, per_class: int | None, seed: int, most: int | None, held: int | None
+) -> Result:
     """Train in this process, and predict the held-out texts."""
     train, held_out = labelled_texts.split(data)
-    chosen = labelled_texts.shots(train, per_class, seed)
+    chosen = labelled_texts.shots(train, per_class, seed)[:most]
+    if held is not None:
+        held_out = random.Random(0).sample(held_out, min(held, len(held_out)))
     begun = time.process_time()
     predict = CONTESTANTS[name](chosen, per_class, seed)
     seconds, peak = time.process_time() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -104,21 +110,23 @@ def in_new_process(python: str, *arguments: Any) -> Result:
     return dict(json.loads(output.splitlines()[-1]))
 
 
-def table(sets: list[str], names: list[str], setfit_python: str | None) -> None:
+def table(
+    sets: list[str], names: list[str], setfit_python: str | None, most: int | None, held: int | None
+) -> None:
     """Print a row for each set and each number of examples, as soon as it is known."""
     shown = [name for name in names if name != "setfit" or setfit_python]
     print("| set | texts | " + " | ".join(shown) + " |", "| --- | --- |" + " --- |" * len(shown), sep="\n")
     for data in sets:
         for per_class in PER_CLASS:
             seeds = range(3 if per_class == 8 else 1)
-            count = len(labelled_texts.shots(labelled_texts.split(data)[0], per_class, 0))
+            count = len(labelled_texts.shots(labelled_texts.split(data)[0], per_class, 0)[:most])
             cells = []
             for name in shown:
                 if name == "setfit" and (per_class is None or count > MOST_FOR_SETFIT):
                     cells.append("–")
                     continue
                 python = setfit_python if name == "setfit" and setfit_python else sys.executable
-                found = [in_new_process(python, name, data, per_class, seed) for seed in seeds]
+                found = [in_new_process(python, name, data, per_class, seed, most, held) for seed in seeds]
                 accuracy, seconds, peak = (
                     mean(result[key] for result in found) for key in ("accuracy", "seconds", "peak")
                 )
@@ -135,9 +143,11 @@ if __name__ == "__main__":
     )
     parser.add_argument("--only", default=",".join(CONTESTANTS), metavar="NAMES", help="contestants")
     parser.add_argument("--setfit", metavar="PYTHON", help="python that has SetFit")
+    parser.add_argument("--most", type=int, metavar="N", help="the most texts to train on")
+    parser.add_argument("--held-out", type=int, metavar="N", help="the most texts to predict")
     parser.add_argument("--one", metavar="JSON", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         print(json.dumps(measured(*json.loads(given.one))))
     else:
-        table(given.sets.split(","), given.only.split(","), given.setfit)
+        table(given.sets.split(","), given.only.split(","), given.setfit, given.most, given.held_out)

@@ -6,15 +6,11 @@
 
 namespace nplora {
 
-namespace {
-
-// The largest size of an idle buffer that `take` reuses for a request of `bytes`. This size is a quarter
-// larger than the request, because batches differ a little in their number of tokens.
-constexpr size_t most_for(size_t bytes) {
-  return bytes + bytes / 4;
+// The largest size of an idle buffer that `take` reuses for a request of `bytes`. This size is larger than
+// the request, because batches differ in their number of tokens.
+size_t BufferCache::most_for(size_t bytes) const {
+  return bytes + bytes / (keeps_more_ ? 2 : 4);
 }
-
-}  // namespace
 
 AlignedBuffer BufferCache::take(size_t bytes) {
   const std::lock_guard lock(mutex_);
@@ -33,15 +29,18 @@ AlignedBuffer BufferCache::take(size_t bytes) {
   return buffer;
 }
 
-// Makes room for a new buffer of `bytes`: frees idle buffers, the largest first, until the sum of used, idle
-// and new memory is at most the peak of used memory and the spare memory. The new buffer counts as used in
-// this peak.
+// Makes room for a new buffer of `bytes`: frees idle buffers until the sum of used, idle and new memory is
+// at most the peak of used memory and the spare memory. The new buffer counts as used in this peak. The
+// first to go is the largest buffer that is smaller than the new one: the new one will serve its requests
+// too.
 void BufferCache::make_room(size_t bytes) {
-  const size_t peak = std::max(most_used_, used_bytes_ + bytes), most = peak + std::min(peak, kSpareBytes);
+  const size_t peak = std::max(most_used_, used_bytes_ + bytes), least = std::min(peak, kSpareBytes);
+  const size_t most = peak + (keeps_more_ ? std::max(peak / 8, least) : least);
   while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {
-    const auto largest = std::prev(idle_.end());
-    idle_bytes_ -= largest->first;
-    idle_.erase(largest);
+    const auto larger = idle_.lower_bound(bytes);
+    const auto freed = std::prev(larger == idle_.begin() ? idle_.end() : larger);
+    idle_bytes_ -= freed->first;
+    idle_.erase(freed);
   }
 }
 
@@ -55,6 +54,11 @@ void BufferCache::give_back(AlignedBuffer buffer) noexcept {
   } catch (const std::bad_alloc&) {
     // If there is no memory for an entry in the list of idle buffers, the buffer is freed.
   }
+}
+
+void BufferCache::keep_more(bool on) {
+  const std::lock_guard lock(mutex_);
+  keeps_more_ = on;
 }
 
 void BufferCache::release() noexcept {

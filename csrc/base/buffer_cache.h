@@ -12,6 +12,7 @@ namespace nplora {
 // Used and idle buffers together take at most kSpareBytes more memory than the peak of the used buffers
 // alone, and at most twice this peak. Without spare memory, a pass that needs a few buffers of different
 // sizes one after the other, such as reading a prompt, would free and map nearly all of them in each layer.
+// With `keep_more`, the spare memory is at least an eighth of the peak.
 class BufferCache {
  public:
   static constexpr size_t kSpareBytes = size_t{4} << 20;
@@ -21,15 +22,21 @@ class BufferCache {
   AlignedBuffer take(size_t bytes);
   void give_back(AlignedBuffer buffer) noexcept;
 
+  // Whether more idle buffers are kept, for batches of changing sizes. Otherwise, they would return most of
+  // their memory to the system in each step, and get it back as new pages.
+  void keep_more(bool on);
+
   // Returns the idle buffers to the system.
   void release() noexcept;
 
  private:
+  size_t most_for(size_t bytes) const;
   void make_room(size_t bytes);
 
   std::mutex mutex_;
   std::multimap<size_t, AlignedBuffer> idle_;  // by size
   size_t used_bytes_ = 0, idle_bytes_ = 0, most_used_ = 0;
+  bool keeps_more_ = false;
 };
 
 // The buffer cache of this process. The cache is never destroyed, because arrays may give their buffers back

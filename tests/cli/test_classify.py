@@ -92,7 +92,7 @@ def test_eval_draws_the_confusion_matrix(here: Path, capsys: pytest.CaptureFixtu
         ),
         ("predict model --data train.csv --plot a.png", "--plot is for eval"),
         ("train model --data train.csv --output out --plot a.png", "--plot is for eval"),
-        ("train model --data train.csv --output out --compute int8", "invalid choice: 'int8'"),
+        ("train model --data train.csv --output out --compute int4", "invalid choice: 'int4'"),
         ("eval model --data train.csv", "the model has no layer 'classifier', expected the files of a"),
         ("train model --data train.csv --output out --task many", "invalid choice: 'many'"),
         ("train model --data no.csv --output out", "no such file: no.csv"),

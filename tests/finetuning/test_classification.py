@@ -117,6 +117,24 @@ def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(task: str, model: Pa
         train_classifier(model, other, tmp_path / "cut", resume=True, **options)
 
 
+def test_a_run_in_int8_learns_compares_its_gradients_and_resumes_to_the_bit(
+    model: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {**FAST, "epochs": 8, "compute": "int8", "save_every": 3}
+    train_classifier(model, some_rows(), tmp_path / "whole", **options)
+    with pytest.raises(OSError, match="the power is gone"):
+        train_classifier(model, some_rows(), tmp_path / "cut", callbacks=[_Fail(4)], **options)
+    train_classifier(model, some_rows(), tmp_path / "cut", resume=True, **options)
+    files = [Path(tmp_path, name, "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert files[0] == files[1]
+    exact = nplora.load_classifier(model, tmp_path / "whole")  # in float32
+    assert evaluate_classifier(exact, some_rows(40, 1)).values["accuracy"] >= 0.9
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    (row,) = (row for row in log if row["event"] == "int8")
+    assert row["step"] == 1
+    assert 0.95 < row["cosine"] < 1  # 1 would be a run in bfloat16
+
+
 def test_balanced_weights_give_all_labels_the_same_weight(model: Path, tmp_path: Path) -> None:
     """The first loss, whose logits are nearly 0 for all labels, is the mean of weight · log 2."""
     rows = [{"text": "a cat", "label": 1}] * 2 + [{"text": "the mat", "label": 0}] * 6
@@ -390,8 +408,8 @@ def test_compute_is_refused_for_a_loaded_encoder(model: Path, tmp_path: Path) ->
     encoder = nplora.load_encoder(model)
     with pytest.raises(ValueError, match="compute='bfloat16' is given, but the encoder is loaded already"):
         train_classifier(encoder, PETS_AND_SHOPS, tmp_path / "out", compute="bfloat16")
-    with pytest.raises(ValueError, match="compute='int8' is not available"):
-        train_classifier(model, PETS_AND_SHOPS, tmp_path / "out", compute="int8")
+    with pytest.raises(ValueError, match="compute='int4' is not available"):
+        train_classifier(model, PETS_AND_SHOPS, tmp_path / "out", compute="int4")
     with pytest.raises(ValueError, match="load_classifier: compute='float32' is given"):
         nplora.load_classifier(encoder, compute="float32")
 

@@ -431,6 +431,17 @@ def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(model: Path, tmp_pat
         np.testing.assert_array_equal(one.value, other.value)
 
 
+def test_a_run_in_int8_learns_and_compares_its_gradients(model: Path, tmp_path: Path) -> None:
+    train(model, ROWS, tmp_path / "out", lr=1e-2, epochs=30, batch_size=2, compute="int8")
+    encoder = nplora.load_encoder(model)  # in float32
+    nplora.read_adapter(tmp_path / "out").attach(encoder)
+    columns = [encoder.embed([row[name] for row in ROWS], normalize=True) for name in ("anchor", "positive")]
+    assert ((columns[0] @ columns[1].T).argmax(axis=1) == np.arange(len(ROWS))).all()
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    (row,) = (row for row in log if row["event"] == "int8")
+    assert 0.95 < row["cosine"] < 1  # 1 would be a run in bfloat16
+
+
 def test_every_loss_trains_on_its_rows(model: Path, tmp_path: Path) -> None:
     scored = [{"sentence1": "a cat", "sentence2": "the cat", "score": 1.0},
               {"sentence1": "a cat", "sentence2": "my parcel", "score": 0.0}]  # fmt: skip

@@ -39,15 +39,19 @@ def with_adapter(path: Path, compute: str, dropout: float = 0.0) -> nplora.Langu
     return lm
 
 
+def add_gradient(lm: nplora.LanguageModel) -> None:
+    lm.forward_backward(BATCH, 1 / BATCH.num_targets)
+
+
 def gradients(lm: nplora.LanguageModel) -> dict[str, Any]:
     lm.zero_grad()
-    lm.forward_backward(BATCH, 1 / BATCH.num_targets)
+    add_gradient(lm)
     return {p.name: p.grad.copy() for p in lm.parameters()}
 
 
 def test_cosines_are_those_of_models_that_compute_in_int8_and_in_bfloat16(path: Path) -> None:
     lm = with_adapter(path, "int8")
-    whole, parts = cosines(lm, BATCH)
+    whole, parts = cosines(lm, lambda: add_gradient(lm))
     int8, exact = (gradients(with_adapter(path, compute)) for compute in ("int8", "bfloat16"))
     for part, found in [("", whole), *parts.items()]:
         a, b = (
@@ -61,9 +65,9 @@ def test_cosines_are_those_of_models_that_compute_in_int8_and_in_bfloat16(path: 
 
 def test_many_values_are_compared_by_a_sample(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = with_adapter(path, "int8")
-    exact, parts = cosines(lm, BATCH)
+    exact, parts = cosines(lm, lambda: add_gradient(lm))
     monkeypatch.setattr(int8_check, "COMPARED", lm.num_trainable // 3)
-    whole, sampled = cosines(lm, BATCH)
+    whole, sampled = cosines(lm, lambda: add_gradient(lm))
     assert whole != exact
     assert whole == pytest.approx(exact, abs=0.01)
     assert sampled.keys() == parts.keys()
@@ -73,7 +77,7 @@ def test_a_comparison_leaves_gradients_and_dropout_alone(path: Path) -> None:
     plain, compared = (with_adapter(path, "int8", dropout=0.5) for _ in range(2))
     for lm in (plain, compared):
         lm.forward_backward(BATCH, 1.0)
-    cosines(compared, BATCH)
+    cosines(compared, lambda: add_gradient(compared))
     for lm in (plain, compared):
         lm.forward_backward(BATCH, 1.0)
     for p, q in zip(plain.parameters(), compared.parameters(), strict=True):
@@ -91,11 +95,11 @@ class Flags(Callback):
 def test_parts_below_the_threshold_return_to_bfloat16(path: Path, data: Path) -> None:
     lm, said = with_adapter(path, "int8"), list[str]()
     batches = nplora.data.TokenBatches(nplora.data.read_dataset(data, lm.tokenizer), batch_examples=4)
-    sample = next(batches.epoch(0))[0]
+    sample = int8_check.of_tokens(lm, batches)
     _, parts = cosines(lm, sample)
     best = max(parts, key=lambda part: parts[part])
     flags = Flags(lm)
-    check = Int8Check(lm, batches, said.append, every=2, micro_tokens=None, least_cosine=parts[best] - 1e-7)
+    check = Int8Check(lm, sample, said.append, every=2, least_cosine=parts[best] - 1e-7)
     trainer = nplora.Trainer(lm, TokenLoss(), nplora.AdamW(lr=0.0), callbacks=[check, flags], progress=False)
     trainer.fit(batches, steps=2)
     lower = {part for part in parts if part != best}
@@ -112,7 +116,7 @@ def test_the_worst_part_that_still_computes_in_int8_returns_next(
     found = {name: 0.96 + i / 1000 for i, name in enumerate(names)}
     monkeypatch.setattr(int8_check, "cosines", lambda *_: (0.9, found))
     batches = nplora.data.TokenBatches(nplora.data.read_dataset(data, lm.tokenizer), batch_examples=4)
-    check = Int8Check(lm, batches, said.append, every=1, micro_tokens=None)
+    check = Int8Check(lm, int8_check.of_tokens(lm, batches), said.append, every=1)
     trainer = nplora.Trainer(lm, TokenLoss(), nplora.AdamW(lr=0.0), callbacks=[check], progress=False)
     trainer.fit(batches, steps=len(names) + 1)
     assert [line.split(": ")[-1] for line in said] == names  # one after another, then nothing is left

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from nplora.finetuning.data import TokenBatches
 from nplora.lm import LanguageModel
-from nplora.models.packing import PackedBatch
 from nplora.nn import Linear, LoRALinear
 from nplora.nn.int8 import without_int8
+from nplora.nn.module import Module
 from nplora.trainer import Callback, Run
 from nplora.trainer.history import StepRecord
 
@@ -24,45 +24,44 @@ SAMPLE_TOKENS = 512  # the most tokens of the sample, if its first sequence is n
 # The least cosine of a part's gradients. With int8, SmolLM2 has about 0.985. A cosine of 0.95 means that the
 # error has a third of the gradient's norm, less than the noise of a batch.
 LEAST_COSINE = 0.95
-# The most values of the gradients that are compared, about; a sample of them needs little memory.
+# About this many values of the gradients are compared at most. A sample of them needs little memory.
 COMPARED = 1 << 20
 _EVENT = "int8"  # the event of these lines in the log
+
+AddGradient = Callable[[], None]  # adds the gradient of the sample to the gradients of the model
 
 
 class Int8Check(Callback):
     """Computes the gradient of a sample in int8 and in bfloat16, and compares their directions.
 
-    Every comparison takes the same sample: the first sequences of the training data. The parts of the model
-    are its blocks, the head and the embedding. If the cosine of a part's two gradients is too small, the part
-    computes in bfloat16 from then on. If only the cosine of the whole gradient is too small, the part with
-    the smallest cosine switches to bfloat16. The log has one line for each comparison.
+    Every comparison takes the same sample of the training data. The parts of the model are its blocks, the
+    head and the embedding. If the cosine of a part's two gradients is too small, the part computes in
+    bfloat16 from then on. If only the cosine of the whole gradient is too small, the part with the smallest
+    cosine switches to bfloat16. The log has one line for each comparison.
 
     Args:
-        lm: the model, with its adapter.
-        batches: the training data.
+        model: the model, with its adapter.
+        add_gradient: adds the gradient of the sample.
         say: prints a line.
-        micro_tokens: maximum tokens of a micro-batch, as in PackedLoss.
         every: the number of steps between two comparisons.
         least_cosine: the smallest cosine that is accepted; None: LEAST_COSINE.
     """
 
     def __init__(
         self,
-        lm: LanguageModel,
-        batches: TokenBatches,
+        model: Module,
+        add_gradient: AddGradient,
         say: Callable[[str], None],
-        micro_tokens: int | None = None,
         every: int = EVERY,
         least_cosine: float | None = None,
     ) -> None:
-        self._lm, self._batches, self._say = lm, batches, say
-        self._tokens = min(SAMPLE_TOKENS, micro_tokens or SAMPLE_TOKENS)
+        self._model, self._add_gradient, self._say = model, add_gradient, say
         self._every, self._least = every, LEAST_COSINE if least_cosine is None else least_cosine
         self._fallen_back: list[str] = []  # the parts that compute in bfloat16
 
     def on_fit_start(self, run: Run) -> None:
         """Restore the parts that an earlier run in this directory has switched back to bfloat16."""
-        for layer in layers_of(self._lm, part_names(self._lm)):
+        for layer in layers_of(self._model, part_names(self._model)):
             layer.int8 = True  # an earlier run may have ended with an error
         self._fall_back(run.logged(_EVENT).get("in_bfloat16", []))
 
@@ -71,13 +70,13 @@ class Int8Check(Callback):
             self._compare(run)
 
     def on_fit_end(self, run: Run) -> None:
-        for layer in layers_of(self._lm, self._fallen_back):
+        for layer in layers_of(self._model, self._fallen_back):
             layer.int8 = True
 
     def _compare(self, run: Run) -> None:
-        whole, parts = cosines(self._lm, self._sample())
+        whole, parts = cosines(self._model, self._add_gradient)
         worst = min(parts, key=lambda part: parts[part], default="")
-        in_int8 = [part for part in parts if any(layer.int8 for layer in layers_of(self._lm, [part]))]
+        in_int8 = [part for part in parts if any(layer.int8 for layer in layers_of(self._model, [part]))]
         new = [part for part in in_int8 if not parts[part] >= self._least]
         if in_int8 and not new and not whole >= self._least:
             new = [min(in_int8, key=lambda part: parts[part])]
@@ -98,35 +97,49 @@ class Int8Check(Callback):
             },
         )
 
-    def _sample(self) -> PackedBatch:
-        batch, _ = next(self._batches.epoch(0))
-        pieces = batch.pieces(self._tokens)
-        return next((piece for piece in pieces if piece.num_targets), pieces[0])
-
     def _fall_back(self, parts: Iterable[str]) -> None:
         self._fallen_back += parts
-        for layer in layers_of(self._lm, self._fallen_back):
+        for layer in layers_of(self._model, self._fallen_back):
             layer.int8 = False
 
 
-def cosines(lm: LanguageModel, sample: PackedBatch) -> tuple[float, dict[str, float]]:
+def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None = None) -> AddGradient:
+    """Return a function that adds the gradient of a language model for the first training sequences.
+
+    Args:
+        micro_tokens: the most tokens that are in memory together, as in PackedLoss.
+    """
+    tokens = min(SAMPLE_TOKENS, micro_tokens or SAMPLE_TOKENS)
+
+    def add_gradient() -> None:
+        batch, _ = next(batches.epoch(0))
+        pieces = batch.pieces(tokens)
+        sample = next((piece for piece in pieces if piece.num_targets), pieces[0])
+        lm.forward_backward(sample, 1 / max(1, sample.num_targets))
+        if lm.model.word_filter is not None:
+            lm.model.word_filter.take_skipped()  # these words are not the run's
+
+    return add_gradient
+
+
+def cosines(model: Module, add_gradient: AddGradient) -> tuple[float, dict[str, float]]:
     """The cosine between the gradients in int8 and in bfloat16, for all parameters and for each part.
 
     If the gradients have many values, every k-th of them is compared. The gradients of the parameters and the
     states of the random generators stay unchanged.
     """
     # An odd step meets all columns of a factor, whose rank is usually even.
-    step = 1 | -(-sum(parameter.grad.size for parameter in lm.parameters()) // COMPARED)
+    step = 1 | -(-sum(parameter.grad.size for parameter in model.parameters()) // COMPARED)
 
     def gradients() -> Iterator[tuple[str, Array]]:
-        lm.forward_backward(sample, 1 / max(1, sample.num_targets))
-        for parameter in lm.parameters():
+        add_gradient()
+        for parameter in model.parameters():
             yield parameter.name, parameter.grad.reshape(-1)[::step].copy()
 
-    with _undisturbed(lm):
+    with _undisturbed(model):
         int8 = [gradient for _, gradient in gradients()]
     whole, parts = Products(), dict[str, Products]()
-    with _undisturbed(lm), without_int8():
+    with _undisturbed(model), without_int8():
         for gradient, (name, exact) in zip(int8, gradients(), strict=True):
             for products in (whole, parts.setdefault(part_of(name), Products())):
                 products.add(gradient, exact)
@@ -151,17 +164,23 @@ class Products:
         return self.ab / math.sqrt(self.aa * self.bb) if self.aa and self.bb else 0.0
 
 
-def layers_of(lm: LanguageModel, parts: Iterable[str]) -> Iterator[Linear | LoRALinear]:
+def computes_in_int8(model: Module) -> bool:
+    """Whether some frozen weights of a model have compute="int8"."""
+    layers = (module for _, module in model.named_modules() if isinstance(module, Linear | LoRALinear))
+    return any(getattr(layer.weight, "compute", None) == "int8" for layer in layers)
+
+
+def layers_of(model: Module, parts: Iterable[str]) -> Iterator[Linear | LoRALinear]:
     """The layers of some parts of a model that can compute in int8."""
     wanted = set(parts)
-    for name, module in lm.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, Linear | LoRALinear) and part_of(name) in wanted:
             yield module
 
 
-def part_names(lm: LanguageModel) -> list[str]:
+def part_names(model: Module) -> list[str]:
     """The parts of the model that have parameters."""
-    return list(dict.fromkeys(part_of(parameter.name) for parameter in lm.parameters()))
+    return list(dict.fromkeys(part_of(parameter.name) for parameter in model.parameters()))
 
 
 def part_of(name: str) -> str:
@@ -176,18 +195,16 @@ def part_of(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _undisturbed(lm: LanguageModel) -> Iterator[None]:
+def _undisturbed(model: Module) -> Iterator[None]:
     """After the `with` block, the gradients and the random generators are as they were before it."""
-    streams = lm.random_state()
-    kept = [p.grad.copy() if p.grad.any() else None for p in lm.parameters()]  # usually zero after a step
-    lm.zero_grad()
+    streams = model.random_state()
+    kept = [p.grad.copy() if p.grad.any() else None for p in model.parameters()]  # usually zero after a step
+    model.zero_grad()
     try:
         yield
     finally:
-        lm.zero_grad()
-        for parameter, gradient in zip(lm.parameters(), kept, strict=True):
+        model.zero_grad()
+        for parameter, gradient in zip(model.parameters(), kept, strict=True):
             if gradient is not None:
                 parameter.grad[...] = gradient
-        lm.set_random_state(streams)
-        if lm.model.word_filter is not None:
-            lm.model.word_filter.take_skipped()  # these words are not the run's
+        model.set_random_state(streams)

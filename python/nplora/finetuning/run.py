@@ -15,6 +15,7 @@ from nplora import _check
 from nplora.adapters import Adapter, rollback_on_error, save_adapter
 from nplora.distributed.communicator import Alone, Communicator
 from nplora.distributed.opening import heard_by_all_ranks, opened_communicator
+from nplora.finetuning import int8_check
 from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.baseline import Baseline, answers_of
 from nplora.finetuning.data import Data, TokenBatches
@@ -368,7 +369,8 @@ def _finetune(
                 stack.enter_context(_saved_after_an_error(lm, directory, base, save, reached))
             callbacks += [TokenProgress(loss=loss)] if speaking else []
             if lm.compute == "int8":
-                callbacks.append(Int8Check(lm, batches, say, execution.micro_tokens))
+                sample = int8_check.of_tokens(lm, batches, execution.micro_tokens)
+                callbacks.append(Int8Check(lm, sample, say))
             trainer = new_trainer(lm, loss, chosen, callbacks, ranks)
             history = _train(trainer, batches, validation, chosen, directory)
         found_at = place

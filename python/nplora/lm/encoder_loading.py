@@ -29,7 +29,7 @@ from nplora.models.decoder import Decoder
 from nplora.models.encoder_config import EncoderConfig
 from nplora.models.weights import GgufWeights, SafetensorsWeights, require_decoded
 from nplora.tokenizer import Tokenizer
-from nplora.weights import FLOAT_COMPUTES
+from nplora.weights import COMPUTES
 
 Array = npt.NDArray[Any]
 
@@ -58,7 +58,7 @@ def load_encoder(
     Args:
         path: a directory with config.json, model.safetensors and tokenizer.json, as transformers or
             sentence-transformers write it, or a GGUF file.
-        compute, mmap, check: as in `load_model`; `compute` is "float32" or "bfloat16".
+        compute, mmap, check: as in `load_model`.
         pooling: how the hidden states of a text's tokens become its embedding: "cls" (the first token),
             "mean", "max", "last" (the last token), "weighted_mean" or "mean_sqrt". None: the pooling that the
             files name. If the files name no pooling, encoders use the mean, and causal language models use
@@ -74,7 +74,7 @@ def load_encoder(
     """
     files.require_named("load_encoder", path=path)
     model_directory.require_no_hub_name(path)
-    _check.choice("load_encoder", "compute", compute, FLOAT_COMPUTES)
+    _check.choice("load_encoder", "compute", compute, COMPUTES)
     if pooling is not None:
         _check.choice("load_encoder", "pooling", pooling, POOLINGS)
     read = _from_directory if Path(path).is_dir() else _from_gguf

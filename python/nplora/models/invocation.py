@@ -22,7 +22,7 @@ NEVER = np.iinfo(np.int64).max  # the start of a sequence without the invocation
 
 def invocation_of(model: Module) -> tuple[int, ...] | None:
     """The invocation tokens of a model's adapter, or None if the adapter is not an activated LoRA."""
-    layers = model.adapter_layers().values()
+    layers = (module for _, module in model.named_modules())  # a generator, which stops at the first adapter
     return next((layer.invocation_tokens for layer in layers if isinstance(layer, LoRALinear)), None)
 
 

@@ -15,7 +15,7 @@ from nplora.lm.adapting import parse_blocks, target_names
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
 from nplora.trainer.fit_config import KEEP
-from nplora.weights import FLOAT_COMPUTES
+from nplora.weights import COMPUTES
 
 CLASS_WEIGHTS = ("none", "balanced")
 
@@ -97,8 +97,8 @@ class ClassifyOptions:
     compute: str | None = _option(
         "memory and speed",
         None,
-        "arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32)",
-        choices=FLOAT_COMPUTES,
+        "arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32)",
+        choices=COMPUTES,
     )
     save_every: int = _same("save_every")
     save_minutes: float = _same("save_minutes")
@@ -127,7 +127,7 @@ class ClassifyOptions:
         ):  # fmt: skip
             _check.choice(op, name, getattr(self, name), words)
         if self.compute is not None:
-            _check.choice(op, "compute", self.compute, FLOAT_COMPUTES)
+            _check.choice(op, "compute", self.compute, COMPUTES)
         if self.class_weights == "balanced" and self.task != "single":
             raise ValueError(f"{op}: class_weights='balanced' needs the task 'single', not {self.task!r}")
         if self.calibrate and self.task == "regression":

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.finetuning.int8_check import SAMPLE_TOKENS
+from nplora.lm import TextClassifier
+from nplora.nn import losses
+from nplora.nn.losses import Loss
 from nplora.trainer.batches import ArrayBatches
 from nplora.trainer.fingerprint import fingerprint
 
@@ -61,6 +65,17 @@ class TextBatches:
 
     def __iter__(self) -> Iterator[tuple[list[Sequence[int]], Array]]:
         return self.epoch(0, 0)
+
+    def sample_gradient(self, model: TextClassifier, loss: Loss) -> Callable[[], None]:
+        """A function that adds the gradient of the first texts, for `Int8Check`; these have 512 tokens."""
+        lengths = np.cumsum([len(ids) for ids in self._ids])
+        count = max(1, int(np.searchsorted(lengths, SAMPLE_TOKENS, side="right")))
+
+        def add_gradient() -> None:
+            logits, saved = model.forward(self._ids[:count])
+            model.backward(losses.call(loss, logits, self._targets[:count])[1], saved)
+
+        return add_gradient
 
     def identity(self) -> dict[str, Any]:
         """The settings that must be the same when the run is resumed, as JSON values."""

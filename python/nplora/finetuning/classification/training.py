@@ -27,6 +27,7 @@ from nplora.finetuning.classification.text_batches import TextBatches
 from nplora.finetuning.classification.text_progress import TextProgress
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
+from nplora.finetuning.int8_check import Int8Check, computes_in_int8
 from nplora.finetuning.options import default_lr, parse_columns
 from nplora.finetuning.output import require_free_directory
 from nplora.finetuning.planning import peak_memory
@@ -42,6 +43,7 @@ from nplora.nn.optim import AdamW
 from nplora.trainer import Callback, History, Trainer
 from nplora.trainer.callbacks import checked_callbacks
 from nplora.trainer.interrupts import Interrupts
+from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 
@@ -208,7 +210,7 @@ def train_classifier(
         patience: end the run after this number of evaluations in a row without a lower validation loss (early
             stopping).
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
-        compute: arithmetic of the products with frozen weights: float32 or bfloat16 (default: float32).
+        compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32).
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
@@ -326,9 +328,12 @@ class _Training:
             *own,
             *([TextProgress(len(labels) if options.task == "multi" else 1)] * speaks(progress)),
         ]
-        trainer = self._trainer(self._loss(targets), callbacks)
+        loss = self._loss(targets)
         train, valid = self._batches(targets, truth, centre, spread)
-        with files.Directory(self.output) as directory:
+        if computes_in_int8(classifier):
+            callbacks.append(Int8Check(classifier, train.sample_gradient(classifier, loss), say))
+        trainer = self._trainer(loss, callbacks)
+        with files.Directory(self.output) as directory, buffers.for_changing_sizes():
             history = self._fit(trainer, train, valid, directory)
             classifier.head.rescale(spread, centre)
             fitted, report = 1.0, None

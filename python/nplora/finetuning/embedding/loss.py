@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.finetuning.embedding.batches import TextBatch
+from nplora.finetuning.embedding.batches import Examples, TextBatch
 from nplora.finetuning.nonfinite_layers import watched_blocks
 from nplora.lm import Encoder
 from nplora.models.packing import cut
@@ -23,6 +23,7 @@ from nplora.trainer import FusedLoss
 Array = npt.NDArray[Any]
 
 MICRO_TOKENS = 4096
+_SAMPLE_EXAMPLES = 16
 
 
 class EmbeddingLoss(FusedLoss):
@@ -96,6 +97,15 @@ class EmbeddingLoss(FusedLoss):
             encoder.embed_backward(dy[rows], encoder.embed_forward(x.texts[rows])[1])
         encoder.set_random_state(after)
         return loss * len(x)
+
+    def sample_gradient(self, model: Module, examples: Examples) -> Callable[[], None]:
+        """A function that adds the gradient of the first examples, for `Int8Check`."""
+
+        def add_gradient() -> None:
+            batch, scores = examples.batch(np.arange(min(_SAMPLE_EXAMPLES, len(examples))))
+            self.forward_backward(model, batch, scores, 1 / len(batch))
+
+        return add_gradient
 
     def evaluate(self, model: Module, x: TextBatch, y: Any) -> float:
         """The mean loss of a batch, without dropout."""

@@ -15,6 +15,7 @@ from nplora.finetuning.data.sources import Data, sources_of, splits_of
 from nplora.finetuning.embedding.batches import ExampleBatches
 from nplora.finetuning.embedding.examples import TextReport, read_sources
 from nplora.finetuning.embedding.loss import MICRO_TOKENS, EmbeddingLoss
+from nplora.finetuning.int8_check import Int8Check, computes_in_int8
 from nplora.finetuning.options import default_lr
 from nplora.finetuning.output import require_free_directory, require_inputs_kept
 from nplora.finetuning.token_progress import speaker
@@ -26,7 +27,7 @@ from nplora.nn.embedding_losses import EmbeddingFunction
 from nplora.nn.optim import AdamW
 from nplora.trainer import Callback, History, Trainer
 from nplora.trainer.interrupts import Interrupts
-from nplora.weights import FLOAT_COMPUTES
+from nplora.weights import buffers
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ def train(
         patience: end the run after this number of evaluations in a row without a lower validation loss.
         keep: the adapter to save if there are validation data: "best" (with the lowest validation loss) or
             "last".
-        compute: arithmetic of the products with frozen weights: "float32" (the default) or "bfloat16". A
-            loaded encoder keeps its arithmetic.
+        compute: arithmetic of the products with frozen weights: "float32" (the default), "bfloat16" or
+            "int8". A loaded encoder keeps its arithmetic.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         seed: seed of the initial factors, dropout and the order of the examples.
@@ -184,12 +185,15 @@ def train(
     with rollback_on_error(encoder):
         _add_lora(op, encoder, lora, seed, say)
         rate = default_lr(encoder.config.hidden_size) if lr is None else lr
+        callbacks = list(callbacks)
+        if computes_in_int8(encoder):
+            callbacks.append(Int8Check(encoder, function.sample_gradient(encoder, read[0]), say))
         trainer = Trainer(
             encoder, function, AdamW(rate, weight_decay=weight_decay), schedule=schedule, warmup_steps=warmup,
             clip_norm=max_grad_norm, seed=seed, callbacks=callbacks, progress=progress,
         )  # fmt: skip
         require_free_directory(place, resume, overwrite)
-        with files.Directory(place) as directory:
+        with files.Directory(place) as directory, buffers.for_changing_sizes():
             history = trainer.fit(
                 batches[0],
                 epochs=epochs,
@@ -213,7 +217,7 @@ def train(
 
 def _opened(op: str, model: StrPath | Encoder, compute: str | None) -> Encoder:
     if not isinstance(model, Encoder):
-        return load_encoder(model, compute or FLOAT_COMPUTES[0])
+        return load_encoder(model, compute or "float32")
     if compute is not None:
         raise ValueError(f"{op}: compute={compute!r} is given, but the encoder is loaded already")
     return model

@@ -380,7 +380,7 @@ def predicted(
 def _of_int8(lm: LanguageModel, adapters: Adapters) -> int:
     """The bytes that only int8 takes: a scale for each row of the weights, and gradients to compare."""
     layers = [module for _, module in lm.named_modules() if isinstance(module, Linear | LoRALinear)]
-    rows = sum(layer.weight.shape[0] for layer in layers)
+    rows = sum(int(layer.weight.shape[0]) for layer in layers)
     return _FLOAT * (rows + min(COMPARED, adapters.numbers))
 
 

@@ -108,7 +108,7 @@ for batch in range(8):
 print(rss(), most)
 """)
     held, most = map(float, out)
-    assert held < 1.05 * most + 4
+    assert held < 1.05 * most + 4 + 4  # the cache may keep 4 MiB more
 
 
 def test_buffers_of_different_sizes_that_are_used_in_turn_are_all_kept():

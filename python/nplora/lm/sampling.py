@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +143,10 @@ def choose(
         )
     if sampling.plain:
         return best
-    if sampling.only_biased and (biased := _likeliest_biased(scores, best, sampling.logit_bias)) is not None:
+    if (
+        sampling.only_biased
+        and (biased := _likeliest_biased(scores, best, dict(sampling.logit_bias))) is not None
+    ):
         return biased
     scores = np.array(scores, np.float64)
     penalise(scores, before, sampling, prompt)
@@ -160,13 +163,13 @@ def choose(
     return int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))
 
 
-def _likeliest_biased(scores: Array, best: int, biases: Iterable[tuple[int, float]]) -> int | None:
+def _likeliest_biased(scores: Array, best: int, biases: Mapping[int, float]) -> int | None:
     """The most likely token with these biases, if the one without biases, `best`, has none; else None.
 
     All other tokens keep their scores, so only the biased ones are compared with `best`. A copy of all scores
     would take longer than all else.
     """
-    found = {token: float(scores[token]) + bias for token, bias in biases if token < len(scores)}
+    found = {token: float(scores[token]) + bias for token, bias in biases.items() if token < len(scores)}
     if best in found:
         return None
     found[best] = float(scores[best])

@@ -96,7 +96,7 @@ def test_an_adapter_is_replaced_in_one_step(
 def test_an_adapter_that_does_not_fit_into_memory_is_refused(client: Any, app: Application) -> None:
     """An adapter takes 2.5 times its size, and 3.5 times its size while it is loaded."""
     models = app.service.models
-    models.memory = AdapterMemory(4 * models.lm.adapters["adapter1"].nbytes)
+    models.memory = AdapterMemory(5 * models.lm.adapters["adapter1"].nbytes)
 
     def load(name: str) -> Any:
         return client.post(

@@ -6,11 +6,15 @@
 
 namespace nplora {
 
-// The largest size of an idle buffer that `take` reuses for a request of `bytes`. This size is larger than
-// the request, because batches differ in their number of tokens.
-size_t BufferCache::most_for(size_t bytes) const {
-  return bytes + bytes / (keeps_more_ ? 2 : 4);
+namespace {
+
+// The largest size of an idle buffer that `take` reuses for a request of `bytes`. This size is a quarter
+// larger than the request, because batches differ a little in their number of tokens.
+constexpr size_t most_for(size_t bytes) {
+  return bytes + bytes / 4;
 }
+
+}  // namespace
 
 AlignedBuffer BufferCache::take(size_t bytes) {
   const std::lock_guard lock(mutex_);
@@ -31,11 +35,10 @@ AlignedBuffer BufferCache::take(size_t bytes) {
 
 // Makes room for a new buffer of `bytes`: frees idle buffers until the sum of used, idle and new memory is
 // at most the peak of used memory and the spare memory. The new buffer counts as used in this peak. The
-// first to go is the largest buffer that is smaller than the new one: the new one will serve its requests
-// too.
+// largest buffer that is smaller than the new one is freed first, because the new one can often replace it.
 void BufferCache::make_room(size_t bytes) {
   const size_t peak = std::max(most_used_, used_bytes_ + bytes), least = std::min(peak, kSpareBytes);
-  const size_t most = peak + (keeps_more_ ? std::max(peak / 8, least) : least);
+  const size_t most = peak + (keepers_ > 0 ? std::max(peak / 8, least) : least);
   while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {
     const auto larger = idle_.lower_bound(bytes);
     const auto freed = std::prev(larger == idle_.begin() ? idle_.end() : larger);
@@ -58,7 +61,7 @@ void BufferCache::give_back(AlignedBuffer buffer) noexcept {
 
 void BufferCache::keep_more(bool on) {
   const std::lock_guard lock(mutex_);
-  keeps_more_ = on;
+  keepers_ += on ? 1 : -1;
 }
 
 void BufferCache::release() noexcept {

@@ -22,21 +22,21 @@ class BufferCache {
   AlignedBuffer take(size_t bytes);
   void give_back(AlignedBuffer buffer) noexcept;
 
-  // Whether more idle buffers are kept, for batches of changing sizes. Otherwise, they would return most of
-  // their memory to the system in each step, and get it back as new pages.
+  // Keeps more idle buffers until each call with `true` is followed by one with `false`. This is for batches
+  // of changing sizes. They would otherwise return most of their memory to the system in each step, and get it
+  // back as new pages.
   void keep_more(bool on);
 
   // Returns the idle buffers to the system.
   void release() noexcept;
 
  private:
-  size_t most_for(size_t bytes) const;
   void make_room(size_t bytes);
 
   std::mutex mutex_;
   std::multimap<size_t, AlignedBuffer> idle_;  // by size
   size_t used_bytes_ = 0, idle_bytes_ = 0, most_used_ = 0;
-  bool keeps_more_ = false;
+  int keepers_ = 0;  // calls of keep_more(true) that wait for their keep_more(false)
 };
 
 // The buffer cache of this process. The cache is never destroyed, because arrays may give their buffers back

@@ -28,7 +28,8 @@ void register_buffers(py::module_& m) {
         "An array with undefined contents, in memory that earlier ones have left");
   m.def(
       "keep_more_buffers", [](bool on) { buffer_cache().keep_more(on); }, py::arg("on"),
-      "Sets whether idle buffers may take an eighth more memory than the peak of used ones");
+      "Begins, or ends, a time in which idle buffers may take an eighth more memory than the peak of used "
+      "ones");
   m.def("release_buffers", [] { buffer_cache().release(); }, "Returns idle buffers to the system");
   m.def("allocations", &AlignedBuffer::allocations, "How many buffers this process has allocated");
 }

@@ -1,4 +1,5 @@
 // Constants of the core that Python needs.
+#include "base/buffer_cache.h"
 #include "base/cache_line.h"
 #include "bindings/arrays.h"
 #include "bindings/named_tuple.h"
@@ -18,6 +19,7 @@ constexpr Constant kConstants[] = {
     {"cache_line", kCacheLine},
     {"least_buffer_bytes", kLeastBufferBytes},
     {"small_batch", kernels::kSmallBatch},
+    {"spare_buffer_bytes", BufferCache::kSpareBytes},
     {"float_batch", kFloatBatch},
     {"task_tokens", kTaskTokens},
     {"lanes_bytes", kLanesBytes},

@@ -442,6 +442,7 @@ inline double int8_peak(size_t iterations) {
     for (size_t i = 0; i < kGroups; ++i) peak_step(sums[i], x);
   }
   LaneInts total{};
+#pragma GCC unroll 4
   for (size_t i = 0; i < kGroups; ++i) total += sums[i][0] + sums[i][1] + sums[i][2];
   int32_t sum = sum_of_lanes(total);
   __asm__ volatile("" : "+r"(sum));  // so that the sums are used

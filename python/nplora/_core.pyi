@@ -435,6 +435,7 @@ class Constants(NamedTuple):
     small_batch: (
         int  # up to this many rows, a product adds up in another order, which is the same for each row
     )
+    spare_buffer_bytes: int  # idle buffers may take this much more memory than the peak of the used ones
     float_batch: int  # up to this many rows, products of the backward pass are not rounded to bfloat16
     task_tokens: int  # the most tokens that one task keeps in L2 or L3
     lanes_bytes: int  # the most scratch bytes for the rows of x, rearranged for the products

@@ -18,7 +18,7 @@ from nplora.runtime import get_num_threads
 
 _FLOAT = 4
 _THREAD = 3 << 19  # the scratch of a thread besides the rows of a product, rounded up
-_HEAP = 12 << 20  # small arrays, texts of requests, and idle memory that malloc and the buffer cache keep
+_HEAP = (8 << 20) + _core.constants.spare_buffer_bytes  # small arrays, texts of requests, idle memory
 _PART = 0.5  # without a budget: the part of the available memory that the engine may take
 _ADAPTERS = 8  # by default, adapters that are loaded later get an eighth of what the model leaves
 _LEAST_PAGES = 4

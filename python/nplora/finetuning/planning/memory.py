@@ -373,7 +373,8 @@ def predicted(
         + pairs
         + adapters.scratch(narrow, max(step.tokens, evaluated), threads)
         + codes
-        + _HEAP,
+        + _HEAP
+        + _core.constants.spare_buffer_bytes,
     )
 
 

@@ -33,17 +33,15 @@ AlignedBuffer BufferCache::take(size_t bytes) {
   return buffer;
 }
 
-// Makes room for a new buffer of `bytes`: frees idle buffers until the sum of used, idle and new memory is
-// at most the peak of used memory and the spare memory. The new buffer counts as used in this peak. The
-// largest buffer that is smaller than the new one is freed first, because the new one can often replace it.
+// Makes room for a new buffer of `bytes`: frees idle buffers, the largest first, until the sum of used, idle
+// and new memory is at most the peak of used memory and the spare memory. The new buffer counts as used in
+// this peak.
 void BufferCache::make_room(size_t bytes) {
-  const size_t peak = std::max(most_used_, used_bytes_ + bytes), least = std::min(peak, kSpareBytes);
-  const size_t most = peak + (keepers_ > 0 ? std::max(peak / 8, least) : least);
+  const size_t peak = std::max(most_used_, used_bytes_ + bytes), most = peak + std::min(peak, kSpareBytes);
   while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {
-    const auto larger = idle_.lower_bound(bytes);
-    const auto freed = std::prev(larger == idle_.begin() ? idle_.end() : larger);
-    idle_bytes_ -= freed->first;
-    idle_.erase(freed);
+    const auto largest = std::prev(idle_.end());
+    idle_bytes_ -= largest->first;
+    idle_.erase(largest);
   }
 }
 
@@ -55,13 +53,8 @@ void BufferCache::give_back(AlignedBuffer buffer) noexcept {
     idle_.emplace(bytes, std::move(buffer));
     idle_bytes_ += bytes;
   } catch (const std::bad_alloc&) {
-    // If there is no memory for an entry in the list of idle buffers, the buffer is freed.
+    // There is no memory for an entry in the list of idle buffers, so the buffer is freed.
   }
-}
-
-void BufferCache::keep_more(bool on) {
-  const std::lock_guard lock(mutex_);
-  keepers_ += on ? 1 : -1;
 }
 
 void BufferCache::release() noexcept {

@@ -26,10 +26,6 @@ py::array empty_array(const py::dtype& dtype, const std::vector<py::ssize_t>& sh
 void register_buffers(py::module_& m) {
   m.def("empty", &empty_array, py::arg("dtype"), py::arg("shape"),
         "An array with undefined contents, in memory that earlier ones have left");
-  m.def(
-      "keep_more_buffers", [](bool on) { buffer_cache().keep_more(on); }, py::arg("on"),
-      "Begins, or ends, a time in which idle buffers may take an eighth more memory than the peak of used "
-      "ones");
   m.def("release_buffers", [] { buffer_cache().release(); }, "Returns idle buffers to the system");
   m.def("allocations", &AlignedBuffer::allocations, "How many buffers this process has allocated");
 }

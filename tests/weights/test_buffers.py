@@ -129,30 +129,6 @@ print(_core.allocations() - allocated)
     assert int(out[0]) == 0
 
 
-def test_steps_of_changing_sizes_allocate_little_if_idle_memory_may_be_larger():
-    out = in_fresh_process("""
-import contextlib
-from nplora import _core
-def steps():
-    rng, most, begun = np.random.default_rng(0), 0, _core.allocations()
-    for batch in range(30):
-        rows = int(rng.integers(200, 280))
-        step = [buffers.empty((rows, width), np.float32) for width in (144, 768, 288, 144, 768) * 10]
-        for array in step:
-            array.fill(1)
-        most = max(most, sum(array.nbytes for array in step) / 2**20)
-        del step, array
-    return _core.allocations() - begun, most
-for context in (contextlib.nullcontext(), buffers.for_changing_sizes()):
-    nplora.release_memory()
-    with context:
-        print(*steps(), rss())
-""")
-    exact, _, held_exactly, changing, most, held = map(float, out)
-    assert changing < exact / 3
-    assert held < held_exactly + most / 8 + 1
-
-
 def test_idle_memory_can_be_returned():
     out = in_fresh_process("""
 array = taken(100)

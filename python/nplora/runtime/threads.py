@@ -74,8 +74,7 @@ def release_memory() -> None:
     """Return idle memory to the system.
 
     When a large result is freed, nplora keeps its memory for later results. Even without this call, idle
-    memory and memory in use together exceed the largest amount that was in use at one time by at most 4 MiB,
-    or by an eighth while a classifier or an embedding model trains.
+    memory and memory in use together exceed the largest amount that was in use at one time by at most 4 MiB.
 
         >>> import nplora
         >>> nplora.release_memory()

@@ -48,20 +48,6 @@ def output(
     return array
 
 
-@contextlib.contextmanager
-def for_changing_sizes() -> Iterator[None]:
-    """Within this context, idle memory may exceed the largest amount that was in use at once by an eighth.
-
-    This is for steps whose arrays change their sizes, such as batches of whole texts. Without it, each step
-    would return most of its memory to the system, because the next step needs other sizes.
-    """
-    _core.keep_more_buffers(True)
-    try:
-        yield
-    finally:
-        _core.keep_more_buffers(False)
-
-
 def release() -> None:
     """Return the memory of freed arrays to the system."""
     _core.release_buffers()

@@ -43,7 +43,6 @@ from nplora.nn.optim import AdamW
 from nplora.trainer import Callback, History, Trainer
 from nplora.trainer.callbacks import checked_callbacks
 from nplora.trainer.interrupts import Interrupts
-from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 
@@ -333,7 +332,7 @@ class _Training:
         if computes_in_int8(classifier):
             callbacks.append(Int8Check(classifier, train.sample_gradient(classifier, loss), say))
         trainer = self._trainer(loss, callbacks)
-        with files.Directory(self.output) as directory, buffers.for_changing_sizes():
+        with files.Directory(self.output) as directory:
             history = self._fit(trainer, train, valid, directory)
             classifier.head.rescale(spread, centre)
             fitted, report = 1.0, None

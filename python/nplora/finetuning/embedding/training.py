@@ -27,7 +27,6 @@ from nplora.nn.embedding_losses import EmbeddingFunction
 from nplora.nn.optim import AdamW
 from nplora.trainer import Callback, History, Trainer
 from nplora.trainer.interrupts import Interrupts
-from nplora.weights import buffers
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def train(
             clip_norm=max_grad_norm, seed=seed, callbacks=callbacks, progress=progress,
         )  # fmt: skip
         require_free_directory(place, resume, overwrite)
-        with files.Directory(place) as directory, buffers.for_changing_sizes():
+        with files.Directory(place) as directory:
             history = trainer.fit(
                 batches[0],
                 epochs=epochs,

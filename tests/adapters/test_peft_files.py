@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import random
-import resource
 import stat
 import threading
 import time
@@ -238,6 +237,8 @@ def test_the_dropout_that_most_layers_have_is_written(tmp_path: Path) -> None:
 @contextlib.contextmanager
 def memory_limit(more: int) -> Iterator[None]:
     """Let the process grow by no more than `more` bytes of addresses."""
+    import resource
+
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, limits[1]))
@@ -385,6 +386,8 @@ def failing_after(good_calls: int, real: Callable[..., Any], error: Exception) -
 
 
 def test_a_disk_that_fills_up_leaves_the_old_adapter(tmp_path: Path) -> None:
+    import resource
+
     model = Net()
     save_adapter(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

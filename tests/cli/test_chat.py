@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import pty
 import re
 import select
 import signal
@@ -181,6 +180,8 @@ class Terminal:
     """A chat in a pseudo-terminal."""
 
     def __init__(self, home: Path, *arguments: object) -> None:
+        import pty
+
         self._side, other = pty.openpty()
         environment = {**os.environ, "XDG_STATE_HOME": str(home), "TERM": "dumb", "PYTHONWARNINGS": ""}
         self.process = subprocess.Popen(

@@ -1,7 +1,6 @@
 """Weights are placed next to each other in huge pages, use no extra memory, and return it when freed."""
 
 import mmap
-import os
 import subprocess
 import sys
 import threading
@@ -11,11 +10,12 @@ import numpy as np
 import pytest
 
 import nplora
+import systems
 
 KIBIBYTE, MEBIBYTE = 1024, 1024**2
 COLLAPSE = 25  # MADV_COLLAPSE
-SMAPS, ENABLED = Path("/proc/self/smaps_rollup"), Path("/sys/kernel/mm/transparent_hugepage/enabled")
-needs_smaps = pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux's smaps_rollup")
+ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+needs_smaps = systems.needs_procfs("smaps_rollup")
 
 PRELUDE = """
 import re
@@ -149,7 +149,7 @@ print(advised() - before)
     assert run(code) == [2 * MEBIBYTE]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@systems.needs_fork
 def test_a_forked_child_can_make_weights_while_threads_of_its_parent_make_some() -> None:
     code = """
 import os, signal, threading

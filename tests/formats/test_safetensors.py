@@ -1,11 +1,9 @@
 """safetensors: literal bytes, the exact error of each hostile file, and the PyPI package as the oracle."""
 
 import errno
-import fcntl
 import gc
 import os
 import random
-import resource
 import socket
 import stat
 import time
@@ -17,6 +15,7 @@ import pytest
 import safetensors as oracle
 import safetensors.numpy as oracle_numpy
 
+import systems
 from hostile import accepted, refused
 from nplora.formats import files, safetensors
 from nplora.formats.errors import FormatError, LimitError, NotFetchedError, TruncatedError, UnsupportedError
@@ -166,12 +165,11 @@ def test_a_boolean_other_than_0_and_1_is_refused() -> None:
 
 
 def test_only_regular_files_are_read(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    for path, kind in [
-        (tmp_path / "fifo", "a FIFO"),
-        (tmp_path, "a directory"),
-        (Path("/dev/zero"), "a character"),
-    ]:
+    kinds = {tmp_path: "a directory", Path(os.devnull): "a character"}
+    if not systems.IS_WINDOWS:
+        os.mkfifo(tmp_path / "fifo")
+        kinds |= {tmp_path / "fifo": "a FIFO", Path("/dev/zero"): "a character"}
+    for path, kind in kinds.items():
         for mmap in (True, False):
             with refused(FormatError, kind, path):
                 safetensors.open(path, mmap=mmap)
@@ -350,6 +348,8 @@ def test_saving_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> Non
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    import resource
+
     path = tmp_path / "a.safetensors"
     safetensors.save(path, {"w": np.zeros(4)})
     before = path.read_bytes()
@@ -444,6 +444,8 @@ def test_a_directory_that_cannot_be_flushed_is_named(tmp_path: Path, monkeypatch
 
 
 def test_a_left_over_is_not_removed_while_another_save_is_under_way(tmp_path: Path) -> None:
+    import fcntl
+
     left = tmp_path / ".a.safetensors.0123456789ab.tmp"
     left.write_bytes(b"half, or being written")
     other = os.open(tmp_path, os.O_RDONLY)
@@ -476,6 +478,8 @@ def test_a_tensor_is_read_on_access_and_its_size_is_known_before(tmp_path: Path)
 
 
 def test_a_file_beyond_the_memory_is_named(tmp_path: Path) -> None:
+    import resource
+
     path, size = tmp_path / "big.safetensors", 1 << 40
     header = "{" + entry("U8", f"[{size}]", f"[0,{size}]") + "}"
     path.write_bytes(container(header))

@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,8 @@ def test_macos_counts_the_peak_in_bytes_and_linux_in_kibibytes(
     system: str, unit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The manual pages of getrusage(2) say so."""
+    import resource
+
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5000))
     assert memory.largest_memory() == 5000 * unit

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import errno
-import fcntl
 import itertools
 import json
 import math
@@ -1278,6 +1277,8 @@ def test_only_a_kill_leaves_a_lock_file_and_that_does_not_lock(tmp_path: Path) -
 def test_a_lock_file_that_was_removed_after_it_was_opened_does_not_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import fcntl
+
     before, flock = RunDirectory(tmp_path), fcntl.flock
 
     def late(descriptor: int, operation: int) -> None:

@@ -64,9 +64,10 @@ def in_fresh_process(code):
     """Run code in a new process. Returns its output. `rss()` gives the growth of resident memory in MiB."""
     prelude = """
 import gc, nplora, numpy as np
+from nplora.platform.memory import current_memory
 from nplora.weights import buffers
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+    return current_memory() / 2**20
 before = resident()
 def rss():
     return resident() - before

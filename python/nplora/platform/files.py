@@ -91,7 +91,8 @@ def replace_in(directory: int, old: str, new: str) -> None:
     """Rename a file of an open directory. An existing file of the new name is replaced.
 
     Windows does not replace a file that is mapped. Then the mapped file is renamed first, and a crash between
-    the two renames leaves no file of the new name. The renamed file is removed as soon as nobody maps it.
+    the two renames leaves no file of the new name, only one that ends in ".old". The next call removes that
+    file, unless it is still mapped.
     """
     if sys.platform == "win32":
         windows_files.replace(windows_files.joined(directory, old), windows_files.joined(directory, new))

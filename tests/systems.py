@@ -4,6 +4,7 @@ A test says what it needs by using it. If the system lacks it, the test is skipp
 is lacking. Only the code of tests is excused: the same error inside the package is a failure.
 """
 
+import ctypes
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from types import ModuleType, TracebackType
 import pytest
 
 IS_WINDOWS = sys.platform == "win32"
+IS_WINE = IS_WINDOWS and hasattr(ctypes.windll.ntdll, "wine_get_version")  # type: ignore[attr-defined]
 
 _TESTS = Path(__file__).parent
 _OURS = re.compile(r"[\\/](tests|nplora|bench)[\\/]")  # frames of the standard library are left out
@@ -25,6 +27,9 @@ _NO_PRIVILEGE = 1314  # Windows allows symbolic links to few users
 
 needs_signals = pytest.mark.skipif(IS_WINDOWS, reason="this system sends no signals to other processes")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+needs_new_paths = pytest.mark.skipif(IS_WINE, reason="Wine does not know an open directory's new path")
+needs_links = pytest.mark.skipif(IS_WINDOWS, reason="this system's links are second names of the file")
+needs_flushing = pytest.mark.skipif(IS_WINDOWS, reason="this system flushes directories by itself")
 needs_cut_files = pytest.mark.skipif(IS_WINDOWS, reason="this system refuses to shorten mapped files")
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = Path(os.environ.get("NPLORA_CROSS_DIR", ROOT / "build/cross/windows")).absolute()
-TOOLS, PYTHON, PREFIX = WORK / "tools", WORK / "python", WORK / "prefix"
+TOOLS, PYTHON, PREFIX = WORK / "venv", WORK / "python", WORK / "prefix"
 SITE = PYTHON / "Lib/site-packages"
 EXTENSION = WORK / "build/_core.cp313-win_amd64.pyd"
 

@@ -302,6 +302,7 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@systems.needs_procfs("fd")
 def test_a_file_opened_for_each_tensor_is_mapped_once_and_parsed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -240,6 +240,7 @@ def test_a_dense_module_of_another_shape_or_in_a_pickle_is_refused(
         (modules("Transformer"), UnsupportedError, "no module Pooling"),
         ([{"type": "a.Transformer", "path": "../.."}], UnsafeError, "leaves the directory"),
         ([{"type": "a.Transformer", "path": "/etc"}], UnsafeError, "leaves the directory"),
+        ([{"type": "a.Transformer", "path": "C:a"}], UnsafeError, "leaves the directory"),
         ([{"type": "a.Transformer", "path": "a\0b"}], UnsafeError, "leaves the directory"),
     ],
 )

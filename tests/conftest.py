@@ -31,7 +31,7 @@ class _Skipped:
     def __init__(self, path: Path, worker: str | None) -> None:
         self.path, self.worker = path, worker
         if worker is None:
-            path.write_text("")
+            path.write_text("", encoding="utf-8")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if self.worker is None:

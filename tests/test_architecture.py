@@ -91,7 +91,7 @@ def imported_names(node: ast.Import | ast.ImportFrom, file: Path) -> Iterator[st
 @functools.cache
 def imports(file: Path) -> list[tuple[str, bool]]:
     """Every imported name, and whether it is imported when the module is."""
-    tree = ast.parse(file.read_text(), str(file))
+    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
     inner = {
         id(node)
         for function in ast.walk(tree)
@@ -245,7 +245,7 @@ def system_specifics(file: Path) -> Iterator[str]:
     for name, _ in imports(file):
         if name.partition(".")[0] in SYSTEM_MODULES:
             yield f"import {name}"
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             if node.attr in SYSTEM_NAMES.get(node.value.id, ()):
                 yield f"{node.value.id}.{node.attr}"
@@ -330,7 +330,7 @@ def cpp_room(file: Path) -> str:
 
 def code_of(file: Path) -> str:
     """The text without comments."""
-    return re.sub(r"//[^\n]*|/\*.*?\*/", "", file.read_text(), flags=re.DOTALL)
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def includes(file: Path) -> tuple[set[str], set[str]]:

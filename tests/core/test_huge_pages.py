@@ -46,7 +46,7 @@ def collapses() -> bool:
         return False
     of_size = ENABLED.parent / "hugepages-2048kB/enabled"
     own = of_size.read_text() if of_size.exists() else "[inherit]"
-    if "[never]" in (ENABLED.read_text() if "[inherit]" in own else own):
+    if "[never]" in (ENABLED.read_text(encoding="utf-8") if "[inherit]" in own else own):
         return False
     if ENABLED.with_name("hpage_pmd_size").read_text() != f"{2 * MEBIBYTE}\n":
         return False

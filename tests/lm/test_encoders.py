@@ -35,8 +35,10 @@ def copied(directory: Path, tmp_path: Path) -> Path:
 
 def change(path: Path, **fields: Any) -> None:
     """Change fields of a JSON file. None removes a field."""
-    values = json.loads(path.read_text()) | fields if path.exists() else fields
-    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    values = json.loads(path.read_text(encoding="utf-8")) | fields if path.exists() else fields
+    path.write_text(
+        json.dumps({name: value for name, value in values.items() if value is not None}), encoding="utf-8"
+    )
 
 
 # ---- hidden states against plain NumPy in float64 ----

@@ -26,7 +26,7 @@ def test_macos_counts_the_peak_in_bytes_and_linux_in_kibibytes(
 
 def test_the_use_of_a_process_is_what_the_system_says() -> None:
     size, seconds = memory.usage_of(os.getpid()) or (0, -1.0)
-    mapped = re.search(r"VmSize:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    mapped = re.search(r"VmSize:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert mapped is not None
     assert size == pytest.approx(int(mapped[1]) * 1024, rel=0.01)
     times = os.times()

@@ -336,7 +336,7 @@ def test_failed_calls_leak_nothing() -> None:
     resource = pytest.importorskip("resource")
 
     def resident() -> int:
-        with open("/proc/self/statm") as statm:
+        with open("/proc/self/statm", encoding="utf-8") as statm:
             return int(statm.read().split()[1]) * resource.getpagesize()
 
     w = np.ones((64, 64), np.float32)

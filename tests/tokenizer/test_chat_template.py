@@ -413,7 +413,7 @@ def test_memory_that_templates_leave_behind_does_not_add_up() -> None:
     ring = "{% set n = namespace() %}{% set n.n = n %}{% set n.x = 'a' * 20000000 %}x"
     for _ in range(12):
         assert render(ring) == "x"
-    pages = int(Path(f"/proc/{process().pid}/statm").read_text().split()[0])
+    pages = int(Path(f"/proc/{process().pid}/statm").read_text(encoding="utf-8").split()[0])
     assert pages * resource.getpagesize() < 100 << 20
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import systems
 from hostile import MOST_BYTES, MOST_SECONDS, refused
 from nplora.formats.errors import FormatError, LimitError, UnsafeError
 from nplora.tokenizer import chat_template
@@ -488,9 +489,10 @@ def test_an_interrupted_rendering_does_not_affect_the_next() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGPROF, signal.SIGVTALRM])
-def test_signals_that_are_blocked_here_still_end_the_process(number: signal.Signals) -> None:
+@pytest.mark.parametrize("name", ["SIGPROF", "SIGVTALRM"])
+def test_signals_that_are_blocked_here_still_end_the_process(name: str) -> None:
     chat_template._PROCESS.stop()
+    number = getattr(signal, name)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
     before = signal.signal(number, signal.SIG_IGN)
     try:
@@ -531,6 +533,7 @@ def test_a_forked_process_starts_its_own_rendering_process(busy: bool) -> None:
     assert busy or process().pid == first
 
 
+@systems.needs_signals
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), signal.SIGKILL)"])
 def test_the_process_ends_with_its_parent(end: str) -> None:
     script = (

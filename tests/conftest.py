@@ -1,7 +1,7 @@
 """Fixtures that many tests share."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 import threadpoolctl
 
 import nplora
+import systems
 from figures import Figure
 from nplora.cli.demo import dictionary
 
@@ -30,7 +31,7 @@ class _Skipped:
     def __init__(self, path: Path, worker: str | None) -> None:
         self.path, self.worker = path, worker
         if worker is None:
-            path.write_text("")
+            path.write_text("", encoding="utf-8")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if self.worker is None:
@@ -94,6 +95,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {"smollm2", "gemma3"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Generator[None, object, object]:
+    """Skip a test that asks for something that this system lacks."""
+    try:
+        return (yield)
+    except Exception as error:
+        if lacking := systems.lacking(error):
+            pytest.skip(f"this system lacks {lacking}")
+        raise
 
 
 @pytest.fixture

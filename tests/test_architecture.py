@@ -91,7 +91,7 @@ def imported_names(node: ast.Import | ast.ImportFrom, file: Path) -> Iterator[st
 @functools.cache
 def imports(file: Path) -> list[tuple[str, bool]]:
     """Every imported name, and whether it is imported when the module is."""
-    tree = ast.parse(file.read_text(), str(file))
+    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
     inner = {
         id(node)
         for function in ast.walk(tree)
@@ -245,7 +245,7 @@ def system_specifics(file: Path) -> Iterator[str]:
     for name, _ in imports(file):
         if name.partition(".")[0] in SYSTEM_MODULES:
             yield f"import {name}"
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             if node.attr in SYSTEM_NAMES.get(node.value.id, ()):
                 yield f"{node.value.id}.{node.attr}"
@@ -264,6 +264,44 @@ def test_only_one_room_knows_the_operating_system() -> None:
         if room_of(file) != "platform" and (specifics := sorted(set(system_specifics(file))))
     }
     assert found == {}
+
+
+def in_bytes(call: ast.Call) -> bool:
+    """Whether a call of `open` has a mode such as "rb"."""
+    return any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in call.args[1:2])
+
+
+def text_without_encoding(file: Path) -> Iterator[int]:
+    """The lines that open a file as text without an encoding: on Windows it would not be UTF-8."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        given = {keyword.arg for keyword in node.keywords}
+        is_open = isinstance(node.func, ast.Name) and name == "open" and not in_bytes(node)
+        if "encoding" not in given and (is_open or name in {"read_text", "write_text"}):
+            yield node.lineno
+
+
+def test_text_has_its_encoding_on_every_system() -> None:
+    """The room of the platform reads Linux' own files, whose text is ASCII."""
+    found = {
+        str(file.relative_to(PACKAGE)): lines
+        for file in python_files()
+        if room_of(file) != "platform"
+        if (lines := list(text_without_encoding(file)))
+    }
+    assert found == {}
+
+
+TESTS = ROOT / "tests"
+ASKING = re.compile(r"\b(sys\.platform|os\.name|platform\.system)\b")
+
+
+def test_tests_ask_one_module_for_the_operating_system() -> None:
+    files = [file for file in TESTS.rglob("*.py") if file.name not in {"systems.py", Path(__file__).name}]
+    assert len(files) > 100
+    assert [file for file in files if ASKING.search(file.read_text(encoding="utf-8"))] == []
 
 
 # Imports for `nplora demo` and for `nplora info`, which prints the norms of an adapter.
@@ -292,7 +330,7 @@ def cpp_room(file: Path) -> str:
 
 def code_of(file: Path) -> str:
     """The text without comments."""
-    return re.sub(r"//[^\n]*|/\*.*?\*/", "", file.read_text(), flags=re.DOTALL)
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def includes(file: Path) -> tuple[set[str], set[str]]:

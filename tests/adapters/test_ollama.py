@@ -22,7 +22,7 @@ TEMPLATE = (
 
 def instructions(path: Path) -> list[tuple[str, str]]:
     """The instructions of a Modelfile, by the rules of Ollama's parser (parser/parser.go)."""
-    text, found = path.read_text(), []
+    text, found = path.read_text(encoding="utf-8"), []
     while text.strip():
         text = text.lstrip()
         name, text = re.split(r"[ \t]", text, maxsplit=1)

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import pty
 import re
 import select
 import signal
@@ -49,7 +48,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def piped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, *arguments: object
 ) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode("utf-8", "surrogateescape"))))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode("utf-8", "surrogateescape")), encoding="utf-8")
+    )
     status = cli.main(["chat", *map(str, arguments)])
     return status, *capsys.readouterr()
 
@@ -161,7 +162,7 @@ def test_escape_sequences_of_an_answer_do_not_reach_a_terminal(
     output = io.StringIO()
     monkeypatch.setattr(output, "isatty", lambda: is_terminal)
     monkeypatch.setattr(sys, "stdout", output)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n"), encoding="utf-8"))
     ChatSession(cast(Conversation, _Hostile()), PipedLines()).run("m")
     assert output.getvalue() == expected
 
@@ -181,6 +182,8 @@ class Terminal:
     """A chat in a pseudo-terminal."""
 
     def __init__(self, home: Path, *arguments: object) -> None:
+        import pty
+
         self._side, other = pty.openpty()
         environment = {**os.environ, "XDG_STATE_HOME": str(home), "TERM": "dumb", "PYTHONWARNINGS": ""}
         self.process = subprocess.Popen(

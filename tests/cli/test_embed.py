@@ -19,7 +19,7 @@ def test_the_command_embeds_with_an_adapter(
     encoder = nplora.load_encoder(save_small_encoder(tmp_path / "model"))
     encoder.add_lora(rank=2, init="gaussian")
     nplora.save_adapter(encoder, "adapter")
-    Path("texts.txt").write_text("a cat\na dog\n")
+    Path("texts.txt").write_text("a cat\na dog\n", encoding="utf-8")
     words = ["embed", "model", "texts.txt", "--output", "v.npy", "--adapter", "adapter", "--no-normalize"]
     assert main(words) == 0
     assert "v.npy: 2 embeddings of 32 values" in capsys.readouterr().out

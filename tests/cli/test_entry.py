@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import nplora
+import systems
 from commands import command
 from nplora import cli, finetuning
 from nplora.cli import demo, entry
@@ -207,6 +208,7 @@ def test_streams_that_are_closed_leave_no_traceback(
     assert cli.main(["info"]) == 0
 
 
+@systems.needs_procfs("fd")
 def test_a_reader_of_stdout_that_goes_away_leaves_no_file_open(monkeypatch: pytest.MonkeyPatch) -> None:
     def run() -> None:
         reader, writer = os.pipe()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import systems
 from commands import command
 from dead_streams import DEAD
 from nplora import cli
@@ -174,6 +174,7 @@ def test_a_report_that_cannot_be_printed_says_that_the_adapter_is_saved(
     assert len(files_of(tmp_path / "out")) == 2
 
 
+@systems.needs_signals
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_command_resumes(model: Path, data: Path, tmp_path: Path) -> None:
     options = ["--rank", "2", "--lr", "0.01", "--steps", "400", "--batch-examples", "4"]
@@ -195,7 +196,7 @@ def test_ctrl_c_saves_and_the_command_resumes(model: Path, data: Path, tmp_path:
             log = output / "log.jsonl"
             while process.poll() is None and not (log.exists() and log.read_text().count('"step"') > 20):
                 time.sleep(0.01)
-            os.kill(process.pid, signal.SIGINT)
+            process.send_signal(signal.SIGINT)
         printed, errors = process.communicate(timeout=120)
         assert process.returncode == (130 if output.name == "cut" else 0), errors.decode()
     assert b"interrupted: --resume continues" in printed

@@ -1,7 +1,6 @@
 """Weights are placed next to each other in huge pages, use no extra memory, and return it when freed."""
 
 import mmap
-import os
 import subprocess
 import sys
 import threading
@@ -11,11 +10,12 @@ import numpy as np
 import pytest
 
 import nplora
+import systems
 
 KIBIBYTE, MEBIBYTE = 1024, 1024**2
 COLLAPSE = 25  # MADV_COLLAPSE
-SMAPS, ENABLED = Path("/proc/self/smaps_rollup"), Path("/sys/kernel/mm/transparent_hugepage/enabled")
-needs_smaps = pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux's smaps_rollup")
+ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+needs_smaps = systems.needs_procfs("smaps_rollup")
 
 PRELUDE = """
 import re
@@ -46,7 +46,7 @@ def collapses() -> bool:
         return False
     of_size = ENABLED.parent / "hugepages-2048kB/enabled"
     own = of_size.read_text() if of_size.exists() else "[inherit]"
-    if "[never]" in (ENABLED.read_text() if "[inherit]" in own else own):
+    if "[never]" in (ENABLED.read_text(encoding="utf-8") if "[inherit]" in own else own):
         return False
     if ENABLED.with_name("hpage_pmd_size").read_text() != f"{2 * MEBIBYTE}\n":
         return False
@@ -149,7 +149,7 @@ print(advised() - before)
     assert run(code) == [2 * MEBIBYTE]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@systems.needs_fork
 def test_a_forked_child_can_make_weights_while_threads_of_its_parent_make_some() -> None:
     code = """
 import os, signal, threading

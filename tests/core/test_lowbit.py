@@ -13,6 +13,7 @@ import pytest
 
 import nplora
 import reference
+import systems
 from block_formats import EXPECTED
 from figures import Figure
 from nplora import FrozenWeight
@@ -412,7 +413,7 @@ print(private() - before, fw.nbytes)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps_rollup")
+@systems.needs_procfs("smaps_rollup")
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "q4_1", "q6_k"])
 def test_an_owned_weight_takes_little_more_than_its_storage(storage: str) -> None:
     grown, nbytes = map(int, run(OWNED, storage))
@@ -431,7 +432,7 @@ print(len(weights), private() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps_rollup")
+@systems.needs_procfs("smaps_rollup")
 def test_the_mapped_weights_of_a_model_take_almost_no_private_memory(smollm2: Path, figure: Figure) -> None:
     count, grown = map(int, run(MAPPED, smollm2))
     assert count == 211
@@ -453,7 +454,7 @@ print(sizes["Rss"], sizes["Pss"], sizes["Private_Dirty"])
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's smaps")
+@systems.needs_procfs("smaps")
 def test_two_processes_share_the_pages_of_a_model(smollm2: Path, figure: Figure) -> None:
     command = [sys.executable, "-c", "import sys\n" + SHARED, str(smollm2)]
     two = [

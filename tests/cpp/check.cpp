@@ -1,14 +1,12 @@
 #include "check.h"
 
-#include <signal.h>
-#include <unistd.h>
-
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
 #include <map>
 #include <string>
+
+#include "system.h"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -35,13 +33,6 @@ unsigned control_word() {
 #else
   return 0;
 #endif
-}
-
-void report_crash(int signal) {
-  const char* parts[] = {"\nCRASH (", strsignal(signal), ") in ", current, "\n"};
-  for (const char* part : parts)
-    if (write(STDERR_FILENO, part, strlen(part)) < 0) break;
-  _exit(1);
 }
 
 }  // namespace
@@ -99,11 +90,7 @@ void close_isa(const char* isa) {
 
 void catch_crashes() {
 #if !defined(__SANITIZE_ADDRESS__)  // it has a better report of its own
-  struct sigaction action = {};
-  action.sa_handler = report_crash;
-  for (int signal : {SIGSEGV, SIGBUS, SIGILL, SIGFPE}) sigaction(signal, &action, nullptr);
-#else
-  static_cast<void>(report_crash);
+  test_system::report_crashes(current);
 #endif
 }
 

@@ -3,17 +3,14 @@
 // Under AddressSanitizer the rest of the first and last page is poisoned.
 #pragma once
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <vector>
+
+#include "system.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -36,7 +33,7 @@ class Guarded {
   Guarded(size_t n, Place place)
       : bytes_(std::max<size_t>(1, (n * sizeof(T) + page() - 1) / page()) * page()) {
     std::vector<unsigned char*>& free = pool()[bytes_];
-    if (free.empty()) free.push_back(map(bytes_));
+    if (free.empty()) free.push_back(test_system::map_between_guards(bytes_));
     pages_ = free.back();
     free.pop_back();
     unpoison();
@@ -63,19 +60,7 @@ class Guarded {
   size_t first() const { return static_cast<size_t>(reinterpret_cast<unsigned char*>(data_) - pages_); }
 
  private:
-  static size_t page() {
-    static const size_t size = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    return size;
-  }
-  static unsigned char* map(size_t bytes) {
-    void* all = mmap(nullptr, bytes + 2 * page(), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    unsigned char* pages = static_cast<unsigned char*>(all) + page();
-    if (all == MAP_FAILED || mprotect(pages, bytes, PROT_READ | PROT_WRITE) != 0) {
-      perror("guarded buffer");
-      std::exit(2);
-    }
-    return pages;
-  }
+  static size_t page() { return test_system::page_size(); }
   static std::map<size_t, std::vector<unsigned char*>>& pool() {
     static std::map<size_t, std::vector<unsigned char*>> free;
     return free;

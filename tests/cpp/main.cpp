@@ -1,9 +1,12 @@
 // Checks every kernel of every instruction set that this machine runs against an independent oracle, on at
 // least 500 shapes each, in buffers between guard pages. Usage: kernel_tests [PART PARTS [N]]. Each part
-// tests some of the instruction sets. With N, it tests only one of N shapes.
+// tests some of the instruction sets. With N, it tests only one of N shapes. With --table, it only prints the
+// table that it would use.
 #include "check.h"
 #include "kernel_tests.h"
+#include "system.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
@@ -22,6 +25,10 @@ bool differ(const KernelTable& table, const KernelTable& other, Groups Tables::*
 }  // namespace
 
 int main(int count, char** words) {
+  if (count == 2 && std::strcmp(words[1], "--table") == 0) {
+    std::fputs(test_system::chosen_table().c_str(), stdout);
+    return 0;
+  }
   const size_t part = count >= 3 ? strtoul(words[1], nullptr, 10) - 1 : 0;
   const size_t parts = count >= 3 ? strtoul(words[2], nullptr, 10) : 1;
   check::take_one_of(count == 4 ? strtoul(words[3], nullptr, 10) : 1);

@@ -1,9 +1,4 @@
 // The choice of the table. table() chooses once per process, so each choice is tried in a child process.
-#include <sys/wait.h>
-#include <unistd.h>
-
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -12,35 +7,20 @@
 
 #include "check.h"
 #include "kernel_tests.h"
+#include "system.h"
 
 using nplora::kernels::KernelTable;
+using test_system::table_in_child;
+
+std::string test_system::chosen_table() {
+  try {
+    return nplora::kernels::table().isa;
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+}
 
 namespace {
-
-// What table() gives with NPLORA_ISA=name: the table's name, or the error message.
-std::string choice(const char* name) {
-  int ends[2];
-  if (pipe(ends) != 0) return "no pipe";
-  const pid_t child = fork();
-  if (child == 0) {
-    name ? setenv("NPLORA_ISA", name, 1) : unsetenv("NPLORA_ISA");
-    std::string answer;
-    try {
-      answer = nplora::kernels::table().isa;
-    } catch (const std::invalid_argument& error) {
-      answer = error.what();
-    }
-    _exit(write(ends[1], answer.data(), answer.size()) == static_cast<ssize_t>(answer.size()) ? 0 : 1);
-  }
-  close(ends[1]);
-  char answer[512] = {};
-  size_t size = 0;
-  for (ssize_t got; (got = read(ends[0], answer + size, sizeof answer - 1 - size)) > 0;)
-    size += static_cast<size_t>(got);
-  close(ends[0]);
-  waitpid(child, nullptr, 0);
-  return answer;
-}
 
 // Tables that some machines of this architecture cannot run.
 const std::vector<const char*> kOptional = {
@@ -75,15 +55,16 @@ void test_dispatch() {
   }
   for (const char* unset : {static_cast<const char*>(nullptr), ""}) {
     check::Case one("dispatch: NPLORA_ISA %s", unset ? "empty" : "unset");
-    check::expect(choice(unset) == tables[count - 1]->isa, "chose %s", choice(unset).c_str());
+    check::expect(table_in_child(unset) == tables[count - 1]->isa, "chose %s", table_in_child(unset).c_str());
   }
   for (size_t i = 0; i < count; ++i) {
     check::Case one("dispatch: NPLORA_ISA=%s", tables[i]->isa);
-    check::expect(choice(tables[i]->isa) == tables[i]->isa, "chose %s", choice(tables[i]->isa).c_str());
+    check::expect(table_in_child(tables[i]->isa) == tables[i]->isa, "chose %s",
+                  table_in_child(tables[i]->isa).c_str());
   }
   {
     check::Case one("dispatch: an unknown name");
-    const std::string answer = choice("sse9");
+    const std::string answer = table_in_child("sse9");
     check::expect(has(answer, "NPLORA_ISA=sse9") && has(answer, tables[count - 1]->isa), "said: %s",
                   answer.c_str());
   }
@@ -92,7 +73,7 @@ void test_dispatch() {
     for (size_t i = 0; i < count; ++i) runs |= std::strcmp(tables[i]->isa, isa) == 0;
     if (runs) continue;
     check::Case one("dispatch: %s, which this process may not use", isa);
-    const std::string answer = choice(isa);
+    const std::string answer = table_in_child(isa);
     const bool refused = std::strcmp(isa, "amx") == 0 && nplora::simd::cpu().amx;
     check::expect(has(answer, isa) && has(answer, refused ? "Linux refuses" : "lacks"), "said: %s",
                   answer.c_str());

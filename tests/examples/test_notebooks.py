@@ -11,7 +11,9 @@ NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
 def code_cells(path: Path) -> list[dict[str, Any]]:
-    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    return [
+        cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -26,7 +28,7 @@ def test_a_notebook_is_stored_with_the_outputs_of_one_run(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_notebook_is_small_and_names_no_path_of_the_machine_it_ran_on(path: Path) -> None:
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert len(text) < 250_000
     assert not [place for place in ("/work/", "/tmp/", "/home/", "/root/") if place in text]
 

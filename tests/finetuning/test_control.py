@@ -235,7 +235,7 @@ def test_reports_lie_in_the_output_directory_and_have_the_settings(
     out = tmp_path / "out"
     finetune(model, data, out, **options, callbacks=[StopAfter(5)])
     report = finetune(model, data, out, **options, resume=True)
-    with open(out / "reports/metrics.csv", newline="") as file:
+    with open(out / "reports/metrics.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["loss"]) for row in rows if row["loss"]] == report.history.loss
     losses = [record.val_loss for record in report.history.evaluations]

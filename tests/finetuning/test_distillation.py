@@ -315,7 +315,7 @@ def test_equal_examples_are_stored_once_and_validation_data_too(
     teacher: Path, data: Path, tmp_path: Path
 ) -> None:
     valid = tmp_path / "valid.jsonl"
-    rows = data.read_text().splitlines(keepends=True)
+    rows = data.read_text(encoding="utf-8").splitlines(keepends=True)
     valid.write_text("".join([rows[0], '{"prompt": "new", "completion": "row"}\n', rows[0]]))
     found = teach(teacher, [(data, 3.0)], tmp_path / "t", valid=valid, top_k=2)
     assert found.examples == 25
@@ -503,7 +503,7 @@ def test_log_probabilities_of_other_data_are_refused(
     model: Path, taught: Path, data: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.jsonl"
-    other.write_text(data.read_text() + '{"prompt": "a", "completion": "b"}\n')
+    other.write_text(data.read_text(encoding="utf-8") + '{"prompt": "a", "completion": "b"}\n')
     for options, words in (
         ({"data": other}, "of 1 of 25 examples"),
         ({"data": data, "valid": other}, "other.jsonl: the teacher .* of 1 of 25 examples"),

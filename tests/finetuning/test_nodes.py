@@ -367,7 +367,7 @@ def test_the_benchmark_starts_one_process_two_ranks_and_if_wanted_the_same_over_
         output = Path(given["options"]["output"])
         output.mkdir(parents=True)
         (output / "adapter_model.safetensors").write_bytes(b"the same")
-        Path(given["result"]).write_text("{}")
+        Path(given["result"]).write_text("{}", encoding="utf-8")
         return subprocess.CompletedProcess(words, 0, "", "")
 
     monkeypatch.setattr(bench_distributed.subprocess, "run", run)

@@ -26,7 +26,7 @@ ROWS = [{"prompt": f"{n}+1=", "completion": "x" * (n + 1)} for n in range(30)]
 
 
 def write(path: Path, written: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in written))
+    path.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
     return path
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -112,6 +111,8 @@ def test_a_disk_that_fills_up_ends_the_run_which_resumes_later(
     model: Path, data: Path, tmp_path: Path, whole: tuple[bytes, bytes]
 ) -> None:
     """A limit on the size of files stands for a full disk: checkpoints fit, the longer log does not."""
+    import resource
+
     limit = 2500
 
     def starve() -> None:
@@ -142,6 +143,7 @@ def test_a_run_on_pairs_that_is_disturbed_ends_with_the_same_adapter(
     more = "--objective", "dpo"
     assert run(model, data, tmp_path / "whole", *more).returncode == 0
     if disturbance == "full disk":
+        import resource
 
         def starve() -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

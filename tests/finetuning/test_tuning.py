@@ -384,7 +384,7 @@ def test_a_tenth_is_held_out_unless_there_are_validation_data(
     directory = tmp_path / "both"
     directory.mkdir()
     for name in ("train", "valid"):
-        (directory / f"{name}.jsonl").write_text(data.read_text())
+        (directory / f"{name}.jsonl").write_text(data.read_text(encoding="utf-8"))
     for given in (
         tune(model, directory, tmp_path / "b", **few),
         tune(model, data, tmp_path / "c", valid=data, **few),
@@ -394,7 +394,7 @@ def test_a_tenth_is_held_out_unless_there_are_validation_data(
         assert given.loss_before == evaluate(model, data)["loss"]
     several = tune(model, [(directory, 2), data], tmp_path / "e", **few)
     assert f"--data {directory}:2 --data {data} --output" in several.command
-    rows = iter([json.loads(line) for line in data.read_text().splitlines()])
+    rows = iter([json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()])
     lm = nplora.load_model(model)
     report = tune(lm, rows, tmp_path / "d", valid=[{"prompt": "1+1=", "completion": "2"}], **few)
     assert f"finetune {model} --data DATA --valid VALID" in report.command

@@ -13,6 +13,7 @@ import gguf as oracle
 import numpy as np
 import pytest
 
+import systems
 from nplora import FrozenWeight
 from nplora.formats import gguf
 from nplora.formats.errors import FormatError, UnsupportedError
@@ -301,6 +302,7 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@systems.needs_procfs("fd")
 def test_a_file_opened_for_each_tensor_is_mapped_once_and_parsed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,12 +356,11 @@ def test_the_cache_holds_few_files(tmp_path: Path) -> None:
 
 
 def test_only_regular_files_are_read(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    for path, kind in [
-        (tmp_path / "fifo", "a FIFO"),
-        (tmp_path, "a directory"),
-        (Path("/dev/zero"), "a char"),
-    ]:
+    kinds = {tmp_path: "a directory", Path(os.devnull): "a char"}
+    if not systems.IS_WINDOWS:
+        os.mkfifo(tmp_path / "fifo")
+        kinds |= {tmp_path / "fifo": "a FIFO", Path("/dev/zero"): "a char"}
+    for path, kind in kinds.items():
         with pytest.raises(FormatError, match=kind) as caught:
             gguf.open(path)
         assert str(path) in str(caught.value)

@@ -90,7 +90,7 @@ def test_python_recognises_such_a_name_wherever_it_takes_a_model(
     call: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("data.jsonl").write_text('{"text": "a"}\n')
+    Path("data.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"hf download HuggingFaceTB/SmolLM2-135M "):
         call()
 
@@ -109,8 +109,8 @@ def test_commands_recognise_such_a_name_wherever_they_take_a_model(
     monkeypatch.chdir(tmp_path)
     for path in (Path("d"), Path("a")):
         path.mkdir()
-    Path("d/train.jsonl").write_text('{"text": "a"}\n')
-    Path("a/adapter_config.json").write_text("{}")
+    Path("d/train.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    Path("a/adapter_config.json").write_text("{}", encoding="utf-8")
     assert cli.main(line.replace("@", NAME).split()) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"nplora: error: {NAME}: no such file or directory; ")
@@ -167,7 +167,7 @@ def test_commands_recognise_the_name_of_an_adapter(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("d").mkdir()
-    Path("d/train.jsonl").write_text('{"text": "a"}\n')
+    Path("d/train.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     words = [str(small) if word == "M" else word.replace("@", ADAPTER) for word in line.split()]
     assert cli.main(words) == 2
     assert DOWNLOAD_ADAPTER in capsys.readouterr().err

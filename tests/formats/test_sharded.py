@@ -43,7 +43,7 @@ def test_shards_without_a_wanted_tensor_are_not_opened(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "shard", ["../../etc/passwd", "/etc/passwd", "sub/one.safetensors", "..", "", "a\\b", "a\0"]
+    "shard", ["../../etc/passwd", "/etc/passwd", "sub/one.safetensors", "..", "", "a\\b", "a\0", "C:a"]
 )
 def test_a_shard_name_with_a_path_is_refused(directory: Path, shard: str) -> None:
     with refused(UnsafeError, f"weight_map: 'a' is {shard!r}, expected a name without a path", directory):

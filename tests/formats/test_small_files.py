@@ -23,10 +23,10 @@ LONG = 16_000_000  # characters of a row, near the limit of a line
 
 # Imports and process starts are not counted.
 MEASURE = """
-import json, re, sys, time, warnings
-from pathlib import Path
+import json, sys, time, warnings
 from nplora.finetuning.data import read_dataset
 from nplora.formats import gguf, peft_adapter, safetensors
+from nplora.platform.memory import peak_memory
 from nplora.tokenizer import from_directory, from_gguf
 import tokenizers
 from vocabularies import byte_level, opened
@@ -49,15 +49,14 @@ read = {
 }[sys.argv[1]]
 
 def used():  # getrusage would count the memory of the process that this one was forked from
-    peak = re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]
-    return time.process_time(), int(peak)
+    return time.process_time(), peak_memory()
 
 seconds, size = used()
 try:
     found = ["", str(read(sys.argv[2]))]
 except Exception as error:
     found = [type(error).__name__, str(error)]
-print(json.dumps([*found, used()[0] - seconds, (used()[1] - size) << 10]))
+print(json.dumps([*found, used()[0] - seconds, used()[1] - size]))
 """
 
 

@@ -188,7 +188,7 @@ def test_a_file_that_adapts_the_head_too_is_refused(model: Path, tmp_path: Path)
 
 def write_rows(path: Path, prompt: str) -> Path:
     rows = [{"prompt": f"{n}{prompt}", "completion": str(n % 4)} for n in range(24)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

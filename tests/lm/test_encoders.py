@@ -35,8 +35,10 @@ def copied(directory: Path, tmp_path: Path) -> Path:
 
 def change(path: Path, **fields: Any) -> None:
     """Change fields of a JSON file. None removes a field."""
-    values = json.loads(path.read_text()) | fields if path.exists() else fields
-    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    values = json.loads(path.read_text(encoding="utf-8")) | fields if path.exists() else fields
+    path.write_text(
+        json.dumps({name: value for name, value in values.items() if value is not None}), encoding="utf-8"
+    )
 
 
 # ---- hidden states against plain NumPy in float64 ----
@@ -240,6 +242,7 @@ def test_a_dense_module_of_another_shape_or_in_a_pickle_is_refused(
         (modules("Transformer"), UnsupportedError, "no module Pooling"),
         ([{"type": "a.Transformer", "path": "../.."}], UnsafeError, "leaves the directory"),
         ([{"type": "a.Transformer", "path": "/etc"}], UnsafeError, "leaves the directory"),
+        ([{"type": "a.Transformer", "path": "C:a"}], UnsafeError, "leaves the directory"),
         ([{"type": "a.Transformer", "path": "a\0b"}], UnsafeError, "leaves the directory"),
     ],
 )

@@ -189,7 +189,7 @@ def trained_tokenizer(kind: str, directory: Path) -> None:
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
-    backend.train_from_iterator([Path(__file__).read_text()], trainer)
+    backend.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
     if kind == "unigram":
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]

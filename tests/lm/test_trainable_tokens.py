@@ -37,7 +37,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def write_rows(path: Path) -> Path:
     rows = [{"prompt": f"{n}=", "completion": f"{n % 4}{n % 4}"} for n in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

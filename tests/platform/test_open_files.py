@@ -1,13 +1,18 @@
 """Files relative to an open directory."""
 
+import contextlib
+import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import systems
 from nplora.platform import files
 
 
+@systems.needs_new_paths
 def test_a_directory_is_found_again_after_a_rename(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     descriptor = files.open_directory(str(tmp_path / "old"))
@@ -27,6 +32,36 @@ def test_a_directory_is_found_again_after_a_rename(tmp_path: Path) -> None:
         os.close(descriptor)
 
 
+def test_a_mapped_file_is_replaced_and_the_old_one_is_gone_at_the_latest_after_the_next_time(
+    tmp_path: Path,
+) -> None:
+    """On Windows, whose mapped files cannot be replaced, the old one gets another name."""
+    target = tmp_path / "model [ä].bin"
+    target.write_bytes(b"a" * 5000)
+    descriptor = files.open_file(target, os.O_RDONLY)
+    mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    os.close(descriptor)
+    with closing_directory(tmp_path) as directory:
+        for letter in (b"b", b"c"):
+            (tmp_path / "new").write_bytes(letter * 10)
+            files.replace_in(directory, "new", target.name)
+            assert target.read_bytes() == letter * 10
+            assert mapping[:] == b"a" * 5000
+        mapping.close()
+        (tmp_path / "new").write_bytes(b"d")
+        files.replace_in(directory, "new", target.name)
+        assert files.list_in(directory) == [target.name]
+
+
+@contextlib.contextmanager
+def closing_directory(path: Path) -> Iterator[int]:
+    descriptor = files.open_directory(str(path))
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def test_a_locked_file_cannot_be_locked_again(tmp_path: Path) -> None:
     first, second = (files.open_file(tmp_path / "lock", os.O_RDWR | os.O_CREAT) for _ in range(2))
     files.lock(first)
@@ -37,6 +72,7 @@ def test_a_locked_file_cannot_be_locked_again(tmp_path: Path) -> None:
     os.close(second)
 
 
+@systems.needs_links
 def test_a_link_is_not_followed_unless_it_may_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     files.link(tmp_path / "file", tmp_path / "link")

@@ -11,6 +11,7 @@ import pytest
 import threadpoolctl
 from numpy.typing import NDArray
 
+import systems
 from nplora import _core
 
 F32 = NDArray[np.float32]
@@ -136,6 +137,7 @@ def test_the_number_of_threads_at_the_start(variable: str, threads: int | None) 
     assert int(done.stdout) == (threads or 1), done.stderr
 
 
+@systems.needs_fork
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_forked_child_computes_the_same_bits(kind: str) -> None:
@@ -209,7 +211,7 @@ def seconds_until_heard(setting: str, call: str, **environment: str) -> float:
         f"{setting}"
         "sent = []\n"
         "def send():\n"
-        "    time.sleep(0.3); sent.append(time.perf_counter()); os.kill(os.getpid(), signal.SIGINT)\n"
+        f"    time.sleep(0.3); sent.append(time.perf_counter()); {systems.CTRL_C}\n"
         "threading.Thread(target=send).start()\n"
         "try:\n"
         f"{call}"
@@ -275,6 +277,7 @@ def test_workers_round_as_the_caller_does(kind: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@systems.needs_signals
 def test_workers_leave_signals_to_the_program() -> None:
     code = (
         "import os, signal, test_threads as t\n"
@@ -288,6 +291,7 @@ def test_workers_leave_signals_to_the_program() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@systems.needs_fork
 @pytest.mark.slow
 def test_a_fork_inside_a_signal_handler_neither_hangs_nor_lies() -> None:
     code = (
@@ -327,11 +331,12 @@ def test_an_unknown_kind_of_threads_is_refused_with_the_reason() -> None:
     assert "NPLORA_PARALLEL=tbb: expected pool" in done.stderr
 
 
+@systems.needs_procfs("statm")
 def test_failed_calls_leak_nothing() -> None:
     resource = pytest.importorskip("resource")
 
     def resident() -> int:
-        with open("/proc/self/statm") as statm:
+        with open("/proc/self/statm", encoding="utf-8") as statm:
             return int(statm.read().split()[1]) * resource.getpagesize()
 
     w = np.ones((64, 64), np.float32)
@@ -369,6 +374,7 @@ def test_a_read_only_output_is_refused() -> None:
     assert not out.any()
 
 
+@systems.needs_signals
 @pytest.mark.slow
 def test_a_signal_handler_may_call_the_core_in_the_middle_of_a_call() -> None:
     code = (

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import systems
 from hostile import refused
 from nplora.formats import gguf
 from nplora.formats.errors import FormatError, LimitError, UnsafeError, UnsupportedError
@@ -129,10 +130,9 @@ print(private() - before)
 """
 
 
+@systems.needs_procfs("smaps_rollup")
 @pytest.mark.slow
 def test_opening_a_model_and_its_tokens_takes_little_memory(smollm2: Path) -> None:
-    if not Path("/proc/self/smaps_rollup").exists():
-        pytest.skip("needs Linux")
     done = subprocess.run([sys.executable, "-c", MEMORY, smollm2], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 40  # MB: about 20
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import errno
-import fcntl
 import itertools
 import json
 import math
@@ -265,7 +264,7 @@ def test_the_log_of_a_resumed_run_has_every_record_once(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     stop = StopAfter(step=8)
     fit(trainer_of(net(rng=0), callbacks=[stop]), checkpoint_dir=directory, checkpoint_every=3)
-    with open(directory / "log.jsonl", "a") as log:
+    with open(directory / "log.jsonl", "a", encoding="utf-8") as log:
         log.write('{"event":"step","step":9}\n{"event":"st')  # as a killed run might leave it
     fit(trainer_of(net()), checkpoint_dir=directory, checkpoint_every=3, resume=True)
     records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
@@ -1278,6 +1277,8 @@ def test_only_a_kill_leaves_a_lock_file_and_that_does_not_lock(tmp_path: Path) -
 def test_a_lock_file_that_was_removed_after_it_was_opened_does_not_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import fcntl
+
     before, flock = RunDirectory(tmp_path), fcntl.flock
 
     def late(descriptor: int, operation: int) -> None:

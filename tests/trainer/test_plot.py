@@ -86,7 +86,7 @@ def test_the_log_is_read_back(run: Path) -> None:
 
 
 def test_the_loss_before_training_is_drawn_at_step_0(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open(run / "log.jsonl", "a") as log:
+    with open(run / "log.jsonl", "a", encoding="utf-8") as log:
         log.write('{"event":"before","loss":7.5,"data":null,"answers":{}}\n')
     log = plot.read_log(run / "log.jsonl")
     assert log.loss_before == 7.5
@@ -108,7 +108,7 @@ def test_a_smoothed_curve_is_a_mean_with_falling_weights() -> None:
 
 
 def test_a_line_cut_short_by_a_kill_is_skipped(run: Path) -> None:
-    with open(run / "log.jsonl", "a") as log:
+    with open(run / "log.jsonl", "a", encoding="utf-8") as log:
         log.write('{"event":"step","st')
     assert len(plot.read_log(run / "log.jsonl")[0]) == 15
 

@@ -65,7 +65,7 @@ def run(directory: Path | None, *callbacks: Callback, **arguments: Any) -> Histo
 
 
 def rows_of(directory: Path) -> Rows:
-    with open(directory / "metrics.csv", newline="") as file:
+    with open(directory / "metrics.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -106,7 +106,7 @@ def test_the_csv_report_of_a_resumed_run_has_every_row_once(step: int, tmp_path:
     """Ctrl-C comes before the step is reported. Rows after the last checkpoint are written again."""
     reports = tmp_path / "reports"
     run(tmp_path / "run", StopAfter(step), CsvReporter(reports))
-    with open(reports / "metrics.csv", "a") as file:
+    with open(reports / "metrics.csv", "a", encoding="utf-8") as file:
         file.write("11,1,0.5,0.1,0.1,,1,,\n12,,,,,,,0.5,\n13,1,0")
     history = run(tmp_path / "run", CsvReporter(reports), resume=True)
     assert found_rows(rows_of(reports)) == expected_rows(history)

@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 
 import nplora
+import systems
 from dead_streams import DEAD
 from notebooks import notebook
 from nplora.nn import losses, optim
+from nplora.platform.processes import ENDING_SIGNALS
 from nplora.trainer import Callback, EpochRecord, History, Run, StepRecord, Trainer, interrupts
 from nplora.trainer.batches import ArrayBatches
 from nplora.trainer.interrupts import Interrupts
@@ -894,7 +896,7 @@ def test_leaving_the_process_from_a_callback_saves(tmp_path: Path) -> None:
     assert saved_step(tmp_path) == 7
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", ENDING_SIGNALS)
 def test_a_signal_at_the_very_end_exits_like_any_other(tmp_path: Path, signum: signal.Signals) -> None:
     class Late(Callback):
         def on_fit_end(self, run: Run) -> None:
@@ -976,7 +978,8 @@ def test_a_run_inside_disable_adapter_is_refused() -> None:
     assert len(trainer.fit(*data(), steps=1).steps) == 1
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@systems.needs_signals
+@pytest.mark.parametrize("signum", ENDING_SIGNALS)
 def test_a_signal_that_ends_the_process_saves_first(tmp_path: Path, signum: signal.Signals) -> None:
     program = textwrap.dedent(
         f"""

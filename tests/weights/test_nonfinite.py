@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def test_a_model_with_a_matrix_that_is_not_finite_is_refused(
     for path, file, name in (
         (tmp_path, tmp_path / "model.safetensors", f"{NAME}.weight"), (model, model, STORED),
     ):  # fmt: skip
-        expected = rf"^{file}: tensor '{name}': the value at \[5, 31\] is {value}, expected a finite number$"
+        said = f"{file}: tensor '{name}': the value at [5, 31] is {value}, expected a finite number"
+        expected = f"^{re.escape(said)}$"
         for mmap in (True, False):
             with pytest.raises(FormatError, match=expected):
                 nplora.load_model(path, mmap=mmap)

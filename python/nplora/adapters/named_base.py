@@ -48,7 +48,7 @@ def _cached(name: str) -> list[Path]:
         return []
     repository = _cache() / f"models--{name.replace('/', '--')}"
     try:
-        revision = (repository / "refs" / "main").read_text().strip()
+        revision = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return []
     return [repository / "snapshots" / revision] if re.fullmatch(r"[0-9a-f]{40}", revision) else []

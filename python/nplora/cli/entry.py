@@ -16,6 +16,7 @@ from nplora.cli.parser import parser_of
 from nplora.distributed.communicator import RankError
 from nplora.distributed.launch import require_one_process
 from nplora.distributed.opening import heard_by_all_ranks
+from nplora.platform.processes import write_utf8
 from nplora.runtime.stderr import stderr
 
 _INTERRUPTED = 128 + 2  # what a shell reports for a program that Ctrl-C ended
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     token_accuracy ...
     0
     """
+    write_utf8(sys.stdout)
+    write_utf8(sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # print "?" for a letter that cannot be shown
     try:

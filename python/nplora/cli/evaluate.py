@@ -101,7 +101,7 @@ class _Recorder:
         from nplora.formats.strict_json import json_values
 
         if self._stream is None:
-            self._stream = open(self._file, "x", encoding="utf-8")  # noqa: SIM115  # see `close`
+            self._stream = open(self._file, "x", encoding="utf-8", newline="\n")  # noqa: SIM115  # see `close`
         self._stream.write(json.dumps(json_values(entry), ensure_ascii=False, allow_nan=False) + "\n")
 
     @property

@@ -94,7 +94,7 @@ def _weight_map(index: object, source: str) -> dict[str, str]:
             raise FormatError(
                 f"{source}: weight_map: {brief(name)} is {brief(shard)}, expected a file's name"
             )
-        if shard in ("", ".", "..") or any(sign in shard for sign in "/\\\0"):
+        if shard in ("", ".", "..") or any(sign in shard for sign in "/\\:\0"):
             raise UnsafeError(
                 f"{source}: weight_map: {brief(name)} is {brief(shard)}, expected a name without a path"
             )

@@ -94,8 +94,8 @@ def replace_in(directory: int, old: str, new: str) -> None:
     """Rename a file of an open directory. An existing file of the new name is replaced.
 
     Windows cannot replace a file that is mapped. The mapped file is therefore renamed first. A crash between
-    the two renames leaves no file with the new name. The renamed file is removed when no process maps it any
-    more.
+    the two renames leaves no file with the new name, only one that ends in ".old". The next call removes that
+    file, unless it is still mapped.
     """
     if sys.platform == "win32":
         windows_files.replace(windows_files.joined(directory, old), windows_files.joined(directory, new))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
@@ -18,6 +19,8 @@ def cpu_name() -> str:
         from nplora.platform.macos_memory import text
 
         return text(b"machdep.cpu.brand_string") or platform.machine()
+    if sys.platform == "win32":
+        return _named_in_registry() or platform.processor() or platform.machine()
     try:
         lines = _CPU_INFO.read_text(errors="replace").splitlines()
     except OSError:
@@ -25,6 +28,17 @@ def cpu_name() -> str:
     named = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     found = next((named[key] for key in _KEYS if named.get(key)), "")
     return " ".join(found.split()) or platform.processor() or platform.machine()
+
+
+def _named_in_registry() -> str:
+    if sys.platform == "win32":
+        import winreg
+
+        with contextlib.suppress(OSError):
+            key = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+            with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, key) as processor:
+                return " ".join(str(winreg.QueryValueEx(processor, "ProcessorNameString")[0]).split())
+    return ""
 
 
 def host_name() -> str:
@@ -39,6 +53,8 @@ def system_name() -> str:
 
 def machine_id() -> str:
     """A text that is different on every machine, and the same in all processes of one machine."""
+    if sys.platform == "win32":
+        return host_name()
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:

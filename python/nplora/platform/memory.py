@@ -32,6 +32,8 @@ def peak_memory() -> int:
     >>> peak_memory() > 1e6
     True
     """
+    if sys.platform == "win32":
+        return windows_memory.counters().peak
     return next(_sizes("proc/self/status", "VmHWM"), 0) or largest_memory()
 
 
@@ -79,6 +81,8 @@ def available_memory() -> int | None:
 
 def unread(files: set[str]) -> int:
     """The bytes of these mapped files that are not in memory; 0 on systems that do not report them."""
+    if sys.platform == "win32":
+        return 0
     found, reading = 0, False
     for line in _text("proc/self/smaps").split("\n"):
         if _MAPPING.match(line):

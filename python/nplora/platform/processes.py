@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 HAS_FORK = hasattr(os, "fork")
 # Signals that ask a run to end. Windows has only Ctrl-Break, which is also sent when the console is closed.
@@ -39,6 +40,18 @@ def do_not_wait(stream: IO[bytes]) -> None:
     """Let reads from a pipe return at once, even if another process keeps the pipe's other end open."""
     if sys.platform != "win32":
         os.set_blocking(stream.fileno(), False)
+
+
+def write_utf8(stream: TextIO | None) -> None:
+    """Let a stream to a file or a pipe write UTF-8 on Windows too, as Python does from version 3.15 on.
+
+    In the older encoding, letters of most languages would be lost. Text for a console is not affected.
+    """
+    if sys.platform != "win32" or "PYTHONIOENCODING" in os.environ:
+        return
+    with contextlib.suppress(OSError, ValueError):  # a closed stream
+        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+            stream.reconfigure(encoding="utf-8")
 
 
 def detect_vanished_peer(connection: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import secrets
 import sys
@@ -23,9 +24,9 @@ _SHARED = 1 | 2 | 4  # FILE_SHARE_READ, FILE_SHARE_WRITE, FILE_SHARE_DELETE
 _CREATE_NEW, _CREATE_ALWAYS, _OPEN_EXISTING, _OPEN_ALWAYS = 1, 2, 3, 4
 _NORMAL = 0x80  # FILE_ATTRIBUTE_NORMAL
 _DIRECTORY = 0x0200_0000  # FILE_FLAG_BACKUP_SEMANTICS
-_LOCKED_BYTE = (
-    1 << 40
-)  # a lock keeps other processes from reading the locked bytes, so it is at none that exists
+_LOCKED_BYTE = 1 << 40  # no such byte exists: nobody can read locked bytes
+# Access denied, sharing violation, lock violation, a file with a mapping.
+_IN_USE = {5, 32, 33, 1224}
 _LONGEST = 1 << 15
 
 
@@ -36,11 +37,13 @@ def open_file(path: str | os.PathLike[str], flags: int, directory: int | None, f
     access = {os.O_RDONLY: _winapi.GENERIC_READ, os.O_WRONLY: _winapi.GENERIC_WRITE}.get(
         flags & (os.O_RDONLY | os.O_WRONLY | os.O_RDWR), _winapi.GENERIC_READ | _winapi.GENERIC_WRITE
     )
+    attributes = _NORMAL
     if not flags & os.O_CREAT:
         creation = _OPEN_EXISTING
+        attributes |= _DIRECTORY  # a directory can be opened too, so that its kind can be reported
     else:
         creation = _CREATE_NEW if flags & os.O_EXCL else _OPEN_ALWAYS
-    return _descriptor(path, access, creation, _NORMAL, flags)
+    return _descriptor(path, access, creation, attributes, flags)
 
 
 def open_directory(path: str, directory: int | None) -> int:
@@ -77,18 +80,34 @@ def joined(directory: int | None, name: str) -> str:
 
 
 def replace(old: str, new: str) -> None:
+    for replaced in glob.glob(_replaced(new, "*")):
+        _remove(replaced)
     try:
         os.replace(old, new)
-    except PermissionError:  # the file is mapped
-        aside = os.path.join(os.path.dirname(new), f".{os.path.basename(new)}.{secrets.token_hex(6)}.tmp")
+    except OSError as error:
+        if error.winerror not in _IN_USE or not os.path.isfile(new):
+            raise
+        aside = _replaced(new, secrets.token_hex(6))
         os.rename(new, aside)
         try:
             os.rename(old, new)
         except BaseException:
             os.rename(aside, new)
             raise
-        with contextlib.suppress(OSError):  # still mapped; a later call of formats.files.replace removes it
-            os.unlink(aside)
+        _remove(aside)
+
+
+def _replaced(path: str, mark: str) -> str:
+    """The name, or the pattern, of a file that was replaced while it was mapped."""
+    folder, name = os.path.split(path)
+    if mark == "*":
+        folder, name = glob.escape(folder), glob.escape(name)
+    return os.path.join(folder, f".{name}.{mark}.old")
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):  # it is still mapped; the next call of `replace` tries again
+        os.unlink(path)
 
 
 def lock(descriptor: int, shared: bool) -> None:

@@ -332,7 +332,7 @@ template <class Block, class At>
     for (size_t r = 0; r < 8; ++r) found[r] = bits_at<uint32_t>(&at(r));
     return found;
   }
-  static_assert(sizeof(Block) >= sizeof(Bytes));
+  static_assert(sizeof(Block) >= sizeof(Bytes), "A block of 32 values has at least 16 bytes");
   LaneBytes heads[4];
 #pragma GCC unroll 4
   for (size_t r = 0; r < 4; ++r)

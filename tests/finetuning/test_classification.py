@@ -12,12 +12,14 @@ import nplora
 from nplora.finetuning import (
     ClassificationReport,
     ClassifyOptions,
+    TextBatches,
     evaluate_classifier,
     predict_rows,
     train_classifier,
 )
 from nplora.finetuning.classification.calibration import temperature
 from nplora.formats.errors import DataError, FormatError
+from nplora.nn import losses
 from nplora.trainer import Callback, Run, StepRecord
 from small_encoder import WORDS, save_small_encoder
 from small_llama import save_small_llama
@@ -529,3 +531,21 @@ def test_infinite_metrics_are_null_in_json() -> None:
     assert json.loads(json.dumps(report.as_json(), allow_nan=False))["r2"] is None
     tiny = ClassificationReport.of("regression", ["score"], np.array([[1e20], [3.0]]), targets * 1e-160)
     json.dumps(tiny.as_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(("texts", "length", "expected"), [(20, 200, 9), (5, 200, 5), (40, 20, 25)])
+def test_int8_is_compared_with_more_texts_than_a_small_batch_has(
+    texts: int, length: int, expected: int, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to eight rows are multiplied with low-bit weights in int8 in both gradients."""
+    classifier, used = untrained(model), list[int]()
+    forward = classifier.forward
+
+    def cut(ids: Any) -> Any:  # the model takes 32 tokens
+        used.append(len(ids))
+        return forward([text[:9] for text in ids])
+
+    monkeypatch.setattr(classifier, "forward", cut)
+    batches = TextBatches([[5] * length] * texts, np.zeros(texts, np.int64), batch_size=4)
+    batches.sample_gradient(classifier, losses.cross_entropy)()
+    assert used == [expected]

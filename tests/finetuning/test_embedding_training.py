@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from nplora.finetuning.embedding import (
     train,
 )
 from nplora.finetuning.embedding import metrics as measures
+from nplora.finetuning.int8_check import Int8Check, layers_of, part_names
 from nplora.formats.errors import DataError
 from small_encoder import WORDS, save_small_encoder
 
@@ -440,6 +442,33 @@ def test_a_run_in_int8_learns_and_compares_its_gradients(model: Path, tmp_path: 
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     (row,) = (row for row in log if row["event"] == "int8")
     assert 0.95 < row["cosine"] < 1  # 1 would be a run in bfloat16
+
+
+@pytest.mark.parametrize(("words", "expected"), [(3, 16), (25, 9), (62, 5)])
+def test_the_gradients_of_about_512_tokens_are_compared(
+    words: int, expected: int, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five pairs have nine texts or more, so that no product has so few rows that it is always in int8."""
+    encoder = adapted(model)
+    rows = [{"anchor": "cat " * words, "positive": f"{WORDS[15 + i % 9]} " * words} for i in range(20)]
+    examples, loss, used = read_examples(rows, encoder, max_length=64), EmbeddingLoss(), list[int]()
+    monkeypatch.setattr(loss, "forward_backward", lambda _, x, *__: used.append(len(x)) or 0.0)
+    loss.sample_gradient(encoder, examples)()
+    assert used == [expected]
+
+
+def test_a_sample_whose_loss_is_not_finite_is_not_compared(model: Path) -> None:
+    encoder = nplora.load_encoder(model, compute="int8")
+    encoder.add_lora(rank=2, init="gaussian")
+    encoder.adapter_layers()["encoder.layer.1.output.dense"].A[...] = np.inf  # type: ignore[attr-defined]
+    loss, said, log = EmbeddingLoss(), list[str](), list[Any]()
+    check = Int8Check(encoder, loss.sample_gradient(encoder, read_examples(ROWS, encoder)), said.append)
+    run: Any = SimpleNamespace(step=1, log=lambda *row: log.append(row))
+    with np.errstate(all="ignore"):
+        check.on_step_end(run, None)  # type: ignore[arg-type]
+    assert said == ["step 1: the gradient in int8 is not compared: the loss of its sample is nan"]
+    assert not log
+    assert all(layer.int8 for layer in layers_of(encoder, part_names(encoder)))
 
 
 def test_every_loss_trains_on_its_rows(model: Path, tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
+from nplora import _core
 from nplora.finetuning.data import TokenBatches
 from nplora.lm import LanguageModel
 from nplora.nn import Linear, LoRALinear
 from nplora.nn.int8 import without_int8
+from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import Module
 from nplora.trainer import Callback, Run
 from nplora.trainer.history import StepRecord
@@ -21,6 +23,9 @@ Array = npt.NDArray[np.float32]
 
 EVERY = 100  # steps between two comparisons; there is also one after the first step
 SAMPLE_TOKENS = 512  # the most tokens of the sample, if its first sequence is not longer
+# The least rows of a product that is compared. Fewer rows are multiplied with low-bit weights in int8 even
+# within `without_int8`.
+LEAST_ROWS = _core.constants.small_batch + 1
 # The least cosine of a part's gradients. With int8, SmolLM2 has about 0.985. A cosine of 0.95 means that the
 # error has a third of the gradient's norm, less than the noise of a batch.
 LEAST_COSINE = 0.95
@@ -37,7 +42,8 @@ class Int8Check(Callback):
     Every comparison takes the same sample of the training data. The parts of the model are its blocks, the
     head and the embedding. If the cosine of a part's two gradients is too small, the part computes in
     bfloat16 from then on. If only the cosine of the whole gradient is too small, the part with the smallest
-    cosine switches to bfloat16. The log has one line for each comparison.
+    cosine switches to bfloat16. The log has one line for each comparison. If `add_gradient` raises
+    NonFiniteLossError, nothing is compared, and a line says so.
 
     Args:
         model: the model, with its adapter.
@@ -74,7 +80,11 @@ class Int8Check(Callback):
             layer.int8 = True
 
     def _compare(self, run: Run) -> None:
-        whole, parts = cosines(self._model, self._add_gradient)
+        try:
+            whole, parts = cosines(self._model, self._add_gradient)
+        except NonFiniteLossError as error:
+            self._say(f"step {run.step}: the gradient in int8 is not compared: {error}")
+            return
         worst = min(parts, key=lambda part: parts[part], default="")
         in_int8 = [part for part in parts if any(layer.int8 for layer in layers_of(self._model, [part]))]
         new = [part for part in in_int8 if not parts[part] >= self._least]
@@ -120,6 +130,22 @@ def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None
             lm.model.word_filter.take_skipped()  # these words are not the run's
 
     return add_gradient
+
+
+def sample_length(sizes: Iterable[tuple[int, int]]) -> int:
+    """The number of examples in a sample.
+
+    It has at most `SAMPLE_TOKENS` tokens, but at least `LEAST_ROWS` texts, if there are so many.
+
+    Args:
+        sizes: the number of tokens and of texts in each example.
+    """
+    tokens = texts = count = 0
+    for new_tokens, new_texts in sizes:
+        if tokens + new_tokens > SAMPLE_TOKENS and texts >= LEAST_ROWS:
+            break
+        tokens, texts, count = tokens + new_tokens, texts + new_texts, count + 1
+    return count
 
 
 def cosines(model: Module, add_gradient: AddGradient) -> tuple[float, dict[str, float]]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.finetuning.int8_check import SAMPLE_TOKENS
+from nplora.finetuning.int8_check import sample_length
 from nplora.lm import TextClassifier
 from nplora.nn import losses
 from nplora.nn.losses import Loss
@@ -67,9 +67,14 @@ class TextBatches:
         return self.epoch(0, 0)
 
     def sample_gradient(self, model: TextClassifier, loss: Loss) -> Callable[[], None]:
-        """A function that adds the gradient of the first texts, for `Int8Check`; these have 512 tokens."""
-        lengths = np.cumsum([len(ids) for ids in self._ids])
-        count = max(1, int(np.searchsorted(lengths, SAMPLE_TOKENS, side="right")))
+        """A function that adds the gradient of the first texts, for `Int8Check`.
+
+        The sample has about `SAMPLE_TOKENS` tokens, and at least `LEAST_ROWS` texts if there are so many.
+        If the data have fewer texts, one block may not be compared: if the head reads one token of each text,
+        the last block has one row for each text. With compute="int8", so few rows are multiplied with
+        low-bit weights in int8 in both runs.
+        """
+        count = sample_length((len(ids), 1) for ids in self._ids)
 
         def add_gradient() -> None:
             logits, saved = model.forward(self._ids[:count])

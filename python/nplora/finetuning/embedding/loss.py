@@ -12,18 +12,21 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.finetuning.embedding.batches import Examples, TextBatch
+from nplora.finetuning.int8_check import sample_length
 from nplora.finetuning.nonfinite_layers import watched_blocks
 from nplora.lm import Encoder
 from nplora.models.packing import cut
 from nplora.nn import embedding_losses
 from nplora.nn.embedding_losses import EmbeddingFunction, MatryoshkaLoss, RankingLoss, innermost
+from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import Module
 from nplora.trainer import FusedLoss
 
 Array = npt.NDArray[Any]
 
 MICRO_TOKENS = 4096
-_SAMPLE_EXAMPLES = 16
+_SAMPLE_EXAMPLES = 16  # the most examples whose gradient is compared
+_LEAST_EXAMPLES = 2  # the positive of one is a negative of the other
 
 
 class EmbeddingLoss(FusedLoss):
@@ -99,11 +102,22 @@ class EmbeddingLoss(FusedLoss):
         return loss * len(x)
 
     def sample_gradient(self, model: Module, examples: Examples) -> Callable[[], None]:
-        """A function that adds the gradient of the first examples, for `Int8Check`."""
+        """A function that adds the gradient of the first examples, for `Int8Check`.
+
+        The sample has up to 16 examples, and about `SAMPLE_TOKENS` tokens. It has at least two examples and
+        `LEAST_ROWS` texts, if there are so many. With fewer texts, the last block may not be compared, as in
+        `TextBatches.sample_gradient`. The function raises NonFiniteLossError if the loss is not finite.
+        """
+        most = min(_SAMPLE_EXAMPLES, len(examples))
+        singles = (examples.batch(np.array([i]))[0].texts for i in range(most))
+        count = sample_length((sum(map(np.size, texts)), len(texts)) for texts in singles)
+        count = min(max(count, _LEAST_EXAMPLES), most)
 
         def add_gradient() -> None:
-            batch, scores = examples.batch(np.arange(min(_SAMPLE_EXAMPLES, len(examples))))
-            self.forward_backward(model, batch, scores, 1 / len(batch))
+            batch, scores = examples.batch(np.arange(count))
+            loss = self.forward_backward(model, batch, scores, 1 / len(batch))
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(f"the loss of its sample is {loss}")
 
         return add_gradient
 

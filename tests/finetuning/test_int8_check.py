@@ -73,6 +73,18 @@ def test_many_values_are_compared_by_a_sample(path: Path, monkeypatch: pytest.Mo
     assert sampled.keys() == parts.keys()
 
 
+def test_a_sample_has_values_of_all_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nplora.LoRALinear(np.ones((16, 576)), rank=16)
+    monkeypatch.setattr(int8_check, "COMPARED", layer.num_trainable // 3 + 1)  # every third value, or fewer
+    signs = np.where(np.arange(576) % 3, -1, 1)
+    calls = iter((signs, 1))
+
+    def wrong_in_most_columns() -> None:
+        layer.dB[...] = next(calls)
+
+    assert cosines(layer, wrong_in_most_columns)[0] < 0
+
+
 def test_a_comparison_leaves_gradients_and_dropout_alone(path: Path) -> None:
     plain, compared = (with_adapter(path, "int8", dropout=0.5) for _ in range(2))
     for lm in (plain, compared):

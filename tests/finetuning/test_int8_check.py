@@ -11,6 +11,7 @@ import nplora
 from nplora.finetuning import TokenLoss, finetune, int8_check
 from nplora.finetuning.int8_check import Int8Check, cosines, layers_of
 from nplora.models.packing import pack
+from nplora.models.word_filter import WordFilter
 from nplora.trainer import Callback
 from small_llama import save_small_llama
 
@@ -83,6 +84,18 @@ def test_a_sample_has_values_of_all_columns(monkeypatch: pytest.MonkeyPatch) -> 
         layer.dB[...] = next(calls)
 
     assert cosines(layer, wrong_in_most_columns)[0] < 0
+
+
+def test_a_sample_that_fails_leaves_no_words_in_the_filter(
+    path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = with_adapter(path, "int8")
+    lm.model.word_filter = WordFilter(1e-3)
+    batches = nplora.data.TokenBatches(nplora.data.read_dataset(data, lm.tokenizer), batch_examples=4)
+    monkeypatch.setattr(lm.model, "read_out_backward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        int8_check.of_tokens(lm, batches)()
+    assert not lm.model.word_filter.take_skipped().size
 
 
 def test_a_comparison_leaves_gradients_and_dropout_alone(path: Path) -> None:

@@ -115,9 +115,11 @@ def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None
         batch, _ = next(batches.epoch(0))
         pieces = batch.pieces(tokens)
         sample = next((piece for piece in pieces if piece.num_targets), pieces[0])
-        lm.forward_backward(sample, 1 / max(1, sample.num_targets))
-        if lm.model.word_filter is not None:
-            lm.model.word_filter.take_skipped()  # these words are not the run's
+        try:
+            lm.forward_backward(sample, 1 / max(1, sample.num_targets))
+        finally:
+            if lm.model.word_filter is not None:
+                lm.model.word_filter.take_skipped()  # these words are not the run's
 
     return add_gradient
 

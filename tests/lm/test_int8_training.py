@@ -10,6 +10,7 @@ import pytest
 import nplora
 from nplora.finetuning import TokenLoss, finetune
 from nplora.finetuning.objectives import PackedLoss
+from nplora.finetuning.planning import choice, speed
 from nplora.models import decoder, head
 from nplora.models.packing import pack
 from nplora.nn import stack_backward
@@ -195,6 +196,61 @@ def test_a_model_in_float32_does_not_resume_a_run_in_int8(model: Path, int8_run:
         finetune(nplora.load_model(model), ROWS, int8_run, steps=4, resume=True, **SHORT)
     with pytest.raises(ValueError, match="compute was int8, is float32"):
         finetune(model, ROWS, int8_run, steps=4, compute="float32", resume=True, **SHORT)
+
+
+def test_a_filter_of_words_does_not_resume_a_run_with_its_head_in_int8(model: Path, tmp_path: Path) -> None:
+    finetune(model, ROWS, tmp_path / "run", compute="int8", int8_head="on", steps=2, **SHORT)
+    with pytest.raises(ValueError, match=r"filter_vocabulary was None, is 0\.001"):
+        finetune(model, ROWS, tmp_path / "run", filter_vocabulary=1e-3, steps=4, resume=True, **SHORT)
+
+
+HEADS_WITHOUT_INT8: list[dict[str, Any]] = [
+    {"filter_vocabulary": 1e-3},
+    {"trainable_tokens": "5,6"},
+    {"add_tokens": ["3 "]},
+    {"modules_to_save": "lm_head"},
+]
+
+
+@pytest.mark.parametrize("options", HEADS_WITHOUT_INT8)
+def test_a_run_whose_head_is_not_in_int8_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(decoder, "has_bfloat16_instructions", lambda: False)
+    timed = list[bool]()
+
+    def measured(lm: nplora.LanguageModel, computes: tuple[str, ...], int8_head: bool) -> Any:
+        timed.append(int8_head)
+        return speed.measured(lm, computes, int8_head)
+
+    monkeypatch.setattr(choice, "measured", measured)
+    nplora.plan(model, ROWS, compute="int8", rank=4, batch_examples=4, **options)
+    finetune(model, ROWS, tmp_path / "run", compute="int8", steps=1, **SHORT, **options)
+    assert settings(tmp_path / "run")["int8_head"] is False
+    assert timed == [False]
+    with pytest.raises(ValueError, match=r"plan: int8_head='on' (and filter|needs a head)"):
+        nplora.plan(model, ROWS, compute="int8", int8_head="on", rank=4, batch_examples=4, **options)
+    with pytest.raises(ValueError, match=r"finetune: int8_head='on' (and filter|needs a head)"):
+        finetune(model, ROWS, tmp_path / "on", compute="int8", int8_head="on", **SHORT, **options)
+
+
+def test_an_adapter_that_trains_the_head_has_no_head_in_int8(model: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"compute": "int8", "steps": 1, "batch_examples": 4, "progress": False}
+    finetune(model, ROWS, tmp_path / "run", rank=4, modules_to_save="lm_head", **more)
+    with pytest.raises(ValueError, match="int8_head='on' needs a head without trained rows"):
+        finetune(model, ROWS, tmp_path / "on", adapter=tmp_path / "run", int8_head="on", **more)
+
+
+def test_an_embedding_that_is_trained_beside_another_head_leaves_it_in_int8(
+    model: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"compute": "int8", "int8_head": "on", "modules_to_save": "embed_tokens"}
+    if nplora.load_model(model).ties_head:
+        with pytest.raises(ValueError, match="int8_head='on' needs a head without trained rows"):
+            finetune(model, ROWS, tmp_path / "run", steps=1, **SHORT, **options)
+        return
+    finetune(model, ROWS, tmp_path / "run", steps=1, **SHORT, **options)
+    assert settings(tmp_path / "run")["int8_head"] is True
 
 
 @pytest.mark.parametrize("compute", [None, "bfloat16"])

@@ -54,6 +54,10 @@ class EarlierRun:
             )
         if self.int8_head is None or options.int8_head != "auto":
             return options
+        # These options exclude "on". If they are new, the trainer refuses the run and names them.
+        rows = options.trainable_tokens or options.add_tokens or options.modules_to_save
+        if options.filter_vocabulary or rows:
+            return options
         return dataclasses.replace(options, int8_head="on" if self.int8_head else "off")
 
 

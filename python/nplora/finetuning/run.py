@@ -44,7 +44,7 @@ from nplora.formats.files import StrPath
 from nplora.formats.run_files import holds_run
 from nplora.lm import LanguageModel
 from nplora.models import PrefixCache, WordFilter
-from nplora.nn import LoRALinear
+from nplora.nn import LoRALinear, TrainedHead
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import layer_stream
 from nplora.nn.optim import AdamW
@@ -336,7 +336,7 @@ def _finetune(
     if is_first:
         require_free(place, chosen, bool(inputs.added_tokens))
     prefix = _new_prefix(inputs, place, chosen.keep_prefix)
-    int8_head = computes_head_in_int8(lm, chosen)
+    int8_head = computes_head_in_int8(lm, chosen, isinstance(lm.lm_head, TrainedHead))
     word_filter = WordFilter(chosen.filter_vocabulary) if chosen.filter_vocabulary else None
 
     with _opened_output(place, ranks) as directory, _computing(lm, execution, prefix, word_filter, int8_head):
@@ -450,7 +450,7 @@ def _shown(options: FinetuneOptions, inputs: RunInputs, batches: TokenBatches) -
     lm, held_out, summary = inputs.lm, inputs.held_out, batches.log_summary()
     chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     used = {name: summary[name] for name in ("batch_examples", "batch_tokens") if name in summary}
-    int8_head = computes_head_in_int8(lm, options)
+    int8_head = computes_head_in_int8(lm, options, isinstance(lm.lm_head, TrainedHead))
     return {
         "model": lm.source,
         "data": summary["source"],

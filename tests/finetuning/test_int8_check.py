@@ -11,6 +11,7 @@ import nplora
 from nplora.finetuning import TokenLoss, finetune, int8_check
 from nplora.finetuning.int8_check import Int8Check, cosines, layers_of
 from nplora.models.packing import pack
+from nplora.models.word_filter import WordFilter
 from nplora.trainer import Callback
 from small_llama import save_small_llama
 
@@ -71,6 +72,30 @@ def test_many_values_are_compared_by_a_sample(path: Path, monkeypatch: pytest.Mo
     assert whole != exact
     assert whole == pytest.approx(exact, abs=0.01)
     assert sampled.keys() == parts.keys()
+
+
+def test_a_sample_has_values_of_all_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nplora.LoRALinear(np.ones((16, 576)), rank=16)
+    monkeypatch.setattr(int8_check, "COMPARED", layer.num_trainable // 3 + 1)  # every third value, or fewer
+    signs = np.where(np.arange(576) % 3, -1, 1)
+    calls = iter((signs, 1))
+
+    def wrong_in_most_columns() -> None:
+        layer.dB[...] = next(calls)
+
+    assert cosines(layer, wrong_in_most_columns)[0] < 0
+
+
+def test_a_sample_that_fails_leaves_no_words_in_the_filter(
+    path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = with_adapter(path, "int8")
+    lm.model.word_filter = WordFilter(1e-3)
+    batches = nplora.data.TokenBatches(nplora.data.read_dataset(data, lm.tokenizer), batch_examples=4)
+    monkeypatch.setattr(lm.model, "read_out_backward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        int8_check.of_tokens(lm, batches)()
+    assert not lm.model.word_filter.take_skipped().size
 
 
 def test_a_comparison_leaves_gradients_and_dropout_alone(path: Path) -> None:

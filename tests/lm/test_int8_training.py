@@ -9,9 +9,12 @@ import pytest
 
 import nplora
 from nplora.finetuning import TokenLoss, finetune
-from nplora.models import head
+from nplora.finetuning.objectives import PackedLoss
+from nplora.finetuning.planning import choice, speed
+from nplora.models import decoder, head
 from nplora.models.packing import pack
 from nplora.nn import stack_backward
+from nplora.trainer.run_directory import RunDirectory
 from small_llama import save_small_llama
 
 
@@ -147,6 +150,107 @@ def test_the_head_in_int8_is_an_option_that_a_run_keeps(model: Path, tmp_path: P
             adapter(f"stopped_{name}", compute="int8", int8_head=other, steps=4, resume=True)
         with pytest.warns(UserWarning, match="total_steps"):
             assert adapter(f"stopped_{name}", steps=4, resume=True) == whole  # keeps both choices
+
+
+@pytest.fixture
+def int8_run(model: Path, tmp_path: Path) -> Path:
+    """The directory of a run in int8 that made two steps."""
+    finetune(model, ROWS, tmp_path / "run", compute="int8", steps=2, **SHORT)
+    return tmp_path / "run"
+
+
+ROWS = [{"prompt": f"{i} ", "completion": "abc" * 3} for i in range(12)]
+SHORT: dict[str, Any] = {"rank": 4, "batch_examples": 4, "progress": False, "schedule": "constant"}
+
+
+def settings(run: Path) -> dict[str, Any]:
+    with RunDirectory(run) as directory:
+        assert directory.newest is not None
+        fixed: dict[str, Any] = directory.newest.settings["fixed"]
+    return fixed
+
+
+@pytest.mark.parametrize("in_int8", [True, False])
+def test_a_run_that_does_not_state_its_head_resumes_as_it_began(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_int8: bool
+) -> None:
+    """Runs that are older than the option computed the head as the processor prefers."""
+    monkeypatch.setattr(decoder, "has_bfloat16_instructions", lambda: not in_int8)
+    finetune(model, ROWS, tmp_path / "whole", compute="int8", steps=4, **SHORT)
+    assert settings(tmp_path / "whole")["int8_head"] is in_int8
+    with monkeypatch.context() as older:
+        older.setattr(PackedLoss, "settings", lambda _: {})
+        finetune(model, ROWS, tmp_path / "older", compute="int8", steps=2, **SHORT)
+    assert "int8_head" not in settings(tmp_path / "older")
+    with pytest.raises(ValueError, match="int8_head='on' is given, but the checkpoint"):
+        finetune(model, ROWS, tmp_path / "older", steps=4, int8_head="on", resume=True, **SHORT)
+    with pytest.warns(UserWarning, match="total_steps"):
+        finetune(model, ROWS, tmp_path / "older", steps=4, resume=True, **SHORT)
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "older")]
+    assert files[0] == files[1]
+    assert settings(tmp_path / "older")["int8_head"] is in_int8
+
+
+def test_a_model_in_float32_does_not_resume_a_run_in_int8(model: Path, int8_run: Path) -> None:
+    with pytest.raises(ValueError, match="compute was int8, is float32"):
+        finetune(nplora.load_model(model), ROWS, int8_run, steps=4, resume=True, **SHORT)
+    with pytest.raises(ValueError, match="compute was int8, is float32"):
+        finetune(model, ROWS, int8_run, steps=4, compute="float32", resume=True, **SHORT)
+
+
+def test_a_filter_of_words_does_not_resume_a_run_with_its_head_in_int8(model: Path, tmp_path: Path) -> None:
+    finetune(model, ROWS, tmp_path / "run", compute="int8", int8_head="on", steps=2, **SHORT)
+    with pytest.raises(ValueError, match=r"filter_vocabulary was None, is 0\.001"):
+        finetune(model, ROWS, tmp_path / "run", filter_vocabulary=1e-3, steps=4, resume=True, **SHORT)
+
+
+HEADS_WITHOUT_INT8: list[dict[str, Any]] = [
+    {"filter_vocabulary": 1e-3},
+    {"trainable_tokens": "5,6"},
+    {"add_tokens": ["3 "]},
+    {"modules_to_save": "lm_head"},
+]
+
+
+@pytest.mark.parametrize("options", HEADS_WITHOUT_INT8)
+def test_a_run_whose_head_is_not_in_int8_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(decoder, "has_bfloat16_instructions", lambda: False)
+    timed = list[bool]()
+
+    def measured(lm: nplora.LanguageModel, computes: tuple[str, ...], int8_head: bool) -> Any:
+        timed.append(int8_head)
+        return speed.measured(lm, computes, int8_head)
+
+    monkeypatch.setattr(choice, "measured", measured)
+    nplora.plan(model, ROWS, compute="int8", rank=4, batch_examples=4, **options)
+    finetune(model, ROWS, tmp_path / "run", compute="int8", steps=1, **SHORT, **options)
+    assert settings(tmp_path / "run")["int8_head"] is False
+    assert timed == [False]
+    with pytest.raises(ValueError, match=r"plan: int8_head='on' (and filter|needs a head)"):
+        nplora.plan(model, ROWS, compute="int8", int8_head="on", rank=4, batch_examples=4, **options)
+    with pytest.raises(ValueError, match=r"finetune: int8_head='on' (and filter|needs a head)"):
+        finetune(model, ROWS, tmp_path / "on", compute="int8", int8_head="on", **SHORT, **options)
+
+
+def test_an_adapter_that_trains_the_head_has_no_head_in_int8(model: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"compute": "int8", "steps": 1, "batch_examples": 4, "progress": False}
+    finetune(model, ROWS, tmp_path / "run", rank=4, modules_to_save="lm_head", **more)
+    with pytest.raises(ValueError, match="int8_head='on' needs a head without trained rows"):
+        finetune(model, ROWS, tmp_path / "on", adapter=tmp_path / "run", int8_head="on", **more)
+
+
+def test_an_embedding_that_is_trained_beside_another_head_leaves_it_in_int8(
+    model: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"compute": "int8", "int8_head": "on", "modules_to_save": "embed_tokens"}
+    if nplora.load_model(model).ties_head:
+        with pytest.raises(ValueError, match="int8_head='on' needs a head without trained rows"):
+            finetune(model, ROWS, tmp_path / "run", steps=1, **SHORT, **options)
+        return
+    finetune(model, ROWS, tmp_path / "run", steps=1, **SHORT, **options)
+    assert settings(tmp_path / "run")["int8_head"] is True
 
 
 @pytest.mark.parametrize("compute", [None, "bfloat16"])

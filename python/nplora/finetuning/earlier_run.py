@@ -20,7 +20,8 @@ class EarlierRun:
 
     Attributes:
         compute: arithmetic of the products with frozen weights; None: the checkpoint does not name it.
-        int8_head: whether the gradient of the head's input was computed in int8.
+        int8_head: whether the gradient of the head's input was computed in int8; None: the checkpoint does
+            not say it. Runs that are older than the option computed this gradient as "auto" does.
         micro_tokens: maximum tokens of a micro-batch; None: the run did not cut its batches.
         step: the number of steps that the run has made.
     """
@@ -28,7 +29,7 @@ class EarlierRun:
     compute: str | None
     micro_tokens: int | None
     step: int
-    int8_head: bool = False
+    int8_head: bool | None = None
 
     def keep_compute(self, options: FinetuneOptions) -> FinetuneOptions:
         """Return the options. If `compute` of these options is None, it becomes that of the earlier run."""
@@ -36,11 +37,28 @@ class EarlierRun:
             return dataclasses.replace(options, compute=self.compute)
         return options
 
-    def keep_int8_head(self, options: FinetuneOptions) -> FinetuneOptions:
-        """Return the options. If the run is in int8 and `int8_head` is "auto", it becomes that of the run."""
-        if self.compute == "int8" and options.compute in ("int8", None) and options.int8_head == "auto":
-            return dataclasses.replace(options, int8_head="on" if self.int8_head else "off")
-        return options
+    def keep_int8_head(self, options: FinetuneOptions, compute: str | None) -> FinetuneOptions:
+        """Return the options. If both runs are in int8 and `int8_head` is "auto", it becomes that of the run.
+
+        Args:
+            compute: arithmetic of the resumed run. If it differs, the trainer refuses the run.
+        Raises:
+            ValueError: `int8_head` is given, but the checkpoint does not say whether that is a change.
+        """
+        if not self.compute == compute == "int8":
+            return options
+        if self.int8_head is None and options.int8_head != "auto":
+            raise ValueError(
+                f"finetune: int8_head={options.int8_head!r} is given, but the checkpoint to resume does not "
+                "say how the run computed its head; leave int8_head out"
+            )
+        if self.int8_head is None or options.int8_head != "auto":
+            return options
+        # These options exclude "on". If they are new, the trainer refuses the run and names them.
+        rows = options.trainable_tokens or options.add_tokens or options.modules_to_save
+        if options.filter_vocabulary or rows:
+            return options
+        return dataclasses.replace(options, int8_head="on" if self.int8_head else "off")
 
 
 def find_earlier_run(output: StrPath) -> EarlierRun | None:
@@ -63,5 +81,5 @@ def _described(checkpoint: Checkpoint) -> EarlierRun:
         computes.pop() if len(computes) == 1 else None,
         micro_tokens if type(micro_tokens) is int and micro_tokens > 0 else None,
         checkpoint.step,
-        settings.get("int8_head") is True,
+        int8_head if isinstance(int8_head := settings.get("int8_head"), bool) else None,
     )

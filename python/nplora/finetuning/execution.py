@@ -217,7 +217,8 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
     """The adapted layers of a run.
 
     Raises:
-        ValueError: the layers do not fit the model, or `keep_prefix` is set and the lowest block is adapted.
+        ValueError: the layers do not fit the model; or `keep_prefix` is set and the lowest block is adapted;
+            or `int8_head` is "on" and the head is trained.
     """
     lm, start = inputs.lm, inputs.start
     if start is None:
@@ -238,9 +239,11 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
         adapters = Adapters(
             shapes, max(widths.values()), start.use_dora, ranks=widths, freeze_B=options.freeze_B
         )
-        adapters = adapters.with_rows(lm, start.trained_rows, inputs.added_tokens, start.rows)
+        rows = start.trained_rows
+        adapters = adapters.with_rows(lm, rows, inputs.added_tokens, start.rows, start.is_tied)
         invocation = start.invocation_tokens
         rest = start.use_dora, options.dropout, "", start.trained_rows, (), ()
+    options.require_int8_for_head(op, adapters.trains_head)
     if invocation is not None:
         activated.require_plain(op, adapters.shapes, *rest)
         for dataset in inputs.datasets:
@@ -298,7 +301,7 @@ def _planned(
     budget = None if options.memory is None else parse_bytes(options.memory, op)
     # Measured now, because the list of batches takes memory too.
     resident = resident_memory(inputs.lm, inputs.teacher_model)
-    return choose(inputs.lm, adapters, _work_of(inputs, options), constraints, resident, budget, op)
+    return choose(inputs.lm, adapters, _work_of(inputs, adapters, options), constraints, resident, budget, op)
 
 
 def _shortage(
@@ -312,13 +315,15 @@ def _shortage(
         done: the number of steps that the run has made.
     """
     resident = resident_memory(inputs.lm, inputs.teacher_model)
-    work = _work_of(inputs, options, most_epochs=1)
+    work = _work_of(inputs, adapters, options, most_epochs=1)
     if done >= work.steps:
         return ""
     return shortage(needed(inputs.lm, adapters, work, execution, resident), available_memory())
 
 
-def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | None = None) -> Work:
+def _work_of(
+    inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, most_epochs: int | None = None
+) -> Work:
     """Describe the batches of a run with these options.
 
     Args:
@@ -354,7 +359,7 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
         ),
         is_local=is_local,
         filters=options.filter_vocabulary > 0,
-        int8_head=computes_head_in_int8(inputs.lm, options),
+        int8_head=computes_head_in_int8(inputs.lm, options, adapters.trains_head),
         reference=[
             size for one in read_before for size in _sizes(one) for _ in range(1 + objective.extra_passes)
         ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -125,9 +125,11 @@ def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None
         batch, _ = next(batches.epoch(0))
         pieces = batch.pieces(tokens)
         sample = next((piece for piece in pieces if piece.num_targets), pieces[0])
-        lm.forward_backward(sample, 1 / max(1, sample.num_targets))
-        if lm.model.word_filter is not None:
-            lm.model.word_filter.take_skipped()  # these words are not the run's
+        try:
+            lm.forward_backward(sample, 1 / max(1, sample.num_targets))
+        finally:
+            if lm.model.word_filter is not None:
+                lm.model.word_filter.take_skipped()  # these words are not the run's
 
     return add_gradient
 
@@ -154,8 +156,7 @@ def cosines(model: Module, add_gradient: AddGradient) -> tuple[float, dict[str, 
     If the gradients have many values, every k-th of them is compared. The gradients of the parameters and the
     states of the random generators stay unchanged.
     """
-    # An odd step meets all columns of a factor, whose rank is usually even.
-    step = 1 | -(-sum(parameter.grad.size for parameter in model.parameters()) // COMPARED)
+    step = sample_step([parameter.grad for parameter in model.parameters()])
 
     def gradients() -> Iterator[tuple[str, Array]]:
         add_gradient()
@@ -170,6 +171,23 @@ def cosines(model: Module, add_gradient: AddGradient) -> tuple[float, dict[str, 
             for products in (whole, parts.setdefault(part_of(name), Products())):
                 products.add(gradient, exact)
     return whole.cosine(), {part: products.cosine() for part, products in parts.items()}
+
+
+def sample_step(gradients: Sequence[Array]) -> int:
+    """The distance between compared values: COMPARED values at most, and some in every column.
+
+    Every `step`-th value of an array meets all columns only if `step` and the length of a row have no common
+    factor.
+
+    >>> import numpy as np
+    >>> sample_step([np.empty((1024, 6), np.float32), np.empty((3000, 576), np.float32)])
+    5
+    """
+    step = max(1, -(-sum(gradient.size for gradient in gradients) // COMPARED))
+    lengths = {gradient.shape[-1] for gradient in gradients if gradient.size}
+    while any(math.gcd(step, length) != 1 for length in lengths):
+        step += 1
+    return step
 
 
 class Products:

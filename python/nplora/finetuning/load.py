@@ -244,10 +244,16 @@ def _start(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter | No
     return read_for(lm, options.adapter, lm.source, options.any_base)
 
 
-def computes_head_in_int8(lm: LanguageModel, options: FinetuneOptions) -> bool:
-    """Whether a run computes the gradient of the head's input in int8. False unless the model uses int8."""
+def computes_head_in_int8(lm: LanguageModel, options: FinetuneOptions, trains_head: bool) -> bool:
+    """Whether a run computes the gradient of the head's input in int8.
+
+    False unless the model uses int8. The word filter and a trained head never compute in int8.
+
+    Args:
+        trains_head: whether rows of the head are trained, without a low-rank adapter.
+    """
     chosen = lm.model.int8_head if options.int8_head == "auto" else options.int8_head == "on"
-    return chosen and lm.compute == "int8"
+    return chosen and lm.compute == "int8" and not options.filter_vocabulary and not trains_head
 
 
 def training_batches(dataset: Examples, options: FinetuneOptions) -> TokenBatches:

@@ -453,6 +453,26 @@ class FinetuneOptions:
                 f"{op}: int8_head={self.int8_head!r} needs compute='int8', but compute is {compute!r}"
             )
 
+    def require_int8_for_head(self, op: str, trains_head: bool) -> None:
+        """Raise a ValueError if `int8_head` is "on", but the head's backward pass cannot be in int8.
+
+        Args:
+            trains_head: whether rows of the head are trained, without a low-rank adapter.
+        """
+        if self.int8_head != "on":
+            return
+        if self.filter_vocabulary:
+            raise ValueError(
+                f"{op}: int8_head='on' and filter_vocabulary={self.filter_vocabulary} exclude each other: "
+                "the word filter does not compute the head's backward pass in int8"
+            )
+        if trains_head:
+            raise ValueError(
+                f"{op}: int8_head='on' needs a head without trained rows, because their backward pass is not "
+                "in int8; trainable_tokens, add_tokens, modules_to_save or the adapter to continue from "
+                "trains them"
+            )
+
     def _check_numbers(self, op: str) -> None:
         counts = (
             "epochs", "steps", "batch_tokens", "batch_examples", "eval_every", "patience", "local_steps",
@@ -471,6 +491,7 @@ class FinetuneOptions:
                 raise ValueError(f"{op}: {name} is {getattr(self, name)}, expected above 0")
         for name in ("dropout", "outer_momentum", "filter_vocabulary"):
             _check.probability(op, name, getattr(self, name))
+        self.require_int8_for_head(op, trains_head=False)
         for name in ("weight_decay", "save_minutes"):
             _check.at_least(op, name, getattr(self, name), 0)
         require_outer_steps(op, self.eval_every, self.local_steps)

@@ -20,7 +20,7 @@ from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.baseline import Baseline, answers_of
 from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.earlier_run import find_earlier_run
-from nplora.finetuning.execution import choose_execution
+from nplora.finetuning.execution import choose_execution, fixed_compute
 from nplora.finetuning.int8_check import Int8Check
 from nplora.finetuning.load import (
     RunInputs,
@@ -44,7 +44,7 @@ from nplora.formats.files import StrPath
 from nplora.formats.run_files import holds_run
 from nplora.lm import LanguageModel
 from nplora.models import PrefixCache, WordFilter
-from nplora.nn import LoRALinear
+from nplora.nn import LoRALinear, TrainedHead
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import layer_stream
 from nplora.nn.optim import AdamW
@@ -316,7 +316,7 @@ def _finetune(
     if earlier is not None and not isinstance(model, LanguageModel):
         chosen = earlier.keep_compute(chosen)
     if earlier is not None:
-        chosen = earlier.keep_int8_head(chosen)
+        chosen = earlier.keep_int8_head(chosen, fixed_compute(model, chosen))
 
     inputs = read_inputs("finetune", model, data, valid, chosen)
     require_same_data(ranks, inputs)
@@ -336,7 +336,7 @@ def _finetune(
     if is_first:
         require_free(place, chosen, bool(inputs.added_tokens))
     prefix = _new_prefix(inputs, place, chosen.keep_prefix)
-    int8_head = computes_head_in_int8(lm, chosen)
+    int8_head = computes_head_in_int8(lm, chosen, isinstance(lm.lm_head, TrainedHead))
     word_filter = WordFilter(chosen.filter_vocabulary) if chosen.filter_vocabulary else None
 
     with _opened_output(place, ranks) as directory, _computing(lm, execution, prefix, word_filter, int8_head):
@@ -344,7 +344,8 @@ def _finetune(
         prepared = Preparation(inputs.objective, plain, read, directory, say, ranks)
         del plain
         loss = inputs.objective.loss(execution.micro_tokens)
-        loss.word_filter, loss.int8_head = word_filter, int8_head
+        loss.word_filter = word_filter
+        loss.int8_head = int8_head if lm.compute == "int8" else None
         baseline = Baseline(lm, loss, validation, inputs.prompts(chosen.sample), say, ranks)
         is_new = directory is not None and not (chosen.resume and holds_run(directory))
         is_new = ranks.broadcast(is_new, "the choice between a new run and an earlier one")
@@ -449,13 +450,14 @@ def _shown(options: FinetuneOptions, inputs: RunInputs, batches: TokenBatches) -
     lm, held_out, summary = inputs.lm, inputs.held_out, batches.log_summary()
     chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     used = {name: summary[name] for name in ("batch_examples", "batch_tokens") if name in summary}
+    int8_head = computes_head_in_int8(lm, options, isinstance(lm.lm_head, TrainedHead))
     return {
         "model": lm.source,
         "data": summary["source"],
         "examples": summary["examples"],
         "valid": None if held_out is None else held_out.report.source,
         "trained_values": lm.num_trainable,
-    } | (chosen | used | {"compute": lm.compute, "int8_head": computes_head_in_int8(lm, options)})
+    } | (chosen | used | {"compute": lm.compute, "int8_head": int8_head})
 
 
 def new_trainer(

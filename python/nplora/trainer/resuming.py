@@ -19,6 +19,8 @@ from nplora.trainer.training_setup import TrainingSetup
 NONFINITE = "nonfinite"  # the event of a log line about a loss that was not finite
 
 _USUAL: dict[str, Any] = {"communication_dtype": "float32", "local_steps": None}
+# Runs in int8 have this setting, except those of early versions. It is compared only if both runs have it.
+_OPTIONAL = ("int8_head",)
 _MOST = 5  # the most differences that a message lists
 _LONGEST_ERROR = 500  # the most characters of an error message in the log
 
@@ -245,7 +247,8 @@ def _changes(then: Any, now: dict[str, Any]) -> str:
     """The text of all changed settings except those of layers, such as "batch_size was 8, is 16"."""
     if not isinstance(then, dict):
         return "the checkpoint does not state its settings"
-    names = [name for name in {**then, **now} if name != "layers" and then.get(name) != now.get(name)]
+    skipped = {"layers", *(name for name in _OPTIONAL if name not in then or name not in now)}
+    names = [name for name in {**then, **now} if name not in skipped and then.get(name) != now.get(name)]
     return ", ".join(
         f"{name} is another array"
         if name in ("x", "y") and then.get(name) and now.get(name)

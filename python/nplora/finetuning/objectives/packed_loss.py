@@ -25,7 +25,8 @@ class PackedLoss(FusedLoss):
         tokens: number of tokens, trained or not, of all batches that were processed, here or on other ranks.
         after_part: called after the backward pass of each micro-batch.
         word_filter: the filter of the model's head, or None.
-        int8_head: whether the gradient of the head's input is computed in int8.
+        int8_head: whether the gradient of the head's input is computed in int8; None: the model does not use
+            int8.
         unit: the name of the items that `count` counts, for progress lines.
     """
 
@@ -37,7 +38,7 @@ class PackedLoss(FusedLoss):
         self._tally = Tally()
         self.after_part: Callable[[], None] = _nothing
         self.word_filter: WordFilter | None = None
-        self.int8_head = False
+        self.int8_head: bool | None = None
 
     def parts(self, x: PackedBatch, y: Any) -> int:
         """The number of micro-batches of a batch."""
@@ -59,7 +60,7 @@ class PackedLoss(FusedLoss):
     def settings(self) -> dict[str, Any]:
         cut = {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}
         filtered = {} if self.word_filter is None else {"filter_vocabulary": self.word_filter.bound}
-        return cut | filtered | ({"int8_head": True} if self.int8_head else {})
+        return cut | filtered | ({} if self.int8_head is None else {"int8_head": self.int8_head})
 
     def count(self, x: PackedBatch, y: Any) -> int:
         return x.num_targets

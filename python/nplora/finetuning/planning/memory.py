@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from nplora import _core
-from nplora.adapters.trained_rows import rows_needed, with_rows_beyond
+from nplora.adapters.trained_rows import EMBEDDING, HEAD, rows_needed, with_rows_beyond
 from nplora.finetuning.int8_check import COMPARED
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.lm import LanguageModel, adapting
@@ -97,6 +97,7 @@ class Adapters:
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     added: int = 0  # rows of the embedding and the head beyond those of the model
     freeze_B: bool = False  # noqa: N815
+    trains_head: bool = False  # whether rows of the head are trained; the embedding may own them
 
     @classmethod
     def of(
@@ -136,18 +137,22 @@ class Adapters:
         rows: Mapping[str, Any],
         tokens: Sequence[AddedToken] = (),
         least: int = 0,
+        tie_whole: bool = True,
     ) -> Self:
         """Add trained rows to the adapted layers: layer -> ids of the rows, or None for all rows.
 
         Args:
             tokens: the number of tokens that are added to the model.
             least: the least number of rows of the embedding and the head.
+            tie_whole: whether a head that shares the embedding's weight also shares rows if all are trained.
         """
         stored, width = lm.config.vocab_size, lm.config.hidden_size
         size = max(least, rows_needed(stored, {}, tokens))
         rows = with_rows_beyond(lm.ties_head, rows, stored, size)
         counts = {name: width * (size if ids is None else len(ids)) for name, ids in rows.items()}
-        return dataclasses.replace(self, rows=counts, added=size - stored)
+        shared = EMBEDDING in rows and lm.ties_head and (tie_whole or rows[EMBEDDING] is not None)
+        trains_head = HEAD in rows or shared or size > stored
+        return dataclasses.replace(self, rows=counts, added=size - stored, trains_head=trains_head)
 
     @property
     def numbers(self) -> int:

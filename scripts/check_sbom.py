@@ -62,10 +62,13 @@ def files_read(build: Path) -> set[str]:
 
 
 def versions(found: set[str]) -> dict[str, str]:
-    """The versions that headers name themselves: pybind11's macros, and the directory of libstdc++."""
+    """The versions that headers name themselves: pybind11's macros, and the directory of libstdc++.
+
+    The headers of pybind11 are gone if pip built the wheel in an environment of its own, which it deletes.
+    """
     named = {}
     for header in found:
-        if header.endswith("/pybind11/detail/common.h"):
+        if header.endswith("/pybind11/detail/common.h") and Path(header).exists():
             macros = dict(re.findall(r"#define PYBIND11_VERSION_(\w+) (\S+)", Path(header).read_text()))
             named["pybind11"] = ".".join(macros[part] for part in ("MAJOR", "MINOR", "MICRO"))
         elif directory := re.search(r"^/usr/include/c\+\+/(\d+)/", header):

@@ -8,7 +8,6 @@ Each run is `nplora.finetune` with its defaults on 320 rows, once, in 40 steps. 
 onto the model in float32, and the loss on 160 rows is measured. So losses differ by what was learned alone.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import nplora
-from bench.defaults import models
-from bench.tasks import TASKS, split
+from bench.defaults import models, parser_of_runs
+from bench.tasks import split
 from nplora.finetuning import evaluate
 
 ARITHMETICS: dict[str, dict[str, Any]] = {
@@ -77,15 +76,8 @@ def table(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path, help="file with a line of JSON for each run")
-    parser.add_argument("--models", nargs="+", default=["SmolLM2-135M", "Gemma-3-270M"])
-    parser.add_argument("--tasks", nargs="+", default=list(DEFAULT_TASKS), choices=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser = parser_of_runs(__doc__, DEFAULT_TASKS)
     parser.add_argument("--arithmetics", nargs="+", default=list(ARITHMETICS), choices=list(ARITHMETICS))
-    parser.add_argument("--table", action="store_true", help="make no run")
     given = parser.parse_args()
     if not given.table:
         with tempfile.TemporaryDirectory() as directory:

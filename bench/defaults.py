@@ -13,7 +13,7 @@ import importlib.util
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,17 +123,23 @@ def table(path: Path) -> None:
                 print(f"  {mean:.4f}  {100 * (mean / means[best][0] - 1):+6.2f} %  {count} seeds  {options}")
 
 
-def main() -> None:
+def parser_of_runs(description: str | None, tasks: Iterable[str]) -> argparse.ArgumentParser:
+    """The arguments of a benchmark with a run for each model, task and seed. `tasks` are the default ones."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, help="file with a line of JSON for each run")
     parser.add_argument("--models", nargs="+", default=["SmolLM2-135M", "Gemma-3-270M"])
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=list(tasks), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--table", action="store_true", help="make no run")
+    return parser
+
+
+def main() -> None:
+    parser = parser_of_runs(__doc__, TASKS)
     text = f"points of the grid, from 0 to {len(GRID) - 1}, and variations, from {len(GRID)}"
     parser.add_argument("--points", nargs="+", type=int, default=list(range(len(GRID))), help=text)
-    parser.add_argument("--table", action="store_true", help="make no run")
     given = parser.parse_args()
     if not given.table:
         with tempfile.TemporaryDirectory() as directory:

@@ -1,15 +1,13 @@
-"""`python -m bench.federated model.gguf strategy=combine lr=4e-3`: the federated example in one process.
+"""`python -m bench.federated model.gguf combine lr=4e-3`: the federated example in one process.
 
 The ServerApp and the ClientApps of examples/federated run one after another, on the data of loopback.py.
-Options are those of the example's pyproject.toml; `strategy=pooled` trains on the data of all clients
-without a federation. Needs nplora[federated].
+Options are those of the example's pyproject.toml; `pooled` trains on the data of all clients without a
+federation. Needs nplora[federated].
 """
 
-import argparse
 import json
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -50,33 +48,18 @@ def federate(model: str, clients: list[dict[str, Path]], config: dict[str, Any])
     federated_lora.server_app.app(grid, Context(1, 0, {}, RecordDict(), config))
 
 
-def option(word: str) -> dict[str, Any]:
-    """`name=value` as TOML, where a text needs no quotes."""
-    name, _, value = word.partition("=")
-    try:
-        return tomllib.loads(f"{name} = {value}")
-    except tomllib.TOMLDecodeError:
-        return {name: value}
-
-
 def main() -> None:
     import loopback
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("option", nargs="*", type=option, help="such as strategy=combine")
-    arguments = parser.parse_args()
-    config = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    for each in arguments.option:
-        if unknown := each.keys() - config.keys():
-            parser.error(f"unknown option {sorted(unknown)[0]!r}, expected one of {', '.join(config)}")
-        config |= each
-    with tempfile.TemporaryDirectory() as place:
-        clients = loopback.write_data(Path(place), config["clients"])
-        if config["strategy"] == "pooled":
-            print(json.dumps({"loss": loopback.pooled_loss(arguments.model, clients, config)}))
-        else:
-            federate(arguments.model, clients, config)
+    arguments = loopback.read_arguments(__doc__, [*loopback.RATES, "pooled"])
+    config = loopback.DEFAULTS | arguments.options
+    for strategy in arguments.strategies or [config["strategy"]]:
+        with tempfile.TemporaryDirectory() as place:
+            clients = loopback.write_data(Path(place), config["clients"])
+            if strategy == "pooled":
+                print(json.dumps({"loss": loopback.pooled_loss(arguments.model, clients, config)}))
+            else:
+                federate(str(arguments.model), clients, config | {"strategy": strategy})
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ The data are words of The Devil's Dictionary: each client has another part of th
 means over the held-out words of all clients.
 """
 
+import argparse
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,24 +25,25 @@ import nplora
 from nplora.cli.demo.dictionary import DATA
 
 HERE = Path(__file__).parent
-RATES = {"frozen-b": 1e-2, "combine": 4e-3, "average": 4e-3, "pooled": 4e-3}  # unless lr=... is given
+DEFAULTS = tomllib.loads((HERE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+RATES = {"frozen-b": 1e-2, "combine": 4e-3, "average": 4e-3}  # unless lr=... is given
+POOLED_RATE = 4e-3
 
 
 def main() -> None:
-    model = os.path.abspath(sys.argv[1])
-    names = [word for word in sys.argv[2:] if "=" not in word] or ["frozen-b", "combine", "average"]
-    changes = " ".join(word for word in sys.argv[2:] if "=" in word)
-    config = tomllib.loads((HERE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    config |= {"lr": RATES["pooled"]} | tomllib.loads(changes.replace(" ", "\n"))
+    arguments = read_arguments(__doc__)
+    model, changes = str(arguments.model), arguments.options
+    config = DEFAULTS | {"lr": POOLED_RATE} | changes
     with tempfile.TemporaryDirectory() as place, ExitStack() as processes:
         clients = write_data(Path(place), config["clients"])
         pooled = pooled_loss(model, clients, config)
         print(f"pooled data: loss {pooled:.4f}", flush=True)
         environment = start(Path(place), model, clients, processes)
-        for name in names:
+        for name in arguments.strategies or RATES:
             output = Path(place, name)
-            rate = "" if "lr=" in changes else f"lr={RATES[name]}"
-            run = f"wait-seconds=60 {changes} {rate} strategy={name!r} output={str(output)!r}"
+            options = {"wait-seconds": 60, "lr": RATES[name]} | changes
+            options |= {"strategy": name, "output": str(output)}
+            run = " ".join(f"{option}={json.dumps(value)}" for option, value in options.items())
             command = ["flwr", "run", str(HERE), "loopback", "--stream"]
             subprocess.run([*command, "--run-config", run], env=environment, check=True, stdout=sys.stderr)
             report = json.loads((output / "report.json").read_text())
@@ -49,6 +52,41 @@ def main() -> None:
             if report["errors"]:  # there are none with differential privacy
                 found += f", error of the aggregates up to {max(report['errors'].values()):.2g}"
             print(f"{name}: {found}, {size:.2f} MB a message", flush=True)
+
+
+def read_arguments(description: str | None, strategies: Sequence[str] = tuple(RATES)) -> argparse.Namespace:
+    """The command line: `model` (a path), `strategies` (names) and `options` (a dict of those given)."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="a GGUF file")
+    parser.add_argument(
+        "words", nargs="*", metavar="STRATEGY|OPTION=VALUE",
+        help=f"strategies: {', '.join(strategies)}; options: those of pyproject.toml, such as rounds=3",
+    )  # fmt: skip
+    arguments = parser.parse_args()
+    if not arguments.model.is_file():
+        parser.error(f"{arguments.model}: there is no such file")
+    arguments.model = arguments.model.absolute()
+    arguments.strategies, arguments.options = [], {}
+    for word in arguments.words:
+        name, is_option, value = word.partition("=")
+        if not is_option and name in strategies:
+            arguments.strategies.append(name)
+        elif is_option and name in DEFAULTS.keys() - {"strategy", "output"}:
+            arguments.options[name] = toml_value(value)
+        else:
+            known = [*strategies, *(f"{option}=" for option in DEFAULTS)]
+            parser.error(f"{word} is not one of {', '.join(known)}")
+    return arguments
+
+
+def toml_value(text: str) -> Any:
+    """A value of TOML. A text needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def write_data(place: Path, clients: int) -> list[dict[str, Path]]:

@@ -71,11 +71,11 @@ def test_one_rank_prints_and_writes_and_all_are_reported(inputs: Path, tmp_path:
 @pytest.mark.parametrize(
     ("of_rank_1", "message"),
     [
-        ({"data": "other.jsonl"}, "the ranks do not agree: rank 1 has another data"),
+        ({"data": "other.jsonl"}, "the ranks do not agree: rank 1 differs in data"),
         ({"data": "missing.jsonl"}, "rank 1: FileNotFoundError"),
-        ({"model": "other.gguf"}, "the ranks do not agree: rank 1 has another base model"),
+        ({"model": "other.gguf"}, "the ranks do not agree: rank 1 differs in base model"),
         ({"model": "missing.gguf"}, "rank 1: FileNotFoundError"),
-        ({"more": ["--lr", 0.5]}, "the ranks do not agree: rank 1 has another lr: 0.5, but None on rank 0"),
+        ({"more": ["--lr", 0.5]}, "the ranks do not agree: rank 1 differs in lr: 0.5, but None on rank 0"),
     ],
 )
 def test_a_rank_with_other_inputs_is_one_error_that_names_it(
@@ -94,9 +94,9 @@ def test_a_rank_with_other_inputs_is_one_error_that_names_it(
 @pytest.mark.parametrize(
     ("of_rank_0", "of_rank_1", "message"),
     [
-        (["--valid", "train.jsonl"], ["--valid", "short.jsonl"], "rank 1 has another validation data"),
-        ([], ["--valid", "short.jsonl"], "rank 1 has another validation data"),
-        (["--memory", "2G"], [], "rank 1 has another use of memory: not limited, but planned on rank 0"),
+        (["--valid", "train.jsonl"], ["--valid", "short.jsonl"], "rank 1 differs in validation data"),
+        ([], ["--valid", "short.jsonl"], "rank 1 differs in validation data"),
+        (["--memory", "2G"], [], "rank 1 differs in use of memory: not limited, but planned on rank 0"),
     ],
 )
 def test_a_rank_with_another_validation_or_no_limit_of_memory_is_named(

@@ -166,4 +166,4 @@ def test_ranks_with_other_instruction_sets_are_named(tmp_path: Path) -> None:
     program = ["-c", f"{other}runpy.run_path(sys.argv[0], run_name='__main__')", *words]
     status, _, errors = run((1, words), (1, program))
     assert status != 0
-    assert "rank 1 has another instruction set: generic, but " in errors
+    assert "rank 1 differs in instruction set: generic, but " in errors

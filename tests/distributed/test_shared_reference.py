@@ -104,7 +104,7 @@ def test_another_model_on_a_rank_is_named_before_anything_is_computed(model: Pat
     def work(ranks: ThreadRank) -> None:
         computed(other if ranks.rank else model, ranks, tmp_path / "run", calls)
 
-    with pytest.raises(ValueError, match="the ranks do not agree: rank 1 has another base model"):
+    with pytest.raises(ValueError, match="the ranks do not agree: rank 1 differs in base model"):
         on_threads(2, work)
     assert not calls
 

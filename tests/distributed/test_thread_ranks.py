@@ -210,7 +210,7 @@ def test_a_callback_of_any_rank_ends_the_run_of_all() -> None:
 
 def test_the_handshake_names_rank_and_value_but_no_digest() -> None:
     ranks = [{"lr": 0.1, "data": "a" * 64}, {"lr": 0.1, "data": "a" * 64}, {"lr": 0.2, "data": "b" * 64}]
-    assert differences(ranks) == ["rank 2 has another lr: 0.2, but 0.1 on rank 0", "rank 2 has another data"]
+    assert differences(ranks) == ["rank 2 differs in lr: 0.2, but 0.1 on rank 0", "rank 2 differs in data"]
     assert differences(ranks[:2]) == []
 
 
@@ -223,7 +223,7 @@ def test_ranks_with_other_dropout_streams_are_refused() -> None:
         trainer = nplora.Trainer(layer, "mse", accumulate=2, progress=False, communicator=rank)
         trainer.fit(np.eye(4), np.eye(4), batch_size=2)
 
-    with pytest.raises(ValueError, match="the ranks do not agree: rank 1 has another start of the dropout"):
+    with pytest.raises(ValueError, match="the ranks do not agree: rank 1 differs in start of the dropout"):
         on_threads(2, work)
 
 
@@ -235,7 +235,7 @@ def test_ranks_with_another_state_of_the_optimiser_are_refused() -> None:
         trainer = nplora.Trainer(layer, "mse", optimizer, accumulate=2, progress=False, communicator=rank)
         trainer.fit(np.eye(4), np.eye(4), batch_size=2)
 
-    with pytest.raises(ValueError, match="the ranks do not agree: rank 1 has another state of the optimiser"):
+    with pytest.raises(ValueError, match="the ranks do not agree: rank 1 differs in state of the optimiser"):
         on_threads(2, work)
 
 
@@ -250,7 +250,7 @@ def test_ranks_with_another_program_are_named_before_a_model_is_read(what: str) 
 
         require_same_options(Other(rank.table, rank.rank), FinetuneOptions(accumulate=2))
 
-    with pytest.raises(ValueError, match=f"rank 1 has another {what}: another, but {usual[what]} on rank 0"):
+    with pytest.raises(ValueError, match=f"rank 1 differs in {what}: another, but {usual[what]} on rank 0"):
         on_threads(2, work)
 
 
@@ -263,7 +263,7 @@ def test_ranks_with_another_option_are_named(option: str, value: Any) -> None:
         options: dict[str, Any] = {"local_steps": 2, **({option: value} if rank.rank else {})}
         require_same_options(rank, FinetuneOptions(accumulate=2, **options))
 
-    with pytest.raises(ValueError, match=f"the ranks do not agree: rank 1 has another {option}: "):
+    with pytest.raises(ValueError, match=f"the ranks do not agree: rank 1 differs in {option}: "):
         on_threads(2, work)
 
 

@@ -137,6 +137,7 @@ def test_a_strategy_learns_and_reports_its_error(
 ) -> None:
     grid, report = federation(**options)
     assert report["losses"]["2"] < report["losses"]["1"]
+    assert report["clients"] == {"1": CLIENTS, "2": CLIENTS}
     frozen = options["strategy"] == "frozen-b"
     for asked, reply in grid.trained():
         for arrays in (asked.content["arrays"], reply.content["arrays"]):
@@ -176,6 +177,7 @@ def test_privacy_clips_changes_and_counts_epsilon(federation: Any) -> None:
     weights = [r.content["metrics"]["num-examples"] for _, r in grid.sent if "metrics" in r.content]
     assert weights == [1] * (2 * CLIENTS * ROUNDS)
     assert not report["errors"]
+    assert report["clients"] == {"1": CLIENTS, "2": CLIENTS}
     order = np.linspace(1.01, 60, 100_000)
     divergence = ROUNDS * order / (2 * noise**2)
     epsilon = divergence + np.log1p(-1 / order) - (math.log(delta) + np.log(order)) / (order - 1)
@@ -220,7 +222,8 @@ def test_a_client_that_changes_its_b_later_is_refused(federation: Any) -> None:
         if message.metadata.message_type == "train" and message.metadata.dst_node_id == 2:
             federation.grid.contexts[2].run_config["seed"] = 1
 
-    grid, _ = federation(before=change)
+    grid, report = federation(before=change)
+    assert report["clients"] == {"1": 1, "2": 1}
     for asked, reply in grid.trained():
         assert reply.has_error() == (asked.metadata.dst_node_id == 2)
     assert "not those that the run began with" in grid.trained()[1][1].error.reason

@@ -104,7 +104,7 @@ def test_patience_ends_a_run_and_keeps_its_best_adapter(
 
 @pytest.mark.parametrize("step", [3, 4, 5, 9, 12, 17])
 def test_a_stopped_run_saves_its_last_adapter_and_resumes_to_the_best(
-    step: int, model: Path, data: Path, tmp_path: Path
+    step: int, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = finetune(model, data, tmp_path / "whole", **WILD)
     stopped = finetune(model, data, tmp_path / "out", **WILD, callbacks=[StopAfter(step)])
@@ -119,7 +119,8 @@ def test_a_stopped_run_saves_its_last_adapter_and_resumes_to_the_best(
     best = min(losses, key=losses.__getitem__, default=0)
     line = f"lowest validation loss was {losses.get(best, 0):.4f}, at step {best}: --resume --patience 1"
     assert (line in str(stopped)) == (best < max(losses, default=0))
-    resumed = finetune(model, data, tmp_path / "out", **WILD, resume=True)
+    resumed = finetune(model, data, tmp_path / "out", **WILD, resume=True, progress=True)
+    assert f"the run continues after step {step} of {WILD['steps']}\n" in capsys.readouterr().err
     assert factors_of(tmp_path / "out") == factors_of(tmp_path / "whole")
     assert (resumed.loss_after, resumed.history.loss) == (whole.loss_after, whole.history.loss)
 
@@ -128,27 +129,35 @@ def hint_of(report: FinetuneReport) -> str:
     return "".join(line for line in str(report).splitlines() if "--patience 1" in line)
 
 
+def after_a_rise(losses: list[float], begin: int) -> int:
+    """The first step for which itself and the step before have a higher loss than a step from `begin` on.
+
+    Step 1 has `losses[0]`.
+    """
+    steps = range(begin + 2, len(losses) + 1)
+    return next(n for n in steps if min(losses[n - 2 : n]) > min(losses[begin - 1 : n - 2]))
+
+
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_after_ctrl_c_only_an_adapter_that_is_kept_is_offered(
     keep: str, model: Path, data: Path, tmp_path: Path
 ) -> None:
-    options = WILD | {"keep": keep, "steps": 30}
-    stopped = finetune(model, data, tmp_path / "out", **options, callbacks=[StopAfter(17)])
-    losses = {record.step: record.val_loss for record in stopped.history.evaluations}
-    best = min(losses, key=losses.__getitem__)
-    assert best < 16, "the test needs a best evaluation before the last one"
+    options = WILD | {"keep": keep, "steps": 60, "eval_every": 1}
+    whole = finetune(model, data, tmp_path / "whole", **options)
+    losses = [record.val_loss for record in whole.history.evaluations]
+    first = after_a_rise(losses, 1)
+    stopped = finetune(model, data, tmp_path / "out", **options, callbacks=[StopAfter(first)])
+    best = 1 + losses.index(min(losses[:first]))
     assert (f"at step {best}:" in hint_of(stopped)) == (keep == "best")
     if keep == "best":
         taken = finetune(model, data, tmp_path / "out", **options, resume=True, patience=1)
         assert (taken.history.ended, taken.history.best_step) == ("patience", best)
-        assert len(taken.history.steps) == 17
+        assert len(taken.history.steps) == first
         return
     # The run now keeps its best, but those of its first part are gone: the hint names a later one or none.
-    options["keep"] = "best"
-    again = finetune(model, data, tmp_path / "out", **options, resume=True, callbacks=[StopAfter(29)])
-    later = {record.step: record.val_loss for record in again.history.evaluations if record.step > 17}
-    best = min(later, key=later.__getitem__)
-    assert best < 28, "the test needs a best evaluation before the last one"
+    options["keep"], second = "best", after_a_rise(losses, first + 1)
+    again = finetune(model, data, tmp_path / "out", **options, resume=True, callbacks=[StopAfter(second)])
+    best = 1 + losses.index(min(losses[first:second]))
     assert f"at step {best}:" in hint_of(again)
 
 

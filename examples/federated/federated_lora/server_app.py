@@ -67,11 +67,12 @@ def prepare(config: UserConfig) -> None:
 
 
 def report_of(config: UserConfig, result: Result) -> dict[str, Any]:
-    """What report.json holds. Losses and errors are by round; with privacy there are no errors."""
+    """What report.json holds: losses, clients and errors by round. With privacy there are no errors."""
     trained, heard = result.train_metrics_clientapp, result.evaluate_metrics_clientapp
     return {
         "strategy": config["strategy"],
         "losses": {str(number): found["loss"] for number, found in heard.items()},
+        "clients": {str(number): found["clients"] for number, found in trained.items()},
         "errors": {str(number): found["error"] for number, found in trained.items() if "error" in found},
         "megabytes": sum(array.nbytes for array in result.arrays.to_numpy_ndarrays()) / 1e6,
     }

@@ -22,13 +22,14 @@ WEIGHT = "num-examples"
 class Averaging(FedAvg):
     """FedAvg of the factors in the records, by the same nodes in each round.
 
-    Without privacy it reports the error of the averaged adapter. With privacy, Flower adds noise after
-    this class has computed the aggregate, so its error would say nothing.
+    It reports the number of clients in each aggregate. Without privacy it also reports the error of the
+    averaged adapter. With privacy, Flower adds noise after this class has computed the aggregate, so its
+    error would say nothing.
     """
 
     def __init__(self, start: Adapter, nodes: Sequence[int], private: bool) -> None:
-        self.initial, self.nodes = start, nodes
-        super().__init__(train_metrics_aggr_fn=None if private else self.averaged)
+        self.initial, self.nodes, self.private = start, nodes, private
+        super().__init__(train_metrics_aggr_fn=self.averaged)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -60,9 +61,11 @@ class Averaging(FedAvg):
         return self.metrics(replies, aggregate_arrayrecords(replies, key))
 
     def metrics(self, replies: list[RecordDict], arrays: ArrayRecord) -> MetricRecord:
-        """The mean of the clients' metrics, and the error of their aggregate."""
+        """The mean of the clients' metrics, the number of clients, and the error of their aggregate."""
         metrics = aggregate_metricrecords(replies, WEIGHT)
-        metrics["error"] = relative_error(adapter_with(self.initial, arrays), self.adapters(replies))
+        metrics["clients"] = len(replies)
+        if not self.private:
+            metrics["error"] = relative_error(adapter_with(self.initial, arrays), self.adapters(replies))
         return metrics
 
 

@@ -72,6 +72,8 @@ class Baseline(Callback):
     def on_fit_start(self, run: Run) -> None:
         self.was_finished = run.step > 0 and run.step == run.total_steps
         if run.step:
+            if not self.was_finished:
+                self._say(f"the run continues after step {run.step} of {run.total_steps}")
             self._recall(run)
             return
         if not self._is_measured:

@@ -43,7 +43,7 @@ def differences(ranks: list[dict[str, Any]]) -> list[str]:
             if here != there:
                 is_long = max(len(here), len(there)) > _LONG
                 values = "" if is_long else f": {here}, but {there} on rank 0"
-                problems.append(f"rank {rank} has another {name}{values}")
+                problems.append(f"rank {rank} differs in {name}{values}")
     return problems
 
 

@@ -97,7 +97,7 @@ class Reference:
         known, problem = ({}, "") if directory is None else _read(directory, self._model)
         for rank, model in enumerate(models := ranks.gather(self._model, _PLACE)):
             if model != models[0]:
-                raise ValueError(f"finetune: the ranks do not agree: rank {rank} has another base model")
+                raise ValueError(f"finetune: the ranks do not agree: rank {rank} differs in base model")
         known = ranks.broadcast(known, _PLACE) | self._found()
         if directory is not None and problem:
             say(f"{Path(directory, REFERENCE)}: {problem}; the reference is computed again")

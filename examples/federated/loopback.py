@@ -138,18 +138,24 @@ def start(place: Path, model: str, clients: list[dict[str, Path]], processes: Ex
         running = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         processes.callback(running.wait)
         processes.callback(running.terminate)
-    wait_for(link)
+        if number == 0:  # the SuperLink; SuperNodes would give up without it
+            wait_for(link, running, Path(log.name))
     return environment
 
 
-def wait_for(port: int) -> None:
-    """Wait until the SuperLink accepts connections."""
-    for _ in range(600):
+def wait_for(port: int, superlink: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the SuperLink accepts connections.
+
+    Raises:
+        RuntimeError: it ended, or did not start within two minutes. The message has its output.
+    """
+    end = time.monotonic() + 120
+    while superlink.poll() is None and time.monotonic() < end:
         try:
             return socket.create_connection(("127.0.0.1", port)).close()
         except OSError:
             time.sleep(0.1)
-    raise TimeoutError("the SuperLink did not start within 60 seconds")
+    raise RuntimeError(f"the SuperLink did not start:\n{log.read_text()}")
 
 
 def free_ports(count: int) -> list[int]:

@@ -59,26 +59,38 @@ class StopAfter(Callback):
             raise KeyboardInterrupt
 
 
+def after_a_rise(losses: list[float], begin: int) -> int:
+    """The first step for which itself and the step before have a higher loss than a step from `begin` on.
+
+    Step 1 has `losses[0]`.
+    """
+    steps = range(begin + 2, len(losses) + 1)
+    return next(n for n in steps if min(losses[n - 2 : n]) > min(losses[begin - 1 : n - 2]))
+
+
 # ---- the adapter that is kept ----
 
 
 def test_the_adapter_of_the_lowest_validation_loss_is_saved(model: Path, data: Path, tmp_path: Path) -> None:
-    best = finetune(model, data, tmp_path / "best", **WILD)
+    every_step = WILD | {"eval_every": 1, "steps": 60}
+    whole = finetune(model, data, tmp_path / "whole", **every_step)
+    end = after_a_rise([record.val_loss for record in whole.history.evaluations], 2)
+    options = every_step | {"steps": end}
+    best = finetune(model, data, tmp_path / "best", **options)
     history = best.history
     losses = {record.step: record.val_loss for record in history.evaluations}
-    assert list(losses) == [2, 4, 5, 6, 8, 10, 12, 14, 15, 16, 18]
+    assert list(losses) == list(range(1, end + 1))
     step = min(losses, key=losses.__getitem__)
-    assert 2 < step < 18, "the test needs a best evaluation in the middle"
     assert (history.best_step, best.loss_after, history.best_loss) == (step, losses[step], losses[step])
     measured = evaluate(model, data, adapter=tmp_path / "best")["loss"]
     assert measured == pytest.approx(losses[step], rel=1e-6)
-    assert f"-> {losses[step]:.4f} (step {step}, the lowest of 11 evaluations)" in str(best)
+    assert f"-> {losses[step]:.4f} (step {step}, the lowest of {end} evaluations)" in str(best)
 
-    last = finetune(model, data, tmp_path / "last", **WILD, keep="last")
-    assert (last.history.best_step, last.loss_after) == (None, losses[18])
-    assert evaluate(model, data, adapter=tmp_path / "last")["loss"] == pytest.approx(losses[18], rel=1e-6)
-    assert f"-> {losses[18]:.4f}\n" in str(last)
-    alone = finetune(model, data / "train.jsonl", tmp_path / "alone", **WILD | {"eval_every": None})
+    last = finetune(model, data, tmp_path / "last", **options, keep="last")
+    assert (last.history.best_step, last.loss_after) == (None, losses[end])
+    assert evaluate(model, data, adapter=tmp_path / "last")["loss"] == pytest.approx(losses[end], rel=1e-6)
+    assert f"-> {losses[end]:.4f}\n" in str(last)
+    alone = finetune(model, data / "train.jsonl", tmp_path / "alone", **options | {"eval_every": None})
     assert alone.history.best_step is None
     assert factors_of(tmp_path / "alone") == factors_of(tmp_path / "last") != factors_of(tmp_path / "best")
 
@@ -127,15 +139,6 @@ def test_a_stopped_run_saves_its_last_adapter_and_resumes_to_the_best(
 
 def hint_of(report: FinetuneReport) -> str:
     return "".join(line for line in str(report).splitlines() if "--patience 1" in line)
-
-
-def after_a_rise(losses: list[float], begin: int) -> int:
-    """The first step for which itself and the step before have a higher loss than a step from `begin` on.
-
-    Step 1 has `losses[0]`.
-    """
-    steps = range(begin + 2, len(losses) + 1)
-    return next(n for n in steps if min(losses[n - 2 : n]) > min(losses[begin - 1 : n - 2]))
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])

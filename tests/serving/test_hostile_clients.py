@@ -276,6 +276,28 @@ def test_a_client_that_sends_no_whole_head_is_dropped(
                 pass
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system lacks the option")
+def test_the_system_looks_for_clients_that_have_vanished(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-open connections: a client without power or network sends no end of its connection."""
+    made, detect = list[socket.socket](), http_server.processes.detect_vanished_peer
+
+    def noted(connection: socket.socket) -> None:
+        detect(connection)
+        made.append(connection)
+
+    monkeypatch.setattr(http_server.processes, "detect_vanished_peer", noted)
+    with connect(url):
+        wait_for(lambda: made)
+        options = {
+            name: made[0].getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+            for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+        }
+        assert made[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    silent = options["TCP_KEEPIDLE"] + options["TCP_KEEPINTVL"] * options["TCP_KEEPCNT"]
+    assert silent <= 60  # seconds of a connection without traffic
+    assert options["TCP_USER_TIMEOUT"] == 60_000  # milliseconds in which sent data are not acknowledged
+
+
 def test_a_client_that_reads_nothing_is_dropped(
     url: str, app: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:

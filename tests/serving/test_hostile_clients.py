@@ -298,6 +298,32 @@ def test_the_system_looks_for_clients_that_have_vanished(url: str, monkeypatch: 
     assert options["TCP_USER_TIMEOUT"] == 60_000  # milliseconds in which sent data are not acknowledged
 
 
+def test_answers_do_not_wait_for_requests_that_use_the_disk(
+    url: str, app: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, waiting, disk = 40, threading.Semaphore(0), threading.Event()
+
+    def load(*arguments: object) -> None:
+        waiting.release()
+        assert disk.wait(30)
+
+    monkeypatch.setattr(app.service.models, "load", load)
+    body = json.dumps({"lora_name": "x", "lora_path": "adapter0"}).encode()
+    with contextlib.ExitStack() as stack:
+        stack.callback(disk.set)
+        clients = [stack.enter_context(connect(url)) for _ in range(count)]
+        for client in clients:
+            client.sendall(request("/v1/load_lora_adapter", body))
+        assert waiting.acquire(timeout=10)
+        with connect(url) as other:
+            other.settimeout(5)
+            other.sendall(request("/v1/chat/completions", json.dumps(CHAT).encode()))
+            assert read_answer(other)[0] == 200
+        disk.set()
+        for client in clients:
+            assert read_answer(client)[0] == 200
+
+
 def test_a_client_that_reads_nothing_is_dropped(
     url: str, app: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:

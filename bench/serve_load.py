@@ -435,8 +435,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, help="(default: 64, with --job 4)")
     parser.add_argument("--slots", type=int, default=8, help="--max-requests of the server")
     parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--memory", default="700M", help="--memory of the server")
-    parser.add_argument("--adapter-memory", default="100M", help="--adapter-memory of the server")
+    parser.add_argument("--memory", default="1G", help="--memory of the server")
+    parser.add_argument("--adapter-memory", default="180M", help="--adapter-memory of the server")
     parser.add_argument("--compute", default="int8")
     parser.add_argument(
         "--longest", type=int, default=300, help="most tokens of a prompt, without the common part"

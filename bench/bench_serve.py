@@ -3,6 +3,7 @@
 Both servers are asked by HTTP. A third row is our engine alone, driven from Python.
 """
 
+import atexit
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ ROUNDS = 7  # a call of LONG lasts seconds, so one of them in each round suffice
 OURS, ENGINE, LLAMA = "nplora serve", "its engine", "llama.cpp"
 
 _servers = ExitStack()  # the servers, which live as long as the processes of their contestants
+atexit.register(_servers.close)
 
 # Streams an answer, and returns its number of tokens. Arguments: prompt, number of tokens, adapter's index.
 Ask = Callable[[list[int], int, int | None], int]
@@ -143,7 +145,8 @@ def http_calls(one: Ask) -> Calls:
     def ask(system: int, question: int) -> None:
         assert one(tokens(system, SYSTEM) + tokens(question, QUESTION), 1, None) == 1
 
-    generate(STREAMS)
+    for adapted in (False, True):
+        generate(STREAMS, adapted)
     return cells(generate, ask)
 
 
@@ -194,7 +197,7 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
 
 def report(found: list[dict[str, Any]], threads: int) -> None:
     print(
-        f"\nSmolLM2-135M, Q4_1, served {on_threads(threads)}: {GENERATED} tokens after {PROMPT}, in tokens/s;"
+        f"\nSmolLM2-135M, Q4_1, served by {on_threads(threads)}: {GENERATED} tokens after {PROMPT}, tokens/s;"
     )
     print(f"and the time to the first token after a system prompt of {SYSTEM:,} tokens, in ms")
     streams = f"{'1 stream':>10}{f'{STREAMS} streams':>12}{'ratio':>7}{f'{STREAMS} adapters':>12}{'ratio':>7}"

@@ -1,6 +1,12 @@
-"""Serving SmolLM2-135M in Q4_1: several streams, and a shared system prompt, against llama.cpp's server."""
+"""Serving SmolLM2-135M in Q4_1: several streams, and a shared system prompt, against llama.cpp's server.
 
+Both servers are asked by HTTP. A third row is our engine alone, driven from Python.
+"""
+
+import atexit
 import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import llama_server
+from bench import llama_server, nplora_server
 from bench.bench_train import model_file
 from bench.timing import Calls, Contestant, Runtimes, on_threads
 
@@ -20,7 +26,13 @@ LONG = ("1 stream", f"{STREAMS} streams", f"{STREAMS} adapters", "first")
 CELLS = (*LONG, "later")
 ROUNDS = 7  # a call of LONG lasts seconds, so one of them in each round suffices
 
-_servers = ExitStack()  # llama.cpp's server, which lives as long as the process of its contestant
+OURS, ENGINE, LLAMA = "nplora serve", "its engine", "llama.cpp"
+
+_servers = ExitStack()  # the servers, which live as long as the processes of their contestants
+atexit.register(_servers.close)
+
+# Streams an answer, and returns its number of tokens. Arguments: prompt, number of tokens, adapter's index.
+Ask = Callable[[list[int], int, int | None], int]
 
 
 def tokens(seed: int, n: int) -> list[int]:
@@ -52,7 +64,7 @@ def system_prompts() -> "itertools.count[int]":
     return itertools.count(1000)
 
 
-def nplora_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
+def engine_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
     """The engine, driven from Python."""
     import nplora
 
@@ -78,7 +90,7 @@ def nplora_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
     def ask(system: int, question: int) -> None:
         engine.submit(tokens(system, SYSTEM) + tokens(question, QUESTION), one).text()
 
-    for adapted in (False, True)[: 2 if names else 1]:
+    for adapted in (False, True):
         chosen = zip(prompts(STREAMS), names if adapted else [None] * STREAMS, strict=True)
         alone = [engine.submit(ids, sampling, adapter=name).text() for ids, name in chosen]
         if generate(STREAMS, adapted) != alone:
@@ -86,30 +98,55 @@ def nplora_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
     return cells(generate, ask)
 
 
+def served_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
+    """`nplora serve`, asked by HTTP."""
+    import nplora
+
+    options = [
+        *("--compute", "int8", "--memory", "2G", "--max-requests", STREAMS, "--adapter-dtype", "bfloat16")
+    ]
+    for adapter in adapters:
+        options += ["--adapter", f"{adapter.name}={adapter}"]
+    server = _servers.enter_context(nplora_server.running(path, *options, threads=threads))
+    base = server.ask("GET", "/v1/models")["data"][0]["id"]
+    ends = sorted(nplora.load_model(path).tokenizer.eos_ids)
+
+    def one(prompt: list[int], count: int, adapter: int | None) -> int:
+        return server.generate(prompt, count, base if adapter is None else adapters[adapter].name, ends)
+
+    return http_calls(one)
+
+
 def llama_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
     """llama.cpp's server, asked by HTTP."""
-    from concurrent.futures import ThreadPoolExecutor
-
     import nplora
 
     files = [adapter.with_suffix(".gguf") for adapter in adapters]
     for adapter, file in zip(adapters, files, strict=True):
         nplora.adapter_to_gguf(adapter, file, path, overwrite=True)
     server = _servers.enter_context(llama_server.running(path, STREAMS, CONTEXT, threads, files))
+
+    def one(prompt: list[int], count: int, adapter: int | None) -> int:
+        lora = {} if adapter is None else {"lora": [{"id": adapter, "scale": 1.0}]}
+        return sum(server.stream(prompt, count, **lora))
+
+    return http_calls(one)
+
+
+def http_calls(one: Ask) -> Calls:
+    """The calls for a server."""
     pool = ThreadPoolExecutor(STREAMS)
 
     def generate(count: int, adapted: bool = False) -> None:
-        def one(index: int) -> int:
-            lora = {"lora": [{"id": index, "scale": 1.0}]} if adapted else {}
-            return sum(server.stream(tokens(index, PROMPT), GENERATED, **lora))
-
-        counts = pool.map(one, range(count))
+        adapters = range(count) if adapted else [None] * count
+        counts = pool.map(one, prompts(count), [GENERATED] * count, adapters)
         assert list(counts) == [GENERATED] * count
 
     def ask(system: int, question: int) -> None:
-        assert sum(server.stream(tokens(system, SYSTEM) + tokens(question, QUESTION), 1)) == 1
+        assert one(tokens(system, SYSTEM) + tokens(question, QUESTION), 1, None) == 1
 
-    generate(STREAMS)
+    for adapted in (False, True):
+        generate(STREAMS, adapted)
     return cells(generate, ask)
 
 
@@ -133,9 +170,12 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
         return []
     with TemporaryDirectory() as directory:
         arguments = threads, path, save_adapters(path, Path(directory))
-        contestants = [Contestant("nplora", nplora_calls, arguments, long=LONG)]
+        contestants = [
+            Contestant(OURS, served_calls, arguments, "served", long=LONG),
+            Contestant(ENGINE, engine_calls, arguments, long=LONG),
+        ]
         if llama_server.binary():
-            contestants.append(Contestant("llama.cpp", llama_calls, arguments, "llama.cpp", long=LONG))
+            contestants.append(Contestant(LLAMA, llama_calls, arguments, "llama.cpp", long=LONG))
         result = Runtimes(threads).race(contestants, rounds=1 if quick else ROUNDS)
     found = []
     for contestant in contestants:
@@ -157,7 +197,7 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
 
 def report(found: list[dict[str, Any]], threads: int) -> None:
     print(
-        f"\nSmolLM2-135M, Q4_1, served {on_threads(threads)}: {GENERATED} tokens after {PROMPT}, in tokens/s;"
+        f"\nSmolLM2-135M, Q4_1, served by {on_threads(threads)}: {GENERATED} tokens after {PROMPT}, tokens/s;"
     )
     print(f"and the time to the first token after a system prompt of {SYSTEM:,} tokens, in ms")
     streams = f"{'1 stream':>10}{f'{STREAMS} streams':>12}{'ratio':>7}{f'{STREAMS} adapters':>12}{'ratio':>7}"
@@ -169,5 +209,9 @@ def report(found: list[dict[str, Any]], threads: int) -> None:
             f"{row['adapted']:12.0f}{row['adapted'] / row['several']:7.2f}"
             f"{row['first'] * 1e3:9.0f}{row['later'] * 1e3:7.0f}{row['later'] / row['first']:8.3f}"
         )
-    if len(found) == 1:
+    by_name = {row["name"]: row for row in found}
+    if LLAMA not in by_name:
         print("  llama-server was not found: python -m bench.llama_server DIR builds it")
+        return
+    ratios = (f"{by_name[OURS][cell] / by_name[LLAMA][cell]:.2f}" for cell in ("one", "several", "adapted"))
+    print(f"  {OURS} over {LLAMA}: {', '.join(ratios)} times the tokens/s in the three columns")

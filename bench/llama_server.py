@@ -36,7 +36,7 @@ def binary() -> str | None:
 def build(directory: Path) -> Path:
     """Download the sources, build the server, and return its program."""
     directory.mkdir(parents=True, exist_ok=True)
-    download = ["download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", str(directory)]
+    download = ["download", "--no-deps", "--no-binary", PACKAGE, "-d", str(directory)]
     subprocess.run([sys.executable, "-m", "pip", *download, PACKAGE], check=True)
     archive = max(directory.glob("llama_cpp_python-*.tar.gz"))
     with tarfile.open(archive) as file:

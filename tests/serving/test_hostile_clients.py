@@ -276,6 +276,54 @@ def test_a_client_that_sends_no_whole_head_is_dropped(
                 pass
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system lacks the option")
+def test_the_system_looks_for_clients_that_have_vanished(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-open connections: a client without power or network sends no end of its connection."""
+    made, detect = list[socket.socket](), http_server.processes.detect_vanished_peer
+
+    def noted(connection: socket.socket) -> None:
+        detect(connection)
+        made.append(connection)
+
+    monkeypatch.setattr(http_server.processes, "detect_vanished_peer", noted)
+    with connect(url):
+        wait_for(lambda: made)
+        options = {
+            name: made[0].getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+            for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+        }
+        assert made[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    silent = options["TCP_KEEPIDLE"] + options["TCP_KEEPINTVL"] * options["TCP_KEEPCNT"]
+    assert silent <= 60  # seconds of a connection without traffic
+    assert options["TCP_USER_TIMEOUT"] == 60_000  # milliseconds in which sent data are not acknowledged
+
+
+def test_answers_do_not_wait_for_requests_that_use_the_disk(
+    url: str, app: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, waiting, disk = 40, threading.Semaphore(0), threading.Event()
+
+    def load(*arguments: object) -> None:
+        waiting.release()
+        assert disk.wait(30)
+
+    monkeypatch.setattr(app.service.models, "load", load)
+    body = json.dumps({"lora_name": "x", "lora_path": "adapter0"}).encode()
+    with contextlib.ExitStack() as stack:
+        stack.callback(disk.set)
+        clients = [stack.enter_context(connect(url)) for _ in range(count)]
+        for client in clients:
+            client.sendall(request("/v1/load_lora_adapter", body))
+        assert waiting.acquire(timeout=10)
+        with connect(url) as other:
+            other.settimeout(5)
+            other.sendall(request("/v1/chat/completions", json.dumps(CHAT).encode()))
+            assert read_answer(other)[0] == 200
+        disk.set()
+        for client in clients:
+            assert read_answer(client)[0] == 200
+
+
 def test_a_client_that_reads_nothing_is_dropped(
     url: str, app: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,10 +232,14 @@ def test_an_encoder_is_served_with_embeddings(tmp_path: Path) -> None:
         assert text in lines
 
 
-def test_an_encoder_has_no_fine_tuning_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_encoder_has_neither_fine_tuning_jobs_nor_rounded_adapters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save_small_encoder(tmp_path / "small")
     assert cli.main(["serve", str(model), "--port", "0", "--jobs", str(tmp_path / "jobs")]) == 2
     assert "fine-tuning jobs need a language model" in capsys.readouterr().err
+    assert cli.main(["serve", str(model), "--port", "0", "--adapter-dtype", "bfloat16"]) == 2
+    assert "adapter-dtype is for language models" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -249,6 +253,7 @@ def test_an_encoder_has_no_fine_tuning_jobs(tmp_path: Path, capsys: pytest.Captu
         (["m", "--max-body", "0"], "max-body is '0', expected a size like 600M"),
         (["m", "--max-file", "0"], "max-file is '0', expected a size like 600M"),
         (["m", "--max-files", "0"], "max-files is '0', expected a size like 600M"),
+        (["m", "--adapter-dtype", "half"], "--adapter-dtype half is not available; possible: 'bfloat16'"),
         (["m", "--adapter-memory", "-1"], "adapter-memory is '-1', expected a size like 600M"),
         (["m", "--adapter", "a=x", "--adapter", "a=y"], "two adapters have the name 'a'"),
         (["m", "--api-key", "a b"], "--api-key holds an empty text, a space"),

@@ -5,12 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import live_server
 import numpy as np
 import pytest
 
 import nplora
+from nplora.serving import run
 from nplora.serving.adapter_memory import AdapterMemory
 from nplora.serving.api.app import Application
+from nplora.serving.options import ServeOptions
 from nplora.serving.request_error import RequestError
 
 openai = pytest.importorskip("openai")
@@ -226,6 +229,23 @@ def test_an_adapter_that_cannot_be_read_is_a_bad_request(
     with pytest.raises(openai.BadRequestError, match="cannot be loaded") as caught:
         client.post("/load_lora_adapter", body={"lora_name": "x", "lora_path": damage}, cast_to=str)
     assert str(app.service.adapter_dir) not in str(caught.value)
+
+
+def test_adapters_may_be_rounded_to_bfloat16(tmp_path: Path) -> None:
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    model = live_server.save_model(tmp_path)
+    [path] = live_server.save_adapters(model, tmp_path, 1)
+    exact = nplora.read_adapter(path)
+    for dtype in (None, "bfloat16"):
+        lm, options = nplora.load_model(model), ServeOptions(memory="1G", adapter_dtype=dtype)
+        with run._text_service(lm, options, [("mine", str(path))], False, print) as (service, _, _):
+            service.models.load("later", path)
+            for name in ("mine", "later"):
+                for layer, delta in lm.adapters[name].items():
+                    for got, stored in ((delta.A, exact[layer].A), (delta.B, exact[layer].B)):
+                        rounded = stored.astype(bfloat16).astype(np.float32)
+                        assert (rounded != stored).any()
+                        np.testing.assert_array_equal(got, stored if dtype is None else rounded)
 
 
 def test_a_file_that_is_no_adapter_is_refused(client: Any, app: Application) -> None:

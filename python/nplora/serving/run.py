@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from nplora.adapters import Adapter, read_for
 from nplora.finetuning.planning import parse_bytes
 from nplora.finetuning.planning.choice import resident_memory
 from nplora.lm import Encoder, LanguageModel
@@ -81,12 +82,24 @@ def _text_service(
     report: Callable[[str], None],
 ) -> Iterator[tuple[Service, str, Callable[[], None]]]:
     """The service of a language model, its description, and a function that starts the jobs."""
-    models = Models(lm, options.name or default_name(lm.source), any_base)
+    read = read_for if options.adapter_dtype is None else _reader_that_rounds(options.adapter_dtype)
+    models = Models(lm, options.name or default_name(lm.source), any_base, read)
     for name, path in adapters:
         models.load(name, path)
     with running(lm, models, options, report) as (engine, jobs):
         service = TextService(engine, models, jobs, most_tokens=options.max_tokens, **_limits(options))
         yield service, description(engine, models, options), _nothing if jobs is None else jobs.start
+
+
+def _reader_that_rounds(dtype: str) -> Callable[..., Adapter]:
+    """A function that reads an adapter as `read_for` does, and rounds its factors."""
+
+    def read(*arguments: Any) -> Adapter:
+        adapter = read_for(*arguments)
+        adapter.deltas = {name: delta.rounded(dtype) for name, delta in adapter.items()}
+        return adapter
+
+    return read
 
 
 @contextmanager
@@ -99,6 +112,8 @@ def _encoder_service(
     """The service of an encoder and its description. An encoder has no jobs."""
     if options.jobs is not None:
         raise ValueError("serve: fine-tuning jobs need a language model that generates text")
+    if options.adapter_dtype is not None:
+        raise ValueError("serve: adapter_dtype is for language models that generate text")
     served = ServedEncoder(encoder)
     models = Models(served, options.name or default_name(encoder.source), any_base, read_adapter)
     for name, path in adapters:

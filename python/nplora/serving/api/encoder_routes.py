@@ -38,7 +38,7 @@ async def _answer(service: EncoderService, body: Body, client: str, read: Read, 
     answer = FutureAnswer(future, service.timeout)
     service.follow(answer)
     rows = await unless_disconnected(body.receive, answer.rows())
-    return await asyncio.to_thread(lambda: JSONResponse(make(request, rows)))
+    return await service.in_thread(lambda: JSONResponse(make(request, rows)))
 
 
 async def _submitted(
@@ -50,7 +50,7 @@ async def _submitted(
     def submit() -> tuple[EncoderRequest, Future[Rows]]:
         return submitted(lambda: _submit_once(service, values, client, read))
 
-    return await asyncio.to_thread(submit)
+    return await service.in_thread(submit)
 
 
 def _submit_once(

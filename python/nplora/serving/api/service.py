@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import dataclasses
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from nplora.lm import LanguageModel
 from nplora.serving.api.encoder_request import EncoderReader
@@ -13,6 +17,8 @@ from nplora.serving.api.models import Models
 from nplora.serving.api.protocols import AnyEngine, EncodingEngine, ServingEngine, TuningJobs
 from nplora.serving.api.text_request import Reader
 from nplora.serving.served_encoder import ServedEncoder
+
+T = TypeVar("T")
 
 
 class Stoppable(Protocol):
@@ -50,6 +56,15 @@ class Service:
     def __post_init__(self) -> None:
         self._answers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._is_stopped = False
+        self._threads = ThreadPoolExecutor(thread_name_prefix="nplora-answers")
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in one of the threads for answers.
+
+        `asyncio.to_thread` has other threads. All of them may be waiting for the disk.
+        """
+        run = contextvars.copy_context().run
+        return await asyncio.get_running_loop().run_in_executor(self._threads, run, function, *arguments)
 
     def follow(self, answers: Stoppable) -> None:
         """Remember answers that have begun, for `stop_answers`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
@@ -42,7 +41,7 @@ async def _answer(
     from starlette.responses import JSONResponse
 
     values = await body.json()
-    request, tickets = await asyncio.to_thread(_submit, service, values, client, read)
+    request, tickets = await service.in_thread(_submit, service, values, client, read)
     answers = TicketStream(tickets, service.timeout)
     service.follow(answers)
     try:

@@ -63,7 +63,7 @@ class InferenceLayer {
 
 using Layers = std::vector<const InferenceLayer*>;
 
-// The parts of the layers for rows of x (rows, d_in), without y.
+// Returns one part for each layer, for the rows of x (rows, d_in). The parts have no y yet.
 template <class T>
 std::vector<ForwardPart<T>> parts_of(const Layers& layers, const Array<T>& x, size_t rows) {
   std::vector<ForwardPart<T>> parts;

@@ -38,8 +38,8 @@ struct Strided {
   size_t step_stride;
 };
 
-// One bfloat16 value of a weight; a Bf16Pair is two. Products of very few tokens convert each value to float
-// in registers instead of pairing it.
+// One bfloat16 value of a weight. (A Bf16Pair holds two values.) Products of very few tokens do not form
+// pairs: they convert each value to float in registers.
 enum class Bf16 : uint16_t {};
 
 // The element type of the bfloat16 products: two bfloat16 values that are neighbours along the depth, with
@@ -112,8 +112,8 @@ inline constexpr size_t kFetchAhead = 12288;
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
-// Multiplies in registers only, as fast as the instructions of a product can. Returns the number of
-// floating-point operations.
+// Multiplies values in registers only, at the highest speed of the instructions that products use. Returns
+// the number of floating-point operations.
 using Peak = double (*)(size_t iterations);
 
 // The two matrix products on which the larger operations are built. In both products, the argument `depth`
@@ -200,8 +200,8 @@ struct SmallProducts {
                    Sum<W>* y, size_t y_stride);
 
   // Computes the same product as gemm_outputs_in_lanes in Tiles, except that `depth` always counts the rows
-  // of `w`. If `a` holds pairs of bfloat16 values, the values of a pair multiply two neighbouring rows of
-  // `w`, one value each. If `depth` is odd, the last row is paired with zeros.
+  // of `w`. If `a` holds pairs of bfloat16 values, the first value of a pair is multiplied by one row of `w`,
+  // and the second value by the next row. If `depth` is odd, the last row is paired with zeros.
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                                 const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c,
                                 size_t c_stride, bool accumulate, const Fetch& next);
@@ -437,17 +437,17 @@ struct Int8Gemm {
   void (*encode)(size_t rows, size_t cols, const float* w, size_t w_stride, const float* inverses,
                  uint8_t* codes, size_t codes_stride);
 
-  // Interleaves each four rows of codes (rows, cols): out (ceil(rows / 4), cols), in elements of four codes
-  // of one column. Rows that are missing from the last four are filled with zeros. The rows of `out` are
-  // `out_stride` elements apart.
+  // Interleaves groups of four rows of codes (rows, cols) into out (ceil(rows / 4), cols). Each element of
+  // `out` holds four codes of one column. If the last group has fewer than four rows, zeros replace the
+  // missing rows. The rows of `out` are `out_stride` elements apart.
   void (*quad_rows)(size_t rows, size_t cols, const uint8_t* codes, size_t codes_stride, Int8Quad* out,
                     size_t out_stride);
 
-  // Computes c = a w diag(scales), or adds it to `c` if `accumulate` is set, for c (m, n), a (m, depth) and w
-  // (depth / 4, n) in a panel whose rows are `columns` elements apart. `columns` is kInt8PanelColumns or
-  // kPanelColumns, and n is at most `columns`; all columns of the panel may be read. `depth` counts values
-  // and is at most kInt8Depth. `a` begins at the start of a group. If `scales` is null, the factor is 1.
-  // Within a group, codes are summed in integers; the groups are summed in order, in float.
+  // Computes c = a w diag(scales), or adds this product to `c` if `accumulate` is set, for c (m, n), a (m,
+  // depth) and w (depth / 4, n) in a panel whose rows are `columns` elements apart. `columns` is
+  // kInt8PanelColumns or kPanelColumns, and n is at most `columns`; all columns of the panel may be read.
+  // `depth` counts values and is at most kInt8Depth. `a` begins at the start of a group. If `scales` is null,
+  // the factor is 1. Within a group, codes are summed in integers; the groups are summed in order, in float.
   void (*multiply)(size_t m, size_t n, size_t depth, const CodedRows& a, const Int8Quad* w, size_t columns,
                    const float* scales, float* c, size_t c_stride, bool accumulate);
 

@@ -46,8 +46,8 @@ struct BackwardBuffers {
   float *lse, *delta;         // (kTileLanes)
 };
 
-// The operands of a tile in pairs of bfloat16. `q` and `dout` pair neighbours of one lane; the others pair
-// neighbouring lanes.
+// The operands of a tile in pairs of bfloat16. A pair of `q` or `dout` holds two neighbouring values of one
+// lane. A pair of any other operand holds the values of two neighbours in the other direction.
 struct PairBuffers {
   static constexpr size_t kLanePairs = kTileLanes / 2;
 

@@ -68,8 +68,8 @@ class RowsForward {
 
  private:
   static constexpr bool kInt8 = std::is_same_v<W, Int8Quad>, kConverts = kValuesPerElement<W> > 1;
-  // The number of rows of W in a transposed block, and a unit: each task has a multiple of this number of
-  // rows.
+  // kBlockRows: the number of rows of W in a transposed block. kTaskRows: each task has a multiple of this
+  // number of rows.
   static constexpr size_t kBlockRows = kInt8 ? kInt8PanelColumns : kPanelColumns;
   static constexpr size_t kTaskRows = kInt8 ? 2 * kRowBlock : kRowBlock;
   static_assert(kTaskRows % kBlockRows == 0);

@@ -36,7 +36,7 @@ struct GroupUpdate {
 
 // One layer of a forward pass: z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]. The shapes are x (n, d_in), y
 // (n, d_out) and z (n, r). `bias` may be null. The data of z may be null if the caller does not need z. A
-// small batch may have groups, which replace `low`: together they have n rows, and z is not stored.
+// small batch may have `groups` instead of `low`. The groups together have n rows, and their z is not stored.
 template <class T>
 struct ForwardPart {
   WeightView w;
@@ -47,9 +47,9 @@ struct ForwardPart {
 };
 
 // All parts of a stack read the same x (n, d_in). If `int8` is not set, large batches with weights of
-// Compute::kInt8 are computed as with kBfloat16. In training, W is rounded once more, from its blocks to
-// codes with one scale for each row, because this is faster. The answers of the model should not lose
-// accuracy by it.
+// Compute::kInt8 are computed as with kBfloat16. Training may set `int8`: W is then rounded once more, from
+// its blocks to codes with one scale for each row, which makes training faster. Inference does not set
+// `int8`, so that the answers of the model do not lose accuracy.
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 

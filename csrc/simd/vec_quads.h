@@ -2,9 +2,9 @@
 // The rules of kernel units are in vec.h.
 //
 //   `all_lanes(x)` is a Vec<float> with x in all lanes.
-//   `LaneInts` has a 32-bit integer for each lane of Vec<float>. `floats_of(v)` converts them to floats.
-//     `to_ints(v)` rounds floats to nearest, ties to even. The floats must be within +-2^22. NaN becomes an
-//     unspecified number.
+//   `LaneInts` has a 32-bit integer for each lane of Vec<float>. `floats_of(v)` converts these integers to
+//     floats. `to_ints(v)` rounds floats to nearest, ties to even. The floats must be within +-2^22. NaN
+//     becomes an unspecified number.
 //   `kCodeOffset` is added to the codes of W in memory: 128 if the instruction multiplies unsigned by signed
 //     bytes, else 0.
 //   `load_quads(p)` loads a vector of codes.

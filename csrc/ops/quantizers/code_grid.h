@@ -57,7 +57,7 @@ float squared_error(const float* x, CodeGrid grid, CodeRange codes) {
   });
 }
 
-// Sums over n values x and their codes q: of 1, x, q, x * q and q * q.
+// The sums of 1, x, q, x * q and q * q over n values x with codes q.
 struct Moments {
   double n, x, q, xq, qq;
 };

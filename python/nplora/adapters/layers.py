@@ -314,7 +314,7 @@ def new_layers(
     (14, 0)
     """
     if not model.trained_row_layers:
-        adapter.require_low_rank("this model has no layers for them")
+        adapter.require_low_rank("this model has no layers that could hold them")
     plain_target(model).check(adapter, any_base)
     modules: dict[str, Any] = dict(model.named_modules())
     sizes = [4 * factor.size for delta in adapter.values() for factor in (delta.A, delta.B)]
@@ -408,7 +408,7 @@ def _size(adapter: AdapterContent, model: Module, tokens: Sequence[AddedToken]) 
 def rollback_on_error(model: Module) -> Iterator[Callable[[], None]]:
     """If the `with` body raises an error, restore the layers that the body replaced.
 
-    The body gets a function. After a call of this function, an error restores nothing.
+    The body gets a function. After the body has called this function, an error no longer restores the layers.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> try:

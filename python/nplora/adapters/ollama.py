@@ -48,7 +48,7 @@ class OllamaExport:
 
     Attributes:
         directory: the directory.
-        lines: a readable report of what was done.
+        lines: a report for the user, in several lines.
         model: the GGUF file that the Modelfile names.
         adapter: the adapter that the Modelfile names, or None.
         template: whether the Modelfile has the chat template.

@@ -328,7 +328,7 @@ class FinetuneOptions:
     profile: bool = _unplanned(
         _RUN,
         False,
-        "print where the time of a step goes, against the fastest that the processor can multiply",
+        "print how the time of a step is spent, compared with the top speed of the processor",
     )
     resume: bool = _unplanned(
         _RUN,

@@ -241,7 +241,7 @@ def finetune(
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         report_to: where to report metrics: csv, tensorboard, wandb, mlflow; csv and tensorboard write into
             reports/ in the output directory.
-        profile: print where the time of a step goes, against the fastest that the processor can multiply.
+        profile: print how the time of a step is spent, compared with the top speed of the processor.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.

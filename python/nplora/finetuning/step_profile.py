@@ -1,4 +1,4 @@
-"""StepProfile: where the time of a run's steps went, against the floor of the arithmetic."""
+"""StepProfile: how the time of a run's steps was spent, and the least time that the products could take."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ProfileRow:
     """One activity.
 
     Attributes:
-        seconds: in all steps.
+        seconds: the time of this activity in all steps.
         operations: floating-point operations of products, by arithmetic; an operation in int8 counts as one.
             Products with W count with those of the adapter.
     """
@@ -51,7 +51,7 @@ class ProfileRow:
 
 @dataclass(frozen=True)
 class StepProfile:
-    """Where the time of a run's steps went; `print` shows a table.
+    """How the time of a run's steps was spent; `print` shows a table.
 
     Attributes:
         steps: the number of steps.

@@ -113,7 +113,8 @@ def open_tensors(
 
     Args:
         mmap: as in `sharded.open`.
-        wanted: as in `sharded.open`, but only for an index. A single file is opened with all its tensors.
+        wanted: as in `sharded.open`. It is used for an index only: a single file is opened with all its
+            tensors.
     Raises:
         UnsafeError: the directory's weights are a pickle.
         FormatError: the directory has no weights, or a file breaks its format.

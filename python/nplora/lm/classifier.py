@@ -169,7 +169,8 @@ class TextClassifier(Module):
             (1, 2)
 
         Args:
-            batch_size: the number of texts that are computed at once; None: as many as have 4,096 tokens.
+            batch_size: the number of texts that are computed together; None: texts of about 4,096 tokens in
+                total.
         Returns:
             float32 (texts, outputs); (tokens, outputs) if tokens are classified.
         """
@@ -254,7 +255,7 @@ class TextClassifier(Module):
     # ---- training ----
 
     def forward(self, x: Ids) -> tuple[Array, ClassifierSaved]:
-        """The logits for the token ids of each text, and what `backward` needs.
+        """The logits for the token ids of each text, and the values that `backward` needs.
 
         >>> import nplora
         >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])

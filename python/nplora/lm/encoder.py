@@ -331,10 +331,10 @@ class Encoder(Module):
 
         Args:
             texts: the texts, or one text.
-            batch_size: the number of texts that are computed at once; None: as many as have 4,096 tokens. The
-                batch size changes the result only by rounding.
-            normalize: whether the embeddings have length 1, so that their products are cosines; None: as the
-                model's files say.
+            batch_size: the number of texts that are computed together; None: texts of about 4,096 tokens in
+                total. The batch size changes the result only by rounding.
+            normalize: whether the embeddings have length 1, so that their products are cosines; None: the
+                setting in the model's files.
             prompt: a text to put before each text, such as "query: "; "" for none.
             prompt_name: the name of one of `prompts`, instead of `prompt`.
             max_length: the largest number of tokens of a text; None: `max_length` of the encoder.
@@ -377,7 +377,7 @@ class Encoder(Module):
     # ---- training ----
 
     def forward(self, ids: Ids) -> tuple[Array, EncoderSaved]:
-        """The hidden states (n, hidden_size) of all texts, one after the other, and what `backward` needs.
+        """The hidden states (n, hidden_size) of all texts in order, and the values that `backward` needs.
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")

@@ -132,7 +132,7 @@ class KVCache:
         return pages
 
     def next_positions(self, slots: Array, counts: Array | int) -> CachePositions:
-        """The positions of the next tokens of the sequences in `slots`; `counts`: how many for each."""
+        """The positions of the next `counts` tokens of the sequences in `slots`."""
         counts = np.broadcast_to(counts, slots.shape)
         begins = np.cumsum(counts) - counts  # the first row of each sequence
         in_sequence = np.arange(counts.sum(), dtype=np.int64) + np.repeat(

@@ -185,7 +185,7 @@ class Decoder(Module):
         return self.hidden_states_backward(dy if self._readout == 1 else dy * self._readout, x)
 
     def _run_frozen(self, first: int, ids: Array, positions: PackedPositions) -> tuple[Array, Any]:
-        """The residual stream (n, d) before block `first`, and what the embedding's backward pass needs."""
+        """The residual stream (n, d) before block `first`, and the values for the embedding's gradient."""
         prefix = self.prefix if self.prefix is not None and self.prefix.blocks == first > 0 else None
         found = None if prefix is None else prefix.find(ids, positions.starts)
         if found is not None:

@@ -1,4 +1,4 @@
-"""Profiler: where the time of a thread goes, by activities of the core and by sections of the program."""
+"""Profiler: measures the time of a thread, by activities of the core and by sections of the program."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Profiler:
         self._spans: list[tuple[str, float]] = []
 
     def start(self) -> None:
-        """Record the calls of this thread from now on. What was recorded without a `stop` is dropped."""
+        """Record the calls of this thread from now on. Earlier calls without a `stop` are dropped."""
         self.cancel()
         _of_thread.profiler = self
         _core.start_profile()

@@ -105,7 +105,7 @@ class EncoderEngine:
             model: one of `served.named_model`; None: the model without an adapter.
             classes: whether the result is a classifier's logits (texts, outputs), instead of embeddings
                 (texts, dim).
-            normalize: whether embeddings have length 1; None: as the model's files say.
+            normalize: whether embeddings have length 1; None: the setting in the model's files.
             client: clients take turns, and each client's requests are computed in order.
         Returns: a future with the result, float32. `cancel()` ends the request.
         Raises:

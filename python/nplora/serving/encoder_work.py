@@ -25,7 +25,7 @@ _FLOAT = 4
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is computed. Texts that need the same kind of work are computed together."""
+    """The model and the kind of its result. Texts with equal `Work` are computed together."""
 
     model: Model
     classes: bool

@@ -99,11 +99,11 @@ class Request:
 
     @property
     def usage(self) -> Usage:
-        """The number of tokens so far."""
+        """The numbers of tokens of the prompt and of the answer so far."""
         return Usage(self.answer.prompt, self.cached, self.answer.generated)
 
     def advance(self, scores: Array) -> Chunk:
-        """Choose the next token. Return what `pass_on` passes to the client.
+        """Choose the next token. Return the chunk for the client, which `pass_on` sends.
 
         Raises:
             FloatingPointError: the scores are NaN, or the largest one is infinite.

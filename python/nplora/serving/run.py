@@ -43,7 +43,8 @@ def serve(
         any_base: accept adapters that were trained on another model of the same shapes.
         listener: a socket that listens; None: one for `options.host` and `options.port` is made.
         report: called with texts for the person who runs the server. The texts are the address and the memory
-            plan when the server is ready, the events of jobs, and what the server waits for before it ends.
+            plan when the server is ready, the events of jobs, and the number of answers for which the server
+            waits before it ends.
     Raises:
         ModuleNotFoundError: starlette or uvicorn is not installed.
         OSError: the port is in use, or an adapter cannot be read.
@@ -165,12 +166,12 @@ def _limit(options: ServeOptions) -> str:
 
 
 def last_words(engine: AnyEngine, seconds: float) -> str:
-    """The line that says what a server waits for before it ends."""
+    """The line that a server prints when it is about to end: for how many answers it still waits."""
     metrics = engine.metrics()
     count = metrics.running + metrics.waiting
     ends = "at once"
     if isinstance(engine, EncoderEngine):  # its rounds may take long, and cannot be cancelled
-        ends = "after the texts that it computes now"
+        ends = "after the current texts"
     if not count:
         return f"stopping; Ctrl-C again ends the server {ends}"
     answers = "1 answer" if count == 1 else f"{count} answers"

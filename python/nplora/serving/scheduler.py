@@ -194,7 +194,7 @@ class Scheduler:
         return int(self._cache.lengths[request.slot])
 
     def _read(self) -> None:
-        """Read pieces of prompts. While other requests generate tokens, the pieces are short."""
+        """Read the next pieces of the prompts. While other requests generate tokens, the pieces are short."""
         left = PIECE if all(self._length(one) < one.to_read for one in self.running) else _READ_BETWEEN
         while left > 0:
             reading = [one for one in self.running if self._length(one) < one.to_read]
@@ -306,10 +306,10 @@ class Scheduler:
                 self._pass_on(request, first, chunk)
 
     def _pass_on(self, request: Request, first: bool, chunk: Chunk) -> None:
-        """Pass a chunk to the client, and end the request if it was the last.
+        """Pass a chunk to the client, and end the request if this chunk is the last.
 
         Args:
-            first: whether it has the request's first token.
+            first: whether the chunk has the request's first token.
         """
         request.pass_on(chunk)
         now, metrics = time.monotonic(), self._metrics

@@ -1,4 +1,4 @@
-"""LoRAEstimator: what all estimators share: the fit loop, held-out rows, checkpoints, copies and pickles."""
+"""LoRAEstimator: the common part of all estimators: fit loop, held-out rows, checkpoints, copies, pickles."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     # ---- what a subclass defines ----
 
     def _features(self, X: Any, reset: bool) -> Any:
-        """Check X; return the rows that `_batches` and `_outputs` take. `reset`: X is of a first fit."""
+        """Check X; return the rows for `_batches` and `_outputs`. `reset`: whether this is the first fit."""
         raise NotImplementedError
 
     def _features_and_targets(self, X: Any, y: Any, reset: bool, numeric: bool) -> tuple[Any, Array]:
-        """Check X and y; return features and targets. `numeric`: y has numbers, perhaps several for a row."""
+        """Check X and y; return features and targets. `numeric`: whether the targets are numbers."""
         features = self._features(X, reset)
         dtype = np.float64 if numeric else None
         targets: Array = check_array(y, ensure_2d=False, dtype=dtype, input_name="y")
@@ -92,7 +92,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         return features, targets
 
     def _build(self, x: Any, outputs: int, seed: int) -> Module:
-        """Return a new model of these features with this number of outputs."""
+        """Return a new model that takes these features and has this number of outputs."""
         raise NotImplementedError
 
     def _batches(self, x: Any, y: Array, shuffle: bool, seed: int) -> Batches:

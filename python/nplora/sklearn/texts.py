@@ -1,4 +1,4 @@
-"""TextEstimator: what the estimators for texts and pretrained encoders share."""
+"""TextEstimator: the common part of the estimators for texts and pretrained encoders."""
 
 from __future__ import annotations
 

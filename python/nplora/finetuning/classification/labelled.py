@@ -38,7 +38,7 @@ class Columns:
 
     @staticmethod
     def of(op: str, names: Mapping[str, str]) -> Columns:
-        """Raises ValueError for unknown names of ours, and TypeError for field names that are not texts."""
+        """Raises ValueError for an unknown key, and TypeError for a value that is not the name of a field."""
         for ours, theirs in names.items():
             if not isinstance(theirs, str):
                 raise TypeError(f"{op}: columns[{ours!r}] is {theirs!r}, expected the name of a field")

@@ -88,7 +88,7 @@ class TextBatches:
         return {**self._numbers.identity(), "x": ids_fingerprint(self._ids), "y": targets}
 
     def log_summary(self) -> dict[str, Any]:
-        """What the log of a run says about these batches."""
+        """The description of these batches in the log of a run."""
         tokens = sum(map(len, self._ids))
         return {**self._numbers.log_summary(), "tokens": tokens}
 

@@ -289,7 +289,7 @@ class _Training:
         return train, valid.read(held_out, options.skip_bad)
 
     def _divided(self, rows: LabelledTexts, share: float) -> tuple[LabelledTexts, LabelledTexts]:
-        """Both parts know all labels, including those that only held-out rows have."""
+        """The training rows and the held-out rows have the same list of labels: all labels of the data."""
         train, valid = rows.divided(share)
         labels = () if self.options.task == "regression" else rows.labels(self.options.task)
         return train.with_labels(labels), valid

@@ -82,7 +82,7 @@ class TokenBatches:
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[PackedBatch, Any]]:
         """Make the batches of an epoch (counted from 0).
 
-        Each is paired with the additional inputs of the loss.
+        Each batch is paired with the additional inputs of the loss.
 
         Args:
             skip: number of batches to leave out at the start of the epoch.

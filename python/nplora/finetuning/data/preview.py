@@ -128,7 +128,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Preview:
-    """What `preview` returns; `print` shows it.
+    """The result of `preview`; `print` shows it.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> found: nplora.data.Preview = nplora.data.preview("train.jsonl", tokenizer, valid_split=0.2)

@@ -236,7 +236,7 @@ def _required(directory: Path, *splits: tuple[str, ...]) -> Path:
     found = next((file for names in splits if (file := _split(directory, names))), None)
     if found is None:
         wanted = ", ".join(f"{name}.*" for names in splits for name in names)
-        ends = f"{', '.join(SUFFIXES)}, or one of the text formats with .gz"
+        ends = f"{', '.join(SUFFIXES)}, or a text format followed by .gz"
         raise FileNotFoundError(
             errno.ENOENT, f"the directory has no {wanted} that ends in {ends}", os.fspath(directory)
         )

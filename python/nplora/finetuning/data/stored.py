@@ -74,7 +74,7 @@ class DataReport:
 
 
 class Examples(Protocol):
-    """What `TokenBatches` reads. An example may consist of several sequences, which stay together.
+    """The examples that `TokenBatches` reads. The sequences of an example stay together.
 
     Attributes:
         report: a summary of the file.

@@ -74,7 +74,7 @@ class KtoLoss(PackedLoss):
         assert isinstance(model, LanguageModel)
         name = "" if self._mismatched is None else first_nonfinite_layer(model, self._mismatched)
         if name and not first_nonfinite_layer(model, x):
-            return f"for prompts with other answers, the first layer whose output is not finite is {name!r}"
+            return f"in mismatched pairs, the first layer whose output is not finite is {name!r}"
         return super().blame(model, x)
 
     def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:

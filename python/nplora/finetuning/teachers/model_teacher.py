@@ -59,7 +59,7 @@ class ModelTeacher:
     def blame(self, batch: PackedBatch) -> str:
         name = first_nonfinite_layer(self._lm, batch)
         return (
-            f"the outputs of the teacher {self.name} are not finite, first that of {name!r}" if name else ""
+            f"the outputs of the teacher {self.name} are not finite, beginning with {name!r}" if name else ""
         )
 
 

@@ -357,7 +357,7 @@ class _Trials:
             self._prefix.close()
 
     def _prepare(self, objective: Objective, batches: TokenBatches) -> None:
-        """Compute what the objective needs for these batches, once."""
+        """Compute the values that the objective needs for these batches, once."""
         if batches.identity() not in self._prepared:
             plain = self._inputs.lm.with_tokens(self._inputs.added_tokens)
             with files.Directory(self._output) as directory:

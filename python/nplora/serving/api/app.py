@@ -54,7 +54,7 @@ class Application:
     """The server's routes, behind its checks. An ASGI application.
 
     Args:
-        service: what the routes share.
+        service: the objects and limits that the routes share.
         keys, origins, hosts: see `Access`.
     """
 

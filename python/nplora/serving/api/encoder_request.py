@@ -1,4 +1,4 @@
-"""The requests for vectors: what /v1/embeddings and /v1/classify read from their bodies."""
+"""The requests for vectors: reads the bodies of requests to /v1/embeddings and /v1/classify."""
 
 from __future__ import annotations
 

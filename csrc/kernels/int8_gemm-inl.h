@@ -21,7 +21,7 @@ namespace nplora::kernels::NPLORA_ISA {
 }
 
 // Returns the largest of `least` and the magnitudes of `n` elements. NaN counts as larger than all numbers.
-// The bits of magnitudes, read as integers, are ordered in the same way.
+// The bits of magnitudes, read as integers, have the same order as the magnitudes.
 template <class Load>
 inline float largest_magnitude(size_t n, const Load& load, float least) {
   LaneInts most = broadcast_int(__builtin_bit_cast(int32_t, least)), other = most;

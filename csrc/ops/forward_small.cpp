@@ -85,7 +85,7 @@ class SmallForward {
   // are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // limits the sum of all A, and of all B: both stay in L2
+    constexpr size_t kMostBytes = 256 << 10;  // the limit of all A, and of all B, which stay in L2
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {

@@ -224,7 +224,7 @@ def load_adapter(
 
 
 def _require_same_tokens(adapter: AdapterContent, tokens: Mapping[str, TokenRows]) -> None:
-    """Raise FormatError if an adapter trains other tokens than the model that it is loaded into."""
+    """Raise FormatError if the trained tokens of an adapter differ from those of the model that gets it."""
     for name, rows in adapter.token_rows.items():
         if not np.array_equal(rows.ids, tokens[name].ids):
             raise FormatError(
@@ -234,7 +234,7 @@ def _require_same_tokens(adapter: AdapterContent, tokens: Mapping[str, TokenRows
 
 
 def _require_same_texts(adapter: AdapterContent, model: Module) -> None:
-    """Raise FormatError if an adapter has other new tokens than the model that it is loaded into."""
+    """Raise FormatError if the new tokens of an adapter differ from those of the model that gets it."""
     theirs = {token.id: token.text for token in model.new_tokens(adapter.added_tokens)}
     ours = {token.id: token.text for token in _added_tokens(model)}
     if theirs != ours:

@@ -102,7 +102,7 @@ def export_ollama(
         dtype: the type of the merged weights. If `model` is a directory, it is the type of all matrices.
         keep_adapter: write `adapter.gguf` beside the model instead of merging it. Ollama takes adapters up to
             version 0.34.0.
-        system: the system message of the model. An empty text is no system message.
+        system: the system message of the model. If the text is empty, there is no system message.
         parameters: more parameters of Ollama as pairs (name, value), such as ("temperature", "0.7").
         any_base, lossy: as in `merge_adapter`.
         overwrite: replace these files, if they exist.

@@ -114,7 +114,7 @@ class Int8Check(Callback):
 
 
 def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None = None) -> AddGradient:
-    """Return a function that adds the gradient of a language model for the first training sequences.
+    """Return a function that adds the gradient for the first training sequences to the model's gradients.
 
     Args:
         micro_tokens: the most tokens that are in memory together, as in PackedLoss.

@@ -406,7 +406,7 @@ def files_of(path: StrPath) -> list[Path]:
 
 
 def require_ours(directory: StrPath, overwrite: bool, with_tokenizer: bool = False) -> None:
-    """Raise an error if `save` would replace a symbolic link or, without `overwrite`, another kind of file.
+    """Raise an error if `save` would replace a symbolic link or, without `overwrite`, a file of another kind.
 
     Args:
         with_tokenizer: whether `save` will write the files of a tokenizer too.

@@ -144,7 +144,7 @@ def sync(descriptor: int) -> None:
 
 
 def sync_directory(descriptor: int) -> None:
-    """Write the entries of a directory to the disk. NTFS does this by itself."""
+    """Write the entries of a directory to the disk. On NTFS, nothing needs to be done."""
     if sys.platform != "win32":
         os.fsync(descriptor)
 

@@ -51,7 +51,7 @@ def cause_of_end(status: int) -> str | None:
 
 
 def isolate() -> None:
-    """Forbid this process to write files, and let the signals of the time limits end it."""
+    """Prevent this process from writing files, and let the signals of the time limits end it."""
     if sys.platform != "win32":
         os.set_blocking(sys.stderr.fileno(), False)  # nothing reads it until this process ends
         for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):

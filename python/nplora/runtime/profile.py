@@ -38,7 +38,7 @@ class Profiler:
 
     Attributes:
         totals: (section, activity) -> total. The section of a call outside of all sections is "".
-        sections: the seconds in each section, with the work in Python.
+        sections: the seconds in each section, including the work in Python.
 
     >>> import nplora, numpy as np
     >>> from nplora.runtime.profile import Profiler, section

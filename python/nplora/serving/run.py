@@ -166,7 +166,7 @@ def _limit(options: ServeOptions) -> str:
 
 
 def last_words(engine: AnyEngine, seconds: float) -> str:
-    """The line that a server prints when it is about to end: for how many answers it still waits."""
+    """The last line of a server, which says how many answers the server still waits for."""
     metrics = engine.metrics()
     count = metrics.running + metrics.waiting
     ends = "at once"
@@ -237,7 +237,7 @@ def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
 
 
 def training_memory(options: ServeOptions, engine: Engine) -> int:
-    """The memory limit of the process during training, without the memory that the engine will still take."""
+    """The memory limit of the process during training, minus memory that the engine has not taken yet."""
     assert options.memory is not None
     return parse_bytes(options.memory, "serve") - max(0, engine.plan.total - current_memory())
 

@@ -292,7 +292,8 @@ class _Vocabulary:
 def _put_around(backend: Any, before: dict[str, int], after: dict[str, int]) -> None:
     """Put tokens before and after each text.
 
-    The template has names of our own, because a token of a file, such as "$A", may have a meaning there.
+    The template uses our own names for the tokens, because a template may give a token such as "$A" a
+    meaning.
     """
     backend.post_processor = backend_package().processors.TemplateProcessing(
         single=[*before, "$A", *after], special_tokens=[*before.items(), *after.items()]

@@ -125,7 +125,7 @@ class RowReader:
     Args:
         columns: the names of the fields.
         task: as in `TextClassifier`.
-        separator: the text between several labels, if a field is no list.
+        separator: the text between several labels, if a field is a text instead of a list.
         labels: the known labels; None: every label is accepted.
         numbered: whether an integer that is not a label is the number of a label, as in data sets of
             transformers.

@@ -119,7 +119,7 @@ class Examples(Protocol):
 
 
 class Stored:
-    """Examples of one or more sequences each, whose tokens lie one after another.
+    """Examples of one or more sequences each. The tokens of all sequences are in one array, in order.
 
     Attributes:
         report: a summary of the file.

@@ -104,9 +104,10 @@ class EmbeddingLoss(FusedLoss):
     def sample_gradient(self, model: Module, examples: Examples) -> Callable[[], None]:
         """A function that adds the gradient of the first examples, for `Int8Check`.
 
-        The sample has up to 16 examples, and about `SAMPLE_TOKENS` tokens. It has at least two examples and
-        `LEAST_ROWS` texts, if there are so many. With fewer texts, the last block may not be compared, as in
-        `TextBatches.sample_gradient`. The function raises NonFiniteLossError if the loss is not finite.
+        The sample has up to 16 examples, and about `SAMPLE_TOKENS` tokens. The sample has at least two
+        examples and `LEAST_ROWS` texts, if the batch has that many. With fewer texts, the last block may not
+        be compared, as in `TextBatches.sample_gradient`. The function raises NonFiniteLossError if the loss
+        is not finite.
         """
         most = min(_SAMPLE_EXAMPLES, len(examples))
         singles = (examples.batch(np.array([i]))[0].texts for i in range(most))

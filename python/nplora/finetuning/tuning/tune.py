@@ -119,7 +119,7 @@ def tune(
 
 
 def _require_options(options: Mapping[str, Any]) -> None:
-    """Raise TypeError for a keyword that is no option of `finetune`, or that belongs to one run."""
+    """Raise TypeError for a keyword that is not an option of `finetune`, or that belongs to one run."""
     known = {field.name for field in dataclasses.fields(FinetuneOptions)} - {*NOT_PASSED}
     for name in options:
         if name in NOT_PASSED:

@@ -33,7 +33,7 @@ def read_format(body: Fields) -> str | None:
     """The grammar that `response_format` requires, as a JSON schema; None: any text is allowed.
 
     Raises:
-        RequestError: the format is unknown, or its schema is no object.
+        RequestError: the format is unknown, or its schema is not an object.
     """
     given = body.object(_PARAM)
     if given is None:

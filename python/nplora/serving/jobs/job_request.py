@@ -173,7 +173,7 @@ def _suffix(body: Fields) -> str | None:
 
 
 def _metadata(body: Fields) -> dict[str, str] | None:
-    """At most 16 texts of at most 512 characters, with names of at most 64, as in OpenAI's API."""
+    """Check metadata: at most 16 texts of at most 512 characters, with names of at most 64 characters."""
     metadata = body.object("metadata")
     if metadata is None:
         return None

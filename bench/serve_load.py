@@ -63,7 +63,7 @@ class Server:
 
 @dataclass
 class Outcome:
-    """What became of the requests."""
+    """The outcomes of the requests."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: list[float] = field(default_factory=list)  # seconds to the first token

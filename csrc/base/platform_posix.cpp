@@ -69,7 +69,7 @@ WithoutSignals::~WithoutSignals() {
 
 namespace {
 
-struct sigaction before;  // the handler of SIGBUS before ours
+struct sigaction before;  // the SIGBUS handler that ours has replaced
 std::atomic<FaultMessage> message_of = nullptr;
 static_assert(std::atomic<FaultMessage>::is_always_lock_free);
 

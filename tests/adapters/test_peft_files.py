@@ -1,4 +1,4 @@
-"""Adapter directories: what is written, what is read back, and that a failure changes nothing."""
+"""Adapter directories: writing, reading back, and that a failure changes nothing."""
 
 import concurrent.futures
 import contextlib

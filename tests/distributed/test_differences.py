@@ -1,4 +1,4 @@
-"""Ranks that would train different values, without a word, are refused; and each refusal names the rank."""
+"""Ranks that would silently train different values are refused, and each refusal names the rank."""
 
 import json
 import math

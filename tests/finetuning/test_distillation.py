@@ -1,4 +1,4 @@
-"""Distillation: teachers that run beside the student, stored ones, and what is refused."""
+"""Distillation: teachers that run beside the student, stored teachers, and errors."""
 
 import json
 import re

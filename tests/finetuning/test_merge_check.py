@@ -1,4 +1,4 @@
-"""The merge gate: a merged model appears only if its held-out loss stays, and a refusal leaves nothing."""
+"""The merge gate: a merged model appears only if its held-out loss hardly rises; a refusal leaves no file."""
 
 import errno
 import json

@@ -235,7 +235,8 @@ def test_ranks_with_local_steps_exchange_as_often_as_predicted(files: tuple[Path
 def exchanges(
     files: tuple[Path, Path], ranks: ThreadRank, steps: int, local_steps: int | None = None
 ) -> list[float]:
-    """What this rank does in a run: calls of `exchange` and `join`, calls of `gather`, and bytes sent."""
+    """The communication of this rank in a run: calls of `exchange` and `join`, calls of `gather`, and
+    bytes."""
     counted = Counted(ranks)
     lm = load_model(files[0])
     lm.add_lora(rank=2, seed=0)

@@ -1,4 +1,4 @@
-"""Rows of all kinds of files and of Python's objects, hostile files among them."""
+"""Rows of all kinds of files, including hostile files, and of Python objects."""
 
 import contextlib
 import datetime

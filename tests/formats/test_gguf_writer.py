@@ -1,4 +1,4 @@
-"""Writing GGUF: byte for byte what PyPI's gguf writes, and never half a file."""
+"""Writing GGUF: the same bytes as PyPI's gguf writes, and never half a file."""
 
 import errno
 import os

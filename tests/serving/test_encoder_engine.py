@@ -1,4 +1,4 @@
-"""EncoderEngine: what a request that fails or is cancelled leaves of the others, and memory."""
+"""EncoderEngine: failed and cancelled requests do not affect the others, and memory limits hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: a run resumes to the same bits, wherever it stopped and whatever the disk did."""
+"""Checkpoints: a run resumes to the same bits, from every place where it may stop, and after disk errors."""
 
 import contextlib
 import dataclasses

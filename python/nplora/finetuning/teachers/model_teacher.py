@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 
 class ModelTeacher:
-    """A model as a teacher. Its head computes the logits of a few rows at a time."""
+    """A model as a teacher. The head of the model computes the logits of a few rows at a time."""
 
     top_k = 0
     temperature: float | None = None

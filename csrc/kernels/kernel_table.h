@@ -527,8 +527,8 @@ struct Transformer {
 
   // Stores the indices of the elements of `x` that are at least `least` in `ids`, in ascending order, and
   // these elements in `values`. Returns their number, or `limit` + 1 if there are more than `limit`; the
-  // contents of `ids` and `values` are then undefined. Both have room for `limit` + kSelected elements. `n`
-  // is below 2^31. NaN is not selected.
+  // contents of `ids` and `values` are then undefined. `ids` and `values` have room for `limit` + kSelected
+  // elements. `n` is below 2^31. NaN is not selected.
   size_t (*select)(size_t n, const float* x, float least, size_t limit, int32_t* ids, float* values);
 
   // Adds weighted rows to `out` (n): out += the sum of weights[i] * row ids[i] over i < count, one product

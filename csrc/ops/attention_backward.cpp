@@ -98,7 +98,7 @@ void find_delta(const QueryTile& tile, const Operands& x, bool first, const Back
   });
 }
 
-// Turns the scores into p, and dp into ds. If `whole` is set, the scores are those of all keys.
+// Turns the scores into p, and dp into ds. If `whole` is set, the scores include all keys.
 void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers& b) {
   if (whole)
     kernel().whole_softmax_backward(n, lanes, b.scores, b.dp, kTileLanes);

@@ -6,9 +6,9 @@
 //     with halves of sub-blocks.
 //   `transpose_parts(v)` transposes each part of four vectors: lane r of a part of vector k becomes lane k of
 //     the same part of vector r.
-//   `dot_lanes(sums, u, x)` adds the products of the four bytes of each lane of `u` and `x` to the sums.
-//     The bytes of `u` are unsigned, and those of `x` are from -127 to 127. Without VNNI, those of `u` must
-//     be at most 128.
+//   `dot_lanes(sums, u, x)` adds the products of the four bytes of each lane of `u` and `x` to the sums. The
+//     bytes of `u` are unsigned, and the bytes of `x` are from -127 to 127. Without VNNI, the bytes of `u`
+//     must be at most 128.
 //   `broadcast_four(p)` loads four bytes into each lane.
 //   `magnitudes(b)` returns the magnitudes of bytes, and `set_signs(signs, b)` stores the signs of bytes in
 //   `signs`.

@@ -37,7 +37,7 @@ class ProfileRow:
     Attributes:
         seconds: the time of this activity in all steps.
         operations: floating-point operations of products, by arithmetic; an operation in int8 counts as one.
-            Products with W count with those of the adapter.
+            The products with W and the products of the adapter are counted together.
     """
 
     name: str

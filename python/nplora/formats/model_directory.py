@@ -161,7 +161,7 @@ def linked(source: Path, weights: Path, changed: Mapping[str, Path] | None = Non
     Args:
         source: the directory with the configuration and the tokenizer.
         weights: a safetensors file of any name.
-        changed: files that replace those of the same name in `source`.
+        changed: files that replace the files of the same name in `source`.
     """
     with tempfile.TemporaryDirectory(prefix="nplora-") as made:
         for path in source.iterdir():

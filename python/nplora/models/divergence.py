@@ -186,7 +186,8 @@ def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array
 
 
 def _dense(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
-    """The divergences (n,), given all logits of the teacher (t) and of the student (z). Overwrites both.
+    """The divergences (n,), given all logits of the teacher (t) and of the student (z), which are
+    overwritten.
 
     At a high temperature, p and q are almost equal, and the divergence is much smaller than its terms. So the
     terms are added up in float64, and divided by Σ p, which is not exactly 1 because of rounding.

@@ -82,7 +82,8 @@ def name_error(error: ValueError, container: Module, culprit: Module | None = No
 
 
 class Parameter(NamedTuple):
-    """A trainable array and its gradient. Both are writable arrays of the model, of the same shape and dtype.
+    """A trainable array and its gradient. The value and the gradient are writable arrays of the model, of the
+    same shape and dtype.
 
     >>> import nplora, numpy as np
     >>> parameter = nplora.LoRALinear(np.eye(4), rank=2).parameters()[0]

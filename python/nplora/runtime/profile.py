@@ -81,7 +81,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def inside(self, section: str) -> Iterator[None]:
-        """Record the calls in the `with` block as those of a section."""
+        """Record the calls in the `with` block as calls of a section."""
         self._take()
         outer, self._section = self._section, section
         started = time.perf_counter()

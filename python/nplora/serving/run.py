@@ -185,7 +185,7 @@ def running(
     options: ServeOptions,
     log: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Engine, FineTuning | None]]:
-    """The engine and the fine-tuning jobs. Both are stopped at the end of this context.
+    """The engine and the fine-tuning jobs. The engine and the jobs are stopped at the end of this context.
 
     The caller starts the jobs, so that it can print its own lines before the events of jobs.
 

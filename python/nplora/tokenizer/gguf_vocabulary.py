@@ -234,7 +234,7 @@ class _Vocabulary:
         return merges
 
     def _wordpiece(self, unknown: int | None) -> Any:
-        """Build BERT's tokenizer. llama.cpp marks the tokens that begin a word, BERT those that do not."""
+        """Build BERT's tokenizer. llama.cpp marks tokens that begin a word; BERT marks all others."""
         package = backend_package()
         names = {}
         for id_, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True)):

@@ -268,8 +268,8 @@ class History:
         """Add the records of a log up to the given step and epoch; skip lines that are not records.
 
         A record that the history already has is not replaced: it comes from a checkpoint, which a checksum
-        protects. Only evaluations before those of the checkpoint are added. A log of an earlier version has
-        no evaluation records, so its epoch records are used instead.
+        protects. Only evaluations before the checkpoint's evaluations are added. A log of an earlier version
+        has no evaluation records, so its epoch records are used instead.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
         evaluations = dict[int, EvaluationRecord]()

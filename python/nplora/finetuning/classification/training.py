@@ -419,7 +419,8 @@ class _Training:
 
 
 def _standard(targets: Array, classifier: TextClassifier) -> tuple[float, float]:
-    """The mean and the standard deviation of the targets. Both are merged into the last layer after training.
+    """The mean and the standard deviation of the targets. After training, both numbers are merged into the
+    last layer.
 
     A last layer without a bias cannot add the mean, so the mean is then 0.
     """

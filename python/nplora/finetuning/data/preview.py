@@ -206,7 +206,7 @@ def preview(
     Args:
         data, tokenizer, format, columns, chat, max_length, learn: as for `read_dataset`. The rows may also be
             comparisons. A plain text is shown in the windows that `finetune` trains on.
-        valid: rows to evaluate on. The preview counts those that are also in `data`.
+        valid: rows to evaluate on. The preview counts the validation rows that are also in `data`.
         valid_split: share of the examples to hold out, as for `finetune`.
         examples: how many of the first examples are shown.
     Returns:

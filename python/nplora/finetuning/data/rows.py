@@ -1,7 +1,7 @@
 """Rows of files of training data, each with its place in the file.
 
-Files are read in parts. A wrong line is a DataError, and a line over a limit is a LimitError. Both name the
-file and the line.
+Files are read in parts. A wrong line is a DataError, and a line over a limit is a LimitError. Both errors
+name the file and the line.
 """
 
 import csv

@@ -46,7 +46,7 @@ class JobRequest:
         seed: the random seed.
         metadata: texts that the client stores with the job.
         method: "supervised", "dpo", "orpo" or "kto".
-        hyperparameters: those that the request gives, by OpenAI's names.
+        hyperparameters: the hyperparameters in the request, by OpenAI's names.
         options: options of `finetune`. A learning rate that is given as a multiplier is not included.
     """
 

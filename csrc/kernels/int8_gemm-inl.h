@@ -256,8 +256,8 @@ inline constexpr double kPeakOperations = 16 * kIntLanes;
   second = (LaneInts)vzip2q_s64(a, b);
 }
 
-// Does the work of int8_steps for two steps at a time: smmla multiplies eight codes of two rows of `a` with
-// those of two columns of `w`. An odd step and an odd row are left to int8_steps.
+// Does the work of int8_steps for two steps at a time: smmla multiplies eight codes of each of two rows of
+// `a` by eight codes of each of two columns of `w`. An odd step and an odd row are left to int8_steps.
 template <size_t kRows, size_t kVectors>
 [[gnu::always_inline]] inline void int8_double_steps(size_t quads, const int8_t* a, size_t a_stride,
                                                      const Int8Quad* w, size_t columns,

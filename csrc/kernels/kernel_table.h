@@ -394,8 +394,8 @@ static_assert(kInt8Depth % kPanelColumns == 0 && kInt8Depth % kInt8Group == 0 &&
 static_assert(int64_t{255 + 128} * 127 * 4096 < int64_t{1} << 31);
 
 // Returns the scale of values whose largest magnitude is `largest`, and the factor that turns these values
-// into codes. Both are 0 if the magnitudes are so small that 1 / scale could be infinite. If a value is NaN
-// or infinite, the scale is NaN and the factor is 0.
+// into codes. The scale and the factor are 0 if the magnitudes are so small that 1 / scale could be infinite.
+// If a value is NaN or infinite, the scale is NaN and the factor is 0.
 struct CodeScale {
   float scale, inverse;
 };
@@ -526,9 +526,9 @@ struct Transformer {
                      size_t w_stride, const float* v, size_t v_stride, float* out);
 
   // Stores the indices of the elements of `x` that are at least `least` in `ids`, in ascending order, and
-  // these elements in `values`. Returns their number, or `limit` + 1 if there are more than `limit`; the
-  // contents of `ids` and `values` are then undefined. `ids` and `values` have room for `limit` + kSelected
-  // elements. `n` is below 2^31. NaN is not selected.
+  // these elements in `values`. Returns the number of these elements, or `limit` + 1 if there are more than
+  // `limit`; the contents of `ids` and `values` are then undefined. `ids` and `values` have room for `limit`
+  // + kSelected elements. `n` is below 2^31. NaN is not selected.
   size_t (*select)(size_t n, const float* x, float least, size_t limit, int32_t* ids, float* values);
 
   // Adds weighted rows to `out` (n): out += the sum of weights[i] * row ids[i] over i < count, one product

@@ -113,7 +113,7 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 // ---- gemm_outputs_in_lanes: the product c = a w ----
 
 // How many rows of `w` belong to one element of `a`. The number is 2 if `a` holds pairs of bfloat16 values
-// and `w` holds single values, which are paired in registers. In all other cases, it is 1.
+// and `w` holds single values, which are paired in registers. In all other cases, the number is 1.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>

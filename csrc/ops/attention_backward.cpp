@@ -222,8 +222,8 @@ struct Task {
 // whose columns are key blocks. The blocks on one diagonal of this matrix share neither queries nor keys, so
 // they are computed in parallel. The diagonals are computed one after the other. So every sum has one fixed
 // order, no product is computed twice, and no thread waits for another within a diagonal. Causal attention
-// has only the main diagonal and those below it. Without causality, each diagonal continues above the main
-// one, as on a torus.
+// has only the main diagonal and the diagonals below it. Without causality, each diagonal continues above the
+// main diagonal, as on a torus.
 void attention_backward(const AttentionShape& given, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
   const Timed timed(Activity::kAttentionBackward);

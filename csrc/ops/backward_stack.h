@@ -70,7 +70,7 @@ class BackwardStack {
   // Computes dz for some tokens. If E is pairs of bfloat16, also converts dy, z and dz to pairs.
   void prepare(Range token_block, Range some) const;
 
-  // dy_of returns the dy of some tokens. dz_of returns the dz of the tokens from `first` on. Both have
+  // dy_of returns the dy of some tokens. dz_of returns the dz of the tokens from `first` on. The results have
   // elements of type E.
   kernels::Strided<E> dy_of(const Part& p, Range token_block, Range some) const;
   kernels::Strided<E> dz_of(const Joined& all, size_t first) const;

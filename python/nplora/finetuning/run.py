@@ -221,7 +221,7 @@ def finetune(
         learn: tokens to train on: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
         strict: refuse examples that are longer than `max_length`.
-        eval_every: steps between evaluations of the validation data, besides those after every epoch.
+        eval_every: steps between evaluations of the validation data, besides one after every epoch.
         patience: end the run after this number of evaluations in a row without a lower validation loss (early
             stopping).
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.

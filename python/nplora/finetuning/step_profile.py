@@ -101,8 +101,8 @@ class StepProfile:
 class StepProfiler(Callback):
     """Makes the profile of a run.
 
-    A step is recorded from this callback's `on_step_begin` to its `on_step_end`. It must be the first
-    callback, so that the work of other callbacks in `on_step_end` is not recorded. Their work in
+    A step is recorded from this callback's `on_step_begin` to its `on_step_end`. The profiler must be the
+    first callback, so that the work of other callbacks in `on_step_end` is not recorded. Their work in
     `on_step_begin` is recorded. `cancel` must be called at the end.
     """
 

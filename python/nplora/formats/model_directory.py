@@ -113,7 +113,7 @@ def open_tensors(
 
     Args:
         mmap: as in `sharded.open`.
-        wanted: as in `sharded.open`. It is used for an index only: a single file is opened with all its
+        wanted: as in `sharded.open`, but used for an index only: a single file is opened with all its
             tensors.
     Raises:
         UnsafeError: the directory's weights are a pickle.

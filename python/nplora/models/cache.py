@@ -32,7 +32,7 @@ class KVCache:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
         owner: the model (with its selected named adapters) that may fill the cache; None allows any model.
         page_tokens: the number of tokens in a page, a multiple of PAGE_UNIT.
-        pages: the number of pages; None: as many as all slots need, and each slot has its own.
+        pages: the number of pages; None gives each slot its own pages, enough for `capacity` tokens.
     Attributes:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
         lengths: int64 (slots,), the number of tokens in each slot. Lowering it drops the last tokens.

@@ -326,7 +326,7 @@ class Scheduler:
     def _read_again(self, request: Request) -> None:
         """Compute a request again with LongRoPE's long factors.
 
-        Its keys were rotated by the short factors.
+        The keys of the request were rotated by the short factors.
         """
         self._pool.release(self._cache.take(_slot(request)))
         request.read_all()

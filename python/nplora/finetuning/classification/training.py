@@ -205,7 +205,7 @@ def train_classifier(
         valid_split: share of the rows to hold out for validation; chosen by a hash of each row.
         max_length: maximum tokens of a text; longer texts are cut (default: the model's maximum).
         skip_bad: skip bad rows of the data, and count them.
-        eval_every: steps between evaluations of the validation data, besides those after every epoch.
+        eval_every: steps between evaluations of the validation data, besides one after every epoch.
         patience: end the run after this number of evaluations in a row without a lower validation loss (early
             stopping).
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.

@@ -173,8 +173,8 @@ def _require_calls(message: Message, lost: list[int], where: str) -> None:
 
 
 def _unusual_order(messages: list[Message]) -> str:
-    """A text about the first message whose role many templates refuse at this position; "" if there is
-    none."""
+    """A text about the first message with a role that many templates refuse at its position; "" if all roles
+    are usual."""
     before: str | None = None
     for number, message in enumerate(messages, 1):
         role = message["role"]

@@ -252,7 +252,7 @@ class Memory:
     work: int = dataclasses.field(metadata={"text": "working memory of a block, or of head and loss"})
     scratch: int = dataclasses.field(metadata={"text": "scratch of the threads, and small arrays"})
     gradients: int = dataclasses.field(
-        default=0, metadata={"text": "gradients that are kept to add up those of all ranks"}
+        default=0, metadata={"text": "gradients that are kept until those of all ranks are added up"}
     )
 
     @property

@@ -47,8 +47,8 @@ class Search:
             epochs.
         budget: the seconds that the trials may take.
         planned: the predicted seconds of a step, used until a trial has measured them.
-        train: a function that makes a trial. Its arguments are the settings and the steps. It returns the
-            loss and the seconds of training and evaluation.
+        train: a function that makes a trial. Its arguments are the settings and the steps. Its results are
+            the loss and the seconds of training and evaluation.
         sampler: proposes the settings of the first rung; None: the learning rates of the space.
         say: prints a text.
     """

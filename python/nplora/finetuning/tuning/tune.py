@@ -202,7 +202,7 @@ class _Tuning:
         return self._report(search, _noise(len(inputs.held_out or ())))
 
     def _largest(self, inputs: RunInputs, space: Space, full: int) -> FinetuneOptions:
-        """The options of the trial that trains the most values. It needs the most memory."""
+        """The options of the trial that trains the most values, and therefore needs the most memory."""
         largest = dataclasses.replace(self.base, **space.settings(space.rates[0]), epochs=None, steps=full)
         for name, values in space.others.items():
             made = [dataclasses.replace(largest, **{name: value}) for value in values]

@@ -14,7 +14,7 @@
 //     `kPanelVectors` is the same as kOutputVectors.
 //   `kNearRows` is the number of rows of `a` that gemm_outputs_in_lanes addresses from one pointer, by
 //     multiples of their stride. With more rows, GCC runs out of general registers and keeps multiples of the
-//     stride in vector registers. Moving them back to general registers costs 3-4 % of the time.
+//     stride in vector registers. Moving these multiples back to general registers costs 3-4 % of the time.
 // Full tiles have at least 8 independent accumulators, because an FMA has a latency of 4 cycles and 2 FMAs
 // can start in each cycle.
 

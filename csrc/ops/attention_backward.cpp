@@ -106,8 +106,8 @@ void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers&
     kernel().softmax_backward(n, lanes, b.lse, b.delta, b.scores, b.dp, kTileLanes);
 }
 
-// The keys for which a tile of queries is computed. If `whole` is set, they are all keys to which the queries
-// attend, and one tile of scores holds them. Otherwise, the keys are cut at multiples of kTileKeys.
+// The keys for which a tile of queries is computed. If `whole` is set, the queries attend to no other keys,
+// and one tile of scores holds the scores of all keys. Otherwise, the keys are cut at multiples of kTileKeys.
 struct Keys {
   Span span;
   bool whole;
@@ -137,8 +137,8 @@ void multiply(const QueryTile& tile, const Keys& all, const Operands& x, const B
   });
 }
 
-// Does the same in pairs of bfloat16. Pairs of keys begin at even positions, so an earlier key may be
-// computed too. This key is masked, because it is before the window.
+// Does the same as `multiply` in pairs of bfloat16. Pairs of keys begin at even positions, so an earlier key
+// may be computed too. This key is masked, because it is before the window.
 void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const PairBuffers pairs(dim, lanes, b);

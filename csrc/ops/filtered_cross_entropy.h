@@ -26,10 +26,10 @@ struct FilteredRows {
 // bound are kept, and so is the target; all other words are skipped (gradient filtering of Wijmans et al.
 // 2024, word by word). The mean row μ of W replaces the row of each skipped word:
 //   dx = factor (Σ_kept p_w W_w + m μ - W_target),  where m = Σ_skipped p_w = 1 - Σ_kept p_w.
-// The error of a row of dx is factor Σ_skipped p_w (W_w - μ). Its norm is therefore, by the triangle
-// inequality, at most factor m max_w ‖W_w - μ‖. The mass m is at most bound times the number of skipped
-// words. Rounding in float32 adds two errors: the error of the sums, and the error of m. The error of m is
-// that of the sum Σ in `cross_entropy`.
+// The error of a row of dx is factor Σ_skipped p_w (W_w - μ). By the triangle inequality, the norm of this
+// error is at most factor m max_w ‖W_w - μ‖. The mass m is at most bound times the number of skipped words.
+// Rounding in float32 adds two errors: the error of the sums, and the error of m. The error of m is that of
+// the sum Σ in `cross_entropy`.
 //
 // A row is flat if more than a quarter of all words have p_w >= bound. For flat rows, the dense product is
 // faster. The loss of a flat row is computed, but its logits and its row of dx do not change, and its mass is

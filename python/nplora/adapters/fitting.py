@@ -117,7 +117,7 @@ class Target:
         """Raise FormatError if the target has no weight with these rows.
 
         Args:
-            tokens: the adapter's new tokens. Without them, no row is beyond the end of the weight.
+            tokens: the adapter's new tokens. Without new tokens, no row is beyond the end of the weight.
         """
         shape = self.rows(layer)
         if isinstance(shape, str):

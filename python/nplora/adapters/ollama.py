@@ -97,9 +97,9 @@ def export_ollama(
     Args:
         model: a GGUF file or a Hugging Face directory. Without an adapter, a GGUF file is not copied: the
             Modelfile names it.
-        directory: the directory to write. It may exist.
+        directory: the directory to write, which may exist.
         adapter: a PEFT directory or, unless `keep_adapter` is set, a llama.cpp file.
-        dtype: the type of the merged weights. If `model` is a directory, it is the type of all matrices.
+        dtype: the type of the merged weights; if `model` is a directory, the type of all matrices.
         keep_adapter: write `adapter.gguf` beside the model instead of merging it. Ollama takes adapters up to
             version 0.34.0.
         system: the system message of the model. If the text is empty, there is no system message.

@@ -129,7 +129,7 @@ class Farewell:
     def _wait_for_the_end_of_others(self, error: BaseException) -> None:
         """Wait until the other ranks have left.
 
-        Before they leave, they may compute a batch or save the run.
+        Before the other ranks leave, they may compute a batch or save the run.
         """
         started = self._noticed_at = time.monotonic()
         is_told = not isinstance(error, Exception) or isinstance(error, RankError)

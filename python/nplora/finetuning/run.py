@@ -431,7 +431,7 @@ def _computing(
 ) -> Iterator[None]:
     """Inside the `with` block, the model computes according to the plan.
 
-    Afterwards, it computes as before.
+    Afterwards, the model computes as before.
     """
     before = lm.model.recompute, lm.model.int8_head
     lm.model.recompute, lm.model.prefix, lm.model.word_filter = execution.recompute, prefix, word_filter

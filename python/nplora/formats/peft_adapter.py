@@ -378,7 +378,7 @@ def _pair(
 
     A save replaces the tensors first, and then the configuration. So the tensors are opened before the
     configuration is read. If the tensors file is not replaced in between, the configuration is not newer than
-    the tensors. If it is replaced, both files are read again.
+    the tensors. If the tensors file is replaced, both files are read again.
     """
     for _ in range(_MOST_REPLACED):
         with contextlib.ExitStack() as attempt:

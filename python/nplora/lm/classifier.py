@@ -183,7 +183,8 @@ class TextClassifier(Module):
         return np.concatenate(made)
 
     def logits(self, texts: Iterable[str], batch_size: int | None = None) -> Array:
-        """The logits of each text: float32 (texts, outputs). For a regression, these are the predictions.
+        """The logits of each text: float32 (texts, outputs). For a regression, the logits are the
+        predictions.
 
             >>> import nplora
             >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
@@ -319,7 +320,8 @@ def require_finite(op: str, logits: Array, places: Sequence[str] = ()) -> None:
 
     Args:
         logits: an array (texts, outputs).
-        places: the place of each text, for the message. If it is empty, the message counts texts from 0.
+        places: the place of each text, for the message. If `places` is empty, the message counts texts from
+            0.
     """
     wrong = np.flatnonzero(~np.isfinite(logits).all(axis=-1))
     if len(wrong):

@@ -74,7 +74,8 @@ class Encoder(Module):
         config: the sizes and settings of the model.
         model: the embeddings, the blocks and the last norm.
         pooling: how the hidden states of a text become its embedding.
-        max_length: the largest number of tokens of a text; `embed` cuts longer texts. It can be changed.
+        max_length: the largest number of tokens of a text; `embed` cuts longer texts. You can change this
+            limit.
         prompts: texts by name. If `embed` gets such a name, it puts the prompt before each text.
         default_prompt: the name of the prompt that `embed` uses by default, or None.
         prefix: the name of this model inside transformers' models with a head, such as "bert" in

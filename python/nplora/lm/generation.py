@@ -41,7 +41,7 @@ _OP = "generate"
 
 
 class GeneratingModel(Protocol):
-    """The methods that generation needs from a model. `nplora.LanguageModel` has them.
+    """The methods that generation needs from a model. `nplora.LanguageModel` has these methods.
 
     >>> import nplora
     >>> lm = nplora.load_model("model.gguf")

@@ -66,7 +66,7 @@ class Decoder(Module):
     Attributes:
         recompute: use gradient checkpointing (Chen et al. 2016): store only each block's input, and compute
             the block again in the backward pass. Training then takes a third more work and a tenth of the
-            memory. The gradients have the same bits.
+            memory. The gradients have the same bits as without checkpointing.
         prefix: the cached outputs of the blocks below the lowest adapted block, or None.
         word_filter: a filter that leaves unlikely words out of the gradient of the head's input, or None.
         int8_head: with compute="int8", also compute the gradient of the head's input in int8, rounded

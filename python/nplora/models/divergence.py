@@ -55,7 +55,8 @@ class TopK:
 
 
 def most_likely(logits: Array, k: int, temperature: float = 1.0) -> TopK:
-    """The k most likely tokens of each row of logits, the most likely first. Equal ones keep their order.
+    """The k most likely tokens of each row of logits, the most likely first. Equally likely tokens keep their
+    order.
 
     Args:
         logits: float32 (n, vocabulary), finite; overwritten.

@@ -383,7 +383,7 @@ def require(op: str, optimizer: object) -> None:
     """Raise TypeError if `optimizer` is not an optimiser of nplora.
 
     Raises:
-        TypeError: `optimizer` is another object, such as an optimiser of torch.
+        TypeError: `optimizer` is not an optimiser of nplora, but for example one of torch.
 
     >>> require("my_loop", AdamW(lr=0.01))
     >>> require("my_loop", "adam")

@@ -235,7 +235,7 @@ class EncoderEngine:
     def _compute(self, parts: Sequence[Part]) -> None:
         """Compute parts together.
 
-        After an error, compute them one by one, to find the part that causes it.
+        After an error, compute the parts one by one, to find the part that causes the error.
         """
         try:
             rows = parts[0].request.work.compute([ids for part in parts for ids in part.ids])

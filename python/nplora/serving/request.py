@@ -26,7 +26,7 @@ class Request:
     Args:
         model: the model with the request's adapter, which the request keeps even if the adapter is deleted;
             None for the engine's model.
-        root: identifies the adapter, on which the keys and values depend besides the tokens (see
+        root: a name for the adapter. Keys and values depend on the adapter and on the tokens (see
             `page_keys`).
         invocation: the invocation tokens, if the adapter is an activated LoRA.
         limit: the most tokens of the prompt and the answer.

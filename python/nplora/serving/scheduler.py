@@ -165,7 +165,8 @@ class Scheduler:
         return max(0, -(-tokens // PAGE) - int(self._cache.held[request.slot]))
 
     def _make_room(self, request: Request, tokens: int) -> bool:
-        """Give a request the pages for this many tokens. Return False if it was put back or ended instead.
+        """Give a request the pages for this many tokens. Return False if the request was put back or ended
+        instead.
 
         If there are too few pages, a request is put back into the queue and computed again later. Among the
         requests with the lowest priority, the one that started last is put back. If there is only one
@@ -290,7 +291,7 @@ class Scheduler:
         )
 
     def _advance(self, computed: Sequence[tuple[Request, Array]]) -> None:
-        """Choose the next tokens of requests. Then pass them on together, which wakes the clients once."""
+        """Choose the next tokens of requests. Then pass on all tokens together, to wake clients once."""
         chunks = list[tuple[Request, bool, Chunk]]()
         try:
             for request, scores in computed:

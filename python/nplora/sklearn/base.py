@@ -73,8 +73,8 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         _features(X, reset)         check X and return features, an array or a list of rows
         _build(x, outputs, seed)    return a new model of these features
 
-    A subclass may override other methods. If its features are not arrays, it overrides `_batches`, `_outputs`
-    and `_identity`.
+    A subclass may override other methods. If the features of a subclass are not arrays, the subclass
+    overrides `_batches`, `_outputs` and `_identity`.
     """
 
     # ---- what a subclass defines ----
@@ -202,8 +202,8 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """Return the options of `Trainer.fit` for a checkpoint in a directory of this fit.
 
-        Its name is a digest of the settings, the network, the data and the values at the start. So the fits
-        of a grid search do not disturb each other, and a repeated fit finds its checkpoint.
+        The directory's name is a digest of the settings, the network, the data and the values at the start.
+        So the fits of a grid search do not disturb each other, and a repeated fit finds its checkpoint.
         """
         if self.checkpoint_dir is None:
             return {}

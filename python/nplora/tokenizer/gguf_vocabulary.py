@@ -270,7 +270,8 @@ class _Vocabulary:
             add([added(token, special=special, normalized=False) for token in chosen])  # calls are slow
 
     def _add_cls_and_sep(self, backend: Any, bos: int | None, eos: int | None) -> None:
-        """Put [CLS] before and [SEP] after each text. Old files call them BOS and EOS, or name them only."""
+        """Put [CLS] before and [SEP] after each text. Old files give the ids as those of BOS and EOS, or not
+        at all."""
         ids = {token: id_ for id_, token in enumerate(self.tokens)}
         found = list[int]()
         for name, key, other in (("[CLS]", "cls_token_id", bos), ("[SEP]", "seperator_token_id", eos)):

@@ -75,7 +75,7 @@ class GoTemplate:
     def _begin(self, system: str, user: str = "") -> str | None:
         """The Go text before the first user message, without `user` at its end.
 
-        None if it does not end with `user`.
+        None if the text does not end with `user`.
 
         Args:
             system: Go's name of the system message.

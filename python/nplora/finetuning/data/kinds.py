@@ -102,7 +102,8 @@ def renamed(values: dict[str, Any], columns: Mapping[str, str], where: str) -> d
 
 
 def lacks_context(values: Mapping[str, Any], example: Example) -> bool:
-    """Whether a row has tools or documents that its example lacks. Only examples with messages have them."""
+    """Whether a row has tools or documents that its example lacks. Only examples with messages have tools or
+    documents."""
     answer: object = example
     if isinstance(example, Preference):
         answer = example.chosen

@@ -89,7 +89,7 @@ def splits_of(op: str, data: Data) -> Splits:
 def sources_of(op: str, data: Data) -> list[Source]:
     """The sources to evaluate on: the validation data of a directory, or else the training data.
 
-    In a mapping of splits, these are the validation data, or else the test data, or else the training data.
+    From a mapping of splits, the validation data are taken, or else the test data, or else the training data.
 
     Raises as `splits_of`.
     """

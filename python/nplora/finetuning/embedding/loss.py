@@ -52,8 +52,8 @@ class EmbeddingLoss(FusedLoss):
         loss: "ranking" (multiple negatives), "triplet", "cosine" or "cosent", or a loss of
             `nplora.embedding`, such as `RankingLoss(scale=50)`.
         dims: widths to which embeddings are also cut in training, as in `MatryoshkaLoss`.
-        micro_tokens: maximum tokens of a micro-batch, unless one text has more. Without dropout, it changes
-            the gradients only by rounding. With dropout, it also changes the masks.
+        micro_tokens: maximum tokens of a micro-batch, unless one text has more. Without dropout, this limit
+            changes the gradients only by rounding. With dropout, the limit also changes the masks.
         leave_out_known: in a ranking, do not use a text as a negative if it equals the anchor or its
             positive, or if it is the positive of an equal anchor. False: all other texts are negatives.
     Raises:

@@ -411,7 +411,7 @@ class _Trials:
     def _shared_prefix(self, lm: LanguageModel) -> PrefixCache | None:
         """The cache of outputs below the adapters.
 
-        The options decide where it is stored; a small cache is in memory.
+        The options decide where the cache is stored; a small cache is in memory.
         """
         first, nbytes = lm.model.first_adapted(), 4 * self._inputs.tokens * lm.config.hidden_size
         if self._prefix is None and first:

@@ -66,7 +66,7 @@ def _call(function: dict[str, Any]) -> dict[str, Any]:
 
 
 class Guides:
-    """Makes guides. For each tokenizer, it keeps the data that all guides share."""
+    """Makes guides. For each tokenizer, the object keeps the data that all guides share."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

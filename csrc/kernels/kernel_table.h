@@ -207,7 +207,7 @@ struct SmallProducts {
                                 size_t c_stride, bool accumulate, const Fetch& next);
 };
 
-// The products of bfloat16 pairs for AMX, which replace those in the table of another instruction set.
+// The products of bfloat16 pairs for AMX. They replace the products in the table of another instruction set.
 struct PairProducts {
   Tiles<Bf16Pair> tiles;
   decltype(SmallProducts<Bf16Pair>::gemm_outputs_in_lanes) small_gemm_outputs_in_lanes;

@@ -554,7 +554,7 @@ double peak(size_t iterations) {
 #pragma GCC unroll 12
     for (size_t i = 0; i < kSums; ++i)
       if constexpr (kValuesPerElement<E> == 1)
-        sums[i] = fma(sums[i], factor, x);  // all products differ: equal ones could be computed only once
+        sums[i] = fma(sums[i], factor, x);  // the sums differ, so every product is computed
       else
         sums[i] = fma(x, factor, sums[i]);
   }

@@ -56,7 +56,7 @@ class LanguageModelSaved(Saved):
     unused: list[None]  # empty once a backward pass has begun
 
     def use_up(self, op: str) -> None:
-        """Mark these values as used. Raise RuntimeError if an earlier call has used them."""
+        """Mark these values as used. Raise RuntimeError if the values were used before."""
         try:
             self.unused.pop()
         except IndexError:

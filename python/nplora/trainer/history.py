@@ -397,8 +397,8 @@ def _measured(columns: list[str], values: Sequence[float]) -> dict[str, float]:
 def mean_metrics(steps: Sequence[StepRecord]) -> dict[str, float]:
     """The means of the metrics of several steps, over all values that were measured.
 
-    The number of values in a step's mean NAME is the metric `COUNT`NAME or, if there is none, the step's
-    `count`.
+    Each step's mean of a metric is weighted by its number of values: the metric with the name `COUNT` + the
+    metric's name or, if there is none, the step's `count`.
     """
     means = dict[str, float]()
     for name in dict.fromkeys(name for record in steps for name in record.metrics):

@@ -636,8 +636,8 @@ inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
 const KernelTable& table();
 
 // Fills `out` with the tables of this build that this machine can run, with the best table last, and returns
-// their number. This function does not ask Linux for the AMX registers. Tests and show_config use this
-// function.
+// the number of tables. This function does not ask Linux for the AMX registers. Tests and show_config use
+// this function.
 size_t available_tables(const KernelTable** out, size_t capacity);
 
 }  // namespace nplora::kernels

@@ -18,10 +18,10 @@ EVALUATION_TOKENS = 1024  # maximum tokens in a batch of an evaluation, unless o
 class TokenBatches:
     """Packed batches with a fixed number of examples, or with as many examples as a token limit allows.
 
-    With `batch_tokens`, the examples are grouped into batches once. The seed decides the order of the
-    batches. Each epoch then uses the same batches in another order, so all epochs have the same number of
-    batches. With `batch_examples`, each epoch forms new batches, unless the examples of a batch belong
-    together (`dataset.same_batches`). Any batch can be made without the batches before it.
+    With `batch_tokens`, the examples are shuffled with the seed and grouped into batches once. Each epoch
+    then uses the same batches in another order, so all epochs have the same number of batches. With
+    `batch_examples`, each epoch forms new batches, unless the examples of a batch belong together
+    (`dataset.same_batches`). Any batch can be made without the batches before it.
 
     Args:
         dataset: the examples.

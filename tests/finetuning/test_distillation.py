@@ -518,7 +518,8 @@ def test_log_probabilities_of_other_data_are_refused(
 def test_another_temperature_than_the_stored_one_is_refused(
     model: Path, taught: Path, data: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"temperature is 2, but .* of temperature 1: nplora teach --temp"):
+    words = r"temperature is 2, but .* computed at temperature 1: run nplora teach again with --temperature 2"
+    with pytest.raises(ValueError, match=words):
         finetune(model, data, tmp_path / "out", teacher=taught, temperature=2.0, **DISTILL)
 
 

@@ -1708,7 +1708,7 @@ def test_a_fifo_with_the_name_of_a_file_is_an_error(name: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ("write", r": 0 of [\d,]+ bytes were written"),
+        ("write", r"0 of [\d,]+ bytes were written"),
         ("fsync", r"no checkpoint is written"),
         ("ftruncate", r"cutting the log to 0 bytes failed"),
     ],

@@ -132,7 +132,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def machine() -> dict[str, Any]:
-    """Print and return the facts that the figures depend on. nplora is asked in this untimed process."""
+    """Print and return the facts that the figures depend on. This process itself is not timed."""
     import nplora
 
     found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

@@ -1,11 +1,12 @@
-"""What a model learns in each arithmetic: the held-out loss, evaluated in float32.
+"""How well a model learns in each arithmetic: the held-out loss, evaluated in float32.
 
     python -m bench.arithmetics results.jsonl                     # every run; the file keeps what is done
     python -m bench.arithmetics results.jsonl --tasks style --seeds 0
     python -m bench.arithmetics results.jsonl --table             # only print what the file has
 
 Each run is `nplora.finetune` with its defaults on 320 rows, once, in 40 steps. Then the adapter is loaded
-onto the model in float32, and the loss on 160 rows is measured. So losses differ by what was learned alone.
+onto the model in float32, and the loss on 160 rows is measured. So losses differ only because of the
+arithmetic of the training.
 """
 
 import json

@@ -101,7 +101,7 @@ def nplora_run(setting: Setting, threads: int) -> tuple[Step, int]:
 
 
 def trl_run(setting: Setting, threads: int) -> tuple[Step, int]:
-    """As `nplora_run`, with TRL's trainer: its tokens, its collator, its loss."""
+    """Like `nplora_run`, but with the tokens, the collator and the loss of TRL's trainer."""
     os.environ |= {
         "TQDM_DISABLE": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",

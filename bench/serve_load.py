@@ -43,7 +43,7 @@ LEAST = 5.0  # seconds over which a speed is measured
 
 @dataclass
 class Outcome:
-    """What became of the requests."""
+    """The outcomes of the requests."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: list[float] = field(default_factory=list)  # seconds to the first token

@@ -1,4 +1,4 @@
-"""Tasks made from what every machine has, to compare options of fine-tuning by their held-out loss.
+"""Tasks made from data that every machine has, to compare options of fine-tuning by their held-out loss.
 
 - style: words of The Devil's Dictionary, with their definitions.
 - instructions: what a function of Python's standard library does, with the first sentence of its docstring.

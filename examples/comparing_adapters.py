@@ -1,7 +1,7 @@
 """Compare adapters: rank, method, what a merge into few bits costs, and how two adapters add up.
 
-The pretrained network has to follow a task that has moved. Several adapters learn it, and a table shows what
-each costs and reaches. Then two adapters, trained on two tasks, are weighed and added.
+The task of a pretrained network has changed. Several adapters learn the new task, and a table shows the cost
+and the loss of each. Then two adapters that were trained on two tasks are added up with weights.
 
     python examples/comparing_adapters.py
 """

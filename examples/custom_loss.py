@@ -1,6 +1,6 @@
 """A loss of your own, first with `Trainer`, then with a training loop of your own.
 
-The loss is the pinball loss of quantile regression: with q = 0.9 the prediction shall be above nine targets
+The loss is the pinball loss of quantile regression: with q = 0.9, the prediction should be above nine targets
 in ten. Both ways of training give the same factors, bit for bit.
 
     python examples/custom_loss.py

@@ -2,8 +2,8 @@
 
     python scripts/check_contributing.py [--keep DIRECTORY]
 
-Every ```sh block runs, but for those under <!-- not run: REASON -->. Each command is printed, and the seconds
-that each block took. The first command that fails ends it.
+Every ```sh block runs, except those under <!-- not run: REASON -->. The script prints each command, and the
+seconds that each block took. The first command that fails ends the script.
 """
 
 import argparse

@@ -42,7 +42,7 @@ def strict(schema: Any) -> Any:
 
 
 def problems(manifest: dict[str, Any], text: str) -> list[str]:
-    """What is wrong in a manifest, one line each."""
+    """The errors in a manifest, one line each."""
     schema = strict(published_schema(text, manifest["apiVersion"]))
     schema["properties"]["metadata"] = {"type": "object"}  # Kubernetes has another schema for it
     found = jsonschema.Draft202012Validator(schema).iter_errors(manifest)

@@ -95,7 +95,7 @@ class Site:
     """A directory of pages.
 
     Attributes:
-        problems: what is wrong, one line each.
+        problems: the errors that were found, one line each.
         external: links to other hosts, with the pages that have them.
     """
 

@@ -2,9 +2,10 @@
 
     apt-get install dict-devil && python scripts/make_devils_dictionary.py
 
-Ambrose Bierce's book of 1911 is in the public domain. Of each entry the definition is kept, of at most 25
-words, without verses, anecdotes and the part of speech; what speaks of peoples as one did in 1911 is left
-out. 600 entries are drawn, 60 of them to be held out, by the hashes of their words: the same ones every time.
+Ambrose Bierce's book of 1911 is in the public domain. The script keeps the first sentences of each
+definition, up to 25 words, without verses, anecdotes and the part of speech. Entries that speak of peoples as
+was usual in 1911 are left out. The hashes of the words choose 600 entries, and 60 of them as held-out
+entries. So every run chooses the same ones.
 """
 
 import gzip

@@ -2,11 +2,12 @@
 
     python scripts/pretrain_digits.py [OUTPUT]        (NumPy, scikit-learn and nplora installed; about 15 s)
 
-Plain NumPy, as if somebody else had trained it: 64-512-512-10 with ReLU, AdamW, cosine schedule, and images
-moved, turned and scaled a little at random. The file holds float16 weights. Each matrix is rounded to
-multiples of a step, half of its standard deviation, so that it compresses well. The file also holds the
-three parts of the 1,797 digits, so that whoever adapts the network knows which digits it has never seen. One
-machine gives the same bytes each time; other BLAS libraries round otherwise.
+The training uses plain NumPy, as if somebody else had done it. The network has 64, 512, 512 and 10 units,
+with ReLU. AdamW trains it with a cosine schedule, on images that are moved, turned and scaled a little at
+random. The file holds float16 weights. Each matrix is rounded to multiples of a step, half of its standard
+deviation, so that it compresses well. The file also holds the three parts of the 1,797 digits, so that
+whoever adapts the network knows which digits it has never seen. One machine gives the same bytes each time,
+but other BLAS libraries round differently.
 """
 
 import sys
@@ -87,7 +88,7 @@ def forward(x: np.ndarray, weights: list[np.ndarray]) -> tuple[np.ndarray, np.nd
 
 
 def gradients(x: np.ndarray, labels: np.ndarray, weights: list[np.ndarray]) -> list[np.ndarray]:
-    """Of the mean cross-entropy, in the order of the weights."""
+    """The gradients of the mean cross-entropy, in the order of the weights."""
     h1, h2, logits = forward(x, weights)
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     dy = p / p.sum(axis=1, keepdims=True)
@@ -104,7 +105,7 @@ def flatten(images: np.ndarray) -> np.ndarray:
 
 
 def moved(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Most images turned, scaled and shifted a little about their middle, read bilinearly, 0 outside."""
+    """Turn, scale and shift most images a little, with bilinear interpolation. Pixels from outside are 0."""
     n = len(images)
     picked = rng.random(n) < SHARE
     angle = picked * np.radians(rng.uniform(-TURN, TURN, n))

@@ -1,4 +1,4 @@
-"""What the tests expect of each block format. A new format needs one entry here."""
+"""The range and accuracy that the tests expect of each block format. A new format needs one entry here."""
 
 from typing import NamedTuple
 

@@ -63,7 +63,7 @@ if not HAS_LINKS:
 
 
 def lacking(error: BaseException) -> str | None:
-    """What the system lacks, if that is the error and a test asked for it."""
+    """The feature that the system lacks, if an error means this and a test asked for the feature."""
     if not _is_of_a_test(error.__traceback__):
         return None
     if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):

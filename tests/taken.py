@@ -1,4 +1,4 @@
-"""What each writing command must do if its output's name is already taken."""
+"""Checks of commands that write a file whose name is already taken."""
 
 import os
 import re

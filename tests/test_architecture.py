@@ -1,4 +1,4 @@
-"""The walls of the house: which room may import which, read from imports and #includes."""
+"""The rules between rooms: the imports and #includes that each room may have."""
 
 import ast
 import functools
@@ -241,7 +241,7 @@ SYSTEM_ARGUMENTS = {
 
 
 def system_specifics(file: Path) -> Iterator[str]:
-    """What a module uses that is not the same on all operating systems."""
+    """The names that a module uses and that are not the same on all operating systems."""
     for name, _ in imports(file):
         if name.partition(".")[0] in SYSTEM_MODULES:
             yield f"import {name}"

@@ -1,4 +1,4 @@
-"""What a user installs: versions that agree, types, and an import that loads nothing else."""
+"""The installed package: versions that agree, types, and an import that loads nothing else."""
 
 import importlib.metadata
 import re

@@ -118,7 +118,7 @@ size_t threads_at_start() {
     const char* text = std::getenv("OMP_NUM_THREADS");
     if (text == nullptr) text = "";
     text += std::strspn(text, " \t");
-    unsigned number = 0;  // returns 0 also if the text is not a number of at least 1
+    unsigned number = 0;  // stays 0 if the text is not a number of at least 1
     std::from_chars(text, text + std::strlen(text), number);
     return number > 0 ? size_t{number} : platform::usable_processors();
   }();

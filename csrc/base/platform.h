@@ -80,7 +80,7 @@ using FaultMessage = std::string_view (*)(uintptr_t address);
 // handler, as faulthandler.disable() does.
 void explain_faults(FaultMessage find);
 
-inline constexpr int kFaultStatus = 135;  // 128 + Linux' SIGBUS; the same on every system
+inline constexpr int kFaultStatus = 135;  // 128 + the number of SIGBUS on Linux; the same on every system
 
 // ---- the processor ----
 

@@ -56,8 +56,8 @@ void collapse_pages(char* at, size_t bytes) {
   madvise(at, bytes, kCollapse);
 }
 
-// std::thread::hardware_concurrency counts all processors of the machine, including those that taskset or a
-// container forbids to this process.
+// std::thread::hardware_concurrency counts all processors of the machine, including processors that this
+// process may not use because of taskset or a container.
 size_t usable_processors() {
   for (size_t most = 1024; most <= size_t{1} << 20; most *= 4) {  // more processors than the kernel supports
     cpu_set_t* const allowed = CPU_ALLOC(most);

@@ -13,8 +13,8 @@ namespace nplora::platform {
 
 namespace {
 
-// The page size is read when the library is loaded. If it were a static variable inside page_size(), the
-// child of a fork could wait forever for a thread that was initialising the variable.
+// The page size is read when the library is loaded. If the size were a static variable inside page_size(),
+// the child of a fork could wait forever for a thread that was initialising the variable.
 const size_t size_of_page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
 
 char* map_anywhere(size_t bytes) {
@@ -69,7 +69,7 @@ WithoutSignals::~WithoutSignals() {
 
 namespace {
 
-struct sigaction before;  // the handler of SIGBUS before ours
+struct sigaction before;  // the SIGBUS handler that ours has replaced
 std::atomic<FaultMessage> message_of = nullptr;
 static_assert(std::atomic<FaultMessage>::is_always_lock_free);
 

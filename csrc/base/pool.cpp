@@ -118,7 +118,7 @@ class Pool {
   std::condition_variable wake_, done_;
   std::vector<Job*> jobs_;
   std::atomic<size_t> open_places_{0};            // of all jobs
-  std::vector<platform::Thread> worker_threads_;  // these never end
+  std::vector<platform::Thread> worker_threads_;  // workers never end
   int steered_from_ = -1;                         // the caller's processor, which the workers avoid
 };
 

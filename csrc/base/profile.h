@@ -1,5 +1,6 @@
-// Where the time of a thread's calls goes. While a thread profiles, each operation adds its wall time and its
-// floating-point operations to the totals of its activity. Otherwise, an operation reads one variable.
+// Measures how much time a thread spends in each activity. While a thread profiles, each operation adds its
+// wall time and its floating-point operations to the totals of its activity. Otherwise, an operation only
+// reads one variable.
 #pragma once
 
 #include <array>
@@ -42,7 +43,8 @@ using Profile = std::array<ActivityTotals, kActivities>;
 // The totals of the calling thread; null if the thread does not profile.
 inline thread_local Profile* current_profile = nullptr;
 
-// Adds the time of its life to an activity. A Timed inside another one adds nothing.
+// Adds the time from its construction to its destruction to an activity. A Timed object that exists inside
+// another one adds nothing.
 class Timed {
  public:
   explicit Timed(Activity activity) : profile_(current_profile), activity_(activity) {

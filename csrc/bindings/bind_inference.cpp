@@ -17,8 +17,8 @@ class InferenceLayer {
   InferenceLayer(const InferenceLayer&) = delete;
   InferenceLayer& operator=(const InferenceLayer&) = delete;
 
-  // If `constant` is set, a and b never change. They are then copied to bfloat16 if bfloat16 can represent
-  // all their values.
+  // If `constant` is set, a and b never change. The factors are then copied to bfloat16 if bfloat16 can
+  // represent all their values.
   template <class T>
   InferenceLayer(const py::object& weight, const Array<T>& a, const Array<T>& b, double scale,
                  const std::optional<Array<T>>& bias, bool constant)
@@ -63,7 +63,7 @@ class InferenceLayer {
 
 using Layers = std::vector<const InferenceLayer*>;
 
-// The parts of the layers for rows of x (rows, d_in), without y.
+// Returns one part for each layer, for the rows of x (rows, d_in). The parts have no y yet.
 template <class T>
 std::vector<ForwardPart<T>> parts_of(const Layers& layers, const Array<T>& x, size_t rows) {
   std::vector<ForwardPart<T>> parts;

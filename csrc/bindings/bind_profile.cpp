@@ -6,9 +6,9 @@ namespace nplora::bindings {
 
 namespace {
 
-thread_local Profile totals;  // of this thread, while it profiles
+thread_local Profile totals;  // the totals of this thread while it profiles
 
-// (activity, calls, seconds, operations by arithmetic) of each activity with calls.
+// Returns a tuple (activity, calls, seconds, operations by arithmetic) for each activity that was called.
 py::list take_profile() {
   py::list rows;
   for (size_t i = 0; i < kActivities; ++i) {

@@ -110,8 +110,8 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const EncodedRow& t
   put(values, to);
 }
 
-// Turns nibbles into the values that a destination takes. Codes in int8 are computed once for the sixteen
-// possible nibbles of a sub-block, and then looked up.
+// Prepares the conversion of nibbles to the values that a destination stores. If the destination stores int8
+// codes, the codes of the sixteen possible nibbles of a sub-block are computed once, and then looked up.
 struct NibbleCodes {
   Bytes codes;
 };
@@ -194,8 +194,8 @@ struct HighBits {
         high(each_bit(static_cast<uint16_t>(bits[2] | bits[3] << 8), 16)) {}
 };
 
-// The factors and the minima of the sub-blocks of one block, decoded to memory by `read`. A format that packs
-// them into few bits specialises this.
+// The factors and the minima of the sub-blocks of one block, decoded to memory by `read`. Formats that pack
+// their factors and minima into few bits specialise this struct.
 template <class Block>
 struct Scales {
   void read(const Block&) {}
@@ -299,7 +299,7 @@ inline void fetch_share(Fetch& next, size_t rows, size_t group = kFewRows) {
     __builtin_prefetch(next.at, 0, 2);
 }
 
-// Makes the decoders of up to kTogether neighbouring blocks in each row of a tile. The pointer at[r] is the
+// Creates the decoders of up to kTogether neighbouring blocks in each row of a tile. The pointer at[r] is the
 // address of the first of these blocks in row r.
 inline constexpr size_t kTogether = 16;
 template <class Block, size_t kRows>

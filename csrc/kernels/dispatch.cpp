@@ -10,7 +10,7 @@
 
 namespace nplora::kernels {
 
-// The kernel tables in this build. CMakeLists.txt chooses them.
+// The kernel tables in this build, which CMakeLists.txt chooses.
 extern const KernelTable k_generic_table;
 #if defined(NPLORA_X86_64)
 extern const KernelTable k_avx2_table, k_avx512_table;

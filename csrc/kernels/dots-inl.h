@@ -298,7 +298,7 @@ void sum_parts(size_t rows, const T* part, const T* bias, T* y) {
 // ---- add_dots: y += z aᵀ, where the depth is the rank of an adapter ----
 
 // Divides the lanes of each of the kCount vectors `v` into groups of kCount neighbours, and sums each group.
-// The result has the sums of the first vector, followed by those of the other vectors in order.
+// The result has the sums of the first vector, followed by the sums of the other vectors in order.
 template <size_t kCount, class T>
 inline Vec<T> sums_of_neighbours(Vec<T> (&v)[kCount]) {
 #pragma GCC unroll 4

@@ -41,8 +41,9 @@ inline constexpr size_t kRowFormats = static_cast<size_t>(BlockFormat::kNf4);
 
 #endif
 
-// Kernel units (isa_*.cpp) include this file twice. The first time, they get only the list. The second time,
-// table-inl.h includes this file for the layouts and decoders, after the functions that the decoders call.
+// Kernel units (isa_*.cpp) include this file twice. The first time, the units get only the list. The second
+// time, table-inl.h includes this file for the layouts and decoders, after the functions that the decoders
+// call.
 #if !defined(NPLORA_ISA) || defined(NPLORA_DECODERS)
 #include "kernels/formats/iq4_nl-inl.h"
 #include "kernels/formats/iq4_xs-inl.h"

@@ -145,7 +145,7 @@ struct Signed {
 };
 
 // For formats with signed codes of eight bits. vpdpbusd multiplies unsigned bytes and adds the products in 32
-// bits. So 128 is added to each code, and subtracted again as a minimum.
+// bits. So 128 is added to each code. To compensate, the minimum of the sub-block is -128 times its scale.
 #if defined(NPLORA_SIMD_VNNI)
 struct EightBitCodes : Unsigned {
   static constexpr float kOffset = 128;
@@ -281,7 +281,7 @@ inline constexpr size_t kLaneTokens = 8;
 inline constexpr size_t kLaneTokens = 4;
 #endif
 
-// Vectors k of four registers: part p holds what of(k + 4p) returns.
+// Returns kLaneParts values: value p is the result of the call of(k + 4p).
 template <class Of>
 [[gnu::always_inline]] inline auto of_parts(size_t k, const Of& of) {
   struct {
@@ -337,7 +337,7 @@ template <class Block, class At>
 #pragma GCC unroll 4
   for (size_t r = 0; r < 4; ++r)
     heads[r] = join_parts(of_parts(r, [&](size_t row) { return load_bytes(&at(row)); }).parts);
-  transpose_parts(heads);  // the other results are not used, and not computed
+  transpose_parts(heads);  // the compiler drops the other results, because nothing uses them
   return (LaneBits)heads[0];
 }
 

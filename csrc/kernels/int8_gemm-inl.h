@@ -2,10 +2,11 @@
 // kernel is documented in kernel_table.h.
 //
 // Each kernel unit (isa_*.cpp) defines the sizes of its tiles.
-//   `kTokenTileRows` x `kTokenTileVectors` is the tile if a row of `a` has one group. The tile has as many
-//     integer accumulators, kTokenTileVectors vectors of `w` and 1 broadcast element.
-//   `kGroupTileRows` x `kGroupTileVectors` is the tile if a row of `a` has several groups. The tile has as
-//     many integer and as many float accumulators.
+//   `kTokenTileRows` x `kTokenTileVectors` is the tile if a row of `a` has one group. The tile needs
+//     kTokenTileRows * kTokenTileVectors integer accumulators, kTokenTileVectors vectors of `w` and 1
+//     broadcast element.
+//   `kGroupTileRows` x `kGroupTileVectors` is the tile if a row of `a` has several groups. The tile needs
+//     kGroupTileRows * kGroupTileVectors integer accumulators and the same number of float accumulators.
 
 #include "kernels/philox-inl.h"
 
@@ -20,7 +21,7 @@ namespace nplora::kernels::NPLORA_ISA {
 }
 
 // Returns the largest of `least` and the magnitudes of `n` elements. NaN counts as larger than all numbers.
-// The bits of magnitudes, read as integers, are ordered in the same way.
+// The bits of magnitudes, read as integers, have the same order as the magnitudes.
 template <class Load>
 inline float largest_magnitude(size_t n, const Load& load, float least) {
   LaneInts most = broadcast_int(__builtin_bit_cast(int32_t, least)), other = most;
@@ -43,8 +44,8 @@ struct Nearest {
   LaneInts operator()(size_t, Vec<float> x) const { return to_ints(x); }
 };
 
-// Rounds stochastically the elements from `first` on (see Int8Gemm::dither). The random words are computed
-// kDithered elements at a time, so elements must be rounded in order.
+// Rounds elements stochastically, beginning with element `first` (see Int8Gemm::dither). The random words are
+// computed kDithered elements at a time, so elements must be rounded in order.
 struct Stochastic {
   static constexpr int kFraction = 23;  // with 23 bits of fraction, numbers up to 127 fit into 31 bits
   uint64_t seed, first;
@@ -192,8 +193,8 @@ struct Int8Product {
   bool accumulate;
 };
 
-// Stores the sums of one vector of outputs, times the scales of W. If `kPartial` is set, the outputs may be
-// fewer than a vector has.
+// Stores the sums of one vector of outputs, times the scales of W. If `kPartial` is set, there may be fewer
+// outputs than a vector has lanes.
 template <bool kPartial>
 [[gnu::always_inline]] inline void store_outputs(const Int8Product& p, Vec<float> sums, size_t row,
                                                  size_t column) {
@@ -255,8 +256,8 @@ inline constexpr double kPeakOperations = 16 * kIntLanes;
   second = (LaneInts)vzip2q_s64(a, b);
 }
 
-// Does the work of int8_steps for two steps at a time: smmla multiplies eight codes of two rows of `a` with
-// those of two columns of `w`. An odd step and an odd row are left to int8_steps.
+// Does the work of int8_steps for two steps at a time: smmla multiplies eight codes of each of two rows of
+// `a` by eight codes of each of two columns of `w`. An odd step and an odd row are left to int8_steps.
 template <size_t kRows, size_t kVectors>
 [[gnu::always_inline]] inline void int8_double_steps(size_t quads, const int8_t* a, size_t a_stride,
                                                      const Int8Quad* w, size_t columns,
@@ -436,7 +437,7 @@ inline double int8_peak(size_t iterations) {
   LaneInts sums[kGroups][kVectors] = {};
   const void* at = &ones;
   for (size_t k = 0; k < iterations; ++k) {
-    keep(at);  // so that the compiler does not know the operands, and computes every product
+    keep(at);  // hides the operands from the compiler, so that it computes every product
     const LaneInts x = load_quads(at);
 #pragma GCC unroll 4
     for (size_t i = 0; i < kGroups; ++i) peak_step(sums[i], x);
@@ -445,7 +446,7 @@ inline double int8_peak(size_t iterations) {
 #pragma GCC unroll 4
   for (size_t i = 0; i < kGroups; ++i) total += sums[i][0] + sums[i][1] + sums[i][2];
   int32_t sum = sum_of_lanes(total);
-  __asm__ volatile("" : "+r"(sum));  // so that the sums are used
+  __asm__ volatile("" : "+r"(sum));  // uses the sums, so that the compiler keeps the products
   return double(iterations) * double(kGroups * kVectors) * kPeakOperations;
 }
 

@@ -1,6 +1,6 @@
 // AVX-512 with BF16 and VNNI (Cooper Lake, Sapphire Rapids, Zen 4). Products of bfloat16 pairs use vdpbf16ps,
 // which treats subnormal inputs and results as zero. Products of bytes use vpdpbusd. The file dispatch.cpp
-// combines these kernels with the others of avx512.
+// combines these kernels with the other kernels of avx512.
 #define NPLORA_ISA avx512bf16
 #define NPLORA_SIMD_AVX512
 #define NPLORA_SIMD_BF16

@@ -38,8 +38,8 @@ struct Strided {
   size_t step_stride;
 };
 
-// One bfloat16 value of a weight; a Bf16Pair is two. Products of very few tokens convert each value to float
-// in registers instead of pairing it.
+// One bfloat16 value of a weight. (A Bf16Pair holds two values.) Products of very few tokens do not form
+// pairs: they convert each value to float in registers.
 enum class Bf16 : uint16_t {};
 
 // The element type of the bfloat16 products: two bfloat16 values that are neighbours along the depth, with
@@ -112,8 +112,8 @@ inline constexpr size_t kFetchAhead = 12288;
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
-// Multiplies in registers only, as fast as the instructions of a product can. Returns the number of
-// floating-point operations.
+// Multiplies values in registers only, at the highest speed of the instructions that products use. Returns
+// the number of floating-point operations.
 using Peak = double (*)(size_t iterations);
 
 // The two matrix products on which the larger operations are built. In both products, the argument `depth`
@@ -200,14 +200,14 @@ struct SmallProducts {
                    Sum<W>* y, size_t y_stride);
 
   // Computes the same product as gemm_outputs_in_lanes in Tiles, except that `depth` always counts the rows
-  // of `w`. If `a` holds pairs of bfloat16 values, the values of a pair multiply two neighbouring rows of
-  // `w`, one value each. If `depth` is odd, the last row is paired with zeros.
+  // of `w`. If `a` holds pairs of bfloat16 values, the first value of a pair is multiplied by one row of `w`,
+  // and the second value by the next row. If `depth` is odd, the last row is paired with zeros.
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                                 const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c,
                                 size_t c_stride, bool accumulate, const Fetch& next);
 };
 
-// The products of bfloat16 pairs for AMX, which replace those in the table of another instruction set.
+// The products of bfloat16 pairs for AMX. They replace the products in the table of another instruction set.
 struct PairProducts {
   Tiles<Bf16Pair> tiles;
   decltype(SmallProducts<Bf16Pair>::gemm_outputs_in_lanes) small_gemm_outputs_in_lanes;
@@ -394,8 +394,8 @@ static_assert(kInt8Depth % kPanelColumns == 0 && kInt8Depth % kInt8Group == 0 &&
 static_assert(int64_t{255 + 128} * 127 * 4096 < int64_t{1} << 31);
 
 // Returns the scale of values whose largest magnitude is `largest`, and the factor that turns these values
-// into codes. Both are 0 if the magnitudes are so small that 1 / scale could be infinite. If a value is NaN
-// or infinite, the scale is NaN and the factor is 0.
+// into codes. The scale and the factor are 0 if the magnitudes are so small that 1 / scale could be infinite.
+// If a value is NaN or infinite, the scale is NaN and the factor is 0.
 struct CodeScale {
   float scale, inverse;
 };
@@ -437,17 +437,17 @@ struct Int8Gemm {
   void (*encode)(size_t rows, size_t cols, const float* w, size_t w_stride, const float* inverses,
                  uint8_t* codes, size_t codes_stride);
 
-  // Interleaves each four rows of codes (rows, cols): out (ceil(rows / 4), cols), in elements of four codes
-  // of one column. Rows that are missing from the last four are filled with zeros. The rows of `out` are
-  // `out_stride` elements apart.
+  // Interleaves groups of four rows of codes (rows, cols) into out (ceil(rows / 4), cols). Each element of
+  // `out` holds four codes of one column. If the last group has fewer than four rows, zeros replace the
+  // missing rows. The rows of `out` are `out_stride` elements apart.
   void (*quad_rows)(size_t rows, size_t cols, const uint8_t* codes, size_t codes_stride, Int8Quad* out,
                     size_t out_stride);
 
-  // Computes c = a w diag(scales), or adds it to `c` if `accumulate` is set, for c (m, n), a (m, depth) and w
-  // (depth / 4, n) in a panel whose rows are `columns` elements apart. `columns` is kInt8PanelColumns or
-  // kPanelColumns, and n is at most `columns`; all columns of the panel may be read. `depth` counts values
-  // and is at most kInt8Depth. `a` begins at the start of a group. If `scales` is null, the factor is 1.
-  // Within a group, codes are summed in integers; the groups are summed in order, in float.
+  // Computes c = a w diag(scales), or adds this product to `c` if `accumulate` is set, for c (m, n), a (m,
+  // depth) and w (depth / 4, n) in a panel whose rows are `columns` elements apart. `columns` is
+  // kInt8PanelColumns or kPanelColumns, and n is at most `columns`; all columns of the panel may be read.
+  // `depth` counts values and is at most kInt8Depth. `a` begins at the start of a group. If `scales` is null,
+  // the factor is 1. Within a group, codes are summed in integers; the groups are summed in order, in float.
   void (*multiply)(size_t m, size_t n, size_t depth, const CodedRows& a, const Int8Quad* w, size_t columns,
                    const float* scales, float* c, size_t c_stride, bool accumulate);
 
@@ -526,9 +526,9 @@ struct Transformer {
                      size_t w_stride, const float* v, size_t v_stride, float* out);
 
   // Stores the indices of the elements of `x` that are at least `least` in `ids`, in ascending order, and
-  // these elements in `values`. Returns their number, or `limit` + 1 if there are more than `limit`; the
-  // contents of `ids` and `values` are then undefined. Both have room for `limit` + kSelected elements. `n`
-  // is below 2^31. NaN is not selected.
+  // these elements in `values`. Returns the number of these elements, or `limit` + 1 if there are more than
+  // `limit`; the contents of `ids` and `values` are then undefined. `ids` and `values` have room for `limit`
+  // + kSelected elements. `n` is below 2^31. NaN is not selected.
   size_t (*select)(size_t n, const float* x, float least, size_t limit, int32_t* ids, float* values);
 
   // Adds weighted rows to `out` (n): out += the sum of weights[i] * row ids[i] over i < count, one product
@@ -636,8 +636,8 @@ inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
 const KernelTable& table();
 
 // Fills `out` with the tables of this build that this machine can run, with the best table last, and returns
-// their number. This function does not ask Linux for the AMX registers. Tests and show_config use this
-// function.
+// the number of tables. This function does not ask Linux for the AMX registers. Tests and show_config use
+// this function.
 size_t available_tables(const KernelTable** out, size_t capacity);
 
 }  // namespace nplora::kernels

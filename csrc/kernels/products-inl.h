@@ -14,7 +14,7 @@
 //     `kPanelVectors` is the same as kOutputVectors.
 //   `kNearRows` is the number of rows of `a` that gemm_outputs_in_lanes addresses from one pointer, by
 //     multiples of their stride. With more rows, GCC runs out of general registers and keeps multiples of the
-//     stride in vector registers. Moving them back to general registers costs 3-4 % of the time.
+//     stride in vector registers. Moving these multiples back to general registers costs 3-4 % of the time.
 // Full tiles have at least 8 independent accumulators, because an FMA has a latency of 4 cycles and 2 FMAs
 // can start in each cycle.
 
@@ -113,7 +113,7 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 // ---- gemm_outputs_in_lanes: the product c = a w ----
 
 // How many rows of `w` belong to one element of `a`. The number is 2 if `a` holds pairs of bfloat16 values
-// and `w` holds single values, which are paired in registers. In all other cases, it is 1.
+// and `w` holds single values, which are paired in registers. In all other cases, the number is 1.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
@@ -554,7 +554,7 @@ double peak(size_t iterations) {
 #pragma GCC unroll 12
     for (size_t i = 0; i < kSums; ++i)
       if constexpr (kValuesPerElement<E> == 1)
-        sums[i] = fma(sums[i], factor, x);  // no two products are equal: one could replace the other
+        sums[i] = fma(sums[i], factor, x);  // the sums differ, so every product is computed
       else
         sums[i] = fma(x, factor, sums[i]);
   }

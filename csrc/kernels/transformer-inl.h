@@ -166,8 +166,8 @@ struct Gelu {
 #pragma GCC unroll 9
     for (size_t i = 1; i < sizeof kP / sizeof *kP; ++i) p = fma(p, t, V(V::broadcast(kP[i])));
     const V half = V::broadcast(0.5f), tail = half * t * exp(fma(square, V(V::broadcast(-0.5f)), p));
-    // Phi(g) is 1 - tail if g > 0, else tail. `positive` is 1 or 0. Where tail is 1/2, it may also be between
-    // 0 and 1, without effect.
+    // Phi(g) is 1 - tail if g > 0, else tail. `positive` is 1 or 0. If g is so small that tail is 1/2,
+    // `positive` may also be between 0 and 1. The result is then 1/2 in any case.
     const V positive = min(one, max(V::zero(), g * V(V::broadcast(1e30f))));
     return tail + positive * (one - (tail + tail));
   }

@@ -56,8 +56,8 @@ struct ForwardBuffers {
   float *queries, *sums;          // (head_dim, kTileLanes)
   float* scores;                  // (kTileKeys, kTileLanes)
   float *largest, *sum, *factor;  // (kTileLanes)
-  // For products in pairs, these hold the queries (head_dim / 2, lanes) and the weights of a tile of keys
-  // (kTileKeys / 2, lanes).
+  // For products in pairs: the queries as `pairs` (head_dim / 2, lanes), and the weights of a tile of keys as
+  // `weights` (kTileKeys / 2, lanes).
   kernels::Bf16Pair *pairs, *weights;
 };
 

@@ -26,7 +26,7 @@ struct AttentionShape {
   size_t reach = 0;
 
   size_t group() const { return heads / kv_heads; }
-  // The numbers of a head for a query at position `query`. Index j has the number of the key at position j.
+  // The biases of one head for a query at position `query`. Element j is the bias for the key at position j.
   const float* bias_of(size_t head, size_t query) const {
     return bias + head * (2 * reach + 1) + reach - query;
   }

@@ -46,8 +46,8 @@ struct BackwardBuffers {
   float *lse, *delta;         // (kTileLanes)
 };
 
-// The operands of a tile in pairs of bfloat16. `q` and `dout` pair neighbours of one lane; the others pair
-// neighbouring lanes.
+// The operands of a tile in pairs of bfloat16. A pair of `q` or `dout` holds two neighbouring values of one
+// lane. A pair of any other operand holds the values of two neighbours in the other direction.
 struct PairBuffers {
   static constexpr size_t kLanePairs = kTileLanes / 2;
 
@@ -98,7 +98,7 @@ void find_delta(const QueryTile& tile, const Operands& x, bool first, const Back
   });
 }
 
-// Turns the scores into p, and dp into ds. If `whole` is set, the scores are those of all keys.
+// Turns the scores into p, and dp into ds. If `whole` is set, the scores include all keys.
 void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers& b) {
   if (whole)
     kernel().whole_softmax_backward(n, lanes, b.scores, b.dp, kTileLanes);
@@ -106,8 +106,8 @@ void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers&
     kernel().softmax_backward(n, lanes, b.lse, b.delta, b.scores, b.dp, kTileLanes);
 }
 
-// The keys for which a tile of queries is computed. If `whole` is set, they are all keys to which the queries
-// attend, and one tile of scores holds them. Otherwise, the keys are cut at multiples of kTileKeys.
+// The keys for which a tile of queries is computed. If `whole` is set, the queries attend to no other keys,
+// and one tile of scores holds the scores of all keys. Otherwise, the keys are cut at multiples of kTileKeys.
 struct Keys {
   Span span;
   bool whole;
@@ -137,8 +137,8 @@ void multiply(const QueryTile& tile, const Keys& all, const Operands& x, const B
   });
 }
 
-// Does the same in pairs of bfloat16. Pairs of keys begin at even positions, so an earlier key may be
-// computed too. This key is masked, because it is before the window.
+// Does the same as `multiply` in pairs of bfloat16. Pairs of keys begin at even positions, so an earlier key
+// may be computed too. This key is masked, because it is before the window.
 void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const PairBuffers pairs(dim, lanes, b);
@@ -222,8 +222,8 @@ struct Task {
 // whose columns are key blocks. The blocks on one diagonal of this matrix share neither queries nor keys, so
 // they are computed in parallel. The diagonals are computed one after the other. So every sum has one fixed
 // order, no product is computed twice, and no thread waits for another within a diagonal. Causal attention
-// has only the main diagonal and those below it. Without causality, each diagonal continues above the main
-// one, as on a torus.
+// has only the main diagonal and the diagonals below it. Without causality, each diagonal continues above the
+// main diagonal, as on a torus.
 void attention_backward(const AttentionShape& given, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
   const Timed timed(Activity::kAttentionBackward);

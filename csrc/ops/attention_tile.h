@@ -60,7 +60,7 @@ struct Run {
   size_t stride;                   // the row stride of k and v
   const int64_t* pages = nullptr;  // the page of each page_tokens positions; null: all are in page 0
   size_t page_tokens = 0;
-  const PairedRows* k_pairs = nullptr;  // set if products are computed in pairs, always without pages
+  const PairedRows* k_pairs = nullptr;  // set if products are computed in pairs (never with pages)
   const PairedRows* v_pairs = nullptr;
   size_t pair_row = 0;  // the row of `down` that holds the positions 0 and 1
 
@@ -100,8 +100,8 @@ inline Span visible_keys(const AttentionShape& shape, const Run& run, size_t fir
   return {first, window > 0 ? std::min(last_position + window, keys) : keys};
 }
 
-// Counts the operations of some products over all pairs of a query head and a visible key, with 2 head_dim
-// operations each.
+// Counts the operations of attention. For each pair of a query head and a visible key, there are `products`
+// products with 2 head_dim operations each.
 inline void count_operations(const Timed& timed, const AttentionShape& shape, const std::vector<Run>& runs,
                              double products) {
   double pairs = 0;
@@ -170,7 +170,7 @@ struct QueryTile {
         shape.causal ? keys.end <= position(0) + 1 : window == 0 || keys.end <= position(0) + window;
     if (sees_later && (window == 0 || keys.first + window > position(lanes - 1))) return;
     for (size_t key = keys.first; key < keys.end; ++key, scores += kTileLanes) {
-      const size_t later = shape.causal ? 0 : window - 1;  // to how many later positions a query attends
+      const size_t later = shape.causal ? 0 : window - 1;  // the number of later positions that a query sees
       const size_t begin = lane_at(key > later ? key - later : 0),
                    end = window > 0 ? lane_at(key + window) : lanes;
       std::fill(scores, scores + begin, -std::numeric_limits<float>::infinity());
@@ -240,8 +240,8 @@ inline void pair_rows(size_t rows, size_t lanes, const float* x, kernels::Bf16Pa
 // The keys and values of some runs in pairs of bfloat16, in scratch memory of the calling thread.
 class PairedKeysAndValues {
  public:
-  // Converts k and v (n, width), and lets the runs point to the results. Only a backward pass needs v along
-  // and k down.
+  // Converts k and v (n, width), and lets the runs point to the results. Only a backward pass needs v_.along
+  // and k_.down.
   PairedKeysAndValues(std::vector<Run>& runs, Matrix<const float> k, Matrix<const float> v, bool backward);
   PairedKeysAndValues(const PairedKeysAndValues&) = delete;
   PairedKeysAndValues& operator=(const PairedKeysAndValues&) = delete;

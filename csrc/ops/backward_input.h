@@ -48,7 +48,7 @@ class InputGradient {
 
   static constexpr bool kInt8 = std::is_same_v<W, kernels::Int8Quad>;
 
-  // The dy of some tokens: in elements E, or in int8.
+  // The dy of some tokens, as elements of type E or in int8.
   struct Gradient {
     kernels::Strided<E> elements;
     const CodedBlock* codes;

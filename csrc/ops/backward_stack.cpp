@@ -138,7 +138,8 @@ void BackwardStack<E>::prepare(const Part& p, Range token_block, Range few) cons
     for (size_t j = 0; j < dz.cols; ++j) dz.row(i)[j] *= T(p.arrays.low.scale);
 }
 
-// Transposes the rows of z (or dz), and writes them in pairs to the columns `few` of `out` (r, n).
+// Transposes the rows of z (or dz), and writes the result in pairs to the columns of `out` (r, n) for the
+// tokens `few`.
 template <class E>
 void BackwardStack<E>::transpose_pairs(Matrix<const T> z, E* out, Range few) const {
   if constexpr (kValuesPerElement<E> > 1) {

@@ -18,9 +18,9 @@ Matrix<const T> block_of(Matrix<const T> m, Range rows, Range cols) {
   return {m.row(rows.first) + cols.first, rows.count, cols.count, m.stride};
 }
 
-// A stack of layers (parts). The gradients of the layers are computed in elements E, one token block at a
-// time. Tokens are counted from the start of the token block unless stated otherwise. All pointers into
-// scratch memory are valid after `reserve`.
+// A stack of layers (parts). The gradients of the layers are computed with elements of type E, one token
+// block at a time. Tokens are counted from the start of the token block unless stated otherwise. All pointers
+// into scratch memory are valid after `reserve`.
 template <class E>
 class BackwardStack {
  public:
@@ -45,7 +45,7 @@ class BackwardStack {
     Joined* joined;  // null if dz is not needed
     bool wants_da;
     size_t column = 0;    // the part's first column in the joined dz
-    E* dy = nullptr;      // the dy of a token block, if it is converted to elements E
+    E* dy = nullptr;      // the dy of a token block, if it is converted to type E
     E* z_rows = nullptr;  // the z of a token block, transposed (r, n / 2), if E is pairs
     Matrix<const E> a{};  // A (d_out, r), or A with rows in pairs
     T* da = nullptr;      // the sums of dA, transposed (r, d_out)
@@ -54,14 +54,14 @@ class BackwardStack {
     size_t dy_depth() const { return depth_of<E>(arrays.w.d_out); }
   };
 
-  // If `multiplies_elements` is set, dy is multiplied with W in elements E.
+  // If `multiplies_elements` is set, the product of dy and W is computed with elements of type E.
   BackwardStack(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx,
                 bool multiplies_elements);
   BackwardStack(const BackwardStack&) = delete;
   BackwardStack& operator=(const BackwardStack&) = delete;
 
   // Reserves scratch memory for token blocks of at most this many tokens, and converts the factors to
-  // elements E. Returns `more` bytes, aligned to E, that the caller may use.
+  // elements of type E. Returns `more` bytes, aligned to E, that the caller may use.
   void* reserve(size_t block_tokens, size_t more);
 
   // Whether `prepare` must be called.
@@ -70,8 +70,8 @@ class BackwardStack {
   // Computes dz for some tokens. If E is pairs of bfloat16, also converts dy, z and dz to pairs.
   void prepare(Range token_block, Range some) const;
 
-  // dy_of returns the dy of some tokens, and dz_of returns the dz of the tokens from `first` on, both in
-  // elements E.
+  // dy_of returns the dy of some tokens. dz_of returns the dz of the tokens from `first` on. The results have
+  // elements of type E.
   kernels::Strided<E> dy_of(const Part& p, Range token_block, Range some) const;
   kernels::Strided<E> dz_of(const Joined& all, size_t first) const;
 

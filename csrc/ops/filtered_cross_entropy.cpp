@@ -22,9 +22,9 @@ constexpr size_t kWords = 32, kColumns = 2 * kDecodedColumns;
 // A dense product of this many words costs about as much as one kept word.
 constexpr double kKeptCost = 2;
 
-// The kept words of all rows: at most limit() likely words, and the target. At first, each row has a list in
-// ascending order. The lists overwrite the rows' logits, so they take no other memory: the first counts[i]
-// floats of row i are the weights, and the second half of the row begins with the ids.
+// The kept words of all rows. A row keeps at most limit() likely words, and its target. At first, each row
+// has a list in ascending order. The lists overwrite the rows' logits, so they take no other memory: the
+// first counts[i] floats of row i are the weights, and the second half of the row begins with the ids.
 //
 // Then, `arrange` brings the words into the order in which they are multiplied: block by block, and row by
 // row in each block. The lists of the rows are too far apart in memory to be read in this order.
@@ -47,7 +47,7 @@ class KeptWords {
   // 1) - 1.
   size_t first(size_t block, size_t row) const { return firsts_[block * rows() + row]; }
   const float* weights() const { return weights_; }
-  const uint8_t* ids() const { return ids_; }  // counted from the first word of the block
+  const uint8_t* ids() const { return ids_; }  // each id is counted from the first word of its block
 
  private:
   float* row_weights(size_t row) const { return logits_.row(row); }

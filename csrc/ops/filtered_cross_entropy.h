@@ -8,8 +8,8 @@
 
 namespace nplora {
 
-// The smallest probability of the words that a row's gradient uses, and the row that replaces those of all
-// other words.
+// `bound` is the smallest probability of a word that the gradient of a row uses. In this gradient, `mean`
+// replaces the rows of W that belong to all other words.
 struct WordFilter {
   double bound;       // above 0
   const float* mean;  // (d_in)
@@ -26,9 +26,9 @@ struct FilteredRows {
 // bound are kept, and so is the target; all other words are skipped (gradient filtering of Wijmans et al.
 // 2024, word by word). The mean row μ of W replaces the row of each skipped word:
 //   dx = factor (Σ_kept p_w W_w + m μ - W_target),  where m = Σ_skipped p_w = 1 - Σ_kept p_w.
-// The error of a row of dx is factor Σ_skipped p_w (W_w - μ). Its norm is therefore, by the triangle
-// inequality, at most factor m max_w ‖W_w - μ‖. The mass m is at most bound times the number of skipped
-// words. The float32 rounding errors are additional: those of the sums, and that of m, which is the error of
+// The error of a row of dx is factor Σ_skipped p_w (W_w - μ). By the triangle inequality, the norm of this
+// error is at most factor m max_w ‖W_w - μ‖. The mass m is at most bound times the number of skipped words.
+// Rounding in float32 adds two errors: the error of the sums, and the error of m. The error of m is that of
 // the sum Σ in `cross_entropy`.
 //
 // A row is flat if more than a quarter of all words have p_w >= bound. For flat rows, the dense product is
@@ -36,7 +36,8 @@ struct FilteredRows {
 // 0. All other logits are overwritten with undefined values. Rows with an ignored target have loss, mass and
 // dx 0.
 //
-// Σ_kept adds the words in ascending order, in float32, even if W computes in bfloat16. W is not float64.
+// Σ_kept adds the words in ascending order, in float32, even if W computes in bfloat16. W must not be
+// float64.
 void filtered_cross_entropy(const WeightView& w, Matrix<float> logits, const int64_t* targets, double factor,
                             const WordFilter& filter, const FilteredRows& rows, Matrix<float> dx);
 

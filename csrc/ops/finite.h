@@ -7,7 +7,8 @@
 
 namespace nplora {
 
-// The index of the first NaN or infinity among n elements, or n if all are finite. Not for blocks.
+// The index of the first NaN or infinity among n elements, or n if all are finite. `storage` must not be a
+// block format.
 size_t first_nonfinite(Storage storage, size_t n, const void* elements);
 
 }  // namespace nplora

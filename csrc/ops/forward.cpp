@@ -122,8 +122,9 @@ void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t
   forward_as(parts, x, inference_tokens(std::max(batch, x.rows)), false);
 }
 
-// A small batch reads each weight once for all groups. Larger batches read it once for each group. All groups
-// are computed as the whole batch would be, so that the bits of a row do not depend on its group's size.
+// A small batch reads each weight once for all groups. A larger batch reads each weight once for each group.
+// All groups are computed as the whole batch would be, so that the bits of a row do not depend on its group's
+// size.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
   if (x.rows > kernels::kSmallBatch || !share_weights(groups)) {

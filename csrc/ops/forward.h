@@ -23,7 +23,7 @@ void forward_lanes(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<c
 
 // The method with outputs in the SIMD lanes. Blocks of W are transposed. The low-rank update is added to
 // these blocks (merged on the fly) if plan_forward chooses this for a batch of `plan_tokens` rows. Blocks of
-// W have elements W: E, or Int8Quad.
+// the weight have elements of type W, which is E or Int8Quad.
 template <class E, class W>
 void forward_rows(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                   size_t threads, size_t plan_tokens);

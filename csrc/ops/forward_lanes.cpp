@@ -18,9 +18,9 @@ using kernels::Tiles;
 
 namespace {
 
-// The forward pass with tokens in the SIMD lanes, in elements E. For a block of tokens, x is first transposed
-// into the lanes, and z is computed. Then the rows of W are multiplied with all tokens of the block. The
-// update z Aᵀ is added in the type of the sums.
+// The forward pass with tokens in the SIMD lanes and elements of type E. For a block of tokens, x is first
+// transposed into the lanes, and z is computed. Then the rows of W are multiplied with all tokens of the
+// block. The update z Aᵀ is added in the type of the sums.
 template <class E>
 class LanesForward {
  public:
@@ -58,7 +58,7 @@ class LanesForward {
  private:
   struct LoraDelta {
     const ForwardPart<T>& part;
-    Strided<E> b;  // B, converted to elements E
+    Strided<E> b;  // B, converted to type E
     T* zt;         // z of a token block, transposed (blocks, r, lanes), times the scale
   };
 

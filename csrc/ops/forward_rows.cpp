@@ -68,8 +68,8 @@ class RowsForward {
 
  private:
   static constexpr bool kInt8 = std::is_same_v<W, Int8Quad>, kConverts = kValuesPerElement<W> > 1;
-  // The number of rows of W in a transposed block, and a unit: each task has a multiple of this number of
-  // rows.
+  // kBlockRows: the number of rows of W in a transposed block. kTaskRows: each task has a multiple of this
+  // number of rows.
   static constexpr size_t kBlockRows = kInt8 ? kInt8PanelColumns : kPanelColumns;
   static constexpr size_t kTaskRows = kInt8 ? 2 * kRowBlock : kRowBlock;
   static_assert(kTaskRows % kBlockRows == 0);
@@ -89,8 +89,8 @@ class RowsForward {
     Joined* joined;             // null if z is not needed
     size_t column = 0;          // the part's first column in the joined z
     T* a = nullptr;             // scale * Aᵀ (r, d_out)
-    Matrix<const E> a_pairs{};  // scale * Aᵀ in elements E
-    E* z_elements = nullptr;    // the part's z of a token block, if it is converted to elements E
+    Matrix<const E> a_pairs{};  // scale * Aᵀ, converted to type E
+    E* z_elements = nullptr;    // the part's z of a token block, if it is converted to E
 
     size_t rank() const { return part.low.rank(); }
   };
@@ -102,7 +102,7 @@ class RowsForward {
     return &joined_.emplace_back(Joined{drops ? &low : nullptr});
   }
 
-  // Divides the scratch memory among the parts, and converts their factors to elements E.
+  // Divides the scratch memory among the parts, and converts their factors to elements of type E.
   void reserve() {
     for (PartUpdate& u : updates_)
       if (u.joined) u.column = std::exchange(u.joined->rank, u.joined->rank + u.rank());
@@ -141,8 +141,8 @@ class RowsForward {
                  reinterpret_cast<T*>(u.joined->b + u.column), u.joined->rank);
   }
 
-  // Computes z, and converts x to elements E, for some tokens of a token block. A few tokens are taken at a
-  // time, so that x is in L2 when it is multiplied with Bᵀ.
+  // Computes z, and converts x to elements of type E, for some tokens of a token block. A few tokens are
+  // taken at a time, so that x is in L2 when it is multiplied with Bᵀ.
   void prepare(Range token_block, Range some) const {
     for (size_t i = 0; i < some.count; i += kTokenUnit) {
       const Range few{some.first + i, std::min(kTokenUnit, some.count - i)};
@@ -176,7 +176,7 @@ class RowsForward {
                    false, rows_after(x_, tokens));
   }
 
-  // Copies a part's z of a few tokens to the caller, and converts it to elements E for the update.
+  // Copies a part's z of a few tokens to the caller, and converts it to elements of type E for the update.
   void keep(const PartUpdate& u, Range token_block, Range few) const {
     const size_t stride = u.joined->rank;
     const Matrix<const T> z{u.joined->z + few.first * stride + u.column, few.count, u.rank(), stride};
@@ -194,7 +194,7 @@ class RowsForward {
       return {x_elements_ + first * depth_, depth_, 1};
   }
 
-  // Returns the z of the tokens from `first` on, in elements E.
+  // Returns the z of all tokens from `first` on, as elements of type E.
   Strided<E> z_of(const PartUpdate& u, size_t first) const {
     const size_t depth = depth_of<E>(u.rank()), stride = u.joined->rank;
     if constexpr (kValuesPerElement<E> == 1)
@@ -312,7 +312,7 @@ class RowsForward {
   size_t block_tokens_ = 0;
   std::vector<Joined> joined_;
   std::vector<PartUpdate> updates_;
-  E* x_elements_ = nullptr;  // x of a token block in elements E, or x_codes_ in int8
+  E* x_elements_ = nullptr;  // x of a token block as elements of type E, or x_codes_ in int8
   CodedBlock x_codes_{x_.cols, kernels::kInt8Group};
 };
 

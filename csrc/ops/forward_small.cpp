@@ -74,7 +74,7 @@ class SmallForward {
   SmallForward(const ForwardPart<T>& part, Matrix<const T> x, const kernels::Int8Rows& codes)
       : part_(part), x_(x), k_(kernels::table().products<T>()), lanes_(k_.lanes / 2), codes_(codes) {}
 
-  // Adds the update of some rows of x. z has room for z of these rows.
+  // Adds the update of some rows of x. `z` is memory for the z of these rows.
   void add(Range rows, const LowRank<T>& low, T* z) {
     if (rows.count > 0 && low.rank() > 0) groups_.push_back({rows, &low, z});
   }
@@ -85,7 +85,7 @@ class SmallForward {
   // are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // a limit for all A and for all B, so that both stay in L2
+    constexpr size_t kMostBytes = 256 << 10;  // the limit of all A, and of all B, which stay in L2
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {

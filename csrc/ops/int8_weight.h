@@ -23,8 +23,8 @@ class RowScales {
   RowScales(const RowScales&) = delete;
   RowScales& operator=(const RowScales&) = delete;
 
-  // Computes the scales of `w`, unless they are known. If several threads compute them at the same time, one
-  // result is kept.
+  // Computes the scales of `w`, unless they are known. If several threads compute the scales at the same
+  // time, one result is kept.
   void find(const WeightView& w);
 
   // The scales (d_out) after `find`: the largest magnitude of a row / 127. The scale is 0 if all magnitudes

@@ -52,8 +52,8 @@ inline bool backward_in_int8(const WeightView& w, size_t tokens) {
   return w.compute == Compute::kInt8 && tokens > kFloatBatch;
 }
 
-// The arithmetic of a product with W, if `in_int8` says whether it is computed in int8; the update of such a
-// product is computed in pairs of bfloat16.
+// The arithmetic of a product with W. `in_int8` says whether the product is computed in int8. The update of
+// an int8 product is computed in pairs of bfloat16.
 template <class T>
 Arithmetic arithmetic_of(const WeightView& w, size_t tokens, bool in_int8) {
   if (sizeof(T) == 8) return Arithmetic::kFloat64;

@@ -36,7 +36,7 @@ struct GroupUpdate {
 
 // One layer of a forward pass: z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]. The shapes are x (n, d_in), y
 // (n, d_out) and z (n, r). `bias` may be null. The data of z may be null if the caller does not need z. A
-// small batch may have groups, which replace `low`: together they have n rows, and z is not stored.
+// small batch may have `groups` instead of `low`. The groups together have n rows, and their z is not stored.
 template <class T>
 struct ForwardPart {
   WeightView w;
@@ -47,15 +47,15 @@ struct ForwardPart {
 };
 
 // All parts of a stack read the same x (n, d_in). If `int8` is not set, large batches with weights of
-// Compute::kInt8 are computed as with kBfloat16. In training, W is rounded once more, from its blocks to
-// codes with one scale for each row, because this is faster. The answers of the model should not lose
-// accuracy by it.
+// Compute::kInt8 are computed as with kBfloat16. Training may set `int8`: W is then rounded once more, from
+// its blocks to codes with one scale for each row, which makes training faster. Inference does not set
+// `int8`, so that the answers of the model do not lose accuracy.
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 
-// Does the same for inference, without int8 for large batches. The rows of x belong to a batch of `batch`
-// rows. All batches of up to kSmallBatch rows are computed in the same way, and so are all larger batches
-// (see kInferenceTokens).
+// Does the same as the function above, but for inference, without int8 for large batches. The rows of x
+// belong to a batch of `batch` rows. All batches of up to kSmallBatch rows are computed in the same way, and
+// so are all larger batches (see kInferenceTokens).
 template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);
 
@@ -85,7 +85,8 @@ struct BackwardPart {
 // may be null. If `int8` is not set, weights of Compute::kInt8 are computed as with kBfloat16. With
 // `dither_key`, int8 products round dy stochastically, with random bits that depend on the key and on the
 // element. Gradients of logits need int8 = false or a `dither_key`: they have many small elements beside one
-// large element of their row. If they were rounded to nearest in int8, all small elements would become 0.
+// large element of their row. If such gradients were rounded to nearest in int8, all small elements would
+// become 0.
 template <class T>
 void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8,
                    std::optional<uint64_t> dither_key = {});

@@ -26,13 +26,13 @@ struct ElementBlock {
 };
 
 // Cuts the parameters into blocks of at most kBlockElements elements, and calls body(parameter, block) for
-// each block. So threads share many small buffers as evenly as a few large buffers. Returns the blocks, which
-// are valid until this thread's next call. The loop cannot be interrupted, because the caller could not see
-// which parameters had been changed.
+// each block. Because of the blocks, threads share many small buffers as evenly as a few large buffers.
+// Returns the blocks, which are valid until this thread's next call. The loop cannot be interrupted, because
+// the caller could not see which parameters had been changed.
 template <class Body>
 const std::vector<ElementBlock>& for_blocks(const std::vector<Trained>& parameters, const Body& body) {
   static thread_local std::vector<ElementBlock> kept;
-  std::vector<ElementBlock>& blocks = kept;  // because `kept` is another variable in a task on another thread
+  std::vector<ElementBlock>& blocks = kept;  // in a task on another thread, `kept` is another variable
   blocks.clear();
   double elements = 0;
   for (size_t i = 0; i < parameters.size(); ++i) {

@@ -31,7 +31,8 @@ kernels::Peak peak_of(Arithmetic arithmetic) {
 
 }  // namespace
 
-// The rates of the threads are added, because a thread may start late.
+// Each thread measures its own rate, and the rates are added. One common measurement would be too low,
+// because a thread may start late.
 double peak_rate(Arithmetic arithmetic) {
   using Clock = std::chrono::steady_clock;
   const kernels::Peak peak = peak_of(arithmetic);

@@ -86,8 +86,8 @@ struct Arena {
   }
 };
 
-// Calls divide(arena of T, arena of E) twice. The first call only counts the sizes, and the second call takes
-// the parts from two buffers of these sizes.
+// Calls `divide` twice, with an arena of type T and an arena of type E. The first call only counts the sizes,
+// and the second call takes the parts from two buffers of these sizes.
 template <class T, class E, class Divide>
 void divide_scratch(Scratch use_t, Scratch use_e, const Divide& divide) {
   Arena<T> t;

@@ -17,7 +17,7 @@ const kernels::Transformer& kernel() {
 }
 
 constexpr size_t kElementsPerTask = 16384;
-// The number of elements that are converted at a time. Four arrays of them fill half of a 32 KB L1.
+// The number of elements that are converted at a time. Four arrays of this length fill half of a 32 KB L1.
 constexpr size_t kConvertedElements = 1024;
 
 // The cost of one element of each function, in floating-point operations.

@@ -57,8 +57,8 @@ void gated(Activation act, size_t n, const float* gate, const float* up, float* 
 void gated_backward(Activation act, size_t n, const float* dout, const float* gate, const float* up,
                     float* dgate, float* dup);
 
-// The same for a gate and an up in bfloat16. They are converted to float32 a few elements at a time, which
-// stay in L1.
+// Does the same as `gated` for a gate and an up in bfloat16. A few elements at a time are converted to
+// float32, and stay in L1.
 void gated(Activation act, size_t n, const uint16_t* gate, const uint16_t* up, float* out);
 void gated_backward(Activation act, size_t n, const float* dout, const uint16_t* gate, const uint16_t* up,
                     float* dgate, float* dup);

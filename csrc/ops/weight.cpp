@@ -263,7 +263,7 @@ struct Panelling {
   size_t panels, width;
 
   Panelling(const WeightView& w, Range cols) {
-    const bool in_runs = w.storage != Storage::kNf4 || w.d_in % 16 == 0;  // decode_nf4 requires it
+    const bool in_runs = w.storage != Storage::kNf4 || w.d_in % 16 == 0;  // see decode_nf4
     panels = in_runs && cols.count == kDecodedColumns ? 2 : 1;
     width = cols.count / panels;
   }

@@ -65,7 +65,7 @@ inline constexpr size_t scratch_columns(size_t cols) {
 }
 
 // The block W[rows, cols] in elements of type E. The first column is a multiple of kPanelColumns. The block
-// is read in place if W is stored as elements E; otherwise it is decoded into `scratch` (rows *
+// is read in place if the elements of W are stored as type E; otherwise it is decoded into `scratch` (rows *
 // scratch_columns(cols) elements). If many tokens share the block and W is not packed, the block is copied
 // too: rows that are a power of two apart would evict each other from the cache. The element type Bf16 is for
 // bfloat16 storage only, which is read in place. The element type Bf16Pair pairs neighbours along a row,

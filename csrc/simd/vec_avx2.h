@@ -125,7 +125,7 @@ inline Vec<float> second(Vec<Bf16Pair> a) {
 }
 
 inline Vec<float> add_neighbours(Vec<float> a, Vec<float> b) {
-  // The sums are in the order low half of `a`, low half of `b`, high half of `a`, high half of `b`.
+  // The order of the sums is: low half of `a`, low half of `b`, high half of `a`, high half of `b`.
   const __m256d halves = _mm256_castps_pd(_mm256_hadd_ps(a.v, b.v));
   return {_mm256_castpd_ps(_mm256_permute4x64_pd(halves, 0xd8))};
 }

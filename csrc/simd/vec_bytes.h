@@ -42,8 +42,8 @@ inline Bytes pair(uint64_t low, uint64_t high) {
   return (Bytes)(Longs){low, high};
 }
 
-// Few machines can shift single bytes, so words of two bytes are shifted. Bits that cross from one byte of a
-// word into the other must be cleared by `mask`.
+// Few machines can shift single bytes, so words of two bytes are shifted. The mask must clear the bits that
+// cross from one byte of a word into the other byte.
 inline Bytes move(Bytes b, size_t from, size_t to, uint8_t mask) {
   return (Bytes)(from <= to ? (Words)b << (to - from) : (Words)b >> (from - to)) & mask;
 }

@@ -6,14 +6,15 @@
 //     with halves of sub-blocks.
 //   `transpose_parts(v)` transposes each part of four vectors: lane r of a part of vector k becomes lane k of
 //     the same part of vector r.
-//   `dot_lanes(sums, u, x)` adds the products of the four bytes of each lane of `u` and `x` to the sums.
-//     The bytes of `u` are unsigned, and those of `x` are from -127 to 127. Without VNNI, those of `u` must
-//     be at most 128.
+//   `dot_lanes(sums, u, x)` adds the products of the four bytes of each lane of `u` and `x` to the sums. The
+//     bytes of `u` are unsigned, and the bytes of `x` are from -127 to 127. Without VNNI, the bytes of `u`
+//     must be at most 128.
 //   `broadcast_four(p)` loads four bytes into each lane.
-//   `magnitudes(b)` and `set_signs(signs, b)` give the magnitudes and the signs of bytes.
-//     `with_signs(x, signs)` multiplies `x` by the signs. The sign of 0 may be 1.
-//   `to_floats(sums)` converts integers, `floats_of_halves(lanes)` the float16 numbers in the low halves of
-//     the lanes.
+//   `magnitudes(b)` returns the magnitudes of bytes, and `set_signs(signs, b)` stores the signs of bytes in
+//   `signs`.
+//     `with_signs(x, signs)` multiplies `x` by these signs. The sign of 0 may be 1.
+//   `to_floats(sums)` converts integers to floats. `floats_of_halves(lanes)` converts the float16 numbers in
+//     the low halves of the lanes to floats.
 #pragma once
 
 #include "simd/vec_sub_blocks.h"

@@ -2,9 +2,9 @@
 // The rules of kernel units are in vec.h.
 //
 //   `all_lanes(x)` is a Vec<float> with x in all lanes.
-//   `LaneInts` has a 32-bit integer for each lane of Vec<float>. `floats_of(v)` converts them to floats.
-//     `to_ints(v)` rounds floats to nearest, ties to even. The floats must be within +-2^22. NaN becomes an
-//     unspecified number.
+//   `LaneInts` has a 32-bit integer for each lane of Vec<float>. `floats_of(v)` converts these integers to
+//     floats. `to_ints(v)` rounds floats to nearest, ties to even. The floats must be within +-2^22. NaN
+//     becomes an unspecified number.
 //   `kCodeOffset` is added to the codes of W in memory: 128 if the instruction multiplies unsigned by signed
 //     bytes, else 0.
 //   `load_quads(p)` loads a vector of codes.
@@ -161,7 +161,7 @@ inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
 
 #if defined(NPLORA_SIMD_VNNI)
 // GCC 12 copies the sums of the intrinsic _mm512_dpbusd_epi32 and spills the copies, which halves the speed.
-// With one asm statement for each product, it still copies some sums.
+// With one asm statement for each product, GCC 12 still copies some sums.
 template <size_t kVectors>
 [[gnu::always_inline]] inline void dot_vectors(LaneInts (&s)[kVectors], const LaneInts (&w)[kVectors],
                                                LaneInts x) {

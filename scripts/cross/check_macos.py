@@ -1,4 +1,4 @@
-"""Check an extension for macOS without a Mac: what it needs, what it offers, and that it may run at all.
+"""Check an extension for macOS without a Mac: its imports, its exports, and that macOS may run it at all.
 
 Usage: python scripts/cross/check_macos.py _core.cpython-311-darwin.so [--exact]
 
@@ -28,7 +28,7 @@ EXTERNAL, TYPE, UNDEFINED, PRIVATE, STAB = 0x01, 0x0E, 0x00, 0x10, 0xE0
 
 
 class Extension(NamedTuple):
-    """What the load commands of a file say."""
+    """The content of the load commands of a file."""
 
     processor: str
     kind: int

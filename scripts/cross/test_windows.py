@@ -128,7 +128,7 @@ def build_wheel() -> Path:
 
 
 def start_wine() -> None:
-    """A Windows of its own, without a desktop. Its drive N: is the directory that holds the checkout."""
+    """A separate Windows without a desktop. Its drive N: is the directory that holds the checkout."""
     os.environ |= {
         "WINEPREFIX": str(PREFIX),
         "WINEARCH": "win64",

@@ -1,4 +1,4 @@
-"""Adapters in memory: read, also from files that nobody vouches for, saved and put on models."""
+"""Adapters in memory: reading them (also from untrusted files), saving them, and attaching them to models."""
 
 import json
 import os

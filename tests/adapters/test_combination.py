@@ -186,7 +186,7 @@ def test_what_does_not_add_up_is_refused(rng: np.random.Generator, tmp_path: Pat
 
 
 def test_a_read_adapter_is_saved_as_it_was(tmp_path: Path) -> None:
-    """DoRA's magnitudes too; the saved files are those of the model, but for what a model alone knows."""
+    """Also with DoRA. The saved files equal those of the model, except for fields that only a model knows."""
     model = nplora.Sequential(nplora.LoRALinear(np.eye(6), 2, 5, use_dora=True, init="gaussian", rng=0))
     model[0].m[...] *= np.arange(1, 7)
     nplora.save_adapter(model, tmp_path / "a")

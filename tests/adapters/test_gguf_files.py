@@ -1,4 +1,4 @@
-"""Adapters between PEFT and llama.cpp: the same ΔW by each one's own rule; what cannot be said is refused."""
+"""Adapters between PEFT and llama.cpp: both formats give the same ΔW, or the conversion is refused."""
 
 import dataclasses
 import itertools
@@ -61,7 +61,7 @@ STORED = {
 
 @dataclasses.dataclass
 class Settings:
-    """What PEFT's configuration says, spelled out: one value for each layer."""
+    """The settings in PEFT's configuration, as one value for each layer."""
 
     rank: dict[str, int]
     alpha: dict[str, float]
@@ -164,7 +164,7 @@ def llama_delta(path: Path, stored: str, user_scale: float = 1.0) -> Array:
 
 
 def in_llama_order(delta: Array, stored: str) -> Array:
-    """Row by row: what is rotated together lies half a head apart in PEFT, and side by side in llama.cpp."""
+    """Rows that are rotated as a pair are half a head apart in PEFT, and neighbours in llama.cpp."""
     heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(stored.split(".")[-2])
     if heads is None:
         return delta

@@ -1,4 +1,5 @@
-"""The real PEFT as oracle: its ΔW reaches the file of llama.cpp, and its models take what comes back."""
+"""The real PEFT as oracle: llama.cpp's file has the same ΔW, and PEFT loads the file that is converted
+back."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Adapters and the layers of models: loaded into live arrays, or put on; a failure changes nothing."""
+"""Adapters and the layers of models: loading into existing arrays, attaching; a failure changes nothing."""
 
 import contextlib
 import os

@@ -216,7 +216,7 @@ def test_a_refused_merge_leaves_the_model_and_the_directory_that_were_there(
 
 
 def test_a_matrix_of_large_numbers_does_not_hide_those_that_lost_their_update(tmp_path: Path) -> None:
-    """All of the large one's ΔW is kept, of the others' nothing: 99.99 % in Frobenius' norm."""
+    """All of the large matrix' ΔW is kept, and nothing of the others: 99.99 % in the Frobenius norm."""
     ones = storages.encode(np.ones((8, 32), np.float32), "bfloat16").view(np.uint16)
     large = storages.encode(np.full((8, 32), 1024, np.float32), "bfloat16").view(np.uint16)
     tensors = {f"{n}.weight": safetensors.Tensor("", "bfloat16", large if n == "a" else ones) for n in "abcd"}
@@ -235,7 +235,7 @@ def test_a_matrix_of_large_numbers_does_not_hide_those_that_lost_their_update(tm
 
 
 def test_no_storage_is_named_if_none_keeps_enough(tmp_path: Path) -> None:
-    """float32 sums lose it, whatever they are stored in."""
+    """Sums in float32 lose the update, in every storage type."""
     small = LoraDelta(np.full((4, 1), 1e-9, "f4"), np.ones((1, 32), "f4"), 1.0)
     safetensors.save(tmp_path / "base.safetensors", {"fc.weight": np.ones((4, 32), np.float32)})
     with pytest.raises(ValueError, match=r"float32 would keep -?0\.0% .*; no other type keeps more; --lo"):
@@ -378,7 +378,7 @@ def hf_directory(
 
 
 def floats(path: Path) -> dict[str, Array]:
-    """All tensors in float64; the reader here is held against PyPI's elsewhere."""
+    """All tensors in float64. Other tests compare this reader with PyPI's."""
     return {
         name: (t.array.view(ml_dtypes.bfloat16) if t.dtype == "bfloat16" else t.array).astype(np.float64)
         for name, t in safetensors.open(path).items()

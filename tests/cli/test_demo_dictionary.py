@@ -1,4 +1,4 @@
-"""`nplora demo`: what it computes, prints and saves, with a small model instead of SmolLM2."""
+"""`nplora demo`: its computations, output and files, with a small model instead of SmolLM2."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The text of the demo: what is in its files, and that the script makes them."""
+"""The text of the demo: the content of its files, and that the script makes them."""
 
 import importlib.util
 import json

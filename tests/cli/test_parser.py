@@ -1,4 +1,4 @@
-"""The parser: help, paths, storage types, and what is loaded for a command."""
+"""The parser: help, paths, storage types, and the modules that are loaded for a command."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Runs that one process or several ranks make. Every case returns what must not depend on the ranks.
+"""Runs that one process or several ranks make. Every case returns values that must not depend on the ranks.
 
 `python cases.py DIRECTORY` is the program of each rank: it runs all cases, and rank 0 writes results.json.
 `python cases.py DIRECTORY STEP` runs or resumes a run until that step.

@@ -1,4 +1,5 @@
-"""MPICommunicator: what it sends, what it restores, and what it says when ranks are at different places."""
+"""MPICommunicator: the values that it sends, its cleaning up, and its errors for ranks at different
+places."""
 
 import pytest
 

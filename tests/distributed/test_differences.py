@@ -1,4 +1,4 @@
-"""Ranks that would train different values, without a word, are refused; and each refusal names the rank."""
+"""Ranks that would silently train different values are refused, and each refusal names the rank."""
 
 import json
 import math
@@ -83,9 +83,9 @@ def test_a_loss_that_does_not_call_after_part_is_refused() -> None:
         on_threads(2, lambda ranks: fit(ranks, Parted()))
 
 
-def test_metrics_that_cannot_be_put_together_are_refused() -> None:
+def test_metrics_that_cannot_be_merged_are_refused() -> None:
     fit(nplora.distributed.Alone(), Measured())
-    with pytest.raises(ValueError, match=r"^Trainer: the metrics of Measured cannot be put together"):
+    with pytest.raises(ValueError, match=r"^Trainer: the metrics of Measured cannot be merged across ranks"):
         on_threads(2, lambda ranks: fit(ranks, Measured()))
 
 

@@ -1,4 +1,4 @@
-"""The parts of pages that are made from the code: they are whole, and what they say is true."""
+"""The parts of pages that are made from the code: they are complete, and their statements are true."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""README.md and docs/*.md: each block runs and prints what stands below it, each command line is understood.
+"""README.md and docs/*.md: each block runs and prints the text below it, and each command line is valid.
 
 `pytest tests/docs -k quickstart` tests one page. The rules of the blocks are in `pages.py`.
 """

@@ -1,4 +1,4 @@
-"""LoRAClassifier: what is trained and shared, searches, pickles, learning in parts, weights, errors."""
+"""LoRAClassifier: trained and shared values, searches, pickles, learning in parts, weights, errors."""
 
 import gc
 import pickle

@@ -180,7 +180,7 @@ def test_scikit_learn_s_checks_without_data_pass(kind: Any, name: str) -> None:
 
 
 def test_a_second_fit_starts_anew_and_predictions_change_nothing(model: Path) -> None:
-    """What `check_estimator` would ask, with texts."""
+    """The checks of `check_estimator`, with texts."""
     estimator = LoRATextClassifier(model, **FAST)
     given = estimator.get_params()
     first = estimator.fit(X, Y).decision_function(X)

@@ -20,7 +20,8 @@ SMOLLM2_NOTEBOOKS = ["language_model.ipynb"]
 
 
 def run(script: str, directory: Path, *arguments: str) -> str:
-    """What a script prints. It runs in an empty directory, with warnings as errors, and leaves no file."""
+    """The output of a script, which runs in an empty directory, with warnings as errors, and leaves no
+    file."""
     done = subprocess.run(
         [sys.executable, "-W", "error", str(EXAMPLES / script), *arguments],
         cwd=directory,

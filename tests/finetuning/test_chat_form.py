@@ -1,4 +1,4 @@
-"""An adapter remembers whether it was trained with the chat template, and other uses are warned of."""
+"""An adapter stores whether it was trained with the chat template, and other uses give a warning."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""Distillation: teachers that run beside the student, stored ones, and what is refused."""
+"""Distillation: teachers that run beside the student, stored teachers, and errors."""
 
 import json
 import re
@@ -408,7 +408,7 @@ def test_a_teacher_that_diverges_is_blamed(
     lm = load_model(teacher)
     norm: Any = lm.model.norm if layer == "model.norm" else lm.model.layers[1].input_layernorm  # type: ignore[attr-defined]
     norm.weight[...] = np.nan
-    words = rf"the outputs of the teacher .* are not finite, first that of '{re.escape(layer)}'"
+    words = rf"the outputs of the teacher .* are not finite, beginning with '{re.escape(layer)}'"
     with pytest.raises(NonFiniteLossError, match=words):
         finetune(model, data, tmp_path / "out", teacher=lm, steps=2, **DISTILL)
 
@@ -447,8 +447,8 @@ def test_a_teacher_of_another_vocabulary_is_refused(
     for given in (other, stored):
         with pytest.raises(FormatError) as caught:
             finetune(model, data, tmp_path / "out", teacher=given, **DISTILL)
-        words = "another vocabulary than .*: token 40 is 'other', expected '.*' .1 of .* tokens differ."
-        assert caught.match(f"^finetune: the teacher .* has {words}$")
+        words = "differs from that of .*: token 40 is 'other', expected '.*' .1 of .* tokens differ."
+        assert caught.match(f"^finetune: the vocabulary of the teacher .* {words}$")
     assert not (tmp_path / "out").exists()
 
 
@@ -518,7 +518,8 @@ def test_log_probabilities_of_other_data_are_refused(
 def test_another_temperature_than_the_stored_one_is_refused(
     model: Path, taught: Path, data: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"temperature is 2, but .* of temperature 1: nplora teach --temp"):
+    words = r"temperature is 2, but .* computed at temperature 1: run nplora teach again with --temperature 2"
+    with pytest.raises(ValueError, match=words):
         finetune(model, data, tmp_path / "out", teacher=taught, temperature=2.0, **DISTILL)
 
 

@@ -1333,7 +1333,7 @@ def test_an_error_says_where_a_misplaced_adapter_belongs(model: Path, data: Path
     ):
         nplora.load_adapter(load_model(model), out)
     tensors = out / "adapter_model.safetensors"
-    words = f"^{tensors}: is one file of a PEFT adapter; pass its directory, {out}$"
+    words = f"^{tensors}: this is one file of a PEFT adapter; pass the directory {out}$"
     with pytest.raises(FormatError, match=words):
         load_with_adapter(model, tensors)
     with pytest.raises(

@@ -235,7 +235,8 @@ def test_ranks_with_local_steps_exchange_as_often_as_predicted(files: tuple[Path
 def exchanges(
     files: tuple[Path, Path], ranks: ThreadRank, steps: int, local_steps: int | None = None
 ) -> list[float]:
-    """What this rank does in a run: calls of `exchange` and `join`, calls of `gather`, and bytes sent."""
+    """The communication of this rank in a run: calls of `exchange` and `join`, calls of `gather`, and
+    bytes."""
     counted = Counted(ranks)
     lm = load_model(files[0])
     lm.add_lora(rank=2, seed=0)
@@ -311,7 +312,7 @@ def test_the_command_shows_the_gradients_that_a_rank_keeps(
     files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     given = ["plan", str(files[0]), "--data", str(files[1]), "--accumulate", "2"]
-    line = "gradients that are kept to add up those of all ranks"
+    line = "gradients that are kept until those of all ranks are added up"
     assert cli.main(given) == 0
     assert line not in capsys.readouterr().out
     assert cli.main([*given, *words]) == 0

@@ -25,7 +25,7 @@ ANSWERS = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAI
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and what a teacher says of ANSWERS."""
+    """A model, and the predictions of a teacher for ANSWERS."""
     directory = tmp_path_factory.mktemp("objectives")
     model = save_small_llama(directory / "model.gguf")
     teach(model, ANSWERS, directory / "taught", top_k=4)

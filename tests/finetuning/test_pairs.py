@@ -1,4 +1,4 @@
-"""Rows of chosen and rejected answers: their prompt, and pairs that are none."""
+"""Rows of chosen and rejected answers: their prompt, and rows that are not valid pairs."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""Plans: they predict what runs take, they choose what fits, and runs follow them."""
+"""Plans: they predict the memory of runs, they choose settings that fit, and runs follow them."""
 
 import dataclasses
 import json

@@ -887,7 +887,7 @@ def test_a_loss_of_kto_whose_mismatched_pairs_are_not_finite_says_so(
         return hidden * np.float32(np.nan) if np.array_equal(batch.ids, y.mismatched.ids) else hidden
 
     monkeypatch.setattr(LanguageModel, "residual_stream", failing)
-    words = "for prompts with other answers, the first layer whose output is not finite is 'model.norm'"
+    words = "in mismatched pairs, the first layer whose output is not finite is 'model.norm'"
     assert loss.blame(lm, x) == words
 
 

@@ -1,4 +1,4 @@
-"""What a resumed run makes of another value of each option, as the table in docs/reproducibility.md says."""
+"""The effect of each changed option on a resumed run, as the table in docs/reproducibility.md says."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Rows of all kinds of files and of Python's objects, hostile files among them."""
+"""Rows of all kinds of files, including hostile files, and of Python objects."""
 
 import contextlib
 import datetime
@@ -297,7 +297,7 @@ def test_compressed_text_that_is_too_large_for_its_file_is_refused(
     monkeypatch.setattr("nplora.finetuning.data.rows._FREE", 1 << 10)
     file = tmp_path / "data.jsonl.gz"
     file.write_bytes(gzip.compress(b'{"text": "a"}\n' * 40_000))
-    with pytest.raises(LimitError, match=r"data\.jsonl\.gz: .* bytes become more than "):
+    with pytest.raises(LimitError, match=r"data\.jsonl\.gz: .* bytes expand to more than "):
         list(read_rows(file))
     file.write_bytes(gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(1000))))
     assert len(values(file)) == 1000
@@ -455,7 +455,7 @@ def test_a_compressed_part_of_a_table_is_refused_before_it_is_decompressed(tmp_p
     else:
         file = write_arrow(tmp_path / "data.arrow", column, form)
     assert file.stat().st_size < 1 << 15
-    with pytest.raises(LimitError, match=r"bytes become 4,194,\d{3}, at most 1,048,576 are read"):
+    with pytest.raises(LimitError, match=r"bytes expand to 4,194,\d{3}, at most 1,048,576 are read"):
         list(read_rows(file))
 
 
@@ -464,7 +464,7 @@ def test_nulls_that_take_no_bytes_are_refused_before_they_are_read(tmp_path: Pat
     pa, parquet = arrow()
     nulls = pa.ListArray.from_arrays(pa.array([0, 1 << 20]), pa.nulls(1 << 20, pa.int8()))
     parquet.write_table(pa.table({"text": nulls}), tmp_path / "data.parquet", compression="zstd")
-    with pytest.raises(LimitError, match=r"row group 1: .* bytes become 8,388,"):
+    with pytest.raises(LimitError, match=r"row group 1: .* bytes expand to 8,388,"):
         list(read_rows(tmp_path / "data.parquet"))
     file = write_arrow(tmp_path / "data.arrow", pa.nulls(1 << 30))
     with pytest.raises(LimitError, match="message 2: 1,073,741,824 rows in "):

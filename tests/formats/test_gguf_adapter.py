@@ -1,4 +1,4 @@
-"""llama.cpp's adapter files: what is read, and errors that are raised before any of it is used."""
+"""llama.cpp's adapter files: reading them, and errors that are raised before any part is used."""
 
 from collections.abc import Callable
 from pathlib import Path

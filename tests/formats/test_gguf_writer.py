@@ -1,4 +1,4 @@
-"""Writing GGUF: byte for byte what PyPI's gguf writes, and never half a file."""
+"""Writing GGUF: the same bytes as PyPI's gguf writes, and never half a file."""
 
 import errno
 import os
@@ -297,9 +297,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         return count
 
     monkeypatch.setattr(files.os, "write", write)
-    with pytest.raises(
-        OSError, match="No space left on device: 128 bytes were to be written, 100 were"
-    ) as caught:
+    with pytest.raises(OSError, match="No space left on device: 100 of 128 bytes were written") as caught:
         gguf.save(path, {"w": np.ones(8)})
     assert caught.value.filename == str(path)
     assert path.read_bytes() == before

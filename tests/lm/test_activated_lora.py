@@ -1,4 +1,4 @@
-"""Activated LoRA (aLoRA): where it acts, what it refuses, its files and runs."""
+"""Activated LoRA (aLoRA): the tokens on which it acts, its errors, files and runs."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""New tokens of language models: their ids and rows, files, runs, and what is refused."""
+"""New tokens of language models: their ids and rows, files, runs, and errors."""
 
 import json
 import os

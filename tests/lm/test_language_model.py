@@ -1,4 +1,4 @@
-"""Language models without torch: packing, decoding, what training costs and keeps, what is refused."""
+"""Language models without torch: packing, decoding, cost and memory of training, and errors."""
 
 import contextlib
 import json

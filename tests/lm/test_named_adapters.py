@@ -1,4 +1,4 @@
-"""Several named adapters of one model: each context uses its own, and calls keep what they began with."""
+"""Several named adapters of one model: each context uses its own adapter, and a call keeps its adapter."""
 
 import concurrent.futures
 import contextvars

@@ -1,4 +1,4 @@
-"""Ranks and alphas of their own for some layers (PEFT's rank_pattern and alpha_pattern)."""
+"""Separate ranks and alphas for some layers (PEFT's rank_pattern and alpha_pattern)."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A twin of a model in memory: the same weights, once, with another arithmetic."""
+"""A second model with another arithmetic that shares the weights of a model in memory."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Trained tokens, embedding and head of language models: which are trained, files, runs."""
+"""Trained tokens, embedding and head of language models: the rows that are trained, files, runs."""
 
 import json
 import re

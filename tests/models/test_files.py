@@ -1,4 +1,4 @@
-"""Files that describe no model, or an unknown one: each error names the file and the fault."""
+"""Files that describe no model, or an unknown one: each error names the file and the reason."""
 
 import json
 from collections.abc import Callable

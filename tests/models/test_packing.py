@@ -1,4 +1,4 @@
-"""Packed sequences: where each begins, and which token each position must predict."""
+"""Packed sequences: the start of each sequence, and the token that each position must predict."""
 
 import numpy as np
 import pytest

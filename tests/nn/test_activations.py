@@ -1,4 +1,4 @@
-"""Activations: values, gradients, and what happens at the edges of the numbers."""
+"""Activations: values, gradients, and extreme inputs."""
 
 import warnings
 from typing import Any

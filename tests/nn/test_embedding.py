@@ -1,4 +1,4 @@
-"""Embedding and LoRAEmbedding: rows of a table, and the gradients of what is trained."""
+"""Embedding and LoRAEmbedding: rows of a table, and the gradients of trained values."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Losses: values, gradients, counts, and what they refuse."""
+"""Losses: values, gradients, counts, and errors."""
 
 from typing import Any
 

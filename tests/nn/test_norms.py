@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: values, gradients, and what is trained."""
+"""LayerNorm and RMSNorm: values, gradients, and trained weights."""
 
 from typing import Any
 

@@ -56,7 +56,7 @@ NO_PARAMETERS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("make", [AdamW, lambda: SGD(lr=0.1)])
 def test_what_are_no_parameters_is_refused_at_every_step(make: Any, what: str) -> None:
     given, got = NO_PARAMETERS[what]
-    wanted = rf"{got}, expected what model\.parameters\(\) returns, a list of Parameter$"
+    wanted = rf"{got}, expected a list of Parameter, such as model\.parameters\(\) returns$"
     optimizer = make()
     with pytest.raises(TypeError, match=rf"\.init: {wanted}"):
         optimizer.init(given)

@@ -1,4 +1,4 @@
-"""PiSSA and OLoRA: what they take from the weight, what remains, and the plain LoRA that leaves them."""
+"""PiSSA and OLoRA: the initial factors, the rest of the weight, and saving the result as plain LoRA."""
 
 import tracemalloc
 import warnings

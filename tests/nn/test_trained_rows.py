@@ -1,4 +1,4 @@
-"""TrainedEmbedding and TrainedHead against plain NumPy in float64, and what merging makes of them."""
+"""TrainedEmbedding and TrainedHead against plain NumPy in float64, before and after merging."""
 
 import copy
 import pickle

@@ -35,7 +35,7 @@ BUS_ERROR = 128 + 7  # SIGBUS of Linux
 
 
 def ended(path: Path, code: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    """What became of a process that runs this code on a model, `lm`, which `cut()` cuts short."""
+    """The outcome of a process that runs this code on a model, `lm`, whose file `cut()` truncates."""
     prelude = f"""
         {before}
         import os, sys

@@ -1,4 +1,4 @@
-"""What users paste into reports, and the public limits of threads."""
+"""The configuration that users paste into reports, and the public limits of threads."""
 
 import platform
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""stderr: whatever is wrong with it, writing to it ends nothing."""
+"""stderr: a write that fails, for any reason, never ends the program."""
 
 import sys
 

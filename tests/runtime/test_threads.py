@@ -1,4 +1,4 @@
-"""Threads, processes, signals and instruction sets: what must hold around every call of the core."""
+"""Threads, processes, signals and instruction sets around every call of the core."""
 
 import os
 import subprocess

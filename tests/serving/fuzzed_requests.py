@@ -222,7 +222,7 @@ async def answer(
 
 
 def problem_of(status: int, body: bytes) -> str | None:
-    """What is wrong with an answer, or None."""
+    """The reason why an answer is wrong, or None."""
     if not 200 <= status < 500:
         return f"status {status}"
     if status >= 400:

@@ -1,4 +1,4 @@
-"""EncoderEngine: what a request that fails or is cancelled leaves of the others, and memory."""
+"""EncoderEngine: failed and cancelled requests do not affect the others, and memory limits hold."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_the_memory_decides_how_long_a_text_may_be(tmp_path: Path) -> None:
 
 def test_the_last_words_say_what_a_second_signal_waits_for(encoder: Encoder) -> None:
     engine = EncoderEngine(encoder)
-    end = "Ctrl-C again ends the server after the texts that it computes now"
+    end = "Ctrl-C again ends the server after the current texts"
     assert last_words(engine, 30) == f"stopping; {end}"
     engine.submit(GOOD)
     assert last_words(engine, 30) == f"stopping: waiting at most 30 s for 1 answer; {end}"

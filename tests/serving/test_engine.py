@@ -1,4 +1,4 @@
-"""The engine: every text is what the model generates alone, whatever else runs; nothing is lost."""
+"""The engine: every text equals the text that the model generates alone, and no request is lost."""
 
 import importlib.util
 import subprocess

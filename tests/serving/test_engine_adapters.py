@@ -44,7 +44,7 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 
 def alone(lm: LanguageModel, ids: list[int], name: str | None, sampling: Sampling = SAMPLING) -> str:
-    """The text of the model with one adapter, in no company."""
+    """The text of the model with one adapter, without other requests."""
     lm.set_adapter(name)
     try:
         return generate_ids(lm, [ids], sampling)[0]

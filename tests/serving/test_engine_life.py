@@ -1,4 +1,4 @@
-"""What ends requests and engines: errors, cancellations, closing; and that nothing stays in memory then."""
+"""The end of requests and engines: errors, cancellations and closing. Afterwards, nothing stays in memory."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""The chat templates of well-known models: their text is that of transformers, and the turns are found."""
+"""The chat templates of well-known models: the text equals that of transformers, and the turns are found."""
 
 import json
 import re

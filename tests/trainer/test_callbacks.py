@@ -1,4 +1,4 @@
-"""Callbacks: the gradients before a step, and what a callback remembers across a stop."""
+"""Callbacks: the gradients before a step, and the state that a callback keeps across a stop."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""plot: the log of a run becomes a PNG, and errors say why there is nothing to draw."""
+"""plot: the log of a run becomes a PNG, or an error says why nothing can be drawn."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Reporters: what they write, that a resumed run appends, and that a report never ends a run."""
+"""Reporters: their content, that a resumed run appends, and that a failing report never ends a run."""
 
 import csv
 import json

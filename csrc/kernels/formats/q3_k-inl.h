@@ -6,8 +6,8 @@ namespace nplora {
 
 // A block has eight sub-blocks. An element with the 3-bit code q is d * (scale - 32) * (q - 4), with one
 // 6-bit `scale` for each half of a sub-block. The low two bits of the codes of sub-block j are in the 32
-// bytes of `low` that start at byte 32 * (j / 4). In each byte, they start at bit 2 * (j % 4). The high
-// bits of the codes of sub-block j are bit j of each byte of `high`. The low four bits of scale i are in
+// bytes of `low` that start at byte 32 * (j / 4). The two bits start at bit 2 * (j % 4) of each byte. The
+// high bits of the codes of sub-block j are bit j of each byte of `high`. The low four bits of scale i are in
 // byte i % 8 of `scales`, in the low nibble if i < 8, else in the high nibble. The high two bits of scale
 // i are in byte 8 + i % 4 of `scales`, at bit 2 * (i / 4).
 struct BlockQ3_K {

@@ -57,7 +57,7 @@ float squared_error(const float* x, CodeGrid grid, CodeRange codes) {
   });
 }
 
-// Sums over n values x and their codes q: of 1, x, q, x * q and q * q.
+// The sums of 1, x, q, x * q and q * q over n values x with codes q.
 struct Moments {
   double n, x, q, xq, qq;
 };
@@ -71,7 +71,7 @@ Moments moments(const float* x, CodeGrid grid, CodeRange codes) {
 }
 
 // Fits a grid to the values by least squares, with their codes unchanged. fitted_scale finds d with m = 0,
-// and `fitted` finds d and m. Both return `otherwise` if the codes do not determine the grid.
+// and `fitted` finds d and m. Both functions return `otherwise` if the codes do not determine the grid.
 inline CodeGrid fitted_scale(const Moments& s, CodeGrid otherwise) {
   return s.qq > 0 ? CodeGrid{float(s.xq / s.qq)} : otherwise;
 }

@@ -20,7 +20,7 @@ float quantize_nf4_block(size_t n, const float* x, uint8_t* codes);
 // book, in ascending order.
 void dynamic_book(float (&book)[kNf4Book]);
 
-// Quantises n <= kNf4Group values to codes (n), with the levels of `book`. Returns their scale.
+// Quantises n <= kNf4Group values to codes (n), with the levels of `book`. Returns the scale of the codes.
 float quantize_nf4_group(size_t n, const float* x, const float (&book)[kNf4Book], uint8_t* codes);
 
 }  // namespace nplora

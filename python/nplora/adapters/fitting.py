@@ -117,7 +117,7 @@ class Target:
         """Raise FormatError if the target has no weight with these rows.
 
         Args:
-            tokens: the adapter's new tokens. Without them, no row is beyond the end of the weight.
+            tokens: the adapter's new tokens. Without new tokens, no row is beyond the end of the weight.
         """
         shape = self.rows(layer)
         if isinstance(shape, str):
@@ -143,7 +143,7 @@ class Target:
         )
 
     def _may_follow(self, stored: int, tokens: Collection[AddedToken]) -> bool:
-        """Whether rows may follow the last row of a weight, because one of the new tokens is there."""
+        """Whether the rows of new tokens may follow the last row of a weight, which has `stored` rows."""
         return self.accepts_more and any(token.id >= stored for token in tokens)
 
     def check_whole(

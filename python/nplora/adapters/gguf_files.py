@@ -7,8 +7,8 @@ Both formats name the factors lora_a and lora_b (see `letters`). The formats dif
 - Scale: PEFT has alpha / r or, with rsLoRA, alpha / sqrt(r), and alpha and r may differ by layer. llama.cpp
   has alpha / r with one alpha for all layers, and reads alpha = 0 as a scale of 1.
 
-If a layer needs another alpha than that of the file, the scale is folded into lora_b: lora_b is multiplied by
-the ratio of the two alphas.
+If the alpha of a layer differs from that of the file, the scale is folded into lora_b: lora_b is multiplied
+by the ratio of the two alphas.
 """
 
 import dataclasses

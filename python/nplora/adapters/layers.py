@@ -224,7 +224,7 @@ def load_adapter(
 
 
 def _require_same_tokens(adapter: AdapterContent, tokens: Mapping[str, TokenRows]) -> None:
-    """Raise FormatError if an adapter trains other tokens than the model that it is loaded into."""
+    """Raise FormatError if the trained tokens of an adapter differ from those of the model that gets it."""
     for name, rows in adapter.token_rows.items():
         if not np.array_equal(rows.ids, tokens[name].ids):
             raise FormatError(
@@ -234,7 +234,7 @@ def _require_same_tokens(adapter: AdapterContent, tokens: Mapping[str, TokenRows
 
 
 def _require_same_texts(adapter: AdapterContent, model: Module) -> None:
-    """Raise FormatError if an adapter has other new tokens than the model that it is loaded into."""
+    """Raise FormatError if the new tokens of an adapter differ from those of the model that gets it."""
     theirs = {token.id: token.text for token in model.new_tokens(adapter.added_tokens)}
     ours = {token.id: token.text for token in _added_tokens(model)}
     if theirs != ours:
@@ -314,7 +314,7 @@ def new_layers(
     (14, 0)
     """
     if not model.trained_row_layers:
-        adapter.require_low_rank("this model has no layers for them")
+        adapter.require_low_rank("this model has no layers that could hold them")
     plain_target(model).check(adapter, any_base)
     modules: dict[str, Any] = dict(model.named_modules())
     sizes = [4 * factor.size for delta in adapter.values() for factor in (delta.A, delta.B)]
@@ -408,7 +408,7 @@ def _size(adapter: AdapterContent, model: Module, tokens: Sequence[AddedToken]) 
 def rollback_on_error(model: Module) -> Iterator[Callable[[], None]]:
     """If the `with` body raises an error, restore the layers that the body replaced.
 
-    The body gets a function. After a call of this function, an error restores nothing.
+    The body gets a function. After the body has called this function, an error no longer restores the layers.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> try:

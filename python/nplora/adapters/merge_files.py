@@ -83,8 +83,8 @@ def merge_adapter(
             for the storage type.
         ValueError: rounding to the storage type would keep less than 90 % of ΔW, and `lossy` is not set; or
             the held-out loss would rise by more than `tolerance`. The message names the smallest type, if
-            any, that keeps enough. The loss of this type is measured too. No output file is written, and an
-            existing file stays.
+            any, with which the merge would be accepted. The loss of this type is measured too. No output file
+            is written, and an existing file stays.
         TypeError: `check` is not a function.
         FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
             training run (only a .gguf file may be written there).
@@ -315,7 +315,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
 
 
 def _replaces_both(layer: str, adapter: AdapterContent) -> bool:
-    """Whether the new rows of a layer are for the embedding and for the head that shares its weight."""
+    """Whether a layer's new rows replace rows of both the embedding and the head, which share one weight."""
     if layer in adapter.modules_to_save:
         return adapter.is_tied
     return layer == EMBEDDING and HEAD not in adapter.token_rows

@@ -1,4 +1,4 @@
-"""The merge gate: a merged model is kept only if it preserves what the adapter learned.
+"""The merge gate: a merged model is kept only if it preserves the effect of the adapter.
 
 Two measures decide: the share of ΔW that rounding keeps, and the loss on held-out data.
 """
@@ -87,7 +87,7 @@ class MergeGate:
         return Verdict(kept, self.lossy or kept >= _ENOUGH, loss)
 
     def refusal(self, verdict: Verdict, merged: MergedTensors, output: StrPath) -> ValueError:
-        """The error for a merge that loses too much. Its message names a storage type that keeps enough."""
+        """The error for a merge that loses too much. The message suggests a larger storage type."""
         problems = list[str]()
         kinds = ", ".join(dict.fromkeys(merge.storage for merge in merged.merges.values()))
         if not verdict.keeps_delta:
@@ -208,7 +208,7 @@ def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows
 
 
 def _sampled(update: LoraDelta | NewRows, count: int) -> Array:
-    """The numbers of about `count` rows: evenly spaced, or some of those that are replaced."""
+    """The numbers of about `count` rows: evenly spaced, or the first of the rows that are replaced."""
     if isinstance(update, NewRows) and update.ids is not None:
         return np.sort(update.ids)[:count]
     d_out = update.shape[0]

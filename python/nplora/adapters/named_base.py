@@ -19,7 +19,7 @@ def find(directory: StrPath) -> Path:
     cache. The file is not trusted: only a GGUF file, a config.json or a directory that holds one is taken.
 
     Raises:
-        ValueError: the file names no model, or none that is on this machine.
+        ValueError: the file names no model, or a model that is not on this machine.
     """
     with peft_adapter.reading(directory) as adapter:
         name = adapter.config.base_model_name_or_path

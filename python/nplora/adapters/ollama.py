@@ -48,7 +48,7 @@ class OllamaExport:
 
     Attributes:
         directory: the directory.
-        lines: a readable report of what was done.
+        lines: a report for the user, in several lines.
         model: the GGUF file that the Modelfile names.
         adapter: the adapter that the Modelfile names, or None.
         template: whether the Modelfile has the chat template.
@@ -97,12 +97,12 @@ def export_ollama(
     Args:
         model: a GGUF file or a Hugging Face directory. Without an adapter, a GGUF file is not copied: the
             Modelfile names it.
-        directory: the directory to write. It may exist.
+        directory: the directory to write, which may exist.
         adapter: a PEFT directory or, unless `keep_adapter` is set, a llama.cpp file.
-        dtype: the type of the merged weights. If `model` is a directory, it is the type of all matrices.
+        dtype: the type of the merged weights; if `model` is a directory, the type of all matrices.
         keep_adapter: write `adapter.gguf` beside the model instead of merging it. Ollama takes adapters up to
             version 0.34.0.
-        system: the system message of the model. An empty text is no system message.
+        system: the system message of the model. If the text is empty, there is no system message.
         parameters: more parameters of Ollama as pairs (name, value), such as ("temperature", "0.7").
         any_base, lossy: as in `merge_adapter`.
         overwrite: replace these files, if they exist.

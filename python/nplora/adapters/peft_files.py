@@ -321,7 +321,7 @@ def config_of(adapter: AdapterContent) -> PeftConfig:
 
 
 def _tokens(adapter: AdapterContent) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
-    """The trained tokens of an embedding named as PEFT expects it, or of each layer."""
+    """The trained tokens: a list if only the embedding has some, under PEFT's usual name; else by layer."""
     tokens = {layer: tuple(rows.ids.tolist()) for layer, rows in adapter.token_rows.items()}
     if not tokens:
         return None

@@ -98,7 +98,7 @@ def rows_needed(stored: int, wanted: Mapping[str, Ids], tokens: Sequence[AddedTo
 
 
 def with_rows_beyond(ties_head: bool, wanted: Mapping[str, Ids], stored: int, size: int) -> dict[str, Ids]:
-    """The rows to train in each layer, with all rows beyond the end of the weights. These come last.
+    """The rows to train in each layer, followed by all rows beyond the end of the weights.
 
     Args:
         stored: the number of rows of the weights.

@@ -33,8 +33,8 @@ _NO_ADAPTER = "none"
 class ChatSession:
     """Reads messages and commands, and prints answers.
 
-    In a terminal, an error or Ctrl-C ends only the current answer. If the input is a pipe, it ends the
-    program.
+    In a terminal, an error or Ctrl-C ends only the current answer. If the input is a pipe, an error or Ctrl-C
+    ends the program.
 
     Args:
         obeys: whether a line that begins with a slash is a command; else, it is a message.
@@ -87,7 +87,7 @@ class ChatSession:
     def _answer(self, text: str) -> None:
         """Print the answer while it is generated.
 
-        Ctrl-C in a terminal stops it; the chat keeps the answer so far.
+        In a terminal, Ctrl-C stops the answer. The chat keeps the part that was printed.
         """
         with contextlib.closing(self._chat.ask(text)) as pieces:
             try:

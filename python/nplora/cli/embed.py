@@ -18,13 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", type=path, help=text)
     text = "field that holds the text (default: text)"
     parser.add_argument("--column", metavar="NAME", default="text", help=text)
-    text = "scale embeddings to length 1, or --no-normalize: do not (default: as the model's files say)"
+    text = "scale embeddings to length 1; --no-normalize: keep the length (default: as in the model's files)"
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None, help=text)
     text = 'a text that is put before each text, such as "query: "'
     parser.add_argument("--prompt", metavar="TEXT", help=text)
     text = "name of a prompt in the model's files"
     parser.add_argument("--prompt-name", metavar="NAME", help=text)
-    text = "texts that are computed at once (default: as many as have 4,096 tokens)"
+    text = "number of texts that are computed together (default: texts of about 4,096 tokens in total)"
     parser.add_argument("--batch-size", metavar="N", type=int, help=text)
     text = "maximum tokens of a text; longer texts are cut (default: the model's)"
     parser.add_argument("--max-length", metavar="N", type=int, help=text)

@@ -43,11 +43,13 @@ class Spelling:
     """Replaces the names of Python keywords in a message by the options of a command.
 
     `resume=True` becomes --resume, `rank=8` becomes "--rank 8", and a name with an underscore, such as
-    `valid_split`, becomes --valid-split. A keyword in parentheses behind its option is dropped.
+    `valid_split`, becomes --valid-split. If a message names an option and then the same keyword in
+    parentheses, the keyword is dropped.
 
-    A message about a file begins with the file's name. The fields of a file may have the names of options, so
-    such a message has only keywords with values replaced. In a message about a row, nothing is replaced. An
-    argument that the user has typed stays unchanged, because it may be the name of a file.
+    A message about a file begins with the file's name. The fields of a file may have the same names as
+    options. In such a message, a keyword is therefore replaced only if a value follows it. In a message about
+    a row, nothing is replaced. An argument that the user has typed stays unchanged, because it may be the
+    name of a file.
 
     Args:
         options: for the name of each keyword, the option.

@@ -39,7 +39,8 @@ class PipedLines:
 class TerminalLines:
     """The messages that a user types.
 
-    A message that begins with three quotation marks may have several lines, up to the next three.
+    A message that begins with three quotation marks may have several lines. The next three quotation marks
+    end it.
 
     Args:
         words: the words that the Tab key completes at the beginning of a line.

@@ -258,7 +258,7 @@ def add_options(
     The metadata of the field give the help text and the group.
 
     Args:
-        shown: a key of the metadata. If its value is False for a field, --help does not show the option.
+        shown: a key of the metadata. If the value of this key is False, --help does not show the option.
         names: the fields that become options; None: all of them.
     """
     kinds = typing.get_type_hints(options)

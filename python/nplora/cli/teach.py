@@ -13,7 +13,7 @@ from nplora.cli.parser import (
     path,
 )
 
-HELP = "Store what a teacher predicts for a data set, for finetune --objective distill --teacher FILE."
+HELP = "Store the predictions of a teacher for a data set, for finetune --objective distill --teacher FILE."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_model(parser)
     add_data(parser)
-    text = "validation file, which is predicted too"
+    text = "validation file; its predictions are stored too"
     parser.add_argument("--valid", metavar="FILE", type=path, help=text)
     text = "the file to write, in safetensors' format"
     parser.add_argument("--output", metavar="FILE", type=path, required=True, help=text)

@@ -66,7 +66,7 @@ class Ranks(Protocol):
 
 
 class Communicator(Ranks, Protocol):
-    """What a `Trainer` needs from the connection between its ranks.
+    """The methods and attributes that a `Trainer` needs for the connection between its ranks.
 
     Every rank must call the same methods in the same order. Each method returns when this rank has all the
     values that it needs. `place` says where in the program the call is; a communicator may compare it.

@@ -29,11 +29,11 @@ class Farewell:
 
     A rank reads notices only while it waits in an exchange. So the rank that leaves waits for the others,
     which may first compute a batch. If no notice arrives within the timeout, the rank ends all ranks by
-    force. If it has already waited this long for all remaining ranks, it ends them at once.
+    force. If the rank has already waited that long for all remaining ranks, it ends them at once.
 
     Attributes:
         timeout: the seconds after which a rank that does not respond counts as failed.
-        pending: unfinished MPI requests that an exception has left, with their buffers.
+        pending: MPI requests that an exception has interrupted, with their buffers.
     """
 
     def __init__(self, mpi: Any, comm: Any, timeout: float) -> None:
@@ -72,7 +72,7 @@ class Farewell:
         """
         self._hung.update(missing)
         names = ", ".join(map(str, sorted(set(missing))))
-        more = f" (nor do other ranks: {names})" if len(set(missing)) > 1 else ""
+        more = f" (the ranks {names} do not answer)" if len(set(missing)) > 1 else ""
         words = f"no answer for {self.timeout:g} s{more}: it hangs, is stopped, or is slower than that"
         error = RankError(min(missing, default=0), words)
         self._fail(error)
@@ -129,7 +129,7 @@ class Farewell:
     def _wait_for_the_end_of_others(self, error: BaseException) -> None:
         """Wait until the other ranks have left.
 
-        Before they leave, they may compute a batch or save the run.
+        Before the other ranks leave, they may compute a batch or save the run.
         """
         started = self._noticed_at = time.monotonic()
         is_told = not isinstance(error, Exception) or isinstance(error, RankError)

@@ -78,7 +78,7 @@ class MPICommunicator:
         ...     history = trainer.fit(x, y, batch_size=2)
 
     Args:
-        timeout: the seconds after which a rank that does not answer is given up. None: the environment
+        timeout: the seconds after which a rank that does not respond counts as failed. None: the environment
             variable NPLORA_RANK_TIMEOUT, or 600.
         share_cores: limit the threads of this process to its share of the machine's cores, unless
             OMP_NUM_THREADS is set.
@@ -214,7 +214,7 @@ class MPICommunicator:
         """Wait for all missing ranks, except those that have failed or stopped.
 
         Args:
-            receives, sent: the MPI requests. MPI may still carry them out after an exception.
+            receives, sent: the MPI requests. After an exception, MPI may still carry out these requests.
         Raises:
             RankError: another rank has failed, or does not respond within the timeout.
         """

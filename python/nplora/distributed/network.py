@@ -94,9 +94,9 @@ class Network:
     def local_sums(self, size: int, nodes: int, local_steps: int, rounds: int) -> float:
         """The seconds per average step that the ranks take to exchange values if each rank makes local steps.
 
-        The ranks exchange small values in every step. In every outer step, they add up the changes of the
-        trained values and the two moments of AdamW. Each of these three sums takes as long as the sum of one
-        gradient (see `sums`).
+        The ranks exchange small values in every step. In every outer step, the ranks add up the changes of
+        the trained values and the two moments of AdamW. Each of these three sums takes as long as the sum of
+        one gradient (see `sums`).
 
         Args:
             size: bytes of the trained values.

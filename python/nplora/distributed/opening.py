@@ -11,7 +11,7 @@ from nplora.distributed.mpi import MPICommunicator
 
 @contextlib.contextmanager
 def opened_communicator(op: str, distributed: str | None) -> Iterator[Communicator]:
-    """The communicator of a run. On other ranks than rank 0, warnings are not shown.
+    """The communicator of a run. Only rank 0 shows warnings.
 
     Args:
         op: name of the calling function in messages.

@@ -73,7 +73,7 @@ def attach_adapter(
 def attach(
     op: str, lm: LanguageModel, adapter: Adapters, any_base: bool = False, replace: bool = False
 ) -> None:
-    """Do what `attach_adapter` does. Error messages begin with `op`, the name of the public function."""
+    """Attach an adapter as `attach_adapter` does, with error messages that begin with `op`."""
     if not replace:
         require_no_adapter(lm)
     _sum(op, lm, adapter, any_base).attach(lm, any_base, replace)
@@ -92,10 +92,10 @@ def files_of(op: str, adapter: Adapters | None) -> list[Path]:
 
 
 def warn_of_form(op: str, adapter: Adapters, chat: bool | None, use: str, remedy: str) -> None:
-    """Warn if an adapter's training data went through the chat template and this use does not, or vice versa.
+    """Warn if the chat template was used in an adapter's training, but is not used now, or vice versa.
 
     Args:
-        chat: whether this use goes through the template; None: unknown, so there is no warning.
+        chat: whether the template is used now; None: unknown, so there is no warning.
         use: the name of the current text in the warning, such as "this text".
         remedy: the advice in the warning if the text does not go through the template.
     """

@@ -59,7 +59,7 @@ class Baseline(Callback):
         """Evaluate the model, and generate a text after each prompt.
 
         Args:
-            ranks: the processes that evaluate together; None: those of the constructor.
+            ranks: the processes that evaluate together; None: the ranks given to the constructor.
         """
         if self._validation is not None:
             self.metrics = evaluate(self._lm, self._loss, self._validation, ranks or self._ranks)

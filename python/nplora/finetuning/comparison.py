@@ -76,7 +76,7 @@ class Comparison:
         return f"{markdown_table(self.evaluations)}\n\n" + "\n".join(f"- {s}" for s in self.sentences())
 
     def sentences(self) -> list[str]:
-        """A sentence for each difference, without those that other sentences imply.
+        """A sentence for each difference, without the differences that other sentences imply.
 
         >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
         >>> comparison.sentences()[0]

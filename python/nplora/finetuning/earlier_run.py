@@ -32,16 +32,17 @@ class EarlierRun:
     int8_head: bool | None = None
 
     def keep_compute(self, options: FinetuneOptions) -> FinetuneOptions:
-        """Return the options. If `compute` of these options is None, it becomes that of the earlier run."""
+        """Return the options. If their `compute` is None, the `compute` of the earlier run replaces it."""
         if options.compute is None and self.compute is not None:
             return dataclasses.replace(options, compute=self.compute)
         return options
 
     def keep_int8_head(self, options: FinetuneOptions, compute: str | None) -> FinetuneOptions:
-        """Return the options. If both runs are in int8 and `int8_head` is "auto", it becomes that of the run.
+        """Return the options. If both runs are in int8, the earlier run's `int8_head` replaces "auto".
 
         Args:
-            compute: arithmetic of the resumed run. If it differs, the trainer refuses the run.
+            compute: arithmetic of the resumed run. If the earlier run has another one, the trainer refuses
+                the run.
         Raises:
             ValueError: `int8_head` is given, but the checkpoint does not say whether that is a change.
         """

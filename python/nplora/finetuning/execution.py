@@ -259,7 +259,7 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
 def _require_invocation(
     op: str, lm: LanguageModel, dataset: Examples, invocation: tuple[int, ...], is_new: bool
 ) -> None:
-    """Check that an activated LoRA is active in the examples. Where it is inactive, it changes nothing.
+    """Check that an activated LoRA is active in the examples. Where the LoRA is inactive, it changes nothing.
 
     Args:
         is_new: whether the adapter is new, so that its invocation can still be chosen.

@@ -114,7 +114,7 @@ class Int8Check(Callback):
 
 
 def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None = None) -> AddGradient:
-    """Return a function that adds the gradient of a language model for the first training sequences.
+    """Return a function that adds the gradient for the first training sequences to the model's gradients.
 
     Args:
         micro_tokens: the most tokens that are in memory together, as in PackedLoss.
@@ -137,7 +137,8 @@ def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None
 def sample_length(sizes: Iterable[tuple[int, int]]) -> int:
     """The number of examples in a sample.
 
-    It has at most `SAMPLE_TOKENS` tokens, but at least `LEAST_ROWS` texts, if there are so many.
+    The sample has at most `SAMPLE_TOKENS` tokens, but at least `LEAST_ROWS` texts, if the data have that
+    many.
 
     Args:
         sizes: the number of tokens and of texts in each example.
@@ -240,7 +241,7 @@ def part_of(name: str) -> str:
 
 @contextlib.contextmanager
 def _undisturbed(model: Module) -> Iterator[None]:
-    """After the `with` block, the gradients and the random generators are as they were before it."""
+    """Restore the gradients and the random generators at the end of the `with` block."""
     streams = model.random_state()
     kept = [p.grad.copy() if p.grad.any() else None for p in model.parameters()]  # usually zero after a step
     model.zero_grad()

@@ -1,4 +1,4 @@
-"""Milestones: records how far a run has come. The progress decides what is left after an error."""
+"""Milestones: records the progress of a run. After an error, the progress decides which results are kept."""
 
 from collections.abc import Callable
 

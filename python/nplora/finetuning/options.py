@@ -262,7 +262,7 @@ class FinetuneOptions:
     skip_bad: bool = _option(_DATA, False, "skip bad lines of the data, and count them")
     strict: bool = _option(_DATA, False, "refuse examples that are longer than `max_length`")
     eval_every: int | None = _unplanned(
-        _VALIDATION, None, "steps between evaluations of the validation data, besides those after every epoch"
+        _VALIDATION, None, "steps between evaluations of the validation data, besides one after every epoch"
     )
     patience: int | None = _unplanned(
         _VALIDATION,
@@ -328,7 +328,7 @@ class FinetuneOptions:
     profile: bool = _unplanned(
         _RUN,
         False,
-        "print where the time of a step goes, against the fastest that the processor can multiply",
+        "print how the time of a step is spent, compared with the top speed of the processor",
     )
     resume: bool = _unplanned(
         _RUN,

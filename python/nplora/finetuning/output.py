@@ -43,7 +43,7 @@ def require_inputs_kept(
 
     Args:
         read: pairs (name for messages, path) of the other input files.
-        more: names of further files that are written, besides those of every run.
+        more: names of additional files that are written, besides the files of every run.
     """
     names = [*run_files.NAMES, peft_adapter.CONFIG, peft_adapter.TENSORS, *more]
     inputs = [("model", path) for path in model_directory.files_of(model)]

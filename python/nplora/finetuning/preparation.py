@@ -18,8 +18,8 @@ class Preparation(Callback):
     """Prepares an objective for a run.
 
     A new run computes the values before the trainer starts (`compute`), so that an error does not change an
-    earlier run in the directory. A resumed run computes them after the trainer has locked the directory and
-    has accepted the checkpoint, so that a refused run changes nothing. The files of an earlier run are
+    earlier run in the directory. A resumed run computes the values after the trainer has locked the directory
+    and has accepted the checkpoint, so that a refused run changes nothing. The files of an earlier run are
     replaced when the first checkpoint of this run is on the disk.
 
     Args:
@@ -27,7 +27,7 @@ class Preparation(Callback):
         batches: the training data, and the validation data, if there are any.
         directory: the output directory; None on other ranks than rank 0.
         say: prints a text.
-        ranks: connection to the processes that train together. All of them compute at the same time.
+        ranks: connection to the processes that train together. All processes compute at the same time.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ def in_words(metrics: Mapping[str, float]) -> str:
 class Sample:
     """A prompt, and the texts that the model generated after it, before and after training.
 
-    An unknown text is empty. For example, `after` is "" if the run was interrupted.
+    A text that is not known is "". For example, `after` is "" if the run was interrupted.
 
     >>> nplora.finetuning.Sample("1+1=", before="7", after="2").after
     '2'
@@ -143,7 +143,7 @@ class FinetuneReport:
         return "\n".join(lines)
 
     def _counted_rate(self) -> str:
-        """Trained tokens, pairs or answers per second, depending on what the loss counts."""
+        """Trained tokens, pairs or answers per second: the items that the loss counts."""
         rate = sum(record.count for record in self.history.steps) / max(1e-9, self.history.seconds)
         return f"{rate:.0f} trained" if self.unit == "trained tokens" else f"{rate:.1f} {self.unit}/s"
 

@@ -221,7 +221,7 @@ def finetune(
         learn: tokens to train on: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
         strict: refuse examples that are longer than `max_length`.
-        eval_every: steps between evaluations of the validation data, besides those after every epoch.
+        eval_every: steps between evaluations of the validation data, besides one after every epoch.
         patience: end the run after this number of evaluations in a row without a lower validation loss (early
             stopping).
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
@@ -241,7 +241,7 @@ def finetune(
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         report_to: where to report metrics: csv, tensorboard, wandb, mlflow; csv and tensorboard write into
             reports/ in the output directory.
-        profile: print where the time of a step goes, against the fastest that the processor can multiply.
+        profile: print how the time of a step is spent, compared with the top speed of the processor.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
@@ -431,7 +431,7 @@ def _computing(
 ) -> Iterator[None]:
     """Inside the `with` block, the model computes according to the plan.
 
-    Afterwards, it computes as before.
+    Afterwards, the model computes as before.
     """
     before = lm.model.recompute, lm.model.int8_head
     lm.model.recompute, lm.model.prefix, lm.model.word_filter = execution.recompute, prefix, word_filter

@@ -1,4 +1,4 @@
-"""Progress: prints how far a computation is, if it takes longer than a moment."""
+"""Progress: prints the progress of a computation that takes longer than a moment."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ EVERY = 10.0  # seconds between two lines
 
 
 class Progress:
-    """Prints how much is done, how fast, and the time left.
+    """Prints the finished part of a computation, its speed, and the time left.
 
     Args:
         what: name of the computation, which begins each line of `add`; may be empty.
-        unit: what is counted, in the plural.
+        unit: the name of the items that are counted, in the plural.
         total: the number of all units.
         say: prints a line.
     """
@@ -31,7 +31,7 @@ class Progress:
             self._say(text)
 
     def add(self, count: int) -> None:
-        """Count this many more as done."""
+        """Count this many more items as done."""
         self._done += count
         now = time.monotonic()
         if not self._begun or now - self._shown < EVERY:

@@ -1,4 +1,4 @@
-"""StepProfile: where the time of a run's steps went, against the floor of the arithmetic."""
+"""StepProfile: how the time of a run's steps was spent, and the least time that the products could take."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class ProfileRow:
     """One activity.
 
     Attributes:
-        seconds: in all steps.
+        seconds: the time of this activity in all steps.
         operations: floating-point operations of products, by arithmetic; an operation in int8 counts as one.
-            Products with W count with those of the adapter.
+            The products with W and the products of the adapter are counted together.
     """
 
     name: str
@@ -51,7 +51,7 @@ class ProfileRow:
 
 @dataclass(frozen=True)
 class StepProfile:
-    """Where the time of a run's steps went; `print` shows a table.
+    """How the time of a run's steps was spent; `print` shows a table.
 
     Attributes:
         steps: the number of steps.
@@ -101,8 +101,8 @@ class StepProfile:
 class StepProfiler(Callback):
     """Makes the profile of a run.
 
-    A step is recorded from this callback's `on_step_begin` to its `on_step_end`. It must be the first
-    callback, so that the work of other callbacks in `on_step_end` is not recorded. Their work in
+    A step is recorded from this callback's `on_step_begin` to its `on_step_end`. The profiler must be the
+    first callback, so that the work of other callbacks in `on_step_end` is not recorded. Their work in
     `on_step_begin` is recorded. `cancel` must be called at the end.
     """
 

@@ -123,7 +123,7 @@ def teach(
         DataError: a line of the data is wrong.
         ValueError, TypeError: an option is out of range, or the output is one of the input files.
         FormatError: a file is invalid, or the adapter does not fit.
-        NonFiniteLossError: the teacher's numbers are not finite.
+        NonFiniteLossError: the teacher's outputs are not finite.
         FileExistsError: the output exists, and `overwrite` is not set.
         OSError: a file cannot be read or written. An existing output is not changed by the failure.
 

@@ -18,7 +18,7 @@ from nplora.trainer.history import mean_metrics
 
 
 def speaks(progress: bool | None) -> bool:
-    """Whether progress is printed. None: it is printed if stderr is a terminal or belongs to a notebook."""
+    """Whether to print progress. None means: if stderr is a terminal or belongs to a notebook."""
     return sys.stderr is not None and (stderr.is_watched() if progress is None else progress)
 
 

@@ -266,7 +266,7 @@ class Progress:
     done: int = 0
 
     def __str__(self) -> str:
-        return f"{self.nbytes:,} bytes were to be written, {self.done:,} were"
+        return f"{self.done:,} of {self.nbytes:,} bytes were written"
 
 
 @contextlib.contextmanager

@@ -97,7 +97,7 @@ def load(path: StrPath) -> GgufAdapter:
     model_directory.require_no_hub_name(path, "an adapter")
     if files.suffix(path) == ".safetensors":
         raise FormatError(
-            f"{files.name(path)}: is one file of a PEFT adapter; pass its directory, {Path(path).parent}"
+            f"{files.name(path)}: this is one file of a PEFT adapter; pass the directory {Path(path).parent}"
         )
     return from_file(gguf.open(path))
 

@@ -1,4 +1,4 @@
-"""LabelRecord: the description of a classifier's outputs, which the metadata of its adapter file hold."""
+"""LabelRecord: the description of a classifier's outputs in the metadata of its adapter file."""
 
 from __future__ import annotations
 

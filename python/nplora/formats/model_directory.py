@@ -113,7 +113,8 @@ def open_tensors(
 
     Args:
         mmap: as in `sharded.open`.
-        wanted: as in `sharded.open`, but only for an index. A single file is opened with all its tensors.
+        wanted: as in `sharded.open`, but used for an index only: a single file is opened with all its
+            tensors.
     Raises:
         UnsafeError: the directory's weights are a pickle.
         FormatError: the directory has no weights, or a file breaks its format.
@@ -160,7 +161,7 @@ def linked(source: Path, weights: Path, changed: Mapping[str, Path] | None = Non
     Args:
         source: the directory with the configuration and the tokenizer.
         weights: a safetensors file of any name.
-        changed: files that replace those of the same name in `source`.
+        changed: files that replace the files of the same name in `source`.
     """
     with tempfile.TemporaryDirectory(prefix="nplora-") as made:
         for path in source.iterdir():

@@ -378,7 +378,7 @@ def _pair(
 
     A save replaces the tensors first, and then the configuration. So the tensors are opened before the
     configuration is read. If the tensors file is not replaced in between, the configuration is not newer than
-    the tensors. If it is replaced, both files are read again.
+    the tensors. If the tensors file is replaced, both files are read again.
     """
     for _ in range(_MOST_REPLACED):
         with contextlib.ExitStack() as attempt:
@@ -406,7 +406,7 @@ def files_of(path: StrPath) -> list[Path]:
 
 
 def require_ours(directory: StrPath, overwrite: bool, with_tokenizer: bool = False) -> None:
-    """Raise an error if `save` would replace a symbolic link or, without `overwrite`, another kind of file.
+    """Raise an error if `save` would replace a symbolic link or, without `overwrite`, a file of another kind.
 
     Args:
         with_tokenizer: whether `save` will write the files of a tokenizer too.

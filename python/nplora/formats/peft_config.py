@@ -1,8 +1,8 @@
 """`adapter_config.json` of a PEFT LoRA adapter: converts bytes to a validated, immutable record and back.
 
-nplora never runs, imports or opens anything that the file names. Keys of PEFT that do not change what a
-trained adapter computes are ignored. Keys that switch on a computation that nplora lacks are refused. Unknown
-keys are dropped and listed in `unknown`.
+nplora never runs, imports or opens anything that the file names. PEFT's keys that do not change the output of
+a trained adapter are ignored. Keys that switch on a computation that nplora lacks are refused. Unknown keys
+are dropped and listed in `unknown`.
 """
 
 import json

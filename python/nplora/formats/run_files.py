@@ -1,4 +1,4 @@
-"""The names of a training run's files, and what the newest checkpoint records about an earlier run.
+"""The names of a training run's files, and the record of an earlier run in the newest checkpoint.
 
 A run that overwrites an earlier run deletes the earlier files as soon as its own first checkpoint is on disk.
 The first checkpoint contains the new log and the SHA-256 of the old adapter. So if a crash prevents
@@ -30,7 +30,7 @@ def holds_run(directory: StrPath) -> bool:
 
 
 def dropped_adapter(directory: StrPath) -> str | None:
-    """The SHA-256 of the adapter that the newest checkpoint marks as an earlier run's, or None."""
+    """The SHA-256 of an earlier run's adapter, if the newest checkpoint names one; otherwise None."""
     newest: tuple[int, str | None] = (0, None)
     for name in CHECKPOINTS:
         path = Path(directory, name)

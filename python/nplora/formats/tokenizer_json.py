@@ -56,7 +56,7 @@ def added_tokens(raw: bytes, source: str, wanted: Collection[int] | None = None)
 
 
 def dumps(tokens: Iterable[AddedToken]) -> str:
-    """Write tokens as the short JSON text that an adapter's metadata hold."""
+    """Write tokens as a short JSON text for the metadata of an adapter."""
     rows = [{"id": token.id, "text": token.text, "special": token.special} for token in tokens]
     return json.dumps(rows, allow_nan=False)
 

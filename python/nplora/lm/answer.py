@@ -51,7 +51,7 @@ class Answer:
         prompt: the number of tokens of the prompt.
         generated: the number of generated tokens, including an end token.
         ended: whether the answer has ended.
-        cut_off: whether it ended because the cache was full.
+        cut_off: whether the answer ended because the cache was full.
     """
 
     def __init__(

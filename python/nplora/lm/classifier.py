@@ -169,7 +169,8 @@ class TextClassifier(Module):
             (1, 2)
 
         Args:
-            batch_size: the number of texts that are computed at once; None: as many as have 4,096 tokens.
+            batch_size: the number of texts that are computed together; None: texts of about 4,096 tokens in
+                total.
         Returns:
             float32 (texts, outputs); (tokens, outputs) if tokens are classified.
         """
@@ -182,7 +183,8 @@ class TextClassifier(Module):
         return np.concatenate(made)
 
     def logits(self, texts: Iterable[str], batch_size: int | None = None) -> Array:
-        """The logits of each text: float32 (texts, outputs). For a regression, these are the predictions.
+        """The logits of each text: float32 (texts, outputs). For a regression, the logits are the
+        predictions.
 
             >>> import nplora
             >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
@@ -254,7 +256,7 @@ class TextClassifier(Module):
     # ---- training ----
 
     def forward(self, x: Ids) -> tuple[Array, ClassifierSaved]:
-        """The logits for the token ids of each text, and what `backward` needs.
+        """The logits for the token ids of each text, and the values that `backward` needs.
 
         >>> import nplora
         >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
@@ -318,7 +320,8 @@ def require_finite(op: str, logits: Array, places: Sequence[str] = ()) -> None:
 
     Args:
         logits: an array (texts, outputs).
-        places: the place of each text, for the message. If it is empty, the message counts texts from 0.
+        places: the place of each text, for the message. If `places` is empty, the message counts texts from
+            0.
     """
     wrong = np.flatnonzero(~np.isfinite(logits).all(axis=-1))
     if len(wrong):

@@ -63,7 +63,7 @@ class ClassifierHead(Module):
         self.steps = {name: replaced.get(id(module), module) for name, module in self.steps.items()}
 
     def run(self, states: Array, starts: Array) -> tuple[Array, HeadSaved]:
-        """The logits from the hidden states (n, d) of all tokens, and what `run_backward` needs.
+        """The logits from the hidden states (n, d) of all tokens, and the values that `run_backward` needs.
 
         Args:
             starts: int64 (m + 1,), the first row of each text, followed by n.

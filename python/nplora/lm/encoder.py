@@ -74,7 +74,8 @@ class Encoder(Module):
         config: the sizes and settings of the model.
         model: the embeddings, the blocks and the last norm.
         pooling: how the hidden states of a text become its embedding.
-        max_length: the largest number of tokens of a text; `embed` cuts longer texts. It can be changed.
+        max_length: the largest number of tokens of a text; `embed` cuts longer texts. You can change this
+            limit.
         prompts: texts by name. If `embed` gets such a name, it puts the prompt before each text.
         default_prompt: the name of the prompt that `embed` uses by default, or None.
         prefix: the name of this model inside transformers' models with a head, such as "bert" in
@@ -331,10 +332,10 @@ class Encoder(Module):
 
         Args:
             texts: the texts, or one text.
-            batch_size: the number of texts that are computed at once; None: as many as have 4,096 tokens. The
-                batch size changes the result only by rounding.
-            normalize: whether the embeddings have length 1, so that their products are cosines; None: as the
-                model's files say.
+            batch_size: the number of texts that are computed together; None: texts of about 4,096 tokens in
+                total. The batch size changes the result only by rounding.
+            normalize: whether the embeddings have length 1, so that their products are cosines; None: the
+                setting in the model's files.
             prompt: a text to put before each text, such as "query: "; "" for none.
             prompt_name: the name of one of `prompts`, instead of `prompt`.
             max_length: the largest number of tokens of a text; None: `max_length` of the encoder.
@@ -377,7 +378,7 @@ class Encoder(Module):
     # ---- training ----
 
     def forward(self, ids: Ids) -> tuple[Array, EncoderSaved]:
-        """The hidden states (n, hidden_size) of all texts, one after the other, and what `backward` needs.
+        """The hidden states (n, hidden_size) of all texts in order, and the values that `backward` needs.
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")

@@ -41,7 +41,7 @@ _OP = "generate"
 
 
 class GeneratingModel(Protocol):
-    """The methods that generation needs from a model. `nplora.LanguageModel` has them.
+    """The methods that generation needs from a model. `nplora.LanguageModel` has these methods.
 
     >>> import nplora
     >>> lm = nplora.load_model("model.gguf")
@@ -84,7 +84,8 @@ def generate(
     Args:
         prompts: texts, or chats. A chat is a list of messages; the model's chat template renders it as text.
         sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
-        adapters: for each prompt, the name of a named adapter or an `Adapter`; None: the model without them.
+        adapters: for each prompt, the name of a named adapter or an `Adapter`; None: the model without such
+            an adapter.
     Returns:
         the generated texts, without their prompts.
     Raises:
@@ -297,11 +298,11 @@ def _read(lm: GeneratingModel, ids: list[int], slot: int, cache: Any) -> Array:
 
 
 def prompt_pieces(begin: int, end: int, most: int = PIECE) -> Iterator[tuple[int, int]]:
-    """Cut the tokens of a prompt into the pieces that are read at a time.
+    """Cut the tokens of a prompt into pieces, which are read one after the other.
 
     The core rounds differently for a few rows and for many rows. So the tokens after the last whole page are
-    a separate piece. Then the bits of a prompt depend neither on `most` nor on how much of the prompt is in
-    the cache, if this is a multiple of PAGE.
+    a separate piece. Then the bits of a prompt depend neither on `most` nor on the number of tokens in the
+    cache, if `begin` is a multiple of PAGE.
 
     Args:
         begin: the number of tokens in the cache, a multiple of PAGE.

@@ -56,7 +56,7 @@ class LanguageModelSaved(Saved):
     unused: list[None]  # empty once a backward pass has begun
 
     def use_up(self, op: str) -> None:
-        """Mark these values as used. Raise RuntimeError if an earlier call has used them."""
+        """Mark these values as used. Raise RuntimeError if the values were used before."""
         try:
             self.unused.pop()
         except IndexError:
@@ -478,7 +478,8 @@ class LanguageModel(Module):
     def delete_adapter(self, name: str) -> None:
         """Delete a named adapter. If the current thread selected several adapters, the others stay selected.
 
-        If another thread (or asyncio task) selected this adapter, its next call raises KeyError.
+        If another thread (or asyncio task) selected this adapter, the next call of the model in that thread
+        raises KeyError.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -918,7 +919,7 @@ class LanguageModel(Module):
     def forward_backward_of(self, batch: PackedBatch, loss: Callable[[Array], tuple[float, Array]]) -> float:
         """Compute a loss that is a function of log-probabilities.
 
-        Add its gradient to the adapters' gradients.
+        Add the gradient of the loss to the adapters' gradients.
 
             >>> import nplora, numpy as np
             >>> from nplora.models.packing import pack
@@ -1079,7 +1080,7 @@ class LanguageModel(Module):
 
         A model with LongRoPE (Phi-3 with a long context) uses other rotation factors for sequences that are
         longer than its original context. `cache.limits` has the maximum length of each sequence, which
-        selects the factors. Its initial value is `capacity`. If a sequence will stay short, lower its limit
+        selects the factors. The initial limit is `capacity`. If a sequence will stay short, lower its limit
         before adding its first token. `generate` begins with the short factors, as transformers does. When a
         sequence outgrows the original context, `generate` computes all its tokens again.
 

@@ -163,7 +163,7 @@ def choose(
 
 
 def _likeliest_biased(scores: Array, best: int, biases: dict[int, float]) -> int | None:
-    """The most likely token with these biases. None if `best`, the most likely one without them, has a bias.
+    """The most likely token with these biases; None if `best`, the best one without biases, has a bias.
 
     All other tokens keep their scores. So only the tokens with a bias are compared with `best`. A copy of all
     scores would take much longer.

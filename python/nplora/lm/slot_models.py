@@ -1,8 +1,8 @@
 """Decodes the next tokens of several sequences of a cache together, each with the adapter of its slot.
 
 The frozen weights are read once for several sequences, and each sequence has the same bits as if it were
-computed alone. The core rounds differently for up to 8 rows and for more rows. So short pieces are joined up
-to 8 rows, and long pieces only with long pieces.
+computed alone. The core rounds differently for up to 8 rows and for more rows. So short pieces are joined
+until they have 8 rows, and long pieces are joined only with long pieces.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class JointModel:
         self._watch_owner()
 
     def number(self, model: SlotModel) -> int:
-        """The number of one of the models."""
+        """The number of a model among the joined models."""
         return self._numbers[id(model)]
 
     def join(self, models: Sequence[SlotModel], in_slots: Sequence[SlotModel]) -> bool:
@@ -283,7 +283,7 @@ def forget(cache: KVCache, named: Iterable[SlotModel]) -> None:
 def _joint_of(cache: KVCache, models: Sequence[SlotModel]) -> JointModel:
     """A joint model of these models, which the cache keeps.
 
-    A new one also joins the models of other slots.
+    A new joint model also contains the models of the other slots.
     """
     joint = cache.joint
     others = (cache.adapters.model(slot) for slot in range(cache.slots))

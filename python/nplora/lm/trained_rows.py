@@ -72,7 +72,7 @@ def token_ids(op: str, tokens: Sequence[str | int], vocab: int, tokenizer: Token
 
     Raises:
         ValueError: a text is not a token, an id is not in the vocabulary, or a token is given twice. The
-            message names all of these.
+            message names all wrong tokens.
     """
     if not tokens:
         return None
@@ -102,7 +102,7 @@ def text_list(op: str, tokens: str | Sequence[str]) -> tuple[str, ...]:
 
     Raises:
         TypeError: `tokens` is neither a text nor a list of texts.
-        ValueError: a text is empty, too long, or given twice. The message names all of these.
+        ValueError: a text is empty, too long, or given twice. The message names all wrong texts.
     """
     texts = _check.texts(op, "add_tokens", tokens.split(",") if isinstance(tokens, str) else tokens)
     if isinstance(tokens, str):

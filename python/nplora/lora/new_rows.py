@@ -12,7 +12,8 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class NewRows:
-    """Values that replace rows of a weight (d_out, d_in). For `Merge`, it is an update like `LoraDelta`.
+    """Values that replace rows of a weight (d_out, d_in). `Merge` accepts such an object as an update, like a
+    `LoraDelta`.
 
     Attributes:
         ids: the numbers of the rows (k,), each once, or None for all rows.

@@ -188,7 +188,7 @@ class DecoderBlock(Module):
     ) -> Array:
         """Accumulate the LoRA factors' gradients. If `need_dx`, return the input's gradient.
 
-        Without `rows`, it is in the memory of `dy`.
+        Without `rows`, this gradient is in the memory of `dy`.
         """
         widen = widened if self._narrow else _unchanged
         mixer, before, x = self._mixer(half), self._norm(half.before), widen(kept.x)

@@ -32,7 +32,7 @@ class KVCache:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
         owner: the model (with its selected named adapters) that may fill the cache; None allows any model.
         page_tokens: the number of tokens in a page, a multiple of PAGE_UNIT.
-        pages: the number of pages; None: as many as all slots need, and each slot has its own.
+        pages: the number of pages; None gives each slot its own pages, enough for `capacity` tokens.
     Attributes:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
         lengths: int64 (slots,), the number of tokens in each slot. Lowering it drops the last tokens.
@@ -132,7 +132,7 @@ class KVCache:
         return pages
 
     def next_positions(self, slots: Array, counts: Array | int) -> CachePositions:
-        """The positions of the next tokens of the sequences in `slots`; `counts`: how many for each."""
+        """The positions of the next `counts` tokens of the sequences in `slots`."""
         counts = np.broadcast_to(counts, slots.shape)
         begins = np.cumsum(counts) - counts  # the first row of each sequence
         in_sequence = np.arange(counts.sum(), dtype=np.int64) + np.repeat(

@@ -24,7 +24,8 @@ _MOST_CELLS = 2048  # tokens in the caches of the prompts that are computed toge
 
 
 class Question(NamedTuple):
-    """The tokens of a prompt and of each of its continuations. All of these are non-empty."""
+    """The tokens of a prompt and of each of its continuations. The prompt and each continuation have at least
+    one token."""
 
     prompt: Array
     continuations: list[Array]

@@ -66,7 +66,7 @@ class Decoder(Module):
     Attributes:
         recompute: use gradient checkpointing (Chen et al. 2016): store only each block's input, and compute
             the block again in the backward pass. Training then takes a third more work and a tenth of the
-            memory. The gradients have the same bits.
+            memory. The gradients have the same bits as without checkpointing.
         prefix: the cached outputs of the blocks below the lowest adapted block, or None.
         word_filter: a filter that leaves unlikely words out of the gradient of the head's input, or None.
         int8_head: with compute="int8", also compute the gradient of the head's input in int8, rounded
@@ -185,7 +185,7 @@ class Decoder(Module):
         return self.hidden_states_backward(dy if self._readout == 1 else dy * self._readout, x)
 
     def _run_frozen(self, first: int, ids: Array, positions: PackedPositions) -> tuple[Array, Any]:
-        """The residual stream (n, d) before block `first`, and what the embedding's backward pass needs."""
+        """The residual stream (n, d) before block `first`, and the values for the embedding's gradient."""
         prefix = self.prefix if self.prefix is not None and self.prefix.blocks == first > 0 else None
         found = None if prefix is None else prefix.find(ids, positions.starts)
         if found is not None:

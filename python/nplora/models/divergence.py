@@ -55,7 +55,8 @@ class TopK:
 
 
 def most_likely(logits: Array, k: int, temperature: float = 1.0) -> TopK:
-    """The k most likely tokens of each row of logits, the most likely first. Equal ones keep their order.
+    """The k most likely tokens of each row of logits, the most likely first. Equally likely tokens keep their
+    order.
 
     Args:
         logits: float32 (n, vocabulary), finite; overwritten.
@@ -186,7 +187,8 @@ def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array
 
 
 def _dense(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
-    """The divergences (n,), given all logits of the teacher (t) and of the student (z). Overwrites both.
+    """The divergences (n,), given all logits of the teacher (t) and of the student (z), which are
+    overwritten.
 
     At a high temperature, p and q are almost equal, and the divergence is much smaller than its terms. So the
     terms are added up in float64, and divided by Σ p, which is not exactly 1 because of rounding.

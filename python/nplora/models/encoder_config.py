@@ -23,7 +23,8 @@ _MAX_BUCKETS = 1 << 12
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """The sizes and settings of an encoder. Names that also occur in BERT's config.json have its meaning.
+    """The sizes and settings of an encoder. Names that also occur in BERT's config.json have the same meaning
+    as there.
 
     Attributes:
         source: the file that the configuration was read from.

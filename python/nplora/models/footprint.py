@@ -55,7 +55,7 @@ class Footprint:
         saved: the memory that is kept for the backward pass.
         forward: the peak memory in the forward pass, including `saved`.
         backward: the peak memory in the backward pass, without `saved` and the gradients of input and output.
-        scratch: the core's own memory, which it keeps for the next pass. All blocks share it.
+        scratch: the core's own memory, which it keeps for the next pass. All blocks share this memory.
     """
 
     saved: int

@@ -29,8 +29,8 @@ class LogitLoss(Protocol):
         """The loss of each row, float64 (n,).
 
         Args:
-            logits: float32 (n, vocabulary). With `gradient`, the loss overwrites them with `factor` times the
-                gradient; otherwise, it may overwrite them with anything.
+            logits: float32 (n, vocabulary). With `gradient`, the loss overwrites the logits with `factor`
+                times the gradient; otherwise, it may overwrite the logits with anything.
             rows: the positions of these rows in the batch.
         """
 

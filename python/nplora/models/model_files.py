@@ -27,7 +27,7 @@ Stream: TypeAlias = gguf.Stream | safetensors.Stream
 
 @dataclass(frozen=True)
 class NewVocabulary:
-    """The tokens that a saved model has besides those of its source.
+    """The tokens that a saved model has in addition to the tokens of its source.
 
     Attributes:
         tokens: the new tokens.

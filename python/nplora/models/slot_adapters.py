@@ -17,7 +17,7 @@ class SlotAdapters:
     """A list with one adapter for each slot. An entry can be changed while its slot is empty.
 
     Args:
-        lengths: the number of tokens in each slot, a live array.
+        lengths: the number of tokens in each slot. The cache changes this array in place.
         owner: the model that computes the slots without an adapter.
         resolve: returns the model for an adapter; None if the slots may have no adapters.
     """

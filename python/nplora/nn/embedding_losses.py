@@ -397,7 +397,7 @@ def _mean(values: Array) -> float:
 
 
 def _columns(op: str, columns: Sequence[Array], least: int, most: int, equal: int) -> list[Array]:
-    """The columns as arrays of one dtype. The first `equal` of them have the same number of rows."""
+    """The columns as arrays of one dtype. The first `equal` columns have the same number of rows."""
     if not least <= len(columns) <= most:
         wanted = f"{least}" if least == most else f"{least} to {most}"
         raise ValueError(f"{op}: {len(columns)} columns of embeddings, expected {wanted}")

@@ -15,7 +15,7 @@ _allowed: ContextVar[bool] = ContextVar("nplora_int8", default=True)
 class Int8Layer(Protocol):
     """A layer that can be excluded from int8.
 
-    If `int8` is False, its large products are computed in bfloat16.
+    If `int8` is False, the layer's large products are computed in bfloat16.
     """
 
     int8: bool

@@ -185,8 +185,8 @@ class LoRALayer(Prepared, AdapterLayer):
         """Prepare to copy into this layer an update whose rows are in the order of an adapter file.
 
         The returned function makes the change; it allocates no arrays and cannot fail. The update must have
-        magnitudes m if the layer has them, and none otherwise. If the update has another rank than the layer,
-        the layer gets new arrays for A and B.
+        magnitudes m if the layer has them, and none otherwise. If the ranks of the update and the layer
+        differ, the layer gets new arrays for A and B.
         """
         self.require_unmerged("prepare_adopt")
         self._require_whole_weight("load_adapter")

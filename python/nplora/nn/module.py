@@ -67,10 +67,10 @@ def pair(module: Module, result: Any) -> tuple[Array, Any]:
 
 
 def name_error(error: ValueError, container: Module, culprit: Module | None = None) -> None:
-    """Put "layer " and the dotted name of the module at fault before the error's message.
+    """Put "layer " and the dotted name of the module that failed before the error's message.
 
-    The innermost container passes `culprit`, the module at fault. Each enclosing container then replaces the
-    name in the message by the module's dotted name in that container.
+    The innermost container passes `culprit`, the module that failed. Each enclosing container then replaces
+    the name in the message by the module's dotted name in that container.
     """
     if len(error.args) != 1 or not isinstance(error.args[0], str):
         return
@@ -82,7 +82,8 @@ def name_error(error: ValueError, container: Module, culprit: Module | None = No
 
 
 class Parameter(NamedTuple):
-    """A trainable array and its gradient. Both are writable arrays of the model, of the same shape and dtype.
+    """A trainable array and its gradient. The value and the gradient are writable arrays of the model, of the
+    same shape and dtype.
 
     >>> import nplora, numpy as np
     >>> parameter = nplora.LoRALinear(np.eye(4), rank=2).parameters()[0]

@@ -383,7 +383,7 @@ def require(op: str, optimizer: object) -> None:
     """Raise TypeError if `optimizer` is not an optimiser of nplora.
 
     Raises:
-        TypeError: `optimizer` is another object, such as an optimiser of torch.
+        TypeError: `optimizer` is not an optimiser of nplora, but for example one of torch.
 
     >>> require("my_loop", AdamW(lr=0.01))
     >>> require("my_loop", "adam")
@@ -458,7 +458,7 @@ def _zeros(like: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array
 
 def _checked(op: str, parameters: Any) -> tuple[Parameter, ...]:
     """Return the parameters as a tuple. Raise TypeError if an item is not a parameter."""
-    wanted = "expected what model.parameters() returns, a list of Parameter"
+    wanted = "expected a list of Parameter, such as model.parameters() returns"
     if isinstance(parameters, str | bytes) or not np.iterable(parameters):
         raise TypeError(f"{op}: parameters is {_check.kind(parameters)}, {wanted}")
     checked = tuple(parameters)

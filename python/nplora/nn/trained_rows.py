@@ -57,7 +57,7 @@ class TrainedRows:
                [0.25, 0.25, 0.25, 0.25]], dtype=float32)
 
     Args:
-        weight: the weight. The trained rows start with its values.
+        weight: the weight. The trained rows start with the values of the weight's rows.
         ids: the numbers of the rows, each once, or None for all rows.
         size: the number of rows, including those beyond the weight's end; None: as many as the weight has.
         tokens: the new tokens, whose texts an adapter stores.

@@ -144,13 +144,13 @@ def sync(descriptor: int) -> None:
 
 
 def sync_directory(descriptor: int) -> None:
-    """Write the entries of a directory to the disk. NTFS does this by itself."""
+    """Write the entries of a directory to the disk. On NTFS, nothing needs to be done."""
     if sys.platform != "win32":
         os.fsync(descriptor)
 
 
 def read_at(descriptor: int, into: memoryview, offset: int) -> int:
-    """Read bytes from a position. Return their number, which may be smaller than the size of `into`."""
+    """Read bytes from a position. Return the number of bytes. It may be smaller than `into`."""
     if sys.platform == "win32":
         with _seeking:
             os.lseek(descriptor, offset, os.SEEK_SET)

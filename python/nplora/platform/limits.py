@@ -3,8 +3,8 @@
 renderer.py imports this module by its path, without the package, so that its process starts fast.
 
 Linux limits the memory and the CPU time of a process. macOS limits only the time, and Windows neither. On
-macOS and Windows, the parent process checks what the process uses every few milliseconds, and ends the
-process if it exceeds a limit (see `watched`).
+macOS and Windows, the parent process checks the memory and time of the process every few milliseconds, and
+ends the process if it exceeds a limit (see `watched`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def cause_of_end(status: int) -> str | None:
 
 
 def isolate() -> None:
-    """Forbid this process to write files, and let the signals of the time limits end it."""
+    """Prevent this process from writing files, and let the signals of the time limits end it."""
     if sys.platform != "win32":
         os.set_blocking(sys.stderr.fileno(), False)  # nothing reads it until this process ends
         for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
@@ -94,7 +94,7 @@ def limited_memory(nbytes: int) -> Iterator[None]:
 
 
 def end_without_memory() -> NoReturn:
-    """End this process as the system does when memory runs out."""
+    """End this process in the way in which the system ends a process when memory runs out."""
     if sys.platform != "win32":
         os.kill(os.getpid(), signal.SIGKILL)
     os._exit(_MEMORY_STATUS)
@@ -104,7 +104,7 @@ def end_without_memory() -> NoReturn:
 
 
 class Limits(NamedTuple):
-    """What the process may use for one request, in addition to what it has already used; 0: no limit.
+    """The limits of the process for one request. Earlier use does not count. 0 means no limit.
 
     Attributes:
         compiling, rendering: seconds of CPU time.

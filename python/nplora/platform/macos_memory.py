@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Usage(NamedTuple):
-    """What a process uses: bytes in memory, bytes that count against it, and seconds of CPU time."""
+    """The usage of a process: bytes in memory, bytes that count against it, and seconds of CPU time."""
 
     resident: int
     footprint: int
@@ -39,7 +39,7 @@ def _system() -> Any:
 
 
 def usage(pid: int) -> Usage | None:
-    """What a process uses; None if there is no such process."""
+    """The usage of a process; None if there is no such process."""
     used = _Rusage()
     if _system().proc_pid_rusage(pid, 0, ctypes.byref(used)) != 0:
         return None

@@ -1,4 +1,4 @@
-"""Giving way: between its parts, long work lets more urgent work run first."""
+"""Giving way: a long computation pauses between its parts, so that more urgent work can run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Profiler: where the time of a thread goes, by activities of the core and by sections of the program."""
+"""Profiler: measures the time of a thread, by activities of the core and by sections of the program."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Profiler:
 
     Attributes:
         totals: (section, activity) -> total. The section of a call outside of all sections is "".
-        sections: the seconds in each section, with the work in Python.
+        sections: the seconds in each section, including the work in Python.
 
     >>> import nplora, numpy as np
     >>> from nplora.runtime.profile import Profiler, section
@@ -59,7 +59,7 @@ class Profiler:
         self._spans: list[tuple[str, float]] = []
 
     def start(self) -> None:
-        """Record the calls of this thread from now on. What was recorded without a `stop` is dropped."""
+        """Record the calls of this thread from now on. Earlier calls without a `stop` are dropped."""
         self.cancel()
         _of_thread.profiler = self
         _core.start_profile()
@@ -81,7 +81,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def inside(self, section: str) -> Iterator[None]:
-        """Record the calls in the `with` block as those of a section."""
+        """Record the calls in the `with` block as calls of a section."""
         self._take()
         outer, self._section = self._section, section
         started = time.perf_counter()

@@ -46,7 +46,7 @@ class AdapterMemory:
         return sum(list(self._sizes.values()))
 
     def unloaded(self) -> None:
-        """Record that an adapter was unloaded. Its memory is free after the current round at the earliest."""
+        """Record that an adapter was unloaded. The memory is free after the current round at the earliest."""
         self._unloaded = time.monotonic()
 
     def require(self, name: str, size: int, waits: bool = True) -> None:

@@ -105,7 +105,7 @@ class EncoderEngine:
             model: one of `served.named_model`; None: the model without an adapter.
             classes: whether the result is a classifier's logits (texts, outputs), instead of embeddings
                 (texts, dim).
-            normalize: whether embeddings have length 1; None: as the model's files say.
+            normalize: whether embeddings have length 1; None: the setting in the model's files.
             client: clients take turns, and each client's requests are computed in order.
         Returns: a future with the result, float32. `cancel()` ends the request.
         Raises:
@@ -235,7 +235,7 @@ class EncoderEngine:
     def _compute(self, parts: Sequence[Part]) -> None:
         """Compute parts together.
 
-        After an error, compute them one by one, to find the part that causes it.
+        After an error, compute the parts one by one, to find the part that causes the error.
         """
         try:
             rows = parts[0].request.work.compute([ids for part in parts for ids in part.ids])

@@ -25,7 +25,7 @@ _FLOAT = 4
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is computed. Texts that need the same kind of work are computed together."""
+    """The model and the kind of its result. Texts with equal `Work` are computed together."""
 
     model: Model
     classes: bool
@@ -69,7 +69,7 @@ class Request:
     """Texts that one client sent together. A long request is computed in parts.
 
     Args:
-        part: the most tokens of a part, except for one longer text.
+        part: the largest number of tokens in a part; a text with more tokens is a part of its own.
     Attributes:
         tokens: the number of tokens.
         bytes: the memory of the ids and of the result.
@@ -101,7 +101,7 @@ class Request:
         return Part(self, first, self._ids[first:end])
 
     def take_part(self) -> bool:
-        """Count the next part as taken. Return whether it was the last one."""
+        """Count the next part as taken. Return True if it was the last part."""
         self._taken += 1
         return self._taken == len(self._cuts) - 1
 

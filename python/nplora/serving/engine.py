@@ -50,8 +50,8 @@ class Engine:
     """Generates the answers of many requests together.
 
     Requests join and leave between rounds. A round reads a piece of the waiting prompts, and then generates
-    one token for every running request. Other requests do not change a bit of the greedy text of a request,
-    which equals the text that `lm.generate` returns.
+    one token for every running request. Other requests do not affect the greedy text of a request: the text
+    always equals the text that `lm.generate` returns.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> sampling = nplora.generate.Sampling(max_new_tokens=4)
@@ -69,7 +69,7 @@ class Engine:
             values take the memory that the weights and the work space leave. None: a part of the available
             memory.
         adapter_memory: a part of `memory` that stays free for adapters that are loaded later; None: an eighth
-            of what the model leaves.
+            of the memory that the model leaves.
         max_requests: how many requests are computed at the same time. The others wait.
         max_waiting: how many requests may wait.
         turn: a context manager that is entered for each call of the model. A round has one call for each page
@@ -121,7 +121,7 @@ class Engine:
 
     @property
     def context(self) -> int:
-        """The most tokens of a prompt and its answer together: the model's context, or what memory allows."""
+        """The most tokens of a prompt and its answer, as the model's context and the memory allow."""
         return self._context
 
     @property

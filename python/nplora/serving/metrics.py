@@ -1,4 +1,4 @@
-"""Counts what the engine does: plain numbers, which a server can print in any format."""
+"""The counters of the engine: plain numbers, which a server can print in any format."""
 
 from __future__ import annotations
 

@@ -71,7 +71,8 @@ class PagePool:
         return key in self._by_key
 
     def is_used(self, key: Key) -> bool:
-        """Whether the page with this key is in use. Its next user then takes no page from `available`."""
+        """Whether the page with this key is in use. The next user of a used page takes no page from
+        `available`."""
         page = self._by_key.get(key)
         return page is not None and self._users[page] > 0
 

@@ -26,7 +26,7 @@ class Request:
     Args:
         model: the model with the request's adapter, which the request keeps even if the adapter is deleted;
             None for the engine's model.
-        root: identifies the adapter, on which the keys and values depend besides the tokens (see
+        root: a name for the adapter. Keys and values depend on the adapter and on the tokens (see
             `page_keys`).
         invocation: the invocation tokens, if the adapter is an activated LoRA.
         limit: the most tokens of the prompt and the answer.
@@ -99,11 +99,11 @@ class Request:
 
     @property
     def usage(self) -> Usage:
-        """The number of tokens so far."""
+        """The numbers of tokens of the prompt and of the answer so far."""
         return Usage(self.answer.prompt, self.cached, self.answer.generated)
 
     def advance(self, scores: Array) -> Chunk:
-        """Choose the next token. Return what `pass_on` passes to the client.
+        """Choose the next token. Return the chunk for the client, which `pass_on` sends.
 
         Raises:
             FloatingPointError: the scores are NaN, or the largest one is infinite.

@@ -44,7 +44,8 @@ def serve(
         any_base: accept adapters that were trained on another model of the same shapes.
         listener: a socket that listens; None: one for `options.host` and `options.port` is made.
         report: called with texts for the person who runs the server. The texts are the address and the memory
-            plan when the server is ready, the events of jobs, and what the server waits for before it ends.
+            plan when the server is ready, the events of jobs, and the number of answers for which the server
+            waits before it ends.
     Raises:
         ModuleNotFoundError: starlette or uvicorn is not installed.
         OSError: the port is in use, or an adapter cannot be read.
@@ -180,12 +181,12 @@ def _limit(options: ServeOptions) -> str:
 
 
 def last_words(engine: AnyEngine, seconds: float) -> str:
-    """The line that says what a server waits for before it ends."""
+    """The last line of a server, which says how many answers the server still waits for."""
     metrics = engine.metrics()
     count = metrics.running + metrics.waiting
     ends = "at once"
     if isinstance(engine, EncoderEngine):  # its rounds may take long, and cannot be cancelled
-        ends = "after the texts that it computes now"
+        ends = "after the current texts"
     if not count:
         return f"stopping; Ctrl-C again ends the server {ends}"
     answers = "1 answer" if count == 1 else f"{count} answers"
@@ -199,7 +200,7 @@ def running(
     options: ServeOptions,
     log: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Engine, FineTuning | None]]:
-    """The engine and the fine-tuning jobs. Both are stopped at the end of this context.
+    """The engine and the fine-tuning jobs. The engine and the jobs are stopped at the end of this context.
 
     The caller starts the jobs, so that it can print its own lines before the events of jobs.
 
@@ -251,7 +252,7 @@ def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
 
 
 def training_memory(options: ServeOptions, engine: Engine) -> int:
-    """The memory limit of the process during training, without the memory that the engine will still take."""
+    """The memory limit of the process during training, minus memory that the engine has not taken yet."""
     assert options.memory is not None
     return parse_bytes(options.memory, "serve") - max(0, engine.plan.total - current_memory())
 

@@ -165,7 +165,8 @@ class Scheduler:
         return max(0, -(-tokens // PAGE) - int(self._cache.held[request.slot]))
 
     def _make_room(self, request: Request, tokens: int) -> bool:
-        """Give a request the pages for this many tokens. Return False if it was put back or ended instead.
+        """Give a request the pages for this many tokens. Return False if the request was put back or ended
+        instead.
 
         If there are too few pages, a request is put back into the queue and computed again later. Among the
         requests with the lowest priority, the one that started last is put back. If there is only one
@@ -194,7 +195,7 @@ class Scheduler:
         return int(self._cache.lengths[request.slot])
 
     def _read(self) -> None:
-        """Read pieces of prompts. While other requests generate tokens, the pieces are short."""
+        """Read the next pieces of the prompts. While other requests generate tokens, the pieces are short."""
         left = PIECE if all(self._length(one) < one.to_read for one in self.running) else _READ_BETWEEN
         while left > 0:
             reading = [one for one in self.running if self._length(one) < one.to_read]
@@ -290,7 +291,7 @@ class Scheduler:
         )
 
     def _advance(self, computed: Sequence[tuple[Request, Array]]) -> None:
-        """Choose the next tokens of requests. Then pass them on together, which wakes the clients once."""
+        """Choose the next tokens of requests. Then pass on all tokens together, to wake clients once."""
         chunks = list[tuple[Request, bool, Chunk]]()
         try:
             for request, scores in computed:
@@ -306,10 +307,10 @@ class Scheduler:
                 self._pass_on(request, first, chunk)
 
     def _pass_on(self, request: Request, first: bool, chunk: Chunk) -> None:
-        """Pass a chunk to the client, and end the request if it was the last.
+        """Pass a chunk to the client, and end the request if this chunk is the last.
 
         Args:
-            first: whether it has the request's first token.
+            first: whether the chunk has the request's first token.
         """
         request.pass_on(chunk)
         now, metrics = time.monotonic(), self._metrics
@@ -326,7 +327,7 @@ class Scheduler:
     def _read_again(self, request: Request) -> None:
         """Compute a request again with LongRoPE's long factors.
 
-        Its keys were rotated by the short factors.
+        The keys of the request were rotated by the short factors.
         """
         self._pool.release(self._cache.take(_slot(request)))
         request.read_all()

@@ -18,7 +18,7 @@ Model = Encoder | TextClassifier
 
 
 class ServedEncoder:
-    """An encoder and its named adapters. All of them share the frozen weights.
+    """An encoder and its named adapters. All adapters share the frozen weights.
 
     The adapter of a classifier includes a head. Without an adapter, the model classifies texts if its files
     have the head of a classifier. All methods may be called from any thread.

@@ -91,7 +91,7 @@ class Usage:
 
 
 class Ticket:
-    """A request in the engine. `Engine.submit` returns it. All methods may be called from any thread.
+    """A request in the engine. `Engine.submit` returns a ticket. All methods may be called from any thread.
 
         >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
         >>> ticket = engine.submit([5, 6, 7], nplora.generate.Sampling(max_new_tokens=4))

@@ -1,4 +1,4 @@
-"""ArrayEstimator: what the estimators for arrays and NumPy networks share."""
+"""ArrayEstimator: the common part of the estimators for arrays and NumPy networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRAEstimator: what all estimators share: the fit loop, held-out rows, checkpoints, copies and pickles."""
+"""LoRAEstimator: the common part of all estimators: fit loop, held-out rows, checkpoints, copies, pickles."""
 
 from __future__ import annotations
 
@@ -73,18 +73,18 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         _features(X, reset)         check X and return features, an array or a list of rows
         _build(x, outputs, seed)    return a new model of these features
 
-    A subclass may override other methods. If its features are not arrays, it overrides `_batches`, `_outputs`
-    and `_identity`.
+    A subclass may override other methods. If the features of a subclass are not arrays, the subclass
+    overrides `_batches`, `_outputs` and `_identity`.
     """
 
     # ---- what a subclass defines ----
 
     def _features(self, X: Any, reset: bool) -> Any:
-        """Check X; return the rows that `_batches` and `_outputs` take. `reset`: X is of a first fit."""
+        """Check X; return the rows for `_batches` and `_outputs`. `reset`: whether this is the first fit."""
         raise NotImplementedError
 
     def _features_and_targets(self, X: Any, y: Any, reset: bool, numeric: bool) -> tuple[Any, Array]:
-        """Check X and y; return features and targets. `numeric`: y has numbers, perhaps several for a row."""
+        """Check X and y; return features and targets. `numeric`: whether the targets are numbers."""
         features = self._features(X, reset)
         dtype = np.float64 if numeric else None
         targets: Array = check_array(y, ensure_2d=False, dtype=dtype, input_name="y")
@@ -92,7 +92,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         return features, targets
 
     def _build(self, x: Any, outputs: int, seed: int) -> Module:
-        """Return a new model of these features with this number of outputs."""
+        """Return a new model that takes these features and has this number of outputs."""
         raise NotImplementedError
 
     def _batches(self, x: Any, y: Array, shuffle: bool, seed: int) -> Batches:
@@ -202,8 +202,8 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """Return the options of `Trainer.fit` for a checkpoint in a directory of this fit.
 
-        Its name is a digest of the settings, the network, the data and the values at the start. So the fits
-        of a grid search do not disturb each other, and a repeated fit finds its checkpoint.
+        The directory's name is a digest of the settings, the network, the data and the values at the start.
+        So the fits of a grid search do not disturb each other, and a repeated fit finds its checkpoint.
         """
         if self.checkpoint_dir is None:
             return {}

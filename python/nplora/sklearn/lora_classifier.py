@@ -54,7 +54,8 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
             the settings and the data. If `random_state` is an integer, a repeated fit continues an
             interrupted one with the same bits, and loads a finished one.
         warm_start: whether `fit` continues with the factors of the last fit.
-        random_state: the seed of the factors, the head, the order of the rows, and what is held out.
+        random_state: the seed of the factors, the head, the order of the rows, and the choice of held-out
+            rows.
         verbose: whether to show progress.
     Attributes:
         classes_: the labels in sorted order.

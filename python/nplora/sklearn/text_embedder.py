@@ -105,7 +105,8 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self._encoder, self._key = shared[version], (str(self.model), self.pooling)
 
     def _shared(self) -> dict[Any, Encoder]:
-        """The encoder that this estimator or a clone loaded last. Its key is the versions of its files."""
+        """The encoder that this estimator or a clone loaded last. The key is the versions of the encoder's
+        files."""
         found: dict[Any, Encoder] = self.__dict__.setdefault("_encoders", {})
         return found
 

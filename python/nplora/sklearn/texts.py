@@ -1,4 +1,4 @@
-"""TextEstimator: what the estimators for texts and pretrained encoders share."""
+"""TextEstimator: the common part of the estimators for texts and pretrained encoders."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shared_encoder(op: str, model: StrPath | None) -> Encoder:
     """Load an encoder, or return the one that is loaded from this path already.
 
     Raises:
-        TypeError: `model` is no path. Other errors: see `load_encoder`.
+        TypeError: `model` is not a path. Other errors: see `load_encoder`.
     """
     if not isinstance(model, str | os.PathLike):
         raise TypeError(f"{op}: model is {_check.kind(model)}, expected the path of an encoder")

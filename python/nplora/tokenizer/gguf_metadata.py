@@ -104,7 +104,7 @@ def _special(config: dict[str, Any], ids: dict[str, int]) -> dict[str, int]:
 
 
 def _require_alike(directory: Path, metadata: dict[str, Any], added: list[str]) -> None:
-    """Raise UnsupportedError if the converted tokenizer gives other tokens than the original."""
+    """Raise UnsupportedError if the tokens of the converted tokenizer differ from those of the original."""
     try:
         theirs = from_tokenizer_json(directory)
     except ModuleNotFoundError:

@@ -234,7 +234,7 @@ class _Vocabulary:
         return merges
 
     def _wordpiece(self, unknown: int | None) -> Any:
-        """Build BERT's tokenizer. llama.cpp marks the tokens that begin a word, BERT those that do not."""
+        """Build BERT's tokenizer. llama.cpp marks tokens that begin a word; BERT marks all others."""
         package = backend_package()
         names = {}
         for id_, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
@@ -270,7 +270,8 @@ class _Vocabulary:
             add([added(token, special=special, normalized=False) for token in chosen])  # calls are slow
 
     def _add_cls_and_sep(self, backend: Any, bos: int | None, eos: int | None) -> None:
-        """Put [CLS] before and [SEP] after each text. Old files call them BOS and EOS, or name them only."""
+        """Put [CLS] before and [SEP] after each text. Old files give the ids as those of BOS and EOS, or not
+        at all."""
         ids = {token: id_ for id_, token in enumerate(self.tokens)}
         found = list[int]()
         for name, key, other in (("[CLS]", "cls_token_id", bos), ("[SEP]", "seperator_token_id", eos)):
@@ -292,7 +293,8 @@ class _Vocabulary:
 def _put_around(backend: Any, before: dict[str, int], after: dict[str, int]) -> None:
     """Put tokens before and after each text.
 
-    The template has names of our own, because a token of a file, such as "$A", may have a meaning there.
+    The template uses our own names for the tokens, because a template may give a token such as "$A" a
+    meaning.
     """
     backend.post_processor = backend_package().processors.TemplateProcessing(
         single=[*before, "$A", *after], special_tokens=[*before.items(), *after.items()]

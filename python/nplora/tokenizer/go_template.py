@@ -1,9 +1,9 @@
 """Writes a chat template in the template language of Go, which Ollama reads.
 
 A Jinja template can do anything, but nearly all templates write a chat as fixed texts around the messages.
-The fixed texts are found by rendering chats whose messages are marks. They are then compared with what the
-Jinja template writes for other chats. A template that does more than that is not translated. There are two
-exceptions: `trimmed` and `has_tools` report what the translation lacks.
+The fixed texts are found by rendering chats whose messages are marks. They are then compared with the text
+that the Jinja template writes for other chats. A template that does more than that is not translated. There
+are two exceptions, which the translation leaves out: `trimmed` and `has_tools` report them.
 
 A template that uses the time gets the same time as in training.
 """
@@ -75,7 +75,7 @@ class GoTemplate:
     def _begin(self, system: str, user: str = "") -> str | None:
         """The Go text before the first user message, without `user` at its end.
 
-        None if it does not end with `user`.
+        None if the text does not end with `user`.
 
         Args:
             system: Go's name of the system message.
@@ -107,7 +107,7 @@ def of(tokenizer: Tokenizer) -> GoTemplate | None:
     A BOS token that the tokenizer adds to each text is left out, because llama.cpp adds it too.
 
     Returns:
-        the template; None if there is none, or if it does more than to write fixed texts.
+        the template; None if there is none, or if it writes more than fixed texts.
     """
     if tokenizer.chat_template is None:
         return None

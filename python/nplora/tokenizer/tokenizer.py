@@ -215,7 +215,8 @@ class Tokenizer:
         """The tokens of an adapter that a model with this tokenizer lacks.
 
         Args:
-            rows: the number of rows of the model's embedding. A token beyond them has no row.
+            rows: the number of rows of the model's embedding. A token with an id of at least `rows` has no
+                row.
         Raises:
             FormatError, UnsupportedError: as in `with_tokens`.
 
@@ -233,7 +234,7 @@ class Tokenizer:
     def _has(self, token: AddedToken) -> bool:
         """Whether the tokenizer has this token.
 
-        Raises FormatError if its text or its id belongs to another token.
+        Raises FormatError if the text or the id of `token` belongs to another token.
         """
         id_ = self.id_of(token.text)
         there = self._backend.id_to_token(token.id)

@@ -35,7 +35,7 @@ class Checkpoint:
             epoch.
         total_steps: the number of steps in the whole run; None if unknown.
         random_state: the state of each layer's dropout, from `Module.random_state`.
-        settings: the settings of the run. A resumed run compares its settings with these.
+        settings: the settings of the run. A resumed run compares its own settings with the stored settings.
         base: the fingerprint of the model's frozen weights, from `base_fingerprint`.
         best: the evaluation with the lowest validation loss, as a dictionary of "loss", "epoch", "step" and
             "since". "since" is the number of later evaluations.

@@ -1,4 +1,4 @@
-"""What a checkpoint stores of a model: the fingerprint of the frozen model, and the factors by name."""
+"""The parts of a model in a checkpoint: the fingerprint of the frozen model, and the factors by name."""
 
 import hashlib
 from collections.abc import Iterable, Mapping

@@ -268,8 +268,8 @@ class History:
         """Add the records of a log up to the given step and epoch; skip lines that are not records.
 
         A record that the history already has is not replaced: it comes from a checkpoint, which a checksum
-        protects. Only evaluations before those of the checkpoint are added. A log of an earlier version has
-        no evaluation records, so its epoch records are used instead.
+        protects. Only evaluations before the checkpoint's evaluations are added. A log of an earlier version
+        has no evaluation records, so its epoch records are used instead.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
         evaluations = dict[int, EvaluationRecord]()
@@ -397,8 +397,8 @@ def _measured(columns: list[str], values: Sequence[float]) -> dict[str, float]:
 def mean_metrics(steps: Sequence[StepRecord]) -> dict[str, float]:
     """The means of the metrics of several steps, over all values that were measured.
 
-    The number of values in a step's mean NAME is the metric `COUNT`NAME or, if there is none, the step's
-    `count`.
+    Each step's mean of a metric is weighted by its number of values: the metric with the name `COUNT` + the
+    metric's name or, if there is none, the step's `count`.
     """
     means = dict[str, float]()
     for name in dict.fromkeys(name for record in steps for name in record.metrics):

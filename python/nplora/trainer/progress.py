@@ -61,7 +61,7 @@ class TqdmLine(ProgressLine):
 
 
 class PlainLine(ProgressLine):
-    """On a terminal or in a notebook, one line that is redrawn; elsewhere, one line for every epoch."""
+    """Redraws one line on a terminal or in a notebook; elsewhere, prints a line for every epoch."""
 
     def __init__(self) -> None:
         self._redraws = stderr.is_watched()

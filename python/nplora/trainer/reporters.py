@@ -181,7 +181,7 @@ class CsvReporter(Reporter):
         self._begin(rows)
 
     def _begin(self, rows: list[dict[str, str]], more: Iterable[str] = ()) -> None:
-        """Write the file with these rows, and open it for appending. `more`: columns for later rows."""
+        """Write the file with these rows, and open it. `more`: the names of additional columns."""
         self._names = tuple(dict.fromkeys([*self._usual, *(name for row in rows for name in row), *more]))
         text = _csv_text([self._names, *map(self._cells, rows)])
         files.replace([_new_file(self._path, text)])

@@ -215,7 +215,7 @@ def _check_position(
 
 
 def _check_layers(path: object, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
-    """Raise an error if the adapter layers have other settings than in the checkpoint's run."""
+    """Raise an error if the settings of the adapter layers differ from those in the checkpoint's run."""
     changed = _layer_changes(checkpoint.settings["fixed"].get("layers"), settings["fixed"]["layers"])
     if changed:
         raise ValueError(f"{_refusal(path)}: {changed}")

@@ -209,7 +209,7 @@ class RunDirectory:
         return self.newest
 
     def before(self, step: int) -> Checkpoint | None:
-        """The latest undamaged checkpoint of an earlier step than `step`; None if there is none."""
+        """The latest undamaged checkpoint from before step `step`; None if there is none."""
         found: Checkpoint | None = None
         for name in CHECKPOINTS:
             with contextlib.suppress(FormatError, OSError):

@@ -111,7 +111,7 @@ class RunState:
             layer.dropout_stream = stream
 
     def copy_to(self, copy: StateCopy) -> None:
-        """Copy the state between two steps into `copy`, whose arrays are reused."""
+        """Copy the state into `copy`, whose arrays are reused. The state must be that between two steps."""
         copy.step, copy.batch, copy.records = self.step, self.batch, len(self.history.steps)
         copy.updates, copy.streams = self.optimizer.steps, list(self._streams)
         copy.outer_updates = 0 if self.outer is None else self.outer.steps

@@ -59,7 +59,7 @@ class Stepper:
         return self._totals.own_count > 0
 
     def gradients(self) -> Mapping[str, Array]:
-        """The gradients of the step's mean loss, by parameter name. The arrays are those of the model."""
+        """The gradients of the step's mean loss, by parameter name: the model's own arrays."""
         self._weight_gradients()
         return MappingProxyType({p.name: p.grad for p in self._state.parameters})
 

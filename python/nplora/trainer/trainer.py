@@ -172,7 +172,8 @@ class Trainer(TrainingSetup):
                 stopping). A loss that is NaN or infinite never counts as lower.
             keep: with validation data, the factors that the model gets at the end of the run: "best" (those
                 of the evaluation with the lowest loss) or "last". Without validation data, and after Ctrl-C
-                or an error, the model has the factors of the last step. Checkpoints hold both.
+                or an error, the model has the factors of the last step. Checkpoints hold the best and the
+                last factors.
             checkpoint_dir: a directory for checkpoints and `log.jsonl`, created if needed.
             checkpoint_every: the number of steps between two checkpoints. None: a checkpoint is written at
                 the end of an epoch, if the last checkpoint is at least a second old. A run also writes a

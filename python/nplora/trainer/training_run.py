@@ -162,7 +162,7 @@ class TrainingRun(Run):
             self._close_epoch(complete=False)
 
     def _is_over(self) -> bool:
-        """Whether the run is over on all ranks. A callback may have ended it on one of the ranks.
+        """Whether the run is over on all ranks. A callback may have ended the run on one of the ranks.
 
         If a callback ends a run, the end comes after an outer step, so that a resumed run gets the same
         results.

@@ -70,8 +70,8 @@ class TrainingSetup:
             raise ValueError(f"Trainer: {too_many_ranks(self.communicator.size, self.accumulate)}")
         if self.communicator.size > 1 and _measures_alone(self.loss):
             raise ValueError(
-                f"Trainer: the metrics of {type(self.loss).__name__} cannot be put together from several "
-                "ranks: it needs take_measured and add_measured beside take_metrics"
+                f"Trainer: the metrics of {type(self.loss).__name__} cannot be merged across ranks: the "
+                "loss needs the methods take_measured and add_measured beside take_metrics"
             )
         parameters = inspect.signature(model.backward).parameters
         self._skips_dx = "need_dx" in parameters

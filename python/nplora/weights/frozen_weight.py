@@ -34,7 +34,7 @@ _INFINITE_FROM = {
 
 
 class FrozenWeight:
-    """A frozen, immutable (d_out, d_in) matrix, packed for the kernels. Layers may share it.
+    """A frozen, immutable (d_out, d_in) matrix, packed for the kernels. Layers may share a weight.
 
     Forward and backward products use the same copy of the matrix. Sums are computed in float32, or in float64
     for float64 storage. Products with a low-bit matrix decode only a few blocks at a time. `from_gguf` and
@@ -62,7 +62,7 @@ class FrozenWeight:
               Products of codes are summed as integers. The factors of an update are computed as with
               "bfloat16". If x has up to 8 rows, it is multiplied with GGUF's own blocks, with one scale for
               every 32 values; other storage formats then compute in float32. `matmul_t` with up to 4 rows
-              computes in float32. Layers round W in this way only in training. In inference, they compute
+              computes in float32. Layers round W in this way only in training. In inference, layers compute
               more than 8 rows as with "bfloat16". The head of a language model computes its backward pass in
               bfloat16, or rounds it stochastically (`int8` and `dither_key` in `stack_backward`). In your own
               models, use "bfloat16" for a layer whose outputs go into a softmax over many classes.
@@ -316,7 +316,7 @@ class FrozenWeight:
     def to_numpy(self) -> Array:
         """Return the decoded matrix as a new array (d_out, d_in).
 
-        Its dtype is float64 for float64 storage, else float32. Decoding is exact.
+        The array's dtype is float64 for float64 storage, else float32. Decoding is exact.
 
         >>> FrozenWeight(np.eye(2), dtype="bfloat16").to_numpy()
         array([[1., 0.],

@@ -38,7 +38,7 @@ class Columns:
 
     @staticmethod
     def of(op: str, names: Mapping[str, str]) -> Columns:
-        """Raises ValueError for unknown names of ours, and TypeError for field names that are not texts."""
+        """Raises ValueError for an unknown key, and TypeError for a value that is not the name of a field."""
         for ours, theirs in names.items():
             if not isinstance(theirs, str):
                 raise TypeError(f"{op}: columns[{ours!r}] is {theirs!r}, expected the name of a field")
@@ -125,7 +125,7 @@ class RowReader:
     Args:
         columns: the names of the fields.
         task: as in `TextClassifier`.
-        separator: the text between several labels, if a field is no list.
+        separator: the text between several labels, if a field is a text instead of a list.
         labels: the known labels; None: every label is accepted.
         numbered: whether an integer that is not a label is the number of a label, as in data sets of
             transformers.

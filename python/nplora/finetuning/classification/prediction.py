@@ -106,8 +106,8 @@ def predict_rows(
 
     A row keeps its fields and gets "prediction". If labels are predicted, the row also gets "probabilities",
     the probability of each label by name, and "probability", the confidence of the prediction. If each text
-    has one label, "probability" is the probability of the predicted label. If texts have several labels, it
-    is the smallest probability of the decisions on all labels.
+    has one label, "probability" is the probability of the predicted label. If texts may have several labels,
+    a decision is made about each label. Then "probability" is the smallest probability of these decisions.
 
         >>> encoder = nplora.load_encoder("encoder-model")
         >>> classifier = nplora.new_classifier(encoder, ["order", "refund"])

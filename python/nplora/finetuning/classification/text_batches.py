@@ -69,7 +69,8 @@ class TextBatches:
     def sample_gradient(self, model: TextClassifier, loss: Loss) -> Callable[[], None]:
         """A function that adds the gradient of the first texts, for `Int8Check`.
 
-        The sample has about `SAMPLE_TOKENS` tokens, and at least `LEAST_ROWS` texts if there are so many.
+        The sample has about `SAMPLE_TOKENS` tokens, and at least `LEAST_ROWS` texts if the data have that
+        many.
         If the data have fewer texts, one block may not be compared: if the head reads one token of each text,
         the last block has one row for each text. With compute="int8", so few rows are multiplied with
         low-bit weights in int8 in both runs.
@@ -88,7 +89,7 @@ class TextBatches:
         return {**self._numbers.identity(), "x": ids_fingerprint(self._ids), "y": targets}
 
     def log_summary(self) -> dict[str, Any]:
-        """What the log of a run says about these batches."""
+        """The description of these batches in the log of a run."""
         tokens = sum(map(len, self._ids))
         return {**self._numbers.log_summary(), "tokens": tokens}
 

@@ -9,7 +9,7 @@ class TextProgress(TokenProgress):
     """A line with the mean loss of the last steps, texts per second, peak memory and the time left.
 
     Args:
-        counted: what the loss counts for each text: 1, or the number of labels.
+        counted: the number of items that the loss counts for each text: 1, or the number of labels.
     """
 
     def __init__(self, counted: int = 1) -> None:

@@ -205,7 +205,7 @@ def train_classifier(
         valid_split: share of the rows to hold out for validation; chosen by a hash of each row.
         max_length: maximum tokens of a text; longer texts are cut (default: the model's maximum).
         skip_bad: skip bad rows of the data, and count them.
-        eval_every: steps between evaluations of the validation data, besides those after every epoch.
+        eval_every: steps between evaluations of the validation data, besides one after every epoch.
         patience: end the run after this number of evaluations in a row without a lower validation loss (early
             stopping).
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
@@ -289,7 +289,7 @@ class _Training:
         return train, valid.read(held_out, options.skip_bad)
 
     def _divided(self, rows: LabelledTexts, share: float) -> tuple[LabelledTexts, LabelledTexts]:
-        """Both parts know all labels, including those that only held-out rows have."""
+        """The training rows and the held-out rows have the same list of labels: all labels of the data."""
         train, valid = rows.divided(share)
         labels = () if self.options.task == "regression" else rows.labels(self.options.task)
         return train.with_labels(labels), valid
@@ -419,7 +419,8 @@ class _Training:
 
 
 def _standard(targets: Array, classifier: TextClassifier) -> tuple[float, float]:
-    """The mean and the standard deviation of the targets. Both are merged into the last layer after training.
+    """The mean and the standard deviation of the targets. After training, both numbers are merged into the
+    last layer.
 
     A last layer without a bias cannot add the mean, so the mean is then 0.
     """

@@ -18,7 +18,7 @@ EVALUATION_TOKENS = 1024  # maximum tokens in a batch of an evaluation, unless o
 class TokenBatches:
     """Packed batches with a fixed number of examples, or with as many examples as a token limit allows.
 
-    With `batch_tokens`, the examples are grouped into batches once. The seed decides their order. Each epoch
+    With `batch_tokens`, the examples are shuffled with the seed and grouped into batches once. Each epoch
     then uses the same batches in another order, so all epochs have the same number of batches. With
     `batch_examples`, each epoch forms new batches, unless the examples of a batch belong together
     (`dataset.same_batches`). Any batch can be made without the batches before it.
@@ -82,7 +82,7 @@ class TokenBatches:
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[PackedBatch, Any]]:
         """Make the batches of an epoch (counted from 0).
 
-        Each is paired with the additional inputs of the loss.
+        Each batch is paired with the additional inputs of the loss.
 
         Args:
             skip: number of batches to leave out at the start of the epoch.

@@ -181,7 +181,7 @@ def warn_of_unused(source: str, count: int, unit: str = "example") -> None:
 def copies(weight: float, tokens: array.array[int]) -> int:
     """How often an epoch uses an example.
 
-    If the weight has a fraction, a hash of the tokens decides about it.
+    If the weight has a fraction, a hash of the tokens decides whether the example is used once more.
     """
     whole, fraction = divmod(weight, 1)
     if not fraction:

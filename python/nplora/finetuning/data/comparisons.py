@@ -126,7 +126,7 @@ class JudgedDataset(Stored):
         return bool((self._prompts != self._prompts[0]).any())
 
     def _others(self, indices: Array) -> Array:
-        """For each example of a batch, the example whose answer is paired with its prompt."""
+        """For each prompt of a batch, the example that provides the answer of its mismatched pair."""
         found = _before_with_another(self._prompts[indices])
         return self._others_in_data[indices] if found is None else indices[found]
 

@@ -156,10 +156,10 @@ def read_dataset(
         strict: refuse an example of more than max_length tokens.
     Raises:
         DataError: the file has no rows, no token can be trained, or a row is wrong. A row is wrong if its
-            fields fit no format, two formats, or another format than the rows before; if a field is missing,
-            empty or of another type; if a role is unknown or out of order; if a tool call has no name; or if
-            a weight is neither 0 nor 1, or belongs to a message that is not the assistant's. The error
-            message names the file and the line.
+            fields fit no format, two formats, or a format that differs from that of the rows before; if a
+            field is missing, empty or of another type; if a role is unknown or out of order; if a tool call
+            has no name; or if a weight is neither 0 nor 1, or belongs to a message that is not the
+            assistant's. The error message names the file and the line.
         LimitError: a line is too long, its JSON exceeds a limit, or a weight repeats examples too often.
         UnsafeError, FormatError: the model's chat template is invalid.
         ValueError: an argument is out of range, or the model has no EOS token or no chat template.

@@ -73,7 +73,8 @@ class Encoder:
 
         Raises:
             DataError: nothing can be trained, both answers of a preference have the same tokens, or the chat
-                template refuses the messages. UnsafeError, FormatError: the chat template is at fault.
+                template refuses the messages. UnsafeError, FormatError: the chat template is unsafe or
+                invalid.
         """
         if self._chat:
             example = through_template(example)
@@ -172,7 +173,8 @@ def _require_calls(message: Message, lost: list[int], where: str) -> None:
 
 
 def _unusual_order(messages: list[Message]) -> str:
-    """A text about the first message with a role that many templates refuse at its position; may be empty."""
+    """A text about the first message with a role that many templates refuse at its position; "" if all roles
+    are usual."""
     before: str | None = None
     for number, message in enumerate(messages, 1):
         role = message["role"]

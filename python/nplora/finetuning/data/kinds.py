@@ -87,7 +87,7 @@ def _kinds_with(names: list[str]) -> dict[str, str]:
 
 
 def renamed(values: dict[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The row with its fields renamed to our names. `columns` maps our names to those in the row.
+    """The row with its fields renamed to our names. `columns` maps each of our names to the name in the row.
 
     Raises:
         DataError: the row does not have such a field.
@@ -102,7 +102,8 @@ def renamed(values: dict[str, Any], columns: Mapping[str, str], where: str) -> d
 
 
 def lacks_context(values: Mapping[str, Any], example: Example) -> bool:
-    """Whether a row has tools or documents that its example lacks. Only examples with messages have them."""
+    """Whether a row has tools or documents that its example lacks. Only examples with messages have tools or
+    documents."""
     answer: object = example
     if isinstance(example, Preference):
         answer = example.chosen

@@ -128,7 +128,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Preview:
-    """What `preview` returns; `print` shows it.
+    """The result of `preview`; `print` shows it.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> found: nplora.data.Preview = nplora.data.preview("train.jsonl", tokenizer, valid_split=0.2)
@@ -206,7 +206,7 @@ def preview(
     Args:
         data, tokenizer, format, columns, chat, max_length, learn: as for `read_dataset`. The rows may also be
             comparisons. A plain text is shown in the windows that `finetune` trains on.
-        valid: rows to evaluate on. The preview counts those that are also in `data`.
+        valid: rows to evaluate on. The preview counts the validation rows that are also in `data`.
         valid_split: share of the examples to hold out, as for `finetune`.
         examples: how many of the first examples are shown.
     Returns:

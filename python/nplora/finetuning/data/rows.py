@@ -1,7 +1,7 @@
 """Rows of files of training data, each with its place in the file.
 
-Files are read in parts. A wrong line is a DataError, and a line over a limit is a LimitError. Both name the
-file and the line.
+Files are read in parts. A wrong line is a DataError, and a line over a limit is a LimitError. Both errors
+name the file and the line.
 """
 
 import csv
@@ -113,8 +113,8 @@ def _inflated(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
                 size, made = len(content), made + len(content)
                 if made > _FREE + MOST_INFLATED * read:
                     raise LimitError(
-                        f"{name}: {read:,} bytes become more than {made:,}, at most {MOST_INFLATED} times "
-                        "as many are read"
+                        f"{name}: {read:,} bytes expand to more than {made:,}, at most {MOST_INFLATED} "
+                        "times as many are read"
                     )
                 yield content
     except zlib.error as error:

@@ -89,7 +89,7 @@ def splits_of(op: str, data: Data) -> Splits:
 def sources_of(op: str, data: Data) -> list[Source]:
     """The sources to evaluate on: the validation data of a directory, or else the training data.
 
-    In a mapping of splits, these are the validation data, or else the test data, or else the training data.
+    From a mapping of splits, the validation data are taken, or else the test data, or else the training data.
 
     Raises as `splits_of`.
     """
@@ -236,7 +236,7 @@ def _required(directory: Path, *splits: tuple[str, ...]) -> Path:
     found = next((file for names in splits if (file := _split(directory, names))), None)
     if found is None:
         wanted = ", ".join(f"{name}.*" for names in splits for name in names)
-        ends = f"{', '.join(SUFFIXES)}, or one of the text formats with .gz"
+        ends = f"{', '.join(SUFFIXES)}, or a text format followed by .gz"
         raise FileNotFoundError(
             errno.ENOENT, f"the directory has no {wanted} that ends in {ends}", os.fspath(directory)
         )

@@ -74,7 +74,7 @@ class DataReport:
 
 
 class Examples(Protocol):
-    """What `TokenBatches` reads. An example may consist of several sequences, which stay together.
+    """The examples that `TokenBatches` reads. The sequences of an example stay together.
 
     Attributes:
         report: a summary of the file.
@@ -119,7 +119,7 @@ class Examples(Protocol):
 
 
 class Stored:
-    """Examples of one or more sequences each, whose tokens lie one after another.
+    """Examples of one or more sequences each. The tokens of all sequences are in one array, in order.
 
     Attributes:
         report: a summary of the file.

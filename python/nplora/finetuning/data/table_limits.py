@@ -86,7 +86,7 @@ def require_arrow(messages: Iterable[Any], name: str) -> None:
 def _require(size: int, held: int, where: str) -> None:
     most = max(_FREE, MOST_EXPANDED * held)
     if size > most:
-        raise LimitError(f"{where}: {held:,} bytes become {size:,}, at most {most:,} are read")
+        raise LimitError(f"{where}: {held:,} bytes expand to {size:,}, at most {most:,} are read")
 
 
 def _stated(metadata: bytes, body: memoryview) -> tuple[int, int]:
@@ -146,7 +146,7 @@ class _Table:
 
     def _read(self, form: str, place: int) -> int:
         if place < 0:
-            raise ValueError("a place is before the message")
+            raise ValueError("an offset points before the message")
         return int(struct.unpack_from(form, self._raw, place)[0])
 
 
@@ -154,7 +154,7 @@ class _Table:
 
 
 def row_sizes(batch: Any) -> Array:
-    """About how many bytes each row of a batch takes as Python's objects.
+    """Estimate the number of bytes that each row of a batch takes as Python objects.
 
     The batch must be valid, because this function follows its offsets.
     """

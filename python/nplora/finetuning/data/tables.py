@@ -48,7 +48,7 @@ def read_parquet(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
 def read_arrow(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
     """The rows of an Arrow file: a stream, as Hugging Face's `datasets` writes it, or a file with an index.
 
-    Args and raises as `read_parquet`.
+    The arguments and errors are those of `read_parquet`.
     """
     with files.reading(path):
         pass

@@ -132,7 +132,7 @@ class ExampleBatches:
         }
 
     def log_summary(self) -> dict[str, Any]:
-        """What the log of a run says about these batches, as JSON values."""
+        """The description of these batches in the log of a run, as JSON values."""
         report = self.examples.report
         return {
             "source": report.source,

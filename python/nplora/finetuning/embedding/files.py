@@ -153,8 +153,8 @@ def _require_finite(op: str, vectors: Array, texts: Sequence[str]) -> None:
     if len(wrong):
         first = int(wrong[0])
         raise ValueError(
-            f"{op}: {counted(len(wrong), 'embedding')} of {len(texts):,} have NaN or infinity, first that of "
-            f"text {first + 1:,}, {brief(texts[first])}: the model or its adapter computes no finite values"
+            f"{op}: {counted(len(wrong), 'embedding')} of {len(texts):,} have NaN or infinity, beginning "
+            f"with text {first + 1:,}, {brief(texts[first])}: the outputs of the model are not finite"
         )
 
 

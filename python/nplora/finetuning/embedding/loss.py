@@ -52,8 +52,8 @@ class EmbeddingLoss(FusedLoss):
         loss: "ranking" (multiple negatives), "triplet", "cosine" or "cosent", or a loss of
             `nplora.embedding`, such as `RankingLoss(scale=50)`.
         dims: widths to which embeddings are also cut in training, as in `MatryoshkaLoss`.
-        micro_tokens: maximum tokens of a micro-batch, unless one text has more. Without dropout, it changes
-            the gradients only by rounding. With dropout, it also changes the masks.
+        micro_tokens: maximum tokens of a micro-batch, unless one text has more. Without dropout, this limit
+            changes the gradients only by rounding. With dropout, the limit also changes the masks.
         leave_out_known: in a ranking, do not use a text as a negative if it equals the anchor or its
             positive, or if it is the positive of an equal anchor. False: all other texts are negatives.
     Raises:
@@ -104,9 +104,10 @@ class EmbeddingLoss(FusedLoss):
     def sample_gradient(self, model: Module, examples: Examples) -> Callable[[], None]:
         """A function that adds the gradient of the first examples, for `Int8Check`.
 
-        The sample has up to 16 examples, and about `SAMPLE_TOKENS` tokens. It has at least two examples and
-        `LEAST_ROWS` texts, if there are so many. With fewer texts, the last block may not be compared, as in
-        `TextBatches.sample_gradient`. The function raises NonFiniteLossError if the loss is not finite.
+        The sample has up to 16 examples, and about `SAMPLE_TOKENS` tokens. The sample has at least two
+        examples and `LEAST_ROWS` texts, if the batch has that many. With fewer texts, the last block may not
+        be compared, as in `TextBatches.sample_gradient`. The function raises NonFiniteLossError if the loss
+        is not finite.
         """
         most = min(_SAMPLE_EXAMPLES, len(examples))
         singles = (examples.batch(np.array([i]))[0].texts for i in range(most))

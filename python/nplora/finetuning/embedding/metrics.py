@@ -87,7 +87,7 @@ def evaluate_similarity(
         "spearman" (the usual measure), "pearson", and the number of "pairs".
     Raises:
         DataError: a row is wrong; the message names the file and the line.
-        ValueError: an argument is out of range, or there is one pair only.
+        ValueError: an argument is out of range, or there is only one pair.
     """
     op = "evaluate_similarity"
     _require_dim(op, encoder, dim)
@@ -107,11 +107,11 @@ class RetrievalScores:
     """The scores of a search, each the mean over the queries.
 
     Attributes:
-        recall: by k: the share of the relevant documents that are among the first k.
-        precision: by k: the share of the first k documents that are relevant.
-        ndcg: by k: the normalised discounted cumulative gain, with linear gains as in trec_eval.
-        mrr: by k: 1 / the rank of the first relevant document, 0 if it is not among the first k.
-        accuracy: by k: the share of the queries with a relevant document among the first k.
+        recall: for each k, the share of the relevant documents that are among the first k.
+        precision: for each k, the share of the first k documents that are relevant.
+        ndcg: for each k, the normalised discounted cumulative gain, with linear gains as in trec_eval.
+        mrr: for each k, 1 / the rank of the first relevant document, or 0 if this rank is above k.
+        accuracy: for each k, the share of the queries that have a relevant document among the first k.
         queries, documents: the numbers of queries and documents.
 
     >>> import nplora

@@ -134,7 +134,7 @@ def train(
         schedule: learning rate schedule after the warm-up: linear, cosine or constant.
         warmup: steps in which the learning rate rises.
         max_grad_norm: maximum norm of the gradients; None: no limit.
-        eval_every: steps between evaluations, besides those after every epoch.
+        eval_every: steps between evaluations, besides one after every epoch.
         patience: end the run after this number of evaluations in a row without a lower validation loss.
         keep: the adapter to save if there are validation data: "best" (with the lowest validation loss) or
             "last".

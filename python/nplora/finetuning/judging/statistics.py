@@ -33,9 +33,9 @@ class Measured:
             number of tokens.
         lower_is_better: whether a lower metric is better.
         failed: the number of examples that could not be scored.
-        error: the first error of the metric, if some could not.
-        exact: the value of the metric if sums in another order have computed it; None: it is computed from
-            the arrays.
+        error: the first error of the metric; empty if all examples were scored.
+        exact: the value of the metric, if it was already computed from sums in another order; None: the value
+            is computed from the arrays.
     """
 
     name: str

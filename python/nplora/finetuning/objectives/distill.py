@@ -106,8 +106,8 @@ class DistillObjective(Objective):
         wanted, stored = self.options.temperature, self._teacher.temperature
         if wanted is not None and stored is not None and wanted != stored:
             raise ValueError(
-                f"{op}: temperature is {wanted:g}, but the log-probabilities in {self._teacher.name} are of "
-                f"temperature {stored:g}: nplora teach --temperature {wanted:g} makes others"
+                f"{op}: temperature is {wanted:g}, but the log-probabilities in {self._teacher.name} were "
+                f"computed at temperature {stored:g}: run nplora teach again with --temperature {wanted:g}"
             )
 
     def reload(self, compute: str) -> None:

@@ -30,7 +30,7 @@ class KtoLoss(PackedLoss):
     """The mean of a loss over answers. Each answer is compared with the KL divergence of its batch.
 
     The KL divergence is the mean log-ratio of answers that do not fit their prompts, or 0 if the mean is
-    negative. No gradient flows through it.
+    negative. No gradient flows through the KL divergence.
 
     The metrics are the mean rewards of good and bad answers, their difference, the accuracy and the KL
     divergence. The accuracy is the share of answers on the right side of the KL divergence.
@@ -74,7 +74,7 @@ class KtoLoss(PackedLoss):
         assert isinstance(model, LanguageModel)
         name = "" if self._mismatched is None else first_nonfinite_layer(model, self._mismatched)
         if name and not first_nonfinite_layer(model, x):
-            return f"for prompts with other answers, the first layer whose output is not finite is {name!r}"
+            return f"in mismatched pairs, the first layer whose output is not finite is {name!r}"
         return super().blame(model, x)
 
     def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:

@@ -99,7 +99,7 @@ class Objective:
         Args:
             lm: the model without the adapter that is trained.
             batches: the training data, and the validation data, if there are any.
-            directory: the output directory; None on other ranks than rank 0.
+            directory: the output directory; None on all ranks except rank 0.
             say: prints a text.
             writes: whether the directory may be changed now; otherwise, `keep` changes it later.
             ranks: the processes that train together.

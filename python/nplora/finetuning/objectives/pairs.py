@@ -69,10 +69,10 @@ class PairLoss(PackedLoss):
 
         Args:
             is_answer: for each token, whether the next token belongs to an answer.
-            weight: the number of pairs, divided by the number of trained tokens of their chosen sequences.
-                In training, both are counted in the whole batch. In an evaluation, both are counted in the
-                whole data set. So the loss of an evaluation does not depend on how the data are cut into
-                batches.
+            weight: the number of pairs, divided by the number of trained tokens of their chosen sequences. In
+                training, both numbers are counted in the whole batch. In an evaluation, both numbers are
+                counted in the whole data set. So the loss of an evaluation does not depend on how the data
+                are cut into batches.
             log_probs: the log-probabilities of all targets (m,).
         """
 

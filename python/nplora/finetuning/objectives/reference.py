@@ -249,7 +249,8 @@ def _identity(lm: LanguageModel) -> str:
 
 
 def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str]:
-    """The content of the file, and a text about an error in the file. If there is no file, both are empty.
+    """The content of the file, and a text about an error in the file. If there is no file, the content and
+    the text are empty.
 
     Raises:
         FileExistsError: the file is not in the safetensors format, and the directory holds no run.

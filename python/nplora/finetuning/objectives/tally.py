@@ -29,11 +29,12 @@ class Tally:
         self._additions.append((name, float(np.sum(values)), np.size(values), counted))
 
     def add_all(self, additions: list[Addition]) -> None:
-        """Add the additions that `take_additions` has returned, in this process or in another one."""
+        """Add the values that `take_additions` has returned, in this process or in another one."""
         self._additions += additions
 
     def take_additions(self) -> list[Addition]:
-        """All additions since the last call, in order, so that their sum has the same bits everywhere."""
+        """All values that were added since the last call, in order, so that their sum has the same bits
+        everywhere."""
         taken, self._additions = self._additions, []
         return taken
 

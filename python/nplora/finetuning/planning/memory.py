@@ -252,7 +252,7 @@ class Memory:
     work: int = dataclasses.field(metadata={"text": "working memory of a block, or of head and loss"})
     scratch: int = dataclasses.field(metadata={"text": "scratch of the threads, and small arrays"})
     gradients: int = dataclasses.field(
-        default=0, metadata={"text": "gradients that are kept to add up those of all ranks"}
+        default=0, metadata={"text": "gradients that are kept until those of all ranks are added up"}
     )
 
     @property
@@ -275,7 +275,7 @@ class Extra:
         kept: bytes that are held during a whole micro-batch.
         head: bytes for one chunk of rows, taken while the head is computed.
         inference: bytes taken at the start of a micro-batch, before any of its activations are kept.
-        evaluation: bytes taken in an evaluation, besides those of the model's forward pass.
+        evaluation: bytes taken in an evaluation, besides the bytes of the model's forward pass.
 
     >>> nplora.finetuning.planning.memory.Extra(kept=5).head
     0
@@ -401,7 +401,7 @@ def _head(config: ModelConfig, targets: int, added: int) -> int:
     gradients of these rows. If tokens were added, the logits of the frozen weight are a second array.
 
     Args:
-        added: the number of rows of the head beyond those of the model.
+        added: the number of rows that were added to the head of the model.
     """
     rows = min(most_rows(targets, config.vocab_size), targets)
     logits = 2 * config.vocab_size + added if added else config.vocab_size

@@ -14,7 +14,7 @@ class BatchTime(NamedTuple):
     """The time of a batch's forward and backward passes on one machine.
 
     Attributes:
-        seconds: their time.
+        seconds: the time of both passes.
         parts: the number of the batch's micro-batches.
 
     >>> nplora.finetuning.planning.BatchTime(1.5, parts=2)
@@ -31,7 +31,7 @@ class NodesPlan:
 
     Attributes:
         nodes: the number of machines.
-        network: the network between them.
+        network: the network between the machines.
         batches: the number of batches in a step, except at the end of an epoch.
         alone: seconds of the step on one machine.
         waiting: seconds that an average machine waits for the slowest one. Machines wait because batches

@@ -41,7 +41,7 @@ class Cost:
 class Speed:
     """The speed in one arithmetic: the cost of a block's forward pass and backward pass, and of the head.
 
-    The cost of the head includes both passes.
+    The cost of the head includes its forward and backward passes.
     """
 
     forward: Cost

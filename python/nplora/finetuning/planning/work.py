@@ -103,7 +103,7 @@ class Work:
         )
 
     def gradient_copies(self, micro_tokens: int | None) -> int:
-        """The largest number of arrays of the gradients' size that exchanges between ranks need.
+        """The number of arrays that the ranks need to exchange gradients, each as large as all gradients.
 
         >>> batches = [(np.array([8, 5]), np.array([3, 2]))]
         >>> work = nplora.finetuning.planning.Work(batches, steps=10, adds_in_order=True)

@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 
 class ModelTeacher:
-    """A model as a teacher. Its head computes the logits of a few rows at a time."""
+    """A model as a teacher. The head of the model computes the logits of a few rows at a time."""
 
     top_k = 0
     temperature: float | None = None
@@ -59,7 +59,7 @@ class ModelTeacher:
     def blame(self, batch: PackedBatch) -> str:
         name = first_nonfinite_layer(self._lm, batch)
         return (
-            f"the outputs of the teacher {self.name} are not finite, first that of {name!r}" if name else ""
+            f"the outputs of the teacher {self.name} are not finite, beginning with {name!r}" if name else ""
         )
 
 

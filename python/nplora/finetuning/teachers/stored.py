@@ -46,7 +46,7 @@ Array = npt.NDArray[Any]
 
 FORMAT = "nplora teacher"  # the metadata key of such a file; its value is the version
 VERSION = "1"
-READING = ("max_length", "learn", "chat")  # options of reading that decide the tokens
+READING = ("max_length", "learn", "chat")  # reading options that decide the tokens
 _KINDS = {
     "sequences": ("U64", 1), "starts": ("I64", 1), "ids": ("I32", 2), "log_probs": ("F16 or F32", 2),
     "tokens": ("U8", 1), "token_ends": ("I64", 1),
@@ -156,8 +156,8 @@ class StoredTeacher:
         if missing:
             raise FormatError(
                 f"{op}: {dataset.report.source}: the teacher {self.name} has no log-probabilities of "
-                f"{missing:,} of {counted(total, 'example')}: make it with the same data, tokenizer and "
-                f"options of reading; it was made from {self._made_from()}"
+                f"{missing:,} of {counted(total, 'example')}: run nplora teach again with the same data, "
+                f"tokenizer and reading options; the file was made from {self._made_from()}"
             )
 
     def _made_from(self) -> str:
@@ -177,7 +177,7 @@ class StoredTeacher:
         )
         counts = np.bincount(by_sequence(batch), minlength=len(batch.starts) - 1)
         if not np.array_equal(np.diff(spans)[:, 0], counts):
-            raise CorruptError(f"{self.name}: a sequence has another number of rows than trained tokens")
+            raise CorruptError(f"{self.name}: the numbers of rows and of trained tokens of a sequence differ")
         top = self._distributions(ids, log_probs)
         numbers = np.cumsum(batch.targets != IGNORED) - 1
         return lambda rows: top[numbers[rows]]

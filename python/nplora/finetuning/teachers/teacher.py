@@ -55,4 +55,4 @@ class Teacher(Protocol):
         """A hash that identifies the teacher's distributions."""
 
     def blame(self, batch: PackedBatch) -> str:
-        """An error text if the teacher's numbers for a batch are not finite; "" if they are finite."""
+        """An error text if the teacher's outputs for a batch are not finite; "" if they are finite."""

@@ -1,4 +1,4 @@
-"""TuneOptions: the options of `tune` besides those of `finetune`, with their help texts."""
+"""TuneOptions: the options that `tune` has in addition to those of `finetune`, with their help texts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _option(default: Any, text: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """The options of `tune` besides those of `finetune`. The constructor checks them.
+    """The options that `tune` has in addition to those of `finetune`. The constructor checks the values.
 
     `tune` checks the values in `search`, because they may depend on the options of `finetune`.
 

@@ -47,7 +47,7 @@ class Rung:
 
 
 def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
-    """The rung of learning rates: all of them, or as many as the time allows with LEAST_STEPS steps each.
+    """The rung of learning rates: all, or as many as fit into the time with LEAST_STEPS each.
 
     Args:
         full: the steps of the run that is tuned.
@@ -75,7 +75,7 @@ def second_rung(budget: float, left: float, pace: Pace, candidates: int, least: 
 
 
 def last_rung(left: float, pace: Pace, survivors: int, least: int, full: int) -> Rung:
-    """The rung of full runs. If none fits, two shorter runs, at least 1.5 times as long as before.
+    """The rung of full runs or, if none fits, of two shorter runs with at least 1.5 times `least` steps.
 
     Args:
         least: the steps of the trials in the previous rung.

@@ -47,8 +47,8 @@ class Search:
             epochs.
         budget: the seconds that the trials may take.
         planned: the predicted seconds of a step, used until a trial has measured them.
-        train: a function that makes a trial. Its arguments are the settings and the steps. It returns the
-            loss and the seconds of training and evaluation.
+        train: a function that makes a trial. Its arguments are the settings and the steps. Its results are
+            the loss and the seconds of training and evaluation.
         sampler: proposes the settings of the first rung; None: the learning rates of the space.
         say: prints a text.
     """
@@ -172,9 +172,9 @@ class Search:
                 return
 
     def _nearby(self, rates: Sequence[float]) -> list[float]:
-        """A learning rate between the best two.
+        """A new learning rate, between the best two rates.
 
-        If the best is the smallest or largest tried, one beyond it.
+        If the best rate is the smallest or the largest that was tried, the new rate is beyond it.
         """
         tried = sorted(rates)
         if len(tried) < 2:
@@ -201,7 +201,7 @@ class Search:
     # ---- trials ----
 
     def _rung(self, number: int, decided: Rung) -> Rung:
-        """The rung with this number, from the log or, if the log lacks it, decided now.
+        """The rung with this number: the rung in the log or, if the log lacks it, the rung `decided`.
 
         A rung without trials is not logged, because a resumed search with more time may fill it.
         """

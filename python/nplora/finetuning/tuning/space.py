@@ -148,7 +148,7 @@ def require_values(op: str, search: Mapping[str, Sequence[Any]], given: Mapping[
 
 
 def listed_values(op: str, name: str, values: Iterable[Any]) -> tuple[Any, ...]:
-    """The values of one option. `require_values` checks each of them.
+    """The values of one option. `require_values` checks each value.
 
     Raises:
         ValueError, TypeError: the option cannot be searched, or there are no values.

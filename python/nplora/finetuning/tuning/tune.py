@@ -119,7 +119,7 @@ def tune(
 
 
 def _require_options(options: Mapping[str, Any]) -> None:
-    """Raise TypeError for a keyword that is no option of `finetune`, or that belongs to one run."""
+    """Raise TypeError for a keyword that is not an option of `finetune`, or that belongs to one run."""
     known = {field.name for field in dataclasses.fields(FinetuneOptions)} - {*NOT_PASSED}
     for name in options:
         if name in NOT_PASSED:
@@ -202,7 +202,7 @@ class _Tuning:
         return self._report(search, _noise(len(inputs.held_out or ())))
 
     def _largest(self, inputs: RunInputs, space: Space, full: int) -> FinetuneOptions:
-        """The options of the trial that trains the most values. It needs the most memory."""
+        """The options of the trial that trains the most values, and therefore needs the most memory."""
         largest = dataclasses.replace(self.base, **space.settings(space.rates[0]), epochs=None, steps=full)
         for name, values in space.others.items():
             made = [dataclasses.replace(largest, **{name: value}) for value in values]
@@ -357,7 +357,7 @@ class _Trials:
             self._prefix.close()
 
     def _prepare(self, objective: Objective, batches: TokenBatches) -> None:
-        """Compute what the objective needs for these batches, once."""
+        """Compute the values that the objective needs for these batches, once."""
         if batches.identity() not in self._prepared:
             plain = self._inputs.lm.with_tokens(self._inputs.added_tokens)
             with files.Directory(self._output) as directory:
@@ -411,7 +411,7 @@ class _Trials:
     def _shared_prefix(self, lm: LanguageModel) -> PrefixCache | None:
         """The cache of outputs below the adapters.
 
-        The options decide where it is stored; a small cache is in memory.
+        The options decide where the cache is stored; a small cache is in memory.
         """
         first, nbytes = lm.model.first_adapted(), 4 * self._inputs.tokens * lm.config.hidden_size
         if self._prefix is None and first:

@@ -98,7 +98,7 @@ def rope_fields(fields: Fields) -> Fields:
 
 
 def rope_kind(found: Fields) -> str:
-    """How the rotation is scaled, by transformers' name: "default", "linear", "llama3", ..."""
+    """The name that transformers gives to the scaling of the rotation: "default", "linear", "llama3", ..."""
     return found.string("rope_type", found.string("type", "default"))
 
 

@@ -44,7 +44,7 @@ class StoredNames:
 
     Attributes:
         names: the names of all tensors in the file.
-        prefix: what precedes the names of the encoder's tensors.
+        prefix: the beginning of the names of the encoder's tensors in the file.
         ignored: the first parts of names of tensors that do not affect the hidden states.
     """
 
@@ -76,7 +76,7 @@ class EncoderFamily:
     Attributes:
         model_type: Hugging Face's name for the family.
         architecture: GGUF's name for the family; None if llama.cpp has none.
-        prefix: what precedes the names of all tensors in files of models with a head, such as
+        prefix: the beginning of the names of all tensors in files of models with a head, such as
             BertForMaskedLM.
         blocks: transformers' name of the list of blocks.
         layers, norms: the names of a block's layers and norms, in transformers and in GGUF.
@@ -84,7 +84,8 @@ class EncoderFamily:
         ignored: the first parts of names of tensors that do not affect the hidden states.
         halves: the half-blocks (attention and MLP) of a block.
         activation_field: the name of config.json's field for the activation.
-        first_position: the row of the table of positions for the first token, if config.json does not say.
+        first_position: the row of the table of positions for the first token, if config.json does not name
+            it.
     """
 
     model_type: ClassVar[str]

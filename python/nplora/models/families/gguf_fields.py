@@ -104,7 +104,7 @@ def require_number(data: ArchitectureMetadata, name: str, value: float) -> None:
 
 
 def scaling_kind(data: ArchitectureMetadata) -> str:
-    """How the rotation is scaled; "linear" if the file does not say."""
+    """The name of the rotation's scaling; "linear" if the file does not name one."""
     return data.string("rope.scaling.type", "linear")
 
 

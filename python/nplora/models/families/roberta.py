@@ -1,4 +1,4 @@
-"""RoBERTa (Liu et al. 2019): BERT with byte-level tokens. Its table of positions begins with unused rows."""
+"""RoBERTa (Liu et al. 2019): BERT with byte-level tokens. The table of positions begins with unused rows."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Application:
     """The server's routes, behind its checks. An ASGI application.
 
     Args:
-        service: what the routes share.
+        service: the objects and limits that the routes share.
         keys, origins, hosts: see `Access`.
     """
 
@@ -222,7 +222,7 @@ class Application:
         return lambda request: asyncio.to_thread(function, self.service, *request.path_params.values())
 
     def _refusing(self, is_encoder: bool) -> Handler:
-        """The handler of a route that only the other kind of model has. The handler refuses all requests."""
+        """The handler of a route that this kind of model does not have. The handler refuses all requests."""
         text = (
             "this server has embeddings and classes, and does not generate text"
             if is_encoder

@@ -1,4 +1,4 @@
-"""The requests for vectors: what /v1/embeddings and /v1/classify read from their bodies."""
+"""The requests for vectors: reads the bodies of requests to /v1/embeddings and /v1/classify."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class EncoderRequest:
     Attributes:
         name: the name of the model, as the answer repeats it.
         model: the model, with its adapter.
-        ids: the token ids of each text, int64. As arrays, they take a fraction of the memory of lists.
+        ids: the token ids of each text, int64. Arrays take a fraction of the memory of lists.
         base64: whether embeddings are sent as base64.
         dimensions: the number of values of an embedding; None: all of them.
         normalize: whether embeddings are scaled to length 1.

@@ -33,7 +33,7 @@ def read_format(body: Fields) -> str | None:
     """The grammar that `response_format` requires, as a JSON schema; None: any text is allowed.
 
     Raises:
-        RequestError: the format is unknown, or its schema is no object.
+        RequestError: the format is unknown, or its schema is not an object.
     """
     given = body.object(_PARAM)
     if given is None:
@@ -66,7 +66,7 @@ def _call(function: dict[str, Any]) -> dict[str, Any]:
 
 
 class Guides:
-    """Makes guides. For each tokenizer, it keeps the data that all guides share."""
+    """Makes guides. For each tokenizer, the object keeps the data that all guides share."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -98,7 +98,7 @@ def _server(
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """Handle the signals. Unlike uvicorn, do not raise them again after the server has ended."""
+            """Handle signals. Unlike uvicorn, do not raise signals again after the server has ended."""
             numbers = (signal.SIGINT, signal.SIGTERM)
             try:
                 before = {number: signal.signal(number, self.handle_exit) for number in numbers}

@@ -44,7 +44,7 @@ class Models(Generic[LM]):
     All methods may be called from any thread.
 
     Args:
-        lm: the base model. Its named adapters are those of this object.
+        lm: the base model. This object manages the named adapters of the model.
         name: the name of the base model.
         any_base: accept adapters that were trained on another model with the same shapes.
         read: reads an adapter, as `nplora.adapters.read_for` does.

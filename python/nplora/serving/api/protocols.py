@@ -1,4 +1,4 @@
-"""What the HTTP interface needs from the engines, and from the object that runs fine-tuning jobs."""
+"""The members of the engines, and of the object that runs fine-tuning jobs, that the HTTP interface uses."""
 
 from __future__ import annotations
 

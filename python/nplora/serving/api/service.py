@@ -73,7 +73,7 @@ class Service:
             answers.stop()
 
     def stop_answers(self) -> None:
-        """End all answers with an error, also those that begin later.
+        """End all answers with an error, including answers that begin later.
 
         Call this method in the server's event loop.
         """

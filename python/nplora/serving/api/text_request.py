@@ -1,4 +1,4 @@
-"""The requests for text: what /v1/chat/completions and /v1/completions read from their bodies."""
+"""The requests for text: reads the bodies of requests to /v1/chat/completions and /v1/completions."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _COMPLETION_TOKENS = 16  # what OpenAI's API generates by default
 
 @dataclass(frozen=True)
 class TextRequest:
-    """What a request wants.
+    """The content of a request for text, after all checks.
 
     Attributes:
         model: the name of the model, as the answer repeats it.

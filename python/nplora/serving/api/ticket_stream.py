@@ -21,8 +21,9 @@ Queue = asyncio.Queue[tuple[int, Chunk | None] | None]
 class Inbox:
     """Brings chunks from the engine's thread into the queues of a loop.
 
-    A round of the engine has a chunk for each of its requests. To wake the loop takes a system call, during
-    which the engine may lose the interpreter's lock, so the loop is woken once for all that has come.
+    A round of the engine has a chunk for each of its requests. Waking the loop takes a system call, during
+    which the engine may lose the interpreter's lock. So the loop is woken only once for all chunks that have
+    arrived.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -89,7 +89,7 @@ def _subject(event: Shape) -> tuple[str, int] | None:
 def _append(path: Path, line: bytes) -> None:
     """Append a line. If the whole line cannot be written, no part of it is left.
 
-    The line survives if this process is killed. The system writes it to the disk a little later.
+    The line survives if this process is killed. The system writes the line to the disk a little later.
     """
     progress = files.Progress(len(line))
     with files.disk_errors(path, progress):

@@ -37,9 +37,9 @@ class FineTuning:
     """Keeps files and fine-tuning jobs in one directory. A thread trains the jobs one after the other.
 
     All methods may be called from any thread. The methods return dictionaries in the shapes of OpenAI's API.
-    On errors, they raise `RequestError`, which has the fields of OpenAI's error object. Every change is on
-    the disk before the method returns, so a killed process loses no change. After the next `start`, a job
-    continues from its last checkpoint, and ends with the same bits.
+    On errors, the methods raise `RequestError`, which has the fields of OpenAI's error object. Every change
+    is on the disk before the method returns, so a killed process loses no change. After the next `start`, a
+    job continues from its last checkpoint, and ends with the same bits.
 
     Args:
         lm: the model that answers requests. This model does not change: a job trains a second model that

@@ -46,7 +46,7 @@ class JobRequest:
         seed: the random seed.
         metadata: texts that the client stores with the job.
         method: "supervised", "dpo", "orpo" or "kto".
-        hyperparameters: those that the request gives, by OpenAI's names.
+        hyperparameters: the hyperparameters in the request, by OpenAI's names.
         options: options of `finetune`. A learning rate that is given as a multiplier is not included.
     """
 
@@ -173,7 +173,7 @@ def _suffix(body: Fields) -> str | None:
 
 
 def _metadata(body: Fields) -> dict[str, str] | None:
-    """At most 16 texts of at most 512 characters, with names of at most 64, as in OpenAI's API."""
+    """Check metadata: at most 16 texts of at most 512 characters, with names of at most 64 characters."""
     metadata = body.object("metadata")
     if metadata is None:
         return None

@@ -54,7 +54,7 @@ class JobsState:
             self.log(job_id).add(message, level, None if data is None else dict(data))
 
     def _print(self, line: str) -> None:
-        """Call `log`. An error of it, such as a closed pipe, ends neither a request nor the training."""
+        """Call `log`. If `log` fails (on a closed pipe, for example), requests and training continue."""
         log = self._log
         try:
             if log is not None:

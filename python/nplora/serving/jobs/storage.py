@@ -59,8 +59,9 @@ class Storage:
     """Keeps uploaded files and the records of jobs in one directory.
 
     Attributes:
-        files, jobs: the records by id, in the order in which they were made. Hold `lock` while you read them,
-            and change them only through the methods. All methods but `add_file` need the lock too.
+        files, jobs: the records by id, in the order in which they were made. Hold `lock` while you read the
+            records, and change the records only through the methods. All methods but `add_file` need the lock
+            too.
         lock: a reentrant lock.
     Raises:
         BlockingIOError: another process uses the directory.

@@ -1,1 +1,1 @@
-"""Makes examples from the fields of rows: one file for each family of kinds."""
+"""Makes examples from the fields of rows. Each file reads a few similar kinds of rows."""

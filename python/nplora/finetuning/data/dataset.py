@@ -287,9 +287,10 @@ def without_prompt_words(names: Mapping[str, int]) -> str:
 def _require_one_answer(kind: Kind, where: str) -> None:
     if kind.name in ("preference", "kto"):
         objective = "dpo" if kind.name == "preference" else "kto"
+        ignoring = "" if objective == "dpo" else "; --format messages or completion ignores the label"
         raise DataError(
             f"{where}: has {kind.fields}, a comparison; expected one answer to learn. Rows like this are for "
-            f"finetune --objective {objective} (objective={objective!r})"
+            f"finetune --objective {objective} (objective={objective!r}){ignoring}"
         )
     if kind.name == "choice":
         raise DataError(

@@ -84,11 +84,6 @@ class Encoder:
         elif isinstance(example, Text):
             ids = [*self._tokenizer.encode_prompt(example.text, self._most), self._eos]
             sequences = [Encoded(ids, [True] * len(ids))]
-        elif isinstance(example, Instruction):
-            has_template = self._tokenizer.chat_template is not None
-            sequences = [
-                self._answered(example.as_chat() if has_template else example.as_completion(), where)
-            ]
         elif isinstance(example, MultipleChoice):
             sequences = [self._answered(example.as_answer(), where)]
         else:
@@ -109,9 +104,12 @@ class Encoder:
         yield [self._eos]
 
     def _answered(self, example: Answered, where: str) -> Encoded:
-        return (
-            self._messages(example, where) if isinstance(example, Chat) else self._completion(example, where)
-        )
+        if isinstance(example, Instruction):
+            has_template = self._tokenizer.chat_template is not None
+            example = example.as_chat() if has_template else example.as_completion()
+        if isinstance(example, Chat):
+            return self._messages(example, where)
+        return self._completion(example, where)
 
     def _completion(self, example: Completion, where: str) -> Encoded:
         """Encode prompt and completion as one, or separately if joining them changes the prompt's tokens."""

@@ -361,6 +361,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (judged(label="yes"), "label is 'yes', expected true or false, or 1 or 0"),
     (judged(label="good"), "label is 'good', expected true or false"),
     (judged(completion=""), "completion is empty"),
+    ({"messages": [USER, ANSWER, USER], "label": True},
+     "the chat ends with a message of role 'user', expected one of the assistant"),
+    ({"instruction": "a", "chosen": "b", "rejected": 3}, "rejected is 3, expected a string"),
+    ({"instruction": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same answer"),
+    ({"instruction": 5, "chosen": "b", "rejected": "c"}, "instruction is 5, expected a string"),
     (judged(prompt=3), "prompt is 3, expected a string"),
     # multiple choice
     ({"prompt": "q", "choices": ARC, "answer": 0}, "answer is 0, expected one of the choices, or one"),
@@ -426,6 +431,9 @@ def test_a_kind_that_is_forced_takes_its_own_fields() -> None:
     assert parsed(both, "alpaca") == parsed(ALPACA)
     with pytest.raises(DataError, match="messages is missing; the row has"):
         parsed(both, "messages")
+    labelled = {"messages": [USER, ANSWER], "label": 0}
+    assert parsed({**labelled, "label": False}, "messages") == Chat([USER, ANSWER])
+    assert parsed(labelled, "kto") == Judged(Chat([USER, ANSWER], prompt=1), False)
 
 
 def test_columns_give_fields_their_names() -> None:

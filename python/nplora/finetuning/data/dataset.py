@@ -166,8 +166,7 @@ def read_dataset(
         ModuleNotFoundError: the package `pyarrow` is needed and not installed.
         OSError: the file cannot be read.
     Warns:
-        UserWarning: some rows have messages, tools or documents that the chat template leaves
-            out.
+        UserWarning: some rows have messages, reasoning, tools or documents that the chat template leaves out.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> dataset = nplora.data.read_dataset("train.jsonl", tokenizer, max_length=32)

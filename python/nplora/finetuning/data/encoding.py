@@ -35,7 +35,7 @@ class Encoded:
     Attributes:
         ids: the tokens.
         trained: whether each token is trained.
-        unused: whether the example has messages, tools or documents that the template leaves out.
+        unused: whether the example has messages, reasoning, tools or documents that the template leaves out.
         is_chat: whether the chat template wrote the sequence.
         good: whether the sequence was judged to be a good answer.
     """

@@ -445,6 +445,16 @@ def test_columns_give_fields_their_names() -> None:
         renamed({"question": "a"}, columns, "w")
 
 
+def test_the_usual_names_of_a_question_and_its_answer_are_recognised_in_the_error() -> None:
+    row = {"id": 3, "response": "b", "query": "a", "context": None}
+    with pytest.raises(DataError, match=r"; --columns prompt=query,completion=response \("):
+        parsed(row)
+    columns = {"prompt": "query", "completion": "response"}
+    assert parsed(renamed(row, columns, "w")) == Completion("a", "b")
+    with pytest.raises(DataError, match=r"; --columns OURS=THEIRS "):
+        parsed({"answer": "b", "question": None})
+
+
 def test_an_unknown_field_in_columns_is_named() -> None:
     with pytest.raises(
         ValueError, match=r"here: columns names 'promptt', which no format has; did you mean 'pro"

@@ -51,6 +51,7 @@ FIELDS = (
     "question", "rejected", "system", "text", "tools",
 )  # fmt: skip
 BY_NAME = {kind.name: kind for kind in KINDS}
+_ANSWERS = ("answer", "response", "output", "reply", "target")  # other names of the completion
 _EXPECTED = (
     "messages, conversations, instruction and output, prompt and completion, text, or chosen and rejected"
 )
@@ -72,9 +73,23 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
             f"or {other} (format={one!r} or {other!r}) decides"
         )
     if not found:
-        renames = "--columns OURS=THEIRS (columns={'OURS': 'THEIRS'}) renames fields"
-        raise DataError(f"{where}: the row has {brief(list(values))}, expected {_EXPECTED}; {renames}")
+        raise DataError(
+            f"{where}: the row has {brief(list(values))}, expected {_EXPECTED}; {_renames(there)}"
+        )
     return BY_NAME[next(iter(found))]
+
+
+def _renames(names: list[str]) -> str:
+    """How to read a row of no kind. Fields with the usual names of a question and its answer are named."""
+    prompt, answer = (
+        next((n for n in known if n in names), None) for known in (preferences.PROMPTS, _ANSWERS)
+    )
+    if prompt is None or answer is None:
+        return "--columns OURS=THEIRS (columns={'OURS': 'THEIRS'}) renames fields"
+    columns = {"prompt": prompt, "completion": answer}
+    return (
+        f"--columns prompt={prompt},completion={answer} (columns={columns}) reads {prompt!r} and {answer!r}"
+    )
 
 
 def _kinds_with(names: list[str], is_judged: bool) -> dict[str, str]:

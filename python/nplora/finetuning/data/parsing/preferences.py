@@ -14,7 +14,7 @@ from nplora.finetuning.data.parsing.sharegpt import conversation, sharegpt, turn
 from nplora.finetuning.data.parsing.texts import instruction, prompt_and_answer
 from nplora.formats.errors import brief
 
-_PROMPTS = ("question", "query", "input", "user", "context")  # other names of the prompt
+PROMPTS = ("question", "query", "input", "user", "context")  # other names of the prompt
 _FEW_WORDS = 5  # with which two answers may begin alike by chance
 # Judgements. TRL takes 1 and 0 too, and tables in text files have no booleans.
 _LABELS: dict[object, bool] = {1: True, 0: False}
@@ -108,8 +108,8 @@ def prompt_among(unread: Mapping[str, Any]) -> str | None:
     A text of one word is not a prompt, but an identifier or the name of a source. A text without letters is a
     date or a number.
     """
-    texts = {k: v for k, v in unread.items() if isinstance(v, str) and (k in _PROMPTS or _is_prose(v))}
-    known = next((name for name in _PROMPTS if name in texts), None)
+    texts = {k: v for k, v in unread.items() if isinstance(v, str) and (k in PROMPTS or _is_prose(v))}
+    known = next((name for name in PROMPTS if name in texts), None)
     return known or max(texts, key=lambda name: len(texts[name]), default=None)
 
 

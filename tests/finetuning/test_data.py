@@ -254,7 +254,7 @@ def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_fil
 
 
 REASONING = """{%- for m in messages %}{{- m.role + ':' }}
-{%- if m.reasoning_content and loop.last %}{{- '(' + m.reasoning_content + ')' }}{%- endif %}
+{%- if m.reasoning_content %}{{- '(' + m.reasoning_content + ')' }}{%- endif %}
 {{- m.content + '<|end|>' }}{%- endfor %}{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}"""
 
 
@@ -265,7 +265,6 @@ REASONING = """{%- for m in messages %}{{- m.role + ':' }}
         (CHATML, "thinking", [3], 1),
         (CHATML, "name", [1, 3], 0),  # no reasoning
         (REASONING, "reasoning_content", [1, 3], 0),
-        (REASONING, "reasoning_content", [1], 1),
         (REASONING, "thinking", [3], 1),  # a name that this template does not know
     ],
 )

@@ -34,6 +34,8 @@ def test_the_demo_learns_shows_and_saves(
     steps = report.run.history.steps
     assert (steps[0].epoch, steps[-1].epoch) == (1, 1)
     assert len(steps) == dictionary.STEPS
+    log = map(json.loads, (tmp_path / "demo" / "log.jsonl").read_text().splitlines())
+    assert f" of the model, on {sum(line.get('count', 0) for line in log):,} tokens\n" in printed
     for word in dictionary.WORDS:
         assert re.search(rf"^  {word}\n    before  .*\n    after   ", printed, flags=re.MULTILINE)
     adapted = finetuning.evaluate(model, dictionary.DATA, adapter=tmp_path / "demo")["loss"]

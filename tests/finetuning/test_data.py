@@ -240,17 +240,41 @@ def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_fil
         {"messages": chat, "tools": []},
     ]
     path = write(tmp_path, *rows)
-    with pytest.warns(UserWarning, match="messages, tools or documents") as caught:
+    with pytest.warns(UserWarning, match="messages, reasoning, tools or documents") as caught:
         report = read_dataset(path, tokenizer()).report
     assert [str(warning.message) for warning in caught] == [
-        f"{path}: 2 examples with messages, tools or documents that the chat template leaves out: "
+        f"{path}: 2 examples with messages, reasoning, tools or documents that the chat template leaves out: "
         "the model does not see them"
     ]
     assert report.unused == 2
     assert read_dataset(path, tokenizer(TOOLS_TEMPLATE)).report.unused == 0
     for row in ({"text": "a"}, {"prompt": "a", "completion": "b"}):
-        with pytest.warns(UserWarning, match="1 example with messages, tools"):
+        with pytest.warns(UserWarning, match="1 example with messages, reasoning, tools"):
             read_dataset([row | {"tools": [WEATHER]}, row | {"tools": None}], tokenizer(TOOLS_TEMPLATE))
+
+
+REASONING = """{%- for m in messages %}{{- m.role + ':' }}
+{%- if m.reasoning_content %}{{- '(' + m.reasoning_content + ')' }}{%- endif %}
+{{- m.content + '<|end|>' }}{%- endfor %}{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "name", "indices", "unused"),
+    [
+        (CHATML, "reasoning_content", [1, 3], 1),
+        (CHATML, "thinking", [3], 1),
+        (CHATML, "name", [1, 3], 0),  # no reasoning
+        (REASONING, "reasoning_content", [1, 3], 0),
+        (REASONING, "thinking", [3], 1),  # a name that this template does not know
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*leaves out")
+def test_reasoning_that_the_template_leaves_out_is_counted(
+    template: str, name: str, indices: list[int], unused: int
+) -> None:
+    chat = [CALLS[1], CALLS[4], CALLS[1], CALLS[4]]
+    messages = [m | ({name: "Hm."} if n in indices else {}) for n, m in enumerate(chat)]
+    assert read_dataset([{"messages": messages}], tokenizer(template)).report.unused == unused
 
 
 @pytest.mark.parametrize("content", [None, "Let me look.", "Let me look up the weather."])
@@ -683,7 +707,7 @@ def test_a_bad_line_is_named_or_skipped_and_counted(
 ) -> None:
     good = neighbour(line)
     path = write(tmp_path, good, line, good)
-    with pytest.raises(error, match=rf"data\.jsonl, line 2: .*{message}") as caught:
+    with pytest.raises(error, match=rf"data\.jsonl, line 2(, message \d( of \w+)?)?: .*{message}") as caught:
         read_dataset(path, tokenizer())
     assert caught.type is error
     report = read_dataset(path, tokenizer(), skip_bad=True).report

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nplora.finetuning import FinetuneOptions
 from nplora.finetuning.data import read_dataset
+from nplora.finetuning.data.sources import sources_of
+from nplora.finetuning.objectives import objective_of
 from nplora.models.packing import IGNORED
 from nplora.tokenizer import Tokenizer, from_directory
 
@@ -97,6 +100,46 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "text": ({"text": "Once upon a time, 12 = 3 * 4."},) * 2,
 }  # fmt: skip
 
+YES, NO = ({"role": "assistant", "content": text} for text in ("Yes.", "No idea."))
+PREFERRED = {"prompt": ASKED[:3], "chosen": [YES], "rejected": [NO]}
+# The same for comparisons.
+COMPARISONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "texts": ({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " five"},) * 2,
+    "texts without a prompt": ({"chosen": "2 + 2 = 4", "rejected": "2 + 2 = five"},) * 2,
+    "messages": ({"prompt": TALK[:3], "chosen": TALK[3:], "rejected": [NO]},) * 2,
+    "messages, tools": ({**PREFERRED, "tools": [TOOL]},) * 2,
+    "whole chats": ({"chosen": TALK, "rejected": [*TALK[:3], NO]},) * 2,
+    "as OpenAI writes them": (
+        {"input": {"messages": ASKED[:3], "tools": [TOOL]}, "preferred_output": [YES],
+         "non_preferred_output": [NO]},
+        {**PREFERRED, "tools": [TOOL]},
+    ),
+    "sharegpt": (
+        {"conversations": sharegpt(ASKED[:3]), "chosen": sharegpt([YES])[0], "rejected": sharegpt([NO])[0],
+         "tools": json.dumps([TOOL])},
+        {**PREFERRED, "tools": [TOOL]},
+    ),
+    "alpaca": (
+        {"instruction": "Add the numbers.", "input": "2 and 3", "system": "Be brief.", "chosen": "Yes.",
+         "rejected": "No idea."},
+        {"prompt": [SYSTEM, ASKED_ALPACA], "chosen": [YES], "rejected": [NO]},
+    ),
+    "judged texts": ({**PAIR, "label": False},) * 2,
+    "judged messages": ({"prompt": TALK[:3], "completion": TALK[3:], "label": True},) * 2,
+    "judged chat": (
+        {"messages": ASKED, "tools": [TOOL], "label": False},
+        {"prompt": ASKED[:3], "completion": ASKED[3:], "tools": [TOOL], "label": False},
+    ),
+    "judged sharegpt": (
+        {"conversations": sharegpt(TALK), "system": "Be brief.", "label": True},
+        {"prompt": [SYSTEM, *TALK[:3]], "completion": TALK[3:], "label": True},
+    ),
+    "judged alpaca": (
+        {**ALPACA, "label": True},
+        {"prompt": [ASKED_ALPACA], "completion": [{"role": "assistant", "content": "5"}], "label": True},
+    ),
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def theirs(smollm2: Path) -> Any:
@@ -109,7 +152,7 @@ def theirs(smollm2: Path) -> Any:
 
 @pytest.fixture(scope="module", params=["smollm2", "qwen2_5"])
 def model(request: pytest.FixtureRequest, theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Our tokenizer with a template, and the template with marks for TRL. Qwen's template writes tools."""
+    """Our tokenizer with a template, the template, and that with marks for TRL. Qwen's writes tools."""
     if request.param == "smollm2":
         template = theirs.chat_template
         assert MESSAGE in template
@@ -121,16 +164,19 @@ def model(request: pytest.FixtureRequest, theirs: Any, tmp_path_factory: pytest.
     theirs.chat_template = template
     theirs.save_pretrained(directory)
     theirs.chat_template = own
-    return from_directory(directory), marked
+    return from_directory(directory), template, marked
+
+
+def dataset_of(row: dict[str, Any]) -> Any:
+    """A row for TRL."""
+    datasets = pytest.importorskip("datasets")
+    return datasets.Dataset.from_list([row], **({"on_mixed_types": "use_json"} if "tools" in row else {}))
 
 
 def trained_by_trl(theirs: Any, template: str, row: dict[str, Any]) -> tuple[list[int], list[bool]]:
     """The tokens and the trained tokens that `SFTTrainer` prepares from a row."""
-    datasets = pytest.importorskip("datasets")
     sft_trainer = pytest.importorskip("trl.trainer.sft_trainer")
-    rows = datasets.Dataset.from_list([row], on_mixed_types="use_json") if "tools" in row else (
-        datasets.Dataset.from_list([row])
-    )  # fmt: skip
+    rows = dataset_of(row)
     is_chat = isinstance(row.get("prompt", row.get("messages")), list)
     settings = types.SimpleNamespace(
         dataset_num_proc=None,
@@ -165,7 +211,7 @@ def without_line_ends(words: Tokenizer, ids: list[int], trained: list[bool]) -> 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ROWS)
 def test_the_trained_tokens_of_every_format_are_those_of_trl(name: str, model: Any, theirs: Any) -> None:
-    words, template = model
+    words, _, template = model
     ours, row = ROWS[name]
     if "tools" in row and "tool_call" not in template:
         pytest.skip("the template has no tools")
@@ -175,3 +221,46 @@ def test_the_trained_tokens_of_every_format_are_those_of_trl(name: str, model: A
     trained = without_line_ends(words, expected, trained)
     assert words.decode(labels[labels != IGNORED]) == words.decode(np.array(expected)[trained])
     assert (labels != IGNORED).tolist() == trained
+
+
+def compared_by_trl(theirs: Any, template: str, row: dict[str, Any]) -> list[tuple[list[int], list[bool]]]:
+    """The tokens and the trained tokens of each answer that `DPOTrainer` or `KTOTrainer` prepares."""
+    made = pytest.importorskip("trl").KTOTrainer if "label" in row else pytest.importorskip("trl").DPOTrainer
+    own, theirs.chat_template = theirs.chat_template, template
+    try:
+        [prepared] = made._prepare_dataset(
+            types.SimpleNamespace(_tokenizer=theirs, calculate_KL=False),
+            dataset_of(row),
+            theirs,
+            types.SimpleNamespace(dataset_num_proc=None, max_length=None),
+            "train",
+        )
+    finally:
+        theirs.chat_template = own
+    prompt = list(prepared["prompt_ids"])
+    answers = [list(prepared[f"{name}_ids"]) for name in ("chosen", "rejected", "completion")
+               if f"{name}_ids" in prepared]  # fmt: skip
+    return [(prompt + ids, [False] * len(prompt) + [True] * len(ids)) for ids in answers]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_the_trained_tokens_of_every_comparison_are_those_of_trl(name: str, model: Any, theirs: Any) -> None:
+    words, template, _ = model
+    ours, row = COMPARISONS[name]
+    if "tools" in row and "tool_call" not in template:
+        pytest.skip("the template has no tools")
+    options = FinetuneOptions(objective="dpo")
+    if "label" in row:  # a KL divergence needs several prompts
+        options = FinetuneOptions(objective="kto", loss_type="apo_zero_unpaired")
+    objective = objective_of(options)
+    [found] = objective.read("finetune", sources_of("finetune", [ours]), words, options.reading(None))
+    if "label" in row:
+        assert found[2] is row["label"]
+        found = [found[:2]]
+    expected = compared_by_trl(theirs, template, row)
+    assert len(found) == len(expected)
+    for (ids, labels), (their_ids, trained) in zip(found, expected, strict=True):
+        assert ids.tolist() == their_ids
+        assert (labels != IGNORED).tolist() == without_line_ends(words, their_ids, trained)

@@ -473,7 +473,7 @@ def test_tools_of_questions_that_the_model_does_not_see_are_counted(lm: Language
     tools = [{"type": "function", "function": {"name": "add"}}]
     rows = [{**row, "tools": tools if n < 2 else None} for n, row in enumerate(QUESTIONS)]
     with pytest.warns(
-        UserWarning, match=r"^data: 2 examples with messages, tools or documents that the chat"
+        UserWarning, match=r"^data: 2 examples with messages, reasoning, tools or documents that the chat"
     ):
         evaluate(lm, rows)
 
@@ -555,7 +555,7 @@ def test_a_malformed_question_is_an_error_with_file_and_line(
     lm: LanguageModel, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "q.jsonl").write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD | change)}\n")
-    with pytest.raises(DataError, match=rf"q\.jsonl, line 2: {message}"):
+    with pytest.raises(DataError, match=rf"q\.jsonl, line 2(, message 1 of prompt)?: {message}"):
         evaluate(lm, tmp_path / "q.jsonl")
     found = evaluate(lm, tmp_path / "q.jsonl", skip_bad=True, metric="f1", max_new_tokens=1)
     assert (found["examples"], found["skipped"]) == (1, 1)

@@ -100,6 +100,26 @@ ALPACA = {"instruction": "a", "input": "b", "output": "c", "system": "s", "histo
         ({"prompt": "a", "completion": "b", "label": "1.0"}, Judged(Completion("a", "b"), True)),
         ({"prompt": [USER], "completion": [ANSWER], "label": False},
          Judged(Chat([USER, ANSWER], prompt=1), False)),
+        # LLaMA-Factory's forms of comparisons: only the last answer is judged
+        ({"messages": [USER, {**ANSWER, "content": "c"}, USER, ANSWER], "label": True},
+         Judged(Chat([USER, {**ANSWER, "content": "c"}, USER, ANSWER], prompt=3), True)),
+        ({"conversations": [HUMAN, GPT], "system": "s", "label": False},
+         Judged(Chat([{"role": "system", "content": "s"}, USER, ANSWER], prompt=2), False)),
+        ({**ALPACA, "label": True}, Judged(Instruction("a", "c", "b", "s", (("d", "e"),)), True)),
+        ({"instruction": "a", "input": "b", "system": "s", "history": [["d", "e"]], "chosen": "c",
+          "rejected": "x"},
+         Preference(Instruction("a", "c", "b", "s", (("d", "e"),)),
+                    Instruction("a", "x", "b", "s", (("d", "e"),)))),
+        # tables in text files have no lists
+        ({"messages": json.dumps([USER, ANSWER])}, Chat([USER, ANSWER])),
+        ({"conversations": json.dumps([HUMAN, GPT])}, Chat([USER, ANSWER])),
+        ({**ALPACA, "history": '[["d", "e"]]'}, Instruction("a", "c", "b", "s", (("d", "e"),))),
+        ({"prompt": "q", "choices": '["x", "y"]', "answer": "y"}, MultipleChoice("q", ("x", "y"), 1)),
+        ({"prompt": "q", "choices": json.dumps({"text": ["x", "y"], "label": ["1", "2"]}), "answer": "1"},
+         MultipleChoice("q", ("x", "y"), 0)),
+        # a label that is no judgement
+        ({"messages": [USER, ANSWER], "label": "greeting"}, Chat([USER, ANSWER])),
+        ({"messages": [USER, ANSWER], "label": 1}, Chat([USER, ANSWER])),
     ],
     ids=str,
 )  # fmt: skip
@@ -136,6 +156,41 @@ def test_an_answer_is_a_label_of_the_row_a_choice_or_an_index(choices: Any, answ
     assert found.answer == right
 
 
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}, "message 2"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "message 1"),
+        ({"prompt": [USER], "completion": [ANSWER, USER, {**ANSWER, "content": None}]},
+         "message 3 of completion"),
+        ({"prompt": [USER, 3], "chosen": "a", "rejected": "b"}, "message 2 of prompt"),
+        ({"conversations": [HUMAN, GPT, {"from": "gpt"}]}, "turn 3"),
+        ({"conversations": [HUMAN, {"from": "observation", "value": "a"}]}, "turn 2"),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "f"}, {"name": ""}]}, "tool 2"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_place_of_a_wrong_message_is_named(row: dict[str, Any], place: str) -> None:
+    with pytest.raises(DataError, match=rf"^d\.jsonl, line 7, {place}: "):
+        parsed(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"messages": [HUMAN, GPT]}, {"conversations": "messages"}),
+        ({"conversations": [USER, ANSWER]}, {"messages": "conversations"}),
+    ],
+)
+def test_messages_in_the_form_of_another_kind_name_the_option_that_reads_them(
+    row: dict[str, Any], columns: dict[str, str]
+) -> None:
+    [(ours, theirs)] = columns.items()
+    with pytest.raises(DataError, match=rf"--columns {ours}={theirs} "):
+        parsed(row)
+    assert parsed(renamed(row, columns, "w")) == Chat([USER, ANSWER])
+
+
 def test_a_row_is_not_changed() -> None:
     row = {"messages": [USER, {**CALLING, "tool_calls": [{"name": "f", "arguments": "{}"}]}]}
     before = json.dumps(row)
@@ -144,6 +199,8 @@ def test_a_row_is_not_changed() -> None:
 
 
 # ---- malformed rows ----
+
+PLACE = r"(, (message|turn|tool) \d( of \w+)?)?"
 
 
 def chat(*messages: Any) -> dict[str, Any]:
@@ -304,6 +361,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (judged(label="yes"), "label is 'yes', expected true or false, or 1 or 0"),
     (judged(label="good"), "label is 'good', expected true or false"),
     (judged(completion=""), "completion is empty"),
+    ({"messages": [USER, ANSWER, USER], "label": True},
+     "the chat ends with a message of role 'user', expected one of the assistant"),
+    ({"instruction": "a", "chosen": "b", "rejected": 3}, "rejected is 3, expected a string"),
+    ({"instruction": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same answer"),
+    ({"instruction": 5, "chosen": "b", "rejected": "c"}, "instruction is 5, expected a string"),
     (judged(prompt=3), "prompt is 3, expected a string"),
     # multiple choice
     ({"prompt": "q", "choices": ARC, "answer": 0}, "answer is 0, expected one of the choices, or one"),
@@ -348,7 +410,7 @@ CHATML = "{% for m in messages %}{{ m.role + m.content + '<|end|>' }}{% endfor %
 def test_a_malformed_row_is_an_error_that_names_line_field_and_values(
     row: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(DataError, match=rf"^d\.jsonl, line 7: .*{message}") as caught:
+    with pytest.raises(DataError, match=rf"^d\.jsonl, line 7{PLACE}: .*{message}") as caught:
         parsed(row)
     assert len(str(caught.value)) < 400
 
@@ -359,7 +421,7 @@ def test_a_malformed_row_is_found_among_good_rows_of_its_kind(row: dict[str, Any
     [source] = splits_of("test", [neighbour(row), row]).train
     builder = Builder(None, False, Dataset)
     builder.begin(source)
-    with pytest.raises(DataError, match=rf"^data, row 2: .*{message}"):
+    with pytest.raises(DataError, match=rf"^data, row 2{PLACE}: .*{message}"):
         add_rows(builder, source, words, ReadOptions(), lambda kind, where: None, lambda _, found: [found])
 
 
@@ -369,6 +431,9 @@ def test_a_kind_that_is_forced_takes_its_own_fields() -> None:
     assert parsed(both, "alpaca") == parsed(ALPACA)
     with pytest.raises(DataError, match="messages is missing; the row has"):
         parsed(both, "messages")
+    labelled = {"messages": [USER, ANSWER], "label": 0}
+    assert parsed({**labelled, "label": False}, "messages") == Chat([USER, ANSWER])
+    assert parsed(labelled, "kto") == Judged(Chat([USER, ANSWER], prompt=1), False)
 
 
 def test_columns_give_fields_their_names() -> None:
@@ -378,6 +443,16 @@ def test_columns_give_fields_their_names() -> None:
     assert renamed({"a": 1, "b": 2}, {"a": "b", "b": "a"}, "w") == {"a": 2, "b": 1}
     with pytest.raises(DataError, match=r"w: has no 'answer', which columns names; it has \['question'\]"):
         renamed({"question": "a"}, columns, "w")
+
+
+def test_the_usual_names_of_a_question_and_its_answer_are_recognised_in_the_error() -> None:
+    row = {"id": 3, "response": "b", "query": "a", "context": None}
+    with pytest.raises(DataError, match=r"; --columns prompt=query,completion=response \("):
+        parsed(row)
+    columns = {"prompt": "query", "completion": "response"}
+    assert parsed(renamed(row, columns, "w")) == Completion("a", "b")
+    with pytest.raises(DataError, match=r"; --columns OURS=THEIRS "):
+        parsed({"answer": "b", "question": None})
 
 
 def test_an_unknown_field_in_columns_is_named() -> None:
@@ -424,6 +499,6 @@ def test_rows_of_two_kinds_in_a_file_are_refused(tmp_path: Path) -> None:
 
 def test_comparisons_are_refused_where_one_answer_is_learnt() -> None:
     words = from_gguf(opened(byte_level()))
-    for row, fields in ((pair(), "chosen and rejected"), (judged(), "prompt, completion and label")):
+    for row, fields in ((pair(), "chosen and rejected"), (judged(), "an answer and a label")):
         with pytest.raises(DataError, match=f"row 1: has {fields}, a comparison; expected one answer"):
             read_dataset([row], words)

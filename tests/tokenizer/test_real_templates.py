@@ -152,6 +152,8 @@ def test_the_turns_of_the_assistant_are_what_it_writes_in_the_text(model: str, c
     drops_system = model == "phi_4" and chat == "a late system message"
     assert ("messages" in found.unused) == drops_system
     assert ("Be kind." in text) == (SYSTEM in given["messages"] and not drops_system)
+    has_reasoning = any("reasoning_content" in message for message in given["messages"])
+    assert ("reasoning" in found.unused) == (has_reasoning and "Let me see." not in text)
     for most in (20, len(found.ids) // 2):  # the beginning has the same tokens and turns
         cut = tokenizer.encode_conversation(**given, most=most)
         size = len(cut.ids)

@@ -71,7 +71,8 @@ class Chat:
         ids: the tokens.
         turns: for each assistant message (by its index), the positions of the turn's tokens, including the
             end token.
-        unused: "messages", "tools" or "documents", if some were given that do not change the rendered text.
+        unused: "messages", "reasoning", "tools" or "documents", if some were given that do not change the
+            rendered text.
         lost_calls: the tool calls that the template leaves out, as pairs (index of the message, number of the
             call).
     """
@@ -601,6 +602,8 @@ class Tokenizer:
         lost_calls = tuple((index, call) for index, call in lost if call is not None)
         if self._leaves_out_messages(quoted, {index for index, call in lost if call is None}, given, text):
             unused = ("messages", *unused)
+        if self._leaves_out_reasoning(quoted, given, text):
+            unused = ("reasoning", *unused)
         is_long = len(indices) * (len(messages) + len(ids) / _TOKENS_PER_MESSAGE) > _MOST_RENDERED
         try:
             if not is_long:
@@ -735,6 +738,16 @@ class Tokenizer:
         try:
             return self._render(written, False, TRAINING_TIME, given) == text
         except ValueError:  # the template needs them
+            return False
+
+    def _leaves_out_reasoning(self, quoted: list[Message], given: dict[str, Any], text: str) -> bool:
+        """Whether the messages have reasoning, and the text is the same without it."""
+        without = turns_of.without_reasoning(quoted)
+        if without == quoted:
+            return False
+        try:
+            return self._render(without, False, TRAINING_TIME, given) == text
+        except ValueError:  # the template needs it
             return False
 
     def _require_beginning(self, part: list[int], ids: list[int], is_whole: bool, which: str) -> None:

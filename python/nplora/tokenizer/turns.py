@@ -65,6 +65,11 @@ def _with_mark(message: Mapping[str, Any], mark: str) -> Mapping[str, Any]:
     return made
 
 
+def without_reasoning(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Copy the messages without their reasoning."""
+    return [{k: v for k, v in message.items() if k not in _REASONING or not v} for message in messages]
+
+
 def _named(call: Any, mark: str) -> Any:
     """Copy a tool call, and replace the name of its function with a mark."""
     if not isinstance(call, Mapping):

@@ -50,13 +50,14 @@ class DictionaryReport:
             for word, sample in zip(WORDS, run.samples, strict=True)
         )
         losses = f"{run.loss_before or 0:.2f} before, {run.loss_after or 0:.2f} after"
+        tokens = sum(step.count for step in run.history.steps)
         same = "equal bit for bit" if self.reloaded_loss == run.loss_after else "NOT equal"
         return f"""
 {answers}
 
   held out   {run.valid.examples if run.valid else 0} entries: loss {losses}
   reloaded   onto a fresh model: loss {self.reloaded_loss:.2f}, {same}
-  trained    {run.trained:,} factors, {run.trained / run.parameters:.1%} of the model
+  trained    {run.trained:,} factors, {run.trained / run.parameters:.1%} of the model, on {tokens:,} tokens
   time       {run.history.seconds:.0f} s of training on {counted(self.threads, "thread")}
   memory     {peak_memory() / 1e6:.0f} MB at most, the model's file included
 """

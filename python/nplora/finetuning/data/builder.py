@@ -134,7 +134,7 @@ class Builder(Generic[_Made]):
         Raises:
             DataError: the weights leave no example.
         Warns:
-            UserWarning: some rows have messages, tools or documents that the model does not see.
+            UserWarning: some rows have messages, reasoning, tools or documents that the model does not see.
         """
         source = ", ".join(source.name for source in self._sources)
         if not self._order:
@@ -173,8 +173,8 @@ def warn_of_unused(source: str, count: int, unit: str = "example") -> None:
     """
     if count:
         warn_user(
-            f"{source}: {counted(count, unit)} with messages, tools or documents that the chat template "
-            "leaves out: the model does not see them"
+            f"{source}: {counted(count, unit)} with messages, reasoning, tools or documents that the chat "
+            "template leaves out: the model does not see them"
         )
 
 

@@ -166,8 +166,7 @@ def read_dataset(
         ModuleNotFoundError: the package `pyarrow` is needed and not installed.
         OSError: the file cannot be read.
     Warns:
-        UserWarning: some rows have messages, tools or documents that the chat template leaves
-            out.
+        UserWarning: some rows have messages, reasoning, tools or documents that the chat template leaves out.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> dataset = nplora.data.read_dataset("train.jsonl", tokenizer, max_length=32)
@@ -287,9 +286,10 @@ def without_prompt_words(names: Mapping[str, int]) -> str:
 def _require_one_answer(kind: Kind, where: str) -> None:
     if kind.name in ("preference", "kto"):
         objective = "dpo" if kind.name == "preference" else "kto"
+        ignoring = "" if objective == "dpo" else "; --format messages or completion ignores the label"
         raise DataError(
             f"{where}: has {kind.fields}, a comparison; expected one answer to learn. Rows like this are for "
-            f"finetune --objective {objective} (objective={objective!r})"
+            f"finetune --objective {objective} (objective={objective!r}){ignoring}"
         )
     if kind.name == "choice":
         raise DataError(

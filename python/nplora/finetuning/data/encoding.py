@@ -35,7 +35,7 @@ class Encoded:
     Attributes:
         ids: the tokens.
         trained: whether each token is trained.
-        unused: whether the example has messages, tools or documents that the template leaves out.
+        unused: whether the example has messages, reasoning, tools or documents that the template leaves out.
         is_chat: whether the chat template wrote the sequence.
         good: whether the sequence was judged to be a good answer.
     """
@@ -85,11 +85,6 @@ class Encoder:
         elif isinstance(example, Text):
             ids = [*self._tokenizer.encode_prompt(example.text, self._most), self._eos]
             sequences = [Encoded(ids, [True] * len(ids))]
-        elif isinstance(example, Instruction):
-            has_template = self._tokenizer.chat_template is not None
-            sequences = [
-                self._answered(example.as_chat() if has_template else example.as_completion(), where)
-            ]
         elif isinstance(example, MultipleChoice):
             sequences = [self._answered(example.as_answer(), where)]
         else:
@@ -110,9 +105,12 @@ class Encoder:
         yield [self._eos]
 
     def _answered(self, example: Answered, where: str) -> Encoded:
-        return (
-            self._messages(example, where) if isinstance(example, Chat) else self._completion(example, where)
-        )
+        if isinstance(example, Instruction):
+            has_template = self._tokenizer.chat_template is not None
+            example = example.as_chat() if has_template else example.as_completion()
+        if isinstance(example, Chat):
+            return self._messages(example, where)
+        return self._completion(example, where)
 
     def _completion(self, example: Completion, where: str) -> Encoded:
         """Encode prompt and completion as one, or separately if joining them changes the prompt's tokens."""

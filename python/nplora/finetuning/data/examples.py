@@ -90,7 +90,7 @@ def _alpaca(instruction: str, context: str) -> str:
     return _ALPACA.format(also=_ALSO if context else "", instruction=instruction, input=shown)
 
 
-Answered: TypeAlias = Completion | Chat
+Answered: TypeAlias = Completion | Chat | Instruction
 
 
 @dataclass(frozen=True)
@@ -137,16 +137,19 @@ class MultipleChoice:
         return Chat([*self.prompt, {"role": "assistant", "content": right}], prompt=len(self.prompt))
 
 
-Example: TypeAlias = Text | Completion | Chat | Instruction | Preference | Judged | MultipleChoice
+Example: TypeAlias = Text | Answered | Preference | Judged | MultipleChoice
 
 
 def through_template(example: Example) -> Example:
-    """Turn completions into chats, and return all other examples unchanged."""
+    """Turn completions and instructions into chats, and return all other examples unchanged."""
     if isinstance(example, Completion | Instruction):
         return example.as_chat()
     if isinstance(example, Preference):
-        sides = (s.as_chat() if isinstance(s, Completion) else s for s in (example.chosen, example.rejected))
-        return Preference(*sides)
-    if isinstance(example, Judged) and isinstance(example.answer, Completion):
-        return replace(example, answer=example.answer.as_chat())
+        return Preference(_as_chat(example.chosen), _as_chat(example.rejected))
+    if isinstance(example, Judged):
+        return replace(example, answer=_as_chat(example.answer))
     return example
+
+
+def _as_chat(answered: Answered) -> Chat:
+    return answered if isinstance(answered, Chat) else answered.as_chat()

@@ -41,7 +41,7 @@ KINDS = (
         ("chosen", "rejected", "preferred_output", "non_preferred_output"),
         preferences.preference,
     ),
-    Kind("kto", "prompt, completion and label", (), preferences.judged),
+    Kind("kto", "an answer and a label", (), preferences.judged),
     Kind("choice", "prompt, choices and answer", ("choices",), choices.multiple_choice),
 )
 # All fields that the kinds read, by the names that `columns` maps.
@@ -51,6 +51,7 @@ FIELDS = (
     "question", "rejected", "system", "text", "tools",
 )  # fmt: skip
 BY_NAME = {kind.name: kind for kind in KINDS}
+_ANSWERS = ("answer", "response", "output", "reply", "target")  # other names of the completion
 _EXPECTED = (
     "messages, conversations, instruction and output, prompt and completion, text, or chosen and rejected"
 )
@@ -63,7 +64,8 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
         DataError: the fields belong to no kind, or to two kinds.
     """
     there = [name for name, value in values.items() if value is not None]
-    found = _kinds_with(there) or _kinds_with(list(values))
+    is_judged = isinstance(values.get("label"), bool)
+    found = _kinds_with(there, is_judged) or _kinds_with(list(values), is_judged)
     if len(found) > 1:
         (one, first), (other, second) = list(found.items())[:2]
         raise DataError(
@@ -71,18 +73,40 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
             f"or {other} (format={one!r} or {other!r}) decides"
         )
     if not found:
-        renames = "--columns OURS=THEIRS (columns={'OURS': 'THEIRS'}) renames fields"
-        raise DataError(f"{where}: the row has {brief(list(values))}, expected {_EXPECTED}; {renames}")
+        raise DataError(
+            f"{where}: the row has {brief(list(values))}, expected {_EXPECTED}; {_renames(there)}"
+        )
     return BY_NAME[next(iter(found))]
 
 
-def _kinds_with(names: list[str]) -> dict[str, str]:
-    """The kinds that fields with these names may belong to, each with the field that identifies it."""
+def _renames(names: list[str]) -> str:
+    """How to read a row of no kind. Fields with the usual names of a question and its answer are named."""
+    prompt, answer = (
+        next((n for n in known if n in names), None) for known in (preferences.PROMPTS, _ANSWERS)
+    )
+    if prompt is None or answer is None:
+        return "--columns OURS=THEIRS (columns={'OURS': 'THEIRS'}) renames fields"
+    columns = {"prompt": prompt, "completion": answer}
+    return (
+        f"--columns prompt={prompt},completion={answer} (columns={columns}) reads {prompt!r} and {answer!r}"
+    )
+
+
+def _kinds_with(names: list[str], is_judged: bool) -> dict[str, str]:
+    """The kinds that fields with these names may belong to, each with the field that identifies it.
+
+    Args:
+        is_judged: whether the row has a label that is true or false. Other labels may be anything, such as a
+            topic, so only a completion is judged by them.
+    """
     found = {kind.name: name for kind in KINDS for name in reversed(kind.known_by) if name in names}
-    if "completion" in found and "label" in names:
-        found["kto"] = found.pop("completion")
     if "preference" in found and not {"chosen", "rejected"}.isdisjoint(names):
-        found.pop("sharegpt", None)  # in a preference, `conversations` holds the prompt
+        for prompt in ("sharegpt", "alpaca"):  # in a preference, these fields hold the prompt
+            found.pop(prompt, None)
+    elif len(found) == 1 and "label" in names:
+        [(kind, name)] = found.items()
+        if kind == "completion" or (is_judged and kind in ("messages", "sharegpt", "alpaca")):
+            return {"kto": name}
     return found or ({"completion": "prompt"} if "prompt" in names else {})
 
 

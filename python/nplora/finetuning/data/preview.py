@@ -94,8 +94,8 @@ class Part:
         lost: the number of tokens that are cut off.
         emptied: the number of examples that are left out because, after the cut, they have nothing to train
             on or both answers of a pair are the same.
-        unused: the number of examples with messages, tools or documents that the chat template leaves
-            out.
+        unused: the number of examples with messages, reasoning, tools or documents that the chat template
+            leaves out.
         unread: the fields that are not used, each with the number of rows that have it.
         without_prompt: for comparisons without a prompt, the other field that probably holds the prompt, and
             the number of rows.
@@ -373,7 +373,9 @@ def _summary(part: Part, max_length: int) -> str:
         lines.append(f"  {counted(part.repeated, unit)} already there before")
     if part.unused:
         examples = counted(part.unused, unit)
-        lines.append(f"  {examples} with messages, tools or documents that the template leaves out")
+        lines.append(
+            f"  {examples} with messages, reasoning, tools or documents that the template leaves out"
+        )
     if part.unread:
         shown = [f"{brief(name)} of {counted(count, 'row')}" for name, count in part.unread.items()]
         more = f", and {len(shown) - _FIELDS:,} more" if len(shown) > _FIELDS else ""

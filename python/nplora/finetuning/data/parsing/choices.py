@@ -29,7 +29,7 @@ def multiple_choice(row: Fields) -> Example:
 def _choices(row: Fields) -> tuple[tuple[str, ...], list[str] | None]:
     """The choices, and their labels if there are any: texts, or {"text": […], "label": […]} as in ARC."""
     wanted = "expected a list of two or more different texts"
-    value: Any = row.get("choices")
+    value: Any = row.unpacked("choices")
     labels: Any = None
     if isinstance(value, dict):
         value, labels = value.get("text"), value.get("label")

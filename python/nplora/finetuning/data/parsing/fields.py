@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -52,6 +54,14 @@ class Fields:
             raise self.error(f"{name} is missing; the row has {brief(list(self.values))}; {renaming(name)}")
         return self.values[name]
 
+    def unpacked(self, name: str) -> Any:
+        """The value of a required field that is not a text. In a table of texts, it may be given as JSON."""
+        value = self.get(name)
+        if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+            with contextlib.suppress(ValueError):
+                return loads(value)
+        return value
+
     def text(self, name: str, may_be_empty: bool = False, default: str | None = None) -> str:
         if default is not None and not self.has(name):
             return default
@@ -78,6 +88,12 @@ class Fields:
             return loads(text)
         except ValueError:
             raise self.error(f"{name} is {brief(text)}, expected a list of objects, or one as JSON") from None
+
+    def part(self, words: str) -> Fields:
+        """The same fields for errors about a part of the row, such as "message 2"."""
+        part = copy.copy(self)
+        part.where = f"{self.where}, {words}"
+        return part
 
     def error(self, problem: str) -> DataError:
         return DataError(f"{self.where}: {problem}")

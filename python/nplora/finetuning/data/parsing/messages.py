@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from nplora.finetuning.data.examples import SYSTEM_ROLES, TOOL_ROLES, Chat, Example, Message, Objects
-from nplora.finetuning.data.parsing.fields import CONTEXT, Fields, loads
+from nplora.finetuning.data.examples import SYSTEM_ROLES, TOOL_ROLES, Chat, Message, Objects
+from nplora.finetuning.data.parsing.fields import CONTEXT, Fields, loads, renaming
 from nplora.formats.errors import brief
 
+_MESSAGE = "expected an object with a role and a content"
 _MESSAGES = "expected a list of objects with a role and a content"
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
 
 
-def openai(row: Fields) -> Example:
-    messages = row.get("messages")
+def openai(row: Fields) -> Chat:
+    messages = row.unpacked("messages")
     if not isinstance(messages, list) or not messages:
         raise row.error(f"messages is {brief(messages)}, {_MESSAGES}")
+    if all(isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in messages):
+        raise row.error(f"messages has turns of ShareGPT; {renaming('conversations', 'messages')}")
     return chat_of(row, messages_of(row, "messages", messages), None)
 
 
@@ -25,23 +28,27 @@ def chat_of(row: Fields, messages: list[Message], prompt: list[Any] | None) -> C
         if role in SYSTEM_ROLES and (not answer or answer[0]["role"] == "assistant"):
             wanted = "expected one of the user, a tool or the assistant"
             raise row.error(f"the prompt ends with a message of role {role!r}, {wanted}")
-    tools, documents = (row.objects(name) for name in CONTEXT)
-    return Chat(messages, tools and [_tool(row, tool) for tool in tools], documents, len(prompt or ()))
+    given, documents = (row.objects(name) for name in CONTEXT)
+    tools = given and [_tool(row.part(f"tool {number}"), tool) for number, tool in enumerate(given, 1)]
+    return Chat(messages, tools, documents, len(prompt or ()))
 
 
 def messages_of(row: Fields, name: str, value: Any) -> list[Message]:
     """Messages as in OpenAI's API, checked, in the form that chat templates read."""
     if not isinstance(value, list):
         raise row.error(f"{name} is {brief(value)}, {_MESSAGES}")
-    messages = [message_of(row, message) for message in value]
-    for before, message in zip([None, *messages], messages, strict=False):
-        check_order(row, before, message)
+    of = "" if name == "messages" else f" of {name}"
+    messages = list[Message]()
+    for number, message in enumerate(value, 1):
+        part = row.part(f"message {number}{of}")
+        messages.append(message_of(part, message))
+        check_order(part, messages[-2] if number > 1 else None, messages[-1])
     return messages
 
 
 def message_of(row: Fields, message: object) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise row.error(f"a message is {brief(message)}, {_MESSAGES}")
+        raise row.error(f"a message is {brief(message)}, {_MESSAGE}")
     role = message["role"]
     if role not in _ROLES:
         raise row.error(f"the role of a message is {brief(role)}, expected one of {', '.join(_ROLES)}")

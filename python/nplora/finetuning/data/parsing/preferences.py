@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from nplora.finetuning.data.examples import Chat, Completion, Example, Judged, Preference
+from nplora.finetuning.data.examples import Answered, Chat, Completion, Example, Judged, Preference
 from nplora.finetuning.data.parsing.fields import Fields, renaming
-from nplora.finetuning.data.parsing.messages import chat_of, messages_of
-from nplora.finetuning.data.parsing.sharegpt import conversation, turn_of
-from nplora.finetuning.data.parsing.texts import prompt_and_answer
+from nplora.finetuning.data.parsing.messages import chat_of, messages_of, openai
+from nplora.finetuning.data.parsing.sharegpt import conversation, sharegpt, turn_of
+from nplora.finetuning.data.parsing.texts import instruction, prompt_and_answer
 from nplora.formats.errors import brief
 
-_PROMPTS = ("question", "query", "instruction", "input", "user", "context")  # other names of the prompt
+PROMPTS = ("question", "query", "input", "user", "context")  # other names of the prompt
 _FEW_WORDS = 5  # with which two answers may begin alike by chance
 # Judgements. TRL takes 1 and 0 too, and tables in text files have no booleans.
 _LABELS: dict[object, bool] = {1: True, 0: False}
@@ -27,6 +28,8 @@ def preference(row: Fields) -> Example:
         prompt = conversation(row)
         sides = [[*prompt, turn_of(row, row.get(name))] for name in ("chosen", "rejected")]
         pair = Preference(*(chat_of(row, messages, prompt) for messages in sides))
+    elif row.has("instruction") and not row.has("prompt"):
+        pair = Preference(instruction(row, "chosen"), instruction(row, "rejected"))
     elif row.has("prompt") and not _has_whole_chats(row):
         pair = Preference(prompt_and_answer(row, "chosen"), prompt_and_answer(row, "rejected"))
     else:
@@ -105,8 +108,8 @@ def prompt_among(unread: Mapping[str, Any]) -> str | None:
     A text of one word is not a prompt, but an identifier or the name of a source. A text without letters is a
     date or a number.
     """
-    texts = {k: v for k, v in unread.items() if isinstance(v, str) and (k in _PROMPTS or _is_prose(v))}
-    known = next((name for name in _PROMPTS if name in texts), None)
+    texts = {k: v for k, v in unread.items() if isinstance(v, str) and (k in PROMPTS or _is_prose(v))}
+    known = next((name for name in PROMPTS if name in texts), None)
     return known or max(texts, key=lambda name: len(texts[name]), default=None)
 
 
@@ -136,4 +139,18 @@ def judged(row: Fields) -> Example:
     key = label.strip().lower() if isinstance(label, str) else label
     if not isinstance(key, str | bool | int | float) or key not in _LABELS:
         raise row.error(f"label is {brief(label)}, expected true or false, or 1 or 0")
-    return Judged(prompt_and_answer(row, "completion"), _LABELS[key])
+    return Judged(_judged_answer(row), _LABELS[key])
+
+
+def _judged_answer(row: Fields) -> Answered:
+    """The answer that the label judges. In a chat, this is the last message."""
+    if row.has("completion"):
+        return prompt_and_answer(row, "completion")
+    if row.has("instruction"):
+        return instruction(row)
+    if not row.has("messages") and not row.has("conversations"):
+        return prompt_and_answer(row, "completion")
+    chat = openai(row) if row.has("messages") else sharegpt(row)
+    if (role := chat.messages[-1]["role"]) != "assistant":
+        raise row.error(f"the chat ends with a message of role {role!r}, expected one of the assistant")
+    return replace(chat, prompt=len(chat.messages) - 1)

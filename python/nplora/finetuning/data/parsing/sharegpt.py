@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nplora.finetuning.data.examples import Example, Message
-from nplora.finetuning.data.parsing.fields import Fields, loads
+from nplora.finetuning.data.examples import Chat, Message
+from nplora.finetuning.data.parsing.fields import Fields, loads, renaming
 from nplora.finetuning.data.parsing.messages import chat_of, check_order, message_of
 from nplora.formats.errors import brief
 
@@ -13,17 +13,21 @@ _SPEAKERS = {
 }  # fmt: skip
 
 
-def sharegpt(row: Fields) -> Example:
+def sharegpt(row: Fields) -> Chat:
     return chat_of(row, conversation(row), None)
 
 
 def conversation(row: Fields) -> list[Message]:
-    turns = row.get("conversations")
+    turns = row.unpacked("conversations")
     if not isinstance(turns, list) or not turns:
         raise row.error(f"conversations is {brief(turns)}, expected a list of objects with from and value")
-    messages = [turn_of(row, turn) for turn in turns]
-    for before, message in zip([None, *messages], messages, strict=False):
-        check_order(row, before, message)
+    if all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
+        raise row.error(f"conversations has messages of OpenAI; {renaming('messages', 'conversations')}")
+    messages = list[Message]()
+    for number, turn in enumerate(turns, 1):
+        part = row.part(f"turn {number}")
+        messages.append(turn_of(part, turn))
+        check_order(part, messages[-2] if number > 1 else None, messages[-1])
     if messages[0]["role"] != "system" and (system := row.text("system", True, "")):
         messages.insert(0, {"role": "system", "content": system})
     return messages

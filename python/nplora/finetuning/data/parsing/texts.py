@@ -32,9 +32,10 @@ def _answered(row: Fields, name: str) -> list[Message]:
     return messages_of(row, name, [value] if isinstance(value, dict) else value)
 
 
-def instruction(row: Fields) -> Example:
-    history = row.values.get("history")
-    history = [] if history in (None, "") else history
+def instruction(row: Fields, name: str = "output") -> Instruction:
+    """An instruction and its answer, which the row calls `name`."""
+    history = row.unpacked("history") if row.has("history") else []
+    history = [] if history == "" else history
     is_pairs = isinstance(history, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
         for pair in history
@@ -43,7 +44,7 @@ def instruction(row: Fields) -> Example:
         raise row.error(f"history is {brief(history)}, expected a list of pairs of texts")
     return Instruction(
         row.text("instruction"),
-        row.text("output"),
+        row.text(name),
         row.text("input", True, ""),
         row.text("system", True, ""),
         tuple((question, answer) for question, answer in history),

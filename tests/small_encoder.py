@@ -1,4 +1,4 @@
-"""A small random BERT in the files of sentence-transformers, without torch."""
+"""A small random BERT, without torch: in the files of sentence-transformers, and in GGUF."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nplora.formats import safetensors
+from nplora.formats import gguf, safetensors
 
 Array = np.ndarray[Any, Any]
 
@@ -124,3 +124,64 @@ def save_small_encoder(directory: Path, pooling: str | None = "mean", **changes:
         (directory / "1_Pooling" / "config.json").write_text(json.dumps(flags))
         (directory / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 32}))
     return directory
+
+
+# ---- the same as a GGUF file ----
+
+# Hugging Face's names of a block's layers and norms, and llama.cpp's.
+_NAMES = {
+    "attention.self.query": "attn_q",
+    "attention.self.key": "attn_k",
+    "attention.self.value": "attn_v",
+    "attention.output.dense": "attn_output",
+    "attention.output.LayerNorm": "attn_output_norm",
+    "intermediate.dense": "ffn_up",
+    "output.dense": "ffn_down",
+    "output.LayerNorm": "layer_output_norm",
+    "embeddings.word_embeddings": "token_embd",
+    "embeddings.position_embeddings": "position_embd",
+    "embeddings.token_type_embeddings": "token_types",
+    "embeddings.LayerNorm": "token_embd_norm",
+}
+
+
+def gguf_name(name: str) -> str:
+    layer, _, kind = name.rpartition(".")
+    if layer.startswith("encoder.layer."):
+        _, _, index, part = layer.split(".", 3)
+        return f"blk.{index}.{_NAMES[part]}.{kind}"
+    return f"{_NAMES[layer]}.{kind}"
+
+
+def gguf_metadata(**changes: Any) -> dict[str, Any]:
+    """The metadata of the small BERT. In `changes`, __ stands for a dot, and None removes an entry."""
+    kinds = [3] * 5 + [1] * (len(WORDS) - 5)
+    marked = [
+        word if kind == 3 else word.removeprefix("##") if word.startswith("##") else f"▁{word}"
+        for word, kind in zip(WORDS, kinds, strict=True)
+    ]
+    sizes = {
+        "block_count": LAYERS, "context_length": POSITIONS, "embedding_length": WIDTH,
+        "feed_forward_length": HIDDEN, "attention.head_count": HEADS, "pooling_type": 1,
+    }  # fmt: skip
+    entries: dict[str, Any] = {
+        "general.architecture": "bert",
+        **{f"bert.{name}": gguf.Typed(value, "UINT32") for name, value in sizes.items()},
+        "bert.attention.layer_norm_epsilon": np.float32(1e-12),
+        "bert.attention.causal": False,
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.tokens": marked,
+        "tokenizer.ggml.token_type": np.int32(kinds),
+        "tokenizer.ggml.unknown_token_id": gguf.Typed(1, "UINT32"),
+        "tokenizer.ggml.cls_token_id": gguf.Typed(2, "UINT32"),
+        "tokenizer.ggml.seperator_token_id": gguf.Typed(3, "UINT32"),
+    }
+    entries |= {name.replace("__", "."): value for name, value in changes.items()}
+    return {name: value for name, value in entries.items() if value is not None}
+
+
+def save_gguf(path: Path, weights: dict[str, Array] | None = None, **changes: Any) -> Path:
+    """Write the model as a GGUF file, as llama.cpp's converter does. Returns the path."""
+    made = {gguf_name(name): array for name, array in (weights or tensors()).items()}
+    gguf.save(path, made, gguf_metadata(**changes))
+    return path

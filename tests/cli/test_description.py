@@ -17,6 +17,7 @@ from nplora.formats.gguf import Tensor, Typed
 from nplora.formats.gguf_adapter import GgufAdapter, Pair
 from nplora.formats.peft_config import Patterns, PeftConfig
 from nplora.models import families
+from small_encoder import save_gguf, save_small_encoder
 from small_llama import save_small_llama
 
 Array = np.ndarray[Any, Any]
@@ -322,6 +323,24 @@ def test_the_description_says_which_commands_refuse_a_file(tmp_path: Path) -> No
     lm = small_models.load(tmp_path)
     assert "not supported" not in description.describe(tmp_path / "small.gguf")
     assert lm.config.model_type == "llama"
+
+
+@pytest.mark.parametrize("kind", ["directory", "gguf"])
+def test_an_encoder_is_described_with_the_layers_that_add_lora_adapts(kind: str, tmp_path: Path) -> None:
+    path = {"directory": save_small_encoder, "gguf": save_gguf}[kind](tmp_path / "model")
+    lines = description.describe(path).splitlines()
+    words = "finetune, eval, generate and convert" if kind == "directory" else (
+        "finetune, eval, generate, merge and convert"
+    )  # fmt: skip
+    assert lines[1] == f"an encoder: embed, classify and serve read it; {words} refuse it"
+    with pytest.raises(UnsupportedError, match=r"nplora\.load_encoder reads"):
+        nplora.load_model(path)
+    encoder = nplora.load_encoder(path)
+    encoder.add_lora(rank=8)
+    found = lines[-1].split()
+    assert found[:3] == ["all-linear", f"{len(encoder.adapter_layers())}", "layers"]
+    assert found[3:] == [f"{encoder.num_trainable:,}", "parameters"]
+    assert any(line.split()[:2] == ["query", "2"] for line in lines)
 
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path: Path) -> None:

@@ -400,6 +400,18 @@ def test_long_texts_are_cut_and_counted(directory: Path) -> None:
         encoder.embed(TEXTS, max_length=1)
 
 
+def test_the_length_is_that_of_the_tokenizer_if_no_other_file_has_it(directory: Path, tmp_path: Path) -> None:
+    """sentence-transformers 6 writes max_seq_length as the tokenizer's model_max_length."""
+    model = copied(directory, tmp_path)
+    change(model / "tokenizer_config.json", model_max_length=16)
+    assert nplora.load_encoder(model).max_length == 32  # of sentence_bert_config.json
+    change(model / "sentence_bert_config.json", max_seq_length=None)
+    assert nplora.load_encoder(model).max_length == 16
+    for no_limit in (int(1e30), "16", True, 0):
+        change(model / "tokenizer_config.json", model_max_length=no_limit)
+        assert nplora.load_encoder(model).max_length == POSITIONS
+
+
 def test_names_of_special_tokens_in_a_text_are_plain_text(directory: Path) -> None:
     encoder = nplora.load_encoder(directory)
     assert encoder.encode(["[SEP]"])[0].count(WORDS.index("[SEP]")) == 1

@@ -123,7 +123,7 @@ def test_an_adapter_of_ours_gives_the_same_hidden_states_in_peft(kind: str, tmp_
     theirs, ours = saved(kind, tmp_path / "model")
     ours.add_lora(rank=3, init="gaussian", layers="last:2")
     for layer in ours.adapter_layers().values():
-        layer.A[...] *= np.float32(0.1)  # type: ignore[attr-defined]  # large factors magnify rounding
+        layer.A[...] *= np.float32(0.03)  # type: ignore[attr-defined]  # large factors magnify rounding
     nplora.save_adapter(ours, tmp_path / "adapter")
     model = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
     texts = torch_encoders.some_texts()

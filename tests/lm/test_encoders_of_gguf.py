@@ -1,5 +1,8 @@
 """Encoders from GGUF files, written as llama.cpp's converter writes them."""
 
+import base64
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,75 +10,21 @@ import numpy as np
 import pytest
 
 import nplora
-from nplora.formats import gguf
-from nplora.formats.errors import FormatError, UnsupportedError
-from small_encoder import HEADS, HIDDEN, LAYERS, POSITIONS, WIDTH, WORDS, save_small_encoder, tensors
+from nplora.formats import gguf, safetensors
+from nplora.formats.config_json import read_fields
+from nplora.formats.errors import FormatError, UnsafeError, UnsupportedError
+from nplora.lm.encoder_loading import is_encoder
+from nplora.models import families
+from nplora.tokenizer import Tokenizer, from_directory, from_gguf
+from small_encoder import WIDTH, WORDS, gguf_metadata, gguf_name, save_gguf, save_small_encoder, tensors
 
 pytest.importorskip("tokenizers")
 
-Array = np.ndarray[Any, Any]
 TEXTS = ["a cat", "the dogs sat on the mat .", "Where is my PARCEL"]
-
-# Hugging Face's names of a block's layers and norms, and llama.cpp's.
-_NAMES = {
-    "attention.self.query": "attn_q",
-    "attention.self.key": "attn_k",
-    "attention.self.value": "attn_v",
-    "attention.output.dense": "attn_output",
-    "attention.output.LayerNorm": "attn_output_norm",
-    "intermediate.dense": "ffn_up",
-    "output.dense": "ffn_down",
-    "output.LayerNorm": "layer_output_norm",
-    "embeddings.word_embeddings": "token_embd",
-    "embeddings.position_embeddings": "position_embd",
-    "embeddings.token_type_embeddings": "token_types",
-    "embeddings.LayerNorm": "token_embd_norm",
-}
-
-
-def gguf_name(name: str) -> str:
-    layer, _, kind = name.rpartition(".")
-    if layer.startswith("encoder.layer."):
-        _, _, index, part = layer.split(".", 3)
-        return f"blk.{index}.{_NAMES[part]}.{kind}"
-    return f"{_NAMES[layer]}.{kind}"
-
-
-def metadata(**changes: Any) -> dict[str, Any]:
-    """The metadata of the small BERT. In `changes`, __ stands for a dot, and None removes an entry."""
-    kinds = [3] * 5 + [1] * (len(WORDS) - 5)
-    marked = [
-        word if kind == 3 else word.removeprefix("##") if word.startswith("##") else f"▁{word}"
-        for word, kind in zip(WORDS, kinds, strict=True)
-    ]
-    sizes = {
-        "block_count": LAYERS, "context_length": POSITIONS, "embedding_length": WIDTH,
-        "feed_forward_length": HIDDEN, "attention.head_count": HEADS, "pooling_type": 1,
-    }  # fmt: skip
-    entries: dict[str, Any] = {
-        "general.architecture": "bert",
-        **{f"bert.{name}": gguf.Typed(value, "UINT32") for name, value in sizes.items()},
-        "bert.attention.layer_norm_epsilon": np.float32(1e-12),
-        "bert.attention.causal": False,
-        "tokenizer.ggml.model": "bert",
-        "tokenizer.ggml.tokens": marked,
-        "tokenizer.ggml.token_type": np.int32(kinds),
-        "tokenizer.ggml.unknown_token_id": gguf.Typed(1, "UINT32"),
-        "tokenizer.ggml.cls_token_id": gguf.Typed(2, "UINT32"),
-        "tokenizer.ggml.seperator_token_id": gguf.Typed(3, "UINT32"),
-    }
-    entries |= {name.replace("__", "."): value for name, value in changes.items()}
-    return {name: value for name, value in entries.items() if value is not None}
-
-
-def write(path: Path, weights: dict[str, Array] | None = None, **changes: Any) -> Path:
-    made = {gguf_name(name): array for name, array in (weights or tensors()).items()}
-    gguf.save(path, made, metadata(**changes))
-    return path
 
 
 def test_an_encoder_from_gguf_is_that_of_the_directory(tmp_path: Path) -> None:
-    ours = nplora.load_encoder(write(tmp_path / "model.gguf"))
+    ours = nplora.load_encoder(save_gguf(tmp_path / "model.gguf"))
     theirs = nplora.load_encoder(save_small_encoder(tmp_path / "model"))
     assert ours.encode(TEXTS) == theirs.encode(TEXTS)
     assert ours.pooling.modes == ("mean",)
@@ -85,19 +34,19 @@ def test_an_encoder_from_gguf_is_that_of_the_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "mode"), [(2, "cls"), (3, "last")])
 def test_the_pooling_of_the_metadata_is_used(kind: int, mode: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "model.gguf", bert__pooling_type=gguf.Typed(kind, "UINT32"))
+    path = save_gguf(tmp_path / "model.gguf", bert__pooling_type=gguf.Typed(kind, "UINT32"))
     assert nplora.load_encoder(path).pooling.modes == (mode,)
 
 
 def test_old_files_name_cls_and_sep_only_in_their_tokens(tmp_path: Path) -> None:
     old = {"tokenizer.ggml.cls_token_id": None, "tokenizer.ggml.seperator_token_id": None}
-    path = write(tmp_path / "model.gguf", **old)
-    wanted = nplora.load_encoder(write(tmp_path / "new.gguf")).encode(TEXTS)
+    path = save_gguf(tmp_path / "model.gguf", **old)
+    wanted = nplora.load_encoder(save_gguf(tmp_path / "new.gguf")).encode(TEXTS)
     assert nplora.load_encoder(path).encode(TEXTS) == wanted
 
 
 def test_what_a_file_cannot_be_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "model.gguf", bert__attention__causal=True)
+    path = save_gguf(tmp_path / "model.gguf", bert__attention__causal=True)
     with pytest.raises(UnsupportedError, match=r"bert\.attention\.causal is set, expected an encoder"):
         nplora.load_encoder(path)
     with pytest.raises(UnsupportedError, match=r"'bert', .*nplora\.load_encoder reads"):
@@ -105,19 +54,274 @@ def test_what_a_file_cannot_be_is_refused(tmp_path: Path) -> None:
     kept = tensors()
     del kept["encoder.layer.1.output.dense.bias"]
     with pytest.raises(FormatError, match=r"'blk\.1\.ffn_down\.bias' is missing"):
-        nplora.load_encoder(write(path, kept))
+        nplora.load_encoder(save_gguf(path, kept))
 
 
 @pytest.mark.parametrize("name", ["$A", "$B", "$7", "$", "a:b", "x:9", "[CLS]:1"])
 def test_any_token_may_be_the_one_before_a_text(name: str, tmp_path: Path) -> None:
-    words = list(metadata()["tokenizer.ggml.tokens"])
+    words = list(gguf_metadata()["tokenizer.ggml.tokens"])
     words[2] = name
-    write(tmp_path / "model.gguf", tokenizer__ggml__tokens=words)
+    save_gguf(tmp_path / "model.gguf", tokenizer__ggml__tokens=words)
     assert nplora.load_encoder(tmp_path / "model.gguf").encode(["a cat"]) == [[2, 5, 6, 3]]
 
 
 @pytest.mark.parametrize("number", [4, 9])
 def test_a_pooling_that_is_not_known_is_refused(number: int, tmp_path: Path) -> None:
-    write(tmp_path / "model.gguf", bert__pooling_type=gguf.Typed(number, "UINT32"))
+    save_gguf(tmp_path / "model.gguf", bert__pooling_type=gguf.Typed(number, "UINT32"))
     with pytest.raises(UnsupportedError, match=f"pooling_type is {number}, expected 0"):
         nplora.load_encoder(tmp_path / "model.gguf")
+
+
+# ---- other families: the tensors of a directory, under the names of llama.cpp's own package ----
+
+SIZES = {"vocab_size": 80, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 5,
+         "num_attention_heads": 6, "max_position_embeddings": 66}  # fmt: skip
+IDS = [np.random.default_rng(n).integers(3, 80, n).tolist() for n in (5, 1, 60, 17)]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A family whose GGUF file is compared with its directory.
+
+    Attributes:
+        model_type: the name in config.json.
+        architecture, tokenizer: the names in GGUF.
+        config: fields of config.json, besides `SIZES`.
+        entries: the converter's metadata, without the architecture's name.
+        unused_rows: rows of the table of positions that the converter leaves out.
+    """
+
+    model_type: str
+    architecture: str
+    tokenizer: str
+    config: dict[str, Any]
+    entries: dict[str, Any]
+    unused_rows: int = 0
+
+
+def whole(number: int) -> gguf.Typed:
+    return gguf.Typed(number, "UINT32")
+
+
+ROBERTA = {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}
+EPSILON = {"attention.layer_norm_epsilon": np.float32(1e-5), "attention.causal": False}
+KINDS = [
+    Kind("roberta", "bert", "gpt2", ROBERTA, EPSILON, 2),
+    Kind("xlm-roberta", "bert", "t5", ROBERTA, EPSILON, 2),
+    Kind(
+        "modernbert",
+        "modern-bert",
+        "gpt2",
+        {"local_attention": 10, "norm_eps": 1e-5},
+        EPSILON
+        | {
+            "attention.sliding_window": whole(10),
+            "attention.sliding_window_pattern": whole(3),
+            "rope.freq_base": np.float32(160_000),
+            "rope.freq_base_swa": np.float32(10_000),
+            "rope.scaling.type": "none",
+        },
+    ),
+    Kind(
+        "gemma3_text",
+        "gemma-embedding",
+        "llama",
+        {"num_hidden_layers": 7, "num_key_value_heads": 2, "head_dim": 10, "query_pre_attn_scalar": 10,
+         "sliding_window": 6, "use_bidirectional_attention": True, "tie_word_embeddings": True},
+        {"attention.layer_norm_rms_epsilon": np.float32(1e-6), "attention.head_count_kv": whole(2),
+         "attention.key_length": whole(10), "attention.value_length": whole(10),
+         "attention.sliding_window": whole(6), "rope.freq_base": np.float32(1e6)},
+    ),
+]  # fmt: skip
+
+
+def save_both(kind: Kind, directory: Path, more: dict[str, Any] | None = None) -> Path:
+    """Write a model of random numbers as a directory, and as model.gguf in it, with `more` tensors there."""
+    theirs = pytest.importorskip("gguf")
+    config = {"model_type": kind.model_type, **SIZES, **kind.config}
+    (directory / "config.json").write_text(json.dumps(config))
+    family = families.encoder_by_model_type(kind.model_type) or families.by_model_type("", kind.model_type)
+    fields = read_fields(directory / "config.json")
+    rng = np.random.default_rng(0)
+    tensors_of_both = {
+        tensor.name: 0.15 * rng.standard_normal(tensor.shape, np.float32)
+        for tensor in family.tensors(family.read_config(fields))  # type: ignore[arg-type]
+    }
+    safetensors.save(directory / "model.safetensors", tensors_of_both)
+    numbers = {name: number for number, name in theirs.MODEL_ARCH_NAMES.items()}
+    names = theirs.get_tensor_name_map(numbers[kind.architecture], config["num_hidden_layers"])
+    stored = dict(more or {})
+    for name, array in tensors_of_both.items():
+        rows = kind.unused_rows if "position_embeddings" in name else 0
+        offset = np.float32(kind.model_type == "gemma3_text" and "norm" in name)
+        stored[names.get_name(name, (".weight", ".bias"))] = array[rows:] + offset
+    sizes = {
+        "block_count": config["num_hidden_layers"], "embedding_length": 48, "feed_forward_length": 72,
+        "context_length": 66 - kind.unused_rows, "attention.head_count": 6, "pooling_type": 1,
+    }  # fmt: skip
+    entries = {name: whole(size) for name, size in sizes.items()} | kind.entries
+    metadata = {f"{kind.architecture}.{name}": value for name, value in entries.items()}
+    metadata |= {"general.architecture": kind.architecture, "tokenizer.ggml.model": kind.tokenizer}
+    gguf.save(directory / "model.gguf", stored, metadata)
+    return directory
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.model_type)
+def test_hidden_states_are_those_of_the_directory(kind: Kind, tmp_path: Path) -> None:
+    """`test_encoders_beside_transformers` compares directories with transformers."""
+    theirs = nplora.load_encoder(save_both(kind, tmp_path), pooling="mean")
+    ours = nplora.load_encoder(tmp_path / "model.gguf")
+    assert ours.config.model_type == kind.model_type
+    assert ours.max_length == theirs.max_length
+    assert is_encoder(tmp_path / "model.gguf")
+    for one, other in zip(ours.hidden_states(IDS), theirs.hidden_states(IDS), strict=True):
+        np.testing.assert_array_equal(one, other)
+    theirs.add_lora(rank=2, init="gaussian")
+    nplora.save_adapter(theirs, tmp_path / "adapter")
+    nplora.read_adapter(tmp_path / "adapter").attach(ours)
+    np.testing.assert_array_equal(ours.embed_ids(IDS, normalize=False), theirs.embed_ids(IDS))
+
+
+def test_dense_modules_of_embeddinggemma_are_read(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    first, second = (rng.standard_normal(shape, np.float32) for shape in ((32, 48), (12, 32)))
+    packed = nplora.FrozenWeight(second, dtype="q8_0")
+    more = {"dense_2.weight": first, "dense_3.weight": packed.to_gguf("dense_3.weight")}
+    path = save_both(KINDS[-1], tmp_path, more) / "model.gguf"
+    encoder = nplora.load_encoder(path)
+    means = np.stack([states.astype(np.float64).mean(axis=0) for states in encoder.hidden_states(IDS)])
+    wanted = means @ first.T @ packed.to_numpy().T
+    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+    np.testing.assert_allclose(encoder.embed_ids(IDS), wanted, rtol=0, atol=1e-5)
+    assert nplora.load_encoder(path, pooling="last").dim == 48
+    with pytest.raises(UnsupportedError, match=r"'gemma-embedding', .*nplora\.load_encoder reads"):
+        nplora.load_model(path)
+
+
+# ---- Unigram, the tokenizer of XLM-RoBERTa ----
+
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+TEXTS_OF_XLM_R = ["a cat", "def  unigram (x):  ", "", "ünknöwn 中文 <s>", "one\ttwo\nthree", "▁a▁"]
+
+
+def unigram() -> Any:
+    """A small tokenizer with the parts of XLM-RoBERTa's, but for its table of characters."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors, trainers
+
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    options: dict[str, Any] = {"special_tokens": list(SPECIAL), "unk_token": "<unk>", "show_progress": False}
+    trainer = trainers.UnigramTrainer(vocab_size=200, **options)
+    backend.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return backend
+
+
+def unigram_metadata(vocab: list[tuple[str, float]], **changes: Any) -> dict[str, Any]:
+    """The metadata of a Unigram tokenizer, as llama.cpp's converter writes them."""
+    entries = {
+        "model": "t5",
+        "pre": "default",
+        "tokens": [token for token, _ in vocab],
+        "scores": np.float32([score for _, score in vocab]),
+        "token_type": np.int32([3, 3, 3, 2] + [1] * (len(vocab) - 4)),
+        "add_space_prefix": True,
+        "remove_extra_whitespaces": True,
+        "bos_token_id": gguf.Typed(0, "UINT32"),
+        "eos_token_id": gguf.Typed(2, "UINT32"),
+        **changes,
+    }
+    return {f"tokenizer.ggml.{name}": value for name, value in entries.items() if value is not None}
+
+
+def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer:
+    return from_gguf(gguf.loads(gguf.dumps({}, metadata)))
+
+
+def test_unigram_tokens_are_those_of_tokenizer_json() -> None:
+    theirs = unigram()
+    vocab = json.loads(theirs.to_str())["model"]["vocab"]
+    ours = tokenizer_of(unigram_metadata(vocab))
+    theirs.encode_special_tokens = True
+    for text in TEXTS_OF_XLM_R:
+        plain = " ".join(text.split())  # without SentencePiece's table, line breaks are letters
+        assert ours.encode_texts([plain], 99)[0] == [theirs.encode(plain).ids]
+    assert ours.encode_texts(["a  cat "], 99) == ours.encode_texts(["a cat"], 99)
+    assert ours.decode(ours.encode("a cat sat")) == "a cat sat"
+    kept = tokenizer_of(unigram_metadata(vocab, remove_extra_whitespaces=False))
+    assert kept.encode_texts(["a  cat"], 99) != ours.encode_texts(["a  cat"], 99)
+
+
+def test_unigram_tokens_are_those_of_sentencepiece(tmp_path: Path) -> None:
+    """With SentencePiece's own table of characters, as in a real file."""
+    theirs = pytest.importorskip("sentencepiece")
+    proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    text = Path(__file__).read_text(encoding="utf-8")
+    theirs.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()), model_prefix=str(tmp_path / "spm"), vocab_size=200,
+        minloglevel=9,
+    )  # fmt: skip
+    spm = theirs.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    model = proto.ModelProto.FromString((tmp_path / "spm.model").read_bytes())
+    vocab = [(name, 0.0) for name in SPECIAL]
+    vocab += [(spm.id_to_piece(i), spm.get_score(i)) for i in range(3, spm.vocab_size())]
+    table = np.frombuffer(model.normalizer_spec.precompiled_charsmap, np.uint8)
+    assert table.size
+    ours = tokenizer_of(unigram_metadata(vocab, precompiled_charsmap=table))
+    for text in [*TEXTS_OF_XLM_R, "ﬁne ａｂｃ ½"]:
+        if "<s>" not in text:  # SentencePiece has no such token
+            ids = [3 if i == 0 else i + 1 for i in spm.encode(text)]  # as in XLM-RoBERTa
+            assert ours.encode_texts([text], 99)[0] == [[0, *ids, 2]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precompiled_charsmap": np.uint8([255] * 9)}, "precompiled_charsmap is damaged"),
+        ({"precompiled_charsmap": np.int32([1])}, "expected an array of UINT8"),
+        ({"token_type": np.int32([3, 3, 3, 1, 1])}, "names no unknown token"),
+        ({"scores": np.float32([0, 0, 0, 0, np.nan])}, "the score of token 4 is not finite"),
+    ],
+)
+def test_damaged_unigram_metadata_are_refused(changes: dict[str, Any], message: str) -> None:
+    vocab = [*((name, 0.0) for name in SPECIAL), ("▁a", -1.0)]
+    with pytest.raises(FormatError, match=message):
+        tokenizer_of(unigram_metadata(vocab, **changes))
+
+
+@pytest.mark.parametrize("longest", [100, 101])
+def test_a_table_that_makes_texts_very_long_is_refused(longest: int, tmp_path: Path) -> None:
+    vocab = [*((name, 0.0) for name in SPECIAL), ("▁a", -1.0)]
+    tree = (4).to_bytes(4, "little") + bytes(4)  # of one unit
+    table = np.frombuffer(tree + b"b\0" + longest * b"a" + b"\0b", np.uint8)
+    path = save_small_encoder(tmp_path / "model")
+    fields = json.loads((path / "tokenizer.json").read_text())
+    fields["normalizer"] = {
+        "type": "Precompiled", "precompiled_charsmap": base64.b64encode(table.tobytes()).decode()
+    }  # fmt: skip
+    (path / "tokenizer.json").write_text(json.dumps(fields))
+    for read in (
+        lambda: tokenizer_of(unigram_metadata(vocab, precompiled_charsmap=table)),
+        lambda: from_directory(path),
+    ):
+        if longest <= 100:
+            read()
+            continue
+        with pytest.raises(UnsafeError, match="could make a text over 100 times as long"):
+            read()
+
+
+def test_a_bert_with_unigram_tokens_is_an_xlm_roberta(tmp_path: Path) -> None:
+    vocab = [*((name, 0.0) for name in SPECIAL), *((f"▁{word}", -1.0) for word in WORDS[4:])]
+    plain = {name: value for name, value in gguf_metadata().items() if not name.startswith("tokenizer.")}
+    made = {gguf_name(name): array for name, array in tensors().items()}
+    gguf.save(tmp_path / "model.gguf", made, plain | unigram_metadata(vocab))
+    encoder = nplora.load_encoder(tmp_path / "model.gguf")
+    assert (encoder.config.model_type, encoder.prefix) == ("xlm-roberta", "roberta")
+    assert encoder.encode(["a cat"]) == [[0, vocab.index(("▁a", -1.0)), vocab.index(("▁cat", -1.0)), 2]]
+    assert encoder.embed(["a cat"]).shape == (1, WIDTH)

@@ -818,9 +818,9 @@ PIECE_TOKENS = sentencepiece()["tokenizer.ggml.tokens"]
         (byte_level(tokens=5), FormatError, "expected an array of STRING"),
         (byte_level(model=7), FormatError, "expected a STRING"),
         (
-            byte_level(model="t5"),
+            byte_level(model="rwkv"),
             UnsupportedError,
-            "the tokenizer is 't5', expected 'gpt2', 'llama' or 'bert'",
+            "the tokenizer is 'rwkv', expected one of 'gpt2', 'llama', 't5', 'bert'",
         ),
         (byte_level(model=None), FormatError, "no tokenizer: no metadata 'tokenizer.ggml.model'"),
         (byte_level(pre="new"), UnsupportedError, "pre is 'new', expected one of 'default', 'gpt-2'"),

@@ -46,6 +46,13 @@ _RANK = 8  # the rank for which the parameters of an adapter are counted
 _OUTPUTS = ("output", "lm_head")
 _KNOWN_IN_GGUF = frozenset(family.architecture for family in families.FAMILIES)
 _KNOWN = frozenset(family.model_type for family in families.FAMILIES)
+_ENCODERS_IN_GGUF = frozenset(
+    [
+        *(family.architecture for family in families.ENCODERS),
+        *(each.architecture for each in families.BIDIRECTIONAL),
+    ]
+)
+_ENCODERS = frozenset(family.model_type for family in families.ENCODERS)
 
 
 def describe(path: StrPath) -> str:
@@ -114,6 +121,7 @@ def _gguf(file: GgufFile, size: int) -> str:
             architecture,
             _KNOWN_IN_GGUF,
             "finetune, eval, generate, merge and convert",
+            _ENCODERS_IN_GGUF,
         ),
         metadata=[(key, _value(file.metadata[key])) for key in file.metadata],
         **_listed(tensors, _is_read),
@@ -121,10 +129,14 @@ def _gguf(file: GgufFile, size: int) -> str:
     )
 
 
-def _unknown(family: object, known: Collection[str], commands: str) -> str:
-    """A line that lists the commands that refuse an unsupported family, or "" for a supported family."""
+def _unknown(
+    family: object, known: Collection[str], commands: str, encoders: Collection[str | None] = ()
+) -> str:
+    """A line that lists the commands that refuse an encoder or an unsupported family, else ""."""
     if family is None or (isinstance(family, str) and family in known):
         return ""
+    if isinstance(family, str) and family in encoders:
+        return f"an encoder: embed, classify and serve read it; {commands} refuse it"
     families = ", ".join(sorted(known))
     return f"architecture {brief(family)} is not supported: {commands} refuse it; supported: {families}"
 
@@ -132,8 +144,14 @@ def _unknown(family: object, known: Collection[str], commands: str) -> str:
 def _target(stored: str, architecture: object) -> str:
     """The name of a tensor's layer in --targets, or the tensor's name if --targets cannot name the layer."""
     layer = stored.removesuffix(".weight")
-    family = families.find_architecture(architecture) if isinstance(architecture, str) else None
-    return (family or families.FAMILIES[0]).hf_layer(layer) or layer
+    name = architecture if isinstance(architecture, str) else ""
+    family = (
+        families.find_architecture(name)
+        or families.encoder_by_architecture(name)
+        or families.bidirectional_by_architecture(name)
+        or families.FAMILIES[0]
+    )
+    return family.hf_layer(layer) or layer
 
 
 def _is_float(name: str) -> bool:
@@ -177,7 +195,7 @@ def _model(directory: StrPath) -> str:
     return _text(
         f"{files.name(directory)}: a model of architecture {family}, "
         f"{counted(len(tensors), 'tensor')}, {nbytes:,} bytes",
-        _unknown(said.get("model_type"), _KNOWN, "finetune, eval, generate and convert"),
+        _unknown(said.get("model_type"), _KNOWN, "finetune, eval, generate and convert", _ENCODERS),
         config=[(key, _value(value)) for key, value in said.items()],
         **_matrices(tensors),
     )

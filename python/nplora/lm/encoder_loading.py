@@ -27,7 +27,9 @@ from nplora.models import building, families
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder
 from nplora.models.encoder_config import EncoderConfig
+from nplora.models.families import TensorSpec
 from nplora.models.weights import GgufWeights, SafetensorsWeights, require_decoded
+from nplora.nn import Linear
 from nplora.tokenizer import Tokenizer
 from nplora.weights import COMPUTES
 
@@ -35,6 +37,8 @@ Array = npt.NDArray[Any]
 
 # llama.cpp's numbers of poolings in GGUF's metadata.
 _GGUF_POOLINGS = {1: "mean", 2: "cls", 3: "last"}
+# llama.cpp's names of the Dense modules 2_Dense and 3_Dense, which have no bias and no activation.
+_GGUF_DENSE = ("dense_2.weight", "dense_3.weight")
 
 
 @_check.keywords
@@ -97,7 +101,11 @@ def is_encoder(path: StrPath) -> bool:
         file = gguf.open(path, True)
         architecture = file.metadata.string("general.architecture")
         is_pooled = bool(file.metadata.integer(f"{architecture}.pooling_type", 0))
-        return is_pooled or families.encoder_by_architecture(architecture) is not None
+        return (
+            is_pooled
+            or families.encoder_by_architecture(architecture) is not None
+            or families.bidirectional_by_architecture(architecture) is not None
+        )
     config = Path(path, model_directory.CONFIG)
     if Path(path, sentence_files.MODULES).exists() or not config.exists():
         return Path(path, sentence_files.MODULES).exists()
@@ -237,14 +245,16 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> _Parts:
     file = gguf.open(path, mmap)
     architecture = file.metadata.string("general.architecture")
     require_decoded(file)
-    weights, settings = GgufWeights(file, compute, check), _gguf_settings(file, architecture)
+    weights = GgufWeights(file, compute, check, elsewhere=_GGUF_DENSE)
+    settings = _gguf_settings(file, architecture, weights)
 
     def load_tokenizer() -> Tokenizer:
         return tokenizer.from_gguf(file)
 
-    family = families.encoder_by_architecture(architecture)
+    family = families.encoder_by_architecture(architecture, file.metadata.string("tokenizer.ggml.model", ""))
     if family is None:
-        config = families.by_architecture(file.source, architecture).read_metadata(file)
+        found = families.bidirectional_by_architecture(architecture)
+        config = (found or families.by_architecture(file.source, architecture)).read_metadata(file)
         model, _ = building.decoder(config, weights)
         default = "last" if config.causal else "mean"
         return _Parts(config, model, "model", default, settings, load_tokenizer, weights.mapped)
@@ -253,8 +263,8 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> _Parts:
     return _Parts(encoder_config, encoder, family.prefix, "mean", settings, load_tokenizer, weights.mapped)
 
 
-def _gguf_settings(file: GgufFile, architecture: str) -> SentenceSettings:
-    """The pooling that the metadata name. llama.cpp normalises embeddings."""
+def _gguf_settings(file: GgufFile, architecture: str, weights: GgufWeights) -> SentenceSettings:
+    """The pooling that the metadata name, and the Dense modules after it. llama.cpp normalises embeddings."""
     found = file.metadata.integer(f"{architecture}.pooling_type", 0)
     if found == 0:  # the file asks for no pooling, or says nothing
         return SentenceSettings()
@@ -263,4 +273,7 @@ def _gguf_settings(file: GgufFile, architecture: str) -> SentenceSettings:
             f"{file.source}: {architecture}.pooling_type is {found}, expected 0 (none) or one of "
             f"{', '.join(f'{number} ({name})' for number, name in _GGUF_POOLINGS.items())}"
         )
-    return SentenceSettings(Pooling(_GGUF_POOLINGS[found], normalize=True))
+    shapes = weights.shapes()
+    dense = [TensorSpec(name, name, shapes[name]) for name in _GGUF_DENSE if name in shapes]
+    layers = [(Linear(weights.matrix(tensor)), None) for tensor in dense]
+    return SentenceSettings(Pooling(_GGUF_POOLINGS[found], layers, normalize=True))

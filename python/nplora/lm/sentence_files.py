@@ -12,6 +12,7 @@ import numpy as np
 from nplora.formats import files, safetensors, strict_json
 from nplora.formats.config_json import MAX_CONFIG, Fields, read_fields
 from nplora.formats.errors import FormatError, UnsafeError, UnsupportedError, brief
+from nplora.formats.tokenizer_json import TOKENIZER_CONFIG
 from nplora.lm.pooling import Pooling
 from nplora.nn import Linear
 
@@ -97,7 +98,7 @@ def read(directory: Path) -> SentenceSettings:
     prompts, default = _prompts(directory / _SETTINGS)
     return SentenceSettings(
         Pooling(modes, layers, normalize),
-        _max_length(directory / folder),
+        _max_length(directory / folder) or _tokenizer_length(directory / folder),
         prompts,
         default,
         include_prompt,
@@ -190,6 +191,17 @@ def _max_length(directory: Path) -> int | None:
                 raise FormatError(f"{fields.source}: max_seq_length is {length}, expected at least 1")
             return length
     return None
+
+
+def _tokenizer_length(directory: Path) -> int | None:
+    """The largest number of tokens in the tokenizer's file, where sentence-transformers 6 keeps it.
+
+    transformers writes an immense number if there is no limit.
+    """
+    if not (directory / TOKENIZER_CONFIG).exists():
+        return None
+    length = dict(read_fields(directory / TOKENIZER_CONFIG).items()).get("model_max_length")
+    return length if type(length) is int and 1 <= length < 1 << 31 else None
 
 
 def _prompts(path: Path) -> tuple[dict[str, str], str | None]:

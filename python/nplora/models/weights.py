@@ -115,10 +115,17 @@ def require_decoded(file: GgufFile) -> None:
 
 
 class GgufWeights:
-    """The tensors of a memory-mapped GGUF file. Matrices are not copied."""
+    """The tensors of a memory-mapped GGUF file. Matrices are not copied.
 
-    def __init__(self, file: GgufFile, compute: str, check: bool = True) -> None:
+    Args:
+        elsewhere: names of tensors that are no part of the model, and that the caller reads.
+    """
+
+    def __init__(
+        self, file: GgufFile, compute: str, check: bool = True, elsewhere: Iterable[str] = ()
+    ) -> None:
         self.source, self.mapped = file.source, file.mapped
+        self._elsewhere = frozenset(elsewhere)
         self._file, self._compute, self._check = file, compute, check
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -128,7 +135,7 @@ class GgufWeights:
         return tensor.gguf
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
-        return families.of(config).rope_tensors  # read with the configuration
+        return families.of(config).rope_tensors | self._elsewhere  # the former: read with the configuration
 
     def matrix(self, tensor: TensorSpec) -> FrozenWeight:
         stored = self._file[tensor.gguf]

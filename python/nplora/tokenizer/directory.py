@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,12 @@ from nplora.formats import files, strict_json
 from nplora.formats.errors import FormatError, UnsafeError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.tokenizer_json import MAX_BYTES, MOST_VALUES, TOKENIZER, TOKENIZER_CONFIG
-from nplora.tokenizer import split_pattern
+from nplora.tokenizer import character_table, split_pattern
+from nplora.tokenizer.character_table import MAX_GROWTH
 from nplora.tokenizer.tokenizer import Tokenizer, backend_errors, backend_package
 
 MAX_CONFIG = 20_000_000
 _MOST_SETTINGS = 1 << 20  # values of the other files; each added token takes 8
-MAX_GROWTH = 100  # how many times longer a text may become
 _MAX_TEMPLATE = 1_000_000
 _SEQUENCES = ("normalizers", "pretokenizers", "decoders", "processors")  # keys of the steps of a Sequence
 
@@ -98,6 +99,8 @@ def _require_bounded(steps: list[dict[str, Any]], source: str) -> None:
         text = pattern.get("Regex") if isinstance(pattern, dict) else None
         if isinstance(text, str) and not split_pattern.is_safe(text):
             raise UnsafeError(f"{source}: the regular expression {brief(text)} could run for ever")
+        if step.get("type") == "Precompiled":
+            character_table.require_bounded(base64.b64decode(step["precompiled_charsmap"]), source)
         growth *= _growth(step)
         if growth > MAX_GROWTH:
             raise UnsafeError(

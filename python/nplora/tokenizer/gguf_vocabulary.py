@@ -12,13 +12,15 @@ import numpy as np
 from nplora.formats.errors import FormatError, LimitError, UnsupportedError, brief
 from nplora.formats.gguf import GgufFile, Metadata
 from nplora.formats.tokenizer_json import MAX_SPECIAL
-from nplora.tokenizer.tokenizer import Tokenizer, backend_package
+from nplora.tokenizer import character_table
+from nplora.tokenizer.tokenizer import Tokenizer, backend_errors, backend_package
 
 MAX_TOKENS = 1 << 20
 MAX_TOKEN = 1 << 12  # characters
 MAX_PIECE = 1 << 7  # characters of a SentencePiece token; all ways to split it in two are looked up
 MAX_PAIRS = 1 << 23  # total characters of all such pairs; the largest vocabularies in use have 3 million
 KEY = "tokenizer.ggml."
+_KINDS = ("gpt2", "llama", "t5", "bert")  # `model`
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # `token_type`
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _SPACE = "▁"  # SentencePiece's symbol for a space
@@ -39,6 +41,8 @@ SINGLE_DIGITS = ("smollm", "refact", "starcoder")  # every digit is split off fi
 SPLITS = {
     "default": None,
     "gpt-2": None,
+    "modern-bert": None,
+    "roberta-bpe": None,
     "olmo": None,
     **dict.fromkeys(SINGLE_DIGITS, None),
     "llama-bpe": _LLAMA3,
@@ -47,12 +51,16 @@ SPLITS = {
     "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
     "gpt-4o": _GPT_4O,
 }
+_COMPOSES = {"qwen2", "modern-bert"}  # text is normalised (NFC) first
 IGNORES_MERGES = {"llama-bpe"}  # text that is one token needs no merges
 _BEGINS_WITH_BOS = {"llama-bpe"}  # byte-level tokenizers that add BOS if the file does not say
 
 
 def from_gguf(file: GgufFile) -> Tokenizer:
-    """The tokenizer of a GGUF model: byte-level BPE ("gpt2"), SentencePiece ("llama") or WordPiece ("bert").
+    """The tokenizer of a GGUF model.
+
+    Its kind is byte-level BPE ("gpt2"), SentencePiece with BPE ("llama") or with Unigram ("t5"), or WordPiece
+    ("bert").
 
     Args:
         file: an open file, from `formats.gguf.open`.
@@ -84,9 +92,10 @@ class _Vocabulary:
         if f"{KEY}model" not in metadata:
             raise FormatError(f"{source}: the file has no tokenizer: no metadata '{KEY}model'")
         self.model = metadata.string(f"{KEY}model")
-        if self.model not in ("gpt2", "llama", "bert"):
+        if self.model not in _KINDS:
             raise UnsupportedError(
-                f"{source}: the tokenizer is {brief(self.model)}, expected 'gpt2', 'llama' or 'bert'"
+                f"{source}: the tokenizer is {brief(self.model)}, expected one of "
+                f"{', '.join(map(repr, _KINDS))}"
             )
         self.types = self._read_types()
         self.ids = self._read_ids()
@@ -103,7 +112,8 @@ class _Vocabulary:
             self._add_special(backend)
             self._add_cls_and_sep(backend, bos, eos)
         else:
-            backend = self._byte_level() if self.model == "gpt2" else self._sentencepiece(unknown)
+            build = {"gpt2": self._byte_level, "llama": self._sentencepiece, "t5": self._unigram}[self.model]
+            backend = build(unknown)
             self._add_special(backend)
             self._add_ends(backend, bos, eos)
         return Tokenizer(
@@ -156,7 +166,7 @@ class _Vocabulary:
 
     # ---- the kinds ----
 
-    def _byte_level(self) -> Any:
+    def _byte_level(self, unknown: int | None) -> Any:
         package = backend_package()
         pre = self.metadata.string(f"{KEY}pre", "default")
         if f"{KEY}pre" not in self.metadata:
@@ -176,7 +186,7 @@ class _Vocabulary:
         steps.append(cut.ByteLevel(add_prefix_space=False, use_regex=split is None))
         backend.pre_tokenizer = cut.Sequence(steps)
         backend.decoder = package.decoders.ByteLevel()
-        if pre == "qwen2":
+        if pre in _COMPOSES:
             backend.normalizer = package.normalizers.NFC()
         return backend
 
@@ -193,12 +203,7 @@ class _Vocabulary:
     def _sentencepiece(self, unknown: int | None) -> Any:
         """Build a BPE that merges pairs in the order of their scores. Unknown characters become bytes."""
         package = backend_package()
-        scores = self.metadata.array(f"{KEY}scores", "FLOAT32", len(self.tokens))
-        if not np.isfinite(scores).all():
-            worst = int(np.argmin(np.isfinite(scores)))
-            raise FormatError(f"{self.source}: the score of token {worst} is not finite")
-        if unknown is None:
-            unknown = next(iter(np.flatnonzero(self.types == UNKNOWN).tolist()), None)
+        scores, unknown = self._scores(), self._unknown(unknown)
         model = package.models.BPE(
             vocab=self.ids,
             merges=self._merges_by_score(scores),
@@ -215,6 +220,39 @@ class _Vocabulary:
         strip = [back.Strip(content=" ", left=1, right=0)] if prefix else []
         backend.decoder = back.Sequence([back.Replace(_SPACE, " "), back.ByteFallback(), back.Fuse(), *strip])
         return backend
+
+    def _unigram(self, unknown: int | None) -> Any:
+        """Build a Unigram tokenizer, which splits a text so that the sum of the scores is largest."""
+        package, unknown = backend_package(), self._unknown(unknown)
+        if unknown is None:
+            raise FormatError(f"{self.source}: the file names no unknown token")
+        pieces = list(zip(self.tokens, self._scores().tolist(), strict=True))
+        backend = package.Tokenizer(package.models.Unigram(pieces, unk_id=unknown, byte_fallback=False))
+        text, steps = package.normalizers, list[Any]()
+        if f"{KEY}precompiled_charsmap" in self.metadata:
+            raw = self.metadata.array(f"{KEY}precompiled_charsmap", "UINT8").tobytes()
+            with backend_errors(f"{self.source}: {KEY}precompiled_charsmap is damaged"):
+                steps.append(text.Precompiled(raw))
+            character_table.require_bounded(raw, self.source)
+        if self._flag("remove_extra_whitespaces", True):
+            steps += [text.Replace(package.Regex(" {2,}"), " "), text.Strip()]
+        backend.normalizer = text.Sequence(steps)
+        scheme = "always" if self._flag("add_space_prefix", True) else "never"
+        backend.pre_tokenizer = package.pre_tokenizers.Metaspace(_SPACE, scheme)
+        backend.decoder = package.decoders.Metaspace(_SPACE, scheme)
+        return backend
+
+    def _scores(self) -> np.ndarray[Any, Any]:
+        """The score of each token. Raises FormatError if one is not finite."""
+        scores = self.metadata.array(f"{KEY}scores", "FLOAT32", len(self.tokens))
+        if not np.isfinite(scores).all():
+            worst = int(np.argmin(np.isfinite(scores)))
+            raise FormatError(f"{self.source}: the score of token {worst} is not finite")
+        return scores
+
+    def _unknown(self, named: int | None) -> int | None:
+        """The unknown token: the one that the file names, or else the first of this type."""
+        return next(iter(np.flatnonzero(self.types == UNKNOWN).tolist()), None) if named is None else named
 
     def _merges_by_score(self, scores: np.ndarray[Any, Any]) -> list[tuple[str, str]]:
         """All pairs of tokens that together form a token, best score first."""
@@ -283,9 +321,9 @@ class _Vocabulary:
 
     def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
         """Make the text begin with BOS and end with EOS if the file says so."""
-        begins = self.model == "llama" or self.metadata.string(f"{KEY}pre", "") in _BEGINS_WITH_BOS
+        begins = self.model != "gpt2" or self.metadata.string(f"{KEY}pre", "") in _BEGINS_WITH_BOS
         before = {"bos": bos} if bos is not None and self._flag("add_bos_token", begins) else {}
-        after = {"eos": eos} if eos is not None and self._flag("add_eos_token", False) else {}
+        after = {"eos": eos} if eos is not None and self._flag("add_eos_token", self.model == "t5") else {}
         if before or after:
             _put_around(backend, before, after)
 

@@ -9,7 +9,7 @@ from nplora.models.families.bert import Bert
 from nplora.models.families.distilbert import DistilBert
 from nplora.models.families.encoder_family import EncoderFamily
 from nplora.models.families.family import Family
-from nplora.models.families.gemma3 import Gemma3
+from nplora.models.families.gemma3 import EmbeddingGemma, Gemma3
 from nplora.models.families.granite import Granite
 from nplora.models.families.llama import Llama
 from nplora.models.families.mistral import Mistral
@@ -25,11 +25,13 @@ from nplora.models.families.tensor_spec import TensorSpec
 from nplora.models.families.xlm_roberta import XlmRoberta
 
 __all__ = [
+    "BIDIRECTIONAL",
     "ENCODERS",
     "FAMILIES",
     "EncoderFamily",
     "Family",
     "TensorSpec",
+    "bidirectional_by_architecture",
     "by_architecture",
     "by_model_type",
     "encoder_by_architecture",
@@ -51,6 +53,10 @@ FAMILIES: tuple[Family, ...] = (
     Olmo2(),
     Phi3(),
 )
+
+# Language models whose tokens attend to later ones too, and that have an architecture of their own in GGUF.
+# Only `load_encoder` reads them.
+BIDIRECTIONAL: tuple[Family, ...] = (EmbeddingGemma(),)
 
 ENCODERS: tuple[EncoderFamily, ...] = (
     Bert(),
@@ -112,13 +118,27 @@ def encoder_by_model_type(model_type: str) -> EncoderFamily | None:
     return next((family for family in ENCODERS if family.model_type == model_type), None)
 
 
-def encoder_by_architecture(architecture: str) -> EncoderFamily | None:
-    """The first family of encoders with this GGUF architecture, or None.
+def encoder_by_architecture(architecture: str, tokenizer: str = "") -> EncoderFamily | None:
+    """The family of encoders with this GGUF architecture, or None.
+
+    If several families share it, the first one with this tokenizer is returned, or else the first one.
 
     >>> encoder_by_architecture("bert").model_type
     'bert'
+    >>> encoder_by_architecture("bert", "t5").model_type
+    'xlm-roberta'
     """
-    return next((family for family in ENCODERS if family.architecture == architecture), None)
+    found = [family for family in ENCODERS if family.architecture == architecture]
+    return next((family for family in found if family.gguf_tokenizer == tokenizer), next(iter(found), None))
+
+
+def bidirectional_by_architecture(architecture: str) -> Family | None:
+    """The family of `BIDIRECTIONAL` with this GGUF architecture, or None.
+
+    >>> bidirectional_by_architecture("gemma-embedding").model_type
+    'gemma3_text'
+    """
+    return next((family for family in BIDIRECTIONAL if family.architecture == architecture), None)
 
 
 def find(model_type: str) -> Family | None:
@@ -142,7 +162,9 @@ def find_architecture(architecture: str) -> Family | None:
 def _find(source: str, field: str, known: dict[str, Family], name: str) -> Family:
     if name not in known:
         words = ", ".join(sorted(known))
-        is_encoder = any(name in (family.model_type, family.architecture) for family in ENCODERS)
+        is_encoder = name in {family.architecture for family in BIDIRECTIONAL} or any(
+            name in (family.model_type, family.architecture) for family in ENCODERS
+        )
         hint = "; this is an encoder, which nplora.load_encoder reads" if is_encoder else ""
         raise UnsupportedError(f"{source}: {field} is {brief(name)}, expected one of {words}{hint}")
     return known[name]

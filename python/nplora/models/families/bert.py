@@ -8,4 +8,5 @@ from nplora.models.families.encoder_family import EncoderFamily
 class Bert(EncoderFamily):
     model_type = "bert"
     architecture = "bert"
+    gguf_tokenizer = "bert"
     prefix = "bert"

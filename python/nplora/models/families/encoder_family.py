@@ -32,6 +32,7 @@ from nplora.nn.module import Module
 # Names of a part: in transformers' files, and in GGUF ("" if llama.cpp has no such part).
 Names = tuple[str, str]
 
+_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
 _LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,5})(?:\.(.+))?")
 
 
@@ -76,6 +77,7 @@ class EncoderFamily:
     Attributes:
         model_type: Hugging Face's name for the family.
         architecture: GGUF's name for the family; None if llama.cpp has none.
+        gguf_tokenizer: GGUF's name for the tokenizer, which tells families of one architecture apart.
         prefix: the beginning of the names of all tensors in files of models with a head, such as
             BertForMaskedLM.
         blocks: transformers' name of the list of blocks.
@@ -90,6 +92,7 @@ class EncoderFamily:
 
     model_type: ClassVar[str]
     architecture: ClassVar[str | None] = None
+    gguf_tokenizer: ClassVar[str] = ""
     prefix: ClassVar[str]
     blocks: ClassVar[str] = "encoder.layer"
     layers: ClassVar[Mapping[str, Names]] = {
@@ -204,6 +207,13 @@ class EncoderFamily:
             return self.outside.get(name, (name,))[0]
         names = {**self.layers, **self.norms}.get(match[2] or "")
         return ".".join(filter(None, (self.blocks, match[1], names[0] if names else match[2])))
+
+    def hf_layer(self, stored: str) -> str | None:
+        """The name in transformers of a layer or norm, given GGUF's name, or None."""
+        match = _BLOCK.fullmatch(stored)
+        names = self.outside if match is None else {**self.layers, **self.norms}
+        found = next((name for name, gguf in names.values() if gguf == (match[2] if match else stored)), None)
+        return found if match is None or found is None else f"{self.blocks}.{match[1]}.{found}"
 
     def stored_names(self, names: Collection[str]) -> StoredNames:
         """The names of the encoder's tensors in a file that has these tensors."""

@@ -61,8 +61,8 @@ class Gemma3(Family):
         )
         windows = config_fields.windows(fields, _kinds(fields.source, config.num_hidden_layers, pattern))
         bidirectional = fields.boolean("use_bidirectional_attention", False)
-        if bidirectional:  # as in EmbeddingGemma: half of the window is before the token, half after it
-            windows = tuple(window // 2 + 1 if window else NO_WINDOW for window in windows)
+        if bidirectional:  # as in EmbeddingGemma
+            windows = _on_both_sides(windows)
         return dataclasses.replace(
             config,
             sliding_windows=windows,
@@ -127,6 +127,23 @@ class Gemma3(Family):
     def norm_widths(self, config: ModelConfig) -> dict[str, int]:
         head = dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), config.head_dim)
         return super().norm_widths(config) | head
+
+
+class EmbeddingGemma(Gemma3):
+    """Gemma 3 for embeddings, in GGUF: each token attends to all others, or to those within half a window."""
+
+    architecture = "gemma-embedding"
+
+    def read_metadata(self, file: GgufFile) -> ModelConfig:
+        config = super().read_metadata(file)
+        return dataclasses.replace(
+            config, causal=False, sliding_windows=_on_both_sides(config.sliding_windows)
+        )
+
+
+def _on_both_sides(windows: tuple[int, ...]) -> tuple[int, ...]:
+    """The windows of a model that is not causal: half of a window is before the token, half after it."""
+    return tuple(window // 2 + 1 if window else NO_WINDOW for window in windows)
 
 
 def _kinds(source: str, layers: int, pattern: int) -> list[str]:

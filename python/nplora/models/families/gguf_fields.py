@@ -61,10 +61,11 @@ def heads_of_keys(data: ArchitectureMetadata, default: int) -> int:
     return int(listed[0])
 
 
-def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int) -> list[bool]:
+def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int, first: bool = False) -> list[bool]:
     """For each layer, whether it has the sliding window.
 
-    The file may list the layers with a window. Otherwise, all layers but every `pattern`-th have a window.
+    The file may list the layers with a window. Otherwise, one layer in each group of `pattern` has none: the
+    first one if `first`, and the last one by default.
     """
     name = "attention.sliding_window_pattern"
     if name in data and data.file.metadata.types[data.key(name)] == "BOOL":
@@ -72,7 +73,7 @@ def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int) -> lis
     pattern = data.integer(name, pattern)
     if pattern < 1:
         raise FormatError(f"{data.source}: {data.key(name)} is {pattern}, expected at least 1")
-    return [(i + 1) % pattern != 0 for i in range(layers)]
+    return [(i if first else i + 1) % pattern != 0 for i in range(layers)]
 
 
 def vocabulary(data: ArchitectureMetadata) -> int:

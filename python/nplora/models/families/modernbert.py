@@ -11,16 +11,18 @@ from typing import ClassVar
 
 from nplora.formats.config_json import Fields
 from nplora.formats.errors import FormatError, UnsupportedError, brief
+from nplora.formats.gguf import GgufFile
 from nplora.models.block import Half, Mixer
 from nplora.models.config import require_layers
 from nplora.models.encoder_config import EncoderConfig
-from nplora.models.families import config_fields
+from nplora.models.families import config_fields, gguf_fields
 from nplora.models.families.config_fields import NO_WINDOW
 from nplora.models.families.encoder_family import EncoderFamily, Names
+from nplora.models.families.gguf_fields import ArchitectureMetadata
 from nplora.models.families.head_spec import HeadSpec
 from nplora.models.mlp import MLP
 from nplora.models.relative_bias import RelativeBias
-from nplora.models.rope import Rope, RopeConfig
+from nplora.models.rope import Rope, RopeConfig, require_theta
 from nplora.nn.module import Module
 
 _PATTERN = 3  # every third layer attends to all tokens
@@ -31,22 +33,24 @@ _GLOBAL_THETA, _LOCAL_THETA = 160_000.0, 10_000.0
 
 class ModernBert(EncoderFamily):
     model_type = "modernbert"
+    architecture = "modern-bert"
+    gguf_tokenizer = "gpt2"
     prefix = "model"
     blocks = "layers"
     layers: ClassVar[Mapping[str, Names]] = {
-        "self_attn.qkv_proj": ("attn.Wqkv", ""),
-        "self_attn.o_proj": ("attn.Wo", ""),
-        "mlp.gate_up_proj": ("mlp.Wi", ""),
-        "mlp.down_proj": ("mlp.Wo", ""),
+        "self_attn.qkv_proj": ("attn.Wqkv", "attn_qkv"),
+        "self_attn.o_proj": ("attn.Wo", "attn_output"),
+        "mlp.gate_up_proj": ("mlp.Wi", "ffn_up"),
+        "mlp.down_proj": ("mlp.Wo", "ffn_down"),
     }
     norms: ClassVar[Mapping[str, Names]] = {
-        "attention_norm": ("attn_norm", ""),
-        "mlp_norm": ("mlp_norm", ""),
+        "attention_norm": ("attn_norm", "attn_norm"),
+        "mlp_norm": ("mlp_norm", "ffn_norm"),
     }
     outside: ClassVar[Mapping[str, Names]] = {
-        "embed_tokens": ("embeddings.tok_embeddings", ""),
-        "embed_norm": ("embeddings.norm", ""),
-        "norm": ("final_norm", ""),
+        "embed_tokens": ("embeddings.tok_embeddings", "token_embd"),
+        "embed_norm": ("embeddings.norm", "token_embd_norm"),
+        "norm": ("final_norm", "output_norm"),
     }
     ignored = ()
     halves = (Half("self_attn", before="attention_norm"), Half("mlp", before="mlp_norm"))
@@ -75,6 +79,23 @@ class ModernBert(EncoderFamily):
             classifier_pooling=fields.string("classifier_pooling", "cls"),
             classifier_activation=fields.string("classifier_activation", "gelu"),
             classifier_bias=fields.boolean("classifier_bias", False),
+        )
+
+    def read_metadata(self, file: GgufFile) -> EncoderConfig:
+        config, data = super().read_metadata(file), ArchitectureMetadata(file, self.architecture)
+        window = _half_window(file.source, data.integer("attention.sliding_window"))
+        slides = gguf_fields.sliding_layers(data, config.num_hidden_layers, _PATTERN, first=True)
+        return dataclasses.replace(
+            config,
+            sliding_windows=tuple(window if sliding else NO_WINDOW for sliding in slides),
+            rope=RopeConfig(gguf_fields.base(data, _GLOBAL_THETA)),
+            local_rope=RopeConfig(
+                require_theta(file.source, data.number("rope.freq_base_swa", _LOCAL_THETA))
+            ),
+            position_rows=0,
+            attention_bias=False,
+            mlp_bias=False,
+            norm_bias=False,
         )
 
     def head(self, config: EncoderConfig) -> HeadSpec:
@@ -140,17 +161,22 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     )
     if pattern < 1:
         raise FormatError(f"{fields.source}: global_attn_every_n_layers is {pattern}, expected at least 1")
-    if not 0 <= total < 1 << 31:
-        raise FormatError(f"{fields.source}: local_attention is {total}, expected 0 to 2^31 - 1")
     kinds = ["sliding_attention" if i % pattern else "full_attention" for i in range(layers)]
     if "layer_types" in fields:
         kinds = fields.strings("layer_types", layers)
-    sizes = {"full_attention": NO_WINDOW, "sliding_attention": total // 2 + 1}
+    sizes = {"full_attention": NO_WINDOW, "sliding_attention": _half_window(fields.source, total)}
     for kind in kinds:
         if kind not in sizes:
             known = " or ".join(map(repr, sizes))
             raise UnsupportedError(f"{fields.source}: a layer has type {brief(kind)}, expected {known}")
     return tuple(sizes[kind] for kind in kinds)
+
+
+def _half_window(source: str, total: int) -> int:
+    """The tokens on one side of a token that it attends to, and the token itself."""
+    if not 0 <= total < 1 << 31:
+        raise FormatError(f"{source}: the window is {total} tokens wide, expected 0 to 2^31 - 1")
+    return total // 2 + 1
 
 
 def _rope(fields: Fields, kind: str, old_name: str, theta: float) -> RopeConfig:

@@ -11,6 +11,8 @@ from nplora.models.families.head_spec import HeadSpec
 
 class Roberta(EncoderFamily):
     model_type = "roberta"
+    architecture = "bert"  # without the unused rows of the table of positions
+    gguf_tokenizer = "gpt2"
     prefix = "roberta"
 
     def read_first_position(self, fields: Fields) -> int:

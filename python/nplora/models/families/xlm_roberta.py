@@ -7,4 +7,5 @@ from nplora.models.families.roberta import Roberta
 
 class XlmRoberta(Roberta):
     model_type = "xlm-roberta"
+    gguf_tokenizer = "t5"
     prefix = "roberta"

@@ -16,6 +16,7 @@ from types import ModuleType, TracebackType
 import pytest
 
 IS_WINDOWS = sys.platform == "win32"
+IS_BROWSER = sys.platform == "emscripten"
 IS_WINE = IS_WINDOWS and hasattr(ctypes.windll.ntdll, "wine_get_version")  # type: ignore[attr-defined]
 
 _TESTS = Path(__file__).parent
@@ -26,7 +27,7 @@ _DIRECTORIES = re.compile(r"(?:[A-Za-z]:)?[\\/](proc|sys|dev)[\\/]")
 _NO_PRIVILEGE = 1314  # Windows allows symbolic links to few users
 
 needs_signals = pytest.mark.skipif(IS_WINDOWS, reason="this system sends no signals to other processes")
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork") or IS_BROWSER, reason="this system has no fork")
 needs_new_paths = pytest.mark.skipif(IS_WINE, reason="Wine does not know an open directory's new path")
 needs_links = pytest.mark.skipif(IS_WINDOWS, reason="this system's links are second names of the file")
 needs_flushing = pytest.mark.skipif(IS_WINDOWS, reason="this system flushes directories by itself")
@@ -76,6 +77,10 @@ def lacking(error: BaseException) -> str | None:
         return "symbolic links for this user"
     if isinstance(error, ValueError) and "preexec_fn is not supported" in str(error):
         return "preexec_fn"
+    if IS_BROWSER and isinstance(error, OSError) and "does not support processes" in str(error):
+        return "processes"
+    if IS_BROWSER and isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "threads"
     return None
 
 

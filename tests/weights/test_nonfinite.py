@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -21,6 +20,8 @@ from nplora.formats.errors import FormatError
 from nplora.lora.delta import LoraDelta
 from nplora.models import weights
 from small_llama import save_small_llama
+
+ml_dtypes = pytest.importorskip("ml_dtypes")
 
 Array = np.ndarray[Any, Any]
 

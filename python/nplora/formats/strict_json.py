@@ -113,7 +113,8 @@ def _measured(raw: Bytes) -> tuple[int, Array]:
         text, places, depths = marks.find(bytes(raw[begin : begin + _PIECE]))
         deepest = max(deepest, int(depths.max(initial=0)))
         is_begin = _STEP[np.frombuffer(text, np.uint8)[places]] >= 0
-        counts += np.bincount(depths[is_begin].clip(0, MAX_DEPTH + 1), minlength=MAX_DEPTH + 2)
+        shallow = depths[is_begin].clip(0, MAX_DEPTH + 1).astype(np.intp, copy=False)
+        counts += np.bincount(shallow, minlength=MAX_DEPTH + 2)
     return deepest, counts
 
 

@@ -153,14 +153,14 @@ def _reduced(function: np.ufunc, x: Array, starts: Array) -> Array:
 
 def _weights(starts: Array) -> Array:
     """The weight of each token in the weighted mean of its text, float32 (n,)."""
-    counts = np.diff(starts)
+    counts = np.diff(starts).astype(np.intp)
     place = np.arange(starts[-1]) - np.repeat(starts[:-1], counts) + 1
     return np.asarray(place / np.repeat(counts * (counts + 1) / 2, counts), np.float32)
 
 
 def _pooled_backward(mode: str, dy: Array, saved: PoolingSaved) -> Array:
     starts = saved.starts
-    counts = np.diff(starts)
+    counts = np.diff(starts).astype(np.intp)
     if mode in ("cls", "last"):
         dx = np.zeros((int(starts[-1]), dy.shape[1]), np.float32)
         dx[starts[:-1] if mode == "cls" else starts[1:] - 1] = dy

@@ -133,7 +133,7 @@ class KVCache:
 
     def next_positions(self, slots: Array, counts: Array | int) -> CachePositions:
         """The positions of the next `counts` tokens of the sequences in `slots`."""
-        counts = np.broadcast_to(counts, slots.shape)
+        counts = np.broadcast_to(counts, slots.shape).astype(np.intp)
         begins = np.cumsum(counts) - counts  # the first row of each sequence
         in_sequence = np.arange(counts.sum(), dtype=np.int64) + np.repeat(
             self.lengths[slots] - begins, counts

@@ -57,7 +57,7 @@ class PackedBatch:
     @property
     def positions(self) -> Array:
         """int64 (n,): the position of each token in its own sequence."""
-        ends = np.repeat(self.starts[:-1], np.diff(self.starts))
+        ends = np.repeat(self.starts[:-1], np.diff(self.starts).astype(np.intp))
         return np.asarray(np.arange(len(self.ids), dtype=np.int64) - ends)
 
     @property

@@ -28,7 +28,7 @@ class PackedPositions:
     def sequence_lengths(self) -> Array:
         """int64 (n,): the length of each row's sequence."""
         counts = np.diff(self.starts)
-        return np.repeat(counts, counts)
+        return np.repeat(counts, counts.astype(np.intp))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ def packed_positions(starts: Array) -> PackedPositions:
     """The positions of sequences that begin at `starts`."""
     starts = np.asarray(starts, np.int64)  # NumPy's default has 32 bits on some systems
     counts = np.diff(starts)
-    in_sequence = np.arange(starts[-1], dtype=np.int64) - np.repeat(starts[:-1], counts)
+    begins = np.repeat(starts[:-1], counts.astype(np.intp))  # which takes no wider integers than intp
+    in_sequence = np.arange(starts[-1], dtype=np.int64) - begins
     return PackedPositions(starts, in_sequence, int(counts.max(initial=0)))
 
 

@@ -14,7 +14,7 @@ import threading
 
 if sys.platform == "win32":
     from nplora.platform import windows_files
-else:
+elif sys.platform != "emscripten":
     import fcntl
 
 _F_PREALLOCATE = 42  # of macOS' <sys/fcntl.h>
@@ -117,12 +117,14 @@ def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None
 def lock(descriptor: int, shared: bool = False) -> None:
     """Lock an open file or directory without waiting. The lock ends when the descriptor is closed.
 
+    In a browser, where no other process sees the files, this does nothing.
+
     Raises:
         BlockingIOError: another process has a lock. OSError: the file system or the system has no such locks.
     """
     if sys.platform == "win32":
         windows_files.lock(descriptor, shared)
-    else:
+    elif sys.platform != "emscripten":
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
@@ -157,6 +159,10 @@ def read_at(descriptor: int, into: memoryview, offset: int) -> int:
             read = os.read(descriptor, len(into))
         into[: len(read)] = read
         return len(read)
+    if sys.platform == "emscripten":
+        read = os.pread(descriptor, len(into), offset)
+        into[: len(read)] = read
+        return len(read)
     return os.preadv(descriptor, [into], offset)
 
 
@@ -175,8 +181,8 @@ def reserve(descriptor: int, nbytes: int) -> None:
     Raises:
         OSError: the disk has too little space.
     """
-    if sys.platform == "win32":
-        os.ftruncate(descriptor, nbytes)  # NTFS reserves what it adds
+    if sys.platform == "win32" or sys.platform == "emscripten":
+        os.ftruncate(descriptor, nbytes)  # NTFS reserves what it adds; in a browser, there is no disk
     elif sys.platform == "darwin":
         # struct fstore: F_ALLOCATEALL, F_PEOFPOSMODE, from 0, this many bytes
         fcntl.fcntl(descriptor, _F_PREALLOCATE, struct.pack("=Iiqqq", 4, 3, 0, nbytes, 0))

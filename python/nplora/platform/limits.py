@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
-if sys.platform != "win32":
+if sys.platform != "win32" and sys.platform != "emscripten":  # browsers have no processes
     import resource
 
 LIMITS_MEMORY = sys.platform == "linux"
@@ -52,7 +52,7 @@ def cause_of_end(status: int) -> str | None:
 
 def isolate() -> None:
     """Prevent this process from writing files, and let the signals of the time limits end it."""
-    if sys.platform != "win32":
+    if sys.platform != "win32" and sys.platform != "emscripten":
         os.set_blocking(sys.stderr.fileno(), False)  # nothing reads it until this process ends
         for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
             resource.setrlimit(kind, (0, 0))

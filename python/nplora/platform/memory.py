@@ -10,12 +10,15 @@ from pathlib import Path
 
 if sys.platform == "win32":
     from nplora.platform import windows_memory
+elif sys.platform == "emscripten":
+    import ctypes
 else:
     import resource
 if sys.platform == "darwin":
     from nplora.platform import macos_memory
 
 _KIBIBYTE = 1024
+_WASM_MEMORY = 4 << 30  # all that a 32-bit address reaches
 _ROOT = Path("/")
 _NUMBER = r"(\d{1,19})"
 _GROUP = r"(?m)^\d+:([^:\n]*):(/.*)$"  # the controllers (none in version 2) and the path
@@ -38,9 +41,11 @@ def peak_memory() -> int:
 
 
 def largest_memory() -> int:
-    """The peak memory that `getrusage` reports, or on Windows the largest working set."""
+    """The peak memory that `getrusage` reports, on Windows the largest working set, in a browser the heap."""
     if sys.platform == "win32":
         return windows_memory.counters().peak
+    elif sys.platform == "emscripten":
+        return int(ctypes.CDLL(None).emscripten_get_heap_size())  # it never shrinks
     else:
         unit = 1 if sys.platform == "darwin" else _KIBIBYTE  # macOS counts bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -74,6 +79,8 @@ def available_memory() -> int | None:
     if sys.platform == "darwin":
         free, used = macos_memory.free(), macos_memory.usage(os.getpid())
         return None if free is None or used is None else free + used.footprint
+    if sys.platform == "emscripten":
+        return _WASM_MEMORY
     left = [*_sizes("proc/meminfo", "MemAvailable"), *_left_in_groups()]
     own = _status("RssAnon") + _status("RssShmem")  # pages of files count as free
     return min(left) + own if left else None

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from typing import IO, Any, TextIO
 
-HAS_FORK = hasattr(os, "fork")
 # Signals that ask a run to end. Windows has only Ctrl-Break, which is also sent when the console is closed.
 if sys.platform == "win32":
     ENDING_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGBREAK)

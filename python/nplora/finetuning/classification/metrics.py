@@ -167,7 +167,7 @@ def _matrix(names: Sequence[str], confusion: Array) -> list[str]:
 
 
 def _single(labels: tuple[str, ...], logits: Array, targets: Array) -> ClassificationReport:
-    k, predicted = len(labels), logits.argmax(axis=1)
+    k, predicted, targets = len(labels), logits.argmax(axis=1), targets.astype(np.intp)
     hits = np.bincount(targets[targets == predicted], minlength=k)
     confusion = None
     if k <= _MOST_IN_CONFUSION:
@@ -231,6 +231,6 @@ def _scores(labels: tuple[str, ...], hits: Array, predicted: Array, true: Array)
 
 def _calibration_error(confidence: Array, right: Array) -> float:
     """The mean difference of confidence and accuracy over all bins of confidence (Guo et al. 2017, eq. 3)."""
-    bins = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
+    bins = np.minimum((confidence * _BINS).astype(np.intp), _BINS - 1)
     gap = np.bincount(bins, confidence, _BINS) - np.bincount(bins, right.astype(np.float64), _BINS)
     return float(np.abs(gap).sum() / len(right))

@@ -175,7 +175,7 @@ class Stored:
         """The number of trained tokens of each stored sequence."""
         trained = self._trained.astype(np.int64)
         trained[self._starts[:-1]] = 0
-        return np.asarray(np.add.reduceat(trained, self._starts[:-1]))
+        return np.asarray(np.add.reduceat(trained, self._starts[:-1].astype(np.intp)))
 
     def _by_example(self, counts: Array) -> Array:
         """The sums over the sequences of each example."""

@@ -29,7 +29,9 @@ class PairScores:
         for members in evaluation_batches(dataset).members(0):
             batch, answers = dataset.batch(members)
             scores = lm.token_scores(batch)
-            sequence = np.repeat(np.arange(2 * len(members)), np.diff(batch.starts))[answers.is_answer]
+            sequence = np.repeat(np.arange(2 * len(members)), np.diff(batch.starts).astype(np.intp))[
+                answers.is_answer
+            ]
             for total, values in (
                 (self.log_probs, scores.log_probs), (self.counts, None), (self.top, scores.is_top),
             ):  # fmt: skip

@@ -117,7 +117,7 @@ def _draws(n: int) -> Iterator[Array]:
     stream = np.random.PCG64(np.random.SeedSequence(_SEED))
     for _ in range(RESAMPLES):
         drawn = ((stream.random_raw(n) >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)
-        yield np.bincount(drawn.astype(np.int64), minlength=n).astype(np.float64)
+        yield np.bincount(drawn.astype(np.intp), minlength=n).astype(np.float64)
 
 
 def _swaps(n: int) -> Iterator[Array]:

@@ -22,7 +22,9 @@ def measure_tokens(lm: LanguageModel, dataset: Dataset) -> list[Measured]:
         batch, targets = dataset.batch(members)
         scores = lm.token_scores(batch)
         summed += -scores.log_probs.sum() / max(1, batch.num_targets) * batch.num_targets
-        example = np.repeat(np.arange(len(members)), np.diff(batch.starts))[targets != IGNORED]
+        example = np.repeat(np.arange(len(members)), np.diff(batch.starts).astype(np.intp))[
+            targets != IGNORED
+        ]
         for total, values in ((loss, -scores.log_probs), (tokens, None), (top, scores.is_top)):
             total[members] = np.bincount(example, values, minlength=len(members))
     mean = float(summed / max(1.0, tokens.sum()))

@@ -203,7 +203,7 @@ def _key(content: bytes) -> int:
 
 def by_sequence(batch: PackedBatch) -> Array:
     """For each target of a batch, the number of its sequence."""
-    numbers = np.repeat(np.arange(len(batch.starts) - 1), np.diff(batch.starts))
+    numbers = np.repeat(np.arange(len(batch.starts) - 1), np.diff(batch.starts).astype(np.intp))
     return np.asarray(numbers[batch.targets != IGNORED])
 
 

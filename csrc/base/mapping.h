@@ -15,7 +15,7 @@ inline constexpr size_t kHugePage = size_t{2} << 20;
 // pages for it. If the system refuses, only speed is lost.
 char* map(size_t bytes);
 
-// Maps memory for a weight, which is read from memory again and again. A huge page needs one address
+// Maps memory for a weight. A weight is read from memory again and again. A huge page needs one address
 // translation; the same bytes in small pages need 512 translations, more than the processor can cache. So
 // weights are placed one after the other, and a huge page is requested only when weights fill all of it.
 // While the weights exist, huge pages therefore never make the process larger. If only a part of a huge page

@@ -60,7 +60,7 @@ class WithoutSignals {
   WithoutSignals& operator=(const WithoutSignals&) = delete;
 
  private:
-  [[maybe_unused]] alignas(16) unsigned char before_[128];  // the signals that were already blocked before
+  [[maybe_unused]] alignas(16) unsigned char before_[128];  // the signals that were already blocked
 };
 
 // The number of the processor that runs the calling thread, or -1 if the system does not say.

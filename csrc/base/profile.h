@@ -1,6 +1,6 @@
 // Measures how much time a thread spends in each activity. While a thread profiles, each operation adds its
-// wall time and its floating-point operations to the totals of its activity. Otherwise, an operation only
-// reads one variable.
+// wall time and its floating-point operations to the totals of its activity. While a thread does not profile,
+// an operation only reads one variable more.
 #pragma once
 
 #include <array>

@@ -22,8 +22,8 @@ inline float to_float(Half half) {
 #endif
 }
 
-// Copies the 16 bits of `half` into every lane and then converts all lanes to float. Converting a single
-// number and then copying it would need a permutation.
+// Copies the 16 bits of `half` into every lane and then converts all lanes to float. The other order, which
+// converts one number and then copies it to all lanes, would need a permutation.
 inline Vec<float> broadcast(const Half& half) {
 #if defined(NPLORA_SIMD_AVX512)
   return {_mm512_cvtph_ps(_mm256_set1_epi16(__builtin_bit_cast(int16_t, half)))};

@@ -41,9 +41,9 @@ inline constexpr size_t kRowFormats = static_cast<size_t>(BlockFormat::kNf4);
 
 #endif
 
-// Kernel units (isa_*.cpp) include this file twice. The first time, the units get only the list. The second
-// time, table-inl.h includes this file for the layouts and decoders, after the functions that the decoders
-// call.
+// A kernel unit (isa_*.cpp) includes this file twice. The first include gives it only the list of formats
+// above. The second include, in table-inl.h, gives it the layouts and decoders. It comes after the functions
+// that the decoders call.
 #if !defined(NPLORA_ISA) || defined(NPLORA_DECODERS)
 #include "kernels/formats/iq4_nl-inl.h"
 #include "kernels/formats/iq4_xs-inl.h"

@@ -97,8 +97,8 @@ struct Halves {
   friend Halves operator*(const Halves& a, const EightSubBlocks& y) { return {a.factors, y.v}; }
 };
 
-// The minima of a block with eight sub-blocks, one for each half of a sub-block. Each minimum is multiplied
-// by the sum of the matching half of a sub-block of `x`.
+// The 16 minima of a block with eight sub-blocks: one for each half of each sub-block. Each minimum is
+// multiplied by the sum of the matching half of a sub-block of `x`.
 struct HalfMinima {
   Eight low, high;
   static HalfMinima load(const float* p) { return {load_eight(p), load_eight(p + 8)}; }

@@ -342,10 +342,10 @@ struct BlockDots {
                    size_t x_stride, float* part, const Fetch& next);
 };
 
-// Rows of `x` in int8. Element i of a row is about codes[i] * scale, with one scale for each sub-block. For
-// each sub-block, `sums` holds the scale times the sum of the codes; `half_sums` holds the same for each half
-// of a sub-block. The shapes are codes (m, cols), scales (m, cols / kSubBlock), sums (m, cols / kSubBlock)
-// and half_sums (m, 2 * cols / kSubBlock).
+// Rows of `x` in int8. Element i of a row is approximately codes[i] * scale, with one scale for each
+// sub-block. For each sub-block, `sums` holds the scale times the sum of the codes; `half_sums` holds the
+// same for each half of a sub-block. The shapes are codes (m, cols), scales (m, cols / kSubBlock), sums (m,
+// cols / kSubBlock) and half_sums (m, 2 * cols / kSubBlock).
 struct Int8Rows {
   const int8_t* codes;
   const float *scales, *sums, *half_sums;
@@ -369,7 +369,7 @@ struct Int8Products {
 // along the depth; the last group may be shorter. Element i of a row is about codes[i] * scales[i / group].
 // `corrections` holds the sum of the codes of each group, times minus the offset of W's codes (see Int8Gemm).
 // The rows of `codes` begin `stride` bytes apart, and are filled with zeros up to a multiple of four codes.
-// The rows of `scales` and `corrections` are `groups` apart.
+// The rows of `scales` and `corrections` begin `groups` elements apart.
 struct CodedRows {
   const int8_t* codes;
   size_t stride;

@@ -47,7 +47,7 @@ struct BackwardBuffers {
 };
 
 // The operands of a tile in pairs of bfloat16. A pair of `q` or `dout` holds two neighbouring values of one
-// lane. A pair of any other operand holds the values of two neighbours in the other direction.
+// lane. In all other operands, a pair holds the values of two neighbouring lanes or keys.
 struct PairBuffers {
   static constexpr size_t kLanePairs = kTileLanes / 2;
 

@@ -29,7 +29,7 @@ class InputGradient {
   // The largest number of tokens in a task.
   size_t task_tokens(size_t block_tokens) const;
 
-  // The memory, in bytes, for dy in int8, for token blocks of at most this many tokens.
+  // The bytes that dy in int8 needs, if a token block has at most `block_tokens` tokens.
   size_t code_bytes(size_t block_tokens) const;
 
   // Sets the memory in which dy in int8 is stored.

@@ -67,7 +67,7 @@ class BackwardStack {
   // Whether `prepare` must be called.
   bool prepares() const { return !joined_.empty() || kernels::kValuesPerElement<E> > 1; }
 
-  // Computes dz for some tokens. If E is pairs of bfloat16, also converts dy, z and dz to pairs.
+  // Computes dz for some tokens. If E is the type of bfloat16 pairs, also converts dy, z and dz to pairs.
   void prepare(Range token_block, Range some) const;
 
   // dy_of returns the dy of some tokens. dz_of returns the dz of the tokens from `first` on. The results have

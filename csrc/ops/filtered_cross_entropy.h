@@ -26,8 +26,9 @@ struct FilteredRows {
 // bound are kept, and so is the target; all other words are skipped (gradient filtering of Wijmans et al.
 // 2024, word by word). The mean row μ of W replaces the row of each skipped word:
 //   dx = factor (Σ_kept p_w W_w + m μ - W_target),  where m = Σ_skipped p_w = 1 - Σ_kept p_w.
-// The error of a row of dx is factor Σ_skipped p_w (W_w - μ). By the triangle inequality, the norm of this
-// error is at most factor m max_w ‖W_w - μ‖. The mass m is at most bound times the number of skipped words.
+// The error of a row of dx is `factor` · Σ_skipped p_w (W_w - μ). By the triangle inequality, the norm of
+// this error is at most `factor` · m · max_w ‖W_w - μ‖. The mass m is at most `bound` · (number of skipped
+// words).
 // Rounding in float32 adds two errors: the error of the sums, and the error of m. The error of m is that of
 // the sum Σ in `cross_entropy`.
 //

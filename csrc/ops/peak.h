@@ -5,8 +5,8 @@
 
 namespace nplora {
 
-// Multiplies on all threads for some milliseconds. Returns the floating-point operations per second of the
-// instructions that products in this arithmetic use.
+// Multiplies on all threads for some milliseconds, with the instructions that products in this arithmetic
+// use. Returns the operations per second.
 double peak_rate(Arithmetic arithmetic);
 
 }  // namespace nplora

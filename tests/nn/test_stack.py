@@ -497,7 +497,7 @@ SAME = {"W": np.ones((130, 97))}
             r"layer 1: .* its x is float32 of shape \(3, 97\), expected",
         ),
         (SAME, {"z": np.ones((9, 5))}, "layer 1: .* its z is float64 of shape"),
-        (SAME, {"lead": (3, 3)}, "saved is from passes over batches of different shapes$"),
+        (SAME, {"lead": (3, 3)}, "the entries of saved come from batches of different shapes$"),
     ],
 )
 def test_the_pass_of_another_stack_adds_nothing_to_any_layer(

@@ -537,7 +537,7 @@ def test_a_chat_of_very_many_turns_is_read_or_refused_before_hours_pass() -> Non
     chat = [{"role": role, "content": "a"} for _ in range(800) for role in ("user", "assistant")]
     begin = time.process_time()
     assert replies(ended(), chat) == ["a<|end|>"] * 800
-    with pytest.raises(ValueError, match="too long to find its 800 assistant turns: split it"):
+    with pytest.raises(ValueError, match=r"cannot find the 800 assistant turns .* too long: split the chat"):
         with_template(ended().replace("<|end|>", "#")).encode_conversation(chat)
     assert time.process_time() - begin < 5
 

@@ -37,7 +37,7 @@ class ChatSession:
     ends the program.
 
     Args:
-        obeys: whether a line that begins with a slash is a command; else, it is a message.
+        obeys: True: a line that begins with a slash is a command. False: it is a message like other lines.
     """
 
     def __init__(self, chat: Conversation, lines: Lines, obeys: bool = True) -> None:

@@ -25,7 +25,7 @@ def show_error(error: Exception, hint: str = "", spelled: Callable[[str], str] =
     """Print an error and its notes.
 
     Args:
-        hint: the end of the line.
+        hint: advice that is printed at the end of the same line.
         spelled: see `Spelling`.
     """
     words = "; ".join(map(one_line, (message_of(error), *getattr(error, "__notes__", ()))))

@@ -124,7 +124,8 @@ def compare(
     once.
 
     Args:
-        adapters: the adapters, each as for `evaluate`; or a dictionary of them, whose keys name them.
+        adapters: a list of adapters, each in a form that `evaluate` accepts; or a dictionary from names to
+            such adapters.
         model, data, any_base, progress, and all options: see `evaluate`.
         record: as in `evaluate`; each dictionary also has the name of the system, as "system".
     Raises:

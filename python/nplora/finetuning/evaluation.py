@@ -57,8 +57,9 @@ def evaluate(
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
         record: a function that is called with a dictionary for each generated answer and each multiple-choice
             question.
-        metric: metric of generated answers: exact_match, f1, or module:function, a function of the answer,
-            the reference and the row; several are separated by commas. Python also takes functions and lists.
+        metric: how generated answers are scored: exact_match, f1 or module:function. The function is called
+            with the answer, the reference and the row. Commas separate several metrics. Python also takes
+            functions and lists.
         max_new_tokens: maximum tokens of a generated answer.
         format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or choice
             (default: the names of the fields decide).

@@ -136,7 +136,7 @@ class FinetuneOptions:
     invocation: str | Sequence[int] | None = _option(
         _ADAPTER,
         None,
-        "activated LoRA (aLoRA): text that activates the adapter, from the last occurrence of the text on",
+        "activated LoRA (aLoRA): the adapter acts only after the last occurrence of this text",
         metavar="TEXT",
     )
     add_tokens: str | Sequence[str] | None = _option(
@@ -506,8 +506,8 @@ class FinetuneOptions:
 def default_lr(hidden_size: int) -> float:
     """The learning rate of a run whose options give none, with two significant digits.
 
-    A wider model needs a smaller learning rate. `bench/defaults.py` measured narrow models. 0.8 / hidden size
-    also gives the 2e-4 and 1e-4 with which QLoRA trained models of width 4096 and 8192.
+    A wider model needs a smaller learning rate. `bench/defaults.py` measured narrow models. For wider models,
+    the rule 0.8 / (hidden size) agrees with the QLoRA paper: 2e-4 for width 4096, and 1e-4 for width 8192.
     """
     return float(f"{min(0.8 / hidden_size, 2e-3):.2g}")
 

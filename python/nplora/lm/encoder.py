@@ -76,7 +76,8 @@ class Encoder(Module):
         pooling: how the hidden states of a text become its embedding.
         max_length: the largest number of tokens of a text; `embed` cuts longer texts. You can change this
             limit.
-        prompts: texts by name. If `embed` gets such a name, it puts the prompt before each text.
+        prompts: prompts by name. If `embed` is given the name of a prompt, it puts this prompt before each
+            text.
         default_prompt: the name of the prompt that `embed` uses by default, or None.
         prefix: the name of this model inside transformers' models with a head, such as "bert" in
             BertForSequenceClassification.

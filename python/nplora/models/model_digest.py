@@ -39,7 +39,7 @@ def of(norms: Mapping[str, NDArray[Any]]) -> str | None:
 
 
 def of_tensors(tensors: Mapping[str, gguf.Tensor | safetensors.Tensor], family: Family) -> str | None:
-    """Find the norm weights among a file's tensors, and return their digest, as the function `of` does."""
+    """Find the norm weights among a file's tensors, and return the digest that `of` returns for them."""
     norms = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, gguf.Tensor):

@@ -241,7 +241,7 @@ class CrossEntropy:
 
 @dataclasses.dataclass(frozen=True)
 class CustomLoss:
-    """Wrap a user's function as a `Loss`. The function's result must be a mean over rows, and is checked.
+    """Wrap a user's function as a `Loss`. The function returns a mean over rows and its gradient.
 
     >>> import nplora, numpy as np
     >>> def absolute(prediction, target):

@@ -162,7 +162,7 @@ def stack_backward(
         for i, (layer, dy, item) in enumerate(zip(layers, dys, items, strict=True))
     ]
     if any(item.lead != items[0].lead for item in items):
-        raise ValueError(f"{op}: saved is from passes over batches of different shapes")
+        raise ValueError(f"{op}: the entries of saved come from batches of different shapes")
     for i, (layer, item) in enumerate(zip(layers, items, strict=True)):
         _check.own(f"{op}: layer {i}", item, layer)
     parts = [layer.backward_part(du, item) for layer, du, item in zip(layers, rows, items, strict=True)]

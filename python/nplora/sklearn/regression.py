@@ -30,7 +30,7 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
         Returns:
             the estimator.
         Raises:
-            ValueError: X or y does not fit. KeyboardInterrupt: Ctrl-C.
+            ValueError: X or y has a wrong shape, or their lengths differ. KeyboardInterrupt: Ctrl-C.
         """
         x, targets = self._checked(X, y, reset=not self._continues)
         if not self._continues:

@@ -31,7 +31,7 @@ class GoTemplate:
         first: the text before the first user message, in a chat without a system message.
         system: the texts before the system message, and between it and the first user message; None if the
             template refuses system messages.
-        user: the texts before and after a user message that is not the first.
+        user: the texts before and after each user message except the first.
         assistant: the texts before and after an answer.
         answer: the text where the model's next answer begins.
         trimmed: the roles of the messages from which the Jinja template strips white space. A Go template

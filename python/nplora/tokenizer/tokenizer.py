@@ -617,8 +617,8 @@ class Tokenizer:
             return Chat(ids, self._turns_by_marks(quoted, given, text, ids), unused, lost_calls)
         except UnsupportedError:
             raise ValueError(
-                f"a chat of {len(messages):,} messages and {len(ids):,} tokens is too long to find its "
-                f"{len(indices):,} assistant turns: split it"
+                f"cannot find the {len(indices):,} assistant turns of a chat of {len(messages):,} messages "
+                f"and {len(ids):,} tokens, because it is too long: split the chat"
             ) from None
 
     def _turns_by_beginnings(

@@ -32,8 +32,8 @@ def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
     """The settings of a run, as values that JSON writes and reads without a change.
 
     The settings under "fixed" must be the same when the run is resumed, because the position in the data and
-    the arrays of a checkpoint depend on them. A changed setting under "free" only gives a warning. If the
-    validation data have changed, the earlier best factors are dropped.
+    the arrays of a checkpoint depend on them. If a setting under "free" has changed, there is only a warning.
+    If the validation data have changed, the earlier best factors are dropped.
     """
     model, loss, optimizer = setup.model, setup.loss, setup.optimizer
     public = {k: v for k, v in vars(optimizer).items() if not k.startswith("_") and k != "steps"}

@@ -307,7 +307,7 @@ def kind_of(
     options: ReadOptions,
     require: Callable[[Kind, str], None] = _require_one_answer,
 ) -> Kind:
-    """The kind of a row, which must be the kind of the rows before it.
+    """The kind of a row. It must be the same as that of the earlier rows.
 
     Raises the error that occurred when the row was read, or a DataError.
     """

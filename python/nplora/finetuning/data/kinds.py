@@ -18,7 +18,7 @@ class Kind:
 
     Attributes:
         name: its name in the option `format`.
-        fields: the fields that a row of this kind has, for messages.
+        fields: the fields of a row of this kind, as error messages name them.
         known_by: a row that has one of these fields is of this kind.
         parse: makes an example from the fields of a row.
     """

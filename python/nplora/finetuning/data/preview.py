@@ -178,7 +178,7 @@ class Preview:
         blocks.append("\n".join(_histogram(self.train.lengths)))
         if self.examples:
             marks = "in green" if colour else "between [[ and ]]"
-            blocks.append(f"The first examples; what is trained is {marks}:")
+            blocks.append(f"The first examples (the trained text is {marks}):")
             blocks += [example.text(colour) for example in self.examples]
         return "\n\n".join(block for block in blocks if block)
 

@@ -96,7 +96,7 @@ def is_held_out(example: Any, share: float, where: str) -> bool:
     """Whether an example is held out, by a hash of its content. An example is a dataclass.
 
     Raises:
-        DataError: the example has a value that JSON cannot represent, so that it has no hash.
+        DataError: the example has a value that JSON cannot represent, and therefore no hash.
     """
     try:
         said = {"kind": type(example).__name__, **dataclasses.asdict(example)}

@@ -3,12 +3,12 @@
 #
 #   scripts/browser/build.sh CACHE
 #
-# The wheel is CACHE/nplora-…-wasm32.whl, and CACHE/page is the page of examples/browser with all its files. CACHE
-# is a directory outside the checkout. It also keeps Pyodide and the wheel of NumPy, which takes 20 minutes to
-# compile, so that later runs compile only what changed in nplora.
+# The wheel is CACHE/nplora-…-wasm32.whl, and CACHE/page is the page of examples/browser with all its files.
+# CACHE is a directory outside the checkout. It also keeps Pyodide and the wheel of NumPy, which takes 10 to
+# 20 minutes to compile, so that later runs compile only what changed in nplora.
 #
-# Needs Debian 13's packages emscripten (3.1.69), nodejs, npm and unzip, and CPython 3.12 with its headers. PYTHON
-# names another command than python3.12.
+# Needs Debian 13's packages emscripten (3.1.69), nodejs, npm and unzip, and CPython 3.12 with its headers.
+# PYTHON names another command than python3.12.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -42,8 +42,8 @@ if [ ! -e "$cache/include" ]; then
   PYODIDE_ROOT=/ python scripts/browser/headers.py "$cache"/sysconfig/_sysconfigdata*.py "$cache/include"
 fi
 
-# Compilers with these headers, which link an extension module as Pyodide loads it: a side module that exports its
-# PyInit function. A build system that asks the Python of this machine adds that Python's headers.
+# Compilers with these headers, which link an extension module as Pyodide loads it: a side module that exports
+# its PyInit function. A build system that asks the Python of this machine adds that Python's headers.
 headers=$(python -c 'import sysconfig; print(sysconfig.get_path("include"))')
 mkdir -p "$cache/tools"
 for tool in emcc em++; do

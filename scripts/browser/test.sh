@@ -3,9 +3,9 @@
 #
 #   scripts/browser/test.sh CACHE [node|chromium [ARGUMENT OF PYTEST...]]
 #
-# Without arguments of pytest, the rooms are tested that need no threads, processes or sockets. Each skipped test
-# has its reason. In node, small models are also trained both natively and in Pyodide, and the losses compared;
-# for that, PYTHON (python3) must have nplora. Chromium is Debian's package chromium.
+# Without arguments of pytest, the fast tests of the rooms that need no threads, processes or sockets run.
+# Each skipped test has its reason. In node, small models are also trained both natively and in Pyodide, and
+# the losses compared; for that, PYTHON (python3) must have nplora. Chromium is Debian's package chromium.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -13,7 +13,8 @@ cache=$(cd "${1:?the directory of build.sh}" && pwd)
 where=${2:-node}
 page=$cache/page
 arguments=("${@:3}")
-[ $# -gt 2 ] || arguments=(-q tests/core tests/lora tests/weights tests/nn tests/trainer tests/models tests/platform)
+rooms=(core lora weights nn trainer models platform)
+[ $# -gt 2 ] || arguments=(-q -m 'not slow' --ignore tests/core/test_huge_pages.py "${rooms[@]/#/tests/}")
 
 # Packages that the tests import. They work without compiled parts.
 if [ ! -e "$cache/packages" ]; then

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Uses the page in headless Chromium as a user does, and evaluates the adapter that it offers with native nplora.
+# Uses the page in headless Chromium as a user does, and evaluates the adapter that it offers with native
+# nplora.
 #
 #   scripts/browser/test_page.sh CACHE MODEL.gguf
 #

@@ -71,6 +71,7 @@ def test_each_type_becomes_each_other(before: str, after: str, tmp_path: Path) -
 
 
 def test_metadata_and_tokenizer_stay_and_the_file_type_changes(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
     nplora.model_to_gguf(model, tmp_path / "new.gguf", "q8_0")
     before, after = fields(model), fields(tmp_path / "new.gguf")
     changed = {name for name in after if after[name] != before.get(name)}

@@ -66,7 +66,7 @@ def test_the_error_of_the_heads_gradient_is_within_the_documented_bound(lm: Lang
     assert isinstance(head, nplora.Linear)
     w = head.weight.to_numpy().astype(np.float64)  # type: ignore[union-attr]
     x = np.random.default_rng(0).standard_normal((50, small_models.WIDTH), np.float32)
-    targets, losses = np.arange(50), np.empty(50)
+    targets, losses = np.arange(50, dtype=np.int64), np.empty(50)
     dx = word_filter.gradient(head, head(x), targets, 0.5, losses)
     p = np.exp(head(x).astype(np.float64))
     p /= p.sum(axis=1, keepdims=True)

@@ -531,7 +531,7 @@ def test_a_step_is_the_same_to_the_bit_on_any_number_of_threads(rng: np.random.G
         ({"compute": "int4"}, ValueError, "compute='int4' is not available; possible: 'float32', 'bfloat16'"),
         ({"W": np.ones(3)}, ValueError, "W has 1 axis, expected 2"),
         ({"W": np.ones((1, 2, 3))}, ValueError, "W has 3 axes, expected 2"),
-        ({"W": np.ones((3, 3), int)}, TypeError, "W has dtype int64, expected floats"),
+        ({"W": np.ones((3, 3), np.int64)}, TypeError, "W has dtype int64, expected floats"),
     ],
 )
 def test_bad_settings_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Train small models, save the loss of each step, and compare it with what another machine saved.
+
+Usage: same_losses.py FILE [OTHER_FILE]
+
+test.sh runs this natively with NPLORA_ISA=generic, and in Pyodide. Both have the same kernels, but another
+compiler and another C library.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import nplora  # noqa: E402
+from small_llama import save_small_llama  # noqa: E402
+
+STORAGES = ["float32", "bfloat16", "q8_0", "q4_1"]
+STEPS, TOKENS = 20, 48
+MOST = 1e-5  # the loss of tests/lm/test_torch.py may differ as much
+
+
+def losses(storage: str, directory: Path) -> np.ndarray:
+    lm = nplora.load_model(save_small_llama(directory / f"{storage}.gguf", storage))
+    lm.add_lora(rank=4, seed=3)
+    optimizer = nplora.AdamW(lr=1e-2)
+    ids = np.random.default_rng(7).integers(1, lm.vocab_size, size=(2, TOKENS))
+    return np.array([lm.train_step(ids, ids, optimizer) for _ in range(STEPS)])
+
+
+def main() -> None:
+    file = Path(sys.argv[1])
+    found = {storage: losses(storage, file.parent) for storage in STORAGES}
+    np.savez(file, **found)
+    if len(sys.argv) < 3:
+        return
+    others = np.load(sys.argv[2])
+    worst = 0.0
+    for storage, values in found.items():
+        difference = np.abs(values - others[storage])
+        equal = int((values == others[storage]).sum())
+        print(
+            f"{storage}: loss {values[0]:.4f} to {values[-1]:.4f} in {STEPS} steps, {equal} of them equal; "
+            f"the largest difference is {difference.max():.1e}"
+        )
+        worst = max(worst, float(difference.max()))
+    if worst > MOST:
+        sys.exit(f"the losses differ by {worst:.1e}, more than {MOST}")
+
+
+if __name__ == "__main__":
+    main()

@@ -135,7 +135,8 @@ def run(pairs: int, size: int, threads: int) -> dict[str, Any]:
                 found[name] = pool.apply(measure, (name, start, threads, given))
     ours = found["nplora"]
     timed = sum(len(anchors) for anchors, _ in given[1:])
-    print(f"\n{pairs:,} pairs in batches of {size}, LoRA of rank {RANK} on {on_threads(threads)}")
+    count = timed + len(given[0][0])
+    print(f"\n{count:,} pairs in batches of {size}, LoRA of rank {RANK} on {on_threads(threads)}")
     for name, one in found.items():
         differences = [abs(a / b - 1) for a, b in zip(one["losses"], ours["losses"], strict=True)]
         assert max(differences) <= WITHIN, f"{name}: the losses differ: {one['losses']}, {ours['losses']}"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -94,7 +95,7 @@ def running(model: Path, *options: object, threads: int | None = None) -> Iterat
             if not lines[-1]:
                 raise RuntimeError("the server ended at its start")
         plan = float(lines[-1].split()[1].replace(",", ""))
-        threading.Thread(target=process.stdout.read, daemon=True).start()
+        threading.Thread(target=shutil.copyfileobj, args=(process.stdout, sys.stdout), daemon=True).start()
         yield Server(process, int(address.rpartition(":")[2]), plan)
     finally:
         process.terminate()

@@ -224,17 +224,18 @@ def quarters(samples: list[float]) -> tuple[float, float]:
     return mean(samples[quarter : 2 * quarter] or samples), mean(samples[-quarter:])
 
 
-def check(server: Server, outcome: Outcome, samples: list[float], limit: float) -> None:
+def check(server: Server, outcome: Outcome, samples: list[float], limit: float, trains: bool) -> None:
     """Note as problems: too much memory, and requests or pages that are left at the end.
 
     Args:
         limit: the most memory, in MB.
+        trains: whether the server has a job, with which its memory is not flat.
     """
     peak, metrics = server.memory("VmHWM"), str(server.ask("GET", "/metrics"))
     if peak > limit:
         outcome.problems.append(f"the peak of {peak:,.0f} MB is above {limit:,.0f} MB")
     second, last = quarters(samples)
-    if len(samples) >= SAMPLES and last - second > FLAT * server.plan:
+    if not trains and len(samples) >= SAMPLES and last - second > FLAT * server.plan:
         outcome.problems.append(f"the memory in use grew by {last - second:,.0f} MB")
     for name in ("running", "waiting", "pages_used"):
         value = float(re.search(rf"(?m)^nplora_{name} (\S+)$", metrics)[1])  # type: ignore[index]
@@ -357,6 +358,7 @@ def kill(server: Server, load: Load, file: str, options: argparse.Namespace) -> 
     path = f"{JOBS}/{create_job(server, load.names[0], file, options.epochs)['id']}"
     with load.asking(options.clients):
         while True:
+            require_running(server, path)
             steps = [event["data"] for event in events_of(server, path) if event["type"] == "metrics"]
             if steps and steps[0]["step"] >= 0.6 * steps[0]["total_steps"]:
                 break
@@ -367,15 +369,23 @@ def kill(server: Server, load: Load, file: str, options: argparse.Namespace) -> 
     return path
 
 
+def require_running(server: Server, path: str) -> None:
+    """Raise RuntimeError if a job has ended."""
+    status = server.ask("GET", path)["status"]
+    if status not in ("queued", "validating_files", "running"):
+        raise RuntimeError(f"the job ended before the server was killed: {status}; give more --epochs")
+
+
 def finish(server: Server, path: str) -> None:
-    """Wait for the end of a job, and report where it continued."""
+    """Wait for the end of a job that was interrupted, and report where it continued."""
     while server.ask("GET", path)["status"] in ("queued", "validating_files", "running"):
         time.sleep(0.1)
     succeeded(server, path)
-    messages = [event["message"] for event in events_of(server, path)]
-    for message in messages[::-1]:
-        if message.startswith(("Fine-tuning job continues", "Fine-tuning job starts again")):
-            print(f"after the restart: {message}")
+    begins = ("Fine-tuning job continues", "Fine-tuning job starts again")
+    found = [event["message"] for event in events_of(server, path) if event["message"].startswith(begins)]
+    if not found:
+        raise RuntimeError("no event says that the job went on after the restart")
+    print(f"after the restart: {found[0]}")
 
 
 def require_same_adapter(directory: Path, paths: list[str]) -> None:
@@ -411,7 +421,7 @@ def main() -> None:
             with suppress(KeyboardInterrupt):
                 time.sleep(1)  # the last cancellations
             limit = parse_bytes(options.memory, "serve_load") / 1e6 if options.job else server.plan
-            check(server, load.outcome, samples, limit)
+            check(server, load.outcome, samples, limit, trains=options.job)
             for path in adapters:
                 lm.load_adapter(path, path.name)
             load.compare(lm, options.compare)

@@ -34,7 +34,7 @@ with socket.create_server((sys.argv[1], 5077)) as server:
 
 @contextmanager
 def linked(rate: str = "1gbit") -> Iterator[list[list[str]]]:
-    """Make the namespaces. Yields, for each, the words that run a command in it if they precede the command.
+    """Make the namespaces. Yields, for each namespace, the words before a command that runs in it.
 
     Args:
         rate: the rate of the link in each direction, in the words of tc.

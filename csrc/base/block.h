@@ -24,7 +24,7 @@ struct BlockFacts {
   // The largest magnitude of a value. A larger value would need a scale or minimum beyond the range of
   // float16, or of float in NF4.
   float largest;
-  const char* shorter = nullptr;  // replaces this format if a row is not whole blocks, as in llama.cpp
+  const char* shorter = nullptr;  // for rows that do not end with a whole block, as in llama.cpp
 };
 
 }  // namespace nplora

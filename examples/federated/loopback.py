@@ -59,6 +59,7 @@ def read_arguments(description: str | None, strategies: Sequence[str] = tuple(RA
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    options = [option for option in DEFAULTS if option not in ("strategy", "output")]
     parser.add_argument("model", type=Path, help="a GGUF file")
     parser.add_argument(
         "words", nargs="*", metavar="STRATEGY|OPTION=VALUE",
@@ -73,10 +74,10 @@ def read_arguments(description: str | None, strategies: Sequence[str] = tuple(RA
         name, is_option, value = word.partition("=")
         if not is_option and name in strategies:
             arguments.strategies.append(name)
-        elif is_option and name in DEFAULTS.keys() - {"strategy", "output"}:
+        elif is_option and name in options:
             arguments.options[name] = toml_value(value)
         else:
-            known = [*strategies, *(f"{option}=" for option in DEFAULTS)]
+            known = [*strategies, *(f"{option}=" for option in options)]
             parser.error(f"{word} is not one of {', '.join(known)}")
     return arguments
 

@@ -502,3 +502,10 @@ def test_comparisons_are_refused_where_one_answer_is_learnt() -> None:
     for row, fields in ((pair(), "chosen and rejected"), (judged(), "an answer and a label")):
         with pytest.raises(DataError, match=f"row 1: has {fields}, a comparison; expected one answer"):
             read_dataset([row], words)
+    for row, format_ in (
+        ({"prompt": "a", "completion": "b", "label": True}, "completion"),
+        ({"instruction": "a", "output": "b", "label": True}, "alpaca"),
+    ):
+        with pytest.raises(DataError, match=f"--format .*{format_}.* ignores the label"):
+            read_dataset([row], words)
+        assert len(read_dataset([row], words, format=format_)) == 1

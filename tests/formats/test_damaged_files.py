@@ -19,6 +19,7 @@ SMALL_FILES = [
     ("config_json", "llama 3"),
     ("gguf_tokenizer", "byte level"),
     ("gguf_tokenizer", "pieces"),
+    ("gguf_tokenizer", "unigram"),
     ("tokenizer_json", "for gguf"),
     ("tokenizer_json", "word piece"),
     ("checkpoint", "best"),

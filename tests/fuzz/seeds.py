@@ -3,6 +3,7 @@
 Without arguments, it prints the readers' names.
 """
 
+import base64
 import gzip
 import json
 import sys
@@ -19,6 +20,8 @@ from nplora.formats.peft_config import Patterns, PeftConfig
 from nplora.tokenizer.gguf_vocabulary import SPLITS
 
 Seeds = dict[str, bytes]
+# SentencePiece's table of characters, with a search tree that finds nothing and two replacements
+CHARACTER_TABLE = (1024).to_bytes(4, "little") + bytes(1024) + b"b\0aaa\0"
 
 
 def dumps(*values: object) -> bytes:
@@ -257,6 +260,7 @@ def gguf_tokenizer_seeds() -> Seeds:
         **{f"pre {pre}": vocabulary("gpt2", bytes_, pre=pre, add_bos_token=True) for pre in SPLITS},
         "pieces": vocabulary("llama", piece),
         "plain pieces": vocabulary("llama", piece, add_space_prefix=False, add_eos_token=True),
+        "unigram": vocabulary("t5", piece, precompiled_charsmap=Typed(list(CHARACTER_TABLE), "UINT8")),
     }
 
 
@@ -288,6 +292,7 @@ def tokenizer_json_seeds() -> Seeds:
          "lowercase": True},
         replace,
         replace | {"pattern": {"Regex": " {2,}"}},
+        {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(CHARACTER_TABLE).decode()},
     ]  # fmt: skip
     cuts = [
         *({"type": kind} for kind in ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "UnicodeScripts")),

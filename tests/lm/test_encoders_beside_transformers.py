@@ -125,9 +125,11 @@ def test_an_adapter_of_ours_gives_the_same_hidden_states_in_peft(kind: str, tmp_
     for layer in ours.adapter_layers().values():
         layer.A[...] *= np.float32(0.03)  # type: ignore[attr-defined]  # large factors magnify rounding
     nplora.save_adapter(ours, tmp_path / "adapter")
-    model = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
     texts = torch_encoders.some_texts()
+    plain = torch_encoders.hidden_states(theirs, texts)
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
     wanted = torch_encoders.hidden_states(model, texts)
+    assert max(abs(a - b).max() for a, b in zip(plain, wanted, strict=True)) > 100 * TOLERANCE
     for one, other in zip(ours.hidden_states(texts), wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=5 * TOLERANCE)
 

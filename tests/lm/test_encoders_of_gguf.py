@@ -2,7 +2,7 @@
 
 import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,22 @@ def test_dense_modules_of_embeddinggemma_are_read(tmp_path: Path) -> None:
         nplora.load_model(path)
 
 
+def test_a_dense_module_needs_two_axes(tmp_path: Path) -> None:
+    more = {"dense_2.weight": np.ones(48, np.float32)}
+    path = save_both(KINDS[-1], tmp_path, more) / "model.gguf"
+    with pytest.raises(FormatError, match=r"tensor dense_2\.weight has shape \(48,\), expected two axes"):
+        nplora.load_encoder(path)
+
+
+def test_dense_modules_without_a_pooling_are_refused(tmp_path: Path) -> None:
+    more = {"dense_2.weight": np.ones((32, 48), np.float32)}
+    kind = KINDS[-1]
+    no_pooling = replace(kind, entries=kind.entries | {"pooling_type": whole(0)})
+    path = save_both(no_pooling, tmp_path, more) / "model.gguf"
+    with pytest.raises(UnsupportedError, match=r"dense_2\.weight come after a pooling"):
+        nplora.load_encoder(path)
+
+
 # ---- Unigram, the tokenizer of XLM-RoBERTa ----
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -234,6 +250,8 @@ def unigram_metadata(vocab: list[tuple[str, float]], **changes: Any) -> dict[str
         "remove_extra_whitespaces": True,
         "bos_token_id": gguf.Typed(0, "UINT32"),
         "eos_token_id": gguf.Typed(2, "UINT32"),
+        "add_bos_token": True,
+        "add_eos_token": True,
         **changes,
     }
     return {f"tokenizer.ggml.{name}": value for name, value in entries.items() if value is not None}
@@ -248,6 +266,9 @@ def test_unigram_tokens_are_those_of_tokenizer_json() -> None:
     vocab = json.loads(theirs.to_str())["model"]["vocab"]
     ours = tokenizer_of(unigram_metadata(vocab))
     theirs.encode_special_tokens = True
+    bare = tokenizer_of(unigram_metadata(vocab, add_bos_token=None, add_eos_token=None))
+    [ids] = ours.encode_texts(["a cat"], 99)[0]
+    assert bare.encode_texts(["a cat"], 99)[0] == [ids[1:]]  # llama.cpp's defaults: EOS but no BOS
     for text in TEXTS_OF_XLM_R:
         plain = " ".join(text.split())  # without SentencePiece's table, line breaks are letters
         assert ours.encode_texts([plain], 99)[0] == [theirs.encode(plain).ids]
@@ -294,16 +315,25 @@ def test_damaged_unigram_metadata_are_refused(changes: dict[str, Any], message: 
         tokenizer_of(unigram_metadata(vocab, **changes))
 
 
+def character_table(longest: int) -> bytes:
+    """A table whose longest replacement has so many characters."""
+    tree = (4).to_bytes(4, "little") + bytes(4)  # of one node
+    return tree + b"b\0" + longest * b"a" + b"\0b"
+
+
+def normalizer(longest: int) -> dict[str, str]:
+    return {
+        "type": "Precompiled", "precompiled_charsmap": base64.b64encode(character_table(longest)).decode()
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("longest", [100, 101])
 def test_a_table_that_makes_texts_very_long_is_refused(longest: int, tmp_path: Path) -> None:
     vocab = [*((name, 0.0) for name in SPECIAL), ("▁a", -1.0)]
-    tree = (4).to_bytes(4, "little") + bytes(4)  # of one unit
-    table = np.frombuffer(tree + b"b\0" + longest * b"a" + b"\0b", np.uint8)
+    table = np.frombuffer(character_table(longest), np.uint8)
     path = save_small_encoder(tmp_path / "model")
     fields = json.loads((path / "tokenizer.json").read_text())
-    fields["normalizer"] = {
-        "type": "Precompiled", "precompiled_charsmap": base64.b64encode(table.tobytes()).decode()
-    }  # fmt: skip
+    fields["normalizer"] = normalizer(longest)
     (path / "tokenizer.json").write_text(json.dumps(fields))
     for read in (
         lambda: tokenizer_of(unigram_metadata(vocab, precompiled_charsmap=table)),
@@ -314,6 +344,17 @@ def test_a_table_that_makes_texts_very_long_is_refused(longest: int, tmp_path: P
             continue
         with pytest.raises(UnsafeError, match="could make a text over 100 times as long"):
             read()
+
+
+def test_two_tables_that_together_make_texts_very_long_are_refused(tmp_path: Path) -> None:
+    """Each makes a text eleven times as long."""
+    path = save_small_encoder(tmp_path / "model")
+    fields = json.loads((path / "tokenizer.json").read_text())
+    step = normalizer(11)
+    fields["normalizer"] = {"type": "Sequence", "normalizers": [step, step]}
+    (path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(UnsafeError, match="could make a text over 100 times as long"):
+        from_directory(path)
 
 
 def test_a_bert_with_unigram_tokens_is_an_xlm_roberta(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
         neighbours: the names of the model's modules that are not LoRA layers, if known.
         uses_expression: whether the file selects layers by a regular expression instead of a list.
         added_tokens: the new tokens that the adapter trains. If another program wrote the adapter, these are
-        all tokens in its tokenizer.json that may be new.
+            all tokens in the tokenizer.json beside it that may be new.
         tokenizer_files: the files of the tokenizer with the new tokens, which are saved with the adapter.
         chat_template: whether the training data went through the chat template; None if that is not known.
     """

@@ -83,8 +83,8 @@ def merge_adapter(
             for the storage type.
         ValueError: rounding to the storage type would keep less than 90 % of ΔW, and `lossy` is not set; or
             the held-out loss would rise by more than `tolerance`. The message names the smallest type, if
-            any, with which the merge would be accepted. The loss of this type is measured too. No output file
-            is written, and an existing file stays.
+            any, that keeps enough by an estimate. With `check`, the loss of this type is measured too, if the
+            disk has room for the file. No output file is written, and an existing file stays.
         TypeError: `check` is not a function.
         FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
             training run (only a .gguf file may be written there).

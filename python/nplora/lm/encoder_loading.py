@@ -266,14 +266,21 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> _Parts:
 def _gguf_settings(file: GgufFile, architecture: str, weights: GgufWeights) -> SentenceSettings:
     """The pooling that the metadata name, and the Dense modules after it. llama.cpp normalises embeddings."""
     found = file.metadata.integer(f"{architecture}.pooling_type", 0)
+    dense = {name: shape for name, shape in weights.shapes().items() if name in _GGUF_DENSE}
+    for name, shape in dense.items():
+        if len(shape) != 2:
+            raise FormatError(f"{file.source}: tensor {name} has shape {shape}, expected two axes")
     if found == 0:  # the file asks for no pooling, or says nothing
+        if dense:
+            raise UnsupportedError(
+                f"{file.source}: {', '.join(dense)} come after a pooling, but {architecture}.pooling_type "
+                "names none"
+            )
         return SentenceSettings()
     if found not in _GGUF_POOLINGS:
         raise UnsupportedError(
             f"{file.source}: {architecture}.pooling_type is {found}, expected 0 (none) or one of "
             f"{', '.join(f'{number} ({name})' for number, name in _GGUF_POOLINGS.items())}"
         )
-    shapes = weights.shapes()
-    dense = [TensorSpec(name, name, shapes[name]) for name in _GGUF_DENSE if name in shapes]
-    layers = [(Linear(weights.matrix(tensor)), None) for tensor in dense]
+    layers = [(Linear(weights.matrix(TensorSpec(name, name, shape))), None) for name, shape in dense.items()]
     return SentenceSettings(Pooling(_GGUF_POOLINGS[found], layers, normalize=True))

@@ -69,7 +69,7 @@ def packed_positions(starts: Array) -> PackedPositions:
     """The positions of sequences that begin at `starts`."""
     starts = np.asarray(starts, np.int64)  # NumPy's default has 32 bits on some systems
     counts = np.diff(starts)
-    begins = np.repeat(starts[:-1], counts.astype(np.intp))  # which takes no wider integers than intp
+    begins = np.repeat(starts[:-1], counts.astype(np.intp))  # repeat refuses wider counts
     in_sequence = np.arange(starts[-1], dtype=np.int64) - begins
     return PackedPositions(starts, in_sequence, int(counts.max(initial=0)))
 

@@ -135,7 +135,8 @@ class GgufWeights:
         return tensor.gguf
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
-        return families.of(config).rope_tensors | self._elsewhere  # the former: read with the configuration
+        # The tensors of the rotation are read with the configuration.
+        return families.of(config).rope_tensors | self._elsewhere
 
     def matrix(self, tensor: TensorSpec) -> FrozenWeight:
         stored = self._file[tensor.gguf]

@@ -152,7 +152,7 @@ def sync_directory(descriptor: int) -> None:
 
 
 def read_at(descriptor: int, into: memoryview, offset: int) -> int:
-    """Read bytes from a position. Return the number of bytes. It may be smaller than `into`."""
+    """Read bytes from a position. Return their number, which may be less than `len(into)`."""
     if sys.platform == "win32":
         with _seeking:
             os.lseek(descriptor, offset, os.SEEK_SET)

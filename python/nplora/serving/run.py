@@ -181,7 +181,7 @@ def _limit(options: ServeOptions) -> str:
 
 
 def last_words(engine: AnyEngine, seconds: float) -> str:
-    """The last line of a server, which says how many answers the server still waits for."""
+    """The line that a stopping server prints: how many answers it still waits for."""
     metrics = engine.metrics()
     count = metrics.running + metrics.waiting
     ends = "at once"

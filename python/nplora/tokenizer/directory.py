@@ -99,8 +99,6 @@ def _require_bounded(steps: list[dict[str, Any]], source: str) -> None:
         text = pattern.get("Regex") if isinstance(pattern, dict) else None
         if isinstance(text, str) and not split_pattern.is_safe(text):
             raise UnsafeError(f"{source}: the regular expression {brief(text)} could run for ever")
-        if step.get("type") == "Precompiled":
-            character_table.require_bounded(base64.b64decode(step["precompiled_charsmap"]), source)
         growth *= _growth(step)
         if growth > MAX_GROWTH:
             raise UnsafeError(
@@ -128,6 +126,8 @@ def _growth(step: dict[str, Any]) -> int:
         return max(1, -(-len(step["content"]) // max(1, len(replaced))))
     if kind == "Prepend":
         return 1 + len(step["prepend"])
+    if kind == "Precompiled":
+        return character_table.growth(base64.b64decode(step["precompiled_charsmap"]))
     if kind == "TemplateProcessing":
         return max(1, len(step["single"]))
     return 1

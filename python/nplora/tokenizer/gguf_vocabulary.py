@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nplora.formats.errors import FormatError, LimitError, UnsupportedError, brief
+from nplora.formats.errors import FormatError, LimitError, UnsafeError, UnsupportedError, brief
 from nplora.formats.gguf import GgufFile, Metadata
 from nplora.formats.tokenizer_json import MAX_SPECIAL
 from nplora.tokenizer import character_table
@@ -233,7 +233,11 @@ class _Vocabulary:
             raw = self.metadata.array(f"{KEY}precompiled_charsmap", "UINT8").tobytes()
             with backend_errors(f"{self.source}: {KEY}precompiled_charsmap is damaged"):
                 steps.append(text.Precompiled(raw))
-            character_table.require_bounded(raw, self.source)
+            if character_table.growth(raw) > character_table.MAX_GROWTH:
+                raise UnsafeError(
+                    f"{self.source}: {KEY}precompiled_charsmap could make a text over "
+                    f"{character_table.MAX_GROWTH} times as long"
+                )
         if self._flag("remove_extra_whitespaces", True):
             steps += [text.Replace(package.Regex(" {2,}"), " "), text.Strip()]
         backend.normalizer = text.Sequence(steps)
@@ -321,7 +325,7 @@ class _Vocabulary:
 
     def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
         """Make the text begin with BOS and end with EOS if the file says so."""
-        begins = self.model != "gpt2" or self.metadata.string(f"{KEY}pre", "") in _BEGINS_WITH_BOS
+        begins = self.model == "llama" or self.metadata.string(f"{KEY}pre", "") in _BEGINS_WITH_BOS
         before = {"bos": bos} if bos is not None and self._flag("add_bos_token", begins) else {}
         after = {"eos": eos} if eos is not None and self._flag("add_eos_token", self.model == "t5") else {}
         if before or after:

@@ -69,8 +69,8 @@ class TextBatches:
     def sample_gradient(self, model: TextClassifier, loss: Loss) -> Callable[[], None]:
         """A function that adds the gradient of the first texts, for `Int8Check`.
 
-        The sample has about `SAMPLE_TOKENS` tokens, and at least `LEAST_ROWS` texts if the data have that
-        many.
+        The sample has about `SAMPLE_TOKENS` tokens, and at least `LEAST_ROWS` texts unless the data have
+        fewer.
         If the data have fewer texts, one block may not be compared: if the head reads one token of each text,
         the last block has one row for each text. With compute="int8", so few rows are multiplied with
         low-bit weights in int8 in both runs.

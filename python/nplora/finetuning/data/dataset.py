@@ -286,7 +286,10 @@ def without_prompt_words(names: Mapping[str, int]) -> str:
 def _require_one_answer(kind: Kind, where: str) -> None:
     if kind.name in ("preference", "kto"):
         objective = "dpo" if kind.name == "preference" else "kto"
-        ignoring = "" if objective == "dpo" else "; --format messages or completion ignores the label"
+        ignoring = (
+            "; --format messages, sharegpt, alpaca or completion, whichever fits the row, ignores the label"
+        )
+        ignoring = "" if objective == "dpo" else ignoring
         raise DataError(
             f"{where}: has {kind.fields}, a comparison; expected one answer to learn. Rows like this are for "
             f"finetune --objective {objective} (objective={objective!r}){ignoring}"

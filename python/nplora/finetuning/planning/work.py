@@ -103,7 +103,7 @@ class Work:
         )
 
     def gradient_copies(self, micro_tokens: int | None) -> int:
-        """The number of arrays that the ranks need to exchange gradients, each as large as all gradients.
+        """The most arrays, each as large as all gradients, that a rank needs at once to exchange them.
 
         >>> batches = [(np.array([8, 5]), np.array([3, 2]))]
         >>> work = nplora.finetuning.planning.Work(batches, steps=10, adds_in_order=True)

@@ -83,7 +83,8 @@ class ModernBert(EncoderFamily):
 
     def read_metadata(self, file: GgufFile) -> EncoderConfig:
         config, data = super().read_metadata(file), ArchitectureMetadata(file, self.architecture)
-        window = _half_window(file.source, data.integer("attention.sliding_window"))
+        key = "attention.sliding_window"
+        window = _half_window(file.source, f"{self.architecture}.{key}", data.integer(key))
         slides = gguf_fields.sliding_layers(data, config.num_hidden_layers, _PATTERN, first=True)
         return dataclasses.replace(
             config,
@@ -164,7 +165,8 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     kinds = ["sliding_attention" if i % pattern else "full_attention" for i in range(layers)]
     if "layer_types" in fields:
         kinds = fields.strings("layer_types", layers)
-    sizes = {"full_attention": NO_WINDOW, "sliding_attention": _half_window(fields.source, total)}
+    window = _half_window(fields.source, "local_attention", total)
+    sizes = {"full_attention": NO_WINDOW, "sliding_attention": window}
     for kind in kinds:
         if kind not in sizes:
             known = " or ".join(map(repr, sizes))
@@ -172,10 +174,10 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     return tuple(sizes[kind] for kind in kinds)
 
 
-def _half_window(source: str, total: int) -> int:
+def _half_window(source: str, name: str, total: int) -> int:
     """The tokens on one side of a token that it attends to, and the token itself."""
     if not 0 <= total < 1 << 31:
-        raise FormatError(f"{source}: the window is {total} tokens wide, expected 0 to 2^31 - 1")
+        raise FormatError(f"{source}: {name} is {total}, expected 0 to 2^31 - 1")
     return total // 2 + 1
 
 

@@ -94,7 +94,8 @@ def test_every_example_is_tested_and_listed() -> None:
     listed = re.findall(r"^\| \[`(\S+)`\]\((\S+)\)", (EXAMPLES / "README.md").read_text(), flags=re.MULTILINE)
     assert all(name == link for name, link in listed)
     files = {path.name for pattern in ("*.py", "*.ipynb") for path in EXAMPLES.glob(pattern)}
-    assert {name for name, _ in listed} == files | {"federated/"}  # tests/examples/test_federated.py
+    others = {"browser/", "federated/"}  # with tests of their own: test_browser.py, test_federated.py
+    assert {name for name, _ in listed} == files | others
     tested = ["textbook_lora.py", *NUMPY_SCRIPTS, *TORCH_SCRIPTS, *SMOLLM2_SCRIPTS]
     files.remove("ray_ranks.py")  # it needs a Ray cluster
     assert {*tested, *NUMPY_NOTEBOOKS, *SMOLLM2_NOTEBOOKS} == files

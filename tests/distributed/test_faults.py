@@ -152,12 +152,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_the_error_of_all(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("kind", "what"), [("data", "another x"), ("settings", "another clip_norm: 0.5, but None on rank 0")]
+    ("kind", "what"), [("data", "x"), ("settings", "clip_norm: 0.5, but None on rank 0")]
 )
 def test_ranks_with_other_data_or_settings_are_named(kind: str, what: str, tmp_path: Path) -> None:
     status, _, errors = run((2, [HERE / "faults.py", kind, 1, 0, tmp_path / "run"]))
     assert status != 0
-    assert f"the ranks do not agree: rank 1 has {what}" in errors
+    assert f"the ranks do not agree: rank 1 differs in {what}" in errors
 
 
 def test_ranks_with_other_instruction_sets_are_named(tmp_path: Path) -> None:

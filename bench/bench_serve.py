@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +27,7 @@ LONG = ("1 stream", f"{STREAMS} streams", f"{STREAMS} adapters", "first")
 CELLS = (*LONG, "later")
 ROUNDS = 7  # a call of LONG lasts seconds, so one of them in each round suffices
 
+SERVER_PACKAGES = ("llguidance", "python_multipart", "starlette", "uvicorn")
 OURS, ENGINE, LLAMA = "nplora serve", "its engine", "llama.cpp"
 
 _servers = ExitStack()  # the servers, which live as long as the processes of their contestants
@@ -170,10 +172,9 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
         return []
     with TemporaryDirectory() as directory:
         arguments = threads, path, save_adapters(path, Path(directory))
-        contestants = [
-            Contestant(OURS, served_calls, arguments, "served", long=LONG),
-            Contestant(ENGINE, engine_calls, arguments, long=LONG),
-        ]
+        contestants = [Contestant(ENGINE, engine_calls, arguments, long=LONG)]
+        if all(map(find_spec, SERVER_PACKAGES)):
+            contestants.insert(0, Contestant(OURS, served_calls, arguments, "served", long=LONG))
         if llama_server.binary():
             contestants.append(Contestant(LLAMA, llama_calls, arguments, "llama.cpp", long=LONG))
         result = Runtimes(threads).race(contestants, rounds=1 if quick else ROUNDS)
@@ -210,6 +211,9 @@ def report(found: list[dict[str, Any]], threads: int) -> None:
             f"{row['first'] * 1e3:9.0f}{row['later'] * 1e3:7.0f}{row['later'] / row['first']:8.3f}"
         )
     by_name = {row["name"]: row for row in found}
+    if OURS not in by_name:
+        print(f'  {OURS} was not measured: pip install "nplora[serve]" installs what it needs')
+        return
     if LLAMA not in by_name:
         print("  llama-server was not found: python -m bench.llama_server DIR builds it")
         return

@@ -659,7 +659,7 @@ def test_a_searched_temperature_must_be_that_of_the_stored_teacher(
 ) -> None:
     teach(model, data, tmp_path / "taught", top_k=4)
     options: dict[str, Any] = {"objective": "distill", "teacher": tmp_path / "taught", "progress": False}
-    with pytest.raises(ValueError, match=r"tune: temperature is 2, but the log-probabilities in .* of temp"):
+    with pytest.raises(ValueError, match=r"tune: temperature is 2, but the log-probabilities in .* at temp"):
         tune(model, data, tmp_path / "out", search={"temperature": [1.0, 2.0]}, **options)
 
 

@@ -136,7 +136,7 @@ class FinetuneOptions:
     invocation: str | Sequence[int] | None = _option(
         _ADAPTER,
         None,
-        "activated LoRA (aLoRA): the adapter acts only after the last occurrence of this text",
+        "activated LoRA (aLoRA): the adapter acts from the last occurrence of this text onwards",
         metavar="TEXT",
     )
     add_tokens: str | Sequence[str] | None = _option(
@@ -532,8 +532,8 @@ class EvaluateOptions:
     metric: tuple[str | MetricFunction, ...] = _option(
         _ANSWERS,
         (),
-        "metric of generated answers: exact_match, f1, or module:function, a function of the answer, the "
-        "reference and the row; several are separated by commas",
+        "how generated answers are scored: exact_match, f1 or module:function. The function is called with "
+        "the answer, the reference and the row. Commas separate several metrics",
         kind="metric",
         metavar="NAMES",
     )

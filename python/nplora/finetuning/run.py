@@ -177,8 +177,8 @@ def finetune(
         trainable_tokens: tokens whose rows of the embedding and the head are trained too: ids or texts, as in
             <|im_start|>,<|im_end|>.
         modules_to_save: layers to train as a whole, in float32: embed_tokens, lm_head or both.
-        invocation: activated LoRA (aLoRA): text that activates the adapter, from the last occurrence of the
-            text on.
+        invocation: activated LoRA (aLoRA): the adapter acts from the last occurrence of this
+            text onwards.
         add_tokens: new tokens to add to the vocabulary and to train, as in <tool>,</tool>.
         adapter: adapter to continue from: PEFT directory or llama.cpp file; its layers, ranks and alphas are
             kept.

@@ -46,7 +46,11 @@ def start(*programs: tuple[int, list[Any]], **more: str) -> subprocess.Popen[str
 
 
 def run(*programs: tuple[int, list[Any]], **more: str) -> tuple[int, str, str]:
-    """Run programs until their end. Return the status, stdout, and stderr."""
+    """Run programs until their end. Return the status, stdout, and stderr.
+
+    Python writes the kind of an uncaught error and its message one after the other, so the output of another
+    rank may stand between them. So compare only messages.
+    """
     process = start(*programs, **more)
     try:
         out, errors = process.communicate(timeout=120)

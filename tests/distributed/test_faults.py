@@ -35,7 +35,7 @@ def require_same_end(directory: Path) -> None:
 def test_an_error_on_one_rank_ends_all_and_the_run_is_saved(rank: int, tmp_path: Path) -> None:
     status, _, errors = run((3, [HERE / "faults.py", "error", rank, 5, tmp_path / "run"]))
     assert status != 0
-    assert errors.count(f"RankError: rank {rank}: MemoryError: no memory for a test") == 2
+    assert errors.count(f"rank {rank}: MemoryError: no memory for a test") == 2
     assert saved_step(tmp_path / "run") == 5
     require_same_end(tmp_path / "run")
 
@@ -43,8 +43,8 @@ def test_an_error_on_one_rank_ends_all_and_the_run_is_saved(rank: int, tmp_path:
 def test_a_full_disk_of_rank_0_ends_all_and_the_last_checkpoint_is_resumed(tmp_path: Path) -> None:
     status, _, errors = run((2, [HERE / "faults.py", "disk", 0, 5, tmp_path / "run"]))
     assert status != 0
-    assert "\nthis was rank 0\n" in errors
-    assert "RankError: rank 0: OSError: [Errno 27] File too large: " in errors
+    assert "this was rank 0" in errors
+    assert "rank 0: OSError: [Errno 27] File too large: " in errors
     assert saved_step(tmp_path / "run") == 1  # the checkpoint after the first step
     require_same_end(tmp_path / "run")
 
@@ -99,7 +99,7 @@ def test_a_rank_that_fails_waits_until_the_batch_of_rank_0_is_computed(tmp_path:
     status, _, errors = run((2, words), FAULT_SECONDS="6")
     assert status != 0
     assert "rank 1 has failed (MemoryError: no memory for a test) and waits for rank 0" in errors
-    assert "RankError: rank 1: MemoryError: no memory for a test" in errors
+    assert "rank 1: MemoryError: no memory for a test" in errors
     assert saved_step(tmp_path / "run") == 5
     require_same_end(tmp_path / "run")
 
@@ -125,7 +125,7 @@ def test_ranks_wait_for_rank_0_which_saves_the_run_after_another_rank_has_stoppe
 def test_an_interrupt_that_a_callback_raises_on_one_rank_ends_all(rank: int, tmp_path: Path) -> None:
     status, _, errors = run((2, [HERE / "faults.py", "raise", rank, 5, tmp_path / "run"]))
     assert status != 0
-    assert f"RankError: rank {rank}: KeyboardInterrupt" in errors
+    assert f"rank {rank}: KeyboardInterrupt" in errors
     assert saved_step(tmp_path / "run") == 5
     require_same_end(tmp_path / "run")
 
@@ -148,7 +148,7 @@ def test_a_handler_of_the_program_is_called_on_all_ranks_and_may_let_the_run_con
 def test_a_loss_that_is_not_finite_on_one_rank_is_the_error_of_all(tmp_path: Path) -> None:
     status, _, errors = run((2, [HERE / "faults.py", "nan", 1, 5, tmp_path / "run"]))
     assert status != 0
-    assert errors.count("NonFiniteLossError: step 6 (epoch 2): the loss of batch 2 is nan") == 2
+    assert errors.count("step 6 (epoch 2): the loss of batch 2 is nan") == 2
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def report(
             f"{name}: {tokens / middle:.0f} tokens/s, {median(seconds[ALONE]) / middle:.3f} of {ALONE}; "
             f"{1e3 * median(exchanged[name]):.0f} ms of a step for exchanging gradients"
         )
-    predicted = Network.parse("1Gb").sums(4 * TRAINED, nodes=2, terms=1, rounds=1)
+    predicted = Network.parse("1Gb").sums(4 * TRAINED, 2, [(1, 0.0)])
     print(f"predicted for 1 Gb/s: {1e3 * predicted:.0f} ms")
     if busy > BUSY:
         print(f"the machine has a load of {busy:.1f}: do not quote these figures")

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import nplora
 import systems
 from figures import Figure
 from nplora.cli.demo import dictionary
+from nplora.finetuning.planning import choice
 
 _FIGURE = "figure"
 
@@ -122,6 +124,21 @@ def figure(request: pytest.FixtureRequest) -> Figure:
         request.node.user_properties.append((_FIGURE, (what, float(value))))
 
     return report
+
+
+@pytest.fixture
+def repeatable_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans depend neither on the memory that this process uses, nor on the speed of the machine."""
+    found: dict[tuple[str, ...], Any] = {}
+    usual = choice.measured
+
+    def measured(lm: nplora.LanguageModel, computes: tuple[str, ...], int8_head: bool = False) -> Any:
+        return found.setdefault(computes, usual(lm, computes, int8_head))
+
+    monkeypatch.setattr(choice, "measured", measured)
+    monkeypatch.setattr(choice, "peak_memory", lambda: 0)
+    monkeypatch.setattr(choice, "current_memory", lambda: 10**7)
+    monkeypatch.setattr(choice, "unread", lambda source: 0)
 
 
 @pytest.fixture

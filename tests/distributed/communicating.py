@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import warnings
 from typing import Any
 
@@ -60,6 +61,27 @@ def many() -> None:
     for _ in range(2100):  # MPICH has room for 2,048
         with MPICommunicator():
             pass
+
+
+def travel() -> None:
+    """Rows arrive while the ranks compute, and call no method of the communicator."""
+    size, columns = 3, 2_000_000  # far more than MPI sends without the help of the receiver
+    with MPICommunicator(share_cores=False) as ranks:
+        for turn in range(2):
+            parts = np.arange(size)[:, None] + np.full((size, columns), 10.0 * ranks.rank + 100 * turn)
+            outs = [np.zeros((size, columns)) for _ in range(2)]
+            ranks.start_exchange(parts, outs[0], range(size))
+            ranks.start_exchange(parts, outs[1], [0, 2])
+            wanted = 10 * np.arange(size) + ranks.rank + 100 * turn
+            deadline = time.monotonic() + 60
+            while any((out[[0, 2]] != wanted[[0, 2], None]).any() for out in outs):
+                assert time.monotonic() < deadline, "nothing arrives"
+            ranks.gather(turn, "while rows of others may travel")
+            ranks.wait_for_exchanges()
+            assert (outs[0] == wanted[:, None]).all()
+            assert (outs[1][1] == 0).all() or ranks.rank == 1
+            ranks.join(np.full(columns, float(ranks.rank)), outs[0])
+            assert (outs[0] == np.arange(size)[:, None]).all()
 
 
 def elsewhere() -> None:

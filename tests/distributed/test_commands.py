@@ -20,7 +20,7 @@ from nplora.finetuning import FinetuneOptions, finetune
 from nplora.finetuning.execution import choose_execution
 from nplora.finetuning.load import read_inputs
 from nplora.finetuning.objectives import TokenLoss
-from nplora.finetuning.planning import ExecutionPlan, choice
+from nplora.finetuning.planning import ExecutionPlan
 from nplora.lm import load_model
 from nplora.models.packing import pack
 from small_llama import save_small_llama
@@ -248,12 +248,8 @@ def test_dropout_on_the_head_is_refused_on_several_ranks(inputs: Path) -> None:
 
 
 def test_ranks_with_other_limits_use_the_plan_of_the_smallest_memory(
-    inputs: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, repeatable_plans: None
 ) -> None:
-    monkeypatch.setattr(choice, "peak_memory", lambda: 0)
-    monkeypatch.setattr(choice, "current_memory", lambda: 10**7)
-    monkeypatch.setattr(choice, "unread", lambda source: 0)
-
     def used(ranks: ThreadRank | Alone, *memory: int) -> ExecutionPlan:
         options = FinetuneOptions(rank=2, batch_examples=24, accumulate=2, memory=memory[ranks.rank])
         given = read_inputs("finetune", inputs / "model.gguf", ROWS, None, options)

@@ -13,11 +13,11 @@ PROGRAM = HERE / "communicating.py"
 @needs_mpi
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("check", "ranks"), [("pickle_once", 3), ("threads", 2), ("crowded", 2), ("many", 1)]
+    ("check", "ranks"), [("pickle_once", 3), ("threads", 2), ("crowded", 2), ("many", 1), ("travel", 3)]
 )
 def test_a_communicator(check: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values are made into bytes once; the number of threads is restored; too many
-    threads are noticed; communicators are given back."""
+    threads are noticed; communicators are given back; messages travel while ranks compute."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # it would be the most threads
     status, _, errors = run((ranks, [PROGRAM, check]))
     assert status == 0, errors

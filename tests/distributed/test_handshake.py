@@ -25,7 +25,7 @@ class Mirrored(nplora.distributed.Alone):
     def gather(self, value: Any, place: str = "") -> list[Any]:
         return [value, value]
 
-    def exchange(self, parts: Any, out: Any, senders: Sequence[int]) -> None:
+    def start_exchange(self, parts: Any, out: Any, senders: Sequence[int]) -> None:
         raise AssertionError("a step was made after the signal")
 
 

@@ -69,9 +69,9 @@ def test_bfloat16_rounds_each_term_and_the_sum_and_sends_half_of_the_bytes(
     sent = set()
 
     class Watched(ThreadRank):
-        def exchange(self, parts: Any, out: Any, senders: Any) -> None:
+        def start_exchange(self, parts: Any, out: Any, senders: Any) -> None:
             sent.add(("exchange", parts.itemsize))
-            super().exchange(parts, out, senders)
+            super().start_exchange(parts, out, senders)
 
         def join(self, part: Any, out: Any) -> None:
             sent.add(("join", part.itemsize))

@@ -27,6 +27,7 @@ class ThreadRank:
     def __init__(self, table: _Table, rank: int) -> None:
         self.table, self.rank, self.size = table, rank, len(table.values)
         self.waited = self.exchanged = 0.0
+        self.started: list[tuple[Array, Array, Sequence[int]]] = []
 
     def gather(self, value: T, place: str = "") -> list[T]:
         self.table.values[self.rank] = place, copy.deepcopy(value)  # as another process would get it
@@ -41,10 +42,16 @@ class ThreadRank:
     def broadcast(self, value: T, place: str = "") -> T:
         return self.gather(value, place)[0]
 
-    def exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
-        rows = self.gather(parts)
-        for rank in senders:
-            out[rank] = rows[rank][self.rank]
+    def start_exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
+        out[list(senders)] = np.nan if out.dtype.kind == "f" else 12345  # nothing has arrived yet
+        self.started.append((parts, out, senders))
+
+    def wait_for_exchanges(self) -> None:
+        for parts, out, senders in self.started:
+            rows = self.gather(parts)
+            for rank in senders:
+                out[rank] = rows[rank][self.rank]
+        self.started.clear()
 
     def join(self, part: Array, out: Array) -> None:
         out[...] = np.stack(self.gather(part))

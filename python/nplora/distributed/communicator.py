@@ -75,7 +75,7 @@ class Communicator(Ranks, Protocol):
         rank: the number of this process, from 0.
         size: the number of processes.
         waited: the seconds that this process has waited in `gather` and `broadcast`.
-        exchanged: the seconds that `exchange` and `join` have taken.
+        exchanged: the seconds that this process has spent in the other three methods.
 
     >>> import nplora, numpy as np
     >>> class Watched(nplora.distributed.Alone):
@@ -92,13 +92,19 @@ class Communicator(Ranks, Protocol):
     waited: float
     exchanged: float
 
-    def exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
-        """Send row r of `parts` to rank r, and receive row s of `out` from rank s.
+    def start_exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
+        """Start to send row r of `parts` to rank r, and to receive row s of `out` from rank s.
+
+        The rows may travel while this process computes. Until `wait_for_exchanges` returns, `parts` must not
+        change, and `out` must not be read. Several exchanges may be on the way at a time.
 
         Args:
             parts: array (size, m). Only the ranks in `senders` send their `parts`.
             out: array (size, m). The rows of ranks that do not send stay unchanged.
         """
+
+    def wait_for_exchanges(self) -> None:
+        """Wait until this process has sent and received all rows of the exchanges that it has started."""
 
     def join(self, part: Array, out: Array) -> None:
         """Send `part` (m) to all ranks; write the parts of all ranks into the rows of `out` (size, m)."""
@@ -123,8 +129,11 @@ class Alone:
     def broadcast(self, value: T, place: str = "") -> T:
         return value
 
-    def exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
+    def start_exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
         out[...] = parts
+
+    def wait_for_exchanges(self) -> None:
+        pass
 
     def join(self, part: Array, out: Array) -> None:
         out[0] = part

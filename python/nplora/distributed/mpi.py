@@ -13,6 +13,7 @@ from nplora.distributed.communicator import RankError
 from nplora.distributed.cores import cores_of_this_process, crowded_machines, fair_threads, is_bound
 from nplora.distributed.farewell import PAUSE, Farewell
 from nplora.distributed.launch import launched_ranks
+from nplora.distributed.messages import Messages, Progress
 from nplora.platform import host
 from nplora.runtime import get_num_threads, set_num_threads
 from nplora.runtime.user_warning import warn_user
@@ -107,6 +108,10 @@ class MPICommunicator:
         self.rank, self.size = int(self._comm.rank), int(self._comm.size)
         self.waited = self.exchanged = 0.0
         self._threads: int | None = None  # the number before it was limited
+        self._exchanges = Messages()  # those that are started
+        self._progress = Progress(
+            self._exchanges, is_allowed=self._mpi.Query_thread() >= self._mpi.THREAD_SERIALIZED
+        )
         self._farewell = Farewell(self._mpi, self._comm, _DEFAULT_TIMEOUT)
         try:
             self._farewell.timeout = _checked_timeout(timeout)
@@ -160,61 +165,73 @@ class MPICommunicator:
         received: T = result
         return received
 
-    def exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
+    def start_exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
+        started = time.perf_counter()
+        self._progress.stop()
         sends = self.rank in senders
         if sends:
             out[self.rank] = parts[self.rank]
-        self._transfer(lambda rank: parts[rank] if sends else None, out, senders)
+        self._start(list(parts) if sends else [], out, senders)
+        self._progress.start()
+        self.exchanged += time.perf_counter() - started
+
+    def wait_for_exchanges(self) -> None:
+        started = time.perf_counter()
+        self._progress.stop()
+        self._wait(self._exchanges.unfinished, self._exchanges)
+        self.exchanged += time.perf_counter() - started
 
     def join(self, part: Array, out: Array) -> None:
+        self.wait_for_exchanges()
         out[self.rank] = part
-        self._transfer(lambda rank: part, out, range(self.size))
+        self._start([part] * self.size, out, range(self.size))
+        self.wait_for_exchanges()
 
     def _values(
         self, value: Any, place: str, receivers: Sequence[int], senders: Sequence[int]
     ) -> dict[int, tuple[str, Any]]:
         """Send a value to some ranks. Return the values of other ranks, each with the place of its call."""
         started, byte, status = time.perf_counter(), self._mpi.BYTE, self._mpi.Status()
+        self._progress.stop()
         content = self._mpi.pickle.dumps((place, value)) if receivers else b""
-        sent = {rank: self._comm.Isend([content, byte], dest=rank, tag=_VALUE) for rank in receivers}
-        contents: dict[int, bytearray] = {}
-        receives: dict[int, Any] = {}
+        messages, contents = Messages(), dict[int, bytearray]()
+        for rank in receivers:
+            messages.sends.append((rank, self._comm.Isend([content, byte], dest=rank, tag=_VALUE)))
 
         def missing() -> list[int]:
             for rank in senders:
-                if rank not in receives:
+                if rank not in contents:
                     message = self._comm.Improbe(rank, _VALUE, status)
                     if message is not None:
                         contents[rank] = bytearray(status.Get_count(byte))
-                        receives[rank] = message.Irecv([contents[rank], byte])
-            return [rank for rank in senders if rank not in receives] + _unfinished(receives, sent)
+                        messages.receives.append((rank, message.Irecv([contents[rank], byte])))
+            return [rank for rank in senders if rank not in contents] + messages.unfinished()
 
-        self._wait(missing, receives, sent)
+        self._wait(missing, messages)
         self.waited += time.perf_counter() - started
         return {rank: self._mpi.pickle.loads(content) for rank, content in contents.items()}
 
-    def _transfer(self, row_for: Callable[[int], Array | None], out: Array, senders: Sequence[int]) -> None:
-        """Send rows to the other ranks, and receive the rows of `out` from the senders."""
-        started = time.perf_counter()
-        receives = {
-            rank: self._comm.Irecv(out[rank], source=rank, tag=_ROW) for rank in senders if rank != self.rank
-        }
-        rows = {rank: row_for(rank) for rank in self._others()}
-        sent = {
-            rank: self._comm.Isend(row, dest=rank, tag=_ROW) for rank, row in rows.items() if row is not None
-        }
-        self._wait(lambda: _unfinished(receives, sent), receives, sent)
-        self.exchanged += time.perf_counter() - started
+    def _start(self, rows: Sequence[Array], out: Array, senders: Sequence[int]) -> None:
+        """Start to send rows, and to receive the rows of `out` from the senders.
+
+        Args:
+            rows: the row for each rank; empty if this rank sends nothing.
+        """
+        for rank in senders:
+            if rank != self.rank:
+                request = self._comm.Irecv(out[rank], source=rank, tag=_ROW)
+                self._exchanges.receives.append((rank, request))
+        for rank in self._others() if rows else ():
+            request = self._comm.Isend(rows[rank], dest=rank, tag=_ROW)
+            self._exchanges.sends.append((rank, request))
 
     def _others(self) -> list[int]:
         """The other ranks, from the next rank on, so that not all ranks send to rank 0 first."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
-    def _wait(self, missing: Callable[[], list[int]], receives: dict[int, Any], sent: dict[int, Any]) -> None:
-        """Wait for all missing ranks, except those that have failed or stopped.
+    def _wait(self, missing: Callable[[], list[int]], messages: Messages) -> None:
+        """Wait until no rank is missing. Then remove all messages.
 
-        Args:
-            receives, sent: the MPI requests. After an exception, MPI may still carry out these requests.
         Raises:
             RankError: another rank has failed, or does not respond within the timeout.
         """
@@ -230,11 +247,9 @@ class MPICommunicator:
                 if waited > _SPIN:
                     time.sleep(PAUSE)
         except BaseException:
-            for request in receives.values():
-                if not request.Test():
-                    request.Cancel()
-            farewell.pending += [*receives.values(), *sent.values()]
+            farewell.pending += messages.abandon()
             raise
+        messages.clear()
 
     # ---- the with block ----
 
@@ -256,6 +271,8 @@ class MPICommunicator:
     def _end(self, error: BaseException | None) -> None:
         """Leave the other ranks, after an error or at the regular end."""
         if error is not None:
+            self._progress.stop()
+            self._farewell.pending += self._exchanges.abandon()
             self._farewell.leave(error)
             return
         try:  # the other ranks may still fail, for example when rank 0 saves its results
@@ -263,11 +280,6 @@ class MPICommunicator:
         except BaseException as late:
             self._farewell.leave(late)
             raise
-
-
-def _unfinished(*requests: dict[int, Any]) -> list[int]:
-    """The ranks whose requests are not complete yet."""
-    return [rank for each in requests for rank, request in each.items() if not request.Test()]
 
 
 def _elsewhere(rank: int, place: str, first: str) -> RankError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # An Ethernet packet of 1538 bytes, with its headers and the gap after it, carries 1448 bytes of a message.
@@ -77,19 +78,24 @@ class Network:
         """The seconds that all nodes take to send each other a small value."""
         return self.exchange(0, nodes)
 
-    def sums(self, size: int, nodes: int, terms: int, rounds: int) -> float:
-        """The seconds that the ranks take to add up the gradients of a step, in the order of the batches.
+    def sums(self, size: int, nodes: int, rounds: Sequence[tuple[int, float]]) -> float:
+        """The seconds that the ranks wait for each other to add up the gradients of a step.
 
         In each round, every rank computes one batch, and the ranks exchange their results. Every rank adds up
-        one slice of all gradients, and so receives this slice from all other ranks. At the end of the step,
-        every rank sends its slice of the sums to all others, and the ranks agree on whether the run is over.
+        one slice of all gradients, and so receives this slice from all other ranks, while it computes the
+        batch of the next round. At the end of the step, every rank sends its slice of the sums to all others,
+        and the ranks agree on whether the run is over.
 
         Args:
             size: bytes of the gradients.
-            terms: the number of gradients that a rank sends in a step: one for each of its micro-batches.
-            rounds: the number of rounds in a step.
+            rounds: for each round of the step, the number of gradients that a rank sends (one for each of its
+                micro-batches), and the seconds of computing.
         """
-        return (terms + 1) * self.exchange(size, nodes) + (rounds + 1) * self.gather(nodes)
+        one, waited = self.exchange(size, nodes), 0.0
+        for number, (terms, _) in enumerate(rounds, start=1):
+            hidden = rounds[number][1] if number < len(rounds) else 0.0
+            waited += max(0.0, terms * one - hidden)
+        return waited + one + (len(rounds) + 1) * self.gather(nodes)
 
     def local_sums(self, size: int, nodes: int, local_steps: int, rounds: int) -> float:
         """The seconds per average step that the ranks take to exchange values if each rank makes local steps.

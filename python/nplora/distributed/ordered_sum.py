@@ -22,6 +22,8 @@ class OrderedSum:
     order of the terms, and the ranks then exchange the finished slices. So the sums have the same bits as if
     one process added the same terms one after the other.
 
+    The terms travel between the ranks while the caller computes the next ones.
+
     Args:
         arrays: the arrays, which `keep` reads and clears, and `finish` overwrites.
         dtype: "bfloat16" rounds each term, and later the sum, to bfloat16. So the ranks send half as many
@@ -44,6 +46,7 @@ class OrderedSum:
         self, communicator: Communicator, arrays: Sequence[Array], dtype: str = COMMUNICATION_DTYPES[0]
     ) -> None:
         kinds = dict.fromkeys(array.dtype for array in arrays)
+        self._communicator = communicator
         self._slices = [
             _Slices(communicator, [array for array in arrays if array.dtype == kind], dtype == _BFLOAT16)
             for kind in kinds
@@ -67,22 +70,35 @@ class OrderedSum:
     def restart(self) -> None:
         """Drop all terms and sums."""
         self.forget()
+        self._add_sent()
         for each in self._slices:
             each.sum = None
 
     def add(self, counts: Sequence[int]) -> None:
         """Add the kept terms of all ranks: first those of rank 0 in their order, then those of rank 1, ...
 
+        Their rows may still be on the way when this returns.
+
         Args:
             counts: the number of terms that each rank has kept.
         """
+        self._add_sent()
         for each in self._slices:
-            each.add(counts)
+            each.send(counts)
+        if self._communicator.size == 1:
+            self._add_sent()  # the memory of the terms is then free for the next ones
 
     def finish(self) -> None:
         """Write the sums into the arrays of all ranks, and start new sums at zero."""
+        self._add_sent()
         for each in self._slices:
             each.finish()
+
+    def _add_sent(self) -> None:
+        """Wait for the terms that are on the way, and add them."""
+        self._communicator.wait_for_exchanges()
+        for each in self._slices:
+            each.add_sent()
 
 
 class _Slices:
@@ -98,6 +114,8 @@ class _Slices:
         self._shape = communicator.size, -(-sum(array.size for array in arrays) // communicator.size)
         self.terms: list[Array] = []
         self.sum: Array | None = None
+        self._sent: list[Array] = []  # terms of this rank on the way
+        self._counts: Sequence[int] = ()  # the numbers of terms of all ranks on the way
         self._received: list[Array] = []
         self._idle: list[Array] = []  # the memory of terms that were added
 
@@ -113,19 +131,24 @@ class _Slices:
             array.fill(0)
         self.terms.append(term)
 
-    def add(self, counts: Sequence[int]) -> None:
+    def send(self, counts: Sequence[int]) -> None:
+        """Start to send the kept terms of all ranks."""
         most = max(counts)
         while len(self._received) < most:
             self._received.append(np.empty(self._shape, self._kind))
         for number in range(most):
             senders = [rank for rank, count in enumerate(counts) if number < count]
             mine = self.terms[number] if number < len(self.terms) else self._received[number]
-            self._communicator.exchange(mine, self._received[number], senders)
-        for rank, count in enumerate(counts):
+            self._communicator.start_exchange(mine, self._received[number], senders)
+        self._sent, self.terms, self._counts = self.terms, [], counts
+
+    def add_sent(self) -> None:
+        """Add the terms that have arrived."""
+        for rank, count in enumerate(self._counts):
             for number in range(count):
                 self._add(self._received[number][rank])
-        self._idle += self.terms
-        self.terms.clear()
+        self._idle += self._sent
+        self._sent, self._counts = [], ()
 
     def _add(self, term: Array) -> None:
         values = self._loaded(term)

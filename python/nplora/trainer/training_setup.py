@@ -104,7 +104,8 @@ def too_many_ranks(ranks: int, batches: int) -> str:
 
 
 def _require_communicator(given: Any) -> None:
-    names = ("rank", "size", "gather", "broadcast", "exchange", "join", "waited", "exchanged")
+    exchanges = ("start_exchange", "wait_for_exchanges", "join")
+    names = ("rank", "size", "gather", "broadcast", *exchanges, "waited", "exchanged")
     if missing := [name for name in names if not hasattr(given, name)]:
         raise TypeError(
             f"Trainer: communicator is {_check.kind(given)}, expected a Communicator, which has {missing[0]}"

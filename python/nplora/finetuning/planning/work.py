@@ -108,13 +108,16 @@ class Work:
         >>> batches = [(np.array([8, 5]), np.array([3, 2]))]
         >>> work = nplora.finetuning.planning.Work(batches, steps=10, adds_in_order=True)
         >>> work.gradient_copies(micro_tokens=None), work.gradient_copies(micro_tokens=8)
-        (3, 5)
+        (4, 7)
         """
         if not self.adds_in_order:
             return 0
         parts = max(len(cut(lengths, micro_tokens)) - 1 for lengths, _ in self.batches)
-        summed = 2 * parts + 1  # at most: this rank's own, those of the others, and the sum
-        return summed + (_ARRAYS_OF_OUTER_STEPS if self.is_local else 0)
+        if self.is_local:  # this rank's gradients twice, and their sum
+            return 2 * parts + 1 + _ARRAYS_OF_OUTER_STEPS
+        # At most: this rank's gradients of the batch that it computes; those of the batch before, which are
+        # on their way; those of the other ranks; and the sum.
+        return 3 * parts + 1
 
     def shortened(self, length: int) -> Work:
         """The same work, with longer sequences cut to this length."""

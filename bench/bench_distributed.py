@@ -2,7 +2,9 @@
 
 `python -m bench.bench_distributed` runs both in turns, on this machine. With `--link`, there are also two
 ranks in two network namespaces, with a link of 1 Gb/s between them, which needs root. All must train the same
-adapter to the bit. A step has two batches of 4 x 256 tokens, one for each rank.
+adapter to the bit. A step has two batches of 4 x 256 tokens, one for each rank. If a step has more batches
+(`--accumulate`), the ranks over the link also run without overlap: their gradients travel only while they
+wait for them.
 """
 
 import argparse
@@ -22,14 +24,17 @@ from bench.bench_train import model_file
 from bench.two_nodes import INTERFACE, linked, measured_rate, sent
 from nplora.distributed import Network
 
-BATCH, ACCUMULATE = 4, 2
+BATCH = 4
 TRAINED = 2_442_240  # values, for rank 8 on all linear layers
-ALONE, LOCAL, LINKED = "one process, two threads", "two ranks of one thread", "the same over 1 Gb/s"
+ALONE, LOCAL, LINKED = "one process, two threads", "two ranks of one thread", "the same over the link"
+WAITING = "the same without overlap"
 # MPICH (with UCX or with libfabric) must not use shared memory, but TCP by the interface of the namespaces.
 OVER_TCP = {
     "MPIR_CVAR_NOLOCAL": "1", "UCX_TLS": "tcp,self", "UCX_NET_DEVICES": INTERFACE,
     "FI_PROVIDER": "tcp", "FI_TCP_IFACE": INTERFACE,
 }  # fmt: skip
+# MPI may then be called from the main thread only, so nplora starts no thread that moves messages.
+NO_OVERLAP = {"MPI4PY_RC_THREAD_LEVEL": "funneled"}
 BUSY = 3.0  # do not quote figures if the machine's load is above this
 
 RUN = """
@@ -45,21 +50,23 @@ if int(os.environ.get("PMI_RANK", "0")) == 0:
 
 
 def run(
-    name: str, directory: Path, prefixes: list[list[str]], length: int, steps: int, mpiexec: str
+    name: str, directory: Path, prefixes: list[list[str]], given: argparse.Namespace, steps: int
 ) -> tuple[str, dict[str, Any]]:
     """Train in new processes. Returns the digest of the adapter, and the times of its steps."""
     output, result = directory / f"{name}-run", directory / f"{name}.json"
     options = {
         "model": str(model_file()), "data": str(directory / "rows.jsonl"), "output": str(output),
-        "batch_examples": BATCH, "max_length": length, "learn": "all", "accumulate": ACCUMULATE,
+        "batch_examples": BATCH, "max_length": given.length, "learn": "all", "accumulate": given.accumulate,
         "steps": steps, "dropout": 0.05, "schedule": "constant", "overwrite": True,
         "distributed": None if name == ALONE else "mpi",
     }  # fmt: skip
     program = [sys.executable, "-c", RUN, json.dumps({"options": options, "result": str(result)})]
-    first, second = prefixes if name == LINKED else ([], [])
-    ranks = [mpiexec, "-n", "1", *first, *program, ":", "-n", "1", *second, *program]
+    over_link = name in (LINKED, WAITING)
+    first, second = prefixes if over_link else ([], [])
+    ranks = [given.mpiexec, "-n", "1", *first, *program, ":", "-n", "1", *second, *program]
     words = program if name == ALONE else ranks
-    changes = {"OMP_NUM_THREADS": "2" if name == ALONE else "1"} | (OVER_TCP if name == LINKED else {})
+    changes = {"OMP_NUM_THREADS": "2" if name == ALONE else "1"}
+    changes |= (OVER_TCP if over_link else {}) | (NO_OVERLAP if name == WAITING else {})
     done = subprocess.run(words, env=os.environ | changes, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name}: status {done.returncode}: {done.stdout}{done.stderr}")
@@ -70,8 +77,10 @@ def run(
 def main(words: Any = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_distributed", description=__doc__)
     parser.add_argument(
-        "--link", action="store_true", help="also two namespaces with a link of 1 Gb/s; needs root"
+        "--link", action="store_true", help="also two namespaces with a link between them; needs root"
     )
+    parser.add_argument("--rate", default="1Gb", help="bits per second of the link (default: 1Gb)")
+    parser.add_argument("--accumulate", type=int, default=2, help="batches in a step (default: 2)")
     parser.add_argument("--turns", type=int, default=5, help="runs of each contestant (default: 5)")
     parser.add_argument(
         "--steps", type=int, default=6, help="steps of a run; the first is not timed (default: 6)"
@@ -84,15 +93,17 @@ def main(words: Any = None) -> None:
     given = parser.parse_args(words)
     length = given.length
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
-        prefixes = stack.enter_context(linked()) if given.link else []
+        rate = Network.parse(given.rate).rate
+        prefixes = stack.enter_context(linked(f"{rate:.0f}bit")) if given.link else []
         if given.link:
             print(f"the link carries {measured_rate(prefixes) / 1e6:.0f} Mb/s")
-        Setting(BATCH * ACCUMULATE, length).write(Path(place))
-        names = [ALONE, LOCAL, *([LINKED] if given.link else [])]
+        Setting(BATCH * given.accumulate, length).write(Path(place))
+        overlaps = given.link and given.accumulate > 2
+        names = [ALONE, LOCAL, *([LINKED] if given.link else []), *([WAITING] if overlaps else [])]
         seconds: dict[str, list[float]] = {name: [] for name in names}
         exchanged: dict[str, list[float]] = {name: [] for name in names}
         before = sent(prefixes[0]) if given.link else 0
-        digests = {name: run(name, Path(place), prefixes, length, 2, given.mpiexec)[0] for name in names}
+        digests = {name: run(name, Path(place), prefixes, given, 2)[0] for name in names}
         if len(set(digests.values())) > 1:
             raise AssertionError(f"the adapters differ: {digests}")
         if given.link and sent(prefixes[0]) - before < 4 * TRAINED:
@@ -100,10 +111,14 @@ def main(words: Any = None) -> None:
         print(f"all adapters have the SHA-256 {digests[ALONE][:16]}…")
         for turn in range(given.turns):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                found = run(name, Path(place), prefixes, length, given.steps, given.mpiexec)[1]
+                found = run(name, Path(place), prefixes, given, given.steps)[1]
                 seconds[name] += found["seconds"]
                 exchanged[name].append(found["exchanged"])
-    report(names, BATCH * length * ACCUMULATE, seconds, exchanged)
+    report(names, BATCH * length * given.accumulate, seconds, exchanged)
+    batch = median(seconds[ALONE]) / given.accumulate
+    rounds = [(1, 2 * batch)] * (given.accumulate // 2)  # a rank of one thread takes twice as long
+    predicted = Network.parse(given.rate).sums(4 * TRAINED, 2, rounds)
+    print(f"predicted for {given.rate}/s: {1e3 * predicted:.0f} ms")
 
 
 def report(
@@ -119,10 +134,8 @@ def report(
         middle = median(seconds[name])
         print(
             f"{name}: {tokens / middle:.0f} tokens/s, {median(seconds[ALONE]) / middle:.3f} of {ALONE}; "
-            f"{1e3 * median(exchanged[name]):.0f} ms of a step for exchanging gradients"
+            f"{1e3 * median(exchanged[name]):.0f} ms of a step waiting for gradients"
         )
-    predicted = Network.parse("1Gb").sums(4 * TRAINED, 2, [(1, 0.0)])
-    print(f"predicted for 1 Gb/s: {1e3 * predicted:.0f} ms")
     if busy > BUSY:
         print(f"the machine has a load of {busy:.1f}: do not quote these figures")
 

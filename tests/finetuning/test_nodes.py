@@ -1,5 +1,6 @@
 """The predicted time of a step on several machines."""
 
+import argparse
 import json
 import subprocess
 from functools import partial
@@ -362,15 +363,15 @@ def test_the_command_checks_the_network_before_it_reads_the_model(capsys: pytest
 # ---- the benchmark ----
 
 
-@pytest.mark.parametrize("link", [False, True])
-def test_the_benchmark_starts_one_process_two_ranks_and_if_wanted_the_same_over_a_link(
-    link: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_benchmark_starts_one_process_two_ranks_and_the_same_over_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started = []
+    started, levels = [], []
 
     def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         given = json.loads(words[-1])
         started.append([word for word in words if word in ("mpiexec", "-n", "1", ":", "first", "second")])
+        levels.append(options["env"].get("MPI4PY_RC_THREAD_LEVEL"))
         output = Path(given["options"]["output"])
         output.mkdir(parents=True)
         (output / "adapter_model.safetensors").write_bytes(b"the same")
@@ -379,15 +380,10 @@ def test_the_benchmark_starts_one_process_two_ranks_and_if_wanted_the_same_over_
 
     monkeypatch.setattr(bench_distributed.subprocess, "run", run)
     monkeypatch.setattr(bench_distributed, "model_file", lambda: tmp_path / "model.gguf")
-    prefixes = [["first"], ["second"]] if link else []
-    names = [bench_distributed.ALONE, bench_distributed.LOCAL, *([bench_distributed.LINKED] if link else [])]
+    names = ("ALONE", "LOCAL", "LINKED", "WAITING")
+    given = argparse.Namespace(length=16, accumulate=4, mpiexec="mpiexec")
     for name in names:
-        bench_distributed.run(name, tmp_path, prefixes, 16, 2, "mpiexec")
-    assert (
-        started
-        == [
-            [],
-            ["mpiexec", "-n", "1", ":", "-n", "1"],
-            ["mpiexec", "-n", "1", "first", ":", "-n", "1", "second"],
-        ][: len(names)]
-    )
+        bench_distributed.run(getattr(bench_distributed, name), tmp_path, [["first"], ["second"]], given, 2)
+    linked = ["mpiexec", "-n", "1", "first", ":", "-n", "1", "second"]
+    assert started == [[], ["mpiexec", "-n", "1", ":", "-n", "1"], linked, linked]
+    assert levels == [None, None, None, "funneled"]

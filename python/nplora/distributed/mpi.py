@@ -276,6 +276,7 @@ class MPICommunicator:
             self._farewell.leave(error)
             return
         try:  # the other ranks may still fail, for example when rank 0 saves its results
+            self.wait_for_exchanges()  # those of a step that a signal has ended
             self.gather(None, "the end of the communicator's with block")
         except BaseException as late:
             self._farewell.leave(late)

@@ -10,6 +10,10 @@ from distributed import faults
 from distributed.launching import HERE, needs_mpi, run
 from nplora.trainer.run_directory import RunDirectory
 
+# The steps that rank 0 may have saved if the launcher has ended it. MPICH kills it, so the newest checkpoint
+# is the one after the first step. Open MPI sends SIGTERM before, and rank 0 may still save the run.
+BY_FORCE = {1, 5}
+
 pytestmark = [needs_mpi, pytest.mark.slow]
 
 
@@ -74,7 +78,7 @@ def test_a_rank_that_hangs_is_named_and_ended(rank: int, tmp_path: Path) -> None
     assert status != 0
     assert f"rank {rank}: no answer for 2 s: it hangs, is stopped, or is slower" in errors
     assert time.monotonic() - begin < 60  # far less than the timeout without the environment variable
-    assert saved_step(tmp_path / "run") == (5 if rank else 1)
+    assert saved_step(tmp_path / "run") in ({5} if rank else BY_FORCE)
     require_same_end(tmp_path / "run")
 
 
@@ -109,7 +113,7 @@ def test_a_rank_that_fails_does_not_wait_longer_than_the_timeout(tmp_path: Path)
     status, _, _ = run((2, words), FAULT_SECONDS="110", NPLORA_RANK_TIMEOUT="2")
     assert status != 0
     assert time.monotonic() - begin < 60
-    assert saved_step(tmp_path / "run") == 1
+    assert saved_step(tmp_path / "run") in BY_FORCE
 
 
 def test_ranks_wait_for_rank_0_which_saves_the_run_after_another_rank_has_stopped(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ class RankRecord:
         seconds: the time of the run.
         computed: the seconds of its forward and backward passes.
         waited: the seconds in which it waited for the slowest rank.
-        exchanged: the seconds in which it sent and received gradients.
+        exchanged: the seconds in which it sent and received gradients, and did not compute.
         peak_memory: the largest memory of its process, in bytes.
 
     >>> import nplora

@@ -30,9 +30,9 @@ class ThreadRank:
         self.started: list[tuple[Array, Array, Sequence[int]]] = []
 
     def gather(self, value: T, place: str = "") -> list[T]:
-        self.table.values[self.rank] = place, copy.deepcopy(value)  # as another process would get it
+        self.table.values[self.rank] = place, value
         self.table.barrier.wait()
-        values = list(self.table.values)
+        values = copy.deepcopy(self.table.values)  # as another process would get them
         # A rank that has these values may have failed since.
         with contextlib.suppress(threading.BrokenBarrierError):
             self.table.barrier.wait()

@@ -13,7 +13,7 @@ from typing import TextIO
 
 from nplora.cli.errors import Spelling, UsageError, show_error, show_warning
 from nplora.cli.parser import parser_of
-from nplora.distributed.communicator import RankError
+from nplora.distributed.communicator import RankError, is_reported
 from nplora.distributed.launch import require_one_process
 from nplora.distributed.opening import heard_by_all_ranks
 from nplora.platform.processes import write_utf8
@@ -69,7 +69,7 @@ def _status(arguments: list[str]) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = functools.partial(show_warning, spelled=spelled)
             _require_one_writer(parsed)
-            parsed.run_command(parsed)
+            _run_command(parsed)
         print(end="", flush=True)
     except (KeyboardInterrupt, SystemExit) as end:
         for note in getattr(end, "__notes__", ()):
@@ -87,6 +87,16 @@ def _status(arguments: list[str]) -> int:
         is_wrong = isinstance(error, ValueError | OSError | ModuleNotFoundError)
         return 2 if is_wrong and not isinstance(error, RankError) else 1
     return 0
+
+
+def _run_command(parsed: argparse.Namespace) -> None:
+    """Run the command. An error of another rank that rank 0 prints is not printed here again."""
+    try:
+        parsed.run_command(parsed)
+    except Exception as error:
+        if is_reported(error):
+            raise SystemExit(1) from None
+        raise
 
 
 def _distributed(arguments: list[str]) -> str | None:

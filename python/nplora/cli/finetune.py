@@ -3,7 +3,6 @@
 import argparse
 
 from nplora.cli.parser import add_data, add_model, add_options, checked, given_data, given_options, path
-from nplora.distributed.communicator import is_reported
 from nplora.distributed.opening import heard_by_all_ranks
 
 HELP = "Fine-tune a language model with LoRA on a file of text. The adapter is saved in PEFT's format."
@@ -25,23 +24,18 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
     from nplora.finetuning import FinetuneOptions
 
-    try:
-        with heard_by_all_ranks(arguments.distributed):
-            options = given_options(arguments, FinetuneOptions)
-            checked(FinetuneOptions, options)
-            data = given_data(arguments.data)
-        report = finetuning.finetune(
-            arguments.model,
-            data,
-            arguments.output,
-            valid=arguments.valid,
-            progress=True,
-            **options,
-        )
-    except Exception as error:
-        if is_reported(error):
-            raise SystemExit(1) from None
-        raise
+    with heard_by_all_ranks(arguments.distributed):
+        options = given_options(arguments, FinetuneOptions)
+        checked(FinetuneOptions, options)
+        data = given_data(arguments.data)
+    report = finetuning.finetune(
+        arguments.model,
+        data,
+        arguments.output,
+        valid=arguments.valid,
+        progress=True,
+        **options,
+    )
     try:
         if report.process == 0:
             print(report, flush=True)

@@ -10,17 +10,25 @@ from nplora.distributed.mpi import MPICommunicator
 
 
 @contextlib.contextmanager
-def opened_communicator(op: str, distributed: str | None) -> Iterator[Communicator]:
+def opened_communicator(
+    op: str, distributed: str | None, given: Communicator | None = None
+) -> Iterator[Communicator]:
     """The communicator of a run. Only rank 0 shows warnings.
 
     Args:
         op: name of the calling function in messages.
         distributed: "mpi": the ranks of an MPI launcher. "off": this process alone. None: this process alone,
             but an error if a launcher has started several.
+        given: a communicator that the caller has opened, instead of `distributed`.
     Raises:
-        ValueError: `distributed` is None, and a launcher has started several ranks.
+        ValueError: `distributed` is None, and a launcher has started several ranks; or both are given.
         ModuleNotFoundError, ImportError, ValueError: as `MPICommunicator` raises.
     """
+    if given is not None:
+        if distributed is not None:
+            raise ValueError(f"{op}: communicator and distributed are both given, expected only one of them")
+        yield given
+        return
     if distributed != "mpi":
         if distributed is None:
             require_one_process(op, can_train_together=True)

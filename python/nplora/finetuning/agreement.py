@@ -1,13 +1,11 @@
-"""The ranks of a distributed run check that they were started with the same options."""
+"""The ranks of a distributed run check that they were started with the same options and data."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from nplora.distributed.communicator import Communicator
-from nplora.finetuning.load import RunInputs
-from nplora.finetuning.options import FinetuneOptions
 from nplora.trainer.handshake import differences, program
 from nplora.trainer.resuming import first_few
 from nplora.trainer.training_setup import too_many_ranks
@@ -16,37 +14,57 @@ from nplora.trainer.training_setup import too_many_ranks
 _MAY_DIFFER = ("memory", "report_to", "profile", "save_every", "save_minutes", "teacher", "adapter")
 
 
-def require_same_options(ranks: Communicator, options: FinetuneOptions) -> None:
+class _Options(Protocol):
+    """The dataclass of a function's options."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def accumulate(self) -> int: ...
+
+
+class _Examples(Protocol):
+    def fingerprint(self) -> str: ...
+
+
+def require_same_options(ranks: Communicator, options: _Options, op: str = "finetune") -> None:
     """Check that all ranks have the same program and options, and that each rank has a batch in every step.
 
     `require_same_data` compares the data after they are read. The trainer compares the models before the
     first step.
 
+    Args:
+        op: the name of the calling function, for messages.
     Raises:
         ValueError: a rank differs from rank 0, and the message names the rank and what differs; or there are
             more ranks than batches in a step.
     """
-    names = [field.name for field in dataclasses.fields(options) if field.name not in _MAY_DIFFER]
-    mine = {**program(), **{name: repr(getattr(options, name)) for name in names}}
-    mine["use of memory"] = "planned" if options.memory is not None else "not limited"
-    _require_same(ranks, mine, "the options")
+    names = [field.name for field in dataclasses.fields(options)]
+    mine = {**program(), **{n: repr(getattr(options, n)) for n in names if n not in _MAY_DIFFER}}
+    if "memory" in names:
+        mine["use of memory"] = "planned" if vars(options)["memory"] is not None else "not limited"
+    _require_same(ranks, mine, op, "the options")
     if ranks.size > options.accumulate:
-        raise ValueError(f"finetune: {too_many_ranks(ranks.size, options.accumulate)}")
+        raise ValueError(f"{op}: {too_many_ranks(ranks.size, options.accumulate)}")
 
 
-def require_same_data(ranks: Communicator, inputs: RunInputs) -> None:
+def require_same_data(
+    ranks: Communicator, train: _Examples, held_out: _Examples | None, op: str = "finetune"
+) -> None:
     """Check that all ranks have read the same data, because their next exchanges depend on the data.
 
+    Args:
+        op: the name of the calling function, for messages.
     Raises:
         ValueError: a rank differs from rank 0.
     """
     if ranks.size > 1:
-        held_out = None if inputs.held_out is None else inputs.held_out.fingerprint()
-        _require_same(ranks, {"data": inputs.train.fingerprint(), "validation data": held_out}, "the data")
+        valid = None if held_out is None else held_out.fingerprint()
+        _require_same(ranks, {"data": train.fingerprint(), "validation data": valid}, op, "the data")
 
 
-def _require_same(ranks: Communicator, mine: dict[str, Any], what: str) -> None:
+def _require_same(ranks: Communicator, mine: dict[str, Any], op: str, what: str) -> None:
     """Raise a ValueError if the values of a rank are not those of rank 0."""
     problems = differences(ranks.gather(mine, f"the comparison of {what}"))
     if problems:
-        raise ValueError(f"finetune: the ranks do not agree: {first_few(problems, '; ')}")
+        raise ValueError(f"{op}: the ranks do not agree: {first_few(problems, '; ')}")

@@ -1,13 +1,15 @@
-"""Checks of a run's output directory, before anything is written to it."""
+"""The output directory of a run, and the checks before anything is written to it."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nplora.adapters import Adapter
+from nplora.distributed.communicator import Communicator
 from nplora.finetuning.load import RunInputs
 from nplora.finetuning.options import FinetuneOptions
 from nplora.formats import files, model_directory, peft_adapter, run_files, tokenizer_json
@@ -17,6 +19,16 @@ from nplora.formats.run_files import holds_run
 from nplora.trainer.run_directory import RunDirectory
 
 REPORTS = "reports"  # the directory in the output directory for the reports of `report_to`
+
+
+@contextlib.contextmanager
+def opened_output(place: Path, ranks: Communicator) -> Iterator[files.Directory | None]:
+    """The output directory on rank 0, and None on the other ranks, which may be unable to write to it."""
+    if ranks.rank:
+        yield None
+        return
+    with files.Directory(place) as directory:
+        yield directory
 
 
 def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | Adapter | None) -> None:

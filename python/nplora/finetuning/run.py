@@ -32,7 +32,7 @@ from nplora.finetuning.load import (
 from nplora.finetuning.milestones import Milestones
 from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.options import FinetuneOptions, default_lr, from_arguments
-from nplora.finetuning.output import REPORTS, require_free, require_not_read
+from nplora.finetuning.output import REPORTS, opened_output, require_free, require_not_read
 from nplora.finetuning.planning import ExecutionPlan
 from nplora.finetuning.preparation import Preparation
 from nplora.finetuning.report import FinetuneReport, Sample
@@ -319,7 +319,7 @@ def _finetune(
         chosen = earlier.keep_int8_head(chosen, fixed_compute(model, chosen))
 
     inputs = read_inputs("finetune", model, data, valid, chosen)
-    require_same_data(ranks, inputs)
+    require_same_data(ranks, inputs.train, inputs.held_out)
     if chosen.lr is None:
         chosen = dataclasses.replace(chosen, lr=default_lr(inputs.lm.config.hidden_size))
     if is_first:
@@ -339,7 +339,7 @@ def _finetune(
     int8_head = computes_head_in_int8(lm, chosen, isinstance(lm.lm_head, TrainedHead))
     word_filter = WordFilter(chosen.filter_vocabulary) if chosen.filter_vocabulary else None
 
-    with _opened_output(place, ranks) as directory, _computing(lm, execution, prefix, word_filter, int8_head):
+    with opened_output(place, ranks) as directory, _computing(lm, execution, prefix, word_filter, int8_head):
         read = [batches, *([validation] if validation else [])]
         prepared = Preparation(inputs.objective, plain, read, directory, say, ranks)
         del plain
@@ -380,16 +380,6 @@ def _finetune(
             found_at = directory.seen_from(output)
     profile = None if profiler is None else profiler.result()
     return _report(found_at, inputs, chosen, baseline, history, trainer, profile)
-
-
-@contextlib.contextmanager
-def _opened_output(place: Path, ranks: Communicator) -> Iterator[files.Directory | None]:
-    """The output directory on rank 0, and None on the other ranks, which may be unable to write to it."""
-    if ranks.rank:
-        yield None
-        return
-    with files.Directory(place) as directory:
-        yield directory
 
 
 def put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOptions) -> None:

@@ -56,6 +56,8 @@ class EmbeddingLoss(FusedLoss):
             changes the gradients only by rounding. With dropout, the limit also changes the masks.
         leave_out_known: in a ranking, do not use a text as a negative if it equals the anchor or its
             positive, or if it is the positive of an equal anchor. False: all other texts are negatives.
+    Attributes:
+        after_part: called after the backward pass of each micro-batch.
     Raises:
         ValueError, TypeError: an argument does not fit its description above.
     """
@@ -74,10 +76,18 @@ class EmbeddingLoss(FusedLoss):
             self.function = MatryoshkaLoss(self.function, tuple(dims))
         self.micro_tokens = _check.integer(op, "micro_tokens", micro_tokens, least=1)
         self.leave_out_known = bool(leave_out_known)
+        self.after_part: Callable[[], None] = _nothing
 
     def count(self, x: TextBatch, y: Any) -> int:
         """The number of examples in a batch."""
         return len(x)
+
+    def parts(self, x: TextBatch, y: Any) -> int:
+        """The number of micro-batches of a batch."""
+        return sum(1 for _ in self._micro_batches(x))
+
+    def computed_elsewhere(self, x: TextBatch, y: Any) -> None:
+        """Count a batch that another rank has computed. This loss counts nothing."""
 
     def forward_backward(self, model: Module, x: TextBatch, y: Any, factor: float) -> float:
         """Return the sum of a batch's losses; add `factor` times its gradient to the model's gradients."""
@@ -93,11 +103,13 @@ class EmbeddingLoss(FusedLoss):
             return loss
         dy *= np.float32(factor * len(x))
         encoder.embed_backward(dy[parts[-1]], saved)
+        self.after_part()
         del saved
         after = encoder.random_state()
         for rows, stream in zip(parts[:-1], streams, strict=True):
             encoder.set_random_state(stream)
             encoder.embed_backward(dy[rows], encoder.embed_forward(x.texts[rows])[1])
+            self.after_part()
         encoder.set_random_state(after)
         return loss * len(x)
 
@@ -165,3 +177,7 @@ def _encoder(model: Module) -> Encoder:
             f"EmbeddingLoss: the model is {_check.kind(model)}, expected an Encoder, which load_encoder makes"
         )
     return model
+
+
+def _nothing() -> None:
+    pass

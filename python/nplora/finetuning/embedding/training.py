@@ -11,14 +11,16 @@ from typing import Any
 
 from nplora import _check
 from nplora.adapters import rollback_on_error, save_adapter
+from nplora.distributed.communicator import Alone, Communicator
+from nplora.finetuning.agreement import require_same_data
 from nplora.finetuning.data.sources import Data, sources_of, splits_of
 from nplora.finetuning.embedding.batches import ExampleBatches
 from nplora.finetuning.embedding.examples import TextReport, read_sources
 from nplora.finetuning.embedding.loss import MICRO_TOKENS, EmbeddingLoss
 from nplora.finetuning.int8_check import Int8Check, computes_in_int8
 from nplora.finetuning.options import default_lr
-from nplora.finetuning.output import require_free_directory, require_inputs_kept
-from nplora.finetuning.token_progress import speaker
+from nplora.finetuning.output import opened_output, require_free_directory, require_inputs_kept
+from nplora.finetuning.token_progress import speaker, speaks
 from nplora.formats import files
 from nplora.formats.errors import counted
 from nplora.formats.files import StrPath
@@ -87,6 +89,7 @@ def train(
     epochs: int | None = None,
     steps: int | None = None,
     batch_size: int = 64,
+    accumulate: int = 1,
     micro_tokens: int = MICRO_TOKENS,
     schedule: str = "linear",
     warmup: int = 0,
@@ -100,6 +103,7 @@ def train(
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     progress: bool | None = None,
+    communicator: Communicator | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> EmbeddingTraining:
@@ -129,7 +133,8 @@ def train(
         lr: peak learning rate; None: 0.8 / hidden size of the model, at most 2e-3.
         weight_decay: weight decay of AdamW.
         epochs, steps: the length of the run; by default, one epoch.
-        batch_size: examples in a step. In a ranking, a larger batch has more negatives.
+        batch_size: examples in a batch. In a ranking, a larger batch has more negatives.
+        accumulate: batches in one step. Texts of other batches are not negatives.
         micro_tokens: maximum tokens of a micro-batch; smaller values save memory.
         schedule: learning rate schedule after the warm-up: linear, cosine or constant.
         warmup: steps in which the learning rate rises.
@@ -145,32 +150,41 @@ def train(
         seed: seed of the initial factors, dropout and the order of the examples.
         callbacks: callbacks of the trainer.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
+        communicator: the ranks that train together, as in `Trainer`. The batches of a step are divided among
+            at most `accumulate` ranks, and the adapter has the same bits for any number of them. Every rank
+            makes the same call. Only rank 0 writes to `output`.
         resume: continue the run in `output`; the results are bit for bit the same as without a stop.
         overwrite: delete the run and the adapter in `output`.
     Returns:
         the encoder with the adapter, and the history of the run.
     Raises:
         DataError: a row is wrong; the message names the file and the line.
-        ValueError, TypeError: an argument does not fit, or the run would write to a file that it reads.
+        ValueError, TypeError: an argument does not fit, the run would write to a file that it reads, or the
+            ranks do not have the same data and settings.
         FileExistsError: `output` holds a model; or a run, and neither `resume` nor `overwrite` is set; or an
             adapter, and `overwrite` is not set.
         NonFiniteLossError, CorruptError, OSError: as in `Trainer.fit`.
     """
     op = "train"
     files.require_named(op, output=output)
-    files.require_directory(output)
+    ranks = communicator or Alone()
+    is_first = ranks.rank == 0  # this rank writes the output and prints
+    if is_first:
+        files.require_directory(output)
     function = EmbeddingLoss(loss, dims=dims, micro_tokens=micro_tokens)
     splits = splits_of(op, data)
     held_out = splits.valid if valid is None else sources_of(op, valid)
     encoder = _opened(op, model, compute)
     paths = [each.path for each in [*splits.train, *(held_out or [])] if each.path is not None]
-    require_inputs_kept(op, output, encoder.config.source, [("data", path) for path in paths])
+    if is_first:
+        require_inputs_kept(op, output, encoder.config.source, [("data", path) for path in paths])
     read = [
         read_sources(op, sources, encoder, function.function, columns, prompts, max_length, skip_bad)
         for sources in (splits.train, held_out)
         if sources is not None
     ]
-    say, place = speaker(progress), Path(files.absolute(output))
+    require_same_data(ranks, read[0], read[1] if len(read) > 1 else None, op)
+    say, place = speaker(is_first and speaks(progress)), Path(files.absolute(output))
     for examples in read:
         say(str(examples.report))
     batches = [
@@ -189,10 +203,13 @@ def train(
             callbacks.append(Int8Check(encoder, function.sample_gradient(encoder, read[0]), say))
         trainer = Trainer(
             encoder, function, AdamW(rate, weight_decay=weight_decay), schedule=schedule, warmup_steps=warmup,
-            clip_norm=max_grad_norm, seed=seed, callbacks=callbacks, progress=progress,
+            accumulate=accumulate, clip_norm=max_grad_norm, seed=seed, callbacks=callbacks, progress=progress,
+            communicator=communicator,
         )  # fmt: skip
-        require_free_directory(place, resume, overwrite)
-        with files.Directory(place) as directory:
+        if is_first:
+            require_free_directory(place, resume, overwrite)
+        found_at = place
+        with opened_output(place, ranks) as directory:
             history = trainer.fit(
                 batches[0],
                 epochs=epochs,
@@ -207,9 +224,10 @@ def train(
                 resume=resume,
                 overwrite=overwrite,
             )
-            with Interrupts(terminate=False) as interrupts, interrupts.hold():
-                save_adapter(encoder, directory, os.fspath(encoder.source))
-            found_at = directory.seen_from(output)
+            if directory is not None:
+                with Interrupts(terminate=False) as interrupts, interrupts.hold():
+                    save_adapter(encoder, directory, os.fspath(encoder.source))
+                found_at = directory.seen_from(output)
     report = read[1].report if len(read) > 1 else None
     return EmbeddingTraining(encoder, found_at, read[0].report, report, history)
 

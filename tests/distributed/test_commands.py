@@ -289,7 +289,7 @@ def test_the_variables_of_a_launcher_without_the_option_are_refused(
     "arguments",
     [
         ["tune", "m", "--data", "d", "--output", "o"],
-        ["classify", "train", "m", "--data", "d", "--output", "o"],
+        ["classify", "predict", "m", "--data", "d", "--output", "o.csv"],
         ["embed", "m", "texts.txt", "--output", "o.npy"],
         ["teach", "m", "--data", "d", "--output", "o"],
         ["merge", "m", "a", "--output", "o"],

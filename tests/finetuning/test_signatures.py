@@ -30,7 +30,7 @@ OWN = {
     evaluate: ["model", "data", "adapter", "any_base", "progress", "record"],
     compare: ["model", "data", "adapters", "any_base", "progress", "record"],
     teach: ["model", "data", "output", "valid", "adapter", "any_base", "progress"],
-    train_classifier: ["model", "data", "output", "valid", "progress", "callbacks"],
+    train_classifier: ["model", "data", "output", "valid", "progress", "callbacks", "communicator"],
 }
 DESCRIBED = [
     (finetune, FinetuneOptions),

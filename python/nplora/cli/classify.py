@@ -22,6 +22,8 @@ from nplora.cli.parser import (
     given_options,
     path,
 )
+from nplora.distributed.launch import require_one_process
+from nplora.distributed.opening import heard_by_all_ranks
 
 HELP = (
     "Train a classifier of texts with LoRA, print how well it predicts the labels of rows, or write its "
@@ -70,14 +72,10 @@ def run(arguments: argparse.Namespace) -> None:
     options = given_options(arguments, ClassifyOptions)
     options = {name: value for name, value in options.items() if value is not False}
     if arguments.what == "train":
-        for name, owner in _NOT_OF_TRAIN.items():
-            if getattr(arguments, name):
-                raise UsageError(f"classify train: --{name.replace('_', '-')} is for {owner}")
-        if arguments.output is None:
-            raise UsageError("classify train: --output DIR is missing")
-        checked(ClassifyOptions, options)
         _train(arguments, options)
         return
+    if arguments.output is not None or arguments.plot is not None:
+        require_one_process("classify")
     own = {"eval": _SHARED, "predict": ("columns", "skip_bad", "compute")}[arguments.what]
     others = ["valid"] * (arguments.valid is not None) + [name for name in options if name not in own]
     if others:
@@ -91,11 +89,19 @@ def run(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     from nplora import finetuning
 
-    data = given_data(arguments.data)
+    with heard_by_all_ranks(arguments.distributed):
+        for name, owner in _NOT_OF_TRAIN.items():
+            if getattr(arguments, name):
+                raise UsageError(f"classify train: --{name.replace('_', '-')} is for {owner}")
+        if arguments.output is None:
+            raise UsageError("classify train: --output DIR is missing")
+        checked(finetuning.ClassifyOptions, options)
+        data = given_data(arguments.data)
     report = finetuning.train_classifier(
         arguments.model, data, arguments.output, valid=arguments.valid, progress=True, **options
     )
-    print(report, flush=True)
+    if report.process == 0:
+        print(report, flush=True)
     if report.history.interrupted:
         raise KeyboardInterrupt
 

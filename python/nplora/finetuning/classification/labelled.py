@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -94,6 +95,13 @@ class LabelledTexts:
             what = f"all rows have the label {found[0]!r}" if found else "no row has a label"
             raise DataError(f"{self.names}: {what}, expected at least {2 if task == 'single' else 1} labels")
         return tuple(found)
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of the texts and targets."""
+        found = hashlib.sha256()
+        for row in self.rows:
+            found.update(repr((row.text, row.target)).encode())
+        return found.hexdigest()
 
     def with_labels(self, labels: tuple[str, ...]) -> LabelledTexts:
         """The same rows, with these labels as further known labels."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from nplora import _check
 from nplora.finetuning.classification.labelled import require_separator
-from nplora.finetuning.options import FinetuneOptions, parse_columns
+from nplora.finetuning.options import DISTRIBUTED, FinetuneOptions, parse_columns
 from nplora.formats.label_record import TASKS
 from nplora.lm.adapting import parse_blocks, target_names
 from nplora.nn import LoRALinear
@@ -104,6 +104,7 @@ class ClassifyOptions:
     save_minutes: float = _same("save_minutes")
     resume: bool = _same("resume")
     overwrite: bool = _same("overwrite")
+    distributed: str | None = _same("distributed")
 
     def __post_init__(self) -> None:
         op = "train_classifier"
@@ -126,8 +127,9 @@ class ClassifyOptions:
             ("init", LoRALinear.inits),
         ):  # fmt: skip
             _check.choice(op, name, getattr(self, name), words)
-        if self.compute is not None:
-            _check.choice(op, "compute", self.compute, COMPUTES)
+        for name, words in (("compute", COMPUTES), ("distributed", DISTRIBUTED)):
+            if getattr(self, name) is not None:
+                _check.choice(op, name, getattr(self, name), words)
         if self.class_weights == "balanced" and self.task != "single":
             raise ValueError(f"{op}: class_weights='balanced' needs the task 'single', not {self.task!r}")
         if self.calibrate and self.task == "regression":

@@ -1,6 +1,7 @@
 """train_classifier: trains LoRA and a new head on labelled texts, and saves both as PEFT's adapter."""
 
 import contextlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,9 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.adapters import rollback_on_error, save_adapter
+from nplora.distributed.communicator import Alone, Communicator
+from nplora.distributed.opening import heard_by_all_ranks, opened_communicator
+from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.classification.calibration import temperature as fitting_temperature
 from nplora.finetuning.classification.labelled import (
     Columns,
@@ -29,7 +33,7 @@ from nplora.finetuning.data import Data
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
 from nplora.finetuning.int8_check import Int8Check, computes_in_int8
 from nplora.finetuning.options import default_lr, parse_columns
-from nplora.finetuning.output import require_free_directory
+from nplora.finetuning.output import opened_output, require_free_directory
 from nplora.finetuning.planning import peak_memory
 from nplora.finetuning.token_progress import speaker, speaks
 from nplora.formats import files, model_directory, peft_adapter, run_files
@@ -38,9 +42,11 @@ from nplora.formats.files import StrPath
 from nplora.formats.label_record import shown
 from nplora.lm import Encoder, TextClassifier, new_classifier
 from nplora.lm.classifier_loading import opened_encoder, require_room
+from nplora.lm.encoder import MOST_TOKENS
+from nplora.models.packing import cut
 from nplora.nn.losses import BinaryCrossEntropy, CrossEntropy, Loss, MeanSquaredError
 from nplora.nn.optim import AdamW
-from nplora.trainer import Callback, History, Trainer
+from nplora.trainer import Callback, History, RankRecord, Trainer
 from nplora.trainer.callbacks import checked_callbacks
 from nplora.trainer.interrupts import Interrupts
 
@@ -62,6 +68,8 @@ class ClassifierRun:
         valid: the report on the validation data; None without such data.
         temperature: the number by which the logits were divided; 1 without `calibrate`.
         history: the records of the trainer.
+        process: the number of the process, if several processes have trained together.
+        ranks: the speed and the waiting time of each of these processes.
 
     >>> rows = [{"text": "where is my parcel", "label": "order"}, {"text": "a refund", "label": "refund"}]
     >>> run = nplora.finetuning.train_classifier("encoder-model", rows, "out", epochs=2)
@@ -80,17 +88,21 @@ class ClassifierRun:
     valid: ClassificationReport | None
     temperature: float
     history: History
+    process: int = 0
+    ranks: tuple[RankRecord, ...] = ()
 
     def __str__(self) -> str:
         model, history = self.classifier, self.history
         counted_each = len(model.labels) if model.task == "multi" else 1  # elements of the loss for a text
         texts = sum(record.count for record in history.steps) / counted_each
         rate = texts / max(1e-9, history.seconds)
+        unit = "texts" if counted_each == 1 else "labels"
         losses = f", loss {history.loss[0]:.4f} -> {history.loss[-1]:.4f}" if history.steps else ""
         names = ", ".join(map(shown, model.labels[:20])) + (", …" if len(model.labels) > 20 else "")
         lines = [
             f"{counted(len(history.steps), 'step')} in {history.seconds:.1f} s, {rate:.1f} texts/s, "
             f"peak memory {peak_memory() / 1e6:.0f} MB{losses}",
+            *(record.in_words(unit) for record in self.ranks),
             f"{counted(len(model.labels), 'label')}: {names}",
             f"trained {model.num_trainable:,} of {model.num_parameters:,} values",
         ]
@@ -118,6 +130,7 @@ def train_classifier(
     valid: Data | None = None,
     progress: bool | None = None,
     callbacks: Sequence[Callback] = (),
+    communicator: Communicator | None = None,
     task: str = "single",
     class_weights: str = "none",
     separator: str = "|",
@@ -152,6 +165,7 @@ def train_classifier(
     save_minutes: float = 5.0,
     resume: bool = False,
     overwrite: bool = False,
+    distributed: str | None = None,
 ) -> ClassifierRun:
     """Train LoRA on an encoder, and a new head, to predict the labels of texts or numbers.
 
@@ -175,6 +189,9 @@ def train_classifier(
         valid: rows to evaluate on, after every epoch and at the end.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
         callbacks: your `Callback`s; `run.model` is the classifier.
+        communicator: the ranks that train together, as in `Trainer`; `distributed` opens one by itself. The
+            batches of a step are divided among at most `accumulate` ranks, and the adapter has the same bits
+            for any number of them. Every rank makes the same call. Only rank 0 writes to `output`.
         task: kind of the labels: single (one for each text), multi (any number for each text) or regression
             (a number for each text).
         class_weights: weights of the labels in the loss: none, or balanced (rare labels count more, so that
@@ -215,12 +232,15 @@ def train_classifier(
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
+        distributed: work of the processes that mpirun started: mpi (they train one adapter together, each on
+            a part of every step) or off (each process makes a separate run).
     Returns:
         the classifier, the report on the validation data, and the history; `print` shows them.
     Raises:
         DataError: a row is wrong, labels are of mixed types, there is only one label, or the validation data
             have a label that the training data do not have.
-        ValueError, TypeError: an option is out of range, or `calibrate` is set without validation data.
+        ValueError, TypeError: an option is out of range, or `calibrate` is set without validation data; or
+            the ranks do not have the same options and data.
         FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set; or it
             holds an adapter, and `overwrite` is not set.
         Other errors: see `load_encoder` and `Trainer.fit`.
@@ -231,12 +251,14 @@ def train_classifier(
     ['refund']
     """
     arguments = locals()
-    options = ClassifyOptions(**{field.name: arguments[field.name] for field in fields(ClassifyOptions)})
-    own = checked_callbacks("train_classifier", callbacks)
-    files.require_named("train_classifier", output=output)
+    op = "train_classifier"
+    with heard_by_all_ranks(distributed):
+        options = ClassifyOptions(**{field.name: arguments[field.name] for field in fields(ClassifyOptions)})
+        own = checked_callbacks(op, callbacks)
+        files.require_named(op, output=output)
     undo = rollback_on_error(model) if isinstance(model, Encoder) else contextlib.nullcontext(_nothing)
-    with undo as keep_layers:
-        return _Training(model, data, output, valid, options).run(own, progress, keep_layers)
+    with opened_communicator(op, distributed, communicator) as ranks, undo as keep_layers:
+        return _Training(model, data, output, valid, options, ranks).run(own, progress, keep_layers)
 
 
 class _Training:
@@ -249,20 +271,26 @@ class _Training:
         output: StrPath,
         valid: Data | None,
         options: ClassifyOptions,
+        ranks: Communicator,
     ) -> None:
         op = "train_classifier"
         self.options, self.given, self.output = options, output, Path(files.absolute(output))
-        files.require_directory(output)
+        self.ranks, self.is_first = ranks, ranks.rank == 0  # the first rank writes the output and prints
+        require_same_options(ranks, options, op)
+        if self.is_first:
+            files.require_directory(output)
         splits = splits_of(op, data)
         held_out = splits.valid if valid is None else sources_of(op, valid)
         self.train, self.valid = self._read(splits.train, held_out)
+        require_same_data(ranks, self.train, self.valid, op)
         if self.valid is None and options.calibrate:
             raise ValueError(f"{op}: calibrate needs validation data: give valid or valid_split")
         labels = self.train.labels(options.task)
         encoder = opened_encoder(op, model, options.compute)
         if isinstance(model, Encoder) and model.adapter_layers():
             raise ValueError(f"{op}: the encoder has an adapter already, expected one without")
-        self._require_not_read(encoder, [*splits.train, *(held_out or [])])
+        if self.is_first:
+            self._require_not_read(encoder, [*splits.train, *(held_out or [])])
         self.classifier = new_classifier(encoder, labels, options.task, seed=options.seed)
         if options.max_length is not None:
             self.classifier.max_length = min(options.max_length, encoder.config.max_position_embeddings)
@@ -271,7 +299,8 @@ class _Training:
         self.train_ids = self._encoded(self.train)
         self.valid_ids = None if self.valid is None else self._encoded(self.valid)
         self.base = os.fspath(encoder.source if isinstance(model, Encoder) else model)
-        require_free_directory(output, options.resume, options.overwrite)
+        if self.is_first:
+            require_free_directory(output, options.resume, options.overwrite)
 
     def _read(
         self, sources: Sequence[Source], held_out: Sequence[Source] | None
@@ -314,7 +343,8 @@ class _Training:
 
     def run(self, own: list[Callback], progress: bool | None, keep_layers: Any) -> ClassifierRun:
         options, classifier = self.options, self.classifier
-        say, labels = speaker(progress), classifier.labels
+        speaking = self.is_first and speaks(progress)
+        say, labels = speaker(speaking), classifier.labels
         say(f"{counted(len(self.train), 'text')} to train on, {counted(len(labels), 'label')}")
         targets = targets_of(self.train, options.task, labels)
         truth = None if self.valid is None else targets_of(self.valid, options.task, labels)
@@ -325,33 +355,46 @@ class _Training:
         )  # fmt: skip
         callbacks = [
             *own,
-            *([TextProgress(len(labels) if options.task == "multi" else 1)] * speaks(progress)),
+            *([TextProgress(len(labels) if options.task == "multi" else 1)] * speaking),
         ]
         loss = self._loss(targets)
         train, valid = self._batches(targets, truth, centre, spread)
         if computes_in_int8(classifier):
             callbacks.append(Int8Check(classifier, train.sample_gradient(classifier, loss), say))
         trainer = self._trainer(loss, callbacks)
-        with files.Directory(self.output) as directory:
+        found_at = self.output
+        with opened_output(self.output, self.ranks) as directory:
             history = self._fit(trainer, train, valid, directory)
             classifier.head.rescale(spread, centre)
             fitted, report = 1.0, None
             if self.valid_ids is not None and truth is not None:
-                logits = classifier.logits_of_ids(self.valid_ids)
+                logits = self._logits(self.valid_ids)
                 if options.calibrate:
                     fitted = fitting_temperature(options.task, logits, truth)
                     classifier.head.rescale(1 / fitted)
                     logits = logits / fitted
                 report = ClassificationReport.of(options.task, labels, logits, truth)
-            with Interrupts(terminate=False) as interrupts, interrupts.hold():
-                save_adapter(classifier, directory, self.base)
+            if directory is not None:
+                with Interrupts(terminate=False) as interrupts, interrupts.hold():
+                    save_adapter(classifier, directory, self.base)
+                found_at = directory.seen_from(self.given)
             keep_layers()  # if saving fails, the encoder is as before
-            found_at = directory.seen_from(self.given)
         bad = [rows.bad.reason() for rows in (self.train, self.valid) if rows is not None and rows.bad.count]
         return ClassifierRun(
             found_at, classifier, len(self.train), self.cut, "; ".join(dict.fromkeys(bad)), report, fitted,
-            history,
+            history, self.ranks.rank, tuple(trainer.ranks),
         )  # fmt: skip
+
+    def _logits(self, ids: list[list[int]]) -> Array:
+        """The logits of texts, with the bits of `logits_of_ids`. The ranks divide its batches."""
+        cuts = cut(np.array([len(text) for text in ids]), MOST_TOKENS)
+        batches = [ids[first:end] for first, end in itertools.pairwise(cuts)]
+        made = list[Array]()
+        for begin in range(0, len(batches), self.ranks.size):
+            own = batches[begin : begin + self.ranks.size][self.ranks.rank :][:1]
+            logits = [self.classifier.logits_of_ids(batch) for batch in own]
+            made += itertools.chain(*self.ranks.gather(logits, "the report on the validation data"))
+        return np.concatenate(made)
 
     def _batches(
         self, targets: Array, truth: Array | None, centre: float, spread: float
@@ -395,10 +438,15 @@ class _Training:
             seed=options.seed,
             callbacks=callbacks,
             progress=False,
+            communicator=None if isinstance(self.ranks, Alone) else self.ranks,
         )
 
     def _fit(
-        self, trainer: Trainer, train: TextBatches, valid: TextBatches | None, directory: files.Directory
+        self,
+        trainer: Trainer,
+        train: TextBatches,
+        valid: TextBatches | None,
+        directory: files.Directory | None,
     ) -> History:
         options = self.options
         epochs = _EPOCHS if options.epochs is None and options.steps is None else options.epochs

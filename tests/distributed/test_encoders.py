@@ -1,5 +1,6 @@
 """Classifiers and embeddings that several ranks train have the bits of those of one process."""
 
+import functools
 import hashlib
 import json
 import re
@@ -18,6 +19,7 @@ from nplora.distributed import Alone, Communicator
 from nplora.finetuning import ClassifierRun, ClassifyOptions, agreement, train_classifier
 from nplora.trainer import Callback, History, Run, StepRecord
 from small_encoder import WORDS, save_small_encoder
+from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
 
@@ -129,6 +131,14 @@ def test_a_classifier_of_ranks_reports_each_of_them(model: Path, tmp_path: Path)
     assert [record.rank for record in first.ranks] == [0, 1]
     assert sum(record.items for record in first.ranks) == 2 * 20
     assert len(re.findall(r"rank [01] on .* texts/s, waited", str(first))) == 2
+
+
+def test_ranks_train_a_classifier_on_a_language_model(tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    save_small_llama(model)
+    alone = classified(None, model, tmp_path / "alone", dropout=0.2)[1]
+    work = functools.partial(classified, model=model, output=tmp_path / "out", dropout=0.2)
+    assert on_threads(2, lambda ranks: work(ranks)[1]) == [alone] * 2
 
 
 def test_ranks_divide_the_batches_of_the_report(
@@ -269,6 +279,22 @@ def test_a_rank_with_other_pairs_is_named_before_the_first_step(model: Path, tmp
     with pytest.raises(ValueError, match="train: the ranks do not agree: rank 1 differs in data"):
         on_threads(2, work)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "name"),
+    [("micro_tokens", 24, "micro_tokens"), ("batch_size", 2, "batch_size"), ("dims", (32, 8), "loss")],
+)
+def test_a_rank_with_another_setting_of_the_loss_is_named(
+    option: str, value: Any, name: str, model: Path, tmp_path: Path
+) -> None:
+    def work(ranks: ThreadRank) -> None:
+        more: dict[str, Any] = {option: value} if ranks.rank else {}
+        output = place(ranks, tmp_path / "out")
+        embedding.train(model, triplets(), output, accumulate=2, rank=2, communicator=ranks, **more)
+
+    with pytest.raises(ValueError, match=f"the ranks do not agree: rank 1 differs in .*{name}"):
+        on_threads(2, work)
 
 
 def test_embeddings_with_more_ranks_than_batches_in_a_step_are_refused(model: Path, tmp_path: Path) -> None:

@@ -72,8 +72,8 @@ def _described(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
     return {
         **program(),
         "base model": base_fingerprint(setup.model, whole=True),
-        **fixed,
         **settings["free"],
+        **fixed,  # the "loss" of a `FusedLoss` has its settings; that of "free" has only its name
         "validation data": settings["validation"],
         "adapter (layers, ranks, alphas)": layers,
         "start of the factors": _digest(factors(setup.model)),

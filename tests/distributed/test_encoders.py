@@ -204,6 +204,20 @@ def test_a_classifier_with_more_ranks_than_batches_in_a_step_is_refused(model: P
         on_threads(3, lambda ranks: classified(ranks, model, tmp_path, accumulate=2))
 
 
+def test_a_communicator_of_your_own_is_used(model: Path, tmp_path: Path) -> None:
+    class Counted(Alone):
+        joins = 0
+
+        def join(self, part: Any, out: Any) -> None:
+            self.joins += 1
+            super().join(part, out)
+
+    for train in (classified, embedded):
+        ranks = Counted()
+        train(ranks, model, tmp_path / train.__name__)
+        assert ranks.joins == 4, train
+
+
 def test_a_communicator_and_distributed_exclude_each_other(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train_classifier: communicator and distributed are both given"):
         classified(Alone(), model, tmp_path, distributed="mpi")

@@ -438,7 +438,7 @@ class _Training:
             seed=options.seed,
             callbacks=callbacks,
             progress=False,
-            communicator=None if isinstance(self.ranks, Alone) else self.ranks,
+            communicator=None if type(self.ranks) is Alone else self.ranks,
         )
 
     def _fit(

@@ -167,7 +167,7 @@ def train(
     """
     op = "train"
     files.require_named(op, output=output)
-    ranks = communicator or Alone()
+    ranks = Alone() if communicator is None else communicator
     is_first = ranks.rank == 0  # this rank writes the output and prints
     if is_first:
         files.require_directory(output)

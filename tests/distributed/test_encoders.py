@@ -295,6 +295,16 @@ def test_a_rank_with_other_pairs_is_named_before_the_first_step(model: Path, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_the_result_of_ranks_reports_each_of_them(model: Path, tmp_path: Path) -> None:
+    def work(ranks: ThreadRank) -> embedding.EmbeddingTraining:
+        output = place(ranks, tmp_path)
+        return embedding.train(model, triplets(), output, batch_size=4, accumulate=2, communicator=ranks)
+
+    for made in on_threads(2, work):
+        assert sum(record.items for record in made.ranks) == 20
+        assert len(re.findall(r"\nrank [01] on .* examples/s, waited", str(made))) == 2
+
+
 @pytest.mark.parametrize(
     ("option", "value", "name"),
     [("micro_tokens", 24, "micro_tokens"), ("batch_size", 2, "batch_size"), ("dims", (32, 8), "loss")],

@@ -27,7 +27,7 @@ from nplora.formats.files import StrPath
 from nplora.lm import Encoder, load_encoder
 from nplora.nn.embedding_losses import EmbeddingFunction
 from nplora.nn.optim import AdamW
-from nplora.trainer import Callback, History, Trainer
+from nplora.trainer import Callback, History, RankRecord, Trainer
 from nplora.trainer.interrupts import Interrupts
 
 
@@ -41,6 +41,7 @@ class EmbeddingTraining:
         train, valid: summaries of the examples for training and validation; `valid` is None without
             validation.
         history: the records of the run.
+        ranks: the speed and the waiting time of each process, if several have trained together.
 
     >>> import nplora
     >>> rows = [{"anchor": "a cat", "positive": "the cat"}, {"anchor": "a dog", "positive": "the dog"}]
@@ -53,6 +54,7 @@ class EmbeddingTraining:
     train: TextReport
     valid: TextReport | None
     history: History
+    ranks: tuple[RankRecord, ...] = ()
 
     def __str__(self) -> str:
         words = f"{self.output}: {counted(len(self.history.steps), 'step')}"
@@ -60,7 +62,7 @@ class EmbeddingTraining:
             words += f", training loss {self.history.loss[0]:.4f} -> {self.history.loss[-1]:.4f}"
         if self.history.best_loss is not None:
             words += f", validation loss {self.history.best_loss:.4f}"
-        return words
+        return "\n".join([words, *(record.in_words("examples") for record in self.ranks)])
 
 
 @_check.keywords
@@ -229,7 +231,7 @@ def train(
                     save_adapter(encoder, directory, os.fspath(encoder.source))
                 found_at = directory.seen_from(output)
     report = read[1].report if len(read) > 1 else None
-    return EmbeddingTraining(encoder, found_at, read[0].report, report, history)
+    return EmbeddingTraining(encoder, found_at, read[0].report, report, history, tuple(trainer.ranks))
 
 
 def _opened(op: str, model: StrPath | Encoder, compute: str | None) -> Encoder:

@@ -13,6 +13,7 @@ import nplora
 from nplora.serving import run
 from nplora.serving.adapter_memory import AdapterMemory
 from nplora.serving.api.app import Application
+from nplora.serving.fields import Fields
 from nplora.serving.options import ServeOptions
 from nplora.serving.request_error import RequestError
 
@@ -246,6 +247,13 @@ def test_adapters_may_be_rounded_to_bfloat16(tmp_path: Path) -> None:
                         rounded = stored.astype(bfloat16).astype(np.float32)
                         assert (rounded != stored).any()
                         np.testing.assert_array_equal(got, stored if dtype is None else rounded)
+            service.models.set_scales([{"id": 0, "scale": 0.3}])
+            _, name = service.models.chosen(Fields({}))
+            assert name is not None
+            exact_sum = nplora.combine([(lm.adapters["mine"], 0.3)])
+            for layer, delta in lm.adapters[name].items():  # a sum is not rounded a second time
+                np.testing.assert_array_equal(delta.A, exact_sum[layer].A)
+                np.testing.assert_array_equal(delta.B, exact_sum[layer].B)
 
 
 def test_a_file_that_is_no_adapter_is_refused(client: Any, app: Application) -> None:

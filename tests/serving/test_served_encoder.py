@@ -87,6 +87,13 @@ def wanted(directory: Path, adapter: str | None = None, texts: Any = TEXTS) -> A
     return encoder.embed(texts, normalize=True)
 
 
+def test_adapters_of_an_encoder_are_not_rounded(directory: Path) -> None:
+    served = ServedEncoder(nplora.load_encoder(directory / "model"))
+    with pytest.raises(ValueError, match="dtype is 'bfloat16', but an encoder's adapters are not rounded"):
+        served.load_adapter(nplora.read_adapter(directory / "tuned"), "tuned", dtype="bfloat16")
+    assert not served.adapters
+
+
 @pytest.mark.parametrize("format_", ["float", "base64", None])
 def test_embeddings_are_those_of_embed(client: Any, directory: Path, format_: str | None) -> None:
     given = {} if format_ is None else {"encoding_format": format_}

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from nplora.adapters import Adapter, read_for
 from nplora.finetuning.planning import parse_bytes
 from nplora.finetuning.planning.choice import resident_memory
 from nplora.lm import Encoder, LanguageModel
@@ -83,24 +82,12 @@ def _text_service(
     report: Callable[[str], None],
 ) -> Iterator[tuple[Service, str, Callable[[], None]]]:
     """The service of a language model, its description, and a function that starts the jobs."""
-    read = read_for if options.adapter_dtype is None else _reader_that_rounds(options.adapter_dtype)
-    models = Models(lm, options.name or default_name(lm.source), any_base, read)
+    models = Models(lm, options.name or default_name(lm.source), any_base, dtype=options.adapter_dtype)
     for name, path in adapters:
         models.load(name, path)
     with running(lm, models, options, report) as (engine, jobs):
         service = TextService(engine, models, jobs, most_tokens=options.max_tokens, **_limits(options))
         yield service, description(engine, models, options), _nothing if jobs is None else jobs.start
-
-
-def _reader_that_rounds(dtype: str) -> Callable[..., Adapter]:
-    """A function that reads an adapter as `read_for` does, and rounds its factors."""
-
-    def read(*arguments: Any) -> Adapter:
-        adapter = read_for(*arguments)
-        adapter.deltas = {name: delta.rounded(dtype) for name, delta in adapter.items()}
-        return adapter
-
-    return read
 
 
 @contextmanager

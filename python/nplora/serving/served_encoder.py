@@ -50,15 +50,24 @@ class ServedEncoder:
         return MappingProxyType(self._adapters)
 
     def load_adapter(
-        self, adapter: Adapter, name: str, any_base: bool = False, *, replace: bool = False
+        self,
+        adapter: Adapter,
+        name: str,
+        any_base: bool = False,
+        dtype: str | None = None,
+        replace: bool = False,
     ) -> None:
         """Add an adapter under a name.
 
+        Args:
+            dtype: must be None. Rounded factors make decoding faster, and an encoder does not decode.
         Raises:
             FormatError: the adapter does not fit the model, or belongs to another model.
             UnsupportedError: the adapter classifies tokens.
-            ValueError: the name is taken, and `replace` is not set.
+            ValueError: the name is taken, and `replace` is not set; or `dtype` is given.
         """
+        if dtype is not None:
+            raise ValueError(f"load_adapter: dtype is {dtype!r}, but an encoder's adapters are not rounded")
         made = self._with_adapter(adapter, any_base)
         with self._lock:
             if name in self._adapters and not replace:

@@ -29,7 +29,13 @@ class ServedModel(Protocol):
     @property
     def adapters(self) -> Mapping[str, Adapter]: ...
     def load_adapter(
-        self, adapter: Adapter, name: str, /, any_base: bool = False, *, replace: bool = False
+        self,
+        adapter: Adapter,
+        name: str,
+        /,
+        any_base: bool = False,
+        dtype: str | None = None,
+        replace: bool = False,
     ) -> None: ...
     def delete_adapter(self, name: str) -> None: ...
     def named_model(self, name: str, /) -> object: ...
@@ -48,16 +54,22 @@ class Models(Generic[LM]):
         name: the name of the base model.
         any_base: accept adapters that were trained on another model with the same shapes.
         read: reads an adapter, as `nplora.adapters.read_for` does.
+        dtype: as in `LanguageModel.load_adapter`. A sum of adapters is not rounded a second time.
     Attributes:
         lm, name: see the arguments.
         memory: the memory for adapters that are loaded from now on; None: no limit.
     """
 
     def __init__(
-        self, lm: LM, name: str, any_base: bool = False, read: Callable[..., Adapter] = read_for
+        self,
+        lm: LM,
+        name: str,
+        any_base: bool = False,
+        read: Callable[..., Adapter] = read_for,
+        dtype: str | None = None,
     ) -> None:
         checked_name("the model's name", name)
-        self.lm, self.name, self._read = lm, name, read
+        self.lm, self.name, self._read, self._dtype = lm, name, read, dtype
         self.memory: AdapterMemory | None = None
         self._any_base, self._lock = any_base, threading.RLock()
         self._changing = threading.RLock()  # for loading and unloading; requests do not wait for it
@@ -99,12 +111,13 @@ class Models(Generic[LM]):
                 self._forget_sums()
 
     def _add(self, adapter: Adapter, name: str, any_base: bool, replace: bool = False) -> None:
-        if self.memory is None:
-            self.lm.load_adapter(adapter, name, any_base, replace=replace)
-            return
         is_sum = name.startswith("=")  # requests to the base model wait for a sum, so it does not wait
+        dtype = None if is_sum else self._dtype
+        if self.memory is None:
+            self.lm.load_adapter(adapter, name, any_base, dtype, replace)
+            return
         with self.memory.room(self.lm, name, adapter.nbytes, waits=not is_sum):
-            self.lm.load_adapter(adapter, name, any_base, replace=replace)
+            self.lm.load_adapter(adapter, name, any_base, dtype, replace)
         if replace:
             self.memory.unloaded()
 

@@ -2,11 +2,13 @@
 
 import base64
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 import nplora
@@ -16,9 +18,12 @@ from nplora.formats.errors import FormatError, UnsafeError, UnsupportedError
 from nplora.lm.encoder_loading import is_encoder
 from nplora.models import families
 from nplora.tokenizer import Tokenizer, from_directory, from_gguf
+from nplora.tokenizer.character_table import growth
 from small_encoder import WIDTH, WORDS, gguf_metadata, gguf_name, save_gguf, save_small_encoder, tensors
 
 pytest.importorskip("tokenizers")
+
+Array = npt.NDArray[Any]
 
 TEXTS = ["a cat", "the dogs sat on the mat .", "Where is my PARCEL"]
 
@@ -278,21 +283,27 @@ def test_unigram_tokens_are_those_of_tokenizer_json() -> None:
     assert kept.encode_texts(["a  cat"], 99) != ours.encode_texts(["a  cat"], 99)
 
 
-def test_unigram_tokens_are_those_of_sentencepiece(tmp_path: Path) -> None:
-    """With SentencePiece's own table of characters, as in a real file."""
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Array]:
+    """A small model of SentencePiece, and its table of characters."""
     theirs = pytest.importorskip("sentencepiece")
     proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
-    text = Path(__file__).read_text(encoding="utf-8")
+    text, path = Path(__file__).read_text(encoding="utf-8"), tmp_path_factory.mktemp("sentencepiece")
     theirs.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()), model_prefix=str(tmp_path / "spm"), vocab_size=200,
+        sentence_iterator=iter(text.splitlines()), model_prefix=str(path / "spm"), vocab_size=200,
         minloglevel=9,
     )  # fmt: skip
-    spm = theirs.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
-    model = proto.ModelProto.FromString((tmp_path / "spm.model").read_bytes())
-    vocab = [(name, 0.0) for name in SPECIAL]
-    vocab += [(spm.id_to_piece(i), spm.get_score(i)) for i in range(3, spm.vocab_size())]
+    model = proto.ModelProto.FromString((path / "spm.model").read_bytes())
     table = np.frombuffer(model.normalizer_spec.precompiled_charsmap, np.uint8)
     assert table.size
+    return theirs.SentencePieceProcessor(model_file=str(path / "spm.model")), table
+
+
+def test_unigram_tokens_are_those_of_sentencepiece(sentencepiece: tuple[Any, Array]) -> None:
+    """With SentencePiece's own table of characters, as in a real file."""
+    spm, table = sentencepiece
+    vocab = [(name, 0.0) for name in SPECIAL]
+    vocab += [(spm.id_to_piece(i), spm.get_score(i)) for i in range(3, spm.vocab_size())]
     ours = tokenizer_of(unigram_metadata(vocab, precompiled_charsmap=table))
     for text in [*TEXTS_OF_XLM_R, "ﬁne ａｂｃ ½"]:
         if "<s>" not in text:  # SentencePiece has no such token
@@ -315,30 +326,46 @@ def test_damaged_unigram_metadata_are_refused(changes: dict[str, Any], message: 
         tokenizer_of(unigram_metadata(vocab, **changes))
 
 
-def character_table(longest: int) -> bytes:
+def character_table(replacements: bytes, units: dict[int, int] | None = None, size: int = 1024) -> bytes:
+    """A table of characters. Units of its search tree that are not given are 0."""
+    tree = np.zeros(256, "<u4")
+    for place, unit in (units or {}).items():
+        tree[place] = unit
+    return size.to_bytes(4, "little") + tree.tobytes() + replacements
+
+
+def long_table(longest: int) -> bytes:
     """A table whose longest replacement has so many characters."""
-    tree = (4).to_bytes(4, "little") + bytes(4)  # of one node
-    return tree + b"b\0" + longest * b"a" + b"\0b"
+    return character_table(b"b\0" + longest * b"a" + b"\0b")
 
 
-def normalizer(longest: int) -> dict[str, str]:
-    return {
-        "type": "Precompiled", "precompiled_charsmap": base64.b64encode(character_table(longest)).decode()
-    }  # fmt: skip
+def a_becomes(place: int) -> dict[int, int]:
+    """The units of a tree that replaces "a" by the text at this place of the replacements."""
+    label, is_replaced, offset = ord("a"), 1 << 8, ord("a") ^ 200
+    return {label: label | is_replaced | offset << 10, 200: 1 << 31 | place}
+
+
+def normalizer(table: bytes) -> dict[str, str]:
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+
+
+def readers_of(table: bytes, directory: Path) -> list[Callable[[], Tokenizer]]:
+    """Functions that read a tokenizer with this table of characters from GGUF and from a directory."""
+    vocab = [*((name, 0.0) for name in SPECIAL), *((f"▁{word}", -1.0) for word in WORDS[4:])]
+    path = save_small_encoder(directory / "model")
+    fields = json.loads((path / "tokenizer.json").read_text())
+    fields["normalizer"] = normalizer(table)
+    (path / "tokenizer.json").write_text(json.dumps(fields))
+    array = np.frombuffer(table, np.uint8)
+    return [
+        lambda: tokenizer_of(unigram_metadata(vocab, precompiled_charsmap=array)),
+        lambda: from_directory(path),
+    ]
 
 
 @pytest.mark.parametrize("longest", [100, 101])
 def test_a_table_that_makes_texts_very_long_is_refused(longest: int, tmp_path: Path) -> None:
-    vocab = [*((name, 0.0) for name in SPECIAL), ("▁a", -1.0)]
-    table = np.frombuffer(character_table(longest), np.uint8)
-    path = save_small_encoder(tmp_path / "model")
-    fields = json.loads((path / "tokenizer.json").read_text())
-    fields["normalizer"] = normalizer(longest)
-    (path / "tokenizer.json").write_text(json.dumps(fields))
-    for read in (
-        lambda: tokenizer_of(unigram_metadata(vocab, precompiled_charsmap=table)),
-        lambda: from_directory(path),
-    ):
+    for read in readers_of(long_table(longest), tmp_path):
         if longest <= 100:
             read()
             continue
@@ -350,11 +377,60 @@ def test_two_tables_that_together_make_texts_very_long_are_refused(tmp_path: Pat
     """Each makes a text eleven times as long."""
     path = save_small_encoder(tmp_path / "model")
     fields = json.loads((path / "tokenizer.json").read_text())
-    step = normalizer(11)
+    step = normalizer(long_table(11))
     fields["normalizer"] = {"type": "Sequence", "normalizers": [step, step]}
     (path / "tokenizer.json").write_text(json.dumps(fields))
     with pytest.raises(UnsafeError, match="could make a text over 100 times as long"):
         from_directory(path)
+
+
+def test_a_table_of_characters_is_used(tmp_path: Path) -> None:
+    for read in readers_of(character_table("é\0dog\0".encode(), a_becomes(3)), tmp_path):
+        tokenizer = read()
+        assert tokenizer.encode("a") == tokenizer.encode("dog") != tokenizer.encode("on")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        character_table(b"b\0", size=0),
+        character_table(b"b\0", size=4),
+        character_table(b"b\0", size=2048),
+        character_table(b"\xc3\0"),
+        character_table(b"b\0", {0: 256 << 10}),
+        character_table(b"b\0", {ord("a"): ord("a") | 256 << 10}),
+        character_table(b"b\0", a_becomes(3)),
+        character_table("é\0".encode(), a_becomes(1)),
+    ],
+    ids=["no tree", "no block", "cut tree", "half a character", "root outside", "node outside",
+         "place outside", "place in a character"],
+)  # fmt: skip
+def test_a_damaged_table_is_refused_without_a_trace(
+    table: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The package `tokenizers` panics, with some of these tables only when a text has an "a"."""
+    for read in readers_of(table, tmp_path):
+        with pytest.raises(FormatError, match="precompiled_charsmap is damaged"):
+            read()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_table_with_damaged_bits_is_refused_or_reads_every_text(sentencepiece: tuple[Any, Array]) -> None:
+    from tokenizers.normalizers import Precompiled
+
+    (_, table), rng = sentencepiece, np.random.default_rng(0)
+    text = "\n".join(chr(code) for code in range(1, 0x3400))
+    refused = 0
+    for _ in range(100):
+        damaged = table.copy()
+        damaged[rng.integers(len(table), size=2)] ^= np.uint8(1 << rng.integers(8))
+        try:
+            growth(damaged.tobytes(), "a table")
+        except FormatError:
+            refused += 1
+        else:
+            Precompiled(damaged.tobytes()).normalize_str(text)
+    assert 0 < refused < 100
 
 
 def test_a_bert_with_unigram_tokens_is_an_xlm_roberta(tmp_path: Path) -> None:

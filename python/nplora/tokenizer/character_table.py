@@ -1,17 +1,53 @@
-"""SentencePiece's table of characters (`precompiled_charsmap`), by which Unigram normalises a text."""
+"""SentencePiece's table of characters (`precompiled_charsmap`), by which Unigram normalises a text.
+
+A table is the size of a search tree in bytes, then the tree, then the replacements, each of which ends with
+a 0. The tree is a double array of the library darts-clone: units of 32 bits, in blocks of 256 units. A node
+is a unit whose label is the last byte of some characters. Each node has a base. The next byte b leads to the
+unit at base ^ b. If the characters have a replacement, the unit at the base itself holds its place.
+"""
 
 from __future__ import annotations
 
+import numpy as np
+
+from nplora.formats.errors import FormatError
+
 MAX_GROWTH = 100  # how many times longer a text may become
-_SIZE = 4  # bytes of the size of the search tree, which precedes the replacements
-_NODE = 4  # bytes of a node of the tree
+_SIZE = 4  # bytes of the size of the tree
+_BLOCK = 4 * 256  # bytes of a block of the tree
+_LABEL = 1 << 31 | 0xFF  # the bits of a unit's label; the highest one says that the unit is a place
+_IS_REPLACED = 1 << 8  # a bit of a node
+_IS_FAR = 1 << 9  # a bit of a node, whose offset to its base is then shifted by 8 = _IS_FAR >> 6
 
 
-def growth(table: bytes) -> int:
+def growth(table: bytes, source: str) -> int:
     """The largest number of characters by which the table replaces one character, at least 1.
 
-    The replacements stand behind the search tree, and a 0 ends each of them. The longest one of the table
-    "nmt_nfkc" has 18 characters.
+    The longest replacement of the table "nmt_nfkc" has 18 characters.
+
+    Raises:
+        FormatError: the table is damaged. The package `tokenizers` would print a trace and fail, perhaps only
+            when a text has certain characters.
     """
-    tree = int.from_bytes(table[:_SIZE], "little") // _NODE * _NODE
-    return max(1, *map(len, table[_SIZE + tree :].decode("utf-8", "replace").split("\0")))
+    size = int.from_bytes(table[:_SIZE], "little")
+    tree, replacements = table[_SIZE : _SIZE + size], table[_SIZE + size :]
+    try:
+        longest = max(map(len, replacements.decode().split("\0")))
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{source}: precompiled_charsmap is damaged: {error}") from error
+    if not size or size % _BLOCK or len(tree) < size or not _is_whole(tree, replacements):
+        raise FormatError(f"{source}: precompiled_charsmap is damaged")
+    return max(1, longest)
+
+
+def _is_whole(tree: bytes, replacements: bytes) -> bool:
+    """Whether all bases are in the tree, and all places are the start of a character, or the end."""
+    units = np.frombuffer(tree, "<u4")
+    bases = np.arange(len(units), dtype=np.uint32) ^ ((units >> 10) << ((units & _IS_FAR) >> 6))
+    is_node = units & _LABEL <= 0xFF
+    is_node[0] = True  # the root
+    if bases[is_node].max() >= len(units):
+        return False
+    places = units[bases[is_node & (units & _IS_REPLACED != 0)]] & ~np.uint32(1 << 31)
+    starts = np.append(np.frombuffer(replacements, np.uint8) & 0xC0 != 0x80, True)
+    return bool(places.max(initial=0) < len(starts) and starts[places].all())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from nplora.tokenizer.tokenizer import Tokenizer, backend_errors, backend_packag
 MAX_CONFIG = 20_000_000
 _MOST_SETTINGS = 1 << 20  # values of the other files; each added token takes 8
 _MAX_TEMPLATE = 1_000_000
+_TABLE = re.compile(rb'"precompiled_charsmap"\s*:\s*"([^"\\]*)"')
 _SEQUENCES = ("normalizers", "pretokenizers", "decoders", "processors")  # keys of the steps of a Sequence
 
 
@@ -67,6 +70,8 @@ def from_directory(path: StrPath) -> Tokenizer:
 def _backend(path: Path) -> Any:
     raw, source = bytes(files.read(path, MAX_BYTES)), files.name(path)
     strict_json.require_size(raw, source, MOST_VALUES)
+    for table in _TABLE.findall(raw):  # before the package prints a trace about a damaged one
+        _table_growth(table, source)
     with backend_errors(f"{source}: not a tokenizer"):
         backend = backend_package().Tokenizer.from_buffer(raw)
     parts = (backend.normalizer, backend.pre_tokenizer, backend.decoder, backend.post_processor)
@@ -99,7 +104,7 @@ def _require_bounded(steps: list[dict[str, Any]], source: str) -> None:
         text = pattern.get("Regex") if isinstance(pattern, dict) else None
         if isinstance(text, str) and not split_pattern.is_safe(text):
             raise UnsafeError(f"{source}: the regular expression {brief(text)} could run for ever")
-        growth *= _growth(step)
+        growth *= _growth(step, source)
         if growth > MAX_GROWTH:
             raise UnsafeError(
                 f"{source}: the {brief(step.get('type'))} could make a text over {MAX_GROWTH} times as long"
@@ -118,7 +123,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
             waiting.extend(value)
 
 
-def _growth(step: dict[str, Any]) -> int:
+def _growth(step: dict[str, Any], source: str) -> int:
     """The largest factor by which a step can lengthen a text or its token list."""
     kind = step.get("type")
     if kind == "Replace":
@@ -127,10 +132,18 @@ def _growth(step: dict[str, Any]) -> int:
     if kind == "Prepend":
         return 1 + len(step["prepend"])
     if kind == "Precompiled":
-        return character_table.growth(base64.b64decode(step["precompiled_charsmap"]))
+        return _table_growth(step["precompiled_charsmap"], source)
     if kind == "TemplateProcessing":
         return max(1, len(step["single"]))
     return 1
+
+
+def _table_growth(table: str | bytes, source: str) -> int:
+    """`character_table.growth` of a table in base64."""
+    try:
+        return character_table.growth(base64.b64decode(table, validate=True), source)
+    except binascii.Error as error:
+        raise FormatError(f"{source}: precompiled_charsmap is damaged: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

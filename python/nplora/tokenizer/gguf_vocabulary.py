@@ -13,7 +13,7 @@ from nplora.formats.errors import FormatError, LimitError, UnsafeError, Unsuppor
 from nplora.formats.gguf import GgufFile, Metadata
 from nplora.formats.tokenizer_json import MAX_SPECIAL
 from nplora.tokenizer import character_table
-from nplora.tokenizer.tokenizer import Tokenizer, backend_errors, backend_package
+from nplora.tokenizer.tokenizer import Tokenizer, backend_package
 
 MAX_TOKENS = 1 << 20
 MAX_TOKEN = 1 << 12  # characters
@@ -231,13 +231,12 @@ class _Vocabulary:
         text, steps = package.normalizers, list[Any]()
         if f"{KEY}precompiled_charsmap" in self.metadata:
             raw = self.metadata.array(f"{KEY}precompiled_charsmap", "UINT8").tobytes()
-            with backend_errors(f"{self.source}: {KEY}precompiled_charsmap is damaged"):
-                steps.append(text.Precompiled(raw))
-            if character_table.growth(raw) > character_table.MAX_GROWTH:
+            if character_table.growth(raw, self.source) > character_table.MAX_GROWTH:
                 raise UnsafeError(
                     f"{self.source}: {KEY}precompiled_charsmap could make a text over "
                     f"{character_table.MAX_GROWTH} times as long"
                 )
+            steps.append(text.Precompiled(raw))
         if self._flag("remove_extra_whitespaces", True):
             steps += [text.Replace(package.Regex(" {2,}"), " "), text.Strip()]
         backend.normalizer = text.Sequence(steps)

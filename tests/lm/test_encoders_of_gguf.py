@@ -187,13 +187,14 @@ def test_hidden_states_are_those_of_the_directory(kind: Kind, tmp_path: Path) ->
     np.testing.assert_array_equal(ours.embed_ids(IDS, normalize=False), theirs.embed_ids(IDS))
 
 
-def test_dense_modules_of_embeddinggemma_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "int8"])
+def test_dense_modules_of_embeddinggemma_compute_in_float32(compute: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     first, second = (rng.standard_normal(shape, np.float32) for shape in ((32, 48), (12, 32)))
     packed = nplora.FrozenWeight(second, dtype="q8_0")
     more = {"dense_2.weight": first, "dense_3.weight": packed.to_gguf("dense_3.weight")}
     path = save_both(KINDS[-1], tmp_path, more) / "model.gguf"
-    encoder = nplora.load_encoder(path)
+    encoder = nplora.load_encoder(path, compute=compute)
     means = np.stack([states.astype(np.float64).mean(axis=0) for states in encoder.hidden_states(IDS)])
     wanted = means @ first.T @ packed.to_numpy().T
     wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)

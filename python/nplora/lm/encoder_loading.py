@@ -246,7 +246,7 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> _Parts:
     architecture = file.metadata.string("general.architecture")
     require_decoded(file)
     weights = GgufWeights(file, compute, check, elsewhere=_GGUF_DENSE)
-    settings = _gguf_settings(file, architecture, weights)
+    settings = _gguf_settings(file, architecture, GgufWeights(file, "float32", check))
 
     def load_tokenizer() -> Tokenizer:
         return tokenizer.from_gguf(file)
@@ -264,7 +264,12 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> _Parts:
 
 
 def _gguf_settings(file: GgufFile, architecture: str, weights: GgufWeights) -> SentenceSettings:
-    """The pooling that the metadata name, and the Dense modules after it. llama.cpp normalises embeddings."""
+    """The pooling that the metadata name, and the Dense modules after it. llama.cpp normalises embeddings.
+
+    Args:
+        weights: the tensors of the file. Dense modules compute in float32, as those of a directory do: they
+            have one row for each text, so a faster arithmetic would save little time.
+    """
     found = file.metadata.integer(f"{architecture}.pooling_type", 0)
     dense = {name: shape for name, shape in weights.shapes().items() if name in _GGUF_DENSE}
     for name, shape in dense.items():

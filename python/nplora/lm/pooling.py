@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.models.positions import packed_positions, rows_of
 from nplora.nn import Linear, LoRALinear, Tanh
 from nplora.nn.module import Module, Saved, inferring
 
@@ -153,24 +154,23 @@ def _reduced(function: np.ufunc, x: Array, starts: Array) -> Array:
 
 def _weights(starts: Array) -> Array:
     """The weight of each token in the weighted mean of its text, float32 (n,)."""
-    counts = np.diff(starts).astype(np.intp)
-    place = np.arange(starts[-1]) - np.repeat(starts[:-1], counts) + 1
-    return np.asarray(place / np.repeat(counts * (counts + 1) / 2, counts), np.float32)
+    positions = packed_positions(starts)
+    lengths = positions.sequence_lengths()
+    return np.asarray((positions.in_sequence + 1) / (lengths * (lengths + 1) / 2), np.float32)
 
 
 def _pooled_backward(mode: str, dy: Array, saved: PoolingSaved) -> Array:
     starts = saved.starts
-    counts = np.diff(starts).astype(np.intp)
     if mode in ("cls", "last"):
         dx = np.zeros((int(starts[-1]), dy.shape[1]), np.float32)
         dx[starts[:-1] if mode == "cls" else starts[1:] - 1] = dy
         return dx
     if mode in ("mean", "mean_sqrt"):
-        divisor = counts[:, None].astype(np.float32)
-        return np.repeat(dy / (divisor if mode == "mean" else np.sqrt(divisor)), counts, axis=0)
-    spread = np.repeat(dy, counts, axis=0)
+        divisor = np.diff(starts)[:, None].astype(np.float32)
+        return np.asarray((dy / (divisor if mode == "mean" else np.sqrt(divisor)))[rows_of(starts)])
+    spread = dy[rows_of(starts)]
     if mode == "weighted_mean":
-        return spread * _weights(starts)[:, None]
+        return np.asarray(spread * _weights(starts)[:, None])
     assert saved.x is not None
     return _at_the_largest(saved.x, starts, spread)
 

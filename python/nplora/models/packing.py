@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.models.positions import packed_positions
 
 Array = npt.NDArray[Any]
 
@@ -57,8 +58,7 @@ class PackedBatch:
     @property
     def positions(self) -> Array:
         """int64 (n,): the position of each token in its own sequence."""
-        ends = np.repeat(self.starts[:-1], np.diff(self.starts).astype(np.intp))
-        return np.asarray(np.arange(len(self.ids), dtype=np.int64) - ends)
+        return packed_positions(self.starts).in_sequence
 
     @property
     def num_targets(self) -> int:

@@ -27,8 +27,7 @@ class PackedPositions:
 
     def sequence_lengths(self) -> Array:
         """int64 (n,): the length of each row's sequence."""
-        counts = np.diff(self.starts)
-        return np.repeat(counts, counts.astype(np.intp))
+        return np.asarray(np.diff(self.starts)[rows_of(self.starts)])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,6 +57,12 @@ class CachePositions:
         return self.limits
 
 
+def rows_of(starts: Array) -> Array:
+    """intp (n,): for each row of packed sequences, the number of its sequence."""
+    counts = np.diff(starts).astype(np.intp)  # repeat refuses wider counts
+    return np.repeat(np.arange(len(counts)), counts)
+
+
 def scattered(y: Array, rows: Array, count: int) -> Array:
     """An array (count, d) with y (m, d) in its rows `rows`, and zeros in the others."""
     whole = np.zeros((count, y.shape[1]), y.dtype)
@@ -68,10 +73,8 @@ def scattered(y: Array, rows: Array, count: int) -> Array:
 def packed_positions(starts: Array) -> PackedPositions:
     """The positions of sequences that begin at `starts`."""
     starts = np.asarray(starts, np.int64)  # NumPy's default has 32 bits on some systems
-    counts = np.diff(starts)
-    begins = np.repeat(starts[:-1], counts.astype(np.intp))  # repeat refuses wider counts
-    in_sequence = np.arange(starts[-1], dtype=np.int64) - begins
-    return PackedPositions(starts, in_sequence, int(counts.max(initial=0)))
+    in_sequence = np.arange(starts[-1], dtype=np.int64) - starts[rows_of(starts)]
+    return PackedPositions(starts, in_sequence, int(np.diff(starts).max(initial=0)))
 
 
 def cache_positions(

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from nplora.finetuning.data.comparisons import PairDataset
 from nplora.finetuning.judging.statistics import Measured
 from nplora.finetuning.load import evaluation_batches
+from nplora.finetuning.objectives.reference import by_sequence
 from nplora.lm import LanguageModel
 
 Array = npt.NDArray[Any]
@@ -27,11 +28,9 @@ class PairScores:
     def __init__(self, lm: LanguageModel, dataset: PairDataset) -> None:
         self.log_probs, self.counts, self.top = (np.zeros((len(dataset), 2)) for _ in range(3))
         for members in evaluation_batches(dataset).members(0):
-            batch, answers = dataset.batch(members)
+            batch, _ = dataset.batch(members)
             scores = lm.token_scores(batch)
-            sequence = np.repeat(np.arange(2 * len(members)), np.diff(batch.starts).astype(np.intp))[
-                answers.is_answer
-            ]
+            sequence = by_sequence(batch)
             for total, values in (
                 (self.log_probs, scores.log_probs), (self.counts, None), (self.top, scores.is_top),
             ):  # fmt: skip

@@ -7,8 +7,8 @@ import numpy as np
 from nplora.finetuning.data import Dataset
 from nplora.finetuning.judging.statistics import Measured
 from nplora.finetuning.load import evaluation_batches
+from nplora.finetuning.objectives.reference import by_sequence
 from nplora.lm import LanguageModel
-from nplora.models.packing import IGNORED
 
 
 def measure_tokens(lm: LanguageModel, dataset: Dataset) -> list[Measured]:
@@ -19,12 +19,10 @@ def measure_tokens(lm: LanguageModel, dataset: Dataset) -> list[Measured]:
     summed = 0.0
     loss, tokens, top = (np.zeros(len(dataset)) for _ in range(3))
     for members in evaluation_batches(dataset).members(0):
-        batch, targets = dataset.batch(members)
+        batch, _ = dataset.batch(members)
         scores = lm.token_scores(batch)
         summed += -scores.log_probs.sum() / max(1, batch.num_targets) * batch.num_targets
-        example = np.repeat(np.arange(len(members)), np.diff(batch.starts).astype(np.intp))[
-            targets != IGNORED
-        ]
+        example = by_sequence(batch)
         for total, values in ((loss, -scores.log_probs), (tokens, None), (top, scores.is_top)):
             total[members] = np.bincount(example, values, minlength=len(members))
     mean = float(summed / max(1.0, tokens.sum()))

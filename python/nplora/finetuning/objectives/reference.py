@@ -29,6 +29,7 @@ from nplora.formats.errors import FormatError, counted
 from nplora.formats.run_files import REFERENCE, REFERENCE_MARK, holds_run
 from nplora.lm import LanguageModel
 from nplora.models.packing import IGNORED, PackedBatch
+from nplora.models.positions import rows_of
 from nplora.nn.losses import NonFiniteLossError
 from nplora.platform.files import remove_in
 from nplora.runtime.user_warning import warn_user
@@ -203,8 +204,7 @@ def _key(content: bytes) -> int:
 
 def by_sequence(batch: PackedBatch) -> Array:
     """For each target of a batch, the number of its sequence."""
-    numbers = np.repeat(np.arange(len(batch.starts) - 1), np.diff(batch.starts).astype(np.intp))
-    return np.asarray(numbers[batch.targets != IGNORED])
+    return np.asarray(rows_of(batch.starts)[batch.targets != IGNORED])
 
 
 def sums(batch: PackedBatch, log_probs: Array) -> Array:

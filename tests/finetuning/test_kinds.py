@@ -363,6 +363,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (judged(completion=""), "completion is empty"),
     ({"messages": [USER, ANSWER, USER], "label": True},
      "the chat ends with a message of role 'user', expected one of the assistant"),
+    ({"messages": [{"role": "system", "content": "s"}, ANSWER], "label": True},
+     "the prompt ends with a message of role 'system', expected one of the user, a tool or the assistant"),
     ({"instruction": "a", "chosen": "b", "rejected": 3}, "rejected is 3, expected a string"),
     ({"instruction": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same answer"),
     ({"instruction": 5, "chosen": "b", "rejected": "c"}, "instruction is 5, expected a string"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from nplora.finetuning.data.examples import SYSTEM_ROLES, TOOL_ROLES, Chat, Message, Objects
@@ -14,12 +15,16 @@ _ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipyth
 
 
 def openai(row: Fields) -> Chat:
+    return chat_of(row, openai_messages(row), None)
+
+
+def openai_messages(row: Fields) -> list[Message]:
     messages = row.unpacked("messages")
     if not isinstance(messages, list) or not messages:
         raise row.error(f"messages is {brief(messages)}, {_MESSAGES}")
     if all(isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in messages):
         raise row.error(f"messages has turns of ShareGPT; {renaming('conversations', 'messages')}")
-    return chat_of(row, messages_of(row, "messages", messages), None)
+    return messages_of(row, "messages", messages)
 
 
 def chat_of(row: Fields, messages: list[Message], prompt: list[Any] | None) -> Chat:
@@ -38,11 +43,18 @@ def messages_of(row: Fields, name: str, value: Any) -> list[Message]:
     if not isinstance(value, list):
         raise row.error(f"{name} is {brief(value)}, {_MESSAGES}")
     of = "" if name == "messages" else f" of {name}"
+    return read_turns(row, value, message_of, "message", of)
+
+
+def read_turns(
+    row: Fields, turns: list[object], read: Callable[[Fields, object], Message], name: str, of: str = ""
+) -> list[Message]:
+    """Read the turns of a chat, and check their order. Errors name a turn by `name`, its number and `of`."""
     messages = list[Message]()
-    for number, message in enumerate(value, 1):
-        part = row.part(f"message {number}{of}")
-        messages.append(message_of(part, message))
-        check_order(part, messages[-2] if number > 1 else None, messages[-1])
+    for number, turn in enumerate(turns, 1):
+        part = row.part(f"{name} {number}{of}")
+        messages.append(read(part, turn))
+        _check_order(part, messages[-2] if number > 1 else None, messages[-1])
     return messages
 
 
@@ -132,7 +144,7 @@ def _check_weight(row: Fields, message: Message) -> None:
         raise row.error(f"the weight of a message is {brief(weight)}, expected 0 or 1")
 
 
-def check_order(row: Fields, before: Message | None, message: Message) -> None:
+def _check_order(row: Fields, before: Message | None, message: Message) -> None:
     """Check that a tool's result comes after an assistant's message or another result."""
     role = message["role"]
     if role in TOOL_ROLES and (before is None or before["role"] in ("user", *SYSTEM_ROLES)):

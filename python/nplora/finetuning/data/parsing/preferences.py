@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from nplora.finetuning.data.examples import Answered, Chat, Completion, Example, Judged, Preference
 from nplora.finetuning.data.parsing.fields import Fields, renaming
-from nplora.finetuning.data.parsing.messages import chat_of, messages_of, openai
-from nplora.finetuning.data.parsing.sharegpt import conversation, sharegpt, turn_of
+from nplora.finetuning.data.parsing.messages import chat_of, messages_of, openai_messages
+from nplora.finetuning.data.parsing.sharegpt import conversation, turn_of
 from nplora.finetuning.data.parsing.texts import instruction, prompt_and_answer
 from nplora.formats.errors import brief
 
@@ -150,7 +149,7 @@ def _judged_answer(row: Fields) -> Answered:
         return instruction(row)
     if not row.has("messages") and not row.has("conversations"):
         return prompt_and_answer(row, "completion")
-    chat = openai(row) if row.has("messages") else sharegpt(row)
-    if (role := chat.messages[-1]["role"]) != "assistant":
+    messages = openai_messages(row) if row.has("messages") else conversation(row)
+    if (role := messages[-1]["role"]) != "assistant":
         raise row.error(f"the chat ends with a message of role {role!r}, expected one of the assistant")
-    return replace(chat, prompt=len(chat.messages) - 1)
+    return chat_of(row, messages, messages[:-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nplora.finetuning.data.examples import Chat, Message
 from nplora.finetuning.data.parsing.fields import Fields, loads, renaming
-from nplora.finetuning.data.parsing.messages import chat_of, check_order, message_of
+from nplora.finetuning.data.parsing.messages import chat_of, message_of, read_turns
 from nplora.formats.errors import brief
 
 _SPEAKERS = {
@@ -23,11 +23,7 @@ def conversation(row: Fields) -> list[Message]:
         raise row.error(f"conversations is {brief(turns)}, expected a list of objects with from and value")
     if all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
         raise row.error(f"conversations has messages of OpenAI; {renaming('messages', 'conversations')}")
-    messages = list[Message]()
-    for number, turn in enumerate(turns, 1):
-        part = row.part(f"turn {number}")
-        messages.append(turn_of(part, turn))
-        check_order(part, messages[-2] if number > 1 else None, messages[-1])
+    messages = read_turns(row, turns, turn_of, "turn")
     if messages[0]["role"] != "system" and (system := row.text("system", True, "")):
         messages.insert(0, {"role": "system", "content": system})
     return messages

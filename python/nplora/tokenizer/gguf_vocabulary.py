@@ -100,21 +100,21 @@ class _Vocabulary:
         self.types = self._read_types()
         self.ids = self._read_ids()
         self.tokens = list(self.ids)
+        self.unknown = self._special("unknown_token_id")
         for id_ in np.flatnonzero(self.types == BYTE):
             if not _BYTE_TOKEN.fullmatch(self.tokens[id_]):
                 raise FormatError(f"{source}: byte token {id_} is {brief(self.tokens[id_])}, expected <0xNN>")
 
     def tokenizer(self) -> Tokenizer:
-        end = ("eos_token_id", "eot_token_id", "eom_token_id")
-        bos, eos, eot, eom, unknown = map(self._special, ("bos_token_id", *end, "unknown_token_id"))
+        names = ("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id")
+        bos, eos, eot, eom = map(self._special, names)
+        builders = {"gpt2": self._byte_level, "llama": self._sentencepiece, "t5": self._unigram,
+                    "bert": self._wordpiece}  # fmt: skip
+        backend = builders[self.model]()
+        self._add_special(backend)
         if self.model == "bert":
-            backend = self._wordpiece(unknown)
-            self._add_special(backend)
             self._add_cls_and_sep(backend, bos, eos)
         else:
-            build = {"gpt2": self._byte_level, "llama": self._sentencepiece, "t5": self._unigram}[self.model]
-            backend = build(unknown)
-            self._add_special(backend)
             self._add_ends(backend, bos, eos)
         return Tokenizer(
             backend,
@@ -166,7 +166,7 @@ class _Vocabulary:
 
     # ---- the kinds ----
 
-    def _byte_level(self, unknown: int | None) -> Any:
+    def _byte_level(self) -> Any:
         package = backend_package()
         pre = self.metadata.string(f"{KEY}pre", "default")
         if f"{KEY}pre" not in self.metadata:
@@ -200,10 +200,10 @@ class _Vocabulary:
                     )
             yield self.tokens[self.ids[left]], self.tokens[self.ids[right]]  # existing strings: less memory
 
-    def _sentencepiece(self, unknown: int | None) -> Any:
+    def _sentencepiece(self) -> Any:
         """Build a BPE that merges pairs in the order of their scores. Unknown characters become bytes."""
         package = backend_package()
-        scores, unknown = self._scores(), self._unknown(unknown)
+        scores, unknown = self._scores(), self._unknown()
         model = package.models.BPE(
             vocab=self.ids,
             merges=self._merges_by_score(scores),
@@ -221,9 +221,9 @@ class _Vocabulary:
         backend.decoder = back.Sequence([back.Replace(_SPACE, " "), back.ByteFallback(), back.Fuse(), *strip])
         return backend
 
-    def _unigram(self, unknown: int | None) -> Any:
+    def _unigram(self) -> Any:
         """Build a Unigram tokenizer, which splits a text so that the sum of the scores is largest."""
-        package, unknown = backend_package(), self._unknown(unknown)
+        package, unknown = backend_package(), self._unknown()
         if unknown is None:
             raise FormatError(f"{self.source}: the file names no unknown token")
         pieces = list(zip(self.tokens, self._scores().tolist(), strict=True))
@@ -253,9 +253,10 @@ class _Vocabulary:
             raise FormatError(f"{self.source}: the score of token {worst} is not finite")
         return scores
 
-    def _unknown(self, named: int | None) -> int | None:
+    def _unknown(self) -> int | None:
         """The unknown token: the one that the file names, or else the first of this type."""
-        return next(iter(np.flatnonzero(self.types == UNKNOWN).tolist()), None) if named is None else named
+        first = next(iter(np.flatnonzero(self.types == UNKNOWN).tolist()), None)
+        return first if self.unknown is None else self.unknown
 
     def _merges_by_score(self, scores: np.ndarray[Any, Any]) -> list[tuple[str, str]]:
         """All pairs of tokens that together form a token, best score first."""
@@ -274,7 +275,7 @@ class _Vocabulary:
                 )
         return merges
 
-    def _wordpiece(self, unknown: int | None) -> Any:
+    def _wordpiece(self) -> Any:
         """Build BERT's tokenizer. llama.cpp marks tokens that begin a word; BERT marks all others."""
         package = backend_package()
         names = {}
@@ -285,7 +286,7 @@ class _Vocabulary:
         if len(vocab) < len(self.tokens):
             raise FormatError(f"{self.source}: two tokens are the same word of BERT")
         self.tokens = list(vocab)
-        unknown_token = "[UNK]" if unknown is None else self.tokens[unknown]
+        unknown_token = "[UNK]" if self.unknown is None else self.tokens[self.unknown]
         if unknown_token not in vocab:
             raise FormatError(f"{self.source}: the file names no unknown token, and has no token '[UNK]'")
         model = package.models.WordPiece(vocab=vocab, unk_token=unknown_token, max_input_chars_per_word=100)

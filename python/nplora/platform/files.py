@@ -153,17 +153,16 @@ def sync_directory(descriptor: int) -> None:
 
 def read_at(descriptor: int, into: memoryview, offset: int) -> int:
     """Read bytes from a position. Return their number, which may be less than `len(into)`."""
+    if sys.platform != "win32" and sys.platform != "emscripten":
+        return os.preadv(descriptor, [into], offset)
     if sys.platform == "win32":
         with _seeking:
             os.lseek(descriptor, offset, os.SEEK_SET)
             read = os.read(descriptor, len(into))
-        into[: len(read)] = read
-        return len(read)
-    if sys.platform == "emscripten":
+    else:
         read = os.pread(descriptor, len(into), offset)
-        into[: len(read)] = read
-        return len(read)
-    return os.preadv(descriptor, [into], offset)
+    into[: len(read)] = read
+    return len(read)
 
 
 def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> int:

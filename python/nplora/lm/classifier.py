@@ -11,11 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.formats.errors import counted
 from nplora.formats.label_record import LabelRecord, shown
 from nplora.lm import adapting
 from nplora.lm.classifier_head import ClassifierHead, HeadSaved
 from nplora.lm.encoder import Encoder, EncoderSaved, Ids
+from nplora.lm.word_ids import WordIds, sentences_of
 from nplora.nn.module import Gradient, Module, Saved, inference
+from nplora.runtime.user_warning import warn_user
 
 Array = npt.NDArray[Any]
 
@@ -236,7 +239,51 @@ class TextClassifier(Module):
 
     def _require_texts(self, op: str) -> None:
         if self.classifies_tokens:
-            raise ValueError(f"{op}: the classifier classifies tokens; `logits` has a row for each token")
+            raise ValueError(
+                f"{op}: the classifier classifies tokens; `predict_words` labels the words of sentences"
+            )
+
+    def predict_words(
+        self, sentences: Iterable[Sequence[str]], batch_size: int | None = None
+    ) -> list[list[str | None]]:
+        """The label of each word of each sentence, if the classifier classifies tokens.
+
+        The label of a word is that of its first token. A word without a token gets None: the sentence was cut
+        before it, or the tokenizer drops its characters.
+
+            >>> import nplora
+            >>> encoder = nplora.load_encoder("encoder-model")
+            >>> tagger = nplora.new_classifier(encoder, ["O", "THING"], tokens=True)
+            >>> [len(tags) for tags in tagger.predict_words([["my", "parcel"], ["a"]])]
+            [2, 1]
+
+        Args:
+            sentences: the words of each sentence.
+            batch_size: as in `logits_of_ids`.
+        Raises:
+            TypeError: a sentence is not a list of texts.
+            ValueError: the classifier classifies texts, or a logit is NaN or infinite.
+        Warns:
+            UserWarning: sentences were too long, and were cut.
+        """
+        if not self.classifies_tokens:
+            raise ValueError("predict_words: the classifier classifies texts, expected one of tokens")
+        words = self.encoder.word_ids(sentences_of("predict_words", "sentences", sentences), self.max_length)
+        if words.cut:
+            what = counted(words.cut, "sentence")
+            warn_user(f"predict_words: {what} had more than {self.max_length} tokens and were cut")
+        return words.per_word(self.decided(self.word_logits(words, batch_size)))
+
+    def word_logits(self, words: WordIds, batch_size: int | None = None) -> Array:
+        """The logits of the words that have a token: float32 (words, outputs).
+
+        >>> import nplora
+        >>> encoder = nplora.load_encoder("encoder-model")
+        >>> tagger = nplora.new_classifier(encoder, ["O", "THING"], tokens=True)
+        >>> tagger.word_logits(encoder.word_ids([["my", "parcel"]], 8)).shape
+        (2, 2)
+        """
+        return self.logits_of_ids(words.ids, batch_size)[words.rows()]
 
     def decided(self, logits: Array) -> list[Any]:
         """The result of `predict` for texts with these logits.

@@ -18,6 +18,7 @@ from nplora.formats.files import Stamp
 from nplora.formats.model_directory import CONFIG
 from nplora.lm import adapting
 from nplora.lm.pooling import Pooling, PoolingSaved
+from nplora.lm.word_ids import WordIds
 from nplora.models import model_digest
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder, DecoderSaved
@@ -279,13 +280,33 @@ class Encoder(Module):
             FormatError: the tokenizer has tokens that the model does not have.
         """
         ids, cut = self.tokenizer.encode_texts(texts, longest)
+        self._require_known(ids)
+        return ids, cut
+
+    def word_ids(self, sentences: Sequence[Sequence[str]], longest: int) -> WordIds:
+        """The token ids of sentences that are given as words, and the first token of each word.
+
+            >>> import nplora
+            >>> words = nplora.load_encoder("encoder-model").word_ids([["a", "cat"], ["sitting"]], 8)
+            >>> words.ids, [first.tolist() for first in words.first]
+            ([[2, 5, 6, 3], [2, 1, 3]], [[1, 2], [1]])
+
+        Raises:
+            FormatError: as in `token_ids`.
+        """
+        # In a language model, a token of only a space has not seen the word, so it cannot carry its tag.
+        with_space = not isinstance(self.config, ModelConfig)
+        ids, first, cut = self.tokenizer.encode_words(sentences, longest, with_space)
+        self._require_known(ids)
+        return WordIds(ids, [np.array(own, np.int64) for own in first], cut)
+
+    def _require_known(self, ids: Sequence[Sequence[int]]) -> None:
         largest = max((max(text) for text in ids if text), default=0)
         if largest >= self.config.vocab_size:
             raise FormatError(
                 f"{self.source}: the tokenizer has a token {largest:,}, but the model's vocabulary has "
                 f"{self.config.vocab_size:,} tokens; expected the tokenizer of this model"
             )
-        return ids, cut
 
     def hidden_states(self, ids: Ids) -> list[Array]:
         """The hidden states of each text's tokens, after the last norm.

@@ -365,21 +365,56 @@ class Tokenizer:
         >>> [len(each) for each in ids], cut
         ([4, 8], 1)
         """
+        found = self._encode_beginnings("encode_texts", texts, longest)
+        return [one.ids for one, _ in found], sum(beyond > 0 for _, beyond in found)
+
+    def encode_words(
+        self, sentences: Sequence[Sequence[str]], longest: int, with_space: bool = True
+    ) -> tuple[list[list[int]], list[list[int]], int]:
+        """Encode sentences that are given as words, and find the first token of each word.
+
+        A sentence is encoded as its words with a space between them.
+
+        Args:
+            longest: as in `encode_texts`.
+            with_space: whether a token of only the space before a word counts as a token of this word, as in
+                transformers. The tokenizer of XLM-RoBERTa has such a token before rare characters.
+        Returns:
+            the token ids of each sentence; for each sentence, the place of the first token of each word, and
+            -1 for a word without tokens, as after a cut; and the number of sentences that were cut.
+        Raises:
+            TypeError, ValueError, FormatError: as in `encode_texts`.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_encoder("encoder-model").tokenizer
+        >>> ids, first, cut = tokenizer.encode_words([["a", "cat", "sat"]], longest=8)
+        >>> len(ids[0]), first, cut
+        (5, [[1, 2, 3]], 0)
+        """
+        found = self._encode_beginnings("encode_words", [" ".join(words) for words in sentences], longest)
+        first = [
+            _first_tokens(one.offsets, words, with_space)
+            for (one, _), words in zip(found, sentences, strict=True)
+        ]
+        return [one.ids for one, _ in found], first, sum(beyond > 0 for _, beyond in found)
+
+    def _encode_beginnings(self, op: str, texts: Sequence[str], longest: int) -> list[tuple[Any, int]]:
+        """Encode texts, of very long ones only the beginning. The results are those of `_encode_cut`."""
         for text in texts:
             _require_text(text)
         around = self._backend.num_special_tokens_to_add(False)
         if longest < around:
-            raise ValueError(f"encode_texts: longest is {longest}, but there are {around} special tokens")
+            raise ValueError(f"{op}: longest is {longest}, but there are {around} special tokens")
         room = 4 * _CHARACTERS * (longest + _UNSURE)
         beginnings = [text if len(text) <= room else text[: _cut(text, room)] for text in texts]
         found = self._encode_cut(beginnings, longest)
         for i, (text, beginning) in enumerate(zip(texts, beginnings, strict=True)):
             if len(beginning) < len(text) and found[i][1] < _UNSURE:  # few tokens, such as many spaces
                 found[i] = self._encode_cut([text], longest)[0]
-        return [ids for ids, _ in found], sum(beyond > 0 for _, beyond in found)
+        return found
 
-    def _encode_cut(self, texts: Sequence[str], longest: int) -> list[tuple[list[int], int]]:
-        """The token ids of each text, and the number of tokens that were cut off."""
+    def _encode_cut(self, texts: Sequence[str], longest: int) -> list[tuple[Any, int]]:
+        """The encoding of each text by `tokenizers`, and the number of tokens that were cut off."""
         with _encoding:  # the options below are stored in the backend, for all threads
             self._backend.encode_special_tokens = True
             self._backend.enable_truncation(longest)
@@ -389,7 +424,7 @@ class Tokenizer:
             finally:
                 self._backend.no_truncation()
         own = self._backend.num_special_tokens_to_add(False)
-        return [(one.ids, sum(len(part.ids) - own for part in one.overflowing)) for one in found]
+        return [(one, sum(len(part.ids) - own for part in one.overflowing)) for one in found]
 
     def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
         """Encode a text that the model should continue, with the model's BOS but without EOS at the end.
@@ -827,6 +862,26 @@ def _cut(text: str, size: int) -> int:
     """
     line = _LINE.search(text, size, 2 * size)
     return line.end() if line else size
+
+
+def _first_tokens(offsets: Iterable[tuple[int, int]], words: Sequence[str], with_space: bool) -> list[int]:
+    """The first token of each word of a sentence, or -1, from the characters that each token stands for.
+
+    A token of several words belongs to the first of them.
+    """
+    ends = list(itertools.accumulate((len(word) + 1 for word in words), initial=-1))[1:]
+    begins = [end - len(word) - with_space for end, word in zip(ends, words, strict=True)]
+    first, word = [-1] * len(words), 0
+    for place, (begin, end) in enumerate(offsets):
+        if begin == end:  # a special token
+            continue
+        while word < len(words) and ends[word] <= begin:
+            word += 1
+        if word == len(words):
+            break
+        if end > begins[word] and first[word] < 0:
+            first[word] = place
+    return first
 
 
 def _given(tools: Objects, documents: Objects) -> dict[str, Any]:
